@@ -1,0 +1,7 @@
+"""Fused CUDA, Triton and C++ kernels for shifted-window attention, as PyTorch ops and as drop-in Swin modules."""
+
+from swinkernels import reference
+from swinkernels._version import __version__
+from swinkernels.ops import window_attention, window_attention_qkvpacked
+
+__all__ = ["__version__", "reference", "window_attention", "window_attention_qkvpacked"]

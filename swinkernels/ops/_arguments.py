@@ -1,0 +1,310 @@
+"""Checks of the window attention arguments, the same for every backend, and their normal form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PAD_ORDERS = ("pad_then_roll", "roll_then_pad")
+MAX_WINDOW_VOLUME = 1024
+MAX_HEAD_DIM = 128
+MAX_ELEMENTS = 2**63 - 1
+
+Ints = int | Sequence[int]
+
+
+class WindowArguments(NamedTuple):
+    """The arguments of one call in normal form. The geometry has one value per axis of S, slowest first."""
+
+    op: str
+    size: tuple[int, ...]
+    num_heads: int
+    head_dim: int
+    window_size: tuple[int, ...]
+    shift_size: tuple[int, ...]
+    table_window: tuple[int, ...]
+    pad_before: tuple[int, ...]
+    periodic: tuple[bool, ...]
+    pad_order: str
+    grid: bool
+    scale: float
+    mask_value: float
+    dropout_p: float
+    generator: torch.Generator | None
+    bias_table: Tensor | None
+    bias: Tensor | None
+    logit_scale: Tensor | None
+    pad_qkv: Tensor | None
+    region_map: Tensor | None
+
+    @property
+    def window_volume(self) -> int:
+        return math.prod(self.window_size)
+
+    @property
+    def frame(self) -> tuple[int, ...]:
+        return frame_size(self.size, self.window_size)
+
+    @property
+    def has_padding(self) -> bool:
+        return self.frame != self.size
+
+
+def frame_size(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
+    """The map's size rounded up to whole windows, per axis."""
+    return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
+
+
+def _shape(x: Tensor) -> str:
+    return f"shape {tuple(x.shape)}"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _ints(op: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * rank
+    if not all(_is_int(v) for v in values):
+        raise TypeError(f"{op}: {name} must be an int or one int per axis, got {value!r}")
+    if len(values) != rank:
+        raise ValueError(f"{op}: {name} must have one value for each of the {rank} axes of the map, got {value!r}")
+    return values
+
+
+def _bools(op: str, name: str, value: Any, rank: int) -> tuple[bool, ...]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
+    if not all(isinstance(v, bool) for v in values):
+        raise TypeError(f"{op}: {name} must be a bool or one bool per axis, got {value!r}")
+    if len(values) != rank:
+        raise ValueError(f"{op}: {name} must have one value for each of the {rank} axes of the map, got {value!r}")
+    return values
+
+
+def _finite(op: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value!r}")
+    return float(value)
+
+
+def _tensor(op: str, name: str, value: Any, device: torch.device, *, floating: bool = True) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.device != device:
+        raise ValueError(
+            f"{op}: all tensors must be on one device, got {name} on {value.device} and the map on {device}"
+        )
+    if floating and value.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
+    if not floating and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
+        raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
+
+
+def check_qkvpacked(op: str, qkv: Any, num_heads: Any) -> Tensor:
+    """qkv as (B, *S, 3, num_heads, head_dim)."""
+    _check_map(op, "qkv", qkv)
+    if not _is_int(num_heads):
+        raise TypeError(f"{op}: num_heads must be an int, got {num_heads!r}")
+    if num_heads < 1:
+        raise ValueError(f"{op}: num_heads must be at least 1, got {num_heads}")
+    if qkv.dim() in (4, 5):
+        if qkv.shape[-1] % (3 * num_heads) != 0 or qkv.shape[-1] == 0:
+            raise ValueError(
+                f"{op}: the last axis of qkv must be 3 * num_heads * head_dim, a multiple of {3 * num_heads} for "
+                f"num_heads={num_heads}, got {qkv.shape[-1]} ({_shape(qkv)})"
+            )
+        return qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads)))
+    if qkv.dim() not in (6, 7):
+        raise ValueError(
+            f"{op}: qkv must be (B, *S, 3C) or (B, *S, 3, num_heads, head_dim) with S = (H, W) or (D, H, W), "
+            f"got {_shape(qkv)}"
+        )
+    if qkv.shape[-3] != 3 or qkv.shape[-2] != num_heads:
+        raise ValueError(
+            f"{op}: the last axes of qkv must be (3, num_heads, head_dim) with num_heads={num_heads}, got {_shape(qkv)}"
+        )
+    return qkv
+
+
+def check_separate(op: str, q: Any, k: Any, v: Any, num_heads: Any) -> None:
+    """q, k and v are alike, each (B, *S, num_heads, head_dim)."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_map(op, name, x)
+        if x.dim() not in (5, 6):
+            raise ValueError(
+                f"{op}: {name} must be (B, *S, num_heads, head_dim) with S = (H, W) or (D, H, W), got {_shape(x)}"
+            )
+        if x.shape != q.shape:
+            raise ValueError(f"{op}: q, k and v must have one shape, got q {_shape(q)} and {name} {_shape(x)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{op}: q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{op}: all tensors must be on one device, got q on {q.device} and {name} on {x.device}")
+    if not _is_int(num_heads):
+        raise TypeError(f"{op}: num_heads must be an int, got {num_heads!r}")
+    if q.shape[-2] != num_heads:
+        raise ValueError(f"{op}: q has {q.shape[-2]} heads ({_shape(q)}), but num_heads={num_heads}")
+
+
+def _check_map(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a strided tensor, got layout {x.layout}")
+
+
+def check_arguments(
+    op: str,
+    tokens: Tensor,
+    size: Sequence[int],
+    head_dim: int,
+    bias_table: Any,
+    *,
+    num_heads: int,
+    window_size: Any,
+    shift_size: Any,
+    scale: Any,
+    bias: Any,
+    table_window: Any,
+    logit_scale: Any,
+    pad_qkv: Any,
+    pad_order: Any,
+    pad_before: Any,
+    periodic: Any,
+    region_map: Any,
+    mask_value: Any,
+    dropout_p: Any,
+    generator: Any,
+    grid: Any,
+) -> WindowArguments:
+    """Every argument but the map itself (``tokens`` lends its device), checked and in normal form."""
+    size = tuple(size)
+    rank = len(size)
+    device = tokens.device
+    if any(s < 1 for s in size):
+        raise ValueError(f"{op}: every axis of the map must have at least one token, got S = {size}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head_dim must be 1..{MAX_HEAD_DIM}, got {head_dim}")
+
+    window = _ints(op, "window_size", window_size, rank)
+    if any(w < 1 for w in window):
+        raise ValueError(f"{op}: window_size must be positive, got {window}")
+    n = math.prod(window)
+    if n > MAX_WINDOW_VOLUME:
+        raise ValueError(f"{op}: a window may hold at most {MAX_WINDOW_VOLUME} tokens, got {window}, which holds {n}")
+    shift = _ints(op, "shift_size", shift_size, rank)
+    if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
+        raise ValueError(f"{op}: shift_size must be in 0..window_size - 1 per axis, got {shift} for window {window}")
+
+    frame = frame_size(size, window)
+    # Scores are the largest thing a backend could hold: batch * windows * heads * N * N = batch * frame * heads * N.
+    if tokens.shape[0] * math.prod(frame) * num_heads * max(n, 3 * head_dim) > MAX_ELEMENTS:
+        raise ValueError(f"{op}: batch {tokens.shape[0]} of frames {frame} has more elements than an int64 can count")
+    before = _ints(op, "pad_before", pad_before, rank)
+    if any(not 0 <= b <= p - s for b, p, s in zip(before, frame, size, strict=True)):
+        pads = tuple(p - s for p, s in zip(frame, size, strict=True))
+        raise ValueError(
+            f"{op}: pad_before must be in 0..padding per axis; S = {size} and window {window} make the padding {pads}, "
+            f"got {before}"
+        )
+    if pad_order not in PAD_ORDERS:
+        raise ValueError(f"{op}: pad_order must be one of {PAD_ORDERS}, got {pad_order!r}")
+    wraps = _bools(op, "periodic", periodic, rank)
+    if not isinstance(grid, bool):
+        raise TypeError(f"{op}: grid must be a bool, got {grid!r}")
+    if grid and any(shift):
+        raise ValueError(f"{op}: grid attention has no shift: shift_size must be 0, got {shift}")
+
+    table_shape = window if table_window is None else _ints(op, "table_window", table_window, rank)
+    if table_window is not None and bias_table is None:
+        raise ValueError(f"{op}: table_window says how bias_table is numbered, but bias_table is None")
+    if any(t < 1 for t in table_shape):
+        raise ValueError(f"{op}: table_window must be positive, got {table_shape}")
+    if math.prod(table_shape) < n:
+        raise ValueError(
+            f"{op}: table_window {table_shape} has fewer tokens than window_size {window}: "
+            "it must be the window that the table was made for"
+        )
+    if bias_table is not None:
+        _tensor(op, "bias_table", bias_table, device)
+        rows = math.prod(2 * t - 1 for t in table_shape)
+        if tuple(bias_table.shape) != (rows, num_heads):
+            raise ValueError(
+                f"{op}: bias_table must be (prod(2 * window - 1), num_heads) = ({rows}, {num_heads}) for window "
+                f"{table_shape}, got {_shape(bias_table)}"
+            )
+    if bias is not None:
+        _tensor(op, "bias", bias, device)
+        if bias.dim() not in (3, 4) or tuple(bias.shape[-3:]) != (num_heads, n, n):
+            raise ValueError(
+                f"{op}: bias must be (num_heads, N, N) = ({num_heads}, {n}, {n}) or (window types, num_heads, N, N), "
+                f"got {_shape(bias)}"
+            )
+        num_windows = math.prod(frame) // n
+        if bias.dim() == 4 and (bias.shape[0] < 1 or num_windows % bias.shape[0] != 0):
+            raise ValueError(
+                f"{op}: the number of window types in bias must divide the {num_windows} windows of an image "
+                f"(types follow the slowest axes), got {_shape(bias)}"
+            )
+    if bias is not None and bias_table is not None:
+        raise ValueError(f"{op}: give bias_table or bias, not both: add the table's bias to the dense one first")
+    if logit_scale is not None:
+        _tensor(op, "logit_scale", logit_scale, device)
+        if logit_scale.numel() != num_heads:
+            raise ValueError(f"{op}: logit_scale must hold one value per head ({num_heads}), got {_shape(logit_scale)}")
+        if scale is not None:
+            raise ValueError(f"{op}: scale (v1) and logit_scale (v2) exclude each other, got scale={scale!r}")
+    if pad_qkv is not None:
+        _tensor(op, "pad_qkv", pad_qkv, device)
+        if tuple(pad_qkv.shape) not in ((3 * num_heads * head_dim,), (3, num_heads, head_dim)):
+            raise ValueError(
+                f"{op}: pad_qkv must be (3C,) = ({3 * num_heads * head_dim},) or (3, num_heads, head_dim) = "
+                f"(3, {num_heads}, {head_dim}), got {_shape(pad_qkv)}"
+            )
+    if region_map is not None:
+        _tensor(op, "region_map", region_map, device, floating=False)
+        if tuple(region_map.shape) != frame:
+            raise ValueError(
+                f"{op}: region_map must have the shape of the frame {frame} (S rounded up to whole windows), "
+                f"got {_shape(region_map)}"
+            )
+        if any(wraps):
+            raise ValueError(f"{op}: region_map replaces the regions of the shift: leave periodic False, got {wraps}")
+    p = _finite(op, "dropout_p", dropout_p)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be in 0..1, got {p}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"{op}: generator must be on the map's device {device}, got {generator.device}")
+    return WindowArguments(
+        op=op,
+        size=size,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        window_size=window,
+        shift_size=shift,
+        table_window=table_shape,
+        pad_before=before,
+        periodic=wraps,
+        pad_order=pad_order,
+        grid=grid,
+        scale=head_dim**-0.5 if scale is None else _finite(op, "scale", scale),
+        mask_value=_finite(op, "mask_value", mask_value),
+        dropout_p=p,
+        generator=generator,
+        bias_table=bias_table,
+        bias=bias,
+        logit_scale=logit_scale,
+        pad_qkv=pad_qkv,
+        region_map=region_map,
+    )

@@ -1,0 +1,330 @@
+"""Shifted-window attention: schema, fake, autograd formula and the two public functions.
+
+The fast backends are ops of ``torch.ops.swinkernels``: ``window_attention_fwd``, ``window_attention_bwd`` and their
+``_qkvpacked`` forms, whose backward writes one dqkv. C++ kernels attach to them under the CPU and CUDA dispatch keys;
+Triton shares the CUDA key, so it has the same ops again with the suffix ``_triton``. The reference is plain PyTorch and
+needs no op.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swinkernels import reference
+from swinkernels.ops import _arguments
+from swinkernels.ops._arguments import Ints, WindowArguments
+from swinkernels.ops._backends import choose_window_attention
+
+lib = torch.library.Library("swinkernels", "DEF")
+
+# The geometry as WindowGeometry of csrc/params/window_attention.h has it: three values a list, slowest axis first; 2D
+# has a leading axis of one token. The maps keep their own rank.
+_GEOMETRY = (
+    "int[] window_size, int[] shift_size, int[] table_window, int[] pad_before, int[] periodic, "
+    "bool roll_then_pad, bool grid, float scale, float mask_value, bool allow_tf32"
+)
+_TABLES = "Tensor? bias_table, Tensor? pad_qkv, Tensor? region_map"
+_FORMS = {"window_attention_qkvpacked": ("qkv",), "window_attention": ("q", "k", "v")}
+
+
+def _define(name: str, maps: tuple[str, ...], suffix: str) -> None:
+    """The forward and backward op of one form: what they take and return, and how autograd joins them."""
+    n = len(maps)
+    inputs = ", ".join(f"Tensor {m}" for m in maps)
+    gradients = ", ".join(f"Tensor d{m}" for m in maps)
+    fwd, bwd = f"{name}_fwd{suffix}", f"{name}_bwd{suffix}"
+    lib.define(f"{fwd}({inputs}, {_TABLES}, {_GEOMETRY}) -> (Tensor out, Tensor lse)")
+    lib.define(
+        f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_GEOMETRY}, bool needs_dbias_table, "
+        f"bool needs_dpad_qkv) -> ({gradients}, Tensor dbias_table, Tensor dpad_qkv)"
+    )
+
+    def fake_fwd(*args):
+        x, window_size = args[0], args[n + 3]
+        num_heads, head_dim = x.shape[-2:]
+        size = x.shape[1 : -3 if n == 1 else -2]
+        window = tuple(window_size[-len(size) :])
+        windows = math.prod(_arguments.frame_size(size, window)) // math.prod(window)
+        out = x.new_empty((x.shape[0], *size, num_heads * head_dim))
+        return out, x.new_empty((x.shape[0], windows, num_heads, math.prod(window)), dtype=torch.float32)
+
+    def fake_bwd(*args):
+        xs, bias_table = args[1 : 1 + n], args[2 + n]
+        needs_dbias_table, needs_dpad_qkv = args[-2:]
+        num_heads, head_dim = xs[0].shape[-2:]
+        dbias_table = bias_table.shape if needs_dbias_table else (0,)
+        dpad_qkv = (3, num_heads, head_dim) if needs_dpad_qkv else (0,)
+        return (
+            *(x.new_empty(x.shape) for x in xs),
+            xs[0].new_empty(dbias_table, dtype=torch.float32),
+            xs[0].new_empty(dpad_qkv, dtype=torch.float32),
+        )
+
+    def setup_context(ctx, inputs, output):
+        bias_table, pad_qkv, region_map = inputs[n : n + 3]
+        ctx.geometry = inputs[n + 3 :]
+        ctx.save_for_backward(*inputs[:n], output[1], bias_table, pad_qkv, region_map)
+        ctx.mark_non_differentiable(output[1])
+
+    backward_op = getattr(torch.ops.swinkernels, bwd)
+
+    def backward(ctx, dout, _dlse):
+        *xs, lse, bias_table, pad_qkv, region_map = ctx.saved_tensors
+        needs_table, needs_pad = ctx.needs_input_grad[n : n + 2]
+        *dxs, dbias_table, dpad_qkv = backward_op(
+            dout, *xs, lse, bias_table, pad_qkv, region_map, *ctx.geometry, needs_table, needs_pad
+        )
+        return (
+            *dxs,
+            dbias_table if needs_table else None,
+            dpad_qkv.to(pad_qkv.dtype) if needs_pad else None,
+            *(None,) * (1 + len(ctx.geometry)),
+        )
+
+    def refuse_double_backward(ctx, *_):
+        raise NotImplementedError(
+            f"{name}: a second derivative is only in the reference: use backend='reference' for double backward"
+        )
+
+    torch.library.register_fake(f"swinkernels::{fwd}", fake_fwd, lib=lib)
+    torch.library.register_fake(f"swinkernels::{bwd}", fake_bwd, lib=lib)
+    torch.library.register_autograd(f"swinkernels::{fwd}", backward, setup_context=setup_context, lib=lib)
+    torch.library.register_autograd(f"swinkernels::{bwd}", refuse_double_backward, lib=lib)
+
+
+for _name, _maps in _FORMS.items():
+    for _suffix in ("", "_triton"):
+        _define(_name, _maps, _suffix)
+
+
+def _three(values: Sequence, leading) -> list:
+    return [leading] * (3 - len(values)) + list(values)
+
+
+def _allow_tf32(x: Tensor) -> bool:
+    """Torch's own switch, which only float32 on CUDA has."""
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else None
+
+
+def _attend(form: str, maps: tuple[Tensor, ...], args: WindowArguments, backend: str) -> Tensor:
+    """Run one form on the chosen backend."""
+    x = maps[0]
+    backend = choose_window_attention(backend, args, x.dtype, x.device)
+    pad_qkv = args.pad_qkv if args.has_padding else None  # without padding nothing reads it
+    if backend == "reference":
+        return getattr(reference, form)(
+            *maps,
+            args.bias_table,
+            num_heads=args.num_heads,
+            window_size=args.window_size,
+            shift_size=args.shift_size,
+            scale=args.scale,
+            bias=args.bias,
+            table_window=args.table_window,
+            logit_scale=args.logit_scale,
+            pad_qkv=pad_qkv,
+            pad_order=args.pad_order,
+            pad_before=args.pad_before,
+            periodic=args.periodic,
+            region_map=args.region_map,
+            mask_value=args.mask_value,
+            dropout_p=args.dropout_p,
+            generator=args.generator,
+            grid=args.grid,
+        )
+    bias_table, region_map = args.bias_table, args.region_map
+    if bias_table is not None:
+        bias_table = bias_table.to(torch.float32)
+    if pad_qkv is not None:
+        pad_qkv = pad_qkv.to(x.dtype).reshape(3, args.num_heads, args.head_dim)
+    if region_map is not None:
+        region_map = region_map.to(torch.int32).reshape(_three(region_map.shape, 1))
+    suffix = "_triton" if backend == "triton" else ""
+    out, _ = getattr(torch.ops.swinkernels, f"{form}_fwd{suffix}")(
+        *maps,
+        bias_table,
+        pad_qkv,
+        region_map,
+        _three(args.window_size, 1),
+        _three(args.shift_size, 0),
+        _three(args.table_window, 1),
+        _three(args.pad_before, 0),
+        _three(args.periodic, False),
+        args.pad_order == "roll_then_pad",
+        args.grid,
+        args.scale,
+        args.mask_value,
+        _allow_tf32(x),
+    )
+    return out
+
+
+def window_attention_qkvpacked(
+    qkv: Tensor,
+    bias_table: Tensor | None = None,
+    *,
+    num_heads: int,
+    window_size: Ints,
+    shift_size: Ints = 0,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    table_window: Ints | None = None,
+    logit_scale: Tensor | None = None,
+    pad_qkv: Tensor | None = None,
+    pad_order: str = "pad_then_roll",
+    pad_before: Ints = 0,
+    periodic: bool | Sequence[bool] = False,
+    region_map: Tensor | None = None,
+    mask_value: float = -100.0,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    grid: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Attention inside the shifted windows of a feature map, read from the map and written back to it.
+
+    In every window, for tokens i and j and each head,
+
+    .. math:: out_i = \sum_j softmax_j(scale \cdot q_i \cdot k_j + bias_{r(i,j)} + mask_{ij}) \, v_j
+
+    with the cosine of q_i and k_j times ``exp(min(logit_scale, ln 100))`` in place of the scaled product if
+    ``logit_scale`` is given. ``mask`` is ``mask_value`` where the shift brought tokens of different parts of the map
+    into one window, else 0. Softmax and sums are in float32.
+
+    Args:
+        qkv: (B, \*S, 3C) or (B, \*S, 3, num_heads, head_dim), S = (H, W) or (D, H, W), in image order, any strides;
+            float32, float16, bfloat16, or float64 (reference only). Under autocast it is cast to the autocast dtype.
+        bias_table: relative position bias, (prod(2 * window - 1), num_heads), any floating dtype, used in float32.
+        num_heads: heads; C = num_heads * head_dim, head_dim 1..128.
+        window_size: tokens per axis, an int or one per axis, slowest first; at most 1024 tokens in all.
+        shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
+        scale: factor of the scores, head_dim ** -0.5 by default; excludes ``logit_scale``.
+        bias: dense bias instead of the table: (num_heads, N, N), or (window types, num_heads, N, N) with the types
+            following the slowest axes of the windows; N is the number of tokens of a window.
+        table_window: the window for which ``bias_table`` was made, if it is not ``window_size``: token t of the
+            window is looked up as token t (row-major) of this one (MONAI and Video-Swin number clamped windows so).
+        logit_scale: v2: per-head log-factor, num_heads values.
+        pad_qkv: what q, k and v of a pad token are, (3C,) or (3, num_heads, head_dim): the bias of the QKV Linear in
+            models that pad its input with zeros. Zero by default. Pad tokens are attended to.
+        pad_order: where S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
+            MONAI, mmpretrain) or "roll_then_pad" (timm).
+        pad_before: pad tokens before the data, per axis; the rest follow it.
+        periodic: per axis, whether the map wraps around (longitude), so that the shift needs no mask there.
+        region_map: integers of the padded map's shape in place of the shift's regions; tokens whose values differ
+            are masked.
+        mask_value: added to the score of masked pairs; finite.
+        dropout_p: probability of dropping an attention weight, 0..1; draws from ``generator`` or torch's default.
+        grid: a window's tokens are strided over the map instead of a block (MaxViT); has no shift.
+        backend: "auto", "cuda", "triton", "cpu" or "reference". "auto" takes the fastest that can run the call.
+
+    Returns:
+        (B, \*S, C) in the dtype of qkv, contiguous. An empty batch gives an empty result. Differentiable in qkv,
+        bias_table, bias, logit_scale and pad_qkv, each gradient in its tensor's dtype; the same input gives the same
+        bits. Twice differentiable with backend="reference" only.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        NotImplementedError: the requested backend cannot run this call, with the reasons.
+
+    Source: Swin Transformer (Liu et al., 2021), section 3.2; Swin Transformer V2 (Liu et al., 2022), section 3.
+    """
+    op = "window_attention_qkvpacked"
+    qkv = _arguments.check_qkvpacked(op, qkv, num_heads)
+    args = _arguments.check_arguments(
+        op,
+        qkv,
+        qkv.shape[1:-3],
+        qkv.shape[-1],
+        bias_table,
+        num_heads=num_heads,
+        window_size=window_size,
+        shift_size=shift_size,
+        scale=scale,
+        bias=bias,
+        table_window=table_window,
+        logit_scale=logit_scale,
+        pad_qkv=pad_qkv,
+        pad_order=pad_order,
+        pad_before=pad_before,
+        periodic=periodic,
+        region_map=region_map,
+        mask_value=mask_value,
+        dropout_p=dropout_p,
+        generator=generator,
+        grid=grid,
+    )
+    dtype = _autocast_dtype(qkv)
+    return _attend(op, (qkv if dtype is None else qkv.to(dtype),), args, backend)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor | None = None,
+    *,
+    num_heads: int,
+    window_size: Ints,
+    shift_size: Ints = 0,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    table_window: Ints | None = None,
+    logit_scale: Tensor | None = None,
+    pad_qkv: Tensor | None = None,
+    pad_order: str = "pad_then_roll",
+    pad_before: Ints = 0,
+    periodic: bool | Sequence[bool] = False,
+    region_map: Tensor | None = None,
+    mask_value: float = -100.0,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    grid: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Attention inside the shifted windows of a feature map, from separate q, k and v.
+
+    As :func:`window_attention_qkvpacked`, which documents the formula and the other arguments, but with q, k and v as
+    three tensors.
+
+    Args:
+        q, k, v: (B, \*S, num_heads, head_dim) each, of one shape, dtype and device, any strides.
+
+    Returns:
+        (B, \*S, C) in the dtype of q, C = num_heads * head_dim.
+    """
+    op = "window_attention"
+    _arguments.check_separate(op, q, k, v, num_heads)
+    args = _arguments.check_arguments(
+        op,
+        q,
+        q.shape[1:-2],
+        q.shape[-1],
+        bias_table,
+        num_heads=num_heads,
+        window_size=window_size,
+        shift_size=shift_size,
+        scale=scale,
+        bias=bias,
+        table_window=table_window,
+        logit_scale=logit_scale,
+        pad_qkv=pad_qkv,
+        pad_order=pad_order,
+        pad_before=pad_before,
+        periodic=periodic,
+        region_map=region_map,
+        mask_value=mask_value,
+        dropout_p=dropout_p,
+        generator=generator,
+        grid=grid,
+    )
+    dtype = _autocast_dtype(q)
+    return _attend(op, (q, k, v) if dtype is None else (q.to(dtype), k.to(dtype), v.to(dtype)), args, backend)
