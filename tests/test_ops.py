@@ -197,7 +197,7 @@ def test_compile_fullgraph(backend, dynamic):
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op, fullgraph=True, dynamic=dynamic, backend=counter)
-    for batch in (2, 3, 5):
+    for batch in (4, 7, 6):  # none equal to another size of the inputs, which dynamo would take for the same symbol
         inputs = dataclasses.replace(PADDED, batch=batch).inputs(torch.float32)
         want, got = (run_case(f, inputs, {}) for f in (op, compiled))
         for name in want:
