@@ -184,7 +184,7 @@ def test_only_what_is_wanted_gets_a_gradient(backend):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_fullgraph(backend, dynamic):
     if _backends.unavailable(backend):
         pytest.skip(_backends.unavailable(backend))
@@ -202,8 +202,9 @@ def test_compile_fullgraph(backend, dynamic):
         want, got = (run_case(f, inputs, {}) for f in (op, compiled))
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
-    # static: once for the first batch, once more with the batch dynamic; never once per batch
-    assert counter.frame_count <= (1 if dynamic else 2)
+    # Not once per batch size: for the first batch and then for any (None), or at once for any, with one restart of
+    # the analysis for the float arguments (True).
+    assert counter.frame_count <= 2
 
 
 def test_compiled_code_may_ask_for_the_tf32_switch():
