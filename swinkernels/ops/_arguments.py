@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def _bools(op: str, name: str, value: Any, rank: int) -> tuple[bool, ...]:
 def _finite(op: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # math.isfinite does not trace for a symbolic float
         raise ValueError(f"{op}: {name} must be finite, got {value!r}")
     return float(value)
 
@@ -236,7 +237,7 @@ def check_arguments(
         )
     if bias_table is not None:
         _tensor(op, "bias_table", bias_table, device)
-        rows = math.prod(2 * t - 1 for t in table_shape)
+        rows = math.prod([2 * t - 1 for t in table_shape])
         if tuple(bias_table.shape) != (rows, num_heads):
             raise ValueError(
                 f"{op}: bias_table must be (prod(2 * window - 1), num_heads) = ({rows}, {num_heads}) for window "
