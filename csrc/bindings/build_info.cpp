@@ -36,6 +36,15 @@ std::string compiler() {
 #endif
 }
 
+// What the CPU kernels are compiled for; the processor chooses among them at run time.
+std::vector<std::string> cpu_instruction_sets() {
+#if defined(__x86_64__)
+  return {"baseline", "avx2", "avx512"};
+#else
+  return {"baseline"};
+#endif
+}
+
 // What the CUDA kernels of an op accept; None without CUDA.
 py::object window_attention_limits() {
 #ifdef SWINKERNELS_WITH_CUDA
@@ -55,7 +64,7 @@ py::dict build_info() {
                   "torch_cuda"_a = unless_empty(SWINKERNELS_TORCH_CUDA), "compiler"_a = compiler(),
                   "cuda"_a = nvcc.has_value(), "cuda_missing"_a = unless_empty(SWINKERNELS_CUDA_MISSING),
                   "cuda_version"_a = nvcc, "arch_list"_a = split(SWINKERNELS_ARCH_LIST),
-                  "cuda_sources"_a = split(SWINKERNELS_CUDA_SOURCES),
+                  "cuda_sources"_a = split(SWINKERNELS_CUDA_SOURCES), "cpu_instruction_sets"_a = cpu_instruction_sets(),
                   "window_attention_limits"_a = window_attention_limits());
 }
 
