@@ -16,6 +16,7 @@
 #ifdef SWINKERNELS_WITH_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include "params/window_attention_cuda.h"
 #endif
