@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ PAD_ORDERS = ("pad_then_roll", "roll_then_pad")
 MAX_WINDOW_VOLUME = 1024
 MAX_HEAD_DIM = 128
 MAX_ELEMENTS = 2**63 - 1
+_LARGEST_FLOAT = sys.float_info.max
 
 Ints = int | Sequence[int]
 
@@ -89,7 +91,7 @@ def _bools(op: str, name: str, value: Any, rank: int) -> tuple[bool, ...]:
 def _finite(op: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    if not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:  # dynamo cannot trace math.isfinite of a symbolic float
         raise ValueError(f"{op}: {name} must be finite, got {value!r}")
     return float(value)
 
