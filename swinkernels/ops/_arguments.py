@@ -15,6 +15,7 @@ PAD_ORDERS = ("pad_then_roll", "roll_then_pad")
 MAX_WINDOW_VOLUME = 1024
 MAX_HEAD_DIM = 128
 MAX_ELEMENTS = 2**63 - 1
+_LARGEST_FLOAT = sys.float_info.max
 
 Ints = int | Sequence[int]
 
@@ -90,7 +91,7 @@ def _bools(op: str, name: str, value: Any, rank: int) -> tuple[bool, ...]:
 def _finite(op: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if not -sys.float_info.max <= value <= sys.float_info.max:  # math.isfinite does not trace for a symbolic float
+    if not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:  # dynamo cannot trace math.isfinite of a symbolic float
         raise ValueError(f"{op}: {name} must be finite, got {value!r}")
     return float(value)
 
@@ -237,7 +238,7 @@ def check_arguments(
         )
     if bias_table is not None:
         _tensor(op, "bias_table", bias_table, device)
-        rows = math.prod([2 * t - 1 for t in table_shape])
+        rows = math.prod(2 * t - 1 for t in table_shape)
         if tuple(bias_table.shape) != (rows, num_heads):
             raise ValueError(
                 f"{op}: bias_table must be (prod(2 * window - 1), num_heads) = ({rows}, {num_heads}) for window "
