@@ -2,6 +2,7 @@
 
 from swinkernels import reference
 from swinkernels._version import __version__
+from swinkernels.integrations import accelerate, restore
 from swinkernels.ops import window_attention, window_attention_qkvpacked
 
-__all__ = ["__version__", "reference", "window_attention", "window_attention_qkvpacked"]
+__all__ = ["__version__", "accelerate", "reference", "restore", "window_attention", "window_attention_qkvpacked"]

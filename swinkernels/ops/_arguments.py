@@ -238,7 +238,7 @@ def check_arguments(
         )
     if bias_table is not None:
         _tensor(op, "bias_table", bias_table, device)
-        rows = math.prod(2 * t - 1 for t in table_shape)
+        rows = math.prod([2 * t - 1 for t in table_shape])  # a list: torch.compile cannot trace a generator here
         if tuple(bias_table.shape) != (rows, num_heads):
             raise ValueError(
                 f"{op}: bias_table must be (prod(2 * window - 1), num_heads) = ({rows}, {num_heads}) for window "

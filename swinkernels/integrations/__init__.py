@@ -1,0 +1,9 @@
+"""Other libraries' models on this package's kernels: one file per library, and what puts them in place.
+
+An adapter swaps the class of a module, not the module: parameters, buffers, hooks and names stay as they are.
+"""
+
+from swinkernels.integrations._accelerate import accelerate, restore
+from swinkernels.integrations._report import Replaced, Report, Skipped
+
+__all__ = ["Replaced", "Report", "Skipped", "accelerate", "restore"]

@@ -1,0 +1,140 @@
+"""accelerate and restore: they find the modules that an adapter knows and swap their classes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from swinkernels.integrations._adapter import BACKEND_ATTRIBUTE, SUPPORTED, Adapter, loaded_adapters
+from swinkernels.integrations._backend_choice import backend_choice
+from swinkernels.integrations._report import Replaced, Report, Skipped
+from swinkernels.integrations._verify import verify as _verify
+from swinkernels.ops._backends import BACKENDS
+
+
+def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> Report:
+    """Let the supported blocks of a model run on this package's ops, in place.
+
+    Only the class of a block changes, to a subclass that computes the same in another way: parameters, buffers,
+    ``state_dict``, hooks and ``isinstance`` stay, ``copy.deepcopy`` and ``pickle`` work, and :func:`restore` undoes it.
+    It may be called again, with another backend, or after the model was changed.
+
+    Args:
+        model: any module; supported are the blocks of timm's Swin Transformer (v1), on any device, in any dtype.
+        backend: "auto", "cuda", "triton", "cpu" or "reference", as in
+            :func:`swinkernels.window_attention_qkvpacked`. "auto" chooses at every call.
+        verify: compare each replaced block with the original on a random map of its own size, outputs and gradients,
+            before anything is changed.
+
+    Returns:
+        A :class:`Report` of what was replaced, what it runs on, and what was left and why. A model without supported
+        blocks is left as it is, and ``Report.reason`` says so.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: there is no such backend.
+        VerificationError: ``verify`` found a block that differs; the model is as it was.
+    """
+    _check_module("accelerate", model)
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"accelerate: backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+    adapters = loaded_adapters()
+    report = Report()
+    to_accelerate: list[tuple[nn.Module, Adapter]] = []
+    to_restore: list[tuple[nn.Module, Adapter]] = []
+    for path, module, adapter, reason in _candidates(model, adapters):
+        if reason is None:
+            reason = adapter.reason_to_skip(module)
+            if reason is not None and type(module) is adapter.accelerated:  # it has been changed since
+                to_restore.append((module, adapter))
+        if reason is not None:
+            report.skipped.append(Skipped(path, type(module).__name__, adapter.name, reason))
+            continue
+        if verify:
+            _verify(adapter, path, module, backend)
+        chosen, remarks = backend_choice(adapter, module, backend)
+        report.replaced.append(Replaced(path, adapter.original.__name__, adapter.name, chosen, remarks))
+        to_accelerate.append((module, adapter))
+    for module, adapter in to_accelerate:
+        module.__class__ = adapter.accelerated
+        module.__dict__[BACKEND_ATTRIBUTE] = backend
+    for module, adapter in to_restore:
+        _restore(module, adapter)
+    if not report.replaced and not report.skipped:
+        report.reason = f"Nothing to replace in {type(model).__name__}: it contains no {SUPPORTED}."
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`accelerate`: every replaced block is the library's own again. Other modules are left alone.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check_module("restore", model)
+    accelerated = {adapter.accelerated: adapter for adapter in loaded_adapters()}
+    for module in model.modules():
+        if type(module) in accelerated:
+            _restore(module, accelerated[type(module)])
+
+
+def _restore(module: nn.Module, adapter: Adapter) -> None:
+    module.__class__ = adapter.original
+    for name in [n for n in module.__dict__ if n.startswith("_swinkernels_")]:
+        del module.__dict__[name]
+
+
+def _check_module(op: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[tuple[str, nn.Module, Adapter, str | None]]:
+    """Every module that an adapter knows, each once: path, module, adapter and, if it is clear, why not to touch it."""
+    seen: set[nn.Module] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter, str | None]]:
+        if module in seen:
+            return
+        seen.add(module)
+        closed = _closed(module)
+        if closed is not None:
+            seen.update(module.modules())
+            for adapter in adapters:
+                if any(_resembles(m, adapter) for m in module.modules()):
+                    yield path, module, adapter, closed
+            return
+        for adapter in adapters:
+            if type(module) in (adapter.original, adapter.accelerated):
+                yield path, module, adapter, None
+                return
+            if isinstance(module, adapter.original):
+                name = type(module).__name__
+                yield path, module, adapter, f"{name} is a subclass, which may compute something else"
+                return
+        for name, child in module.named_children():
+            yield from walk(f"{path}.{name}" if path else name, child)
+
+    yield from walk("", model)
+
+
+def _resembles(module: nn.Module, adapter: Adapter) -> bool:
+    # A scripted module has another class, and remembers the name of its first one.
+    return isinstance(module, adapter.original) or getattr(module, "original_name", None) == adapter.original.__name__
+
+
+def _closed(module: nn.Module) -> str | None:
+    """Why nothing inside a module may be changed, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled by TorchScript: accelerate the model before"
+    if isinstance(module, torch.fx.GraphModule):
+        return "it is a torch.fx graph: accelerate the model before making it"
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # an import would take seconds
+    compiled = eval_frame is not None and isinstance(module, eval_frame.OptimizedModule)
+    if compiled or getattr(module, "_compiled_call_impl", None) is not None:
+        return "it is compiled by torch.compile: accelerate the model first, then compile it"
+    return None

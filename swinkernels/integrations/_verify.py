@@ -1,0 +1,69 @@
+"""A replaced module beside the original one, on random numbers."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from swinkernels.integrations._adapter import BACKEND_ATTRIBUTE, Adapter
+
+_BATCH = 2  # a wrong stride between images shows from the second on
+
+
+class VerificationError(RuntimeError):
+    """The accelerated module does not compute what the original one does."""
+
+
+def verify(adapter: Adapter, path: str, module: nn.Module, backend: str) -> None:
+    """Raise VerificationError unless the accelerated module's output and gradients are as good as the original's.
+
+    Both run on copies, in eval mode, on the same random map; the judge is the original in float64. The accelerated
+    error may be at most twice the original's, plus what rounding the result once to the dtype costs. The module, its
+    gradients and the state of every random number generator stay as they are.
+    """
+    weight = adapter.qkv_weight(module)
+    if weight.is_meta:
+        raise ValueError(f"accelerate: verify=True needs parameters with values, those of {path!r} are on meta")
+    dtype, device = weight.dtype, weight.device
+    generator = torch.Generator().manual_seed(0)
+    shape = (_BATCH, *adapter.map_size(module), weight.shape[1])
+    x, dout = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        plain = copy.deepcopy(module).eval().requires_grad_(True)
+        plain.__class__ = adapter.original
+        fast = copy.deepcopy(plain)
+        fast.__class__ = adapter.accelerated
+        fast.__dict__[BACKEND_ATTRIBUTE] = backend
+        results = [
+            _run(adapter, m, x.to(wide), dout.to(wide))
+            for m, wide in ((fast, dtype), (plain, dtype), (plain.to(torch.float64), torch.float64))
+        ]
+    for name in results[-1]:
+        _check(path, name, *(result[name] for result in results))
+
+
+def _run(adapter: Adapter, module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    out = adapter.attention(module, x)
+    leaves = {"the input": x, **dict(module.named_parameters())}
+    grads = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
+    gradients = {f"the gradient of {name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
+    return {"the output": out.detach(), **gradients}
+
+
+def _check(path: str, name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    eps = torch.finfo(got.dtype).eps
+    # Float64 has no wider judge: what a sum of a thousand terms rounds off is granted instead.
+    rounding = 32 * eps if got.dtype == torch.float64 else eps
+    error, base = got.double() - exact, plain.double() - exact
+    for measure, of in (("RMS", lambda t: t.square().mean().sqrt()), ("largest", lambda t: t.abs().max())):
+        e, limit = of(error).item(), (2 * of(base) + rounding * of(exact)).item()
+        if not e <= limit:  # NaN fails
+            where = path or "the model itself"
+            raise VerificationError(
+                f"accelerate: {where}: {name} is off by {e:.3g} ({measure} error against float64); "
+                f"{limit:.3g} is allowed, the original is off by {of(base).item():.3g}. The model was left as it was."
+            )
