@@ -60,7 +60,7 @@ class FixedDropPath(nn.Module):
         return x * DROP.reshape(-1, *(1,) * (x.dim() - 1))
 
 
-@pytest.mark.parametrize("size, shift", [((8, 8), 0), ((7, 10), 2)])
+@pytest.mark.parametrize(("size", "shift"), [((8, 8), 0), ((7, 10), 2)])
 def test_timm_v1_block(size, shift):
     swin = pytest.importorskip("timm.models.swin_transformer", reason="timm is not installed")
     block = randomised(swin.SwinTransformerBlock(DIM, size, HEADS, window_size=4, shift_size=shift))
@@ -88,7 +88,7 @@ def test_timm_v1_block(size, shift):
     assert_same(ours, lambda: block(x), [x, *block.parameters()])
 
 
-@pytest.mark.parametrize("size, shift", [((8, 8), 0), ((7, 10), 2)])
+@pytest.mark.parametrize(("size", "shift"), [((8, 8), 0), ((7, 10), 2)])
 def test_timm_v2_block(size, shift):
     swin = pytest.importorskip("timm.models.swin_transformer_v2", reason="timm is not installed")
     block = randomised(swin.SwinTransformerV2Block(DIM, size, HEADS, 4, shift))
@@ -170,7 +170,7 @@ def mlp(block, x, norm, fc1, fc2, drop_path_scale, **options):
     )
 
 
-@pytest.mark.parametrize("size, window", [((5, 7), (4, 4)), ((3, 5, 4), (2, 3, 3))])
+@pytest.mark.parametrize(("size", "window"), [((5, 7), (4, 4)), ((3, 5, 4), (2, 3, 3))])
 def test_monai_block(size, window):
     unetr = pytest.importorskip("monai.networks.nets.swin_unetr", reason="monai is not installed")
     shift = tuple(w // 2 for w in window)
@@ -237,18 +237,17 @@ def test_pad_tokens_are_zero_after_the_norm():
 
 def test_autocast_does_not_round_inside():
     x, weight = draw(2, 4, 4, 8).float(), draw(24, 8, seed=2).float()
-    call = (
-        lambda: reference.attention_half(  # noqa: E731
-            x, None, None, weight, None, weight[:8], None, num_heads=2, window_size=4
-        )
-    )
+
+    def call():
+        return reference.attention_half(x, None, None, weight, None, weight[:8], None, num_heads=2, window_size=4)
+
     plain = call()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(call(), plain)
 
 
 @pytest.mark.parametrize(
-    "call, match",
+    ("call", "match"),
     [
         (lambda x, w: reference.layer_norm(x, w[0, :3]), "weight"),
         (lambda x, w: reference.residual_layer_norm(x, x[:1]), "shape"),

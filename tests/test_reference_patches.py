@@ -16,7 +16,7 @@ SIZES_3D = [(4, 2, 6), (3, 4, 5), (1, 3, 2), (2, 2, 3)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("library, version", [("timm", 1), ("timm", 2), ("torchvision", 1), ("torchvision", 2)])
+@pytest.mark.parametrize(("library", "version"), [("timm", 1), ("timm", 2), ("torchvision", 1), ("torchvision", 2)])
 def test_merging_timm_and_torchvision(library, version, size):
     name = {
         ("timm", 1): ("timm.models.swin_transformer", "PatchMerging"),
@@ -37,7 +37,7 @@ def test_merging_timm_and_torchvision(library, version, size):
 
 
 @pytest.mark.parametrize(
-    "name, size, order",
+    ("name", "size", "order"),
     [
         *(("PatchMerging", size, "monai") for size in SIZES + SIZES_3D),
         *(("PatchMergingV2", size, "row_major" if len(size) == 3 else "swin") for size in SIZES[:2] + SIZES_3D),
@@ -61,7 +61,7 @@ def test_merging_monai(name, size, order):
 
 
 def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
-    """Which input number lands in which merged channel: the reduction is the identity, the norm affine-free and undone."""
+    """Which input number lands in which merged channel: an identity reduction, and a norm that keeps the order."""
     n = 2**rank * channels
     x = torch.arange(float(n), dtype=torch.float64).reshape(1, *(2,) * rank, channels)
     y = reference.patch_merging(x, None, None, torch.eye(n, dtype=torch.float64), order=order, eps=0.0).flatten()
@@ -69,7 +69,7 @@ def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "order, rank, expected",
+    ("order", "rank", "expected"),
     [
         ("swin", 2, [0, 2, 1, 3]),
         ("monai", 2, [0, 2, 1, 3]),
@@ -160,7 +160,7 @@ def test_merging_gradcheck(norm):
 
 
 @pytest.mark.parametrize("batch", [0, 2])
-@pytest.mark.parametrize("factor, out", [(2, 6), (4, 12), ((2, 4), 6)])
+@pytest.mark.parametrize(("factor", "out"), [(2, 6), (4, 12), ((2, 4), 6)])
 def test_expanding_swin_unet(factor, out, batch):
     """Swin-Unet's PatchExpand and FinalPatchExpand_X4: Linear, 'b h w (p1 p2 c) -> b (h p1) (w p2) c', LayerNorm."""
     einops = pytest.importorskip("einops", reason="einops is not installed")
@@ -206,7 +206,7 @@ def test_expanding_undoes_merging():
 
 
 @pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize("size, patch", [((8, 12), 4), ((9, 5), 4), ((6, 6), 2)])
+@pytest.mark.parametrize(("size", "patch"), [((8, 12), 4), ((9, 5), 4), ((6, 6), 2)])
 def test_embed_timm(size, patch, has_norm):
     layers = pytest.importorskip("timm.layers", reason="timm is not installed")
     embed = layers.PatchEmbed(
@@ -224,7 +224,7 @@ def test_embed_timm(size, patch, has_norm):
 
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize(
-    "size, patch", [((8, 6), (2, 2)), ((7, 6), (4, 4)), ((4, 6, 2), (2, 2, 2)), ((3, 5, 9), (2, 4, 4))]
+    ("size", "patch"), [((8, 6), (2, 2)), ((7, 6), (4, 4)), ((4, 6, 2), (2, 2, 2)), ((3, 5, 9), (2, 4, 4))]
 )
 def test_embed_monai(size, patch, has_norm):
     blocks = pytest.importorskip("monai.networks.blocks", reason="monai is not installed")
@@ -248,7 +248,7 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize(
-    "call, match",
+    ("call", "match"),
     [
         (lambda: reference.patch_merging(draw(4, 4, C), None, None, draw(7, 4 * C)), "x must be"),
         (lambda: reference.patch_merging(draw(1, 4, 4, C), None, None, draw(7, 8 * C)), "weight"),

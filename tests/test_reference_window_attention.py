@@ -40,7 +40,7 @@ TIMM_CASES = [  # size, window, shift, always_partition
 ]
 
 
-@pytest.mark.parametrize("size, window, shift, always", TIMM_CASES)
+@pytest.mark.parametrize(("size", "window", "shift", "always"), TIMM_CASES)
 def test_timm_v1(size, window, shift, always):
     swin = pytest.importorskip("timm.models.swin_transformer", reason="timm is not installed")
     block = randomised(
@@ -63,7 +63,7 @@ def test_timm_v1(size, window, shift, always):
     )
 
 
-@pytest.mark.parametrize("size, window, shift, always", TIMM_CASES)
+@pytest.mark.parametrize(("size", "window", "shift", "always"), TIMM_CASES)
 def test_timm_v2(size, window, shift, always):
     swin = pytest.importorskip("timm.models.swin_transformer_v2", reason="timm is not installed")
     block = swin.SwinTransformerV2Block(DIM, size, HEADS, window, shift, always_partition=always)
@@ -88,7 +88,7 @@ def test_timm_v2(size, window, shift, always):
     assert_same(ours, lambda: block._attn(x), [x, *attn.parameters()], tolerance=1e-9)
 
 
-@pytest.mark.parametrize("size, window, shift", [((8, 12), 4, 2), ((9, 6), 4, 2)])
+@pytest.mark.parametrize(("size", "window", "shift"), [((8, 12), 4, 2), ((9, 6), 4, 2)])
 def test_timm_v2_cr(size, window, shift):
     swin = pytest.importorskip("timm.models.swin_transformer_v2_cr", reason="timm is not installed")
     block = randomised(swin.SwinTransformerV2CrBlock(DIM, HEADS, size, (window, window), (shift, shift)))
@@ -114,7 +114,7 @@ def test_timm_v2_cr(size, window, shift):
 
 @pytest.mark.parametrize("version", ["ShiftedWindowAttention", "ShiftedWindowAttentionV2"])
 @pytest.mark.parametrize(
-    "size, window, shift",
+    ("size", "window", "shift"),
     [
         ((8, 8), (4, 4), (0, 0)),
         ((8, 12), (4, 4), (2, 2)),
@@ -145,7 +145,7 @@ def test_torchvision(version, size, window, shift):
 
 
 @pytest.mark.parametrize(
-    "size, window, shift",
+    ("size", "window", "shift"),
     [
         ((8, 12), (4, 4), (0, 0)),
         ((9, 14), (4, 4), (2, 2)),
@@ -191,7 +191,7 @@ def test_monai_clamped_index_is_not_geometric():
 
 
 @pytest.mark.parametrize("partition", ["grid", "block"])
-@pytest.mark.parametrize("size, window", [((4, 8), (2, 2)), ((6, 6), (3, 2)), ((3, 4), (3, 4))])
+@pytest.mark.parametrize(("size", "window"), [((4, 8), (2, 2)), ((6, 6), (3, 2)), ((3, 4), (3, 4))])
 def test_timm_maxvit(partition, size, window):
     maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm is not installed")
     cfg = maxxvit.MaxxVitTransformerCfg(
@@ -240,7 +240,7 @@ def pad_map(x: Tensor, pad: Tensor, before: tuple[int, ...], frame: tuple[int, .
 
 
 def slice_regions(frame, window, shift, periodic=None) -> Tensor:
-    """The image of region numbers of the published codes; on a periodic axis the regions either side of the seam are one."""
+    """The image of region numbers of the published codes; a periodic axis has one region."""
     regions = torch.zeros(frame, dtype=torch.long)
     per_axis = [
         [slice(0, p)] if s == 0 or wraps else [slice(0, p - w), slice(p - w, p - s), slice(p - s, p)]
@@ -353,7 +353,7 @@ def test_against_literal_code(data):
 @pytest.mark.parametrize("size", [(2, 6, 12), (3, 7, 13), (4, 10, 10), (1, 3, 6)])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 3)])
 def test_aurora(size, shift):
-    """Roll, then two-sided padding; regions on the unpadded map, the width's seam merged, pad tokens a group of their own."""
+    """Roll, then pad both sides; regions of the unpadded map, the width's seam merged, pad tokens their own group."""
     window = (2, 3, 6)
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
     before = tuple((p - s) // 2 for p, s in zip(frame, size, strict=True))
@@ -568,7 +568,8 @@ def test_logit_scale_is_clamped():
     below, grad_below = run([math.log(100.0) - 1e-12, 2.0])
     above, grad_above = run([7.0, 2.0])
     torch.testing.assert_close(below, above, rtol=0, atol=1e-9)
-    assert grad_above[0] == 0 and grad_below[0].abs() > 1e-6
+    assert grad_above[0] == 0
+    assert grad_below[0].abs() > 1e-6
     assert grad_above[1] == grad_below[1] != 0
 
 
@@ -607,7 +608,8 @@ def test_empty_batch():
     out = reference.window_attention_qkvpacked(qkv, table, num_heads=2, window_size=4, shift_size=2)
     assert out.shape == (0, 5, 6, 8)
     dqkv, dtable = torch.autograd.grad(out.sum(), (qkv, table))
-    assert dqkv.shape == qkv.shape and torch.equal(dtable, torch.zeros_like(table))
+    assert dqkv.shape == qkv.shape
+    assert torch.equal(dtable, torch.zeros_like(table))
 
 
 def test_any_strides():
@@ -621,7 +623,7 @@ def test_any_strides():
 
 
 @pytest.mark.parametrize(
-    "arguments, match",
+    ("arguments", "match"),
     [
         ({"window_size": 0}, "window_size"),
         ({"window_size": 2, "shift_size": 2}, "shift_size"),

@@ -30,9 +30,11 @@ def test_reverse_undoes_partition_bit_for_bit(data):
     x = (100 * draw(2, *size, 3)).to(dtype)
     windows = reference.window_partition(x, window, shift, pad_order=pad_order)
     num_windows = math.prod(math.ceil(s / w) for s, w in zip(size, window, strict=True))
-    assert windows.shape == (2 * num_windows, math.prod(window), 3) and windows.dtype == dtype
+    assert windows.shape == (2 * num_windows, math.prod(window), 3)
+    assert windows.dtype == dtype
     back = reference.window_reverse(windows, window, size, shift, pad_order=pad_order)
-    assert back.dtype == dtype and torch.equal(back, x)
+    assert back.dtype == dtype
+    assert torch.equal(back, x)
     # Every token occurs once, all else is zero.
     assert (windows.double().square().sum() - x.double().square().sum()).abs() < 1e-6
 
@@ -76,7 +78,7 @@ def test_the_two_are_adjoint(data):
     assert torch.equal(torch.autograd.grad(back, y, dout)[0], expected)
 
 
-@pytest.mark.parametrize("size, window", [((8, 12), (4, 3)), ((5, 5), (5, 5))])
+@pytest.mark.parametrize(("size", "window"), [((8, 12), (4, 3)), ((5, 5), (5, 5))])
 def test_timm(size, window):
     swin = pytest.importorskip("timm.models.swin_transformer", reason="timm is not installed")
     x = draw(2, *size, 3)
@@ -85,7 +87,7 @@ def test_timm(size, window):
     assert torch.equal(reference.window_reverse(expected.flatten(1, 2), window, size), x)
 
 
-@pytest.mark.parametrize("size, window", [((8, 12), (4, 3)), ((4, 6, 4), (2, 3, 4))])
+@pytest.mark.parametrize(("size", "window"), [((8, 12), (4, 3)), ((4, 6, 4), (2, 3, 4))])
 def test_monai(size, window):
     unetr = pytest.importorskip("monai.networks.nets.swin_unetr", reason="monai is not installed")
     x = draw(2, *size, 3)
@@ -108,7 +110,7 @@ def test_sign_of_the_shift():
     assert reference.window_partition(x, 2, 1)[0, :, 0].tolist() == [5, 6, 9, 10]
 
 
-@pytest.mark.parametrize("pad_order, expected", [("pad_then_roll", [2, 3, 0, 1]), ("roll_then_pad", [2, 3, 1, 0])])
+@pytest.mark.parametrize(("pad_order", "expected"), [("pad_then_roll", [2, 3, 0, 1]), ("roll_then_pad", [2, 3, 1, 0])])
 def test_pad_orders_differ(pad_order, expected):
     """Three tokens 1, 2, 3 in windows of two, shift 1."""
     x = torch.tensor([[1], [2], [3]]).reshape(1, 1, 3, 1)
@@ -128,7 +130,7 @@ def test_empty_batch_and_strides():
 
 
 @pytest.mark.parametrize(
-    "call, match",
+    ("call", "match"),
     [
         (lambda: reference.window_partition(draw(4, 4, 3), 2), "x must be"),
         (lambda: reference.window_partition(draw(1, 4, 4, 3), 0), "window_size"),
