@@ -109,9 +109,8 @@ def test_the_check_sees(tmp_path, path, line):
         (tmp_path / part / "b.py").write_text("")
     (tmp_path / "__init__.py").write_text("from swinkernels import reference\nfrom swinkernels.ops import b\n")
     (tmp_path / "_extension.py").write_text("import importlib\nimportlib.import_module('swinkernels._C')\n")
-    (tmp_path / "integrations" / "c.py").write_text("from ..ops.b import x\nfrom . import b\nfrom swinkernels.nn import b")
-        "from ..ops.b import x\nfrom . import b\nfrom swinkernels.nn import b\n"
-    )
+    allowed = "from ..ops.b import x\nfrom . import b\nfrom swinkernels.nn import b\n"
+    (tmp_path / "integrations" / "c.py").write_text(allowed)
     assert wrong_imports(tmp_path) == []
     (tmp_path / path).write_text(line)
     assert len(wrong_imports(tmp_path)) == 1

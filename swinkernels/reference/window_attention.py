@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def window_attention(
     grid: bool = False,
     return_attention: bool = False,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:  # a Tensor, or a tuple with what was asked for besides
     r"""Attention inside the shifted windows of a feature map, from separate q, k and v.
 
     In every window, for tokens i and j and each head,
@@ -161,7 +162,7 @@ def window_attention(
 
 def window_attention_qkvpacked(
     qkv: Tensor, bias_table: Tensor | None = None, *, num_heads: int, window_size: Ints, **kwargs
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:  # a Tensor, or a tuple with what was asked for besides
     r"""Attention inside the shifted windows of a feature map whose tokens hold q, k and v together.
 
     Args:
