@@ -66,7 +66,7 @@ gpu-build:
 gpu-test: gpu-build
 	mkdir -p $(RESULTS)
 	$(PYTHON) -m pytest -m gpu -q --junitxml=$(RESULTS)/gpu-test.xml $(PYTEST_ARGS); \
-	status=$$?; $(PYTHON) -m benchmarks.test_summary $(RESULTS)/gpu-test.xml $(RESULTS)/gpu-test.csv; exit $$status
+	status=$$?; $(PYTHON) -m benchmarks.junit_summary $(RESULTS)/gpu-test.xml $(RESULTS)/gpu-test.csv; exit $$status
 
 gpu-bench: gpu-build
 	$(PYTHON) -m benchmarks.gpu_suite --out $(RESULTS)

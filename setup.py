@@ -169,6 +169,8 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
         define_macros=[("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH))]
         + ([("SWINKERNELS_WITH_CUDA", None), ("USE_CUDA", None)] if plan.toolkit else []),
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
+        # A symbol that nobody defines is an error of the build, not of the first import.
+        extra_link_args=["-Wl,--no-undefined"] if sys.platform == "linux" else [],
         py_limited_api=True,
     )
 

@@ -44,7 +44,7 @@ def attention_half(
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any floating dtype.
         norm_weight, norm_bias: (C,), or None for 1 and 0.
-        qkv_weight, qkv_bias: (3A, C) and (3A,) or None, A = num_heads * head_dim; rows ordered (3, num_heads, head_dim).
+        qkv_weight, qkv_bias: (3A, C) and (3A,) or None, A = num_heads * head_dim; rows are (3, num_heads, head_dim).
         proj_weight, proj_bias: (C, A) and (C,) or None.
         bias_table: relative position bias, (prod(2 * window - 1), num_heads).
         num_heads, window_size: as for :func:`swinkernels.window_attention`.

@@ -15,7 +15,7 @@ APPROXIMATIONS = ("none", "tanh")
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x times the normal distribution function of x, exact or by its tanh approximation (MaxViT's TensorFlow models)."""
+    """x times the normal distribution function of x, exact or by its tanh approximation (MaxViT-tf)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide)
     if approximate == "none":

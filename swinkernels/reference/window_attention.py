@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def window_attention(
     grid: bool = False,
     return_attention: bool = False,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:  # a Tensor, or a tuple with what was asked for besides
     r"""Attention inside the shifted windows of a feature map, from separate q, k and v.
 
     In every window, for tokens i and j and each head,
@@ -81,8 +82,8 @@ def window_attention(
     Returns:
         (B, \*S, num_heads * head_dim) in the dtype of q, contiguous. The arithmetic is in float32, or in float64 if q
         is, whatever autocast says; the result is rounded once. An empty batch gives an empty result.
-        The gradient of a clamped ``logit_scale`` is zero above ln 100 and passes at it. A pad token whose k is zero has
-        cosine 0 with everything, and the gradient of that k (a part of ``pad_qkv``) is of the order of 1e12: models
+        The gradient of ``logit_scale`` is zero above ln 100 (at it, that of torch.clamp). A pad token whose k is zero
+        has cosine 0 with everything, and the gradient of that k (a part of ``pad_qkv``) is of the order of 1e12: models
         whose k has no bias have no parameter there.
 
     Raises:
@@ -161,7 +162,7 @@ def window_attention(
 
 def window_attention_qkvpacked(
     qkv: Tensor, bias_table: Tensor | None = None, *, num_heads: int, window_size: Ints, **kwargs
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:  # a Tensor, or a tuple with what was asked for besides
     r"""Attention inside the shifted windows of a feature map whose tokens hold q, k and v together.
 
     Args:

@@ -99,32 +99,39 @@ def _locate(
 
 
 @triton.jit
-def _region(n0, n1, n2, token, size, cut, region_map, WINDOW: tl.constexpr, GRID: tl.constexpr):
-    """The region of tokens; tokens of a window that differ in it are masked."""
+def _beyond_seam(token, cut, WINDOW: tl.constexpr):
+    """A bit per axis: the token is beyond the shift's seam, if its window has the seam. Does not depend on the window."""
     t0, t1, t2 = _coordinates(token, WINDOW)
-    num0, num1, num2 = tl.cdiv(size[0], WINDOW[0]), tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
+    bits = (t0 >= cut[0]).to(tl.int32) + (t1 >= cut[1]).to(tl.int32) * 2
+    return bits + (t2 >= cut[2]).to(tl.int32) * 4
+
+
+@triton.jit
+def _seams(n0, n1, n2, size, cut, region_map, WINDOW: tl.constexpr):
+    """A bit per axis: the window has the seam, which only the last one of an axis does. Zero: nothing to mask."""
     if region_map is not None:
+        bits = n0 * 0 + 1
+    else:
+        bits = ((n0 == tl.cdiv(size[0], WINDOW[0]) - 1) & (cut[0] < WINDOW[0])).to(tl.int32)
+        bits += ((n1 == tl.cdiv(size[1], WINDOW[1]) - 1) & (cut[1] < WINDOW[1])).to(tl.int32) * 2
+        bits += ((n2 == tl.cdiv(size[2], WINDOW[2]) - 1) & (cut[2] < WINDOW[2])).to(tl.int32) * 4
+    return bits
+
+
+@triton.jit
+def _region(n0, n1, n2, token, beyond, seams, size, region_map, WINDOW: tl.constexpr, GRID: tl.constexpr):
+    """The region of tokens; tokens of a window that differ in it are masked."""
+    if region_map is None:
+        region = beyond & seams
+    else:
+        t0, t1, t2 = _coordinates(token, WINDOW)
+        num0, num1, num2 = tl.cdiv(size[0], WINDOW[0]), tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
         g0 = t0 * num0 + n0 if GRID else n0 * WINDOW[0] + t0
         g1 = t1 * num1 + n1 if GRID else n1 * WINDOW[1] + t1
         g2 = t2 * num2 + n2 if GRID else n2 * WINDOW[2] + t2
         at = (g0.to(tl.int64) * (num1 * WINDOW[1]) + g1) * (num2 * WINDOW[2]) + g2
         region = tl.load(region_map + at, mask=token < WINDOW[0] * WINDOW[1] * WINDOW[2], other=0)
-    else:  # only the last window of an axis has the seam in it
-        region = ((n0 == num0 - 1) & (t0 >= cut[0])).to(tl.int32)
-        region += ((n1 == num1 - 1) & (t1 >= cut[1])).to(tl.int32) * 2
-        region += ((n2 == num2 - 1) & (t2 >= cut[2])).to(tl.int32) * 4
     return region
-
-
-@triton.jit
-def _is_cut(n0, n1, n2, size, cut, region_map, WINDOW: tl.constexpr):
-    """Whether a window may hold tokens of different regions: most do not, and skip the comparison."""
-    if region_map is not None:
-        return n0 >= 0
-    cut0 = (n0 == tl.cdiv(size[0], WINDOW[0]) - 1) & (cut[0] < WINDOW[0])
-    cut1 = (n1 == tl.cdiv(size[1], WINDOW[1]) - 1) & (cut[1] < WINDOW[1])
-    cut2 = (n2 == tl.cdiv(size[2], WINDOW[2]) - 1) & (cut[2] < WINDOW[2])
-    return cut0 | cut1 | cut2
 
 
 @triton.jit
@@ -241,13 +248,13 @@ def _mask_tile(scores, query_region, key_region, mask_log2):
 
 @triton.jit
 def _probs_and_dscores(
-    q, k, v, dout, bias, lse, delta, is_cut, query_region, key_region, scale_log2, mask_log2,
+    q, k, v, dout, bias, lse, delta, seams, query_region, key_region, scale_log2, mask_log2,
     HAS_MASK: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P and dS of a tile of the backward pass; without delta, it is the row sum over this tile."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias
     if HAS_MASK:
-        if is_cut:
+        if seams != 0:
             scores = _mask_tile(scores, query_region, key_region, mask_log2)
     probs = tl.exp2(scores - (lse * _LOG2_E)[:, None])
     dprobs = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -275,6 +282,7 @@ def fwd_whole(
     count = tl.minimum(windows_per_program, batch_windows - first)
     image, n0, n1, n2 = _split_window(first, size, WINDOW)
     token = tl.arange(0, BLOCK_N)
+    beyond = _beyond_seam(token, cut, WINDOW)
     bias = _bias_tile(bias_table, token, token, num_heads, head, VOLUME, TABLE_WINDOW)
 
     for i in range(0, count):
@@ -295,8 +303,9 @@ def fwd_whole(
         )  # fmt: skip
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2 + bias
         if HAS_MASK:
-            if _is_cut(n0, n1, n2, size, cut, region_map, WINDOW):
-                region = _region(n0, n1, n2, token, size, cut, region_map, WINDOW, GRID)
+            seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
+            if seams != 0:
+                region = _region(n0, n1, n2, token, beyond, seams, size, region_map, WINDOW, GRID)
                 scores = _mask_tile(scores, region, region, mask_log2)
         top = tl.max(scores, axis=1)
         probs = tl.exp2(scores - top[:, None])
@@ -327,6 +336,7 @@ def bwd_whole(
     count = tl.minimum(windows_per_program, batch_windows - first)
     image, n0, n1, n2 = _split_window(first, size, WINDOW)
     token = tl.arange(0, BLOCK_N)
+    beyond = _beyond_seam(token, cut, WINDOW)
     bias = _bias_tile(bias_table, token, token, num_heads, head, VOLUME, TABLE_WINDOW)
     if dbias is not None:
         dbias_tile = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
@@ -354,10 +364,10 @@ def bwd_whole(
         dout_tile = _load_dense(dout, row, real, num_heads, head, HEAD_DIM, BLOCK_D)
         lse_row = ((first + i).to(tl.int64) * num_heads + head) * VOLUME
         lse_tile = tl.load(lse + lse_row + token, mask=token < VOLUME, other=0.0)
-        is_cut = _is_cut(n0, n1, n2, size, cut, region_map, WINDOW)
-        region = _region(n0, n1, n2, token, size, cut, region_map, WINDOW, GRID) if HAS_MASK else token
+        seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
+        region = _region(n0, n1, n2, token, beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else token
         probs, dscores, _ = _probs_and_dscores(
-            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, lse_tile, is_cut, region, region, scale_log2, mask_log2,
+            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, lse_tile, seams, region, region, scale_log2, mask_log2,
             HAS_MASK, False, PRECISION,
         )  # fmt: skip
         if dbias is not None:
@@ -403,8 +413,9 @@ def fwd_tiled(
     head = program % num_heads
     window = program // num_heads // Q_TILES
     query = program // num_heads % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query_beyond = _beyond_seam(query, cut, WINDOW)
     image, n0, n1, n2 = _split_window(window, size, WINDOW)
-    is_cut = _is_cut(n0, n1, n2, size, cut, region_map, WINDOW)
+    seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
     y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
     q_tile = _load_tokens(
         q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, query, real,
@@ -416,6 +427,7 @@ def fwd_tiled(
     result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
+        key_beyond = _beyond_seam(key, cut, WINDOW)
         z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
         k_tile = _load_tokens(
             k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
@@ -428,9 +440,9 @@ def fwd_tiled(
         bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2 + bias
         if HAS_MASK:
-            if is_cut:
-                query_region = _region(n0, n1, n2, query, size, cut, region_map, WINDOW, GRID)
-                key_region = _region(n0, n1, n2, key, size, cut, region_map, WINDOW, GRID)
+            if seams != 0:
+                query_region = _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID)
+                key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID)
                 scores = _mask_tile(scores, query_region, key_region, mask_log2)
         higher = tl.maximum(top, tl.max(scores, axis=1))  # finite: every key tile holds at least one token
         probs = tl.exp2(scores - higher[:, None])
@@ -460,8 +472,9 @@ def bwd_tiled_dq(
     head = program % num_heads
     window = program // num_heads // Q_TILES
     query = program // num_heads % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query_beyond = _beyond_seam(query, cut, WINDOW)
     image, n0, n1, n2 = _split_window(window, size, WINDOW)
-    is_cut = _is_cut(n0, n1, n2, size, cut, region_map, WINDOW)
+    seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
     y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
     q_tile = _load_tokens(
         q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, query, real,
@@ -471,11 +484,12 @@ def bwd_tiled_dq(
     dout_tile = _load_dense(dout, row, real, num_heads, head, HEAD_DIM, BLOCK_D)
     lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
     lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
-    query_region = _region(n0, n1, n2, query, size, cut, region_map, WINDOW, GRID) if HAS_MASK else query
+    query_region = _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
 
     delta_tile = tl.zeros([BLOCK_Q], tl.float32)
     for start in range(0, VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
+        key_beyond = _beyond_seam(key, cut, WINDOW)
         z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
         k_tile = _load_tokens(
             k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
@@ -486,9 +500,9 @@ def bwd_tiled_dq(
             VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
         )  # fmt: skip
         bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
-        key_region = _region(n0, n1, n2, key, size, cut, region_map, WINDOW, GRID) if HAS_MASK else key
+        key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
         _, _, delta_part = _probs_and_dscores(
-            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, lse_tile, is_cut, query_region, key_region,
+            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, lse_tile, seams, query_region, key_region,
             scale_log2, mask_log2, HAS_MASK, False, PRECISION,
         )  # fmt: skip
         delta_tile += delta_part
@@ -497,6 +511,7 @@ def bwd_tiled_dq(
     dq_tile = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
+        key_beyond = _beyond_seam(key, cut, WINDOW)
         z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
         k_tile = _load_tokens(
             k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
@@ -507,9 +522,9 @@ def bwd_tiled_dq(
             VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
         )  # fmt: skip
         bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
-        key_region = _region(n0, n1, n2, key, size, cut, region_map, WINDOW, GRID) if HAS_MASK else key
+        key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
         _, dscores, _ = _probs_and_dscores(
-            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, is_cut, query_region, key_region,
+            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, seams, query_region, key_region,
             scale_log2, mask_log2, HAS_MASK, True, PRECISION,
         )  # fmt: skip
         dq_tile = tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
@@ -532,8 +547,9 @@ def bwd_tiled_dkdv(
     group = program // num_heads
     window = group // K_TILES
     key = group % K_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
+    key_beyond = _beyond_seam(key, cut, WINDOW)
     image, n0, n1, n2 = _split_window(window, size, WINDOW)
-    is_cut = _is_cut(n0, n1, n2, size, cut, region_map, WINDOW)
+    seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
     z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
     k_tile = _load_tokens(
         k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
@@ -543,13 +559,14 @@ def bwd_tiled_dkdv(
         v, packed_offset, v_strides, pad_qkv, 2, num_heads, image, head, z0, z1, z2, key, has,
         VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
     )  # fmt: skip
-    key_region = _region(n0, n1, n2, key, size, cut, region_map, WINDOW, GRID) if HAS_MASK else key
+    key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
     lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
 
     dk_tile = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, VOLUME, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
+        query_beyond = _beyond_seam(query, cut, WINDOW)
         y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
         q_tile = _load_tokens(
             q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, query, real,
@@ -561,9 +578,9 @@ def bwd_tiled_dkdv(
         lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
         delta_tile = tl.load(delta + lse_row + query, mask=query < VOLUME, other=0.0)
         bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
-        query_region = _region(n0, n1, n2, query, size, cut, region_map, WINDOW, GRID) if HAS_MASK else query
+        query_region = _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
         probs, dscores, _ = _probs_and_dscores(
-            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, is_cut, query_region, key_region,
+            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, seams, query_region, key_region,
             scale_log2, mask_log2, HAS_MASK, True, PRECISION,
         )  # fmt: skip
         dv_tile = tl.dot(tl.trans(probs.to(q_tile.dtype)), dout_tile, dv_tile, input_precision=PRECISION)
@@ -600,7 +617,9 @@ def bwd_tiled_dbias(
     head = program % num_heads
     tile = program // num_heads
     key = tile % K_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
+    key_beyond = _beyond_seam(key, cut, WINDOW)
     query = tile // K_TILES % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query_beyond = _beyond_seam(query, cut, WINDOW)
     group = tile // (K_TILES * Q_TILES)
     first = group * windows_per_program
     count = tl.minimum(windows_per_program, batch_windows - first)
@@ -629,11 +648,11 @@ def bwd_tiled_dbias(
         lse_row = ((first + i).to(tl.int64) * num_heads + head) * VOLUME
         lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
         delta_tile = tl.load(delta + lse_row + query, mask=query < VOLUME, other=0.0)
-        is_cut = _is_cut(n0, n1, n2, size, cut, region_map, WINDOW)
-        query_region = _region(n0, n1, n2, query, size, cut, region_map, WINDOW, GRID) if HAS_MASK else query
-        key_region = _region(n0, n1, n2, key, size, cut, region_map, WINDOW, GRID) if HAS_MASK else key
+        seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
+        query_region = _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
+        key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
         _, dscores, _ = _probs_and_dscores(
-            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, is_cut, query_region, key_region,
+            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, seams, query_region, key_region,
             scale_log2, mask_log2, HAS_MASK, True, PRECISION,
         )  # fmt: skip
         dbias_tile += dscores
