@@ -103,8 +103,8 @@ def assert_within_budget(
 
     ``f32`` is the reference run in float32 on the same rounded inputs: its own error is granted on top, which is what
     counts where terms cancel. ``eps`` is that of the arithmetic, by default that of got's dtype (TF32: 2 ** -10).
-    ``terms`` replaces ``exact`` as the size that eps is relative to: that of the terms which cancel in it. Two bars: RMS
-    error at most 0.75 eps, and no element off by more than twice eps of the largest. NaN fails.
+    ``terms`` replaces ``exact`` as the size that eps is relative to: that of the terms which cancel in it. Two bars:
+    RMS error at most 0.75 eps, and no element off by more than twice eps of the largest. NaN fails.
     """
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     if got.numel() == 0:
@@ -114,13 +114,15 @@ def assert_within_budget(
     floor = torch.finfo(torch.float32).tiny  # float32 is not promised to hold less
     error, base = got.double() - exact, f32.double() - exact
     rms, limit = _rms(error), 0.75 * eps * _rms(size) + 2 * _rms(base) + floor
-    assert rms <= limit, f"{name}: RMS error {rms:.3g}, at most {limit:.3g} ({rms / (eps * _rms(size) + 1e-300):.2f} eps)"
+    assert rms <= limit, (
+        f"{name}: RMS error {rms:.3g}, at most {limit:.3g} ({rms / (eps * _rms(size) + 1e-300):.2f} eps)"
+    )
     worst = error.abs().max().item()
     limit = 2 * eps * size.abs().max().item() + 4 * base.abs().max().item() + floor
     assert worst <= limit, f"{name}: largest error {worst:.3g}, at most {limit:.3g}"
 
 
-def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The sizes of the terms that cancel in dq, dk and dbias: what these would be if every term had one sign.
 
     For v1 attention in float64. Keys as in :func:`run_case`; each value has the scale of that gradient, not its shape.

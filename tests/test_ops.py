@@ -16,9 +16,7 @@ from swinkernels.testing import WindowAttentionCase, check_window_attention, run
 OPS = {"packed": swinkernels.window_attention_qkvpacked, "separate": None}
 needs_cpu = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
 
-PADDED = WindowAttentionCase(
-    2, (5, 9), 2, 8, (4, 3), (2, 1), has_pad_qkv=True, options={"pad_order": "roll_then_pad"}
-)
+PADDED = WindowAttentionCase(2, (5, 9), 2, 8, (4, 3), (2, 1), has_pad_qkv=True, options={"pad_order": "roll_then_pad"})
 PLAIN = WindowAttentionCase(2, (6, 9), 2, 8, 3, 1)
 VOLUME = WindowAttentionCase(1, (4, 5, 6), 2, 8, (2, 3, 3), (1, 0, 1), has_pad_qkv=True)
 BARE = WindowAttentionCase(1, (4, 8), 1, 16, 4, 0, has_table=False)
