@@ -1,4 +1,7 @@
-"""Turns pytest's JUnit file into a CSV and a short table: ``python -m benchmarks.junit_summary tests.xml tests.csv``."""
+"""Turns pytest's JUnit file into a CSV and a short table.
+
+Run as ``python -m benchmarks.junit_summary tests.xml tests.csv``.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,35 @@
+"""For every test: fresh memory is NaN, GPU tests are skipped with a reason, Hypothesis repeats itself in CI."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("local", deadline=None)
+# The same examples every time: a change is not blamed for what chance found. Nothing is written to disk.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """An output element that a kernel forgets to write is NaN, which no comparison lets pass."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        # torch's own code, which kernels are compared with, may be what is not deterministic.
+        warnings.filterwarnings("ignore", message=".*deterministic", category=UserWarning)
+        yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
