@@ -120,7 +120,7 @@ def test_impossible_cuda(
     assert plan.toolkit is None  # auto: the CPU kernels alone, and the reason
     assert expected in plan.cuda_missing
     assert_one_sentence(plan.cuda_missing)
-    with pytest.raises(build.BuildError, match="^SWINKERNELS_BUILD=cuda, but ") as error:
+    with pytest.raises(build.BuildError, match=r"^SWINKERNELS_BUILD=cuda, but ") as error:
         build.make_plan({**environ, "SWINKERNELS_BUILD": "cuda"}, TORCH, torch_cuda, [])
     assert expected in str(error.value)
     assert_one_sentence(str(error.value))
