@@ -43,7 +43,7 @@ build: $(torch_stamp)
 	$(in_venv) $(run) setup.py build_ext --inplace
 
 demo: build
-	$(in_venv) $(run) -m demo
+	$(in_venv) $(run) -m swinkernels.demo
 
 # Two threads a process: the threading of the CPU kernels is tested without processes crowding each other out.
 test: build
