@@ -13,11 +13,11 @@ from torch.nn.utils import parametrizations, prune
 
 pytest.importorskip("timm", reason="timm is not installed")
 
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention  # noqa: E402
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 
-import swinkernels  # noqa: E402
-from swinkernels.integrations import timm as adapter  # noqa: E402
-from swinkernels.integrations._verify import VerificationError  # noqa: E402
+import swinkernels
+from swinkernels.integrations import timm as adapter
+from swinkernels.integrations._verify import VerificationError
 
 Accelerated = adapter.AcceleratedSwinTransformerBlock
 
@@ -359,6 +359,7 @@ def test_compile_follows_set_input_size_and_restore():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     torch._dynamo.reset()
     model = make_model(depths=(2,), num_heads=(2,)).layers[0].blocks[1]
@@ -798,7 +799,7 @@ def test_other_things_than_modules(function, model):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend must be 'auto' or one of .*, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*, got 'gpu'"):
         swinkernels.accelerate(nn.Linear(2, 2), backend="gpu")
 
 

@@ -35,7 +35,8 @@ def save_stages(path: Path, photo: np.ndarray, plain: dict[str, Tensor], fast: d
     names = [name for name in plain if name.startswith("stage")]
     fig = plt.figure(figsize=(4.2 + 2.9 * len(names), 7.6), layout="constrained")
     fig.suptitle(title, fontsize=13)
-    left, right = fig.subfigures(1, 2, width_ratios=(4.2, 2.9 * len(names)))
+    panels: Any = fig.subfigures(1, 2, width_ratios=(4.2, 2.9 * len(names)))
+    left, right = panels
     axis = left.subplots()
     axis.imshow(photo)
     axis.set_title(f"photograph, {photo.shape[1]} x {photo.shape[0]} pixels", fontsize=10)
@@ -51,11 +52,11 @@ def save_stages(path: Path, photo: np.ndarray, plain: dict[str, Tensor], fast: d
             image = axes[row, column].imshow(values, vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
         _colourbar(right, image, axes[:2, column], "first principal component")
         difference = (y - x).square().mean(-1).sqrt().numpy()
-        top = max(difference.max(), np.finfo(np.float32).tiny)  # equal outputs need a scale too
+        size = x.square().mean().sqrt().item()
+        top = max(difference.max(), 1e-7 * size)  # equal outputs need a scale too
         image = axes[2, column].imshow(difference, vmin=0, vmax=top, cmap="magma", interpolation="nearest")
         _colourbar(right, image, axes[2:, column], "RMS over channels")
         axes[0, column].set_title(f"{name}\n{x.shape[0]} x {x.shape[1]} tokens, {x.shape[2]} channels", fontsize=10)
-        size = x.square().mean().sqrt().item()
         relative = difference.max() / size
         axes[2, column].set_title(
             f"largest: {relative:.1e} of the output" if relative else "equal bit for bit", fontsize=9
@@ -92,9 +93,9 @@ def save_times(path: Path, samples: dict[str, dict[str, dict[str, list[float]]]]
             spread = np.stack((medians[name] - low, high - medians[name]))
             axis.bar(x, medians[name], 0.38, color=COLOURS[name], label=name, yerr=spread, capsize=3)
             tops = np.maximum(tops, high)
-        for x, top in enumerate(tops):
-            ratio = medians["timm"][x] / medians["swinkernels"][x]
-            axis.annotate(f"{ratio:.2f}x", (x, top), (0, 4), textcoords="offset points", ha="center", fontsize=9)
+        for position, top in enumerate(tops):
+            ratio = medians["timm"][position] / medians["swinkernels"][position]
+            axis.annotate(f"{ratio:.2f}x", (position, top), (0, 4), textcoords="offset points", ha="center", fontsize=9)
         axis.set_xticks(range(len(parts)), [_part_label(part) for part in parts])
         axis.set_ylabel("milliseconds (median, bars: quartiles)")
         axis.set_ylim(0, 1.15 * tops.max())

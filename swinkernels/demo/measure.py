@@ -38,7 +38,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def stages(model: nn.Module) -> dict[str, nn.Module]:
-    return {f"stage {i}": stage for i, stage in enumerate(model.layers, start=1)}
+    return {f"stage {i}": stage for i, stage in enumerate(model.get_submodule("layers").children(), start=1)}
 
 
 def outputs(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
