@@ -29,9 +29,9 @@ using ConstTokenMap = TokenMapOf<const void*>;
 //   region             shift == 0 or periodic ? 0 : (g >= frame - window) + (g >= frame - shift)
 // Two tokens of a window are masked when their regions differ on any axis, or, with a region map (int32, of the
 // frame's shape), when its values at their frame coordinates differ.
-// The bias of query i, key j is bias_table[r(i) - r(j) + r_max, head], where r(t) = sum over axes of the coordinate of t
-// *decoded row-major in table_window* times the axis' table stride, table strides being those of a row-major
-// (2 * table_window - 1) array, and r_max = sum over axes of (table_window - 1) * table stride.
+// The bias of query i, key j is bias_table[r(i) - r(j) + r_max, head], where r(t) = sum over axes of the coordinate of
+// t *decoded row-major in table_window* times the axis' table stride, table strides being those of a row-major (2 *
+// table_window - 1) array, and r_max = sum over axes of (table_window - 1) * table stride.
 struct WindowGeometry {
   int32_t size[3];          // S, tokens of the map
   int32_t window[3];        // tokens of a window; their product is N

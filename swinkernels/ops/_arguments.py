@@ -14,6 +14,7 @@ PAD_ORDERS = ("pad_then_roll", "roll_then_pad")
 MAX_WINDOW_VOLUME = 1024
 MAX_HEAD_DIM = 128
 MAX_ELEMENTS = 2**63 - 1
+LARGEST_FLOAT = torch.finfo(torch.float32).max  # numbers that meet float32 scores must be finite there too
 
 Ints = int | Sequence[int]
 
@@ -89,8 +90,8 @@ def _bools(op: str, name: str, value: Any, rank: int) -> tuple[bool, ...]:
 def _finite(op: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{op}: {name} must be finite, got {value!r}")
+    if not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:  # dynamo cannot trace math.isfinite of a symbolic float
+        raise ValueError(f"{op}: {name} must be a finite float32 number, got {value!r}")
     return float(value)
 
 
@@ -101,6 +102,8 @@ def _tensor(op: str, name: str, value: Any, device: torch.device, *, floating: b
         raise ValueError(
             f"{op}: all tensors must be on one device, got {name} on {value.device} and the map on {device}"
         )
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a strided tensor, got layout {value.layout}")
     if floating and value.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
     if not floating and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
@@ -110,10 +113,7 @@ def _tensor(op: str, name: str, value: Any, device: torch.device, *, floating: b
 def check_qkvpacked(op: str, qkv: Any, num_heads: Any) -> Tensor:
     """qkv as (B, *S, 3, num_heads, head_dim)."""
     _check_map(op, "qkv", qkv)
-    if not _is_int(num_heads):
-        raise TypeError(f"{op}: num_heads must be an int, got {num_heads!r}")
-    if num_heads < 1:
-        raise ValueError(f"{op}: num_heads must be at least 1, got {num_heads}")
+    _check_num_heads(op, num_heads)
     if qkv.dim() in (4, 5):
         if qkv.shape[-1] % (3 * num_heads) != 0 or qkv.shape[-1] == 0:
             raise ValueError(
@@ -147,10 +147,19 @@ def check_separate(op: str, q: Any, k: Any, v: Any, num_heads: Any) -> None:
             raise TypeError(f"{op}: q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{op}: all tensors must be on one device, got q on {q.device} and {name} on {x.device}")
+    _check_num_heads(op, num_heads)
+    if q.shape[-2] != num_heads:
+        raise ValueError(
+            f"{op}: num_heads must be the size of the last axis but one of q, {q.shape[-2]} ({_shape(q)}), "
+            f"got {num_heads}"
+        )
+
+
+def _check_num_heads(op: str, num_heads: Any) -> None:
     if not _is_int(num_heads):
         raise TypeError(f"{op}: num_heads must be an int, got {num_heads!r}")
-    if q.shape[-2] != num_heads:
-        raise ValueError(f"{op}: q has {q.shape[-2]} heads ({_shape(q)}), but num_heads={num_heads}")
+    if num_heads < 1:
+        raise ValueError(f"{op}: num_heads must be at least 1, got {num_heads}")
 
 
 def _check_map(op: str, name: str, x: Any) -> None:
@@ -197,10 +206,12 @@ def check_arguments(
 
     window = _ints(op, "window_size", window_size, rank)
     if any(w < 1 for w in window):
-        raise ValueError(f"{op}: window_size must be positive, got {window}")
+        raise ValueError(f"{op}: window_size must be at least 1 per axis, got {window}")
     n = math.prod(window)
     if n > MAX_WINDOW_VOLUME:
-        raise ValueError(f"{op}: a window may hold at most {MAX_WINDOW_VOLUME} tokens, got {window}, which holds {n}")
+        raise ValueError(
+            f"{op}: window_size may hold at most {MAX_WINDOW_VOLUME} tokens, got {window}, which holds {n}"
+        )
     shift = _ints(op, "shift_size", shift_size, rank)
     if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
         raise ValueError(f"{op}: shift_size must be in 0..window_size - 1 per axis, got {shift} for window {window}")
@@ -208,7 +219,10 @@ def check_arguments(
     frame = frame_size(size, window)
     # Scores are the largest thing a backend could hold: batch * windows * heads * N * N = batch * frame * heads * N.
     if tokens.shape[0] * math.prod(frame) * num_heads * max(n, 3 * head_dim) > MAX_ELEMENTS:
-        raise ValueError(f"{op}: batch {tokens.shape[0]} of frames {frame} has more elements than an int64 can count")
+        raise ValueError(
+            f"{op}: the map must be small enough for an int64 to count its scores, got {_shape(tokens)} "
+            f"with window_size {window}: split the batch"
+        )
     before = _ints(op, "pad_before", pad_before, rank)
     if any(not 0 <= b <= p - s for b, p, s in zip(before, frame, size, strict=True)):
         pads = tuple(p - s for p, s in zip(frame, size, strict=True))
@@ -216,30 +230,35 @@ def check_arguments(
             f"{op}: pad_before must be in 0..padding per axis; S = {size} and window {window} make the padding {pads}, "
             f"got {before}"
         )
+    if not isinstance(pad_order, str):
+        raise TypeError(f"{op}: pad_order must be one of {PAD_ORDERS}, got {pad_order!r}")
     if pad_order not in PAD_ORDERS:
         raise ValueError(f"{op}: pad_order must be one of {PAD_ORDERS}, got {pad_order!r}")
     wraps = _bools(op, "periodic", periodic, rank)
     if not isinstance(grid, bool):
         raise TypeError(f"{op}: grid must be a bool, got {grid!r}")
     if grid and any(shift):
-        raise ValueError(f"{op}: grid attention has no shift: shift_size must be 0, got {shift}")
+        raise ValueError(f"{op}: shift_size must be 0 with grid=True, which has no shift, got {shift}")
 
     table_shape = window if table_window is None else _ints(op, "table_window", table_window, rank)
     if table_window is not None and bias_table is None:
-        raise ValueError(f"{op}: table_window says how bias_table is numbered, but bias_table is None")
+        raise ValueError(
+            f"{op}: table_window must be None without a bias_table, whose numbering it is, got {table_window!r}"
+        )
     if any(t < 1 for t in table_shape):
-        raise ValueError(f"{op}: table_window must be positive, got {table_shape}")
+        raise ValueError(f"{op}: table_window must be at least 1 per axis, got {table_shape}")
     if math.prod(table_shape) < n:
         raise ValueError(
-            f"{op}: table_window {table_shape} has fewer tokens than window_size {window}: "
-            "it must be the window that the table was made for"
+            f"{op}: table_window must be the window that bias_table was made for, with at least the {n} tokens of "
+            f"window_size {window}, got {table_shape}"
         )
     if bias_table is not None:
         _tensor(op, "bias_table", bias_table, device)
         rows = math.prod([2 * t - 1 for t in table_shape])  # a list: torch.compile cannot trace a generator here
         if tuple(bias_table.shape) != (rows, num_heads):
+            window_name = "window_size" if table_window is None else "table_window"
             raise ValueError(
-                f"{op}: bias_table must be (prod(2 * window - 1), num_heads) = ({rows}, {num_heads}) for window "
+                f"{op}: bias_table must be (prod(2 * window - 1), num_heads) = ({rows}, {num_heads}) for {window_name} "
                 f"{table_shape}, got {_shape(bias_table)}"
             )
     if bias is not None:
@@ -256,13 +275,15 @@ def check_arguments(
                 f"(types follow the slowest axes), got {_shape(bias)}"
             )
     if bias is not None and bias_table is not None:
-        raise ValueError(f"{op}: give bias_table or bias, not both: add the table's bias to the dense one first")
+        raise ValueError(
+            f"{op}: bias must be None with a bias_table, got both: add the table's bias to the dense one first"
+        )
     if logit_scale is not None:
         _tensor(op, "logit_scale", logit_scale, device)
         if logit_scale.numel() != num_heads:
             raise ValueError(f"{op}: logit_scale must hold one value per head ({num_heads}), got {_shape(logit_scale)}")
         if scale is not None:
-            raise ValueError(f"{op}: scale (v1) and logit_scale (v2) exclude each other, got scale={scale!r}")
+            raise ValueError(f"{op}: scale (v1) must be None with a logit_scale (v2), got {scale!r}")
     if pad_qkv is not None:
         _tensor(op, "pad_qkv", pad_qkv, device)
         if tuple(pad_qkv.shape) not in ((3 * num_heads * head_dim,), (3, num_heads, head_dim)):
@@ -278,7 +299,9 @@ def check_arguments(
                 f"got {_shape(region_map)}"
             )
         if any(wraps):
-            raise ValueError(f"{op}: region_map replaces the regions of the shift: leave periodic False, got {wraps}")
+            raise ValueError(
+                f"{op}: periodic must be False with a region_map, which replaces the regions of the shift, got {wraps}"
+            )
     p = _finite(op, "dropout_p", dropout_p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in 0..1, got {p}")

@@ -56,7 +56,9 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-def window_attention_reasons(backend: str, args: WindowArguments, dtype: torch.dtype, device: torch.device) -> list[str]:
+def window_attention_reasons(
+    backend: str, args: WindowArguments, dtype: torch.dtype, device: torch.device
+) -> list[str]:
     """The reasons why a backend cannot run these inputs; empty if it can."""
     if backend == "reference":
         return []

@@ -105,9 +105,14 @@ def _three(values: Sequence, leading) -> list:
     return [leading] * (3 - len(values)) + list(values)
 
 
-def _allow_tf32(x: Tensor) -> bool:
-    """Torch's own switch, which only float32 on CUDA has."""
-    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+def _tf32_switch() -> bool:
+    """Torch's switch for float32 products on CUDA, in whichever of its forms it was set."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# Dynamo cannot trace the getter, and compiled code settles the switch when it is compiled, as torch's own matmul does.
+# This is torch.compiler.assume_constant_result, which would import all of dynamo (a second) with this package.
+_tf32_switch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -163,7 +168,7 @@ def _attend(form: str, maps: tuple[Tensor, ...], args: WindowArguments, backend:
         args.grid,
         args.scale,
         args.mask_value,
-        _allow_tf32(x),
+        x.is_cuda and x.dtype == torch.float32 and _tf32_switch(),
     )
     return out
 

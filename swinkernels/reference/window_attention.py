@@ -1,4 +1,4 @@
-"""Window attention as DESIGN defines it, in plain PyTorch: every step is written out, nothing is optimised.
+"""Window attention in plain PyTorch: every step is written out, nothing is optimised.
 
 Works in any floating dtype, in float64 if the inputs are float64, and is differentiable by autograd (twice, too).
 It shares no code with the fast paths, which are compared with it.
@@ -8,90 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Ints = int | Sequence[int]
-
-
-def _per_axis(value, rank: int) -> tuple:
-    return tuple(value) if isinstance(value, Sequence) else (value,) * rank
-
-
-def frame_size(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """The map's size rounded up to whole windows, per axis."""
-    return tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
-
-
-def _window_coordinates(frame: Sequence[int], window: Sequence[int], grid: bool, device) -> list[Tensor]:
-    """Frame coordinate of every token of every window, per axis: each (num_windows, N)."""
-    axes = []
-    for p, w in zip(frame, window, strict=True):
-        g = torch.arange(p, device=device)
-        # (windows, tokens) on this axis: consecutive tokens, or tokens strided over the map
-        axes.append(g.reshape(w, p // w).T if grid else g.reshape(p // w, w))
-    rank = len(axes)
-    coordinates = []
-    for i, g in enumerate(axes):
-        shape = [1] * (2 * rank)
-        shape[i], shape[rank + i] = g.shape
-        full = [a.shape[0] for a in axes] + [a.shape[1] for a in axes]
-        n = math.prod(full[:rank])
-        coordinates.append(g.reshape(shape).expand(full).reshape(n, -1))
-    return coordinates
-
-
-def source_index(
-    size: Sequence[int],
-    window: Sequence[int],
-    shift: Sequence[int],
-    *,
-    pad_order: str = "pad_then_roll",
-    pad_before: Sequence[int] | None = None,
-    grid: bool = False,
-    device=None,
-) -> Tensor:
-    """(num_windows, N): the token of the row-major map that each window token is; prod(size) for a pad token."""
-    frame = frame_size(size, window)
-    pad_before = pad_before or (0,) * len(size)
-    source = torch.zeros((), dtype=torch.long, device=device)
-    is_pad = torch.zeros((), dtype=torch.bool, device=device)
-    for g, s, w_shift, p, before in zip(
-        _window_coordinates(frame, window, grid, device), size, shift, frame, pad_before, strict=True
-    ):
-        if pad_order == "pad_then_roll":
-            y = (g + w_shift) % p - before
-            outside = (y < 0) | (y >= s)
-        else:
-            y = g - before
-            outside = (y < 0) | (y >= s)
-            y = (y + w_shift) % s
-        source = source * s + y
-        is_pad = is_pad | outside
-    return torch.where(is_pad, math.prod(size), source)
-
-
-def shift_region(
-    size: Sequence[int],
-    window: Sequence[int],
-    shift: Sequence[int],
-    *,
-    periodic: Sequence[bool],
-    region_map: Tensor | None = None,
-    grid: bool = False,
-    device=None,
-) -> Tensor:
-    """(num_windows, N): the region number of each window token; tokens of different regions are masked."""
-    frame = frame_size(size, window)
-    coordinates = _window_coordinates(frame, window, grid, device)
-    if region_map is not None:
-        return region_map.to(device)[tuple(coordinates)]
-    region = torch.zeros((), dtype=torch.long, device=device)
-    for g, w, s, p, wraps in zip(coordinates, window, shift, frame, periodic, strict=True):
-        on_axis = (g >= p - w).long() + (g >= p - s).long() if s > 0 and not wraps else torch.zeros_like(g)
-        region = region * 3 + on_axis
-    return region
+from swinkernels.reference._geometry import (
+    Ints,
+    check_window,
+    frame_size,
+    per_axis,
+    shift_region,
+    source_index,
+    without_autocast,
+)
 
 
 def relative_position_index(window: Sequence[int], table_window: Sequence[int] | None = None, device=None) -> Tensor:
@@ -105,6 +35,7 @@ def relative_position_index(window: Sequence[int], table_window: Sequence[int] |
     return index
 
 
+@without_autocast
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -128,77 +59,118 @@ def window_attention(
     generator: torch.Generator | None = None,
     grid: bool = False,
     return_attention: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Shifted-window attention of q, k, v: each (B, *S, num_heads, head_dim), S of two or three axes -> (B, *S, C).
+    return_lse: bool = False,
+) -> Any:  # a Tensor, or a tuple with what was asked for besides
+    r"""Attention inside the shifted windows of a feature map, from separate q, k and v.
 
-    With ``return_attention`` also the probabilities after dropout, (B, num_windows, num_heads, N, N).
-    The arguments are those of :func:`swinkernels.window_attention`, which documents them.
+    In every window, for tokens i and j and each head,
+
+    .. math:: out_i = \sum_j softmax_j(scale \cdot q_i \cdot k_j + bias_{r(i,j)} + mask_{ij}) \, v_j
+
+    with ``exp(min(logit_scale, ln 100))`` times the cosine of q_i and k_j, each divided by max(norm, 1e-12), in place
+    of the scaled product if ``logit_scale`` is given. ``mask_ij`` is ``mask_value`` where the shift regions of the two
+    tokens differ, else 0. Pad tokens are keys like any other; their own rows are dropped.
+
+    Args:
+        q, k, v: (B, \*S, num_heads, head_dim) each, S = (H, W) or (D, H, W), any floating dtype.
+        return_attention: also return the attention weights after dropout, (B, num_windows, num_heads, N, N).
+        return_lse: also return the natural log-sum-exp of the final scores, (B, num_windows, num_heads, N), last.
+
+        The other arguments are those of :func:`swinkernels.window_attention`, which documents them. Only shapes that
+        would give a wrong result unnoticed are checked here.
+
+    Returns:
+        (B, \*S, num_heads * head_dim) in the dtype of q, contiguous. The arithmetic is in float32, or in float64 if q
+        is, whatever autocast says; the result is rounded once. An empty batch gives an empty result.
+        The gradient of ``logit_scale`` is zero above ln 100 (at it, that of torch.clamp). A pad token whose k is zero
+        has cosine 0 with everything, and the gradient of that k (a part of ``pad_qkv``) is of the order of 1e12: models
+        whose k has no bias have no parameter there.
+
+    Raises:
+        ValueError: a geometry without meaning.
+
+    Source: Swin Transformer (Liu et al., 2021), section 3.2; Swin Transformer V2 (Liu et al., 2022), section 3;
+    checked against the modules of timm, torchvision and MONAI.
     """
+    op = "window_attention"
     batch, *size, heads, head_dim = q.shape
+    if heads != num_heads:
+        raise ValueError(f"{op}: q has {heads} heads (shape {tuple(q.shape)}), but num_heads={num_heads}")
     rank = len(size)
-    window = _per_axis(window_size, rank)
-    shift = _per_axis(shift_size, rank)
-    device = q.device
+    window = per_axis(op, "window_size", window_size, rank)
+    shift = per_axis(op, "shift_size", shift_size, rank)
+    before = per_axis(op, "pad_before", pad_before, rank)
+    wraps = per_axis(op, "periodic", periodic, rank)
+    check_window(op, size, window, shift, pad_order)
+    pads_of_axis = tuple(p - s for p, s in zip(frame_size(size, window), size, strict=True))
+    if any(not 0 <= b <= p for b, p in zip(before, pads_of_axis, strict=True)):
+        raise ValueError(f"{op}: pad_before must be in 0..padding per axis, {pads_of_axis} here, got {before}")
+    if grid and any(shift):
+        raise ValueError(f"{op}: grid attention has no shift: shift_size must be 0, got {shift}")
     index = source_index(
-        size, window, shift, pad_order=pad_order, pad_before=_per_axis(pad_before, rank), grid=grid, device=device
+        size, window, shift, pad_order=pad_order, pad_before=before, grid=grid, device=q.device
     )  # (num_windows, N)
     num_windows, n = index.shape
 
-    # Gather the windows. The row after the last token is the pad token.
-    pads = q.new_zeros(3, heads, head_dim) if pad_qkv is None else pad_qkv.to(q.dtype).reshape(3, heads, head_dim)
+    # Gather the windows, in the dtype of the arithmetic. The row after the last token is the pad token.
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    pads = q.new_zeros(3, heads, head_dim) if pad_qkv is None else pad_qkv.to(dtype).reshape(3, heads, head_dim)
 
     def gather(x: Tensor, pad: Tensor) -> Tensor:
         tokens = x.reshape(batch, math.prod(size), heads, head_dim)
-        tokens = torch.cat([tokens, pad.expand(batch, 1, heads, head_dim)], dim=1)
+        tokens = torch.cat([tokens, pad.expand(batch, 1, heads, head_dim)], dim=1).to(wide)
         return tokens[:, index].transpose(2, 3)  # (B, num_windows, heads, N, head_dim)
 
     q, k, v = (gather(x, pad) for x, pad in zip((q, k, v), pads, strict=True))
 
-    at_least_float32 = torch.promote_types(q.dtype, torch.float32)
     if logit_scale is None:
         scores = (q * (head_dim**-0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-        scores = scores.to(at_least_float32)
     else:
-        q, k = (torch.nn.functional.normalize(x.to(at_least_float32), dim=-1, eps=1e-12) for x in (q, k))
-        factor = logit_scale.to(at_least_float32).reshape(heads, 1, 1).clamp(max=math.log(100.0)).exp()
-        scores = q @ k.transpose(-2, -1) * factor
+        q, k = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12) for x in (q, k))
+        factor = logit_scale.to(wide).reshape(heads, 1, 1).clamp(max=math.log(100.0)).exp()
+        scores = q @ k.transpose(-2, -1) * factor  # (B, num_windows, heads, N, N)
 
     if bias_table is not None:
-        table = bias_table[relative_position_index(window, _per_axis(table_window or window, rank), device)]
-        scores = scores + table.permute(2, 0, 1).to(at_least_float32)  # (heads, N, N)
+        table_shape = window if table_window is None else per_axis(op, "table_window", table_window, rank)
+        rows = bias_table[relative_position_index(window, table_shape, q.device)]  # (N, N, heads)
+        scores = scores + rows.permute(2, 0, 1).to(wide)
     if bias is not None:
         if bias.dim() == 4:  # (window types, heads, N, N): types follow the slowest axes of the windows
             bias = bias.repeat_interleave(num_windows // bias.shape[0], dim=0)
-        scores = scores + bias.to(at_least_float32)
+        scores = scores + bias.to(wide)
 
     if region_map is not None or any(shift):
-        region = shift_region(
-            size, window, shift, periodic=_per_axis(periodic, rank), region_map=region_map, grid=grid, device=device
-        )
+        region = shift_region(size, window, shift, periodic=wraps, region_map=region_map, grid=grid, device=q.device)
         differs = region[:, :, None] != region[:, None, :]
-        scores = scores + mask_value * differs.to(at_least_float32).unsqueeze(1)  # (num_windows, 1, N, N)
+        scores = scores + mask_value * differs.to(wide).unsqueeze(1)  # (num_windows, 1, N, N)
 
     probs = scores.softmax(dim=-1)
     if dropout_p > 0.0:
         keep = torch.empty_like(probs).bernoulli_(1.0 - dropout_p, generator=generator)
         probs = probs * keep / (1.0 - dropout_p) if dropout_p < 1.0 else probs * keep
-    out = probs.to(v.dtype) @ v  # (B, num_windows, heads, N, head_dim)
+    out = (probs @ v).to(dtype)  # (B, num_windows, heads, N, head_dim)
 
     # Scatter: each token of the map is one token of one window, pad tokens are dropped.
     flat = index.reshape(-1)
-    position = torch.empty(math.prod(size) + 1, dtype=torch.long, device=device)
-    position[flat] = torch.arange(flat.numel(), device=device)
+    position = torch.empty(math.prod(size) + 1, dtype=torch.long, device=q.device)
+    position[flat] = torch.arange(flat.numel(), device=q.device)
     out = out.transpose(2, 3).reshape(batch, num_windows * n, heads * head_dim)[:, position[:-1]]
     out = out.reshape(batch, *size, heads * head_dim)
-    return (out, probs) if return_attention else out
+    extras = ([probs] if return_attention else []) + ([scores.logsumexp(dim=-1)] if return_lse else [])
+    return (out, *extras) if extras else out
 
 
 def window_attention_qkvpacked(
     qkv: Tensor, bias_table: Tensor | None = None, *, num_heads: int, window_size: Ints, **kwargs
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Shifted-window attention of a packed map: qkv (B, *S, 3, num_heads, head_dim) or (B, *S, 3C) -> (B, *S, C).
+) -> Any:  # a Tensor, or a tuple with what was asked for besides
+    r"""Attention inside the shifted windows of a feature map whose tokens hold q, k and v together.
 
-    The arguments are those of :func:`swinkernels.window_attention_qkvpacked`, which documents them.
+    Args:
+        qkv: (B, \*S, 3C) or (B, \*S, 3, num_heads, head_dim), S = (H, W) or (D, H, W).
+
+        The other arguments, the formula, the returns and the errors are those of :func:`window_attention` above.
+
+    Source: the layout of the qkv Linear of the published codes, (3, num_heads, head_dim) on its output axis.
     """
     if qkv.dim() in (4, 5):
         qkv = qkv.unflatten(-1, (3, num_heads, -1))

@@ -1,0 +1,98 @@
+"""What users run today, map to map: the published eager code, SDPA, and both compiled.
+
+Written on its own, from the published code, so that it shares no mistake with the reference. Index and mask tensors are
+made once, as the models keep them in buffers. Weights are in the dtype of the model, so the bias table is cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swinkernels.testing import WindowAttentionCase
+
+Peer = Callable[..., Tensor]  # (qkv, bias_table, pad_qkv=None) -> out
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _partition(x: Tensor, wh: int, ww: int) -> Tensor:
+    b, h, w, c = x.shape
+    x = x.view(b, h // wh, wh, w // ww, ww, c)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, wh * ww, c)
+
+
+def _reverse(windows: Tensor, wh: int, ww: int, h: int, w: int) -> Tensor:
+    x = windows.view(-1, h // wh, w // ww, wh, ww, windows.shape[-1])
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, h, w, windows.shape[-1])
+
+
+def _relative_position_index(wh: int, ww: int) -> Tensor:
+    coords = torch.stack(torch.meshgrid(torch.arange(wh), torch.arange(ww), indexing="ij")).flatten(1)
+    relative = (coords[:, :, None] - coords[:, None, :]).permute(1, 2, 0).contiguous()
+    relative[:, :, 0] += wh - 1
+    relative[:, :, 1] += ww - 1
+    relative[:, :, 0] *= 2 * ww - 1
+    return relative.sum(-1).flatten()
+
+
+def _attention_mask(h: int, w: int, wh: int, ww: int, sh: int, sw: int) -> Tensor:
+    image = torch.zeros(1, h, w, 1)
+    count = 0
+    for rows in (slice(0, -wh), slice(-wh, -sh), slice(-sh, None)) if sh else (slice(None),):
+        for columns in (slice(0, -ww), slice(-ww, -sw), slice(-sw, None)) if sw else (slice(None),):
+            image[:, rows, columns] = count
+            count += 1
+    windows = _partition(image, wh, ww).squeeze(-1)
+    return (windows.unsqueeze(1) != windows.unsqueeze(2)).float() * -100.0  # (num_windows, N, N)
+
+
+def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, *, sdpa: bool) -> Peer:
+    """The published attention core for one 2D case: eager as timm and Microsoft wrote it, or through SDPA."""
+    height, width = case.size
+    wh, ww = _pair(case.window_size)
+    sh, sw = _pair(case.shift_size)
+    heads, head_dim = case.num_heads, case.head_dim
+    n = wh * ww
+    rows, columns = -(-height // wh) * wh, -(-width // ww) * ww
+    shifted, padded = sh > 0 or sw > 0, (rows, columns) != (height, width)
+    index = _relative_position_index(wh, ww).to(device)
+    mask = _attention_mask(rows, columns, wh, ww, sh, sw).to(device, dtype) if shifted else None
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:  # q, k, v: (B * num_windows, heads, N, d)
+        scores = (q * head_dim**-0.5) @ k.transpose(-2, -1) + bias.unsqueeze(0)
+        if mask is not None:
+            scores = scores.view(-1, mask.shape[0], heads, n, n) + mask.unsqueeze(1).unsqueeze(0)
+            scores = scores.view(-1, heads, n, n)
+        return scores.softmax(dim=-1) @ v
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        if mask is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+        # Windows of one image beside the heads: one mask serves every image without a copy for each.
+        folded = (bias.unsqueeze(0) + mask.unsqueeze(1)).view(1, -1, n, n)
+        q, k, v = (x.reshape(-1, folded.shape[1], n, head_dim) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=folded).view(-1, heads, n, head_dim)
+
+    def peer(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None = None) -> Tensor:
+        if padded:
+            whole = qkv.new_zeros(()) if pad_qkv is None else pad_qkv
+            whole = whole.expand(qkv.shape[0], rows, columns, qkv.shape[-1]).clone()
+            whole[:, :height, :width] = qkv
+            qkv = whole
+        if shifted:
+            qkv = torch.roll(qkv, shifts=(-sh, -sw), dims=(1, 2))
+        windows = _partition(qkv, wh, ww).view(-1, n, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+        bias = bias_table.to(dtype)[index].view(n, n, heads).permute(2, 0, 1).contiguous()
+        out = (fused if sdpa else attention)(*windows.unbind(0), bias)
+        out = _reverse(out.transpose(1, 2).reshape(-1, n, heads * head_dim), wh, ww, rows, columns)
+        if shifted:
+            out = torch.roll(out, shifts=(sh, sw), dims=(1, 2))
+        return out[:, :height, :width].contiguous() if padded else out
+
+    return peer

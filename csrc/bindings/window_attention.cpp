@@ -1,0 +1,330 @@
+// The window attention ops on torch's stable ABI: fill the params, allocate, launch. Arguments were checked in
+// swinkernels/ops; what is checked here are the promises that the kernels rely on.
+#include "params/window_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "params/window_attention_cpu.h"
+#ifdef SWINKERNELS_WITH_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "params/window_attention_cuda.h"
+#endif
+
+namespace swinkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+// The backend-specific half of an op.
+struct CpuBackend {
+  static constexpr int64_t kAlignment = 1;  // bytes that data pointers and strides are multiples of
+  explicit CpuBackend(const Tensor&) {}
+  static void parallel_for(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  }
+  void forward(const WindowAttentionForwardParams& p) const { cpu::window_attention_forward(p, parallel_for); }
+  int64_t workspace_bytes(const WindowAttentionBackwardParams& p) const {
+    return cpu::window_attention_backward_workspace_bytes(p);
+  }
+  void backward(const WindowAttentionBackwardParams& p) const { cpu::window_attention_backward(p, parallel_for); }
+};
+
+#ifdef SWINKERNELS_WITH_CUDA
+struct CudaBackend {
+  static constexpr int64_t kAlignment = 16;
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream = nullptr;
+  explicit CudaBackend(const Tensor& x) : guard(x.get_device_index()) {
+    void* handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &handle));
+    stream = static_cast<cudaStream_t>(handle);
+  }
+  void forward(const WindowAttentionForwardParams& p) const {
+    STD_CUDA_CHECK(cuda::window_attention_forward(p, stream));
+  }
+  int64_t workspace_bytes(const WindowAttentionBackwardParams& p) const {
+    return cuda::window_attention_backward_workspace_bytes(p);
+  }
+  void backward(const WindowAttentionBackwardParams& p) const {
+    STD_CUDA_CHECK(cuda::window_attention_backward(p, stream));
+  }
+};
+#endif
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "swinkernels: a map must be float32, float16 or bfloat16");
+  }
+}
+
+bool is_readable(const Tensor& x, int64_t alignment) {
+  const int64_t item = static_cast<int64_t>(x.element_size()), last = x.dim() - 1;
+  if (x.size(last) != 1 && x.stride(last) != 1) return false;
+  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment != 0) return false;
+  for (int64_t i = 0; i < last; ++i) {
+    if (x.size(i) != 1 && x.stride(i) * item % alignment != 0) return false;
+  }
+  return true;
+}
+
+// x itself if the kernels can read it where it lies, else a copy.
+Tensor readable(const Tensor& x, int64_t alignment) {
+  if (is_readable(x, alignment)) return x;
+  Tensor copy = torch::stable::contiguous(x);
+  return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // contiguous, but at an odd offset
+}
+
+// The strides of x (B, *S, ...) as a map whose heads are head_stride apart, from element `offset` on.
+template <class Pointer, class Data>
+TokenMapOf<Pointer> token_map(const Tensor& x, Data* data, int64_t offset, int64_t rank, int64_t head_stride) {
+  TokenMapOf<Pointer> map{};
+  map.data = data + offset * static_cast<int64_t>(x.element_size());
+  map.batch_stride = x.stride(0);
+  for (int64_t i = 0; i < 3; ++i) map.axis_stride[i] = i < 3 - rank ? 0 : x.stride(1 + i - (3 - rank));
+  map.head_stride = head_stride;
+  return map;
+}
+
+ConstTokenMap input_map(const Tensor& x, int64_t offset, int64_t rank, int64_t head_stride) {
+  return token_map<const void*>(x, static_cast<const char*>(x.const_data_ptr()), offset, rank, head_stride);
+}
+
+TokenMap output_map(const Tensor& x, int64_t offset, int64_t rank, int64_t head_stride) {
+  return token_map<void*>(x, static_cast<char*>(x.mutable_data_ptr()), offset, rank, head_stride);
+}
+
+// The arguments that both passes of both forms share, in schema order.
+struct Options {
+  OptionalTensor bias_table, pad_qkv, region_map;
+  Ints window_size, shift_size, table_window, pad_before, periodic;
+  bool roll_then_pad, grid;
+  double scale, mask_value;
+  bool allow_tf32;
+};
+
+// Everything but the data: x (B, *S, ..., num_heads, head_dim) with S of `rank` axes.
+void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const Options& o) {
+  p.dtype = dtype_of(x);
+  p.allow_tf32 = o.allow_tf32;
+  p.batch = x.size(0);
+  p.num_heads = static_cast<int32_t>(x.size(x.dim() - 2));
+  p.head_dim = static_cast<int32_t>(x.size(x.dim() - 1));
+  p.scale = static_cast<float>(o.scale);
+  p.mask_value = static_cast<float>(o.mask_value);
+  for (const Ints* list : {&o.window_size, &o.shift_size, &o.table_window, &o.pad_before, &o.periodic}) {
+    STD_TORCH_CHECK(list->size() == 3, "swinkernels: every geometry list has three values, slowest axis first");
+  }
+  WindowGeometry& g = p.geometry;
+  for (int64_t i = 0; i < 3; ++i) {
+    STD_TORCH_CHECK(o.window_size[i] > 0, "swinkernels: window_size must be positive");
+    STD_TORCH_CHECK(i >= 3 - rank || o.window_size[i] == 1, "swinkernels: a 2D map has a leading window of 1");
+    g.size[i] = i < 3 - rank ? 1 : static_cast<int32_t>(x.size(1 + i - (3 - rank)));
+    g.window[i] = static_cast<int32_t>(o.window_size[i]);
+    g.shift[i] = static_cast<int32_t>(o.shift_size[i]);
+    g.num_windows[i] = (g.size[i] + g.window[i] - 1) / g.window[i];
+    g.frame[i] = g.num_windows[i] * g.window[i];
+    g.table_window[i] = static_cast<int32_t>(o.table_window[i]);
+    g.pad_before[i] = static_cast<int32_t>(o.pad_before[i]);
+    g.periodic[i] = o.periodic[i] != 0;
+  }
+  g.roll_then_pad = o.roll_then_pad;
+  g.grid = o.grid;
+}
+
+// The small tensors, contiguous, kept alive by the caller through `o`.
+void fill_tables(WindowAttentionForwardParams& p, Options& o) {
+  for (OptionalTensor* t : {&o.bias_table, &o.pad_qkv, &o.region_map}) {
+    if (*t) *t = torch::stable::contiguous(**t);
+  }
+  const WindowGeometry& g = p.geometry;
+  if (o.bias_table) {
+    int64_t rows = 1;
+    for (int32_t w : g.table_window) rows *= 2 * w - 1;
+    STD_TORCH_CHECK(o.bias_table->scalar_type() == ScalarType::Float && o.bias_table->numel() == rows * p.num_heads,
+                    "swinkernels: bias_table must be float32 of prod(2 * table_window - 1) rows");
+    p.bias_table = static_cast<const float*>(o.bias_table->const_data_ptr());
+  }
+  if (o.pad_qkv) {
+    STD_TORCH_CHECK(dtype_of(*o.pad_qkv) == p.dtype && o.pad_qkv->numel() == int64_t{3} * p.num_heads * p.head_dim,
+                    "swinkernels: pad_qkv must be (3, num_heads, head_dim) of the map's dtype");
+    *o.pad_qkv = readable(*o.pad_qkv, 16);
+    p.pad_qkv = o.pad_qkv->const_data_ptr();
+  }
+  if (o.region_map) {
+    STD_TORCH_CHECK(o.region_map->scalar_type() == ScalarType::Int &&
+                        o.region_map->numel() == int64_t{1} * g.frame[0] * g.frame[1] * g.frame[2],
+                    "swinkernels: region_map must be int32 of the frame's shape");
+    p.region_map = static_cast<const int32_t*>(o.region_map->const_data_ptr());
+  }
+}
+
+int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
+
+std::vector<int64_t> sizes(const Tensor& x, int64_t count) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < count; ++i) shape.push_back(x.size(i));
+  return shape;
+}
+
+// Where q, k and v (or their gradients) lie: packed in one tensor (B, *S, 3, heads, head_dim), or in three.
+struct Packed {
+  static constexpr int64_t kTensors = 1;
+  static int64_t rank(const Tensor& x) { return x.dim() - 4; }
+  template <class Map, class MakeMap>
+  static void place(Map* const (&maps)[3], const std::vector<Tensor>& xs, MakeMap make) {
+    const Tensor& x = xs[0];
+    for (int64_t i = 0; i < 3; ++i) *maps[i] = make(x, i * x.stride(x.dim() - 3), rank(x), x.stride(x.dim() - 2));
+  }
+};
+
+struct Separate {
+  static constexpr int64_t kTensors = 3;
+  static int64_t rank(const Tensor& x) { return x.dim() - 3; }
+  template <class Map, class MakeMap>
+  static void place(Map* const (&maps)[3], const std::vector<Tensor>& xs, MakeMap make) {
+    for (int64_t i = 0; i < 3; ++i) *maps[i] = make(xs[i], 0, rank(xs[i]), xs[i].stride(xs[i].dim() - 2));
+  }
+};
+
+template <class Backend, class Form>
+std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Options o) {
+  const Backend backend(xs[0]);
+  for (Tensor& x : xs) x = readable(x, Backend::kAlignment);
+  const Tensor& x = xs[0];
+  const int64_t rank = Form::rank(x);
+  WindowAttentionForwardParams p{};
+  fill(p, x, rank, o);
+  fill_tables(p, o);
+  const WindowGeometry& g = p.geometry;
+
+  std::vector<int64_t> shape = sizes(x, 1 + rank);
+  shape.push_back(int64_t{1} * p.num_heads * p.head_dim);
+  Tensor out = torch::stable::new_empty(x, shape);
+  Tensor lse =
+      torch::stable::new_empty(x, {p.batch, product(g.num_windows), p.num_heads, product(g.window)}, ScalarType::Float);
+  if (out.numel() == 0) return {out, lse};
+  Form::place({&p.q, &p.k, &p.v}, xs, input_map);
+  p.out = output_map(out, 0, rank, p.head_dim);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  backend.forward(p);
+  return {out, lse};
+}
+
+struct Gradients {
+  std::vector<Tensor> maps;
+  Tensor bias_table, pad_qkv;
+};
+
+template <class Backend, class Form>
+Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, bool needs_dbias_table,
+                   bool needs_dpad_qkv) {
+  const Backend backend(xs[0]);
+  for (Tensor& x : xs) x = readable(x, Backend::kAlignment);
+  dout = readable(dout, Backend::kAlignment);
+  lse = torch::stable::contiguous(lse);
+  const Tensor& x = xs[0];
+  const int64_t rank = Form::rank(x);
+  WindowAttentionBackwardParams p{};
+  fill(p.forward, x, rank, o);
+  fill_tables(p.forward, o);
+  STD_TORCH_CHECK(dtype_of(dout) == p.forward.dtype, "swinkernels: dout must have the map's dtype");
+
+  // new_zeros, so that an empty batch has the gradient zero; otherwise the kernels write every element.
+  const bool empty = x.numel() == 0;
+  auto allocate = [&](std::vector<int64_t> shape) {
+    return empty ? torch::stable::new_zeros(x, shape, ScalarType::Float)
+                 : torch::stable::new_empty(x, shape, ScalarType::Float);
+  };
+  Gradients grads;
+  for (const Tensor& t : xs) grads.maps.push_back(torch::stable::new_empty(t, sizes(t, t.dim())));
+  grads.bias_table = allocate(needs_dbias_table ? sizes(*o.bias_table, 2) : std::vector<int64_t>{0});
+  grads.pad_qkv = allocate(needs_dpad_qkv ? std::vector<int64_t>{3, p.forward.num_heads, p.forward.head_dim}
+                                          : std::vector<int64_t>{0});
+  if (empty) return grads;
+
+  Form::place({&p.forward.q, &p.forward.k, &p.forward.v}, xs, input_map);
+  Form::place({&p.dq, &p.dk, &p.dv}, grads.maps, output_map);
+  p.dout = input_map(dout, 0, rank, p.forward.head_dim);
+  p.forward.lse = static_cast<float*>(lse.mutable_data_ptr());  // only read
+  if (needs_dbias_table) p.dbias_table = static_cast<float*>(grads.bias_table.mutable_data_ptr());
+  if (needs_dpad_qkv) p.dpad_qkv = static_cast<float*>(grads.pad_qkv.mutable_data_ptr());
+  Tensor workspace = torch::stable::new_empty(x, {backend.workspace_bytes(p)}, ScalarType::Byte);
+  p.workspace = workspace.mutable_data_ptr();
+  backend.backward(p);
+  return grads;
+}
+
+// The ops, with the argument lists of the schemas in swinkernels/ops/window_attention.py.
+#define SWINKERNELS_OPTIONS                                                                                        \
+  OptionalTensor bias_table, OptionalTensor pad_qkv, OptionalTensor region_map, Ints window_size, Ints shift_size, \
+      Ints table_window, Ints pad_before, Ints periodic, bool roll_then_pad, bool grid, double scale,              \
+      double mask_value, bool allow_tf32
+#define SWINKERNELS_MAKE_OPTIONS                                                                                       \
+  Options {                                                                                                            \
+    bias_table, pad_qkv, region_map, window_size, shift_size, table_window, pad_before, periodic, roll_then_pad, grid, \
+        scale, mask_value, allow_tf32                                                                                  \
+  }
+
+template <class Backend>
+std::tuple<Tensor, Tensor> qkvpacked_fwd(Tensor qkv, SWINKERNELS_OPTIONS) {
+  return forward<Backend, Packed>({qkv}, SWINKERNELS_MAKE_OPTIONS);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, SWINKERNELS_OPTIONS) {
+  return forward<Backend, Separate>({q, k, v}, SWINKERNELS_MAKE_OPTIONS);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> qkvpacked_bwd(Tensor dout, Tensor qkv, Tensor lse, SWINKERNELS_OPTIONS,
+                                                 bool needs_dbias_table, bool needs_dpad_qkv) {
+  Gradients d =
+      backward<Backend, Packed>(dout, {qkv}, lse, SWINKERNELS_MAKE_OPTIONS, needs_dbias_table, needs_dpad_qkv);
+  return {d.maps[0], d.bias_table, d.pad_qkv};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse,
+                                                       SWINKERNELS_OPTIONS, bool needs_dbias_table,
+                                                       bool needs_dpad_qkv) {
+  Gradients d =
+      backward<Backend, Separate>(dout, {q, k, v}, lse, SWINKERNELS_MAKE_OPTIONS, needs_dbias_table, needs_dpad_qkv);
+  return {d.maps[0], d.maps[1], d.maps[2], d.bias_table, d.pad_qkv};
+}
+
+template <class Backend, class Library>
+void implement(Library& m) {
+  m.impl("window_attention_qkvpacked_fwd", TORCH_BOX(&qkvpacked_fwd<Backend>));
+  m.impl("window_attention_qkvpacked_bwd", TORCH_BOX(&qkvpacked_bwd<Backend>));
+  m.impl("window_attention_fwd", TORCH_BOX(&fwd<Backend>));
+  m.impl("window_attention_bwd", TORCH_BOX(&bwd<Backend>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(swinkernels, CPU, m) { implement<CpuBackend>(m); }
+#ifdef SWINKERNELS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(swinkernels, CUDA, m) { implement<CudaBackend>(m); }
+#endif
+
+}  // namespace
+}  // namespace swinkernels

@@ -1,0 +1,322 @@
+// Vectors of floats and what the CPU kernels build from them: conversions, exp and log, a transpose, a small matmul.
+//
+// Included once by each instruction set's source file, after all other headers and under that set's target pragma, with
+//   SWINKERNELS_ISA      the namespace of everything compiled for it
+//   SWINKERNELS_LANES    floats of a vector
+//   SWINKERNELS_F16C     defined if the hardware converts float16
+// An inline function or a template that several object files share is merged by the linker, which may keep the AVX-512
+// copy and then run it on a machine without. So all of this has internal linkage and calls nothing of std::.
+
+namespace swinkernels::cpu::SWINKERNELS_ISA {
+namespace {
+
+#define SWINKERNELS_INLINE inline __attribute__((always_inline))
+
+constexpr int kLanes = SWINKERNELS_LANES;
+
+// Values live in Vec; VecMemory is the same in memory, at any address that a float may have.
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef float VecMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfBits __attribute__((vector_size(2 * kLanes)));
+typedef uint16_t HalfMemory __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
+SWINKERNELS_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecMemory*>(p); }
+SWINKERNELS_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecMemory*>(p) = x; }
+SWINKERNELS_INLINE Int load(const int32_t* p) { return *reinterpret_cast<const IntMemory*>(p); }
+SWINKERNELS_INLINE Vec splat(float x) { return Vec{} + x; }
+SWINKERNELS_INLINE Int splat(int32_t x) { return Int{} + x; }
+SWINKERNELS_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+template <int kValue_>
+struct Constant {
+  static constexpr int kValue = kValue_;
+};
+
+template <int... kIndices>
+struct Indices {};
+template <int kCount, int... kTail>
+struct MakeIndices : MakeIndices<kCount - 1, kCount - 1, kTail...> {};
+template <int... kTail>
+struct MakeIndices<0, kTail...> {
+  using Type = Indices<kTail...>;
+};
+using AllLanes = MakeIndices<kLanes>::Type;
+
+template <int... I>
+SWINKERNELS_INLINE Int lane_numbers(Indices<I...>) {
+  return Int{I...};
+}
+
+// All ones in the first `count` lanes, else zero.
+SWINKERNELS_INLINE Int first_lanes(int64_t count) {
+  return lane_numbers(AllLanes()) < splat(static_cast<int32_t>(count));
+}
+
+// ---- Conversion of rows ----
+
+SWINKERNELS_INLINE Vec widen_bfloat16(HalfBits h) { return (Vec)(__builtin_convertvector(h, Bits) << 16); }
+
+SWINKERNELS_INLINE HalfBits narrow_bfloat16(Vec x) {
+  const Bits bits = (Bits)x;
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const Bits quiet_nan = (bits >> 16) | 0x40;
+  return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded, HalfBits);
+}
+
+#ifdef SWINKERNELS_F16C
+SWINKERNELS_INLINE Vec widen_float16(HalfBits h) {
+#if SWINKERNELS_LANES == 16
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
+#else
+  return (Vec)_mm256_cvtph_ps((__m128i)h);
+#endif
+}
+SWINKERNELS_INLINE HalfBits narrow_float16(Vec x) {
+#if SWINKERNELS_LANES == 16
+  return (HalfBits)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  return (HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#endif
+}
+#else
+SWINKERNELS_INLINE Vec widen_float16(HalfBits h) {
+  const Bits bits = __builtin_convertvector(h, Bits);
+  // Exponent and mantissa in float32's places; the multiplication corrects the exponent's bias and normalises
+  // subnormal numbers. Infinities and NaN are all ones in the exponent of both formats.
+  const Vec finite = (Vec)((bits & 0x7fff) << 13) * 0x1p112f;
+  const Bits special = (bits & 0x7c00) == 0x7c00 ? Bits{} + 0x7f800000u : Bits{};
+  return (Vec)((Bits)finite | special | (bits & 0x8000) << 16);
+}
+SWINKERNELS_INLINE HalfBits narrow_float16(Vec x) {
+  const Bits bits = (Bits)x & 0x7fffffff;
+  const Bits sign = ((Bits)x & 0x80000000u) >> 16;
+  // Normal: correct the exponent's bias and round the mantissa, to nearest, ties to even; a carry raises the exponent.
+  const Bits normal = (bits - 0x38000000u + 0xfff + ((bits >> 13) & 1)) >> 13;
+  // Subnormal: added to 0.5, whose last mantissa bit is worth 2^-24, the value is rounded by the addition itself.
+  const Bits subnormal = (Bits)((Vec)bits + 0.5f) - 0x3f000000u;
+  const Bits special = bits > 0x7f800000 ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+  Bits half = bits < 0x38800000 ? subnormal : normal;
+  half = bits >= 0x47800000 ? special : half;  // 2^16 and beyond; what rounds up to 2^16 has become infinity already
+  return __builtin_convertvector(half | sign, HalfBits);
+}
+#endif
+
+struct Float32 {
+  using Element = float;
+  using Memory = VecMemory;
+  static SWINKERNELS_INLINE Vec widen(Vec x) { return x; }
+  static SWINKERNELS_INLINE Vec narrow(Vec x) { return x; }
+};
+struct Float16 {
+  using Element = uint16_t;
+  using Memory = HalfMemory;
+  static SWINKERNELS_INLINE Vec widen(HalfBits x) { return widen_float16(x); }
+  static SWINKERNELS_INLINE HalfBits narrow(Vec x) { return narrow_float16(x); }
+};
+struct BFloat16 {
+  using Element = uint16_t;
+  using Memory = HalfMemory;
+  static SWINKERNELS_INLINE Vec widen(HalfBits x) { return widen_bfloat16(x); }
+  static SWINKERNELS_INLINE HalfBits narrow(Vec x) { return narrow_bfloat16(x); }
+};
+
+// to[0..count) = from[0..count) * factor; lanes after the last are written as zeros up to a whole vector.
+template <class Format>
+SWINKERNELS_INLINE void load_row(const void* from, int64_t count, float factor, float* to) {
+  using Memory = typename Format::Memory;
+  const auto* source = static_cast<const typename Format::Element*>(from);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store(to + i, Format::widen(*reinterpret_cast<const Memory*>(source + i)) * factor);
+  }
+  if (i < count) {
+    typename Format::Element tail[kLanes] = {};
+    for (int64_t j = i; j < count; ++j) tail[j - i] = source[j];
+    store(to + i, Format::widen(*reinterpret_cast<const Memory*>(tail)) * factor);
+  }
+}
+
+// to[0..count) = from[0..count) * factor, rounded to the format. `from` is padded to a whole vector.
+template <class Format>
+SWINKERNELS_INLINE void store_row(const float* from, int64_t count, float factor, void* to) {
+  using Memory = typename Format::Memory;
+  auto* target = static_cast<typename Format::Element*>(to);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    *reinterpret_cast<Memory*>(target + i) = Format::narrow(load(from + i) * factor);
+  }
+  if (i < count) {
+    typename Format::Element tail[kLanes];
+    *reinterpret_cast<Memory*>(tail) = Format::narrow(load(from + i) * factor);
+    for (int64_t j = i; j < count; ++j) target[j] = tail[j - i];
+  }
+}
+
+// ---- Elementary functions ----
+
+// exp(x) for x of at most about 88, within 1.1 ulp; below the smallest normal number the result is 0.
+SWINKERNELS_INLINE Vec exp(Vec x) {
+  // exp(x) = 2^n * exp(r) with n = round(x / ln 2); adding 1.5 * 2^23 leaves n in the last bits of the mantissa.
+  const Vec shifted = x * 1.44269504f + 12582912.0f;
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, n times the first one exact
+  // (exp(r) - 1 - r) / r^2, minimax for |r| <= ln(2) / 2: relative error of the whole 3.1e-9.
+  Vec p = splat(1.3814467e-3f);
+  p = p * r + 8.3687808e-3f;
+  p = p * r + 4.1668393e-2f;
+  p = p * r + 1.6666520e-1f;
+  p = p * r + 4.9999994e-1f;
+  const Vec fraction = (p * r) * r + r + 1.0f;
+  const Vec scale = (Vec)(((Int)shifted << 23) + (127 << 23));
+  return x < splat(-87.33654f) ? Vec{} : fraction * scale;  // NaN stays NaN
+}
+
+// The natural logarithm of a normal positive number, within 1.5 ulp; of infinity or NaN: NaN.
+SWINKERNELS_INLINE Vec log(Vec x) {
+  // x = 2^n * m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
+  const Int offset = (Int)x - 0x3f3504f3;  // sqrt(1/2)
+  const Int n = offset >> 23;
+  const Vec m = (Vec)((Int)x - (n << 23));
+  const Vec s = (m - 1.0f) / (m + 1.0f), square = s * s;
+  const Vec series = (((square * 0.11111111f + 0.14285714f) * square + 0.2f) * square + 0.33333333f) * square;
+  const Vec low = __builtin_convertvector(n, Vec);
+  return ((s + s) * series + (s + s)) + low * 0.69314718f + (x - x);
+}
+
+// ---- Matrices in scratch memory: row-major, rows padded to whole vectors ----
+
+template <int kStep>
+constexpr int interleaved(int lane, bool odd) {
+  // Lane of the pair (a, b) that goes into the even or odd result when blocks of kStep lanes are exchanged.
+  return (lane & kStep) == 0 ? (odd ? lane + kStep : lane) : (odd ? kLanes + lane : kLanes + lane - kStep);
+}
+
+template <int kStep, int... I>
+SWINKERNELS_INLINE void exchange(Vec& a, Vec& b, Indices<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  const Vec even = __builtin_shufflevector(a, b, interleaved<kStep>(I, false)...);
+  const Vec odd = __builtin_shufflevector(a, b, interleaved<kStep>(I, true)...);
+#else
+  const Vec even = __builtin_shuffle(a, b, Int{interleaved<kStep>(I, false)...});
+  const Vec odd = __builtin_shuffle(a, b, Int{interleaved<kStep>(I, true)...});
+#endif
+  a = even;
+  b = odd;
+}
+
+template <int kStep>
+SWINKERNELS_INLINE void exchange_rows(Vec (&rows)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & kStep) == 0) exchange<kStep>(rows[i], rows[i + kStep], AllLanes());
+    }
+    exchange_rows<2 * kStep>(rows);
+  }
+}
+
+// to (columns, ld_to) = the transpose of from (rows, ld_from); rows and columns are multiples of kLanes.
+void transpose(const float* from, int64_t rows, int64_t columns, int64_t ld_from, float* to, int64_t ld_to) {
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) block[r] = load(from + (i + r) * ld_from + j);
+      exchange_rows<1>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) store(to + (j + r) * ld_to + i, block[r]);
+    }
+  }
+}
+
+// A tile of c = a b + addend that stays in registers; a is (rows, depth), or (depth, rows) if kTransposed. The addend,
+// which may be c itself or null for zero, has c's layout and is added last.
+template <int kRows, int kVectors, bool kTransposed>
+void matmul_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* addend, float* c,
+                 int64_t ldc) {
+  Vec sums[kRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * ldb + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec factor = splat(kTransposed ? a[k * lda + r] : a[r * lda + k]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * row[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t offset = r * ldc + v * kLanes;
+      store(c + offset, addend == nullptr ? sums[r][v] : sums[r][v] + load(addend + offset));
+    }
+  }
+}
+
+// Rows and vectors of a tile: the sums, a row of b and one factor have to fit in the registers, of which AVX-512 and
+// aarch64 have 32 and the others 16.
+#if SWINKERNELS_LANES == 16 || defined(__aarch64__)
+constexpr int kTileVectors = 4;
+constexpr int tile_rows(int vectors) { return vectors == 4 ? 6 : 8; }
+#else
+constexpr int kTileVectors = 2;
+constexpr int tile_rows(int vectors) { return vectors == 2 ? 6 : 8; }
+#endif
+
+template <int kRows, int kVectors, bool kTransposed>
+SWINKERNELS_INLINE void matmul_tile_of(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
+                                       int64_t ldb, const float* addend, float* c, int64_t ldc) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      return matmul_tile_of<kRows - 1, kVectors, kTransposed>(rows, depth, a, lda, b, ldb, addend, c, ldc);
+    }
+  }
+  matmul_tile<kRows, kVectors, kTransposed>(depth, a, lda, b, ldb, addend, c, ldc);
+}
+
+template <int kVectors, bool kTransposed>
+void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+                  const float* addend, float* c, int64_t ldc) {
+  // Tiles of equal height: a last one of few rows would leave the multipliers waiting for each other.
+  constexpr int kMaxRows = tile_rows(kVectors);
+  const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
+  for (int64_t i = 0, tile = 0; tile < tiles; ++tile) {
+    const int64_t height = (rows - i) / (tiles - tile);
+    const float* addend_i = addend == nullptr ? nullptr : addend + i * ldc;
+    matmul_tile_of<kMaxRows, kVectors, kTransposed>(height, depth, a + (kTransposed ? i : i * lda), lda, b, ldb,
+                                                    addend_i, c + i * ldc, ldc);
+    i += height;
+  }
+}
+
+// c (rows, columns) = a b + addend with b (depth, columns); columns is a multiple of kLanes.
+template <bool kTransposed>
+void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+            const float* addend, float* c, int64_t ldc) {
+  for (int64_t j = 0; j < columns;) {
+    const int64_t left = (columns - j) / kLanes;
+    const float* addend_j = addend == nullptr ? nullptr : addend + j;
+    const auto panel = [&](auto vectors) {
+      matmul_panel<decltype(vectors)::kValue, kTransposed>(rows, depth, a, lda, b + j, ldb, addend_j, c + j, ldc);
+      j += decltype(vectors)::kValue * kLanes;
+    };
+    if (left >= kTileVectors) {
+      panel(Constant<kTileVectors>());
+    } else if (left == 3) {
+      panel(Constant < kTileVectors<3 ? 1 : 3>());
+    } else if (left == 2) {
+      panel(Constant < kTileVectors<2 ? 1 : 2>());
+    } else {
+      panel(Constant<1>());
+    }
+  }
+}
+
+}  // namespace
+}  // namespace swinkernels::cpu::SWINKERNELS_ISA

@@ -1,0 +1,596 @@
+// Window attention, forward and backward, for one instruction set; simd.inl says how this is compiled.
+//
+// Maths     forward   S = scale q k^T + bias + mask, P = softmax(S), out = P v, lse = log sum exp S
+//           backward  P = exp(S - lse), dP = dout v^T, delta = rowsum(P dP), dS = P (dP - delta),
+//                     dv = P^T dout, dq = scale dS k, dk = scale dS^T q, dbias = dS
+// Layout    Scores are kept transposed, (keys, queries): softmax and delta run down the columns, a vector of queries at
+//           a time, without any sum across a vector; and the scores are then, read by column, just what the products
+//           with v and k need. Only q (and dout) have to be transposed.
+// Tiling    One window and head at a time: its k and v rows are converted to float32 into scratch memory, then its
+//           queries in blocks of at most kMaxQueryBlock, so that for window 7 and head_dim 32 all of it stays in L1
+//           and for 1024 tokens the scores of a block stay in L2.
+// Work      forward 4, backward 10 N^2 head_dim operations for each window and head, N rounded up to whole vectors;
+//           one exp per score each. Bound by arithmetic, not by memory, from some 30 tokens on.
+#include "simd.inl"
+
+namespace swinkernels::cpu::SWINKERNELS_ISA {
+namespace {
+
+// 4 vectors of AVX-512: as wide as a tile of the scores' product.
+constexpr int64_t kMaxQueryBlock = 64;
+// The bias of several heads, written out as (keys, queries), is kept from window to window while it takes at most:
+constexpr int64_t kMaxBiasCacheBytes = 1 << 20;
+
+SWINKERNELS_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+SWINKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+SWINKERNELS_INLINE int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
+
+// Hands out pieces of the scratch memory; from a null base, only counts the bytes.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+// The sizes that follow from the parameters.
+struct Sizes {
+  int64_t tokens;    // N
+  int64_t dim, row;  // head_dim, and rounded up to whole vectors
+  int64_t block;     // queries of a block, whole vectors
+  int64_t blocks;    // of a window
+  int64_t table_rows;
+
+  explicit Sizes(const WindowAttentionForwardParams& p) {
+    tokens = product(p.geometry.window);
+    dim = p.head_dim;
+    row = round_up(dim, kLanes);
+    blocks = (tokens + kMaxQueryBlock - 1) / kMaxQueryBlock;
+    block = round_up((tokens + blocks - 1) / blocks, kLanes);
+    blocks = (tokens + block - 1) / block;
+    const int32_t (&t)[3] = p.geometry.table_window;
+    table_rows = int64_t{2 * t[0] - 1} * (2 * t[1] - 1) * (2 * t[2] - 1);
+  }
+  int64_t queries(int64_t b) const { return smaller(tokens - b * block, block); }
+  int64_t scores() const { return tokens * block; }  // of a block of queries, (keys, queries)
+};
+
+template <class Action>
+SWINKERNELS_INLINE void with_format(DType dtype, Action action) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return action(Float32());
+    case DType::kFloat16:
+      return action(Float16());
+    case DType::kBFloat16:
+      return action(BFloat16());
+  }
+}
+
+// ---- Where a window's tokens lie ----
+
+constexpr int64_t kPad = -1;  // in place of a token's offset
+
+class Window {
+ public:
+  int64_t batch;
+  int32_t* region;  // (N); only if masked
+  bool masked;      // whether its tokens are of several regions
+  bool padded;      // whether it has pad tokens
+
+  Window(const WindowAttentionForwardParams& p, Arena& arena) : params_(p) {
+    const WindowGeometry& g = p.geometry;
+    region = arena.take<int32_t>(product(g.window));
+    for (int i = 0; i < 3; ++i) {
+      frame_[i] = arena.take<int32_t>(g.window[i]);
+      source_[i] = arena.take<int32_t>(g.window[i]);
+      shift_region_[i] = arena.take<int32_t>(g.window[i]);
+      has_regions_ = has_regions_ || (g.shift[i] > 0 && !g.periodic[i]);
+    }
+    has_regions_ = has_regions_ || p.region_map != nullptr;
+  }
+
+  void move_to(int64_t index) {
+    const WindowGeometry& g = params_.geometry;
+    padded = false;
+    for (int i = 2; i >= 0; --i) {
+      const int32_t n = static_cast<int32_t>(index % g.num_windows[i]);
+      index /= g.num_windows[i];
+      for (int32_t t = 0; t < g.window[i]; ++t) {
+        const int32_t frame = g.grid ? t * g.num_windows[i] + n : n * g.window[i] + t;
+        int32_t y;
+        if (g.roll_then_pad) {
+          y = frame - g.pad_before[i];
+          if (y >= 0 && y < g.size[i]) y = (y + g.shift[i]) % g.size[i];
+        } else {
+          y = frame + g.shift[i];
+          y = (y < g.frame[i] ? y : y - g.frame[i]) - g.pad_before[i];
+        }
+        const bool is_pad = y < 0 || y >= g.size[i];
+        padded = padded || is_pad;
+        frame_[i][t] = frame;
+        source_[i][t] = is_pad ? -1 : y;
+        shift_region_[i][t] = g.shift[i] == 0 || g.periodic[i]
+                                  ? 0
+                                  : (frame >= g.frame[i] - g.window[i]) + (frame >= g.frame[i] - g.shift[i]);
+      }
+    }
+    batch = index;
+    masked = has_regions_ && find_regions();
+  }
+
+  // Offsets, in elements from the map's data, of the window's rows of head 0; kPad for pad tokens.
+  template <class Pointer>
+  void offsets(const TokenMapOf<Pointer>& map, int64_t* to) const {
+    const int32_t (&w)[3] = params_.geometry.window;
+    const int64_t (&stride)[3] = map.axis_stride;
+    for (int32_t a = 0; a < w[0]; ++a) {
+      for (int32_t b = 0; b < w[1]; ++b) {
+        const bool is_pad = source_[0][a] < 0 || source_[1][b] < 0;
+        const int64_t base = batch * map.batch_stride + source_[0][a] * stride[0] + source_[1][b] * stride[1];
+        for (int32_t c = 0; c < w[2]; ++c) {
+          *to++ = is_pad || source_[2][c] < 0 ? kPad : base + source_[2][c] * stride[2];
+        }
+      }
+    }
+  }
+
+ private:
+  bool find_regions() {
+    const WindowGeometry& g = params_.geometry;
+    bool differ = false;
+    int32_t* to = region;
+    for (int32_t a = 0; a < g.window[0]; ++a) {
+      for (int32_t b = 0; b < g.window[1]; ++b) {
+        const int64_t frame_row = (int64_t{frame_[0][a]} * g.frame[1] + frame_[1][b]) * g.frame[2];
+        const int32_t region_row = (shift_region_[0][a] * 3 + shift_region_[1][b]) * 3;
+        for (int32_t c = 0; c < g.window[2]; ++c) {
+          *to = params_.region_map == nullptr ? region_row + shift_region_[2][c]
+                                              : params_.region_map[frame_row + frame_[2][c]];
+          differ = differ || *to != region[0];
+          ++to;
+        }
+      }
+    }
+    return differ;
+  }
+
+  const WindowAttentionForwardParams& params_;
+  bool has_regions_ = false;
+  int32_t *frame_[3], *source_[3], *shift_region_[3];  // per axis and token
+};
+
+// ---- Rows between the maps and scratch memory ----
+
+// Tokens [first, first + count) of one head as float32 rows, times factor. Pad tokens get `pad`, zeros if null.
+void gather(DType dtype, const ConstTokenMap& map, const int64_t* offsets, int64_t first, int64_t count, int64_t head,
+            const void* pad, const Sizes& sizes, float factor, float* rows) {
+  with_format(dtype, [&](auto format) {
+    using Format = decltype(format);
+    using Element = typename Format::Element;
+    const auto* data = static_cast<const Element*>(map.data) + head * map.head_stride;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t offset = offsets[first + i];
+      const void* from = offset == kPad ? pad : data + offset;
+      float* row = rows + i * sizes.row;
+      if (from == nullptr) {
+        for (int64_t c = 0; c < sizes.row; c += kLanes) store(row + c, Vec{});
+      } else {
+        load_row<Format>(from, sizes.dim, factor, row);
+      }
+    }
+  });
+}
+
+// The inverse, without the pad tokens; row i is multiplied by factors[i].
+template <class Factor>
+SWINKERNELS_INLINE void scatter(DType dtype, const TokenMap& map, const int64_t* offsets, int64_t first, int64_t count,
+                                int64_t head, const Sizes& sizes, Factor factor, const float* rows) {
+  with_format(dtype, [&](auto format) {
+    using Format = decltype(format);
+    using Element = typename Format::Element;
+    auto* data = static_cast<Element*>(map.data) + head * map.head_stride;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t offset = offsets[first + i];
+      if (offset != kPad) store_row<Format>(rows + i * sizes.row, sizes.dim, factor(i), data + offset);
+    }
+  });
+}
+
+// What q (0), k (1) or v (2) of a pad token of a head is.
+SWINKERNELS_INLINE const void* pad_row(const WindowAttentionForwardParams& p, int64_t part, int64_t head) {
+  if (p.pad_qkv == nullptr) return nullptr;
+  const int64_t item = p.dtype == DType::kFloat32 ? 4 : 2;
+  return static_cast<const char*>(p.pad_qkv) + (part * p.num_heads + head) * p.head_dim * item;
+}
+
+// to (row, block) = the transpose of rows (queries, row); lanes after the last query are zero.
+void transpose_rows(const Sizes& sizes, int64_t queries, float* rows, float* to) {
+  const int64_t whole = round_up(queries, kLanes);
+  for (int64_t i = queries * sizes.row; i < whole * sizes.row; i += kLanes) store(rows + i, Vec{});
+  transpose(rows, whole, sizes.row, sizes.row, to, sizes.block);
+}
+
+// ---- The relative position bias ----
+
+// The bias of key j and queries [i, i + length) is a run of the table's column where r(i + t) = r(i) + t: a row of the
+// window, usually. So the table is read and its gradient summed by vectors, without an index per score. The last vector
+// of a run reads and writes beyond it: what it writes there is written over by the next run, or is no one's.
+class RelativePositionBias {
+ public:
+  RelativePositionBias(const WindowAttentionForwardParams& p, const Sizes& sizes, Arena& arena)
+      : sizes_(sizes), table_(p.bias_table), num_heads_(p.num_heads) {
+    if (table_ == nullptr) return;
+    offset_ = arena.take<int64_t>(sizes.tokens);
+    run_ = arena.take<int64_t>(sizes.tokens + 1);
+    column_ = arena.take<float>(sizes.table_rows + kLanes);
+    const int64_t dense_bytes = sizes.blocks * sizes.scores() * static_cast<int64_t>(sizeof(float));
+    cached_heads_ = smaller(num_heads_, kMaxBiasCacheBytes / dense_bytes);
+    head_stride_ = sizes.blocks * sizes.scores() + kLanes;
+    dense_ = arena.take<float>(cached_heads_ * head_stride_ + sizes.scores() + kLanes);
+    is_cached_ = arena.take<bool>(num_heads_);
+    if (dense_ == nullptr) return;
+
+    for (int64_t h = 0; h < num_heads_; ++h) is_cached_[h] = false;
+    for (int64_t i = 0; i < kLanes; ++i) column_[sizes.table_rows + i] = 0.0f;
+    const int32_t (&t)[3] = p.geometry.table_window;
+    const int64_t row = 2 * t[2] - 1, plane = row * (2 * t[1] - 1);
+    centre_ = (t[0] - 1) * plane + (t[1] - 1) * row + t[2] - 1;
+    for (int64_t i = 0; i < sizes.tokens; ++i) {
+      offset_[i] = i / (t[1] * t[2]) * plane + i / t[2] % t[1] * row + i % t[2];
+      if (i == 0 || offset_[i] != offset_[i - 1] + 1 || i % sizes.block == 0) run_[runs_++] = i;
+    }
+    run_[runs_] = sizes.tokens;
+  }
+
+  bool exists() const { return table_ != nullptr; }
+
+  // (keys, queries) of a block of queries, or null if there is no bias.
+  const float* block(int64_t head, int64_t b) {
+    if (table_ == nullptr) return nullptr;
+    if (head < cached_heads_) {
+      float* dense = dense_ + head * head_stride_;
+      if (!is_cached_[head]) {
+        load_column(head);
+        for (int64_t i = 0; i < sizes_.blocks; ++i) expand(i, dense + i * sizes_.scores());
+        is_cached_[head] = true;
+      }
+      return dense + b * sizes_.scores();
+    }
+    if (head != column_head_) load_column(head);
+    float* dense = dense_ + cached_heads_ * head_stride_;
+    expand(b, dense);
+    return dense;
+  }
+
+  // Adds the gradient of a block's scores to that of a head's column of the table, of table_rows + kLanes.
+  void add_gradient(const float* dscores, int64_t b, float* dcolumn) const {
+    for_each_run(b, [&](int64_t key, int64_t query, int64_t length) {
+      const float* from = dscores + key * sizes_.block + query - b * sizes_.block;
+      float* to = dcolumn + centre_ - offset_[key] + offset_[query];
+      for (int64_t i = 0; i < length; i += kLanes) {
+        const Int mask = first_lanes(length - i);
+        store(to + i, load(to + i) + (Vec)((Int)load(from + i) & mask));
+      }
+    });
+  }
+
+ private:
+  void load_column(int64_t head) {
+    for (int64_t i = 0; i < sizes_.table_rows; ++i) column_[i] = table_[i * num_heads_ + head];
+    column_head_ = head;
+  }
+
+  void expand(int64_t b, float* dense) const {
+    for_each_run(b, [&](int64_t key, int64_t query, int64_t length) {
+      const float* from = column_ + centre_ - offset_[key] + offset_[query];
+      float* to = dense + key * sizes_.block + query - b * sizes_.block;
+      for (int64_t i = 0; i < length; i += kLanes) store(to + i, load(from + i));
+    });
+  }
+
+  template <class Action>
+  SWINKERNELS_INLINE void for_each_run(int64_t b, Action action) const {
+    const int64_t first = b * sizes_.block, last = first + sizes_.queries(b);
+    int64_t first_run = 0;
+    while (run_[first_run] < first) ++first_run;
+    for (int64_t key = 0; key < sizes_.tokens; ++key) {
+      for (int64_t r = first_run; run_[r] < last; ++r) action(key, run_[r], run_[r + 1] - run_[r]);
+    }
+  }
+
+  const Sizes& sizes_;
+  const float* table_;
+  int64_t num_heads_;
+  int64_t centre_ = 0, runs_ = 0, cached_heads_ = 0, head_stride_ = 0, column_head_ = -1;
+  int64_t *offset_ = nullptr, *run_ = nullptr;  // r(token); first tokens of the runs, then N
+  float *column_ = nullptr, *dense_ = nullptr;
+  bool* is_cached_ = nullptr;
+};
+
+// ---- Scores ----
+
+// scores (keys, queries) of a block: k (N, row) times the transpose q_t (row, block) of the scaled queries, + bias + mask.
+void compute_scores(const WindowAttentionForwardParams& p, const Sizes& sizes, const Window& window, const float* k,
+                    const float* q_t, const float* bias, int64_t b, float* scores) {
+  const int64_t queries = sizes.queries(b);
+  matmul<false>(sizes.tokens, round_up(queries, kLanes), sizes.dim, k, sizes.row, q_t, sizes.block, bias, scores,
+                sizes.block);
+  if (!window.masked) return;
+  const Int mask_value = (Int)splat(p.mask_value);
+  for (int64_t i = 0; i < queries; i += kLanes) {
+    const int64_t left = queries - i;
+    Int query_region;
+    if (left >= kLanes) {
+      query_region = load(window.region + b * sizes.block + i);
+    } else {
+      int32_t tail[kLanes] = {};
+      for (int64_t lane = 0; lane < left; ++lane) tail[lane] = window.region[b * sizes.block + i + lane];
+      query_region = load(tail);
+    }
+    for (int64_t key = 0; key < sizes.tokens; ++key) {
+      float* at = scores + key * sizes.block + i;
+      store(at, load(at) + (Vec)((query_region != splat(window.region[key])) & mask_value));
+    }
+  }
+}
+
+// ---- Forward ----
+
+struct Forward {
+  Sizes sizes;
+  Window window;
+  RelativePositionBias bias;
+  int64_t *q_offsets, *k_offsets, *v_offsets, *out_offsets;
+  float *k, *v;             // (N, row)
+  float* rows;              // (block, row): q, then out
+  float* q_t;               // (row, block)
+  float* scores;            // (N, block)
+  float *lse, *reciprocal;  // (block)
+
+  Forward(const WindowAttentionForwardParams& p, Arena& arena) : sizes(p), window(p, arena), bias(p, sizes, arena) {
+    int64_t** const offsets[] = {&q_offsets, &k_offsets, &v_offsets, &out_offsets};
+    for (int64_t** map : offsets) *map = arena.take<int64_t>(sizes.tokens);
+    k = arena.take<float>(sizes.tokens * sizes.row);
+    v = arena.take<float>(sizes.tokens * sizes.row);
+    rows = arena.take<float>(sizes.block * sizes.row);
+    q_t = arena.take<float>(sizes.row * sizes.block);
+    scores = arena.take<float>(sizes.scores());
+    lse = arena.take<float>(sizes.block);
+    reciprocal = arena.take<float>(sizes.block);
+  }
+};
+
+// The scores of a block become exp(score - max); lse and the reciprocal of the sum go where they belong.
+void softmax(const Sizes& sizes, int64_t queries, float* scores, float* lse, float* reciprocal) {
+  for (int64_t i = 0; i < queries; i += kLanes) {
+    Vec max = load(scores + i);
+    for (int64_t key = 1; key < sizes.tokens; ++key) max = larger(load(scores + key * sizes.block + i), max);
+    Vec sum = {};
+    for (int64_t key = 0; key < sizes.tokens; ++key) {
+      float* at = scores + key * sizes.block + i;
+      const Vec x = exp(load(at) - max);
+      store(at, x);
+      sum += x;
+    }
+    store(lse + i, max + log(sum));
+    store(reciprocal + i, 1.0f / sum);
+  }
+}
+
+void forward(const WindowAttentionForwardParams& p, int64_t begin, int64_t end, void* scratch) {
+  Arena arena(scratch);
+  Forward s(p, arena);
+  const Sizes& sizes = s.sizes;
+  int64_t at_window = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t index = task / p.num_heads, head = task % p.num_heads;
+    if (index != at_window) {
+      at_window = index;
+      s.window.move_to(index);
+      s.window.offsets(p.q, s.q_offsets);
+      s.window.offsets(p.k, s.k_offsets);
+      s.window.offsets(p.v, s.v_offsets);
+      s.window.offsets(p.out, s.out_offsets);
+    }
+    gather(p.dtype, p.k, s.k_offsets, 0, sizes.tokens, head, pad_row(p, 1, head), sizes, 1.0f, s.k);
+    gather(p.dtype, p.v, s.v_offsets, 0, sizes.tokens, head, pad_row(p, 2, head), sizes, 1.0f, s.v);
+    for (int64_t b = 0; b < sizes.blocks; ++b) {
+      const int64_t first = b * sizes.block, queries = sizes.queries(b);
+      gather(p.dtype, p.q, s.q_offsets, first, queries, head, pad_row(p, 0, head), sizes, p.scale, s.rows);
+      transpose_rows(sizes, queries, s.rows, s.q_t);
+      compute_scores(p, sizes, s.window, s.k, s.q_t, s.bias.block(head, b), b, s.scores);
+      softmax(sizes, queries, s.scores, s.lse, s.reciprocal);
+      matmul<true>(queries, sizes.row, sizes.tokens, s.scores, sizes.block, s.v, sizes.row, nullptr, s.rows, sizes.row);
+      scatter(
+          p.dtype, p.out, s.out_offsets, first, queries, head, sizes, [&](int64_t i) { return s.reciprocal[i]; },
+          s.rows);
+      float* lse = p.lse + task * sizes.tokens + first;
+      for (int64_t i = 0; i < queries; ++i) lse[i] = s.lse[i];
+    }
+  }
+}
+
+// ---- Backward ----
+
+struct Backward {
+  Sizes sizes;
+  Window window;
+  RelativePositionBias bias;
+  int64_t *q_offsets, *k_offsets, *v_offsets, *dout_offsets, *dq_offsets, *dk_offsets, *dv_offsets;
+  float *k, *v, *dk, *dv;   // (N, row)
+  float *q, *dout, *dq;     // (block, row)
+  float *q_t, *dout_t;      // (row, block)
+  float *scores, *dscores;  // (N, block); scores become probabilities
+  float* lse;               // (block)
+  float* dbias;             // (N, block), summed over the windows of a chunk; only if there is one block
+  float* dcolumn;           // (table_rows): of a chunk
+  float *dpad_k, *dpad_v;   // (row): of a chunk
+
+  Backward(const WindowAttentionForwardParams& p, bool needs_dbias, Arena& arena)
+      : sizes(p), window(p, arena), bias(p, sizes, arena) {
+    int64_t** const offsets[] = {&q_offsets,  &k_offsets,  &v_offsets, &dout_offsets,
+                                 &dq_offsets, &dk_offsets, &dv_offsets};
+    for (int64_t** map : offsets) *map = arena.take<int64_t>(sizes.tokens);
+    float** const of_window[] = {&k, &v, &dk, &dv};
+    for (float** rows : of_window) *rows = arena.take<float>(sizes.tokens * sizes.row);
+    float** const of_block[] = {&q, &dout, &dq, &q_t, &dout_t};
+    for (float** rows : of_block) *rows = arena.take<float>(sizes.block * sizes.row);
+    scores = arena.take<float>(sizes.scores() + kLanes);
+    dscores = arena.take<float>(sizes.scores() + kLanes);
+    lse = arena.take<float>(sizes.block);
+    dbias = arena.take<float>(needs_dbias && sizes.blocks == 1 ? sizes.scores() + kLanes : 0);
+    dcolumn = arena.take<float>(needs_dbias ? sizes.table_rows + kLanes : 0);
+    dpad_k = arena.take<float>(sizes.row);
+    dpad_v = arena.take<float>(sizes.row);
+  }
+};
+
+SWINKERNELS_INLINE void clear(float* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0.0f;
+}
+
+// From scores and dprobs (in `dscores`): probabilities into `scores`, their gradient into `dscores`, and the latter
+// added to dbias, if that is not null.
+void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, float* scores, float* dscores,
+                      float* dbias) {
+  for (int64_t i = 0; i < queries; i += kLanes) {
+    const Vec log_sum = load(lse + i);
+    Vec delta = {};
+    for (int64_t key = 0; key < sizes.tokens; ++key) {
+      float* at = scores + key * sizes.block + i;
+      const Vec probability = exp(load(at) - log_sum);
+      store(at, probability);
+      delta += probability * load(dscores + key * sizes.block + i);
+    }
+    for (int64_t key = 0; key < sizes.tokens; ++key) {
+      const int64_t at = key * sizes.block + i;
+      const Vec gradient = load(scores + at) * (load(dscores + at) - delta);
+      store(dscores + at, gradient);
+      if (dbias != nullptr) store(dbias + at, load(dbias + at) + gradient);
+    }
+  }
+}
+
+// Adds the rows of the window's pad tokens, in order.
+void add_pad_rows(const Sizes& sizes, const int64_t* offsets, const float* rows, float* sum) {
+  for (int64_t i = 0; i < sizes.tokens; ++i) {
+    if (offsets[i] != kPad) continue;
+    for (int64_t c = 0; c < sizes.row; c += kLanes) store(sum + c, load(sum + c) + load(rows + i * sizes.row + c));
+  }
+}
+
+void backward_window(const WindowAttentionBackwardParams& params, Backward& s, int64_t index, int64_t head,
+                     bool needs_dbias, bool needs_dpad) {
+  const WindowAttentionForwardParams& p = params.forward;
+  const Sizes& sizes = s.sizes;
+  s.window.move_to(index);
+  s.window.offsets(p.q, s.q_offsets);
+  s.window.offsets(p.k, s.k_offsets);
+  s.window.offsets(p.v, s.v_offsets);
+  s.window.offsets(params.dout, s.dout_offsets);
+  s.window.offsets(params.dq, s.dq_offsets);
+  s.window.offsets(params.dk, s.dk_offsets);
+  s.window.offsets(params.dv, s.dv_offsets);
+  gather(p.dtype, p.k, s.k_offsets, 0, sizes.tokens, head, pad_row(p, 1, head), sizes, 1.0f, s.k);
+  gather(p.dtype, p.v, s.v_offsets, 0, sizes.tokens, head, pad_row(p, 2, head), sizes, 1.0f, s.v);
+  const float* lse = p.lse + (index * p.num_heads + head) * sizes.tokens;
+
+  for (int64_t b = 0; b < sizes.blocks; ++b) {
+    const int64_t first = b * sizes.block, queries = sizes.queries(b), width = round_up(queries, kLanes);
+    gather(p.dtype, p.q, s.q_offsets, first, queries, head, pad_row(p, 0, head), sizes, p.scale, s.q);
+    gather(p.dtype, params.dout, s.dout_offsets, first, queries, head, nullptr, sizes, 1.0f, s.dout);
+    transpose_rows(sizes, queries, s.q, s.q_t);
+    transpose_rows(sizes, queries, s.dout, s.dout_t);
+    // A pad query has probability 0 everywhere: its output was dropped, and its lse may be anything.
+    for (int64_t i = 0; i < width; ++i) {
+      const bool is_pad = i >= queries || s.dout_offsets[first + i] == kPad;
+      s.lse[i] = is_pad ? __builtin_inff() : lse[first + i];
+    }
+
+    compute_scores(p, sizes, s.window, s.k, s.q_t, s.bias.block(head, b), b, s.scores);
+    matmul<false>(sizes.tokens, width, sizes.dim, s.v, sizes.row, s.dout_t, sizes.block, nullptr, s.dscores,
+                  sizes.block);
+    softmax_backward(sizes, queries, s.lse, s.scores, s.dscores, needs_dbias && sizes.blocks == 1 ? s.dbias : nullptr);
+    if (needs_dbias && sizes.blocks > 1) s.bias.add_gradient(s.dscores, b, s.dcolumn);
+
+    matmul<false>(sizes.tokens, sizes.row, queries, s.scores, sizes.block, s.dout, sizes.row, b == 0 ? nullptr : s.dv,
+                  s.dv, sizes.row);
+    matmul<false>(sizes.tokens, sizes.row, queries, s.dscores, sizes.block, s.q, sizes.row, b == 0 ? nullptr : s.dk,
+                  s.dk, sizes.row);
+    matmul<true>(queries, sizes.row, sizes.tokens, s.dscores, sizes.block, s.k, sizes.row, nullptr, s.dq, sizes.row);
+    scatter(p.dtype, params.dq, s.dq_offsets, first, queries, head, sizes, [&](int64_t) { return p.scale; }, s.dq);
+  }
+
+  const auto unscaled = [](int64_t) { return 1.0f; };
+  scatter(p.dtype, params.dk, s.dk_offsets, 0, sizes.tokens, head, sizes, unscaled, s.dk);
+  scatter(p.dtype, params.dv, s.dv_offsets, 0, sizes.tokens, head, sizes, unscaled, s.dv);
+  if (needs_dpad && s.window.padded) {
+    add_pad_rows(sizes, s.k_offsets, s.dk, s.dpad_k);
+    add_pad_rows(sizes, s.v_offsets, s.dv, s.dpad_v);
+  }
+}
+
+void backward(const WindowAttentionBackwardParams& params, const BackwardPartition& partition, int64_t begin,
+              int64_t end, void* scratch) {
+  const WindowAttentionForwardParams& p = params.forward;
+  const bool needs_dbias = partition.dbias_table != nullptr, needs_dpad = partition.dpad_kv != nullptr;
+  Arena arena(scratch);
+  Backward s(p, needs_dbias, arena);
+  const Sizes& sizes = s.sizes;
+  const int64_t windows = p.batch * product(p.geometry.num_windows);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t head = chunk % p.num_heads, first = chunk / p.num_heads * partition.windows_per_chunk;
+    if (needs_dbias) clear(s.dcolumn, sizes.table_rows + kLanes);
+    if (needs_dbias && sizes.blocks == 1) clear(s.dbias, sizes.scores());
+    clear(s.dpad_k, sizes.row);
+    clear(s.dpad_v, sizes.row);
+    for (int64_t index = first; index < smaller(first + partition.windows_per_chunk, windows); ++index) {
+      backward_window(params, s, index, head, needs_dbias, needs_dpad);
+    }
+    if (needs_dbias) {
+      if (sizes.blocks == 1) s.bias.add_gradient(s.dbias, 0, s.dcolumn);
+      float* to = partition.dbias_table + chunk * sizes.table_rows;
+      for (int64_t i = 0; i < sizes.table_rows; ++i) to[i] = s.dcolumn[i];
+    }
+    if (needs_dpad) {
+      float* to = partition.dpad_kv + chunk * 2 * sizes.dim;
+      for (int64_t c = 0; c < sizes.dim; ++c) to[c] = s.dpad_k[c];
+      for (int64_t c = 0; c < sizes.dim; ++c) to[sizes.dim + c] = s.dpad_v[c];
+    }
+  }
+}
+
+int64_t forward_scratch_bytes(const WindowAttentionForwardParams& p) {
+  Arena arena(nullptr);
+  Forward s(p, arena);
+  return arena.bytes();
+}
+
+int64_t backward_scratch_bytes(const WindowAttentionBackwardParams& params) {
+  Arena arena(nullptr);
+  Backward s(params.forward, params.dbias_table != nullptr, arena);
+  return arena.bytes();
+}
+
+}  // namespace
+}  // namespace swinkernels::cpu::SWINKERNELS_ISA
+
+namespace swinkernels::cpu {
+
+#define SWINKERNELS_STRING_OF(x) #x
+#define SWINKERNELS_STRING(x) SWINKERNELS_STRING_OF(x)
+const WindowAttentionKernels SWINKERNELS_KERNELS = {
+    SWINKERNELS_STRING(SWINKERNELS_ISA), SWINKERNELS_ISA::forward_scratch_bytes,
+    SWINKERNELS_ISA::backward_scratch_bytes, SWINKERNELS_ISA::forward, SWINKERNELS_ISA::backward};
+
+}  // namespace swinkernels::cpu

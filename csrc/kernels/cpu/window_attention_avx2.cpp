@@ -1,0 +1,25 @@
+// Window attention for x86-64 CPUs with AVX2, FMA and F16C.
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "window_attention_kernels.h"
+
+// The whole rest of the file: templates are compiled at its end, under the target that holds there.
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define SWINKERNELS_ISA avx2
+#define SWINKERNELS_KERNELS kAvx2Kernels
+#define SWINKERNELS_LANES 8
+#define SWINKERNELS_F16C
+#include "window_attention.inl"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif  // __x86_64__

@@ -1,0 +1,26 @@
+// Window attention for x86-64 CPUs with AVX-512 (F, BW, DQ and VL).
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "window_attention_kernels.h"
+
+// The whole rest of the file: templates are compiled at its end, under the target that holds there.
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define SWINKERNELS_ISA avx512
+#define SWINKERNELS_KERNELS kAvx512Kernels
+#define SWINKERNELS_LANES 16
+#define SWINKERNELS_F16C
+#include "window_attention.inl"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif  // __x86_64__

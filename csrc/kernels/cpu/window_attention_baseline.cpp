@@ -1,0 +1,9 @@
+// Window attention for any CPU: 4 floats at a time, which x86-64 and aarch64 have without asking.
+#include <cstdint>
+
+#include "window_attention_kernels.h"
+
+#define SWINKERNELS_ISA baseline
+#define SWINKERNELS_KERNELS kBaselineKernels
+#define SWINKERNELS_LANES 4
+#include "window_attention.inl"

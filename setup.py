@@ -1,0 +1,238 @@
+"""Compiles csrc/ with ninja through torch's extension tools.
+
+Two extensions: ``swinkernels._ops``, the kernels and their op bindings on torch's stable ABI (no Python module in it:
+torch loads it), and ``swinkernels._C``, a pybind11 module that says what was compiled.
+
+SWINKERNELS_BUILD        auto (default): CUDA kernels if a CUDA toolkit of torch's major version is found, GPU or not,
+                         and the CPU kernels; cuda: the same, or an error; cpu: CPU kernels; none: pure Python
+CUDA_HOME                the toolkit, if it is neither /usr/local/cuda nor that of the nvcc on the PATH
+TORCH_CUDA_ARCH_LIST     architectures; by default those of the visible GPUs, else 8.0 and 9.0 with PTX
+MAX_JOBS, CXX, NVCC_APPEND_FLAGS    as torch's extension tools, setuptools and nvcc read them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 11)
+OLDEST_CAPABILITY = (8, 0)
+DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
+# Commands that compile. The others (sdist, egg_info, ...) need neither torch nor a compiler.
+COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
+
+
+class BuildError(Exception):
+    """A reason why the asked-for build is impossible, with its remedy: shown as it is, without a stack trace."""
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    home: Path
+    version: str  # of nvcc, such as "13.0"
+
+
+@dataclass(frozen=True)
+class Plan:
+    compile: bool = True
+    toolkit: Toolkit | None = None
+    cuda_missing: str | None = None  # why there is no toolkit to compile with
+    arch_list: tuple[str, ...] = ()
+
+
+def _output(*command: str | Path) -> str:
+    try:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError:
+        return ""
+    return result.stdout
+
+
+def find_toolkit(environ: Mapping[str, str]) -> Toolkit | None:
+    """The first whole CUDA toolkit. nvcc on the PATH may be a wrapper script, so it is asked where it really lives."""
+    candidates = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    if nvcc is not None:
+        here = re.search(r"_HERE_=(.+)", _output(nvcc, "--dryrun", "-x", "cu", os.devnull))
+        candidates.append(os.path.dirname(here[1].strip()) if here else None)
+    for home in (Path(c) for c in candidates if c):
+        if (home / "include" / "cuda_runtime.h").exists() and (home / "bin" / "nvcc").exists():
+            release = re.search(r"release (\d+\.\d+)", _output(home / "bin" / "nvcc", "--version"))
+            if release is not None:
+                return Toolkit(home, release[1])
+    return None
+
+
+def why_no_cuda(toolkit: Toolkit | None, torch_version: str, torch_cuda: str | None) -> str | None:
+    if torch_cuda is None:
+        return f"torch {torch_version} has no CUDA: install a CUDA build of torch"
+    major = torch_cuda.split(".")[0]
+    if toolkit is None:
+        return (
+            "no CUDA toolkit was found (bin/nvcc and include/cuda_runtime.h in CUDA_HOME, CUDA_PATH, /usr/local/cuda "
+            f"or around the nvcc on the PATH): install CUDA {major} and let CUDA_HOME name its folder"
+        )
+    if toolkit.version.split(".")[0] != major:
+        return (
+            f"the CUDA toolkit at {toolkit.home} is version {toolkit.version}, but torch {torch_version} is built for "
+            f"CUDA {torch_cuda}: let CUDA_HOME name a CUDA {major} toolkit, or install a torch for CUDA "
+            f"{toolkit.version.split('.')[0]}"
+        )
+    return None
+
+
+def choose_architectures(environ: Mapping[str, str], visible: list[tuple[int, int]]) -> tuple[str, ...]:
+    """TORCH_CUDA_ARCH_LIST without what is older than the kernels support (images of torch list it), else a default."""
+    asked = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
+    if not asked or asked == "native":
+        supported = [f"{major}.{minor}" for major, minor in sorted({*visible}) if (major, minor) >= OLDEST_CAPABILITY]
+        return (*supported[:-1], supported[-1] + "+PTX") if supported else tuple(DEFAULT_ARCH_LIST.split(";"))
+
+    def too_old(arch: str) -> bool:
+        number = re.match(r"(\d+)\.(\d+)", arch)  # a name, such as Ampere, is torch's to understand
+        return number is not None and (int(number[1]), int(number[2])) < OLDEST_CAPABILITY
+
+    architectures = tuple(arch for arch in asked.split(";") if arch and not too_old(arch))
+    if not architectures:
+        raise BuildError(
+            f"TORCH_CUDA_ARCH_LIST={asked} has no architecture that the CUDA kernels support: name 8.0 or newer, "
+            "unset it, or set SWINKERNELS_BUILD=cpu"
+        )
+    return architectures
+
+
+def make_plan(
+    environ: Mapping[str, str], torch_version: str, torch_cuda: str | None, visible: list[tuple[int, int]]
+) -> Plan:
+    """What to build, from the environment and from the torch that is installed."""
+    wanted = environ.get("SWINKERNELS_BUILD", "auto")
+    if wanted == "none":
+        return Plan(compile=False)
+    if tuple(int(n) for n in re.findall(r"\d+", torch_version)[:2]) < OLDEST_TORCH:
+        raise BuildError(f"torch 2.11 or newer is needed, got {torch_version}: pip install --upgrade torch")
+    if wanted == "cpu":
+        return Plan(cuda_missing="it was asked for so (SWINKERNELS_BUILD=cpu): build again without that setting")
+    toolkit = find_toolkit(environ)
+    missing = why_no_cuda(toolkit, torch_version, torch_cuda)
+    if missing is None:
+        return Plan(toolkit=toolkit, arch_list=choose_architectures(environ, visible))
+    if wanted == "cuda":
+        raise BuildError(f"SWINKERNELS_BUILD=cuda, but {missing}")
+    return Plan(cuda_missing=missing)
+
+
+def require_tools(environ: dict[str, str]) -> None:
+    """ninja and a C++ compiler; a ninja that pip installed outside the PATH is put on it."""
+    without = "or set SWINKERNELS_BUILD=none to install the pure Python package"
+    if shutil.which("ninja", path=environ.get("PATH")) is None:
+        try:
+            import ninja
+        except ImportError:
+            raise BuildError(f"ninja was not found: pip install ninja, {without}") from None
+        environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, environ.get("PATH", os.defpath)])
+    compiler = environ.get("CXX", "c++").split()[-1]  # of "ccache g++", the compiler
+    if shutil.which(compiler, path=environ.get("PATH")) is None:
+        raise BuildError(
+            f"no C++ compiler was found ({compiler}): install one (apt-get install g++, dnf install gcc-c++, "
+            f"xcode-select --install) or let CXX name it, {without}"
+        )
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+
+
+def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> list[Extension]:
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    build_info = ["csrc/bindings/build_info.cpp"]
+    cuda = sources("kernels/cuda/**/*.cu") if plan.toolkit else []
+    cxx_flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
+    # torch's tools forbid the operators of half and bfloat16; the kernels may use them.
+    allow = [f"-U__CUDA_NO_{x}__" for x in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
+    nvcc_flags = ["-O3", "-std=c++17", "--threads=2", *allow, "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
+    ops = (CUDAExtension if plan.toolkit else CppExtension)(
+        "swinkernels._ops",
+        sorted({*sources("bindings/**/*.cpp"), *sources("kernels/cpu/**/*.cpp"), *cuda} - {*build_info}),
+        include_dirs=[str(ROOT / "csrc")],
+        # The oldest torch whose stable ABI may be used: the library then loads in that one and every newer one.
+        define_macros=[("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH))]
+        + ([("SWINKERNELS_WITH_CUDA", None), ("USE_CUDA", None)] if plan.toolkit else []),
+        extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
+        # A symbol that nobody defines is an error of the build, not of the first import.
+        extra_link_args=["-Wl,--no-undefined"] if sys.platform == "linux" else [],
+        py_limited_api=True,
+    )
+
+    import pybind11
+
+    facts = {
+        "VERSION": re.findall(r'"(.+)"', (ROOT / "swinkernels" / "_version.py").read_text())[0],
+        "TORCH_VERSION": torch_version,
+        "TORCH_CUDA": torch_cuda or "",
+        "CUDA_MISSING": plan.cuda_missing or "",
+        "NVCC_VERSION": plan.toolkit.version if plan.toolkit else "",
+        "ARCH_LIST": ";".join(plan.arch_list),
+        "CUDA_SOURCES": ";".join(cuda),
+    }
+    module = Extension(
+        "swinkernels._C",
+        build_info,
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()]
+        + ([str(plan.toolkit.home / "include")] if plan.toolkit else []),
+        define_macros=[(f"SWINKERNELS_{name}", json.dumps(value)) for name, value in facts.items()]
+        + ([("SWINKERNELS_WITH_CUDA", None)] if plan.toolkit else []),
+        extra_compile_args={"cxx": cxx_flags},
+        language="c++",
+    )
+    return [ops, module]
+
+
+def configure() -> dict:
+    """The ext_modules and cmdclass of setup(). Sets what torch's tools read from the environment."""
+    if os.environ.get("SWINKERNELS_BUILD", "auto") not in ("auto", "cuda", "cpu", "none"):
+        got = os.environ["SWINKERNELS_BUILD"]
+        raise BuildError(f"SWINKERNELS_BUILD must be auto, cuda, cpu or none, got {got}")
+    if os.environ.get("SWINKERNELS_BUILD") == "none":
+        return {}
+    try:
+        import torch
+    except ImportError:
+        raise BuildError(
+            "torch was not found where the extension is built: pip install torch, then pip install "
+            "--no-build-isolation . (with build isolation pip would download a second torch)"
+        ) from None
+    visible = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    plan = make_plan(os.environ, torch.__version__, torch.version.cuda, visible)
+    require_tools(os.environ)
+    if plan.toolkit is not None:
+        os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # torch's tools read it when they are imported
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.arch_list)
+        print(f"swinkernels: CPU and CUDA kernels, for {' '.join(plan.arch_list)} by {plan.toolkit.home}", flush=True)
+    else:
+        print(f"swinkernels: CPU kernels alone: {plan.cuda_missing}", flush=True)
+    from torch.utils.cpp_extension import BuildExtension
+
+    return {
+        "ext_modules": make_extensions(plan, torch.__version__, torch.version.cuda),
+        "cmdclass": {"build_ext": BuildExtension},
+    }
+
+
+if __name__ == "__main__":
+    try:
+        if sys.version_info < (3, 10):  # noqa: UP036 (pip checks it, this script run by hand does not)
+            raise BuildError(f"Python 3.10 or newer is needed, got {sys.version.split()[0]}")
+        setup(license="MIT", **(configure() if COMPILING & {*sys.argv} else {}))
+    except BuildError as error:
+        sys.exit(f"swinkernels: {error}")

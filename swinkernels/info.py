@@ -1,0 +1,125 @@
+"""``python -m swinkernels.info``: versions, what was compiled, and which backends can run here or why they cannot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+
+from swinkernels import _extension
+from swinkernels._version import __version__
+from swinkernels.ops import _backends
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, which torch does not tell."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = result.stdout.split() if result.returncode == 0 else []
+    return lines[0] if lines else None
+
+
+def _gpus() -> list[dict[str, Any]]:
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return gpus
+
+
+def collect() -> dict[str, Any]:
+    """Everything that is printed, as plain values that JSON can hold.
+
+    Returns:
+        ``versions`` (of Python, torch, Triton, CUDA and the driver; None where there is none), ``platform``, ``gpus``,
+        ``build`` (``swinkernels._C.build_info()``, or None without the extension), ``extension_error`` (why it is not
+        loaded, or None) and ``backends`` (per backend, why it cannot run here, or None if it can).
+    """
+    return {
+        "versions": {
+            "swinkernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torch_cuda": torch.version.cuda,
+            "triton": _installed_version("triton"),
+            "timm": _installed_version("timm"),
+            "driver": _driver(),
+        },
+        "platform": platform.platform(),
+        "gpus": _gpus(),
+        "build": None if _extension.build is None else _extension.build.build_info(),
+        "extension_error": _extension.error,
+        "backends": {name: _backends.unavailable(name) for name in _backends.BACKENDS},
+    }
+
+
+def describe(info: dict[str, Any]) -> str:
+    """The result of :func:`collect` as lines for people."""
+    versions, build = info["versions"], info["build"]
+    lines = [
+        f"swinkernels {versions['swinkernels']}, Python {versions['python']}, torch {versions['torch']}, "
+        f"triton {versions['triton'] or 'not installed'}, timm {versions['timm'] or 'not installed'}",
+        info["platform"],
+    ]
+    lines += [
+        f"GPU {index}: {gpu['name']}, compute capability {gpu['capability']}, {gpu['multiprocessors']} "
+        f"multiprocessors, {gpu['memory_gib']} GiB, driver {versions['driver'] or 'unknown'}"
+        for index, gpu in enumerate(info["gpus"])
+    ] or ["GPU: torch sees none"]
+    if build is None:
+        lines.append(f"extension: not loaded: {info['extension_error']}")
+    else:
+        lines.append(
+            f"extension: {build['version']}, built by {build['compiler']} with torch {build['torch_version']}, "
+            f"CPU instruction sets {', '.join(build['cpu_instruction_sets'])}"
+        )
+        if build["cuda"]:
+            limits = ", ".join(f"{name} {value}" for name, value in build["window_attention_limits"].items())
+            lines.append(
+                f"CUDA kernels: nvcc {build['cuda_version']}, architectures {' '.join(build['arch_list'])}, "
+                f"{len(build['cuda_sources'])} sources; window_attention: {limits}"
+            )
+        else:
+            lines.append(f"CUDA kernels: none: {build['cuda_missing']}")
+    lines.append("backends:")
+    for name, reason in info["backends"].items():
+        lines.append(f"  {name:<9}  " + ("available" if reason is None else f"not available because {reason}"))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m swinkernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    info = collect()
+    print(json.dumps(info, indent=2) if options.json else describe(info))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Where the tokens of shifted windows lie in a feature map: the geometry that the ops of this folder share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Ints = int | Sequence[int]
+PAD_ORDERS = ("pad_then_roll", "roll_then_pad")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def without_autocast(function: Function) -> Function:
+    """Compute in the dtypes of the tensors: under autocast a float32 product would be rounded to half precision."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.amp.is_autocast_available(x.device.type):  # meta tensors
+            return function(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def per_axis(op: str, name: str, value: Any, rank: int) -> tuple:
+    """One value for each axis of the map, from one value for all or a sequence."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    if len(values) != rank:
+        raise ValueError(f"{op}: {name} must have one value for each of the {rank} axes of the map, got {value!r}")
+    return values
+
+
+def check_window(op: str, size: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_order: str) -> None:
+    """Refuse a geometry that has no meaning."""
+    if len(size) not in (2, 3) or any(s < 1 for s in size):
+        raise ValueError(f"{op}: the map must have two or three axes of at least one token, got S = {tuple(size)}")
+    if any(w < 1 for w in window):
+        raise ValueError(f"{op}: window_size must be positive, got {tuple(window)}")
+    if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
+        raise ValueError(
+            f"{op}: shift_size must be in 0..window_size - 1 per axis, got {tuple(shift)} for window {tuple(window)}"
+        )
+    if pad_order not in PAD_ORDERS:
+        raise ValueError(f"{op}: pad_order must be one of {PAD_ORDERS}, got {pad_order!r}")
+
+
+def frame_size(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
+    """The map's size rounded up to whole windows, per axis."""
+    return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
+
+
+def window_coordinates(frame: Sequence[int], window: Sequence[int], grid: bool, device) -> list[Tensor]:
+    """Frame coordinate of every token of every window, per axis: each (num_windows, N)."""
+    axes = []
+    for p, w in zip(frame, window, strict=True):
+        g = torch.arange(p, device=device)
+        # (windows, tokens) on this axis: consecutive tokens, or tokens strided over the map
+        axes.append(g.reshape(w, p // w).T if grid else g.reshape(p // w, w))
+    rank = len(axes)
+    coordinates = []
+    for i, g in enumerate(axes):
+        shape = [1] * (2 * rank)
+        shape[i], shape[rank + i] = g.shape
+        full = [a.shape[0] for a in axes] + [a.shape[1] for a in axes]
+        n = math.prod(full[:rank])
+        coordinates.append(g.reshape(shape).expand(full).reshape(n, -1))
+    return coordinates
+
+
+def source_index(
+    size: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    *,
+    pad_order: str = "pad_then_roll",
+    pad_before: Sequence[int] | None = None,
+    grid: bool = False,
+    device=None,
+) -> Tensor:
+    """(num_windows, N): the token of the row-major map that each window token is; prod(size) for a pad token."""
+    frame = frame_size(size, window)
+    pad_before = pad_before or (0,) * len(size)
+    coordinates = window_coordinates(frame, window, grid, device)
+    source = torch.zeros_like(coordinates[0])
+    is_pad = torch.zeros_like(source, dtype=torch.bool)
+    for axis, g in enumerate(coordinates):
+        length = size[axis]
+        if pad_order == "pad_then_roll":
+            y = (g + shift[axis]) % frame[axis] - pad_before[axis]
+            outside = (y < 0) | (y >= length)
+        else:
+            y = g - pad_before[axis]
+            outside = (y < 0) | (y >= length)
+            y = (y + shift[axis]) % length  # the shift may exceed the length
+        source = source * length + y
+        is_pad = is_pad | outside
+    return source.masked_fill(is_pad, math.prod(size))
+
+
+def shift_region(
+    size: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    *,
+    periodic: Sequence[bool],
+    region_map: Tensor | None = None,
+    grid: bool = False,
+    device=None,
+) -> Tensor:
+    """(num_windows, N): the region number of each window token; tokens of different regions are masked."""
+    frame = frame_size(size, window)
+    coordinates = window_coordinates(frame, window, grid, device)
+    if region_map is not None:
+        return region_map[tuple(coordinates)]
+    region = torch.zeros_like(coordinates[0])
+    for g, w, s, p, wraps in zip(coordinates, window, shift, frame, periodic, strict=True):
+        on_axis = (g >= p - w).long() + (g >= p - s).long() if s > 0 and not wraps else torch.zeros_like(g)
+        region = region * 3 + on_axis
+    return region

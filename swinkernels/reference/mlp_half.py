@@ -1,0 +1,79 @@
+"""The MLP half of a Swin block in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from swinkernels.reference._block import add_residual, check_norm, linear
+from swinkernels.reference._geometry import without_autocast
+from swinkernels.reference.layer_norm import layer_norm
+
+APPROXIMATIONS = ("none", "tanh")
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x times the normal distribution function of x, exact or by its tanh approximation (MaxViT-tf)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide)
+    if approximate == "none":
+        y = y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
+    else:
+        y = y * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+    return y.to(x.dtype)
+
+
+@without_autocast
+def mlp_half(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    norm: str = "pre",
+    approximate: str = "none",
+    residual: bool = True,
+    drop_path_scale: Tensor | None = None,
+) -> Tensor:
+    r"""Layer norm, two linear layers with GELU between them, and residual connection.
+
+    .. math::
+        y = x + d \cdot fc_2(GELU(fc_1(LayerNorm(x)))) \quad \text{(pre, v1)}
+
+        y = x + d \cdot LayerNorm(fc_2(GELU(fc_1(x)))) \quad \text{(post, v2)}
+
+    Args:
+        x: (B, ..., C), any floating dtype.
+        norm_weight, norm_bias: (C,), or None for 1 and 0.
+        fc1_weight, fc1_bias: (hidden, C) and (hidden,) or None.
+        fc2_weight, fc2_bias: (C, hidden) and (C,) or None.
+        eps: of the norm.
+        norm: "pre" (v1) or "post" (v2).
+        approximate: "none" for the exact GELU, "tanh" for its approximation, as in torch.nn.GELU.
+        residual: False leaves ``x +`` out; the norm stays.
+        drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+
+    Returns:
+        (B, ..., C) in the dtype of x.
+
+    Raises:
+        ValueError: an unknown norm or approximation, a shape that does not agree.
+
+    Source: Swin Transformer (Liu et al., 2021), equation 3; Swin Transformer V2 (Liu et al., 2022), section 3.2; second
+    line of ``forward`` in the blocks of timm, torchvision and MONAI.
+    """
+    op = "mlp_half"
+    check_norm(op, norm)
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"{op}: approximate must be one of {APPROXIMATIONS}, got {approximate!r}")
+    branch = layer_norm(x, norm_weight, norm_bias, eps=eps) if norm == "pre" else x
+    branch = linear(gelu(linear(branch, fc1_weight, fc1_bias), approximate), fc2_weight, fc2_bias)
+    if norm == "post":
+        branch = layer_norm(branch, norm_weight, norm_bias, eps=eps)
+    return add_residual(op, x if residual else x.new_zeros(x.shape), branch, drop_path_scale)

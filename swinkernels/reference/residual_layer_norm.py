@@ -1,0 +1,67 @@
+"""A residual connection and the layer normalisation next to it in plain PyTorch, in the orders of Swin v1 and v2."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from swinkernels.reference._block import add_residual
+from swinkernels.reference.layer_norm import layer_norm
+
+
+def residual_layer_norm(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    drop_path_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Add a branch to the residual stream and normalise the sum for the next branch (v1, norm before the branch).
+
+    .. math:: s = x + d \cdot y, \quad z = LayerNorm(s)
+
+    Args:
+        x: (B, ..., C), the residual stream, any floating dtype.
+        y: the result of the branch, like x.
+        weight, bias: (C,) of the norm, or None for 1 and 0.
+        eps: of the norm.
+        drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+
+    Returns:
+        s and z, each (B, ..., C) in the dtype of x. z is the norm of the s that is returned, rounded.
+
+    Raises:
+        ValueError: shapes that do not agree.
+
+    Source: Swin Transformer (Liu et al., 2021), equation 3: a block's residual connection with the LN of its next half.
+    """
+    total = add_residual("residual_layer_norm", x, y, drop_path_scale)
+    return total, layer_norm(total, weight, bias, eps=eps)
+
+
+def residual_post_norm(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    drop_path_scale: Tensor | None = None,
+) -> Tensor:
+    r"""Normalise the result of a branch and add it to the residual stream (v2, norm after the branch).
+
+    .. math:: s = x + d \cdot LayerNorm(y)
+
+    Args:
+        x, y, weight, bias, eps, drop_path_scale: as for :func:`residual_layer_norm`.
+
+    Returns:
+        s, (B, ..., C) in the dtype of x.
+
+    Raises:
+        ValueError: shapes that do not agree.
+
+    Source: Swin Transformer V2 (Liu et al., 2022), section 3.2, res-post-norm.
+    """
+    return add_residual("residual_post_norm", x, layer_norm(y, weight, bias, eps=eps), drop_path_scale)

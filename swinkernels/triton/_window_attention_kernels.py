@@ -1,0 +1,689 @@
+"""The Triton kernels of window attention, 2D as 3D with a leading axis of one token.
+
+Maths     S = scale q k^T + bias + mask, P = softmax(S), out = P v, lse = log sum exp S, per window and head. Backward, with
+          P recomputed from lse: dv = P^T dout, dP = dout v^T, delta = rowsum(P dP), dS = P (dP - delta),
+          dq = scale dS k, dk = scale dS^T q, dbias = dS summed over windows, folded onto the table's rows.
+Tiling    N <= 64: a program owns one head and walks over several windows; a window is one tile, the bias and dbias tiles
+          stay in registers from window to window. N > 64: query tiles by key tiles, a program per tile row, online
+          softmax; backward in three kernels (dq and delta; dk and dv; dbias), none of which needs atomics.
+Order     the head varies fastest over programs: neighbours read neighbouring parts of the same token rows, so that
+          whole cache lines are used even where a head's row is half a line.
+Bias      gathered from the table in the kernel. The table (2 KB at window 7 and 3 heads) lives in L1; a dense fp32
+          (heads, N, N) bias would cost one more launch and, read per window, as much L2 traffic as q, k and v.
+Traffic   forward 4 and backward 7 maps of B * S * C elements, each read or written once (N <= 64).
+Limits    N <= 256; windows of a call below 2^31; sizes of tiles are powers of two, which at window 7 costs 64/49.
+
+A map is (pointer, strides): strides = (batch, axis 0, axis 1, axis 2, head) in units of ALIGN elements, so that the
+compiler knows how far addresses are aligned without being recompiled for every stride. ``roll`` is the shift as it
+enters the addresses, ``cut`` the first token of an axis beyond the shift's seam (the window size where nothing is
+masked). Scores are kept times log2(e), for exp2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(LOG2_E)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+# Values that vary from call to call. Were they specialised (on being 1, on being a multiple of 16), a new batch or map
+# size would recompile.
+_RUNTIME_INTEGERS = [
+    "batch_windows",
+    "windows_per_program",
+    "num_heads",
+    "size",
+    "roll",
+    "cut",
+    "before",
+    "q_strides",
+    "k_strides",
+    "v_strides",
+    "packed_offset",
+    "grad_row_heads",
+    "grad_head_offset",
+]
+kernel = triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
+
+
+# ---- where tokens are ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _coordinates(token, WINDOW: tl.constexpr):
+    """Row-major decoding of window tokens; tokens beyond the window get a first coordinate beyond it."""
+    return token // (WINDOW[1] * WINDOW[2]), token // WINDOW[2] % WINDOW[1], token % WINDOW[2]
+
+
+@triton.jit
+def _table_position(token, TABLE_WINDOW: tl.constexpr):
+    """r(t): the bias of query i and key j is row r(i) - r(j) + r_max of the table."""
+    t0, t1, t2 = _coordinates(token, TABLE_WINDOW)
+    return (t0 * (2 * TABLE_WINDOW[1] - 1) + t1) * (2 * TABLE_WINDOW[2] - 1) + t2
+
+
+@triton.jit
+def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr):
+    """On one axis: the map coordinate of token t of window n, and whether the map has it (else it is a pad token)."""
+    num_windows = tl.cdiv(size, WINDOW)
+    g = t * num_windows + n if GRID else n * WINDOW + t
+    if ROLL_THEN_PAD:
+        y = g - before
+        real = (y >= 0) & (y < size)
+        y += roll
+        y = tl.where(y >= size, y - size, y)
+    else:
+        frame = num_windows * WINDOW
+        y = g + roll
+        y = tl.where(y >= frame, y - frame, y) - before
+        real = (y >= 0) & (y < size)
+    return y, real
+
+
+@triton.jit
+def _locate(
+    n0, n1, n2, token, size, roll, before,
+    WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr,
+):  # fmt: skip
+    """Map coordinates of tokens of window (n0, n1, n2), and which of them are in the map."""
+    t0, t1, t2 = _coordinates(token, WINDOW)
+    y0, real0 = _source(n0, t0, size[0], roll[0], before[0], WINDOW[0], ROLL_THEN_PAD, GRID)
+    y1, real1 = _source(n1, t1, size[1], roll[1], before[1], WINDOW[1], ROLL_THEN_PAD, GRID)
+    y2, real2 = _source(n2, t2, size[2], roll[2], before[2], WINDOW[2], ROLL_THEN_PAD, GRID)
+    real = token < WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if HAS_PADDING:
+        real = real & real0 & real1 & real2
+    return y0, y1, y2, real
+
+
+@triton.jit
+def _beyond_seam(token, cut, WINDOW: tl.constexpr):
+    """A bit per axis: the token is beyond the shift's seam, if its window has the seam. Does not depend on the window."""
+    t0, t1, t2 = _coordinates(token, WINDOW)
+    bits = (t0 >= cut[0]).to(tl.int32) + (t1 >= cut[1]).to(tl.int32) * 2
+    return bits + (t2 >= cut[2]).to(tl.int32) * 4
+
+
+@triton.jit
+def _seams(n0, n1, n2, size, cut, region_map, WINDOW: tl.constexpr):
+    """A bit per axis: the window has the seam, which only the last one of an axis does. Zero: nothing to mask."""
+    if region_map is not None:
+        bits = n0 * 0 + 1
+    else:
+        bits = ((n0 == tl.cdiv(size[0], WINDOW[0]) - 1) & (cut[0] < WINDOW[0])).to(tl.int32)
+        bits += ((n1 == tl.cdiv(size[1], WINDOW[1]) - 1) & (cut[1] < WINDOW[1])).to(tl.int32) * 2
+        bits += ((n2 == tl.cdiv(size[2], WINDOW[2]) - 1) & (cut[2] < WINDOW[2])).to(tl.int32) * 4
+    return bits
+
+
+@triton.jit
+def _region(n0, n1, n2, token, beyond, seams, size, region_map, WINDOW: tl.constexpr, GRID: tl.constexpr):
+    """The region of tokens; tokens of a window that differ in it are masked."""
+    if region_map is None:
+        region = beyond & seams
+    else:
+        t0, t1, t2 = _coordinates(token, WINDOW)
+        num0, num1, num2 = tl.cdiv(size[0], WINDOW[0]), tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
+        g0 = t0 * num0 + n0 if GRID else n0 * WINDOW[0] + t0
+        g1 = t1 * num1 + n1 if GRID else n1 * WINDOW[1] + t1
+        g2 = t2 * num2 + n2 if GRID else n2 * WINDOW[2] + t2
+        at = (g0.to(tl.int64) * (num1 * WINDOW[1]) + g1) * (num2 * WINDOW[2]) + g2
+        region = tl.load(region_map + at, mask=token < WINDOW[0] * WINDOW[1] * WINDOW[2], other=0)
+    return region
+
+
+@triton.jit
+def _split_window(window, size, WINDOW: tl.constexpr):
+    """Image and window coordinates of a window of the batch."""
+    num1, num2 = tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
+    num0 = tl.cdiv(size[0], WINDOW[0])
+    n2 = window % num2
+    n1 = window // num2 % num1
+    n0 = window // (num2 * num1) % num0
+    return window // (num2 * num1 * num0), n0, n1, n2
+
+
+@triton.jit
+def _next_window(image, n0, n1, n2, size, WINDOW: tl.constexpr):
+    """The window after this one: carries instead of the divisions of _split_window, which every thread would do."""
+    n2 += 1
+    wraps = n2 == tl.cdiv(size[2], WINDOW[2])
+    n2 = tl.where(wraps, 0, n2)
+    n1 += wraps.to(tl.int32)
+    wraps = n1 == tl.cdiv(size[1], WINDOW[1])
+    n1 = tl.where(wraps, 0, n1)
+    n0 += wraps.to(tl.int32)
+    wraps = n0 == tl.cdiv(size[0], WINDOW[0])
+    n0 = tl.where(wraps, 0, n0)
+    return image + wraps.to(tl.int32), n0, n1, n2
+
+
+# ---- reading and writing rows ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_rows(
+    data, offset, strides, image, head, y0, y1, y2, real,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """One head's rows of a map at the given coordinates, zero where not real."""
+    base = image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4] + offset
+    row = y0.to(tl.int64) * strides[1] + y1.to(tl.int64) * strides[2] + y2.to(tl.int64) * strides[3]
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(
+        data + base * ALIGN + (row * ALIGN)[:, None] + d[None, :], mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _dense_row(image, y0, y1, y2, size):
+    """The number of a token in a contiguous (B, *S, ...) map."""
+    first = image.to(tl.int64) * size[0]
+    return ((first + y0) * size[1] + y1) * size[2] + y2
+
+
+@triton.jit
+def _load_dense(data, row, real, num_heads, head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    at = (row * num_heads + head) * HEAD_DIM
+    return tl.load(data + at[:, None] + d[None, :], mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_dense(
+    data, values, row, real, num_heads, head, row_heads, offset_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Store one head's rows where a token has row_heads heads, this map's first being number offset_heads."""
+    d = tl.arange(0, BLOCK_D)
+    at = (row * row_heads + (offset_heads + head)) * HEAD_DIM
+    tl.store(
+        data + at[:, None] + d[None, :],
+        values.to(data.dtype.element_ty),
+        mask=real[:, None] & (d < HEAD_DIM)[None, :],
+    )
+
+
+@triton.jit
+def _load_pad(pad_qkv, which: tl.constexpr, num_heads, head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What q (0), k (1) or v (2) of a pad token holds."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(pad_qkv + (which * num_heads + head) * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+
+
+@triton.jit
+def _load_tokens(
+    data, offset, strides, pad_qkv, which: tl.constexpr, num_heads, image, head, y0, y1, y2, token, real,
+    VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """_load_rows with pad tokens filled in."""
+    rows = _load_rows(data, offset * which, strides, image, head, y0, y1, y2, real, HEAD_DIM, BLOCK_D, ALIGN)
+    if pad_qkv is not None:
+        pad = _load_pad(pad_qkv, which, num_heads, head, HEAD_DIM, BLOCK_D)
+        rows = tl.where(((token < VOLUME) & ~real)[:, None], pad[None, :], rows)
+    return rows
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _bias_tile(bias_table, query, key, num_heads, head, VOLUME: tl.constexpr, TABLE_WINDOW: tl.constexpr):
+    """log2(e) times the bias of a tile; minus infinity for keys beyond the window."""
+    inside = (query < VOLUME)[:, None] & (key < VOLUME)[None, :]
+    if bias_table is not None:
+        r_max = _table_position(TABLE_WINDOW[0] * TABLE_WINDOW[1] * TABLE_WINDOW[2] - 1, TABLE_WINDOW)
+        row = _table_position(query, TABLE_WINDOW)[:, None] - _table_position(key, TABLE_WINDOW)[None, :] + r_max
+        bias = tl.load(bias_table + row * num_heads + head, mask=inside, other=0.0) * _LOG2_E
+    else:
+        bias = tl.zeros([query.shape[0], key.shape[0]], tl.float32)
+    return tl.where((key < VOLUME)[None, :], bias, float("-inf"))
+
+
+@triton.jit
+def _mask_tile(scores, query_region, key_region, mask_log2):
+    return tl.where(query_region[:, None] != key_region[None, :], scores + mask_log2, scores)
+
+
+@triton.jit
+def _probs_and_dscores(
+    q, k, v, dout, bias, lse, delta, seams, query_region, key_region, scale_log2, mask_log2,
+    HAS_MASK: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P and dS of a tile of the backward pass; without delta, it is the row sum over this tile."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias
+    if HAS_MASK:
+        if seams != 0:
+            scores = _mask_tile(scores, query_region, key_region, mask_log2)
+    probs = tl.exp2(scores - (lse * _LOG2_E)[:, None])
+    dprobs = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    if not HAS_DELTA:
+        delta = tl.sum(probs * dprobs, axis=1)
+    return probs, probs * (dprobs - delta[:, None]), delta
+
+
+# ---- N <= 64: a window is one tile -----------------------------------------------------------------------------------
+
+
+@kernel
+def fwd_whole(
+    q, k, v, out, lse, bias_table, pad_qkv, region_map, scale_log2, mask_log2,
+    batch_windows, windows_per_program, num_heads, size, roll, cut, before,
+    q_strides, k_strides, v_strides, packed_offset,
+    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    program = tl.program_id(0)
+    head = program % num_heads
+    first = program // num_heads * windows_per_program
+    count = tl.minimum(windows_per_program, batch_windows - first)
+    image, n0, n1, n2 = _split_window(first, size, WINDOW)
+    token = tl.arange(0, BLOCK_N)
+    beyond = _beyond_seam(token, cut, WINDOW)
+    bias = _bias_tile(bias_table, token, token, num_heads, head, VOLUME, TABLE_WINDOW)
+
+    for i in range(0, count):
+        y0, y1, y2, real = _locate(
+            n0, n1, n2, token, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING
+        )  # fmt: skip
+        q_tile = _load_tokens(
+            q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, token, real,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        k_tile = _load_tokens(
+            k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, y0, y1, y2, token, real,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        v_tile = _load_tokens(
+            v, packed_offset, v_strides, pad_qkv, 2, num_heads, image, head, y0, y1, y2, token, real,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2 + bias
+        if HAS_MASK:
+            seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
+            if seams != 0:
+                region = _region(n0, n1, n2, token, beyond, seams, size, region_map, WINDOW, GRID)
+                scores = _mask_tile(scores, region, region, mask_log2)
+        top = tl.max(scores, axis=1)
+        probs = tl.exp2(scores - top[:, None])
+        total = tl.sum(probs, axis=1)
+        result = tl.dot(probs.to(v_tile.dtype), v_tile, input_precision=PRECISION) / total[:, None]
+        row = _dense_row(image, y0, y1, y2, size)
+        _store_dense(out, result, row, real, num_heads, head, num_heads, 0, HEAD_DIM, BLOCK_D)
+        lse_row = ((first + i).to(tl.int64) * num_heads + head) * VOLUME
+        tl.store(lse + lse_row + token, (top + tl.log2(total)) * _LN_2, mask=token < VOLUME)
+        image, n0, n1, n2 = _next_window(image, n0, n1, n2, size, WINDOW)
+
+
+@kernel
+def bwd_whole(
+    q, k, v, dout, lse, dq, dk, dv, dbias, dpad, bias_table, pad_qkv, region_map, scale, scale_log2, mask_log2,
+    batch_windows, windows_per_program, num_heads, size, roll, cut, before,
+    q_strides, k_strides, v_strides, packed_offset, grad_row_heads, grad_head_offset,
+    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dbias: (groups, heads, N, N), dpad: (groups, 2, heads, HEAD_DIM), sums over a program's windows; or None."""
+    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    program = tl.program_id(0)
+    head = program % num_heads
+    group = program // num_heads
+    first = group * windows_per_program
+    count = tl.minimum(windows_per_program, batch_windows - first)
+    image, n0, n1, n2 = _split_window(first, size, WINDOW)
+    token = tl.arange(0, BLOCK_N)
+    beyond = _beyond_seam(token, cut, WINDOW)
+    bias = _bias_tile(bias_table, token, token, num_heads, head, VOLUME, TABLE_WINDOW)
+    if dbias is not None:
+        dbias_tile = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+    if dpad is not None:
+        dpad_k = tl.zeros([BLOCK_D], tl.float32)
+        dpad_v = tl.zeros([BLOCK_D], tl.float32)
+
+    for i in range(0, count):
+        y0, y1, y2, real = _locate(
+            n0, n1, n2, token, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING
+        )  # fmt: skip
+        q_tile = _load_tokens(
+            q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, token, real,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        k_tile = _load_tokens(
+            k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, y0, y1, y2, token, real,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        v_tile = _load_tokens(
+            v, packed_offset, v_strides, pad_qkv, 2, num_heads, image, head, y0, y1, y2, token, real,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        row = _dense_row(image, y0, y1, y2, size)
+        dout_tile = _load_dense(dout, row, real, num_heads, head, HEAD_DIM, BLOCK_D)
+        lse_row = ((first + i).to(tl.int64) * num_heads + head) * VOLUME
+        lse_tile = tl.load(lse + lse_row + token, mask=token < VOLUME, other=0.0)
+        seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
+        region = _region(n0, n1, n2, token, beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else token
+        probs, dscores, _ = _probs_and_dscores(
+            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, lse_tile, seams, region, region, scale_log2, mask_log2,
+            HAS_MASK, False, PRECISION,
+        )  # fmt: skip
+        if dbias is not None:
+            dbias_tile += dscores
+        dv_tile = tl.dot(tl.trans(probs.to(q_tile.dtype)), dout_tile, input_precision=PRECISION)
+        _store_dense(dv, dv_tile, row, real, num_heads, head, grad_row_heads, 2 * grad_head_offset, HEAD_DIM, BLOCK_D)
+        rounded = dscores.to(q_tile.dtype)
+        dk_tile = tl.dot(tl.trans(rounded), q_tile, input_precision=PRECISION) * scale
+        _store_dense(dk, dk_tile, row, real, num_heads, head, grad_row_heads, grad_head_offset, HEAD_DIM, BLOCK_D)
+        dq_tile = tl.dot(rounded, k_tile, input_precision=PRECISION) * scale
+        _store_dense(dq, dq_tile, row, real, num_heads, head, grad_row_heads, 0, HEAD_DIM, BLOCK_D)
+        if dpad is not None:
+            is_pad = ((token < VOLUME) & ~real)[:, None]
+            dpad_k += tl.sum(tl.where(is_pad, dk_tile, 0.0), axis=0)
+            dpad_v += tl.sum(tl.where(is_pad, dv_tile, 0.0), axis=0)
+        image, n0, n1, n2 = _next_window(image, n0, n1, n2, size, WINDOW)
+
+    if dbias is not None:
+        tile = dbias + program.to(tl.int64) * (VOLUME * VOLUME)
+        inside = (token < VOLUME)[:, None] & (token < VOLUME)[None, :]
+        tl.store(tile + token[:, None] * VOLUME + token[None, :], dbias_tile, mask=inside)
+    if dpad is not None:
+        d = tl.arange(0, BLOCK_D)
+        at = (group.to(tl.int64) * 2 * num_heads + head) * HEAD_DIM + d
+        tl.store(dpad + at, dpad_k, mask=d < HEAD_DIM)
+        tl.store(dpad + at + num_heads * HEAD_DIM, dpad_v, mask=d < HEAD_DIM)
+
+
+# ---- N > 64: query tiles by key tiles --------------------------------------------------------------------------------
+
+
+@kernel
+def fwd_tiled(
+    q, k, v, out, lse, bias_table, pad_qkv, region_map, scale_log2, mask_log2,
+    num_heads, size, roll, cut, before, q_strides, k_strides, v_strides, packed_offset,
+    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
+    program = tl.program_id(0)
+    head = program % num_heads
+    window = program // num_heads // Q_TILES
+    query = program // num_heads % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query_beyond = _beyond_seam(query, cut, WINDOW)
+    image, n0, n1, n2 = _split_window(window, size, WINDOW)
+    seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
+    y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+    q_tile = _load_tokens(
+        q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, query, real,
+        VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+    )  # fmt: skip
+
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for start in range(0, VOLUME, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        key_beyond = _beyond_seam(key, cut, WINDOW)
+        z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        k_tile = _load_tokens(
+            k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        v_tile = _load_tokens(
+            v, packed_offset, v_strides, pad_qkv, 2, num_heads, image, head, z0, z1, z2, key, has,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2 + bias
+        if HAS_MASK:
+            if seams != 0:
+                query_region = _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID)
+                key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID)
+                scores = _mask_tile(scores, query_region, key_region, mask_log2)
+        higher = tl.maximum(top, tl.max(scores, axis=1))  # finite: every key tile holds at least one token
+        probs = tl.exp2(scores - higher[:, None])
+        rescale = tl.exp2(top - higher)
+        total = total * rescale + tl.sum(probs, axis=1)
+        result = tl.dot(probs.to(v_tile.dtype), v_tile, result * rescale[:, None], input_precision=PRECISION)
+        top = higher
+
+    row = _dense_row(image, y0, y1, y2, size)
+    _store_dense(out, result / total[:, None], row, real, num_heads, head, num_heads, 0, HEAD_DIM, BLOCK_D)
+    lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
+    tl.store(lse + lse_row + query, (top + tl.log2(total)) * _LN_2, mask=query < VOLUME)
+
+
+@kernel
+def bwd_tiled_dq(
+    q, k, v, dout, lse, delta, dq, bias_table, pad_qkv, region_map, scale, scale_log2, mask_log2,
+    num_heads, size, roll, cut, before, q_strides, k_strides, v_strides, packed_offset, grad_row_heads,
+    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Also writes delta, in the layout of lse, for the two kernels that follow."""
+    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
+    program = tl.program_id(0)
+    head = program % num_heads
+    window = program // num_heads // Q_TILES
+    query = program // num_heads % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query_beyond = _beyond_seam(query, cut, WINDOW)
+    image, n0, n1, n2 = _split_window(window, size, WINDOW)
+    seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
+    y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+    q_tile = _load_tokens(
+        q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, query, real,
+        VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+    )  # fmt: skip
+    row = _dense_row(image, y0, y1, y2, size)
+    dout_tile = _load_dense(dout, row, real, num_heads, head, HEAD_DIM, BLOCK_D)
+    lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
+    lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
+    query_region = _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
+
+    delta_tile = tl.zeros([BLOCK_Q], tl.float32)
+    for start in range(0, VOLUME, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        key_beyond = _beyond_seam(key, cut, WINDOW)
+        z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        k_tile = _load_tokens(
+            k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        v_tile = _load_tokens(
+            v, packed_offset, v_strides, pad_qkv, 2, num_heads, image, head, z0, z1, z2, key, has,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
+        key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
+        _, _, delta_part = _probs_and_dscores(
+            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, lse_tile, seams, query_region, key_region,
+            scale_log2, mask_log2, HAS_MASK, False, PRECISION,
+        )  # fmt: skip
+        delta_tile += delta_part
+    tl.store(delta + lse_row + query, delta_tile, mask=query < VOLUME)
+
+    dq_tile = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for start in range(0, VOLUME, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        key_beyond = _beyond_seam(key, cut, WINDOW)
+        z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        k_tile = _load_tokens(
+            k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        v_tile = _load_tokens(
+            v, packed_offset, v_strides, pad_qkv, 2, num_heads, image, head, z0, z1, z2, key, has,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
+        key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
+        _, dscores, _ = _probs_and_dscores(
+            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, seams, query_region, key_region,
+            scale_log2, mask_log2, HAS_MASK, True, PRECISION,
+        )  # fmt: skip
+        dq_tile = tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+    _store_dense(dq, dq_tile * scale, row, real, num_heads, head, grad_row_heads, 0, HEAD_DIM, BLOCK_D)
+
+
+@kernel
+def bwd_tiled_dkdv(
+    q, k, v, dout, lse, delta, dk, dv, dpad, bias_table, pad_qkv, region_map, scale, scale_log2, mask_log2,
+    num_heads, size, roll, cut, before, q_strides, k_strides, v_strides, packed_offset, grad_row_heads, grad_head_offset,
+    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dpad: (windows * key tiles, 2, heads, HEAD_DIM), each program's sum over its pad tokens; or None."""
+    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    K_TILES: tl.constexpr = (VOLUME + BLOCK_K - 1) // BLOCK_K
+    program = tl.program_id(0)
+    head = program % num_heads
+    group = program // num_heads
+    window = group // K_TILES
+    key = group % K_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
+    key_beyond = _beyond_seam(key, cut, WINDOW)
+    image, n0, n1, n2 = _split_window(window, size, WINDOW)
+    seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
+    z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+    k_tile = _load_tokens(
+        k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
+        VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+    )  # fmt: skip
+    v_tile = _load_tokens(
+        v, packed_offset, v_strides, pad_qkv, 2, num_heads, image, head, z0, z1, z2, key, has,
+        VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+    )  # fmt: skip
+    key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
+    lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
+
+    dk_tile = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for start in range(0, VOLUME, BLOCK_Q):
+        query = start + tl.arange(0, BLOCK_Q)
+        query_beyond = _beyond_seam(query, cut, WINDOW)
+        y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        q_tile = _load_tokens(
+            q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, query, real,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        dout_tile = _load_dense(
+            dout, _dense_row(image, y0, y1, y2, size), real, num_heads, head, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
+        delta_tile = tl.load(delta + lse_row + query, mask=query < VOLUME, other=0.0)
+        bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
+        query_region = _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
+        probs, dscores, _ = _probs_and_dscores(
+            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, seams, query_region, key_region,
+            scale_log2, mask_log2, HAS_MASK, True, PRECISION,
+        )  # fmt: skip
+        dv_tile = tl.dot(tl.trans(probs.to(q_tile.dtype)), dout_tile, dv_tile, input_precision=PRECISION)
+        dk_tile = tl.dot(tl.trans(dscores.to(q_tile.dtype)), q_tile, dk_tile, input_precision=PRECISION)
+
+    dk_tile *= scale
+    row = _dense_row(image, z0, z1, z2, size)
+    _store_dense(dk, dk_tile, row, has, num_heads, head, grad_row_heads, grad_head_offset, HEAD_DIM, BLOCK_D)
+    _store_dense(dv, dv_tile, row, has, num_heads, head, grad_row_heads, 2 * grad_head_offset, HEAD_DIM, BLOCK_D)
+    if dpad is not None:
+        d = tl.arange(0, BLOCK_D)
+        is_pad = ((key < VOLUME) & ~has)[:, None]
+        at = (group.to(tl.int64) * 2 * num_heads + head) * HEAD_DIM + d
+        tl.store(dpad + at, tl.sum(tl.where(is_pad, dk_tile, 0.0), axis=0), mask=d < HEAD_DIM)
+        tl.store(
+            dpad + at + num_heads * HEAD_DIM, tl.sum(tl.where(is_pad, dv_tile, 0.0), axis=0), mask=d < HEAD_DIM
+        )  # fmt: skip
+
+
+@kernel
+def bwd_tiled_dbias(
+    q, k, v, dout, lse, delta, dbias, bias_table, pad_qkv, region_map, scale_log2, mask_log2,
+    batch_windows, windows_per_program, num_heads, size, roll, cut, before,
+    q_strides, k_strides, v_strides, packed_offset,
+    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dbias: (groups, heads, N, N). A program owns one tile of one head and walks over a group of windows."""
+    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
+    K_TILES: tl.constexpr = (VOLUME + BLOCK_K - 1) // BLOCK_K
+    program = tl.program_id(0)
+    head = program % num_heads
+    tile = program // num_heads
+    key = tile % K_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
+    key_beyond = _beyond_seam(key, cut, WINDOW)
+    query = tile // K_TILES % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query_beyond = _beyond_seam(query, cut, WINDOW)
+    group = tile // (K_TILES * Q_TILES)
+    first = group * windows_per_program
+    count = tl.minimum(windows_per_program, batch_windows - first)
+    image, n0, n1, n2 = _split_window(first, size, WINDOW)
+    bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
+
+    dbias_tile = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for i in range(0, count):
+        y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        q_tile = _load_tokens(
+            q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, query, real,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        k_tile = _load_tokens(
+            k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        v_tile = _load_tokens(
+            v, packed_offset, v_strides, pad_qkv, 2, num_heads, image, head, z0, z1, z2, key, has,
+            VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip
+        dout_tile = _load_dense(
+            dout, _dense_row(image, y0, y1, y2, size), real, num_heads, head, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        lse_row = ((first + i).to(tl.int64) * num_heads + head) * VOLUME
+        lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
+        delta_tile = tl.load(delta + lse_row + query, mask=query < VOLUME, other=0.0)
+        seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
+        query_region = _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
+        key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
+        _, dscores, _ = _probs_and_dscores(
+            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, seams, query_region, key_region,
+            scale_log2, mask_log2, HAS_MASK, True, PRECISION,
+        )  # fmt: skip
+        dbias_tile += dscores
+        image, n0, n1, n2 = _next_window(image, n0, n1, n2, size, WINDOW)
+
+    inside = (query < VOLUME)[:, None] & (key < VOLUME)[None, :]
+    at = dbias + (group.to(tl.int64) * num_heads + head) * (VOLUME * VOLUME)
+    tl.store(at + query[:, None] * VOLUME + key[None, :], dbias_tile, mask=inside)
+
+
+# ---- dbias onto the table --------------------------------------------------------------------------------------------
+
+
+@kernel
+def fold_dbias(
+    dbias, dbias_table, num_heads,
+    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dbias (heads, N, N) onto (rows, heads): an entry of the table is the sum over all pairs of its relative offset."""
+    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    program = tl.program_id(0)
+    head = program % num_heads
+    entry = program // num_heads
+    d0 = entry // ((2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)) - (TABLE_WINDOW[0] - 1)
+    d1 = entry // (2 * TABLE_WINDOW[2] - 1) % (2 * TABLE_WINDOW[1] - 1) - (TABLE_WINDOW[1] - 1)
+    d2 = entry % (2 * TABLE_WINDOW[2] - 1) - (TABLE_WINDOW[2] - 1)
+    key = tl.arange(0, BLOCK_N)
+    k0, k1, k2 = _coordinates(key, TABLE_WINDOW)
+    q0, q1, q2 = k0 + d0, k1 + d1, k2 + d2
+    query = (q0 * TABLE_WINDOW[1] + q1) * TABLE_WINDOW[2] + q2
+    paired = (q0 >= 0) & (q1 >= 0) & (q2 >= 0) & (q1 < TABLE_WINDOW[1]) & (q2 < TABLE_WINDOW[2])
+    paired = paired & (query < VOLUME) & (key < VOLUME)
+    values = tl.load(dbias + (head * VOLUME + query) * VOLUME + key, mask=paired, other=0.0)
+    tl.store(dbias_table + entry * num_heads + head, tl.sum(values, axis=0))

@@ -1,0 +1,302 @@
+"""Launches the Triton kernels of window attention: what the ops with the suffix ``_triton`` run."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from swinkernels.triton import _window_attention_kernels as kernels
+
+MAX_WHOLE_VOLUME = 64  # tokens of a window that is one tile
+# Programs that a kernel which walks over windows is cut into: a few waves on a GPU of some 130 multiprocessors, whatever
+# it is, so that the order of sums, and with it the result, does not depend on the GPU.
+FORWARD_PROGRAMS = 2048
+BACKWARD_PROGRAMS = 1024
+# More windows for a program would leave a long last wave; by then the bias tile costs little per window.
+MAX_FORWARD_WINDOWS = 8
+INT32_MAX = 2**31 - 1
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: tokens of a query and of a key tile, and the compiler's launch options."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles(name: str, volume: int, head_dim: int, itemsize: int) -> Tiles:
+    """The tiles of a kernel; the one place to tune. Reasoned from registers and shared memory, not measured."""
+    wide = head_dim > 64
+    if itemsize == 4:
+        # float32 products that may not be rounded to TF32 run on the scalar units, with operands in registers: small
+        # tiles, of which more are held by a multiprocessor.
+        whole = max(16, triton.next_power_of_2(volume))
+        block = min(whole, 16 if wide else 32)
+        if name in ("fwd_whole", "bwd_whole"):
+            return Tiles(whole, whole, 8 if whole == 64 else 4, 1)
+        return Tiles(block, block, 4, 1)
+    if name in ("fwd_whole", "bwd_whole"):
+        block = max(16, triton.next_power_of_2(volume))
+        # A warp holds 16 rows of a tile of the matrix units; 64 rows by 4 warps is what Hopper's take at once.
+        num_warps = max(1, block // 16)
+        if name == "bwd_whole":
+            # dq, dk, dv and four 64 x 64 float32 tiles: at head_dim 128 they fit the registers of 8 warps only.
+            return Tiles(block, block, num_warps * (2 if wide else 1), 1)
+        return Tiles(block, block, num_warps, 1 if wide else 2)
+    # Key tiles of 32 where 64 would pad more: N = 144 is 160 keys instead of 192.
+    keys = 64 if -(-volume // 64) * 2 == -(-volume // 32) else 32
+    return Tiles(64, keys, 4, 1 if wide else 2)
+
+
+class Plan(NamedTuple):
+    """All of a call that does not depend on the batch: computed once and kept."""
+
+    volume: int
+    windows: int  # per image
+    table_rows: int
+    frame: tuple[int, int, int]
+    geometry: tuple[tuple[int, ...], ...]  # size, roll, cut, before
+    flags: dict[str, Any]  # compile-time arguments that all kernels take
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    size: tuple[int, ...],
+    head_dim: int,
+    window: tuple[int, ...],
+    shift: tuple[int, ...],
+    table_window: tuple[int, ...],
+    pad_before: tuple[int, ...],
+    periodic: tuple[bool, ...],
+    roll_then_pad: bool,
+    grid: bool,
+    has_region_map: bool,
+    precision: str,
+) -> Plan:
+    size = (1,) * (3 - len(size)) + size
+    num_windows = tuple(-(-s // w) for s, w in zip(size, window, strict=True))
+    frame = tuple(n * w for n, w in zip(num_windows, window, strict=True))
+    roll = tuple(x % s for x, s in zip(shift, size, strict=True)) if roll_then_pad else shift
+    cut = tuple(w if wraps else w - x for w, x, wraps in zip(window, shift, periodic, strict=True))
+    return Plan(
+        volume=math.prod(window),
+        windows=math.prod(num_windows),
+        table_rows=math.prod(2 * t - 1 for t in table_window),
+        frame=frame,
+        geometry=(size, roll, cut, pad_before),
+        flags={
+            "WINDOW": window,
+            "TABLE_WINDOW": table_window,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "ROLL_THEN_PAD": roll_then_pad,
+            "GRID": grid,
+            "HAS_PADDING": frame != size,
+            "HAS_MASK": has_region_map or cut != window,
+            "PRECISION": precision,
+        },
+    )
+
+
+class _Call(NamedTuple):
+    """One call of an op, as the kernels want it."""
+
+    plan: Plan
+    batch_windows: int
+    num_heads: int
+    maps: tuple[Tensor, Tensor, Tensor]  # q, k, v; of a packed map, the map three times
+    strides: tuple[tuple[int, ...], ...]
+    packed_offset: int  # from q to k and from k to v
+    align: int
+    bias_table: Tensor | None
+    pad_qkv: Tensor | None
+    region_map: Tensor | None
+    scale: float
+    mask_log2: float
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.bias_table, self.pad_qkv, self.region_map
+
+    def geometry(self) -> tuple[Any, ...]:
+        return self.num_heads, *self.plan.geometry, *self.strides, self.packed_offset
+
+    def tiles(self, name: str) -> Tiles:
+        flags = self.plan.flags
+        return tiles(name, self.plan.volume, flags["HEAD_DIM"], self.maps[0].element_size())
+
+    def options(self, tile: Tiles, whole: bool) -> dict[str, Any]:
+        blocks = {"BLOCK_N": tile.block_q} if whole else {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
+        launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        return {**self.plan.flags, **blocks, **launch, "ALIGN": self.align}
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _prepare(
+    maps: Sequence[Tensor],
+    bias_table: Tensor | None,
+    pad_qkv: Tensor | None,
+    region_map: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    table_window: Sequence[int],
+    pad_before: Sequence[int],
+    periodic: Sequence[bool],
+    roll_then_pad: bool,
+    grid: bool,
+    scale: float,
+    mask_value: float,
+    allow_tf32: bool,
+) -> _Call:
+    maps = tuple(_unit_stride(x) for x in maps)
+    x = maps[0]
+    packed = len(maps) == 1
+    rank = x.dim() - (4 if packed else 3)
+    num_heads, head_dim = x.shape[-2:]
+    plan = _plan(
+        tuple(x.shape[1 : 1 + rank]),
+        head_dim,
+        tuple(window),
+        tuple(shift),
+        tuple(table_window),
+        tuple(pad_before),
+        tuple(map(bool, periodic)),
+        roll_then_pad,
+        grid,
+        region_map is not None,
+        "tf32" if allow_tf32 else "ieee",
+    )
+    batch_windows = x.shape[0] * plan.windows
+    if batch_windows * num_heads * max(1, -(-plan.volume // 16)) > INT32_MAX:
+        raise ValueError(
+            f"window_attention: backend='triton' takes fewer than 2**31 tiles of 16 tokens, got {batch_windows} windows of "
+            f"{plan.volume} tokens and {num_heads} heads: split the batch"
+        )
+    strides = [x.stride() for x in maps]
+    packed_offset = strides[0][-3] if packed else 0
+    flat = packed_offset
+    for stride in strides:
+        for step in stride[:-1]:
+            flat |= step
+    align = math.gcd(flat, 16)  # of two numbers' union of bits, the same powers of two divide as of both
+    leading = (0,) * (3 - rank)
+    strides = tuple(
+        (s[0] // align, *leading, *(a // align for a in s[1 : 1 + rank]), s[-2] // align) for s in strides
+    )
+    return _Call(
+        plan=plan,
+        batch_windows=batch_windows,
+        num_heads=num_heads,
+        maps=maps * 3 if packed else maps,
+        strides=strides * 3 if packed else strides,
+        packed_offset=packed_offset // align,
+        align=align,
+        bias_table=None if bias_table is None else bias_table.contiguous(),
+        pad_qkv=None if pad_qkv is None else pad_qkv.contiguous(),
+        region_map=None if region_map is None else region_map.contiguous(),
+        scale=scale,
+        mask_log2=mask_value * kernels.LOG2_E,
+    )
+
+
+def _windows_per_program(total: int, per_window: int, programs: int) -> int:
+    return max(1, -(-total * per_window // programs))
+
+
+def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
+    """out and lse of either form."""
+    call = _prepare(maps, *arguments)
+    plan, heads, x = call.plan, call.num_heads, maps[0]
+    head_dim = plan.flags["HEAD_DIM"]
+    rank = x.dim() - (4 if len(maps) == 1 else 3)
+    out = x.new_empty((*x.shape[: 1 + rank], heads * head_dim))
+    lse = x.new_empty((x.shape[0], plan.windows, heads, plan.volume), dtype=torch.float32)
+    if x.numel() == 0:
+        return out, lse
+    data = (*call.maps, out, lse, *call.tensors(), call.scale * kernels.LOG2_E, call.mask_log2)
+    if plan.volume <= MAX_WHOLE_VOLUME:
+        each = min(MAX_FORWARD_WINDOWS, _windows_per_program(call.batch_windows, heads, FORWARD_PROGRAMS))
+        kernels.fwd_whole[(-(-call.batch_windows // each) * heads,)](
+            *data, call.batch_windows, each, *call.geometry(), **call.options(call.tiles("fwd_whole"), True)
+        )
+    else:
+        tile = call.tiles("fwd_tiled")
+        kernels.fwd_tiled[(call.batch_windows * -(-plan.volume // tile.block_q) * heads,)](
+            *data, *call.geometry(), **call.options(tile, False)
+        )
+    return out, lse
+
+
+def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The gradients of the maps (one or three), then dbias_table and dpad_qkv, empty where not needed."""
+    *arguments, needs_dbias_table, needs_dpad_qkv = arguments
+    call = _prepare(maps, *arguments)
+    plan, heads, x = call.plan, call.num_heads, maps[0]
+    head_dim, volume = plan.flags["HEAD_DIM"], plan.volume
+    dmaps = tuple(torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in maps)
+    packed = len(maps) == 1
+    gradients = dmaps * 3 if packed else dmaps
+    grad_heads = (3 * heads, heads) if packed else (heads, 0)
+    dbias_table = x.new_zeros((plan.table_rows, heads) if needs_dbias_table else 0, dtype=torch.float32)
+    dpad_qkv = x.new_zeros((3, heads, head_dim) if needs_dpad_qkv else 0, dtype=torch.float32)
+    if x.numel() == 0:
+        return *dmaps, dbias_table, dpad_qkv
+    dout, lse = dout.contiguous(), lse.contiguous()
+    needs_dpad_qkv = needs_dpad_qkv and plan.flags["HAS_PADDING"]
+    log2 = (call.scale * kernels.LOG2_E, call.mask_log2)
+    dbias = dpad = None
+    if volume <= MAX_WHOLE_VOLUME:
+        each = _windows_per_program(call.batch_windows, heads, BACKWARD_PROGRAMS)
+        groups = -(-call.batch_windows // each)
+        if needs_dbias_table:
+            dbias = x.new_empty((groups, heads, volume, volume), dtype=torch.float32)
+        if needs_dpad_qkv:
+            dpad = x.new_empty((groups, 2, heads, head_dim), dtype=torch.float32)
+        kernels.bwd_whole[(groups * heads,)](
+            *call.maps, dout, lse, *gradients, dbias, dpad, *call.tensors(), call.scale, *log2,
+            call.batch_windows, each, *call.geometry(), *grad_heads, **call.options(call.tiles("bwd_whole"), True),
+        )  # fmt: skip
+    else:
+        delta = torch.empty_like(lse)
+        tile = call.tiles("bwd_tiled_dq")
+        kernels.bwd_tiled_dq[(call.batch_windows * -(-volume // tile.block_q) * heads,)](
+            *call.maps, dout, lse, delta, gradients[0], *call.tensors(), call.scale, *log2,
+            *call.geometry(), grad_heads[0], **call.options(tile, False),
+        )  # fmt: skip
+        tile = call.tiles("bwd_tiled_dkdv")
+        key_tiles = call.batch_windows * -(-volume // tile.block_k)
+        if needs_dpad_qkv:
+            dpad = x.new_empty((key_tiles, 2, heads, head_dim), dtype=torch.float32)
+        kernels.bwd_tiled_dkdv[(key_tiles * heads,)](
+            *call.maps, dout, lse, delta, *gradients[1:], dpad, *call.tensors(), call.scale, *log2,
+            *call.geometry(), *grad_heads, **call.options(tile, False),
+        )  # fmt: skip
+        if needs_dbias_table:
+            tile = call.tiles("bwd_tiled_dbias")
+            per_window = -(-volume // tile.block_q) * -(-volume // tile.block_k) * heads
+            each = _windows_per_program(call.batch_windows, per_window, BACKWARD_PROGRAMS)
+            groups = -(-call.batch_windows // each)
+            dbias = x.new_empty((groups, heads, volume, volume), dtype=torch.float32)
+            kernels.bwd_tiled_dbias[(groups * per_window,)](
+                *call.maps, dout, lse, delta, dbias, *call.tensors(), *log2,
+                call.batch_windows, each, *call.geometry(), **call.options(tile, False),
+            )  # fmt: skip
+    if dbias is not None:
+        kernels.fold_dbias[(plan.table_rows * heads,)](
+            dbias.sum(0), dbias_table, heads,
+            WINDOW=plan.flags["WINDOW"], TABLE_WINDOW=plan.flags["TABLE_WINDOW"],
+            BLOCK_N=triton.next_power_of_2(volume), num_warps=1 if volume <= MAX_WHOLE_VOLUME else 4,
+        )  # fmt: skip
+    if dpad is not None:
+        torch.sum(dpad, 0, out=dpad_qkv[1:])  # a pad token's query has no gradient
+    return *dmaps, dbias_table, dpad_qkv

@@ -1,0 +1,228 @@
+"""The ops as torch sees them: schema, fake, autograd, autocast, compile and backend choice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import swinkernels
+from swinkernels.ops import _backends
+from swinkernels.ops.window_attention import _tf32_switch
+from swinkernels.testing import WindowAttentionCase, check_window_attention, run_case
+
+OPS = {"packed": swinkernels.window_attention_qkvpacked, "separate": None}
+needs_cpu = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
+
+PADDED = WindowAttentionCase(2, (5, 9), 2, 8, (4, 3), (2, 1), has_pad_qkv=True, options={"pad_order": "roll_then_pad"})
+PLAIN = WindowAttentionCase(2, (6, 9), 2, 8, 3, 1)
+VOLUME = WindowAttentionCase(1, (4, 5, 6), 2, 8, (2, 3, 3), (1, 0, 1), has_pad_qkv=True)
+BARE = WindowAttentionCase(1, (4, 8), 1, 16, 4, 0, has_table=False)
+CASES = [PADDED, PLAIN, VOLUME, BARE]
+
+
+def separate(qkv, bias_table=None, *, num_heads, **arguments):
+    """The separate form with the packed form's interface: q, k and v are strided views of qkv."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+    return swinkernels.window_attention(q, k, v, bias_table, num_heads=num_heads, **arguments)
+
+
+def low_level(case: WindowAttentionCase, form: str, dtype: torch.dtype = torch.float32):
+    """The arguments of the forward op of a form for a case."""
+    inputs = case.inputs(dtype)
+    qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
+    rank = len(case.size)
+
+    def three(value, leading):
+        values = value if isinstance(value, tuple) else (value,) * rank
+        return [leading] * (3 - rank) + list(values)
+
+    pad = inputs.get("pad_qkv")
+    region_map = case.options.get("region_map")
+    maps = (qkv,) if form == "packed" else qkv.unbind(-3)
+    maps = tuple(m.clone().requires_grad_() for m in maps)
+    table = inputs.get("bias_table")
+    return (
+        *maps,
+        None if table is None else table.requires_grad_(),
+        None if pad is None else pad.reshape(3, case.num_heads, case.head_dim).requires_grad_(),
+        region_map,
+        three(case.window_size, 1),
+        three(case.shift_size, 0),
+        three(case.window_size, 1),
+        [0, 0, 0],
+        [False] * 3,
+        case.options.get("pad_order") == "roll_then_pad",
+        False,
+        case.head_dim**-0.5,
+        -100.0,
+        False,
+    )
+
+
+@needs_cpu
+@pytest.mark.parametrize("form", ["packed", "separate"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case, form):
+    name = "window_attention_qkvpacked" if form == "packed" else "window_attention"
+    args = low_level(case, form)
+    fwd = getattr(torch.ops.swinkernels, f"{name}_fwd").default
+    torch.library.opcheck(fwd, args)
+    out, lse = fwd(*args)
+    n = 1 if form == "packed" else 3
+    detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+    bwd = getattr(torch.ops.swinkernels, f"{name}_bwd").default
+    has_table, has_pad = args[n] is not None, args[n + 1] is not None
+    torch.library.opcheck(
+        bwd,
+        (torch.randn_like(out), *detached[:n], lse.detach(), *detached[n:], has_table, has_pad),
+    )
+    torch.library.opcheck(bwd, (torch.randn_like(out), *detached[:n], lse.detach(), *detached[n:], False, False))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_separate_is_packed(case, backend):
+    if _backends.unavailable(backend):
+        pytest.skip(_backends.unavailable(backend))
+    inputs = case.inputs(torch.float32)
+    arguments = {**case.arguments(), "backend": backend}
+    packed = run_case(swinkernels.window_attention_qkvpacked, inputs, arguments)
+    apart = run_case(separate, inputs, arguments)
+    for name, value in packed.items():
+        assert torch.equal(value, apart[name]), name
+
+
+def test_forms_of_qkv_agree():
+    inputs = PLAIN.inputs(torch.float32)
+    flat = swinkernels.window_attention_qkvpacked(inputs["qkv"], inputs["bias_table"], **PLAIN.arguments())
+    split = swinkernels.window_attention_qkvpacked(
+        inputs["qkv"].unflatten(-1, (3, 2, 8)), inputs["bias_table"], **PLAIN.arguments()
+    )
+    assert torch.equal(flat, split)
+
+
+def test_auto_takes_what_can_run():
+    inputs = PLAIN.inputs(torch.float32)
+    dropped = swinkernels.window_attention_qkvpacked(
+        inputs["qkv"], inputs["bias_table"], **PLAIN.arguments(), dropout_p=1.0
+    )
+    assert torch.equal(dropped, torch.zeros_like(dropped))  # the dropout is neither ignored nor refused
+    exact = swinkernels.window_attention_qkvpacked(
+        inputs["qkv"].double(), inputs["bias_table"].double(), **PLAIN.arguments()
+    )
+    assert exact.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"dropout_p": 0.1}, "dropout_p"),
+        ({"logit_scale": torch.zeros(2)}, "logit_scale"),
+        ({"bias": torch.zeros(2, 9, 9)}, "dense bias"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
+def test_backend_says_by_name_what_it_lacks(backend, arguments, word):
+    with pytest.raises(NotImplementedError, match=rf"backend='{backend}' cannot run this call.*{word}"):
+        swinkernels.window_attention_qkvpacked(
+            PLAIN.inputs(torch.float32)["qkv"], **PLAIN.arguments(), **arguments, backend=backend
+        )
+
+
+@needs_cpu
+def test_double_backward_is_refused_by_a_kernel_and_right_in_the_reference():
+    inputs = PLAIN.inputs(torch.float32)
+    qkv = inputs["qkv"].requires_grad_()
+
+    def penalty(backend):
+        out = swinkernels.window_attention_qkvpacked(qkv, inputs["bias_table"], **PLAIN.arguments(), backend=backend)
+        (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), qkv)
+
+    with pytest.raises(NotImplementedError, match="double backward"):
+        penalty("cpu")
+    assert penalty("reference")[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_the_map_and_keeps_the_table(dtype):
+    inputs = PADDED.inputs(torch.float32)
+    with torch.autocast("cpu", dtype):
+        got = run_case(swinkernels.window_attention_qkvpacked, inputs, PADDED.arguments())
+        apart = run_case(separate, inputs, PADDED.arguments())
+    assert got["out"].dtype == apart["out"].dtype == dtype
+    assert all(got[f"d{name}"].dtype == torch.float32 for name in ("qkv", "bias_table", "pad_qkv"))
+    rounded = {name: x.to(dtype) if name != "bias_table" else x for name, x in inputs.items()}
+    by_hand = run_case(swinkernels.window_attention_qkvpacked, rounded, PADDED.arguments())
+    for name in got:
+        assert torch.equal(got[name], by_hand[name].to(got[name].dtype)), name
+
+
+def test_gradient_dtypes_follow_their_tensors():
+    inputs = {name: x.to(torch.bfloat16) for name, x in PADDED.inputs(torch.float32).items()}
+    got = run_case(swinkernels.window_attention_qkvpacked, inputs, PADDED.arguments())
+    assert {x.dtype for x in got.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_only_what_is_wanted_gets_a_gradient(backend):
+    if _backends.unavailable(backend):
+        pytest.skip(_backends.unavailable(backend))
+    inputs = PADDED.inputs(torch.float32)
+    full = run_case(swinkernels.window_attention_qkvpacked, inputs, {**PADDED.arguments(), "backend": backend})
+    for wanted in ("qkv", "bias_table", "pad_qkv"):
+        leaves = {k: v.clone().requires_grad_(k == wanted) for k, v in inputs.items() if k != "dout"}
+        out = swinkernels.window_attention_qkvpacked(**leaves, **PADDED.arguments(), backend=backend)
+        out.backward(inputs["dout"])
+        assert torch.equal(leaves[wanted].grad, full[f"d{wanted}"])
+        assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_fullgraph(backend, dynamic):
+    if _backends.unavailable(backend):
+        pytest.skip(_backends.unavailable(backend))
+    torch._dynamo.reset()
+
+    def op(qkv, bias_table, pad_qkv):
+        return swinkernels.window_attention_qkvpacked(
+            qkv, bias_table, pad_qkv=pad_qkv, **PADDED.arguments(), backend=backend
+        )
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op, fullgraph=True, dynamic=dynamic, backend=counter)
+    for batch in (4, 7, 6):  # none equal to another size of the inputs, which dynamo would take for the same symbol
+        inputs = dataclasses.replace(PADDED, batch=batch).inputs(torch.float32)
+        want, got = (run_case(f, inputs, {}) for f in (op, compiled))
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
+    # Not once per batch size: for the first batch and then for any (None), or at once for any, with one restart of
+    # the analysis for the float arguments (True).
+    assert counter.frame_count <= 2
+
+
+def test_compiled_code_may_ask_for_the_tf32_switch():
+    compiled = torch.compile(lambda x: x + (1 if _tf32_switch() else 2), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == (1 if _tf32_switch() else 2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_deterministic_mode_is_accepted(backend):
+    if _backends.unavailable(backend):
+        pytest.skip(_backends.unavailable(backend))
+    torch.use_deterministic_algorithms(True)
+    try:  # it also fills uninitialised memory with NaN, so that an element never written is seen
+        check_window_attention(swinkernels.window_attention_qkvpacked, PADDED, torch.float32, backend=backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_nothing_is_modified():
+    inputs = PADDED.inputs(torch.float32)
+    before = {name: x.clone() for name, x in inputs.items()}
+    run_case(swinkernels.window_attention_qkvpacked, inputs, PADDED.arguments())
+    assert all(torch.equal(before[name], x) for name, x in inputs.items())
