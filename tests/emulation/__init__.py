@@ -1,17 +1,18 @@
 """Runs the CUDA kernels of csrc/ on the CPU, so that they are tested where there is no GPU and no CUDA toolkit.
 
-The kernel sources are compiled as they are by the C++ compiler. ``include/`` shadows the toolkit's headers with the few
-types, intrinsics and collectives that kernels use, and has twins of ``kernels/common/ptx.cuh`` (every PTX instruction)
-and ``launch.cuh`` (launches, dynamic shared memory). ``simt.cpp`` runs a block as one fiber per CUDA thread: a lane runs
-until a barrier, shuffle, vote, ldmatrix or mma, waits there for the others, and what the instruction does is computed in
-its documented fragment layout, with float accumulation. So index arithmetic, layouts, masks, barriers and reductions are
-those of the kernel; what is not modelled is time, occupancy, memory visibility between blocks and the last bit of the
-approximate functions and of the order in which a tensor core adds.
+The kernel sources are compiled as they are by the C++ compiler. ``include/`` shadows the toolkit's headers with the
+few types, intrinsics and collectives that kernels use, and has twins of ``kernels/common/ptx.cuh`` (every PTX
+instruction) and ``launch.cuh`` (launches, dynamic shared memory). ``simt.cpp`` runs a block as one fiber per CUDA
+thread: a lane runs until a barrier, shuffle, vote, ldmatrix or mma, waits there for the others, and what the
+instruction does is computed in its documented fragment layout, with float accumulation. So index arithmetic, layouts,
+masks, barriers and reductions are those of the kernel; what is not modelled is time, occupancy, memory visibility
+between blocks, and the last bit of the approximate functions and of the order in which a tensor core adds.
 
 It is stricter than a GPU. Dynamic shared memory and every buffer start as NaN and lie next to inaccessible pages; a
-cp.async writes NaN first and its data only at the wait that covers it; misaligned vector accesses, array indices out of
-range, lanes that meet in different collectives or never, are reported as the error of the launch, by block and thread. A
-schedule seed shuffles the order in which warps and lanes run: kernels without races give the same bits for every seed.
+cp.async writes NaN first and its data only at the wait that covers it; misaligned vector accesses, array indices out
+of range, lanes that meet in different collectives or never, are reported as the error of the launch, by block and
+thread. A schedule seed shuffles the order in which warps and lanes run: kernels without races give the same bits for
+every seed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import concurrent.futures
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -149,9 +151,7 @@ class Library:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, *, alignment: int = 16) -> Tensor:
         """A tensor of NaN (all bits set) that ends at an inaccessible page."""
-        count = 1
-        for s in shape:
-            count *= s
+        count = math.prod(shape)
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype)
         address = self.functions.emulation_allocate(count * dtype.itemsize, alignment)
@@ -244,35 +244,109 @@ def _token_map(x: Tensor) -> _TokenMap:
     return _TokenMap(_pointer(x), batch, (ctypes.c_int64 * 3)(d, h, w), head)
 
 
+class _Call:
+    """One forward call and what its backward call needs. ``spread`` gives the maps rows that are not adjacent."""
+
+    def __init__(
+        self,
+        library: WindowAttentionLibrary,
+        args: _arguments.WindowArguments,
+        qkv: Tensor,
+        *,
+        allow_tf32: bool = False,
+        spread: bool = False,
+    ):
+        self.library, self.args, self.shape, self.spread = library, args, qkv.shape, spread
+        self.heads = (args.num_heads, args.head_dim)
+        self.map = (qkv.shape[0], *_three(args.size, 1))
+        num_windows = [p // w for p, w in zip(args.frame, args.window_size, strict=True)]
+        bias_table, pad_qkv, region_map = args.bias_table, args.pad_qkv, args.region_map
+        self.qkv = self._empty_map((3, *self.heads), qkv.dtype).copy_(qkv.reshape(*self.map, 3, *self.heads))
+        self.out = self._empty_map(self.heads, qkv.dtype)
+        lse_shape = (qkv.shape[0], math.prod(num_windows), args.num_heads, args.window_volume)
+        self.lse = library.empty(lse_shape, torch.float32)
+        self.bias_table = None if bias_table is None else library.copy(bias_table.detach().float())
+        self.pad_qkv = None
+        if pad_qkv is not None and args.has_padding:
+            self.pad_qkv = library.copy(pad_qkv.detach().to(qkv.dtype))
+        self.region_map = None if region_map is None else library.copy(region_map.to(torch.int32))
+
+        geometry = _Geometry()
+        for name, values, leading in (
+            ("size", args.size, 1),
+            ("window", args.window_size, 1),
+            ("shift", args.shift_size, 0),
+            ("frame", args.frame, 1),
+            ("num_windows", num_windows, 1),
+            ("table_window", args.table_window, 1),
+            ("pad_before", args.pad_before, 0),
+            ("periodic", args.periodic, False),
+        ):
+            getattr(geometry, name)[:] = _three(values, leading)
+        geometry.roll_then_pad, geometry.grid = args.pad_order == "roll_then_pad", args.grid
+        self.params = _Forward(
+            _DTYPES[qkv.dtype],
+            allow_tf32,
+            *self.heads,
+            qkv.shape[0],
+            geometry,
+            args.scale,
+            args.mask_value,
+            *(_token_map(x) for x in self.qkv.unbind(4)),
+            _token_map(self.out),
+            *(_pointer(x) for x in (self.lse, self.bias_table, self.pad_qkv, self.region_map)),
+        )
+
+    def _empty_map(self, channels: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        shape = (*self.map, *channels)
+        if not self.spread:
+            return self.library.empty(shape, dtype)
+        vector = 16 // dtype.itemsize  # rows stay 16-byte aligned
+        whole = self.library.empty([*(s + 1 for s in shape[:-1]), shape[-1] + vector], dtype)
+        return whole[tuple(slice(s) for s in shape)]
+
+    def forward(self) -> dict[str, Tensor]:
+        self.library.check(self.library.functions.emulated_forward(ctypes.byref(self.params)))
+        return {"out": self.out.reshape(*self.map[:1], *self.args.size, -1).clone(), "lse": self.lse}
+
+    def backward(self, dout: Tensor, needs_table: bool, needs_pad: bool) -> dict[str, Tensor]:
+        """dqkv, and dbias_table and dpad_qkv in float32 where they are wanted."""
+        library, functions = self.library, self.library.functions
+        dout = self._empty_map(self.heads, self.qkv.dtype).copy_(dout.reshape(self.out.shape))
+        gradients = {"dqkv": self._empty_map((3, *self.heads), self.qkv.dtype)}
+        if needs_table:
+            assert self.bias_table is not None
+            gradients["dbias_table"] = library.empty(self.bias_table.shape, torch.float32)
+        if needs_pad:
+            gradients["dpad_qkv"] = library.empty((3, *self.heads), torch.float32)
+        params = _Backward(self.params, _token_map(dout), *(_token_map(x) for x in gradients["dqkv"].unbind(4)))
+        params.forward.out = _TokenMap()
+        params.dbias_table = _pointer(gradients.get("dbias_table"))
+        params.dpad_qkv = _pointer(gradients.get("dpad_qkv"))
+        workspace_bytes = functions.emulated_backward_workspace_bytes(ctypes.byref(params))
+        workspace = library.empty((workspace_bytes,), torch.uint8, alignment=_WORKSPACE_ALIGNMENT)
+        params.workspace = _pointer(workspace)
+        library.check(functions.emulated_backward(ctypes.byref(params)))
+        gradients["dqkv"] = gradients["dqkv"].reshape(self.shape)
+        return {name: x.clone() for name, x in gradients.items()}
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, library, args, allow_tf32, qkv, bias_table, pad_qkv):
-        params, buffers = library.forward_params(args, allow_tf32, qkv, bias_table, pad_qkv)
-        library.check(library.functions.emulated_forward(ctypes.byref(params)))
-        ctx.call = library, args, params, buffers, bias_table, pad_qkv
-        return buffers["out"].reshape(qkv.shape[0], *args.size, args.num_heads * args.head_dim).clone()
+        ctx.call = _Call(library, args, qkv, allow_tf32=allow_tf32)
+        ctx.dtypes = [None if x is None else x.dtype for x in (bias_table, pad_qkv)]
+        return ctx.call.forward()["out"]
 
     @staticmethod
     def backward(ctx, dout):
-        library, args, forward, buffers, bias_table, pad_qkv = ctx.call
-        qkv, out = buffers["qkv"], buffers["out"]
-        dqkv = library.empty(qkv.shape, qkv.dtype)
-        dout = library.copy(dout.reshape(out.shape))
-        needs_table, needs_pad = ctx.needs_input_grad[4:6]
-        dtable = library.empty(bias_table.shape, torch.float32) if needs_table else None
-        dpad = library.empty((3, args.num_heads, args.head_dim), torch.float32) if needs_pad else None
-        params = _Backward(forward, _token_map(dout), *(_token_map(x) for x in dqkv.unbind(4)))
-        params.forward.out = _TokenMap()
-        params.dbias_table, params.dpad_qkv = _pointer(dtable), _pointer(dpad)
-        size = library.functions.emulated_backward_workspace_bytes(ctypes.byref(params))
-        workspace = library.empty((size,), torch.uint8, alignment=_WORKSPACE_ALIGNMENT)
-        params.workspace = _pointer(workspace)
-        library.check(library.functions.emulated_backward(ctypes.byref(params)))
+        gradients = ctx.call.backward(dout, *ctx.needs_input_grad[4:])
+        dtable, dpad = gradients.get("dbias_table"), gradients.get("dpad_qkv")
         return (
             *(None,) * 3,
-            dqkv.reshape(buffers["shape"]).clone(),
-            dtable.to(bias_table.dtype, copy=True) if needs_table else None,
-            dpad.to(pad_qkv.dtype, copy=True).reshape(pad_qkv.shape) if needs_pad else None,
+            gradients["dqkv"],
+            None if dtable is None else dtable.to(ctx.dtypes[0]),
+            None if dpad is None else dpad.to(ctx.dtypes[1]).reshape(ctx.call.args.pad_qkv.shape),
         )
 
 
@@ -287,57 +361,10 @@ class WindowAttentionLibrary(Library):
         assert f.sizeof_forward_params() == ctypes.sizeof(_Forward), "mirror differs from csrc/params"
         assert f.sizeof_backward_params() == ctypes.sizeof(_Backward), "mirror differs from csrc/params"
 
-    def forward_params(self, args, allow_tf32, qkv, bias_table, pad_qkv) -> tuple[_Forward, dict[str, Any]]:
-        """The struct, and the buffers that it points to."""
-        batch = qkv.shape[0]
-        size = _three(args.size, 1)
-        heads = (args.num_heads, args.head_dim)
-        num_windows = [p // w for p, w in zip(args.frame, args.window_size, strict=True)]
-        windows = torch.Size(num_windows).numel()
-        region_map = args.region_map
-        buffers: dict[str, Any] = {
-            "shape": qkv.shape,
-            "qkv": self.copy(qkv.reshape(batch, *size, 3, *heads)),
-            "out": self.empty((batch, *size, *heads), qkv.dtype),
-            "lse": self.empty((batch, windows, args.num_heads, args.window_volume), torch.float32),
-            "bias_table": None if bias_table is None else self.copy(bias_table.float()),
-            "pad_qkv": self.copy(pad_qkv.to(qkv.dtype)) if pad_qkv is not None and args.has_padding else None,
-            "region_map": None if region_map is None else self.copy(region_map.to(torch.int32)),
-        }
-        geometry = _Geometry()
-        for name, values, leading in (
-            ("size", args.size, 1),
-            ("window", args.window_size, 1),
-            ("shift", args.shift_size, 0),
-            ("frame", args.frame, 1),
-            ("num_windows", num_windows, 1),
-            ("table_window", args.table_window, 1),
-            ("pad_before", args.pad_before, 0),
-            ("periodic", args.periodic, False),
-        ):
-            getattr(geometry, name)[:] = _three(values, leading)
-        geometry.roll_then_pad, geometry.grid = args.pad_order == "roll_then_pad", args.grid
-        q, k, v = (_token_map(x) for x in buffers["qkv"].unbind(4))
-        params = _Forward(
-            _DTYPES[qkv.dtype],
-            allow_tf32,
-            *heads,
-            batch,
-            geometry,
-            args.scale,
-            args.mask_value,
-            q,
-            k,
-            v,
-            _token_map(buffers["out"]),
-            *(_pointer(buffers[name]) for name in ("lse", "bias_table", "pad_qkv", "region_map")),
-        )
-        return params, buffers
-
-    def window_attention_qkvpacked(
-        self,
+    @staticmethod
+    def normal_form(
         qkv: Tensor,
-        bias_table: Tensor | None = None,
+        bias_table: Tensor | None,
         *,
         num_heads: int,
         window_size: Any,
@@ -351,12 +378,10 @@ class WindowAttentionLibrary(Library):
         region_map: Tensor | None = None,
         mask_value: float = -100.0,
         grid: bool = False,
-        allow_tf32: bool = False,
-    ) -> Tensor:
-        """``swinkernels.window_attention_qkvpacked`` by the emulated CUDA kernels, which do all but what is left out."""
+    ) -> _arguments.WindowArguments:
         op = "window_attention_qkvpacked"
         x = _arguments.check_qkvpacked(op, qkv, num_heads)
-        args = _arguments.check_arguments(
+        return _arguments.check_arguments(
             op,
             x,
             x.shape[1:-3],
@@ -379,7 +404,36 @@ class WindowAttentionLibrary(Library):
             generator=None,
             grid=grid,
         )
+
+    def window_attention_qkvpacked(
+        self,
+        qkv: Tensor,
+        bias_table: Tensor | None = None,
+        *,
+        pad_qkv: Tensor | None = None,
+        allow_tf32: bool = False,
+        **arguments: Any,
+    ) -> Tensor:
+        """``swinkernels.window_attention_qkvpacked`` by the emulated CUDA kernels, differentiable."""
+        args = self.normal_form(qkv, bias_table, pad_qkv=pad_qkv, **arguments)
         return _Attend.apply(self, args, allow_tf32, qkv, bias_table, pad_qkv)
+
+    def run(
+        self,
+        qkv: Tensor,
+        dout: Tensor,
+        bias_table: Tensor | None = None,
+        *,
+        pad_qkv: Tensor | None = None,
+        allow_tf32: bool = False,
+        spread: bool = False,
+        **arguments: Any,
+    ) -> dict[str, Tensor]:
+        """Forward and backward without autograd: out, lse and every gradient, as the kernels write them."""
+        args = self.normal_form(qkv, bias_table, pad_qkv=pad_qkv, **arguments)
+        call = _Call(self, args, qkv, allow_tf32=allow_tf32, spread=spread)
+        results = call.forward()
+        return {**results, **call.backward(dout, bias_table is not None, pad_qkv is not None)}
 
 
 @functools.cache
