@@ -162,20 +162,6 @@ struct ForwardLongSmem {
   float table[Traits::kSharedTableEntries + 1];
 };
 
-// The bias column of this head, in `table` if it fits there. The caller synchronises.
-template <class Traits, int kMaps>
-__device__ __forceinline__ BiasColumn stage_bias_column(const WindowArguments<kMaps>& args, int head, float* table,
-                                                        int32_t* token_index) {
-  for (int i = threadIdx.x; i < args.num_tokens; i += Traits::kThreads) token_index[i] = args.layout.table_index(i);
-  if (args.bias_table == nullptr) return {nullptr, 0, token_index};
-  const int entries = args.layout.table_entries;
-  if (entries > Traits::kSharedTableEntries) return {args.bias_table + head, args.num_heads, token_index};
-  for (int i = threadIdx.x; i < entries; i += Traits::kThreads) {
-    table[i] = args.bias_table[static_cast<int64_t>(i) * args.num_heads + head];
-  }
-  return {table, 1, token_index};
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     window_attention_fwd_long_kernel(const ForwardArguments args, uint32_t row_blocks, uint32_t num_items) {

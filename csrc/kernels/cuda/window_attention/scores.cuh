@@ -127,6 +127,20 @@ struct BiasColumn {
   const int32_t* token_index;
 };
 
+// The bias column of this head, in `table` if it fits there. The caller synchronises.
+template <class Traits, int kMaps>
+__device__ __forceinline__ BiasColumn stage_bias_column(const WindowArguments<kMaps>& args, int head, float* table,
+                                                        int32_t* token_index) {
+  for (int i = threadIdx.x; i < args.num_tokens; i += Traits::kThreads) token_index[i] = args.layout.table_index(i);
+  if (args.bias_table == nullptr) return {nullptr, 0, token_index};
+  const int entries = args.layout.table_entries;
+  if (entries > Traits::kSharedTableEntries) return {args.bias_table + head, args.num_heads, token_index};
+  for (int i = threadIdx.x; i < entries; i += Traits::kThreads) {
+    table[i] = args.bias_table[static_cast<int64_t>(i) * args.num_heads + head];
+  }
+  return {table, 1, token_index};
+}
+
 // The bias in base 2 of 16 queries from row0 and the keys of a block from col0, as an accumulator fragment. Minus
 // infinity for keys past the window, which takes them out of the softmax.
 template <int kTiles>

@@ -1,5 +1,5 @@
 // The entry points of the CUDA backend: checks of what the kernels rely on, and the choice of the product policy.
-#include "launch.cuh"
+#include "dispatch.cuh"
 
 namespace swinkernels::cuda {
 namespace {
@@ -37,6 +37,32 @@ cudaError_t window_attention_forward(const WindowAttentionForwardParams& params,
       return params.allow_tf32 ? forward_tf32(params, stream) : forward_float(params, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+namespace {
+
+cudaError_t backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes) {
+  if (!supported(params.forward)) return cudaErrorInvalidValue;
+  switch (params.forward.dtype) {
+    case DType::kFloat16:
+      return backward_half(params, stream, bytes);
+    case DType::kBFloat16:
+      return backward_bfloat16(params, stream, bytes);
+    case DType::kFloat32:
+      return params.forward.allow_tf32 ? backward_tf32(params, stream, bytes) : backward_float(params, stream, bytes);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+int64_t window_attention_backward_workspace_bytes(const WindowAttentionBackwardParams& params) {
+  int64_t bytes = 0;
+  return backward(params, nullptr, &bytes) == cudaSuccess ? bytes : 0;  // the launch will fail with the same error
+}
+
+cudaError_t window_attention_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream) {
+  return backward(params, stream, nullptr);
 }
 
 }  // namespace swinkernels::cuda

@@ -1,9 +1,10 @@
-// Which instantiation runs a call, and its launch. One .cu file per product policy and direction instantiates these.
+// Which instantiation runs a call, and how many blocks of it.
 #pragma once
 
 #include <type_traits>
 
-#include "fwd_sm80.cuh"
+#include "../../common/launch.cuh"
+#include "traits.h"
 
 namespace swinkernels::cuda {
 
@@ -12,6 +13,12 @@ cudaError_t forward_half(const WindowAttentionForwardParams& params, cudaStream_
 cudaError_t forward_bfloat16(const WindowAttentionForwardParams& params, cudaStream_t stream);
 cudaError_t forward_tf32(const WindowAttentionForwardParams& params, cudaStream_t stream);
 cudaError_t forward_float(const WindowAttentionForwardParams& params, cudaStream_t stream);
+
+// Each returns the workspace's size without launching anything if `bytes` is given.
+cudaError_t backward_half(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
+cudaError_t backward_bfloat16(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
+cudaError_t backward_tf32(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
+cudaError_t backward_float(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
 
 // Calls f(Traits, is_long) with the smallest tiles that hold the head_dim and the window. Rows of up to 128 bytes go in
 // blocks of 64; wider ones, and accumulators of more than 64 columns, in blocks of 32. The 7-tile kernel exists because
@@ -51,42 +58,6 @@ cudaError_t resident_blocks(void (*kernel)(Params...), int threads, size_t smem_
   status = blocks_per_multiprocessor(kernel, threads, smem_bytes, &per_multiprocessor);
   *blocks = static_cast<int64_t>(multiprocessors) * per_multiprocessor;
   return status;
-}
-
-template <class Product>
-cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStream_t stream) {
-  ForwardArguments args = {};
-  static_cast<WindowArguments<4>&>(args) = WindowArguments<4>::of(params);
-  args.strides[3] = MapStrides::of(params.out);
-  args.inputs[0] = params.q.data;
-  args.inputs[1] = params.k.data;
-  args.inputs[2] = params.v.data;
-  args.out = params.out.data;
-  args.lse = params.lse;
-  if (args.num_windows == 0) return cudaSuccess;
-  return dispatch<Product>(params, [&](auto traits, auto is_long) {
-    using Traits = decltype(traits);
-    int64_t resident;
-    if constexpr (decltype(is_long)::value) {
-      constexpr size_t kSmemBytes = sizeof(ForwardLongSmem<Traits>);
-      const auto kernel = window_attention_fwd_long_kernel<Traits>;
-      const cudaError_t status = resident_blocks(kernel, Traits::kThreads, kSmemBytes, &resident);
-      if (status != cudaSuccess) return status;
-      const uint32_t row_blocks = (args.num_tokens + Traits::kBlock - 1) / Traits::kBlock;
-      const int64_t items = static_cast<int64_t>(args.num_windows) * row_blocks;
-      if (items >= INT32_MAX) return cudaErrorInvalidValue;
-      const GridPlan plan = plan_grid(items, params.num_heads, resident);
-      return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), kSmemBytes, stream, args, row_blocks,
-                    static_cast<uint32_t>(items));
-    } else {
-      constexpr size_t kSmemBytes = sizeof(ForwardShortSmem<Traits>);
-      const auto kernel = window_attention_fwd_short_kernel<Traits>;
-      const cudaError_t status = resident_blocks(kernel, Traits::kThreads, kSmemBytes, &resident);
-      if (status != cudaSuccess) return status;
-      const GridPlan plan = plan_grid(args.num_windows, params.num_heads, resident);
-      return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), kSmemBytes, stream, args);
-    }
-  });
 }
 
 }  // namespace swinkernels::cuda
