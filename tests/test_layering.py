@@ -44,9 +44,13 @@ def parts_imported(source: str, module: str, is_package: bool, modules: set[str]
             for alias in node.names:
                 name = f"{base}.{alias.name}"
                 add(name if name in modules else base)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            if ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-                add(str(node.args[0].value))
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__")
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            add(str(node.args[0].value))
     return found
 
 

@@ -28,18 +28,19 @@ class Adapter:
     name: str
     original: type[nn.Module]
     accelerated: type[nn.Module]
+    # In what follows, a module is one of the class ``original`` or ``accelerated``.
     # Why a module of exactly this class has to stay as it is, or None. Looks at values, so not for the forward pass.
-    reason_to_skip: Callable[[nn.Module], str | None]
+    reason_to_skip: Callable[[Any], str | None]
     # The arguments of window_attention_qkvpacked in eval mode, without qkv and backend.
-    attention_arguments: Callable[[nn.Module], dict[str, Any]]
+    attention_arguments: Callable[[Any], dict[str, Any]]
     # The probability of attention dropout in training.
-    dropout_p: Callable[[nn.Module], float]
+    dropout_p: Callable[[Any], float]
     # The map that the module was made for, tokens per axis.
-    map_size: Callable[[nn.Module], tuple[int, ...]]
+    map_size: Callable[[Any], tuple[int, ...]]
     # The QKV weight, (3C, channels of the input); its dtype and device are those of the module.
-    qkv_weight: Callable[[nn.Module], Tensor]
+    qkv_weight: Callable[[Any], Tensor]
     # The replaced part of the module, on (B, *map_size, channels).
-    attention: Callable[[nn.Module, Tensor], Tensor]
+    attention: Callable[[Any, Tensor], Tensor]
 
 
 BACKEND_ATTRIBUTE = "_swinkernels_backend"

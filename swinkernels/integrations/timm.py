@@ -9,7 +9,7 @@ Source: timm.models.swin_transformer.SwinTransformerBlock, timm 0.9.16 and newer
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
@@ -51,6 +51,10 @@ def _reason_to_fall_back(block: SwinTransformerBlock) -> str | None:
     return None
 
 
+def _resolution(block: SwinTransformerBlock) -> tuple[int, int]:
+    return cast("tuple[int, int]", block.input_resolution)  # timm's annotation allows an int, its code does not
+
+
 def _frame(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
     return -(-size[0] // window[0]) * window[0], -(-size[1] // window[1]) * window[1]
 
@@ -60,7 +64,7 @@ def _mask_fits(block: SwinTransformerBlock, height: int, width: int) -> bool:
     if getattr(block, "dynamic_mask", False) or not any(block.shift_size):
         return True  # made from the map, or none
     window = block.window_size
-    return _frame((height, width), window) == _frame(block.input_resolution, window)
+    return _frame((height, width), window) == _frame(_resolution(block), window)
 
 
 def _differs(x: Tensor | None, expected: Tensor | None) -> bool:
@@ -76,7 +80,7 @@ def _standard_mask(block: SwinTransformerBlock) -> Tensor | None:
     if not any(block.shift_size):
         return None
     window = block.window_size
-    frame = _frame(block.input_resolution, window)
+    frame = _frame(_resolution(block), window)
     regions = []
     for p, w, s in zip(frame, window, block.shift_size, strict=True):
         g = torch.arange(p)
@@ -183,7 +187,7 @@ def _reason_to_skip(block: SwinTransformerBlock) -> str | None:
     reason = _reason_to_fall_back(block)
     if reason is not None:
         return reason
-    if _differs(block.attn.relative_position_index, _window_index(block)):
+    if _differs(block.attn._buffers["relative_position_index"], _window_index(block)):
         return "attn.relative_position_index holds other values than timm's"
     return None
 
@@ -195,7 +199,7 @@ ADAPTER = Adapter(
     reason_to_skip=_reason_to_skip,
     attention_arguments=_attention_arguments,
     dropout_p=_dropout_p,
-    map_size=lambda block: tuple(block.input_resolution),
+    map_size=_resolution,
     qkv_weight=lambda block: block.attn.qkv.weight,
     attention=lambda block, x: block._attn(x),
 )

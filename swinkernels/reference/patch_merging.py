@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,10 @@ def patch_merging(
     for axis in range(x.dim() - 1 - rank, x.dim() - 1):
         if x.shape[axis] % 2 == 1:
             x = torch.cat([x, torch.zeros_like(x.narrow(axis, 0, 1))], dim=axis)
-    parts = [x[(..., *(slice(o, None, 2) for o in offset), slice(None))] for offset in neighbours(order, rank)]
+    parts = []
+    for offset in neighbours(order, rank):
+        index: tuple[Any, ...] = (..., *(slice(o, None, 2) for o in offset), slice(None))
+        parts.append(x[index])
     if order == "unfold":
         merged = torch.stack(parts, dim=-1).flatten(-2)  # channel c of neighbour n is c * K + n
     else:

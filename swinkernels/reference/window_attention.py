@@ -81,7 +81,8 @@ def window_attention(
 
     Returns:
         (B, \*S, num_heads * head_dim) in the dtype of q, contiguous. The arithmetic is in float32, or in float64 if q
-        is, whatever autocast says; the result is rounded once. An empty batch gives an empty result.
+        is, whatever autocast says; the result is rounded once. (A backward pass inside the autocast region is torch's
+        own and does round its products.) An empty batch gives an empty result.
         The gradient of ``logit_scale`` is zero above ln 100 (at it, that of torch.clamp). A pad token whose k is zero
         has cosine 0 with everything, and the gradient of that k (a part of ``pad_qkv``) is of the order of 1e12: models
         whose k has no bias have no parameter there.

@@ -173,7 +173,9 @@ def _load_rows(
     row = y0.to(tl.int64) * strides[1] + y1.to(tl.int64) * strides[2] + y2.to(tl.int64) * strides[3]
     d = tl.arange(0, BLOCK_D)
     return tl.load(
-        data + base * ALIGN + (row * ALIGN)[:, None] + d[None, :], mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0
+        data + base * ALIGN + (row * ALIGN)[:, None] + d[None, :],
+        mask=real[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
     )
 
 
@@ -272,10 +274,12 @@ def fwd_whole(
     batch_windows, windows_per_program, num_heads, size, roll, cut, before,
     q_strides, k_strides, v_strides, packed_offset,
     WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
+    BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PACKED: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
     HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if PACKED:  # the rows of q, k and v then share their address arithmetic
+        k_strides, v_strides = q_strides, q_strides
     program = tl.program_id(0)
     head = program % num_heads
     first = program // num_heads * windows_per_program
@@ -285,7 +289,7 @@ def fwd_whole(
     beyond = _beyond_seam(token, cut, WINDOW)
     bias = _bias_tile(bias_table, token, token, num_heads, head, VOLUME, TABLE_WINDOW)
 
-    for i in range(0, count):
+    for i in range(count):
         y0, y1, y2, real = _locate(
             n0, n1, n2, token, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING
         )  # fmt: skip
@@ -324,11 +328,13 @@ def bwd_whole(
     batch_windows, windows_per_program, num_heads, size, roll, cut, before,
     q_strides, k_strides, v_strides, packed_offset, grad_row_heads, grad_head_offset,
     WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
+    BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PACKED: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
     HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dbias: (groups, heads, N, N), dpad: (groups, 2, heads, HEAD_DIM), sums over a program's windows; or None."""
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if PACKED:  # the rows of q, k and v then share their address arithmetic
+        k_strides, v_strides = q_strides, q_strides
     program = tl.program_id(0)
     head = program % num_heads
     group = program // num_heads
@@ -344,7 +350,7 @@ def bwd_whole(
         dpad_k = tl.zeros([BLOCK_D], tl.float32)
         dpad_v = tl.zeros([BLOCK_D], tl.float32)
 
-    for i in range(0, count):
+    for i in range(count):
         y0, y1, y2, real = _locate(
             n0, n1, n2, token, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING
         )  # fmt: skip
@@ -404,10 +410,12 @@ def fwd_tiled(
     q, k, v, out, lse, bias_table, pad_qkv, region_map, scale_log2, mask_log2,
     num_heads, size, roll, cut, before, q_strides, k_strides, v_strides, packed_offset,
     WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
-    HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PACKED: tl.constexpr,
+    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if PACKED:  # the rows of q, k and v then share their address arithmetic
+        k_strides, v_strides = q_strides, q_strides
     Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
     program = tl.program_id(0)
     head = program % num_heads
@@ -462,11 +470,13 @@ def bwd_tiled_dq(
     q, k, v, dout, lse, delta, dq, bias_table, pad_qkv, region_map, scale, scale_log2, mask_log2,
     num_heads, size, roll, cut, before, q_strides, k_strides, v_strides, packed_offset, grad_row_heads,
     WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
-    HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PACKED: tl.constexpr,
+    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Also writes delta, in the layout of lse, for the two kernels that follow."""
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if PACKED:  # the rows of q, k and v then share their address arithmetic
+        k_strides, v_strides = q_strides, q_strides
     Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
     program = tl.program_id(0)
     head = program % num_heads
@@ -484,7 +494,9 @@ def bwd_tiled_dq(
     dout_tile = _load_dense(dout, row, real, num_heads, head, HEAD_DIM, BLOCK_D)
     lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
     lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
-    query_region = _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
+    query_region = (
+        _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
+    )
 
     delta_tile = tl.zeros([BLOCK_Q], tl.float32)
     for start in range(0, VOLUME, BLOCK_K):
@@ -536,11 +548,13 @@ def bwd_tiled_dkdv(
     q, k, v, dout, lse, delta, dk, dv, dpad, bias_table, pad_qkv, region_map, scale, scale_log2, mask_log2,
     num_heads, size, roll, cut, before, q_strides, k_strides, v_strides, packed_offset, grad_row_heads, grad_head_offset,
     WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
-    HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PACKED: tl.constexpr,
+    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dpad: (windows * key tiles, 2, heads, HEAD_DIM), each program's sum over its pad tokens; or None."""
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if PACKED:  # the rows of q, k and v then share their address arithmetic
+        k_strides, v_strides = q_strides, q_strides
     K_TILES: tl.constexpr = (VOLUME + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
     head = program % num_heads
@@ -578,7 +592,9 @@ def bwd_tiled_dkdv(
         lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
         delta_tile = tl.load(delta + lse_row + query, mask=query < VOLUME, other=0.0)
         bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
-        query_region = _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
+        query_region = (
+            _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
+        )
         probs, dscores, _ = _probs_and_dscores(
             q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, seams, query_region, key_region,
             scale_log2, mask_log2, HAS_MASK, True, PRECISION,
@@ -606,11 +622,13 @@ def bwd_tiled_dbias(
     batch_windows, windows_per_program, num_heads, size, roll, cut, before,
     q_strides, k_strides, v_strides, packed_offset,
     WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr,
-    HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PACKED: tl.constexpr,
+    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dbias: (groups, heads, N, N). A program owns one tile of one head and walks over a group of windows."""
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if PACKED:  # the rows of q, k and v then share their address arithmetic
+        k_strides, v_strides = q_strides, q_strides
     Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
     K_TILES: tl.constexpr = (VOLUME + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
@@ -627,7 +645,7 @@ def bwd_tiled_dbias(
     bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
 
     dbias_tile = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    for i in range(0, count):
+    for i in range(count):
         y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
         z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
         q_tile = _load_tokens(
@@ -649,7 +667,9 @@ def bwd_tiled_dbias(
         lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
         delta_tile = tl.load(delta + lse_row + query, mask=query < VOLUME, other=0.0)
         seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
-        query_region = _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
+        query_region = (
+            _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
+        )
         key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
         _, dscores, _ = _probs_and_dscores(
             q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, seams, query_region, key_region,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from swinkernels.triton import _window_attention_kernels as kernels
 
-MAX_WHOLE_VOLUME = 64  # tokens of a window that is one tile
 # Programs that a kernel which walks over windows is cut into: a few waves on a GPU of some 130 multiprocessors, whatever
 # it is, so that the order of sums, and with it the result, does not depend on the GPU.
 FORWARD_PROGRAMS = 2048
@@ -32,25 +31,26 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
+def is_whole(volume: int, itemsize: int) -> bool:
+    """Whether a window is one tile; float32 tiles of 64 tokens do not fit the registers of a backward program."""
+    return volume <= (64 if itemsize == 2 else 32)
+
+
 def tiles(name: str, volume: int, head_dim: int, itemsize: int) -> Tiles:
     """The tiles of a kernel; the one place to tune. Reasoned from registers and shared memory, not measured."""
     wide = head_dim > 64
+    whole = max(16, triton.next_power_of_2(volume))
     if itemsize == 4:
-        # float32 products that may not be rounded to TF32 run on the scalar units, with operands in registers: small
-        # tiles, of which more are held by a multiprocessor.
-        whole = max(16, triton.next_power_of_2(volume))
-        block = min(whole, 16 if wide else 32)
-        if name in ("fwd_whole", "bwd_whole"):
-            return Tiles(whole, whole, 8 if whole == 64 else 4, 1)
+        # Products that may not be rounded to TF32 run on the scalar units with operands in registers: small tiles.
+        block = whole if name.endswith("whole") else 16 if wide else 32
         return Tiles(block, block, 4, 1)
-    if name in ("fwd_whole", "bwd_whole"):
-        block = max(16, triton.next_power_of_2(volume))
+    if name.endswith("whole"):
         # A warp holds 16 rows of a tile of the matrix units; 64 rows by 4 warps is what Hopper's take at once.
-        num_warps = max(1, block // 16)
+        num_warps = whole // 16
         if name == "bwd_whole":
             # dq, dk, dv and four 64 x 64 float32 tiles: at head_dim 128 they fit the registers of 8 warps only.
-            return Tiles(block, block, num_warps * (2 if wide else 1), 1)
-        return Tiles(block, block, num_warps, 1 if wide else 2)
+            return Tiles(whole, whole, num_warps * (2 if wide else 1), 1)
+        return Tiles(whole, whole, num_warps, 1 if wide else 2)
     # Key tiles of 32 where 64 would pad more: N = 144 is 160 keys instead of 192.
     keys = 64 if -(-volume // 64) * 2 == -(-volume // 32) else 32
     return Tiles(64, keys, 4, 1 if wide else 2)
@@ -135,7 +135,7 @@ class _Call(NamedTuple):
     def options(self, tile: Tiles, whole: bool) -> dict[str, Any]:
         blocks = {"BLOCK_N": tile.block_q} if whole else {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
         launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        return {**self.plan.flags, **blocks, **launch, "ALIGN": self.align}
+        return {**self.plan.flags, **blocks, **launch, "ALIGN": self.align, "PACKED": self.packed_offset != 0}
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -190,9 +190,7 @@ def _prepare(
             flat |= step
     align = math.gcd(flat, 16)  # of two numbers' union of bits, the same powers of two divide as of both
     leading = (0,) * (3 - rank)
-    strides = tuple(
-        (s[0] // align, *leading, *(a // align for a in s[1 : 1 + rank]), s[-2] // align) for s in strides
-    )
+    strides = tuple((s[0] // align, *leading, *(a // align for a in s[1 : 1 + rank]), s[-2] // align) for s in strides)
     return _Call(
         plan=plan,
         batch_windows=batch_windows,
@@ -224,7 +222,7 @@ def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return out, lse
     data = (*call.maps, out, lse, *call.tensors(), call.scale * kernels.LOG2_E, call.mask_log2)
-    if plan.volume <= MAX_WHOLE_VOLUME:
+    if is_whole(plan.volume, x.element_size()):
         each = min(MAX_FORWARD_WINDOWS, _windows_per_program(call.batch_windows, heads, FORWARD_PROGRAMS))
         kernels.fwd_whole[(-(-call.batch_windows // each) * heads,)](
             *data, call.batch_windows, each, *call.geometry(), **call.options(call.tiles("fwd_whole"), True)
@@ -255,7 +253,7 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
     needs_dpad_qkv = needs_dpad_qkv and plan.flags["HAS_PADDING"]
     log2 = (call.scale * kernels.LOG2_E, call.mask_log2)
     dbias = dpad = None
-    if volume <= MAX_WHOLE_VOLUME:
+    if is_whole(volume, x.element_size()):
         each = _windows_per_program(call.batch_windows, heads, BACKWARD_PROGRAMS)
         groups = -(-call.batch_windows // each)
         if needs_dbias_table:
@@ -295,7 +293,7 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
         kernels.fold_dbias[(plan.table_rows * heads,)](
             dbias.sum(0), dbias_table, heads,
             WINDOW=plan.flags["WINDOW"], TABLE_WINDOW=plan.flags["TABLE_WINDOW"],
-            BLOCK_N=triton.next_power_of_2(volume), num_warps=1 if volume <= MAX_WHOLE_VOLUME else 4,
+            BLOCK_N=triton.next_power_of_2(volume), num_warps=1 if volume <= 64 else 4,
         )  # fmt: skip
     if dpad is not None:
         torch.sum(dpad, 0, out=dpad_qkv[1:])  # a pad token's query has no gradient

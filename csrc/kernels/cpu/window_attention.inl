@@ -465,16 +465,23 @@ void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, flo
                       float* dbias) {
   for (int64_t i = 0; i < queries; i += kLanes) {
     const Vec log_sum = load(lse + i);
-    Vec delta = {};
+    Vec sum = {}, delta = {};
     for (int64_t key = 0; key < sizes.tokens; ++key) {
       float* at = scores + key * sizes.block + i;
       const Vec probability = exp(load(at) - log_sum);
       store(at, probability);
+      sum += probability;
       delta += probability * load(dscores + key * sizes.block + i);
     }
+    // The sum is 1 but for the rounding of lse, which is worth several eps where lse is large. All keys share it, so it
+    // would not cancel in dS as it must. Of a pad query the sum is 0.
+    const Vec normalise = sum == Vec{} ? Vec{} : 1.0f / sum;
+    delta *= normalise;
     for (int64_t key = 0; key < sizes.tokens; ++key) {
       const int64_t at = key * sizes.block + i;
-      const Vec gradient = load(scores + at) * (load(dscores + at) - delta);
+      const Vec probability = load(scores + at) * normalise;
+      const Vec gradient = probability * (load(dscores + at) - delta);
+      store(scores + at, probability);
       store(dscores + at, gradient);
       if (dbias != nullptr) store(dbias + at, load(dbias + at) + gradient);
     }

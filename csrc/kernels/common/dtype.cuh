@@ -1,0 +1,46 @@
+// Conversions between float and the element types of the kernels.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace swinkernels {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Two neighbouring elements rounded to 16 bits, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack2(float first, float second);
+
+template <>
+__device__ __forceinline__ uint32_t pack2<__half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
+// Writes two neighbouring elements with one instruction.
+template <class T>
+__device__ __forceinline__ void store2(T* destination, float first, float second) {
+  *reinterpret_cast<uint32_t*>(destination) = pack2<T>(first, second);
+}
+
+template <>
+__device__ __forceinline__ void store2<float>(float* destination, float first, float second) {
+  *reinterpret_cast<float2*>(destination) = make_float2(first, second);
+}
+
+}  // namespace swinkernels

@@ -1,0 +1,92 @@
+// How kernels are launched, how they get dynamic shared memory, and what a launch asks of the current device.
+//
+// Nothing here synchronises, and all of it may run while a stream is captured.
+//
+// The guard is a macro and not #pragma once because tests/emulation has a twin of this file that runs a launch on the
+// CPU. Kernels therefore launch through launch() alone and declare dynamic shared memory through dynamic_smem() alone.
+#ifndef SWINKERNELS_KERNELS_COMMON_LAUNCH_CUH_
+#define SWINKERNELS_KERNELS_COMMON_LAUNCH_CUH_
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <tuple>
+
+namespace swinkernels {
+
+// What a kernel may use without asking first.
+constexpr size_t kDefaultDynamicSmemBytes = 48 * 1024;
+
+// The block's dynamic shared memory, 128-byte aligned.
+__device__ __forceinline__ unsigned char* dynamic_smem() {
+  extern __shared__ __align__(128) unsigned char swinkernels_dynamic_smem[];
+  return swinkernels_dynamic_smem;
+}
+
+template <class... Params>
+inline cudaError_t allow_dynamic_smem(void (*kernel)(Params...), size_t bytes) {
+  if (bytes <= kDefaultDynamicSmemBytes) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+// kernel<<<grid, block, dynamic_smem_bytes, stream>>>(args...) and its status. An error of the launch is returned and
+// not left behind for the next caller of cudaGetLastError; one that another library left behind is not ours to report.
+template <class... Params, class... Args>
+inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_smem_bytes,
+                          cudaStream_t stream, Args&&... args) {
+  cudaError_t status = allow_dynamic_smem(kernel, dynamic_smem_bytes);
+  if (status == cudaSuccess) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = dynamic_smem_bytes;
+    config.stream = stream;
+    status = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  }
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
+// Multiprocessors of the current device; one call of cudaGetDevice after the first time.
+inline cudaError_t multiprocessor_count(int* count) {
+  constexpr int kCachedDevices = 64;
+  static std::atomic<int> cache[kCachedDevices];
+  int device;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  *count = device < kCachedDevices ? cache[device].load(std::memory_order_relaxed) : 0;
+  if (*count != 0) return cudaSuccess;
+  status = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess && device < kCachedDevices) cache[device].store(*count, std::memory_order_relaxed);
+  return status;
+}
+
+// How many blocks of a kernel fit on one multiprocessor of the current device at once: at least 1 if it can run.
+template <class... Params>
+inline cudaError_t blocks_per_multiprocessor(void (*kernel)(Params...), int threads, size_t dynamic_smem_bytes,
+                                             int* blocks) {
+  int device;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  // Per thread, so that a call takes no lock; one entry per kernel and configuration.
+  thread_local std::map<std::tuple<int, void (*)(Params...), int, size_t>, int> cache;
+  const auto key = std::make_tuple(device, kernel, threads, dynamic_smem_bytes);
+  const auto found = cache.find(key);
+  if (found != cache.end()) {
+    *blocks = found->second;
+    return cudaSuccess;
+  }
+  status = allow_dynamic_smem(kernel, dynamic_smem_bytes);
+  if (status == cudaSuccess) {
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, dynamic_smem_bytes);
+  }
+  if (status == cudaSuccess) cache.emplace(key, *blocks);
+  return status;
+}
+
+}  // namespace swinkernels
+
+#endif  // SWINKERNELS_KERNELS_COMMON_LAUNCH_CUH_

@@ -1,0 +1,147 @@
+// Every PTX instruction that the kernels use, as a function. No other file has inline assembly.
+//
+// Fragment layouts (PTX ISA, "Matrix Fragments for mma") are given by lane; throughout, with lane = threadIdx.x % 32,
+//   g = lane / 4  and  t = lane % 4.
+// 16-bit elements go two to a register, the one with the lower column (A) or row (B) in the low half.
+//
+// The guard is a macro and not #pragma once because tests/emulation has a twin of this file: the same functions run by
+// the CPU. Whoever adds an instruction here adds it there.
+#ifndef SWINKERNELS_KERNELS_COMMON_PTX_CUH_
+#define SWINKERNELS_KERNELS_COMMON_PTX_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace swinkernels::ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* smem) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+}
+
+// d += a * b for A 16 x 16 (row-major), B 16 x 8 (column-major), D 16 x 8 in float.
+//   a[0]  A[g    ][2t, 2t + 1]        a[2]  A[g    ][2t + 8, 2t + 9]
+//   a[1]  A[g + 8][2t, 2t + 1]        a[3]  A[g + 8][2t + 8, 2t + 9]
+//   b[0]  B[2t, 2t + 1][g]            b[1]  B[2t + 8, 2t + 9][g]
+//   d[0], d[1]  D[g][2t], D[g][2t + 1]        d[2], d[3]  D[g + 8][2t], D[g + 8][2t + 1]
+// So the D fragments of two neighbouring 16 x 8 tiles, packed to 16 bits, are the A fragment of the 16 x 16 tile:
+// a[0] = tile0.d[0, 1], a[1] = tile0.d[2, 3], a[2] = tile1.d[0, 1], a[3] = tile1.d[2, 3].
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                             __nv_bfloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// d += a * b for A 16 x 8 (row-major), B 8 x 8 (column-major), D 16 x 8 as above.
+//   a[0]  A[g][2t, 2t + 1]        a[1]  A[g + 8][2t, 2t + 1]        b[0]  B[2t, 2t + 1][g]
+__device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], __half) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+
+__device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1],
+                                            __nv_bfloat16) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+
+// d += a * b for A 16 x 8 (row-major), B 8 x 8 (column-major), D 16 x 8 as above; operands are the bits of floats, of
+// which the hardware ignores the low 13: pass them through to_tf32 to round instead of truncate.
+//   a[0]  A[g    ][t]        a[2]  A[g    ][t + 4]        b[0]  B[t    ][g]
+//   a[1]  A[g + 8][t]        a[3]  A[g + 8][t + 4]        b[1]  B[t + 4][g]
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Loads four (x4) or two (x2) 8 x 8 matrices of 16-bit elements from shared memory. Row r of matrix i is the 16 bytes,
+// 16-byte aligned, at the smem_row that lane 8 * i + r passes (x2: lanes 16..31 pass any valid address).
+//   ldmatrix_x*        r[i] holds M_i[g][2t, 2t + 1]
+//   ldmatrix_x*_trans  r[i] holds M_i[2t, 2t + 1][g]
+// For rows stored with the contraction index contiguous (q, k as keys) use the plain form; for v, whose rows are the
+// contraction index, the transposed one.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* smem_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(smem_row))
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* smem_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(smem_row))
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* smem_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(smem_row))
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* smem_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(smem_row))
+               : "memory");
+}
+
+// Transposes an 8 x 8 matrix of 16-bit elements across the warp: in M[g][2t, 2t + 1], out M[2t, 2t + 1][g].
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t m) {
+  uint32_t r;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(m));
+  return r;
+}
+
+// Copies 16 bytes from global to shared memory in the background, past L1 (.cg); both addresses 16-byte aligned. When
+// !valid, writes zeros instead and does not read gmem. The bytes are there for the calling thread after the
+// cp_async_wait of their group, for other threads after a barrier that follows it.
+__device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(smem)), "l"(__cvta_generic_to_global(gmem)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// Closes the group of this thread's copies since the last commit; it may be empty.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most the N youngest committed groups of this thread are still under way.
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// 2 ** x with a relative error of at most 2 ** -22; denormals are flushed to zero, exp2_approx(-inf) = 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The bits of x rounded to TF32 (10 bits of mantissa), to nearest, ties away from zero.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace swinkernels::ptx
+
+#endif  // SWINKERNELS_KERNELS_COMMON_PTX_CUH_

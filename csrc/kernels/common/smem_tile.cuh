@@ -1,0 +1,46 @@
+// A row-major tile in shared memory whose 16-byte chunks are permuted within a row, so that ldmatrix and column-wise
+// reads of eight consecutive rows touch all 32 banks once.
+#pragma once
+
+#include <algorithm>
+
+#include "dtype.cuh"
+
+namespace swinkernels {
+
+template <class T_, int kCols_>
+struct SmemTile {
+  using T = T_;
+  static constexpr int kCols = kCols_;
+  static constexpr int kVec = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kChunks = kCols / kVec;  // 16-byte chunks of a row
+  static_assert(kChunks >= 2 && (kChunks & (kChunks - 1)) == 0);
+  // Eight chunks fill the 32 banks once; narrower rows share them, so the permutation changes every kRowsPerLine rows.
+  static constexpr int kPermuted = kChunks < 8 ? kChunks : 8;
+  static constexpr int kRowsPerLine = 8 / kPermuted;
+
+  T* data;
+
+  __device__ __forceinline__ T* chunk(int row, int c) const {
+    return data + row * kCols + (c ^ (row / kRowsPerLine % kPermuted)) * kVec;
+  }
+  __device__ __forceinline__ T* element(int row, int col) const { return chunk(row, col / kVec) + col % kVec; }
+};
+
+// Writes a 16 x (8 * kTiles) accumulator fragment (PTX layout, see ptx.cuh) to rows row0.. of a tile: rows below
+// row_limit and columns below col_limit only.
+template <int kTiles, class Tile>
+__device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const float (&x)[kTiles][4], float factor0,
+                                               float factor1, int row_limit, int col_limit) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    if (8 * j >= col_limit) continue;
+    if (row0 + g < row_limit) store2(tile.element(row0 + g, 8 * j + 2 * t), x[j][0] * factor0, x[j][1] * factor0);
+    if (row0 + g + 8 < row_limit) {
+      store2(tile.element(row0 + g + 8, 8 * j + 2 * t), x[j][2] * factor1, x[j][3] * factor1);
+    }
+  }
+}
+
+}  // namespace swinkernels

@@ -1,0 +1,268 @@
+// Products of small tiles by one warp, accumulated in float fragments of 16 rows (PTX accumulator layout, see ptx.cuh):
+//   add_abt   c += A B^T     16 rows of A and 8 * kTiles rows of B, both in shared memory
+//   add_pb    o += P B       P an accumulator fragment of 16 x (8 * kTiles), B 8 * kTiles rows in shared memory
+//   add_ptb   o += P^T B     P and B 8 * kTiles rows in shared memory, 16 columns of P
+// A policy says how: 16-bit or TF32 tensor cores, or float fused multiply-adds. All three produce the same layout, so
+// a kernel is written once. The order of a contraction may be permuted if it is in both operands alike; the float
+// policies use that to take P in registers as it is: index t stands for column 2t, t + 4 for column 2t + 1.
+#pragma once
+
+#include "ptx.cuh"
+#include "smem_tile.cuh"
+
+namespace swinkernels {
+
+// c += A B^T on tensor cores. A step contracts two 16-byte chunks of the rows, 16 elements or 8 floats.
+template <class Policy, int kTiles, class Tile>
+__device__ __forceinline__ void tensor_core_add_abt(float (&c)[kTiles][4], const Tile& a_tile, int a_row,
+                                                    const Tile& b_tile) {
+  const int lane = threadIdx.x % 32;
+  const int row_in_tile = lane % 8;
+  if constexpr (Tile::kChunks == 2) {
+    uint32_t a[4];
+    ptx::ldmatrix_x4(a, a_tile.chunk(a_row + lane % 16, lane / 16));
+    Policy::round(a);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      uint32_t b[2];
+      ptx::ldmatrix_x2(b, b_tile.chunk(8 * j + row_in_tile, lane / 8 % 2));
+      Policy::round(b);
+      Policy::multiply(c[j], a, b);
+    }
+  } else {
+#pragma unroll
+    for (int chunk = 0; chunk < Tile::kChunks; chunk += 4) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        ptx::ldmatrix_x4(a[step], a_tile.chunk(a_row + lane % 16, chunk + 2 * step + lane / 16));
+        Policy::round(a[step]);
+      }
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, b_tile.chunk(8 * j + row_in_tile, chunk + lane / 8));
+        Policy::round(b);
+        const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+        Policy::multiply(c[j], a[0], b0);
+        Policy::multiply(c[j], a[1], b1);
+      }
+    }
+  }
+}
+
+template <class T_>
+struct HalfPrecisionProduct {
+  using T = T_;
+
+  template <int kCount>
+  __device__ static __forceinline__ void round(uint32_t (&)[kCount]) {}
+  __device__ static __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    ptx::mma_m16n8k16(d, a, b, T{});
+  }
+
+  template <int kTiles, class Tile>
+  __device__ static __forceinline__ void add_abt(float (&c)[kTiles][4], const Tile& a, int a_row, const Tile& b) {
+    tensor_core_add_abt<HalfPrecisionProduct>(c, a, a_row, b);
+  }
+
+  template <int kTiles, int kColTiles, class Tile>
+  __device__ static __forceinline__ void add_pb(float (&o)[kColTiles][4], const float (&p)[kTiles][4], const Tile& b) {
+#pragma unroll
+    for (int step = 0; step < kTiles / 2; ++step) {
+      const float (&left)[4] = p[2 * step], (&right)[4] = p[2 * step + 1];
+      const uint32_t a[4] = {pack2<T>(left[0], left[1]), pack2<T>(left[2], left[3]), pack2<T>(right[0], right[1]),
+                             pack2<T>(right[2], right[3])};
+      add_step(o, a, b, 16 * step);
+    }
+    if constexpr (kTiles % 2 == 1) {
+      const float (&last)[4] = p[kTiles - 1];
+      const uint32_t a[2] = {pack2<T>(last[0], last[1]), pack2<T>(last[2], last[3])};
+      add_half_step(o, a, b, 8 * (kTiles - 1));
+    }
+  }
+
+  template <int kTiles, int kColTiles, class PTile, class Tile>
+  __device__ static __forceinline__ void add_ptb(float (&o)[kColTiles][4], const PTile& p, int p_col, const Tile& b) {
+    const int lane = threadIdx.x % 32, chunk = p_col / 8 + lane / 8 % 2;
+#pragma unroll
+    for (int step = 0; step < kTiles / 2; ++step) {
+      uint32_t a[4];
+      ptx::ldmatrix_x4_trans(a, p.chunk(16 * step + lane % 8 + lane / 16 * 8, chunk));
+      add_step(o, a, b, 16 * step);
+    }
+    if constexpr (kTiles % 2 == 1) {
+      uint32_t a[2];
+      ptx::ldmatrix_x2_trans(a, p.chunk(8 * (kTiles - 1) + lane % 8, chunk));
+      add_half_step(o, a, b, 8 * (kTiles - 1));
+    }
+  }
+
+ private:
+  // o += a B over 16 rows of B.
+  template <int kColTiles, class Tile>
+  __device__ static __forceinline__ void add_step(float (&o)[kColTiles][4], const uint32_t (&a)[4], const Tile& tile,
+                                                  int row) {
+    static_assert(kColTiles % 2 == 0);
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < kColTiles; n += 2) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, tile.chunk(row + lane % 16, n + lane / 16));
+      const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+      ptx::mma_m16n8k16(o[n], a, b0, T{});
+      ptx::mma_m16n8k16(o[n + 1], a, b1, T{});
+    }
+  }
+
+  // o += a B over 8 rows of B.
+  template <int kColTiles, class Tile>
+  __device__ static __forceinline__ void add_half_step(float (&o)[kColTiles][4], const uint32_t (&a)[2],
+                                                       const Tile& tile, int row) {
+    static_assert(kColTiles % 4 == 0);
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < kColTiles; n += 4) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, tile.chunk(row + lane % 8, n + lane / 8));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t bi[1] = {b[i]};
+        ptx::mma_m16n8k8(o[n + i], a, bi, T{});
+      }
+    }
+  }
+};
+
+struct Tf32Product {
+  using T = float;
+
+  template <int kCount>
+  __device__ static __forceinline__ void round(uint32_t (&x)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = ptx::to_tf32(__uint_as_float(x[i]));
+  }
+  __device__ static __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    ptx::mma_m16n8k8_tf32(d, a, b);
+  }
+
+  template <int kTiles, class Tile>
+  __device__ static __forceinline__ void add_abt(float (&c)[kTiles][4], const Tile& a, int a_row, const Tile& b) {
+    tensor_core_add_abt<Tf32Product>(c, a, a_row, b);
+  }
+
+  template <int kTiles, int kColTiles, class Tile>
+  __device__ static __forceinline__ void add_pb(float (&o)[kColTiles][4], const float (&p)[kTiles][4], const Tile& b) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const uint32_t a[4] = {ptx::to_tf32(p[j][0]), ptx::to_tf32(p[j][2]), ptx::to_tf32(p[j][1]),
+                             ptx::to_tf32(p[j][3])};
+      add_step(o, a, b, 8 * j);
+    }
+  }
+
+  template <int kTiles, int kColTiles, class PTile, class Tile>
+  __device__ static __forceinline__ void add_ptb(float (&o)[kColTiles][4], const PTile& p, int p_col, const Tile& b) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const int row = 8 * j + 2 * t;
+      const uint32_t a[4] = {ptx::to_tf32(*p.element(row, p_col + g)), ptx::to_tf32(*p.element(row, p_col + g + 8)),
+                             ptx::to_tf32(*p.element(row + 1, p_col + g)),
+                             ptx::to_tf32(*p.element(row + 1, p_col + g + 8))};
+      add_step(o, a, b, 8 * j);
+    }
+  }
+
+ private:
+  // o += a B over 8 rows of B in the permuted order.
+  template <int kColTiles, class Tile>
+  __device__ static __forceinline__ void add_step(float (&o)[kColTiles][4], const uint32_t (&a)[4], const Tile& tile,
+                                                  int row) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int n = 0; n < kColTiles; ++n) {
+      const uint32_t b[2] = {ptx::to_tf32(*tile.element(row + 2 * t, 8 * n + g)),
+                             ptx::to_tf32(*tile.element(row + 2 * t + 1, 8 * n + g))};
+      ptx::mma_m16n8k8_tf32(o[n], a, b);
+    }
+  }
+};
+
+struct FloatProduct {
+  using T = float;
+
+  template <int kTiles, class Tile>
+  __device__ static __forceinline__ void add_abt(float (&c)[kTiles][4], const Tile& a, int a_row, const Tile& b) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll 1
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      const float4 a0 = load4(a, a_row + g, chunk), a1 = load4(a, a_row + g + 8, chunk);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const float4 b0 = load4(b, 8 * j + 2 * t, chunk), b1 = load4(b, 8 * j + 2 * t + 1, chunk);
+        add_dot(c[j][0], a0, b0);
+        add_dot(c[j][1], a0, b1);
+        add_dot(c[j][2], a1, b0);
+        add_dot(c[j][3], a1, b1);
+      }
+    }
+  }
+
+  template <int kTiles, int kColTiles, class Tile>
+  __device__ static __forceinline__ void add_pb(float (&o)[kColTiles][4], const float (&p)[kTiles][4], const Tile& b) {
+    const int quad = threadIdx.x % 32 / 4 * 4;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      // Lane u of the quad holds columns 2u and 2u + 1 of the tile. The loop stays a loop to keep the code small.
+#pragma unroll 1
+      for (int u = 0; u < 4; ++u) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float p0 = __shfl_sync(0xffffffffu, p[j][e], quad + u);
+          const float p1 = __shfl_sync(0xffffffffu, p[j][2 + e], quad + u);
+          add_row(o, p0, p1, b, 8 * j + 2 * u + e);
+        }
+      }
+    }
+  }
+
+  template <int kTiles, int kColTiles, class PTile, class Tile>
+  __device__ static __forceinline__ void add_ptb(float (&o)[kColTiles][4], const PTile& p, int p_col, const Tile& b) {
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll 2
+    for (int row = 0; row < 8 * kTiles; ++row) {
+      add_row(o, *p.element(row, p_col + g), *p.element(row, p_col + g + 8), b, row);
+    }
+  }
+
+ private:
+  template <class Tile>
+  __device__ static __forceinline__ float4 load4(const Tile& tile, int row, int chunk) {
+    return *reinterpret_cast<const float4*>(tile.chunk(row, chunk));
+  }
+
+  __device__ static __forceinline__ void add_dot(float& sum, float4 a, float4 b) {
+    sum = fmaf(a.x, b.x, sum);
+    sum = fmaf(a.y, b.y, sum);
+    sum = fmaf(a.z, b.z, sum);
+    sum = fmaf(a.w, b.w, sum);
+  }
+
+  // o += (p0, p1) times one row of B.
+  template <int kColTiles, class Tile>
+  __device__ static __forceinline__ void add_row(float (&o)[kColTiles][4], float p0, float p1, const Tile& tile,
+                                                 int row) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < kColTiles; ++n) {
+      const float2 b = *reinterpret_cast<const float2*>(tile.element(row, 8 * n + 2 * t));
+      o[n][0] = fmaf(p0, b.x, o[n][0]);
+      o[n][1] = fmaf(p0, b.y, o[n][1]);
+      o[n][2] = fmaf(p1, b.x, o[n][2]);
+      o[n][3] = fmaf(p1, b.y, o[n][3]);
+    }
+  }
+};
+
+}  // namespace swinkernels

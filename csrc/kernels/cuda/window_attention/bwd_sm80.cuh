@@ -1,0 +1,467 @@
+// Window attention backward, map to map; the scores are computed again from q, k and lse.
+//
+// Maths     p = exp(score - lse), dp = dout v^T, delta_i = sum_j p_ij dp_ij, ds = p * (dp - delta);
+//           dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q, dbias[i, j] = sum of ds over windows, from which
+//           the table's gradient is gathered by relative offset. Rows of pad tokens in dk and dv add up to dpad_qkv;
+//           the output of a pad query is dropped, so that its dout and p are zero and it contributes nothing.
+// Tiling    Short windows (one block of keys): a block loops over windows of one head, a warp has 16 queries with p, dp
+//           and the running dbias in registers; p and ds go through shared memory to become the transposed operands
+//           of dv and dk, of which a warp has 16 keys. Long windows: per block of queries a sweep over the keys for
+//           delta and one for dq and dbias, then per block of keys a sweep over the queries for dk and dv: nine
+//           products of blocks where the short kernel has five. Their dbias is kept per block in the workspace.
+// Order     No atomics: a block adds windows in its own order, reduce_partials.cu adds the blocks in theirs.
+// Traffic   q, k, v, dout are read and dq, dk, dv written once: 7 * B * S * C * sizeof(T) bytes, plus lse.
+// Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 544 MB, 162 us at 3.35 TB/s (H100 SXM, published
+//           peak). Arithmetic: about 3,300 warp instructions per window and head: 88 us of issue slots.
+// Limits    as forward.
+#pragma once
+
+#include "scores.cuh"
+
+namespace swinkernels::cuda {
+
+struct BackwardArguments : WindowArguments<7> {
+  const void* inputs[4];  // q, k, v, dout
+  void* outputs[3];       // dq, dk, dv
+  const float* lse;
+  float scale;
+  float* table_partials;  // (workers, heads, table entries), or null if dbias_table is not wanted
+  float* pad_partials;    // (workers, heads, 2, head_dim) for k and v, or null if dpad_qkv is not wanted
+  float* dense_partials;  // (blocks, N, N) with N rounded up to whole blocks, for long windows
+};
+
+// The log-sum-exp in base 2 of one query; infinite for a pad query, whose probabilities must be zero.
+__device__ __forceinline__ float load_lse2(const BackwardArguments& args, uint32_t window, int head, int token,
+                                           int64_t offset) {
+  if (offset == kPadToken) return INFINITY;
+  return args.lse[(static_cast<int64_t>(window) * args.num_heads + head) * args.num_tokens + token] * kLog2E;
+}
+
+// Turns products q.k into probabilities; lse2 is that of this thread's two rows.
+template <int kTiles>
+__device__ __forceinline__ void probabilities(float (&score)[kTiles][4], const float (&bias)[kTiles][4], float scale2,
+                                              bool mixed, const int32_t* region, float mask2, int row0, int col0,
+                                              int num_tokens, const float (&lse2)[2]) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) score[j][e] = fmaf(score[j][e], scale2, bias[j][e]);
+  }
+  if (mixed) add_mask(score, region, mask2, row0, col0, num_tokens);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) score[j][e] = ptx::exp2_approx(score[j][e] - lse2[e / 2]);
+  }
+}
+
+// Adds the rows of pad tokens among this warp's 16 rows to `sum`, one value per column.
+template <int kColTiles>
+__device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
+                                             const int64_t* offsets, int first, int num_tokens) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const bool pad0 = first + g < num_tokens && offsets[first + g] == kPadToken;
+  const bool pad1 = first + g + 8 < num_tokens && offsets[first + g + 8] == kPadToken;
+  if (!__any_sync(0xffffffffu, pad0 || pad1)) return;
+#pragma unroll
+  for (int n = 0; n < kColTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float column = (pad0 ? x[n][e] : 0.0f) + (pad1 ? x[n][2 + e] : 0.0f);
+      column += __shfl_xor_sync(0xffffffffu, column, 4);
+      column += __shfl_xor_sync(0xffffffffu, column, 8);
+      column += __shfl_xor_sync(0xffffffffu, column, 16);
+      if (g == 0) sum[8 * n + 2 * t + e] += column * factor;
+    }
+  }
+}
+
+// Gathers the gradient of one head's column of the bias table from a dense dbias: entry e is the sum over the pairs
+// (i, j) of its relative offset, which fixes j for every i. Entries that no pair has get zero.
+template <int kThreads>
+__device__ __forceinline__ void gather_table(float* table, const float* dense, int stride, const WindowLayout& layout,
+                                             const int32_t* token_index, int num_tokens) {
+  for (int entry = threadIdx.x; entry < layout.table_entries; entry += kThreads) {
+    int rest = entry, distance = 0, weight = 1;  // distance: i - j, tokens numbered in the table's window
+#pragma unroll
+    for (int axis = 2; axis >= 0; --axis) {
+      const int width = 2 * layout.table_window[axis] - 1;
+      distance += (rest % width - (layout.table_window[axis] - 1)) * weight;
+      rest /= width;
+      weight *= layout.table_window[axis];
+    }
+    float sum = 0.0f;
+    const int end = min(num_tokens, num_tokens + distance);
+    for (int i = max(0, distance); i < end; ++i) {
+      const int j = i - distance;
+      if (token_index[i] - token_index[j] == entry - layout.table_middle) sum += dense[i * stride + j];
+    }
+    table[entry] = sum;
+  }
+}
+
+// The block's share of dpad_qkv: the sums of its warps, in order.
+template <class Traits>
+__device__ __forceinline__ void write_pad_partial(const BackwardArguments& args,
+                                                  const float (&sums)[Traits::kWarps][2][Traits::kHeadDim]) {
+  if (args.pad_partials == nullptr) return;
+  float* partial = args.pad_partials + static_cast<int64_t>(blockIdx.x) * 2 * args.head_dim;
+  for (int i = threadIdx.x; i < 2 * args.head_dim; i += Traits::kThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < Traits::kWarps; ++warp) sum += sums[warp][i / args.head_dim][i % args.head_dim];
+    partial[i] = sum;
+  }
+}
+
+template <class Traits>
+struct BackwardShortSmem {
+  using T = typename Traits::T;
+  static constexpr int kStages = Traits::kBackwardStages;
+  static constexpr int kSlots = kStages + 1;
+  alignas(128) T tiles[kStages][4][Traits::kBlock * Traits::kHeadDim];  // q, k, v, dout
+  union {
+    alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
+    float dbias[Traits::kBlock * Traits::kBlock];  // at the end
+  };
+  WindowTokens<7, Traits::kBlock> tokens[kSlots];
+  float lse2[2][Traits::kBlock];
+  alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
+  int32_t token_index[Traits::kBlock];
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
+    window_attention_bwd_short_kernel(const BackwardArguments args) {
+  using T = typename Traits::T;
+  using Product = typename Traits::Product;
+  using Tile = SmemTile<T, Traits::kHeadDim>;
+  using PTile = SmemTile<T, Traits::kBlock>;
+  using Smem = BackwardShortSmem<Traits>;
+  constexpr int kStages = Smem::kStages, kSlots = Smem::kSlots, kTiles = Traits::kTiles;
+  constexpr int kColTiles = Traits::kHeadDimTiles;
+  Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
+  const int row0 = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int num_tokens = args.num_tokens;
+  const int head = blockIdx.x % args.num_heads;
+  const uint32_t first = blockIdx.x / args.num_heads, step = gridDim.x / args.num_heads;
+  const PTile p_tile{smem.p_ds[0]}, ds_tile{smem.p_ds[1]};
+
+  const auto copy_window = [&](int stage, int slot) {
+#pragma unroll
+    for (int map = 0; map < 4; ++map) {
+      copy_rows<Traits::kThreads, Traits::kBlock, false>(
+          Tile{smem.tiles[stage][map]}, args.inputs[map], smem.tokens[slot].offset[map],
+          map < 3 ? pad_row<T>(args, map, head) : nullptr, 0, num_tokens, args.head_dim);
+    }
+  };
+
+  // Rows past the window and columns past head_dim stay zero from here on.
+  fill_with_zeros<Traits::kThreads>(smem.tiles, sizeof(smem.tiles));
+  fill_with_zeros<Traits::kThreads>(smem.p_ds, sizeof(smem.p_ds));
+  fill_with_zeros<Traits::kThreads>(smem.pad_sums, sizeof(smem.pad_sums));
+  for (int i = threadIdx.x; i < num_tokens; i += Traits::kThreads) smem.token_index[i] = args.layout.table_index(i);
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    if (first + i * step < args.num_windows) locate_tokens(smem.tokens[i], args, first + i * step, head);
+  }
+  // Token i is this thread's in locate_tokens, too, so that it reads here what it wrote itself.
+  const int token = threadIdx.x;
+  if (token < Traits::kBlock) {
+    smem.lse2[0][token] =
+        token < num_tokens ? load_lse2(args, first, head, token, smem.tokens[0].offset[3][token]) : INFINITY;
+    smem.lse2[1][token] = INFINITY;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (first + i * step < args.num_windows) copy_window(i, i);
+    ptx::cp_async_commit();
+  }
+  float bias[kTiles][4], dbias[kTiles][4] = {};
+  load_bias(bias, {args.bias_table == nullptr ? nullptr : args.bias_table + head, args.num_heads, smem.token_index},
+            args.layout.table_middle, row0, 0, num_tokens);
+
+  int stage = 0, slot = 0, parity = 0;
+  for (uint32_t window = first; window < args.num_windows; window += step) {
+    if constexpr (kStages == 1) {
+      __syncthreads();  // nobody reads the tiles of the window before
+      copy_window(0, slot);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+    } else {
+      ptx::cp_async_wait<kStages - 2>();
+      __syncthreads();
+      const uint32_t ahead = window + (kStages - 1) * step;
+      if (ahead < args.num_windows) copy_window((stage + kStages - 1) % kStages, (slot + kStages - 1) % kSlots);
+      ptx::cp_async_commit();
+    }
+    if (window + kStages * step < args.num_windows) {
+      locate_tokens(smem.tokens[(slot + kStages) % kSlots], args, window + kStages * step, head);
+    }
+    float next_lse2 = 0.0f;
+    const bool has_next = token < num_tokens && window + step < args.num_windows;
+    if (has_next) {
+      next_lse2 = load_lse2(args, window + step, head, token, smem.tokens[(slot + 1) % kSlots].offset[3][token]);
+    }
+
+    const auto& tokens = smem.tokens[slot];
+    const Tile q{smem.tiles[stage][0]}, k{smem.tiles[stage][1]}, v{smem.tiles[stage][2]}, dout{smem.tiles[stage][3]};
+    float dq[kColTiles][4] = {};
+    if (row0 < num_tokens) {
+      float p[kTiles][4] = {}, dp[kTiles][4] = {};
+      Product::add_abt(p, q, row0, k);
+      const float lse2[2] = {smem.lse2[parity][row0 + g], smem.lse2[parity][row0 + g + 8]};
+      probabilities(p, bias, args.scale2, tokens.mixed, tokens.region, args.mask2, row0, 0, num_tokens, lse2);
+      write_fragment(p_tile, row0, p, 1.0f, 1.0f, Traits::kBlock, Traits::kBlock);
+      Product::add_abt(dp, dout, row0, v);
+      float delta[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) delta[e / 2] = fmaf(p[j][e], dp[j][e], delta[e / 2]);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) delta[half] = quad_sum(delta[half]);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          p[j][e] *= dp[j][e] - delta[e / 2];  // ds
+          dbias[j][e] += p[j][e];
+        }
+      }
+      write_fragment(ds_tile, row0, p, 1.0f, 1.0f, Traits::kBlock, Traits::kBlock);
+      Product::add_pb(dq, p, k);
+    }
+    if (has_next) smem.lse2[parity ^ 1][token] = next_lse2;
+    __syncthreads();  // p and ds are whole; k and v are not read any more and take the outputs
+    if (row0 < num_tokens) {
+      write_fragment(v, row0, dq, args.scale, args.scale, num_tokens, args.head_dim);
+      store_rows(args.outputs[0], v, row0, tokens.offset[4], 0, num_tokens, args.head_dim);
+      {
+        float dk[kColTiles][4] = {};
+        Product::template add_ptb<kTiles>(dk, ds_tile, row0, q);
+        write_fragment(k, row0, dk, args.scale, args.scale, num_tokens, args.head_dim);
+        store_rows(args.outputs[1], k, row0, tokens.offset[5], 0, num_tokens, args.head_dim);
+        if (args.pad_partials != nullptr) {
+          add_pad_rows(smem.pad_sums[row0 / 16][0], dk, args.scale, tokens.offset[5], row0, num_tokens);
+        }
+      }
+      {
+        float dv[kColTiles][4] = {};
+        Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
+        __syncwarp();  // dq has left these rows
+        write_fragment(v, row0, dv, 1.0f, 1.0f, num_tokens, args.head_dim);
+        store_rows(args.outputs[2], v, row0, tokens.offset[6], 0, num_tokens, args.head_dim);
+        if (args.pad_partials != nullptr) {
+          add_pad_rows(smem.pad_sums[row0 / 16][1], dv, 1.0f, tokens.offset[6], row0, num_tokens);
+        }
+      }
+    }
+    stage = (stage + 1) % kStages;
+    slot = (slot + 1) % kSlots;
+    parity ^= 1;
+  }
+
+  __syncthreads();
+  write_pad_partial<Traits>(args, smem.pad_sums);
+  if (args.table_partials != nullptr) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      float* row = smem.dbias + (row0 + g) * Traits::kBlock + 8 * j + 2 * t;
+      store2(row, dbias[j][0], dbias[j][1]);
+      store2(row + 8 * Traits::kBlock, dbias[j][2], dbias[j][3]);
+    }
+    __syncthreads();
+    gather_table<Traits::kThreads>(args.table_partials + static_cast<int64_t>(blockIdx.x) * args.layout.table_entries,
+                                   smem.dbias, Traits::kBlock, args.layout, smem.token_index, num_tokens);
+  }
+}
+
+template <class Traits>
+struct BackwardLongSmem {
+  using T = typename Traits::T;
+  alignas(128) T tiles[4][Traits::kBlock * Traits::kHeadDim];  // q, k, v, dout
+  alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
+  WindowTokens<7, kLongestWindow> tokens;
+  float lse2[kLongestWindow];
+  float delta[kLongestWindow];
+  alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
+  int32_t token_index[kLongestWindow];
+  float table[Traits::kSharedTableEntries + 1];
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
+    window_attention_bwd_long_kernel(const BackwardArguments args) {
+  using T = typename Traits::T;
+  using Product = typename Traits::Product;
+  using Tile = SmemTile<T, Traits::kHeadDim>;
+  using PTile = SmemTile<T, Traits::kBlock>;
+  using Smem = BackwardLongSmem<Traits>;
+  static_assert(Traits::kKeys == Traits::kBlock);
+  constexpr int kTiles = Traits::kTiles, kColTiles = Traits::kHeadDimTiles, kBlock = Traits::kBlock;
+  Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
+  const int row0 = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int num_tokens = args.num_tokens;
+  const int head = blockIdx.x % args.num_heads;
+  const uint32_t first = blockIdx.x / args.num_heads, step = gridDim.x / args.num_heads;
+  const int blocks = (num_tokens + kBlock - 1) / kBlock;
+  const int dense_stride = blocks * kBlock;
+  float* dense = args.dense_partials == nullptr
+                     ? nullptr
+                     : args.dense_partials + static_cast<int64_t>(blockIdx.x) * dense_stride * dense_stride;
+  const Tile q{smem.tiles[0]}, k{smem.tiles[1]}, v{smem.tiles[2]}, dout{smem.tiles[3]};
+  const PTile p_tile{smem.p_ds[0]}, ds_tile{smem.p_ds[1]};
+
+  const auto copy_block = [&](int map, int block) {
+    copy_rows<Traits::kThreads, kBlock, true>(Tile{smem.tiles[map]}, args.inputs[map], smem.tokens.offset[map],
+                                              map < 3 ? pad_row<T>(args, map, head) : nullptr, block * kBlock,
+                                              num_tokens, args.head_dim);
+  };
+  const auto wait_for_copies = [&]() {
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  };
+
+  fill_with_zeros<Traits::kThreads>(smem.tiles, sizeof(smem.tiles));
+  fill_with_zeros<Traits::kThreads>(smem.pad_sums, sizeof(smem.pad_sums));
+  const BiasColumn column = stage_bias_column<Traits>(args, head, smem.table, smem.token_index);
+
+  // p and dp of this warp's 16 rows of the block of queries in q and dout and the block of keys in k and v.
+  const auto recompute = [&](float (&p)[kTiles][4], float (&dp)[kTiles][4], int query_block, int key_block) {
+    const int row = query_block * kBlock + row0, col = key_block * kBlock;
+    Product::add_abt(p, q, row0, k);
+    const float lse2[2] = {smem.lse2[row + g], smem.lse2[row + g + 8]};
+    {
+      float bias[kTiles][4];
+      load_bias(bias, column, args.layout.table_middle, row, col, num_tokens);
+      probabilities(p, bias, args.scale2, smem.tokens.mixed, smem.tokens.region, args.mask2, row, col, num_tokens,
+                    lse2);
+    }
+    Product::add_abt(dp, dout, row0, v);
+  };
+
+  for (uint32_t window = first; window < args.num_windows; window += step) {
+    __syncthreads();  // nobody reads the tiles and addresses of the window before
+    locate_tokens(smem.tokens, args, window, head);
+    for (int i = threadIdx.x; i < kLongestWindow; i += Traits::kThreads) {
+      smem.lse2[i] = i < num_tokens ? load_lse2(args, window, head, i, smem.tokens.offset[3][i]) : INFINITY;
+    }
+    __syncthreads();
+
+    for (int query_block = 0; query_block < blocks; ++query_block) {
+      const int row = query_block * kBlock + row0;
+      float delta[2] = {0.0f, 0.0f};
+      copy_block(0, query_block);
+      copy_block(3, query_block);
+      for (int key_block = 0; key_block < blocks; ++key_block) {
+        copy_block(1, key_block);
+        copy_block(2, key_block);
+        wait_for_copies();
+        if (row < num_tokens) {
+          float p[kTiles][4] = {}, dp[kTiles][4] = {};
+          recompute(p, dp, query_block, key_block);
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) delta[e / 2] = fmaf(p[j][e], dp[j][e], delta[e / 2]);
+          }
+        }
+        __syncthreads();
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        delta[half] = quad_sum(delta[half]);
+        if (t == 0) smem.delta[row + g + 8 * half] = delta[half];
+      }
+      float dq[kColTiles][4] = {};
+      for (int key_block = 0; key_block < blocks; ++key_block) {
+        copy_block(1, key_block);
+        copy_block(2, key_block);
+        wait_for_copies();
+        if (row < num_tokens) {
+          float ds[kTiles][4] = {}, dp[kTiles][4] = {};
+          recompute(ds, dp, query_block, key_block);
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) ds[j][e] *= dp[j][e] - delta[e / 2];
+          }
+          if (dense != nullptr) {
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                float2* sum = reinterpret_cast<float2*>(dense + (row + g + 8 * half) * dense_stride +
+                                                        key_block * kBlock + 8 * j + 2 * t);
+                const float2 before = window == first ? make_float2(0.0f, 0.0f) : *sum;
+                *sum = make_float2(before.x + ds[j][2 * half], before.y + ds[j][2 * half + 1]);
+              }
+            }
+          }
+          Product::add_pb(dq, ds, k);
+        }
+        __syncthreads();
+      }
+      if (row < num_tokens) {
+        write_fragment(q, row0, dq, args.scale, args.scale, num_tokens - query_block * kBlock, args.head_dim);
+        store_rows(args.outputs[0], q, row0, smem.tokens.offset[4], query_block * kBlock, num_tokens, args.head_dim);
+      }
+      __syncthreads();
+    }
+
+    for (int key_block = 0; key_block < blocks; ++key_block) {
+      float dk[kColTiles][4] = {}, dv[kColTiles][4] = {};
+      copy_block(1, key_block);
+      copy_block(2, key_block);
+      for (int query_block = 0; query_block < blocks; ++query_block) {
+        const int row = query_block * kBlock + row0;
+        copy_block(0, query_block);
+        copy_block(3, query_block);
+        wait_for_copies();
+        float p[kTiles][4] = {};
+        {
+          // Queries past the window have an infinite lse, hence p = 0, and zeros for delta's sake.
+          float dp[kTiles][4] = {};
+          recompute(p, dp, query_block, key_block);
+          write_fragment(p_tile, row0, p, 1.0f, 1.0f, kBlock, kBlock);
+          const float delta[2] = {smem.delta[row + g], smem.delta[row + g + 8]};
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) p[j][e] *= dp[j][e] - delta[e / 2];
+          }
+          write_fragment(ds_tile, row0, p, 1.0f, 1.0f, kBlock, kBlock);
+        }
+        __syncthreads();
+        Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
+        Product::template add_ptb<kTiles>(dk, ds_tile, row0, q);
+        __syncthreads();
+      }
+      const int first_key = key_block * kBlock;
+      write_fragment(k, row0, dk, args.scale, args.scale, num_tokens - first_key, args.head_dim);
+      store_rows(args.outputs[1], k, row0, smem.tokens.offset[5], first_key, num_tokens, args.head_dim);
+      write_fragment(v, row0, dv, 1.0f, 1.0f, num_tokens - first_key, args.head_dim);
+      store_rows(args.outputs[2], v, row0, smem.tokens.offset[6], first_key, num_tokens, args.head_dim);
+      if (args.pad_partials != nullptr) {
+        float (&sums)[2][Traits::kHeadDim] = smem.pad_sums[row0 / 16];
+        add_pad_rows(sums[0], dk, args.scale, smem.tokens.offset[5], first_key + row0, num_tokens);
+        add_pad_rows(sums[1], dv, 1.0f, smem.tokens.offset[6], first_key + row0, num_tokens);
+      }
+      __syncthreads();
+    }
+  }
+
+  __syncthreads();
+  write_pad_partial<Traits>(args, smem.pad_sums);
+  if (args.table_partials != nullptr) {
+    gather_table<Traits::kThreads>(args.table_partials + static_cast<int64_t>(blockIdx.x) * args.layout.table_entries,
+                                   dense, dense_stride, args.layout, smem.token_index, num_tokens);
+  }
+}
+
+}  // namespace swinkernels::cuda

@@ -1,0 +1,86 @@
+// The backward launch and its workspace; one .cu file per product policy instantiates it.
+#pragma once
+
+#include "bwd_sm80.cuh"
+#include "dispatch.cuh"
+#include "reduce_partials.cuh"
+
+namespace swinkernels::cuda {
+
+// A long window's dbias takes N * N floats for every block of the grid; no more blocks than fill this.
+constexpr int64_t kMostDenseBytes = int64_t{64} << 20;
+
+template <class Product>
+cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes) {
+  const WindowAttentionForwardParams& forward = params.forward;
+  BackwardArguments args = {};
+  static_cast<WindowArguments<7>&>(args) = WindowArguments<7>::of(forward);
+  args.strides[3] = MapStrides::of(params.dout);
+  args.inputs[0] = forward.q.data;
+  args.inputs[1] = forward.k.data;
+  args.inputs[2] = forward.v.data;
+  args.inputs[3] = params.dout.data;
+  const TokenMap* outputs[3] = {&params.dq, &params.dk, &params.dv};
+  for (int i = 0; i < 3; ++i) {
+    args.strides[4 + i] = MapStrides::of(*outputs[i]);
+    args.outputs[i] = outputs[i]->data;
+  }
+  args.lse = forward.lse;
+  args.scale = forward.scale;
+
+  ReducePartialsArguments reduction = {};
+  reduction.dbias_table = params.dbias_table;
+  reduction.dpad_qkv = params.dpad_qkv;
+  reduction.num_heads = args.num_heads;
+  reduction.head_dim = args.head_dim;
+  reduction.table_entries = args.layout.table_entries;
+  if (args.num_windows == 0) {
+    if (bytes == nullptr) return reduce_partials(reduction, stream);
+    *bytes = 0;
+    return cudaSuccess;
+  }
+
+  const cudaError_t status = dispatch<Product>(forward, [&](auto traits, auto is_long) {
+    using Traits = decltype(traits);
+    constexpr bool kLong = decltype(is_long)::value;
+    constexpr size_t kSmemBytes = kLong ? sizeof(BackwardLongSmem<Traits>) : sizeof(BackwardShortSmem<Traits>);
+    void (*kernel)(BackwardArguments);
+    if constexpr (kLong) {
+      kernel = window_attention_bwd_long_kernel<Traits>;
+    } else {
+      kernel = window_attention_bwd_short_kernel<Traits>;
+    }
+    int64_t resident;
+    const cudaError_t occupancy_status = resident_blocks(kernel, Traits::kThreads, kSmemBytes, &resident);
+    if (occupancy_status != cudaSuccess) return occupancy_status;
+    int64_t dense_floats = 0;
+    if (kLong && params.dbias_table != nullptr) {
+      const int64_t rows = (args.num_tokens + Traits::kBlock - 1) / Traits::kBlock * Traits::kBlock;
+      dense_floats = rows * rows;
+      resident = std::min(resident, kMostDenseBytes / static_cast<int64_t>(dense_floats * sizeof(float)));
+    }
+    const GridPlan plan = plan_grid(args.num_windows, args.num_heads, resident);
+    reduction.workers = plan.workers;
+
+    // The workspace: dense partials (16-byte rows), then those of the table and of the pad tokens.
+    const int64_t table_floats = params.dbias_table == nullptr ? 0 : args.layout.table_entries;
+    const int64_t pad_floats = params.dpad_qkv == nullptr ? 0 : 2 * args.head_dim;
+    if (bytes != nullptr) {
+      *bytes = plan.blocks * (dense_floats + table_floats + pad_floats) * static_cast<int64_t>(sizeof(float));
+      return cudaSuccess;
+    }
+    float* partials = static_cast<float*>(params.workspace);
+    if (dense_floats > 0) args.dense_partials = partials;
+    partials += plan.blocks * dense_floats;
+    if (table_floats > 0) args.table_partials = partials;
+    partials += plan.blocks * table_floats;
+    if (pad_floats > 0) args.pad_partials = partials;
+    return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), kSmemBytes, stream, args);
+  });
+  if (status != cudaSuccess || bytes != nullptr) return status;
+  reduction.table_partials = args.table_partials;
+  reduction.pad_partials = args.pad_partials;
+  return reduce_partials(reduction, stream);
+}
+
+}  // namespace swinkernels::cuda

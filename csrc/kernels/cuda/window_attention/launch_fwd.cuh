@@ -1,0 +1,45 @@
+// The forward launch; one .cu file per product policy instantiates it.
+#pragma once
+
+#include "dispatch.cuh"
+#include "fwd_sm80.cuh"
+
+namespace swinkernels::cuda {
+
+template <class Product>
+cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStream_t stream) {
+  ForwardArguments args = {};
+  static_cast<WindowArguments<4>&>(args) = WindowArguments<4>::of(params);
+  args.strides[3] = MapStrides::of(params.out);
+  args.inputs[0] = params.q.data;
+  args.inputs[1] = params.k.data;
+  args.inputs[2] = params.v.data;
+  args.out = params.out.data;
+  args.lse = params.lse;
+  if (args.num_windows == 0) return cudaSuccess;
+  return dispatch<Product>(params, [&](auto traits, auto is_long) {
+    using Traits = decltype(traits);
+    int64_t resident;
+    if constexpr (decltype(is_long)::value) {
+      constexpr size_t kSmemBytes = sizeof(ForwardLongSmem<Traits>);
+      const auto kernel = window_attention_fwd_long_kernel<Traits>;
+      const cudaError_t status = resident_blocks(kernel, Traits::kThreads, kSmemBytes, &resident);
+      if (status != cudaSuccess) return status;
+      const uint32_t row_blocks = (args.num_tokens + Traits::kBlock - 1) / Traits::kBlock;
+      const int64_t items = static_cast<int64_t>(args.num_windows) * row_blocks;
+      if (items >= INT32_MAX) return cudaErrorInvalidValue;
+      const GridPlan plan = plan_grid(items, params.num_heads, resident);
+      return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), kSmemBytes, stream, args, row_blocks,
+                    static_cast<uint32_t>(items));
+    } else {
+      constexpr size_t kSmemBytes = sizeof(ForwardShortSmem<Traits>);
+      const auto kernel = window_attention_fwd_short_kernel<Traits>;
+      const cudaError_t status = resident_blocks(kernel, Traits::kThreads, kSmemBytes, &resident);
+      if (status != cudaSuccess) return status;
+      const GridPlan plan = plan_grid(args.num_windows, params.num_heads, resident);
+      return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), kSmemBytes, stream, args);
+    }
+  });
+}
+
+}  // namespace swinkernels::cuda

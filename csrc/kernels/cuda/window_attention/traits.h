@@ -1,0 +1,44 @@
+// Tile sizes of the window attention kernels: every number that follows from the product policy, the head_dim and the
+// window is derived here, once.
+#pragma once
+
+#include "../../../params/window_attention_cuda.h"
+
+namespace swinkernels::cuda {
+
+constexpr int kLongestWindow = kMaxWindowVolume;
+
+// Product_   how tiles are multiplied (tile_product.cuh); its T is the element type in memory
+// kHeadDim_  columns of the tiles; rows of a smaller head_dim are filled up with zeros
+// kTiles_    a block has 8 * kTiles_ keys: the whole window if it has no more tokens, else one step of a loop
+template <class Product_, int kHeadDim_, int kTiles_>
+struct WindowAttentionTraits {
+  using Product = Product_;
+  using T = typename Product::T;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kTiles = kTiles_;
+  static constexpr int kKeys = 8 * kTiles;
+  static constexpr int kWarps = (kTiles + 1) / 2;  // a warp has 16 query rows
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlock = 16 * kWarps;  // rows of a tile
+  static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
+  static constexpr int kHeadDimTiles = kHeadDim / 8;
+  static_assert(kBlock * kRowBytes <= 16 * 1024, "a block of 64 rows is for rows of at most 256 bytes");
+
+  // Copies in flight: while one window is computed the next arrives. One stage where two would leave a multiprocessor
+  // fewer warps than it needs to hide latency.
+  static constexpr int kForwardStages = kBlock * kRowBytes <= 4 * 1024 ? 2 : 1;
+  static constexpr int kBackwardStages = kBlock * kRowBytes <= 4 * 1024 ? 2 : 1;
+  // Warps per multiprocessor that the register budget is set for: 16 leave a thread 128 registers, 12 leave 168, 8 all
+  // 255. Chosen as the most that spill nothing.
+  static constexpr bool kNarrow = sizeof(T) == 2 && kHeadDim <= 32 && kTiles < 8;
+  static constexpr int kForwardBlocks = (kNarrow ? 16 : kRowBytes < 512 ? 12 : 8) / kWarps;
+  static constexpr int kBackwardBlocks = (kNarrow ? 12 : 8) / kWarps;
+  static constexpr int kLongBlocks = 8 / kWarps;
+
+  // Entries of a bias table column that a long window keeps in shared memory: 47 x 47 and 13 x 13 x 13 fit. The widest
+  // rows leave no room for it on devices with 99 KB.
+  static constexpr int kSharedTableEntries = kRowBytes < 512 ? 2304 : 0;
+};
+
+}  // namespace swinkernels::cuda

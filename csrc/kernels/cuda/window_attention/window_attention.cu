@@ -1,0 +1,68 @@
+// The entry points of the CUDA backend: checks of what the kernels rely on, and the choice of the product policy.
+#include "dispatch.cuh"
+
+namespace swinkernels::cuda {
+namespace {
+
+bool supported(const WindowAttentionForwardParams& params) {
+  const WindowGeometry& geometry = params.geometry;
+  int64_t num_tokens = 1, table_tokens = 1, table_entries = 1, windows = params.batch;
+  for (int axis = 0; axis < 3; ++axis) {
+    if (geometry.window[axis] < 1 || geometry.size[axis] < 1 || geometry.table_window[axis] < 1) return false;
+    if (geometry.shift[axis] < 0 || geometry.shift[axis] >= geometry.window[axis]) return false;
+    num_tokens *= geometry.window[axis];
+    table_tokens *= geometry.table_window[axis];
+    table_entries *= 2 * geometry.table_window[axis] - 1;
+    windows *= geometry.num_windows[axis];
+    if (num_tokens > kMaxWindowVolume || table_entries > INT32_MAX || windows >= INT32_MAX) return false;
+  }
+  // Table entries are addressed with 32 bits, heads included.
+  if (params.bias_table != nullptr) {
+    if (num_tokens > table_tokens || table_entries * params.num_heads > INT32_MAX) return false;
+  }
+  return params.batch >= 0 && params.num_heads >= 1 && params.head_dim >= 1 && params.head_dim <= kMaxHeadDim &&
+         params.head_dim % kHeadDimMultiple == 0;
+}
+
+}  // namespace
+
+cudaError_t window_attention_forward(const WindowAttentionForwardParams& params, cudaStream_t stream) {
+  if (!supported(params)) return cudaErrorInvalidValue;
+  switch (params.dtype) {
+    case DType::kFloat16:
+      return forward_half(params, stream);
+    case DType::kBFloat16:
+      return forward_bfloat16(params, stream);
+    case DType::kFloat32:
+      return params.allow_tf32 ? forward_tf32(params, stream) : forward_float(params, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+namespace {
+
+cudaError_t backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes) {
+  if (!supported(params.forward)) return cudaErrorInvalidValue;
+  switch (params.forward.dtype) {
+    case DType::kFloat16:
+      return backward_half(params, stream, bytes);
+    case DType::kBFloat16:
+      return backward_bfloat16(params, stream, bytes);
+    case DType::kFloat32:
+      return params.forward.allow_tf32 ? backward_tf32(params, stream, bytes) : backward_float(params, stream, bytes);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+int64_t window_attention_backward_workspace_bytes(const WindowAttentionBackwardParams& params) {
+  int64_t bytes = 0;
+  return backward(params, nullptr, &bytes) == cudaSuccess ? bytes : 0;  // the launch will fail with the same error
+}
+
+cudaError_t window_attention_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream) {
+  return backward(params, stream, nullptr);
+}
+
+}  // namespace swinkernels::cuda

@@ -1,0 +1,442 @@
+"""Runs the CUDA kernels of csrc/ on the CPU, so that they are tested where there is no GPU and no CUDA toolkit.
+
+The kernel sources are compiled as they are by the C++ compiler. ``include/`` shadows the toolkit's headers with the
+few types, intrinsics and collectives that kernels use, and has twins of ``kernels/common/ptx.cuh`` (every PTX
+instruction) and ``launch.cuh`` (launches, dynamic shared memory). ``simt.cpp`` runs a block as one fiber per CUDA
+thread: a lane runs until a barrier, shuffle, vote, ldmatrix or mma, waits there for the others, and what the
+instruction does is computed in its documented fragment layout, with float accumulation. So index arithmetic, layouts,
+masks, barriers and reductions are those of the kernel; what is not modelled is time, occupancy, memory visibility
+between blocks, and the last bit of the approximate functions and of the order in which a tensor core adds.
+
+It is stricter than a GPU. Dynamic shared memory and every buffer start as NaN and lie next to inaccessible pages; a
+cp.async writes NaN first and its data only at the wait that covers it; misaligned vector accesses, array indices out
+of range, lanes that meet in different collectives or never, are reported as the error of the launch, by block and
+thread. A schedule seed shuffles the order in which warps and lanes run: kernels without races give the same bits for
+every seed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swinkernels.ops import _arguments
+
+_HERE = Path(__file__).resolve().parent
+_CSRC = _HERE.parents[1] / "csrc"
+_FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",
+    "-ffp-contract=off",
+    "-Wno-unknown-pragmas",
+]
+_KERNEL_FLAGS = [
+    "-fsanitize=alignment,bounds,shift,integer-divide-by-zero",
+    "-fsanitize-undefined-trap-on-error",
+    "-include",
+    "twins.h",
+]
+_COMPILE_JOBS = 2
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX if set, else g++. Clang has no -fno-gnu-unique and other sanitizer flags."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be built here, or None."""
+    if platform.system() != "Linux":
+        return "the emulator needs Linux"
+    if compiler() is None:
+        return "no C++ compiler (g++, or the one that $CXX names) to build the emulator with"
+    return None
+
+
+def _cpu() -> str:
+    """The CPU's name, part of the cache key because objects are built for the CPU at hand."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return platform.processor()
+
+
+def build(name: str, sources: Sequence[Path]) -> Path:
+    """The shared library of these sources and the engine, compiled unless it is in the cache."""
+    cxx = compiler()
+    assert cxx is not None, missing()
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
+    flags = [*_FLAGS, *(["-march=native"] if platform.machine() == "x86_64" else [])]
+    headers = [*_HERE.glob("include/*.h"), *_CSRC.glob("params/*.h"), *_CSRC.glob("kernels/c[ou]*/**/*.cuh")]
+    common = hashlib.sha256(repr((version, flags, _KERNEL_FLAGS, _cpu())).encode())
+    for header in sorted(headers):
+        common.update(str(header.relative_to(_HERE.parents[1])).encode() + b"\0" + header.read_bytes())
+    cache = Path(tempfile.gettempdir()) / f"swinkernels-emulation-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        key = common.copy()
+        key.update(source.read_bytes())
+        out = cache / f"{source.stem}-{key.hexdigest()[:24]}.o"
+        if not out.exists():
+            includes = [f"-I{_HERE / 'include'}", f"-I{_CSRC}"]
+            extra = _KERNEL_FLAGS if source.suffix == ".cu" else []
+            _run([cxx, *flags, *includes, *extra, "-x", "c++", "-c", str(source)], out)
+        return out
+
+    with concurrent.futures.ThreadPoolExecutor(_COMPILE_JOBS) as pool:
+        objects = list(pool.map(compile_one, [_HERE / "simt.cpp", *sources]))
+    linked = cache / f"{name}-{hashlib.sha256(repr(objects).encode()).hexdigest()[:24]}.so"
+    if not linked.exists():
+        _run([cxx, "-shared", "-Wl,-Bsymbolic", *map(str, objects)], linked)
+    return linked
+
+
+def _run(command: list[str], out: Path) -> None:
+    """Run a compiler whose output appears under its name only when it is whole."""
+    part = out.with_suffix(f".{os.getpid()}.part")
+    done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
+    part.replace(out)
+
+
+class LaunchError(RuntimeError):
+    """An emulated launch that failed, with what the emulator saw."""
+
+
+class Library:
+    """A built library: its launches, and the memory to give them."""
+
+    def __init__(self, path: Path):
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.emulation_error.restype = ctypes.c_char_p
+        self.functions.emulation_catches_faults.restype = ctypes.c_bool
+        self.functions.emulation_allocate.restype = ctypes.c_void_p
+        self.functions.emulation_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+        self.functions.emulation_free.argtypes = [ctypes.c_void_p]
+        self.functions.emulation_configure.argtypes = [ctypes.c_uint64, ctypes.c_int]
+
+    @property
+    def catches_faults(self) -> bool:
+        return bool(self.functions.emulation_catches_faults())
+
+    def configure(self, seed: int = 0, multiprocessors: int = 2) -> None:
+        """The order of threads (0: as numbered) and the number of multiprocessors of the launches that follow."""
+        self.functions.emulation_configure(seed, multiprocessors)
+
+    def check(self, status: int) -> None:
+        if status != 0:
+            message = self.functions.emulation_error().decode()
+            raise LaunchError(f"cudaError {status}: {message or 'refused by the launch function'}")
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, *, alignment: int = 16) -> Tensor:
+        """A tensor of NaN (all bits set) that ends at an inaccessible page."""
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        address = self.functions.emulation_allocate(count * dtype.itemsize, alignment)
+        if not address:
+            raise MemoryError(f"no memory for {count} elements")
+        memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+        weakref.finalize(memory, self.functions.emulation_free, address)
+        return torch.frombuffer(memory, dtype=dtype).reshape(tuple(shape))
+
+    def copy(self, x: Tensor) -> Tensor:
+        return self.empty(x.shape, x.dtype).copy_(x)
+
+
+@functools.cache
+def self_test_library() -> Library:
+    return Library(build("self_test", [_HERE / "self_test.cu"]))
+
+
+class _TokenMap(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_int64),
+        ("axis_stride", ctypes.c_int64 * 3),
+        ("head_stride", ctypes.c_int64),
+    ]
+
+
+class _Geometry(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int32 * 3)
+            for name in ("size", "window", "shift", "frame", "num_windows", "table_window", "pad_before")
+        ),
+        ("periodic", ctypes.c_bool * 3),
+        ("roll_then_pad", ctypes.c_bool),
+        ("grid", ctypes.c_bool),
+    ]
+
+
+class _Forward(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int32),
+        ("allow_tf32", ctypes.c_bool),
+        ("num_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("batch", ctypes.c_int64),
+        ("geometry", _Geometry),
+        ("scale", ctypes.c_float),
+        ("mask_value", ctypes.c_float),
+        ("q", _TokenMap),
+        ("k", _TokenMap),
+        ("v", _TokenMap),
+        ("out", _TokenMap),
+        ("lse", ctypes.c_void_p),
+        ("bias_table", ctypes.c_void_p),
+        ("pad_qkv", ctypes.c_void_p),
+        ("region_map", ctypes.c_void_p),
+    ]
+
+
+class _Backward(ctypes.Structure):
+    _fields_ = [
+        ("forward", _Forward),
+        ("dout", _TokenMap),
+        ("dq", _TokenMap),
+        ("dk", _TokenMap),
+        ("dv", _TokenMap),
+        ("dbias_table", ctypes.c_void_p),
+        ("dpad_qkv", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_WORKSPACE_ALIGNMENT = 256  # what torch's allocator gives at least
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def _three(values: Sequence[Any], leading: Any) -> list[Any]:
+    return [leading] * (3 - len(values)) + list(values)
+
+
+def _token_map(x: Tensor) -> _TokenMap:
+    """Of (B, D, H, W, num_heads, head_dim)."""
+    assert x.dim() == 6 and x.stride(-1) == 1
+    batch, d, h, w, head, _ = x.stride()
+    return _TokenMap(_pointer(x), batch, (ctypes.c_int64 * 3)(d, h, w), head)
+
+
+class _Call:
+    """One forward call and what its backward call needs. ``spread`` gives the maps rows that are not adjacent."""
+
+    def __init__(
+        self,
+        library: WindowAttentionLibrary,
+        args: _arguments.WindowArguments,
+        qkv: Tensor,
+        *,
+        allow_tf32: bool = False,
+        spread: bool = False,
+    ):
+        self.library, self.args, self.shape, self.spread = library, args, qkv.shape, spread
+        self.heads = (args.num_heads, args.head_dim)
+        self.map = (qkv.shape[0], *_three(args.size, 1))
+        num_windows = [p // w for p, w in zip(args.frame, args.window_size, strict=True)]
+        bias_table, pad_qkv, region_map = args.bias_table, args.pad_qkv, args.region_map
+        self.qkv = self._empty_map((3, *self.heads), qkv.dtype).copy_(qkv.reshape(*self.map, 3, *self.heads))
+        self.out = self._empty_map(self.heads, qkv.dtype)
+        lse_shape = (qkv.shape[0], math.prod(num_windows), args.num_heads, args.window_volume)
+        self.lse = library.empty(lse_shape, torch.float32)
+        self.bias_table = None if bias_table is None else library.copy(bias_table.detach().float())
+        self.pad_qkv = None
+        if pad_qkv is not None and args.has_padding:
+            self.pad_qkv = library.copy(pad_qkv.detach().to(qkv.dtype))
+        self.region_map = None if region_map is None else library.copy(region_map.to(torch.int32))
+
+        geometry = _Geometry()
+        for name, values, leading in (
+            ("size", args.size, 1),
+            ("window", args.window_size, 1),
+            ("shift", args.shift_size, 0),
+            ("frame", args.frame, 1),
+            ("num_windows", num_windows, 1),
+            ("table_window", args.table_window, 1),
+            ("pad_before", args.pad_before, 0),
+            ("periodic", args.periodic, False),
+        ):
+            getattr(geometry, name)[:] = _three(values, leading)
+        geometry.roll_then_pad, geometry.grid = args.pad_order == "roll_then_pad", args.grid
+        self.params = _Forward(
+            _DTYPES[qkv.dtype],
+            allow_tf32,
+            *self.heads,
+            qkv.shape[0],
+            geometry,
+            args.scale,
+            args.mask_value,
+            *(_token_map(x) for x in self.qkv.unbind(4)),
+            _token_map(self.out),
+            *(_pointer(x) for x in (self.lse, self.bias_table, self.pad_qkv, self.region_map)),
+        )
+
+    def _empty_map(self, channels: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        shape = (*self.map, *channels)
+        if not self.spread:
+            return self.library.empty(shape, dtype)
+        vector = 16 // dtype.itemsize  # rows stay 16-byte aligned
+        whole = self.library.empty([*(s + 1 for s in shape[:-1]), shape[-1] + vector], dtype)
+        return whole[tuple(slice(s) for s in shape)]
+
+    def forward(self) -> dict[str, Tensor]:
+        self.library.check(self.library.functions.emulated_forward(ctypes.byref(self.params)))
+        return {"out": self.out.reshape(*self.map[:1], *self.args.size, -1).clone(), "lse": self.lse}
+
+    def backward(self, dout: Tensor, needs_table: bool, needs_pad: bool) -> dict[str, Tensor]:
+        """dqkv, and dbias_table and dpad_qkv in float32 where they are wanted."""
+        library, functions = self.library, self.library.functions
+        dout = self._empty_map(self.heads, self.qkv.dtype).copy_(dout.reshape(self.out.shape))
+        gradients = {"dqkv": self._empty_map((3, *self.heads), self.qkv.dtype)}
+        if needs_table:
+            assert self.bias_table is not None
+            gradients["dbias_table"] = library.empty(self.bias_table.shape, torch.float32)
+        if needs_pad:
+            gradients["dpad_qkv"] = library.empty((3, *self.heads), torch.float32)
+        params = _Backward(self.params, _token_map(dout), *(_token_map(x) for x in gradients["dqkv"].unbind(4)))
+        params.forward.out = _TokenMap()
+        params.dbias_table = _pointer(gradients.get("dbias_table"))
+        params.dpad_qkv = _pointer(gradients.get("dpad_qkv"))
+        workspace_bytes = functions.emulated_backward_workspace_bytes(ctypes.byref(params))
+        workspace = library.empty((workspace_bytes,), torch.uint8, alignment=_WORKSPACE_ALIGNMENT)
+        params.workspace = _pointer(workspace)
+        library.check(functions.emulated_backward(ctypes.byref(params)))
+        gradients["dqkv"] = gradients["dqkv"].reshape(self.shape)
+        return {name: x.clone() for name, x in gradients.items()}
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, library, args, allow_tf32, qkv, bias_table, pad_qkv):
+        ctx.call = _Call(library, args, qkv, allow_tf32=allow_tf32)
+        ctx.dtypes = [None if x is None else x.dtype for x in (bias_table, pad_qkv)]
+        return ctx.call.forward()["out"]
+
+    @staticmethod
+    def backward(ctx, dout):
+        gradients = ctx.call.backward(dout, *ctx.needs_input_grad[4:])
+        dtable, dpad = gradients.get("dbias_table"), gradients.get("dpad_qkv")
+        return (
+            *(None,) * 3,
+            gradients["dqkv"],
+            None if dtable is None else dtable.to(ctx.dtypes[0]),
+            None if dpad is None else dpad.to(ctx.dtypes[1]).reshape(ctx.call.args.pad_qkv.shape),
+        )
+
+
+class WindowAttentionLibrary(Library):
+    """The window attention kernels as a differentiable function of CPU tensors."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        f = self.functions
+        for name in ("sizeof_forward_params", "sizeof_backward_params", "emulated_backward_workspace_bytes"):
+            getattr(f, name).restype = ctypes.c_int64
+        assert f.sizeof_forward_params() == ctypes.sizeof(_Forward), "mirror differs from csrc/params"
+        assert f.sizeof_backward_params() == ctypes.sizeof(_Backward), "mirror differs from csrc/params"
+
+    @staticmethod
+    def normal_form(
+        qkv: Tensor,
+        bias_table: Tensor | None,
+        *,
+        num_heads: int,
+        window_size: Any,
+        shift_size: Any = 0,
+        scale: float | None = None,
+        table_window: Any = None,
+        pad_qkv: Tensor | None = None,
+        pad_order: str = "pad_then_roll",
+        pad_before: Any = 0,
+        periodic: Any = False,
+        region_map: Tensor | None = None,
+        mask_value: float = -100.0,
+        grid: bool = False,
+    ) -> _arguments.WindowArguments:
+        op = "window_attention_qkvpacked"
+        x = _arguments.check_qkvpacked(op, qkv, num_heads)
+        return _arguments.check_arguments(
+            op,
+            x,
+            x.shape[1:-3],
+            x.shape[-1],
+            bias_table,
+            num_heads=num_heads,
+            window_size=window_size,
+            shift_size=shift_size,
+            scale=scale,
+            bias=None,
+            table_window=table_window,
+            logit_scale=None,
+            pad_qkv=pad_qkv,
+            pad_order=pad_order,
+            pad_before=pad_before,
+            periodic=periodic,
+            region_map=region_map,
+            mask_value=mask_value,
+            dropout_p=0.0,
+            generator=None,
+            grid=grid,
+        )
+
+    def window_attention_qkvpacked(
+        self,
+        qkv: Tensor,
+        bias_table: Tensor | None = None,
+        *,
+        pad_qkv: Tensor | None = None,
+        allow_tf32: bool = False,
+        **arguments: Any,
+    ) -> Tensor:
+        """``swinkernels.window_attention_qkvpacked`` by the emulated CUDA kernels, differentiable."""
+        args = self.normal_form(qkv, bias_table, pad_qkv=pad_qkv, **arguments)
+        return _Attend.apply(self, args, allow_tf32, qkv, bias_table, pad_qkv)
+
+    def run(
+        self,
+        qkv: Tensor,
+        dout: Tensor,
+        bias_table: Tensor | None = None,
+        *,
+        pad_qkv: Tensor | None = None,
+        allow_tf32: bool = False,
+        spread: bool = False,
+        **arguments: Any,
+    ) -> dict[str, Tensor]:
+        """Forward and backward without autograd: out, lse and every gradient, as the kernels write them."""
+        args = self.normal_form(qkv, bias_table, pad_qkv=pad_qkv, **arguments)
+        call = _Call(self, args, qkv, allow_tf32=allow_tf32, spread=spread)
+        results = call.forward()
+        return {**results, **call.backward(dout, bias_table is not None, pad_qkv is not None)}
+
+
+@functools.cache
+def window_attention_library() -> WindowAttentionLibrary:
+    sources = sorted((_CSRC / "kernels" / "cuda" / "window_attention").rglob("*.cu"))
+    return WindowAttentionLibrary(build("window_attention", [_HERE / "window_attention.cpp", *sources]))
