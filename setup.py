@@ -206,11 +206,14 @@ def configure() -> dict:
     if os.environ.get("SWINKERNELS_BUILD") == "none":
         return {}
     try:
+        import pybind11  # noqa: F401
         import torch
-    except ImportError:
+    except ImportError as error:
+        reason = str(error).partition("\n")[0]
         raise BuildError(
-            "torch was not found where the extension is built: pip install torch, then pip install "
-            "--no-build-isolation . (with build isolation pip would download a second torch)"
+            f"the extension cannot be compiled, {reason}: pip install torch pybind11 ninja, then pip install "
+            "--no-build-isolation . (with build isolation pip would download a second torch), or set "
+            "SWINKERNELS_BUILD=none to install the pure Python package"
         ) from None
     visible = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     plan = make_plan(os.environ, torch.__version__, torch.version.cuda, visible)

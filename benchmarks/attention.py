@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def verify(name: str, case: WindowAttentionCase, dtype: torch.dtype, device: tor
     case = shapes.with_batch(case, 2)
     op = make_op(name, case, dtype, device)
     inputs = case.inputs(dtype, device)
-    got = run_case(lambda **maps: op(**{k: v for k, v in maps.items() if k in inputs}), inputs, {})
+    got = run_case(op, inputs, {})
     exact, single = (
         run_case(reference.window_attention_qkvpacked, {k: v.to(wide) for k, v in inputs.items()}, case.arguments())
         for wide in (torch.float64, torch.float32)
@@ -113,7 +114,8 @@ def make_calls(name: str, op: Op, sets: Sequence[dict[str, Tensor]]) -> dict[str
                 both(len(prepared))
             assert len(seen.calls) == 1, f"{name}: expected one backward op, saw {len(seen.calls)}"
             prepared.append(seen.calls[0])
-        return prepared[i]()
+        with torch.no_grad():
+            return prepared[i]()
 
     return {"fwd": forward, "bwd": backward, "fwd+bwd": both}
 
@@ -161,17 +163,23 @@ def benchmark(
     times: dict[str, dict[str, Timing]] = {d: {} for d in DIRECTIONS}
     peaks: dict[str, int | None] = {}
     for name in names:
-        torch.compiler.reset()  # no shape meets the guards, or the cache limit, of another
-        right, error = verify(name, case, dtype, device)
-        verdicts[name] = ("ok" if right else "WRONG", error)
-        op = make_op(name, case, dtype, device)
-        calls[name] = make_calls(name, op, sets)
-        if timer:
-            for direction, call in calls[name].items():
-                times[direction][name] = timer(call, count)
-            peaks[name] = peak_bytes(calls[name]["fwd+bwd"], device)
-            del calls[name]
-            torch.cuda.empty_cache()
+        if timer or not calls:  # no shape meets the guards, or the recompile limit, of another
+            torch.compiler.reset()
+        try:
+            right, error = verify(name, case, dtype, device)
+            verdicts[name] = ("ok" if right else "WRONG", error)
+            mine = make_calls(name, make_op(name, case, dtype, device), sets)
+            if timer:
+                for direction, call in mine.items():
+                    times[direction][name] = timer(call, count)
+                peaks[name] = peak_bytes(mine["fwd+bwd"], device)
+                del mine, call
+                torch.cuda.empty_cache()
+            else:
+                calls[name] = mine
+        except Exception:  # one that cannot run here (memory, graph capture) shall not cost the others' results
+            traceback.print_exc()
+            verdicts[name] = ("FAILED", None)
     if not timer:
         for direction in DIRECTIONS:
             times[direction] = time_on_cpu({n: c[direction] for n, c in calls.items() if direction in c})
@@ -179,7 +187,7 @@ def benchmark(
     for name, (verdict, error) in verdicts.items():
         for direction in DIRECTIONS:
             t = times[direction].get(name)
-            if t is None:
+            if t is None and (verdict != "FAILED" or direction == "bwd"):
                 continue
             copy = copies.get(direction)
             rows.append(
@@ -191,13 +199,13 @@ def benchmark(
                     "direction": direction,
                     "result": verdict,
                     "error_eps": error,
-                    "median_us": t.median_us,
-                    "p20_us": t.p20_us,
-                    "p80_us": t.p80_us,
-                    "gb_per_s": total[direction] / t.median_us * 1e-3,
+                    "median_us": t.median_us if t else None,
+                    "p20_us": t.p20_us if t else None,
+                    "p80_us": t.p80_us if t else None,
+                    "gb_per_s": total[direction] / t.median_us * 1e-3 if t else None,
                     "copy_us": copy.median_us if copy else None,
-                    "percent_of_copy": 100 * copy.median_us / t.median_us if copy else None,
-                    "peak_mib": None if peaks.get(name) is None else peaks[name] / 2**20,
+                    "percent_of_copy": 100 * copy.median_us / t.median_us if t and copy else None,
+                    "peak_mib": peak / 2**20 if (peak := peaks.get(name)) is not None else None,
                 }
             )
     return rows

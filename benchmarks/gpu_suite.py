@@ -46,13 +46,13 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             None,
         )
         reached = None if row is None else row["percent_of_copy"]
-        met = row is not None and row["result"] == "ok" and reached >= wanted
+        met = row is not None and row["result"] == "ok" and reached is not None and reached >= wanted
         results.append(
             {
                 "goal": f"CUDA {direction} at {shapes.GOAL} ({shapes.ATTENTION[shapes.GOAL]}), bfloat16",
                 "percent_of_copy": reached,
                 "wanted": wanted,
-                "verdict": "met" if met else ("not met" if row is not None else "not measured"),
+                "verdict": "met" if met else ("not measured" if reached is None else "not met"),
             }
         )
     return results

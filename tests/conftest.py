@@ -15,11 +15,17 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, data
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+# Files whose tests take the GPU if there is one, and have another way without.
+ON_A_GPU_IF_THERE_IS_ONE = {"test_triton.py"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    there_is_one = torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu") is not None:
+        if there_is_one and item.path.name in ON_A_GPU_IF_THERE_IS_ONE:
+            item.add_marker(pytest.mark.gpu)
+        if not there_is_one and item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA GPU"))
 
 

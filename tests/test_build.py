@@ -218,11 +218,13 @@ def test_errors_are_one_line_without_a_stack_trace(tmp_path: Path) -> None:
         assert "Traceback" not in result.stderr
 
 
-def test_missing_torch_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise ImportError('not here')\n")
+@pytest.mark.parametrize("package", ["torch", "pybind11"])
+def test_missing_package_is_one_line(tmp_path: Path, package: str) -> None:
+    (tmp_path / f"{package}.py").write_text(f"raise ImportError(\"No module named '{package}'\\nat all\")\n")
     result = run_setup("build_ext", "--inplace", PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
-    assert result.stderr.strip().startswith("swinkernels: torch was not found")
+    expected = f"swinkernels: the extension cannot be compiled, No module named '{package}': pip install"
+    assert result.stderr.startswith(expected)
     assert_one_sentence(result.stderr)
 
 
