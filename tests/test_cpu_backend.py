@@ -36,7 +36,7 @@ def separate(qkv, bias_table=None, *, num_heads, **arguments):
 
 
 def region_map(*frame: int) -> torch.Tensor:
-    return torch.arange(math.prod(frame)).reshape(frame) * 7919 % 3 - 1
+    return torch.arange(math.prod(frame), dtype=torch.int32).reshape(frame) * 7919 % 3 - 1
 
 
 WINDOWS = [

@@ -295,22 +295,16 @@ def literal_attention(
     return roll(x, 1)[inside] if pad_order == "pad_then_roll" else roll(x[inside], 1)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_against_literal_code(data):
-    rank = data.draw(st.sampled_from([2, 2, 3]))
-    longest = 9 if rank == 2 else 5
-    size = data.draw(st.tuples(*[st.integers(1, longest)] * rank))
-    window = data.draw(st.tuples(*[st.integers(1, 4 if rank == 2 else 3)] * rank))
-    shift = tuple(data.draw(st.integers(0, w - 1)) for w in window)
-    frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
-    before = tuple(data.draw(st.integers(0, p - s)) for p, s in zip(frame, size, strict=True))
-    pad_order = data.draw(st.sampled_from(["pad_then_roll", "roll_then_pad"]))
-    periodic = data.draw(st.tuples(*[st.booleans()] * rank))
-    table_window = tuple(w + data.draw(st.integers(0, 2)) for w in window)
-    heads, head_dim = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 4, 5]))
-    mask_value, scale = data.draw(st.sampled_from([-100.0, -2.0])), data.draw(st.sampled_from([None, 0.7]))
-    own_regions = data.draw(st.booleans())
+def frame_of(size, window):
+    return tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
+
+
+def compare_with_literal_code(
+    size, window, shift, pad_order, before, periodic, own_regions, *, table_window=None, heads=2, head_dim=4, **options
+):
+    """The reference and the literal code, on output and the gradients of qkv, table and pad token."""
+    frame = frame_of(size, window)
+    table_window = table_window or window
     if own_regions:
         regions = torch.randint(0, 3, frame, generator=torch.Generator().manual_seed(sum(frame)))
     else:
@@ -324,14 +318,13 @@ def test_against_literal_code(data):
             num_heads=heads,
             window_size=window,
             shift_size=shift,
-            scale=scale,
             table_window=table_window,
             pad_qkv=pad,
             pad_order=pad_order,
             pad_before=before,
             periodic=False if own_regions else periodic,
             region_map=regions if own_regions else None,
-            mask_value=mask_value,
+            **options,
         ),
         lambda: literal_attention(
             qkv,
@@ -343,10 +336,44 @@ def test_against_literal_code(data):
             before=before,
             regions=regions,
             bias=literal_bias(table, window, table_window),
-            mask_value=mask_value,
-            scale=scale,
+            **options,
         ),
         [qkv, table, pad],
+    )
+
+
+@pytest.mark.parametrize("pad_order", ["pad_then_roll", "roll_then_pad"])
+@pytest.mark.parametrize("share", [0, 1, 2], ids=["after", "around", "before"])
+@pytest.mark.parametrize("regions", ["shift", "periodic", "own"])
+@pytest.mark.parametrize(
+    ("size", "window", "shift"), [((6, 9), (4, 4), (1, 2)), ((2, 5, 4), (2, 3, 3), (1, 2, 1)), ((2, 6), (4, 2), (3, 0))]
+)
+def test_padding_and_regions_against_literal_code(size, window, shift, pad_order, share, regions):
+    before = tuple((p - s) * share // 2 for p, s in zip(frame_of(size, window), size, strict=True))
+    periodic = (*(False,) * (len(size) - 1), regions == "periodic")
+    compare_with_literal_code(size, window, shift, pad_order, before, periodic, regions == "own")
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_against_literal_code(data):
+    rank = data.draw(st.sampled_from([2, 2, 3]))
+    size = data.draw(st.tuples(*[st.integers(1, 9 if rank == 2 else 5)] * rank))
+    window = data.draw(st.tuples(*[st.integers(1, 4 if rank == 2 else 3)] * rank))
+    before = tuple(data.draw(st.integers(0, p - s)) for p, s in zip(frame_of(size, window), size, strict=True))
+    compare_with_literal_code(
+        size,
+        window,
+        tuple(data.draw(st.integers(0, w - 1)) for w in window),
+        data.draw(st.sampled_from(["pad_then_roll", "roll_then_pad"])),
+        before,
+        data.draw(st.tuples(*[st.booleans()] * rank)),
+        data.draw(st.booleans()),
+        table_window=tuple(w + data.draw(st.integers(0, 2)) for w in window),
+        heads=data.draw(st.integers(1, 3)),
+        head_dim=data.draw(st.sampled_from([1, 4, 5])),
+        mask_value=data.draw(st.sampled_from([-100.0, -2.0])),
+        scale=data.draw(st.sampled_from([None, 0.7])),
     )
 
 

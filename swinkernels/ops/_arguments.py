@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+REGION_DTYPES = (torch.int32, torch.int16, torch.int8, torch.uint8)  # what int32 holds: kernels compare in it
 PAD_ORDERS = ("pad_then_roll", "roll_then_pad")
 MAX_WINDOW_VOLUME = 1024
 MAX_HEAD_DIM = 128
@@ -106,8 +107,8 @@ def _tensor(op: str, name: str, value: Any, device: torch.device, *, floating: b
         raise TypeError(f"{op}: {name} must be a strided tensor, got layout {value.layout}")
     if floating and value.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
-    if not floating and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
-        raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
+    if not floating and value.dtype not in REGION_DTYPES:
+        raise TypeError(f"{op}: {name} must hold integers of int32 or a narrower dtype, got {value.dtype}")
 
 
 def check_qkvpacked(op: str, qkv: Any, num_heads: Any) -> Tensor:

@@ -117,7 +117,9 @@ _tf32_switch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else None
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _attend(form: str, maps: tuple[Tensor, ...], args: WindowArguments, backend: str) -> Tensor:
@@ -224,8 +226,8 @@ def window_attention_qkvpacked(
             MONAI, mmpretrain) or "roll_then_pad" (timm).
         pad_before: pad tokens before the data, per axis; the rest follow it.
         periodic: per axis, whether the map wraps around (longitude), so that the shift needs no mask there.
-        region_map: integers of the padded map's shape in place of the shift's regions; tokens whose values differ
-            are masked.
+        region_map: int32 or narrower, of the padded map's shape, in place of the shift's regions; tokens whose values
+            differ are masked.
         mask_value: added to the score of masked pairs; finite.
         dropout_p: probability of dropping an attention weight, 0..1; draws from ``generator`` or torch's default.
         grid: a window's tokens are strided over the map instead of a block (MaxViT); has no shift.
