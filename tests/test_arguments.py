@@ -362,7 +362,7 @@ def test_non_contiguous_inputs(is_packed):
     results = []
     for layout in (torch.Tensor.contiguous, spread):
         leaves = {n: layout(v.detach()).requires_grad_() for n, v in leaves_of(draw(*QKV)).items()}
-        regions = layout(torch.arange(36).reshape(6, 6) % 4)
+        regions = layout(torch.arange(36, dtype=torch.int32).reshape(6, 6) % 4)
         arguments = {n: v for n, v in leaves.items() if n != "qkv"} | {"shift_size": (1, 2), "region_map": regions}
         if is_packed:
             out = packed(leaves["qkv"], **arguments)
@@ -375,7 +375,7 @@ def test_non_contiguous_inputs(is_packed):
 
 def test_inputs_are_never_modified():
     leaves = leaves_of(draw(*QKV))
-    regions, dout = torch.arange(36).reshape(6, 6) % 4, draw(2, 5, 6, 8, seed=9)
+    regions, dout = torch.arange(36, dtype=torch.int32).reshape(6, 6) % 4, draw(2, 5, 6, 8, seed=9)
     everything = [*leaves.values(), regions, dout]
     before, versions = [x.detach().clone() for x in everything], [x._version for x in everything]
     out = packed(**leaves, shift_size=(1, 2), region_map=regions, dropout_p=0.5)
