@@ -115,9 +115,13 @@ def _tf32_switch() -> bool:
 _tf32_switch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# Read once: torch 2.11 cannot trace the question whether a kind of device has autocast.
+_AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
