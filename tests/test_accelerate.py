@@ -16,8 +16,8 @@ pytest.importorskip("timm", reason="timm is not installed")
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 
 import swinkernels
+from swinkernels.integrations import VerificationError
 from swinkernels.integrations import timm as adapter
-from swinkernels.integrations._verify import VerificationError
 
 Accelerated = adapter.AcceleratedSwinTransformerBlock
 
@@ -516,7 +516,8 @@ def test_features_only():
         embed_dim=24,
         depths=(2, 2, 2, 2),
         out_indices=(0, 2),
-    ).double()
+    )
+    model = model.double().eval()
     x = torch.randn(1, 3, 56, 56, dtype=torch.float64)
     plain = model(x)
     assert len(swinkernels.accelerate(model).replaced) >= 6
@@ -755,6 +756,13 @@ def test_verify_on_meta_says_that_there_are_no_values():
     assert len(swinkernels.accelerate(model).replaced) == 4
     with pytest.raises(ValueError, match="meta"):
         swinkernels.accelerate(model, verify=True)
+
+
+def test_the_default_device_of_the_process_does_not_matter():
+    """torch.set_default_device, here to one that holds no values."""
+    model = make_model()
+    with torch.device("meta"):
+        assert len(swinkernels.accelerate(model, verify=True).replaced) == 4
 
 
 def test_report_lists_and_prints():
