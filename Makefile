@@ -64,9 +64,7 @@ gpu-build:
 	SWINKERNELS_BUILD=cuda $(PYTHON) setup.py build_ext --inplace
 
 gpu-test: gpu-build
-	mkdir -p $(RESULTS)
-	$(PYTHON) -m pytest -m gpu -q --junitxml=$(RESULTS)/gpu-test.xml $(PYTEST_ARGS); \
-	status=$$?; $(PYTHON) -m benchmarks.junit_summary $(RESULTS)/gpu-test.xml $(RESULTS)/gpu-test.csv; exit $$status
+	$(PYTHON) tests/run_on_gpu.py --out $(RESULTS) -- $(PYTEST_ARGS)
 
 gpu-bench: gpu-build
 	$(PYTHON) -m benchmarks.gpu_suite --out $(RESULTS)

@@ -19,6 +19,10 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 ON_A_GPU_IF_THERE_IS_ONE = {"test_triton.py"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", help="i/n: every n-th of the chosen tests, from the i-th on", metavar="i/n")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     there_is_one = torch.cuda.is_available()
@@ -27,6 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if not there_is_one and item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA GPU"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.shard:
+        first, count = map(int, session.config.option.shard.split("/"))
+        session.items[:] = session.items[first::count]
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import swinkernels
-from benchmarks import attention, gpu_suite, junit_summary, record, shapes
+from benchmarks import attention, gpu_suite, record, shapes
 from benchmarks.peers import make_peer
 from benchmarks.timing import Timing
 from swinkernels import reference
@@ -123,21 +123,6 @@ def test_plan_of_the_suite_starts_with_the_goal() -> None:
     assert plan[0] == (shapes.GOAL, "bfloat16", True)
     assert len(plan) == len(set(plan))
     assert all(shape in shapes.ATTENTION and dtype in attention.DTYPES for shape, dtype, _ in plan)
-
-
-def test_junit_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "t.xml").write_text(
-        '<testsuites><testsuite><testcase classname="tests.test_a" name="x" time="1.5"/>'
-        '<testcase classname="tests.test_a" name="y" time="0.5"><failure message="assert 1 == 2&#10;more"/></testcase>'
-        '<testcase classname="tests.test_b" name="z" time="0"><skipped message="no GPU"/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    junit_summary.main([str(tmp_path / "t.xml"), str(tmp_path / "t.csv")])
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "1", "1", "0", "1", "2"]
-    with (tmp_path / "t.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["outcome"] for row in rows] == ["passed", "failure", "skipped"]
-    assert rows[1]["message"] == "assert 1 == 2"
 
 
 def test_commit_outside_a_repository_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
