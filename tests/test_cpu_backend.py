@@ -133,7 +133,7 @@ def cases(draw) -> Case:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases(), st.sampled_from(DTYPES))
 def test_random_cases(case, dtype):
     check_window_attention(packed, case, dtype)
