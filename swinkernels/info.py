@@ -59,7 +59,7 @@ def collect() -> dict[str, Any]:
     Returns:
         ``versions`` (of Python, torch, Triton, CUDA and the driver; None where there is none), ``platform``, ``gpus``,
         ``build`` (``swinkernels._C.build_info()``, or None without the extension), ``extension_error`` (why it is not
-        loaded, or None) and ``backends`` (per backend, why it cannot run here, or None if it can).
+        loaded, or None), ``cpu_instruction_set`` (of the CPU kernels that run here, or None) and ``backends`` (per backend, why it cannot run here, or None if it can).
     """
     return {
         "versions": {
@@ -75,6 +75,7 @@ def collect() -> dict[str, Any]:
         "gpus": _gpus(),
         "build": None if _extension.build is None else _extension.build.build_info(),
         "extension_error": _extension.error,
+        "cpu_instruction_set": None if _extension.error else torch.ops.swinkernels.cpu_instruction_set(),
         "backends": {name: _backends.unavailable(name) for name in _backends.BACKENDS},
     }
 
@@ -97,7 +98,7 @@ def describe(info: dict[str, Any]) -> str:
     else:
         lines.append(
             f"extension: {build['version']}, built by {build['compiler']} with torch {build['torch_version']}, "
-            f"CPU instruction sets {', '.join(build['cpu_instruction_sets'])}"
+            f"CPU instruction sets {', '.join(build['cpu_instruction_sets'])}: {info['cpu_instruction_set']} runs here"
         )
         if build["cuda"]:
             limits = ", ".join(f"{name} {value}" for name, value in build["window_attention_limits"].items())

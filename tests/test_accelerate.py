@@ -16,8 +16,8 @@ pytest.importorskip("timm", reason="timm is not installed")
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 
 import swinkernels
+from swinkernels.integrations import VerificationError
 from swinkernels.integrations import timm as adapter
-from swinkernels.integrations._verify import VerificationError
 
 Accelerated = adapter.AcceleratedSwinTransformerBlock
 
@@ -94,7 +94,8 @@ def check_parity(model: nn.Module, x: Tensor) -> None:
     fast = copy.deepcopy(model)
     report = swinkernels.accelerate(fast)
     blocks = [m for m in model.modules() if type(m) is SwinTransformerBlock]
-    assert len(report.replaced) == len(blocks) and not report.skipped
+    assert len(report.replaced) == len(blocks)
+    assert not report.skipped
     exact = run(copy.deepcopy(model).double(), x.double())
     assert_as_good(run(fast, x), run(model, x), exact)
 
@@ -199,7 +200,8 @@ def test_empty_batch():
     swinkernels.accelerate(block)
     x = torch.zeros(0, *block.input_resolution, 16, requires_grad=True)
     block._attn(x).sum().backward()
-    assert x.grad.shape == x.shape and not block.attn.qkv.weight.grad.any()
+    assert x.grad.shape == x.shape
+    assert not block.attn.qkv.weight.grad.any()
 
 
 def test_swin_tiny_at_224():
@@ -254,7 +256,8 @@ def test_attention_dropout_runs_in_training_and_not_in_eval():
     first = model(x)
     torch.manual_seed(3)
     again = model(x)
-    assert torch.equal(first, again) and not torch.equal(first, model(x))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, model(x))
     run(model, x)  # backward works
     model.eval()
     assert torch.equal(model(x), model(x))
@@ -433,7 +436,8 @@ def test_keys_parameters_and_types_stay():
     keys, parameters = list(model.state_dict()), dict(model.named_parameters())
     buffers = [name for name, _ in model.named_buffers()]
     swinkernels.accelerate(model, backend="reference")
-    assert list(model.state_dict()) == keys and [name for name, _ in model.named_buffers()] == buffers
+    assert list(model.state_dict()) == keys
+    assert [name for name, _ in model.named_buffers()] == buffers
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert all(isinstance(b, SwinTransformerBlock) for stage in model.layers for b in stage.blocks)
     make_model(seed=1).load_state_dict(model.state_dict(), strict=True)
@@ -512,7 +516,8 @@ def test_features_only():
         embed_dim=24,
         depths=(2, 2, 2, 2),
         out_indices=(0, 2),
-    ).double()
+    )
+    model = model.double().eval()
     x = torch.randn(1, 3, 56, 56, dtype=torch.float64)
     plain = model(x)
     assert len(swinkernels.accelerate(model).replaced) >= 6
@@ -558,7 +563,8 @@ def test_a_hook_inside_the_attention_fires(where, kind):
     handle.remove()
     calls.clear()
     model(x)
-    assert not calls and type(block) is Accelerated
+    assert not calls
+    assert type(block) is Accelerated
 
 
 class LowRank(nn.Linear):
@@ -595,7 +601,8 @@ def test_other_layers_than_linear_run_timms_code(layer):
 def test_dynamically_quantised_layers_are_left_alone():
     model = torch.ao.quantization.quantize_dynamic(make_model(), {nn.Linear}, dtype=torch.qint8)
     report = swinkernels.accelerate(model)
-    assert not report.replaced and len(report.skipped) == 4
+    assert not report.replaced
+    assert len(report.skipped) == 4
     assert "not an nn.Linear" in report.skipped[0].reason
 
 
@@ -687,7 +694,8 @@ def test_subclasses_and_compiled_modules_are_left_alone():
         ("layers.0.blocks.0", "Subclass"),
         ("layers.1", "OptimizedModule"),
     ]
-    assert "subclass" in report.skipped[0].reason and "torch.compile" in report.skipped[1].reason
+    assert "subclass" in report.skipped[0].reason
+    assert "torch.compile" in report.skipped[1].reason
     compiled = make_model()
     compiled.compile(backend="eager")
     assert "torch.compile" in swinkernels.accelerate(compiled).skipped[0].reason
@@ -709,7 +717,8 @@ def test_verify_passes_and_leaves_no_trace(dtype):
     grads = [p.grad.clone() for p in model.parameters()]
     before = state(model)
     report = swinkernels.accelerate(model, verify=True)
-    assert len(report.replaced) == 4 and model.layers[0].blocks[0].training
+    assert len(report.replaced) == 4
+    assert model.layers[0].blocks[0].training
     assert all(torch.equal(a, b) for a, b in zip(state(model), before, strict=True))
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
 
@@ -749,6 +758,13 @@ def test_verify_on_meta_says_that_there_are_no_values():
         swinkernels.accelerate(model, verify=True)
 
 
+def test_the_default_device_of_the_process_does_not_matter():
+    """torch.set_default_device, here to one that holds no values."""
+    model = make_model()
+    with torch.device("meta"):
+        assert len(swinkernels.accelerate(model, verify=True).replaced) == 4
+
+
 def test_report_lists_and_prints():
     model = make_model(attn_drop_rate=0.1).double()
     model.layers[1].blocks[0].attn.qkv = LowRank(model.layers[1].blocks[0].attn.qkv)
@@ -762,7 +778,8 @@ def test_report_lists_and_prints():
     assert text.startswith("swinkernels: 3 replaced, 1 left as they were")
     rows = [line for line in text.splitlines() if line.startswith("layers.")]
     assert len({line.index("SwinTransformerBlock") for line in rows}) == 1, "columns are aligned"
-    assert "attn.qkv is a LowRank" in text and "[1] " in text
+    assert "attn.qkv is a LowRank" in text
+    assert "[1] " in text
 
 
 def test_report_says_what_auto_takes_for_the_dtype():
@@ -780,15 +797,18 @@ def test_report_says_what_auto_takes_for_the_dtype():
 def test_a_backend_that_cannot_run_is_told_in_the_report_and_refused_at_the_call():
     model = make_model()
     report = swinkernels.accelerate(model, backend="cuda")
-    assert report.replaced[0].backend == "cuda" and "cuda cannot run it" in report.replaced[0].remarks[0]
+    assert report.replaced[0].backend == "cuda"
+    assert "cuda cannot run it" in report.replaced[0].remarks[0]
     with pytest.raises(NotImplementedError, match="backend='cuda' cannot run this call"):
         model(make_image(model))
 
 
 def test_nothing_to_replace_is_no_error():
     report = swinkernels.accelerate(nn.Linear(2, 2))
-    assert report.replaced == [] and report.skipped == []
-    assert "Linear" in report.reason and report.reason in str(report)
+    assert report.replaced == []
+    assert report.skipped == []
+    assert "Linear" in report.reason
+    assert report.reason in str(report)
 
 
 @pytest.mark.parametrize("function", [swinkernels.accelerate, swinkernels.restore])

@@ -133,7 +133,7 @@ def cases(draw) -> Case:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases(), st.sampled_from(DTYPES))
 def test_random_cases(case, dtype):
     check_window_attention(packed, case, dtype)
@@ -196,7 +196,8 @@ def test_empty_batch():
     case = Case(0, (9, 10), 2, 8, 4, 2, has_pad_qkv=True)
     got = check_window_attention(packed, case, torch.float32)
     assert got["out"].shape == (0, 9, 10, 16)
-    assert not got["dbias_table"].any() and not got["dpad_qkv"].any()
+    assert not got["dbias_table"].any()
+    assert not got["dpad_qkv"].any()
 
 
 def test_large_scores():
@@ -220,7 +221,8 @@ def test_float16_near_overflow():
     inputs["dout"] = inputs["dout"].sign()
     got = run_case(packed, inputs, case.arguments())
     assert not any(x.isnan().any() for x in got.values())
-    assert got["out"].isfinite().all() and got["out"].abs().max() > 5.9e4
+    assert got["out"].isfinite().all()
+    assert got["out"].abs().max() > 5.9e4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -287,4 +289,6 @@ def test_instruction_set(name):
 def test_unknown_instruction_set():
     result = _run_with_instruction_set("mmx")
     assert result.returncode == 77
-    assert "SWINKERNELS_CPU_ISA must be" in result.stdout and "baseline" in result.stdout and "mmx" in result.stdout
+    assert "SWINKERNELS_CPU_ISA must be" in result.stdout
+    assert "baseline" in result.stdout
+    assert "mmx" in result.stdout

@@ -54,6 +54,13 @@ def test_collect_reads_the_reasons_of_the_backends(monkeypatch: pytest.MonkeyPat
     assert info.collect()["backends"] == reasons
 
 
+@needs_extension
+def test_running_instruction_set_is_one_that_was_compiled() -> None:
+    got = info.collect()
+    assert got["cpu_instruction_set"] in got["build"]["cpu_instruction_sets"]
+    assert f"{got['cpu_instruction_set']} runs here" in info.describe(got)
+
+
 def test_description_of_a_whole_build() -> None:
     gpu = {"name": "Some GPU", "capability": "9.0", "multiprocessors": 132, "memory_gib": 79.2}
     text = info.describe({**info.collect(), "build": BUILT, "gpus": [gpu]})

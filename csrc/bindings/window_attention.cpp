@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -321,6 +322,12 @@ void implement(Library& m) {
   m.impl("window_attention_bwd", TORCH_BOX(&bwd<Backend>));
 }
 
+std::string cpu_instruction_set() { return cpu::instruction_set(); }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(swinkernels, m) { m.def("cpu_instruction_set() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(swinkernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
+}
 STABLE_TORCH_LIBRARY_IMPL(swinkernels, CPU, m) { implement<CpuBackend>(m); }
 #ifdef SWINKERNELS_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(swinkernels, CUDA, m) { implement<CudaBackend>(m); }

@@ -213,7 +213,8 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _cpu_name() -> str:
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 if __name__ == "__main__":

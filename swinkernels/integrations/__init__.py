@@ -5,5 +5,6 @@ An adapter swaps the class of a module, not the module: parameters, buffers, hoo
 
 from swinkernels.integrations._accelerate import accelerate, restore
 from swinkernels.integrations._report import Replaced, Report, Skipped
+from swinkernels.integrations._verify import VerificationError
 
-__all__ = ["Replaced", "Report", "Skipped", "accelerate", "restore"]
+__all__ = ["Replaced", "Report", "Skipped", "VerificationError", "accelerate", "restore"]

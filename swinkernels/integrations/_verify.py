@@ -29,8 +29,8 @@ def verify(adapter: Adapter, path: str, module: nn.Module, backend: str) -> None
     dtype, device = weight.dtype, weight.device
     shape = (_BATCH, *adapter.map_size(module), weight.shape[1])
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        generator = torch.Generator().manual_seed(0)
-        x, dout = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+        generator = torch.Generator("cpu").manual_seed(0)
+        x, dout = (torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for _ in range(2))
         plain = copy.deepcopy(module).eval().requires_grad_(True)
         plain.__class__ = adapter.original
         fast = copy.deepcopy(plain)

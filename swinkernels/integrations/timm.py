@@ -19,30 +19,40 @@ from swinkernels.integrations._adapter import Adapter
 from swinkernels.ops import window_attention_qkvpacked
 
 _MASK = "attn_mask"
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _reason_to_fall_back(block: SwinTransformerBlock) -> str | None:
-    """Why this block's attention has to be timm's own code at present; cheap enough for every forward pass."""
-    attn = block.attn
+    """Why this block's attention has to be timm's own code at present.
+
+    Every forward pass asks, so what is looked up is taken from the module's dictionaries: __getattr__ is slow.
+    """
+    attn = block._modules["attn"]
     if type(attn) is not WindowAttention:
         return f"attn is a {type(attn).__name__}, not timm's WindowAttention"
     if "forward" in attn.__dict__:
         return "attn.forward was replaced on the instance"
-    # These would see other shapes (qkv, proj, proj_drop: the map instead of windows) or no call at all (the others).
-    for name, module in (("attn", attn), *attn._modules.items()):
-        for hooks in _HOOKS:
-            if getattr(module, hooks):
-                return f"a hook is registered on {name if module is attn else f'attn.{name}'}"
+    # A hook would see other shapes (on qkv, proj, proj_drop: the map instead of windows) or no call (on the others).
+    if _has_hooks(attn):
+        return "a hook is registered on attn"
+    modules = attn._modules
+    for name, module in modules.items():
+        if module is not None and _has_hooks(module):
+            return f"a hook is registered on attn.{name}"
     # Any other layer may mix tokens, and what it makes of a pad token is not known.
-    if type(attn.qkv) is not nn.Linear:
-        return f"attn.qkv is a {type(attn.qkv).__name__}, not an nn.Linear"
-    if type(attn.proj) is not nn.Linear:
-        return f"attn.proj is a {type(attn.proj).__name__}, not an nn.Linear"
-    if type(attn.softmax) is not nn.Softmax:
-        return f"attn.softmax is a {type(attn.softmax).__name__}, not an nn.Softmax"
-    if type(attn.attn_drop) not in (nn.Dropout, nn.Identity):
-        return f"attn.attn_drop is a {type(attn.attn_drop).__name__}, not an nn.Dropout"
+    if type(modules["qkv"]) is not nn.Linear:
+        return f"attn.qkv is a {type(modules['qkv']).__name__}, not an nn.Linear"
+    if type(modules["proj"]) is not nn.Linear:
+        return f"attn.proj is a {type(modules['proj']).__name__}, not an nn.Linear"
+    if type(modules["softmax"]) is not nn.Softmax:
+        return f"attn.softmax is a {type(modules['softmax']).__name__}, not an nn.Softmax"
+    if type(modules["attn_drop"]) not in (nn.Dropout, nn.Identity):
+        return f"attn.attn_drop is a {type(modules['attn_drop']).__name__}, not an nn.Dropout"
     if not isinstance(attn.scale, float):
         return f"attn.scale is a {type(attn.scale).__name__}, not a float"
     height, width = block.window_size
@@ -83,7 +93,7 @@ def _standard_mask(block: SwinTransformerBlock) -> Tensor | None:
     frame = _frame(_resolution(block), window)
     regions = []
     for p, w, s in zip(frame, window, block.shift_size, strict=True):
-        g = torch.arange(p)
+        g = torch.arange(p, device="cpu")
         regions.append((g >= p - w).long() + (g >= p - s).long() if s > 0 else torch.zeros_like(g))
     region = 3 * regions[0][:, None] + regions[1]
     region = region.reshape(frame[0] // window[0], window[0], frame[1] // window[1], window[1]).transpose(1, 2)
@@ -101,7 +111,7 @@ def _has_own_mask(block: SwinTransformerBlock) -> bool:
 def _window_index(block: SwinTransformerBlock) -> Tensor:
     """relative_position_index by the formula that the kernels compute: (query - key) + window - 1, row-major."""
     height, width = block.window_size
-    token = torch.arange(height * width)
+    token = torch.arange(height * width, device="cpu")
     offset = [c[:, None] - c[None, :] for c in (token // width, token % width)]
     return (offset[0] + height - 1) * (2 * width - 1) + offset[1] + width - 1
 

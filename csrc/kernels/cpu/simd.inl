@@ -26,8 +26,6 @@ typedef uint16_t HalfMemory __attribute__((vector_size(2 * kLanes), aligned(2), 
 SWINKERNELS_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecMemory*>(p); }
 SWINKERNELS_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecMemory*>(p) = x; }
 SWINKERNELS_INLINE Int load(const int32_t* p) { return *reinterpret_cast<const IntMemory*>(p); }
-SWINKERNELS_INLINE Vec splat(float x) { return Vec{} + x; }
-SWINKERNELS_INLINE Int splat(int32_t x) { return Int{} + x; }
 SWINKERNELS_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 template <int kValue_>
@@ -44,6 +42,14 @@ struct MakeIndices<0, kTail...> {
   using Type = Indices<kTail...>;
 };
 using AllLanes = MakeIndices<kLanes>::Type;
+
+// Written out lane by lane, which compiles to one broadcast; Vec{} + x would be an addition, for the sake of -0.
+template <int... I>
+SWINKERNELS_INLINE Vec splat_lanes(float x, Indices<I...>) {
+  return Vec{((void)I, x)...};
+}
+SWINKERNELS_INLINE Vec splat(float x) { return splat_lanes(x, AllLanes()); }
+SWINKERNELS_INLINE Int splat(int32_t x) { return Int{} + x; }
 
 template <int... I>
 SWINKERNELS_INLINE Int lane_numbers(Indices<I...>) {

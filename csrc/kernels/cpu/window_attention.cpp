@@ -51,9 +51,17 @@ const WindowAttentionKernels& kernels() {
 struct AlignedDelete {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
 };
-using Scratch = std::unique_ptr<void, AlignedDelete>;
-Scratch allocate_scratch(int64_t bytes) {
-  return Scratch(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64}));
+// Kept by each thread from call to call: fresh memory would cost page faults, which take longer than a small map does.
+void* scratch(int64_t bytes) {
+  thread_local std::unique_ptr<void, AlignedDelete> memory;
+  thread_local int64_t capacity = 0;
+  if (capacity < bytes) {
+    memory.reset();
+    capacity = 0;
+    memory.reset(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64}));
+    capacity = bytes;
+  }
+  return memory.get();
 }
 
 // Runs body(begin, end) over [0, tasks).
@@ -102,10 +110,7 @@ void window_attention_forward(const WindowAttentionForwardParams& p, ParallelFor
   const int64_t tasks = p.batch * product(p.geometry.num_windows) * p.num_heads;
   if (tasks == 0) return;
   const int64_t bytes = kernels().forward_scratch_bytes(p);
-  run(parallel_for, tasks, [&](int64_t begin, int64_t end) {
-    const Scratch scratch = allocate_scratch(bytes);
-    kernels().forward(p, begin, end, scratch.get());
-  });
+  run(parallel_for, tasks, [&](int64_t begin, int64_t end) { kernels().forward(p, begin, end, scratch(bytes)); });
 }
 
 int64_t window_attention_backward_workspace_bytes(const WindowAttentionBackwardParams& params) {
@@ -121,10 +126,8 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
   const int64_t heads = p.num_heads, dim = p.head_dim, rows = partition.table_rows;
   if (partition.window_chunks > 0) {
     const int64_t bytes = kernels().backward_scratch_bytes(params);
-    run(parallel_for, partition.window_chunks * heads, [&](int64_t begin, int64_t end) {
-      const Scratch scratch = allocate_scratch(bytes);
-      kernels().backward(params, partition, begin, end, scratch.get());
-    });
+    run(parallel_for, partition.window_chunks * heads,
+        [&](int64_t begin, int64_t end) { kernels().backward(params, partition, begin, end, scratch(bytes)); });
   }
   if (params.dbias_table == nullptr && params.dpad_qkv == nullptr) return;
   run(parallel_for, heads, [&](int64_t begin, int64_t end) {

@@ -20,6 +20,8 @@ namespace {
 constexpr int64_t kMaxQueryBlock = 64;
 // The bias of several heads, written out as (keys, queries), is kept from window to window while it takes at most:
 constexpr int64_t kMaxBiasCacheBytes = 1 << 20;
+// Sums over keys are sums of sums over so many, whose rounding errors grow less.
+constexpr int64_t kSummedKeys = 16;
 
 SWINKERNELS_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 SWINKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -376,11 +378,15 @@ void softmax(const Sizes& sizes, int64_t queries, float* scores, float* lse, flo
     Vec max = load(scores + i);
     for (int64_t key = 1; key < sizes.tokens; ++key) max = larger(load(scores + key * sizes.block + i), max);
     Vec sum = {};
-    for (int64_t key = 0; key < sizes.tokens; ++key) {
-      float* at = scores + key * sizes.block + i;
-      const Vec x = exp(load(at) - max);
-      store(at, x);
-      sum += x;
+    for (int64_t first = 0; first < sizes.tokens; first += kSummedKeys) {
+      Vec part = {};
+      for (int64_t key = first; key < smaller(first + kSummedKeys, sizes.tokens); ++key) {
+        float* at = scores + key * sizes.block + i;
+        const Vec x = exp(load(at) - max);
+        store(at, x);
+        part += x;
+      }
+      sum += part;
     }
     store(lse + i, max + log(sum));
     store(reciprocal + i, 1.0f / sum);
@@ -466,12 +472,17 @@ void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, flo
   for (int64_t i = 0; i < queries; i += kLanes) {
     const Vec log_sum = load(lse + i);
     Vec sum = {}, delta = {};
-    for (int64_t key = 0; key < sizes.tokens; ++key) {
-      float* at = scores + key * sizes.block + i;
-      const Vec probability = exp(load(at) - log_sum);
-      store(at, probability);
-      sum += probability;
-      delta += probability * load(dscores + key * sizes.block + i);
+    for (int64_t first = 0; first < sizes.tokens; first += kSummedKeys) {
+      Vec part = {}, delta_part = {};
+      for (int64_t key = first; key < smaller(first + kSummedKeys, sizes.tokens); ++key) {
+        float* at = scores + key * sizes.block + i;
+        const Vec probability = exp(load(at) - log_sum);
+        store(at, probability);
+        part += probability;
+        delta_part += probability * load(dscores + key * sizes.block + i);
+      }
+      sum += part;
+      delta += delta_part;
     }
     // The sum is 1 but for the rounding of lse, which is worth several eps where lse is large. All keys share it, so it
     // would not cancel in dS as it must. Of a pad query the sum is 0.
