@@ -165,8 +165,8 @@ def empty_batch(name, dtype):
     case = on_device(Case(**{**CASES[name].__dict__, "batch": 0}))
     results = run_case(packed, case.inputs(dtype, DEVICE), case.arguments())
     assert results["out"].shape == (0, *case.size, case.num_heads * case.head_dim)
-    for name, x in results.items():
-        assert x.numel() == 0 or name in ("dbias_table", "dpad_qkv")
+    for key, x in results.items():
+        assert x.numel() == 0 or key in ("dbias_table", "dpad_qkv")
         assert not x.any()
 
 
@@ -180,7 +180,7 @@ def lse_is_the_log_sum_exp_of_the_scores(name, dtype):
     rank = len(case.size)
     window, shift = (v if isinstance(v, tuple) else (v,) * rank for v in (case.window_size, case.shift_size))
     before = (0,) * rank
-    three = lambda values, leading: [leading] * (3 - rank) + list(values)  # noqa: E731
+    three = lambda values, leading: [leading] * (3 - rank) + list(values)
     _, lse = torch.ops.swinkernels.window_attention_qkvpacked_fwd_triton(
         qkv, inputs["bias_table"], None, None, three(window, 1), three(shift, 0), three(window, 1), three(before, 0),
         [0, 0, 0], False, False, 0.3, -100.0, False,
@@ -219,7 +219,7 @@ def failures_of_child() -> dict[str, str | None]:
     """What went wrong with each check in a process whose Triton interprets; None for what passed."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the package that is tested here
-    child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    child = subprocess.run([sys.executable, __file__], check=False, env=environment, capture_output=True, text=True)
     failures = {}
     for line in child.stdout.splitlines():
         if line.startswith('{"check": '):
@@ -249,6 +249,6 @@ if __name__ == "__main__":
         failed = None
         try:
             run()
-        except Exception:
+        except Exception:  # noqa: BLE001  it is reported under the check's name
             failed = traceback.format_exc()
         print(json.dumps({"check": check_name, "failure": failed}), flush=True)

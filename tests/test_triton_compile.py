@@ -20,11 +20,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"):
     pytest.skip("Triton's interpreter replaces the compiler (TRITON_INTERPRET is set)", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from swinkernels.triton import _window_attention_kernels as kernels  # noqa: E402
-from swinkernels.triton import window_attention as launcher  # noqa: E402
+from swinkernels.triton import _window_attention_kernels as kernels
+from swinkernels.triton import window_attention as launcher
 
 KERNELS = ("fwd_whole", "bwd_whole", "fwd_tiled", "bwd_tiled_dq", "bwd_tiled_dkdv", "bwd_tiled_dbias", "fold_dbias")
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
@@ -50,7 +50,7 @@ class Recorder:
 
         def launch(*args, **kwargs):
             options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
-            arguments = {**dict(zip(self.function.arg_names, args)), **kwargs}  # noqa: B905: keywords follow
+            arguments = {**dict(zip(self.function.arg_names, args)), **kwargs}  # noqa: B905  keywords follow
             self.launches.append(Launch(self.name, self.function, arguments, options))
 
         return launch
@@ -86,11 +86,18 @@ def record(
     return launches
 
 
-def _type_of(value: Any) -> Any:
+def _type_of(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """As Triton specialises arguments that are not compile-time constants: aligned tensors, and elements of tuples."""
+    if isinstance(value, tuple):
+        return tuple(_type_of(v, (*path, i), constants, attributes) for i, v in enumerate(value))
+    in_tuple = len(path) > 1
+    if isinstance(value, torch.Tensor) or (in_tuple and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    if in_tuple and value == 1:
+        constants[path] = 1
+        return "constexpr"
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
-    if isinstance(value, tuple):
-        return tuple(_type_of(v) for v in value)
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -101,11 +108,9 @@ def resources(launch: Launch, arch: int) -> dict[str, int]:
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
+            constants[(i,)] = value
         else:
-            signature[parameter.name] = _type_of(value)
-            if isinstance(value, torch.Tensor):  # torch's allocations are aligned
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = _type_of(value, (i,), constants, attributes)
     source = ASTSource(launch.function, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -116,3 +121,63 @@ def resources(launch: Launch, arch: int) -> dict[str, int]:
         ).stdout
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report))
     return {**{k: int(v) for k, v in found.items()}, "SHARED": compiled.metadata.shared}
+
+
+# Configurations that between them reach every kernel, tile, flag and way of addressing.
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "swin": {"size": (56, 56), "window": (7, 7), "shift": (3, 3), "head_dim": 32},
+    "swin_384": {"size": (48, 48), "window": (12, 12), "shift": (6, 6), "head_dim": 32},
+    "small": {"size": (8, 8), "window": (4, 4), "head_dim": 24, "bias": False, "packed": False, "grid": True},
+    "padded": {"size": (30, 40), "window": (7, 7), "shift": (3, 3), "head_dim": 64, "pad": True, "roll_then_pad": True},
+    "wide_3d": {"size": (4, 9, 9), "window": (2, 8, 8), "head_dim": 128, "pad": True, "region_map": True},
+}
+PRECISIONS = {
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "float16": (torch.float16, False),
+    "bfloat16": (torch.bfloat16, False),
+}
+# What each precision is compiled for: all of it for bfloat16, which float16 differs from in the instruction's type only.
+COMPILED = {
+    "float32": ("swin", "small", "wide_3d"),
+    "tf32": ("swin", "small", "padded"),
+    "float16": ("swin", "swin_384"),
+    "bfloat16": tuple(CONFIGURATIONS),
+}
+# ptxas gives up some bytes of stack to reach the next step of occupancy (128 or 168 registers a thread).
+STACK_BYTES = 16
+# The backward pass of a whole window has bias and dbias in registers from window to window and is at the limit of 255:
+# a few values are stored and reloaded once a window, which costs less than reading the bias tile again.
+STACK_BYTES_OF_KERNEL = {"bwd_whole": 192}
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize(
+    ("precision", "configuration"), [(p, c) for p, configurations in COMPILED.items() for c in configurations]
+)
+def test_compiles_within_resources(monkeypatch, precision, configuration, arch):
+    dtype, tf32 = PRECISIONS[precision]
+    launches = record(monkeypatch, dtype, tf32=tf32, **CONFIGURATIONS[configuration])
+    assert launches
+    for launch in launches:
+        used = resources(launch, arch)
+        assert used["LOCAL"] == 0, (launch.name, used)
+        assert used["STACK"] <= STACK_BYTES_OF_KERNEL.get(launch.name, STACK_BYTES), (launch.name, used)
+        assert used["SHARED"] <= SHARED_BYTES[arch], (launch.name, used)
+
+
+def test_every_kernel_is_compiled_for_every_precision(monkeypatch):
+    for precision, configurations in COMPILED.items():
+        dtype, tf32 = PRECISIONS[precision]
+        names = {
+            launch.name for c in configurations for launch in record(monkeypatch, dtype, tf32=tf32, **CONFIGURATIONS[c])
+        }
+        assert names == set(KERNELS), precision
+
+
+def test_batch_size_does_not_recompile():
+    """Numbers that vary with the batch are typed, not specialised on being 1 or a multiple of 16."""
+    for name in KERNELS:
+        for parameter in getattr(kernels, name).params:
+            if parameter.name in ("batch_windows", "windows_per_program", "num_heads"):
+                assert parameter.do_not_specialize, (name, parameter.name)
