@@ -50,7 +50,7 @@ class Recorder:
 
         def launch(*args, **kwargs):
             options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
-            arguments = {**dict(zip(self.function.arg_names, args)), **kwargs}  # noqa: B905  keywords follow
+            arguments = {**dict(zip(self.function.arg_names, args)), **kwargs}
             self.launches.append(Launch(self.name, self.function, arguments, options))
 
         return launch
@@ -146,9 +146,10 @@ COMPILED = {
 }
 # ptxas gives up some bytes of stack to reach the next step of occupancy (128 or 168 registers a thread).
 STACK_BYTES = 16
-# The backward pass of a whole window has bias and dbias in registers from window to window and is at the limit of 255:
-# a few values are stored and reloaded once a window, which costs less than reading the bias tile again.
-STACK_BYTES_OF_KERNEL = {"bwd_whole": 192}
+# Known exceptions. The backward pass of a whole window has bias and dbias in registers from window to window and is at the
+# limit of 255: some values are stored and reloaded once a window. Exact float32 products are scalar, and at head_dim 128
+# whole rows of q and dout are kept in registers across the loop over keys.
+STACK_BYTES_OF = {("bwd_whole", "float16"): 192, ("bwd_whole", "bfloat16"): 192, ("bwd_tiled_dq", "float32"): 320}
 
 
 @pytest.mark.parametrize("arch", SHARED_BYTES)
@@ -162,7 +163,7 @@ def test_compiles_within_resources(monkeypatch, precision, configuration, arch):
     for launch in launches:
         used = resources(launch, arch)
         assert used["LOCAL"] == 0, (launch.name, used)
-        assert used["STACK"] <= STACK_BYTES_OF_KERNEL.get(launch.name, STACK_BYTES), (launch.name, used)
+        assert used["STACK"] <= STACK_BYTES_OF.get((launch.name, precision), STACK_BYTES), (launch.name, used)
         assert used["SHARED"] <= SHARED_BYTES[arch], (launch.name, used)
 
 

@@ -683,21 +683,24 @@ def bwd_tiled_dbias(
 @kernel
 def fold_dbias(
     dbias, dbias_table, num_heads,
-    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """dbias (heads, N, N) onto (rows, heads): an entry of the table is the sum over all pairs of its relative offset."""
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    ROWS: tl.constexpr = (2 * TABLE_WINDOW[0] - 1) * (2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)
     program = tl.program_id(0)
     head = program % num_heads
-    entry = program // num_heads
-    d0 = entry // ((2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)) - (TABLE_WINDOW[0] - 1)
-    d1 = entry // (2 * TABLE_WINDOW[2] - 1) % (2 * TABLE_WINDOW[1] - 1) - (TABLE_WINDOW[1] - 1)
-    d2 = entry % (2 * TABLE_WINDOW[2] - 1) - (TABLE_WINDOW[2] - 1)
+    row = program // num_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d0 = row // ((2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)) - (TABLE_WINDOW[0] - 1)
+    d1 = row // (2 * TABLE_WINDOW[2] - 1) % (2 * TABLE_WINDOW[1] - 1) - (TABLE_WINDOW[1] - 1)
+    d2 = row % (2 * TABLE_WINDOW[2] - 1) - (TABLE_WINDOW[2] - 1)
     key = tl.arange(0, BLOCK_N)
     k0, k1, k2 = _coordinates(key, TABLE_WINDOW)
-    q0, q1, q2 = k0 + d0, k1 + d1, k2 + d2
+    q0 = k0[None, :] + d0[:, None]  # (BLOCK_ROWS, BLOCK_N): the query that lies at this offset from the key
+    q1 = k1[None, :] + d1[:, None]
+    q2 = k2[None, :] + d2[:, None]
     query = (q0 * TABLE_WINDOW[1] + q1) * TABLE_WINDOW[2] + q2
     paired = (q0 >= 0) & (q1 >= 0) & (q2 >= 0) & (q1 < TABLE_WINDOW[1]) & (q2 < TABLE_WINDOW[2])
-    paired = paired & (query < VOLUME) & (key < VOLUME)
-    values = tl.load(dbias + (head * VOLUME + query) * VOLUME + key, mask=paired, other=0.0)
-    tl.store(dbias_table + entry * num_heads + head, tl.sum(values, axis=0))
+    paired = paired & (query < VOLUME) & (key < VOLUME)[None, :]
+    values = tl.load(dbias + (head * VOLUME + query) * VOLUME + key[None, :], mask=paired, other=0.0)
+    tl.store(dbias_table + row * num_heads + head, tl.sum(values, axis=1), mask=row < ROWS)
