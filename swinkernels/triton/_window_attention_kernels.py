@@ -28,24 +28,18 @@ LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
-# Values that vary from call to call. Were they specialised (on being 1, on being a multiple of 16), a new batch or map
-# size would recompile.
-_RUNTIME_INTEGERS = [
+# Numbers that vary with the batch: specialised (on being 1, on being a multiple of 16), every batch size could recompile.
+# Triton specialises the elements of tuples in any case. That is welcome: 2D, with its axis of size 1, is compiled without
+# that axis, and maps of new sizes add a few variants at most.
+_BATCH_INTEGERS = [
     "batch_windows",
     "windows_per_program",
     "num_heads",
-    "size",
-    "roll",
-    "cut",
-    "before",
-    "q_strides",
-    "k_strides",
-    "v_strides",
     "packed_offset",
     "grad_row_heads",
     "grad_head_offset",
 ]
-kernel = triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
+kernel = triton.jit(do_not_specialize=_BATCH_INTEGERS)
 
 
 # ---- where tokens are ------------------------------------------------------------------------------------------------
@@ -249,20 +243,16 @@ def _mask_tile(scores, query_region, key_region, mask_log2):
 
 
 @triton.jit
-def _probs_and_dscores(
-    q, k, v, dout, bias, lse, delta, seams, query_region, key_region, scale_log2, mask_log2,
-    HAS_MASK: tl.constexpr, HAS_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+def _probs(
+    q, k, bias, lse, seams, query_region, key_region, scale_log2, mask_log2,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P and dS of a tile of the backward pass; without delta, it is the row sum over this tile."""
+    """P of a tile, recomputed from lse."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias
     if HAS_MASK:
         if seams != 0:
             scores = _mask_tile(scores, query_region, key_region, mask_log2)
-    probs = tl.exp2(scores - (lse * _LOG2_E)[:, None])
-    dprobs = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    if not HAS_DELTA:
-        delta = tl.sum(probs * dprobs, axis=1)
-    return probs, probs * (dprobs - delta[:, None]), delta
+    return tl.exp2(scores - (lse * _LOG2_E)[:, None])
 
 
 # ---- N <= 64: a window is one tile -----------------------------------------------------------------------------------
@@ -372,14 +362,15 @@ def bwd_whole(
         lse_tile = tl.load(lse + lse_row + token, mask=token < VOLUME, other=0.0)
         seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
         region = _region(n0, n1, n2, token, beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else token
-        probs, dscores, _ = _probs_and_dscores(
-            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, lse_tile, seams, region, region, scale_log2, mask_log2,
-            HAS_MASK, False, PRECISION,
+        probs = _probs(
+            q_tile, k_tile, bias, lse_tile, seams, region, region, scale_log2, mask_log2, HAS_MASK, PRECISION
         )  # fmt: skip
-        if dbias is not None:
-            dbias_tile += dscores
         dv_tile = tl.dot(tl.trans(probs.to(q_tile.dtype)), dout_tile, input_precision=PRECISION)
         _store_dense(dv, dv_tile, row, real, num_heads, head, grad_row_heads, 2 * grad_head_offset, HEAD_DIM, BLOCK_D)
+        dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+        dscores = probs * (dprobs - tl.sum(probs * dprobs, axis=1)[:, None])
+        if dbias is not None:
+            dbias_tile += dscores
         rounded = dscores.to(q_tile.dtype)
         dk_tile = tl.dot(tl.trans(rounded), q_tile, input_precision=PRECISION) * scale
         _store_dense(dk, dk_tile, row, real, num_heads, head, grad_row_heads, grad_head_offset, HEAD_DIM, BLOCK_D)
@@ -513,11 +504,11 @@ def bwd_tiled_dq(
         )  # fmt: skip
         bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
         key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
-        _, _, delta_part = _probs_and_dscores(
-            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, lse_tile, seams, query_region, key_region,
-            scale_log2, mask_log2, HAS_MASK, False, PRECISION,
+        probs = _probs(
+            q_tile, k_tile, bias, lse_tile, seams, query_region, key_region, scale_log2, mask_log2, HAS_MASK, PRECISION
         )  # fmt: skip
-        delta_tile += delta_part
+        dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+        delta_tile += tl.sum(probs * dprobs, axis=1)
     tl.store(delta + lse_row + query, delta_tile, mask=query < VOLUME)
 
     dq_tile = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -535,10 +526,11 @@ def bwd_tiled_dq(
         )  # fmt: skip
         bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
         key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
-        _, dscores, _ = _probs_and_dscores(
-            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, seams, query_region, key_region,
-            scale_log2, mask_log2, HAS_MASK, True, PRECISION,
+        probs = _probs(
+            q_tile, k_tile, bias, lse_tile, seams, query_region, key_region, scale_log2, mask_log2, HAS_MASK, PRECISION
         )  # fmt: skip
+        dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+        dscores = probs * (dprobs - delta_tile[:, None])
         dq_tile = tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
     _store_dense(dq, dq_tile * scale, row, real, num_heads, head, grad_row_heads, 0, HEAD_DIM, BLOCK_D)
 
@@ -595,10 +587,11 @@ def bwd_tiled_dkdv(
         query_region = (
             _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
         )
-        probs, dscores, _ = _probs_and_dscores(
-            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, seams, query_region, key_region,
-            scale_log2, mask_log2, HAS_MASK, True, PRECISION,
+        probs = _probs(
+            q_tile, k_tile, bias, lse_tile, seams, query_region, key_region, scale_log2, mask_log2, HAS_MASK, PRECISION
         )  # fmt: skip
+        dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+        dscores = probs * (dprobs - delta_tile[:, None])
         dv_tile = tl.dot(tl.trans(probs.to(q_tile.dtype)), dout_tile, dv_tile, input_precision=PRECISION)
         dk_tile = tl.dot(tl.trans(dscores.to(q_tile.dtype)), q_tile, dk_tile, input_precision=PRECISION)
 
@@ -671,10 +664,11 @@ def bwd_tiled_dbias(
             _region(n0, n1, n2, query, query_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else query
         )
         key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
-        _, dscores, _ = _probs_and_dscores(
-            q_tile, k_tile, v_tile, dout_tile, bias, lse_tile, delta_tile, seams, query_region, key_region,
-            scale_log2, mask_log2, HAS_MASK, True, PRECISION,
+        probs = _probs(
+            q_tile, k_tile, bias, lse_tile, seams, query_region, key_region, scale_log2, mask_log2, HAS_MASK, PRECISION
         )  # fmt: skip
+        dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+        dscores = probs * (dprobs - delta_tile[:, None])
         dbias_tile += dscores
         image, n0, n1, n2 = _next_window(image, n0, n1, n2, size, WINDOW)
 
@@ -689,21 +683,24 @@ def bwd_tiled_dbias(
 @kernel
 def fold_dbias(
     dbias, dbias_table, num_heads,
-    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """dbias (heads, N, N) onto (rows, heads): an entry of the table is the sum over all pairs of its relative offset."""
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    ROWS: tl.constexpr = (2 * TABLE_WINDOW[0] - 1) * (2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)
     program = tl.program_id(0)
     head = program % num_heads
-    entry = program // num_heads
-    d0 = entry // ((2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)) - (TABLE_WINDOW[0] - 1)
-    d1 = entry // (2 * TABLE_WINDOW[2] - 1) % (2 * TABLE_WINDOW[1] - 1) - (TABLE_WINDOW[1] - 1)
-    d2 = entry % (2 * TABLE_WINDOW[2] - 1) - (TABLE_WINDOW[2] - 1)
+    row = program // num_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d0 = row // ((2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)) - (TABLE_WINDOW[0] - 1)
+    d1 = row // (2 * TABLE_WINDOW[2] - 1) % (2 * TABLE_WINDOW[1] - 1) - (TABLE_WINDOW[1] - 1)
+    d2 = row % (2 * TABLE_WINDOW[2] - 1) - (TABLE_WINDOW[2] - 1)
     key = tl.arange(0, BLOCK_N)
     k0, k1, k2 = _coordinates(key, TABLE_WINDOW)
-    q0, q1, q2 = k0 + d0, k1 + d1, k2 + d2
+    q0 = k0[None, :] + d0[:, None]  # (BLOCK_ROWS, BLOCK_N): the query that lies at this offset from the key
+    q1 = k1[None, :] + d1[:, None]
+    q2 = k2[None, :] + d2[:, None]
     query = (q0 * TABLE_WINDOW[1] + q1) * TABLE_WINDOW[2] + q2
     paired = (q0 >= 0) & (q1 >= 0) & (q2 >= 0) & (q1 < TABLE_WINDOW[1]) & (q2 < TABLE_WINDOW[2])
-    paired = paired & (query < VOLUME) & (key < VOLUME)
-    values = tl.load(dbias + (head * VOLUME + query) * VOLUME + key, mask=paired, other=0.0)
-    tl.store(dbias_table + entry * num_heads + head, tl.sum(values, axis=0))
+    paired = paired & (query < VOLUME) & (key < VOLUME)[None, :]
+    values = tl.load(dbias + (head * VOLUME + query) * VOLUME + key[None, :], mask=paired, other=0.0)
+    tl.store(dbias_table + row * num_heads + head, tl.sum(values, axis=1), mask=row < ROWS)

@@ -19,6 +19,7 @@ FORWARD_PROGRAMS = 2048
 BACKWARD_PROGRAMS = 1024
 # More windows for a program would leave a long last wave; by then the bias tile costs little per window.
 MAX_FORWARD_WINDOWS = 8
+FOLD_ROWS = 16  # table entries of a program that folds dbias
 INT32_MAX = 2**31 - 1
 
 
@@ -48,8 +49,8 @@ def tiles(name: str, volume: int, head_dim: int, itemsize: int) -> Tiles:
         # A warp holds 16 rows of a tile of the matrix units; 64 rows by 4 warps is what Hopper's take at once.
         num_warps = whole // 16
         if name == "bwd_whole":
-            # dq, dk, dv and four 64 x 64 float32 tiles: at head_dim 128 they fit the registers of 8 warps only.
-            return Tiles(whole, whole, num_warps * (2 if wide else 1), 1)
+            # dq, dk, dv and four 64 x 64 float32 tiles: beyond head_dim 32 they need the registers of 8 warps.
+            return Tiles(whole, whole, num_warps * (2 if head_dim > 32 else 1), 1)
         return Tiles(whole, whole, num_warps, 1 if wide else 2)
     # Key tiles of 32 where 64 would pad more: N = 144 is 160 keys instead of 192.
     keys = 64 if -(-volume // 64) * 2 == -(-volume // 32) else 32
@@ -290,10 +291,10 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
                 call.batch_windows, each, *call.geometry(), **call.options(tile, False),
             )  # fmt: skip
     if dbias is not None:
-        kernels.fold_dbias[(plan.table_rows * heads,)](
+        kernels.fold_dbias[(-(-plan.table_rows // FOLD_ROWS) * heads,)](
             dbias.sum(0), dbias_table, heads,
             WINDOW=plan.flags["WINDOW"], TABLE_WINDOW=plan.flags["TABLE_WINDOW"],
-            BLOCK_N=triton.next_power_of_2(volume), num_warps=1 if volume <= 64 else 4,
+            BLOCK_N=triton.next_power_of_2(volume), BLOCK_ROWS=FOLD_ROWS, num_warps=4,
         )  # fmt: skip
     if dpad is not None:
         torch.sum(dpad, 0, out=dpad_qkv[1:])  # a pad token's query has no gradient
