@@ -59,7 +59,8 @@ def collect() -> dict[str, Any]:
     Returns:
         ``versions`` (of Python, torch, Triton, CUDA and the driver; None where there is none), ``platform``, ``gpus``,
         ``build`` (``swinkernels._C.build_info()``, or None without the extension), ``extension_error`` (why it is not
-        loaded, or None), ``cpu_instruction_set`` (of the CPU kernels that run here, or None) and ``backends`` (per backend, why it cannot run here, or None if it can).
+        loaded, or None), ``cpu_instruction_set`` (of the CPU kernels that run here, or None) and ``backends`` (per
+        backend, why it cannot run here, or None if it can).
     """
     return {
         "versions": {
