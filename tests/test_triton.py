@@ -45,7 +45,7 @@ CASES = {
     "roll_then_pad": Case(2, (5, 7), 2, 8, 4, 2, has_pad_qkv=True, options={"pad_order": "roll_then_pad"}),
     "pad_with_zeros": Case(1, (5, 6), 2, 8, 4, (1, 2)),
     "map_smaller_than_shift": Case(
-        1, (2, 3), 2, 8, 7, (5, 4), has_pad_qkv=True, options={"pad_order": "roll_then_pad", "mask_value": -1.0}
+        2, (4, 9), 2, 8, 7, (5, 2), has_pad_qkv=True, options={"pad_order": "roll_then_pad", "mask_value": -1.0}
     ),
     "pad_tiled": Case(1, (9, 11), 1, 8, (10, 9), (4, 3), has_pad_qkv=True),
     "pad_before": Case(

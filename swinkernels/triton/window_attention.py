@@ -54,7 +54,7 @@ def tiles(name: str, volume: int, head_dim: int, itemsize: int) -> Tiles:
         return Tiles(whole, whole, num_warps, 1 if wide else 2)
     # Key tiles of 32 where 64 would pad more: N = 144 is 160 keys instead of 192.
     keys = 64 if -(-volume // 64) * 2 == -(-volume // 32) else 32
-    return Tiles(64, keys, 4, 1 if wide else 2)
+    return Tiles(64, keys, 8, 1) if wide else Tiles(64, keys, 4, 2)
 
 
 class Plan(NamedTuple):
