@@ -1,8 +1,9 @@
 """The Triton backend against the float64 reference, on a GPU if there is one and else in Triton's CPU interpreter.
 
-Triton decides when a kernel is defined whether it is interpreted, so without a GPU this file runs as a script in a child
-process with TRITON_INTERPRET=1, once for all checks, and each check is reported here by name. The interpreter computes
-bfloat16 wrongly and takes some 10 ms for a program, so there the dtypes are float32 and float16, and the cases small.
+Triton decides when a kernel is defined whether it is interpreted, so without a GPU this file runs as a script in a
+child process with TRITON_INTERPRET=1, once for all checks, and each check is reported here by name. The interpreter
+computes bfloat16 wrongly and takes some 10 ms for a program, so there the dtypes are float32 and float16, and the cases
+small.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def separate_form_matches_reference(name, dtype):
 
 @check("rectangular_window", "n100")
 def every_map_has_its_own_strides(name, dtype):
-    """q channels first, k a slice of a wider map, v with a strided last axis, dout expanded: same as contiguous ones."""
+    """q channels first, k a slice of a wider map, v with a strided last axis, dout expanded: as contiguous ones."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     q, k, v = (x.contiguous() for x in split(inputs["qkv"], case.num_heads))
@@ -180,7 +181,10 @@ def lse_is_the_log_sum_exp_of_the_scores(name, dtype):
     rank = len(case.size)
     window, shift = (v if isinstance(v, tuple) else (v,) * rank for v in (case.window_size, case.shift_size))
     before = (0,) * rank
-    three = lambda values, leading: [leading] * (3 - rank) + list(values)
+
+    def three(values, leading):
+        return [leading] * (3 - rank) + list(values)
+
     _, lse = torch.ops.swinkernels.window_attention_qkvpacked_fwd_triton(
         qkv, inputs["bias_table"], None, None, three(window, 1), three(shift, 0), three(window, 1), three(before, 0),
         [0, 0, 0], False, False, 0.3, -100.0, False,
@@ -229,7 +233,7 @@ def failures_of_child() -> dict[str, str | None]:
         died = (
             f"the interpreting process ended with status {child.returncode} before this check:\n{child.stderr[-5000:]}"
         )
-        failures = {name: died for name in CHECKS} | failures
+        failures = dict.fromkeys(CHECKS, died) | failures
     return failures
 
 
@@ -249,6 +253,6 @@ if __name__ == "__main__":
         failed = None
         try:
             run()
-        except Exception:  # noqa: BLE001  it is reported under the check's name
+        except Exception:
             failed = traceback.format_exc()
         print(json.dumps({"check": check_name, "failure": failed}), flush=True)

@@ -1,7 +1,7 @@
-"""Every Triton kernel, dtype and kind of configuration compiles for sm_80 and sm_90, without spills, within shared memory.
+"""Every Triton kernel, dtype and kind of configuration compiles for sm_80 and sm_90 within the resources it may take.
 
-No GPU is needed. The launch functions run on meta tensors with the kernels replaced by recorders, so what is compiled is
-what a call would launch: the same argument types, flags, tiles, warps and stages.
+No GPU is needed. The launch functions run on meta tensors with the kernels replaced by recorders, so what is compiled
+is what a call would launch: the same argument types, flags, tiles, warps and stages.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"):
     pytest.skip("Triton's interpreter replaces the compiler (TRITON_INTERPRET is set)", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
-from swinkernels.triton import _window_attention_kernels as kernels
-from swinkernels.triton import window_attention as launcher
+from swinkernels.triton import _window_attention_kernels as kernels  # noqa: E402
+from swinkernels.triton import window_attention as launcher  # noqa: E402
 
 KERNELS = ("fwd_whole", "bwd_whole", "fwd_tiled", "bwd_tiled_dq", "bwd_tiled_dkdv", "bwd_tiled_dbias", "fold_dbias")
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
@@ -50,7 +50,7 @@ class Recorder:
 
         def launch(*args, **kwargs):
             options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
-            arguments = {**dict(zip(self.function.arg_names, args)), **kwargs}
+            arguments = {**dict(zip(self.function.arg_names, args, strict=False)), **kwargs}
             self.launches.append(Launch(self.name, self.function, arguments, options))
 
         return launch
@@ -137,7 +137,7 @@ PRECISIONS = {
     "float16": (torch.float16, False),
     "bfloat16": (torch.bfloat16, False),
 }
-# What each precision is compiled for: all of it for bfloat16, which float16 differs from in the instruction's type only.
+# What each precision is compiled for: all of it for bfloat16, which differs from float16 in the instruction's type only.
 COMPILED = {
     "float32": ("swin", "small", "swin_384"),
     "tf32": ("swin", "small", "padded"),
@@ -146,9 +146,9 @@ COMPILED = {
 }
 # ptxas gives up some bytes of stack to reach the next step of occupancy (128 or 168 registers a thread).
 STACK_BYTES = 16
-# Known exceptions. The backward pass of a whole window has bias and dbias in registers from window to window and is at the
-# limit of 255: some values are stored and reloaded once a window. At head_dim 128 with padding and a region map at once,
-# the backward passes of large windows are there too.
+# Known exceptions. The backward pass of a whole window has bias and dbias in registers from window to window and is at
+# the limit of 255: some values are stored and reloaded once a window. At head_dim 128 with padding and a region map at
+# once, the backward passes of large windows are there too.
 STACK_BYTES_OF = {"bwd_whole": 192}
 STACK_BYTES_IN = {"wide_3d": 512}
 

@@ -1,10 +1,12 @@
 """The Triton kernels of window attention, 2D as 3D with a leading axis of one token.
 
-Maths     S = scale q k^T + bias + mask, P = softmax(S), out = P v, lse = log sum exp S, per window and head. Backward, with
-          P recomputed from lse: dv = P^T dout, dP = dout v^T, delta = rowsum(P dP), dS = P (dP - delta),
-          dq = scale dS k, dk = scale dS^T q, dbias = dS summed over windows, folded onto the table's rows.
-Tiling    N <= 64: a program owns one head and walks over several windows; a window is one tile, the bias and dbias tiles
-          stay in registers from window to window. N > 64: query tiles by key tiles, a program per tile row, online
+Maths     S = scale q k^T + bias + mask, P = softmax(S), out = P v, lse = log sum exp S, per window and head. Backward,
+          with P recomputed from lse: dv = P^T dout, dP = dout v^T, delta = rowsum(P dP), dS = P (dP - delta),
+          dq = scale dS k, dk = scale dS^T q, dbias = dS summed over windows, folded onto the table's rows. In float32
+          delta is rowsum(P dP) / rowsum(P): lse is rounded, so that P sums to one only nearly, and what is left over
+          would have one sign in all of a row's dS.
+Tiling    N <= 64: a program owns one head and walks over several windows; a window is one tile, the bias and dbias
+          tiles stay in registers from window to window. N > 64: query tiles by key tiles, a program per tile row, online
           softmax; backward in three kernels (dq and delta; dk and dv; dbias), none of which needs atomics.
 Order     the head varies fastest over programs: neighbours read neighbouring parts of the same token rows, so that
           whole cache lines are used even where a head's row is half a line.
@@ -28,8 +30,8 @@ LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
-# Numbers that vary with the batch: specialised (on being 1, on being a multiple of 16), every batch size could recompile.
-# Triton specialises the elements of tuples in any case. That is welcome: 2D, with its axis of size 1, is compiled without
+# Numbers that vary with the batch: specialised (on being 1, on being a multiple of 16), each batch size could recompile.
+# Triton specialises the elements of tuples in any case. That is welcome: 2D, with its axis of size 1, is compiled with no
 # that axis, and maps of new sizes add a few variants at most.
 _BATCH_INTEGERS = [
     "batch_windows",
@@ -94,7 +96,7 @@ def _locate(
 
 @triton.jit
 def _beyond_seam(token, cut, WINDOW: tl.constexpr):
-    """A bit per axis: the token is beyond the shift's seam, if its window has the seam. Does not depend on the window."""
+    """A bit per axis: the token is beyond the shift's seam, if its window has the seam. The same for all windows."""
     t0, t1, t2 = _coordinates(token, WINDOW)
     bits = (t0 >= cut[0]).to(tl.int32) + (t1 >= cut[1]).to(tl.int32) * 2
     return bits + (t2 >= cut[2]).to(tl.int32) * 4
@@ -368,7 +370,10 @@ def bwd_whole(
         dv_tile = tl.dot(tl.trans(probs.to(q_tile.dtype)), dout_tile, input_precision=PRECISION)
         _store_dense(dv, dv_tile, row, real, num_heads, head, grad_row_heads, 2 * grad_head_offset, HEAD_DIM, BLOCK_D)
         dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
-        dscores = probs * (dprobs - tl.sum(probs * dprobs, axis=1)[:, None])
+        delta_tile = tl.sum(probs * dprobs, axis=1)
+        if q_tile.dtype == tl.float32:
+            delta_tile /= tl.sum(probs, axis=1)
+        dscores = probs * (dprobs - delta_tile[:, None])
         if dbias is not None:
             dbias_tile += dscores
         rounded = dscores.to(q_tile.dtype)
@@ -402,7 +407,8 @@ def fwd_tiled(
     num_heads, size, roll, cut, before, q_strides, k_strides, v_strides, packed_offset,
     WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PACKED: tl.constexpr,
-    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     if PACKED:  # the rows of q, k and v then share their address arithmetic
@@ -462,7 +468,8 @@ def bwd_tiled_dq(
     num_heads, size, roll, cut, before, q_strides, k_strides, v_strides, packed_offset, grad_row_heads,
     WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PACKED: tl.constexpr,
-    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Also writes delta, in the layout of lse, for the two kernels that follow."""
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
@@ -490,6 +497,7 @@ def bwd_tiled_dq(
     )
 
     delta_tile = tl.zeros([BLOCK_Q], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
     for start in range(0, VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         key_beyond = _beyond_seam(key, cut, WINDOW)
@@ -509,6 +517,10 @@ def bwd_tiled_dq(
         )  # fmt: skip
         dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
         delta_tile += tl.sum(probs * dprobs, axis=1)
+        if q_tile.dtype == tl.float32:
+            total += tl.sum(probs, axis=1)
+    if q_tile.dtype == tl.float32:
+        delta_tile /= total
     tl.store(delta + lse_row + query, delta_tile, mask=query < VOLUME)
 
     dq_tile = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -538,10 +550,12 @@ def bwd_tiled_dq(
 @kernel
 def bwd_tiled_dkdv(
     q, k, v, dout, lse, delta, dk, dv, dpad, bias_table, pad_qkv, region_map, scale, scale_log2, mask_log2,
-    num_heads, size, roll, cut, before, q_strides, k_strides, v_strides, packed_offset, grad_row_heads, grad_head_offset,
+    num_heads, size, roll, cut, before,
+    q_strides, k_strides, v_strides, packed_offset, grad_row_heads, grad_head_offset,
     WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PACKED: tl.constexpr,
-    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dpad: (windows * key tiles, 2, heads, HEAD_DIM), each program's sum over its pad tokens; or None."""
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
@@ -616,7 +630,8 @@ def bwd_tiled_dbias(
     q_strides, k_strides, v_strides, packed_offset,
     WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PACKED: tl.constexpr,
-    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dbias: (groups, heads, N, N). A program owns one tile of one head and walks over a group of windows."""
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
@@ -685,7 +700,7 @@ def fold_dbias(
     dbias, dbias_table, num_heads,
     WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dbias (heads, N, N) onto (rows, heads): an entry of the table is the sum over all pairs of its relative offset."""
+    """dbias (heads, N, N) onto (rows, heads): an entry is the sum over all pairs of its relative offset."""
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     ROWS: tl.constexpr = (2 * TABLE_WINDOW[0] - 1) * (2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)
     program = tl.program_id(0)

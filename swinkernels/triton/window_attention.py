@@ -13,8 +13,8 @@ from torch import Tensor
 
 from swinkernels.triton import _window_attention_kernels as kernels
 
-# Programs that a kernel which walks over windows is cut into: a few waves on a GPU of some 130 multiprocessors, whatever
-# it is, so that the order of sums, and with it the result, does not depend on the GPU.
+# Programs that a kernel which walks over windows is cut into: a few waves on a GPU of some 130 multiprocessors, on any
+# GPU, so that the order of sums, and with it the result, does not depend on the GPU.
 FORWARD_PROGRAMS = 2048
 BACKWARD_PROGRAMS = 1024
 # More windows for a program would leave a long last wave; by then the bias tile costs little per window.
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
     volume: int
     windows: int  # per image
     table_rows: int
-    frame: tuple[int, int, int]
+    frame: tuple[int, ...]
     geometry: tuple[tuple[int, ...], ...]  # size, roll, cut, before
     flags: dict[str, Any]  # compile-time arguments that all kernels take
 
@@ -113,7 +113,7 @@ class _Call(NamedTuple):
     plan: Plan
     batch_windows: int
     num_heads: int
-    maps: tuple[Tensor, Tensor, Tensor]  # q, k, v; of a packed map, the map three times
+    maps: tuple[Tensor, ...]  # q, k, v; of a packed map, the map three times
     strides: tuple[tuple[int, ...], ...]
     packed_offset: int  # from q to k and from k to v
     align: int
@@ -180,18 +180,18 @@ def _prepare(
     batch_windows = x.shape[0] * plan.windows
     if batch_windows * num_heads * max(1, -(-plan.volume // 16)) > INT32_MAX:
         raise ValueError(
-            f"window_attention: backend='triton' takes fewer than 2**31 tiles of 16 tokens, got {batch_windows} windows of "
-            f"{plan.volume} tokens and {num_heads} heads: split the batch"
+            f"window_attention: backend='triton' takes fewer than 2**31 tiles of 16 tokens, got {batch_windows} "
+            f"windows of {plan.volume} tokens and {num_heads} heads: split the batch"
         )
-    strides = [x.stride() for x in maps]
-    packed_offset = strides[0][-3] if packed else 0
+    steps = [x.stride() for x in maps]
+    packed_offset = steps[0][-3] if packed else 0
     flat = packed_offset
-    for stride in strides:
+    for stride in steps:
         for step in stride[:-1]:
             flat |= step
     align = math.gcd(flat, 16)  # of two numbers' union of bits, the same powers of two divide as of both
     leading = (0,) * (3 - rank)
-    strides = tuple((s[0] // align, *leading, *(a // align for a in s[1 : 1 + rank]), s[-2] // align) for s in strides)
+    strides = tuple((s[0] // align, *leading, *(a // align for a in s[1 : 1 + rank]), s[-2] // align) for s in steps)
     return _Call(
         plan=plan,
         batch_windows=batch_windows,
@@ -238,8 +238,8 @@ def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of the maps (one or three), then dbias_table and dpad_qkv, empty where not needed."""
-    *arguments, needs_dbias_table, needs_dpad_qkv = arguments
-    call = _prepare(maps, *arguments)
+    *shared, needs_dbias_table, needs_dpad_qkv = arguments
+    call = _prepare(maps, *shared)
     plan, heads, x = call.plan, call.num_heads, maps[0]
     head_dim, volume = plan.flags["HEAD_DIM"], plan.volume
     dmaps = tuple(torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in maps)
