@@ -137,7 +137,7 @@ PRECISIONS = {
     "float16": (torch.float16, False),
     "bfloat16": (torch.bfloat16, False),
 }
-# What each precision is compiled for: all of it for bfloat16, which differs from float16 in the instruction's type only.
+# What each precision is compiled for: bfloat16 for all; float16 differs from it in the instruction's type only.
 COMPILED = {
     "float32": ("swin", "small", "swin_384"),
     "tf32": ("swin", "small", "padded"),

@@ -6,8 +6,8 @@ Maths     S = scale q k^T + bias + mask, P = softmax(S), out = P v, lse = log su
           delta is rowsum(P dP) / rowsum(P): lse is rounded, so that P sums to one only nearly, and what is left over
           would have one sign in all of a row's dS.
 Tiling    N <= 64: a program owns one head and walks over several windows; a window is one tile, the bias and dbias
-          tiles stay in registers from window to window. N > 64: query tiles by key tiles, a program per tile row, online
-          softmax; backward in three kernels (dq and delta; dk and dv; dbias), none of which needs atomics.
+          tiles stay in registers from window to window. N > 64: query tiles by key tiles, a program per tile row,
+          online softmax; backward in three kernels (dq and delta; dk and dv; dbias), none of which needs atomics.
 Order     the head varies fastest over programs: neighbours read neighbouring parts of the same token rows, so that
           whole cache lines are used even where a head's row is half a line.
 Bias      gathered from the table in the kernel. The table (2 KB at window 7 and 3 heads) lives in L1; a dense fp32
@@ -30,9 +30,9 @@ LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
-# Numbers that vary with the batch: specialised (on being 1, on being a multiple of 16), each batch size could recompile.
-# Triton specialises the elements of tuples in any case. That is welcome: 2D, with its axis of size 1, is compiled with no
-# that axis, and maps of new sizes add a few variants at most.
+# Numbers that vary with the batch: specialised (on being 1, on being a multiple of 16), every batch size could
+# recompile. Triton specialises the elements of tuples in any case. That is welcome: 2D, with its axis of size 1, is
+# compiled without that axis, and maps of new sizes add a few variants at most.
 _BATCH_INTEGERS = [
     "batch_windows",
     "windows_per_program",
