@@ -307,7 +307,8 @@ class _Call:
 
     def forward(self) -> dict[str, Tensor]:
         self.library.check(self.library.functions.emulated_forward(ctypes.byref(self.params)))
-        return {"out": self.out.reshape(*self.map[:1], *self.args.size, -1).clone(), "lse": self.lse}
+        shape = (self.shape[0], *self.args.size, math.prod(self.heads))
+        return {"out": self.out.reshape(shape).clone(), "lse": self.lse}
 
     def backward(self, dout: Tensor, needs_table: bool, needs_pad: bool) -> dict[str, Tensor]:
         """dqkv, and dbias_table and dpad_qkv in float32 where they are wanted."""
