@@ -16,7 +16,9 @@ from swinkernels.testing import check_window_attention, run_case
 
 pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 
-TF32_EPS = 2.0**-11
+# As torch.finfo counts, for 10 bits of mantissa. Attention in float64 whose matrix products round their operands to
+# TF32, and nothing else, has RMS errors of 0.42 to 0.50 of this in the gradients of q, k and v.
+TF32_EPS = 2.0**-10
 
 
 @pytest.fixture
@@ -45,9 +47,9 @@ WINDOWS = [
     Case(2, (7, 5), 1, 16, 3, 1, has_pad_qkv=True),
     Case(1, (8, 8), 2, 24, 4, 2),
     Case(1, (12, 9), 2, 32, 5, 2, has_pad_qkv=True, options=ROLL_THEN_PAD),
-    Case(2, (10, 14), 2, 32, 7, 3, has_pad_qkv=True),
+    Case(2, (12, 14), 2, 32, 7, 3, has_pad_qkv=True),
     Case(1, (13, 14), 1, 40, 7, 3, has_pad_qkv=True, options=ROLL_THEN_PAD),
-    Case(1, (8, 16), 1, 64, 8, 4),
+    Case(3, (8, 16), 1, 64, 8, 4),
     Case(1, (12, 10), 1, 32, 10, 5, has_pad_qkv=True),
     Case(1, (12, 12), 2, 16, 12, 6),
     Case(1, (16, 9), 1, 32, 16, 7, has_pad_qkv=True),
@@ -102,7 +104,7 @@ def test_geometry(library, name):
     _check(library, GEOMETRY[name], "float16")
 
 
-@pytest.mark.parametrize("case", [WINDOWS[1], WINDOWS[4], WINDOWS[7]], ids=str)
+@pytest.mark.parametrize("case", [WINDOWS[1], WINDOWS[4], WINDOWS[6], WINDOWS[7]], ids=str)
 @pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32", "float32"])
 def test_same_bits_whatever_the_schedule(library, case, arithmetic):
     """The threads' order must not matter: a missing barrier, or sums in the order of arrival, would show."""

@@ -86,7 +86,8 @@ def build(name: str, sources: Sequence[Path]) -> Path:
     assert cxx is not None, missing()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
     flags = [*_FLAGS, *(["-march=native"] if platform.machine() == "x86_64" else [])]
-    headers = [*_HERE.glob("include/*.h"), *_CSRC.glob("params/*.h"), *_CSRC.glob("kernels/c[ou]*/**/*.cuh")]
+    folders = [_HERE / "include", _CSRC / "params", _CSRC / "kernels" / "common", _CSRC / "kernels" / "cuda"]
+    headers = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh")]
     common = hashlib.sha256(repr((version, flags, _KERNEL_FLAGS, _cpu())).encode())
     for header in sorted(headers):
         common.update(str(header.relative_to(_HERE.parents[1])).encode() + b"\0" + header.read_bytes())
@@ -307,7 +308,8 @@ class _Call:
 
     def forward(self) -> dict[str, Tensor]:
         self.library.check(self.library.functions.emulated_forward(ctypes.byref(self.params)))
-        return {"out": self.out.reshape(*self.map[:1], *self.args.size, -1).clone(), "lse": self.lse}
+        shape = (self.shape[0], *self.args.size, math.prod(self.heads))
+        return {"out": self.out.reshape(shape).clone(), "lse": self.lse}
 
     def backward(self, dout: Tensor, needs_table: bool, needs_pad: bool) -> dict[str, Tensor]:
         """dqkv, and dbias_table and dpad_qkv in float32 where they are wanted."""

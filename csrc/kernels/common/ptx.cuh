@@ -142,6 +142,13 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return y;
 }
 
+// x, of which the compiler is told nothing: in a loop it does not keep what derives from it in registers from one round
+// to the next, which costs more than computing it again where accumulators fill the registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 }  // namespace swinkernels::ptx
 
 #endif  // SWINKERNELS_KERNELS_COMMON_PTX_CUH_

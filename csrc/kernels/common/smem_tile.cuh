@@ -27,19 +27,20 @@ struct SmemTile {
   __device__ __forceinline__ T* element(int row, int col) const { return chunk(row, col / kVec) + col % kVec; }
 };
 
-// Writes a 16 x (8 * kTiles) accumulator fragment (PTX layout, see ptx.cuh) to rows row0.. of a tile: rows below
-// row_limit and columns below col_limit only.
-template <int kTiles, class Tile>
+// Writes a 16 x (8 * kTiles) accumulator fragment (PTX layout, see ptx.cuh) to rows row0.. of a tile, columns below
+// col_limit only and, if asked, rows below row_limit only. row0 is a multiple of 8.
+template <bool kLimitRows, int kTiles, class Tile>
 __device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const float (&x)[kTiles][4], float factor0,
                                                float factor1, int row_limit, int col_limit) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const bool write0 = !kLimitRows || row0 + g < row_limit, write1 = !kLimitRows || row0 + g + 8 < row_limit;
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
-    if (8 * j >= col_limit) continue;
-    if (row0 + g < row_limit) store2(tile.element(row0 + g, 8 * j + 2 * t), x[j][0] * factor0, x[j][1] * factor0);
-    if (row0 + g + 8 < row_limit) {
-      store2(tile.element(row0 + g + 8, 8 * j + 2 * t), x[j][2] * factor1, x[j][3] * factor1);
-    }
+    // The chunks of row + 8 are permuted as those of row.
+    typename Tile::T* const destination = tile.element(row0 + g, 8 * j + 2 * t);
+    const bool in_columns = 8 * j < col_limit;
+    if (write0 && in_columns) store2(destination, x[j][0] * factor0, x[j][1] * factor0);
+    if (write1 && in_columns) store2(destination + 8 * Tile::kCols, x[j][2] * factor1, x[j][3] * factor1);
   }
 }
 

@@ -100,63 +100,84 @@ __device__ __forceinline__ bool may_be_mixed(const WindowLayout& layout, const W
   return mixed;
 }
 
+// The coordinates of a token in its window in one register.
+struct PackedToken {
+  static constexpr int kBits = 10, kMask = (1 << kBits) - 1;
+
+  __device__ static __forceinline__ int32_t of(const WindowLayout& layout, int token) {
+    const int row = token / layout.window[2];
+    return row / layout.window[1] | row % layout.window[1] << kBits | token % layout.window[2] << 2 * kBits;
+  }
+  __device__ static __forceinline__ int coordinate(int32_t packed, int axis) { return packed >> kBits * axis & kMask; }
+};
+
+__device__ __forceinline__ int frame_coordinate(const WindowLayout& layout, const WindowIndex& index, int32_t token,
+                                                int axis) {
+  const int n = index.n[axis], t = PackedToken::coordinate(token, axis);
+  return layout.grid ? t * layout.num_windows[axis] + n : n * layout.window[axis] + t;
+}
+
 struct TokenSource {
   uint32_t y[3];  // coordinates in the map, unless is_pad
   bool is_pad;
-  int32_t region;
 };
 
 __device__ __forceinline__ TokenSource token_source(const WindowLayout& layout, const WindowIndex& index,
-                                                    const int (&token)[3]) {
+                                                    int32_t token) {
   TokenSource source;
   source.is_pad = false;
+#pragma unroll
+  for (int axis = 0; axis < 3; ++axis) {
+    const int size = layout.size[axis];
+    int y = frame_coordinate(layout, index, token, axis);
+    if (layout.roll_then_pad) {
+      y -= layout.pad_before[axis];
+      source.is_pad |= static_cast<uint32_t>(y) >= static_cast<uint32_t>(size);  // negative ones, too
+      y += layout.shift_in_size[axis];
+      if (y >= size) y -= size;
+    } else {
+      y += layout.shift[axis];
+      if (y >= layout.frame[axis]) y -= layout.frame[axis];
+      y -= layout.pad_before[axis];
+      source.is_pad |= static_cast<uint32_t>(y) >= static_cast<uint32_t>(size);
+    }
+    source.y[axis] = static_cast<uint32_t>(y);
+  }
+  return source;
+}
+
+__device__ __forceinline__ int32_t token_region(const WindowLayout& layout, const WindowIndex& index, int32_t token) {
   int region = 0;
   int64_t frame_index = 0;
 #pragma unroll
   for (int axis = 0; axis < 3; ++axis) {
-    const int n = index.n[axis], t = token[axis];
-    const int g = layout.grid ? t * layout.num_windows[axis] + n : n * layout.window[axis] + t;
-    const int frame = layout.frame[axis], size = layout.size[axis], shift = layout.shift[axis];
-    int y;
-    if (layout.roll_then_pad) {
-      y = g - layout.pad_before[axis];
-      source.is_pad |= y < 0 || y >= size;
-      y += layout.shift_in_size[axis];
-      if (y >= size) y -= size;
-    } else {
-      y = g + shift;
-      if (y >= frame) y -= frame;
-      y -= layout.pad_before[axis];
-      source.is_pad |= y < 0 || y >= size;
-    }
-    source.y[axis] = static_cast<uint32_t>(y);
-    const int on_axis = layout.has_regions[axis] ? (g >= frame - layout.window[axis]) + (g >= frame - shift) : 0;
-    region = region * 3 + on_axis;
+    const int g = frame_coordinate(layout, index, token, axis), frame = layout.frame[axis];
+    region *= 3;
+    if (layout.has_regions[axis]) region += (g >= frame - layout.window[axis]) + (g >= frame - layout.shift[axis]);
     frame_index = frame_index * frame + g;
   }
-  source.region = layout.region_map == nullptr ? region : layout.region_map[frame_index];
-  return source;
+  return layout.region_map == nullptr ? region : layout.region_map[frame_index];
 }
 
-// The strides of a token map, in elements.
-struct MapStrides {
+// Where a token map lies, with strides in bytes.
+struct MapAddress {
+  const void* data;
   uint64_t batch, axis[3], head;
 
   template <class Map>
-  static MapStrides of(const Map& map) {
-    return {static_cast<uint64_t>(map.batch_stride),
-            {static_cast<uint64_t>(map.axis_stride[0]), static_cast<uint64_t>(map.axis_stride[1]),
-             static_cast<uint64_t>(map.axis_stride[2])},
-            static_cast<uint64_t>(map.head_stride)};
+  static MapAddress of(const Map& map, size_t element_bytes) {
+    const auto bytes = [element_bytes](int64_t stride) { return static_cast<uint64_t>(stride) * element_bytes; };
+    return {map.data,
+            bytes(map.batch_stride),
+            {bytes(map.axis_stride[0]), bytes(map.axis_stride[1]), bytes(map.axis_stride[2])},
+            bytes(map.head_stride)};
   }
 
-  // Where the row of a token starts; y is unsigned so that a product costs two multiply-adds.
-  __device__ __forceinline__ int64_t offset(uint32_t batch_index, uint32_t head_index, const uint32_t (&y)[3]) const {
-    return static_cast<int64_t>(batch_index * batch + head_index * head + y[0] * axis[0] + y[1] * axis[1] +
-                                y[2] * axis[2]);
+  // The row of a token. All factors are unsigned so that a product costs two multiply-adds.
+  __device__ __forceinline__ uint64_t row(uint32_t batch_index, uint32_t head_index, const uint32_t (&y)[3]) const {
+    return reinterpret_cast<uint64_t>(data) + batch_index * batch + head_index * head + y[0] * axis[0] +
+           y[1] * axis[1] + y[2] * axis[2];
   }
 };
-
-constexpr int64_t kPadToken = -1;  // in place of an offset
 
 }  // namespace swinkernels

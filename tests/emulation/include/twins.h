@@ -208,6 +208,8 @@ inline uint32_t to_tf32(float x) {
   return (bits + 0x1000u) & 0xffffe000u;
 }
 
+inline int opaque(int x) { return x; }
+
 }  // namespace ptx
 
 constexpr size_t kDefaultDynamicSmemBytes = 48 * 1024;

@@ -21,8 +21,6 @@
 namespace swinkernels::cuda {
 
 struct BackwardArguments : WindowArguments<7> {
-  const void* inputs[4];  // q, k, v, dout
-  void* outputs[3];       // dq, dk, dv
   const float* lse;
   float scale;
   float* table_partials;  // (workers, heads, table entries), or null if dbias_table is not wanted
@@ -32,22 +30,16 @@ struct BackwardArguments : WindowArguments<7> {
 
 // The log-sum-exp in base 2 of one query; infinite for a pad query, whose probabilities must be zero.
 __device__ __forceinline__ float load_lse2(const BackwardArguments& args, uint32_t window, int head, int token,
-                                           int64_t offset) {
-  if (offset == kPadToken) return INFINITY;
+                                           uint64_t dout_row) {
+  if (dout_row == 0) return INFINITY;
   return args.lse[(static_cast<int64_t>(window) * args.num_heads + head) * args.num_tokens + token] * kLog2E;
 }
 
-// Turns products q.k into probabilities; lse2 is that of this thread's two rows.
+// Turns scores in base 2, but for the mask, into probabilities; lse2 is that of this thread's two rows.
 template <int kTiles>
-__device__ __forceinline__ void probabilities(float (&score)[kTiles][4], const float (&bias)[kTiles][4], float scale2,
-                                              bool mixed, const int32_t* region, float mask2, int row0, int col0,
-                                              int num_tokens, const float (&lse2)[2]) {
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) score[j][e] = fmaf(score[j][e], scale2, bias[j][e]);
-  }
-  if (mixed) add_mask(score, region, mask2, row0, col0, num_tokens);
+__device__ __forceinline__ void to_probabilities(float (&score)[kTiles][4], bool mixed, const int32_t* region,
+                                                 float mask2, int row0, int col0, const float (&lse2)[2]) {
+  if (mixed) add_mask(score, region, mask2, row0, col0);
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -58,10 +50,10 @@ __device__ __forceinline__ void probabilities(float (&score)[kTiles][4], const f
 // Adds the rows of pad tokens among this warp's 16 rows to `sum`, one value per column.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
-                                             const int64_t* offsets, int first, int num_tokens) {
+                                             const uint64_t* rows, int first, int num_tokens) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const bool pad0 = first + g < num_tokens && offsets[first + g] == kPadToken;
-  const bool pad1 = first + g + 8 < num_tokens && offsets[first + g + 8] == kPadToken;
+  const bool pad0 = first + g < num_tokens && rows[first + g] == 0;
+  const bool pad1 = first + g + 8 < num_tokens && rows[first + g + 8] == 0;
   if (!__any_sync(0xffffffffu, pad0 || pad1)) return;
 #pragma unroll
   for (int n = 0; n < kColTiles; ++n) {
@@ -72,6 +64,21 @@ __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTi
       column += __shfl_xor_sync(0xffffffffu, column, 8);
       column += __shfl_xor_sync(0xffffffffu, column, 16);
       if (g == 0) sum[8 * n + 2 * t + e] += column * factor;
+    }
+  }
+}
+
+// Adds ds of 16 queries to a dense dbias, which only this thread touches here; `sums` is its first element. The first
+// window writes.
+template <int kTiles>
+__device__ __forceinline__ void add_dense(float* sums, const float (&ds)[kTiles][4], int stride, bool first) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float2* sum = reinterpret_cast<float2*>(sums + 8 * half * stride + 8 * j);
+      const float2 before = first ? make_float2(0.0f, 0.0f) : *sum;
+      *sum = make_float2(before.x + ds[j][2 * half], before.y + ds[j][2 * half + 1]);
     }
   }
 }
@@ -124,10 +131,10 @@ struct BackwardShortSmem {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
     float dbias[Traits::kBlock * Traits::kBlock];  // at the end
   };
+  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments, to leave registers to those of dbias
   WindowTokens<7, Traits::kBlock> tokens[kSlots];
-  float lse2[2][Traits::kBlock];
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
-  int32_t token_index[Traits::kBlock];
+  TokenConstants<Traits::kBlock> constants;
 };
 
 template <class Traits>
@@ -141,7 +148,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   constexpr int kStages = Smem::kStages, kSlots = Smem::kSlots, kTiles = Traits::kTiles;
   constexpr int kColTiles = Traits::kHeadDimTiles;
   Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
-  const int row0 = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int first_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int num_tokens = args.num_tokens;
   const int head = blockIdx.x % args.num_heads;
   const uint32_t first = blockIdx.x / args.num_heads, step = gridDim.x / args.num_heads;
@@ -150,9 +157,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   const auto copy_window = [&](int stage, int slot) {
 #pragma unroll
     for (int map = 0; map < 4; ++map) {
-      copy_rows<Traits::kThreads, Traits::kBlock, false>(
-          Tile{smem.tiles[stage][map]}, args.inputs[map], smem.tokens[slot].offset[map],
-          map < 3 ? pad_row<T>(args, map, head) : nullptr, 0, num_tokens, args.head_dim);
+      copy_rows<Traits::kThreads, Traits::kBlock, false>(Tile{smem.tiles[stage][map]}, smem.tokens[slot].row[map], 0,
+                                                         num_tokens, args.head_dim);
     }
   };
 
@@ -160,17 +166,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   fill_with_zeros<Traits::kThreads>(smem.tiles, sizeof(smem.tiles));
   fill_with_zeros<Traits::kThreads>(smem.p_ds, sizeof(smem.p_ds));
   fill_with_zeros<Traits::kThreads>(smem.pad_sums, sizeof(smem.pad_sums));
-  for (int i = threadIdx.x; i < num_tokens; i += Traits::kThreads) smem.token_index[i] = args.layout.table_index(i);
+  fill_token_constants(smem.constants, args);
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    if (first + i * step < args.num_windows) locate_tokens(smem.tokens[i], args, first + i * step, head);
-  }
-  // Token i is this thread's in locate_tokens, too, so that it reads here what it wrote itself.
-  const int token = threadIdx.x;
-  if (token < Traits::kBlock) {
-    smem.lse2[0][token] =
-        token < num_tokens ? load_lse2(args, first, head, token, smem.tokens[0].offset[3][token]) : INFINITY;
-    smem.lse2[1][token] = INFINITY;
+    if (first + i * step < args.num_windows)
+      locate_tokens<T>(smem.tokens[i], smem.constants, args, first + i * step, head);
   }
   __syncthreads();
 #pragma unroll
@@ -178,43 +179,58 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
     if (first + i * step < args.num_windows) copy_window(i, i);
     ptx::cp_async_commit();
   }
-  float bias[kTiles][4], dbias[kTiles][4] = {};
-  load_bias(bias, {args.bias_table == nullptr ? nullptr : args.bias_table + head, args.num_heads, smem.token_index},
-            args.layout.table_middle, row0, 0, num_tokens);
+  {
+    float bias[kTiles][4];
+    load_bias(
+        bias,
+        {args.bias_table == nullptr ? nullptr : args.bias_table + head, args.num_heads, smem.constants.table_index},
+        args.layout.table_middle, first_row, 0, num_tokens);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      smem.bias[j][threadIdx.x] = make_float4(bias[j][0], bias[j][1], bias[j][2], bias[j][3]);
+    }
+  }
+  float dbias[kTiles][4] = {};
 
-  int stage = 0, slot = 0, parity = 0;
+  int stage = 0, slot = 0;
   for (uint32_t window = first; window < args.num_windows; window += step) {
+    ptx::cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
+    __syncthreads();  // this window's rows are there if they were on their way, and the tiles of the one before are
+                      // free
+    const int row0 = ptx::opaque(first_row);
+    const auto& tokens = smem.tokens[slot];
+    float lse2[2];  // asked for now, used after the first product
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + g + 8 * half;
+      lse2[half] = row < num_tokens ? load_lse2(args, window, head, row, tokens.row[3][row]) : INFINITY;
+    }
+    const uint32_t ahead = window + (kStages - 1) * step;
+    if (ahead < args.num_windows) copy_window((stage + kStages - 1) % kStages, (slot + kStages - 1) % kSlots);
+    ptx::cp_async_commit();
+    if (window + kStages * step < args.num_windows) {
+      locate_tokens<T>(smem.tokens[(slot + kStages) % kSlots], smem.constants, args, window + kStages * step, head);
+    }
     if constexpr (kStages == 1) {
-      __syncthreads();  // nobody reads the tiles of the window before
-      copy_window(0, slot);
-      ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncthreads();
-    } else {
-      ptx::cp_async_wait<kStages - 2>();
-      __syncthreads();
-      const uint32_t ahead = window + (kStages - 1) * step;
-      if (ahead < args.num_windows) copy_window((stage + kStages - 1) % kStages, (slot + kStages - 1) % kSlots);
-      ptx::cp_async_commit();
-    }
-    if (window + kStages * step < args.num_windows) {
-      locate_tokens(smem.tokens[(slot + kStages) % kSlots], args, window + kStages * step, head);
-    }
-    float next_lse2 = 0.0f;
-    const bool has_next = token < num_tokens && window + step < args.num_windows;
-    if (has_next) {
-      next_lse2 = load_lse2(args, window + step, head, token, smem.tokens[(slot + 1) % kSlots].offset[3][token]);
     }
 
-    const auto& tokens = smem.tokens[slot];
     const Tile q{smem.tiles[stage][0]}, k{smem.tiles[stage][1]}, v{smem.tiles[stage][2]}, dout{smem.tiles[stage][3]};
     float dq[kColTiles][4] = {};
     if (row0 < num_tokens) {
       float p[kTiles][4] = {}, dp[kTiles][4] = {};
       Product::add_abt(p, q, row0, k);
-      const float lse2[2] = {smem.lse2[parity][row0 + g], smem.lse2[parity][row0 + g + 8]};
-      probabilities(p, bias, args.scale2, tokens.mixed, tokens.region, args.mask2, row0, 0, num_tokens, lse2);
-      write_fragment(p_tile, row0, p, 1.0f, 1.0f, Traits::kBlock, Traits::kBlock);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const float4 bias = smem.bias[j][threadIdx.x];
+        p[j][0] = fmaf(p[j][0], args.scale2, bias.x);
+        p[j][1] = fmaf(p[j][1], args.scale2, bias.y);
+        p[j][2] = fmaf(p[j][2], args.scale2, bias.z);
+        p[j][3] = fmaf(p[j][3], args.scale2, bias.w);
+      }
+      to_probabilities(p, tokens.mixed, tokens.region, args.mask2, row0, 0, lse2);
+      write_fragment<false>(p_tile, row0, p, 1.0f, 1.0f, Traits::kBlock, Traits::kBlock);
       Product::add_abt(dp, dout, row0, v);
       float delta[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -232,37 +248,35 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
           dbias[j][e] += p[j][e];
         }
       }
-      write_fragment(ds_tile, row0, p, 1.0f, 1.0f, Traits::kBlock, Traits::kBlock);
+      write_fragment<false>(ds_tile, row0, p, 1.0f, 1.0f, Traits::kBlock, Traits::kBlock);
       Product::add_pb(dq, p, k);
     }
-    if (has_next) smem.lse2[parity ^ 1][token] = next_lse2;
     __syncthreads();  // p and ds are whole; k and v are not read any more and take the outputs
     if (row0 < num_tokens) {
-      write_fragment(v, row0, dq, args.scale, args.scale, num_tokens, args.head_dim);
-      store_rows(args.outputs[0], v, row0, tokens.offset[4], 0, num_tokens, args.head_dim);
+      write_fragment<true>(v, row0, dq, args.scale, args.scale, num_tokens, args.head_dim);
+      store_rows(v, row0, tokens.row[4], 0, num_tokens, args.head_dim);
       {
         float dk[kColTiles][4] = {};
         Product::template add_ptb<kTiles>(dk, ds_tile, row0, q);
-        write_fragment(k, row0, dk, args.scale, args.scale, num_tokens, args.head_dim);
-        store_rows(args.outputs[1], k, row0, tokens.offset[5], 0, num_tokens, args.head_dim);
+        write_fragment<true>(k, row0, dk, args.scale, args.scale, num_tokens, args.head_dim);
+        store_rows(k, row0, tokens.row[5], 0, num_tokens, args.head_dim);
         if (args.pad_partials != nullptr) {
-          add_pad_rows(smem.pad_sums[row0 / 16][0], dk, args.scale, tokens.offset[5], row0, num_tokens);
+          add_pad_rows(smem.pad_sums[row0 / 16][0], dk, args.scale, tokens.row[5], row0, num_tokens);
         }
       }
       {
         float dv[kColTiles][4] = {};
         Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
         __syncwarp();  // dq has left these rows
-        write_fragment(v, row0, dv, 1.0f, 1.0f, num_tokens, args.head_dim);
-        store_rows(args.outputs[2], v, row0, tokens.offset[6], 0, num_tokens, args.head_dim);
+        write_fragment<true>(v, row0, dv, 1.0f, 1.0f, num_tokens, args.head_dim);
+        store_rows(v, row0, tokens.row[6], 0, num_tokens, args.head_dim);
         if (args.pad_partials != nullptr) {
-          add_pad_rows(smem.pad_sums[row0 / 16][1], dv, 1.0f, tokens.offset[6], row0, num_tokens);
+          add_pad_rows(smem.pad_sums[row0 / 16][1], dv, 1.0f, tokens.row[6], row0, num_tokens);
         }
       }
     }
     stage = (stage + 1) % kStages;
     slot = (slot + 1) % kSlots;
-    parity ^= 1;
   }
 
   __syncthreads();
@@ -270,13 +284,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   if (args.table_partials != nullptr) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      float* row = smem.dbias + (row0 + g) * Traits::kBlock + 8 * j + 2 * t;
+      float* row = smem.dbias + (first_row + g) * Traits::kBlock + 8 * j + 2 * t;
       store2(row, dbias[j][0], dbias[j][1]);
       store2(row + 8 * Traits::kBlock, dbias[j][2], dbias[j][3]);
     }
     __syncthreads();
     gather_table<Traits::kThreads>(args.table_partials + static_cast<int64_t>(blockIdx.x) * args.layout.table_entries,
-                                   smem.dbias, Traits::kBlock, args.layout, smem.token_index, num_tokens);
+                                   smem.dbias, Traits::kBlock, args.layout, smem.constants.table_index, num_tokens);
   }
 }
 
@@ -289,7 +303,7 @@ struct BackwardLongSmem {
   float lse2[kLongestWindow];
   float delta[kLongestWindow];
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
-  int32_t token_index[kLongestWindow];
+  TokenConstants<kLongestWindow> constants;
   float table[Traits::kSharedTableEntries + 1];
 };
 
@@ -303,8 +317,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   using Smem = BackwardLongSmem<Traits>;
   static_assert(Traits::kKeys == Traits::kBlock);
   constexpr int kTiles = Traits::kTiles, kColTiles = Traits::kHeadDimTiles, kBlock = Traits::kBlock;
+  constexpr bool kKeyGradientsTogether = Traits::kHeadDim <= 64;  // else registers do not hold both
   Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
-  const int row0 = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int first_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int num_tokens = args.num_tokens;
   const int head = blockIdx.x % args.num_heads;
   const uint32_t first = blockIdx.x / args.num_heads, step = gridDim.x / args.num_heads;
@@ -317,9 +332,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const PTile p_tile{smem.p_ds[0]}, ds_tile{smem.p_ds[1]};
 
   const auto copy_block = [&](int map, int block) {
-    copy_rows<Traits::kThreads, kBlock, true>(Tile{smem.tiles[map]}, args.inputs[map], smem.tokens.offset[map],
-                                              map < 3 ? pad_row<T>(args, map, head) : nullptr, block * kBlock,
-                                              num_tokens, args.head_dim);
+    copy_rows<Traits::kThreads, kBlock, true>(Tile{smem.tiles[map]}, smem.tokens.row[map], block * kBlock, num_tokens,
+                                              args.head_dim);
   };
   const auto wait_for_copies = [&]() {
     ptx::cp_async_commit();
@@ -329,128 +343,147 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
 
   fill_with_zeros<Traits::kThreads>(smem.tiles, sizeof(smem.tiles));
   fill_with_zeros<Traits::kThreads>(smem.pad_sums, sizeof(smem.pad_sums));
-  const BiasColumn column = stage_bias_column<Traits>(args, head, smem.table, smem.token_index);
+  fill_token_constants(smem.constants, args);
+  const BiasColumn column = stage_bias_column<Traits>(args, head, smem.table, smem.constants.table_index);
 
   // p and dp of this warp's 16 rows of the block of queries in q and dout and the block of keys in k and v.
-  const auto recompute = [&](float (&p)[kTiles][4], float (&dp)[kTiles][4], int query_block, int key_block) {
+  const auto recompute = [&](float (&p)[kTiles][4], float (&dp)[kTiles][4], int row0, int query_block, int key_block) {
     const int row = query_block * kBlock + row0, col = key_block * kBlock;
     Product::add_abt(p, q, row0, k);
     const float lse2[2] = {smem.lse2[row + g], smem.lse2[row + g + 8]};
     {
       float bias[kTiles][4];
       load_bias(bias, column, args.layout.table_middle, row, col, num_tokens);
-      probabilities(p, bias, args.scale2, smem.tokens.mixed, smem.tokens.region, args.mask2, row, col, num_tokens,
-                    lse2);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) p[j][e] = fmaf(p[j][e], args.scale2, bias[j][e]);
+      }
     }
+    to_probabilities(p, smem.tokens.mixed, smem.tokens.region, args.mask2, row, col, lse2);
     Product::add_abt(dp, dout, row0, v);
   };
 
+  // Calls add_products with p and ds of every block of queries in p_tile and ds_tile, the queries in q and dout.
+  const auto for_each_query_block = [&](int key_block, auto&& add_products) {
+#pragma unroll 1
+    for (int query_block = 0; query_block < blocks; ++query_block) {
+      const int row0 = ptx::opaque(first_row), row = query_block * kBlock + row0;
+      copy_block(0, query_block);
+      copy_block(3, query_block);
+      wait_for_copies();
+      {
+        // Queries past the window have an infinite lse, hence p = 0, and zeros for delta's sake.
+        float p[kTiles][4] = {}, dp[kTiles][4] = {};
+        recompute(p, dp, row0, query_block, key_block);
+        write_fragment<false>(p_tile, row0, p, 1.0f, 1.0f, kBlock, kBlock);
+        const float delta[2] = {smem.delta[row + g], smem.delta[row + g + 8]};
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) p[j][e] *= dp[j][e] - delta[e / 2];
+        }
+        write_fragment<false>(ds_tile, row0, p, 1.0f, 1.0f, kBlock, kBlock);
+      }
+      __syncthreads();
+      add_products(row0);
+      __syncthreads();
+    }
+  };
+
+  // Stores dk (map 1) or dv (map 2) of this warp's 16 keys through a tile that nobody reads.
+  const auto finish_keys = [&](const float (&x)[kColTiles][4], int map, const Tile& tile, float factor, int key_block) {
+    const int row0 = ptx::opaque(first_row), first_key = key_block * kBlock;
+    const uint64_t* rows = smem.tokens.row[4 + map];
+    write_fragment<true>(tile, row0, x, factor, factor, num_tokens - first_key, args.head_dim);
+    store_rows(tile, row0, rows, first_key, num_tokens, args.head_dim);
+    if (args.pad_partials != nullptr) {
+      add_pad_rows(smem.pad_sums[row0 / 16][map - 1], x, factor, rows, first_key + row0, num_tokens);
+    }
+  };
+
   for (uint32_t window = first; window < args.num_windows; window += step) {
-    __syncthreads();  // nobody reads the tiles and addresses of the window before
-    locate_tokens(smem.tokens, args, window, head);
+    __syncthreads();  // the constants are there, and nobody reads the tiles and addresses of the window before
+    locate_tokens<T>(smem.tokens, smem.constants, args, window, head);
     for (int i = threadIdx.x; i < kLongestWindow; i += Traits::kThreads) {
-      smem.lse2[i] = i < num_tokens ? load_lse2(args, window, head, i, smem.tokens.offset[3][i]) : INFINITY;
+      smem.lse2[i] = i < num_tokens ? load_lse2(args, window, head, i, smem.tokens.row[3][i]) : INFINITY;
     }
     __syncthreads();
 
+    // The first sweep over the keys gives delta, the second dq and dbias.
     for (int query_block = 0; query_block < blocks; ++query_block) {
+      const int row0 = ptx::opaque(first_row);
       const int row = query_block * kBlock + row0;
       float delta[2] = {0.0f, 0.0f};
+      float dq[kColTiles][4] = {};
       copy_block(0, query_block);
       copy_block(3, query_block);
-      for (int key_block = 0; key_block < blocks; ++key_block) {
+#pragma unroll 1
+      for (int step_of_both = 0; step_of_both < 2 * blocks; ++step_of_both) {
+        const bool second = step_of_both >= blocks;
+        const int key_block = second ? step_of_both - blocks : step_of_both;
         copy_block(1, key_block);
         copy_block(2, key_block);
         wait_for_copies();
         if (row < num_tokens) {
           float p[kTiles][4] = {}, dp[kTiles][4] = {};
-          recompute(p, dp, query_block, key_block);
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) delta[e / 2] = fmaf(p[j][e], dp[j][e], delta[e / 2]);
-          }
-        }
-        __syncthreads();
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        delta[half] = quad_sum(delta[half]);
-        if (t == 0) smem.delta[row + g + 8 * half] = delta[half];
-      }
-      float dq[kColTiles][4] = {};
-      for (int key_block = 0; key_block < blocks; ++key_block) {
-        copy_block(1, key_block);
-        copy_block(2, key_block);
-        wait_for_copies();
-        if (row < num_tokens) {
-          float ds[kTiles][4] = {}, dp[kTiles][4] = {};
-          recompute(ds, dp, query_block, key_block);
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) ds[j][e] *= dp[j][e] - delta[e / 2];
-          }
-          if (dense != nullptr) {
+          recompute(p, dp, row0, query_block, key_block);
+          if (!second) {
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                float2* sum = reinterpret_cast<float2*>(dense + (row + g + 8 * half) * dense_stride +
-                                                        key_block * kBlock + 8 * j + 2 * t);
-                const float2 before = window == first ? make_float2(0.0f, 0.0f) : *sum;
-                *sum = make_float2(before.x + ds[j][2 * half], before.y + ds[j][2 * half + 1]);
-              }
+              for (int e = 0; e < 4; ++e) delta[e / 2] = fmaf(p[j][e], dp[j][e], delta[e / 2]);
             }
+          } else {
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) p[j][e] *= dp[j][e] - delta[e / 2];  // ds
+            }
+            if (dense != nullptr) {
+              float* sums = dense + (row + g) * dense_stride + key_block * kBlock + 2 * t;
+              add_dense(sums, p, dense_stride, window == first);
+            }
+            Product::add_pb(dq, p, k);
           }
-          Product::add_pb(dq, ds, k);
+        }
+        if (step_of_both == blocks - 1) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            delta[half] = quad_sum(delta[half]);
+            if (t == 0) smem.delta[row + g + 8 * half] = delta[half];
+          }
         }
         __syncthreads();
       }
       if (row < num_tokens) {
-        write_fragment(q, row0, dq, args.scale, args.scale, num_tokens - query_block * kBlock, args.head_dim);
-        store_rows(args.outputs[0], q, row0, smem.tokens.offset[4], query_block * kBlock, num_tokens, args.head_dim);
+        write_fragment<true>(q, row0, dq, args.scale, args.scale, num_tokens - query_block * kBlock, args.head_dim);
+        store_rows(q, row0, smem.tokens.row[4], query_block * kBlock, num_tokens, args.head_dim);
       }
       __syncthreads();
     }
 
     for (int key_block = 0; key_block < blocks; ++key_block) {
-      float dk[kColTiles][4] = {}, dv[kColTiles][4] = {};
       copy_block(1, key_block);
       copy_block(2, key_block);
-      for (int query_block = 0; query_block < blocks; ++query_block) {
-        const int row = query_block * kBlock + row0;
-        copy_block(0, query_block);
-        copy_block(3, query_block);
-        wait_for_copies();
-        float p[kTiles][4] = {};
+      if constexpr (kKeyGradientsTogether) {
+        float dk[kColTiles][4] = {}, dv[kColTiles][4] = {};
+        for_each_query_block(key_block, [&](int row0) {
+          Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
+          Product::template add_ptb<kTiles>(dk, ds_tile, row0, q);
+        });
+        finish_keys(dv, 2, dout, 1.0f, key_block);
+        finish_keys(dk, 1, q, args.scale, key_block);
+      } else {
         {
-          // Queries past the window have an infinite lse, hence p = 0, and zeros for delta's sake.
-          float dp[kTiles][4] = {};
-          recompute(p, dp, query_block, key_block);
-          write_fragment(p_tile, row0, p, 1.0f, 1.0f, kBlock, kBlock);
-          const float delta[2] = {smem.delta[row + g], smem.delta[row + g + 8]};
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) p[j][e] *= dp[j][e] - delta[e / 2];
-          }
-          write_fragment(ds_tile, row0, p, 1.0f, 1.0f, kBlock, kBlock);
+          float dv[kColTiles][4] = {};
+          for_each_query_block(key_block, [&](int row0) { Product::template add_ptb<kTiles>(dv, p_tile, row0, dout); });
+          finish_keys(dv, 2, dout, 1.0f, key_block);
         }
         __syncthreads();
-        Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
-        Product::template add_ptb<kTiles>(dk, ds_tile, row0, q);
-        __syncthreads();
-      }
-      const int first_key = key_block * kBlock;
-      write_fragment(k, row0, dk, args.scale, args.scale, num_tokens - first_key, args.head_dim);
-      store_rows(args.outputs[1], k, row0, smem.tokens.offset[5], first_key, num_tokens, args.head_dim);
-      write_fragment(v, row0, dv, 1.0f, 1.0f, num_tokens - first_key, args.head_dim);
-      store_rows(args.outputs[2], v, row0, smem.tokens.offset[6], first_key, num_tokens, args.head_dim);
-      if (args.pad_partials != nullptr) {
-        float (&sums)[2][Traits::kHeadDim] = smem.pad_sums[row0 / 16];
-        add_pad_rows(sums[0], dk, args.scale, smem.tokens.offset[5], first_key + row0, num_tokens);
-        add_pad_rows(sums[1], dv, 1.0f, smem.tokens.offset[6], first_key + row0, num_tokens);
+        float dk[kColTiles][4] = {};
+        for_each_query_block(key_block, [&](int row0) { Product::template add_ptb<kTiles>(dk, ds_tile, row0, q); });
+        finish_keys(dk, 1, q, args.scale, key_block);
       }
       __syncthreads();
     }
@@ -460,7 +493,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   write_pad_partial<Traits>(args, smem.pad_sums);
   if (args.table_partials != nullptr) {
     gather_table<Traits::kThreads>(args.table_partials + static_cast<int64_t>(blockIdx.x) * args.layout.table_entries,
-                                   dense, dense_stride, args.layout, smem.token_index, num_tokens);
+                                   dense, dense_stride, args.layout, smem.constants.table_index, num_tokens);
   }
 }
 

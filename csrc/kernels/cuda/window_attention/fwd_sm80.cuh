@@ -19,16 +19,24 @@
 namespace swinkernels::cuda {
 
 struct ForwardArguments : WindowArguments<4> {
-  const void* inputs[3];  // q, k, v
-  void* out;
   float* lse;
 };
+
+// For rounded outputs the approximate functions are exact enough.
+template <class T>
+__device__ __forceinline__ float reciprocal(float x) {
+  return sizeof(T) == 4 ? 1.0f / x : __fdividef(1.0f, x);
+}
+template <class T>
+__device__ __forceinline__ float log2_of(float x) {
+  return sizeof(T) == 4 ? log2f(x) : __log2f(x);
+}
 
 // The output rows of a warp, normalised, through its rows of a tile to the map; and their lse.
 template <class Traits, class Tile>
 __device__ __forceinline__ void finish_rows(const ForwardArguments& args, const Tile& tile,
                                             const float (&o)[Traits::kHeadDimTiles][4], const float (&maximum)[2],
-                                            const float (&sum)[2], const int64_t* offsets, int row0, int first,
+                                            const float (&sum)[2], const uint64_t* rows, int row0, int first,
                                             uint32_t window, int head) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float* lse = args.lse + (static_cast<int64_t>(window) * args.num_heads + head) * args.num_tokens;
@@ -36,11 +44,12 @@ __device__ __forceinline__ void finish_rows(const ForwardArguments& args, const 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first + row0 + g + 8 * half;
-      if (row < args.num_tokens) lse[row] = maximum[half] * kLn2 + logf(sum[half]);
+      if (row < args.num_tokens) lse[row] = (maximum[half] + log2_of<typename Traits::T>(sum[half])) * kLn2;
     }
   }
-  write_fragment(tile, row0, o, 1.0f / sum[0], 1.0f / sum[1], args.num_tokens - first, args.head_dim);
-  store_rows(args.out, tile, row0, offsets, first, args.num_tokens, args.head_dim);
+  write_fragment<false>(tile, row0, o, reciprocal<typename Traits::T>(sum[0]), reciprocal<typename Traits::T>(sum[1]),
+                        args.num_tokens - first, args.head_dim);
+  store_rows(tile, row0, rows, first, args.num_tokens, args.head_dim);
 }
 
 template <class Traits>
@@ -49,7 +58,7 @@ struct ForwardShortSmem {
   static constexpr int kSlots = kStages + 1;
   alignas(128) typename Traits::T tiles[kStages][3][Traits::kBlock * Traits::kHeadDim];  // q, k, v
   WindowTokens<4, Traits::kBlock> tokens[kSlots];
-  int32_t token_index[Traits::kBlock];
+  TokenConstants<Traits::kBlock> constants;
 };
 
 template <class Traits>
@@ -69,18 +78,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
   const auto copy_window = [&](int stage, int slot) {
 #pragma unroll
     for (int map = 0; map < 3; ++map) {
-      copy_rows<Traits::kThreads, Traits::kBlock, false>(Tile{smem.tiles[stage][map]}, args.inputs[map],
-                                                         smem.tokens[slot].offset[map], pad_row<T>(args, map, head), 0,
+      copy_rows<Traits::kThreads, Traits::kBlock, false>(Tile{smem.tiles[stage][map]}, smem.tokens[slot].row[map], 0,
                                                          num_tokens, args.head_dim);
     }
   };
 
   // Rows past the window and columns past head_dim stay zero from here on.
   fill_with_zeros<Traits::kThreads>(smem.tiles, sizeof(smem.tiles));
-  for (int i = threadIdx.x; i < num_tokens; i += Traits::kThreads) smem.token_index[i] = args.layout.table_index(i);
+  fill_token_constants(smem.constants, args);
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    if (first + i * step < args.num_windows) locate_tokens(smem.tokens[i], args, first + i * step, head);
+    if (first + i * step < args.num_windows)
+      locate_tokens<T>(smem.tokens[i], smem.constants, args, first + i * step, head);
   }
   __syncthreads();
 #pragma unroll
@@ -89,7 +99,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
     ptx::cp_async_commit();
   }
   float bias[kTiles][4];
-  load_bias(bias, {args.bias_table == nullptr ? nullptr : args.bias_table + head, args.num_heads, smem.token_index},
+  load_bias(bias,
+            {args.bias_table == nullptr ? nullptr : args.bias_table + head, args.num_heads, smem.constants.table_index},
             args.layout.table_middle, row0, 0, num_tokens);
 
   int stage = 0, slot = 0;
@@ -108,7 +119,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
       ptx::cp_async_commit();
     }
     if (window + kStages * step < args.num_windows) {
-      locate_tokens(smem.tokens[(slot + kStages) % kSlots], args, window + kStages * step, head);
+      locate_tokens<T>(smem.tokens[(slot + kStages) % kSlots], smem.constants, args, window + kStages * step, head);
     }
 
     if (row0 < num_tokens) {
@@ -121,7 +132,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
 #pragma unroll
         for (int e = 0; e < 4; ++e) score[j][e] = fmaf(score[j][e], args.scale2, bias[j][e]);
       }
-      if (tokens.mixed) add_mask(score, tokens.region, args.mask2, row0, 0, num_tokens);
+      if (tokens.mixed) add_mask(score, tokens.region, args.mask2, row0, 0);
 
       float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -144,7 +155,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
 
       float o[Traits::kHeadDimTiles][4] = {};
       Product::add_pb(o, score, v);
-      finish_rows<Traits>(args, q, o, maximum, sum, tokens.offset[3], row0, 0, window,
+      finish_rows<Traits>(args, q, o, maximum, sum, tokens.row[3], row0, 0, window,
                           head);  // only this warp reads its q
     }
     stage = (stage + 1) % kStages;
@@ -158,7 +169,7 @@ struct ForwardLongSmem {
   alignas(128) typename Traits::T q[Traits::kBlock * Traits::kHeadDim];
   alignas(128) typename Traits::T kv[kStages][2][Traits::kBlock * Traits::kHeadDim];
   WindowTokens<4, kLongestWindow> tokens;
-  int32_t token_index[kLongestWindow];
+  TokenConstants<kLongestWindow> constants;
   float table[Traits::kSharedTableEntries + 1];
 };
 
@@ -179,20 +190,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const int key_blocks = (num_tokens + Traits::kKeys - 1) / Traits::kKeys;
 
   const auto copy_block = [&](T* tile, int map, int block) {
-    copy_rows<Traits::kThreads, Traits::kBlock, true>(Tile{tile}, args.inputs[map], smem.tokens.offset[map],
-                                                      pad_row<T>(args, map, head), block * Traits::kBlock, num_tokens,
-                                                      args.head_dim);
+    copy_rows<Traits::kThreads, Traits::kBlock, true>(Tile{tile}, smem.tokens.row[map], block * Traits::kBlock,
+                                                      num_tokens, args.head_dim);
   };
 
   fill_with_zeros<Traits::kThreads>(smem.q, sizeof(smem.q));
   fill_with_zeros<Traits::kThreads>(smem.kv, sizeof(smem.kv));
-  const BiasColumn column = stage_bias_column<Traits>(args, head, smem.table, smem.token_index);
+  fill_token_constants(smem.constants, args);
+  const BiasColumn column = stage_bias_column<Traits>(args, head, smem.table, smem.constants.table_index);
 
   for (uint32_t item = blockIdx.x / args.num_heads; item < num_items; item += step) {
     const uint32_t window = item / row_blocks;
     const int row_block = item % row_blocks, first = row_block * Traits::kBlock;
-    __syncthreads();  // nobody reads the tiles and addresses of the item before
-    locate_tokens(smem.tokens, args, window, head);
+    __syncthreads();  // the constants are there, and nobody reads the tiles and addresses of the item before
+    locate_tokens<T>(smem.tokens, smem.constants, args, window, head);
     __syncthreads();
     copy_block(smem.q, 0, row_block);
     copy_block(smem.kv[0][0], 1, 0);
@@ -223,7 +234,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
           }
         }
         if (smem.tokens.mixed) {
-          add_mask(score, smem.tokens.region, args.mask2, first + row0, block * Traits::kKeys, num_tokens);
+          add_mask(score, smem.tokens.region, args.mask2, first + row0, block * Traits::kKeys);
         }
         float rescale[2];
 #pragma unroll
@@ -257,7 +268,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     if (first + row0 < num_tokens) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) sum[half] = quad_sum(sum[half]);
-      finish_rows<Traits>(args, Tile{smem.q}, o, maximum, sum, smem.tokens.offset[3], row0, first, window, head);
+      finish_rows<Traits>(args, Tile{smem.q}, o, maximum, sum, smem.tokens.row[3], row0, first, window, head);
     }
   }
 }

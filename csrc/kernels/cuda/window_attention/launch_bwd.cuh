@@ -15,16 +15,10 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
   const WindowAttentionForwardParams& forward = params.forward;
   BackwardArguments args = {};
   static_cast<WindowArguments<7>&>(args) = WindowArguments<7>::of(forward);
-  args.strides[3] = MapStrides::of(params.dout);
-  args.inputs[0] = forward.q.data;
-  args.inputs[1] = forward.k.data;
-  args.inputs[2] = forward.v.data;
-  args.inputs[3] = params.dout.data;
-  const TokenMap* outputs[3] = {&params.dq, &params.dk, &params.dv};
-  for (int i = 0; i < 3; ++i) {
-    args.strides[4 + i] = MapStrides::of(*outputs[i]);
-    args.outputs[i] = outputs[i]->data;
-  }
+  args.maps[3] = MapAddress::of(params.dout, args.element_bytes());
+  args.maps[4] = MapAddress::of(params.dq, args.element_bytes());
+  args.maps[5] = MapAddress::of(params.dk, args.element_bytes());
+  args.maps[6] = MapAddress::of(params.dv, args.element_bytes());
   args.lse = forward.lse;
   args.scale = forward.scale;
 

@@ -10,11 +10,7 @@ template <class Product>
 cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStream_t stream) {
   ForwardArguments args = {};
   static_cast<WindowArguments<4>&>(args) = WindowArguments<4>::of(params);
-  args.strides[3] = MapStrides::of(params.out);
-  args.inputs[0] = params.q.data;
-  args.inputs[1] = params.k.data;
-  args.inputs[2] = params.v.data;
-  args.out = params.out.data;
+  args.maps[3] = MapAddress::of(params.out, args.element_bytes());
   args.lse = params.lse;
   if (args.num_windows == 0) return cudaSuccess;
   return dispatch<Product>(params, [&](auto traits, auto is_long) {

@@ -13,23 +13,26 @@
 
 namespace swinkernels::cuda {
 
-// Of both kernels; kMaps token maps, in the order q, k, v, out or q, k, v, dout, dq, dk, dv.
+// Of both kernels; kMaps token maps: q, k, v, out or q, k, v, dout, dq, dk, dv.
 template <int kMaps>
 struct WindowArguments {
   WindowLayout layout;
-  MapStrides strides[kMaps];
+  MapAddress maps[kMaps];
   const void* pad_qkv;
   const float* bias_table;
   float scale2, mask2;  // scale and mask_value times log2(e)
   int32_t num_heads, head_dim, num_tokens;
   uint32_t num_windows;  // of all images
+  bool is_float32;
+
+  size_t element_bytes() const { return is_float32 ? 4 : 2; }
 
   static WindowArguments of(const WindowAttentionForwardParams& params) {
     WindowArguments args = {};
+    args.is_float32 = params.dtype == DType::kFloat32;
     args.layout = WindowLayout::of(params.geometry, params.region_map);
-    args.strides[0] = MapStrides::of(params.q);
-    args.strides[1] = MapStrides::of(params.k);
-    args.strides[2] = MapStrides::of(params.v);
+    const ConstTokenMap inputs[3] = {params.q, params.k, params.v};
+    for (int map = 0; map < 3; ++map) args.maps[map] = MapAddress::of(inputs[map], args.element_bytes());
     args.pad_qkv = params.pad_qkv;
     args.bias_table = params.bias_table;
     args.scale2 = params.scale * kLog2E;
@@ -42,77 +45,92 @@ struct WindowArguments {
   }
 };
 
-// The tokens of one window: where their rows start in each map, and their regions.
+// The tokens of one window: the address of their row in each map (a pad token's is what it holds in q, k, v; zero
+// where there is nothing to read or write), and their regions if those may differ.
 template <int kMaps, int kTokens>
 struct WindowTokens {
-  int64_t offset[kMaps][kTokens];
+  uint64_t row[kMaps][kTokens];
   int32_t region[kTokens];
-  int32_t mixed;  // whether regions may differ
+  int32_t mixed;
 };
 
-template <int kMaps, int kTokens>
-__device__ __forceinline__ void locate_tokens(WindowTokens<kMaps, kTokens>& tokens, const WindowArguments<kMaps>& args,
-                                              uint32_t window, int head) {
-  const WindowLayout& layout = args.layout;
-  const WindowIndex index = window_index(layout, window);
+// What of a token is the same in every window.
+template <int kTokens>
+struct TokenConstants {
+  int32_t packed[kTokens];
+  int32_t table_index[kTokens];
+};
+
+template <int kTokens, int kMaps>
+__device__ __forceinline__ void fill_token_constants(TokenConstants<kTokens>& constants,
+                                                     const WindowArguments<kMaps>& args) {
   for (int i = threadIdx.x; i < args.num_tokens; i += blockDim.x) {
-    const int row = i / layout.window[2];
-    const int token[3] = {row / layout.window[1], row % layout.window[1], i % layout.window[2]};
-    const TokenSource source = token_source(layout, index, token);
-#pragma unroll
-    for (int map = 0; map < kMaps; ++map) {
-      tokens.offset[map][i] = source.is_pad ? kPadToken : args.strides[map].offset(index.batch, head, source.y);
-    }
-    tokens.region[i] = source.region;
+    constants.packed[i] = PackedToken::of(args.layout, i);
+    constants.table_index[i] = args.layout.table_index(i);
   }
-  if (threadIdx.x == 0) tokens.mixed = may_be_mixed(layout, index);
 }
 
-// Starts the copy of the rows of tokens first..first + kRows of one map into a tile. A pad token gets `pad`, or zeros
-// if that is null. Rows past the window get zeros, too, or are left alone; columns past head_dim are left alone.
-template <int kThreads, int kRows, bool kZeroPastWindow, class Tile>
-__device__ __forceinline__ void copy_rows(const Tile& tile, const void* map, const int64_t* offsets, const void* pad,
-                                          int first, int num_tokens, int head_dim) {
-  using T = typename Tile::T;
-  static_assert(kThreads % Tile::kChunks == 0 || Tile::kChunks % kThreads == 0);
+// Thread i has token i, here and in fill_token_constants, if the block has as many threads.
+template <class T, int kMaps, int kTokens>
+__device__ __forceinline__ void locate_tokens(WindowTokens<kMaps, kTokens>& tokens,
+                                              const TokenConstants<kTokens>& constants,
+                                              const WindowArguments<kMaps>& args, uint32_t window, int head) {
+  for (int i = threadIdx.x; i < args.num_tokens; i += blockDim.x) {
+    const WindowIndex index = window_index(args.layout, window);
+    const int32_t token = constants.packed[i];
+    const TokenSource source = token_source(args.layout, index, token);
+    if (source.is_pad) {
 #pragma unroll
-  for (int i = 0; i < kRows * Tile::kChunks / kThreads; ++i) {
+      for (int map = 0; map < kMaps; ++map) {
+        const T* pad = nullptr;
+        if (map < 3 && args.pad_qkv != nullptr) {
+          pad = static_cast<const T*>(args.pad_qkv) + (map * args.num_heads + head) * args.head_dim;
+        }
+        tokens.row[map][i] = reinterpret_cast<uint64_t>(pad);
+      }
+    } else {
+#pragma unroll
+      for (int map = 0; map < kMaps; ++map) tokens.row[map][i] = args.maps[map].row(index.batch, head, source.y);
+    }
+    const bool mixed = may_be_mixed(args.layout, index);
+    if (mixed) tokens.region[i] = token_region(args.layout, index, token);
+    if (i == 0) tokens.mixed = mixed;
+  }
+}
+
+// Starts the copy of the rows of tokens first..first + kRows of one map into a tile. Rows past the window get zeros,
+// too, or are left alone; columns past head_dim are left alone.
+template <int kThreads, int kRows, bool kZeroPastWindow, class Tile>
+__device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows, int first, int num_tokens,
+                                          int head_dim) {
+  constexpr int kCopies = kRows * Tile::kChunks / kThreads;
+  constexpr int kUnroll = kZeroPastWindow ? 1 : kCopies;  // registers are dear in the kernels for long windows
+#pragma unroll kUnroll
+  for (int i = 0; i < kCopies; ++i) {
     const int index = threadIdx.x + i * kThreads, row = index / Tile::kChunks, chunk = index % Tile::kChunks;
     const bool in_window = first + row < num_tokens;
     if ((in_window || kZeroPastWindow) && chunk * Tile::kVec < head_dim) {
-      const int64_t offset = in_window ? offsets[first + row] : kPadToken;
-      const T* source = static_cast<const T*>(offset == kPadToken ? pad : map);
-      const int64_t start = offset == kPadToken ? 0 : offset;
-      const bool valid = in_window && (offset != kPadToken || pad != nullptr);
-      ptx::cp_async_16(tile.chunk(row, chunk), valid ? source + start + chunk * Tile::kVec : map, valid);
+      const uint64_t source = in_window ? rows[first + row] : 0;
+      ptx::cp_async_16(tile.chunk(row, chunk), reinterpret_cast<const void*>(source + 16 * chunk), source != 0);
     }
   }
 }
 
 // Writes 16 rows of a tile, which this warp has filled, to the rows of tokens first.. of a map. Pad tokens are dropped.
 template <class Tile>
-__device__ __forceinline__ void store_rows(void* map, const Tile& tile, int row0, const int64_t* offsets, int first,
-                                           int num_tokens, int head_dim) {
-  using T = typename Tile::T;
+__device__ __forceinline__ void store_rows(const Tile& tile, int row0, const uint64_t* rows, int first, int num_tokens,
+                                           int head_dim) {
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < (16 * Tile::kChunks + 31) / 32; ++i) {
     const int index = threadIdx.x % 32 + 32 * i, row = row0 + index / Tile::kChunks, chunk = index % Tile::kChunks;
     if (index < 16 * Tile::kChunks && first + row < num_tokens && chunk * Tile::kVec < head_dim) {
-      const int64_t offset = offsets[first + row];
-      if (offset != kPadToken) {
-        *reinterpret_cast<uint4*>(static_cast<T*>(map) + offset + chunk * Tile::kVec) =
-            *reinterpret_cast<const uint4*>(tile.chunk(row, chunk));
+      const uint64_t destination = rows[first + row];
+      if (destination != 0) {
+        *reinterpret_cast<uint4*>(destination + 16 * chunk) = *reinterpret_cast<const uint4*>(tile.chunk(row, chunk));
       }
     }
   }
-}
-
-// What a pad token holds in q (0), k (1) or v (2) of this head, or null for zeros.
-template <class T, int kMaps>
-__device__ __forceinline__ const T* pad_row(const WindowArguments<kMaps>& args, int which, int head) {
-  if (args.pad_qkv == nullptr) return nullptr;
-  return static_cast<const T*>(args.pad_qkv) + (which * args.num_heads + head) * args.head_dim;
 }
 
 template <int kThreads>
@@ -130,8 +148,7 @@ struct BiasColumn {
 // The bias column of this head, in `table` if it fits there. The caller synchronises.
 template <class Traits, int kMaps>
 __device__ __forceinline__ BiasColumn stage_bias_column(const WindowArguments<kMaps>& args, int head, float* table,
-                                                        int32_t* token_index) {
-  for (int i = threadIdx.x; i < args.num_tokens; i += Traits::kThreads) token_index[i] = args.layout.table_index(i);
+                                                        const int32_t* token_index) {
   if (args.bias_table == nullptr) return {nullptr, 0, token_index};
   const int entries = args.layout.table_entries;
   if (entries > Traits::kSharedTableEntries) return {args.bias_table + head, args.num_heads, token_index};
@@ -174,19 +191,17 @@ __device__ __forceinline__ void load_bias(float (&bias)[kTiles][4], const BiasCo
 // Adds the mask to the scores of 16 queries from row0 and the keys of a block from col0.
 template <int kTiles>
 __device__ __forceinline__ void add_mask(float (&score)[kTiles][4], const int32_t* region, float mask2, int row0,
-                                         int col0, int num_tokens) {
+                                         int col0) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int last = num_tokens - 1;
-  const int row_region[2] = {region[min(row0 + g, last)], region[min(row0 + g + 8, last)]};
+  // Past the window there is nothing to read, but nothing to spoil either: no sum has those rows and columns.
+  const int32_t row_region[2] = {region[row0 + g], region[row0 + g + 8]};
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
+    const int2 cols = *reinterpret_cast<const int2*>(region + col0 + 8 * j + 2 * t);
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int col_region = region[min(col0 + 8 * j + 2 * t + e, last)];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (row_region[half] != col_region) score[j][2 * half + e] += mask2;
-      }
+    for (int half = 0; half < 2; ++half) {
+      if (row_region[half] != cols.x) score[j][2 * half] += mask2;
+      if (row_region[half] != cols.y) score[j][2 * half + 1] += mask2;
     }
   }
 }
