@@ -421,9 +421,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
       copy_block(0, query_block);
       copy_block(3, query_block);
 #pragma unroll 1
-      for (int step_of_both = 0; step_of_both < 2 * blocks; ++step_of_both) {
-        const bool second = step_of_both >= blocks;
-        const int key_block = second ? step_of_both - blocks : step_of_both;
+      for (int step_of_sweeps = 0; step_of_sweeps < 2 * blocks; ++step_of_sweeps) {
+        const bool second = step_of_sweeps >= blocks;
+        const int key_block = second ? step_of_sweeps - blocks : step_of_sweeps;
         copy_block(1, key_block);
         copy_block(2, key_block);
         wait_for_copies();
@@ -449,7 +449,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
             Product::add_pb(dq, p, k);
           }
         }
-        if (step_of_both == blocks - 1) {
+        if (step_of_sweeps == blocks - 1) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             delta[half] = quad_sum(delta[half]);

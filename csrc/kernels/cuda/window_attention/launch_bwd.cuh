@@ -1,6 +1,9 @@
 // The backward launch and its workspace; one .cu file per product policy instantiates it.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+
 #include "bwd_sm80.cuh"
 #include "dispatch.cuh"
 #include "reduce_partials.cuh"
