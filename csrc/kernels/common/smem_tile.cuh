@@ -2,8 +2,6 @@
 // reads of eight consecutive rows touch all 32 banks once.
 #pragma once
 
-#include <algorithm>
-
 #include "dtype.cuh"
 
 namespace swinkernels {

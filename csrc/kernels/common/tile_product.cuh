@@ -153,38 +153,48 @@ struct Tf32Product {
 
   template <int kTiles, int kColTiles, class Tile>
   __device__ static __forceinline__ void add_pb(float (&o)[kColTiles][4], const float (&p)[kTiles][4], const Tile& b) {
+    uint32_t a[kTiles][4];
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      const uint32_t a[4] = {ptx::to_tf32(p[j][0]), ptx::to_tf32(p[j][2]), ptx::to_tf32(p[j][1]),
-                             ptx::to_tf32(p[j][3])};
-      add_step(o, a, b, 8 * j);
+      a[j][0] = ptx::to_tf32(p[j][0]);
+      a[j][1] = ptx::to_tf32(p[j][2]);
+      a[j][2] = ptx::to_tf32(p[j][1]);
+      a[j][3] = ptx::to_tf32(p[j][3]);
     }
+    add_fragments(o, a, b);
   }
 
   template <int kTiles, int kColTiles, class PTile, class Tile>
   __device__ static __forceinline__ void add_ptb(float (&o)[kColTiles][4], const PTile& p, int p_col, const Tile& b) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t a[kTiles][4];
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const int row = 8 * j + 2 * t;
-      const uint32_t a[4] = {ptx::to_tf32(*p.element(row, p_col + g)), ptx::to_tf32(*p.element(row, p_col + g + 8)),
-                             ptx::to_tf32(*p.element(row + 1, p_col + g)),
-                             ptx::to_tf32(*p.element(row + 1, p_col + g + 8))};
-      add_step(o, a, b, 8 * j);
+      a[j][0] = ptx::to_tf32(*p.element(row, p_col + g));
+      a[j][1] = ptx::to_tf32(*p.element(row, p_col + g + 8));
+      a[j][2] = ptx::to_tf32(*p.element(row + 1, p_col + g));
+      a[j][3] = ptx::to_tf32(*p.element(row + 1, p_col + g + 8));
     }
+    add_fragments(o, a, b);
   }
 
  private:
-  // o += a B over 8 rows of B in the permuted order.
-  template <int kColTiles, class Tile>
-  __device__ static __forceinline__ void add_step(float (&o)[kColTiles][4], const uint32_t (&a)[4], const Tile& tile,
-                                                  int row) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  // o += A B over 8 * kTiles rows of B in the permuted order. Columns are the outer loop: their addresses are the same
+  // in all steps but for a constant, and would take two registers each if all were wanted at once.
+  template <int kTiles, int kColTiles, class Tile>
+  __device__ static __forceinline__ void add_fragments(float (&o)[kColTiles][4], const uint32_t (&a)[kTiles][4],
+                                                       const Tile& tile) {
+    const int lane = ptx::opaque(threadIdx.x % 32), g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < kColTiles; ++n) {
-      const uint32_t b[2] = {ptx::to_tf32(*tile.element(row + 2 * t, 8 * n + g)),
-                             ptx::to_tf32(*tile.element(row + 2 * t + 1, 8 * n + g))};
-      ptx::mma_m16n8k8_tf32(o[n], a, b);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const int row = 8 * j + 2 * t;
+        const uint32_t b[2] = {ptx::to_tf32(*tile.element(row, 8 * n + g)),
+                               ptx::to_tf32(*tile.element(row + 1, 8 * n + g))};
+        ptx::mma_m16n8k8_tf32(o[n], a[j], b);
+      }
     }
   }
 };

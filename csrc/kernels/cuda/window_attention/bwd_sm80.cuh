@@ -8,11 +8,13 @@
 //           and the running dbias in registers; p and ds go through shared memory to become the transposed operands
 //           of dv and dk, of which a warp has 16 keys. Long windows: per block of queries a sweep over the keys for
 //           delta and one for dq and dbias, then per block of keys a sweep over the queries for dk and dv: nine
-//           products of blocks where the short kernel has five. Their dbias is kept per block in the workspace.
+//           products of blocks where the short kernel has five (eleven for rows of more than 64 columns). Their dbias
+//           is kept per block in the workspace.
 // Order     No atomics: a block adds windows in its own order, reduce_partials.cu adds the blocks in theirs.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 7 * B * S * C * sizeof(T) bytes, plus lse.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 544 MB, 162 us at 3.35 TB/s (H100 SXM, published
-//           peak). Arithmetic: about 3,300 warp instructions per window and head: 88 us of issue slots.
+//           peak). Instructions, counted in the sm_90 code: about 1,220 per warp, 4,900 per window and head: 130 us of
+//           issue slots. 153 registers, 75 KB: three blocks, 12 warps per multiprocessor.
 // Limits    as forward.
 #pragma once
 
@@ -419,9 +421,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
       copy_block(0, query_block);
       copy_block(3, query_block);
 #pragma unroll 1
-      for (int step_of_both = 0; step_of_both < 2 * blocks; ++step_of_both) {
-        const bool second = step_of_both >= blocks;
-        const int key_block = second ? step_of_both - blocks : step_of_both;
+      for (int step_of_sweeps = 0; step_of_sweeps < 2 * blocks; ++step_of_sweeps) {
+        const bool second = step_of_sweeps >= blocks;
+        const int key_block = second ? step_of_sweeps - blocks : step_of_sweeps;
         copy_block(1, key_block);
         copy_block(2, key_block);
         wait_for_copies();
@@ -447,7 +449,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
             Product::add_pb(dq, p, k);
           }
         }
-        if (step_of_both == blocks - 1) {
+        if (step_of_sweeps == blocks - 1) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             delta[half] = quad_sum(delta[half]);

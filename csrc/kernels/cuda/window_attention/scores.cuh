@@ -4,6 +4,10 @@
 // Scores are kept in base 2: score2 = (scale * q.k + bias + mask) * log2(e), so that probabilities are exp2 of them.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
 #include "../../common/launch.cuh"
 #include "../../common/ptx.cuh"
 #include "../../common/smem_tile.cuh"

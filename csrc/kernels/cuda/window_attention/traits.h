@@ -25,8 +25,8 @@ struct WindowAttentionTraits {
   static constexpr int kHeadDimTiles = kHeadDim / 8;
   static_assert(kBlock * kRowBytes <= 16 * 1024, "a block of 64 rows is for rows of at most 256 bytes");
 
-  // Copies in flight: while one window is computed the next arrives. One stage where two would leave a multiprocessor
-  // fewer warps than it needs to hide latency.
+  // Copies in flight: with two stages the next window arrives while one is computed. One stage where two would leave a
+  // multiprocessor fewer warps than it needs to hide latency. To be settled by timing: stages, and the budgets below.
   static constexpr int kForwardStages = kBlock * kRowBytes <= 4 * 1024 ? 2 : 1;
   static constexpr int kBackwardStages = kBlock * kRowBytes <= 4 * 1024 ? 2 : 1;
   // Warps per multiprocessor that the register budget is set for: 16 leave a thread 128 registers, 12 leave 168, 8 all

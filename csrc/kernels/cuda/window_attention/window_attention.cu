@@ -1,4 +1,6 @@
 // The entry points of the CUDA backend: checks of what the kernels rely on, and the choice of the product policy.
+#include <cstdint>
+
 #include "dispatch.cuh"
 
 namespace swinkernels::cuda {
