@@ -70,6 +70,9 @@ CASES = {
     "three_axes_tiled": Case(1, (4, 5, 4), 1, 16, (4, 5, 4), (2, 2, 1)),
     "table_window": Case(1, (2, 6, 6), 2, 8, (2, 3, 3), (1, 1, 1), options={"table_window": (4, 3, 3)}),
     "table_window_of_other_axes": Case(1, (6, 3), 1, 8, (2, 3), (1, 0), options={"table_window": (4, 5)}),
+    "head_dim_20": Case(1, (6, 9), 2, 20, 3, 1),
+    "head_dim_5_padded": Case(1, (5, 7), 2, 5, 4, 2, has_pad_qkv=True),
+    "head_dim_30_tiled": Case(1, (8, 9), 1, 30, 9, 4, has_pad_qkv=True),
     "many_windows_of_a_program": Case(40, (4, 4), 32, 8, 4, 2) if ON_GPU else Case(3, (6, 4), 1, 8, 2, 1),
 }  # fmt: skip
 

@@ -42,6 +42,10 @@ def _not_installed() -> dict[str, str | None]:
 
 
 NOT_INSTALLED = _not_installed()
+# Of the values that the argument checks let through, what a backend takes. The CUDA ones come from its own header.
+LIMITS: dict[str, dict[str, int]] = {"triton": {"max_window_volume": 256}}
+if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
+    LIMITS["cuda"] = _extension.build.build_info()["window_attention_limits"]
 
 
 def unavailable(backend: str) -> str | None:
@@ -81,11 +85,12 @@ def window_attention_reasons(
         reasons.append("it does not implement a dense bias (bias=)")
     if args.dropout_p > 0.0:
         reasons.append("it does not implement dropout_p")
-    if backend in ("cuda", "triton"):
-        if args.window_volume > 256:
-            reasons.append(f"it takes windows of at most 256 tokens, got {args.window_volume}")
-        if args.head_dim % 8 != 0:
-            reasons.append(f"it takes a head_dim that is a multiple of 8, got {args.head_dim}")
+    limits = LIMITS.get(backend, {})
+    largest, multiple = limits.get("max_window_volume", args.window_volume), limits.get("head_dim_multiple", 1)
+    if args.window_volume > largest:
+        reasons.append(f"it takes windows of at most {largest} tokens, got {args.window_volume}")
+    if args.head_dim % multiple != 0:
+        reasons.append(f"it takes a head_dim that is a multiple of {multiple}, got {args.head_dim}")
     return reasons
 
 
