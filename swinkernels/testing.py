@@ -180,7 +180,11 @@ def check_window_attention(
     seed: int = 0,
     **arguments: Any,
 ) -> dict[str, Tensor]:
-    """Compare output and every gradient of ``op`` (called with ``arguments`` too) with the float64 reference."""
+    """Compare output and every gradient of ``op`` (called with ``arguments`` too) with the float64 reference.
+
+    In small windows and in float32 (unless ``eps`` says that products are rounded), dq, dk and dbias are judged against
+    the size of the terms that cancel in them.
+    """
     inputs = case.inputs(dtype, seed=seed)
     on_device = {name: x.to(device) for name, x in inputs.items()}
     got = run_case(op, on_device, {**case.arguments(), **arguments})
@@ -190,7 +194,8 @@ def check_window_attention(
         reference.window_attention_qkvpacked, {name: x.float() for name, x in inputs.items()}, case.arguments()
     )
     terms = {}
-    if math.prod(case.window_tuple) < SMALL_WINDOW and case.batch > 0:
+    cancels = math.prod(case.window_tuple) < SMALL_WINDOW or (dtype == torch.float32 and eps is None)
+    if cancels and case.batch > 0:
         terms = cancelling_terms(case, wide)
     eps = torch.finfo(dtype).eps if eps is None else eps
     for name in got:

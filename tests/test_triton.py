@@ -48,6 +48,10 @@ CASES = {
     "map_smaller_than_shift": Case(
         2, (4, 9), 2, 8, 7, (5, 2), has_pad_qkv=True, options={"pad_order": "roll_then_pad", "mask_value": -1.0}
     ),
+    "nearly_all_pads": Case(
+        1, (16, 1), 1, 32, (7, 6), has_table=False, has_pad_qkv=True, options={"pad_order": "roll_then_pad"}
+    ),
+    "nearly_all_pads_tiled": Case(1, (1, 11), 3, 24, (9, 16), has_pad_qkv=True, options={"scale": 0.1}),
     "pad_tiled": Case(1, (9, 11), 1, 8, (10, 9), (4, 3), has_pad_qkv=True),
     "pad_before": Case(
         1, (5, 6), 2, 8, 4, (2, 1), has_pad_qkv=True, options={"pad_before": (1, 2), "pad_order": "pad_then_roll"}

@@ -3,7 +3,9 @@
 // Maths     p = exp(score - lse), dp = dout v^T, delta_i = sum_j p_ij dp_ij, ds = p * (dp - delta);
 //           dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q, dbias[i, j] = sum of ds over windows, from which
 //           the table's gradient is gathered by relative offset. Rows of pad tokens in dk and dv add up to dpad_qkv;
-//           the output of a pad query is dropped, so that its dout and p are zero and it contributes nothing.
+//           the output of a pad query is dropped, so that its dout and p are zero and it contributes nothing. Exact
+//           products divide delta by sum_j p_ij: lse is rounded, so that p sums to one only nearly, and what is left
+//           over would have one sign in all of a row's ds.
 // Tiling    Short windows (one block of keys): a block loops over windows of one head, a warp has 16 queries with p, dp
 //           and the running dbias in registers; p and ds go through shared memory to become the transposed operands
 //           of dv and dk, of which a warp has 16 keys. Long windows: per block of queries a sweep over the keys for
@@ -123,6 +125,36 @@ __device__ __forceinline__ void write_pad_partial(const BackwardArguments& args,
   }
 }
 
+// delta of this thread's two rows, summed over blocks of keys.
+template <class Product>
+struct DeltaSum {
+  float p_dp[2] = {0.0f, 0.0f};
+  float total[2] = {0.0f, 0.0f};  // of p
+
+  template <int kTiles>
+  __device__ __forceinline__ void add(const float (&p)[kTiles][4], const float (&dp)[kTiles][4]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        p_dp[e / 2] = fmaf(p[j][e], dp[j][e], p_dp[e / 2]);
+        if constexpr (Product::kIsExact) total[e / 2] += p[j][e];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish(float (&delta)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      delta[half] = quad_sum(p_dp[half]);
+      if constexpr (Product::kIsExact) {
+        const float sum = quad_sum(total[half]);
+        if (sum > 0.0f) delta[half] /= sum;  // a pad query's probabilities are all zero
+      }
+    }
+  }
+};
+
 template <class Traits>
 struct BackwardShortSmem {
   using T = typename Traits::T;
@@ -234,14 +266,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
       to_probabilities(p, tokens.mixed, tokens.region, args.mask2, row0, 0, lse2);
       write_fragment<false>(p_tile, row0, p, 1.0f, 1.0f, Traits::kBlock, Traits::kBlock);
       Product::add_abt(dp, dout, row0, v);
-      float delta[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) delta[e / 2] = fmaf(p[j][e], dp[j][e], delta[e / 2]);
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) delta[half] = quad_sum(delta[half]);
+      DeltaSum<Product> sums;
+      sums.add(p, dp);
+      float delta[2];
+      sums.finish(delta);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -416,6 +444,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     for (int query_block = 0; query_block < blocks; ++query_block) {
       const int row0 = ptx::opaque(first_row);
       const int row = query_block * kBlock + row0;
+      DeltaSum<Product> sums;
       float delta[2] = {0.0f, 0.0f};
       float dq[kColTiles][4] = {};
       copy_block(0, query_block);
@@ -431,11 +460,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
           float p[kTiles][4] = {}, dp[kTiles][4] = {};
           recompute(p, dp, row0, query_block, key_block);
           if (!second) {
-#pragma unroll
-            for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) delta[e / 2] = fmaf(p[j][e], dp[j][e], delta[e / 2]);
-            }
+            sums.add(p, dp);
           } else {
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
@@ -443,16 +468,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
               for (int e = 0; e < 4; ++e) p[j][e] *= dp[j][e] - delta[e / 2];  // ds
             }
             if (dense != nullptr) {
-              float* sums = dense + (row + g) * dense_stride + key_block * kBlock + 2 * t;
-              add_dense(sums, p, dense_stride, window == first);
+              float* dense_sums = dense + (row + g) * dense_stride + key_block * kBlock + 2 * t;
+              add_dense(dense_sums, p, dense_stride, window == first);
             }
             Product::add_pb(dq, p, k);
           }
         }
         if (step_of_sweeps == blocks - 1) {
+          sums.finish(delta);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            delta[half] = quad_sum(delta[half]);
             if (t == 0) smem.delta[row + g + 8 * half] = delta[half];
           }
         }
