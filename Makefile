@@ -15,7 +15,7 @@ run := $(VENV)/bin/python
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
 cxx_files = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test build lint format gpu-build gpu-test gpu-bench clean
+.PHONY: help demo test build lint format gpu-build gpu-test gpu-bench gpu-variants clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo 'make lint       ruff, mypy and clang-format; make format applies what they would change'
 	@echo 'make gpu-test   build for this GPU and run the tests that need one, with python3 as it is'
 	@echo 'make gpu-bench  build for this GPU and time the kernels against eager, torch.compile and SDPA'
+	@echo 'make gpu-variants  build and time variants of the kernels on this GPU'
 	@echo 'make clean      remove what was built; the environment $(VENV) stays'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" RESULTS=$(RESULTS) MAX_JOBS=$(MAX_JOBS)'
 
@@ -68,6 +69,9 @@ gpu-test: gpu-build
 
 gpu-bench: gpu-build
 	$(PYTHON) -m benchmarks.gpu_suite --out $(RESULTS)
+
+gpu-variants: gpu-build
+	$(PYTHON) -m benchmarks.variants --out $(RESULTS)
 
 clean:
 	rm -rf build dist *.egg-info swinkernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

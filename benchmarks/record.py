@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 from swinkernels import info
 
@@ -62,27 +63,5 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], device: torch.devic
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows, which share their keys, as aligned text; numbers to the right, floats to three digits."""
-    if not rows:
-        return "(nothing)"
-
-    def text(value: Any) -> str:
-        if value is None:
-            return ""
-        return (
-            f"{value:.4g}"
-            if isinstance(value, float) and abs(value) < 1000
-            else (f"{value:.0f}" if isinstance(value, float) else str(value))
-        )
-
-    names = list(rows[0])
-    cells = [[text(row[name]) for name in names] for row in rows]
-    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
-    right = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
-
-    def line(values: Sequence[str]) -> str:
-        return "  ".join(
-            v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True)
-        ).rstrip()
-
-    return "\n".join([line(names), line(["-" * w for w in widths]), *map(line, cells)])
+    """The rows, which share their keys, as aligned text."""
+    return tabulate(rows, headers="keys", floatfmt=".2f") if rows else "(nothing)"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import swinkernels
-from benchmarks import attention, gpu_suite, record, shapes
+from benchmarks import attention, gpu_suite, record, shapes, variants
 from benchmarks.peers import make_peer
 from benchmarks.timing import Timing
 from swinkernels import reference
@@ -131,6 +132,34 @@ def test_commit_outside_a_repository_is_unknown(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_table_and_percentiles() -> None:
-    text = record.table([{"name": "a", "us": 1234.5}, {"name": "bb", "us": None}])
-    assert text.splitlines() == ["name    us", "----  ----", "a     1234", "bb"]
+    header, _, first, second = record.table([{"name": "a", "us": 1234.5}, {"name": "bb", "us": None}]).splitlines()
+    assert [header.split(), first.split(), second.split()] == [["name", "us"], ["a", "1234.50"], ["bb"]]
+    assert record.table([]) == "(nothing)"
     assert Timing.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == Timing(3.5, 2.0, 5.0)
+
+
+def test_variants_name_what_exists() -> None:
+    """A variant that sets a macro or an attribute that nothing reads would time the shipped kernels again."""
+    traits = (variants.ROOT / "csrc/kernels/cuda/window_attention/traits.h").read_text()
+    for changes in variants.CUDA.values():
+        for macro in changes:
+            assert f"#ifndef {variants.PREFIX}{macro}\n" in traits
+            assert traits.count(f"{variants.PREFIX}{macro}") >= 3  # and it is used
+    assert next(iter(variants.CUDA.values())) == next(iter(variants.TRITON.values())) == {}
+
+
+@pytest.mark.parametrize("name", variants.TRITON)
+def test_triton_variants_change_the_launcher(name: str) -> None:
+    pytest.importorskip("triton")
+    from swinkernels.triton import window_attention as launcher
+
+    changes = variants.TRITON[name]
+    copy = types.SimpleNamespace(**vars(launcher))
+    variants.adjust(copy, changes)
+    for key, value in changes.items():
+        if not isinstance(value, dict):
+            assert getattr(copy, key) == value != getattr(launcher, key)
+            continue
+        shipped, changed = launcher.tiles(key, 49, 32, 2), copy.tiles(key, 49, 32, 2)
+        assert changed == shipped._replace(**value) != shipped
+    assert copy.tiles("fwd_tiled", 144, 32, 2) == launcher.tiles("fwd_tiled", 144, 32, 2)

@@ -4,6 +4,21 @@
 
 #include "../../../params/window_attention_cuda.h"
 
+// What a measurement has to settle for short windows of narrow rows (two bytes, head_dim up to 32): copies in flight, and
+// warps per multiprocessor. benchmarks/variants.py builds others by defining these, and times them.
+#ifndef SWINKERNELS_FORWARD_STAGES
+#define SWINKERNELS_FORWARD_STAGES 2
+#endif
+#ifndef SWINKERNELS_FORWARD_WARPS
+#define SWINKERNELS_FORWARD_WARPS 16
+#endif
+#ifndef SWINKERNELS_BACKWARD_STAGES
+#define SWINKERNELS_BACKWARD_STAGES 2
+#endif
+#ifndef SWINKERNELS_BACKWARD_WARPS
+#define SWINKERNELS_BACKWARD_WARPS 12
+#endif
+
 namespace swinkernels::cuda {
 
 constexpr int kLongestWindow = kMaxWindowVolume;
@@ -26,14 +41,14 @@ struct WindowAttentionTraits {
   static_assert(kBlock * kRowBytes <= 16 * 1024, "a block of 64 rows is for rows of at most 256 bytes");
 
   // Copies in flight: with two stages the next window arrives while one is computed. One stage where two would leave a
-  // multiprocessor fewer warps than it needs to hide latency. To be settled by timing: stages, and the budgets below.
-  static constexpr int kForwardStages = kBlock * kRowBytes <= 4 * 1024 ? 2 : 1;
-  static constexpr int kBackwardStages = kBlock * kRowBytes <= 4 * 1024 ? 2 : 1;
+  // multiprocessor fewer warps than it needs to hide latency.
+  static constexpr int kForwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_FORWARD_STAGES : 1;
+  static constexpr int kBackwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_BACKWARD_STAGES : 1;
   // Warps per multiprocessor that the register budget is set for: 16 leave a thread 128 registers, 12 leave 168, 8 all
   // 255. Chosen as the most that spill nothing.
   static constexpr bool kNarrow = sizeof(T) == 2 && kHeadDim <= 32 && kTiles < 8;
-  static constexpr int kForwardBlocks = (kNarrow ? 16 : kRowBytes < 512 ? 12 : 8) / kWarps;
-  static constexpr int kBackwardBlocks = (kNarrow ? 12 : 8) / kWarps;
+  static constexpr int kForwardBlocks = (kNarrow ? SWINKERNELS_FORWARD_WARPS : kRowBytes < 512 ? 12 : 8) / kWarps;
+  static constexpr int kBackwardBlocks = (kNarrow ? SWINKERNELS_BACKWARD_WARPS : 8) / kWarps;
   static constexpr int kLongBlocks = 8 / kWarps;
 
   // Entries of a bias table column that a long window keeps in shared memory: 47 x 47 and 13 x 13 x 13 fit. The widest
