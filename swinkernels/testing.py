@@ -203,3 +203,48 @@ def check_window_attention(
             got[name].cpu(), exact[name], f32[name], eps=eps, terms=terms.get(name), name=f"{case} {dtype} {name}"
         )
     return got
+
+
+def op_arguments(
+    case: WindowAttentionCase, form: str, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> tuple[Any, ...]:
+    """The arguments of ``torch.ops.swinkernels.<form>_fwd`` for a case; its tensors require gradients."""
+    inputs = case.inputs(dtype, device)
+    options = case.arguments()
+    rank = len(case.size)
+
+    def three(value: Any, leading: Any) -> list[Any]:
+        return [leading] * (3 - rank) + list(value if isinstance(value, tuple) else (value,) * rank)
+
+    qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
+    maps = qkv.unbind(-3) if form == "window_attention" else (qkv,)
+    table, pad, region_map = inputs.get("bias_table"), inputs.get("pad_qkv"), options.get("region_map")
+    return (
+        *(x.clone().requires_grad_() for x in maps),
+        None if table is None else table.requires_grad_(),
+        None if pad is None else pad.reshape(3, case.num_heads, case.head_dim).requires_grad_(),
+        None if region_map is None else region_map.to(device, torch.int32).reshape(three(tuple(region_map.shape), 1)),
+        three(case.window_size, 1),
+        three(case.shift_size, 0),
+        three(options.get("table_window", case.window_size), 1),
+        three(options.get("pad_before", 0), 0),
+        three(options.get("periodic", False), False),
+        options.get("pad_order") == "roll_then_pad",
+        options.get("grid", False),
+        options.get("scale", case.head_dim**-0.5),
+        options.get("mask_value", -100.0),
+        False,
+    )
+
+
+def opcheck_forward_and_backward(form: str, suffix: str, args: tuple[Any, ...]) -> None:
+    """``torch.library.opcheck`` of the ops of a form; ``suffix`` is "" or "_triton", ``args`` from op_arguments."""
+    fwd = getattr(torch.ops.swinkernels, f"{form}_fwd{suffix}").default
+    bwd = getattr(torch.ops.swinkernels, f"{form}_bwd{suffix}").default
+    torch.library.opcheck(fwd, args)
+    args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+    out, lse = fwd(*args)
+    n = 3 if form == "window_attention" else 1
+    given = (args[n] is not None, args[n + 1] is not None)
+    for needed in {given, (False, False)}:
+        torch.library.opcheck(bwd, (torch.randn_like(out), *args[:n], lse, *args[n:], *needed))

@@ -13,7 +13,13 @@ from torch import Tensor
 
 import swinkernels
 from swinkernels.ops import _backends
-from swinkernels.testing import WindowAttentionCase, check_window_attention, run_case
+from swinkernels.testing import (
+    WindowAttentionCase,
+    check_window_attention,
+    op_arguments,
+    opcheck_forward_and_backward,
+    run_case,
+)
 
 pytestmark = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(_backends.unavailable("cuda") is not None, reason=str(_backends.unavailable("cuda")))
@@ -51,6 +57,13 @@ def dtype_id(dtype: torch.dtype) -> str:
 @pytest.mark.parametrize("case", [*STAGES, PADDED], ids=str)
 def test_stages_of_a_model(backend: str, case: WindowAttentionCase, dtype: torch.dtype) -> None:
     check_window_attention(attend(backend), case, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("form", ["window_attention_qkvpacked", "window_attention"])
+def test_opcheck(backend: str, form: str) -> None:
+    case = WindowAttentionCase(2, (5, 9), 2, 8, (4, 3), (2, 1), has_pad_qkv=True)
+    suffix = "_triton" if backend == "triton" else ""
+    opcheck_forward_and_backward(form, suffix, op_arguments(case, form, torch.float32, DEVICE))
 
 
 # What the CUDA kernels choose tiles and loops by; test_triton.py has what its kernels choose by.

@@ -11,9 +11,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import swinkernels
 from swinkernels.ops import _backends
 from swinkernels.ops.window_attention import _tf32_switch
-from swinkernels.testing import WindowAttentionCase, check_window_attention, run_case
+from swinkernels.testing import (
+    WindowAttentionCase,
+    check_window_attention,
+    op_arguments,
+    opcheck_forward_and_backward,
+    run_case,
+)
 
-OPS = {"packed": swinkernels.window_attention_qkvpacked, "separate": None}
+FORMS = ("window_attention_qkvpacked", "window_attention")
 needs_cpu = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
 
 PADDED = WindowAttentionCase(2, (5, 9), 2, 8, (4, 3), (2, 1), has_pad_qkv=True, options={"pad_order": "roll_then_pad"})
@@ -29,57 +35,11 @@ def separate(qkv, bias_table=None, *, num_heads, **arguments):
     return swinkernels.window_attention(q, k, v, bias_table, num_heads=num_heads, **arguments)
 
 
-def low_level(case: WindowAttentionCase, form: str, dtype: torch.dtype = torch.float32):
-    """The arguments of the forward op of a form for a case."""
-    inputs = case.inputs(dtype)
-    qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
-    rank = len(case.size)
-
-    def three(value, leading):
-        values = value if isinstance(value, tuple) else (value,) * rank
-        return [leading] * (3 - rank) + list(values)
-
-    pad = inputs.get("pad_qkv")
-    region_map = case.options.get("region_map")
-    maps = (qkv,) if form == "packed" else qkv.unbind(-3)
-    maps = tuple(m.clone().requires_grad_() for m in maps)
-    table = inputs.get("bias_table")
-    return (
-        *maps,
-        None if table is None else table.requires_grad_(),
-        None if pad is None else pad.reshape(3, case.num_heads, case.head_dim).requires_grad_(),
-        region_map,
-        three(case.window_size, 1),
-        three(case.shift_size, 0),
-        three(case.window_size, 1),
-        [0, 0, 0],
-        [False] * 3,
-        case.options.get("pad_order") == "roll_then_pad",
-        False,
-        case.head_dim**-0.5,
-        -100.0,
-        False,
-    )
-
-
 @needs_cpu
-@pytest.mark.parametrize("form", ["packed", "separate"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck(case, form):
-    name = "window_attention_qkvpacked" if form == "packed" else "window_attention"
-    args = low_level(case, form)
-    fwd = getattr(torch.ops.swinkernels, f"{name}_fwd").default
-    torch.library.opcheck(fwd, args)
-    out, lse = fwd(*args)
-    n = 1 if form == "packed" else 3
-    detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
-    bwd = getattr(torch.ops.swinkernels, f"{name}_bwd").default
-    has_table, has_pad = args[n] is not None, args[n + 1] is not None
-    torch.library.opcheck(
-        bwd,
-        (torch.randn_like(out), *detached[:n], lse.detach(), *detached[n:], has_table, has_pad),
-    )
-    torch.library.opcheck(bwd, (torch.randn_like(out), *detached[:n], lse.detach(), *detached[n:], False, False))
+    opcheck_forward_and_backward(form, "", op_arguments(case, form, torch.float32))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -23,7 +23,7 @@ import torch
 import swinkernels
 from swinkernels.reference.window_attention import relative_position_index, shift_region
 from swinkernels.testing import WindowAttentionCase as Case
-from swinkernels.testing import check_window_attention, run_case
+from swinkernels.testing import check_window_attention, op_arguments, opcheck_forward_and_backward, run_case
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -114,6 +114,12 @@ def split(qkv, num_heads):
 @check(*CASES)
 def matches_reference(name, dtype):
     check_window_attention(packed, on_device(CASES[name]), dtype, DEVICE)
+
+
+@check("n9", "pad_then_roll")
+def opcheck(name, dtype):
+    for form in ("window_attention_qkvpacked", "window_attention"):
+        opcheck_forward_and_backward(form, "_triton", op_arguments(CASES[name], form, dtype, DEVICE))
 
 
 @check("n49", "n100", "pad_before", "three_axes_padded")
