@@ -227,10 +227,21 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--filter", default="*", help="shapes, by a pattern such as 'swin_t.*'")
     parser.add_argument("--backends", nargs="+", choices=(*OURS, *PEERS), default=(), help="default: all")
     parser.add_argument("--batch", type=int, help="largest batch; 2 on a CPU unless given")
+    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument(
+        "--flush-denormal",
+        action="store_true",
+        help="one CPU thread that takes denormal numbers for zero: exp of a masked score is one, and slows plain code",
+    )
     parser.add_argument("--quick", action="store_true", help="a few shapes alone")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for attention.csv")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    if options.flush_denormal:  # the setting is that of a thread
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+    elif options.threads:
+        torch.set_num_threads(options.threads)
     names = contestants(device, options.backends)
     chosen = [
         key
