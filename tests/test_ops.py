@@ -171,6 +171,16 @@ def test_compiled_code_may_ask_for_the_tf32_switch():
     assert compiled(torch.zeros(1)).item() == (1 if _tf32_switch() else 2)
 
 
+def test_compiled_code_may_ask_what_a_gpu_runs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    device = torch.device("cuda", 63)
+    compiled = torch.compile(
+        lambda x: x + (1 if _backends.gpu_reason("triton", device) else 2), fullgraph=True, backend="eager"
+    )
+    assert compiled(torch.zeros(1)).item() == 1
+    assert "8.0 or newer, got 7.5" in str(_backends.gpu_reason("triton", device))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_deterministic_mode_is_accepted(backend):
     if _backends.unavailable(backend):
@@ -187,3 +197,22 @@ def test_nothing_is_modified():
     before = {name: x.clone() for name, x in inputs.items()}
     run_case(swinkernels.window_attention_qkvpacked, inputs, PADDED.arguments())
     assert all(torch.equal(before[name], x) for name, x in inputs.items())
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        (["8.0", "9.0+PTX"], (8, 0), True),
+        (["8.0", "9.0+PTX"], (8, 9), True),  # machine code runs on later GPUs of its major version
+        (["8.0", "9.0+PTX"], (12, 0), True),  # PTX on all later ones
+        (["9.0+PTX"], (8, 0), False),
+        (["9.0"], (10, 0), False),
+        (["8.6"], (8, 0), False),
+        (["9.0a"], (9, 0), True),
+        (["9.0a+PTX"], (10, 0), False),
+        (["Hopper"], (9, 0), True),
+        ([], (9, 0), False),
+    ],
+)
+def test_kernels_run_where_they_were_built_for(built, capability, runs):
+    assert _backends.has_machine_code(built, capability) is runs

@@ -6,8 +6,12 @@ test skips all read that list.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -48,6 +52,54 @@ if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
     LIMITS["cuda"] = _extension.build.build_info()["window_attention_limits"]
 
 
+def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:
+    """Whether kernels compiled for arch_list ("8.0", "9.0+PTX", ...) run on a GPU of a compute capability."""
+    for arch in arch_list:
+        match = re.fullmatch(r"(\d+)\.(\d+)(a|f)?(\+PTX)?", arch)
+        if match is None:
+            return True  # a name, such as Ampere: torch's tools know what it stands for
+        major, minor, specific, ptx = int(match[1]), int(match[2]), match[3], match[4]
+        if specific:
+            if (major, minor) == capability:
+                return True
+        elif (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
+            return True
+    return False
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """Let dynamo call a function that it cannot trace, once, and keep the result in the compiled code.
+
+    It is torch.compiler.assume_constant_result, which would import all of dynamo (a second) with this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
+def gpu_reason(backend: str, device: torch.device) -> str | None:
+    """Why a backend's kernels do not run on a GPU, or None. A GPU does not change, so it is asked once."""
+    return _find_gpu_reason(backend, device)
+
+
+@functools.cache
+def _find_gpu_reason(backend: str, device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    if backend == "cuda" and _extension.build is not None:
+        built = _extension.build.build_info()["arch_list"]
+        if not has_machine_code(built, capability):
+            return (
+                f"its kernels were built for {' '.join(built)}, the GPU is {capability[0]}.{capability[1]}: build "
+                "again with TORCH_CUDA_ARCH_LIST unset, or with that architecture in it"
+            )
+    return None
+
+
 def unavailable(backend: str) -> str | None:
     """Why a backend cannot run anything in this process, or None if it can run something."""
     if NOT_INSTALLED[backend] is not None:
@@ -55,8 +107,7 @@ def unavailable(backend: str) -> str | None:
     if backend == "cuda" or (backend == "triton" and not _INTERPRETING):
         if not torch.cuda.is_available():
             return "torch sees no CUDA GPU"
-        if torch.cuda.get_device_capability() < (8, 0):
-            return f"it needs compute capability 8.0 or newer, got {torch.cuda.get_device_capability()}"
+        return gpu_reason(backend, torch.device("cuda", torch.cuda.current_device()))
     return None
 
 
@@ -73,8 +124,8 @@ def window_attention_reasons(
     wanted = "cpu" if backend == "cpu" or (backend == "triton" and _INTERPRETING) else "cuda"
     if device.type != wanted:
         reasons.append(f"it runs on {wanted} tensors, got {device.type}")
-    elif wanted == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        reasons.append("it needs a GPU of compute capability 8.0 or newer")
+    elif wanted == "cuda" and (reason := gpu_reason(backend, device)) is not None:
+        reasons.append(reason)
     if dtype not in _LOW_AND_SINGLE:
         reasons.append(f"it has no {dtype} kernel")
     if backend == "triton" and _INTERPRETING and dtype == torch.bfloat16:

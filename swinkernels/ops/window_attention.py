@@ -17,7 +17,7 @@ from torch import Tensor
 from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints, WindowArguments
-from swinkernels.ops._backends import choose_window_attention
+from swinkernels.ops._backends import choose_window_attention, constant_when_compiled
 
 lib = torch.library.Library("swinkernels", "DEF")
 
@@ -105,14 +105,10 @@ def _three(values: Sequence, leading) -> list:
     return [leading] * (3 - len(values)) + list(values)
 
 
+@constant_when_compiled  # as torch's own matmul settles it, too
 def _tf32_switch() -> bool:
     """Torch's switch for float32 products on CUDA, in whichever of its forms it was set."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-# Dynamo cannot trace the getter, and compiled code settles the switch when it is compiled, as torch's own matmul does.
-# This is torch.compiler.assume_constant_result, which would import all of dynamo (a second) with this package.
-_tf32_switch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Read once: torch 2.11 cannot trace the question whether a kind of device has autocast.
