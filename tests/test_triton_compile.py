@@ -148,8 +148,9 @@ COMPILED = {
 STACK_BYTES = 16
 # Known exceptions. The backward pass of a whole window has bias and dbias in registers from window to window and is at
 # the limit of 255: some values are stored and reloaded once a window. At head_dim 128 with padding and a region map at
-# once, the backward passes of large windows are there too.
-STACK_BYTES_OF = {"bwd_whole": 192}
+# once, the backward passes of large windows are there too. Triton 3.6 needs more than 3.8.
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+STACK_BYTES_OF = {"bwd_whole": 384 if OLD_TRITON else 192}
 STACK_BYTES_IN = {"wide_3d": 512}
 
 
