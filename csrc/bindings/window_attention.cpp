@@ -3,32 +3,20 @@
 #include "params/window_attention.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "params/window_attention_cpu.h"
 #ifdef SWINKERNELS_WITH_CUDA
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
 #include "params/window_attention_cuda.h"
 #endif
 
 namespace swinkernels {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
 
 // The backend-specific half of an op.
 struct CpuBackend {
@@ -45,15 +33,9 @@ struct CpuBackend {
 };
 
 #ifdef SWINKERNELS_WITH_CUDA
-struct CudaBackend {
+struct CudaBackend : CurrentStream {
   static constexpr int64_t kAlignment = 16;
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream = nullptr;
-  explicit CudaBackend(const Tensor& x) : guard(x.get_device_index()) {
-    void* handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &handle));
-    stream = static_cast<cudaStream_t>(handle);
-  }
+  using CurrentStream::CurrentStream;
   void forward(const WindowAttentionForwardParams& p) const {
     STD_CUDA_CHECK(cuda::window_attention_forward(p, stream));
   }
@@ -65,36 +47,6 @@ struct CudaBackend {
   }
 };
 #endif
-
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "swinkernels: a map must be float32, float16 or bfloat16");
-  }
-}
-
-bool is_readable(const Tensor& x, int64_t alignment) {
-  const int64_t item = static_cast<int64_t>(x.element_size()), last = x.dim() - 1;
-  if (x.size(last) != 1 && x.stride(last) != 1) return false;
-  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment != 0) return false;
-  for (int64_t i = 0; i < last; ++i) {
-    if (x.size(i) != 1 && x.stride(i) * item % alignment != 0) return false;
-  }
-  return true;
-}
-
-// x itself if the kernels can read it where it lies, else a copy.
-Tensor readable(const Tensor& x, int64_t alignment) {
-  if (is_readable(x, alignment)) return x;
-  Tensor copy = torch::stable::contiguous(x);
-  return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // contiguous, but at an odd offset
-}
 
 // The strides of x (B, *S, ...) as a map whose heads are head_stride apart, from element `offset` on.
 template <class Pointer, class Data>
@@ -181,12 +133,6 @@ void fill_tables(WindowAttentionForwardParams& p, Options& o) {
 }
 
 int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
-
-std::vector<int64_t> sizes(const Tensor& x, int64_t count) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < count; ++i) shape.push_back(x.size(i));
-  return shape;
-}
 
 // Where q, k and v (or their gradients) lie: packed in one tensor (B, *S, 3, heads, head_dim), or in three.
 struct Packed {

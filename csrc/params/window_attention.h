@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace swinkernels {
+#include "dtype.h"
 
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+namespace swinkernels {
 
 // A (B, D, H, W, num_heads, head_dim) tensor in image order. The stride of head_dim is 1.
 template <class Pointer>

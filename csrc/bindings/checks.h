@@ -1,0 +1,77 @@
+// What the bindings of all ops share: tensors as the kernels can read them, and the stream to launch on.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "params/dtype.h"
+#ifdef SWINKERNELS_WITH_CUDA
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#endif
+
+namespace swinkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "swinkernels: a map must be float32, float16 or bfloat16");
+  }
+}
+
+inline bool is_readable(const Tensor& x, int64_t alignment) {
+  const int64_t item = static_cast<int64_t>(x.element_size()), last = x.dim() - 1;
+  if (x.size(last) != 1 && x.stride(last) != 1) return false;
+  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment != 0) return false;
+  for (int64_t i = 0; i < last; ++i) {
+    if (x.size(i) != 1 && x.stride(i) * item % alignment != 0) return false;
+  }
+  return true;
+}
+
+// x itself if the kernels can read it where it lies, else a copy.
+inline Tensor readable(const Tensor& x, int64_t alignment) {
+  if (is_readable(x, alignment)) return x;
+  Tensor copy = torch::stable::contiguous(x);
+  return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // contiguous, but at an odd offset
+}
+
+// The first `count` sizes of x.
+inline std::vector<int64_t> sizes(const Tensor& x, int64_t count) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < count; ++i) shape.push_back(x.size(i));
+  return shape;
+}
+
+#ifdef SWINKERNELS_WITH_CUDA
+// Makes the device of x the current one, and holds its current stream.
+struct CurrentStream {
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream = nullptr;
+  explicit CurrentStream(const Tensor& x) : guard(x.get_device_index()) {
+    void* handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &handle));
+    stream = static_cast<cudaStream_t>(handle);
+  }
+};
+#endif
+
+}  // namespace swinkernels
