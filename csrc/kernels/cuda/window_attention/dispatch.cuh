@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../../common/launch.cuh"
+#include "../../common/resident_blocks.cuh"
 #include "traits.h"
 
 namespace swinkernels::cuda {
@@ -47,17 +48,6 @@ cudaError_t dispatch(const WindowAttentionForwardParams& params, F&& f) {
   if (params.head_dim <= 32) return dispatch_window<Product, 32>(num_tokens, f);
   if (params.head_dim <= 64) return dispatch_window<Product, 64>(num_tokens, f);
   return dispatch_window<Product, 128>(num_tokens, f);
-}
-
-// How many blocks of a kernel the device holds at once.
-template <class... Params>
-cudaError_t resident_blocks(void (*kernel)(Params...), int threads, size_t smem_bytes, int64_t* blocks) {
-  int multiprocessors, per_multiprocessor;
-  cudaError_t status = multiprocessor_count(&multiprocessors);
-  if (status != cudaSuccess) return status;
-  status = blocks_per_multiprocessor(kernel, threads, smem_bytes, &per_multiprocessor);
-  *blocks = static_cast<int64_t>(multiprocessors) * per_multiprocessor;
-  return status;
 }
 
 }  // namespace swinkernels::cuda

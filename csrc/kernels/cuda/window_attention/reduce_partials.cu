@@ -3,6 +3,7 @@
 // Tiling    A block has 32 outputs; eight slices of the workers are summed side by side, then the slices in order.
 // Traffic   every partial is read once: 4 * workers * heads * (table entries + 2 * head_dim) bytes.
 #include "../../common/launch.cuh"
+#include "../../common/ordered_sum.cuh"
 #include "reduce_partials.cuh"
 
 namespace swinkernels::cuda {
@@ -12,8 +13,7 @@ constexpr int kOutputs = 32;
 constexpr int kSlices = 8;
 
 __global__ void __launch_bounds__(kOutputs* kSlices) reduce_partials_kernel(const ReducePartialsArguments args) {
-  __shared__ float slices[kSlices][kOutputs];
-  const int in_block = threadIdx.x % kOutputs, slice = threadIdx.x / kOutputs;
+  const int in_block = threadIdx.x % kOutputs;
   const int64_t table_outputs =
       args.dbias_table == nullptr ? 0 : static_cast<int64_t>(args.num_heads) * args.table_entries;
   const int64_t per_map = static_cast<int64_t>(args.num_heads) * args.head_dim;
@@ -36,19 +36,8 @@ __global__ void __launch_bounds__(kOutputs* kSlices) reduce_partials_kernel(cons
     }
   }
 
-  const uint32_t per_slice = (args.workers + kSlices - 1) / kSlices;
-  const uint32_t begin = slice * per_slice, end = min(begin + per_slice, args.workers);
-  float sum = 0.0f;
-  if (partials != nullptr) {
-#pragma unroll 4
-    for (uint32_t worker = begin; worker < end; ++worker) sum += partials[worker * stride];
-  }
-  slices[slice][in_block] = sum;
-  __syncthreads();
-  if (slice == 0 && destination != nullptr) {
-    for (int i = 1; i < kSlices; ++i) sum += slices[i][in_block];
-    *destination = sum;
-  }
+  const float sum = ordered_sum<kOutputs, kSlices>(partials, stride, args.workers);
+  if (threadIdx.x < kOutputs && destination != nullptr) *destination = sum;
 }
 
 }  // namespace

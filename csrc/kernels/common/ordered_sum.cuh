@@ -1,0 +1,32 @@
+// Sums of the partial results of blocks, in an order that depends on their number alone: no atomics, the same bits.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace swinkernels {
+
+// A block of kOutputs * kSlices threads sums kOutputs columns: thread i has column i % kOutputs, whose `count` values lie
+// `stride` apart from `partials` on, null for none. Slices of a column are summed side by side, then in order. Every
+// thread of the block calls it; the sum is that of the first slice's thread, i < kOutputs.
+template <int kOutputs, int kSlices>
+__device__ __forceinline__ float ordered_sum(const float* partials, int64_t stride, uint32_t count) {
+  __shared__ float slices[kSlices][kOutputs];
+  const int output = threadIdx.x % kOutputs, slice = threadIdx.x / kOutputs;
+  const uint32_t per_slice = (count + kSlices - 1) / kSlices;
+  const uint32_t begin = slice * per_slice, end = min(begin + per_slice, count);
+  float sum = 0.0f;
+  if (partials != nullptr) {
+#pragma unroll 4
+    for (uint32_t i = begin; i < end; ++i) sum += partials[i * stride];
+  }
+  slices[slice][output] = sum;
+  __syncthreads();
+  if (slice == 0) {
+    for (int i = 1; i < kSlices; ++i) sum += slices[i][output];
+  }
+  return sum;
+}
+
+}  // namespace swinkernels
