@@ -8,6 +8,7 @@
 #include <vector>
 
 #ifdef SWINKERNELS_WITH_CUDA
+#include "params/layer_norm_cuda.h"
 #include "params/window_attention_cuda.h"
 #endif
 
@@ -57,6 +58,15 @@ py::object window_attention_limits() {
 #endif
 }
 
+py::object layer_norm_limits() {
+#ifdef SWINKERNELS_WITH_CUDA
+  using namespace py::literals;
+  return py::dict("max_row"_a = swinkernels::cuda::kMaxRow);
+#else
+  return py::none();
+#endif
+}
+
 py::dict build_info() {
   using namespace py::literals;
   const auto nvcc = unless_empty(SWINKERNELS_NVCC_VERSION);
@@ -65,7 +75,7 @@ py::dict build_info() {
                   "cuda"_a = nvcc.has_value(), "cuda_missing"_a = unless_empty(SWINKERNELS_CUDA_MISSING),
                   "cuda_version"_a = nvcc, "arch_list"_a = split(SWINKERNELS_ARCH_LIST),
                   "cuda_sources"_a = split(SWINKERNELS_CUDA_SOURCES), "cpu_instruction_sets"_a = cpu_instruction_sets(),
-                  "window_attention_limits"_a = window_attention_limits());
+                  "window_attention_limits"_a = window_attention_limits(), "layer_norm_limits"_a = layer_norm_limits());
 }
 
 }  // namespace

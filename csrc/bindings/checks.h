@@ -54,6 +54,12 @@ inline Tensor readable(const Tensor& x, int64_t alignment) {
   return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // contiguous, but at an odd offset
 }
 
+// x itself if it is contiguous and begins at a multiple of so many bytes, else a copy.
+inline Tensor packed(const Tensor& x, int64_t alignment) {
+  if (!x.is_contiguous()) return torch::stable::contiguous(x);
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment == 0 ? x : torch::stable::clone(x);
+}
+
 // The first `count` sizes of x.
 inline std::vector<int64_t> sizes(const Tensor& x, int64_t count) {
   std::vector<int64_t> shape;

@@ -62,6 +62,7 @@ LIMITS: dict[str, dict[str, int]] = {"triton": {"max_window_volume": 256}}
 NORM_LIMITS: dict[str, int] = {}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
     LIMITS["cuda"] = _extension.build.build_info()["window_attention_limits"]
+    NORM_LIMITS["cuda"] = _extension.build.build_info()["layer_norm_limits"]["max_row"]
 
 
 def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:

@@ -261,8 +261,8 @@ class _Backward(ctypes.Structure):
     ]
 
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_WORKSPACE_ALIGNMENT = 256  # what torch's allocator gives at least
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+WORKSPACE_ALIGNMENT = 256  # what torch's allocator gives at least
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -314,7 +314,7 @@ class _Call:
         geometry.periodic[:] = three(args.periodic, False)
         geometry.grid = args.grid
         self.params = _Forward(
-            _DTYPES[qkv.dtype],
+            DTYPES[qkv.dtype],
             allow_tf32,
             *self.heads,
             qkv.shape[0],
@@ -354,7 +354,7 @@ class _Call:
         params.dbias_table = pointer(gradients.get("dbias_table"))
         params.dpad_qkv = pointer(gradients.get("dpad_qkv"))
         workspace_bytes = functions.emulated_backward_workspace_bytes(ctypes.byref(params))
-        workspace = library.empty((workspace_bytes,), torch.uint8, alignment=_WORKSPACE_ALIGNMENT)
+        workspace = library.empty((workspace_bytes,), torch.uint8, alignment=WORKSPACE_ALIGNMENT)
         params.workspace = pointer(workspace)
         library.check(functions.emulated_backward(ctypes.byref(params)))
         gradients["dqkv"] = gradients["dqkv"].reshape(self.shape)

@@ -32,6 +32,22 @@ __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float first, float seco
   return bits;
 }
 
+// The inverse of pack2.
+template <class T>
+__device__ __forceinline__ float2 unpack2(uint32_t bits);
+
+template <>
+__device__ __forceinline__ float2 unpack2<__half>(uint32_t bits) {
+  __half2 pair;
+  memcpy(&pair, &bits, sizeof(pair));
+  return __half22float2(pair);
+}
+
+template <>
+__device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t bits) {
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+
 // Writes two neighbouring elements with one instruction.
 template <class T>
 __device__ __forceinline__ void store2(T* destination, float first, float second) {

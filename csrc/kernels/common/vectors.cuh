@@ -1,0 +1,169 @@
+// Vectors of neighbouring elements in global memory, of a type that the compiler knows or that a kernel is told.
+//
+// A vector is loaded raw and converted when it is used, so a copy under way takes as many registers as it has bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../../params/dtype.h"
+#include "dtype.cuh"
+
+namespace swinkernels {
+
+// Stands for whichever element type a kernel is told. Its branches are uniform, and cost little beside the memory access
+// that each belongs to.
+struct AnyElement {};
+
+// kVec elements. Offsets are in elements; that of a vector in its row is a multiple of kVec.
+template <class T, int kVec>
+struct Vectors {
+  static constexpr int kWords = kVec * static_cast<int>(sizeof(T)) / 4;
+  static_assert(kWords % 4 == 0, "a vector is one or more accesses of 16 bytes");
+  struct Raw {
+    uint32_t word[kWords];
+  };
+
+  __device__ static __forceinline__ const void* row(const void* data, uint64_t offset, DType) {
+    return static_cast<const T*>(data) + offset;
+  }
+  __device__ static __forceinline__ void* row(void* data, uint64_t offset, DType) {
+    return static_cast<T*>(data) + offset;
+  }
+
+  __device__ static __forceinline__ Raw load(const void* row, uint32_t offset, DType) {
+    const uint4* source = reinterpret_cast<const uint4*>(static_cast<const T*>(row) + offset);
+    Raw raw;
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) {
+      const uint4 words = source[i];
+      raw.word[4 * i] = words.x;
+      raw.word[4 * i + 1] = words.y;
+      raw.word[4 * i + 2] = words.z;
+      raw.word[4 * i + 3] = words.w;
+    }
+    return raw;
+  }
+
+  __device__ static __forceinline__ void store(void* row, uint32_t offset, const Raw& raw, DType) {
+    uint4* destination = reinterpret_cast<uint4*>(static_cast<T*>(row) + offset);
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) {
+      destination[i] = make_uint4(raw.word[4 * i], raw.word[4 * i + 1], raw.word[4 * i + 2], raw.word[4 * i + 3]);
+    }
+  }
+
+  __device__ static __forceinline__ void unpack(const Raw& raw, float (&x)[kVec], DType) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        x[i] = __uint_as_float(raw.word[i]);
+      } else {
+        const float2 pair = unpack2<T>(raw.word[i]);
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+      }
+    }
+  }
+
+  __device__ static __forceinline__ Raw pack(const float (&x)[kVec], DType) {
+    Raw raw;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        raw.word[i] = __float_as_uint(x[i]);
+      } else {
+        raw.word[i] = pack2<T>(x[2 * i], x[2 * i + 1]);
+      }
+    }
+    return raw;
+  }
+};
+
+// One element, or four of 8 or 16 bytes.
+template <int kVec>
+struct Vectors<AnyElement, kVec> {
+  static_assert(kVec == 1 || kVec == 4);
+  static constexpr int kWords = kVec;  // 16-bit elements take half of them, but for a single one
+  struct Raw {
+    uint32_t word[kWords];
+  };
+
+  __device__ static __forceinline__ const void* row(const void* data, uint64_t offset, DType dtype) {
+    return static_cast<const char*>(data) + (dtype == DType::kFloat32 ? 4 * offset : 2 * offset);
+  }
+  __device__ static __forceinline__ void* row(void* data, uint64_t offset, DType dtype) {
+    return static_cast<char*>(data) + (dtype == DType::kFloat32 ? 4 * offset : 2 * offset);
+  }
+
+  __device__ static __forceinline__ Raw load(const void* row, uint32_t offset, DType dtype) {
+    if constexpr (kVec == 1) {
+      if (dtype == DType::kFloat32) return {{static_cast<const uint32_t*>(row)[offset]}};
+      return {{static_cast<const uint16_t*>(row)[offset]}};
+    } else {
+      if (dtype == DType::kFloat32) {
+        const uint4 words = static_cast<const uint4*>(row)[offset / 4];
+        return {{words.x, words.y, words.z, words.w}};
+      }
+      const uint2 words = static_cast<const uint2*>(row)[offset / 4];
+      return {{words.x, words.y, 0, 0}};
+    }
+  }
+
+  __device__ static __forceinline__ void store(void* row, uint32_t offset, const Raw& raw, DType dtype) {
+    if constexpr (kVec == 1) {
+      if (dtype == DType::kFloat32) {
+        static_cast<uint32_t*>(row)[offset] = raw.word[0];
+      } else {
+        static_cast<uint16_t*>(row)[offset] = static_cast<uint16_t>(raw.word[0]);
+      }
+    } else if (dtype == DType::kFloat32) {
+      static_cast<uint4*>(row)[offset / 4] = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
+    } else {
+      static_cast<uint2*>(row)[offset / 4] = make_uint2(raw.word[0], raw.word[1]);
+    }
+  }
+
+  __device__ static __forceinline__ void unpack(const Raw& raw, float (&x)[kVec], DType dtype) {
+    if (dtype == DType::kFloat32) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) x[i] = __uint_as_float(raw.word[i]);
+    } else if (dtype == DType::kFloat16) {
+      unpack_pairs<__half>(raw, x);
+    } else {
+      unpack_pairs<__nv_bfloat16>(raw, x);
+    }
+  }
+
+  __device__ static __forceinline__ Raw pack(const float (&x)[kVec], DType dtype) {
+    Raw raw = {};
+    if (dtype == DType::kFloat32) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) raw.word[i] = __float_as_uint(x[i]);
+    } else if (dtype == DType::kFloat16) {
+      pack_pairs<__half>(x, raw);
+    } else {
+      pack_pairs<__nv_bfloat16>(x, raw);
+    }
+    return raw;
+  }
+
+ private:
+  template <class T>
+  __device__ static __forceinline__ void unpack_pairs(const Raw& raw, float (&x)[kVec]) {
+#pragma unroll
+    for (int i = 0; i < kVec; i += 2) {
+      const float2 pair = unpack2<T>(raw.word[i / 2]);
+      x[i] = pair.x;
+      if (i + 1 < kVec) x[i + 1] = pair.y;
+    }
+  }
+
+  template <class T>
+  __device__ static __forceinline__ void pack_pairs(const float (&x)[kVec], Raw& raw) {
+#pragma unroll
+    for (int i = 0; i < kVec; i += 2) raw.word[i / 2] = pack2<T>(x[i], i + 1 < kVec ? x[i + 1] : 0.0f);
+  }
+};
+
+}  // namespace swinkernels

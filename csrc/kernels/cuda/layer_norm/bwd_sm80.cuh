@@ -1,0 +1,250 @@
+// Layer norm backward: plain, of merged neighbours, of expanded parts, and beside a residual connection.
+#pragma once
+
+#include "../../common/ptx.cuh"
+#include "rows.cuh"
+
+namespace swinkernels::cuda {
+
+template <class Source>
+struct BackwardArguments : RowArguments<Source> {
+  const void* normalised;
+  const void* dz;
+  const void* ds;
+  const float* mean;
+  const float* rstd;
+  void* dx;
+  void* dy;         // or null
+  float* partials;  // (blocks, 2, length): each block's dweight and dbias, or null if neither is wanted
+};
+
+struct BackwardSmem {
+  RowGroup::Smem group;
+  alignas(16) float columns[1];  // the weight; after the last row, dweight and dbias
+
+  static size_t bytes(size_t parameter_bytes, bool has_partials) {
+    return offsetof(BackwardSmem, columns) + (has_partials ? 2 : 1) * parameter_bytes;
+  }
+};
+
+// Adds up dweight and dbias of all threads that have a column, in an order that depends on the row's length alone, and
+// writes them to `partial`, (2, length). `sums` is shared memory for two values of each of the block's columns.
+template <int kVec, int kVecs>
+__device__ __forceinline__ void write_partial(float* partial, float* sums, const RowGroup& group,
+                                              const Columns<kVec, kVecs>& columns, uint32_t length,
+                                              float (&dweight)[kVecs][kVec], float (&dbias)[kVecs][kVec]) {
+  const uint32_t lanes = group.lanes(), sharers = max(lanes, kWarp);
+  for (uint32_t distance = lanes; distance < kWarp; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        dweight[i][e] += __shfl_xor_sync(0xffffffffu, dweight[i][e], distance);
+        dbias[i][e] += __shfl_xor_sync(0xffffffffu, dbias[i][e], distance);
+      }
+    }
+  }
+  float* const dbias_sums = sums + kVecs * kVec * lanes;
+  __syncthreads();  // nobody reads the weight any more
+  for (uint32_t turn = 0; turn < blockDim.x / sharers; ++turn) {
+    if (threadIdx.x / sharers == turn && threadIdx.x % sharers < lanes) {
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) {
+          const uint32_t column = columns.column(i) + e;
+          sums[column] = (turn == 0 ? 0.0f : sums[column]) + dweight[i][e];
+          dbias_sums[column] = (turn == 0 ? 0.0f : dbias_sums[column]) + dbias[i][e];
+        }
+      }
+    }
+    __syncthreads();
+  }
+  for (uint32_t column = threadIdx.x; column < length; column += blockDim.x) {
+    partial[column] = sums[column];
+    partial[length + column] = dbias_sums[column];
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
+    layer_norm_bwd_kernel(const BackwardArguments<typename Traits::Source> args) {
+  constexpr LayerNormOp kOp = Traits::kOp;
+  constexpr bool kResidual = kOp == LayerNormOp::kResidual, kPostNorm = kOp == LayerNormOp::kPostNorm;
+  constexpr int kVec = Traits::kVec, kVecs = Traits::kVecs;
+  using In = typename Traits::In;
+  using Out = typename Traits::Out;
+  using X = std::conditional_t<kPostNorm, Out, In>;   // what was normalised, and its gradient
+  using Dz = std::conditional_t<kPostNorm, In, Out>;  // the gradient of the norm's result
+  const DType x_dtype = kPostNorm ? args.out_dtype : args.in_dtype;
+  const DType dz_dtype = kPostNorm ? args.in_dtype : args.out_dtype;
+
+  BackwardSmem& smem = *reinterpret_cast<BackwardSmem*>(dynamic_smem());
+  RowGroup group(args.lanes_log2, &smem.group);
+  const Columns<kVec, kVecs> columns(group.lane(), group.lanes(), args.vectors);
+  const auto slots = args.source.slots(columns);
+  const uint32_t block_vectors = kVecs * group.lanes();
+  SharedParameter<kVec> weight(smem.columns, block_vectors);
+  float dweight[kVecs][kVec] = {}, dbias[kVecs][kVec] = {};
+
+  // Where a row lies, and its vectors as they are in memory: zeros where there are none, which add nothing to any sum.
+  struct Row {
+    bool exists;
+    typename Traits::Source::Position position;
+    const void *x, *dz, *ds;
+  };
+  const auto locate = [&](uint32_t row) {
+    Row at = {};
+    at.exists = row < args.rows;
+    if (!at.exists) return at;
+    at.position = args.source.position(row);
+    at.x = X::row(args.normalised, at.position.offset, x_dtype);
+    at.dz = Dz::row(kPostNorm ? args.ds : args.dz, args.row_offset(row), dz_dtype);
+    if constexpr (kResidual) at.ds = In::row(args.ds, args.row_offset(row), args.in_dtype);
+    return at;
+  };
+  const auto load_x = [&](const Row& at, int i) {
+    const bool exists = at.exists && columns.has(i) && slots.exists(i, at.position);
+    return exists ? X::load(at.x, slots.offset(i), x_dtype) : typename X::Raw{};
+  };
+  const auto load_dz = [&](const Row& at, int i) {
+    return at.exists && columns.has(i) ? Dz::load(at.dz, columns.column(i), dz_dtype) : typename Dz::Raw{};
+  };
+  const auto load_ds = [&](const Row& at, int i) {
+    return at.exists && columns.has(i) ? In::load(at.ds, columns.column(i), args.in_dtype) : typename In::Raw{};
+  };
+
+  struct Inputs {
+    typename X::Raw x[kVecs];
+    typename Dz::Raw dz[kVecs];
+    typename In::Raw ds[kVecs];
+    float mean, rstd, scale;
+  };
+  const auto load = [&](const Row& at, uint32_t row) {
+    Inputs inputs = {};
+    if (!at.exists) return inputs;
+    if constexpr (Traits::kKeepsRow) {
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        inputs.x[i] = load_x(at, i);
+        inputs.dz[i] = load_dz(at, i);
+        if constexpr (Traits::kDsEarly) inputs.ds[i] = load_ds(at, i);
+      }
+    }
+    inputs.mean = args.mean[row];
+    inputs.rstd = args.rstd[row];
+    if constexpr (kOp != LayerNormOp::kNorm) inputs.scale = args.scale(row);
+    return inputs;
+  };
+
+  const uint32_t groups = blockDim.x >> args.lanes_log2, step = gridDim.x * groups;
+  uint32_t first = blockIdx.x * groups;
+  Inputs next = {};
+  if constexpr (Traits::kBackwardPrefetch) next = load(locate(first + group.index()), first + group.index());
+  weight.fill(args.weight, args.length);
+  __syncthreads();
+
+  for (; first < args.rows; first += step) {
+    const uint32_t row = first + group.index();
+    Row at = locate(row);
+    if constexpr (!Traits::kBackwardPrefetch) next = load(at, row);
+    const Inputs inputs = next;
+    if constexpr (Traits::kBackwardPrefetch) next = load(locate(row + step), row + step);  // on its way meanwhile
+
+    // x - mean and the gradient of the norm's result.
+    const auto read = [&](int i, float (&centred)[kVec], float (&dz)[kVec]) {
+      X::unpack(Traits::kKeepsRow ? inputs.x[i] : load_x(at, i), centred, x_dtype);
+      Dz::unpack(Traits::kKeepsRow ? inputs.dz[i] : load_dz(at, i), dz, dz_dtype);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        centred[e] -= inputs.mean;
+        if constexpr (kPostNorm) dz[e] *= inputs.scale;
+      }
+    };
+
+    float sums[2] = {0.0f, 0.0f};  // over the row, of g = dz * weight and of g * (x - mean)
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      float centred[kVec], dz[kVec], w[kVec];
+      read(i, centred, dz);
+      weight.read(columns.vector(i), w);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        const float g = dz[e] * w[e];
+        sums[0] += g;
+        sums[1] = fmaf(g, centred[e], sums[1]);
+      }
+      if (args.partials == nullptr) continue;
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        dweight[i][e] = fmaf(dz[e], centred[e] * inputs.rstd, dweight[i][e]);
+        dbias[i][e] += dz[e];
+      }
+    }
+    group.sum(sums);
+    const float mean_g = sums[0] * args.inverse_length;
+    const float mean_gx = sums[1] * inputs.rstd * args.inverse_length;
+    if (!at.exists) continue;
+    if constexpr (!Traits::kKeepsRow) at = locate(ptx::opaque(static_cast<int>(row)));  // or the loads would be shared
+
+    // rstd * (g - mean(g) - normalised x * mean(g * normalised x)); on return in dz.
+    const auto differentiate = [&](const float (&centred)[kVec], const float (&w)[kVec], float (&dz)[kVec]) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        const float others = fmaf(centred[e] * inputs.rstd, mean_gx, mean_g);
+        dz[e] = inputs.rstd * fmaf(dz[e], w[e], -others);
+      }
+    };
+
+    void* const dx = X::row(kPostNorm ? args.dy : args.dx, at.position.offset, x_dtype);
+    void* const dy = Out::row(args.dy, args.row_offset(row), args.out_dtype);
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      if (!columns.has(i)) continue;
+      float centred[kVec], d[kVec], w[kVec];
+      read(i, centred, d);
+      weight.read(columns.vector(i), w);
+      differentiate(centred, w, d);
+      if constexpr (kResidual) {
+        float ds[kVec];
+        In::unpack(Traits::kDsEarly ? inputs.ds[i] : load_ds(at, i), ds, args.in_dtype);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) d[e] += ds[e];
+      }
+      uint32_t offset = slots.offset(i);
+      bool exists = slots.exists(i, at.position);
+      if constexpr (std::is_same_v<typename Traits::Source, MergedRows>) {
+        if (args.source.repeats != 0) {  // some neighbours have several pieces, others none
+          const MergedPiece piece = args.source.piece_of(columns.column(i));
+          offset = args.source.offset_of(piece.destination, piece.within);
+          exists = args.source.exists(piece.destination, at.position);
+          for (uint32_t p = piece.next; p != MergedRows::kNone; p = args.source.next[p]) {
+            const uint32_t column = p * args.source.piece.divisor + piece.within;
+            float other[kVec];
+            Dz::unpack(Dz::load(at.dz, column, dz_dtype), other, dz_dtype);
+            weight.read(column / kVec, w);
+            differentiate(centred, w, other);
+#pragma unroll
+            for (int e = 0; e < kVec; ++e) d[e] += other[e];
+          }
+#pragma unroll
+          for (int e = 0; e < kVec; ++e) d[e] = piece.repeats ? 0.0f : d[e];
+        }
+      }
+      if (exists) X::store(dx, offset, X::pack(d, x_dtype), x_dtype);
+      if constexpr (kResidual) {
+        if (args.dy == nullptr) continue;
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) d[e] *= inputs.scale;
+        Out::store(dy, columns.column(i), Out::pack(d, args.out_dtype), args.out_dtype);
+      }
+    }
+  }
+
+  if (args.partials != nullptr) {
+    write_partial(args.partials + static_cast<uint64_t>(blockIdx.x) * 2 * args.length, smem.columns, group, columns,
+                  args.length, dweight, dbias);
+  }
+}
+
+}  // namespace swinkernels::cuda

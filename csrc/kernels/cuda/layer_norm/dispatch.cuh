@@ -1,0 +1,104 @@
+// Which instantiation runs a call, on how many threads and blocks.
+#pragma once
+
+#include <algorithm>
+#include <iterator>
+#include <type_traits>
+
+#include "../../common/resident_blocks.cuh"
+#include "rows.cuh"
+
+namespace swinkernels::cuda {
+
+// What the instantiation files define, for each op and source of rows. A backward function returns the workspace's size
+// without launching anything if `bytes` is given.
+template <LayerNormOp kOp, class Source>
+cudaError_t launch_forward(const LayerNormForwardParams& params, cudaStream_t stream);
+template <LayerNormOp kOp, class Source>
+cudaError_t launch_backward(const LayerNormBackwardParams& params, cudaStream_t stream, int64_t* bytes);
+
+template <class In_, class Out_, int kVec_>
+struct Elements {
+  using In = In_;
+  using Out = Out_;
+  static constexpr int kVec = kVec_;
+};
+
+// Calls f(Elements) with the element types and the vectors of rows that are contiguous in x in runs of `run` elements.
+// The types that autocast and plain half precision bring about have kernels of their own; others share one: float32, and
+// whatever is a multiple of four elements, but not of eight.
+template <LayerNormOp kOp, class Source, class F>
+cudaError_t dispatch_elements(DType in, DType out, int64_t run, F&& f) {
+  // From a float32 stream to a branch in half precision, and from a half-precision Linear to a float32 result.
+  constexpr bool kNarrows = !std::is_same_v<Source, ExpandedRows>;
+  constexpr bool kWidens = kOp == LayerNormOp::kNorm && !std::is_same_v<Source, MergedRows>;
+  if (run % 8 == 0) {
+    if (in == DType::kFloat16 && out == DType::kFloat16) return f(Elements<__half, __half, 8>{});
+    if (in == DType::kBFloat16 && out == DType::kBFloat16) return f(Elements<__nv_bfloat16, __nv_bfloat16, 8>{});
+    if constexpr (kNarrows) {
+      if (in == DType::kFloat32 && out == DType::kFloat16) return f(Elements<float, __half, 8>{});
+      if (in == DType::kFloat32 && out == DType::kBFloat16) return f(Elements<float, __nv_bfloat16, 8>{});
+    }
+    if constexpr (kWidens) {
+      if (in == DType::kFloat16 && out == DType::kFloat32) return f(Elements<__half, float, 8>{});
+      if (in == DType::kBFloat16 && out == DType::kFloat32) return f(Elements<__nv_bfloat16, float, 8>{});
+    }
+  }
+  if (run % 4 == 0) return f(Elements<AnyElement, AnyElement, 4>{});
+  return f(Elements<AnyElement, AnyElement, 1>{});
+}
+
+inline int64_t contiguous_run(const LayerNormRows& rows) {
+  return rows.layout == RowLayout::kMerging ? rows.length / rows.factor[0] / rows.factor[1] / rows.factor[2]
+                                            : rows.length;
+}
+
+// The threads of a row and of a block, and the vectors that a block's parameters take.
+struct RowThreads {
+  uint32_t lanes, block, block_vectors;
+};
+
+// Calls f(Traits, RowThreads) with the traits of the plan.
+template <LayerNormOp kOp, class Source, class E, int kChoice = 0, class F>
+cudaError_t dispatch_choice(const RowPlan& plan, F&& f) {
+  if constexpr (kChoice + 1 < std::size(VectorChoices<E::kVec>::kList)) {
+    if (plan.choice > kChoice) return dispatch_choice<kOp, Source, E, kChoice + 1>(plan, f);
+  }
+  using Traits = LayerNormTraits<kOp, Source, typename E::In, typename E::Out, E::kVec, kChoice>;
+  return f(Traits{}, RowThreads{plan.lanes, std::max(plan.lanes, kBlock), plan.lanes * Traits::kVecs});
+}
+
+template <LayerNormOp kOp, class Source, class F>
+cudaError_t dispatch(const LayerNormRows& rows, DType in, DType out, F&& f) {
+  return dispatch_elements<kOp, Source>(in, out, contiguous_run(rows), [&](auto elements) {
+    using E = decltype(elements);
+    return dispatch_choice<kOp, Source, E>(plan_row<E::kVec>(rows.length / E::kVec), f);
+  });
+}
+
+// What forward and backward arguments share. False if no kernel addresses these rows.
+template <class Params, class Source>
+bool fill(const Params& params, const RowThreads& threads, int vec, RowArguments<Source>* args) {
+  args->rows = static_cast<uint32_t>(params.rows.count);
+  args->length = static_cast<uint32_t>(params.rows.length);
+  args->vectors = args->length / vec;
+  while (1u << args->lanes_log2 < threads.lanes) ++args->lanes_log2;
+  args->inverse_length = 1.0f / static_cast<float>(params.rows.length);
+  args->in_dtype = params.in_dtype;
+  args->out_dtype = params.out_dtype;
+  args->drop_path_scale = params.drop_path_scale;
+  if (params.drop_path_scale != nullptr) args->samples = FastDivisor::of(static_cast<uint32_t>(params.rows_per_sample));
+  args->weight = {params.weight, params.weight_dtype, 1.0f};
+  return Source::of(params.rows, &args->source);
+}
+
+// As many blocks as the device holds at once, but none without a row.
+template <class Kernel>
+cudaError_t plan_blocks(Kernel kernel, const RowThreads& threads, size_t smem_bytes, int64_t rows, int64_t* blocks) {
+  const cudaError_t status = resident_blocks(kernel, threads.block, smem_bytes, blocks);
+  const int64_t groups = threads.block / threads.lanes;
+  *blocks = std::min(*blocks, (rows + groups - 1) / groups);
+  return status;
+}
+
+}  // namespace swinkernels::cuda

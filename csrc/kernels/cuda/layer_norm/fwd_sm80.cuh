@@ -1,0 +1,175 @@
+// Layer norm forward: plain, of merged neighbours, of expanded parts, and beside a residual connection.
+#pragma once
+
+#include "rows.cuh"
+
+namespace swinkernels::cuda {
+
+template <class Source>
+struct ForwardArguments : RowArguments<Source> {
+  Parameter bias;
+  float eps;
+  const void* x;
+  const void* y;
+  void* s;
+  void* z;
+  float* mean;
+  float* rstd;
+};
+
+struct ForwardSmem {
+  RowGroup::Smem group;
+  alignas(16) float parameters[1];  // weight, bias
+
+  static size_t bytes(size_t parameter_bytes) { return offsetof(ForwardSmem, parameters) + 2 * parameter_bytes; }
+};
+
+// total / length, rounded as a division is: the mean of large numbers close to each other must not be off by more.
+__device__ __forceinline__ float mean_of(float total, float length, float inverse_length) {
+  const float mean = total * inverse_length;
+  return fmaf(fmaf(-mean, length, total), inverse_length, mean);
+}
+
+// 1 / sqrt(x); the approximation of the hardware and one step of Newton's.
+__device__ __forceinline__ float reciprocal_sqrt(float x) {
+  const float y = rsqrtf(x);
+  return fmaf(0.5f * y, fmaf(-x * y, y, 1.0f), y);
+}
+
+template <int kVec>
+__device__ __forceinline__ float sum_pairwise(const float (&x)[kVec]) {
+  if constexpr (kVec == 1) {
+    return x[0];
+  } else {
+    float half[kVec / 2];
+#pragma unroll
+    for (int i = 0; i < kVec / 2; ++i) half[i] = x[2 * i] + x[2 * i + 1];
+    return sum_pairwise(half);
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kMaxThreads)
+    layer_norm_fwd_kernel(const ForwardArguments<typename Traits::Source> args) {
+  using In = typename Traits::In;
+  using Out = typename Traits::Out;
+  constexpr LayerNormOp kOp = Traits::kOp;
+  constexpr int kVec = Traits::kVec, kVecs = Traits::kVecs;
+  ForwardSmem& smem = *reinterpret_cast<ForwardSmem*>(dynamic_smem());
+  RowGroup group(args.lanes_log2, &smem.group);
+  const Columns<kVec, kVecs> columns(group.lane(), group.lanes(), args.vectors);
+  const auto slots = args.source.slots(columns);
+  const uint32_t block_vectors = kVecs * group.lanes();
+  SharedParameter<kVec> weight(smem.parameters, block_vectors);
+  SharedParameter<kVec> bias(smem.parameters + block_vectors * kVec, block_vectors);
+
+  // A row as it is in memory; zeros where there is none.
+  struct Inputs {
+    typename In::Raw x[kVecs];
+    typename Out::Raw y[kVecs];
+    float scale;
+  };
+  const auto load = [&](uint32_t row) {
+    Inputs inputs = {};
+    if (row >= args.rows) return inputs;
+    const auto position = args.source.position(row);
+    const void* x = In::row(args.x, position.offset, args.in_dtype);
+    const void* y = Out::row(args.y, position.offset, args.out_dtype);
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      if (!columns.has(i) || !slots.exists(i, position)) continue;
+      inputs.x[i] = In::load(x, slots.offset(i), args.in_dtype);
+      if constexpr (kOp != LayerNormOp::kNorm) inputs.y[i] = Out::load(y, slots.offset(i), args.out_dtype);
+    }
+    if constexpr (kOp != LayerNormOp::kNorm) inputs.scale = args.scale(row);
+    return inputs;
+  };
+
+  const uint32_t groups = blockDim.x >> args.lanes_log2, step = gridDim.x * groups;
+  uint32_t first = blockIdx.x * groups;
+  Inputs next = {};
+  if constexpr (Traits::kForwardPrefetch) next = load(first + group.index());
+  weight.fill(args.weight, args.length);
+  bias.fill(args.bias, args.length);
+  __syncthreads();
+
+  for (; first < args.rows; first += step) {
+    const uint32_t row = first + group.index();
+    const bool is_row = row < args.rows;
+    void* const s = In::row(args.s, args.row_offset(row), args.in_dtype);
+    void* const z = Out::row(args.z, args.row_offset(row), args.out_dtype);
+
+    if constexpr (!Traits::kForwardPrefetch) next = load(row);
+    float v[kVecs][kVec];  // what is normalised
+    const Inputs inputs = next;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      if constexpr (kOp == LayerNormOp::kPostNorm) {
+        Out::unpack(inputs.y[i], v[i], args.out_dtype);
+      } else {
+        In::unpack(inputs.x[i], v[i], args.in_dtype);
+      }
+      if constexpr (kOp == LayerNormOp::kResidual) {
+        float y[kVec];
+        Out::unpack(inputs.y[i], y, args.out_dtype);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) v[i][e] = fmaf(inputs.scale, y[e], v[i][e]);
+      }
+    }
+    if constexpr (Traits::kForwardPrefetch) next = load(row + step);  // on its way while this row is computed
+    if constexpr (kOp == LayerNormOp::kResidual) {
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        const typename In::Raw sum = In::pack(v[i], args.in_dtype);
+        if (is_row && columns.has(i)) In::store(s, columns.column(i), sum, args.in_dtype);
+        In::unpack(sum, v[i], args.in_dtype);
+      }
+    }
+
+    float total[1] = {0.0f};
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) total[0] += sum_pairwise(v[i]);
+    group.sum(total);
+    const float mean = mean_of(total[0], args.length, args.inverse_length);
+    float squares[1] = {0.0f};
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      float square[kVec];
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        v[i][e] -= mean;
+        square[e] = v[i][e] * v[i][e];
+      }
+      squares[0] += columns.has(i) ? sum_pairwise(square) : 0.0f;
+    }
+    group.sum(squares);
+    const float rstd = reciprocal_sqrt(fmaf(squares[0], args.inverse_length, args.eps));
+    if (is_row && columns.lane == 0) {
+      args.mean[row] = mean;
+      args.rstd[row] = rstd;
+    }
+
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      float w[kVec], b[kVec];
+      weight.read(columns.vector(i), w);
+      bias.read(columns.vector(i), b);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) v[i][e] = fmaf(v[i][e] * rstd, w[e], b[e]);
+      if constexpr (kOp == LayerNormOp::kPostNorm) {
+        float x[kVec];
+        In::unpack(inputs.x[i], x, args.in_dtype);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) v[i][e] = fmaf(inputs.scale, v[i][e], x[e]);
+      }
+      if (!is_row || !columns.has(i)) continue;
+      if constexpr (kOp == LayerNormOp::kPostNorm) {
+        In::store(s, columns.column(i), In::pack(v[i], args.in_dtype), args.in_dtype);
+      } else {
+        Out::store(z, columns.column(i), Out::pack(v[i], args.out_dtype), args.out_dtype);
+      }
+    }
+  }
+}
+
+}  // namespace swinkernels::cuda

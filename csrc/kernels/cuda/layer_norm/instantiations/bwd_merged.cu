@@ -1,0 +1,4 @@
+#include "../launch_bwd.cuh"
+
+template cudaError_t swinkernels::cuda::launch_backward<swinkernels::LayerNormOp::kNorm, swinkernels::cuda::MergedRows>(
+    const LayerNormBackwardParams& params, cudaStream_t stream, int64_t* bytes);

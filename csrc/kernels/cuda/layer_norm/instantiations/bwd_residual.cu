@@ -1,0 +1,5 @@
+#include "../launch_bwd.cuh"
+
+template cudaError_t
+swinkernels::cuda::launch_backward<swinkernels::LayerNormOp::kResidual, swinkernels::cuda::PlainRows>(
+    const LayerNormBackwardParams& params, cudaStream_t stream, int64_t* bytes);

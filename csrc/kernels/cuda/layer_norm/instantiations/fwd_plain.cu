@@ -1,0 +1,4 @@
+#include "../launch_fwd.cuh"
+
+template cudaError_t swinkernels::cuda::launch_forward<swinkernels::LayerNormOp::kNorm, swinkernels::cuda::PlainRows>(
+    const LayerNormForwardParams& params, cudaStream_t stream);

@@ -1,0 +1,58 @@
+// The threads that share a row, and their sums.
+#pragma once
+
+#include <cstdint>
+
+#include "traits.h"
+
+namespace swinkernels::cuda {
+
+class RowGroup {
+ public:
+  // What sums of groups of several warps take.
+  struct Smem {
+    float sums[2][2][kMaxWarps];
+  };
+
+  __device__ __forceinline__ RowGroup(uint32_t lanes_log2, Smem* smem)
+      : lanes_(1u << lanes_log2), index_(threadIdx.x >> lanes_log2), smem_(smem) {}
+
+  __device__ __forceinline__ uint32_t lanes() const { return lanes_; }
+  __device__ __forceinline__ uint32_t lane() const { return threadIdx.x & (lanes_ - 1); }
+  __device__ __forceinline__ uint32_t index() const { return index_; }  // of the block's groups
+
+  // Replaces each value by its sum over the group, the same bits in every thread. All threads of the block call it.
+  template <int kValues>
+  __device__ __forceinline__ void sum(float (&values)[kValues]) {
+    static_assert(kValues <= 2);
+    for (uint32_t distance = min(lanes_, kWarp) / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) values[v] += __shfl_xor_sync(0xffffffffu, values[v], distance);
+    }
+    if (lanes_ <= kWarp) return;
+    // Two buffers in turn, so that one barrier does: who writes to a buffer again has passed the barrier of the other
+    // one, before which everybody has read this one.
+    parity_ ^= 1;
+    float (&sums)[2][kMaxWarps] = smem_->sums[parity_];
+    const uint32_t warps = lanes_ / kWarp, first = index_ * warps;
+    if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) sums[v][threadIdx.x / kWarp] = values[v];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) {
+      float sum = 0.0f;
+#pragma unroll 1
+      for (uint32_t w = 0; w < warps; ++w) sum += sums[v][first + w];
+      values[v] = sum;
+    }
+  }
+
+ private:
+  uint32_t lanes_, index_;
+  Smem* smem_;
+  uint32_t parity_ = 0;
+};
+
+}  // namespace swinkernels::cuda

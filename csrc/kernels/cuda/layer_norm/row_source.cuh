@@ -1,0 +1,278 @@
+// Where the vectors of a row lie in x: LayerNormRows' definition (csrc/params/layer_norm.h) as index arithmetic without
+// divisions, one struct for each layout. What depends on a thread's columns alone is worked out once per thread, what
+// depends on the row once per row.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../../../params/layer_norm.h"
+#include "../../common/fast_divisor.cuh"
+
+namespace swinkernels::cuda {
+
+// The columns of a thread's vectors in z, and in x where a row is as contiguous there.
+template <int kVec, int kVecs>
+struct Columns {
+  uint32_t lane, lanes;
+  uint32_t held;  // bit i: vector i is part of the row
+
+  __device__ __forceinline__ Columns(uint32_t lane_, uint32_t lanes_, uint32_t vectors)
+      : lane(lane_), lanes(lanes_), held(0) {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) held |= (vector(i) < vectors ? 1u : 0u) << i;
+  }
+  __device__ __forceinline__ uint32_t vector(int i) const { return lane + i * lanes; }
+  __device__ __forceinline__ uint32_t column(int i) const { return vector(i) * kVec; }
+  __device__ __forceinline__ bool has(int i) const { return held >> i & 1; }
+};
+
+// A row that is contiguous in x, too.
+struct ContiguousRow {
+  uint64_t offset;  // elements from x to the row
+
+  template <int kVec, int kVecs>
+  struct Slots {
+    Columns<kVec, kVecs> columns;
+    __device__ __forceinline__ uint32_t offset(int i) const { return columns.column(i); }
+    __device__ __forceinline__ bool exists(int, const ContiguousRow&) const { return true; }
+  };
+};
+
+struct PlainRows {
+  uint32_t length;
+
+  using Position = ContiguousRow;
+  template <int kVec, int kVecs>
+  using Slots = ContiguousRow::Slots<kVec, kVecs>;
+
+  static bool of(const LayerNormRows& rows, PlainRows* source) {
+    source->length = static_cast<uint32_t>(rows.length);
+    return true;
+  }
+  __device__ __forceinline__ Position position(uint32_t row) const { return {static_cast<uint64_t>(row) * length}; }
+  template <int kVec, int kVecs>
+  __device__ __forceinline__ Slots<kVec, kVecs> slots(const Columns<kVec, kVecs>& columns) const {
+    return {columns};
+  }
+};
+
+// What z of a map adds: rows numbered row-major over the tokens of all images.
+struct MapRows {
+  RowMajorDivisor tokens;   // of an image of z
+  uint64_t batch_stride;    // elements of an image of x
+  uint32_t axis_stride[3];  // elements of x
+
+  // False if there are too many tokens, or if they are too far apart on an axis.
+  bool fill(const LayerNormRows& rows, const int64_t (&z_tokens)[3], int64_t channels, const int64_t (&step)[3]) {
+    int64_t count = 1, stride = channels;
+    int32_t extent[3];
+    for (int axis = 2; axis >= 0; --axis) {
+      count *= z_tokens[axis];
+      if (z_tokens[axis] > INT32_MAX || count > INT32_MAX) return false;
+      extent[axis] = static_cast<int32_t>(z_tokens[axis]);
+      axis_stride[axis] = 0;
+      if (rows.size[axis] > 1) {  // an axis that a 2D map does not have may be of any length
+        if (stride * step[axis] > UINT32_MAX) return false;
+        axis_stride[axis] = static_cast<uint32_t>(stride * step[axis]);
+      }
+      stride *= rows.size[axis];
+    }
+    tokens = RowMajorDivisor::of(extent);
+    batch_stride = static_cast<uint64_t>(stride);
+    return rows.count % count == 0;
+  }
+};
+
+// Eight numbers of 4 bits, so that a lane can pick one without a table in memory.
+struct Nibbles {
+  uint32_t bits;
+
+  void set(int i, uint32_t value) { bits = (bits & ~(15u << 4 * i)) | value << 4 * i; }
+  __device__ __forceinline__ uint32_t operator[](uint32_t i) const { return bits >> 4 * i & 15; }
+};
+
+// A column of a merged row, where a neighbour may have several pieces.
+struct MergedPiece {
+  uint32_t within;       // the piece
+  bool repeats;          // an earlier piece has its neighbour, and takes care of dx
+  uint32_t next;         // the next piece with its neighbour, or kNone; kNone if it repeats one
+  uint32_t destination;  // the neighbour where it puts dx; if it repeats one, zeros in one that has no piece
+};
+
+// The pieces of a row are neighbours in x. A neighbour is a set of bits: bit a is its offset on axis a.
+struct MergedRows : MapRows {
+  static constexpr uint32_t kNone = 15;
+
+  FastDivisor piece;    // elements of a piece
+  uint32_t second[3];   // elements from a token to the next one on an axis
+  uint32_t cut_off[3];  // the coordinate in z of blocks that the map's end cuts off, or one that there is not
+  Nibbles neighbour;    // of each piece
+  // As MergedPiece has them. There are as many neighbours without a piece as there are pieces that repeat one.
+  uint32_t repeats;  // bit p: of piece p
+  Nibbles next, destination;
+
+  struct Position {
+    uint64_t offset;   // elements from x to the block's first token
+    uint32_t outside;  // bit a: the second neighbours on axis a are outside of the map
+  };
+
+  __device__ __forceinline__ Position position(uint32_t row) const {
+    uint32_t at[3];
+    Position p = {tokens.divide(row, at) * batch_stride, 0};
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) {
+      p.offset += static_cast<uint64_t>(at[axis]) * axis_stride[axis];
+      p.outside |= (at[axis] == cut_off[axis] ? 1u : 0u) << axis;
+    }
+    return p;
+  }
+
+  __device__ __forceinline__ bool exists(uint32_t which, const Position& position) const {
+    return (which & position.outside) == 0;
+  }
+  __device__ __forceinline__ MergedPiece piece_of(uint32_t column) const {
+    MergedPiece result;
+    const uint32_t p = piece.divide(column, &result.within);
+    result.repeats = repeats >> p & 1;
+    result.next = result.repeats ? kNone : next[p];
+    result.destination = destination[p];
+    return result;
+  }
+
+  // Elements from a position to column `within` of a neighbour.
+  __device__ __forceinline__ uint32_t offset_of(uint32_t which, uint32_t within) const {
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) within += which >> axis & 1 ? second[axis] : 0;
+    return within;
+  }
+
+  template <int kVec, int kVecs>
+  class Slots {
+   public:
+    __device__ __forceinline__ Slots(const MergedRows& source, const Columns<kVec, kVecs>& columns) : neighbours_(0) {
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+        offset_[i] = 0;
+        if (!columns.has(i)) continue;
+        uint32_t within;
+        const uint32_t which = source.neighbour[source.piece.divide(columns.column(i), &within)];
+        offset_[i] = source.offset_of(which, within);
+        neighbours_ |= static_cast<Bits>(which) << 3 * i;
+      }
+    }
+    __device__ __forceinline__ uint32_t offset(int i) const { return offset_[i]; }
+    __device__ __forceinline__ bool exists(int i, const Position& position) const {
+      return (static_cast<uint32_t>(neighbours_ >> 3 * i) & position.outside) == 0;
+    }
+
+   private:
+    using Bits = std::conditional_t<3 * kVecs <= 32, uint32_t, uint64_t>;
+    uint32_t offset_[kVecs];
+    Bits neighbours_;
+  };
+
+  template <int kVec, int kVecs>
+  __device__ __forceinline__ Slots<kVec, kVecs> slots(const Columns<kVec, kVecs>& columns) const {
+    return Slots<kVec, kVecs>(*this, columns);
+  }
+
+  static bool of(const LayerNormRows& rows, MergedRows* source);
+};
+
+// A row is a part of a token of x.
+struct ExpandedRows : MapRows {
+  FastDivisor factor[3];
+  uint32_t part_stride[3];  // elements
+
+  using Position = ContiguousRow;
+  template <int kVec, int kVecs>
+  using Slots = ContiguousRow::Slots<kVec, kVecs>;
+
+  __device__ __forceinline__ Position position(uint32_t row) const {
+    uint32_t at[3];
+    Position p = {tokens.divide(row, at) * batch_stride};
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) {
+      uint32_t part;
+      const uint32_t token = factor[axis].divide(at[axis], &part);
+      p.offset += static_cast<uint64_t>(token) * axis_stride[axis];
+      p.offset += static_cast<uint64_t>(part) * part_stride[axis];
+    }
+    return p;
+  }
+  template <int kVec, int kVecs>
+  __device__ __forceinline__ Slots<kVec, kVecs> slots(const Columns<kVec, kVecs>& columns) const {
+    return {columns};
+  }
+
+  static bool of(const LayerNormRows& rows, ExpandedRows* source) {
+    int64_t tokens[3], parts = 1;
+    for (int axis = 2; axis >= 0; --axis) {
+      if (rows.size[axis] < 1 || rows.factor[axis] < 1) return false;
+      if (parts * rows.length > UINT32_MAX) return false;
+      source->factor[axis] = FastDivisor::of(static_cast<uint32_t>(rows.factor[axis]));
+      source->part_stride[axis] = static_cast<uint32_t>(parts * rows.length);
+      tokens[axis] = int64_t{1} * rows.size[axis] * rows.factor[axis];
+      parts *= rows.factor[axis];
+    }
+    return source->fill(rows, tokens, parts * rows.length, {1, 1, 1});
+  }
+};
+
+inline bool MergedRows::of(const LayerNormRows& rows, MergedRows* source) {
+  *source = {};
+  int64_t tokens[3], step[3], parts = 1, farthest = 0;
+  for (int axis = 0; axis < 3; ++axis) {
+    const int32_t size = rows.size[axis], factor = rows.factor[axis];
+    if (size < 1 || factor < 1 || factor > 2) return false;
+    parts *= factor;
+    step[axis] = factor;
+    tokens[axis] = (int64_t{size} + factor - 1) / factor;
+    source->cut_off[axis] = factor == 2 && size % 2 == 1 ? static_cast<uint32_t>(tokens[axis] - 1) : UINT32_MAX;
+  }
+  const int64_t channels = rows.length / parts;
+  if (rows.length % parts != 0 || !source->fill(rows, tokens, channels, step)) return false;
+  source->piece = FastDivisor::of(static_cast<uint32_t>(channels));
+  int64_t stride = channels;
+  for (int axis = 2; axis >= 0; --axis) {
+    if (rows.factor[axis] == 2 && rows.size[axis] > 1) {
+      farthest += stride;
+      source->second[axis] = static_cast<uint32_t>(stride);
+    }
+    stride *= rows.size[axis];
+  }
+  if (farthest + channels > INT32_MAX) return false;
+
+  uint32_t with_piece = 0, existing = 0;
+  const auto bits_of = [&rows](int32_t number) {
+    const int32_t row = number / rows.factor[2];
+    return static_cast<uint32_t>(row / rows.factor[1] | row % rows.factor[1] << 1 | number % rows.factor[2] << 2);
+  };
+  for (int p = 0; p < parts; ++p) {
+    const int32_t number = rows.neighbours[p];
+    if (number < 0 || number >= parts) return false;
+    existing |= 1u << bits_of(p);
+    with_piece |= 1u << bits_of(number);
+    source->neighbour.set(p, bits_of(number));
+    source->destination.set(p, bits_of(number));
+    source->next.set(p, kNone);
+    for (int earlier = p - 1; earlier >= 0; --earlier) {
+      if (rows.neighbours[earlier] != number) continue;
+      source->next.set(earlier, p);
+      source->repeats |= 1u << p;
+      break;
+    }
+  }
+  uint32_t free = existing & ~with_piece;
+  for (int p = 0; p < parts; ++p) {
+    if (!(source->repeats >> p & 1)) continue;
+    uint32_t which = 0;
+    while (!(free >> which & 1)) ++which;
+    free &= ~(1u << which);
+    source->destination.set(p, which);
+  }
+  return true;
+}
+
+}  // namespace swinkernels::cuda

@@ -1,0 +1,37 @@
+// What the forward and backward kernels share: the rows, who has which, and the weights in shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "../../common/launch.cuh"
+#include "parameters.cuh"
+#include "row_group.cuh"
+#include "row_source.cuh"
+#include "traits.h"
+
+namespace swinkernels::cuda {
+
+template <class Source>
+struct RowArguments {
+  uint32_t rows, length;
+  uint32_t vectors;     // of a row
+  uint32_t lanes_log2;  // of the threads that share one
+  float inverse_length;
+  DType in_dtype, out_dtype;
+  Source source;
+  const float* drop_path_scale;  // or null
+  FastDivisor samples;           // rows of a sample
+  Parameter weight;
+
+  // Of a row, 1 without a drop path.
+  __device__ __forceinline__ float scale(uint32_t row) const {
+    if (drop_path_scale == nullptr) return 1.0f;
+    uint32_t rest;
+    return drop_path_scale[samples.divide(row, &rest)];
+  }
+
+  // Elements before a row where rows lie one after another.
+  __device__ __forceinline__ uint64_t row_offset(uint32_t row) const { return static_cast<uint64_t>(row) * length; }
+};
+
+}  // namespace swinkernels::cuda

@@ -1,0 +1,99 @@
+// How a row lies on threads: every number that follows from the op, the element types and the row is derived here, once.
+//
+// A row of V vectors belongs to `lanes` neighbouring threads, a power of two. A thread has kVecs vectors of it, those
+// numbered lane, lane + lanes, ..., and keeps the columns from row to row.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../../../params/layer_norm_cuda.h"
+#include "../../common/vectors.cuh"
+#include "row_source.cuh"
+
+namespace swinkernels::cuda {
+
+constexpr uint32_t kWarp = 32;
+constexpr uint32_t kBlock = 128;      // threads, unless a row takes more
+constexpr uint32_t kMaxLanes = 1024;  // threads of a row
+constexpr uint32_t kMaxWarps = kMaxLanes / kWarp;
+
+// Vectors of a thread, and the most threads that rows of so many may have, which is what the registers of a thread
+// follow from: 64 of 1,024 threads, 128 of 512.
+struct VectorChoice {
+  int vectors;
+  uint32_t max_lanes;
+};
+
+// The models' rows have 96 * 2^n or 128 * 2^n elements, that is 3 * 2^k or 2^k vectors: two choices for each width of a
+// vector leave no lane without work at either. Other rows, rounded up to the next of these, leave at most a third idle.
+template <int kVec>
+struct VectorChoices;
+template <>
+struct VectorChoices<8> {
+  static constexpr VectorChoice kList[] = {{2, 512}, {3, 128}};
+};
+template <>
+struct VectorChoices<4> {
+  static constexpr VectorChoice kList[] = {{3, 512}, {4, 512}};
+};
+template <>
+struct VectorChoices<1> {  // rows that are not made of vectors
+  static constexpr VectorChoice kList[] = {{8, 1024}};
+};
+
+struct RowPlan {
+  int choice;
+  uint32_t lanes;
+};
+
+// The fewest slots that hold a row of so many vectors; no lanes if none do.
+template <int kVec>
+constexpr RowPlan plan_row(uint32_t vectors) {
+  for (uint32_t lanes = 1; lanes <= kMaxLanes; lanes *= 2) {
+    int i = 0;
+    for (const VectorChoice& choice : VectorChoices<kVec>::kList) {
+      if (lanes <= choice.max_lanes && vectors <= choice.vectors * lanes) return {i, lanes};
+      ++i;
+    }
+  }
+  return {0, 0};
+}
+static_assert(plan_row<8>(96 / 8).lanes == 4 && plan_row<8>(96 / 8).choice == 1);
+static_assert(plan_row<8>(128 / 8).lanes == 8 && plan_row<8>(128 / 8).choice == 0);
+static_assert(plan_row<8>(kMaxRow / 8).lanes > 0 && plan_row<4>(kMaxRow / 4).lanes > 0 &&
+              plan_row<1>(kMaxRow).lanes > 0);
+
+// kOp_         what is normalised and what is added
+// Source_      where rows lie in x (row_source.cuh)
+// In_, Out_    element types in memory of in_dtype and out_dtype, or AnyElement
+// kVec_        elements of a vector
+// kChoice      index into VectorChoices
+template <LayerNormOp kOp_, class Source_, class In_, class Out_, int kVec_, int kChoice>
+struct LayerNormTraits {
+  static constexpr LayerNormOp kOp = kOp_;
+  using Source = Source_;
+  static_assert(kOp == LayerNormOp::kNorm || std::is_same_v<Source, PlainRows>, "rows beside a residual are plain");
+  using In = Vectors<In_, kVec_>;
+  using Out = Vectors<Out_, kVec_>;
+  static constexpr int kVec = kVec_;
+  static constexpr VectorChoice kChosen = VectorChoices<kVec>::kList[kChoice];
+  static constexpr int kVecs = kChosen.vectors;
+  static constexpr uint32_t kMaxThreads = kChosen.max_lanes > kBlock ? kChosen.max_lanes : kBlock;
+
+  // A thread has 64 of the registers of 1,024 threads, 128 of 512, and three vectors 168, which leaves 12 warps on a
+  // multiprocessor in the backward pass; the forward pass takes fewer.
+  static constexpr int kBackwardBlocks = kMaxThreads == kBlock ? 3 : 1;
+  static constexpr int kRegisters = kMaxThreads == kBlock ? 168 : 64 * 1024 / static_cast<int>(kMaxThreads);
+  // Where registers do not hold a row of single elements, it is loaded again when it is needed again.
+  static constexpr bool kKeepsRow = kVec > 1;
+  // ds is needed last. It is loaded with the rest of a row only where there are registers for it.
+  static constexpr bool kDsEarly = kOp == LayerNormOp::kResidual && kVec == 8;
+  // The next row is loaded before this one is computed: forward always, backward if registers hold both beside the sums
+  // of dweight and dbias, with 60 left for the rest.
+  static constexpr int kRowRegisters = kVecs * (In::kWords + Out::kWords + (kDsEarly ? In::kWords : 0));
+  static constexpr bool kForwardPrefetch = kKeepsRow;
+  static constexpr bool kBackwardPrefetch = kKeepsRow && 2 * kVecs * kVec + 2 * kRowRegisters + 60 <= kRegisters;
+};
+
+}  // namespace swinkernels::cuda

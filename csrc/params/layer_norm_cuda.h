@@ -1,0 +1,24 @@
+// Launch prototypes of the CUDA backend.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "layer_norm.h"
+
+namespace swinkernels::cuda {
+
+// All launch on the given stream of the current device, neither allocate nor synchronise, and return
+// cudaErrorInvalidValue for what no kernel was made for: longer rows than the limit below, 2^31 rows or more, neighbours
+// 2^31 elements apart or more, or other pairs of dtypes than those of layer_norm.cu. Pointers to maps must be 16-byte
+// aligned.
+cudaError_t layer_norm_forward(const LayerNormForwardParams& params, cudaStream_t stream);
+
+// Depends on op, dtypes and rows, on whether dweight or dbias is wanted (not null; nothing is read), and on the current
+// device: its blocks each keep a partial sum of both.
+int64_t layer_norm_backward_workspace_bytes(const LayerNormBackwardParams& params);
+cudaError_t layer_norm_backward(const LayerNormBackwardParams& params, cudaStream_t stream);
+
+// The bindings export it to Python.
+constexpr int32_t kMaxRow = 8192;
+
+}  // namespace swinkernels::cuda

@@ -1,0 +1,226 @@
+"""Calls of the norm ops and their comparison with the float64 reference.
+
+An implementation is anything that has the ops as functions: ``torch.ops.swinkernels``, or the emulated kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swinkernels import reference
+from swinkernels.reference.patch_merging import neighbours
+from swinkernels.testing import assert_within_budget
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# What is normalised or added to, and what the next Linear reads; NORM_PAIRS has the results of half-precision Linears
+# that are wanted in float32, too.
+PAIRS = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
+NORM_PAIRS = [*PAIRS, (F16, F32), (BF16, F32)]
+# Shorter rows average too few rounding errors, and what the norm takes out of a gradient is most of it.
+SHORT_ROW = 16
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class NormCase:
+    """One call of an op; which one follows from ``op``, its shapes and arguments from the rest."""
+
+    op: str  # "layer_norm", "patch_merging_norm", "residual_layer_norm" or "residual_post_norm"
+    shape: tuple[int, ...]  # of x
+    pair: tuple[torch.dtype, torch.dtype] = (F32, F32)  # of x and z, or of x and y
+    factor: tuple[int, ...] = ()  # of merging or expanding, three values
+    order: str = "swin"  # of merging
+    has_weight: bool = True
+    has_bias: bool = True
+    parameter_dtype: torch.dtype = F32
+    has_drop_path: bool = False
+    offset: float = 0.0  # mean of the rows
+
+    def __str__(self) -> str:
+        dtypes = "-".join(str(d).removeprefix("torch.") for d in self.pair)
+        extra = f"-{'x'.join(map(str, self.factor))}" if self.factor else ""
+        extra += f"-{self.order}" if self.op == "patch_merging_norm" else ""
+        extra += "".join(
+            f"-{name}"
+            for name, given in (
+                ("no_weight", not self.has_weight),
+                ("no_bias", not self.has_bias),
+                ("drop_path", self.has_drop_path),
+            )
+            if given
+        )
+        return f"{self.op}-{'x'.join(map(str, self.shape))}{extra}-{dtypes}"
+
+    @property
+    def merged_axes(self) -> int:
+        return sum(f > 1 for f in self.factor)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The neighbours of a merged row, numbered row-major."""
+        return [sum(o << i for i, o in enumerate(reversed(n))) for n in neighbours(self.order, self.merged_axes)]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What is normalised, (..., L), of an x of any dtype: a selection of its elements, and zeros."""
+        if self.op == "patch_merging_norm":
+            axes = range(x.dim() - 1 - self.merged_axes, x.dim() - 1)
+            for axis in axes:
+                if x.shape[axis] % 2 == 1:
+                    x = torch.cat([x, torch.zeros_like(x.narrow(axis, 0, 1))], dim=axis)
+            selections = [(..., *(slice(o, None, 2) for o in n)) for n in neighbours(self.order, self.merged_axes)]
+            return torch.cat([x[(*s, slice(None))] for s in selections], dim=-1)
+        if self.factor:
+            rank = x.dim() - 2
+            factor = self.factor[-rank:]
+            parts = x.unflatten(-1, (*factor, -1))
+            axes = [axis for i in range(rank) for axis in (1 + i, 1 + rank + i)]
+            size = [s * f for s, f in zip(x.shape[1:-1], factor, strict=True)]
+            return parts.permute(0, *axes, 2 * rank + 1).reshape(x.shape[0], *size, parts.shape[-1])
+        return x
+
+    def inputs(self, seed: int = 0) -> dict[str, Tensor]:
+        """Everything that is drawn, rounded to its dtype; ``None`` parameters are left out."""
+        g = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g)
+
+        z_shape = self.rows(torch.empty(self.shape, device="meta")).shape
+        inputs = {
+            "x": (draw(*self.shape) + self.offset).to(self.pair[0]),
+            "y": (draw(*self.shape) + self.offset).to(self.pair[1]),
+            "weight": (1 + 0.5 * draw(z_shape[-1])).to(self.parameter_dtype),
+            "bias": draw(z_shape[-1]).to(self.parameter_dtype),
+            "dz": draw(*z_shape).to(self.pair[1]),
+            "ds": draw(*self.shape).to(self.pair[0]),
+            "drop_path_scale": torch.tensor([0.0, 1.25])[torch.arange(self.shape[0]) % 2],
+        }
+        wanted = {"weight": self.has_weight, "bias": self.has_bias, "drop_path_scale": self.has_drop_path}
+        return {name: x for name, x in inputs.items() if wanted.get(name, True)}
+
+
+def call(implementation: Any, case: NormCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Forward and backward of a case by the ops: every result by its name, dy of None if it is dx."""
+    fwd, bwd = (getattr(implementation, f"{case.op}_{direction}") for direction in ("fwd", "bwd"))
+    x, weight, bias, scale = inputs["x"], inputs.get("weight"), inputs.get("bias"), inputs.get("drop_path_scale")
+    needs = (weight is not None, bias is not None)
+    results: dict[str, Tensor] = {}
+
+    def keep(names: str, values: Any) -> None:
+        results.update(zip(names.split(), values, strict=True))
+
+    if case.op == "residual_layer_norm":
+        keep("s z mean rstd", fwd(x, inputs["y"], scale, weight, bias, EPS))
+        saved = (results["s"], scale, weight, results["mean"], results["rstd"])
+        keep("dx dy dweight dbias", bwd(inputs["ds"], inputs["dz"], *saved, *needs))
+        if scale is None and case.pair[0] == case.pair[1]:
+            assert results["dy"].shape == (0,)
+            del results["dy"]
+    elif case.op == "residual_post_norm":
+        keep("s mean rstd", fwd(x, inputs["y"], scale, weight, bias, EPS))
+        saved = (inputs["y"], scale, weight, results["mean"], results["rstd"])
+        keep("dy dweight dbias", bwd(inputs["ds"], *saved, *needs))
+    else:
+        where = [list(case.factor), case.numbers] if case.op == "patch_merging_norm" else [list(case.factor)]
+        keep("z mean rstd", fwd(x, weight, bias, *where, EPS, case.pair[1]))
+        saved = (x, weight, results["mean"], results["rstd"])
+        keep("dx dweight dbias", bwd(inputs["dz"], *saved, *where, *needs))
+    for name, needed in (("dweight", needs[0]), ("dbias", needs[1])):
+        if not needed:
+            assert results.pop(name).shape == (0,)
+    return results
+
+
+def define(
+    case: NormCase, inputs: dict[str, Tensor], s: Tensor | None, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the results should be, in the arithmetic of ``dtype``, and for gradients the sizes of the terms that cancel.
+
+    ``s`` is the sum of a residual that was got, rounded: it is what the norm that follows it is of.
+    """
+    wide = {name: x.to(dtype) for name, x in inputs.items()}
+    leaves = {name: wide[name].requires_grad_() for name in ("x", "y", "weight", "bias") if name in wide}
+    weight, bias, scale = leaves.get("weight"), leaves.get("bias"), wide.get("drop_path_scale")
+    results: dict[str, Tensor] = {}
+    if case.op == "residual_post_norm":
+        source, dz = leaves["y"], wide["ds"]
+        out = reference.residual_post_norm(leaves["x"], source, weight, bias, eps=EPS, drop_path_scale=scale)
+        results["s"] = out
+        if scale is not None:
+            dz = dz * scale.reshape(-1, *(1,) * (dz.dim() - 1))
+        leaves["y"], total = source, (out * wide["ds"]).sum()
+    elif case.op == "residual_layer_norm":
+        assert s is not None
+        results["s"], _ = reference.residual_layer_norm(leaves["x"], leaves["y"], eps=EPS, drop_path_scale=scale)
+        source, dz = s.to(dtype).requires_grad_(), wide["dz"]
+        results["z"] = reference.layer_norm(source, weight, bias, eps=EPS)
+        leaves["x"], total = source, (results["z"] * dz).sum() + (source * wide["ds"]).sum()
+    else:
+        source, dz = leaves["x"], wide["dz"]
+        results["z"] = reference.layer_norm(case.rows(source), weight, bias, eps=EPS)
+        total = (results["z"] * dz).sum()
+    names = [name for name in ("x", "y", "weight", "bias") if name in leaves]
+    grads = torch.autograd.grad(total, [leaves[name] for name in names], allow_unused=True)
+    results |= {f"d{name}": g for name, g in zip(names, grads, strict=True) if g is not None}
+
+    rows = case.rows(source)
+    results["mean"] = rows.mean(-1)
+    results["rstd"] = 1 / (rows.var(-1, unbiased=False) + EPS).sqrt()
+    normalised = (rows - results["mean"].unsqueeze(-1)) * results["rstd"].unsqueeze(-1)
+    dz = dz.abs()
+    g = dz if weight is None else dz * weight.abs()
+    size = g + g.mean(-1, keepdim=True) + normalised.abs() * (g * normalised.abs()).mean(-1, keepdim=True)
+    (dsource,) = torch.autograd.grad(rows, source, size * results["rstd"].unsqueeze(-1))
+    columns = tuple(range(dz.dim() - 1))
+    terms = {"dweight": (dz * normalised.abs()).sum(columns), "dbias": dz.sum(columns), "mean": rows.abs().mean(-1)}
+    if case.op == "residual_post_norm":
+        terms["dy"] = dsource
+        del results["dx"]  # which is ds
+    elif case.op == "residual_layer_norm":
+        by_sample = 1 if scale is None else scale.reshape(-1, *(1,) * (dz.dim() - 1))
+        terms["dx"] = dsource + wide["ds"].abs()
+        terms["dy"] = by_sample * terms["dx"]
+        results["dy"] = by_sample * results["dx"]
+    else:
+        terms["dx"] = dsource
+    return {k: v.detach() for k, v in results.items()}, {k: v.detach() for k, v in terms.items()}
+
+
+def check(implementation: Any, case: NormCase, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
+    """Compare every result of a case with the definition in float64.
+
+    Gradients in float32, and those of short rows, are judged against the terms that cancel in them.
+    """
+    inputs = case.inputs(seed)
+    got = call(implementation, case, {name: x.to(device) for name, x in inputs.items()})
+    got = {name: x.cpu() for name, x in got.items()}
+    exact, terms = define(case, inputs, got.get("s"), torch.float64)
+    f32, _ = define(case, inputs, got.get("s"), F32)
+    length = case.rows(torch.empty(case.shape, device="meta")).shape[-1]
+    statistics = {"mean": F32, "rstd": F32, "dweight": F32, "dbias": F32}
+    for name, x in got.items():
+        stream = name in ("s", "dx")
+        expected = statistics.get(name, case.pair[0] if stream else case.pair[1])
+        assert x.dtype == expected, f"{case} {name}: {x.dtype}"
+        if case.shape[0] == 0:
+            assert x.shape == exact[name].shape
+            assert not x.any()
+            continue
+        cancels = length < SHORT_ROW or x.dtype == F32
+        assert_within_budget(
+            x, exact[name], f32[name], terms=terms.get(name) if cancels else None, name=f"{case} {name}"
+        )
+    return got
+
+
+def in_every_pair(cases: list[NormCase], pairs: list[tuple[torch.dtype, torch.dtype]]) -> list[NormCase]:
+    return [replace(case, pair=pair) for case in cases for pair in pairs]
+
+
+def elements(case: NormCase) -> int:
+    return math.prod(case.shape)
