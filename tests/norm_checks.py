@@ -34,7 +34,7 @@ class NormCase:
     shape: tuple[int, ...]  # of x
     pair: tuple[torch.dtype, torch.dtype] = (F32, F32)  # of x and z, or of x and y
     factor: tuple[int, ...] = ()  # of merging or expanding, three values
-    order: str = "swin"  # of merging
+    order: str | tuple[int, ...] = "swin"  # of merging: a published one, or the neighbours' row-major numbers
     has_weight: bool = True
     has_bias: bool = True
     parameter_dtype: torch.dtype = F32
@@ -61,9 +61,16 @@ class NormCase:
         return sum(f > 1 for f in self.factor)
 
     @property
+    def offsets(self) -> list[tuple[int, ...]]:
+        """The neighbours of a merged row, each by its offset on the merged axes."""
+        if isinstance(self.order, str):
+            return list(neighbours(self.order, self.merged_axes))
+        return [tuple(n >> i & 1 for i in reversed(range(self.merged_axes))) for n in self.order]
+
+    @property
     def numbers(self) -> list[int]:
-        """The neighbours of a merged row, numbered row-major."""
-        return [sum(o << i for i, o in enumerate(reversed(n))) for n in neighbours(self.order, self.merged_axes)]
+        """The same, numbered row-major."""
+        return [sum(o << i for i, o in enumerate(reversed(offset))) for offset in self.offsets]
 
     def rows(self, x: Tensor) -> Tensor:
         """What is normalised, (..., L), of an x of any dtype: a selection of its elements, and zeros."""
@@ -72,7 +79,7 @@ class NormCase:
             for axis in axes:
                 if x.shape[axis] % 2 == 1:
                     x = torch.cat([x, torch.zeros_like(x.narrow(axis, 0, 1))], dim=axis)
-            selections = [(..., *(slice(o, None, 2) for o in n)) for n in neighbours(self.order, self.merged_axes)]
+            selections = [(..., *(slice(o, None, 2) for o in offset)) for offset in self.offsets]
             return torch.cat([x[(*s, slice(None))] for s in selections], dim=-1)
         if self.factor:
             rank = x.dim() - 2
@@ -170,7 +177,7 @@ def define(
 
     rows = case.rows(source)
     results["mean"] = rows.mean(-1)
-    results["rstd"] = 1 / (rows.var(-1, unbiased=False) + EPS).sqrt()
+    results["rstd"] = 1 / ((rows - results["mean"].unsqueeze(-1)).square().mean(-1) + EPS).sqrt()
     normalised = (rows - results["mean"].unsqueeze(-1)) * results["rstd"].unsqueeze(-1)
     dz = dz.abs()
     g = dz if weight is None else dz * weight.abs()

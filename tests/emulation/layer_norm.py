@@ -48,10 +48,7 @@ class _Backward(ctypes.Structure):
         ("rows", _Rows),
         *((name, ctypes.c_void_p) for name in ("normalised", "dz", "ds", "drop_path_scale")),
         ("rows_per_sample", ctypes.c_int64),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("weight", "mean", "rstd", "dx", "dy", "dweight", "dbias", "workspace")
-        ),
+        *((name, ctypes.c_void_p) for name in ("weight", "mean", "rstd", "dx", "dy", "dweight", "dbias", "workspace")),
     ]
 
 
@@ -76,7 +73,9 @@ class LayerNormLibrary(emulation.Library):
         for name in ("sizeof_layer_norm_forward_params", "sizeof_layer_norm_backward_params"):
             getattr(functions, name).restype = ctypes.c_int64
         functions.emulated_layer_norm_backward_workspace_bytes.restype = ctypes.c_int64
-        assert functions.sizeof_layer_norm_forward_params() == ctypes.sizeof(_Forward), "mirror differs from csrc/params"
+        assert functions.sizeof_layer_norm_forward_params() == ctypes.sizeof(_Forward), (
+            "mirror differs from csrc/params"
+        )
         assert functions.sizeof_layer_norm_backward_params() == ctypes.sizeof(_Backward), "mirror differs"
         self.max_row = functions.layer_norm_max_row()
 

@@ -3,8 +3,9 @@
 // A vector is loaded raw and converted when it is used, so a copy under way takes as many registers as it has bytes.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "../../params/dtype.h"
 #include "dtype.cuh"
@@ -19,7 +20,9 @@ struct AnyElement {};
 template <class T, int kVec>
 struct Vectors {
   static constexpr int kWords = kVec * static_cast<int>(sizeof(T)) / 4;
-  static_assert(kWords % 4 == 0, "a vector is one or more accesses of 16 bytes");
+  using Access = std::conditional_t<kWords == 2, uint2, uint4>;
+  static constexpr int kAccesses = kWords * 4 / static_cast<int>(sizeof(Access));
+  static_assert(kAccesses * sizeof(Access) == kVec * sizeof(T), "a vector is 8 bytes, or several times 16");
   struct Raw {
     uint32_t word[kWords];
   };
@@ -32,24 +35,23 @@ struct Vectors {
   }
 
   __device__ static __forceinline__ Raw load(const void* row, uint32_t offset, DType) {
-    const uint4* source = reinterpret_cast<const uint4*>(static_cast<const T*>(row) + offset);
+    const Access* source = reinterpret_cast<const Access*>(static_cast<const T*>(row) + offset);
     Raw raw;
 #pragma unroll
-    for (int i = 0; i < kWords / 4; ++i) {
-      const uint4 words = source[i];
-      raw.word[4 * i] = words.x;
-      raw.word[4 * i + 1] = words.y;
-      raw.word[4 * i + 2] = words.z;
-      raw.word[4 * i + 3] = words.w;
+    for (int i = 0; i < kAccesses; ++i) {
+      const Access words = source[i];
+      memcpy(raw.word + i * kWords / kAccesses, &words, sizeof(words));
     }
     return raw;
   }
 
   __device__ static __forceinline__ void store(void* row, uint32_t offset, const Raw& raw, DType) {
-    uint4* destination = reinterpret_cast<uint4*>(static_cast<T*>(row) + offset);
+    Access* destination = reinterpret_cast<Access*>(static_cast<T*>(row) + offset);
 #pragma unroll
-    for (int i = 0; i < kWords / 4; ++i) {
-      destination[i] = make_uint4(raw.word[4 * i], raw.word[4 * i + 1], raw.word[4 * i + 2], raw.word[4 * i + 3]);
+    for (int i = 0; i < kAccesses; ++i) {
+      Access words;
+      memcpy(&words, raw.word + i * kWords / kAccesses, sizeof(words));
+      destination[i] = words;
     }
   }
 

@@ -87,78 +87,77 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
   SharedParameter<kVec> weight(smem.columns, block_vectors);
   float dweight[kVecs][kVec] = {}, dbias[kVecs][kVec] = {};
 
-  // Where a row lies, and its vectors as they are in memory: zeros where there are none, which add nothing to any sum.
   struct Row {
+    uint32_t number;
     bool exists;
     typename Traits::Source::Position position;
-    const void *x, *dz, *ds;
   };
-  const auto locate = [&](uint32_t row) {
-    Row at = {};
-    at.exists = row < args.rows;
-    if (!at.exists) return at;
-    at.position = args.source.position(row);
-    at.x = X::row(args.normalised, at.position.offset, x_dtype);
-    at.dz = Dz::row(kPostNorm ? args.ds : args.dz, args.row_offset(row), dz_dtype);
-    if constexpr (kResidual) at.ds = In::row(args.ds, args.row_offset(row), args.in_dtype);
-    return at;
+  const auto locate = [&](uint32_t number) {
+    Row row = {number, number < args.rows, {}};
+    if (row.exists) row.position = args.source.position(number);
+    return row;
   };
-  const auto load_x = [&](const Row& at, int i) {
-    const bool exists = at.exists && columns.has(i) && slots.exists(i, at.position);
-    return exists ? X::load(at.x, slots.offset(i), x_dtype) : typename X::Raw{};
+  // Vectors as they are in memory: zeros where there are none, which add nothing to any sum.
+  const auto load_x = [&](const Row& row, int i) {
+    if (!row.exists || !columns.has(i) || !slots.exists(i, row.position)) return typename X::Raw{};
+    return X::load(X::row(args.normalised, row.position.offset, x_dtype), slots.offset(i), x_dtype);
   };
-  const auto load_dz = [&](const Row& at, int i) {
-    return at.exists && columns.has(i) ? Dz::load(at.dz, columns.column(i), dz_dtype) : typename Dz::Raw{};
+  const auto load_dz = [&](const Row& row, int i) {
+    if (!row.exists || !columns.has(i)) return typename Dz::Raw{};
+    const void* dz = kPostNorm ? args.ds : args.dz;
+    return Dz::load(Dz::row(dz, args.row_offset(row.number), dz_dtype), columns.column(i), dz_dtype);
   };
-  const auto load_ds = [&](const Row& at, int i) {
-    return at.exists && columns.has(i) ? In::load(at.ds, columns.column(i), args.in_dtype) : typename In::Raw{};
+  const auto load_ds = [&](const Row& row, int i) {
+    if (!row.exists || !columns.has(i)) return typename In::Raw{};
+    return In::load(In::row(args.ds, args.row_offset(row.number), args.in_dtype), columns.column(i), args.in_dtype);
   };
 
   struct Inputs {
+    Row row;
     typename X::Raw x[kVecs];
     typename Dz::Raw dz[kVecs];
     typename In::Raw ds[kVecs];
     float mean, rstd, scale;
   };
-  const auto load = [&](const Row& at, uint32_t row) {
-    Inputs inputs = {};
-    if (!at.exists) return inputs;
-    if constexpr (Traits::kKeepsRow) {
+  const auto load = [&](uint32_t number) {
+    Inputs inputs = {locate(number), {}, {}, {}, 0.0f, 0.0f, 0.0f};
+    if (Traits::kKeepsRow) {
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
-        inputs.x[i] = load_x(at, i);
-        inputs.dz[i] = load_dz(at, i);
-        if constexpr (Traits::kDsEarly) inputs.ds[i] = load_ds(at, i);
+        inputs.x[i] = load_x(inputs.row, i);
+        inputs.dz[i] = load_dz(inputs.row, i);
+        if (kResidual) inputs.ds[i] = load_ds(inputs.row, i);
       }
     }
-    inputs.mean = args.mean[row];
-    inputs.rstd = args.rstd[row];
-    if constexpr (kOp != LayerNormOp::kNorm) inputs.scale = args.scale(row);
+    if (inputs.row.exists) {
+      inputs.mean = args.mean[number];
+      inputs.rstd = args.rstd[number];
+      if (kOp != LayerNormOp::kNorm) inputs.scale = args.scale(number);
+    }
     return inputs;
   };
 
   const uint32_t groups = blockDim.x >> args.lanes_log2, step = gridDim.x * groups;
   uint32_t first = blockIdx.x * groups;
   Inputs next = {};
-  if constexpr (Traits::kBackwardPrefetch) next = load(locate(first + group.index()), first + group.index());
+  if (Traits::kBackwardPrefetch) next = load(first + group.index());
   weight.fill(args.weight, args.length);
   __syncthreads();
 
   for (; first < args.rows; first += step) {
-    const uint32_t row = first + group.index();
-    Row at = locate(row);
-    if constexpr (!Traits::kBackwardPrefetch) next = load(at, row);
+    if (!Traits::kBackwardPrefetch) next = load(first + group.index());
     const Inputs inputs = next;
-    if constexpr (Traits::kBackwardPrefetch) next = load(locate(row + step), row + step);  // on its way meanwhile
+    if (Traits::kBackwardPrefetch) next = load(first + group.index() + step);  // on its way while this one is computed
 
+    Row row = inputs.row;
     // x - mean and the gradient of the norm's result.
     const auto read = [&](int i, float (&centred)[kVec], float (&dz)[kVec]) {
-      X::unpack(Traits::kKeepsRow ? inputs.x[i] : load_x(at, i), centred, x_dtype);
-      Dz::unpack(Traits::kKeepsRow ? inputs.dz[i] : load_dz(at, i), dz, dz_dtype);
+      X::unpack(Traits::kKeepsRow ? inputs.x[i] : load_x(row, i), centred, x_dtype);
+      Dz::unpack(Traits::kKeepsRow ? inputs.dz[i] : load_dz(row, i), dz, dz_dtype);
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
         centred[e] -= inputs.mean;
-        if constexpr (kPostNorm) dz[e] *= inputs.scale;
+        if (kPostNorm) dz[e] *= inputs.scale;
       }
     };
 
@@ -182,46 +181,38 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
       }
     }
     group.sum(sums);
-    const float mean_g = sums[0] * args.inverse_length;
-    const float mean_gx = sums[1] * inputs.rstd * args.inverse_length;
-    if (!at.exists) continue;
-    if constexpr (!Traits::kKeepsRow) at = locate(ptx::opaque(static_cast<int>(row)));  // or the loads would be shared
+    if (!row.exists) continue;
+    if (!Traits::kKeepsRow) row = locate(ptx::opaque(static_cast<int>(row.number)));  // or it would be kept after all
 
-    // rstd * (g - mean(g) - normalised x * mean(g * normalised x)); on return in dz.
+    // dx = rstd * (g - mean(g) - (x - mean) * rstd^2 * mean(g * (x - mean))), but for the factor rstd; on return in dz.
+    const float mean_g = sums[0] * args.inverse_length;
+    const float slope = sums[1] * inputs.rstd * args.inverse_length * inputs.rstd;
     const auto differentiate = [&](const float (&centred)[kVec], const float (&w)[kVec], float (&dz)[kVec]) {
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) {
-        const float others = fmaf(centred[e] * inputs.rstd, mean_gx, mean_g);
-        dz[e] = inputs.rstd * fmaf(dz[e], w[e], -others);
-      }
+      for (int e = 0; e < kVec; ++e) dz[e] = fmaf(dz[e], w[e], -fmaf(centred[e], slope, mean_g));
     };
 
-    void* const dx = X::row(kPostNorm ? args.dy : args.dx, at.position.offset, x_dtype);
-    void* const dy = Out::row(args.dy, args.row_offset(row), args.out_dtype);
+    void* const dx = X::row(kPostNorm ? args.dy : args.dx, row.position.offset, x_dtype);
+    void* const dy = Out::row(args.dy, args.row_offset(row.number), args.out_dtype);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       if (!columns.has(i)) continue;
-      float centred[kVec], d[kVec], w[kVec];
+      float centred[kVec], d[kVec], w[kVec], ds[kVec] = {};
       read(i, centred, d);
       weight.read(columns.vector(i), w);
       differentiate(centred, w, d);
-      if constexpr (kResidual) {
-        float ds[kVec];
-        In::unpack(Traits::kDsEarly ? inputs.ds[i] : load_ds(at, i), ds, args.in_dtype);
-#pragma unroll
-        for (int e = 0; e < kVec; ++e) d[e] += ds[e];
-      }
       uint32_t offset = slots.offset(i);
-      bool exists = slots.exists(i, at.position);
-      if constexpr (std::is_same_v<typename Traits::Source, MergedRows>) {
-        if (args.source.repeats != 0) {  // some neighbours have several pieces, others none
+      bool exists = slots.exists(i, row.position);
+      if constexpr (Traits::kHandlesRepeats) {
+        if (args.source.repeats != 0) {
           const MergedPiece piece = args.source.piece_of(columns.column(i));
           offset = args.source.offset_of(piece.destination, piece.within);
-          exists = args.source.exists(piece.destination, at.position);
+          exists = args.source.exists(piece.destination, row.position);
           for (uint32_t p = piece.next; p != MergedRows::kNone; p = args.source.next[p]) {
             const uint32_t column = p * args.source.piece.divisor + piece.within;
             float other[kVec];
-            Dz::unpack(Dz::load(at.dz, column, dz_dtype), other, dz_dtype);
+            Dz::unpack(Dz::load(Dz::row(args.dz, args.row_offset(row.number), dz_dtype), column, dz_dtype), other,
+                       dz_dtype);
             weight.read(column / kVec, w);
             differentiate(centred, w, other);
 #pragma unroll
@@ -231,9 +222,11 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
           for (int e = 0; e < kVec; ++e) d[e] = piece.repeats ? 0.0f : d[e];
         }
       }
+      if (kResidual) In::unpack(Traits::kKeepsRow ? inputs.ds[i] : load_ds(row, i), ds, args.in_dtype);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) d[e] = fmaf(inputs.rstd, d[e], ds[e]);
       if (exists) X::store(dx, offset, X::pack(d, x_dtype), x_dtype);
-      if constexpr (kResidual) {
-        if (args.dy == nullptr) continue;
+      if (kResidual && args.dy != nullptr) {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) d[e] *= inputs.scale;
         Out::store(dy, columns.column(i), Out::pack(d, args.out_dtype), args.out_dtype);

@@ -25,27 +25,30 @@ struct Elements {
 };
 
 // Calls f(Elements) with the element types and the vectors of rows that are contiguous in x in runs of `run` elements.
-// The types that autocast and plain half precision bring about have kernels of their own; others share one: float32, and
-// whatever is a multiple of four elements, but not of eight.
+// The types that autocast and plain half precision bring about have kernels of their own. Their vectors are 16 bytes of
+// the wider type: neighbouring lanes then write whole 32-byte sectors of either. Rows that are not made of them, and
+// other pairs of types, share a kernel, and so do calls that need what only that one has.
 template <LayerNormOp kOp, class Source, class F>
-cudaError_t dispatch_elements(DType in, DType out, int64_t run, F&& f) {
+cudaError_t dispatch_elements(DType in, DType out, int64_t run, bool needs_shared, F&& f) {
   // From a float32 stream to a branch in half precision, and from a half-precision Linear to a float32 result.
   constexpr bool kNarrows = !std::is_same_v<Source, ExpandedRows>;
   constexpr bool kWidens = kOp == LayerNormOp::kNorm && !std::is_same_v<Source, MergedRows>;
-  if (run % 8 == 0) {
+  if (run % 8 == 0 && !needs_shared) {
     if (in == DType::kFloat16 && out == DType::kFloat16) return f(Elements<__half, __half, 8>{});
     if (in == DType::kBFloat16 && out == DType::kBFloat16) return f(Elements<__nv_bfloat16, __nv_bfloat16, 8>{});
+  }
+  if (run % 4 == 0 && !needs_shared) {
+    if (in == DType::kFloat32 && out == DType::kFloat32) return f(Elements<float, float, 4>{});
     if constexpr (kNarrows) {
-      if (in == DType::kFloat32 && out == DType::kFloat16) return f(Elements<float, __half, 8>{});
-      if (in == DType::kFloat32 && out == DType::kBFloat16) return f(Elements<float, __nv_bfloat16, 8>{});
+      if (in == DType::kFloat32 && out == DType::kFloat16) return f(Elements<float, __half, 4>{});
+      if (in == DType::kFloat32 && out == DType::kBFloat16) return f(Elements<float, __nv_bfloat16, 4>{});
     }
     if constexpr (kWidens) {
-      if (in == DType::kFloat16 && out == DType::kFloat32) return f(Elements<__half, float, 8>{});
-      if (in == DType::kBFloat16 && out == DType::kFloat32) return f(Elements<__nv_bfloat16, float, 8>{});
+      if (in == DType::kFloat16 && out == DType::kFloat32) return f(Elements<__half, float, 4>{});
+      if (in == DType::kBFloat16 && out == DType::kFloat32) return f(Elements<__nv_bfloat16, float, 4>{});
     }
   }
-  if (run % 4 == 0) return f(Elements<AnyElement, AnyElement, 4>{});
-  return f(Elements<AnyElement, AnyElement, 1>{});
+  return run % 4 == 0 ? f(Elements<AnyElement, AnyElement, 4>{}) : f(Elements<AnyElement, AnyElement, 1>{});
 }
 
 inline int64_t contiguous_run(const LayerNormRows& rows) {
@@ -69,8 +72,8 @@ cudaError_t dispatch_choice(const RowPlan& plan, F&& f) {
 }
 
 template <LayerNormOp kOp, class Source, class F>
-cudaError_t dispatch(const LayerNormRows& rows, DType in, DType out, F&& f) {
-  return dispatch_elements<kOp, Source>(in, out, contiguous_run(rows), [&](auto elements) {
+cudaError_t dispatch(const LayerNormRows& rows, DType in, DType out, bool needs_shared, F&& f) {
+  return dispatch_elements<kOp, Source>(in, out, contiguous_run(rows), needs_shared, [&](auto elements) {
     using E = decltype(elements);
     return dispatch_choice<kOp, Source, E>(plan_row<E::kVec>(rows.length / E::kVec), f);
   });

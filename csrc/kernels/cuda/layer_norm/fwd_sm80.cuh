@@ -24,12 +24,6 @@ struct ForwardSmem {
   static size_t bytes(size_t parameter_bytes) { return offsetof(ForwardSmem, parameters) + 2 * parameter_bytes; }
 };
 
-// total / length, rounded as a division is: the mean of large numbers close to each other must not be off by more.
-__device__ __forceinline__ float mean_of(float total, float length, float inverse_length) {
-  const float mean = total * inverse_length;
-  return fmaf(fmaf(-mean, length, total), inverse_length, mean);
-}
-
 // 1 / sqrt(x); the approximation of the hardware and one step of Newton's.
 __device__ __forceinline__ float reciprocal_sqrt(float x) {
   const float y = rsqrtf(x);
@@ -130,20 +124,25 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) total[0] += sum_pairwise(v[i]);
     group.sum(total);
-    const float mean = mean_of(total[0], args.length, args.inverse_length);
-    float squares[1] = {0.0f};
+    const float near_mean = total[0] * args.inverse_length;
+    float sums[2] = {0.0f, 0.0f};  // of x - near_mean and of its square
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       float square[kVec];
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
-        v[i][e] -= mean;
+        v[i][e] -= near_mean;
         square[e] = v[i][e] * v[i][e];
       }
-      squares[0] += columns.has(i) ? sum_pairwise(square) : 0.0f;
+      if (!columns.has(i)) continue;
+      sums[0] += sum_pairwise(v[i]);
+      sums[1] += sum_pairwise(square);
     }
-    group.sum(squares);
-    const float rstd = reciprocal_sqrt(fmaf(squares[0], args.inverse_length, args.eps));
+    group.sum(sums);
+    const float correction = sums[0] * args.inverse_length;
+    const float variance = fmaxf(fmaf(-correction, correction, sums[1] * args.inverse_length), 0.0f);
+    const float mean = near_mean + correction, rstd = reciprocal_sqrt(variance + args.eps);
+    const float shift = -correction * rstd;
     if (is_row && columns.lane == 0) {
       args.mean[row] = mean;
       args.rstd[row] = rstd;
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
       weight.read(columns.vector(i), w);
       bias.read(columns.vector(i), b);
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) v[i][e] = fmaf(v[i][e] * rstd, w[e], b[e]);
+      for (int e = 0; e < kVec; ++e) v[i][e] = fmaf(fmaf(v[i][e], rstd, shift), w[e], b[e]);
       if constexpr (kOp == LayerNormOp::kPostNorm) {
         float x[kVec];
         In::unpack(inputs.x[i], x, args.in_dtype);

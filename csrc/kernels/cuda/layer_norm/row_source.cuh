@@ -178,6 +178,11 @@ struct MergedRows : MapRows {
   }
 
   static bool of(const LayerNormRows& rows, MergedRows* source);
+  // Whether a neighbour has several pieces. Not of rows that `of` refuses.
+  static bool has_repeats(const LayerNormRows& rows) {
+    MergedRows source;
+    return rows.layout == RowLayout::kMerging && of(rows, &source) && source.repeats != 0;
+  }
 };
 
 // A row is a part of a token of x.

@@ -25,21 +25,15 @@ struct VectorChoice {
   uint32_t max_lanes;
 };
 
-// The models' rows have 96 * 2^n or 128 * 2^n elements, that is 3 * 2^k or 2^k vectors: two choices for each width of a
-// vector leave no lane without work at either. Other rows, rounded up to the next of these, leave at most a third idle.
+// The models' rows have 96 * 2^n or 128 * 2^n elements. A thread with 24 or 16 elements leaves no lane without work at
+// either; other rows, rounded up to the next of these, leave at most a third idle.
 template <int kVec>
-struct VectorChoices;
-template <>
-struct VectorChoices<8> {
-  static constexpr VectorChoice kList[] = {{2, 512}, {3, 128}};
-};
-template <>
-struct VectorChoices<4> {
-  static constexpr VectorChoice kList[] = {{3, 512}, {4, 512}};
+struct VectorChoices {
+  static constexpr VectorChoice kList[2] = {{16 / kVec, 512}, {24 / kVec, 128}};
 };
 template <>
 struct VectorChoices<1> {  // rows that are not made of vectors
-  static constexpr VectorChoice kList[] = {{8, 1024}};
+  static constexpr VectorChoice kList[1] = {{8, 1024}};
 };
 
 struct RowPlan {
@@ -85,13 +79,14 @@ struct LayerNormTraits {
   // multiprocessor in the backward pass; the forward pass takes fewer.
   static constexpr int kBackwardBlocks = kMaxThreads == kBlock ? 3 : 1;
   static constexpr int kRegisters = kMaxThreads == kBlock ? 168 : 64 * 1024 / static_cast<int>(kMaxThreads);
-  // Where registers do not hold a row of single elements, it is loaded again when it is needed again.
-  static constexpr bool kKeepsRow = kVec > 1;
-  // ds is needed last. It is loaded with the rest of a row only where there are registers for it.
-  static constexpr bool kDsEarly = kOp == LayerNormOp::kResidual && kVec == 8;
+  // Where the element type is not known, a row is not kept but loaded again when it is needed again.
+  static constexpr bool kKeepsRow = !std::is_same_v<In_, AnyElement>;
+  // These kernels also know neighbours that have several pieces or none, as a published order of old has them.
+  static constexpr bool kHandlesRepeats = std::is_same_v<Source, MergedRows> && !kKeepsRow;
   // The next row is loaded before this one is computed: forward always, backward if registers hold both beside the sums
   // of dweight and dbias, with 60 left for the rest.
-  static constexpr int kRowRegisters = kVecs * (In::kWords + Out::kWords + (kDsEarly ? In::kWords : 0));
+  static constexpr int kRowRegisters =
+      kVecs * (In::kWords + Out::kWords + (kOp == LayerNormOp::kResidual ? In::kWords : 0));
   static constexpr bool kForwardPrefetch = kKeepsRow;
   static constexpr bool kBackwardPrefetch = kKeepsRow && 2 * kVecs * kVec + 2 * kRowRegisters + 60 <= kRegisters;
 };
