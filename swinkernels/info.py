@@ -102,10 +102,13 @@ def describe(info: dict[str, Any]) -> str:
             f"CPU instruction sets {', '.join(build['cpu_instruction_sets'])}: {info['cpu_instruction_set']} runs here"
         )
         if build["cuda"]:
-            limits = ", ".join(f"{name} {value}" for name, value in build["window_attention_limits"].items())
+            limits = "; ".join(
+                f"{op}: " + ", ".join(f"{name} {value}" for name, value in build[f"{op}_limits"].items())
+                for op in ("window_attention", "layer_norm")
+            )
             lines.append(
                 f"CUDA kernels: nvcc {build['cuda_version']}, architectures {' '.join(build['arch_list'])}, "
-                f"{len(build['cuda_sources'])} sources; window_attention: {limits}"
+                f"{len(build['cuda_sources'])} sources; {limits}"
             )
         else:
             lines.append(f"CUDA kernels: none: {build['cuda_missing']}")

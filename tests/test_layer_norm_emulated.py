@@ -70,7 +70,7 @@ EXPANDING = [
     expanding(2, 1, 3, 16 * 24, factor=(1, 4, 4)),
     expanding(1, 2, 3, 2, 8 * 30, factor=(2, 2, 2)),
     expanding(2, 3, 2, 1, 4 * 16, factor=(1, 2, 2)),
-    expanding(1, 3, 2, 6, factor=(1, 1, 3)),
+    expanding(1, 3, 2, 30, factor=(1, 1, 3)),
 ]
 RESIDUAL = [
     NormCase(op, shape, has_drop_path=drop_path)
@@ -160,9 +160,10 @@ def test_parameters_in_half_precision(library, case, dtype):
     check(library, replace(case, parameter_dtype=dtype))
 
 
-# bfloat16 numbers near 1000 are 4 apart, so the branch that post norm normalises is float32.
+# bfloat16 numbers near 1000 are 4 apart, so the branch that post norm normalises is float32. The rounding of the mean
+# is most of the error: of enough rows for its size not to be chance.
 FAR_FROM_ZERO = [
-    replace(case, pair=pair, offset=1000.0)
+    replace(case, shape=(4 * case.shape[0], *case.shape[1:]), pair=pair, offset=1000.0)
     for case in KINDS
     for pair in ((F32, F32), (F32, BF16))
     if case.op != "residual_post_norm" or pair[1] == F32

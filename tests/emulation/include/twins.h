@@ -209,6 +209,8 @@ inline uint32_t to_tf32(float x) {
 }
 
 inline int opaque(int x) { return x; }
+inline uint32_t opaque(uint32_t x) { return x; }
+inline float opaque(float x) { return x; }
 
 }  // namespace ptx
 

@@ -1,6 +1,24 @@
 // Layer norm forward: plain, of merged neighbours, of expanded parts, and beside a residual connection.
+//
+// Maths     z = (v - mean(v)) * rstd * weight + bias, rstd = 1 / sqrt(var(v) + eps), where v is a row of x, or of
+//           s = x + scale * y as rounded to its type; post norm writes s = x + scale * z, v a row of y. Pads of merging
+//           are zeros of v. Two passes over registers: the sum, then the sums of v - mean and of its square, of which
+//           the first is what the rounding of the mean left over.
+// Tiling    a power of two of threads has a row, 24 or 16 elements a thread (traits.h); blocks loop over rows. The next
+//           row is loaded before this one is reduced, so that reads are always under way. Weight and bias wait in shared
+//           memory.
+// Traffic   every element of x (and y) is read once, of s and z written once; mean and rstd, 8 bytes a row.
+// Roofline  memory bound; H100 SXM, published peak 3.35 TB/s, for (128, 56, 56, 96); instructions, counted in the sm_90
+//           code, are of a warp for 24 * 32 elements, with the time of all their issue slots.
+//           merging, bf16         155 MB  46 us, 480 instructions 26 us,  80 registers, 24 warps, 36 KB in flight
+//           residual, bf16        312 MB  93 us, 570 instructions 31 us,  95 registers, 20 warps, 60 KB in flight
+//           residual, f32 + bf16  466 MB 139 us, 590 instructions 32 us, 126 registers, 16 warps, 72 KB in flight
+// Limits    those of layer_norm_cuda.h.
 #pragma once
 
+#include <cstddef>
+
+#include "../../common/ptx.cuh"
 #include "rows.cuh"
 
 namespace swinkernels::cuda {
@@ -23,6 +41,12 @@ struct ForwardSmem {
 
   static size_t bytes(size_t parameter_bytes) { return offsetof(ForwardSmem, parameters) + 2 * parameter_bytes; }
 };
+
+// total / length, rounded as a division is.
+__device__ __forceinline__ float divide(float total, float length, float inverse_length) {
+  const float quotient = total * inverse_length;
+  return fmaf(fmaf(-quotient, length, total), inverse_length, quotient);
+}
 
 // 1 / sqrt(x); the approximation of the hardware and one step of Newton's.
 __device__ __forceinline__ float reciprocal_sqrt(float x) {
@@ -110,6 +134,13 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
         for (int e = 0; e < kVec; ++e) v[i][e] = fmaf(inputs.scale, y[e], v[i][e]);
       }
     }
+    if constexpr (kOp == LayerNormOp::kNorm) {  // or the raw words would be kept and converted again
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) v[i][e] = ptx::opaque(v[i][e]);
+      }
+    }
     if constexpr (Traits::kForwardPrefetch) next = load(row + step);  // on its way while this row is computed
     if constexpr (kOp == LayerNormOp::kResidual) {
 #pragma unroll
@@ -140,7 +171,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
     }
     group.sum(sums);
     const float correction = sums[0] * args.inverse_length;
-    const float variance = fmaxf(fmaf(-correction, correction, sums[1] * args.inverse_length), 0.0f);
+    const float square = divide(sums[1], args.length, args.inverse_length);
+    const float variance = fmaxf(fmaf(-correction, correction, square), 0.0f);
     const float mean = near_mean + correction, rstd = reciprocal_sqrt(variance + args.eps);
     const float shift = -correction * rstd;
     if (is_row && columns.lane == 0) {

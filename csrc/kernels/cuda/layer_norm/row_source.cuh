@@ -72,7 +72,7 @@ struct MapRows {
       if (z_tokens[axis] > INT32_MAX || count > INT32_MAX) return false;
       extent[axis] = static_cast<int32_t>(z_tokens[axis]);
       axis_stride[axis] = 0;
-      if (rows.size[axis] > 1) {  // an axis that a 2D map does not have may be of any length
+      if (rows.size[axis] > 1) {  // nobody takes a step on an axis of one token, however long it is
         if (stride * step[axis] > UINT32_MAX) return false;
         axis_stride[axis] = static_cast<uint32_t>(stride * step[axis]);
       }

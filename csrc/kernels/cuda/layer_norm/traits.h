@@ -18,8 +18,7 @@ constexpr uint32_t kBlock = 128;      // threads, unless a row takes more
 constexpr uint32_t kMaxLanes = 1024;  // threads of a row
 constexpr uint32_t kMaxWarps = kMaxLanes / kWarp;
 
-// Vectors of a thread, and the most threads that rows of so many may have, which is what the registers of a thread
-// follow from: 64 of 1,024 threads, 128 of 512.
+// Vectors of a thread, and the most threads that rows of so many may have: what the registers of a thread follow from.
 struct VectorChoice {
   int vectors;
   uint32_t max_lanes;
@@ -75,8 +74,8 @@ struct LayerNormTraits {
   static constexpr int kVecs = kChosen.vectors;
   static constexpr uint32_t kMaxThreads = kChosen.max_lanes > kBlock ? kChosen.max_lanes : kBlock;
 
-  // A thread has 64 of the registers of 1,024 threads, 128 of 512, and three vectors 168, which leaves 12 warps on a
-  // multiprocessor in the backward pass; the forward pass takes fewer.
+  // Registers of a thread in the backward pass, which takes more: 64 of 1,024 threads, 128 of 512. Blocks of 128 are
+  // given 168, so that a multiprocessor has 12 warps.
   static constexpr int kBackwardBlocks = kMaxThreads == kBlock ? 3 : 1;
   static constexpr int kRegisters = kMaxThreads == kBlock ? 168 : 64 * 1024 / static_cast<int>(kMaxThreads);
   // Where the element type is not known, a row is not kept but loaded again when it is needed again.
