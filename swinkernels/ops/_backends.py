@@ -31,6 +31,19 @@ IMPLEMENTED = {
     "residual_layer_norm": ("cuda",),
 }
 
+# What window attention has beside v1 with a bias table, and backends lack.
+_COSINE, _DENSE, _TYPES, _DROPOUT = (
+    "logit_scale (v2 cosine attention)",
+    "a dense bias (bias=)",
+    "a bias for each type of window",
+    "dropout_p",
+)
+LACKING = {
+    "cuda": {_COSINE, _DENSE, _TYPES, _DROPOUT},
+    "triton": {_COSINE, _DENSE, _TYPES, _DROPOUT},
+    "cpu": {_COSINE, _DENSE, _TYPES, _DROPOUT},
+}
+
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 # What a norm's kernel reads and writes: one dtype, or the two of autocast, in either order.
 NORM_DTYPES = frozenset((a, b) for a in _LOW_AND_SINGLE for b in _LOW_AND_SINGLE if a == b or torch.float32 in (a, b))
@@ -153,12 +166,14 @@ def window_attention_reasons(
     if backend == "reference":
         return []
     reasons = _reasons(backend, "window_attention", device) + _dtype_reasons(backend, dtype)
-    if args.logit_scale is not None:
-        reasons.append("it does not implement logit_scale (v2 cosine attention)")
-    if args.bias is not None:
-        reasons.append("it does not implement a dense bias (bias=)")
-    if args.dropout_p > 0.0:
-        reasons.append("it does not implement dropout_p")
+    for asked, feature in (
+        (args.logit_scale is not None, _COSINE),
+        (args.bias is not None, _DENSE),
+        (args.bias is not None and args.bias.dim() == 4, _TYPES),
+        (args.dropout_p > 0.0, _DROPOUT),
+    ):
+        if asked and feature in LACKING[backend]:
+            reasons.append(f"it does not implement {feature}")
     limits = LIMITS.get(backend, {})
     largest, multiple = limits.get("max_window_volume", args.window_volume), limits.get("head_dim_multiple", 1)
     if args.window_volume > largest:
