@@ -39,11 +39,8 @@ class WindowAttentionCase:
             "x".join(map(str, v)) if isinstance(v, tuple) else str(v)
             for v in (self.size, self.window_size, self.shift_size)
         )
-        extra = "".join(
-            f"-{k}"
-            for k, v in {"table": self.has_table, "pad": self.has_pad_qkv, "v2": self.has_logit_scale}.items()
-            if v
-        )
+        flags = {"table": self.has_table, "pad": self.has_pad_qkv, "v2": self.has_logit_scale}
+        extra = "".join(f"-{name}" for name, present in flags.items() if present)
         extra += "" if self.bias_types is None else f"-bias{self.bias_types}"
         extra += "".join(f"-{k}={v}" for k, v in self.options.items() if not isinstance(v, Tensor))
         return f"b{self.batch}-{size}-h{self.num_heads}x{self.head_dim}-w{window}-s{shift}{extra}"
