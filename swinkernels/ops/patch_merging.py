@@ -26,7 +26,7 @@ from swinkernels.ops._library import (
     three,
 )
 from swinkernels.ops.layer_norm import layer_norm
-from swinkernels.ops.window_partition import window_partition
+from swinkernels.ops.window_partition import partition
 
 # Per order and number of merged axes, the neighbours whose channels follow each other, each as its row-major number
 # among the 2 ** axes of a block: 4 d + 2 h + w. "unfold" is row-major once its parameters are reordered.
@@ -202,7 +202,7 @@ def patch_merging(
         return linear(z, weight)
     # Windows of two tokens per axis are the neighbours in row-major order, and their pads are zeros at the end.
     window = [1] * (x.dim() - 2 - rank) + factor
-    windows = window_partition(x, window, backend=backend)
+    windows = partition(op, x, window, [0] * len(window), "pad_then_roll", backend)
     merged = windows.reshape(x.shape[0], *merged_size(x.shape[1:-1], window), weight.shape[1])
     reduced = linear(merged, _row_major_columns(weight, numbers))
     if backend == "triton":
