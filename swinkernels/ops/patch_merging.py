@@ -206,5 +206,7 @@ def patch_merging(
     merged = windows.reshape(x.shape[0], *merged_size(x.shape[1:-1], window), weight.shape[1])
     reduced = linear(merged, _row_major_columns(weight, numbers))
     if backend == "triton":
-        return F.layer_norm(reduced, (width,), norm_weight, norm_bias, eps).to(dtype)
+        # In float32 throughout: torch's norm wants one dtype for the map and its parameters.
+        wide = (None if p is None else p.float() for p in (norm_weight, norm_bias))
+        return F.layer_norm(reduced.float(), (width,), *wide, eps).to(dtype)
     return layer_norm(reduced, norm_weight, norm_bias, eps=eps, dtype=dtype, backend=backend)
