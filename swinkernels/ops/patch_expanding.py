@@ -59,7 +59,8 @@ def patch_expanding(
         width = weight.shape[0]
     if width % parts != 0:
         raise ValueError(
-            f"{op}: the {width} channels to lay out must be a multiple of prod(factor) = {parts}, got factor {factors}"
+            f"{op}: the channels to lay out, {'those of x' if weight is None else 'the rows of weight'}, must be a "
+            f"multiple of prod(factor) = {parts} for factor {factors}, got {width}"
         )
     _arguments.check_parameters(op, x, (width // parts,), norm_weight=norm_weight, norm_bias=norm_bias)
     dtype = x.dtype if autocast_dtype(x) is None else torch.float32

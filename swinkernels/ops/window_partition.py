@@ -78,8 +78,8 @@ def _geometry(window: Sequence[int], shift: Sequence[int], pad_order: str) -> tu
 def _check_count(op: str, batch: int, size: Sequence[int], window: Sequence[int], channels: int) -> None:
     if max(batch, 1) * math.prod(_arguments.frame_size(size, window)) * channels > _arguments.MAX_ELEMENTS:
         raise ValueError(
-            f"{op}: the padded map must be small enough for an int64 to count its elements, got {batch} maps of "
-            f"{tuple(size)} tokens, {channels} channels and window {tuple(window)}: split the batch"
+            f"{op}: the padded map must be small enough for an int64 to count its elements, got {batch} maps of size "
+            f"{tuple(size)}, {channels} channels and window_size {tuple(window)}: split the batch"
         )
 
 
