@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinkernels.nn._features import check_module
-from swinkernels.ops import layer_norm
 from swinkernels.ops._arguments import Ints, check_factor
 from swinkernels.ops._library import autocast_dtype
+from swinkernels.ops.layer_norm import layer_norm
 
 
 class PatchEmbed(nn.Module):

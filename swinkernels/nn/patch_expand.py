@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.nn._features import as_given, as_map, check_module
-from swinkernels.ops import patch_expanding
 from swinkernels.ops._arguments import Ints, check_factor
+from swinkernels.ops.patch_expanding import patch_expanding
 
 
 class PatchExpand(nn.Module):

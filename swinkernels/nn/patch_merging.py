@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.nn._features import as_given, as_map, check_module
-from swinkernels.ops import patch_merging
 from swinkernels.ops._arguments import check_choice
-from swinkernels.ops.patch_merging import ORDERS
+from swinkernels.ops.patch_merging import ORDERS, patch_merging
 
 
 class _PatchMerging(nn.Module):

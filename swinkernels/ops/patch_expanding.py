@@ -40,8 +40,9 @@ def patch_expanding(
         backend: "auto", "cuda" or "reference", of the layout and the norm.
 
     Returns:
-        (B, \*(S * factor), out), contiguous, in the dtype of x; under autocast in float32, as torch's LayerNorm. An
-        empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype.
+        (B, \*(S * factor), out), contiguous, in the dtype of x; under autocast in float32, as torch's LayerNorm on a
+        GPU. An empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's
+        dtype; twice with backend="reference" only.
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.

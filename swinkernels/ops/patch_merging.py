@@ -152,9 +152,9 @@ def patch_merging(
 
     Returns:
         (B, \*S', out) in the dtype of x, contiguous, S' = ceil(S / 2) on the merged axes. Under autocast, as torch's
-        modules do: in the autocast dtype for "pre", whose last step is the Linear, in float32 for "post". An empty
-        batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype; twice
-        with backend="reference" only.
+        modules do on a GPU: in the autocast dtype for "pre", whose last step is the Linear, in float32 for "post". An
+        empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype;
+        twice with backend="reference" only.
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
@@ -207,6 +207,6 @@ def patch_merging(
     reduced = linear(merged, _row_major_columns(weight, numbers))
     if backend == "triton":
         # In float32 throughout: torch's norm wants one dtype for the map and its parameters.
-        wide = (None if p is None else p.float() for p in (norm_weight, norm_bias))
-        return F.layer_norm(reduced.float(), (width,), *wide, eps).to(dtype)
+        norm_weight, norm_bias = (None if p is None else p.float() for p in (norm_weight, norm_bias))
+        return F.layer_norm(reduced.float(), (width,), norm_weight, norm_bias, eps).to(dtype)
     return layer_norm(reduced, norm_weight, norm_bias, eps=eps, dtype=dtype, backend=backend)
