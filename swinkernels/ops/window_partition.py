@@ -19,7 +19,7 @@ from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import choose, window_partition_reasons
 from swinkernels.ops._library import lib, three
 
-# Geometry has three values a list, slowest axis first, as WindowGeometry of csrc/params has it; `size` has the rank of
+# Geometry has three values a list, slowest axis first, as FrameGeometry of csrc/params has it; `size` has the rank of
 # the map. The ops allow any shift below the frame's size.
 _GEOMETRY = "int[] window_size, int[] shift_size, bool roll_then_pad"
 
