@@ -1,4 +1,7 @@
-"""For every test: fresh memory is NaN, GPU tests are skipped with a reason, Hypothesis repeats itself in CI."""
+"""For every test: fresh memory is NaN, GPU tests are skipped with a reason, Hypothesis repeats itself in CI.
+
+For those that ask: kernels in plain PyTorch.
+"""
 
 from __future__ import annotations
 

@@ -62,17 +62,22 @@ class Case:
         options = {n: v.new_ones(batch) if n == "drop_path_scale" else v for n, v in self.options.items()}
         return Case(self.op, {**self.shapes, **maps}, options)
 
-    def run(self, leaves: dict[str, Tensor], function: Callable | None = None, **options: Any) -> dict[str, Tensor]:
-        """Outputs, and the gradient of each leaf."""
+    def outputs(
+        self, leaves: dict[str, Tensor], function: Callable | None = None, **options: Any
+    ) -> tuple[Tensor, ...]:
+        """The results of the public function, or of another with this one's arguments in it."""
         function = function or functools.partial(getattr(swinkernels, self.op), **self.options)
         outs = function(**leaves, **options)
-        outs = outs if isinstance(outs, tuple) else (outs,)
-        douts = [draw(*out.shape, seed=20 + i).to(out.dtype) for i, out in enumerate(outs)]
-        grads = torch.autograd.grad(outs, list(leaves.values()), douts)
-        return {
-            **{f"out {i}": out.detach() for i, out in enumerate(outs)},
-            **{f"d{n}": g for n, g in zip(leaves, grads, strict=True)},
-        }
+        return outs if isinstance(outs, tuple) else (outs,)
+
+    def run(self, leaves: dict[str, Tensor], function: Callable | None = None, **options: Any) -> dict[str, Tensor]:
+        """Outputs, and the gradient of each leaf that wants one."""
+        outs = self.outputs(leaves, function, **options)
+        results = {f"out {i}": out.detach() for i, out in enumerate(outs)}
+        wanted = {n: t for n, t in leaves.items() if t.requires_grad}
+        douts = [draw(*out.shape, seed=20 + i).to(out.dtype) for i, out in enumerate(outs) if out.requires_grad]
+        grads = torch.autograd.grad([out for out in outs if out.requires_grad], list(wanted.values()), douts)
+        return {**results, **{f"d{n}": g for n, g in zip(wanted, grads, strict=True)}}
 
 
 def merging(size: tuple[int, ...], rank: int, **options: Any) -> Case:
@@ -224,31 +229,24 @@ def test_gradient_of_one_alone(case, plain_kernels):
     for backend in ("reference", backends_of(case)[0]):
         full = case.run(case.leaves(torch.float32), backend=backend)
         for name in case.shapes:
-            leaves = {
-                n: t.requires_grad_(n == name)
-                for n, t in ((n, t.detach()) for n, t in case.leaves(torch.float32).items())
-            }
-            outs = getattr(swinkernels, case.op)(**leaves, **case.options, backend=backend)
-            outs = outs if isinstance(outs, tuple) else (outs,)
-            douts = [draw(*out.shape, seed=20 + i).to(out.dtype) for i, out in enumerate(outs)]
-            wanted = [(out, dout) for out, dout in zip(outs, douts, strict=True) if out.requires_grad]
-            torch.autograd.backward(*zip(*wanted, strict=True))
-            torch.testing.assert_close(leaves[name].grad, full[f"d{name}"], rtol=1e-6, atol=1e-6)
-            assert all(t.grad is None for n, t in leaves.items() if n != name)
+            leaves = case.leaves(torch.float32)
+            got = case.run({n: t.requires_grad_(n == name) for n, t in leaves.items()}, backend=backend)
+            assert [n for n in got if n.startswith("d")] == [f"d{name}"]
+            assert_close(got, {n: full[n] for n in got}, 1e-6)
 
 
-@pytest.mark.parametrize("op", ["residual_layer_norm", "residual_post_norm"])
-def test_only_one_result_used(op, plain_kernels):
-    """The last block's s, or its z, may be what a loss reads."""
-    x, y, weight = (draw(*s).float().requires_grad_() for s in ((2, 3, 5), (2, 3, 5), (5,)))
-    for index in range(2 if op == "residual_layer_norm" else 1):
+def test_only_one_result_used(plain_kernels):
+    """The s of the last block, or its z, may be all that a loss reads."""
+    case = CASES["residual"]
+    for index in (0, 1):
         grads = []
-        for backend in ("cuda", "reference"):
-            outs = getattr(swinkernels, op)(x, y, weight, backend=backend)
-            out = outs[index] if isinstance(outs, tuple) else outs
-            grads.append(torch.autograd.grad(out.square().sum(), [x, y, weight], allow_unused=True))
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-5, atol=1e-5)
+        for backend in ("reference", "cuda"):
+            leaves = case.leaves(torch.float32)
+            out = case.outputs(leaves, backend=backend)[index]
+            found = torch.autograd.grad(out.square().sum(), list(leaves.values()), allow_unused=True)
+            grads.append({n: zeros(()) if g is None else g for n, g in zip(leaves, found, strict=True)})
+        for name, exact in grads[0].items():
+            torch.testing.assert_close(grads[1][name], exact.expand_as(grads[1][name]), rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_of_drop_path_scale():
@@ -256,9 +254,9 @@ def test_gradient_of_drop_path_scale():
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     x, y = draw(2, 3, 5), draw(2, 3, 5, seed=2)
     for op in (swinkernels.residual_layer_norm, swinkernels.residual_post_norm):
-        s = op(x, y, drop_path_scale=scale)
-        s = s[0] if isinstance(s, tuple) else s
-        assert torch.autograd.grad(s.sum(), scale)[0].shape == (2,)
+        results = op(x, y, drop_path_scale=scale)
+        total = sum(result.sum() for result in results)
+        assert torch.autograd.grad(total, scale)[0].shape == (2,)
         with pytest.raises(NotImplementedError, match="does not differentiate drop_path_scale"):
             op(x, y, drop_path_scale=scale, backend="cuda")
 
@@ -406,8 +404,7 @@ def test_gradients_on_meta_tensors(case, backend, monkeypatch):
     monkeypatch.setattr(_backends, "_reasons", lambda backend, op, device: [])
     leaves = {n: t.detach().to("meta").requires_grad_() for n, t in case.leaves(torch.float32).items()}
     options = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in case.options.items()}
-    outs = getattr(swinkernels, case.op)(**leaves, **options, backend=backend)
-    outs = outs if isinstance(outs, tuple) else (outs,)
+    outs = Case(case.op, case.shapes, options).outputs(leaves, backend=backend)
     grads = torch.autograd.grad(outs, list(leaves.values()), [torch.empty_like(out) for out in outs])
     results = [*outs, *grads]
     assert [(r.shape, r.dtype) for r in results] == [(e.shape, e.dtype) for e in expected.values()]
@@ -489,8 +486,7 @@ def test_non_contiguous_inputs(case, rearranged, plain_kernels):
 def test_results_are_contiguous_and_of_their_own(case, plain_kernels):
     for backend in ("auto", *backends_of(case)):
         leaves = case.leaves(torch.float32)
-        outs = getattr(swinkernels, case.op)(**leaves, **case.options, backend=backend)
-        for out in outs if isinstance(outs, tuple) else (outs,):
+        for out in case.outputs(leaves, backend=backend):
             assert out.is_contiguous()
             assert all(out.untyped_storage().data_ptr() != t.untyped_storage().data_ptr() for t in leaves.values())
 
@@ -551,8 +547,7 @@ def test_second_derivative_is_in_the_reference_alone(name, plain_kernels):
     case = CASES[name]
 
     def penalty(backend, **leaves):
-        outs = getattr(swinkernels, case.op)(**leaves, **case.options, backend=backend)
-        outs = outs if isinstance(outs, tuple) else (outs,)
+        outs = case.outputs(leaves, backend=backend)
         normed = leaves["y" if name == "post" else "x"]
         (dx,) = torch.autograd.grad([out.square().sum() for out in outs], normed, create_graph=True)
         return dx.square().sum()
@@ -574,8 +569,8 @@ def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_ke
     """Third derivatives of a cube: the derivative of one is the other, which is differentiated in turn."""
     case = CASES[name]
     for backend in ("reference", *backends_of(case)):
-        (x,) = case.leaves(torch.float32).values()
-        out = getattr(swinkernels, case.op)(x, **case.options, backend=backend)
+        leaves = case.leaves(torch.float32)
+        (x,), (out,) = leaves.values(), case.outputs(leaves, backend=backend)
         (token,) = torch.autograd.grad(out.sum(), x, retain_graph=True)  # 1 for a token of the map, 0 for a pad
         derivative = out.pow(3)
         for _ in range(3):
@@ -618,7 +613,7 @@ def test_backend_that_cannot_run(case, backend):
     if backend == "triton" and _backends.interpreting():
         pytest.skip("Triton's interpreter runs on the CPU")
     with pytest.raises(NotImplementedError) as caught:
-        getattr(swinkernels, case.op)(**case.leaves(torch.float32), **case.options, backend=backend)
+        case.outputs(case.leaves(torch.float32), backend=backend)
     message = str(caught.value)
     assert message.startswith(f"{case.op}: backend='{backend}' cannot run this call: ")
     assert message.endswith("Use backend='auto', which takes one that can.")
