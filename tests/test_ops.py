@@ -216,3 +216,33 @@ def test_nothing_is_modified():
 )
 def test_kernels_run_where_they_were_built_for(built, capability, runs):
     assert _backends.has_machine_code(built, capability) is runs
+
+
+@needs_cpu
+def test_transforms_take_the_registered_formula():
+    """An eager call has a shorter way; what it would lose on it goes the other."""
+    inputs = PLAIN.inputs(torch.float32)
+    qkv, table = inputs["qkv"], inputs["bias_table"]
+
+    def loss(qkv):
+        return swinkernels.window_attention_qkvpacked(qkv, table, **PLAIN.arguments(), backend="cpu").square().sum()
+
+    leaf = qkv.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.equal(torch.func.grad(loss)(qkv), expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(qkv, torch.ones_like(qkv))
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            loss(dual)
+
+
+@needs_cpu
+def test_without_gradients_the_result_is_the_same():
+    inputs = PLAIN.inputs(torch.float32)
+    qkv = inputs["qkv"].requires_grad_()
+    out = swinkernels.window_attention_qkvpacked(qkv, inputs["bias_table"], **PLAIN.arguments(), backend="cpu")
+    assert out.requires_grad
+    with torch.no_grad():
+        still = swinkernels.window_attention_qkvpacked(qkv, inputs["bias_table"], **PLAIN.arguments(), backend="cpu")
+    assert not still.requires_grad
+    assert torch.equal(still, out)

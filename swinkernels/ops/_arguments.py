@@ -71,6 +71,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _ints(op: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
+    if type(value) is int:  # the usual case, at a fraction of the time
+        return (value,) * rank
     values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * rank
     if not all(_is_int(v) for v in values):
         raise TypeError(f"{op}: {name} must be an int or one int per axis, got {value!r}")
@@ -80,6 +82,8 @@ def _ints(op: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
 
 
 def _bools(op: str, name: str, value: Any, rank: int) -> tuple[bool, ...]:
+    if type(value) is bool:
+        return (value,) * rank
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
     if not all(isinstance(v, bool) for v in values):
         raise TypeError(f"{op}: {name} must be a bool or one bool per axis, got {value!r}")

@@ -7,7 +7,7 @@ The gather of the neighbours and the norm are one op, ``patch_merging_norm_fwd``
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from swinkernels.ops._library import (
     lib,
     linear,
     parameter_gradients,
-    refuse_double_backward,
+    register,
+    register_derivative,
     three,
 )
 from swinkernels.ops.layer_norm import layer_norm
@@ -51,7 +52,7 @@ def merged_size(size: Sequence[int], factor: Sequence[int]) -> list[int]:
     return [-(-s // f) for s, f in zip(size, factor[-len(size) :], strict=True)]
 
 
-def _define(suffix: str) -> None:
+def _define(suffix: str) -> Callable:
     fwd, bwd = f"patch_merging_norm_fwd{suffix}", f"patch_merging_norm_bwd{suffix}"
     # neighbours[p]: which neighbour, numbered row-major within the factor's block, the p-th run of C channels holds.
     lib.define(
@@ -74,25 +75,24 @@ def _define(suffix: str) -> None:
 
     def setup_context(ctx, inputs, output):
         x, weight, bias, ctx.factor, ctx.neighbours, _, _ = inputs
+        ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
         ctx.save_for_backward(x, weight, bias, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
-    backward_op = getattr(torch.ops.swinkernels, bwd)
+    backward_op = register_derivative(bwd, fake_bwd, "patch_merging")
 
     def backward(ctx, dz, *_):
+        if dz is None:
+            return (None,) * 7
         x, weight, bias, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:3]
         dx, *sums = backward_op(dz, x, weight, mean, rstd, ctx.factor, ctx.neighbours, *needs)
         return dx, *parameter_gradients((weight, bias), sums, needs), *(None,) * 4
 
-    torch.library.register_fake(f"swinkernels::{fwd}", fake_fwd, lib=lib)
-    torch.library.register_fake(f"swinkernels::{bwd}", fake_bwd, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{fwd}", backward, setup_context=setup_context, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{bwd}", refuse_double_backward("patch_merging"), lib=lib)
+    return register(fwd, fake_fwd, setup_context, backward)
 
 
-for _suffix in ("", "_triton"):
-    _define(_suffix)
+_NORM_FWD = {suffix: _define(suffix) for suffix in ("", "_triton")}
 
 
 def _by_neighbour(x: Tensor, count: int) -> Tensor:
@@ -196,7 +196,7 @@ def patch_merging(
     numbers = list(_RUNS[order, rank])
     factor = [2] * rank
     if norm == "pre":
-        fwd = getattr(torch.ops.swinkernels, f"patch_merging_norm_fwd{'_triton' if backend == 'triton' else ''}")
+        fwd = _NORM_FWD["_triton" if backend == "triton" else ""]
         parameters = map(kernel_parameter, (norm_weight, norm_bias))
         z = fwd(x, *parameters, three(factor, 1), numbers, eps, between)[0]
         return linear(z, weight)

@@ -9,7 +9,7 @@ needs no op.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints, WindowArguments
 from swinkernels.ops._backends import choose_window_attention, constant_when_compiled
-from swinkernels.ops._library import autocast_dtype, lib, parameter_gradients, refuse_double_backward, three
+from swinkernels.ops._library import autocast_dtype, lib, parameter_gradients, register, register_derivative, three
 
 # The geometry as WindowGeometry of csrc/params/window_attention.h has it: three values a list, slowest axis first; 2D
 # has a leading axis of one token. The maps keep their own rank.
@@ -35,8 +35,8 @@ _DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
 _FORMS = {"window_attention_qkvpacked": ("qkv",), "window_attention": ("q", "k", "v")}
 
 
-def _define(name: str, maps: tuple[str, ...], suffix: str) -> None:
-    """The forward and backward op of one form: what they take and return, and how autograd joins them."""
+def _define(name: str, maps: tuple[str, ...], suffix: str) -> Callable:
+    """The forward and backward op of one form: what they take and return, and how autograd joins them. What to call."""
     n = len(maps)
     inputs = ", ".join(f"Tensor {m}" for m in maps)
     gradients = ", ".join(f"Tensor d{m}" for m in maps)
@@ -66,27 +66,25 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> None:
         return *(x.new_empty(x.shape) for x in xs), *sums
 
     def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # zeros for lse would be a kernel
         ctx.geometry = inputs[n + 6 :]
         ctx.save_for_backward(*inputs[:n], output[1], *inputs[n : n + 6])
         ctx.mark_non_differentiable(output[1])
 
-    backward_op = getattr(torch.ops.swinkernels, bwd)
+    backward_op = register_derivative(bwd, fake_bwd, name)
 
     def backward(ctx, dout, _dlse):
+        if dout is None:
+            return (None,) * (n + 6 + len(ctx.geometry))
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[n : n + 4]
         gradients = backward_op(dout, *saved, *ctx.geometry, *needs)
         sums = parameter_gradients(saved[n + 1 : n + 5], gradients[n:], needs)
         return *gradients[:n], *sums, *(None,) * (2 + len(ctx.geometry))
 
-    torch.library.register_fake(f"swinkernels::{fwd}", fake_fwd, lib=lib)
-    torch.library.register_fake(f"swinkernels::{bwd}", fake_bwd, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{fwd}", backward, setup_context=setup_context, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{bwd}", refuse_double_backward(name), lib=lib)
+    return register(fwd, fake_fwd, setup_context, backward)
 
 
-for _name, _maps in _FORMS.items():
-    for _suffix in ("", "_triton"):
-        _define(_name, _maps, _suffix)
+_FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}
 
 
 @constant_when_compiled  # as torch's own matmul settles it, too
@@ -133,8 +131,7 @@ def _attend(form: str, maps: tuple[Tensor, ...], args: WindowArguments, backend:
         pad_qkv = pad_qkv.to(x.dtype).reshape(3, args.num_heads, args.head_dim)
     if region_map is not None:
         region_map = region_map.to(torch.int32).reshape(three(region_map.shape, 1))
-    suffix = "_triton" if backend == "triton" else ""
-    out, _ = getattr(torch.ops.swinkernels, f"{form}_fwd{suffix}")(
+    out, _ = _FORWARD[form, "_triton" if backend == "triton" else ""](
         *maps,
         bias_table,
         bias,

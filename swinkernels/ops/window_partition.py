@@ -7,24 +7,22 @@ CUDA kernel, and with the suffix ``_triton`` in Triton. Each is the other's deri
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import choose, window_partition_reasons
-from swinkernels.ops._library import lib, three
+from swinkernels.ops._library import lib, register, three
 
 # Geometry has three values a list, slowest axis first, as FrameGeometry of csrc/params has it; `size` has the rank of
 # the map. The ops allow any shift below the frame's size.
 _GEOMETRY = "int[] window_size, int[] shift_size, bool roll_then_pad"
 
 
-def _define(suffix: str) -> None:
+def _define(suffix: str) -> dict[str, Callable]:
     partition, reverse = f"window_partition{suffix}", f"window_reverse{suffix}"
     lib.define(f"{partition}(Tensor x, {_GEOMETRY}) -> Tensor")
     lib.define(f"{reverse}(Tensor windows, SymInt[] size, {_GEOMETRY}) -> Tensor")
@@ -47,28 +45,22 @@ def _define(suffix: str) -> None:
     def setup_reverse(ctx, inputs, output):
         ctx.geometry = inputs[2:]
 
-    partition_op, reverse_op = getattr(torch.ops.swinkernels, partition), getattr(torch.ops.swinkernels, reverse)
-
     def backward_partition(ctx, dwindows):
-        return reverse_op(dwindows, ctx.size, *ctx.geometry), None, None, None
+        return call_reverse(dwindows, ctx.size, *ctx.geometry), None, None, None
 
     def backward_reverse(ctx, dx):
-        return partition_op(dx, *ctx.geometry), None, None, None, None
+        return call_partition(dx, *ctx.geometry), None, None, None, None
 
-    torch.library.register_fake(f"swinkernels::{partition}", fake_partition, lib=lib)
-    torch.library.register_fake(f"swinkernels::{reverse}", fake_reverse, lib=lib)
-    torch.library.register_autograd(
-        f"swinkernels::{partition}", backward_partition, setup_context=setup_partition, lib=lib
-    )
-    torch.library.register_autograd(f"swinkernels::{reverse}", backward_reverse, setup_context=setup_reverse, lib=lib)
+    call_partition = register(partition, fake_partition, setup_partition, backward_partition)
+    call_reverse = register(reverse, fake_reverse, setup_reverse, backward_reverse)
+    return {partition: call_partition, reverse: call_reverse}
 
 
-for _suffix in ("", "_triton"):
-    _define(_suffix)
+_OPS = _define("") | _define("_triton")
 
 
-def _op(name: str, backend: str) -> Any:
-    return getattr(torch.ops.swinkernels, f"{name}_triton" if backend == "triton" else name)
+def _op(name: str, backend: str) -> Callable:
+    return _OPS[f"{name}_triton" if backend == "triton" else name]
 
 
 def _geometry(window: Sequence[int], shift: Sequence[int], pad_order: str) -> tuple[list[int], list[int], bool]:
