@@ -219,21 +219,23 @@ def test_kernels_run_where_they_were_built_for(built, capability, runs):
 
 
 @needs_cpu
-def test_transforms_take_the_registered_formula():
-    """An eager call has a shorter way; what it would lose on it goes the other."""
+def test_transforms_are_right_or_refused():
     inputs = PLAIN.inputs(torch.float32)
-    qkv, table = inputs["qkv"], inputs["bias_table"]
+    qkv, table = torch.stack([inputs["qkv"], -inputs["qkv"]]), inputs["bias_table"]
 
-    def loss(qkv):
-        return swinkernels.window_attention_qkvpacked(qkv, table, **PLAIN.arguments(), backend="cpu").square().sum()
+    def attend(qkv):
+        return swinkernels.window_attention_qkvpacked(qkv, table, **PLAIN.arguments(), backend="cpu")
 
-    leaf = qkv.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss(leaf), leaf)
-    assert torch.equal(torch.func.grad(loss)(qkv), expected)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(qkv, torch.ones_like(qkv))
-        with pytest.raises((NotImplementedError, RuntimeError)):
-            loss(dual)
+    assert torch.equal(torch.func.vmap(attend)(qkv), torch.stack([attend(x) for x in qkv]))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: attend(x).sum())(qkv[0])
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(attend, (qkv[0],), (qkv[1],))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="forward-mode"),
+    ):
+        attend(torch.autograd.forward_ad.make_dual(qkv[0], qkv[1]))
 
 
 @needs_cpu

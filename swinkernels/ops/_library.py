@@ -45,6 +45,16 @@ def _is_plain(inputs: Sequence[Any]) -> bool:
 _PLAIN = (Tensor, Parameter)
 
 
+def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
+    """Where gradients are off, torch.library drops the tangents of forward-mode differentiation without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs if isinstance(x, Tensor)):
+        raise NotImplementedError(
+            f"swinkernels::{name} has no forward-mode derivative (jvp): use backend='reference', or reverse mode"
+        )
+
+
 def register(name: str, fake: Callable, setup_context: Callable, backward: Callable) -> Callable:
     """Give an op its fake and its derivative, by torch.library; returns what to call the op by.
 
@@ -70,6 +80,7 @@ def register(name: str, fake: Callable, setup_context: Callable, backward: Calla
 
     def call(*inputs):
         if not _is_plain(inputs):
+            _refuse_tangents(name, inputs)
             return op(*inputs)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             return Differentiable.apply(*inputs)
