@@ -191,6 +191,28 @@ def norm_reasons(
     return reasons
 
 
+def residual_reasons(
+    backend: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> list[str]:
+    """As norm_reasons, for a residual connection and its norm; ``dtypes`` are those of the stream and the branch."""
+    reasons = norm_reasons(backend, "residual_layer_norm", row, dtypes, device)
+    stream, branch = dtypes
+    if backend != "reference" and stream != torch.float32 and branch == torch.float32:
+        reasons.append(f"it adds a branch of the stream's dtype or a narrower one, got {branch} to {stream}")
+    return reasons
+
+
+def patch_merging_reasons(
+    backend: str, norm: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> list[str]:
+    """As norm_reasons, for patch merging with its norm before the reduction ("pre") or after it ("post")."""
+    if norm == "pre":
+        return norm_reasons(backend, "patch_merging", row, dtypes, device)
+    # Triton cuts the windows, and torch normalises.
+    of_norm = [] if backend == "triton" else norm_reasons(backend, "layer_norm", row, dtypes, device)
+    return list(dict.fromkeys(window_partition_reasons(backend, device) + of_norm))
+
+
 def choose_window_attention(requested: str, args: WindowArguments, dtype: torch.dtype, device: torch.device) -> str:
     """The backend for a call: the requested one, or for "auto" the first that can run it."""
     return choose(args.op, requested, device, lambda backend: window_attention_reasons(backend, args, dtype, device))
