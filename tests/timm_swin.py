@@ -85,9 +85,10 @@ def assert_as_good(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict
     for name in exact:
         assert got[name].dtype == plain[name].dtype, name
         eps = torch.finfo(got[name].dtype).eps * (32 if got[name].dtype == torch.float64 else 4)
+        few = 1 + 20 / exact[name].numel()  # such as one for each head: chance has a say
         error, base = got[name].double() - exact[name], plain[name].double() - exact[name]
         for measure in (lambda t: t.square().mean().sqrt(), lambda t: t.abs().max()):
-            e, limit = measure(error), 2 * measure(base) + eps * measure(exact[name])
+            e, limit = measure(error), few * (2 * measure(base) + eps * measure(exact[name]))
             assert e <= limit, f"{name}: error {e:.3g}, at most {limit:.3g}"
 
 

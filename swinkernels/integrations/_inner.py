@@ -25,6 +25,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> str | None:
+    """Why a module may compute something else than its class says, for a report: its class's forward is not called."""
     return "its forward was replaced on the instance" if "forward" in module.__dict__ else None
 
 

@@ -370,8 +370,8 @@ def _reason_to_skip(block: SwinTransformerBlock) -> str | None:
 def _reason_to_skip_v2(block: SwinTransformerV2Block) -> str | None:
     if not hasattr(block, "_attn"):
         return "this version of timm has no SwinTransformerV2Block._attn: it needs timm 0.9.16 or newer"
-    reasons = [part.reason_to_fall_back(block) for part in _V2_RESIDUALS]
-    return None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
+    reasons = [_why_not_residual(block, f"norm{half}", f"drop_path{half}") for half in (1, 2)]
+    return None if None in reasons else "; ".join(map(str, reasons))
 
 
 def _block_shape(block: Any) -> tuple[int, ...]:
@@ -400,25 +400,24 @@ def _merging_adapter(original: type[nn.Module], accelerated: type[nn.Module], no
     def weight(merging: Any) -> Tensor:
         return merging.reduction.weight
 
-    def why_not(merging: Any) -> str | None:
-        return replaced_forward(merging) or _why_not_merging(merging, norm_at)
-
     part = norm_part(
-        "patch merging", weight, patch_merging_reasons, lambda m: (norm_at, _norm_width(m, norm_at)), why_not
+        "patch merging",
+        weight,
+        patch_merging_reasons,
+        lambda merging: (norm_at, _norm_width(merging, norm_at)),
+        lambda merging: replaced_forward(merging) or _why_not_merging(merging, norm_at),
     )
     return Adapter(
         name="timm",
         original=original,
         accelerated=accelerated,
-        reason_to_skip=why_not,
+        reason_to_skip=lambda merging: _why_not_merging(merging, norm_at),
         parts=(part,),
         # It does not know its map. An even one: not every version of timm merges an odd one.
         input_shape=lambda merging: (6, 10, merging.dim),
         weight=weight,
     )
 
-
-_V2_RESIDUALS = _residual_part("norm1", "drop_path1"), _residual_part("norm2", "drop_path2")
 
 ADAPTERS = (
     Adapter(
@@ -438,7 +437,11 @@ ADAPTERS = (
         original=SwinTransformerV2Block,
         accelerated=AcceleratedSwinTransformerV2Block,
         reason_to_skip=_reason_to_skip_v2,
-        parts=(*_V2_RESIDUALS, Part("attention", lambda _: "v2's cosine attention is not replaced", lambda *_: [])),
+        parts=(
+            _residual_part("norm1", "drop_path1"),
+            _residual_part("norm2", "drop_path2"),
+            Part("attention", lambda _: "v2's cosine attention is not replaced", lambda *_: []),
+        ),
         input_shape=_block_shape,
         weight=_first_weight,
     ),
