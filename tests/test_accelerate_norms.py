@@ -1,6 +1,6 @@
 """accelerate on timm's norms, residual connections and patch merging, v1 and v2: the same numbers, or timm's own code.
 
-No fast backend runs these parts on a CPU, so backend="reference" is what puts them on the ops here.
+No fast backend runs these parts on a CPU: here backend="reference" puts them on the ops, or kernels in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from swinkernels.integrations import _backend_choice as backend_choice
 from swinkernels.integrations import timm as adapter
 from swinkernels.integrations._adapter import Accelerated
 from swinkernels.ops import _backends
+from swinkernels.ops._library import autocast_dtype
 
 OPS = ("layer_norm", "residual_layer_norm", "residual_post_norm", "patch_merging")
 # What one forward pass of make_model calls: four blocks and one patch merging.
@@ -63,6 +65,26 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return seen
 
 
+@pytest.fixture
+def a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What runs on a GPU, on the CPU: "auto" takes backend "cuda" for all but attention, autocast norms in float32."""
+    monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda", "reference"))
+    monkeypatch.setitem(_backends.IMPLEMENTED, "window_attention", ())
+    forward = nn.LayerNorm.forward
+
+    def forward_as_on_a_gpu(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        return forward(norm, x.float() if _norm_dtype(x, x.dtype) == torch.float32 else x)
+
+    def _norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if autocast_dtype(x) is not None else dtype
+
+    monkeypatch.setattr(nn.LayerNorm, "forward", forward_as_on_a_gpu)
+    monkeypatch.setattr(adapter, "_norm_dtype", _norm_dtype)
+    backend_choice._find_fast_backend.cache_clear()
+    yield
+    backend_choice._find_fast_backend.cache_clear()
+
+
 def accelerated(model: Any, backend: str = "reference") -> Any:
     fast = copy.deepcopy(model)
     assert len(swinkernels.accelerate(fast, backend=backend).replaced) == len(replaceable(model))
@@ -83,6 +105,14 @@ def test_outputs_and_every_gradient(version, name, dtype, calls):
     model = make_model(version, **CONFIGURATIONS[name]).to(dtype)
     check_parity(model, make_image(model), backend="reference")
     assert calls.count() == CALLS[version]
+
+
+@versions
+def test_outputs_and_every_gradient_on_a_gpu(version, calls, a_gpu):
+    model = make_model(version)
+    check_parity(model, make_image(model))
+    assert calls.count() == CALLS[version]
+    assert {call["backend"] for call in calls} == {"cuda"}
 
 
 @versions
@@ -129,6 +159,23 @@ def test_the_factor_of_drop_path_is_timms(p, dtype):
 
 
 @versions
+def test_drop_path_draws_in_timms_dtype_under_autocast(version, calls, a_gpu):
+    """1 / (1 - p) is not the same in bfloat16 and in float32."""
+    model = make_model(version, drop_path_rate=0.3).train()
+    fast, x = accelerated(model, "auto"), make_image(model)
+    dtypes = []
+    for name, module in model.named_modules():
+        if isinstance(module, DropPath) and (version == 2 or name.endswith("drop_path1")):
+            module.register_forward_pre_hook(lambda _m, inputs: dtypes.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x)
+        fast(x)
+    scales = [call["drop_path_scale"] for call in calls if call.get("drop_path_scale") is not None]
+    assert [scale.dtype for scale in scales] == dtypes
+    assert set(dtypes) == {torch.bfloat16 if version == 1 else torch.float32}
+
+
+@versions
 def test_gradient_checkpointing(version, calls):
     model = make_model(version, drop_path_rate=0.3).double().train()
     fast = accelerated(model)
@@ -142,26 +189,14 @@ def test_gradient_checkpointing(version, calls):
     assert sum(calls.count().values()) > sum(CALLS[version].values())
 
 
-@pytest.fixture
-def norms_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autocast runs norms in float32 there, and leaves them alone on a CPU."""
-    forward = nn.LayerNorm.forward
-    monkeypatch.setattr(nn.LayerNorm, "forward", lambda norm, x: forward(norm, x if is_double(x) else x.float()))
-    monkeypatch.setattr(adapter, "_norm_dtype", lambda x, dtype: dtype if is_double(x) else torch.float32)
-
-
-def is_double(x: Tensor) -> bool:
-    return x.dtype == torch.float64
-
-
 @versions
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 def test_autocast_bfloat16(version, where, calls, request):
     """Values, and every dtype that the outside sees."""
-    if where == "gpu":
-        request.getfixturevalue("norms_as_on_a_gpu")
     model = make_model(version)
-    fast, x = accelerated(model), make_image(model)
+    if where == "gpu":
+        request.getfixturevalue("a_gpu")
+    fast, x = accelerated(model, "reference" if where == "cpu" else "auto"), make_image(model)
     exact = run(copy.deepcopy(model).double(), x.double())
     seen: dict[nn.Module, list[torch.dtype]] = {model: [], fast: []}
     for m, dtypes in seen.items():
@@ -239,19 +274,22 @@ def test_norms_without_parameters_and_with_another_eps(version, calls):
 
 
 @versions
-def test_compile_fullgraph_without_compiling_again_for_every_batch(version):
+def test_compile_fullgraph_without_compiling_again_for_every_batch(version, a_gpu):
     torch._dynamo.reset()
-    model = make_model(version, depths=(1, 1)).double()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    compiled = torch.compile(accelerated(model), fullgraph=True, backend=graphs)
+    model = make_model(version, depths=(1, 1))
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(accelerated(model, "auto"), fullgraph=True, backend=graphs)
     for batch in (2, 3, 4):
         x = make_image(model, batch=batch)
-        exact, got = run(model, x), run(compiled, x)
-        assert_as_good({name.removeprefix("_orig_mod."): value for name, value in got.items()}, exact, exact)
+        exact, plain, got = run(copy.deepcopy(model).double(), x.double()), run(model, x), run(compiled, x)
+        assert_as_good({name.removeprefix("_orig_mod."): value for name, value in got.items()}, plain, exact)
     assert graphs.frame_count == 2, "one graph for the first batch, one for any other"
-    # torch's own norms are those of patch embedding, of the head, and norm1 of v1's blocks.
-    norms = [node for node in graphs.graphs[0].graph.nodes if "layer_norm" in str(node.target)]
-    assert len(norms) == (4 if version == 1 else 2)
+    nodes = Counter(getattr(node.target, "__name__", "") for node in graphs.graphs[0].graph.nodes)
+    if version == 1:  # torch's own norms are those of patch embedding, of the head, and norm1 of v1's blocks
+        expected = {"layer_norm": 4, "residual_layer_norm_fwd": 2, "patch_merging_norm_fwd": 1}
+    else:
+        expected = {"layer_norm": 2, "residual_post_norm_fwd": 4, "window_partition": 1, "layer_norm_fwd": 1}
+    assert {name: nodes[name] for name in expected} == expected
 
 
 @versions
@@ -331,41 +369,33 @@ def test_a_backend_that_has_no_such_op_leaves_it_to_timm_and_says_so(backend, ca
     assert not calls
 
 
-@pytest.fixture
-def a_fast_backend(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
-    """A CPU backend that has all the ops: which are the reference's."""
-    backend_choice._find_fast_backend.cache_clear()
-    monkeypatch.setitem(_backends.NOT_INSTALLED, "cpu", None)
-    for op in ("patch_merging", "window_partition", "layer_norm", "residual_layer_norm"):
-        monkeypatch.setitem(_backends.IMPLEMENTED, op, ("cpu",))
-    for name in OPS:
-        watched = getattr(adapter, name)
-
-        def on_the_reference(*args: Any, backend: str, op: Any = watched, **kwargs: Any) -> Any:
-            out = op(*args, backend="reference", **kwargs)
-            calls[-1]["backend"] = backend
-            return out
-
-        monkeypatch.setattr(adapter, name, on_the_reference)
-    yield
-    backend_choice._find_fast_backend.cache_clear()
-
-
 @versions
-def test_auto_takes_a_fast_backend_for_the_dtypes_at_hand(version, calls, a_fast_backend):
-    """As a model that is moved or cast after accelerate finds it: the call decides."""
+def test_auto_decides_at_the_call(version, calls, a_gpu):
+    """By the dtypes and the device at hand: a model may be cast or moved after accelerate."""
     model = make_model(version)
     report = swinkernels.accelerate(model)
     merging = next(e for e in report.replaced if "Merging" in e.module_class)
-    assert (merging.backend, merging.remarks) == ("cpu", ())
-    assert all(e.backend == "cpu" for e in report.replaced if version == 2)
+    assert (merging.backend, merging.remarks) == ("cuda", ())
+    assert not any("own code" in r for e in report.replaced for r in e.remarks if "Attention" not in r)
     x = make_image(model)
     model(x)
     assert calls.count() == CALLS[version]
-    assert {call["backend"] for call in calls} == {"cpu"}
+    assert {call["backend"] for call in calls} == {"cuda"}
     calls.clear()
     model.double()(x.double())  # which only the reference has
+    model.to("meta")(x.double().to("meta"))
     assert not calls
+
+
+def test_triton_has_patch_merging_alone(calls, a_gpu):
+    model = make_model(2)
+    fast, x = copy.deepcopy(model), make_image(model)
+    report = swinkernels.accelerate(fast, backend="triton")
+    assert [e.backend for e in report.replaced if "Merging" in e.module_class] == ["triton"]
+    remark = "Residual and norm: timm's own code. triton cannot run it: it does not implement residual_layer_norm"
+    assert all(remark in e.remarks for e in report.replaced if "Block" in e.module_class)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    assert calls.count() == {"patch_merging": 1}
 
 
 # Where timm's own code has to run
