@@ -300,12 +300,13 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
     def forward(self, x: Tensor) -> Tensor:
         if is_traced(x):
             return super().forward(x)
+        batch, height, width, channels = x.shape
         if "_attn" not in self.__dict__ and _attention_is_fused(self, x):
             y = _attention(self, _norm1(self, x))
         else:
             y = self._attn(self.norm1(x))
         s, z = _add_then_norm2(self, x, y)
-        return (s + self.drop_path2(self.mlp(z))).reshape(x.shape)
+        return (s + self.drop_path2(self.mlp(z))).reshape(batch, height, width, channels)
 
     def _attn(self, x: Tensor) -> Tensor:
         if is_traced(x) or not _attention_is_fused(self, x):
@@ -329,8 +330,9 @@ class AcceleratedSwinTransformerV2Block(Accelerated, SwinTransformerV2Block):
     def forward(self, x: Tensor) -> Tensor:
         if is_traced(x):
             return super().forward(x)
+        batch, height, width, channels = x.shape
         s = _add_normed(self, x, self._attn(x), 1).flatten(1, 2)
-        return _add_normed(self, s, self.mlp(s), 2).reshape(x.shape)
+        return _add_normed(self, s, self.mlp(s), 2).reshape(batch, height, width, channels)
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
