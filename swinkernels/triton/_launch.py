@@ -1,0 +1,36 @@
+"""What the launch functions of all ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x, copied only if its last axis is strided: kernels take all other strides as they are."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def three(values: Sequence[int], leading: int) -> tuple[int, ...]:
+    """One value for each of three axes: of two, a leading one is added."""
+    return (leading,) * (3 - len(values)) + tuple(values)
+
+
+def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def alignment(values: Sequence[int], limit: int) -> int:
+    """The largest power of two up to ``limit``, itself one, that divides all values."""
+    bits = limit
+    for value in values:
+        bits |= value
+    return bits & -bits
