@@ -3,6 +3,30 @@
 from swinkernels import reference
 from swinkernels._version import __version__
 from swinkernels.integrations import accelerate, restore
-from swinkernels.ops import window_attention, window_attention_qkvpacked
+from swinkernels.ops import (
+    layer_norm,
+    patch_expanding,
+    patch_merging,
+    residual_layer_norm,
+    residual_post_norm,
+    window_attention,
+    window_attention_qkvpacked,
+    window_partition,
+    window_reverse,
+)
 
-__all__ = ["__version__", "accelerate", "reference", "restore", "window_attention", "window_attention_qkvpacked"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "layer_norm",
+    "patch_expanding",
+    "patch_merging",
+    "reference",
+    "residual_layer_norm",
+    "residual_post_norm",
+    "restore",
+    "window_attention",
+    "window_attention_qkvpacked",
+    "window_partition",
+    "window_reverse",
+]

@@ -1,7 +1,22 @@
 """The functional entry points, one file per op."""
 
+from swinkernels.ops.layer_norm import layer_norm
+from swinkernels.ops.patch_expanding import patch_expanding
+from swinkernels.ops.patch_merging import patch_merging
+from swinkernels.ops.residual_layer_norm import residual_layer_norm, residual_post_norm
 from swinkernels.ops.window_attention import window_attention, window_attention_qkvpacked
+from swinkernels.ops.window_partition import window_partition, window_reverse
 
 import swinkernels.triton  # isort: skip  attaches to the ops, which are defined by now
 
-__all__ = ["window_attention", "window_attention_qkvpacked"]
+__all__ = [
+    "layer_norm",
+    "patch_expanding",
+    "patch_merging",
+    "residual_layer_norm",
+    "residual_post_norm",
+    "window_attention",
+    "window_attention_qkvpacked",
+    "window_partition",
+    "window_reverse",
+]

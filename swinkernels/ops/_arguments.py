@@ -96,13 +96,17 @@ def _finite(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
-def _tensor(op: str, name: str, value: Any, device: torch.device, *, floating: bool = True) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(
             f"{op}: all tensors must be on one device, got {name} on {value.device} and the map on {device}"
         )
+
+
+def _tensor(op: str, name: str, value: Any, device: torch.device, *, floating: bool = True) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    check_device(op, name, value, device)
     if value.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a strided tensor, got layout {value.layout}")
     if floating and value.dtype not in DTYPES:
@@ -172,6 +176,94 @@ def _check_map(op: str, name: str, x: Any) -> None:
         raise TypeError(f"{op}: {name} must be a strided tensor, got layout {x.layout}")
 
 
+def check_features(op: str, name: str, x: Any, *, floating: bool = True) -> None:
+    """A feature map (B, *S, C)."""
+    if floating:
+        _check_map(op, name, x)
+    elif not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dim() not in (4, 5):
+        raise ValueError(f"{op}: {name} must be (B, *S, C) with S = (H, W) or (D, H, W), got {_shape(x)}")
+    if any(s < 1 for s in x.shape[1:]):
+        raise ValueError(f"{op}: every axis of {name} but the batch must have at least one element, got {_shape(x)}")
+
+
+def check_size(op: str, size: Any) -> tuple[int, ...]:
+    """The tokens of a map per axis."""
+    if not isinstance(size, (tuple, list, torch.Size)) or not all(_is_int(s) for s in size):
+        raise TypeError(f"{op}: size must be the tokens of the map per axis, (H, W) or (D, H, W), got {size!r}")
+    if len(size) not in (2, 3) or any(s < 1 for s in size):
+        raise ValueError(f"{op}: size must be (H, W) or (D, H, W), each at least 1, got {tuple(size)}")
+    return tuple(size)
+
+
+def check_rows(op: str, name: str, x: Any, *, batched: bool = False) -> None:
+    """Tokens (..., C), or (B, ..., C), whose channels are normalised."""
+    _check_map(op, name, x)
+    if x.dim() < 1 + batched or x.shape[-1] < 1:
+        accepted = "(B, ..., C)" if batched else "(..., C)"
+        raise ValueError(f"{op}: {name} must be {accepted} with at least one channel, got {_shape(x)}")
+
+
+def check_weight(op: str, x: Tensor, weight: Any, *widths: int) -> None:
+    """The weight (out, width) of a Linear; a width is accepted for the channels of x."""
+    _tensor(op, "weight", weight, x.device)
+    if weight.dim() != 2 or weight.shape[1] not in widths or weight.shape[0] < 1:
+        accepted = " or ".join(f"(out, {width})" for width in widths)
+        raise ValueError(f"{op}: weight must be {accepted} for x of {_shape(x)}, got {_shape(weight)}")
+
+
+def check_dtype(op: str, dtype: Any, x: Tensor) -> torch.dtype:
+    """The dtype of a result, that of x if none is asked for."""
+    if dtype is None:
+        return x.dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: dtype must be float32, float16, bfloat16 or float64, got {dtype!r}")
+    return dtype
+
+
+def check_factor(op: str, factor: Any, rank: int) -> tuple[int, ...]:
+    factors = _ints(op, "factor", factor, rank)
+    if any(f < 1 for f in factors):
+        raise ValueError(f"{op}: factor must be at least 1 per axis, got {factors}")
+    return factors
+
+
+def check_parameters(op: str, x: Tensor, expected: tuple[int, ...], **parameters: Any) -> None:
+    """Tensors of one expected shape, or None."""
+    for name, value in parameters.items():
+        if value is None:
+            continue
+        _tensor(op, name, value, x.device)
+        if tuple(value.shape) != expected:
+            raise ValueError(f"{op}: {name} must be {expected} for x of {_shape(x)}, got {_shape(value)}")
+
+
+def check_eps(op: str, eps: Any) -> float:
+    value = _finite(op, "eps", eps)
+    if value < 0:
+        raise ValueError(f"{op}: eps must be at least 0, got {eps!r}")
+    return value
+
+
+def check_choice(op: str, name: str, value: Any, accepted: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {name} must be one of {accepted}, got {value!r}")
+    if value not in accepted:
+        raise ValueError(f"{op}: {name} must be one of {accepted}, got {value!r}")
+
+
+def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Window and shift, one value per axis."""
+    window = _ints(op, "window_size", window_size, rank)
+    if any(w < 1 for w in window):
+        raise ValueError(f"{op}: window_size must be at least 1 per axis, got {window}")
+    shift = _ints(op, "shift_size", shift_size, rank)
+    if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
+        raise ValueError(f"{op}: shift_size must be in 0..window_size - 1 per axis, got {shift} for window {window}")
+    return window, shift
+
+
 def check_arguments(
     op: str,
     tokens: Tensor,
@@ -205,17 +297,12 @@ def check_arguments(
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: head_dim must be 1..{MAX_HEAD_DIM}, got {head_dim}")
 
-    window = _ints(op, "window_size", window_size, rank)
-    if any(w < 1 for w in window):
-        raise ValueError(f"{op}: window_size must be at least 1 per axis, got {window}")
+    window, shift = check_window(op, window_size, shift_size, rank)
     n = math.prod(window)
     if n > MAX_WINDOW_VOLUME:
         raise ValueError(
             f"{op}: window_size may hold at most {MAX_WINDOW_VOLUME} tokens, got {window}, which holds {n}"
         )
-    shift = _ints(op, "shift_size", shift_size, rank)
-    if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
-        raise ValueError(f"{op}: shift_size must be in 0..window_size - 1 per axis, got {shift} for window {window}")
 
     frame = frame_size(size, window)
     # Scores are the largest thing a backend could hold: batch * windows * heads * N * N = batch * frame * heads * N.
@@ -231,10 +318,7 @@ def check_arguments(
             f"{op}: pad_before must be in 0..padding per axis; S = {size} and window {window} make the padding {pads}, "
             f"got {before}"
         )
-    if not isinstance(pad_order, str):
-        raise TypeError(f"{op}: pad_order must be one of {PAD_ORDERS}, got {pad_order!r}")
-    if pad_order not in PAD_ORDERS:
-        raise ValueError(f"{op}: pad_order must be one of {PAD_ORDERS}, got {pad_order!r}")
+    check_choice(op, "pad_order", pad_order, PAD_ORDERS)
     wraps = _bools(op, "periodic", periodic, rank)
     if not isinstance(grid, bool):
         raise TypeError(f"{op}: grid must be a bool, got {grid!r}")

@@ -22,7 +22,18 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 # What `auto` tries on a device, best first.
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
+# Which backends an op has beside the reference. window_partition stands for window_reverse, too.
+IMPLEMENTED = {
+    "window_attention": ("cuda", "triton", "cpu"),
+    "window_partition": ("cuda", "triton"),
+    "patch_merging": ("cuda", "triton"),
+    "layer_norm": ("cuda",),
+    "residual_layer_norm": ("cuda",),
+}
+
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+# What a norm's kernel reads and writes: one dtype, or the two of autocast, in either order.
+NORM_DTYPES = frozenset((a, b) for a in _LOW_AND_SINGLE for b in _LOW_AND_SINGLE if a == b or torch.float32 in (a, b))
 
 
 def interpreting() -> bool:
@@ -48,6 +59,7 @@ def _not_installed() -> dict[str, str | None]:
 NOT_INSTALLED = _not_installed()
 # Of the values that the argument checks let through, what a backend takes. The CUDA ones come from its own header.
 LIMITS: dict[str, dict[str, int]] = {"triton": {"max_window_volume": 256}}
+NORM_LIMITS: dict[str, int] = {}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
     LIMITS["cuda"] = _extension.build.build_info()["window_attention_limits"]
 
@@ -111,12 +123,10 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-def window_attention_reasons(
-    backend: str, args: WindowArguments, dtype: torch.dtype, device: torch.device
-) -> list[str]:
-    """The reasons why a backend cannot run these inputs; empty if it can."""
-    if backend == "reference":
-        return []
+def _reasons(backend: str, op: str, device: torch.device) -> list[str]:
+    """The reasons that do not depend on what an op is given but for the device."""
+    if backend not in IMPLEMENTED[op]:
+        return [f"it does not implement {op}"]
     reasons = []
     missing = NOT_INSTALLED[backend]
     if missing is not None:
@@ -126,10 +136,23 @@ def window_attention_reasons(
         reasons.append(f"it runs on {wanted} tensors, got {device.type}")
     elif wanted == "cuda" and (reason := gpu_reason(backend, device)) is not None:
         reasons.append(reason)
-    if dtype not in _LOW_AND_SINGLE:
-        reasons.append(f"it has no {dtype} kernel")
-    if backend == "triton" and _INTERPRETING and dtype == torch.bfloat16:
+    return reasons
+
+
+def _dtype_reasons(backend: str, *dtypes: torch.dtype) -> list[str]:
+    reasons = [f"it has no {dtype} kernel" for dtype in dict.fromkeys(dtypes) if dtype not in _LOW_AND_SINGLE]
+    if backend == "triton" and _INTERPRETING and torch.bfloat16 in dtypes:
         reasons.append("Triton's interpreter computes bfloat16 wrongly")
+    return reasons
+
+
+def window_attention_reasons(
+    backend: str, args: WindowArguments, dtype: torch.dtype, device: torch.device
+) -> list[str]:
+    """The reasons why a backend cannot run these inputs; empty if it can."""
+    if backend == "reference":
+        return []
+    reasons = _reasons(backend, "window_attention", device) + _dtype_reasons(backend, dtype)
     if args.logit_scale is not None:
         reasons.append("it does not implement logit_scale (v2 cosine attention)")
     if args.bias is not None:
@@ -145,19 +168,47 @@ def window_attention_reasons(
     return reasons
 
 
+def window_partition_reasons(backend: str, device: torch.device) -> list[str]:
+    """The reasons why a backend cannot cut a map into windows or put them back; empty if it can."""
+    return [] if backend == "reference" else _reasons(backend, "window_partition", device)
+
+
+def norm_reasons(
+    backend: str, op: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> list[str]:
+    """The reasons why a backend cannot run an op that normalises rows; empty if it can.
+
+    ``row`` is how many elements are normalised together, ``dtypes`` are those that are read and written.
+    """
+    if backend == "reference":
+        return []
+    reasons = _reasons(backend, op, device) + _dtype_reasons(backend, *dtypes)
+    if not reasons and dtypes not in NORM_DTYPES:
+        reasons.append(f"it has no kernel that reads {dtypes[0]} and writes {dtypes[1]}")
+    longest = NORM_LIMITS.get(backend, row)
+    if row > longest:
+        reasons.append(f"it normalises at most {longest} elements together, got {row}")
+    return reasons
+
+
 def choose_window_attention(requested: str, args: WindowArguments, dtype: torch.dtype, device: torch.device) -> str:
     """The backend for a call: the requested one, or for "auto" the first that can run it."""
+    return choose(args.op, requested, device, lambda backend: window_attention_reasons(backend, args, dtype, device))
+
+
+def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[str], list[str]]) -> str:
+    """The backend for a call of ``op``, by the reasons why each one cannot run it."""
     if requested == "auto":
         for backend in PREFERENCE.get(device.type, ("reference",)):
-            if not window_attention_reasons(backend, args, dtype, device):
+            if not reasons_of(backend):
                 return backend
         return "reference"
     if requested not in BACKENDS:
-        raise ValueError(f"{args.op}: backend must be 'auto' or one of {BACKENDS}, got {requested!r}")
-    reasons = window_attention_reasons(requested, args, dtype, device)
+        raise ValueError(f"{op}: backend must be 'auto' or one of {BACKENDS}, got {requested!r}")
+    reasons = reasons_of(requested)
     if reasons:
         raise NotImplementedError(
-            f"{args.op}: backend={requested!r} cannot run this call: {'; '.join(reasons)}. "
+            f"{op}: backend={requested!r} cannot run this call: {'; '.join(reasons)}. "
             "Use backend='auto', which takes one that can."
         )
     return requested

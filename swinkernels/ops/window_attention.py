@@ -18,8 +18,7 @@ from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints, WindowArguments
 from swinkernels.ops._backends import choose_window_attention, constant_when_compiled
-
-lib = torch.library.Library("swinkernels", "DEF")
+from swinkernels.ops._library import autocast_dtype, lib, refuse_double_backward, three
 
 # The geometry as WindowGeometry of csrc/params/window_attention.h has it: three values a list, slowest axis first; 2D
 # has a leading axis of one token. The maps keep their own rank.
@@ -85,15 +84,10 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> None:
             *(None,) * (1 + len(ctx.geometry)),
         )
 
-    def refuse_double_backward(ctx, *_):
-        raise NotImplementedError(
-            f"{name}: a second derivative is only in the reference: use backend='reference' for double backward"
-        )
-
     torch.library.register_fake(f"swinkernels::{fwd}", fake_fwd, lib=lib)
     torch.library.register_fake(f"swinkernels::{bwd}", fake_bwd, lib=lib)
     torch.library.register_autograd(f"swinkernels::{fwd}", backward, setup_context=setup_context, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{bwd}", refuse_double_backward, lib=lib)
+    torch.library.register_autograd(f"swinkernels::{bwd}", refuse_double_backward(name), lib=lib)
 
 
 for _name, _maps in _FORMS.items():
@@ -101,25 +95,10 @@ for _name, _maps in _FORMS.items():
         _define(_name, _maps, _suffix)
 
 
-def _three(values: Sequence, leading) -> list:
-    return [leading] * (3 - len(values)) + list(values)
-
-
 @constant_when_compiled  # as torch's own matmul settles it, too
 def _tf32_switch() -> bool:
     """Torch's switch for float32 products on CUDA, in whichever of its forms it was set."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-# Read once: torch 2.11 cannot trace the question whether a kind of device has autocast.
-_AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    kind = x.device.type
-    if x.dtype == torch.float64 or kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
 
 
 def _attend(form: str, maps: tuple[Tensor, ...], args: WindowArguments, backend: str) -> Tensor:
@@ -154,18 +133,18 @@ def _attend(form: str, maps: tuple[Tensor, ...], args: WindowArguments, backend:
     if pad_qkv is not None:
         pad_qkv = pad_qkv.to(x.dtype).reshape(3, args.num_heads, args.head_dim)
     if region_map is not None:
-        region_map = region_map.to(torch.int32).reshape(_three(region_map.shape, 1))
+        region_map = region_map.to(torch.int32).reshape(three(region_map.shape, 1))
     suffix = "_triton" if backend == "triton" else ""
     out, _ = getattr(torch.ops.swinkernels, f"{form}_fwd{suffix}")(
         *maps,
         bias_table,
         pad_qkv,
         region_map,
-        _three(args.window_size, 1),
-        _three(args.shift_size, 0),
-        _three(args.table_window, 1),
-        _three(args.pad_before, 0),
-        _three(args.periodic, False),
+        three(args.window_size, 1),
+        three(args.shift_size, 0),
+        three(args.table_window, 1),
+        three(args.pad_before, 0),
+        three(args.periodic, False),
         args.pad_order == "roll_then_pad",
         args.grid,
         args.scale,
@@ -269,7 +248,7 @@ def window_attention_qkvpacked(
         generator=generator,
         grid=grid,
     )
-    dtype = _autocast_dtype(qkv)
+    dtype = autocast_dtype(qkv)
     return _attend(op, (qkv if dtype is None else qkv.to(dtype),), args, backend)
 
 
@@ -333,5 +312,5 @@ def window_attention(
         generator=generator,
         grid=grid,
     )
-    dtype = _autocast_dtype(q)
+    dtype = autocast_dtype(q)
     return _attend(op, (q, k, v) if dtype is None else (q.to(dtype), k.to(dtype), v.to(dtype)), args, backend)

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     r"""Normalise the last axis to mean 0 and variance 1, then scale and shift it.
 
     .. math:: y = (x - mean(x)) / \sqrt{var(x) + eps} \cdot weight + bias
@@ -18,9 +25,10 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         weight: (C,) or None for 1.
         bias: (C,) or None for 0.
         eps: added to the variance; 1e-5 in the Swin models.
+        dtype: of the result; that of x by default.
 
     Returns:
-        (..., C) in the dtype of x. The arithmetic is in float32, or in float64 if x is; the result is rounded once.
+        (..., C) in ``dtype``. The arithmetic is in float32, or in float64 if x is; the result is rounded once.
 
     Raises:
         ValueError: weight or bias is not (C,).
@@ -41,4 +49,4 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         y = y * weight.to(wide)
     if bias is not None:
         y = y + bias.to(wide)
-    return y.to(x.dtype)
+    return y.to(x.dtype if dtype is None else dtype)

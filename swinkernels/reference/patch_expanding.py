@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from swinkernels.reference._block import linear
@@ -20,6 +21,7 @@ def patch_expanding(
     *,
     factor: Ints = 2,
     eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Widen every token linearly, lay its parts out in space and normalise each of them.
 
@@ -34,9 +36,10 @@ def patch_expanding(
         norm_weight, norm_bias: (out,), or None for 1 and 0.
         factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) expands frames one by one.
         eps: of the norm.
+        dtype: of the result; that of x by default.
 
     Returns:
-        (B, \*(S * factor), out) in the dtype of x. An empty batch gives an empty result.
+        (B, \*(S * factor), out) in ``dtype``. An empty batch gives an empty result.
 
     Raises:
         ValueError: a factor below 1, channels that it does not divide, a shape that does not agree.
@@ -62,4 +65,4 @@ def patch_expanding(
     interleaved = [axis for i in range(rank) for axis in (1 + i, 1 + rank + i)]
     x = x.permute(0, *interleaved, 2 * rank + 1)  # (B, S1, f1, S2, f2, ..., out)
     x = x.reshape(x.shape[0], *(s * f for s, f in zip(size, factors, strict=True)), x.shape[-1])
-    return layer_norm(x, norm_weight, norm_bias, eps=eps)
+    return layer_norm(x, norm_weight, norm_bias, eps=eps, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from swinkernels.reference._block import add_residual
@@ -23,13 +24,13 @@ def residual_layer_norm(
 
     Args:
         x: (B, ..., C), the residual stream, any floating dtype.
-        y: the result of the branch, like x.
+        y: the result of the branch, of the same shape, any floating dtype.
         weight, bias: (C,) of the norm, or None for 1 and 0.
         eps: of the norm.
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
 
     Returns:
-        s and z, each (B, ..., C) in the dtype of x. z is the norm of the s that is returned, rounded.
+        s in the dtype of x and z in that of y, each (B, ..., C). z is the norm of the s that is returned, rounded.
 
     Raises:
         ValueError: shapes that do not agree.
@@ -37,7 +38,7 @@ def residual_layer_norm(
     Source: Swin Transformer (Liu et al., 2021), equation 3: a block's residual connection with the LN of its next half.
     """
     total = add_residual("residual_layer_norm", x, y, drop_path_scale)
-    return total, layer_norm(total, weight, bias, eps=eps)
+    return total, layer_norm(total, weight, bias, eps=eps, dtype=y.dtype)
 
 
 def residual_post_norm(
@@ -64,4 +65,5 @@ def residual_post_norm(
 
     Source: Swin Transformer V2 (Liu et al., 2022), section 3.2, res-post-norm.
     """
-    return add_residual("residual_post_norm", x, layer_norm(y, weight, bias, eps=eps), drop_path_scale)
+    branch = layer_norm(y, weight, bias, eps=eps, dtype=torch.promote_types(y.dtype, torch.float32))
+    return add_residual("residual_post_norm", x, branch, drop_path_scale)

@@ -1,0 +1,130 @@
+"""Layer normalisation, plain or of the parts that patch expanding lays out: schema, fake, autograd, public function.
+
+The fast backend is ``layer_norm_fwd`` and ``layer_norm_bwd`` of ``torch.ops.swinkernels``, with CUDA kernels. With a
+``factor`` they read the parts of every token where they lie and write them where they belong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swinkernels import reference
+from swinkernels.ops import _arguments
+from swinkernels.ops._backends import choose, norm_reasons
+from swinkernels.ops._library import kernel_parameter, lib, parameter_gradients, refuse_double_backward, three
+
+# factor: three values, slowest axis first, or none for the plain norm. mean and rstd: one value for each row of z.
+lib.define(
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, int[] factor, float eps, ScalarType dtype) -> "
+    "(Tensor z, Tensor mean, Tensor rstd)"
+)
+lib.define(
+    "layer_norm_bwd(Tensor dz, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, int[] factor, bool needs_dweight, "
+    "bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+
+
+def expanded_shape(shape: Sequence[int], factor: Sequence[int]) -> list[int]:
+    """The shape of z for an x of a shape."""
+    if not factor:
+        return list(shape)
+    factors = factor[-(len(shape) - 2) :]
+    size = [s * f for s, f in zip(shape[1:-1], factors, strict=True)]
+    return [shape[0], *size, shape[-1] // math.prod(factors)]
+
+
+def _fake_fwd(x, weight, bias, factor, eps, dtype):
+    shape = expanded_shape(x.shape, factor)
+    statistics = [x.new_empty(shape[:-1], dtype=torch.float32) for _ in range(2)]
+    return x.new_empty(shape, dtype=dtype), *statistics
+
+
+def _fake_bwd(dz, x, weight, mean, rstd, factor, needs_dweight, needs_dbias):
+    sums = [x.new_empty(dz.shape[-1] if needed else 0, dtype=torch.float32) for needed in (needs_dweight, needs_dbias)]
+    return x.new_empty(x.shape), *sums
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ctx.factor, _, _ = inputs
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, dz, *_):
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad[1:3]
+    dx, *sums = torch.ops.swinkernels.layer_norm_bwd(dz, x, weight, mean, rstd, ctx.factor, *needs)
+    return dx, *parameter_gradients((weight, bias), sums, needs), None, None, None
+
+
+torch.library.register_fake("swinkernels::layer_norm_fwd", _fake_fwd, lib=lib)
+torch.library.register_fake("swinkernels::layer_norm_bwd", _fake_bwd, lib=lib)
+torch.library.register_autograd("swinkernels::layer_norm_fwd", _backward, setup_context=_setup_context, lib=lib)
+torch.library.register_autograd("swinkernels::layer_norm_bwd", refuse_double_backward("layer_norm"), lib=lib)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Normalise the last axis to mean 0 and variance 1, then scale and shift it; round once, to any dtype.
+
+    .. math:: y = (x - mean(x)) / \sqrt{var(x) + eps} \cdot weight + bias
+
+    with the biased variance, both statistics over the C channels of a token. Under autocast a float32 residual stream
+    becomes the half-precision input of a Linear in this one pass (``dtype``) instead of two.
+
+    Args:
+        x: (..., C), float32, float16, bfloat16, or float64 (reference only).
+        weight: (C,) or None for 1, any floating dtype.
+        bias: (C,) or None for 0, any floating dtype.
+        eps: added to the variance; 1e-5 in the Swin models.
+        dtype: of the result; that of x by default, autocast or not: the arithmetic is in float32 in any case.
+        backend: "auto", "cuda" or "reference". "auto" takes the fastest that can run the call.
+
+    Returns:
+        (..., C) in ``dtype``, contiguous. An empty x gives an empty result. Differentiable in x, weight and bias, each
+        gradient in its tensor's dtype; the same input gives the same bits. Twice differentiable with
+        backend="reference" only.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        NotImplementedError: the requested backend cannot run this call, with the reasons.
+
+    Source: Layer Normalization (Ba et al., 2016); torch.nn.LayerNorm.
+    """
+    op = "layer_norm"
+    _arguments.check_rows(op, "x", x)
+    dtype = _arguments.check_dtype(op, dtype, x)
+    _arguments.check_parameters(op, x, (x.shape[-1],), weight=weight, bias=bias)
+    return normalise_parts(op, x, weight, bias, (), _arguments.check_eps(op, eps), dtype, backend)
+
+
+def normalise_parts(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: tuple[int, ...],
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """The plain norm of x, or with a factor per axis of the map the norm of the parts of its tokens, laid out."""
+    row = x.shape[-1] // math.prod(factor)
+    backend = choose(op, backend, x.device, lambda b: norm_reasons(b, "layer_norm", row, (x.dtype, dtype), x.device))
+    if backend == "reference":
+        if factor:
+            return reference.patch_expanding(x, None, weight, bias, factor=factor, eps=eps, dtype=dtype)
+        return reference.layer_norm(x, weight, bias, eps=eps, dtype=dtype)
+    weight, bias = kernel_parameter(weight), kernel_parameter(bias)
+    return torch.ops.swinkernels.layer_norm_fwd(x, weight, bias, three(factor, 1) if factor else [], eps, dtype)[0]

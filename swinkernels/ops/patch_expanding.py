@@ -1,0 +1,67 @@
+"""Patch expanding: the Linear by the BLAS library, then the parts laid out and normalised in one pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from swinkernels.ops import _arguments
+from swinkernels.ops._arguments import Ints
+from swinkernels.ops._library import autocast_dtype, linear
+from swinkernels.ops.layer_norm import normalise_parts
+
+
+def patch_expanding(
+    x: Tensor,
+    weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    factor: Ints = 2,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Widen every token linearly, lay its parts out in space and normalise each of them.
+
+    .. math:: y_{b, i \cdot f + o} = LayerNorm((W x_{b, i})_{o})
+
+    where part o of the f_1 f_2 ... parts is the o-th run of contiguous channels, o row-major over the axes. The layout
+    and the norm are one read and one write; the Linear is torch's.
+
+    Args:
+        x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (reference only).
+        weight: (K * out, C), K the product of the factors: K * out = 2C with factor 2 in Swin-Unet's ``PatchExpand``
+            (out = C / 2), 16C with factor 4 in its ``FinalPatchExpand_X4`` (out = C). None to leave x as it is.
+        norm_weight, norm_bias: (out,), or None for 1 and 0.
+        factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) expands frames one by one.
+        eps: of the norm.
+        backend: "auto", "cuda" or "reference", of the layout and the norm.
+
+    Returns:
+        (B, \*(S * factor), out), contiguous, in the dtype of x; under autocast in float32, as torch's LayerNorm. An
+        empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        NotImplementedError: the requested backend cannot run this call, with the reasons.
+
+    Source: Swin-Unet (Cao et al., 2021), section 3.4; ``PatchExpand`` and ``FinalPatchExpand_X4`` of its code.
+    """
+    op = "patch_expanding"
+    _arguments.check_features(op, "x", x)
+    factors = _arguments.check_factor(op, factor, x.dim() - 2)
+    eps = _arguments.check_eps(op, eps)
+    parts, width = math.prod(factors), x.shape[-1]
+    if weight is not None:
+        _arguments.check_weight(op, x, weight, x.shape[-1])
+        width = weight.shape[0]
+    if width % parts != 0:
+        raise ValueError(
+            f"{op}: the {width} channels to lay out must be a multiple of prod(factor) = {parts}, got factor {factors}"
+        )
+    _arguments.check_parameters(op, x, (width // parts,), norm_weight=norm_weight, norm_bias=norm_bias)
+    dtype = x.dtype if autocast_dtype(x) is None else torch.float32
+    wide = x if weight is None else linear(x, weight)
+    return normalise_parts(op, wide, norm_weight, norm_bias, factors, eps, dtype, backend)

@@ -1,0 +1,210 @@
+"""Patch merging: schema, fake, autograd formula and the public function.
+
+The gather of the neighbours and the norm are one op, ``patch_merging_norm_fwd`` and ``_bwd`` of
+``torch.ops.swinkernels`` with CUDA kernels, and the same with the suffix ``_triton``; the reduction is torch's Linear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swinkernels import reference
+from swinkernels.ops import _arguments
+from swinkernels.ops._backends import choose, norm_reasons, window_partition_reasons
+from swinkernels.ops._library import (
+    autocast_dtype,
+    kernel_parameter,
+    lib,
+    linear,
+    parameter_gradients,
+    refuse_double_backward,
+    three,
+)
+from swinkernels.ops.layer_norm import layer_norm
+from swinkernels.ops.window_partition import window_partition
+
+# Per order and number of merged axes, the neighbours whose channels follow each other, each as its row-major number
+# among the 2 ** axes of a block: 4 d + 2 h + w. "unfold" is row-major once its parameters are reordered.
+_RUNS = {
+    ("swin", 2): (0, 2, 1, 3),
+    ("swin", 3): (0, 4, 2, 6, 1, 5, 3, 7),
+    ("row_major", 2): (0, 1, 2, 3),
+    ("row_major", 3): (0, 1, 2, 3, 4, 5, 6, 7),
+    ("unfold", 2): (0, 1, 2, 3),
+    ("unfold", 3): (0, 1, 2, 3, 4, 5, 6, 7),
+    ("monai", 2): (0, 2, 1, 3),
+    ("monai", 3): (0, 4, 2, 1, 6, 5, 3, 7),
+    ("monai_legacy", 2): (0, 2, 1, 3),
+    ("monai_legacy", 3): (0, 4, 2, 1, 5, 2, 1, 7),
+}
+ORDERS = tuple(dict.fromkeys(order for order, _ in _RUNS))
+_NORMS = ("pre", "post")
+
+
+def merged_size(size: Sequence[int], factor: Sequence[int]) -> list[int]:
+    """S': the tokens per axis after merging, for a factor of as many values as size or more, slowest axis first."""
+    return [-(-s // f) for s, f in zip(size, factor[-len(size) :], strict=True)]
+
+
+def _define(suffix: str) -> None:
+    fwd, bwd = f"patch_merging_norm_fwd{suffix}", f"patch_merging_norm_bwd{suffix}"
+    # neighbours[p]: which neighbour, numbered row-major within the factor's block, the p-th run of C channels holds.
+    lib.define(
+        f"{fwd}(Tensor x, Tensor? weight, Tensor? bias, int[] factor, int[] neighbours, float eps, ScalarType dtype) "
+        "-> (Tensor z, Tensor mean, Tensor rstd)"
+    )
+    lib.define(
+        f"{bwd}(Tensor dz, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, int[] factor, int[] neighbours, "
+        "bool needs_dweight, bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    )
+
+    def fake_fwd(x, weight, bias, factor, neighbours, eps, dtype):
+        shape = [x.shape[0], *merged_size(x.shape[1:-1], factor)]
+        z = x.new_empty([*shape, math.prod(factor) * x.shape[-1]], dtype=dtype)
+        return z, *(x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+
+    def fake_bwd(dz, x, weight, mean, rstd, factor, neighbours, needs_dweight, needs_dbias):
+        widths = [dz.shape[-1] if needed else 0 for needed in (needs_dweight, needs_dbias)]
+        return x.new_empty(x.shape), *(x.new_empty(width, dtype=torch.float32) for width in widths)
+
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, ctx.factor, ctx.neighbours, _, _ = inputs
+        ctx.save_for_backward(x, weight, bias, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    backward_op = getattr(torch.ops.swinkernels, bwd)
+
+    def backward(ctx, dz, *_):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:3]
+        dx, *sums = backward_op(dz, x, weight, mean, rstd, ctx.factor, ctx.neighbours, *needs)
+        return dx, *parameter_gradients((weight, bias), sums, needs), *(None,) * 4
+
+    torch.library.register_fake(f"swinkernels::{fwd}", fake_fwd, lib=lib)
+    torch.library.register_fake(f"swinkernels::{bwd}", fake_bwd, lib=lib)
+    torch.library.register_autograd(f"swinkernels::{fwd}", backward, setup_context=setup_context, lib=lib)
+    torch.library.register_autograd(f"swinkernels::{bwd}", refuse_double_backward("patch_merging"), lib=lib)
+
+
+for _suffix in ("", "_triton"):
+    _define(_suffix)
+
+
+def _by_neighbour(x: Tensor, count: int) -> Tensor:
+    """The channels (last axis) of a parameter of the order "unfold", channel by channel, neighbour by neighbour."""
+    return x.unflatten(-1, (-1, count)).transpose(-2, -1).flatten(-2)
+
+
+def _row_major_columns(weight: Tensor, numbers: Sequence[int]) -> Tensor:
+    """The columns of a reduction for runs of channels that hold ``numbers``, for row-major runs instead.
+
+    A neighbour that an order has twice gets the sum of its columns, one that it does not have gets zeros.
+    """
+    columns = weight.unflatten(-1, (len(numbers), -1)).unbind(-2)
+    runs = [[c for c, number in zip(columns, numbers, strict=True) if number == i] for i in range(len(numbers))]
+    return torch.cat([sum(run[1:], run[0]) if run else torch.zeros_like(columns[0]) for run in runs], dim=-1)
+
+
+def patch_merging(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    order: str = "swin",
+    norm: str = "pre",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Concatenate the channels of neighbouring tokens, two per axis, normalise and reduce them linearly.
+
+    .. math::
+        y = W \cdot LayerNorm(concat(x_{2i + o})) \quad \text{(pre, v1)}
+
+        y = LayerNorm(W \cdot concat(x_{2i + o})) \quad \text{(post, v2)}
+
+    over the offsets o in {0, 1} per merged axis. An odd size is padded with zeros at its end *before* the norm: they
+    enter its statistics. Gather and norm ("pre"), or gather ("post"), are one read and one write; the Linear is
+    torch's.
+
+    Args:
+        x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (reference only).
+        norm_weight, norm_bias: (K * C,) for "pre", (out,) for "post", or None for 1 and 0; K neighbours are merged.
+        weight: (out, K * C), the reduction. Its width says what is merged: K = 4 merges the last two axes, for three
+            axes the frames one by one (Video-Swin, Aurora); K = 8 merges all three.
+        eps: of the norm.
+        order: how the K * C channels are ordered.
+            "swin": by neighbour, the first merged axis fastest: (0,0), (1,0), (0,1), (1,1). Microsoft, timm,
+            torchvision, transformers, Video-Swin, MONAI in 2D.
+            "row_major": by neighbour, the last axis fastest: (0,0), (0,1), (1,0), (1,1). Aurora, Pangu-Weather, MONAI's
+            PatchMergingV2 in 3D.
+            "unfold": by channel, then neighbours row-major, as torch.nn.Unfold. mmcv and mmpretrain.
+            "monai": MONAI's PatchMerging since 1.5; for K = 8 000, 100, 010, 001, 110, 101, 011, 111, else "swin".
+            "monai_legacy": the same up to 1.4; for K = 8 000, 100, 010, 001, 101, 010, 001, 111, else "swin".
+        norm: "pre" (v1) or "post" (v2).
+        backend: "auto", "cuda", "triton" or "reference". "auto" takes the fastest that can run the call. The norm of
+            "post" has no Triton kernel: with "triton" it is torch's.
+
+    Returns:
+        (B, \*S', out) in the dtype of x, contiguous, S' = ceil(S / 2) on the merged axes. Under autocast, as torch's
+        modules do: in the autocast dtype for "pre", whose last step is the Linear, in float32 for "post". An empty
+        batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype; twice
+        with backend="reference" only.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        NotImplementedError: the requested backend cannot run this call, with the reasons.
+
+    Source: Swin Transformer (Liu et al., 2021), section 3.1; Swin Transformer V2's code for "post"; the
+    ``PatchMerging`` modules of the libraries named above.
+    """
+    op = "patch_merging"
+    _arguments.check_features(op, "x", x)
+    _arguments.check_choice(op, "order", order, ORDERS)
+    _arguments.check_choice(op, "norm", norm, _NORMS)
+    eps = _arguments.check_eps(op, eps)
+    channels = x.shape[-1]
+    ranks = {2**rank * channels: rank for rank in range(2, x.dim() - 1)}
+    _arguments.check_weight(op, x, weight, *ranks)
+    rank = ranks[weight.shape[1]]
+    width = weight.shape[1] if norm == "pre" else weight.shape[0]
+    _arguments.check_parameters(op, x, (width,), norm_weight=norm_weight, norm_bias=norm_bias)
+    low = autocast_dtype(x)
+    between = x.dtype if low is None else low  # of what the Linear reads and writes
+    dtype = between if low is None or norm == "pre" else torch.float32
+
+    def reasons(b: str) -> list[str]:
+        if norm == "pre":
+            return norm_reasons(b, op, weight.shape[1], (x.dtype, between), x.device)
+        both = [] if b == "triton" else norm_reasons(b, "layer_norm", width, (between, dtype), x.device)
+        return list(dict.fromkeys(window_partition_reasons(b, x.device) + both))
+
+    backend = choose(op, backend, x.device, reasons)
+    if backend == "reference":
+        return reference.patch_merging(x, norm_weight, norm_bias, weight, eps=eps, order=order, norm=norm).to(dtype)
+    if order == "unfold":  # the norm does not care for the order, so the small parameters change theirs
+        weight = _by_neighbour(weight, 2**rank)
+        if norm == "pre":
+            norm_weight, norm_bias = (
+                None if p is None else _by_neighbour(p, 2**rank) for p in (norm_weight, norm_bias)
+            )
+    numbers = list(_RUNS[order, rank])
+    factor = [2] * rank
+    if norm == "pre":
+        fwd = getattr(torch.ops.swinkernels, f"patch_merging_norm_fwd{'_triton' if backend == 'triton' else ''}")
+        parameters = map(kernel_parameter, (norm_weight, norm_bias))
+        z = fwd(x, *parameters, three(factor, 1), numbers, eps, between)[0]
+        return linear(z, weight)
+    # Windows of two tokens per axis are the neighbours in row-major order, and their pads are zeros at the end.
+    window = [1] * (x.dim() - 2 - rank) + factor
+    windows = window_partition(x, window, backend=backend)
+    merged = windows.reshape(x.shape[0], *merged_size(x.shape[1:-1], window), weight.shape[1])
+    reduced = linear(merged, _row_major_columns(weight, numbers))
+    if backend == "triton":
+        return F.layer_norm(reduced, (width,), norm_weight, norm_bias, eps).to(dtype)
+    return layer_norm(reduced, norm_weight, norm_bias, eps=eps, dtype=dtype, backend=backend)

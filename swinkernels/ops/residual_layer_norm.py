@@ -1,0 +1,203 @@
+"""A residual connection and the norm next to it in one pass: schema, fake, autograd and the two public functions.
+
+The fast backend is ``residual_layer_norm_fwd`` and ``_bwd`` (v1: the norm after the sum) and ``residual_post_norm_fwd``
+and ``_bwd`` (v2: the norm before it) of ``torch.ops.swinkernels``, with CUDA kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swinkernels import reference
+from swinkernels.ops import _arguments
+from swinkernels.ops._backends import choose, norm_reasons
+from swinkernels.ops._library import kernel_parameter, lib, parameter_gradients, refuse_double_backward
+
+_BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
+_SAVED = "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias"
+lib.define(f"residual_layer_norm_fwd({_BRANCH}) -> (Tensor s, Tensor z, Tensor mean, Tensor rstd)")
+# dy is empty if it is dx: one dtype and no drop_path_scale.
+lib.define(
+    f"residual_layer_norm_bwd(Tensor ds, Tensor dz, Tensor s, {_SAVED}) -> "
+    "(Tensor dx, Tensor dy, Tensor dweight, Tensor dbias)"
+)
+lib.define(f"residual_post_norm_fwd({_BRANCH}) -> (Tensor s, Tensor mean, Tensor rstd)")
+lib.define(f"residual_post_norm_bwd(Tensor ds, Tensor y, {_SAVED}) -> (Tensor dy, Tensor dweight, Tensor dbias)")
+
+
+def _fake_statistics(x: Tensor) -> list[Tensor]:
+    return [x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2)]
+
+
+def _fake_sums(x: Tensor, *needed: bool) -> list[Tensor]:
+    return [x.new_empty(x.shape[-1] if need else 0, dtype=torch.float32) for need in needed]
+
+
+def _fake_fwd(x, y, drop_path_scale, weight, bias, eps):
+    return x.new_empty(x.shape), y.new_empty(y.shape), *_fake_statistics(x)
+
+
+def _fake_bwd(ds, dz, s, drop_path_scale, weight, mean, rstd, needs_dweight, needs_dbias):
+    is_dx = drop_path_scale is None and dz.dtype == s.dtype
+    dy = dz.new_empty(0 if is_dx else s.shape)
+    return s.new_empty(s.shape), dy, *_fake_sums(s, needs_dweight, needs_dbias)
+
+
+def _fake_post_fwd(x, y, drop_path_scale, weight, bias, eps):
+    return x.new_empty(x.shape), *_fake_statistics(x)
+
+
+def _fake_post_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dweight, needs_dbias):
+    return y.new_empty(y.shape), *_fake_sums(y, needs_dweight, needs_dbias)
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, drop_path_scale, weight, bias, _ = inputs
+    s, _, mean, rstd = output
+    ctx.save_for_backward(s, drop_path_scale, weight, bias, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, ds, dz, *_):
+    s, drop_path_scale, weight, bias, mean, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad[3:5]
+    dx, dy, *sums = torch.ops.swinkernels.residual_layer_norm_bwd(
+        ds, dz, s, drop_path_scale, weight, mean, rstd, *needs
+    )
+    is_dx = drop_path_scale is None and dz.dtype == s.dtype
+    return dx, dx if is_dx else dy, None, *parameter_gradients((weight, bias), sums, needs), None
+
+
+def _setup_post_context(ctx, inputs, output):
+    _, y, drop_path_scale, weight, bias, _ = inputs
+    ctx.save_for_backward(y, drop_path_scale, weight, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _post_backward(ctx, ds, *_):
+    y, drop_path_scale, weight, bias, mean, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad[3:5]
+    dy, *sums = torch.ops.swinkernels.residual_post_norm_bwd(ds, y, drop_path_scale, weight, mean, rstd, *needs)
+    return ds, dy, None, *parameter_gradients((weight, bias), sums, needs), None
+
+
+def _register(name: str, fake_fwd: Callable, fake_bwd: Callable, setup_context: Callable, backward: Callable) -> None:
+    fwd, bwd = f"swinkernels::{name}_fwd", f"swinkernels::{name}_bwd"
+    torch.library.register_fake(fwd, fake_fwd, lib=lib)
+    torch.library.register_fake(bwd, fake_bwd, lib=lib)
+    torch.library.register_autograd(fwd, backward, setup_context=setup_context, lib=lib)
+    torch.library.register_autograd(bwd, refuse_double_backward(name), lib=lib)
+
+
+_register("residual_layer_norm", _fake_fwd, _fake_bwd, _setup_context, _backward)
+_register("residual_post_norm", _fake_post_fwd, _fake_post_bwd, _setup_post_context, _post_backward)
+
+
+def _run(
+    op: str,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    drop_path_scale: Tensor | None,
+    backend: str,
+) -> Any:
+    _arguments.check_rows(op, "x", x, batched=True)
+    _arguments.check_rows(op, "y", y, batched=True)
+    if y.shape != x.shape:
+        raise ValueError(
+            f"{op}: x and y must have one shape, got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}"
+        )
+    _arguments.check_device(op, "y", y, x.device)
+    _arguments.check_parameters(op, x, (x.shape[-1],), weight=weight, bias=bias)
+    _arguments.check_parameters(op, x, (x.shape[0],), drop_path_scale=drop_path_scale)
+    eps = _arguments.check_eps(op, eps)
+
+    def reasons(b: str) -> list[str]:
+        found = norm_reasons(b, "residual_layer_norm", x.shape[-1], (x.dtype, y.dtype), x.device)
+        if b != "reference":
+            if x.dtype != torch.float32 and y.dtype == torch.float32:
+                found.append(f"it adds a branch of the stream's dtype or a narrower one, got {y.dtype} to {x.dtype}")
+            if drop_path_scale is not None and drop_path_scale.requires_grad:
+                found.append("it does not differentiate drop_path_scale")
+        return found
+
+    if choose(op, backend, x.device, reasons) == "reference":
+        definition = getattr(reference, op)
+        return definition(x, y, weight, bias, eps=eps, drop_path_scale=drop_path_scale)
+    if drop_path_scale is not None:
+        drop_path_scale = drop_path_scale.to(torch.float32)
+    weight, bias = kernel_parameter(weight), kernel_parameter(bias)
+    return getattr(torch.ops.swinkernels, f"{op}_fwd")(x, y, drop_path_scale, weight, bias, eps)
+
+
+def residual_layer_norm(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    drop_path_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""Add a branch to the residual stream and normalise the sum for the next branch (v1), in one pass.
+
+    .. math:: s = x + d \cdot y, \quad z = LayerNorm(s)
+
+    Args:
+        x: (B, ..., C), the residual stream, float32, float16, bfloat16, or float64 (reference only).
+        y: the result of the branch, of the same shape, in the dtype of x or, under autocast, in a narrower one.
+        weight, bias: (C,) of the norm, or None for 1 and 0, any floating dtype.
+        eps: of the norm.
+        drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+        backend: "auto", "cuda" or "reference". "auto" takes the fastest that can run the call.
+
+    Returns:
+        s in the dtype of x, and z, the norm of the s that is returned, in the dtype of y, which is what the next branch
+        reads; each (B, ..., C) and contiguous. An empty batch gives empty results. Differentiable in x, y, weight, bias
+        and, in the reference, drop_path_scale, each gradient in its tensor's dtype; the same input gives the same bits.
+        Twice differentiable with backend="reference" only.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        NotImplementedError: the requested backend cannot run this call, with the reasons.
+
+    Source: Swin Transformer (Liu et al., 2021), equation 3: a block's residual connection with the LN of its next half.
+    """
+    s, z, *_ = _run("residual_layer_norm", x, y, weight, bias, eps, drop_path_scale, backend)
+    return s, z
+
+
+def residual_post_norm(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    drop_path_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Normalise the result of a branch and add it to the residual stream (v2), in one pass.
+
+    .. math:: s = x + d \cdot LayerNorm(y)
+
+    Args:
+        x, y, weight, bias, eps, drop_path_scale, backend: as for :func:`residual_layer_norm`.
+
+    Returns:
+        s, (B, ..., C) in the dtype of x, contiguous. Differentiable as :func:`residual_layer_norm` is.
+
+    Raises:
+        As :func:`residual_layer_norm`.
+
+    Source: Swin Transformer V2 (Liu et al., 2022), section 3.2, res-post-norm.
+    """
+    result = _run("residual_post_norm", x, y, weight, bias, eps, drop_path_scale, backend)
+    return result if isinstance(result, Tensor) else result[0]

@@ -1,0 +1,170 @@
+"""Shift, padding and window partition as one gather, and the inverse: schema, fake, autograd, public functions.
+
+The fast backends are the ops ``window_partition`` and ``window_reverse`` of ``torch.ops.swinkernels``, each with a
+CUDA kernel, and with the suffix ``_triton`` in Triton. Each is the other's derivative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swinkernels import reference
+from swinkernels.ops import _arguments
+from swinkernels.ops._arguments import Ints
+from swinkernels.ops._backends import choose, window_partition_reasons
+from swinkernels.ops._library import lib, three
+
+# Geometry has three values a list, slowest axis first, as WindowGeometry of csrc/params has it; `size` has the rank of
+# the map. The ops allow any shift below the frame's size.
+_GEOMETRY = "int[] window_size, int[] shift_size, bool roll_then_pad"
+
+
+def _define(suffix: str) -> None:
+    partition, reverse = f"window_partition{suffix}", f"window_reverse{suffix}"
+    lib.define(f"{partition}(Tensor x, {_GEOMETRY}) -> Tensor")
+    lib.define(f"{reverse}(Tensor windows, SymInt[] size, {_GEOMETRY}) -> Tensor")
+
+    def fake_partition(x, window_size, shift_size, roll_then_pad):
+        size, window = x.shape[1:-1], window_size[-(x.dim() - 2) :]
+        n = math.prod(window)
+        windows = math.prod(_arguments.frame_size(size, window)) // n
+        return x.new_empty((x.shape[0] * windows, n, x.shape[-1]))
+
+    def fake_reverse(windows, size, window_size, shift_size, roll_then_pad):
+        window = window_size[-len(size) :]
+        per_image = math.prod(_arguments.frame_size(size, window)) // math.prod(window)
+        return windows.new_empty((windows.shape[0] // per_image, *size, windows.shape[-1]))
+
+    def setup_partition(ctx, inputs, output):
+        x, *geometry = inputs
+        ctx.size, ctx.geometry = x.shape[1:-1], geometry
+
+    def setup_reverse(ctx, inputs, output):
+        ctx.geometry = inputs[2:]
+
+    partition_op, reverse_op = getattr(torch.ops.swinkernels, partition), getattr(torch.ops.swinkernels, reverse)
+
+    def backward_partition(ctx, dwindows):
+        return reverse_op(dwindows, ctx.size, *ctx.geometry), None, None, None
+
+    def backward_reverse(ctx, dx):
+        return partition_op(dx, *ctx.geometry), None, None, None, None
+
+    torch.library.register_fake(f"swinkernels::{partition}", fake_partition, lib=lib)
+    torch.library.register_fake(f"swinkernels::{reverse}", fake_reverse, lib=lib)
+    torch.library.register_autograd(
+        f"swinkernels::{partition}", backward_partition, setup_context=setup_partition, lib=lib
+    )
+    torch.library.register_autograd(f"swinkernels::{reverse}", backward_reverse, setup_context=setup_reverse, lib=lib)
+
+
+for _suffix in ("", "_triton"):
+    _define(_suffix)
+
+
+def _op(name: str, backend: str) -> Any:
+    return getattr(torch.ops.swinkernels, f"{name}_triton" if backend == "triton" else name)
+
+
+def _geometry(window: Sequence[int], shift: Sequence[int], pad_order: str) -> tuple[list[int], list[int], bool]:
+    return three(window, 1), three(shift, 0), pad_order == "roll_then_pad"
+
+
+def _check_count(op: str, batch: int, size: Sequence[int], window: Sequence[int], channels: int) -> None:
+    if batch * math.prod(_arguments.frame_size(size, window)) * channels > _arguments.MAX_ELEMENTS:
+        raise ValueError(
+            f"{op}: the padded map must be small enough for an int64 to count its elements, got {batch} maps of "
+            f"{tuple(size)} tokens, {channels} channels and window {tuple(window)}: split the batch"
+        )
+
+
+def window_partition(
+    x: Tensor, window_size: Ints, shift_size: Ints = 0, *, pad_order: str = "pad_then_roll", backend: str = "auto"
+) -> Tensor:
+    r"""Cut a shifted and zero-padded feature map into windows: roll, pad, partition and copy in one gather.
+
+    .. math:: windows_{b \cdot num\_windows + w, t} = x_{b, y(w, t)}
+
+    where y(w, t) is the map's token at token t of window w after the cyclic shift, or a pad token, which is zero.
+
+    Args:
+        x: (B, \*S, C), S = (H, W) or (D, H, W), any dtype; read in place if its last axis is contiguous.
+        window_size: tokens per axis, an int or one per axis, slowest first.
+        shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
+        pad_order: where S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
+            MONAI, mmpretrain) or "roll_then_pad" (timm).
+        backend: "auto", "cuda", "triton" or "reference". "auto" takes the fastest that can run the call.
+
+    Returns:
+        (B * num_windows, N, C) in the dtype of x, contiguous, image-major, windows and their tokens row-major. An empty
+        batch gives an empty result. Differentiable in x, any number of times: the derivative is
+        :func:`window_reverse`, so the gradient of a pad token is dropped.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        NotImplementedError: the requested backend cannot run this call, with the reasons.
+
+    Source: ``torch.roll`` and ``window_partition`` of microsoft/Swin-Transformer, and the padding of its callers.
+    """
+    op = "window_partition"
+    _arguments.check_features(op, "x", x, floating=False)
+    window, shift = _arguments.check_window(op, window_size, shift_size, x.dim() - 2)
+    _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
+    _check_count(op, x.shape[0], x.shape[1:-1], window, x.shape[-1])
+    backend = choose(op, backend, x.device, lambda b: window_partition_reasons(b, x.device))
+    if backend == "reference":
+        return reference.window_partition(x, window, shift, pad_order=pad_order)
+    return _op(op, backend)(x, *_geometry(window, shift, pad_order))
+
+
+def window_reverse(
+    windows: Tensor,
+    window_size: Ints,
+    size: Sequence[int],
+    shift_size: Ints = 0,
+    *,
+    pad_order: str = "pad_then_roll",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Put the windows of :func:`window_partition` back into the feature map, in one pass; pad tokens are dropped.
+
+    .. math:: x_{b, y(w, t)} = windows_{b \cdot num\_windows + w, t}
+
+    Args:
+        windows: (B * num_windows, N, C), any dtype.
+        window_size, shift_size, pad_order, backend: as for :func:`window_partition`.
+        size: S, the tokens of the map per axis, (H, W) or (D, H, W).
+
+    Returns:
+        (B, \*S, C) in the dtype of windows, contiguous: the inverse of :func:`window_partition` bit for bit.
+        Differentiable in windows, any number of times; the gradient of a pad token is zero.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        NotImplementedError: the requested backend cannot run this call, with the reasons.
+
+    Source: ``window_reverse`` and ``torch.roll`` of microsoft/Swin-Transformer, and the crop of its callers.
+    """
+    op = "window_reverse"
+    if not isinstance(windows, Tensor):
+        raise TypeError(f"{op}: windows must be a tensor, got {type(windows).__name__}")
+    size = _arguments.check_size(op, size)
+    window, shift = _arguments.check_window(op, window_size, shift_size, len(size))
+    _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
+    n = math.prod(window)
+    per_image = math.prod(_arguments.frame_size(size, window)) // n
+    if windows.dim() != 3 or windows.shape[1] != n or windows.shape[0] % per_image != 0 or windows.shape[2] < 1:
+        raise ValueError(
+            f"{op}: windows must be (B * {per_image}, {n}, C) for S = {size} and window {window}, "
+            f"got shape {tuple(windows.shape)}"
+        )
+    _check_count(op, windows.shape[0] // per_image, size, window, windows.shape[2])
+    backend = choose(op, backend, windows.device, lambda b: window_partition_reasons(b, windows.device))
+    if backend == "reference":
+        return reference.window_reverse(windows, window, size, shift, pad_order=pad_order)
+    return _op(op, backend)(windows, size, *_geometry(window, shift, pad_order))
