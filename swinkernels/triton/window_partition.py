@@ -14,13 +14,14 @@ from torch import Tensor
 from swinkernels.triton import _window_partition_kernels as kernels
 from swinkernels.triton._launch import INT32_MAX, alignment, dense_strides, three, unit_stride
 
-# Numbers to tune, reasoned from bytes in flight, not measured. Four accesses of 16 bytes a lane are enough in flight
-# by far, and blocks of two warps leave few lanes of a window's last tile idle. So many blocks a GPU of some 130
-# multiprocessors holds at once; with more windows than that a program takes several, and decodes its position once.
+# Numbers to tune, reasoned, not measured. Four accesses a lane in blocks of two warps leave few lanes idle in the last
+# tile of a window, and at 64 to 80 registers a lane 50 KB in flight on a multiprocessor, twice what hides the latency
+# of memory. Decoding a window costs as much as moving it once; several a program, but not so few programs that the
+# last of them run alone.
 CHUNKS = 256
 CHUNKS_PER_WARP = 128
-PROGRAMS = 4096
-MAX_WINDOWS = 8
+PROGRAMS = 8192
+MAX_WINDOWS = 4
 
 WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # bytes are moved, whatever they mean
 
