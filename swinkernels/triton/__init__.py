@@ -26,7 +26,7 @@ def _launcher(name: str) -> ModuleType:
 
 
 def _attach(op: str, launch: Callable[..., Any]) -> None:
-    """Make ``launch`` the kernel of an op. Triton launches on the current GPU, which need not be that of the tensors."""
+    """Make ``launch`` the kernel of an op, on the GPU of its tensors: Triton takes the current one."""
 
     def run(x, *arguments):
         if x.is_cuda and x.device.index != torch.cuda.current_device():
