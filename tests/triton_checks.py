@@ -40,12 +40,16 @@ class Checks:
         self.all: dict[str, Callable[[], None]] = {}
 
     def __call__(self, *values: Any, dtypes: tuple[torch.dtype | None, ...] = DTYPES) -> Callable[[Callable], Callable]:
-        """Register a check, once for each value and each dtype: it is called with these, unless they are None."""
+        """Register a check, once for each value and each dtype: it is called with these, unless they are None.
+
+        A value that is a tuple is several arguments.
+        """
 
         def register(function: Callable) -> Callable:
             for value in values or (None,):
                 for dtype in dtypes:
-                    arguments = [x for x in (value, dtype) if x is not None]
+                    several = value if isinstance(value, tuple) else (value,)
+                    arguments = [x for x in (*several, dtype) if x is not None]
                     name = "-".join([function.__name__, *(str(x).removeprefix("torch.") for x in arguments)])
                     self.all[name] = functools.partial(function, *arguments)
             return function
