@@ -95,7 +95,10 @@ def _launch(plan: Plan, x: Tensor, windows: Tensor, batch_windows: int) -> None:
     programs = -(-batch_windows // each) * plan.tiles
     if max(programs, batch_windows) > INT32_MAX:
         name = "window_reverse" if plan.options["REVERSE"] else "window_partition"
-        raise ValueError(f"{name}: backend='triton' takes fewer than 2**31 tiles, got {programs}: split the batch")
+        raise ValueError(
+            f"{name}: backend='triton' takes fewer than 2**31 windows and programs, got {batch_windows} and "
+            f"{programs}: split the batch"
+        )
     kernels.move_windows[(programs,)](
         triton.reinterpret(x, plan.word), triton.reinterpret(windows, plan.word), batch_windows, each,
         *plan.geometry, **plan.options,
