@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 INT32_MAX = 2**31 - 1
@@ -34,3 +36,9 @@ def alignment(values: Sequence[int], limit: int) -> int:
     for value in values:
         bits |= value
     return bits & -bits
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere, where kernels are interpreted or only compiled, those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

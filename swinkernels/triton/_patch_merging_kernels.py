@@ -3,11 +3,12 @@
 Maths     u = concat of the K neighbours of a merged token, zeros outside the map, L = K C; mean and variance of u, two
           passes over registers; z = (u - mean) rstd weight + bias. Backward, with h = (u - mean) rstd, g = dz weight:
           du = rstd (g - mean(g) - h mean(g h)), dweight = sum of dz h, dbias = sum of dz, over all tokens.
-Tiling    a program holds ROWS merged tokens in registers, as (PARTS, ROWS, WIDTH) with PARTS * WIDTH columns, L rounded
-          up to a power of two. (K is one, so that padding each neighbour's channels would waste the same.) Parts come
-          first so that they lie within a lane: up to L = 512 a row belongs to one warp, whose sums need no barrier. The
-          columns of a backward program are in the map's order, not in that of the runs: it writes the gradient of a
-          neighbour once, also where an order has it twice or not at all.
+Tiling    a program holds ROWS merged tokens in registers. The L columns of one, rounded up to a power of two (as K is
+          one, padding each neighbour's channels would waste the same), are cut into PARTS of WIDTH: row i of the tile
+          (PARTS * ROWS, WIDTH) is part i // ROWS of merged token i % ROWS. Warps take the tile's rows in turn, so that
+          up to L = 512 a merged token belongs to one warp, and its sums need no barrier. The columns of a backward
+          program are in the map's order, not in that of the runs: it writes the gradient of a neighbour once, also
+          where an order has it twice or not at all.
 Order     a program takes every PROGRAMS-th tile. Columns and parameters are the same in all of them, and rows are found
           by carries. Backward adds up a program's share of dweight and dbias in registers, and sum_shares adds the
           shares. PROGRAMS is the same on every GPU, and so is the order of the sums.
@@ -53,8 +54,9 @@ def _offsets(neighbour, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def _columns(PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.arange(0, PARTS)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+def _columns(PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    part = tl.arange(0, PARTS * ROWS) // ROWS
+    return part[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
@@ -79,11 +81,11 @@ def _in_map(
     LENGTH: tl.constexpr, FACTOR: tl.constexpr, HAS_PADDING: tl.constexpr,
 ):  # fmt: skip
     """Which elements of a tile the map has."""
-    real = (row < rows)[None, :, None] & (column < LENGTH)
+    real = (row < rows)[:, None] & (column < LENGTH)
     if HAS_PADDING:
-        real = real & ((i0 * FACTOR[0])[None, :, None] + o0 < size[0])
-        real = real & ((i1 * FACTOR[1])[None, :, None] + o1 < size[1])
-        real = real & ((i2 * FACTOR[2])[None, :, None] + o2 < size[2])
+        real = real & ((i0 * FACTOR[0])[:, None] + o0 < size[0])
+        real = real & ((i1 * FACTOR[1])[:, None] + o1 < size[1])
+        real = real & ((i2 * FACTOR[2])[:, None] + o2 < size[2])
     return real
 
 
@@ -100,15 +102,33 @@ def _first_token(image, i0, i1, i2, strides, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def _row_sum(tile):
-    """The sum of each row of a (PARTS, ROWS, WIDTH) tile: within lanes first."""
-    return tl.sum(tl.sum(tile, axis=0), axis=1)
+def _tile_rows(first, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    """The merged tokens that the rows of a tile are parts of."""
+    return first + tl.arange(0, PARTS * ROWS) % ROWS
 
 
 @triton.jit
-def _row_sums(a, b):
+def _by_part(tile, PARTS: tl.constexpr):
+    return tl.reshape(tile, (PARTS, tile.shape[0] // PARTS, tile.shape[1]))
+
+
+@triton.jit
+def _for_each_part(total, PARTS: tl.constexpr):
+    """A value of each row as a value of each row of the tile."""
+    return tl.reshape(tl.broadcast_to(total[None, :], (PARTS, total.shape[0])), (PARTS * total.shape[0],))
+
+
+@triton.jit
+def _row_sum(tile, PARTS: tl.constexpr):
+    return _for_each_part(tl.sum(tl.sum(_by_part(tile, PARTS), axis=0), axis=1), PARTS)
+
+
+@triton.jit
+def _row_sums(a, b, PARTS: tl.constexpr):
     """The sums of the rows of two tiles: where rows are longer than a warp, one exchange between warps for both."""
-    return tl.split(tl.sum(tl.join(tl.sum(a, axis=0), tl.sum(b, axis=0)), axis=1))
+    in_lanes = tl.join(tl.sum(_by_part(a, PARTS), axis=0), tl.sum(_by_part(b, PARTS), axis=0))
+    a, b = tl.split(tl.sum(in_lanes, axis=1))
+    return _for_each_part(a, PARTS), _for_each_part(b, PARTS)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -121,35 +141,36 @@ def fwd(
     WIDTH: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr, HAS_PADDING: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     LENGTH: tl.constexpr = FACTOR[0] * FACTOR[1] * FACTOR[2] * CHANNELS
-    column = _columns(PARTS, WIDTH)
+    column = _columns(PARTS, ROWS, WIDTH)
     o0, o1, o2 = _offsets(_entry(RUNS, column // CHANNELS), FACTOR)
     offset = _strided(o0, o1, o2, strides) * ALIGN + column % CHANNELS
     if weight is not None:
         w = tl.load(weight + column, mask=column < LENGTH, other=0.0).to(tl.float32)
     if bias is not None:
         b = tl.load(bias + column, mask=column < LENGTH, other=0.0).to(tl.float32)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = _tile_rows(tl.program_id(0) * ROWS, PARTS, ROWS)
     image, i0, i1, i2 = split_window(row, size, FACTOR)
 
     for _ in range(tl.program_id(0) * ROWS, rows, PROGRAMS * ROWS):
         real = _in_map(row, rows, i0, i1, i2, o0, o1, o2, column, size, LENGTH, FACTOR, HAS_PADDING)
         token = _first_token(image, i0, i1, i2, strides, FACTOR)
-        at = (token * ALIGN)[None, :, None] + offset
+        at = (token * ALIGN)[:, None] + offset
         if CHANNELS % VEC == 0:
-            at = tl.max_contiguous(at, (1, 1, VEC))
+            at = tl.max_contiguous(at, (1, VEC))
         u = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
-        centre = _row_sum(u) / LENGTH
-        u = tl.where(column < LENGTH, u - centre[None, :, None], 0.0)
-        scale = tl.rsqrt(_row_sum(u * u) / LENGTH + eps)
-        u *= scale[None, :, None]
+        centre = _row_sum(u, PARTS) / LENGTH
+        u = tl.where(column < LENGTH, u - centre[:, None], 0.0)
+        scale = tl.rsqrt(_row_sum(u * u, PARTS) / LENGTH + eps)
+        u *= scale[:, None]
         if weight is not None:
             u *= w
         if bias is not None:
             u += b
-        there = (row < rows)[None, :, None] & (column < LENGTH)
-        tl.store(z + (row.to(tl.int64) * LENGTH)[None, :, None] + column, u.to(z.dtype.element_ty), mask=there)
-        tl.store(mean + row, centre, mask=row < rows)
-        tl.store(rstd + row, scale, mask=row < rows)
+        there = (row < rows)[:, None] & (column < LENGTH)
+        tl.store(z + (row.to(tl.int64) * LENGTH)[:, None] + column, u.to(z.dtype.element_ty), mask=there)
+        once = (row < rows) & (tl.arange(0, PARTS * ROWS) < ROWS)
+        tl.store(mean + row, centre, mask=once)
+        tl.store(rstd + row, scale, mask=once)
         row += PROGRAMS * ROWS
         image, i0, i1, i2 = _advance(image, i0, i1, i2, step, size, FACTOR)
 
@@ -167,17 +188,21 @@ def _load_run(data, run, channel, has, CHANNELS: tl.constexpr):
 def _load_dz(
     dz, row, rows, run, channel, has, LENGTH: tl.constexpr, CHANNELS: tl.constexpr, VEC: tl.constexpr
 ):  # fmt: skip
-    at = (row.to(tl.int64) * LENGTH)[None, :, None] + (run * CHANNELS + channel)
+    at = (row.to(tl.int64) * LENGTH)[:, None] + (run * CHANNELS + channel)
     if CHANNELS % VEC == 0:
-        at = tl.max_contiguous(at, (1, 1, VEC))
-    return tl.load(dz + at, mask=(row < rows)[None, :, None] & has, other=0.0)
+        at = tl.max_contiguous(at, (1, VEC))
+    return tl.load(dz + at, mask=(row < rows)[:, None] & has, other=0.0)
 
 
 @triton.jit
-def _store_share(share, tile, run, channel, has, CHANNELS: tl.constexpr):
+def _store_share(
+    share, tile, RUNS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
     """The sums over a tile's rows, at the columns of the runs."""
-    total = tl.expand_dims(tl.sum(tile, axis=1), 1)
-    tl.store(share + run * CHANNELS + channel, total, mask=has)
+    total = tl.sum(_by_part(tile, PARTS), axis=1)
+    column = _columns(PARTS, 1, tile.shape[1])
+    run = _entry(RUNS, column // CHANNELS)
+    tl.store(share + run * CHANNELS + column % CHANNELS, total, mask=(column < LENGTH) & (run != _NO_RUN))
 
 
 @triton.jit
@@ -201,7 +226,7 @@ def bwd(
     """dweight_shares and dbias_shares: (programs, L), or None. SECOND is None where no neighbour is held twice."""
     LENGTH: tl.constexpr = FACTOR[0] * FACTOR[1] * FACTOR[2] * CHANNELS
     program = tl.program_id(0)
-    column = _columns(PARTS, WIDTH)
+    column = _columns(PARTS, ROWS, WIDTH)
     neighbour = column // CHANNELS
     channel = column % CHANNELS
     o0, o1, o2 = _offsets(neighbour, FACTOR)
@@ -218,23 +243,23 @@ def bwd(
         if SECOND is not None:
             w2 = _load_run(weight, run2, channel, has2, CHANNELS)
     if dweight_shares is not None:
-        dweight = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
-        dweight2 = tl.zeros([PARTS, ROWS, WIDTH], tl.float32) if SECOND is not None else None
+        dweight = tl.zeros([PARTS * ROWS, WIDTH], tl.float32)
+        dweight2 = tl.zeros([PARTS * ROWS, WIDTH], tl.float32) if SECOND is not None else None
     if dbias_shares is not None:
-        dbias = tl.zeros([PARTS, ROWS, WIDTH], tl.float32)
-        dbias2 = tl.zeros([PARTS, ROWS, WIDTH], tl.float32) if SECOND is not None else None
+        dbias = tl.zeros([PARTS * ROWS, WIDTH], tl.float32)
+        dbias2 = tl.zeros([PARTS * ROWS, WIDTH], tl.float32) if SECOND is not None else None
 
-    row = program * ROWS + tl.arange(0, ROWS)
+    row = _tile_rows(program * ROWS, PARTS, ROWS)
     image, i0, i1, i2 = split_window(row, size, FACTOR)
 
     for _ in range(program * ROWS, rows, PROGRAMS * ROWS):
         real = _in_map(row, rows, i0, i1, i2, o0, o1, o2, column, size, LENGTH, FACTOR, HAS_PADDING)
         token = _first_token(image, i0, i1, i2, strides, FACTOR)
-        u = tl.load(x + (token * ALIGN)[None, :, None] + offset, mask=real, other=0.0).to(tl.float32)
+        u = tl.load(x + (token * ALIGN)[:, None] + offset, mask=real, other=0.0).to(tl.float32)
         centre = tl.load(mean + row, mask=row < rows, other=0.0)
-        scale = tl.load(rstd + row, mask=row < rows, other=0.0)[None, :, None]
+        scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
         d = _load_dz(dz, row, rows, run, channel, has, LENGTH, CHANNELS, VEC).to(tl.float32)
-        h = (u - centre[None, :, None]) * scale
+        h = (u - centre[:, None]) * scale
         g = d * w if weight is not None else d
         if SECOND is not None:
             d2 = _load_dz(dz, row, rows, run2, channel, has2, LENGTH, CHANNELS, VEC).to(tl.float32)
@@ -247,25 +272,25 @@ def bwd(
             dbias += d
             if SECOND is not None:
                 dbias2 += d2
-        constant, slope = _row_sums(g, g * h)
-        common = scale * (constant / LENGTH)[None, :, None] + h * (scale * (slope / LENGTH)[None, :, None])
+        constant, slope = _row_sums(g, g * h, PARTS)
+        common = scale * (constant / LENGTH)[:, None] + h * (scale * (slope / LENGTH)[:, None])
         if SECOND is not None:
             common *= held
         token = dense_row(image, i0 * FACTOR[0], i1 * FACTOR[1], i2 * FACTOR[2], size)
-        dx_at = (token * CHANNELS)[None, :, None] + dense_offset
+        dx_at = (token * CHANNELS)[:, None] + dense_offset
         tl.store(dx + dx_at, (scale * g - common).to(dx.dtype.element_ty), mask=real)
         row += PROGRAMS * ROWS
         image, i0, i1, i2 = _advance(image, i0, i1, i2, step, size, FACTOR)
 
     share = program.to(tl.int64) * LENGTH
     if dweight_shares is not None:
-        _store_share(dweight_shares + share, dweight, run, channel, has, CHANNELS)
+        _store_share(dweight_shares + share, dweight, FIRST, CHANNELS, LENGTH, PARTS)
         if SECOND is not None:
-            _store_share(dweight_shares + share, dweight2, run2, channel, has2, CHANNELS)
+            _store_share(dweight_shares + share, dweight2, SECOND, CHANNELS, LENGTH, PARTS)
     if dbias_shares is not None:
-        _store_share(dbias_shares + share, dbias, run, channel, has, CHANNELS)
+        _store_share(dbias_shares + share, dbias, FIRST, CHANNELS, LENGTH, PARTS)
         if SECOND is not None:
-            _store_share(dbias_shares + share, dbias2, run2, channel, has2, CHANNELS)
+            _store_share(dbias_shares + share, dbias2, SECOND, CHANNELS, LENGTH, PARTS)
 
 
 @triton.jit(do_not_specialize=["programs"])

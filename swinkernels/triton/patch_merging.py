@@ -12,12 +12,18 @@ import triton
 from torch import Tensor
 
 from swinkernels.triton import _patch_merging_kernels as kernels
-from swinkernels.triton._launch import alignment, three, unit_stride
+from swinkernels.triton._launch import alignment, multiprocessors, three, unit_stride
 
 MAX_ROWS = 2**30
 ACCESS_BYTES = 16
+# What holds for maps that are read in accesses of 16 bytes; others need more registers for addresses, and so fewer
+# columns in a lane. By these, 24 warps forward and 16 backward share a multiprocessor, and nothing spills.
 COLUMNS = 16  # of a row in a lane
-MAX_REGISTERS = 128  # of a lane, for two blocks of eight warps on a multiprocessor; the compiler needs no more
+FORWARD_REGISTERS, FORWARD_WARPS = 80, 24
+BACKWARD_REGISTERS = 128
+# Programs of a backward pass, on any GPU, so that the order of sums, and with it the result, does not depend on the
+# GPU: two of eight warps on each of some 130 multiprocessors, every one with a share of dweight and dbias.
+BACKWARD_PROGRAMS = 256
 SUM_COLUMNS = 32  # of a program of sum_shares
 
 
@@ -32,18 +38,18 @@ class Tile(NamedTuple):
     programs: int
 
 
-def tile(length: int, itemsize: int, backward: bool) -> Tile:
+def tile(length: int, itemsize: int, whole: bool, backward: bool, multiprocessors: int) -> Tile:
     """The tile of a kernel; the one place to tune. Reasoned from registers and bytes in flight, not measured.
 
-    ``itemsize`` is that of what is written. A part is one access of a lane.
-    The numbers of programs are blocks that some 130 multiprocessors hold at once, as many on any GPU: six to eight of
-    four warps forward, two of eight warps backward, where every program has a share of dweight and dbias.
+    ``itemsize`` is that of what is written, ``whole`` whether accesses of 16 bytes are possible. A part is one access
+    of a lane.
     """
     block, vec = triton.next_power_of_2(length), ACCESS_BYTES // itemsize
-    parts = min(COLUMNS // vec, block)
-    num_warps, programs = (8, 256) if backward else (4, 1024)
-    num_warps = max(num_warps, block // (32 * COLUMNS))
-    rows = max(1, 32 * num_warps * COLUMNS // block)
+    columns = COLUMNS if whole or block > COLUMNS * 32 * 8 else max(vec, COLUMNS // 2)
+    parts = min(columns // vec, block)
+    num_warps = max(8 if backward else 4, block // (32 * columns))
+    rows = max(1, 32 * num_warps * columns // block)
+    programs = BACKWARD_PROGRAMS if backward else multiprocessors * max(1, FORWARD_WARPS // num_warps)
     return Tile(parts, rows, block // parts, vec, num_warps, programs)
 
 
@@ -85,15 +91,16 @@ def _plan(
     factor: tuple[int, ...],
     neighbours: tuple[int, ...],
     backward: bool,
+    multiprocessors: int,
 ) -> Plan:
     merged = tuple(-(-s // f) for s, f in zip(size, factor[-len(size) :], strict=True))
     length = math.prod(factor) * channels
-    size, tiling = three(size, 1), tile(length, itemsize, backward)
-    align = alignment(strides, 16)
+    align, vec = alignment(strides, 16), ACCESS_BYTES // itemsize
+    whole = align % vec == 0 and channels % vec == 0
+    size, tiling = three(size, 1), tile(length, itemsize, whole, backward, multiprocessors)
     runs = _runs_of(neighbours) if backward else {"RUNS": _table(neighbours)}
-    # Rows that are read element by element need more addresses, and so more registers, than it takes to be fast anyway;
-    # so do the additional sums of an order that has neighbours twice.
-    bounded = backward and runs["SECOND"] is None and align % tiling.vec == 0 and channels % tiling.vec == 0
+    bounded = whole and runs.get("SECOND") is None  # a neighbour held twice has sums of its own
+    registers = BACKWARD_REGISTERS if backward else FORWARD_REGISTERS
     steps = [s // align for s in strides]
     step, counts = [tiling.programs * tiling.rows], three(merged, 1)
     for count in reversed(counts):  # the walk's step as image, i0, i1, i2
@@ -116,15 +123,16 @@ def _plan(
             "HAS_PADDING": any(s % f != 0 for s, f in zip(size, factor, strict=True)),
             "PROGRAMS": tiling.programs,
             "num_warps": tiling.num_warps,
-            **({"maxnreg": MAX_REGISTERS} if bounded else {}),
+            "maxnreg": registers if bounded else None,
         },
     )
 
 
 def _prepare(x: Tensor, itemsize: int, factor: Sequence[int], neighbours: Sequence[int], backward: bool) -> Plan:
     plan = _plan(
-        tuple(x.shape[1:-1]), x.shape[-1], itemsize, x.stride()[:-1], tuple(factor), tuple(neighbours), backward
-    )
+        tuple(x.shape[1:-1]), x.shape[-1], itemsize, x.stride()[:-1], tuple(factor), tuple(neighbours), backward,
+        multiprocessors(x.device),
+    )  # fmt: skip
     if x.shape[0] * plan.rows > MAX_ROWS:
         raise ValueError(
             f"patch_merging_norm: backend='triton' takes at most 2**30 merged tokens, got {x.shape[0]} images of "
