@@ -354,15 +354,15 @@ def a_large_mean_leaves_the_variance(pair):
     check_merging(case, pair, given)
 
 
-@check("even", "monai_legacy_odd", dtypes=(None,))
-def a_program_takes_several_tiles(name):
-    """As with many tokens: columns and shares of few programs that walk over the tiles."""
-    case, pair = Merging(3, *MERGINGS[name][1:]), "f32"
+@check(("even", 3, 4, 2), ("monai_legacy_odd", 3, 4, 2), ("one_channel", 9, 1, 130), dtypes=(None,))
+def a_program_takes_several_tiles(name, batch, rows, programs):
+    """As with many tokens: programs walk over tiles, and there are more shares than are added at a time."""
+    case = MERGINGS[name]._replace(batch=batch)
     tile = merging_launcher.tile
     merging_launcher._plan.cache_clear()
-    merging_launcher.tile = lambda *arguments: tile(*arguments)._replace(rows=4, programs=2)
+    merging_launcher.tile = lambda *arguments: tile(*arguments)._replace(rows=rows, programs=programs)
     try:
-        check_merging(case, pair, inputs(case, pair))
+        check_merging(case, "f32", inputs(case, "f32"))
     finally:
         merging_launcher.tile = tile
         merging_launcher._plan.cache_clear()
