@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "geometry.h"
 #include "params/window_attention_cpu.h"
 #ifdef SWINKERNELS_WITH_CUDA
 #include "params/window_attention_cuda.h"
@@ -51,12 +52,8 @@ struct CudaBackend : CurrentStream {
 // The strides of x (B, *S, ...) as a map whose heads are head_stride apart, from element `offset` on.
 template <class Pointer, class Data>
 TokenMapOf<Pointer> token_map(const Tensor& x, Data* data, int64_t offset, int64_t rank, int64_t head_stride) {
-  TokenMapOf<Pointer> map{};
-  map.data = data + offset * static_cast<int64_t>(x.element_size());
-  map.batch_stride = x.stride(0);
-  for (int64_t i = 0; i < 3; ++i) map.axis_stride[i] = i < 3 - rank ? 0 : x.stride(1 + i - (3 - rank));
-  map.head_stride = head_stride;
-  return map;
+  const Pointer first = data + offset * static_cast<int64_t>(x.element_size());
+  return {feature_map(x, first, rank), head_stride};
 }
 
 ConstTokenMap input_map(const Tensor& x, int64_t offset, int64_t rank, int64_t head_stride) {
@@ -85,23 +82,16 @@ void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const 
   p.head_dim = static_cast<int32_t>(x.size(x.dim() - 1));
   p.scale = static_cast<float>(o.scale);
   p.mask_value = static_cast<float>(o.mask_value);
-  for (const Ints* list : {&o.window_size, &o.shift_size, &o.table_window, &o.pad_before, &o.periodic}) {
-    STD_TORCH_CHECK(list->size() == 3, "swinkernels: every geometry list has three values, slowest axis first");
-  }
+  const std::vector<int64_t> shape = sizes(x, 1 + rank);
   WindowGeometry& g = p.geometry;
+  static_cast<FrameGeometry&>(g) =
+      frame_geometry({shape.begin() + 1, shape.end()}, o.window_size, o.shift_size, o.pad_before, o.roll_then_pad);
+  STD_TORCH_CHECK(o.table_window.size() == 3 && o.periodic.size() == 3,
+                  "swinkernels: every geometry list has three values, slowest axis first");
   for (int64_t i = 0; i < 3; ++i) {
-    STD_TORCH_CHECK(o.window_size[i] > 0, "swinkernels: window_size must be positive");
-    STD_TORCH_CHECK(i >= 3 - rank || o.window_size[i] == 1, "swinkernels: a 2D map has a leading window of 1");
-    g.size[i] = i < 3 - rank ? 1 : static_cast<int32_t>(x.size(1 + i - (3 - rank)));
-    g.window[i] = static_cast<int32_t>(o.window_size[i]);
-    g.shift[i] = static_cast<int32_t>(o.shift_size[i]);
-    g.num_windows[i] = (g.size[i] + g.window[i] - 1) / g.window[i];
-    g.frame[i] = g.num_windows[i] * g.window[i];
     g.table_window[i] = static_cast<int32_t>(o.table_window[i]);
-    g.pad_before[i] = static_cast<int32_t>(o.pad_before[i]);
     g.periodic[i] = o.periodic[i] != 0;
   }
-  g.roll_then_pad = o.roll_then_pad;
   g.grid = o.grid;
 }
 
@@ -131,8 +121,6 @@ void fill_tables(WindowAttentionForwardParams& p, Options& o) {
     p.region_map = static_cast<const int32_t*>(o.region_map->const_data_ptr());
   }
 }
-
-int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
 
 // Where q, k and v (or their gradients) lie: packed in one tensor (B, *S, 3, heads, head_dim), or in three.
 struct Packed {

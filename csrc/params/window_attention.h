@@ -7,42 +7,31 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "feature_map.h"
+#include "frame.h"
 
 namespace swinkernels {
 
 // A (B, D, H, W, num_heads, head_dim) tensor in image order. The stride of head_dim is 1.
 template <class Pointer>
-struct TokenMapOf {
-  Pointer data;
-  int64_t batch_stride;
-  int64_t axis_stride[3];
+struct TokenMapOf : FeatureMapOf<Pointer> {
   int64_t head_stride;
 };
 using TokenMap = TokenMapOf<void*>;
 using ConstTokenMap = TokenMapOf<const void*>;
 
-// Where the tokens of a window lie in the map, axis by axis. For window index n and token t of an axis:
-//   frame coordinate   g = grid ? t * num_windows + n : n * window + t
-//   source coordinate  pad_then_roll  y = (g + shift) mod frame - pad_before
-//                      roll_then_pad  y = g - pad_before, and if 0 <= y < size then y = (y + shift) mod size
-//   pad token          y < 0 or y >= size on any axis
+// Where the tokens of a window lie in the map, which of them attend to each other, and which bias they get.
+//   frame coordinate   g = grid ? t * num_windows + n : n * window + t; FrameGeometry goes on from there
 //   region             shift == 0 or periodic ? 0 : (g >= frame - window) + (g >= frame - shift)
 // Two tokens of a window are masked when their regions differ on any axis, or, with a region map (int32, of the
 // frame's shape), when its values at their frame coordinates differ.
 // The bias of query i, key j is bias_table[r(i) - r(j) + r_max, head], where r(t) = sum over axes of the coordinate of
 // t *decoded row-major in table_window* times the axis' table stride, table strides being those of a row-major (2 *
 // table_window - 1) array, and r_max = sum over axes of (table_window - 1) * table stride.
-struct WindowGeometry {
-  int32_t size[3];          // S, tokens of the map
-  int32_t window[3];        // tokens of a window; their product is N
-  int32_t shift[3];         // 0 <= shift < window
-  int32_t frame[3];         // P, the size rounded up to whole windows
-  int32_t num_windows[3];   // frame / window
-  int32_t table_window[3];  // the window whose relative offsets number the bias table
-  int32_t pad_before[3];    // of the frame - size pad tokens, how many lie before the data
-  bool periodic[3];         // no mask on this axis
-  bool roll_then_pad;       // timm's order; otherwise pad_then_roll
-  bool grid;                // a window's tokens are strided over the map (MaxViT)
+struct WindowGeometry : FrameGeometry {  // of which every shift is less than the window
+  int32_t table_window[3];               // the window whose relative offsets number the bias table
+  bool periodic[3];                      // no mask on this axis
+  bool grid;                             // a window's tokens are strided over the map (MaxViT)
 };
 
 struct WindowAttentionForwardParams {

@@ -13,7 +13,7 @@ from swinkernels.integrations._adapter import BACKEND_ATTRIBUTE, SUPPORTED, Adap
 from swinkernels.integrations._backend_choice import backend_choice
 from swinkernels.integrations._report import Replaced, Report, Skipped
 from swinkernels.integrations._verify import verify as _verify
-from swinkernels.ops._backends import BACKENDS
+from swinkernels.ops._backends import check_backend
 
 
 def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> Report:
@@ -40,8 +40,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
         VerificationError: ``verify`` found a block that differs; the model is as it was.
     """
     _check_module("accelerate", model)
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"accelerate: backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+    check_backend("accelerate", backend)
     adapters = loaded_adapters()
     report = Report()
     to_accelerate: list[tuple[nn.Module, Adapter]] = []

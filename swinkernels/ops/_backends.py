@@ -196,15 +196,20 @@ def choose_window_attention(requested: str, args: WindowArguments, dtype: torch.
     return choose(args.op, requested, device, lambda backend: window_attention_reasons(backend, args, dtype, device))
 
 
+def check_backend(op: str, requested: Any) -> None:
+    """Refuse what is neither "auto" nor the name of a backend."""
+    if requested != "auto" and requested not in BACKENDS:
+        raise ValueError(f"{op}: backend must be 'auto' or one of {BACKENDS}, got {requested!r}")
+
+
 def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[str], list[str]]) -> str:
     """The backend for a call of ``op``, by the reasons why each one cannot run it."""
+    check_backend(op, requested)
     if requested == "auto":
         for backend in PREFERENCE.get(device.type, ("reference",)):
             if not reasons_of(backend):
                 return backend
         return "reference"
-    if requested not in BACKENDS:
-        raise ValueError(f"{op}: backend must be 'auto' or one of {BACKENDS}, got {requested!r}")
     reasons = reasons_of(requested)
     if reasons:
         raise NotImplementedError(

@@ -55,4 +55,6 @@ def parameter_gradients(
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """torch's Linear without a bias, in the autocast dtype if that is on, else in the dtype of x."""
-    return F.linear(x, weight if autocast_dtype(x) is not None else weight.to(x.dtype))
+    if autocast_dtype(x) is None or weight.dtype == torch.float64:  # which autocast leaves alone
+        weight = weight.to(x.dtype)
+    return F.linear(x, weight)

@@ -26,7 +26,7 @@ from swinkernels.ops._library import (
     three,
 )
 from swinkernels.ops.layer_norm import layer_norm
-from swinkernels.ops.window_partition import window_partition
+from swinkernels.ops.window_partition import partition
 
 # Per order and number of merged axes, the neighbours whose channels follow each other, each as its row-major number
 # among the 2 ** axes of a block: 4 d + 2 h + w. "unfold" is row-major once its parameters are reordered.
@@ -152,9 +152,9 @@ def patch_merging(
 
     Returns:
         (B, \*S', out) in the dtype of x, contiguous, S' = ceil(S / 2) on the merged axes. Under autocast, as torch's
-        modules do: in the autocast dtype for "pre", whose last step is the Linear, in float32 for "post". An empty
-        batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype; twice
-        with backend="reference" only.
+        modules do on a GPU: in the autocast dtype for "pre", whose last step is the Linear, in float32 for "post". An
+        empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype;
+        twice with backend="reference" only.
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
@@ -202,9 +202,11 @@ def patch_merging(
         return linear(z, weight)
     # Windows of two tokens per axis are the neighbours in row-major order, and their pads are zeros at the end.
     window = [1] * (x.dim() - 2 - rank) + factor
-    windows = window_partition(x, window, backend=backend)
+    windows = partition(op, x, window, [0] * len(window), "pad_then_roll", backend)
     merged = windows.reshape(x.shape[0], *merged_size(x.shape[1:-1], window), weight.shape[1])
     reduced = linear(merged, _row_major_columns(weight, numbers))
     if backend == "triton":
-        return F.layer_norm(reduced, (width,), norm_weight, norm_bias, eps).to(dtype)
+        # In float32 throughout: torch's norm wants one dtype for the map and its parameters.
+        norm_weight, norm_bias = (None if p is None else p.float() for p in (norm_weight, norm_bias))
+        return F.layer_norm(reduced.float(), (width,), norm_weight, norm_bias, eps).to(dtype)
     return layer_norm(reduced, norm_weight, norm_bias, eps=eps, dtype=dtype, backend=backend)

@@ -112,6 +112,11 @@ def build(name: str, sources: Sequence[Path]) -> Path:
     return linked
 
 
+def kernel_sources(op: str) -> list[Path]:
+    """The .cu files of an op."""
+    return sorted((_CSRC / "kernels" / "cuda" / op).rglob("*.cu"))
+
+
 def _run(command: list[str], out: Path) -> None:
     """Run a compiler whose output appears under its name only when it is whole."""
     part = out.with_suffix(f".{os.getpid()}.part")
@@ -171,23 +176,53 @@ def self_test_library() -> Library:
     return Library(build("self_test", [_HERE / "self_test.cu"]))
 
 
-class _TokenMap(ctypes.Structure):
+class FeatureMap(ctypes.Structure):
+    """Of csrc/params/feature_map.h."""
+
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("batch_stride", ctypes.c_int64),
         ("axis_stride", ctypes.c_int64 * 3),
-        ("head_stride", ctypes.c_int64),
     ]
 
 
-class _Geometry(ctypes.Structure):
+class FrameGeometry(ctypes.Structure):
+    """Of csrc/params/frame.h."""
+
     _fields_ = [
-        *(
-            (name, ctypes.c_int32 * 3)
-            for name in ("size", "window", "shift", "frame", "num_windows", "table_window", "pad_before")
-        ),
-        ("periodic", ctypes.c_bool * 3),
+        *((name, ctypes.c_int32 * 3) for name in ("size", "window", "shift", "frame", "num_windows", "pad_before")),
         ("roll_then_pad", ctypes.c_bool),
+    ]
+
+    def fill(
+        self,
+        size: Sequence[int],
+        window: Sequence[int],
+        shift: Sequence[int],
+        pad_before: Sequence[int],
+        pad_order: str,
+    ) -> None:
+        num_windows = [-(-s // w) for s, w in zip(size, window, strict=True)]
+        for name, values, leading in (
+            ("size", size, 1),
+            ("window", window, 1),
+            ("shift", shift, 0),
+            ("frame", [n * w for n, w in zip(num_windows, window, strict=True)], 1),
+            ("num_windows", num_windows, 1),
+            ("pad_before", pad_before, 0),
+        ):
+            getattr(self, name)[:] = three(values, leading)
+        self.roll_then_pad = pad_order == "roll_then_pad"
+
+
+class _TokenMap(FeatureMap):
+    _fields_ = [("head_stride", ctypes.c_int64)]
+
+
+class _Geometry(FrameGeometry):
+    _fields_ = [
+        ("table_window", ctypes.c_int32 * 3),
+        ("periodic", ctypes.c_bool * 3),
         ("grid", ctypes.c_bool),
     ]
 
@@ -230,11 +265,12 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _WORKSPACE_ALIGNMENT = 256  # what torch's allocator gives at least
 
 
-def _pointer(x: Tensor | None) -> int | None:
+def pointer(x: Tensor | None) -> int | None:
     return None if x is None or x.numel() == 0 else x.data_ptr()
 
 
-def _three(values: Sequence[Any], leading: Any) -> list[Any]:
+def three(values: Sequence[Any], leading: Any) -> list[Any]:
+    """One value for each of three axes; `leading` for those that a 2D map does not have."""
     return [leading] * (3 - len(values)) + list(values)
 
 
@@ -242,7 +278,7 @@ def _token_map(x: Tensor) -> _TokenMap:
     """Of (B, D, H, W, num_heads, head_dim)."""
     assert x.dim() == 6 and x.stride(-1) == 1
     batch, d, h, w, head, _ = x.stride()
-    return _TokenMap(_pointer(x), batch, (ctypes.c_int64 * 3)(d, h, w), head)
+    return _TokenMap(pointer(x), batch, (ctypes.c_int64 * 3)(d, h, w), head)
 
 
 class _Call:
@@ -259,7 +295,7 @@ class _Call:
     ):
         self.library, self.args, self.shape, self.spread = library, args, qkv.shape, spread
         self.heads = (args.num_heads, args.head_dim)
-        self.map = (qkv.shape[0], *_three(args.size, 1))
+        self.map = (qkv.shape[0], *three(args.size, 1))
         num_windows = [p // w for p, w in zip(args.frame, args.window_size, strict=True)]
         bias_table, pad_qkv, region_map = args.bias_table, args.pad_qkv, args.region_map
         self.qkv = self._empty_map((3, *self.heads), qkv.dtype).copy_(qkv.reshape(*self.map, 3, *self.heads))
@@ -273,18 +309,10 @@ class _Call:
         self.region_map = None if region_map is None else library.copy(region_map.to(torch.int32))
 
         geometry = _Geometry()
-        for name, values, leading in (
-            ("size", args.size, 1),
-            ("window", args.window_size, 1),
-            ("shift", args.shift_size, 0),
-            ("frame", args.frame, 1),
-            ("num_windows", num_windows, 1),
-            ("table_window", args.table_window, 1),
-            ("pad_before", args.pad_before, 0),
-            ("periodic", args.periodic, False),
-        ):
-            getattr(geometry, name)[:] = _three(values, leading)
-        geometry.roll_then_pad, geometry.grid = args.pad_order == "roll_then_pad", args.grid
+        geometry.fill(args.size, args.window_size, args.shift_size, args.pad_before, args.pad_order)
+        geometry.table_window[:] = three(args.table_window, 1)
+        geometry.periodic[:] = three(args.periodic, False)
+        geometry.grid = args.grid
         self.params = _Forward(
             _DTYPES[qkv.dtype],
             allow_tf32,
@@ -295,7 +323,7 @@ class _Call:
             args.mask_value,
             *(_token_map(x) for x in self.qkv.unbind(4)),
             _token_map(self.out),
-            *(_pointer(x) for x in (self.lse, self.bias_table, self.pad_qkv, self.region_map)),
+            *(pointer(x) for x in (self.lse, self.bias_table, self.pad_qkv, self.region_map)),
         )
 
     def _empty_map(self, channels: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -323,11 +351,11 @@ class _Call:
             gradients["dpad_qkv"] = library.empty((3, *self.heads), torch.float32)
         params = _Backward(self.params, _token_map(dout), *(_token_map(x) for x in gradients["dqkv"].unbind(4)))
         params.forward.out = _TokenMap()
-        params.dbias_table = _pointer(gradients.get("dbias_table"))
-        params.dpad_qkv = _pointer(gradients.get("dpad_qkv"))
+        params.dbias_table = pointer(gradients.get("dbias_table"))
+        params.dpad_qkv = pointer(gradients.get("dpad_qkv"))
         workspace_bytes = functions.emulated_backward_workspace_bytes(ctypes.byref(params))
         workspace = library.empty((workspace_bytes,), torch.uint8, alignment=_WORKSPACE_ALIGNMENT)
-        params.workspace = _pointer(workspace)
+        params.workspace = pointer(workspace)
         library.check(functions.emulated_backward(ctypes.byref(params)))
         gradients["dqkv"] = gradients["dqkv"].reshape(self.shape)
         return {name: x.clone() for name, x in gradients.items()}
@@ -440,5 +468,5 @@ class WindowAttentionLibrary(Library):
 
 @functools.cache
 def window_attention_library() -> WindowAttentionLibrary:
-    sources = sorted((_CSRC / "kernels" / "cuda" / "window_attention").rglob("*.cu"))
-    return WindowAttentionLibrary(build("window_attention", [_HERE / "window_attention.cpp", *sources]))
+    sources = [_HERE / "window_attention.cpp", *kernel_sources("window_attention")]
+    return WindowAttentionLibrary(build("window_attention", sources))

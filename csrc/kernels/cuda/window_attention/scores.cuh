@@ -44,7 +44,7 @@ struct WindowArguments {
     args.num_heads = params.num_heads;
     args.head_dim = params.head_dim;
     args.num_tokens = args.layout.num_tokens();
-    args.num_windows = static_cast<uint32_t>(params.batch * args.layout.windows_per_image.divisor);
+    args.num_windows = static_cast<uint32_t>(params.batch * args.layout.windows.volume.divisor);
     return args;
   }
 };
