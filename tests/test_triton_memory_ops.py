@@ -23,6 +23,7 @@ from swinkernels.reference.patch_merging import ORDERS
 from swinkernels.reference.patch_merging import neighbours as offsets_of
 from swinkernels.testing import assert_within_budget
 from swinkernels.triton import _launch
+from swinkernels.triton import _patch_merging_kernels as merging_kernels
 from swinkernels.triton import patch_merging as merging_launcher
 from swinkernels.triton import window_partition as partition_launcher
 
@@ -354,18 +355,27 @@ def a_large_mean_leaves_the_variance(pair):
     check_merging(case, pair, given)
 
 
-@check(("even", 3, 4, 2), ("monai_legacy_odd", 3, 4, 2), ("one_channel", 9, 1, 130), dtypes=(None,))
-def a_program_takes_several_tiles(name, batch, rows, programs):
-    """As with many tokens: programs walk over tiles, and there are more shares than are added at a time."""
-    case = MERGINGS[name]._replace(batch=batch)
+@check("even", "monai_legacy_odd", dtypes=(None,))
+def a_program_takes_several_tiles(name):
+    """As with many tokens: few programs walk over the tiles."""
+    case = MERGINGS[name]._replace(batch=3)
     tile = merging_launcher.tile
     merging_launcher._plan.cache_clear()
-    merging_launcher.tile = lambda *arguments: tile(*arguments)._replace(rows=rows, programs=programs)
+    merging_launcher.tile = lambda *arguments: tile(*arguments)._replace(rows=4, programs=2)
     try:
         check_merging(case, "f32", inputs(case, "f32"))
     finally:
         merging_launcher.tile = tile
         merging_launcher._plan.cache_clear()
+
+
+@check(1, 128, 300, dtypes=(torch.float32,))
+def shares_are_added(programs, dtype):
+    """Fewer and more than are added at a time, and more columns than a program has."""
+    shares, (dweight, dbias) = draw(2, programs, 40), draw(2, 40)
+    merging_kernels.sum_shares[(2,)](*shares, dweight, dbias, programs, LENGTH=40, BLOCK=32)
+    for name, got, terms in (("dweight", dweight, shares[0]), ("dbias", dbias, shares[1])):
+        assert_within_budget(got, terms.double().sum(0), terms.sum(0), terms=terms.double().abs().sum(0), name=name)
 
 
 @check("weight", "bias", "neither", "half", dtypes=(None,))
@@ -490,21 +500,17 @@ def test_triton(name):
 
 
 @pytest.mark.gpu
-def test_maps_of_more_than_2_to_the_31_elements():
-    """The last image is right, too: offsets are 64 bits wide."""
-    x = torch.randint(-100, 100, (361, 249, 250, 96), dtype=torch.int8, device="cuda")
+def test_merging_more_than_2_to_the_31_elements():
+    """The last image is as it is alone: offsets are 64 bits wide."""
+    case = Merging(361, (249, 250), 96)
+    x = torch.randint(-100, 100, (case.batch, *case.size, case.channels), dtype=torch.int8, device="cuda").bfloat16()
     assert x.numel() > 2**31
-    windows = partition(x, (7, 7), (3, 3), False)
-    assert torch.equal(windows[-36 * 36 :], partition(x[-1:], (7, 7), (3, 3), False))
-    assert torch.equal(reverse(windows, (249, 250), (7, 7), (3, 3), False), x)
-    del windows
-    case = Merging(1, (249, 250), 96)
-    x = x.to(torch.bfloat16)
     order = (case.factor, case.neighbours)
-    z, mean, rstd = ops.patch_merging_norm_fwd_triton(x, None, None, *order, 1e-5, torch.bfloat16)
+    forward = ops.patch_merging_norm_fwd_triton(x, None, None, *order, 1e-5, torch.bfloat16)
     last = ops.patch_merging_norm_fwd_triton(x[-1:], None, None, *order, 1e-5, torch.bfloat16)
-    for whole, part in zip((z, mean, rstd), last, strict=True):
+    for whole, part in zip(forward, last, strict=True):
         assert torch.equal(whole[-1:], part)
+    z, mean, rstd = forward
     dx, _, _ = ops.patch_merging_norm_bwd_triton(z, x, None, mean, rstd, *order, False, False)
     z, x, mean, rstd = (t[-1:] for t in (z, x, mean, rstd))
     dx_last, _, _ = ops.patch_merging_norm_bwd_triton(z, x, None, mean, rstd, *order, False, False)
