@@ -59,7 +59,7 @@ def _not_installed() -> dict[str, str | None]:
 NOT_INSTALLED = _not_installed()
 # Of the values that the argument checks let through, what a backend takes. The CUDA ones come from its own header.
 LIMITS: dict[str, dict[str, int]] = {"triton": {"max_window_volume": 256}}
-NORM_LIMITS: dict[str, int] = {}  # the longest row
+NORM_LIMITS: dict[str, int] = {"triton": 8192}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
     LIMITS["cuda"] = _extension.build.build_info()["window_attention_limits"]
 
