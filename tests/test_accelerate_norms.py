@@ -260,6 +260,19 @@ def test_a_branch_narrower_than_the_stream(version, calls):
     assert all(call["op"] == "residual_post_norm" and call["results"] == [torch.float32] for call in calls)
 
 
+@pytest.mark.parametrize(("version", "dtype"), [(1, torch.float16), (2, torch.bfloat16)], ids=["v1", "v2"])
+def test_a_stream_narrower_than_the_sum_under_autocast(version, dtype, calls, a_gpu):
+    """Such as patch embedding without its norm gives: timm's sum with float32, or another half, is float32."""
+    plain = make_model(version).layers[0].blocks[0]
+    fast = accelerated(plain)
+    x = torch.randn(2, *plain.input_resolution, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, got = plain(x), fast(x)
+    assert got.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=5e-2, atol=5e-2)
+    assert "residual_layer_norm" not in calls.by_op()
+
+
 @versions
 def test_norms_without_parameters_and_with_another_eps(version, calls):
     model = make_model(version)
