@@ -19,7 +19,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 # Files whose tests take the GPU if there is one, and have another way without.
-ON_A_GPU_IF_THERE_IS_ONE = {"test_triton.py"}
+ON_A_GPU_IF_THERE_IS_ONE = {"test_triton.py", "test_triton_memory_ops.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -72,7 +72,7 @@ def _not_installed() -> dict[str, str | None]:
 NOT_INSTALLED = _not_installed()
 # Of the values that the argument checks let through, what a backend takes. The CUDA ones come from its own header.
 LIMITS: dict[str, dict[str, int]] = {"triton": {"max_window_volume": 256}}
-NORM_LIMITS: dict[str, int] = {}  # the longest row
+NORM_LIMITS: dict[str, int] = {"triton": 8192}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
     LIMITS["cuda"] = _extension.build.build_info()["window_attention_limits"]
 
@@ -204,6 +204,28 @@ def norm_reasons(
     if row > longest:
         reasons.append(f"it normalises at most {longest} elements together, got {row}")
     return reasons
+
+
+def residual_reasons(
+    backend: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> list[str]:
+    """As norm_reasons, for a residual connection and its norm; ``dtypes`` are those of the stream and the branch."""
+    reasons = norm_reasons(backend, "residual_layer_norm", row, dtypes, device)
+    stream, branch = dtypes
+    if backend != "reference" and stream != torch.float32 and branch == torch.float32:
+        reasons.append(f"it adds a branch of the stream's dtype or a narrower one, got {branch} to {stream}")
+    return reasons
+
+
+def patch_merging_reasons(
+    backend: str, norm: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> list[str]:
+    """As norm_reasons, for patch merging with its norm before the reduction ("pre") or after it ("post")."""
+    if norm == "pre":
+        return norm_reasons(backend, "patch_merging", row, dtypes, device)
+    # Triton cuts the windows, and torch normalises.
+    of_norm = [] if backend == "triton" else norm_reasons(backend, "layer_norm", row, dtypes, device)
+    return list(dict.fromkeys(window_partition_reasons(backend, device) + of_norm))
 
 
 def choose_window_attention(requested: str, args: WindowArguments, dtype: torch.dtype, device: torch.device) -> str:

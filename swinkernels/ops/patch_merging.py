@@ -15,7 +15,7 @@ from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _arguments
-from swinkernels.ops._backends import choose, norm_reasons, window_partition_reasons
+from swinkernels.ops._backends import choose, patch_merging_reasons
 from swinkernels.ops._library import (
     autocast_dtype,
     kernel_parameter,
@@ -178,13 +178,8 @@ def patch_merging(
     between = x.dtype if low is None else low  # of what the Linear reads and writes
     dtype = between if low is None or norm == "pre" else torch.float32
 
-    def reasons(b: str) -> list[str]:
-        if norm == "pre":
-            return norm_reasons(b, op, weight.shape[1], (x.dtype, between), x.device)
-        both = [] if b == "triton" else norm_reasons(b, "layer_norm", width, (between, dtype), x.device)
-        return list(dict.fromkeys(window_partition_reasons(b, x.device) + both))
-
-    backend = choose(op, backend, x.device, reasons)
+    dtypes = (x.dtype, between) if norm == "pre" else (between, dtype)
+    backend = choose(op, backend, x.device, lambda b: patch_merging_reasons(b, norm, width, dtypes, x.device))
     if backend == "reference":
         return reference.patch_merging(x, norm_weight, norm_bias, weight, eps=eps, order=order, norm=norm).to(dtype)
     if order == "unfold":  # the norm does not care for the order, so the small parameters change theirs

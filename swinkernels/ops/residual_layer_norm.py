@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _arguments
-from swinkernels.ops._backends import choose, norm_reasons
+from swinkernels.ops._backends import choose, residual_reasons
 from swinkernels.ops._library import kernel_parameter, lib, parameter_gradients, register, register_derivative
 
 _BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
@@ -125,12 +125,9 @@ def _run(
     eps = _arguments.check_eps(op, eps)
 
     def reasons(b: str) -> list[str]:
-        found = norm_reasons(b, "residual_layer_norm", x.shape[-1], (x.dtype, y.dtype), x.device)
-        if b != "reference":
-            if x.dtype != torch.float32 and y.dtype == torch.float32:
-                found.append(f"it adds a branch of the stream's dtype or a narrower one, got {y.dtype} to {x.dtype}")
-            if drop_path_scale is not None and drop_path_scale.requires_grad:
-                found.append("it does not differentiate drop_path_scale")
+        found = residual_reasons(b, x.shape[-1], (x.dtype, y.dtype), x.device)
+        if b != "reference" and drop_path_scale is not None and drop_path_scale.requires_grad:
+            found.append("it does not differentiate drop_path_scale")
         return found
 
     if choose(op, backend, x.device, reasons) == "reference":
