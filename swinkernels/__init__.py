@@ -1,6 +1,6 @@
 """Fused CUDA, Triton and C++ kernels for shifted-window attention, as PyTorch ops and as drop-in Swin modules."""
 
-from swinkernels import reference
+from swinkernels import nn, reference
 from swinkernels._version import __version__
 from swinkernels.integrations import accelerate, restore
 from swinkernels.ops import (
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "layer_norm",
+    "nn",
     "patch_expanding",
     "patch_merging",
     "reference",

@@ -30,6 +30,8 @@ class WindowAttentionCase:
     shift_size: int | tuple[int, ...] = 0
     has_table: bool = True
     has_pad_qkv: bool = False
+    has_logit_scale: bool = False  # v2; one head's is above the clamp
+    bias_types: int | None = None  # a dense bias in place of the table: 0 for (heads, N, N), else that many types
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -37,7 +39,9 @@ class WindowAttentionCase:
             "x".join(map(str, v)) if isinstance(v, tuple) else str(v)
             for v in (self.size, self.window_size, self.shift_size)
         )
-        extra = "".join(f"-{k}" for k, v in {"table": self.has_table, "pad": self.has_pad_qkv}.items() if v)
+        flags = {"table": self.has_table, "pad": self.has_pad_qkv, "v2": self.has_logit_scale}
+        extra = "".join(f"-{name}" for name, present in flags.items() if present)
+        extra += "" if self.bias_types is None else f"-bias{self.bias_types}"
         extra += "".join(f"-{k}={v}" for k, v in self.options.items() if not isinstance(v, Tensor))
         return f"b{self.batch}-{size}-h{self.num_heads}x{self.head_dim}-w{window}-s{shift}{extra}"
 
@@ -54,7 +58,8 @@ class WindowAttentionCase:
         }
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
-        """qkv, dout and, where the case has them, bias_table (float32) and pad_qkv, already rounded to ``dtype``."""
+        """qkv, dout and, where the case has them, pad_qkv, all rounded to ``dtype``, and bias_table, bias and
+        logit_scale in float32."""
         g = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -69,13 +74,18 @@ class WindowAttentionCase:
             table = self.options.get("table_window", self.window_size)
             table = table if isinstance(table, tuple) else (table,) * rank
             inputs["bias_table"] = draw(math.prod(2 * w - 1 for w in table), self.num_heads)
+        if self.bias_types is not None:
+            n, types = math.prod(self.window_tuple), (self.bias_types,) if self.bias_types else ()
+            inputs["bias"] = draw(*types, self.num_heads, n, n)
+        if self.has_logit_scale:
+            inputs["logit_scale"] = torch.linspace(math.log(120.0), 0.5, self.num_heads).reshape(-1, 1, 1)
         if self.has_pad_qkv:
             inputs["pad_qkv"] = draw(3 * channels).to(dtype)
         return {name: x.to(device) for name, x in inputs.items()}
 
 
 def run_case(op: Callable[..., Tensor], inputs: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The output of ``op`` and the gradient of every input: out, dqkv, and dbias_table and dpad_qkv if present."""
+    """The output of ``op`` and the gradient of every input: out, dqkv, and those of the other tensors present."""
     dout = inputs["dout"]
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if name != "dout"}
     out = op(**leaves, **arguments)
@@ -125,7 +135,7 @@ def assert_within_budget(
 def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The sizes of the terms that cancel in dq, dk and dbias: what these would be if every term had one sign.
 
-    For v1 attention in float64. Keys as in :func:`run_case`; each value has the scale of that gradient, not its shape.
+    In float64. Keys as in :func:`run_case`; each value has the scale of that gradient, not its shape.
     """
     rank, heads = len(case.size), case.num_heads
     arguments = case.arguments()
@@ -155,12 +165,30 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[
     dout = gather(inputs["dout"], torch.zeros_like(pads[0]))
     dprobs = dout @ v.transpose(-2, -1)
     dscores = probs * (dprobs.abs() + (probs * dprobs.abs()).sum(-1, keepdim=True)) * real
-    scale = abs(arguments.get("scale", case.head_dim**-0.5))
-    dq, dk = scale * dscores @ k.abs(), scale * dscores.transpose(-2, -1) @ q.abs()
+    if case.has_logit_scale:
+        norms = [x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (q, k)]
+        unit_q, unit_k = q / norms[0], k / norms[1]
+        factor = inputs["logit_scale"].clamp(max=math.log(100.0)).exp()
+        # Of the gradient of a unit vector, what is along the vector is taken off again.
+        dq, dk = factor * dscores @ unit_k.abs(), factor * dscores.transpose(-2, -1) @ unit_q.abs()
+        dq, dk = (
+            (d + unit.abs() * (unit.abs() * d).sum(-1, keepdim=True)) / norm
+            for d, unit, norm in zip((dq, dk), (unit_q, unit_k), norms, strict=True)
+        )
+    else:
+        scale = abs(arguments.get("scale", case.head_dim**-0.5))
+        dq, dk = scale * dscores @ k.abs(), scale * dscores.transpose(-2, -1) @ q.abs()
     dv = probs.transpose(-2, -1) @ dout
     terms = {"dqkv": torch.cat([g[real.expand_as(g)] for g in (dq, dk, dv)])}
     if "pad_qkv" in inputs:
         terms["dpad_qkv"] = torch.cat([(g * ~real).sum((0, 1, 3)).flatten() for g in (dq, dk, dv)])
+    if "bias" in inputs:
+        types = case.bias_types or 1
+        of_types = dscores.sum(0).unflatten(0, (types, -1)).sum(1)  # (types, heads, N, N)
+        terms["dbias"] = of_types.reshape(inputs["bias"].shape)
+    if "logit_scale" in inputs:
+        cosine = (unit_q @ unit_k.transpose(-2, -1)).abs()
+        terms["dlogit_scale"] = factor * (dscores * cosine).sum((0, 1, 3, 4)).reshape(factor.shape)
     if "bias_table" in inputs:
         table = arguments.get("table_window", window)
         offset = relative_position_index(window, table if isinstance(table, tuple) else (table,) * rank)
@@ -219,11 +247,15 @@ def op_arguments(
     qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
     maps = qkv.unbind(-3) if form == "window_attention" else (qkv,)
     table, pad, region_map = inputs.get("bias_table"), inputs.get("pad_qkv"), options.get("region_map")
+    bias, logit_scale = inputs.get("bias"), inputs.get("logit_scale")
     return (
         *(x.clone().requires_grad_() for x in maps),
         None if table is None else table.requires_grad_(),
+        None if bias is None else bias.requires_grad_(),
+        None if logit_scale is None else logit_scale.flatten().requires_grad_(),
         None if pad is None else pad.reshape(3, case.num_heads, case.head_dim).requires_grad_(),
         None if region_map is None else region_map.to(device, torch.int32).reshape(three(tuple(region_map.shape), 1)),
+        None,
         three(case.window_size, 1),
         three(case.shift_size, 0),
         three(options.get("table_window", case.window_size), 1),
@@ -233,6 +265,7 @@ def op_arguments(
         options.get("grid", False),
         options.get("scale", case.head_dim**-0.5),
         options.get("mask_value", -100.0),
+        0.0,
         False,
     )
 
@@ -245,6 +278,6 @@ def opcheck_forward_and_backward(form: str, suffix: str, args: tuple[Any, ...]) 
     args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
     out, lse = fwd(*args)
     n = 3 if form == "window_attention" else 1
-    given = (args[n] is not None, args[n + 1] is not None)
-    for needed in {given, (False, False)}:
+    given = tuple(table is not None for table in args[n : n + 4])
+    for needed in {given, (False,) * 4}:
         torch.library.opcheck(bwd, (torch.randn_like(out), *args[:n], lse, *args[n:], *needed))

@@ -1,4 +1,7 @@
-"""For every test: fresh memory is NaN, GPU tests are skipped with a reason, Hypothesis repeats itself in CI."""
+"""For every test: fresh memory is NaN, GPU tests are skipped with a reason, Hypothesis repeats itself in CI.
+
+For those that ask: kernels in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 # Files whose tests take the GPU if there is one, and have another way without.
-ON_A_GPU_IF_THERE_IS_ONE = {"test_triton.py"}
+ON_A_GPU_IF_THERE_IS_ONE = {"test_triton.py", "test_triton_memory_ops.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,3 +53,18 @@ def uninitialised_memory_is_nan():
         warnings.filterwarnings("ignore", message=".*deterministic", category=UserWarning)
         yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch: pytest.MonkeyPatch):
+    """Backends "cuda" and "triton" of the memory-bound ops run on the CPU, with kernels in plain PyTorch."""
+    from plain_kernels import attached
+
+    from swinkernels.ops import _backends
+
+    def reasons(backend: str, op: str, device: torch.device) -> list[str]:
+        return [] if backend in _backends.IMPLEMENTED[op] else [f"it does not implement {op}"]
+
+    monkeypatch.setattr(_backends, "_reasons", reasons)
+    with attached():
+        yield

@@ -14,90 +14,13 @@ from torch.nn.utils import parametrizations, prune
 pytest.importorskip("timm", reason="timm is not installed")
 
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm_swin import CONFIGURATIONS, assert_as_good, check_parity, make_image, make_model, run
 
 import swinkernels
 from swinkernels.integrations import VerificationError
 from swinkernels.integrations import timm as adapter
 
 Accelerated = adapter.AcceleratedSwinTransformerBlock
-
-CONFIGURATIONS = {
-    "divisible": {"img_size": (32, 64), "window_size": 4},
-    "padded-9x13-5x7": {"img_size": (36, 52), "window_size": 4},
-    "odd-window-17x11-9x6": {"img_size": (70, 44), "window_size": 5},
-    "window-7-14x10-clamped-7x5": {"img_size": (56, 40), "window_size": 7},
-    "clamped-on-one-axis-3x8": {"img_size": (12, 32), "window_size": 4},
-    "non-square-window": {"img_size": (40, 48), "window_size": (3, 5)},
-    "no-qkv-bias": {"img_size": (36, 52), "window_size": 4, "qkv_bias": False},
-    "head-dim-given": {"img_size": (36, 52), "window_size": 4, "head_dim": 12},
-    "always-partition": {"img_size": (12, 36), "window_size": 4, "always_partition": True},
-    "dynamic-mask": {"img_size": (36, 52), "window_size": 4, "dynamic_img_size": True},
-}
-
-
-def make_model(seed: int = 0, **options) -> SwinTransformer:
-    """A small Swin whose attention is far from uniform, so that bias, mask, scale and pad tokens all count."""
-    torch.manual_seed(seed)
-    defaults = {
-        "img_size": (36, 52),
-        "window_size": 4,
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depths": (2, 2),
-        "num_heads": (2, 4),
-        "num_classes": 5,
-        "drop_path_rate": 0.0,
-    }
-    model = SwinTransformer(**{**defaults, **options}).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, WindowAttention):
-                module.relative_position_bias_table.normal_(std=1.0)
-                module.qkv.weight.normal_(std=1.5 * module.dim**-0.5)
-                if module.qkv.bias is not None:
-                    module.qkv.bias.normal_()
-    return model
-
-
-def make_image(model: SwinTransformer, batch: int = 2, size: tuple[int, int] | None = None) -> Tensor:
-    weight = model.patch_embed.proj.weight
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 3, *(size or model.patch_embed.img_size), generator=generator).to(weight.dtype)
-
-
-def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Output, gradient of the input and of every parameter that has one."""
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    out = model(x)
-    torch.manual_seed(2)
-    out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return {"out": out.detach(), "x": x.grad, **grads}
-
-
-def assert_as_good(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """The error against float64 is at most twice that of timm's own code in the same dtype, and a few roundings."""
-    assert got.keys() == plain.keys() == exact.keys()
-    for name in exact:
-        assert got[name].dtype == plain[name].dtype, name
-        eps = torch.finfo(got[name].dtype).eps * (32 if got[name].dtype == torch.float64 else 4)
-        error, base = got[name].double() - exact[name], plain[name].double() - exact[name]
-        for measure in (lambda t: t.square().mean().sqrt(), lambda t: t.abs().max()):
-            e, limit = measure(error), 2 * measure(base) + eps * measure(exact[name])
-            assert e <= limit, f"{name}: error {e:.3g}, at most {limit:.3g}"
-
-
-def check_parity(model: nn.Module, x: Tensor) -> None:
-    """Compare the model with its accelerated copy; the judge is the model in float64."""
-    fast = copy.deepcopy(model)
-    report = swinkernels.accelerate(fast)
-    blocks = [m for m in model.modules() if type(m) is SwinTransformerBlock]
-    assert len(report.replaced) == len(blocks)
-    assert not report.skipped
-    exact = run(copy.deepcopy(model).double(), x.double())
-    assert_as_good(run(fast, x), run(model, x), exact)
 
 
 def fast_path_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +135,7 @@ def test_swin_tiny_at_224():
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         plain = model(x)
-        assert len(swinkernels.accelerate(model).replaced) == 12
+        assert len(swinkernels.accelerate(model).replaced) == 12 + 3
         fast = model(x)
         swinkernels.restore(model)
         assert torch.equal(model(x), plain)
@@ -588,7 +511,7 @@ def test_other_layers_than_linear_run_timms_code(layer):
     x = make_image(model)
     got = run(model, x)
     report = swinkernels.accelerate(model)
-    assert len(report.replaced) == 3
+    assert len(report.replaced) == 3 + 1
     assert [(e.path, e.reason) for e in report.skipped] == [
         ("layers.0.blocks.1", f"attn.{layer} is a LowRank, not an nn.Linear")
     ]
@@ -602,8 +525,8 @@ def test_dynamically_quantised_layers_are_left_alone():
     model = torch.ao.quantization.quantize_dynamic(make_model(), {nn.Linear}, dtype=torch.qint8)
     report = swinkernels.accelerate(model)
     assert not report.replaced
-    assert len(report.skipped) == 4
-    assert "not an nn.Linear" in report.skipped[0].reason
+    assert len(report.skipped) == 4 + 1
+    assert all("not an nn.Linear" in entry.reason for entry in report.skipped)
 
 
 def test_pruned_and_parametrized_layers_are_left_alone():
@@ -645,7 +568,7 @@ def test_an_attention_mask_of_the_users_own(when, how):
         m.set_input_size(img_size=(44, 44))
     x = make_image(model)
     torch.testing.assert_close(fast(x), model(x), rtol=1e-10, atol=1e-12)
-    assert len(swinkernels.accelerate(fast).replaced) == 4
+    assert len(swinkernels.accelerate(fast).replaced) == 4 + 1
 
 
 def test_a_map_of_another_size_takes_timms_mask(monkeypatch):
@@ -675,7 +598,7 @@ def test_a_replaced_attention_method_or_module_is_left_alone():
     blocks[2].attn = nn.MultiheadAttention(32, 4)
     blocks[3].attn.softmax = nn.LogSoftmax(dim=-1)
     report = swinkernels.accelerate(model)
-    assert not report.replaced
+    assert [entry.module_class for entry in report.replaced] == ["PatchMerging"]
     for entry, word in zip(report.skipped, ("_attn", "forward", "MultiheadAttention", "LogSoftmax"), strict=True):
         assert word in entry.reason
 
@@ -717,7 +640,7 @@ def test_verify_passes_and_leaves_no_trace(dtype):
     grads = [p.grad.clone() for p in model.parameters()]
     before = state(model)
     report = swinkernels.accelerate(model, verify=True)
-    assert len(report.replaced) == 4
+    assert len(report.replaced) == 4 + 1
     assert model.layers[0].blocks[0].training
     assert all(torch.equal(a, b) for a, b in zip(state(model), before, strict=True))
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
@@ -753,7 +676,7 @@ def test_verify_finds_a_wrong_kernel_and_names_the_module(wrong, monkeypatch):
 
 def test_verify_on_meta_says_that_there_are_no_values():
     model = make_model().to("meta")
-    assert len(swinkernels.accelerate(model).replaced) == 4
+    assert len(swinkernels.accelerate(model).replaced) == 4 + 1
     with pytest.raises(ValueError, match="meta"):
         swinkernels.accelerate(model, verify=True)
 
@@ -762,22 +685,29 @@ def test_the_default_device_of_the_process_does_not_matter():
     """torch.set_default_device, here to one that holds no values."""
     model = make_model()
     with torch.device("meta"):
-        assert len(swinkernels.accelerate(model, verify=True).replaced) == 4
+        assert len(swinkernels.accelerate(model, verify=True).replaced) == 4 + 1
 
 
 def test_report_lists_and_prints():
     model = make_model(attn_drop_rate=0.1).double()
     model.layers[1].blocks[0].attn.qkv = LowRank(model.layers[1].blocks[0].attn.qkv)
     report = swinkernels.accelerate(model)
-    assert [entry.path for entry in report.replaced] == ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.1"]
-    assert {(e.module_class, e.adapter, e.backend) for e in report.replaced} == {
-        ("SwinTransformerBlock", "timm", "reference")
-    }
-    assert "float64" in report.replaced[0].remarks[0]  # why not a faster one
+    assert [(e.path, e.module_class, e.adapter, e.backend) for e in report.replaced] == [
+        ("layers.0.blocks.0", "SwinTransformerBlock", "timm", "reference"),
+        ("layers.0.blocks.1", "SwinTransformerBlock", "timm", "reference"),
+        ("layers.1.downsample", "PatchMerging", "timm", "timm"),
+        ("layers.1.blocks.1", "SwinTransformerBlock", "timm", "reference"),
+    ]
+    attention, residual = report.replaced[0].remarks
+    assert attention.startswith("Attention: reference. Not cpu: ")
+    assert "float64" in attention
+    assert residual.startswith("Residual and norm: timm's own code. Not cpu: it does not implement residual_layer_norm")
+    (merging,) = report.replaced[2].remarks
+    assert merging.startswith("Patch merging: timm's own code. Not cpu: it does not implement patch_merging")
     text = str(report)
-    assert text.startswith("swinkernels: 3 replaced, 1 left as they were")
-    rows = [line for line in text.splitlines() if line.startswith("layers.")]
-    assert len({line.index("SwinTransformerBlock") for line in rows}) == 1, "columns are aligned"
+    assert text.startswith("swinkernels: 4 replaced, 1 left as they were")
+    rows = [line for line in text.splitlines() if line.startswith("layers.")][: len(report.replaced)]
+    assert len({line.index("timm") for line in rows}) == 1, "columns are aligned"
     assert "attn.qkv is a LowRank" in text
     assert "[1] " in text
 
@@ -788,7 +718,7 @@ def test_report_says_what_auto_takes_for_the_dtype():
     entry = swinkernels.accelerate(make_model(attn_drop_rate=0.1)).replaced[0]
     if NOT_INSTALLED["cpu"] is None:
         assert entry.backend == "cpu"
-        assert any("attention dropout 0.1: reference" in remark for remark in entry.remarks)
+        assert "Attention in training: reference. Not cpu: it does not implement dropout_p" in entry.remarks
     else:
         assert entry.backend == "reference"
         assert NOT_INSTALLED["cpu"] in entry.remarks[0]

@@ -216,3 +216,35 @@ def test_nothing_is_modified():
 )
 def test_kernels_run_where_they_were_built_for(built, capability, runs):
     assert _backends.has_machine_code(built, capability) is runs
+
+
+@needs_cpu
+def test_transforms_are_right_or_refused():
+    inputs = PLAIN.inputs(torch.float32)
+    qkv, table = torch.stack([inputs["qkv"], -inputs["qkv"]]), inputs["bias_table"]
+
+    def attend(qkv):
+        return swinkernels.window_attention_qkvpacked(qkv, table, **PLAIN.arguments(), backend="cpu")
+
+    assert torch.equal(torch.func.vmap(attend)(qkv), torch.stack([attend(x) for x in qkv]))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: attend(x).sum())(qkv[0])
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(attend, (qkv[0],), (qkv[1],))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="forward-mode"),
+    ):
+        attend(torch.autograd.forward_ad.make_dual(qkv[0], qkv[1]))
+
+
+@needs_cpu
+def test_without_gradients_the_result_is_the_same():
+    inputs = PLAIN.inputs(torch.float32)
+    qkv = inputs["qkv"].requires_grad_()
+    out = swinkernels.window_attention_qkvpacked(qkv, inputs["bias_table"], **PLAIN.arguments(), backend="cpu")
+    assert out.requires_grad
+    with torch.no_grad():
+        still = swinkernels.window_attention_qkvpacked(qkv, inputs["bias_table"], **PLAIN.arguments(), backend="cpu")
+    assert not still.requires_grad
+    assert torch.equal(still, out)

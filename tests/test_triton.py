@@ -1,40 +1,15 @@
-"""The Triton backend against the float64 reference, on a GPU if there is one and else in Triton's CPU interpreter.
-
-Triton decides when a kernel is defined whether it is interpreted, so without a GPU this file runs as a script in a
-child process with TRITON_INTERPRET=1, once for all checks, and each check is reported here by name. The interpreter
-computes bfloat16 wrongly and takes some 10 ms for a program, so there the dtypes are float32 and float16, and the cases
-small.
-"""
+"""The Triton backend of window attention against the float64 reference, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
+from triton_checks import DEVICE, ON_GPU, Checks
 
 import swinkernels
 from swinkernels.reference.window_attention import relative_position_index, shift_region
 from swinkernels.testing import WindowAttentionCase as Case
 from swinkernels.testing import check_window_attention, op_arguments, opcheck_forward_and_backward, run_case
-
-triton = pytest.importorskip("triton", reason="triton is not installed")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
-ON_GPU = torch.cuda.is_available() and not INTERPRETED
-DEVICE = "cuda" if ON_GPU else "cpu"
-OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-if not ON_GPU and OLD_TRITON and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-    pytest.skip("the interpreter of Triton 3.6 fails under NumPy 2.4 and newer", allow_module_level=True)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
 
 CASES = {
     "n4": Case(1, (4, 6), 2, 8, 2, 1),
@@ -85,21 +60,7 @@ CASES = {
 }  # fmt: skip
 
 
-CHECKS: dict[str, Callable[[], None]] = {}
-
-
-def check(*values: Any):
-    """Register a check, once for each value and each dtype."""
-
-    def register(function):
-        for value in values or (None,):
-            for dtype in DTYPES:
-                parts = [function.__name__, value, str(dtype)[6:]]
-                arguments = (dtype,) if value is None else (value, dtype)
-                CHECKS["-".join(p for p in parts if p)] = functools.partial(function, *arguments)
-        return function
-
-    return register
+check = Checks(__file__)
 
 
 def on_device(case: Case) -> Case:
@@ -235,41 +196,10 @@ def gradients_that_are_not_needed_are_empty(dtype):
     assert not all_of_them[2][0].any()  # a pad token's query has no gradient
 
 
-@functools.cache
-def failures_of_child() -> dict[str, str | None]:
-    """What went wrong with each check in a process whose Triton interprets; None for what passed."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the package that is tested here
-    child = subprocess.run([sys.executable, __file__], check=False, env=environment, capture_output=True, text=True)
-    failures = {}
-    for line in child.stdout.splitlines():
-        if line.startswith('{"check": '):
-            report = json.loads(line)
-            failures[report["check"]] = report["failure"]
-    if len(failures) < len(CHECKS):
-        died = (
-            f"the interpreting process ended with status {child.returncode} before this check:\n{child.stderr[-5000:]}"
-        )
-        failures = dict.fromkeys(CHECKS, died) | failures
-    return failures
-
-
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", check.all)
 def test_triton(name):
-    if ON_GPU or INTERPRETED:
-        CHECKS[name]()
-    else:
-        failure = failures_of_child()[name]
-        if failure is not None:
-            pytest.fail(f"in Triton's interpreter:\n{failure}", pytrace=False)
+    check.run(name)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for check_name, run in CHECKS.items():
-        failed = None
-        try:
-            run()
-        except Exception:
-            failed = traceback.format_exc()
-        print(json.dumps({"check": check_name, "failure": failed}), flush=True)
+    check.main()

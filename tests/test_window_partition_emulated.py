@@ -5,6 +5,7 @@ They move bytes, so the results are compared bit for bit, and the bytes are rand
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -131,6 +132,26 @@ def test_rows_that_begin_anywhere(library, offset):
     assert_same_bits(back, reference.window_reverse(windows, case.window, case.size, case.shift))
 
 
+def with_odd_stride(library: emulation.Library, shape: Sequence[int], axis: int) -> Tensor:
+    """Rows of bytes whose step along one axis is not a multiple of 16, as all others are."""
+    strides = [1]
+    for i in reversed(range(len(shape) - 1)):
+        strides.insert(0, math.ceil(strides[0] * shape[i + 1] / 16) * 16 + (i == axis))
+    count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    return draw(library, (count,), torch.uint8).as_strided(shape, strides)
+
+
+def test_every_stride_counts(library):
+    """One that is odd rules out wide vectors, whichever it is."""
+    case = Case(2, (5, 6), (4, 4), (1, 2))
+    for axis in range(3):
+        check(library, with_odd_stride(library, (2, 5, 6, 16), axis), case)
+    for axis in range(2):
+        windows = with_odd_stride(library, (8, 16, 16), axis)
+        back = library.window_reverse(windows, case.size, case.window, case.shift)
+        assert_same_bits(back, reference.window_reverse(windows, case.window, case.size, case.shift))
+
+
 def test_strides_of_any_kind(library):
     """Channels of a wider map, axes in another order, images and rows with gaps, one image or window many times."""
     for case, x in (
@@ -161,6 +182,20 @@ def test_more_launches_than_one(library, size, windows):
     case = Case(3, size, (2,) * len(size), (1,) * len(size))
     channels = 4 * vectors_per_window // 2 ** len(size)  # four to a vector
     check(library, draw(library, (3, *size, channels), torch.float32), case, windows * vectors_per_window)
+
+
+def test_reverse_does_not_read_pads(library):
+    """Windows that end with the last row that is not a pad token's."""
+    if not library.catches_faults:
+        pytest.skip("faults are caught on x86-64 Linux only")
+    x, window, shift = draw(library, (1, 3, 3, 4), torch.float32), (4, 4), (0, 0)
+    whole = library.window_partition(x, window, shift)
+    rows = library.copy(whole[0, : 2 * 4 + 3])
+    back = library.empty(x.shape, x.dtype)
+    params = library.params(back, whole, window, shift, "pad_then_roll")
+    params.windows.data = rows.data_ptr()
+    library.check(library.functions.emulated_window_reverse(ctypes.byref(params), 0))
+    assert_same_bits(back, x)
 
 
 def test_what_a_launch_refuses(library):

@@ -66,10 +66,10 @@ TokenMap output_map(const Tensor& x, int64_t offset, int64_t rank, int64_t head_
 
 // The arguments that both passes of both forms share, in schema order.
 struct Options {
-  OptionalTensor bias_table, pad_qkv, region_map;
+  OptionalTensor bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed;
   Ints window_size, shift_size, table_window, pad_before, periodic;
   bool roll_then_pad, grid;
-  double scale, mask_value;
+  double scale, mask_value, dropout_p;
   bool allow_tf32;
 };
 
@@ -82,6 +82,7 @@ void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const 
   p.head_dim = static_cast<int32_t>(x.size(x.dim() - 1));
   p.scale = static_cast<float>(o.scale);
   p.mask_value = static_cast<float>(o.mask_value);
+  p.dropout_p = static_cast<float>(o.dropout_p);
   const std::vector<int64_t> shape = sizes(x, 1 + rank);
   WindowGeometry& g = p.geometry;
   static_cast<FrameGeometry&>(g) =
@@ -95,9 +96,11 @@ void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const 
   g.grid = o.grid;
 }
 
+int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
+
 // The small tensors, contiguous, kept alive by the caller through `o`.
 void fill_tables(WindowAttentionForwardParams& p, Options& o) {
-  for (OptionalTensor* t : {&o.bias_table, &o.pad_qkv, &o.region_map}) {
+  for (OptionalTensor* t : {&o.bias_table, &o.bias, &o.logit_scale, &o.pad_qkv, &o.region_map, &o.dropout_seed}) {
     if (*t) *t = torch::stable::contiguous(**t);
   }
   const WindowGeometry& g = p.geometry;
@@ -107,6 +110,27 @@ void fill_tables(WindowAttentionForwardParams& p, Options& o) {
     STD_TORCH_CHECK(o.bias_table->scalar_type() == ScalarType::Float && o.bias_table->numel() == rows * p.num_heads,
                     "swinkernels: bias_table must be float32 of prod(2 * table_window - 1) rows");
     p.bias_table = static_cast<const float*>(o.bias_table->const_data_ptr());
+  }
+  p.bias_types = 1;
+  if (o.bias) {
+    const int64_t n = product(g.window), windows = product(g.num_windows), of_a_type = p.num_heads * n * n;
+    const int64_t types = o.bias->numel() / of_a_type;
+    STD_TORCH_CHECK(o.bias->scalar_type() == ScalarType::Float && types > 0 && windows % types == 0 &&
+                        o.bias->numel() == types * of_a_type && !o.bias_table,
+                    "swinkernels: bias must be float32, (types, num_heads, N, N), and the only bias");
+    p.bias = static_cast<const float*>(o.bias->const_data_ptr());
+    p.bias_types = static_cast<int32_t>(types);
+  }
+  if (o.logit_scale) {
+    STD_TORCH_CHECK(o.logit_scale->scalar_type() == ScalarType::Float && o.logit_scale->numel() == p.num_heads,
+                    "swinkernels: logit_scale must be float32, one value for each head");
+    p.logit_scale = static_cast<const float*>(o.logit_scale->const_data_ptr());
+  }
+  STD_TORCH_CHECK(o.dropout_p == 0 || o.dropout_seed, "swinkernels: dropout needs a seed");
+  if (o.dropout_seed) {
+    STD_TORCH_CHECK(o.dropout_seed->scalar_type() == ScalarType::Long && o.dropout_seed->numel() == 1,
+                    "swinkernels: dropout_seed must be one int64");
+    p.dropout_seed = static_cast<const int64_t*>(o.dropout_seed->const_data_ptr());
   }
   if (o.pad_qkv) {
     STD_TORCH_CHECK(dtype_of(*o.pad_qkv) == p.dtype && o.pad_qkv->numel() == int64_t{3} * p.num_heads * p.head_dim,
@@ -168,12 +192,16 @@ std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Options o) {
 
 struct Gradients {
   std::vector<Tensor> maps;
-  Tensor bias_table, pad_qkv;
+  Tensor bias_table, bias, logit_scale, pad_qkv;
+};
+
+// Which gradients are wanted beside those of the maps.
+struct Needs {
+  bool bias_table, bias, logit_scale, pad_qkv;
 };
 
 template <class Backend, class Form>
-Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, bool needs_dbias_table,
-                   bool needs_dpad_qkv) {
+Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, Needs needs) {
   const Backend backend(xs[0]);
   for (Tensor& x : xs) x = readable(x, Backend::kAlignment);
   dout = readable(dout, Backend::kAlignment);
@@ -193,17 +221,27 @@ Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, b
   };
   Gradients grads;
   for (const Tensor& t : xs) grads.maps.push_back(torch::stable::new_empty(t, sizes(t, t.dim())));
-  grads.bias_table = allocate(needs_dbias_table ? sizes(*o.bias_table, 2) : std::vector<int64_t>{0});
-  grads.pad_qkv = allocate(needs_dpad_qkv ? std::vector<int64_t>{3, p.forward.num_heads, p.forward.head_dim}
-                                          : std::vector<int64_t>{0});
+  auto like = [&](bool needed, const OptionalTensor& t) {
+    return allocate(needed ? sizes(*t, t->dim()) : std::vector<int64_t>{0});
+  };
+  grads.bias_table = like(needs.bias_table, o.bias_table);
+  grads.bias = like(needs.bias, o.bias);
+  grads.logit_scale = like(needs.logit_scale, o.logit_scale);
+  grads.pad_qkv = allocate(needs.pad_qkv ? std::vector<int64_t>{3, p.forward.num_heads, p.forward.head_dim}
+                                         : std::vector<int64_t>{0});
   if (empty) return grads;
 
   Form::place({&p.forward.q, &p.forward.k, &p.forward.v}, xs, input_map);
   Form::place({&p.dq, &p.dk, &p.dv}, grads.maps, output_map);
   p.dout = input_map(dout, 0, rank, p.forward.head_dim);
   p.forward.lse = static_cast<float*>(lse.mutable_data_ptr());  // only read
-  if (needs_dbias_table) p.dbias_table = static_cast<float*>(grads.bias_table.mutable_data_ptr());
-  if (needs_dpad_qkv) p.dpad_qkv = static_cast<float*>(grads.pad_qkv.mutable_data_ptr());
+  auto wanted = [](bool needed, const Tensor& t) {
+    return needed ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
+  };
+  p.dbias_table = wanted(needs.bias_table, grads.bias_table);
+  p.dbias = wanted(needs.bias, grads.bias);
+  p.dlogit_scale = wanted(needs.logit_scale, grads.logit_scale);
+  p.dpad_qkv = wanted(needs.pad_qkv, grads.pad_qkv);
   Tensor workspace = torch::stable::new_empty(x, {backend.workspace_bytes(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   backend.backward(p);
@@ -211,15 +249,19 @@ Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, b
 }
 
 // The ops, with the argument lists of the schemas in swinkernels/ops/window_attention.py.
-#define SWINKERNELS_OPTIONS                                                                                        \
-  OptionalTensor bias_table, OptionalTensor pad_qkv, OptionalTensor region_map, Ints window_size, Ints shift_size, \
-      Ints table_window, Ints pad_before, Ints periodic, bool roll_then_pad, bool grid, double scale,              \
-      double mask_value, bool allow_tf32
-#define SWINKERNELS_MAKE_OPTIONS                                                                                       \
-  Options {                                                                                                            \
-    bias_table, pad_qkv, region_map, window_size, shift_size, table_window, pad_before, periodic, roll_then_pad, grid, \
-        scale, mask_value, allow_tf32                                                                                  \
+#define SWINKERNELS_OPTIONS                                                                                         \
+  OptionalTensor bias_table, OptionalTensor bias, OptionalTensor logit_scale, OptionalTensor pad_qkv,               \
+      OptionalTensor region_map, OptionalTensor dropout_seed, Ints window_size, Ints shift_size, Ints table_window, \
+      Ints pad_before, Ints periodic, bool roll_then_pad, bool grid, double scale, double mask_value,               \
+      double dropout_p, bool allow_tf32
+#define SWINKERNELS_MAKE_OPTIONS                                                                             \
+  Options {                                                                                                  \
+    bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed, window_size, shift_size, table_window, \
+        pad_before, periodic, roll_then_pad, grid, scale, mask_value, dropout_p, allow_tf32                  \
   }
+#define SWINKERNELS_NEEDS bool needs_dbias_table, bool needs_dbias, bool needs_dlogit_scale, bool needs_dpad_qkv
+#define SWINKERNELS_MAKE_NEEDS \
+  Needs { needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv }
 
 template <class Backend>
 std::tuple<Tensor, Tensor> qkvpacked_fwd(Tensor qkv, SWINKERNELS_OPTIONS) {
@@ -232,20 +274,18 @@ std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, SWINKERNELS_OPTIONS
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> qkvpacked_bwd(Tensor dout, Tensor qkv, Tensor lse, SWINKERNELS_OPTIONS,
-                                                 bool needs_dbias_table, bool needs_dpad_qkv) {
-  Gradients d =
-      backward<Backend, Packed>(dout, {qkv}, lse, SWINKERNELS_MAKE_OPTIONS, needs_dbias_table, needs_dpad_qkv);
-  return {d.maps[0], d.bias_table, d.pad_qkv};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qkvpacked_bwd(Tensor dout, Tensor qkv, Tensor lse,
+                                                                 SWINKERNELS_OPTIONS, SWINKERNELS_NEEDS) {
+  Gradients d = backward<Backend, Packed>(dout, {qkv}, lse, SWINKERNELS_MAKE_OPTIONS, SWINKERNELS_MAKE_NEEDS);
+  return {d.maps[0], d.bias_table, d.bias, d.logit_scale, d.pad_qkv};
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse,
-                                                       SWINKERNELS_OPTIONS, bool needs_dbias_table,
-                                                       bool needs_dpad_qkv) {
-  Gradients d =
-      backward<Backend, Separate>(dout, {q, k, v}, lse, SWINKERNELS_MAKE_OPTIONS, needs_dbias_table, needs_dpad_qkv);
-  return {d.maps[0], d.maps[1], d.maps[2], d.bias_table, d.pad_qkv};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(Tensor dout, Tensor q, Tensor k, Tensor v,
+                                                                       Tensor lse, SWINKERNELS_OPTIONS,
+                                                                       SWINKERNELS_NEEDS) {
+  Gradients d = backward<Backend, Separate>(dout, {q, k, v}, lse, SWINKERNELS_MAKE_OPTIONS, SWINKERNELS_MAKE_NEEDS);
+  return {d.maps[0], d.maps[1], d.maps[2], d.bias_table, d.bias, d.logit_scale, d.pad_qkv};
 }
 
 template <class Backend, class Library>

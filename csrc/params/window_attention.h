@@ -28,6 +28,7 @@ using ConstTokenMap = TokenMapOf<const void*>;
 // The bias of query i, key j is bias_table[r(i) - r(j) + r_max, head], where r(t) = sum over axes of the coordinate of
 // t *decoded row-major in table_window* times the axis' table stride, table strides being those of a row-major (2 *
 // table_window - 1) array, and r_max = sum over axes of (table_window - 1) * table stride.
+// A dense bias is indexed by the type of the window, window / (windows of an image / bias_types), then head, i and j.
 struct WindowGeometry : FrameGeometry {  // of which every shift is less than the window
   int32_t table_window[3];               // the window whose relative offsets number the bias table
   bool periodic[3];                      // no mask on this axis
@@ -48,18 +49,25 @@ struct WindowAttentionForwardParams {
   TokenMap out;
   float* lse;  // (B, num_windows, num_heads, N), natural log-sum-exp of the final scores; pad queries undefined
 
-  const float* bias_table;    // (prod(2 * table_window - 1), num_heads), or null
-  const void* pad_qkv;        // (3, num_heads, head_dim): what a pad token holds, or null for zeros
-  const int32_t* region_map;  // (frame), or null
+  const float* bias_table;      // (prod(2 * table_window - 1), num_heads), or null
+  const float* bias;            // (bias_types, num_heads, N, N), or null; not beside a bias_table
+  int32_t bias_types;           // divides the windows of an image; 1 without types
+  const float* logit_scale;     // (num_heads), v2: scores are cosines times exp(min(it, ln 100)); null for v1
+  const void* pad_qkv;          // (3, num_heads, head_dim): what a pad token holds, or null for zeros
+  const int32_t* region_map;    // (frame), or null
+  float dropout_p;              // probability of dropping an attention weight
+  const int64_t* dropout_seed;  // one number in the device's memory, or null without dropout
 };
 
 struct WindowAttentionBackwardParams {
   WindowAttentionForwardParams forward;  // out is unset: the backward pass does not read it
   ConstTokenMap dout;
   TokenMap dq, dk, dv;
-  float* dbias_table;  // (prod(2 * table_window - 1), num_heads), or null if not wanted; written, not added to
-  float* dpad_qkv;     // (3, num_heads, head_dim), or null if not wanted; written, not added to
-  void* workspace;     // of the size that the backend's *_workspace_bytes function asks for
+  float* dbias_table;   // (prod(2 * table_window - 1), num_heads), or null if not wanted; written, not added to
+  float* dbias;         // like bias, or null if not wanted; written, not added to
+  float* dlogit_scale;  // (num_heads), or null if not wanted; written, not added to
+  float* dpad_qkv;      // (3, num_heads, head_dim), or null if not wanted; written, not added to
+  void* workspace;      // of the size that the backend's *_workspace_bytes function asks for
 };
 
 }  // namespace swinkernels

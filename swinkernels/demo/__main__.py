@@ -1,4 +1,4 @@
-"""Runs a timm Swin with seeded weights on a photograph, with timm's own attention and with this package's."""
+"""Runs a timm Swin with seeded weights on a photograph, before and after swinkernels.accelerate."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=DTYPES, help="autocast's dtype; default: bfloat16 on a GPU, else float32")
     parser.add_argument("--batch", type=int, help="images; default: 64 on a GPU, else 1")
-    parser.add_argument("--model", default="swin_tiny_patch4_window7_224", help="a Swin (v1) of timm")
+    parser.add_argument("--model", default="swin_tiny_patch4_window7_224", help="a Swin of timm, v1 or v2")
     parser.add_argument("--image-size", type=int, default=224, help="pixels, both ways")
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="what accelerate is to use")
     parser.add_argument("--repeats", type=int, help="timed steps of each kind; default: 30 on a GPU, else 5")
@@ -122,8 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     _print_memory(console, memory, measure.memory_method(args.device))
 
     pixels = photo.numpy()
-    backends = ", ".join(sorted({entry.backend for entry in report.replaced}))
-    title = f"{setting}; swinkernels on {backends}"
+    backends = {"timm's own code" if e.backend == e.adapter else e.backend for e in report.replaced}
+    title = f"{setting}; swinkernels on {', '.join(sorted(backends))}"
     figures.save_stages(args.out / "stages.png", pixels, results["timm"], results["swinkernels"], title)
     figures.save_times(args.out / "times.png", samples, title)
     summary = {

@@ -13,35 +13,36 @@ from swinkernels.integrations._adapter import BACKEND_ATTRIBUTE, SUPPORTED, Adap
 from swinkernels.integrations._backend_choice import backend_choice
 from swinkernels.integrations._report import Replaced, Report, Skipped
 from swinkernels.integrations._verify import verify as _verify
-from swinkernels.ops._backends import BACKENDS
+from swinkernels.ops._backends import check_backend
 
 
 def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> Report:
-    """Let the supported blocks of a model run on this package's ops, in place.
+    """Let the supported modules of a model run on this package's ops, in place.
 
-    Only the class of a block changes, to a subclass that computes the same in another way: parameters, buffers,
+    Only the class of a module changes, to a subclass that computes the same in another way: parameters, buffers,
     ``state_dict``, hooks and ``isinstance`` stay, ``copy.deepcopy`` and ``pickle`` work, and :func:`restore` undoes it.
     It may be called again, with another backend, or after the model was changed.
 
     Args:
-        model: any module; supported are the blocks of timm's Swin Transformer (v1), on any device, in any dtype.
-        backend: "auto", "cuda", "triton", "cpu" or "reference", as in
-            :func:`swinkernels.window_attention_qkvpacked`. "auto" chooses at every call.
-        verify: compare each replaced block with the original on a random map of its own size, outputs and gradients,
-            before anything is changed.
+        model: any module; supported are the blocks and the patch merging of timm's Swin Transformers, v1 and v2 (v2
+            without its attention), on any device, in any dtype.
+        backend: "auto", "cuda", "triton", "cpu" or "reference", as in the ops. "auto" chooses at every call. Norms,
+            residual connections and patch merging stay the library's own code where "auto" finds no fast backend and
+            where the named one does not have them; attention is then the reference's, or refused.
+        verify: compare each replaced module with the original on a random map, of the module's own size if it has one,
+            outputs and gradients, before anything is changed.
 
     Returns:
         A :class:`Report` of what was replaced, what it runs on, and what was left and why. A model without supported
-        blocks is left as it is, and ``Report.reason`` says so.
+        modules is left as it is, and ``Report.reason`` says so.
 
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: there is no such backend.
-        VerificationError: ``verify`` found a block that differs; the model is as it was.
+        VerificationError: ``verify`` found a module that differs; the model is as it was.
     """
     _check_module("accelerate", model)
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"accelerate: backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+    check_backend("accelerate", backend)
     adapters = loaded_adapters()
     report = Report()
     to_accelerate: list[tuple[nn.Module, Adapter]] = []
@@ -70,7 +71,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`accelerate`: every replaced block is the library's own again. Other modules are left alone.
+    """Undo :func:`accelerate`: every replaced module is the library's own again. Other modules are left alone.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -104,9 +105,10 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[tuple[str
         closed = _closed(module)
         if closed is not None:
             seen.update(module.modules())
-            for adapter in adapters:
-                if any(_resembles(m, adapter) for m in module.modules()):
-                    yield path, module, adapter, closed
+            inside = list(module.modules())
+            found = {a.name: a for a in reversed(adapters) if any(_resembles(m, a) for m in inside)}
+            for adapter in found.values():  # one of each library
+                yield path, module, adapter, closed
             return
         for adapter in adapters:
             if type(module) in (adapter.original, adapter.accelerated):
@@ -123,8 +125,11 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[tuple[str
 
 
 def _resembles(module: nn.Module, adapter: Adapter) -> bool:
-    # A scripted module has another class, and remembers the name of its first one.
-    return isinstance(module, adapter.original) or getattr(module, "original_name", None) == adapter.original.__name__
+    original = adapter.original
+    if isinstance(module, torch.jit.ScriptModule):  # it has another class, and remembers its first one
+        name = str(module._c._type().qualified_name())
+        return module.original_name == original.__name__ and f".{original.__module__}." in name
+    return isinstance(module, original)
 
 
 def _closed(module: nn.Module) -> str | None:

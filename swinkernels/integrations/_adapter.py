@@ -10,16 +10,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# The library's module that defines the class to replace -> the module here with its ADAPTER. An adapter is imported
-# only when the library's module has been imported already: no model of a library can exist before.
-_ADAPTERS = {"timm.models.swin_transformer": "swinkernels.integrations.timm"}
+from swinkernels.integrations._parts import Part
 
-SUPPORTED = "timm.models.swin_transformer.SwinTransformerBlock"
+# A package of the library, imported with any of its models -> the module here with its ADAPTERS. It is imported only
+# when the library's package has been imported already: no model of a library can exist before.
+_ADAPTERS = {"timm.models": "swinkernels.integrations.timm"}
+
+SUPPORTED = (
+    "SwinTransformerBlock or PatchMerging of timm.models.swin_transformer, and no SwinTransformerV2Block or "
+    "PatchMerging of timm.models.swin_transformer_v2"
+)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """How the modules of one class of one library run on a window attention op.
+    """How the modules of one class of one library run on this package's ops.
 
     ``accelerated`` is a subclass of ``original`` without parameters or buffers of its own, so that a module changes
     over by its ``__class__`` alone. It keeps the backend in the instance attribute ``BACKEND_ATTRIBUTE``.
@@ -31,21 +36,30 @@ class Adapter:
     # In what follows, a module is one of the class ``original`` or ``accelerated``.
     # Why a module of exactly this class has to stay as it is, or None. Looks at values, so not for the forward pass.
     reason_to_skip: Callable[[Any], str | None]
-    # The arguments of window_attention_qkvpacked in eval mode, without qkv and backend.
-    attention_arguments: Callable[[Any], dict[str, Any]]
-    # The probability of attention dropout in training.
-    dropout_p: Callable[[Any], float]
-    # The map that the module was made for, tokens per axis.
-    map_size: Callable[[Any], tuple[int, ...]]
-    # The QKV weight, (3C, channels of the input); its dtype and device are those of the module.
-    qkv_weight: Callable[[Any], Tensor]
-    # The replaced part of the module, on (B, *map_size, channels).
-    attention: Callable[[Any, Tensor], Tensor]
+    # What ops can take over. The report names the backend of the first part.
+    parts: tuple[Part, ...]
+    # The input that the module was made for, (*S, C).
+    input_shape: Callable[[Any], tuple[int, ...]]
+    # A parameter with the dtype and the device of the module.
+    weight: Callable[[Any], Tensor]
 
 
 BACKEND_ATTRIBUTE = "_swinkernels_backend"
 
 
+class Accelerated(nn.Module):
+    """The first base of every ``accelerated`` class."""
+
+    _swinkernels_backend = "auto"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            "torch.jit.script cannot compile a module that swinkernels.accelerate has replaced: call "
+            "swinkernels.restore(model) before scripting it, or use torch.jit.trace, torch.export or torch.compile"
+        )
+
+
 def loaded_adapters() -> list[Adapter]:
     """The adapters of the libraries that this process has imported."""
-    return [importlib.import_module(ours).ADAPTER for theirs, ours in _ADAPTERS.items() if theirs in sys.modules]
+    loaded = [importlib.import_module(ours) for theirs, ours in _ADAPTERS.items() if theirs in sys.modules]
+    return [adapter for module in loaded for adapter in module.ADAPTERS]

@@ -1,58 +1,86 @@
-"""What a replaced module runs on, and why not on something faster."""
+"""What a part of a module runs on: at a call, and for the report, with why it is not something faster."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import nn
 
 from swinkernels.integrations._adapter import Adapter
-from swinkernels.ops._arguments import WindowArguments, check_arguments
-from swinkernels.ops._backends import PREFERENCE, choose_window_attention, window_attention_reasons
+from swinkernels.integrations._parts import Part
+from swinkernels.ops._backends import PREFERENCE, choose, constant_when_compiled
 
 
-def _window_arguments(adapter: Adapter, module: nn.Module, dropout_p: float) -> WindowArguments:
-    arguments = {
-        "bias": None,
-        "table_window": None,
-        "logit_scale": None,
-        "pad_before": 0,
-        "periodic": False,
-        "region_map": None,
-        "generator": None,
-        "grid": False,
-        **adapter.attention_arguments(module),
-        "dropout_p": dropout_p,
-    }
-    weight = adapter.qkv_weight(module)
-    head_dim = weight.shape[0] // (3 * arguments["num_heads"])
-    no_tokens = weight.new_empty(0)
-    return check_arguments("accelerate", no_tokens, adapter.map_size(module), head_dim, **arguments)
+@constant_when_compiled
+def fast_backend(requested: str, reasons: Callable[..., list[str]], device: torch.device, *args: Any) -> str | None:
+    """The backend for a call of an op, or None where the library's own code is to run.
+
+    That is where "auto" finds none but the reference, which would be slower, and where the requested one cannot run
+    the op. Asked at every call, so what was found once is kept.
+
+    Args:
+        requested: what accelerate was asked for.
+        reasons: (backend, *args, device) -> why the backend cannot run the op.
+        device: of the tensors.
+        args: what the reasons depend on beside the device.
+    """
+    return _find_fast_backend(requested, reasons, device, args)
+
+
+@functools.cache
+def _find_fast_backend(
+    requested: str, reasons: Callable[..., list[str]], device: torch.device, args: tuple
+) -> str | None:
+    if requested != "auto":
+        return None if reasons(requested, *args, device) else requested
+    chosen = choose("accelerate", "auto", device, lambda backend: reasons(backend, *args, device))
+    return None if chosen == "reference" else chosen
 
 
 def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple[str, tuple[str, ...]]:
-    """The backend of a module's forward pass in eval mode, and remarks on why it is not a faster one."""
-    weight = adapter.qkv_weight(module)
-    dtype, device = weight.dtype, weight.device
+    """The backend of a module's first part in eval mode, and remarks on what runs on none or not on a faster one.
 
-    def choose(dropout_p: float) -> tuple[str, str]:
-        args = _window_arguments(adapter, module, dropout_p)
+    Where the library's own code runs, its name stands for the backend.
+    """
+    backends, remarks = [], []
+    for part in adapter.parts:
+        name = part.name.capitalize()
+        chosen, why = _part_choice(adapter, part, module, requested, training=False)
+        backends.append(chosen)
+        if why:
+            remarks.append(f"{name}: {why}")
+        in_training, why_in_training = _part_choice(adapter, part, module, requested, training=True)
+        # Nothing new is said where a backend is already out of the question in eval mode.
+        if in_training != chosen or (why_in_training and not why):
+            remarks.append(f"{name} in training: {why_in_training}")
+    return backends[0], tuple(dict.fromkeys(remarks))
 
-        def why_not(backend: str) -> str:
-            return "; ".join(window_attention_reasons(backend, args, dtype, device))
 
-        if requested != "auto":
-            reasons = why_not(requested)
-            return requested, f"{requested} cannot run it: {reasons}" if reasons else ""
-        chosen = choose_window_attention("auto", args, dtype, device)
-        preference = PREFERENCE.get(device.type)
-        if preference is None:
-            return chosen, f"no fast backend runs on {device.type} tensors"
-        return chosen, ". ".join(f"Not {b}: {why_not(b)}" for b in preference[: preference.index(chosen)])
+def _part_choice(adapter: Adapter, part: Part, module: nn.Module, requested: str, training: bool) -> tuple[str, str]:
+    """What runs a part, and why nothing faster does."""
+    own_code = f"{adapter.name}'s own code"
+    reason = part.reason_to_fall_back(module)
+    if reason is not None:
+        return adapter.name, f"{own_code}; {reason}"
 
-    backend, why = choose(0.0)
-    remarks = [why] if why else []
-    p = adapter.dropout_p(module)
-    in_training, why_in_training = choose(p)
-    # Nothing new is said where a backend is already out of the question in eval mode.
-    if in_training != backend or (why_in_training and not why):
-        remarks.append(f"In training, with attention dropout {p:g}: {in_training}. {why_in_training}")
-    return backend, tuple(remarks)
+    def why_not(backend: str) -> str:
+        return "; ".join(part.reasons(module, backend, training))
+
+    if requested != "auto":
+        why = why_not(requested)
+        if not why:
+            return requested, ""
+        cannot = f"{requested} cannot run it: {why}"
+        return (adapter.name, f"{own_code}. {cannot}") if part.or_own_code else (requested, cannot)
+    device = adapter.weight(module).device
+    chosen = choose("accelerate", "auto", device, lambda backend: part.reasons(module, backend, training))
+    preference = PREFERENCE.get(device.type)
+    if preference is None:
+        why = f"No fast backend runs on {device.type} tensors"
+    else:
+        why = ". ".join(f"Not {b}: {why_not(b)}" for b in preference[: preference.index(chosen)])
+    own = chosen == "reference" and part.or_own_code
+    return adapter.name if own else chosen, f"{own_code if own else chosen}. {why}" if why else ""

@@ -13,9 +13,10 @@ class Replaced:
     path: str
     module_class: str
     adapter: str
-    # What runs: the backend asked for, or what "auto" takes for the module's device and dtype in eval mode.
+    # What runs its main part (a block's attention, a v2 block's norms): the backend asked for, or what "auto" takes for
+    # the module's device and dtype in eval mode, or the library's name where its own code runs.
     backend: str
-    # Why a faster backend does not run it, or why the one asked for cannot.
+    # Per part, why a faster backend does not run it, or why the one asked for cannot.
     remarks: tuple[str, ...] = ()
 
 

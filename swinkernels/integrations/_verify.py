@@ -19,35 +19,44 @@ class VerificationError(RuntimeError):
 def verify(adapter: Adapter, path: str, module: nn.Module, backend: str) -> None:
     """Raise VerificationError unless the accelerated module's output and gradients are as good as the original's.
 
-    Both run on copies, in eval mode, on the same random map; the judge is the original in float64. The accelerated
-    error may be at most twice the original's, plus what rounding the result to the dtype costs. The module, its
-    gradients and the state of every random number generator stay as they are.
+    Both run on copies without hooks, in eval mode, on the same random map; the judge is the original in float64. The
+    accelerated error may be at most twice the original's (more for a few elements), plus what rounding the result to
+    the dtype costs. The module, its gradients and the state of every random number generator stay as they are.
     """
-    weight = adapter.qkv_weight(module)
+    weight = adapter.weight(module)
     if weight.is_meta:
         raise ValueError(f"accelerate: verify=True needs parameters with values, those of {path!r} are on meta")
     dtype, device = weight.dtype, weight.device
-    shape = (_BATCH, *adapter.map_size(module), weight.shape[1])
+    shape = (_BATCH, *adapter.input_shape(module))
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         generator = torch.Generator("cpu").manual_seed(0)
-        x, dout = (torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for _ in range(2))
+        x = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
         plain = copy.deepcopy(module).eval().requires_grad_(True)
         plain.__class__ = adapter.original
+        _remove_hooks(plain)
         fast = copy.deepcopy(plain)
         fast.__class__ = adapter.accelerated
         fast.__dict__[BACKEND_ATTRIBUTE] = backend
         plain64 = copy.deepcopy(plain).to(torch.float64)
+        with torch.no_grad():
+            dout = torch.randn(plain(x).shape, generator=generator, device="cpu").to(device, dtype)
         results = [
-            _run(adapter, m, x.to(wide), dout.to(wide))
-            for m, wide in ((fast, dtype), (plain, dtype), (plain64, torch.float64))
+            _run(m, x.to(wide), dout.to(wide)) for m, wide in ((fast, dtype), (plain, dtype), (plain64, torch.float64))
         ]
     for name in results[-1]:
         _check(path, name, *(result[name] for result in results))
 
 
-def _run(adapter: Adapter, module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
+def _remove_hooks(module: nn.Module) -> None:
+    """What hooks do with the copy, such as collecting what passes, would be seen outside."""
+    for m in module.modules():
+        for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
+            hooks.clear()
+
+
+def _run(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
     x = x.detach().requires_grad_()
-    out = adapter.attention(module, x)
+    out = type(module).forward(module, x)
     leaves = {"the input": x, **dict(module.named_parameters())}
     grads = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
     gradients = {f"the gradient of {name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
@@ -55,13 +64,19 @@ def _run(adapter: Adapter, module: nn.Module, x: Tensor, dout: Tensor) -> dict[s
 
 
 def _check(path: str, name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    finite = plain.isfinite()  # timm's v2 divides 0 by 0 in float16 for what it pads
+    got, plain, exact = got[finite], plain[finite], exact[finite]
+    if got.numel() == 0:
+        return
     eps = torch.finfo(got.dtype).eps
-    # Sums of a thousand terms round by their order too, in float32 beside the last rounding of the result, and in
-    # float64, which has no wider judge, beside nothing else.
-    rounding = {torch.float64: 32, torch.float32: 4}.get(got.dtype, 1) * eps
+    # Sums of a thousand terms, which may cancel, round by their order too, in float32 beside the last rounding of the
+    # result, and in float64, which has no wider judge, beside nothing else.
+    rounding = {torch.float64: 256, torch.float32: 4}.get(got.dtype, 1) * eps
+    # The rounding errors of a few elements, such as one for each head, say little of how large others may be.
+    few = 1 + 20 / got.numel()
     error, base = got.double() - exact, plain.double() - exact
     for measure, of in (("RMS", lambda t: t.square().mean().sqrt()), ("largest", lambda t: t.abs().max())):
-        e, limit = of(error).item(), (2 * of(base) + rounding * of(exact)).item()
+        e, limit = of(error).item(), (few * (2 * of(base) + rounding * of(exact))).item()
         if not e <= limit:  # NaN fails
             where = path or "the model itself"
             raise VerificationError(

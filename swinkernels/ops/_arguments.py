@@ -71,6 +71,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _ints(op: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
+    if type(value) is int:  # the usual case, at a fraction of the time
+        return (value,) * rank
     values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * rank
     if not all(_is_int(v) for v in values):
         raise TypeError(f"{op}: {name} must be an int or one int per axis, got {value!r}")
@@ -80,6 +82,8 @@ def _ints(op: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
 
 
 def _bools(op: str, name: str, value: Any, rank: int) -> tuple[bool, ...]:
+    if type(value) is bool:
+        return (value,) * rank
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
     if not all(isinstance(v, bool) for v in values):
         raise TypeError(f"{op}: {name} must be a bool or one bool per axis, got {value!r}")
@@ -118,7 +122,7 @@ def _tensor(op: str, name: str, value: Any, device: torch.device, *, floating: b
 def check_qkvpacked(op: str, qkv: Any, num_heads: Any) -> Tensor:
     """qkv as (B, *S, 3, num_heads, head_dim)."""
     _check_map(op, "qkv", qkv)
-    _check_num_heads(op, num_heads)
+    check_count(op, "num_heads", num_heads)
     if qkv.dim() in (4, 5):
         if qkv.shape[-1] % (3 * num_heads) != 0 or qkv.shape[-1] == 0:
             raise ValueError(
@@ -152,7 +156,7 @@ def check_separate(op: str, q: Any, k: Any, v: Any, num_heads: Any) -> None:
             raise TypeError(f"{op}: q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{op}: all tensors must be on one device, got q on {q.device} and {name} on {x.device}")
-    _check_num_heads(op, num_heads)
+    check_count(op, "num_heads", num_heads)
     if q.shape[-2] != num_heads:
         raise ValueError(
             f"{op}: num_heads must be the size of the last axis but one of q, {q.shape[-2]} ({_shape(q)}), "
@@ -160,17 +164,18 @@ def check_separate(op: str, q: Any, k: Any, v: Any, num_heads: Any) -> None:
         )
 
 
-def _check_num_heads(op: str, num_heads: Any) -> None:
-    if not _is_int(num_heads):
-        raise TypeError(f"{op}: num_heads must be an int, got {num_heads!r}")
-    if num_heads < 1:
-        raise ValueError(f"{op}: num_heads must be at least 1, got {num_heads}")
+def check_count(op: str, name: str, value: Any, *, at_least: int = 1) -> None:
+    """A number of things."""
+    if not _is_int(value):
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{op}: {name} must be at least {at_least}, got {value}")
 
 
-def _check_map(op: str, name: str, x: Any) -> None:
+def _check_map(op: str, name: str, x: Any, *, floating: bool = True) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
+    if floating and x.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a strided tensor, got layout {x.layout}")
@@ -178,14 +183,23 @@ def _check_map(op: str, name: str, x: Any) -> None:
 
 def check_features(op: str, name: str, x: Any, *, floating: bool = True) -> None:
     """A feature map (B, *S, C)."""
-    if floating:
-        _check_map(op, name, x)
-    elif not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    _check_map(op, name, x, floating=floating)
     if x.dim() not in (4, 5):
         raise ValueError(f"{op}: {name} must be (B, *S, C) with S = (H, W) or (D, H, W), got {_shape(x)}")
     if any(s < 1 for s in x.shape[1:]):
         raise ValueError(f"{op}: every axis of {name} but the batch must have at least one element, got {_shape(x)}")
+
+
+def check_windows(op: str, windows: Any, size: Sequence[int], window: Sequence[int]) -> None:
+    """The windows (B * num_windows, N, C) of maps of S = size tokens."""
+    _check_map(op, "windows", windows, floating=False)
+    n = math.prod(window)
+    per_image = math.prod(frame_size(size, window)) // n
+    if windows.dim() != 3 or windows.shape[1] != n or windows.shape[0] % per_image != 0 or windows.shape[2] < 1:
+        raise ValueError(
+            f"{op}: windows must be (B * {per_image}, {n}, C) for S = {tuple(size)} and window {tuple(window)}, "
+            f"got {_shape(windows)}"
+        )
 
 
 def check_size(op: str, size: Any) -> tuple[int, ...]:
@@ -222,10 +236,11 @@ def check_dtype(op: str, dtype: Any, x: Tensor) -> torch.dtype:
     return dtype
 
 
-def check_factor(op: str, factor: Any, rank: int) -> tuple[int, ...]:
-    factors = _ints(op, "factor", factor, rank)
+def check_factor(op: str, factor: Any, rank: int, name: str = "factor") -> tuple[int, ...]:
+    """How many times larger or smaller a map becomes, one value per axis."""
+    factors = _ints(op, name, factor, rank)
     if any(f < 1 for f in factors):
-        raise ValueError(f"{op}: factor must be at least 1 per axis, got {factors}")
+        raise ValueError(f"{op}: {name} must be at least 1 per axis, got {factors}")
     return factors
 
 
@@ -262,6 +277,18 @@ def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple
     if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
         raise ValueError(f"{op}: shift_size must be in 0..window_size - 1 per axis, got {shift} for window {window}")
     return window, shift
+
+
+def check_roll(op: str, shift_size: Any, rank: int) -> tuple[int, ...]:
+    """A cyclic shift as torch.roll takes it: any number of tokens per axis, in either direction."""
+    return _ints(op, "shift_size", shift_size, rank)
+
+
+def check_forms(op: str, name: str, x: Any, *shapes: tuple[int, ...]) -> None:
+    """A tensor of any dtype and one of these shapes."""
+    _check_map(op, name, x, floating=False)
+    if tuple(x.shape) not in shapes:
+        raise ValueError(f"{op}: {name} must be {' or '.join(map(str, shapes))}, got {_shape(x)}")
 
 
 def check_arguments(

@@ -31,6 +31,19 @@ IMPLEMENTED = {
     "residual_layer_norm": ("cuda",),
 }
 
+# What window attention has beside v1 with a bias table, and backends lack.
+_COSINE, _DENSE, _TYPES, _DROPOUT = (
+    "logit_scale (v2 cosine attention)",
+    "a dense bias (bias=)",
+    "a bias for each type of window",
+    "dropout_p",
+)
+LACKING = {
+    "cuda": {_COSINE, _DENSE, _TYPES, _DROPOUT},
+    "triton": {_COSINE, _DENSE, _TYPES, _DROPOUT},
+    "cpu": {_COSINE, _DENSE, _TYPES, _DROPOUT},
+}
+
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 # What a norm's kernel reads and writes: one dtype, or the two of autocast, in either order.
 NORM_DTYPES = frozenset((a, b) for a in _LOW_AND_SINGLE for b in _LOW_AND_SINGLE if a == b or torch.float32 in (a, b))
@@ -59,7 +72,7 @@ def _not_installed() -> dict[str, str | None]:
 NOT_INSTALLED = _not_installed()
 # Of the values that the argument checks let through, what a backend takes. The CUDA ones come from its own header.
 LIMITS: dict[str, dict[str, int]] = {"triton": {"max_window_volume": 256}}
-NORM_LIMITS: dict[str, int] = {}  # the longest row
+NORM_LIMITS: dict[str, int] = {"triton": 8192}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
     LIMITS["cuda"] = _extension.build.build_info()["window_attention_limits"]
     NORM_LIMITS["cuda"] = _extension.build.build_info()["layer_norm_limits"]["max_row"]
@@ -154,12 +167,14 @@ def window_attention_reasons(
     if backend == "reference":
         return []
     reasons = _reasons(backend, "window_attention", device) + _dtype_reasons(backend, dtype)
-    if args.logit_scale is not None:
-        reasons.append("it does not implement logit_scale (v2 cosine attention)")
-    if args.bias is not None:
-        reasons.append("it does not implement a dense bias (bias=)")
-    if args.dropout_p > 0.0:
-        reasons.append("it does not implement dropout_p")
+    for asked, feature in (
+        (args.logit_scale is not None, _COSINE),
+        (args.bias is not None, _DENSE),
+        (args.bias is not None and args.bias.dim() == 4, _TYPES),
+        (args.dropout_p > 0.0, _DROPOUT),
+    ):
+        if asked and feature in LACKING[backend]:
+            reasons.append(f"it does not implement {feature}")
     limits = LIMITS.get(backend, {})
     largest, multiple = limits.get("max_window_volume", args.window_volume), limits.get("head_dim_multiple", 1)
     if args.window_volume > largest:
@@ -192,20 +207,47 @@ def norm_reasons(
     return reasons
 
 
+def residual_reasons(
+    backend: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> list[str]:
+    """As norm_reasons, for a residual connection and its norm; ``dtypes`` are those of the stream and the branch."""
+    reasons = norm_reasons(backend, "residual_layer_norm", row, dtypes, device)
+    stream, branch = dtypes
+    if backend != "reference" and stream != torch.float32 and branch == torch.float32:
+        reasons.append(f"it adds a branch of the stream's dtype or a narrower one, got {branch} to {stream}")
+    return reasons
+
+
+def patch_merging_reasons(
+    backend: str, norm: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> list[str]:
+    """As norm_reasons, for patch merging with its norm before the reduction ("pre") or after it ("post")."""
+    if norm == "pre":
+        return norm_reasons(backend, "patch_merging", row, dtypes, device)
+    # Triton cuts the windows, and torch normalises.
+    of_norm = [] if backend == "triton" else norm_reasons(backend, "layer_norm", row, dtypes, device)
+    return list(dict.fromkeys(window_partition_reasons(backend, device) + of_norm))
+
+
 def choose_window_attention(requested: str, args: WindowArguments, dtype: torch.dtype, device: torch.device) -> str:
     """The backend for a call: the requested one, or for "auto" the first that can run it."""
     return choose(args.op, requested, device, lambda backend: window_attention_reasons(backend, args, dtype, device))
 
 
+def check_backend(op: str, requested: Any) -> None:
+    """Refuse what is neither "auto" nor the name of a backend."""
+    if requested != "auto" and requested not in BACKENDS:
+        raise ValueError(f"{op}: backend must be 'auto' or one of {BACKENDS}, got {requested!r}")
+
+
 def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[str], list[str]]) -> str:
     """The backend for a call of ``op``, by the reasons why each one cannot run it."""
+    check_backend(op, requested)
     if requested == "auto":
         for backend in PREFERENCE.get(device.type, ("reference",)):
             if not reasons_of(backend):
                 return backend
         return "reference"
-    if requested not in BACKENDS:
-        raise ValueError(f"{op}: backend must be 'auto' or one of {BACKENDS}, got {requested!r}")
     reasons = reasons_of(requested)
     if reasons:
         raise NotImplementedError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._backends import choose, norm_reasons
-from swinkernels.ops._library import kernel_parameter, lib, parameter_gradients, refuse_double_backward, three
+from swinkernels.ops._library import kernel_parameter, lib, parameter_gradients, register, register_derivative, three
 
 # factor: three values, slowest axis first, or none for the plain norm. mean and rstd: one value for each row of z.
 lib.define(
@@ -50,21 +50,24 @@ def _fake_bwd(dz, x, weight, mean, rstd, factor, needs_dweight, needs_dbias):
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, ctx.factor, _, _ = inputs
+    ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
     ctx.save_for_backward(x, weight, bias, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
+_bwd = register_derivative("layer_norm_bwd", _fake_bwd, "layer_norm")
+
+
 def _backward(ctx, dz, *_):
+    if dz is None:
+        return (None,) * 6
     x, weight, bias, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad[1:3]
-    dx, *sums = torch.ops.swinkernels.layer_norm_bwd(dz, x, weight, mean, rstd, ctx.factor, *needs)
+    dx, *sums = _bwd(dz, x, weight, mean, rstd, ctx.factor, *needs)
     return dx, *parameter_gradients((weight, bias), sums, needs), None, None, None
 
 
-torch.library.register_fake("swinkernels::layer_norm_fwd", _fake_fwd, lib=lib)
-torch.library.register_fake("swinkernels::layer_norm_bwd", _fake_bwd, lib=lib)
-torch.library.register_autograd("swinkernels::layer_norm_fwd", _backward, setup_context=_setup_context, lib=lib)
-torch.library.register_autograd("swinkernels::layer_norm_bwd", refuse_double_backward("layer_norm"), lib=lib)
+_fwd = register("layer_norm_fwd", _fake_fwd, _setup_context, _backward)
 
 
 def layer_norm(
@@ -127,4 +130,4 @@ def normalise_parts(
             return reference.patch_expanding(x, None, weight, bias, factor=factor, eps=eps, dtype=dtype)
         return reference.layer_norm(x, weight, bias, eps=eps, dtype=dtype)
     weight, bias = kernel_parameter(weight), kernel_parameter(bias)
-    return torch.ops.swinkernels.layer_norm_fwd(x, weight, bias, three(factor, 1) if factor else [], eps, dtype)[0]
+    return _fwd(x, weight, bias, three(factor, 1) if factor else [], eps, dtype)[0]

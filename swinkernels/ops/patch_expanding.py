@@ -40,8 +40,9 @@ def patch_expanding(
         backend: "auto", "cuda" or "reference", of the layout and the norm.
 
     Returns:
-        (B, \*(S * factor), out), contiguous, in the dtype of x; under autocast in float32, as torch's LayerNorm. An
-        empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype.
+        (B, \*(S * factor), out), contiguous, in the dtype of x; under autocast in float32, as torch's LayerNorm on a
+        GPU. An empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's
+        dtype; twice with backend="reference" only.
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
@@ -59,7 +60,8 @@ def patch_expanding(
         width = weight.shape[0]
     if width % parts != 0:
         raise ValueError(
-            f"{op}: the {width} channels to lay out must be a multiple of prod(factor) = {parts}, got factor {factors}"
+            f"{op}: the channels to lay out, {'those of x' if weight is None else 'the rows of weight'}, must be a "
+            f"multiple of prod(factor) = {parts} for factor {factors}, got {width}"
         )
     _arguments.check_parameters(op, x, (width // parts,), norm_weight=norm_weight, norm_bias=norm_bias)
     dtype = x.dtype if autocast_dtype(x) is None else torch.float32

@@ -7,7 +7,7 @@ The gather of the neighbours and the norm are one op, ``patch_merging_norm_fwd``
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +15,19 @@ from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _arguments
-from swinkernels.ops._backends import choose, norm_reasons, window_partition_reasons
+from swinkernels.ops._backends import choose, patch_merging_reasons
 from swinkernels.ops._library import (
     autocast_dtype,
     kernel_parameter,
     lib,
     linear,
     parameter_gradients,
-    refuse_double_backward,
+    register,
+    register_derivative,
     three,
 )
 from swinkernels.ops.layer_norm import layer_norm
-from swinkernels.ops.window_partition import window_partition
+from swinkernels.ops.window_partition import partition
 
 # Per order and number of merged axes, the neighbours whose channels follow each other, each as its row-major number
 # among the 2 ** axes of a block: 4 d + 2 h + w. "unfold" is row-major once its parameters are reordered.
@@ -51,7 +52,7 @@ def merged_size(size: Sequence[int], factor: Sequence[int]) -> list[int]:
     return [-(-s // f) for s, f in zip(size, factor[-len(size) :], strict=True)]
 
 
-def _define(suffix: str) -> None:
+def _define(suffix: str) -> Callable:
     fwd, bwd = f"patch_merging_norm_fwd{suffix}", f"patch_merging_norm_bwd{suffix}"
     # neighbours[p]: which neighbour, numbered row-major within the factor's block, the p-th run of C channels holds.
     lib.define(
@@ -74,25 +75,24 @@ def _define(suffix: str) -> None:
 
     def setup_context(ctx, inputs, output):
         x, weight, bias, ctx.factor, ctx.neighbours, _, _ = inputs
+        ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
         ctx.save_for_backward(x, weight, bias, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
-    backward_op = getattr(torch.ops.swinkernels, bwd)
+    backward_op = register_derivative(bwd, fake_bwd, "patch_merging")
 
     def backward(ctx, dz, *_):
+        if dz is None:
+            return (None,) * 7
         x, weight, bias, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:3]
         dx, *sums = backward_op(dz, x, weight, mean, rstd, ctx.factor, ctx.neighbours, *needs)
         return dx, *parameter_gradients((weight, bias), sums, needs), *(None,) * 4
 
-    torch.library.register_fake(f"swinkernels::{fwd}", fake_fwd, lib=lib)
-    torch.library.register_fake(f"swinkernels::{bwd}", fake_bwd, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{fwd}", backward, setup_context=setup_context, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{bwd}", refuse_double_backward("patch_merging"), lib=lib)
+    return register(fwd, fake_fwd, setup_context, backward)
 
 
-for _suffix in ("", "_triton"):
-    _define(_suffix)
+_NORM_FWD = {suffix: _define(suffix) for suffix in ("", "_triton")}
 
 
 def _by_neighbour(x: Tensor, count: int) -> Tensor:
@@ -152,9 +152,9 @@ def patch_merging(
 
     Returns:
         (B, \*S', out) in the dtype of x, contiguous, S' = ceil(S / 2) on the merged axes. Under autocast, as torch's
-        modules do: in the autocast dtype for "pre", whose last step is the Linear, in float32 for "post". An empty
-        batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype; twice
-        with backend="reference" only.
+        modules do on a GPU: in the autocast dtype for "pre", whose last step is the Linear, in float32 for "post". An
+        empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype;
+        twice with backend="reference" only.
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
@@ -178,13 +178,8 @@ def patch_merging(
     between = x.dtype if low is None else low  # of what the Linear reads and writes
     dtype = between if low is None or norm == "pre" else torch.float32
 
-    def reasons(b: str) -> list[str]:
-        if norm == "pre":
-            return norm_reasons(b, op, weight.shape[1], (x.dtype, between), x.device)
-        both = [] if b == "triton" else norm_reasons(b, "layer_norm", width, (between, dtype), x.device)
-        return list(dict.fromkeys(window_partition_reasons(b, x.device) + both))
-
-    backend = choose(op, backend, x.device, reasons)
+    dtypes = (x.dtype, between) if norm == "pre" else (between, dtype)
+    backend = choose(op, backend, x.device, lambda b: patch_merging_reasons(b, norm, width, dtypes, x.device))
     if backend == "reference":
         return reference.patch_merging(x, norm_weight, norm_bias, weight, eps=eps, order=order, norm=norm).to(dtype)
     if order == "unfold":  # the norm does not care for the order, so the small parameters change theirs
@@ -196,15 +191,17 @@ def patch_merging(
     numbers = list(_RUNS[order, rank])
     factor = [2] * rank
     if norm == "pre":
-        fwd = getattr(torch.ops.swinkernels, f"patch_merging_norm_fwd{'_triton' if backend == 'triton' else ''}")
+        fwd = _NORM_FWD["_triton" if backend == "triton" else ""]
         parameters = map(kernel_parameter, (norm_weight, norm_bias))
         z = fwd(x, *parameters, three(factor, 1), numbers, eps, between)[0]
         return linear(z, weight)
     # Windows of two tokens per axis are the neighbours in row-major order, and their pads are zeros at the end.
     window = [1] * (x.dim() - 2 - rank) + factor
-    windows = window_partition(x, window, backend=backend)
+    windows = partition(op, x, window, [0] * len(window), "pad_then_roll", backend)
     merged = windows.reshape(x.shape[0], *merged_size(x.shape[1:-1], window), weight.shape[1])
     reduced = linear(merged, _row_major_columns(weight, numbers))
     if backend == "triton":
-        return F.layer_norm(reduced, (width,), norm_weight, norm_bias, eps).to(dtype)
+        # In float32 throughout: torch's norm wants one dtype for the map and its parameters.
+        norm_weight, norm_bias = (None if p is None else p.float() for p in (norm_weight, norm_bias))
+        return F.layer_norm(reduced.float(), (width,), norm_weight, norm_bias, eps).to(dtype)
     return layer_norm(reduced, norm_weight, norm_bias, eps=eps, dtype=dtype, backend=backend)

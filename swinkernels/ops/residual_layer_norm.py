@@ -6,7 +6,6 @@ and ``_bwd`` (v2: the norm before it) of ``torch.ops.swinkernels``, with CUDA ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _arguments
-from swinkernels.ops._backends import choose, norm_reasons
-from swinkernels.ops._library import kernel_parameter, lib, parameter_gradients, refuse_double_backward
+from swinkernels.ops._backends import choose, residual_reasons
+from swinkernels.ops._library import kernel_parameter, lib, parameter_gradients, register, register_derivative
 
 _BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
 _SAVED = "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias"
@@ -57,44 +56,51 @@ def _fake_post_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dweight, ne
 
 def _setup_context(ctx, inputs, output):
     _, _, drop_path_scale, weight, bias, _ = inputs
-    s, _, mean, rstd = output
+    s, z, mean, rstd = output
+    ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
+    ctx.z_dtype = z.dtype
     ctx.save_for_backward(s, drop_path_scale, weight, bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
 
 
+_bwd = register_derivative("residual_layer_norm_bwd", _fake_bwd, "residual_layer_norm")
+
+
 def _backward(ctx, ds, dz, *_):
+    if ds is None and dz is None:
+        return (None,) * 6
     s, drop_path_scale, weight, bias, mean, rstd = ctx.saved_tensors
+    ds = torch.zeros_like(s) if ds is None else ds
+    dz = torch.zeros_like(s, dtype=ctx.z_dtype) if dz is None else dz
     needs = ctx.needs_input_grad[3:5]
-    dx, dy, *sums = torch.ops.swinkernels.residual_layer_norm_bwd(
-        ds, dz, s, drop_path_scale, weight, mean, rstd, *needs
-    )
+    dx, dy, *sums = _bwd(ds, dz, s, drop_path_scale, weight, mean, rstd, *needs)
     is_dx = drop_path_scale is None and dz.dtype == s.dtype
     return dx, dx if is_dx else dy, None, *parameter_gradients((weight, bias), sums, needs), None
 
 
 def _setup_post_context(ctx, inputs, output):
     _, y, drop_path_scale, weight, bias, _ = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(y, drop_path_scale, weight, bias, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
+_post_bwd = register_derivative("residual_post_norm_bwd", _fake_post_bwd, "residual_post_norm")
+
+
 def _post_backward(ctx, ds, *_):
+    if ds is None:
+        return (None,) * 6
     y, drop_path_scale, weight, bias, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad[3:5]
-    dy, *sums = torch.ops.swinkernels.residual_post_norm_bwd(ds, y, drop_path_scale, weight, mean, rstd, *needs)
+    dy, *sums = _post_bwd(ds, y, drop_path_scale, weight, mean, rstd, *needs)
     return ds, dy, None, *parameter_gradients((weight, bias), sums, needs), None
 
 
-def _register(name: str, fake_fwd: Callable, fake_bwd: Callable, setup_context: Callable, backward: Callable) -> None:
-    fwd, bwd = f"swinkernels::{name}_fwd", f"swinkernels::{name}_bwd"
-    torch.library.register_fake(fwd, fake_fwd, lib=lib)
-    torch.library.register_fake(bwd, fake_bwd, lib=lib)
-    torch.library.register_autograd(fwd, backward, setup_context=setup_context, lib=lib)
-    torch.library.register_autograd(bwd, refuse_double_backward(name), lib=lib)
-
-
-_register("residual_layer_norm", _fake_fwd, _fake_bwd, _setup_context, _backward)
-_register("residual_post_norm", _fake_post_fwd, _fake_post_bwd, _setup_post_context, _post_backward)
+_FORWARD = {
+    "residual_layer_norm": register("residual_layer_norm_fwd", _fake_fwd, _setup_context, _backward),
+    "residual_post_norm": register("residual_post_norm_fwd", _fake_post_fwd, _setup_post_context, _post_backward),
+}
 
 
 def _run(
@@ -119,12 +125,9 @@ def _run(
     eps = _arguments.check_eps(op, eps)
 
     def reasons(b: str) -> list[str]:
-        found = norm_reasons(b, "residual_layer_norm", x.shape[-1], (x.dtype, y.dtype), x.device)
-        if b != "reference":
-            if x.dtype != torch.float32 and y.dtype == torch.float32:
-                found.append(f"it adds a branch of the stream's dtype or a narrower one, got {y.dtype} to {x.dtype}")
-            if drop_path_scale is not None and drop_path_scale.requires_grad:
-                found.append("it does not differentiate drop_path_scale")
+        found = residual_reasons(b, x.shape[-1], (x.dtype, y.dtype), x.device)
+        if b != "reference" and drop_path_scale is not None and drop_path_scale.requires_grad:
+            found.append("it does not differentiate drop_path_scale")
         return found
 
     if choose(op, backend, x.device, reasons) == "reference":
@@ -133,7 +136,7 @@ def _run(
     if drop_path_scale is not None:
         drop_path_scale = drop_path_scale.to(torch.float32)
     weight, bias = kernel_parameter(weight), kernel_parameter(bias)
-    return getattr(torch.ops.swinkernels, f"{op}_fwd")(x, y, drop_path_scale, weight, bias, eps)
+    return _FORWARD[op](x, y, drop_path_scale, weight, bias, eps)
 
 
 def residual_layer_norm(

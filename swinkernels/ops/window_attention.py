@@ -9,7 +9,7 @@ needs no op.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,32 +18,36 @@ from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints, WindowArguments
 from swinkernels.ops._backends import choose_window_attention, constant_when_compiled
-from swinkernels.ops._library import autocast_dtype, lib, refuse_double_backward, three
+from swinkernels.ops._library import autocast_dtype, lib, parameter_gradients, register, register_derivative, three
 
 # The geometry as WindowGeometry of csrc/params/window_attention.h has it: three values a list, slowest axis first; 2D
 # has a leading axis of one token. The maps keep their own rank.
 _GEOMETRY = (
     "int[] window_size, int[] shift_size, int[] table_window, int[] pad_before, int[] periodic, "
-    "bool roll_then_pad, bool grid, float scale, float mask_value, bool allow_tf32"
+    "bool roll_then_pad, bool grid, float scale, float mask_value, float dropout_p, bool allow_tf32"
 )
-_TABLES = "Tensor? bias_table, Tensor? pad_qkv, Tensor? region_map"
+# All float32 but pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the map's device).
+_TABLES = (
+    "Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? pad_qkv, Tensor? region_map, Tensor? dropout_seed"
+)
+# The first of the tables are those that have a gradient.
+_DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
 _FORMS = {"window_attention_qkvpacked": ("qkv",), "window_attention": ("q", "k", "v")}
 
 
-def _define(name: str, maps: tuple[str, ...], suffix: str) -> None:
-    """The forward and backward op of one form: what they take and return, and how autograd joins them."""
+def _define(name: str, maps: tuple[str, ...], suffix: str) -> Callable:
+    """The forward and backward op of one form: what they take and return, and how autograd joins them. What to call."""
     n = len(maps)
     inputs = ", ".join(f"Tensor {m}" for m in maps)
     gradients = ", ".join(f"Tensor d{m}" for m in maps)
     fwd, bwd = f"{name}_fwd{suffix}", f"{name}_bwd{suffix}"
     lib.define(f"{fwd}({inputs}, {_TABLES}, {_GEOMETRY}) -> (Tensor out, Tensor lse)")
-    lib.define(
-        f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_GEOMETRY}, bool needs_dbias_table, "
-        f"bool needs_dpad_qkv) -> ({gradients}, Tensor dbias_table, Tensor dpad_qkv)"
-    )
+    needs = ", ".join(f"bool needs_d{table}" for table in _DIFFERENTIABLE)
+    sums = ", ".join(f"Tensor d{table}" for table in _DIFFERENTIABLE)
+    lib.define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_GEOMETRY}, {needs}) -> ({gradients}, {sums})")
 
     def fake_fwd(*args):
-        x, window_size = args[0], args[n + 3]
+        x, window_size = args[0], args[n + 6]
         num_heads, head_dim = x.shape[-2:]
         size = x.shape[1 : -3 if n == 1 else -2]
         window = tuple(window_size[-len(size) :])
@@ -52,47 +56,35 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> None:
         return out, x.new_empty((x.shape[0], windows, num_heads, math.prod(window)), dtype=torch.float32)
 
     def fake_bwd(*args):
-        xs, bias_table = args[1 : 1 + n], args[2 + n]
-        needs_dbias_table, needs_dpad_qkv = args[-2:]
+        xs, tables, needed = args[1 : 1 + n], args[2 + n : 6 + n], args[-4:]
         num_heads, head_dim = xs[0].shape[-2:]
-        dbias_table = bias_table.shape if needs_dbias_table else (0,)
-        dpad_qkv = (3, num_heads, head_dim) if needs_dpad_qkv else (0,)
-        return (
-            *(x.new_empty(x.shape) for x in xs),
-            xs[0].new_empty(dbias_table, dtype=torch.float32),
-            xs[0].new_empty(dpad_qkv, dtype=torch.float32),
-        )
+        shapes = [None if t is None else t.shape for t in tables[:3]] + [(3, num_heads, head_dim)]
+        sums = [
+            xs[0].new_empty(shape if need else (0,), dtype=torch.float32)
+            for shape, need in zip(shapes, needed, strict=True)
+        ]
+        return *(x.new_empty(x.shape) for x in xs), *sums
 
     def setup_context(ctx, inputs, output):
-        bias_table, pad_qkv, region_map = inputs[n : n + 3]
-        ctx.geometry = inputs[n + 3 :]
-        ctx.save_for_backward(*inputs[:n], output[1], bias_table, pad_qkv, region_map)
+        ctx.set_materialize_grads(False)  # zeros for lse would be a kernel
+        ctx.geometry = inputs[n + 6 :]
+        ctx.save_for_backward(*inputs[:n], output[1], *inputs[n : n + 6])
         ctx.mark_non_differentiable(output[1])
 
-    backward_op = getattr(torch.ops.swinkernels, bwd)
+    backward_op = register_derivative(bwd, fake_bwd, name)
 
     def backward(ctx, dout, _dlse):
-        *xs, lse, bias_table, pad_qkv, region_map = ctx.saved_tensors
-        needs_table, needs_pad = ctx.needs_input_grad[n : n + 2]
-        *dxs, dbias_table, dpad_qkv = backward_op(
-            dout, *xs, lse, bias_table, pad_qkv, region_map, *ctx.geometry, needs_table, needs_pad
-        )
-        return (
-            *dxs,
-            dbias_table if needs_table else None,
-            dpad_qkv.to(pad_qkv.dtype) if needs_pad else None,
-            *(None,) * (1 + len(ctx.geometry)),
-        )
+        if dout is None:
+            return (None,) * (n + 6 + len(ctx.geometry))
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[n : n + 4]
+        gradients = backward_op(dout, *saved, *ctx.geometry, *needs)
+        sums = parameter_gradients(saved[n + 1 : n + 5], gradients[n:], needs)
+        return *gradients[:n], *sums, *(None,) * (2 + len(ctx.geometry))
 
-    torch.library.register_fake(f"swinkernels::{fwd}", fake_fwd, lib=lib)
-    torch.library.register_fake(f"swinkernels::{bwd}", fake_bwd, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{fwd}", backward, setup_context=setup_context, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{bwd}", refuse_double_backward(name), lib=lib)
+    return register(fwd, fake_fwd, setup_context, backward)
 
 
-for _name, _maps in _FORMS.items():
-    for _suffix in ("", "_triton"):
-        _define(_name, _maps, _suffix)
+_FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}
 
 
 @constant_when_compiled  # as torch's own matmul settles it, too
@@ -127,19 +119,26 @@ def _attend(form: str, maps: tuple[Tensor, ...], args: WindowArguments, backend:
             generator=args.generator,
             grid=args.grid,
         )
-    bias_table, region_map = args.bias_table, args.region_map
-    if bias_table is not None:
-        bias_table = bias_table.to(torch.float32)
+    bias_table, bias, logit_scale = (
+        None if t is None else t.to(torch.float32) for t in (args.bias_table, args.bias, args.logit_scale)
+    )
+    region_map, seed = args.region_map, None
+    if logit_scale is not None:
+        logit_scale = logit_scale.reshape(args.num_heads)
+    if args.dropout_p > 0.0:  # drawn on the device, so that every replay of a CUDA graph draws anew
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device, generator=args.generator)
     if pad_qkv is not None:
         pad_qkv = pad_qkv.to(x.dtype).reshape(3, args.num_heads, args.head_dim)
     if region_map is not None:
         region_map = region_map.to(torch.int32).reshape(three(region_map.shape, 1))
-    suffix = "_triton" if backend == "triton" else ""
-    out, _ = getattr(torch.ops.swinkernels, f"{form}_fwd{suffix}")(
+    out, _ = _FORWARD[form, "_triton" if backend == "triton" else ""](
         *maps,
         bias_table,
+        bias,
+        logit_scale,
         pad_qkv,
         region_map,
+        seed,
         three(args.window_size, 1),
         three(args.shift_size, 0),
         three(args.table_window, 1),
@@ -149,6 +148,7 @@ def _attend(form: str, maps: tuple[Tensor, ...], args: WindowArguments, backend:
         args.grid,
         args.scale,
         args.mask_value,
+        args.dropout_p,
         x.is_cuda and x.dtype == torch.float32 and _tf32_switch(),
     )
     return out

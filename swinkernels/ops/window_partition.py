@@ -7,24 +7,22 @@ CUDA kernel, and with the suffix ``_triton`` in Triton. Each is the other's deri
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import choose, window_partition_reasons
-from swinkernels.ops._library import lib, three
+from swinkernels.ops._library import lib, register, three
 
-# Geometry has three values a list, slowest axis first, as WindowGeometry of csrc/params has it; `size` has the rank of
+# Geometry has three values a list, slowest axis first, as FrameGeometry of csrc/params has it; `size` has the rank of
 # the map. The ops allow any shift below the frame's size.
 _GEOMETRY = "int[] window_size, int[] shift_size, bool roll_then_pad"
 
 
-def _define(suffix: str) -> None:
+def _define(suffix: str) -> dict[str, Callable]:
     partition, reverse = f"window_partition{suffix}", f"window_reverse{suffix}"
     lib.define(f"{partition}(Tensor x, {_GEOMETRY}) -> Tensor")
     lib.define(f"{reverse}(Tensor windows, SymInt[] size, {_GEOMETRY}) -> Tensor")
@@ -47,28 +45,22 @@ def _define(suffix: str) -> None:
     def setup_reverse(ctx, inputs, output):
         ctx.geometry = inputs[2:]
 
-    partition_op, reverse_op = getattr(torch.ops.swinkernels, partition), getattr(torch.ops.swinkernels, reverse)
-
     def backward_partition(ctx, dwindows):
-        return reverse_op(dwindows, ctx.size, *ctx.geometry), None, None, None
+        return call_reverse(dwindows, ctx.size, *ctx.geometry), None, None, None
 
     def backward_reverse(ctx, dx):
-        return partition_op(dx, *ctx.geometry), None, None, None, None
+        return call_partition(dx, *ctx.geometry), None, None, None, None
 
-    torch.library.register_fake(f"swinkernels::{partition}", fake_partition, lib=lib)
-    torch.library.register_fake(f"swinkernels::{reverse}", fake_reverse, lib=lib)
-    torch.library.register_autograd(
-        f"swinkernels::{partition}", backward_partition, setup_context=setup_partition, lib=lib
-    )
-    torch.library.register_autograd(f"swinkernels::{reverse}", backward_reverse, setup_context=setup_reverse, lib=lib)
+    call_partition = register(partition, fake_partition, setup_partition, backward_partition)
+    call_reverse = register(reverse, fake_reverse, setup_reverse, backward_reverse)
+    return {partition: call_partition, reverse: call_reverse}
 
 
-for _suffix in ("", "_triton"):
-    _define(_suffix)
+_OPS = _define("") | _define("_triton")
 
 
-def _op(name: str, backend: str) -> Any:
-    return getattr(torch.ops.swinkernels, f"{name}_triton" if backend == "triton" else name)
+def _op(name: str, backend: str) -> Callable:
+    return _OPS[f"{name}_triton" if backend == "triton" else name]
 
 
 def _geometry(window: Sequence[int], shift: Sequence[int], pad_order: str) -> tuple[list[int], list[int], bool]:
@@ -76,11 +68,37 @@ def _geometry(window: Sequence[int], shift: Sequence[int], pad_order: str) -> tu
 
 
 def _check_count(op: str, batch: int, size: Sequence[int], window: Sequence[int], channels: int) -> None:
-    if batch * math.prod(_arguments.frame_size(size, window)) * channels > _arguments.MAX_ELEMENTS:
+    if max(batch, 1) * math.prod(_arguments.frame_size(size, window)) * channels > _arguments.MAX_ELEMENTS:
         raise ValueError(
-            f"{op}: the padded map must be small enough for an int64 to count its elements, got {batch} maps of "
-            f"{tuple(size)} tokens, {channels} channels and window {tuple(window)}: split the batch"
+            f"{op}: the padded map must be small enough for an int64 to count its elements, got {batch} maps of size "
+            f"{tuple(size)}, {channels} channels and window_size {tuple(window)}: split the batch"
         )
+
+
+def partition(
+    op: str, x: Tensor, window: Sequence[int], shift: Sequence[int], pad_order: str, backend: str = "auto"
+) -> Tensor:
+    """:func:`window_partition` of arguments that ``op`` checked, for any shift below the padded map's size."""
+    backend = choose(op, backend, x.device, lambda b: window_partition_reasons(b, x.device))
+    if backend == "reference":
+        return reference.window_partition(x, window, shift, pad_order=pad_order)
+    return _op("window_partition", backend)(x, *_geometry(window, shift, pad_order))
+
+
+def reverse(
+    op: str,
+    windows: Tensor,
+    window: Sequence[int],
+    size: Sequence[int],
+    shift: Sequence[int],
+    pad_order: str,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`window_reverse` of arguments that ``op`` checked, for any shift below the padded map's size."""
+    backend = choose(op, backend, windows.device, lambda b: window_partition_reasons(b, windows.device))
+    if backend == "reference":
+        return reference.window_reverse(windows, window, size, shift, pad_order=pad_order)
+    return _op("window_reverse", backend)(windows, size, *_geometry(window, shift, pad_order))
 
 
 def window_partition(
@@ -116,10 +134,7 @@ def window_partition(
     window, shift = _arguments.check_window(op, window_size, shift_size, x.dim() - 2)
     _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
     _check_count(op, x.shape[0], x.shape[1:-1], window, x.shape[-1])
-    backend = choose(op, backend, x.device, lambda b: window_partition_reasons(b, x.device))
-    if backend == "reference":
-        return reference.window_partition(x, window, shift, pad_order=pad_order)
-    return _op(op, backend)(x, *_geometry(window, shift, pad_order))
+    return partition(op, x, window, shift, pad_order, backend)
 
 
 def window_reverse(
@@ -151,20 +166,9 @@ def window_reverse(
     Source: ``window_reverse`` and ``torch.roll`` of microsoft/Swin-Transformer, and the crop of its callers.
     """
     op = "window_reverse"
-    if not isinstance(windows, Tensor):
-        raise TypeError(f"{op}: windows must be a tensor, got {type(windows).__name__}")
     size = _arguments.check_size(op, size)
     window, shift = _arguments.check_window(op, window_size, shift_size, len(size))
     _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
-    n = math.prod(window)
-    per_image = math.prod(_arguments.frame_size(size, window)) // n
-    if windows.dim() != 3 or windows.shape[1] != n or windows.shape[0] % per_image != 0 or windows.shape[2] < 1:
-        raise ValueError(
-            f"{op}: windows must be (B * {per_image}, {n}, C) for S = {size} and window {window}, "
-            f"got shape {tuple(windows.shape)}"
-        )
-    _check_count(op, windows.shape[0] // per_image, size, window, windows.shape[2])
-    backend = choose(op, backend, windows.device, lambda b: window_partition_reasons(b, windows.device))
-    if backend == "reference":
-        return reference.window_reverse(windows, window, size, shift, pad_order=pad_order)
-    return _op(op, backend)(windows, size, *_geometry(window, shift, pad_order))
+    _arguments.check_windows(op, windows, size, window)
+    _check_count(op, 1, size, window, windows.shape[2])  # of one map: the others are there
+    return reverse(op, windows, window, size, shift, pad_order, backend)

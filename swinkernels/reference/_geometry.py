@@ -38,15 +38,24 @@ def per_axis(op: str, name: str, value: Any, rank: int) -> tuple:
     return values
 
 
-def check_window(op: str, size: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_order: str) -> None:
-    """Refuse a geometry that has no meaning."""
+def check_window(
+    op: str,
+    size: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    pad_order: str,
+    *,
+    below_frame: bool = False,
+) -> None:
+    """Refuse a geometry that has no meaning. Only the regions of attention need a shift below the window."""
     if len(size) not in (2, 3) or any(s < 1 for s in size):
         raise ValueError(f"{op}: the map must have two or three axes of at least one token, got S = {tuple(size)}")
     if any(w < 1 for w in window):
         raise ValueError(f"{op}: window_size must be positive, got {tuple(window)}")
-    if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
+    limits, name = (frame_size(size, window), "frame") if below_frame else (window, "window_size")
+    if any(not 0 <= s < limit for s, limit in zip(shift, limits, strict=True)):
         raise ValueError(
-            f"{op}: shift_size must be in 0..window_size - 1 per axis, got {tuple(shift)} for window {tuple(window)}"
+            f"{op}: shift_size must be in 0..{name} - 1 per axis, got {tuple(shift)} for {name} {tuple(limits)}"
         )
     if pad_order not in PAD_ORDERS:
         raise ValueError(f"{op}: pad_order must be one of {PAD_ORDERS}, got {pad_order!r}")

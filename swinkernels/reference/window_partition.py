@@ -21,7 +21,7 @@ def window_partition(x: Tensor, window_size: Ints, shift_size: Ints = 0, *, pad_
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any dtype, any strides.
         window_size: tokens per axis, an int or one per axis, slowest first.
-        shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
+        shift_size: tokens per axis, from 0 to below the size of the padded map; s is ``torch.roll(x, -s)``.
         pad_order: where S is not a multiple of the window: "pad_then_roll" or "roll_then_pad" (timm).
 
     Returns:
@@ -39,7 +39,7 @@ def window_partition(x: Tensor, window_size: Ints, shift_size: Ints = 0, *, pad_
     batch, *size, channels = x.shape
     window = per_axis(op, "window_size", window_size, len(size))
     shift = per_axis(op, "shift_size", shift_size, len(size))
-    check_window(op, size, window, shift, pad_order)
+    check_window(op, size, window, shift, pad_order, below_frame=True)
     index = source_index(size, window, shift, pad_order=pad_order, device=x.device)  # (num_windows, N)
     tokens = x.reshape(batch, math.prod(size), channels)
     tokens = torch.cat([tokens, x.new_zeros(batch, 1, channels)], dim=1)  # the last row is the pad token
@@ -75,7 +75,7 @@ def window_reverse(
     size = tuple(size)
     window = per_axis(op, "window_size", window_size, len(size))
     shift = per_axis(op, "shift_size", shift_size, len(size))
-    check_window(op, size, window, shift, pad_order)
+    check_window(op, size, window, shift, pad_order, below_frame=True)
     index = source_index(size, window, shift, pad_order=pad_order, device=windows.device)
     num_windows, n = index.shape
     if windows.dim() != 3 or windows.shape[1] != n or windows.shape[0] % num_windows != 0:

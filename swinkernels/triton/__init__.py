@@ -6,41 +6,59 @@ Triton is imported with the first call, not with the package.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
 _lib = torch.library.Library("swinkernels", "IMPL")
 
+# In Triton's interpreter (TRITON_INTERPRET=1) kernels run on the CPU.
+_KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on") else ("CUDA",)
+
 
 @functools.cache
-def _window_attention() -> ModuleType:
-    from swinkernels.triton import window_attention
+def _launcher(name: str) -> ModuleType:
+    return importlib.import_module(f"swinkernels.triton.{name}")
 
-    return window_attention
+
+def _attach(op: str, launch: Callable[..., Any]) -> None:
+    """Make ``launch`` the kernel of an op, on the GPU of its tensors: Triton takes the current one."""
+
+    def run(x, *arguments):
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return launch(x, *arguments)
+        return launch(x, *arguments)
+
+    for key in _KEYS:
+        _lib.impl(f"{op}_triton", run, key)
 
 
 def _qkvpacked_fwd(qkv, *arguments):
-    return _window_attention().forward((qkv,), *arguments)
+    return _launcher("window_attention").forward((qkv,), *arguments)
 
 
 def _qkvpacked_bwd(dout, qkv, lse, *arguments):
-    return _window_attention().backward(dout, (qkv,), lse, *arguments)
+    return _launcher("window_attention").backward(dout, (qkv,), lse, *arguments)
 
 
 def _separate_fwd(q, k, v, *arguments):
-    return _window_attention().forward((q, k, v), *arguments)
+    return _launcher("window_attention").forward((q, k, v), *arguments)
 
 
 def _separate_bwd(dout, q, k, v, lse, *arguments):
-    return _window_attention().backward(dout, (q, k, v), lse, *arguments)
+    return _launcher("window_attention").backward(dout, (q, k, v), lse, *arguments)
 
 
-# In Triton's interpreter (TRITON_INTERPRET=1) kernels run on the CPU.
-_KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on") else ("CUDA",)
-for _key in _KEYS:
-    _lib.impl("window_attention_qkvpacked_fwd_triton", _qkvpacked_fwd, _key)
-    _lib.impl("window_attention_qkvpacked_bwd_triton", _qkvpacked_bwd, _key)
-    _lib.impl("window_attention_fwd_triton", _separate_fwd, _key)
-    _lib.impl("window_attention_bwd_triton", _separate_bwd, _key)
+_attach("window_attention_qkvpacked_fwd", _qkvpacked_fwd)
+_attach("window_attention_qkvpacked_bwd", _qkvpacked_bwd)
+_attach("window_attention_fwd", _separate_fwd)
+_attach("window_attention_bwd", _separate_bwd)
+_attach("window_partition", lambda *arguments: _launcher("window_partition").partition(*arguments))
+_attach("window_reverse", lambda *arguments: _launcher("window_partition").reverse(*arguments))
+_attach("patch_merging_norm_fwd", lambda *arguments: _launcher("patch_merging").forward(*arguments))
+_attach("patch_merging_norm_bwd", lambda *arguments: _launcher("patch_merging").backward(*arguments))

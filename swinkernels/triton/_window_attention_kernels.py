@@ -26,6 +26,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from swinkernels.triton._window_address import coordinates, dense_row, locate, next_window, split_window
+
 LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -48,56 +50,16 @@ kernel = triton.jit(do_not_specialize=_BATCH_INTEGERS)
 
 
 @triton.jit
-def _coordinates(token, WINDOW: tl.constexpr):
-    """Row-major decoding of window tokens; tokens beyond the window get a first coordinate beyond it."""
-    return token // (WINDOW[1] * WINDOW[2]), token // WINDOW[2] % WINDOW[1], token % WINDOW[2]
-
-
-@triton.jit
 def _table_position(token, TABLE_WINDOW: tl.constexpr):
     """r(t): the bias of query i and key j is row r(i) - r(j) + r_max of the table."""
-    t0, t1, t2 = _coordinates(token, TABLE_WINDOW)
+    t0, t1, t2 = coordinates(token, TABLE_WINDOW)
     return (t0 * (2 * TABLE_WINDOW[1] - 1) + t1) * (2 * TABLE_WINDOW[2] - 1) + t2
-
-
-@triton.jit
-def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr):
-    """On one axis: the map coordinate of token t of window n, and whether the map has it (else it is a pad token)."""
-    num_windows = tl.cdiv(size, WINDOW)
-    g = t * num_windows + n if GRID else n * WINDOW + t
-    if ROLL_THEN_PAD:
-        y = g - before
-        real = (y >= 0) & (y < size)
-        y += roll
-        y = tl.where(y >= size, y - size, y)
-    else:
-        frame = num_windows * WINDOW
-        y = g + roll
-        y = tl.where(y >= frame, y - frame, y) - before
-        real = (y >= 0) & (y < size)
-    return y, real
-
-
-@triton.jit
-def _locate(
-    n0, n1, n2, token, size, roll, before,
-    WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr,
-):  # fmt: skip
-    """Map coordinates of tokens of window (n0, n1, n2), and which of them are in the map."""
-    t0, t1, t2 = _coordinates(token, WINDOW)
-    y0, real0 = _source(n0, t0, size[0], roll[0], before[0], WINDOW[0], ROLL_THEN_PAD, GRID)
-    y1, real1 = _source(n1, t1, size[1], roll[1], before[1], WINDOW[1], ROLL_THEN_PAD, GRID)
-    y2, real2 = _source(n2, t2, size[2], roll[2], before[2], WINDOW[2], ROLL_THEN_PAD, GRID)
-    real = token < WINDOW[0] * WINDOW[1] * WINDOW[2]
-    if HAS_PADDING:
-        real = real & real0 & real1 & real2
-    return y0, y1, y2, real
 
 
 @triton.jit
 def _beyond_seam(token, cut, WINDOW: tl.constexpr):
     """A bit per axis: the token is beyond the shift's seam, if its window has the seam. The same for all windows."""
-    t0, t1, t2 = _coordinates(token, WINDOW)
+    t0, t1, t2 = coordinates(token, WINDOW)
     bits = (t0 >= cut[0]).to(tl.int32) + (t1 >= cut[1]).to(tl.int32) * 2
     return bits + (t2 >= cut[2]).to(tl.int32) * 4
 
@@ -120,7 +82,7 @@ def _region(n0, n1, n2, token, beyond, seams, size, region_map, WINDOW: tl.const
     if region_map is None:
         region = beyond & seams
     else:
-        t0, t1, t2 = _coordinates(token, WINDOW)
+        t0, t1, t2 = coordinates(token, WINDOW)
         num0, num1, num2 = tl.cdiv(size[0], WINDOW[0]), tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
         g0 = t0 * num0 + n0 if GRID else n0 * WINDOW[0] + t0
         g1 = t1 * num1 + n1 if GRID else n1 * WINDOW[1] + t1
@@ -128,32 +90,6 @@ def _region(n0, n1, n2, token, beyond, seams, size, region_map, WINDOW: tl.const
         at = (g0.to(tl.int64) * (num1 * WINDOW[1]) + g1) * (num2 * WINDOW[2]) + g2
         region = tl.load(region_map + at, mask=token < WINDOW[0] * WINDOW[1] * WINDOW[2], other=0)
     return region
-
-
-@triton.jit
-def _split_window(window, size, WINDOW: tl.constexpr):
-    """Image and window coordinates of a window of the batch."""
-    num1, num2 = tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
-    num0 = tl.cdiv(size[0], WINDOW[0])
-    n2 = window % num2
-    n1 = window // num2 % num1
-    n0 = window // (num2 * num1) % num0
-    return window // (num2 * num1 * num0), n0, n1, n2
-
-
-@triton.jit
-def _next_window(image, n0, n1, n2, size, WINDOW: tl.constexpr):
-    """The window after this one: carries instead of the divisions of _split_window, which every thread would do."""
-    n2 += 1
-    wraps = n2 == tl.cdiv(size[2], WINDOW[2])
-    n2 = tl.where(wraps, 0, n2)
-    n1 += wraps.to(tl.int32)
-    wraps = n1 == tl.cdiv(size[1], WINDOW[1])
-    n1 = tl.where(wraps, 0, n1)
-    n0 += wraps.to(tl.int32)
-    wraps = n0 == tl.cdiv(size[0], WINDOW[0])
-    n0 = tl.where(wraps, 0, n0)
-    return image + wraps.to(tl.int32), n0, n1, n2
 
 
 # ---- reading and writing rows ----------------------------------------------------------------------------------------
@@ -173,13 +109,6 @@ def _load_rows(
         mask=real[:, None] & (d < HEAD_DIM)[None, :],
         other=0.0,
     )
-
-
-@triton.jit
-def _dense_row(image, y0, y1, y2, size):
-    """The number of a token in a contiguous (B, *S, ...) map."""
-    first = image.to(tl.int64) * size[0]
-    return ((first + y0) * size[1] + y1) * size[2] + y2
 
 
 @triton.jit
@@ -276,13 +205,13 @@ def fwd_whole(
     head = program % num_heads
     first = program // num_heads * windows_per_program
     count = tl.minimum(windows_per_program, batch_windows - first)
-    image, n0, n1, n2 = _split_window(first, size, WINDOW)
+    image, n0, n1, n2 = split_window(first, size, WINDOW)
     token = tl.arange(0, BLOCK_N)
     beyond = _beyond_seam(token, cut, WINDOW)
     bias = _bias_tile(bias_table, token, token, num_heads, head, VOLUME, TABLE_WINDOW)
 
     for i in range(count):
-        y0, y1, y2, real = _locate(
+        y0, y1, y2, real = locate(
             n0, n1, n2, token, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING
         )  # fmt: skip
         q_tile = _load_tokens(
@@ -307,11 +236,11 @@ def fwd_whole(
         probs = tl.exp2(scores - top[:, None])
         total = tl.sum(probs, axis=1)
         result = tl.dot(probs.to(v_tile.dtype), v_tile, input_precision=PRECISION) / total[:, None]
-        row = _dense_row(image, y0, y1, y2, size)
+        row = dense_row(image, y0, y1, y2, size)
         _store_dense(out, result, row, real, num_heads, head, num_heads, 0, HEAD_DIM, BLOCK_D)
         lse_row = ((first + i).to(tl.int64) * num_heads + head) * VOLUME
         tl.store(lse + lse_row + token, (top + tl.log2(total)) * _LN_2, mask=token < VOLUME)
-        image, n0, n1, n2 = _next_window(image, n0, n1, n2, size, WINDOW)
+        image, n0, n1, n2 = next_window(image, n0, n1, n2, size, WINDOW)
 
 
 @kernel
@@ -332,7 +261,7 @@ def bwd_whole(
     group = program // num_heads
     first = group * windows_per_program
     count = tl.minimum(windows_per_program, batch_windows - first)
-    image, n0, n1, n2 = _split_window(first, size, WINDOW)
+    image, n0, n1, n2 = split_window(first, size, WINDOW)
     token = tl.arange(0, BLOCK_N)
     beyond = _beyond_seam(token, cut, WINDOW)
     bias = _bias_tile(bias_table, token, token, num_heads, head, VOLUME, TABLE_WINDOW)
@@ -343,7 +272,7 @@ def bwd_whole(
         dpad_v = tl.zeros([BLOCK_D], tl.float32)
 
     for i in range(count):
-        y0, y1, y2, real = _locate(
+        y0, y1, y2, real = locate(
             n0, n1, n2, token, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING
         )  # fmt: skip
         q_tile = _load_tokens(
@@ -358,7 +287,7 @@ def bwd_whole(
             v, packed_offset, v_strides, pad_qkv, 2, num_heads, image, head, y0, y1, y2, token, real,
             VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
         )  # fmt: skip
-        row = _dense_row(image, y0, y1, y2, size)
+        row = dense_row(image, y0, y1, y2, size)
         dout_tile = _load_dense(dout, row, real, num_heads, head, HEAD_DIM, BLOCK_D)
         lse_row = ((first + i).to(tl.int64) * num_heads + head) * VOLUME
         lse_tile = tl.load(lse + lse_row + token, mask=token < VOLUME, other=0.0)
@@ -385,7 +314,7 @@ def bwd_whole(
             is_pad = ((token < VOLUME) & ~real)[:, None]
             dpad_k += tl.sum(tl.where(is_pad, dk_tile, 0.0), axis=0)
             dpad_v += tl.sum(tl.where(is_pad, dv_tile, 0.0), axis=0)
-        image, n0, n1, n2 = _next_window(image, n0, n1, n2, size, WINDOW)
+        image, n0, n1, n2 = next_window(image, n0, n1, n2, size, WINDOW)
 
     if dbias is not None:
         tile = dbias + program.to(tl.int64) * (VOLUME * VOLUME)
@@ -419,9 +348,9 @@ def fwd_tiled(
     window = program // num_heads // Q_TILES
     query = program // num_heads % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
     query_beyond = _beyond_seam(query, cut, WINDOW)
-    image, n0, n1, n2 = _split_window(window, size, WINDOW)
+    image, n0, n1, n2 = split_window(window, size, WINDOW)
     seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
-    y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+    y0, y1, y2, real = locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
     q_tile = _load_tokens(
         q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, query, real,
         VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
@@ -433,7 +362,7 @@ def fwd_tiled(
     for start in range(0, VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         key_beyond = _beyond_seam(key, cut, WINDOW)
-        z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        z0, z1, z2, has = locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
         k_tile = _load_tokens(
             k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
             VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
@@ -456,7 +385,7 @@ def fwd_tiled(
         result = tl.dot(probs.to(v_tile.dtype), v_tile, result * rescale[:, None], input_precision=PRECISION)
         top = higher
 
-    row = _dense_row(image, y0, y1, y2, size)
+    row = dense_row(image, y0, y1, y2, size)
     _store_dense(out, result / total[:, None], row, real, num_heads, head, num_heads, 0, HEAD_DIM, BLOCK_D)
     lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
     tl.store(lse + lse_row + query, (top + tl.log2(total)) * _LN_2, mask=query < VOLUME)
@@ -481,14 +410,14 @@ def bwd_tiled_dq(
     window = program // num_heads // Q_TILES
     query = program // num_heads % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
     query_beyond = _beyond_seam(query, cut, WINDOW)
-    image, n0, n1, n2 = _split_window(window, size, WINDOW)
+    image, n0, n1, n2 = split_window(window, size, WINDOW)
     seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
-    y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+    y0, y1, y2, real = locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
     q_tile = _load_tokens(
         q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, query, real,
         VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
     )  # fmt: skip
-    row = _dense_row(image, y0, y1, y2, size)
+    row = dense_row(image, y0, y1, y2, size)
     dout_tile = _load_dense(dout, row, real, num_heads, head, HEAD_DIM, BLOCK_D)
     lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
     lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
@@ -501,7 +430,7 @@ def bwd_tiled_dq(
     for start in range(0, VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         key_beyond = _beyond_seam(key, cut, WINDOW)
-        z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        z0, z1, z2, has = locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
         k_tile = _load_tokens(
             k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
             VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
@@ -527,7 +456,7 @@ def bwd_tiled_dq(
     for start in range(0, VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         key_beyond = _beyond_seam(key, cut, WINDOW)
-        z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        z0, z1, z2, has = locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
         k_tile = _load_tokens(
             k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
             VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
@@ -568,9 +497,9 @@ def bwd_tiled_dkdv(
     window = group // K_TILES
     key = group % K_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
     key_beyond = _beyond_seam(key, cut, WINDOW)
-    image, n0, n1, n2 = _split_window(window, size, WINDOW)
+    image, n0, n1, n2 = split_window(window, size, WINDOW)
     seams = _seams(n0, n1, n2, size, cut, region_map, WINDOW)
-    z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+    z0, z1, z2, has = locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
     k_tile = _load_tokens(
         k, packed_offset, k_strides, pad_qkv, 1, num_heads, image, head, z0, z1, z2, key, has,
         VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
@@ -587,13 +516,13 @@ def bwd_tiled_dkdv(
     for start in range(0, VOLUME, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
         query_beyond = _beyond_seam(query, cut, WINDOW)
-        y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        y0, y1, y2, real = locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
         q_tile = _load_tokens(
             q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, query, real,
             VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
         )  # fmt: skip
         dout_tile = _load_dense(
-            dout, _dense_row(image, y0, y1, y2, size), real, num_heads, head, HEAD_DIM, BLOCK_D
+            dout, dense_row(image, y0, y1, y2, size), real, num_heads, head, HEAD_DIM, BLOCK_D
         )  # fmt: skip
         lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
         delta_tile = tl.load(delta + lse_row + query, mask=query < VOLUME, other=0.0)
@@ -610,7 +539,7 @@ def bwd_tiled_dkdv(
         dk_tile = tl.dot(tl.trans(dscores.to(q_tile.dtype)), q_tile, dk_tile, input_precision=PRECISION)
 
     dk_tile *= scale
-    row = _dense_row(image, z0, z1, z2, size)
+    row = dense_row(image, z0, z1, z2, size)
     _store_dense(dk, dk_tile, row, has, num_heads, head, grad_row_heads, grad_head_offset, HEAD_DIM, BLOCK_D)
     _store_dense(dv, dv_tile, row, has, num_heads, head, grad_row_heads, 2 * grad_head_offset, HEAD_DIM, BLOCK_D)
     if dpad is not None:
@@ -649,13 +578,13 @@ def bwd_tiled_dbias(
     group = tile // (K_TILES * Q_TILES)
     first = group * windows_per_program
     count = tl.minimum(windows_per_program, batch_windows - first)
-    image, n0, n1, n2 = _split_window(first, size, WINDOW)
+    image, n0, n1, n2 = split_window(first, size, WINDOW)
     bias = _bias_tile(bias_table, query, key, num_heads, head, VOLUME, TABLE_WINDOW)
 
     dbias_tile = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for i in range(count):
-        y0, y1, y2, real = _locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
-        z0, z1, z2, has = _locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        y0, y1, y2, real = locate(n0, n1, n2, query, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
+        z0, z1, z2, has = locate(n0, n1, n2, key, size, roll, before, WINDOW, ROLL_THEN_PAD, GRID, HAS_PADDING)
         q_tile = _load_tokens(
             q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, query, real,
             VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
@@ -669,7 +598,7 @@ def bwd_tiled_dbias(
             VOLUME, HEAD_DIM, BLOCK_D, ALIGN,
         )  # fmt: skip
         dout_tile = _load_dense(
-            dout, _dense_row(image, y0, y1, y2, size), real, num_heads, head, HEAD_DIM, BLOCK_D
+            dout, dense_row(image, y0, y1, y2, size), real, num_heads, head, HEAD_DIM, BLOCK_D
         )  # fmt: skip
         lse_row = ((first + i).to(tl.int64) * num_heads + head) * VOLUME
         lse_tile = tl.load(lse + lse_row + query, mask=query < VOLUME, other=0.0)
@@ -685,7 +614,7 @@ def bwd_tiled_dbias(
         dprobs = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
         dscores = probs * (dprobs - delta_tile[:, None])
         dbias_tile += dscores
-        image, n0, n1, n2 = _next_window(image, n0, n1, n2, size, WINDOW)
+        image, n0, n1, n2 = next_window(image, n0, n1, n2, size, WINDOW)
 
     inside = (query < VOLUME)[:, None] & (key < VOLUME)[None, :]
     at = dbias + (group.to(tl.int64) * num_heads + head) * (VOLUME * VOLUME)
@@ -710,7 +639,7 @@ def fold_dbias(
     d1 = row // (2 * TABLE_WINDOW[2] - 1) % (2 * TABLE_WINDOW[1] - 1) - (TABLE_WINDOW[1] - 1)
     d2 = row % (2 * TABLE_WINDOW[2] - 1) - (TABLE_WINDOW[2] - 1)
     key = tl.arange(0, BLOCK_N)
-    k0, k1, k2 = _coordinates(key, TABLE_WINDOW)
+    k0, k1, k2 = coordinates(key, TABLE_WINDOW)
     q0 = k0[None, :] + d0[:, None]  # (BLOCK_ROWS, BLOCK_N): the query that lies at this offset from the key
     q1 = k1[None, :] + d1[:, None]
     q2 = k2[None, :] + d2[:, None]

@@ -146,8 +146,11 @@ def _unit_stride(x: Tensor) -> Tensor:
 def _prepare(
     maps: Sequence[Tensor],
     bias_table: Tensor | None,
+    _bias: None,
+    _logit_scale: None,
     pad_qkv: Tensor | None,
     region_map: Tensor | None,
+    _dropout_seed: None,
     window: Sequence[int],
     shift: Sequence[int],
     table_window: Sequence[int],
@@ -157,6 +160,7 @@ def _prepare(
     grid: bool,
     scale: float,
     mask_value: float,
+    _dropout_p: float,
     allow_tf32: bool,
 ) -> _Call:
     maps = tuple(_unit_stride(x) for x in maps)
@@ -238,7 +242,7 @@ def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of the maps (one or three), then dbias_table and dpad_qkv, empty where not needed."""
-    *shared, needs_dbias_table, needs_dpad_qkv = arguments
+    *shared, needs_dbias_table, _, _, needs_dpad_qkv = arguments
     call = _prepare(maps, *shared)
     plan, heads, x = call.plan, call.num_heads, maps[0]
     head_dim, volume = plan.flags["HEAD_DIM"], plan.volume
@@ -248,8 +252,9 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
     grad_heads = (3 * heads, heads) if packed else (heads, 0)
     dbias_table = x.new_zeros((plan.table_rows, heads) if needs_dbias_table else 0, dtype=torch.float32)
     dpad_qkv = x.new_zeros((3, heads, head_dim) if needs_dpad_qkv else 0, dtype=torch.float32)
+    none = [x.new_empty(0, dtype=torch.float32) for _ in range(2)]
     if x.numel() == 0:
-        return *dmaps, dbias_table, dpad_qkv
+        return *dmaps, dbias_table, *none, dpad_qkv
     dout, lse = dout.contiguous(), lse.contiguous()
     needs_dpad_qkv = needs_dpad_qkv and plan.flags["HAS_PADDING"]
     log2 = (call.scale * kernels.LOG2_E, call.mask_log2)
@@ -298,4 +303,4 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
         )  # fmt: skip
     if dpad is not None:
         torch.sum(dpad, 0, out=dpad_qkv[1:])  # a pad token's query has no gradient
-    return *dmaps, dbias_table, dpad_qkv
+    return *dmaps, dbias_table, *none, dpad_qkv

@@ -243,8 +243,13 @@ class _Forward(ctypes.Structure):
         ("out", _TokenMap),
         ("lse", ctypes.c_void_p),
         ("bias_table", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("bias_types", ctypes.c_int32),
+        ("logit_scale", ctypes.c_void_p),
         ("pad_qkv", ctypes.c_void_p),
         ("region_map", ctypes.c_void_p),
+        ("dropout_p", ctypes.c_float),
+        ("dropout_seed", ctypes.c_void_p),
     ]
 
 
@@ -256,6 +261,8 @@ class _Backward(ctypes.Structure):
         ("dk", _TokenMap),
         ("dv", _TokenMap),
         ("dbias_table", ctypes.c_void_p),
+        ("dbias", ctypes.c_void_p),
+        ("dlogit_scale", ctypes.c_void_p),
         ("dpad_qkv", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
     ]
@@ -323,7 +330,11 @@ class _Call:
             args.mask_value,
             *(_token_map(x) for x in self.qkv.unbind(4)),
             _token_map(self.out),
-            *(pointer(x) for x in (self.lse, self.bias_table, self.pad_qkv, self.region_map)),
+            lse=pointer(self.lse),
+            bias_table=pointer(self.bias_table),
+            bias_types=1,
+            pad_qkv=pointer(self.pad_qkv),
+            region_map=pointer(self.region_map),
         )
 
     def _empty_map(self, channels: tuple[int, ...], dtype: torch.dtype) -> Tensor:

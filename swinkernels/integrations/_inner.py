@@ -1,0 +1,50 @@
+"""Inner modules whose work an op may do along with its own: whether anybody would miss their call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_traced(x: Any) -> bool:
+    """Whether a forward pass is run for its code, which is to be the library's, by torch.fx or torch.jit.trace."""
+    return not isinstance(x, Tensor) or torch.jit.is_tracing()  # torch.fx passes a proxy
+
+
+def inner(module: nn.Module, name: str) -> Any:
+    """A child of a module, for the forward pass: __getattr__ is slow."""
+    return module._modules[name]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def replaced_forward(module: nn.Module) -> str | None:
+    """Why a module may compute something else than its class says, for a report: its class's forward is not called."""
+    return "its forward was replaced on the instance" if "forward" in module.__dict__ else None
+
+
+def why_not_absorbed(name: str, module: nn.Module, kind: type[nn.Module], known_as: str) -> str | None:
+    """Why an inner module has to be called for its work, or None. A subclass may compute something else."""
+    if type(module) is not kind:
+        return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not {known_as}"
+    if "forward" in module.__dict__:
+        return f"{name}.forward was replaced on the instance"
+    return f"a hook is registered on {name}" if has_hooks(module) else None
+
+
+def why_not_linear(name: str, linear: nn.Module) -> str | None:
+    return why_not_absorbed(name, linear, nn.Linear, "an nn.Linear")
+
+
+def why_not_norm(name: str, norm: Any, width: int) -> str | None:
+    """Why a norm of rows of ``width`` elements has to be called for its work, or None."""
+    reason = why_not_absorbed(name, norm, nn.LayerNorm, "an nn.LayerNorm")
+    if reason is None and norm.normalized_shape != (width,):
+        return f"{name} does not normalise rows of {width} elements, but {norm.normalized_shape}"
+    return reason

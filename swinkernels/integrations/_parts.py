@@ -1,0 +1,89 @@
+"""The parts of a module's work that ops can take over: what a report has to know of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from swinkernels.ops._arguments import check_arguments
+from swinkernels.ops._backends import window_attention_reasons
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one op of this package can do of a module's work; a module is of one of an adapter's two classes."""
+
+    name: str
+    # Why the library's own code runs it at present, whatever the backend, or None.
+    reason_to_fall_back: Callable[[Any], str | None]
+    # Why a backend cannot run it in the module's own dtype and on its device; the bool is for training.
+    reasons: Callable[[Any, str, bool], list[str]]
+    # Where no fast backend runs it: the library's own code, or else the reference, unless a backend was named, which
+    # then refuses the call.
+    or_own_code: bool = True
+
+
+def window_attention_part(
+    weight: Callable[[Any], Tensor],
+    map_size: Callable[[Any], tuple[int, ...]],
+    arguments: Callable[[Any], dict[str, Any]],
+    dropout_p: Callable[[Any], float],
+    reason_to_fall_back: Callable[[Any], str | None],
+) -> Part:
+    """Attention by window_attention_qkvpacked.
+
+    Args:
+        weight: the QKV weight, (3C, channels of the input).
+        map_size: the tokens of the map that the module was made for, per axis.
+        arguments: those of the op in eval mode, without qkv and backend.
+        dropout_p: the probability of attention dropout in training.
+        reason_to_fall_back: as in :class:`Part`.
+    """
+
+    def reasons(module: Any, backend: str, training: bool) -> list[str]:
+        qkv_weight = weight(module)
+        given: dict[str, Any] = {
+            "bias": None,
+            "table_window": None,
+            "logit_scale": None,
+            "pad_before": 0,
+            "periodic": False,
+            "region_map": None,
+            "generator": None,
+            "grid": False,
+            **arguments(module),
+            "dropout_p": dropout_p(module) if training else 0.0,
+        }
+        head_dim = qkv_weight.shape[0] // (3 * given["num_heads"])
+        no_tokens = qkv_weight.new_empty(0)
+        args = check_arguments("accelerate", no_tokens, map_size(module), head_dim, **given)
+        return window_attention_reasons(backend, args, qkv_weight.dtype, qkv_weight.device)
+
+    return Part("attention", reason_to_fall_back, reasons, or_own_code=False)
+
+
+def norm_part(
+    name: str,
+    weight: Callable[[Any], Tensor],
+    reasons_of_op: Callable[..., list[str]],
+    arguments: Callable[[Any], tuple],
+    reason_to_fall_back: Callable[[Any], str | None],
+) -> Part:
+    """An op with a norm in it.
+
+    Args:
+        name: of the part.
+        weight: one with the module's dtype and device.
+        reasons_of_op: (backend, *arguments, dtypes, device) -> why the backend cannot run the op.
+        arguments: what the op's reasons depend on beside dtypes and device.
+        reason_to_fall_back: as in :class:`Part`.
+    """
+
+    def reasons(module: Any, backend: str, training: bool) -> list[str]:
+        w = weight(module)
+        return reasons_of_op(backend, *arguments(module), (w.dtype, w.dtype), w.device)
+
+    return Part(name, reason_to_fall_back, reasons)

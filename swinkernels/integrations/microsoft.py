@@ -1,0 +1,133 @@
+"""The interface of Microsoft's ``window_process`` extension: its users change one import.
+
+In place of ``from kernels.window_process.window_process import WindowProcess, WindowProcessReverse``::
+
+    from swinkernels.integrations.microsoft import WindowProcess, WindowProcessReverse
+
+Source: kernels/window_process of microsoft/Swin-Transformer, and its callers in models/swin_transformer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from swinkernels.ops import _arguments
+from swinkernels.ops._arguments import Ints
+from swinkernels.ops.window_partition import partition, reverse
+
+_NO_PADDING = "pad_then_roll"  # either order: the sizes divide
+
+
+def _check_geometry(
+    op: str, batch: Any, height: Any, width: Any, channels: Any, shift_size: Any, window_size: Any
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The map's size, the roll and the window, two values each."""
+    _arguments.check_count(op, "B", batch, at_least=0)
+    for name, value in (("H", height), ("W", width), ("C", channels)):
+        _arguments.check_count(op, name, value)
+    size = (height, width)
+    window, _ = _arguments.check_window(op, window_size, 0, 2)
+    if any(s % w != 0 for s, w in zip(size, window, strict=True)):
+        raise ValueError(
+            f"{op}: H and W must be multiples of window_size, got {size} for window {window}: "
+            "swinkernels.window_partition and window_reverse pad"
+        )
+    return size, _arguments.check_roll(op, shift_size, 2), window
+
+
+def _wrapped(shift: Sequence[int], size: Sequence[int]) -> list[int]:
+    """The same cyclic shift, in 0..size - 1 per axis."""
+    # No remainder where none is needed: for it torch.compile would specialise on the size.
+    return [s if 0 <= s < n else s % n for s, n in zip(shift, size, strict=True)]
+
+
+class WindowProcess:
+    """Roll a feature map and cut it into windows, in one pass. Called as ``WindowProcess.apply(...)``."""
+
+    @staticmethod
+    def apply(
+        input: Tensor,
+        B: int,
+        H: int,
+        W: int,
+        C: int,
+        shift_size: Ints,
+        window_size: Ints,
+        *,
+        backend: str = "auto",
+    ) -> Tensor:
+        r"""Roll a feature map by ``shift_size``, then cut it into windows.
+
+        .. math:: windows = window\_partition(roll(input, +shift\_size))
+
+        Mind the sign: the models, which shift by -s before attention, pass -s here.
+
+        Args:
+            input: (B, H, W, C) or (B, H * W, C), any dtype, any strides.
+            B, H, W, C: the map's sizes; H and W are multiples of the window.
+            shift_size: tokens that the map is rolled by, an int or one for each of H and W: of either sign and any
+                size, as for ``torch.roll``.
+            window_size: tokens per axis, an int or one for each of H and W.
+            backend: "auto", "cuda", "triton" or "reference". "auto" takes the fastest that can run the call.
+
+        Returns:
+            (B * num_windows, window, window, C) in the dtype of input, contiguous, image-major, windows row-major. An
+            empty batch gives an empty result. Differentiable in input, any number of times.
+
+        Raises:
+            ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+            NotImplementedError: the requested backend cannot run this call, with the reasons.
+
+        Source: ``WindowProcess`` of kernels/window_process/window_process.py, microsoft/Swin-Transformer.
+        """
+        op = "WindowProcess"
+        size, roll, window = _check_geometry(op, B, H, W, C, shift_size, window_size)
+        _arguments.check_forms(op, "input", input, (B, H, W, C), (B, H * W, C))
+        shift = _wrapped([-r for r in roll], size)  # the ops' shift has the other sign
+        windows = partition(op, input.reshape(B, H, W, C), window, shift, _NO_PADDING, backend)
+        return windows.unflatten(1, window)
+
+
+class WindowProcessReverse:
+    """Put windows back and roll the feature map, in one pass. Called as ``WindowProcessReverse.apply(...)``."""
+
+    @staticmethod
+    def apply(
+        input: Tensor,
+        B: int,
+        H: int,
+        W: int,
+        C: int,
+        shift_size: Ints,
+        window_size: Ints,
+        *,
+        backend: str = "auto",
+    ) -> Tensor:
+        r"""Put windows back into the feature map, then roll it by ``shift_size``.
+
+        .. math:: x = roll(window\_reverse(input), +shift\_size)
+
+        The inverse of :class:`WindowProcess` with -s has +s here.
+
+        Args:
+            input: (B * num_windows, window, window, C) or (B * num_windows, window * window, C), any dtype.
+            B, H, W, C, shift_size, window_size, backend: as for :meth:`WindowProcess.apply`.
+
+        Returns:
+            (B, H, W, C) in the dtype of input, contiguous. An empty batch gives an empty result. Differentiable in
+            input, any number of times.
+
+        Raises:
+            As :meth:`WindowProcess.apply`.
+
+        Source: ``WindowProcessReverse`` of kernels/window_process/window_process.py, microsoft/Swin-Transformer.
+        """
+        op = "WindowProcessReverse"
+        size, roll, window = _check_geometry(op, B, H, W, C, shift_size, window_size)
+        n = window[0] * window[1]
+        count = B * (H * W // n)
+        _arguments.check_forms(op, "input", input, (count, *window, C), (count, n, C))
+        return reverse(op, input.reshape(count, n, C), window, size, _wrapped(roll, size), _NO_PADDING, backend)

@@ -1,0 +1,55 @@
+"""What the modules share: a feature map or the sequence of its tokens, and the arguments of the constructors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from swinkernels.ops import _arguments
+from swinkernels.ops._backends import check_backend
+
+
+def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts: Any) -> None:
+    """What every constructor takes, and its numbers of channels."""
+    for name, count in counts.items():
+        _arguments.check_count(op, name, count)
+    if isinstance(spatial_dims, bool) or spatial_dims not in (2, 3):
+        raise ValueError(f"{op}: spatial_dims must be 2 or 3, got {spatial_dims!r}")
+    _arguments.check_eps(op, eps)
+    check_backend(op, backend)
+
+
+def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: int) -> Tensor:
+    """x as (B, *S, dim): a feature map as it is, a sequence of tokens (B, L, dim) by its size S."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+    if size is not None:
+        size = _arguments.check_size(op, size)
+    if x.dim() not in ((4, 5) if size is None else (3,)):
+        raise ValueError(
+            f"{op}: x must be a map (B, *S, C), S = (H, W) or (D, H, W), without size, or a sequence (B, L, C) with "
+            f"size=S, got shape {tuple(x.shape)} and size={size}"
+        )
+    if size is not None:
+        if x.shape[1] != math.prod(size):
+            raise ValueError(
+                f"{op}: x must have the L = {math.prod(size)} tokens of size={size}, got shape {tuple(x.shape)}"
+            )
+        x = x.unflatten(1, size)
+    if x.dim() - 2 < spatial_dims:
+        raise ValueError(
+            f"{op}: x must have {spatial_dims} axes of tokens for spatial_dims={spatial_dims}, got S = "
+            f"{tuple(x.shape[1:-1])}"
+        )
+    # The op infers from the widths what is merged, so more channels could pass for more axes.
+    if x.shape[-1] != dim:
+        raise ValueError(f"{op}: x must have dim = {dim} channels, got {x.shape[-1]}")
+    return x
+
+
+def as_given(y: Tensor, size: Sequence[int] | None) -> Tensor:
+    """The map y in the form that x had: a sequence if it came with its size."""
+    return y if size is None else y.flatten(1, -2)

@@ -1,0 +1,107 @@
+"""Patch embedding as a module: torch's convolution, and a norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swinkernels.nn._features import check_module
+from swinkernels.ops._arguments import Ints, check_factor
+from swinkernels.ops._library import autocast_dtype
+from swinkernels.ops.layer_norm import layer_norm
+
+
+class PatchEmbed(nn.Module):
+    r"""Project every patch of an image to one token and, if wanted, normalise it.
+
+    .. math:: y_i = LayerNorm(W \cdot patch_i + b)
+
+    The projection is torch's convolution with the patch as kernel and stride, run in the channels last memory format so
+    that its result is the feature map as it stands: what is rearranged is the image, not the map. An image that is not
+    a multiple of the patch is padded with zeros at its end.
+
+    Args:
+        patch_size: pixels per axis, an int or one per axis, slowest first.
+        in_chans: channels of the image.
+        embed_dim: channels C of a token.
+        spatial_dims: 2 for (H, W), 3 for (D, H, W).
+        norm: whether there is a norm: in the classification models yes, in MONAI's SwinUNETR by default no.
+        bias: of the convolution.
+        eps: of the norm.
+        backend: "auto", "cuda" or "reference", of the norm.
+        device, dtype: of the parameters, as for all modules of torch.
+
+    Shape:
+        x: (B, in_chans, \*I), channels first, I = (H, W) or (D, H, W), gives a feature map (B, \*S, C), channels last,
+        S = ceil(I / patch_size). ``.flatten(1, -2)`` makes the sequence of Microsoft's module, ``.movedim(-1, 1)`` the
+        channels first of MONAI's. Under autocast the result is float32 with a norm, else of the autocast dtype.
+
+    Parameters: ``proj.weight`` (C, in_chans, \*patch_size), ``proj.bias`` (C), ``norm.weight``, ``norm.bias`` (C).
+
+    Source: Swin Transformer (Liu et al., 2021), section 3.1; ``PatchEmbed`` of Microsoft's Swin-Transformer, timm and
+    MONAI, ``PatchEmbed3D`` of Video-Swin, ``features.0`` of torchvision.
+    """
+
+    norm: nn.LayerNorm | None
+
+    def __init__(
+        self,
+        patch_size: Ints = 4,
+        in_chans: int = 3,
+        embed_dim: int = 96,
+        *,
+        spatial_dims: int = 2,
+        norm: bool = True,
+        bias: bool = True,
+        eps: float = 1e-5,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        op = "PatchEmbed"
+        check_module(op, in_chans=in_chans, embed_dim=embed_dim, spatial_dims=spatial_dims, eps=eps, backend=backend)
+        for name, flag in (("norm", norm), ("bias", bias)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{op}: {name} must be a bool, got {flag!r}")
+        self.patch_size = check_factor(op, patch_size, spatial_dims, "patch_size")
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
+        self.spatial_dims = spatial_dims
+        self.backend = backend
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        convolution: Any = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
+        self.proj = convolution(in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias, **factory)
+        self.norm = nn.LayerNorm(embed_dim, eps=eps, **factory) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"PatchEmbed: x must be a tensor, got {type(x).__name__}")
+        image = x.shape[2:]
+        if len(image) != self.spatial_dims or x.shape[1] != self.in_chans or any(n < 1 for n in image):
+            axes = "(H, W)" if self.spatial_dims == 2 else "(D, H, W)"
+            raise ValueError(
+                f"PatchEmbed: x must be (B, {self.in_chans}, *I), I = {axes} of at least one pixel each, "
+                f"got shape {tuple(x.shape)}"
+            )
+        pads = [-n % p for n, p in zip(image, self.patch_size, strict=True)]
+        if any(pads):
+            x = F.pad(x, [amount for pad in reversed(pads) for amount in (0, pad)])
+        channels_last = torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d
+        tokens = self.proj(x.contiguous(memory_format=channels_last)).movedim(1, -1)
+        if self.norm is None:
+            return tokens
+        # As torch's LayerNorm does on a GPU: float32 under autocast.
+        dtype = tokens.dtype if autocast_dtype(tokens) is None else torch.float32
+        return layer_norm(
+            tokens, self.norm.weight, self.norm.bias, eps=self.norm.eps, dtype=dtype, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"patch_size={self.patch_size}, in_chans={self.in_chans}, embed_dim={self.embed_dim}, "
+            f"spatial_dims={self.spatial_dims}, backend={self.backend!r}"
+        )

@@ -1,0 +1,84 @@
+"""Where the tokens of shifted windows lie in a map, which of them are pad tokens: index arithmetic of all window ops.
+
+The geometry has three axes, 2D a leading one of one token. ``roll`` is the shift as it enters the addresses: in
+``roll_then_pad`` modulo the map's size, since a map may be smaller than the shift. ``before`` counts pad tokens before
+the data. On an axis the shift is below the frame, so that addresses wrap around at most once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def coordinates(token, WINDOW: tl.constexpr):
+    """Row-major decoding of window tokens; tokens beyond the window get a first coordinate beyond it."""
+    return token // (WINDOW[1] * WINDOW[2]), token // WINDOW[2] % WINDOW[1], token % WINDOW[2]
+
+
+@triton.jit
+def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr):
+    """On one axis: the map coordinate of token t of window n, and whether the map has it (else it is a pad token)."""
+    num_windows = tl.cdiv(size, WINDOW)
+    g = t * num_windows + n if GRID else n * WINDOW + t
+    if ROLL_THEN_PAD:
+        y = g - before
+        real = (y >= 0) & (y < size)
+        y += roll
+        y = tl.where(y >= size, y - size, y)
+    else:
+        frame = num_windows * WINDOW
+        y = g + roll
+        y = tl.where(y >= frame, y - frame, y) - before
+        real = (y >= 0) & (y < size)
+    return y, real
+
+
+@triton.jit
+def locate(
+    n0, n1, n2, token, size, roll, before,
+    WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr,
+):  # fmt: skip
+    """Map coordinates of tokens of window (n0, n1, n2), and which of them are in the map."""
+    t0, t1, t2 = coordinates(token, WINDOW)
+    y0, real0 = _source(n0, t0, size[0], roll[0], before[0], WINDOW[0], ROLL_THEN_PAD, GRID)
+    y1, real1 = _source(n1, t1, size[1], roll[1], before[1], WINDOW[1], ROLL_THEN_PAD, GRID)
+    y2, real2 = _source(n2, t2, size[2], roll[2], before[2], WINDOW[2], ROLL_THEN_PAD, GRID)
+    real = token < WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if HAS_PADDING:
+        real = real & real0 & real1 & real2
+    return y0, y1, y2, real
+
+
+@triton.jit
+def split_window(window, size, WINDOW: tl.constexpr):
+    """Image and window coordinates of a window of the batch."""
+    num1, num2 = tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
+    num0 = tl.cdiv(size[0], WINDOW[0])
+    n2 = window % num2
+    n1 = window // num2 % num1
+    n0 = window // (num2 * num1) % num0
+    return window // (num2 * num1 * num0), n0, n1, n2
+
+
+@triton.jit
+def next_window(image, n0, n1, n2, size, WINDOW: tl.constexpr):
+    """The window after this one: carries instead of the divisions of split_window, which every thread would do."""
+    n2 += 1
+    wraps = n2 == tl.cdiv(size[2], WINDOW[2])
+    n2 = tl.where(wraps, 0, n2)
+    n1 += wraps.to(tl.int32)
+    wraps = n1 == tl.cdiv(size[1], WINDOW[1])
+    n1 = tl.where(wraps, 0, n1)
+    n0 += wraps.to(tl.int32)
+    wraps = n0 == tl.cdiv(size[0], WINDOW[0])
+    n0 = tl.where(wraps, 0, n0)
+    return image + wraps.to(tl.int32), n0, n1, n2
+
+
+@triton.jit
+def dense_row(image, y0, y1, y2, size):
+    """The number of a token in a contiguous (B, *S, ...) map."""
+    first = image.to(tl.int64) * size[0]
+    return ((first + y0) * size[1] + y1) * size[2] + y2

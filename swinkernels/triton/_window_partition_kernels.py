@@ -1,0 +1,54 @@
+"""The Triton kernel of window partition and window reverse, 2D as 3D with a leading axis of one token.
+
+Maths     windows[b * num_windows + w, t] = x[b, y(w, t)], zero where (w, t) is a pad token; the reverse assigns from
+          right to left. y is one-to-one between the real tokens of the windows and those of the map, so one kernel
+          serves both ways, and each writes every element of its result once.
+Tiling    a token's channels are ROW chunks of the widest accesses (up to 16 bytes) that the row, its strides and its
+          address allow; a window is N * ROW chunks in a row. A program takes the same BLOCK of them in several
+          consecutive windows: it decodes its first window and the tokens of its lanes once. Flat chunks, not rows
+          padded to a power of two: no lane is idle but in the last tile of a window.
+Traffic   every element is read once and written once, pads are only written.
+Roofline  memory bound. B=128, 56x56, C=96, bf16: 154 MB, 46 us at 3.35 TB/s (H100 SXM, published peak).
+Limits    tiles of a call and chunks of a window below 2^31.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from swinkernels.triton._window_address import locate, next_window, split_window
+
+
+@triton.jit(do_not_specialize=["batch_windows", "windows_per_program"])  # else every batch size could recompile
+def move_windows(
+    x, windows, batch_windows, windows_per_program, size, roll, x_strides, window_strides,
+    WINDOW: tl.constexpr, ROW: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, ROLL_THEN_PAD: tl.constexpr,
+    HAS_PADDING: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """x_strides: batch, axes 0 to 2; window_strides: window, token; in chunks of VEC elements."""
+    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    TILES: tl.constexpr = (VOLUME * ROW + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    first = program // TILES * windows_per_program
+    count = tl.minimum(windows_per_program, batch_windows - first)
+    image, n0, n1, n2 = split_window(first, size, WINDOW)
+    chunk = program % TILES * BLOCK + tl.arange(0, BLOCK)
+    token = chunk // ROW
+    element = (chunk % ROW * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+    in_window = (token < VOLUME)[:, None]
+
+    for i in range(count):
+        y0, y1, y2, real = locate(
+            n0, n1, n2, token, size, roll, (0, 0, 0), WINDOW, ROLL_THEN_PAD, False, HAS_PADDING
+        )  # fmt: skip
+        here = y0.to(tl.int64) * x_strides[1] + y1.to(tl.int64) * x_strides[2] + y2.to(tl.int64) * x_strides[3]
+        here += image.to(tl.int64) * x_strides[0]
+        there = (first + i).to(tl.int64) * window_strides[0] + token.to(tl.int64) * window_strides[1]
+        x_at = x + (here * VEC)[:, None] + element
+        windows_at = windows + (there * VEC)[:, None] + element
+        if REVERSE:
+            tl.store(x_at, tl.load(windows_at, mask=real[:, None]), mask=real[:, None])
+        else:
+            tl.store(windows_at, tl.load(x_at, mask=real[:, None], other=0), mask=in_window)
+        image, n0, n1, n2 = next_window(image, n0, n1, n2, size, WINDOW)

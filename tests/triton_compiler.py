@@ -1,0 +1,114 @@
+"""Compiles what a launch function of the Triton backend would launch, for a GPU that need not be there.
+
+The launch function runs on meta tensors with the kernels replaced by recorders, so what is compiled is what a call
+would launch: the same argument types, flags, tiles, warps and stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"):
+    pytest.skip("Triton's interpreter replaces the compiler (TRITON_INTERPRET is set)", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
+
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # what a block may have
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Launch(NamedTuple):
+    name: str
+    function: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+class _Recorder:
+    """Stands for a kernel: keeps what it was launched with."""
+
+    def __init__(self, function: JITFunction, launches: list[Launch]):
+        self.function, self.launches = function, launches
+
+    def __getitem__(self, grid):
+        assert all(0 < n < limit for n, limit in zip(grid, (2**31, 2**16, 2**16), strict=False))
+
+        def launch(*args, **kwargs):
+            options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
+            arguments = {**dict(zip(self.function.arg_names, args, strict=False)), **kwargs}
+            self.launches.append(Launch(self.function.__name__, self.function, arguments, options))
+
+        return launch
+
+
+def kernels_of(module: ModuleType) -> dict[str, JITFunction]:
+    """The functions of a module that are launched: those whose names do not begin with an underscore."""
+    return {
+        name: f
+        for name, f in vars(module).items()
+        if isinstance(f, JITFunction) and f.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+@contextlib.contextmanager
+def recorded(module: ModuleType) -> Iterator[list[Launch]]:
+    """The launches of the kernels of a module, none of which is run."""
+    launches: list[Launch] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in kernels_of(module).items():
+            patch.setattr(module, name, _Recorder(function, launches))
+        yield launches
+
+
+def _type_of(value: Any, path: tuple[int, ...], specialized: bool, constants: dict, attributes: dict) -> Any:
+    """As Triton specialises arguments that are not compile-time constants: pointers, integers, elements of tuples."""
+    if isinstance(value, tuple):
+        return tuple(_type_of(v, (*path, i), True, constants, attributes) for i, v in enumerate(value))
+    if isinstance(value, int) and specialized and value == 1:
+        constants[path] = 1
+        return "constexpr"
+    if hasattr(value, "data_ptr") or (isinstance(value, int) and specialized and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    return mangle_type(value)
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """The compiled kernel of one launch, for sm_``arch``."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.function.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        else:
+            specialized = not parameter.do_not_specialize
+            signature[parameter.name] = _type_of(value, (i,), specialized, constants, attributes)
+    source = ASTSource(launch.function, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def resources(launch: Launch, arch: int) -> dict[str, int]:
+    """Registers, stack, local and shared memory of the compiled kernel."""
+    compiled = compile_launch(launch, arch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report))
+    return {**{k: int(v) for k, v in found.items()}, "SHARED": compiled.metadata.shared}
