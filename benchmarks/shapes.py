@@ -1,8 +1,9 @@
-"""Shapes of window attention in published models, as the cases that the tests draw inputs for."""
+"""Shapes of published models: of window attention, as the cases that the tests draw inputs for, and of feature maps."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 from swinkernels.testing import WindowAttentionCase
 
@@ -36,5 +37,39 @@ QUICK = ("swin_t.1", "swin_t.2", "swin_t.3", "swin_t.4", "window8.1")
 GOAL = "swin_t.1"
 
 
-def with_batch(case: Case, batch: int) -> Case:
+AnyCase = TypeVar("AnyCase", "Case", "MapCase")
+
+
+def with_batch(case: AnyCase, batch: int) -> AnyCase:
     return dataclasses.replace(case, batch=min(case.batch, batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class MapCase:
+    """A feature map for the memory-bound ops, with the windows it is cut into and the factor it is expanded by."""
+
+    batch: int
+    size: tuple[int, ...]
+    channels: int
+    window: int = 7
+    shift: int = 3
+    factor: int = 2
+
+    def __str__(self) -> str:
+        return f"b{self.batch}-{'x'.join(map(str, self.size))}-c{self.channels}"
+
+
+# Those that the goals of the memory-bound ops are stated for: stages 1 and 2 of Swin-T, and of Swin UNETR, whose 48
+# tokens an axis are padded to 49.
+MAP_GOALS: dict[str, MapCase] = {
+    "swin_t.1": MapCase(128, (56, 56), 96),
+    "swin_t.2": MapCase(128, (28, 28), 192),
+    "swin_unetr.1": MapCase(2, (48, 48, 48), 48),
+}
+# Detection: 200 x 304 tokens, padded to 203 x 308.
+PADDED_MAPS: dict[str, MapCase] = {"detection.1": MapCase(2, (200, 304), 96)}
+# What Swin-Unet's Linear gives to be laid out: 2 x 2 parts of 96 channels, and 4 x 4 in the last layer.
+EXPANDED_MAPS: dict[str, MapCase] = {
+    "swin_unet.expand": MapCase(128, (28, 28), 384),
+    "swin_unet.final": MapCase(24, (56, 56), 1536, factor=4),
+}

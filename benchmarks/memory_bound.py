@@ -1,0 +1,425 @@
+"""Times the ops that only move and normalise tokens, against eager PyTorch and torch.compile.
+
+Run as ``python -m benchmarks.memory_bound``; ``--help`` lists the choices.
+
+Every contestant is first compared with the float64 reference, on fewer images; benchmarks/contest.py says how it is
+timed. Dtypes are written as what is read and what is written: "float32-bfloat16" is what autocast makes of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import swinkernels
+from benchmarks import contest, peers, record, shapes
+from benchmarks.contest import show
+from benchmarks.shapes import MapCase
+from benchmarks.timing import Call
+from swinkernels import reference
+from swinkernels.ops import _backends
+from swinkernels.testing import assert_within_budget
+
+PEERS = ("eager", "eager-compiled")
+PAIRS = {
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "float32": (torch.float32, torch.float32),
+    "float32-bfloat16": (torch.float32, torch.bfloat16),
+}
+Pair = tuple[torch.dtype, torch.dtype]
+Op = Callable[..., Any]  # (**tensors) -> a tensor or several
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One op: what it is given, who can run it, and the bytes that have to move."""
+
+    implemented: str | None  # the key in IMPLEMENTED, or None for what is torch's alone
+    inputs: Callable[[MapCase, Pair], dict[str, tuple[tuple[int, ...], torch.dtype]]]  # name -> shape and dtype
+    ours: Callable[[MapCase, Pair, str], Op]  # by backend
+    peer: Callable[[MapCase, Pair], Op]
+    exact: Callable[[MapCase], Op]  # of inputs in the dtype of the arithmetic
+    moved: Callable[[MapCase, Pair], tuple[int, int]]  # bytes forward and backward
+    bare_backward: bool = True  # whether its backward pass is one op
+
+
+def _tokens(case: MapCase) -> int:
+    return case.batch * math.prod(case.size)
+
+
+def _frame_tokens(case: MapCase) -> int:
+    return case.batch * math.prod(-(-s // case.window) * case.window for s in case.size)
+
+
+def _geometry(case: MapCase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (case.window,) * len(case.size), (case.shift,) * len(case.size)
+
+
+def _map(case: MapCase) -> tuple[int, ...]:
+    return (case.batch, *case.size, case.channels)
+
+
+def _windows(case: MapCase) -> tuple[int, ...]:
+    n = case.window ** len(case.size)
+    return (_frame_tokens(case) // n, n, case.channels)
+
+
+def _merged_tokens(case: MapCase) -> int:
+    return case.batch * math.prod(-(-s // 2) for s in case.size)
+
+
+def _merged_width(case: MapCase) -> int:
+    return 2 ** len(case.size) * case.channels
+
+
+def _order(case: MapCase) -> str:
+    return "swin" if len(case.size) == 2 else "row_major"  # as peers.gather_neighbours has them
+
+
+def _merging_norm(case: MapCase, pair: Pair, backend: str) -> Op:
+    """The gather and the norm of patch merging, which have no public function of their own."""
+    if backend == "reference":
+        return lambda x, weight, bias: _exact_merging_norm(case)(x, weight, bias).to(pair[1])
+    op = getattr(torch.ops.swinkernels, f"patch_merging_norm_fwd{'_triton' if backend == 'triton' else ''}")
+    factor = [1] * (3 - len(case.size)) + [2] * len(case.size)
+    neighbours = [0, 2, 1, 3] if _order(case) == "swin" else list(range(8))
+    return lambda x, weight, bias: op(x, weight, bias, factor, neighbours, 1e-5, pair[1])[0]
+
+
+def _exact_merging_norm(case: MapCase) -> Op:
+    def merge(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        keep = torch.eye(_merged_width(case), dtype=x.dtype, device=x.device)
+        return reference.patch_merging(x, weight, bias, keep, order=_order(case))
+
+    return merge
+
+
+def _merge(case: MapCase, pair: Pair) -> Op:
+    def merge(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(peers.layer_norm(peers.gather_neighbours(x), norm_weight, norm_bias, pair[1]), weight)
+
+    return merge
+
+
+def _norm_inputs(case: MapCase, pair: Pair, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {"x": (_map(case), pair[0]), "weight": ((width,), pair[0]), "bias": ((width,), pair[0])}
+
+
+def _residual_inputs(case: MapCase, pair: Pair) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {**_norm_inputs(case, pair, case.channels), "y": (_map(case), pair[1])}
+
+
+def _add_then_norm(case: MapCase, pair: Pair) -> Op:
+    def block(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + y
+        return s, peers.layer_norm(s, weight, bias, pair[1])
+
+    return block
+
+
+def _norm_then_add(case: MapCase, pair: Pair) -> Op:
+    return lambda x, y, weight, bias: x + peers.layer_norm(y, weight, bias, pair[0])
+
+
+def _bytes(case: MapCase, read: Sequence[torch.dtype], written: Sequence[torch.dtype]) -> int:
+    """Of whole maps."""
+    return _tokens(case) * case.channels * sum(d.itemsize for d in (*read, *written))
+
+
+def _post_norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
+    # The gradient of x is that of the sum: it does not move.
+    return _bytes(case, pair, pair[:1]), _bytes(case, pair, pair[1:])
+
+
+def _residual_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
+    # ds, dz and s are read; where x and y have one dtype they have one gradient.
+    gradients = pair[:1] if pair[0] == pair[1] else pair
+    return _bytes(case, pair, pair), _bytes(case, (pair[0], pair[1], pair[0]), gradients)
+
+
+def _norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
+    return _bytes(case, pair[:1], pair[1:]), _bytes(case, pair, pair[:1])
+
+
+def _merging_norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
+    x, z = (_bytes(case, [d], []) for d in pair)
+    z = z * _merged_tokens(case) * 2 ** len(case.size) // _tokens(case)  # pads are written, and read again
+    return x + z, x + z + x
+
+
+def _merging_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
+    """The gather and the norm, and their result through the Linear to twice the channels."""
+    forward, backward = _merging_norm_moved(case, pair)
+    z, out = (_merged_tokens(case) * w * pair[1].itemsize for w in (_merged_width(case), 2 * case.channels))
+    return forward + z + out, backward + 2 * z + out
+
+
+def _gemm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
+    z, out = (_merged_tokens(case) * w * pair[1].itemsize for w in (_merged_width(case), 2 * case.channels))
+    return z + out, out + 2 * z
+
+
+def _partition_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
+    item = case.channels * pair[0].itemsize
+    return (_tokens(case) + _frame_tokens(case)) * item, 2 * _tokens(case) * item
+
+
+BENCHES: dict[str, Bench] = {
+    "window_partition": Bench(
+        "window_partition",
+        lambda case, pair: {"x": (_map(case), pair[0])},
+        lambda case, pair, b: lambda x: swinkernels.window_partition(x, *_geometry(case), backend=b),
+        lambda case, pair: lambda x: peers.window_partition(x, *_geometry(case)),
+        lambda case: lambda x: reference.window_partition(x, *_geometry(case)),
+        _partition_moved,
+    ),
+    "window_reverse": Bench(
+        "window_partition",
+        lambda case, pair: {"windows": (_windows(case), pair[0])},
+        lambda case, pair, b: (
+            lambda windows: swinkernels.window_reverse(windows, case.window, case.size, _geometry(case)[1], backend=b)
+        ),
+        lambda case, pair: (
+            lambda windows: peers.window_reverse(windows, _geometry(case)[0], case.size, _geometry(case)[1])
+        ),
+        lambda case: lambda windows: reference.window_reverse(windows, case.window, case.size, _geometry(case)[1]),
+        lambda case, pair: _partition_moved(case, pair)[::-1],
+    ),
+    "patch_merging_norm": Bench(
+        "patch_merging",
+        lambda case, pair: _norm_inputs(case, pair, _merged_width(case)),
+        _merging_norm,
+        lambda case, pair: lambda x, weight, bias: peers.layer_norm(peers.gather_neighbours(x), weight, bias, pair[1]),
+        _exact_merging_norm,
+        _merging_norm_moved,
+    ),
+    "patch_merging": Bench(
+        "patch_merging",
+        lambda case, pair: {
+            "x": (_map(case), pair[0]),
+            "norm_weight": ((_merged_width(case),), pair[0]),
+            "norm_bias": ((_merged_width(case),), pair[0]),
+            "weight": ((2 * case.channels, _merged_width(case)), pair[1]),
+        },
+        lambda case, pair, b: (
+            lambda x, norm_weight, norm_bias, weight: F.linear(
+                _merging_norm(case, pair, b)(x, norm_weight, norm_bias), weight
+            )
+        ),
+        _merge,
+        lambda case: (
+            lambda x, norm_weight, norm_bias, weight: reference.patch_merging(
+                x, norm_weight, norm_bias, weight, order=_order(case)
+            )
+        ),
+        _merging_moved,
+        bare_backward=False,
+    ),
+    "patch_merging_gemm": Bench(  # its Linear alone, which is what the whole is held against
+        None,
+        lambda case, pair: {
+            "z": ((_merged_tokens(case), _merged_width(case)), pair[1]),
+            "weight": ((2 * case.channels, _merged_width(case)), pair[1]),
+        },
+        lambda case, pair, b: F.linear,
+        lambda case, pair: lambda z, weight: F.linear(z, weight),
+        lambda case: lambda z, weight: z @ weight.T,
+        _gemm_moved,
+        bare_backward=False,
+    ),
+    "layer_norm": Bench(
+        "layer_norm",
+        lambda case, pair: _norm_inputs(case, pair, case.channels),
+        lambda case, pair, b: lambda x, weight, bias: swinkernels.layer_norm(x, weight, bias, dtype=pair[1], backend=b),
+        lambda case, pair: lambda x, weight, bias: peers.layer_norm(x, weight, bias, pair[1]),
+        lambda case: reference.layer_norm,
+        _norm_moved,
+    ),
+    "patch_expanding": Bench(  # the layout and the norm; in 2D, of what its Linear gave
+        "layer_norm",
+        lambda case, pair: _norm_inputs(case, (pair[1], pair[1]), case.channels // case.factor**2),
+        lambda case, pair, b: (
+            lambda x, weight, bias: swinkernels.patch_expanding(x, None, weight, bias, factor=case.factor, backend=b)
+        ),
+        lambda case, pair: (
+            lambda x, weight, bias: peers.layer_norm(peers.expand(x, case.factor), weight, bias, pair[1])
+        ),
+        lambda case: lambda x, weight, bias: reference.patch_expanding(x, None, weight, bias, factor=case.factor),
+        lambda case, pair: _norm_moved(case, (pair[1], pair[1])),
+    ),
+    "residual_layer_norm": Bench(
+        "residual_layer_norm",
+        _residual_inputs,
+        lambda case, pair, b: lambda x, y, weight, bias: swinkernels.residual_layer_norm(x, y, weight, bias, backend=b),
+        _add_then_norm,
+        lambda case: reference.residual_layer_norm,
+        _residual_moved,
+    ),
+    "residual_post_norm": Bench(
+        "residual_layer_norm",
+        _residual_inputs,
+        lambda case, pair, b: lambda x, y, weight, bias: swinkernels.residual_post_norm(x, y, weight, bias, backend=b),
+        _norm_then_add,
+        lambda case: reference.residual_post_norm,
+        _post_norm_moved,
+    ),
+}
+
+
+def cases(op: str) -> dict[str, MapCase]:
+    """The shapes of an op."""
+    if op == "patch_expanding":
+        return shapes.EXPANDED_MAPS
+    return {**shapes.MAP_GOALS, **(shapes.PADDED_MAPS if op in ("window_partition", "window_reverse") else {})}
+
+
+def contestants(op: str, device: torch.device, wanted: Sequence[str] = ()) -> list[str]:
+    """The names of ``wanted`` that can run an op on the device."""
+    implemented = BENCHES[op].implemented
+    names = list(PEERS)
+    if implemented is not None:
+        fast = [] if device.type == "cpu" else [b for b in _backends.IMPLEMENTED[implemented] if b != "cpu"]
+        ours = [b for b in fast if _backends.unavailable(b) is None]
+        names = [*ours, *(["reference"] if device.type == "cpu" else []), *names]
+    return [name for name in names if not wanted or name in wanted]
+
+
+def make_op(op: str, name: str, case: MapCase, pair: Pair) -> Op:
+    bench = BENCHES[op]
+    if name not in PEERS:
+        return bench.ours(case, pair, name)
+    peer = bench.peer(case, pair)
+    return torch.compile(peer, fullgraph=True, dynamic=False) if name.endswith("compiled") else peer
+
+
+def draw(op: str, case: MapCase, pair: Pair, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    inputs = {}
+    for name, (shape, dtype) in BENCHES[op].inputs(case, pair).items():
+        x = torch.randn(shape, generator=generator, device=device)
+        if name == "weight" and len(shape) == 2:  # a Linear keeps the size of what it is given
+            x *= shape[1] ** -0.5
+        inputs[name] = x.to(dtype)
+    return inputs
+
+
+def _several(out: Any) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def draw_gradients(results: Iterable[Tensor], seed: int = 0) -> list[Tensor]:
+    """One for each result."""
+    out = list(results)
+    generator = torch.Generator(out[0].device).manual_seed(seed + 1000)
+    return [torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for x in out]
+
+
+def run_once(op: Op, inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The results and the gradient of every input."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    out = _several(op(**leaves))
+    wanted = [g.to(x.dtype) for g, x in zip(gradients, out, strict=True)]
+    grads = torch.autograd.grad(out, list(leaves.values()), wanted)
+    results = {f"out{i}": x.detach() for i, x in enumerate(out)}
+    return results | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+def verify(op: str, name: str, case: MapCase, pair: Pair, device: torch.device) -> tuple[bool, float]:
+    """Whether results and gradients are right on a few images, and the worst RMS error in eps of the narrower dtype.
+
+    Ours have to keep the budget of the tests, but for a Linear that is torch's.
+    """
+    case = shapes.with_batch(case, 2)
+    inputs = draw(op, case, pair, device)
+    mine = make_op(op, name, case, pair)
+    gradients = draw_gradients(_several(mine(**inputs)))
+    got = run_once(mine, inputs, gradients)
+    exact, single = (
+        run_once(BENCHES[op].exact(case), {k: x.to(wide) for k, x in inputs.items()}, gradients)
+        for wide in (torch.float64, torch.float32)
+    )
+    eps = max(torch.finfo(dtype).eps for dtype in pair)
+    right, worst = contest.compare(got, exact, single, eps)
+    if name not in PEERS and BENCHES[op].bare_backward:
+        try:
+            for key, value in got.items():
+                # In float32 what cancels in a norm's gradient costs some eps more.
+                of_dtype = torch.finfo(value.dtype).eps * (4 if value.dtype == torch.float32 else 1)
+                assert_within_budget(value, exact[key], single[key], eps=of_dtype, name=key)
+        except AssertionError:
+            return False, worst
+        return True, worst
+    return right, worst
+
+
+def benchmark(
+    op: str, shape: str, case: MapCase, pair_name: str, device: torch.device, names: Iterable[str]
+) -> list[dict[str, Any]]:
+    """One row per contestant and direction."""
+    pair = PAIRS[pair_name]
+    drawn: list[dict[str, Tensor]] = []
+    gradients: list[list[Tensor]] = []
+
+    def make_calls(name: str, count: int) -> dict[str, Call]:
+        mine = make_op(op, name, case, pair)
+        for seed in range(len(drawn), count):
+            drawn.append(draw(op, case, pair, device, seed))
+            with torch.no_grad():
+                gradients.append(draw_gradients(_several(mine(**drawn[-1])), seed))
+        bare = BENCHES[op].bare_backward and name not in PEERS and name != "reference"
+        return contest.make_calls(mine, drawn, gradients, bare_backward=bare)
+
+    forward, backward = BENCHES[op].moved(case, pair)
+    labels = {"op": op, "shape": shape, "case": str(case), "dtype": pair_name}
+    moved = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}
+    return contest.run(
+        contest.Contest(labels, moved, lambda name: verify(op, name, case, pair, device), make_calls), device, names
+    )
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_bound", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ops", nargs="+", choices=BENCHES, default=tuple(BENCHES))
+    parser.add_argument("--dtype", nargs="+", choices=PAIRS, help="bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--filter", default="*", help="shapes, by a pattern such as 'swin_t.*'")
+    parser.add_argument("--backends", nargs="+", choices=("cuda", "triton", "reference", *PEERS), default=())
+    parser.add_argument("--batch", type=int, help="largest batch; 1 on a CPU unless given")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for memory_bound.csv")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    batch = options.batch or (1 if device.type == "cpu" else None)
+    dtypes = options.dtype or ["bfloat16" if device.type == "cuda" else "float32"]
+    chosen = [
+        (op, key, case)
+        for op in options.ops
+        for key, case in cases(op).items()
+        if fnmatch.fnmatch(key, options.filter) and contestants(op, device, options.backends)
+    ]
+    if not chosen:
+        known = sorted({key for op in options.ops for key in cases(op)})
+        parser.error(f"nothing to run on {device}: the shapes are {', '.join(known)}; see python -m swinkernels.info")
+    rows: list[dict[str, Any]] = []
+    for (op, key, case), dtype in itertools.product(chosen, dtypes):
+        case = shapes.with_batch(case, batch) if batch else case
+        new = benchmark(op, key, case, dtype, device, contestants(op, device, options.backends))
+        print(show(new, device), flush=True)
+        rows += new
+        record.write_csv(options.out / "memory_bound.csv", rows, device)
+    print(f"\n{len(rows)} rows in {options.out / 'memory_bound.csv'}; commit {record.commit()}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
