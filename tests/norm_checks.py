@@ -227,5 +227,3 @@ def check(implementation: Any, case: NormCase, device: str = "cpu", seed: int = 
 
 def in_every_pair(cases: list[NormCase], pairs: list[tuple[torch.dtype, torch.dtype]]) -> list[NormCase]:
     return [replace(case, pair=pair) for case in cases for pair in pairs]
-
-
