@@ -1,4 +1,4 @@
-"""What users run today, map to map: the published eager code, SDPA, and both compiled.
+"""What users run today, map to map: the published eager code and, for attention, SDPA; the benchmarks compile them.
 
 Written on its own, from the published code, so that it shares no mistake with the reference. Index and mask tensors are
 made once, as the models keep them in buffers. Weights are in the dtype of the model, so the bias table is cast.
@@ -6,7 +6,9 @@ made once, as the models keep them in buffers. Weights are in the dtype of the m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +23,21 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _partition(x: Tensor, wh: int, ww: int) -> Tensor:
-    b, h, w, c = x.shape
-    x = x.view(b, h // wh, wh, w // ww, ww, c)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, wh * ww, c)
+def partition(x: Tensor, window: Sequence[int]) -> Tensor:
+    """A map of whole windows cut into them: view, permute, copy."""
+    b, *size, c = x.shape
+    rank = len(size)
+    x = x.view(b, *(n for s, w in zip(size, window, strict=True) for n in (s // w, w)), c)
+    x = x.permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+    return x.reshape(-1, math.prod(window), c)
 
 
-def _reverse(windows: Tensor, wh: int, ww: int, h: int, w: int) -> Tensor:
-    x = windows.view(-1, h // wh, w // ww, wh, ww, windows.shape[-1])
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, h, w, windows.shape[-1])
+def reverse(windows: Tensor, window: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The inverse of :func:`partition`."""
+    rank = len(size)
+    x = windows.view(-1, *(s // w for s, w in zip(size, window, strict=True)), *window, windows.shape[-1])
+    x = x.permute(0, *(axis for i in range(rank) for axis in (1 + i, 1 + rank + i)), 2 * rank + 1)
+    return x.reshape(-1, *size, windows.shape[-1])
 
 
 def _relative_position_index(wh: int, ww: int) -> Tensor:
@@ -48,7 +56,7 @@ def _attention_mask(h: int, w: int, wh: int, ww: int, sh: int, sw: int) -> Tenso
         for columns in (slice(0, -ww), slice(-ww, -sw), slice(-sw, None)) if sw else (slice(None),):
             image[:, rows, columns] = count
             count += 1
-    windows = _partition(image, wh, ww).squeeze(-1)
+    windows = partition(image, (wh, ww)).squeeze(-1)
     return (windows.unsqueeze(1) != windows.unsqueeze(2)).float() * -100.0  # (num_windows, N, N)
 
 
@@ -87,12 +95,64 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
             qkv = whole
         if shifted:
             qkv = torch.roll(qkv, shifts=(-sh, -sw), dims=(1, 2))
-        windows = _partition(qkv, wh, ww).view(-1, n, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+        windows = partition(qkv, (wh, ww)).view(-1, n, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
         bias = bias_table.to(dtype)[index].view(n, n, heads).permute(2, 0, 1).contiguous()
         out = (fused if sdpa else attention)(*windows.unbind(0), bias)
-        out = _reverse(out.transpose(1, 2).reshape(-1, n, heads * head_dim), wh, ww, rows, columns)
+        out = reverse(out.transpose(1, 2).reshape(-1, n, heads * head_dim), (wh, ww), (rows, columns))
         if shifted:
             out = torch.roll(out, shifts=(sh, sw), dims=(1, 2))
         return out[:, :height, :width].contiguous() if padded else out
 
     return peer
+
+
+def _frame(size: Sequence[int], window: Sequence[int]) -> list[int]:
+    return [-(-s // w) * w for s, w in zip(size, window, strict=True)]
+
+
+def _pad(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Zeros at the end of each axis of the map; x itself if it has that size, as the published codes test."""
+    if tuple(size) == x.shape[1:-1]:
+        return x
+    widths = [n for p, s in zip(reversed(size), reversed(x.shape[1:-1]), strict=True) for n in (0, p - s)]
+    return F.pad(x, [0, 0, *widths])
+
+
+def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """Pad, roll, partition: a Swin block (Microsoft; MONAI in 3D) before its attention."""
+    x = _pad(x, _frame(x.shape[1:-1], window))
+    if any(shift):
+        x = torch.roll(x, shifts=[-s for s in shift], dims=list(range(1, x.dim() - 1)))
+    return partition(x, window)
+
+
+def window_reverse(windows: Tensor, window: Sequence[int], size: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """Reverse, roll, crop: a Swin block after its attention."""
+    x = reverse(windows, window, _frame(size, window))
+    if any(shift):
+        x = torch.roll(x, shifts=list(shift), dims=list(range(1, x.dim() - 1)))
+    for axis, s in enumerate(size, start=1):
+        x = x.narrow(axis, 0, s)
+    return x.contiguous()
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A LayerNorm and what follows it: under autocast it runs in float32, and the next Linear casts its result."""
+    return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias).to(dtype)
+
+
+def gather_neighbours(x: Tensor) -> Tensor:
+    """The tokens of patch merging side by side: timm's permute in 2D, MONAI's concatenated slices (row-major) in 3D."""
+    x = _pad(x, _frame(x.shape[1:-1], (2,) * (x.dim() - 2)))
+    if x.dim() == 4:
+        b, h, w, c = x.shape
+        return x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
+    return torch.cat([x[:, i::2, j::2, k::2] for i, j, k in itertools.product((0, 1), repeat=3)], dim=-1)
+
+
+def expand(x: Tensor, factor: int) -> Tensor:
+    """The pixel shuffle of Swin-Unet's PatchExpand and FinalPatchExpand_X4, between its Linear and its norm."""
+    b, h, w, c = x.shape
+    c //= factor**2
+    x = x.view(b, h, w, factor, factor, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * factor, w * factor, c)
