@@ -40,7 +40,7 @@ def expanding(*shape: int, factor: tuple[int, int, int] = (1, 2, 2)) -> NormCase
 # Rows of 1 to 2,304 elements: single elements, fours and eights, few and many vectors a thread, one thread to several
 # warps, all lanes at work or not.
 LENGTHS = (1, 3, 8, 30, 40, 96, 97, 100, 128, 180, 768, 1536, 2304)
-ROWS = [plain(3, 5, length) for length in LENGTHS]
+ROWS = [plain(72), *(plain(3, 5, length) for length in LENGTHS)]
 MERGING = [
     merging(2, 4, 6, 96),
     merging(1, 5, 7, 1),

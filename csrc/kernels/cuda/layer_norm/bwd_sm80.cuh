@@ -13,9 +13,9 @@
 // Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes a row, are read. Partials are
 //           8 * blocks * length bytes, written and read in L2.
 // Roofline  memory bound, as forward:
-//           merging, bf16         232 MB  69 us, 650 instructions 35 us, 164 registers, 12 warps, 36 KB in flight
-//           residual, bf16        312 MB  93 us, 640 instructions 35 us, 160 registers, 12 warps, 54 KB in flight
-//           residual, f32 + bf16  620 MB 185 us, 760 instructions 41 us, 168 registers, 12 warps, 90 KB in flight
+//           merging, bf16         232 MB  69 us, 650 instructions 35 us, 164 registers, 12 warps, 37 KB in flight
+//           residual, bf16        312 MB  93 us, 630 instructions 34 us, 160 registers, 12 warps, 55 KB in flight
+//           residual, f32 + bf16  620 MB 185 us, 750 instructions 41 us, 168 registers, 12 warps, 92 KB in flight
 //           and about 3 us of the second kernel.
 // Limits    those of layer_norm_cuda.h.
 #pragma once
