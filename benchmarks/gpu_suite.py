@@ -1,7 +1,8 @@
 """One run that answers how fast the kernels are on this GPU: ``python -m benchmarks.gpu_suite`` (``make gpu-bench``).
 
-Checks every backend and times it on a few shapes against what PyTorch has, writes attention.csv and goals.csv, and ends
-with the goals of the project, each met or not met. It fails if a result of ours is wrong, not if a goal is missed.
+Checks every backend and times it on a few shapes against what PyTorch has, writes attention.csv, memory_bound.csv and
+goals.csv, and ends with the goals of the project, each met or not met. It fails if a result of ours is wrong, not if a
+goal is missed.
 """
 
 from __future__ import annotations
@@ -14,12 +15,28 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, record, shapes
+from benchmarks import attention, contest, memory_bound, record, shapes
 from swinkernels import info
 
 # Percent of a device copy of the same bytes that the CUDA kernels are to reach at shapes.GOAL in bfloat16.
 GOALS = {"fwd": 65.0, "bwd": 50.0}
+# The same for the memory-bound ops, at every shape of shapes.MAP_GOALS.
+MEMORY_GOALS = {
+    ("window_partition", "fwd"): 92.0,
+    ("window_reverse", "fwd"): 92.0,
+    ("patch_merging_norm", "fwd"): 88.0,
+    ("patch_merging_norm", "bwd"): 75.0,
+    ("residual_layer_norm", "fwd"): 88.0,
+    ("residual_layer_norm", "bwd"): 75.0,
+    ("residual_post_norm", "fwd"): 88.0,
+    ("residual_post_norm", "bwd"): 75.0,
+}
+# How many times faster than a peer each of those ops is to be, forward.
+PEER_GOALS = {"eager": 3.0, "eager-compiled": 1.3}
+# Of the Linear alone and a copy of the bytes of gather and norm, what a whole patch merging may take forward.
+MERGING_GOAL = 1.15
 UNCOMPILED = ("eager", "sdpa")
+ATTENTION_SHARE = 0.6  # of the time, the rest being for the memory-bound ops
 
 
 def plan() -> list[tuple[str, str, bool]]:
@@ -32,29 +49,68 @@ def plan() -> list[tuple[str, str, bool]]:
     ]
 
 
+def memory_plan() -> list[tuple[str, str, str, bool]]:
+    """(op, shape, dtype, whether torch.compile takes part: at one shape of each op)."""
+    return [
+        (op, key, dtype, i == 0 and dtype == "bfloat16")
+        for op in memory_bound.BENCHES
+        for dtype in ("bfloat16", *(["float32-bfloat16"] if "residual" in op else []))
+        for i, key in enumerate(memory_bound.cases(op))
+        if dtype == "bfloat16" or i == 0
+    ]
+
+
+def _goal(
+    goal: str, mine: dict[str, Any] | None, reached: float | None, wanted: float, unit: str, *, at_most: bool = False
+) -> dict[str, Any]:
+    """The verdict on a goal; a wrong result of ours (``mine``) does not meet any."""
+    met = reached is not None and (reached <= wanted if at_most else reached >= wanted)
+    if mine is not None and mine["result"] == "WRONG":
+        verdict = "not met"
+    else:
+        verdict = "met" if met else ("not measured" if reached is None else "not met")
+    return {"goal": goal, "reached": reached, "wanted": wanted, "unit": unit, "verdict": verdict}
+
+
+def _find(rows: list[dict[str, Any]], **labels: str) -> dict[str, Any] | None:
+    return next((row for row in rows if all(row.get(key) == value for key, value in labels.items())), None)
+
+
+def _time(row: dict[str, Any] | None) -> float | None:
+    return row["median_us"] if row is not None and row["result"] == "ok" else None
+
+
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was reached of each goal; not met where it was not measured or the result is wrong."""
+    """What was reached of each goal of window attention."""
     results = []
     for direction, wanted in GOALS.items():
-        row = next(
-            (
-                row
-                for row in rows
-                if (row["shape"], row["dtype"], row["backend"], row["direction"])
-                == (shapes.GOAL, "bfloat16", "cuda", direction)
-            ),
-            None,
-        )
-        reached = None if row is None else row["percent_of_copy"]
-        met = row is not None and row["result"] == "ok" and reached is not None and reached >= wanted
-        results.append(
-            {
-                "goal": f"CUDA {direction} at {shapes.GOAL} ({shapes.ATTENTION[shapes.GOAL]}), bfloat16",
-                "percent_of_copy": reached,
-                "wanted": wanted,
-                "verdict": "met" if met else ("not measured" if reached is None else "not met"),
-            }
-        )
+        mine = _find(rows, shape=shapes.GOAL, dtype="bfloat16", backend="cuda", direction=direction)
+        goal = f"CUDA {direction} at {shapes.GOAL} ({shapes.ATTENTION[shapes.GOAL]}), bfloat16"
+        results.append(_goal(goal, mine, mine and mine["percent_of_copy"], wanted, "% of copy"))
+    return results
+
+
+def memory_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for the memory-bound ops, on CUDA in bfloat16."""
+    results = []
+    for (op, direction), wanted in MEMORY_GOALS.items():
+        for shape in shapes.MAP_GOALS:
+            labels = {"op": op, "shape": shape, "dtype": "bfloat16", "direction": direction}
+            mine = _find(rows, **labels, backend="cuda")
+            goal = f"{op} {direction} at {shape}"
+            results.append(_goal(goal, mine, mine and mine["percent_of_copy"], wanted, "% of copy"))
+            for peer, times in PEER_GOALS.items() if direction == "fwd" else ():
+                ours, theirs = _time(mine), _time(_find(rows, **labels, backend=peer))
+                ratio = theirs / ours if ours and theirs else None
+                results.append(_goal(f"{goal} against {peer}", mine, ratio, times, "times as fast"))
+    for shape in shapes.MAP_GOALS:
+        labels = {"shape": shape, "dtype": "bfloat16", "direction": "fwd"}
+        mine = _find(rows, **labels, op="patch_merging", backend="cuda")
+        gather = _find(rows, **labels, op="patch_merging_norm", backend="cuda")
+        whole, linear = _time(mine), _time(_find(rows, **labels, op="patch_merging_gemm", backend="eager"))
+        ratio = whole / (linear + gather["copy_us"]) if whole and linear and gather else None
+        goal = f"patch_merging fwd at {shape}"
+        results.append(_goal(goal, mine, ratio, MERGING_GOAL, "of Linear and copy", at_most=True))
     return results
 
 
@@ -68,28 +124,39 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda")
     print(info.describe(info.collect()), flush=True)
     started = time.monotonic()
-    rows: list[dict[str, Any]] = []
     left_out = []
-    for shape, dtype, compiled in plan():
+
+    def in_time(seconds: float, what: str) -> bool:
         spent = time.monotonic() - started
-        if spent > options.seconds:
-            left_out.append(f"{shape} {dtype}")
-            continue
-        print(f"{spent:4.0f} s  {shape} {dtype}", flush=True)
-        names = attention.contestants(device, () if compiled else (*attention.OURS, *UNCOMPILED))
-        rows += attention.benchmark(shape, shapes.ATTENTION[shape], attention.DTYPES[dtype], device, names)
-        record.write_csv(options.out / "attention.csv", rows, device)
-    reached = goals(rows)
+        if spent > seconds:
+            left_out.append(what)
+            return False
+        print(f"{spent:4.0f} s  {what}", flush=True)
+        return True
+
+    rows: list[dict[str, Any]] = []
+    for shape, dtype, compiled in plan():
+        if in_time(options.seconds * ATTENTION_SHARE, f"{shape} {dtype}"):
+            names = attention.contestants(device, () if compiled else (*attention.OURS, *UNCOMPILED))
+            rows += attention.benchmark(shape, shapes.ATTENTION[shape], attention.DTYPES[dtype], device, names)
+            record.write_csv(options.out / "attention.csv", rows, device)
+    moving: list[dict[str, Any]] = []
+    for op, shape, dtype, compiled in memory_plan():
+        if in_time(options.seconds, f"{op} {shape} {dtype}"):
+            names = memory_bound.contestants(op, device, () if compiled else ("cuda", "triton", "eager"))
+            moving += memory_bound.benchmark(op, shape, memory_bound.cases(op)[shape], dtype, device, names)
+            record.write_csv(options.out / "memory_bound.csv", moving, device)
+    reached = goals(rows) + memory_goals(moving)
     record.write_csv(options.out / "goals.csv", reached, device)
-    print(f"\n{attention.show(rows, device)}\n")
+    print(f"\n{contest.show(rows, device)}\n\n{contest.show(moving, device)}\n")
     if left_out:
         print(f"left out for lack of time: {', '.join(left_out)}")
     print(record.table(reached))
-    wrong = sorted({f"{r['backend']} {r['shape']} {r['dtype']}" for r in rows if r["result"] != "ok"})
-    wrong_ours = [w for w in wrong if w.split()[0] in attention.OURS]
+    bad = [row for row in (*rows, *moving) if row["result"] != "ok"]
+    wrong = sorted({f"{r['backend']} {r.get('op', 'window_attention')} {r['shape']} {r['dtype']}" for r in bad})
     if wrong:
         print(f"wrong results: {', '.join(wrong)}")
-    sys.exit(1 if wrong_ours else 0)
+    sys.exit(1 if any(w.split()[0] in attention.OURS for w in wrong) else 0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import swinkernels
-from benchmarks import attention, gpu_suite, record, shapes, variants
+from benchmarks import attention, gpu_suite, memory_bound, record, shapes, variants
 from benchmarks.peers import make_peer
 from benchmarks.timing import Timing
 from swinkernels import reference
@@ -117,6 +117,117 @@ def goal_row(direction: str, percent: float | None, result: str = "ok") -> dict:
 )
 def test_goals(rows: list[dict], verdicts: list[str]) -> None:
     assert [row["verdict"] for row in gpu_suite.goals(rows)] == verdicts
+
+
+def memory_row(op: str, backend: str, median: float | None, percent: float | None = None, **labels: str) -> dict:
+    row = {"op": op, "shape": "swin_t.1", "dtype": "bfloat16", "backend": backend, "direction": "fwd", "result": "ok"}
+    return {**row, "median_us": median, "percent_of_copy": percent, "copy_us": 50.0, **labels}
+
+
+def test_goals_of_the_memory_bound_ops() -> None:
+    def verdicts(rows: list[dict]) -> dict[str, str]:
+        return {row["goal"]: row["verdict"] for row in gpu_suite.memory_goals(rows)}
+
+    nothing = verdicts([])
+    assert set(nothing.values()) == {"not measured"}
+    assert len(nothing) == 3 * (8 + 2 * 5 + 1)  # at three shapes: of a copy, against two peers, the whole merging
+    rows = [
+        memory_row("patch_merging_norm", "cuda", 55.0, 90.9),
+        memory_row("patch_merging_norm", "eager", 164.0),
+        memory_row("patch_merging_norm", "eager-compiled", 80.0),
+        memory_row("patch_merging_gemm", "eager", 100.0),
+        memory_row("patch_merging", "cuda", 172.0),
+        memory_row("window_partition", "cuda", 40.0, None, result="WRONG"),
+    ]
+    got = verdicts(rows)
+    assert got["patch_merging_norm fwd at swin_t.1"] == "met"
+    assert got["patch_merging_norm fwd at swin_t.1 against eager"] == "not met"
+    assert got["patch_merging_norm fwd at swin_t.1 against eager-compiled"] == "met"
+    assert got["patch_merging fwd at swin_t.1"] == "met"  # 172 is less than 1.15 times 150
+    assert got["window_partition fwd at swin_t.1"] == "not met"
+    assert got["window_partition fwd at swin_t.2"] == "not measured"
+    rows[4]["median_us"] = 173.0
+    assert verdicts(rows)["patch_merging fwd at swin_t.1"] == "not met"
+
+
+SMALL = {
+    "2D": shapes.MapCase(2, (6, 9), 16, window=3, shift=1),
+    "padded": shapes.MapCase(2, (5, 7), 16, window=3, shift=1),
+    "3D": shapes.MapCase(1, (4, 2, 6), 8, window=2, shift=1),
+}
+
+
+@pytest.mark.parametrize("pair", ["float32", "bfloat16", "float32-bfloat16"])
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("op", memory_bound.BENCHES)
+def test_memory_bound_peers_and_ours_are_right(op: str, case: shapes.MapCase, pair: str) -> None:
+    if op == "patch_expanding" and len(case.size) == 3:
+        pytest.skip("Swin-Unet, the peer, is 2D")
+    for name in memory_bound.contestants(op, CPU, ("reference", "eager")):
+        assert memory_bound.verify(op, name, case, memory_bound.PAIRS[pair], CPU)[0], name
+
+
+def test_a_wrong_memory_bound_result_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = swinkernels.residual_layer_norm
+
+    def slightly_off(x, y, *arguments, **options):
+        s, z = right(x, y, *arguments, **options)
+        return s, z * 1.01
+
+    monkeypatch.setattr(swinkernels, "residual_layer_norm", slightly_off)
+    pair = memory_bound.PAIRS["bfloat16"]
+    assert not memory_bound.verify("residual_layer_norm", "reference", SMALL["2D"], pair, CPU)[0]
+
+
+@pytest.mark.parametrize("op", memory_bound.BENCHES)
+def test_moved_bytes_are_those_of_the_tensors(op: str) -> None:
+    """Forward: the maps among the inputs, and the results. Backward: what its formula needs, which is written out."""
+    case, pair = SMALL["padded"], memory_bound.PAIRS["float32-bfloat16"]
+    inputs = memory_bound.draw(op, case, pair, CPU)
+    with torch.no_grad():
+        out = memory_bound.make_op(op, "eager", case, pair)(**inputs)
+    results = [out] if isinstance(out, torch.Tensor) else list(out)
+    maps = [x for x in inputs.values() if x.dim() > 1 and x.dim() + (op == "patch_merging_gemm") > 2]
+    maps = [x for x in maps if x is not inputs.get("weight")]
+    forward, backward = memory_bound.BENCHES[op].moved(case, pair)
+    of = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)  # noqa: E731
+    between = of([inputs["x"].new_empty(2 * 3 * 4 * 64, dtype=pair[1])]) if op == "patch_merging" else 0
+    unread = {"window_reverse": 2 * (6 * 9 - 5 * 7) * 16 * 4}.get(op, 0)  # pads, which are dropped
+    assert forward == of(maps) + of(results) + 2 * between - unread
+    expected = {
+        "window_partition": 2 * of(maps),
+        "window_reverse": of(maps) + of(results),
+        "patch_merging_norm": of(results) + 2 * of(maps),
+        "patch_merging": of(results) + 3 * between + 2 * of(maps),
+        "patch_merging_gemm": of(results) + 2 * of(maps),
+        "layer_norm": of(results) + 2 * of(maps),
+        "patch_expanding": of(results) + 2 * of(maps),
+        "residual_layer_norm": of(results) + of(results[:1]) + of(maps),
+        "residual_post_norm": of(results) + 2 * of([inputs.get("y", results[0])]),
+    }
+    assert backward == expected[op]
+
+
+def test_memory_bound_rows_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "MAP_GOALS", SMALL)
+    options = ["--device", "cpu", "--ops", "layer_norm", "--filter", "2D", "--backends", "reference", "eager"]
+    rows = memory_bound.main([*options, "--out", str(tmp_path)])
+    assert {(row["backend"], row["direction"], row["result"]) for row in rows} == {
+        (name, direction, "ok") for name in ("reference", "eager") for direction in ("fwd", "fwd+bwd")
+    }
+    with (tmp_path / "memory_bound.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    with pytest.raises(SystemExit):
+        memory_bound.main(["--device", "cpu", "--filter", "nothing", "--out", str(tmp_path)])
+
+
+def test_memory_plan_of_the_suite() -> None:
+    plan = gpu_suite.memory_plan()
+    assert len({entry[:3] for entry in plan}) == len(plan)
+    assert {(op, shape, "bfloat16") for op, _ in gpu_suite.MEMORY_GOALS for shape in shapes.MAP_GOALS} <= {
+        entry[:3] for entry in plan
+    }
+    assert all(shape in memory_bound.cases(op) and dtype in memory_bound.PAIRS for op, shape, dtype, _ in plan)
 
 
 def test_plan_of_the_suite_starts_with_the_goal() -> None:
