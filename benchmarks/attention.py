@@ -32,7 +32,7 @@ OURS = tuple(name for name in _backends.BACKENDS if name != "reference")
 PEERS = ("eager", "sdpa", "eager-compiled", "sdpa-compiled")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
-Op = Callable[..., Tensor]  # (qkv, bias_table, pad_qkv=None) -> out
+Op = Callable[..., Tensor]  # (qkv, bias_table, logit_scale=None, pad_qkv=None) -> out
 
 
 def contestants(device: torch.device, wanted: Sequence[str]) -> list[str]:

@@ -167,8 +167,8 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
         if (params.dlogit_scale != nullptr) {
           float* sum = params.dlogit_scale + head;
           sum_chunks(partition.dlogit_scale + head, chunks, heads, 1, sum, 1);
-          // As torch.clamp, in float32: what is at the bound passes.
-          *sum = p.logit_scale[head] <= static_cast<float>(kMaxLogitScale) ? *sum * score_factor(p, head) : 0.0f;
+          // As torch.clamp: what is at the bound passes.
+          *sum = p.logit_scale[head] <= kMaxLogitScale ? *sum * score_factor(p, head) : 0.0f;
         }
         if (params.dpad_qkv != nullptr) {
           float* dpad = params.dpad_qkv + head * dim;  // of q; a pad query has no gradient
