@@ -83,8 +83,8 @@ int64_t window_volume_squared(const WindowAttentionForwardParams& p) {
 
 BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   const WindowAttentionForwardParams& p = params.forward;
-  // Enough chunks for the threads of a large machine, but several windows each, and not too many gradients of a dense
-  // bias, for a chunk writes out its own.
+  // Enough chunks for the threads of a large machine, but several windows each, for a chunk writes out its bias gradient;
+  // and with a dense bias no more than write 64 MiB, unless the types need them.
   constexpr int64_t kChunks = 128, kMinWindowChunks = 8, kMinWindows = 4, kMaxDenseElements = 1 << 24;
   const int64_t types = p.bias_types, dense = p.num_heads * window_volume_squared(p);
   int64_t most = std::max(kMinWindowChunks, kChunks / p.num_heads);
