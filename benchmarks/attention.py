@@ -28,7 +28,7 @@ from swinkernels.testing import WindowAttentionCase, check_window_attention, run
 
 OURS = tuple(name for name in _backends.BACKENDS if name != "reference")
 PEERS = ("eager", "sdpa", "eager-compiled", "sdpa-compiled")
-Op = Callable[..., Tensor]  # (qkv, bias_table, pad_qkv=None) -> out
+Op = Callable[..., Tensor]  # (qkv, bias_table, logit_scale=None, pad_qkv=None) -> out
 
 
 def contestants(device: torch.device, wanted: Sequence[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """What users run today, map to map: the published eager code and, for attention, SDPA; the benchmarks compile them.
 
 Written on its own, from the published code, so that it shares no mistake with the reference. Index and mask tensors are
-made once, as the models keep them in buffers. Weights are in the dtype of the model, so the bias table is cast.
+made once, as the models keep them in buffers. Weights are in the dtype of the model, so the bias table and v2's
+factor are cast. v2's bias table is what its MLP and sigmoid make, in every model outside of the attention core.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from swinkernels.testing import WindowAttentionCase
 
-Peer = Callable[..., Tensor]  # (qkv, bias_table, pad_qkv=None) -> out
+Peer = Callable[..., Tensor]  # (qkv, bias_table, logit_scale=None, pad_qkv=None) -> out
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -72,22 +73,35 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
     index = _relative_position_index(wh, ww).to(device)
     mask = _attention_mask(rows, columns, wh, ww, sh, sw).to(device, dtype) if shifted else None
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:  # q, k, v: (B * num_windows, heads, N, d)
-        scores = (q * head_dim**-0.5) @ k.transpose(-2, -1) + bias.unsqueeze(0)
+    def factor(logit_scale: Tensor) -> Tensor:  # (heads, 1, 1)
+        return logit_scale.clamp(max=math.log(100.0)).exp().to(dtype)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
+        # q, k, v: (B * num_windows, heads, N, d)
+        if logit_scale is None:
+            scores = (q * head_dim**-0.5) @ k.transpose(-2, -1)
+        else:
+            scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * factor(logit_scale)
+        scores = scores + bias.unsqueeze(0)
         if mask is not None:
             scores = scores.view(-1, mask.shape[0], heads, n, n) + mask.unsqueeze(1).unsqueeze(0)
             scores = scores.view(-1, heads, n, n)
         return scores.softmax(dim=-1) @ v
 
-    def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
+        scale = None
+        if logit_scale is not None:
+            q, k, scale = F.normalize(q, dim=-1) * factor(logit_scale), F.normalize(k, dim=-1), 1.0
         if mask is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), scale=scale)
         # Windows of one image beside the heads: one mask serves every image without a copy for each.
         folded = (bias.unsqueeze(0) + mask.unsqueeze(1)).view(1, -1, n, n)
         q, k, v = (x.reshape(-1, folded.shape[1], n, head_dim) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=folded).view(-1, heads, n, head_dim)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=folded, scale=scale).view(-1, heads, n, head_dim)
 
-    def peer(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None = None) -> Tensor:
+    def peer(
+        qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None, pad_qkv: Tensor | None = None
+    ) -> Tensor:
         if padded:
             whole = qkv.new_zeros(()) if pad_qkv is None else pad_qkv
             whole = whole.expand(qkv.shape[0], rows, columns, qkv.shape[-1]).clone()
@@ -97,7 +111,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
             qkv = torch.roll(qkv, shifts=(-sh, -sw), dims=(1, 2))
         windows = partition(qkv, (wh, ww)).view(-1, n, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
         bias = bias_table.to(dtype)[index].view(n, n, heads).permute(2, 0, 1).contiguous()
-        out = (fused if sdpa else attention)(*windows.unbind(0), bias)
+        out = (fused if sdpa else attention)(*windows.unbind(0), bias, logit_scale)
         out = reverse(out.transpose(1, 2).reshape(-1, n, heads * head_dim), (wh, ww), (rows, columns))
         if shifted:
             out = torch.roll(out, shifts=(sh, sw), dims=(1, 2))

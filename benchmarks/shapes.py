@@ -10,10 +10,10 @@ from swinkernels.testing import WindowAttentionCase
 Case = WindowAttentionCase
 
 
-def _stages(batch: int, heads: int, window: int, first: int) -> list[Case]:
+def _stages(batch: int, heads: int, window: int, first: int, **options: bool) -> list[Case]:
     """The four stages of a classifier: the map halves, the heads double; a map of one window is not shifted."""
     return [
-        Case(batch, (size, size), heads << i, 32, window, window // 2 if size > window else 0)
+        Case(batch, (size, size), heads << i, 32, window, window // 2 if size > window else 0, **options)
         for i in range(4)
         for size in [first >> i]
     ]
@@ -25,6 +25,8 @@ ATTENTION: dict[str, Case] = {
     "window8.1": Case(64, (64, 64), 3, 32, 8, 4),
     **{f"swin_b.{i}": case for i, case in enumerate(_stages(128, 4, 7, 56), 1)},
     **{f"swin_b384.{i}": case for i, case in enumerate(_stages(32, 4, 12, 96), 1)},
+    **{f"swinv2_t.{i}": case for i, case in enumerate(_stages(64, 3, 8, 64, has_logit_scale=True), 1)},
+    "swinv2_t_w16.1": Case(64, (64, 64), 3, 32, 16, 8, has_logit_scale=True),
     # Detection: 800 x 1216 pixels, padded to whole windows, pad tokens holding the bias of the QKV Linear.
     "detection.1": Case(2, (200, 304), 3, 32, 7, 3, has_pad_qkv=True),
     "restoration": Case(8, (64, 64), 6, 32, 16, 8),

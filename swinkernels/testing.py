@@ -121,7 +121,10 @@ def assert_within_budget(
         return
     eps = torch.finfo(got.dtype).eps if eps is None else eps
     size = exact if terms is None else terms
-    floor = torch.finfo(torch.float32).tiny  # float32 is not promised to hold less
+    # What is not promised: probabilities below float32's normal numbers, which a gradient may multiply by thousands,
+    # and results below the last bit of got's subnormal numbers.
+    info = torch.finfo(got.dtype)
+    floor = max(1e4 * torch.finfo(torch.float32).tiny, info.tiny * info.eps)
     error, base = got.double() - exact, f32.double() - exact
     rms, limit = _rms(error), 0.75 * eps * _rms(size) + 2 * _rms(base) + floor
     assert rms <= limit, (

@@ -29,6 +29,8 @@ CPU = torch.device("cpu")
         WindowAttentionCase(2, (7, 7), 2, 8, 7, 0),
         WindowAttentionCase(2, (5, 10), 2, 8, 4, 2, has_pad_qkv=True),
         WindowAttentionCase(1, (5, 6), 2, 8, 3, 1),
+        WindowAttentionCase(2, (6, 9), 2, 8, 3, 1, has_logit_scale=True),
+        WindowAttentionCase(1, (5, 10), 3, 8, 4, 0, has_logit_scale=True, has_pad_qkv=True),
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ PADDED = WindowAttentionCase(2, (5, 9), 2, 8, (4, 3), (2, 1), has_pad_qkv=True, 
 PLAIN = WindowAttentionCase(2, (6, 9), 2, 8, 3, 1)
 VOLUME = WindowAttentionCase(1, (4, 5, 6), 2, 8, (2, 3, 3), (1, 0, 1), has_pad_qkv=True)
 BARE = WindowAttentionCase(1, (4, 8), 1, 16, 4, 0, has_table=False)
-CASES = [PADDED, PLAIN, VOLUME, BARE]
+COSINE = dataclasses.replace(PADDED, has_logit_scale=True)
+DENSE = WindowAttentionCase(1, (4, 8), 2, 8, 4, 2, has_table=False, has_logit_scale=True, bias_types=0)
+TYPES = WindowAttentionCase(2, (4, 8), 2, 8, 4, 2, has_table=False, bias_types=2)
+CASES = [PADDED, PLAIN, VOLUME, BARE, COSINE, DENSE, TYPES]
 
 
 def separate(qkv, bias_table=None, *, num_heads, **arguments):
@@ -76,19 +80,22 @@ def test_auto_takes_what_can_run():
     assert exact.dtype == torch.float64
 
 
+FEATURES = {
+    _backends._COSINE: {"logit_scale": torch.zeros(2)},
+    _backends._DENSE: {"bias": torch.zeros(2, 9, 9)},
+    _backends._TYPES: {"bias": torch.zeros(2, 2, 9, 9)},
+    _backends._DROPOUT: {"dropout_p": 0.1},
+}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        ({"dropout_p": 0.1}, "dropout_p"),
-        ({"logit_scale": torch.zeros(2)}, "logit_scale"),
-        ({"bias": torch.zeros(2, 9, 9)}, "dense bias"),
-    ],
+    ("backend", "feature"),
+    [(backend, name) for backend, lacking in _backends.LACKING.items() for name in sorted(lacking)],
 )
-@pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
-def test_backend_says_by_name_what_it_lacks(backend, arguments, word):
-    with pytest.raises(NotImplementedError, match=rf"backend='{backend}' cannot run this call.*{word}"):
+def test_backend_says_by_name_what_it_lacks(backend, feature):
+    with pytest.raises(NotImplementedError, match=rf"backend='{backend}' cannot run this call.*{re.escape(feature)}"):
         swinkernels.window_attention_qkvpacked(
-            PLAIN.inputs(torch.float32)["qkv"], **PLAIN.arguments(), **arguments, backend=backend
+            PLAIN.inputs(torch.float32)["qkv"], **PLAIN.arguments(), **FEATURES[feature], backend=backend
         )
 
 

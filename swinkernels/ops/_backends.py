@@ -41,7 +41,7 @@ _COSINE, _DENSE, _TYPES, _DROPOUT = (
 LACKING = {
     "cuda": {_COSINE, _DENSE, _TYPES, _DROPOUT},
     "triton": {_COSINE, _DENSE, _TYPES, _DROPOUT},
-    "cpu": {_COSINE, _DENSE, _TYPES, _DROPOUT},
+    "cpu": {_DROPOUT},
 }
 
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)

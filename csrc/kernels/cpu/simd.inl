@@ -1,9 +1,10 @@
-// Vectors of floats and what the CPU kernels build from them: conversions, exp and log, a transpose, a small matmul.
+// Vectors of floats and what the CPU kernels build from them: conversions, exp, log and square root, dot products of
+// rows, a transpose, a small matmul.
 //
 // Included once by each instruction set's source file, after all other headers and under that set's target pragma, with
 //   SWINKERNELS_ISA      the namespace of everything compiled for it
 //   SWINKERNELS_LANES    floats of a vector
-//   SWINKERNELS_F16C     defined if the hardware converts float16
+//   SWINKERNELS_AVX      defined if <immintrin.h> has conversions of float16 and square roots of such vectors
 // An inline function or a template that several object files share is merged by the linker, which may keep the AVX-512
 // copy and then run it on a machine without. So all of this has internal linkage and calls nothing of std::.
 
@@ -72,7 +73,7 @@ SWINKERNELS_INLINE HalfBits narrow_bfloat16(Vec x) {
   return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded, HalfBits);
 }
 
-#ifdef SWINKERNELS_F16C
+#ifdef SWINKERNELS_AVX
 SWINKERNELS_INLINE Vec widen_float16(HalfBits h) {
 #if SWINKERNELS_LANES == 16
   return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
@@ -129,19 +130,19 @@ struct BFloat16 {
   static SWINKERNELS_INLINE HalfBits narrow(Vec x) { return narrow_bfloat16(x); }
 };
 
-// to[0..count) = from[0..count) * factor; lanes after the last are written as zeros up to a whole vector.
+// to[0..count) = from[0..count); lanes after the last are written as zeros up to a whole vector.
 template <class Format>
-SWINKERNELS_INLINE void load_row(const void* from, int64_t count, float factor, float* to) {
+SWINKERNELS_INLINE void load_row(const void* from, int64_t count, float* to) {
   using Memory = typename Format::Memory;
   const auto* source = static_cast<const typename Format::Element*>(from);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    store(to + i, Format::widen(*reinterpret_cast<const Memory*>(source + i)) * factor);
+    store(to + i, Format::widen(*reinterpret_cast<const Memory*>(source + i)));
   }
   if (i < count) {
     typename Format::Element tail[kLanes] = {};
     for (int64_t j = i; j < count; ++j) tail[j - i] = source[j];
-    store(to + i, Format::widen(*reinterpret_cast<const Memory*>(tail)) * factor);
+    store(to + i, Format::widen(*reinterpret_cast<const Memory*>(tail)));
   }
 }
 
@@ -192,6 +193,18 @@ SWINKERNELS_INLINE Vec log(Vec x) {
   return ((s + s) * series + (s + s)) + low * 0.69314718f + (x - x);
 }
 
+// The square root, correctly rounded.
+SWINKERNELS_INLINE Vec sqrt(Vec x) {
+#if defined(SWINKERNELS_AVX) && SWINKERNELS_LANES == 16
+  return (Vec)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(SWINKERNELS_AVX)
+  return (Vec)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
 // ---- Matrices in scratch memory: row-major, rows padded to whole vectors ----
 
 template <int kStep>
@@ -224,8 +237,9 @@ SWINKERNELS_INLINE void exchange_rows(Vec (&rows)[kLanes]) {
   }
 }
 
-// to (columns, ld_to) = the transpose of from (rows, ld_from); rows and columns are multiples of kLanes.
-void transpose(const float* from, int64_t rows, int64_t columns, int64_t ld_from, float* to, int64_t ld_to) {
+// to (columns, ld_to) = factor times the transpose of from (rows, ld_from); rows and columns are multiples of kLanes.
+void transpose(const float* from, int64_t rows, int64_t columns, int64_t ld_from, float factor, float* to,
+               int64_t ld_to) {
   for (int64_t i = 0; i < rows; i += kLanes) {
     for (int64_t j = 0; j < columns; j += kLanes) {
       Vec block[kLanes];
@@ -233,9 +247,44 @@ void transpose(const float* from, int64_t rows, int64_t columns, int64_t ld_from
       for (int r = 0; r < kLanes; ++r) block[r] = load(from + (i + r) * ld_from + j);
       exchange_rows<1>(block);
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) store(to + (j + r) * ld_to + i, block[r]);
+      for (int r = 0; r < kLanes; ++r) store(to + (j + r) * ld_to + i, block[r] * factor);
     }
   }
+}
+
+// to (columns, ld_to) = the transpose of from (rows, ld_from), for any numbers of rows and columns.
+void transpose_any(const float* from, int64_t rows, int64_t columns, int64_t ld_from, float* to, int64_t ld_to) {
+  const int64_t whole_rows = rows / kLanes * kLanes, whole_columns = columns / kLanes * kLanes;
+  transpose(from, whole_rows, whole_columns, ld_from, 1.0f, to, ld_to);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to[j * ld_to + i] = from[i * ld_from + j];
+  }
+}
+
+// rows[0], lane r = the sum of the lanes of rows[r]: a tree, at each step of which half as many vectors hold the sums
+// of twice as many rows.
+template <int kStep>
+SWINKERNELS_INLINE void sum_lanes(Vec (&rows)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i += 2 * kStep) {
+      exchange<kStep>(rows[i], rows[i + kStep], AllLanes());
+      rows[i] += rows[i + kStep];
+    }
+    sum_lanes<2 * kStep>(rows);
+  }
+}
+
+// Lane r: the product of row r of a with row r of b, for kLanes rows of `columns` elements, whole vectors, one after
+// the other in memory.
+SWINKERNELS_INLINE Vec row_products(const float* a, const float* b, int64_t columns) {
+  Vec sums[kLanes] = {};
+  for (int64_t c = 0; c < columns; c += kLanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) sums[r] += load(a + r * columns + c) * load(b + r * columns + c);
+  }
+  sum_lanes<1>(sums);
+  return sums[0];
 }
 
 // A tile of c = a b + addend that stays in registers; a is (rows, depth), or (depth, rows) if kTransposed. The addend,

@@ -1,5 +1,6 @@
 // The CPU backend of window attention: takes the best kernels that this machine runs, and cuts the work into tasks.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -73,36 +74,67 @@ void run(ParallelFor parallel_for, int64_t tasks, Body body) {
 
 int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
 
+// The logarithm of the largest factor of v2's cosines.
+constexpr double kMaxLogitScale = 4.605170185988092;
+
+int64_t window_volume_squared(const WindowAttentionForwardParams& p) {
+  return product(p.geometry.window) * product(p.geometry.window);
+}
+
 BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   const WindowAttentionForwardParams& p = params.forward;
-  const int64_t windows = p.batch * product(p.geometry.num_windows);
-  // Enough chunks for the threads of a large machine, but several windows each: a chunk writes out its bias gradient.
-  constexpr int64_t kChunks = 128, kMinWindowChunks = 8, kMinWindows = 4;
-  const int64_t most = std::max(kMinWindowChunks, kChunks / p.num_heads);
+  // Enough chunks for the threads of a large machine, but several windows each, for a chunk writes out its bias gradient;
+  // and with a dense bias no more than write 64 MiB, unless the types need them.
+  constexpr int64_t kChunks = 128, kMinWindowChunks = 8, kMinWindows = 4, kMaxDenseElements = 1 << 24;
+  const int64_t types = p.bias_types, dense = p.num_heads * window_volume_squared(p);
+  int64_t most = std::max(kMinWindowChunks, kChunks / p.num_heads);
+  if (params.dbias != nullptr) most = std::min(most, kMaxDenseElements / dense);
+  most = std::max<int64_t>(most / types, 1);
   BackwardPartition partition{};
-  partition.windows_per_chunk = std::max(kMinWindows, (windows + most - 1) / most);
-  partition.window_chunks = (windows + partition.windows_per_chunk - 1) / partition.windows_per_chunk;
+  partition.windows_per_type = p.batch * product(p.geometry.num_windows) / types;
+  partition.windows_per_chunk = std::max(kMinWindows, (partition.windows_per_type + most - 1) / most);
+  partition.chunks_per_type =
+      (partition.windows_per_type + partition.windows_per_chunk - 1) / partition.windows_per_chunk;
+  partition.window_chunks = types * partition.chunks_per_type;
   partition.table_rows = 1;
   for (int32_t t : p.geometry.table_window) partition.table_rows *= 2 * t - 1;
-  auto* workspace = static_cast<float*>(params.workspace);
-  if (params.dbias_table != nullptr) partition.dbias_table = workspace;
-  if (params.dpad_qkv != nullptr) {
-    const int64_t dbias = params.dbias_table == nullptr ? 0 : partition.window_chunks * p.num_heads;
-    partition.dpad_kv = workspace + dbias * partition.table_rows;
-  }
+
+  // From a null workspace, only counts the bytes.
+  const auto take = [&](const float* wanted, int64_t count_per_chunk) -> float* {
+    if (wanted == nullptr) return nullptr;
+    char* part = static_cast<char*>(params.workspace);
+    if (part != nullptr) part += partition.workspace_bytes;
+    partition.workspace_bytes += partition.window_chunks * count_per_chunk * static_cast<int64_t>(sizeof(float));
+    return reinterpret_cast<float*>(part);
+  };
+  partition.dbias_table = take(params.dbias_table, p.num_heads * partition.table_rows);
+  partition.dbias = take(params.dbias, dense);
+  partition.dlogit_scale = take(params.dlogit_scale, p.num_heads);
+  partition.dpad_kv = take(params.dpad_qkv, int64_t{2} * p.num_heads * p.head_dim);
   return partition;
 }
 
 // sum[i * stride] = the sum of parts[i], of which there are `chunks`, `chunk_stride` apart; always in the same order.
 void sum_chunks(const float* parts, int64_t chunks, int64_t chunk_stride, int64_t count, float* sum, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) {
-    float total = 0.0f;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += parts[chunk * chunk_stride + i];
-    sum[i * stride] = total;
+  constexpr int64_t kTile = 256;
+  for (int64_t first = 0; first < count; first += kTile) {
+    const int64_t tile = std::min(kTile, count - first);
+    float totals[kTile] = {};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float* part = parts + chunk * chunk_stride + first;
+      for (int64_t i = 0; i < tile; ++i) totals[i] += part[i];
+    }
+    for (int64_t i = 0; i < tile; ++i) sum[(first + i) * stride] = totals[i];
   }
 }
 
 }  // namespace
+
+float score_factor(const WindowAttentionForwardParams& p, int64_t head) {
+  if (p.logit_scale == nullptr) return p.scale;
+  const double logit_scale = p.logit_scale[head];
+  return static_cast<float>(std::exp(logit_scale > kMaxLogitScale ? kMaxLogitScale : logit_scale));  // NaN stays NaN
+}
 
 const char* instruction_set() { return kernels().instruction_set; }
 
@@ -114,38 +146,51 @@ void window_attention_forward(const WindowAttentionForwardParams& p, ParallelFor
 }
 
 int64_t window_attention_backward_workspace_bytes(const WindowAttentionBackwardParams& params) {
-  const BackwardPartition partition = make_partition(params);
-  const int64_t dbias = params.dbias_table == nullptr ? 0 : partition.table_rows;
-  const int64_t dpad = params.dpad_qkv == nullptr ? 0 : int64_t{2} * params.forward.head_dim;
-  return partition.window_chunks * params.forward.num_heads * (dbias + dpad) * static_cast<int64_t>(sizeof(float));
+  return make_partition(params).workspace_bytes;
 }
 
 void window_attention_backward(const WindowAttentionBackwardParams& params, ParallelFor parallel_for) {
   const WindowAttentionForwardParams& p = params.forward;
   const BackwardPartition partition = make_partition(params);
-  const int64_t heads = p.num_heads, dim = p.head_dim, rows = partition.table_rows;
-  if (partition.window_chunks > 0) {
+  const int64_t heads = p.num_heads, dim = p.head_dim, rows = partition.table_rows, chunks = partition.window_chunks;
+  if (chunks > 0) {
     const int64_t bytes = kernels().backward_scratch_bytes(params);
-    run(parallel_for, partition.window_chunks * heads,
+    run(parallel_for, chunks * heads,
         [&](int64_t begin, int64_t end) { kernels().backward(params, partition, begin, end, scratch(bytes)); });
   }
-  if (params.dbias_table == nullptr && params.dpad_qkv == nullptr) return;
-  run(parallel_for, heads, [&](int64_t begin, int64_t end) {
-    for (int64_t head = begin; head < end; ++head) {
-      if (params.dbias_table != nullptr) {
-        sum_chunks(partition.dbias_table + head * rows, partition.window_chunks, heads * rows, rows,
-                   params.dbias_table + head, heads);
-      }
-      if (params.dpad_qkv != nullptr) {
-        float* dpad = params.dpad_qkv + head * dim;  // of q; a pad query has no gradient
-        std::fill(dpad, dpad + dim, 0.0f);
-        for (int64_t part = 0; part < 2; ++part) {
-          sum_chunks(partition.dpad_kv + (head * 2 + part) * dim, partition.window_chunks, heads * 2 * dim, dim,
-                     dpad + (part + 1) * heads * dim, 1);
+  if (params.dbias_table != nullptr || params.dlogit_scale != nullptr || params.dpad_qkv != nullptr) {
+    run(parallel_for, heads, [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head) {
+        if (params.dbias_table != nullptr) {
+          sum_chunks(partition.dbias_table + head * rows, chunks, heads * rows, rows, params.dbias_table + head, heads);
+        }
+        if (params.dlogit_scale != nullptr) {
+          float* sum = params.dlogit_scale + head;
+          sum_chunks(partition.dlogit_scale + head, chunks, heads, 1, sum, 1);
+          // As torch.clamp: what is at the bound passes.
+          *sum = p.logit_scale[head] <= kMaxLogitScale ? *sum * score_factor(p, head) : 0.0f;
+        }
+        if (params.dpad_qkv != nullptr) {
+          float* dpad = params.dpad_qkv + head * dim;  // of q; a pad query has no gradient
+          std::fill(dpad, dpad + dim, 0.0f);
+          for (int64_t part = 0; part < 2; ++part) {
+            sum_chunks(partition.dpad_kv + (head * 2 + part) * dim, chunks, heads * 2 * dim, dim,
+                       dpad + (part + 1) * heads * dim, 1);
+          }
         }
       }
-    }
-  });
+    });
+  }
+  if (params.dbias != nullptr) {
+    const int64_t n2 = window_volume_squared(p);
+    run(parallel_for, p.bias_types * heads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first_part = i / heads * partition.chunks_per_type * heads + i % heads;
+        sum_chunks(partition.dbias + first_part * n2, partition.chunks_per_type, heads * n2, n2, params.dbias + i * n2,
+                   1);
+      }
+    });
+  }
 }
 
 }  // namespace swinkernels::cpu

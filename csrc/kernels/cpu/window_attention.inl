@@ -1,8 +1,10 @@
 // Window attention, forward and backward, for one instruction set; simd.inl says how this is compiled.
 //
-// Maths     forward   S = scale q k^T + bias + mask, P = softmax(S), out = P v, lse = log sum exp S
+// Maths     forward   S = factor q k^T + bias + mask, P = softmax(S), out = P v, lse = log sum exp S
 //           backward  P = exp(S - lse), dP = dout v^T, delta = rowsum(P dP), dS = P (dP - delta),
-//                     dv = P^T dout, dq = scale dS k, dk = scale dS^T q, dbias = dS
+//                     dv = P^T dout, dq = factor dS k, dk = factor dS^T q, dbias = dS
+//           v2        q and k are rows of unit length u = x / max(norm, 1e-12), factor = exp(min(logit_scale, ln 100));
+//                     dx = (du - u (u . du)) / norm, and dlogit_scale = factor sum (u . dS k) over the rows u of q
 // Layout    Scores are kept transposed, (keys, queries): softmax and delta run down the columns, a vector of queries at
 //           a time, without any sum across a vector; and the scores are then, read by column, just what the products
 //           with v and k need. Only q (and dout) have to be transposed.
@@ -10,7 +12,8 @@
 //           queries in blocks of at most kMaxQueryBlock, so that for window 7 and head_dim 32 all of it stays in L1
 //           and for 1024 tokens the scores of a block stay in L2.
 // Work      forward 4, backward 10 N^2 head_dim operations for each window and head, N rounded up to whole vectors;
-//           one exp per score each. Bound by arithmetic, not by memory, from some 30 tokens on.
+//           one exp per score each. Bound by arithmetic, not by memory, from some 30 tokens on. v2 adds work per row,
+//           not per score: some 7 % at window 8 and head_dim 32.
 #include "simd.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
@@ -85,6 +88,7 @@ constexpr int64_t kPad = -1;  // in place of a token's offset
 class Window {
  public:
   int64_t batch;
+  int64_t bias_type;
   int32_t* region;  // (N); only if masked
   bool masked;      // whether its tokens are of several regions
   bool padded;      // whether it has pad tokens
@@ -103,6 +107,8 @@ class Window {
 
   void move_to(int64_t index) {
     const WindowGeometry& g = params_.geometry;
+    const int64_t windows = product(g.num_windows);
+    bias_type = index % windows / (windows / params_.bias_types);
     padded = false;
     for (int i = 2; i >= 0; --i) {
       const int32_t n = static_cast<int32_t>(index % g.num_windows[i]);
@@ -173,9 +179,9 @@ class Window {
 
 // ---- Rows between the maps and scratch memory ----
 
-// Tokens [first, first + count) of one head as float32 rows, times factor. Pad tokens get `pad`, zeros if null.
+// Tokens [first, first + count) of one head as float32 rows. Pad tokens get `pad`, zeros if null.
 void gather(DType dtype, const ConstTokenMap& map, const int64_t* offsets, int64_t first, int64_t count, int64_t head,
-            const void* pad, const Sizes& sizes, float factor, float* rows) {
+            const void* pad, const Sizes& sizes, float* rows) {
   with_format(dtype, [&](auto format) {
     using Format = decltype(format);
     using Element = typename Format::Element;
@@ -187,13 +193,13 @@ void gather(DType dtype, const ConstTokenMap& map, const int64_t* offsets, int64
       if (from == nullptr) {
         for (int64_t c = 0; c < sizes.row; c += kLanes) store(row + c, Vec{});
       } else {
-        load_row<Format>(from, sizes.dim, factor, row);
+        load_row<Format>(from, sizes.dim, row);
       }
     }
   });
 }
 
-// The inverse, without the pad tokens; row i is multiplied by factors[i].
+// The inverse, without the pad tokens; row i is multiplied by factor(i).
 template <class Factor>
 SWINKERNELS_INLINE void scatter(DType dtype, const TokenMap& map, const int64_t* offsets, int64_t first, int64_t count,
                                 int64_t head, const Sizes& sizes, Factor factor, const float* rows) {
@@ -215,34 +221,36 @@ SWINKERNELS_INLINE const void* pad_row(const WindowAttentionForwardParams& p, in
   return static_cast<const char*>(p.pad_qkv) + (part * p.num_heads + head) * p.head_dim * item;
 }
 
-// to (row, block) = the transpose of rows (queries, row); lanes after the last query are zero.
-void transpose_rows(const Sizes& sizes, int64_t queries, float* rows, float* to) {
+// to (row, block) = factor times the transpose of rows (queries, row); lanes after the last query are zero.
+void transpose_rows(const Sizes& sizes, int64_t queries, float* rows, float factor, float* to) {
   const int64_t whole = round_up(queries, kLanes);
   for (int64_t i = queries * sizes.row; i < whole * sizes.row; i += kLanes) store(rows + i, Vec{});
-  transpose(rows, whole, sizes.row, sizes.row, to, sizes.block);
+  transpose(rows, whole, sizes.row, sizes.row, factor, to, sizes.block);
 }
 
-// ---- The relative position bias ----
+// ---- The bias ----
 
-// The bias of key j and queries [i, i + length) is a run of the table's column where r(i + t) = r(i) + t: a row of the
-// window, usually. So the table is read and its gradient summed by vectors, without an index per score. The last vector
-// of a run reads and writes beyond it: what it writes there is written over by the next run, or is no one's.
-class RelativePositionBias {
+// What is added to the scores, from the relative position table or from a dense bias, written out as the scores lie:
+// (keys, queries).
+class Bias {
  public:
-  RelativePositionBias(const WindowAttentionForwardParams& p, const Sizes& sizes, Arena& arena)
-      : sizes_(sizes), table_(p.bias_table), num_heads_(p.num_heads) {
-    if (table_ == nullptr) return;
-    offset_ = arena.take<int64_t>(sizes.tokens);
-    run_ = arena.take<int64_t>(sizes.tokens + 1);
-    column_ = arena.take<float>(sizes.table_rows + kLanes);
-    const int64_t dense_bytes = sizes.blocks * sizes.scores() * static_cast<int64_t>(sizeof(float));
-    cached_heads_ = smaller(num_heads_, kMaxBiasCacheBytes / dense_bytes);
+  Bias(const WindowAttentionForwardParams& p, const Sizes& sizes, Arena& arena)
+      : sizes_(sizes), table_(p.bias_table), dense_(p.bias), num_heads_(p.num_heads) {
+    if (table_ == nullptr && dense_ == nullptr) return;
+    if (table_ != nullptr) {
+      offset_ = arena.take<int64_t>(sizes.tokens);
+      run_ = arena.take<int64_t>(sizes.tokens + 1);
+      column_ = arena.take<float>(sizes.table_rows + kLanes);
+    }
+    const int64_t bytes_of_head = sizes.blocks * sizes.scores() * static_cast<int64_t>(sizeof(float));
+    cached_heads_ = smaller(num_heads_, kMaxBiasCacheBytes / bytes_of_head);
     head_stride_ = sizes.blocks * sizes.scores() + kLanes;
-    dense_ = arena.take<float>(cached_heads_ * head_stride_ + sizes.scores() + kLanes);
-    is_cached_ = arena.take<bool>(num_heads_);
-    if (dense_ == nullptr) return;
+    written_ = arena.take<float>(cached_heads_ * head_stride_ + sizes.scores() + kLanes);
+    cached_type_ = arena.take<int64_t>(num_heads_);
+    if (written_ == nullptr) return;
 
-    for (int64_t h = 0; h < num_heads_; ++h) is_cached_[h] = false;
+    for (int64_t h = 0; h < num_heads_; ++h) cached_type_[h] = -1;
+    if (table_ == nullptr) return;
     for (int64_t i = 0; i < kLanes; ++i) column_[sizes.table_rows + i] = 0.0f;
     const int32_t (&t)[3] = p.geometry.table_window;
     const int64_t row = 2 * t[2] - 1, plane = row * (2 * t[1] - 1);
@@ -254,28 +262,24 @@ class RelativePositionBias {
     run_[runs_] = sizes.tokens;
   }
 
-  bool exists() const { return table_ != nullptr; }
-
-  // (keys, queries) of a block of queries, or null if there is no bias.
-  const float* block(int64_t head, int64_t b) {
-    if (table_ == nullptr) return nullptr;
+  // (keys, queries) of a block of queries in a window of some type, or null if there is no bias.
+  const float* block(int64_t type, int64_t head, int64_t b) {
+    if (table_ == nullptr && dense_ == nullptr) return nullptr;
     if (head < cached_heads_) {
-      float* dense = dense_ + head * head_stride_;
-      if (!is_cached_[head]) {
-        load_column(head);
-        for (int64_t i = 0; i < sizes_.blocks; ++i) expand(i, dense + i * sizes_.scores());
-        is_cached_[head] = true;
+      float* cached = written_ + head * head_stride_;
+      if (cached_type_[head] != type) {
+        for (int64_t i = 0; i < sizes_.blocks; ++i) write(type, head, i, cached + i * sizes_.scores());
+        cached_type_[head] = type;
       }
-      return dense + b * sizes_.scores();
+      return cached + b * sizes_.scores();
     }
-    if (head != column_head_) load_column(head);
-    float* dense = dense_ + cached_heads_ * head_stride_;
-    expand(b, dense);
-    return dense;
+    float* written = written_ + cached_heads_ * head_stride_;
+    write(type, head, b, written);
+    return written;
   }
 
   // Adds the gradient of a block's scores to that of a head's column of the table, of table_rows + kLanes.
-  void add_gradient(const float* dscores, int64_t b, float* dcolumn) const {
+  void add_table_gradient(const float* dscores, int64_t b, float* dcolumn) const {
     for_each_run(b, [&](int64_t key, int64_t query, int64_t length) {
       const float* from = dscores + key * sizes_.block + query - b * sizes_.block;
       float* to = dcolumn + centre_ - offset_[key] + offset_[query];
@@ -286,20 +290,35 @@ class RelativePositionBias {
     });
   }
 
- private:
-  void load_column(int64_t head) {
-    for (int64_t i = 0; i < sizes_.table_rows; ++i) column_[i] = table_[i * num_heads_ + head];
-    column_head_ = head;
+  // The gradient of a dense bias, (N, N), from that of all blocks of scores.
+  void write_dense_gradient(const float* dscores, float* dbias) const {
+    for (int64_t b = 0; b < sizes_.blocks; ++b) {
+      transpose_any(dscores + b * sizes_.scores(), sizes_.tokens, sizes_.queries(b), sizes_.block,
+                    dbias + b * sizes_.block * sizes_.tokens, sizes_.tokens);
+    }
   }
 
-  void expand(int64_t b, float* dense) const {
+ private:
+  void write(int64_t type, int64_t head, int64_t b, float* to) {
+    if (table_ == nullptr) {
+      const float* from = dense_ + ((type * num_heads_ + head) * sizes_.tokens + b * sizes_.block) * sizes_.tokens;
+      return transpose_any(from, sizes_.queries(b), sizes_.tokens, sizes_.tokens, to, sizes_.block);
+    }
+    if (column_head_ != head) {
+      for (int64_t i = 0; i < sizes_.table_rows; ++i) column_[i] = table_[i * num_heads_ + head];
+      column_head_ = head;
+    }
     for_each_run(b, [&](int64_t key, int64_t query, int64_t length) {
       const float* from = column_ + centre_ - offset_[key] + offset_[query];
-      float* to = dense + key * sizes_.block + query - b * sizes_.block;
-      for (int64_t i = 0; i < length; i += kLanes) store(to + i, load(from + i));
+      float* row = to + key * sizes_.block + query - b * sizes_.block;
+      for (int64_t i = 0; i < length; i += kLanes) store(row + i, load(from + i));
     });
   }
 
+  // The table's bias of key j and queries [i, i + length) is a run of the table's column where r(i + t) = r(i) + t: a
+  // row of the window, usually. So the table is read and its gradient summed by vectors, without an index per score.
+  // The last vector of a run reads and writes beyond it: what it writes there is written over by the next run, or is no
+  // one's.
   template <class Action>
   SWINKERNELS_INLINE void for_each_run(int64_t b, Action action) const {
     const int64_t first = b * sizes_.block, last = first + sizes_.queries(b);
@@ -311,17 +330,60 @@ class RelativePositionBias {
   }
 
   const Sizes& sizes_;
-  const float* table_;
+  const float *table_, *dense_;
   int64_t num_heads_;
-  int64_t centre_ = 0, runs_ = 0, cached_heads_ = 0, head_stride_ = 0, column_head_ = -1;
-  int64_t *offset_ = nullptr, *run_ = nullptr;  // r(token); first tokens of the runs, then N
-  float *column_ = nullptr, *dense_ = nullptr;
-  bool* is_cached_ = nullptr;
+  // Of the table: r(token) and the first tokens of the runs, then N; the column of the head that was last read.
+  int64_t centre_ = 0, runs_ = 0, column_head_ = -1;
+  int64_t *offset_ = nullptr, *run_ = nullptr;
+  float* column_ = nullptr;
+  // What was written: the cached heads, each with the bias of some type of windows, then one block of any head.
+  int64_t cached_heads_ = 0, head_stride_ = 0;
+  float* written_ = nullptr;
+  int64_t* cached_type_ = nullptr;
 };
+
+// ---- Rows of unit length (v2) ----
+
+constexpr float kMaxInverseNorm = 1e12f;  // norms are taken for 1e-12 at least
+
+// Divides the rows by their norms; inverse_norms is of whole vectors, like the memory of the rows.
+void normalise_rows(const Sizes& sizes, int64_t count, float* rows, float* inverse_norms) {
+  for (int64_t first = 0; first < count; first += kLanes) {
+    float* group = rows + first * sizes.row;
+    const Vec inverse = 1.0f / sqrt(row_products(group, group, sizes.row));
+    store(inverse_norms + first, inverse > kMaxInverseNorm ? splat(kMaxInverseNorm) : inverse);  // NaN stays NaN
+    for (int64_t i = first; i < smaller(first + kLanes, count); ++i) {
+      float* row = rows + i * sizes.row;
+      for (int64_t c = 0; c < sizes.row; c += kLanes) store(row + c, load(row + c) * inverse_norms[i]);
+    }
+  }
+}
+
+// The gradient of normalised rows becomes that of the rows they were made of. Returns the sum, over vectors of rows, of
+// the products of row and gradient.
+Vec normalise_rows_backward(const Sizes& sizes, int64_t count, const float* rows, const float* inverse_norms,
+                            float* gradients) {
+  Vec sum = {};
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const Vec products = row_products(rows + first * sizes.row, gradients + first * sizes.row, sizes.row);
+    sum += (Vec)((Int)products & first_lanes(count - first));
+    // A change along the row does not turn it; but a row shorter than the least norm was divided by a constant.
+    float along[kLanes];
+    store(along, load(inverse_norms + first) < kMaxInverseNorm ? products : Vec{});
+    for (int64_t i = first; i < smaller(first + kLanes, count); ++i) {
+      const float* row = rows + i * sizes.row;
+      float* gradient = gradients + i * sizes.row;
+      for (int64_t c = 0; c < sizes.row; c += kLanes) {
+        store(gradient + c, (load(gradient + c) - load(row + c) * along[i - first]) * inverse_norms[i]);
+      }
+    }
+  }
+  return sum;
+}
 
 // ---- Scores ----
 
-// scores (keys, queries) of a block: k (N, row) times the transpose q_t (row, block) of the scaled queries, + bias + mask.
+// scores (keys, queries) of a block: k (N, row) times q_t (row, block), the scaled queries, + bias + mask.
 void compute_scores(const WindowAttentionForwardParams& p, const Sizes& sizes, const Window& window, const float* k,
                     const float* q_t, const float* bias, int64_t b, float* scores) {
   const int64_t queries = sizes.queries(b);
@@ -351,24 +413,26 @@ void compute_scores(const WindowAttentionForwardParams& p, const Sizes& sizes, c
 struct Forward {
   Sizes sizes;
   Window window;
-  RelativePositionBias bias;
+  Bias bias;
   int64_t *q_offsets, *k_offsets, *v_offsets, *out_offsets;
   float *k, *v;             // (N, row)
   float* rows;              // (block, row): q, then out
   float* q_t;               // (row, block)
   float* scores;            // (N, block)
   float *lse, *reciprocal;  // (block)
+  float* inverse_norms;     // (N)
 
   Forward(const WindowAttentionForwardParams& p, Arena& arena) : sizes(p), window(p, arena), bias(p, sizes, arena) {
     int64_t** const offsets[] = {&q_offsets, &k_offsets, &v_offsets, &out_offsets};
     for (int64_t** map : offsets) *map = arena.take<int64_t>(sizes.tokens);
-    k = arena.take<float>(sizes.tokens * sizes.row);
+    k = arena.take<float>(round_up(sizes.tokens, kLanes) * sizes.row);
     v = arena.take<float>(sizes.tokens * sizes.row);
     rows = arena.take<float>(sizes.block * sizes.row);
     q_t = arena.take<float>(sizes.row * sizes.block);
     scores = arena.take<float>(sizes.scores());
     lse = arena.take<float>(sizes.block);
     reciprocal = arena.take<float>(sizes.block);
+    inverse_norms = arena.take<float>(round_up(sizes.tokens, kLanes));
   }
 };
 
@@ -408,13 +472,16 @@ void forward(const WindowAttentionForwardParams& p, int64_t begin, int64_t end, 
       s.window.offsets(p.v, s.v_offsets);
       s.window.offsets(p.out, s.out_offsets);
     }
-    gather(p.dtype, p.k, s.k_offsets, 0, sizes.tokens, head, pad_row(p, 1, head), sizes, 1.0f, s.k);
-    gather(p.dtype, p.v, s.v_offsets, 0, sizes.tokens, head, pad_row(p, 2, head), sizes, 1.0f, s.v);
+    gather(p.dtype, p.k, s.k_offsets, 0, sizes.tokens, head, pad_row(p, 1, head), sizes, s.k);
+    gather(p.dtype, p.v, s.v_offsets, 0, sizes.tokens, head, pad_row(p, 2, head), sizes, s.v);
+    if (p.logit_scale != nullptr) normalise_rows(sizes, sizes.tokens, s.k, s.inverse_norms);
+    const float factor = score_factor(p, head);
     for (int64_t b = 0; b < sizes.blocks; ++b) {
       const int64_t first = b * sizes.block, queries = sizes.queries(b);
-      gather(p.dtype, p.q, s.q_offsets, first, queries, head, pad_row(p, 0, head), sizes, p.scale, s.rows);
-      transpose_rows(sizes, queries, s.rows, s.q_t);
-      compute_scores(p, sizes, s.window, s.k, s.q_t, s.bias.block(head, b), b, s.scores);
+      gather(p.dtype, p.q, s.q_offsets, first, queries, head, pad_row(p, 0, head), sizes, s.rows);
+      if (p.logit_scale != nullptr) normalise_rows(sizes, queries, s.rows, s.inverse_norms);
+      transpose_rows(sizes, queries, s.rows, factor, s.q_t);
+      compute_scores(p, sizes, s.window, s.k, s.q_t, s.bias.block(s.window.bias_type, head, b), b, s.scores);
       softmax(sizes, queries, s.scores, s.lse, s.reciprocal);
       matmul<true>(queries, sizes.row, sizes.tokens, s.scores, sizes.block, s.v, sizes.row, nullptr, s.rows, sizes.row);
       scatter(
@@ -431,31 +498,38 @@ void forward(const WindowAttentionForwardParams& p, int64_t begin, int64_t end, 
 struct Backward {
   Sizes sizes;
   Window window;
-  RelativePositionBias bias;
+  Bias bias;
   int64_t *q_offsets, *k_offsets, *v_offsets, *dout_offsets, *dq_offsets, *dk_offsets, *dv_offsets;
-  float *k, *v, *dk, *dv;   // (N, row)
-  float *q, *dout, *dq;     // (block, row)
-  float *q_t, *dout_t;      // (row, block)
-  float *scores, *dscores;  // (N, block); scores become probabilities
-  float* lse;               // (block)
-  float* dbias;             // (N, block), summed over the windows of a chunk; only if there is one block
-  float* dcolumn;           // (table_rows): of a chunk
-  float *dpad_k, *dpad_v;   // (row): of a chunk
+  float *k, *v, *dk, *dv;                    // (N, row)
+  float *q, *dout, *dq;                      // (block, row)
+  float *q_t, *dout_t;                       // (row, block)
+  float *scores, *dscores;                   // (N, block); scores become probabilities
+  float* lse;                                // (block)
+  float *inverse_q_norms, *inverse_k_norms;  // (block), (N)
+  // Of a chunk:
+  float* dbias = nullptr;  // (blocks, N, block), the sum of dscores; of a table only if there is one block
+  float* dcolumn;          // (table_rows)
+  float *dpad_k, *dpad_v;  // (row)
+  float dlogit_scale;      // without the factor
 
-  Backward(const WindowAttentionForwardParams& p, bool needs_dbias, Arena& arena)
-      : sizes(p), window(p, arena), bias(p, sizes, arena) {
+  Backward(const WindowAttentionBackwardParams& params, Arena& arena)
+      : sizes(params.forward), window(params.forward, arena), bias(params.forward, sizes, arena) {
     int64_t** const offsets[] = {&q_offsets,  &k_offsets,  &v_offsets, &dout_offsets,
                                  &dq_offsets, &dk_offsets, &dv_offsets};
     for (int64_t** map : offsets) *map = arena.take<int64_t>(sizes.tokens);
     float** const of_window[] = {&k, &v, &dk, &dv};
-    for (float** rows : of_window) *rows = arena.take<float>(sizes.tokens * sizes.row);
+    for (float** rows : of_window) *rows = arena.take<float>(round_up(sizes.tokens, kLanes) * sizes.row);
     float** const of_block[] = {&q, &dout, &dq, &q_t, &dout_t};
     for (float** rows : of_block) *rows = arena.take<float>(sizes.block * sizes.row);
     scores = arena.take<float>(sizes.scores() + kLanes);
     dscores = arena.take<float>(sizes.scores() + kLanes);
     lse = arena.take<float>(sizes.block);
-    dbias = arena.take<float>(needs_dbias && sizes.blocks == 1 ? sizes.scores() + kLanes : 0);
-    dcolumn = arena.take<float>(needs_dbias ? sizes.table_rows + kLanes : 0);
+    inverse_q_norms = arena.take<float>(sizes.block);
+    inverse_k_norms = arena.take<float>(round_up(sizes.tokens, kLanes));
+    if (params.dbias != nullptr || (params.dbias_table != nullptr && sizes.blocks == 1)) {
+      dbias = arena.take<float>(sizes.blocks * sizes.scores() + kLanes);
+    }
+    dcolumn = arena.take<float>(params.dbias_table != nullptr ? sizes.table_rows + kLanes : 0);
     dpad_k = arena.take<float>(sizes.row);
     dpad_v = arena.take<float>(sizes.row);
   }
@@ -499,16 +573,18 @@ void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, flo
   }
 }
 
-// Adds the rows of the window's pad tokens, in order.
-void add_pad_rows(const Sizes& sizes, const int64_t* offsets, const float* rows, float* sum) {
+// Adds the rows of the window's pad tokens times factor, in order.
+void add_pad_rows(const Sizes& sizes, const int64_t* offsets, float factor, const float* rows, float* sum) {
   for (int64_t i = 0; i < sizes.tokens; ++i) {
     if (offsets[i] != kPad) continue;
-    for (int64_t c = 0; c < sizes.row; c += kLanes) store(sum + c, load(sum + c) + load(rows + i * sizes.row + c));
+    for (int64_t c = 0; c < sizes.row; c += kLanes) {
+      store(sum + c, load(sum + c) + load(rows + i * sizes.row + c) * factor);
+    }
   }
 }
 
 void backward_window(const WindowAttentionBackwardParams& params, Backward& s, int64_t index, int64_t head,
-                     bool needs_dbias, bool needs_dpad) {
+                     float factor) {
   const WindowAttentionForwardParams& p = params.forward;
   const Sizes& sizes = s.sizes;
   s.window.move_to(index);
@@ -519,68 +595,87 @@ void backward_window(const WindowAttentionBackwardParams& params, Backward& s, i
   s.window.offsets(params.dq, s.dq_offsets);
   s.window.offsets(params.dk, s.dk_offsets);
   s.window.offsets(params.dv, s.dv_offsets);
-  gather(p.dtype, p.k, s.k_offsets, 0, sizes.tokens, head, pad_row(p, 1, head), sizes, 1.0f, s.k);
-  gather(p.dtype, p.v, s.v_offsets, 0, sizes.tokens, head, pad_row(p, 2, head), sizes, 1.0f, s.v);
+  gather(p.dtype, p.k, s.k_offsets, 0, sizes.tokens, head, pad_row(p, 1, head), sizes, s.k);
+  gather(p.dtype, p.v, s.v_offsets, 0, sizes.tokens, head, pad_row(p, 2, head), sizes, s.v);
+  if (p.logit_scale != nullptr) normalise_rows(sizes, sizes.tokens, s.k, s.inverse_k_norms);
   const float* lse = p.lse + (index * p.num_heads + head) * sizes.tokens;
+  Vec dlogit_scale = {};
 
   for (int64_t b = 0; b < sizes.blocks; ++b) {
     const int64_t first = b * sizes.block, queries = sizes.queries(b), width = round_up(queries, kLanes);
-    gather(p.dtype, p.q, s.q_offsets, first, queries, head, pad_row(p, 0, head), sizes, p.scale, s.q);
-    gather(p.dtype, params.dout, s.dout_offsets, first, queries, head, nullptr, sizes, 1.0f, s.dout);
-    transpose_rows(sizes, queries, s.q, s.q_t);
-    transpose_rows(sizes, queries, s.dout, s.dout_t);
+    gather(p.dtype, p.q, s.q_offsets, first, queries, head, pad_row(p, 0, head), sizes, s.q);
+    gather(p.dtype, params.dout, s.dout_offsets, first, queries, head, nullptr, sizes, s.dout);
+    if (p.logit_scale != nullptr) normalise_rows(sizes, queries, s.q, s.inverse_q_norms);
+    transpose_rows(sizes, queries, s.q, factor, s.q_t);
+    transpose_rows(sizes, queries, s.dout, 1.0f, s.dout_t);
     // A pad query has probability 0 everywhere: its output was dropped, and its lse may be anything.
     for (int64_t i = 0; i < width; ++i) {
       const bool is_pad = i >= queries || s.dout_offsets[first + i] == kPad;
       s.lse[i] = is_pad ? __builtin_inff() : lse[first + i];
     }
 
-    compute_scores(p, sizes, s.window, s.k, s.q_t, s.bias.block(head, b), b, s.scores);
+    compute_scores(p, sizes, s.window, s.k, s.q_t, s.bias.block(s.window.bias_type, head, b), b, s.scores);
     matmul<false>(sizes.tokens, width, sizes.dim, s.v, sizes.row, s.dout_t, sizes.block, nullptr, s.dscores,
                   sizes.block);
-    softmax_backward(sizes, queries, s.lse, s.scores, s.dscores, needs_dbias && sizes.blocks == 1 ? s.dbias : nullptr);
-    if (needs_dbias && sizes.blocks > 1) s.bias.add_gradient(s.dscores, b, s.dcolumn);
+    softmax_backward(sizes, queries, s.lse, s.scores, s.dscores,
+                     s.dbias == nullptr ? nullptr : s.dbias + b * sizes.scores());
+    if (params.dbias_table != nullptr && s.dbias == nullptr) s.bias.add_table_gradient(s.dscores, b, s.dcolumn);
 
     matmul<false>(sizes.tokens, sizes.row, queries, s.scores, sizes.block, s.dout, sizes.row, b == 0 ? nullptr : s.dv,
                   s.dv, sizes.row);
     matmul<false>(sizes.tokens, sizes.row, queries, s.dscores, sizes.block, s.q, sizes.row, b == 0 ? nullptr : s.dk,
                   s.dk, sizes.row);
     matmul<true>(queries, sizes.row, sizes.tokens, s.dscores, sizes.block, s.k, sizes.row, nullptr, s.dq, sizes.row);
-    scatter(p.dtype, params.dq, s.dq_offsets, first, queries, head, sizes, [&](int64_t) { return p.scale; }, s.dq);
+    if (p.logit_scale != nullptr) {
+      dlogit_scale += normalise_rows_backward(sizes, queries, s.q, s.inverse_q_norms, s.dq);
+    }
+    scatter(p.dtype, params.dq, s.dq_offsets, first, queries, head, sizes, [&](int64_t) { return factor; }, s.dq);
   }
 
-  const auto unscaled = [](int64_t) { return 1.0f; };
-  scatter(p.dtype, params.dk, s.dk_offsets, 0, sizes.tokens, head, sizes, unscaled, s.dk);
-  scatter(p.dtype, params.dv, s.dv_offsets, 0, sizes.tokens, head, sizes, unscaled, s.dv);
-  if (needs_dpad && s.window.padded) {
-    add_pad_rows(sizes, s.k_offsets, s.dk, s.dpad_k);
-    add_pad_rows(sizes, s.v_offsets, s.dv, s.dpad_v);
+  if (p.logit_scale != nullptr) {
+    normalise_rows_backward(sizes, sizes.tokens, s.k, s.inverse_k_norms, s.dk);
+    for (int lane = 0; lane < kLanes; ++lane) s.dlogit_scale += dlogit_scale[lane];
+  }
+  scatter(p.dtype, params.dk, s.dk_offsets, 0, sizes.tokens, head, sizes, [&](int64_t) { return factor; }, s.dk);
+  scatter(p.dtype, params.dv, s.dv_offsets, 0, sizes.tokens, head, sizes, [](int64_t) { return 1.0f; }, s.dv);
+  if (params.dpad_qkv != nullptr && s.window.padded) {
+    add_pad_rows(sizes, s.k_offsets, factor, s.dk, s.dpad_k);
+    add_pad_rows(sizes, s.v_offsets, 1.0f, s.dv, s.dpad_v);
   }
 }
 
 void backward(const WindowAttentionBackwardParams& params, const BackwardPartition& partition, int64_t begin,
               int64_t end, void* scratch) {
   const WindowAttentionForwardParams& p = params.forward;
-  const bool needs_dbias = partition.dbias_table != nullptr, needs_dpad = partition.dpad_kv != nullptr;
   Arena arena(scratch);
-  Backward s(p, needs_dbias, arena);
+  Backward s(params, arena);
   const Sizes& sizes = s.sizes;
-  const int64_t windows = p.batch * product(p.geometry.num_windows);
+  const int64_t windows = product(p.geometry.num_windows), windows_of_type = windows / p.bias_types;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t head = chunk % p.num_heads, first = chunk / p.num_heads * partition.windows_per_chunk;
-    if (needs_dbias) clear(s.dcolumn, sizes.table_rows + kLanes);
-    if (needs_dbias && sizes.blocks == 1) clear(s.dbias, sizes.scores());
+    const int64_t head = chunk % p.num_heads, window_chunk = chunk / p.num_heads;
+    const int64_t type = window_chunk / partition.chunks_per_type;
+    const int64_t first = window_chunk % partition.chunks_per_type * partition.windows_per_chunk;
+    const int64_t last = smaller(first + partition.windows_per_chunk, partition.windows_per_type);
+    const float factor = score_factor(p, head);
+    if (params.dbias_table != nullptr) clear(s.dcolumn, sizes.table_rows + kLanes);
+    if (s.dbias != nullptr) clear(s.dbias, sizes.blocks * sizes.scores());
     clear(s.dpad_k, sizes.row);
     clear(s.dpad_v, sizes.row);
-    for (int64_t index = first; index < smaller(first + partition.windows_per_chunk, windows); ++index) {
-      backward_window(params, s, index, head, needs_dbias, needs_dpad);
+    s.dlogit_scale = 0.0f;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t index = i / windows_of_type * windows + type * windows_of_type + i % windows_of_type;
+      backward_window(params, s, index, head, factor);
     }
-    if (needs_dbias) {
-      if (sizes.blocks == 1) s.bias.add_gradient(s.dbias, 0, s.dcolumn);
+    if (partition.dbias_table != nullptr) {
+      if (s.dbias != nullptr) s.bias.add_table_gradient(s.dbias, 0, s.dcolumn);
       float* to = partition.dbias_table + chunk * sizes.table_rows;
       for (int64_t i = 0; i < sizes.table_rows; ++i) to[i] = s.dcolumn[i];
     }
-    if (needs_dpad) {
+    if (partition.dbias != nullptr) {
+      s.bias.write_dense_gradient(s.dbias, partition.dbias + chunk * sizes.tokens * sizes.tokens);
+    }
+    if (partition.dlogit_scale != nullptr) partition.dlogit_scale[chunk] = s.dlogit_scale;
+    if (partition.dpad_kv != nullptr) {
       float* to = partition.dpad_kv + chunk * 2 * sizes.dim;
       for (int64_t c = 0; c < sizes.dim; ++c) to[c] = s.dpad_k[c];
       for (int64_t c = 0; c < sizes.dim; ++c) to[sizes.dim + c] = s.dpad_v[c];
@@ -596,7 +691,7 @@ int64_t forward_scratch_bytes(const WindowAttentionForwardParams& p) {
 
 int64_t backward_scratch_bytes(const WindowAttentionBackwardParams& params) {
   Arena arena(nullptr);
-  Backward s(params.forward, params.dbias_table != nullptr, arena);
+  Backward s(params, arena);
   return arena.bytes();
 }
 

@@ -16,7 +16,7 @@
 #define SWINKERNELS_ISA avx2
 #define SWINKERNELS_KERNELS kAvx2Kernels
 #define SWINKERNELS_LANES 8
-#define SWINKERNELS_F16C
+#define SWINKERNELS_AVX
 #include "window_attention.inl"
 
 #ifdef __clang__

@@ -17,7 +17,7 @@
 #define SWINKERNELS_ISA avx512
 #define SWINKERNELS_KERNELS kAvx512Kernels
 #define SWINKERNELS_LANES 16
-#define SWINKERNELS_F16C
+#define SWINKERNELS_AVX
 #include "window_attention.inl"
 
 #ifdef __clang__

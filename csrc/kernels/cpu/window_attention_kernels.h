@@ -7,14 +7,23 @@
 
 namespace swinkernels::cpu {
 
-// How the backward pass is cut up, the same for any number of threads. A chunk is some windows of one head; chunk number
-// = window chunk * num_heads + head. The bias gradient of a window chunk is summed apart.
+// What the products of q and k of a head are multiplied with: the scale, or in v2 exp(min(logit_scale, ln 100)).
+float score_factor(const WindowAttentionForwardParams&, int64_t head);
+
+// How the backward pass is cut up, the same for any number of threads. A chunk is some windows, all of one bias type, and
+// one head; chunk number = window chunk * num_heads + head. Each sums the gradients of the parameters apart.
 struct BackwardPartition {
-  int64_t window_chunks;
+  int64_t windows_per_type;  // in the whole batch; window chunk number = type * chunks_per_type + chunk of the type
   int64_t windows_per_chunk;
+  int64_t chunks_per_type;
+  int64_t window_chunks;
   int64_t table_rows;
-  float* dbias_table;  // (window_chunks, num_heads, table_rows), or null if not wanted
-  float* dpad_kv;      // (window_chunks, num_heads, 2, head_dim), or null if not wanted
+  int64_t workspace_bytes;  // of all that follows
+  // Null where it is not wanted:
+  float* dbias_table;   // (window_chunks, num_heads, table_rows)
+  float* dbias;         // (window_chunks, num_heads, N, N)
+  float* dlogit_scale;  // (window_chunks, num_heads), without the factor
+  float* dpad_kv;       // (window_chunks, num_heads, 2, head_dim)
 };
 
 struct WindowAttentionKernels {
