@@ -1,9 +1,10 @@
 """Builds and times variants of the kernels on this GPU: ``python -m benchmarks.variants`` (``make gpu-variants``).
 
 One run settles the choices that only a measurement can: copies in flight and warps per multiprocessor of the CUDA
-kernels (the SWINKERNELS_* macros of csrc/kernels/cuda/window_attention/traits.h), tiles, warps and stages of the Triton
-ones (``tiles`` of swinkernels/triton/window_attention.py). Each variant is checked before it is timed, in a process of
-its own. Writes variants.csv and ends with a table of the percent of a device copy of the same bytes.
+attention kernels (the SWINKERNELS_* macros of csrc/kernels/cuda/window_attention/traits.h), tiles, warps and stages of
+the Triton ones (``tiles`` of swinkernels/triton/window_attention.py), and the macros of the memory-bound CUDA kernels
+(``memory``). Each variant is checked before it is timed, in a process of its own. Writes variants.csv and ends with a
+table of the percent of a device copy of the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, record, shapes
+from benchmarks import attention, memory_bound, record, shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "SWINKERNELS_"
@@ -32,6 +33,17 @@ CUDA: dict[str, dict[str, int]] = {
     "more warps": {"FORWARD_WARPS": 20, "BACKWARD_WARPS": 16},
     "one stage, more warps": {"FORWARD_STAGES": 1, "BACKWARD_STAGES": 1, "FORWARD_WARPS": 20, "BACKWARD_WARPS": 16},
 }
+MEMORY: dict[str, dict[str, int]] = {
+    "shipped": {},
+    "two vectors a thread; four blocks backward": {"COPY_VECTORS": 2, "NORM_BACKWARD_BLOCKS": 4},
+    "eight vectors a thread; two blocks backward": {"COPY_VECTORS": 8, "NORM_BACKWARD_BLOCKS": 2},
+    "blocks of 128 for copies; no prefetch": {
+        "COPY_THREADS": 128,
+        "NORM_FORWARD_PREFETCH": 0,
+        "NORM_BACKWARD_PREFETCH": 0,
+    },
+}
+MEMORY_OPS = ("window_partition", "window_reverse", "patch_merging_norm", "residual_layer_norm", "residual_post_norm")
 # Attributes of the launcher module, and of Tiles for its kernels.
 TRITON: dict[str, dict[str, Any]] = {
     "shipped": {},
@@ -42,14 +54,15 @@ TRITON: dict[str, dict[str, Any]] = {
     "longer programs": {"FORWARD_PROGRAMS": 1024, "MAX_FORWARD_WINDOWS": 32, "BACKWARD_PROGRAMS": 512},
     "shorter programs": {"FORWARD_PROGRAMS": 4096, "BACKWARD_PROGRAMS": 2048},
 }
+VARIANTS: dict[str, dict[str, Any]] = {"cuda": CUDA, "triton": TRITON, "memory": MEMORY}
 DIRECTIONS = ("fwd", "bwd")
 ROWS = "rows.json"
 
 
-def build(name: str, folder: Path) -> Path:
+def build(name: str, macros: dict[str, int], folder: Path) -> Path:
     """Compiles a CUDA variant for the visible GPU beside the shipped build; the folder with its package."""
     base = folder / "".join(c if c.isalnum() else "-" for c in name)
-    defines = [f"-D{PREFIX}{macro}={value}" for macro, value in CUDA[name].items()]
+    defines = [f"-D{PREFIX}{macro}={value}" for macro, value in macros.items()]
     flags = " ".join([os.environ.get("NVCC_APPEND_FLAGS", ""), *defines])
     command = [sys.executable, "setup.py", "-q", "build", f"--build-base={base}", f"--build-lib={base / 'lib'}"]
     environment = {**os.environ, "SWINKERNELS_BUILD": "cuda", "NVCC_APPEND_FLAGS": flags}
@@ -76,16 +89,21 @@ def run(backend: str, name: str, chosen: list[str], folder: Path) -> None:
         adjust(launcher, TRITON[name])
     device = torch.device("cuda")
     rows = []
-    for key in chosen:
+    if backend == "memory":
+        for op in MEMORY_OPS:
+            for key, case in shapes.MAP_GOALS.items():
+                rows += memory_bound.benchmark(op, key, case, "bfloat16", device, ["cuda"])
+        rows = [{"variant": name, **row} for row in rows]
+    for key in chosen if backend != "memory" else ():
         for row in attention.benchmark(key, shapes.ATTENTION[key], torch.bfloat16, device, [backend]):
-            rows.append({"variant": name, **row})
+            rows.append({"variant": name, "op": "window_attention", **row})
     (folder / ROWS).write_text(json.dumps(rows))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.variants", description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=shapes.ATTENTION, default=[shapes.GOAL, "swin_t.3"])
-    parser.add_argument("--backends", nargs="+", choices=("cuda", "triton"), default=["cuda", "triton"])
+    parser.add_argument("--backends", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for variants.csv")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -93,12 +111,12 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     failed = []
     for backend in options.backends:
-        for name in CUDA if backend == "cuda" else TRITON:
+        for name, changes in VARIANTS[backend].items():
             print(f"{backend}: {name}", flush=True)
             work = ROOT / "build" / "variants"
             work.mkdir(parents=True, exist_ok=True)
             try:
-                library = build(name, work) if backend == "cuda" else ROOT
+                library = ROOT if backend == "triton" else build(name, changes, work)
                 code = (
                     f"import sys; sys.path[:0] = [{str(library)!r}, {str(ROOT)!r}]; from pathlib import Path; "
                     f"from benchmarks.variants import run; "
@@ -110,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
                 failed.append(f"{backend} {name}: exit status {error.returncode}")
     if rows:
         record.write_csv(options.out / "variants.csv", rows, torch.device("cuda"))
-        columns = ("variant", "backend", "shape", "direction", "result", "median_us", "percent_of_copy")
+        columns = ("variant", "op", "backend", "shape", "direction", "result", "median_us", "percent_of_copy")
         print(record.table([{c: row[c] for c in columns} for row in rows if row["direction"] in DIRECTIONS]))
     if failed:
         sys.exit("\n".join(["These variants failed:", *failed]))

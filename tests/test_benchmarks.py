@@ -253,12 +253,16 @@ def test_table_and_percentiles() -> None:
 
 def test_variants_name_what_exists() -> None:
     """A variant that sets a macro or an attribute that nothing reads would time the shipped kernels again."""
-    traits = (variants.ROOT / "csrc/kernels/cuda/window_attention/traits.h").read_text()
-    for changes in variants.CUDA.values():
-        for macro in changes:
-            assert f"#ifndef {variants.PREFIX}{macro}\n" in traits
-            assert traits.count(f"{variants.PREFIX}{macro}") >= 3  # and it is used
-    assert next(iter(variants.CUDA.values())) == next(iter(variants.TRITON.values())) == {}
+    kernels = variants.ROOT / "csrc/kernels/cuda"
+    attention_traits = (kernels / "window_attention/traits.h").read_text()
+    moving = (kernels / "window_partition/window_copy.cuh").read_text() + (kernels / "layer_norm/traits.h").read_text()
+    for sources, of_kernels in ((attention_traits, variants.CUDA), (moving, variants.MEMORY)):
+        for changes in of_kernels.values():
+            for macro in changes:
+                assert f"#ifndef {variants.PREFIX}{macro}\n" in sources
+                assert sources.count(f"{variants.PREFIX}{macro}") >= 3  # and it is used
+    assert all(next(iter(v.values())) == {} for v in variants.VARIANTS.values())
+    assert set(variants.MEMORY_OPS) <= set(memory_bound.BENCHES)
 
 
 @pytest.mark.parametrize("name", variants.TRITON)

@@ -4,12 +4,25 @@
 // numbered lane, lane + lanes, ..., and keeps the columns from row to row.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
 #include "../../../params/layer_norm_cuda.h"
 #include "../../common/vectors.cuh"
 #include "row_source.cuh"
+
+// What a measurement has to settle: blocks of 128 threads that a multiprocessor holds in the backward pass, and whether
+// the next row is loaded early. benchmarks/variants.py builds others by defining these, and times them.
+#ifndef SWINKERNELS_NORM_BACKWARD_BLOCKS
+#define SWINKERNELS_NORM_BACKWARD_BLOCKS 3
+#endif
+#ifndef SWINKERNELS_NORM_FORWARD_PREFETCH
+#define SWINKERNELS_NORM_FORWARD_PREFETCH 1
+#endif
+#ifndef SWINKERNELS_NORM_BACKWARD_PREFETCH
+#define SWINKERNELS_NORM_BACKWARD_PREFETCH 1
+#endif
 
 namespace swinkernels::cuda {
 
@@ -74,10 +87,11 @@ struct LayerNormTraits {
   static constexpr int kVecs = kChosen.vectors;
   static constexpr uint32_t kMaxThreads = kChosen.max_lanes > kBlock ? kChosen.max_lanes : kBlock;
 
-  // Registers of a thread in the backward pass, which takes more: 64 of 1,024 threads, 128 of 512. Blocks of 128 are
-  // given 168, so that a multiprocessor has 12 warps.
-  static constexpr int kBackwardBlocks = kMaxThreads == kBlock ? 3 : 1;
-  static constexpr int kRegisters = kMaxThreads == kBlock ? 168 : 64 * 1024 / static_cast<int>(kMaxThreads);
+  // Registers of a thread in the backward pass, which takes more: 64 of 1,024 threads, 128 of 512. Three blocks of 128
+  // leave 168, so that a multiprocessor has 12 warps.
+  static constexpr int kBackwardBlocks = kMaxThreads == kBlock ? SWINKERNELS_NORM_BACKWARD_BLOCKS : 1;
+  static constexpr int kRegisters =
+      std::min(255, 64 * 1024 / (kBackwardBlocks * static_cast<int>(kMaxThreads)) / 8 * 8);
   // Where the element type is not known, a row is not kept but loaded again when it is needed again.
   static constexpr bool kKeepsRow = !std::is_same_v<In_, AnyElement>;
   // These kernels also know neighbours that have several pieces or none, as a published order of old has them.
@@ -86,8 +100,9 @@ struct LayerNormTraits {
   // of dweight and dbias, with 60 left for the rest.
   static constexpr int kRowRegisters =
       kVecs * (In::kWords + Out::kWords + (kOp == LayerNormOp::kResidual ? In::kWords : 0));
-  static constexpr bool kForwardPrefetch = kKeepsRow;
-  static constexpr bool kBackwardPrefetch = kKeepsRow && 2 * kVecs * kVec + 2 * kRowRegisters + 60 <= kRegisters;
+  static constexpr bool kForwardPrefetch = SWINKERNELS_NORM_FORWARD_PREFETCH && kKeepsRow;
+  static constexpr bool kBackwardPrefetch =
+      SWINKERNELS_NORM_BACKWARD_PREFETCH && kKeepsRow && 2 * kVecs * kVec + 2 * kRowRegisters + 60 <= kRegisters;
 };
 
 }  // namespace swinkernels::cuda

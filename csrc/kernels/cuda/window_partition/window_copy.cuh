@@ -26,12 +26,20 @@
 #include "../../common/launch.cuh"
 #include "../../common/map_strides.cuh"
 
+// What a measurement has to settle. benchmarks/variants.py builds others by defining these, and times them.
+#ifndef SWINKERNELS_COPY_THREADS
+#define SWINKERNELS_COPY_THREADS 256
+#endif
+#ifndef SWINKERNELS_COPY_VECTORS
+#define SWINKERNELS_COPY_VECTORS 4
+#endif
+
 namespace swinkernels::cuda {
 
 // Of one block.
 struct WindowCopyTile {
-  static constexpr int kThreads = 256;
-  static constexpr int kVectorsPerThread = 4;
+  static constexpr int kThreads = SWINKERNELS_COPY_THREADS;
+  static constexpr int kVectorsPerThread = SWINKERNELS_COPY_VECTORS;
   static constexpr int kVectors = kThreads * kVectorsPerThread;
 };
 
