@@ -67,7 +67,8 @@ def test_rows_of_a_run_on_the_cpu(tmp_path: Path) -> None:
         assert by_key[name, "fwd"]["result"] == "ok"
         assert by_key[name, "fwd"]["median_us"] > 0
     if "cpu" in names:
-        assert by_key["cpu", "bwd"]["median_us"] < by_key["cpu", "fwd+bwd"]["median_us"] * 2
+        assert by_key["cpu", "bwd"]["result"] == "ok"
+        assert by_key["cpu", "bwd"]["median_us"] > 0
     record.write_csv(tmp_path / "a.csv", rows, CPU)
     with (tmp_path / "a.csv").open() as file:
         written = list(csv.DictReader(file))
