@@ -33,12 +33,16 @@ def record(
         rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
         tables = (
             torch.empty(rows, heads, device="meta") if bias else None,
+            None,
+            None,
             torch.empty(3, heads, head_dim, **meta) if pad else None,
             torch.empty(frame, device="meta", dtype=torch.int32) if region_map else None,
+            None,
         )
-        geometry = (window, shift, window, (0, 0, 0), (False,) * 3, roll_then_pad, grid, head_dim**-0.5, -100.0, tf32)
+        scores = (head_dim**-0.5, -100.0, 0.0, tf32)
+        geometry = (window, shift, window, (0, 0, 0), (False,) * 3, roll_then_pad, grid, *scores)
         out, lse = launcher.forward(maps, *tables, *geometry)
-        launcher.backward(torch.empty_like(out), maps, lse, *tables, *geometry, bias, pad)
+        launcher.backward(torch.empty_like(out), maps, lse, *tables, *geometry, bias, False, False, pad)
     return launches
 
 
