@@ -231,6 +231,10 @@ def test_memory_plan_of_the_suite() -> None:
         entry[:3] for entry in plan
     }
     assert all(shape in memory_bound.cases(op) and dtype in memory_bound.PAIRS for op, shape, dtype, _ in plan)
+    asked = {
+        (op, shape) for op, direction in gpu_suite.MEMORY_GOALS for shape in shapes.MAP_GOALS if direction == "fwd"
+    }
+    assert asked == {(op, shape) for op, shape, _, compiled in plan if compiled}  # whatever a goal compares with, runs
 
 
 def test_plan_of_the_suite_starts_with_the_goal() -> None:
