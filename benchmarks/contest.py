@@ -67,14 +67,22 @@ class _OurCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+CONSTANTS = ("drop_path_scale",)  # inputs without a gradient
+
+
+def leaves_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the inputs that autograd starts from."""
+    return {k: x.detach().clone().requires_grad_(k not in CONSTANTS) for k, x in inputs.items()}
+
+
 def make_calls(
     op: Op, sets: Sequence[Mapping[str, Tensor]], gradients: Sequence[Sequence[Tensor]], *, bare_backward: bool
 ) -> dict[str, Call]:
-    """The calls of each direction: ``sets`` are inputs, which all want a gradient, ``gradients`` those of the results.
+    """The calls of each direction: ``sets`` are inputs, ``gradients`` those of the results.
 
     Backward alone can be timed where it is one op of ours; else it is in "fwd+bwd" only.
     """
-    leaves = [{k: x.detach().clone().requires_grad_() for k, x in inputs.items()} for inputs in sets]
+    leaves = [leaves_of(inputs) for inputs in sets]
 
     def forward(i: int) -> Any:
         with torch.no_grad():
@@ -85,7 +93,8 @@ def make_calls(
         return (out,) if isinstance(out, Tensor) else out
 
     def differentiate(out: Sequence[Tensor], i: int) -> Any:
-        return torch.autograd.grad(out, list(leaves[i].values()), gradients[i])
+        wanted = [x for x in leaves[i].values() if x.requires_grad]
+        return torch.autograd.grad(out, wanted, gradients[i])
 
     def both(i: int) -> Any:
         out = results(i)

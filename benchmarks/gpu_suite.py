@@ -8,6 +8,7 @@ goal is missed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -31,12 +32,18 @@ MEMORY_GOALS = {
     ("residual_post_norm", "fwd"): 88.0,
     ("residual_post_norm", "bwd"): 75.0,
 }
-# How many times faster than a peer each of those ops is to be, forward.
+# How many times faster than a peer each of those ops, and the whole patch merging, is to be. A peer's backward pass
+# is not timed alone, so it counts together with forward.
 PEER_GOALS = {"eager": 3.0, "eager-compiled": 1.3}
+PEER_OPS = (*dict.fromkeys(op for op, _ in MEMORY_GOALS), "patch_merging")
+PEER_DIRECTIONS = ("fwd", "fwd+bwd")
 # Of the Linear alone and a copy of the bytes of gather and norm, what a whole patch merging may take forward.
 MERGING_GOAL = 1.15
+# Ops that autocast gives a float32 stream.
+AUTOCAST_OPS = ("patch_merging_norm", "patch_merging", "residual_layer_norm", "residual_post_norm")
 UNCOMPILED = ("eager", "sdpa")
-ATTENTION_SHARE = 0.6  # of the time, the rest being for the memory-bound ops
+QUICK = ("cuda", "triton", "eager")
+ATTENTION_SHARE = 0.45  # of the time, the rest being for the memory-bound ops, whose peers compile at every goal
 
 
 def plan() -> list[tuple[str, str, bool]]:
@@ -49,17 +56,20 @@ def plan() -> list[tuple[str, str, bool]]:
     ]
 
 
-def memory_plan() -> list[tuple[str, str, str, bool]]:
-    """(op, shape, dtype, whether torch.compile takes part: where a goal asks for it). What has a goal comes first."""
-    with_goal = {op for op, _ in MEMORY_GOALS}
-    entries = [
-        (op, key, dtype, dtype == "bfloat16" and op in with_goal and key in shapes.MAP_GOALS)
-        for op in memory_bound.BENCHES
-        for dtype in ("bfloat16", *(["float32-bfloat16"] if "residual" in op else []))
-        for i, key in enumerate(memory_bound.cases(op))
-        if dtype == "bfloat16" or i == 0
+def memory_plan() -> list[tuple[str, str, str, tuple[str, ...]]]:
+    """(op, shape, dtype, contestants), in the order of what a run that ends early should have measured.
+
+    First what the goals are about, then their compiled peers, which take most of the time, then what has no goal.
+    """
+    goals = [(op, key) for key in shapes.MAP_GOALS for op in (*PEER_OPS, "patch_merging_gemm")]
+    compiled = [(op, key) for key in shapes.MAP_GOALS for op in PEER_OPS]
+    every = [(op, key) for op in memory_bound.BENCHES for key in memory_bound.cases(op)]
+    return [
+        *((op, key, "bfloat16", QUICK) for op, key in goals),
+        *((op, key, "bfloat16", ("eager-compiled",)) for op, key in compiled),
+        *((op, key, "bfloat16", QUICK) for op, key in every if (op, key) not in goals),
+        *((op, next(iter(shapes.MAP_GOALS)), "float32-bfloat16", QUICK) for op in AUTOCAST_OPS),
     ]
-    return sorted(entries, key=lambda entry: (not entry[0].startswith("patch_merging"), entry[0] not in with_goal))
 
 
 def _goal(
@@ -101,10 +111,14 @@ def memory_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             mine = _find(rows, **labels, backend="cuda")
             goal = f"{op} {direction} at {shape}"
             results.append(_goal(goal, mine, mine and mine["percent_of_copy"], wanted, "% of copy"))
-            for peer, times in PEER_GOALS.items() if direction == "fwd" else ():
-                ours, theirs = _time(mine), _time(_find(rows, **labels, backend=peer))
-                ratio = theirs / ours if ours and theirs else None
-                results.append(_goal(f"{goal} against {peer}", mine, ratio, times, "times as fast"))
+    for op, shape, direction in itertools.product(PEER_OPS, shapes.MAP_GOALS, PEER_DIRECTIONS):
+        labels = {"op": op, "shape": shape, "dtype": "bfloat16", "direction": direction}
+        mine = _find(rows, **labels, backend="cuda")
+        for peer, times in PEER_GOALS.items():
+            ours, theirs = _time(mine), _time(_find(rows, **labels, backend=peer))
+            ratio = theirs / ours if ours and theirs else None
+            goal = f"{op} {direction} at {shape} against {peer}"
+            results.append(_goal(goal, mine, ratio, times, "times as fast"))
     for shape in shapes.MAP_GOALS:
         labels = {"shape": shape, "dtype": "bfloat16", "direction": "fwd"}
         mine = _find(rows, **labels, op="patch_merging", backend="cuda")
@@ -119,7 +133,7 @@ def memory_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the CSV files")
-    parser.add_argument("--seconds", type=float, default=400, help="start no further shape after this time")
+    parser.add_argument("--seconds", type=float, default=420, help="start no further shape after this time")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu_suite: torch sees no CUDA GPU; python -m benchmarks.attention runs on a CPU")
@@ -143,9 +157,9 @@ def main(arguments: list[str] | None = None) -> None:
             rows += attention.benchmark(shape, shapes.ATTENTION[shape], attention.DTYPES[dtype], device, names)
             record.write_csv(options.out / "attention.csv", rows, device)
     moving: list[dict[str, Any]] = []
-    for op, shape, dtype, compiled in memory_plan():
-        if in_time(options.seconds, f"{op} {shape} {dtype}"):
-            names = memory_bound.contestants(op, device, () if compiled else ("cuda", "triton", "eager"))
+    for op, shape, dtype, wanted in memory_plan():
+        if in_time(options.seconds, f"{op} {shape} {dtype} {' '.join(wanted)}"):
+            names = memory_bound.contestants(op, device, wanted)
             moving += memory_bound.benchmark(op, shape, memory_bound.cases(op)[shape], dtype, device, names)
             record.write_csv(options.out / "memory_bound.csv", moving, device)
     reached = goals(rows) + memory_goals(moving)

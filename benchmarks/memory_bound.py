@@ -128,6 +128,18 @@ def _add_then_norm(case: MapCase, pair: Pair) -> Op:
     return block
 
 
+def _drop_path_inputs(case: MapCase, pair: Pair) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {**_residual_inputs(case, pair), "drop_path_scale": ((case.batch,), torch.float32)}
+
+
+def _drop_then_add_then_norm(case: MapCase, pair: Pair) -> Op:
+    def block(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, drop_path_scale: Tensor) -> tuple[Tensor, Tensor]:
+        scale = drop_path_scale.to(y.dtype).view(-1, *(1,) * (y.dim() - 1))  # given, not drawn: results are compared
+        return _add_then_norm(case, pair)(x, y * scale, weight, bias)
+
+    return block
+
+
 def _norm_then_add(case: MapCase, pair: Pair) -> Op:
     return lambda x, y, weight, bias: x + peers.layer_norm(y, weight, bias, pair[0])
 
@@ -146,6 +158,11 @@ def _residual_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
     # ds, dz and s are read; where x and y have one dtype they have one gradient.
     gradients = pair[:1] if pair[0] == pair[1] else pair
     return _bytes(case, pair, pair), _bytes(case, (pair[0], pair[1], pair[0]), gradients)
+
+
+def _drop_path_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
+    # The gradient of the branch is scaled, so it is written apart from that of the stream.
+    return _bytes(case, pair, pair), _bytes(case, (pair[0], pair[1], pair[0]), pair)
 
 
 def _norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
@@ -266,6 +283,18 @@ BENCHES: dict[str, Bench] = {
         lambda case: reference.residual_layer_norm,
         _residual_moved,
     ),
+    "residual_layer_norm_drop_path": Bench(  # in training: some branches are dropped, the others scaled up
+        "residual_layer_norm",
+        _drop_path_inputs,
+        lambda case, pair, b: (
+            lambda x, y, weight, bias, drop_path_scale: swinkernels.residual_layer_norm(
+                x, y, weight, bias, drop_path_scale=drop_path_scale, backend=b
+            )
+        ),
+        _drop_then_add_then_norm,
+        lambda case: reference.residual_layer_norm,
+        _drop_path_moved,
+    ),
     "residual_post_norm": Bench(
         "residual_layer_norm",
         _residual_inputs,
@@ -310,6 +339,9 @@ def draw(op: str, case: MapCase, pair: Pair, device: torch.device, seed: int = 0
         x = torch.randn(shape, generator=generator, device=device)
         if name == "weight" and len(shape) == 2:  # a Linear keeps the size of what it is given
             x *= shape[1] ** -0.5
+        if name == "drop_path_scale":  # p = 0.2
+            x = torch.full(shape, 1.25, device=device)
+            x[1::5] = 0
         inputs[name] = x.to(dtype)
     return inputs
 
@@ -326,13 +358,14 @@ def draw_gradients(results: Iterable[Tensor], seed: int = 0) -> list[Tensor]:
 
 
 def run_once(op: Op, inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The results and the gradient of every input."""
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    """The results and the gradient of every input that has one."""
+    leaves = contest.leaves_of(inputs)
     out = _several(op(**leaves))
     wanted = [g.to(x.dtype) for g, x in zip(gradients, out, strict=True)]
-    grads = torch.autograd.grad(out, list(leaves.values()), wanted)
+    differentiable = {name: x for name, x in leaves.items() if x.requires_grad}
+    grads = torch.autograd.grad(out, list(differentiable.values()), wanted)
     results = {f"out{i}": x.detach() for i, x in enumerate(out)}
-    return results | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+    return results | {f"d{name}": g for name, g in zip(differentiable, grads, strict=True)}
 
 
 def verify(op: str, name: str, case: MapCase, pair: Pair, device: torch.device) -> tuple[bool, float]:
@@ -343,7 +376,8 @@ def verify(op: str, name: str, case: MapCase, pair: Pair, device: torch.device) 
     case = shapes.with_batch(case, 2)
     inputs = draw(op, case, pair, device)
     mine = make_op(op, name, case, pair)
-    gradients = draw_gradients(_several(mine(**inputs)))
+    with torch.no_grad():  # eager: a compiled peer would compile once more to say what it returns
+        gradients = draw_gradients(_several(make_op(op, "eager", case, pair)(**inputs)))
     got = run_once(mine, inputs, gradients)
     exact, single = (
         run_once(BENCHES[op].exact(case), {k: x.to(wide) for k, x in inputs.items()}, gradients)
@@ -375,8 +409,8 @@ def benchmark(
         mine = make_op(op, name, case, pair)
         for seed in range(len(drawn), count):
             drawn.append(draw(op, case, pair, device, seed))
-            with torch.no_grad():
-                gradients.append(draw_gradients(_several(mine(**drawn[-1])), seed))
+            with torch.no_grad():  # eager, as in verify
+                gradients.append(draw_gradients(_several(make_op(op, "eager", case, pair)(**drawn[-1])), seed))
         bare = BENCHES[op].bare_backward and name not in PEERS and name != "reference"
         return contest.make_calls(mine, drawn, gradients, bare_backward=bare)
 

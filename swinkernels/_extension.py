@@ -18,6 +18,12 @@ _NOT_BUILT = (
     "the compiled extension is not installed: reinstall with a C++ compiler and ninja present "
     "(pip install --no-build-isolation .) and without SWINKERNELS_BUILD=none"
 )
+_OUTDATED = (
+    "the compiled extension is older than the Python code beside it: build it again "
+    "(pip install --no-build-isolation ., or make build in a checkout)"
+)
+# Of what build_info() says, the newest: an extension that does not say it has other ops than the Python code calls.
+_NEWEST_FACT = "layer_norm_limits"
 
 
 def _load() -> None:
@@ -33,6 +39,9 @@ def _load() -> None:
         build = importlib.import_module("swinkernels._C")
     except (ImportError, OSError, RuntimeError) as e:
         error = f"the compiled extension does not load under torch {torch.__version__}: {e}. Reinstall swinkernels."
+        return
+    if _NEWEST_FACT not in build.build_info():
+        build, error = None, _OUTDATED
 
 
 _load()

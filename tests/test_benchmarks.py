@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import types
 from pathlib import Path
 
@@ -10,13 +11,20 @@ import pytest
 import torch
 
 import swinkernels
-from benchmarks import attention, gpu_suite, memory_bound, record, shapes, variants
+from benchmarks import attention, contest, gpu_suite, memory_bound, record, shapes, variants
 from benchmarks.peers import make_peer
-from benchmarks.timing import Timing
+from benchmarks.timing import Timing, time_on_cpu
 from swinkernels import reference
+from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase, run_case
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are tested, not the times in them."""
+    monkeypatch.setattr(contest, "time_on_cpu", functools.partial(time_on_cpu, seconds=0.01, rounds=2))
 
 
 @pytest.mark.parametrize("sdpa", [False, True], ids=["eager", "sdpa"])
@@ -133,7 +141,8 @@ def test_goals_of_the_memory_bound_ops() -> None:
 
     nothing = verdicts([])
     assert set(nothing.values()) == {"not measured"}
-    assert len(nothing) == 3 * (8 + 2 * 5 + 1)  # at three shapes: of a copy, against two peers, the whole merging
+    # At three shapes: of a copy; six ops against two peers in two directions; the whole merging.
+    assert len(nothing) == 3 * (8 + 6 * 2 * 2 + 1)
     rows = [
         memory_row("patch_merging_norm", "cuda", 55.0, 90.9),
         memory_row("patch_merging_norm", "eager", 164.0),
@@ -206,6 +215,7 @@ def test_moved_bytes_are_those_of_the_tensors(op: str) -> None:
         "layer_norm": of(results) + 2 * of(maps),
         "patch_expanding": of(results) + 2 * of(maps),
         "residual_layer_norm": of(results) + of(results[:1]) + of(maps),
+        "residual_layer_norm_drop_path": of(results) + of(results[:1]) + of(maps),
         "residual_post_norm": of(results) + 2 * of([inputs.get("y", results[0])]),
     }
     assert backward == expected[op]
@@ -224,17 +234,51 @@ def test_memory_bound_rows_on_the_cpu(tmp_path: Path, monkeypatch: pytest.Monkey
         memory_bound.main(["--device", "cpu", "--filter", "nothing", "--out", str(tmp_path)])
 
 
-def test_memory_plan_of_the_suite() -> None:
+def test_a_dropped_branch_has_a_gradient_of_its_own() -> None:
+    """In one dtype the gradients of stream and branch are one tensor, but for a scaled branch."""
+    case, pair = SMALL["2D"], memory_bound.PAIRS["bfloat16"]
+    one_map = 2 * 6 * 9 * 16 * 2
+    assert memory_bound.BENCHES["residual_layer_norm"].moved(case, pair) == (4 * one_map, 4 * one_map)
+    assert memory_bound.BENCHES["residual_layer_norm_drop_path"].moved(case, pair) == (4 * one_map, 5 * one_map)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", [op for op, bench in memory_bound.BENCHES.items() if bench.bare_backward])
+def test_backward_alone_is_the_gradient(op: str, backend: str, plain_kernels) -> None:
+    """What is timed as "bwd" on a GPU: the one backward op, called again without autograd."""
+    if backend not in _backends.IMPLEMENTED[memory_bound.BENCHES[op].implemented]:
+        pytest.skip(f"{backend} does not implement {op}")
+    case, pair = SMALL["padded"], memory_bound.PAIRS["float32-bfloat16"]
+    inputs = memory_bound.draw(op, case, pair, CPU)
+    mine = memory_bound.make_op(op, backend, case, pair)
+    results = mine(**inputs)
+    gradients = memory_bound.draw_gradients([results] if isinstance(results, torch.Tensor) else results)
+    got = contest.make_calls(mine, [inputs], [gradients], bare_backward=True)["bwd"](0)
+    got = [got] if isinstance(got, torch.Tensor) else list(got)
+    expected = memory_bound.run_once(mine, inputs, gradients)
+    moved = "windows" if op == "window_reverse" else "y" if op == "residual_post_norm" else "x"
+    torch.testing.assert_close(got[0], expected[f"d{moved}"], rtol=0, atol=0)
+
+
+def test_memory_plan_of_the_suite_settles_every_goal() -> None:
+    """A run that gets through its plan leaves no goal unmeasured, and those come before what has none."""
     plan = gpu_suite.memory_plan()
-    assert len({entry[:3] for entry in plan}) == len(plan)
-    assert {(op, shape, "bfloat16") for op, _ in gpu_suite.MEMORY_GOALS for shape in shapes.MAP_GOALS} <= {
-        entry[:3] for entry in plan
-    }
+    assert len(set(plan)) == len(plan)
     assert all(shape in memory_bound.cases(op) and dtype in memory_bound.PAIRS for op, shape, dtype, _ in plan)
-    asked = {
-        (op, shape) for op, direction in gpu_suite.MEMORY_GOALS for shape in shapes.MAP_GOALS if direction == "fwd"
-    }
-    assert asked == {(op, shape) for op, shape, _, compiled in plan if compiled}  # whatever a goal compares with, runs
+    rows: list[dict] = []
+    complete = []
+    for op, shape, dtype, names in plan:
+        for name in names:
+            if name in memory_bound.PEERS or memory_bound.BENCHES[op].implemented is not None:
+                for direction in ("fwd", "fwd+bwd") if name in memory_bound.PEERS else contest.DIRECTIONS:
+                    labels = {"shape": shape, "dtype": dtype, "direction": direction}
+                    rows.append(memory_row(op, name, 50.0, 100.0, **labels))
+        complete.append(all(goal["verdict"] != "not measured" for goal in gpu_suite.memory_goals(rows)))
+    assert complete[-1]
+    last = complete.index(True)  # of the entries that the goals need
+    assert {entry[0] for entry in plan[: last + 1]} == {*gpu_suite.PEER_OPS, "patch_merging_gemm"}
+    assert all(shape in shapes.MAP_GOALS for _, shape, _, _ in plan[: last + 1])
+    assert {entry[0] for entry in plan[last + 1 :]} >= {"layer_norm", "patch_expanding"}
 
 
 def test_plan_of_the_suite_starts_with_the_goal() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,19 @@ def test_driver_is_none_without_a_working_nvidia_smi(monkeypatch: pytest.MonkeyP
     assert info._driver() is None
     tool.write_text("#!/bin/sh\necho 580.95.05\necho 580.95.05\n")
     assert info._driver() == "580.95.05"
+
+
+@needs_extension
+def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {name: value for name, value in _extension.build.build_info().items() if name != "layer_norm_limits"}
+    older = types.SimpleNamespace(build_info=lambda: facts)
+    monkeypatch.setattr(_extension, "build", _extension.build)
+    monkeypatch.setattr(_extension, "error", None)
+    monkeypatch.setattr(_extension.importlib, "import_module", lambda name: older)
+    _extension._load()
+    assert _extension.build is None
+    assert "older than the Python code" in _extension.error
+    assert "build it again" in _extension.error
 
 
 @needs_extension
