@@ -22,6 +22,10 @@ SUPPORTED = (
 )
 
 
+def _forward(module: nn.Module, x: Tensor) -> Tensor:
+    return type(module).forward(module, x)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """How the modules of one class of one library run on this package's ops.
@@ -42,6 +46,9 @@ class Adapter:
     input_shape: Callable[[Any], tuple[int, ...]]
     # A parameter with the dtype and the device of the module.
     weight: Callable[[Any], Tensor]
+    # Calls the forward of the module's class, past hooks, on a map (B, *input_shape), with whatever else it takes for
+    # that map (a sequence and its size, a mask). The tensor that comes out.
+    run: Callable[[Any, Tensor], Tensor] = _forward
 
 
 BACKEND_ATTRIBUTE = "_swinkernels_backend"

@@ -39,9 +39,10 @@ def verify(adapter: Adapter, path: str, module: nn.Module, backend: str) -> None
         fast.__dict__[BACKEND_ATTRIBUTE] = backend
         plain64 = copy.deepcopy(plain).to(torch.float64)
         with torch.no_grad():
-            dout = torch.randn(plain(x).shape, generator=generator, device="cpu").to(device, dtype)
+            dout = torch.randn(adapter.run(plain, x).shape, generator=generator, device="cpu").to(device, dtype)
         results = [
-            _run(m, x.to(wide), dout.to(wide)) for m, wide in ((fast, dtype), (plain, dtype), (plain64, torch.float64))
+            _run(adapter, m, x.to(wide), dout.to(wide))
+            for m, wide in ((fast, dtype), (plain, dtype), (plain64, torch.float64))
         ]
     for name in results[-1]:
         _check(path, name, *(result[name] for result in results))
@@ -54,9 +55,9 @@ def _remove_hooks(module: nn.Module) -> None:
             hooks.clear()
 
 
-def _run(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
+def _run(adapter: Adapter, module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
     x = x.detach().requires_grad_()
-    out = type(module).forward(module, x)
+    out = adapter.run(module, x)
     leaves = {"the input": x, **dict(module.named_parameters())}
     grads = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
     gradients = {f"the gradient of {name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
