@@ -24,7 +24,7 @@ from timm_swin import CONFIGURATIONS, assert_as_good, check_parity, make_image, 
 import swinkernels
 from swinkernels.integrations import VerificationError
 from swinkernels.integrations import _backend_choice as backend_choice
-from swinkernels.integrations import timm as adapter
+from swinkernels.integrations import _norms as norms
 from swinkernels.integrations._adapter import Accelerated
 from swinkernels.ops import _backends
 from swinkernels.ops._library import autocast_dtype
@@ -49,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     seen = Calls()
 
     def watch(name: str) -> None:
-        op = getattr(adapter, name)
+        op = getattr(norms, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             out = op(*args, **kwargs)
@@ -58,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
             seen.append({"op": name, "dtypes": dtypes, "results": [t.dtype for t in results], **kwargs})
             return out
 
-        monkeypatch.setattr(adapter, name, watched)
+        monkeypatch.setattr(norms, name, watched)
 
     for name in OPS:
         watch(name)
@@ -73,13 +73,13 @@ def a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     forward = nn.LayerNorm.forward
 
     def forward_as_on_a_gpu(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        return forward(norm, x.float() if _norm_dtype(x, x.dtype) == torch.float32 else x)
+        return forward(norm, x.float() if norm_dtype(x, x.dtype) == torch.float32 else x)
 
-    def _norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if autocast_dtype(x) is not None else dtype
 
     monkeypatch.setattr(nn.LayerNorm, "forward", forward_as_on_a_gpu)
-    monkeypatch.setattr(adapter, "_norm_dtype", _norm_dtype)
+    monkeypatch.setattr(norms, "norm_dtype", norm_dtype)
     backend_choice._find_fast_backend.cache_clear()
     yield
     backend_choice._find_fast_backend.cache_clear()
@@ -147,15 +147,15 @@ def test_the_factor_of_drop_path_is_timms(p, dtype):
     for batch in (1, 5, 1000):
         y = torch.ones(batch, 3, 2, 4, dtype=dtype)
         factors, states = [], []
-        for draw in (lambda y: drop_path(y)[:, 0, 0, 0], lambda y: adapter._drop_path_scale(drop_path, y, y.dtype)):
+        for draw in (lambda y: drop_path(y)[:, 0, 0, 0], lambda y: norms.drop_path_scale(drop_path, y, y.dtype)):
             torch.manual_seed(3)
             factors.append(draw(y))
             states.append(torch.get_rng_state())
         assert torch.equal(*factors)
         assert torch.equal(*states)
-    assert adapter._drop_path_scale(drop_path.eval(), y, y.dtype) is None
-    assert adapter._drop_path_scale(DropPath(0.0).train(), y, y.dtype) is None
-    assert adapter._drop_path_scale(nn.Identity(), y, y.dtype) is None
+    assert norms.drop_path_scale(drop_path.eval(), y, y.dtype) is None
+    assert norms.drop_path_scale(DropPath(0.0).train(), y, y.dtype) is None
+    assert norms.drop_path_scale(nn.Identity(), y, y.dtype) is None
 
 
 @versions
@@ -650,8 +650,8 @@ def test_verify_passes_where_timm_itself_overflows():
 )
 def test_verify_finds_a_wrong_op_and_names_the_module(version, op, path, monkeypatch):
     model = make_model(version)
-    right = getattr(adapter, op)
-    monkeypatch.setattr(adapter, op, lambda *args, eps, **kwargs: right(*args, eps=eps + 0.01, **kwargs))
+    right = getattr(norms, op)
+    monkeypatch.setattr(norms, op, lambda *args, eps, **kwargs: right(*args, eps=eps + 0.01, **kwargs))
     with pytest.raises(VerificationError, match=rf"{path}: the output is off by"):
         swinkernels.accelerate(model, backend="reference", verify=True)
     assert not any(isinstance(m, Accelerated) for m in model.modules())

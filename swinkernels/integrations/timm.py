@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from timm.layers import DropPath, Mlp
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import PatchMerging as PatchMergingV2
@@ -26,26 +25,17 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 
 from swinkernels.integrations._adapter import Accelerated, Adapter
-from swinkernels.integrations._backend_choice import fast_backend
 from swinkernels.integrations._inner import (
-    has_hooks,
     inner,
     is_traced,
-    replaced_forward,
     why_not_absorbed,
     why_not_linear,
-    why_not_norm,
+    why_not_window_attention,
 )
-from swinkernels.integrations._parts import Part, norm_part, window_attention_part
-from swinkernels.ops import (
-    layer_norm,
-    patch_merging,
-    residual_layer_norm,
-    residual_post_norm,
-    window_attention_qkvpacked,
-)
-from swinkernels.ops._backends import norm_reasons, patch_merging_reasons, residual_reasons
-from swinkernels.ops._library import autocast_dtype
+from swinkernels.integrations._norms import Merging, Residual, norm_for_linear
+from swinkernels.integrations._parts import Part, window_attention_part
+from swinkernels.integrations._windows import differs, frame_of, shift_mask, window_index
+from swinkernels.ops import window_attention_qkvpacked
 
 _MASK = "attn_mask"
 
@@ -58,24 +48,9 @@ def _why_not_attention(block: SwinTransformerBlock) -> str | None:
     attn = block._modules["attn"]
     if type(attn) is not WindowAttention:
         return f"attn is a {type(attn).__name__}, not timm's WindowAttention"
-    if "forward" in attn.__dict__:
-        return "attn.forward was replaced on the instance"
-    # A hook would see other shapes (on qkv, proj, proj_drop: the map instead of windows) or no call (on the others).
-    if has_hooks(attn):
-        return "a hook is registered on attn"
-    modules = attn._modules
-    for name, module in modules.items():
-        if module is not None and has_hooks(module):
-            return f"a hook is registered on attn.{name}"
-    # Any other layer may mix tokens, and what it makes of a pad token is not known.
-    if type(modules["qkv"]) is not nn.Linear:
-        return f"attn.qkv is a {type(modules['qkv']).__name__}, not an nn.Linear"
-    if type(modules["proj"]) is not nn.Linear:
-        return f"attn.proj is a {type(modules['proj']).__name__}, not an nn.Linear"
-    if type(modules["softmax"]) is not nn.Softmax:
-        return f"attn.softmax is a {type(modules['softmax']).__name__}, not an nn.Softmax"
-    if type(modules["attn_drop"]) not in (nn.Dropout, nn.Identity):
-        return f"attn.attn_drop is a {type(modules['attn_drop']).__name__}, not an nn.Dropout"
+    reason = why_not_window_attention(attn)
+    if reason is not None:
+        return reason
     if not isinstance(attn.scale, float):
         return f"attn.scale is a {type(attn.scale).__name__}, not a float"
     height, width = block.window_size
@@ -88,55 +63,22 @@ def _resolution(block: SwinTransformerBlock) -> tuple[int, int]:
     return cast("tuple[int, int]", block.input_resolution)  # timm's annotation allows an int, its code does not
 
 
-def _frame(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
-    return -(-size[0] // window[0]) * window[0], -(-size[1] // window[1]) * window[1]
-
-
 def _mask_fits(block: SwinTransformerBlock, height: int, width: int) -> bool:
     """Whether the block's stored mask, which is for input_resolution, is that of this map."""
     if getattr(block, "dynamic_mask", False) or not any(block.shift_size):
         return True  # made from the map, or none
     window = block.window_size
-    return _frame((height, width), window) == _frame(_resolution(block), window)
-
-
-def _differs(x: Tensor | None, expected: Tensor | None) -> bool:
-    if x is None or expected is None:
-        return x is not expected
-    if x.shape != expected.shape:
-        return True
-    return not x.is_meta and not torch.equal(x.to("cpu", expected.dtype), expected)  # meta tensors have no values
-
-
-def _standard_mask(block: SwinTransformerBlock) -> Tensor | None:
-    """The mask that timm computes for input_resolution, (num_windows, N, N), or None for a block without shift."""
-    if not any(block.shift_size):
-        return None
-    window = block.window_size
-    frame = _frame(_resolution(block), window)
-    regions = []
-    for p, w, s in zip(frame, window, block.shift_size, strict=True):
-        g = torch.arange(p, device="cpu")
-        regions.append((g >= p - w).long() + (g >= p - s).long() if s > 0 else torch.zeros_like(g))
-    region = 3 * regions[0][:, None] + regions[1]
-    region = region.reshape(frame[0] // window[0], window[0], frame[1] // window[1], window[1]).transpose(1, 2)
-    region = region.reshape(-1, window[0] * window[1])
-    return -100.0 * (region[:, :, None] != region[:, None, :])
+    return frame_of((height, width), window) == frame_of(_resolution(block), window)
 
 
 def _has_own_mask(block: SwinTransformerBlock) -> bool:
     """Whether attn_mask holds other values than timm puts there, which the kernels would not read."""
     if getattr(block, "dynamic_mask", False):
         return False  # timm does not read it either
-    return _differs(block._buffers.get(_MASK), _standard_mask(block))
-
-
-def _window_index(block: SwinTransformerBlock) -> Tensor:
-    """relative_position_index by the formula that the kernels compute: (query - key) + window - 1, row-major."""
-    height, width = block.window_size
-    token = torch.arange(height * width, device="cpu")
-    offset = [c[:, None] - c[None, :] for c in (token // width, token % width)]
-    return (offset[0] + height - 1) * (2 * width - 1) + offset[1] + width - 1
+    expected = None
+    if any(block.shift_size):
+        expected = shift_mask(frame_of(_resolution(block), block.window_size), block.window_size, block.shift_size)
+    return differs(block._buffers.get(_MASK), expected)
 
 
 def _attention_arguments(block: SwinTransformerBlock) -> dict[str, Any]:
@@ -178,109 +120,38 @@ def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor:
     return attn.proj_drop(attn.proj(out))
 
 
-# Norms and residual connections, of both versions
+# Norms and residual connections, and patch merging, whose norm is before the reduction in v1 and after it in v2
 
 
-def _why_not_residual(block: Any, norm: str, drop_path: str) -> str | None:
-    """Why a residual connection and its norm have to be timm's own code at present, or None."""
-    drop = inner(block, drop_path)
-    kind = nn.Identity if type(drop) is nn.Identity else DropPath  # timm has an Identity for p = 0
-    reason = why_not_norm(norm, inner(block, norm), block.dim)
-    return reason or why_not_absorbed(drop_path, drop, kind, "timm's DropPath")
-
-
-def _drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What timm's DropPath would multiply each sample of y, in that dtype, by: the same random numbers. None for 1."""
-    if type(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
-        return None
-    keep = 1 - drop_path.drop_prob
-    scale = y.new_empty(y.shape[0], dtype=dtype).bernoulli_(keep)
-    return scale.div_(keep) if keep > 0.0 and drop_path.scale_by_keep else scale
-
-
-def _norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that torch's LayerNorm returns where x is, for a dtype: autocast runs it in float32, but on a CPU."""
-    return torch.float32 if autocast_dtype(x) is not None and x.device.type != "cpu" else dtype
-
-
-def _casts_its_input(mlp: Any) -> bool:
-    """Whether the first thing that happens to an MLP's input under autocast is a Linear's cast, seen by nobody."""
+def _casts_its_input(block: Any) -> bool:
+    """Whether the first thing that happens to the MLP's input under autocast is a Linear's cast, seen by nobody."""
+    mlp = inner(block, "mlp")
     return (
         why_not_absorbed("mlp", mlp, Mlp, "timm's Mlp") is None and why_not_linear("mlp.fc1", inner(mlp, "fc1")) is None
     )
 
 
-def _norm1(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor:
-    """norm1 for the QKV layer on the map: under autocast, in the dtype to which that would cast it."""
-    norm, dtype = inner(block, "norm1"), autocast_dtype(x)
-    if dtype is None:
-        return norm(x)
-    of = "layer_norm", block.dim, (x.dtype, dtype)
-    backend = fast_backend(block._swinkernels_backend, norm_reasons, x.device, *of)
-    if backend is None or why_not_norm("norm1", norm, block.dim) is not None:
-        return norm(x)
-    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, backend=backend)
+_RESIDUAL = Residual("norm2", "drop_path1", DropPath, "timm's DropPath", _casts_its_input)
+_RESIDUALS_V2 = tuple(Residual(f"norm{half}", f"drop_path{half}", DropPath, "timm's DropPath") for half in (1, 2))
+_MERGING = Merging("pre", lambda merging: 4 * merging.dim)
+_MERGING_V2 = Merging("post", lambda merging: merging.out_dim)
 
 
 def _add_then_norm2(block: AcceleratedSwinTransformerBlock, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The residual stream s = x + drop_path1(y) and z = norm2(s) for the MLP, each (B, H * W, C)."""
-    norm, drop_path = inner(block, "norm2"), inner(block, "drop_path1")
-    # The op returns s in the dtype of x, and z in that of y, under autocast a narrower one than norm2's.
-    if torch.promote_types(x.dtype, y.dtype) == x.dtype and (
-        y.dtype == _norm_dtype(x, x.dtype) or (y.dtype == autocast_dtype(x) and _casts_its_input(block.mlp))
-    ):
-        of = block.dim, (x.dtype, y.dtype)
-        backend = fast_backend(block._swinkernels_backend, residual_reasons, x.device, *of)
-        if backend is not None and _why_not_residual(block, "norm2", "drop_path1") is None:
-            d = _drop_path_scale(drop_path, y, y.dtype)
-            s, z = residual_layer_norm(x, y, norm.weight, norm.bias, eps=norm.eps, drop_path_scale=d, backend=backend)
-            return s.flatten(1, 2), z.flatten(1, 2)
-    s = (x + drop_path(y)).flatten(1, 2)
-    return s, norm(s)
+    fused = _RESIDUAL.add_then_norm(block, x, y)
+    if fused is not None:
+        return fused[0].flatten(1, 2), fused[1].flatten(1, 2)
+    s = (x + inner(block, "drop_path1")(y)).flatten(1, 2)
+    return s, inner(block, "norm2")(s)
 
 
 def _add_normed(block: AcceleratedSwinTransformerV2Block, x: Tensor, y: Tensor, half: int) -> Tensor:
     """x + drop_path(norm(y)), with those of the first or the second half of a v2 block."""
-    norm_name, drop_path_name = f"norm{half}", f"drop_path{half}"
-    norm, drop_path = inner(block, norm_name), inner(block, drop_path_name)
-    dtype = _norm_dtype(y, y.dtype)
-    if torch.promote_types(x.dtype, dtype) == x.dtype:  # the dtype in which the op returns the sum
-        of = block.dim, (x.dtype, y.dtype)
-        backend = fast_backend(block._swinkernels_backend, residual_reasons, x.device, *of)
-        if backend is not None and _why_not_residual(block, norm_name, drop_path_name) is None:
-            d = _drop_path_scale(drop_path, y, dtype)
-            return residual_post_norm(x, y, norm.weight, norm.bias, eps=norm.eps, drop_path_scale=d, backend=backend)
-    return x + drop_path(norm(y))
-
-
-# Patch merging, whose norm is before the reduction in v1 ("pre") and after it in v2 ("post")
-
-
-def _norm_width(merging: Any, norm_at: str) -> int:
-    return 4 * merging.dim if norm_at == "pre" else merging.out_dim
-
-
-def _why_not_merging(merging: Any, norm_at: str) -> str | None:
-    """Why patch merging has to be timm's own code at present, or None."""
-    reduction = inner(merging, "reduction")
-    reason = why_not_linear("reduction", reduction)
-    if reason is None and reduction.bias is not None:
-        reason = "reduction has a bias"
-    return reason or why_not_norm("norm", inner(merging, "norm"), _norm_width(merging, norm_at))
-
-
-def _merge(merging: Any, x: Tensor, norm_at: str) -> Tensor | None:
-    """Patch merging by the op, or None where timm's own code has to run."""
-    low = autocast_dtype(x)
-    reduced = x.dtype if low is None else low
-    dtypes = (x.dtype, reduced) if norm_at == "pre" else (reduced, x.dtype if low is None else torch.float32)
-    of = norm_at, _norm_width(merging, norm_at), dtypes
-    backend = fast_backend(merging._swinkernels_backend, patch_merging_reasons, x.device, *of)
-    if backend is None or _why_not_merging(merging, norm_at) is not None:
-        return None
-    norm, weight = inner(merging, "norm"), inner(merging, "reduction").weight
-    out = patch_merging(x, norm.weight, norm.bias, weight, eps=norm.eps, order="swin", norm=norm_at, backend=backend)
-    return out if norm_at == "pre" else out.to(_norm_dtype(x, reduced))
+    fused = _RESIDUALS_V2[half - 1].add_normed(block, x, y)
+    if fused is not None:
+        return fused
+    return x + inner(block, f"drop_path{half}")(inner(block, f"norm{half}")(y))
 
 
 # The modules
@@ -302,7 +173,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
             return super().forward(x)
         batch, height, width, channels = x.shape
         if "_attn" not in self.__dict__ and _attention_is_fused(self, x):
-            y = _attention(self, _norm1(self, x))
+            y = _attention(self, norm_for_linear(self, "norm1", x, self.dim))
         else:
             y = self._attn(self.norm1(x))
         s, z = _add_then_norm2(self, x, y)
@@ -339,7 +210,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
     """timm's patch merging on an op where a fast backend has it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if is_traced(x) else _merge(self, x, "pre")
+        out = None if is_traced(x) else _MERGING.run(self, x)
         return super().forward(x) if out is None else out
 
 
@@ -347,7 +218,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
     """timm's patch merging of v2 on an op where a fast backend has it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if is_traced(x) else _merge(self, x, "post")
+        out = None if is_traced(x) else _MERGING_V2.run(self, x)
         return super().forward(x) if out is None else out
 
 
@@ -364,7 +235,7 @@ def _reason_to_skip(block: SwinTransformerBlock) -> str | None:
     reason = _why_not_attention(block)
     if reason is not None:
         return reason
-    if _differs(block.attn._buffers["relative_position_index"], _window_index(block)):
+    if differs(block.attn._buffers["relative_position_index"], window_index(block.window_size)):
         return "attn.relative_position_index holds other values than timm's"
     return None
 
@@ -372,7 +243,7 @@ def _reason_to_skip(block: SwinTransformerBlock) -> str | None:
 def _reason_to_skip_v2(block: SwinTransformerV2Block) -> str | None:
     if not hasattr(block, "_attn"):
         return "this version of timm has no SwinTransformerV2Block._attn: it needs timm 0.9.16 or newer"
-    reasons = [_why_not_residual(block, f"norm{half}", f"drop_path{half}") for half in (1, 2)]
+    reasons = [residual.why_not(block) for residual in _RESIDUALS_V2]
     return None if None in reasons else "; ".join(map(str, reasons))
 
 
@@ -388,36 +259,16 @@ def _first_weight(block: Any) -> Tensor:
     return next(p for p in block.parameters() if p.is_floating_point())
 
 
-def _residual_part(norm: str, drop_path: str) -> Part:
-    return norm_part(
-        "residual and norm",
-        _first_weight,
-        residual_reasons,
-        lambda block: (block.dim,),
-        lambda block: replaced_forward(block) or _why_not_residual(block, norm, drop_path),
-    )
-
-
-def _merging_adapter(original: type[nn.Module], accelerated: type[nn.Module], norm_at: str) -> Adapter:
-    def weight(merging: Any) -> Tensor:
-        return merging.reduction.weight
-
-    part = norm_part(
-        "patch merging",
-        weight,
-        patch_merging_reasons,
-        lambda merging: (norm_at, _norm_width(merging, norm_at)),
-        lambda merging: replaced_forward(merging) or _why_not_merging(merging, norm_at),
-    )
+def _merging_adapter(original: type[nn.Module], accelerated: type[nn.Module], merging: Merging) -> Adapter:
     return Adapter(
         name="timm",
         original=original,
         accelerated=accelerated,
-        reason_to_skip=lambda merging: _why_not_merging(merging, norm_at),
-        parts=(part,),
+        reason_to_skip=merging.why_not,
+        parts=(merging.part(),),
         # It does not know its map. An even one: not every version of timm merges an odd one.
-        input_shape=lambda merging: (6, 10, merging.dim),
-        weight=weight,
+        input_shape=lambda module: (6, 10, module.dim),
+        weight=lambda module: module.reduction.weight,
     )
 
 
@@ -429,7 +280,7 @@ ADAPTERS = (
         reason_to_skip=_reason_to_skip,
         parts=(
             window_attention_part(_qkv_weight, _resolution, _attention_arguments, _dropout_p, _why_not_attention),
-            _residual_part("norm2", "drop_path1"),
+            _RESIDUAL.part(_first_weight),
         ),
         input_shape=_block_shape,
         weight=_qkv_weight,
@@ -440,13 +291,12 @@ ADAPTERS = (
         accelerated=AcceleratedSwinTransformerV2Block,
         reason_to_skip=_reason_to_skip_v2,
         parts=(
-            _residual_part("norm1", "drop_path1"),
-            _residual_part("norm2", "drop_path2"),
+            *(residual.part(_first_weight) for residual in _RESIDUALS_V2),
             Part("attention", lambda _: "v2's cosine attention is not replaced", lambda *_: []),
         ),
         input_shape=_block_shape,
         weight=_first_weight,
     ),
-    _merging_adapter(PatchMerging, AcceleratedPatchMerging, "pre"),
-    _merging_adapter(PatchMergingV2, AcceleratedPatchMergingV2, "post"),
+    _merging_adapter(PatchMerging, AcceleratedPatchMerging, _MERGING),
+    _merging_adapter(PatchMergingV2, AcceleratedPatchMergingV2, _MERGING_V2),
 )
