@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from swinkernels.integrations._adapter import BACKEND_ATTRIBUTE, SUPPORTED, Adapter, loaded_adapters
+from swinkernels.integrations._adapter import (
+    SUPPORTED,
+    Accelerated,
+    Adapter,
+    loaded_adapters,
+    original_class,
+    put_in_place,
+    take_back,
+)
 from swinkernels.integrations._backend_choice import backend_choice
 from swinkernels.integrations._report import Replaced, Report, Skipped
 from swinkernels.integrations._verify import verify as _verify
@@ -43,28 +51,29 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     """
     _check_module("accelerate", model)
     check_backend("accelerate", backend)
-    adapters = loaded_adapters()
     report = Report()
-    to_accelerate: list[tuple[nn.Module, Adapter]] = []
-    to_restore: list[tuple[nn.Module, Adapter]] = []
-    for path, module, adapter, reason in _candidates(model, adapters):
+    to_accelerate: dict[nn.Module, Adapter] = {}
+    paths: dict[nn.Module, str] = {}
+    to_restore: list[nn.Module] = []
+    for path, module, adapter, reason in _candidates(model, loaded_adapters()):
         if reason is None:
             reason = adapter.reason_to_skip(module)
-            if reason is not None and type(module) is adapter.accelerated:  # it has been changed since
-                to_restore.append((module, adapter))
+        name = original_class(module).__name__
         if reason is not None:
-            report.skipped.append(Skipped(path, type(module).__name__, adapter.name, reason))
+            report.skipped.append(Skipped(path, name, adapter.name, reason))
+            if isinstance(module, Accelerated):  # it has been changed since
+                to_restore.append(module)
             continue
-        if verify:
-            _verify(adapter, path, module, backend)
         chosen, remarks = backend_choice(adapter, module, backend)
-        report.replaced.append(Replaced(path, adapter.original.__name__, adapter.name, chosen, remarks))
-        to_accelerate.append((module, adapter))
-    for module, adapter in to_accelerate:
-        module.__class__ = adapter.accelerated
-        module.__dict__[BACKEND_ATTRIBUTE] = backend
-    for module, adapter in to_restore:
-        _restore(module, adapter)
+        report.replaced.append(Replaced(path, name, adapter.name, chosen, remarks))
+        to_accelerate[module], paths[module] = adapter, path
+    if verify:
+        for module, path in paths.items():
+            _verify(to_accelerate, path, module, backend)
+    for module, adapter in to_accelerate.items():
+        put_in_place(adapter, module, backend)
+    for module in to_restore:
+        take_back(module)
     if not report.replaced and not report.skipped:
         report.reason = f"Nothing to replace in {type(model).__name__}: it contains no {SUPPORTED}."
     return report
@@ -77,16 +86,8 @@ def restore(model: nn.Module) -> None:
         TypeError: ``model`` is not a module.
     """
     _check_module("restore", model)
-    accelerated = {adapter.accelerated: adapter for adapter in loaded_adapters()}
     for module in model.modules():
-        if type(module) in accelerated:
-            _restore(module, accelerated[type(module)])
-
-
-def _restore(module: nn.Module, adapter: Adapter) -> None:
-    module.__class__ = adapter.original
-    for name in [n for n in module.__dict__ if n.startswith("_swinkernels_")]:
-        del module.__dict__[name]
+        take_back(module)
 
 
 def _check_module(op: str, model: Any) -> None:
@@ -96,6 +97,7 @@ def _check_module(op: str, model: Any) -> None:
 
 def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[tuple[str, nn.Module, Adapter, str | None]]:
     """Every module that an adapter knows, each once: path, module, adapter and, if it is clear, why not to touch it."""
+    by_class = {cls: adapter for adapter in adapters for cls in (adapter.original, adapter.accelerated)}
     seen: set[nn.Module] = set()
 
     def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter, str | None]]:
@@ -110,14 +112,16 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[tuple[str
             for adapter in found.values():  # one of each library
                 yield path, module, adapter, closed
             return
-        for adapter in adapters:
-            if type(module) in (adapter.original, adapter.accelerated):
-                yield path, module, adapter, None
-                return
-            if isinstance(module, adapter.original):
+        known = by_class.get(type(module))
+        if known is not None:
+            yield path, module, known, None
+        else:
+            known = next((adapter for adapter in adapters if isinstance(module, adapter.original)), None)
+            if known is not None:
                 name = type(module).__name__
-                yield path, module, adapter, f"{name} is a subclass, which may compute something else"
-                return
+                yield path, module, known, f"{name} is a subclass, which may compute something else"
+        if known is not None and not known.looks_inside:
+            return
         for name, child in module.named_children():
             yield from walk(f"{path}.{name}" if path else name, child)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from swinkernels.integrations._adapter import BACKEND_ATTRIBUTE, Adapter
+from swinkernels.integrations._adapter import Adapter, put_in_place, take_back
 
 _BATCH = 2  # a wrong stride between images shows from the second on
 
@@ -16,13 +17,19 @@ class VerificationError(RuntimeError):
     """The accelerated module does not compute what the original one does."""
 
 
-def verify(adapter: Adapter, path: str, module: nn.Module, backend: str) -> None:
+def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, backend: str) -> None:
     """Raise VerificationError unless the accelerated module's output and gradients are as good as the original's.
 
     Both run on copies without hooks, in eval mode, on the same random map; the judge is the original in float64. The
     accelerated error may be at most twice the original's (more for a few elements), plus what rounding the result to
     the dtype costs. The module, its gradients and the state of every random number generator stay as they are.
+
+    Args:
+        adapters: of the modules that are about to be accelerated, this one and those inside it among them.
+        path, module: which one to look at.
+        backend: what accelerate was asked for.
     """
+    adapter = adapters[module]
     weight = adapter.weight(module)
     if weight.is_meta:
         raise ValueError(f"accelerate: verify=True needs parameters with values, those of {path!r} are on meta")
@@ -32,11 +39,13 @@ def verify(adapter: Adapter, path: str, module: nn.Module, backend: str) -> None
         generator = torch.Generator("cpu").manual_seed(0)
         x = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
         plain = copy.deepcopy(module).eval().requires_grad_(True)
-        plain.__class__ = adapter.original
+        for m in plain.modules():
+            take_back(m)
         _remove_hooks(plain)
         fast = copy.deepcopy(plain)
-        fast.__class__ = adapter.accelerated
-        fast.__dict__[BACKEND_ATTRIBUTE] = backend
+        for m, m_of_fast in zip(module.modules(), fast.modules(), strict=True):
+            if m in adapters:
+                put_in_place(adapters[m], m_of_fast, backend)
         plain64 = copy.deepcopy(plain).to(torch.float64)
         with torch.no_grad():
             dout = torch.randn(adapter.run(plain, x).shape, generator=generator, device="cpu").to(device, dtype)

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def frame_of(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
@@ -56,3 +58,30 @@ def window_index(window: Sequence[int]) -> Tensor:
     for axis, w in enumerate(window):
         index = (2 * w - 1) * index + tokens[:, None, axis] - tokens[None, :, axis] + w - 1
     return index
+
+
+# Masks that a model was seen to hand on: version and geometry for which they are the standard one.
+_SEEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def is_shift_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
+    """Whether a mask that a module is called with is :func:`shift_mask`. Where its values cannot be looked at, it is
+    taken for another one.
+
+    It is read once, however many modules get it: on a GPU that is a synchronisation.
+    """
+    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.requires_grad:
+        return False
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    geometry = tuple(frame), tuple(window), tuple(shift)
+    version = None if mask.is_inference() else mask._version  # of an inference tensor nobody knows whether it changed
+    if version is not None and _SEEN.get(mask) == (version, geometry):
+        return True
+    n = math.prod(window)
+    if mask.shape != (math.prod(frame) // n, n, n):
+        return False
+    same = torch.equal(mask, shift_mask(frame, window, shift, mask.device).to(mask.dtype))
+    if same:
+        _SEEN[mask] = version, geometry
+    return same
