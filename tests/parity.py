@@ -1,0 +1,45 @@
+"""A model before and after accelerate: outputs and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def run(model: nn.Module, x: Tensor, *others: Any) -> dict[str, Tensor]:
+    """Output (or outputs, numbered), gradient of the input and of every parameter that has one."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    out = model(x, *others)
+    outs = {"out": out} if isinstance(out, Tensor) else {f"out.{i}": o for i, o in enumerate(out)}
+    torch.manual_seed(2)
+    douts = [torch.randn(o.shape, dtype=torch.float64).to(o.dtype) for o in outs.values()]
+    torch.autograd.backward(list(outs.values()), douts)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert x.grad is not None
+    return {**{name: o.detach() for name, o in outs.items()}, "x": x.grad, **grads}
+
+
+def assert_as_good(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """The error against float64 is at most twice that of the library's code in the same dtype, and a few roundings."""
+    assert got.keys() == plain.keys() == exact.keys()
+    for name in exact:
+        assert got[name].dtype == plain[name].dtype, name
+        eps = torch.finfo(got[name].dtype).eps * (256 if got[name].dtype == torch.float64 else 4)
+        few = 1 + 20 / exact[name].numel()  # such as one for each head: chance has a say
+        error, base = got[name].double() - exact[name], plain[name].double() - exact[name]
+        for measure in (lambda t: t.square().mean().sqrt(), lambda t: t.abs().max()):
+            e, limit = measure(error), few * (2 * measure(base) + eps * measure(exact[name]))
+            assert e <= limit, f"{name}: error {e:.3g}, at most {limit:.3g}"
+
+
+def assert_as_noisy(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """In low precision, where whole models round dozens of times: the noise of the two differs, its size may not."""
+    assert got.keys() == plain.keys() == exact.keys()
+    for name in exact:
+        error, base = (r[name].double() - exact[name] for r in (got, plain))
+        assert got[name].dtype == plain[name].dtype, name
+        assert error.norm() <= 2 * base.norm() + 2**-8 * exact[name].norm(), name
