@@ -17,6 +17,7 @@ from swinkernels.integrations._parts import Part
 _ADAPTERS = {
     "monai.networks.nets.swin_unetr": "swinkernels.integrations.monai",
     "timm.models": "swinkernels.integrations.timm",
+    "torchvision.models.swin_transformer": "swinkernels.integrations.torchvision",
 }
 
 SUPPORTED = "Swin Transformer block or patch merging of a known library"
