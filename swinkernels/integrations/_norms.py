@@ -140,9 +140,14 @@ class Merging:
     width: Callable[[Any], int]
     # The order of the neighbours' channels for a map of so many axes, as the op knows it.
     order: Callable[[int], str] = lambda axes: "swin"
+    # Why a merging does something else than that at present, or None.
+    why_not_usual: Callable[[Any], str | None] = lambda merging: None
 
     def why_not(self, merging: Any) -> str | None:
         """Why it has to be the library's own code at present, or None."""
+        unusual = self.why_not_usual(merging)
+        if unusual is not None:
+            return unusual
         reduction = inner(merging, "reduction")
         reason = why_not_linear("reduction", reduction)
         if reason is None and reduction.bias is not None:

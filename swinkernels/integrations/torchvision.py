@@ -292,9 +292,7 @@ def _first_weight(module: nn.Module) -> Tensor:
     return next(p for p in module.parameters() if p.is_floating_point())
 
 
-def _block_adapter(
-    original: type[nn.Module], accelerated: type[nn.Module], residuals: tuple[Residual, ...]
-) -> Adapter:
+def _block_adapter(original: type[nn.Module], accelerated: type[nn.Module], residuals: tuple[Residual, ...]) -> Adapter:
     return Adapter(
         name="torchvision",
         original=original,
