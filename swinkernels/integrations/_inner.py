@@ -24,6 +24,13 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def remove_hooks(module: nn.Module) -> None:
+    """From a copy: what hooks do with it, such as collecting what passes, would be seen outside."""
+    for m in module.modules():
+        for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
+            hooks.clear()
+
+
 def replaced_forward(module: nn.Module) -> str | None:
     """Why a module may compute something else than its class says, for a report: its class's forward is not called."""
     return "its forward was replaced on the instance" if "forward" in module.__dict__ else None
@@ -70,6 +77,6 @@ def why_not_window_attention(attn: Any) -> str | None:
         ("softmax", (nn.Softmax,), "an nn.Softmax"),
         ("attn_drop", (nn.Dropout, nn.Identity), "an nn.Dropout"),
     ):
-        if type(modules[name]) not in kinds:
+        if name in modules and type(modules[name]) not in kinds:
             return f"attn.{name} is a {type(modules[name]).__name__}, not {known_as}"
     return None
