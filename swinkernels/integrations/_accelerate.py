@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from swinkernels.integrations import structural
 from swinkernels.integrations._adapter import (
     SUPPORTED,
     Accelerated,
@@ -56,11 +57,12 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     paths: dict[nn.Module, str] = {}
     to_restore: list[nn.Module] = []
     for path, module, adapter, reason in _candidates(model, loaded_adapters()):
-        if reason is None:
+        if adapter is not None and reason is None:
             reason = adapter.reason_to_skip(module)
         name = original_class(module).__name__
-        if reason is not None:
-            report.skipped.append(Skipped(path, name, adapter.name, reason))
+        if adapter is None or reason is not None:
+            library = structural.NAME if adapter is None else adapter.name
+            report.skipped.append(Skipped(path, name, library, str(reason)))
             if isinstance(module, Accelerated):  # it has been changed since
                 to_restore.append(module)
             continue
@@ -95,12 +97,17 @@ def _check_module(op: str, model: Any) -> None:
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[tuple[str, nn.Module, Adapter, str | None]]:
-    """Every module that an adapter knows, each once: path, module, adapter and, if it is clear, why not to touch it."""
+# Path, module, its adapter (None for what only looks like a block, to the structural adapter) and, if it is clear, why
+# not to touch it.
+Candidate = tuple[str, nn.Module, Adapter | None, str | None]
+
+
+def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate]:
+    """Every module that an adapter knows, each once. Libraries' own adapters go first, by exact class."""
     by_class = {cls: adapter for adapter in adapters for cls in (adapter.original, adapter.accelerated)}
     seen: set[nn.Module] = set()
 
-    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter, str | None]]:
+    def walk(path: str, module: nn.Module) -> Iterator[Candidate]:
         if module in seen:
             return
         seen.add(module)
@@ -109,18 +116,23 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[tuple[str
             seen.update(module.modules())
             inside = list(module.modules())
             found = {a.name: a for a in reversed(adapters) if any(_resembles(m, a) for m in inside)}
-            for adapter in found.values():  # one of each library
-                yield path, module, adapter, closed
+            for of_library in found.values():  # one of each library
+                yield path, module, of_library, closed
+            if any(structural.resembles(m) and not any(_resembles(m, a) for a in adapters) for m in inside):
+                yield path, module, None, closed
             return
         known = by_class.get(type(module))
+        of_subclass = next((adapter for adapter in adapters if isinstance(module, adapter.original)), None)
+        look = None if known is not None or of_subclass is not None else structural.look(module)
         if known is not None:
             yield path, module, known, None
-        else:
-            known = next((adapter for adapter in adapters if isinstance(module, adapter.original)), None)
-            if known is not None:
-                name = type(module).__name__
-                yield path, module, known, f"{name} is a subclass, which may compute something else"
-        if known is not None and not known.looks_inside:
+        elif of_subclass is not None:
+            name = type(module).__name__
+            yield path, module, of_subclass, f"{name} is a subclass, which may compute something else"
+        elif look is not None:
+            yield path, module, look[0], look[1]
+        adapter = known or of_subclass
+        if look is not None or (adapter is not None and not adapter.looks_inside):
             return
         for name, child in module.named_children():
             yield from walk(f"{path}.{name}" if path else name, child)

@@ -24,6 +24,18 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def remove_hooks(module: nn.Module) -> None:
+    """From a copy: what hooks do with it, such as collecting what passes, would be seen outside."""
+    for m in module.modules():
+        for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
+            hooks.clear()
+
+
+def first_weight(module: nn.Module) -> Tensor:
+    """A parameter with the dtype and the device of a module."""
+    return next(p for p in module.parameters() if p.is_floating_point())
+
+
 def replaced_forward(module: nn.Module) -> str | None:
     """Why a module may compute something else than its class says, for a report: its class's forward is not called."""
     return "its forward was replaced on the instance" if "forward" in module.__dict__ else None
@@ -50,26 +62,33 @@ def why_not_norm(name: str, norm: Any, width: int) -> str | None:
     return reason
 
 
-def why_not_window_attention(attn: Any, path: str = "attn") -> str | None:
+def why_not_window_attention(
+    attn: Any, name: str = "attn", kind: type[nn.Module] = nn.Linear, known_as: str = "an nn.Linear"
+) -> str | None:
     """Why the work of a window attention module of Microsoft's form (qkv, softmax, attn_drop, proj) cannot be an op's
     at present, or None. What its class is, and how it numbers its bias table, is for the caller to look at.
+
+    Args:
+        attn: the module. Without a softmax it calls the function.
+        name: what to call it.
+        kind, known_as: what its layers qkv and proj have to be.
     """
     if "forward" in attn.__dict__:
-        return f"{path}.forward was replaced on the instance"
+        return f"{name}.forward was replaced on the instance"
     # A hook would see other shapes (on qkv, proj, proj_drop: the map instead of windows) or no call (on the others).
     if has_hooks(attn):
-        return f"a hook is registered on {path}"
+        return f"a hook is registered on {name}"
     modules = attn._modules
-    for name, module in modules.items():
+    for child, module in modules.items():
         if module is not None and has_hooks(module):
-            return f"a hook is registered on {path}.{name}"
+            return f"a hook is registered on {name}.{child}"
     # Any other layer may mix tokens, and what it makes of a pad token is not known.
-    for name, kinds, known_as in (
-        ("qkv", (nn.Linear,), "an nn.Linear"),
-        ("proj", (nn.Linear,), "an nn.Linear"),
+    for child, kinds, right in (
+        ("qkv", (kind,), known_as),
+        ("proj", (kind,), known_as),
         ("softmax", (nn.Softmax,), "an nn.Softmax"),
         ("attn_drop", (nn.Dropout, nn.Identity), "an nn.Dropout"),
     ):
-        if type(modules[name]) not in kinds:
-            return f"{path}.{name} is a {type(modules[name]).__name__}, not {known_as}"
+        if child in modules and type(modules[child]) not in kinds:
+            return f"{name}.{child} is a {type(modules[child]).__name__}, not {right}"
     return None

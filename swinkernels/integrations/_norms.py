@@ -4,7 +4,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +128,12 @@ class Residual:
             lambda block: (self.width(block),),
             lambda block: replaced_forward(block) or self.why_not(block),
         )
+
+
+def why_no_residual(residuals: Sequence[Residual], block: Any) -> str | None:
+    """Why the library's own code has to run all of a block's residual connections, or None."""
+    reasons = [residual.why_not(block) for residual in residuals]
+    return None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.integrations._adapter import Adapter, put_in_place, take_back
+from swinkernels.integrations._inner import remove_hooks
 
 _BATCH = 2  # a wrong stride between images shows from the second on
 
@@ -41,7 +42,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
         plain = copy.deepcopy(module).eval().requires_grad_(True)
         for m in plain.modules():
             take_back(m)
-        _remove_hooks(plain)
+        remove_hooks(plain)
         fast = copy.deepcopy(plain)
         for m, m_of_fast in zip(module.modules(), fast.modules(), strict=True):
             if m in adapters:
@@ -55,13 +56,6 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
         ]
     for name in results[-1]:
         _check(path, name, *(result[name] for result in results))
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    """What hooks do with the copy, such as collecting what passes, would be seen outside."""
-    for m in module.modules():
-        for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
-            hooks.clear()
 
 
 def _run(adapter: Adapter, module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:

@@ -40,13 +40,14 @@ from torch import Tensor, nn
 from swinkernels.integrations._accelerate import accelerate
 from swinkernels.integrations._adapter import Accelerated, Adapter
 from swinkernels.integrations._inner import (
+    first_weight,
     has_hooks,
     inner,
     is_traced,
     why_not_absorbed,
     why_not_window_attention,
 )
-from swinkernels.integrations._norms import Merging, Residual, norm_for_linear, norm_row
+from swinkernels.integrations._norms import Merging, Residual, norm_for_linear, norm_row, why_no_residual
 from swinkernels.integrations._parts import window_attention_part
 from swinkernels.integrations._windows import differs, window_index
 from swinkernels.ops import window_attention_qkvpacked
@@ -131,7 +132,7 @@ class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
             dropout_p=attn_drop.p if type(attn_drop) is nn.Dropout and attn_drop.training else 0.0,
             backend=self._swinkernels_backend,
         )
-        return self.drop(w_msa.proj_drop(w_msa.proj(out)).flatten(1, 2))
+        return inner(self, "drop")(w_msa.proj_drop(w_msa.proj(out)).flatten(1, 2))
 
 
 # Residual connections and patch merging
@@ -144,6 +145,7 @@ def _casts_its_input(block: Any) -> bool:
     return why_not_absorbed("ffn.layers.0.0", ffn.layers[0][0], Linear, "mmcv's Linear") is None
 
 
+_NORM1_ROW = norm_row("norm1")
 _RESIDUAL = Residual("norm2", casts_its_input=_casts_its_input, width=norm_row("norm2"))
 _RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1", "norm2"))
 
@@ -172,16 +174,16 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
     def _halves(self, x: Tensor, hw_shape: Any) -> Tensor:
         attn = inner(self, "attn")
         if _is_accelerated(attn, x, *hw_shape):
-            y = attn(norm_for_linear(self, "norm1", x, norm_row("norm1")(self)), hw_shape)
+            y = attn(norm_for_linear(self, "norm1", x, _NORM1_ROW(self)), hw_shape)
         else:
-            y = attn(self.norm1(x), hw_shape)
+            y = attn(inner(self, "norm1")(x), hw_shape)
         fused = _RESIDUAL.add_then_norm(self, x, y)
         if fused is None:
             s = y + x
-            z = self.norm2(s)
+            z = inner(self, "norm2")(s)
         else:
             s, z = fused
-        return self.ffn(z, identity=s)
+        return inner(self, "ffn")(z, identity=s)
 
 
 class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
@@ -196,10 +198,11 @@ class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
 
     def _halves(self, x: Tensor, hw_shape: Any) -> Tensor:
         for residual, branch in zip(_RESIDUALS_V2, ("attn", "ffn"), strict=True):
-            y = self.attn(x, hw_shape) if branch == "attn" else self.ffn(x)
+            module = inner(self, branch)
+            y = module(x, hw_shape) if branch == "attn" else module(x)
             fused = residual.add_normed(self, x, y)
             x = inner(self, residual.norm)(y) + x if fused is None else fused
-        return self.norm3(x) if self.extra_norm else x
+        return inner(self, "norm3")(x) if self.extra_norm else x
 
 
 def _why_not_usual(merging: Any) -> str | None:
@@ -260,11 +263,6 @@ def _reason_to_skip_attention(attn: Any) -> str | None:
     return reason
 
 
-def _reason_to_skip_block(block: Any) -> str | None:
-    reasons = [r.why_not(block) for r in (_RESIDUALS_V2 if isinstance(block, SwinBlockV2) else (_RESIDUAL,))]
-    return None if None in reasons else "; ".join(map(str, reasons))
-
-
 def _attention_size(attn: Any) -> tuple[int, int]:
     """Nothing here knows its map. One with padding on each axis, and a shift."""
     return attn.window_size + 1, attn.window_size + 2
@@ -291,22 +289,18 @@ def _run_with_size(module: Any, x: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
-def _first_weight(module: nn.Module) -> Tensor:
-    return next(p for p in module.parameters() if p.is_floating_point())
-
-
 def _block_adapter(original: type[nn.Module], accelerated: type[nn.Module], residuals: tuple[Residual, ...]) -> Adapter:
     return Adapter(
         name="mmpretrain",
         original=original,
         accelerated=accelerated,
-        reason_to_skip=_reason_to_skip_block,
-        parts=tuple(residual.part(_first_weight) for residual in residuals),
+        reason_to_skip=lambda block: why_no_residual(residuals, block),
+        parts=tuple(residual.part(first_weight) for residual in residuals),
         input_shape=lambda block: (
             *_attention_size(block.attn),
-            max(norm_row(name)(block) for name in ("norm1", "norm2")),
+            residuals[-1].width(block),
         ),
-        weight=_first_weight,
+        weight=first_weight,
         run=_run_with_size,
         looks_inside=True,
     )
@@ -351,7 +345,11 @@ ADAPTERS = (
 
 @MODELS.register_module()
 def SwinKernelsSwinTransformer(*args: Any, backend: str = "auto", **kwargs: Any) -> SwinTransformer:
-    """mmpretrain's SwinTransformer with its arguments, accelerated; ``backend`` as of :func:`swinkernels.accelerate`."""
+    """mmpretrain's SwinTransformer with its arguments, accelerated.
+
+    Args:
+        backend: as of :func:`swinkernels.accelerate`.
+    """
     return _accelerated(SwinTransformer(*args, **kwargs), backend)
 
 

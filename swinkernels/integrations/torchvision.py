@@ -36,13 +36,14 @@ from torchvision.ops.misc import MLP
 
 from swinkernels.integrations._adapter import Accelerated, Adapter
 from swinkernels.integrations._inner import (
+    first_weight,
     has_hooks,
     inner,
     is_traced,
     why_not_absorbed,
     why_not_linear,
 )
-from swinkernels.integrations._norms import Merging, Residual, norm_for_linear, norm_row
+from swinkernels.integrations._norms import Merging, Residual, norm_for_linear, norm_row, why_no_residual
 from swinkernels.integrations._parts import window_attention_part
 from swinkernels.integrations._windows import differs, window_index
 from swinkernels.ops import window_attention_qkvpacked
@@ -94,7 +95,7 @@ def _without_k(qkv_bias: Tensor | None) -> Tensor | None:
     return qkv_bias
 
 
-def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None, bias_table: Tensor, logit_scale: Tensor | None) -> Tensor:
+def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None, bias_table: Any, logit_scale: Any) -> Tensor:
     proj = inner(attn, "proj")
     out = window_attention_qkvpacked(
         F.linear(x, inner(attn, "qkv").weight, qkv_bias),
@@ -166,6 +167,7 @@ def _residual(norm: str) -> Residual:
     )
 
 
+_NORM1_ROW = norm_row("norm1")
 _RESIDUAL = _residual("norm2")
 _RESIDUALS_V2 = (_residual("norm1"), _residual("norm2"))
 _MERGING = Merging("pre", lambda merging: 4 * merging.dim)
@@ -190,16 +192,16 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
             return super().forward(x)
         attn, stochastic_depth = inner(self, "attn"), inner(self, "stochastic_depth")
         if _is_accelerated(attn):
-            y = attn(norm_for_linear(self, "norm1", x, norm_row("norm1")(self)))
+            y = attn(norm_for_linear(self, "norm1", x, _NORM1_ROW(self)))
         else:
-            y = attn(self.norm1(x))
+            y = attn(inner(self, "norm1")(x))
         fused = _RESIDUAL.add_then_norm(self, x, y)
         if fused is None:
             s = x + stochastic_depth(y)
-            z = self.norm2(s)
+            z = inner(self, "norm2")(s)
         else:
             s, z = fused
-        return s + stochastic_depth(self.mlp(z))
+        return s + stochastic_depth(inner(self, "mlp")(z))
 
 
 class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
@@ -211,7 +213,7 @@ class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
         for residual, branch in zip(_RESIDUALS_V2, ("attn", "mlp"), strict=True):
             y = inner(self, branch)(x)
             fused = residual.add_normed(self, x, y)
-            x = x + self.stochastic_depth(inner(self, residual.norm)(y)) if fused is None else fused
+            x = x + inner(self, "stochastic_depth")(inner(self, residual.norm)(y)) if fused is None else fused
         return x
 
 
@@ -239,12 +241,6 @@ def _reason_to_skip_attention(attn: Any) -> str | None:
     if reason is None and differs(attn.relative_position_index, window_index(attn.window_size).flatten()):
         reason = "relative_position_index holds other values than torchvision's"
     return reason
-
-
-def _reason_to_skip_block(block: Any) -> str | None:
-    residuals = _RESIDUALS_V2 if isinstance(block, SwinTransformerBlockV2) else (_RESIDUAL,)
-    reasons = [residual.why_not(block) for residual in residuals]
-    return None if None in reasons else "; ".join(map(str, reasons))
 
 
 def _map_size(window: tuple[int, ...]) -> tuple[int, ...]:
@@ -288,22 +284,18 @@ def _attention_adapter(original: type[nn.Module], accelerated: type[nn.Module]) 
     )
 
 
-def _first_weight(module: nn.Module) -> Tensor:
-    return next(p for p in module.parameters() if p.is_floating_point())
-
-
 def _block_adapter(original: type[nn.Module], accelerated: type[nn.Module], residuals: tuple[Residual, ...]) -> Adapter:
     return Adapter(
         name="torchvision",
         original=original,
         accelerated=accelerated,
-        reason_to_skip=_reason_to_skip_block,
-        parts=tuple(residual.part(_first_weight) for residual in residuals),
+        reason_to_skip=lambda block: why_no_residual(residuals, block),
+        parts=tuple(residual.part(first_weight) for residual in residuals),
         input_shape=lambda block: (
             *_map_size(tuple(getattr(block.attn, "window_size", (7, 7)))),
-            max(norm_row(name)(block) for name in ("norm1", "norm2")),
+            residuals[-1].width(block),
         ),
-        weight=_first_weight,
+        weight=first_weight,
         looks_inside=True,
     )
 
