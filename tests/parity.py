@@ -36,10 +36,13 @@ def assert_as_good(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict
             assert e <= limit, f"{name}: error {e:.3g}, at most {limit:.3g}"
 
 
-def assert_as_noisy(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """In low precision, where whole models round dozens of times: the noise of the two differs, its size may not."""
+def assert_as_noisy(
+    got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], rounding: float = 2**-8
+) -> None:
+    """Where whole models round dozens of times, in low precision: the noise of the two differs, its size may not."""
     assert got.keys() == plain.keys() == exact.keys()
     for name in exact:
+        few = 1 + 20 / exact[name].numel()  # such as one for each head: chance has a say
         error, base = (r[name].double() - exact[name] for r in (got, plain))
         assert got[name].dtype == plain[name].dtype, name
-        assert error.norm() <= 2 * base.norm() + 2**-8 * exact[name].norm(), name
+        assert error.norm() <= few * (2 * base.norm() + rounding * exact[name].norm()), name
