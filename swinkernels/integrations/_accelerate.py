@@ -34,8 +34,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     It may be called again, with another backend, or after the model was changed.
 
     Args:
-        model: any module; supported are the blocks and the patch merging of timm's Swin Transformers, v1 and v2 (v2
-            without its attention), on any device, in any dtype.
+        model: any module, on any device, in any dtype. Supported are the Swin blocks and the patch merging of the
+            libraries that have an adapter, and copies of Microsoft's Swin block, whatever package they are of, if they
+            do what their form says: each class is tried on random numbers beside its own forward first.
         backend: "auto", "cuda", "triton", "cpu" or "reference", as in the ops. "auto" chooses at every call. Norms,
             residual connections and patch merging stay the library's own code where "auto" finds no fast backend and
             where the named one does not have them; attention is then the reference's, or refused.
