@@ -290,3 +290,40 @@ class MapBlock(Block):
         y = join(self.attn(cut(y, window), mask), window, frame)[:, : size[0], : size[1]]
         y = torch.roll(y, shift, (1, 2)) if any(shift) else y
         return self.both_halves(x, y)
+
+
+class IndexedAttention(WindowAttention):
+    """HAT's: the index of the bias table is an argument."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        del self.relative_position_index
+
+    def forward(self, x: Tensor, rpi: Tensor, mask: Tensor | None = None) -> Tensor:
+        self._buffers["relative_position_index"] = rpi
+        try:
+            return super().forward(x, mask)
+        finally:
+            del self._buffers["relative_position_index"]
+
+
+class HybridBlock(ClassificationBlock):
+    """HAT's: a convolution beside the attention, and index and mask from the model."""
+
+    attention = IndexedAttention
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.conv_block = nn.Conv2d(self.dim, self.dim, 3, padding=1)
+
+    def attend_to(self, x: Tensor, rpi: Tensor, mask: Tensor | None) -> Tensor:
+        window, size = (self.window_size,) * 2, tuple(x.shape[1:-1])
+        shift = (self.shift_size,) * 2
+        windows = self.attn(cut(torch.roll(x, [-s for s in shift], (1, 2)), window), rpi=rpi, mask=mask)
+        return torch.roll(join(windows, window, size), shift, (1, 2))
+
+    def forward(self, x: Tensor, x_size: tuple[int, int], rpi_sa: Tensor, attn_mask: Tensor) -> Tensor:
+        y = self.norm1(x).view(len(x), *x_size, -1)
+        beside = self.conv_block(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(x.shape)
+        mask = attn_mask if self.shift_size > 0 else None
+        return self.both_halves(x, self.attend_to(y, rpi_sa, mask).view(x.shape) + 0.01 * beside)

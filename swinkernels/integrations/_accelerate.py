@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swinkernels.integrations import structural
+from swinkernels.integrations import structural, structural_attention
 from swinkernels.integrations._adapter import (
     SUPPORTED,
     Accelerated,
@@ -20,6 +20,7 @@ from swinkernels.integrations._adapter import (
     take_back,
 )
 from swinkernels.integrations._backend_choice import backend_choice
+from swinkernels.integrations._foreign import NAME as STRUCTURAL
 from swinkernels.integrations._report import Replaced, Report, Skipped
 from swinkernels.integrations._verify import verify as _verify
 from swinkernels.ops._backends import check_backend
@@ -33,8 +34,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     It may be called again, with another backend, or after the model was changed.
 
     Args:
-        model: any module; supported are the blocks and the patch merging of timm's Swin Transformers, v1 and v2 (v2
-            without its attention), on any device, in any dtype.
+        model: any module, on any device, in any dtype. Supported are the Swin blocks and the patch merging of the
+            libraries that have an adapter, and copies of Microsoft's Swin block, whatever package they are of, if they
+            do what their form says: each class is tried on random numbers beside its own forward first.
         backend: "auto", "cuda", "triton", "cpu" or "reference", as in the ops. "auto" chooses at every call. Norms,
             residual connections and patch merging stay the library's own code where "auto" finds no fast backend and
             where the named one does not have them; attention is then the reference's, or refused.
@@ -61,7 +63,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
             reason = adapter.reason_to_skip(module)
         name = original_class(module).__name__
         if adapter is None or reason is not None:
-            library = structural.NAME if adapter is None else adapter.name
+            library = STRUCTURAL if adapter is None else adapter.name
             report.skipped.append(Skipped(path, name, library, str(reason)))
             if isinstance(module, Accelerated):  # it has been changed since
                 to_restore.append(module)
@@ -107,7 +109,7 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate
     by_class = {cls: adapter for adapter in adapters for cls in (adapter.original, adapter.accelerated)}
     seen: set[nn.Module] = set()
 
-    def walk(path: str, module: nn.Module) -> Iterator[Candidate]:
+    def walk(path: str, module: nn.Module, reported: bool = False) -> Iterator[Candidate]:
         if module in seen:
             return
         seen.add(module)
@@ -121,21 +123,23 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate
             if any(structural.resembles(m) and not any(_resembles(m, a) for a in adapters) for m in inside):
                 yield path, module, None, closed
             return
-        known = by_class.get(type(module))
+        adapter = by_class.get(type(module))
         of_subclass = next((adapter for adapter in adapters if isinstance(module, adapter.original)), None)
-        look = None if known is not None or of_subclass is not None else structural.look(module)
-        if known is not None:
-            yield path, module, known, None
+        if adapter is not None:
+            yield path, module, adapter, None
         elif of_subclass is not None:
-            name = type(module).__name__
-            yield path, module, of_subclass, f"{name} is a subclass, which may compute something else"
-        elif look is not None:
-            yield path, module, look[0], look[1]
-        adapter = known or of_subclass
-        if look is not None or (adapter is not None and not adapter.looks_inside):
+            adapter, name = of_subclass, type(module).__name__
+            yield path, module, adapter, f"{name} is a subclass, which may compute something else"
+        else:
+            adapter, reason = structural.look(module) or structural_attention.look(module) or (None, None)
+            # Why a block is left says enough of its attention.
+            if adapter is not None or (reason is not None and not reported):
+                yield path, module, adapter, reason
+            reported = reported or reason is not None
+        if adapter is not None and not adapter.looks_inside:
             return
         for name, child in module.named_children():
-            yield from walk(f"{path}.{name}" if path else name, child)
+            yield from walk(f"{path}.{name}" if path else name, child, reported)
 
     yield from walk("", model)
 

@@ -1,8 +1,8 @@
-"""A block of an unknown class beside its accelerated twin on random numbers: whether they do the same.
+"""A module of an unknown class beside its accelerated twin on random numbers: whether they do the same.
 
 Both are copies with random parameters, on the CPU, in float64 and without hooks: initial parameters may hide a
-difference (a norm that starts at 0 hides a whole branch). The block, its gradients and the state of every random number
-generator stay as they are.
+difference (a norm that starts at 0 hides a whole branch). The module, its gradients and the state of every random
+number generator stay as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from swinkernels.integrations._adapter import take_back
 from swinkernels.integrations._inner import remove_hooks
 
-_BATCH = 2  # a wrong stride between images shows from the second on
 _TOLERANCE = 1e-6  # of the largest element: constants of a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # their exponentials make more of such errors
 _LARGE_SCORE = 75.0
@@ -32,10 +31,11 @@ _MOST_SCORES = 5_000_000  # of which a backward pass takes seconds
 
 @dataclass(frozen=True)
 class Case:
-    """A map to try, and what kind of map it is."""
+    """An input to try, what kind of input it is, and how many scores its attention has."""
 
-    size: tuple[int, ...]
+    shape: tuple[int, ...]
     kind: str
+    scores: int
 
 
 class NotCovered(Exception):
@@ -48,22 +48,22 @@ class _Different(Exception):
 
 @dataclass
 class Trial:
-    """One block and one guess at what it does."""
+    """One module and one guess at what it does."""
 
-    block: Any
+    module: Any
     # Makes a copy run on ops, by the guess.
     put_in_place: Callable[[nn.Module], None]
-    # Changes a copy such that small maps are right for it.
-    prepare: Callable[[nn.Module], None]
-    # The forward of a copy on a map (B, *S, C), with whatever else it takes.
+    # The forward of a copy on an input, with whatever else it takes.
     call: Callable[[nn.Module, Tensor], Any]
-    # Whether it masks.
-    masked: bool
+    # Changes a copy such that small inputs are right for it.
+    prepare: Callable[[nn.Module], None] = lambda module: None
+    # Whether it is a block that masks.
+    masks: bool = False
 
     def run(self, cases: list[Case]) -> tuple[frozenset[str], str]:
-        """The kinds of maps on which nothing was found to differ, and the first thing that was.
+        """The kinds of inputs on which nothing was found to differ, and the first thing that was.
 
-        A map that the block itself refuses says nothing of the guess.
+        An input that the module itself refuses says nothing of the guess.
         """
         with _undisturbed():
             try:
@@ -76,14 +76,14 @@ class Trial:
             failed: set[str] = set()
             refused, why = "no known form has its geometry", ""
             for case in cases:
-                x = torch.randn(_BATCH, *case.size, self._channels(), generator=_generator(1), dtype=torch.float64)
+                x = torch.randn(case.shape, generator=_generator(1), dtype=torch.float64)
                 try:
                     self._try(plain, x)
                 except Exception as error:
                     refused = f"its forward refused a trial on random numbers: {_short(error)}"
                     continue
                 try:
-                    self._compare(plain, fast, x, in_training=not passed)
+                    self._compare(plain, fast, x, case.scores <= _MOST_SCORES, in_training=not passed)
                     passed.add(case.kind)
                 except NotCovered:
                     continue
@@ -97,11 +97,8 @@ class Trial:
                     break
         return frozenset(passed - failed), why or ("" if passed else refused)
 
-    def _channels(self) -> int:
-        return self.block.attn.qkv.in_features
-
     def _copy(self) -> Any:
-        plain = copy.deepcopy(self.block)
+        plain = copy.deepcopy(self.module)
         for m in plain.modules():
             take_back(m)
         remove_hooks(plain)
@@ -135,13 +132,14 @@ class Trial:
             raise TypeError(f"it returns a {type(out).__name__}, not a tensor")
         return out
 
-    def _compare(self, plain: Any, fast: Any, x: Tensor, in_training: bool) -> None:
-        n = math.prod(plain.window_size if isinstance(plain.window_size, (tuple, list)) else [plain.window_size] * 2)
-        if x[..., 0].numel() * n * plain.attn.num_heads <= _MOST_SCORES:
+    def _compare(self, plain: Any, fast: Any, x: Tensor, gradients: bool, in_training: bool) -> None:
+        if gradients:
             self._compare_gradients(plain, fast, x)
         else:
             _check("another output", self._try(fast, x), self._try(plain, x))
-        if self.masked:
+        if any(name.endswith("logit_scale") for name, _ in plain.named_parameters()):
+            self._compare_largest_scale(plain, fast, x)
+        if self.masks:
             self._compare_masks(plain, fast, x)
         if not in_training:
             return
@@ -171,6 +169,15 @@ class Trial:
         for name, grad in expected_grads.items():
             _check(f"another gradient of {name}", grads[name], grad, floor=floor)
 
+    def _compare_largest_scale(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
+        """Where v2's scale has reached its end."""
+        results = []
+        for module in (plain, fast):
+            twin = copy.deepcopy(module)
+            _make_scale_largest(twin)
+            results.append(self._try(twin, x))
+        _check("another output at the largest scale", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
+
     def _compare_masks(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
         """Where tokens attend to what is masked if -100 is added, as scores of -75 and 75 do, but not if more is."""
         # The halves of the map have opposite signs, and a window that the shift put together has one of each: with keys
@@ -183,9 +190,16 @@ class Trial:
         results = []
         for module in (plain, fast):
             twin = copy.deepcopy(module)
+            _make_scale_largest(twin)
             _make_scores_large(twin.attn)
             results.append(self._try(twin, inputs))
         _check("another output where masks matter", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
+
+
+def _make_scale_largest(module: nn.Module) -> None:
+    for name, p in module.named_parameters():
+        if name.endswith("logit_scale"):
+            p.data.fill_(8.0)  # much more than ln 100, where it ends
 
 
 def _make_scores_large(attn: Any) -> None:
@@ -198,8 +212,6 @@ def _make_scores_large(attn: Any) -> None:
     for name, p in attn.named_parameters():
         if name in ("qkv.bias", "q_bias", "v_bias", "relative_position_bias_table"):
             p.data.mul_(0.1)
-        elif name == "logit_scale":
-            p.data.fill_(5.0)  # more than ln 100, where it ends
 
 
 def _check(what: str, got: Tensor, expected: Tensor, *, floor: float = 0.0, tolerance: float = _TOLERANCE) -> None:

@@ -8,14 +8,14 @@ published forms (:class:`Form`), or something else. A trial (``_trial.py``) tell
 accelerated twin run side by side on random numbers, and the first form that gives the same outputs and gradients is
 taken. A block that no form fits is left alone, with the reason.
 
-The accelerated class is made for each class and form, and pickles as those two.
+The accelerated class is made for each class and form, and pickles as those two. Where a block as a whole is no
+published form, its attention may be one: ``structural_attention.py``.
 
 Source: models/swin_transformer.py and swin_transformer_v2.py of microsoft/Swin-Transformer, and the copies named above.
 """
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import inspect
 import itertools
@@ -26,11 +26,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swinkernels.integrations._adapter import BACKEND_ATTRIBUTE, Accelerated, Adapter, original_class
+from swinkernels.integrations._adapter import BACKEND_ATTRIBUTE, Adapter, original_class
+from swinkernels.integrations._foreign import (
+    NAME,
+    Remade,
+    bias_table,
+    dropout_at_call,
+    dropout_p,
+    is_cosine,
+    make_of,
+    parameters_of,
+    projected,
+    qkv_bias,
+    qkv_of,
+    remade_class,
+    resembles_attention,
+    score_factor,
+)
 from swinkernels.integrations._inner import inner, is_traced, replaced_forward, why_not_window_attention
 from swinkernels.integrations._norms import Residual, norm_for_linear
 from swinkernels.integrations._parts import window_attention_part
@@ -38,7 +53,7 @@ from swinkernels.integrations._trial import Case, NotCovered, Trial
 from swinkernels.integrations._windows import differs, frame_of, is_shift_mask, shift_mask, window_index
 from swinkernels.ops import window_attention_qkvpacked
 
-NAME = "structural"
+_BATCH = 2  # of a trial: a wrong stride between images shows from the second on
 _MASK = "attn_mask"
 # What the stored mask is for.
 _GEOMETRY = ("input_resolution", "window_size", "shift_size")
@@ -68,24 +83,13 @@ class Form:
 
 def resembles(module: nn.Module) -> bool:
     """Whether a module has the attributes of a shifted-window block."""
-    attn = module._modules.get("attn")
-    if attn is None or isinstance(module, torch.jit.ScriptModule):
-        return False
-    has_bias = "relative_position_bias_table" in attn._parameters or (
-        "cpb_mlp" in attn._modules and "logit_scale" in attn._parameters
-    )
     return (
-        has_bias
-        and all(name in attn._modules for name in ("qkv", "proj"))
-        and hasattr(attn, "num_heads")
+        not isinstance(module, torch.jit.ScriptModule)
+        and resembles_attention(module._modules.get("attn"))
         and all(name in module._modules for name in ("norm1", "norm2", "mlp"))
         and hasattr(module, "window_size")
         and hasattr(module, "shift_size")
     )
-
-
-def _is_cosine(attn: nn.Module) -> bool:
-    return "logit_scale" in attn._parameters
 
 
 def _ints(value: Any, axes: int) -> tuple[int, ...]:
@@ -154,19 +158,6 @@ def _why_not_attention(block: Any) -> str | None:
     return None
 
 
-def _qkv_bias(attn: Any) -> Tensor | None:
-    if attn.qkv.bias is not None or getattr(attn, "q_bias", None) is None:
-        return attn.qkv.bias
-    return torch.cat([attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias])
-
-
-def _bias_and_scale(attn: Any) -> dict[str, Any]:
-    if not _is_cosine(attn):
-        return {"bias_table": attn.relative_position_bias_table, "scale": getattr(attn, "scale", None)}
-    table = attn.cpb_mlp(attn.relative_coords_table).reshape(-1, attn.num_heads)
-    return {"bias_table": 16 * torch.sigmoid(table), "logit_scale": attn.logit_scale}
-
-
 def _geometry(form: Form, block: Any, size: tuple[int, ...]) -> dict[str, Any]:
     window, shift = _clamped(form, block, size)
     return {
@@ -178,31 +169,29 @@ def _geometry(form: Form, block: Any, size: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _dropout_p(block: Any) -> float:
-    return getattr(block.attn._modules.get("attn_drop"), "p", 0.0)
-
-
 def _attention(form: Form, block: Any, x: Tensor, mask_value: float) -> Tensor:
-    attn, bias = block.attn, _qkv_bias(block.attn)
-    drop, proj_drop = attn._modules.get("attn_drop"), attn._modules.get("proj_drop")
+    attn, bias = block.attn, qkv_bias(block.attn)
     out = window_attention_qkvpacked(
-        attn.qkv(x) if bias is attn.qkv.bias else F.linear(x, attn.qkv.weight, bias),
-        **_bias_and_scale(attn),
+        qkv_of(attn, x, bias),
+        bias_table=bias_table(attn),
+        **score_factor(attn),
         **_geometry(form, block, tuple(x.shape[1:-1])),
         pad_qkv=bias,
         mask_value=mask_value,
-        dropout_p=_dropout_p(block) if drop is not None and drop.training else 0.0,
+        dropout_p=dropout_at_call(attn),
         backend=block._swinkernels_backend,
     )
-    out = attn.proj(out)
-    return out if proj_drop is None else proj_drop(out)
+    return projected(attn, out)
 
 
 def _has_own_mask(block: Any) -> bool:
     """Whether a stored mask holds other values than those of the block's geometry, which the ops would not read."""
     if not hasattr(block, _MASK):
         return False
-    resolution, window, shift = _resolution(block), _window(block), _shift(block)
+    try:
+        resolution, window, shift = _resolution(block), _window(block), _shift(block)
+    except (TypeError, ValueError):
+        return True
     if resolution is None:
         return block.attn_mask is not None
     expected = shift_mask(frame_of(resolution, window), window, shift) if any(shift) else None
@@ -220,14 +209,21 @@ def _drop_path(block: Any, half: int) -> Any:
 _NOTHING = nn.Identity()
 
 
-def _residual(block: Any) -> Residual | None:
-    """The sum after attention and the norm after it as one op, where their modules are known."""
-    name = next((n for n in ("drop_path", "drop_path1") if n in block._modules), None)
+def _residual(block: Any, half: int, norm: str) -> Residual | None:
+    """The sum after a half and the norm next to it as one op, where their modules are known."""
+    name = next((n for n in ("drop_path", f"drop_path{half}") if n in block._modules), None)
     if name is None:
         return None
     timm = sys.modules.get("timm.layers")
     kind = nn.Identity if timm is None else timm.DropPath
-    return Residual("norm2", name, kind, "timm's DropPath", width=lambda block: block.attn.qkv.in_features)
+    return Residual(norm, name, kind, "timm's DropPath", width=lambda block: block.attn.qkv.in_features)
+
+
+def _add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
+    """x + drop_path(norm(y)), with the norm of a half."""
+    residual = _residual(block, half, f"norm{half}")
+    fused = None if residual is None else residual.add_normed(block, x, y)
+    return x + _drop_path(block, half)(inner(block, f"norm{half}")(y)) if fused is None else fused
 
 
 def _read(form: Form, block: Any, x: Tensor, given: Any) -> tuple[tuple[int, ...], float] | None:
@@ -264,22 +260,17 @@ def _read(form: Form, block: Any, x: Tensor, given: Any) -> tuple[tuple[int, ...
     return size, -100.0
 
 
-def _first_half(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
-    """The branch of attention, in the layout of x, with its norm before or after it."""
-    norm = block._modules["norm1"]
-    if form.norm == "pre":
-        z = norm_for_linear(block, "norm1", x, block.attn.qkv.in_features)
-        return _attention(form, block, z.reshape(x.shape[0], *size, x.shape[-1]), mask_value).reshape(x.shape)
-    z = x.reshape(x.shape[0], *size, x.shape[-1])
-    return norm(_attention(form, block, z, mask_value).reshape(x.shape))
+def _attention_branch(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
+    """Attention, in the layout of x, with a norm that comes before it."""
+    z = norm_for_linear(block, "norm1", x, block.attn.qkv.in_features) if form.norm == "pre" else x
+    return _attention(form, block, z.reshape(x.shape[0], *size, x.shape[-1]), mask_value).reshape(x.shape)
 
 
-def _second_half(form: Form, block: Any, x: Tensor) -> Tensor:
-    norm, mlp = block._modules["norm2"], block._modules["mlp"]
-    return _drop_path(block, 2)(mlp(norm(x)) if form.norm == "pre" else norm(mlp(x)))
+def _mlp_branch(form: Form, block: Any, x: Tensor) -> Tensor:
+    return inner(block, "mlp")(inner(block, "norm2")(x) if form.norm == "pre" else x)
 
 
-class StructuralBlock(Accelerated):
+class StructuralBlock(Remade):
     """A block with its attention half on a window attention op; its original class is the second base.
 
     Geometry and parameters are read at every call. The block's own forward runs wherever the trial says nothing of a
@@ -287,7 +278,6 @@ class StructuralBlock(Accelerated):
     layers that are not nn.Linear, tracing.
     """
 
-    _swinkernels_form: Form
     _swinkernels_argument: str | None  # what forward takes beside x
     _swinkernels_own_mask = False
     _swinkernels_in_trial = False
@@ -308,19 +298,21 @@ class StructuralBlock(Accelerated):
             return super().forward(x, *args, **kwargs)
         saves_memory = getattr(self, "use_checkpoint", False) and torch.is_grad_enabled()
 
-        def half(function: Any, *arguments: Any) -> Tensor:
+        def branch(function: Any, *arguments: Any) -> Tensor:
             if saves_memory:
-                return checkpoint(function, *arguments, use_reentrant=False)
-            return function(*arguments)
+                return checkpoint(function, form, self, *arguments, use_reentrant=False)
+            return function(form, self, *arguments)
 
-        y = half(_first_half, form, self, x, *call)
-        residual = _residual(self)
-        if form.norm == "pre" and residual is not None and not saves_memory:
-            fused = residual.add_then_norm(self, x, y)
-            if fused is not None:
-                return fused[0] + _drop_path(self, 2)(inner(self, "mlp")(fused[1]))
-        x = x + _drop_path(self, 1)(y)
-        return x + half(_second_half, form, self, x)
+        y = branch(_attention_branch, x, *call)
+        if form.norm == "post":
+            x = _add_normed(self, x, y, 1)
+            return _add_normed(self, x, branch(_mlp_branch, x), 2)
+        residual = None if saves_memory else _residual(self, 1, "norm2")
+        fused = None if residual is None else residual.add_then_norm(self, x, y)
+        if fused is None:
+            x = x + _drop_path(self, 1)(y)
+            return x + _drop_path(self, 2)(branch(_mlp_branch, x))
+        return fused[0] + _drop_path(self, 2)(inner(self, "mlp")(fused[1]))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -332,18 +324,6 @@ class StructuralBlock(Accelerated):
         if name == _MASK:
             self.__dict__["_swinkernels_own_mask"] = _has_own_mask(self)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Its class cannot be imported, so it is made again."""
-        reduced = super().__reduce_ex__(max(2, protocol))
-        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return reduced
-        return _rebuild, (original_class(self), self._swinkernels_form, *reduced[1][1:]), *reduced[2:]
-
-
-def _rebuild(original: Any, form: Form, *args: Any) -> nn.Module:
-    accelerated: Any = _adapter(original, form).accelerated
-    return accelerated.__new__(accelerated, *args)
-
 
 # Forms
 
@@ -351,15 +331,9 @@ def _rebuild(original: Any, form: Form, *args: Any) -> nn.Module:
 _SIZES = ("x_size", "size", "hw_shape", "input_size", "input_resolution")
 
 
-def _parameters(original: Any) -> list[inspect.Parameter]:
-    """What the forward of a class takes beside self."""
-    taken = list(inspect.signature(original.forward).parameters.values())[1:]
-    return [p for p in taken if p.kind is not inspect.Parameter.VAR_KEYWORD]
-
-
 def _forms(block: Any) -> Iterator[Form]:
     """The forms that a block's attributes and the signature of its forward allow, likelier ones first."""
-    taken = _parameters(original_class(block))
+    taken = parameters_of(original_class(block))
     if not taken or any(p.default is inspect.Parameter.empty for p in taken[2:]):
         return
     second = taken[1].name if len(taken) > 1 else ""
@@ -374,7 +348,7 @@ def _forms(block: Any) -> Iterator[Form]:
         if hasattr(block, "input_resolution"):
             sources.append(("sequence", "input_resolution", "own"))
         sources.append(("map", "shape", "own"))
-    norms = ("post", "pre") if _is_cosine(block.attn) else ("pre", "post")
+    norms = ("post", "pre") if is_cosine(block.attn) else ("pre", "post")
     # Volumes are clamped in all published copies, planes in few.
     windows = ("stays", "clamped") if _axes(block) == 2 else ("clamped", "stays")
     for source, norm in itertools.product(sources, norms):
@@ -434,43 +408,17 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
     return type(block).forward(block, x, *args)
 
 
-@dataclass(frozen=True)
-class _Fingerprint:
-    """What blocks have in common that one trial is enough for."""
-
-    classes: tuple[Any, ...]
-    attributes: tuple[Any, ...]
-
-
-def _fingerprint(block: Any) -> _Fingerprint:
-    classes: list[Any] = [(name, original_class(m)) for name, m in block.named_modules()]
-    classes += [name for name, _ in block.named_parameters()]
-    classes += [original_class(block).forward, type(block.attn).forward]
-    attributes: list[Any] = []
-    for path, module in block.named_modules():
-        for name, value in sorted(module.__dict__.items()):
-            if name in _NOT_COMPARED or name.startswith("_swinkernels_"):
-                continue
-            if isinstance(value, (bool, int, float, str, tuple, list, type(None))) or callable(value):
-                attributes.append((path, name, repr(value)))
-    resolution = _resolution(block)
-    attributes.append(None if resolution is None else _small_resolution(block))
-    return _Fingerprint(tuple(classes), tuple(attributes))
-
-
-# torch's own, what changes from call to call or from block to block, and what a trial replaces.
-_NOT_COMPARED = {*nn.Module().__dict__, "H", "W", "input_resolution", "p", "drop_prob"}
-_TRIALS: dict[_Fingerprint, Form | str] = {}
+_TRIALS: dict[tuple[Any, ...], Form | str] = {}
 
 
 def _form_of(block: nn.Module) -> Form | str:
     """The form that a trial finds, or why there is none."""
     if any(p.is_meta for p in block.parameters()):
         return "its parameters are on meta, and a class that is not known is not trusted without a trial"
-    fingerprint = _fingerprint(block)
-    if fingerprint not in _TRIALS:
-        _TRIALS[fingerprint] = _try_forms(block)
-    return _TRIALS[fingerprint]
+    make = make_of(block, None if _resolution(block) is None else _small_resolution(block))
+    if make not in _TRIALS:
+        _TRIALS[make] = _try_forms(block)
+    return _TRIALS[make]
 
 
 def _try_forms(block: Any) -> Form | str:
@@ -485,10 +433,9 @@ def _try_forms(block: Any) -> Form | str:
             put_in_place=functools.partial(_put_in_place, everywhere),
             prepare=functools.partial(_prepare, form),
             call=functools.partial(_call, form),
-            masked=any(_shift(block)),
+            masks=any(_shift(block)),
         )
-        cases = [Case(size, _kind_of_map(size, _window(block))) for size in _sizes_to_try(form, block)]
-        passed, reason = trial.run(cases)
+        passed, reason = trial.run([_case(block, size) for size in _sizes_to_try(form, block)])
         why = why or reason
         if best is None or len(passed) > len(best.maps):
             best = replace(form, maps=passed)
@@ -496,6 +443,12 @@ def _try_forms(block: Any) -> Form | str:
             break
     assert best is not None
     return best if best.maps else f"it looks like a shifted-window block, but {why}"
+
+
+def _case(block: Any, size: tuple[int, ...]) -> Case:
+    window = _window(block)
+    scores = _BATCH * block.attn.num_heads * math.prod(frame_of(size, window)) * math.prod(window)
+    return Case((_BATCH, *size, block.attn.qkv.in_features), _kind_of_map(size, window), scores)
 
 
 _ALL_MAPS = frozenset({"whole", "padded", "small, whole", "small, padded"})
@@ -514,17 +467,25 @@ def look(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
     """The adapter of a module that looks like a shifted-window block, or why it has none; None for any other module."""
     if not resembles(module):
         return None
-    reason = replaced_forward(module) or _why_not_attention(module)
-    if reason is None and _has_own_mask(module):
-        reason = "attn_mask holds other values than those of its geometry"
-    if reason is None:
-        index = getattr(module._modules["attn"], "relative_position_index", None)
-        if index is not None and differs(index, window_index(_table_window(module))):
-            reason = "attn.relative_position_index holds other values than those of its window"
-    if reason is not None:
-        return None, reason
-    form = _form_of(module)
+    try:
+        reason = _why_not_this_one(module)
+        form = reason if reason is not None else _form_of(module)
+    except Exception as error:  # attributes of a foreign class may hold anything
+        form = f"its attributes are not those of a shifted-window block: {type(error).__name__}: {error}"
     return (None, form) if isinstance(form, str) else (_adapter_of(module, form), None)
+
+
+def _why_not_this_one(block: Any) -> str | None:
+    """Why a block is no instance like others of its class."""
+    reason = replaced_forward(block) or _why_not_attention(block)
+    if reason is not None:
+        return reason
+    if _has_own_mask(block):
+        return "attn_mask holds other values than those of its geometry"
+    index = getattr(block.attn, "relative_position_index", None)
+    if index is not None and differs(index, window_index(_table_window(block))):
+        return "attn.relative_position_index holds other values than those of its window"
+    return None
 
 
 def _map(form: Form, block: Any) -> tuple[int, ...]:
@@ -550,27 +511,22 @@ def _adapter_of(block: nn.Module, form: Form) -> Adapter:
 @functools.cache
 def _adapter(original: Any, form: Form) -> Adapter:
     takes_argument = "argument" in (form.size_from, form.mask_from)
-    argument = _parameters(original)[1].name if takes_argument else None
-    namespace = {
-        "_swinkernels_form": form,
-        "_swinkernels_argument": argument,
-        "__module__": original.__module__,
-        "__doc__": StructuralBlock.__doc__,
-    }
-    accelerated = type(f"Accelerated{original.__name__}", (StructuralBlock, original), namespace)
+    argument = parameters_of(original)[1].name if takes_argument else None
+    accelerated = remade_class(StructuralBlock, original, form, _adapter, _swinkernels_argument=argument)
 
     def arguments(block: Any) -> dict[str, Any]:
         with torch.no_grad():
             return {
                 "scale": None,
-                "pad_qkv": _qkv_bias(block.attn),
+                "bias_table": bias_table(block.attn),
+                "pad_qkv": qkv_bias(block.attn),
                 "mask_value": -100.0,
-                **_bias_and_scale(block.attn),
+                **score_factor(block.attn),
                 **_geometry(form, block, _map(form, block)),
             }
 
     attention = window_attention_part(
-        _qkv_weight, lambda block: _map(form, block), arguments, _dropout_p, _why_not_attention
+        _qkv_weight, lambda block: _map(form, block), arguments, lambda block: dropout_p(block.attn), _why_not_attention
     )
     return Adapter(
         name=NAME,
