@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     from mmpretrain.models.utils.embed import PatchMerging
     from mmpretrain.registry import MODELS
 
-from parity import assert_as_good, assert_as_noisy, run
+from parity import assert_as_good, assert_as_noisy, run, shaken
 
 import swinkernels
 from swinkernels.integrations import VerificationError, _norms
@@ -97,11 +97,8 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
     """Compare the model with its accelerated copy; the judge is the model in float64."""
     exact = run(copy.deepcopy(model).double(), x.double())
-    got, plain = run(accelerated(model, backend), x), run(model, x)
-    if x.dtype == torch.float64:
-        assert_as_good(got, plain, exact)
-    else:
-        assert_as_noisy(got, plain, exact, rounding=32 * torch.finfo(x.dtype).eps)
+    moved = None if x.dtype == torch.float64 else shaken(model, x, x.dtype)
+    assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, moved)
 
 
 def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:

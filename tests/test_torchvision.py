@@ -17,7 +17,7 @@ from torch import Tensor, nn
 pytest.importorskip("torchvision", reason="torchvision is not installed")
 
 import torchvision
-from parity import assert_as_good, assert_as_noisy, run
+from parity import assert_as_good, assert_as_noisy, run, shaken
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import swin_transformer
@@ -107,11 +107,8 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
     """Compare the model with its accelerated copy; the judge is the model in float64."""
     exact = run(copy.deepcopy(model).double(), x.double())
-    got, plain = run(accelerated(model, backend), x), run(model, x)
-    if x.dtype == torch.float64:
-        assert_as_good(got, plain, exact)
-    else:
-        assert_as_noisy(got, plain, exact, rounding=32 * torch.finfo(x.dtype).eps)
+    moved = None if x.dtype == torch.float64 else shaken(model, x, x.dtype)
+    assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, moved)
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,13 +401,14 @@ def test_compile_fullgraph_with_any_batch(version, monkeypatch):
     torch._dynamo.reset()
     model = make_model(version, depths=[2], num_heads=[2])
     fast, images = accelerated(model), [make_image(batch=batch) for batch in (2, 3, 5)]
-    plain = [(run(copy.deepcopy(model).double(), x.double()), run(model, x)) for x in images]
+    exact = [run(copy.deepcopy(model).double(), x.double()) for x in images]
+    judges = [(run(model, x), e, shaken(model, x, x.dtype)) for x, e in zip(images, exact, strict=True)]
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fast, fullgraph=True, backend=graphs)
     ops_only(monkeypatch)
-    for x, (exact, expected) in zip(images, plain, strict=True):
+    for x, judge in zip(images, judges, strict=True):
         got = {name.removeprefix("_orig_mod."): value for name, value in run(compiled, x).items()}
-        assert_as_noisy(got, expected, exact, rounding=32 * torch.finfo(torch.float32).eps)
+        assert_as_good(got, *judge)
     assert graphs.frame_count == 2, "one graph for the first batch, one for any other"
 
 
