@@ -644,10 +644,12 @@ def test_verify_finds_a_wrong_kernel_and_names_the_module(version, wrong, monkey
     op = adapter.window_attention_qkvpacked
     values = {"shift_size": (1, 1), "mask_value": 0.0, "pad_qkv": None, "pad_order": "roll_then_pad"}
 
-    def wrong_op(qkv, bias_table, **arguments):
-        bias_table = bias_table.flip(0) if wrong == "bias_table" else bias_table
-        given = {wrong: values[wrong]} if wrong in values and any(arguments["shift_size"]) else {}
-        return op(qkv, bias_table, **{**arguments, **given})
+    def wrong_op(qkv, **arguments):
+        if wrong == "bias_table":
+            arguments["bias_table"] = arguments["bias_table"].flip(0)
+        elif any(arguments["shift_size"]):
+            arguments[wrong] = values[wrong]
+        return op(qkv, **arguments)
 
     monkeypatch.setattr(adapter, "window_attention_qkvpacked", wrong_op)
     first = "features.1.0" if wrong == "bias_table" else "features.1.1"

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
 from mmcv.cnn.bricks import Linear
 from mmcv.cnn.bricks.transformer import FFN, AdaptivePadding
@@ -39,6 +38,15 @@ from torch import Tensor, nn
 
 from swinkernels.integrations._accelerate import accelerate
 from swinkernels.integrations._adapter import Accelerated, Adapter
+from swinkernels.integrations._foreign import (
+    bias_table,
+    dropout_at_call,
+    dropout_p,
+    projected,
+    qkv_bias,
+    qkv_of,
+    score_factor,
+)
 from swinkernels.integrations._inner import (
     first_weight,
     has_hooks,
@@ -78,9 +86,11 @@ def _why_not_attention(attn: Any) -> str | None:
 
 
 def _attention_arguments(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """Those of the op for a map, but what depends on the version: bias_table, scale, logit_scale, pad_qkv."""
+    """Those of the op for a map, but pad_qkv."""
     in_one_window = min(height, width) == attn.window_size
     return {
+        "bias_table": bias_table(attn.w_msa),
+        **score_factor(attn.w_msa),
         "num_heads": attn.w_msa.num_heads,
         "window_size": attn.window_size,
         "shift_size": 0 if in_one_window and not attn.pad_small_map else attn.shift_size,
@@ -96,20 +106,6 @@ def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
     )
 
 
-def _qkv(w_msa: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """QKV of the map, and the arguments of the op that depend on the version."""
-    if type(w_msa) is WindowMSA:
-        qkv = inner(w_msa, "qkv")
-        table = w_msa.relative_position_bias_table
-        return qkv(x), {"bias_table": table, "scale": w_msa.scale, "pad_qkv": qkv.bias}
-    bias = None
-    if w_msa.q_bias is not None:
-        bias = torch.cat((w_msa.q_bias, torch.zeros_like(w_msa.v_bias, requires_grad=False), w_msa.v_bias))
-    table = 16 * torch.sigmoid(w_msa.cpb_mlp(w_msa.relative_coords_table).view(-1, w_msa.num_heads))
-    qkv = F.linear(x, inner(w_msa, "qkv").weight, bias)
-    return qkv, {"bias_table": table, "logit_scale": w_msa.logit_scale, "pad_qkv": bias}
-
-
 class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
     """mmpretrain's attention on a window attention op.
 
@@ -123,16 +119,15 @@ class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
             return super().forward(query, hw_shape)
         height, width = hw_shape
         w_msa = inner(self, "w_msa")
-        qkv, arguments = _qkv(w_msa, query.view(query.shape[0], height, width, query.shape[2]))
-        attn_drop = inner(w_msa, "attn_drop")
+        bias = qkv_bias(w_msa)
         out = window_attention_qkvpacked(
-            qkv,
+            qkv_of(w_msa, query.view(query.shape[0], height, width, query.shape[2]), bias),
             **_attention_arguments(self, height, width),
-            **arguments,
-            dropout_p=attn_drop.p if type(attn_drop) is nn.Dropout and attn_drop.training else 0.0,
+            pad_qkv=bias,
+            dropout_p=dropout_at_call(w_msa),
             backend=self._swinkernels_backend,
         )
-        return inner(self, "drop")(w_msa.proj_drop(w_msa.proj(out)).flatten(1, 2))
+        return inner(self, "drop")(projected(w_msa, out).flatten(1, 2))
 
 
 # Residual connections and patch merging
@@ -269,15 +264,8 @@ def _attention_size(attn: Any) -> tuple[int, int]:
 
 
 def _arguments_for_report(attn: Any) -> dict[str, Any]:
-    w_msa = attn.w_msa
-    tokens = w_msa.qkv.weight.new_zeros(1, w_msa.qkv.weight.shape[1])
-    with torch.no_grad():
-        of_version = _qkv(w_msa, tokens)[1]
-    return {"scale": None, **_attention_arguments(attn, *_attention_size(attn)), **of_version}
-
-
-def _dropout_p(attn: Any) -> float:
-    return getattr(attn.w_msa.attn_drop, "p", 0.0)
+    arguments = _attention_arguments(attn, *_attention_size(attn))
+    return {"scale": None, **arguments, "pad_qkv": qkv_bias(attn.w_msa)}
 
 
 def _qkv_weight(attn: Any) -> Tensor:
@@ -326,7 +314,13 @@ ADAPTERS = (
         accelerated=AcceleratedShiftWindowMSA,
         reason_to_skip=_reason_to_skip_attention,
         parts=(
-            window_attention_part(_qkv_weight, _attention_size, _arguments_for_report, _dropout_p, _why_not_attention),
+            window_attention_part(
+                _qkv_weight,
+                _attention_size,
+                _arguments_for_report,
+                lambda attn: dropout_p(attn.w_msa),
+                _why_not_attention,
+            ),
         ),
         input_shape=lambda attn: (*_attention_size(attn), _qkv_weight(attn).shape[1]),
         weight=_qkv_weight,

@@ -35,6 +35,7 @@ from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import MLP
 
 from swinkernels.integrations._adapter import Accelerated, Adapter
+from swinkernels.integrations._foreign import bias_table, score_factor
 from swinkernels.integrations._inner import (
     first_weight,
     has_hooks,
@@ -70,19 +71,17 @@ def _why_not_attention(attn: Any) -> str | None:
 
 
 def _attention_arguments(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """Those of the op for a map, but the bias table and, of v2, logit_scale."""
+    """Those of the op for a map, but pad_qkv."""
     window = tuple(attn.window_size)
     return {
+        "bias_table": bias_table(attn),
+        **score_factor(attn),
         "num_heads": attn.num_heads,
         "window_size": window,
         "shift_size": tuple(0 if n <= w else s for n, w, s in zip(size, window, attn.shift_size, strict=True)),
         "pad_order": "pad_then_roll",
         "mask_value": -100.0,
     }
-
-
-def _bias_table_v2(attn: ShiftedWindowAttentionV2) -> Tensor:
-    return 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
 
 
 def _without_k(qkv_bias: Tensor | None) -> Tensor | None:
@@ -95,13 +94,11 @@ def _without_k(qkv_bias: Tensor | None) -> Tensor | None:
     return qkv_bias
 
 
-def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None, bias_table: Any, logit_scale: Any) -> Tensor:
+def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
     proj = inner(attn, "proj")
     out = window_attention_qkvpacked(
         F.linear(x, inner(attn, "qkv").weight, qkv_bias),
-        bias_table,
         **_attention_arguments(attn, tuple(x.shape[1:3])),
-        logit_scale=logit_scale,
         pad_qkv=qkv_bias,
         dropout_p=attn.attention_dropout if attn.training else 0.0,
         backend=attn._swinkernels_backend,
@@ -120,7 +117,7 @@ class AcceleratedShiftedWindowAttention(Accelerated, ShiftedWindowAttention):
     def forward(self, x: Tensor) -> Tensor:
         if is_traced(x) or x.dim() != 4 or _why_not_attention(self) is not None:
             return super().forward(x)
-        return _attention(self, x, inner(self, "qkv").bias, self.relative_position_bias_table, None)
+        return _attention(self, x, inner(self, "qkv").bias)
 
 
 class AcceleratedShiftedWindowAttentionV2(Accelerated, ShiftedWindowAttentionV2):
@@ -129,7 +126,7 @@ class AcceleratedShiftedWindowAttentionV2(Accelerated, ShiftedWindowAttentionV2)
     def forward(self, x: Tensor) -> Tensor:
         if is_traced(x) or x.dim() != 4 or _why_not_attention(self) is not None:
             return super().forward(x)
-        return _attention(self, x, _without_k(inner(self, "qkv").bias), _bias_table_v2(self), self.logit_scale)
+        return _attention(self, x, _without_k(inner(self, "qkv").bias))
 
 
 # Residual connections and patch merging
@@ -253,12 +250,8 @@ def _attention_size(attn: Any) -> tuple[int, ...]:
 
 
 def _arguments_for_report(attn: Any) -> dict[str, Any]:
-    arguments = {**_attention_arguments(attn, _attention_size(attn)), "pad_qkv": inner(attn, "qkv").bias}
-    if isinstance(attn, ShiftedWindowAttentionV2):
-        rows = attn.relative_coords_table.shape[1] * attn.relative_coords_table.shape[2]
-        table = attn.logit_scale.new_empty(rows, attn.num_heads)  # what it holds does not matter
-        return {**arguments, "bias_table": table, "logit_scale": attn.logit_scale, "scale": None}
-    return {**arguments, "bias_table": attn.relative_position_bias_table, "scale": None}
+    arguments = _attention_arguments(attn, _attention_size(attn))
+    return {"scale": None, **arguments, "pad_qkv": inner(attn, "qkv").bias}
 
 
 def _qkv_weight(attn: Any) -> Tensor:
