@@ -57,26 +57,33 @@ def why_not_norm(name: str, norm: Any, width: int) -> str | None:
     return reason
 
 
-def why_not_window_attention(attn: Any) -> str | None:
+def why_not_window_attention(
+    attn: Any, name: str = "attn", kind: type[nn.Module] = nn.Linear, known_as: str = "an nn.Linear"
+) -> str | None:
     """Why the work of a window attention module of Microsoft's form (qkv, softmax, attn_drop, proj) cannot be an op's
     at present, or None. What its class is, and how it numbers its bias table, is for the caller to look at.
+
+    Args:
+        attn: the module. Without a softmax it calls the function.
+        name: what to call it.
+        kind, known_as: what its layers qkv and proj have to be.
     """
     if "forward" in attn.__dict__:
-        return "attn.forward was replaced on the instance"
+        return f"{name}.forward was replaced on the instance"
     # A hook would see other shapes (on qkv, proj, proj_drop: the map instead of windows) or no call (on the others).
     if has_hooks(attn):
-        return "a hook is registered on attn"
+        return f"a hook is registered on {name}"
     modules = attn._modules
-    for name, module in modules.items():
+    for child, module in modules.items():
         if module is not None and has_hooks(module):
-            return f"a hook is registered on attn.{name}"
+            return f"a hook is registered on {name}.{child}"
     # Any other layer may mix tokens, and what it makes of a pad token is not known.
-    for name, kinds, known_as in (
-        ("qkv", (nn.Linear,), "an nn.Linear"),
-        ("proj", (nn.Linear,), "an nn.Linear"),
+    for child, kinds, right in (
+        ("qkv", (kind,), known_as),
+        ("proj", (kind,), known_as),
         ("softmax", (nn.Softmax,), "an nn.Softmax"),
         ("attn_drop", (nn.Dropout, nn.Identity), "an nn.Dropout"),
     ):
-        if name in modules and type(modules[name]) not in kinds:
-            return f"attn.{name} is a {type(modules[name]).__name__}, not {known_as}"
+        if child in modules and type(modules[child]) not in kinds:
+            return f"{name}.{child} is a {type(modules[child]).__name__}, not {right}"
     return None
