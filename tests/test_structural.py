@@ -246,6 +246,18 @@ class ExtraBias(forms.WindowAttention):
         return super().bias(n) + self.absolute
 
 
+class HiddenOffset(forms.WindowAttention):
+    """Of values that an instance happens to have at 0."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("offset", torch.zeros(()))
+        self.gain = torch.ones(())
+
+    def bias(self, n):
+        return super().bias(n) * self.gain + self.offset * torch.arange(n)
+
+
 class OtherClamp(forms.CosineAttention):
     """A larger scale than v2's: only scores at its limit show it."""
 
@@ -310,6 +322,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "talking heads": (lambda: attended_by(TalkingHeads)(*SIZE), "another output"),
     "another scale": (lambda: attended_by(OtherScale)(*SIZE), "another output"),
     "an extra bias": (lambda: attended_by(ExtraBias)(*SIZE, **SHIFTED), "another output"),
+    "an offset of 0": (lambda: attended_by(HiddenOffset)(*SIZE), "another output"),
     "another clamp": (
         lambda: attended_by(OtherClamp, forms.ClassificationBlockV2)(*SIZE),
         "another output at the largest scale",
