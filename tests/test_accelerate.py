@@ -19,9 +19,8 @@ from timm_swin import CONFIGURATIONS, assert_as_good, check_parity, make_image, 
 
 import swinkernels
 from swinkernels.integrations import VerificationError
-from swinkernels.integrations import timm as adapter
-
-Accelerated = adapter.AcceleratedSwinTransformerBlock
+from swinkernels.integrations.timm import _blocks as adapter
+from swinkernels.integrations.timm.swin import AcceleratedSwinTransformerBlock as Accelerated
 
 
 def fast_path_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,14 @@ def accelerated(model: Any, backend: str = "reference") -> Any:
     return fast
 
 
+def with_own_attention(model: Any) -> Any:
+    """A hook keeps the attention of its blocks timm's own, whatever the backend."""
+    for module in model.modules():
+        if isinstance(module, nn.Softmax):
+            module.register_forward_hook(lambda *_: None)
+    return model
+
+
 def inner(model: Any, path: str) -> nn.Module:
     return model.get_submodule(path)
 
@@ -267,7 +275,8 @@ def test_a_stream_narrower_than_the_sum_under_autocast(version, dtype, calls, a_
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, got = plain(x), fast(x)
     assert got.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=5e-2, atol=5e-2)
+    exact = copy.deepcopy(plain).double()(x.double())
+    assert (got - exact).norm() <= 1.5 * (expected - exact).norm()
     assert "residual_layer_norm" not in calls.by_op()
 
 
@@ -357,24 +366,20 @@ def test_auto_on_a_cpu_is_timms_own_code(version, calls):
     fast(x)
     assert not calls
     assert [e.backend for e in report.replaced if "Merging" in e.module_class] == ["timm"]
-    if version == 2:
-        assert torch.equal(fast(x), model(x))
-        assert {e.backend for e in report.replaced} == {"timm"}
-        assert "Attention: timm's own code; v2's cosine attention is not replaced" in report.replaced[0].remarks
-        assert any(
-            r.startswith("Residual and norm: timm's own code. Not cpu: it does not implement residual_layer_norm")
-            for r in report.replaced[0].remarks
-        )
+    assert any(
+        r.startswith("Residual and norm: timm's own code. Not cpu: it does not implement residual_layer_norm")
+        for r in report.replaced[0].remarks
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_a_backend_that_has_no_such_op_leaves_it_to_timm_and_says_so(backend, calls):
-    model = make_model(2)
+    model = with_own_attention(make_model(2))
     fast = copy.deepcopy(model)
     report = swinkernels.accelerate(fast, backend=backend)
     assert {entry.backend for entry in report.replaced} == {"timm"}
     for entry in report.replaced:
-        assert f"timm's own code. {backend} cannot run it: it " in entry.remarks[0]
+        assert f"timm's own code. {backend} cannot run it: it " in entry.remarks[-1]
     x = make_image(model)
     assert torch.equal(fast(x), model(x))
     assert not calls
@@ -399,7 +404,7 @@ def test_auto_decides_at_the_call(version, calls, a_gpu):
 
 
 def test_triton_has_patch_merging_alone(calls, a_gpu):
-    model = make_model(2)
+    model = with_own_attention(make_model(2))
     fast, x = copy.deepcopy(model), make_image(model)
     report = swinkernels.accelerate(fast, backend="triton")
     assert [e.backend for e in report.replaced if "Merging" in e.module_class] == ["triton"]
@@ -546,8 +551,10 @@ def test_a_v2_block_of_which_nothing_can_be_replaced_is_left_alone():
     model = make_model(2)
     block = model.layers[0].blocks[0]
     block.norm1, block.norm2 = OwnNorm(16), nn.Identity()
+    block.attn.softmax = nn.Softmax2d()
     (entry,) = swinkernels.accelerate(model, backend="reference").skipped
     assert (entry.path, entry.module_class) == ("layers.0.blocks.0", "SwinTransformerV2Block")
+    assert "attn.softmax is a Softmax2d" in entry.reason
     assert "norm1 is a" in entry.reason
     assert "norm2 is a" in entry.reason
 

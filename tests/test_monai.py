@@ -32,6 +32,7 @@ import swinkernels
 from swinkernels.integrations import VerificationError, _norms
 from swinkernels.integrations import monai as adapter
 from swinkernels.integrations._adapter import Accelerated
+from swinkernels.ops._backends import NOT_INSTALLED
 
 # A stage, its two blocks and its patch merging, four times.
 REPLACED = {"BasicLayer": 4, "SwinTransformerBlock": 8, "PatchMerging": 4}
@@ -383,6 +384,18 @@ def test_compile_fullgraph(axes, monkeypatch):
     assert_as_good({k.removeprefix("_orig_mod."): v for k, v in got.items()}, exact, exact)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the use of export's own proxies
+def test_export():
+    """Its MLPs have one dropout in two places, for which torch.export makes proxies of all modules."""
+    fast = accelerated(make_encoder(2, depths=(2, 1, 1, 1)))
+    x = make_volume(2)
+    program = torch.export.export(fast, (x,), strict=False)
+    ops = [str(node.target) for node in program.graph.nodes if "swinkernels" in str(node.target)]
+    assert len(ops) == (5 if NOT_INSTALLED["cpu"] is None else 0)
+    for got, e in zip(program.module()(x), fast(x), strict=True):
+        torch.testing.assert_close(got, e, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")  # the tracer's of MONAI's code
 def test_torchscript_tracing_traces_monais_code(monkeypatch):
     model = make_encoder(2, depths=(2, 1, 1, 1)).double()
@@ -520,8 +533,6 @@ def test_report():
     report = swinkernels.accelerate(make_encoder(2))
     assert Counter(e.module_class for e in report.replaced) == REPLACED
     block = next(e for e in report.replaced if e.module_class == "SwinTransformerBlock")
-    from swinkernels.ops._backends import NOT_INSTALLED
-
     assert block.backend == ("cpu" if NOT_INSTALLED["cpu"] is None else "reference")
     assert any(r.startswith("Residual and norm: monai's own code. Not cpu") for r in block.remarks)
     assert "monai" in str(report)

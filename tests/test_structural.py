@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import swinkernels
 from swinkernels.integrations import VerificationError, structural
 from swinkernels.integrations.structural import StructuralBlock
+from swinkernels.integrations.structural_attention import StructuralAttention
 
 SHIFTED = {"shift_size": 2}
 
@@ -245,6 +246,18 @@ class ExtraBias(forms.WindowAttention):
         return super().bias(n) + self.absolute
 
 
+class HiddenOffset(forms.WindowAttention):
+    """Of values that an instance happens to have at 0."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("offset", torch.zeros(()))
+        self.gain = torch.ones(())
+
+    def bias(self, n):
+        return super().bias(n) * self.gain + self.offset * torch.arange(n)
+
+
 class OtherClamp(forms.CosineAttention):
     """A larger scale than v2's: only scores at its limit show it."""
 
@@ -309,6 +322,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "talking heads": (lambda: attended_by(TalkingHeads)(*SIZE), "another output"),
     "another scale": (lambda: attended_by(OtherScale)(*SIZE), "another output"),
     "an extra bias": (lambda: attended_by(ExtraBias)(*SIZE, **SHIFTED), "another output"),
+    "an offset of 0": (lambda: attended_by(HiddenOffset)(*SIZE), "another output"),
     "another clamp": (
         lambda: attended_by(OtherClamp, forms.ClassificationBlockV2)(*SIZE),
         "another output at the largest scale",
@@ -590,6 +604,7 @@ def test_keys_types_copies_and_restore(monkeypatch):
             torch.testing.assert_close(again(x), expected, rtol=1e-10, atol=1e-12)
     assert swinkernels.accelerate(fast) == swinkernels.accelerate(fast)
     assert sum(isinstance(m, StructuralBlock) for m in fast.modules()) == 4
+    assert sum(isinstance(m, StructuralAttention) for m in fast.modules()) == 2
     with pytest.raises(RuntimeError, match=r"swinkernels\.restore\(model\)"):
         torch.jit.script(fast.first[0])
     for again in (fast, *copies):
@@ -634,12 +649,16 @@ def test_compile_fullgraph(monkeypatch):
     assert_as_good({k.removeprefix("_orig_mod."): v for k, v in got.items()}, exact, exact)
 
 
-def test_compile_a_model_that_hands_on_masks():
-    """The compiler cannot look at a mask, so the block's own code is compiled."""
+def test_compile_blocks_that_are_called_with_masks(monkeypatch):
+    """The compiler cannot look at a mask, so a block's own code is compiled, but for its attention."""
     torch._dynamo.reset()
-    model = make(Model)
-    fast, x = accelerated(model), make_input()
-    torch.testing.assert_close(torch.compile(fast, backend="eager")(x), model(x), rtol=1e-10, atol=1e-12)
+    block = make(forms.VideoBlock, 12, 3, shift_size=(1, 2, 2))
+    x, (mask,) = calls_of("video", block)[0]
+    exact = run(block, x, mask)
+    fast = accelerated(block, backend="reference")
+    ops_only(monkeypatch)
+    got = run(torch.compile(fast, fullgraph=True, backend="aot_eager"), x, mask)
+    assert_as_good({k.removeprefix("_orig_mod."): v for k, v in got.items()}, exact, exact)
 
 
 @pytest.mark.filterwarnings("ignore")  # the tracer's
@@ -694,6 +713,8 @@ def test_report():
     assert [(e.path, e.module_class, e.adapter, e.backend) for e in report.replaced] == [
         ("first.1", "ClassificationBlock", "structural", backend),
         ("second.0", "SegmentationBlock", "structural", backend),
+        ("second.0.attn", "WindowAttention", "structural", backend),
         ("second.1", "SegmentationBlock", "structural", backend),
+        ("second.1.attn", "WindowAttention", "structural", backend),
     ]
     assert [(e.path, e.module_class) for e in report.skipped] == [("first.0", "ClassificationBlock")]

@@ -132,10 +132,10 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate
             yield path, module, adapter, f"{name} is a subclass, which may compute something else"
         else:
             adapter, reason = structural.look(module) or structural_attention.look(module) or (None, None)
-            # Why a block is left says enough of its attention.
+            # What is said of a block says enough of its attention, if that is left.
             if adapter is not None or (reason is not None and not reported):
                 yield path, module, adapter, reason
-            reported = reported or reason is not None
+            reported = reported or adapter is not None or reason is not None
         if adapter is not None and not adapter.looks_inside:
             return
         for name, child in module.named_children():

@@ -83,7 +83,7 @@ _NOT_COMPARED = {*nn.Module().__dict__, "H", "W", "input_resolution", "p", "drop
 def make_of(module: nn.Module, *others: Any) -> tuple[Any, ...]:
     """What a forward may depend on but for the values of tensors: equal for modules that one trial is enough for."""
     found: list[Any] = [original_class(module).forward, *others]
-    found += [name for name, _ in module.named_parameters()]
+    found += [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     for path, m in module.named_modules():
         found += [path, original_class(m), original_class(m).forward]
         for name, value in sorted(m.__dict__.items()):

@@ -13,6 +13,17 @@ def is_traced(x: Any) -> bool:
     return not isinstance(x, Tensor) or torch.jit.is_tracing()  # torch.fx passes a proxy
 
 
+def class_of(module: Any) -> type:
+    """The class of a module, also where torch.export has a proxy in its place, of a subclass that it makes: in models
+    that have one module in two places, as MONAI's MLPs do.
+    """
+    kind = type(module)
+    if torch.compiler.is_dynamo_compiling():
+        return kind
+    bases = kind.__bases__
+    return bases[1] if bases[0].__name__ == "AttrProxy" else kind
+
+
 def inner(module: nn.Module, name: str) -> Any:
     """A child of a module, for the forward pass: __getattr__ is slow."""
     return module._modules[name]
@@ -43,7 +54,7 @@ def replaced_forward(module: nn.Module) -> str | None:
 
 def why_not_absorbed(name: str, module: nn.Module, kind: type[nn.Module], known_as: str) -> str | None:
     """Why an inner module has to be called for its work, or None. A subclass may compute something else."""
-    if type(module) is not kind:
+    if class_of(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not {known_as}"
     if "forward" in module.__dict__:
         return f"{name}.forward was replaced on the instance"
@@ -89,6 +100,6 @@ def why_not_window_attention(
         ("softmax", (nn.Softmax,), "an nn.Softmax"),
         ("attn_drop", (nn.Dropout, nn.Identity), "an nn.Dropout"),
     ):
-        if child in modules and type(modules[child]) not in kinds:
+        if child in modules and class_of(modules[child]) not in kinds:
             return f"{name}.{child} is a {type(modules[child]).__name__}, not {right}"
     return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from swinkernels.integrations._backend_choice import fast_backend
 from swinkernels.integrations._inner import (
+    class_of,
     inner,
     replaced_forward,
     why_not_absorbed,
@@ -54,7 +55,7 @@ def norm_row(norm: str) -> Callable[[Any], int]:
 
 def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What timm's DropPath would multiply each sample of y, in that dtype, by: the same random numbers. None for 1."""
-    if type(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
+    if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
     keep = 1 - drop_path.drop_prob
     scale = y.new_empty(y.shape[0], dtype=dtype).bernoulli_(keep)
@@ -84,7 +85,7 @@ class Residual:
         if reason is not None or self.drop_path is None:
             return reason
         drop = inner(block, self.drop_path)
-        kind = nn.Identity if type(drop) is nn.Identity else self.kind
+        kind = nn.Identity if class_of(drop) is nn.Identity else self.kind
         return why_not_absorbed(self.drop_path, drop, kind, self.known_as)
 
     def add_then_norm(self, block: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -1,7 +1,7 @@
 """A module of an unknown class beside its accelerated twin on random numbers: whether they do the same.
 
-Both are copies with random parameters, on the CPU, in float64 and without hooks: initial parameters may hide a
-difference (a norm that starts at 0 hides a whole branch). The module, its gradients and the state of every random
+Both are copies with random parameters and buffers, on the CPU, in float64 and without hooks: initial values may hide
+a difference (a norm that starts at 0 hides a whole branch). The module, its gradients and the state of every random
 number generator stay as they are.
 """
 
@@ -26,6 +26,8 @@ from swinkernels.integrations._inner import remove_hooks
 _TOLERANCE = 1e-6  # of the largest element: constants of a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # their exponentials make more of such errors
 _LARGE_SCORE = 75.0
+# What forms read, or is looked at in every instance.
+_KNOWN_TENSORS = ("attn_mask", "relative_coords_table")
 _MOST_SCORES = 5_000_000  # of which a backward pass takes seconds
 
 
@@ -116,6 +118,10 @@ class Trial:
                     p.data.mul_(1.5 * p.shape[1] ** -0.5)
                 elif "norm" in type(module).__name__.lower() and name == "weight":
                     p.data.mul_(0.2).add_(1.0)
+            # What else a forward may read, an offset that is 0 in this instance, say.
+            for name, t in (*module._buffers.items(), *module.__dict__.items()):
+                if isinstance(t, Tensor) and t.is_floating_point() and name not in _KNOWN_TENSORS:
+                    t.data.uniform_(0.5, 1.5, generator=generator)
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # draws for windows are not those for the map
             elif isinstance(getattr(module, "drop_prob", None), float):

@@ -48,6 +48,7 @@ from swinkernels.integrations._foreign import (
     score_factor,
 )
 from swinkernels.integrations._inner import (
+    class_of,
     first_weight,
     has_hooks,
     inner,
@@ -66,7 +67,7 @@ from swinkernels.ops import window_attention_qkvpacked
 def _why_not_attention(attn: Any) -> str | None:
     """Why this attention has to be mmpretrain's own code at present, or None."""
     w_msa = inner(attn, "w_msa")
-    if type(w_msa) not in (WindowMSA, WindowMSAV2):
+    if class_of(w_msa) not in (WindowMSA, WindowMSAV2):
         return f"w_msa is a {type(w_msa).__name__}, not mmpretrain's WindowMSA or WindowMSAV2"
     reason = why_not_window_attention(w_msa, "w_msa")
     if reason is not None:
@@ -74,7 +75,7 @@ def _why_not_attention(attn: Any) -> str | None:
     window = attn.window_size
     if tuple(w_msa.window_size) != (window, window):
         return "window_size is not that of w_msa"
-    if type(w_msa) is WindowMSAV2:
+    if class_of(w_msa) is WindowMSAV2:
         if w_msa.relative_coords_table.shape != (1, 2 * window - 1, 2 * window - 1, 2):
             return "w_msa.relative_coords_table is not the table of window_size"
         return None
@@ -148,7 +149,7 @@ _RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1",
 def _is_accelerated(attn: Any, x: Tensor, height: int, width: int) -> bool:
     """Whether nobody sees in which dtype an attention is called under autocast."""
     return (
-        type(attn) is AcceleratedShiftWindowMSA
+        class_of(attn) is AcceleratedShiftWindowMSA
         and "forward" not in attn.__dict__
         and not has_hooks(attn)
         and _map_fits(attn, x, height, width)
@@ -265,7 +266,7 @@ def _attention_size(attn: Any) -> tuple[int, int]:
 
 def _arguments_for_report(attn: Any) -> dict[str, Any]:
     arguments = _attention_arguments(attn, *_attention_size(attn))
-    return {"scale": None, **arguments, "pad_qkv": qkv_bias(attn.w_msa)}
+    return {**arguments, "pad_qkv": qkv_bias(attn.w_msa)}
 
 
 def _qkv_weight(attn: Any) -> Tensor:

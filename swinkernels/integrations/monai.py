@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from swinkernels.integrations._adapter import Accelerated, Adapter
 from swinkernels.integrations._inner import (
+    class_of,
     has_hooks,
     inner,
     is_traced,
@@ -62,7 +63,7 @@ STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MAS
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
     """Why this block's attention has to be MONAI's own code at present."""
     attn = block._modules["attn"]
-    if type(attn) is not WindowAttention:
+    if class_of(attn) is not WindowAttention:
         return f"attn is a {type(attn).__name__}, not MONAI's WindowAttention"
     reason = why_not_window_attention(attn)
     if reason is not None:
@@ -229,7 +230,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 def _needs_no_mask(block: nn.Module, x: Tensor) -> bool:
     """Whether nobody would see the mask that a block gets."""
     return (
-        type(block) is AcceleratedSwinTransformerBlock
+        class_of(block) is AcceleratedSwinTransformerBlock
         and not has_hooks(block)
         and "forward" not in block.__dict__
         and "forward_part1" not in block.__dict__

@@ -537,4 +537,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
         input_shape=lambda block: (*_map(form, block), block.attn.qkv.in_features),
         weight=_qkv_weight,
         run=functools.partial(_call, form),
+        # Masks that are arguments may be others than the standard one, and a compiler cannot look at them: then the
+        # block's own code runs, and its attention by itself takes any mask.
+        looks_inside=form.mask_from == "argument",
     )

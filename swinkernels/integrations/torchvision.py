@@ -37,6 +37,7 @@ from torchvision.ops.misc import MLP
 from swinkernels.integrations._adapter import Accelerated, Adapter
 from swinkernels.integrations._foreign import bias_table, score_factor
 from swinkernels.integrations._inner import (
+    class_of,
     first_weight,
     has_hooks,
     inner,
@@ -174,7 +175,7 @@ _MERGING_V2 = Merging("post", lambda merging: 2 * merging.dim)
 def _is_accelerated(attn: Any) -> bool:
     """Whether nobody sees in which dtype an attention is called under autocast."""
     return (
-        type(attn) is AcceleratedShiftedWindowAttention
+        class_of(attn) is AcceleratedShiftedWindowAttention
         and "forward" not in attn.__dict__
         and not has_hooks(attn)
         and _why_not_attention(attn) is None
@@ -251,7 +252,7 @@ def _attention_size(attn: Any) -> tuple[int, ...]:
 
 def _arguments_for_report(attn: Any) -> dict[str, Any]:
     arguments = _attention_arguments(attn, _attention_size(attn))
-    return {"scale": None, **arguments, "pad_qkv": inner(attn, "qkv").bias}
+    return {**arguments, "pad_qkv": inner(attn, "qkv").bias}
 
 
 def _qkv_weight(attn: Any) -> Tensor:
