@@ -60,6 +60,7 @@ from swinkernels.integrations._norms import Merging, Residual, norm_for_linear, 
 from swinkernels.integrations._parts import window_attention_part
 from swinkernels.integrations._windows import differs, window_index
 from swinkernels.ops import window_attention_qkvpacked
+from swinkernels.ops._library import autocast_dtype
 
 # Attention
 
@@ -146,15 +147,18 @@ _RESIDUAL = Residual("norm2", casts_its_input=_casts_its_input, width=norm_row("
 _RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1", "norm2"))
 
 
-def _is_accelerated(attn: Any, x: Tensor, height: int, width: int) -> bool:
-    """Whether nobody sees in which dtype an attention is called under autocast."""
-    return (
-        class_of(attn) is AcceleratedShiftWindowMSA
-        and "forward" not in attn.__dict__
-        and not has_hooks(attn)
-        and _map_fits(attn, x, height, width)
-        and _why_not_attention(attn) is None
-    )
+def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
+    """norm1 of v1: under autocast in the dtype to which the QKV layer would cast it, if nobody else sees it."""
+    if (
+        autocast_dtype(x) is None
+        or class_of(attn) is not AcceleratedShiftWindowMSA
+        or "forward" in attn.__dict__
+        or has_hooks(attn)
+        or not _map_fits(attn, x, *hw_shape)
+        or _why_not_attention(attn) is not None
+    ):
+        return inner(block, "norm1")(x)
+    return norm_for_linear(block, "norm1", x, _NORM1_ROW(block))
 
 
 class AcceleratedSwinBlock(Accelerated, SwinBlock):
@@ -169,10 +173,7 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
 
     def _halves(self, x: Tensor, hw_shape: Any) -> Tensor:
         attn = inner(self, "attn")
-        if _is_accelerated(attn, x, *hw_shape):
-            y = attn(norm_for_linear(self, "norm1", x, _NORM1_ROW(self)), hw_shape)
-        else:
-            y = attn(inner(self, "norm1")(x), hw_shape)
+        y = attn(_norm1(self, attn, x, hw_shape), hw_shape)
         fused = _RESIDUAL.add_then_norm(self, x, y)
         if fused is None:
             s = y + x

@@ -13,7 +13,7 @@ Residual connections, norms and patch merging run on ops where a fast backend ha
 torch.fx traces torchvision's code. So that a feature extractor keeps the ops, let the modules be leaves of its graph:
 ``create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules": [ShiftedWindowAttention]})``.
 
-Source: torchvision.models.swin_transformer, torchvision 0.14 and newer.
+Source: torchvision.models.swin_transformer, torchvision 0.26 to 0.29 (one and the same file).
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from swinkernels.integrations._norms import Merging, Residual, norm_for_linear, 
 from swinkernels.integrations._parts import window_attention_part
 from swinkernels.integrations._windows import differs, window_index
 from swinkernels.ops import window_attention_qkvpacked
+from swinkernels.ops._library import autocast_dtype
 
 # Attention
 
@@ -172,14 +173,17 @@ _MERGING = Merging("pre", lambda merging: 4 * merging.dim)
 _MERGING_V2 = Merging("post", lambda merging: 2 * merging.dim)
 
 
-def _is_accelerated(attn: Any) -> bool:
-    """Whether nobody sees in which dtype an attention is called under autocast."""
-    return (
-        class_of(attn) is AcceleratedShiftedWindowAttention
-        and "forward" not in attn.__dict__
-        and not has_hooks(attn)
-        and _why_not_attention(attn) is None
-    )
+def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
+    """norm1 of v1: under autocast in the dtype to which the QKV layer would cast it, if nobody else sees it."""
+    if (
+        autocast_dtype(x) is None
+        or class_of(attn) is not AcceleratedShiftedWindowAttention
+        or "forward" in attn.__dict__
+        or has_hooks(attn)
+        or _why_not_attention(attn) is not None
+    ):
+        return inner(block, "norm1")(x)
+    return norm_for_linear(block, "norm1", x, _NORM1_ROW(block))
 
 
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
@@ -189,10 +193,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
         if is_traced(x):
             return super().forward(x)
         attn, stochastic_depth = inner(self, "attn"), inner(self, "stochastic_depth")
-        if _is_accelerated(attn):
-            y = attn(norm_for_linear(self, "norm1", x, _NORM1_ROW(self)))
-        else:
-            y = attn(inner(self, "norm1")(x))
+        y = attn(_norm1(self, attn, x))
         fused = _RESIDUAL.add_then_norm(self, x, y)
         if fused is None:
             s = x + stochastic_depth(y)
