@@ -660,6 +660,14 @@ def test_verify_finds_a_wrong_kernel_and_names_the_module(version, wrong, monkey
 
 
 @versions
+def test_parameters_without_values(version):
+    with torch.device("meta"):
+        model = make_model(version)
+        assert Counter(e.module_class for e in swinkernels.accelerate(model).replaced) == REPLACED[version]
+        assert model(torch.empty(2, 3, 18, 26)).shape == (2, 5)
+
+
+@versions
 def test_report(version):
     from swinkernels.ops._backends import NOT_INSTALLED
 
