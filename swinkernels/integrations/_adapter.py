@@ -16,7 +16,9 @@ from swinkernels.integrations._parts import Part
 # when the library's package has been imported already: no model of a library can exist before.
 _ADAPTERS = {
     "monai.networks.nets.swin_unetr": "swinkernels.integrations.monai",
+    "mmpretrain.models.backbones": "swinkernels.integrations.mmpretrain",
     "timm.models": "swinkernels.integrations.timm",
+    "torchvision.models.swin_transformer": "swinkernels.integrations.torchvision",
 }
 
 SUPPORTED = "Swin Transformer block or patch merging of a known library"

@@ -42,6 +42,11 @@ def remove_hooks(module: nn.Module) -> None:
             hooks.clear()
 
 
+def first_weight(module: nn.Module) -> Tensor:
+    """A parameter with the dtype and the device of a module."""
+    return next(p for p in module.parameters() if p.is_floating_point())
+
+
 def replaced_forward(module: nn.Module) -> str | None:
     """Why a module may compute something else than its class says, for a report: its class's forward is not called."""
     return "its forward was replaced on the instance" if "forward" in module.__dict__ else None

@@ -4,7 +4,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,18 @@ def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, backend=backend)
 
 
+def norm_row(norm: str) -> Callable[[Any], int]:
+    """How to ask a block how long the rows of a norm of its are; 0 if that is not known."""
+
+    def row(block: Any) -> int:
+        shape = getattr(inner(block, norm), "normalized_shape", ())
+        return shape[-1] if shape else 0
+
+    return row
+
+
 def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What a DropPath would multiply each sample of y, in that dtype, by: the same random numbers. None for 1."""
+    """What timm's DropPath would multiply each sample of y, in that dtype, by: the same random numbers. None for 1."""
     if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
     keep = 1 - drop_path.drop_prob
@@ -56,23 +66,27 @@ def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | N
 class Residual:
     """A residual connection of a block and the norm next to it, in one op."""
 
-    # The names of the block's modules.
+    # The names of the block's modules; there is no drop_path where the branch itself ends with it.
     norm: str
-    drop_path: str
-    # The library's DropPath, and how a reader knows it. It draws as timm's does; an nn.Identity stands for p = 0.
-    kind: type[nn.Module]
-    known_as: str
+    drop_path: str | None = None
+    # The library's DropPath, and how a reader knows it. An nn.Identity stands for p = 0.
+    kind: type[nn.Module] = nn.Identity
+    known_as: str = "an nn.Identity"
     # Whether the first thing that happens to the norm's result under autocast is a Linear's cast, seen by nobody.
     casts_its_input: Callable[[Any], bool] = lambda block: False
     # The channels of the block.
     width: Callable[[Any], int] = lambda block: block.dim
+    # What the library's DropPath multiplies each sample of a branch by, drawn as it draws.
+    scale: Callable[[Any, Tensor, torch.dtype], Tensor | None] = drop_path_scale
 
     def why_not(self, block: Any) -> str | None:
         """Why it has to be the library's own code at present, or None."""
+        reason = why_not_norm(self.norm, inner(block, self.norm), self.width(block))
+        if reason is not None or self.drop_path is None:
+            return reason
         drop = inner(block, self.drop_path)
         kind = nn.Identity if class_of(drop) is nn.Identity else self.kind
-        reason = why_not_norm(self.norm, inner(block, self.norm), self.width(block))
-        return reason or why_not_absorbed(self.drop_path, drop, kind, self.known_as)
+        return why_not_absorbed(self.drop_path, drop, kind, self.known_as)
 
     def add_then_norm(self, block: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """The residual stream s = x + drop_path(y) and norm(s), or None where the library's own code has to run."""
@@ -84,7 +98,7 @@ class Residual:
         backend = self._backend(block, x, y)
         if backend is None:
             return None
-        norm, d = inner(block, self.norm), drop_path_scale(inner(block, self.drop_path), y, y.dtype)
+        norm, d = inner(block, self.norm), self._drawn(block, y, y.dtype)
         return residual_layer_norm(x, y, norm.weight, norm.bias, eps=norm.eps, drop_path_scale=d, backend=backend)
 
     def add_normed(self, block: Any, x: Tensor, y: Tensor) -> Tensor | None:
@@ -95,8 +109,11 @@ class Residual:
         backend = self._backend(block, x, y)
         if backend is None:
             return None
-        norm, d = inner(block, self.norm), drop_path_scale(inner(block, self.drop_path), y, dtype)
+        norm, d = inner(block, self.norm), self._drawn(block, y, dtype)
         return residual_post_norm(x, y, norm.weight, norm.bias, eps=norm.eps, drop_path_scale=d, backend=backend)
+
+    def _drawn(self, block: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
+        return None if self.drop_path is None else self.scale(inner(block, self.drop_path), y, dtype)
 
     def _backend(self, block: Any, x: Tensor, y: Tensor) -> str | None:
         of = self.width(block), (x.dtype, y.dtype)
@@ -114,6 +131,12 @@ class Residual:
         )
 
 
+def why_no_residual(residuals: Sequence[Residual], block: Any) -> str | None:
+    """Why the library's own code has to run all of a block's residual connections, or None."""
+    reasons = [residual.why_not(block) for residual in residuals]
+    return None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
+
+
 @dataclass(frozen=True)
 class Merging:
     """Patch merging by modules ``norm`` and ``reduction``, in one op."""
@@ -124,9 +147,14 @@ class Merging:
     width: Callable[[Any], int]
     # The order of the neighbours' channels for a map of so many axes, as the op knows it.
     order: Callable[[int], str] = lambda axes: "swin"
+    # Why a merging does something else than that at present, or None.
+    why_not_usual: Callable[[Any], str | None] = lambda merging: None
 
     def why_not(self, merging: Any) -> str | None:
         """Why it has to be the library's own code at present, or None."""
+        unusual = self.why_not_usual(merging)
+        if unusual is not None:
+            return unusual
         reduction = inner(merging, "reduction")
         reason = why_not_linear("reduction", reduction)
         if reason is None and reduction.bias is not None:
