@@ -29,7 +29,8 @@ def shaken(model: nn.Module, x: Tensor, dtype: torch.dtype, *others: Any) -> dic
     generator = torch.Generator().manual_seed(4)
 
     def shake(t: Tensor) -> Tensor:
-        return t * (1 + torch.finfo(dtype).eps * (2 * torch.randint(0, 2, t.shape, generator=generator) - 1))
+        up = torch.randint(0, 2, t.shape, generator=generator, dtype=t.dtype)
+        return t * (1 + torch.finfo(dtype).eps * (2 * up - 1))
 
     model = copy.deepcopy(model).double()
     for p in model.parameters():

@@ -64,8 +64,8 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
 
 
 def _shake(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """x with every element moved up or down by the eps of the dtype."""
-    up = torch.randint(0, 2, x.shape, generator=generator, device="cpu").to(x.device)
+    """x, in float64, with every element moved up or down by the eps of the dtype."""
+    up = torch.randint(0, 2, x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
     return x * (1 + torch.finfo(dtype).eps * (2 * up - 1))
 
 

@@ -62,7 +62,7 @@ STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MAS
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
     """Why this block's attention has to be MONAI's own code at present."""
-    attn = block._modules["attn"]
+    attn: Any = block._modules["attn"]
     if class_of(attn) is not WindowAttention:
         return f"attn is a {type(attn).__name__}, not MONAI's WindowAttention"
     reason = why_not_window_attention(attn)
@@ -227,7 +227,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
         return super().forward(x) if out is None else out
 
 
-def _needs_no_mask(block: nn.Module, x: Tensor) -> bool:
+def _needs_no_mask(block: Any, x: Tensor) -> bool:
     """Whether nobody would see the mask that a block gets."""
     return (
         class_of(block) is AcceleratedSwinTransformerBlock

@@ -43,8 +43,8 @@ def mask_fits(block: Any, x: Tensor) -> bool:
     """Whether the block's stored mask, which is timm's for :func:`map_size`, is that of this map (B, H, W, C)."""
     if getattr(block, "dynamic_mask", False) or not any(block.shift_size):
         return True  # made from the map, or none
-    window = block.window_size
-    return frame_of(x.shape[1:3], window) == frame_of(map_size(block), window)
+    size, window = map_size(block), block.window_size
+    return x.shape[1:3] == size or frame_of(x.shape[1:3], window) == frame_of(size, window)
 
 
 def has_own_mask(block: Any) -> bool:
@@ -69,7 +69,7 @@ def why_not_block(block: Any, method: str) -> str | None:
 def shifted_windows(block: Any) -> dict[str, Any]:
     """The arguments of the op that say where the windows are."""
     return {
-        "num_heads": block.attn.num_heads,
+        "num_heads": inner(block, "attn").num_heads,
         "window_size": block.window_size,
         "shift_size": block.shift_size,
         "pad_order": "roll_then_pad",
@@ -79,14 +79,14 @@ def shifted_windows(block: Any) -> dict[str, Any]:
 
 def attend(block: Any, qkv: Tensor, dropout_p: float, **arguments: Any) -> Tensor:
     """The attention half of a block from q, k and v on the map, (B, H, W, 3C), on."""
-    attn = block.attn
+    attn = inner(block, "attn")
     out = window_attention_qkvpacked(qkv, dropout_p=dropout_p, backend=block._swinkernels_backend, **arguments)
     return attn.proj_drop(attn.proj(out))
 
 
 def dropout_p(block: Any) -> float:
     """The probability of attention dropout in training."""
-    return getattr(block.attn.attn_drop, "p", 0.0)
+    return getattr(inner(inner(block, "attn"), "attn_drop"), "p", 0.0)
 
 
 class ShiftedWindowBlock(Accelerated):

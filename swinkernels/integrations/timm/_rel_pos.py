@@ -38,7 +38,7 @@ def has_own_index(rel_pos: Any) -> bool:
     for name, w in zip(("height_lookup", "width_lookup"), rel_pos.window_size, strict=True):
         token = torch.arange(w, device="cpu")
         offset = token[None, :] - token[:, None] + w - 1  # key - query
-        lookup = rel_pos._buffers[name]
+        lookup = getattr(rel_pos, name)
         if differs(lookup, functional.one_hot(offset, 2 * w - 1).to(lookup.dtype)):
             return True
     return False

@@ -31,7 +31,7 @@ from swinkernels.integrations.timm import _blocks
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
     """Why this block's attention has to be timm's own code at present."""
-    attn = block._modules["attn"]
+    attn = inner(block, "attn")
     if type(attn) is not WindowAttention:
         return f"attn is a {type(attn).__name__}, not timm's WindowAttention"
     reason = why_not_window_attention(attn)
@@ -46,18 +46,18 @@ def _why_not_attention(block: SwinTransformerBlock) -> str | None:
 
 
 def _arguments(block: SwinTransformerBlock) -> dict[str, Any]:
-    attn = block.attn
+    attn = inner(block, "attn")
     return {
         "bias_table": attn.relative_position_bias_table,
         # scaled_dot_product_attention, which timm calls if fused_attn is set, has its own scale.
         "scale": None if getattr(attn, "fused_attn", False) else attn.scale,
-        "pad_qkv": attn.qkv.bias,
+        "pad_qkv": inner(attn, "qkv").bias,
         **_blocks.shifted_windows(block),
     }
 
 
 def _dropout_is_on(block: SwinTransformerBlock) -> bool:
-    attn = block.attn
+    attn = inner(block, "attn")
     return attn.training if getattr(attn, "fused_attn", False) else attn.attn_drop.training
 
 
@@ -67,7 +67,7 @@ def _is_fused(block: AcceleratedSwinTransformerBlock, x: Tensor) -> bool:
 
 def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor:
     p = _blocks.dropout_p(block) if _dropout_is_on(block) else 0.0
-    return _blocks.attend(block, block.attn.qkv(x), p, **_arguments(block))
+    return _blocks.attend(block, inner(block, "attn").qkv(x), p, **_arguments(block))
 
 
 def _casts_its_input(block: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from swinkernels.integrations._adapter import Accelerated, Adapter
-from swinkernels.integrations._inner import is_traced, why_not_window_attention
+from swinkernels.integrations._inner import inner, is_traced, why_not_window_attention
 from swinkernels.integrations._norms import Merging
 from swinkernels.integrations._parts import window_attention_part
 from swinkernels.integrations._windows import differs, window_index
@@ -28,26 +28,27 @@ from swinkernels.integrations.timm import _blocks
 
 def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
     """Why this block's attention has to be timm's own code at present."""
-    attn = block._modules["attn"]
+    attn = inner(block, "attn")
     if type(attn) is not WindowAttention:
         return f"attn is a {type(attn).__name__}, not timm's WindowAttention"
     reason = why_not_window_attention(attn)
     if reason is not None:
         return reason
-    if attn._modules["qkv"]._parameters.get("bias") is not None:
+    if inner(attn, "qkv")._parameters.get("bias") is not None:
         return "attn.qkv has a bias beside q_bias and v_bias"
     height, width = block.window_size
-    if attn._buffers["relative_coords_table"].shape[1:3] != (2 * height - 1, 2 * width - 1):
+    coords: Any = attn._buffers["relative_coords_table"]
+    if coords.shape[1:3] != (2 * height - 1, 2 * width - 1):
         return "attn.relative_coords_table is not that of window_size"
     return None
 
 
 def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
     """The arguments of the op but for what the block's layers make: bias_table and pad_qkv."""
-    return {"logit_scale": block.attn.logit_scale, **_blocks.shifted_windows(block)}
+    return {"logit_scale": inner(block, "attn").logit_scale, **_blocks.shifted_windows(block)}
 
 
-def _qkv(attn: WindowAttention, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """q, k and v of a map, and of a pad token."""
     if attn.q_bias is None:
         return attn.qkv(x), None
@@ -60,7 +61,7 @@ def _qkv(attn: WindowAttention, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _attention(block: AcceleratedSwinTransformerV2Block, x: Tensor) -> Tensor:
-    attn = block.attn
+    attn = inner(block, "attn")
     qkv, pad_qkv = _qkv(attn, x)
     bias_table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
     p = _blocks.dropout_p(block) if attn.attn_drop.training else 0.0

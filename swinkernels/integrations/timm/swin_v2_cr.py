@@ -14,7 +14,7 @@ from timm.models.swin_transformer_v2_cr import PatchMerging, SwinTransformerV2Cr
 from torch import Tensor
 
 from swinkernels.integrations._adapter import Accelerated, Adapter
-from swinkernels.integrations._inner import is_traced, why_not_window_attention
+from swinkernels.integrations._inner import inner, is_traced, why_not_window_attention
 from swinkernels.integrations._norms import Merging
 from swinkernels.integrations._parts import window_attention_part
 from swinkernels.integrations.timm import _blocks
@@ -22,7 +22,7 @@ from swinkernels.integrations.timm import _blocks
 
 def _why_not_attention(block: SwinTransformerV2CrBlock) -> str | None:
     """Why this block's attention has to be timm's own code at present."""
-    attn = block._modules["attn"]
+    attn = inner(block, "attn")
     if type(attn) is not WindowMultiHeadAttention:
         return f"attn is a {type(attn).__name__}, not timm's WindowMultiHeadAttention"
     reason = why_not_window_attention(attn)
@@ -33,7 +33,7 @@ def _why_not_attention(block: SwinTransformerV2CrBlock) -> str | None:
 
 def _arguments(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
     """The arguments of the op but for the bias."""
-    attn = block.attn
+    attn = inner(block, "attn")
     return {"logit_scale": attn.logit_scale, "pad_qkv": attn.qkv.bias, **_blocks.shifted_windows(block)}
 
 
@@ -44,7 +44,7 @@ def _arguments_for_report(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
 
 
 def _attention(block: AcceleratedSwinTransformerV2CrBlock, x: Tensor) -> Tensor:
-    attn = block.attn
+    attn = inner(block, "attn")
     qkv = attn.qkv(x)
     bias = attn._relative_positional_encodings().squeeze(0)
     p = _blocks.dropout_p(block) if attn.attn_drop.training else 0.0

@@ -57,12 +57,13 @@ class AcceleratedRelPosAttention(Accelerated, RelPosAttention):
     """
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        if is_traced(x) or _why_not(self) is not None or x.shape[1] != self.rel_pos.window_area:
+        rel_pos: Any = self.rel_pos
+        if is_traced(x) or _why_not(self) is not None or x.shape[1] != rel_pos.window_area:
             return super().forward(x, shared_rel_pos)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unflatten(1, _map_size(self))
         dropout_is_on = self.training if getattr(self, "fused_attn", False) else self.attn_drop.training
         arguments = {
-            "bias_table": bias_table(self.rel_pos),
+            "bias_table": bias_table(rel_pos),
             "dropout_p": _dropout_p(self) if dropout_is_on else 0.0,
             "backend": self._swinkernels_backend,
             **_arguments(self),
