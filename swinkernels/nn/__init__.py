@@ -1,15 +1,44 @@
 """Modules on this package's ops, with the parameter names of the published codes: their checkpoints load strictly.
 
-The submodules (``norm``, ``reduction``, ``expand``) hold the parameters, under the names and with the initialisation
-that the published modules give them, but are not called: hooks on them do not run, and a replacement that computes
-something else has no effect. PatchEmbed's convolution is called.
+The norms, and the layers ``reduction`` and ``expand`` beside them, hold the parameters, under the names and with the
+initialisation that the published modules give them, but are not called: hooks on them do not run, and a replacement
+that computes something else has no effect. The same goes for ``qkv`` of v2, whose bias is kept beside it. All other
+layers are called.
 
-Where the published modules work on sequences of tokens, a module takes both forms. A feature map (B, \\*S, C) comes out
-as a feature map. A sequence (B, L, C) needs the size S of its map, L = prod(S), and comes out as a sequence.
+A module takes a feature map (B, \\*S, C) and returns a feature map. Where the published modules work on sequences of
+tokens, it takes them, too: a sequence (B, L, C) needs the size S of its map, L = prod(S), and comes out as a sequence.
+2D and 3D are the same classes: windows of three values, or ``spatial_dims=3``, make them 3D.
+
+Buffers that the published codes store in checkpoints (``relative_position_index``, ``relative_coords_table``,
+``attn_mask``) are computed here, and not stored. Loading takes them as known, strictly or not; an index that is not
+Microsoft's is an error, since it would read the bias table in another order.
 """
 
+from swinkernels.nn.drop_path import DropPath
+from swinkernels.nn.mlp import Mlp
 from swinkernels.nn.patch_embed import PatchEmbed
 from swinkernels.nn.patch_expand import FinalPatchExpandX4, PatchExpand
 from swinkernels.nn.patch_merging import PatchMerging, PatchMergingV2
+from swinkernels.nn.swin_block import BasicLayer, BasicLayerV2, SwinTransformerBlock, SwinTransformerBlockV2
+from swinkernels.nn.vit import Attention, Block, LayerScale, RelPosBias
+from swinkernels.nn.window_attention import WindowAttention, WindowAttentionV2
 
-__all__ = ["FinalPatchExpandX4", "PatchEmbed", "PatchExpand", "PatchMerging", "PatchMergingV2"]
+__all__ = [
+    "Attention",
+    "BasicLayer",
+    "BasicLayerV2",
+    "Block",
+    "DropPath",
+    "FinalPatchExpandX4",
+    "LayerScale",
+    "Mlp",
+    "PatchEmbed",
+    "PatchExpand",
+    "PatchMerging",
+    "PatchMergingV2",
+    "RelPosBias",
+    "SwinTransformerBlock",
+    "SwinTransformerBlockV2",
+    "WindowAttention",
+    "WindowAttentionV2",
+]

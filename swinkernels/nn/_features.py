@@ -54,3 +54,8 @@ def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: 
 def as_given(y: Tensor, size: Sequence[int] | None) -> Tensor:
     """The map y in the form that x had: a sequence if it came with its size."""
     return y if size is None else y.flatten(1, -2)
+
+
+def forgive(unexpected_keys: list[str], prefix: str, names: Sequence[str]) -> None:
+    """Take buffers that the published modules store, and those here compute, off the unexpected keys of a checkpoint."""
+    unexpected_keys[:] = [key for key in unexpected_keys if key not in {prefix + name for name in names}]

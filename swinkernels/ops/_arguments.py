@@ -236,12 +236,17 @@ def check_dtype(op: str, dtype: Any, x: Tensor) -> torch.dtype:
     return dtype
 
 
+def check_ints(op: str, name: str, value: Any, rank: int, *, at_least: int) -> tuple[int, ...]:
+    """One int per axis."""
+    values = _ints(op, name, value, rank)
+    if any(v < at_least for v in values):
+        raise ValueError(f"{op}: {name} must be at least {at_least} per axis, got {values}")
+    return values
+
+
 def check_factor(op: str, factor: Any, rank: int, name: str = "factor") -> tuple[int, ...]:
     """How many times larger or smaller a map becomes, one value per axis."""
-    factors = _ints(op, name, factor, rank)
-    if any(f < 1 for f in factors):
-        raise ValueError(f"{op}: {name} must be at least 1 per axis, got {factors}")
-    return factors
+    return check_ints(op, name, factor, rank, at_least=1)
 
 
 def check_parameters(op: str, x: Tensor, expected: tuple[int, ...], **parameters: Any) -> None:

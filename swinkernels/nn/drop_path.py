@@ -1,0 +1,36 @@
+"""Stochastic depth."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch for whole samples in training, and scale the rest up: stochastic depth.
+
+    Args:
+        drop_prob: the probability, 0..1.
+
+    Source: Deep Networks with Stochastic Depth (Huang et al., 2016); ``DropPath`` of timm, with the same draws.
+    """
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= drop_prob <= 1.0:
+            raise ValueError(f"DropPath: drop_prob must be in 0..1, got {drop_prob!r}")
+        self.drop_prob = float(drop_prob)
+
+    def scale(self, y: Tensor) -> Tensor | None:
+        """What each sample of y is multiplied by, (B,): 0 where it is dropped, else 1 / (1 - p). None for 1."""
+        if self.drop_prob == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.drop_prob
+        scale = y.new_empty(y.shape[0]).bernoulli_(keep)
+        return scale.div_(keep) if keep > 0.0 else scale
+
+    def forward(self, y: Tensor) -> Tensor:
+        scale = self.scale(y)
+        return y if scale is None else y * scale.reshape(-1, *(1,) * (y.dim() - 1))
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:g}"

@@ -1,0 +1,47 @@
+"""The MLP of a transformer block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """Linear, activation, Linear, with dropout after the last two.
+
+    Args:
+        in_features: channels of a token.
+        hidden_features, out_features: as many as in_features unless given.
+        act_layer: makes the activation.
+        drop: probability of dropout.
+        device, dtype: of the parameters, as for all modules of torch.
+
+    Parameters: ``fc1.weight``, ``fc1.bias``, ``fc2.weight``, ``fc2.bias``.
+
+    Source: ``Mlp`` of Microsoft's Swin-Transformer and timm.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden_features = in_features if hidden_features is None else hidden_features
+        self.fc1 = nn.Linear(in_features, hidden_features, **factory)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, in_features if out_features is None else out_features, **factory)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

@@ -1,0 +1,427 @@
+"""Blocks of Swin v1 and v2, and the stages of a model that are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from swinkernels.nn._features import as_given, as_map, check_module, forgive
+from swinkernels.nn._norms import add, add_normalised, add_then_normalise, backend_for, linear_dtype, normalise
+from swinkernels.nn.drop_path import DropPath
+from swinkernels.nn.mlp import Mlp
+from swinkernels.nn.window_attention import WindowAttention, WindowAttentionV2, window_per_axis
+from swinkernels.ops._arguments import Ints, check_count, check_size
+
+
+def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[int, ...]:
+    """The window that a block for maps of a size has: no larger than these, axis by axis."""
+    if resolution is None:
+        return tuple(window)
+    return tuple(min(w, n) for w, n in zip(window, resolution, strict=True))
+
+
+class _Block(nn.Module):
+    _ATTENTION: ClassVar[Any]
+    # What the attention takes of the options of the block, beside what both versions do.
+    _OPTIONS: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: Sequence[int] | None,
+        num_heads: int,
+        window_size: Ints,
+        shift_size: Ints,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        act_layer: Callable[[], nn.Module],
+        eps: float,
+        backend: str,
+        factory: dict[str, Any],
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        check_module(op, dim=dim, num_heads=num_heads, spatial_dims=2, eps=eps, backend=backend)
+        window = window_per_axis(op, window_size)
+        resolution = None if input_resolution is None else check_size(op, input_resolution)
+        if resolution is not None and len(resolution) != len(window):
+            raise ValueError(
+                f"{op}: input_resolution must have the {len(window)} axes of window_size {window}, got {resolution}"
+            )
+        self.dim = dim
+        self.input_resolution = resolution
+        self.backend = backend
+        shift = tuple(shift_size) if isinstance(shift_size, Sequence) else (shift_size,) * len(window)
+        if resolution is not None:  # what one window covers is not shifted, nor may a shift reach past its window
+            shift = tuple(0 if n <= w else s for n, w, s in zip(resolution, window, shift, strict=True))
+        self.norm1 = nn.LayerNorm(dim, eps=eps, **factory)
+        self.attn = self._ATTENTION(
+            dim,
+            clipped(window, resolution),
+            num_heads,
+            shift_size=shift,
+            proj_drop=drop,
+            backend=backend,
+            **attention,
+            **factory,
+        )
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=eps, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **factory)
+        self.drop_path2 = DropPath(drop_path)
+
+    @property
+    def window_size(self) -> tuple[int, ...]:
+        return self.attn.window_size
+
+    @property
+    def shift_size(self) -> tuple[int, ...]:
+        return self.attn.shift_size
+
+    def _run(self, x: Tensor, backend: str) -> Tensor:
+        """The block on a map, with the backend for norms."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        x = as_map(type(self).__name__, x, size, self.dim, len(self.window_size))
+        return as_given(self._run(x, backend_for("residual_layer_norm", self.backend)), size)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        forgive(unexpected_keys, prefix, ("attn_mask",))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, input_resolution={self.input_resolution}, backend={self.backend!r}"
+
+
+class SwinTransformerBlock(_Block):
+    r"""Shifted-window attention and an MLP, each behind a norm and in a residual connection (Swin v1).
+
+    .. math::
+        s = x + attention(LayerNorm(x)), \quad y = s + MLP(LayerNorm(s))
+
+    The sum and the norm after it are one op where a fast backend runs it.
+
+    Args:
+        dim: channels C of a token.
+        input_resolution: the map (H, W) or (D, H, W) for which the block is made: on axes where it is smaller than the
+            window, the window, and with it the bias table, is as small (timm's rule, Microsoft's for square maps).
+            None keeps the window whatever the map. Either way the block runs on maps of any size.
+        num_heads, qkv_bias, qk_scale, head_dim, small_maps, pad_order: as for :class:`WindowAttention`.
+        window_size: tokens per axis, an int or a value for each of two or three axes.
+        shift_size: tokens by which the windows are shifted: in published models 0, or window // 2 in every other block.
+            An axis that one window covers is not shifted.
+        mlp_ratio: hidden channels of the MLP, of C.
+        drop: probability of dropout after the projection and in the MLP.
+        attn_drop: of attention weights.
+        drop_path: probability of dropping a branch for a sample.
+        act_layer: makes the activation of the MLP.
+        eps: of the norms.
+        backend: "auto", "cuda", "triton", "cpu" or "reference", of the attention; norms run on it where they have it.
+        device, dtype: of the parameters, as for all modules of torch.
+
+    Shape:
+        x: (B, \*S, C), S = (H, W) or (D, H, W), or a sequence (B, L, C) with ``size`` = S; the result has its shape
+        and, but for Linear layers under autocast, its dtype.
+
+    Parameters: those of ``norm1``, ``attn``, ``norm2`` and ``mlp`` (``fc1``, ``fc2``). A checkpoint may also have
+    Microsoft's ``attn_mask``, which is computed here.
+
+    Source: Swin Transformer (Liu et al., 2021), equation 3; ``SwinTransformerBlock`` of Microsoft's Swin-Transformer
+    and timm, ``SwinTransformerBlock3D`` of Video-Swin.
+    """
+
+    _ATTENTION = WindowAttention
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: Sequence[int] | None,
+        num_heads: int,
+        window_size: Ints = 7,
+        shift_size: Ints = 0,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        *,
+        head_dim: int | None = None,
+        small_maps: str = "pad",
+        pad_order: str = "pad_then_roll",
+        eps: float = 1e-5,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            input_resolution,
+            num_heads,
+            window_size,
+            shift_size,
+            mlp_ratio,
+            drop,
+            drop_path,
+            act_layer,
+            eps,
+            backend,
+            {"device": device, "dtype": dtype},
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop=attn_drop,
+            head_dim=head_dim,
+            small_maps=small_maps,
+            pad_order=pad_order,
+        )
+
+    def _run(self, x: Tensor, backend: str) -> Tensor:
+        y = self.attn(normalise(x, self.norm1, linear_dtype(x), backend))
+        s, z = add_then_normalise(x, y, self.norm2, self.drop_path1.scale(y), backend)
+        y = self.mlp(z)
+        return add(s, y, self.drop_path2.scale(y))
+
+
+class SwinTransformerBlockV2(_Block):
+    r"""Shifted-window cosine attention and an MLP, each before a norm and in a residual connection (Swin v2).
+
+    .. math::
+        s = x + LayerNorm(attention(x)), \quad y = s + LayerNorm(MLP(s))
+
+    The norm and the sum are one op where a fast backend runs it.
+
+    Args:
+        dim, input_resolution, num_heads, window_size, shift_size, mlp_ratio, qkv_bias, drop, attn_drop, drop_path,
+            act_layer, pad_order, eps, backend, device, dtype: as for :class:`SwinTransformerBlock`.
+        pretrained_window_size: as for :class:`WindowAttentionV2`.
+
+    Shape: as for :class:`SwinTransformerBlock`.
+
+    Parameters: those of ``norm1``, ``attn`` (see :class:`WindowAttentionV2`), ``norm2`` and ``mlp``. A checkpoint may
+    also have Microsoft's ``attn_mask``, which is computed here. The published models start with weights of 0 in the
+    norms; :class:`swinkernels.models.SwinTransformer` sees to it, not the block.
+
+    Source: Swin Transformer V2 (Liu et al., 2022), section 3.2; ``SwinTransformerBlock`` of Microsoft's
+    swin_transformer_v2.py, ``SwinTransformerV2Block`` of timm.
+    """
+
+    _ATTENTION = WindowAttentionV2
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: Sequence[int] | None,
+        num_heads: int,
+        window_size: Ints = 7,
+        shift_size: Ints = 0,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        pretrained_window_size: Ints = 0,
+        *,
+        pad_order: str = "pad_then_roll",
+        eps: float = 1e-5,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            input_resolution,
+            num_heads,
+            window_size,
+            shift_size,
+            mlp_ratio,
+            drop,
+            drop_path,
+            act_layer,
+            eps,
+            backend,
+            {"device": device, "dtype": dtype},
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop,
+            pretrained_window_size=pretrained_window_size,
+            pad_order=pad_order,
+        )
+
+    def _run(self, x: Tensor, backend: str) -> Tensor:
+        y = self.attn(x)
+        s = add_normalised(x, y, self.norm1, self.drop_path1.scale(y), backend)
+        y = self.mlp(s)
+        return add_normalised(s, y, self.norm2, self.drop_path2.scale(y), backend)
+
+
+class BasicLayer(nn.Module):
+    r"""A stage: blocks whose windows are shifted in turn, and a change of the map's size before or after them (v1).
+
+    Args:
+        dim: channels C of the blocks.
+        input_resolution: the map of the blocks, as for :class:`SwinTransformerBlock`, or None.
+        depth: number of blocks; every other one is shifted by half a window.
+        num_heads, window_size, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop: as for the block.
+        drop_path: for each block, or one value for all.
+        downsample: makes the patch merging, of a number of channels; after the blocks as in Microsoft's code (C to
+            2C), or before them with ``downsample_first`` as in timm's (C / 2 to C). None for none.
+        use_checkpoint: whether training keeps only the input of each block and computes the rest again.
+        upsample: makes the patch expanding after the blocks, of C channels, in Swin-Unet's decoder. None for none.
+        options: further arguments of the blocks (``head_dim``, ``small_maps``, ``pad_order``, ``act_layer``, ``eps``).
+        backend: of the blocks and of what changes the size, which is on it if it has it.
+        device, dtype: of the parameters.
+
+    Shape:
+        x: (B, \*S, C), or (B, L, C) with ``size`` = S, and (B, \*S, C / 2) with ``downsample_first``. The result is a
+        map or a sequence as x is, of S and C as the change of size leaves them.
+
+    Parameters: ``blocks.<i>`` and, if there are any, ``downsample`` and ``upsample``.
+
+    Source: ``BasicLayer`` of Microsoft's Swin-Transformer, Video-Swin and Swin-Unet, ``BasicLayer_up`` of the latter,
+    ``SwinTransformerStage`` of timm.
+    """
+
+    _BLOCK: ClassVar[Any] = SwinTransformerBlock
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: Sequence[int] | None,
+        depth: int,
+        num_heads: int,
+        window_size: Ints = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float | Sequence[float] = 0.0,
+        downsample: Callable[..., nn.Module] | None = None,
+        use_checkpoint: bool = False,
+        *,
+        downsample_first: bool = False,
+        upsample: Callable[..., nn.Module] | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        check_count(op, "depth", depth, at_least=0)
+        window = window_per_axis(op, window_size)
+        rates = [drop_path] * depth if isinstance(drop_path, (int, float)) else list(drop_path)
+        if len(rates) != depth:
+            raise ValueError(f"{op}: drop_path must be one value or one for each of the {depth} blocks, got {rates}")
+        if downsample_first and (downsample is None or dim % 2 != 0):
+            raise ValueError(
+                f"{op}: downsample_first needs a downsample that makes an even dim out of dim / 2, got {downsample} "
+                f"and dim {dim}"
+            )
+        self.dim = dim
+        self.axes = len(window)
+        self.downsample_first = downsample_first
+        self.use_checkpoint = use_checkpoint
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        of_merging = {"backend": backend_for("patch_merging", backend), **factory}
+        if qk_scale is not None:
+            options["qk_scale"] = qk_scale
+        # The modules are made in the order in which the published codes draw their parameters.
+        self.downsample = downsample(dim // 2, **of_merging) if downsample is not None and downsample_first else None
+        self.blocks = nn.ModuleList(
+            self._BLOCK(
+                dim,
+                input_resolution,
+                num_heads,
+                window,
+                tuple(w // 2 for w in window) if i % 2 else 0,
+                mlp_ratio,
+                qkv_bias,
+                drop=drop,
+                attn_drop=attn_drop,
+                drop_path=rate,
+                backend=backend,
+                **factory,
+                **options,
+            )
+            for i, rate in enumerate(rates)
+        )
+        if downsample is not None and not downsample_first:
+            self.downsample = downsample(dim, **of_merging)
+        of_expanding = {"backend": backend_for("layer_norm", backend), **factory}
+        self.upsample = None if upsample is None else upsample(dim, **of_expanding)
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        width = self.dim // 2 if self.downsample_first else self.dim
+        x = as_map(type(self).__name__, x, size, width, self.axes)
+        if self.downsample is not None and self.downsample_first:
+            x = self.downsample(x)
+        for block in self.blocks:
+            if self.use_checkpoint and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        if self.downsample is not None and not self.downsample_first:
+            x = self.downsample(x)
+        if self.upsample is not None:
+            x = self.upsample(x)
+        return as_given(x, size)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, depth={len(self.blocks)}, use_checkpoint={self.use_checkpoint}"
+
+
+class BasicLayerV2(BasicLayer):
+    r"""A stage of Swin v2: as :class:`BasicLayer`, of :class:`SwinTransformerBlockV2`.
+
+    Args:
+        pretrained_window_size: as for :class:`WindowAttentionV2`.
+        others: those of :class:`BasicLayer`, but for ``qk_scale``, ``head_dim`` and ``small_maps``.
+
+    Shape, parameters and source: as for :class:`BasicLayer`; Swin Transformer V2 (Liu et al., 2022).
+    """
+
+    _BLOCK = SwinTransformerBlockV2
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: Sequence[int] | None,
+        depth: int,
+        num_heads: int,
+        window_size: Ints = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float | Sequence[float] = 0.0,
+        downsample: Callable[..., nn.Module] | None = None,
+        use_checkpoint: bool = False,
+        pretrained_window_size: Ints = 0,
+        **others: Any,
+    ) -> None:
+        super().__init__(
+            dim,
+            input_resolution,
+            depth,
+            num_heads,
+            window_size,
+            mlp_ratio,
+            qkv_bias,
+            None,
+            drop,
+            attn_drop,
+            drop_path,
+            downsample,
+            use_checkpoint,
+            pretrained_window_size=pretrained_window_size,
+            **others,
+        )

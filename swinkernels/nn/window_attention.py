@@ -1,0 +1,284 @@
+"""Shifted-window attention of Swin v1 and v2 as modules, on feature maps."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swinkernels.nn._features import as_given, as_map, check_module, forgive
+from swinkernels.ops._arguments import PAD_ORDERS, Ints, check_choice, check_ints, check_window
+from swinkernels.ops._library import autocast_dtype
+from swinkernels.ops.window_attention import window_attention_qkvpacked
+from swinkernels.reference.window_attention import relative_position_index
+
+SMALL_MAPS = ("pad", "clip")
+
+
+def window_per_axis(op: str, window_size: Any) -> tuple[int, ...]:
+    """The window as one value for each axis: 2D if it is an int, of as many axes as it has values otherwise."""
+    rank = len(window_size) if isinstance(window_size, Sequence) else 2
+    if rank not in (2, 3):
+        raise ValueError(f"{op}: window_size must be an int or have two or three values, got {window_size!r}")
+    return check_window(op, window_size, 0, rank)[0]
+
+
+class _WindowAttention(nn.Module):
+    _BUFFERS: ClassVar[tuple[str, ...]]  # that checkpoints of the published modules have
+    qkv: nn.Linear
+    proj: nn.Linear
+
+    def __init__(
+        self, dim: int, window_size: Ints, num_heads: int, attn_dim: int, attn_drop: float, **options: Any
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        check_module(op, dim=dim, num_heads=num_heads, spatial_dims=2, eps=0.0, backend=options["backend"])
+        check_choice(op, "pad_order", options["pad_order"], PAD_ORDERS)
+        if attn_dim % num_heads != 0:
+            raise ValueError(f"{op}: dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.window_size = window_per_axis(op, window_size)
+        _, self.shift_size = check_window(op, self.window_size, options["shift_size"], len(self.window_size))
+        self.pad_order: str = options["pad_order"]
+        self.backend: str = options["backend"]
+        self.attn_drop = nn.Dropout(attn_drop)
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """q, k and v of a map, and of a pad token."""
+        raise NotImplementedError
+
+    def _scores(self) -> dict[str, Any]:
+        """The arguments of the op that say what the scores are."""
+        raise NotImplementedError
+
+    def _window(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The window on a map of a size."""
+        return (1,) * (len(size) - len(self.window_size)) + self.window_size  # frame by frame
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        x = as_map(type(self).__name__, x, size, self.dim, len(self.window_size))
+        axes = x.shape[1:-1]
+        window = self._window(axes)
+        shift = (0,) * (len(axes) - len(self.shift_size)) + self.shift_size
+        qkv, pad_qkv = self._qkv(x)
+        out = window_attention_qkvpacked(
+            qkv,
+            num_heads=self.num_heads,
+            window_size=window,
+            # What one window covers needs no shift.
+            shift_size=tuple(0 if n <= w else s for n, w, s in zip(axes, window, shift, strict=True)),
+            pad_qkv=pad_qkv,
+            pad_order=self.pad_order,
+            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
+            backend=self.backend,
+            **self._scores(),
+        )
+        return as_given(self.proj_drop(self.proj(out)), size)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        forgive(unexpected_keys, prefix, self._BUFFERS)
+        index = state_dict.get(f"{prefix}relative_position_index")
+        if index is None or index.is_meta:
+            return
+        expected = relative_position_index(self.window_size, device="cpu")
+        if not torch.equal(index.reshape(-1).to("cpu", torch.long), expected.reshape(-1)):
+            error_msgs.append(
+                f"{prefix}relative_position_index is not that of Microsoft's code for window_size {self.window_size}, "
+                "which is the one computed here: the bias table would be read in another order"
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, window_size={self.window_size}, num_heads={self.num_heads}, "
+            f"shift_size={self.shift_size}, pad_order={self.pad_order!r}, backend={self.backend!r}"
+        )
+
+
+class WindowAttention(_WindowAttention):
+    r"""Multi-head attention inside the shifted windows of a feature map, with a relative position bias (Swin v1).
+
+    .. math:: y = W_{proj} \cdot attention(W_{qkv} \cdot x + b_{qkv}) + b_{proj}
+
+    The Linear layers run on the map as it lies; :func:`swinkernels.window_attention_qkvpacked` addresses its windows.
+    Where the map is not a multiple of the window it is padded with zeros that are attended to, so q, k and v of a pad
+    token are the bias of ``qkv``.
+
+    Args:
+        dim: channels C of a token.
+        window_size: tokens per axis: an int for square windows in 2D, else a value per axis, (H, W) or (D, H, W).
+            Windows of two axes cut a 3D map frame by frame.
+        num_heads: heads.
+        qkv_bias: whether ``qkv`` has a bias.
+        qk_scale: factor of the scores, head_dim ** -0.5 by default.
+        attn_drop, proj_drop: probabilities of dropout, of attention weights and of the result.
+        head_dim: channels of a head, dim / num_heads by default.
+        shift_size: tokens by which the windows are shifted, an int or one per axis, 0..window - 1. An axis that one
+            window covers is not shifted.
+        small_maps: on axes where the map is smaller than the window, "pad" pads it, and "clip" makes the window as
+            small as the map, with the bias table read as MONAI and Video-Swin do (its tokens numbered in the full
+            window).
+        pad_order: "pad_then_roll" (Microsoft, torchvision, transformers, MONAI, mmpretrain) or "roll_then_pad" (timm).
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        device, dtype: of the parameters, as for all modules of torch.
+
+    Shape:
+        x: (B, \*S, C), S = (H, W) or (D, H, W), of any size. Or a sequence (B, L, C) with ``size`` = S. The result has
+        the shape of x; under autocast the autocast dtype.
+
+    Parameters: ``qkv.weight`` (3 * A, C), ``qkv.bias`` (3 * A), ``proj.weight`` (C, A), ``proj.bias`` (C),
+    ``relative_position_bias_table`` (prod(2 * window - 1), num_heads), A = num_heads * head_dim. A checkpoint may also
+    have Microsoft's ``relative_position_index``, which is compared with the formula and not stored.
+
+    Source: Swin Transformer (Liu et al., 2021), section 3.2; ``WindowAttention`` of Microsoft's Swin-Transformer and
+    timm, ``WindowAttention3D`` of Video-Swin.
+    """
+
+    _BUFFERS = ("relative_position_index",)
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: Ints,
+        num_heads: int,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        *,
+        head_dim: int | None = None,
+        shift_size: Ints = 0,
+        small_maps: str = "pad",
+        pad_order: str = "pad_then_roll",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        attn_dim = dim if head_dim is None else head_dim * num_heads
+        options = {"shift_size": shift_size, "pad_order": pad_order, "backend": backend}
+        super().__init__(dim, window_size, num_heads, attn_dim, attn_drop, **options)
+        check_choice(type(self).__name__, "small_maps", small_maps, SMALL_MAPS)
+        self.small_maps = small_maps
+        self.scale = (attn_dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        rows = math.prod(2 * w - 1 for w in self.window_size)
+        self.relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads, **factory))
+        self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(attn_dim, dim, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the bias table anew; the layers draw theirs."""
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def _window(self, size: Sequence[int]) -> tuple[int, ...]:
+        window = super()._window(size)
+        return window if self.small_maps == "pad" else tuple(min(w, n) for w, n in zip(window, size, strict=True))
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.qkv(x), self.qkv.bias
+
+    def _scores(self) -> dict[str, Any]:
+        return {"bias_table": self.relative_position_bias_table, "scale": self.scale}
+
+
+class WindowAttentionV2(_WindowAttention):
+    r"""Cosine attention inside the shifted windows of a feature map, with a continuous position bias (Swin v2).
+
+    .. math::
+        score_{ij} = e^{\min(logit\_scale, \ln 100)} \cos(q_i, k_j) + 16 \, \sigma(MLP(\Delta_{ij}))
+
+    with the offset of two tokens, logarithmically spaced. The MLP runs once for each offset of a window, in its own
+    dtype also under autocast: half precision would cost the bias more than the rest of the block.
+
+    Args:
+        dim, window_size, num_heads, attn_drop, proj_drop, shift_size, pad_order, backend, device, dtype: as for
+            :class:`WindowAttention`.
+        qkv_bias: whether q and v have a bias; k has none.
+        pretrained_window_size: the window for which the MLP was trained, an int or one per axis, 0 for this one.
+
+    Shape: as for :class:`WindowAttention`.
+
+    Parameters: ``logit_scale`` (num_heads, 1, 1), ``cpb_mlp.0.weight`` (512, axes), ``cpb_mlp.0.bias`` (512),
+    ``cpb_mlp.2.weight`` (num_heads, 512), ``qkv.weight`` (3C, C), ``q_bias``, ``v_bias`` (C), ``proj.weight`` (C, C),
+    ``proj.bias`` (C). A checkpoint may also have Microsoft's ``relative_position_index``, which is compared with the
+    formula and not stored, and ``relative_coords_table``, which is computed here.
+
+    Source: Swin Transformer V2 (Liu et al., 2022), section 3; ``WindowAttention`` of Microsoft's
+    swin_transformer_v2.py and timm's.
+    """
+
+    _BUFFERS = ("relative_position_index", "relative_coords_table")
+    relative_coords_table: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: Ints,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        pretrained_window_size: Ints = 0,
+        *,
+        shift_size: Ints = 0,
+        pad_order: str = "pad_then_roll",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        options = {"shift_size": shift_size, "pad_order": pad_order, "backend": backend}
+        super().__init__(dim, window_size, num_heads, dim, attn_drop, **options)
+        rank = len(self.window_size)
+        self.pretrained_window_size = check_ints(
+            type(self).__name__, "pretrained_window_size", pretrained_window_size, rank, at_least=0
+        )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1, **factory))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(rank, 512, **factory), nn.ReLU(), nn.Linear(512, num_heads, bias=False, **factory)
+        )
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **factory)
+        self.q_bias = nn.Parameter(torch.empty(dim, **factory)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.empty(dim, **factory)) if qkv_bias else None
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+        offsets = torch.empty(math.prod(2 * w - 1 for w in self.window_size), rank, **factory)
+        self.register_buffer("relative_coords_table", offsets, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set what is not a layer's: the scale, the biases and the buffer (after ``to_empty`` it holds nothing)."""
+        nn.init.constant_(self.logit_scale, math.log(10))
+        for bias in (self.q_bias, self.v_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        axes = []
+        for window, trained in zip(self.window_size, self.pretrained_window_size, strict=True):
+            widest = max((trained or window) - 1, 1)  # a window of 1 has the offset 0 alone
+            axes.append(torch.arange(1.0 - window, window, device="cpu", dtype=torch.float64) / widest * 8)
+        offsets = torch.cartesian_prod(*axes)
+        spaced = offsets.sign() * torch.log2(offsets.abs() + 1) / 3
+        with torch.no_grad():
+            self.relative_coords_table.copy_(spaced)
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.q_bias is None or self.v_bias is None:
+            return self.qkv(x), None
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        return F.linear(x, self.qkv.weight, bias), bias
+
+    def _scores(self) -> dict[str, Any]:
+        offsets = self.relative_coords_table
+        in_own_dtype = autocast_dtype(offsets) is not None
+        with torch.autocast(offsets.device.type, enabled=False) if in_own_dtype else contextlib.nullcontext():
+            table = 16 * torch.sigmoid(self.cpb_mlp(offsets))
+        return {"bias_table": table, "logit_scale": self.logit_scale}
