@@ -100,11 +100,11 @@ __device__ __forceinline__ void locate_tokens(Tokens& tokens, const Constants& c
 }
 
 // Starts the copy of the rows of tokens first..first + kRows of one map into a tile; rows[0] is that of token 0. Rows
-// past the window get zeros, too, or are left alone; columns past head_dim are left alone.
+// past the window get zeros, too, or are left alone; columns past head_dim are left alone. whole_rows: of 16 bytes.
 template <int kThreads, int kRows, bool kZeroPastWindow, class Tile>
 __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows, int first, int num_tokens,
-                                          int row_bytes) {
-  if (row_bytes % 16 == 0) {
+                                          int row_bytes, bool whole_rows) {
+  if (whole_rows) {
     constexpr int kCopies = kRows * Tile::kChunks / kThreads;
     constexpr int kUnroll = kZeroPastWindow ? 1 : kCopies;  // registers are dear in the kernels for long windows
 #pragma unroll kUnroll
@@ -140,9 +140,9 @@ __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows
 // Writes 16 rows of a tile, which this warp has filled, to the rows of tokens first.. of a map. Pad tokens are dropped.
 template <class Tile>
 __device__ __forceinline__ void store_rows(const Tile& tile, int row0, const uint64_t* rows, int first, int num_tokens,
-                                           int row_bytes) {
+                                           int row_bytes, bool whole_rows) {
   __syncwarp();
-  if (row_bytes % 16 == 0) {
+  if (whole_rows) {
 #pragma unroll
     for (int i = 0; i < (16 * Tile::kChunks + 31) / 32; ++i) {
       const int index = threadIdx.x % 32 + 32 * i, row = row0 + index / Tile::kChunks, chunk = index % Tile::kChunks;
