@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import marshal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,19 +32,73 @@ def three(values: Sequence, leading) -> list:
     return [leading] * (3 - len(values)) + list(values)
 
 
-def _is_plain(inputs: Sequence[Any]) -> bool:
-    """Whether eager PyTorch alone sees a call: no compiler or exporter, no functorch or forward-mode transform, no
-    subclass of tensors.
+def is_plain(tensors: Sequence[Any]) -> bool:
+    """Whether eager PyTorch alone sees a call: no compiler or exporter, no functorch or forward-mode transform, no mode
+    that intercepts ops, and no subclass of tensors. ``tensors`` may be None, too; anything else is not plain.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and all(type(x) in _PLAIN for x in inputs if isinstance(x, Tensor))
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for x in tensors:  # a loop, at a fraction of the time of all()
+        if x is not None and type(x) not in _PLAIN:
+            return False
+    return True
 
 
 _PLAIN = (Tensor, Parameter)
+
+
+class Found:
+    """What was found out about calls, by all that it depends on; of too many, the oldest is forgotten.
+
+    Keys are made by :func:`call_key`. Threads share it: what two of them find out, they find alike.
+    """
+
+    def __init__(self, most: int = 1024) -> None:
+        self._values: dict[Any, Any] = {}
+        self._most = most
+        self._lock = threading.Lock()
+        self.get = self._values.get
+        _ALL_FOUND.append(self)
+
+    def put(self, key: Any, value: Any) -> None:
+        with self._lock:
+            while len(self._values) >= self._most:
+                del self._values[next(iter(self._values))]
+            self._values[key] = value
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
+
+_ALL_FOUND: list[Found] = []
+
+
+def forget() -> None:
+    """Find everything out anew: for tests, which change what the backends can do."""
+    for found in _ALL_FOUND:
+        found.clear()
+
+
+def call_key(tensors: Sequence[Tensor | None], options: tuple[Any, ...], autocast: torch.dtype | None = None) -> Any:
+    """What the checks of a call depend on: of its tensors what they are, not what they hold.
+
+    None if the call has to be checked anew, as options other than plain Python values do (a symbolic int, a tensor).
+    Options are told apart by their types, too, also inside of tuples: True equals 1, and is no window.
+    """
+    try:
+        values = marshal.dumps(options, 2)  # 0.3 us; the later formats depend on how often an object is referred to
+    except ValueError:
+        return None
+    return values, autocast, *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
 
 
 def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
@@ -55,39 +111,62 @@ def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
         )
 
 
-def register(name: str, fake: Callable, setup_context: Callable, backward: Callable) -> Callable:
-    """Give an op its fake and its derivative, by torch.library; returns what to call the op by.
+def _tensor_arguments(op: Any) -> int:
+    """How many arguments of an op are tensors. They come first."""
+    kinds = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in op._schema.arguments]
+    assert all(kinds[: sum(kinds)]), f"{op._schema}: tensors come first"
+    return sum(kinds)
+
+
+class Differentiable:
+    """What to call an op by that has a fake and a derivative.
 
     In eager PyTorch that is a shorter way than the op's own: the formula that torch.library makes out of
     setup_context and backward costs a multiple of the host time of the same two in an autograd.Function, or of none
-    where nothing needs a gradient.
+    where nothing needs a gradient. The Function takes what is no tensor as one argument: each costs time.
     """
+
+    def __init__(self, name: str, setup_context: Callable, backward: Callable) -> None:
+        op = getattr(torch.ops.swinkernels, name).default
+        count = _tensor_arguments(op)
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *inputs):
+                inputs = inputs[:count] + inputs[count]
+                with torch._C._AutoDispatchBelowAutograd():
+                    output = op(*inputs)
+                setup_context(ctx, inputs, output)
+                return output
+
+            @staticmethod
+            def backward(ctx, *gradients):
+                return *backward(ctx, *gradients)[:count], None
+
+        self._name, self._op, self._count, self._apply = name, op, count, Function.apply
+
+    def __call__(self, *inputs: Any) -> Any:
+        tensors = inputs[: self._count]
+        if is_plain(tensors):
+            return self.plain(tensors, inputs[self._count :])
+        _refuse_tangents(self._name, tensors)
+        return self._op(*inputs)
+
+    def plain(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
+        """The same where the tensors are known to be plain."""
+        if torch.is_grad_enabled():
+            for x in tensors:
+                if x is not None and x.requires_grad:
+                    return self._apply(*tensors, others)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._op(*tensors, *others)
+
+
+def register(name: str, fake: Callable, setup_context: Callable, backward: Callable) -> Differentiable:
+    """Give an op its fake and its derivative, by torch.library; returns what to call the op by."""
     torch.library.register_fake(f"swinkernels::{name}", fake, lib=lib)
     torch.library.register_autograd(f"swinkernels::{name}", backward, setup_context=setup_context, lib=lib)
-    op = getattr(torch.ops.swinkernels, name).default
-
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            return backward(ctx, *gradients)
-
-    def call(*inputs):
-        if not _is_plain(inputs):
-            _refuse_tangents(name, inputs)
-            return op(*inputs)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return Differentiable.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-
-    return call
+    return Differentiable(name, setup_context, backward)
 
 
 def register_derivative(name: str, fake: Callable, of: str) -> Callable:
@@ -101,9 +180,10 @@ def register_derivative(name: str, fake: Callable, of: str) -> Callable:
     torch.library.register_fake(f"swinkernels::{name}", fake, lib=lib)
     torch.library.register_autograd(f"swinkernels::{name}", refuse, lib=lib)
     op = getattr(torch.ops.swinkernels, name).default
+    tensors = _tensor_arguments(op)
 
     def call(*inputs):
-        if torch.is_grad_enabled() or not _is_plain(inputs):  # with create_graph=True gradients are on
+        if torch.is_grad_enabled() or not is_plain(inputs[:tensors]):  # with create_graph=True gradients are on
             return op(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)

@@ -9,16 +9,28 @@ needs no op.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _arguments
-from swinkernels.ops._arguments import Ints, WindowArguments
+from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import choose_window_attention, constant_when_compiled
-from swinkernels.ops._library import autocast_dtype, lib, parameter_gradients, register, register_derivative, three
+from swinkernels.ops._library import (
+    Differentiable,
+    Found,
+    autocast_dtype,
+    call_key,
+    is_plain,
+    lib,
+    parameter_gradients,
+    register,
+    register_derivative,
+    three,
+)
 
 # The geometry as WindowGeometry of csrc/params/window_attention.h has it: three values a list, slowest axis first; 2D
 # has a leading axis of one token. The maps keep their own rank.
@@ -35,7 +47,7 @@ _DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
 _FORMS = {"window_attention_qkvpacked": ("qkv",), "window_attention": ("q", "k", "v")}
 
 
-def _define(name: str, maps: tuple[str, ...], suffix: str) -> Callable:
+def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
     """The forward and backward op of one form: what they take and return, and how autograd joins them. What to call."""
     n = len(maps)
     inputs = ", ".join(f"Tensor {m}" for m in maps)
@@ -93,64 +105,138 @@ def _tf32_switch() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _attend(form: str, maps: tuple[Tensor, ...], args: WindowArguments, backend: str) -> Tensor:
-    """Run one form on the chosen backend."""
+# The public functions' arguments, in the order in which they are handed on.
+_TENSORS = ("bias_table", "bias", "logit_scale", "pad_qkv", "region_map")
+_OPTIONS = (
+    "num_heads", "window_size", "shift_size", "scale", "table_window", "pad_order", "pad_before", "periodic",
+    "mask_value", "dropout_p", "grid", "return_attention",
+)  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """What a call comes to. Found out from what its tensors are, not from what they hold, and holds none itself."""
+
+    backend: str
+    dtype: torch.dtype  # of the maps where they are computed with
+    view: tuple[int, ...] | None  # of a map (B, *S, 3C)
+    options: dict[str, Any]  # of the reference
+    op: Differentiable | None  # of any other backend
+    geometry: tuple[Any, ...]  # of that op, but whether TF32 is allowed
+    has_padding: bool
+    fits: bool  # the tables are as the op takes them
+    asks_for_tf32: bool
+
+
+_PLANS = Found()
+
+
+def _make_plan(
+    form: str,
+    maps: tuple[Any, ...],
+    tables: tuple[Any, ...],
+    generator: Any,
+    options: tuple[Any, ...],
+    requested: Any,
+) -> _Plan:
+    """Check every argument and choose the backend."""
     x = maps[0]
-    backend = choose_window_attention(backend, args, x.dtype, x.device)
-    pad_qkv = args.pad_qkv if args.has_padding else None  # without padding nothing reads it
-    if backend == "reference":
-        return getattr(reference, form)(
-            *maps,
-            args.bias_table,
-            num_heads=args.num_heads,
-            window_size=args.window_size,
-            shift_size=args.shift_size,
-            scale=args.scale,
-            bias=args.bias,
-            table_window=args.table_window,
-            logit_scale=args.logit_scale,
-            pad_qkv=pad_qkv,
-            pad_order=args.pad_order,
-            pad_before=args.pad_before,
-            periodic=args.periodic,
-            region_map=args.region_map,
-            mask_value=args.mask_value,
-            dropout_p=args.dropout_p,
-            generator=args.generator,
-            grid=args.grid,
-        )
-    bias_table, bias, logit_scale = (
-        None if t is None else t.to(torch.float32) for t in (args.bias_table, args.bias, args.logit_scale)
+    if form == "window_attention_qkvpacked":
+        x = _arguments.check_qkvpacked(form, x, options[0])
+        size = x.shape[1:-3]
+    else:
+        _arguments.check_separate(form, *maps, options[0])
+        size = x.shape[1:-2]
+    args = _arguments.check_arguments(
+        form,
+        x,
+        size,
+        x.shape[-1],
+        generator=generator,
+        **dict(zip(_TENSORS, tables, strict=True)),
+        **dict(zip(_OPTIONS, options, strict=True)),
     )
-    region_map, seed = args.region_map, None
+    dtype = autocast_dtype(x) or x.dtype
+    backend = choose_window_attention(requested, args, dtype, x.device)
+    op = None if backend == "reference" else _FORWARD[form, "_triton" if backend == "triton" else ""]
+    pad_qkv, region_map = args.pad_qkv, args.region_map
+    wide = [t for t in (args.bias_table, args.bias, args.logit_scale) if t is not None]
+    return _Plan(
+        backend=backend,
+        dtype=dtype,
+        view=tuple(x.shape) if x is not maps[0] else None,
+        options={name: getattr(args, name) for name in _OPTIONS},
+        op=op,
+        geometry=(
+            three(args.window_size, 1),
+            three(args.shift_size, 0),
+            three(args.table_window, 1),
+            three(args.pad_before, 0),
+            three(args.periodic, False),
+            args.pad_order == "roll_then_pad",
+            args.grid,
+            args.scale,
+            args.mask_value,
+            args.dropout_p,
+        ),
+        has_padding=args.has_padding,
+        fits=all(t.dtype == torch.float32 for t in wide)
+        and (args.logit_scale is None or args.logit_scale.dim() == 1)
+        and (pad_qkv is None or not args.has_padding or (pad_qkv.dtype == dtype and pad_qkv.dim() == 3))
+        and (region_map is None or (region_map.dtype == torch.int32 and region_map.dim() == 3))
+        and args.dropout_p == 0.0,
+        asks_for_tf32=x.is_cuda and dtype == torch.float32,
+    )
+
+
+def _fit(
+    plan: _Plan, tables: tuple[Tensor | None, ...], device: torch.device, generator: torch.Generator | None
+) -> tuple[Tensor | None, ...]:
+    """The tables as the op takes them, and the seed of the dropout."""
+    *biases, logit_scale, pad_qkv, region_map = tables
+    num_heads, seed = plan.options["num_heads"], None
+    biases = [None if t is None else t.to(torch.float32) for t in biases]
     if logit_scale is not None:
-        logit_scale = logit_scale.reshape(args.num_heads)
-    if args.dropout_p > 0.0:  # drawn on the device, so that every replay of a CUDA graph draws anew
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device, generator=args.generator)
+        logit_scale = logit_scale.to(torch.float32).reshape(num_heads)
     if pad_qkv is not None:
-        pad_qkv = pad_qkv.to(x.dtype).reshape(3, args.num_heads, args.head_dim)
+        pad_qkv = pad_qkv.to(plan.dtype).reshape(3, num_heads, -1)
     if region_map is not None:
         region_map = region_map.to(torch.int32).reshape(three(region_map.shape, 1))
-    out, _ = _FORWARD[form, "_triton" if backend == "triton" else ""](
-        *maps,
-        bias_table,
-        bias,
-        logit_scale,
-        pad_qkv,
-        region_map,
-        seed,
-        three(args.window_size, 1),
-        three(args.shift_size, 0),
-        three(args.table_window, 1),
-        three(args.pad_before, 0),
-        three(args.periodic, False),
-        args.pad_order == "roll_then_pad",
-        args.grid,
-        args.scale,
-        args.mask_value,
-        args.dropout_p,
-        x.is_cuda and x.dtype == torch.float32 and _tf32_switch(),
-    )
+    if plan.options["dropout_p"] > 0.0:  # drawn on the device, so that every replay of a CUDA graph draws anew
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=generator)
+    return *biases, logit_scale, pad_qkv, region_map, seed
+
+
+def _attend(
+    form: str,
+    maps: tuple[Any, ...],
+    tables: tuple[Any, ...],
+    generator: Any,
+    options: tuple[Any, ...],
+    requested: Any,
+) -> Any:
+    """Run one form with ``tables`` for _TENSORS and ``options`` for _OPTIONS."""
+    plain = is_plain(maps + tables)
+    key = plan = None
+    if plain and generator is None:
+        key = call_key(maps + tables, (form, requested, options), autocast_dtype(maps[0]))
+        plan = _PLANS.get(key)
+    if plan is None:
+        plan = _make_plan(form, maps, tables, generator, options, requested)
+        if key is not None:
+            _PLANS.put(key, plan)
+    if maps[0].dtype != plan.dtype:
+        maps = tuple(x.to(plan.dtype) for x in maps)
+    if plan.view is not None:
+        maps = (maps[0].view(plan.view),)
+    if not plan.has_padding:  # nothing reads what a pad token holds
+        tables = (*tables[:3], None, tables[4])
+    if plan.op is None:
+        return getattr(reference, form)(
+            *maps, **dict(zip(_TENSORS, tables, strict=True)), **plan.options, generator=generator
+        )
+    tables = (*tables, None) if plan.fits else _fit(plan, tables, maps[0].device, generator)
+    others = (*plan.geometry, plan.asks_for_tf32 and _tf32_switch())
+    out, _ = plan.op.plain(maps + tables, others) if plain else plan.op(*maps, *tables, *others)
     return out
 
 
@@ -175,7 +261,8 @@ def window_attention_qkvpacked(
     generator: torch.Generator | None = None,
     grid: bool = False,
     backend: str = "auto",
-) -> Tensor:
+    return_attention: bool = False,
+) -> Any:  # a Tensor, or two
     r"""Attention inside the shifted windows of a feature map, read from the map and written back to it.
 
     In every window, for tokens i and j and each head,
@@ -223,33 +310,27 @@ def window_attention_qkvpacked(
 
     Source: Swin Transformer (Liu et al., 2021), section 3.2; Swin Transformer V2 (Liu et al., 2022), section 3.
     """
-    op = "window_attention_qkvpacked"
-    qkv = _arguments.check_qkvpacked(op, qkv, num_heads)
-    args = _arguments.check_arguments(
-        op,
-        qkv,
-        qkv.shape[1:-3],
-        qkv.shape[-1],
-        bias_table,
-        num_heads=num_heads,
-        window_size=window_size,
-        shift_size=shift_size,
-        scale=scale,
-        bias=bias,
-        table_window=table_window,
-        logit_scale=logit_scale,
-        pad_qkv=pad_qkv,
-        pad_order=pad_order,
-        pad_before=pad_before,
-        periodic=periodic,
-        region_map=region_map,
-        mask_value=mask_value,
-        dropout_p=dropout_p,
-        generator=generator,
-        grid=grid,
+    return _attend(
+        "window_attention_qkvpacked",
+        (qkv,),
+        (bias_table, bias, logit_scale, pad_qkv, region_map),
+        generator,
+        (
+            num_heads,
+            window_size,
+            shift_size,
+            scale,
+            table_window,
+            pad_order,
+            pad_before,
+            periodic,
+            mask_value,
+            dropout_p,
+            grid,
+            return_attention,
+        ),
+        backend,
     )
-    dtype = autocast_dtype(qkv)
-    return _attend(op, (qkv if dtype is None else qkv.to(dtype),), args, backend)
 
 
 def window_attention(
@@ -275,7 +356,8 @@ def window_attention(
     generator: torch.Generator | None = None,
     grid: bool = False,
     backend: str = "auto",
-) -> Tensor:
+    return_attention: bool = False,
+) -> Any:  # a Tensor, or two
     r"""Attention inside the shifted windows of a feature map, from separate q, k and v.
 
     As :func:`window_attention_qkvpacked`, which documents the formula and the other arguments, but with q, k and v as
@@ -287,30 +369,24 @@ def window_attention(
     Returns:
         (B, \*S, C) in the dtype of q, C = num_heads * head_dim.
     """
-    op = "window_attention"
-    _arguments.check_separate(op, q, k, v, num_heads)
-    args = _arguments.check_arguments(
-        op,
-        q,
-        q.shape[1:-2],
-        q.shape[-1],
-        bias_table,
-        num_heads=num_heads,
-        window_size=window_size,
-        shift_size=shift_size,
-        scale=scale,
-        bias=bias,
-        table_window=table_window,
-        logit_scale=logit_scale,
-        pad_qkv=pad_qkv,
-        pad_order=pad_order,
-        pad_before=pad_before,
-        periodic=periodic,
-        region_map=region_map,
-        mask_value=mask_value,
-        dropout_p=dropout_p,
-        generator=generator,
-        grid=grid,
+    return _attend(
+        "window_attention",
+        (q, k, v),
+        (bias_table, bias, logit_scale, pad_qkv, region_map),
+        generator,
+        (
+            num_heads,
+            window_size,
+            shift_size,
+            scale,
+            table_window,
+            pad_order,
+            pad_before,
+            periodic,
+            mask_value,
+            dropout_p,
+            grid,
+            return_attention,
+        ),
+        backend,
     )
-    dtype = autocast_dtype(q)
-    return _attend(op, (q, k, v) if dtype is None else (q.to(dtype), k.to(dtype), v.to(dtype)), args, backend)
