@@ -126,24 +126,39 @@ class Differentiable:
     where nothing needs a gradient. The Function takes what is no tensor as one argument: each costs time.
     """
 
-    def __init__(self, name: str, setup_context: Callable, backward: Callable) -> None:
+    def __init__(self, name: str, setup_context: Callable, backward: Callable, run: Callable | None) -> None:
         op = getattr(torch.ops.swinkernels, name).default
         count = _tensor_arguments(op)
+
+        def run_op(tensors, others):
+            return op(*tensors, *others)
+
+        run = run or run_op
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *inputs):
-                inputs = inputs[:count] + inputs[count]
+                *tensors, others = inputs
                 with torch._C._AutoDispatchBelowAutograd():
-                    output = op(*inputs)
-                setup_context(ctx, inputs, output)
+                    output = run(tensors, others)
+                setup_context(ctx, tensors, others, output)
                 return output
 
             @staticmethod
             def backward(ctx, *gradients):
-                return *backward(ctx, *gradients)[:count], None
+                return *backward(ctx, *gradients), None
 
-        self._name, self._op, self._count, self._apply = name, op, count, Function.apply
+        self._name, self._op, self._count, self._run, self._apply = name, op, count, run, Function.apply
+
+        def setup_op_context(ctx, inputs, output):
+            setup_context(ctx, inputs[:count], inputs[count:], output)
+
+        def backward_op(ctx, *gradients):
+            return *backward(ctx, *gradients), *(None,) * (len(op._schema.arguments) - count)
+
+        torch.library.register_autograd(
+            f"swinkernels::{name}", backward_op, setup_context=setup_op_context, lib=lib
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         tensors = inputs[: self._count]
@@ -159,18 +174,29 @@ class Differentiable:
                 if x is not None and x.requires_grad:
                     return self._apply(*tensors, others)
         with torch._C._AutoDispatchBelowAutograd():
-            return self._op(*tensors, *others)
+            return self._run(tensors, others)
 
 
-def register(name: str, fake: Callable, setup_context: Callable, backward: Callable) -> Differentiable:
-    """Give an op its fake and its derivative, by torch.library; returns what to call the op by."""
+def register(
+    name: str, fake: Callable, setup_context: Callable, backward: Callable, run: Callable | None = None
+) -> Differentiable:
+    """Give an op its fake and its derivative, by torch.library; returns what to call the op by.
+
+    Args:
+        name: of the op.
+        fake: as torch.library.register_fake has it.
+        setup_context: (ctx, tensors, others, output), where the op's arguments are its tensors and then the others.
+        backward: (ctx, *gradients) -> the gradients of the tensors.
+        run: (tensors, others) -> output, another way to the op's kernel, taken in eager PyTorch.
+    """
     torch.library.register_fake(f"swinkernels::{name}", fake, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{name}", backward, setup_context=setup_context, lib=lib)
-    return Differentiable(name, setup_context, backward)
+    return Differentiable(name, setup_context, backward, run)
 
 
 def register_derivative(name: str, fake: Callable, of: str) -> Callable:
-    """Give the backward op of ``of`` its fake, and a refusal as its derivative; returns what to call the op by."""
+    """Give the backward op of ``of`` its fake, and a refusal as its derivative; returns what to call the op by, with a
+    tuple of its tensors and one of its other arguments.
+    """
 
     def refuse(ctx, *_):
         raise NotImplementedError(
@@ -180,13 +206,12 @@ def register_derivative(name: str, fake: Callable, of: str) -> Callable:
     torch.library.register_fake(f"swinkernels::{name}", fake, lib=lib)
     torch.library.register_autograd(f"swinkernels::{name}", refuse, lib=lib)
     op = getattr(torch.ops.swinkernels, name).default
-    tensors = _tensor_arguments(op)
 
-    def call(*inputs):
-        if torch.is_grad_enabled() or not is_plain(inputs[:tensors]):  # with create_graph=True gradients are on
-            return op(*inputs)
+    def call(tensors, others):
+        if torch.is_grad_enabled() or not is_plain(tensors):  # with create_graph=True gradients are on
+            return op(*tensors, *others)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
+            return op(*tensors, *others)
 
     return call
 

@@ -48,10 +48,10 @@ def _fake_bwd(dz, x, weight, mean, rstd, factor, needs_dweight, needs_dbias):
     return x.new_empty(x.shape), *sums
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.factor, _, _ = inputs
+def _setup_context(ctx, tensors, others, output):
+    ctx.factor = others[0]
     ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
-    ctx.save_for_backward(x, weight, bias, *output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -60,11 +60,11 @@ _bwd = register_derivative("layer_norm_bwd", _fake_bwd, "layer_norm")
 
 def _backward(ctx, dz, *_):
     if dz is None:
-        return (None,) * 6
+        return (None,) * 3
     x, weight, bias, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad[1:3]
-    dx, *sums = _bwd(dz, x, weight, mean, rstd, ctx.factor, *needs)
-    return dx, *parameter_gradients((weight, bias), sums, needs), None, None, None
+    dx, *sums = _bwd((dz, x, weight, mean, rstd), (ctx.factor, *needs))
+    return dx, *parameter_gradients((weight, bias), sums, needs)
 
 
 _fwd = register("layer_norm_fwd", _fake_fwd, _setup_context, _backward)

@@ -54,8 +54,8 @@ def _fake_post_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dweight, ne
     return y.new_empty(y.shape), *_fake_sums(y, needs_dweight, needs_dbias)
 
 
-def _setup_context(ctx, inputs, output):
-    _, _, drop_path_scale, weight, bias, _ = inputs
+def _setup_context(ctx, tensors, others, output):
+    _, _, drop_path_scale, weight, bias = tensors
     s, z, mean, rstd = output
     ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
     ctx.z_dtype = z.dtype
@@ -68,18 +68,18 @@ _bwd = register_derivative("residual_layer_norm_bwd", _fake_bwd, "residual_layer
 
 def _backward(ctx, ds, dz, *_):
     if ds is None and dz is None:
-        return (None,) * 6
+        return (None,) * 5
     s, drop_path_scale, weight, bias, mean, rstd = ctx.saved_tensors
     ds = torch.zeros_like(s) if ds is None else ds
     dz = torch.zeros_like(s, dtype=ctx.z_dtype) if dz is None else dz
     needs = ctx.needs_input_grad[3:5]
-    dx, dy, *sums = _bwd(ds, dz, s, drop_path_scale, weight, mean, rstd, *needs)
+    dx, dy, *sums = _bwd((ds, dz, s, drop_path_scale, weight, mean, rstd), needs)
     is_dx = drop_path_scale is None and dz.dtype == s.dtype
-    return dx, dx if is_dx else dy, None, *parameter_gradients((weight, bias), sums, needs), None
+    return dx, dx if is_dx else dy, None, *parameter_gradients((weight, bias), sums, needs)
 
 
-def _setup_post_context(ctx, inputs, output):
-    _, y, drop_path_scale, weight, bias, _ = inputs
+def _setup_post_context(ctx, tensors, others, output):
+    _, y, drop_path_scale, weight, bias = tensors
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(y, drop_path_scale, weight, bias, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -90,11 +90,11 @@ _post_bwd = register_derivative("residual_post_norm_bwd", _fake_post_bwd, "resid
 
 def _post_backward(ctx, ds, *_):
     if ds is None:
-        return (None,) * 6
+        return (None,) * 5
     y, drop_path_scale, weight, bias, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad[3:5]
-    dy, *sums = _post_bwd(ds, y, drop_path_scale, weight, mean, rstd, *needs)
-    return ds, dy, None, *parameter_gradients((weight, bias), sums, needs), None
+    dy, *sums = _post_bwd((ds, y, drop_path_scale, weight, mean, rstd), needs)
+    return ds, dy, None, *parameter_gradients((weight, bias), sums, needs)
 
 
 _FORWARD = {

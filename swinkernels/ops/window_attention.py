@@ -77,25 +77,72 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
         ]
         return *(x.new_empty(x.shape) for x in xs), *sums
 
-    def setup_context(ctx, inputs, output):
+    short_fwd, short_bwd = _define_short(name, maps) if not suffix else (None, None)
+
+    def run(tensors, geometry):
+        if type(geometry) is _Geometry:
+            return short_fwd(*tensors, geometry.numbers)
+        return op(*tensors, *geometry)
+
+    def setup_context(ctx, tensors, geometry, output):
         ctx.set_materialize_grads(False)  # zeros for lse would be a kernel
-        ctx.geometry = inputs[n + 6 :]
-        ctx.save_for_backward(*inputs[:n], output[1], *inputs[n : n + 6])
+        ctx.geometry = geometry
+        ctx.save_for_backward(*tensors[:n], output[1], *tensors[n:])
         ctx.mark_non_differentiable(output[1])
 
     backward_op = register_derivative(bwd, fake_bwd, name)
 
     def backward(ctx, dout, _dlse):
         if dout is None:
-            return (None,) * (n + 6 + len(ctx.geometry))
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[n : n + 4]
-        gradients = backward_op(dout, *saved, *ctx.geometry, *needs)
-        sums = parameter_gradients(saved[n + 1 : n + 5], gradients[n:], needs)
-        return *gradients[:n], *sums, *(None,) * (2 + len(ctx.geometry))
+            return (None,) * (n + 6)
+        saved, needs, geometry = ctx.saved_tensors, ctx.needs_input_grad[n : n + 4], ctx.geometry
+        if type(geometry) is _Geometry and not torch.is_grad_enabled() and is_plain((dout, *saved)):
+            with torch._C._AutoDispatchBelowAutograd():
+                wanted = sum(1 << i for i, need in enumerate(needs) if need)
+                gradients = short_bwd(dout, *saved, geometry.numbers, wanted)
+            sums = iter(gradients[n:])
+            sums = [next(sums) if need else None for need in needs]
+        else:
+            gradients = backward_op((dout, *saved), (*geometry, *needs))
+            sums = gradients[n:]
+        return *gradients[:n], *parameter_gradients(saved[n + 1 : n + 5], sums, needs), None, None
 
-    return register(fwd, fake_fwd, setup_context, backward)
+    operation = register(fwd, fake_fwd, setup_context, backward, run)
+    op = getattr(torch.ops.swinkernels, fwd).default
+    return operation
 
 
+def _define_short(name: str, maps: tuple[str, ...]) -> tuple[Callable, Callable]:
+    """A second entry to the kernels in C++, at half the host time: what is no tensor comes as one tensor.
+
+    Only eager PyTorch takes it, below autograd, so it needs neither fake nor derivative.
+    """
+    inputs = ", ".join(f"Tensor {m}" for m in maps)
+    fwd, bwd = f"{name}_fwd_short", f"{name}_bwd_short"
+    lib.define(f"{fwd}({inputs}, {_TABLES}, Tensor numbers) -> (Tensor out, Tensor lse)")
+    # wanted: a bit for each of the sums of the backward op; only those come back, after the gradients of the maps.
+    lib.define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, Tensor numbers, int wanted) -> Tensor[]")
+    return getattr(torch.ops.swinkernels, fwd).default, getattr(torch.ops.swinkernels, bwd).default
+
+
+class _Geometry(tuple):
+    """The arguments of an op after its tensors, and the same as one tensor for its short entry."""
+
+    numbers: Tensor
+
+    def __new__(cls, arguments: Sequence[Any]) -> _Geometry:
+        self = super().__new__(cls, arguments)
+        flat = [v for argument in arguments for v in (argument if isinstance(argument, list) else [argument])]
+        self.numbers = torch.tensor(flat, dtype=torch.float64, device="cpu")
+        return self
+
+
+# The backends whose kernels have a short entry, which an older build of the extension lacks.
+_HAS_SHORT = {
+    key.lower()
+    for key in ("CPU", "CUDA")
+    if torch._C._dispatch_has_kernel_for_dispatch_key("swinkernels::window_attention_fwd_short", key)
+}
 _FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}
 
 
@@ -121,7 +168,7 @@ class _Plan(NamedTuple):
     view: tuple[int, ...] | None  # of a map (B, *S, 3C)
     options: dict[str, Any]  # of the reference
     op: Differentiable | None  # of any other backend
-    geometry: tuple[Any, ...]  # of that op, but whether TF32 is allowed
+    geometry: tuple[tuple[Any, ...], ...]  # what that op takes after its tensors: without TF32, and with it
     has_padding: bool
     fits: bool  # the tables are as the op takes them
     asks_for_tf32: bool
@@ -137,8 +184,9 @@ def _make_plan(
     generator: Any,
     options: tuple[Any, ...],
     requested: Any,
+    is_kept: bool,
 ) -> _Plan:
-    """Check every argument and choose the backend."""
+    """Check every argument and choose the backend. What is kept for later calls may cost more."""
     x = maps[0]
     if form == "window_attention_qkvpacked":
         x = _arguments.check_qkvpacked(form, x, options[0])
@@ -158,6 +206,19 @@ def _make_plan(
     dtype = autocast_dtype(x) or x.dtype
     backend = choose_window_attention(requested, args, dtype, x.device)
     op = None if backend == "reference" else _FORWARD[form, "_triton" if backend == "triton" else ""]
+    geometry = _Geometry if is_kept and backend in _HAS_SHORT else tuple
+    values = (
+        three(args.window_size, 1),
+        three(args.shift_size, 0),
+        three(args.table_window, 1),
+        three(args.pad_before, 0),
+        three(args.periodic, False),
+        args.pad_order == "roll_then_pad",
+        args.grid,
+        args.scale,
+        args.mask_value,
+        args.dropout_p,
+    )
     pad_qkv, region_map = args.pad_qkv, args.region_map
     wide = [t for t in (args.bias_table, args.bias, args.logit_scale) if t is not None]
     return _Plan(
@@ -166,18 +227,7 @@ def _make_plan(
         view=tuple(x.shape) if x is not maps[0] else None,
         options={name: getattr(args, name) for name in _OPTIONS},
         op=op,
-        geometry=(
-            three(args.window_size, 1),
-            three(args.shift_size, 0),
-            three(args.table_window, 1),
-            three(args.pad_before, 0),
-            three(args.periodic, False),
-            args.pad_order == "roll_then_pad",
-            args.grid,
-            args.scale,
-            args.mask_value,
-            args.dropout_p,
-        ),
+        geometry=tuple(geometry((*values, allow_tf32)) for allow_tf32 in (False, True)),
         has_padding=args.has_padding,
         fits=all(t.dtype == torch.float32 for t in wide)
         and (args.logit_scale is None or args.logit_scale.dim() == 1)
@@ -221,7 +271,7 @@ def _attend(
         key = call_key(maps + tables, (form, requested, options), autocast_dtype(maps[0]))
         plan = _PLANS.get(key)
     if plan is None:
-        plan = _make_plan(form, maps, tables, generator, options, requested)
+        plan = _make_plan(form, maps, tables, generator, options, requested, key is not None)
         if key is not None:
             _PLANS.put(key, plan)
     if maps[0].dtype != plan.dtype:
@@ -235,8 +285,8 @@ def _attend(
             *maps, **dict(zip(_TENSORS, tables, strict=True)), **plan.options, generator=generator
         )
     tables = (*tables, None) if plan.fits else _fit(plan, tables, maps[0].device, generator)
-    others = (*plan.geometry, plan.asks_for_tf32 and _tf32_switch())
-    out, _ = plan.op.plain(maps + tables, others) if plain else plan.op(*maps, *tables, *others)
+    geometry = plan.geometry[plan.asks_for_tf32 and _tf32_switch()]
+    out, _ = plan.op.plain(maps + tables, geometry) if plain else plan.op(*maps, *tables, *geometry)
     return out
 
 

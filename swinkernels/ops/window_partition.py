@@ -38,18 +38,17 @@ def _define(suffix: str) -> dict[str, Callable]:
         per_image = math.prod(_arguments.frame_size(size, window)) // math.prod(window)
         return windows.new_empty((windows.shape[0] // per_image, *size, windows.shape[-1]))
 
-    def setup_partition(ctx, inputs, output):
-        x, *geometry = inputs
-        ctx.size, ctx.geometry = x.shape[1:-1], geometry
+    def setup_partition(ctx, tensors, others, output):
+        ctx.size, ctx.geometry = tensors[0].shape[1:-1], others
 
-    def setup_reverse(ctx, inputs, output):
-        ctx.geometry = inputs[2:]
+    def setup_reverse(ctx, tensors, others, output):
+        ctx.geometry = others[1:]
 
     def backward_partition(ctx, dwindows):
-        return call_reverse(dwindows, ctx.size, *ctx.geometry), None, None, None
+        return (call_reverse(dwindows, ctx.size, *ctx.geometry),)
 
     def backward_reverse(ctx, dx):
-        return call_partition(dx, *ctx.geometry), None, None, None, None
+        return (call_partition(dx, *ctx.geometry),)
 
     call_partition = register(partition, fake_partition, setup_partition, backward_partition)
     call_reverse = register(reverse, fake_reverse, setup_reverse, backward_reverse)
