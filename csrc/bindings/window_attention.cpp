@@ -226,7 +226,7 @@ Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, N
   grads.bias_table = like(needs.bias_table, o.bias_table);
   grads.bias = like(needs.bias, o.bias);
   grads.logit_scale = like(needs.logit_scale, o.logit_scale);
-  grads.pad_qkv = allocate(needs.pad_qkv, {3, p.forward.num_heads, p.forward.head_dim});
+  grads.pad_qkv = like(needs.pad_qkv, o.pad_qkv);
   if (empty) return grads;
 
   Form::place({&p.forward.q, &p.forward.k, &p.forward.v}, xs, input_map);

@@ -36,20 +36,16 @@ def is_plain(tensors: Sequence[Any]) -> bool:
     """Whether eager PyTorch alone sees a call: no compiler or exporter, no functorch or forward-mode transform, no mode
     that intercepts ops, and no subclass of tensors. ``tensors`` may be None, too; anything else is not plain.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    for x in tensors:  # a loop, at a fraction of the time of all()
-        if x is not None and type(x) not in _PLAIN:
-            return False
-    return True
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+        and _PLAIN.issuperset(map(type, tensors))
+    )
 
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 
 class Found:
@@ -133,14 +129,14 @@ class Differentiable:
         def run_op(tensors, others):
             return op(*tensors, *others)
 
-        run = run or run_op
+        shortest = run or run_op
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *inputs):
                 *tensors, others = inputs
                 with torch._C._AutoDispatchBelowAutograd():
-                    output = run(tensors, others)
+                    output = shortest(tensors, others)
                 setup_context(ctx, tensors, others, output)
                 return output
 
@@ -148,7 +144,7 @@ class Differentiable:
             def backward(ctx, *gradients):
                 return *backward(ctx, *gradients), None
 
-        self._name, self._op, self._count, self._run, self._apply = name, op, count, run, Function.apply
+        self._name, self._op, self._count, self._run, self._apply = name, op, count, shortest, Function.apply
 
         def setup_op_context(ctx, inputs, output):
             setup_context(ctx, inputs[:count], inputs[count:], output)
@@ -156,9 +152,7 @@ class Differentiable:
         def backward_op(ctx, *gradients):
             return *backward(ctx, *gradients), *(None,) * (len(op._schema.arguments) - count)
 
-        torch.library.register_autograd(
-            f"swinkernels::{name}", backward_op, setup_context=setup_op_context, lib=lib
-        )
+        torch.library.register_autograd(f"swinkernels::{name}", backward_op, setup_context=setup_op_context, lib=lib)
 
     def __call__(self, *inputs: Any) -> Any:
         tensors = inputs[: self._count]

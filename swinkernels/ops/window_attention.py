@@ -9,7 +9,7 @@ needs no op.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,12 +77,11 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
         ]
         return *(x.new_empty(x.shape) for x in xs), *sums
 
-    short_fwd, short_bwd = _define_short(name, maps) if not suffix else (None, None)
+    op = getattr(torch.ops.swinkernels, fwd).default
+    short_fwd, short_bwd = (op, op) if suffix else _define_short(name, maps)
 
     def run(tensors, geometry):
-        if type(geometry) is _Geometry:
-            return short_fwd(*tensors, geometry.numbers)
-        return op(*tensors, *geometry)
+        return short_fwd(*tensors, geometry.numbers) if type(geometry) is _Geometry else op(*tensors, *geometry)
 
     def setup_context(ctx, tensors, geometry, output):
         ctx.set_materialize_grads(False)  # zeros for lse would be a kernel
@@ -107,13 +106,12 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
             sums = gradients[n:]
         return *gradients[:n], *parameter_gradients(saved[n + 1 : n + 5], sums, needs), None, None
 
-    operation = register(fwd, fake_fwd, setup_context, backward, run)
-    op = getattr(torch.ops.swinkernels, fwd).default
-    return operation
+    return register(fwd, fake_fwd, setup_context, backward, run)
 
 
 def _define_short(name: str, maps: tuple[str, ...]) -> tuple[Callable, Callable]:
-    """A second entry to the kernels in C++, at half the host time: what is no tensor comes as one tensor.
+    """A second entry to the kernels in C++, at half the host time: what is no tensor comes as one tensor, and a table
+    in any shape of its size, which is its gradient's, too.
 
     Only eager PyTorch takes it, below autograd, so it needs neither fake nor derivative.
     """
@@ -137,13 +135,13 @@ class _Geometry(tuple):
         return self
 
 
+_FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}
 # The backends whose kernels have a short entry, which an older build of the extension lacks.
 _HAS_SHORT = {
     key.lower()
     for key in ("CPU", "CUDA")
     if torch._C._dispatch_has_kernel_for_dispatch_key("swinkernels::window_attention_fwd_short", key)
 }
-_FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}
 
 
 @constant_when_compiled  # as torch's own matmul settles it, too
@@ -192,7 +190,8 @@ def _make_plan(
         x = _arguments.check_qkvpacked(form, x, options[0])
         size = x.shape[1:-3]
     else:
-        _arguments.check_separate(form, *maps, options[0])
+        q, k, v = maps
+        _arguments.check_separate(form, q, k, v, options[0])
         size = x.shape[1:-2]
     args = _arguments.check_arguments(
         form,
@@ -206,7 +205,8 @@ def _make_plan(
     dtype = autocast_dtype(x) or x.dtype
     backend = choose_window_attention(requested, args, dtype, x.device)
     op = None if backend == "reference" else _FORWARD[form, "_triton" if backend == "triton" else ""]
-    geometry = _Geometry if is_kept and backend in _HAS_SHORT else tuple
+    is_short = is_kept and backend in _HAS_SHORT
+    geometry = _Geometry if is_short else tuple
     values = (
         three(args.window_size, 1),
         three(args.shift_size, 0),
@@ -230,9 +230,12 @@ def _make_plan(
         geometry=tuple(geometry((*values, allow_tf32)) for allow_tf32 in (False, True)),
         has_padding=args.has_padding,
         fits=all(t.dtype == torch.float32 for t in wide)
-        and (args.logit_scale is None or args.logit_scale.dim() == 1)
-        and (pad_qkv is None or not args.has_padding or (pad_qkv.dtype == dtype and pad_qkv.dim() == 3))
-        and (region_map is None or (region_map.dtype == torch.int32 and region_map.dim() == 3))
+        and (pad_qkv is None or not args.has_padding or pad_qkv.dtype == dtype)
+        and (region_map is None or region_map.dtype == torch.int32)
+        and (
+            is_short
+            or all(t is None or t.dim() == d for t, d in ((args.logit_scale, 1), (pad_qkv, 3), (region_map, 3)))
+        )
         and args.dropout_p == 0.0,
         asks_for_tf32=x.is_cuda and dtype == torch.float32,
     )
@@ -348,11 +351,16 @@ def window_attention_qkvpacked(
         dropout_p: probability of dropping an attention weight, 0..1; draws from ``generator`` or torch's default.
         grid: a window's tokens are strided over the map instead of a block (MaxViT); has no shift.
         backend: "auto", "cuda", "triton", "cpu" or "reference". "auto" takes the fastest that can run the call.
+        return_attention: also return the attention weights, which only the reference does: the fast backends never
+            have them all.
 
     Returns:
         (B, \*S, C) in the dtype of qkv, contiguous. An empty batch gives an empty result. Differentiable in qkv,
         bias_table, bias, logit_scale and pad_qkv, each gradient in its tensor's dtype; the same input gives the same
-        bits. Twice differentiable with backend="reference" only.
+        bits. Twice differentiable with backend="reference" only. With return_attention a pair of that and the weights
+        that the rows of v are summed by, (B, num_windows, num_heads, N, N), in the same dtype and differentiable, too:
+        after softmax and dropout, as the models of transformers return them. The windows are in row-major order of the
+        shifted map, and pad tokens are among their N tokens.
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
@@ -417,7 +425,7 @@ def window_attention(
         q, k, v: (B, \*S, num_heads, head_dim) each, of one shape, dtype and device, any strides.
 
     Returns:
-        (B, \*S, C) in the dtype of q, C = num_heads * head_dim.
+        (B, \*S, C) in the dtype of q, C = num_heads * head_dim; with return_attention a pair of that and the weights.
     """
     return _attend(
         "window_attention",
