@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,10 +83,10 @@ def test_geometry(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", [*WINDOWS[3:6], PADDED], ids=str)
-def test_tf32_follows_torchs_switch(backend: str, case: WindowAttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def test_tf32_follows_torchs_switch(backend: str, case: WindowAttentionCase, allow_tf32: Callable) -> None:
+    allow_tf32(True)
     rounded = check_window_attention(attend(backend), case, torch.float32, DEVICE, eps=TF32_EPS)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    allow_tf32(False)
     exact = check_window_attention(attend(backend), case, torch.float32, DEVICE)
     assert not torch.equal(rounded["out"], exact["out"])
 

@@ -291,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(Tensor do
 }
 
 // The same ops called at less cost: what is no tensor comes as one float64 tensor on the CPU, whose values are those of
-// the schema in its order, lists laid out. Only the gradients that are wanted come back.
+// the schema in its order, lists laid out. The gradients that are not wanted are one empty tensor.
 Options unpack(const Tensor& numbers, OptionalTensor bias_table, OptionalTensor bias, OptionalTensor logit_scale,
                OptionalTensor pad_qkv, OptionalTensor region_map, OptionalTensor dropout_seed) {
   constexpr int64_t kNumbers = 5 * 3 + 6;
@@ -326,26 +326,34 @@ std::tuple<Tensor, Tensor> fwd_short(Tensor q, Tensor k, Tensor v, SWINKERNELS_T
   return forward<Backend, Separate>({q, k, v}, SWINKERNELS_UNPACK);
 }
 
-template <class Backend, class Form>
-std::vector<Tensor> wanted_gradients(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, int64_t wanted) {
+Needs needs_of(int64_t wanted) {
   auto bit = [&](int i) { return (wanted >> i & 1) != 0; };
-  Gradients d = backward<Backend, Form>(dout, xs, lse, o, {bit(0), bit(1), bit(2), bit(3)});
-  for (const OptionalTensor* sum : {&d.bias_table, &d.bias, &d.logit_scale, &d.pad_qkv}) {
-    if (*sum) d.maps.push_back(**sum);
-  }
-  return d.maps;
+  return {bit(0), bit(1), bit(2), bit(3)};
 }
 
 template <class Backend>
-std::vector<Tensor> qkvpacked_bwd_short(Tensor dout, Tensor qkv, Tensor lse, SWINKERNELS_TABLES, Tensor numbers,
-                                        int64_t wanted) {
-  return wanted_gradients<Backend, Packed>(dout, {qkv}, lse, SWINKERNELS_UNPACK, wanted);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qkvpacked_bwd_short(Tensor dout, Tensor qkv, Tensor lse,
+                                                                       SWINKERNELS_TABLES, Tensor numbers,
+                                                                       int64_t wanted) {
+  Gradients d = backward<Backend, Packed>(dout, {qkv}, lse, SWINKERNELS_UNPACK, needs_of(wanted));
+  const Tensor none = new_empty(qkv, {0}, ScalarType::Float);
+  return {d.maps[0], d.bias_table.value_or(none), d.bias.value_or(none), d.logit_scale.value_or(none),
+          d.pad_qkv.value_or(none)};
 }
 
 template <class Backend>
-std::vector<Tensor> bwd_short(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, SWINKERNELS_TABLES, Tensor numbers,
-                              int64_t wanted) {
-  return wanted_gradients<Backend, Separate>(dout, {q, k, v}, lse, SWINKERNELS_UNPACK, wanted);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_short(Tensor dout, Tensor q, Tensor k, Tensor v,
+                                                                             Tensor lse, SWINKERNELS_TABLES,
+                                                                             Tensor numbers, int64_t wanted) {
+  Gradients d = backward<Backend, Separate>(dout, {q, k, v}, lse, SWINKERNELS_UNPACK, needs_of(wanted));
+  const Tensor none = new_empty(q, {0}, ScalarType::Float);
+  return {d.maps[0],
+          d.maps[1],
+          d.maps[2],
+          d.bias_table.value_or(none),
+          d.bias.value_or(none),
+          d.logit_scale.value_or(none),
+          d.pad_qkv.value_or(none)};
 }
 
 template <class Backend, class Library>

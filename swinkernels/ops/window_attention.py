@@ -44,6 +44,7 @@ _TABLES = (
 )
 # The first of the tables are those that have a gradient.
 _DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
+_SUMS = ", ".join(f"Tensor d{table}" for table in _DIFFERENTIABLE)
 _FORMS = {"window_attention_qkvpacked": ("qkv",), "window_attention": ("q", "k", "v")}
 
 
@@ -55,8 +56,7 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
     fwd, bwd = f"{name}_fwd{suffix}", f"{name}_bwd{suffix}"
     lib.define(f"{fwd}({inputs}, {_TABLES}, {_GEOMETRY}) -> (Tensor out, Tensor lse)")
     needs = ", ".join(f"bool needs_d{table}" for table in _DIFFERENTIABLE)
-    sums = ", ".join(f"Tensor d{table}" for table in _DIFFERENTIABLE)
-    lib.define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_GEOMETRY}, {needs}) -> ({gradients}, {sums})")
+    lib.define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_GEOMETRY}, {needs}) -> ({gradients}, {_SUMS})")
 
     def fake_fwd(*args):
         x, window_size = args[0], args[n + 6]
@@ -99,12 +99,9 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
             with torch._C._AutoDispatchBelowAutograd():
                 wanted = sum(1 << i for i, need in enumerate(needs) if need)
                 gradients = short_bwd(dout, *saved, geometry.numbers, wanted)
-            sums = iter(gradients[n:])
-            sums = [next(sums) if need else None for need in needs]
         else:
             gradients = backward_op((dout, *saved), (*geometry, *needs))
-            sums = gradients[n:]
-        return *gradients[:n], *parameter_gradients(saved[n + 1 : n + 5], sums, needs), None, None
+        return *gradients[:n], *parameter_gradients(saved[n + 1 : n + 5], gradients[n:], needs), None, None
 
     return register(fwd, fake_fwd, setup_context, backward, run)
 
@@ -115,11 +112,13 @@ def _define_short(name: str, maps: tuple[str, ...]) -> tuple[Callable, Callable]
 
     Only eager PyTorch takes it, below autograd, so it needs neither fake nor derivative.
     """
-    inputs = ", ".join(f"Tensor {m}" for m in maps)
+    inputs, gradients = (", ".join(f"Tensor {d}{m}" for m in maps) for d in ("", "d"))
     fwd, bwd = f"{name}_fwd_short", f"{name}_bwd_short"
     lib.define(f"{fwd}({inputs}, {_TABLES}, Tensor numbers) -> (Tensor out, Tensor lse)")
-    # wanted: a bit for each of the sums of the backward op; only those come back, after the gradients of the maps.
-    lib.define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, Tensor numbers, int wanted) -> Tensor[]")
+    # wanted: a bit for each of the sums; those that are not wanted are one empty tensor.
+    lib.define(
+        f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, Tensor numbers, int wanted) -> ({gradients}, {_SUMS})"
+    )
     return getattr(torch.ops.swinkernels, fwd).default, getattr(torch.ops.swinkernels, bwd).default
 
 
@@ -271,7 +270,8 @@ def _attend(
     plain = is_plain(maps + tables)
     key = plan = None
     if plain and generator is None:
-        key = call_key(maps + tables, (form, requested, options), autocast_dtype(maps[0]))
+        autocast = autocast_dtype(maps[0]) if torch._C._is_any_autocast_enabled() else None
+        key = call_key(maps + tables, (form, requested, *options), autocast)
         plan = _PLANS.get(key)
     if plan is None:
         plan = _make_plan(form, maps, tables, generator, options, requested, key is not None)
@@ -281,7 +281,7 @@ def _attend(
         maps = tuple(x.to(plan.dtype) for x in maps)
     if plan.view is not None:
         maps = (maps[0].view(plan.view),)
-    if not plan.has_padding:  # nothing reads what a pad token holds
+    if tables[3] is not None and not plan.has_padding:  # nothing reads what a pad token holds
         tables = (*tables[:3], None, tables[4])
     if plan.op is None:
         return getattr(reference, form)(
