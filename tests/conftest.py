@@ -81,7 +81,9 @@ def allow_tf32() -> Iterator[Callable[[bool], None]]:
 
 @pytest.fixture
 def plain_kernels(monkeypatch: pytest.MonkeyPatch):
-    """Backends "cuda" and "triton" of the memory-bound ops run on the CPU, with kernels in plain PyTorch."""
+    """Backends "cuda" and "triton" of the memory-bound ops, and "triton" of attention, run on the CPU, with kernels in
+    plain PyTorch.
+    """
     from plain_kernels import attached
 
     from swinkernels.ops import _backends
