@@ -6,6 +6,7 @@ are written out: a kernel runs below autograd.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import itertools
 import math
@@ -228,15 +229,15 @@ def _attention_kernels(count: int) -> tuple[Callable, Callable]:
         geometry, needs = others[:-5], others[-4:]
         assert lse.dtype == torch.float32
         wanted = [*maps, *(t for t, need in zip(tables, needs, strict=False) if need)]
-        assert not any(x.requires_grad for x in wanted)
         leaves = {id(x): x.detach().clone().requires_grad_() for x in wanted}
-        with torch.enable_grad():
-            out, _ = _attention(
-                [leaves[id(x)] for x in maps],
-                [leaves.get(id(t), t) if t is not None else None for t in tables],
-                *geometry,
-            )
-            grads = iter(torch.autograd.grad(out, [leaves[id(x)] for x in wanted], dout, allow_unused=True))
+        given = [leaves[id(x)] for x in maps], [t if t is None else leaves.get(id(t), t) for t in tables]
+
+        def differentiate():
+            out, _ = _attention(*given, *geometry)
+            return torch.autograd.grad(out, [leaves[id(x)] for x in wanted], dout, allow_unused=True)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # this thread is below autograd
+            grads = iter(elsewhere.submit(differentiate).result())
         dmaps = [next(grads) for _ in maps]
         sums = []
         for table, need in zip(tables, needs, strict=False):
