@@ -2,11 +2,12 @@
 
 Run as ``python -m benchmarks.host_cost``; ``--help`` lists the choices.
 
-The map is as small as it gets, so that a kernel has next to nothing to do. On a GPU the kernel runs beside the host and
-costs the calling thread its launch; the backward pass is run by a thread of autograd's, which the column "thread" does
-not count and "process" does. On a CPU the kernel runs in the calling thread: "thread" holds all, and "op" is the share
-of the bare op, kernel and the way through PyTorch's dispatcher, which is not ours to save.
-A call is timed in a loop, as ``time.thread_time`` has a resolution of microseconds; loops take turns.
+The map is as small as it gets, so that a kernel has next to nothing to do, about a microsecond. On a GPU the kernel runs
+beside the host and costs the calling thread its launch; the backward pass is run by a thread of autograd's, which
+thread_us does not count and process_us does. On a CPU everything, the kernel too, runs in the calling thread. "op alone"
+is ``torch.ops.swinkernels``' op with its arguments at hand, which the public function is to be compared with; in eager
+PyTorch it takes a shorter entry to the same kernel, so it may come close to it.
+Calls are timed in loops, which take turns: a clock of CPU time is too coarse for one.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from benchmarks import record
 from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase, op_arguments
 
-# Names of what is called with; every map has one window of one token.
+# By name; every map has one window.
 CASES = {
     "v1": WindowAttentionCase(1, (1, 1), 1, 8, 1),
     "v1, shifted, padded": WindowAttentionCase(1, (1, 2), 1, 8, (2, 2), (1, 1), has_pad_qkv=True),
     "v2": WindowAttentionCase(1, (1, 1), 1, 8, 1, has_logit_scale=True),
     "dense bias": WindowAttentionCase(1, (1, 1), 1, 8, 1, has_table=False, bias_types=0),
 }
-# Issue of the project: microseconds of the calling thread on the GPU path, of the first case.
+# Microseconds of the calling thread on the GPU path, of the first case.
 GOALS = {"forward": 12.0, "forward + backward": 45.0}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Call = Callable[[], Any]
