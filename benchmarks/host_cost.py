@@ -2,11 +2,11 @@
 
 Run as ``python -m benchmarks.host_cost``; ``--help`` lists the choices.
 
-The map is as small as it gets, so that a kernel has next to nothing to do, about a microsecond. On a GPU the kernel runs
-beside the host and costs the calling thread its launch; the backward pass is run by a thread of autograd's, which
-thread_us does not count and process_us does. On a CPU everything, the kernel too, runs in the calling thread. "op alone"
-is ``torch.ops.swinkernels``' op with its arguments at hand, which the public function is to be compared with; in eager
-PyTorch it takes a shorter entry to the same kernel, so it may come close to it.
+The map is as small as it gets: a kernel has next to nothing to do, about a microsecond. On a GPU it runs beside the
+host and costs the calling thread its launch; the backward pass is run by a thread of autograd's, which thread_us does
+not count and process_us does. On a CPU everything, the kernel too, runs in the calling thread. "op alone" is the op of
+``torch.ops.swinkernels`` with its arguments at hand, to compare the public function with; in eager PyTorch that takes a
+shorter entry to the same kernel, so it comes close to it.
 Calls are timed in loops, which take turns: a clock of CPU time is too coarse for one.
 """
 

@@ -172,7 +172,7 @@ def cases(draw) -> Case:
     if draw(st.booleans()):
         options["mask_value"] = draw(st.sampled_from([-3.0, 1.5, -1e4]))
     if not has_logit_scale and draw(st.booleans()):
-        options["scale"] = draw(st.sampled_from([0.3, -0.4, 0.0]))
+        options["scale"] = draw(st.sampled_from([0.3, -0.4, 1.7]))
     windows = math.prod(p // w for p, w in zip(frame, window, strict=True))
     bias = draw(st.sampled_from(["none", "table", "dense", "types"]))
     types = {"dense": 0, "types": draw(st.sampled_from([n for n in range(1, windows + 1) if windows % n == 0]))}
