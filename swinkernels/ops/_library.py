@@ -5,7 +5,7 @@ from __future__ import annotations
 import marshal
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,9 @@ def is_plain(tensors: Sequence[Any]) -> bool:
 _PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 
+Value = TypeVar("Value")
+
+
 class Found:
     """What was found out about calls, by all that it depends on; of too many, the oldest is forgotten.
 
@@ -84,17 +87,37 @@ def forget() -> None:
         found.clear()
 
 
-def call_key(tensors: Sequence[Tensor | None], options: tuple[Any, ...], autocast: torch.dtype | None = None) -> Any:
+def call_key(tensors: Sequence[Tensor | None], options: tuple[Any, ...], dtype: torch.dtype | None = None) -> Any:
     """What the checks of a call depend on: of its tensors what they are, not what they hold.
 
-    None if the call has to be checked anew, as options other than plain Python values do (a symbolic int, a tensor).
+    None if the call has to be checked anew, for options other than plain Python values (a symbolic int, a tensor).
     Options are told apart by their types, too, also inside of tuples: True equals 1, and is no window.
     """
+    if dtype is not None and type(dtype) is not torch.dtype:
+        return None
     try:
         values = marshal.dumps(options, 2)  # 0.3 us; the later formats depend on how often an object is referred to
     except ValueError:
         return None
-    return values, autocast, *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
+    return values, dtype, *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
+
+
+def looked_up(
+    found: Found,
+    tensors: Sequence[Any],
+    options: tuple[Any, ...],
+    find: Callable[[], Value],
+    dtype: torch.dtype | None = None,
+) -> Value:
+    """What ``find`` returned for a call like this one; it is called where there was none."""
+    key = call_key(tensors, options, dtype) if is_plain(tensors) else None
+    if key is None:  # a compiler does not see what is known, which would become a guard of its code
+        return find()
+    value = found.get(key)
+    if value is None:
+        value = find()
+        found.put(key, value)
+    return value
 
 
 def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:

@@ -14,7 +14,15 @@ from torch import Tensor
 from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._backends import choose, residual_reasons
-from swinkernels.ops._library import kernel_parameter, lib, parameter_gradients, register, register_derivative
+from swinkernels.ops._library import (
+    Found,
+    kernel_parameter,
+    lib,
+    looked_up,
+    parameter_gradients,
+    register,
+    register_derivative,
+)
 
 _BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
 _SAVED = "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias"
@@ -103,6 +111,9 @@ _FORWARD = {
 }
 
 
+_KNOWN = Found()
+
+
 def _run(
     op: str,
     x: Tensor,
@@ -113,24 +124,29 @@ def _run(
     drop_path_scale: Tensor | None,
     backend: str,
 ) -> Any:
-    _arguments.check_rows(op, "x", x, batched=True)
-    _arguments.check_rows(op, "y", y, batched=True)
-    if y.shape != x.shape:
-        raise ValueError(
-            f"{op}: x and y must have one shape, got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}"
-        )
-    _arguments.check_device(op, "y", y, x.device)
-    _arguments.check_parameters(op, x, (x.shape[-1],), weight=weight, bias=bias)
-    _arguments.check_parameters(op, x, (x.shape[0],), drop_path_scale=drop_path_scale)
-    eps = _arguments.check_eps(op, eps)
+    learns_scale = getattr(drop_path_scale, "requires_grad", False)
+
+    def check() -> tuple[float, str]:
+        _arguments.check_rows(op, "x", x, batched=True)
+        _arguments.check_rows(op, "y", y, batched=True)
+        if y.shape != x.shape:
+            raise ValueError(
+                f"{op}: x and y must have one shape, got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}"
+            )
+        _arguments.check_device(op, "y", y, x.device)
+        _arguments.check_parameters(op, x, (x.shape[-1],), weight=weight, bias=bias)
+        _arguments.check_parameters(op, x, (x.shape[0],), drop_path_scale=drop_path_scale)
+        return _arguments.check_eps(op, eps), choose(op, backend, x.device, reasons)
 
     def reasons(b: str) -> list[str]:
         found = residual_reasons(b, x.shape[-1], (x.dtype, y.dtype), x.device)
-        if b != "reference" and drop_path_scale is not None and drop_path_scale.requires_grad:
+        if b != "reference" and learns_scale:
             found.append("it does not differentiate drop_path_scale")
         return found
 
-    if choose(op, backend, x.device, reasons) == "reference":
+    tensors = (x, y, weight, bias, drop_path_scale)
+    eps, chosen = looked_up(_KNOWN, tensors, (op, eps, backend, learns_scale), check)
+    if chosen == "reference":
         definition = getattr(reference, op)
         return definition(x, y, weight, bias, eps=eps, drop_path_scale=drop_path_scale)
     if drop_path_scale is not None:
