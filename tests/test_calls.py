@@ -347,3 +347,66 @@ def test_attention_weights_compile():
     )
     for got, expected in zip(run(**inputs), attend(**inputs, **PADDED.arguments(), return_attention=True), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+# --- the other ops
+
+ops = swinkernels.ops
+X, W = torch.zeros(2, 4, 6, 8), torch.ones(8)
+WINDOWS = torch.zeros(16, 3, 8)
+# The op, a right call of it, and a check that it makes.
+OTHERS = {
+    "layer_norm": ({"x": X, "weight": W}, "check_rows"),
+    "residual_layer_norm": ({"x": X, "y": X, "weight": W, "bias": W}, "check_rows"),
+    "residual_post_norm": ({"x": X, "y": X, "weight": W, "bias": W}, "check_rows"),
+    "window_partition": ({"x": X, "window_size": (1, 3)}, "check_features"),
+    "window_reverse": ({"windows": WINDOWS, "window_size": (1, 3), "size": (4, 6)}, "check_windows"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_ops_remember_and_tell_apart(name, monkeypatch):
+    right, check = OTHERS[name]
+
+    def call(**changed):
+        return getattr(ops, name)(**{**right, **changed})
+
+    first = call()
+    call()
+    wrong = [{"backend": 1}, {"backend": "none"}]
+    if "norm" in name:
+        wrong += [{"eps": True}, {"weight": torch.ones(7)}, {"weight": W.long()}, {"weight": W.tolist()}]
+        call(eps=1)
+    else:
+        wrong += [{"window_size": (True, 3)}, {"window_size": (1.0, 3)}, {"shift_size": False}, {"pad_order": "roll"}]
+        call(shift_size=0)
+    if name == "layer_norm":
+        wrong += [{"dtype": "float32"}, {"dtype": [torch.float32]}]
+        assert call(dtype=torch.bfloat16).dtype == torch.bfloat16
+        assert call(dtype=torch.float16).dtype == torch.float16
+    if name == "window_reverse":
+        wrong += [{"size": (4, 6.0)}, {"size": (3, 7)}, {"size": torch.zeros(2)}]
+        call(size=torch.Size((4, 6)))
+    for changed in wrong:
+        with pytest.raises(
+            (TypeError, ValueError), match=next(iter(changed)) if "size" not in changed else "S = |size"
+        ):
+            call(**changed)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("checked again")
+
+    monkeypatch.setattr(_arguments, check, fail)
+    again = call()
+    pairs = zip(first, again, strict=True) if isinstance(first, tuple) else [(first, again)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_scale_that_learns_is_another_call():
+    _library.forget()
+    scale = torch.ones(2)
+    given = {"x": X, "y": X, "weight": W, "bias": W}
+    ops.residual_layer_norm(**given, drop_path_scale=scale)
+    ops.residual_layer_norm(**given, drop_path_scale=scale.clone().requires_grad_())
+    residual = importlib.import_module("swinkernels.ops.residual_layer_norm")
+    assert len(residual._KNOWN) == 2
