@@ -288,7 +288,7 @@ def _attend(
             *maps, **dict(zip(_TENSORS, tables, strict=True)), **plan.options, generator=generator
         )
     tables = (*tables, None) if plan.fits else _fit(plan, tables, maps[0].device, generator)
-    geometry = plan.geometry[plan.asks_for_tf32 and _tf32_switch()]
+    geometry = plan.geometry[1 if plan.asks_for_tf32 and _tf32_switch() else 0]
     out, _ = plan.op.plain(maps + tables, geometry) if plain else plan.op(*maps, *tables, *geometry)
     return out
 
