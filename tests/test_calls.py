@@ -273,6 +273,20 @@ def test_wrong_numbers_are_refused_by_the_binding():
             )
 
 
+@needs_cpu
+def test_a_gradient_of_nothing_is_refused_by_the_binding():
+    args = [
+        x if x is None else x.detach() for x in op_arguments(PLAIN, "window_attention_qkvpacked", torch.float32)[:7]
+    ]
+    out, lse = attend(args[0], args[1], **PLAIN.arguments()), torch.zeros(2, 6, 2, 9)
+    plan = next(iter(module._PLANS._values.values()))
+    for wanted in (2, 4, 8):
+        with pytest.raises(RuntimeError, match="not given is wanted"):
+            torch.ops.swinkernels.window_attention_qkvpacked_bwd_short(
+                out, args[0], lse, *args[1:], plan.geometry[0].numbers, wanted
+            )
+
+
 # --- return_attention
 
 

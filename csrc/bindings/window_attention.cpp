@@ -221,6 +221,7 @@ Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, N
   Gradients grads;
   for (const Tensor& t : xs) grads.maps.push_back(new_empty(t, sizes(t, t.dim())));
   auto like = [&](bool needed, const OptionalTensor& t) {
+    STD_TORCH_CHECK(!needed || t, "swinkernels: the gradient of a tensor that was not given is wanted");
     return allocate(needed, needed ? sizes(*t, t->dim()) : std::vector<int64_t>{});
   };
   grads.bias_table = like(needs.bias_table, o.bias_table);
