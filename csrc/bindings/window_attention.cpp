@@ -21,7 +21,8 @@ namespace {
 
 // The backend-specific half of an op.
 struct CpuBackend {
-  static constexpr int64_t kAlignment = 1;  // bytes that data pointers and strides are multiples of
+  // Bytes that data pointers and strides are multiples of, of maps whose heads have so many bytes.
+  static int64_t alignment(int64_t) { return 1; }
   explicit CpuBackend(const Tensor&) {}
   static void parallel_for(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
@@ -35,7 +36,7 @@ struct CpuBackend {
 
 #ifdef SWINKERNELS_WITH_CUDA
 struct CudaBackend : CurrentStream {
-  static constexpr int64_t kAlignment = 16;
+  static int64_t alignment(int64_t row_bytes) { return cuda::row_alignment(row_bytes); }
   using CurrentStream::CurrentStream;
   void forward(const WindowAttentionForwardParams& p) const {
     STD_CUDA_CHECK(cuda::window_attention_forward(p, stream));
@@ -166,10 +167,14 @@ struct Separate {
   }
 };
 
+// Of one head of a token.
+int64_t row_bytes(const Tensor& x) { return x.size(x.dim() - 1) * static_cast<int64_t>(x.element_size()); }
+
 template <class Backend, class Form>
 std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Options o) {
   const Backend backend(xs[0]);
-  for (Tensor& x : xs) x = readable(x, Backend::kAlignment);
+  const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
+  for (Tensor& x : xs) x = readable(x, alignment);
   const Tensor& x = xs[0];
   const int64_t rank = Form::rank(x);
   WindowAttentionForwardParams p{};
@@ -202,8 +207,9 @@ struct Needs {
 template <class Backend, class Form>
 Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, Needs needs) {
   const Backend backend(xs[0]);
-  for (Tensor& x : xs) x = readable(x, Backend::kAlignment);
-  dout = readable(dout, Backend::kAlignment);
+  const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
+  for (Tensor& x : xs) x = readable(x, alignment);
+  dout = readable(dout, alignment);
   if (!lse.is_contiguous()) lse = torch::stable::contiguous(lse);
   const Tensor& x = xs[0];
   const int64_t rank = Form::rank(x);

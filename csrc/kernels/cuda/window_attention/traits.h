@@ -21,8 +21,6 @@
 
 namespace swinkernels::cuda {
 
-constexpr int kLongestWindow = kMaxWindowVolume;
-
 // Product_   how tiles are multiplied (tile_product.cuh); its T is the element type in memory
 // kHeadDim_  columns of the tiles; rows of a smaller head_dim are filled up with zeros
 // kTiles_    a block has 8 * kTiles_ keys: the whole window if it has no more tokens, else one step of a loop
