@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import functools
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import swinkernels
-from benchmarks import attention, contest, gpu_suite, memory_bound, record, shapes, variants
+from benchmarks import attention, contest, gpu_suite, host_cost, memory_bound, record, shapes, variants
 from benchmarks.peers import KINDS, make_peer
 from benchmarks.timing import Timing, time_on_cpu
 from swinkernels import reference
@@ -389,3 +391,34 @@ def test_triton_variants_change_the_launcher(name: str) -> None:
         shipped, changed = launcher.tiles(key, 49, 32, 2), copy.tiles(key, 49, 32, 2)
         assert changed == shipped._replace(**value) != shipped
     assert copy.tiles("fwd_tiled", 144, 32, 2) == launcher.tiles("fwd_tiled", 144, 32, 2)
+
+
+def test_host_cost_counts_the_calling_thread() -> None:
+    """What another thread does is the process's time alone; what is waited for is nobody's."""
+
+    def busy(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=busy, args=(0.004,))
+        thread.start()
+        thread.join()
+
+    times = host_cost.host_times(
+        {"here": lambda: busy(0.001), "elsewhere": elsewhere, "wait": lambda: time.sleep(0.001)}, loop=2, rounds=3
+    )
+    assert 900 < times["here"][0] < 3000
+    assert times["elsewhere"][0] < 3000 < 3900 < times["elsewhere"][1]
+    assert times["wait"][1] < 900
+
+
+@pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
+def test_host_cost_of_every_case() -> None:
+    rows = host_cost.benchmark(CPU, torch.float32, "cpu", list(host_cost.CASES), loop=1, rounds=1)
+    assert {row["case"] for row in rows} == set(host_cost.CASES)
+    calls = ("forward", "forward, recorded", "forward + backward", "forward, op alone")
+    assert [row["call"] for row in rows[:4]] == list(calls)
+    assert set(host_cost.GOALS) < set(calls)
+    assert all(row["thread_us"] > 0 and row["met"] is None for row in rows)  # goals are of the GPU path

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 
 import swinkernels
 from swinkernels.ops import _backends
+from swinkernels.ops._library import forget
 from swinkernels.testing import (
     WindowAttentionCase,
     check_window_attention,
@@ -82,10 +85,10 @@ def test_geometry(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", [*WINDOWS[3:6], PADDED], ids=str)
-def test_tf32_follows_torchs_switch(backend: str, case: WindowAttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def test_tf32_follows_torchs_switch(backend: str, case: WindowAttentionCase, allow_tf32: Callable) -> None:
+    allow_tf32(True)
     rounded = check_window_attention(attend(backend), case, torch.float32, DEVICE, eps=TF32_EPS)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    allow_tf32(False)
     exact = check_window_attention(attend(backend), case, torch.float32, DEVICE)
     assert not torch.equal(rounded["out"], exact["out"])
 
@@ -157,6 +160,46 @@ def test_side_stream_and_cuda_graph(backend: str) -> None:
         graph.replay()
         for got, value in zip(captured, wanted.values(), strict=True):
             assert torch.equal(got, value)
+
+
+def test_a_device_that_is_not_the_current_one(backend: str) -> None:
+    """Kernels run where the tensors are, the current device stays what it is, and what is known of a call of one device
+    is not taken for another's.
+    """
+    if torch.cuda.device_count() < 2:
+        pytest.skip("torch sees one CUDA GPU")
+    here, there = (torch.device("cuda", i) for i in range(2))
+    with torch.cuda.device(here):
+        inputs = PADDED.inputs(torch.bfloat16, here)
+        expected = run_case(attend(backend), inputs, PADDED.arguments())
+        for _ in range(2):
+            got = run_case(attend(backend), {k: x.to(there) for k, x in inputs.items()}, PADDED.arguments())
+            assert torch.cuda.current_device() == here.index
+            for name, value in expected.items():
+                assert got[name].device == there, name
+                assert torch.equal(got[name].to(here), value), name
+        with pytest.raises(ValueError, match="one device"):
+            attend(backend)(inputs["qkv"], inputs["bias_table"].to(there), **PADDED.arguments())
+
+
+@needs_cuda
+def test_the_short_entry_is_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What eager PyTorch calls and what a compiler sees give the same bits, on every stream."""
+    module = importlib.import_module("swinkernels.ops.window_attention")
+    assert "cuda" in module._HAS_SHORT
+    case = WindowAttentionCase(2, (10, 17), 3, 32, 7, 3, has_pad_qkv=True)
+    inputs = case.inputs(torch.bfloat16, DEVICE)
+    short = run_case(attend("cuda"), inputs, case.arguments())
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        aside = run_case(attend("cuda"), inputs, case.arguments())
+    torch.cuda.synchronize()
+    monkeypatch.setattr(module, "_HAS_SHORT", set())
+    forget()
+    named = run_case(attend("cuda"), inputs, case.arguments())
+    for name, value in named.items():
+        assert torch.equal(short[name], value), name
+        assert torch.equal(aside[name], value), name
 
 
 def test_more_than_two_to_the_31_elements(backend: str) -> None:

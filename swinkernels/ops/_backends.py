@@ -175,6 +175,8 @@ def window_attention_reasons(
     ):
         if asked and feature in LACKING[backend]:
             reasons.append(f"it does not implement {feature}")
+    if args.return_attention:
+        reasons.append("it does not return the attention weights (return_attention)")
     limits = LIMITS.get(backend, {})
     largest, multiple = limits.get("max_window_volume", args.window_volume), limits.get("head_dim_multiple", 1)
     if args.window_volume > largest:
