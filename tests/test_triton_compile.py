@@ -5,6 +5,7 @@ Every kernel, dtype and kind of configuration; no GPU is needed.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from swinkernels.triton import window_attention as launcher
 
 
 def record(
-    dtype, *, size, window, head_dim, shift=None, heads=3, batch=2, tf32=False, packed=True, bias=True,
-    pad=False, region_map=False, roll_then_pad=False, grid=False,
+    dtype, *, size, window, head_dim, shift=None, heads=3, batch=2, tf32=False, packed=True, bias="table",
+    cosine=False, dropout=False, pad=False, region_map=False, roll_then_pad=False, grid=False,
 ) -> list[Launch]:  # fmt: skip
     """The launches of a forward and a backward call with these arguments."""
     with recorded(kernels) as launches:
@@ -31,18 +32,23 @@ def record(
         else:
             maps = tuple(torch.empty(batch, *size, heads, head_dim, **meta) for _ in range(3))
         rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
+        volume = math.prod(window)
+        shapes = {"table": (rows, heads), "dense": (heads, volume, volume), "types": (2, heads, volume, volume)}
         tables = (
-            torch.empty(rows, heads, device="meta") if bias else None,
-            None,
-            None,
+            torch.empty(shapes[bias], device="meta") if bias == "table" else None,
+            torch.empty(shapes[bias], device="meta") if bias in ("dense", "types") else None,
+            torch.empty(heads, device="meta") if cosine else None,
             torch.empty(3, heads, head_dim, **meta) if pad else None,
             torch.empty(frame, device="meta", dtype=torch.int32) if region_map else None,
-            None,
+            torch.empty(1, device="meta", dtype=torch.int64) if dropout else None,
         )
-        scores = (head_dim**-0.5, -100.0, 0.0, tf32)
-        geometry = (window, shift, window, (0, 0, 0), (False,) * 3, roll_then_pad, grid, *scores)
+        geometry = (
+            window, shift, window, (0, 0, 0), (False,) * 3, roll_then_pad, grid, head_dim**-0.5, -100.0,
+            0.1 if dropout else 0.0, tf32,
+        )  # fmt: skip
         out, lse = launcher.forward(maps, *tables, *geometry)
-        launcher.backward(torch.empty_like(out), maps, lse, *tables, *geometry, bias, False, False, pad)
+        needs = (table is not None for table in tables[:4])
+        launcher.backward(torch.empty_like(out), maps, lse, *tables, *geometry, *needs)
     return launches
 
 
@@ -50,7 +56,7 @@ def record(
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "swin": {"size": (56, 56), "window": (7, 7), "shift": (3, 3), "head_dim": 32},
     "swin_384": {"size": (48, 48), "window": (12, 12), "shift": (6, 6), "head_dim": 32},
-    "small": {"size": (8, 8), "window": (4, 4), "head_dim": 24, "bias": False, "packed": False, "grid": True},
+    "small": {"size": (8, 8), "window": (4, 4), "head_dim": 24, "bias": None, "packed": False, "grid": True},
     "padded": {"size": (30, 40), "window": (7, 7), "shift": (3, 3), "head_dim": 64, "pad": True, "roll_then_pad": True},
     "wide_3d": {"size": (4, 9, 9), "window": (2, 8, 8), "head_dim": 128, "pad": True, "region_map": True},
 }
