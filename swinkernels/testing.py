@@ -251,6 +251,7 @@ def op_arguments(
     maps = qkv.unbind(-3) if form == "window_attention" else (qkv,)
     table, pad, region_map = inputs.get("bias_table"), inputs.get("pad_qkv"), options.get("region_map")
     bias, logit_scale = inputs.get("bias"), inputs.get("logit_scale")
+    dropout_p = options.get("dropout_p", 0.0)
     return (
         *(x.clone().requires_grad_() for x in maps),
         None if table is None else table.requires_grad_(),
@@ -258,7 +259,7 @@ def op_arguments(
         None if logit_scale is None else logit_scale.flatten().requires_grad_(),
         None if pad is None else pad.reshape(3, case.num_heads, case.head_dim).requires_grad_(),
         None if region_map is None else region_map.to(device, torch.int32).reshape(three(tuple(region_map.shape), 1)),
-        None,
+        torch.tensor([2**40 - 3], device=device) if dropout_p > 0 else None,
         three(case.window_size, 1),
         three(case.shift_size, 0),
         three(options.get("table_window", case.window_size), 1),
@@ -268,7 +269,7 @@ def op_arguments(
         options.get("grid", False),
         options.get("scale", case.head_dim**-0.5),
         options.get("mask_value", -100.0),
-        0.0,
+        dropout_p,
         False,
     )
 

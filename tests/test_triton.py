@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
-from triton_checks import DEVICE, ON_GPU, Checks
+from triton_checks import DEVICE, DTYPES, ON_GPU, Checks
 
 import swinkernels
+from swinkernels import reference
 from swinkernels.reference.window_attention import relative_position_index, shift_region
 from swinkernels.testing import WindowAttentionCase as Case
 from swinkernels.testing import check_window_attention, op_arguments, opcheck_forward_and_backward, run_case
+from swinkernels.triton import window_attention as launcher
 
 CASES = {
     "n4": Case(1, (4, 6), 2, 8, 2, 1),
@@ -56,9 +63,23 @@ CASES = {
     "head_dim_20": Case(1, (6, 9), 2, 20, 3, 1),
     "head_dim_5_padded": Case(1, (5, 7), 2, 5, 4, 2, has_pad_qkv=True),
     "head_dim_30_tiled": Case(1, (8, 9), 1, 30, 9, 4, has_pad_qkv=True),
+    "cosine": Case(2, (5, 7), 2, 8, 4, 2, has_pad_qkv=True, has_logit_scale=True),
+    "cosine_n64": Case(1, (8, 8), 2, 32, 8, 4, has_logit_scale=True),
+    "cosine_tiled": Case(1, (6, 11), 2, 20, (6, 12), (2, 3), has_pad_qkv=True, has_logit_scale=True),
+    "dense": Case(1, (5, 7), 2, 8, 4, 2, has_table=False, bias_types=0, has_pad_qkv=True),
+    "types": Case(2, (4, 6, 3), 2, 8, (2, 2, 3), (1, 1, 1), has_table=False, bias_types=3),
+    "types_tiled": Case(2, (16, 9), 1, 8, (8, 9), (3, 4), has_table=False, bias_types=2),
     "many_windows_of_a_program": Case(40, (4, 4), 32, 8, 4, 2) if ON_GPU else Case(3, (6, 4), 1, 8, 2, 1),
 }  # fmt: skip
 
+
+DROPPED = {
+    "dropout": Case(2, (6, 6), 2, 8, 3, 1, options={"dropout_p": 0.4}),
+    "dropout_tiled": Case(
+        1, (16, 9), 2, 8, (8, 9), (3, 4), has_table=False, has_logit_scale=True, bias_types=2,
+        options={"dropout_p": 0.25},
+    ),
+}  # fmt: skip
 
 check = Checks(__file__)
 
@@ -81,10 +102,39 @@ def matches_reference(name, dtype):
     check_window_attention(packed, on_device(CASES[name]), dtype, DEVICE)
 
 
+LONG = {
+    "n260": Case(1, (4, 5, 13), 1, 8, (4, 5, 13)),
+    "n576": Case(2, (48, 24), 3, 32, 24, 12, has_logit_scale=True),
+    "n1024": Case(2, (40, 60), 3, 32, 32, 16, has_pad_qkv=True),
+    "n1024_of_three_axes": Case(2, (8, 16, 16), 3, 32, (4, 16, 16), (2, 8, 8), has_table=False, bias_types=2),
+}
+
+
+@check(*(LONG if ON_GPU else ("n260",)), dtypes=DTYPES if ON_GPU else (torch.float16,))
+def long_windows_match_reference(name, dtype):
+    check_window_attention(packed, on_device(LONG[name]), dtype, DEVICE)
+
+
+@check("cosine", "types", "types_tiled", dtypes=DTYPES[1:])
+def matches_reference_with_few_programs(name, dtype):
+    """A program walks over several windows, and the windows of a type are dealt out to more than one program."""
+    with mock.patch.multiple(launcher, FORWARD_PROGRAMS=6, BACKWARD_PROGRAMS=6):
+        check_window_attention(packed, on_device(CASES[name]), dtype, DEVICE)
+
+
 @check("n9", "pad_then_roll")
 def opcheck(name, dtype):
     for form in ("window_attention_qkvpacked", "window_attention"):
         opcheck_forward_and_backward(form, "_triton", op_arguments(CASES[name], form, dtype, DEVICE))
+
+
+@check("window_attention_qkvpacked", "window_attention", dtypes=DTYPES[1:])
+def opcheck_of_v2_types_and_dropout(form, dtype):
+    case = Case(
+        1, (1, 4), 1, 4, 2, has_table=False, has_pad_qkv=True, has_logit_scale=True, bias_types=2,
+        options={"dropout_p": 0.4},
+    )  # fmt: skip
+    opcheck_forward_and_backward(form, "_triton", op_arguments(case, form, dtype, DEVICE))
 
 
 @check("n49", "n100", "pad_before", "three_axes_padded")
@@ -120,7 +170,7 @@ def every_map_has_its_own_strides(name, dtype):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-@check("pad_then_roll", "pad_tiled", "n49")
+@check(*(CASES if ON_GPU else ("pad_then_roll", "pad_tiled", "n49", "cosine")))
 def same_bits_twice(name, dtype):
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
@@ -139,13 +189,13 @@ def inputs_are_not_modified(dtype):
         assert torch.equal(inputs[name], before[name]), name
 
 
-@check("n9", "n100", "pad_then_roll")
+@check("n9", "n100", "pad_then_roll", "types_tiled")
 def empty_batch(name, dtype):
     case = on_device(Case(**{**CASES[name].__dict__, "batch": 0}))
     results = run_case(packed, case.inputs(dtype, DEVICE), case.arguments())
     assert results["out"].shape == (0, *case.size, case.num_heads * case.head_dim)
     for key, x in results.items():
-        assert x.numel() == 0 or key in ("dbias_table", "dpad_qkv")
+        assert x.numel() == 0 or key in ("dbias_table", "dbias", "dlogit_scale", "dpad_qkv")
         assert not x.any()
 
 
@@ -153,21 +203,14 @@ def empty_batch(name, dtype):
 def lse_is_the_log_sum_exp_of_the_scores(name, dtype):
     """With q zero the scores are the bias and the mask alone; the lse of real queries is known exactly."""
     case = on_device(CASES[name])
-    inputs = case.inputs(dtype, DEVICE)
-    qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim)).clone()
+    case = dataclasses.replace(case, has_pad_qkv=False)
+    qkv, bias_table, *arguments = op_arguments(case, "window_attention_qkvpacked", dtype, DEVICE)
+    qkv = qkv.detach().clone()
     qkv.select(-3, 0).zero_()
+    _, lse = torch.ops.swinkernels.window_attention_qkvpacked_fwd_triton(qkv, bias_table, *arguments)
     rank = len(case.size)
     window, shift = (v if isinstance(v, tuple) else (v,) * rank for v in (case.window_size, case.shift_size))
-    before = (0,) * rank
-
-    def three(values, leading):
-        return [leading] * (3 - rank) + list(values)
-
-    _, lse = torch.ops.swinkernels.window_attention_qkvpacked_fwd_triton(
-        qkv, inputs["bias_table"], None, None, None, None, None, three(window, 1), three(shift, 0), three(window, 1),
-        three(before, 0), [0, 0, 0], False, False, 0.3, -100.0, 0.0, False,
-    )  # fmt: skip
-    scores = inputs["bias_table"].double()[relative_position_index(window, device=DEVICE)].permute(2, 0, 1)
+    scores = bias_table.detach().double()[relative_position_index(window, device=DEVICE)].permute(2, 0, 1)
     region = shift_region(case.size, window, shift, periodic=(False,) * rank, device=DEVICE)
     mask = -100.0 * (region[:, :, None] != region[:, None, :]).double()
     exact = torch.logsumexp(scores + mask[:, None], dim=-1).expand(case.batch, -1, -1, -1)
@@ -175,24 +218,132 @@ def lse_is_the_log_sum_exp_of_the_scores(name, dtype):
     torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=1e-5)
 
 
-@check()
-def gradients_that_are_not_needed_are_empty(dtype):
-    case = on_device(CASES["pad_then_roll"])
+@check("cosine", "types_tiled", dtypes=DTYPES[:1])
+def gradients_that_are_not_needed_are_empty(name, dtype):
+    case = on_device(CASES[name])
+    arguments = op_arguments(case, "window_attention_qkvpacked", dtype, DEVICE)
+    qkv, *arguments = (x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+    ops = torch.ops.swinkernels
+    out, lse = ops.window_attention_qkvpacked_fwd_triton(qkv, *arguments)
+    given = [table is not None for table in arguments[:4]]
+    full = ops.window_attention_qkvpacked_bwd_triton(out, qkv, lse, *arguments, *given)
+    dqkv, *sums = ops.window_attention_qkvpacked_bwd_triton(out, qkv, lse, *arguments, *(False,) * 4)
+    assert torch.equal(dqkv, full[0])
+    assert all(x.shape == (0,) and x.dtype == torch.float32 for x in sums)
+    assert all(x.numel() > 0 for x, given_one in zip(full[1:], given, strict=True) if given_one)
+    assert all(x.dtype == torch.float32 for x in full[1:])
+    assert not full[4][:1].any()  # a pad token's query has no gradient
+
+
+# ---- v2 --------------------------------------------------------------------------------------------------------------
+
+
+@check("cosine", "cosine_tiled", dtypes=DTYPES[:1])
+def rows_of_zeros_have_cosine_zero(name, dtype):
+    """And the gradient that the definition gives them, of the order of 1e12: nothing is infinite or NaN."""
+    case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
-    pad_qkv = inputs["pad_qkv"].reshape(3, case.num_heads, case.head_dim)
-    geometry = ([1, 4, 4], [0, 2, 2], [1, 4, 4], [0, 0, 0], [0, 0, 0], False, False, 0.3, -100.0, 0.0, False)
-    ops = torch.ops.swinkernels
-    tables = (inputs["bias_table"], None, None, pad_qkv, None, None)
-    _, lse = ops.window_attention_qkvpacked_fwd_triton(qkv, *tables, *geometry)
-    backward = ops.window_attention_qkvpacked_bwd_triton
-    all_of_them = backward(inputs["dout"], qkv, lse, *tables, *geometry, True, False, False, True)
-    dqkv, *sums = backward(inputs["dout"], qkv, lse, *tables, *geometry, False, False, False, False)
-    assert torch.equal(dqkv, all_of_them[0])
-    for x in sums:
-        assert x.shape == (0,) and x.dtype == torch.float32
-    assert all(x.dtype == torch.float32 for x in all_of_them[1:])
-    assert not all_of_them[4][0].any()  # a pad token's query has no gradient
+    qkv[:, 1, :, 0, 0] = 0  # queries
+    qkv[:, 2, :, 1, 1] = 0  # keys
+    got = run_case(packed, inputs, case.arguments())
+    wide = {key: x.double().cpu() for key, x in inputs.items()}
+    exact = run_case(reference.window_attention_qkvpacked, wide, CASES[name].arguments())
+    assert exact["dqkv"].abs().max() > 1e9
+    for key, x in exact.items():
+        # What a sum of terms of one size rounds off; rows of zeros have gradients of another size than the others.
+        scale = x.abs().amax(dim=-1, keepdim=True) if key == "dqkv" else x.abs().amax()
+        assert ((got[key].double().cpu() - x).abs() <= 1e-3 * scale + 1e-5).all(), key
+
+
+@check(dtypes=DTYPES[:1])
+def the_clamp_is_that_of_torch(dtype):
+    """ln 100 rounded to float32 is above ln 100 and has no gradient; the number below it has."""
+    case = on_device(Case(1, (4, 4), 3, 8, 4, has_logit_scale=True))
+    inputs = case.inputs(dtype, DEVICE)
+    edge = torch.tensor(math.log(100.0), device=DEVICE)
+    below = torch.nextafter(edge, torch.zeros_like(edge))
+    inputs["logit_scale"] = torch.stack([edge, below, -3 * edge])
+    got = run_case(packed, inputs, case.arguments())
+    expected = run_case(reference.window_attention_qkvpacked, inputs, case.arguments())
+    assert got["dlogit_scale"][0] == 0
+    assert got["dlogit_scale"][1] != 0
+    for key, x in expected.items():
+        torch.testing.assert_close(got[key], x, rtol=1e-3, atol=1e-4)
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def kept_pairs(case: Case, dtype: torch.dtype = torch.float32, **arguments: Any) -> torch.Tensor:
+    """What dropout keeps, (B, num_windows, num_heads, N, N): with scores of zero and the unit vectors as values, the
+    output is the attention weights. The draw depends on neither.
+    """
+    n = math.prod(case.window_tuple)
+    windows = torch.eye(n, dtype=dtype, device=DEVICE).repeat(math.prod(case.size) // n * case.batch, 1, case.num_heads)
+    geometry = {"window_size": case.window_size, "shift_size": case.shift_size}
+    v = swinkernels.window_reverse(windows, size=case.size, backend="reference", **geometry)
+    qkv = torch.cat([torch.zeros_like(v), torch.zeros_like(v), v], dim=-1)
+    arguments = {**geometry, "mask_value": 0.0, "dropout_p": case.options["dropout_p"], **arguments}
+    out = packed(qkv=qkv, num_heads=case.num_heads, **arguments)
+    weights = swinkernels.window_partition(out, backend="reference", **geometry)
+    return (weights.reshape(case.batch, -1, n, case.num_heads, n).transpose(2, 3) != 0).cpu()
+
+
+@check(*DROPPED)
+def dropout_matches_reference_with_the_same_pairs(name, dtype):
+    case = on_device(DROPPED[name])
+    torch.manual_seed(5)
+    kept = kept_pairs(case)
+
+    def seeded(**arguments):
+        torch.manual_seed(5)
+        return packed(**arguments)
+
+    def draw(x, p, generator=None):
+        assert p == 1.0 - case.options["dropout_p"]
+        return x.copy_(kept)
+
+    with mock.patch.object(torch.Tensor, "bernoulli_", draw):  # of the reference alone
+        check_window_attention(seeded, case, dtype, DEVICE)
+
+
+@check(dtypes=DTYPES[:1])
+def dropout_draws_independently(dtype):
+    """As often as asked for, in every part of the counter; and what is kept is a matter of the generator alone."""
+    case = DROPPED["dropout_tiled"]
+    p = case.options["dropout_p"]
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    first, second = (kept_pairs(case, generator=generator) for _ in range(2))
+    assert torch.equal(first, kept_pairs(case, generator=generator.manual_seed(2)))
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    of_default = kept_pairs(case)
+    torch.manual_seed(3)
+    assert torch.equal(of_default, kept_pairs(case))
+    assert not torch.equal(of_default, kept_pairs(case))
+    kept = first.flatten(0, 1).double()  # (windows, heads, N, N)
+    assert abs(kept.mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / kept.numel())
+    for axis in range(kept.dim()):  # neither neighbours nor those farther off are alike
+        size = kept.shape[axis]
+        for step in range(1, min(size, 9)):
+            both = kept.narrow(axis, step, size - step) * kept.narrow(axis, 0, size - step)
+            assert abs(both.mean() - (1 - p) ** 2) < 5 * math.sqrt((1 - p) ** 2 / both.numel()), (axis, step)
+
+
+@check(*DROPPED)
+def dropout_of_everything_gives_zeros(name, dtype):
+    case = on_device(dataclasses.replace(DROPPED[name], options={"dropout_p": 1.0}))
+    for key, x in run_case(packed, case.inputs(dtype, DEVICE), case.arguments()).items():
+        assert torch.equal(x, torch.zeros_like(x)), key
+
+
+@check(dtypes=DTYPES[:1])
+def dropout_of_nearly_nothing_keeps_everything(dtype):
+    case = on_device(DROPPED["dropout"])
+    inputs, arguments = case.inputs(dtype, DEVICE), {**case.arguments(), "dropout_p": 1e-12}
+    for key, x in run_case(packed, inputs, {**arguments, "dropout_p": 0.0}).items():
+        torch.testing.assert_close(run_case(packed, inputs, arguments)[key], x, msg=key)
 
 
 @pytest.mark.parametrize("name", check.all)

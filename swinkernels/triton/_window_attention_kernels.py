@@ -301,8 +301,11 @@ def _dprobs(dout, v, keep, keep_scale, PRECISION: tl.constexpr):
 
 @triton.jit
 def _store_dlogit_scale(dlogit_scale, total_log2, at, logit_scale, head):
-    """A program's share of the gradient of a logit scale, which is zero where that is clamped."""
-    clamped = tl.load(logit_scale + head) > _LN_100
+    """A program's share of the gradient of a logit scale, which is zero where that is clamped.
+
+    As torch.clamp has it: ln 100 rounded to float32 is above ln 100.
+    """
+    clamped = tl.load(logit_scale + head) >= _LN_100
     tl.store(dlogit_scale + at, tl.where(clamped, 0.0, total_log2 * _LN_2))
 
 
