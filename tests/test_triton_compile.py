@@ -59,6 +59,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "small": {"size": (8, 8), "window": (4, 4), "head_dim": 24, "bias": None, "packed": False, "grid": True},
     "padded": {"size": (30, 40), "window": (7, 7), "shift": (3, 3), "head_dim": 64, "pad": True, "roll_then_pad": True},
     "wide_3d": {"size": (4, 9, 9), "window": (2, 8, 8), "head_dim": 128, "pad": True, "region_map": True},
+    "v2": {"size": (64, 64), "window": (8, 8), "shift": (4, 4), "head_dim": 32, "cosine": True},
+    "v2_long": {"size": (48, 48), "window": (24, 24), "shift": (12, 12), "head_dim": 32, "cosine": True},
+    "types": {"size": (8, 24, 24), "window": (2, 4, 8), "shift": (1, 2, 4), "head_dim": 32, "bias": "types"},
+    "dropout": {"size": (56, 56), "window": (7, 7), "shift": (3, 3), "head_dim": 32, "dropout": True},
+    "dropout_long": {"size": (32, 32), "window": (16, 16), "head_dim": 32, "bias": "dense", "dropout": True},
 }
 PRECISIONS = {
     "float32": (torch.float32, False),
@@ -79,7 +84,7 @@ STACK_BYTES = 16
 # the limit of 255: some values are stored and reloaded once a window. At head_dim 128 with padding and a region map at
 # once, the backward passes of large windows are there too. Triton 3.6 needs more than 3.8.
 STACK_BYTES_OF = {"bwd_whole": 384 if OLD_TRITON else 192}
-STACK_BYTES_IN = {"wide_3d": 512}
+STACK_BYTES_IN = {"wide_3d": 512, "v2_long": 192}
 
 
 @pytest.mark.parametrize("arch", SHARED_BYTES)
@@ -106,8 +111,8 @@ def test_every_kernel_is_compiled_for_every_precision():
 
 
 def test_batch_size_does_not_recompile():
-    """Numbers that vary with the batch are typed, not specialised on being 1 or a multiple of 16."""
+    """Numbers that vary from call to call are typed, not specialised on being 1 or a multiple of 16."""
     for name, kernel in kernels_of(kernels).items():
         for parameter in kernel.params:
-            if parameter.name in ("batch_windows", "windows_per_program", "num_heads"):
+            if parameter.name in ("batch_windows", "windows_per_program", "type_windows", "num_heads", "drop_below"):
                 assert parameter.do_not_specialize, (name, parameter.name)

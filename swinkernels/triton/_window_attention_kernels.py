@@ -5,15 +5,23 @@ Maths     S = scale q k^T + bias + mask, P = softmax(S), out = P v, lse = log su
           dq = scale dS k, dk = scale dS^T q, dbias = dS summed over windows, folded onto the table's rows. In float32
           delta is rowsum(P dP) / rowsum(P): lse is rounded, so that P sums to one only nearly, and what is left over
           would have one sign in all of a row's dS.
+Cosine    v2, where logit_scale is not None: with u = q / |q|, w = k / |k| and f = exp(min(logit_scale, ln 100)), the
+          first term of S is f q k^T / |q| |k|: products of q and k as they are, divided in float32, since f would
+          multiply the error of rounded unit vectors. Backward: du = f dS w, dq = (du - u (u du)) / |q|, likewise k, and
+          dlogit_scale = sum of dS f u w, in float32.
+Dropout   out = (D P) v with D = 0 or 1 / (1 - p), so that dv = (D P)^T dout and dP = D (dout v^T); D comes from Philox
+          with the key dropout_seed, a number in the GPU's memory, and is drawn again in the backward pass.
 Tiling    N <= 64: a program owns one head and walks over several windows; a window is one tile, the bias and dbias
           tiles stay in registers from window to window. N > 64: query tiles by key tiles, a program per tile row,
           online softmax; backward in three kernels (dq and delta; dk and dv; dbias), none of which needs atomics.
 Order     the head varies fastest over programs: neighbours read neighbouring parts of the same token rows, so that
-          whole cache lines are used even where a head's row is half a line.
+          whole cache lines are used even where a head's row is half a line. The windows that a program walks over are
+          of one type, image by image, where types of windows have a bias each.
 Bias      gathered from the table in the kernel. The table (2 KB at window 7 and 3 heads) lives in L1; a dense fp32
-          (heads, N, N) bias would cost one more launch and, read per window, as much L2 traffic as q, k and v.
-Traffic   forward 4 and backward 7 maps of B * S * C elements, each read or written once (N <= 64).
-Limits    N <= 256; windows of a call below 2^31; sizes of tiles are powers of two, which at window 7 costs 64/49.
+          (heads, N, N) bias made of it would cost one more launch. One that is given is read as it is.
+Traffic   forward 4 and backward 7 maps of B * S * C elements, each read or written once (N <= 64; backward of v2 reads
+          q and k twice, from the cache). Sums over windows: a dbias of each program, 16 MB at most and one more.
+Limits    N <= 1024; windows of a call below 2^31; sizes of tiles are powers of two, which at window 7 costs 64/49.
 
 A map is (pointer, strides): strides = (batch, axis 0, axis 1, axis 2, head) in units of ALIGN elements, so that the
 compiler knows how far addresses are aligned without being recompiled for every stride. ``roll`` is the shift as it
@@ -238,7 +246,7 @@ def _head_scale_log2(logit_scale, head, scale_log2):
 
 @triton.jit
 def _inverse_norm(x):
-    """Of each row: what makes a unit vector of it, or _LARGEST_INVERSE if it is shorter than its inverse."""
+    """1 / max(norm, 1e-12) of each row."""
     x = x.to(tl.float32)
     return tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(x * x, axis=1)), 1e-12))
 
@@ -313,6 +321,11 @@ def _store_dlogit_scale(dlogit_scale, total_log2, at, logit_scale, head):
 
 
 @triton.jit
+def _above(random, drop_below):
+    return (random.to(tl.int32, bitcast=True) >= drop_below).to(tl.int8)
+
+
+@triton.jit
 def _kept(seed, window, head, query, start, drop_below, BLOCK_K: tl.constexpr):
     """Which of the keys from ``start`` on a query keeps: a tile of Philox numbers with the key ``seed``.
 
@@ -323,11 +336,6 @@ def _kept(seed, window, head, query, start, drop_below, BLOCK_K: tl.constexpr):
     r0, r1, r2, r3 = tl.philox(seed, quad[None, :], query[:, None], window, head)
     k0, k1, k2, k3 = _above(r0, drop_below), _above(r1, drop_below), _above(r2, drop_below), _above(r3, drop_below)
     return tl.reshape(tl.join(tl.join(k0, k2), tl.join(k1, k3)), (query.shape[0], BLOCK_K)) != 0
-
-
-@triton.jit
-def _above(random, drop_below):
-    return (random.to(tl.int32, bitcast=True) >= drop_below).to(tl.int8)
 
 
 @triton.jit

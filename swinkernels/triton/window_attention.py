@@ -206,7 +206,7 @@ def _prepare(
     align = math.gcd(flat, 16)  # of two numbers' union of bits, the same powers of two divide as of both
     leading = (0,) * (3 - rank)
     if dropout_p > 0.0 and dropout_seed is None:
-        raise ValueError("window_attention: dropout needs a seed")
+        raise ValueError("window_attention: dropout_seed must be given with a dropout_p above 0, got None")
     tables = (bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed if dropout_p > 0.0 else None)
     strides = tuple((s[0] // align, *leading, *(a // align for a in s[1 : 1 + rank]), s[-2] // align) for s in steps)
     return _Call(
@@ -268,13 +268,12 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
     packed = len(maps) == 1
     gradients = dmaps * 3 if packed else dmaps
     grad_heads = (3 * heads, heads) if packed else (heads, 0)
-    of_types = () if call.tables[1] is None else call.tables[1].shape
 
     def sums(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
     dbias_table = sums(plan.table_rows, heads) if needs_dbias_table else sums(0)
-    dbias = sums(*of_types) if needs_dbias else sums(0)
+    dbias = sums(*arguments[1].shape) if needs_dbias else sums(0)
     dlogit_scale = sums(heads) if needs_dlogit_scale else sums(0)
     dpad_qkv = sums(3, heads, head_dim).zero_() if needs_dpad_qkv else sums(0)
     results = (*dmaps, dbias_table, dbias, dlogit_scale, dpad_qkv)
@@ -327,13 +326,13 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
                 *call.maps, dout, lse, delta, of_pairs, *call.tables, *call.numbers,
                 of_type, each, *call.geometry(), **call.options(tile, False),
             )  # fmt: skip
-    if needs_dbias_table:
+    if of_pairs is not None and needs_dbias_table:
         kernels.fold_dbias[(-(-plan.table_rows // FOLD_ROWS) * heads,)](
-            of_pairs.sum(0), dbias_table, heads,
+            of_pairs.sum(0) if len(of_pairs) > 1 else of_pairs, dbias_table, heads,
             WINDOW=plan.flags["WINDOW"], TABLE_WINDOW=plan.flags["TABLE_WINDOW"],
             BLOCK_N=min(FOLD_KEYS, triton.next_power_of_2(volume)), BLOCK_ROWS=FOLD_ROWS, num_warps=4,
         )  # fmt: skip
-    if needs_dbias and of_pairs is not dbias:
+    elif of_pairs is not None and of_pairs is not dbias:
         torch.sum(of_pairs.unflatten(0, (call.types, -1)), 1, out=dbias.view(call.types, heads, volume, volume))
     if of_heads is not None:
         torch.sum(of_heads, 0, out=dlogit_scale)
