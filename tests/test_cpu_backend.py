@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import cases
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -144,37 +145,6 @@ def test_many_windows(heads):
 def test_many_windows_with_a_dense_bias(types):
     case = Case(3, (26, 27), 5, 4, 4, 2, has_table=False, has_logit_scale=True, bias_types=types)
     check_window_attention(packed, case, torch.float32)
-
-
-@st.composite
-def cases(draw) -> Case:
-    rank = draw(st.integers(2, 3))
-    has_logit_scale = draw(st.booleans())  # in windows of 16 tokens and more, which are not mostly pads
-    window = tuple(draw(st.integers(6 - rank if has_logit_scale else 1, 6)) for _ in range(rank))
-    shift = tuple(draw(st.integers(0, w - 1)) for w in window)
-    size = tuple(draw(st.integers(w if has_logit_scale else 1, 2 * w + 3)) for w in window)
-    options = {"pad_order": draw(st.sampled_from(["pad_then_roll", "roll_then_pad"]))}
-    before = tuple(draw(st.integers(0, -s % w)) for s, w in zip(size, window, strict=True))
-    if any(before):
-        options["pad_before"] = before
-    if draw(st.booleans()):
-        options["periodic"] = tuple(draw(st.booleans()) for _ in range(rank))
-    windows = math.prod(-(-s // w) for s, w in zip(size, window, strict=True))
-    bias = draw(st.sampled_from(["none", "table", "dense", "types"]))
-    types = {"dense": 0, "types": draw(st.sampled_from([n for n in range(1, windows + 1) if windows % n == 0]))}
-    return Case(
-        draw(st.integers(0, 3)),
-        size,
-        draw(st.integers(1, 3)),
-        draw(st.integers(4 if has_logit_scale else 1, 40)),
-        window,
-        shift,
-        has_table=bias == "table",
-        has_pad_qkv=draw(st.booleans()),
-        has_logit_scale=has_logit_scale,
-        bias_types=types.get(bias),
-        options=options,
-    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,8 +3,10 @@
 Maths     S = scale q k^T + bias + mask, P = softmax(S), out = P v, lse = log sum exp S, per window and head. Backward,
           with P recomputed from lse: dv = P^T dout, dP = dout v^T, delta = rowsum(P dP), dS = P (dP - delta),
           dq = scale dS k, dk = scale dS^T q, dbias = dS summed over windows, folded onto the table's rows. In float32
-          delta is rowsum(P dP) / rowsum(P): lse is rounded, so that P sums to one only nearly, and what is left over
-          would have one sign in all of a row's dS.
+          and float16 delta is rowsum(P dP) / rowsum(P): lse is rounded, so that P sums to one only nearly, and what is
+          left over would have one sign in all of a row's dS. bfloat16 rounds off more than that.
+Range     float16 results are finite where the exact ones are: sums and softmax are in float32, P is at most one, and dS
+          enters its products divided by what brings it into range. P's relative error is about |lse| * 2^-22.
 Cosine    v2, where logit_scale is not None: with u = q / |q|, w = k / |k| and f = exp(min(logit_scale, ln 100)), the
           first term of S is f q k^T / |q| |k|: products of q and k as they are, divided in float32, since f would
           multiply the error of rounded unit vectors. Backward: du = f dS w, dq = (du - u (u du)) / |q|, likewise k, and
@@ -41,6 +43,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LN_100 = tl.constexpr(4.605170185988092)
 _LARGEST_INVERSE = tl.constexpr(1e12)
+_LOWEST = tl.constexpr(-3.0e38)  # of a finite score
 
 # Numbers that vary with the batch: specialised (on being 1, on being a multiple of 16), every batch size could
 # recompile. Triton specialises the elements of tuples in any case. That is welcome: 2D, with its axis of size 1, is
@@ -202,7 +205,9 @@ def _load_tokens(
     VOLUME: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """_load_rows with pad tokens filled in."""
-    rows = _load_rows(data, offset * which, strides, image, head, y0, y1, y2, real, HEAD_DIM, BLOCK_D, ALIGN)
+    rows = _load_rows(
+        data, offset.to(tl.int64) * which, strides, image, head, y0, y1, y2, real, HEAD_DIM, BLOCK_D, ALIGN
+    )
     if pad_qkv is not None:
         pad = _load_pad(pad_qkv, which, num_heads, head, HEAD_DIM, BLOCK_D)
         rows = tl.where(((token < VOLUME) & ~real)[:, None], pad[None, :], rows)
@@ -258,6 +263,16 @@ def _unit_rows(x, inverse):
 
 
 @triton.jit
+def _add_product(total, a, b, factor, PRECISION: tl.constexpr):
+    """total + a b, the product multiplied by ``factor`` unless that is None."""
+    if factor is None:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    else:
+        total += tl.dot(a, b, input_precision=PRECISION) * factor
+    return total
+
+
+@triton.jit
 def _row_gradient(d, x, inverse, scale):
     """The gradient of rows of q or k, where d is the sum of dS times what they meet in the products.
 
@@ -289,13 +304,18 @@ def _mask_tile(scores, query_region, key_region, mask_log2):
 
 
 @triton.jit
-def _probs(products, bias, lse, seams, query_region, key_region, mask_log2, HAS_MASK: tl.constexpr):
+def _probs(
+    products, bias, lse, seams, query_region, key_region, mask_log2, dtype: tl.constexpr, HAS_MASK: tl.constexpr
+):  # fmt: skip
     """P of a tile, recomputed from lse."""
     scores = products + bias
     if HAS_MASK:
         if seams != 0:
             scores = _mask_tile(scores, query_region, key_region, mask_log2)
-    return tl.exp2(scores - (lse * _LOG2_E)[:, None])
+    scores -= (lse * _LOG2_E)[:, None]
+    if dtype == tl.float16:  # lse is rounded: of scores beyond 1e7, P above one could be infinite
+        scores = tl.minimum(scores, 0.0)
+    return tl.exp2(scores)
 
 
 @triton.jit
@@ -305,6 +325,25 @@ def _dprobs(dout, v, keep, keep_scale, PRECISION: tl.constexpr):
     if keep is not None:
         dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
     return dprobs
+
+
+@triton.jit
+def _excess(dscores, dtype: tl.constexpr):
+    """The divisor that brings a tile of dS into float16's range, where dq and dk may be though dS is beyond it.
+
+    None for dtypes whose range is float32's.
+    """
+    if dtype == tl.float16:
+        excess = tl.maximum(tl.max(tl.max(tl.abs(dscores), axis=1), axis=0) * (1 / 32768), 1.0)
+    else:
+        excess = None
+    return excess
+
+
+@triton.jit
+def _narrow(dscores, excess, dtype: tl.constexpr):
+    """dS as it enters the products with q and k, which are to be multiplied by ``excess``."""
+    return (dscores if excess is None else dscores * (1.0 / excess)).to(dtype)
 
 
 @triton.jit
@@ -424,6 +463,7 @@ def bwd_whole(
     """Sums over a program's windows: dbias (groups, heads, N, N), dlogit_scale (groups, heads) and dpad (groups, 2,
     heads, HEAD_DIM); or None.
     """
+    NORMALISED: tl.constexpr = q.dtype.element_ty != tl.bfloat16
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     if PACKED:  # the rows of q, k and v then share their address arithmetic
         k_strides, v_strides = q_strides, q_strides
@@ -473,7 +513,7 @@ def bwd_whole(
         q_inverse = _inverse_norm(q_tile) if logit_scale is not None else None
         k_inverse = _inverse_norm(k_tile) if logit_scale is not None else None
         products = _products(q_tile, k_tile, q_inverse, k_inverse, scale_log2, PRECISION)
-        probs = _probs(products, bias, lse_tile, seams, region, region, mask_log2, HAS_MASK)
+        probs = _probs(products, bias, lse_tile, seams, region, region, mask_log2, q_tile.dtype, HAS_MASK)
         keep = _kept(seed, window, head, token, 0, drop_below, BLOCK_N) if seed is not None else None
         dv_tile = tl.dot(tl.trans(_drop(probs, keep).to(q_tile.dtype)), dout_tile, input_precision=PRECISION)
         if seed is not None:
@@ -481,14 +521,16 @@ def bwd_whole(
         _store_dense(dv, dv_tile, row, real, num_heads, head, grad_row_heads, 2 * grad_head_offset, HEAD_DIM, BLOCK_D)
         dprobs = _dprobs(dout_tile, v_tile, keep, keep_scale, PRECISION)
         delta_tile = tl.sum(probs * dprobs, axis=1)
-        if q_tile.dtype == tl.float32:
-            delta_tile /= tl.sum(probs, axis=1)
+        if NORMALISED:
+            delta_tile /= tl.maximum(tl.sum(probs, axis=1), 1e-30)
         dscores = probs * (dprobs - delta_tile[:, None])
         if dbias is not None:
             dbias_tile += dscores
         if dlogit_scale is not None:
             dlogit_rows += tl.sum(dscores * products, axis=1)
-        rounded = dscores.to(q_tile.dtype)
+        excess = _excess(dscores, q_tile.dtype)
+        rounded = _narrow(dscores, excess, q_tile.dtype)
+        row_scale = scale if excess is None else scale * excess
         if logit_scale is not None:  # read again, from the cache: kept until here they would be spilled
             q_tile = _load_tokens(
                 q, packed_offset, q_strides, pad_qkv, 0, num_heads, image, head, y0, y1, y2, token, real,
@@ -500,10 +542,10 @@ def bwd_whole(
             )  # fmt: skip
             q_inverse, k_inverse = _inverse_norm(q_tile), _inverse_norm(k_tile)
         dk_tile = tl.dot(tl.trans(rounded), _unit_rows(q_tile, q_inverse), input_precision=PRECISION)
-        dk_tile = _row_gradient(dk_tile, k_tile, k_inverse, scale)
+        dk_tile = _row_gradient(dk_tile, k_tile, k_inverse, row_scale)
         _store_dense(dk, dk_tile, row, real, num_heads, head, grad_row_heads, grad_head_offset, HEAD_DIM, BLOCK_D)
         dq_tile = tl.dot(rounded, _unit_rows(k_tile, k_inverse), input_precision=PRECISION)
-        dq_tile = _row_gradient(dq_tile, q_tile, q_inverse, scale)
+        dq_tile = _row_gradient(dq_tile, q_tile, q_inverse, row_scale)
         _store_dense(dq, dq_tile, row, real, num_heads, head, grad_row_heads, 0, HEAD_DIM, BLOCK_D)
         if dpad is not None:
             is_pad = ((token < VOLUME) & ~real)[:, None]
@@ -582,6 +624,8 @@ def fwd_tiled(
                 key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID)
                 scores = _mask_tile(scores, query_region, key_region, mask_log2)
         higher = tl.maximum(top, tl.max(scores, axis=1))  # finite: every key tile holds at least one token
+        if dense_bias is not None:  # unless the bias excludes all of its tokens by minus infinity
+            higher = tl.maximum(higher, _LOWEST)
         probs = tl.exp2(scores - higher[:, None])
         rescale = tl.exp2(top - higher)
         total = total * rescale + tl.sum(probs, axis=1)
@@ -614,6 +658,7 @@ def bwd_tiled_dq(
 
     dlogit_scale: (windows * query tiles, heads), each program's sum; or None.
     """
+    NORMALISED: tl.constexpr = q.dtype.element_ty != tl.bfloat16
     VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     if PACKED:  # the rows of q, k and v then share their address arithmetic
         k_strides, v_strides = q_strides, q_strides
@@ -662,14 +707,14 @@ def bwd_tiled_dq(
         key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
         k_inverse = _inverse_norm(k_tile) if logit_scale is not None else None
         products = _products(q_tile, k_tile, q_inverse, k_inverse, scale_log2, PRECISION)
-        probs = _probs(products, bias, lse_tile, seams, query_region, key_region, mask_log2, HAS_MASK)
+        probs = _probs(products, bias, lse_tile, seams, query_region, key_region, mask_log2, q_tile.dtype, HAS_MASK)
         keep = _kept(seed, window, head, query, start, drop_below, BLOCK_K) if seed is not None else None
         dprobs = _dprobs(dout_tile, v_tile, keep, keep_scale, PRECISION)
         delta_tile += tl.sum(probs * dprobs, axis=1)
-        if q_tile.dtype == tl.float32:
+        if NORMALISED:
             total += tl.sum(probs, axis=1)
-    if q_tile.dtype == tl.float32:
-        delta_tile /= total
+    if NORMALISED:
+        delta_tile /= tl.maximum(total, 1e-30)
     tl.store(delta + lse_row + query, delta_tile, mask=query < VOLUME)
 
     if dlogit_scale is not None:
@@ -691,14 +736,15 @@ def bwd_tiled_dq(
         key_region = _region(n0, n1, n2, key, key_beyond, seams, size, region_map, WINDOW, GRID) if HAS_MASK else key
         k_inverse = _inverse_norm(k_tile) if logit_scale is not None else None
         products = _products(q_tile, k_tile, q_inverse, k_inverse, scale_log2, PRECISION)
-        probs = _probs(products, bias, lse_tile, seams, query_region, key_region, mask_log2, HAS_MASK)
+        probs = _probs(products, bias, lse_tile, seams, query_region, key_region, mask_log2, q_tile.dtype, HAS_MASK)
         keep = _kept(seed, window, head, query, start, drop_below, BLOCK_K) if seed is not None else None
         dprobs = _dprobs(dout_tile, v_tile, keep, keep_scale, PRECISION)
         dscores = probs * (dprobs - delta_tile[:, None])
         if dlogit_scale is not None:
             dlogit_rows += tl.sum(dscores * products, axis=1)
-        unit_k = _unit_rows(k_tile, k_inverse)
-        dq_tile = tl.dot(dscores.to(k_tile.dtype), unit_k, dq_tile, input_precision=PRECISION)
+        excess = _excess(dscores, k_tile.dtype)
+        rounded = _narrow(dscores, excess, k_tile.dtype)
+        dq_tile = _add_product(dq_tile, rounded, _unit_rows(k_tile, k_inverse), excess, PRECISION)
     if dlogit_scale is not None:
         _store_dlogit_scale(dlogit_scale, tl.sum(dlogit_rows, axis=0), program, logit_scale, head)
     dq_tile = _row_gradient(dq_tile, q_tile, q_inverse, scale)
@@ -770,14 +816,15 @@ def bwd_tiled_dkdv(
         )
         q_inverse = _inverse_norm(q_tile) if logit_scale is not None else None
         products = _products(q_tile, k_tile, q_inverse, k_inverse, scale_log2, PRECISION)
-        probs = _probs(products, bias, lse_tile, seams, query_region, key_region, mask_log2, HAS_MASK)
+        probs = _probs(products, bias, lse_tile, seams, query_region, key_region, mask_log2, q_tile.dtype, HAS_MASK)
         keep = _kept(seed, window, head, query, first_key, drop_below, BLOCK_K) if seed is not None else None
         dprobs = _dprobs(dout_tile, v_tile, keep, keep_scale, PRECISION)
         dscores = probs * (dprobs - delta_tile[:, None])
         kept = _drop(probs, keep).to(q_tile.dtype)
         dv_tile = tl.dot(tl.trans(kept), dout_tile, dv_tile, input_precision=PRECISION)
-        unit_q = _unit_rows(q_tile, q_inverse)
-        dk_tile = tl.dot(tl.trans(dscores.to(q_tile.dtype)), unit_q, dk_tile, input_precision=PRECISION)
+        excess = _excess(dscores, q_tile.dtype)
+        rounded = _narrow(dscores, excess, q_tile.dtype)
+        dk_tile = _add_product(dk_tile, tl.trans(rounded), _unit_rows(q_tile, q_inverse), excess, PRECISION)
 
     dk_tile = _row_gradient(dk_tile, k_tile, k_inverse, scale)
     if seed is not None:
@@ -859,7 +906,7 @@ def bwd_tiled_dbias(
         q_inverse = _inverse_norm(q_tile) if logit_scale is not None else None
         k_inverse = _inverse_norm(k_tile) if logit_scale is not None else None
         products = _products(q_tile, k_tile, q_inverse, k_inverse, scale_log2, PRECISION)
-        probs = _probs(products, bias, lse_tile, seams, query_region, key_region, mask_log2, HAS_MASK)
+        probs = _probs(products, bias, lse_tile, seams, query_region, key_region, mask_log2, q_tile.dtype, HAS_MASK)
         keep = _kept(seed, window, head, query, first_key, drop_below, BLOCK_K) if seed is not None else None
         dprobs = _dprobs(dout_tile, v_tile, keep, keep_scale, PRECISION)
         dscores = probs * (dprobs - delta_tile[:, None])

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from swinkernels.triton import _window_attention_kernels as kernels
+from swinkernels.triton._launch import INT32_MAX, alignment, three, unit_stride
 
 # Programs that a kernel which walks over windows is cut into: a few waves on a GPU of some 130 multiprocessors, on any
 # GPU, so that the order of sums, and with it the result, does not depend on the GPU.
@@ -21,7 +22,7 @@ BACKWARD_PROGRAMS = 1024
 MAX_FORWARD_WINDOWS = 8
 FOLD_ROWS = 16  # table entries of a program that folds dbias
 FOLD_KEYS = 256  # keys that it takes at a time
-INT32_MAX = 2**31 - 1
+LARGEST_MASK = 1e38  # with one of float32's largest numbers, log2(e) times a score would be infinite
 
 
 class Tiles(NamedTuple):
@@ -83,7 +84,7 @@ def _plan(
     has_region_map: bool,
     precision: str,
 ) -> Plan:
-    size = (1,) * (3 - len(size)) + size
+    size = three(size, 1)
     num_windows = tuple(-(-s // w) for s, w in zip(size, window, strict=True))
     frame = tuple(n * w for n, w in zip(num_windows, window, strict=True))
     roll = tuple(x % s for x, s in zip(shift, size, strict=True)) if roll_then_pad else shift
@@ -149,10 +150,6 @@ class _Call(NamedTuple):
         return {**self.plan.flags, **blocks, **launch, "ALIGN": self.align, "PACKED": self.packed_offset != 0}
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _prepare(
     maps: Sequence[Tensor],
     bias_table: Tensor | None,
@@ -173,7 +170,7 @@ def _prepare(
     dropout_p: float,
     allow_tf32: bool,
 ) -> _Call:
-    maps = tuple(_unit_stride(x) for x in maps)
+    maps = tuple(unit_stride(x) for x in maps)
     x = maps[0]
     packed = len(maps) == 1
     rank = x.dim() - (4 if packed else 3)
@@ -199,16 +196,11 @@ def _prepare(
         )
     steps = [x.stride() for x in maps]
     packed_offset = steps[0][-3] if packed else 0
-    flat = packed_offset
-    for stride in steps:
-        for step in stride[:-1]:
-            flat |= step
-    align = math.gcd(flat, 16)  # of two numbers' union of bits, the same powers of two divide as of both
-    leading = (0,) * (3 - rank)
+    align = alignment([packed_offset, *(step for stride in steps for step in stride[:-1])], 16)
     if dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("window_attention: dropout_seed must be given with a dropout_p above 0, got None")
     tables = (bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed if dropout_p > 0.0 else None)
-    strides = tuple((s[0] // align, *leading, *(a // align for a in s[1 : 1 + rank]), s[-2] // align) for s in steps)
+    strides = tuple((s[0] // align, *three([a // align for a in s[1 : 1 + rank]], 0), s[-2] // align) for s in steps)
     return _Call(
         plan=plan,
         batch_windows=batch_windows,
@@ -220,7 +212,11 @@ def _prepare(
         types=1 if bias is None or bias.dim() == 3 else bias.shape[0],
         tables=tuple(None if t is None else t.contiguous() for t in tables),
         scale=scale,
-        numbers=(scale * kernels.LOG2_E, mask_value * kernels.LOG2_E, *_dropout(dropout_p)),
+        numbers=(
+            scale * kernels.LOG2_E,
+            min(max(mask_value * kernels.LOG2_E, -LARGEST_MASK), LARGEST_MASK),
+            *_dropout(dropout_p),
+        ),
     )
 
 
