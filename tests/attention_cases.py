@@ -46,7 +46,7 @@ def cases(
     if not has_logit_scale and draw(st.booleans()):
         options["scale"] = draw(st.sampled_from([0.7, -0.3]))
     return Case(
-        draw(st.integers(0, most)),
+        draw(st.integers(1, most)),
         size,
         draw(st.integers(1, most)),
         draw(st.integers(4 if has_logit_scale else 1, 40) if head_dims is None else head_dims),

@@ -150,17 +150,18 @@ def long_windows_match_reference(name, dtype):
 # A program walks over several windows; and small windows in several tiles, at a fraction of the interpreter's time.
 REGIMES = {
     "whole": {"FORWARD_PROGRAMS": 4, "BACKWARD_PROGRAMS": 4},
-    "tiled": {"is_whole": lambda *_: False, "tiles": lambda *_: launcher.Tiles(16, 16, 4, 1)},
+    "tiled": {"is_whole": lambda *_: False, "tiles": lambda *_: launcher.Tiles(32, 32, 4, 1)},
 }
 
 
 @check(*REGIMES)
 def random_cases_match_reference(regime, dtype):
     """Every argument with every other, dropout among them."""
-    head_dims = st.sampled_from([4, 5, 10, 12, 20, 30, 32])
+    most = 1 if regime == "tiled" and not ON_GPU else 2
+    of_few = cases(longest=5, beyond=0, most=most, head_dims=st.sampled_from([4, 5, 10, 12, 20, 30, 32]))
 
-    @settings(max_examples=300 if ON_GPU else 12, deadline=None, database=None)
-    @given(cases(longest=5, beyond=0, most=2, head_dims=head_dims), st.sampled_from([0.0, 0.0, 0.3]), st.integers(0, 9))
+    @settings(max_examples=300 if ON_GPU else 8, deadline=None, database=None)
+    @given(of_few, st.sampled_from([0.0, 0.0, 0.3]), st.integers(0, 9))
     def run(case, dropout_p, seed):
         assume(math.prod(case.window_tuple) <= 64)
         # v2 multiplies a cosine's rounding errors by up to 100: in float32, where that counts, cases are chosen above.
@@ -372,7 +373,7 @@ def scores_of_any_size_give_finite_results(name, dtype):
     """Where float32 cannot tell the scores apart, a softmax of them is arbitrary, but it is one."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
-    inputs["bias_table"] *= 1e30
+    inputs["bias_table"] *= 1e9
     inputs["qkv"][..., : 2 * case.num_heads * case.head_dim] *= 8
     for key, x in run_case(packed, inputs, case.arguments()).items():
         assert x.isfinite().all(), key
