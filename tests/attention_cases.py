@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from swinkernels.testing import WindowAttentionCase as Case
@@ -45,7 +46,7 @@ def cases(
         options["mask_value"] = draw(st.sampled_from([-2.0, 1.5]))
     if not has_logit_scale and draw(st.booleans()):
         options["scale"] = draw(st.sampled_from([0.7, -0.3]))
-    return Case(
+    case = Case(
         draw(st.integers(1, most)),
         size,
         draw(st.integers(1, most)),
@@ -58,3 +59,6 @@ def cases(
         bias_types=types.get(bias),
         options=options,
     )
+    # The budget is one of RMS errors: of a few elements it would be a matter of luck.
+    assume(case.batch * math.prod(size) * case.num_heads * case.head_dim >= 100)
+    return case

@@ -202,6 +202,36 @@ def test_the_short_entry_is_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(aside[name], value), name
 
 
+def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
+    """And forward and backward of one replay draw the same: out is linear in v, so (out, dout) is (v, dv)."""
+    if _backends._DROPOUT in _backends.LACKING[backend]:
+        pytest.skip(f"{backend} has no dropout")
+    case = WindowAttentionCase(8, (28, 28), 6, 32, 7, 3, options={"dropout_p": 0.3})
+    inputs = case.inputs(torch.float32, DEVICE)
+    qkv = inputs["qkv"].requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = attend(backend)(qkv=qkv, bias_table=inputs["bias_table"], **case.arguments())
+        return out.detach(), torch.autograd.grad(out, qkv, inputs["dout"])[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out, dqkv = run()
+    outputs = []
+    for _ in range(3):
+        graph.replay()
+        v, dv = (x.double().chunk(3, dim=-1)[2] for x in (qkv.detach(), dqkv))
+        torch.testing.assert_close((v * dv).sum(), (out.double() * inputs["dout"].double()).sum(), rtol=1e-4, atol=1e-2)
+        outputs.append(out.clone())
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
     """The last images of a huge batch are what they are alone; there are more than 2 ** 16 windows, too."""
     batch = 2400

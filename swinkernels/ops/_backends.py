@@ -40,7 +40,7 @@ _COSINE, _DENSE, _TYPES, _DROPOUT = (
 )
 LACKING = {
     "cuda": {_COSINE, _DENSE, _TYPES, _DROPOUT},
-    "triton": {_COSINE, _DENSE, _TYPES, _DROPOUT},
+    "triton": set(),
     "cpu": {_DROPOUT},
 }
 
@@ -71,7 +71,7 @@ def _not_installed() -> dict[str, str | None]:
 
 NOT_INSTALLED = _not_installed()
 # Of the values that the argument checks let through, what a backend takes. The CUDA ones come from its own header.
-LIMITS: dict[str, dict[str, int]] = {"triton": {"max_window_volume": 256}}
+LIMITS: dict[str, dict[str, int]] = {"triton": {"max_window_volume": 1024}}
 NORM_LIMITS: dict[str, int] = {"triton": 8192}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
     LIMITS["cuda"] = _extension.build.build_info()["window_attention_limits"]
