@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 pytest.importorskip("timm", reason="timm is not installed")
 
+from parity import assert_as_noisy
 from timm.layers import DropPath, LayerNorm
 from timm_swin import CONFIGURATIONS, assert_as_good, check_parity, make_image, make_model, replaceable, run
 
 import swinkernels
 from swinkernels.integrations import VerificationError
 from swinkernels.integrations import _backend_choice as backend_choice
-from swinkernels.integrations import timm as adapter
+from swinkernels.integrations import _norms as norms
 from swinkernels.integrations._adapter import Accelerated
 from swinkernels.ops import _backends
 from swinkernels.ops._library import autocast_dtype
@@ -49,7 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     seen = Calls()
 
     def watch(name: str) -> None:
-        op = getattr(adapter, name)
+        op = getattr(norms, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             out = op(*args, **kwargs)
@@ -58,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
             seen.append({"op": name, "dtypes": dtypes, "results": [t.dtype for t in results], **kwargs})
             return out
 
-        monkeypatch.setattr(adapter, name, watched)
+        monkeypatch.setattr(norms, name, watched)
 
     for name in OPS:
         watch(name)
@@ -73,13 +74,13 @@ def a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     forward = nn.LayerNorm.forward
 
     def forward_as_on_a_gpu(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        return forward(norm, x.float() if _norm_dtype(x, x.dtype) == torch.float32 else x)
+        return forward(norm, x.float() if norm_dtype(x, x.dtype) == torch.float32 else x)
 
-    def _norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if autocast_dtype(x) is not None else dtype
 
     monkeypatch.setattr(nn.LayerNorm, "forward", forward_as_on_a_gpu)
-    monkeypatch.setattr(adapter, "_norm_dtype", _norm_dtype)
+    monkeypatch.setattr(norms, "norm_dtype", norm_dtype)
     backend_choice._find_fast_backend.cache_clear()
     yield
     backend_choice._find_fast_backend.cache_clear()
@@ -89,6 +90,14 @@ def accelerated(model: Any, backend: str = "reference") -> Any:
     fast = copy.deepcopy(model)
     assert len(swinkernels.accelerate(fast, backend=backend).replaced) == len(replaceable(model))
     return fast
+
+
+def with_own_attention(model: Any) -> Any:
+    """A hook keeps the attention of its blocks timm's own, whatever the backend."""
+    for module in model.modules():
+        if isinstance(module, nn.Softmax):
+            module.register_forward_hook(lambda *_: None)
+    return model
 
 
 def inner(model: Any, path: str) -> nn.Module:
@@ -147,15 +156,15 @@ def test_the_factor_of_drop_path_is_timms(p, dtype):
     for batch in (1, 5, 1000):
         y = torch.ones(batch, 3, 2, 4, dtype=dtype)
         factors, states = [], []
-        for draw in (lambda y: drop_path(y)[:, 0, 0, 0], lambda y: adapter._drop_path_scale(drop_path, y, y.dtype)):
+        for draw in (lambda y: drop_path(y)[:, 0, 0, 0], lambda y: norms.drop_path_scale(drop_path, y, y.dtype)):
             torch.manual_seed(3)
             factors.append(draw(y))
             states.append(torch.get_rng_state())
         assert torch.equal(*factors)
         assert torch.equal(*states)
-    assert adapter._drop_path_scale(drop_path.eval(), y, y.dtype) is None
-    assert adapter._drop_path_scale(DropPath(0.0).train(), y, y.dtype) is None
-    assert adapter._drop_path_scale(nn.Identity(), y, y.dtype) is None
+    assert norms.drop_path_scale(drop_path.eval(), y, y.dtype) is None
+    assert norms.drop_path_scale(DropPath(0.0).train(), y, y.dtype) is None
+    assert norms.drop_path_scale(nn.Identity(), y, y.dtype) is None
 
 
 @versions
@@ -206,10 +215,7 @@ def test_autocast_bfloat16(version, where, calls, request):
         plain, got = run(model, x), run(fast, x)
     assert seen[fast] == seen[model]
     assert got["out"].dtype == plain["out"].dtype
-    for name in exact:  # whole models round dozens of times: the noise of the two differs, its size may not
-        error, base = (r[name].double() - exact[name] for r in (got, plain))
-        assert got[name].dtype == plain[name].dtype
-        assert error.norm() <= 2 * base.norm() + 2**-8 * exact[name].norm(), name
+    assert_as_noisy(got, plain, exact)
 
     assert calls.by_op() == (CALLS[version] if version == 2 else {"layer_norm": 4, **CALLS[version]})
     half = torch.bfloat16
@@ -269,7 +275,8 @@ def test_a_stream_narrower_than_the_sum_under_autocast(version, dtype, calls, a_
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, got = plain(x), fast(x)
     assert got.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=5e-2, atol=5e-2)
+    exact = copy.deepcopy(plain).double()(x.double())
+    assert (got - exact).norm() <= 1.5 * (expected - exact).norm()
     assert "residual_layer_norm" not in calls.by_op()
 
 
@@ -359,24 +366,20 @@ def test_auto_on_a_cpu_is_timms_own_code(version, calls):
     fast(x)
     assert not calls
     assert [e.backend for e in report.replaced if "Merging" in e.module_class] == ["timm"]
-    if version == 2:
-        assert torch.equal(fast(x), model(x))
-        assert {e.backend for e in report.replaced} == {"timm"}
-        assert "Attention: timm's own code; v2's cosine attention is not replaced" in report.replaced[0].remarks
-        assert any(
-            r.startswith("Residual and norm: timm's own code. Not cpu: it does not implement residual_layer_norm")
-            for r in report.replaced[0].remarks
-        )
+    assert any(
+        r.startswith("Residual and norm: timm's own code. Not cpu: it does not implement residual_layer_norm")
+        for r in report.replaced[0].remarks
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_a_backend_that_has_no_such_op_leaves_it_to_timm_and_says_so(backend, calls):
-    model = make_model(2)
+    model = with_own_attention(make_model(2))
     fast = copy.deepcopy(model)
     report = swinkernels.accelerate(fast, backend=backend)
     assert {entry.backend for entry in report.replaced} == {"timm"}
     for entry in report.replaced:
-        assert f"timm's own code. {backend} cannot run it: it " in entry.remarks[0]
+        assert f"timm's own code. {backend} cannot run it: it " in entry.remarks[-1]
     x = make_image(model)
     assert torch.equal(fast(x), model(x))
     assert not calls
@@ -401,7 +404,7 @@ def test_auto_decides_at_the_call(version, calls, a_gpu):
 
 
 def test_triton_has_patch_merging_alone(calls, a_gpu):
-    model = make_model(2)
+    model = with_own_attention(make_model(2))
     fast, x = copy.deepcopy(model), make_image(model)
     report = swinkernels.accelerate(fast, backend="triton")
     assert [e.backend for e in report.replaced if "Merging" in e.module_class] == ["triton"]
@@ -548,8 +551,10 @@ def test_a_v2_block_of_which_nothing_can_be_replaced_is_left_alone():
     model = make_model(2)
     block = model.layers[0].blocks[0]
     block.norm1, block.norm2 = OwnNorm(16), nn.Identity()
+    block.attn.softmax = nn.Softmax2d()
     (entry,) = swinkernels.accelerate(model, backend="reference").skipped
     assert (entry.path, entry.module_class) == ("layers.0.blocks.0", "SwinTransformerV2Block")
+    assert "attn.softmax is a Softmax2d" in entry.reason
     assert "norm1 is a" in entry.reason
     assert "norm2 is a" in entry.reason
 
@@ -599,7 +604,7 @@ def test_subclasses_and_closed_modules_are_left_alone(version):
 def test_scripted_modules_of_another_library_are_not_taken_for_timms():
     models = pytest.importorskip("torchvision.models.swin_transformer", reason="torchvision is not installed")
     scripted = torch.jit.script(models.PatchMerging(8))
-    assert swinkernels.accelerate(scripted).skipped == []
+    assert [e.adapter for e in swinkernels.accelerate(scripted).skipped] == ["torchvision"]
 
 
 @versions
@@ -650,8 +655,8 @@ def test_verify_passes_where_timm_itself_overflows():
 )
 def test_verify_finds_a_wrong_op_and_names_the_module(version, op, path, monkeypatch):
     model = make_model(version)
-    right = getattr(adapter, op)
-    monkeypatch.setattr(adapter, op, lambda *args, eps, **kwargs: right(*args, eps=eps + 0.01, **kwargs))
+    right = getattr(norms, op)
+    monkeypatch.setattr(norms, op, lambda *args, eps, **kwargs: right(*args, eps=eps + 0.01, **kwargs))
     with pytest.raises(VerificationError, match=rf"{path}: the output is off by"):
         swinkernels.accelerate(model, backend="reference", verify=True)
     assert not any(isinstance(m, Accelerated) for m in model.modules())

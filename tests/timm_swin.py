@@ -6,14 +6,22 @@ import copy
 from typing import Any
 
 import torch
+from parity import assert_as_good, run, shaken
 from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer_v2 import PatchMerging as PatchMergingV2
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from timm.models.swin_transformer_v2_cr import PatchMerging as PatchMergingV2Cr
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
 from torch import Tensor, nn
 
 import swinkernels
 
-REPLACED = (SwinTransformerBlock, SwinTransformerV2Block, PatchMerging, PatchMergingV2)
+__all__ = ["CONFIGURATIONS", "assert_as_good", "check_parity", "make_image", "make_model", "replaceable", "run"]
+
+REPLACED = (
+    *(SwinTransformerBlock, SwinTransformerV2Block, SwinTransformerV2CrBlock),
+    *(PatchMerging, PatchMergingV2, PatchMergingV2Cr),
+)
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "divisible": {"img_size": (32, 64), "window_size": 4},
@@ -66,37 +74,15 @@ def replaceable(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, REPLACED)]
 
 
-def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Output, gradient of the input and of every parameter that has one."""
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    out = model(x)
-    torch.manual_seed(2)
-    out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    assert x.grad is not None
-    return {"out": out.detach(), "x": x.grad, **grads}
+def check_parity(model: nn.Module, x: Tensor, backend: str = "auto", magnifies: bool = False) -> None:
+    """Compare the model with its accelerated copy; the judge is the model in float64.
 
-
-def assert_as_good(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """The error against float64 is at most twice that of timm's own code in the same dtype, and a few roundings."""
-    assert got.keys() == plain.keys() == exact.keys()
-    for name in exact:
-        assert got[name].dtype == plain[name].dtype, name
-        eps = torch.finfo(got[name].dtype).eps * (256 if got[name].dtype == torch.float64 else 4)
-        few = 1 + 20 / exact[name].numel()  # such as one for each head: chance has a say
-        error, base = got[name].double() - exact[name], plain[name].double() - exact[name]
-        for measure in (lambda t: t.square().mean().sqrt(), lambda t: t.abs().max()):
-            e, limit = measure(error), few * (2 * measure(base) + eps * measure(exact[name]))
-            assert e <= limit, f"{name}: error {e:.3g}, at most {limit:.3g}"
-
-
-def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
-    """Compare the model with its accelerated copy; the judge is the model in float64."""
+    ``magnifies``: the model's scores are large, and its gradients sums that cancel (v2).
+    """
     fast = copy.deepcopy(model)
     report = swinkernels.accelerate(fast, backend=backend)
     assert len(report.replaced) == len(replaceable(model))
     assert not report.skipped
     exact = run(copy.deepcopy(model).double(), x.double())
-    assert_as_good(run(fast, x), run(model, x), exact)
+    moved = shaken(model, x, x.dtype) if magnifies else None
+    assert_as_good(run(fast, x), run(model, x), exact, moved)

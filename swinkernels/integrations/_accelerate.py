@@ -9,8 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from swinkernels.integrations._adapter import BACKEND_ATTRIBUTE, SUPPORTED, Adapter, loaded_adapters
+from swinkernels.integrations import structural, structural_attention
+from swinkernels.integrations._adapter import (
+    SUPPORTED,
+    Accelerated,
+    Adapter,
+    loaded_adapters,
+    original_class,
+    put_in_place,
+    take_back,
+)
 from swinkernels.integrations._backend_choice import backend_choice
+from swinkernels.integrations._foreign import NAME as STRUCTURAL
 from swinkernels.integrations._report import Replaced, Report, Skipped
 from swinkernels.integrations._verify import verify as _verify
 from swinkernels.ops._backends import check_backend
@@ -24,8 +34,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     It may be called again, with another backend, or after the model was changed.
 
     Args:
-        model: any module; supported are the blocks and the patch merging of timm's Swin Transformers, v1 and v2 (v2
-            without its attention), on any device, in any dtype.
+        model: any module, on any device, in any dtype. Supported are the Swin blocks and the patch merging of the
+            libraries that have an adapter, and copies of Microsoft's Swin block, whatever package they are of, if they
+            do what their form says: each class is tried on random numbers beside its own forward first.
         backend: "auto", "cuda", "triton", "cpu" or "reference", as in the ops. "auto" chooses at every call. Norms,
             residual connections and patch merging stay the library's own code where "auto" finds no fast backend and
             where the named one does not have them; attention is then the reference's, or refused.
@@ -43,28 +54,30 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     """
     _check_module("accelerate", model)
     check_backend("accelerate", backend)
-    adapters = loaded_adapters()
     report = Report()
-    to_accelerate: list[tuple[nn.Module, Adapter]] = []
-    to_restore: list[tuple[nn.Module, Adapter]] = []
-    for path, module, adapter, reason in _candidates(model, adapters):
-        if reason is None:
+    to_accelerate: dict[nn.Module, Adapter] = {}
+    paths: dict[nn.Module, str] = {}
+    to_restore: list[nn.Module] = []
+    for path, module, adapter, reason in _candidates(model, loaded_adapters()):
+        if adapter is not None and reason is None:
             reason = adapter.reason_to_skip(module)
-            if reason is not None and type(module) is adapter.accelerated:  # it has been changed since
-                to_restore.append((module, adapter))
-        if reason is not None:
-            report.skipped.append(Skipped(path, type(module).__name__, adapter.name, reason))
+        name = original_class(module).__name__
+        if adapter is None or reason is not None:
+            library = STRUCTURAL if adapter is None else adapter.name
+            report.skipped.append(Skipped(path, name, library, str(reason)))
+            if isinstance(module, Accelerated):  # it has been changed since
+                to_restore.append(module)
             continue
-        if verify:
-            _verify(adapter, path, module, backend)
         chosen, remarks = backend_choice(adapter, module, backend)
-        report.replaced.append(Replaced(path, adapter.original.__name__, adapter.name, chosen, remarks))
-        to_accelerate.append((module, adapter))
-    for module, adapter in to_accelerate:
-        module.__class__ = adapter.accelerated
-        module.__dict__[BACKEND_ATTRIBUTE] = backend
-    for module, adapter in to_restore:
-        _restore(module, adapter)
+        report.replaced.append(Replaced(path, name, adapter.name, chosen, remarks))
+        to_accelerate[module], paths[module] = adapter, path
+    if verify:
+        for module, path in paths.items():
+            _verify(to_accelerate, path, module, backend)
+    for module, adapter in to_accelerate.items():
+        put_in_place(adapter, module, backend)
+    for module in to_restore:
+        take_back(module)
     if not report.replaced and not report.skipped:
         report.reason = f"Nothing to replace in {type(model).__name__}: it contains no {SUPPORTED}."
     return report
@@ -77,16 +90,8 @@ def restore(model: nn.Module) -> None:
         TypeError: ``model`` is not a module.
     """
     _check_module("restore", model)
-    accelerated = {adapter.accelerated: adapter for adapter in loaded_adapters()}
     for module in model.modules():
-        if type(module) in accelerated:
-            _restore(module, accelerated[type(module)])
-
-
-def _restore(module: nn.Module, adapter: Adapter) -> None:
-    module.__class__ = adapter.original
-    for name in [n for n in module.__dict__ if n.startswith("_swinkernels_")]:
-        del module.__dict__[name]
+        take_back(module)
 
 
 def _check_module(op: str, model: Any) -> None:
@@ -94,11 +99,17 @@ def _check_module(op: str, model: Any) -> None:
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[tuple[str, nn.Module, Adapter, str | None]]:
-    """Every module that an adapter knows, each once: path, module, adapter and, if it is clear, why not to touch it."""
+# Path, module, its adapter (None for what only looks like a block, to the structural adapter) and, if it is clear, why
+# not to touch it.
+Candidate = tuple[str, nn.Module, Adapter | None, str | None]
+
+
+def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate]:
+    """Every module that an adapter knows, each once. Libraries' own adapters go first, by exact class."""
+    by_class = {cls: adapter for adapter in adapters for cls in (adapter.original, adapter.accelerated)}
     seen: set[nn.Module] = set()
 
-    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter, str | None]]:
+    def walk(path: str, module: nn.Module, reported: bool = False) -> Iterator[Candidate]:
         if module in seen:
             return
         seen.add(module)
@@ -107,19 +118,28 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[tuple[str
             seen.update(module.modules())
             inside = list(module.modules())
             found = {a.name: a for a in reversed(adapters) if any(_resembles(m, a) for m in inside)}
-            for adapter in found.values():  # one of each library
-                yield path, module, adapter, closed
+            for of_library in found.values():  # one of each library
+                yield path, module, of_library, closed
+            if any(structural.resembles(m) and not any(_resembles(m, a) for a in adapters) for m in inside):
+                yield path, module, None, closed
             return
-        for adapter in adapters:
-            if type(module) in (adapter.original, adapter.accelerated):
-                yield path, module, adapter, None
-                return
-            if isinstance(module, adapter.original):
-                name = type(module).__name__
-                yield path, module, adapter, f"{name} is a subclass, which may compute something else"
-                return
+        adapter = by_class.get(type(module))
+        of_subclass = next((adapter for adapter in adapters if isinstance(module, adapter.original)), None)
+        if adapter is not None:
+            yield path, module, adapter, None
+        elif of_subclass is not None:
+            adapter, name = of_subclass, type(module).__name__
+            yield path, module, adapter, f"{name} is a subclass, which may compute something else"
+        else:
+            adapter, reason = structural.look(module) or structural_attention.look(module) or (None, None)
+            # What is said of a block says enough of its attention, if that is left.
+            if adapter is not None or (reason is not None and not reported):
+                yield path, module, adapter, reason
+            reported = reported or adapter is not None or reason is not None
+        if adapter is not None and not adapter.looks_inside:
+            return
         for name, child in module.named_children():
-            yield from walk(f"{path}.{name}" if path else name, child)
+            yield from walk(f"{path}.{name}" if path else name, child, reported)
 
     yield from walk("", model)
 

@@ -14,12 +14,14 @@ from swinkernels.integrations._parts import Part
 
 # A package of the library, imported with any of its models -> the module here with its ADAPTERS. It is imported only
 # when the library's package has been imported already: no model of a library can exist before.
-_ADAPTERS = {"timm.models": "swinkernels.integrations.timm"}
+_ADAPTERS = {
+    "monai.networks.nets.swin_unetr": "swinkernels.integrations.monai",
+    "mmpretrain.models.backbones": "swinkernels.integrations.mmpretrain",
+    "timm.models": "swinkernels.integrations.timm",
+    "torchvision.models.swin_transformer": "swinkernels.integrations.torchvision",
+}
 
-SUPPORTED = (
-    "SwinTransformerBlock or PatchMerging of timm.models.swin_transformer, and no SwinTransformerV2Block or "
-    "PatchMerging of timm.models.swin_transformer_v2"
-)
+SUPPORTED = "Swin Transformer block or patch merging of a known library"
 
 
 def _forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ class Adapter:
     # In what follows, a module is one of the class ``original`` or ``accelerated``.
     # Why a module of exactly this class has to stay as it is, or None. Looks at values, so not for the forward pass.
     reason_to_skip: Callable[[Any], str | None]
-    # What ops can take over. The report names the backend of the first part.
+    # What ops can take over. The report names the backend of the first part, and the library if there is none.
     parts: tuple[Part, ...]
     # The input that the module was made for, (*S, C).
     input_shape: Callable[[Any], tuple[int, ...]]
@@ -49,13 +51,15 @@ class Adapter:
     # Calls the forward of the module's class, past hooks, on a map (B, *input_shape), with whatever else it takes for
     # that map (a sequence and its size, a mask). The tensor that comes out.
     run: Callable[[Any, Tensor], Tensor] = _forward
+    # Whether there may be modules inside that have adapters of their own, such as the blocks of a stage.
+    looks_inside: bool = False
 
 
 BACKEND_ATTRIBUTE = "_swinkernels_backend"
 
 
 class Accelerated(nn.Module):
-    """The first base of every ``accelerated`` class."""
+    """The first base of every ``accelerated`` class; the ``original`` one is the second."""
 
     _swinkernels_backend = "auto"
 
@@ -64,6 +68,27 @@ class Accelerated(nn.Module):
             "torch.jit.script cannot compile a module that swinkernels.accelerate has replaced: call "
             "swinkernels.restore(model) before scripting it, or use torch.jit.trace, torch.export or torch.compile"
         )
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or the one that it had before accelerate."""
+    bases = type(module).__bases__
+    return bases[1] if isinstance(module, Accelerated) and len(bases) > 1 else type(module)
+
+
+def put_in_place(adapter: Adapter, module: nn.Module, backend: str) -> None:
+    """Let a module run on this package's ops."""
+    module.__class__ = adapter.accelerated
+    module.__dict__[BACKEND_ATTRIBUTE] = backend
+
+
+def take_back(module: nn.Module) -> None:
+    """Undo it. A module that does not run on them is left alone."""
+    original = original_class(module)
+    if original is not type(module):
+        module.__class__ = original
+        for name in [n for n in module.__dict__ if n.startswith("_swinkernels_")]:
+            del module.__dict__[name]
 
 
 def loaded_adapters() -> list[Adapter]:

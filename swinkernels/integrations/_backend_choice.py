@@ -56,7 +56,7 @@ def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple
         # Nothing new is said where a backend is already out of the question in eval mode.
         if in_training != chosen or (why_in_training and not why):
             remarks.append(f"{name} in training: {why_in_training}")
-    return backends[0], tuple(dict.fromkeys(remarks))
+    return backends[0] if backends else adapter.name, tuple(dict.fromkeys(remarks))
 
 
 def _part_choice(adapter: Adapter, part: Part, module: nn.Module, requested: str, training: bool) -> tuple[str, str]:

@@ -46,9 +46,15 @@ def window_attention_part(
     def reasons(module: Any, backend: str, training: bool) -> list[str]:
         qkv_weight = weight(module)
         given: dict[str, Any] = {
+            "bias_table": None,
+            "shift_size": 0,
+            "scale": None,
             "bias": None,
             "table_window": None,
             "logit_scale": None,
+            "pad_qkv": None,
+            "pad_order": "pad_then_roll",
+            "mask_value": -100.0,
             "pad_before": 0,
             "periodic": False,
             "region_map": None,

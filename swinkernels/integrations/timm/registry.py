@@ -1,0 +1,62 @@
+"""Accelerated entrypoints in timm's registry: ``timm.create_model("swinkernels_swin_tiny_patch4_window7_224")``.
+
+One for each model of timm's swin_transformer, swin_transformer_v2 and swin_transformer_v2_cr, with its pretrained tags
+and configurations. The model comes from timm's own entrypoint, with whatever arguments timm takes, and is then
+accelerated: also inside the wrapper of ``features_only``. It keeps the architecture's name in its ``default_cfg``, so a
+checkpoint or a hub upload of it is one of timm's model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import timm
+from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
+from torch import nn
+
+from swinkernels.integrations._accelerate import accelerate
+
+PREFIX = "swinkernels_"
+
+# What timm.models.register_model reads in the module of an entrypoint: the configurations, and the names, to which it
+# adds.
+default_cfgs: dict[str, Any] = {}
+__all__ = ["PREFIX"]
+
+
+def _entrypoint(name: str, original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        model = original(pretrained=pretrained, **kwargs)
+        report = accelerate(model)
+        if not report.replaced:  # such as features_only with feature_cls="fx", which makes a graph of the model
+            warnings.warn(f"{PREFIX}{name} runs timm's own code: {report}", stacklevel=3)
+        return model
+
+    create.__name__ = create.__qualname__ = PREFIX + name
+    create.__module__ = __name__
+    create.__doc__ = f"timm's {name} on swinkernels: the same arguments, weights and results."
+    return create
+
+
+def _hub_id(cfg: Any, name: str, tag: str) -> str | None:
+    """Where timm has the weights of its own model: a bare "timm/" would be completed with the name here."""
+    return f"timm/{name}.{tag}" if cfg.hf_hub_id == "timm/" and tag else cfg.hf_hub_id
+
+
+def _register(module: Any) -> None:
+    for name in timm.list_models(module=module.__name__.rpartition(".")[2]):
+        if timm.is_model(PREFIX + name):
+            continue  # the module is imported again: timm would warn of every name
+        cfgs = module.default_cfgs.get(name)
+        if cfgs is not None:
+            own = {tag: replace(cfg, hf_hub_id=_hub_id(cfg, name, tag)) for tag, cfg in cfgs.cfgs.items()}
+            default_cfgs[PREFIX + name] = replace(cfgs, tags=deque(cfgs.tags), cfgs=own)
+        globals()[PREFIX + name] = timm.models.register_model(_entrypoint(name, timm.models.model_entrypoint(name)))
+
+
+for _module in (swin_transformer, swin_transformer_v2, swin_transformer_v2_cr):
+    _register(_module)

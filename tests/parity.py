@@ -1,0 +1,77 @@
+"""A model before and after accelerate: outputs and every gradient."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def run(model: nn.Module, x: Tensor, *others: Any) -> dict[str, Tensor]:
+    """Output (or outputs, numbered), gradient of the input and of every parameter that has one."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    out = model(x, *others)
+    outs = {"out": out} if isinstance(out, Tensor) else {f"out.{i}": o for i, o in enumerate(out)}
+    torch.manual_seed(2)
+    douts = [torch.randn(o.shape, dtype=torch.float64).to(o.dtype) for o in outs.values()]
+    torch.autograd.backward(list(outs.values()), douts)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert x.grad is not None
+    return {**{name: o.detach() for name, o in outs.items()}, "x": x.grad, **grads}
+
+
+def shaken(model: nn.Module, x: Tensor, dtype: torch.dtype, *others: Any) -> dict[str, Tensor]:
+    """What a model in float64 makes of an input and parameters that were moved by an eps of the dtype."""
+    generator = torch.Generator().manual_seed(4)
+
+    def shake(t: Tensor) -> Tensor:
+        up = torch.randint(0, 2, t.shape, generator=generator, dtype=t.dtype)
+        return t * (1 + torch.finfo(dtype).eps * (2 * up - 1))
+
+    model = copy.deepcopy(model).double()
+    for p in model.parameters():
+        p.data = shake(p.data)
+    return run(model, shake(x.double()), *others)
+
+
+def assert_as_good(
+    got: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    moved: dict[str, Tensor] | None = None,
+) -> None:
+    """The error against float64 is at most twice that of the library's code in the same dtype, and a few roundings.
+
+    Where large scores and sums that cancel magnify roundings, ``moved`` says how much (see :func:`shaken`).
+    """
+    assert got.keys() == plain.keys() == exact.keys()
+    for name in exact:
+        assert got[name].dtype == plain[name].dtype, name
+        eps = torch.finfo(got[name].dtype).eps * (256 if got[name].dtype == torch.float64 else 4)
+        few = 1 + 20 / exact[name].numel()  # such as one for each head: chance has a say
+        error, base = got[name].double() - exact[name], plain[name].double() - exact[name]
+        for measure in (lambda t: t.square().mean().sqrt(), lambda t: t.abs().max()):
+            e, limit = measure(error), few * (2 * measure(base) + eps * measure(exact[name]))
+            if moved is not None:
+                limit = limit + few * 2 * measure(moved[name] - exact[name])
+            assert e <= limit, f"{name}: error {e:.3g}, at most {limit:.3g}"
+
+
+def assert_as_noisy(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """In low precision, where whole models round dozens of times: the noise of the two differs, its size may not."""
+    assert got.keys() == plain.keys() == exact.keys()
+    errors, bases = [], []
+    for name in exact:
+        assert got[name].dtype == plain[name].dtype, name
+        error, base = ((r[name].double() - exact[name]).norm() for r in (got, plain))
+        size, few = exact[name].norm(), 1 + 20 / exact[name].numel()  # such as one for each head: chance has a say
+        assert error <= few * (2 * base + 2**-8 * size), f"{name}: error {error / size:.3g}, plain {base / size:.3g}"
+        if size > 0:
+            errors.append(error / size)
+            bases.append(base / size)
+    error, base = (torch.stack(e).square().mean().sqrt() for e in (errors, bases))
+    assert error <= 1.5 * base + 2**-8, f"all tensors: error {error:.3g}, plain {base:.3g}"
