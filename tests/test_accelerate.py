@@ -679,7 +679,7 @@ def test_a_gradient_that_is_zero_is_judged_by_the_size_of_others(error, passes):
     if passes:
         _verify._check("block", "the gradient of bias", got, plain, exact, exact, largest=3.0)
     else:
-        with pytest.raises(VerificationError, match="block: the gradient of bias is off by 0.001"):
+        with pytest.raises(VerificationError, match=r"block: the gradient of bias is off by 0\.001"):
             _verify._check("block", "the gradient of bias", got, plain, exact, exact, largest=3.0)
 
 

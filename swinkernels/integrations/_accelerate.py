@@ -32,8 +32,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     It may be called again, with another backend, or after the model was changed.
 
     Args:
-        model: any module; supported are Swin Transformer blocks and their like in the libraries that have an adapter, on
-            any device, in any dtype. A library is looked for only if it was imported.
+        model: any module; supported are Swin Transformer blocks and their like of the libraries that have an adapter,
+            on any device, in any dtype.
         backend: "auto", "cuda", "triton", "cpu" or "reference", as in the ops. "auto" chooses at every call. Norms,
             residual connections and patch merging stay the library's own code where "auto" finds no fast backend and
             where the named one does not have them; attention is then the reference's, or refused.
