@@ -92,5 +92,7 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch):
         return [] if backend in _backends.IMPLEMENTED[op] else [f"it does not implement {op}"]
 
     monkeypatch.setattr(_backends, "_reasons", reasons)
+    _backends._find_fast_backend.cache_clear()
     with attached():
         yield
+    _backends._find_fast_backend.cache_clear()

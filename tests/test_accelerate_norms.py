@@ -24,7 +24,6 @@ from timm_swin import CONFIGURATIONS, assert_as_good, check_parity, make_image, 
 
 import swinkernels
 from swinkernels.integrations import VerificationError
-from swinkernels.integrations import _backend_choice as backend_choice
 from swinkernels.integrations import _norms as norms
 from swinkernels.integrations._adapter import Accelerated
 from swinkernels.ops import _backends
@@ -81,9 +80,9 @@ def a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
     monkeypatch.setattr(nn.LayerNorm, "forward", forward_as_on_a_gpu)
     monkeypatch.setattr(norms, "norm_dtype", norm_dtype)
-    backend_choice._find_fast_backend.cache_clear()
+    _backends._find_fast_backend.cache_clear()
     yield
-    backend_choice._find_fast_backend.cache_clear()
+    _backends._find_fast_backend.cache_clear()
 
 
 def accelerated(model: Any, backend: str = "reference") -> Any:

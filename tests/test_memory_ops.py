@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import swinkernels
 from swinkernels import reference
 from swinkernels.ops import _backends
-from swinkernels.ops.patch_merging import _RUNS, ORDERS, _by_neighbour, _row_major_columns
+from swinkernels.ops.patch_merging import ORDERS, RUNS, _by_neighbour, _row_major_columns
 from swinkernels.reference.patch_merging import ORDERS as REFERENCE_ORDERS
 from swinkernels.reference.patch_merging import neighbours
 
@@ -667,14 +667,14 @@ def test_longest_row(monkeypatch, plain_kernels):
 # --- orders of merged channels
 
 
-@pytest.mark.parametrize(("order", "rank"), list(_RUNS))
+@pytest.mark.parametrize(("order", "rank"), list(RUNS))
 def test_row_major_columns(order, rank):
     """A row-major gather by the reordered columns is the reduction of the order, doubled neighbours included."""
     c, out, count = 3, 7, 2**rank
     x, weight = draw(2, *(4,) * rank, c), draw(out, count * c, seed=2)
     expected = reference.patch_merging(x, None, None, weight, order=order, norm="post")
     columns = _by_neighbour(weight, count) if order == "unfold" else weight
-    columns = _row_major_columns(columns, _RUNS[order, rank])
+    columns = _row_major_columns(columns, RUNS[order, rank])
     gathered = reference.window_partition(x, 2).flatten(1).reshape(2, *(2,) * rank, count * c)
     torch.testing.assert_close(reference.layer_norm(gathered @ columns.T), expected, rtol=1e-12, atol=1e-12)
 
@@ -696,6 +696,6 @@ def test_by_neighbour(rank):
 
 def test_orders_of_the_op_are_those_of_the_reference():
     assert ORDERS == REFERENCE_ORDERS
-    for (order, rank), numbers in _RUNS.items():
+    for (order, rank), numbers in RUNS.items():
         offsets = neighbours(order, rank)
         assert [sum(o << (rank - 1 - i) for i, o in enumerate(offset)) for offset in offsets] == list(numbers)

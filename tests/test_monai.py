@@ -301,12 +301,11 @@ def test_norms_and_merging_on_ops(axes, downsample, calls):
 
 def test_norms_and_merging_on_kernels(calls, plain_kernels, monkeypatch):
     """What runs on a GPU, with kernels in plain PyTorch."""
-    from swinkernels.integrations import _backend_choice
     from swinkernels.ops import _backends
 
     monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda", "reference"))
     monkeypatch.setitem(_backends.IMPLEMENTED, "window_attention", ())
-    _backend_choice._find_fast_backend.cache_clear()
+    _backends._find_fast_backend.cache_clear()
     try:
         model = make_encoder(3)
         check_parity(model, make_volume(3))
@@ -319,7 +318,7 @@ def test_norms_and_merging_on_kernels(calls, plain_kernels, monkeypatch):
         assert_as_noisy(fast, plain, exact)
         assert calls.count("layer_norm") == 8
     finally:
-        _backend_choice._find_fast_backend.cache_clear()
+        _backends._find_fast_backend.cache_clear()
 
 
 class LegacyPatchMerging(PatchMerging):

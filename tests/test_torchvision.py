@@ -335,12 +335,11 @@ def test_norms_and_merging_on_ops(version, dtype, calls):
 @versions
 def test_norms_and_merging_on_kernels(version, calls, plain_kernels, monkeypatch):
     """What runs on a GPU, with kernels in plain PyTorch."""
-    from swinkernels.integrations import _backend_choice
     from swinkernels.ops import _backends
 
     monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda", "reference"))
     monkeypatch.setitem(_backends.IMPLEMENTED, "window_attention", ())
-    _backend_choice._find_fast_backend.cache_clear()
+    _backends._find_fast_backend.cache_clear()
     try:
         model, x = make_model(version), make_image()
         check_parity(model, x)
@@ -352,7 +351,7 @@ def test_norms_and_merging_on_kernels(version, calls, plain_kernels, monkeypatch
         assert_as_noisy(fast, plain, exact)
         assert calls.count("layer_norm") == (4 if version == 1 else 0)
     finally:
-        _backend_choice._find_fast_backend.cache_clear()
+        _backends._find_fast_backend.cache_clear()
 
 
 def test_autocast_leaves_what_others_see_its_dtype(calls):

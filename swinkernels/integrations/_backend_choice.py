@@ -1,43 +1,12 @@
-"""What a part of a module runs on: at a call, and for the report, with why it is not something faster."""
+"""What a part of a module runs on, for the report, and why it is not something faster."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import nn
 
 from swinkernels.integrations._adapter import Adapter
 from swinkernels.integrations._parts import Part
-from swinkernels.ops._backends import PREFERENCE, choose, constant_when_compiled
-
-
-@constant_when_compiled
-def fast_backend(requested: str, reasons: Callable[..., list[str]], device: torch.device, *args: Any) -> str | None:
-    """The backend for a call of an op, or None where the library's own code is to run.
-
-    That is where "auto" finds none but the reference, which would be slower, and where the requested one cannot run
-    the op. Asked at every call, so what was found once is kept.
-
-    Args:
-        requested: what accelerate was asked for.
-        reasons: (backend, *args, device) -> why the backend cannot run the op.
-        device: of the tensors.
-        args: what the reasons depend on beside the device.
-    """
-    return _find_fast_backend(requested, reasons, device, args)
-
-
-@functools.cache
-def _find_fast_backend(
-    requested: str, reasons: Callable[..., list[str]], device: torch.device, args: tuple
-) -> str | None:
-    if requested != "auto":
-        return None if reasons(requested, *args, device) else requested
-    chosen = choose("accelerate", "auto", device, lambda backend: reasons(backend, *args, device))
-    return None if chosen == "reference" else chosen
+from swinkernels.ops._backends import PREFERENCE, choose
 
 
 def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple[str, tuple[str, ...]]:

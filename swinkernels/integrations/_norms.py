@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinkernels.integrations._backend_choice import fast_backend
 from swinkernels.integrations._inner import (
     class_of,
     inner,
@@ -22,7 +21,7 @@ from swinkernels.integrations._inner import (
 )
 from swinkernels.integrations._parts import Part, norm_part
 from swinkernels.ops import layer_norm, patch_merging, residual_layer_norm, residual_post_norm
-from swinkernels.ops._backends import norm_reasons, patch_merging_reasons, residual_reasons
+from swinkernels.ops._backends import fast_backend, norm_reasons, patch_merging_reasons, residual_reasons
 from swinkernels.ops._library import autocast_dtype
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.integrations._adapter import BACKEND_ATTRIBUTE, Adapter, original_class
-from swinkernels.integrations._backend_choice import fast_backend
 from swinkernels.integrations._foreign import (
     NAME,
     Remade,
@@ -40,7 +39,7 @@ from swinkernels.integrations._parts import Part
 from swinkernels.integrations._trial import Case, NotCovered, Trial
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import check_arguments
-from swinkernels.ops._backends import window_attention_reasons
+from swinkernels.ops._backends import fast_backend, window_attention_reasons
 
 _INDEX = ("rpi", "relative_position_index")
 _IMAGES, _WINDOWS = 2, 3  # of a trial

@@ -44,6 +44,7 @@ def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: 
             f"{op}: x must have {spatial_dims} axes of tokens for spatial_dims={spatial_dims}, got S = "
             f"{tuple(x.shape[1:-1])}"
         )
+    _arguments.check_features(op, "x", x)
     # The op infers from the widths what is merged, so more channels could pass for more axes.
     if x.shape[-1] != dim:
         raise ValueError(f"{op}: x must have dim = {dim} channels, got {x.shape[-1]}")

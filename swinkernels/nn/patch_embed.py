@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinkernels.nn._features import check_module
+from swinkernels.nn._norms import norm_dtype, normalise
 from swinkernels.ops._arguments import Ints, check_factor
-from swinkernels.ops._library import autocast_dtype
-from swinkernels.ops.layer_norm import layer_norm
 
 
 class PatchEmbed(nn.Module):
@@ -94,11 +93,7 @@ class PatchEmbed(nn.Module):
         tokens = self.proj(x.contiguous(memory_format=channels_last)).movedim(1, -1)
         if self.norm is None:
             return tokens
-        # As torch's LayerNorm does on a GPU: float32 under autocast.
-        dtype = tokens.dtype if autocast_dtype(tokens) is None else torch.float32
-        return layer_norm(
-            tokens, self.norm.weight, self.norm.bias, eps=self.norm.eps, dtype=dtype, backend=self.backend
-        )
+        return normalise(tokens, self.norm, norm_dtype(tokens), self.backend)
 
     def extra_repr(self) -> str:
         return (

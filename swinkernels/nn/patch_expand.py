@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.nn._features import as_given, as_map, check_module
+from swinkernels.nn._norms import expand
 from swinkernels.ops._arguments import Ints, check_factor
-from swinkernels.ops.patch_expanding import patch_expanding
 
 
 class PatchExpand(nn.Module):
@@ -70,16 +70,8 @@ class PatchExpand(nn.Module):
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         x = as_map(type(self).__name__, x, size, self.dim, self.spatial_dims)
-        expanded = patch_expanding(
-            x,
-            self.expand.weight,
-            self.norm.weight,
-            self.norm.bias,
-            factor=(1,) * (x.dim() - 2 - self.spatial_dims) + self.factor,
-            eps=self.norm.eps,
-            backend=self.backend,
-        )
-        return as_given(expanded, size)
+        factor = (1,) * (x.dim() - 2 - self.spatial_dims) + self.factor
+        return as_given(expand(x, self.expand.weight, self.norm, factor, self.backend), size)
 
     def extra_repr(self) -> str:
         return (

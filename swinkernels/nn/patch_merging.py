@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.nn._features import as_given, as_map, check_module
+from swinkernels.nn._norms import merge
 from swinkernels.ops._arguments import check_choice
-from swinkernels.ops.patch_merging import ORDERS, patch_merging
+from swinkernels.ops.patch_merging import ORDERS
 
 
 class _PatchMerging(nn.Module):
@@ -45,16 +46,8 @@ class _PatchMerging(nn.Module):
         self.reduction = nn.Linear(merged, self.out_dim, bias=False, **factory)
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        merged = patch_merging(
-            as_map(type(self).__name__, x, size, self.dim, self.spatial_dims),
-            self.norm.weight,
-            self.norm.bias,
-            self.reduction.weight,
-            eps=self.norm.eps,
-            order=self.order,
-            norm=self._NORM,
-            backend=self.backend,
-        )
+        x = as_map(type(self).__name__, x, size, self.dim, self.spatial_dims)
+        merged = merge(x, self.norm, self.reduction.weight, self.order, self._NORM, self.backend)
         return as_given(merged, size)
 
     def extra_repr(self) -> str:

@@ -257,3 +257,29 @@ def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[
             "Use backend='auto', which takes one that can."
         )
     return requested
+
+
+@constant_when_compiled
+def fast_backend(requested: str, reasons: Callable[..., list[str]], device: torch.device, *args: Any) -> str | None:
+    """The backend for a call of an op, or None where plain PyTorch is to do its work.
+
+    That is where "auto" finds none but the reference, which would be slower, and where the requested one cannot run
+    the op. Asked at every call, so what was found once is kept.
+
+    Args:
+        requested: "auto", or what the user named.
+        reasons: (backend, *args, device) -> why the backend cannot run the op.
+        device: of the tensors.
+        args: what the reasons depend on beside the device.
+    """
+    return _find_fast_backend(requested, reasons, device, args)
+
+
+@functools.cache
+def _find_fast_backend(
+    requested: str, reasons: Callable[..., list[str]], device: torch.device, args: tuple
+) -> str | None:
+    if requested != "auto":
+        return None if reasons(requested, *args, device) else requested
+    chosen = choose("fast_backend", "auto", device, lambda backend: reasons(backend, *args, device))
+    return None if chosen == "reference" else chosen

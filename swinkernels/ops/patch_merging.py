@@ -31,7 +31,7 @@ from swinkernels.ops.window_partition import partition
 
 # Per order and number of merged axes, the neighbours whose channels follow each other, each as its row-major number
 # among the 2 ** axes of a block: 4 d + 2 h + w. "unfold" is row-major once its parameters are reordered.
-_RUNS = {
+RUNS = {
     ("swin", 2): (0, 2, 1, 3),
     ("swin", 3): (0, 4, 2, 6, 1, 5, 3, 7),
     ("row_major", 2): (0, 1, 2, 3),
@@ -43,7 +43,7 @@ _RUNS = {
     ("monai_legacy", 2): (0, 2, 1, 3),
     ("monai_legacy", 3): (0, 4, 2, 1, 5, 2, 1, 7),
 }
-ORDERS = tuple(dict.fromkeys(order for order, _ in _RUNS))
+ORDERS = tuple(dict.fromkeys(order for order, _ in RUNS))
 _NORMS = ("pre", "post")
 
 
@@ -188,7 +188,7 @@ def patch_merging(
             norm_weight, norm_bias = (
                 None if p is None else _by_neighbour(p, 2**rank) for p in (norm_weight, norm_bias)
             )
-    numbers = list(_RUNS[order, rank])
+    numbers = list(RUNS[order, rank])
     factor = [2] * rank
     if norm == "pre":
         fwd = _NORM_FWD["_triton" if backend == "triton" else ""]
