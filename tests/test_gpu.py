@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_cuda_emulated import GEOMETRY, HEAD_DIMS, WINDOWS
+from philox import kept_weights
+from test_cuda_emulated import DROPOUT, FEATURES, GEOMETRY, HEAD_DIMS, LONG, ODD_HEAD_DIMS, WINDOWS
 from torch import Tensor
 
 import swinkernels
@@ -72,7 +74,7 @@ def test_opcheck(backend: str, form: str) -> None:
 # What the CUDA kernels choose tiles and loops by; test_triton.py has what its kernels choose by.
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", [*WINDOWS, *HEAD_DIMS], ids=str)
+@pytest.mark.parametrize("case", [*WINDOWS, *HEAD_DIMS, *ODD_HEAD_DIMS, *LONG.values()], ids=str)
 def test_sizes(case: WindowAttentionCase, dtype: torch.dtype) -> None:
     check_window_attention(attend("cuda"), case, dtype, DEVICE)
 
@@ -82,6 +84,28 @@ def test_sizes(case: WindowAttentionCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_geometry(name: str, dtype: torch.dtype) -> None:
     check_window_attention(attend("cuda"), GEOMETRY[name], dtype, DEVICE, **on_device(GEOMETRY[name]))
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("name", FEATURES)
+def test_cosine_attention_and_dense_biases(name: str, dtype: torch.dtype) -> None:
+    check_window_attention(attend("cuda"), FEATURES[name], dtype, DEVICE)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference with the weights that the kernels' generator keeps."""
+    case = DROPOUT[name]
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(3))
+    windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
+    shape = (case.batch, windows, case.num_heads, math.prod(case.window_tuple))
+    kept = kept_weights(seed.item(), case.options["dropout_p"], *shape)
+    monkeypatch.setattr(Tensor, "bernoulli_", lambda self, p, generator=None: self.copy_(kept))
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    check_window_attention(functools.partial(attend("cuda"), generator=generator), case, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("case", [*WINDOWS[3:6], PADDED], ids=str)
@@ -204,8 +228,6 @@ def test_the_short_entry_is_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
     """And forward and backward of one replay draw the same: out is linear in v, so (out, dout) is (v, dv)."""
-    if _backends._DROPOUT in _backends.LACKING[backend]:
-        pytest.skip(f"{backend} has no dropout")
     case = WindowAttentionCase(8, (28, 28), 6, 32, 7, 3, options={"dropout_p": 0.3})
     inputs = case.inputs(torch.float32, DEVICE)
     qkv = inputs["qkv"].requires_grad_()

@@ -101,7 +101,6 @@ def test_opcheck_of_plain_kernels(plain_kernels: None, name: str, form: str) -> 
 def test_dropout_draws_a_seed_and_backward_has_the_same(
     plain_kernels: None, monkeypatch: pytest.MonkeyPatch, packed: bool
 ) -> None:
-    monkeypatch.setitem(_backends.LACKING, "triton", set())
     case = Case(2, (5, 8), 2, 4, 4, 2, has_pad_qkv=True, has_logit_scale=True, options={"dropout_p": 0.3})
     inputs = case.inputs(torch.float32)
 
