@@ -217,8 +217,9 @@ def check_window_attention(
     """Compare output and every gradient of ``op`` (called with ``arguments`` too) with the float64 reference.
 
     If ``cancels``, in small windows and in float32 (unless ``eps`` says that products are rounded), gradients are
-    judged against the size of the terms that cancel in them. So is dlogit_scale of a backend that rounds v2's unit rows to the
-    dtype (``rounds_unit_rows``), for tensor cores: one number is left of terms that each carry that rounding.
+    judged against the size of the terms that cancel in them. So is dlogit_scale of a backend that rounds v2's unit
+    rows to the dtype (``rounds_unit_rows``), for tensor cores: one number is left of terms that each carry that
+    rounding.
     """
     inputs = case.inputs(dtype, seed=seed)
     on_device = {name: x.to(device) for name, x in inputs.items()}
