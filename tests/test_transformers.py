@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -37,7 +37,9 @@ from transformers.models.swin2sr.modeling_swin2sr import Swin2SRAttention
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Attention, Swinv2SelfAttention
 
 import swinkernels
+from swinkernels.integrations import _norms
 from swinkernels.integrations.transformers import _layers
+from swinkernels.ops import _backends
 
 SMALL = {
     "patch_size": 2,
@@ -161,6 +163,23 @@ def ops_only(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     monkeypatch.setattr(ATTENTION[family], "forward", None)
 
 
+@pytest.fixture
+def kernels(plain_kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Norms, residual connections and merging run on kernels in plain PyTorch: the names of those called."""
+    called: list[str] = []
+
+    def recorded(name: str, op: Any) -> Any:
+        return lambda *args, **kwargs: called.append(name) or op(*args, **kwargs)
+
+    for name in ("residual_layer_norm", "residual_post_norm", "patch_merging", "layer_norm"):
+        monkeypatch.setattr(_norms, name, recorded(name, getattr(_norms, name)))
+    monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda", "reference"))
+    monkeypatch.setitem(_backends.IMPLEMENTED, "window_attention", ())
+    _backends._find_fast_backend.cache_clear()
+    yield called
+    _backends._find_fast_backend.cache_clear()
+
+
 # The same numbers
 
 
@@ -201,17 +220,17 @@ def test_without_bias_of_the_projections(family):
 
 
 @families
-def test_training_draws_the_same_random_numbers(family, plain_kernels):
-    """Drop path and dropout of tokens, with norms and residual connections on ops.
+@pytest.mark.parametrize("backend", ["auto", "reference"])  # the latter has norms and residual connections on ops
+def test_training_draws_the_same_random_numbers(family, backend):
+    """Drop path and dropout of tokens.
 
     Swin drops tokens of windows after its attention, and the accelerated layer those of the map: not the same ones.
     """
     options = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.0 if family == "swin" else 0.2}
     model = make_model(family, torch.float64, **options).train()
     x = make_image(size_for(family, SIZES[0]), torch.float64)
-    fast = accelerated(model)
     results = []
-    for m in (model, fast):
+    for m in (model, accelerated(model, backend)):
         torch.manual_seed(3)
         results.append(m(x)[0].detach())
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
@@ -239,9 +258,20 @@ def test_verify(family):
 
 
 @families
-def test_norms_and_merging_on_ops(family, plain_kernels):
-    model, x = make_model(family, torch.float64), make_image(size_for(family, SIZES[1]), torch.float64)
-    assert_as_good(run(accelerated(model), x), run(model, x), run(model, x))
+def test_norms_and_merging_on_kernels(family, kernels):
+    """What runs on a GPU, with kernels in plain PyTorch; under autocast, too."""
+    model, x = make_model(family), make_image(size_for(family, SIZES[1]))
+    exact = run(copy.deepcopy(model).double(), x.double())
+    fast = accelerated(model)
+    assert_as_good(run(fast, x), run(model, x), exact, shaken(model, x, x.dtype))
+    post = family in ("swinv2", "swin2sr")
+    expected = {"residual_post_norm": 8} if post else {"residual_layer_norm": 4}
+    assert Counter(kernels) == Counter({**expected, "patch_merging": REPLACED[family]["merging"]})
+    kernels.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, plain = run(fast, x), run(model, x)
+    assert_as_noisy(got, plain, exact)
+    assert len(kernels) >= 4
 
 
 def test_maps_that_one_window_covers(monkeypatch):
