@@ -72,5 +72,5 @@ def test_segment_coins(tmp_path):
 
 def test_swin_unetr_volume(tmp_path):
     pytest.importorskip("monai", reason="MONAI is not installed")
-    out = run(tmp_path, str(EXAMPLES / "swin_unetr_volume.py"), "--size", "32", "--steps", "2")
+    out = run(tmp_path, str(EXAMPLES / "swin_unetr_volume.py"), "--size", "64", "--steps", "1")
     assert number(r"difference (\S+) of", out) < 1e-5

@@ -24,8 +24,8 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
     Both run on copies without hooks, in eval mode, on the same random map; the judge is the original in float64. The
     accelerated error may be at most twice the original's (four times in gradients of parameters in float32 and float64;
     more for a few elements), plus what rounding the result to the dtype costs, plus twice the change that moving the
-    input and the parameters by an eps makes. A gradient that is zero may be a rounding of the largest one. The module, its gradients and the state of every random number generator
-    stay as they are.
+    input and the parameters by an eps makes. A gradient that is zero may be a rounding of the largest one. The module,
+    its gradients and the state of every random number generator stay as they are.
 
     Args:
         adapters: of the modules that are about to be accelerated, this one and those inside it among them.
@@ -90,8 +90,8 @@ def _check(path: str, name: str, got: Tensor, plain: Tensor, shaken: Tensor, exa
     # Sums of a thousand terms, which may cancel, round by their order too, in float32 beside the last rounding of the
     # result, and in float64, which has no wider judge, beside nothing else.
     rounding = {torch.float64: 256, torch.float32: 4}.get(got.dtype, 1) * eps
-    # The gradient of a parameter sums over all tokens, in another order here. That of v2's position MLP passes through a
-    # table of a few dozen such sums, which cancel: the error of one of them is in all of its elements.
+    # The gradient of a parameter sums over all tokens, in another order here. That of v2's position MLP passes through
+    # a table of a few dozen such sums, which cancel: the error of one of them is in all of its elements.
     of_parameter = name.startswith("the gradient of") and not name.endswith("the input")
     times = 4 if of_parameter and got.dtype in (torch.float32, torch.float64) else 2
     # The rounding errors of a few elements, such as one for each head, say little of how large others may be.
