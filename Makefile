@@ -1,5 +1,5 @@
 # `make demo` and `make test` each work alone on a fresh machine with Python, pip and a C++ compiler.
-# `make gpu-test` and `make gpu-bench` use the Python at hand: no network, no virtual environment.
+# `make gpu-test`, `make gpu-bench` and `make sanitize` use the Python at hand: no network, no virtual environment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,6 +8,8 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 RESULTS ?= results
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
+# Such as --tools initcheck.
+SANITIZE_ARGS ?=
 
 export MAX_JOBS
 run := $(VENV)/bin/python
@@ -15,7 +17,7 @@ run := $(VENV)/bin/python
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
 cxx_files = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test build lint format gpu-build gpu-test gpu-bench gpu-variants clean
+.PHONY: help demo test build lint format gpu-build gpu-test gpu-bench gpu-variants sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +28,7 @@ help:
 	@echo 'make gpu-test   build for this GPU and run the tests that need one, with python3 as it is'
 	@echo 'make gpu-bench  build for this GPU and time the kernels against eager, torch.compile and SDPA'
 	@echo 'make gpu-variants  build and time variants of the kernels on this GPU'
+	@echo 'make sanitize   run the CUDA kernels under memcheck, racecheck and synccheck of compute-sanitizer'
 	@echo 'make clean      remove what was built; the environment $(VENV) stays'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" RESULTS=$(RESULTS) MAX_JOBS=$(MAX_JOBS)'
 
@@ -72,6 +75,9 @@ gpu-bench: gpu-build
 
 gpu-variants: gpu-build
 	$(PYTHON) -m benchmarks.variants --out $(RESULTS)
+
+sanitize: gpu-build
+	$(PYTHON) tests/sanitize_sweep.py $(SANITIZE_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info swinkernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

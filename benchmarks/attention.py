@@ -1,4 +1,4 @@
-"""Times the attention core, map to map, against eager PyTorch, SDPA and torch.compile.
+"""Times the attention core, map to map, against eager PyTorch, SDPA, FlexAttention and torch.compile.
 
 Run as ``python -m benchmarks.attention``; ``--help`` lists the choices.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,24 +28,30 @@ from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase, check_window_attention, run_case
 
 OURS = tuple(name for name in _backends.BACKENDS if name != "reference")
-PEERS = ("eager", "sdpa", "eager-compiled", "sdpa-compiled")
+PEERS = ("eager", "sdpa", "eager-compiled", "sdpa-compiled", "flex-compiled")
+TF32_EPS = 2.0**-10
 Op = Callable[..., Tensor]  # (qkv, bias_table, logit_scale=None, pad_qkv=None) -> out
 
 
 def contestants(device: torch.device, wanted: Sequence[str]) -> list[str]:
     """The names of ``wanted`` that can run on the device; ours may be missing in this installation."""
-    names = [n for n in OURS if (n == "cpu") == (device.type == "cpu") and _backends.unavailable(n) is None]
-    return [name for name in (*names, *PEERS) if not wanted or name in wanted]
+    on_cpu = device.type == "cpu"
+    names = [n for n in OURS if (n == "cpu") == on_cpu and _backends.unavailable(n) is None]
+    peers = [n for n in PEERS if not (on_cpu and n.startswith("flex"))]  # which has no backward pass there
+    return [name for name in (*names, *peers) if not wanted or name in wanted]
 
 
 def make_op(name: str, case: WindowAttentionCase, dtype: torch.dtype, device: torch.device) -> Op:
     if name in OURS:
         return lambda **maps: swinkernels.window_attention_qkvpacked(**maps, **case.arguments(), backend=name)
-    peer = make_peer(case, dtype, device, sdpa=name.startswith("sdpa"))
-    return torch.compile(peer, fullgraph=True, dynamic=False) if name.endswith("compiled") else peer
+    kind, _, compiled = name.partition("-")
+    peer = make_peer(case, dtype, device, kind)
+    return torch.compile(peer, fullgraph=True, dynamic=False) if compiled else peer
 
 
-def verify(name: str, case: WindowAttentionCase, dtype: torch.dtype, device: torch.device) -> tuple[bool, float]:
+def verify(
+    name: str, case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, eps: float | None = None
+) -> tuple[bool, float]:
     """Whether output and gradients are right on a few images, and the worst RMS error in eps of the dtype.
 
     Ours have to keep the budget of the tests.
@@ -57,10 +64,11 @@ def verify(name: str, case: WindowAttentionCase, dtype: torch.dtype, device: tor
         run_case(reference.window_attention_qkvpacked, {k: v.to(wide) for k, v in inputs.items()}, case.arguments())
         for wide in (torch.float64, torch.float32)
     )
-    right, worst = contest.compare(got, exact, single, torch.finfo(dtype).eps)
+    right, worst = contest.compare(got, exact, single, eps or torch.finfo(dtype).eps)
     if name in OURS:
         try:
-            check_window_attention(swinkernels.window_attention_qkvpacked, case, dtype, device, backend=name)
+            op = functools.partial(swinkernels.window_attention_qkvpacked, backend=name)
+            check_window_attention(op, case, dtype, device, eps=eps, rounds_unit_rows=name != "cpu")
         except AssertionError:
             return False, worst
         return True, worst
@@ -76,9 +84,15 @@ def moved_bytes(case: WindowAttentionCase, dtype: torch.dtype) -> dict[str, int]
 
 
 def benchmark(
-    shape: str, case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, names: Iterable[str]
+    shape: str,
+    case: WindowAttentionCase,
+    dtype: torch.dtype,
+    device: torch.device,
+    names: Iterable[str],
+    *,
+    tf32: bool = False,
 ) -> list[dict[str, Any]]:
-    """One row per contestant and direction."""
+    """One row per contestant and direction; with ``tf32``, of float32 with torch's switch for products on."""
     drawn: list[dict[str, Tensor]] = []
 
     def make_calls(name: str, count: int) -> dict[str, Call]:
@@ -88,11 +102,18 @@ def benchmark(
         op = make_op(name, case, dtype, device)
         return contest.make_calls(op, inputs, douts, bare_backward=name in OURS)
 
-    labels = {"shape": shape, "case": str(case), "dtype": str(dtype).removeprefix("torch.")}
-    moved = moved_bytes(case, dtype)
-    return contest.run(
-        contest.Contest(labels, moved, lambda name: verify(name, case, dtype, device), make_calls), device, names
-    )
+    labels = {"shape": shape, "case": str(case), "dtype": "tf32" if tf32 else str(dtype).removeprefix("torch.")}
+    moved, eps = moved_bytes(case, dtype), TF32_EPS if tf32 else None
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else before
+    try:
+        return contest.run(
+            contest.Contest(labels, moved, lambda name: verify(name, case, dtype, device, eps), make_calls),
+            device,
+            names,
+        )
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:

@@ -12,15 +12,41 @@ import itertools
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import attention, contest, memory_bound, record, shapes
 from swinkernels import info
 
-# Percent of a device copy of the same bytes that the CUDA kernels are to reach at shapes.GOAL in bfloat16.
-GOALS = {"fwd": 65.0, "bwd": 50.0}
+
+class AttentionGoal(NamedTuple):
+    """What the CUDA kernels are to reach at a shape in bfloat16, in both directions."""
+
+    fwd: float
+    bwd: float
+    # How many times faster than the best of all peers, forward and with backward.
+    peers_fwd: float
+    peers_both: float
+    unit: str = "% of copy"  # of fwd and bwd: percent of a device copy of the same bytes, or microseconds at most
+
+
+ATTENTION_GOALS = {
+    "swin_t.1": AttentionGoal(85, 70, 5, 4),
+    "swin_t.2": AttentionGoal(85, 70, 5, 4),
+    "swin_t.3": AttentionGoal(80, 65, 4, 4),
+    "swin_t.4": AttentionGoal(80, 65, 4, 4),
+    "swin_b.1": AttentionGoal(88, 72, 4, 4),
+    "swinv2_t.1": AttentionGoal(88, 72, 4, 4),
+    "batch1.1": AttentionGoal(6, 12, 3, 3, unit="us"),
+    "swin_b384.1": AttentionGoal(75, 60, 3, 3),
+    "swinv2_t_w16.1": AttentionGoal(50, 40, 2, 3),
+    "swin_unetr.1": AttentionGoal(50, 40, 2, 3),
+}
+# At shapes.GOAL: float16 against bfloat16 in time, TF32 and Triton in percent of a copy.
+FLOAT16_GOAL = 1.03  # "as fast" as far as runs repeat
+TF32_GOAL = 70.0
+TRITON_GOALS = {"fwd": 60.0, "bwd": 50.0}
 # The same for the memory-bound ops, at every shape of shapes.MAP_GOALS.
 MEMORY_GOALS = {
     ("window_partition", "fwd"): 92.0,
@@ -41,18 +67,20 @@ PEER_DIRECTIONS = ("fwd", "fwd+bwd")
 MERGING_GOAL = 1.15
 # Ops that autocast gives a float32 stream.
 AUTOCAST_OPS = ("patch_merging_norm", "patch_merging", "residual_layer_norm", "residual_post_norm")
-UNCOMPILED = ("eager", "sdpa")
 QUICK = ("cuda", "triton", "eager")
+COMPILED = tuple(name for name in attention.PEERS if name.endswith("compiled"))
 ATTENTION_SHARE = 0.45  # of the time, the rest being for the memory-bound ops, whose peers compile at every goal
 
 
-def plan() -> list[tuple[str, str, bool]]:
-    """(shape, dtype, whether torch.compile takes part: it needs most of the time, so it does so once)."""
+def plan() -> list[tuple[str, str, tuple[str, ...]]]:
+    """(shape, arithmetic, contestants), in the order of what a run that ends early should have measured.
+
+    First what takes seconds; peers that compile, which take most of the time, last.
+    """
     return [
-        (shapes.GOAL, "bfloat16", True),
-        *((key, "bfloat16", False) for key in shapes.QUICK if key != shapes.GOAL),
-        (shapes.GOAL, "float16", False),
-        (shapes.GOAL, "float32", False),
+        *((key, "bfloat16", (*attention.OURS, "eager", "sdpa")) for key in ATTENTION_GOALS),
+        *((shapes.GOAL, arithmetic, attention.OURS) for arithmetic in ("float16", "tf32", "float32")),
+        *((key, "bfloat16", COMPILED) for key in ATTENTION_GOALS),
     ]
 
 
@@ -92,13 +120,47 @@ def _time(row: dict[str, Any] | None) -> float | None:
     return row["median_us"] if row is not None and row["result"] == "ok" else None
 
 
+def _best_peer(rows: list[dict[str, Any]], shape: str, direction: str) -> float | None:
+    """The time of the fastest peer that is right, once all of them have had their turn."""
+    found = [_find(rows, shape=shape, dtype="bfloat16", backend=p, direction=direction) for p in attention.PEERS]
+    times = [t for row in found if (t := _time(row)) is not None]
+    return min(times) if times and None not in found else None
+
+
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was reached of each goal of window attention."""
     results = []
-    for direction, wanted in GOALS.items():
-        mine = _find(rows, shape=shapes.GOAL, dtype="bfloat16", backend="cuda", direction=direction)
-        goal = f"CUDA {direction} at {shapes.GOAL} ({shapes.ATTENTION[shapes.GOAL]}), bfloat16"
-        results.append(_goal(goal, mine, mine and mine["percent_of_copy"], wanted, "% of copy"))
+    for shape, wanted in ATTENTION_GOALS.items():
+        what = f"{shape} ({shapes.ATTENTION[shape]})"
+        mine = {d: _find(rows, shape=shape, dtype="bfloat16", backend="cuda", direction=d) for d in contest.DIRECTIONS}
+        in_time = wanted.unit == "us"
+        for direction, limit in (("fwd", wanted.fwd), ("bwd", wanted.bwd)):
+            row = mine[direction]
+            reached = _time(row) if in_time else row and row["percent_of_copy"]
+            results.append(_goal(f"{direction} at {what}", row, reached, limit, wanted.unit, at_most=in_time))
+        for direction, times in (("fwd", wanted.peers_fwd), ("fwd+bwd", wanted.peers_both)):
+            ours, theirs = _time(mine[direction]), _best_peer(rows, shape, direction)
+            ratio = theirs / ours if ours and theirs else None
+            results.append(
+                _goal(f"{direction} at {what} against the best peer", mine[direction], ratio, times, "times as fast")
+            )
+
+    def at_goal(direction: str, dtype: str, backend: str = "cuda") -> dict[str, Any] | None:
+        return _find(rows, shape=shapes.GOAL, dtype=dtype, backend=backend, direction=direction)
+
+    for direction, limit in TRITON_GOALS.items():
+        row = at_goal(direction, "bfloat16", "triton")
+        results.append(
+            _goal(f"Triton {direction} at {shapes.GOAL}", row, row and row["percent_of_copy"], limit, "% of copy")
+        )
+    for direction in ("fwd", "bwd"):
+        half, single = at_goal(direction, "float16"), at_goal(direction, "tf32")
+        ours, theirs = _time(half), _time(at_goal(direction, "bfloat16"))
+        ratio = ours / theirs if ours and theirs else None
+        goal = f"float16 {direction} at {shapes.GOAL}"
+        results.append(_goal(goal, half, ratio, FLOAT16_GOAL, "of bfloat16's time", at_most=True))
+        goal = f"TF32 {direction} at {shapes.GOAL}"
+        results.append(_goal(goal, single, single and single["percent_of_copy"], TF32_GOAL, "% of copy"))
     return results
 
 
@@ -151,10 +213,12 @@ def main(arguments: list[str] | None = None) -> None:
         return True
 
     rows: list[dict[str, Any]] = []
-    for shape, dtype, compiled in plan():
-        if in_time(options.seconds * ATTENTION_SHARE, f"{shape} {dtype}"):
-            names = attention.contestants(device, () if compiled else (*attention.OURS, *UNCOMPILED))
-            rows += attention.benchmark(shape, shapes.ATTENTION[shape], attention.DTYPES[dtype], device, names)
+    for shape, arithmetic, wanted in plan():
+        if in_time(options.seconds * ATTENTION_SHARE, f"{shape} {arithmetic} {' '.join(wanted)}"):
+            names = attention.contestants(device, wanted)
+            is_tf32 = arithmetic == "tf32"
+            dtype = torch.float32 if is_tf32 else attention.DTYPES[arithmetic]
+            rows += attention.benchmark(shape, shapes.ATTENTION[shape], dtype, device, names, tf32=is_tf32)
             record.write_csv(options.out / "attention.csv", rows, device)
     moving: list[dict[str, Any]] = []
     for op, shape, dtype, wanted in memory_plan():

@@ -1,4 +1,6 @@
-"""What users run today, map to map: the published eager code and, for attention, SDPA; the benchmarks compile them.
+"""What users run today, map to map: the published eager code and, for attention, SDPA and FlexAttention.
+
+The benchmarks compile them.
 
 Written on its own, from the published code, so that it shares no mistake with the reference. Index and mask tensors are
 made once, as the models keep them in buffers. Weights are in the dtype of the model, so the bias table and v2's
@@ -14,14 +16,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from swinkernels.testing import WindowAttentionCase
 
 Peer = Callable[..., Tensor]  # (qkv, bias_table, logit_scale=None, pad_qkv=None) -> out
-
-
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def partition(x: Tensor, window: Sequence[int]) -> Tensor:
@@ -41,43 +40,46 @@ def reverse(windows: Tensor, window: Sequence[int], size: Sequence[int]) -> Tens
     return x.reshape(-1, *size, windows.shape[-1])
 
 
-def _relative_position_index(wh: int, ww: int) -> Tensor:
-    coords = torch.stack(torch.meshgrid(torch.arange(wh), torch.arange(ww), indexing="ij")).flatten(1)
+def _relative_position_index(window: Sequence[int]) -> Tensor:
+    coords = torch.stack(torch.meshgrid(*(torch.arange(w) for w in window), indexing="ij")).flatten(1)
     relative = (coords[:, :, None] - coords[:, None, :]).permute(1, 2, 0).contiguous()
-    relative[:, :, 0] += wh - 1
-    relative[:, :, 1] += ww - 1
-    relative[:, :, 0] *= 2 * ww - 1
+    for axis, w in enumerate(window):
+        relative[..., axis] += w - 1
+        relative[..., :axis] *= 2 * w - 1
     return relative.sum(-1).flatten()
 
 
-def _attention_mask(h: int, w: int, wh: int, ww: int, sh: int, sw: int) -> Tensor:
-    image = torch.zeros(1, h, w, 1)
-    count = 0
-    for rows in (slice(0, -wh), slice(-wh, -sh), slice(-sh, None)) if sh else (slice(None),):
-        for columns in (slice(0, -ww), slice(-ww, -sw), slice(-sw, None)) if sw else (slice(None),):
-            image[:, rows, columns] = count
-            count += 1
-    windows = partition(image, (wh, ww)).squeeze(-1)
+def _attention_mask(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    image = torch.zeros(1, *size, 1)
+    slices = [
+        (slice(0, -w), slice(-w, -s), slice(-s, None)) if s else (slice(None),)
+        for w, s in zip(window, shift, strict=True)
+    ]
+    for count, part in enumerate(itertools.product(*slices)):
+        image[(slice(None), *part)] = count
+    windows = partition(image, window).squeeze(-1)
     return (windows.unsqueeze(1) != windows.unsqueeze(2)).float() * -100.0  # (num_windows, N, N)
 
 
-def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, *, sdpa: bool) -> Peer:
-    """The published attention core for one 2D case: eager as timm and Microsoft wrote it, or through SDPA."""
-    height, width = case.size
-    wh, ww = _pair(case.window_size)
-    sh, sw = _pair(case.shift_size)
-    heads, head_dim = case.num_heads, case.head_dim
-    n = wh * ww
-    rows, columns = -(-height // wh) * wh, -(-width // ww) * ww
-    shifted, padded = sh > 0 or sw > 0, (rows, columns) != (height, width)
-    index = _relative_position_index(wh, ww).to(device)
-    mask = _attention_mask(rows, columns, wh, ww, sh, sw).to(device, dtype) if shifted else None
+KINDS = ("eager", "sdpa", "flex")
+
+
+def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, kind: str) -> Peer:
+    """The published attention core for one case: eager as timm, Microsoft and MONAI wrote it, or by SDPA or flex."""
+    size, window, rank = case.size, case.window_tuple, len(case.size)
+    shift = case.shift_size if isinstance(case.shift_size, tuple) else (case.shift_size,) * rank
+    heads, head_dim, n = case.num_heads, case.head_dim, math.prod(window)
+    frame = _frame(size, window)
+    axes = list(range(1, rank + 1))
+    shifted, padded = any(shift), tuple(frame) != tuple(size)
+    index = _relative_position_index(window).to(device)
+    mask = _attention_mask(frame, window, shift).to(device, dtype) if shifted else None
 
     def factor(logit_scale: Tensor) -> Tensor:  # (heads, 1, 1)
         return logit_scale.clamp(max=math.log(100.0)).exp().to(dtype)
 
+    # q, k, v: (B * num_windows, heads, N, d)
     def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
-        # q, k, v: (B * num_windows, heads, N, d)
         if logit_scale is None:
             scores = (q * head_dim**-0.5) @ k.transpose(-2, -1)
         else:
@@ -88,10 +90,13 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
             scores = scores.view(-1, heads, n, n)
         return scores.softmax(dim=-1) @ v
 
+    def cosine(q: Tensor, k: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, Tensor, float | None]:
+        if logit_scale is None:
+            return q, k, None
+        return F.normalize(q, dim=-1) * factor(logit_scale), F.normalize(k, dim=-1), 1.0
+
     def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
-        scale = None
-        if logit_scale is not None:
-            q, k, scale = F.normalize(q, dim=-1) * factor(logit_scale), F.normalize(k, dim=-1), 1.0
+        q, k, scale = cosine(q, k, logit_scale)
         if mask is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), scale=scale)
         # Windows of one image beside the heads: one mask serves every image without a copy for each.
@@ -99,23 +104,34 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         q, k, v = (x.reshape(-1, folded.shape[1], n, head_dim) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=folded, scale=scale).view(-1, heads, n, head_dim)
 
+    def flexible(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
+        q, k, scale = cosine(q, k, logit_scale)
+
+        def add_bias(score, b, h, i, j):
+            score = score + bias[h, i, j]
+            return score if mask is None else score + mask[b % mask.shape[0], i, j]
+
+        return flex_attention(q, k, v, score_mod=add_bias, scale=scale)
+
+    core = dict(zip(KINDS, (attention, fused, flexible), strict=True))[kind]
+
     def peer(
         qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None, pad_qkv: Tensor | None = None
     ) -> Tensor:
         if padded:
             whole = qkv.new_zeros(()) if pad_qkv is None else pad_qkv
-            whole = whole.expand(qkv.shape[0], rows, columns, qkv.shape[-1]).clone()
-            whole[:, :height, :width] = qkv
+            whole = whole.expand(qkv.shape[0], *frame, qkv.shape[-1]).clone()
+            whole[(slice(None), *(slice(s) for s in size))] = qkv
             qkv = whole
         if shifted:
-            qkv = torch.roll(qkv, shifts=(-sh, -sw), dims=(1, 2))
-        windows = partition(qkv, (wh, ww)).view(-1, n, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+            qkv = torch.roll(qkv, shifts=[-s for s in shift], dims=axes)
+        windows = partition(qkv, window).view(-1, n, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
         bias = bias_table.to(dtype)[index].view(n, n, heads).permute(2, 0, 1).contiguous()
-        out = (fused if sdpa else attention)(*windows.unbind(0), bias, logit_scale)
-        out = reverse(out.transpose(1, 2).reshape(-1, n, heads * head_dim), (wh, ww), (rows, columns))
+        out = core(*windows.unbind(0), bias, logit_scale)
+        out = reverse(out.transpose(1, 2).reshape(-1, n, heads * head_dim), window, frame)
         if shifted:
-            out = torch.roll(out, shifts=(sh, sw), dims=(1, 2))
-        return out[:, :height, :width].contiguous() if padded else out
+            out = torch.roll(out, shifts=list(shift), dims=axes)
+        return out[(slice(None), *(slice(s) for s in size))].contiguous() if padded else out
 
     return peer
 

@@ -23,10 +23,12 @@ def _stages(batch: int, heads: int, window: int, first: int, **options: bool) ->
 ATTENTION: dict[str, Case] = {
     **{f"swin_t.{i}": case for i, case in enumerate(_stages(128, 3, 7, 56), 1)},
     "window8.1": Case(64, (64, 64), 3, 32, 8, 4),
-    **{f"swin_b.{i}": case for i, case in enumerate(_stages(128, 4, 7, 56), 1)},
-    **{f"swin_b384.{i}": case for i, case in enumerate(_stages(32, 4, 12, 96), 1)},
+    **{f"swin_b.{i}": case for i, case in enumerate(_stages(64, 4, 7, 56), 1)},
+    **{f"swin_b384.{i}": case for i, case in enumerate(_stages(16, 4, 12, 96), 1)},
     **{f"swinv2_t.{i}": case for i, case in enumerate(_stages(64, 3, 8, 64, has_logit_scale=True), 1)},
     "swinv2_t_w16.1": Case(64, (64, 64), 3, 32, 16, 8, has_logit_scale=True),
+    # 96 x 96 x 96 voxels: 48 tokens an axis are padded to 49.
+    "swin_unetr.1": Case(1, (48, 48, 48), 3, 16, 7, 3, has_pad_qkv=True),
     # Detection: 800 x 1216 pixels, padded to whole windows, pad tokens holding the bias of the QKV Linear.
     "detection.1": Case(2, (200, 304), 3, 32, 7, 3, has_pad_qkv=True),
     "restoration": Case(8, (64, 64), 6, 32, 16, 8),

@@ -190,8 +190,9 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[
         of_types = dscores.sum(0).unflatten(0, (types, -1)).sum(1)  # (types, heads, N, N)
         terms["dbias"] = of_types.reshape(inputs["bias"].shape)
     if "logit_scale" in inputs:
-        cosine = (unit_q @ unit_k.transpose(-2, -1)).abs()
-        terms["dlogit_scale"] = factor * (dscores * cosine).sum((0, 1, 3, 4)).reshape(factor.shape)
+        # One number of all windows: its terms are so many that what rounds them has either sign.
+        cosine = unit_q @ unit_k.transpose(-2, -1)
+        terms["dlogit_scale"] = factor * (dscores * cosine).square().sum((0, 1, 3, 4)).sqrt().reshape(factor.shape)
     if "bias_table" in inputs:
         table = arguments.get("table_window", window)
         offset = relative_position_index(window, table if isinstance(table, tuple) else (table,) * rank)
@@ -209,12 +210,16 @@ def check_window_attention(
     *,
     eps: float | None = None,
     seed: int = 0,
+    cancels: bool = False,
+    rounds_unit_rows: bool = False,
     **arguments: Any,
 ) -> dict[str, Tensor]:
     """Compare output and every gradient of ``op`` (called with ``arguments`` too) with the float64 reference.
 
-    In small windows and in float32 (unless ``eps`` says that products are rounded), dq, dk and dbias are judged against
-    the size of the terms that cancel in them.
+    If ``cancels``, in small windows and in float32 (unless ``eps`` says that products are rounded), gradients are
+    judged against the size of the terms that cancel in them. So is dlogit_scale of a backend that rounds v2's unit
+    rows to the dtype (``rounds_unit_rows``), for tensor cores: one number is left of terms that each carry that
+    rounding.
     """
     inputs = case.inputs(dtype, seed=seed)
     on_device = {name: x.to(device) for name, x in inputs.items()}
@@ -225,9 +230,12 @@ def check_window_attention(
         reference.window_attention_qkvpacked, {name: x.float() for name, x in inputs.items()}, case.arguments()
     )
     terms = {}
-    cancels = math.prod(case.window_tuple) < SMALL_WINDOW or (dtype == torch.float32 and eps is None)
-    if cancels and case.batch > 0:
+    cancels = cancels or math.prod(case.window_tuple) < SMALL_WINDOW or (dtype == torch.float32 and eps is None)
+    by_terms = cancels or (rounds_unit_rows and case.has_logit_scale)
+    if by_terms and case.batch > 0:
         terms = cancelling_terms(case, wide)
+        if not cancels:
+            terms = {"dlogit_scale": terms["dlogit_scale"]}
     eps = torch.finfo(dtype).eps if eps is None else eps
     for name in got:
         assert_within_budget(
@@ -251,6 +259,7 @@ def op_arguments(
     maps = qkv.unbind(-3) if form == "window_attention" else (qkv,)
     table, pad, region_map = inputs.get("bias_table"), inputs.get("pad_qkv"), options.get("region_map")
     bias, logit_scale = inputs.get("bias"), inputs.get("logit_scale")
+    dropout_p = options.get("dropout_p", 0.0)
     return (
         *(x.clone().requires_grad_() for x in maps),
         None if table is None else table.requires_grad_(),
@@ -258,7 +267,7 @@ def op_arguments(
         None if logit_scale is None else logit_scale.flatten().requires_grad_(),
         None if pad is None else pad.reshape(3, case.num_heads, case.head_dim).requires_grad_(),
         None if region_map is None else region_map.to(device, torch.int32).reshape(three(tuple(region_map.shape), 1)),
-        None,
+        torch.tensor([2**40 - 3], device=device) if dropout_p > 0 else None,
         three(case.window_size, 1),
         three(case.shift_size, 0),
         three(options.get("table_window", case.window_size), 1),
@@ -268,7 +277,7 @@ def op_arguments(
         options.get("grid", False),
         options.get("scale", case.head_dim**-0.5),
         options.get("mask_value", -100.0),
-        0.0,
+        dropout_p,
         False,
     )
 

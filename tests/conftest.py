@@ -1,5 +1,6 @@
 """For every test: fresh memory is NaN, GPU tests are skipped with a reason, Hypothesis repeats itself in CI.
 
+Nothing is known of earlier calls, between which a test may have changed what the backends can do.
 For those that ask: kernels in plain PyTorch.
 """
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -55,9 +57,33 @@ def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_known_of_earlier_calls():
+    from swinkernels.ops._library import forget
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def allow_tf32() -> Iterator[Callable[[bool], None]]:
+    """Sets torch's switch for float32 products on CUDA. monkeypatch cannot put it back: it is no plain attribute."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+
+    def allow(allowed: bool) -> None:
+        matmul.fp32_precision = "tf32" if allowed else "ieee"
+
+    yield allow
+    matmul.fp32_precision = before
+
+
 @pytest.fixture
 def plain_kernels(monkeypatch: pytest.MonkeyPatch):
-    """Backends "cuda" and "triton" of the memory-bound ops run on the CPU, with kernels in plain PyTorch."""
+    """Backends "cuda" and "triton" of the memory-bound ops, and "triton" of attention, run on the CPU, with kernels in
+    plain PyTorch.
+    """
     from plain_kernels import attached
 
     from swinkernels.ops import _backends

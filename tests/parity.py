@@ -46,16 +46,23 @@ def assert_as_good(
 ) -> None:
     """The error against float64 is at most twice that of the library's code in the same dtype, and a few roundings.
 
-    Where large scores and sums that cancel magnify roundings, ``moved`` says how much (see :func:`shaken`).
+    Where large scores and sums that cancel magnify roundings, ``moved`` says how much (see :func:`shaken`). A gradient
+    that is zero, such as that of a constant in all scores, may be a rounding of the largest one.
     """
     assert got.keys() == plain.keys() == exact.keys()
+    largest = max(t.abs().max() for t in exact.values())
     for name in exact:
         assert got[name].dtype == plain[name].dtype, name
         eps = torch.finfo(got[name].dtype).eps * (256 if got[name].dtype == torch.float64 else 4)
+        # Gradients of what keys alone see nearly cancel. That of transformers' position MLP passes through a table of a
+        # few dozen sums that do, and have another order here: the error of one of them is in all of its elements.
+        times = 4 if any(part in name for part in ("position_bias_mlp", ".k_proj.", ".key.")) else 2
         few = 1 + 20 / exact[name].numel()  # such as one for each head: chance has a say
         error, base = got[name].double() - exact[name], plain[name].double() - exact[name]
         for measure in (lambda t: t.square().mean().sqrt(), lambda t: t.abs().max()):
-            e, limit = measure(error), few * (2 * measure(base) + eps * measure(exact[name]))
+            size = measure(exact[name])
+            size = largest if size < 1e-9 * largest else size
+            e, limit = measure(error), few * (times * measure(base) + eps * size)
             if moved is not None:
                 limit = limit + few * 2 * measure(moved[name] - exact[name])
             assert e <= limit, f"{name}: error {e:.3g}, at most {limit:.3g}"

@@ -1,4 +1,4 @@
-"""Kernels of the memory-bound ops in plain PyTorch on the CPU, so that what Python does around a kernel runs anywhere.
+"""Kernels of the ops in plain PyTorch on the CPU, so that what Python does around a kernel runs anywhere.
 
 Each says of its arguments what the ops promise to a kernel, computes in float64 and rounds once. The backward passes
 are written out: a kernel runs below autograd.
@@ -6,10 +6,11 @@ are written out: a kernel runs below autograd.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -177,6 +178,76 @@ def _residual_post_norm_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dw
     return drows.to(y.dtype), *sums
 
 
+def _attention(maps, tables, window, shift, table_window, before, periodic, roll_then_pad, grid, scale, mask, p):
+    """out and lse of the reference; dropout follows the seed."""
+    bias_table, bias, logit_scale, pad_qkv, region_map, seed = tables
+    assert all(t is None or t.dtype == torch.float32 for t in (bias_table, bias, logit_scale))
+    assert pad_qkv is None or (pad_qkv.dtype == maps[0].dtype and pad_qkv.dim() == 3)
+    assert region_map is None or (region_map.dtype == torch.int32 and region_map.dim() == 3)
+    assert all(len(values) == 3 for values in (window, shift, table_window, before, periodic))
+    assert (seed is None) == (p == 0.0)
+    q, k, v = maps[0].unbind(-3) if len(maps) == 1 else maps
+    rank = q.dim() - 3
+    generator = None
+    if seed is not None:
+        assert (seed.dtype, seed.shape) == (torch.int64, (1,))
+        generator = torch.Generator().manual_seed(seed.item())
+    return reference.window_attention(
+        q,
+        k,
+        v,
+        bias_table,
+        num_heads=q.shape[-2],
+        window_size=window[-rank:],
+        shift_size=shift[-rank:],
+        scale=None if logit_scale is not None else scale,
+        bias=bias,
+        table_window=None if bias_table is None else table_window[-rank:],
+        logit_scale=logit_scale,
+        pad_qkv=pad_qkv,
+        pad_order="roll_then_pad" if roll_then_pad else "pad_then_roll",
+        pad_before=before[-rank:],
+        periodic=tuple(map(bool, periodic))[-rank:],
+        region_map=None if region_map is None else region_map.reshape(region_map.shape[-rank:]),
+        mask_value=mask,
+        dropout_p=p,
+        generator=generator,
+        grid=grid,
+        return_lse=True,
+    )
+
+
+def _attention_kernels(count: int) -> tuple[Callable, Callable]:
+    """Forward and backward kernel of the form of ``count`` maps."""
+
+    def fwd(*args):
+        out, lse = _attention(args[:count], args[count : count + 6], *args[count + 6 : -1])
+        return out, lse.float()
+
+    def bwd(dout, *args):
+        maps, (lse, *tables), others = args[:count], args[count : count + 7], args[count + 7 :]
+        geometry, needs = others[:-5], others[-4:]
+        assert lse.dtype == torch.float32
+        wanted = [*maps, *(t for t, need in zip(tables, needs, strict=False) if need)]
+        leaves = {id(x): x.detach().clone().requires_grad_() for x in wanted}
+        given = [leaves[id(x)] for x in maps], [t if t is None else leaves.get(id(t), t) for t in tables]
+
+        def differentiate():
+            out, _ = _attention(*given, *geometry)
+            return torch.autograd.grad(out, [leaves[id(x)] for x in wanted], dout, allow_unused=True)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # this thread is below autograd
+            grads = iter(elsewhere.submit(differentiate).result())
+        dmaps = [next(grads) for _ in maps]
+        sums = []
+        for table, need in zip(tables, needs, strict=False):
+            grad = next(grads) if need else torch.zeros(0)
+            sums.append(torch.zeros(table.shape) if grad is None else grad.float())
+        return *dmaps, *sums
+
+    return fwd, bwd
+
+
 _KERNELS = {
     "window_partition": _window_partition,
     "window_reverse": _window_reverse,
@@ -190,6 +261,12 @@ _KERNELS = {
     "residual_post_norm_bwd": _residual_post_norm_bwd,
 }
 WITH_TRITON = ("window_partition", "window_reverse", "patch_merging_norm_fwd", "patch_merging_norm_bwd")
+# Of attention the CPU has kernels in C++, so these are Triton's.
+_TRITON_KERNELS = {
+    f"{form}_{direction}": kernel
+    for form, count in (("window_attention_qkvpacked", 1), ("window_attention", 3))
+    for direction, kernel in zip(("fwd", "bwd"), _attention_kernels(count), strict=True)
+}
 
 
 @contextlib.contextmanager
@@ -198,7 +275,8 @@ def attached() -> Iterator[None]:
     library = torch.library.Library("swinkernels", "IMPL")
     for name, kernel in _KERNELS.items():
         library.impl(name, kernel, "CPU")
-        if name in WITH_TRITON and not _backends.interpreting():  # else Triton's own are there
+    if not _backends.interpreting():  # else Triton's own are there
+        for name, kernel in {**{name: _KERNELS[name] for name in WITH_TRITON}, **_TRITON_KERNELS}.items():
             library.impl(f"{name}_triton", kernel, "CPU")
     try:
         yield

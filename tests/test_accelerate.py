@@ -18,7 +18,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from timm_swin import CONFIGURATIONS, assert_as_good, check_parity, make_image, make_model, run
 
 import swinkernels
-from swinkernels.integrations import VerificationError
+from swinkernels.integrations import VerificationError, _verify
 from swinkernels.integrations.timm import _blocks as adapter
 from swinkernels.integrations.timm.swin import AcceleratedSwinTransformerBlock as Accelerated
 
@@ -669,6 +669,18 @@ def test_verify_finds_a_wrong_kernel_and_names_the_module(wrong, monkeypatch):
     with pytest.raises(VerificationError, match=rf"layers\.0\.blocks\.1: the {what} is off by"):
         swinkernels.accelerate(model, verify=True)
     assert all(type(b) is SwinTransformerBlock for stage in model.layers for b in stage.blocks)
+
+
+@pytest.mark.parametrize(("error", "passes"), [(1e-7, True), (1e-3, False)])
+def test_a_gradient_that_is_zero_is_judged_by_the_size_of_others(error, passes):
+    """Such as that of a constant in all scores, which softmax takes out: terms cancel, and leave their roundings."""
+    exact = torch.full((32,), 1e-17, dtype=torch.float64)
+    got, plain = torch.full((32,), error), torch.zeros(32)
+    if passes:
+        _verify._check("block", "the gradient of bias", got, plain, exact, exact, largest=3.0)
+    else:
+        with pytest.raises(VerificationError, match=r"block: the gradient of bias is off by 0\.001"):
+            _verify._check("block", "the gradient of bias", got, plain, exact, exact, largest=3.0)
 
 
 def test_verify_on_meta_says_that_there_are_no_values():

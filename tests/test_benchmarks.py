@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import functools
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import pytest
 import torch
 
 import swinkernels
-from benchmarks import attention, contest, gpu_suite, memory_bound, record, shapes, variants
-from benchmarks.peers import make_peer
+from benchmarks import attention, contest, gpu_suite, host_cost, memory_bound, record, shapes, variants
+from benchmarks.peers import KINDS, make_peer
 from benchmarks.timing import Timing, time_on_cpu
 from swinkernels import reference
 from swinkernels.ops import _backends
@@ -27,7 +29,7 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contest, "time_on_cpu", functools.partial(time_on_cpu, seconds=0.01, rounds=2))
 
 
-@pytest.mark.parametrize("sdpa", [False, True], ids=["eager", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "case",
     [
@@ -39,13 +41,21 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
         WindowAttentionCase(1, (5, 6), 2, 8, 3, 1),
         WindowAttentionCase(2, (6, 9), 2, 8, 3, 1, has_logit_scale=True),
         WindowAttentionCase(1, (5, 10), 3, 8, 4, 0, has_logit_scale=True, has_pad_qkv=True),
+        WindowAttentionCase(2, (3, 5, 6), 2, 8, (2, 4, 3), (1, 2, 1), has_pad_qkv=True),
     ],
     ids=str,
 )
-def test_peers_equal_the_reference(case: WindowAttentionCase, sdpa: bool) -> None:
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_peers_equal_the_reference(case: WindowAttentionCase, kind: str) -> None:
     inputs = {name: x.double() for name, x in case.inputs(torch.float64).items()}
     exact = run_case(reference.window_attention_qkvpacked, inputs, case.arguments())
-    got = run_case(make_peer(case, torch.float64, CPU, sdpa=sdpa), inputs, {})
+    peer = make_peer(case, torch.float64, CPU, kind)
+    if kind == "flex":  # which has no backward pass on a CPU
+        with torch.no_grad():
+            got = {"out": peer(**{name: x for name, x in inputs.items() if name != "dout"})}
+        exact = {"out": exact["out"]}
+    else:
+        got = run_case(peer, inputs, {})
     for name, value in exact.items():
         torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -107,27 +117,54 @@ def test_moved_bytes_of_the_goal() -> None:
     assert moved == {"fwd": tokens * 4 * 96 * 2, "bwd": tokens * 7 * 96 * 2, "fwd+bwd": tokens * 11 * 96 * 2}
 
 
-def goal_row(direction: str, percent: float | None, result: str = "ok") -> dict:
-    return {
-        "shape": shapes.GOAL,
-        "dtype": "bfloat16",
-        "backend": "cuda",
-        "direction": direction,
-        "result": result,
-        "percent_of_copy": percent,
+def attention_row(shape: str, backend: str, direction: str, median: float | None, **labels) -> dict:
+    row = {"shape": shape, "dtype": "bfloat16", "backend": backend, "direction": direction, "result": "ok"}
+    return {**row, "median_us": median, "percent_of_copy": None, **labels}
+
+
+def test_goals() -> None:
+    def verdicts(rows: list[dict]) -> dict[str, str]:
+        return {row["goal"].partition(" (")[0] + row["goal"].partition(")")[2]: row["verdict"] for row in goals(rows)}
+
+    goals = gpu_suite.goals
+    nothing = verdicts([])
+    assert set(nothing.values()) == {"not measured"}
+    assert len(nothing) == 10 * 4 + 6
+    rows = [
+        attention_row("swin_t.1", "cuda", "fwd", 120.0, percent_of_copy=85.0),
+        attention_row("swin_t.1", "cuda", "bwd", None, percent_of_copy=69.9),
+        attention_row("swin_t.1", "cuda", "fwd+bwd", 400.0),
+        *(attention_row("swin_t.1", peer, "fwd", 600.0 + i) for i, peer in enumerate(attention.PEERS)),
+        attention_row("swin_t.2", "cuda", "fwd", 60.0, percent_of_copy=None, result="WRONG"),
+        attention_row("batch1.1", "cuda", "fwd", 6.0),
+        attention_row("batch1.1", "cuda", "bwd", 12.1),
+        attention_row("swin_t.1", "cuda", "fwd", 123.0, dtype="float16", percent_of_copy=84.0),
+        attention_row("swin_t.1", "cuda", "fwd", 250.0, dtype="tf32", percent_of_copy=70.0),
+        attention_row("swin_t.1", "triton", "fwd", 180.0, percent_of_copy=59.0),
+    ]
+    expected = {
+        "fwd at swin_t.1": "met",
+        "bwd at swin_t.1": "not met",
+        "fwd at swin_t.1 against the best peer": "met",
+        "fwd+bwd at swin_t.1 against the best peer": "not measured",
+        "fwd at swin_t.2": "not met",
+        "fwd at swin_t.2 against the best peer": "not met",  # nothing that is wrong is fast
+        "fwd at batch1.1": "met",
+        "bwd at batch1.1": "not met",
+        "float16 fwd at swin_t.1": "met",
+        "TF32 fwd at swin_t.1": "met",
+        "Triton fwd at swin_t.1": "not met",
     }
-
-
-@pytest.mark.parametrize(
-    ("rows", "verdicts"),
-    [
-        ([], ["not measured", "not measured"]),
-        ([goal_row("fwd", 65.0), goal_row("bwd", 49.9)], ["met", "not met"]),
-        ([goal_row("fwd", 90.0, "WRONG"), goal_row("bwd", None, "FAILED")], ["not met", "not measured"]),
-    ],
-)
-def test_goals(rows: list[dict], verdicts: list[str]) -> None:
-    assert [row["verdict"] for row in gpu_suite.goals(rows)] == verdicts
+    got = verdicts(rows)
+    assert {goal: verdict for goal, verdict in got.items() if verdict != "not measured"} | {
+        "fwd+bwd at swin_t.1 against the best peer": "not measured"
+    } == expected
+    rows[3]["median_us"] = 599.0  # one peer is faster than the others
+    assert verdicts(rows)["fwd at swin_t.1 against the best peer"] == "not met"
+    rows[3].update(result="WRONG")  # and does not count if its result is wrong
+    assert verdicts(rows)["fwd at swin_t.1 against the best peer"] == "met"
+    del rows[4]
+    assert verdicts(rows)["fwd at swin_t.1 against the best peer"] == "not measured"
 
 
 def memory_row(op: str, backend: str, median: float | None, percent: float | None = None, **labels: str) -> dict:
@@ -281,11 +318,36 @@ def test_memory_plan_of_the_suite_settles_every_goal() -> None:
     assert {entry[0] for entry in plan[last + 1 :]} >= {"layer_norm", "patch_expanding"}
 
 
-def test_plan_of_the_suite_starts_with_the_goal() -> None:
+def test_plan_of_the_suite_settles_every_goal() -> None:
     plan = gpu_suite.plan()
-    assert plan[0] == (shapes.GOAL, "bfloat16", True)
+    assert plan[0][:2] == (shapes.GOAL, "bfloat16")
     assert len(plan) == len(set(plan))
-    assert all(shape in shapes.ATTENTION and dtype in attention.DTYPES for shape, dtype, _ in plan)
+    rows = [
+        attention_row(shape, name, direction, 50.0, dtype=arithmetic, percent_of_copy=100.0)
+        for shape, arithmetic, names in plan
+        for name in names
+        for direction in (("fwd", "fwd+bwd") if name in attention.PEERS else contest.DIRECTIONS)
+    ]
+    assert all(row["shape"] in shapes.ATTENTION for row in rows)
+    assert all(goal["verdict"] != "not measured" for goal in gpu_suite.goals(rows))
+    assert any(goal["verdict"] != "not measured" for goal in gpu_suite.goals(rows[:3]))
+
+
+def test_tf32_is_torchs_switch() -> None:
+    """A row of TF32 is measured with the switch on, which is put back."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    case = WindowAttentionCase(1, (4, 4), 1, 8, 2, 1)
+    seen = []
+
+    class Noted(list):
+        def __iter__(self):
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+            return super().__iter__()
+
+    rows = attention.benchmark("small", case, torch.float32, CPU, Noted(["eager"]), tf32=True)
+    assert seen == ["tf32"]
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    assert {row["dtype"] for row in rows} == {"tf32"}
 
 
 def test_commit_outside_a_repository_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -329,3 +391,34 @@ def test_triton_variants_change_the_launcher(name: str) -> None:
         shipped, changed = launcher.tiles(key, 49, 32, 2), copy.tiles(key, 49, 32, 2)
         assert changed == shipped._replace(**value) != shipped
     assert copy.tiles("fwd_tiled", 144, 32, 2) == launcher.tiles("fwd_tiled", 144, 32, 2)
+
+
+def test_host_cost_counts_the_calling_thread() -> None:
+    """What another thread does is the process's time alone; what is waited for is nobody's."""
+
+    def busy(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=busy, args=(0.004,))
+        thread.start()
+        thread.join()
+
+    times = host_cost.host_times(
+        {"here": lambda: busy(0.001), "elsewhere": elsewhere, "wait": lambda: time.sleep(0.001)}, loop=2, rounds=3
+    )
+    assert 900 < times["here"][0] < 3000
+    assert times["elsewhere"][0] < 3000 < 3900 < times["elsewhere"][1]
+    assert times["wait"][1] < 900
+
+
+@pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
+def test_host_cost_of_every_case() -> None:
+    rows = host_cost.benchmark(CPU, torch.float32, "cpu", list(host_cost.CASES), loop=1, rounds=1)
+    assert {row["case"] for row in rows} == set(host_cost.CASES)
+    calls = ("forward", "forward, recorded", "forward + backward", "forward, op alone")
+    assert [row["call"] for row in rows[:4]] == list(calls)
+    assert set(host_cost.GOALS) < set(calls)
+    assert all(row["thread_us"] > 0 and row["met"] is None for row in rows)  # goals are of the GPU path

@@ -83,9 +83,15 @@ def test_what_is_printed(folder):
 
 
 def test_a_model_without_supported_blocks_is_told(tmp_path, capsys):
-    options = ["--device", "cpu", "--model", "swinv2_cr_tiny_ns_224", "--image-size", "224", "--out", str(tmp_path)]
+    options = ["--device", "cpu", "--model", "vit_tiny_patch16_224", "--image-size", "224", "--out", str(tmp_path)]
     assert main(options) == 1
     assert "Nothing to replace" in capsys.readouterr().out
+
+
+def test_a_model_without_swins_stages_is_told(tmp_path, capsys):
+    options = ["--device", "cpu", "--model", "swinv2_cr_tiny_ns_224", "--image-size", "224", "--out", str(tmp_path)]
+    assert main(options) == 1
+    assert "swinv2_cr_tiny_ns_224 has none under that name" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_cuda_emulated import GEOMETRY, HEAD_DIMS, WINDOWS
+from philox import kept_weights
+from test_cuda_emulated import DROPOUT, FEATURES, GEOMETRY, HEAD_DIMS, LONG, ODD_HEAD_DIMS, WINDOWS
 from torch import Tensor
 
 import swinkernels
 from swinkernels.ops import _backends
+from swinkernels.ops._library import forget
 from swinkernels.testing import (
     WindowAttentionCase,
     check_window_attention,
@@ -69,9 +74,9 @@ def test_opcheck(backend: str, form: str) -> None:
 # What the CUDA kernels choose tiles and loops by; test_triton.py has what its kernels choose by.
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", [*WINDOWS, *HEAD_DIMS], ids=str)
+@pytest.mark.parametrize("case", [*WINDOWS, *HEAD_DIMS, *ODD_HEAD_DIMS, *LONG.values()], ids=str)
 def test_sizes(case: WindowAttentionCase, dtype: torch.dtype) -> None:
-    check_window_attention(attend("cuda"), case, dtype, DEVICE)
+    check_window_attention(attend("cuda"), case, dtype, DEVICE, rounds_unit_rows=True)
 
 
 @needs_cuda
@@ -81,11 +86,34 @@ def test_geometry(name: str, dtype: torch.dtype) -> None:
     check_window_attention(attend("cuda"), GEOMETRY[name], dtype, DEVICE, **on_device(GEOMETRY[name]))
 
 
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("name", FEATURES)
+def test_cosine_attention_and_dense_biases(name: str, dtype: torch.dtype) -> None:
+    check_window_attention(attend("cuda"), FEATURES[name], dtype, DEVICE, rounds_unit_rows=True)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference with the weights that the kernels' generator keeps."""
+    case = DROPOUT[name]
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(3))
+    windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
+    shape = (case.batch, windows, case.num_heads, math.prod(case.window_tuple))
+    kept = kept_weights(seed.item(), case.options["dropout_p"], *shape)
+    monkeypatch.setattr(Tensor, "bernoulli_", lambda self, p, generator=None: self.copy_(kept))
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    op = functools.partial(attend("cuda"), generator=generator)
+    check_window_attention(op, case, dtype, DEVICE, rounds_unit_rows=True)
+
+
 @pytest.mark.parametrize("case", [*WINDOWS[3:6], PADDED], ids=str)
-def test_tf32_follows_torchs_switch(backend: str, case: WindowAttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def test_tf32_follows_torchs_switch(backend: str, case: WindowAttentionCase, allow_tf32: Callable) -> None:
+    allow_tf32(True)
     rounded = check_window_attention(attend(backend), case, torch.float32, DEVICE, eps=TF32_EPS)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    allow_tf32(False)
     exact = check_window_attention(attend(backend), case, torch.float32, DEVICE)
     assert not torch.equal(rounded["out"], exact["out"])
 
@@ -157,6 +185,74 @@ def test_side_stream_and_cuda_graph(backend: str) -> None:
         graph.replay()
         for got, value in zip(captured, wanted.values(), strict=True):
             assert torch.equal(got, value)
+
+
+def test_a_device_that_is_not_the_current_one(backend: str) -> None:
+    """Kernels run where the tensors are, the current device stays what it is, and what is known of a call of one device
+    is not taken for another's.
+    """
+    if torch.cuda.device_count() < 2:
+        pytest.skip("torch sees one CUDA GPU")
+    here, there = (torch.device("cuda", i) for i in range(2))
+    with torch.cuda.device(here):
+        inputs = PADDED.inputs(torch.bfloat16, here)
+        expected = run_case(attend(backend), inputs, PADDED.arguments())
+        for _ in range(2):
+            got = run_case(attend(backend), {k: x.to(there) for k, x in inputs.items()}, PADDED.arguments())
+            assert torch.cuda.current_device() == here.index
+            for name, value in expected.items():
+                assert got[name].device == there, name
+                assert torch.equal(got[name].to(here), value), name
+        with pytest.raises(ValueError, match="one device"):
+            attend(backend)(inputs["qkv"], inputs["bias_table"].to(there), **PADDED.arguments())
+
+
+@needs_cuda
+def test_the_short_entry_is_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What eager PyTorch calls and what a compiler sees give the same bits, on every stream."""
+    module = importlib.import_module("swinkernels.ops.window_attention")
+    assert "cuda" in module._HAS_SHORT
+    case = WindowAttentionCase(2, (10, 17), 3, 32, 7, 3, has_pad_qkv=True)
+    inputs = case.inputs(torch.bfloat16, DEVICE)
+    short = run_case(attend("cuda"), inputs, case.arguments())
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        aside = run_case(attend("cuda"), inputs, case.arguments())
+    torch.cuda.synchronize()
+    monkeypatch.setattr(module, "_HAS_SHORT", set())
+    forget()
+    named = run_case(attend("cuda"), inputs, case.arguments())
+    for name, value in named.items():
+        assert torch.equal(short[name], value), name
+        assert torch.equal(aside[name], value), name
+
+
+def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
+    """And forward and backward of one replay draw the same: out is linear in v, so (out, dout) is (v, dv)."""
+    case = WindowAttentionCase(8, (28, 28), 6, 32, 7, 3, options={"dropout_p": 0.3})
+    inputs = case.inputs(torch.float32, DEVICE)
+    qkv = inputs["qkv"].requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = attend(backend)(qkv=qkv, bias_table=inputs["bias_table"], **case.arguments())
+        return out.detach(), torch.autograd.grad(out, qkv, inputs["dout"])[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out, dqkv = run()
+    outputs = []
+    for _ in range(3):
+        graph.replay()
+        v, dv = (x.double().chunk(3, dim=-1)[2] for x in (qkv.detach(), dqkv))
+        torch.testing.assert_close((v * dv).sum(), (out.double() * inputs["dout"].double()).sum(), rtol=1e-4, atol=1e-2)
+        outputs.append(out.clone())
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
 
 
 def test_more_than_two_to_the_31_elements(backend: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import swinkernels
-from swinkernels.ops import _backends
+from swinkernels.ops import _arguments, _backends
 from swinkernels.ops.window_attention import _tf32_switch
 from swinkernels.testing import (
     WindowAttentionCase,
@@ -80,23 +79,33 @@ def test_auto_takes_what_can_run():
     assert exact.dtype == torch.float64
 
 
-FEATURES = {
-    _backends._COSINE: {"logit_scale": torch.zeros(2)},
-    _backends._DENSE: {"bias": torch.zeros(2, 9, 9)},
-    _backends._TYPES: {"bias": torch.zeros(2, 2, 9, 9)},
-    _backends._DROPOUT: {"dropout_p": 0.1},
-}
-
-
-@pytest.mark.parametrize(
-    ("backend", "feature"),
-    [(backend, name) for backend, lacking in _backends.LACKING.items() for name in sorted(lacking)],
-)
-def test_backend_says_by_name_what_it_lacks(backend, feature):
-    with pytest.raises(NotImplementedError, match=rf"backend='{backend}' cannot run this call.*{re.escape(feature)}"):
+@needs_cpu
+def test_backend_says_by_name_what_it_lacks():
+    with pytest.raises(
+        NotImplementedError, match=r"backend='cpu' cannot run this call.*it does not implement dropout_p"
+    ):
         swinkernels.window_attention_qkvpacked(
-            PLAIN.inputs(torch.float32)["qkv"], **PLAIN.arguments(), **FEATURES[feature], backend=backend
+            PLAIN.inputs(torch.float32)["qkv"], **PLAIN.arguments(), dropout_p=0.1, backend="cpu"
         )
+
+
+def test_long_windows_need_shared_memory(monkeypatch):
+    """A GPU whose blocks have less than the longest windows need takes shorter ones by this package's CUDA kernels."""
+    limits = {"max_window_volume": 1024, "shared_bytes_of_longest": 160 * 1024, "max_window_volume_in_less": 256}
+    monkeypatch.setitem(_backends.LIMITS, "cuda", limits)
+    case = WindowAttentionCase(1, (17, 17), 2, 8, 17, 0)
+    qkv = case.inputs(torch.float32)["qkv"]
+    x = _arguments.check_qkvpacked("op", qkv, 2)
+    args = _arguments.check_arguments(
+        "op", x, x.shape[1:-3], 8, None, num_heads=2, window_size=17, shift_size=0, scale=None, bias=None,
+        table_window=None, logit_scale=None, pad_qkv=None, pad_order="pad_then_roll", pad_before=0, periodic=False,
+        region_map=None, mask_value=-100.0, dropout_p=0.0, generator=None, grid=False, return_attention=False,
+    )  # fmt: skip
+    for backend, room, refused in (("cuda", 99 * 1024, True), ("cuda", 163 * 1024, False), ("triton", 0, False)):
+        monkeypatch.setattr(_backends, "_shared_bytes", lambda device, room=room: room)
+        monkeypatch.setattr(_backends, "_reasons", lambda *_: [])
+        reasons = _backends.window_attention_reasons(backend, args, torch.float32, torch.device("cuda", 0))
+        assert reasons == (["it takes windows of at most 256 tokens, got 289"] if refused else [])
 
 
 @needs_cpu

@@ -245,8 +245,8 @@ def test_copies_keys_twice_and_restore(cls, calls):
 @classes
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_verify_passes(cls, dtype):
-    for partition in ("block", "grid"):
-        accelerated(make_block(cls, partition, dtype, rel_pos_type="bias_tf"), verify=True)
+    for partition, rel_pos_type in (("block", "bias_tf"), ("grid", "mlp")):
+        accelerated(make_block(cls, partition, dtype, rel_pos_type=rel_pos_type), verify=True)
 
 
 @classes

@@ -52,7 +52,8 @@ py::object window_attention_limits() {
   using namespace py::literals;
   return py::dict("max_window_volume"_a = swinkernels::cuda::kMaxWindowVolume,
                   "max_head_dim"_a = swinkernels::cuda::kMaxHeadDim,
-                  "head_dim_multiple"_a = swinkernels::cuda::kHeadDimMultiple);
+                  "shared_bytes_of_longest"_a = swinkernels::cuda::kSharedBytesOfLongest,
+                  "max_window_volume_in_less"_a = swinkernels::cuda::kMaxWindowVolumeInLess);
 #else
   return py::none();
 #endif

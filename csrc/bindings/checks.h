@@ -1,6 +1,7 @@
 // What the bindings of all ops share: tensors as the kernels can read them, and the stream to launch on.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -58,6 +59,21 @@ inline Tensor readable(const Tensor& x, int64_t alignment) {
 inline Tensor packed(const Tensor& x, int64_t alignment) {
   if (!x.is_contiguous()) return torch::stable::contiguous(x);
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment == 0 ? x : torch::stable::clone(x);
+}
+
+// torch::stable::new_empty in less than half of its time: without the search for the op by its name.
+inline Tensor new_empty(const Tensor& x, const std::vector<int64_t>& shape, ScalarType type) {
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  int32_t device = 0, layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(x.get(), shape.data(), static_cast<int64_t>(shape.size()), &dtype,
+                                                   &layout, &device, x.get_device_index(), nullptr, &made));
+  return Tensor(made);
+}
+inline Tensor new_empty(const Tensor& x, const std::vector<int64_t>& shape) {
+  return new_empty(x, shape, x.scalar_type());
 }
 
 // The first `count` sizes of x.

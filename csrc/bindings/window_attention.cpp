@@ -21,7 +21,8 @@ namespace {
 
 // The backend-specific half of an op.
 struct CpuBackend {
-  static constexpr int64_t kAlignment = 1;  // bytes that data pointers and strides are multiples of
+  // Bytes that data pointers and strides are multiples of, of maps whose heads have so many bytes.
+  static int64_t alignment(int64_t) { return 1; }
   explicit CpuBackend(const Tensor&) {}
   static void parallel_for(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
@@ -35,7 +36,7 @@ struct CpuBackend {
 
 #ifdef SWINKERNELS_WITH_CUDA
 struct CudaBackend : CurrentStream {
-  static constexpr int64_t kAlignment = 16;
+  static int64_t alignment(int64_t row_bytes) { return cuda::row_alignment(row_bytes); }
   using CurrentStream::CurrentStream;
   void forward(const WindowAttentionForwardParams& p) const {
     STD_CUDA_CHECK(cuda::window_attention_forward(p, stream));
@@ -101,7 +102,7 @@ int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2];
 // The small tensors, contiguous, kept alive by the caller through `o`.
 void fill_tables(WindowAttentionForwardParams& p, Options& o) {
   for (OptionalTensor* t : {&o.bias_table, &o.bias, &o.logit_scale, &o.pad_qkv, &o.region_map, &o.dropout_seed}) {
-    if (*t) *t = torch::stable::contiguous(**t);
+    if (*t && !(*t)->is_contiguous()) *t = torch::stable::contiguous(**t);
   }
   const WindowGeometry& g = p.geometry;
   if (o.bias_table) {
@@ -166,10 +167,14 @@ struct Separate {
   }
 };
 
+// Of one head of a token.
+int64_t row_bytes(const Tensor& x) { return x.size(x.dim() - 1) * static_cast<int64_t>(x.element_size()); }
+
 template <class Backend, class Form>
 std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Options o) {
   const Backend backend(xs[0]);
-  for (Tensor& x : xs) x = readable(x, Backend::kAlignment);
+  const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
+  for (Tensor& x : xs) x = readable(x, alignment);
   const Tensor& x = xs[0];
   const int64_t rank = Form::rank(x);
   WindowAttentionForwardParams p{};
@@ -179,9 +184,8 @@ std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Options o) {
 
   std::vector<int64_t> shape = sizes(x, 1 + rank);
   shape.push_back(int64_t{1} * p.num_heads * p.head_dim);
-  Tensor out = torch::stable::new_empty(x, shape);
-  Tensor lse =
-      torch::stable::new_empty(x, {p.batch, product(g.num_windows), p.num_heads, product(g.window)}, ScalarType::Float);
+  Tensor out = new_empty(x, shape);
+  Tensor lse = new_empty(x, {p.batch, product(g.num_windows), p.num_heads, product(g.window)}, ScalarType::Float);
   if (out.numel() == 0) return {out, lse};
   Form::place({&p.q, &p.k, &p.v}, xs, input_map);
   p.out = output_map(out, 0, rank, p.head_dim);
@@ -192,7 +196,7 @@ std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Options o) {
 
 struct Gradients {
   std::vector<Tensor> maps;
-  Tensor bias_table, bias, logit_scale, pad_qkv;
+  OptionalTensor bias_table, bias, logit_scale, pad_qkv;  // those that were wanted
 };
 
 // Which gradients are wanted beside those of the maps.
@@ -203,9 +207,10 @@ struct Needs {
 template <class Backend, class Form>
 Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, Needs needs) {
   const Backend backend(xs[0]);
-  for (Tensor& x : xs) x = readable(x, Backend::kAlignment);
-  dout = readable(dout, Backend::kAlignment);
-  lse = torch::stable::contiguous(lse);
+  const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
+  for (Tensor& x : xs) x = readable(x, alignment);
+  dout = readable(dout, alignment);
+  if (!lse.is_contiguous()) lse = torch::stable::contiguous(lse);
   const Tensor& x = xs[0];
   const int64_t rank = Form::rank(x);
   WindowAttentionBackwardParams p{};
@@ -215,34 +220,32 @@ Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, N
 
   // new_zeros, so that an empty batch has the gradient zero; otherwise the kernels write every element.
   const bool empty = x.numel() == 0;
-  auto allocate = [&](std::vector<int64_t> shape) {
-    return empty ? torch::stable::new_zeros(x, shape, ScalarType::Float)
-                 : torch::stable::new_empty(x, shape, ScalarType::Float);
+  auto allocate = [&](bool needed, const std::vector<int64_t>& shape) -> OptionalTensor {
+    if (!needed) return std::nullopt;
+    return empty ? torch::stable::new_zeros(x, shape, ScalarType::Float) : new_empty(x, shape, ScalarType::Float);
   };
   Gradients grads;
-  for (const Tensor& t : xs) grads.maps.push_back(torch::stable::new_empty(t, sizes(t, t.dim())));
+  for (const Tensor& t : xs) grads.maps.push_back(new_empty(t, sizes(t, t.dim())));
   auto like = [&](bool needed, const OptionalTensor& t) {
-    return allocate(needed ? sizes(*t, t->dim()) : std::vector<int64_t>{0});
+    STD_TORCH_CHECK(!needed || t, "swinkernels: the gradient of a tensor that was not given is wanted");
+    return allocate(needed, needed ? sizes(*t, t->dim()) : std::vector<int64_t>{});
   };
   grads.bias_table = like(needs.bias_table, o.bias_table);
   grads.bias = like(needs.bias, o.bias);
   grads.logit_scale = like(needs.logit_scale, o.logit_scale);
-  grads.pad_qkv = allocate(needs.pad_qkv ? std::vector<int64_t>{3, p.forward.num_heads, p.forward.head_dim}
-                                         : std::vector<int64_t>{0});
+  grads.pad_qkv = like(needs.pad_qkv, o.pad_qkv);
   if (empty) return grads;
 
   Form::place({&p.forward.q, &p.forward.k, &p.forward.v}, xs, input_map);
   Form::place({&p.dq, &p.dk, &p.dv}, grads.maps, output_map);
   p.dout = input_map(dout, 0, rank, p.forward.head_dim);
   p.forward.lse = static_cast<float*>(lse.mutable_data_ptr());  // only read
-  auto wanted = [](bool needed, const Tensor& t) {
-    return needed ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
-  };
-  p.dbias_table = wanted(needs.bias_table, grads.bias_table);
-  p.dbias = wanted(needs.bias, grads.bias);
-  p.dlogit_scale = wanted(needs.logit_scale, grads.logit_scale);
-  p.dpad_qkv = wanted(needs.pad_qkv, grads.pad_qkv);
-  Tensor workspace = torch::stable::new_empty(x, {backend.workspace_bytes(p)}, ScalarType::Byte);
+  auto data = [](const OptionalTensor& t) { return t ? static_cast<float*>(t->mutable_data_ptr()) : nullptr; };
+  p.dbias_table = data(grads.bias_table);
+  p.dbias = data(grads.bias);
+  p.dlogit_scale = data(grads.logit_scale);
+  p.dpad_qkv = data(grads.pad_qkv);
+  Tensor workspace = new_empty(x, {backend.workspace_bytes(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   backend.backward(p);
   return grads;
@@ -259,6 +262,11 @@ Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, N
     bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed, window_size, shift_size, table_window, \
         pad_before, periodic, roll_then_pad, grid, scale, mask_value, dropout_p, allow_tf32                  \
   }
+// What the schema has for a gradient that is not wanted: nothing.
+Tensor sum(const OptionalTensor& gradient, const Tensor& x) {
+  return gradient ? *gradient : new_empty(x, {0}, ScalarType::Float);
+}
+
 #define SWINKERNELS_NEEDS bool needs_dbias_table, bool needs_dbias, bool needs_dlogit_scale, bool needs_dpad_qkv
 #define SWINKERNELS_MAKE_NEEDS \
   Needs { needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv }
@@ -277,7 +285,7 @@ template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qkvpacked_bwd(Tensor dout, Tensor qkv, Tensor lse,
                                                                  SWINKERNELS_OPTIONS, SWINKERNELS_NEEDS) {
   Gradients d = backward<Backend, Packed>(dout, {qkv}, lse, SWINKERNELS_MAKE_OPTIONS, SWINKERNELS_MAKE_NEEDS);
-  return {d.maps[0], d.bias_table, d.bias, d.logit_scale, d.pad_qkv};
+  return {d.maps[0], sum(d.bias_table, qkv), sum(d.bias, qkv), sum(d.logit_scale, qkv), sum(d.pad_qkv, qkv)};
 }
 
 template <class Backend>
@@ -285,11 +293,82 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(Tensor do
                                                                        Tensor lse, SWINKERNELS_OPTIONS,
                                                                        SWINKERNELS_NEEDS) {
   Gradients d = backward<Backend, Separate>(dout, {q, k, v}, lse, SWINKERNELS_MAKE_OPTIONS, SWINKERNELS_MAKE_NEEDS);
-  return {d.maps[0], d.maps[1], d.maps[2], d.bias_table, d.bias, d.logit_scale, d.pad_qkv};
+  return {d.maps[0],        d.maps[1], d.maps[2], sum(d.bias_table, q), sum(d.bias, q), sum(d.logit_scale, q),
+          sum(d.pad_qkv, q)};
+}
+
+// The same ops called at less cost: what is no tensor comes as one float64 tensor on the CPU, whose values are those of
+// the schema in its order, lists laid out. The gradients that are not wanted are one empty tensor.
+Options unpack(const Tensor& numbers, OptionalTensor bias_table, OptionalTensor bias, OptionalTensor logit_scale,
+               OptionalTensor pad_qkv, OptionalTensor region_map, OptionalTensor dropout_seed) {
+  constexpr int64_t kNumbers = 5 * 3 + 6;
+  STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Double && numbers.numel() == kNumbers && numbers.is_contiguous(),
+                  "swinkernels: numbers must be ", kNumbers, " of float64");
+  const double* next = static_cast<const double*>(numbers.const_data_ptr());
+  auto ints = [&] {
+    const double* first = next;
+    next += 3;
+    return Ints(first, next);
+  };
+  Options o{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
+  for (Ints* list : {&o.window_size, &o.shift_size, &o.table_window, &o.pad_before, &o.periodic}) *list = ints();
+  for (bool* flag : {&o.roll_then_pad, &o.grid}) *flag = *next++ != 0;
+  for (double* number : {&o.scale, &o.mask_value, &o.dropout_p}) *number = *next++;
+  o.allow_tf32 = *next != 0;
+  return o;
+}
+
+#define SWINKERNELS_TABLES                                                                            \
+  OptionalTensor bias_table, OptionalTensor bias, OptionalTensor logit_scale, OptionalTensor pad_qkv, \
+      OptionalTensor region_map, OptionalTensor dropout_seed
+#define SWINKERNELS_UNPACK unpack(numbers, bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed)
+
+template <class Backend>
+std::tuple<Tensor, Tensor> qkvpacked_fwd_short(Tensor qkv, SWINKERNELS_TABLES, Tensor numbers) {
+  return forward<Backend, Packed>({qkv}, SWINKERNELS_UNPACK);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> fwd_short(Tensor q, Tensor k, Tensor v, SWINKERNELS_TABLES, Tensor numbers) {
+  return forward<Backend, Separate>({q, k, v}, SWINKERNELS_UNPACK);
+}
+
+Needs needs_of(int64_t wanted) {
+  auto bit = [&](int i) { return (wanted >> i & 1) != 0; };
+  return {bit(0), bit(1), bit(2), bit(3)};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qkvpacked_bwd_short(Tensor dout, Tensor qkv, Tensor lse,
+                                                                       SWINKERNELS_TABLES, Tensor numbers,
+                                                                       int64_t wanted) {
+  Gradients d = backward<Backend, Packed>(dout, {qkv}, lse, SWINKERNELS_UNPACK, needs_of(wanted));
+  const Tensor none = new_empty(qkv, {0}, ScalarType::Float);
+  return {d.maps[0], d.bias_table.value_or(none), d.bias.value_or(none), d.logit_scale.value_or(none),
+          d.pad_qkv.value_or(none)};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_short(Tensor dout, Tensor q, Tensor k, Tensor v,
+                                                                             Tensor lse, SWINKERNELS_TABLES,
+                                                                             Tensor numbers, int64_t wanted) {
+  Gradients d = backward<Backend, Separate>(dout, {q, k, v}, lse, SWINKERNELS_UNPACK, needs_of(wanted));
+  const Tensor none = new_empty(q, {0}, ScalarType::Float);
+  return {d.maps[0],
+          d.maps[1],
+          d.maps[2],
+          d.bias_table.value_or(none),
+          d.bias.value_or(none),
+          d.logit_scale.value_or(none),
+          d.pad_qkv.value_or(none)};
 }
 
 template <class Backend, class Library>
 void implement(Library& m) {
+  m.impl("window_attention_qkvpacked_fwd_short", TORCH_BOX(&qkvpacked_fwd_short<Backend>));
+  m.impl("window_attention_qkvpacked_bwd_short", TORCH_BOX(&qkvpacked_bwd_short<Backend>));
+  m.impl("window_attention_fwd_short", TORCH_BOX(&fwd_short<Backend>));
+  m.impl("window_attention_bwd_short", TORCH_BOX(&bwd_short<Backend>));
   m.impl("window_attention_qkvpacked_fwd", TORCH_BOX(&qkvpacked_fwd<Backend>));
   m.impl("window_attention_qkvpacked_bwd", TORCH_BOX(&qkvpacked_bwd<Backend>));
   m.impl("window_attention_fwd", TORCH_BOX(&fwd<Backend>));

@@ -75,6 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     if not report.replaced:
         console.print(str(report), markup=False, highlight=False)
         return 1
+    if not measure.has_stages(plain):
+        console.print(
+            f"The pictures show the stages of a Swin v1 or v2, {args.model} has none under that name. "
+            "swinkernels.accelerate supports it all the same.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 1
 
     photo = torch.from_numpy(photographs.astronaut())  # ships with scikit-image
     config = timm.data.resolve_model_data_config(plain)

@@ -37,6 +37,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Any:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
+def has_stages(model: nn.Module) -> bool:
+    """Whether it is built as timm's Swin v1 and v2 are, whose stages give (B, H, W, C)."""
+    return isinstance(getattr(model, "layers", None), nn.Module)
+
+
 def stages(model: nn.Module) -> dict[str, nn.Module]:
     return {f"stage {i}": stage for i, stage in enumerate(model.get_submodule("layers").children(), start=1)}
 

@@ -12,13 +12,19 @@ from torch import Tensor, nn
 
 from swinkernels.integrations._parts import Part
 
-# A package of the library, imported with any of its models -> the module here with its ADAPTERS. It is imported only
-# when the library's package has been imported already: no model of a library can exist before.
+# A package or module of the library, imported with any of its models -> the module here with its ADAPTERS. That is
+# imported only when the library's has been imported already: no model of a library can exist before.
 _ADAPTERS = {
     "monai.networks.nets.swin_unetr": "swinkernels.integrations.monai",
     "mmpretrain.models.backbones": "swinkernels.integrations.mmpretrain",
     "timm.models": "swinkernels.integrations.timm",
     "torchvision.models.swin_transformer": "swinkernels.integrations.torchvision",
+    "transformers.models.clap.modeling_clap": "swinkernels.integrations.transformers.clap",
+    "transformers.models.donut.modeling_donut_swin": "swinkernels.integrations.transformers.donut",
+    "transformers.models.maskformer.modeling_maskformer_swin": "swinkernels.integrations.transformers.maskformer",
+    "transformers.models.swin.modeling_swin": "swinkernels.integrations.transformers.swin",
+    "transformers.models.swin2sr.modeling_swin2sr": "swinkernels.integrations.transformers.swin2sr",
+    "transformers.models.swinv2.modeling_swinv2": "swinkernels.integrations.transformers.swinv2",
 }
 
 SUPPORTED = "Swin Transformer block or patch merging of a known library"

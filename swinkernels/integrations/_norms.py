@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swinkernels.integrations._adapter import Adapter
 from swinkernels.integrations._inner import (
     class_of,
+    first_weight,
     inner,
     replaced_forward,
     why_not_absorbed,
@@ -136,6 +138,31 @@ def why_no_residual(residuals: Sequence[Residual], block: Any) -> str | None:
     return None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
 
 
+def residuals_adapter(
+    name: str,
+    original: type[nn.Module],
+    accelerated: type[nn.Module],
+    residuals: Sequence[Residual],
+    attention_size: Callable[[Any], tuple[int, ...]],
+    **options: Any,
+) -> Adapter:
+    """That of a library's block whose attention has an adapter of its own.
+
+    ``attention_size`` is the map that ``block.attn`` was made for; ``options`` are other fields of :class:`Adapter`.
+    """
+    return Adapter(
+        name,
+        original,
+        accelerated,
+        reason_to_skip=lambda block: why_no_residual(residuals, block),
+        parts=tuple(residual.part(first_weight) for residual in residuals),
+        input_shape=lambda block: (*attention_size(block.attn), residuals[-1].width(block)),
+        weight=first_weight,
+        looks_inside=True,
+        **options,
+    )
+
+
 @dataclass(frozen=True)
 class Merging:
     """Patch merging by modules ``norm`` and ``reduction``, in one op."""
@@ -185,3 +212,15 @@ class Merging:
             lambda merging: (self.norm, self.width(merging)),
             lambda merging: replaced_forward(merging) or self.why_not(merging),
         )
+
+    def adapter(
+        self,
+        name: str,
+        original: type[nn.Module],
+        accelerated: type[nn.Module],
+        input_shape: Callable[[Any], tuple[int, ...]],
+        **options: Any,
+    ) -> Adapter:
+        """That of a library's merging; ``options`` are other fields of :class:`Adapter`."""
+        given = {"reason_to_skip": self.why_not, "weight": lambda merging: merging.reduction.weight, **options}
+        return Adapter(name, original, accelerated, parts=(self.part(),), input_shape=input_shape, **given)

@@ -49,14 +49,13 @@ from swinkernels.integrations._foreign import (
 )
 from swinkernels.integrations._inner import (
     class_of,
-    first_weight,
     has_hooks,
     inner,
     is_traced,
     why_not_absorbed,
     why_not_window_attention,
 )
-from swinkernels.integrations._norms import Merging, Residual, norm_for_linear, norm_row, why_no_residual
+from swinkernels.integrations._norms import Merging, Residual, norm_for_linear, norm_row, residuals_adapter
 from swinkernels.integrations._parts import window_attention_part
 from swinkernels.integrations._windows import differs, window_index
 from swinkernels.ops import window_attention_qkvpacked
@@ -279,34 +278,8 @@ def _run_with_size(module: Any, x: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
-def _block_adapter(original: type[nn.Module], accelerated: type[nn.Module], residuals: tuple[Residual, ...]) -> Adapter:
-    return Adapter(
-        name="mmpretrain",
-        original=original,
-        accelerated=accelerated,
-        reason_to_skip=lambda block: why_no_residual(residuals, block),
-        parts=tuple(residual.part(first_weight) for residual in residuals),
-        input_shape=lambda block: (
-            *_attention_size(block.attn),
-            residuals[-1].width(block),
-        ),
-        weight=first_weight,
-        run=_run_with_size,
-        looks_inside=True,
-    )
-
-
-def _merging_adapter(original: type[nn.Module], accelerated: type[nn.Module], merging: Merging) -> Adapter:
-    return Adapter(
-        name="mmpretrain",
-        original=original,
-        accelerated=accelerated,
-        reason_to_skip=merging.why_not,
-        parts=(merging.part(),),
-        input_shape=lambda module: (6, 5, module.in_channels),
-        weight=lambda module: module.reduction.weight,
-        run=_run_with_size,
-    )
+def _merging_shape(merging: Any) -> tuple[int, ...]:
+    return 6, 5, merging.in_channels
 
 
 ADAPTERS = (
@@ -328,10 +301,12 @@ ADAPTERS = (
         weight=_qkv_weight,
         run=_run_with_size,
     ),
-    _block_adapter(SwinBlock, AcceleratedSwinBlock, (_RESIDUAL,)),
-    _block_adapter(SwinBlockV2, AcceleratedSwinBlockV2, _RESIDUALS_V2),
-    _merging_adapter(MMCVPatchMerging, AcceleratedMMCVPatchMerging, _MERGING),
-    _merging_adapter(PatchMerging, AcceleratedPatchMerging, _MERGING_V2),
+    residuals_adapter("mmpretrain", SwinBlock, AcceleratedSwinBlock, (_RESIDUAL,), _attention_size, run=_run_with_size),
+    residuals_adapter(
+        "mmpretrain", SwinBlockV2, AcceleratedSwinBlockV2, _RESIDUALS_V2, _attention_size, run=_run_with_size
+    ),
+    _MERGING.adapter("mmpretrain", MMCVPatchMerging, AcceleratedMMCVPatchMerging, _merging_shape, run=_run_with_size),
+    _MERGING_V2.adapter("mmpretrain", PatchMerging, AcceleratedPatchMerging, _merging_shape, run=_run_with_size),
 )
 
 

@@ -305,15 +305,10 @@ def _merging_adapter(original: type[nn.Module], accelerated: type[nn.Module], me
             reason = "this version of MONAI merges neighbours in an order that is not known"
         return reason
 
-    return Adapter(
-        name="monai",
-        original=original,
-        accelerated=accelerated,
-        reason_to_skip=reason_to_skip,
-        parts=(merging.part(),),
-        input_shape=lambda module: (*(6, 5, 3)[: _merging_axes(module)], module.dim),
-        weight=lambda module: module.reduction.weight,
-    )
+    def input_shape(module: Any) -> tuple[int, ...]:
+        return *(6, 5, 3)[: _merging_axes(module)], module.dim
+
+    return merging.adapter("monai", original, accelerated, input_shape, reason_to_skip=reason_to_skip)
 
 
 def _qkv_weight(block: Any) -> Tensor:

@@ -38,14 +38,13 @@ from swinkernels.integrations._adapter import Accelerated, Adapter
 from swinkernels.integrations._foreign import bias_table, score_factor
 from swinkernels.integrations._inner import (
     class_of,
-    first_weight,
     has_hooks,
     inner,
     is_traced,
     why_not_absorbed,
     why_not_linear,
 )
-from swinkernels.integrations._norms import Merging, Residual, norm_for_linear, norm_row, why_no_residual
+from swinkernels.integrations._norms import Merging, Residual, norm_for_linear, norm_row, residuals_adapter
 from swinkernels.integrations._parts import window_attention_part
 from swinkernels.integrations._windows import differs, window_index
 from swinkernels.ops import window_attention_qkvpacked
@@ -279,39 +278,21 @@ def _attention_adapter(original: type[nn.Module], accelerated: type[nn.Module]) 
     )
 
 
-def _block_adapter(original: type[nn.Module], accelerated: type[nn.Module], residuals: tuple[Residual, ...]) -> Adapter:
-    return Adapter(
-        name="torchvision",
-        original=original,
-        accelerated=accelerated,
-        reason_to_skip=lambda block: why_no_residual(residuals, block),
-        parts=tuple(residual.part(first_weight) for residual in residuals),
-        input_shape=lambda block: (
-            *_map_size(tuple(getattr(block.attn, "window_size", (7, 7)))),
-            residuals[-1].width(block),
-        ),
-        weight=first_weight,
-        looks_inside=True,
-    )
+def _window_of(attn: Any) -> tuple[int, ...]:
+    return _map_size(tuple(getattr(attn, "window_size", (7, 7))))
 
 
-def _merging_adapter(original: type[nn.Module], accelerated: type[nn.Module], merging: Merging) -> Adapter:
-    return Adapter(
-        name="torchvision",
-        original=original,
-        accelerated=accelerated,
-        reason_to_skip=merging.why_not,
-        parts=(merging.part(),),
-        input_shape=lambda module: (6, 5, module.dim),
-        weight=lambda module: module.reduction.weight,
-    )
+def _merging_shape(merging: Any) -> tuple[int, ...]:
+    return 6, 5, merging.dim
 
 
 ADAPTERS = (
     _attention_adapter(ShiftedWindowAttention, AcceleratedShiftedWindowAttention),
     _attention_adapter(ShiftedWindowAttentionV2, AcceleratedShiftedWindowAttentionV2),
-    _block_adapter(SwinTransformerBlock, AcceleratedSwinTransformerBlock, (_RESIDUAL,)),
-    _block_adapter(SwinTransformerBlockV2, AcceleratedSwinTransformerBlockV2, _RESIDUALS_V2),
-    _merging_adapter(PatchMerging, AcceleratedPatchMerging, _MERGING),
-    _merging_adapter(PatchMergingV2, AcceleratedPatchMergingV2, _MERGING_V2),
+    residuals_adapter("torchvision", SwinTransformerBlock, AcceleratedSwinTransformerBlock, (_RESIDUAL,), _window_of),
+    residuals_adapter(
+        "torchvision", SwinTransformerBlockV2, AcceleratedSwinTransformerBlockV2, _RESIDUALS_V2, _window_of
+    ),
+    _MERGING.adapter("torchvision", PatchMerging, AcceleratedPatchMerging, _merging_shape),
+    _MERGING_V2.adapter("torchvision", PatchMergingV2, AcceleratedPatchMergingV2, _merging_shape),
 )

@@ -43,6 +43,7 @@ class WindowArguments(NamedTuple):
     logit_scale: Tensor | None
     pad_qkv: Tensor | None
     region_map: Tensor | None
+    return_attention: bool = False
 
     @property
     def window_volume(self) -> int:
@@ -319,6 +320,7 @@ def check_arguments(
     dropout_p: Any,
     generator: Any,
     grid: Any,
+    return_attention: Any = False,
 ) -> WindowArguments:
     """Every argument but the map itself (``tokens`` lends its device), checked and in normal form."""
     size = tuple(size)
@@ -426,6 +428,8 @@ def check_arguments(
         raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"{op}: generator must be on the map's device {device}, got {generator.device}")
+    if not isinstance(return_attention, bool):
+        raise TypeError(f"{op}: return_attention must be a bool, got {return_attention!r}")
     return WindowArguments(
         op=op,
         size=size,
@@ -447,4 +451,5 @@ def check_arguments(
         logit_scale=logit_scale,
         pad_qkv=pad_qkv,
         region_map=region_map,
+        return_attention=return_attention,
     )

@@ -31,19 +31,6 @@ IMPLEMENTED = {
     "residual_layer_norm": ("cuda",),
 }
 
-# What window attention has beside v1 with a bias table, and backends lack.
-_COSINE, _DENSE, _TYPES, _DROPOUT = (
-    "logit_scale (v2 cosine attention)",
-    "a dense bias (bias=)",
-    "a bias for each type of window",
-    "dropout_p",
-)
-LACKING = {
-    "cuda": {_COSINE, _DENSE, _TYPES, _DROPOUT},
-    "triton": {_COSINE, _DENSE, _TYPES, _DROPOUT},
-    "cpu": {_DROPOUT},
-}
-
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 # What a norm's kernel reads and writes: one dtype, or the two of autocast, in either order.
 NORM_DTYPES = frozenset((a, b) for a in _LOW_AND_SINGLE for b in _LOW_AND_SINGLE if a == b or torch.float32 in (a, b))
@@ -70,8 +57,8 @@ def _not_installed() -> dict[str, str | None]:
 
 
 NOT_INSTALLED = _not_installed()
-# Of the values that the argument checks let through, what a backend takes. The CUDA ones come from its own header.
-LIMITS: dict[str, dict[str, int]] = {"triton": {"max_window_volume": 256}}
+# Of the values that the argument checks let through, what a backend takes: its header says.
+LIMITS: dict[str, dict[str, int]] = {}
 NORM_LIMITS: dict[str, int] = {"triton": 8192}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
     LIMITS["cuda"] = _extension.build.build_info()["window_attention_limits"]
@@ -160,6 +147,21 @@ def _dtype_reasons(backend: str, *dtypes: torch.dtype) -> list[str]:
     return reasons
 
 
+def _longest_window(backend: str, device: torch.device) -> int | None:
+    """The most tokens of a window that a backend takes, if that is fewer than the op takes."""
+    limits = LIMITS.get(backend)
+    if limits is None or device.type != "cuda":
+        return None
+    has_room = _shared_bytes(device) >= limits["shared_bytes_of_longest"]
+    return limits["max_window_volume" if has_room else "max_window_volume_in_less"]
+
+
+@constant_when_compiled
+def _shared_bytes(device: torch.device) -> int:
+    """The shared memory that a block may have on a GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
 def window_attention_reasons(
     backend: str, args: WindowArguments, dtype: torch.dtype, device: torch.device
 ) -> list[str]:
@@ -167,20 +169,13 @@ def window_attention_reasons(
     if backend == "reference":
         return []
     reasons = _reasons(backend, "window_attention", device) + _dtype_reasons(backend, dtype)
-    for asked, feature in (
-        (args.logit_scale is not None, _COSINE),
-        (args.bias is not None, _DENSE),
-        (args.bias is not None and args.bias.dim() == 4, _TYPES),
-        (args.dropout_p > 0.0, _DROPOUT),
-    ):
-        if asked and feature in LACKING[backend]:
-            reasons.append(f"it does not implement {feature}")
-    limits = LIMITS.get(backend, {})
-    largest, multiple = limits.get("max_window_volume", args.window_volume), limits.get("head_dim_multiple", 1)
-    if args.window_volume > largest:
+    if args.dropout_p > 0.0 and backend == "cpu":
+        reasons.append("it does not implement dropout_p")
+    if args.return_attention:
+        reasons.append("it does not return the attention weights (return_attention)")
+    largest = _longest_window(backend, device)
+    if largest is not None and args.window_volume > largest:
         reasons.append(f"it takes windows of at most {largest} tokens, got {args.window_volume}")
-    if args.head_dim % multiple != 0:
-        reasons.append(f"it takes a head_dim that is a multiple of {multiple}, got {args.head_dim}")
     return reasons
 
 

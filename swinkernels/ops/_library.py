@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import marshal
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +32,92 @@ def three(values: Sequence, leading) -> list:
     return [leading] * (3 - len(values)) + list(values)
 
 
-def _is_plain(inputs: Sequence[Any]) -> bool:
-    """Whether eager PyTorch alone sees a call: no compiler or exporter, no functorch or forward-mode transform, no
-    subclass of tensors.
+def is_plain(tensors: Sequence[Any]) -> bool:
+    """Whether eager PyTorch alone sees a call: no compiler or exporter, no functorch or forward-mode transform, no mode
+    that intercepts ops, and no subclass of tensors. ``tensors`` may be None, too; anything else is not plain.
     """
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
-        and all(type(x) in _PLAIN for x in inputs if isinstance(x, Tensor))
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
+
+
+Value = TypeVar("Value")
+
+
+class Found:
+    """What was found out about calls, by all that it depends on; of too many, the oldest is forgotten.
+
+    Keys are made by :func:`call_key`. Threads share it: what two of them find out, they find alike.
+    """
+
+    def __init__(self, most: int = 1024) -> None:
+        self._values: dict[Any, Any] = {}
+        self._most = most
+        self._lock = threading.Lock()
+        self.get = self._values.get
+        _ALL_FOUND.append(self)
+
+    def put(self, key: Any, value: Any) -> None:
+        with self._lock:
+            while len(self._values) >= self._most:
+                del self._values[next(iter(self._values))]
+            self._values[key] = value
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
+
+_ALL_FOUND: list[Found] = []
+
+
+def forget() -> None:
+    """Find everything out anew: for tests, which change what the backends can do."""
+    for found in _ALL_FOUND:
+        found.clear()
+
+
+def call_key(tensors: Sequence[Tensor | None], options: tuple[Any, ...], dtype: torch.dtype | None = None) -> Any:
+    """What the checks of a call depend on: of its tensors what they are, not what they hold.
+
+    None if the call has to be checked anew, for options other than plain Python values (a symbolic int, a tensor).
+    Options are told apart by their types, too, also inside of tuples: True equals 1, and is no window.
+    """
+    if dtype is not None and type(dtype) is not torch.dtype:
+        return None
+    try:
+        values = marshal.dumps(options, 2)  # 0.3 us; the later formats depend on how often an object is referred to
+    except ValueError:
+        return None
+    return values, dtype, *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
+
+
+def looked_up(
+    found: Found,
+    tensors: Sequence[Any],
+    options: tuple[Any, ...],
+    find: Callable[[], Value],
+    dtype: torch.dtype | None = None,
+) -> Value:
+    """What ``find`` returned for a call like this one; it is called where there was none."""
+    key = call_key(tensors, options, dtype) if is_plain(tensors) else None
+    if key is None:  # a compiler does not see what is known, which would become a guard of its code
+        return find()
+    value = found.get(key)
+    if value is None:
+        value = find()
+        found.put(key, value)
+    return value
 
 
 def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
@@ -55,43 +130,90 @@ def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
         )
 
 
-def register(name: str, fake: Callable, setup_context: Callable, backward: Callable) -> Callable:
-    """Give an op its fake and its derivative, by torch.library; returns what to call the op by.
+def _tensor_arguments(op: Any) -> int:
+    """How many arguments of an op are tensors. They come first."""
+    kinds = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in op._schema.arguments]
+    assert all(kinds[: sum(kinds)]), f"{op._schema}: tensors come first"
+    return sum(kinds)
+
+
+class Differentiable:
+    """What to call an op by that has a fake and a derivative.
 
     In eager PyTorch that is a shorter way than the op's own: the formula that torch.library makes out of
     setup_context and backward costs a multiple of the host time of the same two in an autograd.Function, or of none
-    where nothing needs a gradient.
+    where nothing needs a gradient. The Function takes what is no tensor as one argument: each costs time.
+    """
+
+    def __init__(self, name: str, setup_context: Callable, backward: Callable, run: Callable | None) -> None:
+        op = getattr(torch.ops.swinkernels, name).default
+        count = _tensor_arguments(op)
+
+        def run_op(tensors, others):
+            return op(*tensors, *others)
+
+        shortest = run or run_op
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *inputs):
+                *tensors, others = inputs
+                with torch._C._AutoDispatchBelowAutograd():
+                    output = shortest(tensors, others)
+                setup_context(ctx, tensors, others, output)
+                return output
+
+            @staticmethod
+            def backward(ctx, *gradients):
+                return *backward(ctx, *gradients), None
+
+        self._name, self._op, self._count, self._run, self._apply = name, op, count, shortest, Function.apply
+
+        def setup_op_context(ctx, inputs, output):
+            setup_context(ctx, inputs[:count], inputs[count:], output)
+
+        def backward_op(ctx, *gradients):
+            return *backward(ctx, *gradients), *(None,) * (len(op._schema.arguments) - count)
+
+        torch.library.register_autograd(f"swinkernels::{name}", backward_op, setup_context=setup_op_context, lib=lib)
+
+    def __call__(self, *inputs: Any) -> Any:
+        tensors = inputs[: self._count]
+        if is_plain(tensors):
+            return self.plain(tensors, inputs[self._count :])
+        _refuse_tangents(self._name, tensors)
+        return self._op(*inputs)
+
+    def plain(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
+        """The same where the tensors are known to be plain."""
+        if torch.is_grad_enabled():
+            for x in tensors:
+                if x is not None and x.requires_grad:
+                    return self._apply(*tensors, others)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._run(tensors, others)
+
+
+def register(
+    name: str, fake: Callable, setup_context: Callable, backward: Callable, run: Callable | None = None
+) -> Differentiable:
+    """Give an op its fake and its derivative, by torch.library; returns what to call the op by.
+
+    Args:
+        name: of the op.
+        fake: as torch.library.register_fake has it.
+        setup_context: (ctx, tensors, others, output), where the op's arguments are its tensors and then the others.
+        backward: (ctx, *gradients) -> the gradients of the tensors.
+        run: (tensors, others) -> output, another way to the op's kernel, taken in eager PyTorch.
     """
     torch.library.register_fake(f"swinkernels::{name}", fake, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{name}", backward, setup_context=setup_context, lib=lib)
-    op = getattr(torch.ops.swinkernels, name).default
-
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            return backward(ctx, *gradients)
-
-    def call(*inputs):
-        if not _is_plain(inputs):
-            _refuse_tangents(name, inputs)
-            return op(*inputs)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return Differentiable.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-
-    return call
+    return Differentiable(name, setup_context, backward, run)
 
 
 def register_derivative(name: str, fake: Callable, of: str) -> Callable:
-    """Give the backward op of ``of`` its fake, and a refusal as its derivative; returns what to call the op by."""
+    """Give the backward op of ``of`` its fake, and a refusal as its derivative; returns what to call the op by, with a
+    tuple of its tensors and one of its other arguments.
+    """
 
     def refuse(ctx, *_):
         raise NotImplementedError(
@@ -102,11 +224,11 @@ def register_derivative(name: str, fake: Callable, of: str) -> Callable:
     torch.library.register_autograd(f"swinkernels::{name}", refuse, lib=lib)
     op = getattr(torch.ops.swinkernels, name).default
 
-    def call(*inputs):
-        if torch.is_grad_enabled() or not _is_plain(inputs):  # with create_graph=True gradients are on
-            return op(*inputs)
+    def call(tensors, others):
+        if torch.is_grad_enabled() or not is_plain(tensors):  # with create_graph=True gradients are on
+            return op(*tensors, *others)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
+            return op(*tensors, *others)
 
     return call
 

@@ -15,7 +15,16 @@ from torch import Tensor
 from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._backends import choose, norm_reasons
-from swinkernels.ops._library import kernel_parameter, lib, parameter_gradients, register, register_derivative, three
+from swinkernels.ops._library import (
+    Found,
+    kernel_parameter,
+    lib,
+    looked_up,
+    parameter_gradients,
+    register,
+    register_derivative,
+    three,
+)
 
 # factor: three values, slowest axis first, or none for the plain norm. mean and rstd: one value for each row of z.
 lib.define(
@@ -48,10 +57,10 @@ def _fake_bwd(dz, x, weight, mean, rstd, factor, needs_dweight, needs_dbias):
     return x.new_empty(x.shape), *sums
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.factor, _, _ = inputs
+def _setup_context(ctx, tensors, others, output):
+    ctx.factor = others[0]
     ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
-    ctx.save_for_backward(x, weight, bias, *output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -60,11 +69,11 @@ _bwd = register_derivative("layer_norm_bwd", _fake_bwd, "layer_norm")
 
 def _backward(ctx, dz, *_):
     if dz is None:
-        return (None,) * 6
+        return (None,) * 3
     x, weight, bias, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad[1:3]
-    dx, *sums = _bwd(dz, x, weight, mean, rstd, ctx.factor, *needs)
-    return dx, *parameter_gradients((weight, bias), sums, needs), None, None, None
+    dx, *sums = _bwd((dz, x, weight, mean, rstd), (ctx.factor, *needs))
+    return dx, *parameter_gradients((weight, bias), sums, needs)
 
 
 _fwd = register("layer_norm_fwd", _fake_fwd, _setup_context, _backward)
@@ -105,11 +114,28 @@ def layer_norm(
 
     Source: Layer Normalization (Ba et al., 2016); torch.nn.LayerNorm.
     """
-    op = "layer_norm"
-    _arguments.check_rows(op, "x", x)
-    dtype = _arguments.check_dtype(op, dtype, x)
-    _arguments.check_parameters(op, x, (x.shape[-1],), weight=weight, bias=bias)
-    return normalise_parts(op, x, weight, bias, (), _arguments.check_eps(op, eps), dtype, backend)
+
+    def check() -> tuple[float, torch.dtype, str]:
+        op = "layer_norm"
+        _arguments.check_rows(op, "x", x)
+        _arguments.check_dtype(op, dtype, x)
+        _arguments.check_parameters(op, x, (x.shape[-1],), weight=weight, bias=bias)
+        return _arguments.check_eps(op, eps), *_choice(op, x, (), dtype, backend)
+
+    number, written, chosen = looked_up(_KNOWN, (x, weight, bias), (eps, backend), check, dtype)
+    return _normalise_parts(x, weight, bias, (), number, written, chosen)
+
+
+_KNOWN = Found()
+
+
+def _choice(
+    op: str, x: Tensor, factor: tuple[int, ...], dtype: torch.dtype | None, requested: str
+) -> tuple[torch.dtype, str]:
+    """The dtype of the result, and the backend."""
+    row, dtypes = x.shape[-1] // math.prod(factor), (x.dtype, dtype or x.dtype)
+    backend = choose(op, requested, x.device, lambda b: norm_reasons(b, "layer_norm", row, dtypes, x.device))
+    return dtypes[1], backend
 
 
 def normalise_parts(
@@ -120,11 +146,21 @@ def normalise_parts(
     factor: tuple[int, ...],
     eps: float,
     dtype: torch.dtype,
+    requested: str,
+) -> Tensor:
+    """The norm of the parts of the tokens of x, laid out by a factor per axis of the map. ``op`` checked everything."""
+    return _normalise_parts(x, weight, bias, factor, eps, *_choice(op, x, factor, dtype, requested))
+
+
+def _normalise_parts(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: tuple[int, ...],
+    eps: float,
+    dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """The plain norm of x, or with a factor per axis of the map the norm of the parts of its tokens, laid out."""
-    row = x.shape[-1] // math.prod(factor)
-    backend = choose(op, backend, x.device, lambda b: norm_reasons(b, "layer_norm", row, (x.dtype, dtype), x.device))
     if backend == "reference":
         if factor:
             return reference.patch_expanding(x, None, weight, bias, factor=factor, eps=eps, dtype=dtype)

@@ -73,21 +73,21 @@ def _define(suffix: str) -> Callable:
         widths = [dz.shape[-1] if needed else 0 for needed in (needs_dweight, needs_dbias)]
         return x.new_empty(x.shape), *(x.new_empty(width, dtype=torch.float32) for width in widths)
 
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, ctx.factor, ctx.neighbours, _, _ = inputs
+    def setup_context(ctx, tensors, others, output):
+        ctx.pieces = others[:2]
         ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
-        ctx.save_for_backward(x, weight, bias, *output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
     backward_op = register_derivative(bwd, fake_bwd, "patch_merging")
 
     def backward(ctx, dz, *_):
         if dz is None:
-            return (None,) * 7
+            return (None,) * 3
         x, weight, bias, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:3]
-        dx, *sums = backward_op(dz, x, weight, mean, rstd, ctx.factor, ctx.neighbours, *needs)
-        return dx, *parameter_gradients((weight, bias), sums, needs), *(None,) * 4
+        dx, *sums = backward_op((dz, x, weight, mean, rstd), (*ctx.pieces, *needs))
+        return dx, *parameter_gradients((weight, bias), sums, needs)
 
     return register(fwd, fake_fwd, setup_context, backward)
 

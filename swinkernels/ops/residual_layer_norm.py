@@ -14,7 +14,15 @@ from torch import Tensor
 from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._backends import choose, residual_reasons
-from swinkernels.ops._library import kernel_parameter, lib, parameter_gradients, register, register_derivative
+from swinkernels.ops._library import (
+    Found,
+    kernel_parameter,
+    lib,
+    looked_up,
+    parameter_gradients,
+    register,
+    register_derivative,
+)
 
 _BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
 _SAVED = "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias"
@@ -54,8 +62,8 @@ def _fake_post_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dweight, ne
     return y.new_empty(y.shape), *_fake_sums(y, needs_dweight, needs_dbias)
 
 
-def _setup_context(ctx, inputs, output):
-    _, _, drop_path_scale, weight, bias, _ = inputs
+def _setup_context(ctx, tensors, others, output):
+    _, _, drop_path_scale, weight, bias = tensors
     s, z, mean, rstd = output
     ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
     ctx.z_dtype = z.dtype
@@ -68,18 +76,18 @@ _bwd = register_derivative("residual_layer_norm_bwd", _fake_bwd, "residual_layer
 
 def _backward(ctx, ds, dz, *_):
     if ds is None and dz is None:
-        return (None,) * 6
+        return (None,) * 5
     s, drop_path_scale, weight, bias, mean, rstd = ctx.saved_tensors
     ds = torch.zeros_like(s) if ds is None else ds
     dz = torch.zeros_like(s, dtype=ctx.z_dtype) if dz is None else dz
     needs = ctx.needs_input_grad[3:5]
-    dx, dy, *sums = _bwd(ds, dz, s, drop_path_scale, weight, mean, rstd, *needs)
+    dx, dy, *sums = _bwd((ds, dz, s, drop_path_scale, weight, mean, rstd), needs)
     is_dx = drop_path_scale is None and dz.dtype == s.dtype
-    return dx, dx if is_dx else dy, None, *parameter_gradients((weight, bias), sums, needs), None
+    return dx, dx if is_dx else dy, None, *parameter_gradients((weight, bias), sums, needs)
 
 
-def _setup_post_context(ctx, inputs, output):
-    _, y, drop_path_scale, weight, bias, _ = inputs
+def _setup_post_context(ctx, tensors, others, output):
+    _, y, drop_path_scale, weight, bias = tensors
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(y, drop_path_scale, weight, bias, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -90,17 +98,20 @@ _post_bwd = register_derivative("residual_post_norm_bwd", _fake_post_bwd, "resid
 
 def _post_backward(ctx, ds, *_):
     if ds is None:
-        return (None,) * 6
+        return (None,) * 5
     y, drop_path_scale, weight, bias, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad[3:5]
-    dy, *sums = _post_bwd(ds, y, drop_path_scale, weight, mean, rstd, *needs)
-    return ds, dy, None, *parameter_gradients((weight, bias), sums, needs), None
+    dy, *sums = _post_bwd((ds, y, drop_path_scale, weight, mean, rstd), needs)
+    return ds, dy, None, *parameter_gradients((weight, bias), sums, needs)
 
 
 _FORWARD = {
     "residual_layer_norm": register("residual_layer_norm_fwd", _fake_fwd, _setup_context, _backward),
     "residual_post_norm": register("residual_post_norm_fwd", _fake_post_fwd, _setup_post_context, _post_backward),
 }
+
+
+_KNOWN = Found()
 
 
 def _run(
@@ -113,24 +124,29 @@ def _run(
     drop_path_scale: Tensor | None,
     backend: str,
 ) -> Any:
-    _arguments.check_rows(op, "x", x, batched=True)
-    _arguments.check_rows(op, "y", y, batched=True)
-    if y.shape != x.shape:
-        raise ValueError(
-            f"{op}: x and y must have one shape, got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}"
-        )
-    _arguments.check_device(op, "y", y, x.device)
-    _arguments.check_parameters(op, x, (x.shape[-1],), weight=weight, bias=bias)
-    _arguments.check_parameters(op, x, (x.shape[0],), drop_path_scale=drop_path_scale)
-    eps = _arguments.check_eps(op, eps)
+    learns_scale = getattr(drop_path_scale, "requires_grad", False)
+
+    def check() -> tuple[float, str]:
+        _arguments.check_rows(op, "x", x, batched=True)
+        _arguments.check_rows(op, "y", y, batched=True)
+        if y.shape != x.shape:
+            raise ValueError(
+                f"{op}: x and y must have one shape, got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}"
+            )
+        _arguments.check_device(op, "y", y, x.device)
+        _arguments.check_parameters(op, x, (x.shape[-1],), weight=weight, bias=bias)
+        _arguments.check_parameters(op, x, (x.shape[0],), drop_path_scale=drop_path_scale)
+        return _arguments.check_eps(op, eps), choose(op, backend, x.device, reasons)
 
     def reasons(b: str) -> list[str]:
         found = residual_reasons(b, x.shape[-1], (x.dtype, y.dtype), x.device)
-        if b != "reference" and drop_path_scale is not None and drop_path_scale.requires_grad:
+        if b != "reference" and learns_scale:
             found.append("it does not differentiate drop_path_scale")
         return found
 
-    if choose(op, backend, x.device, reasons) == "reference":
+    tensors = (x, y, weight, bias, drop_path_scale)
+    eps, chosen = looked_up(_KNOWN, tensors, (op, eps, backend, learns_scale), check)
+    if chosen == "reference":
         definition = getattr(reference, op)
         return definition(x, y, weight, bias, eps=eps, drop_path_scale=drop_path_scale)
     if drop_path_scale is not None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import choose, window_partition_reasons
-from swinkernels.ops._library import lib, register, three
+from swinkernels.ops._library import Found, lib, looked_up, register, three
 
 # Geometry has three values a list, slowest axis first, as FrameGeometry of csrc/params has it; `size` has the rank of
 # the map. The ops allow any shift below the frame's size.
@@ -38,18 +39,17 @@ def _define(suffix: str) -> dict[str, Callable]:
         per_image = math.prod(_arguments.frame_size(size, window)) // math.prod(window)
         return windows.new_empty((windows.shape[0] // per_image, *size, windows.shape[-1]))
 
-    def setup_partition(ctx, inputs, output):
-        x, *geometry = inputs
-        ctx.size, ctx.geometry = x.shape[1:-1], geometry
+    def setup_partition(ctx, tensors, others, output):
+        ctx.size, ctx.geometry = tensors[0].shape[1:-1], others
 
-    def setup_reverse(ctx, inputs, output):
-        ctx.geometry = inputs[2:]
+    def setup_reverse(ctx, tensors, others, output):
+        ctx.geometry = others[1:]
 
     def backward_partition(ctx, dwindows):
-        return call_reverse(dwindows, ctx.size, *ctx.geometry), None, None, None
+        return (call_reverse(dwindows, ctx.size, *ctx.geometry),)
 
     def backward_reverse(ctx, dx):
-        return call_partition(dx, *ctx.geometry), None, None, None, None
+        return (call_partition(dx, *ctx.geometry),)
 
     call_partition = register(partition, fake_partition, setup_partition, backward_partition)
     call_reverse = register(reverse, fake_reverse, setup_reverse, backward_reverse)
@@ -79,7 +79,14 @@ def partition(
     op: str, x: Tensor, window: Sequence[int], shift: Sequence[int], pad_order: str, backend: str = "auto"
 ) -> Tensor:
     """:func:`window_partition` of arguments that ``op`` checked, for any shift below the padded map's size."""
-    backend = choose(op, backend, x.device, lambda b: window_partition_reasons(b, x.device))
+    return _partition(x, window, shift, pad_order, _choice(op, x, backend))
+
+
+def _choice(op: str, x: Tensor, requested: str) -> str:
+    return choose(op, requested, x.device, lambda b: window_partition_reasons(b, x.device))
+
+
+def _partition(x: Tensor, window: Sequence[int], shift: Sequence[int], pad_order: str, backend: str) -> Tensor:
     if backend == "reference":
         return reference.window_partition(x, window, shift, pad_order=pad_order)
     return _op("window_partition", backend)(x, *_geometry(window, shift, pad_order))
@@ -95,10 +102,18 @@ def reverse(
     backend: str = "auto",
 ) -> Tensor:
     """:func:`window_reverse` of arguments that ``op`` checked, for any shift below the padded map's size."""
-    backend = choose(op, backend, windows.device, lambda b: window_partition_reasons(b, windows.device))
+    return _reverse(windows, window, size, shift, pad_order, _choice(op, windows, backend))
+
+
+def _reverse(
+    windows: Tensor, window: Sequence[int], size: Sequence[int], shift: Sequence[int], pad_order: str, backend: str
+) -> Tensor:
     if backend == "reference":
         return reference.window_reverse(windows, window, size, shift, pad_order=pad_order)
     return _op("window_reverse", backend)(windows, size, *_geometry(window, shift, pad_order))
+
+
+_KNOWN = Found()
 
 
 def window_partition(
@@ -130,11 +145,16 @@ def window_partition(
     Source: ``torch.roll`` and ``window_partition`` of microsoft/Swin-Transformer, and the padding of its callers.
     """
     op = "window_partition"
-    _arguments.check_features(op, "x", x, floating=False)
-    window, shift = _arguments.check_window(op, window_size, shift_size, x.dim() - 2)
-    _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
-    _check_count(op, x.shape[0], x.shape[1:-1], window, x.shape[-1])
-    return partition(op, x, window, shift, pad_order, backend)
+
+    def check() -> tuple[tuple[int, ...], tuple[int, ...], str]:
+        _arguments.check_features(op, "x", x, floating=False)
+        window, shift = _arguments.check_window(op, window_size, shift_size, x.dim() - 2)
+        _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
+        _check_count(op, x.shape[0], x.shape[1:-1], window, x.shape[-1])
+        return window, shift, _choice(op, x, backend)
+
+    window, shift, chosen = looked_up(_KNOWN, (x,), (op, window_size, shift_size, pad_order, backend), check)
+    return _partition(x, window, shift, pad_order, chosen)
 
 
 def window_reverse(
@@ -166,9 +186,15 @@ def window_reverse(
     Source: ``window_reverse`` and ``torch.roll`` of microsoft/Swin-Transformer, and the crop of its callers.
     """
     op = "window_reverse"
-    size = _arguments.check_size(op, size)
-    window, shift = _arguments.check_window(op, window_size, shift_size, len(size))
-    _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
-    _arguments.check_windows(op, windows, size, window)
-    _check_count(op, 1, size, window, windows.shape[2])  # of one map: the others are there
-    return reverse(op, windows, window, size, shift, pad_order, backend)
+
+    def check() -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
+        tokens = _arguments.check_size(op, size)
+        window, shift = _arguments.check_window(op, window_size, shift_size, len(tokens))
+        _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
+        _arguments.check_windows(op, windows, tokens, window)
+        _check_count(op, 1, tokens, window, windows.shape[2])  # of one map: the others are there
+        return window, tokens, shift, _choice(op, windows, backend)
+
+    options = (op, window_size, tuple(size) if type(size) is torch.Size else size, shift_size, pad_order, backend)
+    window, tokens, shift, chosen = looked_up(_KNOWN, (windows,), options, check)
+    return _reverse(windows, window, tokens, shift, pad_order, chosen)

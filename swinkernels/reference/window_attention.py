@@ -73,7 +73,8 @@ def window_attention(
 
     Args:
         q, k, v: (B, \*S, num_heads, head_dim) each, S = (H, W) or (D, H, W), any floating dtype.
-        return_attention: also return the attention weights after dropout, (B, num_windows, num_heads, N, N).
+        return_attention: also return the attention weights after dropout, (B, num_windows, num_heads, N, N), in the
+            dtype of q.
         return_lse: also return the natural log-sum-exp of the final scores, (B, num_windows, num_heads, N), last.
 
         The other arguments are those of :func:`swinkernels.window_attention`, which documents them. Only shapes that
@@ -157,7 +158,7 @@ def window_attention(
     position[flat] = torch.arange(flat.numel(), device=q.device)
     out = out.transpose(2, 3).reshape(batch, num_windows * n, heads * head_dim)[:, position[:-1]]
     out = out.reshape(batch, *size, heads * head_dim)
-    extras = ([probs] if return_attention else []) + ([scores.logsumexp(dim=-1)] if return_lse else [])
+    extras = ([probs.to(dtype)] if return_attention else []) + ([scores.logsumexp(dim=-1)] if return_lse else [])
     return (out, *extras) if extras else out
 
 

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from swinkernels.triton import _window_attention_kernels as kernels
+from swinkernels.triton._launch import INT32_MAX, alignment, three, unit_stride
 
 # Programs that a kernel which walks over windows is cut into: a few waves on a GPU of some 130 multiprocessors, on any
 # GPU, so that the order of sums, and with it the result, does not depend on the GPU.
@@ -20,7 +21,8 @@ BACKWARD_PROGRAMS = 1024
 # More windows for a program would leave a long last wave; by then the bias tile costs little per window.
 MAX_FORWARD_WINDOWS = 8
 FOLD_ROWS = 16  # table entries of a program that folds dbias
-INT32_MAX = 2**31 - 1
+FOLD_KEYS = 256  # keys that it takes at a time
+LARGEST_MASK = 1e38  # with one of float32's largest numbers, log2(e) times a score would be infinite
 
 
 class Tiles(NamedTuple):
@@ -82,7 +84,7 @@ def _plan(
     has_region_map: bool,
     precision: str,
 ) -> Plan:
-    size = (1,) * (3 - len(size)) + size
+    size = three(size, 1)
     num_windows = tuple(-(-s // w) for s, w in zip(size, window, strict=True))
     frame = tuple(n * w for n, w in zip(num_windows, window, strict=True))
     roll = tuple(x % s for x, s in zip(shift, size, strict=True)) if roll_then_pad else shift
@@ -117,17 +119,26 @@ class _Call(NamedTuple):
     strides: tuple[tuple[int, ...], ...]
     packed_offset: int  # from q to k and from k to v
     align: int
-    bias_table: Tensor | None
-    pad_qkv: Tensor | None
-    region_map: Tensor | None
+    types: int  # of windows that have a bias of their own
+    tables: tuple[Tensor | None, ...]  # bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed
     scale: float
-    mask_log2: float
+    numbers: tuple[Any, ...]  # scale_log2, mask_log2, drop_below, keep_scale
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.bias_table, self.pad_qkv, self.region_map
+    @property
+    def type_windows(self) -> int | None:
+        """Windows of a type in an image, or None if there is one type."""
+        return self.plan.windows // self.types if self.types > 1 else None
 
     def geometry(self) -> tuple[Any, ...]:
-        return self.num_heads, *self.plan.geometry, *self.strides, self.packed_offset
+        return self.type_windows, self.num_heads, *self.plan.geometry, *self.strides, self.packed_offset
+
+    def groups(self, per_window: int, programs: int, most: int = INT32_MAX) -> tuple[int, int, int]:
+        """How windows are dealt out to some ``programs``, of which a window takes ``per_window``: the windows of each
+        type, those of a group, which are of one type, and the groups of all types.
+        """
+        of_type = self.batch_windows // self.types
+        each = min(most, of_type, max(1, -(-self.batch_windows * per_window // programs)))
+        return of_type, each, self.types * -(-of_type // each)
 
     def tiles(self, name: str) -> Tiles:
         flags = self.plan.flags
@@ -139,18 +150,14 @@ class _Call(NamedTuple):
         return {**self.plan.flags, **blocks, **launch, "ALIGN": self.align, "PACKED": self.packed_offset != 0}
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _prepare(
     maps: Sequence[Tensor],
     bias_table: Tensor | None,
-    _bias: None,
-    _logit_scale: None,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
     pad_qkv: Tensor | None,
     region_map: Tensor | None,
-    _dropout_seed: None,
+    dropout_seed: Tensor | None,
     window: Sequence[int],
     shift: Sequence[int],
     table_window: Sequence[int],
@@ -160,10 +167,10 @@ def _prepare(
     grid: bool,
     scale: float,
     mask_value: float,
-    _dropout_p: float,
+    dropout_p: float,
     allow_tf32: bool,
 ) -> _Call:
-    maps = tuple(_unit_stride(x) for x in maps)
+    maps = tuple(unit_stride(x) for x in maps)
     x = maps[0]
     packed = len(maps) == 1
     rank = x.dim() - (4 if packed else 3)
@@ -189,13 +196,11 @@ def _prepare(
         )
     steps = [x.stride() for x in maps]
     packed_offset = steps[0][-3] if packed else 0
-    flat = packed_offset
-    for stride in steps:
-        for step in stride[:-1]:
-            flat |= step
-    align = math.gcd(flat, 16)  # of two numbers' union of bits, the same powers of two divide as of both
-    leading = (0,) * (3 - rank)
-    strides = tuple((s[0] // align, *leading, *(a // align for a in s[1 : 1 + rank]), s[-2] // align) for s in steps)
+    align = alignment([packed_offset, *(step for stride in steps for step in stride[:-1])], 16)
+    if dropout_p > 0.0 and dropout_seed is None:
+        raise ValueError("window_attention: dropout_seed must be given with a dropout_p above 0, got None")
+    tables = (bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed if dropout_p > 0.0 else None)
+    strides = tuple((s[0] // align, *three([a // align for a in s[1 : 1 + rank]], 0), s[-2] // align) for s in steps)
     return _Call(
         plan=plan,
         batch_windows=batch_windows,
@@ -204,16 +209,23 @@ def _prepare(
         strides=strides * 3 if packed else strides,
         packed_offset=packed_offset // align,
         align=align,
-        bias_table=None if bias_table is None else bias_table.contiguous(),
-        pad_qkv=None if pad_qkv is None else pad_qkv.contiguous(),
-        region_map=None if region_map is None else region_map.contiguous(),
+        types=1 if bias is None or bias.dim() == 3 else bias.shape[0],
+        tables=tuple(None if t is None else t.contiguous() for t in tables),
         scale=scale,
-        mask_log2=mask_value * kernels.LOG2_E,
+        numbers=(
+            scale * kernels.LOG2_E,
+            min(max(mask_value * kernels.LOG2_E, -LARGEST_MASK), LARGEST_MASK),
+            *_dropout(dropout_p),
+        ),
     )
 
 
-def _windows_per_program(total: int, per_window: int, programs: int) -> int:
-    return max(1, -(-total * per_window // programs))
+def _dropout(p: float) -> tuple[int, float]:
+    """Random numbers, which are int32, below the first one drop a probability; those kept are multiplied by the other.
+
+    With p = 1 the largest number, at which none would be below, is left to multiply by zero.
+    """
+    return min(round(p * 2**32) - 2**31, INT32_MAX), 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
 def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -226,11 +238,11 @@ def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
     lse = x.new_empty((x.shape[0], plan.windows, heads, plan.volume), dtype=torch.float32)
     if x.numel() == 0:
         return out, lse
-    data = (*call.maps, out, lse, *call.tensors(), call.scale * kernels.LOG2_E, call.mask_log2)
+    data = (*call.maps, out, lse, *call.tables, *call.numbers)
     if is_whole(plan.volume, x.element_size()):
-        each = min(MAX_FORWARD_WINDOWS, _windows_per_program(call.batch_windows, heads, FORWARD_PROGRAMS))
-        kernels.fwd_whole[(-(-call.batch_windows // each) * heads,)](
-            *data, call.batch_windows, each, *call.geometry(), **call.options(call.tiles("fwd_whole"), True)
+        of_type, each, groups = call.groups(heads, FORWARD_PROGRAMS, MAX_FORWARD_WINDOWS)
+        kernels.fwd_whole[(groups * heads,)](
+            *data, of_type, each, *call.geometry(), **call.options(call.tiles("fwd_whole"), True)
         )
     else:
         tile = call.tiles("fwd_tiled")
@@ -241,66 +253,85 @@ def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients of the maps (one or three), then dbias_table and dpad_qkv, empty where not needed."""
-    *shared, needs_dbias_table, _, _, needs_dpad_qkv = arguments
-    call = _prepare(maps, *shared)
+    """The gradients of the maps (one or three), then dbias_table, dbias, dlogit_scale and dpad_qkv, empty where not
+    needed.
+    """
+    call = _prepare(maps, *arguments[:-4])
+    needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv = arguments[-4:]
     plan, heads, x = call.plan, call.num_heads, maps[0]
     head_dim, volume = plan.flags["HEAD_DIM"], plan.volume
     dmaps = tuple(torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in maps)
     packed = len(maps) == 1
     gradients = dmaps * 3 if packed else dmaps
     grad_heads = (3 * heads, heads) if packed else (heads, 0)
-    dbias_table = x.new_zeros((plan.table_rows, heads) if needs_dbias_table else 0, dtype=torch.float32)
-    dpad_qkv = x.new_zeros((3, heads, head_dim) if needs_dpad_qkv else 0, dtype=torch.float32)
-    none = [x.new_empty(0, dtype=torch.float32) for _ in range(2)]
+
+    def sums(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.float32)
+
+    dbias_table = sums(plan.table_rows, heads) if needs_dbias_table else sums(0)
+    dbias = sums(*arguments[1].shape) if needs_dbias else sums(0)
+    dlogit_scale = sums(heads) if needs_dlogit_scale else sums(0)
+    dpad_qkv = sums(3, heads, head_dim).zero_() if needs_dpad_qkv else sums(0)
+    results = (*dmaps, dbias_table, dbias, dlogit_scale, dpad_qkv)
     if x.numel() == 0:
-        return *dmaps, dbias_table, *none, dpad_qkv
+        for total in results[-4:-1]:
+            total.zero_()
+        return results
     dout, lse = dout.contiguous(), lse.contiguous()
     needs_dpad_qkv = needs_dpad_qkv and plan.flags["HAS_PADDING"]
-    log2 = (call.scale * kernels.LOG2_E, call.mask_log2)
-    dbias = dpad = None
+    # What programs sum up, to be added in the second stage.
+    of_pairs = of_heads = of_pads = None
+
+    def pairs_of(groups: int) -> Tensor | None:
+        """dbias of each group of windows; a dense one of which a type has one group is the result."""
+        if needs_dbias and groups == call.types:
+            return dbias
+        return sums(groups, heads, volume, volume) if needs_dbias or needs_dbias_table else None
+
     if is_whole(volume, x.element_size()):
-        each = _windows_per_program(call.batch_windows, heads, BACKWARD_PROGRAMS)
-        groups = -(-call.batch_windows // each)
-        if needs_dbias_table:
-            dbias = x.new_empty((groups, heads, volume, volume), dtype=torch.float32)
-        if needs_dpad_qkv:
-            dpad = x.new_empty((groups, 2, heads, head_dim), dtype=torch.float32)
+        of_type, each, groups = call.groups(heads, BACKWARD_PROGRAMS)
+        of_pairs = pairs_of(groups)
+        of_heads = sums(groups, heads) if needs_dlogit_scale else None
+        of_pads = sums(groups, 2, heads, head_dim) if needs_dpad_qkv else None
         kernels.bwd_whole[(groups * heads,)](
-            *call.maps, dout, lse, *gradients, dbias, dpad, *call.tensors(), call.scale, *log2,
-            call.batch_windows, each, *call.geometry(), *grad_heads, **call.options(call.tiles("bwd_whole"), True),
+            *call.maps, dout, lse, *gradients, of_pairs, of_heads, of_pads, *call.tables, call.scale, *call.numbers,
+            of_type, each, *call.geometry(), *grad_heads, **call.options(call.tiles("bwd_whole"), True),
         )  # fmt: skip
     else:
         delta = torch.empty_like(lse)
         tile = call.tiles("bwd_tiled_dq")
-        kernels.bwd_tiled_dq[(call.batch_windows * -(-volume // tile.block_q) * heads,)](
-            *call.maps, dout, lse, delta, gradients[0], *call.tensors(), call.scale, *log2,
+        query_tiles = call.batch_windows * -(-volume // tile.block_q)
+        of_heads = sums(query_tiles, heads) if needs_dlogit_scale else None
+        kernels.bwd_tiled_dq[(query_tiles * heads,)](
+            *call.maps, dout, lse, delta, gradients[0], of_heads, *call.tables, call.scale, *call.numbers,
             *call.geometry(), grad_heads[0], **call.options(tile, False),
         )  # fmt: skip
         tile = call.tiles("bwd_tiled_dkdv")
         key_tiles = call.batch_windows * -(-volume // tile.block_k)
-        if needs_dpad_qkv:
-            dpad = x.new_empty((key_tiles, 2, heads, head_dim), dtype=torch.float32)
+        of_pads = sums(key_tiles, 2, heads, head_dim) if needs_dpad_qkv else None
         kernels.bwd_tiled_dkdv[(key_tiles * heads,)](
-            *call.maps, dout, lse, delta, *gradients[1:], dpad, *call.tensors(), call.scale, *log2,
+            *call.maps, dout, lse, delta, *gradients[1:], of_pads, *call.tables, call.scale, *call.numbers,
             *call.geometry(), *grad_heads, **call.options(tile, False),
         )  # fmt: skip
-        if needs_dbias_table:
+        if needs_dbias_table or needs_dbias:
             tile = call.tiles("bwd_tiled_dbias")
             per_window = -(-volume // tile.block_q) * -(-volume // tile.block_k) * heads
-            each = _windows_per_program(call.batch_windows, per_window, BACKWARD_PROGRAMS)
-            groups = -(-call.batch_windows // each)
-            dbias = x.new_empty((groups, heads, volume, volume), dtype=torch.float32)
+            of_type, each, groups = call.groups(per_window, BACKWARD_PROGRAMS)
+            of_pairs = pairs_of(groups)
             kernels.bwd_tiled_dbias[(groups * per_window,)](
-                *call.maps, dout, lse, delta, dbias, *call.tensors(), *log2,
-                call.batch_windows, each, *call.geometry(), **call.options(tile, False),
+                *call.maps, dout, lse, delta, of_pairs, *call.tables, *call.numbers,
+                of_type, each, *call.geometry(), **call.options(tile, False),
             )  # fmt: skip
-    if dbias is not None:
+    if of_pairs is not None and needs_dbias_table:
         kernels.fold_dbias[(-(-plan.table_rows // FOLD_ROWS) * heads,)](
-            dbias.sum(0), dbias_table, heads,
+            of_pairs.sum(0) if len(of_pairs) > 1 else of_pairs, dbias_table, heads,
             WINDOW=plan.flags["WINDOW"], TABLE_WINDOW=plan.flags["TABLE_WINDOW"],
-            BLOCK_N=triton.next_power_of_2(volume), BLOCK_ROWS=FOLD_ROWS, num_warps=4,
+            BLOCK_N=min(FOLD_KEYS, triton.next_power_of_2(volume)), BLOCK_ROWS=FOLD_ROWS, num_warps=4,
         )  # fmt: skip
-    if dpad is not None:
-        torch.sum(dpad, 0, out=dpad_qkv[1:])  # a pad token's query has no gradient
-    return *dmaps, dbias_table, *none, dpad_qkv
+    elif of_pairs is not None and of_pairs is not dbias:
+        torch.sum(of_pairs.unflatten(0, (call.types, -1)), 1, out=dbias.view(call.types, heads, volume, volume))
+    if of_heads is not None:
+        torch.sum(of_heads, 0, out=dlogit_scale)
+    if of_pads is not None:
+        torch.sum(of_pads, 0, out=dpad_qkv[1:])  # a pad token's query has no gradient
+    return results

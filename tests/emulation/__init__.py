@@ -28,7 +28,7 @@ import shutil
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,17 +299,23 @@ class _Call:
         *,
         allow_tf32: bool = False,
         spread: bool = False,
+        seed: int | None = None,
     ):
         self.library, self.args, self.shape, self.spread = library, args, qkv.shape, spread
         self.heads = (args.num_heads, args.head_dim)
         self.map = (qkv.shape[0], *three(args.size, 1))
         num_windows = [p // w for p, w in zip(args.frame, args.window_size, strict=True)]
-        bias_table, pad_qkv, region_map = args.bias_table, args.pad_qkv, args.region_map
+        pad_qkv, region_map = args.pad_qkv, args.region_map
         self.qkv = self._empty_map((3, *self.heads), qkv.dtype).copy_(qkv.reshape(*self.map, 3, *self.heads))
         self.out = self._empty_map(self.heads, qkv.dtype)
         lse_shape = (qkv.shape[0], math.prod(num_windows), args.num_heads, args.window_volume)
         self.lse = library.empty(lse_shape, torch.float32)
-        self.bias_table = None if bias_table is None else library.copy(bias_table.detach().float())
+        self.tables = {
+            name: library.copy(x.detach().float().contiguous())
+            for name in ("bias_table", "bias", "logit_scale")
+            if (x := getattr(args, name)) is not None
+        }
+        self.seed = None if seed is None else library.copy(torch.tensor([seed]))
         self.pad_qkv = None
         if pad_qkv is not None and args.has_padding:
             self.pad_qkv = library.copy(pad_qkv.detach().to(qkv.dtype))
@@ -331,17 +337,19 @@ class _Call:
             *(_token_map(x) for x in self.qkv.unbind(4)),
             _token_map(self.out),
             lse=pointer(self.lse),
-            bias_table=pointer(self.bias_table),
-            bias_types=1,
+            **{name: pointer(x) for name, x in self.tables.items()},
+            bias_types=1 if args.bias is None or args.bias.dim() == 3 else args.bias.shape[0],
             pad_qkv=pointer(self.pad_qkv),
             region_map=pointer(self.region_map),
+            dropout_p=args.dropout_p,
+            dropout_seed=pointer(self.seed),
         )
 
     def _empty_map(self, channels: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         shape = (*self.map, *channels)
         if not self.spread:
             return self.library.empty(shape, dtype)
-        vector = 16 // dtype.itemsize  # rows stay 16-byte aligned
+        vector = 16 // dtype.itemsize  # rows stay as aligned as they were
         whole = self.library.empty([*(s + 1 for s in shape[:-1]), shape[-1] + vector], dtype)
         return whole[tuple(slice(s) for s in shape)]
 
@@ -350,20 +358,18 @@ class _Call:
         shape = (self.shape[0], *self.args.size, math.prod(self.heads))
         return {"out": self.out.reshape(shape).clone(), "lse": self.lse}
 
-    def backward(self, dout: Tensor, needs_table: bool, needs_pad: bool) -> dict[str, Tensor]:
-        """dqkv, and dbias_table and dpad_qkv in float32 where they are wanted."""
+    def backward(self, dout: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """dqkv, and of the tables and pad_qkv the gradients that are wanted, in float32."""
         library, functions = self.library, self.library.functions
         dout = self._empty_map(self.heads, self.qkv.dtype).copy_(dout.reshape(self.out.shape))
         gradients = {"dqkv": self._empty_map((3, *self.heads), self.qkv.dtype)}
-        if needs_table:
-            assert self.bias_table is not None
-            gradients["dbias_table"] = library.empty(self.bias_table.shape, torch.float32)
-        if needs_pad:
-            gradients["dpad_qkv"] = library.empty((3, *self.heads), torch.float32)
+        shapes = {**{name: x.shape for name, x in self.tables.items()}, "pad_qkv": (3, *self.heads)}
+        for name in wanted:
+            gradients[f"d{name}"] = library.empty(shapes[name], torch.float32)
         params = _Backward(self.params, _token_map(dout), *(_token_map(x) for x in gradients["dqkv"].unbind(4)))
         params.forward.out = _TokenMap()
-        params.dbias_table = pointer(gradients.get("dbias_table"))
-        params.dpad_qkv = pointer(gradients.get("dpad_qkv"))
+        for name in wanted:
+            setattr(params, f"d{name}", pointer(gradients[f"d{name}"]))
         workspace_bytes = functions.emulated_backward_workspace_bytes(ctypes.byref(params))
         workspace = library.empty((workspace_bytes,), torch.uint8, alignment=WORKSPACE_ALIGNMENT)
         params.workspace = pointer(workspace)
@@ -372,23 +378,24 @@ class _Call:
         return {name: x.clone() for name, x in gradients.items()}
 
 
+# What has a gradient beside the maps.
+_DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, library, args, allow_tf32, qkv, bias_table, pad_qkv):
-        ctx.call = _Call(library, args, qkv, allow_tf32=allow_tf32)
-        ctx.dtypes = [None if x is None else x.dtype for x in (bias_table, pad_qkv)]
+    def forward(ctx, library, args, allow_tf32, seed, qkv, *tensors):
+        ctx.call = _Call(library, args, qkv, allow_tf32=allow_tf32, seed=seed)
         return ctx.call.forward()["out"]
 
     @staticmethod
     def backward(ctx, dout):
-        gradients = ctx.call.backward(dout, *ctx.needs_input_grad[4:])
-        dtable, dpad = gradients.get("dbias_table"), gradients.get("dpad_qkv")
-        return (
-            *(None,) * 3,
-            gradients["dqkv"],
-            None if dtable is None else dtable.to(ctx.dtypes[0]),
-            None if dpad is None else dpad.to(ctx.dtypes[1]).reshape(ctx.call.args.pad_qkv.shape),
-        )
+        args = ctx.call.args
+        wanted = [n for n, needed in zip(_DIFFERENTIABLE, ctx.needs_input_grad[5:], strict=True) if needed]
+        gradients = ctx.call.backward(dout, wanted)
+        tensors = {name: getattr(args, name) for name in wanted}
+        sums = {name: gradients[f"d{name}"].reshape(x.shape).to(x.dtype) for name, x in tensors.items()}
+        return *(None,) * 4, gradients["dqkv"], *(sums.get(name) for name in _DIFFERENTIABLE)
 
 
 class WindowAttentionLibrary(Library):
@@ -411,13 +418,16 @@ class WindowAttentionLibrary(Library):
         window_size: Any,
         shift_size: Any = 0,
         scale: float | None = None,
+        bias: Tensor | None = None,
         table_window: Any = None,
+        logit_scale: Tensor | None = None,
         pad_qkv: Tensor | None = None,
         pad_order: str = "pad_then_roll",
         pad_before: Any = 0,
         periodic: Any = False,
         region_map: Tensor | None = None,
         mask_value: float = -100.0,
+        dropout_p: float = 0.0,
         grid: bool = False,
     ) -> _arguments.WindowArguments:
         op = "window_attention_qkvpacked"
@@ -432,16 +442,16 @@ class WindowAttentionLibrary(Library):
             window_size=window_size,
             shift_size=shift_size,
             scale=scale,
-            bias=None,
+            bias=bias,
             table_window=table_window,
-            logit_scale=None,
+            logit_scale=logit_scale,
             pad_qkv=pad_qkv,
             pad_order=pad_order,
             pad_before=pad_before,
             periodic=periodic,
             region_map=region_map,
             mask_value=mask_value,
-            dropout_p=0.0,
+            dropout_p=dropout_p,
             generator=None,
             grid=grid,
         )
@@ -451,13 +461,15 @@ class WindowAttentionLibrary(Library):
         qkv: Tensor,
         bias_table: Tensor | None = None,
         *,
-        pad_qkv: Tensor | None = None,
         allow_tf32: bool = False,
+        dropout_seed: int = 0,
         **arguments: Any,
     ) -> Tensor:
         """``swinkernels.window_attention_qkvpacked`` by the emulated CUDA kernels, differentiable."""
-        args = self.normal_form(qkv, bias_table, pad_qkv=pad_qkv, **arguments)
-        return _Attend.apply(self, args, allow_tf32, qkv, bias_table, pad_qkv)
+        args = self.normal_form(qkv, bias_table, **arguments)
+        return _Attend.apply(
+            self, args, allow_tf32, dropout_seed, qkv, *(getattr(args, name) for name in _DIFFERENTIABLE)
+        )
 
     def run(
         self,
@@ -465,16 +477,15 @@ class WindowAttentionLibrary(Library):
         dout: Tensor,
         bias_table: Tensor | None = None,
         *,
-        pad_qkv: Tensor | None = None,
         allow_tf32: bool = False,
         spread: bool = False,
         **arguments: Any,
     ) -> dict[str, Tensor]:
         """Forward and backward without autograd: out, lse and every gradient, as the kernels write them."""
-        args = self.normal_form(qkv, bias_table, pad_qkv=pad_qkv, **arguments)
+        args = self.normal_form(qkv, bias_table, **arguments)
         call = _Call(self, args, qkv, allow_tf32=allow_tf32, spread=spread)
         results = call.forward()
-        return {**results, **call.backward(dout, bias_table is not None, pad_qkv is not None)}
+        return {**results, **call.backward(dout, [n for n in _DIFFERENTIABLE if getattr(args, n) is not None])}
 
 
 @functools.cache

@@ -59,4 +59,15 @@ __device__ __forceinline__ void store2<float>(float* destination, float first, f
   *reinterpret_cast<float2*>(destination) = make_float2(first, second);
 }
 
+// The inverse of store2.
+template <class T>
+__device__ __forceinline__ float2 load2(const T* source) {
+  return unpack2<T>(*reinterpret_cast<const uint32_t*>(source));
+}
+
+template <>
+__device__ __forceinline__ float2 load2<float>(const float* source) {
+  return *reinterpret_cast<const float2*>(source);
+}
+
 }  // namespace swinkernels

@@ -26,8 +26,9 @@ struct SmemTile {
 };
 
 // Writes a 16 x (8 * kTiles) accumulator fragment (PTX layout, see ptx.cuh) to rows row0.. of a tile, columns below
-// col_limit only and, if asked, rows below row_limit only. row0 is a multiple of 8.
-template <bool kLimitRows, int kTiles, class Tile>
+// col_limit (a multiple of 8 if kWholeTiles) only and, if asked, rows below row_limit only. row0 is a multiple of 8.
+// What lies past the limits stays: zero there must not become NaN, even if it is a sum of products with zeros.
+template <bool kLimitRows, bool kWholeTiles = false, int kTiles, class Tile>
 __device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const float (&x)[kTiles][4], float factor0,
                                                float factor1, int row_limit, int col_limit) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -35,10 +36,12 @@ __device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
     // The chunks of row + 8 are permuted as those of row.
-    typename Tile::T* const destination = tile.element(row0 + g, 8 * j + 2 * t);
-    const bool in_columns = 8 * j < col_limit;
-    if (write0 && in_columns) store2(destination, x[j][0] * factor0, x[j][1] * factor0);
-    if (write1 && in_columns) store2(destination + 8 * Tile::kCols, x[j][2] * factor1, x[j][3] * factor1);
+    const int col = 8 * j + 2 * t;
+    typename Tile::T* const destination = tile.element(row0 + g, col);
+    const bool in_columns = kWholeTiles ? 8 * j < col_limit : col < col_limit;
+    const bool both = kWholeTiles || col + 1 < col_limit;
+    if (write0 && in_columns) store2(destination, x[j][0] * factor0, both ? x[j][1] * factor0 : 0.0f);
+    if (write1 && in_columns) store2(destination + 8 * Tile::kCols, x[j][2] * factor1, both ? x[j][3] * factor1 : 0.0f);
   }
 }
 

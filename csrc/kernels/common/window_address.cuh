@@ -46,6 +46,19 @@ struct WindowLayout : FrameLayout {
     return row / table_window[1] * table_stride[0] + row % table_window[1] * table_stride[1] +
            token % table_window[2] * table_stride[2];
   }
+
+  // i - j for the pairs of tokens whose bias is this entry of the table: the table's window numbers them row by row.
+  __device__ __forceinline__ int token_distance(int entry) const {
+    int distance = 0, weight = 1;
+#pragma unroll
+    for (int axis = 2; axis >= 0; --axis) {
+      const int width = 2 * table_window[axis] - 1;
+      distance += (entry % width - (table_window[axis] - 1)) * weight;
+      entry /= width;
+      weight *= table_window[axis];
+    }
+    return distance;
+  }
 };
 
 struct WindowIndex {

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers import DropPath
-from torch import Tensor, nn
+from torch import Tensor
 
-from swinkernels.integrations._adapter import Accelerated, Adapter
+from swinkernels.integrations._adapter import Accelerated
 from swinkernels.integrations._inner import inner
-from swinkernels.integrations._norms import Merging, Residual
+from swinkernels.integrations._norms import Residual
 from swinkernels.integrations._windows import differs, frame_of, shift_mask
 from swinkernels.ops import window_attention_qkvpacked
 
@@ -33,10 +33,6 @@ def block_shape(block: Any) -> tuple[int, ...]:
 
 def qkv_weight(block: Any) -> Tensor:
     return block.attn.qkv.weight
-
-
-def first_weight(block: Any) -> Tensor:
-    return next(p for p in block.parameters() if p.is_floating_point())
 
 
 def mask_fits(block: Any, x: Tensor) -> bool:
@@ -123,14 +119,6 @@ def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
     return x + inner(block, f"drop_path{half}")(inner(block, f"norm{half}")(y))
 
 
-def merging_adapter(original: type[nn.Module], accelerated: type[nn.Module], merging: Merging) -> Adapter:
-    return Adapter(
-        name="timm",
-        original=original,
-        accelerated=accelerated,
-        reason_to_skip=merging.why_not,
-        parts=(merging.part(),),
-        # It does not know its map. An even one: not every version of timm merges an odd one.
-        input_shape=lambda module: (6, 10, module.reduction.in_features // 4),
-        weight=lambda module: module.reduction.weight,
-    )
+def merging_shape(merging: Any) -> tuple[int, ...]:
+    """It does not know its map. An even one: not every version of timm merges an odd one."""
+    return 6, 10, merging.reduction.in_features // 4

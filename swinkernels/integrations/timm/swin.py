@@ -17,6 +17,7 @@ from torch import Tensor
 
 from swinkernels.integrations._adapter import Accelerated, Adapter
 from swinkernels.integrations._inner import (
+    first_weight,
     inner,
     is_traced,
     why_not_absorbed,
@@ -138,10 +139,10 @@ ADAPTERS = (
             window_attention_part(
                 _blocks.qkv_weight, _blocks.map_size, _arguments, _blocks.dropout_p, _why_not_attention
             ),
-            _RESIDUAL.part(_blocks.first_weight),
+            _RESIDUAL.part(first_weight),
         ),
         input_shape=_blocks.block_shape,
         weight=_blocks.qkv_weight,
     ),
-    _blocks.merging_adapter(PatchMerging, AcceleratedPatchMerging, _MERGING),
+    _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMerging, _blocks.merging_shape),
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from swinkernels.integrations._adapter import Accelerated, Adapter
-from swinkernels.integrations._inner import inner, is_traced, why_not_window_attention
+from swinkernels.integrations._inner import first_weight, inner, is_traced, why_not_window_attention
 from swinkernels.integrations._norms import Merging
 from swinkernels.integrations._parts import window_attention_part
 from swinkernels.integrations._windows import differs, window_index
@@ -122,10 +122,10 @@ ADAPTERS = (
             window_attention_part(
                 _blocks.qkv_weight, _blocks.map_size, _arguments, _blocks.dropout_p, _why_not_attention
             ),
-            *(residual.part(_blocks.first_weight) for residual in _blocks.POST_NORM),
+            *(residual.part(first_weight) for residual in _blocks.POST_NORM),
         ),
         input_shape=_blocks.block_shape,
-        weight=_blocks.first_weight,
+        weight=first_weight,
     ),
-    _blocks.merging_adapter(PatchMerging, AcceleratedPatchMergingV2, _MERGING),
+    _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMergingV2, _blocks.merging_shape),
 )

@@ -14,7 +14,7 @@ from timm.models.swin_transformer_v2_cr import PatchMerging, SwinTransformerV2Cr
 from torch import Tensor
 
 from swinkernels.integrations._adapter import Accelerated, Adapter
-from swinkernels.integrations._inner import inner, is_traced, why_not_window_attention
+from swinkernels.integrations._inner import first_weight, inner, is_traced, why_not_window_attention
 from swinkernels.integrations._norms import Merging
 from swinkernels.integrations._parts import window_attention_part
 from swinkernels.integrations.timm import _blocks
@@ -102,10 +102,10 @@ ADAPTERS = (
             window_attention_part(
                 _blocks.qkv_weight, _blocks.map_size, _arguments_for_report, _blocks.dropout_p, _why_not_attention
             ),
-            *(residual.part(_blocks.first_weight) for residual in _blocks.POST_NORM),
+            *(residual.part(first_weight) for residual in _blocks.POST_NORM),
         ),
         input_shape=_blocks.block_shape,
-        weight=_blocks.first_weight,
+        weight=first_weight,
     ),
-    _blocks.merging_adapter(PatchMerging, AcceleratedPatchMergingV2Cr, _MERGING),
+    _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMergingV2Cr, _blocks.merging_shape),
 )

@@ -190,6 +190,9 @@ inline uint32_t movmatrix_trans(uint32_t m, Site site = Site::current()) {
 inline void cp_async_16(void* smem, const void* gmem, bool valid, Site site = Site::current()) {
   emulation::async_copy(smem, gmem, 16, valid, site);
 }
+inline void cp_async_4(void* smem, const void* gmem, bool valid, Site site = Site::current()) {
+  emulation::async_copy(smem, gmem, 4, valid, site);
+}
 inline void cp_async_commit() { emulation::async_commit(); }
 template <int N>
 inline void cp_async_wait() {

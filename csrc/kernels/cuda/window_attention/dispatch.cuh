@@ -21,33 +21,45 @@ cudaError_t backward_bfloat16(const WindowAttentionBackwardParams& params, cudaS
 cudaError_t backward_tf32(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
 cudaError_t backward_float(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
 
+// v1, one bias for all windows, no dropout, rows of whole 16 bytes: what most calls are.
+inline bool is_plain(const WindowAttentionForwardParams& params, size_t element_bytes) {
+  return params.logit_scale == nullptr && params.bias_types == 1 && params.dropout_p == 0.0f &&
+         params.head_dim * element_bytes % 16 == 0;
+}
+
 // Calls f(Traits, is_long) with the smallest tiles that hold the head_dim and the window. Rows of up to 128 bytes go in
 // blocks of 64; wider ones, and accumulators of more than 64 columns, in blocks of 32. The 7-tile kernel exists because
-// 49 tokens are the common window and 56 columns hold them.
+// 49 tokens are the common window and 56 columns hold them. Short windows in 16 bits, whose kernels are nearest to being
+// short of issue slots, have plain kernels of their own.
 template <class Product, int kHeadDim, class F>
-cudaError_t dispatch_window(int num_tokens, F&& f) {
-  constexpr bool kWide = kHeadDim * sizeof(typename Product::T) > 128;
-  if constexpr (kWide) {
-    using Traits = WindowAttentionTraits<Product, kHeadDim, 4>;
-    return num_tokens <= 32 ? f(Traits{}, std::false_type{}) : f(Traits{}, std::true_type{});
-  } else {
-    if constexpr (sizeof(typename Product::T) == 2 && kHeadDim >= 32) {
-      if (num_tokens <= 32) return f(WindowAttentionTraits<Product, kHeadDim, 4>{}, std::false_type{});
-      if (num_tokens <= 56) return f(WindowAttentionTraits<Product, kHeadDim, 7>{}, std::false_type{});
+cudaError_t dispatch_window(const WindowAttentionForwardParams& params, F&& f) {
+  constexpr size_t kElementBytes = sizeof(typename Product::T);
+  const WindowGeometry& geometry = params.geometry;
+  const int num_tokens = geometry.window[0] * geometry.window[1] * geometry.window[2];
+  const auto run_short = [&](auto tiles) {
+    constexpr int kTiles = decltype(tiles)::value;
+    if constexpr (kElementBytes == 2) {
+      if (is_plain(params, kElementBytes)) {
+        return f(WindowAttentionTraits<Product, kHeadDim, kTiles, true>{}, std::false_type{});
+      }
     }
-    using Traits = WindowAttentionTraits<Product, kHeadDim, 8>;
-    return num_tokens <= 64 ? f(Traits{}, std::false_type{}) : f(Traits{}, std::true_type{});
+    return f(WindowAttentionTraits<Product, kHeadDim, kTiles>{}, std::false_type{});
+  };
+  constexpr int kMostTiles = kHeadDim * kElementBytes > 128 ? 4 : 8;
+  if constexpr (kElementBytes == 2 && kHeadDim >= 32 && kMostTiles == 8) {
+    if (num_tokens <= 32) return run_short(std::integral_constant<int, 4>{});
+    if (num_tokens <= 56) return run_short(std::integral_constant<int, 7>{});
   }
+  if (num_tokens <= 8 * kMostTiles) return run_short(std::integral_constant<int, kMostTiles>{});
+  return f(WindowAttentionTraits<Product, kHeadDim, kMostTiles>{}, std::true_type{});
 }
 
 template <class Product, class F>
 cudaError_t dispatch(const WindowAttentionForwardParams& params, F&& f) {
-  const WindowGeometry& geometry = params.geometry;
-  const int num_tokens = geometry.window[0] * geometry.window[1] * geometry.window[2];
-  if (params.head_dim <= 16) return dispatch_window<Product, 16>(num_tokens, f);
-  if (params.head_dim <= 32) return dispatch_window<Product, 32>(num_tokens, f);
-  if (params.head_dim <= 64) return dispatch_window<Product, 64>(num_tokens, f);
-  return dispatch_window<Product, 128>(num_tokens, f);
+  if (params.head_dim <= 16) return dispatch_window<Product, 16>(params, f);
+  if (params.head_dim <= 32) return dispatch_window<Product, 32>(params, f);
+  if (params.head_dim <= 64) return dispatch_window<Product, 64>(params, f);
+  return dispatch_window<Product, 128>(params, f);
 }
 
 }  // namespace swinkernels::cuda

@@ -1,7 +1,10 @@
 // Window attention forward, map to map.
 //
-// Maths     out_i = sum_j softmax_j(scale * q_i.k_j + bias[i, j] + mask[i, j]) v_j for the tokens i, j of a window, one
-//           head; lse_i = log sum_j exp(...). WindowGeometry says where the tokens lie and what bias and mask are.
+// Maths     out_i = sum_j d_ij p_ij v_j with p_ij = softmax_j(s_ij + bias[i, j] + mask[i, j]) for the tokens i, j of a
+//           window, one head; s_ij = scale * q_i.k_j, or exp(min(logit_scale, ln 100)) cos(q_i, k_j) (cosine.cuh);
+//           d_ij = 1, or 0 or 1 / (1 - dropout_p) (dropout.cuh); lse_i = log sum_j exp(...). WindowGeometry says where
+//           the tokens lie and what bias and mask are. Scores are kept in base 2: times log2(e), so that probabilities
+//           are exp2 of them.
 // Tiling    One block per window and head at a time. A warp has 16 queries, whose scores stay in registers.
 //           Up to 64 tokens (short) a block loops over windows of one head: bias fragments are loaded once, and the
 //           next window's rows arrive by cp.async while this one is computed. Longer windows (long) go by blocks of
@@ -10,12 +13,21 @@
 //           lse. A long window reads k and v once per block of queries, mostly from L2.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 313 MB, 93 us at 3.35 TB/s (H100 SXM, published
 //           peak). Instructions, counted in the sm_90 code: about 710 per warp, 2,840 per window and head, of which
-//           there are 24,576: 75 us of issue slots. 114 registers, 32 KB: four blocks, 16 warps per multiprocessor.
-// Limits    N <= 256, head_dim a multiple of 8 up to 128, 16-byte aligned pointers and strides, fewer than 2^31
-// windows.
+//           there are 24,576: 75 us of issue slots. 128 registers, 33 KB: four blocks, 16 warps per multiprocessor.
+// Limits    N <= 1024, head_dim <= 128, fewer than 2^31 windows. Rows of a multiple of 16 bytes are 16-byte aligned and
+//           go by 16 bytes, others by 4 (2 if their length is odd).
 #pragma once
 
-#include "scores.cuh"
+#include "bias.cuh"
+#include "cosine.cuh"
+#include "dropout.cuh"
+#include "mask.cuh"
+#include "tokens.cuh"
+
+#include "../../common/launch.cuh"
+#include "../../common/quad.cuh"
+#include "../../common/smem_tile.cuh"
+#include "../../common/tile_product.cuh"
 
 namespace swinkernels::cuda {
 
@@ -40,7 +52,7 @@ __device__ __forceinline__ void finish_rows(const ForwardArguments& args, const 
                                             const float (&sum)[2], const uint64_t* rows, int row0, int first,
                                             uint32_t window, int head) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  float* lse = args.lse + (static_cast<int64_t>(window) * args.num_heads + head) * args.num_tokens;
+  float* lse = args.lse + args.first_query(window, head);
   if (t == 0) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -48,9 +60,14 @@ __device__ __forceinline__ void finish_rows(const ForwardArguments& args, const 
       if (row < args.num_tokens) lse[row] = (maximum[half] + log2_of<typename Traits::T>(sum[half])) * kLn2;
     }
   }
-  write_fragment<false>(tile, row0, o, reciprocal<typename Traits::T>(sum[0]), reciprocal<typename Traits::T>(sum[1]),
-                        args.num_tokens - first, args.head_dim);
-  store_rows(tile, row0, rows, first, args.num_tokens, args.head_dim);
+  float factor[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    factor[half] = reciprocal<typename Traits::T>(sum[half]);
+    if (args.has_dropout<Traits>()) factor[half] *= args.dropout_scale;
+  }
+  write_fragment<false, Traits::kPlain>(tile, row0, o, factor[0], factor[1], args.num_tokens - first, args.head_dim);
+  store_rows(tile, row0, rows, first, args.num_tokens, args.row_bytes, args.has_whole_rows<Traits>());
 }
 
 template <class Traits>
@@ -58,8 +75,9 @@ struct ForwardShortSmem {
   static constexpr int kStages = Traits::kForwardStages;
   static constexpr int kSlots = kStages + 1;
   alignas(128) typename Traits::T tiles[kStages][3][Traits::kBlock * Traits::kHeadDim];  // q, k, v
-  WindowTokens<4, Traits::kBlock> tokens[kSlots];
+  WindowTokens<4, Traits::kKeys, Traits::kBlock> tokens[kSlots];
   TokenConstants<Traits::kBlock> constants;
+  InverseNorms<Traits::kBlock> norms;
 };
 
 template <class Traits>
@@ -73,39 +91,41 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
   Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
   const int row0 = threadIdx.x / 32 * 16;
   const int num_tokens = args.num_tokens;
-  const int head = blockIdx.x % args.num_heads;
-  const uint32_t first = blockIdx.x / args.num_heads, step = gridDim.x / args.num_heads;
+  const BlockShare share = BlockShare::of(args);
+  const uint32_t first = share.first, step = share.step;
+  const float factor2 = score_factor<Traits>(args, share.head) * kLog2E;
 
   const auto copy_window = [&](int stage, int slot) {
 #pragma unroll
     for (int map = 0; map < 3; ++map) {
-      copy_rows<Traits::kThreads, Traits::kBlock, false>(Tile{smem.tiles[stage][map]}, smem.tokens[slot].row[map], 0,
-                                                         num_tokens, args.head_dim);
+      copy_rows<Traits::kThreads, Traits::kBlock, false>(Tile{smem.tiles[stage][map]}, smem.tokens[slot].row(map), 0,
+                                                         num_tokens, args.row_bytes, args.has_whole_rows<Traits>());
     }
+  };
+  const auto locate_window = [&](int slot, uint32_t item) {
+    locate_tokens<T, 0, 1, 2, 3>(smem.tokens[slot], smem.constants, args, args.window_of<Traits>(share.type, item),
+                                 share.head, 0, num_tokens);
   };
 
   // Rows past the window and columns past head_dim stay zero from here on.
   fill_with_zeros<Traits::kThreads>(smem.tiles, sizeof(smem.tiles));
-  fill_token_constants(smem.constants, args);
+  fill_token_constants(smem.constants, args, 0, num_tokens);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    if (first + i * step < args.num_windows)
-      locate_tokens<T>(smem.tokens[i], smem.constants, args, first + i * step, head);
+    if (first + i * step < args.items) locate_window(i, first + i * step);
   }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
-    if (first + i * step < args.num_windows) copy_window(i, i);
+    if (first + i * step < args.items) copy_window(i, i);
     ptx::cp_async_commit();
   }
   float bias[kTiles][4];
-  load_bias(bias,
-            {args.bias_table == nullptr ? nullptr : args.bias_table + head, args.num_heads, smem.constants.table_index},
-            args.layout.table_middle, row0, 0, num_tokens);
+  load_bias(bias, global_bias(args, share, smem.constants.table_index), row0, 0, num_tokens);
 
   int stage = 0, slot = 0;
-  for (uint32_t window = first; window < args.num_windows; window += step) {
+  for (uint32_t item = first; item < args.items; item += step) {
     if constexpr (kStages == 1) {
       __syncthreads();  // nobody reads the tiles of the window before
       copy_window(0, slot);
@@ -115,25 +135,25 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
     } else {
       ptx::cp_async_wait<kStages - 2>();
       __syncthreads();
-      const uint32_t ahead = window + (kStages - 1) * step;
-      if (ahead < args.num_windows) copy_window((stage + kStages - 1) % kStages, (slot + kStages - 1) % kSlots);
+      const uint32_t ahead = item + (kStages - 1) * step;
+      if (ahead < args.items) copy_window((stage + kStages - 1) % kStages, (slot + kStages - 1) % kSlots);
       ptx::cp_async_commit();
     }
-    if (window + kStages * step < args.num_windows) {
-      locate_tokens<T>(smem.tokens[(slot + kStages) % kSlots], smem.constants, args, window + kStages * step, head);
-    }
+    if (item + kStages * step < args.items) locate_window((slot + kStages) % kSlots, item + kStages * step);
 
+    const Tile q{smem.tiles[stage][0]}, k{smem.tiles[stage][1]}, v{smem.tiles[stage][2]};
+    if (args.is_cosine<Traits>()) {
+      find_inverse_norms(smem.norms, q, k, row0);
+      __syncthreads();
+    }
     if (row0 < num_tokens) {
-      const Tile q{smem.tiles[stage][0]}, k{smem.tiles[stage][1]}, v{smem.tiles[stage][2]};
       const auto& tokens = smem.tokens[slot];
+      const uint32_t window = args.window_of<Traits>(share.type, item);
       float score[kTiles][4] = {};
       Product::add_abt(score, q, row0, k);
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) score[j][e] = fmaf(score[j][e], args.scale2, bias[j][e]);
-      }
-      if (tokens.mixed) add_mask(score, tokens.region, args.mask2, row0, 0);
+      finish_scores(score, factor2, args.is_cosine<Traits>() ? &smem.norms : nullptr, row0,
+                    [&](int j) { return make_float4(bias[j][0], bias[j][1], bias[j][2], bias[j][3]); });
+      if (tokens.mixed) add_mask(score, tokens.region + row0, tokens.region, args.mask2);
 
       float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -153,11 +173,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) sum[half] = quad_sum(sum[half]);
+      if (args.has_dropout<Traits>()) drop(score, kept_weights<kTiles>(args, window, share.head, row0, 0));
 
       float o[Traits::kHeadDimTiles][4] = {};
       Product::add_pb(o, score, v);
-      finish_rows<Traits>(args, q, o, maximum, sum, tokens.row[3], row0, 0, window,
-                          head);  // only this warp reads its q
+      // Only this warp reads its rows of q.
+      finish_rows<Traits>(args, q, o, maximum, sum, tokens.row(3), row0, 0, window, share.head);
     }
     stage = (stage + 1) % kStages;
     slot = (slot + 1) % kSlots;
@@ -169,9 +190,13 @@ struct ForwardLongSmem {
   static constexpr int kStages = 2;
   alignas(128) typename Traits::T q[Traits::kBlock * Traits::kHeadDim];
   alignas(128) typename Traits::T kv[kStages][2][Traits::kBlock * Traits::kHeadDim];
-  WindowTokens<4, kLongestWindow> tokens;
-  TokenConstants<kLongestWindow> constants;
+  InverseNorms<Traits::kBlock> norms;
   float table[Traits::kSharedTableEntries + 1];
+  int32_t mixed;
+
+  // Behind it: what there is for each token of the window.
+  static constexpr int kBytesPerToken = 4 * sizeof(uint64_t) + 3 * sizeof(int32_t);
+  static size_t bytes(int blocks) { return sizeof(ForwardLongSmem) + blocks * Traits::kBlock * kBytesPerToken; }
 };
 
 template <class Traits>
@@ -186,25 +211,28 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
   const int row0 = threadIdx.x / 32 * 16;
   const int num_tokens = args.num_tokens;
-  const int head = blockIdx.x % args.num_heads;
-  const uint32_t step = gridDim.x / args.num_heads;
-  const int key_blocks = (num_tokens + Traits::kKeys - 1) / Traits::kKeys;
+  const BlockShare share = BlockShare::of(args);
+  const int key_blocks = row_blocks, capacity = row_blocks * Traits::kBlock;
+  const float factor2 = score_factor<Traits>(args, share.head) * kLog2E;
+  SmemArena arena{dynamic_smem() + sizeof(Smem)};
+  LongWindowTokens<4> tokens{arena.take<uint64_t>(4 * capacity), arena.take<int32_t>(capacity), smem.mixed, capacity};
+  LongTokenConstants constants{arena.take<int32_t>(capacity), arena.take<int32_t>(capacity)};
 
   const auto copy_block = [&](T* tile, int map, int block) {
-    copy_rows<Traits::kThreads, Traits::kBlock, true>(Tile{tile}, smem.tokens.row[map], block * Traits::kBlock,
-                                                      num_tokens, args.head_dim);
+    copy_rows<Traits::kThreads, Traits::kBlock, true>(Tile{tile}, tokens.row(map), block * Traits::kBlock, num_tokens,
+                                                      args.row_bytes, args.has_whole_rows<Traits>());
   };
 
   fill_with_zeros<Traits::kThreads>(smem.q, sizeof(smem.q));
   fill_with_zeros<Traits::kThreads>(smem.kv, sizeof(smem.kv));
-  fill_token_constants(smem.constants, args);
-  const BiasColumn column = stage_bias_column<Traits>(args, head, smem.table, smem.constants.table_index);
+  fill_token_constants(constants, args, 0, num_tokens);
+  const Bias bias_source = staged_bias<Traits>(args, share, smem.table, constants.table_index);
 
-  for (uint32_t item = blockIdx.x / args.num_heads; item < num_items; item += step) {
-    const uint32_t window = item / row_blocks;
+  for (uint32_t item = share.first; item < num_items; item += share.step) {
+    const uint32_t window = args.window_of<Traits>(share.type, item / row_blocks);
     const int row_block = item % row_blocks, first = row_block * Traits::kBlock;
     __syncthreads();  // the constants are there, and nobody reads the tiles and addresses of the item before
-    locate_tokens<T>(smem.tokens, smem.constants, args, window, head);
+    locate_tokens<T, 0, 1, 2, 3>(tokens, constants, args, window, share.head, 0, num_tokens);
     __syncthreads();
     copy_block(smem.q, 0, row_block);
     copy_block(smem.kv[0][0], 1, 0);
@@ -221,22 +249,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
         copy_block(smem.kv[(block + 1) % 2][1], 2, block + 1);
         ptx::cp_async_commit();
       }
+      const Tile q{smem.q}, k{smem.kv[block % 2][0]}, v{smem.kv[block % 2][1]};
+      if (args.is_cosine<Traits>()) {
+        find_inverse_norms(smem.norms, q, k, row0);
+        __syncthreads();
+      }
       if (first + row0 < num_tokens) {
-        const Tile q{smem.q}, k{smem.kv[block % 2][0]}, v{smem.kv[block % 2][1]};
+        const int col0 = block * Traits::kKeys;
         float score[kTiles][4] = {};
         Product::add_abt(score, q, row0, k);
         {
           float bias[kTiles][4];
-          load_bias(bias, column, args.layout.table_middle, first + row0, block * Traits::kKeys, num_tokens);
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) score[j][e] = fmaf(score[j][e], args.scale2, bias[j][e]);
-          }
+          load_bias(bias, bias_source, first + row0, col0, num_tokens);
+          finish_scores(score, factor2, args.is_cosine<Traits>() ? &smem.norms : nullptr, row0,
+                        [&](int j) { return make_float4(bias[j][0], bias[j][1], bias[j][2], bias[j][3]); });
         }
-        if (smem.tokens.mixed) {
-          add_mask(score, smem.tokens.region, args.mask2, first + row0, block * Traits::kKeys);
-        }
+        if (tokens.mixed) add_mask(score, tokens.region + first + row0, tokens.region + col0, args.mask2);
         float rescale[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -263,13 +291,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
 #pragma unroll
           for (int e = 0; e < 4; ++e) o[n][e] *= rescale[e / 2];
         }
+        if (args.has_dropout<Traits>()) drop(score, kept_weights<kTiles>(args, window, share.head, first + row0, col0));
         Product::add_pb(o, score, v);
       }
     }
     if (first + row0 < num_tokens) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) sum[half] = quad_sum(sum[half]);
-      finish_rows<Traits>(args, Tile{smem.q}, o, maximum, sum, smem.tokens.row[3], row0, first, window, head);
+      finish_rows<Traits>(args, Tile{smem.q}, o, maximum, sum, tokens.row(3), row0, first, window, share.head);
     }
   }
 }

@@ -1,22 +1,92 @@
-// The backward launch and its workspace; one .cu file per product policy instantiates it.
+// The backward launches and their workspace; one .cu file per product policy instantiates them.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
+#include "bwd_bias_sm80.cuh"
 #include "bwd_sm80.cuh"
 #include "dispatch.cuh"
 #include "reduce_partials.cuh"
 
 namespace swinkernels::cuda {
 
-// A long window's dbias takes N * N floats for every block of the grid; no more blocks than fill this.
+// The dbias of a long window takes N * N floats for every worker of a unit; no more of them than fill this, but one.
 constexpr int64_t kMostDenseBytes = int64_t{64} << 20;
 
 // The TF32 backward of these would spill registers; the float kernels, which are at least as exact, take them.
 template <class Traits, bool kLong>
 constexpr bool kBackwardInFloat = std::is_same_v<typename Traits::Product, Tf32Product> &&
                                   (Traits::kHeadDim > 64 || (kLong && Traits::kHeadDim > 16));
+
+// Hands out a workspace of floats, or counts how many are asked for.
+struct WorkspaceArena {
+  float* next;  // null: only count
+  int64_t count = 0;
+
+  float* take(int64_t floats) {
+    count += floats;
+    if (next == nullptr || floats == 0) return nullptr;
+    float* const taken = next;
+    next += floats;
+    return taken;
+  }
+};
+
+template <class Traits>
+cudaError_t launch_short_backward(BackwardArguments& args, ReducePartialsArguments& reduction, WorkspaceArena& arena,
+                                  bool measure, cudaStream_t stream) {
+  constexpr size_t kSmemBytes = sizeof(BackwardShortSmem<Traits>);
+  const auto kernel = window_attention_bwd_short_kernel<Traits>;
+  int64_t resident;
+  const cudaError_t status = resident_blocks(kernel, Traits::kThreads, kSmemBytes, &resident);
+  if (status != cudaSuccess) return status;
+  const GridPlan plan = plan_grid(args.items, args.units(), resident);
+  reduction.workers = reduction.dense_workers = plan.workers;
+  reduction.dense_rows = Traits::kBlock;
+  if (reduction.dbias != nullptr) args.dense_partials = arena.take(plan.blocks * Traits::kBlock * Traits::kBlock);
+  if (reduction.dbias_table != nullptr) args.table_partials = arena.take(plan.blocks * args.layout.table_entries);
+  if (reduction.dpad_qkv != nullptr) args.pad_partials = arena.take(plan.blocks * 2 * args.head_dim);
+  if (reduction.dlogit_scale != nullptr) args.logit_partials = arena.take(plan.blocks);
+  if (measure) return cudaSuccess;
+  return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), kSmemBytes, stream, args);
+}
+
+template <class Traits>
+cudaError_t launch_long_backward(BackwardArguments& args, ReducePartialsArguments& reduction, WorkspaceArena& arena,
+                                 bool measure, cudaStream_t stream) {
+  const int32_t blocks = (args.num_tokens + Traits::kBlock - 1) / Traits::kBlock;
+  const size_t smem_bytes = BackwardLongSmem<Traits>::bytes(blocks);
+  const auto kernel = window_attention_bwd_long_kernel<Traits>;
+  int64_t resident;
+  cudaError_t status = resident_blocks(kernel, Traits::kThreads, smem_bytes, &resident);
+  if (status != cudaSuccess) return status;
+  const GridPlan plan = plan_grid(args.items, args.units(), resident);
+  reduction.workers = plan.workers;
+
+  constexpr size_t kBiasSmemBytes = sizeof(BackwardBiasSmem<Traits>);
+  const auto bias_kernel = window_attention_bwd_bias_kernel<Traits>;
+  const bool needs_bias = reduction.dbias != nullptr || reduction.dbias_table != nullptr;
+  GridPlan bias_plan = {};
+  if (needs_bias) {
+    status = resident_blocks(bias_kernel, Traits::kThreads, kBiasSmemBytes, &resident);
+    if (status != cudaSuccess) return status;
+    const int64_t rows = int64_t{blocks} * Traits::kBlock, pairs = int64_t{blocks} * blocks;
+    const int64_t most = kMostDenseBytes / static_cast<int64_t>(rows * rows * sizeof(float)) * pairs;
+    bias_plan = plan_grid(args.items, args.units() * pairs, std::min(resident, most));
+    reduction.dense_workers = bias_plan.workers;
+    reduction.dense_rows = static_cast<int32_t>(rows);
+    args.dense_partials = arena.take(bias_plan.workers * args.units() * rows * rows);
+    args.lse2_delta =
+        reinterpret_cast<float2*>(arena.take(2 * int64_t{args.num_windows} * args.num_heads * args.num_tokens));
+  }
+  if (reduction.dpad_qkv != nullptr) args.pad_partials = arena.take(plan.blocks * 2 * args.head_dim);
+  if (reduction.dlogit_scale != nullptr) args.logit_partials = arena.take(plan.blocks);
+  if (measure) return cudaSuccess;
+  status = launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), smem_bytes, stream, args, blocks);
+  if (status != cudaSuccess || !needs_bias) return status;
+  return launch(bias_kernel, dim3(bias_plan.blocks), dim3(Traits::kThreads), kBiasSmemBytes, stream, args, blocks);
+}
 
 template <class Product>
 cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes) {
@@ -28,20 +98,25 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
   args.maps[5] = MapAddress::of(params.dk, args.element_bytes());
   args.maps[6] = MapAddress::of(params.dv, args.element_bytes());
   args.lse = forward.lse;
-  args.scale = forward.scale;
 
   ReducePartialsArguments reduction = {};
   reduction.dbias_table = params.dbias_table;
+  reduction.dbias = params.dbias;
   reduction.dpad_qkv = params.dpad_qkv;
+  reduction.dlogit_scale = params.dlogit_scale;
+  reduction.layout = args.layout;
   reduction.num_heads = args.num_heads;
   reduction.head_dim = args.head_dim;
-  reduction.table_entries = args.layout.table_entries;
+  reduction.num_tokens = args.num_tokens;
+  reduction.bias_types = args.bias_types;
+  const bool measure = bytes != nullptr;
   if (args.num_windows == 0) {
-    if (bytes == nullptr) return reduce_partials(reduction, stream);
+    if (!measure) return reduce_partials(reduction, stream);
     *bytes = 0;
     return cudaSuccess;
   }
 
+  WorkspaceArena arena{measure ? nullptr : static_cast<float*>(params.workspace)};
   bool in_float = false;
   const cudaError_t status = dispatch<Product>(forward, [&](auto traits, auto is_long) {
     using Traits = decltype(traits);
@@ -49,45 +124,21 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
     if constexpr (kBackwardInFloat<Traits, kLong>) {
       in_float = true;
       return backward_float(params, stream, bytes);
+    } else if constexpr (kLong) {
+      return launch_long_backward<Traits>(args, reduction, arena, measure, stream);
     } else {
-      constexpr size_t kSmemBytes = kLong ? sizeof(BackwardLongSmem<Traits>) : sizeof(BackwardShortSmem<Traits>);
-      void (*kernel)(BackwardArguments);
-      if constexpr (kLong) {
-        kernel = window_attention_bwd_long_kernel<Traits>;
-      } else {
-        kernel = window_attention_bwd_short_kernel<Traits>;
-      }
-      int64_t resident;
-      const cudaError_t occupancy_status = resident_blocks(kernel, Traits::kThreads, kSmemBytes, &resident);
-      if (occupancy_status != cudaSuccess) return occupancy_status;
-      int64_t dense_floats = 0;
-      if (kLong && params.dbias_table != nullptr) {
-        const int64_t rows = (args.num_tokens + Traits::kBlock - 1) / Traits::kBlock * Traits::kBlock;
-        dense_floats = rows * rows;
-        resident = std::min(resident, kMostDenseBytes / static_cast<int64_t>(dense_floats * sizeof(float)));
-      }
-      const GridPlan plan = plan_grid(args.num_windows, args.num_heads, resident);
-      reduction.workers = plan.workers;
-
-      // The workspace: dense partials (16-byte rows), then those of the table and of the pad tokens.
-      const int64_t table_floats = params.dbias_table == nullptr ? 0 : args.layout.table_entries;
-      const int64_t pad_floats = params.dpad_qkv == nullptr ? 0 : 2 * args.head_dim;
-      if (bytes != nullptr) {
-        *bytes = plan.blocks * (dense_floats + table_floats + pad_floats) * static_cast<int64_t>(sizeof(float));
-        return cudaSuccess;
-      }
-      float* partials = static_cast<float*>(params.workspace);
-      if (dense_floats > 0) args.dense_partials = partials;
-      partials += plan.blocks * dense_floats;
-      if (table_floats > 0) args.table_partials = partials;
-      partials += plan.blocks * table_floats;
-      if (pad_floats > 0) args.pad_partials = partials;
-      return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), kSmemBytes, stream, args);
+      return launch_short_backward<Traits>(args, reduction, arena, measure, stream);
     }
   });
-  if (status != cudaSuccess || bytes != nullptr || in_float) return status;
+  if (status != cudaSuccess || in_float) return status;
+  if (measure) {
+    *bytes = arena.count * static_cast<int64_t>(sizeof(float));
+    return cudaSuccess;
+  }
   reduction.table_partials = args.table_partials;
+  reduction.dense_partials = args.dense_partials;
   reduction.pad_partials = args.pad_partials;
+  reduction.logit_partials = args.logit_partials;
   return reduce_partials(reduction, stream);
 }
 

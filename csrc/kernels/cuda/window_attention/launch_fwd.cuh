@@ -17,22 +17,22 @@ cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStrea
     using Traits = decltype(traits);
     int64_t resident;
     if constexpr (decltype(is_long)::value) {
-      constexpr size_t kSmemBytes = sizeof(ForwardLongSmem<Traits>);
-      const auto kernel = window_attention_fwd_long_kernel<Traits>;
-      const cudaError_t status = resident_blocks(kernel, Traits::kThreads, kSmemBytes, &resident);
-      if (status != cudaSuccess) return status;
       const uint32_t row_blocks = (args.num_tokens + Traits::kBlock - 1) / Traits::kBlock;
-      const int64_t items = static_cast<int64_t>(args.num_windows) * row_blocks;
+      const size_t smem_bytes = ForwardLongSmem<Traits>::bytes(row_blocks);
+      const auto kernel = window_attention_fwd_long_kernel<Traits>;
+      const cudaError_t status = resident_blocks(kernel, Traits::kThreads, smem_bytes, &resident);
+      if (status != cudaSuccess) return status;
+      const int64_t items = static_cast<int64_t>(args.items) * row_blocks;
       if (items >= INT32_MAX) return cudaErrorInvalidValue;
-      const GridPlan plan = plan_grid(items, params.num_heads, resident);
-      return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), kSmemBytes, stream, args, row_blocks,
+      const GridPlan plan = plan_grid(items, args.units(), resident);
+      return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), smem_bytes, stream, args, row_blocks,
                     static_cast<uint32_t>(items));
     } else {
       constexpr size_t kSmemBytes = sizeof(ForwardShortSmem<Traits>);
       const auto kernel = window_attention_fwd_short_kernel<Traits>;
       const cudaError_t status = resident_blocks(kernel, Traits::kThreads, kSmemBytes, &resident);
       if (status != cudaSuccess) return status;
-      const GridPlan plan = plan_grid(args.num_windows, params.num_heads, resident);
+      const GridPlan plan = plan_grid(args.items, args.units(), resident);
       return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), kSmemBytes, stream, args);
     }
   });

@@ -1,7 +1,9 @@
 // Sums the partial gradients of all blocks, in an order that depends on their number alone.
 //
-// Tiling    A block has 32 outputs; eight slices of the workers are summed side by side, then the slices in order.
-// Traffic   every partial is read once: 4 * workers * heads * (table entries + 2 * head_dim) bytes.
+// Tiling    Sums over blocks: a block has 32 outputs; eight slices of the workers are summed side by side, then the slices
+//           in order. A table's gradient from dense sums: a warp for each entry and head, its lanes share the pairs of
+//           tokens.
+// Traffic   every partial is read once: 4 * partials * (table entries, or rows^2, + 2 * head_dim + 1) bytes.
 #include "../../common/launch.cuh"
 #include "../../common/ordered_sum.cuh"
 #include "reduce_partials.cuh"
@@ -11,44 +13,106 @@ namespace {
 
 constexpr int kOutputs = 32;
 constexpr int kSlices = 8;
+constexpr int kThreads = kOutputs * kSlices;
 
-__global__ void __launch_bounds__(kOutputs* kSlices) reduce_partials_kernel(const ReducePartialsArguments args) {
-  const int in_block = threadIdx.x % kOutputs;
-  const int64_t table_outputs =
-      args.dbias_table == nullptr ? 0 : static_cast<int64_t>(args.num_heads) * args.table_entries;
-  const int64_t per_map = static_cast<int64_t>(args.num_heads) * args.head_dim;
-  const int64_t output = static_cast<int64_t>(blockIdx.x) * kOutputs + in_block;
+// One output: where its partial sums are, and where it goes.
+struct Output {
+  const float* partials;
+  int64_t stride;
+  uint32_t count;
+  float* destination;
+};
 
-  const float* partials = nullptr;
-  int64_t stride = 0;
-  float* destination = nullptr;
-  if (output < table_outputs) {
-    partials = args.table_partials + output;
-    stride = table_outputs;
-    destination = args.dbias_table + output % args.table_entries * args.num_heads + output / args.table_entries;
-  } else if (args.dpad_qkv != nullptr && output - table_outputs < 3 * per_map) {
-    const int64_t pad = output - table_outputs;
-    const int64_t map = pad / per_map, head = pad % per_map / args.head_dim;
-    destination = args.dpad_qkv + pad;
-    if (map > 0) {  // nothing flows to q: the output of a pad query is dropped
-      partials = args.pad_partials + (head * 2 + map - 1) * args.head_dim + pad % args.head_dim;
-      stride = 2 * per_map;
+// The outputs of reduce_partials_kernel one after another: how many of each there are.
+struct OutputCounts {
+  int64_t table, dense, pad, logit;
+
+  __host__ __device__ static OutputCounts of(const ReducePartialsArguments& args) {
+    const int64_t heads = args.num_heads, pairs = int64_t{args.num_tokens} * args.num_tokens;
+    const bool has_table = args.dbias_table != nullptr && args.dense_partials == nullptr;
+    return {has_table ? heads * args.layout.table_entries : 0,
+            args.dbias == nullptr ? 0 : args.bias_types * heads * pairs,
+            args.dpad_qkv == nullptr ? 0 : 3 * heads * args.head_dim, args.dlogit_scale == nullptr ? 0 : heads};
+  }
+  __host__ __device__ int64_t all() const { return table + dense + pad + logit; }
+};
+
+__device__ Output find_output(const ReducePartialsArguments& args, int64_t output) {
+  const OutputCounts counts = OutputCounts::of(args);
+  const int64_t heads = args.num_heads, units = heads * args.bias_types;
+  // A head's partial sums are those of its units, every heads-th of all.
+  const uint32_t of_head = args.workers * args.bias_types;
+  if (output < counts.table) {
+    const int64_t entries = args.layout.table_entries, head = output / entries, entry = output % entries;
+    return {args.table_partials + output, heads * entries, of_head, args.dbias_table + entry * heads + head};
+  }
+  output -= counts.table;
+  if (output < counts.dense) {
+    const int64_t pairs = int64_t{args.num_tokens} * args.num_tokens, unit = output / pairs, pair = output % pairs;
+    const int64_t rows = args.dense_rows, at = pair / args.num_tokens * rows + pair % args.num_tokens;
+    return {args.dense_partials + unit * rows * rows + at, units * rows * rows, args.dense_workers,
+            args.dbias + output};
+  }
+  output -= counts.dense;
+  if (output < counts.pad) {
+    const int64_t per_map = heads * args.head_dim, map = output / per_map, head = output % per_map / args.head_dim;
+    float* const destination = args.dpad_qkv + output;
+    if (map == 0) return {nullptr, 0, 0, destination};  // the output of a pad query is dropped
+    return {args.pad_partials + (head * 2 + map - 1) * args.head_dim + output % args.head_dim, 2 * per_map, of_head,
+            destination};
+  }
+  output -= counts.pad;
+  if (output < counts.logit) return {args.logit_partials + output, heads, of_head, args.dlogit_scale + output};
+  return {};
+}
+
+__global__ void __launch_bounds__(kThreads) reduce_partials_kernel(const ReducePartialsArguments args) {
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * kOutputs + threadIdx.x % kOutputs;
+  const Output output = find_output(args, number);
+  const float sum = ordered_sum<kOutputs, kSlices>(output.partials, output.stride, output.count);
+  if (threadIdx.x < kOutputs && output.destination != nullptr) *output.destination = sum;
+}
+
+// Entry e of a head's column is the sum over the pairs of tokens (i, j) of its relative offset, which fixes j for every i.
+__global__ void __launch_bounds__(kThreads) gather_table_kernel(const ReducePartialsArguments args) {
+  const int lane = threadIdx.x % 32;
+  const int64_t number = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  const WindowLayout& layout = args.layout;
+  if (number >= static_cast<int64_t>(layout.table_entries) * args.num_heads) return;
+  const int entry = static_cast<int>(number / args.num_heads), head = static_cast<int>(number % args.num_heads);
+  const int64_t rows = args.dense_rows;
+  const float* const partials = args.dense_partials + head * rows * rows;
+  const int distance = layout.token_distance(entry);
+  const int end = min(args.num_tokens, args.num_tokens + distance);
+  float sum = 0.0f;
+  for (int i = max(0, distance) + lane; i < end; i += 32) {
+    const int j = i - distance;
+    if (layout.table_index(i) - layout.table_index(j) != entry - layout.table_middle) continue;
+    for (uint32_t worker = 0; worker < args.dense_workers; ++worker) {
+      sum += partials[worker * args.num_heads * rows * rows + i * rows + j];
     }
   }
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  if (lane == 0) args.dbias_table[number] = sum;
+}
 
-  const float sum = ordered_sum<kOutputs, kSlices>(partials, stride, args.workers);
-  if (threadIdx.x < kOutputs && destination != nullptr) *destination = sum;
+unsigned blocks_of(int64_t count, int64_t per_block) {
+  return static_cast<unsigned>((count + per_block - 1) / per_block);
 }
 
 }  // namespace
 
 cudaError_t reduce_partials(const ReducePartialsArguments& args, cudaStream_t stream) {
-  int64_t outputs = 0;
-  if (args.dbias_table != nullptr) outputs += static_cast<int64_t>(args.num_heads) * args.table_entries;
-  if (args.dpad_qkv != nullptr) outputs += int64_t{3} * args.num_heads * args.head_dim;
-  if (outputs == 0) return cudaSuccess;
-  const auto blocks = static_cast<unsigned>((outputs + kOutputs - 1) / kOutputs);
-  return launch(reduce_partials_kernel, dim3(blocks), dim3(kOutputs * kSlices), 0, stream, args);
+  const int64_t outputs = OutputCounts::of(args).all();
+  if (outputs > 0) {
+    const unsigned blocks = blocks_of(outputs, kOutputs);
+    const cudaError_t status = launch(reduce_partials_kernel, dim3(blocks), dim3(kThreads), 0, stream, args);
+    if (status != cudaSuccess) return status;
+  }
+  if (args.dbias_table == nullptr || args.dense_partials == nullptr) return cudaSuccess;
+  const int64_t entries = static_cast<int64_t>(args.layout.table_entries) * args.num_heads;
+  return launch(gather_table_kernel, dim3(blocks_of(entries, kThreads / 32)), dim3(kThreads), 0, stream, args);
 }
 
 }  // namespace swinkernels::cuda

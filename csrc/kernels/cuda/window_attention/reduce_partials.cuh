@@ -5,15 +5,24 @@
 
 #include <cstdint>
 
+#include "../../common/window_address.cuh"
+
 namespace swinkernels::cuda {
 
+// Of a unit (arguments.cuh), `workers` blocks have partial sums: those of worker w and unit u are number w * units + u.
 struct ReducePartialsArguments {
-  const float* table_partials;  // (workers, heads, table entries)
-  const float* pad_partials;    // (workers, heads, 2, head_dim), of k and v
+  const float* table_partials;  // (partials, table entries), or null: the table's gradient is in dense_partials
+  const float* dense_partials;  // (partials, rows, rows)
+  const float* pad_partials;    // (partials, 2, head_dim), of k and v
+  const float* logit_partials;  // (partials)
   float* dbias_table;           // (table entries, heads), or null
+  float* dbias;                 // (types, heads, N, N), or null
   float* dpad_qkv;              // (3, heads, head_dim), or null
-  int32_t num_heads, head_dim, table_entries;
-  uint32_t workers;  // none: the sums are zero
+  float* dlogit_scale;          // (heads), or null
+  WindowLayout layout;
+  int32_t num_heads, head_dim, num_tokens, bias_types;
+  int32_t dense_rows;
+  uint32_t workers, dense_workers;  // none: the sums are zero
 };
 
 cudaError_t reduce_partials(const ReducePartialsArguments& args, cudaStream_t stream);

@@ -22,8 +22,9 @@ bool supported(const WindowAttentionForwardParams& params) {
   if (params.bias_table != nullptr) {
     if (num_tokens > table_tokens || table_entries * params.num_heads > INT32_MAX) return false;
   }
-  return params.batch >= 0 && params.num_heads >= 1 && params.head_dim >= 1 && params.head_dim <= kMaxHeadDim &&
-         params.head_dim % kHeadDimMultiple == 0;
+  // Units of heads and types are counted with 32 bits.
+  if (params.bias_types < 1 || int64_t{params.bias_types} * params.num_heads > INT32_MAX) return false;
+  return params.batch >= 0 && params.num_heads >= 1 && params.head_dim >= 1 && params.head_dim <= kMaxHeadDim;
 }
 
 }  // namespace

@@ -1,0 +1,161 @@
+"""What a call of window attention costs the host: CPU time of the calling thread, and of all threads.
+
+Run as ``python -m benchmarks.host_cost``; ``--help`` lists the choices.
+
+The map is as small as it gets: a kernel has next to nothing to do, about a microsecond. On a GPU it runs beside the
+host and costs the calling thread its launch; the backward pass is run by a thread of autograd's, which thread_us does
+not count and process_us does. On a CPU everything, the kernel too, runs in the calling thread. "op alone" is the op of
+``torch.ops.swinkernels`` with its arguments at hand, to compare the public function with; in eager PyTorch that takes a
+shorter entry to the same kernel, so it comes close to it.
+Calls are timed in loops, which take turns: a clock of CPU time is too coarse for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import swinkernels
+from benchmarks import record
+from swinkernels.ops import _backends
+from swinkernels.testing import WindowAttentionCase, op_arguments
+
+# By name; every map has one window.
+CASES = {
+    "v1": WindowAttentionCase(1, (1, 1), 1, 8, 1),
+    "v1, shifted, padded": WindowAttentionCase(1, (1, 2), 1, 8, (2, 2), (1, 1), has_pad_qkv=True),
+    "v2": WindowAttentionCase(1, (1, 1), 1, 8, 1, has_logit_scale=True),
+    "dense bias": WindowAttentionCase(1, (1, 1), 1, 8, 1, has_table=False, bias_types=0),
+}
+# Microseconds of the calling thread on the GPU path, of the first case.
+GOALS = {"forward": 12.0, "forward + backward": 45.0}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Call = Callable[[], Any]
+
+
+def calls(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, backend: str) -> dict[str, Call]:
+    """The calls of a case by name: the public function without and with gradients, and the bare op."""
+    inputs = case.inputs(dtype, device)
+    dout, leaves = inputs.pop("dout"), {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    arguments = {**case.arguments(), "backend": backend}
+
+    def attend(tensors: dict[str, Tensor]) -> Tensor:
+        return swinkernels.window_attention_qkvpacked(**tensors, **arguments)
+
+    def both() -> Any:
+        return torch.autograd.grad(attend(leaves), list(leaves.values()), dout)
+
+    suffix = "_triton" if backend == "triton" else ""
+    op = getattr(torch.ops.swinkernels, f"window_attention_qkvpacked_fwd{suffix}").default
+    tensors = [
+        x.detach() if isinstance(x, Tensor) else x
+        for x in op_arguments(case, "window_attention_qkvpacked", dtype, device)
+    ]
+
+    def bare() -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*tensors)
+
+    return {
+        "forward": lambda: attend(inputs),
+        "forward, recorded": lambda: attend(leaves),
+        "forward + backward": both,
+        "forward, op alone": bare,
+    }
+
+
+def host_times(
+    named: dict[str, Call], *, loop: int = 200, rounds: int = 40, synchronize: Call = lambda: None
+) -> dict[str, tuple[float, float]]:
+    """Per call, the median CPU time of the calling thread and of the process in microseconds."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in named}
+    for call in named.values():
+        for _ in range(20):
+            call()
+    collecting = gc.isenabled()
+    gc.disable()  # a collection of everything that was imported is not a call's
+    try:
+        for _ in range(rounds):
+            for name, call in named.items():
+                synchronize()
+                thread, process = time.thread_time(), time.process_time()
+                for _ in range(loop):
+                    call()
+                thread, process = time.thread_time() - thread, time.process_time() - process
+                samples[name].append((thread * 1e6 / loop, process * 1e6 / loop))
+    finally:
+        if collecting:
+            gc.enable()
+    return {
+        name: (statistics.median(t for t, _ in pairs), statistics.median(p for _, p in pairs))
+        for name, pairs in samples.items()
+    }
+
+
+def benchmark(
+    device: torch.device, dtype: torch.dtype, backend: str, names: list[str], **options: Any
+) -> list[dict[str, Any]]:
+    rows = []
+    for name in names:
+        case = CASES[name]
+        if _cannot_run(case, dtype, device, backend):
+            continue
+        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        for call, (thread, process) in host_times(
+            calls(case, dtype, device, backend), synchronize=synchronize, **options
+        ).items():
+            goal = GOALS.get(call) if name == "v1" and device.type == "cuda" and backend == "cuda" else None
+            rows.append(
+                {
+                    "backend": backend,
+                    "case": name,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "call": call,
+                    "thread_us": round(thread, 2),
+                    "process_us": round(process, 2),
+                    "goal_us": goal,
+                    "met": None if goal is None else thread <= goal,
+                }
+            )
+    return rows
+
+
+def _cannot_run(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, backend: str) -> bool:
+    try:
+        calls(case, dtype, device, backend)["forward"]()
+    except NotImplementedError:
+        return True
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", choices=[b for b in _backends.BACKENDS if b != "reference"], help="default: all")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--out", type=Path, help="folder for host_cost.csv")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # a window is not worth waking another thread for
+    wanted = [arguments.backend] if arguments.backend else [b for b in _backends.BACKENDS if b != "reference"]
+    rows: list[dict[str, Any]] = []
+    for backend in wanted:
+        if (backend == "cpu") == (device.type == "cpu") and _backends.unavailable(backend) is None:
+            rows += benchmark(device, DTYPES[arguments.dtype], backend, arguments.case or list(CASES))
+    print(record.table(rows))
+    if arguments.out is not None:
+        record.write_csv(arguments.out / "host_cost.csv", rows, device)
+
+
+if __name__ == "__main__":
+    main()

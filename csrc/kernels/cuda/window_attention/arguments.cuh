@@ -1,0 +1,124 @@
+// What the forward and the backward kernels are told alike, and how a grid shares out the windows.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "../../common/dtype.cuh"
+#include "../../common/fast_divisor.cuh"
+#include "../../common/window_address.cuh"
+#include "traits.h"
+
+namespace swinkernels::cuda {
+
+// Of both kernels; kMaps token maps: q, k, v, out or q, k, v, dout, dq, dk, dv.
+//
+// A unit is what shares one bias: the windows of one type (all of them, without types) for one head. A block works for
+// one unit; unit = type * num_heads + head, so that blocks that run together read neighbouring heads of the same tokens.
+template <int kMaps>
+struct WindowArguments {
+  WindowLayout layout;
+  MapAddress maps[kMaps];
+  const void* pad_qkv;
+  const float* bias_table;
+  const float* dense_bias;
+  const float* logit_scale;
+  const int64_t* dropout_seed;
+  uint32_t dropout_below;  // drops what draws less than this
+  float dropout_scale;     // of what is kept
+  float scale, mask2;      // the latter times log2(e)
+  int32_t num_heads, head_dim, num_tokens, row_bytes;
+  int32_t bias_types;
+  FastDivisor windows_of_type;  // of one image
+  uint32_t items;               // windows of a unit, of all images
+  uint32_t num_windows;         // of all images
+  bool is_float32;
+
+  size_t element_bytes() const { return is_float32 ? 4 : 2; }
+  __host__ __device__ int64_t units() const { return int64_t{1} * num_heads * bias_types; }
+
+  static WindowArguments of(const WindowAttentionForwardParams& params) {
+    WindowArguments args = {};
+    args.is_float32 = params.dtype == DType::kFloat32;
+    args.layout = WindowLayout::of(params.geometry, params.region_map);
+    const ConstTokenMap inputs[3] = {params.q, params.k, params.v};
+    for (int map = 0; map < 3; ++map) args.maps[map] = MapAddress::of(inputs[map], args.element_bytes());
+    args.pad_qkv = params.pad_qkv;
+    args.bias_table = params.bias_table;
+    args.dense_bias = params.bias;
+    args.logit_scale = params.logit_scale;
+    if (params.dropout_p > 0.0f) {
+      args.dropout_seed = params.dropout_seed;
+      args.dropout_below = static_cast<uint32_t>(std::min(std::ldexp(double{params.dropout_p}, 32), 4294967295.0));
+      args.dropout_scale = params.dropout_p < 1.0f ? 1.0f / (1.0f - params.dropout_p) : 0.0f;
+    }
+    args.scale = params.scale;
+    args.mask2 = params.mask_value * kLog2E;
+    args.num_heads = params.num_heads;
+    args.head_dim = params.head_dim;
+    args.num_tokens = args.layout.num_tokens();
+    args.row_bytes = params.head_dim * static_cast<int32_t>(args.element_bytes());
+    args.bias_types = params.bias_types;
+    const uint32_t of_image = args.layout.windows.volume.divisor;
+    args.windows_of_type = FastDivisor::of(of_image / params.bias_types);
+    args.num_windows = static_cast<uint32_t>(params.batch * of_image);
+    args.items = args.num_windows / params.bias_types;
+    return args;
+  }
+
+  // The number of a unit's item among the windows of all images.
+  template <class Traits>
+  __device__ __forceinline__ uint32_t window_of(uint32_t type, uint32_t item) const {
+    if (Traits::kPlain || bias_types == 1) return item;
+    uint32_t in_type;
+    const uint32_t image = windows_of_type.divide(item, &in_type);
+    return (image * bias_types + type) * windows_of_type.divisor + in_type;
+  }
+
+  // Of a window and a head, where one number for each query of all windows and heads is kept.
+  __device__ __forceinline__ int64_t first_query(uint32_t window, int head) const {
+    return (static_cast<int64_t>(window) * num_heads + head) * num_tokens;
+  }
+
+  template <class Traits>
+  __device__ __forceinline__ bool is_cosine() const {
+    return !Traits::kPlain && logit_scale != nullptr;
+  }
+  template <class Traits>
+  __device__ __forceinline__ bool has_dropout() const {
+    return !Traits::kPlain && dropout_seed != nullptr;
+  }
+  template <class Traits>
+  __device__ __forceinline__ bool has_whole_rows() const {
+    return Traits::kPlain || row_bytes % 16 == 0;
+  }
+};
+
+// How a grid is cut: every block of a unit loops over every workers-th of its items.
+struct GridPlan {
+  uint32_t workers;  // blocks per unit
+  uint32_t blocks;
+};
+
+inline GridPlan plan_grid(int64_t items, int64_t units, int64_t resident_blocks) {
+  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(items, resident_blocks / units));
+  const int64_t rounds = (items + most - 1) / most;  // the same for all, so that no block works alone at the end
+  const int64_t workers = std::max<int64_t>(1, (items + rounds - 1) / std::max<int64_t>(1, rounds));
+  return {static_cast<uint32_t>(workers), static_cast<uint32_t>(workers * units)};
+}
+
+// What a block works on; units are the fastest index of the grid.
+struct BlockShare {
+  int head;
+  uint32_t type;
+  uint32_t first, step;  // of the items
+
+  template <int kMaps>
+  __device__ __forceinline__ static BlockShare of(const WindowArguments<kMaps>& args) {
+    const uint32_t units = args.num_heads * args.bias_types, unit = blockIdx.x % units;
+    return {static_cast<int>(unit % args.num_heads), unit / args.num_heads, blockIdx.x / units, gridDim.x / units};
+  }
+};
+
+}  // namespace swinkernels::cuda

@@ -1,0 +1,92 @@
+// The bias of one head: a column of a table, or a dense matrix.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "arguments.cuh"
+
+namespace swinkernels::cuda {
+
+// What a block adds to its scores; null data is a bias of zero.
+struct Bias {
+  const float* data;
+  int32_t stride;              // between the entries of a table's column; between the rows of a dense bias
+  const int32_t* token_index;  // r(t) of the tokens of the queries and of the keys, for a table; null for a dense bias
+  const int32_t* key_index;
+  int32_t middle;  // the table's entry of relative offset zero
+};
+
+// Of a block's unit, where it lies in global memory; token_index holds r(t) of every token.
+template <int kMaps>
+__device__ __forceinline__ Bias global_bias(const WindowArguments<kMaps>& args, const BlockShare& share,
+                                            const int32_t* token_index) {
+  if (args.dense_bias != nullptr) {
+    const int64_t unit = static_cast<int64_t>(share.type) * args.num_heads + share.head;
+    return {args.dense_bias + unit * args.num_tokens * args.num_tokens, args.num_tokens, nullptr, nullptr, 0};
+  }
+  const float* column = args.bias_table == nullptr ? nullptr : args.bias_table + share.head;
+  return {column, args.num_heads, token_index, token_index, args.layout.table_middle};
+}
+
+// The same with the column of a table in `table`, if it fits there. The caller synchronises.
+template <class Traits, int kMaps>
+__device__ __forceinline__ Bias staged_bias(const WindowArguments<kMaps>& args, const BlockShare& share, float* table,
+                                            const int32_t* token_index) {
+  Bias bias = global_bias(args, share, token_index);
+  const int entries = args.layout.table_entries;
+  if (args.bias_table == nullptr || entries > Traits::kSharedTableEntries) return bias;
+  for (int i = threadIdx.x; i < entries; i += Traits::kThreads) {
+    table[i] = bias.data[static_cast<int64_t>(i) * bias.stride];
+  }
+  bias.data = table;
+  bias.stride = 1;
+  return bias;
+}
+
+// The bias in base 2 of 16 queries from row0 and the keys of a block from col0, as an accumulator fragment. Minus
+// infinity for keys past the window, which takes them out of the softmax. Of a table, token_index[0] and key_index[0]
+// are those of tokens first_row and first_col.
+template <int kTiles>
+__device__ __forceinline__ void load_bias(float (&fragment)[kTiles][4], const Bias& bias, int row0, int col0,
+                                          int num_tokens, int first_row = 0, int first_col = 0) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  // A query past the window gets the bias of the last one: nobody reads its scores.
+  const int rows[2] = {min(row0 + g, num_tokens - 1), min(row0 + g + 8, num_tokens - 1)};
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) fragment[j][e] = col0 + 8 * j + 2 * t + e % 2 < num_tokens ? 0.0f : -INFINITY;
+  }
+  if (bias.data == nullptr) return;
+  if (bias.token_index == nullptr) {
+    const float* const data[2] = {bias.data + static_cast<int64_t>(rows[0]) * bias.stride + col0 + 2 * t,
+                                  bias.data + static_cast<int64_t>(rows[1]) * bias.stride + col0 + 2 * t};
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (fragment[j][e] == 0.0f) fragment[j][e] = data[e / 2][8 * j + e % 2] * kLog2E;
+      }
+    }
+    return;
+  }
+  const int row_index[2] = {bias.token_index[rows[0] - first_row] + bias.middle,
+                            bias.token_index[rows[1] - first_row] + bias.middle};
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int col = col0 + 8 * j + 2 * t + e;
+      if (col >= num_tokens) continue;
+      const int col_index = bias.key_index[col - first_col];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // 32 bits suffice, heads included: window_attention.cu refuses other tables.
+        fragment[j][2 * half + e] = bias.data[(row_index[half] - col_index) * bias.stride] * kLog2E;
+      }
+    }
+  }
+}
+
+}  // namespace swinkernels::cuda

@@ -1,0 +1,184 @@
+// What the kernels of the backward pass share: arguments, probabilities from a saved lse, dS, and a block's share of the
+// gradients of what all windows have in common.
+#pragma once
+
+#include "../../common/launch.cuh"
+#include "../../common/quad.cuh"
+#include "../../common/smem_tile.cuh"
+#include "../../common/tile_product.cuh"
+#include "bias.cuh"
+#include "cosine.cuh"
+#include "dropout.cuh"
+#include "half_range.cuh"
+#include "mask.cuh"
+#include "tokens.cuh"
+
+namespace swinkernels::cuda {
+
+// Partial sums, of every block of the grid in order; null for what is not wanted.
+struct BackwardArguments : WindowArguments<7> {
+  const float* lse;
+  float2* lse2_delta;     // like lse: from the kernel for long windows to that for their dbias
+  float* table_partials;  // (blocks, table entries), short windows
+  float* dense_partials;  // (blocks, rows, rows) with N rounded up to whole blocks of rows
+  float* pad_partials;    // (blocks, 2, head_dim) for k and v
+  float* logit_partials;  // (blocks)
+};
+
+// The log-sum-exp in base 2 of a query; infinite for a pad query, whose probabilities must be zero.
+__device__ __forceinline__ float load_lse2(const BackwardArguments& args, int64_t first_query, int token,
+                                           uint64_t dout_row) {
+  return dout_row == 0 ? INFINITY : args.lse[first_query + token] * kLog2E;
+}
+
+// Turns scores in base 2 into probabilities; lse2 is that of this thread's two rows.
+template <int kTiles>
+__device__ __forceinline__ void to_probabilities(float (&score)[kTiles][4], const float (&lse2)[2]) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) score[j][e] = ptx::exp2_approx(score[j][e] - lse2[e / 2]);
+  }
+}
+
+// Turns p into ds.
+template <int kTiles>
+__device__ __forceinline__ void to_dscores(float (&p)[kTiles][4], const float (&dp)[kTiles][4],
+                                           const float (&delta)[2]) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) p[j][e] *= dp[j][e] - delta[e / 2];
+  }
+}
+
+// The gradient of weights before dropout from that of those after it.
+template <int kTiles>
+__device__ __forceinline__ void undrop(float (&dp)[kTiles][4], uint32_t kept, float dropout_scale) {
+  drop(dp, kept);
+  multiply(dp, dropout_scale);
+}
+
+// Sums over the keys of this thread's two rows, block by block of keys.
+struct RowSums {
+  float x[2] = {0.0f, 0.0f};
+
+  // Of a, or of a * b.
+  template <int kTiles>
+  __device__ __forceinline__ void add(const float (&a)[kTiles][4]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e / 2] += a[j][e];
+    }
+  }
+  template <int kTiles>
+  __device__ __forceinline__ void add(const float (&a)[kTiles][4], const float (&b)[kTiles][4]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e / 2] = fmaf(a[j][e], b[j][e], x[e / 2]);
+    }
+  }
+
+  // Over the lanes of a quad, at the end.
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) x[half] = quad_sum(x[half]);
+  }
+};
+
+// Divides probabilities by their sums. The rows of pad queries are all zero, and stay so.
+template <int kTiles>
+__device__ __forceinline__ void normalise(float (&p)[kTiles][4]) {
+  RowSums sums;
+  sums.add(p);
+  sums.finish();
+  const float factor[2] = {sums.x[0] > 0.0f ? 1.0f / sums.x[0] : 0.0f, sums.x[1] > 0.0f ? 1.0f / sums.x[1] : 0.0f};
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) p[j][e] *= factor[e / 2];
+  }
+}
+
+// Adds the rows of pad tokens among this warp's 16 rows to `sum`, one value per column.
+template <int kColTiles>
+__device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
+                                             const uint64_t* rows, int first, int num_tokens) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const bool pad0 = first + g < num_tokens && rows[first + g] == 0;
+  const bool pad1 = first + g + 8 < num_tokens && rows[first + g + 8] == 0;
+  if (!__any_sync(0xffffffffu, pad0 || pad1)) return;
+#pragma unroll
+  for (int n = 0; n < kColTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float column = (pad0 ? x[n][e] : 0.0f) + (pad1 ? x[n][2 + e] : 0.0f);
+      column += __shfl_xor_sync(0xffffffffu, column, 4);
+      column += __shfl_xor_sync(0xffffffffu, column, 8);
+      column += __shfl_xor_sync(0xffffffffu, column, 16);
+      if (g == 0) sum[8 * n + 2 * t + e] += column * factor;
+    }
+  }
+}
+
+// The block's share of dpad_qkv: the sums of its warps, in order.
+template <class Traits>
+__device__ __forceinline__ void write_pad_partial(const BackwardArguments& args,
+                                                  const float (&sums)[Traits::kWarps][2][Traits::kHeadDim]) {
+  if (args.pad_partials == nullptr) return;
+  float* partial = args.pad_partials + static_cast<int64_t>(blockIdx.x) * 2 * args.head_dim;
+  for (int i = threadIdx.x; i < 2 * args.head_dim; i += Traits::kThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < Traits::kWarps; ++warp) sum += sums[warp][i / args.head_dim][i % args.head_dim];
+    partial[i] = sum;
+  }
+}
+
+// The block's share of dlogit_scale: the sums of its rows, which every lane of a quad holds. All threads call it; `sums`
+// is in shared memory that nobody uses.
+template <class Traits>
+__device__ __forceinline__ void write_logit_partial(const BackwardArguments& args, float (&sums)[Traits::kWarps],
+                                                    float sum, int head) {
+  if (args.logit_partials == nullptr) return;
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < Traits::kWarps; ++warp) total += sums[warp];
+  args.logit_partials[blockIdx.x] = is_clamped(args.logit_scale[head]) ? 0.0f : total;
+}
+
+// p to a tile, where dv takes it from: without what is dropped, but not scaled up, which might leave float16's range.
+template <int kTiles, class PTile>
+__device__ __forceinline__ void write_weights(const PTile& tile, int row0, const float (&p)[kTiles][4], uint32_t kept,
+                                              bool has_dropout) {
+  if (!has_dropout) return write_fragment<false>(tile, row0, p, 1.0f, 1.0f, PTile::kCols, PTile::kCols);
+  float weights[kTiles][4];
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) weights[j][e] = p[j][e];
+  }
+  drop(weights, kept);
+  write_fragment<false>(tile, row0, weights, 1.0f, 1.0f, PTile::kCols, PTile::kCols);
+}
+
+// Writes the fragment of 16 rows from row0 of a matrix.
+template <int kTiles>
+__device__ __forceinline__ void write_matrix(float* matrix, int stride, int row0, const float (&x)[kTiles][4]) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    float* const row = matrix + (row0 + g) * stride + 8 * j + 2 * t;
+    store2(row, x[j][0], x[j][1]);
+    store2(row + 8 * stride, x[j][2], x[j][3]);
+  }
+}
+
+}  // namespace swinkernels::cuda

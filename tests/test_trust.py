@@ -1,0 +1,344 @@
+"""What window attention promises beside right results: derivatives, transforms, compilation, huge maps, range.
+
+Each class of arguments that has code of its own is a case here; the backends' own tests go through sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import swinkernels
+from swinkernels import reference
+from swinkernels.ops import _backends
+from swinkernels.testing import (
+    WindowAttentionCase,
+    check_window_attention,
+    op_arguments,
+    opcheck_forward_and_backward,
+    run_case,
+)
+
+Case = WindowAttentionCase
+FORMS = ("window_attention_qkvpacked", "window_attention")
+needs_cpu = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
+attend = swinkernels.window_attention_qkvpacked
+
+
+def regions(*frame: int) -> Tensor:
+    return torch.arange(math.prod(frame), dtype=torch.int32).reshape(frame) * 7919 % 3
+
+
+# Small enough for finite differences in every element.
+CLASSES = {
+    "table": Case(1, (4, 2), 1, 2, 2, 1),
+    "no bias": Case(1, (2, 2), 2, 2, 2, 0, has_table=False),
+    "dense bias": Case(1, (4, 2), 1, 2, 2, 1, has_table=False, bias_types=0),
+    "bias by type": Case(1, (4, 2), 1, 2, 2, 1, has_table=False, bias_types=2),
+    "v2": Case(1, (2, 4), 1, 2, 2, 1, has_logit_scale=True),
+    "v2, dense bias": Case(1, (2, 2), 2, 2, 2, 0, has_table=False, has_logit_scale=True, bias_types=0),
+    "pads": Case(1, (3, 2), 1, 2, 2, 1, has_pad_qkv=True),
+    "pads, rolled first": Case(1, (3, 2), 1, 2, 2, 1, has_pad_qkv=True, options={"pad_order": "roll_then_pad"}),
+    "pads before": Case(1, (3, 2), 1, 2, 2, 1, has_pad_qkv=True, options={"pad_before": (1, 0)}),
+    "v2, pads": Case(1, (3, 2), 1, 2, 2, 1, has_pad_qkv=True, has_logit_scale=True),
+    "periodic": Case(1, (4, 2), 1, 2, 2, 1, options={"periodic": (True, False)}),
+    "region map": Case(1, (3, 2), 1, 2, 2, 1, has_pad_qkv=True, options={"region_map": regions(4, 2)}),
+    "grid": Case(1, (4, 2), 1, 2, 2, 0, options={"grid": True}),
+    "table window": Case(1, (4, 2), 1, 2, 2, 1, options={"table_window": (3, 2)}),
+    "volume": Case(1, (2, 2, 2), 1, 2, (1, 2, 2), (0, 1, 1)),
+    "scale, mask value": Case(1, (4, 2), 1, 2, 2, 1, options={"scale": -0.4, "mask_value": 1.5}),
+    "dropout": Case(1, (4, 2), 1, 2, 2, 1, options={"dropout_p": 0.4}),
+}
+WITHOUT_DROPOUT = {name: case for name, case in CLASSES.items() if name != "dropout"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_gradcheck_of_the_reference(name: str) -> None:
+    """Finite differences in float64 of the output and of the attention weights."""
+    case = CLASSES[name]
+    inputs = {n: x.double().requires_grad_() for n, x in case.inputs(torch.float32).items() if n != "dout"}
+    if "logit_scale" in inputs:  # the clamp has a kink
+        inputs["logit_scale"] = inputs["logit_scale"].detach().clamp(max=1.5).requires_grad_()
+
+    def call(*leaves: Tensor) -> Any:
+        generator = torch.Generator().manual_seed(1) if name == "dropout" else None
+        given = dict(zip(inputs, leaves, strict=True))
+        return reference.window_attention_qkvpacked(
+            **given, **case.arguments(), generator=generator, return_attention=True
+        )
+
+    assert torch.autograd.gradcheck(call, tuple(inputs.values()))
+
+
+@needs_cpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", WITHOUT_DROPOUT)
+def test_opcheck(name: str, form: str) -> None:
+    opcheck_forward_and_backward(form, "", op_arguments(CLASSES[name], form, torch.float32))
+
+
+@pytest.mark.skipif(_backends.interpreting(), reason="Triton's interpreter has its own kernels on the CPU")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["dropout", "v2, pads", "region map"])
+def test_opcheck_of_plain_kernels(plain_kernels: None, name: str, form: str) -> None:
+    opcheck_forward_and_backward(form, "_triton", op_arguments(CLASSES[name], form, torch.float32))
+
+
+# --- dropout, by kernels in plain PyTorch
+
+
+@pytest.mark.skipif(_backends.interpreting(), reason="Triton's interpreter has its own kernels on the CPU")
+@pytest.mark.parametrize("packed", [True, False])
+def test_dropout_draws_a_seed_and_backward_has_the_same(
+    plain_kernels: None, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    case = Case(2, (5, 8), 2, 4, 4, 2, has_pad_qkv=True, has_logit_scale=True, options={"dropout_p": 0.3})
+    inputs = case.inputs(torch.float32)
+
+    def op(qkv: Tensor, **arguments: Any) -> Tensor:
+        if packed:
+            return attend(qkv, **arguments, backend="triton")
+        return swinkernels.window_attention(*qkv.unflatten(-1, (3, 2, 4)).unbind(-3), **arguments, backend="triton")
+
+    def expected(seed: Tensor) -> dict[str, Tensor]:
+        return run_case(
+            lambda **given: reference.window_attention_qkvpacked(
+                **given, generator=torch.Generator().manual_seed(seed.item())
+            ),
+            inputs,
+            case.arguments(),
+        )
+
+    draw = functools.partial(torch.randint, -(2**63), 2**63 - 1, (1,))
+    torch.manual_seed(11)
+    seeds = [draw(), draw()]
+    torch.manual_seed(11)
+    results = [run_case(op, inputs, case.arguments()) for _ in seeds]
+    for got, seed in zip(results, seeds, strict=True):
+        for name, value in expected(seed).items():
+            torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
+    assert not torch.equal(results[0]["out"], results[1]["out"])  # a known call draws anew, too
+
+    generator = torch.Generator().manual_seed(5)
+    own = run_case(op, inputs, {**case.arguments(), "generator": generator})
+    for name, value in expected(draw(generator=torch.Generator().manual_seed(5))).items():
+        torch.testing.assert_close(own[name], value)
+
+
+# --- transforms
+
+
+@needs_cpu
+@pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0)])
+def test_vmap_is_a_loop(dims: tuple[int | None, int | None]) -> None:
+    """In outputs and gradients, through torch's fallback for ops without a rule."""
+    case = Case(2, (6, 9), 2, 8, 3, 1)
+    inputs = case.inputs(torch.float32)
+    given = [inputs["qkv"], inputs["bias_table"]]
+    leaves = [
+        (torch.stack([x, -0.5 * x]) if dim == 0 else x).requires_grad_() for x, dim in zip(given, dims, strict=True)
+    ]
+
+    def call(qkv: Tensor, table: Tensor) -> Tensor:
+        return attend(qkv, table, **case.arguments(), backend="cpu")
+
+    looped = torch.stack([call(*(x[i] if d == 0 else x for x, d in zip(leaves, dims, strict=True))) for i in range(2)])
+    mapped = torch.func.vmap(call, in_dims=dims)(*leaves)
+    assert torch.equal(mapped, looped)
+    dout = torch.stack([inputs["dout"], inputs["dout"].flip(1)])
+    for a, b in zip(torch.autograd.grad(mapped, leaves, dout), torch.autograd.grad(looped, leaves, dout), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@needs_cpu
+def test_batched_gradients_are_a_loop() -> None:
+    case = Case(2, (6, 9), 2, 8, 3, 1)
+    inputs = case.inputs(torch.float32)
+    qkv = inputs["qkv"].requires_grad_()
+    out = attend(qkv, inputs["bias_table"], **case.arguments(), backend="cpu")
+    douts = torch.stack([inputs["dout"], inputs["dout"].flip(1), 2 * inputs["dout"]])
+    (batched,) = torch.autograd.grad(out, qkv, douts, retain_graph=True, is_grads_batched=True)
+    looped = [torch.autograd.grad(out, qkv, dout, retain_graph=True)[0] for dout in douts]
+    assert torch.equal(batched, torch.stack(looped))
+
+
+@needs_cpu
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
+@pytest.mark.parametrize("batched", [False, True])
+def test_derivatives_of_functorch_are_refused(transform: Any, batched: bool) -> None:
+    case = Case(1, (2, 4), 1, 2, 2, 1)
+    qkv = case.inputs(torch.float32)["qkv"]
+    call = transform(lambda x: attend(x, **case.arguments(), backend="cpu").sum())
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"functorch|forward-mode"):
+        torch.func.vmap(call)(torch.stack([qkv, qkv])) if batched else call(qkv)
+
+
+@needs_cpu
+@pytest.mark.parametrize("wanted", ["qkv", "bias_table", "logit_scale", "pad_qkv"])
+def test_double_backward_is_refused_for_each_tensor(wanted: str) -> None:
+    case = CLASSES["v2, pads"]
+    given = {n: x.requires_grad_(n == wanted) for n, x in case.inputs(torch.float32).items() if n != "dout"}
+    out = attend(**given, **case.arguments(), backend="cpu")
+    (first,) = torch.autograd.grad(out.square().sum(), given[wanted], create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(first.square().sum(), given[wanted])
+
+
+# --- compilation
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("dynamic", "most"), [(None, 4), (True, 2)], ids=["as they come", "at once"]
+)  # None: once for each of B, H, W that changes after the first; True: one restart for the float arguments
+def test_one_graph_serves_all_sizes(dynamic: bool | None, most: int) -> None:
+    torch.compiler.reset()
+    case = Case(2, (5, 9), 2, 8, (4, 5), (2, 1), has_pad_qkv=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    op = functools.partial(attend, **case.arguments(), backend="cpu")
+    compiled = torch.compile(
+        lambda qkv, bias_table, pad_qkv: op(qkv, bias_table, pad_qkv=pad_qkv),
+        fullgraph=True, dynamic=dynamic, backend=counter,
+    )  # fmt: skip
+    counts = []
+    for batch, size in [(7, (5, 9)), (11, (5, 9)), (6, (13, 9)), (13, (17, 14)), (12, (9, 19)), (14, (21, 22))]:
+        inputs = dataclasses.replace(case, batch=batch, size=size).inputs(torch.float32)
+        want, got = (run_case(f, inputs, {}) for f in (lambda **x: op(**x), compiled))
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
+        counts.append(counter.frame_count)
+    assert counts[-1] <= most
+    assert counts[-1] == counts[-3]  # the last ones are known
+
+
+# --- huge maps
+
+
+@needs_cpu
+@pytest.mark.parametrize("case", [Case(2**14 + 5, (2, 8), 1, 4, 2), Case(1, (2, 2**18 + 6), 1, 3, 2, 1)], ids=str)
+def test_more_than_two_to_the_16_windows(case: Case) -> None:
+    windows = case.batch * math.prod(case.size) // 4
+    assert windows > 2**16
+    check_window_attention(functools.partial(attend, backend="cpu"), case, torch.bfloat16)
+
+
+def sparse_buffer(elements: int) -> Tensor:
+    """Memory that the system has only promised: no page of it exists before it is written."""
+    return torch.from_numpy(np.empty(elements, dtype=np.float32))
+
+
+@needs_cpu
+@pytest.mark.parametrize("form", FORMS)
+def test_offsets_beyond_two_to_the_31(form: str) -> None:
+    """Two images that lie 2 ** 31 elements apart, which costs no memory, are what they are side by side."""
+    case = Case(2, (5, 6), 2, 8, 4, 2, has_pad_qkv=True)
+    inputs = case.inputs(torch.float32)
+    apart = 2**31 + 48
+    buffer = sparse_buffer(apart + 5 * 6 * 48)
+    qkv = buffer.as_strided(inputs["qkv"].shape, (apart, 6 * 48, 48, 1))
+    qkv.copy_(inputs["qkv"])
+
+    def op(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor) -> Tensor:
+        given = {**case.arguments(), "pad_qkv": pad_qkv, "backend": "cpu"}
+        if form == "window_attention_qkvpacked":
+            return attend(qkv, bias_table, **given)
+        return swinkernels.window_attention(*qkv.unflatten(-1, (3, 2, 8)).unbind(-3), bias_table, **given)
+
+    results = []
+    for x in (qkv, inputs["qkv"]):
+        leaves = [t.detach().requires_grad_() for t in (x, inputs["bias_table"], inputs["pad_qkv"])]
+        out = op(*leaves)
+        results.append([out, *torch.autograd.grad(out, leaves, inputs["dout"])])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements() -> None:
+    """The last image of a batch of more than 2 ** 31 elements is what it is alone, in output and gradient."""
+    if available_bytes() < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free memory")
+    torch.use_deterministic_algorithms(False)  # which would fill it all with NaN first
+    case = Case(1, (64, 64), 4, 32, 8, 4, has_table=False)
+    inputs = case.inputs(torch.bfloat16)
+    batch = 2**31 // inputs["qkv"].numel() + 2
+    qkv = inputs["qkv"].expand(batch, -1, -1, -1).contiguous()
+    qkv[-1] = qkv[-1].flip(0)
+    assert qkv.numel() > 2**31
+    dout = inputs["dout"].expand(batch, -1, -1, -1)
+    alone, together = (
+        run_case(functools.partial(attend, backend="cpu"), {"qkv": x, "dout": g}, case.arguments())
+        for x, g in ((qkv[-1:], dout[-1:]), (qkv, dout))
+    )
+    for name, value in alone.items():
+        assert torch.equal(together[name][-1:], value), name
+        assert torch.equal(together[name][0], together[name][-2]), name
+
+
+# --- range
+
+FAR_MASK = {"mask_value": -(2.0**20)}
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "reference",
+        pytest.param("cpu", marks=needs_cpu),
+        *(pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")),
+    ],
+)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, (8, 8), 2, 16, 4, 2, options=FAR_MASK),
+        Case(1, (9, 10), 2, 64, 7, 3, has_pad_qkv=True, options=FAR_MASK),
+        Case(1, (8, 8), 2, 32, 4, 2, has_logit_scale=True),
+        Case(1, (8, 8), 2, 16, 4, 2, has_table=False, bias_types=0, options=FAR_MASK),
+        Case(1, (16, 16), 1, 16, 16, 8, options=FAR_MASK),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("size", "gradient"), [(2.0**15, 1.0), (300.0, 6e4), (6e-5, 6e-5)])
+def test_float16_is_finite_where_the_result_is(backend: str, case: Case, size: float, gradient: float) -> None:
+    """Products overflow float16 by far; what does not is the result. Nothing is ever NaN.
+
+    With powers of two float32 has the scores exactly: else equal ones would differ, and the largest would be another.
+    """
+    reason = _backends.unavailable(backend)
+    if reason is not None:
+        pytest.skip(reason)
+    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    inputs = case.inputs(torch.float16)
+    inputs["qkv"] = (inputs["qkv"].sign() * size).half()
+    inputs["dout"] = (inputs["dout"].sign() * gradient).half()
+    for name in ("bias_table", "bias"):
+        if name in inputs:
+            inputs[name] = inputs[name].sign() * 2.0**15
+    try:
+        got = run_case(attend, {n: x.to(device) for n, x in inputs.items()}, {**case.arguments(), "backend": backend})
+    except NotImplementedError as missing:
+        pytest.skip(str(missing))
+    wide = {name: x.double() for name, x in inputs.items()}
+    exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments())
+    for name, value in got.items():
+        fits = exact[name].abs() < torch.finfo(value.dtype).max / 2  # rounding takes some of the rest beyond
+        assert value.cpu()[fits].isfinite().all(), name
+        assert not value.isnan().any(), name
