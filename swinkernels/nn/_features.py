@@ -57,5 +57,5 @@ def as_given(y: Tensor, size: Sequence[int] | None) -> Tensor:
 
 
 def forgive(unexpected_keys: list[str], prefix: str, names: Sequence[str]) -> None:
-    """Take buffers that the published modules store, and those here compute, off the unexpected keys of a checkpoint."""
+    """Take buffers that published modules store, and those here compute, off a checkpoint's unexpected keys."""
     unexpected_keys[:] = [key for key in unexpected_keys if key not in {prefix + name for name in names}]

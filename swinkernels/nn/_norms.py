@@ -16,11 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinkernels.ops._arguments import frame_size
-from swinkernels.ops._backends import fast_backend, norm_reasons, patch_merging_reasons
+from swinkernels.ops._backends import IMPLEMENTED, fast_backend, norm_reasons, patch_merging_reasons, residual_reasons
 from swinkernels.ops._library import autocast_dtype, linear
 from swinkernels.ops.layer_norm import layer_norm
 from swinkernels.ops.patch_expanding import patch_expanding
 from swinkernels.ops.patch_merging import RUNS, patch_merging
+from swinkernels.ops.residual_layer_norm import residual_layer_norm, residual_post_norm
+
+
+def backend_for(op: str, backend: str) -> str:
+    """The backend of a module's attention for an op beside it, which not every backend implements: else "auto"."""
+    return backend if backend in ("auto", "reference", *IMPLEMENTED[op]) else "auto"
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:
@@ -39,6 +45,34 @@ def normalise(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype, backend: str) -
     if backend != "auto" or fast_backend(backend, norm_reasons, x.device, *of) is not None:
         return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, backend=backend)
     return _torch_norm(x, norm, dtype)
+
+
+def add_then_normalise(
+    x: Tensor, y: Tensor, norm: nn.LayerNorm, drop_path_scale: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """s = x + drop_path_scale * y in the dtype of x, and norm(s) in that of y (v1)."""
+    of = norm.normalized_shape[0], (x.dtype, y.dtype)
+    if backend != "auto" or fast_backend(backend, residual_reasons, x.device, *of) is not None:
+        parameters = norm.weight, norm.bias
+        return residual_layer_norm(x, y, *parameters, eps=norm.eps, drop_path_scale=drop_path_scale, backend=backend)
+    s = add(x, y, drop_path_scale)
+    return s, _torch_norm(s, norm, y.dtype)
+
+
+def add_normalised(x: Tensor, y: Tensor, norm: nn.LayerNorm, drop_path_scale: Tensor | None, backend: str) -> Tensor:
+    """x + drop_path_scale * norm(y) in the dtype of x (v2)."""
+    of = norm.normalized_shape[0], (x.dtype, y.dtype)
+    if backend != "auto" or fast_backend(backend, residual_reasons, x.device, *of) is not None:
+        parameters = norm.weight, norm.bias
+        return residual_post_norm(x, y, *parameters, eps=norm.eps, drop_path_scale=drop_path_scale, backend=backend)
+    return add(x, _torch_norm(y, norm, torch.promote_types(x.dtype, y.dtype)), drop_path_scale)
+
+
+def add(x: Tensor, y: Tensor, drop_path_scale: Tensor | None) -> Tensor:
+    """x + drop_path_scale * y in the dtype of x."""
+    if drop_path_scale is not None:
+        y = y * drop_path_scale.reshape(-1, *(1,) * (y.dim() - 1))
+    return (x + y).to(x.dtype)
 
 
 def merge(x: Tensor, norm: nn.LayerNorm, weight: Tensor, order: str, norm_at: str, backend: str) -> Tensor:

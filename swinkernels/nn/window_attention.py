@@ -32,6 +32,7 @@ class _WindowAttention(nn.Module):
     _BUFFERS: ClassVar[tuple[str, ...]]  # that checkpoints of the published modules have
     qkv: nn.Linear
     proj: nn.Linear
+    proj_drop: nn.Dropout
 
     def __init__(
         self, dim: int, window_size: Ints, num_heads: int, attn_dim: int, attn_drop: float, **options: Any
@@ -58,14 +59,15 @@ class _WindowAttention(nn.Module):
         """The arguments of the op that say what the scores are."""
         raise NotImplementedError
 
-    def _window(self, size: Sequence[int]) -> tuple[int, ...]:
-        """The window on a map of a size."""
-        return (1,) * (len(size) - len(self.window_size)) + self.window_size  # frame by frame
+    def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
+        """The window on a map of a size, of the full one."""
+        return full
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         x = as_map(type(self).__name__, x, size, self.dim, len(self.window_size))
         axes = x.shape[1:-1]
-        window = self._window(axes)
+        full = (1,) * (len(axes) - len(self.window_size)) + self.window_size  # frame by frame
+        window = self._window(axes, full)
         shift = (0,) * (len(axes) - len(self.shift_size)) + self.shift_size
         qkv, pad_qkv = self._qkv(x)
         out = window_attention_qkvpacked(
@@ -74,6 +76,7 @@ class _WindowAttention(nn.Module):
             window_size=window,
             # What one window covers needs no shift.
             shift_size=tuple(0 if n <= w else s for n, w, s in zip(axes, window, shift, strict=True)),
+            table_window=None if window == full else full,
             pad_qkv=pad_qkv,
             pad_order=self.pad_order,
             dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
@@ -179,9 +182,8 @@ class WindowAttention(_WindowAttention):
         """Draw the bias table anew; the layers draw theirs."""
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def _window(self, size: Sequence[int]) -> tuple[int, ...]:
-        window = super()._window(size)
-        return window if self.small_maps == "pad" else tuple(min(w, n) for w, n in zip(window, size, strict=True))
+    def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
+        return full if self.small_maps == "pad" else tuple(min(w, n) for w, n in zip(full, size, strict=True))
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.qkv(x), self.qkv.bias
