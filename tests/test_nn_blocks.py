@@ -181,6 +181,34 @@ def test_drop_path_and_dropout_draw_as_timm():
     assert not torch.allclose(ours(x), results[0])
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_norms_and_residual_connections_on_ops(version):
+    """What a fast backend would run, by the reference; stochastic depth, too."""
+    block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
+    make = functools.partial(block, 16, (9, 14), 2, 4, 2, drop_path=0.5)
+    plain, on_ops = make().double().train(), make(backend="reference").double().train()
+    randomise(plain)
+    on_ops.load_state_dict(plain.state_dict())
+    results = []
+    for module in (plain, on_ops):
+        torch.manual_seed(3)
+        results.append(run(module, make_map(6, 9, 14, 16, dtype=torch.float64)))
+    assert_as_good(results[1], results[0], results[0])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_autocast(version):
+    block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
+    module, x = block(16, (9, 14), 2, 4, 2).eval(), make_map(2, 9, 14, 16)
+    randomise(module)
+    exact = run(copy.deepcopy(module).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(module, x)
+    assert got["out"].dtype == torch.float32
+    for name, e in exact.items():
+        assert (got[name].double() - e).norm() <= 0.05 * e.norm(), name
+
+
 @pytest.mark.parametrize("init_values", [None, 0.1])
 def test_vit_block_is_timms(init_values):
     theirs = TimmViTBlock(16, 2, qkv_bias=True, init_values=init_values)
