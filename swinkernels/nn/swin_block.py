@@ -364,16 +364,21 @@ class BasicLayer(nn.Module):
         x = as_map(type(self).__name__, x, size, width, self.axes)
         if self.downsample is not None and self.downsample_first:
             x = self.downsample(x)
-        for block in self.blocks:
-            if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+        x = self.run_blocks(x)
         if self.downsample is not None and not self.downsample_first:
             x = self.downsample(x)
         if self.upsample is not None:
             x = self.upsample(x)
         return as_given(x, size)
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """The blocks alone, on a map: what detection and segmentation take from a stage."""
+        for block in self.blocks:
+            if self.use_checkpoint and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, depth={len(self.blocks)}, use_checkpoint={self.use_checkpoint}"

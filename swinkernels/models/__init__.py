@@ -1,0 +1,6 @@
+"""Whole models, short, of the modules of :mod:`swinkernels.nn`, with the parameter names of the published codes."""
+
+from swinkernels.models.swin_transformer import SwinTransformer
+from swinkernels.models.swin_unet import SwinUnet
+
+__all__ = ["SwinTransformer", "SwinUnet"]
