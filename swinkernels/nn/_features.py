@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from swinkernels.ops import _arguments
@@ -20,6 +21,15 @@ def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts
         raise ValueError(f"{op}: spatial_dims must be 2 or 3, got {spatial_dims!r}")
     _arguments.check_eps(op, eps)
     check_backend(op, backend)
+
+
+def refuse_tracing(op: str) -> None:
+    """torch.jit.trace has no way to record the ops, and says so in words that help nobody."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{op}: torch.jit.trace cannot record window attention. Use torch.export.export or torch.compile, or trace "
+            "a timm, torchvision or transformers model with these weights"
+        )
 
 
 def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.nn._features import as_given, as_map, check_module, forgive
+from swinkernels.nn._features import as_given, as_map, check_module, forgive, refuse_tracing
 from swinkernels.nn._norms import add, add_then_normalise, backend_for, linear_dtype, normalise
 from swinkernels.nn.drop_path import DropPath
 from swinkernels.nn.mlp import Mlp
@@ -124,6 +124,7 @@ class Attention(nn.Module):
         if self.window_size is None:
             out = self._over_all(x, dropout_p)
         else:
+            refuse_tracing(type(self).__name__)
             x = as_map(type(self).__name__, x, size, self.dim, len(self.window_size))
             out = window_attention_qkvpacked(
                 self.qkv(x),

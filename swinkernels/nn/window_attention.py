@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.nn._features import as_given, as_map, check_module, forgive
+from swinkernels.nn._features import as_given, as_map, check_module, forgive, refuse_tracing
 from swinkernels.ops._arguments import PAD_ORDERS, Ints, check_choice, check_ints, check_window
 from swinkernels.ops._library import autocast_dtype
 from swinkernels.ops.window_attention import window_attention_qkvpacked
@@ -64,6 +64,7 @@ class _WindowAttention(nn.Module):
         return full
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        refuse_tracing(type(self).__name__)
         x = as_map(type(self).__name__, x, size, self.dim, len(self.window_size))
         axes = x.shape[1:-1]
         full = (1,) * (len(axes) - len(self.window_size)) + self.window_size  # frame by frame
