@@ -9,6 +9,24 @@ import torch
 from torch import Tensor, nn
 
 
+def randomise(module: nn.Module) -> None:
+    """Far from its initial state, so that bias, mask, scale, pad tokens and norms all count."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name.endswith(("relative_position_bias_table", "qkv.bias", "q_bias", "v_bias")) or (
+                "attention" in name and name.endswith("bias")
+            ):
+                p.normal_()
+            elif name.endswith(("qkv.weight", "query.weight", "key.weight", "value.weight", "_proj.weight")):
+                p.normal_(std=1.5 * p.shape[1] ** -0.5)
+            elif name.endswith("logit_scale"):
+                p.add_(torch.randn_like(p))
+            elif name.endswith(("cpb_mlp.2.weight", "position_bias_mlp.2.weight")):
+                p.normal_(std=0.1)
+            elif "norm" in name and name.endswith("weight"):
+                p.normal_(mean=1.0, std=0.2)
+
+
 def run(model: nn.Module, x: Tensor, *others: Any) -> dict[str, Tensor]:
     """Output (or outputs, numbered), gradient of the input and of every parameter that has one."""
     model.zero_grad()

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import timm
 import torch
+from parity import randomise
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSwin
@@ -44,6 +45,7 @@ def original(library: str) -> nn.Module:
         model = Sequences()
     else:
         model = SwinTransformer(32, 2, 3, 5, 16, (2, 2), (1, 2), 4, drop_path_rate=0.0)
+    randomise(model)
     return model.eval()
 
 

@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     from mmpretrain.models.utils.embed import PatchMerging
     from mmpretrain.registry import MODELS
 
-from parity import assert_as_good, assert_as_noisy, run, shaken
+from parity import assert_as_good, assert_as_noisy, randomise, run, shaken
 
 import swinkernels
 from swinkernels.integrations import VerificationError, _norms
@@ -45,22 +45,6 @@ REPLACED = {
 }
 
 versions = pytest.mark.parametrize("version", [1, 2], ids=["v1", "v2"])
-
-
-def randomise(module: nn.Module) -> None:
-    """Far from its initial state, so that bias, mask, scale, pad tokens and norms all count."""
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if name.endswith(("relative_position_bias_table", "qkv.bias", "q_bias", "v_bias")):
-                p.normal_()
-            elif name.endswith("qkv.weight"):
-                p.normal_(std=1.5 * p.shape[1] ** -0.5)
-            elif name.endswith("logit_scale"):
-                p.add_(torch.randn_like(p))
-            elif name.endswith("cpb_mlp.2.weight"):
-                p.normal_(std=0.1)
-            elif "norm" in name and name.endswith("weight"):
-                p.normal_(mean=1.0, std=0.2)
 
 
 def config(version: int = 1, **options: Any) -> dict[str, Any]:

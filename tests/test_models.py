@@ -8,13 +8,18 @@ import re
 import pytest
 import timm
 import torch
-from parity import assert_as_good, run
-from test_nn_blocks import make_map, randomise
+from parity import assert_as_good, randomise, run
+from test_nn_blocks import make_map
 from torch import Tensor, nn
 
 from swinkernels.models import SwinTransformer, SwinUnet
 
 SMALL = {"embed_dim": 16, "depths": (2, 2, 1), "num_heads": (1, 2, 4), "window_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 def of_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:

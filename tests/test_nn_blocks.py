@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import assert_as_good, assert_as_noisy, run, shaken
+from parity import assert_as_good, assert_as_noisy, randomise, run, shaken
 from published_forms import ClassificationBlock, ClassificationBlockV2
 from timm.layers import RelPosBias
 from timm.models.swin_transformer import SwinTransformerBlock as TimmBlock
@@ -23,21 +23,9 @@ from swinkernels import window_attention_qkvpacked
 from swinkernels.integrations._windows import window_index
 
 
-def randomise(module: nn.Module) -> None:
-    """Far from its initial state, so that bias, mask, scale, pad tokens and norms all count."""
+@pytest.fixture(autouse=True)
+def _seed() -> None:
     torch.manual_seed(0)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if name.endswith(("relative_position_bias_table", "qkv.bias", "q_bias", "v_bias")):
-                p.normal_()
-            elif name.endswith("qkv.weight"):
-                p.normal_(std=1.5 * p.shape[1] ** -0.5)
-            elif name.endswith("logit_scale"):
-                p.add_(torch.randn_like(p))
-            elif name.endswith("cpb_mlp.2.weight"):
-                p.normal_(std=0.1)
-            elif "norm" in name and name.endswith("weight"):
-                p.normal_(mean=1.0, std=0.2)
 
 
 def make_map(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -36,6 +36,7 @@ def make_stages(
     options: dict[str, Any],
     pretrained_window_sizes: Sequence[int],
 ) -> list[BasicLayer]:
+    """The stages of an encoder, each but the last with patch merging at its end; ``options`` are for all."""
     stages = []
     for i, depth in enumerate(depths):
         more: dict[str, Any] = {"drop_path": rates[i], **options}
@@ -62,6 +63,7 @@ def initialise(model: nn.Module) -> None:
 
 
 def check_stages(op: str, depths: Sequence[int], **others: Sequence[Any]) -> None:
+    """Raise ValueError unless there is one of each of the others for every stage."""
     for name, values in others.items():
         if len(values) != len(depths):
             raise ValueError(f"{op}: {name} must have a value for each of the {len(depths)} depths, got {values}")
