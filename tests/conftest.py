@@ -6,6 +6,8 @@ For those that ask: kernels in plain PyTorch.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +24,13 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # Files whose tests take the GPU if there is one, and have another way without.
 ON_A_GPU_IF_THERE_IS_ONE = {"test_triton.py", "test_triton_memory_ops.py"}
+
+
+def pytest_configure() -> None:
+    # mmengine imports yapf, whose first import leaves a file in the user's cache that others read half-written.
+    # Here it is written before pytest-xdist starts its workers.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("yapf")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
