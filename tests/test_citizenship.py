@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import shutil
+import warnings
 
 import pytest
 import timm
@@ -31,6 +32,36 @@ class Sequences(nn.Module):
         return self.model(x).last_hidden_state
 
 
+class Last(nn.Module):
+    """The last of the maps that a model gives."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[-1]
+
+
+def maps_of_monai() -> nn.Module:
+    swin_unetr = pytest.importorskip("monai.networks.nets.swin_unetr", reason="MONAI is not installed")
+    return Last(
+        swin_unetr.SwinTransformer(
+            in_chans=3, embed_dim=12, window_size=(4, 4), patch_size=(2, 2), depths=(2, 2, 1, 1),
+            num_heads=(1, 2, 4, 4), spatial_dims=2,
+        )
+    )  # fmt: skip
+
+
+def maps_of_mmpretrain() -> nn.Module:
+    pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what mmcv-lite and mmengine have to say
+        from mmpretrain.models import SwinTransformer as MMPretrainSwin
+    arch = {"embed_dims": 16, "depths": [2, 2], "num_heads": [1, 2]}
+    return Last(MMPretrainSwin(arch, img_size=32, patch_size=2, window_size=4, out_indices=(0, 1), drop_path_rate=0.0))
+
+
 @functools.cache
 def original(library: str) -> nn.Module:
     torch.manual_seed(0)
@@ -43,6 +74,15 @@ def original(library: str) -> nn.Module:
         model = TorchvisionSwin([2, 2], 16, [2, 2], [1, 2], [4, 4], stochastic_depth_prob=0.0, num_classes=5)
     elif library == "transformers":
         model = Sequences()
+    elif library == "timm-v2":
+        model = timm.models.SwinTransformerV2(
+            img_size=32, patch_size=2, num_classes=5, embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=4,
+            drop_path_rate=0.0,
+        )  # fmt: skip
+    elif library == "monai":
+        model = maps_of_monai()
+    elif library == "mmpretrain":
+        model = maps_of_mmpretrain()
     else:
         model = SwinTransformer(32, 2, 3, 5, 16, (2, 2), (1, 2), 4, drop_path_rate=0.0)
     randomise(model)
@@ -61,7 +101,8 @@ def images(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-libraries = pytest.mark.parametrize("library", ["timm", "torchvision", "transformers", "swinkernels"])
+FOREIGN = ["timm", "timm-v2", "torchvision", "transformers", "monai", "mmpretrain"]
+libraries = pytest.mark.parametrize("library", [*FOREIGN, "swinkernels"])
 
 
 @libraries
@@ -99,7 +140,7 @@ def test_export(library):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
-@pytest.mark.parametrize("library", ["timm", "swinkernels"])
+@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers", "swinkernels"])
 def test_aot_inductor(library, tmp_path):
     model, x = accelerated(library), images()
     with torch.no_grad():
@@ -147,7 +188,7 @@ def test_gradient_scaler_and_float16_autocast(library):
     assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
+@pytest.mark.parametrize("library", FOREIGN)
 def test_torch_jit_trace_records_the_librarys_own_code(library):
     model, x = accelerated(library), images()
     traced = torch.jit.trace(model, x, check_trace=False)

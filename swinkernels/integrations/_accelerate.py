@@ -14,6 +14,7 @@ from swinkernels.integrations._adapter import (
     SUPPORTED,
     Accelerated,
     Adapter,
+    derived_since,
     loaded_adapters,
     original_class,
     put_in_place,
@@ -65,7 +66,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
         if adapter is None or reason is not None:
             library = STRUCTURAL if adapter is None else adapter.name
             report.skipped.append(Skipped(path, name, library, str(reason)))
-            if isinstance(module, Accelerated):  # it has been changed since
+            if isinstance(module, Accelerated) and not derived_since(module):  # it has been changed
                 to_restore.append(module)
             continue
         chosen, remarks = backend_choice(adapter, module, backend)
@@ -88,8 +89,15 @@ def restore(model: nn.Module) -> None:
 
     Raises:
         TypeError: ``model`` is not a module.
+        RuntimeError: the class of a replaced module was changed since, as ``fully_shard`` does; nothing is undone.
     """
     _check_module("restore", model)
+    for path, module in model.named_modules():
+        if derived_since(module):
+            raise RuntimeError(
+                f"restore: {path or 'the model'} is a {type(module).__name__}, made of an accelerated module by other "
+                "code, such as torch's fully_shard: restore the model before that"
+            )
     for module in model.modules():
         take_back(module)
 
@@ -129,7 +137,8 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate
             yield path, module, adapter, None
         elif of_subclass is not None:
             adapter, name = of_subclass, type(module).__name__
-            yield path, module, adapter, f"{name} is a subclass, which may compute something else"
+            why = "made of a module accelerated before" if derived_since(module) else "which may compute something else"
+            yield path, module, adapter, f"{name} is a subclass, {why}"
         else:
             adapter, reason = structural.look(module) or structural_attention.look(module) or (None, None)
             # What is said of a block says enough of its attention, if that is left.

@@ -78,8 +78,21 @@ class Accelerated(nn.Module):
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, or the one that it had before accelerate."""
-    bases = type(module).__bases__
-    return bases[1] if isinstance(module, Accelerated) and len(bases) > 1 else type(module)
+    if isinstance(module, Accelerated):
+        for cls in type(module).__mro__:
+            if _is_accelerated_class(cls):
+                return cls.__bases__[1]
+    return type(module)
+
+
+def derived_since(module: nn.Module) -> bool:
+    """Whether an accelerated module got another class since, a subclass, as torch's fully_shard gives it one."""
+    return isinstance(module, Accelerated) and not _is_accelerated_class(type(module))
+
+
+def _is_accelerated_class(cls: type) -> bool:
+    bases = cls.__bases__
+    return len(bases) > 1 and issubclass(bases[0], Accelerated)
 
 
 def put_in_place(adapter: Adapter, module: nn.Module, backend: str) -> None:
