@@ -1,14 +1,18 @@
-"""What the benchmarks of all ops share: contestants are checked, then timed beside a device copy, one row a direction.
+"""What the benchmarks of all ops share: contestants are checked, then timed in turns, one row a direction.
 
-On a GPU the times are those of CUDA graph replays over rotating inputs larger than the L2 cache, and the copy moves the
-same number of bytes, timed in the same way in the same run.
+The roofline is the larger of bytes over the copy rate and flops over the matrix rate, both measured in the same run. On
+a GPU the times are those of CUDA graph replays over rotating inputs larger than the L2 cache, and a device copy of the
+same number of bytes is timed in the same way.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +20,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import record
-from benchmarks.timing import Call, GraphTimer, Timing, input_sets, time_on_cpu
+from benchmarks.timing import Call, GraphTimer, Timing, ceiling, input_sets, time_on_cpu
+from swinkernels.demo.measure import peak_bytes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
+ROUNDS = 3  # in which contestants take turns on a GPU
 Op = Callable[..., Any]  # (**tensors) -> a tensor or several
 # The calls to time in each direction, given the number of input sets; a direction may be missing.
 MakeCalls = Callable[[str, int], dict[str, Call]]
@@ -30,9 +36,11 @@ class Contest:
     """One op at one shape and dtype: what names its rows, the bytes that have to move, and what contestants do."""
 
     labels: Mapping[str, str]
-    moved: Mapping[str, int]  # per direction
+    moved: Mapping[str, int]  # per direction that is timed
     verify: Callable[[str], tuple[bool, float]]  # whether a contestant is right, and its worst RMS error in eps
     make_calls: MakeCalls
+    arithmetic: torch.dtype = torch.float32  # of the matrix products
+    flops: Mapping[str, int] = field(default_factory=dict)  # per direction, of an op that has matrix products
 
 
 def _rms(x: Tensor) -> float:
@@ -125,82 +133,106 @@ def time_copy(total: int, timer: GraphTimer, device: torch.device) -> Timing:
     return timer(lambda i: targets[i].copy_(sources[i]), count)
 
 
-def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Memory that one call takes on top of what is allocated, or None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    result = call(0)
-    torch.cuda.synchronize(device)
-    del result
-    return torch.cuda.max_memory_allocated(device) - before
-
-
 def run(contest: Contest, device: torch.device, names: Iterable[str]) -> list[dict[str, Any]]:
-    """One row per contestant and direction. A wrong result has a time, but is never a percentage of the copy."""
+    """One row per contestant and direction."""
     total = contest.moved
     count = input_sets(total["fwd"], device)
     timer = GraphTimer(device) if device.type == "cuda" else None
-    copies = {d: time_copy(total[d], timer, device) for d in DIRECTIONS} if timer else {}
+    copies = {d: time_copy(moved, timer, device) for d, moved in total.items()} if timer else {}
+    limits = ceiling(device, contest.arithmetic)
     verdicts: dict[str, tuple[str, float | None]] = {}
     calls: dict[str, dict[str, Call]] = {}
-    times: dict[str, dict[str, Timing]] = {d: {} for d in DIRECTIONS}
-    peaks: dict[str, int | None] = {}
-    for name in names:
-        if timer or not calls:  # no shape meets the guards, or the recompile limit, of another
-            torch.compiler.reset()
-        try:
-            right, error = contest.verify(name)
-            verdicts[name] = ("ok" if right else "WRONG", error)
-            mine = contest.make_calls(name, count)
-            if timer:
-                for direction, call in mine.items():
-                    times[direction][name] = timer(call, count)
-                peaks[name] = peak_bytes(mine["fwd+bwd"], device)
-                del mine, call
-                torch.cuda.empty_cache()
-            else:
-                calls[name] = mine
-        except Exception:  # one that cannot run here (memory, graph capture) shall not cost the others' results
-            traceback.print_exc()
-            verdicts[name] = ("FAILED", None)
-    if not timer:
-        for direction in DIRECTIONS:
-            times[direction] = time_on_cpu({n: c[direction] for n, c in calls.items() if direction in c})
+    first: dict[tuple[str, str], float] = {}
+    peaks: dict[tuple[str, str], int] = {}
+
+    def fail(name: str) -> None:  # one that cannot run here (memory, graph capture) shall not cost the others' results
+        traceback.print_exc()
+        verdicts[name] = (record.RESULT_FAILED, None)
+        calls.pop(name, None)
+
+    torch.compiler.reset()  # no shape meets the guards of another
+    with torch._dynamo.config.patch(recompile_limit=64):  # peers share their code, and each is compiled a few times
+        for name in names:
+            try:
+                right, error = contest.verify(name)
+                verdicts[name] = (record.RESULT_OK if right else record.RESULT_WRONG, error)
+                made = contest.make_calls(name, count)
+                calls[name] = {direction: call for direction, call in made.items() if direction in total}
+                for direction, call in calls[name].items():
+                    with torch.cuda.stream(timer.stream) if timer else contextlib.nullcontext():
+                        first[name, direction] = first_call_s(call, device)
+                    peaks[name, direction] = peak_bytes(functools.partial(call, 0), device)
+            except Exception:
+                fail(name)
+        times: dict[tuple[str, str], Timing] = {}
+        for direction in total:
+            taken = {name: c[direction] for name, c in calls.items() if direction in c}
+            found = time_in_graphs(taken, count, timer, fail) if timer else time_on_cpu(taken)
+            times |= {(name, direction): timing for name, timing in found.items()}
     rows = []
     for name, (verdict, error) in verdicts.items():
-        for direction in DIRECTIONS:
-            t = times[direction].get(name)
-            if t is None and (verdict != "FAILED" or direction == "bwd"):
+        for direction in total:
+            if (name, direction) not in times and (verdict != record.RESULT_FAILED or direction == "bwd"):
                 continue
-            copy = copies.get(direction)
-            counts = t is not None and verdict == "ok"
             rows.append(
-                {
-                    **contest.labels,
-                    "backend": name,
-                    "direction": direction,
-                    "result": verdict,
-                    "error_eps": error,
-                    "median_us": t.median_us if t else None,
-                    "p20_us": t.p20_us if t else None,
-                    "p80_us": t.p80_us if t else None,
-                    "gb_per_s": total[direction] / t.median_us * 1e-3 if t and counts else None,
-                    "copy_us": copy.median_us if copy else None,
-                    "percent_of_copy": 100 * copy.median_us / t.median_us if t and copy and counts else None,
-                    "peak_mib": peak / 2**20 if (peak := peaks.get(name)) is not None else None,
-                }
+                record.row(
+                    {"suite": "ops", **contest.labels, "backend": name, "direction": direction},
+                    verdict,
+                    error,
+                    times.get((name, direction)) if verdict != record.RESULT_FAILED else None,
+                    ceiling=limits,
+                    moved=total[direction],
+                    flops=contest.flops.get(direction),
+                    copy=copies.get(direction),
+                    peak=peaks.get((name, direction)),
+                    first_call_s=first.get((name, direction)),
+                )
             )
     return rows
 
 
-# "case" and GB/s are in the CSV only.
-SHOWN = ("op", "shape", "dtype", "backend", "direction", "result", "error_eps", "median_us", "p20_us", "p80_us")
-SHOWN_ON_GPU = (*SHOWN, "copy_us", "percent_of_copy", "peak_mib")
+def first_call_s(call: Call, device: torch.device) -> float:
+    """Seconds of the first call, which compiles what is to be compiled."""
+    start = time.perf_counter()
+    call(0)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def time_in_graphs(
+    calls: Mapping[str, Call], sets: int, timer: GraphTimer, fail: Callable[[str], None]
+) -> dict[str, Timing]:
+    """Rounds in which all take their turn, every other one backwards; one graph at a time, so that memory suffices."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(ROUNDS):
+        for name in list(samples)[:: -1 if turn % 2 else 1]:
+            try:
+                samples[name] += timer.samples(calls[name], sets, timer.replays // ROUNDS + 1)
+            except Exception:
+                del samples[name]
+                fail(name)
+            torch.cuda.empty_cache()
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+SHOWN = (
+    "op",
+    "shape",
+    "dtype",
+    "backend",
+    "direction",
+    "result",
+    "error_eps",
+    "median_us",
+    "p20_us",
+    "p80_us",
+    "noisy",
+)
+SHOWN_ON_GPU = (*SHOWN, "percent_of_roofline", "percent_of_copy", "peak_mib")
+SHOWN_ON_CPU = (*SHOWN, "percent_of_roofline", "peak_mib")
 
 
 def show(rows: list[dict[str, Any]], device: torch.device) -> str:
-    columns = SHOWN_ON_GPU if device.type == "cuda" else SHOWN
-    return record.table([{column: row[column] for column in columns if column in row} for row in rows])
+    columns = SHOWN_ON_GPU if device.type == "cuda" else SHOWN_ON_CPU
+    return record.table([{column: row[column] for column in columns} for row in rows])

@@ -1,8 +1,8 @@
-"""One run that answers how fast the kernels are on this GPU: ``python -m benchmarks.gpu_suite`` (``make gpu-bench``).
+"""One run that answers how fast this package is on this GPU: ``python -m benchmarks.gpu_suite`` (``make gpu-bench``).
 
-Checks every backend and times it on a few shapes against what PyTorch has, writes attention.csv, memory_bound.csv and
-goals.csv, and ends with the goals of the project, each met or not met. It fails if a result of ours is wrong, not if a
-goal is missed.
+Checks every backend and times it on a few shapes against what PyTorch has, and a few models against what their library
+has; writes ops.csv, models.csv, latency.csv and goals.csv, which ``python -m benchmarks report`` reads, and ends with
+the goals of the project, each met or not met. It fails if a result of ours is wrong, not if a goal is missed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import argparse
 import itertools
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import attention, contest, memory_bound, record, shapes
+from benchmarks import attention, contest, memory_bound, models, record, shapes
 from swinkernels import info
 
 
@@ -69,7 +70,35 @@ MERGING_GOAL = 1.15
 AUTOCAST_OPS = ("patch_merging_norm", "patch_merging", "residual_layer_norm", "residual_post_norm")
 QUICK = ("cuda", "triton", "eager")
 COMPILED = tuple(name for name in attention.PEERS if name.endswith("compiled"))
-ATTENTION_SHARE = 0.45  # of the time, the rest being for the memory-bound ops, whose peers compile at every goal
+
+
+class ModelGoal(NamedTuple):
+    """How many times as fast a contestant is to be as the fastest of the others."""
+
+    suite: str
+    shape: str
+    mode: str
+    mine: str
+    others: tuple[str, ...]
+    wanted: float
+
+
+PLAIN, COMPILED_MODELS, GRAPHS = (tuple(f"{kind}{how}" for kind in models.KINDS) for how in ("", "-compiled", "-graphs"))
+MODEL_GOALS = (
+    ModelGoal("models", "swin_t", "inference", "accelerate", ("eager",), 1.8),
+    ModelGoal("models", "swin_t", "inference", "accelerate-compiled", COMPILED_MODELS[:-1], 1.7),
+    ModelGoal("models", "swin_t", "training", "accelerate-compiled", COMPILED_MODELS[:-1], 1.35),
+    ModelGoal("latency", "swin_t", "inference", "accelerate-graphs", GRAPHS[:-1], 1.4),
+    ModelGoal("models", "swinv2_t_w8", "inference", "accelerate", ("eager",), 2.0),
+    ModelGoal("models", "swinv2_t_w8", "training", "accelerate", ("eager",), 1.7),
+    ModelGoal("models", "swin_unetr96", "inference", "accelerate", ("eager",), 2.0),
+    ModelGoal("models", "swin_unetr96", "training", "accelerate", ("eager",), 1.7),
+)
+# Of the peak memory of a training step of the compiled original that takes least, at shapes.MODEL_GOAL.
+MODEL_MEMORY_GOAL = 0.85
+# When each part starts nothing further, as a share of all the time: the peers of the memory-bound ops, and models,
+# compile for most of theirs.
+SHARES = {"attention": 0.25, "memory": 0.55, "models": 1.0}
 
 
 def plan() -> list[tuple[str, str, tuple[str, ...]]]:
@@ -100,6 +129,19 @@ def memory_plan() -> list[tuple[str, str, str, tuple[str, ...]]]:
     ]
 
 
+def model_plan() -> list[tuple[str, str, tuple[str, ...], tuple[str, ...]]]:
+    """(suite, model, contestants, modes), in the order of what a run that ends early should have measured."""
+    return [
+        ("models", "swin_t", PLAIN, models.MODES),
+        ("models", "swinv2_t_w8", PLAIN, models.MODES),
+        ("models", "swin_unetr96", PLAIN, models.MODES),
+        ("models", "swin_t", COMPILED_MODELS, ("inference",)),
+        ("latency", "swin_t", GRAPHS, ("inference",)),
+        ("models", "swin_t", COMPILED_MODELS, ("training",)),
+        ("latency", "swin_t", PLAIN, ("inference",)),
+    ]
+
+
 def _goal(
     goal: str, mine: dict[str, Any] | None, reached: float | None, wanted: float, unit: str, *, at_most: bool = False
 ) -> dict[str, Any]:
@@ -120,11 +162,15 @@ def _time(row: dict[str, Any] | None) -> float | None:
     return row["median_us"] if row is not None and row["result"] == "ok" else None
 
 
+def _best(rows: Iterable[dict[str, Any] | None], column: str = "median_us") -> float | None:
+    """The smallest value of the rows that are right, once all of them have had their turn."""
+    found = list(rows)
+    values = [row[column] for row in found if row is not None and row["result"] == "ok" and row[column] is not None]
+    return min(values) if values and None not in found else None
+
+
 def _best_peer(rows: list[dict[str, Any]], shape: str, direction: str) -> float | None:
-    """The time of the fastest peer that is right, once all of them have had their turn."""
-    found = [_find(rows, shape=shape, dtype="bfloat16", backend=p, direction=direction) for p in attention.PEERS]
-    times = [t for row in found if (t := _time(row)) is not None]
-    return min(times) if times and None not in found else None
+    return _best(_find(rows, shape=shape, dtype="bfloat16", backend=p, direction=direction) for p in attention.PEERS)
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -192,51 +238,94 @@ def memory_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return results
 
 
+def model_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for models in bfloat16, and that none is slower than its original."""
+
+    def contest_of(suite: str, shape: str, mode: str, mine: str, others: Iterable[str], column: str = "median_us"):
+        """The row of mine, and its value over the best of the others: they took turns, so all that exist are there."""
+        labels = {"suite": suite, "shape": shape, "dtype": "bfloat16", "direction": mode}
+        row = _find(rows, **labels, backend=mine)
+        theirs = _best((r for o in others if (r := _find(rows, **labels, backend=o)) is not None), column)
+        ours = row[column] if row is not None and row["result"] == "ok" else None
+        return row, ours / theirs if ours and theirs else None
+
+    def name(suite: str, shape: str, mode: str, mine: str) -> str:
+        return f"{mine} {mode} of {shape}{' at batch 1' if suite == 'latency' else ''}"
+
+    results = []
+    for suite, shape, mode, mine, others, wanted in MODEL_GOALS:
+        row, ratio = contest_of(suite, shape, mode, mine, others)
+        goal = f"{name(suite, shape, mode, mine)} against {' and '.join(others)}"
+        results.append(_goal(goal, row, ratio and 1 / ratio, wanted, "times as fast"))
+    mine, others = COMPILED_MODELS[-1], COMPILED_MODELS[:-1]
+    row, ratio = contest_of("models", shapes.MODEL_GOAL, "training", mine, others, "peak_mib")
+    goal = f"peak memory of {name('models', shapes.MODEL_GOAL, 'training', mine)}"
+    results.append(_goal(goal, row, ratio, MODEL_MEMORY_GOAL, "of the compiled original's", at_most=True))
+    for suite, shape, (*others, mine), modes in model_plan():
+        for mode in modes:
+            row, ratio = contest_of(suite, shape, mode, mine, others)
+            goal = f"{name(suite, shape, mode, mine)} is not slower"
+            results.append(_goal(goal, row, ratio and 1 / ratio, 1.0, "times as fast"))
+    return results
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the CSV files")
-    parser.add_argument("--seconds", type=float, default=420, help="start no further shape after this time")
+    parser.add_argument("--parts", nargs="+", choices=SHARES, default=[*SHARES], help="default: all")
+    parser.add_argument("--seconds", type=float, default=1200, help="start nothing further after this time")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu_suite: torch sees no CUDA GPU; python -m benchmarks.attention runs on a CPU")
+        sys.exit("benchmarks.gpu_suite: torch sees no CUDA GPU; python -m benchmarks all runs on a CPU")
     device = torch.device("cuda")
     print(info.describe(info.collect()), flush=True)
     started = time.monotonic()
     left_out = []
 
-    def in_time(seconds: float, what: str) -> bool:
+    def in_time(part: str, what: str) -> bool:
+        if part not in options.parts:
+            return False
         spent = time.monotonic() - started
-        if spent > seconds:
+        is_last = part == [p for p in SHARES if p in options.parts][-1]
+        if spent > options.seconds * (1.0 if is_last else SHARES[part]):
             left_out.append(what)
             return False
         print(f"{spent:4.0f} s  {what}", flush=True)
         return True
 
-    rows: list[dict[str, Any]] = []
+    ops: list[dict[str, Any]] = []
     for shape, arithmetic, wanted in plan():
-        if in_time(options.seconds * ATTENTION_SHARE, f"{shape} {arithmetic} {' '.join(wanted)}"):
+        if in_time("attention", f"{shape} {arithmetic} {' '.join(wanted)}"):
             names = attention.contestants(device, wanted)
             is_tf32 = arithmetic == "tf32"
-            dtype = torch.float32 if is_tf32 else attention.DTYPES[arithmetic]
-            rows += attention.benchmark(shape, shapes.ATTENTION[shape], dtype, device, names, tf32=is_tf32)
-            record.write_csv(options.out / "attention.csv", rows, device)
-    moving: list[dict[str, Any]] = []
-    for op, shape, dtype, wanted in memory_plan():
-        if in_time(options.seconds, f"{op} {shape} {dtype} {' '.join(wanted)}"):
+            dtype = torch.float32 if is_tf32 else contest.DTYPES[arithmetic]
+            ops += attention.benchmark(shape, shapes.ATTENTION[shape], dtype, device, names, tf32=is_tf32)
+            record.write_csv(options.out / "ops.csv", ops, device)
+    for op, shape, dtype_name, wanted in memory_plan():
+        if in_time("memory", f"{op} {shape} {dtype_name} {' '.join(wanted)}"):
             names = memory_bound.contestants(op, device, wanted)
-            moving += memory_bound.benchmark(op, shape, memory_bound.cases(op)[shape], dtype, device, names)
-            record.write_csv(options.out / "memory_bound.csv", moving, device)
-    reached = goals(rows) + memory_goals(moving)
+            ops += memory_bound.benchmark(op, shape, memory_bound.cases(op)[shape], dtype_name, device, names)
+            record.write_csv(options.out / "ops.csv", ops, device)
+    steps: list[dict[str, Any]] = []
+    for suite, shape, wanted, modes in model_plan():
+        if in_time("models", f"{suite} {shape} {' '.join(wanted)} {' '.join(modes)}"):
+            batch = 1 if suite == "latency" else None
+            steps += models.benchmark(suite, shape, torch.bfloat16, device, wanted, batch=batch, modes=modes)
+            of_suite = [row for row in steps if row["suite"] == suite]
+            record.write_csv(options.out / f"{suite}.csv", of_suite, device)
+    of_attention = [row for row in ops if row["op"] == "window_attention"]  # names of shapes are those of maps, too
+    reached = goals(of_attention) + memory_goals(ops) + model_goals(steps)
     record.write_csv(options.out / "goals.csv", reached, device)
-    print(f"\n{contest.show(rows, device)}\n\n{contest.show(moving, device)}\n")
+    print(f"\n{contest.show(ops, device)}\n\n{contest.show(steps, device)}\n")
     if left_out:
         print(f"left out for lack of time: {', '.join(left_out)}")
     print(record.table(reached))
-    bad = [row for row in (*rows, *moving) if row["result"] != "ok"]
-    wrong = sorted({f"{r['backend']} {r.get('op', 'window_attention')} {r['shape']} {r['dtype']}" for r in bad})
+    bad = [row for row in (*ops, *steps) if row["result"] != "ok"]
+    wrong = sorted({f"{r['backend']} {r['op']} {r['shape']} {r['dtype']}" for r in bad})
     if wrong:
         print(f"wrong results: {', '.join(wrong)}")
-    sys.exit(1 if any(w.split()[0] in attention.OURS for w in wrong) else 0)
+    ours = (*attention.OURS, *models.OURS)
+    sys.exit(1 if any(w.split()[0] in ours for w in wrong) else 0)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,40 @@ def _cannot_run(case: WindowAttentionCase, dtype: torch.dtype, device: torch.dev
     return False
 
 
+def backends(device: torch.device) -> list[str]:
+    """Ours that run on the device."""
+    names = [b for b in _backends.BACKENDS if b != "reference" and (b == "cpu") == (device.type == "cpu")]
+    return [b for b in names if _backends.unavailable(b) is None]
+
+
+def rows(device: torch.device, dtype: torch.dtype, backend: str) -> list[dict[str, Any]]:
+    """The same as rows of the latency suite: on a CPU by one thread, as a window is not worth waking another."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        found = benchmark(device, dtype, backend, list(CASES))
+    finally:
+        torch.set_num_threads(threads)
+    return [
+        record.row(
+            {
+                "suite": "latency",
+                "op": "host time of window_attention",
+                "shape": row["case"],
+                "case": str(CASES[row["case"]]),
+                "dtype": row["dtype"],
+                "backend": backend,
+                "direction": row["call"],
+            },
+            record.RESULT_OK,
+            None,
+            host_us=row["thread_us"],
+        )
+        for row in found
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

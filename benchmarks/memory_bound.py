@@ -1,6 +1,4 @@
-"""Times the ops that only move and normalise tokens, against eager PyTorch and torch.compile.
-
-Run as ``python -m benchmarks.memory_bound``; ``--help`` lists the choices.
+"""The ops that only move and normalise tokens, against eager PyTorch and torch.compile.
 
 Every contestant is first compared with the float64 reference, on fewer images; benchmarks/contest.py says how it is
 timed. Dtypes are written as what is read and what is written: "float32-bfloat16" is what autocast makes of them.
@@ -8,13 +6,9 @@ timed. Dtypes are written as what is read and what is written: "float32-bfloat16
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import fnmatch
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import swinkernels
-from benchmarks import contest, peers, record, shapes
-from benchmarks.contest import show
+from benchmarks import contest, peers, shapes
 from benchmarks.shapes import MapCase
 from benchmarks.timing import Call
 from swinkernels import reference
@@ -418,42 +411,7 @@ def benchmark(
     labels = {"op": op, "shape": shape, "case": str(case), "dtype": pair_name}
     moved = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}
     return contest.run(
-        contest.Contest(labels, moved, lambda name: verify(op, name, case, pair, device), make_calls), device, names
+        contest.Contest(labels, moved, lambda name: verify(op, name, case, pair, device), make_calls, pair[1]),
+        device,
+        names,
     )
-
-
-def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_bound", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ops", nargs="+", choices=BENCHES, default=tuple(BENCHES))
-    parser.add_argument("--dtype", nargs="+", choices=PAIRS, help="bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--filter", default="*", help="shapes, by a pattern such as 'swin_t.*'")
-    parser.add_argument("--backends", nargs="+", choices=("cuda", "triton", "reference", *PEERS), default=())
-    parser.add_argument("--batch", type=int, help="largest batch; 1 on a CPU unless given")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for memory_bound.csv")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    batch = options.batch or (1 if device.type == "cpu" else None)
-    dtypes = options.dtype or ["bfloat16" if device.type == "cuda" else "float32"]
-    chosen = [
-        (op, key, case)
-        for op in options.ops
-        for key, case in cases(op).items()
-        if fnmatch.fnmatch(key, options.filter) and contestants(op, device, options.backends)
-    ]
-    if not chosen:
-        known = sorted({key for op in options.ops for key in cases(op)})
-        parser.error(f"nothing to run on {device}: the shapes are {', '.join(known)}; see python -m swinkernels.info")
-    rows: list[dict[str, Any]] = []
-    for (op, key, case), dtype in itertools.product(chosen, dtypes):
-        case = shapes.with_batch(case, batch) if batch else case
-        new = benchmark(op, key, case, dtype, device, contestants(op, device, options.backends))
-        print(show(new, device), flush=True)
-        rows += new
-        record.write_csv(options.out / "memory_bound.csv", rows, device)
-    print(f"\n{len(rows)} rows in {options.out / 'memory_bound.csv'}; commit {record.commit()}")
-    return rows
-
-
-if __name__ == "__main__":
-    main()

@@ -73,7 +73,10 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
     axes = list(range(1, rank + 1))
     shifted, padded = any(shift), tuple(frame) != tuple(size)
     index = _relative_position_index(window).to(device)
-    mask = _attention_mask(frame, window, shift).to(device, dtype) if shifted else None
+    # An axis that goes around has no seam: what a shift brings together there are neighbours.
+    wraps = case.options.get("periodic", (False,) * rank)
+    seams = [0 if periodic else s for s, periodic in zip(shift, wraps, strict=True)]
+    mask = _attention_mask(frame, window, seams).to(device, dtype) if any(seams) else None
 
     def factor(logit_scale: Tensor) -> Tensor:  # (heads, 1, 1)
         return logit_scale.clamp(max=math.log(100.0)).exp().to(dtype)

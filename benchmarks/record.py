@@ -1,4 +1,4 @@
-"""What every benchmark writes down: where and when it ran, CSV rows, and tables for people."""
+"""What every benchmark writes down: rows with one set of columns, where and when it ran, and tables for people."""
 
 from __future__ import annotations
 
@@ -12,9 +12,57 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from benchmarks.timing import Ceiling, Timing
 from swinkernels import info
 
 ROOT = Path(__file__).resolve().parent.parent
+SEED = 0  # of the first set of inputs and of every model's weights
+# What tells rows of two runs apart, and what is measured.
+KEYS = ("suite", "op", "shape", "case", "dtype", "backend", "direction")
+RESULT_OK, RESULT_WRONG, RESULT_FAILED = "ok", "WRONG", "FAILED"
+
+
+def row(
+    labels: Mapping[str, str],
+    result: str,
+    error_eps: float | None,
+    timing: Timing | None = None,
+    *,
+    ceiling: Ceiling | None = None,
+    moved: int | None = None,
+    flops: int | None = None,
+    copy: Timing | None = None,
+    peak: int | None = None,
+    first_call_s: float | None = None,
+    host_us: float | None = None,
+    gpu_busy_us: float | None = None,
+) -> dict[str, Any]:
+    """One row of a CSV. A wrong result has a time, but is never a percentage of anything."""
+    t = timing
+    counts = t if t is not None and result == RESULT_OK else None
+    roofline = ceiling.roofline_us(moved or 0, flops or 0) if ceiling and (moved or flops) else None
+    return {
+        **{key: labels.get(key, "") for key in KEYS},
+        "result": result,
+        "error_eps": error_eps,
+        "median_us": t.median_us if t else None,
+        "p20_us": t.p20_us if t else None,
+        "p80_us": t.p80_us if t else None,
+        "noisy": t.noisy if t else None,
+        "moved_mb": moved / 1e6 if moved else None,
+        "gflop": flops / 1e9 if flops else None,
+        "gb_per_s": moved / counts.median_us * 1e-3 if moved and counts else None,
+        "roofline_us": roofline,
+        "percent_of_roofline": 100 * roofline / counts.median_us if roofline and counts else None,
+        "copy_us": copy.median_us if copy else None,
+        "percent_of_copy": 100 * copy.median_us / counts.median_us if copy and counts else None,
+        "peak_mib": peak / 2**20 if peak is not None else None,
+        "first_call_s": first_call_s,
+        "host_us": host_us,
+        "gpu_busy_us": gpu_busy_us,
+        "ceiling_gb_per_s": ceiling.bytes_per_us * 1e-3 if ceiling else None,
+        "ceiling_gflop_per_s": ceiling.flops_per_us * 1e-3 if ceiling else None,
+    }
 
 
 def commit() -> str:
@@ -34,13 +82,26 @@ def commit() -> str:
         return "unknown"
 
 
+def _cpu() -> str:
+    """The CPU by its name, threads and, where it is set, the treatment of denormal numbers."""
+    name = "CPU"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    threads = torch.get_num_threads()
+    flushed = ", denormals flushed" if (torch.tensor(2e-38) * 0.1).item() == 0 else ""
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}{flushed}"
+
+
 def environment(device: torch.device | str) -> dict[str, str]:
     """The columns that every row of every CSV ends with."""
     facts = info.collect()
     versions = facts["versions"]
     on_gpu = torch.device(device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu(),
         "driver": versions["driver"] or "",
         "torch": versions["torch"],
         "cuda": versions["torch_cuda"] or "",
@@ -49,6 +110,7 @@ def environment(device: torch.device | str) -> dict[str, str]:
         "swinkernels": versions["swinkernels"],
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "seed": str(SEED),
     }
 
 
@@ -59,7 +121,27 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], device: torch.devic
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *columns] if rows else [*columns])
         writer.writeheader()
-        writer.writerows({**row, **columns} for row in rows)
+        writer.writerows({**{key: _short(value) for key, value in row.items()}, **columns} for row in rows)
+
+
+def _short(value: Any) -> Any:
+    """Six digits of a float: more than any time is worth."""
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of :func:`write_csv`, with numbers and truth values read as such, and None for empty cells."""
+
+    def parse(key: str, text: str) -> Any:
+        if not text:
+            return "" if key in KEYS else None
+        if text in ("True", "False"):
+            return text == "True"
+        is_number = key.endswith(("_us", "_mb", "_mib", "_s", "gflop", "_eps")) or key.startswith("percent_")
+        return float(text) if is_number else text
+
+    with path.open(newline="") as file:
+        return [{key: parse(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

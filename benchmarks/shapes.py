@@ -1,4 +1,5 @@
-"""Shapes of published models: of window attention, as the cases that the tests draw inputs for, and of feature maps."""
+"""Shapes of published models: of window attention, as the cases that the tests draw inputs for, of feature maps, and of
+whole models and their blocks."""
 
 from __future__ import annotations
 
@@ -24,14 +25,24 @@ ATTENTION: dict[str, Case] = {
     **{f"swin_t.{i}": case for i, case in enumerate(_stages(128, 3, 7, 56), 1)},
     "window8.1": Case(64, (64, 64), 3, 32, 8, 4),
     **{f"swin_b.{i}": case for i, case in enumerate(_stages(64, 4, 7, 56), 1)},
+    **{f"swin_l.{i}": case for i, case in enumerate(_stages(64, 6, 7, 56), 1)},
     **{f"swin_b384.{i}": case for i, case in enumerate(_stages(16, 4, 12, 96), 1)},
+    **{f"swin_l384.{i}": case for i, case in enumerate(_stages(16, 6, 12, 96), 1)},
     **{f"swinv2_t.{i}": case for i, case in enumerate(_stages(64, 3, 8, 64, has_logit_scale=True), 1)},
     "swinv2_t_w16.1": Case(64, (64, 64), 3, 32, 16, 8, has_logit_scale=True),
+    "swinv2_b384_w24.1": Case(16, (96, 96), 4, 32, 24, 12, has_logit_scale=True),
     # 96 x 96 x 96 voxels: 48 tokens an axis are padded to 49.
     "swin_unetr.1": Case(1, (48, 48, 48), 3, 16, 7, 3, has_pad_qkv=True),
+    "swin_unetr128.1": Case(1, (64, 64, 64), 3, 16, 7, 3, has_pad_qkv=True),
     # Detection: 800 x 1216 pixels, padded to whole windows, pad tokens holding the bias of the QKV Linear.
     "detection.1": Case(2, (200, 304), 3, 32, 7, 3, has_pad_qkv=True),
+    # SwinIR: 180 channels in 6 heads.
+    "swin_ir": Case(8, (64, 64), 6, 30, 8, 4),
     "restoration": Case(8, (64, 64), 6, 32, 16, 8),
+    # 32 frames of 224 x 224 pixels, patches of 2 x 4 x 4; a window of 8 frames, of which half are shifted.
+    "video_swin_t.1": Case(4, (16, 56, 56), 3, 32, (8, 7, 7), (4, 3, 3)),
+    # Weather on a sphere: pressure levels, latitude, longitude, of which the last has no edge.
+    "weather.1": Case(1, (8, 186, 360), 6, 32, (2, 6, 12), (1, 3, 6), options={"periodic": (False, False, True)}),
     "batch1.1": Case(1, (56, 56), 3, 32, 7, 3),
     "batch1.3": Case(1, (14, 14), 12, 32, 7, 3),
     "head_dim16": Case(64, (56, 56), 6, 16, 7, 3),
@@ -77,3 +88,59 @@ EXPANDED_MAPS: dict[str, MapCase] = {
     "swin_unet.expand": MapCase(128, (28, 28), 384),
     "swin_unet.final": MapCase(24, (56, 56), 1536, factor=4),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCase:
+    """A model of a library, by the name or the options that the library makes it from, and what it is given."""
+
+    library: str
+    model: str
+    image: tuple[int, ...]  # channels, then pixels or voxels
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.library}-b{self.batch}-{'x'.join(map(str, self.image))}"
+
+
+# The first is the one that the goals of the project are stated for.
+MODELS: dict[str, ModelCase] = {
+    "swin_t": ModelCase("timm", "swin_tiny_patch4_window7_224", (3, 224, 224), 128),
+    "swin_s": ModelCase("timm", "swin_small_patch4_window7_224", (3, 224, 224), 128),
+    "swin_b": ModelCase("timm", "swin_base_patch4_window7_224", (3, 224, 224), 64),
+    "swin_l": ModelCase("timm", "swin_large_patch4_window7_224", (3, 224, 224), 64),
+    "swin_b384": ModelCase("timm", "swin_base_patch4_window12_384", (3, 384, 384), 32),
+    "swin_l384": ModelCase("timm", "swin_large_patch4_window12_384", (3, 384, 384), 16),
+    "swinv2_t_w8": ModelCase("timm", "swinv2_tiny_window8_256", (3, 256, 256), 64),
+    "swinv2_t_w16": ModelCase("timm", "swinv2_tiny_window16_256", (3, 256, 256), 64),
+    "swinv2_b_w24": ModelCase("timm", "swinv2_base_window12to24_192to384", (3, 384, 384), 16),
+    "swin_t.torchvision": ModelCase("torchvision", "swin_t", (3, 224, 224), 128),
+    "swin_t.transformers": ModelCase("transformers", "SwinModel", (3, 224, 224), 128),
+    "swin2sr.transformers": ModelCase("transformers", "Swin2SRForImageSuperResolution", (3, 64, 64), 8),
+    "swin_unetr96": ModelCase("monai", "SwinUNETR", (1, 96, 96, 96), 2),
+    "swin_unetr128": ModelCase("monai", "SwinUNETR", (1, 128, 128, 128), 1),
+}
+MODEL_GOAL = "swin_t"
+QUICK_MODELS = ("swin_t", "swinv2_t_w8", "swin_t.torchvision", "swin_t.transformers")
+# A block with a shift of a model, by the path of the module that accelerate replaces.
+BLOCKS: dict[str, tuple[str, str]] = {
+    "swin_t.block1": ("swin_t", "layers.0.blocks.1"),
+    "swin_t.block2": ("swin_t", "layers.1.blocks.1"),
+    "swin_t.block3": ("swin_t", "layers.2.blocks.1"),
+    "swin_t.block4": ("swin_t", "layers.3.blocks.1"),
+    "swin_t.merging1": ("swin_t", "layers.1.downsample"),
+    "swin_b384.block1": ("swin_b384", "layers.0.blocks.1"),
+    "swinv2_t_w8.block1": ("swinv2_t_w8", "layers.0.blocks.1"),
+    "swinv2_t_w16.block1": ("swinv2_t_w16", "layers.0.blocks.1"),
+    "swin_t.torchvision.block1": ("swin_t.torchvision", "features.1.1"),
+    "swin_unetr96.stage1": ("swin_unetr96", "swinViT.layers1.0"),
+}
+QUICK_BLOCKS = ("swin_t.block1", "swin_t.block3", "swinv2_t_w8.block1")
+
+# Sweeps in which the cost should grow as the number of images, of tokens, and of flops.
+BATCH_SWEEP: dict[str, Case] = {f"batch {b}": Case(b, (56, 56), 3, 32, 7, 3) for b in (1, 2, 4, 8, 16, 32, 64, 128)}
+MAP_SWEEP: dict[str, Case] = {f"map {s}x{s}": Case(4, (s, s), 3, 32, 7, 3) for s in (14, 28, 56, 112, 224)}
+WINDOW_SWEEP: dict[str, Case] = {f"window {w}": Case(4, (48, 48), 3, 32, w, w // 2) for w in (4, 6, 8, 12, 16, 24)}
+# Maps for window attention against global attention, each with its projections: (batch, side, channels, heads, window).
+COMPLEXITY_SIDES = (14, 28, 56, 84, 112)
+COMPLEXITY_CHANNELS, COMPLEXITY_HEADS, COMPLEXITY_WINDOW = 96, 3, 7

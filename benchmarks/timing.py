@@ -1,11 +1,12 @@
-"""How a call is timed: by replays of a CUDA graph on a GPU, by the wall clock on a CPU."""
+"""How a call is timed: by replays of a CUDA graph or by CUDA events on a GPU, by the wall clock on a CPU."""
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 # A call is given the number of the input set that it shall read, and returns what it wrote.
 Call = Callable[[int], Any]
+NOISY = 0.1  # spread above which a time says little
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,39 @@ class Timing:
     def of(cls, samples_us: list[float]) -> Timing:
         p20, _, _, p80 = statistics.quantiles(samples_us, n=5, method="inclusive")
         return cls(statistics.median(samples_us), p20, p80)
+
+    @property
+    def noisy(self) -> bool:
+        return self.p80_us - self.p20_us > NOISY * self.median_us
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What this device reaches: bytes read and written by a large copy, and flops of a large matrix product."""
+
+    bytes_per_us: float
+    flops_per_us: float
+
+    def roofline_us(self, moved: int, flops: int) -> float:
+        """The time that neither the memory nor the arithmetic allows to beat."""
+        return max(moved / self.bytes_per_us, flops / self.flops_per_us)
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
+    """Measured once a process for a dtype, a number of threads and torch's TF32 switch."""
+    return _ceiling(device, dtype, torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision)
+
+
+@functools.cache
+def _ceiling(device: torch.device, dtype: torch.dtype, threads: int, precision: str) -> Ceiling:
+    on_gpu = device.type == "cuda"
+    count, size = (2**29, 8192) if on_gpu else (2**27, 1024)  # bytes; rows of a square matrix
+    source = torch.ones(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    calls: dict[str, Call] = {"copy": lambda i: target.copy_(source), "product": lambda i: a @ b}
+    times = time_steps(calls, device, rounds=15) if on_gpu else time_on_cpu(calls, seconds=0.5)
+    return Ceiling(2 * count / times["copy"].median_us, 2 * size**3 / times["product"].median_us)
 
 
 def input_sets(bytes_per_call: int, device: torch.device) -> int:
@@ -45,6 +80,10 @@ class GraphTimer:
         self.replays, self.replay_ms = replays, replay_ms
 
     def __call__(self, call: Call, sets: int) -> Timing:
+        return Timing.of(self.samples(call, sets, self.replays))
+
+    def samples(self, call: Call, sets: int, replays: int) -> list[float]:
+        """Microseconds of one call, by replay."""
         self.stream.wait_stream(torch.cuda.current_stream())
         held: list[Any] = [None] * sets  # outputs rotate like the inputs, instead of one staying in the cache
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -64,19 +103,60 @@ class GraphTimer:
         held[:] = [None] * sets
         with torch.cuda.graph(graph, stream=self.stream):
             run(calls)
-        samples = []
+        found = []
         with torch.cuda.stream(self.stream):
-            for i in range(self.replays + 3):
+            for i in range(replays + 3):
                 start.record()
                 graph.replay()
                 end.record()
                 end.synchronize()
                 if i >= 3:
-                    samples.append(start.elapsed_time(end) * 1e3 / calls)
-        return Timing.of(samples)
+                    found.append(start.elapsed_time(end) * 1e3 / calls)
+        return found
 
 
-def time_on_cpu(calls: dict[str, Call], *, seconds: float = 1.0, rounds: int = 7) -> dict[str, Timing]:
+def time_steps(calls: Mapping[str, Call], device: torch.device, *, rounds: int = 30) -> dict[str, Timing]:
+    """Times of long calls on a GPU as a user has them, with the host's part where it is the slower one.
+
+    By CUDA events, in turns, each after the L2 cache was overwritten.
+    """
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(3 * cache, dtype=torch.uint8, device=device)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 3):
+        for name, call in calls.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
+            torch.cuda.synchronize(device)
+            start.record()
+            call(0)
+            end.record()
+            end.synchronize()
+            if turn >= 3:
+                samples[name].append(start.elapsed_time(end) * 1e3)
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def gpu_busy_us(call: Call, device: torch.device) -> float:
+    """The time that kernels and copies of one call take, without the gaps between them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call(0)
+        torch.cuda.synchronize(device)
+    return float(sum(event.self_device_time_total for event in profile.key_averages()))
+
+
+def host_us(call: Call, device: torch.device, *, loop: int = 10) -> float:
+    """CPU time of the calling thread per call; a GPU's work runs beside it."""
+    start = time.thread_time()
+    for _ in range(loop):
+        call(0)
+    spent = time.thread_time() - start
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return spent * 1e6 / loop
+
+
+def time_on_cpu(calls: Mapping[str, Call], *, seconds: float = 1.0, rounds: int = 7) -> dict[str, Timing]:
     """Wall-clock times of all calls, taken in turns so that a slow moment of the machine meets them alike."""
     once = {}
     for name, call in calls.items():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import swinkernels
-from benchmarks import attention, contest, gpu_suite, host_cost, memory_bound, record, shapes, variants
+from benchmarks import attention, contest, formulas, gpu_suite, host_cost, memory_bound, record, shapes, variants
 from benchmarks.peers import KINDS, make_peer
 from benchmarks.timing import Timing, time_on_cpu
 from swinkernels import reference
@@ -42,6 +42,7 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
         WindowAttentionCase(2, (6, 9), 2, 8, 3, 1, has_logit_scale=True),
         WindowAttentionCase(1, (5, 10), 3, 8, 4, 0, has_logit_scale=True, has_pad_qkv=True),
         WindowAttentionCase(2, (3, 5, 6), 2, 8, (2, 4, 3), (1, 2, 1), has_pad_qkv=True),
+        WindowAttentionCase(1, (4, 6, 6), 2, 8, (2, 3, 3), (1, 1, 2), options={"periodic": (False, False, True)}),
     ],
     ids=str,
 )
@@ -112,7 +113,7 @@ def test_one_failing_contestant_does_not_cost_the_others(monkeypatch: pytest.Mon
 
 
 def test_moved_bytes_of_the_goal() -> None:
-    moved = attention.moved_bytes(shapes.ATTENTION[shapes.GOAL], torch.bfloat16)
+    moved = formulas.core_bytes(shapes.ATTENTION[shapes.GOAL], torch.bfloat16.itemsize)
     tokens = 128 * 56 * 56
     assert moved == {"fwd": tokens * 4 * 96 * 2, "bwd": tokens * 7 * 96 * 2, "fwd+bwd": tokens * 11 * 96 * 2}
 
@@ -258,17 +259,11 @@ def test_moved_bytes_are_those_of_the_tensors(op: str) -> None:
     assert backward == expected[op]
 
 
-def test_memory_bound_rows_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "MAP_GOALS", SMALL)
-    options = ["--device", "cpu", "--ops", "layer_norm", "--filter", "2D", "--backends", "reference", "eager"]
-    rows = memory_bound.main([*options, "--out", str(tmp_path)])
+def test_memory_bound_rows_on_the_cpu() -> None:
+    rows = memory_bound.benchmark("layer_norm", "2D", SMALL["2D"], "float32", CPU, ["reference", "eager"])
     assert {(row["backend"], row["direction"], row["result"]) for row in rows} == {
         (name, direction, "ok") for name in ("reference", "eager") for direction in ("fwd", "fwd+bwd")
     }
-    with (tmp_path / "memory_bound.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(rows)
-    with pytest.raises(SystemExit):
-        memory_bound.main(["--device", "cpu", "--filter", "nothing", "--out", str(tmp_path)])
 
 
 def test_a_dropped_branch_has_a_gradient_of_its_own() -> None:

@@ -142,16 +142,23 @@ def times(
 def peak_memory(model: nn.Module, x: Tensor, dtype: torch.dtype, mode: str) -> int:
     """Bytes that one step holds at its peak beyond what was allocated before it."""
     model.train(mode == TRAINING)
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(model, x, dtype, mode)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+    return peak_bytes(lambda: step(model, x, dtype, mode), x.device)
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a call holds at its peak beyond what was allocated before it; its result counts."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints its own events in the midst of the tables
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(model, x, dtype, mode)
+        result = call()
+    del result
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))

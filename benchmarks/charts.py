@@ -1,0 +1,237 @@
+"""The pictures of a run: speed-ups, roofline, models, memory, scaling, complexity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # a server has no display
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks import attention, formulas, models, scaling, shapes
+from benchmarks.record import RESULT_OK
+
+Row = dict[str, Any]
+COLOURS = {
+    **dict.fromkeys(("cuda", "cpu", "accelerate-compiled", "window"), "#1f6feb"),
+    **dict.fromkeys(("triton", "accelerate"), "#79b0ff"),
+    "accelerate-graphs": "#0a3d91",
+    "reference": "#d9d9d9",
+    "eager": "#8a8f98",
+    "sdpa": "#e08a3c",
+    "fused": "#e08a3c",
+    "eager-compiled": "#4d525a",
+    "sdpa-compiled": "#a85a14",
+    "fused-compiled": "#a85a14",
+    "flex-compiled": "#7a4fbf",
+    "eager-graphs": "#24272b",
+    "fused-graphs": "#6b3808",
+    "global": "#8a8f98",
+}
+
+
+def _right(rows: Sequence[Row], suite: str) -> list[Row]:
+    return [row for row in rows if row["suite"] == suite and row["result"] == RESULT_OK and row["median_us"]]
+
+
+def _save(fig: Any, path: Path) -> None:
+    fig.savefig(path, dpi=100, metadata={"Software": None})  # the same file for the same rows
+    plt.close(fig)
+
+
+def _bars(axis: Any, groups: dict[str, dict[str, float]], names: Sequence[str]) -> None:
+    """A group of horizontal bars for each key, one per name that has a value in any."""
+    shown = [name for name in names if any(name in values for values in groups.values())]
+    height = 0.8 / max(len(shown), 1)
+    for i, name in enumerate(shown):
+        y = [k + (i - (len(shown) - 1) / 2) * height for k, values in enumerate(groups.values()) if name in values]
+        x = [values[name] for values in groups.values() if name in values]
+        bars = axis.barh(y, x, height, color=COLOURS[name], label=name)
+        axis.bar_label(bars, fmt="%.3g", fontsize=6.5, padding=2)
+    axis.set_yticks(range(len(groups)), groups, fontsize=8)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _device(rows: Sequence[Row]) -> str:
+    return str(rows[0]["device"])
+
+
+def speedup(rows: Sequence[Row], path: Path) -> None:
+    """How many times our time each peer takes for window attention, a panel a direction."""
+    found = [row for row in _right(rows, "ops") if row["op"] == "window_attention"]
+    directions = ("fwd", "fwd+bwd")
+    shapes_found = list(dict.fromkeys((row["shape"], row["dtype"]) for row in found))
+    names = ("reference", *attention.PEERS)
+    fig, axes = plt.subplots(1, 2, figsize=(12, 1.6 + 0.75 * len(shapes_found)), layout="constrained", sharey=True)
+    for axis, direction in zip(axes, directions, strict=True):
+        groups: dict[str, dict[str, float]] = {}
+        for shape, dtype in shapes_found:
+            times = {
+                row["backend"]: row["median_us"]
+                for row in found
+                if (row["shape"], row["dtype"], row["direction"]) == (shape, dtype, direction)
+            }
+            mine = min((times[name] for name in attention.OURS if name in times), default=None)
+            if mine is not None:
+                groups[f"{shape}\n{dtype}"] = {name: times[name] / mine for name in names if name in times}
+        _bars(axis, groups, names)
+        axis.axvline(1, color="#1f6feb", linewidth=1.5)
+        axis.set_title({"fwd": "forward", "fwd+bwd": "forward and backward"}[direction], fontsize=10)
+        axis.set_xlabel("their time / ours (line: ours)")
+    axes[1].legend(fontsize=8, loc="lower right")
+    fig.suptitle(f"Window attention without its linear layers, {_device(found)}", fontsize=11)
+    _save(fig, path)
+
+
+def roofline(rows: Sequence[Row], path: Path) -> None:
+    """Achieved flops over flops per byte, with what the device reaches in a copy and in a matrix product."""
+    found = [row for row in _right(rows, "ops") if row["gflop"] and row["moved_mb"]]
+    fig, axis = plt.subplots(figsize=(8, 5.2), layout="constrained")
+    intensity = [row["gflop"] * 1e3 / row["moved_mb"] for row in found]
+    x = np.geomspace(min(intensity) / 3, max(intensity) * 10, 100)
+    for dtype in dict.fromkeys(row["dtype"] for row in found):
+        top = next(row for row in found if row["dtype"] == dtype)
+        copy, matrix = float(top["ceiling_gb_per_s"]), float(top["ceiling_gflop_per_s"])
+        axis.plot(x, np.minimum(x * copy, matrix), color="black", linewidth=1)
+        axis.annotate(f"matrix product, {dtype}", (x[-1], matrix), ha="right", va="bottom", fontsize=7)
+        axis.annotate("copy", (x[0], x[0] * copy), ha="left", va="bottom", fontsize=7)
+    markers = {"fwd": "o", "bwd": "v", "fwd+bwd": "s"}
+    for name in dict.fromkeys(row["backend"] for row in found):
+        for direction, marker in markers.items():
+            points = [
+                (i, row["gflop"] * 1e6 / row["median_us"])
+                for i, row in zip(intensity, found, strict=True)
+                if (row["backend"], row["direction"]) == (name, direction)
+            ]
+            if points:
+                label = name if direction == "fwd" else None
+                axis.scatter(*zip(*points, strict=True), s=22, marker=marker, color=COLOURS[name], label=label)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("flops per byte that has to move")
+    axis.set_ylabel("GFLOP/s of the matrix products")
+    axis.set_title(f"Window attention; o forward, v backward, square both\n{_device(found)}", fontsize=10)
+    axis.legend(fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(fig, path)
+
+
+def _of_models(rows: Sequence[Row], value: str, scale: float, title: str, unit: str, path: Path) -> None:
+    found = [
+        r for r in rows if r["suite"] in ("models", "memory") and r["result"] == RESULT_OK and r[value] is not None
+    ]
+    modes = list(dict.fromkeys(row["direction"] for row in found))
+    names = list(dict.fromkeys((row["shape"], row["dtype"]) for row in found))
+    fig, axes = plt.subplots(
+        1, len(modes), figsize=(6 * len(modes), 1.6 + 0.85 * len(names)), layout="constrained", squeeze=False
+    )
+    for axis, mode in zip(axes.flat, modes, strict=True):
+        groups = {
+            f"{shape}\n{dtype}": {
+                row["backend"]: row[value] * scale
+                for row in found
+                if (row["shape"], row["dtype"], row["direction"]) == (shape, dtype, mode)
+            }
+            for shape, dtype in names
+        }
+        _bars(axis, groups, models.CONTESTANTS)
+        axis.set_title(mode, fontsize=10)
+        axis.set_xlabel(unit)
+    axes.flat[-1].legend(fontsize=8, loc="lower right")
+    fig.suptitle(f"{title}, {_device(found)}", fontsize=11)
+    _save(fig, path)
+
+
+def model_times(rows: Sequence[Row], path: Path) -> None:
+    _of_models(rows, "median_us", 1e-3, "One step", "ms", path)
+
+
+def memory(rows: Sequence[Row], path: Path) -> None:
+    _of_models(rows, "peak_mib", 1.0, "Peak memory of one step", "MiB", path)
+
+
+def scalings(rows: Sequence[Row], path: Path) -> None:
+    """Time over images, tokens and flops, with the slope of each, beside a line of slope 1."""
+    fig, axes = plt.subplots(1, len(scaling.SWEEPS), figsize=(13, 4.2), layout="constrained")
+    for axis, (sweep, (_, _, what)) in zip(axes, scaling.SWEEPS.items(), strict=True):
+        found = scaling.series(rows, sweep)
+        for name, (x, y) in found.items():
+            label = f"{name}, slope {scaling.slope(x, y):.2f}" if len(x) > 1 else name
+            axis.plot(x, y, "o-", color=COLOURS[name], label=label, markersize=4)
+        if found:
+            x, y = next(iter(found.values()))
+            axis.plot(x, [y[-1] * v / x[-1] for v in x], ":", color="black", linewidth=1, label="slope 1")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel(what)
+        axis.set_ylabel("us")
+        axis.set_title(f"cost over {sweep}", fontsize=10)
+        axis.legend(fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(f"Window attention, forward, {_device(_right(rows, 'scaling'))}", fontsize=11)
+    _save(fig, path)
+
+
+def complexity(rows: Sequence[Row], path: Path) -> None:
+    """Measured time of whole attention layers over the tokens of a map, and the paper's formulas through its end."""
+    c, w = shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_WINDOW
+    omega: dict[str, Callable[[int], int]] = {
+        "global": lambda side: formulas.msa_multiply_adds(side, side, c),
+        "window": lambda side: formulas.window_msa_multiply_adds(side, side, c, w),
+    }
+    fig, axis = plt.subplots(figsize=(7, 4.8), layout="constrained")
+    for kind, (sides, times) in scaling.layers(rows).items():
+        tokens = [side**2 for side in sides]
+        axis.plot(tokens, times, "o", color=COLOURS[kind], label=f"{kind} attention, measured")
+        formula = [omega[kind](side) for side in sides]
+        fitted = [times[-1] * f / formula[-1] for f in formula]
+        axis.plot(tokens, fitted, "--", color=COLOURS[kind], label=f"its formula, scaled to {tokens[-1]} tokens")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("tokens of the map")
+    axis.set_ylabel("us, forward")
+    axis.set_title(
+        f"Attention with its projections, {c} channels, window {w}\n{_device(_right(rows, 'scaling'))}", fontsize=10
+    )
+    axis.legend(fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(fig, path)
+
+
+TITLES = {
+    "speedup": "their time / ours by shape",
+    "roofline": "achieved flops over flops per byte, with the measured ceilings",
+    "models": "time of a step by model",
+    "memory": "peak memory of a step by model",
+    "scaling": "time over images, tokens and flops",
+    "complexity": "time of global and window attention over tokens, with their formulas",
+}
+DRAW: dict[str, Callable[[Sequence[Row], Path], None]] = {
+    "speedup": speedup,
+    "roofline": roofline,
+    "models": model_times,
+    "memory": memory,
+    "scaling": scalings,
+    "complexity": complexity,
+}
+
+
+def _has_ops(rows: Sequence[Row]) -> bool:
+    return any(row["op"] == "window_attention" and row["backend"] in attention.OURS for row in _right(rows, "ops"))
+
+
+# Whether a run has what a picture shows.
+DRAWABLE: dict[str, Callable[[Sequence[Row]], bool]] = {
+    "speedup": _has_ops,
+    "roofline": _has_ops,
+    "models": lambda rows: bool(_right(rows, "models")),
+    "memory": lambda rows: any(r["suite"] in ("models", "memory") and r["peak_mib"] for r in rows),
+    "scaling": lambda rows: any(r["op"] == "window_attention" for r in _right(rows, "scaling")),
+    "complexity": lambda rows: bool(scaling.layers(rows)),
+}

@@ -1,0 +1,39 @@
+"""What attention costs by its formula: the complexities of the Swin paper, and the work of the fused core."""
+
+from __future__ import annotations
+
+import math
+
+from swinkernels.testing import WindowAttentionCase
+
+
+def msa_multiply_adds(height: int, width: int, channels: int) -> int:
+    """Omega(MSA) = 4 h w C^2 + 2 (h w)^2 C: multiply-adds of global self-attention with its projections.
+
+    Softmax is left out. Source: Liu et al., Swin Transformer, arXiv 2103.14030, equation 1.
+    """
+    tokens = height * width
+    return 4 * tokens * channels**2 + 2 * tokens**2 * channels
+
+
+def window_msa_multiply_adds(height: int, width: int, channels: int, window: int) -> int:
+    """Omega(W-MSA) = 4 h w C^2 + 2 M^2 h w C: the same in windows of M x M tokens. Source: equation 2 there."""
+    tokens = height * width
+    return 4 * tokens * channels**2 + 2 * window**2 * tokens * channels
+
+
+def core_bytes(case: WindowAttentionCase, itemsize: int) -> dict[str, int]:
+    """What the core has to move, in maps (B, *S, C): 3 read and 1 written forward, 4 read and 3 written backward."""
+    one = case.batch * math.prod(case.size) * case.num_heads * case.head_dim * itemsize
+    return {"fwd": 4 * one, "bwd": 7 * one, "fwd+bwd": 11 * one}
+
+
+def core_flops(case: WindowAttentionCase) -> dict[str, int]:
+    """Of the core's matrix products, two per multiply-add: two products forward, five backward.
+
+    Windows count whole, so tokens of the padding do too.
+    """
+    window = case.window_tuple
+    frame = math.prod(-(-s // w) * w for s, w in zip(case.size, window, strict=True))
+    product = 2 * case.batch * frame * math.prod(window) * case.num_heads * case.head_dim
+    return {"fwd": 2 * product, "bwd": 5 * product, "fwd+bwd": 7 * product}

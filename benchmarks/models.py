@@ -1,0 +1,301 @@
+"""Models and blocks of other libraries: as they are, with the library's fast switch, accelerated; each also compiled.
+
+Every contestant is compared with the library's own model in float64, output and gradients, before it is timed.
+Inference runs in the dtype, training (forward and backward; an optimizer is the same for all) under autocast with
+weights in float32, as people do.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import swinkernels
+from benchmarks import record
+from benchmarks.contest import first_call_s
+from benchmarks.shapes import BLOCKS, MODELS, ModelCase
+from benchmarks.timing import Call, Timing, gpu_busy_us, host_us, time_on_cpu, time_steps
+from swinkernels.demo.measure import autocast, peak_bytes
+
+# What each starts from, then whether it is compiled, and whether into CUDA graphs.
+KINDS = ("eager", "fused", "accelerate")
+PLAIN = (*KINDS, *(f"{kind}-compiled" for kind in KINDS))
+GRAPHS = tuple(f"{kind}-graphs" for kind in KINDS)  # torch.compile(mode="reduce-overhead")
+CONTESTANTS = (*PLAIN, *GRAPHS)
+OURS = tuple(name for name in CONTESTANTS if name.startswith("accelerate"))
+MODES = ("inference", "training")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A module and what it is called with; a block's arguments are those that its model gave it."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def build(case: ModelCase, fused: bool = False) -> nn.Module | None:
+    """The library's model with weights from a seed, or None where it has no such switch."""
+    torch.manual_seed(record.SEED)
+    model = _BUILDERS[case.library](case, fused)
+    if model is None:
+        return None
+    generator = torch.Generator().manual_seed(record.SEED)
+    with torch.no_grad():
+        for p in model.parameters():  # bias tables start at zero, which would hide a wrong one
+            p += 0.02 * torch.randn(p.shape, generator=generator)
+    return model.eval()
+
+
+def _timm(case: ModelCase, fused: bool) -> nn.Module | None:
+    import timm
+
+    model = timm.create_model(case.model, pretrained=False)
+    switched = [m for m in model.modules() if hasattr(m, "fused_attn")]
+    for module in switched:
+        module.fused_attn = fused
+    return model if switched or not fused else None
+
+
+def _torchvision(case: ModelCase, fused: bool) -> nn.Module | None:
+    import torchvision
+
+    return None if fused else torchvision.models.get_model(case.model, weights=None)
+
+
+def _transformers(case: ModelCase, fused: bool) -> nn.Module | None:
+    import transformers
+
+    kind = getattr(transformers, case.model)
+    if fused and not kind._supports_sdpa:
+        return None
+    config = kind.config_class(image_size=case.image[-1])
+    config._attn_implementation = "sdpa" if fused else "eager"
+    return kind(config)
+
+
+def _monai(case: ModelCase, fused: bool) -> nn.Module | None:
+    from monai.networks.nets import SwinUNETR
+
+    options = {"use_flash_attention": True} if fused else {}
+    return SwinUNETR(in_channels=case.image[0], out_channels=14, feature_size=48, **options)
+
+
+_BUILDERS: dict[str, Callable[[ModelCase, bool], nn.Module | None]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
+    "monai": _monai,
+}
+
+
+def images(case: ModelCase) -> Tensor:
+    return torch.randn(case.batch, *case.image, generator=torch.Generator().manual_seed(record.SEED))
+
+
+def subject(case: ModelCase, kind: str, path: str = "", batch: int | None = None) -> Subject | None:
+    """On a CPU in float32: a model, or the module of it that ``path`` names with what it is given there.
+
+    ``batch`` repeats the images, or what becomes of them on the way to the module.
+    """
+    model = build(case, fused=kind == "fused")
+    if model is None:
+        return None
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((images(case),), {})]
+    if path:
+        hook = model.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        )
+        with torch.no_grad():
+            model(*calls[0][0])
+        hook.remove()
+    if kind == "accelerate":
+        report = swinkernels.accelerate(model)
+        if not report.replaced:
+            raise RuntimeError(f"accelerate replaced nothing in {case.model}:\n{report}")
+    (x, *others), kwargs = calls[-1]  # others, such as a map's size or a mask, are the same for every image
+    return Subject(model.get_submodule(path), (_repeat(x, (batch or case.batch) // case.batch), *others), kwargs)
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    """Along the batch."""
+    return x.repeat(times, *(1,) * (x.dim() - 1))
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The result of a model: a tensor, or the first of what it returns."""
+    while not isinstance(out, Tensor):
+        out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+    return out
+
+
+def _moved(x: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    is_float = isinstance(x, Tensor) and x.is_floating_point()
+    return x.to(device, dtype) if is_float else x.to(device) if isinstance(x, Tensor) else x
+
+
+def prepare(subject: Subject, device: torch.device, dtype: torch.dtype, mode: str, how: str) -> Callable[[], Any]:
+    """One step of a mode: the output; in training with all gradients left in the leaves."""
+    training = mode == "training"
+    wide = torch.promote_types(dtype, torch.float32) if training else dtype  # autocast keeps weights in float32
+    module = copy.deepcopy(subject.module).to(device, wide).eval()  # no dropout: results are compared
+    args = tuple(_moved(x, device, wide) for x in subject.args)
+    kwargs = {k: _moved(x, device, wide) for k, x in subject.kwargs.items()}
+    run: Callable[..., Any] = module
+    if how == "compiled":
+        run = torch.compile(module, dynamic=False)
+    elif how == "graphs":
+        run = torch.compile(module, dynamic=False, mode="reduce-overhead")
+    leaf = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
+
+    def infer() -> Any:
+        with torch.no_grad():
+            return first_tensor(run(*args, **kwargs))
+
+    def train() -> Any:
+        module.zero_grad(set_to_none=True)
+        leaf.grad = None
+        with autocast(device, dtype):
+            out = first_tensor(run(*args, **kwargs))
+        out.float().square().mean().backward() if dtype != torch.float64 else out.square().mean().backward()
+        return out.detach(), leaf.grad, [p.grad for p in module.parameters()]
+
+    if training:
+        leaf.requires_grad_()
+    return train if training else infer
+
+
+def _flat(result: Any) -> dict[str, Tensor]:
+    """Results by name, in float64 on the CPU."""
+    if isinstance(result, Tensor):
+        return {"out": result.double().cpu()}
+    out, dx, grads = result
+    named = {f"parameter {i}": g for i, g in enumerate(grads) if g is not None}
+    return {k: v.double().cpu() for k, v in {"out": out, "input": dx, **named}.items() if v is not None}
+
+
+def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """RMS errors relative to the exact result's: of the output, of the input's gradient, of the parameters'.
+
+    The parameters' is one number. A gradient that is a rounding error by itself (that of a bias of keys, say, is zero)
+    counts relative to a thousandth of the largest one.
+    """
+    if got.keys() != exact.keys():
+        raise AssertionError(f"gradients of other tensors: {sorted(got.keys() ^ exact.keys())}")
+
+    def rms(x: Tensor) -> float:
+        return x.square().mean().sqrt().item()
+
+    sizes = {k: rms(x) for k, x in exact.items()}
+    largest = max((s for k, s in sizes.items() if k.startswith("parameter")), default=0.0)
+    relative = {k: rms(got[k] - exact[k]) / max(sizes[k], 1e-3 * largest * k.startswith("parameter")) for k in exact}
+    parameters = [e for k, e in relative.items() if k.startswith("parameter")]
+    found = {k: e for k, e in relative.items() if not k.startswith("parameter")}
+    return {**found, "parameters": max(parameters)} if parameters else found
+
+
+def repeated(found: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
+    """What the results of a step are for its images repeated ``times``: its loss is a mean, so each counts for less."""
+    of_images = {"out": 1.0, "input": 1.0 / times}
+    return {k: _repeat(x, times) * of_images[k] if k in of_images else x for k, x in found.items()}
+
+
+ALLOWED_EPS = 16.0
+
+
+def judge(
+    got: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor], eps: float
+) -> tuple[bool, float]:
+    """Whether a contestant is right, and its worst error in eps: at most twice the plain model's and 16 eps."""
+    mine, theirs = errors(got, exact), errors(plain, exact)
+    right = all(mine[k] <= 2 * theirs[k] + ALLOWED_EPS * eps for k in mine)
+    return right, max(mine.values()) / eps
+
+
+def contestants(wanted: Sequence[str], device: torch.device, graphs: bool) -> list[str]:
+    names = [*PLAIN, *(GRAPHS if graphs and device.type == "cuda" else ())]
+    return [name for name in names if not wanted or name in wanted]
+
+
+def benchmark(
+    suite: str,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    names: Iterable[str],
+    *,
+    batch: int | None = None,
+    modes: Sequence[str] = MODES,
+    timed: bool = True,
+) -> list[dict[str, Any]]:
+    """One row per contestant and mode of a model, or of a block in ``shapes.BLOCKS``.
+
+    A batch is one or two images over and over: what is timed is what was compared, and compiles once.
+    """
+    of, path = BLOCKS.get(name, (name, ""))
+    case = dataclasses.replace(MODELS[of], batch=batch or MODELS[of].batch)
+    few = dataclasses.replace(case, batch=2 if case.batch > 2 and case.batch % 2 == 0 else 1)
+    labels = {
+        "suite": suite,
+        "op": f"{case.library} {path or case.model}",
+        "shape": name,
+        "case": str(case),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    torch.compiler.reset()
+    rows = []
+    for mode in modes:
+        original = subject(few, "eager", path)
+        assert original is not None
+        exact, plain = (
+            repeated(_flat(prepare(original, device, wide, mode, "")()), case.batch // few.batch)
+            for wide in (torch.float64, dtype)
+        )
+        verdicts: dict[str, tuple[str, float | None]] = {}
+        calls: dict[str, Call] = {}
+        first: dict[str, float] = {}
+        for contestant in names:
+            kind, _, how = contestant.partition("-")
+            try:
+                mine = subject(few, kind, path, case.batch)
+                if mine is None:
+                    continue
+                calls[contestant] = _without_sets(prepare(mine, device, dtype, mode, how))
+                first[contestant] = first_call_s(calls[contestant], device)
+                right, error = judge(_flat(calls[contestant](0)), plain, exact, torch.finfo(dtype).eps)
+                verdicts[contestant] = (record.RESULT_OK if right else record.RESULT_WRONG, error)
+            except Exception:  # one that cannot run here shall not cost the others' results
+                traceback.print_exc()
+                verdicts[contestant] = (record.RESULT_FAILED, None)
+                calls.pop(contestant, None)
+        times: dict[str, Timing] = {}
+        if timed:
+            times = time_steps(calls, device) if device.type == "cuda" else time_on_cpu(calls, seconds=2.0)
+        for contestant, (verdict, error) in verdicts.items():
+            call = calls.get(contestant)
+            rows.append(
+                record.row(
+                    {**labels, "backend": contestant, "direction": mode},
+                    verdict,
+                    error,
+                    times.get(contestant),
+                    peak=peak_bytes(functools.partial(call, 0), device) if call else None,
+                    first_call_s=first.get(contestant),
+                    host_us=host_us(call, device) if call and timed else None,
+                    gpu_busy_us=gpu_busy_us(call, device) if call and timed and device.type == "cuda" else None,
+                )
+            )
+    return rows
+
+
+def _without_sets(step: Callable[[], Any]) -> Call:
+    """A step as the timers call it; it has one set of inputs."""
+    return lambda i: step()

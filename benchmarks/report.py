@@ -1,0 +1,325 @@
+"""docs/benchmarks.md, its charts and the README's table, from the CSV files alone: no number is typed by hand.
+
+A folder of ``benchmarks/results`` is a run, or several on one machine: its CSV files are read together.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from benchmarks import attention, charts, models, record, scaling
+from benchmarks.record import RESULT_OK
+
+RESULTS = record.ROOT / "benchmarks" / "results"
+PAGE, README, PICTURES = "docs/benchmarks.md", "README.md", "docs/images/benchmarks"
+BEGIN, END = "<!-- numbers: python -m benchmarks report -->", "<!-- end of numbers -->"
+RATIOS = "their time / ours, forward / forward and backward"
+Row = dict[str, Any]
+Group = dict[str, Row]  # by contestant, of one op, shape, dtype and direction
+
+HEAD = """# Benchmarks
+
+Written by `python -m benchmarks report` from the CSV files in `benchmarks/results`; an edit here is lost.
+
+## How it is measured
+
+`python -m benchmarks ops`, `blocks`, `models`, `memory`, `latency`, `scaling` or `all`, with `--quick`, `--filter`,
+`--baseline`, `--dtype` and `--device`, times on your machine what is below. `python -m benchmarks compare A.csv B.csv`
+says what changed between two runs beyond their noise.
+
+- A contestant is first compared with the reference, or the library's own model, in float64: output and gradients. A
+  wrong one keeps its row, is marked WRONG, and has no ratio. The error is the worst RMS error in units of the dtype's
+  eps.
+- Contestants of a row take turns, so that a slow moment meets them alike. Times are medians, with the 20th and 80th
+  percentile in the CSV; `~` marks a time of which these two are more than 10 % of the median apart.
+- On a GPU ops are replays of CUDA graphs over inputs that rotate through more than the L2 cache; models are timed by
+  events after the cache was overwritten. On a CPU it is wall-clock time, with inputs that may lie in a cache.
+- The roofline is the larger of bytes / copy rate and flops / matrix rate, both measured in the same run, for the bytes
+  that the op has to move and the flops of its matrix products. A map that fits a CPU's cache may beat the copy rate.
+- Compilation is not in the times; `first_call_s` in the CSV has it. Peak memory is what one call takes on top of what
+  was allocated before, results included.
+- Training is forward and backward, without an optimizer; models are built with random weights.
+"""
+
+
+def write(results: Path, root: Path = record.ROOT) -> list[Path]:
+    """Writes page, pictures and the README's part below ``root``; the paths that were written."""
+    runs = read(results)
+    pictures = {
+        (name, kind): root / PICTURES / f"{name}-{kind}.png"
+        for name, rows in runs.items()
+        for kind, can_draw in charts.DRAWABLE.items()
+        if can_draw(rows)
+    }
+    for (name, kind), path in pictures.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        charts.DRAW[kind](runs[name], path)
+    page, readme = root / PAGE, root / README
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(page_text(runs))
+    readme.write_text(replace_numbers(readme.read_text(), readme_text(runs)))
+    return [page, readme, *pictures.values()]
+
+
+def read(results: Path) -> dict[str, list[Row]]:
+    """The rows of every folder of results by its name."""
+    runs = {
+        folder.name: [row for path in sorted(folder.glob("*.csv")) for row in record.read_csv(path)]
+        for folder in sorted(results.iterdir())
+        if folder.is_dir()
+    }
+    return {name: rows for name, rows in runs.items() if rows}
+
+
+def replace_numbers(text: str, numbers: str) -> str:
+    """A text with what stands between the two marks replaced."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"expected one line {BEGIN!r} and one {END!r} around the numbers of {README}")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{numbers}{END}{rest.split(END)[1]}"
+
+
+def groups(rows: Iterable[Row], *suites: str) -> dict[tuple[str, ...], Group]:
+    """What was measured together, in the order of the files."""
+    found: dict[tuple[str, ...], Group] = {}
+    for row in rows:
+        if row["suite"] in suites:
+            key = tuple(row[k] for k in ("op", "shape", "case", "dtype", "direction"))
+            found.setdefault(key, {})[row["backend"]] = row
+    return found
+
+
+def ours(group: Group) -> Row | None:
+    """The fastest right one of our kernels."""
+    right = [group[name] for name in attention.OURS if name in group and _time(group[name]) is not None]
+    return min(right, key=lambda row: row["median_us"], default=None)
+
+
+def _time(row: Row | None) -> float | None:
+    return row["median_us"] if row is not None and row["result"] == RESULT_OK else None
+
+
+def _ratio(row: Row | None, mine: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["result"] != RESULT_OK:
+        return row["result"]
+    theirs, time = _time(row), _time(mine)
+    return "" if theirs is None or time is None else f"{theirs / time:.2f}"
+
+
+def _ms(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["median_us"] is None or row["result"] != RESULT_OK:
+        return row["result"]
+    return f"{'~' if row['noisy'] else ''}{row['median_us'] / 1e3:.3g}"
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _table(rows: Sequence[dict[str, str]]) -> str:
+    """In Markdown, without the columns that are empty throughout."""
+    columns = [c for c in rows[0] if any(row[c] for row in rows)]
+    cells = [[row[c] for c in columns] for row in rows]
+    return tabulate(cells, headers=columns, tablefmt="pipe", disable_numparse=True) + "\n"
+
+
+def settings(rows: Sequence[Row]) -> str:
+    """Device and versions of a run; more than one of each, if a folder has several."""
+
+    def values(column: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[column]) for row in rows if row[column]))
+
+    parts = [f"torch {values('torch')}", f"Triton {values('triton')}" if values("triton") else ""]
+    parts += [f"driver {values('driver')}" if values("driver") else "", f"commit {values('commit')}"]
+    days = sorted({row["date"][:10] for row in rows})
+    return f"{'; '.join(p for p in parts if p)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
+
+
+def device(rows: Sequence[Row]) -> str:
+    """Of a folder; the rows of one thread that its latency part may have are said there."""
+    return next(iter(dict.fromkeys(row["device"] for row in rows if row["suite"] != "latency")), rows[0]["device"])
+
+
+def speedups(rows: Sequence[Row]) -> str:
+    """Of window attention: how many times our time the others take, forward / forward and backward."""
+    found = groups((row for row in rows if row["op"] == "window_attention"), "ops")
+    cells = []
+    for (_, _, case, dtype, direction), forward in found.items():
+        if direction != "fwd" or ours(forward) is None:
+            continue
+        shape = next(iter(forward.values()))["shape"]
+        both = found.get(("window_attention", shape, case, dtype, "fwd+bwd"), {})
+        mine = ours(forward)
+        assert mine is not None
+        ratios = {
+            name: " / ".join(r for g in (forward, both) if (r := _ratio(g.get(name), ours(g))))
+            for name in ("reference", *attention.PEERS)
+        }
+        what = f"{shape}, {'v2, ' if 'v2' in case else ''}{_short(case)}, {dtype}"
+        cells.append({"shape": what, "ours": f"{mine['backend']}, {_ms(mine)} / {_ms(ours(both))} ms", **ratios})
+    return _table(cells) if cells else ""
+
+
+def _short(case: str) -> str:
+    """The batch, map, heads and window of a case's name: "b1-56x56-h3x32-w7-s3-table" without what follows."""
+    batch, size, heads, window, *_ = case.split("-")
+    return f"batch {batch[1:]}, {size}, {heads[1:]} heads, window {window[1:]}".replace("x", " x ")
+
+
+def steps(rows: Sequence[Row], *suites: str) -> str:
+    """Of models or blocks: times, and the speed-up against the best of the others, eager and compiled."""
+    cells = []
+    for (op, shape, _, dtype, direction), group in groups(rows, *suites).items():
+        if not any(_time(row) is not None for row in group.values()):
+            continue
+        named = {f"{name}, ms": _ms(group.get(name)) for name in models.CONTESTANTS}
+        gains = {}
+        for how in ("", "-compiled", "-graphs"):
+            others = [group[f"{kind}{how}"] for kind in ("eager", "fused") if f"{kind}{how}" in group]
+            right = [row for row in others if _time(row) is not None]
+            best = min(right, key=lambda row: row["median_us"], default=None)
+            gains[f"gain{how.replace('-', ', ')}"] = _ratio(best, group.get(f"accelerate{how}"))
+        busy = group.get("accelerate-compiled", {}).get("gpu_busy_us")
+        cells.append(
+            {
+                "model": f"{shape} ({op})" if shape not in op else op,
+                "batch": next(iter(group.values()))["case"].split("-")[1][1:],
+                "step": f"{direction}, {dtype}",
+                **named,
+                **gains,
+                "GPU busy, compiled, ms": _number(busy and busy / 1e3, 2),
+            }
+        )
+    return _table(cells) if cells else ""
+
+
+def memory(rows: Sequence[Row]) -> str:
+    """Of models: peak memory of a step by contestant, MiB."""
+    cells = []
+    for (_, shape, case, dtype, direction), group in groups(rows, "models", "memory").items():
+        named = {n: _number(group[n]["peak_mib"]) if n in group else "" for n in models.CONTESTANTS}
+        batch = case.split("-")[1][1:]
+        cells.append({"model": shape, "batch": batch, "step": f"{direction}, {dtype}", **named})
+    return _table(cells) if cells else ""
+
+
+def details(rows: Sequence[Row]) -> str:
+    """Of every op: time, roofline, error and memory of each contestant."""
+    cells = [
+        {
+            "op": row["op"],
+            "shape": row["case"],
+            "dtype": row["dtype"],
+            "backend": row["backend"],
+            "direction": row["direction"],
+            "ms": _ms(row),
+            "of roofline, %": _number(row["percent_of_roofline"]),
+            "of a copy, %": _number(row["percent_of_copy"]),
+            "error, eps": _number(row["error_eps"], 1),
+            "peak, MiB": _number(row["peak_mib"], 1),
+            "first call, s": _number(row["first_call_s"], 2),
+        }
+        for row in rows
+        if row["suite"] == "ops"
+    ]
+    return _table(cells) if cells else ""
+
+
+def host(rows: Sequence[Row]) -> str:
+    """CPU time of the calling thread for a call of window attention."""
+    cells = [
+        {"case": row["shape"], "call": row["direction"], "backend": row["backend"], "us": _number(row["host_us"], 1)}
+        for row in rows
+        if row["suite"] == "latency" and row["op"].startswith("host time")
+    ]
+    return _table(cells) if cells else ""
+
+
+def slopes(rows: Sequence[Row]) -> str:
+    """Of the sweeps: the exponent with which each contestant's time grows."""
+    cells = []
+    for sweep, (_, _, what) in scaling.SWEEPS.items():
+        for backend, (x, y) in scaling.series(rows, sweep).items():
+            if len(x) > 2:
+                largest = scaling.slope(x[-3:], y[-3:])
+                cells.append(
+                    {
+                        "sweep": f"{sweep}: {what}",
+                        "backend": backend,
+                        "from": f"{x[0]:.3g}",
+                        "to": f"{x[-1]:.3g}",
+                        "slope": f"{scaling.slope(x, y):.2f}",
+                        "of the three largest": f"{largest:.2f}",
+                    }
+                )
+    return _table(cells) if cells else ""
+
+
+def page_text(runs: dict[str, list[Row]]) -> str:
+    """The whole of docs/benchmarks.md."""
+    parts = [HEAD]
+    for name, rows in runs.items():
+        noisy = sum(row["noisy"] is True for row in rows)
+        timed = sum(row["median_us"] is not None for row in rows)
+        parts.append(f"## {device(rows)}\n\n{settings(rows)}. {noisy} of {timed} times are noisy.\n")
+        limits = {
+            (row["dtype"], row["ceiling_gb_per_s"], row["ceiling_gflop_per_s"])
+            for row in rows
+            if row["suite"] == "ops" and row["ceiling_gb_per_s"]
+        }
+        for dtype, copy, matrix in itertools.islice(sorted(limits), 4):
+            parts.append(
+                f"Measured in the run of the ops, {dtype}: copy {copy} GB/s, matrix product {matrix} GFLOP/s.\n"
+            )
+        sections = [
+            (
+                "Window attention: their time / ours, forward / forward and backward",
+                speedups(rows),
+                ("speedup", "roofline"),
+            ),
+            ("Models", steps(rows, "models"), ("models",)),
+            ("Blocks", steps(rows, "blocks"), ()),
+            ("Latency at batch 1", steps(rows, "latency"), ()),
+            ("Host time of a call of window attention", host(rows), ()),
+            ("Peak memory of a step, MiB", memory(rows), ("memory",)),
+            ("Scaling: the exponent of the time; 1 is proportional", slopes(rows), ("scaling",)),
+            ("Global against window attention, and their formulas", "", ("complexity",)),
+            ("Every op", details(rows), ()),
+        ]
+        for title, table, kinds in sections:
+            drawn = [kind for kind in kinds if charts.DRAWABLE[kind](rows)]
+            if table or drawn:
+                parts.append(f"### {title}\n")
+                parts += [table] if table else []
+                parts += [f"![{charts.TITLES[k]}](images/benchmarks/{name}-{k}.png)\n" for k in drawn]
+    return "\n".join(parts)
+
+
+def readme_text(runs: dict[str, list[Row]]) -> str:
+    """What the README shows of it."""
+    parts = [""]
+    for rows in runs.values():
+        tables = [
+            (
+                "Window attention without its linear layers: their time / ours, forward / forward and backward",
+                speedups(rows),
+            ),
+            (
+                "Models: one step; gain is the best of the library's own (eager, its fused switch) / accelerated, "
+                "and the same among the compiled ones",
+                steps(rows, "models"),
+            ),
+        ]
+        shown = [f"{title}:\n\n{table}" for title, table in tables if table]
+        if shown:
+            parts += [f"**{device(rows)}** ({settings(rows)}).", *shown]
+    return "\n".join(f"{part.rstrip()}\n" if part else "" for part in parts) + "\n"
