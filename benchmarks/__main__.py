@@ -92,6 +92,8 @@ def _of_models(
     timed: bool = True,
 ) -> Iterator[Task]:
     names = models.contestants(options.baseline, device, graphs)
+    if options.quick and device.type == "cpu" and not options.baseline:  # a CPU compiles a model for a minute
+        names = [name for name in names if name in models.KINDS]
     for name in _chosen(options, known, quick) if names else ():
         for dtype in options.dtype:
             if dtype in contest.DTYPES:
@@ -188,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--filter", default="*", help="shapes, models or sweeps, by a pattern such as 'swin_t*'")
         command.add_argument("--op", nargs="+", choices=("window_attention", *memory_bound.BENCHES), help="of ops")
         command.add_argument("--baseline", nargs="+", choices=BASELINES, default=(), help="who runs; default: all")
-        command.add_argument("--quick", action="store_true", help="a few shapes alone")
+        command.add_argument("--quick", action="store_true", help="a few shapes alone; models not compiled on a CPU")
         command.add_argument("--batch", type=int, help="largest batch; 1 on a CPU unless given")
         command.add_argument("--threads", type=int, help="of torch on a CPU")
         command.add_argument(

@@ -138,6 +138,7 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
         if text in ("True", "False"):
             return text == "True"
         is_number = key.endswith(("_us", "_mb", "_mib", "_s", "gflop", "_eps")) or key.startswith("percent_")
+        is_number = is_number or key in ("wanted", "reached")
         return float(text) if is_number else text
 
     with path.open(newline="") as file:

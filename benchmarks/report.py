@@ -20,6 +20,7 @@ PAGE, README, PICTURES = "docs/benchmarks.md", "README.md", "docs/images/benchma
 BEGIN, END = "<!-- numbers: python -m benchmarks report -->", "<!-- end of numbers -->"
 RATIOS = "their time / ours, forward / forward and backward"
 Row = dict[str, Any]
+Runs = dict[str, list[Row]]  # by the name of the folder
 Group = dict[str, Row]  # by contestant, of one op, shape, dtype and direction
 
 HEAD = """# Benchmarks
@@ -49,7 +50,7 @@ says what changed between two runs beyond their noise.
 
 def write(results: Path, root: Path = record.ROOT) -> list[Path]:
     """Writes page, pictures and the README's part below ``root``; the paths that were written."""
-    runs = read(results)
+    runs, verdicts = read(results), read(results, "goal")
     pictures = {
         (name, kind): root / PICTURES / f"{name}-{kind}.png"
         for name, rows in runs.items()
@@ -61,15 +62,23 @@ def write(results: Path, root: Path = record.ROOT) -> list[Path]:
         charts.DRAW[kind](runs[name], path)
     page, readme = root / PAGE, root / README
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(page_text(runs))
+    page.write_text(page_text(runs, verdicts))
     readme.write_text(replace_numbers(readme.read_text(), readme_text(runs)))
     return [page, readme, *pictures.values()]
 
 
-def read(results: Path) -> dict[str, list[Row]]:
-    """The rows of every folder of results by its name."""
+def read(results: Path, column: str = "suite") -> Runs:
+    """The rows of every folder of results that have a column: measurements a suite, the verdicts of a GPU run a goal.
+
+    Variants of kernels are left out: they have the labels of the kernels that are shipped.
+    """
     runs = {
-        folder.name: [row for path in sorted(folder.glob("*.csv")) for row in record.read_csv(path)]
+        folder.name: [
+            row
+            for path in sorted(folder.glob("*.csv"))
+            for row in record.read_csv(path)
+            if column in row and "variant" not in row
+        ]
         for folder in sorted(results.iterdir())
         if folder.is_dir()
     }
@@ -264,7 +273,21 @@ def slopes(rows: Sequence[Row]) -> str:
     return _table(cells) if cells else ""
 
 
-def page_text(runs: dict[str, list[Row]]) -> str:
+def goals(rows: Sequence[Row]) -> str:
+    """What was to be reached on a GPU, and what was."""
+    cells = [
+        {
+            "goal": row["goal"],
+            "wanted": f"{row['wanted']:g} {row['unit']}",
+            "reached": "" if row["reached"] is None else f"{row['reached']:.3g}",
+            "verdict": row["verdict"],
+        }
+        for row in rows
+    ]
+    return _table(cells) if cells else ""
+
+
+def page_text(runs: Runs, verdicts: Runs) -> str:
     """The whole of docs/benchmarks.md."""
     parts = [HEAD]
     for name, rows in runs.items():
@@ -293,6 +316,7 @@ def page_text(runs: dict[str, list[Row]]) -> str:
             ("Peak memory of a step, MiB", memory(rows), ("memory",)),
             ("Scaling: the exponent of the time; 1 is proportional", slopes(rows), ("scaling",)),
             ("Global against window attention, and their formulas", "", ("complexity",)),
+            ("Goals", goals(verdicts.get(name, [])), ()),
             ("Every op", details(rows), ()),
         ]
         for title, table, kinds in sections:
@@ -304,7 +328,7 @@ def page_text(runs: dict[str, list[Row]]) -> str:
     return "\n".join(parts)
 
 
-def readme_text(runs: dict[str, list[Row]]) -> str:
+def readme_text(runs: Runs) -> str:
     """What the README shows of it."""
     parts = [""]
     for rows in runs.values():

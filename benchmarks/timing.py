@@ -156,7 +156,7 @@ def host_us(call: Call, device: torch.device, *, loop: int = 10) -> float:
     return spent * 1e6 / loop
 
 
-def time_on_cpu(calls: Mapping[str, Call], *, seconds: float = 1.0, rounds: int = 7) -> dict[str, Timing]:
+def time_on_cpu(calls: Mapping[str, Call], *, seconds: float = 1.5, rounds: int = 11) -> dict[str, Timing]:
     """Wall-clock times of all calls, taken in turns so that a slow moment of the machine meets them alike."""
     once = {}
     for name, call in calls.items():
