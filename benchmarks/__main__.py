@@ -92,6 +92,9 @@ def _of_models(
     timed: bool = True,
 ) -> Iterator[Task]:
     names = models.contestants(options.baseline, device, graphs)
+    for library, of_library in models.not_installed(known).items():
+        print(f"{suite}: {library} is not installed, which {', '.join(of_library)} need", file=sys.stderr)
+        known = [name for name in known if name not in of_library]
     if options.quick and device.type == "cpu" and not options.baseline:  # a CPU compiles a model for a minute
         names = [name for name in names if name in models.KINDS]
     for name in _chosen(options, known, quick) if names else ():
@@ -213,10 +216,15 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.command == "report":
+        if not options.results.is_dir() or not report.read(options.results):
+            parser().error(f"{options.results} has no folder with the CSV files of a run")
         for path in report.write(options.results):
             print(path)
         return 0
     if options.command == "compare":
+        for path in (options.before, options.after):
+            if not path.is_file():
+                parser().error(f"{path} is not a file")
         return compare.main(options.before, options.after)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -239,6 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     every = [row for found in rows.values() for row in found]
     noisy = sum(row["noisy"] is True for row in every)
     print(f"\n{len(every)} rows in {out}; commit {record.commit()}")
+    print(f"tables and pictures: {report.write_run(out)}")
     if noisy:
         print(f"{noisy} of them are noisy: their 20th and 80th percentile are over 10 % of the median apart")
     wrong = sorted({f"{r['backend']} at {r['shape']}" for r in every if r["result"] == record.RESULT_WRONG})

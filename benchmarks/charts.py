@@ -172,7 +172,8 @@ def scalings(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel(what)
         axis.set_ylabel("us")
         axis.set_title(f"cost over {sweep}", fontsize=10)
-        axis.legend(fontsize=7)
+        if found:
+            axis.legend(fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     fig.suptitle(f"Window attention, forward, {_device(_right(rows, 'scaling'))}", fontsize=11)
     _save(fig, path)

@@ -1,8 +1,8 @@
 """One run that answers how fast this package is on this GPU: ``python -m benchmarks.gpu_suite`` (``make gpu-bench``).
 
 Checks every backend and times it on a few shapes against what PyTorch has, and a few models against what their library
-has; writes ops.csv, models.csv, latency.csv and goals.csv, which ``python -m benchmarks report`` reads, and ends with
-the goals of the project, each met or not met. It fails if a result of ours is wrong, not if a goal is missed.
+has; writes ops.csv, models.csv, latency.csv, goals.csv and a report.md with pictures, and ends with the goals of the
+project, each met or not met. It fails if a result of ours is wrong, not if a goal is missed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import attention, contest, memory_bound, models, record, shapes
+from benchmarks import attention, contest, memory_bound, models, record, report, shapes
 from swinkernels import info
 
 
@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
         spent = time.monotonic() - started
         is_last = part == [p for p in SHARES if p in options.parts][-1]
         if spent > options.seconds * (1.0 if is_last else SHARES[part]):
-            left_out.append(what)
+            left_out.append(f"{what} for lack of time")
             return False
         print(f"{spent:4.0f} s  {what}", flush=True)
         return True
@@ -307,8 +307,11 @@ def main(arguments: list[str] | None = None) -> None:
             ops += memory_bound.benchmark(op, shape, memory_bound.cases(op)[shape], dtype_name, device, names)
             record.write_csv(options.out / "ops.csv", ops, device)
     steps: list[dict[str, Any]] = []
+    missing = [name for names in models.not_installed(shapes.MODELS).values() for name in names]
     for suite, shape, wanted, modes in model_plan():
-        if in_time("models", f"{suite} {shape} {' '.join(wanted)} {' '.join(modes)}"):
+        if shape in missing:
+            left_out.append(f"{shape}, whose library is not installed")
+        elif in_time("models", f"{suite} {shape} {' '.join(wanted)} {' '.join(modes)}"):
             batch = 1 if suite == "latency" else None
             steps += models.benchmark(suite, shape, torch.bfloat16, device, wanted, batch=batch, modes=modes)
             of_suite = [row for row in steps if row["suite"] == suite]
@@ -316,9 +319,10 @@ def main(arguments: list[str] | None = None) -> None:
     of_attention = [row for row in ops if row["op"] == "window_attention"]  # names of shapes are those of maps, too
     reached = goals(of_attention) + memory_goals(ops) + model_goals(steps)
     record.write_csv(options.out / "goals.csv", reached, device)
+    report.write_run(options.out)
     print(f"\n{contest.show(ops, device)}\n\n{contest.show(steps, device)}\n")
     if left_out:
-        print(f"left out for lack of time: {', '.join(left_out)}")
+        print(f"left out: {', '.join(left_out)}")
     print(record.table(reached))
     bad = [row for row in (*ops, *steps) if row["result"] != "ok"]
     wrong = sorted({f"{r['backend']} {r['op']} {r['shape']} {r['dtype']}" for r in bad})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import importlib.util
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -95,6 +96,16 @@ _BUILDERS: dict[str, Callable[[ModelCase, bool], nn.Module | None]] = {
     "transformers": _transformers,
     "monai": _monai,
 }
+
+
+def not_installed(names: Iterable[str]) -> dict[str, list[str]]:
+    """The libraries that are missing, with the models and blocks that need them."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        library = MODELS[BLOCKS.get(name, (name, ""))[0]].library
+        if importlib.util.find_spec(library) is None:
+            found.setdefault(library, []).append(name)
+    return found
 
 
 def images(case: ModelCase) -> Tensor:

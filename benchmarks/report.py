@@ -51,37 +51,43 @@ says what changed between two runs beyond their noise.
 def write(results: Path, root: Path = record.ROOT) -> list[Path]:
     """Writes page, pictures and the README's part below ``root``; the paths that were written."""
     runs, verdicts = read(results), read(results, "goal")
-    pictures = {
-        (name, kind): root / PICTURES / f"{name}-{kind}.png"
-        for name, rows in runs.items()
-        for kind, can_draw in charts.DRAWABLE.items()
-        if can_draw(rows)
-    }
-    for (name, kind), path in pictures.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        charts.DRAW[kind](runs[name], path)
+    pictures = [path for name, rows in runs.items() for path in draw(rows, root / PICTURES, f"{name}-")]
     page, readme = root / PAGE, root / README
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(page_text(runs, verdicts))
     readme.write_text(replace_numbers(readme.read_text(), readme_text(runs)))
-    return [page, readme, *pictures.values()]
+    return [page, readme, *pictures]
 
 
-def read(results: Path, column: str = "suite") -> Runs:
-    """The rows of every folder of results that have a column: measurements a suite, the verdicts of a GPU run a goal.
+def write_run(out: Path) -> Path:
+    """The same of one run, beside its CSV files: report.md, which is returned, and pictures."""
+    rows, page = read_folder(out), out / "report.md"
+    draw(rows, out)
+    page.write_text(run_text(rows, read_folder(out, "goal")))
+    return page
+
+
+def draw(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Path]:
+    """The pictures that a run has the rows for; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {kind: folder / f"{prefix}{kind}.png" for kind, can_draw in charts.DRAWABLE.items() if can_draw(rows)}
+    for kind, path in drawn.items():
+        charts.DRAW[kind](rows, path)
+    return list(drawn.values())
+
+
+def read_folder(folder: Path, column: str = "suite") -> list[Row]:
+    """The rows of its CSV files that have a column: measurements a suite, the verdicts of a GPU run a goal.
 
     Variants of kernels are left out: they have the labels of the kernels that are shipped.
     """
-    runs = {
-        folder.name: [
-            row
-            for path in sorted(folder.glob("*.csv"))
-            for row in record.read_csv(path)
-            if column in row and "variant" not in row
-        ]
-        for folder in sorted(results.iterdir())
-        if folder.is_dir()
-    }
+    rows = [row for path in sorted(folder.glob("*.csv")) for row in record.read_csv(path)]
+    return [row for row in rows if column in row and "variant" not in row]
+
+
+def read(results: Path, column: str = "suite") -> Runs:
+    """The same of every folder of results that has any."""
+    runs = {folder.name: read_folder(folder, column) for folder in sorted(results.iterdir()) if folder.is_dir()}
     return {name: rows for name, rows in runs.items() if rows}
 
 
@@ -181,7 +187,9 @@ def speedups(rows: Sequence[Row]) -> str:
 def _short(case: str) -> str:
     """The batch, map, heads and window of a case's name: "b1-56x56-h3x32-w7-s3-table" without what follows."""
     batch, size, heads, window, *_ = case.split("-")
-    return f"batch {batch[1:]}, {size}, {heads[1:]} heads, window {window[1:]}".replace("x", " x ")
+    heads, head_dim = heads[1:].split("x")
+    across = [x.replace("x", " x ") for x in (size, window[1:])]
+    return f"batch {batch[1:]}, {across[0]}, {heads} heads of {head_dim}, window {across[1]}"
 
 
 def steps(rows: Sequence[Row], *suites: str) -> str:
@@ -287,45 +295,44 @@ def goals(rows: Sequence[Row]) -> str:
     return _table(cells) if cells else ""
 
 
+def run_text(rows: Sequence[Row], verdicts: Sequence[Row], pictures: str = "") -> str:
+    """The part of a page about one run, with links to its pictures, whose names start with ``pictures``."""
+    noisy = sum(row["noisy"] is True for row in rows)
+    timed = sum(row["median_us"] is not None for row in rows)
+    parts = [f"## {device(rows)}\n\n{settings(rows)}. {noisy} of {timed} times are noisy.\n"]
+    limits = {
+        (row["dtype"], row["ceiling_gb_per_s"], row["ceiling_gflop_per_s"])
+        for row in rows
+        if row["suite"] == "ops" and row["ceiling_gb_per_s"]
+    }
+    for dtype, copy, matrix in itertools.islice(sorted(limits), 4):
+        parts.append(f"Measured in the run of the ops, {dtype}: copy {copy} GB/s, matrix product {matrix} GFLOP/s.\n")
+    sections = [
+        (f"Window attention: {RATIOS}", speedups(rows), ("speedup", "roofline")),
+        ("Models", steps(rows, "models"), ("models",)),
+        ("Blocks", steps(rows, "blocks"), ()),
+        ("Latency at batch 1", steps(rows, "latency"), ()),
+        ("Host time of a call of window attention", host(rows), ()),
+        ("Peak memory of a step, MiB", memory(rows), ("memory",)),
+        ("Scaling: the exponent of the time; 1 is proportional", slopes(rows), ("scaling",)),
+        ("Global against window attention, and their formulas", "", ("complexity",)),
+        ("Goals", goals(verdicts), ()),
+        ("Every op", details(rows), ()),
+    ]
+    for title, table, kinds in sections:
+        drawn = [kind for kind in kinds if charts.DRAWABLE[kind](rows)]
+        if table or drawn:
+            parts.append(f"### {title}\n")
+            parts += [table] if table else []
+            parts += [f"![{charts.TITLES[kind]}]({pictures}{kind}.png)\n" for kind in drawn]
+    return "\n".join(parts)
+
+
 def page_text(runs: Runs, verdicts: Runs) -> str:
     """The whole of docs/benchmarks.md."""
-    parts = [HEAD]
-    for name, rows in runs.items():
-        noisy = sum(row["noisy"] is True for row in rows)
-        timed = sum(row["median_us"] is not None for row in rows)
-        parts.append(f"## {device(rows)}\n\n{settings(rows)}. {noisy} of {timed} times are noisy.\n")
-        limits = {
-            (row["dtype"], row["ceiling_gb_per_s"], row["ceiling_gflop_per_s"])
-            for row in rows
-            if row["suite"] == "ops" and row["ceiling_gb_per_s"]
-        }
-        for dtype, copy, matrix in itertools.islice(sorted(limits), 4):
-            parts.append(
-                f"Measured in the run of the ops, {dtype}: copy {copy} GB/s, matrix product {matrix} GFLOP/s.\n"
-            )
-        sections = [
-            (
-                "Window attention: their time / ours, forward / forward and backward",
-                speedups(rows),
-                ("speedup", "roofline"),
-            ),
-            ("Models", steps(rows, "models"), ("models",)),
-            ("Blocks", steps(rows, "blocks"), ()),
-            ("Latency at batch 1", steps(rows, "latency"), ()),
-            ("Host time of a call of window attention", host(rows), ()),
-            ("Peak memory of a step, MiB", memory(rows), ("memory",)),
-            ("Scaling: the exponent of the time; 1 is proportional", slopes(rows), ("scaling",)),
-            ("Global against window attention, and their formulas", "", ("complexity",)),
-            ("Goals", goals(verdicts.get(name, [])), ()),
-            ("Every op", details(rows), ()),
-        ]
-        for title, table, kinds in sections:
-            drawn = [kind for kind in kinds if charts.DRAWABLE[kind](rows)]
-            if table or drawn:
-                parts.append(f"### {title}\n")
-                parts += [table] if table else []
-                parts += [f"![{charts.TITLES[k]}](images/benchmarks/{name}-{k}.png)\n" for k in drawn]
-    return "\n".join(parts)
+    folder = Path(PICTURES).relative_to(Path(PAGE).parent)
+    parts = [run_text(rows, verdicts.get(name, []), f"{folder}/{name}-") for name, rows in runs.items()]
+    return "\n".join([HEAD, *parts])
 
 
 def readme_text(runs: Runs) -> str:
@@ -334,7 +341,7 @@ def readme_text(runs: Runs) -> str:
     for rows in runs.values():
         tables = [
             (
-                "Window attention without its linear layers: their time / ours, forward / forward and backward",
+                f"Window attention without its linear layers: {RATIOS}",
                 speedups(rows),
             ),
             (

@@ -121,7 +121,7 @@ class WindowProcessReverse:
             input, any number of times.
 
         Raises:
-            As :meth:`WindowProcess.apply`.
+            ValueError, TypeError: as :meth:`WindowProcess.apply`.
 
         Source: ``WindowProcessReverse`` of kernels/window_process/window_process.py, microsoft/Swin-Transformer.
         """

@@ -1,0 +1,42 @@
+"""Docstrings as Markdown for the API reference, by a Griffe extension: formulas, roles, and entries for arguments."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import Any
+
+import griffe
+from latex2mathml.converter import convert
+
+FORMULA = re.compile(r"^\.\. math::[ ]*(?P<line>.*)\n(?P<block>(?:\n|[ ]+\S.*\n?)*)", re.MULTILINE)
+# "a, b, c: text", with what follows further in; names may go on in the next line.
+TOGETHER = re.compile(
+    r"^(?P<indent>[ ]+)(?P<names>\w+(?:,\s+\w+)+):(?P<text>.*(?:\n(?P=indent)[ ]+\S.*)*)", re.MULTILINE
+)
+ROLE = re.compile(r":(?:attr|class|func|meth|mod):`~?([\w.]+)`")
+
+
+def _mathml(match: re.Match[str]) -> str:
+    lines = [match["line"], *textwrap.dedent(match["block"]).splitlines()]
+    formula = " ".join(line.strip() for line in lines if line.strip())
+    return f"\n{convert(formula, display='block')}\n\n"
+
+
+def _each(match: re.Match[str]) -> str:
+    names = re.split(r",\s+", match["names"])
+    return "\n".join(f"{match['indent']}{name}:{match['text']}" for name in names)
+
+
+def markdown(docstring: str) -> str:
+    """A docstring with formulas as MathML, which browsers show by themselves, and an entry for each argument."""
+    text = FORMULA.sub(_mathml, docstring + "\n").rstrip()
+    return ROLE.sub(r"`\1`", TOGETHER.sub(_each, text))
+
+
+class Docstrings(griffe.Extension):
+    """Applies :func:`markdown` to every docstring."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = markdown(obj.docstring.value)

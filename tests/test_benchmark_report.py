@@ -1,0 +1,296 @@
+"""The benchmark command, its CSV files, and what is written from them: tables, pictures, comparisons."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import charts, compare, contest, models, record, report, scaling, shapes
+from benchmarks.timing import Ceiling, Timing, time_on_cpu
+from swinkernels.testing import WindowAttentionCase
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are tested, not the times in them."""
+    monkeypatch.setattr(contest, "time_on_cpu", functools.partial(time_on_cpu, seconds=0.01, rounds=2))
+
+
+@pytest.fixture
+def small_shape(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(shapes.ATTENTION, "small", WindowAttentionCase(4, (6, 9), 2, 8, 3, 1))
+    return "small"
+
+
+OPS = ("ops", "--device", "cpu", "--op", "window_attention", "--filter", "small", "--baseline", "reference", "eager")
+
+
+# The command
+
+
+def test_a_run_writes_rows_tables_and_pictures(small_shape: str, tmp_path: Path, capsys) -> None:
+    assert command.main([*OPS, "--out", str(tmp_path / "a")]) == 0
+    rows = record.read_csv(tmp_path / "a" / "ops.csv")
+    assert {(r["backend"], r["direction"]) for r in rows} == {
+        (name, direction) for name in ("reference", "eager") for direction in ("fwd", "fwd+bwd")
+    }
+    for row in rows:
+        assert row["case"] == "b1-6x9-h2x8-w3-s1-table"  # one image on a CPU
+        assert row["result"] == "ok"
+        assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["noisy"] in (True, False)
+        assert row["percent_of_roofline"] == pytest.approx(100 * row["roofline_us"] / row["median_us"], rel=1e-4)
+        assert row["seed"] == str(record.SEED)
+        assert all(row[key] for key in ("device", "torch", "commit", "date", "ceiling_gb_per_s"))
+    out = capsys.readouterr().out
+    assert "4 rows in" in out
+    assert "report.md" in out
+    assert "| window_attention | b1-6x9-h2x8-w3-s1-table" in (tmp_path / "a" / "report.md").read_text()
+
+
+def test_a_baseline_that_is_ours_is_drawn(small_shape: str, tmp_path: Path) -> None:
+    """A speed-up needs one of our kernels, which the installation may lack."""
+    if "cpu" not in command.attention.contestants(CPU, ()):
+        pytest.skip("the extension is not built")
+    assert command.main([*OPS, "cpu", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"speedup.png", "roofline.png"}
+    assert "| small, batch 1, 6 x 9, 2 heads of 8, window 3, float32" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ops", "--filter", "nothing"], "nothing matches on cpu"),
+        (["ops", "--device", "cuda"], "torch sees no CUDA GPU"),
+        (["ops", "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["ops", "--baseline", "nobody"], "invalid choice: 'nobody'"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["report", "--results", "/nowhere"], "/nowhere has no folder with the CSV files of a run"),
+        (["compare", "/nowhere.csv", "/nowhere.csv"], "/nowhere.csv is not a file"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    device = ["--device", "cpu"] if arguments[0] == "ops" and "cuda" not in arguments else []
+    with pytest.raises(SystemExit):
+        command.main([*arguments, *device])
+    assert message in capsys.readouterr().err
+
+
+def test_results_are_not_overwritten(small_shape: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "ops.csv").write_text("precious")
+    with pytest.raises(SystemExit):
+        command.main([*OPS, "--out", str(tmp_path)])
+    assert "results are not overwritten" in capsys.readouterr().err
+    assert (tmp_path / "ops.csv").read_text() == "precious"
+
+
+def test_a_wrong_peer_is_shown_as_wrong(small_shape: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    right = command.attention.make_peer
+
+    def off(*args: Any) -> Any:
+        peer = right(*args)
+        return lambda qkv, bias_table: peer(qkv, bias_table * 1.01)
+
+    monkeypatch.setattr(command.attention, "make_peer", off)
+    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # it is not ours
+    assert "wrong results: eager at small" in capsys.readouterr().out
+    wrong = [row for row in record.read_csv(tmp_path / "ops.csv") if row["result"] == record.RESULT_WRONG]
+    assert {row["backend"] for row in wrong} == {"eager"}
+    assert all(row["median_us"] > 0 and row["percent_of_roofline"] is None for row in wrong)
+
+
+def options(*arguments: str) -> Any:
+    parsed = command.parser().parse_args([*arguments, "--device", "cpu"])
+    parsed.dtype = parsed.dtype or ["float32"]
+    return parsed
+
+
+def test_plans() -> None:
+    """Every suite has something to do; all is all of them; quick and filtered plans are parts of the whole."""
+    by_suite = {suite: {task.label for task in command.plan(options(suite), CPU)} for suite in command.HELP}
+    assert all(by_suite.values())
+    assert set(command.PLANS) == set(command.HELP)
+    assert {(task.suite, task.label) for task in command.plan(options("all"), CPU)} == {
+        (suite, label) for suite, labels in by_suite.items() for label in labels
+    }
+    for suite, labels in by_suite.items():
+        quick = {task.label for task in command.plan(options(suite, "--quick"), CPU)}
+        assert quick <= labels
+        assert quick
+    assert {task.label for task in command.plan(options("ops", "--filter", "swin_t.1", "--op", "layer_norm"), CPU)} == {
+        "layer_norm swin_t.1 float32"
+    }
+    both = command.plan(options("models", "--filter", "swin_t", "--dtype", "float32", "bfloat16"), CPU)
+    assert [task.label for task in both] == ["swin_t float32", "swin_t bfloat16"]
+
+
+def test_shapes_cover_what_is_published() -> None:
+    attention = shapes.ATTENTION
+    assert {c.window_size for n, c in attention.items() if n.startswith("swinv2")} == {8, 16, 24}
+    assert attention["swin_ir"].head_dim == 30
+    assert attention["video_swin_t.1"].window_size == (8, 7, 7)
+    assert attention["weather.1"].window_size == (2, 6, 12)
+    assert {c.image[-1] for c in shapes.MODELS.values() if c.library == "monai"} == {96, 128}
+    assert {c.image[-1] for n, c in shapes.MODELS.items() if n.startswith(("swin_b", "swin_l"))} == {224, 384}
+
+
+# CSV files and their comparison
+
+
+def row(backend: str, median: float | None, *, result: str = "ok", spread: float = 0.01, **labels: Any) -> dict:
+    timing = None if median is None else Timing(median, median * (1 - spread), median * (1 + spread))
+    named = {"suite": "ops", "op": "window_attention", "shape": "swin_t.1", "case": "b1-56x56-h3x32-w7-s3-table"}
+    named |= {"dtype": "float32", "direction": "fwd", "backend": backend, **labels}
+    limits = Ceiling(1e4, 1e5)
+    extra = {"peak": 2**20, "first_call_s": 0.1, "host_us": 10.0}
+    return record.row(named, result, 1.0, timing, ceiling=limits, moved=10**6, flops=10**8, **extra)
+
+
+def with_environment(rows: list[dict]) -> list[dict]:
+    return [{**r, **record.environment(CPU)} for r in rows]
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    rows = [row("cpu", 123.456789, spread=0.2), row("eager", None, result="FAILED")]
+    record.write_csv(tmp_path / "a.csv", rows, CPU)
+    back = record.read_csv(tmp_path / "a.csv")
+    for before, after in zip(rows, back, strict=True):
+        for key, value in before.items():
+            expected = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+            assert after[key] == expected, key
+    assert back[0]["noisy"] is True
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        (row("cpu", 100.0), row("cpu", 103.0), "within noise"),
+        (row("cpu", 100.0), row("cpu", 120.0), "slower"),
+        (row("cpu", 100.0), row("cpu", 80.0), "faster"),
+        (row("cpu", 100.0, spread=0.3), row("cpu", 120.0), "within noise"),
+        (row("cpu", 100.0), row("cpu", 50.0, result="WRONG"), "WRONG"),
+        (row("cpu", 100.0), row("cpu", None, result="FAILED"), "FAILED"),
+        (row("cpu", 100.0, result="WRONG"), row("cpu", 100.0), "right now"),
+        (row("cpu", 100.0, result="WRONG"), row("cpu", 50.0, result="WRONG"), "as before"),
+        (row("cpu", None), row("cpu", None), "not timed"),
+    ],
+)
+def test_compare(before: dict, after: dict, verdict: str, tmp_path: Path, capsys) -> None:
+    assert [r["verdict"] for r in compare.compare([before], [after])] == [verdict]
+    for name, r in (("a", before), ("b", after)):
+        record.write_csv(tmp_path / f"{name}.csv", [r], CPU)
+    status = command.main(["compare", str(tmp_path / "a.csv"), str(tmp_path / "b.csv")])
+    assert status == (1 if verdict in ("slower", "WRONG", "FAILED") else 0)
+    assert "1 measurements compared" in capsys.readouterr().out
+
+
+def test_files_without_anything_in_common_are_not_compared(tmp_path: Path, capsys) -> None:
+    record.write_csv(tmp_path / "a.csv", [row("cpu", 1.0)], CPU)
+    record.write_csv(tmp_path / "b.csv", [row("eager", 1.0)], CPU)
+    assert command.main(["compare", str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]) == 2
+    assert "no measurement in common" in capsys.readouterr().err
+
+
+# The report
+
+
+def run_of_everything() -> list[dict]:
+    """Rows of every suite, as a run writes them."""
+    rows = [
+        row(name, us, direction=direction)
+        for name, us in (("cpu", 100.0), ("reference", 800.0), ("eager", 400.0), ("sdpa", 50.0))
+        for direction in ("fwd", "fwd+bwd")
+    ]
+    for r in rows:
+        if r["backend"] == "sdpa":
+            r.update(result="WRONG")
+    for suite in ("models", "latency"):
+        rows += [
+            row(name, us, suite=suite, op="timm swin", shape="swin_t", case="timm-b1-3x224x224", direction="inference")
+            for name, us in (("eager", 4000.0), ("fused", 3000.0), ("accelerate", 2000.0))
+        ]
+    rows += [
+        row("cpu", 10.0 * case.batch, suite="scaling", shape=shape, case=str(case))
+        for shape, case in scaling.SWEEPS["batch"][0].items()
+    ]
+    rows += [
+        row(kind, us * side**2, suite="scaling", op="attention layer", shape=f"complexity {side}x{side}")
+        for kind, us in (("window", 1.0), ("global", 2.0))
+        for side in (14, 28)
+    ]
+    return with_environment(rows)
+
+
+def test_tables_of_a_run() -> None:
+    rows = run_of_everything()
+    speedups = report.speedups(rows)
+    assert "| cpu, 0.1 / 0.1 ms | 8.00 / 8.00 | 4.00 / 4.00 | WRONG / WRONG |" in " ".join(speedups.split())
+    steps = " ".join(report.steps(rows, "models").split())
+    assert "| 4 | 3 | 2 | 1.50 |" in steps  # against the faster of the library's own
+    slopes = report.slopes(rows)
+    assert "batch: images" in slopes
+    assert "1.00" in slopes
+    assert report.memory(rows).count("swin_t") == 1
+    assert report.host(rows) == ""
+
+
+def test_a_noisy_time_is_marked() -> None:
+    rows = with_environment([row("cpu", 100.0, spread=0.2), row("eager", 300.0)])
+    assert "cpu, ~0.1" in report.speedups(rows)
+    assert "1 of 2 times are noisy" in report.run_text(rows, [])
+
+
+def test_pictures_of_a_run(tmp_path: Path) -> None:
+    drawn = report.draw(run_of_everything(), tmp_path)
+    assert {path.stem for path in drawn} == set(charts.DRAW) == set(charts.DRAWABLE) == set(charts.TITLES)
+    assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 100_000 for path in drawn)
+
+
+def test_every_contestant_has_a_colour() -> None:
+    assert set(charts.COLOURS) == {*command.attention.CONTESTANTS, *models.CONTESTANTS, *scaling.LAYERS}
+
+
+def test_report_of_a_folder(tmp_path: Path, capsys) -> None:
+    results = tmp_path / "results"
+    rows = run_of_everything()
+    record.write_csv(results / "here" / "rows.csv", [{k: r[k] for k in row("cpu", 1.0)} for r in rows], CPU)
+    goal = {"goal": "faster", "reached": 1.5, "wanted": 2.0, "unit": "times", "verdict": "not met"}
+    record.write_csv(results / "here" / "goals.csv", [goal], CPU)
+    record.write_csv(results / "here" / "variants.csv", [{"variant": "other", **row("cuda", 1.0)}], CPU)
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    written = report.write(results, tmp_path)
+    assert all(path.is_file() for path in written)
+    page, readme = (tmp_path / name for name in (report.PAGE, report.README))
+    text = page.read_text()
+    assert "images/benchmarks/here-speedup.png" in text
+    assert (page.parent / "images/benchmarks/here-speedup.png").is_file()
+    assert "| faster | 2 times | 1.5 | not met |" in " ".join(text.split())
+    assert "cuda" not in text.split("## ", 2)[2]
+    assert readme.read_text().startswith(f"before\n{report.BEGIN}\n")
+    assert readme.read_text().endswith(f"{report.END}\nafter\n")
+    assert "old" not in readme.read_text()
+    before = [path.read_bytes() for path in written]
+    report.write(results, tmp_path)
+    assert [path.read_bytes() for path in written] == before  # the same files from the same rows
+
+
+def test_a_readme_without_its_marks_is_left_alone() -> None:
+    with pytest.raises(ValueError, match="expected one line"):
+        report.replace_numbers("nothing", "numbers")
+
+
+def test_committed_pages_are_those_of_the_committed_rows() -> None:
+    """No number is typed by hand: what stands there is what the files give."""
+    runs, verdicts = report.read(report.RESULTS), report.read(report.RESULTS, "goal")
+    assert (record.ROOT / report.PAGE).read_text() == report.page_text(runs, verdicts)
+    readme = (record.ROOT / report.README).read_text()
+    assert report.replace_numbers(readme, report.readme_text(runs)) == readme
