@@ -261,50 +261,67 @@ def benchmark(
         "case": str(case),
         "dtype": str(dtype).removeprefix("torch."),
     }
+    beside_a_gpu = timed and device.type == "cuda"  # on a CPU a step's work is the host's
     torch.compiler.reset()
     rows = []
-    for mode in modes:
-        original = subject(few, "eager", path)
-        assert original is not None
-        exact, plain = (
-            repeated(_flat(prepare(original, device, wide, mode, "")()), case.batch // few.batch)
-            for wide in (torch.float64, dtype)
-        )
-        verdicts: dict[str, tuple[str, float | None]] = {}
-        calls: dict[str, Call] = {}
-        first: dict[str, float] = {}
-        for contestant in names:
-            kind, _, how = contestant.partition("-")
-            try:
-                mine = subject(few, kind, path, case.batch)
-                if mine is None:
-                    continue
-                calls[contestant] = _without_sets(prepare(mine, device, dtype, mode, how))
-                first[contestant] = first_call_s(calls[contestant], device)
-                right, error = judge(_flat(calls[contestant](0)), plain, exact, torch.finfo(dtype).eps)
-                verdicts[contestant] = (record.RESULT_OK if right else record.RESULT_WRONG, error)
-            except Exception:  # one that cannot run here shall not cost the others' results
-                traceback.print_exc()
-                verdicts[contestant] = (record.RESULT_FAILED, None)
-                calls.pop(contestant, None)
-        times: dict[str, Timing] = {}
-        if timed:
-            times = time_steps(calls, device) if device.type == "cuda" else time_on_cpu(calls, seconds=2.0)
-        for contestant, (verdict, error) in verdicts.items():
-            call = calls.get(contestant)
-            rows.append(
-                record.row(
-                    {**labels, "backend": contestant, "direction": mode},
-                    verdict,
-                    error,
-                    times.get(contestant),
-                    peak=peak_bytes(functools.partial(call, 0), device) if call else None,
-                    first_call_s=first.get(contestant),
-                    host_us=host_us(call, device) if call and timed else None,
-                    gpu_busy_us=gpu_busy_us(call, device) if call and timed and device.type == "cuda" else None,
+    # Contestants share code, and each is compiled for itself: past dynamo's limit they would run eagerly, unnoticed.
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        for mode in modes:
+            verdicts, calls, first = _prepared(few, case.batch, path, dtype, device, names, mode)
+            times: dict[str, Timing] = {}
+            if timed:
+                times = time_steps(calls, device) if device.type == "cuda" else time_on_cpu(calls, seconds=2.0)
+            for contestant, (verdict, error) in verdicts.items():
+                call = calls.get(contestant)
+                rows.append(
+                    record.row(
+                        {**labels, "backend": contestant, "direction": mode},
+                        verdict,
+                        error,
+                        times.get(contestant),
+                        peak=peak_bytes(functools.partial(call, 0), device) if call else None,
+                        first_call_s=first.get(contestant),
+                        host_us=host_us(call, device) if call and beside_a_gpu else None,
+                        gpu_busy_us=gpu_busy_us(call, device) if call and beside_a_gpu else None,
+                    )
                 )
-            )
     return rows
+
+
+def _prepared(
+    few: ModelCase,
+    batch: int,
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    names: Iterable[str],
+    mode: str,
+) -> tuple[dict[str, tuple[str, float | None]], dict[str, Call], dict[str, float]]:
+    """By contestant: the verdict and its error, the step to time, and the seconds that its first call took."""
+    original = subject(few, "eager", path)
+    assert original is not None
+    exact, plain = (
+        repeated(_flat(prepare(original, device, wide, mode, "")()), batch // few.batch)
+        for wide in (torch.float64, dtype)
+    )
+    verdicts: dict[str, tuple[str, float | None]] = {}
+    calls: dict[str, Call] = {}
+    first: dict[str, float] = {}
+    for contestant in names:
+        kind, _, how = contestant.partition("-")
+        try:
+            mine = subject(few, kind, path, batch)
+            if mine is None:
+                continue
+            calls[contestant] = _without_sets(prepare(mine, device, dtype, mode, how))
+            first[contestant] = first_call_s(calls[contestant], device)
+            right, error = judge(_flat(calls[contestant](0)), plain, exact, torch.finfo(dtype).eps)
+            verdicts[contestant] = (record.RESULT_OK if right else record.RESULT_WRONG, error)
+        except Exception:  # one that cannot run here shall not cost the others' results
+            traceback.print_exc()
+            verdicts[contestant] = (record.RESULT_FAILED, None)
+            calls.pop(contestant, None)
+    return verdicts, calls, first
 
 
 def _without_sets(step: Callable[[], Any]) -> Call:
