@@ -95,6 +95,8 @@ def _of_models(
     for library, of_library in models.not_installed(known).items():
         print(f"{suite}: {library} is not installed, which {', '.join(of_library)} need", file=sys.stderr)
         known = [name for name in known if name not in of_library]
+    if device.type == "cpu" and options.filter not in shapes.LARGE_MODELS:
+        known = [name for name in known if name not in shapes.LARGE_MODELS]
     if options.quick and device.type == "cpu" and not options.baseline:  # a CPU compiles a model for a minute
         names = [name for name in names if name in models.KINDS]
     for name in _chosen(options, known, quick) if names else ():

@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # a server has no display
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
 from benchmarks import attention, formulas, models, scaling, shapes
 from benchmarks.record import RESULT_OK
@@ -54,7 +55,8 @@ def _bars(axis: Any, groups: dict[str, dict[str, float]], names: Sequence[str]) 
         bars = axis.barh(y, x, height, color=COLOURS[name], label=name)
         axis.bar_label(bars, fmt="%.3g", fontsize=6.5, padding=2)
     axis.set_yticks(range(len(groups)), groups, fontsize=8)
-    axis.invert_yaxis()
+    if not axis.yaxis_inverted():  # axes may share it
+        axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -90,9 +92,15 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
 
 
 def roofline(rows: Sequence[Row], path: Path) -> None:
-    """Achieved flops over flops per byte, with what the device reaches in a copy and in a matrix product."""
-    found = [row for row in _right(rows, "ops") if row["gflop"] and row["moved_mb"]]
-    fig, axis = plt.subplots(figsize=(8, 5.2), layout="constrained")
+    """Left, attention's flops over its flops per byte under what copies and matrix products reach; right, all ops."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
+    _attention_roofline([row for row in _right(rows, "ops") if row["gflop"] and row["moved_mb"]], left)
+    _percents([row for row in _right(rows, "ops") if row["backend"] in attention.OURS], right)
+    fig.suptitle(f"Against the roofline, {_device(_right(rows, 'ops'))}", fontsize=11)
+    _save(fig, path)
+
+
+def _attention_roofline(found: Sequence[Row], axis: Any) -> None:
     intensity = [row["gflop"] * 1e3 / row["moved_mb"] for row in found]
     x = np.geomspace(min(intensity) / 3, max(intensity) * 10, 100)
     for dtype in dict.fromkeys(row["dtype"] for row in found):
@@ -112,14 +120,41 @@ def roofline(rows: Sequence[Row], path: Path) -> None:
             if points:
                 label = name if direction == "fwd" else None
                 axis.scatter(*zip(*points, strict=True), s=22, marker=marker, color=COLOURS[name], label=label)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    _log_log(axis)
     axis.set_xlabel("flops per byte that has to move")
     axis.set_ylabel("GFLOP/s of the matrix products")
-    axis.set_title(f"Window attention; o forward, v backward, square both\n{_device(found)}", fontsize=10)
+    axis.set_title("window attention; o forward, v backward, square both", fontsize=10)
+    axis.legend(fontsize=8)
+
+
+def _percents(found: Sequence[Row], axis: Any) -> None:
+    """A point for each shape and dtype, in a line for each op and direction."""
+    lines = list(dict.fromkeys((row["op"], row["direction"]) for row in found))
+    for name in dict.fromkeys(row["backend"] for row in found):
+        points = [
+            (row["percent_of_roofline"], lines.index((row["op"], row["direction"])))
+            for row in found
+            if row["backend"] == name
+        ]
+        axis.scatter(*zip(*points, strict=True), s=18, color=COLOURS[name], alpha=0.7, label=name)
+    axis.set_yticks(range(len(lines)), [f"{op}, {direction}" for op, direction in lines], fontsize=8)
+    axis.set_ylim(len(lines) - 0.5, -0.5)
+    axis.axvline(100, color="black", linewidth=1)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("time at the roofline / time, %")
+    axis.set_title("kernels of this package; a point for each shape and dtype", fontsize=10)
     axis.legend(fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    _save(fig, path)
+
+
+def _log_log(axis: Any) -> None:
+    """Logarithmic axes with plain numbers."""
+    for scale, of_axis in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
+        scale("log")
+        of_axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        of_axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+    axis.tick_params(which="both", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _of_models(rows: Sequence[Row], value: str, scale: float, title: str, unit: str, path: Path) -> None:
@@ -167,14 +202,12 @@ def scalings(rows: Sequence[Row], path: Path) -> None:
         if found:
             x, y = next(iter(found.values()))
             axis.plot(x, [y[-1] * v / x[-1] for v in x], ":", color="black", linewidth=1, label="slope 1")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        _log_log(axis)
         axis.set_xlabel(what)
         axis.set_ylabel("us")
         axis.set_title(f"cost over {sweep}", fontsize=10)
         if found:
             axis.legend(fontsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
     fig.suptitle(f"Window attention, forward, {_device(_right(rows, 'scaling'))}", fontsize=11)
     _save(fig, path)
 
@@ -193,21 +226,19 @@ def complexity(rows: Sequence[Row], path: Path) -> None:
         formula = [omega[kind](side) for side in sides]
         fitted = [times[-1] * f / formula[-1] for f in formula]
         axis.plot(tokens, fitted, "--", color=COLOURS[kind], label=f"its formula, scaled to {tokens[-1]} tokens")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    _log_log(axis)
     axis.set_xlabel("tokens of the map")
     axis.set_ylabel("us, forward")
     axis.set_title(
         f"Attention with its projections, {c} channels, window {w}\n{_device(_right(rows, 'scaling'))}", fontsize=10
     )
     axis.legend(fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
     _save(fig, path)
 
 
 TITLES = {
     "speedup": "their time / ours by shape",
-    "roofline": "achieved flops over flops per byte, with the measured ceilings",
+    "roofline": "achieved flops over flops per byte under the measured ceilings, and percent of the roofline by op",
     "models": "time of a step by model",
     "memory": "peak memory of a step by model",
     "scaling": "time over images, tokens and flops",

@@ -129,6 +129,9 @@ def test_plans() -> None:
     assert {task.label for task in command.plan(options("ops", "--filter", "swin_t.1", "--op", "layer_norm"), CPU)} == {
         "layer_norm swin_t.1 float32"
     }
+    assert not {f"{name} float32" for name in shapes.LARGE_MODELS} & by_suite["models"]  # on a CPU
+    asked = command.plan(options("models", "--filter", shapes.LARGE_MODELS[0]), CPU)
+    assert [task.label for task in asked] == [f"{shapes.LARGE_MODELS[0]} float32"]
     both = command.plan(options("models", "--filter", "swin_t", "--dtype", "float32", "bfloat16"), CPU)
     assert [task.label for task in both] == ["swin_t float32", "swin_t bfloat16"]
 
@@ -139,7 +142,7 @@ def test_shapes_cover_what_is_published() -> None:
     assert attention["swin_ir"].head_dim == 30
     assert attention["video_swin_t.1"].window_size == (8, 7, 7)
     assert attention["weather.1"].window_size == (2, 6, 12)
-    assert {c.image[-1] for c in shapes.MODELS.values() if c.library == "monai"} == {96, 128}
+    assert {c.image[-1] for c in shapes.MODELS.values() if c.library == "monai"} == {64, 96, 128}
     assert {c.image[-1] for n, c in shapes.MODELS.items() if n.startswith(("swin_b", "swin_l"))} == {224, 384}
 
 

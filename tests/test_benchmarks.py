@@ -74,6 +74,17 @@ def test_a_wrong_result_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None
     assert not attention.verify("eager", case, torch.float32, CPU)[0]
 
 
+@pytest.mark.parametrize("shape", ["weather.1", "swin_unetr128.1", "detection.1"])
+def test_what_is_compared_on_a_cpu_fits_its_memory(shape: str) -> None:
+    case = shapes.ATTENTION[shape]
+    small = attention.to_verify(case, CPU)
+    assert formulas.core_flops(small)["fwd"] <= 4 * case.head_dim * attention.MOST_SCORES_ON_CPU
+    for whole, cut, window in zip(case.size, small.size, case.window_tuple, strict=True):
+        assert cut % window == whole % window  # as much padding
+        assert cut >= 2 * window
+    assert attention.to_verify(case, torch.device("cuda")) == shapes.with_batch(case, 2)
+
+
 def test_rows_of_a_run_on_the_cpu(tmp_path: Path) -> None:
     names = attention.contestants(CPU, ("cpu", "eager"))
     assert "eager" in names
