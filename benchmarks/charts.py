@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,14 @@ def _bars(axis: Any, groups: dict[str, dict[str, float]], names: Sequence[str]) 
         bars = axis.barh(y, x, height, color=COLOURS[name], label=name)
         axis.bar_label(bars, fmt="%.3g", fontsize=6.5, padding=2)
     axis.set_yticks(range(len(groups)), groups, fontsize=8)
-    if not axis.yaxis_inverted():  # axes may share it
-        axis.invert_yaxis()
+    axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(fig: Any, axes: Iterable[Any]) -> None:
+    """One for all axes, below them."""
+    entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    fig.legend(entries.values(), entries, fontsize=8, loc="outside lower center", ncols=len(entries))
 
 
 def _device(rows: Sequence[Row]) -> str:
@@ -86,7 +91,7 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
         axis.axvline(1, color="#1f6feb", linewidth=1.5)
         axis.set_title({"fwd": "forward", "fwd+bwd": "forward and backward"}[direction], fontsize=10)
         axis.set_xlabel("their time / ours (line: ours)")
-    axes[1].legend(fontsize=8, loc="lower right")
+    _legend(fig, axes)
     fig.suptitle(f"Window attention without its linear layers, {_device(found)}", fontsize=11)
     _save(fig, path)
 
@@ -178,7 +183,7 @@ def _of_models(rows: Sequence[Row], value: str, scale: float, title: str, unit: 
         _bars(axis, groups, models.CONTESTANTS)
         axis.set_title(mode, fontsize=10)
         axis.set_xlabel(unit)
-    axes.flat[-1].legend(fontsize=8, loc="lower right")
+    _legend(fig, axes.flat)
     fig.suptitle(f"{title}, {_device(found)}", fontsize=11)
     _save(fig, path)
 

@@ -5,7 +5,6 @@ A folder of ``benchmarks/results`` is a run, or several on one machine: its CSV 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,6 +137,11 @@ def _ms(row: Row | None) -> str:
 
 def _number(value: float | None, digits: int = 0) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def _range(values: Iterable[float]) -> str:
+    found = sorted(values)
+    return " to ".join(dict.fromkeys(f"{end:.3g}" for end in (found[0], found[-1])))
 
 
 def _table(rows: Sequence[dict[str, str]]) -> str:
@@ -300,13 +304,11 @@ def run_text(rows: Sequence[Row], verdicts: Sequence[Row], pictures: str = "") -
     noisy = sum(row["noisy"] is True for row in rows)
     timed = sum(row["median_us"] is not None for row in rows)
     parts = [f"## {device(rows)}\n\n{settings(rows)}. {noisy} of {timed} times are noisy.\n"]
-    limits = {
-        (row["dtype"], row["ceiling_gb_per_s"], row["ceiling_gflop_per_s"])
-        for row in rows
-        if row["suite"] == "ops" and row["ceiling_gb_per_s"]
-    }
-    for dtype, copy, matrix in itertools.islice(sorted(limits), 4):
-        parts.append(f"Measured in the run of the ops, {dtype}: copy {copy} GB/s, matrix product {matrix} GFLOP/s.\n")
+    measured = [row for row in rows if row["suite"] == "ops" and row["ceiling_gb_per_s"]]
+    for dtype in dict.fromkeys(row["dtype"] for row in measured):
+        of_dtype = [row for row in measured if row["dtype"] == dtype]
+        copy, product = (_range(row[f"ceiling_{unit}_per_s"] for row in of_dtype) for unit in ("gb", "gflop"))
+        parts.append(f"Measured beside the ops, {dtype}: a copy {copy} GB/s, a matrix product {product} GFLOP/s.\n")
     sections = [
         (f"Window attention: {RATIOS}", speedups(rows), ("speedup", "roofline")),
         ("Models", steps(rows, "models"), ("models",)),
