@@ -122,8 +122,9 @@ MODELS: dict[str, ModelCase] = {
     "swin_unetr128": ModelCase("monai", "SwinUNETR", (1, 128, 128, 128), 1),
 }
 MODEL_GOAL = "swin_t"
-# Trained in float64, as what others are compared with is, they take over 20 GB: on a CPU they run if asked for by name.
-LARGE_MODELS = ("swin_l", "swin_l384", "swin_unetr96", "swin_unetr128")
+# Trained in float64, as what others are compared with is, they take over 20 GB, or, with convolutions of volumes, a
+# quarter of an hour: on a CPU they run if asked for by name.
+LARGE_MODELS = ("swin_l", "swin_l384", "swin_unetr64", "swin_unetr96", "swin_unetr128")
 QUICK_MODELS = ("swin_t", "swinv2_t_w8", "swin_t.torchvision", "swin_t.transformers")
 # A block with a shift of a model, by the path of the module that accelerate replaces.
 BLOCKS: dict[str, tuple[str, str]] = {
