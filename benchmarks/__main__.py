@@ -247,6 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser().error(f"{taken[0]} exists, and results are not overwritten: remove it or give another --out")
     rows = run(tasks, device, out)
     every = [row for found in rows.values() for row in found]
+    if not every:
+        print(f"{options.command}: none of {', '.join(options.baseline)} exists for what was chosen", file=sys.stderr)
+        return 2
     noisy = sum(row["noisy"] is True for row in every)
     print(f"\n{len(every)} rows in {out}; commit {record.commit()}")
     print(f"tables and pictures: {report.write_run(out)}")

@@ -241,7 +241,9 @@ def memory_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def model_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same for models in bfloat16, and that none is slower than its original."""
 
-    def contest_of(suite: str, shape: str, mode: str, mine: str, others: Iterable[str], column: str = "median_us"):
+    def contest_of(
+        suite: str, shape: str, mode: str, mine: str, others: Iterable[str], column: str = "median_us"
+    ) -> tuple[dict[str, Any] | None, float | None]:
         """The row of mine, and its value over the best of the others: they took turns, so all that exist are there."""
         labels = {"suite": suite, "shape": shape, "dtype": "bfloat16", "direction": mode}
         row = _find(rows, **labels, backend=mine)

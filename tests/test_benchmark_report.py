@@ -108,6 +108,13 @@ def test_a_wrong_peer_is_shown_as_wrong(small_shape: str, tmp_path: Path, monkey
     assert all(row["median_us"] > 0 and row["percent_of_roofline"] is None for row in wrong)
 
 
+def test_a_library_without_a_switch_leaves_nothing_to_measure(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command.models, "benchmark", lambda *args, **options: [])
+    arguments = ["models", "--device", "cpu", "--filter", "swin_t", "--baseline", "fused", "--out", str(tmp_path)]
+    assert command.main(arguments) == 2
+    assert "none of fused exists for what was chosen" in capsys.readouterr().err
+
+
 def options(*arguments: str) -> Any:
     parsed = command.parser().parse_args([*arguments, "--device", "cpu"])
     parsed.dtype = parsed.dtype or ["float32"]
