@@ -42,25 +42,32 @@ def run(model: nn.Module, x: Tensor, *others: Any) -> dict[str, Tensor]:
     return {**{name: o.detach() for name, o in outs.items()}, "x": x.grad, **grads}
 
 
-def shaken(model: nn.Module, x: Tensor, dtype: torch.dtype, *others: Any) -> dict[str, Tensor]:
-    """What a model in float64 makes of an input and parameters that were moved by an eps of the dtype."""
-    generator = torch.Generator().manual_seed(4)
+def shaken(model: nn.Module, x: Tensor, dtype: torch.dtype, *others: Any) -> list[dict[str, Tensor]]:
+    """What a model in float64 makes of an input and parameters that were moved by an eps of the dtype, a few times.
 
-    def shake(t: Tensor) -> Tensor:
-        up = torch.randint(0, 2, t.shape, generator=generator, dtype=t.dtype)
-        return t * (1 + torch.finfo(dtype).eps * (2 * up - 1))
-
+    How far the largest element moves is a matter of chance: it differed by a factor of 13 from one time to another.
+    """
     model = copy.deepcopy(model).double()
-    for p in model.parameters():
-        p.data = shake(p.data)
-    return run(model, shake(x.double()), *others)
+    found = []
+    for seed in (4, 5, 6):
+        generator = torch.Generator().manual_seed(seed)
+
+        def shake(t: Tensor, generator: torch.Generator = generator) -> Tensor:
+            up = torch.randint(0, 2, t.shape, generator=generator, dtype=t.dtype)
+            return t * (1 + torch.finfo(dtype).eps * (2 * up - 1))
+
+        moved = copy.deepcopy(model)
+        for p in moved.parameters():
+            p.data = shake(p.data)
+        found.append(run(moved, shake(x.double()), *others))
+    return found
 
 
 def assert_as_good(
     got: dict[str, Tensor],
     plain: dict[str, Tensor],
     exact: dict[str, Tensor],
-    moved: dict[str, Tensor] | None = None,
+    moved: list[dict[str, Tensor]] | None = None,
 ) -> None:
     """The error against float64 is at most twice that of the library's code in the same dtype, and a few roundings.
 
@@ -71,7 +78,8 @@ def assert_as_good(
     largest = max(t.abs().max() for t in exact.values())
     for name in exact:
         assert got[name].dtype == plain[name].dtype, name
-        eps = torch.finfo(got[name].dtype).eps * (256 if got[name].dtype == torch.float64 else 4)
+        # In float64 the library's code is the judge, and has no error of its own beside which to look at ours.
+        eps = torch.finfo(got[name].dtype).eps * (1024 if got[name].dtype == torch.float64 else 4)
         # Gradients of what keys alone see nearly cancel. That of transformers' position MLP passes through a table of a
         # few dozen sums that do, and have another order here: the error of one of them is in all of its elements.
         times = 4 if any(part in name for part in ("position_bias_mlp", ".k_proj.", ".key.")) else 2
@@ -82,7 +90,7 @@ def assert_as_good(
             size = largest if size < 1e-9 * largest else size
             e, limit = measure(error), few * (times * measure(base) + eps * size)
             if moved is not None:
-                limit = limit + few * 2 * measure(moved[name] - exact[name])
+                limit = limit + few * 2 * max(measure(m[name] - exact[name]) for m in moved)
             assert e <= limit, f"{name}: error {e:.3g}, at most {limit:.3g}"
 
 

@@ -53,7 +53,7 @@ def check(
     assert_as_good(result(copy.deepcopy(ours).double(), x.double(), *sizes), exact, exact)
     moved = shaken(theirs, x, x.dtype)
     for a, b in renamed:
-        moved = {key.replace(a, b): value for key, value in moved.items()}
+        moved = [{key.replace(a, b): value for key, value in m.items()} for m in moved]
     assert_as_good(result(ours, x, *sizes), result(theirs, x), exact, moved)
 
 
