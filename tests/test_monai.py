@@ -26,7 +26,7 @@ from monai.networks.nets.swin_unetr import (
     WindowAttention,
     compute_mask,
 )
-from parity import assert_as_good, assert_as_noisy, run
+from parity import assert_as_good, assert_as_noisy, run, shaken
 
 import swinkernels
 from swinkernels.integrations import VerificationError, _norms
@@ -78,7 +78,8 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
     exact = run(copy.deepcopy(model).double(), x.double())
-    assert_as_good(run(accelerated(model, backend), x), run(model, x), exact)
+    # The norms of its convolutions magnify roundings where maps are small.
+    assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, shaken(model, x, x.dtype))
 
 
 def with_drop_path(model: nn.Module, p: float = 0.5) -> nn.Module:
