@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import swinkernels
-from benchmarks import record
+from benchmarks import contest, record
 from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase, op_arguments
 
@@ -37,7 +37,6 @@ CASES = {
 }
 # Microseconds of the calling thread on the GPU path, of the first case.
 GOALS = {"forward": 12.0, "forward + backward": 45.0}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Call = Callable[[], Any]
 
 
@@ -174,18 +173,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", choices=[b for b in _backends.BACKENDS if b != "reference"], help="default: all")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=contest.DTYPES, default="bfloat16")
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--out", type=Path, help="folder for host_cost.csv")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # a window is not worth waking another thread for
-    wanted = [arguments.backend] if arguments.backend else [b for b in _backends.BACKENDS if b != "reference"]
-    rows: list[dict[str, Any]] = []
-    for backend in wanted:
-        if (backend == "cpu") == (device.type == "cpu") and _backends.unavailable(backend) is None:
-            rows += benchmark(device, DTYPES[arguments.dtype], backend, arguments.case or list(CASES))
+    wanted = [b for b in backends(device) if arguments.backend in (None, b)]
+    rows = [
+        row
+        for b in wanted
+        for row in benchmark(device, contest.DTYPES[arguments.dtype], b, arguments.case or list(CASES))
+    ]
     print(record.table(rows))
     if arguments.out is not None:
         record.write_csv(arguments.out / "host_cost.csv", rows, device)

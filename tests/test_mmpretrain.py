@@ -81,8 +81,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
     """Compare the model with its accelerated copy; the judge is the model in float64."""
     exact = run(copy.deepcopy(model).double(), x.double())
-    moved = None if x.dtype == torch.float64 else shaken(model, x, x.dtype)
-    assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, moved)
+    assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, shaken(model, x, x.dtype))
 
 
 def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
