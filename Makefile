@@ -79,7 +79,7 @@ gpu-build:
 	SWINKERNELS_BUILD=cuda $(PYTHON) setup.py build_ext --inplace
 
 gpu-test: gpu-build
-	$(PYTHON) tests/run_on_gpu.py --out $(RESULTS) -- $(PYTEST_ARGS)
+	$(PYTHON) tests/cuda/run_on_gpu.py --out $(RESULTS) -- $(PYTEST_ARGS)
 
 gpu-bench: gpu-build
 	$(PYTHON) -m benchmarks.gpu_suite --out $(RESULTS)
@@ -88,7 +88,7 @@ gpu-variants: gpu-build
 	$(PYTHON) -m benchmarks.variants --out $(RESULTS)
 
 sanitize: gpu-build
-	$(PYTHON) tests/sanitize_sweep.py $(SANITIZE_ARGS)
+	$(PYTHON) tests/cuda/sanitize_sweep.py $(SANITIZE_ARGS)
 
 clean:
 	rm -rf build dist site *.egg-info swinkernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -22,8 +23,10 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, data
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-# Files whose tests take the GPU if there is one, and have another way without.
-ON_A_GPU_IF_THERE_IS_ONE = {"test_triton.py", "test_triton_memory_ops.py"}
+# Tests that use the GPU if there is one, and Triton's interpreter otherwise.
+ON_A_GPU_IF_THERE_IS_ONE = {
+    Path(__file__).parent / "triton" / name for name in ("test_window_attention.py", "test_memory_bound_ops.py")
+}
 
 
 def pytest_configure() -> None:
@@ -41,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     there_is_one = torch.cuda.is_available()
     for item in items:
-        if there_is_one and item.path.name in ON_A_GPU_IF_THERE_IS_ONE:
+        if there_is_one and item.path in ON_A_GPU_IF_THERE_IS_ONE:
             item.add_marker(pytest.mark.gpu)
         if not there_is_one and item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA GPU"))
@@ -93,9 +96,8 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch):
     """Backends "cuda" and "triton" of the memory-bound ops, and "triton" of attention, run on the CPU, with kernels in
     plain PyTorch.
     """
-    from plain_kernels import attached
-
     from swinkernels.ops import _backends
+    from tests.support.plain_kernels import attached
 
     def reasons(backend: str, op: str, device: torch.device) -> list[str]:
         return [] if backend in _backends.IMPLEMENTED[op] else [f"it does not implement {op}"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import emulation
+from tests import emulation
 
 _NORM, _RESIDUAL, _POST_NORM = range(3)
 _PLAIN, _MERGING, _EXPANDING = range(3)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-import emulation
+from tests import emulation
 
 
 class _Windows(ctypes.Structure):

@@ -1,0 +1,484 @@
+"""The CUDA window attention kernels, run on the CPU by the emulator, against the float64 reference."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from swinkernels import reference
+from swinkernels.testing import WindowAttentionCase as Case
+from swinkernels.testing import cancelling_terms, check_window_attention, run_case
+from tests import emulation
+from tests.support.philox import kept_weights, philox
+
+pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
+
+# As torch.finfo counts, for 10 bits of mantissa. Attention in float64 whose matrix products round their operands to
+# TF32, and nothing else, has RMS errors of 0.42 to 0.50 of this in the gradients of q, k and v.
+TF32_EPS = 2.0**-10
+
+
+@pytest.fixture
+def library() -> Iterator[emulation.WindowAttentionLibrary]:
+    built = emulation.window_attention_library()
+    built.configure()
+    yield built
+    built.configure()
+
+
+def _round_to_tf32(x: Tensor) -> Tensor:
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class _Tf32Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return torch.matmul(_round_to_tf32(a), _round_to_tf32(b))
+
+    @staticmethod
+    def backward(ctx, dc):
+        (a, b), dc = map(_round_to_tf32, ctx.saved_tensors), _round_to_tf32(dc)
+        return torch.matmul(dc, b.mT), torch.matmul(a.mT, dc)
+
+
+def _matmul_in_tf32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as a GPU computes it with torch's TF32 switch on, if they are float32."""
+    return _Tf32Product.apply(a, b) if a.dtype == torch.float32 else torch.matmul(a, b)
+
+
+def _check(
+    library: emulation.WindowAttentionLibrary,
+    case: Case,
+    arithmetic: str,
+    seed: int = 0,
+    **arguments,
+) -> dict[str, Tensor]:
+    if arithmetic == "tf32":
+        op = functools.partial(library.window_attention_qkvpacked, allow_tf32=True, **arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            if case.has_logit_scale:
+                # Cosines, and what TF32 rounds off their operands, are multiplied by up to 100. The plain code, which
+                # does the same, shows how much that is.
+                patch.setattr(Tensor, "__matmul__", _matmul_in_tf32)
+            return check_window_attention(op, case, torch.float32, eps=TF32_EPS, seed=seed, rounds_unit_rows=True)
+    op = functools.partial(library.window_attention_qkvpacked, **arguments)
+    return check_window_attention(op, case, getattr(torch, arithmetic), seed=seed, rounds_unit_rows=True)
+
+
+def _regions(*frame: int) -> Tensor:
+    return torch.randint(0, 3, frame, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+
+
+ROLL_THEN_PAD = {"pad_order": "roll_then_pad"}
+# Windows of 4 to 256 tokens, each with another head_dim, size and padding: what chooses tiles, loops and tails.
+WINDOWS = [
+    Case(2, (4, 6), 2, 8, 2, 1),
+    Case(2, (7, 5), 1, 16, 3, 1, has_pad_qkv=True),
+    Case(1, (8, 8), 2, 24, 4, 2),
+    Case(1, (12, 9), 2, 32, 5, 2, has_pad_qkv=True, options=ROLL_THEN_PAD),
+    Case(2, (12, 14), 2, 32, 7, 3, has_pad_qkv=True),
+    Case(1, (13, 14), 1, 40, 7, 3, has_pad_qkv=True, options=ROLL_THEN_PAD),
+    Case(3, (8, 16), 1, 64, 8, 4),
+    Case(1, (12, 10), 1, 32, 10, 5, has_pad_qkv=True),
+    Case(1, (12, 12), 2, 16, 12, 6),
+    Case(1, (16, 9), 1, 32, 16, 7, has_pad_qkv=True),
+]
+# Every head_dim class.
+HEAD_DIMS = [Case(1, (6, 9), 1, head_dim, 5, 2, has_pad_qkv=True) for head_dim in (48, 72, 96, 128)]
+# Heads whose rows are no multiple of 16 bytes in some dtype, or not even of 4.
+ODD_HEAD_DIMS = [Case(2, (7, 8), 2, head_dim, 4, 1, has_pad_qkv=True) for head_dim in (1, 4, 5, 10, 12, 20, 30, 44, 67)]
+ODD_HEAD_DIMS.append(Case(1, (9, 10), 1, 30, (9, 10), 3, has_pad_qkv=True))
+COSINE = {"has_logit_scale": True}
+DENSE = {"has_table": False, "bias_types": 0}
+# v2 and dense biases, in short and long windows, with everything that they meet.
+FEATURES = {
+    "v2": Case(2, (12, 14), 3, 32, 7, 3, has_pad_qkv=True, **COSINE),
+    "v2, small window": Case(2, (7, 8), 2, 16, 4, 1, has_pad_qkv=True, **COSINE),
+    "v2, window 8": Case(1, (8, 16), 2, 32, 8, 4, **COSINE),
+    "v2, wide heads": Case(1, (6, 9), 1, 96, 5, 2, has_pad_qkv=True, **COSINE),
+    "v2, odd heads, 3D": Case(1, (3, 6, 5), 2, 10, (2, 4, 4), (1, 2, 2), has_pad_qkv=True, **COSINE),
+    "v2, no table": Case(1, (7, 8), 2, 16, 4, 1, has_table=False, has_pad_qkv=True, **COSINE),
+    "v2, zero pads": Case(1, (7, 8), 2, 16, 4, 1, **COSINE),
+    "v2, long window": Case(1, (12, 12), 2, 16, 12, 6, **COSINE),
+    "v2, long window, pads": Case(1, (16, 9), 1, 32, 16, 7, has_pad_qkv=True, **COSINE),
+    "v2, long window, wide heads": Case(1, (9, 8), 1, 72, 9, 4, has_pad_qkv=True, **COSINE),
+    "dense": Case(2, (8, 8), 2, 16, 4, 1, **DENSE),
+    "dense, window 7": Case(2, (13, 14), 2, 32, 7, 3, has_pad_qkv=True, options=ROLL_THEN_PAD, **DENSE),
+    "dense, long window": Case(1, (9, 9), 2, 32, 9, 4, **DENSE),
+    "dense, grid": Case(1, (8, 12), 2, 32, 4, 0, options={"grid": True}, **DENSE),
+    "two types": Case(2, (8, 8), 2, 16, 4, 1, has_table=False, bias_types=2),
+    "a type for each window, v2": Case(3, (8, 8), 2, 16, 4, 1, has_table=False, bias_types=4, **COSINE),
+    "types, long window": Case(2, (18, 9), 2, 16, 9, 4, has_table=False, bias_types=2),
+    "types, long window, pads, v2": Case(1, (17, 8), 1, 24, 9, 4, False, True, True, 2),
+}
+# Of 343 tokens and more: the published ones, at few heads.
+LONG = {
+    "MONAI": Case(1, (7, 8, 7), 1, 16, 7, 3, has_pad_qkv=True),
+    "MONAI, head_dim 4, v2": Case(1, (7, 7, 7), 1, 4, 7, 0, **COSINE),
+    "Video-Swin": Case(1, (8, 7, 7), 1, 32, (8, 7, 7), (4, 3, 3)),
+    "window 24, v2": Case(1, (24, 24), 1, 32, 24, 12, **COSINE),
+    "1024 tokens": Case(1, (32, 31), 1, 16, 32, 3, has_pad_qkv=True),
+    "1024 tokens, dense": Case(1, (32, 32), 1, 16, 32, 0, **DENSE),
+}
+# What the geometry can say, on maps where each matters.
+GEOMETRY = {
+    "no table": Case(1, (7, 8), 2, 32, 4, 1, has_table=False, has_pad_qkv=True),
+    "zero pads": Case(1, (7, 8), 2, 32, 4, 1),
+    "no shift": Case(2, (8, 8), 2, 32, 4, 0),
+    "window and shift of two sizes": Case(1, (9, 8), 2, 16, (3, 5), (1, 2), has_pad_qkv=True),
+    "one row of windows": Case(3, (7, 21), 1, 32, 7, (0, 3)),
+    "map smaller than the window": Case(2, (3, 2), 1, 16, 5, 4, has_pad_qkv=True),
+    "map smaller than the shift, rolled first": Case(2, (3, 2), 1, 16, 5, 4, has_pad_qkv=True, options=ROLL_THEN_PAD),
+    "pads before": Case(1, (6, 7), 2, 16, 4, 2, has_pad_qkv=True, options={"pad_before": (1, 1)}),
+    "pads before, rolled first": Case(
+        1, (6, 7), 2, 16, 4, 2, has_pad_qkv=True, options={"pad_before": (2, 0), **ROLL_THEN_PAD}
+    ),
+    "periodic axis": Case(1, (8, 8), 2, 16, 4, 2, options={"periodic": (False, True)}),
+    "region map": Case(1, (7, 8), 2, 16, 4, 1, has_pad_qkv=True, options={"region_map": _regions(8, 8)}),
+    "grid": Case(2, (8, 12), 2, 32, 4, 0, options={"grid": True}),
+    "grid with pads": Case(1, (7, 9), 1, 32, 5, 0, has_pad_qkv=True, options={"grid": True}),
+    "grid with a region map": Case(1, (8, 8), 1, 16, 4, 0, options={"grid": True, "region_map": _regions(8, 8)}),
+    "scale and mask value": Case(1, (8, 8), 2, 16, 4, 2, options={"scale": 0.5, "mask_value": -3.0}),
+    "3D": Case(1, (4, 6, 5), 2, 16, (2, 3, 3), (1, 1, 1), has_pad_qkv=True),
+    "3D, rolled first": Case(1, (3, 6, 5), 1, 32, (2, 4, 4), (1, 2, 2), has_pad_qkv=True, options=ROLL_THEN_PAD),
+    "3D, window decoded in a larger one": Case(1, (2, 4, 4), 2, 16, (2, 4, 4), 0, options={"table_window": (8, 7, 7)}),
+    "2D, long window, region map": Case(1, (9, 9), 1, 16, 9, 4, options={"region_map": _regions(9, 9)}),
+    "long window decoded in a larger one": Case(1, (9, 10), 1, 16, (9, 10), 0, options={"table_window": (10, 12)}),
+    "3D, long window": Case(1, (2, 8, 10), 1, 16, (2, 8, 8), (1, 4, 4), has_pad_qkv=True),
+    "large bias table": Case(1, (6, 16, 2), 1, 16, (6, 16, 2), 0, options={"table_window": (10, 16, 10)}),
+    # Most keys alike: what is left over of the sums of P, were it not taken out, would add up.
+    "nearly all pads": Case(1, (16, 1), 1, 32, (7, 6), has_table=False, has_pad_qkv=True, options=ROLL_THEN_PAD),
+    "nearly all pads, long": Case(3, (1, 11), 3, 24, (9, 16), 0, has_pad_qkv=True, options={"scale": 0.1}),
+    "many heads": Case(1, (4, 4), 24, 8, 4, 1),
+    "many windows": Case(7, (6, 6), 1, 16, 2, 1),
+}
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16", "float32", "tf32"])
+@pytest.mark.parametrize("case", WINDOWS, ids=str)
+def test_windows(library, case, arithmetic):
+    _check(library, case, arithmetic)
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32", "tf32"])
+@pytest.mark.parametrize("case", HEAD_DIMS, ids=str)
+def test_head_dims(library, case, arithmetic):
+    _check(library, case, arithmetic)
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", ODD_HEAD_DIMS, ids=str)
+def test_any_head_dim(library, case, arithmetic):
+    _check(library, case, arithmetic)
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16", "float32", "tf32"])
+@pytest.mark.parametrize("name", FEATURES)
+def test_cosine_attention_and_dense_biases(library, name, arithmetic):
+    _check(library, FEATURES[name], arithmetic)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_windows_of_up_to_1024_tokens(library, name):
+    _check(library, LONG[name], "bfloat16" if name == "1024 tokens" else "float16")
+
+
+def test_1024_tokens_in_float32(library):
+    _check(library, LONG["1024 tokens"], "float32")
+
+
+@pytest.mark.parametrize("name", GEOMETRY)
+def test_geometry(library, name):
+    _check(library, GEOMETRY[name], "float16")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_products_do_not_add_up_the_rounding_of_lse(library, seed):
+    """A row of dS sums to zero, and so does dbias, although P is recomputed from a rounded lse."""
+    case = GEOMETRY["nearly all pads, long"]
+    got = _check(library, case, "float32", seed=seed)["dbias_table"].double()
+    terms = cancelling_terms(case, {k: x.double() for k, x in case.inputs(torch.float32, seed=seed).items()})
+    # Without the correction up to 8.6 of these units are left over, with it at most 2.6.
+    unit = 2.0**-27 * terms["dbias_table"].sum(0)
+    assert (got.sum(0).abs() <= 3 * unit).all()
+
+
+def _map(draw: st.DrawFn, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Size, window and shift."""
+    window = tuple(draw(st.integers(1, 11 if rank == 2 else 5), label="window") for _ in range(rank))
+    size = tuple(draw(st.integers(1, 2 * w + 1), label="size") for w in window)
+    return size, window, tuple(draw(st.integers(0, w - 1), label="shift") for w in window)
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> Case:
+    rank = draw(st.sampled_from([2, 2, 3]))
+    size, window, shift = _map(draw, rank)
+    frame = tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
+    assume(math.prod(frame) <= 500)
+    options: dict = {"pad_order": draw(st.sampled_from(["pad_then_roll", "roll_then_pad"]))}
+    if draw(st.booleans()):
+        options["grid"], shift = True, (0,) * rank
+    if draw(st.booleans()):
+        options["pad_before"] = tuple(draw(st.integers(0, p - s)) for p, s in zip(frame, size, strict=True))
+    regions = draw(st.sampled_from(["shift", "periodic", "map"]))
+    if regions == "periodic":
+        options["periodic"] = tuple(draw(st.booleans()) for _ in range(rank))
+    if regions == "map":
+        options["region_map"] = _regions(*frame)
+    if draw(st.booleans()):
+        options["mask_value"] = -3.0
+    cosine = draw(st.booleans())
+    if not cosine and draw(st.booleans()):
+        options["scale"] = 0.25
+    bias = draw(st.sampled_from(["none", "table", "larger table", "dense", "types"]))
+    if bias == "larger table":
+        options["table_window"] = tuple(w + 2 for w in window)
+    return Case(
+        draw(st.integers(1, 3)),
+        size,
+        draw(st.integers(1, 3)),
+        # With fewer than 4 the plain float32 code happens to be exact: unit rows are all ones.
+        draw(st.integers(4 if cosine else 1, 40)),
+        window,
+        shift,
+        has_table="table" in bias,
+        has_pad_qkv=draw(st.booleans()),
+        has_logit_scale=cosine,
+        bias_types={"dense": 0, "types": frame[0] // window[0]}.get(bias),
+        options=options,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=_cases(), arithmetic=st.sampled_from(["bfloat16", "float16", "float32"]))
+def test_any_case(case, arithmetic):
+    built = emulation.window_attention_library()
+    built.configure()
+    op, dtype = built.window_attention_qkvpacked, getattr(torch, arithmetic)
+    # Few numbers average too few rounding errors. With cosines times 100 one key of a row is left: what remains of its
+    # dS, which sum to zero, is rounding error, and in float16 below its range.
+    assume(not (case.has_logit_scale and dtype == torch.float16))
+    eps = torch.finfo(dtype).eps * (2 if dtype != torch.float32 else 64 if case.has_logit_scale else 4)
+    check_window_attention(op, case, dtype, eps=eps, cancels=True)
+
+
+# Dropout
+
+DROPOUT = {
+    "short": Case(2, (8, 6), 2, 32, 4, 1, has_pad_qkv=True, options={"dropout_p": 0.3}),
+    "window 7, v2": Case(1, (12, 14), 2, 32, 7, 3, has_pad_qkv=True, options={"dropout_p": 0.1}, **COSINE),
+    "long": Case(2, (9, 8), 2, 16, 9, 4, has_pad_qkv=True, options={"dropout_p": 0.5}),
+    "long, wide heads, types": Case(1, (18, 8), 1, 72, 9, 4, False, True, False, 2, {"dropout_p": 0.25}),
+    "hardly any kept": Case(1, (8, 8), 2, 16, 8, 4, options={"dropout_p": 0.99999}),
+    "all": Case(1, (8, 8), 2, 16, 4, 1, options={"dropout_p": 1.0}),
+}
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16", "float32", "tf32"])
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout(library, name, arithmetic, monkeypatch):
+    """The reference with the weights that the kernels' generator keeps, outputs and gradients."""
+    case, seed = DROPOUT[name], -(2**62) + 12345
+    windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
+    shape = (case.batch, windows, case.num_heads, math.prod(case.window_tuple))
+    kept = kept_weights(seed, case.options["dropout_p"], *shape)
+    monkeypatch.setattr(Tensor, "bernoulli_", lambda self, p, generator=None: self.copy_(kept))
+    _check(library, case, arithmetic, dropout_seed=seed)
+
+
+def test_dropout_rate_and_seeds():
+    p, shape = 0.3, (2, 4, 3, 49)
+    a, b = (kept_weights(seed, p, *shape) for seed in (1, 2))
+    for kept in (a, b):
+        assert abs(kept.double().mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / kept.numel())
+        rows, columns = kept.double().mean((0, 1, 2, 4)), kept.double().mean((0, 1, 2, 3))
+        assert ((rows - 0.7).abs() < 0.1).all() and ((columns - 0.7).abs() < 0.1).all()
+    agreement = (a == b).double().mean()
+    assert abs(agreement - (p * p + (1 - p) ** 2)) < 0.01  # as of independent draws
+
+
+def test_philox_is_that_of_the_paper():
+    """Known answers of the authors' library, Random123 (kat_vectors, philox4x32 10)."""
+    answers = {
+        (0x00000000,) * 6: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        (0xFFFFFFFF,) * 6: (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    }
+    for (k0, k1, *counter), expected in answers.items():
+        got = philox(k0 | k1 << 32, np.array(counter, dtype=np.uint32))
+        assert tuple(map(int, got)) == expected
+
+
+# Extremes
+
+
+def test_dscores_beyond_float16(library):
+    """dP = dout v^T may be far above 65504 although every gradient is a float16."""
+    for case in (
+        Case(2, (14, 7), 2, 32, 7, 3, has_pad_qkv=True),
+        Case(2, (14, 7), 2, 32, 7, 3, has_pad_qkv=True, **COSINE),
+        Case(1, (9, 16), 1, 16, 9, 4),
+        Case(1, (9, 8), 1, 96, 9, 4),
+    ):
+        inputs = case.inputs(torch.float16)
+        qkv = inputs["qkv"].unflatten(-1, (3, -1))
+        # Of one image in three, so that blocks of rows differ in how much they must be scaled.
+        qkv[..., 2, :] *= 500
+        inputs["dout"][:, ::3] *= 500
+        if not case.has_logit_scale:
+            qkv[..., :2, :] *= 2.0**-8
+        else:
+            qkv[..., :2, :] *= 2.0**9
+        got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+        wide = {name: x.double() for name, x in inputs.items()}
+        exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments())
+        for name, x in exact.items():
+            in_range = x.abs() <= torch.finfo(got[name].dtype).max
+            assert got[name][in_range].isfinite().all(), name
+            error = (got[name].double() - x)[in_range]
+            assert error.square().mean().sqrt() <= 1e-3 * x[in_range].square().mean().sqrt(), name
+
+
+def test_what_is_not_finite_stays_in_its_window(library):
+    """Rows and columns that fill up tiles are zero again for the windows that come after."""
+    for head_dim in (10, 16, 30):
+        case = Case(4, (7, 14), 1, head_dim, 7, 0, has_table=False)
+        inputs = case.inputs(torch.float16)
+        expected = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+        inputs["qkv"][0, :, :7] = math.inf
+        library.configure(multiprocessors=1)
+        got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+        library.configure()
+        for name in ("out", "dqkv"):
+            assert got[name][0, :, :7].isnan().any()
+            assert torch.equal(got[name][0, :, 7:], expected[name][0, :, 7:]), (name, head_dim)
+            assert torch.equal(got[name][1:], expected[name][1:]), (name, head_dim)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (9, 9)], ids=["short", "long"])
+def test_rows_of_length_zero(library, size):
+    """v2 divides them by 1e-12; their gradients are of the order of 1e12."""
+    case = Case(1, size, 2, 16, size, 0, **COSINE)
+    inputs = case.inputs(torch.float32)
+    inputs["qkv"].unflatten(-1, (3, 2, 16))[0, 0, 1, :2, 0] = 0.0
+    got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+    exact = run_case(reference.window_attention_qkvpacked, {k: x.double() for k, x in inputs.items()}, case.arguments())
+    zero = inputs["qkv"].unflatten(-1, (3, 2, 16)) == 0
+    assert zero.sum() == 32
+    for rows in (zero, ~zero):
+        x, y = (r["dqkv"].unflatten(-1, (3, 2, 16))[rows].double() for r in (got, exact))
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4 * y.abs().max().item())
+    torch.testing.assert_close(got["out"].double(), exact["out"], rtol=1e-4, atol=1e-4)
+
+
+def test_clamped_logit_scale_has_no_gradient(library):
+    """torch clamps at ln 100 in double, which the float nearest to it is above."""
+    case = Case(1, (8, 8), 3, 16, 4, 1, **COSINE)
+    inputs = case.inputs(torch.float32)
+    above = torch.tensor(math.log(100.0))
+    inputs["logit_scale"] = torch.stack([above, above.nextafter(torch.tensor(0.0)), above + 1]).reshape(3, 1, 1)
+    got, plain = (
+        run_case(op, inputs, case.arguments())["dlogit_scale"].flatten()
+        for op in (library.window_attention_qkvpacked, reference.window_attention_qkvpacked)
+    )
+    assert plain[0] == plain[2] == 0 != plain[1]
+    assert got[0] == got[2] == 0
+    torch.testing.assert_close(got[1], plain[1], rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(WINDOWS[i] for i in (1, 4, 6, 7)),
+        FEATURES["v2"],
+        FEATURES["v2, long window, pads"],
+        FEATURES["types, long window"],
+        ODD_HEAD_DIMS[2],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32", "float32"])
+def test_same_bits_whatever_the_schedule(library, case, arithmetic):
+    """The threads' order must not matter: a missing barrier, or sums in the order of arrival, would show."""
+    dtype = torch.bfloat16 if arithmetic == "bfloat16" else torch.float32
+    inputs = case.inputs(dtype)
+    arguments = {**case.arguments(), "allow_tf32": arithmetic == "tf32"}
+    first = run_case(library.window_attention_qkvpacked, inputs, arguments)
+    for seed in (1, 2, 3):
+        library.configure(seed=seed)
+        again = run_case(library.window_attention_qkvpacked, inputs, arguments)
+        for name in first:
+            assert torch.equal(first[name], again[name]), f"{name} differs with schedule {seed}"
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 7, 200])
+def test_any_number_of_multiprocessors(library, multiprocessors):
+    """From one block that loops over everything to more blocks than there is work."""
+    library.configure(multiprocessors=multiprocessors)
+    for case in (
+        Case(3, (8, 6), 2, 32, 4, 1, has_pad_qkv=True),
+        Case(1, (12, 10), 1, 32, 9, 4, has_pad_qkv=True),
+        FEATURES["a type for each window, v2"],
+        FEATURES["types, long window"],
+    ):
+        _check(library, case, "bfloat16")
+
+
+def test_rows_of_a_larger_tensor(library):
+    """Heads, rows and images need not be next to each other."""
+    case = Case(2, (7, 6), 2, 16, 4, 1, has_pad_qkv=True)
+    inputs = case.inputs(torch.float16)
+    dense = library.run(**inputs, **case.arguments())
+    strided = library.run(**inputs, **case.arguments(), spread=True)
+    for name in dense:
+        assert torch.equal(dense[name], strided[name]), name
+
+
+def test_lse(library):
+    """The log-sum-exp of the scores, in natural units, in the order (batch, window, head, query)."""
+    case = Case(2, (4, 8), 2, 16, 4, 0)
+    inputs = case.inputs(torch.float16)
+    lse = library.run(**inputs, **case.arguments())["lse"]
+    q, k, _ = inputs["qkv"].double().reshape(2, 4, 2, 4, 3, 2, 16).permute(4, 0, 2, 5, 1, 3, 6).flatten(4, 5)
+    token = torch.arange(16)
+    offset = (token // 4)[:, None] - (token // 4) + 3, (token % 4)[:, None] - token % 4 + 3
+    bias = inputs["bias_table"].double()[offset[0] * 7 + offset[1]].permute(2, 0, 1)
+    expected = torch.logsumexp(q @ k.mT / math.sqrt(16) + bias, -1)
+    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=2e-5)
+
+
+def test_empty_batch(library):
+    results = _check(library, Case(0, (8, 8), 2, 16, 4, 1), "float16")
+    assert results["out"].shape == (0, 8, 8, 32)
+    assert results["dbias_table"].eq(0).all()
+
+
+def test_gradients_that_nobody_wants(library):
+    case = Case(1, (7, 8), 2, 16, 4, 1, has_pad_qkv=True)
+    inputs = case.inputs(torch.float16)
+    wanted = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+    qkv = inputs["qkv"].clone().requires_grad_()
+    out = library.window_attention_qkvpacked(qkv, inputs["bias_table"], pad_qkv=inputs["pad_qkv"], **case.arguments())
+    (dqkv,) = torch.autograd.grad(out, qkv, inputs["dout"])
+    assert torch.equal(dqkv, wanted["dqkv"])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(1, (33, 32), 1, 16, (33, 32), 0), Case(1, (4, 4), 1, 136, 4, 0)],
+    ids=["window volume", "head_dim"],
+)
+def test_what_has_no_kernel_is_refused(library, case):
+    case_inputs = case.inputs(torch.float16)
+    case_inputs.pop("dout")
+    with pytest.raises((emulation.LaunchError, ValueError)):
+        library.window_attention_qkvpacked(**case_inputs, **case.arguments())

@@ -1,0 +1,240 @@
+"""Attention modules, blocks and stages beside those of timm and of Microsoft's form: strict loading, same numbers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import RelPosBias
+from timm.models.swin_transformer import SwinTransformerBlock as TimmBlock
+from timm.models.swin_transformer import SwinTransformerStage as TimmStage
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block as TimmBlockV2
+from timm.models.vision_transformer import Block as TimmViTBlock
+from timm.models.vision_transformer_relpos import RelPosBlock as TimmRelPosBlock
+from torch import Tensor, nn
+
+from swinkernels import nn as sn
+from swinkernels import window_attention_qkvpacked
+from swinkernels.integrations._windows import window_index
+from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
+from tests.support.published_forms import ClassificationBlock, ClassificationBlockV2
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def make_map(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def check(
+    ours: nn.Module, theirs: nn.Module, x: Tensor, *sizes: Any, renamed: tuple[tuple[str, str], ...] = ()
+) -> None:
+    """Load strictly and compare outputs and every gradient, float64 and the dtype of x."""
+    randomise(theirs)
+    state = theirs.state_dict()
+    for a, b in renamed:
+        state = {key.replace(a, b): value for key, value in state.items()}
+    ours.load_state_dict(state, strict=True)
+    ours.eval(), theirs.eval()
+
+    def result(module: nn.Module, x: Tensor, *args: Any) -> dict[str, Tensor]:
+        out = run(module, x, *args)
+        for a, b in renamed:
+            out = {key.replace(a, b): value for key, value in out.items()}
+        return out
+
+    exact = result(copy.deepcopy(theirs).double(), x.double())
+    assert_as_good(result(copy.deepcopy(ours).double(), x.double(), *sizes), exact, exact)
+    moved = shaken(theirs, x, x.dtype)
+    for a, b in renamed:
+        moved = [{key.replace(a, b): value for key, value in m.items()} for m in moved]
+    assert_as_good(result(ours, x, *sizes), result(theirs, x), exact, moved)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (9, 14), (4, 8), (3, 8)], ids=str)
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("version", [1, 2])
+def test_block_is_timms(version, shift, size):
+    kind = (TimmBlock, TimmBlockV2)[version - 1]
+    theirs = kind(16, size, 2, window_size=4, shift_size=shift)
+    block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
+    ours = block(16, size, 2, window_size=4, shift_size=shift, pad_order="roll_then_pad")
+    assert (ours.window_size, ours.shift_size) == (tuple(theirs.window_size), tuple(theirs.shift_size))
+    check(ours, theirs, make_map(2, *size, 16))
+
+
+@pytest.mark.parametrize("size", [(8, 12), (4, 4)], ids=str)
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("version", [1, 2])
+def test_block_is_microsofts(version, shift, size):
+    """Sequences; checkpoints with relative_position_index and attn_mask."""
+    theirs = (ClassificationBlock, ClassificationBlockV2)[version - 1](16, size, 2, 4, shift)
+    if version == 2:  # as wide as Microsoft's
+        theirs.attn.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, 2, bias=False))
+    ours = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, size, 2, 4, shift, mlp_ratio=2.0)
+    x = make_map(2, size[0] * size[1], 16)
+    check(ours, theirs, x, size)
+
+
+def test_attention_of_another_index_is_refused():
+    ours = sn.WindowAttention(16, 4, 2)
+    state = ours.state_dict()
+    index = window_index((4, 4))
+    ours.load_state_dict({**state, "relative_position_index": index}, strict=True)
+    with pytest.raises(RuntimeError, match="not that of Microsoft's code"):
+        ours.load_state_dict({**state, "relative_position_index": index.T}, strict=True)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_stage_is_timms(depth):
+    theirs = TimmStage(8, 16, (9, 14), depth, downsample=True, num_heads=2, window_size=4)
+    ours = sn.BasicLayer(
+        16, (5, 7), depth, 2, 4, downsample=sn.PatchMerging, downsample_first=True, pad_order="roll_then_pad"
+    )
+    check(ours, theirs, make_map(2, 9, 14, 8))
+
+
+def test_stages_of_v2_and_with_upsampling_run_in_both_forms():
+    for layer, shape in (
+        (sn.BasicLayerV2(16, (8, 8), 2, 2, 4, downsample=sn.PatchMergingV2), (2, 4, 4, 32)),
+        (sn.BasicLayer(16, (8, 8), 2, 2, 4, upsample=sn.PatchExpand), (2, 16, 16, 8)),
+    ):
+        x = make_map(2, 8, 8, 16)
+        out = layer(x)
+        assert out.shape == shape
+        torch.testing.assert_close(layer(x.flatten(1, 2), (8, 8)), out.flatten(1, 2))
+
+
+def test_checkpointing_of_a_stage_changes_nothing():
+    layer = sn.BasicLayer(16, (8, 8), 2, 2, 4).double()
+    x = make_map(2, 8, 8, 16, dtype=torch.float64)
+    expected = run(layer.train(), x)
+    layer.use_checkpoint = True
+    assert_as_good(run(layer, x), expected, expected)
+
+
+def test_windows_of_three_axes_and_frame_by_frame():
+    x = make_map(2, 3, 8, 8, 16, dtype=torch.float64)
+    flat = sn.SwinTransformerBlock(16, None, 2, 4, 2).double()
+    frames = torch.stack([flat(f) for f in x.unbind(1)], 1)
+    torch.testing.assert_close(flat(x), frames)
+    deep = sn.SwinTransformerBlock(16, None, 2, (1, 4, 4), (0, 2, 2)).double()
+    randomise(flat)
+    deep.load_state_dict(flat.state_dict(), strict=True)
+    torch.testing.assert_close(deep(x), flat(x))
+
+
+def test_small_maps_clip_like_a_slice_of_the_index():
+    """MONAI's and Video-Swin's rule: the tokens of a clamped window are numbered in the full one."""
+    attention = sn.WindowAttention(16, (4, 4), 2, small_maps="clip").double()
+    randomise(attention)
+    x = make_map(1, 2, 8, 16, dtype=torch.float64)
+    of_full = window_index((4, 4))[:8, :8]  # the first 8 tokens of 16
+    bias = attention.relative_position_bias_table[of_full].permute(2, 0, 1)
+    out = window_attention_qkvpacked(attention.qkv(x), bias=bias, num_heads=2, window_size=(2, 4))
+    torch.testing.assert_close(attention(x), attention.proj(out))
+    padded = sn.WindowAttention(16, (4, 4), 2).double()
+    padded.load_state_dict(attention.state_dict())
+    assert not torch.allclose(attention(x), padded(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(dtype):
+    theirs = TimmBlock(16, (9, 14), 2, window_size=4, shift_size=2)
+    ours = sn.SwinTransformerBlock(16, (9, 14), 2, 4, 2, pad_order="roll_then_pad")
+    randomise(theirs)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    low, x = copy.deepcopy(theirs).eval().to(dtype), make_map(2, 9, 14, 16, dtype=dtype)
+    exact = run(copy.deepcopy(low).double(), x.double())
+    assert_as_noisy(run(ours.eval().to(dtype), x), run(low, x), exact)
+
+
+def test_drop_path_and_dropout_draw_as_timm():
+    theirs = TimmBlock(16, (8, 8), 2, window_size=4, shift_size=2, drop_path=0.5).double().train()
+    ours = sn.SwinTransformerBlock(16, (8, 8), 2, 4, 2, drop_path=0.5).double().train()
+    randomise(theirs)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = make_map(6, 8, 8, 16, dtype=torch.float64)
+    results = []
+    for module in (theirs, ours):
+        torch.manual_seed(3)
+        results.append(module(x))
+    torch.testing.assert_close(results[1], results[0])
+    assert not torch.allclose(ours(x), results[0])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_norms_and_residual_connections_on_ops(version):
+    """What a fast backend would run, by the reference; stochastic depth, too."""
+    block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
+    make = functools.partial(block, 16, (9, 14), 2, 4, 2, drop_path=0.5)
+    plain, on_ops = make().double().train(), make(backend="reference").double().train()
+    randomise(plain)
+    on_ops.load_state_dict(plain.state_dict())
+    results = []
+    for module in (plain, on_ops):
+        torch.manual_seed(3)
+        results.append(run(module, make_map(6, 9, 14, 16, dtype=torch.float64)))
+    assert_as_good(results[1], results[0], results[0])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_autocast(version):
+    block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
+    module, x = block(16, (9, 14), 2, 4, 2).eval(), make_map(2, 9, 14, 16)
+    randomise(module)
+    exact = run(copy.deepcopy(module).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(module, x)
+    assert got["out"].dtype == torch.float32
+    for name, e in exact.items():
+        assert (got[name].double() - e).norm() <= 0.05 * e.norm(), name
+
+
+@pytest.mark.parametrize("init_values", [None, 0.1])
+def test_vit_block_is_timms(init_values):
+    theirs = TimmViTBlock(16, 2, qkv_bias=True, init_values=init_values)
+    ours = sn.Block(16, 2, qkv_bias=True, init_values=init_values)
+    check(ours, theirs, make_map(2, 13, 16))
+
+
+def test_vit_block_with_relative_positions_is_timms():
+    bias = functools.partial(RelPosBias, window_size=(5, 6))
+    theirs = TimmRelPosBlock(16, 2, qkv_bias=True, rel_pos_cls=bias)
+    ours = sn.Block(16, 2, qkv_bias=True, window_size=(5, 6), rel_pos=True, eps=1e-5)
+    check(ours, theirs, make_map(2, 30, 16), (5, 6))
+
+
+def test_windowed_vit_attention_is_that_of_each_window():
+    windowed = sn.Attention(16, 2, qkv_bias=True, window_size=4).double()
+    whole = sn.Attention(16, 2, qkv_bias=True).double()
+    whole.load_state_dict(windowed.state_dict(), strict=True)
+    x = make_map(2, 8, 4, 16, dtype=torch.float64)
+    expected = torch.cat([whole(x[:, :4]), whole(x[:, 4:])], 1)
+    torch.testing.assert_close(windowed(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sn.WindowAttention(15, 4, 2), "dim must be a multiple of num_heads"),
+        (lambda: sn.WindowAttention(16, (4,), 2), "two or three values"),
+        (lambda: sn.WindowAttention(16, 4, 2, small_maps="crop"), "small_maps"),
+        (lambda: sn.SwinTransformerBlock(16, (4, 4, 4), 2, 4), "input_resolution must have the 2 axes"),
+        (lambda: sn.BasicLayer(16, None, 2, 2, drop_path=[0.1]), "one for each of the 2 blocks"),
+        (lambda: sn.BasicLayer(16, None, 2, 2, downsample_first=True), "downsample_first needs"),
+        (lambda: sn.Attention(16, 2, rel_pos=True), "rel_pos=True needs the window_size"),
+        (lambda: sn.DropPath(1.5), "drop_prob must be in 0..1"),
+        (lambda: sn.WindowAttention(16, 4, 2)(torch.zeros(2, 5, 16), (2, 3)), "must have the L = 6 tokens"),
+        (lambda: sn.WindowAttention(16, 4, 2)(torch.zeros(2, 4, 4, 8)), "must have dim = 16 channels"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

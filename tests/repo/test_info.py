@@ -1,0 +1,124 @@
+"""``python -m swinkernels.info`` and the build information of the compiled extension."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from swinkernels import __version__, _extension, info
+from swinkernels.ops import _backends
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_extension = pytest.mark.skipif(_extension.build is None, reason=str(_extension.error))
+
+BUILT = {
+    "version": "1.2.3",
+    "compiler": "gcc 12.2.0",
+    "torch_version": "2.11.0",
+    "torch_cuda": "13.0",
+    "cuda": True,
+    "cuda_missing": None,
+    "cuda_version": "13.0",
+    "arch_list": ["8.0", "9.0+PTX"],
+    "cuda_sources": ["a.cu", "b.cu"],
+    "cpu_instruction_sets": ["baseline", "avx2"],
+    "window_attention_limits": {"max_window_volume": 256},
+    "layer_norm_limits": {"max_row": 8192},
+}
+
+
+def test_printed_report_names_every_backend_and_reason() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "swinkernels.info"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith(f"swinkernels {__version__}, Python ")
+    assert torch.__version__ in result.stdout
+    for backend in _backends.BACKENDS:
+        reason = _backends.unavailable(backend)
+        expected = "available" if reason is None else f"not available because {reason}"
+        assert any(line.split(maxsplit=1) == [backend, expected] for line in result.stdout.splitlines()), backend
+
+
+def test_json_is_what_collect_returns(capsys: pytest.CaptureFixture[str]) -> None:
+    info.main(["--json"])
+    assert json.loads(capsys.readouterr().out) == info.collect()
+
+
+def test_collect_reads_the_reasons_of_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {name: "not today" if name == "cuda" else None for name in _backends.BACKENDS}
+    monkeypatch.setattr(_backends, "unavailable", reasons.get)
+    assert info.collect()["backends"] == reasons
+
+
+@needs_extension
+def test_running_instruction_set_is_one_that_was_compiled() -> None:
+    got = info.collect()
+    assert got["cpu_instruction_set"] in got["build"]["cpu_instruction_sets"]
+    assert f"{got['cpu_instruction_set']} runs here" in info.describe(got)
+
+
+def test_description_of_a_whole_build() -> None:
+    gpu = {"name": "Some GPU", "capability": "9.0", "multiprocessors": 132, "memory_gib": 79.2}
+    text = info.describe({**info.collect(), "build": BUILT, "gpus": [gpu]})
+    assert "GPU 0: Some GPU, compute capability 9.0, 132 multiprocessors, 79.2 GiB" in text
+    assert "1.2.3, built by gcc 12.2.0 with torch 2.11.0, CPU instruction sets baseline, avx2" in text
+    assert "nvcc 13.0, architectures 8.0 9.0+PTX, 2 sources; " in text
+    assert "; window_attention: max_window_volume 256; layer_norm: max_row 8192" in text
+
+
+def test_description_of_a_build_without_cuda_or_extension() -> None:
+    without = {**BUILT, "cuda": False, "cuda_missing": "no toolkit was found"}
+    assert "CUDA kernels: none: no toolkit was found" in info.describe({**info.collect(), "build": without})
+    missing = info.describe({**info.collect(), "build": None, "extension_error": "it is not built"})
+    assert "extension: not loaded: it is not built" in missing
+
+
+def test_driver_is_none_without_a_working_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert info._driver() is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    tool.chmod(0o755)
+    assert info._driver() is None
+    tool.write_text("#!/bin/sh\necho 580.95.05\necho 580.95.05\n")
+    assert info._driver() == "580.95.05"
+
+
+@needs_extension
+def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {name: value for name, value in _extension.build.build_info().items() if name != "layer_norm_limits"}
+    older = types.SimpleNamespace(build_info=lambda: facts)
+    monkeypatch.setattr(_extension, "build", _extension.build)
+    monkeypatch.setattr(_extension, "error", None)
+    monkeypatch.setattr(_extension.importlib, "import_module", lambda name: older)
+    _extension._load()
+    assert _extension.build is None
+    assert "older than the Python code" in _extension.error
+    assert "build it again" in _extension.error
+
+
+@needs_extension
+def test_build_info_is_consistent() -> None:
+    built = _extension.build.build_info()
+    assert built["version"] == __version__
+    assert built["cpu_instruction_sets"][0] == "baseline"
+    assert set(built) == set(BUILT)
+    if built["cuda"]:
+        assert built["cuda_missing"] is None
+        assert built["cuda_version"].split(".")[0] == built["torch_cuda"].split(".")[0]
+        assert built["arch_list"]
+        assert all((ROOT / source).suffix == ".cu" for source in built["cuda_sources"])
+        assert built["cuda_sources"]
+        assert built["window_attention_limits"]["max_window_volume"] >= 256
+        assert built["layer_norm_limits"]["max_row"] >= 8192
+    else:
+        assert built["cuda_missing"]
+        assert built["arch_list"] == built["cuda_sources"] == []
+        assert built["window_attention_limits"] is None
+        assert built["layer_norm_limits"] is None

@@ -1,0 +1,119 @@
+"""The Triton kernels of window attention compile for sm_80 and sm_90 within the resources they may take.
+
+Every kernel, dtype and kind of configuration; no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from swinkernels.triton import _window_attention_kernels as kernels
+from swinkernels.triton import window_attention as launcher
+from tests.support.triton_compiler import OLD_TRITON, SHARED_BYTES, Launch, kernels_of, recorded, resources
+
+
+def record(
+    dtype, *, size, window, head_dim, shift=None, heads=3, batch=2, tf32=False, packed=True, bias="table",
+    cosine=False, dropout=False, pad=False, region_map=False, roll_then_pad=False, grid=False,
+) -> list[Launch]:  # fmt: skip
+    """The launches of a forward and a backward call with these arguments."""
+    with recorded(kernels) as launches:
+        window = (1,) * (3 - len(window)) + tuple(window)
+        shift = tuple(shift or [0] * 3)
+        shift = (0,) * (3 - len(shift)) + shift
+        frame = [-(-s // w) * w for s, w in zip((1,) * (3 - len(size)) + tuple(size), window, strict=True)]
+        meta = {"device": "meta", "dtype": dtype}
+        if packed:
+            maps = (torch.empty(batch, *size, 3, heads, head_dim, **meta),)
+        else:
+            maps = tuple(torch.empty(batch, *size, heads, head_dim, **meta) for _ in range(3))
+        rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
+        volume = math.prod(window)
+        shapes = {"table": (rows, heads), "dense": (heads, volume, volume), "types": (2, heads, volume, volume)}
+        tables = (
+            torch.empty(shapes[bias], device="meta") if bias == "table" else None,
+            torch.empty(shapes[bias], device="meta") if bias in ("dense", "types") else None,
+            torch.empty(heads, device="meta") if cosine else None,
+            torch.empty(3, heads, head_dim, **meta) if pad else None,
+            torch.empty(frame, device="meta", dtype=torch.int32) if region_map else None,
+            torch.empty(1, device="meta", dtype=torch.int64) if dropout else None,
+        )
+        geometry = (
+            window, shift, window, (0, 0, 0), (False,) * 3, roll_then_pad, grid, head_dim**-0.5, -100.0,
+            0.1 if dropout else 0.0, tf32,
+        )  # fmt: skip
+        out, lse = launcher.forward(maps, *tables, *geometry)
+        needs = (table is not None for table in tables[:4])
+        launcher.backward(torch.empty_like(out), maps, lse, *tables, *geometry, *needs)
+    return launches
+
+
+# Configurations that between them reach every kernel, tile, flag and way of addressing.
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "swin": {"size": (56, 56), "window": (7, 7), "shift": (3, 3), "head_dim": 32},
+    "swin_384": {"size": (48, 48), "window": (12, 12), "shift": (6, 6), "head_dim": 32},
+    "small": {"size": (8, 8), "window": (4, 4), "head_dim": 24, "bias": None, "packed": False, "grid": True},
+    "padded": {"size": (30, 40), "window": (7, 7), "shift": (3, 3), "head_dim": 64, "pad": True, "roll_then_pad": True},
+    "wide_3d": {"size": (4, 9, 9), "window": (2, 8, 8), "head_dim": 128, "pad": True, "region_map": True},
+    "v2": {"size": (64, 64), "window": (8, 8), "shift": (4, 4), "head_dim": 32, "cosine": True},
+    "v2_long": {"size": (48, 48), "window": (24, 24), "shift": (12, 12), "head_dim": 32, "cosine": True},
+    "types": {"size": (8, 24, 24), "window": (2, 4, 8), "shift": (1, 2, 4), "head_dim": 32, "bias": "types"},
+    "dropout": {"size": (56, 56), "window": (7, 7), "shift": (3, 3), "head_dim": 32, "dropout": True},
+    "dropout_long": {"size": (32, 32), "window": (16, 16), "head_dim": 32, "bias": "dense", "dropout": True},
+}
+PRECISIONS = {
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "float16": (torch.float16, False),
+    "bfloat16": (torch.bfloat16, False),
+}
+# What each precision is compiled for: bfloat16 for all; the others for every kernel and kind of score and bias.
+COMPILED = {
+    "float32": ("swin", "small", "swin_384", "v2", "dropout_long"),
+    "tf32": ("swin", "small", "padded", "v2"),
+    "float16": ("swin", "swin_384", "v2", "v2_long", "dropout_long"),
+    "bfloat16": tuple(CONFIGURATIONS),
+}
+# ptxas gives up some bytes of stack to reach the next step of occupancy (128 or 168 registers a thread).
+STACK_BYTES = 16
+# Known exceptions. The backward pass of a whole window has bias and dbias in registers from window to window and is at
+# the limit of 255: some values are stored and reloaded once a window. At head_dim 128 with padding and a region map at
+# once, the backward passes of large windows are there too; so is that of v2's k and v, which divides q once more in
+# every tile. Triton 3.6 needs more than 3.8.
+STACK_BYTES_OF = {"bwd_whole": 384 if OLD_TRITON else 192}
+STACK_BYTES_IN = {"wide_3d": 512, "v2_long": 208}
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize(
+    ("precision", "configuration"), [(p, c) for p, configurations in COMPILED.items() for c in configurations]
+)
+def test_compiles_within_resources(precision, configuration, arch):
+    dtype, tf32 = PRECISIONS[precision]
+    launches = record(dtype, tf32=tf32, **CONFIGURATIONS[configuration])
+    assert launches
+    for launch in launches:
+        used = resources(launch, arch)
+        assert used["LOCAL"] == 0, (launch.name, used)
+        limit = max(STACK_BYTES, STACK_BYTES_OF.get(launch.name, 0), STACK_BYTES_IN.get(configuration, 0))
+        assert used["STACK"] <= limit, (launch.name, used)
+        assert used["SHARED"] <= SHARED_BYTES[arch], (launch.name, used)
+
+
+def test_every_kernel_is_compiled_for_every_precision():
+    for precision, configurations in COMPILED.items():
+        dtype, tf32 = PRECISIONS[precision]
+        names = {launch.name for c in configurations for launch in record(dtype, tf32=tf32, **CONFIGURATIONS[c])}
+        assert names == set(kernels_of(kernels)), precision
+
+
+def test_batch_size_does_not_recompile():
+    """Numbers that vary from call to call are typed, not specialised on being 1 or a multiple of 16."""
+    for name, kernel in kernels_of(kernels).items():
+        for parameter in kernel.params:
+            if parameter.name in ("batch_windows", "windows_per_program", "type_windows", "num_heads", "drop_below"):
+                assert parameter.do_not_specialize, (name, parameter.name)
