@@ -46,10 +46,11 @@ def _part_choice(adapter: Adapter, part: Part, module: nn.Module, requested: str
         return (adapter.name, f"{own_code}. {cannot}") if part.or_own_code else (requested, cannot)
     device = adapter.weight(module).device
     chosen = choose("accelerate", "auto", device, lambda backend: part.reasons(module, backend, training))
-    preference = PREFERENCE.get(device.type)
-    if preference is None:
-        why = f"No fast backend runs on {device.type} tensors"
+    better = PREFERENCE.get(device.type)
+    if better is None:
+        why = f"No kernel runs on {device.type} tensors"
     else:
-        why = ". ".join(f"Not {b}: {why_not(b)}" for b in preference[: preference.index(chosen)])
-    own = chosen == "reference" and part.or_own_code
+        better = better[: better.index(chosen)] if chosen in better else better
+        why = ". ".join(f"Not {b}: {why_not(b)}" for b in better)
+    own = chosen == "torch" and part.or_own_code
     return adapter.name if own else chosen, f"{own_code if own else chosen}. {why}" if why else ""

@@ -38,9 +38,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
         model: any module, on any device, in any dtype. Supported are the Swin blocks and the patch merging of the
             libraries that have an adapter, and copies of Microsoft's Swin block, whatever package they are of, if they
             do what their form says: each class is tried on random numbers beside its own forward first.
-        backend: "auto", "cuda", "triton", "cpu" or "reference", as in the ops. "auto" chooses at every call. Norms,
-            residual connections and patch merging stay the library's own code where "auto" finds no fast backend and
-            where the named one does not have them; attention is then the reference's, or refused.
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", as in the ops. "auto" chooses at every call.
+            Norms, residual connections and patch merging stay the library's own code where "auto" finds no kernel and
+            where the named backend does not have them; attention is then plain PyTorch's, or refused.
         verify: compare each replaced module with the original on a random map, of the module's own size if it has one,
             outputs and gradients, before anything is changed.
 

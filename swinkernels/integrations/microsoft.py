@@ -71,7 +71,7 @@ class WindowProcess:
             shift_size: tokens that the map is rolled by, an int or one for each of H and W: of either sign and any
                 size, as for ``torch.roll``.
             window_size: tokens per axis, an int or one for each of H and W.
-            backend: "auto", "cuda", "triton" or "reference". "auto" takes the fastest that can run the call.
+            backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call.
 
         Returns:
             (B * num_windows, window, window, C) in the dtype of input, contiguous, image-major, windows row-major. An

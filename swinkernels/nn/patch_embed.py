@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinkernels.nn._features import check_module
-from swinkernels.nn._norms import norm_dtype, normalise
 from swinkernels.ops._arguments import Ints, check_factor
+from swinkernels.ops._library import norm_dtype
+from swinkernels.ops.layer_norm import layer_norm
 
 
 class PatchEmbed(nn.Module):
@@ -30,7 +31,7 @@ class PatchEmbed(nn.Module):
         norm: whether there is a norm: in the classification models yes, in MONAI's SwinUNETR by default no.
         bias: of the convolution.
         eps: of the norm.
-        backend: "auto", "cuda" or "reference", of the norm.
+        backend: "auto", "cuda", "torch" or "reference", of the norm.
         device, dtype: of the parameters, as for all modules of torch.
 
     Shape:
@@ -93,7 +94,8 @@ class PatchEmbed(nn.Module):
         tokens = self.proj(x.contiguous(memory_format=channels_last)).movedim(1, -1)
         if self.norm is None:
             return tokens
-        return normalise(tokens, self.norm, norm_dtype(tokens), self.backend)
+        norm = self.norm
+        return layer_norm(tokens, norm.weight, norm.bias, eps=norm.eps, dtype=norm_dtype(tokens), backend=self.backend)
 
     def extra_repr(self) -> str:
         return (

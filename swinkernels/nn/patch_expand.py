@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.nn._features import as_given, as_map, check_module
-from swinkernels.nn._norms import expand
 from swinkernels.ops._arguments import Ints, check_factor
+from swinkernels.ops.patch_expanding import patch_expanding
 
 
 class PatchExpand(nn.Module):
@@ -28,7 +28,7 @@ class PatchExpand(nn.Module):
         factor: tokens per axis that one token becomes, an int or one for each of the spatial_dims axes.
         spatial_dims: how many axes are expanded, the last ones: 2, of a 3D map frame by frame, or 3.
         eps: of the norm.
-        backend: "auto", "cuda" or "reference".
+        backend: "auto", "cuda", "torch" or "reference".
         device, dtype: of the parameters, as for all modules of torch.
 
     Shape:
@@ -71,7 +71,9 @@ class PatchExpand(nn.Module):
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         x = as_map(type(self).__name__, x, size, self.dim, self.spatial_dims)
         factor = (1,) * (x.dim() - 2 - self.spatial_dims) + self.factor
-        return as_given(expand(x, self.expand.weight, self.norm, factor, self.backend), size)
+        norm, weight = self.norm, self.expand.weight
+        expanded = patch_expanding(x, weight, norm.weight, norm.bias, factor=factor, eps=norm.eps, backend=self.backend)
+        return as_given(expanded, size)
 
     def extra_repr(self) -> str:
         return (

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.nn._features import as_given, as_map, check_module
-from swinkernels.nn._norms import merge
 from swinkernels.ops._arguments import check_choice
-from swinkernels.ops.patch_merging import ORDERS
+from swinkernels.ops.patch_merging import ORDERS, patch_merging
 
 
 class _PatchMerging(nn.Module):
@@ -47,7 +46,10 @@ class _PatchMerging(nn.Module):
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         x = as_map(type(self).__name__, x, size, self.dim, self.spatial_dims)
-        merged = merge(x, self.norm, self.reduction.weight, self.order, self._NORM, self.backend)
+        norm, weight = self.norm, self.reduction.weight
+        merged = patch_merging(
+            x, norm.weight, norm.bias, weight, eps=norm.eps, order=self.order, norm=self._NORM, backend=self.backend
+        )
         return as_given(merged, size)
 
     def extra_repr(self) -> str:
@@ -72,7 +74,7 @@ class PatchMerging(_PatchMerging):
             Aurora ("row_major"). With spatial_dims=3: "monai" for MONAI's ``PatchMerging`` since 1.5, "monai_legacy" up
             to 1.4, "row_major" for its ``PatchMergingV2``, which has the norm here, too.
         eps: of the norm.
-        backend: "auto", "cuda", "triton" or "reference".
+        backend: "auto", "cuda", "triton", "torch" or "reference".
         device, dtype: of the parameters, as for all modules of torch.
 
     Shape:

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swinkernels.nn._features import as_given, as_map, check_module, forgive
-from swinkernels.nn._norms import add, add_normalised, add_then_normalise, backend_for, linear_dtype, normalise
+from swinkernels.nn._features import as_given, as_map, backend_beside, check_module, forgive
 from swinkernels.nn.drop_path import DropPath
 from swinkernels.nn.mlp import Mlp
 from swinkernels.nn.window_attention import WindowAttention, WindowAttentionV2, window_per_axis
 from swinkernels.ops._arguments import Ints, check_count, check_size
+from swinkernels.ops._library import linear_dtype
+from swinkernels.ops.fallback import add
+from swinkernels.ops.layer_norm import layer_norm
+from swinkernels.ops.residual_layer_norm import residual_layer_norm, residual_post_norm
 
 
 def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[int, ...]:
@@ -90,7 +93,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         x = as_map(type(self).__name__, x, size, self.dim, len(self.window_size))
-        return as_given(self._run(x, backend_for("residual_layer_norm", self.backend)), size)
+        return as_given(self._run(x, backend_beside("residual_layer_norm", self.backend)), size)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -106,7 +109,7 @@ class SwinTransformerBlock(_Block):
     .. math::
         s = x + attention(LayerNorm(x)), \quad y = s + MLP(LayerNorm(s))
 
-    The sum and the norm after it are one op where a fast backend runs it.
+    The sum and the norm after it are one op.
 
     Args:
         dim: channels C of a token.
@@ -123,7 +126,8 @@ class SwinTransformerBlock(_Block):
         drop_path: probability of dropping a branch for a sample.
         act_layer: makes the activation of the MLP.
         eps: of the norms.
-        backend: "auto", "cuda", "triton", "cpu" or "reference", of the attention; norms run on it where they have it.
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", of the attention; norms run on it where they
+            have it.
         device, dtype: of the parameters, as for all modules of torch.
 
     Shape:
@@ -184,8 +188,11 @@ class SwinTransformerBlock(_Block):
         )
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
-        y = self.attn(normalise(x, self.norm1, linear_dtype(x), backend))
-        s, z = add_then_normalise(x, y, self.norm2, self.drop_path1.scale(y), backend)
+        first, second = self.norm1, self.norm2
+        z = layer_norm(x, first.weight, first.bias, eps=first.eps, dtype=linear_dtype(x), backend=backend)
+        y = self.attn(z)
+        d = self.drop_path1.scale(y)
+        s, z = residual_layer_norm(x, y, second.weight, second.bias, eps=second.eps, drop_path_scale=d, backend=backend)
         y = self.mlp(z)
         return add(s, y, self.drop_path2.scale(y))
 
@@ -196,7 +203,7 @@ class SwinTransformerBlockV2(_Block):
     .. math::
         s = x + LayerNorm(attention(x)), \quad y = s + LayerNorm(MLP(s))
 
-    The norm and the sum are one op where a fast backend runs it.
+    The norm and the sum are one op.
 
     Args:
         dim, input_resolution, num_heads, window_size, shift_size, mlp_ratio, qkv_bias, drop, attn_drop, drop_path,
@@ -257,9 +264,14 @@ class SwinTransformerBlockV2(_Block):
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
         y = self.attn(x)
-        s = add_normalised(x, y, self.norm1, self.drop_path1.scale(y), backend)
+        s = self._add_normed(x, y, self.norm1, self.drop_path1, backend)
         y = self.mlp(s)
-        return add_normalised(s, y, self.norm2, self.drop_path2.scale(y), backend)
+        return self._add_normed(s, y, self.norm2, self.drop_path2, backend)
+
+    @staticmethod
+    def _add_normed(x: Tensor, y: Tensor, norm: nn.LayerNorm, drop_path: DropPath, backend: str) -> Tensor:
+        d = drop_path.scale(y)
+        return residual_post_norm(x, y, norm.weight, norm.bias, eps=norm.eps, drop_path_scale=d, backend=backend)
 
 
 class BasicLayer(nn.Module):
@@ -331,7 +343,7 @@ class BasicLayer(nn.Module):
         self.downsample_first = downsample_first
         self.use_checkpoint = use_checkpoint
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        of_merging = {"backend": backend_for("patch_merging", backend), **factory}
+        of_merging = {"backend": backend_beside("patch_merging", backend), **factory}
         if qk_scale is not None:
             options["qk_scale"] = qk_scale
         # The modules are made in the order in which the published codes draw their parameters.
@@ -356,7 +368,7 @@ class BasicLayer(nn.Module):
         )
         if downsample is not None and not downsample_first:
             self.downsample = downsample(dim, **of_merging)
-        of_expanding = {"backend": backend_for("layer_norm", backend), **factory}
+        of_expanding = {"backend": backend_beside("layer_norm", backend), **factory}
         self.upsample = None if upsample is None else upsample(dim, **of_expanding)
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.nn._features import as_given, as_map, check_module, forgive, refuse_tracing
-from swinkernels.nn._norms import add, add_then_normalise, backend_for, linear_dtype, normalise
+from swinkernels.nn._features import as_given, as_map, backend_beside, check_module, forgive, refuse_tracing
 from swinkernels.nn.drop_path import DropPath
 from swinkernels.nn.mlp import Mlp
 from swinkernels.nn.window_attention import window_per_axis
 from swinkernels.ops._arguments import Ints
+from swinkernels.ops._library import linear_dtype
+from swinkernels.ops.fallback import add
+from swinkernels.ops.layer_norm import layer_norm
+from swinkernels.ops.residual_layer_norm import residual_layer_norm
 from swinkernels.ops.window_attention import window_attention_qkvpacked
 
 
@@ -69,7 +72,7 @@ class Attention(nn.Module):
         window_size: tokens per axis, at most 1024 in all, an int for square windows in 2D or a value per axis; None for
             attention over all tokens, without a bias.
         rel_pos: whether there is a relative position bias inside the window.
-        backend: "auto", "cuda", "triton", "cpu" or "reference", of window attention.
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", of window attention.
         device, dtype: of the parameters, as for all modules of torch.
 
     Shape:
@@ -193,7 +196,7 @@ class Block(nn.Module):
     .. math::
         s = x + \gamma_1 \, attention(LayerNorm(x)), \quad y = s + \gamma_2 \, MLP(LayerNorm(s))
 
-    The sum and the norm after it are one op where a fast backend runs it.
+    The sum and the norm after it are one op.
 
     Args:
         dim, num_heads, qkv_bias, attn_drop, window_size, rel_pos, backend, device, dtype: as for :class:`Attention`;
@@ -258,9 +261,12 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        backend = backend_for("residual_layer_norm", self.backend)
-        y = self.ls1(self.attn(normalise(x, self.norm1, linear_dtype(x), backend), size))
-        s, z = add_then_normalise(x, y, self.norm2, self.drop_path1.scale(y), backend)
+        backend = backend_beside("residual_layer_norm", self.backend)
+        first, second = self.norm1, self.norm2
+        z = layer_norm(x, first.weight, first.bias, eps=first.eps, dtype=linear_dtype(x), backend=backend)
+        y = self.ls1(self.attn(z, size))
+        d = self.drop_path1.scale(y)
+        s, z = residual_layer_norm(x, y, second.weight, second.bias, eps=second.eps, drop_path_scale=d, backend=backend)
         y = self.ls2(self.mlp(z))
         return add(s, y, self.drop_path2.scale(y))
 

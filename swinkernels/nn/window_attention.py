@@ -130,7 +130,7 @@ class WindowAttention(_WindowAttention):
             small as the map, with the bias table read as MONAI and Video-Swin do (its tokens numbered in the full
             window).
         pad_order: "pad_then_roll" (Microsoft, torchvision, transformers, MONAI, mmpretrain) or "roll_then_pad" (timm).
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference".
         device, dtype: of the parameters, as for all modules of torch.
 
     Shape:

@@ -18,11 +18,13 @@ import torch
 from swinkernels import _extension
 from swinkernels.ops._arguments import WindowArguments
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
-# What `auto` tries on a device, best first.
-PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
+# What `auto` tries on a device, best first; where none of these runs a call, and on other devices, it takes "torch".
+PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+# Plain PyTorch, which runs every op: fast code (ops/fallback.py), and the definition.
+PLAIN = ("torch", "reference")
 
-# Which backends an op has beside the reference. window_partition stands for window_reverse, too.
+# Which kernels an op has. window_partition stands for window_reverse, too.
 IMPLEMENTED = {
     "window_attention": ("cuda", "triton", "cpu"),
     "window_partition": ("cuda", "triton"),
@@ -46,7 +48,7 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true",
 
 def _not_installed() -> dict[str, str | None]:
     """Per backend, why this installation does not have it, or None."""
-    missing: dict[str, str | None] = {"reference": None, "cpu": _extension.error, "cuda": _extension.error}
+    missing: dict[str, str | None] = {**dict.fromkeys(PLAIN), "cpu": _extension.error, "cuda": _extension.error}
     if _extension.build is not None:
         info = _extension.build.build_info()
         if not info["cuda"]:
@@ -166,7 +168,7 @@ def window_attention_reasons(
     backend: str, args: WindowArguments, dtype: torch.dtype, device: torch.device
 ) -> list[str]:
     """The reasons why a backend cannot run these inputs; empty if it can."""
-    if backend == "reference":
+    if backend in PLAIN:
         return []
     reasons = _reasons(backend, "window_attention", device) + _dtype_reasons(backend, dtype)
     if args.dropout_p > 0.0 and backend == "cpu":
@@ -181,7 +183,7 @@ def window_attention_reasons(
 
 def window_partition_reasons(backend: str, device: torch.device) -> list[str]:
     """The reasons why a backend cannot cut a map into windows or put them back; empty if it can."""
-    return [] if backend == "reference" else _reasons(backend, "window_partition", device)
+    return [] if backend in PLAIN else _reasons(backend, "window_partition", device)
 
 
 def norm_reasons(
@@ -191,7 +193,7 @@ def norm_reasons(
 
     ``row`` is how many elements are normalised together, ``dtypes`` are those that are read and written.
     """
-    if backend == "reference":
+    if backend in PLAIN:
         return []
     reasons = _reasons(backend, op, device) + _dtype_reasons(backend, *dtypes)
     if not reasons and dtypes not in NORM_DTYPES:
@@ -208,7 +210,7 @@ def residual_reasons(
     """As norm_reasons, for a residual connection and its norm; ``dtypes`` are those of the stream and the branch."""
     reasons = norm_reasons(backend, "residual_layer_norm", row, dtypes, device)
     stream, branch = dtypes
-    if backend != "reference" and stream != torch.float32 and branch == torch.float32:
+    if backend not in PLAIN and stream != torch.float32 and branch == torch.float32:
         reasons.append(f"it adds a branch of the stream's dtype or a narrower one, got {branch} to {stream}")
     return reasons
 
@@ -239,10 +241,10 @@ def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[
     """The backend for a call of ``op``, by the reasons why each one cannot run it."""
     check_backend(op, requested)
     if requested == "auto":
-        for backend in PREFERENCE.get(device.type, ("reference",)):
+        for backend in PREFERENCE.get(device.type, ()):
             if not reasons_of(backend):
                 return backend
-        return "reference"
+        return "torch"
     reasons = reasons_of(requested)
     if reasons:
         raise NotImplementedError(
@@ -256,8 +258,8 @@ def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[
 def fast_backend(requested: str, reasons: Callable[..., list[str]], device: torch.device, *args: Any) -> str | None:
     """The backend for a call of an op, or None where plain PyTorch is to do its work.
 
-    That is where "auto" finds none but the reference, which would be slower, and where the requested one cannot run
-    the op. Asked at every call, so what was found once is kept.
+    That is where "auto" finds no kernel, and where the requested backend cannot run the op. Asked at every call, so
+    what was found once is kept.
 
     Args:
         requested: "auto", or what the user named.
@@ -275,4 +277,4 @@ def _find_fast_backend(
     if requested != "auto":
         return None if reasons(requested, *args, device) else requested
     chosen = choose("fast_backend", "auto", device, lambda backend: reasons(backend, *args, device))
-    return None if chosen == "reference" else chosen
+    return None if chosen in PLAIN else chosen

@@ -27,6 +27,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a Linear reads x and writes its result."""
+    return autocast_dtype(x) or x.dtype
+
+
+def norm_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a norm that a module returns: under autocast float32, as torch's LayerNorm on a GPU."""
+    return x.dtype if autocast_dtype(x) is None else torch.float32
+
+
 def three(values: Sequence, leading) -> list:
     """One value per axis, slowest first, with those of the axes that a 2D map does not have in front."""
     return [leading] * (3 - len(values)) + list(values)

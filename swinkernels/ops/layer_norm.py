@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swinkernels import reference
-from swinkernels.ops import _arguments
+from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._backends import choose, norm_reasons
 from swinkernels.ops._library import (
     Found,
@@ -96,17 +96,17 @@ def layer_norm(
     becomes the half-precision input of a Linear in this one pass (``dtype``) instead of two.
 
     Args:
-        x: (..., C), float32, float16, bfloat16, or float64 (reference only).
+        x: (..., C), float32, float16, bfloat16, or float64 (torch and reference only).
         weight: (C,) or None for 1, any floating dtype.
         bias: (C,) or None for 0, any floating dtype.
         eps: added to the variance; 1e-5 in the Swin models.
         dtype: of the result; that of x by default, autocast or not: the arithmetic is in float32 in any case.
-        backend: "auto", "cuda" or "reference". "auto" takes the fastest that can run the call.
+        backend: "auto", "cuda", "torch" or "reference". "auto" takes the fastest that can run the call.
 
     Returns:
         (..., C) in ``dtype``, contiguous. An empty x gives an empty result. Differentiable in x, weight and bias, each
         gradient in its tensor's dtype; the same input gives the same bits. Twice differentiable with
-        backend="reference" only.
+        backend="torch" or "reference".
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
@@ -161,6 +161,10 @@ def _normalise_parts(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    if backend == "torch":
+        if factor:
+            return fallback.normalise_parts(x, weight, bias, factor, eps=eps, dtype=dtype)
+        return fallback.layer_norm(x, weight, bias, eps=eps, dtype=dtype)
     if backend == "reference":
         if factor:
             return reference.patch_expanding(x, None, weight, bias, factor=factor, eps=eps, dtype=dtype)

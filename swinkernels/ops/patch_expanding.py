@@ -31,18 +31,18 @@ def patch_expanding(
     and the norm are one read and one write; the Linear is torch's.
 
     Args:
-        x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (reference only).
+        x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).
         weight: (K * out, C), K the product of the factors: K * out = 2C with factor 2 in Swin-Unet's ``PatchExpand``
             (out = C / 2), 16C with factor 4 in its ``FinalPatchExpand_X4`` (out = C). None to leave x as it is.
         norm_weight, norm_bias: (out,), or None for 1 and 0.
         factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) expands frames one by one.
         eps: of the norm.
-        backend: "auto", "cuda" or "reference", of the layout and the norm.
+        backend: "auto", "cuda", "torch" or "reference", of the layout and the norm.
 
     Returns:
         (B, \*(S * factor), out), contiguous, in the dtype of x; under autocast in float32, as torch's LayerNorm on a
         GPU. An empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's
-        dtype; twice with backend="reference" only.
+        dtype; twice with backend="torch" or "reference".
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.

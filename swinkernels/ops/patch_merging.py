@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swinkernels import reference
-from swinkernels.ops import _arguments
+from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._backends import choose, patch_merging_reasons
 from swinkernels.ops._library import (
     autocast_dtype,
@@ -133,7 +133,7 @@ def patch_merging(
     torch's.
 
     Args:
-        x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (reference only).
+        x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).
         norm_weight, norm_bias: (K * C,) for "pre", (out,) for "post", or None for 1 and 0; K neighbours are merged.
         weight: (out, K * C), the reduction. Its width says what is merged: K = 4 merges the last two axes, for three
             axes the frames one by one (Video-Swin, Aurora); K = 8 merges all three.
@@ -147,14 +147,14 @@ def patch_merging(
             "monai": MONAI's PatchMerging since 1.5; for K = 8 000, 100, 010, 001, 110, 101, 011, 111, else "swin".
             "monai_legacy": the same up to 1.4; for K = 8 000, 100, 010, 001, 101, 010, 001, 111, else "swin".
         norm: "pre" (v1) or "post" (v2).
-        backend: "auto", "cuda", "triton" or "reference". "auto" takes the fastest that can run the call. The norm of
-            "post" has no Triton kernel: with "triton" it is torch's.
+        backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call. The
+            norm of "post" has no Triton kernel: with "triton" it is torch's.
 
     Returns:
         (B, \*S', out) in the dtype of x, contiguous, S' = ceil(S / 2) on the merged axes. Under autocast, as torch's
         modules do on a GPU: in the autocast dtype for "pre", whose last step is the Linear, in float32 for "post". An
         empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype;
-        twice with backend="reference" only.
+        twice with backend="torch" or "reference".
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
@@ -180,6 +180,11 @@ def patch_merging(
 
     dtypes = (x.dtype, between) if norm == "pre" else (between, dtype)
     backend = choose(op, backend, x.device, lambda b: patch_merging_reasons(b, norm, width, dtypes, x.device))
+    if backend == "torch":
+        return fallback.patch_merging(
+            x, norm_weight, norm_bias, weight, eps=eps, neighbours=RUNS[order, rank], by_channel=order == "unfold",
+            norm=norm, between=between, dtype=dtype,
+        )  # fmt: skip
     if backend == "reference":
         return reference.patch_merging(x, norm_weight, norm_bias, weight, eps=eps, order=order, norm=norm).to(dtype)
     if order == "unfold":  # the norm does not care for the order, so the small parameters change theirs

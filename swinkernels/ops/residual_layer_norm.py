@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from swinkernels import reference
-from swinkernels.ops import _arguments
-from swinkernels.ops._backends import choose, residual_reasons
+from swinkernels.ops import _arguments, fallback
+from swinkernels.ops._backends import PLAIN, choose, residual_reasons
 from swinkernels.ops._library import (
     Found,
     kernel_parameter,
@@ -140,15 +140,15 @@ def _run(
 
     def reasons(b: str) -> list[str]:
         found = residual_reasons(b, x.shape[-1], (x.dtype, y.dtype), x.device)
-        if b != "reference" and learns_scale:
+        if b not in PLAIN and learns_scale:
             found.append("it does not differentiate drop_path_scale")
         return found
 
     tensors = (x, y, weight, bias, drop_path_scale)
     eps, chosen = looked_up(_KNOWN, tensors, (op, eps, backend, learns_scale), check)
-    if chosen == "reference":
-        definition = getattr(reference, op)
-        return definition(x, y, weight, bias, eps=eps, drop_path_scale=drop_path_scale)
+    if chosen in PLAIN:
+        plain = getattr(fallback if chosen == "torch" else reference, op)
+        return plain(x, y, weight, bias, eps=eps, drop_path_scale=drop_path_scale)
     if drop_path_scale is not None:
         drop_path_scale = drop_path_scale.to(torch.float32)
     weight, bias = kernel_parameter(weight), kernel_parameter(bias)
@@ -170,18 +170,18 @@ def residual_layer_norm(
     .. math:: s = x + d \cdot y, \quad z = LayerNorm(s)
 
     Args:
-        x: (B, ..., C), the residual stream, float32, float16, bfloat16, or float64 (reference only).
+        x: (B, ..., C), the residual stream, float32, float16, bfloat16, or float64 (torch and reference only).
         y: the result of the branch, of the same shape, in the dtype of x or, under autocast, in a narrower one.
         weight, bias: (C,) of the norm, or None for 1 and 0, any floating dtype.
         eps: of the norm.
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
-        backend: "auto", "cuda" or "reference". "auto" takes the fastest that can run the call.
+        backend: "auto", "cuda", "torch" or "reference". "auto" takes the fastest that can run the call.
 
     Returns:
         s in the dtype of x, and z, the norm of the s that is returned, in the dtype of y, which is what the next branch
         reads; each (B, ..., C) and contiguous. An empty batch gives empty results. Differentiable in x, y, weight, bias
         and, in the reference, drop_path_scale, each gradient in its tensor's dtype; the same input gives the same bits.
-        Twice differentiable with backend="reference" only.
+        Twice differentiable with backend="torch" or "reference".
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from swinkernels import reference
-from swinkernels.ops import _arguments
+from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._arguments import Ints
-from swinkernels.ops._backends import choose_window_attention, constant_when_compiled
+from swinkernels.ops._backends import PLAIN, choose_window_attention, constant_when_compiled
 from swinkernels.ops._library import (
     Differentiable,
     Found,
@@ -163,8 +163,8 @@ class _Plan(NamedTuple):
     backend: str
     dtype: torch.dtype  # of the maps where they are computed with
     view: tuple[int, ...] | None  # of a map (B, *S, 3C)
-    options: dict[str, Any]  # of the reference
-    op: Differentiable | None  # of any other backend
+    options: dict[str, Any]  # of plain PyTorch
+    op: Differentiable | None  # of a backend with kernels
     geometry: tuple[tuple[Any, ...], ...]  # what that op takes after its tensors: without TF32, and with it
     has_padding: bool
     fits: bool  # the tables are as the op takes them
@@ -203,7 +203,7 @@ def _make_plan(
     )
     dtype = autocast_dtype(x) or x.dtype
     backend = choose_window_attention(requested, args, dtype, x.device)
-    op = None if backend == "reference" else _FORWARD[form, "_triton" if backend == "triton" else ""]
+    op = None if backend in PLAIN else _FORWARD[form, "_triton" if backend == "triton" else ""]
     is_short = is_kept and backend in _HAS_SHORT
     geometry = _Geometry if is_short else tuple
     values = (
@@ -284,7 +284,7 @@ def _attend(
     if tables[3] is not None and not plan.has_padding:  # nothing reads what a pad token holds
         tables = (*tables[:3], None, tables[4])
     if plan.op is None:
-        return getattr(reference, form)(
+        return getattr(fallback if plan.backend == "torch" else reference, form)(
             *maps, **dict(zip(_TENSORS, tables, strict=True)), **plan.options, generator=generator
         )
     tables = (*tables, None) if plan.fits else _fit(plan, tables, maps[0].device, generator)
@@ -328,7 +328,8 @@ def window_attention_qkvpacked(
 
     Args:
         qkv: (B, \*S, 3C) or (B, \*S, 3, num_heads, head_dim), S = (H, W) or (D, H, W), in image order, any strides;
-            float32, float16, bfloat16, or float64 (reference only). Under autocast it is cast to the autocast dtype.
+            float32, float16, bfloat16, or float64 (torch and reference only). Under autocast it is cast to the
+            autocast dtype.
         bias_table: relative position bias, (prod(2 * window - 1), num_heads), any floating dtype, used in float32.
         num_heads: heads; C = num_heads * head_dim, head_dim 1..128.
         window_size: tokens per axis, an int or one per axis, slowest first; at most 1024 tokens in all.
@@ -350,17 +351,18 @@ def window_attention_qkvpacked(
         mask_value: added to the score of masked pairs; finite.
         dropout_p: probability of dropping an attention weight, 0..1; draws from ``generator`` or torch's default.
         grid: a window's tokens are strided over the map instead of a block (MaxViT); has no shift.
-        backend: "auto", "cuda", "triton", "cpu" or "reference". "auto" takes the fastest that can run the call.
-        return_attention: also return the attention weights, which only the reference does: the fast backends never
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" takes the fastest that can run
+            the call: kernels, or else plain PyTorch's own code ("torch"); never the slow reference.
+        return_attention: also return the attention weights, which only "torch" and "reference" do: the kernels never
             have them all.
 
     Returns:
         (B, \*S, C) in the dtype of qkv, contiguous. An empty batch gives an empty result. Differentiable in qkv,
         bias_table, bias, logit_scale and pad_qkv, each gradient in its tensor's dtype; the same input gives the same
-        bits. Twice differentiable with backend="reference" only. With return_attention a pair of that and the weights
-        that the rows of v are summed by, (B, num_windows, num_heads, N, N), in the same dtype and differentiable, too:
-        after softmax and dropout, as the models of transformers return them. The windows are in row-major order of the
-        shifted map, and pad tokens are among their N tokens.
+        bits. Twice differentiable with backend="torch" or "reference". With return_attention a pair of that and the
+        weights that the rows of v are summed by, (B, num_windows, num_heads, N, N), in the same dtype and
+        differentiable, too: after softmax and dropout, as the models of transformers return them. The windows are in
+        row-major order of the shifted map, and pad tokens are among their N tokens.
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from swinkernels import reference
-from swinkernels.ops import _arguments
+from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._arguments import Ints
-from swinkernels.ops._backends import choose, window_partition_reasons
+from swinkernels.ops._backends import PLAIN, choose, window_partition_reasons
 from swinkernels.ops._library import Found, lib, looked_up, register, three
 
 # Geometry has three values a list, slowest axis first, as FrameGeometry of csrc/params has it; `size` has the rank of
@@ -87,8 +87,8 @@ def _choice(op: str, x: Tensor, requested: str) -> str:
 
 
 def _partition(x: Tensor, window: Sequence[int], shift: Sequence[int], pad_order: str, backend: str) -> Tensor:
-    if backend == "reference":
-        return reference.window_partition(x, window, shift, pad_order=pad_order)
+    if backend in PLAIN:
+        return (fallback if backend == "torch" else reference).window_partition(x, window, shift, pad_order=pad_order)
     return _op("window_partition", backend)(x, *_geometry(window, shift, pad_order))
 
 
@@ -108,8 +108,10 @@ def reverse(
 def _reverse(
     windows: Tensor, window: Sequence[int], size: Sequence[int], shift: Sequence[int], pad_order: str, backend: str
 ) -> Tensor:
-    if backend == "reference":
-        return reference.window_reverse(windows, window, size, shift, pad_order=pad_order)
+    if backend in PLAIN:
+        return (fallback if backend == "torch" else reference).window_reverse(
+            windows, window, size, shift, pad_order=pad_order
+        )
     return _op("window_reverse", backend)(windows, size, *_geometry(window, shift, pad_order))
 
 
@@ -131,7 +133,7 @@ def window_partition(
         shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
         pad_order: where S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
             MONAI, mmpretrain) or "roll_then_pad" (timm).
-        backend: "auto", "cuda", "triton" or "reference". "auto" takes the fastest that can run the call.
+        backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call.
 
     Returns:
         (B * num_windows, N, C) in the dtype of x, contiguous, image-major, windows and their tokens row-major. An empty

@@ -1,0 +1,364 @@
+"""Backend "torch": every op in plain PyTorch, written for speed. "auto" takes it where no kernel of ours runs.
+
+Whole-tensor operations that PyTorch has fast code for and that inductor fuses, any device, any floating dtype, and
+differentiable as often as those operations are. 16-bit maps are multiplied in their own dtype, as the libraries' code
+multiplies them, but for float16 and v2, where that would overflow or lose bits; softmax is in float32. The definitions
+of the ops are in ``swinkernels.reference``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swinkernels.ops._arguments import frame_size
+from swinkernels.ops._library import Found, linear
+
+# From this many tokens of a window a CPU's scaled_dot_product_attention is faster than products and a softmax.
+_LONG_WINDOW = 128
+# The grid of a GPU has at most this many blocks on the axis that torch's kernels put batch and heads on.
+_MOST_HEADS = 65535
+
+
+# --- windows
+
+
+def _pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
+    """Zeros before and after each of the axes 1, 2, ... of a map."""
+    behind = [0, 0] * (x.dim() - 1 - len(pads))
+    return F.pad(x, [*behind, *(amount for pair in reversed(pads) for amount in pair)])
+
+
+def _cut(x: Tensor, first: int, window: Sequence[int], grid: bool = False) -> Tensor:
+    """(..., *frame, ...) with the frame from axis ``first`` on -> (..., num_windows, N, ...)."""
+    rank = len(window)
+    last = first + rank
+    counts = [x.shape[first + i] // w for i, w in enumerate(window)]
+    split = [n for pair in zip(counts, window, strict=True) for n in (reversed(pair) if grid else pair)]
+    windows = list(range(first + grid, first + 2 * rank, 2))
+    tokens = list(range(first + (not grid), first + 2 * rank, 2))
+    behind = range(first + 2 * rank, x.dim() + rank)
+    x = x.reshape(*x.shape[:first], *split, *x.shape[last:]).permute(*range(first), *windows, *tokens, *behind)
+    return x.flatten(first, first + rank - 1).flatten(first + 1, first + rank)
+
+
+def _join(x: Tensor, first: int, frame: Sequence[int], window: Sequence[int], grid: bool = False) -> Tensor:
+    """The inverse of :func:`_cut`."""
+    rank = len(window)
+    counts = [p // w for p, w in zip(frame, window, strict=True)]
+    x = x.unflatten(first + 1, tuple(window)).unflatten(first, counts)
+    pairs = [(first + i, first + rank + i) for i in range(rank)]
+    order = [axis for windows, tokens in pairs for axis in ((tokens, windows) if grid else (windows, tokens))]
+    x = x.permute(*range(first), *order, *range(first + 2 * rank, x.dim()))
+    return x.reshape(*x.shape[:first], *frame, *x.shape[first + 2 * rank :])
+
+
+class _Frame:
+    """A map's size rounded up to whole windows: how maps are laid into it and taken out of it."""
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        window: Sequence[int],
+        shift: Sequence[int],
+        pad_order: str,
+        before: Sequence[int] | None = None,
+        grid: bool = False,
+    ) -> None:
+        self.size, self.window, self.grid = tuple(size), tuple(window), grid
+        self.frame = frame_size(size, window)
+        before = before or (0,) * len(self.size)
+        self.pads = [(b, p - s - b) for b, p, s in zip(before, self.frame, size, strict=True)]
+        self.is_padded = any(p != s for p, s in zip(self.frame, self.size, strict=True))
+        self.axes = [1 + i for i, s in enumerate(shift) if s]
+        self.steps = [s for s in shift if s]
+        self.rolls_first = pad_order == "roll_then_pad"
+
+    def windows(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        """(B, *S, ...) -> (B, num_windows, N, ...); a pad token is ``pad``, or zero."""
+        if self.rolls_first and self.axes:
+            x = torch.roll(x, [-s for s in self.steps], self.axes)
+        if self.is_padded:
+            x = _pad(x, self.pads)
+            if pad is not None:
+                inside = _pad(x.new_ones((1, *self.size)), self.pads)
+                x = x + (1 - inside).reshape(inside.shape + (1,) * pad.dim()) * pad
+        if not self.rolls_first and self.axes:
+            x = torch.roll(x, [-s for s in self.steps], self.axes)
+        return _cut(x, 1, self.window, self.grid)
+
+    def map(self, windows: Tensor) -> Tensor:
+        """The inverse: (B, num_windows, N, ...) -> (B, *S, ...), contiguous, pad tokens dropped."""
+        x = _join(windows, 1, self.frame, self.window, self.grid)
+        if not self.rolls_first and self.axes:
+            x = torch.roll(x, self.steps, self.axes)
+        for axis, ((b, _), s) in enumerate(zip(self.pads, self.size, strict=True), start=1):
+            x = x.narrow(axis, b, s) if self.is_padded else x
+        if self.rolls_first and self.axes:
+            x = torch.roll(x, self.steps, self.axes)
+        return x.contiguous()
+
+
+def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int], *, pad_order: str) -> Tensor:
+    return _Frame(x.shape[1:-1], window, shift, pad_order).windows(x).flatten(0, 1).contiguous()
+
+
+def window_reverse(
+    windows: Tensor, window: Sequence[int], size: Sequence[int], shift: Sequence[int], *, pad_order: str
+) -> Tensor:
+    frame = _Frame(size, window, shift, pad_order)
+    per_image = math.prod(frame.frame) // math.prod(window)
+    return frame.map(windows.unflatten(0, (-1, per_image)))
+
+
+# --- attention
+
+_KEPT = Found(64)
+
+
+def _kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """A small tensor that depends on the geometry alone, made once. A compiler makes it in its code."""
+    if torch.compiler.is_compiling():
+        return make()
+    value = _KEPT.get(key)
+    if value is None:
+        with torch.inference_mode(False):
+            value = make()
+        _KEPT.put(key, value)
+    return value
+
+
+def _table_rows(window: Sequence[int], table_window: Sequence[int], device: torch.device) -> Tensor:
+    """(N * N): the row of the bias table for query i and key j of a window."""
+    token = torch.arange(math.prod(window), device=device)
+    index = torch.zeros_like(token)[:, None]
+    for axis, w in enumerate(table_window):
+        at = token // math.prod(table_window[axis + 1 :]) % w
+        index = index * (2 * w - 1) + (at[:, None] - at[None, :] + w - 1)
+    return index.flatten()
+
+
+def _regions(frame: _Frame, shift: Sequence[int], periodic: Sequence[bool], device: torch.device) -> Tensor:
+    """(num_windows, N): the region that the shift puts each token into."""
+    region = torch.zeros([1] * len(shift), dtype=torch.int32, device=device)
+    for axis, (p, w, s, wraps) in enumerate(zip(frame.frame, frame.window, shift, periodic, strict=True)):
+        g = torch.arange(p, device=device)
+        on_axis = (g >= p - w).int() + (g >= p - s).int() if s > 0 and not wraps else torch.zeros_like(g).int()
+        region = 3 * region + on_axis.reshape([-1 if i == axis else 1 for i in range(len(shift))])
+    return _cut(region, 0, frame.window, frame.grid)
+
+
+def _addend(
+    frame: _Frame,
+    wide: torch.dtype,
+    bias_table: Tensor | None,
+    bias: Tensor | None,
+    region_map: Tensor | None,
+    device: torch.device,
+    *,
+    shift_size: Sequence[int],
+    table_window: Sequence[int],
+    periodic: Sequence[bool],
+    mask_value: float,
+) -> Tensor | None:
+    """Bias and mask: (heads, N, N), (num_windows, heads or 1, N, N), or None."""
+    window, n = frame.window, math.prod(frame.window)
+    addend = None
+    if bias_table is not None:
+        rows = _kept((window, tuple(table_window), device), lambda: _table_rows(window, table_window, device))
+        addend = bias_table.to(wide)[rows].reshape(n, n, -1).permute(2, 0, 1)
+    elif bias is not None:
+        addend = bias.to(wide)
+        if bias.dim() == 4:  # the types of windows follow their slowest axes
+            addend = addend.repeat_interleave(math.prod(frame.frame) // n // bias.shape[0], dim=0)
+    if region_map is not None:
+        region = _cut(region_map, 0, window, frame.grid)
+    elif any(s and not wraps for s, wraps in zip(shift_size, periodic, strict=True)):
+        key = frame.frame, window, frame.grid, tuple(shift_size), tuple(periodic), device
+        region = _kept(key, lambda: _regions(frame, shift_size, periodic, device))
+    else:
+        return addend
+    mask = (mask_value * (region[:, :, None] != region[:, None, :]).to(wide))[:, None]
+    return mask if addend is None else addend + mask
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    addend: Tensor | None,
+    factor: float | Tensor,
+    dropout_p: float,
+    generator: torch.Generator | None,
+    wide: torch.dtype,
+    return_attention: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(factor q k^T + addend) v of windows (B, num_windows, heads, N, head_dim), and the weights if wanted."""
+    batch, windows, heads, n, head_dim = q.shape
+    fused = dropout_p == 0.0 and not return_attention
+    if q.device.type == "cpu":
+        needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, addend))
+        fused = fused and n >= _LONG_WINDOW and not needs_gradient
+    else:
+        fused = fused and batch * windows * heads <= _MOST_HEADS
+    if fused and not isinstance(factor, Tensor):
+        mask = None
+        if addend is not None:
+            mask = addend.to(q.dtype).expand(windows, heads, n, n).reshape(1, windows * heads, n, n)
+        flat_q, flat_k, flat_v = (x.reshape(batch, windows * heads, n, head_dim) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, attn_mask=mask, scale=factor)
+        return out.reshape(q.shape), None
+    if q.dtype == torch.float16:  # in which scores overflow
+        q, k = q.float(), k.float()
+    scores = (q @ k.transpose(-2, -1)) * factor if isinstance(factor, Tensor) else (q * factor) @ k.transpose(-2, -1)
+    if addend is not None:
+        scores = scores + addend
+    probs = scores.softmax(-1, dtype=wide)
+    if generator is not None and dropout_p > 0.0:
+        keep = torch.empty_like(probs).bernoulli_(1.0 - dropout_p, generator=generator)
+        probs = probs * keep if dropout_p == 1.0 else probs * keep / (1.0 - dropout_p)
+    elif dropout_p > 0.0:
+        probs = F.dropout(probs, dropout_p)
+    probs = probs.to(v.dtype)
+    return probs @ v, probs if return_attention else None
+
+
+def _attention(
+    split: Callable[[_Frame, Tensor | None], tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    size: Sequence[int],
+    *,
+    bias_table: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_qkv: Tensor | None,
+    region_map: Tensor | None,
+    generator: torch.Generator | None,
+    num_heads: int,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    scale: float,
+    pad_order: str,
+    pad_before: Sequence[int],
+    dropout_p: float,
+    grid: bool,
+    return_attention: bool,
+    **masking: Any,
+) -> Any:
+    frame = _Frame(size, window_size, shift_size, pad_order, pad_before, grid)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if pad_qkv is not None:
+        pad_qkv = pad_qkv.to(x.dtype).reshape(3, num_heads, -1)
+    q, k, v = split(frame, pad_qkv)
+    factor: float | Tensor = scale
+    if logit_scale is not None:
+        # A factor of up to 100 multiplies the error of rounded unit vectors.
+        q, k = F.normalize(q.to(wide), dim=-1), F.normalize(k.to(wide), dim=-1)
+        factor = logit_scale.to(wide).reshape(num_heads, 1, 1).clamp(max=math.log(100.0)).exp()
+    addend = _addend(frame, wide, bias_table, bias, region_map, x.device, shift_size=shift_size, **masking)
+    out, weights = _attend(q, k, v, addend, factor, dropout_p, generator, wide, return_attention)
+    out = frame.map(out.transpose(2, 3)).flatten(-2)
+    return (out, weights) if return_attention else out
+
+
+def window_attention_qkvpacked(qkv: Tensor, **arguments: Any) -> Any:
+    """As the op, of arguments in normal form: qkv (B, *S, 3, num_heads, head_dim), one value per axis."""
+
+    def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        windows = frame.windows(qkv, pad)  # (B, num_windows, N, 3, heads, head_dim): one copy for all three
+        q, k, v = windows.permute(3, 0, 1, 4, 2, 5).unbind()
+        return q, k, v
+
+    return _attention(split, qkv, qkv.shape[1:-3], **arguments)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
+    """As the op, of arguments in normal form: q, k and v (B, *S, num_heads, head_dim), one value per axis."""
+
+    def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        pads = (None,) * 3 if pad is None else pad.unbind()
+        # (B, num_windows, N, heads, head_dim) each
+        q_, k_, v_ = (frame.windows(x, p).transpose(2, 3) for x, p in zip((q, k, v), pads, strict=True))
+        return q_, k_, v_
+
+    return _attention(split, q, q.shape[1:-2], **arguments)
+
+
+# --- norms
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, dtype: torch.dtype) -> Tensor:
+    """torch's norm in the widest of the dtypes, rounded once."""
+    wide = torch.promote_types(x.dtype, dtype)
+    for parameter in (weight, bias):
+        wide = wide if parameter is None else torch.promote_types(wide, parameter.dtype)
+    weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(dtype)
+
+
+def add(x: Tensor, y: Tensor, drop_path_scale: Tensor | None) -> Tensor:
+    """x + drop_path_scale * y in the dtype of x."""
+    if drop_path_scale is not None:
+        y = y * drop_path_scale.reshape(-1, *(1,) * (y.dim() - 1))
+    return (x + y).to(x.dtype)
+
+
+def residual_layer_norm(
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, drop_path_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    s = add(x, y, drop_path_scale)
+    return s, layer_norm(s, weight, bias, eps=eps, dtype=y.dtype)
+
+
+def residual_post_norm(
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, drop_path_scale: Tensor | None
+) -> Tensor:
+    normed = layer_norm(y, weight, bias, eps=eps, dtype=torch.promote_types(x.dtype, y.dtype))
+    return add(x, normed, drop_path_scale)
+
+
+# --- patches
+
+
+def patch_merging(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float,
+    neighbours: Sequence[int],
+    by_channel: bool,
+    norm: str,
+    between: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``neighbours`` are the row-major numbers of those side by side, ``by_channel`` whether channels come first."""
+    rank = len(neighbours).bit_length() - 1
+    size = x.shape[-1 - rank : -1]
+    if any(s % 2 for s in size):
+        x = F.pad(x, [0, 0, *(amount for s in reversed(size) for amount in (0, s % 2))])
+    # A neighbour's number has a bit for each axis, the last axis lowest.
+    offsets = [[number >> (rank - 1 - axis) & 1 for axis in range(rank)] for number in neighbours]
+    indices: list[tuple[Any, ...]] = [(..., *(slice(o, None, 2) for o in offset), slice(None)) for offset in offsets]
+    parts = [x[index] for index in indices]
+    merged = torch.stack(parts, dim=-1).flatten(-2) if by_channel else torch.cat(parts, dim=-1)
+    if norm == "pre":
+        return linear(layer_norm(merged, norm_weight, norm_bias, eps=eps, dtype=between), weight)
+    return layer_norm(linear(merged, weight), norm_weight, norm_bias, eps=eps, dtype=dtype)
+
+
+def normalise_parts(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Sequence[int], *, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """The parts of every token laid out by a factor per axis of the map, each normalised."""
+    rank, size = len(factor), x.shape[1:-1]
+    order = [0, *(axis for i in range(1, 1 + rank) for axis in (i, i + rank)), 1 + 2 * rank]
+    laid_out = x.unflatten(-1, (*factor, -1)).permute(order)
+    laid_out = laid_out.reshape(x.shape[0], *(s * f for s, f in zip(size, factor, strict=True)), laid_out.shape[-1])
+    return layer_norm(laid_out, weight, bias, eps=eps, dtype=dtype)
