@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from swinkernels import reference
+from swinkernels.ops._arguments import make_window_spec
 from swinkernels.reference._geometry import source_index
 from swinkernels.reference.window_attention import relative_position_index
 
@@ -250,35 +251,24 @@ def op_arguments(
     """The arguments of ``torch.ops.swinkernels.<form>_fwd`` for a case; its tensors require gradients."""
     inputs = case.inputs(dtype, device)
     options = case.arguments()
-    rank = len(case.size)
-
-    def three(value: Any, leading: Any) -> list[Any]:
-        return [leading] * (3 - rank) + list(value if isinstance(value, tuple) else (value,) * rank)
-
     qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
     maps = qkv.unbind(-3) if form == "window_attention" else (qkv,)
-    table, pad, region_map = inputs.get("bias_table"), inputs.get("pad_qkv"), options.get("region_map")
+    table, pad, region_map = inputs.get("bias_table"), inputs.get("pad_qkv"), options.pop("region_map", None)
     bias, logit_scale = inputs.get("bias"), inputs.get("logit_scale")
-    dropout_p = options.get("dropout_p", 0.0)
+    del options["num_heads"]
+    spec = make_window_spec(form, len(case.size), case.head_dim, tables={"bias_table": table}, **options)
+    if region_map is not None:
+        region_map = region_map.to(device, torch.int32).reshape([1] * (3 - region_map.dim()) + list(region_map.shape))
     return (
         *(x.clone().requires_grad_() for x in maps),
         None if table is None else table.requires_grad_(),
         None if bias is None else bias.requires_grad_(),
         None if logit_scale is None else logit_scale.flatten().requires_grad_(),
         None if pad is None else pad.reshape(3, case.num_heads, case.head_dim).requires_grad_(),
-        None if region_map is None else region_map.to(device, torch.int32).reshape(three(tuple(region_map.shape), 1)),
-        torch.tensor([2**40 - 3], device=device) if dropout_p > 0 else None,
-        three(case.window_size, 1),
-        three(case.shift_size, 0),
-        three(options.get("table_window", case.window_size), 1),
-        three(options.get("pad_before", 0), 0),
-        three(options.get("periodic", False), False),
-        options.get("pad_order") == "roll_then_pad",
-        options.get("grid", False),
-        options.get("scale", case.head_dim**-0.5),
-        options.get("mask_value", -100.0),
-        dropout_p,
-        False,
+        region_map,
+        torch.tensor([2**40 - 3], device=device) if spec.dropout_p > 0 else None,
+        spec.wire(),
+        *spec.numbers,
     )
 
 
@@ -290,6 +280,7 @@ def opcheck_forward_and_backward(form: str, suffix: str, args: tuple[Any, ...]) 
     args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
     out, lse = fwd(*args)
     n = 3 if form == "window_attention" else 1
-    given = tuple(table is not None for table in args[n : n + 4])
-    for needed in {given, (False,) * 4}:
-        torch.library.opcheck(bwd, (torch.randn_like(out), *args[:n], lse, *args[n:], *needed))
+    given = sum(1 << i for i, table in enumerate(args[n : n + 4]) if table is not None)
+    for wanted in {given, 0}:
+        torch.library.opcheck(bwd, (torch.randn_like(out), *args[:n], lse, *args[n:], wanted))
+    torch.library.opcheck(fwd, (*args[: n + 6], f"{args[n + 6]};needs_lse=0", *args[n + 7 :]))

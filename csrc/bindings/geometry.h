@@ -17,11 +17,12 @@ FeatureMapOf<Pointer> feature_map(const Tensor& x, Pointer data, int64_t rank) {
 }
 
 // Of a map of size S; every other list has three values, as the schemas have it.
-inline FrameGeometry frame_geometry(const Ints& size, const Ints& window_size, const Ints& shift_size,
-                                    const Ints& pad_before, bool roll_then_pad) {
+template <class Axes>
+FrameGeometry frame_geometry(const Ints& size, const Axes& window_size, const Axes& shift_size, const Axes& pad_before,
+                             bool roll_then_pad) {
   const int64_t rank = static_cast<int64_t>(size.size());
   STD_TORCH_CHECK(rank == 2 || rank == 3, "swinkernels: a map has two or three axes");
-  for (const Ints* list : {&window_size, &shift_size, &pad_before}) {
+  for (const Axes* list : {&window_size, &shift_size, &pad_before}) {
     STD_TORCH_CHECK(list->size() == 3, "swinkernels: every geometry list has three values, slowest axis first");
   }
   FrameGeometry g{};

@@ -15,6 +15,7 @@
 #ifdef SWINKERNELS_WITH_CUDA
 #include "params/window_attention_cuda.h"
 #endif
+#include "window_spec.h"
 
 namespace swinkernels {
 namespace {
@@ -65,85 +66,77 @@ TokenMap output_map(const Tensor& x, int64_t offset, int64_t rank, int64_t head_
   return token_map<void*>(x, static_cast<char*>(x.mutable_data_ptr()), offset, rank, head_stride);
 }
 
-// The arguments that both passes of both forms share, in schema order.
-struct Options {
+// The small tensors of a call, in schema order.
+struct Tables {
   OptionalTensor bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed;
-  Ints window_size, shift_size, table_window, pad_before, periodic;
-  bool roll_then_pad, grid;
-  double scale, mask_value, dropout_p;
-  bool allow_tf32;
 };
 
 // Everything but the data: x (B, *S, ..., num_heads, head_dim) with S of `rank` axes.
-void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const Options& o) {
+void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const WindowSpec& spec) {
   p.dtype = dtype_of(x);
-  p.allow_tf32 = o.allow_tf32;
+  p.allow_tf32 = spec.allow_tf32;
   p.batch = x.size(0);
   p.num_heads = static_cast<int32_t>(x.size(x.dim() - 2));
   p.head_dim = static_cast<int32_t>(x.size(x.dim() - 1));
-  p.scale = static_cast<float>(o.scale);
-  p.mask_value = static_cast<float>(o.mask_value);
-  p.dropout_p = static_cast<float>(o.dropout_p);
+  p.scale = static_cast<float>(spec.scale);
+  p.mask_value = static_cast<float>(spec.mask_value);
+  p.dropout_p = static_cast<float>(spec.dropout_p);
   const std::vector<int64_t> shape = sizes(x, 1 + rank);
   WindowGeometry& g = p.geometry;
-  static_cast<FrameGeometry&>(g) =
-      frame_geometry({shape.begin() + 1, shape.end()}, o.window_size, o.shift_size, o.pad_before, o.roll_then_pad);
-  STD_TORCH_CHECK(o.table_window.size() == 3 && o.periodic.size() == 3,
-                  "swinkernels: every geometry list has three values, slowest axis first");
+  static_cast<FrameGeometry&>(g) = frame_geometry({shape.begin() + 1, shape.end()}, spec.window_size, spec.shift_size,
+                                                  spec.pad_before, spec.roll_then_pad);
   for (int64_t i = 0; i < 3; ++i) {
-    g.table_window[i] = static_cast<int32_t>(o.table_window[i]);
-    g.periodic[i] = o.periodic[i] != 0;
+    g.table_window[i] = static_cast<int32_t>(spec.table_window[i]);
+    g.periodic[i] = spec.periodic[i] != 0;
   }
-  g.grid = o.grid;
+  g.grid = spec.grid;
 }
 
-int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
-
-// The small tensors, contiguous, kept alive by the caller through `o`.
-void fill_tables(WindowAttentionForwardParams& p, Options& o) {
-  for (OptionalTensor* t : {&o.bias_table, &o.bias, &o.logit_scale, &o.pad_qkv, &o.region_map, &o.dropout_seed}) {
-    if (*t && !(*t)->is_contiguous()) *t = torch::stable::contiguous(**t);
+// The tables, made contiguous in place: the caller keeps them alive.
+void fill_tables(WindowAttentionForwardParams& p, Tables& t) {
+  for (OptionalTensor* x : {&t.bias_table, &t.bias, &t.logit_scale, &t.pad_qkv, &t.region_map, &t.dropout_seed}) {
+    if (*x && !(*x)->is_contiguous()) *x = torch::stable::contiguous(**x);
   }
   const WindowGeometry& g = p.geometry;
-  if (o.bias_table) {
+  if (t.bias_table) {
     int64_t rows = 1;
     for (int32_t w : g.table_window) rows *= 2 * w - 1;
-    STD_TORCH_CHECK(o.bias_table->scalar_type() == ScalarType::Float && o.bias_table->numel() == rows * p.num_heads,
+    STD_TORCH_CHECK(t.bias_table->scalar_type() == ScalarType::Float && t.bias_table->numel() == rows * p.num_heads,
                     "swinkernels: bias_table must be float32 of prod(2 * table_window - 1) rows");
-    p.bias_table = static_cast<const float*>(o.bias_table->const_data_ptr());
+    p.bias_table = static_cast<const float*>(t.bias_table->const_data_ptr());
   }
   p.bias_types = 1;
-  if (o.bias) {
+  if (t.bias) {
     const int64_t n = product(g.window), windows = product(g.num_windows), of_a_type = p.num_heads * n * n;
-    const int64_t types = o.bias->numel() / of_a_type;
-    STD_TORCH_CHECK(o.bias->scalar_type() == ScalarType::Float && types > 0 && windows % types == 0 &&
-                        o.bias->numel() == types * of_a_type && !o.bias_table,
+    const int64_t types = t.bias->numel() / of_a_type;
+    STD_TORCH_CHECK(t.bias->scalar_type() == ScalarType::Float && types > 0 && windows % types == 0 &&
+                        t.bias->numel() == types * of_a_type && !t.bias_table,
                     "swinkernels: bias must be float32, (types, num_heads, N, N), and the only bias");
-    p.bias = static_cast<const float*>(o.bias->const_data_ptr());
+    p.bias = static_cast<const float*>(t.bias->const_data_ptr());
     p.bias_types = static_cast<int32_t>(types);
   }
-  if (o.logit_scale) {
-    STD_TORCH_CHECK(o.logit_scale->scalar_type() == ScalarType::Float && o.logit_scale->numel() == p.num_heads,
+  if (t.logit_scale) {
+    STD_TORCH_CHECK(t.logit_scale->scalar_type() == ScalarType::Float && t.logit_scale->numel() == p.num_heads,
                     "swinkernels: logit_scale must be float32, one value for each head");
-    p.logit_scale = static_cast<const float*>(o.logit_scale->const_data_ptr());
+    p.logit_scale = static_cast<const float*>(t.logit_scale->const_data_ptr());
   }
-  STD_TORCH_CHECK(o.dropout_p == 0 || o.dropout_seed, "swinkernels: dropout needs a seed");
-  if (o.dropout_seed) {
-    STD_TORCH_CHECK(o.dropout_seed->scalar_type() == ScalarType::Long && o.dropout_seed->numel() == 1,
+  STD_TORCH_CHECK(p.dropout_p == 0 || t.dropout_seed, "swinkernels: dropout needs a seed");
+  if (t.dropout_seed) {
+    STD_TORCH_CHECK(t.dropout_seed->scalar_type() == ScalarType::Long && t.dropout_seed->numel() == 1,
                     "swinkernels: dropout_seed must be one int64");
-    p.dropout_seed = static_cast<const int64_t*>(o.dropout_seed->const_data_ptr());
+    p.dropout_seed = static_cast<const int64_t*>(t.dropout_seed->const_data_ptr());
   }
-  if (o.pad_qkv) {
-    STD_TORCH_CHECK(dtype_of(*o.pad_qkv) == p.dtype && o.pad_qkv->numel() == int64_t{3} * p.num_heads * p.head_dim,
+  if (t.pad_qkv) {
+    STD_TORCH_CHECK(dtype_of(*t.pad_qkv) == p.dtype && t.pad_qkv->numel() == int64_t{3} * p.num_heads * p.head_dim,
                     "swinkernels: pad_qkv must be (3, num_heads, head_dim) of the map's dtype");
-    *o.pad_qkv = readable(*o.pad_qkv, 16);
-    p.pad_qkv = o.pad_qkv->const_data_ptr();
+    *t.pad_qkv = readable(*t.pad_qkv, 16);
+    p.pad_qkv = t.pad_qkv->const_data_ptr();
   }
-  if (o.region_map) {
-    STD_TORCH_CHECK(o.region_map->scalar_type() == ScalarType::Int &&
-                        o.region_map->numel() == int64_t{1} * g.frame[0] * g.frame[1] * g.frame[2],
+  if (t.region_map) {
+    STD_TORCH_CHECK(t.region_map->scalar_type() == ScalarType::Int &&
+                        t.region_map->numel() == int64_t{1} * g.frame[0] * g.frame[1] * g.frame[2],
                     "swinkernels: region_map must be int32 of the frame's shape");
-    p.region_map = static_cast<const int32_t*>(o.region_map->const_data_ptr());
+    p.region_map = static_cast<const int32_t*>(t.region_map->const_data_ptr());
   }
 }
 
@@ -171,25 +164,26 @@ struct Separate {
 int64_t row_bytes(const Tensor& x) { return x.size(x.dim() - 1) * static_cast<int64_t>(x.element_size()); }
 
 template <class Backend, class Form>
-std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Options o) {
+std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Tables tables, const WindowSpec& spec) {
   const Backend backend(xs[0]);
   const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
   for (Tensor& x : xs) x = readable(x, alignment);
   const Tensor& x = xs[0];
   const int64_t rank = Form::rank(x);
   WindowAttentionForwardParams p{};
-  fill(p, x, rank, o);
-  fill_tables(p, o);
+  fill(p, x, rank, spec);
+  fill_tables(p, tables);
   const WindowGeometry& g = p.geometry;
 
   std::vector<int64_t> shape = sizes(x, 1 + rank);
   shape.push_back(int64_t{1} * p.num_heads * p.head_dim);
   Tensor out = new_empty(x, shape);
-  Tensor lse = new_empty(x, {p.batch, product(g.num_windows), p.num_heads, product(g.window)}, ScalarType::Float);
+  const std::vector<int64_t> rows{p.batch, product(g.num_windows), p.num_heads, product(g.window)};
+  Tensor lse = new_empty(x, spec.needs_lse ? rows : std::vector<int64_t>{0}, ScalarType::Float);
   if (out.numel() == 0) return {out, lse};
   Form::place({&p.q, &p.k, &p.v}, xs, input_map);
   p.out = output_map(out, 0, rank, p.head_dim);
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.lse = spec.needs_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   backend.forward(p);
   return {out, lse};
 }
@@ -199,13 +193,9 @@ struct Gradients {
   OptionalTensor bias_table, bias, logit_scale, pad_qkv;  // those that were wanted
 };
 
-// Which gradients are wanted beside those of the maps.
-struct Needs {
-  bool bias_table, bias, logit_scale, pad_qkv;
-};
-
 template <class Backend, class Form>
-Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, Needs needs) {
+Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Tables tables, const WindowSpec& spec,
+                   int64_t wanted) {
   const Backend backend(xs[0]);
   const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
   for (Tensor& x : xs) x = readable(x, alignment);
@@ -214,8 +204,8 @@ Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, N
   const Tensor& x = xs[0];
   const int64_t rank = Form::rank(x);
   WindowAttentionBackwardParams p{};
-  fill(p.forward, x, rank, o);
-  fill_tables(p.forward, o);
+  fill(p.forward, x, rank, spec);
+  fill_tables(p.forward, tables);
   STD_TORCH_CHECK(dtype_of(dout) == p.forward.dtype, "swinkernels: dout must have the map's dtype");
 
   // new_zeros, so that an empty batch has the gradient zero; otherwise the kernels write every element.
@@ -226,15 +216,18 @@ Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, N
   };
   Gradients grads;
   for (const Tensor& t : xs) grads.maps.push_back(new_empty(t, sizes(t, t.dim())));
-  auto like = [&](bool needed, const OptionalTensor& t) {
-    STD_TORCH_CHECK(!needed || t, "swinkernels: the gradient of a tensor that was not given is wanted");
-    return allocate(needed, needed ? sizes(*t, t->dim()) : std::vector<int64_t>{});
+  // Bit i of wanted: the gradient of the i-th table.
+  auto like = [&](int bit, const OptionalTensor& table) {
+    const bool needed = (wanted >> bit & 1) != 0;
+    STD_TORCH_CHECK(!needed || table, "swinkernels: the gradient of a tensor that was not given is wanted");
+    return allocate(needed, needed ? sizes(*table, table->dim()) : std::vector<int64_t>{});
   };
-  grads.bias_table = like(needs.bias_table, o.bias_table);
-  grads.bias = like(needs.bias, o.bias);
-  grads.logit_scale = like(needs.logit_scale, o.logit_scale);
-  grads.pad_qkv = like(needs.pad_qkv, o.pad_qkv);
+  grads.bias_table = like(0, tables.bias_table);
+  grads.bias = like(1, tables.bias);
+  grads.logit_scale = like(2, tables.logit_scale);
+  grads.pad_qkv = like(3, tables.pad_qkv);
   if (empty) return grads;
+  STD_TORCH_CHECK(lse.numel() > 0, "swinkernels: a backward pass needs the lse of a forward pass with needs_lse=1");
 
   Form::place({&p.forward.q, &p.forward.k, &p.forward.v}, xs, input_map);
   Form::place({&p.dq, &p.dk, &p.dv}, grads.maps, output_map);
@@ -251,124 +244,57 @@ Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, N
   return grads;
 }
 
-// The ops, with the argument lists of the schemas in swinkernels/ops/window_attention.py.
-#define SWINKERNELS_OPTIONS                                                                                         \
-  OptionalTensor bias_table, OptionalTensor bias, OptionalTensor logit_scale, OptionalTensor pad_qkv,               \
-      OptionalTensor region_map, OptionalTensor dropout_seed, Ints window_size, Ints shift_size, Ints table_window, \
-      Ints pad_before, Ints periodic, bool roll_then_pad, bool grid, double scale, double mask_value,               \
-      double dropout_p, bool allow_tf32
-#define SWINKERNELS_MAKE_OPTIONS                                                                             \
-  Options {                                                                                                  \
-    bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed, window_size, shift_size, table_window, \
-        pad_before, periodic, roll_then_pad, grid, scale, mask_value, dropout_p, allow_tf32                  \
-  }
 // What the schema has for a gradient that is not wanted: nothing.
 Tensor sum(const OptionalTensor& gradient, const Tensor& x) {
   return gradient ? *gradient : new_empty(x, {0}, ScalarType::Float);
 }
 
-#define SWINKERNELS_NEEDS bool needs_dbias_table, bool needs_dbias, bool needs_dlogit_scale, bool needs_dpad_qkv
-#define SWINKERNELS_MAKE_NEEDS \
-  Needs { needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv }
-
+// The ops, with the argument lists of the schemas in swinkernels/ops/window_attention.py.
 template <class Backend>
-std::tuple<Tensor, Tensor> qkvpacked_fwd(Tensor qkv, SWINKERNELS_OPTIONS) {
-  return forward<Backend, Packed>({qkv}, SWINKERNELS_MAKE_OPTIONS);
+std::tuple<Tensor, Tensor> qkvpacked_fwd(Tensor qkv, OptionalTensor bias_table, OptionalTensor bias,
+                                         OptionalTensor logit_scale, OptionalTensor pad_qkv, OptionalTensor region_map,
+                                         OptionalTensor dropout_seed, std::string spec, double scale, double mask_value,
+                                         double dropout_p) {
+  const Tables tables{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
+  return forward<Backend, Packed>({qkv}, tables, WindowSpec(spec, scale, mask_value, dropout_p));
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, SWINKERNELS_OPTIONS) {
-  return forward<Backend, Separate>({q, k, v}, SWINKERNELS_MAKE_OPTIONS);
+std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, OptionalTensor bias_table, OptionalTensor bias,
+                               OptionalTensor logit_scale, OptionalTensor pad_qkv, OptionalTensor region_map,
+                               OptionalTensor dropout_seed, std::string spec, double scale, double mask_value,
+                               double dropout_p) {
+  const Tables tables{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
+  return forward<Backend, Separate>({q, k, v}, tables, WindowSpec(spec, scale, mask_value, dropout_p));
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qkvpacked_bwd(Tensor dout, Tensor qkv, Tensor lse,
-                                                                 SWINKERNELS_OPTIONS, SWINKERNELS_NEEDS) {
-  Gradients d = backward<Backend, Packed>(dout, {qkv}, lse, SWINKERNELS_MAKE_OPTIONS, SWINKERNELS_MAKE_NEEDS);
+                                                                 OptionalTensor bias_table, OptionalTensor bias,
+                                                                 OptionalTensor logit_scale, OptionalTensor pad_qkv,
+                                                                 OptionalTensor region_map, OptionalTensor dropout_seed,
+                                                                 std::string spec, double scale, double mask_value,
+                                                                 double dropout_p, int64_t wanted) {
+  const Tables tables{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
+  const Gradients d =
+      backward<Backend, Packed>(dout, {qkv}, lse, tables, WindowSpec(spec, scale, mask_value, dropout_p), wanted);
   return {d.maps[0], sum(d.bias_table, qkv), sum(d.bias, qkv), sum(d.logit_scale, qkv), sum(d.pad_qkv, qkv)};
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(Tensor dout, Tensor q, Tensor k, Tensor v,
-                                                                       Tensor lse, SWINKERNELS_OPTIONS,
-                                                                       SWINKERNELS_NEEDS) {
-  Gradients d = backward<Backend, Separate>(dout, {q, k, v}, lse, SWINKERNELS_MAKE_OPTIONS, SWINKERNELS_MAKE_NEEDS);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, OptionalTensor bias_table, OptionalTensor bias,
+    OptionalTensor logit_scale, OptionalTensor pad_qkv, OptionalTensor region_map, OptionalTensor dropout_seed,
+    std::string spec, double scale, double mask_value, double dropout_p, int64_t wanted) {
+  const Tables tables{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
+  const Gradients d =
+      backward<Backend, Separate>(dout, {q, k, v}, lse, tables, WindowSpec(spec, scale, mask_value, dropout_p), wanted);
   return {d.maps[0],        d.maps[1], d.maps[2], sum(d.bias_table, q), sum(d.bias, q), sum(d.logit_scale, q),
           sum(d.pad_qkv, q)};
 }
 
-// The same ops called at less cost: what is no tensor comes as one float64 tensor on the CPU, whose values are those of
-// the schema in its order, lists laid out. The gradients that are not wanted are one empty tensor.
-Options unpack(const Tensor& numbers, OptionalTensor bias_table, OptionalTensor bias, OptionalTensor logit_scale,
-               OptionalTensor pad_qkv, OptionalTensor region_map, OptionalTensor dropout_seed) {
-  constexpr int64_t kNumbers = 5 * 3 + 6;
-  STD_TORCH_CHECK(numbers.scalar_type() == ScalarType::Double && numbers.numel() == kNumbers && numbers.is_contiguous(),
-                  "swinkernels: numbers must be ", kNumbers, " of float64");
-  const double* next = static_cast<const double*>(numbers.const_data_ptr());
-  auto ints = [&] {
-    const double* first = next;
-    next += 3;
-    return Ints(first, next);
-  };
-  Options o{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
-  for (Ints* list : {&o.window_size, &o.shift_size, &o.table_window, &o.pad_before, &o.periodic}) *list = ints();
-  for (bool* flag : {&o.roll_then_pad, &o.grid}) *flag = *next++ != 0;
-  for (double* number : {&o.scale, &o.mask_value, &o.dropout_p}) *number = *next++;
-  o.allow_tf32 = *next != 0;
-  return o;
-}
-
-#define SWINKERNELS_TABLES                                                                            \
-  OptionalTensor bias_table, OptionalTensor bias, OptionalTensor logit_scale, OptionalTensor pad_qkv, \
-      OptionalTensor region_map, OptionalTensor dropout_seed
-#define SWINKERNELS_UNPACK unpack(numbers, bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed)
-
-template <class Backend>
-std::tuple<Tensor, Tensor> qkvpacked_fwd_short(Tensor qkv, SWINKERNELS_TABLES, Tensor numbers) {
-  return forward<Backend, Packed>({qkv}, SWINKERNELS_UNPACK);
-}
-
-template <class Backend>
-std::tuple<Tensor, Tensor> fwd_short(Tensor q, Tensor k, Tensor v, SWINKERNELS_TABLES, Tensor numbers) {
-  return forward<Backend, Separate>({q, k, v}, SWINKERNELS_UNPACK);
-}
-
-Needs needs_of(int64_t wanted) {
-  auto bit = [&](int i) { return (wanted >> i & 1) != 0; };
-  return {bit(0), bit(1), bit(2), bit(3)};
-}
-
-template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qkvpacked_bwd_short(Tensor dout, Tensor qkv, Tensor lse,
-                                                                       SWINKERNELS_TABLES, Tensor numbers,
-                                                                       int64_t wanted) {
-  Gradients d = backward<Backend, Packed>(dout, {qkv}, lse, SWINKERNELS_UNPACK, needs_of(wanted));
-  const Tensor none = new_empty(qkv, {0}, ScalarType::Float);
-  return {d.maps[0], d.bias_table.value_or(none), d.bias.value_or(none), d.logit_scale.value_or(none),
-          d.pad_qkv.value_or(none)};
-}
-
-template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_short(Tensor dout, Tensor q, Tensor k, Tensor v,
-                                                                             Tensor lse, SWINKERNELS_TABLES,
-                                                                             Tensor numbers, int64_t wanted) {
-  Gradients d = backward<Backend, Separate>(dout, {q, k, v}, lse, SWINKERNELS_UNPACK, needs_of(wanted));
-  const Tensor none = new_empty(q, {0}, ScalarType::Float);
-  return {d.maps[0],
-          d.maps[1],
-          d.maps[2],
-          d.bias_table.value_or(none),
-          d.bias.value_or(none),
-          d.logit_scale.value_or(none),
-          d.pad_qkv.value_or(none)};
-}
-
 template <class Backend, class Library>
 void implement(Library& m) {
-  m.impl("window_attention_qkvpacked_fwd_short", TORCH_BOX(&qkvpacked_fwd_short<Backend>));
-  m.impl("window_attention_qkvpacked_bwd_short", TORCH_BOX(&qkvpacked_bwd_short<Backend>));
-  m.impl("window_attention_fwd_short", TORCH_BOX(&fwd_short<Backend>));
-  m.impl("window_attention_bwd_short", TORCH_BOX(&bwd_short<Backend>));
   m.impl("window_attention_qkvpacked_fwd", TORCH_BOX(&qkvpacked_fwd<Backend>));
   m.impl("window_attention_qkvpacked_bwd", TORCH_BOX(&qkvpacked_bwd<Backend>));
   m.impl("window_attention_fwd", TORCH_BOX(&fwd<Backend>));

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from swinkernels.ops._arguments import check_arguments
 from swinkernels.ops._backends import window_attention_reasons
+from swinkernels.ops.window_attention import spec_of
 
 
 @dataclass(frozen=True)
@@ -45,28 +45,12 @@ def window_attention_part(
 
     def reasons(module: Any, backend: str, training: bool) -> list[str]:
         qkv_weight = weight(module)
-        given: dict[str, Any] = {
-            "bias_table": None,
-            "shift_size": 0,
-            "scale": None,
-            "bias": None,
-            "table_window": None,
-            "logit_scale": None,
-            "pad_qkv": None,
-            "pad_order": "pad_then_roll",
-            "mask_value": -100.0,
-            "pad_before": 0,
-            "periodic": False,
-            "region_map": None,
-            "generator": None,
-            "grid": False,
-            **arguments(module),
-            "dropout_p": dropout_p(module) if training else 0.0,
-        }
+        p = dropout_p(module) if training else 0.0
+        size, given = map_size(module), arguments(module)
         head_dim = qkv_weight.shape[0] // (3 * given["num_heads"])
         no_tokens = qkv_weight.new_empty(0)
-        args = check_arguments("accelerate", no_tokens, map_size(module), head_dim, **given)
-        return window_attention_reasons(backend, args, qkv_weight.dtype, qkv_weight.device)
+        spec = spec_of("accelerate", no_tokens, size, head_dim, **given, dropout_p=p)
+        return window_attention_reasons(backend, spec, qkv_weight.dtype, qkv_weight.device)
 
     return Part("attention", reason_to_fall_back, reasons, or_own_code=False)
 

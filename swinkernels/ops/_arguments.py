@@ -1,13 +1,17 @@
-"""Checks of the window attention arguments, the same for every backend, and their normal form."""
+"""Checks of arguments that the ops share, the same for every backend."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from swinkernels.window_spec import WindowSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REGION_DTYPES = (torch.int32, torch.int16, torch.int8, torch.uint8)  # what int32 holds: kernels compare in it
@@ -20,44 +24,6 @@ LARGEST_FLOAT = torch.finfo(torch.float32).max  # numbers that meet float32 scor
 Ints = int | Sequence[int]
 
 
-class WindowArguments(NamedTuple):
-    """The arguments of one call in normal form. The geometry has one value per axis of S, slowest first."""
-
-    op: str
-    size: tuple[int, ...]
-    num_heads: int
-    head_dim: int
-    window_size: tuple[int, ...]
-    shift_size: tuple[int, ...]
-    table_window: tuple[int, ...]
-    pad_before: tuple[int, ...]
-    periodic: tuple[bool, ...]
-    pad_order: str
-    grid: bool
-    scale: float
-    mask_value: float
-    dropout_p: float
-    generator: torch.Generator | None
-    bias_table: Tensor | None
-    bias: Tensor | None
-    logit_scale: Tensor | None
-    pad_qkv: Tensor | None
-    region_map: Tensor | None
-    return_attention: bool = False
-
-    @property
-    def window_volume(self) -> int:
-        return math.prod(self.window_size)
-
-    @property
-    def frame(self) -> tuple[int, ...]:
-        return frame_size(self.size, self.window_size)
-
-    @property
-    def has_padding(self) -> bool:
-        return self.frame != self.size
-
-
 def frame_size(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
     """The map's size rounded up to whole windows, per axis."""
     return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
@@ -67,22 +33,30 @@ def _shape(x: Tensor) -> str:
     return f"shape {tuple(x.shape)}"
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+def _index(value: Any) -> int | None:
+    """An integer of any kind, NumPy's too, as an int; None for anything else, a bool included.
+
+    A compiler's symbolic int becomes a constant of its code: windows and heads are what kernels are chosen by.
+    """
+    try:
+        return None if isinstance(value, (bool, Tensor)) else operator.index(value)
+    except TypeError:
+        return None
 
 
-def _ints(op: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
+def per_axis_ints(op: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
     if type(value) is int:  # the usual case, at a fraction of the time
-        return (value,) * rank
-    values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * rank
-    if not all(_is_int(v) for v in values):
+        return (operator.index(value),) * rank
+    given = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * rank
+    values = tuple(v for x in given if (v := _index(x)) is not None)
+    if len(values) != len(given):
         raise TypeError(f"{op}: {name} must be an int or one int per axis, got {value!r}")
     if len(values) != rank:
         raise ValueError(f"{op}: {name} must have one value for each of the {rank} axes of the map, got {value!r}")
     return values
 
 
-def _bools(op: str, name: str, value: Any, rank: int) -> tuple[bool, ...]:
+def per_axis_bools(op: str, name: str, value: Any, rank: int) -> tuple[bool, ...]:
     if type(value) is bool:
         return (value,) * rank
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
@@ -93,7 +67,7 @@ def _bools(op: str, name: str, value: Any, rank: int) -> tuple[bool, ...]:
     return values
 
 
-def _finite(op: str, name: str, value: Any) -> float:
+def finite(op: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     if not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:  # dynamo cannot trace math.isfinite of a symbolic float
@@ -108,7 +82,7 @@ def check_device(op: str, name: str, value: Tensor, device: torch.device) -> Non
         )
 
 
-def _tensor(op: str, name: str, value: Any, device: torch.device, *, floating: bool = True) -> None:
+def check_tensor(op: str, name: str, value: Any, device: torch.device, *, floating: bool = True) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     check_device(op, name, value, device)
@@ -165,12 +139,14 @@ def check_separate(op: str, q: Any, k: Any, v: Any, num_heads: Any) -> None:
         )
 
 
-def check_count(op: str, name: str, value: Any, *, at_least: int = 1) -> None:
+def check_count(op: str, name: str, value: Any, *, at_least: int = 1) -> int:
     """A number of things."""
-    if not _is_int(value):
+    count = _index(value)
+    if count is None:
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
-    if value < at_least:
+    if count < at_least:
         raise ValueError(f"{op}: {name} must be at least {at_least}, got {value}")
+    return count
 
 
 def _check_map(op: str, name: str, x: Any, *, floating: bool = True) -> None:
@@ -205,11 +181,14 @@ def check_windows(op: str, windows: Any, size: Sequence[int], window: Sequence[i
 
 def check_size(op: str, size: Any) -> tuple[int, ...]:
     """The tokens of a map per axis."""
-    if not isinstance(size, (tuple, list, torch.Size)) or not all(_is_int(s) for s in size):
+    given = size if isinstance(size, (tuple, list, torch.Size)) else [None]
+    tokens: list[Any] = [s if isinstance(s, torch.SymInt) else _index(s) for s in given]
+    counts = tuple(s for s in tokens if s is not None)
+    if len(counts) != len(tokens):
         raise TypeError(f"{op}: size must be the tokens of the map per axis, (H, W) or (D, H, W), got {size!r}")
-    if len(size) not in (2, 3) or any(s < 1 for s in size):
+    if len(counts) not in (2, 3) or any(s < 1 for s in counts):
         raise ValueError(f"{op}: size must be (H, W) or (D, H, W), each at least 1, got {tuple(size)}")
-    return tuple(size)
+    return counts
 
 
 def check_rows(op: str, name: str, x: Any, *, batched: bool = False) -> None:
@@ -222,7 +201,7 @@ def check_rows(op: str, name: str, x: Any, *, batched: bool = False) -> None:
 
 def check_weight(op: str, x: Tensor, weight: Any, *widths: int) -> None:
     """The weight (out, width) of a Linear; a width is accepted for the channels of x."""
-    _tensor(op, "weight", weight, x.device)
+    check_tensor(op, "weight", weight, x.device)
     if weight.dim() != 2 or weight.shape[1] not in widths or weight.shape[0] < 1:
         accepted = " or ".join(f"(out, {width})" for width in widths)
         raise ValueError(f"{op}: weight must be {accepted} for x of {_shape(x)}, got {_shape(weight)}")
@@ -239,7 +218,7 @@ def check_dtype(op: str, dtype: Any, x: Tensor) -> torch.dtype:
 
 def check_ints(op: str, name: str, value: Any, rank: int, *, at_least: int) -> tuple[int, ...]:
     """One int per axis."""
-    values = _ints(op, name, value, rank)
+    values = per_axis_ints(op, name, value, rank)
     if any(v < at_least for v in values):
         raise ValueError(f"{op}: {name} must be at least {at_least} per axis, got {values}")
     return values
@@ -255,13 +234,13 @@ def check_parameters(op: str, x: Tensor, expected: tuple[int, ...], **parameters
     for name, value in parameters.items():
         if value is None:
             continue
-        _tensor(op, name, value, x.device)
+        check_tensor(op, name, value, x.device)
         if tuple(value.shape) != expected:
             raise ValueError(f"{op}: {name} must be {expected} for x of {_shape(x)}, got {_shape(value)}")
 
 
 def check_eps(op: str, eps: Any) -> float:
-    value = _finite(op, "eps", eps)
+    value = finite(op, "eps", eps)
     if value < 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps!r}")
     return value
@@ -276,10 +255,10 @@ def check_choice(op: str, name: str, value: Any, accepted: Sequence[str]) -> Non
 
 def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Window and shift, one value per axis."""
-    window = _ints(op, "window_size", window_size, rank)
+    window = per_axis_ints(op, "window_size", window_size, rank)
     if any(w < 1 for w in window):
         raise ValueError(f"{op}: window_size must be at least 1 per axis, got {window}")
-    shift = _ints(op, "shift_size", shift_size, rank)
+    shift = per_axis_ints(op, "shift_size", shift_size, rank)
     if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
         raise ValueError(f"{op}: shift_size must be in 0..window_size - 1 per axis, got {shift} for window {window}")
     return window, shift
@@ -287,7 +266,7 @@ def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple
 
 def check_roll(op: str, shift_size: Any, rank: int) -> tuple[int, ...]:
     """A cyclic shift as torch.roll takes it: any number of tokens per axis, in either direction."""
-    return _ints(op, "shift_size", shift_size, rank)
+    return per_axis_ints(op, "shift_size", shift_size, rank)
 
 
 def check_forms(op: str, name: str, x: Any, *shapes: tuple[int, ...]) -> None:
@@ -297,159 +276,160 @@ def check_forms(op: str, name: str, x: Any, *shapes: tuple[int, ...]) -> None:
         raise ValueError(f"{op}: {name} must be {' or '.join(map(str, shapes))}, got {_shape(x)}")
 
 
-def check_arguments(
+def make_window_spec(
     op: str,
-    tokens: Tensor,
-    size: Sequence[int],
+    rank: int,
     head_dim: int,
-    bias_table: Any,
     *,
-    num_heads: int,
-    window_size: Any,
-    shift_size: Any,
-    scale: Any,
-    bias: Any,
-    table_window: Any,
-    logit_scale: Any,
-    pad_qkv: Any,
-    pad_order: Any,
-    pad_before: Any,
-    periodic: Any,
-    region_map: Any,
-    mask_value: Any,
-    dropout_p: Any,
-    generator: Any,
-    grid: Any,
-    return_attention: Any = False,
-) -> WindowArguments:
-    """Every argument but the map itself (``tokens`` lends its device), checked and in normal form."""
-    size = tuple(size)
-    rank = len(size)
-    device = tokens.device
-    if any(s < 1 for s in size):
-        raise ValueError(f"{op}: every axis of the map must have at least one token, got S = {size}")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{op}: head_dim must be 1..{MAX_HEAD_DIM}, got {head_dim}")
+    window_size: Ints,
+    shift_size: Ints = 0,
+    scale: float | None = None,
+    table_window: Ints | None = None,
+    pad_order: str = "pad_then_roll",
+    pad_before: Ints = 0,
+    periodic: bool | Sequence[bool] = False,
+    mask_value: float = -100.0,
+    dropout_p: float = 0.0,
+    grid: bool = False,
+    tables: Mapping[str, Any] = MappingProxyType({}),
+) -> WindowSpec:
+    """Check the arguments of window attention's public functions, for a map of ``rank`` axes; their normal form.
 
+    ``tables`` are the tensors of the call by name: some exclude an argument.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named with ``op``, what was got and what is accepted.
+    """
     window, shift = check_window(op, window_size, shift_size, rank)
-    n = math.prod(window)
-    if n > MAX_WINDOW_VOLUME:
+    volume = math.prod(window)
+    if volume > MAX_WINDOW_VOLUME:
         raise ValueError(
-            f"{op}: window_size may hold at most {MAX_WINDOW_VOLUME} tokens, got {window}, which holds {n}"
+            f"{op}: window_size may hold at most {MAX_WINDOW_VOLUME} tokens, got {window}, which holds {volume}"
         )
-
-    frame = frame_size(size, window)
-    # Scores are the largest thing a backend could hold: batch * windows * heads * N * N = batch * frame * heads * N.
-    if tokens.shape[0] * math.prod(frame) * num_heads * max(n, 3 * head_dim) > MAX_ELEMENTS:
-        raise ValueError(
-            f"{op}: the map must be small enough for an int64 to count its scores, got {_shape(tokens)} "
-            f"with window_size {window}: split the batch"
-        )
-    before = _ints(op, "pad_before", pad_before, rank)
-    if any(not 0 <= b <= p - s for b, p, s in zip(before, frame, size, strict=True)):
-        pads = tuple(p - s for p, s in zip(frame, size, strict=True))
-        raise ValueError(
-            f"{op}: pad_before must be in 0..padding per axis; S = {size} and window {window} make the padding {pads}, "
-            f"got {before}"
-        )
+    before = per_axis_ints(op, "pad_before", pad_before, rank)
     check_choice(op, "pad_order", pad_order, PAD_ORDERS)
-    wraps = _bools(op, "periodic", periodic, rank)
+    wraps = per_axis_bools(op, "periodic", periodic, rank)
     if not isinstance(grid, bool):
         raise TypeError(f"{op}: grid must be a bool, got {grid!r}")
     if grid and any(shift):
         raise ValueError(f"{op}: shift_size must be 0 with grid=True, which has no shift, got {shift}")
-
-    table_shape = window if table_window is None else _ints(op, "table_window", table_window, rank)
-    if table_window is not None and bias_table is None:
+    table = window if table_window is None else per_axis_ints(op, "table_window", table_window, rank)
+    if table_window is not None and tables.get("bias_table") is None:
         raise ValueError(
             f"{op}: table_window must be None without a bias_table, whose numbering it is, got {table_window!r}"
         )
-    if any(t < 1 for t in table_shape):
-        raise ValueError(f"{op}: table_window must be at least 1 per axis, got {table_shape}")
-    if math.prod(table_shape) < n:
+    if any(t < 1 for t in table):
+        raise ValueError(f"{op}: table_window must be at least 1 per axis, got {table}")
+    if math.prod(table) < volume:
         raise ValueError(
-            f"{op}: table_window must be the window that bias_table was made for, with at least the {n} tokens of "
-            f"window_size {window}, got {table_shape}"
+            f"{op}: table_window must be the window that bias_table was made for, with at least the {volume} "
+            f"tokens of window_size {window}, got {table}"
         )
+    if scale is not None and tables.get("logit_scale") is not None:
+        raise ValueError(f"{op}: scale (v1) must be None with a logit_scale (v2), got {scale!r}")
+    p = finite(op, "dropout_p", dropout_p)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be in 0..1, got {p}")
+    return WindowSpec(
+        window_size=window,
+        shift_size=shift,
+        table_window=table,
+        pad_before=before,
+        periodic=wraps,
+        pad_order=pad_order,
+        grid=grid,
+        scale=head_dim**-0.5 if scale is None else finite(op, "scale", scale),
+        mask_value=finite(op, "mask_value", mask_value),
+        dropout_p=p,
+    )
+
+
+def check_window_call(
+    op: str,
+    spec: WindowSpec,
+    tokens: Tensor,
+    size: Sequence[int],
+    num_heads: int,
+    head_dim: int,
+    tables: Mapping[str, Any],
+) -> None:
+    """Check what meets a spec: a map of ``size`` tokens (``tokens`` lends batch and device), heads and tables.
+
+    Args:
+        tables: bias_table, bias, logit_scale, pad_qkv and region_map by name, those that a call has.
+
+    Raises:
+        TypeError, ValueError: what does not fit, named with ``op``, what was got and what is accepted.
+    """
+    size, window, n, device = tuple(size), spec.window_size, spec.volume, tokens.device
+    if any(s < 1 for s in size):
+        raise ValueError(f"{op}: every axis of the map must have at least one token, got S = {size}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head_dim must be 1..{MAX_HEAD_DIM}, got {head_dim}")
+    frame = frame_size(size, window)
+    # The largest thing a backend could hold: batch * windows * heads * N * N = batch * frame * heads * N scores.
+    elements = tokens.shape[0] * math.prod(frame) * num_heads * max(n, 3 * head_dim)
+    if isinstance(elements, int) and elements > MAX_ELEMENTS:  # a symbolic size would get a guard
+        raise ValueError(
+            f"{op}: the map must be small enough for an int64 to count its scores, got shape "
+            f"{tuple(tokens.shape)} with window_size {window}: split the batch"
+        )
+    before = spec.pad_before
+    if any(before) and any(not 0 <= b <= p - s for b, p, s in zip(before, frame, size, strict=True)):
+        pads = tuple(p - s for p, s in zip(frame, size, strict=True))
+        raise ValueError(
+            f"{op}: pad_before must be in 0..padding per axis; S = {size} and window {window} make the padding "
+            f"{pads}, got {before}"
+        )
+    bias_table, bias = tables.get("bias_table"), tables.get("bias")
     if bias_table is not None:
-        _tensor(op, "bias_table", bias_table, device)
-        rows = math.prod([2 * t - 1 for t in table_shape])  # a list: torch.compile cannot trace a generator here
-        if tuple(bias_table.shape) != (rows, num_heads):
-            window_name = "window_size" if table_window is None else "table_window"
+        check_tensor(op, "bias_table", bias_table, device)
+        if tuple(bias_table.shape) != (spec.table_rows, num_heads):
+            name = "window_size" if spec.table_window == window else "table_window"
             raise ValueError(
-                f"{op}: bias_table must be (prod(2 * window - 1), num_heads) = ({rows}, {num_heads}) for {window_name} "
-                f"{table_shape}, got {_shape(bias_table)}"
+                f"{op}: bias_table must be (prod(2 * window - 1), num_heads) = ({spec.table_rows}, {num_heads}) "
+                f"for {name} {spec.table_window}, got shape {tuple(bias_table.shape)}"
             )
     if bias is not None:
-        _tensor(op, "bias", bias, device)
+        check_tensor(op, "bias", bias, device)
         if bias.dim() not in (3, 4) or tuple(bias.shape[-3:]) != (num_heads, n, n):
             raise ValueError(
-                f"{op}: bias must be (num_heads, N, N) = ({num_heads}, {n}, {n}) or (window types, num_heads, N, N), "
-                f"got {_shape(bias)}"
+                f"{op}: bias must be (num_heads, N, N) = ({num_heads}, {n}, {n}) or (window types, num_heads, N, "
+                f"N), got shape {tuple(bias.shape)}"
             )
         num_windows = math.prod(frame) // n
         if bias.dim() == 4 and (bias.shape[0] < 1 or num_windows % bias.shape[0] != 0):
             raise ValueError(
                 f"{op}: the number of window types in bias must divide the {num_windows} windows of an image "
-                f"(types follow the slowest axes), got {_shape(bias)}"
+                f"(types follow the slowest axes), got shape {tuple(bias.shape)}"
             )
     if bias is not None and bias_table is not None:
         raise ValueError(
             f"{op}: bias must be None with a bias_table, got both: add the table's bias to the dense one first"
         )
+    logit_scale, pad_qkv, region_map = (tables.get(name) for name in ("logit_scale", "pad_qkv", "region_map"))
     if logit_scale is not None:
-        _tensor(op, "logit_scale", logit_scale, device)
+        check_tensor(op, "logit_scale", logit_scale, device)
         if logit_scale.numel() != num_heads:
-            raise ValueError(f"{op}: logit_scale must hold one value per head ({num_heads}), got {_shape(logit_scale)}")
-        if scale is not None:
-            raise ValueError(f"{op}: scale (v1) must be None with a logit_scale (v2), got {scale!r}")
+            raise ValueError(
+                f"{op}: logit_scale must hold one value per head ({num_heads}), got shape {tuple(logit_scale.shape)}"
+            )
     if pad_qkv is not None:
-        _tensor(op, "pad_qkv", pad_qkv, device)
+        check_tensor(op, "pad_qkv", pad_qkv, device)
         if tuple(pad_qkv.shape) not in ((3 * num_heads * head_dim,), (3, num_heads, head_dim)):
             raise ValueError(
                 f"{op}: pad_qkv must be (3C,) = ({3 * num_heads * head_dim},) or (3, num_heads, head_dim) = "
-                f"(3, {num_heads}, {head_dim}), got {_shape(pad_qkv)}"
+                f"(3, {num_heads}, {head_dim}), got shape {tuple(pad_qkv.shape)}"
             )
     if region_map is not None:
-        _tensor(op, "region_map", region_map, device, floating=False)
+        check_tensor(op, "region_map", region_map, device, floating=False)
         if tuple(region_map.shape) != frame:
             raise ValueError(
                 f"{op}: region_map must have the shape of the frame {frame} (S rounded up to whole windows), "
-                f"got {_shape(region_map)}"
+                f"got shape {tuple(region_map.shape)}"
             )
-        if any(wraps):
+        if any(spec.periodic):
             raise ValueError(
-                f"{op}: periodic must be False with a region_map, which replaces the regions of the shift, got {wraps}"
+                f"{op}: periodic must be False with a region_map, which replaces the regions of the shift, got "
+                f"{spec.periodic}"
             )
-    p = _finite(op, "dropout_p", dropout_p)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be in 0..1, got {p}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(f"{op}: generator must be on the map's device {device}, got {generator.device}")
-    if not isinstance(return_attention, bool):
-        raise TypeError(f"{op}: return_attention must be a bool, got {return_attention!r}")
-    return WindowArguments(
-        op=op,
-        size=size,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        window_size=window,
-        shift_size=shift,
-        table_window=table_shape,
-        pad_before=before,
-        periodic=wraps,
-        pad_order=pad_order,
-        grid=grid,
-        scale=head_dim**-0.5 if scale is None else _finite(op, "scale", scale),
-        mask_value=_finite(op, "mask_value", mask_value),
-        dropout_p=p,
-        generator=generator,
-        bias_table=bias_table,
-        bias=bias,
-        logit_scale=logit_scale,
-        pad_qkv=pad_qkv,
-        region_map=region_map,
-        return_attention=return_attention,
-    )

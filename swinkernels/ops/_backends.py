@@ -11,12 +11,13 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from swinkernels import _extension
-from swinkernels.ops._arguments import WindowArguments
+from swinkernels.ops._library import constant_when_compiled
+from swinkernels.window_spec import WindowSpec
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 # What `auto` tries on a device, best first; where none of these runs a call, and on other devices, it takes "torch".
@@ -80,18 +81,6 @@ def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:
         elif (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
             return True
     return False
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def constant_when_compiled(function: Function) -> Function:
-    """Let dynamo call a function that it cannot trace, once, and keep the result in the compiled code.
-
-    It is torch.compiler.assume_constant_result, which would import all of dynamo (a second) with this package.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @constant_when_compiled
@@ -165,19 +154,19 @@ def _shared_bytes(device: torch.device) -> int:
 
 
 def window_attention_reasons(
-    backend: str, args: WindowArguments, dtype: torch.dtype, device: torch.device
+    backend: str, spec: WindowSpec, dtype: torch.dtype, device: torch.device, return_attention: bool = False
 ) -> list[str]:
-    """The reasons why a backend cannot run these inputs; empty if it can."""
+    """The reasons why a backend cannot run a call; empty if it can."""
     if backend in PLAIN:
         return []
     reasons = _reasons(backend, "window_attention", device) + _dtype_reasons(backend, dtype)
-    if args.dropout_p > 0.0 and backend == "cpu":
+    if spec.dropout_p > 0.0 and backend == "cpu":
         reasons.append("it does not implement dropout_p")
-    if args.return_attention:
+    if return_attention:
         reasons.append("it does not return the attention weights (return_attention)")
     largest = _longest_window(backend, device)
-    if largest is not None and args.window_volume > largest:
-        reasons.append(f"it takes windows of at most {largest} tokens, got {args.window_volume}")
+    if largest is not None and spec.volume > largest:
+        reasons.append(f"it takes windows of at most {largest} tokens, got {spec.volume}")
     return reasons
 
 
@@ -224,11 +213,6 @@ def patch_merging_reasons(
     # Triton cuts the windows, and torch normalises.
     of_norm = [] if backend == "triton" else norm_reasons(backend, "layer_norm", row, dtypes, device)
     return list(dict.fromkeys(window_partition_reasons(backend, device) + of_norm))
-
-
-def choose_window_attention(requested: str, args: WindowArguments, dtype: torch.dtype, device: torch.device) -> str:
-    """The backend for a call: the requested one, or for "auto" the first that can run it."""
-    return choose(args.op, requested, device, lambda backend: window_attention_reasons(backend, args, dtype, device))
 
 
 def check_backend(op: str, requested: Any) -> None:

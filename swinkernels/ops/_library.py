@@ -42,6 +42,18 @@ def three(values: Sequence, leading) -> list:
     return [leading] * (3 - len(values)) + list(values)
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """Let dynamo call a function that it cannot trace, once, and keep the result in the compiled code.
+
+    It is torch.compiler.assume_constant_result, which would import all of dynamo (a second) with this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def is_plain(tensors: Sequence[Any]) -> bool:
     """Whether eager PyTorch alone sees a call: no compiler or exporter, no functorch or forward-mode transform, no mode
     that intercepts ops, and no subclass of tensors. ``tensors`` may be None, too; anything else is not plain.

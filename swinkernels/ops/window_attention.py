@@ -9,7 +9,7 @@ needs no op.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor
 from swinkernels import reference
 from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._arguments import Ints
-from swinkernels.ops._backends import PLAIN, choose_window_attention, constant_when_compiled
+from swinkernels.ops._backends import PLAIN, choose, window_attention_reasons
 from swinkernels.ops._library import (
     Differentiable,
     Found,
     autocast_dtype,
     call_key,
+    constant_when_compiled,
     is_plain,
     lib,
     parameter_gradients,
@@ -31,13 +32,8 @@ from swinkernels.ops._library import (
     register_derivative,
     three,
 )
+from swinkernels.window_spec import WindowSpec
 
-# The geometry as WindowGeometry of csrc/params/window_attention.h has it: three values a list, slowest axis first; 2D
-# has a leading axis of one token. The maps keep their own rank.
-_GEOMETRY = (
-    "int[] window_size, int[] shift_size, int[] table_window, int[] pad_before, int[] periodic, "
-    "bool roll_then_pad, bool grid, float scale, float mask_value, float dropout_p, bool allow_tf32"
-)
 # All float32 but pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the map's device).
 _TABLES = (
     "Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? pad_qkv, Tensor? region_map, Tensor? dropout_seed"
@@ -45,47 +41,44 @@ _TABLES = (
 # The first of the tables are those that have a gradient.
 _DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
 _SUMS = ", ".join(f"Tensor d{table}" for table in _DIFFERENTIABLE)
+_SPEC = "str spec, float scale, float mask_value, float dropout_p"  # WindowSpec.wire() and numbers
 _FORMS = {"window_attention_qkvpacked": ("qkv",), "window_attention": ("q", "k", "v")}
 
 
+_UNKNOWN = (1.0, 0.0, 0.0)  # in place of numbers that do not matter, and may be symbolic
+
+
 def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
-    """The forward and backward op of one form: what they take and return, and how autograd joins them. What to call."""
+    """Define the forward and backward op of one form and join them for autograd; returns how to call the forward."""
     n = len(maps)
     inputs = ", ".join(f"Tensor {m}" for m in maps)
     gradients = ", ".join(f"Tensor d{m}" for m in maps)
     fwd, bwd = f"{name}_fwd{suffix}", f"{name}_bwd{suffix}"
-    lib.define(f"{fwd}({inputs}, {_TABLES}, {_GEOMETRY}) -> (Tensor out, Tensor lse)")
-    needs = ", ".join(f"bool needs_d{table}" for table in _DIFFERENTIABLE)
-    lib.define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_GEOMETRY}, {needs}) -> ({gradients}, {_SUMS})")
+    # lse is empty where the spec says that it is not needed.
+    lib.define(f"{fwd}({inputs}, {_TABLES}, {_SPEC}) -> (Tensor out, Tensor lse)")
+    # Bit i of wanted asks for the gradient of table i of _DIFFERENTIABLE; one that is not wanted is empty.
+    lib.define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_SPEC}, int wanted) -> ({gradients}, {_SUMS})")
 
     def fake_fwd(*args):
-        x, window_size = args[0], args[n + 6]
+        x, spec = args[0], WindowSpec.parse(args[-4], *_UNKNOWN)
         num_heads, head_dim = x.shape[-2:]
         size = x.shape[1 : -3 if n == 1 else -2]
-        window = tuple(window_size[-len(size) :])
-        windows = math.prod(_arguments.frame_size(size, window)) // math.prod(window)
+        windows = math.prod(_arguments.frame_size(size, spec.window_size)) // spec.volume
+        lse_shape = (x.shape[0], windows, num_heads, spec.volume) if spec.needs_lse else (0,)
         out = x.new_empty((x.shape[0], *size, num_heads * head_dim))
-        return out, x.new_empty((x.shape[0], windows, num_heads, math.prod(window)), dtype=torch.float32)
+        return out, x.new_empty(lse_shape, dtype=torch.float32)
 
     def fake_bwd(*args):
-        xs, tables, needed = args[1 : 1 + n], args[2 + n : 6 + n], args[-4:]
-        num_heads, head_dim = xs[0].shape[-2:]
-        shapes = [None if t is None else t.shape for t in tables[:3]] + [(3, num_heads, head_dim)]
+        xs, tables, wanted = args[1 : 1 + n], args[2 + n : 6 + n], args[-1]
+        shapes = [None if t is None else t.shape for t in tables]
         sums = [
-            xs[0].new_empty(shape if need else (0,), dtype=torch.float32)
-            for shape, need in zip(shapes, needed, strict=True)
+            xs[0].new_empty(shape if wanted >> i & 1 else (0,), dtype=torch.float32) for i, shape in enumerate(shapes)
         ]
         return *(x.new_empty(x.shape) for x in xs), *sums
 
-    op = getattr(torch.ops.swinkernels, fwd).default
-    short_fwd, short_bwd = (op, op) if suffix else _define_short(name, maps)
-
-    def run(tensors, geometry):
-        return short_fwd(*tensors, geometry.numbers) if type(geometry) is _Geometry else op(*tensors, *geometry)
-
-    def setup_context(ctx, tensors, geometry, output):
+    def setup_context(ctx, tensors, others, output):
         ctx.set_materialize_grads(False)  # zeros for lse would be a kernel
-        ctx.geometry = geometry
+        ctx.spec = others
         ctx.save_for_backward(*tensors[:n], output[1], *tensors[n:])
         ctx.mark_non_differentiable(output[1])
 
@@ -94,53 +87,15 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
     def backward(ctx, dout, _dlse):
         if dout is None:
             return (None,) * (n + 6)
-        saved, needs, geometry = ctx.saved_tensors, ctx.needs_input_grad[n : n + 4], ctx.geometry
-        if type(geometry) is _Geometry and not torch.is_grad_enabled() and is_plain((dout, *saved)):
-            with torch._C._AutoDispatchBelowAutograd():
-                wanted = sum(1 << i for i, need in enumerate(needs) if need)
-                gradients = short_bwd(dout, *saved, geometry.numbers, wanted)
-        else:
-            gradients = backward_op((dout, *saved), (*geometry, *needs))
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[n : n + 4]
+        wanted = sum(1 << i for i, need in enumerate(needs) if need)
+        gradients = backward_op((dout, *saved), (*ctx.spec, wanted))
         return *gradients[:n], *parameter_gradients(saved[n + 1 : n + 5], gradients[n:], needs), None, None
 
-    return register(fwd, fake_fwd, setup_context, backward, run)
-
-
-def _define_short(name: str, maps: tuple[str, ...]) -> tuple[Callable, Callable]:
-    """A second entry to the kernels in C++, at half the host time: what is no tensor comes as one tensor, and a table
-    in any shape of its size, which is its gradient's, too.
-
-    Only eager PyTorch takes it, below autograd, so it needs neither fake nor derivative.
-    """
-    inputs, gradients = (", ".join(f"Tensor {d}{m}" for m in maps) for d in ("", "d"))
-    fwd, bwd = f"{name}_fwd_short", f"{name}_bwd_short"
-    lib.define(f"{fwd}({inputs}, {_TABLES}, Tensor numbers) -> (Tensor out, Tensor lse)")
-    # wanted: a bit for each of the sums; those that are not wanted are one empty tensor.
-    lib.define(
-        f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, Tensor numbers, int wanted) -> ({gradients}, {_SUMS})"
-    )
-    return getattr(torch.ops.swinkernels, fwd).default, getattr(torch.ops.swinkernels, bwd).default
-
-
-class _Geometry(tuple):
-    """The arguments of an op after its tensors, and the same as one tensor for its short entry."""
-
-    numbers: Tensor
-
-    def __new__(cls, arguments: Sequence[Any]) -> _Geometry:
-        self = super().__new__(cls, arguments)
-        flat = [v for argument in arguments for v in (argument if isinstance(argument, list) else [argument])]
-        self.numbers = torch.tensor(flat, dtype=torch.float64, device="cpu")
-        return self
+    return register(fwd, fake_fwd, setup_context, backward)
 
 
 _FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}
-# The backends whose kernels have a short entry, which an older build of the extension lacks.
-_HAS_SHORT = {
-    key.lower()
-    for key in ("CPU", "CUDA")
-    if torch._C._dispatch_has_kernel_for_dispatch_key("swinkernels::window_attention_fwd_short", key)
-}
 
 
 @constant_when_compiled  # as torch's own matmul settles it, too
@@ -149,24 +104,31 @@ def _tf32_switch() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-# The public functions' arguments, in the order in which they are handed on.
+# The tensors of the public functions, in the order in which they are handed on.
 _TENSORS = ("bias_table", "bias", "logit_scale", "pad_qkv", "region_map")
-_OPTIONS = (
-    "num_heads", "window_size", "shift_size", "scale", "table_window", "pad_order", "pad_before", "periodic",
-    "mask_value", "dropout_p", "grid", "return_attention",
-)  # fmt: skip
+
+
+def spec_of(
+    op: str, tokens: Tensor, size: Sequence[int], head_dim: int, *, num_heads: int, **arguments: Any
+) -> WindowSpec:
+    """The checked spec of a call with the arguments of the public functions, for a map of ``size`` tokens."""
+    tables = {name: arguments.pop(name, None) for name in _TENSORS}
+    spec = _arguments.make_window_spec(op, len(size), head_dim, tables=tables, **arguments)
+    _arguments.check_window_call(op, spec, tokens, size, num_heads, head_dim, tables)
+    return spec
 
 
 class _Plan(NamedTuple):
-    """What a call comes to. Found out from what its tensors are, not from what they hold, and holds none itself."""
+    """Everything decided from tensor metadata (shape, dtype, device), never from values; safe to cache."""
 
     backend: str
     dtype: torch.dtype  # of the maps where they are computed with
     view: tuple[int, ...] | None  # of a map (B, *S, 3C)
-    options: dict[str, Any]  # of plain PyTorch
+    num_heads: int
+    spec: WindowSpec
+    wires: tuple[str, ...]  # of a plan that is kept; bit 0 of the index: TF32 is allowed, bit 1: an lse is needed
     op: Differentiable | None  # of a backend with kernels
-    geometry: tuple[tuple[Any, ...], ...]  # what that op takes after its tensors: without TF32, and with it
-    has_padding: bool
+    reads_pads: bool  # unless it is known that there are none
     fits: bool  # the tables are as the op takes them
     asks_for_tf32: bool
 
@@ -177,65 +139,57 @@ _PLANS = Found()
 def _make_plan(
     form: str,
     maps: tuple[Any, ...],
-    tables: tuple[Any, ...],
+    tables: dict[str, Any],
     generator: Any,
-    options: tuple[Any, ...],
+    num_heads: Any,
+    options: dict[str, Any],
     requested: Any,
-    is_kept: bool,
+    return_attention: Any,
+    plain: bool,
 ) -> _Plan:
-    """Check every argument and choose the backend. What is kept for later calls may cost more."""
+    """Check every argument and choose the backend."""
     x = maps[0]
+    num_heads = _arguments.check_count(form, "num_heads", num_heads)
     if form == "window_attention_qkvpacked":
-        x = _arguments.check_qkvpacked(form, x, options[0])
+        x = _arguments.check_qkvpacked(form, x, num_heads)
         size = x.shape[1:-3]
     else:
         q, k, v = maps
-        _arguments.check_separate(form, q, k, v, options[0])
+        _arguments.check_separate(form, q, k, v, num_heads)
         size = x.shape[1:-2]
-    args = _arguments.check_arguments(
-        form,
-        x,
-        size,
-        x.shape[-1],
-        generator=generator,
-        **dict(zip(_TENSORS, tables, strict=True)),
-        **dict(zip(_OPTIONS, options, strict=True)),
-    )
+    head_dim = x.shape[-1]
+    spec = spec_of(form, x, size, head_dim, num_heads=num_heads, **tables, **options)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{form}: generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != x.device.type:
+        raise ValueError(f"{form}: generator must be on the map's device {x.device}, got {generator.device}")
+    if not isinstance(return_attention, bool):
+        raise TypeError(f"{form}: return_attention must be a bool, got {return_attention!r}")
     dtype = autocast_dtype(x) or x.dtype
-    backend = choose_window_attention(requested, args, dtype, x.device)
-    op = None if backend in PLAIN else _FORWARD[form, "_triton" if backend == "triton" else ""]
-    is_short = is_kept and backend in _HAS_SHORT
-    geometry = _Geometry if is_short else tuple
-    values = (
-        three(args.window_size, 1),
-        three(args.shift_size, 0),
-        three(args.table_window, 1),
-        three(args.pad_before, 0),
-        three(args.periodic, False),
-        args.pad_order == "roll_then_pad",
-        args.grid,
-        args.scale,
-        args.mask_value,
-        args.dropout_p,
-    )
-    pad_qkv, region_map = args.pad_qkv, args.region_map
-    wide = [t for t in (args.bias_table, args.bias, args.logit_scale) if t is not None]
+
+    def reasons(backend: str) -> list[str]:
+        return window_attention_reasons(backend, spec, dtype, x.device, return_attention)
+
+    backend = choose(form, requested, x.device, reasons)
+    pad_qkv, region_map = tables["pad_qkv"], tables["region_map"]
+    wide = [t for t in (tables[name] for name in ("bias_table", "bias", "logit_scale")) if t is not None]
+    # A compiler keeps what a pad token holds: whether there are any would be a guard on the size of the map.
+    reads_pads = not plain or _arguments.frame_size(size, spec.window_size) != tuple(size)
+    switches = [(tf32, lse) for lse in (False, True) for tf32 in (False, True)] if plain else []
     return _Plan(
         backend=backend,
         dtype=dtype,
         view=tuple(x.shape) if x is not maps[0] else None,
-        options={name: getattr(args, name) for name in _OPTIONS},
-        op=op,
-        geometry=tuple(geometry((*values, allow_tf32)) for allow_tf32 in (False, True)),
-        has_padding=args.has_padding,
+        num_heads=num_heads,
+        spec=spec,
+        wires=tuple(spec.wire(allow_tf32=tf32, needs_lse=lse) for tf32, lse in switches),
+        op=None if backend in PLAIN else _FORWARD[form, "_triton" if backend == "triton" else ""],
+        reads_pads=reads_pads,
         fits=all(t.dtype == torch.float32 for t in wide)
-        and (pad_qkv is None or not args.has_padding or pad_qkv.dtype == dtype)
-        and (region_map is None or region_map.dtype == torch.int32)
-        and (
-            is_short
-            or all(t is None or t.dim() == d for t, d in ((args.logit_scale, 1), (pad_qkv, 3), (region_map, 3)))
-        )
-        and args.dropout_p == 0.0,
+        and (pad_qkv is None or not reads_pads or (pad_qkv.dtype == dtype and pad_qkv.dim() == 3))
+        and (region_map is None or (region_map.dtype == torch.int32 and region_map.dim() == 3))
+        and (tables["logit_scale"] is None or tables["logit_scale"].dim() == 1)
+        and spec.dropout_p == 0.0,
         asks_for_tf32=x.is_cuda and dtype == torch.float32,
     )
 
@@ -245,15 +199,15 @@ def _fit(
 ) -> tuple[Tensor | None, ...]:
     """The tables as the op takes them, and the seed of the dropout."""
     *biases, logit_scale, pad_qkv, region_map = tables
-    num_heads, seed = plan.options["num_heads"], None
+    seed = None
     biases = [None if t is None else t.to(torch.float32) for t in biases]
     if logit_scale is not None:
-        logit_scale = logit_scale.to(torch.float32).reshape(num_heads)
+        logit_scale = logit_scale.to(torch.float32).reshape(plan.num_heads)
     if pad_qkv is not None:
-        pad_qkv = pad_qkv.to(plan.dtype).reshape(3, num_heads, -1)
+        pad_qkv = pad_qkv.to(plan.dtype).reshape(3, plan.num_heads, -1)
     if region_map is not None:
         region_map = region_map.to(torch.int32).reshape(three(region_map.shape, 1))
-    if plan.options["dropout_p"] > 0.0:  # drawn on the device, so that every replay of a CUDA graph draws anew
+    if plan.spec.dropout_p > 0.0:  # drawn on the device, so that every replay of a CUDA graph draws anew
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=generator)
     return *biases, logit_scale, pad_qkv, region_map, seed
 
@@ -262,35 +216,58 @@ def _attend(
     form: str,
     maps: tuple[Any, ...],
     tables: tuple[Any, ...],
+    num_heads: Any,
     generator: Any,
-    options: tuple[Any, ...],
-    requested: Any,
+    backend: Any,
+    return_attention: Any,
+    **options: Any,
 ) -> Any:
-    """Run one form with ``tables`` for _TENSORS and ``options`` for _OPTIONS."""
+    """Run one form, with ``tables`` for _TENSORS and the other arguments as ``options`` of :class:`WindowSpec`."""
     plain = is_plain(maps + tables)
     key = plan = None
     if plain and generator is None:
         autocast = autocast_dtype(maps[0]) if torch._C._is_any_autocast_enabled() else None
-        key = call_key(maps + tables, (form, requested, *options), autocast)
+        given = (form, backend, num_heads, return_attention, *options.values())
+        key = call_key(maps + tables, given, autocast)
         plan = _PLANS.get(key)
     if plan is None:
-        plan = _make_plan(form, maps, tables, generator, options, requested, key is not None)
+        named = dict(zip(_TENSORS, tables, strict=True))
+        plan = _make_plan(form, maps, named, generator, num_heads, options, backend, return_attention, plain)
         if key is not None:
             _PLANS.put(key, plan)
     if maps[0].dtype != plan.dtype:
         maps = tuple(x.to(plan.dtype) for x in maps)
     if plan.view is not None:
         maps = (maps[0].view(plan.view),)
-    if tables[3] is not None and not plan.has_padding:  # nothing reads what a pad token holds
+    if tables[3] is not None and not plan.reads_pads:
         tables = (*tables[:3], None, tables[4])
     if plan.op is None:
+        named = dict(zip(_TENSORS, tables, strict=True))
         return getattr(fallback if plan.backend == "torch" else reference, form)(
-            *maps, **dict(zip(_TENSORS, tables, strict=True)), **plan.options, generator=generator
+            *maps,
+            **named,
+            **plan.spec.options(),
+            num_heads=plan.num_heads,
+            generator=generator,
+            return_attention=return_attention,
         )
     tables = (*tables, None) if plan.fits else _fit(plan, tables, maps[0].device, generator)
-    geometry = plan.geometry[1 if plan.asks_for_tf32 and _tf32_switch() else 0]
-    out, _ = plan.op.plain(maps + tables, geometry) if plain else plan.op(*maps, *tables, *geometry)
-    return out
+    tf32 = plan.asks_for_tf32 and _tf32_switch()
+    if plain:
+        tensors = maps + tables
+        return plan.op.plain(tensors, (plan.wires[tf32 | _any_requires_grad(tensors) << 1], *plan.spec.numbers))[0]
+    # Transforms and modes wrap tensors, so outside of a compiler a backward pass may always follow.
+    needs_lse = not torch.compiler.is_dynamo_compiling() or _any_requires_grad(maps + tables)
+    wire = plan.spec.wire(allow_tf32=tf32, needs_lse=needs_lse)
+    return plan.op(*maps, *tables, wire, *plan.spec.numbers)[0]
+
+
+def _any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def window_attention_qkvpacked(
@@ -374,22 +351,20 @@ def window_attention_qkvpacked(
         "window_attention_qkvpacked",
         (qkv,),
         (bias_table, bias, logit_scale, pad_qkv, region_map),
+        num_heads,
         generator,
-        (
-            num_heads,
-            window_size,
-            shift_size,
-            scale,
-            table_window,
-            pad_order,
-            pad_before,
-            periodic,
-            mask_value,
-            dropout_p,
-            grid,
-            return_attention,
-        ),
         backend,
+        return_attention,
+        window_size=window_size,
+        shift_size=shift_size,
+        scale=scale,
+        table_window=table_window,
+        pad_order=pad_order,
+        pad_before=pad_before,
+        periodic=periodic,
+        mask_value=mask_value,
+        dropout_p=dropout_p,
+        grid=grid,
     )
 
 
@@ -433,20 +408,18 @@ def window_attention(
         "window_attention",
         (q, k, v),
         (bias_table, bias, logit_scale, pad_qkv, region_map),
+        num_heads,
         generator,
-        (
-            num_heads,
-            window_size,
-            shift_size,
-            scale,
-            table_window,
-            pad_order,
-            pad_before,
-            periodic,
-            mask_value,
-            dropout_p,
-            grid,
-            return_attention,
-        ),
         backend,
+        return_attention,
+        window_size=window_size,
+        shift_size=shift_size,
+        scale=scale,
+        table_window=table_window,
+        pad_order=pad_order,
+        pad_before=pad_before,
+        periodic=periodic,
+        mask_value=mask_value,
+        dropout_p=dropout_p,
+        grid=grid,
     )

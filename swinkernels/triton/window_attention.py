@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swinkernels.triton import _window_attention_kernels as kernels
 from swinkernels.triton._launch import INT32_MAX, alignment, three, unit_stride
+from swinkernels.window_spec import WindowSpec
 
 # Programs that a kernel which walks over windows is cut into: a few waves on a GPU of some 130 multiprocessors, on any
 # GPU, so that the order of sums, and with it the result, does not depend on the GPU.
@@ -62,6 +63,7 @@ def tiles(name: str, volume: int, head_dim: int, itemsize: int) -> Tiles:
 class Plan(NamedTuple):
     """All of a call that does not depend on the batch: computed once and kept."""
 
+    spec: WindowSpec
     volume: int
     windows: int  # per image
     table_rows: int
@@ -71,40 +73,32 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    size: tuple[int, ...],
-    head_dim: int,
-    window: tuple[int, ...],
-    shift: tuple[int, ...],
-    table_window: tuple[int, ...],
-    pad_before: tuple[int, ...],
-    periodic: tuple[bool, ...],
-    roll_then_pad: bool,
-    grid: bool,
-    has_region_map: bool,
-    precision: str,
-) -> Plan:
-    size = three(size, 1)
+def _plan(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire: Any) -> Plan:
+    spec = WindowSpec.parse(*wire)
+    size, window, shift = three(size, 1), three(spec.window_size, 1), three(spec.shift_size, 0)
+    table_window, periodic = three(spec.table_window, 1), three(spec.periodic, False)
+    roll_then_pad = spec.pad_order == "roll_then_pad"
     num_windows = tuple(-(-s // w) for s, w in zip(size, window, strict=True))
     frame = tuple(n * w for n, w in zip(num_windows, window, strict=True))
     roll = tuple(x % s for x, s in zip(shift, size, strict=True)) if roll_then_pad else shift
     cut = tuple(w if wraps else w - x for w, x, wraps in zip(window, shift, periodic, strict=True))
     return Plan(
-        volume=math.prod(window),
+        spec=spec,
+        volume=spec.volume,
         windows=math.prod(num_windows),
-        table_rows=math.prod(2 * t - 1 for t in table_window),
+        table_rows=spec.table_rows,
         frame=frame,
-        geometry=(size, roll, cut, pad_before),
+        geometry=(size, roll, cut, three(spec.pad_before, 0)),
         flags={
             "WINDOW": window,
             "TABLE_WINDOW": table_window,
             "HEAD_DIM": head_dim,
             "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
             "ROLL_THEN_PAD": roll_then_pad,
-            "GRID": grid,
+            "GRID": spec.grid,
             "HAS_PADDING": frame != size,
             "HAS_MASK": has_region_map or cut != window,
-            "PRECISION": precision,
+            "PRECISION": "tf32" if spec.allow_tf32 else "ieee",
         },
     )
 
@@ -158,36 +152,15 @@ def _prepare(
     pad_qkv: Tensor | None,
     region_map: Tensor | None,
     dropout_seed: Tensor | None,
-    window: Sequence[int],
-    shift: Sequence[int],
-    table_window: Sequence[int],
-    pad_before: Sequence[int],
-    periodic: Sequence[bool],
-    roll_then_pad: bool,
-    grid: bool,
-    scale: float,
-    mask_value: float,
-    dropout_p: float,
-    allow_tf32: bool,
+    *wire: Any,
 ) -> _Call:
     maps = tuple(unit_stride(x) for x in maps)
     x = maps[0]
     packed = len(maps) == 1
     rank = x.dim() - (4 if packed else 3)
     num_heads, head_dim = x.shape[-2:]
-    plan = _plan(
-        tuple(x.shape[1 : 1 + rank]),
-        head_dim,
-        tuple(window),
-        tuple(shift),
-        tuple(table_window),
-        tuple(pad_before),
-        tuple(map(bool, periodic)),
-        roll_then_pad,
-        grid,
-        region_map is not None,
-        "tf32" if allow_tf32 else "ieee",
-    )
+    plan = _plan(tuple(x.shape[1 : 1 + rank]), head_dim, region_map is not None, *wire)
+    spec = plan.spec
     batch_windows = x.shape[0] * plan.windows
     if batch_windows * num_heads * max(1, -(-plan.volume // 16)) > INT32_MAX:
         raise ValueError(
@@ -197,9 +170,9 @@ def _prepare(
     steps = [x.stride() for x in maps]
     packed_offset = steps[0][-3] if packed else 0
     align = alignment([packed_offset, *(step for stride in steps for step in stride[:-1])], 16)
-    if dropout_p > 0.0 and dropout_seed is None:
+    if spec.dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("window_attention: dropout_seed must be given with a dropout_p above 0, got None")
-    tables = (bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed if dropout_p > 0.0 else None)
+    tables = (bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed if spec.dropout_p > 0.0 else None)
     strides = tuple((s[0] // align, *three([a // align for a in s[1 : 1 + rank]], 0), s[-2] // align) for s in steps)
     return _Call(
         plan=plan,
@@ -211,11 +184,11 @@ def _prepare(
         align=align,
         types=1 if bias is None or bias.dim() == 3 else bias.shape[0],
         tables=tuple(None if t is None else t.contiguous() for t in tables),
-        scale=scale,
+        scale=spec.scale,
         numbers=(
-            scale * kernels.LOG2_E,
-            min(max(mask_value * kernels.LOG2_E, -LARGEST_MASK), LARGEST_MASK),
-            *_dropout(dropout_p),
+            spec.scale * kernels.LOG2_E,
+            min(max(spec.mask_value * kernels.LOG2_E, -LARGEST_MASK), LARGEST_MASK),
+            *_dropout(spec.dropout_p),
         ),
     )
 
@@ -235,10 +208,11 @@ def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
     head_dim = plan.flags["HEAD_DIM"]
     rank = x.dim() - (4 if len(maps) == 1 else 3)
     out = x.new_empty((*x.shape[: 1 + rank], heads * head_dim))
-    lse = x.new_empty((x.shape[0], plan.windows, heads, plan.volume), dtype=torch.float32)
+    needs_lse = plan.spec.needs_lse
+    lse = x.new_empty((x.shape[0], plan.windows, heads, plan.volume) if needs_lse else (0,), dtype=torch.float32)
     if x.numel() == 0:
         return out, lse
-    data = (*call.maps, out, lse, *call.tables, *call.numbers)
+    data = (*call.maps, out, lse if needs_lse else None, *call.tables, *call.numbers)
     if is_whole(plan.volume, x.element_size()):
         of_type, each, groups = call.groups(heads, FORWARD_PROGRAMS, MAX_FORWARD_WINDOWS)
         kernels.fwd_whole[(groups * heads,)](
@@ -256,8 +230,8 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
     """The gradients of the maps (one or three), then dbias_table, dbias, dlogit_scale and dpad_qkv, empty where not
     needed.
     """
-    call = _prepare(maps, *arguments[:-4])
-    needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv = arguments[-4:]
+    call = _prepare(maps, *arguments[:-1])
+    needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv = (arguments[-1] >> bit & 1 for bit in range(4))
     plan, heads, x = call.plan, call.num_heads, maps[0]
     head_dim, volume = plan.flags["HEAD_DIM"], plan.volume
     dmaps = tuple(torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in maps)

@@ -30,12 +30,14 @@ import tempfile
 import weakref
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from swinkernels.ops import _arguments
+from swinkernels.ops.window_attention import spec_of
+from swinkernels.window_spec import WindowSpec
 
 _HERE = Path(__file__).resolve().parent
 _CSRC = _HERE.parents[1] / "csrc"
@@ -288,13 +290,27 @@ def _token_map(x: Tensor) -> _TokenMap:
     return _TokenMap(pointer(x), batch, (ctypes.c_int64 * 3)(d, h, w), head)
 
 
+class Arguments(NamedTuple):
+    """A call in normal form."""
+
+    spec: WindowSpec
+    size: tuple[int, ...]
+    num_heads: int
+    head_dim: int
+    bias_table: Tensor | None
+    bias: Tensor | None
+    logit_scale: Tensor | None
+    pad_qkv: Tensor | None
+    region_map: Tensor | None
+
+
 class _Call:
     """One forward call and what its backward call needs. ``spread`` gives the maps rows that are not adjacent."""
 
     def __init__(
         self,
         library: WindowAttentionLibrary,
-        args: _arguments.WindowArguments,
+        args: Arguments,
         qkv: Tensor,
         *,
         allow_tf32: bool = False,
@@ -304,11 +320,13 @@ class _Call:
         self.library, self.args, self.shape, self.spread = library, args, qkv.shape, spread
         self.heads = (args.num_heads, args.head_dim)
         self.map = (qkv.shape[0], *three(args.size, 1))
-        num_windows = [p // w for p, w in zip(args.frame, args.window_size, strict=True)]
+        spec = args.spec
+        frame = _arguments.frame_size(args.size, spec.window_size)
+        num_windows = [p // w for p, w in zip(frame, spec.window_size, strict=True)]
         pad_qkv, region_map = args.pad_qkv, args.region_map
         self.qkv = self._empty_map((3, *self.heads), qkv.dtype).copy_(qkv.reshape(*self.map, 3, *self.heads))
         self.out = self._empty_map(self.heads, qkv.dtype)
-        lse_shape = (qkv.shape[0], math.prod(num_windows), args.num_heads, args.window_volume)
+        lse_shape = (qkv.shape[0], math.prod(num_windows), args.num_heads, spec.volume)
         self.lse = library.empty(lse_shape, torch.float32)
         self.tables = {
             name: library.copy(x.detach().float().contiguous())
@@ -317,23 +335,23 @@ class _Call:
         }
         self.seed = None if seed is None else library.copy(torch.tensor([seed]))
         self.pad_qkv = None
-        if pad_qkv is not None and args.has_padding:
+        if pad_qkv is not None and frame != args.size:
             self.pad_qkv = library.copy(pad_qkv.detach().to(qkv.dtype))
         self.region_map = None if region_map is None else library.copy(region_map.to(torch.int32))
 
         geometry = _Geometry()
-        geometry.fill(args.size, args.window_size, args.shift_size, args.pad_before, args.pad_order)
-        geometry.table_window[:] = three(args.table_window, 1)
-        geometry.periodic[:] = three(args.periodic, False)
-        geometry.grid = args.grid
+        geometry.fill(args.size, spec.window_size, spec.shift_size, spec.pad_before, spec.pad_order)
+        geometry.table_window[:] = three(spec.table_window, 1)
+        geometry.periodic[:] = three(spec.periodic, False)
+        geometry.grid = spec.grid
         self.params = _Forward(
             DTYPES[qkv.dtype],
             allow_tf32,
             *self.heads,
             qkv.shape[0],
             geometry,
-            args.scale,
-            args.mask_value,
+            spec.scale,
+            spec.mask_value,
             *(_token_map(x) for x in self.qkv.unbind(4)),
             _token_map(self.out),
             lse=pointer(self.lse),
@@ -341,7 +359,7 @@ class _Call:
             bias_types=1 if args.bias is None or args.bias.dim() == 3 else args.bias.shape[0],
             pad_qkv=pointer(self.pad_qkv),
             region_map=pointer(self.region_map),
-            dropout_p=args.dropout_p,
+            dropout_p=spec.dropout_p,
             dropout_seed=pointer(self.seed),
         )
 
@@ -410,51 +428,12 @@ class WindowAttentionLibrary(Library):
         assert f.sizeof_backward_params() == ctypes.sizeof(_Backward), "mirror differs from csrc/params"
 
     @staticmethod
-    def normal_form(
-        qkv: Tensor,
-        bias_table: Tensor | None,
-        *,
-        num_heads: int,
-        window_size: Any,
-        shift_size: Any = 0,
-        scale: float | None = None,
-        bias: Tensor | None = None,
-        table_window: Any = None,
-        logit_scale: Tensor | None = None,
-        pad_qkv: Tensor | None = None,
-        pad_order: str = "pad_then_roll",
-        pad_before: Any = 0,
-        periodic: Any = False,
-        region_map: Tensor | None = None,
-        mask_value: float = -100.0,
-        dropout_p: float = 0.0,
-        grid: bool = False,
-    ) -> _arguments.WindowArguments:
+    def normal_form(qkv: Tensor, bias_table: Tensor | None, *, num_heads: int, **arguments: Any) -> Arguments:
         op = "window_attention_qkvpacked"
         x = _arguments.check_qkvpacked(op, qkv, num_heads)
-        return _arguments.check_arguments(
-            op,
-            x,
-            x.shape[1:-3],
-            x.shape[-1],
-            bias_table,
-            num_heads=num_heads,
-            window_size=window_size,
-            shift_size=shift_size,
-            scale=scale,
-            bias=bias,
-            table_window=table_window,
-            logit_scale=logit_scale,
-            pad_qkv=pad_qkv,
-            pad_order=pad_order,
-            pad_before=pad_before,
-            periodic=periodic,
-            region_map=region_map,
-            mask_value=mask_value,
-            dropout_p=dropout_p,
-            generator=None,
-            grid=grid,
-        )
+        tables = {"bias_table": bias_table, **{n: arguments.get(n) for n in Arguments._fields[5:]}}
+        spec = spec_of(op, x, x.shape[1:-3], x.shape[-1], num_heads=num_heads, bias_table=bias_table, **arguments)
+        return Arguments(spec, tuple(x.shape[1:-3]), num_heads, x.shape[-1], **tables)
 
     def window_attention_qkvpacked(
         self,

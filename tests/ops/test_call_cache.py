@@ -20,6 +20,7 @@ module = importlib.import_module("swinkernels.ops.window_attention")
 needs_cpu = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
 attend = swinkernels.window_attention_qkvpacked
 
+FORM = "window_attention_qkvpacked"
 PLAIN = WindowAttentionCase(2, (6, 9), 2, 8, 3, 1)
 PADDED = WindowAttentionCase(2, (5, 9), 2, 8, (4, 3), (2, 1), has_pad_qkv=True, options={"pad_order": "roll_then_pad"})
 CASES = [
@@ -44,7 +45,7 @@ def test_a_known_call_is_not_checked_again(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("checked again")
 
-    monkeypatch.setattr(_arguments, "check_arguments", fail)
+    monkeypatch.setattr(_arguments, "make_window_spec", fail)
     assert torch.equal(attend(qkv.clone(), **PLAIN.arguments()), first)
     for changed in ({"qkv": qkv[:1]}, {"qkv": qkv.bfloat16()}, {"shift_size": 0}, {"bias_table": torch.zeros(25, 2)}):
         with pytest.raises(AssertionError, match="checked again"):
@@ -140,7 +141,7 @@ def test_the_tf32_switch_is_asked_at_every_call(allow_tf32, allowed):
 
     class Op:
         def plain(self, tensors, geometry):
-            seen.append(geometry[-1])
+            seen.append("allow_tf32=1" in geometry[0])
             return qkv, None
 
     module._PLANS.put(key, plan._replace(op=Op(), asks_for_tf32=True))
@@ -197,14 +198,14 @@ def test_threads_share_what_is_known():
     assert not errors
 
 
-# --- the short entry to the kernels
+# --- the op behind a call
 
 
 @needs_cpu
 @pytest.mark.parametrize("form", ["window_attention_qkvpacked", "window_attention"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("batch", [0, 2])
-def test_the_short_entry_is_the_op(monkeypatch, case, form, batch):
+def test_a_call_is_its_op(case, form, batch):
     case = dataclasses.replace(case, batch=batch)
     inputs = case.inputs(torch.float32)
 
@@ -213,28 +214,47 @@ def test_the_short_entry_is_the_op(monkeypatch, case, form, batch):
         return swinkernels.window_attention(q, k, v, bias_table, num_heads=num_heads, **arguments)
 
     op = attend if form == "window_attention_qkvpacked" else separate
-    assert "cpu" in module._HAS_SHORT
-    short = run_case(op, inputs, case.arguments())
-    assert type(next(iter(module._PLANS._values.values())).geometry[0]) is module._Geometry
-    monkeypatch.setattr(module, "_HAS_SHORT", set())  # as an older build of the extension
-    _library.forget()
-    named = run_case(op, inputs, case.arguments())
-    assert type(next(iter(module._PLANS._values.values())).geometry[0]) is tuple
-    for name, value in short.items():
-        assert torch.equal(value, named[name]), name
-    out, _ = getattr(torch.ops.swinkernels, f"{form}_fwd")(*op_arguments(case, form, torch.float32))
-    assert torch.equal(out, short["out"])
+    called = run_case(op, inputs, case.arguments())
+    arguments = op_arguments(case, form, torch.float32)
+    out, lse = getattr(torch.ops.swinkernels, f"{form}_fwd")(*arguments)
+    assert torch.equal(out, called["out"])
+    assert lse.dim() == 4
+    *tensors, wire = arguments[:-3]
+    out, lse = getattr(torch.ops.swinkernels, f"{form}_fwd")(*tensors, f"{wire};needs_lse=0", *arguments[-3:])
+    assert torch.equal(out, called["out"])
+    assert lse.shape == (0,)
 
 
 @needs_cpu
 @pytest.mark.parametrize("wanted", ["qkv", "bias_table", "logit_scale", "pad_qkv"])
-def test_the_short_entry_returns_what_is_wanted(wanted):
+def test_a_call_returns_the_gradient_that_is_wanted(wanted):
     case = dataclasses.replace(PADDED, has_logit_scale=True)
     inputs = case.inputs(torch.float32)
     full = run_case(attend, inputs, case.arguments())
     leaves = {k: v.clone().requires_grad_(k == wanted) for k, v in inputs.items() if k != "dout"}
     attend(**leaves, **case.arguments()).backward(inputs["dout"])
     assert torch.equal(leaves[wanted].grad, full[f"d{wanted}"])
+
+
+@needs_cpu
+def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
+    """Recorded by what the op is called with: with gradients off or nothing that requires one there is none."""
+    seen = []
+    op = module._FORWARD["window_attention_qkvpacked", ""]
+    plain = type(op).plain
+
+    def watched(self, tensors, others):
+        seen.append("needs_lse=0" not in others[0])
+        return plain(self, tensors, others)
+
+    monkeypatch.setattr(type(op), "plain", watched)
+    inputs = PLAIN.inputs(torch.float32)
+    table = inputs["bias_table"].requires_grad_()
+    attend(inputs["qkv"], table, **PLAIN.arguments())
+    attend(inputs["qkv"], table.detach(), **PLAIN.arguments())
+    with torch.no_grad():
+        attend(inputs["qkv"], table, **PLAIN.arguments())
+    assert seen == [True, False, False]
 
 
 @needs_cpu
@@ -264,27 +284,30 @@ def test_modes_and_subclasses_see_the_op_itself():
 
 
 @needs_cpu
-def test_wrong_numbers_are_refused_by_the_binding():
-    args = op_arguments(PLAIN, "window_attention_qkvpacked", torch.float32)[:7]
-    for numbers in (torch.zeros(20, dtype=torch.float64), torch.zeros(21), torch.zeros(42, dtype=torch.float64)[::2]):
-        with pytest.raises(RuntimeError, match="numbers must be 21"):
-            torch.ops.swinkernels.window_attention_qkvpacked_fwd_short(
-                *(x.detach() if x is not None else x for x in args), numbers
-            )
+@pytest.mark.parametrize(
+    ("wire", "message"),
+    [
+        ("window_size=4,4;color=3", "no window spec has color"),
+        ("window_size", "a window spec is name=value"),
+        ("window_size=4,4,x", "no window spec has window_size as in"),
+    ],
+)
+def test_a_wrong_spec_is_refused_by_the_binding(wire, message):
+    args = [x.detach() if x is not None else x for x in op_arguments(PLAIN, FORM, torch.float32)[:7]]
+    op = torch.ops.swinkernels.window_attention_qkvpacked_fwd.default
+    with pytest.raises(RuntimeError, match=message), torch._C._AutoDispatchBelowAutograd():
+        op(*args, wire, 1.0, 0.0, 0.0)
 
 
 @needs_cpu
 def test_a_gradient_of_nothing_is_refused_by_the_binding():
-    args = [
-        x if x is None else x.detach() for x in op_arguments(PLAIN, "window_attention_qkvpacked", torch.float32)[:7]
-    ]
-    out, lse = attend(args[0], args[1], **PLAIN.arguments()), torch.zeros(2, 6, 2, 9)
-    plan = next(iter(module._PLANS._values.values()))
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in op_arguments(PLAIN, FORM, torch.float32)]
+    out, lse = torch.ops.swinkernels.window_attention_qkvpacked_fwd(*args)
     for wanted in (2, 4, 8):
         with pytest.raises(RuntimeError, match="not given is wanted"):
-            torch.ops.swinkernels.window_attention_qkvpacked_bwd_short(
-                out, args[0], lse, *args[1:], plan.geometry[0].numbers, wanted
-            )
+            torch.ops.swinkernels.window_attention_qkvpacked_bwd(out, args[0], lse, *args[1:], wanted)
+    with pytest.raises(RuntimeError, match="needs the lse"):
+        torch.ops.swinkernels.window_attention_qkvpacked_bwd(out, args[0], lse[:0], *args[1:], 0)
 
 
 # --- return_attention

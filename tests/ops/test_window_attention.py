@@ -9,8 +9,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import swinkernels
-from swinkernels.ops import _arguments, _backends
-from swinkernels.ops.window_attention import _tf32_switch
+from swinkernels.ops import _backends
+from swinkernels.ops.window_attention import _tf32_switch, spec_of
 from swinkernels.testing import (
     WindowAttentionCase,
     check_window_attention,
@@ -95,16 +95,11 @@ def test_long_windows_need_shared_memory(monkeypatch):
     monkeypatch.setitem(_backends.LIMITS, "cuda", limits)
     case = WindowAttentionCase(1, (17, 17), 2, 8, 17, 0)
     qkv = case.inputs(torch.float32)["qkv"]
-    x = _arguments.check_qkvpacked("op", qkv, 2)
-    args = _arguments.check_arguments(
-        "op", x, x.shape[1:-3], 8, None, num_heads=2, window_size=17, shift_size=0, scale=None, bias=None,
-        table_window=None, logit_scale=None, pad_qkv=None, pad_order="pad_then_roll", pad_before=0, periodic=False,
-        region_map=None, mask_value=-100.0, dropout_p=0.0, generator=None, grid=False, return_attention=False,
-    )  # fmt: skip
+    spec = spec_of("op", qkv, (17, 17), 8, num_heads=2, window_size=17)
     for backend, room, refused in (("cuda", 99 * 1024, True), ("cuda", 163 * 1024, False), ("triton", 0, False)):
         monkeypatch.setattr(_backends, "_shared_bytes", lambda device, room=room: room)
         monkeypatch.setattr(_backends, "_reasons", lambda *_: [])
-        reasons = _backends.window_attention_reasons(backend, args, torch.float32, torch.device("cuda", 0))
+        reasons = _backends.window_attention_reasons(backend, spec, torch.float32, torch.device("cuda", 0))
         assert reasons == (["it takes windows of at most 256 tokens, got 289"] if refused else [])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _backends
+from swinkernels.window_spec import WindowSpec
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -178,16 +179,17 @@ def _residual_post_norm_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dw
     return drows.to(y.dtype), *sums
 
 
-def _attention(maps, tables, window, shift, table_window, before, periodic, roll_then_pad, grid, scale, mask, p):
+def _attention(maps, tables, *wire):
     """out and lse of the reference; dropout follows the seed."""
+    spec = WindowSpec.parse(*wire)
     bias_table, bias, logit_scale, pad_qkv, region_map, seed = tables
     assert all(t is None or t.dtype == torch.float32 for t in (bias_table, bias, logit_scale))
     assert pad_qkv is None or (pad_qkv.dtype == maps[0].dtype and pad_qkv.dim() == 3)
     assert region_map is None or (region_map.dtype == torch.int32 and region_map.dim() == 3)
-    assert all(len(values) == 3 for values in (window, shift, table_window, before, periodic))
-    assert (seed is None) == (p == 0.0)
+    assert (seed is None) == (spec.dropout_p == 0.0)
     q, k, v = maps[0].unbind(-3) if len(maps) == 1 else maps
     rank = q.dim() - 3
+    assert len(spec.window_size) == rank
     generator = None
     if seed is not None:
         assert (seed.dtype, seed.shape) == (torch.int64, (1,))
@@ -198,22 +200,13 @@ def _attention(maps, tables, window, shift, table_window, before, periodic, roll
         v,
         bias_table,
         num_heads=q.shape[-2],
-        window_size=window[-rank:],
-        shift_size=shift[-rank:],
-        scale=None if logit_scale is not None else scale,
         bias=bias,
-        table_window=None if bias_table is None else table_window[-rank:],
         logit_scale=logit_scale,
         pad_qkv=pad_qkv,
-        pad_order="roll_then_pad" if roll_then_pad else "pad_then_roll",
-        pad_before=before[-rank:],
-        periodic=tuple(map(bool, periodic))[-rank:],
         region_map=None if region_map is None else region_map.reshape(region_map.shape[-rank:]),
-        mask_value=mask,
-        dropout_p=p,
         generator=generator,
-        grid=grid,
         return_lse=True,
+        **spec.options(),
     )
 
 
@@ -221,19 +214,20 @@ def _attention_kernels(count: int) -> tuple[Callable, Callable]:
     """Forward and backward kernel of the form of ``count`` maps."""
 
     def fwd(*args):
-        out, lse = _attention(args[:count], args[count : count + 6], *args[count + 6 : -1])
-        return out, lse.float()
+        out, lse = _attention(args[:count], args[count : count + 6], *args[-4:])
+        return out, lse.float() if WindowSpec.parse(*args[-4:]).needs_lse else torch.zeros(0)
 
     def bwd(dout, *args):
-        maps, (lse, *tables), others = args[:count], args[count : count + 7], args[count + 7 :]
-        geometry, needs = others[:-5], others[-4:]
+        maps, (lse, *tables), (*wire, bits) = args[:count], args[count : count + 7], args[count + 7 :]
+        needs = [bits >> i & 1 for i in range(4)]
         assert lse.dtype == torch.float32
+        assert lse.numel() > 0 or dout.numel() == 0
         wanted = [*maps, *(t for t, need in zip(tables, needs, strict=False) if need)]
         leaves = {id(x): x.detach().clone().requires_grad_() for x in wanted}
         given = [leaves[id(x)] for x in maps], [t if t is None else leaves.get(id(t), t) for t in tables]
 
         def differentiate():
-            out, _ = _attention(*given, *geometry)
+            out, _ = _attention(*given, *wire)
             return torch.autograd.grad(out, [leaves[id(x)] for x in wanted], dout, allow_unused=True)
 
         with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # this thread is below autograd

@@ -40,8 +40,8 @@ from swinkernels.adapters.microsoft_attention import (
 )
 from swinkernels.adapters.part import Part
 from swinkernels.ops import window_attention_qkvpacked
-from swinkernels.ops._arguments import check_arguments
 from swinkernels.ops._backends import fast_backend, window_attention_reasons
+from swinkernels.ops.window_attention import spec_of
 
 _INDEX = ("rpi", "relative_position_index")
 _IMAGES, _WINDOWS = 2, 3  # of a trial
@@ -82,32 +82,20 @@ def _reasons(
     """Why a backend cannot run the op for windows of N tokens, with or without a mask."""
     bias = torch.empty((2, heads, n, n) if masked else (heads, n, n), device="meta")
     try:
-        args = check_arguments(
+        spec = spec_of(
             "accelerate",
             bias,
             (2, n),
             head_dim,
-            None,
             num_heads=heads,
             window_size=(1, n),
-            shift_size=0,
-            scale=None,
             bias=bias,
-            table_window=None,
             logit_scale=torch.empty(heads, device="meta") if cosine else None,
-            pad_qkv=None,
-            pad_order="pad_then_roll",
-            pad_before=0,
-            periodic=False,
-            region_map=None,
-            mask_value=0.0,
             dropout_p=0.5 if drops else 0.0,
-            generator=None,
-            grid=False,
         )
     except ValueError as error:  # such as a window of too many tokens
         return [str(error)]
-    return window_attention_reasons(backend, args, dtype, device)
+    return window_attention_reasons(backend, spec, dtype, device)
 
 
 def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor | None:

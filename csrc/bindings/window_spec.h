@@ -1,0 +1,77 @@
+// WindowSpec: a window-attention call without its tensors, as swinkernels/ops/window_spec.py writes it on the wire.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+#include <string_view>
+
+#include "checks.h"
+
+namespace swinkernels {
+
+// Per axis three values, slowest first; 2D has a leading axis of one token. The defaults are those of the wire.
+struct WindowSpec {
+  using Axes = std::array<int64_t, 3>;
+  Axes window_size{1, 1, 1}, shift_size{}, table_window{1, 1, 1}, pad_before{}, periodic{};
+  bool roll_then_pad = false, grid = false, allow_tf32 = false, needs_lse = true;
+  double scale, mask_value, dropout_p;
+
+  // Reads "name=value;name=value;...", the window first.
+  WindowSpec(const std::string& wire, double scale, double mask_value, double dropout_p)
+      : scale(scale), mask_value(mask_value), dropout_p(dropout_p) {
+    for (const char* next = wire.c_str(); *next != '\0';) {
+      const char* equals = next;
+      while (*equals != '=' && *equals != '\0') ++equals;
+      const std::string_view name(next, equals - next);
+      STD_TORCH_CHECK(*equals == '=', "swinkernels: a window spec is name=value;..., got ", wire);
+      const char* end = read(name, equals + 1);
+      STD_TORCH_CHECK(end != nullptr && (*end == ';' || *end == '\0'), "swinkernels: no window spec has ",
+                      std::string(name), " as in ", wire);
+      next = *end == ';' ? end + 1 : end;
+    }
+  }
+
+ private:
+  // The end of the value, or null if there is no such name.
+  const char* read(std::string_view name, const char* value) {
+    if (name == "window_size") {
+      const char* end = axes(window_size, value);
+      table_window = window_size;
+      return end;
+    }
+    if (name == "shift_size") return axes(shift_size, value);
+    if (name == "needs_lse") return flag(needs_lse, value);
+    if (name == "table_window") return axes(table_window, value);
+    if (name == "pad_before") return axes(pad_before, value);
+    if (name == "periodic") return axes(periodic, value);
+    if (name == "pad_order") {
+      roll_then_pad = *value == 'r';
+      while (*value != ';' && *value != '\0') ++value;
+      return value;
+    }
+    if (name == "grid") return flag(grid, value);
+    if (name == "allow_tf32") return flag(allow_tf32, value);
+    return nullptr;
+  }
+
+  // Two or three integers, the last one that of the last axis.
+  static const char* axes(Axes& values, const char* text) {
+    int64_t read[3], count = 0;
+    char* end;
+    for (const char* next = text; count < 3; next = end + 1) {
+      read[count++] = std::strtoll(next, &end, 10);
+      if (*end != ',') break;
+    }
+    for (int64_t i = 0; i < count; ++i) values[3 - count + i] = read[i];
+    return end;
+  }
+
+  static const char* flag(bool& value, const char* text) {
+    value = *text == '1';
+    return text + 1;
+  }
+};
+
+}  // namespace swinkernels

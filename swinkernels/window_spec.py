@@ -1,0 +1,124 @@
+"""WindowSpec: everything about a window-attention call but its tensors, in normal form.
+
+The public functions and the adapters make one (``ops._arguments.make_window_spec``). Support checks, fakes and the
+backends in plain PyTorch read its fields. Kernels get it as ``wire()``, a string, and ``numbers``, three floats, which
+a compiler may make symbolic. A string is one argument: exporters keep it, graphs show it in words, and a call passes it
+at the cost of one pointer. To add an option: a field here, its check, the argument of the public functions, the
+reference, and each backend that has it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """A window-attention call without its tensors. Fields per axis have two or three values, slowest axis first.
+
+    The arguments of :func:`swinkernels.window_attention_qkvpacked` with these names document them. ``needs_lse`` is
+    False where no gradient will be asked for: the op then returns an empty lse. ``allow_tf32`` lets float32 products
+    be rounded to TF32.
+    """
+
+    window_size: tuple[int, ...]
+    shift_size: tuple[int, ...]
+    table_window: tuple[int, ...]
+    pad_before: tuple[int, ...]
+    periodic: tuple[bool, ...]
+    pad_order: str = "pad_then_roll"
+    grid: bool = False
+    scale: float = 1.0
+    mask_value: float = -100.0
+    dropout_p: float = 0.0
+    allow_tf32: bool = False
+    needs_lse: bool = True
+
+    @property
+    def volume(self) -> int:
+        """N, the tokens of a window."""
+        return math.prod(self.window_size)
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the bias table."""
+        return math.prod([2 * t - 1 for t in self.table_window])  # a list: torch.compile cannot trace a generator here
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of the public functions and of the plain-PyTorch backends that a spec stands for."""
+        return {name: getattr(self, name) for name in _OPTIONS}
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        return self.scale, self.mask_value, self.dropout_p
+
+    def wire(self, *, allow_tf32: bool = False, needs_lse: bool = True) -> str:
+        """``name=value;...`` of the fields but ``numbers`` that differ from their default.
+
+        Values per axis are joined by commas. The two arguments replace the fields of their names, which depend on the
+        moment of the call.
+        """
+        return _write((*(getattr(self, name) for name in _GEOMETRY), allow_tf32, needs_lse))
+
+    @classmethod
+    @functools.lru_cache(maxsize=4096)
+    def parse(cls, wire: str, scale: float, mask_value: float, dropout_p: float) -> WindowSpec:
+        """The inverse of ``wire()`` and ``numbers``."""
+        written = dict(item.split("=") for item in wire.split(";"))
+        window = _FIELDS["window_size"].read(written["window_size"])
+        fields = {
+            name: field.read(written[name]) if name in written else field.default(window)
+            for name, field in _FIELDS.items()
+        }
+        return cls(scale=scale, mask_value=mask_value, dropout_p=dropout_p, **fields)
+
+
+@dataclass(frozen=True)
+class _Field:
+    """How a field is written to the wire and read from it, and its default, which may follow from the window."""
+
+    write: Callable[[Any], str]
+    read: Callable[[str], Any]
+    default: Callable[[tuple[int, ...]], Any]
+
+
+def _per_axis(kind: Callable[[str], Any], default: Callable[[int], Any]) -> _Field:
+    return _Field(
+        lambda values: ",".join(str(int(v)) for v in values),
+        lambda text: tuple(kind(v) for v in text.split(",")),
+        lambda window: tuple(default(w) for w in window),
+    )
+
+
+def _flag(default: bool) -> _Field:
+    return _Field(lambda value: str(int(value)), lambda text: text == "1", lambda window: default)
+
+
+# By name, the window first and what depends on the moment of the call last. csrc/bindings/window_spec.h reads the same
+# names with the same defaults.
+_FIELDS = {
+    "window_size": _per_axis(int, lambda w: None),
+    "shift_size": _per_axis(int, lambda w: 0),
+    "table_window": _per_axis(int, lambda w: w),
+    "pad_before": _per_axis(int, lambda w: 0),
+    "periodic": _per_axis(lambda text: text == "1", lambda w: False),
+    "pad_order": _Field(str, str, lambda window: "pad_then_roll"),
+    "grid": _flag(False),
+    "allow_tf32": _flag(False),
+    "needs_lse": _flag(True),
+}
+_GEOMETRY = tuple(_FIELDS)[:-2]
+_OPTIONS = (*_GEOMETRY, "scale", "mask_value", "dropout_p")
+
+
+def _write(values: tuple[Any, ...]) -> str:
+    """The wire form of the fields' values. A compiler keeps the string."""
+    written = zip(_FIELDS.items(), values, strict=True)
+    return ";".join(f"{name}={field.write(v)}" for (name, field), v in written if v != field.default(values[0]))
+
+
+_write._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see ops._library.constant_when_compiled
