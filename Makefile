@@ -103,7 +103,7 @@ coverage: $(dev_stamp)
 	@rm -f build/coverage/python.* && find build/coverage -name '*.gcda' -delete
 	-$(in_venv) OMP_NUM_THREADS=1 $(run) -m coverage run -m pytest -n auto --dist worksteal -m 'not long' $(PYTEST_ARGS)
 	@$(run) -m coverage combine --quiet && $(run) -m coverage report > build/coverage/package.txt
-	@$(run) -m gcovr --object-directory build/coverage --filter csrc/kernels/cpu/ > build/coverage/kernels.txt
+	@$(run) -m gcovr --merge-lines --object-directory build/coverage --filter csrc/kernels/cpu/ > build/coverage/kernels.txt
 	@tail -n 1 build/coverage/package.txt && tail -n 2 build/coverage/kernels.txt
 	@echo 'The lines: build/coverage/package.txt, build/coverage/kernels.txt'
 	@$(MAKE) --no-print-directory build
