@@ -1,4 +1,5 @@
-# `make demo` and `make test` each work alone on a fresh machine with Python, pip and a C++ compiler.
+# `make demo`, `make test`, `make check` and `make lint` each work alone on a fresh machine with Python, pip and a C++
+# compiler; each installs what it needs and no more.
 # `make gpu-test`, `make gpu-bench` and `make sanitize` use the Python at hand: no network, no virtual environment.
 
 PYTHON ?= python3
@@ -8,27 +9,47 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 RESULTS ?= results
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
+# What make check compares with.
+BASE ?= main
 # What to measure: arguments of python -m benchmarks.
 BENCH ?= all --quick
 # Such as --tools initcheck.
 SANITIZE_ARGS ?=
 
 export MAX_JOBS
+
+# CUDA kernels take minutes to compile, on two cores. They are built where there is a GPU, for the tests, with CUDA=1, and
+# where an earlier build has them.
+CUDA ?= $(if $(or $(shell nvidia-smi -L 2> /dev/null | grep GPU),$(wildcard build/temp.*/csrc/kernels/cuda)),1)
+SWINKERNELS_BUILD ?= $(if $(CUDA),auto,cpu)
+kernels = $(if $(filter cpu,$(SWINKERNELS_BUILD)),CPU kernels; CUDA=1 adds the CUDA kernels,CPU and CUDA kernels)
+
 run := $(VENV)/bin/python
 # The tests start ninja and other tools of the environment by name.
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
 cxx_files = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test build docs bench lint format gpu-build gpu-test gpu-bench gpu-variants sanitize clean
+# $(call phase,name,what it does,command): one line, with the seconds that it took. The output goes to build/<name>.log,
+# which a failure names after the lines that tell most.
+define phase
+@mkdir -p build; printf '%s ... ' '$(2)'; start=$$(date +%s); \
+if { $(3); } > build/$(1).log 2>&1; then echo "$$(($$(date +%s) - start)) s"; else \
+	echo failed; grep -iE '(error|swinkernels):' build/$(1).log | cut -c 1-300 | head -n 20 || true; \
+	tail -n 5 build/$(1).log | cut -c 1-300; echo 'The whole output: build/$(1).log'; exit 1; fi
+endef
+
+.PHONY: help demo test check coverage build docs bench lint types format gpu-build gpu-test gpu-bench gpu-variants sanitize clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo       a timm Swin on a photograph, before and after swinkernels.accelerate'
 	@echo 'make test       the tests; those that need a GPU are skipped where there is none'
-	@echo 'make build      compile csrc/ in place; rebuilds only what changed'
+	@echo 'make check      lint, types and the tests of what changed since BASE=$(BASE), for at most a minute'
+	@echo 'make coverage   the lines of the package and of the CPU kernels that no test runs'
+	@echo 'make build      compile csrc/ in place; only what changed. CUDA=1: the CUDA kernels without a GPU, too'
 	@echo 'make docs       the documentation, into site/'
 	@echo 'make bench      time this package against what a user has without it; BENCH="all" for everything'
-	@echo 'make lint       ruff, mypy and clang-format; make format applies what they would change'
+	@echo 'make lint       ruff and clang-format; make format applies what they would change; make types: mypy'
 	@echo 'make gpu-test   build for this GPU and run the tests that need one, with python3 as it is'
 	@echo 'make gpu-bench  build for this GPU and time the kernels against eager, torch.compile and SDPA'
 	@echo 'make gpu-variants  build and time variants of the kernels on this GPU'
@@ -36,44 +57,82 @@ help:
 	@echo 'make clean      remove what was built; the environment $(VENV) stays'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" RESULTS=$(RESULTS) BENCH="$(BENCH)" MAX_JOBS=$(MAX_JOBS)'
 
-# Stamps of the tools and of the wish for a torch: asking for another TORCH installs it.
-torch_stamp := $(VENV)/.torch-$(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' '-')
+# Stamps of what is installed, by the torch that was asked for: another TORCH installs it. The linters need none.
+torch_name := $(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' '-')
+torch_stamp := $(VENV)/.torch-$(torch_name)
+dev_stamp := $(VENV)/.dev-$(torch_name)
+linters := $(VENV)-lint
+lint_stamp := $(linters)/.installed
+# $(call install,folder,packages)
+install = { test -x $(1)/bin/python || $(PYTHON) -m venv $(1); } && \
+	$(1)/bin/python -m pip install --upgrade "pip>=25.1" && \
+	$(1)/bin/python -m pip install --progress-bar off $(2) --constraint constraints.txt
 
 $(torch_stamp): pyproject.toml constraints.txt
-	test -x $(run) || $(PYTHON) -m venv $(VENV)
-	$(run) -m pip install --quiet --upgrade 'pip>=25.1'
-	$(run) -m pip install --progress-bar off $(TORCH) --group dev --constraint constraints.txt
-	rm -f $(VENV)/.torch-*
-	touch $@
+	$(call phase,install,installing $(TORCH) and what the build and the demo need into $(VENV),\
+		$(call install,$(VENV),$(TORCH) --group build --group demo))
+	@rm -f $(VENV)/.torch-* && touch $@
+
+$(dev_stamp): $(torch_stamp)
+	$(call phase,install-dev,installing what the tests need into $(VENV),$(call install,$(VENV),$(TORCH) --group dev))
+	@rm -f $(VENV)/.dev-* && touch $@
+
+$(lint_stamp): pyproject.toml constraints.txt
+	$(call phase,install-lint,installing the linters into $(linters),$(call install,$(linters),--group lint))
+	@touch $@
 
 # Ninja finds out what changed, so this is always run; without a change it takes seconds.
 build: $(torch_stamp)
-	$(in_venv) $(run) setup.py build_ext --inplace
+	$(call phase,compile,compiling csrc/ in place ($(kernels)),\
+		$(in_venv) SWINKERNELS_BUILD=$(SWINKERNELS_BUILD) $(run) setup.py build_ext --inplace)
 
 demo: build
-	$(in_venv) $(run) -m swinkernels.demo
+	@$(in_venv) $(run) -m swinkernels.demo
 
 # Two threads a process: the threading of the CPU kernels is tested without processes crowding each other out.
-test: build
-	$(in_venv) OMP_NUM_THREADS=2 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+test: CUDA = 1
+test: $(dev_stamp) build
+	$(in_venv) OMP_NUM_THREADS=2 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal -m 'not long' $(PYTEST_ARGS)
+
+# Which lines of the package and of the CPU kernels no test runs. It takes longer than the tests; PYTEST_ARGS chooses some.
+coverage: $(dev_stamp)
+	$(call phase,install-coverage,installing coverage and gcovr into $(VENV),$(call install,$(VENV),--group coverage))
+	$(call phase,compile-coverage,compiling the CPU kernels with counters,\
+		$(in_venv) SWINKERNELS_BUILD=cpu CFLAGS='-O1 --coverage' LDFLAGS=--coverage $(run) setup.py build_ext --inplace \
+			--build-temp build/coverage --build-lib build/coverage)
+	@rm -f build/coverage/python.* && find build/coverage -name '*.gcda' -delete
+	-$(in_venv) OMP_NUM_THREADS=1 $(run) -m coverage run -m pytest -n auto --dist worksteal -m 'not long' $(PYTEST_ARGS)
+	@$(run) -m coverage combine --quiet && $(run) -m coverage report > build/coverage/package.txt
+	@$(run) -m gcovr --merge-lines --object-directory build/coverage --filter csrc/kernels/cpu/ > build/coverage/kernels.txt
+	@tail -n 1 build/coverage/package.txt && tail -n 2 build/coverage/kernels.txt
+	@echo 'The lines: build/coverage/package.txt, build/coverage/kernels.txt'
+	@$(MAKE) --no-print-directory build
+
+# The tests stop after half a minute: what is left is skipped, and said.
+check: lint types build
+	@tests=$$($(run) tests/changed.py --since $(BASE)) && echo "tests: $$tests" && \
+	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n 2 --dist worksteal -q -m 'not slow and not long and not gpu' \
+		--seconds 30 $$tests $(PYTEST_ARGS)
 
 # Some pages are written from the sources; see docs/ and mkdocs.yml.
-docs: $(torch_stamp)
+docs: $(dev_stamp)
 	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs build --strict
 
-bench: build
+bench: $(dev_stamp) build
 	$(in_venv) $(run) -m benchmarks $(BENCH)
 
-lint: $(torch_stamp)
-	$(run) -m ruff check .
-	$(run) -m ruff format --check .
-	$(run) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(cxx_files)
+lint: $(lint_stamp)
+	$(linters)/bin/ruff check .
+	$(linters)/bin/ruff format --check .
+	@echo clang-format; $(linters)/bin/clang-format --dry-run -Werror $(cxx_files)
 
-format: $(torch_stamp)
-	$(run) -m ruff check --fix .
-	$(run) -m ruff format .
-	$(VENV)/bin/clang-format -i $(cxx_files)
+types: $(dev_stamp)
+	$(run) -m mypy
+
+format: $(lint_stamp)
+	$(linters)/bin/ruff check --fix .
+	$(linters)/bin/ruff format .
+	@echo clang-format; $(linters)/bin/clang-format -i $(cxx_files)
 
 gpu-build:
 	SWINKERNELS_BUILD=cuda $(PYTHON) setup.py build_ext --inplace

@@ -121,7 +121,8 @@ def make_plan(
     if tuple(int(n) for n in re.findall(r"\d+", torch_version)[:2]) < OLDEST_TORCH:
         raise BuildError(f"torch 2.11 or newer is needed, got {torch_version}: pip install --upgrade torch")
     if wanted == "cpu":
-        return Plan(cuda_missing="it was asked for so (SWINKERNELS_BUILD=cpu): build again without that setting")
+        remedy = "build again without that setting, or by make build CUDA=1"
+        return Plan(cuda_missing=f"CPU kernels alone were asked for (SWINKERNELS_BUILD=cpu): {remedy}")
     toolkit = find_toolkit(environ)
     missing = why_no_cuda(toolkit, torch_version, torch_cuda)
     if missing is None:

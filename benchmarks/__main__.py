@@ -12,10 +12,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import attention, compare, contest, host_cost, memory_bound, models, record, report, scaling, shapes
+try:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from benchmarks import attention, compare, contest, host_cost, memory_bound, models, record, report, scaling, shapes
+except ModuleNotFoundError as e:
+    if e.name not in ("matplotlib", "rich", "tabulate"):
+        raise
+    sys.exit(f"The benchmarks need matplotlib, rich and tabulate ({e}): pip install matplotlib rich tabulate")
 
 Rows = list[dict[str, Any]]
 HELP = {
@@ -55,6 +68,11 @@ def _ops(options: argparse.Namespace, device: torch.device) -> Iterator[Task]:
     batch = _batch(options, device, 1)
     names = attention.contestants(device, options.baseline)
     wanted = options.op or ("window_attention", *memory_bound.BENCHES)
+    in_a_minute = options.quick and device.type == "cpu"
+    if in_a_minute and not options.baseline:
+        names = [name for name in names if name not in attention.COMPILED]
+    if in_a_minute and not (options.op or options.baseline):
+        wanted = ("window_attention",)  # the only op with a CPU kernel
     for shape in _chosen(options, list(shapes.ATTENTION), shapes.QUICK) if "window_attention" in wanted else ():
         case = shapes.with_batch(shapes.ATTENTION[shape], batch) if batch else shapes.ATTENTION[shape]
         for dtype in options.dtype:
@@ -67,6 +85,7 @@ def _ops(options: argparse.Namespace, device: torch.device) -> Iterator[Task]:
                     device,
                     names,
                     tf32=dtype == "tf32",
+                    seconds=contest.QUICK_SECONDS if options.quick else None,
                 )
                 yield Task("ops", f"window_attention {shape} {dtype}", call)
     for op in memory_bound.BENCHES:
@@ -185,6 +204,17 @@ def run(tasks: Sequence[Task], device: torch.device, out: Path) -> dict[str, Row
     return rows
 
 
+def why_no_kernel(wanted: Sequence[str], device: torch.device) -> str | None:
+    """Why no kernel of this package can run on a device, or None; also None where only others are wanted."""
+    ours = (*attention.OURS, *models.OURS, "window")
+    reasons = attention.kernels(device)
+    if None in reasons.values() or (wanted and not set(wanted) & set(ours)):
+        return None
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    others = " ".join(("reference", *attention.PEERS[:2]))
+    return f"no kernel of swinkernels can run on {device} ({why}). To time only others, name them: --baseline {others}"
+
+
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = main.add_subparsers(dest="command", required=True)
@@ -195,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--filter", default="*", help="shapes, models or sweeps, by a pattern such as 'swin_t*'")
         command.add_argument("--op", nargs="+", choices=("window_attention", *memory_bound.BENCHES), help="of ops")
         command.add_argument("--baseline", nargs="+", choices=BASELINES, default=(), help="who runs; default: all")
-        command.add_argument("--quick", action="store_true", help="a few shapes alone; models not compiled on a CPU")
+        command.add_argument("--quick", action="store_true", help="a few shapes; on a CPU nothing is compiled")
         command.add_argument("--batch", type=int, help="largest batch; 1 on a CPU unless given")
         command.add_argument("--threads", type=int, help="of torch on a CPU")
         command.add_argument(
@@ -231,6 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser().error("--device cuda: torch sees no CUDA GPU; see python -m swinkernels.info")
+    if reason := why_no_kernel(options.baseline, device):
+        parser().error(reason)
     if options.flush_denormal:  # the setting is that of a thread
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)

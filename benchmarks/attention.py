@@ -25,14 +25,20 @@ from swinkernels.testing import WindowAttentionCase, check_window_attention, run
 OURS = tuple(name for name in _backends.BACKENDS if name != "reference")
 PEERS = ("eager", "sdpa", "eager-compiled", "sdpa-compiled", "flex-compiled")
 CONTESTANTS = (*OURS, "reference", *PEERS)
+COMPILED = tuple(name for name in PEERS if name.endswith("-compiled"))
 TF32_EPS = 2.0**-10
 Op = Callable[..., Tensor]  # (qkv, bias_table, logit_scale=None, pad_qkv=None) -> out
+
+
+def kernels(device: torch.device) -> dict[str, str | None]:
+    """Our backends for a device, and why each cannot run here, or None."""
+    return {n: _backends.unavailable(n) for n in OURS if (n == "cpu") == (device.type == "cpu")}
 
 
 def contestants(device: torch.device, wanted: Sequence[str]) -> list[str]:
     """The names of ``wanted`` that can run on the device; ours may be missing in this installation."""
     on_cpu = device.type == "cpu"
-    names = [n for n in OURS if (n == "cpu") == on_cpu and _backends.unavailable(n) is None]
+    names = [name for name, reason in kernels(device).items() if reason is None]
     peers = [n for n in PEERS if not (on_cpu and n.startswith("flex"))]  # which has no backward pass there
     return [name for name in (*names, "reference", *peers) if not wanted or name in wanted]
 
@@ -98,6 +104,7 @@ def benchmark(
     *,
     tf32: bool = False,
     directions: Sequence[str] = contest.DIRECTIONS,
+    seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """One row per contestant and direction; with ``tf32``, of float32 with torch's switch for products on."""
     drawn: list[dict[str, Tensor]] = []
@@ -130,6 +137,7 @@ def benchmark(
             ),
             device,
             names,
+            seconds=seconds,
         )
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

@@ -100,7 +100,9 @@ def roofline(rows: Sequence[Row], path: Path) -> None:
     """Left, attention's flops over its flops per byte under what copies and matrix products reach; right, all ops."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     _attention_roofline([row for row in _right(rows, "ops") if row["gflop"] and row["moved_mb"]], left)
-    _percents([row for row in _right(rows, "ops") if row["backend"] in attention.OURS], right)
+    ours = [row for row in _right(rows, "ops") if row["backend"] in attention.OURS]
+    _percents(ours or _right(rows, "ops"), right)
+    right.set_title(f"{'kernels of this package' if ours else 'others'}; a point for each shape and dtype", fontsize=10)
     fig.suptitle(f"Against the roofline, {_device(_right(rows, 'ops'))}", fontsize=11)
     _save(fig, path)
 
@@ -147,7 +149,6 @@ def _percents(found: Sequence[Row], axis: Any) -> None:
     axis.axvline(100, color="black", linewidth=1)
     axis.set_xlim(left=0)
     axis.set_xlabel("time at the roofline / time, %")
-    axis.set_title("kernels of this package; a point for each shape and dtype", fontsize=10)
     axis.legend(fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -259,14 +260,15 @@ DRAW: dict[str, Callable[[Sequence[Row], Path], None]] = {
 }
 
 
-def _has_ops(rows: Sequence[Row]) -> bool:
-    return any(row["op"] == "window_attention" and row["backend"] in attention.OURS for row in _right(rows, "ops"))
+def _of_attention(rows: Sequence[Row]) -> set[str]:
+    """The contestants with a right result for window attention."""
+    return {row["backend"] for row in _right(rows, "ops") if row["op"] == "window_attention"}
 
 
 # Whether a run has what a picture shows.
 DRAWABLE: dict[str, Callable[[Sequence[Row]], bool]] = {
-    "speedup": _has_ops,
-    "roofline": _has_ops,
+    "speedup": lambda rows: not _of_attention(rows).isdisjoint(attention.OURS),
+    "roofline": lambda rows: bool(_of_attention(rows)),
     "models": lambda rows: bool(_right(rows, "models")),
     "memory": lambda rows: any(r["suite"] in ("models", "memory") and r["peak_mib"] for r in rows),
     "scaling": lambda rows: any(r["op"] == "window_attention" for r in _right(rows, "scaling")),

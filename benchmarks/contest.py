@@ -26,6 +26,7 @@ from swinkernels.demo.measure import peak_bytes
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 ROUNDS = 3  # in which contestants take turns on a GPU
+SECONDS, QUICK_SECONDS = 1.5, 0.3  # for each contestant and direction on a CPU
 Op = Callable[..., Any]  # (**tensors) -> a tensor or several
 # The calls to time in each direction, given the number of input sets; a direction may be missing.
 MakeCalls = Callable[[str, int], dict[str, Call]]
@@ -133,8 +134,10 @@ def time_copy(total: int, timer: GraphTimer, device: torch.device) -> Timing:
     return timer(lambda i: targets[i].copy_(sources[i]), count)
 
 
-def run(contest: Contest, device: torch.device, names: Iterable[str]) -> list[dict[str, Any]]:
-    """One row per contestant and direction."""
+def run(
+    contest: Contest, device: torch.device, names: Iterable[str], *, seconds: float | None = None
+) -> list[dict[str, Any]]:
+    """One row per contestant and direction; on a CPU each is timed for ``seconds``."""
     total = contest.moved
     count = input_sets(total["fwd"], device)
     timer = GraphTimer(device) if device.type == "cuda" else None
@@ -167,7 +170,10 @@ def run(contest: Contest, device: torch.device, names: Iterable[str]) -> list[di
         times: dict[tuple[str, str], Timing] = {}
         for direction in total:
             taken = {name: c[direction] for name, c in calls.items() if direction in c}
-            found = time_in_graphs(taken, count, timer, fail) if timer else time_on_cpu(taken)
+            if timer:
+                found = time_in_graphs(taken, count, timer, fail)
+            else:
+                found = time_on_cpu(taken, seconds=seconds or SECONDS)
             times |= {(name, direction): timing for name, timing in found.items()}
     rows = []
     for name, (verdict, error) in verdicts.items():

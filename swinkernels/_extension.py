@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -26,13 +27,31 @@ _OUTDATED = (
 _NEWEST_FACT = "layer_norm_limits"
 
 
+def _library(folder: Path) -> Path | None:
+    """The op library in a folder of the package. It has no Python module in it: torch loads it, its ops register."""
+    names = (f"_ops{suffix}" for suffix in (".abi3.so", *EXTENSION_SUFFIXES, ".pyd"))
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _why_missing(folder: Path) -> str:
+    """Why the folder that was imported has no op library. Sources in the current directory hide what is installed."""
+    elsewhere = (Path(entry).resolve() / folder.name for entry in sys.path)
+    installed = next((other for other in elsewhere if other != folder.resolve() and _library(other)), None)
+    if installed is None:
+        return _NOT_BUILT
+    return (
+        f"the compiled extension is missing: Python imports the source folder {folder}, which has none and hides the "
+        f"installed package {installed}, which has one. Start Python in a directory other than {folder.parent}, or "
+        "compile the sources in place (pip install --no-build-isolation -e . there)"
+    )
+
+
 def _load() -> None:
     global build, error
     folder = Path(__file__).parent
-    # The op library has no Python module in it: torch loads it and its ops register themselves.
-    library = next((p for s in (".abi3.so", *EXTENSION_SUFFIXES, ".pyd") if (p := folder / f"_ops{s}").exists()), None)
+    library = _library(folder)
     if library is None:
-        error = _NOT_BUILT
+        error = _why_missing(folder)
         return
     try:
         torch.ops.load_library(str(library))

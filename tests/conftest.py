@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, data
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+STARTED = pytest.StashKey[float]()
 # Tests that use the GPU if there is one, and Triton's interpreter otherwise.
 ON_A_GPU_IF_THERE_IS_ONE = {
     Path(__file__).parent / "triton" / name for name in ("test_window_attention.py", "test_memory_bound_ops.py")
@@ -37,6 +39,7 @@ def pytest_configure() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, help="start no further test after so many; those left are skipped")
     parser.addoption("--shard", help="i/n: every n-th of the chosen tests, from the i-th on", metavar="i/n")
 
 
@@ -55,6 +58,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.shard:
         first, count = map(int, session.config.option.shard.split("/"))
         session.items[:] = session.items[first::count]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[STARTED] = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    seconds = item.config.option.seconds
+    if seconds is not None and time.monotonic() - item.config.stash[STARTED] > seconds:
+        pytest.skip(f"the {seconds:g} seconds of --seconds are over")
 
 
 @pytest.fixture(autouse=True)

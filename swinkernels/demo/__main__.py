@@ -8,13 +8,16 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 import swinkernels
+from swinkernels.adapters import Replaced
 from swinkernels.ops._backends import BACKENDS
 
 try:
@@ -135,22 +138,52 @@ def main(argv: list[str] | None = None) -> int:
     title = f"{setting}; swinkernels on {', '.join(sorted(backends))}"
     figures.save_stages(args.out / "stages.png", pixels, results["timm"], results["swinkernels"], title)
     figures.save_times(args.out / "times.png", samples, title)
+    median_ms = {
+        mode: {key: {part: median(t) for part, t in parts.items()} for key, parts in by_model.items()}
+        for mode, by_model in samples.items()
+    }
     summary = {
         "setting": setting,
         "versions": {"swinkernels": swinkernels.__version__, "torch": torch.__version__, "timm": timm.__version__},
         "backends": {entry.path: entry.backend for entry in report.replaced},
         "agreement": agreement,
-        "median_ms": {
-            mode: {key: {part: median(t) for part, t in parts.items()} for key, parts in by_model.items()}
-            for mode, by_model in samples.items()
-        },
+        "median_ms": median_ms,
         "peak_memory_bytes": memory,
         "peak_memory_method": measure.memory_method(args.device),
     }
     (args.out / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
-    files = ", ".join(str(args.out / file) for file in ("stages.png", "times.png", "results.json"))
-    console.print(f"Wrote {files} ({time.perf_counter() - started:.0f} s in all).", highlight=False, soft_wrap=True)
+    pictures = ", ".join(str(args.out / file) for file in ("stages.png", "times.png"))
+    conclusion = [
+        _conclusion(agreement, median_ms),
+        *_backends_by_class(report.replaced),
+        f"pictures: {pictures}; every figure: {args.out / 'results.json'}",
+        f"The demo took {time.perf_counter() - started:.0f} s.",
+    ]
+    console.print("\n".join(conclusion), markup=False, highlight=False, soft_wrap=True)
     return 0 if agreement["within_budget"] else 1
+
+
+def _conclusion(agreement: dict[str, Any], median_ms: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The outcome in a sentence: how close the logits are, and how the times compare."""
+    speeds = []
+    for mode, by_model in median_ms.items():
+        ratio = by_model["timm"]["total"] / by_model["swinkernels"]["total"]
+        comparison = "faster" if ratio >= 1 else "slower"
+        speeds.append(f"{max(ratio, 1 / ratio):.2f}x {comparison} in {mode.removesuffix(' step')}")
+    same = "same logits to" if agreement["within_budget"] else "DIFFERENT logits, by"
+    return f"swinkernels against timm: {same} {agreement['largest_logit_difference']:.1g}; {', '.join(speeds)}."
+
+
+def _backends_by_class(replaced: Sequence[Replaced]) -> list[str]:
+    """What runs each kind of module, a line each, with the parts that run on something else."""
+    found: dict[tuple[str, ...], int] = {}
+    for entry in replaced:
+        backend = f"{entry.adapter}'s own code" if entry.backend == entry.adapter else f"backend {entry.backend}"
+        # A remark begins with the part and what runs it; a module that has one part says no more.
+        parts = [part.partition(". ")[0] for part in entry.remarks if entry.backend != entry.adapter]
+        key = (entry.module_class, backend, *parts)
+        found[key] = found.get(key, 0) + 1
+    return [f"{count} {name}: {'; '.join(runs)}" for (name, *runs), count in found.items()]
 
 
 def _agreement(results: dict, exact: dict, dtype: torch.dtype) -> dict[str, float | bool]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows are tested, not the times in them."""
-    monkeypatch.setattr(contest, "time_on_cpu", functools.partial(time_on_cpu, seconds=0.01, rounds=2))
+    monkeypatch.setattr(contest, "SECONDS", 0.01)
+    monkeypatch.setattr(contest, "QUICK_SECONDS", 0.01)
+    monkeypatch.setattr(contest, "time_on_cpu", functools.partial(time_on_cpu, rounds=2))
 
 
 @pytest.fixture
@@ -50,6 +55,7 @@ def test_a_run_writes_rows_tables_and_pictures(small_shape: str, tmp_path: Path,
         assert row["seed"] == str(record.SEED)
         assert all(row[key] for key in ("device", "torch", "commit", "date", "ceiling_gb_per_s"))
     out = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "a").glob("*.png")] == ["roofline.png"]  # a speed-up needs one of ours
     assert "4 rows in" in out
     assert "report.md" in out
     assert "| window_attention | b1-6x9-h2x8-w3-s1-table" in (tmp_path / "a" / "report.md").read_text()
@@ -83,6 +89,41 @@ def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys)
     with pytest.raises(SystemExit):
         command.main([*arguments, *device])
     assert message in capsys.readouterr().err
+
+
+def test_without_a_kernel_of_ours_nothing_starts(small_shape: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command.attention, "kernels", lambda device: {"cpu": "it is not built"})
+    for wanted in ([], ["cpu", "eager"], ["accelerate"]):
+        with pytest.raises(SystemExit):
+            command.main(["ops", "--device", "cpu", "--filter", "small", *(["--baseline", *wanted] if wanted else [])])
+        message = capsys.readouterr().err
+        assert "no kernel of swinkernels can run on cpu (cpu: it is not built)" in message
+        assert "--baseline reference eager sdpa" in message
+    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # only others are asked for
+
+
+def test_a_quick_run_on_a_cpu_compiles_nothing_and_draws(small_shape: str, tmp_path: Path, monkeypatch) -> None:
+    if "cpu" not in command.attention.contestants(CPU, ()):
+        pytest.skip("the extension is not built")
+    monkeypatch.setattr(shapes, "QUICK", ("small",))
+    monkeypatch.setattr(torch, "compile", None)
+    assert command.main(["ops", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    rows = record.read_csv(tmp_path / "ops.csv")
+    assert {row["op"] for row in rows} == {"window_attention"}
+    assert {row["backend"] for row in rows} == {"cpu", "reference", "eager", "sdpa"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"speedup.png", "roofline.png"}
+
+
+def test_a_missing_package_is_named_with_the_others(tmp_path: Path) -> None:
+    (tmp_path / "tabulate.py").write_text("raise ModuleNotFoundError(\"No module named 'tabulate'\", name='tabulate')")
+    command = [sys.executable, "-m", "benchmarks", "ops"]
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=record.ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "The benchmarks need matplotlib, rich and tabulate (No module named 'tabulate'): "
+        "pip install matplotlib rich tabulate\n"
+    )
 
 
 def test_results_are_not_overwritten(small_shape: str, tmp_path: Path, capsys) -> None:

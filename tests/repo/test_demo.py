@@ -77,9 +77,25 @@ def test_what_is_printed(folder):
         "within twice timm's own error",
         "speed-up",
         "MiB",
-        "stages.png",
     ):
         assert expected in text
+
+
+def test_conclusion(folder):
+    """The last lines: a sentence with the measured values, what runs each kind of module, where the pictures are."""
+    results = json.loads((folder / "results.json").read_text())
+    *_, sentence, blocks, merging, files, seconds = (folder / "stdout.txt").read_text().splitlines()
+    difference = results["agreement"]["largest_logit_difference"]
+    assert sentence.startswith(f"swinkernels against timm: same logits to {difference:.1g}; ")
+    for mode, by_model in results["median_ms"].items():
+        ratio = by_model["timm"]["total"] / by_model["swinkernels"]["total"]
+        assert f"{max(ratio, 1 / ratio):.2f}x {'faster' if ratio >= 1 else 'slower'} in {mode.split()[0]}" in sentence
+    (backend,) = {b for path, b in results["backends"].items() if "blocks" in path}
+    assert blocks == f"12 SwinTransformerBlock: backend {backend}; Residual and norm: timm's own code"
+    assert merging == "3 PatchMerging: timm's own code"
+    stages, times, figures = (folder / name for name in ("stages.png", "times.png", "results.json"))
+    assert files == f"pictures: {stages}, {times}; every figure: {figures}"
+    assert seconds.startswith("The demo took ")
 
 
 def test_a_model_without_supported_blocks_is_told(tmp_path, capsys):

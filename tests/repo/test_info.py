@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import types
@@ -88,6 +90,34 @@ def test_driver_is_none_without_a_working_nvidia_smi(monkeypatch: pytest.MonkeyP
     assert info._driver() is None
     tool.write_text("#!/bin/sh\necho 580.95.05\necho 580.95.05\n")
     assert info._driver() == "580.95.05"
+
+
+def test_sources_that_hide_an_installed_package_are_named(tmp_path: Path) -> None:
+    """After `pip install .`, Python started in the checkout imports the sources there, which have no extension."""
+    checkout, site = tmp_path / "checkout", tmp_path / "site"
+    shutil.copytree(ROOT / "swinkernels", checkout / "swinkernels", ignore=shutil.ignore_patterns("*.so", "*.pyd"))
+    (site / "swinkernels").mkdir(parents=True)
+
+    def extension_error() -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "swinkernels.info", "--json"],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found = json.loads(done.stdout)
+        assert found["backends"]["cpu"] == found["extension_error"]
+        return found["extension_error"]
+
+    assert extension_error().startswith("the compiled extension is not installed: reinstall")
+    (site / "swinkernels" / "_ops.abi3.so").touch()
+    error = extension_error()
+    assert f"Python imports the source folder {checkout / 'swinkernels'}, which has none" in error
+    assert f"hides the installed package {site / 'swinkernels'}, which has one" in error
+    assert f"Start Python in a directory other than {checkout}, or" in error
+    assert "pip install --no-build-isolation -e ." in error
 
 
 @needs_extension

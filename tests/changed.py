@@ -1,0 +1,91 @@
+"""Prints the test files of what changed since a commit, for ``make check``: ``python tests/changed.py --since main``.
+
+tests/ mirrors the sources, so names lead from a source to its tests: those of its folder whose name holds the source's,
+else the whole folder. What is slow for every change, such as the emulated CUDA kernels, is left to ``make test``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ALWAYS = ("tests/repo/test_layering.py",)  # the imports of all files, in a second
+# Sources whose tests are in a folder that is not called as theirs is: the longest that fits counts.
+FOLDERS = {
+    "swinkernels": "repo",
+    "swinkernels/adapters": "adapters",
+    "swinkernels/integrations": "adapters",
+    "swinkernels/models": "nn",
+    "swinkernels/nn": "nn",
+    "swinkernels/ops": "ops",
+    "swinkernels/reference": "reference",
+    "swinkernels/triton": "triton",
+    "benchmarks": "benchmarks",
+    "csrc/bindings": "cpu",
+    "csrc/kernels/cpu": "cpu",
+    "csrc/kernels/common": "cuda",
+    "csrc/kernels/cuda": "cuda",
+    "docs": "repo/test_docs",
+    "examples": "repo/test_examples",
+    "CONTRIBUTING.md": "repo/test_docs",
+    "Makefile": "repo/test_make",
+    "README.md": "repo/test_docs",
+    "constraints.txt": "repo/test_make",
+    "mkdocs.yml": "repo/test_docs",
+    "pyproject.toml": "repo/test_build",
+    "setup.py": "repo/test_build",
+    "swinkernels/_extension.py": "repo/test_info",
+    "swinkernels/demo": "repo/test_demo",
+    "swinkernels/testing.py": "ops",
+}
+
+
+def changed_files(since: str) -> list[str]:
+    """Files that differ from where this branch left a commit's history, with those not committed or not yet added."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(
+                f"git {' '.join(arguments)}: {done.stderr.strip()}. Name another commit: make check BASE=..."
+            )
+        return done.stdout
+
+    start = git("merge-base", since, "HEAD").strip()
+    found = git("diff", "--name-only", start) + git("ls-files", "--others", "--exclude-standard")
+    return sorted(set(found.splitlines()))
+
+
+def tests_of(source: str, tests: Iterable[str]) -> list[str]:
+    """Those of the test files that belong to a source, by its path."""
+    path = Path(source)
+    if path.parts[0] == "tests":
+        if path.name.startswith("test_"):
+            return [test for test in tests if test == source]
+        module = ".".join(path.with_suffix("").parts)
+        return [test for test in tests if module in (ROOT / test).read_text() and path.name != "__init__.py"]
+    root = next((name for name in (source, *map(str, path.parents)) if name in FOLDERS), None)
+    if root is None:
+        return []
+    of_folder = [test for test in tests if test.startswith(f"tests/{FOLDERS[root]}")]
+    # adapters/libraries/timm/swin.py: timm_swin, else swin, else timm
+    words = [part.strip("_") for part in source[len(root) :].rpartition(".")[0].split("/") if part.strip("_")]
+    for name in ("_".join(words[-2:]), *words[::-1]):
+        if named := [test for test in of_folder if name in Path(test).stem]:
+            return named
+    return of_folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--since", default="main", help="a commit")
+    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
+    files = changed_files(parser.parse_args().since)
+    print(*dict.fromkeys((*ALWAYS, *(test for file in files for test in tests_of(file, tests)))))
+
+
+if __name__ == "__main__":
+    main()
