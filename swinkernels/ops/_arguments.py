@@ -300,6 +300,8 @@ def make_window_spec(
     Raises:
         TypeError, ValueError: a wrong argument, named with ``op``, what was got and what is accepted.
     """
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head_dim must be 1..{MAX_HEAD_DIM}, got {head_dim}")
     window, shift = check_window(op, window_size, shift_size, rank)
     volume = math.prod(window)
     if volume > MAX_WINDOW_VOLUME:
@@ -364,8 +366,6 @@ def check_window_call(
     size, window, n, device = tuple(size), spec.window_size, spec.volume, tokens.device
     if any(s < 1 for s in size):
         raise ValueError(f"{op}: every axis of the map must have at least one token, got S = {size}")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{op}: head_dim must be 1..{MAX_HEAD_DIM}, got {head_dim}")
     frame = frame_size(size, window)
     # The largest thing a backend could hold: batch * windows * heads * N * N = batch * frame * heads * N scores.
     elements = tokens.shape[0] * math.prod(frame) * num_heads * max(n, 3 * head_dim)
