@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,16 +84,28 @@ class WindowAttentionCase:
         return {name: x.to(device) for name, x in inputs.items()}
 
 
-def run_case(op: Callable[..., Tensor], inputs: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The output of ``op`` and the gradient of every input: out, dqkv, and those of the other tensors present."""
+def run_case(
+    op: Callable[..., Tensor], inputs: dict[str, Tensor], arguments: dict[str, Any], constant: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The output of ``op`` and the gradient of every input that is not in ``constant``: out, dqkv, and those of the
+    other tensors present.
+    """
     dout = inputs["dout"]
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if name != "dout"}
+    leaves = {name: x.detach().clone() for name, x in inputs.items() if name != "dout"}
+    wanted = {name: x.requires_grad_() for name, x in leaves.items() if name not in constant}
     out = op(**leaves, **arguments)
-    grads = torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype), allow_unused=True)
+    grads = torch.autograd.grad(out, list(wanted.values()), dout.to(out.dtype), allow_unused=True)
     results = {"out": out.detach()}
-    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+    for (name, leaf), grad in zip(wanted.items(), grads, strict=True):
         results[f"d{name}"] = torch.zeros_like(leaf) if grad is None else grad
     return results
+
+
+class Error(NamedTuple):
+    """How far a result is from the exact one."""
+
+    rms_eps: float  # the RMS error in eps of the RMS of the result, or of the terms that cancel in it
+    of_limit: float  # the larger of the RMS error and the largest error, each as a part of what is allowed
 
 
 def _rms(x: Tensor) -> float:
@@ -108,17 +120,17 @@ def assert_within_budget(
     eps: float | None = None,
     terms: Tensor | None = None,
     name: str = "",
-) -> None:
+) -> Error:
     """Fail unless ``got`` is as close to ``exact`` (float64) as its dtype allows.
 
     ``f32`` is the reference run in float32 on the same rounded inputs: its own error is granted on top, which is what
     counts where terms cancel. ``eps`` is that of the arithmetic, by default that of got's dtype (TF32: 2 ** -10).
     ``terms`` replaces ``exact`` as the size that eps is relative to: that of the terms which cancel in it. Two bars:
-    RMS error at most 0.75 eps, and no element off by more than twice eps of the largest. NaN fails.
+    RMS error at most 0.75 eps, and no element off by more than twice eps of the largest. NaN fails. Returns the error.
     """
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     if got.numel() == 0:
-        return
+        return Error(0.0, 0.0)
     eps = torch.finfo(got.dtype).eps if eps is None else eps
     size = exact if terms is None else terms
     # What is not promised: probabilities below float32's normal numbers, which a gradient may multiply by thousands,
@@ -126,13 +138,13 @@ def assert_within_budget(
     info = torch.finfo(got.dtype)
     floor = max(1e4 * torch.finfo(torch.float32).tiny, info.tiny * info.eps)
     error, base = got.double() - exact, f32.double() - exact
-    rms, limit = _rms(error), 0.75 * eps * _rms(size) + 2 * _rms(base) + floor
-    assert rms <= limit, (
-        f"{name}: RMS error {rms:.3g}, at most {limit:.3g} ({rms / (eps * _rms(size) + 1e-300):.2f} eps)"
-    )
+    rms, rms_limit = _rms(error), 0.75 * eps * _rms(size) + 2 * _rms(base) + floor
+    rms_eps = rms / (eps * _rms(size) + 1e-300)
+    assert rms <= rms_limit, f"{name}: RMS error {rms:.3g}, at most {rms_limit:.3g} ({rms_eps:.2f} eps)"
     worst = error.abs().max().item()
     limit = 2 * eps * size.abs().max().item() + 4 * base.abs().max().item() + floor
     assert worst <= limit, f"{name}: largest error {worst:.3g}, at most {limit:.3g}"
+    return Error(rms_eps, max(rms / rms_limit, worst / limit))
 
 
 def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -212,9 +224,13 @@ def check_window_attention(
     seed: int = 0,
     cancels: bool = False,
     rounds_unit_rows: bool = False,
+    constant: Collection[str] = (),
+    errors: dict[str, Error] | None = None,
     **arguments: Any,
 ) -> dict[str, Tensor]:
     """Compare output and every gradient of ``op`` (called with ``arguments`` too) with the float64 reference.
+
+    The inputs named in ``constant`` have no gradient. ``errors``, if given, takes the error of each result.
 
     If ``cancels``, in small windows and in float32 (unless ``eps`` says that products are rounded), gradients are
     judged against the size of the terms that cancel in them. So is dlogit_scale of a backend that rounds v2's unit
@@ -223,11 +239,10 @@ def check_window_attention(
     """
     inputs = case.inputs(dtype, seed=seed)
     on_device = {name: x.to(device) for name, x in inputs.items()}
-    got = run_case(op, on_device, {**case.arguments(), **arguments})
-    wide = {name: x.double() for name, x in inputs.items()}
-    exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments())
-    f32 = run_case(
-        reference.window_attention_qkvpacked, {name: x.float() for name, x in inputs.items()}, case.arguments()
+    got = run_case(op, on_device, {**case.arguments(), **arguments}, constant)
+    wide, single = ({name: x.to(to) for name, x in inputs.items()} for to in (torch.float64, torch.float32))
+    exact, f32 = (
+        run_case(reference.window_attention_qkvpacked, x, case.arguments(), constant) for x in (wide, single)
     )
     terms = {}
     cancels = cancels or math.prod(case.window_tuple) < SMALL_WINDOW or (dtype == torch.float32 and eps is None)
@@ -238,9 +253,11 @@ def check_window_attention(
             terms = {"dlogit_scale": terms["dlogit_scale"]}
     eps = torch.finfo(dtype).eps if eps is None else eps
     for name in got:
-        assert_within_budget(
+        error = assert_within_budget(
             got[name].cpu(), exact[name], f32[name], eps=eps, terms=terms.get(name), name=f"{case} {dtype} {name}"
         )
+        if errors is not None:
+            errors[name] = error
     return got
 
 
