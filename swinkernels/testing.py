@@ -139,7 +139,7 @@ def assert_within_budget(
     floor = max(1e4 * torch.finfo(torch.float32).tiny, info.tiny * info.eps)
     error, base = got.double() - exact, f32.double() - exact
     rms, rms_limit = _rms(error), 0.75 * eps * _rms(size) + 2 * _rms(base) + floor
-    rms_eps = rms / (eps * _rms(size) + 1e-300)
+    rms_eps = max(rms - floor, 0.0) / (eps * _rms(size) + 1e-300)
     assert rms <= rms_limit, f"{name}: RMS error {rms:.3g}, at most {rms_limit:.3g} ({rms_eps:.2f} eps)"
     worst = error.abs().max().item()
     limit = 2 * eps * size.abs().max().item() + 4 * base.abs().max().item() + floor
@@ -147,10 +147,11 @@ def assert_within_budget(
     return Error(rms_eps, max(rms / rms_limit, worst / limit))
 
 
-def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, single: bool = False) -> dict[str, Tensor]:
     """The sizes of the terms that cancel in dq, dk and dbias: what these would be if every term had one sign.
 
-    In float64. Keys as in :func:`run_case`; each value has the scale of that gradient, not its shape.
+    In float64. Keys as in :func:`run_case`; each value has the scale of that result, not its shape. With ``single``,
+    for arithmetic in float32, the sizes include what the rounding of the scores adds, and the output has one, too.
     """
     rank, heads = len(case.size), case.num_heads
     arguments = case.arguments()
@@ -178,23 +179,35 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[
     pads = inputs.get("pad_qkv", torch.zeros(3 * heads * case.head_dim, dtype=torch.float64)).chunk(3)
     q, k, v = (gather(x, pad) for x, pad in zip(inputs["qkv"].chunk(3, dim=-1), pads, strict=True))
     dout = gather(inputs["dout"], torch.zeros_like(pads[0]))
-    dprobs = dout @ v.transpose(-2, -1)
-    dscores = probs * (dprobs.abs() + (probs * dprobs.abs()).sum(-1, keepdim=True)) * real
+    terms = {}
     if case.has_logit_scale:
         norms = [x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (q, k)]
-        unit_q, unit_k = q / norms[0], k / norms[1]
+        q, k = q / norms[0], k / norms[1]
         factor = inputs["logit_scale"].clamp(max=math.log(100.0)).exp()
+    else:
+        factor = abs(arguments.get("scale", case.head_dim**-0.5))
+    rounded = torch.zeros_like(probs)  # the size, of each score, that its rounding errors are relative to
+    if single:
+        rounded = factor * (q.square() @ k.square().transpose(-2, -1)).sqrt()
+        if case.has_logit_scale:  # the terms of a cosine share the rounding of two norms
+            rounded = rounded + 2 * factor * (q @ k.transpose(-2, -1)).abs()
+    dprobs = (dout @ v.transpose(-2, -1)).abs() * (1 + rounded)
+    dscores = probs * (dprobs + (probs * dprobs).sum(-1, keepdim=True)) * real
+    dq, dk = factor * dscores @ k.abs(), factor * dscores.transpose(-2, -1) @ q.abs()
+    if case.has_logit_scale:
         # Of the gradient of a unit vector, what is along the vector is taken off again.
-        dq, dk = factor * dscores @ unit_k.abs(), factor * dscores.transpose(-2, -1) @ unit_q.abs()
         dq, dk = (
             (d + unit.abs() * (unit.abs() * d).sum(-1, keepdim=True)) / norm
-            for d, unit, norm in zip((dq, dk), (unit_q, unit_k), norms, strict=True)
+            for d, unit, norm in zip((dq, dk), (q, k), norms, strict=True)
         )
-    else:
-        scale = abs(arguments.get("scale", case.head_dim**-0.5))
-        dq, dk = scale * dscores @ k.abs(), scale * dscores.transpose(-2, -1) @ q.abs()
     dv = probs.transpose(-2, -1) @ dout
-    terms = {"dqkv": torch.cat([g[real.expand_as(g)] for g in (dq, dk, dv)])}
+    if single:
+        out = probs @ v
+        variance = (probs @ v.square() - out.square()).clamp(min=0)  # of the rows of v that a query averages
+        of_scores = ((probs * rounded.square()).sum(-1, keepdim=True) * variance).sqrt()
+        terms["out"] = (out.abs() + of_scores)[real.expand_as(out)]
+        dv = dv.abs() + (probs * rounded).transpose(-2, -1) @ dout.abs()
+    terms["dqkv"] = torch.cat([g[real.expand_as(g)] for g in (dq, dk, dv)])
     if "pad_qkv" in inputs:
         terms["dpad_qkv"] = torch.cat([(g * ~real).sum((0, 1, 3)).flatten() for g in (dq, dk, dv)])
     if "bias" in inputs:
@@ -203,7 +216,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[
         terms["dbias"] = of_types.reshape(inputs["bias"].shape)
     if "logit_scale" in inputs:
         # One number of all windows: its terms are so many that what rounds them has either sign.
-        cosine = unit_q @ unit_k.transpose(-2, -1)
+        cosine = q @ k.transpose(-2, -1)
         terms["dlogit_scale"] = factor * (dscores * cosine).square().sum((0, 1, 3, 4)).sqrt().reshape(factor.shape)
     if "bias_table" in inputs:
         table = arguments.get("table_window", window)
@@ -224,6 +237,7 @@ def check_window_attention(
     seed: int = 0,
     cancels: bool = False,
     rounds_unit_rows: bool = False,
+    sums_in_float32: bool = False,
     constant: Collection[str] = (),
     errors: dict[str, Error] | None = None,
     **arguments: Any,
@@ -233,28 +247,35 @@ def check_window_attention(
     The inputs named in ``constant`` have no gradient. ``errors``, if given, takes the error of each result.
 
     If ``cancels``, in small windows and in float32 (unless ``eps`` says that products are rounded), gradients are
-    judged against the size of the terms that cancel in them. So is dlogit_scale of a backend that rounds v2's unit
-    rows to the dtype (``rounds_unit_rows``), for tensor cores: one number is left of terms that each carry that
-    rounding.
+    judged against the size of the terms that cancel in them, and in float32 so is v2's output. So is dlogit_scale of a
+    backend that rounds v2's unit rows to the dtype (``rounds_unit_rows``), for tensor cores: one number is left of
+    terms that each carry that rounding. The gradients of a backend that rounds nothing before it adds them up in
+    float32 (``sums_in_float32``) are judged by float32's eps where they stay in float32, whatever the dtype.
     """
     inputs = case.inputs(dtype, seed=seed)
     on_device = {name: x.to(device) for name, x in inputs.items()}
     got = run_case(op, on_device, {**case.arguments(), **arguments}, constant)
     wide, single = ({name: x.to(to) for name, x in inputs.items()} for to in (torch.float64, torch.float32))
-    exact, f32 = (
-        run_case(reference.window_attention_qkvpacked, x, case.arguments(), constant) for x in (wide, single)
-    )
+    exact, f32 = (run_case(reference.window_attention_qkvpacked, x, case.arguments(), constant) for x in (wide, single))
     terms = {}
-    cancels = cancels or math.prod(case.window_tuple) < SMALL_WINDOW or (dtype == torch.float32 and eps is None)
-    by_terms = cancels or (rounds_unit_rows and case.has_logit_scale)
+    is_single = dtype == torch.float32 and eps is None
+    cancels = cancels or math.prod(case.window_tuple) < SMALL_WINDOW or is_single
+    by_terms = {name for name in got if name != "out" or is_single} if cancels else set()
+    if rounds_unit_rows:
+        by_terms.add("dlogit_scale")
+    if sums_in_float32:
+        by_terms |= {name for name in got if got[name].dtype == torch.float32}
     if by_terms and case.batch > 0:
-        terms = cancelling_terms(case, wide)
-        if not cancels:
-            terms = {"dlogit_scale": terms["dlogit_scale"]}
-    eps = torch.finfo(dtype).eps if eps is None else eps
+        terms = cancelling_terms(case, wide, single=sums_in_float32 or is_single)
     for name in got:
+        of_single = sums_in_float32 and got[name].dtype == torch.float32
         error = assert_within_budget(
-            got[name].cpu(), exact[name], f32[name], eps=eps, terms=terms.get(name), name=f"{case} {dtype} {name}"
+            got[name].cpu(),
+            exact[name],
+            f32[name],
+            eps=torch.finfo(torch.float32 if of_single else dtype).eps if eps is None else eps,
+            terms=terms.get(name) if name in by_terms else None,
+            name=f"{case} {dtype} {name}",
         )
         if errors is not None:
             errors[name] = error
