@@ -28,12 +28,11 @@ from tests.support.attention_cases import MIN_ELEMENTS, draw_case, elements
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (*range(1, 41), 8, 16, 24, 32, 32, 48, 64, 96, 127, 128)
 PACKED, PACKED_HEADS, SEPARATE = FORMS = ("(B, *S, 3C)", "(B, *S, 3, heads, head_dim)", "q, k, v")
-# Longest window per axis, and tokens of a map beyond two windows.
-KINDS = {"short": (6, 3), "one token": (1, 6), "long": (20, 3)}
+# Longest window per axis, tokens of a map beyond two windows, most scores and most elements.
+KINDS = {"short": (6, 3, 20_000), "one token": (1, 6, 20_000), "long": (20, 3, 60_000)}
 LONG = 64  # more tokens than that in a long window: several blocks of queries
 MIN_ROWS = 32  # fewer rows of a head do not average the rounding of single scores, which shows in float32
-MAX_SCORES = MAX_ELEMENTS = 60_000
-DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
+TABLES = ("bias_table", "bias", "logit_scale", "pad_qkv", "region_map")
 
 
 @dataclass(frozen=True)
@@ -130,15 +129,14 @@ class Call:
         return {}
 
 
-def _is_small(case: Case) -> bool:
+def _scores(case: Case) -> int:
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
-    scores = case.batch * windows * case.num_heads * math.prod(case.window_tuple) ** 2
-    return scores <= MAX_SCORES and elements(case) <= MAX_ELEMENTS
+    return case.batch * windows * case.num_heads * math.prod(case.window_tuple) ** 2
 
 
 def _draw_case(rng: random.Random) -> Case:
     kind = rng.choices(list(KINDS), (90, 5, 5))[0]
-    longest, beyond = KINDS[kind]
+    longest, beyond, most = KINDS[kind]
     while True:
         case = draw_case(rng, longest=longest, beyond=beyond, head_dims=HEAD_DIMS, small_cosine=True)
         tokens = math.prod(case.window_tuple)
@@ -146,7 +144,7 @@ def _draw_case(rng: random.Random) -> Case:
         rows = math.prod(case.size) * case.num_heads
         batch = max(case.batch, -(-MIN_ELEMENTS // (rows * case.head_dim)), -(-MIN_ROWS // rows))
         case = dataclasses.replace(case, batch=batch)
-        if _is_small(case) and (kind != "long" or LONG < tokens <= 1024):
+        if max(_scores(case), elements(case)) <= most and (kind != "long" or LONG < tokens <= 1024):
             break
     if rng.random() < 0.1:
         case.options["mask_value"] = rng.choice((0.0, -1e4, -1e9, torch.finfo(torch.float32).min))
@@ -162,8 +160,7 @@ def draw_call(seed: int, number: int) -> Call:
     rank = len(case.size)
     form = rng.choice(FORMS)
     dim = {PACKED: rank + 2, PACKED_HEADS: rank + 4, SEPARATE: rank + 3}[form]
-    inputs = {**case.inputs(torch.float32), **case.options}
-    dims = {name: inputs[name].dim() for name in (*DIFFERENTIABLE, "region_map") if name in inputs}
+    dims = {name: x.dim() for name, x in {**case.inputs(torch.float32), **case.options}.items() if name in TABLES}
     moves_tables, has_constant = rng.random() < 0.2, rng.random() < 0.3
     return Call(
         case=case,
@@ -173,7 +170,7 @@ def draw_call(seed: int, number: int) -> Call:
         of_gradient=Layout.draw(rng, rank + 2),
         of_tables={name: Layout.draw(rng, dims[name]) for name in dims} if moves_tables else {},
         are_wide=rng.random() < 0.1,
-        constant=tuple(name for name in DIFFERENTIABLE if name in inputs and has_constant and rng.random() < 0.5),
+        constant=tuple(name for name in dims if name != "region_map" and has_constant and rng.random() < 0.5),
         seed=rng.randrange(2**31),
     )
 
@@ -184,16 +181,16 @@ class Worst:
 
     results: int = 0
     rms_eps: float = 0.0
-    rms_eps_of: int | None = None
+    rms_eps_of: int = -1
     of_limit: float = 0.0
-    of_limit_of: int | None = None
+    of_limit_of: int = -1
 
-    def add(self, number: int, error: Error) -> None:
-        self.results += 1
-        if error.rms_eps > self.rms_eps:
-            self.rms_eps, self.rms_eps_of = error.rms_eps, number
-        if error.of_limit > self.of_limit:
-            self.of_limit, self.of_limit_of = error.of_limit, number
+    def add(self, other: Worst) -> None:
+        self.results += other.results
+        if other.rms_eps > self.rms_eps:
+            self.rms_eps, self.rms_eps_of = other.rms_eps, other.rms_eps_of
+        if other.of_limit > self.of_limit:
+            self.of_limit, self.of_limit_of = other.of_limit, other.of_limit_of
 
 
 def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[list[str], dict[tuple[str, str], Worst]]:
@@ -212,36 +209,56 @@ def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[l
             print(failures[-1], flush=True)
             continue
         for name, error in errors.items():
-            worst.setdefault((str(call.dtype).removeprefix("torch."), name), Worst()).add(number, error)
+            found = Worst(1, error.rms_eps, number, error.of_limit, number)
+            worst.setdefault((str(call.dtype).removeprefix("torch."), name), Worst()).add(found)
     return failures, worst
+
+
+def write_record(
+    path: Path, seed: int, first: int, calls: int, failed: int, worst: dict[tuple[str, str], Worst]
+) -> None:
+    """Write the worst errors of some calls, together with those of the calls before them if the file has these."""
+    from benchmarks import record  # not needed under a sanitizer, where imports are slow
+
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Worst)}
+    if path.exists():
+        for row in record.read_csv(path):
+            if int(row["calls_seed"]) != seed or int(row["first"]) + int(row["calls"]) != first:
+                sys.exit(f"{path} has calls from {row['first']} on, {row['calls']} of seed {row['calls_seed']}")
+            found = Worst(**{name: kind(row[name]) for name, kind in kinds.items()})
+            worst.setdefault((row["dtype"], row["result"]), Worst()).add(found)
+        first, calls, failed = int(row["first"]), calls + int(row["calls"]), failed + int(row["failed"])
+    facts = {
+        "calls_seed": seed,
+        "first": first,
+        "calls": calls,
+        "failed": failed,
+        "instruction_set": torch.ops.swinkernels.cpu_instruction_set(),
+    }
+    rows = [{"dtype": dtype, "result": name, **vars(worst[dtype, name]), **facts} for dtype, name in sorted(worst)]
+    record.write_csv(path, rows, "cpu")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.cpu.random_cases", description=__doc__)
     parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first call")
+    parser.add_argument("--only", type=int, help="number of the one call to make")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="the number of one call")
     parser.add_argument("--no-compare", action="store_true", help="run the kernels alone, for a sanitizer to watch")
-    parser.add_argument("--record", type=Path, help="a CSV file for the worst errors")
+    parser.add_argument("--record", type=Path, help="a CSV file for the worst errors; adds to that of the calls before")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
     start = time.process_time()
-    numbers = range(options.cases) if options.only is None else [options.only]
+    numbers = range(options.first, options.first + options.cases) if options.only is None else [options.only]
     failures, worst = check(options.seed, numbers, compare=not options.no_compare)
-    rows = [
-        {"cases": len(numbers), "failed": len(failures), "cases_seed": options.seed, "dtype": dtype, "result": name}
-        | vars(worst[dtype, name])
-        for dtype, name in sorted(worst)
-    ]
-    if options.record is not None or rows:
-        from benchmarks import record
-
-        print(record.table(rows))
-        if options.record is not None:
-            isa = torch.ops.swinkernels.cpu_instruction_set()
-            record.write_csv(options.record, [row | {"instruction_set": isa} for row in rows], "cpu")
     seconds = time.process_time() - start
+    if options.record is not None:
+        write_record(options.record, options.seed, options.first, len(numbers), len(failures), worst)
+    for (dtype, name), found in sorted(worst.items()):
+        print(f"{dtype:8} {name:12} {found.rms_eps:.2f} eps, {found.of_limit:.0%} of its limit", end="")
+        print(f" (calls {found.rms_eps_of}, {found.of_limit_of})")
     print(f"{len(numbers)} calls in {seconds:.0f} s of CPU time, {len(failures)} failed")
     return 1 if failures else 0
 
