@@ -2,7 +2,7 @@
 
 from swinkernels import nn, reference
 from swinkernels._version import __version__
-from swinkernels.integrations import accelerate, restore
+from swinkernels.adapters import accelerate, restore
 from swinkernels.ops import (
     layer_norm,
     patch_expanding,

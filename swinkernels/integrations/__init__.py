@@ -1,10 +1,59 @@
-"""Other libraries' models on this package's kernels: one file per library, and what puts them in place.
+"""Entry points for other libraries' users: registries of timm and mmpretrain, Microsoft's window_process interface.
 
-An adapter swaps the class of a module, not the module: parameters, buffers, hooks and names stay as they are.
+The adapters moved to ``swinkernels.adapters`` in 0.2.0. Until 0.3.0 their old module paths still import, so that models
+pickled with 0.1.0 load.
 """
 
-from swinkernels.integrations._accelerate import accelerate, restore
-from swinkernels.integrations._report import Replaced, Report, Skipped
-from swinkernels.integrations._verify import VerificationError
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from swinkernels.adapters import Replaced, Report, Skipped, VerificationError, accelerate, restore
 
 __all__ = ["Replaced", "Report", "Skipped", "VerificationError", "accelerate", "restore"]
+
+_MOVED = {
+    "_accelerate": "engine",
+    "_adapter": "adapter",
+    "_foreign": "copies.dynamic_class",
+    "_report": "report",
+    "_verify": "verify",
+    "monai": "libraries.monai",
+    "structural": "copies.block",
+    "structural_attention": "copies.attention",
+    **{f"timm.{name}": f"libraries.timm.{name}" for name in ("maxvit", "swin", "swin_v2", "swin_v2_cr", "vit")},
+    "torchvision": "libraries.torchvision",
+    "transformers": "libraries.transformers",
+    **{
+        f"transformers.{name}": f"libraries.transformers.{name}"
+        for name in ("clap", "donut", "maskformer", "swin", "swin2sr", "swinv2")
+    },
+}
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Imports a module of ``_MOVED`` under its old name: the same module object, so the same classes."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.startswith(__name__) and fullname.removeprefix(f"{__name__}.") in _MOVED:
+            return ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        new = f"swinkernels.adapters.{_MOVED[old.removeprefix(f'{__name__}.')]}"
+        warnings.warn(f"{old} is now {new}; the old name goes in swinkernels 0.3.0", FutureWarning, stacklevel=2)
+        sys.modules[old] = importlib.import_module(new)
+
+
+if not any(type(finder).__name__ == _MovedModules.__name__ for finder in sys.meta_path):
+    sys.meta_path.insert(0, _MovedModules())  # before the finder of files, which would import a second copy

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import swinkernels
-from swinkernels.integrations import VerificationError
-from swinkernels.integrations import structural_attention as adapter
-from swinkernels.integrations.structural_attention import StructuralAttention
+from swinkernels.adapters import VerificationError
+from swinkernels.adapters.copies import attention as adapter
+from swinkernels.adapters.copies.attention import StructuralAttention
 from swinkernels.ops._backends import NOT_INSTALLED
 from tests.support import published_forms as forms
 from tests.support.parity import assert_as_good, assert_as_noisy, run

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swinkernels
-from swinkernels.integrations import VerificationError, structural
-from swinkernels.integrations.structural import StructuralBlock
-from swinkernels.integrations.structural_attention import StructuralAttention
+from swinkernels.adapters import VerificationError
+from swinkernels.adapters.copies import block as copied_block
+from swinkernels.adapters.copies.attention import StructuralAttention
+from swinkernels.adapters.copies.block import StructuralBlock
 from tests.support import published_forms as forms
 from tests.support.parity import assert_as_good, assert_as_noisy, run
 
@@ -169,11 +170,11 @@ def test_checkpointing():
 
 def test_norms_on_ops(monkeypatch):
     """The residual connection and its norm are one op where the drop path is known: an Identity, or timm's."""
-    from swinkernels.integrations import _norms
+    from swinkernels.adapters import norms
 
     seen: list[Any] = []
-    op = _norms.residual_layer_norm
-    monkeypatch.setattr(_norms, "residual_layer_norm", lambda *a, **k: (seen.append(0), op(*a, **k))[1])
+    op = norms.residual_layer_norm
+    monkeypatch.setattr(norms, "residual_layer_norm", lambda *a, **k: (seen.append(0), op(*a, **k))[1])
     block = make(forms.ClassificationBlock, 12, (8, 12), 3, **SHIFTED)
     fast = accelerated(block, backend="reference")
     seen.clear()
@@ -450,9 +451,9 @@ def test_instances_that_are_not_what_their_class_is(change, words):
 
 def test_one_trial_for_blocks_of_a_kind(monkeypatch):
     trials: list[Any] = []
-    try_forms = structural._try_forms
-    monkeypatch.setattr(structural, "_try_forms", lambda block: (trials.append(block), try_forms(block))[1])
-    monkeypatch.setattr(structural, "_TRIALS", {})
+    try_forms = copied_block._try_forms
+    monkeypatch.setattr(copied_block, "_try_forms", lambda block: (trials.append(block), try_forms(block))[1])
+    monkeypatch.setattr(copied_block, "_TRIALS", {})
     blocks = [forms.ClassificationBlock(*SIZE, shift_size=s, drop_path=p) for s in (0, 2) for p in (0.1, 0.2)]
     assert len(swinkernels.accelerate(nn.ModuleList(blocks)).replaced) == 4
     assert len(trials) == 2
@@ -473,7 +474,7 @@ def test_a_trial_leaves_no_trace():
     before = [t.clone() for t in (*block.state_dict().values(), torch.get_rng_state())]
     grads = {name: None if p.grad is None else p.grad.clone() for name, p in block.named_parameters()}
     state, fired[:] = random.getstate(), []
-    structural._TRIALS.clear()
+    copied_block._TRIALS.clear()
     with torch.inference_mode(), torch.device("meta"):
         assert swinkernels.accelerate(block).replaced
     assert random.getstate() == state
@@ -666,7 +667,7 @@ def test_torchscript_tracing_traces_the_blocks_own_code(monkeypatch):
     model = make(Model)
     fast, x = accelerated(model), make_input()
     expected = model(x)
-    monkeypatch.setattr(structural, "window_attention_qkvpacked", None)
+    monkeypatch.setattr(copied_block, "window_attention_qkvpacked", None)
     traced = torch.jit.trace(fast, x, check_trace=False)
     torch.testing.assert_close(traced(x), expected, rtol=1e-10, atol=1e-12)
 
@@ -692,12 +693,12 @@ def test_verify_finds_a_wrong_kernel_and_names_the_module(monkeypatch):
     model = make(Model)
     swinkernels.accelerate(model)  # with the trials behind it
     swinkernels.restore(model)
-    op = structural.window_attention_qkvpacked
+    op = copied_block.window_attention_qkvpacked
 
     def wrong_op(qkv, **arguments):
         return op(qkv, **{**arguments, "pad_qkv": None})
 
-    monkeypatch.setattr(structural, "window_attention_qkvpacked", wrong_op)
+    monkeypatch.setattr(copied_block, "window_attention_qkvpacked", wrong_op)
     with pytest.raises(VerificationError, match=r"second\.0: the output is off by"):
         swinkernels.accelerate(model, verify=True)
     assert not any(isinstance(m, StructuralBlock) for m in model.modules())

@@ -30,9 +30,9 @@ with warnings.catch_warnings():
     from mmpretrain.registry import MODELS
 
 import swinkernels
-from swinkernels.integrations import VerificationError, _norms
-from swinkernels.integrations import mmpretrain as adapter
-from swinkernels.integrations._adapter import Accelerated
+from swinkernels.adapters import VerificationError, norms
+from swinkernels.adapters.adapter import Accelerated
+from swinkernels.adapters.libraries import mmpretrain as adapter
 from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mmengine, and of checkpointing as mmpretrain asks for it
@@ -215,13 +215,13 @@ def test_dropout_of_its_own_kind_follows_the_inner_module():
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for name in ("layer_norm", "residual_layer_norm", "residual_post_norm", "patch_merging"):
-        op = getattr(_norms, name)
+        op = getattr(norms, name)
 
         def watched(*args: Any, op: Any = op, name: str = name, **kwargs: Any) -> Any:
             seen.append(name)
             return op(*args, **kwargs)
 
-        monkeypatch.setattr(_norms, name, watched)
+        monkeypatch.setattr(norms, name, watched)
     return seen
 
 

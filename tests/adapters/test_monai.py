@@ -28,9 +28,9 @@ from monai.networks.nets.swin_unetr import (
 )
 
 import swinkernels
-from swinkernels.integrations import VerificationError, _norms
-from swinkernels.integrations import monai as adapter
-from swinkernels.integrations._adapter import Accelerated
+from swinkernels.adapters import VerificationError, norms
+from swinkernels.adapters.adapter import Accelerated
+from swinkernels.adapters.libraries import monai as adapter
 from swinkernels.ops._backends import NOT_INSTALLED
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 
@@ -282,13 +282,13 @@ def test_frozen_parameters_stay_frozen():
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for name in ("layer_norm", "residual_layer_norm", "patch_merging"):
-        op = getattr(_norms, name)
+        op = getattr(norms, name)
 
         def watched(*args: Any, op: Any = op, name: str = name, **kwargs: Any) -> Any:
             seen.append(name)
             return op(*args, **kwargs)
 
-        monkeypatch.setattr(_norms, name, watched)
+        monkeypatch.setattr(norms, name, watched)
     return seen
 
 

@@ -24,8 +24,8 @@ from timm.models.maxxvit import (
 )
 
 import swinkernels
-from swinkernels.integrations import VerificationError
-from swinkernels.integrations.timm import maxvit
+from swinkernels.adapters import VerificationError
+from swinkernels.adapters.libraries.timm import maxvit
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 from tests.support.side_by_side import randomised
 

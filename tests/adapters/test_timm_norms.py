@@ -21,9 +21,8 @@ pytest.importorskip("timm", reason="timm is not installed")
 from timm.layers import DropPath, LayerNorm
 
 import swinkernels
-from swinkernels.integrations import VerificationError
-from swinkernels.integrations import _norms as norms
-from swinkernels.integrations._adapter import Accelerated
+from swinkernels.adapters import VerificationError, norms
+from swinkernels.adapters.adapter import Accelerated
 from swinkernels.ops import _backends
 from swinkernels.ops._library import autocast_dtype
 from tests.support.parity import assert_as_noisy
@@ -107,7 +106,7 @@ def with_own_attention(model: Any) -> Any:
     return model
 
 
-def inner(model: Any, path: str) -> nn.Module:
+def child(model: Any, path: str) -> nn.Module:
     return model.get_submodule(path)
 
 
@@ -243,7 +242,7 @@ def test_autocast_leaves_an_mlp_that_it_does_not_know_its_dtype(calls):
     stage = accelerated(make_model(depths=(4,), num_heads=(2,))).layers[0]
     dtypes = []
     for block, path in ((0, "mlp"), (1, "mlp"), (2, "mlp.fc1")):
-        hooked = inner(stage.blocks[block], path)
+        hooked = child(stage.blocks[block], path)
         hooked.register_forward_pre_hook(lambda _m, i: dtypes.append(i[0].dtype))
     plain = type(stage.blocks[0].mlp)
     stage.blocks[0].mlp = (other := type("OtherMlp", (plain,), {})(16))
@@ -442,10 +441,10 @@ HOOKS = [
 def test_a_hook_on_an_inner_module_fires(version, where, kind, calls):
     model = accelerated(make_model(version, drop_path_rate=0.3)).train()
     fired: list[nn.Module] = []
-    handle = getattr(inner(model, where), f"register_{kind}")(lambda m, *_: fired.append(m))
+    handle = getattr(child(model, where), f"register_{kind}")(lambda m, *_: fired.append(m))
     x = make_image(model).requires_grad_()
     model(x).sum().backward()
-    assert fired == [inner(model, where)]
+    assert fired == [child(model, where)]
     assert sum(calls.by_op().values()) == sum(CALLS[version].values()) - 1
     path, _, name = where.rpartition(".")
     report = swinkernels.accelerate(copy.deepcopy(model), backend="reference")
@@ -469,7 +468,7 @@ def test_hooks_on_what_is_called_all_the_same_see_what_they_saw(calls):
     seen: dict[nn.Module, list[Tensor]] = {model: [], fast: []}
     for m, tensors in seen.items():
         for path in ("norm1", "drop_path2", "mlp", "mlp.fc1"):
-            hooked = inner(m.layers[0].blocks[1], path)
+            hooked = child(m.layers[0].blocks[1], path)
             hooked.register_forward_hook(lambda _m, i, out, t=tensors: t.extend((i[0], out)))
         for module in replaceable(m):
             module.register_forward_hook(lambda _m, i, out, t=tensors: t.extend((i[0], out)))
@@ -494,7 +493,7 @@ class OwnLinear(nn.Linear):
 
 def replace(model: Any, path: str, make: Any) -> None:
     parent, _, name = path.rpartition(".")
-    setattr(inner(model, parent), name, make(inner(model, path)))
+    setattr(child(model, parent), name, make(child(model, path)))
 
 
 def replaced_forward(module: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ pytest.importorskip("timm", reason="timm is not installed")
 import timm
 
 import swinkernels.integrations.timm
-from swinkernels.integrations._adapter import Accelerated
+from swinkernels.adapters.adapter import Accelerated
 from swinkernels.integrations.timm import registry
 
 MODULES = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr")

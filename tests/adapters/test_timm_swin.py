@@ -16,9 +16,10 @@ pytest.importorskip("timm", reason="timm is not installed")
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 
 import swinkernels
-from swinkernels.integrations import VerificationError, _verify
-from swinkernels.integrations.timm import _blocks as adapter
-from swinkernels.integrations.timm.swin import AcceleratedSwinTransformerBlock as Accelerated
+from swinkernels.adapters import VerificationError
+from swinkernels.adapters import verify as verification
+from swinkernels.adapters.libraries.timm import _blocks as adapter
+from swinkernels.adapters.libraries.timm.swin import AcceleratedSwinTransformerBlock as Accelerated
 from tests.support.parity import assert_as_noisy
 from tests.support.timm_swin import CONFIGURATIONS, assert_as_good, check_parity, make_image, make_model, run
 
@@ -677,10 +678,10 @@ def test_a_gradient_that_is_zero_is_judged_by_the_size_of_others(error, passes):
     exact = torch.full((32,), 1e-17, dtype=torch.float64)
     got, plain = torch.full((32,), error), torch.zeros(32)
     if passes:
-        _verify._check("block", "the gradient of bias", got, plain, exact, exact, largest=3.0)
+        verification._check("block", "the gradient of bias", got, plain, exact, exact, largest=3.0)
     else:
         with pytest.raises(VerificationError, match=r"block: the gradient of bias is off by 0\.001"):
-            _verify._check("block", "the gradient of bias", got, plain, exact, exact, largest=3.0)
+            verification._check("block", "the gradient of bias", got, plain, exact, exact, largest=3.0)
 
 
 def test_verify_on_meta_says_that_there_are_no_values():

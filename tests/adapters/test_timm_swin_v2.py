@@ -15,9 +15,9 @@ pytest.importorskip("timm", reason="timm is not installed")
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
 import swinkernels
-from swinkernels.integrations import VerificationError
-from swinkernels.integrations.timm import _blocks
-from swinkernels.integrations.timm.swin_v2 import AcceleratedSwinTransformerV2Block
+from swinkernels.adapters import VerificationError
+from swinkernels.adapters.libraries.timm import _blocks
+from swinkernels.adapters.libraries.timm.swin_v2 import AcceleratedSwinTransformerV2Block
 from tests.support.parity import assert_as_good, assert_as_noisy, run
 from tests.support.timm_swin import CONFIGURATIONS, check_parity, make_image, make_model, replaceable
 

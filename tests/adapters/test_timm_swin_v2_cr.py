@@ -15,9 +15,9 @@ pytest.importorskip("timm", reason="timm is not installed")
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr, SwinTransformerV2CrBlock
 
 import swinkernels
-from swinkernels.integrations import VerificationError, _norms
-from swinkernels.integrations.timm import _blocks
-from swinkernels.integrations.timm.swin_v2_cr import AcceleratedSwinTransformerV2CrBlock
+from swinkernels.adapters import VerificationError, norms
+from swinkernels.adapters.libraries.timm import _blocks
+from swinkernels.adapters.libraries.timm.swin_v2_cr import AcceleratedSwinTransformerV2CrBlock
 from tests.support.parity import assert_as_good, assert_as_noisy, run
 from tests.support.timm_swin import check_parity, make_image, replaceable
 
@@ -74,8 +74,8 @@ def test_outputs_and_every_gradient(options, dtype):
 def test_norms_and_merging_on_the_ops(monkeypatch):
     calls = []
     for name in ("residual_post_norm", "patch_merging"):
-        op = getattr(_norms, name)
-        monkeypatch.setattr(_norms, name, lambda *a, name=name, op=op, **k: calls.append(name) or op(*a, **k))
+        op = getattr(norms, name)
+        monkeypatch.setattr(norms, name, lambda *a, name=name, op=op, **k: calls.append(name) or op(*a, **k))
     model = make_model().double()
     check_parity(model, make_image(model), backend="reference")
     assert calls == ["residual_post_norm"] * 4 + ["patch_merging"] + ["residual_post_norm"] * 4

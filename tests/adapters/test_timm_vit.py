@@ -15,8 +15,8 @@ pytest.importorskip("timm", reason="timm is not installed")
 from timm.models.vision_transformer_relpos import RelPosAttention, ResPostRelPosBlock, VisionTransformerRelPos
 
 import swinkernels
-from swinkernels.integrations import VerificationError
-from swinkernels.integrations.timm import vit
+from swinkernels.adapters import VerificationError
+from swinkernels.adapters.libraries.timm import vit
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {

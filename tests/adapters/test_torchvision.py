@@ -33,9 +33,9 @@ from torchvision.models.swin_transformer import (
 from torchvision.ops import StochasticDepth
 
 import swinkernels
-from swinkernels.integrations import VerificationError, _norms
-from swinkernels.integrations import torchvision as adapter
-from swinkernels.integrations._adapter import Accelerated
+from swinkernels.adapters import VerificationError, norms
+from swinkernels.adapters.adapter import Accelerated
+from swinkernels.adapters.libraries import torchvision as adapter
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 
 # Of make_model: four blocks, their attention, and one patch merging.
@@ -312,13 +312,13 @@ def test_gradient_checkpointing(version):
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for name in ("layer_norm", "residual_layer_norm", "residual_post_norm", "patch_merging"):
-        op = getattr(_norms, name)
+        op = getattr(norms, name)
 
         def watched(*args: Any, op: Any = op, name: str = name, **kwargs: Any) -> Any:
             seen.append(name)
             return op(*args, **kwargs)
 
-        monkeypatch.setattr(_norms, name, watched)
+        monkeypatch.setattr(norms, name, watched)
     return seen
 
 

@@ -36,8 +36,8 @@ from transformers.models.swin2sr.modeling_swin2sr import Swin2SRAttention
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Attention, Swinv2SelfAttention
 
 import swinkernels
-from swinkernels.integrations import _norms
-from swinkernels.integrations.transformers import _layers
+from swinkernels.adapters import norms
+from swinkernels.adapters.libraries.transformers import _layers
 from swinkernels.ops import _backends
 from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
 
@@ -156,7 +156,7 @@ def kernels(plain_kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
         return lambda *args, **kwargs: called.append(name) or op(*args, **kwargs)
 
     for name in ("residual_layer_norm", "residual_post_norm", "patch_merging", "layer_norm"):
-        monkeypatch.setattr(_norms, name, recorded(name, getattr(_norms, name)))
+        monkeypatch.setattr(norms, name, recorded(name, getattr(norms, name)))
     monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda", "reference"))
     monkeypatch.setitem(_backends.IMPLEMENTED, "window_attention", ())
     _backends._find_fast_backend.cache_clear()

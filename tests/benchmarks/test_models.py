@@ -104,7 +104,7 @@ def test_a_wrong_model_is_called_wrong(small_model: str, monkeypatch: pytest.Mon
 
 
 def test_one_that_fails_does_not_cost_the_others(small_model: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(swinkernels, "accelerate", lambda model: swinkernels.integrations.Report())
+    monkeypatch.setattr(swinkernels, "accelerate", lambda model: swinkernels.adapters.Report())
     rows = benchmark(small_model, modes=("inference",))
     assert {kind: row["result"] for (kind, _), row in rows.items()} == {
         "eager": "ok",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from swinkernels import nn as sn
 from swinkernels import window_attention_qkvpacked
-from swinkernels.integrations._windows import window_index
+from swinkernels.adapters.masks import window_index
 from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
 from tests.support.published_forms import ClassificationBlock, ClassificationBlockV2
 

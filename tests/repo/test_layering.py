@@ -14,9 +14,10 @@ PACKAGE, CSRC = ROOT / "swinkernels", ROOT / "csrc"
 
 # The layer of each part of the package. A part imports itself and parts of lower layers; what is not named is on top.
 LAYERS = {
-    "_version": 0, "_C": 0, "_extension": 1, "reference": 1, "triton": 1, "ops": 2, "nn": 3, "integrations": 4,
+    "_version": 0, "_C": 0, "_extension": 1, "reference": 1, "triton": 1, "ops": 2, "nn": 3, "adapters": 4,
+    "integrations": 5,
 }  # fmt: skip
-TOP = 5
+TOP = 6
 
 TORCH_HEADER = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h)', re.MULTILINE)
 TORCH_NAME = re.compile(r"\b(torch|at|c10|pybind11)::|\bTORCH_\w+|\bPy_\w+")
@@ -101,13 +102,14 @@ def test_imports_point_down():
         ("ops/a.py", "from swinkernels.testing import b"),
         ("ops/a.py", "import importlib\nimportlib.import_module('swinkernels.nn')"),
         ("ops/__init__.py", "from ..nn import b"),
-        ("nn/a.py", "from swinkernels.integrations import b"),
+        ("nn/a.py", "from swinkernels.adapters import b"),
+        ("adapters/a.py", "from swinkernels.integrations import b"),
         ("_extension.py", "from swinkernels.ops import b"),
     ],
 )
 def test_the_check_sees(tmp_path, path, line):
     """Each of these lines is found in a package that is otherwise in order."""
-    for part in ("reference", "triton", "ops", "nn", "integrations"):
+    for part in ("reference", "triton", "ops", "nn", "adapters", "integrations"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "__init__.py").write_text("import math\n")
         (tmp_path / part / "b.py").write_text("")

@@ -18,7 +18,7 @@ import timm
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import nn
 
-from swinkernels.integrations._accelerate import accelerate
+from swinkernels.adapters.engine import accelerate
 
 PREFIX = "swinkernels_"
 

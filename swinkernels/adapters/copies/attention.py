@@ -1,0 +1,247 @@
+"""Window attention of unknown classes, where the block around it is no published form (HAT's, which has a convolution
+beside its attention, or anybody's own): the module alone, on windows that its block has cut.
+
+Rolling and cutting stay the block's, so less is gained, but nothing of the block has to be known: x, the mask and, in
+HAT, the index of the bias table are arguments, and the op takes their sum, whatever it holds, as a dense bias. The
+windows of an image are the rows of a map, (images, windows, N, C), in windows of one row. Each class is trusted after a
+trial, with random masks; where no fast backend has dense biases, the module's own code runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinkernels.adapters.adapter import BACKEND_ATTRIBUTE, Adapter, original_class
+from swinkernels.adapters.bypass import is_traced, replaced_forward, why_not_window_attention
+from swinkernels.adapters.copies.dynamic_class import (
+    NAME,
+    DynamicSubclass,
+    dynamic_subclass,
+    parameters_of,
+    signature_of,
+)
+from swinkernels.adapters.copies.trial import Case, NotCovered, Trial
+from swinkernels.adapters.microsoft_attention import (
+    bias_table,
+    dropout_at_call,
+    dropout_p,
+    is_cosine,
+    projected,
+    qkv_bias,
+    qkv_of,
+    resembles_attention,
+    score_factor,
+)
+from swinkernels.adapters.part import Part
+from swinkernels.ops import window_attention_qkvpacked
+from swinkernels.ops._arguments import check_arguments
+from swinkernels.ops._backends import fast_backend, window_attention_reasons
+
+_INDEX = ("rpi", "relative_position_index")
+_IMAGES, _WINDOWS = 2, 3  # of a trial
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a window attention's forward takes after x."""
+
+    # The name of the argument with the index of the bias table, or None where it is the module's buffer.
+    index: str | None
+    mask: str
+
+
+def _form_by_signature(original: Any) -> Form | None:
+    """What the signature of its forward says, or None where that is not a window attention's."""
+    taken = parameters_of(original)
+    names = [p.name for p in taken]
+    index = names[1] if len(names) > 2 and names[1] in _INDEX else None
+    rest = taken[1 if index is None else 2 :]
+    if not rest or "mask" not in rest[0].name or any(p.default is p.empty for p in rest[1:]):
+        return None
+    return Form(index, rest[0].name)
+
+
+def _volume(attn: Any) -> int:
+    """N"""
+    window = attn.window_size
+    return math.prod(window) if isinstance(window, (tuple, list)) else window**2
+
+
+# What a backend is asked for
+
+
+def _reasons(
+    backend: str, n: int, heads: int, head_dim: int, masked: bool, cosine: bool, drops: bool, dtype: Any, device: Any
+) -> list[str]:
+    """Why a backend cannot run the op for windows of N tokens, with or without a mask."""
+    bias = torch.empty((2, heads, n, n) if masked else (heads, n, n), device="meta")
+    try:
+        args = check_arguments(
+            "accelerate",
+            bias,
+            (2, n),
+            head_dim,
+            None,
+            num_heads=heads,
+            window_size=(1, n),
+            shift_size=0,
+            scale=None,
+            bias=bias,
+            table_window=None,
+            logit_scale=torch.empty(heads, device="meta") if cosine else None,
+            pad_qkv=None,
+            pad_order="pad_then_roll",
+            pad_before=0,
+            periodic=False,
+            region_map=None,
+            mask_value=0.0,
+            dropout_p=0.5 if drops else 0.0,
+            generator=None,
+            grid=False,
+        )
+    except ValueError as error:  # such as a window of too many tokens
+        return [str(error)]
+    return window_attention_reasons(backend, args, dtype, device)
+
+
+def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor | None:
+    """The op on the windows, or None where the module's own code has to run."""
+    if x.dim() != 3 or why_not_window_attention(attn) is not None:
+        return None
+    n = x.shape[1]
+    if form.index is None:
+        index = attn.relative_position_index
+    if not isinstance(index, Tensor) or index.shape != (n, n):  # a window of another size, perhaps
+        return None
+    windows = 1
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 3 or mask.shape[1:] != (n, n) or x.shape[0] % mask.shape[0]:
+            return None
+        windows = mask.shape[0]
+    own_bias = qkv_bias(attn)
+    qkv = qkv_of(attn, x, own_bias)
+    p = dropout_at_call(attn)
+    of_op = n, attn.num_heads, qkv.shape[-1] // (3 * attn.num_heads), mask is not None, is_cosine(attn), p > 0.0
+    backend = fast_backend(attn._swinkernels_backend, _reasons, x.device, *of_op, qkv.dtype)
+    if backend is None:
+        return None
+    bias = bias_table(attn)[index.reshape(-1)].reshape(n, n, -1).permute(2, 0, 1)
+    out = window_attention_qkvpacked(
+        qkv.reshape(-1, windows, n, qkv.shape[-1]),
+        bias=bias if mask is None else bias + mask[:, None],
+        num_heads=attn.num_heads,
+        window_size=(1, n),
+        **score_factor(attn),
+        dropout_p=p,
+        backend=backend,
+    )
+    return projected(attn, out.reshape(x.shape[0], n, -1))
+
+
+class StructuralAttention(DynamicSubclass):
+    """A window attention module on the op, with the sum of bias and mask as a dense bias.
+
+    Its own forward runs where the op cannot stand in for it: hooks inside, layers that are not nn.Linear, windows of
+    another size, no fast backend, tracing.
+    """
+
+    _swinkernels_form: Form
+    _swinkernels_in_trial = False
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        form = self._swinkernels_form
+        names = [name for name in (form.index, form.mask) if name is not None]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        out = None
+        if not is_traced(x) and len(given) == len(args) + len(kwargs) and given.keys() <= set(names):
+            out = _attend(form, self, x, given.get(form.index or ""), given.get(form.mask))
+        if out is not None:
+            return out
+        if self._swinkernels_in_trial:
+            raise NotCovered
+        return super().forward(x, *args, **kwargs)
+
+
+# The trial
+
+
+def _call(form: Form, attn: Any, x: Tensor) -> Tensor:
+    """Windows with a mask and without one."""
+    n = x.shape[1]
+    generator = torch.Generator("cpu").manual_seed(6)
+    mask = 3 * torch.randn(_WINDOWS, n, n, generator=generator, device="cpu").to(x)
+    index: list[Tensor] = []
+    if form.index is not None:
+        rows = bias_table(attn).shape[0]
+        index = [torch.randint(rows, (n, n), generator=generator, device="cpu").to(x.device)]
+    return torch.cat([type(attn).forward(attn, x, *index, m) for m in (mask, None)])
+
+
+def _put_in_place(form: Form, attn: nn.Module) -> None:
+    original: Any = original_class(attn)
+    attn.__class__ = _adapter(original, form).accelerated
+    attn.__dict__[BACKEND_ATTRIBUTE] = "reference"
+    attn.__dict__["_swinkernels_in_trial"] = True
+
+
+_TRIALS: dict[tuple[Any, ...], str | None] = {}
+
+
+def _why_not(attn: Any, form: Form) -> str | None:
+    """What a trial finds wrong."""
+    if any(p.is_meta for p in attn.parameters()):
+        return "its parameters are on meta, and a class that is not known is not trusted without a trial"
+    make = signature_of(attn)
+    if make not in _TRIALS:
+        n = _volume(attn)
+        batch = _IMAGES * _WINDOWS
+        case = Case((batch, n, attn.qkv.in_features), "windows", 2 * batch * attn.num_heads * n * n)
+        swap_class, call = functools.partial(_put_in_place, form), functools.partial(_call, form)
+        passed, reason = Trial(attn, swap_class, call).run([case])
+        _TRIALS[make] = None if passed else f"it looks like a window attention, but {reason}"
+    return _TRIALS[make]
+
+
+def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
+    """The adapter of a module that looks like a window attention, or why it has none; None for any other module."""
+    original: Any = original_class(module)
+    if not resembles_attention(module) or not hasattr(module, "window_size"):
+        return None
+    form = _form_by_signature(original)
+    if form is None:
+        return None
+    try:
+        reason = replaced_forward(module) or why_not_window_attention(module) or _why_not(module, form)
+    except Exception as error:  # attributes of a foreign class may hold anything
+        reason = f"its attributes are not those of a window attention: {type(error).__name__}: {error}"
+    return (_adapter(original, form), None) if reason is None else (None, reason)
+
+
+# The adapter
+
+
+def _part_reasons(attn: Any, backend: str, training: bool) -> list[str]:
+    weight, heads = attn.qkv.weight, attn.num_heads
+    drops = training and dropout_p(attn) > 0.0
+    head_dim = weight.shape[0] // (3 * heads)
+    return _reasons(backend, _volume(attn), heads, head_dim, True, is_cosine(attn), drops, weight.dtype, weight.device)
+
+
+@functools.cache
+def _adapter(original: Any, form: Form) -> Adapter:
+    return Adapter(
+        name=NAME,
+        original=original,
+        accelerated=dynamic_subclass(StructuralAttention, original, form, _adapter),
+        reason_to_skip=lambda attn: None,  # match has found none
+        parts=(Part("attention", why_not_window_attention, _part_reasons),),
+        input_shape=lambda attn: (_WINDOWS * _volume(attn), attn.qkv.in_features),
+        weight=lambda attn: attn.qkv.weight,
+        run=lambda attn, x: _call(form, attn, x.reshape(-1, _volume(attn), x.shape[-1])),
+    )

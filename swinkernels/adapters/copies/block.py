@@ -1,0 +1,545 @@
+"""Copies of Microsoft's Swin block, of whatever package: found by their structure, trusted after a trial.
+
+Classification, detection and segmentation backbones, Swin-Unet, SwinIR, Video Swin and many others carry a copy of
+Microsoft's file with changes of their own, and no class to import. A block is taken for one of them if it has the
+attributes of one: ``window_size``, ``shift_size``, ``norm1``, ``norm2``, ``mlp``, and in ``attn`` the layers ``qkv``
+and ``proj``, ``num_heads`` and a bias table (v1) or the MLP and the scale of v2. What its forward does is one of a few
+published forms (:class:`Form`), or something else. A trial (``_trial.py``) tells: a copy of the block and its
+accelerated twin run side by side on random numbers, and the first form that gives the same outputs and gradients is
+taken. A block that no form fits is left alone, with the reason.
+
+The accelerated class is made for each class and form, and pickles as those two. Where a block as a whole is no
+published form, its attention may be one: ``attention.py``.
+
+Source: models/swin_transformer.py and swin_transformer_v2.py of microsoft/Swin-Transformer, and the copies named above.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from swinkernels.adapters.adapter import BACKEND_ATTRIBUTE, Adapter, original_class
+from swinkernels.adapters.bypass import child, is_traced, replaced_forward, why_not_window_attention
+from swinkernels.adapters.copies.dynamic_class import (
+    NAME,
+    DynamicSubclass,
+    dynamic_subclass,
+    parameters_of,
+    signature_of,
+)
+from swinkernels.adapters.copies.trial import Case, NotCovered, Trial
+from swinkernels.adapters.masks import differs, frame_of, is_shift_mask, shift_mask, window_index
+from swinkernels.adapters.microsoft_attention import (
+    bias_table,
+    dropout_at_call,
+    dropout_p,
+    is_cosine,
+    projected,
+    qkv_bias,
+    qkv_of,
+    resembles_attention,
+    score_factor,
+)
+from swinkernels.adapters.norms import Residual, norm_for_linear
+from swinkernels.adapters.part import window_attention_part
+from swinkernels.ops import window_attention_qkvpacked
+
+_BATCH = 2  # of a trial: a wrong stride between images shows from the second on
+_MASK = "attn_mask"
+# What the stored mask is for.
+_GEOMETRY = ("input_resolution", "window_size", "shift_size")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a block's forward takes and does, as far as the published copies differ."""
+
+    # "sequence": x is (B, L, C); "map": (B, *S, C).
+    layout: str
+    # Where the map's size comes from: "input_resolution" or "H and W", attributes, "argument" or "shape", of x.
+    size_from: str
+    # "own": the block has the mask or makes it; "argument": it is called with one.
+    mask_from: str
+    # "stays": the window is what it is; "clamped": it is the map on an axis where that is no larger, without a shift.
+    window: str
+    pad_order: str
+    # "pre" (v1) or "post" (v2).
+    norm: str
+    # The kinds of maps (see _kind_of_map) on which a trial found nothing wrong.
+    maps: frozenset[str] = frozenset()
+
+
+# What a block says of itself
+
+
+def resembles(module: nn.Module) -> bool:
+    """Whether a module has the attributes of a shifted-window block."""
+    return (
+        not isinstance(module, torch.jit.ScriptModule)
+        and resembles_attention(module._modules.get("attn"))
+        and all(name in module._modules for name in ("norm1", "norm2", "mlp"))
+        and hasattr(module, "window_size")
+        and hasattr(module, "shift_size")
+    )
+
+
+def _ints(value: Any, axes: int) -> tuple[int, ...]:
+    return tuple(map(int, value)) if isinstance(value, (tuple, list)) else (int(value),) * axes
+
+
+def _axes(block: Any) -> int:
+    for value in (block.window_size, block.attn.window_size if hasattr(block.attn, "window_size") else 0):
+        if isinstance(value, (tuple, list)):
+            return len(value)
+    return 2
+
+
+def _window(block: Any) -> tuple[int, ...]:
+    return _ints(block.window_size, _axes(block))
+
+
+def _shift(block: Any) -> tuple[int, ...]:
+    return _ints(block.shift_size, _axes(block))
+
+
+def _table_window(block: Any) -> tuple[int, ...]:
+    return _ints(getattr(block.attn, "window_size", block.window_size), _axes(block))
+
+
+def _resolution(block: Any) -> tuple[int, ...] | None:
+    resolution = getattr(block, "input_resolution", None)
+    return None if resolution is None else _ints(resolution, _axes(block))
+
+
+def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Window and shift on a map."""
+    window, shift = _window(block), _shift(block)
+    if form.window == "stays":
+        return window, shift
+    fits = [s > w for s, w in zip(size, window, strict=True)]
+    return (
+        tuple(w if fit else s for s, w, fit in zip(size, window, fits, strict=True)),
+        tuple(s if fit else 0 for s, fit in zip(shift, fits, strict=True)),
+    )
+
+
+def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
+    """What the forms of forward treat alike: maps of whole windows or not, larger than a window on all axes or not."""
+    small = any(s <= w for s, w in zip(size, window, strict=True))
+    padded = any(s % w for s, w in zip(size, window, strict=True))
+    return ("small, " if small else "") + ("padded" if padded else "whole")
+
+
+# The attention half
+
+
+def _why_not_attention(block: Any) -> str | None:
+    """Why a block that a trial has found in order has to run its own code at present."""
+    attn = block._modules["attn"]
+    reason = why_not_window_attention(attn)
+    if reason is not None:
+        return reason
+    if isinstance(getattr(attn, "scale", None), Tensor):
+        return "attn.scale is a Tensor, not a float"
+    table = attn._parameters.get("relative_position_bias_table")
+    if table is not None and table.shape[0] != math.prod([2 * w - 1 for w in _table_window(block)]):
+        return "attn.relative_position_bias_table is not the table of its window_size"
+    if any(w > full for w, full in zip(_window(block), _table_window(block), strict=True)):
+        return "window_size is larger than that of attn"
+    return None
+
+
+def _geometry(form: Form, block: Any, size: tuple[int, ...]) -> dict[str, Any]:
+    window, shift = _clamped(form, block, size)
+    return {
+        "num_heads": block.attn.num_heads,
+        "window_size": window,
+        "shift_size": shift,
+        "table_window": _table_window(block),
+        "pad_order": form.pad_order,
+    }
+
+
+def _attention(form: Form, block: Any, x: Tensor, mask_value: float) -> Tensor:
+    attn, bias = block.attn, qkv_bias(block.attn)
+    out = window_attention_qkvpacked(
+        qkv_of(attn, x, bias),
+        bias_table=bias_table(attn),
+        **score_factor(attn),
+        **_geometry(form, block, tuple(x.shape[1:-1])),
+        pad_qkv=bias,
+        mask_value=mask_value,
+        dropout_p=dropout_at_call(attn),
+        backend=block._swinkernels_backend,
+    )
+    return projected(attn, out)
+
+
+def _has_own_mask(block: Any) -> bool:
+    """Whether a stored mask holds other values than those of the block's geometry, which the ops would not read."""
+    if not hasattr(block, _MASK):
+        return False
+    try:
+        resolution, window, shift = _resolution(block), _window(block), _shift(block)
+    except (TypeError, ValueError):
+        return True
+    if resolution is None:
+        return block.attn_mask is not None
+    expected = shift_mask(frame_of(resolution, window), window, shift) if any(shift) else None
+    return differs(block.attn_mask, expected)
+
+
+# The whole block
+
+
+def _drop_path(block: Any, half: int) -> Any:
+    modules = block._modules
+    return modules["drop_path"] if "drop_path" in modules else modules.get(f"drop_path{half}", _NOTHING)
+
+
+_NOTHING = nn.Identity()
+
+
+def _residual(block: Any, half: int, norm: str) -> Residual | None:
+    """The sum after a half and the norm next to it as one op, where their modules are known."""
+    name = next((n for n in ("drop_path", f"drop_path{half}") if n in block._modules), None)
+    if name is None:
+        return None
+    timm = sys.modules.get("timm.layers")
+    kind = nn.Identity if timm is None else timm.DropPath
+    return Residual(norm, name, kind, "timm's DropPath", width=lambda block: block.attn.qkv.in_features)
+
+
+def _add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
+    """x + drop_path(norm(y)), with the norm of a half."""
+    residual = _residual(block, half, f"norm{half}")
+    fused = None if residual is None else residual.add_normed(block, x, y)
+    return x + _drop_path(block, half)(child(block, f"norm{half}")(y)) if fused is None else fused
+
+
+def _read(form: Form, block: Any, x: Tensor, given: Any) -> tuple[tuple[int, ...], float] | None:
+    """The map's size and the mask's value for a call, or None where the block's own code has to run."""
+    axes = _axes(block)
+    if x.dim() != (3 if form.layout == "sequence" else axes + 2) or _why_not_attention(block) is not None:
+        return None
+    if form.size_from == "shape":
+        size: Any = tuple(x.shape[1:-1])
+    elif form.size_from == "argument":
+        size = given
+    elif form.size_from == "input_resolution":
+        size = _resolution(block)
+    else:
+        size = (block.H, block.W)
+    if not isinstance(size, (tuple, list)) or len(size) != axes:
+        return None
+    size = tuple(size)
+    if any(s is None or isinstance(s, Tensor) for s in size):
+        return None
+    if form.layout == "sequence" and x.shape[1] != math.prod(size):
+        return None
+    if _kind_of_map(size, _window(block)) not in form.maps:
+        return None
+    window, shift = _clamped(form, block, size)
+    if not any(shift):
+        return (size, 0.0) if form.mask_from == "argument" or not block._swinkernels_own_mask else None
+    if form.mask_from == "argument":
+        return (size, -100.0) if is_shift_mask(given, frame_of(size, window), window, shift) else None
+    if block._swinkernels_own_mask:
+        return None
+    if form.size_from == "shape" and getattr(block, _MASK, None) is not None and size != _resolution(block):
+        return None  # whose mask is stored
+    return size, -100.0
+
+
+def _attention_branch(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
+    """Attention, in the layout of x, with a norm that comes before it."""
+    z = norm_for_linear(block, "norm1", x, block.attn.qkv.in_features) if form.norm == "pre" else x
+    return _attention(form, block, z.reshape(x.shape[0], *size, x.shape[-1]), mask_value).reshape(x.shape)
+
+
+def _mlp_branch(form: Form, block: Any, x: Tensor) -> Tensor:
+    return child(block, "mlp")(child(block, "norm2")(x) if form.norm == "pre" else x)
+
+
+class StructuralBlock(DynamicSubclass):
+    """A block with its attention half on a window attention op; its original class is the second base.
+
+    Geometry and parameters are read at every call. The block's own forward runs wherever the trial says nothing of a
+    call: other arguments, another kind of map, another mask than that of its geometry, hooks inside the attention,
+    layers that are not nn.Linear, tracing.
+    """
+
+    _swinkernels_argument: str | None  # what forward takes beside x
+    _swinkernels_own_mask = False
+    _swinkernels_in_trial = False
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        form = self._swinkernels_form
+        call = None
+        if not is_traced(x):
+            if self._swinkernels_argument is None:
+                call = None if args or kwargs else _read(form, self, x, None)
+            elif len(args) == 1 and not kwargs:
+                call = _read(form, self, x, args[0])
+            elif not args and kwargs.keys() == {self._swinkernels_argument}:
+                call = _read(form, self, x, kwargs[self._swinkernels_argument])
+        if call is None:
+            if self._swinkernels_in_trial:
+                raise NotCovered
+            return super().forward(x, *args, **kwargs)
+        saves_memory = getattr(self, "use_checkpoint", False) and torch.is_grad_enabled()
+
+        def branch(function: Any, *arguments: Any) -> Tensor:
+            if saves_memory:
+                return checkpoint(function, form, self, *arguments, use_reentrant=False)
+            return function(form, self, *arguments)
+
+        y = branch(_attention_branch, x, *call)
+        if form.norm == "post":
+            x = _add_normed(self, x, y, 1)
+            return _add_normed(self, x, branch(_mlp_branch, x), 2)
+        residual = None if saves_memory else _residual(self, 1, "norm2")
+        fused = None if residual is None else residual.add_then_norm(self, x, y)
+        if fused is None:
+            x = x + _drop_path(self, 1)(y)
+            return x + _drop_path(self, 2)(branch(_mlp_branch, x))
+        return fused[0] + _drop_path(self, 2)(child(self, "mlp")(fused[1]))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == _MASK or name in _GEOMETRY:
+            self.__dict__["_swinkernels_own_mask"] = _has_own_mask(self)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, tensor, persistent=persistent)
+        if name == _MASK:
+            self.__dict__["_swinkernels_own_mask"] = _has_own_mask(self)
+
+
+# Forms
+
+
+_SIZES = ("x_size", "size", "hw_shape", "input_size", "input_resolution")
+
+
+def _forms(block: Any) -> Iterator[Form]:
+    """The forms that a block's attributes and the signature of its forward allow, likelier ones first."""
+    taken = parameters_of(original_class(block))
+    if not taken or any(p.default is inspect.Parameter.empty for p in taken[2:]):
+        return
+    second = taken[1].name if len(taken) > 1 else ""
+    sources = []
+    if "mask" in second:
+        if hasattr(block, "H") and hasattr(block, "W"):
+            sources.append(("sequence", "H and W", "argument"))
+        sources.append(("map", "shape", "argument"))
+    elif second in _SIZES:
+        sources.append(("sequence", "argument", "own"))
+    elif len(taken) < 2 or taken[1].default is not inspect.Parameter.empty:
+        if hasattr(block, "input_resolution"):
+            sources.append(("sequence", "input_resolution", "own"))
+        sources.append(("map", "shape", "own"))
+    norms = ("post", "pre") if is_cosine(block.attn) else ("pre", "post")
+    # Volumes are clamped in all published copies, planes in few.
+    windows = ("stays", "clamped") if _axes(block) == 2 else ("clamped", "stays")
+    for source, norm in itertools.product(sources, norms):
+        for window, pad_order in itertools.product(windows, ("pad_then_roll", "roll_then_pad")):
+            yield Form(*source, window, pad_order, norm)
+
+
+def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:
+    """A map of each kind that the block may meet, as small as that can be."""
+    window = _window(block)
+    if form.size_from == "input_resolution":
+        return [_small_resolution(block)]
+    if len(window) == 2:
+        (h, w) = window
+        return [(2 * h, 3 * w), (3 * h, 2 * w), (h + 1, 2 * w + w // 2), (h, 2 * w), (2 * h, max(w - 1, 1)), (h + 1, 2)]
+    # Scores of many windows of whole volumes take long.
+    return [tuple(2 * w for w in window), tuple(w + 1 for w in window), (window[0] + 1, window[1], 2), window]
+
+
+def _small_resolution(block: Any) -> tuple[int, ...]:
+    """The block's own map, with fewer windows."""
+    resolution = _resolution(block)
+    assert resolution is not None
+    return tuple(
+        r if r <= (2 + i) * w else (2 + i) * w + r % w
+        for i, (r, w) in enumerate(zip(resolution, _window(block), strict=True))
+    )
+
+
+def _prepare(form: Form, block: Any) -> None:
+    """Make a copy of a block one of a smaller map, if it has a map of its own."""
+    if _resolution(block) is None:
+        return
+    resolution = _small_resolution(block)
+    block.input_resolution = resolution
+    if getattr(block, _MASK, None) is not None:
+        window = _window(block)
+        mask = shift_mask(frame_of(resolution, window), window, _shift(block))
+        block.attn_mask = mask.to(block.attn_mask)
+
+
+def _call(form: Form, block: Any, x: Tensor) -> Any:
+    """The forward of a block's class on a map, with whatever else it takes."""
+    size = tuple(x.shape[1:-1])
+    args: list[Any] = []
+    if form.size_from == "argument":
+        args.append(size)
+    elif form.size_from == "H and W":
+        block.H, block.W = size
+    if form.mask_from == "argument":
+        window, shift = _clamped(form, block, size)
+        if not any(shift):  # a block without shift gets the mask of its neighbours
+            shift = tuple(0 if w == 1 or s <= w else w // 2 for s, w in zip(size, window, strict=True))
+        args.append(shift_mask(frame_of(size, window), window, shift, x.device))
+    if form.layout == "sequence":
+        x = x.flatten(1, -2)
+    return type(block).forward(block, x, *args)
+
+
+_TRIALS: dict[tuple[Any, ...], Form | str] = {}
+
+
+def _form_of(block: nn.Module) -> Form | str:
+    """The form that a trial finds, or why there is none."""
+    if any(p.is_meta for p in block.parameters()):
+        return "its parameters are on meta, and a class that is not known is not trusted without a trial"
+    make = signature_of(block, None if _resolution(block) is None else _small_resolution(block))
+    if make not in _TRIALS:
+        _TRIALS[make] = _try_forms(block)
+    return _TRIALS[make]
+
+
+def _try_forms(block: Any) -> Form | str:
+    forms = list(_forms(block))
+    if not forms:
+        return f"its forward takes {inspect.signature(original_class(block).forward)}, which is no known form"
+    best, why = None, ""
+    for form in forms:
+        everywhere = replace(form, maps=_ALL_MAPS)
+        trial = Trial(
+            block,
+            swap_class=functools.partial(_put_in_place, everywhere),
+            prepare=functools.partial(_prepare, form),
+            call=functools.partial(_call, form),
+            masks=any(_shift(block)),
+        )
+        passed, reason = trial.run([_case(block, size) for size in _sizes_to_try(form, block)])
+        why = why or reason
+        if best is None or len(passed) > len(best.maps):
+            best = replace(form, maps=passed)
+        if passed and not reason:
+            break
+    assert best is not None
+    return best if best.maps else f"it looks like a shifted-window block, but {why}"
+
+
+def _case(block: Any, size: tuple[int, ...]) -> Case:
+    window = _window(block)
+    scores = _BATCH * block.attn.num_heads * math.prod(frame_of(size, window)) * math.prod(window)
+    return Case((_BATCH, *size, block.attn.qkv.in_features), _kind_of_map(size, window), scores)
+
+
+_ALL_MAPS = frozenset({"whole", "padded", "small, whole", "small, padded"})
+
+
+def _put_in_place(form: Form, block: nn.Module) -> None:
+    block.__class__ = _adapter_of(block, form).accelerated
+    block.__dict__[BACKEND_ATTRIBUTE] = "reference"
+    block.__dict__["_swinkernels_in_trial"] = True
+
+
+# The adapters
+
+
+def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
+    """The adapter of a module that looks like a shifted-window block, or why it has none; None for any other module."""
+    if not resembles(module):
+        return None
+    try:
+        reason = _why_not_this_one(module)
+        form = reason if reason is not None else _form_of(module)
+    except Exception as error:  # attributes of a foreign class may hold anything
+        form = f"its attributes are not those of a shifted-window block: {type(error).__name__}: {error}"
+    return (None, form) if isinstance(form, str) else (_adapter_of(module, form), None)
+
+
+def _why_not_this_one(block: Any) -> str | None:
+    """Why a block is no instance like others of its class."""
+    reason = replaced_forward(block) or _why_not_attention(block)
+    if reason is not None:
+        return reason
+    if _has_own_mask(block):
+        return "attn_mask holds other values than those of its geometry"
+    index = getattr(block.attn, "relative_position_index", None)
+    if index is not None and differs(index, window_index(_table_window(block))):
+        return "attn.relative_position_index holds other values than those of its window"
+    return None
+
+
+def _map(form: Form, block: Any) -> tuple[int, ...]:
+    """One of the kinds of maps that the trial covers."""
+    if form.size_from == "input_resolution":
+        resolution = _resolution(block)
+        assert resolution is not None
+        return resolution
+    sizes = _sizes_to_try(form, block)
+    known = [size for size in sizes if _kind_of_map(size, _window(block)) in form.maps]
+    return next((size for size in known if "padded" in _kind_of_map(size, _window(block))), known[0])
+
+
+def _qkv_weight(block: Any) -> Tensor:
+    return block.attn.qkv.weight
+
+
+def _adapter_of(block: nn.Module, form: Form) -> Adapter:
+    original: Any = original_class(block)
+    return _adapter(original, form)
+
+
+@functools.cache
+def _adapter(original: Any, form: Form) -> Adapter:
+    takes_argument = "argument" in (form.size_from, form.mask_from)
+    argument = parameters_of(original)[1].name if takes_argument else None
+    accelerated = dynamic_subclass(StructuralBlock, original, form, _adapter, _swinkernels_argument=argument)
+
+    def arguments(block: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            return {
+                "scale": None,
+                "bias_table": bias_table(block.attn),
+                "pad_qkv": qkv_bias(block.attn),
+                "mask_value": -100.0,
+                **score_factor(block.attn),
+                **_geometry(form, block, _map(form, block)),
+            }
+
+    attention = window_attention_part(
+        _qkv_weight, lambda block: _map(form, block), arguments, lambda block: dropout_p(block.attn), _why_not_attention
+    )
+    return Adapter(
+        name=NAME,
+        original=original,
+        accelerated=accelerated,
+        reason_to_skip=lambda block: None,  # match has found none
+        parts=(attention,),
+        input_shape=lambda block: (*_map(form, block), block.attn.qkv.in_features),
+        weight=_qkv_weight,
+        run=functools.partial(_call, form),
+        # Masks that are arguments may be others than the standard one, and a compiler cannot look at them: then the
+        # block's own code runs, and its attention by itself takes any mask.
+        looks_inside=form.mask_from == "argument",
+    )

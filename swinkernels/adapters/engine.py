@@ -1,0 +1,174 @@
+"""accelerate and restore: they find the modules that an adapter knows and swap their classes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from swinkernels.adapters.adapter import (
+    SUPPORTED,
+    Accelerated,
+    Adapter,
+    derived_since,
+    loaded_adapters,
+    original_class,
+    restore_class,
+    swap_class,
+)
+from swinkernels.adapters.backend_choice import backend_choice
+from swinkernels.adapters.copies import attention, block
+from swinkernels.adapters.copies.dynamic_class import NAME as STRUCTURAL
+from swinkernels.adapters.report import Replaced, Report, Skipped
+from swinkernels.adapters.verify import verify as verify_module
+from swinkernels.ops._backends import check_backend
+
+
+def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> Report:
+    """Let the supported modules of a model run on this package's ops, in place.
+
+    Only the class of a module changes, to a subclass that computes the same in another way: parameters, buffers,
+    ``state_dict``, hooks and ``isinstance`` stay, ``copy.deepcopy`` and ``pickle`` work, and :func:`restore` undoes it.
+    It may be called again, with another backend, or after the model was changed.
+
+    Args:
+        model: any module, on any device, in any dtype. Supported are the Swin blocks and the patch merging of the
+            libraries that have an adapter, and copies of Microsoft's Swin block, whatever package they are of, if they
+            do what their form says: each class is tried on random numbers beside its own forward first.
+        backend: "auto", "cuda", "triton", "cpu" or "reference", as in the ops. "auto" chooses at every call. Norms,
+            residual connections and patch merging stay the library's own code where "auto" finds no fast backend and
+            where the named one does not have them; attention is then the reference's, or refused.
+        verify: compare each replaced module with the original on a random map, of the module's own size if it has one,
+            outputs and gradients, before anything is changed.
+
+    Returns:
+        A :class:`Report` of what was replaced, what it runs on, and what was left and why. A model without supported
+        modules is left as it is, and ``Report.reason`` says so.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: there is no such backend.
+        VerificationError: ``verify`` found a module that differs; the model is as it was.
+    """
+    _check_module("accelerate", model)
+    check_backend("accelerate", backend)
+    report = Report()
+    to_accelerate: dict[nn.Module, Adapter] = {}
+    paths: dict[nn.Module, str] = {}
+    to_restore: list[nn.Module] = []
+    for path, module, adapter, reason in _candidates(model, loaded_adapters()):
+        if adapter is not None and reason is None:
+            reason = adapter.reason_to_skip(module)
+        name = original_class(module).__name__
+        if adapter is None or reason is not None:
+            library = STRUCTURAL if adapter is None else adapter.name
+            report.skipped.append(Skipped(path, name, library, str(reason)))
+            if isinstance(module, Accelerated) and not derived_since(module):  # it has been changed
+                to_restore.append(module)
+            continue
+        chosen, remarks = backend_choice(adapter, module, backend)
+        report.replaced.append(Replaced(path, name, adapter.name, chosen, remarks))
+        to_accelerate[module], paths[module] = adapter, path
+    if verify:
+        for module, path in paths.items():
+            verify_module(to_accelerate, path, module, backend)
+    for module, adapter in to_accelerate.items():
+        swap_class(adapter, module, backend)
+    for module in to_restore:
+        restore_class(module)
+    if not report.replaced and not report.skipped:
+        report.reason = f"Nothing to replace in {type(model).__name__}: it contains no {SUPPORTED}."
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`accelerate`: every replaced module is the library's own again. Other modules are left alone.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        RuntimeError: the class of a replaced module was changed since, as ``fully_shard`` does; nothing is undone.
+    """
+    _check_module("restore", model)
+    for path, module in model.named_modules():
+        if derived_since(module):
+            raise RuntimeError(
+                f"restore: {path or 'the model'} is a {type(module).__name__}, made of an accelerated module by other "
+                "code, such as torch's fully_shard: restore the model before that"
+            )
+    for module in model.modules():
+        restore_class(module)
+
+
+def _check_module(op: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+# Path, module, its adapter (None for what only looks like a block, to the structural adapter) and, if it is clear, why
+# not to touch it.
+Candidate = tuple[str, nn.Module, Adapter | None, str | None]
+
+
+def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate]:
+    """Every module that an adapter knows, each once. Libraries' own adapters go first, by exact class."""
+    by_class = {cls: adapter for adapter in adapters for cls in (adapter.original, adapter.accelerated)}
+    seen: set[nn.Module] = set()
+
+    def walk(path: str, module: nn.Module, reported: bool = False) -> Iterator[Candidate]:
+        if module in seen:
+            return
+        seen.add(module)
+        closed = _closed(module)
+        if closed is not None:
+            seen.update(module.modules())
+            inside = list(module.modules())
+            found = {a.name: a for a in reversed(adapters) if any(_resembles(m, a) for m in inside)}
+            for of_library in found.values():  # one of each library
+                yield path, module, of_library, closed
+            if any(block.resembles(m) and not any(_resembles(m, a) for a in adapters) for m in inside):
+                yield path, module, None, closed
+            return
+        adapter = by_class.get(type(module))
+        of_subclass = next((adapter for adapter in adapters if isinstance(module, adapter.original)), None)
+        if adapter is not None:
+            yield path, module, adapter, None
+        elif of_subclass is not None:
+            adapter, name = of_subclass, type(module).__name__
+            why = "made of a module accelerated before" if derived_since(module) else "which may compute something else"
+            yield path, module, adapter, f"{name} is a subclass, {why}"
+        else:
+            adapter, reason = block.match(module) or attention.match(module) or (None, None)
+            # What is said of a block says enough of its attention, if that is left.
+            if adapter is not None or (reason is not None and not reported):
+                yield path, module, adapter, reason
+            reported = reported or adapter is not None or reason is not None
+        if adapter is not None and not adapter.looks_inside:
+            return
+        for name, child in module.named_children():
+            yield from walk(f"{path}.{name}" if path else name, child, reported)
+
+    yield from walk("", model)
+
+
+def _resembles(module: nn.Module, adapter: Adapter) -> bool:
+    original = adapter.original
+    if isinstance(module, torch.jit.ScriptModule):  # it has another class, and remembers its first one
+        name = str(module._c._type().qualified_name())
+        return module.original_name == original.__name__ and f".{original.__module__}." in name
+    return isinstance(module, original)
+
+
+def _closed(module: nn.Module) -> str | None:
+    """Why nothing inside a module may be changed, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled by TorchScript: accelerate the model before"
+    if isinstance(module, torch.fx.GraphModule):
+        return "it is a torch.fx graph: accelerate the model before making it"
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # an import would take seconds
+    compiled = eval_frame is not None and isinstance(module, eval_frame.OptimizedModule)
+    if compiled or getattr(module, "_compiled_call_impl", None) is not None:
+        return "it is compiled by torch.compile: accelerate the model first, then compile it"
+    return None

@@ -1,0 +1,302 @@
+"""mmpretrain's Swin Transformers, v1 and v2: attention, blocks and patch merging on this package's ops.
+
+Attention. ShiftWindowMSA pads the map, rolls it, cuts it into windows, has WindowMSA or WindowMSAV2 attend inside them
+and undoes it all. Linear layers act on tokens one by one, so QKV and the projection run on the map as it lies, and the
+op addresses the windows. A pad token, a zero row, has the bias of the QKV layer as its q, k and v. Where the shorter
+side of the map is the window, there is no shift on either axis, but with pad_small_map there is one on both.
+
+Residual connections, norms and patch merging (mmcv's, whose channels are those of torch.nn.Unfold) run on ops where a
+fast backend has them. The attention half of a block ends with its own DropPath.
+
+Source: mmpretrain.models 1.0 and newer (utils/attention.py, utils/embed.py, backbones/swin_transformer.py and
+swin_transformer_v2.py) and mmcv.cnn.bricks.transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from mmcv.cnn.bricks import Linear
+from mmcv.cnn.bricks.transformer import FFN, AdaptivePadding
+from mmcv.cnn.bricks.transformer import PatchMerging as MMCVPatchMerging
+from mmpretrain.models.backbones.swin_transformer import SwinBlock
+from mmpretrain.models.backbones.swin_transformer_v2 import SwinBlockV2
+from mmpretrain.models.utils.attention import ShiftWindowMSA, WindowMSA, WindowMSAV2
+from mmpretrain.models.utils.embed import PatchMerging
+from mmpretrain.models.utils.helpers import to_2tuple
+from torch import Tensor, nn
+
+from swinkernels.adapters.adapter import Accelerated, Adapter
+from swinkernels.adapters.bypass import (
+    child,
+    class_of,
+    has_hooks,
+    is_traced,
+    why_not_absorbed,
+    why_not_window_attention,
+)
+from swinkernels.adapters.masks import differs, window_index
+from swinkernels.adapters.microsoft_attention import (
+    bias_table,
+    dropout_at_call,
+    dropout_p,
+    projected,
+    qkv_bias,
+    qkv_of,
+    score_factor,
+)
+from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row, residuals_adapter
+from swinkernels.adapters.part import window_attention_part
+from swinkernels.ops import window_attention_qkvpacked
+from swinkernels.ops._library import autocast_dtype
+
+# Attention
+
+
+def _why_not_attention(attn: Any) -> str | None:
+    """Why this attention has to be mmpretrain's own code at present, or None."""
+    w_msa = child(attn, "w_msa")
+    if class_of(w_msa) not in (WindowMSA, WindowMSAV2):
+        return f"w_msa is a {type(w_msa).__name__}, not mmpretrain's WindowMSA or WindowMSAV2"
+    reason = why_not_window_attention(w_msa, "w_msa")
+    if reason is not None:
+        return reason
+    window = attn.window_size
+    if tuple(w_msa.window_size) != (window, window):
+        return "window_size is not that of w_msa"
+    if class_of(w_msa) is WindowMSAV2:
+        if w_msa.relative_coords_table.shape != (1, 2 * window - 1, 2 * window - 1, 2):
+            return "w_msa.relative_coords_table is not the table of window_size"
+        return None
+    if not isinstance(w_msa.scale, (int, float)):
+        return f"w_msa.scale is a {type(w_msa.scale).__name__}, not a float"
+    if w_msa.relative_position_bias_table.shape[0] != (2 * window - 1) ** 2:
+        return "w_msa.relative_position_bias_table is not the table of window_size"
+    return None
+
+
+def _attention_arguments(attn: Any, height: int, width: int) -> dict[str, Any]:
+    """Those of the op for a map, but pad_qkv."""
+    in_one_window = min(height, width) == attn.window_size
+    return {
+        "bias_table": bias_table(attn.w_msa),
+        **score_factor(attn.w_msa),
+        "num_heads": attn.w_msa.num_heads,
+        "window_size": attn.window_size,
+        "shift_size": 0 if in_one_window and not attn.pad_small_map else attn.shift_size,
+        "pad_order": "pad_then_roll",
+        "mask_value": -100.0,
+    }
+
+
+def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
+    """Whether mmpretrain would not refuse the map."""
+    return (
+        x.dim() == 3 and x.shape[1] == height * width and (attn.pad_small_map or min(height, width) >= attn.window_size)
+    )
+
+
+class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
+    """mmpretrain's attention on a window attention op.
+
+    Geometry and parameters are read at every call. Where the op cannot stand in for mmpretrain's code (a hook on an
+    inner module, a layer that is not an nn.Linear, another attention in the windows, tracing), that runs. Changing the
+    values of ``relative_position_index`` goes unnoticed.
+    """
+
+    def forward(self, query: Tensor, hw_shape: Any) -> Tensor:
+        if is_traced(query) or not _map_fits(self, query, *hw_shape) or _why_not_attention(self) is not None:
+            return super().forward(query, hw_shape)
+        height, width = hw_shape
+        w_msa = child(self, "w_msa")
+        bias = qkv_bias(w_msa)
+        out = window_attention_qkvpacked(
+            qkv_of(w_msa, query.view(query.shape[0], height, width, query.shape[2]), bias),
+            **_attention_arguments(self, height, width),
+            pad_qkv=bias,
+            dropout_p=dropout_at_call(w_msa),
+            backend=self._swinkernels_backend,
+        )
+        return child(self, "drop")(projected(w_msa, out).flatten(1, 2))
+
+
+# Residual connections and patch merging
+
+
+def _casts_its_input(block: Any) -> bool:
+    ffn = child(block, "ffn")
+    if why_not_absorbed("ffn", ffn, FFN, "mmcv's FFN") is not None or has_hooks(ffn.layers) or has_hooks(ffn.layers[0]):
+        return False
+    return why_not_absorbed("ffn.layers.0.0", ffn.layers[0][0], Linear, "mmcv's Linear") is None
+
+
+_NORM1_ROW = norm_row("norm1")
+_RESIDUAL = Residual("norm2", casts_its_input=_casts_its_input, width=norm_row("norm2"))
+_RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1", "norm2"))
+
+
+def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
+    """norm1 of v1: under autocast in the dtype to which the QKV layer would cast it, if nobody else sees it."""
+    if (
+        autocast_dtype(x) is None
+        or class_of(attn) is not AcceleratedShiftWindowMSA
+        or "forward" in attn.__dict__
+        or has_hooks(attn)
+        or not _map_fits(attn, x, *hw_shape)
+        or _why_not_attention(attn) is not None
+    ):
+        return child(block, "norm1")(x)
+    return norm_for_linear(block, "norm1", x, _NORM1_ROW(block))
+
+
+class AcceleratedSwinBlock(Accelerated, SwinBlock):
+    """mmpretrain's block with a residual connection and norms on ops where a fast backend has them."""
+
+    def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
+        if is_traced(x):
+            return super().forward(x, hw_shape)
+        if self.with_cp and x.requires_grad:
+            return torch.utils.checkpoint.checkpoint(self._halves, x, hw_shape, use_reentrant=False)
+        return self._halves(x, hw_shape)
+
+    def _halves(self, x: Tensor, hw_shape: Any) -> Tensor:
+        attn = child(self, "attn")
+        y = attn(_norm1(self, attn, x, hw_shape), hw_shape)
+        fused = _RESIDUAL.add_then_norm(self, x, y)
+        if fused is None:
+            s = y + x
+            z = child(self, "norm2")(s)
+        else:
+            s, z = fused
+        return child(self, "ffn")(z, identity=s)
+
+
+class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
+    """mmpretrain's block of v2 with its residual connections and norms on an op where a fast backend has it."""
+
+    def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
+        if is_traced(x):
+            return super().forward(x, hw_shape)
+        if self.with_cp and x.requires_grad:
+            return torch.utils.checkpoint.checkpoint(self._halves, x, hw_shape, use_reentrant=False)
+        return self._halves(x, hw_shape)
+
+    def _halves(self, x: Tensor, hw_shape: Any) -> Tensor:
+        for residual, branch in zip(_RESIDUALS_V2, ("attn", "ffn"), strict=True):
+            module = child(self, branch)
+            y = module(x, hw_shape) if branch == "attn" else module(x)
+            fused = residual.add_normed(self, x, y)
+            x = child(self, residual.norm)(y) + x if fused is None else fused
+        return child(self, "norm3")(x) if self.extra_norm else x
+
+
+def _why_not_usual(merging: Any) -> str | None:
+    """Why patch merging by torch.nn.Unfold is not that of blocks of 2x2 tokens, padded at the end, with a norm."""
+    sampler = child(merging, "sampler")
+    reason = why_not_absorbed("sampler", sampler, nn.Unfold, "an nn.Unfold")
+    if reason is not None:
+        return reason
+    how = sampler.kernel_size, sampler.stride, sampler.dilation, sampler.padding
+    if tuple(map(to_2tuple, how)) != ((2, 2), (2, 2), (1, 1), (0, 0)):
+        return "it does not merge blocks of 2x2 tokens"
+    if merging.norm is None:
+        return "it has no norm"
+    # For blocks of two tokens both of its kinds, "corner" and "same", pad at the end.
+    return why_not_absorbed("adaptive_padding", merging.adaptive_padding, AdaptivePadding, "mmcv's AdaptivePadding")
+
+
+def _why_not_usual_v2(merging: Any) -> str | None:
+    return _why_not_usual(merging) if merging.use_post_norm else "use_post_norm is False"
+
+
+_MERGING = Merging("pre", lambda merging: 4 * merging.in_channels, lambda axes: "unfold", _why_not_usual)
+_MERGING_V2 = Merging("post", lambda merging: merging.out_channels, lambda axes: "unfold", _why_not_usual_v2)
+
+
+def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]] | None:
+    """The merged tokens and the size of their map by the op, or None where the library's own code has to run."""
+    if is_traced(x) or x.dim() != 3 or not isinstance(input_size, Sequence):
+        return None
+    height, width = input_size
+    if x.shape[1] != height * width:
+        return None
+    out = how.run(merging, x.view(x.shape[0], height, width, x.shape[2]))
+    return None if out is None else (out.flatten(1, 2), (out.shape[1], out.shape[2]))
+
+
+class AcceleratedMMCVPatchMerging(Accelerated, MMCVPatchMerging):
+    """mmcv's patch merging, which is that of v1, on an op where a fast backend has it."""
+
+    def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
+        return _merge(_MERGING, self, x, input_size) or super().forward(x, input_size)
+
+
+class AcceleratedPatchMerging(Accelerated, PatchMerging):
+    """mmpretrain's patch merging, which is that of v2, on an op where a fast backend has it."""
+
+    def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
+        return _merge(_MERGING_V2, self, x, input_size) or super().forward(x, input_size)
+
+
+# The adapters
+
+
+def _reason_to_skip_attention(attn: Any) -> str | None:
+    reason = _why_not_attention(attn)
+    if reason is None and differs(attn.w_msa.relative_position_index, window_index(attn.w_msa.window_size)):
+        reason = "w_msa.relative_position_index holds other values than mmpretrain's"
+    return reason
+
+
+def _attention_size(attn: Any) -> tuple[int, int]:
+    """Nothing here knows its map. One with padding on each axis, and a shift."""
+    return attn.window_size + 1, attn.window_size + 2
+
+
+def _arguments_for_report(attn: Any) -> dict[str, Any]:
+    arguments = _attention_arguments(attn, *_attention_size(attn))
+    return {**arguments, "pad_qkv": qkv_bias(attn.w_msa)}
+
+
+def _qkv_weight(attn: Any) -> Tensor:
+    return attn.w_msa.qkv.weight
+
+
+def _run_with_size(module: Any, x: Tensor) -> Tensor:
+    out = type(module).forward(module, x.flatten(1, 2), tuple(x.shape[1:3]))
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _merging_shape(merging: Any) -> tuple[int, ...]:
+    return 6, 5, merging.in_channels
+
+
+ADAPTERS = (
+    Adapter(
+        name="mmpretrain",
+        original=ShiftWindowMSA,
+        accelerated=AcceleratedShiftWindowMSA,
+        reason_to_skip=_reason_to_skip_attention,
+        parts=(
+            window_attention_part(
+                _qkv_weight,
+                _attention_size,
+                _arguments_for_report,
+                lambda attn: dropout_p(attn.w_msa),
+                _why_not_attention,
+            ),
+        ),
+        input_shape=lambda attn: (*_attention_size(attn), _qkv_weight(attn).shape[1]),
+        weight=_qkv_weight,
+        run=_run_with_size,
+    ),
+    residuals_adapter("mmpretrain", SwinBlock, AcceleratedSwinBlock, (_RESIDUAL,), _attention_size, run=_run_with_size),
+    residuals_adapter(
+        "mmpretrain", SwinBlockV2, AcceleratedSwinBlockV2, _RESIDUALS_V2, _attention_size, run=_run_with_size
+    ),
+    _MERGING.adapter("mmpretrain", MMCVPatchMerging, AcceleratedMMCVPatchMerging, _merging_shape, run=_run_with_size),
+    _MERGING_V2.adapter("mmpretrain", PatchMerging, AcceleratedPatchMerging, _merging_shape, run=_run_with_size),
+)

@@ -1,0 +1,351 @@
+"""MONAI's SwinUNETR and SwinTransformer, 2D and 3D: blocks, stages and patch merging on this package's ops.
+
+Attention. MONAI pads the map, rolls it, cuts it into windows and undoes it all afterwards. Linear layers act on tokens
+one by one, so QKV and the projection run on the map as it lies, and the op addresses the windows. A pad token, a zero
+row that MONAI inserts after norm1, has the bias of the QKV layer as its q, k and v. On an axis where the map is no
+larger than the window, the window is the map, without a shift, and its tokens are numbered in the whole window when the
+bias is looked up.
+
+Stages. MONAI makes the mask of a stage's shifted windows at every call, (num_windows, N, N) in float32. Where all
+blocks of a stage run on ops nobody reads it, and it is not made.
+
+Residual connections, norms and patch merging, as everywhere, run on ops where a fast backend has them.
+
+Source: monai.networks.nets.swin_unetr, MONAI 1.3 and newer.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import torch
+from monai.networks.blocks import MLPBlock
+from monai.networks.layers import DropPath
+from monai.networks.nets.swin_unetr import (
+    BasicLayer,
+    PatchMerging,
+    PatchMergingV2,
+    SwinTransformerBlock,
+    WindowAttention,
+    compute_mask,
+    get_window_size,
+)
+from torch import Tensor, nn
+
+from swinkernels.adapters.adapter import Accelerated, Adapter
+from swinkernels.adapters.bypass import (
+    child,
+    class_of,
+    has_hooks,
+    is_traced,
+    replaced_forward,
+    why_not_absorbed,
+    why_not_linear,
+    why_not_window_attention,
+)
+from swinkernels.adapters.masks import differs, frame_of, is_shift_mask, window_index
+from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
+from swinkernels.adapters.part import window_attention_part
+from swinkernels.ops import window_attention_qkvpacked
+from swinkernels.ops.patch_merging import ORDERS
+from swinkernels.reference.patch_merging import neighbours
+
+# Stands for the mask that compute_mask would make for a block's map.
+STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MASK"})()
+
+
+# The attention half of a block
+
+
+def _why_not_attention(block: SwinTransformerBlock) -> str | None:
+    """Why this block's attention has to be MONAI's own code at present."""
+    attn: Any = block._modules["attn"]
+    if class_of(attn) is not WindowAttention:
+        return f"attn is a {type(attn).__name__}, not MONAI's WindowAttention"
+    reason = why_not_window_attention(attn)
+    if reason is not None:
+        return reason
+    if not isinstance(attn.scale, float):
+        return f"attn.scale is a {type(attn.scale).__name__}, not a float"
+    if len(block.window_size) != len(attn.window_size):
+        return "window_size has not the axes of attn.window_size"
+    if any(w > full for w, full in zip(block.window_size, attn.window_size, strict=True)):
+        return "window_size is larger than attn.window_size, for which the bias table was made"
+    if attn.relative_position_bias_table.shape[0] != math.prod([2 * w - 1 for w in attn.window_size]):
+        return "attn.relative_position_bias_table is not the table of attn.window_size"
+    return None
+
+
+def _attention_arguments(block: SwinTransformerBlock, size: tuple[int, ...]) -> dict[str, Any]:
+    attn = block.attn
+    window, shift = get_window_size(size, block.window_size, block.shift_size)
+    return {
+        "bias_table": attn.relative_position_bias_table,
+        "num_heads": attn.num_heads,
+        "window_size": window,
+        "shift_size": shift,
+        "scale": attn.scale,
+        "table_window": tuple(attn.window_size),
+        "pad_qkv": attn.qkv.bias,
+        "pad_order": "pad_then_roll",
+        "mask_value": -100.0,
+    }
+
+
+def _dropout_p(block: SwinTransformerBlock) -> float:
+    return getattr(block.attn.attn_drop, "p", 0.0)
+
+
+def _dropout_is_on(block: SwinTransformerBlock) -> bool:
+    attn = block.attn
+    # scaled_dot_product_attention, which takes the place of the rest without autograd, is called without dropout.
+    sdpa = getattr(attn, "use_flash_attention", False) and not torch.is_grad_enabled()
+    return attn.attn_drop.training and not sdpa
+
+
+def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
+    return len(size) == len(block.window_size)
+
+
+def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any) -> Tensor | None:
+    """forward_part1 without its norm, or None where MONAI's own code has to run."""
+    size = tuple(x.shape[1:-1])
+    if not _size_fits(block, size) or _why_not_attention(block) is not None:
+        return None
+    attn, arguments = block.attn, _attention_arguments(block, size)
+    window, shift = arguments["window_size"], arguments["shift_size"]
+    if mask_matrix is None:
+        arguments["mask_value"] = 0.0
+    elif mask_matrix is not STANDARD_MASK and any(shift):  # MONAI does not read it otherwise
+        if not is_shift_mask(mask_matrix, frame_of(size, window), window, shift):
+            return None
+    out = window_attention_qkvpacked(
+        attn.qkv(norm_for_linear(block, "norm1", x, block.dim)),
+        **arguments,
+        dropout_p=_dropout_p(block) if _dropout_is_on(block) else 0.0,
+        backend=block._swinkernels_backend,
+    )
+    return attn.proj_drop(attn.proj(out))
+
+
+# Residual connections and patch merging
+
+
+def _casts_its_input(block: Any) -> bool:
+    mlp = child(block, "mlp")
+    return (
+        why_not_absorbed("mlp", mlp, MLPBlock, "MONAI's MLPBlock") is None
+        and why_not_linear("mlp.linear1", child(mlp, "linear1")) is None
+    )
+
+
+_RESIDUAL = Residual("norm2", "drop_path", DropPath, "MONAI's DropPath", _casts_its_input)
+
+
+@functools.cache
+def _order(kind: type[PatchMergingV2], axes: int) -> str | None:
+    """The order in which a class merges neighbours, by trying it: MONAI changed it in 1.5. None if no op has it."""
+    with torch.device("meta"):  # no random numbers are drawn for parameters there
+        merging: Any = kind(1, spatial_dims=axes)
+    merging.norm = merging.reduction = nn.Identity()
+    with torch.no_grad(), torch.device("cpu"):
+        merged = merging(torch.arange(2.0**axes).reshape(1, *(2,) * axes, 1))
+    row_major = list(itertools.product((0, 1), repeat=axes))
+    found = tuple(row_major[int(number)] for number in merged.flatten())
+    return next((order for order in ORDERS if order != "unfold" and neighbours(order, axes) == found), None)
+
+
+def _merging_width(merging: PatchMergingV2) -> int:
+    return merging.norm.normalized_shape[0]
+
+
+def _merging_axes(merging: PatchMergingV2) -> int:
+    return 3 if child(merging, "reduction").in_features == 8 * merging.dim else 2
+
+
+# The modules
+
+
+class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
+    """MONAI's block with its attention half on a window attention op, and norms on ops where a fast backend has them.
+
+    Geometry and parameters are read at every call. Where an op cannot stand in for MONAI's code (a hook on an inner
+    module, a layer that is not an nn.Linear, tracing by TorchScript or FX, another mask than compute_mask makes),
+    MONAI's code runs. Changing the values of ``relative_position_index`` in place goes unnoticed.
+    """
+
+    def forward_part1(self, x: Tensor, mask_matrix: Any) -> Tensor:
+        out = None if is_traced(x) else _attention(self, x, mask_matrix)
+        return super().forward_part1(x, _as_tensor(self, x, mask_matrix)) if out is None else out
+
+    def forward(self, x: Tensor, mask_matrix: Any) -> Tensor:
+        if is_traced(x) or self.use_checkpoint or "forward_part2" in self.__dict__:
+            return super().forward(x, mask_matrix)
+        y = self.forward_part1(x, mask_matrix)
+        fused = _RESIDUAL.add_then_norm(self, x, y)
+        drop_path = child(self, "drop_path")
+        if fused is None:
+            s = x + drop_path(y)
+            return s + self.forward_part2(s)
+        s, z = fused
+        return s + drop_path(child(self, "mlp")(z))
+
+
+class AcceleratedBasicLayer(Accelerated, BasicLayer):
+    """MONAI's stage, which makes no mask where all of its blocks run on ops."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x) or not all(_needs_no_mask(block, x) for block in self.blocks):
+            return super().forward(x)
+        axes = x.dim() - 2
+        size = x.shape[2:]
+        x = x.permute(0, *range(2, 2 + axes), 1)
+        for block in self.blocks:
+            x = block(x, STANDARD_MASK)
+        x = x.view(x.shape[0], *size, -1)
+        if self.downsample is not None:
+            x = self.downsample(x)
+        return x.permute(0, 1 + axes, *range(1, 1 + axes))
+
+
+class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
+    """MONAI's "mergingv2" on an op where a fast backend has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = None if is_traced(x) or not _merging_fits(self, x) else _MERGING_V2.run(self, x)
+        return super().forward(x) if out is None else out
+
+
+class AcceleratedPatchMerging(Accelerated, PatchMerging):
+    """MONAI's "merging" on an op where a fast backend has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = None if is_traced(x) or not _merging_fits(self, x) else _MERGING.run(self, x)
+        return super().forward(x) if out is None else out
+
+
+def _needs_no_mask(block: Any, x: Tensor) -> bool:
+    """Whether nobody would see the mask that a block gets."""
+    return (
+        class_of(block) is AcceleratedSwinTransformerBlock
+        and not has_hooks(block)
+        and "forward" not in block.__dict__
+        and "forward_part1" not in block.__dict__
+        and _size_fits(block, tuple(x.shape[2:]))
+        and _why_not_attention(block) is None
+    )
+
+
+def _as_tensor(block: SwinTransformerBlock, x: Any, mask_matrix: Any) -> Any:
+    """The mask for MONAI's own code."""
+    if mask_matrix is not STANDARD_MASK:
+        return mask_matrix
+    size = tuple(x.shape[1:-1])
+    window, shift = get_window_size(size, block.window_size, block.shift_size)
+    return compute_mask(list(frame_of(size, window)), window, shift, x.device)
+
+
+def _merging_fits(merging: Any, x: Tensor) -> bool:
+    return x.dim() - 2 == _merging_axes(merging)
+
+
+_MERGING = Merging("pre", _merging_width, lambda axes: _order(PatchMerging, axes) or "")
+_MERGING_V2 = Merging("pre", _merging_width, lambda axes: _order(PatchMergingV2, axes) or "")
+
+
+# The adapters
+
+
+def _reason_to_skip(block: SwinTransformerBlock) -> str | None:
+    for name in ("forward_part1", "forward_part2"):
+        if name in block.__dict__:
+            return f"its {name} was replaced on the instance"
+    reason = _why_not_attention(block)
+    if reason is not None:
+        return reason
+    if differs(block.attn._buffers["relative_position_index"], window_index(block.attn.window_size)):
+        return "attn.relative_position_index holds other values than MONAI's"
+    return None
+
+
+def _reason_to_skip_stage(stage: BasicLayer) -> str | None:
+    for block in stage.blocks:
+        if type(block) not in (SwinTransformerBlock, AcceleratedSwinTransformerBlock):
+            return f"a block of it is of the class {type(block).__name__}"
+    return replaced_forward(stage)
+
+
+def _map_to_report_on(block: Any) -> tuple[int, ...]:
+    """A block does not know its map. One with whole windows, which are the hardest."""
+    return tuple(w + 1 for w in block.window_size)
+
+
+def _map_to_verify(block: Any) -> tuple[int, ...]:
+    """Padded and shifted on two axes, clamped on the third, where whole windows would take seconds."""
+    window = tuple(block.window_size)
+    return (window[0] + 1, window[1] + 2, *(3 for _ in window[2:]))
+
+
+def _run_block(block: Any, x: Tensor) -> Tensor:
+    mask = STANDARD_MASK if isinstance(block, Accelerated) else _as_tensor(block, x, STANDARD_MASK)
+    return type(block).forward(block, x, mask)
+
+
+def _run_stage(stage: Any, x: Tensor) -> Tensor:
+    return type(stage).forward(stage, x.movedim(-1, 1))
+
+
+def _merging_adapter(original: type[nn.Module], accelerated: type[nn.Module], merging: Merging) -> Adapter:
+    def reason_to_skip(module: Any) -> str | None:
+        reason = merging.why_not(module)
+        if reason is None and not merging.order(_merging_axes(module)):
+            reason = "this version of MONAI merges neighbours in an order that is not known"
+        return reason
+
+    def input_shape(module: Any) -> tuple[int, ...]:
+        return *(6, 5, 3)[: _merging_axes(module)], module.dim
+
+    return merging.adapter("monai", original, accelerated, input_shape, reason_to_skip=reason_to_skip)
+
+
+def _qkv_weight(block: Any) -> Tensor:
+    return block.attn.qkv.weight
+
+
+ADAPTERS = (
+    Adapter(
+        name="monai",
+        original=SwinTransformerBlock,
+        accelerated=AcceleratedSwinTransformerBlock,
+        reason_to_skip=_reason_to_skip,
+        parts=(
+            window_attention_part(
+                _qkv_weight,
+                _map_to_report_on,
+                lambda block: _attention_arguments(block, _map_to_report_on(block)),
+                _dropout_p,
+                _why_not_attention,
+            ),
+            _RESIDUAL.part(_qkv_weight),
+        ),
+        input_shape=lambda block: (*_map_to_verify(block), block.dim),
+        weight=_qkv_weight,
+        run=_run_block,
+    ),
+    Adapter(
+        name="monai",
+        original=BasicLayer,
+        accelerated=AcceleratedBasicLayer,
+        reason_to_skip=_reason_to_skip_stage,
+        parts=(),
+        input_shape=lambda stage: (*_map_to_verify(stage), stage.blocks[0].dim),
+        weight=lambda stage: next(p for p in stage.parameters() if p.is_floating_point()),
+        run=_run_stage,
+        looks_inside=True,
+    ),
+    _merging_adapter(PatchMerging, AcceleratedPatchMerging, _MERGING),
+    _merging_adapter(PatchMergingV2, AcceleratedPatchMergingV2, _MERGING_V2),
+)

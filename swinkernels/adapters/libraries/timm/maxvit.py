@@ -1,0 +1,198 @@
+"""timm's MaxViT: attention in windows and in grids, channels last, channels first, and both at once.
+
+timm cuts the map into windows or dilated grids. The layers before and after attention (Linear or 1x1 convolution) act
+on tokens one by one, so they run on the map as it lies, and the op addresses windows and grids. q, k and v are
+views of what the QKV layer returns: in the models with ``head_first``, each head has its q, k and v side by side.
+
+Source: timm.models.maxxvit, timm 0.9.16 and newer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.maxxvit import (
+    Attention2d,
+    AttentionCl,
+    ParallelPartitionAttention,
+    PartitionAttention2d,
+    PartitionAttentionCl,
+)
+from torch import Tensor, nn
+
+from swinkernels.adapters.adapter import Accelerated, Adapter
+from swinkernels.adapters.bypass import is_traced, why_not_window_attention
+from swinkernels.adapters.libraries.timm._rel_pos import bias_table, has_own_index, why_not_rel_pos
+from swinkernels.adapters.part import window_attention_part
+from swinkernels.ops import window_attention, window_attention_qkvpacked
+
+
+def _why_not(attn: Any, name: str, window: tuple[int, int]) -> str | None:
+    """Why an attention module's work has to be done by timm's own code at present, or None."""
+    kind = type(attn)
+    if kind is AttentionCl:
+        reason = why_not_window_attention(attn, name)
+    elif kind is Attention2d:
+        reason = why_not_window_attention(attn, name, nn.Conv2d, "an nn.Conv2d") or _why_not_pointwise(attn, name)
+    else:
+        return f"{name} is a {kind.__name__}, not timm's AttentionCl or Attention2d"
+    if reason is not None:
+        return reason
+    rel_pos = attn.rel_pos
+    return None if rel_pos is None else why_not_rel_pos(rel_pos, f"{name}.rel_pos", window)
+
+
+def _why_not_pointwise(attn: Any, name: str) -> str | None:
+    for child in ("qkv", "proj"):
+        conv = attn._modules[child]
+        if (conv.kernel_size, conv.stride, conv.padding) != ((1, 1), (1, 1), (0, 0)):
+            return f"{name}.{child} is not a 1x1 convolution"
+    return None
+
+
+def _arguments(attn: Any, window: tuple[int, int], grid: bool) -> dict[str, Any]:
+    """The arguments of the op but for bias_table."""
+    return {
+        "num_heads": attn.num_heads,
+        "window_size": window,
+        # scaled_dot_product_attention, which timm calls if fused_attn is set, has its own scale.
+        "scale": None if getattr(attn, "fused_attn", False) else attn.scale,
+        "grid": grid,
+    }
+
+
+def _dropout_p(attn: Any) -> float:
+    return getattr(attn.attn_drop, "p", 0.0)
+
+
+def _attend(attn: Any, x: Tensor, window: tuple[int, int], grid: bool, backend: str) -> Tensor:
+    """What an attention module makes of a map that is cut into windows or grids; channels are where they are in x."""
+    qkv = attn.qkv(x)
+    if type(attn) is Attention2d:
+        qkv = qkv.permute(0, 2, 3, 1)
+    dropout_is_on = attn.training if getattr(attn, "fused_attn", False) else attn.attn_drop.training
+    arguments = {
+        "bias_table": None if attn.rel_pos is None else bias_table(attn.rel_pos),
+        "dropout_p": _dropout_p(attn) if dropout_is_on else 0.0,
+        "backend": backend,
+        **_arguments(attn, window, grid),
+    }
+    if attn.head_first:
+        q, k, v = qkv.unflatten(-1, (attn.num_heads, 3 * attn.dim_head)).chunk(3, dim=-1)
+        out = window_attention(q, k, v, **arguments)
+    else:
+        out = window_attention_qkvpacked(qkv, **arguments)
+    if type(attn) is Attention2d:
+        out = out.permute(0, 3, 1, 2)
+    return attn.proj_drop(attn.proj(out))
+
+
+def _divides(size: torch.Size | tuple[int, ...], window: tuple[int, int]) -> bool:
+    return size[0] % window[0] == 0 and size[1] % window[1] == 0  # timm refuses other maps
+
+
+class AcceleratedPartitionAttentionCl(Accelerated, PartitionAttentionCl):
+    """timm's block with its attention on a window attention op.
+
+    Geometry and parameters are read at every call, so ``set_input_size`` holds. Where the op cannot stand in for
+    timm's code (a hook on an inner module, another layer, tracing), timm's code runs.
+    """
+
+    def _partition_attn(self, x: Tensor) -> Tensor:
+        attn, window = self._modules["attn"], self.partition_size
+        if is_traced(x) or not _divides(x.shape[1:3], window) or _why_not(attn, "attn", window) is not None:
+            return super()._partition_attn(x)
+        return _attend(attn, x, window, not self.partition_block, self._swinkernels_backend)
+
+
+class AcceleratedPartitionAttention2d(Accelerated, PartitionAttention2d):
+    """As :class:`AcceleratedPartitionAttentionCl`, channels first."""
+
+    def _partition_attn(self, x: Tensor) -> Tensor:
+        attn, window = self._modules["attn"], self.partition_size
+        if is_traced(x) or not _divides(x.shape[2:], window) or _why_not(attn, "attn", window) is not None:
+            return super()._partition_attn(x)
+        return _attend(attn, x, window, not self.partition_block, self._swinkernels_backend)
+
+
+class AcceleratedParallelPartitionAttention(Accelerated, ParallelPartitionAttention):
+    """As :class:`AcceleratedPartitionAttentionCl`, with both kinds of attention side by side."""
+
+    def _partition_attn(self, x: Tensor) -> Tensor:
+        window = self.partition_size
+        if is_traced(x) or not _divides(x.shape[1:3], window) or _why_not_block(self) is not None:
+            return super()._partition_attn(x)
+        backend = self._swinkernels_backend
+        outs = [_attend(self.attn_block, x, window, False, backend), _attend(self.attn_grid, x, window, True, backend)]
+        return torch.cat(outs, dim=-1)
+
+
+def _attentions(block: Any) -> list[tuple[str, bool]]:
+    """The names of a block's attention modules, and whether each looks at grids."""
+    if "attn" in block._modules:
+        return [("attn", not block.partition_block)]
+    return [("attn_block", False), ("attn_grid", True)]
+
+
+def _why_not_block(block: Any) -> str | None:
+    reasons = (_why_not(block._modules[name], name, block.partition_size) for name, _ in _attentions(block))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _reason_to_skip(block: Any) -> str | None:
+    if "_partition_attn" in block.__dict__:
+        return "its _partition_attn was replaced on the instance"
+    reason = _why_not_block(block)
+    if reason is not None:
+        return reason
+    for name, _ in _attentions(block):
+        rel_pos = block._modules[name].rel_pos
+        if rel_pos is not None and has_own_index(rel_pos):
+            return f"{name}.rel_pos numbers tokens otherwise than timm"
+    return None
+
+
+def _first(block: Any) -> Any:
+    return block._modules[_attentions(block)[0][0]]
+
+
+def _weight(block: Any) -> Tensor:
+    return _first(block).qkv.weight
+
+
+def _map_size(block: Any) -> tuple[int, int]:
+    """It does not know its map. One of more than one window."""
+    height, width = block.partition_size
+    return 2 * height, 3 * width
+
+
+def _adapter(original: type[nn.Module], accelerated: type[nn.Module], channels_first: bool = False) -> Adapter:
+    def input_shape(block: Any) -> tuple[int, ...]:
+        channels = _weight(block).shape[1]
+        return (channels, *_map_size(block)) if channels_first else (*_map_size(block), channels)
+
+    return Adapter(
+        name="timm",
+        original=original,
+        accelerated=accelerated,
+        reason_to_skip=_reason_to_skip,
+        parts=(
+            window_attention_part(
+                _weight,
+                _map_size,
+                lambda block: _arguments(_first(block), block.partition_size, _attentions(block)[0][1]),
+                lambda block: _dropout_p(_first(block)),
+                _why_not_block,
+            ),
+        ),
+        input_shape=input_shape,
+        weight=_weight,
+    )
+
+
+ADAPTERS = (
+    _adapter(PartitionAttentionCl, AcceleratedPartitionAttentionCl),
+    _adapter(PartitionAttention2d, AcceleratedPartitionAttention2d, channels_first=True),
+    _adapter(ParallelPartitionAttention, AcceleratedParallelPartitionAttention),
+)

@@ -1,0 +1,148 @@
+"""timm's Swin Transformer: attention, norms and patch merging.
+
+The sum of a residual connection and the norm after it are one op. Under autocast it writes the half-precision input of
+the next Linear at once, and so does norm1. The gather of patch merging and its norm are one op, before the reduction.
+Norms and merging are timm's own code wherever no fast backend runs them.
+
+Source: timm.models.swin_transformer, timm 0.9.16 and newer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import DropPath, Mlp
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
+from torch import Tensor
+
+from swinkernels.adapters.adapter import Accelerated, Adapter
+from swinkernels.adapters.bypass import (
+    child,
+    first_weight,
+    is_traced,
+    why_not_absorbed,
+    why_not_linear,
+    why_not_window_attention,
+)
+from swinkernels.adapters.libraries.timm import _blocks
+from swinkernels.adapters.masks import differs, window_index
+from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
+from swinkernels.adapters.part import window_attention_part
+
+
+def _why_not_attention(block: SwinTransformerBlock) -> str | None:
+    """Why this block's attention has to be timm's own code at present."""
+    attn = child(block, "attn")
+    if type(attn) is not WindowAttention:
+        return f"attn is a {type(attn).__name__}, not timm's WindowAttention"
+    reason = why_not_window_attention(attn)
+    if reason is not None:
+        return reason
+    if not isinstance(attn.scale, float):
+        return f"attn.scale is a {type(attn.scale).__name__}, not a float"
+    height, width = block.window_size
+    if attn.relative_position_bias_table.shape[0] != (2 * height - 1) * (2 * width - 1):
+        return "attn.relative_position_bias_table is not the table of window_size"
+    return None
+
+
+def _arguments(block: SwinTransformerBlock) -> dict[str, Any]:
+    attn = child(block, "attn")
+    return {
+        "bias_table": attn.relative_position_bias_table,
+        # scaled_dot_product_attention, which timm calls if fused_attn is set, has its own scale.
+        "scale": None if getattr(attn, "fused_attn", False) else attn.scale,
+        "pad_qkv": child(attn, "qkv").bias,
+        **_blocks.shifted_windows(block),
+    }
+
+
+def _dropout_is_on(block: SwinTransformerBlock) -> bool:
+    attn = child(block, "attn")
+    return attn.training if getattr(attn, "fused_attn", False) else attn.attn_drop.training
+
+
+def _is_fused(block: AcceleratedSwinTransformerBlock, x: Tensor) -> bool:
+    return not block._swinkernels_own_mask and _why_not_attention(block) is None and _blocks.mask_fits(block, x)
+
+
+def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor:
+    p = _blocks.dropout_p(block) if _dropout_is_on(block) else 0.0
+    return _blocks.attend(block, child(block, "attn").qkv(x), p, **_arguments(block))
+
+
+def _casts_its_input(block: Any) -> bool:
+    """Whether the first thing that happens to the MLP's input under autocast is a Linear's cast, seen by nobody."""
+    mlp = child(block, "mlp")
+    return (
+        why_not_absorbed("mlp", mlp, Mlp, "timm's Mlp") is None and why_not_linear("mlp.fc1", child(mlp, "fc1")) is None
+    )
+
+
+_RESIDUAL = Residual("norm2", "drop_path1", DropPath, "timm's DropPath", _casts_its_input)
+_MERGING = Merging("pre", lambda merging: 4 * merging.dim)
+
+
+def _add_then_norm2(block: AcceleratedSwinTransformerBlock, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual stream s = x + drop_path1(y) and z = norm2(s) for the MLP, each (B, H * W, C)."""
+    fused = _RESIDUAL.add_then_norm(block, x, y)
+    if fused is not None:
+        return fused[0].flatten(1, 2), fused[1].flatten(1, 2)
+    s = (x + child(block, "drop_path1")(y)).flatten(1, 2)
+    return s, child(block, "norm2")(s)
+
+
+class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransformerBlock):
+    """timm's block with its attention half on a window attention op, and norms on ops where a fast backend has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x):
+            return super().forward(x)
+        batch, height, width, channels = x.shape
+        if "_attn" not in self.__dict__ and _is_fused(self, x):
+            y = _attention(self, norm_for_linear(self, "norm1", x, self.dim))
+        else:
+            y = self._attn(self.norm1(x))
+        s, z = _add_then_norm2(self, x, y)
+        return (s + self.drop_path2(self.mlp(z))).reshape(batch, height, width, channels)
+
+    def _attn(self, x: Tensor) -> Tensor:
+        if is_traced(x) or not _is_fused(self, x):
+            return super()._attn(x)
+        return _attention(self, x)
+
+
+class AcceleratedPatchMerging(Accelerated, PatchMerging):
+    """timm's patch merging on an op where a fast backend has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = None if is_traced(x) else _MERGING.run(self, x)
+        return super().forward(x) if out is None else out
+
+
+def _reason_to_skip(block: SwinTransformerBlock) -> str | None:
+    reason = _blocks.why_not_block(block, "_attn") or _why_not_attention(block)
+    if reason is not None:
+        return reason
+    if differs(block.attn._buffers["relative_position_index"], window_index(block.window_size)):
+        return "attn.relative_position_index holds other values than timm's"
+    return None
+
+
+ADAPTERS = (
+    Adapter(
+        name="timm",
+        original=SwinTransformerBlock,
+        accelerated=AcceleratedSwinTransformerBlock,
+        reason_to_skip=_reason_to_skip,
+        parts=(
+            window_attention_part(
+                _blocks.qkv_weight, _blocks.map_size, _arguments, _blocks.dropout_p, _why_not_attention
+            ),
+            _RESIDUAL.part(first_weight),
+        ),
+        input_shape=_blocks.block_shape,
+        weight=_blocks.qkv_weight,
+    ),
+    _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMerging, _blocks.merging_shape),
+)

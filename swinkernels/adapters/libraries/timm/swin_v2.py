@@ -1,0 +1,131 @@
+"""timm's Swin Transformer V2: cosine attention, norms and patch merging.
+
+The table of the continuous position bias is made by the module's own layers; timm gathers it before the sigmoid, here
+the op looks it up. The norms are behind the branches, so the zeros that timm pads with are rows of the residual stream:
+a pad token's q, k and v are the biases, with 0 for k. The sum of a residual connection and the norm before it are one
+op, and so are the norm of patch merging and its gather, around the reduction; both are timm's own code wherever no fast
+backend runs them.
+
+Source: timm.models.swin_transformer_v2, timm 0.9.16 and newer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block, WindowAttention
+from torch import Tensor
+from torch.nn import functional
+
+from swinkernels.adapters.adapter import Accelerated, Adapter
+from swinkernels.adapters.bypass import child, first_weight, is_traced, why_not_window_attention
+from swinkernels.adapters.libraries.timm import _blocks
+from swinkernels.adapters.masks import differs, window_index
+from swinkernels.adapters.norms import Merging
+from swinkernels.adapters.part import window_attention_part
+
+
+def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
+    """Why this block's attention has to be timm's own code at present."""
+    attn = child(block, "attn")
+    if type(attn) is not WindowAttention:
+        return f"attn is a {type(attn).__name__}, not timm's WindowAttention"
+    reason = why_not_window_attention(attn)
+    if reason is not None:
+        return reason
+    if child(attn, "qkv")._parameters.get("bias") is not None:
+        return "attn.qkv has a bias beside q_bias and v_bias"
+    height, width = block.window_size
+    coords: Any = attn._buffers["relative_coords_table"]
+    if coords.shape[1:3] != (2 * height - 1, 2 * width - 1):
+        return "attn.relative_coords_table is not that of window_size"
+    return None
+
+
+def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
+    """The arguments of the op but for what the block's layers make: bias_table and pad_qkv."""
+    return {"logit_scale": child(block, "attn").logit_scale, **_blocks.shifted_windows(block)}
+
+
+def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """q, k and v of a map, and of a pad token."""
+    if attn.q_bias is None:
+        return attn.qkv(x), None
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    if getattr(attn, "qkv_bias_separate", False):
+        qkv = attn.qkv(x)
+        qkv += bias  # in place, as in timm: under autocast, the sum has the dtype of the product
+        return qkv, bias
+    return functional.linear(x, attn.qkv.weight, bias), bias
+
+
+def _attention(block: AcceleratedSwinTransformerV2Block, x: Tensor) -> Tensor:
+    attn = child(block, "attn")
+    qkv, pad_qkv = _qkv(attn, x)
+    bias_table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
+    p = _blocks.dropout_p(block) if attn.attn_drop.training else 0.0
+    return _blocks.attend(block, qkv, p, bias_table=bias_table, pad_qkv=pad_qkv, **_arguments(block))
+
+
+_MERGING = Merging("post", lambda merging: merging.out_dim)
+
+
+class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransformerV2Block):
+    """timm's v2 block with attention on a window attention op, and norms on ops where a fast backend has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x):
+            return super().forward(x)
+        batch, height, width, channels = x.shape
+        s = _blocks.add_normed(self, x, self._attn(x), 1).flatten(1, 2)
+        return _blocks.add_normed(self, s, self.mlp(s), 2).reshape(batch, height, width, channels)
+
+    def _attn(self, x: Tensor) -> Tensor:
+        if (
+            is_traced(x)
+            or self._swinkernels_own_mask
+            or _why_not_attention(self) is not None
+            or not _blocks.mask_fits(self, x)
+        ):
+            return super()._attn(x)
+        return _attention(self, x)
+
+
+class AcceleratedPatchMergingV2(Accelerated, PatchMerging):
+    """timm's patch merging of v2 on an op where a fast backend has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = None if is_traced(x) else _MERGING.run(self, x)
+        return super().forward(x) if out is None else out
+
+
+def _reason_to_skip(block: SwinTransformerV2Block) -> str | None:
+    reason = _blocks.why_not_block(block, "_attn")
+    if reason is not None:
+        return reason
+    reasons = [_why_not_attention(block), *(residual.why_not(block) for residual in _blocks.POST_NORM)]
+    if None not in reasons:
+        return "; ".join(map(str, reasons))
+    if reasons[0] is None and differs(block.attn._buffers["relative_position_index"], window_index(block.window_size)):
+        return "attn.relative_position_index holds other values than timm's"
+    return None
+
+
+ADAPTERS = (
+    Adapter(
+        name="timm",
+        original=SwinTransformerV2Block,
+        accelerated=AcceleratedSwinTransformerV2Block,
+        reason_to_skip=_reason_to_skip,
+        parts=(
+            window_attention_part(
+                _blocks.qkv_weight, _blocks.map_size, _arguments, _blocks.dropout_p, _why_not_attention
+            ),
+            *(residual.part(first_weight) for residual in _blocks.POST_NORM),
+        ),
+        input_shape=_blocks.block_shape,
+        weight=first_weight,
+    ),
+    _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMergingV2, _blocks.merging_shape),
+)

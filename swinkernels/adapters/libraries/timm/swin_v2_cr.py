@@ -1,0 +1,111 @@
+"""timm's own Swin Transformer V2 ("CR"): cosine attention, norms and patch merging.
+
+The bias comes from an MLP on the log coordinates of every pair of tokens, with a Dropout inside that is on in training:
+the module's own method makes it at every call, and the op takes it as a dense one. Patch merging is that of v1.
+
+Source: timm.models.swin_transformer_v2_cr, timm 0.9.16 and newer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.swin_transformer_v2_cr import PatchMerging, SwinTransformerV2CrBlock, WindowMultiHeadAttention
+from torch import Tensor
+
+from swinkernels.adapters.adapter import Accelerated, Adapter
+from swinkernels.adapters.bypass import child, first_weight, is_traced, why_not_window_attention
+from swinkernels.adapters.libraries.timm import _blocks
+from swinkernels.adapters.norms import Merging
+from swinkernels.adapters.part import window_attention_part
+
+
+def _why_not_attention(block: SwinTransformerV2CrBlock) -> str | None:
+    """Why this block's attention has to be timm's own code at present."""
+    attn = child(block, "attn")
+    if type(attn) is not WindowMultiHeadAttention:
+        return f"attn is a {type(attn).__name__}, not timm's WindowMultiHeadAttention"
+    reason = why_not_window_attention(attn)
+    if reason is None and tuple(attn.window_size) != tuple(block.window_size):
+        reason = "attn.window_size is not the window_size of the block"
+    return reason
+
+
+def _arguments(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
+    """The arguments of the op but for the bias."""
+    attn = child(block, "attn")
+    return {"logit_scale": attn.logit_scale, "pad_qkv": attn.qkv.bias, **_blocks.shifted_windows(block)}
+
+
+def _arguments_for_report(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
+    """With a bias of which only the shape is right."""
+    n = block.window_area
+    return {"bias": block.attn.logit_scale.detach()[:, None, None].expand(-1, n, n), **_arguments(block)}
+
+
+def _attention(block: AcceleratedSwinTransformerV2CrBlock, x: Tensor) -> Tensor:
+    attn = child(block, "attn")
+    qkv = attn.qkv(x)
+    bias = attn._relative_positional_encodings().squeeze(0)
+    p = _blocks.dropout_p(block) if attn.attn_drop.training else 0.0
+    return _blocks.attend(block, qkv, p, bias=bias, **_arguments(block))
+
+
+# Whatever else stands there in place of the reduction, why_not says so.
+_MERGING = Merging("pre", lambda merging: getattr(merging.reduction, "in_features", 0))
+
+
+class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransformerV2CrBlock):
+    """timm's block with attention on a window attention op, and norms on ops where a fast backend has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x):
+            return super().forward(x)
+        batch, height, width, channels = x.shape
+        s = _blocks.add_normed(self, x, self._shifted_window_attn(x), 1).flatten(1, 2)
+        return self.norm3(_blocks.add_normed(self, s, self.mlp(s), 2)).reshape(batch, height, width, channels)
+
+    def _shifted_window_attn(self, x: Tensor) -> Tensor:
+        if (
+            is_traced(x)
+            or self._swinkernels_own_mask
+            or _why_not_attention(self) is not None
+            or not _blocks.mask_fits(self, x)
+        ):
+            return super()._shifted_window_attn(x)
+        return _attention(self, x)
+
+
+class AcceleratedPatchMergingV2Cr(Accelerated, PatchMerging):
+    """timm's patch merging on an op where a fast backend has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = None if is_traced(x) else _MERGING.run(self, x)
+        return super().forward(x) if out is None else out
+
+
+def _reason_to_skip(block: SwinTransformerV2CrBlock) -> str | None:
+    reason = _blocks.why_not_block(block, "_shifted_window_attn")
+    if reason is not None:
+        return reason
+    reasons = [_why_not_attention(block), *(residual.why_not(block) for residual in _blocks.POST_NORM)]
+    return None if None in reasons else "; ".join(map(str, reasons))
+
+
+ADAPTERS = (
+    Adapter(
+        name="timm",
+        original=SwinTransformerV2CrBlock,
+        accelerated=AcceleratedSwinTransformerV2CrBlock,
+        reason_to_skip=_reason_to_skip,
+        parts=(
+            window_attention_part(
+                _blocks.qkv_weight, _blocks.map_size, _arguments_for_report, _blocks.dropout_p, _why_not_attention
+            ),
+            *(residual.part(first_weight) for residual in _blocks.POST_NORM),
+        ),
+        input_shape=_blocks.block_shape,
+        weight=first_weight,
+    ),
+    _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMergingV2Cr, _blocks.merging_shape),
+)

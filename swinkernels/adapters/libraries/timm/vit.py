@@ -1,0 +1,100 @@
+"""timm's relative position ViT: global attention with a bias that the op looks up in its table; one window is the map.
+
+A bias that is no such table, because there is a class token or because the model hands one to all blocks, stays with
+timm, and so does attention without any: torch's own attention is as fast.
+
+Source: timm.models.vision_transformer_relpos, timm 0.9.16 and newer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.vision_transformer_relpos import RelPosAttention
+from torch import Tensor, nn
+
+from swinkernels.adapters.adapter import Accelerated, Adapter
+from swinkernels.adapters.bypass import is_traced, why_not_window_attention
+from swinkernels.adapters.libraries.timm._rel_pos import bias_table, has_own_index, why_not_rel_pos
+from swinkernels.adapters.part import window_attention_part
+from swinkernels.ops import window_attention, window_attention_qkvpacked
+from swinkernels.ops._arguments import MAX_WINDOW_VOLUME
+
+
+def _why_not(attn: Any) -> str | None:
+    """Why this attention has to be timm's own code at present."""
+    rel_pos = attn.rel_pos
+    if rel_pos is None:
+        return "it has no position bias of its own, and torch's attention is as fast as a window attention op"
+    if rel_pos.window_area > MAX_WINDOW_VOLUME:
+        return f"its map has {rel_pos.window_area} tokens, and the op takes windows of at most {MAX_WINDOW_VOLUME}"
+    return why_not_window_attention(attn) or why_not_rel_pos(rel_pos, "rel_pos", rel_pos.window_size)
+
+
+def _map_size(attn: Any) -> tuple[int, int]:
+    return attn.rel_pos.window_size
+
+
+def _arguments(attn: Any) -> dict[str, Any]:
+    """The arguments of the op but for bias_table."""
+    return {
+        "num_heads": attn.num_heads,
+        "window_size": _map_size(attn),
+        # scaled_dot_product_attention, which timm calls if fused_attn is set, has its own scale.
+        "scale": None if getattr(attn, "fused_attn", False) else attn.scale,
+    }
+
+
+def _dropout_p(attn: Any) -> float:
+    return getattr(attn.attn_drop, "p", 0.0)
+
+
+class AcceleratedRelPosAttention(Accelerated, RelPosAttention):
+    """timm's attention on a window attention op.
+
+    Parameters are read at every call. Where the op cannot stand in for timm's code (a hook on an inner module, another
+    layer, tracing), timm's code runs.
+    """
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        rel_pos: Any = self.rel_pos
+        if is_traced(x) or _why_not(self) is not None or x.shape[1] != rel_pos.window_area:
+            return super().forward(x, shared_rel_pos)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unflatten(1, _map_size(self))
+        dropout_is_on = self.training if getattr(self, "fused_attn", False) else self.attn_drop.training
+        arguments = {
+            "bias_table": bias_table(rel_pos),
+            "dropout_p": _dropout_p(self) if dropout_is_on else 0.0,
+            "backend": self._swinkernels_backend,
+            **_arguments(self),
+        }
+        if type(self.q_norm) is nn.Identity and type(self.k_norm) is nn.Identity:
+            out = window_attention_qkvpacked(qkv, **arguments)
+        else:
+            q, k, v = qkv.unbind(-3)
+            out = window_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v, **arguments)
+        return self.proj_drop(self.proj(out.flatten(1, 2)))
+
+
+def _reason_to_skip(attn: Any) -> str | None:
+    reason = _why_not(attn)
+    if reason is None and has_own_index(attn.rel_pos):
+        reason = "rel_pos numbers tokens otherwise than timm"
+    return reason
+
+
+def _weight(attn: Any) -> Tensor:
+    return attn.qkv.weight
+
+
+ADAPTERS = (
+    Adapter(
+        name="timm",
+        original=RelPosAttention,
+        accelerated=AcceleratedRelPosAttention,
+        reason_to_skip=_reason_to_skip,
+        parts=(window_attention_part(_weight, _map_size, _arguments, _dropout_p, _why_not),),
+        input_shape=lambda attn: (attn.rel_pos.window_area, attn.qkv.weight.shape[1]),
+        weight=_weight,
+    ),
+)

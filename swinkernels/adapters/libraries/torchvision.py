@@ -1,0 +1,298 @@
+"""torchvision's Swin Transformers, v1 and v2: attention, blocks and patch merging on this package's ops.
+
+Attention. torchvision pads the map, rolls it, cuts it into windows and undoes it all afterwards, in one function that
+reads weights and biases and calls no inner module. Linear layers act on tokens one by one, so QKV and the projection
+run on the map as it lies, and the op addresses the windows. A pad token, a zero row, has the bias of the QKV layer as
+its q, k and v. A window never shrinks: on an axis where the map is no longer than the window, there is no shift.
+
+v2. The third of the QKV bias that belongs to k counts as zero, whatever it holds. The sigmoid of the position bias is
+taken of the table, of which the dense bias holds copies.
+
+Residual connections, norms and patch merging run on ops where a fast backend has them.
+
+torch.fx traces torchvision's code. So that a feature extractor keeps the ops, let the modules be leaves of its graph:
+``create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules": [ShiftedWindowAttention]})``.
+
+Source: torchvision.models.swin_transformer, torchvision 0.26 to 0.29 (one and the same file).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import (
+    PatchMerging,
+    PatchMergingV2,
+    ShiftedWindowAttention,
+    ShiftedWindowAttentionV2,
+    SwinTransformerBlock,
+    SwinTransformerBlockV2,
+)
+from torchvision.ops import StochasticDepth
+from torchvision.ops.misc import MLP
+
+from swinkernels.adapters.adapter import Accelerated, Adapter
+from swinkernels.adapters.bypass import (
+    child,
+    class_of,
+    has_hooks,
+    is_traced,
+    why_not_absorbed,
+    why_not_linear,
+)
+from swinkernels.adapters.masks import differs, window_index
+from swinkernels.adapters.microsoft_attention import bias_table, score_factor
+from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row, residuals_adapter
+from swinkernels.adapters.part import window_attention_part
+from swinkernels.ops import window_attention_qkvpacked
+from swinkernels.ops._library import autocast_dtype
+
+# Attention
+
+
+def _why_not_attention(attn: Any) -> str | None:
+    """Why this attention has to be torchvision's own code at present, or None."""
+    if "get_relative_position_bias" in attn.__dict__:
+        return "its get_relative_position_bias was replaced on the instance"
+    height, width = attn.window_size
+    if not all(0 <= s < w for s, w in zip(attn.shift_size, attn.window_size, strict=True)):
+        return "shift_size is not smaller than window_size"
+    if not isinstance(child(attn, "qkv").weight, Tensor) or not isinstance(child(attn, "proj").weight, Tensor):
+        return "the weight of qkv or proj is not a tensor, as in a quantised layer"
+    rows = (2 * height - 1) * (2 * width - 1)
+    if isinstance(attn, ShiftedWindowAttentionV2):
+        if attn.relative_coords_table.shape != (1, 2 * height - 1, 2 * width - 1, 2):
+            return "relative_coords_table is not the table of window_size"
+    elif attn.relative_position_bias_table.shape[0] != rows:
+        return "relative_position_bias_table is not the table of window_size"
+    return None
+
+
+def _attention_arguments(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
+    """Those of the op for a map, but pad_qkv."""
+    window = tuple(attn.window_size)
+    return {
+        "bias_table": bias_table(attn),
+        **score_factor(attn),
+        "num_heads": attn.num_heads,
+        "window_size": window,
+        "shift_size": tuple(0 if n <= w else s for n, w, s in zip(size, window, attn.shift_size, strict=True)),
+        "pad_order": "pad_then_roll",
+        "mask_value": -100.0,
+    }
+
+
+def _without_k(qkv_bias: Tensor | None) -> Tensor | None:
+    """The QKV bias with zeros for k; a product with zero would keep a NaN."""
+    if qkv_bias is None:
+        return None
+    qkv_bias = qkv_bias.clone()
+    third = qkv_bias.numel() // 3
+    qkv_bias[third : 2 * third].zero_()
+    return qkv_bias
+
+
+def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
+    proj = child(attn, "proj")
+    out = window_attention_qkvpacked(
+        F.linear(x, child(attn, "qkv").weight, qkv_bias),
+        **_attention_arguments(attn, tuple(x.shape[1:3])),
+        pad_qkv=qkv_bias,
+        dropout_p=attn.attention_dropout if attn.training else 0.0,
+        backend=attn._swinkernels_backend,
+    )
+    return F.dropout(F.linear(out, proj.weight, proj.bias), p=attn.dropout, training=attn.training)
+
+
+class AcceleratedShiftedWindowAttention(Accelerated, ShiftedWindowAttention):
+    """torchvision's attention on a window attention op.
+
+    Geometry and parameters are read at every call. Where the op cannot stand in for torchvision's code (tracing by
+    TorchScript or FX, a bias of the user's own), that runs. Changing the values of ``relative_position_index`` goes
+    unnoticed.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x) or x.dim() != 4 or _why_not_attention(self) is not None:
+            return super().forward(x)
+        return _attention(self, x, child(self, "qkv").bias)
+
+
+class AcceleratedShiftedWindowAttentionV2(Accelerated, ShiftedWindowAttentionV2):
+    """torchvision's attention of v2 on a window attention op; as :class:`AcceleratedShiftedWindowAttention`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x) or x.dim() != 4 or _why_not_attention(self) is not None:
+            return super().forward(x)
+        return _attention(self, x, _without_k(child(self, "qkv").bias))
+
+
+# Residual connections and patch merging
+
+
+def _stochastic_depth_scale(stochastic_depth: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What torchvision's StochasticDepth would multiply each sample of y by: the same random numbers. None for 1."""
+    if stochastic_depth.p == 0.0 or not stochastic_depth.training:
+        return None
+    keep = 1.0 - stochastic_depth.p
+    drawn = y.shape[0] if stochastic_depth.mode == "row" else 1
+    scale = y.new_empty(drawn, dtype=dtype).bernoulli_(keep)
+    if keep > 0.0:
+        scale.div_(keep)
+    return scale if drawn == y.shape[0] else scale.repeat(y.shape[0])
+
+
+def _casts_its_input(block: Any) -> bool:
+    mlp = child(block, "mlp")
+    return (
+        why_not_absorbed("mlp", mlp, MLP, "torchvision's MLP") is None
+        and why_not_linear("mlp.0", child(mlp, "0")) is None
+    )
+
+
+def _residual(norm: str) -> Residual:
+    return Residual(
+        norm,
+        "stochastic_depth",
+        StochasticDepth,
+        "torchvision's StochasticDepth",
+        _casts_its_input,
+        norm_row(norm),
+        _stochastic_depth_scale,
+    )
+
+
+_NORM1_ROW = norm_row("norm1")
+_RESIDUAL = _residual("norm2")
+_RESIDUALS_V2 = (_residual("norm1"), _residual("norm2"))
+_MERGING = Merging("pre", lambda merging: 4 * merging.dim)
+_MERGING_V2 = Merging("post", lambda merging: 2 * merging.dim)
+
+
+def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
+    """norm1 of v1: under autocast in the dtype to which the QKV layer would cast it, if nobody else sees it."""
+    if (
+        autocast_dtype(x) is None
+        or class_of(attn) is not AcceleratedShiftedWindowAttention
+        or "forward" in attn.__dict__
+        or has_hooks(attn)
+        or _why_not_attention(attn) is not None
+    ):
+        return child(block, "norm1")(x)
+    return norm_for_linear(block, "norm1", x, _NORM1_ROW(block))
+
+
+class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
+    """torchvision's block with a residual connection and norms on ops where a fast backend has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x):
+            return super().forward(x)
+        attn, stochastic_depth = child(self, "attn"), child(self, "stochastic_depth")
+        y = attn(_norm1(self, attn, x))
+        fused = _RESIDUAL.add_then_norm(self, x, y)
+        if fused is None:
+            s = x + stochastic_depth(y)
+            z = child(self, "norm2")(s)
+        else:
+            s, z = fused
+        return s + stochastic_depth(child(self, "mlp")(z))
+
+
+class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
+    """torchvision's block of v2 with its residual connections and norms on an op where a fast backend has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x):
+            return super().forward(x)
+        for residual, branch in zip(_RESIDUALS_V2, ("attn", "mlp"), strict=True):
+            y = child(self, branch)(x)
+            fused = residual.add_normed(self, x, y)
+            x = x + child(self, "stochastic_depth")(child(self, residual.norm)(y)) if fused is None else fused
+        return x
+
+
+class AcceleratedPatchMerging(Accelerated, PatchMerging):
+    """torchvision's patch merging on an op where a fast backend has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = None if is_traced(x) or x.dim() != 4 else _MERGING.run(self, x)
+        return super().forward(x) if out is None else out
+
+
+class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
+    """torchvision's patch merging of v2 on an op where a fast backend has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = None if is_traced(x) or x.dim() != 4 else _MERGING_V2.run(self, x)
+        return super().forward(x) if out is None else out
+
+
+# The adapters
+
+
+def _reason_to_skip_attention(attn: Any) -> str | None:
+    reason = _why_not_attention(attn)
+    if reason is None and differs(attn.relative_position_index, window_index(attn.window_size).flatten()):
+        reason = "relative_position_index holds other values than torchvision's"
+    return reason
+
+
+def _map_size(window: tuple[int, ...]) -> tuple[int, ...]:
+    """Nothing here knows its map. One with padding on each axis, and a shift."""
+    return window[0] + 1, window[1] + 2
+
+
+def _attention_size(attn: Any) -> tuple[int, ...]:
+    return _map_size(tuple(attn.window_size))
+
+
+def _arguments_for_report(attn: Any) -> dict[str, Any]:
+    arguments = _attention_arguments(attn, _attention_size(attn))
+    return {**arguments, "pad_qkv": child(attn, "qkv").bias}
+
+
+def _qkv_weight(attn: Any) -> Tensor:
+    return child(attn, "qkv").weight
+
+
+def _attention_adapter(original: type[nn.Module], accelerated: type[nn.Module]) -> Adapter:
+    part = window_attention_part(
+        _qkv_weight,
+        _attention_size,
+        _arguments_for_report,
+        lambda attn: attn.attention_dropout,
+        _why_not_attention,
+    )
+    return Adapter(
+        name="torchvision",
+        original=original,
+        accelerated=accelerated,
+        reason_to_skip=_reason_to_skip_attention,
+        parts=(part,),
+        input_shape=lambda attn: (*_attention_size(attn), _qkv_weight(attn).shape[1]),
+        weight=_qkv_weight,
+    )
+
+
+def _window_of(attn: Any) -> tuple[int, ...]:
+    return _map_size(tuple(getattr(attn, "window_size", (7, 7))))
+
+
+def _merging_shape(merging: Any) -> tuple[int, ...]:
+    return 6, 5, merging.dim
+
+
+ADAPTERS = (
+    _attention_adapter(ShiftedWindowAttention, AcceleratedShiftedWindowAttention),
+    _attention_adapter(ShiftedWindowAttentionV2, AcceleratedShiftedWindowAttentionV2),
+    residuals_adapter("torchvision", SwinTransformerBlock, AcceleratedSwinTransformerBlock, (_RESIDUAL,), _window_of),
+    residuals_adapter(
+        "torchvision", SwinTransformerBlockV2, AcceleratedSwinTransformerBlockV2, _RESIDUALS_V2, _window_of
+    ),
+    _MERGING.adapter("torchvision", PatchMerging, AcceleratedPatchMerging, _merging_shape),
+    _MERGING_V2.adapter("torchvision", PatchMergingV2, AcceleratedPatchMergingV2, _merging_shape),
+)

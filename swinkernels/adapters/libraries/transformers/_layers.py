@@ -1,0 +1,381 @@
+"""What the layers of all families have in common."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinkernels.adapters.adapter import Accelerated, Adapter, original_class
+from swinkernels.adapters.bypass import (
+    child,
+    class_of,
+    has_hooks,
+    is_traced,
+    replaced_forward,
+    why_not_absorbed,
+    why_not_linear,
+)
+from swinkernels.adapters.masks import differs, window_index
+from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
+from swinkernels.adapters.part import window_attention_part
+from swinkernels.ops import window_attention
+
+NAME = "transformers"
+
+# Attention, in two forms: Swin's has its projections beside each other, that of the others is a pair of modules.
+
+
+def _projections(layer: Any) -> dict[str, Any]:
+    """The layers query, key, value and out of a layer's attention, by their paths."""
+    attention = child(layer, "attention")
+    if "self" not in attention._modules:
+        return {f"attention.{name}": child(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    of_self = child(attention, "self")
+    found = {f"attention.self.{name}": child(of_self, name) for name in ("query", "key", "value")}
+    return {**found, "attention.output.dense": child(child(attention, "output"), "dense")}
+
+
+def _position_bias(layer: Any) -> Any:
+    """The module that has the window, the index and what the bias is made of."""
+    attention = child(layer, "attention")
+    return child(attention, "self" if "self" in attention._modules else "relative_position_bias")
+
+
+def _num_heads(layer: Any) -> int:
+    attention = child(layer, "attention")
+    return (child(attention, "self") if "self" in attention._modules else attention).num_attention_heads
+
+
+def _dropout_p(layer: Any) -> float:
+    """Of attention weights, in training."""
+    attention = child(layer, "attention")
+    return child(child(attention, "self"), "dropout").p if "self" in attention._modules else attention.attention_dropout
+
+
+def _dropout_at_call(layer: Any) -> float:
+    attention = child(layer, "attention")
+    active = child(child(attention, "self"), "dropout") if "self" in attention._modules else attention
+    return _dropout_p(layer) if active.training else 0.0
+
+
+def _why_not_attention(layer: Any) -> str | None:
+    """Why the attention of a layer has to be transformers' own code at present, or None."""
+    attention = child(layer, "attention")
+    kind = _ATTENTION[original_class(layer)]
+    reason = why_not_absorbed("attention", attention, kind, f"transformers' {kind.__name__}")
+    if reason is not None:
+        return reason
+    for path, linear in _projections(layer).items():
+        reason = why_not_linear(path, linear)  # any other layer may mix tokens, such as those of a pad token
+        if reason is not None:
+            return reason
+    for name, module in attention._modules.items():
+        for path, m in ((name, module), *((f"{name}.{key}", m) for key, m in module._modules.items())):
+            if "forward" in m.__dict__:
+                return f"attention.{path}.forward was replaced on the instance"
+            if has_hooks(m):
+                return f"a hook is registered on attention.{path}"
+    if "self" not in attention._modules and attention.config._attn_implementation != "sdpa":
+        return f"attention weights are asked for by attn_implementation={attention.config._attn_implementation!r}"
+    window = layer.window_size
+    of_bias = _position_bias(layer)
+    if tuple(of_bias.window_size) != (window, window):
+        return "window_size is not that of the attention"  # transformers fails
+    if not 0 <= layer.shift_size < window:
+        return "shift_size is not smaller than window_size"
+    if "relative_position_bias_table" in of_bias._parameters:
+        if of_bias.relative_position_bias_table.shape[0] != (2 * window - 1) ** 2:
+            return "relative_position_bias_table is not the table of window_size"
+    elif of_bias.relative_coords_table.shape != (1, 2 * window - 1, 2 * window - 1, 2):
+        return "relative_coords_table is not the table of window_size"
+    return None
+
+
+@functools.cache
+def _times_masked(kind: Any) -> int:
+    """How often the attention of v2 adds its mask to the scores: twice in all versions looked at."""
+    config = types.SimpleNamespace(qkv_bias=False, attention_probs_dropout_prob=0.0)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        attention = kind(config, dim=1, num_heads=1, window_size=2)
+        for p in attention.parameters():
+            p.zero_()
+        mask = torch.zeros(1, 4, 4, dtype=attention.query.weight.dtype)
+        mask[..., 1] = -1.0
+        weights = attention.eval()(torch.zeros(1, 4, 1, dtype=mask.dtype), mask, output_attentions=True)[1]
+        return round((weights[0, 0, 0, 0] / weights[0, 0, 0, 1]).log().item())
+
+
+def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
+    """What a pad token has for q, k and v."""
+    if q.bias is None and k.bias is None and v.bias is None:
+        return None
+    return torch.cat([m.weight.new_zeros(m.weight.shape[0]) if m.bias is None else m.bias for m in (q, k, v)])
+
+
+def _attention_arguments(layer: Any) -> dict[str, Any]:
+    """Those of the op for a map, but dropout."""
+    of_bias, heads = _position_bias(layer), _num_heads(layer)
+    if "logit_scale" in of_bias._parameters:
+        table = of_bias.continuous_position_bias_mlp(of_bias.relative_coords_table).view(-1, heads)
+        scores = {
+            "bias_table": 16 * torch.sigmoid(table),
+            "logit_scale": of_bias.logit_scale,
+            "mask_value": -100.0 * _MASKED[original_class(layer)],
+        }
+    else:
+        # The factor is head_dim ** -0.5 in all of them: the op's own.
+        scores = {"bias_table": of_bias.relative_position_bias_table, "mask_value": -100.0}
+    q, k, v, _ = _projections(layer).values()
+    return {
+        **scores,
+        "num_heads": heads,
+        "window_size": layer.window_size,
+        "shift_size": layer.shift_size,
+        "pad_qkv": _pad_qkv(q, k, v),
+        "pad_order": "pad_then_roll",
+    }
+
+
+def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
+    """The attention branch of a sequence (B, L, C) of the tokens of a map, without drop path."""
+    height, width = size
+    q, k, v, out = _projections(layer).values()
+    x = x.view(x.shape[0], height, width, x.shape[2])
+    heads = _num_heads(layer)
+    y = window_attention(
+        *(m(x).unflatten(-1, (heads, -1)) for m in (q, k, v)),
+        **_attention_arguments(layer),
+        dropout_p=_dropout_at_call(layer),
+        backend=layer._swinkernels_backend,
+    )
+    attention = child(layer, "attention")
+    dropout = child(child(attention, "output"), "dropout") if "self" in attention._modules else child(layer, "dropout")
+    return dropout(out(y).flatten(1, -2))
+
+
+# Residual connections and patch merging
+
+
+def _drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What transformers' DropPath would multiply each sample of y by: the same random numbers. None for 1."""
+    if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
+        return None
+    keep = 1 - drop_path.drop_prob
+    return torch.floor(torch.rand(y.shape[0], dtype=dtype, device=y.device) + keep).div_(keep)
+
+
+def _casts_its_input(layer: Any) -> bool:
+    mlp = child(layer, "mlp" if "mlp" in layer._modules else "intermediate")
+    kind = _MLP[original_class(layer)]
+    first = "fc1" if "fc1" in mlp._modules else "dense"
+    return (
+        why_not_absorbed("mlp", mlp, kind, f"transformers' {kind.__name__}") is None
+        and why_not_linear(first, child(mlp, first)) is None
+    )
+
+
+def _width(layer: Any) -> int:
+    return _out(layer).weight.shape[0]
+
+
+def _out(layer: Any) -> Any:
+    return list(_projections(layer).values())[-1]
+
+
+_MERGING = Merging("pre", lambda merging: merging.reduction.in_features)
+_MERGING_V2 = Merging("post", lambda merging: merging.reduction.out_features)
+
+# Of the classes of layers: the attention, what the MLP begins with, and how often v2 masks.
+_ATTENTION: dict[type, type[nn.Module]] = {}
+_MLP: dict[type, type[nn.Module]] = {}
+_MASKED: dict[type, int] = {}
+_RESIDUALS: dict[type, tuple[Residual, ...]] = {}
+
+
+class _Layer(Accelerated):
+    """A layer of any family on ops.
+
+    Geometry and parameters are read at every call. Where the op cannot stand in for transformers' code (attention
+    weights are asked for, a hook on an inner module, a layer that is not an nn.Linear, tracing), that runs. Changing
+    the values of ``relative_position_index`` goes unnoticed.
+    """
+
+    set_shift_and_window_size: Any
+
+    def _is_ours(self, x: Any, size: Any, always_partition: bool | None = True) -> bool:
+        """Whether the op runs for a sequence x of the tokens of a map, now that the windows fit the map."""
+        if is_traced(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
+            return False
+        if not always_partition:
+            self.set_shift_and_window_size(size)  # for good: a second time changes nothing
+        return _why_not_attention(self) is None
+
+
+class PreNormLayer(_Layer):
+    """A layer of v1: norm, attention, norm, MLP."""
+
+    def _attention_half(self, x: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and its norm."""
+        (residual,) = _RESIDUALS[original_class(self)]
+        y = attended(self, norm_for_linear(self, "layernorm_before", x, _width(self)), size)
+        fused = residual.add_then_norm(self, x, y)
+        if fused is not None:
+            return fused
+        s = x + child(self, "drop_path")(y)
+        return s, child(self, "layernorm_after")(s)
+
+    def _both_halves(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """Of a layer whose MLP is a pair of modules."""
+        s, z = self._attention_half(x, size)
+        return s + child(self, "output")(child(self, "intermediate")(z))
+
+
+class PreNormLayerOfAnyMap(PreNormLayer):
+    """A layer of v1 whose windows shrink to small maps unless it is told not to."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        input_dimensions: tuple[int, int],
+        output_attentions: bool | None = False,
+        always_partition: bool | None = False,
+    ) -> tuple[Tensor, ...]:
+        if output_attentions or not self._is_ours(hidden_states, input_dimensions, always_partition):
+            return super().forward(hidden_states, input_dimensions, output_attentions, always_partition)
+        return (self._both_halves(hidden_states, input_dimensions),)
+
+
+class PostNormLayer(_Layer):
+    """A layer of v2: attention, norm, MLP, norm."""
+
+    def forward(
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: bool | None = False
+    ) -> tuple[Tensor, ...]:
+        if output_attentions or not self._is_ours(hidden_states, input_dimensions):
+            return super().forward(hidden_states, input_dimensions, output_attentions)
+        after_attention, after_mlp = _RESIDUALS[original_class(self)]
+        x = self._added(after_attention, hidden_states, attended(self, hidden_states, input_dimensions))
+        return (self._added(after_mlp, x, child(self, "output")(child(self, "intermediate")(x))),)
+
+    def _added(self, residual: Residual, x: Tensor, y: Tensor) -> Tensor:
+        fused = residual.add_normed(self, x, y)
+        return x + child(self, "drop_path")(child(self, residual.norm)(y)) if fused is None else fused
+
+
+class _MergingOfSequences(Accelerated):
+    """Patch merging on an op where a fast backend has it."""
+
+    def _merge(self, how: Merging, x: Tensor, size: Any) -> Tensor | None:
+        if is_traced(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
+            return None
+        out = how.run(self, x.view(x.shape[0], *size, x.shape[2]))
+        return None if out is None else out.flatten(1, 2)
+
+
+class PreNormMerging(_MergingOfSequences):
+    """Patch merging of v1 on an op where a fast backend has it."""
+
+    def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
+        out = self._merge(_MERGING, input_feature, input_dimensions)
+        return super().forward(input_feature, input_dimensions) if out is None else out
+
+
+class PostNormMerging(_MergingOfSequences):
+    """Patch merging of v2 on an op where a fast backend has it."""
+
+    def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
+        out = self._merge(_MERGING_V2, input_feature, input_dimensions)
+        return super().forward(input_feature, input_dimensions) if out is None else out
+
+
+# The adapters
+
+
+def _run_with_size(module: Any, x: Tensor) -> Tensor:
+    out = type(module).forward(module, x.flatten(1, 2), tuple(x.shape[1:3]))
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _map_size(layer: Any) -> tuple[int, int]:
+    """Nothing here knows its map, whose size comes with the call. One with padding on each axis, and a shift."""
+    return layer.window_size + 1, layer.window_size + 2
+
+
+def _qkv_weight(layer: Any) -> Tensor:
+    """One that stands for the three."""
+    q, *_ = _projections(layer).values()
+    return q.weight.new_empty((3 * q.weight.shape[0], q.weight.shape[1]))
+
+
+def layer_adapter(
+    original: type[nn.Module],
+    accelerated: type[nn.Module],
+    attention: type[nn.Module],
+    mlp: type[nn.Module],
+    drop_path: type[nn.Module],
+    takes: Sequence[str],
+    cosine: Any = None,
+) -> Adapter:
+    """That of a class of layers.
+
+    Args:
+        original, accelerated: the classes.
+        attention, mlp, drop_path: those of its children; ``mlp`` is what the MLP begins with.
+        takes: the arguments of the forward pass.
+        cosine: the class of the attention inside ``attention``, of v2.
+    """
+
+    def residual(norm: str, casts_its_input: Callable[[Any], bool] = lambda layer: False) -> Residual:
+        known_as = f"transformers' {drop_path.__name__}"
+        return Residual(norm, "drop_path", drop_path, known_as, casts_its_input, _width, _drop_path_scale)
+
+    _ATTENTION[original] = attention
+    _MLP[original] = mlp
+    if cosine is None:
+        residuals: tuple[Residual, ...] = (residual("layernorm_after", _casts_its_input),)
+    else:
+        residuals = residual("layernorm_before"), residual("layernorm_after")
+        _MASKED[original] = _times_masked(cosine)
+    _RESIDUALS[original] = residuals
+
+    def reason_to_skip(layer: Any) -> str | None:
+        if list(inspect.signature(original.forward).parameters)[1:] != list(takes):
+            return f"the forward of {original.__name__} does not take what it does in transformers 5"
+        reason = _why_not_attention(layer)
+        if reason is None:
+            bias = _position_bias(layer)
+            if differs(bias.relative_position_index.flatten(), window_index(bias.window_size).flatten()):
+                reason = "relative_position_index holds other values than transformers'"
+        return reason
+
+    attention_part = window_attention_part(
+        _qkv_weight,
+        _map_size,
+        _attention_arguments,
+        _dropout_p,
+        lambda layer: replaced_forward(layer) or _why_not_attention(layer),
+    )
+    return Adapter(
+        NAME,
+        original,
+        accelerated,
+        reason_to_skip=reason_to_skip,
+        parts=(attention_part, *(r.part(lambda layer: _out(layer).weight) for r in residuals)),
+        input_shape=lambda layer: (*_map_size(layer), _width(layer)),
+        weight=lambda layer: _out(layer).weight,
+        run=_run_with_size,
+    )
+
+
+def merging_adapter(original: type[nn.Module], accelerated: type[nn.Module]) -> Adapter:
+    """That of a class of patch merging, of v2 if the accelerated one is."""
+    how = _MERGING_V2 if issubclass(accelerated, PostNormMerging) else _MERGING
+    return how.adapter(
+        NAME, original, accelerated, lambda merging: (6, 5, merging.reduction.in_features // 4), run=_run_with_size
+    )

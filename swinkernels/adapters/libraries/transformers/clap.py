@@ -1,0 +1,39 @@
+"""The audio encoder of CLAP of transformers 5: its layers and patch merging on this package's ops."""
+
+from __future__ import annotations
+
+from transformers.models.clap.modeling_clap import (
+    ClapAudioAttention,
+    ClapAudioIntermediate,
+    ClapAudioLayer,
+    ClapAudioPatchMerging,
+    ClapDropPath,
+)
+
+from swinkernels.adapters.libraries.transformers._layers import (
+    PreNormLayerOfAnyMap,
+    PreNormMerging,
+    layer_adapter,
+    merging_adapter,
+)
+
+
+class AcceleratedClapAudioLayer(PreNormLayerOfAnyMap, ClapAudioLayer):  # type: ignore[misc]  # its annotation of the result is too narrow
+    """transformers' layer on ops."""
+
+
+class AcceleratedClapAudioPatchMerging(PreNormMerging, ClapAudioPatchMerging):
+    """transformers' patch merging on an op where a fast backend has it."""
+
+
+ADAPTERS = (
+    layer_adapter(
+        ClapAudioLayer,
+        AcceleratedClapAudioLayer,
+        ClapAudioAttention,
+        ClapAudioIntermediate,
+        ClapDropPath,
+        ("hidden_states", "input_dimensions", "output_attentions", "always_partition"),
+    ),
+    merging_adapter(ClapAudioPatchMerging, AcceleratedClapAudioPatchMerging),
+)

@@ -1,0 +1,39 @@
+"""The Swin encoder of Donut of transformers 5: its layers and patch merging on this package's ops."""
+
+from __future__ import annotations
+
+from transformers.models.donut.modeling_donut_swin import (
+    DonutDropPath,
+    DonutSwinAttention,
+    DonutSwinIntermediate,
+    DonutSwinLayer,
+    DonutSwinPatchMerging,
+)
+
+from swinkernels.adapters.libraries.transformers._layers import (
+    PreNormLayerOfAnyMap,
+    PreNormMerging,
+    layer_adapter,
+    merging_adapter,
+)
+
+
+class AcceleratedDonutSwinLayer(PreNormLayerOfAnyMap, DonutSwinLayer):  # type: ignore[misc]  # its annotation of the result is too narrow
+    """transformers' layer on ops."""
+
+
+class AcceleratedDonutSwinPatchMerging(PreNormMerging, DonutSwinPatchMerging):
+    """transformers' patch merging on an op where a fast backend has it."""
+
+
+ADAPTERS = (
+    layer_adapter(
+        DonutSwinLayer,
+        AcceleratedDonutSwinLayer,
+        DonutSwinAttention,
+        DonutSwinIntermediate,
+        DonutDropPath,
+        ("hidden_states", "input_dimensions", "output_attentions", "always_partition"),
+    ),
+    merging_adapter(DonutSwinPatchMerging, AcceleratedDonutSwinPatchMerging),
+)

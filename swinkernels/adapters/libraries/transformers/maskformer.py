@@ -1,0 +1,47 @@
+"""The Swin backbone of MaskFormer of transformers 5: its layers and patch merging on this package's ops."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers.models.maskformer.modeling_maskformer_swin import (
+    MaskFormerDropPath,
+    MaskFormerSwinAttention,
+    MaskFormerSwinIntermediate,
+    MaskFormerSwinLayer,
+    MaskFormerSwinPatchMerging,
+)
+
+from swinkernels.adapters.libraries.transformers._layers import (
+    PreNormLayer,
+    PreNormMerging,
+    layer_adapter,
+    merging_adapter,
+)
+
+
+class AcceleratedMaskFormerSwinLayer(PreNormLayer, MaskFormerSwinLayer):
+    """transformers' layer on ops. Its windows never change, and small maps are padded up to them."""
+
+    def forward(
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: bool = False
+    ) -> tuple[Tensor, ...]:
+        if output_attentions or not self._is_ours(hidden_states, input_dimensions):
+            return MaskFormerSwinLayer.forward(self, hidden_states, input_dimensions, output_attentions)
+        return (self._both_halves(hidden_states, input_dimensions),)
+
+
+class AcceleratedMaskFormerSwinPatchMerging(PreNormMerging, MaskFormerSwinPatchMerging):
+    """transformers' patch merging on an op where a fast backend has it."""
+
+
+ADAPTERS = (
+    layer_adapter(
+        MaskFormerSwinLayer,
+        AcceleratedMaskFormerSwinLayer,
+        MaskFormerSwinAttention,
+        MaskFormerSwinIntermediate,
+        MaskFormerDropPath,
+        ("hidden_states", "input_dimensions", "output_attentions"),
+    ),
+    merging_adapter(MaskFormerSwinPatchMerging, AcceleratedMaskFormerSwinPatchMerging),
+)

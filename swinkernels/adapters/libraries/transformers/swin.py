@@ -1,0 +1,47 @@
+"""Swin of transformers 5: its layers and patch merging on this package's ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.models.swin.modeling_swin import SwinAttention, SwinDropPath, SwinLayer, SwinMLP, SwinPatchMerging
+
+from swinkernels.adapters.bypass import child
+from swinkernels.adapters.libraries.transformers._layers import (
+    PreNormLayer,
+    PreNormMerging,
+    layer_adapter,
+    merging_adapter,
+)
+
+
+class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
+    """transformers' layer on ops. Its attention weights are None, as they are of "sdpa"."""
+
+    def forward(  # type: ignore[override]  # its annotation says that it returns one tensor
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if any(kwargs.get(name) for name in ("output_attentions", "is_causal")) or not self._is_ours(
+            hidden_states, input_dimensions, always_partition
+        ):
+            return SwinLayer.forward(self, hidden_states, input_dimensions, always_partition, **kwargs)  # type: ignore[return-value]
+        s, z = self._attention_half(hidden_states, input_dimensions)
+        return child(self, "dropout")(child(self, "mlp")(z)) + s, None
+
+
+class AcceleratedSwinPatchMerging(PreNormMerging, SwinPatchMerging):
+    """transformers' patch merging on an op where a fast backend has it."""
+
+
+ADAPTERS = (
+    layer_adapter(
+        SwinLayer,
+        AcceleratedSwinLayer,
+        SwinAttention,
+        SwinMLP,
+        SwinDropPath,
+        ("hidden_states", "input_dimensions", "always_partition", "kwargs"),
+    ),
+    merging_adapter(SwinPatchMerging, AcceleratedSwinPatchMerging),
+)

@@ -1,0 +1,41 @@
+"""Swin2SR of transformers 5: its layers and patch merging on this package's ops."""
+
+from __future__ import annotations
+
+from transformers.models.swin2sr.modeling_swin2sr import (
+    Swin2SRAttention,
+    Swin2SRDropPath,
+    Swin2SRIntermediate,
+    Swin2SRLayer,
+    Swin2SRPatchMerging,
+    Swin2SRSelfAttention,
+)
+
+from swinkernels.adapters.libraries.transformers._layers import (
+    PostNormLayer,
+    PostNormMerging,
+    layer_adapter,
+    merging_adapter,
+)
+
+
+class AcceleratedSwin2SRLayer(PostNormLayer, Swin2SRLayer):  # type: ignore[misc]  # its annotation of the result is too narrow
+    """transformers' layer on ops."""
+
+
+class AcceleratedSwin2SRPatchMerging(PostNormMerging, Swin2SRPatchMerging):
+    """transformers' patch merging on an op where a fast backend has it."""
+
+
+ADAPTERS = (
+    layer_adapter(
+        Swin2SRLayer,
+        AcceleratedSwin2SRLayer,
+        Swin2SRAttention,
+        Swin2SRIntermediate,
+        Swin2SRDropPath,
+        ("hidden_states", "input_dimensions", "output_attentions"),
+        Swin2SRSelfAttention,
+    ),
+    merging_adapter(Swin2SRPatchMerging, AcceleratedSwin2SRPatchMerging),
+)

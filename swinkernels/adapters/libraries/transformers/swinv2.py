@@ -1,0 +1,41 @@
+"""Swin v2 of transformers 5: its layers and patch merging on this package's ops."""
+
+from __future__ import annotations
+
+from transformers.models.swinv2.modeling_swinv2 import (
+    Swinv2Attention,
+    Swinv2DropPath,
+    Swinv2Intermediate,
+    Swinv2Layer,
+    Swinv2PatchMerging,
+    Swinv2SelfAttention,
+)
+
+from swinkernels.adapters.libraries.transformers._layers import (
+    PostNormLayer,
+    PostNormMerging,
+    layer_adapter,
+    merging_adapter,
+)
+
+
+class AcceleratedSwinv2Layer(PostNormLayer, Swinv2Layer):  # type: ignore[misc]  # its annotation of the result is too narrow
+    """transformers' layer on ops."""
+
+
+class AcceleratedSwinv2PatchMerging(PostNormMerging, Swinv2PatchMerging):
+    """transformers' patch merging on an op where a fast backend has it."""
+
+
+ADAPTERS = (
+    layer_adapter(
+        Swinv2Layer,
+        AcceleratedSwinv2Layer,
+        Swinv2Attention,
+        Swinv2Intermediate,
+        Swinv2DropPath,
+        ("hidden_states", "input_dimensions", "output_attentions"),
+        Swinv2SelfAttention,
+    ),
+    merging_adapter(Swinv2PatchMerging, AcceleratedSwinv2PatchMerging),
+)

@@ -1,0 +1,60 @@
+"""A window attention of Microsoft's form, v1 or v2, that several libraries copied: where it keeps its parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def resembles_attention(attn: nn.Module | None) -> bool:
+    """Whether a module keeps what a window attention of Microsoft's form, v1 or v2, keeps."""
+    if attn is None or isinstance(attn, torch.jit.ScriptModule):
+        return False
+    has_bias = "relative_position_bias_table" in attn._parameters or (
+        "cpb_mlp" in attn._modules and "logit_scale" in attn._parameters
+    )
+    return has_bias and all(name in attn._modules for name in ("qkv", "proj")) and hasattr(attn, "num_heads")
+
+
+def is_cosine(attn: nn.Module) -> bool:
+    return "logit_scale" in attn._parameters
+
+
+def qkv_bias(attn: Any) -> Tensor | None:
+    if attn.qkv.bias is not None or getattr(attn, "q_bias", None) is None:
+        return attn.qkv.bias
+    return torch.cat([attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias])
+
+
+def qkv_of(attn: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    return attn.qkv(x) if bias is attn.qkv.bias else F.linear(x, attn.qkv.weight, bias)
+
+
+def bias_table(attn: Any) -> Tensor:
+    """(prod(2 * window - 1), num_heads)"""
+    if not is_cosine(attn):
+        return attn.relative_position_bias_table
+    return 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).reshape(-1, attn.num_heads))
+
+
+def score_factor(attn: Any) -> dict[str, Any]:
+    """The op's arguments for it: v1's or v2's."""
+    return {"logit_scale": attn.logit_scale} if is_cosine(attn) else {"scale": getattr(attn, "scale", None)}
+
+
+def dropout_p(attn: Any) -> float:
+    return getattr(attn._modules.get("attn_drop"), "p", 0.0)
+
+
+def dropout_at_call(attn: Any) -> float:
+    drop = attn._modules.get("attn_drop")
+    return dropout_p(attn) if drop is not None and drop.training else 0.0
+
+
+def projected(attn: Any, out: Tensor) -> Tensor:
+    drop = attn._modules.get("proj_drop")
+    out = attn.proj(out)
+    return out if drop is None else drop(out)

@@ -1,0 +1,226 @@
+"""Residual connections with their norms, and patch merging, as libraries have them, on ops where a fast backend runs
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinkernels.adapters.adapter import Adapter
+from swinkernels.adapters.bypass import (
+    child,
+    class_of,
+    first_weight,
+    replaced_forward,
+    why_not_absorbed,
+    why_not_linear,
+    why_not_norm,
+)
+from swinkernels.adapters.part import Part, norm_part
+from swinkernels.ops import layer_norm, patch_merging, residual_layer_norm, residual_post_norm
+from swinkernels.ops._backends import fast_backend, norm_reasons, patch_merging_reasons, residual_reasons
+from swinkernels.ops._library import autocast_dtype
+
+
+def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that torch's LayerNorm returns where x is, for a dtype: autocast runs it in float32, but on a CPU."""
+    return torch.float32 if autocast_dtype(x) is not None and x.device.type != "cpu" else dtype
+
+
+def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
+    """A norm whose result only a Linear reads: under autocast, in the dtype to which that would cast it."""
+    norm, dtype = child(block, name), autocast_dtype(x)
+    if dtype is None:
+        return norm(x)
+    of = "layer_norm", width, (x.dtype, dtype)
+    backend = fast_backend(block._swinkernels_backend, norm_reasons, x.device, *of)
+    if backend is None or why_not_norm(name, norm, width) is not None:
+        return norm(x)
+    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, backend=backend)
+
+
+def norm_row(norm: str) -> Callable[[Any], int]:
+    """How to ask a block how long the rows of a norm of its are; 0 if that is not known."""
+
+    def row(block: Any) -> int:
+        shape = getattr(child(block, norm), "normalized_shape", ())
+        return shape[-1] if shape else 0
+
+    return row
+
+
+def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What timm's DropPath would multiply each sample of y, in that dtype, by: the same random numbers. None for 1."""
+    if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
+        return None
+    keep = 1 - drop_path.drop_prob
+    scale = y.new_empty(y.shape[0], dtype=dtype).bernoulli_(keep)
+    return scale.div_(keep) if keep > 0.0 and drop_path.scale_by_keep else scale
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A residual connection of a block and the norm next to it, in one op."""
+
+    # The names of the block's modules; there is no drop_path where the branch itself ends with it.
+    norm: str
+    drop_path: str | None = None
+    # The library's DropPath, and how a reader knows it. An nn.Identity stands for p = 0.
+    kind: type[nn.Module] = nn.Identity
+    known_as: str = "an nn.Identity"
+    # Whether the first thing that happens to the norm's result under autocast is a Linear's cast, seen by nobody.
+    casts_its_input: Callable[[Any], bool] = lambda block: False
+    # The channels of the block.
+    width: Callable[[Any], int] = lambda block: block.dim
+    # What the library's DropPath multiplies each sample of a branch by, drawn as it draws.
+    scale: Callable[[Any, Tensor, torch.dtype], Tensor | None] = drop_path_scale
+
+    def why_not(self, block: Any) -> str | None:
+        """Why it has to be the library's own code at present, or None."""
+        reason = why_not_norm(self.norm, child(block, self.norm), self.width(block))
+        if reason is not None or self.drop_path is None:
+            return reason
+        drop = child(block, self.drop_path)
+        kind = nn.Identity if class_of(drop) is nn.Identity else self.kind
+        return why_not_absorbed(self.drop_path, drop, kind, self.known_as)
+
+    def add_then_norm(self, block: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The residual stream s = x + drop_path(y) and norm(s), or None where the library's own code has to run."""
+        # The op returns s in the dtype of x, and the norm in that of y, under autocast a narrower one than norm's.
+        if torch.promote_types(x.dtype, y.dtype) != x.dtype or not (
+            y.dtype == norm_dtype(x, x.dtype) or (y.dtype == autocast_dtype(x) and self.casts_its_input(block))
+        ):
+            return None
+        backend = self._backend(block, x, y)
+        if backend is None:
+            return None
+        norm, d = child(block, self.norm), self._drawn(block, y, y.dtype)
+        return residual_layer_norm(x, y, norm.weight, norm.bias, eps=norm.eps, drop_path_scale=d, backend=backend)
+
+    def add_normed(self, block: Any, x: Tensor, y: Tensor) -> Tensor | None:
+        """x + drop_path(norm(y)), or None where the library's own code has to run."""
+        dtype = norm_dtype(y, y.dtype)
+        if torch.promote_types(x.dtype, dtype) != x.dtype:  # the dtype in which the op returns the sum
+            return None
+        backend = self._backend(block, x, y)
+        if backend is None:
+            return None
+        norm, d = child(block, self.norm), self._drawn(block, y, dtype)
+        return residual_post_norm(x, y, norm.weight, norm.bias, eps=norm.eps, drop_path_scale=d, backend=backend)
+
+    def _drawn(self, block: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
+        return None if self.drop_path is None else self.scale(child(block, self.drop_path), y, dtype)
+
+    def _backend(self, block: Any, x: Tensor, y: Tensor) -> str | None:
+        of = self.width(block), (x.dtype, y.dtype)
+        backend = fast_backend(block._swinkernels_backend, residual_reasons, x.device, *of)
+        return None if backend is None or self.why_not(block) is not None else backend
+
+    def part(self, weight: Callable[[Any], Tensor]) -> Part:
+        """For the adapter; ``weight`` gives one with the block's dtype and device."""
+        return norm_part(
+            "residual and norm",
+            weight,
+            residual_reasons,
+            lambda block: (self.width(block),),
+            lambda block: replaced_forward(block) or self.why_not(block),
+        )
+
+
+def why_no_residual(residuals: Sequence[Residual], block: Any) -> str | None:
+    """Why the library's own code has to run all of a block's residual connections, or None."""
+    reasons = [residual.why_not(block) for residual in residuals]
+    return None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
+
+
+def residuals_adapter(
+    name: str,
+    original: type[nn.Module],
+    accelerated: type[nn.Module],
+    residuals: Sequence[Residual],
+    attention_size: Callable[[Any], tuple[int, ...]],
+    **options: Any,
+) -> Adapter:
+    """That of a library's block whose attention has an adapter of its own.
+
+    ``attention_size`` is the map that ``block.attn`` was made for; ``options`` are other fields of :class:`Adapter`.
+    """
+    return Adapter(
+        name,
+        original,
+        accelerated,
+        reason_to_skip=lambda block: why_no_residual(residuals, block),
+        parts=tuple(residual.part(first_weight) for residual in residuals),
+        input_shape=lambda block: (*attention_size(block.attn), residuals[-1].width(block)),
+        weight=first_weight,
+        looks_inside=True,
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Patch merging by modules ``norm`` and ``reduction``, in one op."""
+
+    # "pre" (v1): the norm comes before the reduction, or "post" (v2): after it.
+    norm: str
+    # The rows that are normalised, for a merging.
+    width: Callable[[Any], int]
+    # The order of the neighbours' channels for a map of so many axes, as the op knows it.
+    order: Callable[[int], str] = lambda axes: "swin"
+    # Why a merging does something else than that at present, or None.
+    why_not_usual: Callable[[Any], str | None] = lambda merging: None
+
+    def why_not(self, merging: Any) -> str | None:
+        """Why it has to be the library's own code at present, or None."""
+        unusual = self.why_not_usual(merging)
+        if unusual is not None:
+            return unusual
+        reduction = child(merging, "reduction")
+        reason = why_not_linear("reduction", reduction)
+        if reason is None and reduction.bias is not None:
+            reason = "reduction has a bias"
+        return reason or why_not_norm("norm", child(merging, "norm"), self.width(merging))
+
+    def run(self, merging: Any, x: Tensor) -> Tensor | None:
+        """The merged map by the op, or None where the library's own code has to run."""
+        low = autocast_dtype(x)
+        reduced = x.dtype if low is None else low
+        dtypes = (x.dtype, reduced) if self.norm == "pre" else (reduced, x.dtype if low is None else torch.float32)
+        of = self.norm, self.width(merging), dtypes
+        backend = fast_backend(merging._swinkernels_backend, patch_merging_reasons, x.device, *of)
+        if backend is None or self.why_not(merging) is not None:
+            return None
+        norm, weight = child(merging, "norm"), child(merging, "reduction").weight
+        order = self.order(x.dim() - 2)
+        out = patch_merging(
+            x, norm.weight, norm.bias, weight, eps=norm.eps, order=order, norm=self.norm, backend=backend
+        )
+        return out if self.norm == "pre" else out.to(norm_dtype(x, reduced))
+
+    def part(self) -> Part:
+        """For the adapter."""
+        return norm_part(
+            "patch merging",
+            lambda merging: merging.reduction.weight,
+            patch_merging_reasons,
+            lambda merging: (self.norm, self.width(merging)),
+            lambda merging: replaced_forward(merging) or self.why_not(merging),
+        )
+
+    def adapter(
+        self,
+        name: str,
+        original: type[nn.Module],
+        accelerated: type[nn.Module],
+        input_shape: Callable[[Any], tuple[int, ...]],
+        **options: Any,
+    ) -> Adapter:
+        """That of a library's merging; ``options`` are other fields of :class:`Adapter`."""
+        given = {"reason_to_skip": self.why_not, "weight": lambda merging: merging.reduction.weight, **options}
+        return Adapter(name, original, accelerated, parts=(self.part(),), input_shape=input_shape, **given)

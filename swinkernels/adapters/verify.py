@@ -1,0 +1,111 @@
+"""A replaced module beside the original one, on random numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from swinkernels.adapters.adapter import Adapter, restore_class, swap_class
+from swinkernels.adapters.bypass import remove_hooks
+
+_BATCH = 2  # a wrong stride between images shows from the second on
+
+
+class VerificationError(RuntimeError):
+    """The accelerated module does not compute what the original one does."""
+
+
+def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, backend: str) -> None:
+    """Raise VerificationError unless the accelerated module's output and gradients are as good as the original's.
+
+    Both run on copies without hooks, in eval mode, on the same random map; the judge is the original in float64. The
+    accelerated error may be at most twice the original's (four times in gradients of parameters in float32 and float64;
+    more for a few elements), plus what rounding the result to the dtype costs, plus twice the change that moving the
+    input and the parameters by an eps makes. A gradient that is zero may be a rounding of the largest one. The module,
+    its gradients and the state of every random number generator stay as they are.
+
+    Args:
+        adapters: of the modules that are about to be accelerated, this one and those inside it among them.
+        path, module: which one to look at.
+        backend: what accelerate was asked for.
+    """
+    adapter = adapters[module]
+    weight = adapter.weight(module)
+    if weight.is_meta:
+        raise ValueError(f"accelerate: verify=True needs parameters with values, those of {path!r} are on meta")
+    dtype, device = weight.dtype, weight.device
+    shape = (_BATCH, *adapter.input_shape(module))
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        generator = torch.Generator("cpu").manual_seed(0)
+        x = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+        plain = copy.deepcopy(module).eval().requires_grad_(True)
+        for m in plain.modules():
+            restore_class(m)
+        remove_hooks(plain)
+        fast = copy.deepcopy(plain)
+        for m, m_of_fast in zip(module.modules(), fast.modules(), strict=True):
+            if m in adapters:
+                swap_class(adapters[m], m_of_fast, backend)
+        plain64 = copy.deepcopy(plain).to(torch.float64)
+        with torch.no_grad():
+            dout = torch.randn(adapter.run(plain, x).shape, generator=generator, device="cpu").to(device, dtype)
+        shaken64 = copy.deepcopy(plain64)
+        shaken_x = _shake(x.double(), dtype, generator)
+        for p in shaken64.parameters():
+            p.data = _shake(p.data, dtype, generator)
+        results = [
+            _run(adapter, m, x_of_m, dout.to(x_of_m.dtype))
+            for m, x_of_m in ((fast, x), (plain, x), (shaken64, shaken_x), (plain64, x.double()))
+        ]
+    exact = results[-1]
+    largest = max(t.abs().max().item() for t in exact.values() if t.numel() > 0)
+    for name in exact:
+        _check(path, name, *(result[name] for result in results), largest=largest)
+
+
+def _shake(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """x, in float64, with every element moved up or down by the eps of the dtype."""
+    up = torch.randint(0, 2, x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
+    return x * (1 + torch.finfo(dtype).eps * (2 * up - 1))
+
+
+def _run(adapter: Adapter, module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    out = adapter.run(module, x)
+    leaves = {"the input": x, **dict(module.named_parameters())}
+    grads = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
+    gradients = {f"the gradient of {name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
+    return {"the output": out.detach(), **gradients}
+
+
+def _check(path: str, name: str, got: Tensor, plain: Tensor, shaken: Tensor, exact: Tensor, *, largest: float) -> None:
+    finite = plain.isfinite()  # timm's v2 divides 0 by 0 in float16 for what it pads
+    got, plain, shaken, exact = got[finite], plain[finite], shaken[finite], exact[finite]
+    if got.numel() == 0:
+        return
+    eps = torch.finfo(got.dtype).eps
+    # Sums of a thousand terms, which may cancel, round by their order too, in float32 beside the last rounding of the
+    # result, and in float64, which has no wider judge, beside nothing else.
+    rounding = {torch.float64: 256, torch.float32: 4}.get(got.dtype, 1) * eps
+    # The gradient of a parameter sums over all tokens, in another order here. That of v2's position MLP passes through
+    # a table of a few dozen such sums, which cancel: the error of one of them is in all of its elements.
+    of_parameter = name.startswith("the gradient of") and not name.endswith("the input")
+    times = 4 if of_parameter and got.dtype in (torch.float32, torch.float64) else 2
+    # The rounding errors of a few elements, such as one for each head, say little of how large others may be.
+    few = 1 + 20 / got.numel()
+    # Large scores and sums that cancel magnify every rounding, and the two do not round at the same places.
+    error, base, magnified = got.double() - exact, plain.double() - exact, shaken - exact
+    for measure, of in (("RMS", lambda t: t.square().mean().sqrt()), ("largest", lambda t: t.abs().max())):
+        size = of(exact).item()
+        if size < 1e-9 * largest:
+            size = largest  # terms that cancel, such as the gradient of a constant in all scores, leave their roundings
+        e, limit = of(error).item(), few * ((times * of(base) + 2 * of(magnified)).item() + rounding * size)
+        if not e <= limit:  # NaN fails
+            where = path or "the model itself"
+            raise VerificationError(
+                f"accelerate: {where}: {name} is off by {e:.3g} ({measure} error against float64); "
+                f"{limit:.3g} is allowed, the original is off by {of(base).item():.3g}. The model was left as it was."
+            )
