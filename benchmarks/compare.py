@@ -129,7 +129,7 @@ def grown(
         larger = [f"{name} {of_old.get(name, 0)} to {n}" for name, n in of.items() if n > of_old.get(name, 0)]
         growth = f"{new / old - 1:.1%}" if old else "from none"
         lines.append(
-            f"{row['arch']} {row['kernel']}, {row['case']}: {old} to {new} instructions ({growth})"
+            f"{row['arch']} {row['kernel']}, {row['case']}: {old} to {new} ({growth})"
             + (f": {', '.join(larger)}" if larger else "")
         )
     if not compared:

@@ -4,8 +4,8 @@
 ``results/cpu_instructions.csv``, because times of a busy machine tell nothing. Counts are the same in every run.
 
 avx2    executed instructions of one call, on one thread, by valgrind's callgrind: ``cpu_kernels.cpp`` makes the calls.
-avx512  valgrind does not run it, and neither does every machine. So instructions are counted where they stand, in the
-        innermost loops of each function's machine code: what is added to a loop, or no longer stays out of it, is seen.
+avx512  valgrind does not run it, and neither does every machine. So instructions are counted where they stand: how many
+        innermost loops each function's machine code has, and how long each of them is.
 
 A count holds for one compiler: that of another is no base to compare with.
 """
@@ -31,6 +31,7 @@ from benchmarks import compare
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 BASELINE = ROOT / "benchmarks" / "results" / "cpu_instructions.csv"
+ARCHS = ("avx2", "avx512")
 KEYS = ("arch", "kernel", "case", "compiler")
 OBJECTS = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "csrc/kernels/cpu"
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # DType of csrc/params
@@ -54,6 +55,7 @@ class Case:
     bias: str = "table"
     cosine: bool = False  # v2
     batch: int = 1
+    has_all_dtypes: bool = False  # otherwise float32 alone
 
     def numbers(self, direction: str, dtype: str) -> str:
         """Call of cpu_kernels.cpp."""
@@ -64,7 +66,7 @@ class Case:
 
 CASES = [
     Case("swin 7x7", (1, 14, 14), (1, 7, 7)),
-    Case("swin 7x7 shifted", (1, 14, 14), (1, 7, 7), (0, 3, 3)),
+    Case("swin 7x7 shifted", (1, 14, 14), (1, 7, 7), (0, 3, 3), has_all_dtypes=True),
     Case("swin 7x7 padded", (1, 13, 9), (1, 7, 7)),
     Case("swin 7x7 dense bias", (1, 14, 14), (1, 7, 7), bias="dense"),
     Case("swin_v2 8x8 shifted", (1, 16, 16), (1, 8, 8), (0, 4, 4), cosine=True),
@@ -128,7 +130,7 @@ def short_name(function: str) -> str:
 
 
 def own_costs(dump: str) -> Counter[str]:
-    """The instructions of each function itself, in a file that callgrind wrote."""
+    """The instructions of each function itself, by its short name, in a file that callgrind wrote."""
     names: dict[str, str] = {}
     costs: Counter[str] = Counter()
     function, skips = "", False
@@ -143,7 +145,7 @@ def own_costs(dump: str) -> Counter[str]:
             skips = True  # the next line has the cost of the call
         elif re.match(r"[+\-*\d]", line):
             if not skips:
-                costs[function] += int(line.split()[1])
+                costs[short_name(function)] += int(line.split()[1])
             skips = False
     return costs
 
@@ -167,8 +169,8 @@ def count_avx2(of: Sequence[Path], calls: Sequence[tuple[str, Case, str]]) -> It
 # --- avx512: disassembly ---------------------------------------------------------------------------------------------
 
 
-def innermost_loops(instructions: Sequence[tuple[int, str]]) -> int:
-    """How many instructions stand in the innermost loops of a function, given as (address, text)."""
+def innermost_loops(instructions: Sequence[tuple[int, str]]) -> list[int]:
+    """How many instructions each innermost loop of a function has, which is given as (address, text)."""
     addresses = [address for address, _ in instructions]
     ends: dict[int, int] = {}  # of loops, by the address of their first instruction
     for address, text in instructions:
@@ -176,88 +178,90 @@ def innermost_loops(instructions: Sequence[tuple[int, str]]) -> int:
         if jump is not None and addresses[0] <= int(jump[1], 16) <= address:
             head = int(jump[1], 16)
             ends[head] = max(ends.get(head, 0), address)
-    innermost = {
-        (head, end)
-        for head, end in ends.items()
+    return [
+        sum(head <= address <= end for address in addresses)
+        for head, end in sorted(ends.items())
         if not any(other != head and head <= other and last <= end for other, last in ends.items())
-    }
-    return sum(any(head <= address <= end for head, end in innermost) for address in addresses)
+    ]
 
 
-def count_loops(path: Path) -> Counter[str]:
-    """The instructions in the innermost loops of each function of an object."""
-    counts: Counter[str] = Counter()
+def count_loops(path: Path) -> dict[str, list[int]]:
+    """The instructions of each innermost loop, longest first, of each function of an object."""
+    loops: dict[str, list[int]] = {}
     function, instructions = "", []
     listing = _output(_tool("objdump"), "--disassemble", "--demangle", "--no-show-raw-insn", path)
     for line in (*listing.splitlines(), "0 <>:"):
         start = re.match(r"[0-9a-f]+ <(.*)>:$", line)
         if start is not None:
             if instructions:
-                counts[short_name(function)] += innermost_loops(instructions)
+                loops.setdefault(short_name(function), []).extend(innermost_loops(instructions))
             function, instructions = start[1], []
             continue
         instruction = re.match(r"\s*([0-9a-f]+):\s+(.+)", line)
         if instruction is not None:
             instructions.append((int(instruction[1], 16), instruction[2]))
-    return +counts
+    return {name: sorted(sizes, reverse=True) for name, sizes in sorted(loops.items()) if sizes}
 
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
 
 
-def count() -> list[dict[str, Any]]:
-    """A row for each call of the AVX2 kernels, and one for each function of the AVX-512 kernels."""
-    of = objects()
-    rows = []
+def _row(arch: str, kernel: str, case: str, costs: Counter[str], of: str) -> dict[str, Any]:
+    total = costs.total()
+    parts = [f"{name}: {cost}" for name, cost in costs.most_common() if cost > 0.01 * total]
+    return {
+        "arch": arch,
+        "kernel": kernel,
+        "case": case,
+        "instructions": total,
+        "of_functions": "; ".join(parts) if len(costs) > 1 else "",
+        "compiler": of,
+    }
+
+
+def count(arch: str) -> list[dict[str, Any]]:
+    """A row for each call of the AVX2 kernels, or for each function of the AVX-512 kernels."""
+    if os.uname().machine != "x86_64":
+        raise Missing(f"{arch} kernels are those of x86_64, and this is {os.uname().machine}")
+    found = objects()
+    path = OBJECTS / f"window_attention_{arch}.o"
+    of = compiler(path)
+    if arch == "avx512":
+        loops = count_loops(path).items()
+        return [
+            _row(arch, name, case, Counter({name: number}), of)
+            for name, sizes in loops
+            for case, number in {
+                "number of innermost loops": len(sizes),
+                **{f"innermost loop {i} of {len(sizes)}, longest first": n for i, n in enumerate(sizes, 1)},
+            }.items()
+        ]
     calls = [
         (direction, case, dtype)
         for case in CASES
         for direction in ("forward", "backward")
-        for dtype in (DTYPES if case is CASES[1] else ("float32",))
+        for dtype in (DTYPES if case.has_all_dtypes else ("float32",))
     ]
-    by_call = compiler(OBJECTS / "window_attention_avx2.o")
-    for (direction, case, dtype), costs in zip(calls, count_avx2(of, calls), strict=True):
-        by_name: Counter[str] = Counter()
-        for function, cost in costs.items():
-            by_name[short_name(function)] += cost
-        total = sum(by_name.values())
-        parts = "; ".join(f"{name}: {cost}" for name, cost in by_name.most_common() if cost > 0.01 * total)
-        rows.append(
-            {
-                "arch": "avx2",
-                "kernel": f"window_attention {direction}",
-                "case": f"{case.name} {dtype}",
-                "instructions": total,
-                "of_functions": parts,
-                "compiler": by_call,
-            }
-        )
-    path = OBJECTS / "window_attention_avx512.o"
-    by_function = compiler(path)
-    for name, instructions in sorted(count_loops(path).items()):
-        rows.append(
-            {
-                "arch": "avx512",
-                "kernel": name,
-                "case": "innermost loops",
-                "instructions": instructions,
-                "of_functions": "",
-                "compiler": by_function,
-            }
-        )
-    return rows
+    return [
+        _row(arch, f"window_attention {direction}", f"{case.name} {dtype}", costs, of)
+        for (direction, case, dtype), costs in zip(calls, count_avx2(found, calls), strict=True)
+    ]
 
 
-def against_baseline() -> int:
-    """Prints which kernels grew; 1 if any did, 2 if nothing can be compared."""
-    try:
-        rows = count()
-        lines = compare.grown(rows, compare.read_baseline(BASELINE), KEYS)
-    except (Missing, compare.NoBaselineError) as error:
-        print(f"CPU kernels: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines) or f"CPU kernels: no count of {len(rows)} grew by over {compare.GROWTH:.0%}")
-    return 1 if lines else 0
+def against_baseline(archs: Sequence[str] = ARCHS) -> int:
+    """Prints which kernels grew; 1 if any did, else 2 if something cannot be compared."""
+    status = 0
+    for arch in archs:
+        try:
+            rows = count(arch)
+            lines = compare.grown(rows, compare.read_baseline(BASELINE), KEYS)
+        except (Missing, compare.NoBaselineError) as error:
+            print(f"{arch} kernels were not compared: {error}", file=sys.stderr)
+            status = status or 2
+            continue
+        print("\n".join(lines) or f"{arch} kernels: none of {len(rows)} counts grew by over {compare.GROWTH:.0%}")
+        status = 1 if lines else status
+    return status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -267,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help=f"write the counts into {BASELINE.relative_to(ROOT)}")
     options = parser.parse_args(arguments)
     try:
-        rows = count()
+        rows = [row for arch in ARCHS for row in count(arch)]
     except Missing as error:
         print(error, file=sys.stderr)
         return 2

@@ -15,9 +15,10 @@ def row(**changes: object) -> dict[str, object]:
     return {**row, "of_functions": "softmax: 600; matmul: 400", "compiler": "GCC 12", **changes}
 
 
-def test_no_kernel_grew():
+@pytest.mark.parametrize("arch", cpu_instructions.ARCHS)
+def test_no_kernel_grew(arch):
     try:
-        rows = cpu_instructions.count()
+        rows = cpu_instructions.count(arch)
         grown = compare.grown(rows, compare.read_baseline(cpu_instructions.BASELINE), KEYS)
     except (cpu_instructions.Missing, compare.NoBaselineError) as error:
         pytest.skip(str(error))
@@ -32,14 +33,14 @@ def test_counts_repeat():
         pytest.skip(str(error))
     assert first == second
     assert first.total() > 1000
-    assert any("backward_window" in function for function in first)
+    assert first["backward_window"] > 1000
 
 
 def test_growth_names_the_kernel_and_its_functions():
     before = [row(), row(case="8x8"), row(kernel="backward")]
     after = [row(instructions=1021, of_functions="softmax: 621; matmul: 400"), row(case="8x8", instructions=1020)]
     (line,) = compare.grown(after, before, KEYS)
-    assert "avx2 forward, 7x7: 1000 to 1021 instructions (2.1%)" in line
+    assert "avx2 forward, 7x7: 1000 to 1021 (2.1%)" in line
     assert "softmax 600 to 621" in line
     assert "matmul" not in line
     assert compare.grown([row(instructions=1)], before, KEYS) == []
@@ -71,7 +72,7 @@ def test_innermost_loops():
     texts = {0: "mov", 1: "add", 2: "vfmadd", 3: "vmul", 4: "jne    2 <f+0x2>", 5: "cmp", 6: "jl     1 <f+0x1>"}
     texts |= {7: "jmp    a <f+0xa>", 8: "sub", 9: "jne    8 <f+0x8>", 10: "jmp    900 <g>", 11: "ret"}
     # 2..4 within 1..6, and 8..9; jumps ahead and out of the function are none.
-    assert cpu_instructions.innermost_loops(list(texts.items())) == 5
+    assert cpu_instructions.innermost_loops(list(texts.items())) == [3, 2]
 
 
 @pytest.mark.parametrize(

@@ -223,8 +223,11 @@ def write_record(
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Worst)}
     if path.exists():
         for row in record.read_csv(path):
-            if int(row["calls_seed"]) != seed or int(row["first"]) + int(row["calls"]) != first:
-                sys.exit(f"{path} has calls from {row['first']} on, {row['calls']} of seed {row['calls_seed']}")
+            end = int(row["first"]) + int(row["calls"])
+            if int(row["calls_seed"]) != seed or end != first:
+                sys.exit(
+                    f"{path} has calls {row['first']} to {end - 1} of seed {row['calls_seed']}: go on or remove it"
+                )
             found = Worst(**{name: kind(row[name]) for name, kind in kinds.items()})
             worst.setdefault((row["dtype"], row["result"]), Worst()).add(found)
         first, calls, failed = int(row["first"]), calls + int(row["calls"]), failed + int(row["failed"])

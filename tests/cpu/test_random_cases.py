@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import record
 from swinkernels.ops import _backends
 from tests.cpu import random_cases
 from tests.cpu.random_cases import Layout, check, draw_call
 
-ROOT = Path(__file__).resolve().parents[2]
 MISSING = _backends.unavailable("cpu")
 needs_kernels = pytest.mark.skipif(MISSING is not None, reason=f"no CPU backend: {MISSING}")
 
@@ -95,13 +92,20 @@ def test_a_failure_prints_the_command_that_repeats_it(monkeypatch):
 
 
 @needs_kernels
-def test_the_command_adds_to_its_record(tmp_path):
-    def run(first: int) -> subprocess.CompletedProcess[str]:
-        arguments = ["--cases", "4", "--first", str(first), "--record", str(tmp_path / "record.csv")]
-        command = [sys.executable, "-m", "tests.cpu.random_cases", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-    result = run(10)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "4 calls in" in result.stdout
-    assert "0 failed" in result.stdout
+def test_the_command_adds_to_its_record(tmp_path, capsys):
+    path, threads = tmp_path / "record.csv", torch.get_num_threads()
+    try:
+        for first in (10, 14):
+            assert random_cases.main(["--cases", "4", "--first", str(first), "--record", str(path)]) == 0
+            assert "4 calls in" in capsys.readouterr().out
+        with pytest.raises(SystemExit, match="has calls 10 to 17 of seed 0"):
+            random_cases.main(["--cases", "1", "--first", "17", "--record", str(path)])
+    finally:
+        torch.set_num_threads(threads)
+    rows = record.read_csv(path)
+    _, expected = check(0, range(10, 18))
+    assert {(row["dtype"], row["result"]) for row in rows} == {*expected}
+    for row in rows:
+        found = expected[row["dtype"], row["result"]]
+        assert (int(row["first"]), int(row["calls"]), int(row["failed"])) == (10, 8, 0)
+        assert (int(row["results"]), int(row["rms_eps_of"])) == (found.results, found.rms_eps_of)
