@@ -251,7 +251,7 @@ def check_window_attention(
     The inputs named in ``constant`` have no gradient. ``errors``, if given, takes the error of each result.
 
     If ``cancels``, in small windows and in float32 (unless ``eps`` says that products are rounded), gradients are
-    judged against the size of the terms that cancel in them, and in float32 so is v2's output. So is dlogit_scale of a
+    judged against the size of the terms that cancel in them, and in float32 so is the output. So is dlogit_scale of a
     backend that rounds v2's unit rows to the dtype (``rounds_unit_rows``), for tensor cores: one number is left of
     terms that each carry that rounding. The gradients of a backend that rounds nothing before it adds them up in
     float32 (``sums_in_float32``) are judged by float32's eps where they stay in float32, whatever the dtype.
@@ -263,28 +263,29 @@ def check_window_attention(
     exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments(), constant)
 
     @functools.cache
-    def in_float32() -> dict[str, Tensor]:
-        single = {name: x.float() for name, x in inputs.items()}
-        return run_case(reference.window_attention_qkvpacked, single, case.arguments(), constant)
+    def single() -> dict[str, Tensor]:
+        of_float32 = {name: x.float() for name, x in inputs.items()}
+        return run_case(reference.window_attention_qkvpacked, of_float32, case.arguments(), constant)
 
-    terms = {}
+    def in_float32(name: str) -> Tensor:
+        return single()[name]
+
     is_single = dtype == torch.float32 and eps is None
     cancels = cancels or math.prod(case.window_tuple) < SMALL_WINDOW or is_single
-    by_terms = {name for name in got if name != "out" or is_single} if cancels else set()
-    if rounds_unit_rows:
-        by_terms.add("dlogit_scale")
-    if sums_in_float32:
-        by_terms |= {name for name in got if got[name].dtype == torch.float32}
-    if by_terms and case.batch > 0:
-        terms = cancelling_terms(case, wide, single=sums_in_float32 or is_single)
+
+    @functools.cache
+    def sizes(of_single: bool) -> dict[str, Tensor]:
+        return cancelling_terms(case, wide, single=of_single) if case.batch > 0 else {}
+
     for name in got:
-        of_single = sums_in_float32 and got[name].dtype == torch.float32
+        of_single = is_single or (sums_in_float32 and got[name].dtype == torch.float32)
+        by_terms = of_single or (cancels and name != "out") or (rounds_unit_rows and name == "dlogit_scale")
         error = assert_within_budget(
             got[name].cpu(),
             exact[name],
-            lambda name=name: in_float32()[name],
+            functools.partial(in_float32, name),
             eps=torch.finfo(torch.float32 if of_single else dtype).eps if eps is None else eps,
-            terms=terms.get(name) if name in by_terms else None,
+            terms=sizes(of_single).get(name) if by_terms else None,
             name=f"{case} {dtype} {name}",
         )
         if errors is not None:
