@@ -96,11 +96,10 @@ sanitize: gpu-build
 # In a folder of its own. Python's own flags make signed overflow wrap, which would hide it. torch does not free all that
 # it takes, and throws through a library that has to be there before the first exception.
 sanitizers := -fsanitize=address,undefined
+sanitized := $(sanitizers) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv
 cxx_library = $(shell $(or $(CXX),c++) -print-file-name=$(1))
 sanitize-cpu: $(torch_stamp)
-	$(in_venv) SWINKERNELS_BUILD=cpu LDFLAGS='$(sanitizers)' \
-		CFLAGS='$(sanitizers) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv' \
-		CXXFLAGS='$(sanitizers) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv' \
+	$(in_venv) SWINKERNELS_BUILD=cpu LDFLAGS='$(sanitizers)' CFLAGS='$(sanitized)' CXXFLAGS='$(sanitized)' \
 		$(run) setup.py build --build-base build/sanitized --build-lib build/sanitized/lib
 	LD_PRELOAD='$(call cxx_library,libasan.so) $(call cxx_library,libstdc++.so)' ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized/lib:. \
