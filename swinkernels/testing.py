@@ -253,10 +253,11 @@ def check_window_attention(
     The inputs named in ``constant`` have no gradient. ``errors``, if given, takes the error of each result.
 
     If ``cancels``, in small windows, in v2 of few channels and in float32 (unless ``eps`` says that products are
-    rounded), gradients are judged against the size of the terms that cancel in them, and in float32 so is the output. So
-    is dlogit_scale of a backend that rounds v2's unit rows to the dtype (``rounds_unit_rows``), for tensor cores: one
-    number is left of terms that each carry that rounding. The gradients of a backend that rounds nothing before it adds
-    them up in float32 (``sums_in_float32``) are judged by float32's eps where they stay in float32, whatever the dtype.
+    rounded), gradients are judged against the size of the terms that cancel in them, and in float32 so is the output.
+    So is dlogit_scale of a backend that rounds v2's unit rows to the dtype (``rounds_unit_rows``), for tensor cores:
+    one number is left of terms that each carry that rounding. The gradients of a backend that rounds nothing before it
+    adds them up in float32 (``sums_in_float32``) are judged by float32's eps where they stay in float32, whatever the
+    dtype.
     """
     inputs = case.inputs(dtype, seed=seed)
     on_device = {name: x.to(device) for name, x in inputs.items()}
