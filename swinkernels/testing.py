@@ -199,6 +199,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
             rounded = rounded + 2 * factor * (q @ k.transpose(-2, -1)).abs()
         # By half an eps of what a score is below the largest, such as a mask of -100.
         rounded = torch.maximum(rounded, -0.5 * probs.clamp(min=1e-300).log())
+        rounded = rounded + (probs * rounded).sum(-1, keepdim=True)  # and the sum that the softmax divides by
     dprobs = (dout @ v.transpose(-2, -1)).abs() * (1 + rounded)
     dscores = probs * (dprobs + (probs * dprobs).sum(-1, keepdim=True)) * real
     dq, dk = factor * dscores @ k.abs(), factor * dscores.transpose(-2, -1) @ q.abs()
