@@ -15,6 +15,8 @@ BASE ?= main
 BENCH ?= all --quick
 # Such as --tools initcheck.
 SANITIZE_ARGS ?=
+# How many random calls sanitize-cpu makes.
+CALLS ?= 10000
 
 export MAX_JOBS
 
@@ -27,7 +29,7 @@ kernels = $(if $(filter cpu,$(SWINKERNELS_BUILD)),CPU kernels; CUDA=1 adds the C
 run := $(VENV)/bin/python
 # The tests start ninja and other tools of the environment by name.
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
-cxx_files = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+cxx_files = $(shell find csrc benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 # $(call phase,name,what it does,command): one line, with the seconds that it took. The output goes to build/<name>.log,
 # which a failure names after the lines that tell most.
@@ -38,7 +40,7 @@ if { $(3); } > build/$(1).log 2>&1; then echo "$$(($$(date +%s) - start)) s"; el
 	tail -n 5 build/$(1).log | cut -c 1-300; echo 'The whole output: build/$(1).log'; exit 1; fi
 endef
 
-.PHONY: help demo test check coverage build docs bench lint types format gpu-build gpu-test gpu-bench gpu-variants sanitize clean
+.PHONY: help demo test check coverage build docs bench lint types format gpu-build gpu-test gpu-bench gpu-variants sanitize sanitize-cpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -54,6 +56,7 @@ help:
 	@echo 'make gpu-bench  build for this GPU and time the kernels against eager, torch.compile and SDPA'
 	@echo 'make gpu-variants  build and time variants of the kernels on this GPU'
 	@echo 'make sanitize   run the CUDA kernels under memcheck, racecheck and synccheck of compute-sanitizer'
+	@echo 'make sanitize-cpu  run random calls of the CPU kernels under AddressSanitizer and UBSan; CALLS=$(CALLS)'
 	@echo 'make clean      remove what was built; the environment $(VENV) stays'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" RESULTS=$(RESULTS) BENCH="$(BENCH)" MAX_JOBS=$(MAX_JOBS)'
 
@@ -148,6 +151,18 @@ gpu-variants: gpu-build
 
 sanitize: gpu-build
 	$(PYTHON) tests/cuda/sanitize_sweep.py $(SANITIZE_ARGS)
+
+# In a folder of its own. Python's own flags make signed overflow wrap, which would hide it. torch does not free all that
+# it takes, and throws through a library that has to be there before the first exception.
+sanitizers := -fsanitize=address,undefined
+sanitized := $(sanitizers) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv
+cxx_library = $(shell $(or $(CXX),c++) -print-file-name=$(1))
+sanitize-cpu: $(torch_stamp)
+	$(in_venv) SWINKERNELS_BUILD=cpu LDFLAGS='$(sanitizers)' CFLAGS='$(sanitized)' CXXFLAGS='$(sanitized)' \
+		$(run) setup.py build --build-base build/sanitized --build-lib build/sanitized/lib
+	LD_PRELOAD='$(call cxx_library,libasan.so) $(call cxx_library,libstdc++.so)' ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized/lib:. \
+		$(run) tests/cpu/random_cases.py --no-compare --cases $(CALLS)
 
 clean:
 	rm -rf build dist site *.egg-info swinkernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

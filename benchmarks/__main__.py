@@ -24,7 +24,19 @@ try:
         TimeRemainingColumn,
     )
 
-    from benchmarks import attention, compare, contest, host_cost, memory_bound, models, record, report, scaling, shapes
+    from benchmarks import (
+        attention,
+        compare,
+        contest,
+        cpu_instructions,
+        host_cost,
+        memory_bound,
+        models,
+        record,
+        report,
+        scaling,
+        shapes,
+    )
 except ModuleNotFoundError as e:
     if e.name not in ("matplotlib", "rich", "tabulate"):
         raise
@@ -239,9 +251,13 @@ def parser() -> argparse.ArgumentParser:
         "report", help="docs/benchmarks.md, its charts and the README's table, from CSV files"
     )
     writing.add_argument("--results", type=Path, default=report.RESULTS, help="folder with a folder of CSV files a run")
-    judging = commands.add_parser("compare", help="what became faster or slower from one CSV file to another")
-    judging.add_argument("before", type=Path)
-    judging.add_argument("after", type=Path)
+    judging = commands.add_parser(
+        "compare",
+        help="what became faster or slower from one CSV file to another; without files, what has more instructions "
+        "than the baseline in benchmarks/results",
+    )
+    judging.add_argument("before", type=Path, nargs="?")
+    judging.add_argument("after", type=Path, nargs="?")
     return main
 
 
@@ -253,7 +269,11 @@ def main(arguments: list[str] | None = None) -> int:
         for path in report.write(options.results):
             print(path)
         return 0
+    if options.command == "compare" and options.before is None:
+        return cpu_instructions.against_baseline()
     if options.command == "compare":
+        if options.after is None:
+            parser().error("compare takes two CSV files, or none")
         for path in (options.before, options.after):
             if not path.is_file():
                 parser().error(f"{path} is not a file")

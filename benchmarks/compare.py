@@ -1,7 +1,12 @@
-"""What became faster or slower between two runs, beyond what their spread explains."""
+"""What became slower between two runs, beyond what their spread explains; what has more instructions than a baseline.
+
+Times are compared between two files of one machine. Instructions are compared with a committed file: their counts are
+the same everywhere but for the compiler.
+"""
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +16,8 @@ from benchmarks import record
 
 # Medians of one quiet machine repeat to a few percent from run to run, also where each run's own spread is smaller.
 REPEATS_TO = 0.05
+# How many more instructions a kernel may have than its baseline.
+GROWTH = 0.02
 
 
 def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -68,3 +75,64 @@ def main(before: Path, after: Path) -> int:
     unknown = sum(tuple(row[key] for key in record.KEYS) not in known for row in new)
     print(f"{len(rows)} measurements compared, {len(changed)} changed; {unknown} of the second file are new")
     return 1 if any(row["verdict"] in ("slower", record.RESULT_WRONG, record.RESULT_FAILED) for row in changed) else 0
+
+
+class NoBaselineError(Exception):
+    """Nothing that was counted has a count to be compared with."""
+
+
+def read_baseline(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of counts; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_baseline(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the rows in the place of those of the same compiler; those of other compilers stay."""
+    compilers = {row["compiler"] for row in rows}
+    kept = [row for row in read_baseline(path) if row["compiler"] not in compilers]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(sorted([*kept, *rows], key=lambda row: row["compiler"]))
+
+
+def _parts(text: str) -> dict[str, int]:
+    return {name: int(number) for name, _, number in (part.rpartition(": ") for part in text.split("; ") if part)}
+
+
+def grown(
+    rows: Sequence[dict[str, Any]],
+    baseline: Sequence[dict[str, Any]],
+    keys: Sequence[str],
+    *,
+    count: str = "instructions",
+    most: float = GROWTH,
+) -> list[str]:
+    """A line for each row whose count is by more than ``most`` above that of the baseline's row with the same keys.
+
+    The line names the functions that grew if the rows have ``of_functions``. NoBaselineError if no row has a baseline.
+    """
+    before = {tuple(str(row[key]) for key in keys): row for row in baseline}
+    lines, compared = [], 0
+    for row in rows:
+        was = before.get(tuple(str(row[key]) for key in keys))
+        if was is None:
+            continue
+        compared += 1
+        old, new = int(was[count]), int(row[count])
+        if new <= old * (1 + most):
+            continue
+        of, of_old = _parts(row.get("of_functions", "")), _parts(was.get("of_functions", ""))
+        larger = [f"{name} {of_old.get(name, 0)} to {n}" for name, n in of.items() if n > of_old.get(name, 0)]
+        growth = f"{new / old - 1:.1%}" if old else "from none"
+        lines.append(
+            f"{row['arch']} {row['kernel']}, {row['case']}: {old} to {new} ({growth})"
+            + (f": {', '.join(larger)}" if larger else "")
+        )
+    if not compared:
+        known = ", ".join(sorted({str(row["compiler"]) for row in baseline})) or "none"
+        raise NoBaselineError(f"no baseline for {rows[0]['compiler']}, only for: {known}")
+    return lines

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from swinkernels.reference.window_attention import relative_position_index
 
 # Windows of fewer tokens average too few rounding errors, and the rows of dS, which sum to zero, cancel most in them.
 SMALL_WINDOW = 16
+# A unit row (v2) of fewer channels hardly turns: little but rounding is left of its gradient, nothing for one channel.
+FEW_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,28 @@ class WindowAttentionCase:
         return {name: x.to(device) for name, x in inputs.items()}
 
 
-def run_case(op: Callable[..., Tensor], inputs: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The output of ``op`` and the gradient of every input: out, dqkv, and those of the other tensors present."""
+def run_case(
+    op: Callable[..., Tensor], inputs: dict[str, Tensor], arguments: dict[str, Any], constant: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The output of ``op`` and the gradient of every input that is not in ``constant``: out, dqkv, and those of the
+    other tensors present.
+    """
     dout = inputs["dout"]
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if name != "dout"}
+    leaves = {name: x.detach().clone() for name, x in inputs.items() if name != "dout"}
+    wanted = {name: x.requires_grad_() for name, x in leaves.items() if name not in constant}
     out = op(**leaves, **arguments)
-    grads = torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype), allow_unused=True)
+    grads = torch.autograd.grad(out, list(wanted.values()), dout.to(out.dtype), allow_unused=True)
     results = {"out": out.detach()}
-    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+    for (name, leaf), grad in zip(wanted.items(), grads, strict=True):
         results[f"d{name}"] = torch.zeros_like(leaf) if grad is None else grad
     return results
+
+
+class Error(NamedTuple):
+    """How far a result is from the exact one."""
+
+    rms_eps: float  # the RMS error in eps of the RMS of the result, or of the terms that cancel in it
+    of_limit: float  # the larger of the RMS error and the largest error, each as a part of what is allowed
 
 
 def _rms(x: Tensor) -> float:
@@ -104,42 +119,46 @@ def _rms(x: Tensor) -> float:
 def assert_within_budget(
     got: Tensor,
     exact: Tensor,
-    f32: Tensor,
+    f32: Tensor | Callable[[], Tensor],
     *,
     eps: float | None = None,
     terms: Tensor | None = None,
     name: str = "",
-) -> None:
+) -> Error:
     """Fail unless ``got`` is as close to ``exact`` (float64) as its dtype allows.
 
-    ``f32`` is the reference run in float32 on the same rounded inputs: its own error is granted on top, which is what
-    counts where terms cancel. ``eps`` is that of the arithmetic, by default that of got's dtype (TF32: 2 ** -10).
-    ``terms`` replaces ``exact`` as the size that eps is relative to: that of the terms which cancel in it. Two bars:
-    RMS error at most 0.75 eps, and no element off by more than twice eps of the largest. NaN fails.
+    ``f32`` is the reference run in float32 on the same rounded inputs, or a function that runs it if need be: its own
+    error is granted on top, which is what counts where terms cancel. ``eps`` is that of the arithmetic, by default that
+    of got's dtype (TF32: 2 ** -10). ``terms`` replaces ``exact`` as the size that eps is relative to: that of the terms
+    which cancel in it. Two bars: RMS error at most 0.75 eps, and no element off by more than twice eps of the largest.
+    NaN fails. Returns the error.
     """
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     if got.numel() == 0:
-        return
+        return Error(0.0, 0.0)
     eps = torch.finfo(got.dtype).eps if eps is None else eps
     size = exact if terms is None else terms
     # What is not promised: probabilities below float32's normal numbers, which a gradient may multiply by thousands,
     # and results below the last bit of got's subnormal numbers.
     info = torch.finfo(got.dtype)
     floor = max(1e4 * torch.finfo(torch.float32).tiny, info.tiny * info.eps)
-    error, base = got.double() - exact, f32.double() - exact
-    rms, limit = _rms(error), 0.75 * eps * _rms(size) + 2 * _rms(base) + floor
-    assert rms <= limit, (
-        f"{name}: RMS error {rms:.3g}, at most {limit:.3g} ({rms / (eps * _rms(size) + 1e-300):.2f} eps)"
-    )
-    worst = error.abs().max().item()
-    limit = 2 * eps * size.abs().max().item() + 4 * base.abs().max().item() + floor
+    error = got.double() - exact
+    rms, worst = _rms(error), error.abs().max().item()
+    rms_limit, limit = 0.75 * eps * _rms(size) + floor, 2 * eps * size.abs().max().item() + floor
+    if not (rms <= rms_limit and worst <= limit):
+        base = (f32() if callable(f32) else f32).double() - exact
+        rms_limit, limit = rms_limit + 2 * _rms(base), limit + 4 * base.abs().max().item()
+    rms_eps = max(rms - floor, 0.0) / (eps * _rms(size) + 1e-300)
+    assert rms <= rms_limit, f"{name}: RMS error {rms:.3g}, at most {rms_limit:.3g} ({rms_eps:.2f} eps)"
     assert worst <= limit, f"{name}: largest error {worst:.3g}, at most {limit:.3g}"
+    return Error(rms_eps, max(rms / rms_limit, worst / limit))
 
 
-def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, single: bool = False) -> dict[str, Tensor]:
     """The sizes of the terms that cancel in dq, dk and dbias: what these would be if every term had one sign.
 
-    In float64. Keys as in :func:`run_case`; each value has the scale of that gradient, not its shape.
+    In float64. Keys as in :func:`run_case`; each value has the scale of that result, not its shape. With ``single``,
+    for arithmetic in float32, the sizes include what the rounding of the scores adds, and the output has one, too.
     """
     rank, heads = len(case.size), case.num_heads
     arguments = case.arguments()
@@ -167,23 +186,38 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[
     pads = inputs.get("pad_qkv", torch.zeros(3 * heads * case.head_dim, dtype=torch.float64)).chunk(3)
     q, k, v = (gather(x, pad) for x, pad in zip(inputs["qkv"].chunk(3, dim=-1), pads, strict=True))
     dout = gather(inputs["dout"], torch.zeros_like(pads[0]))
-    dprobs = dout @ v.transpose(-2, -1)
-    dscores = probs * (dprobs.abs() + (probs * dprobs.abs()).sum(-1, keepdim=True)) * real
+    terms = {}
     if case.has_logit_scale:
         norms = [x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (q, k)]
-        unit_q, unit_k = q / norms[0], k / norms[1]
+        q, k = q / norms[0], k / norms[1]
         factor = inputs["logit_scale"].clamp(max=math.log(100.0)).exp()
+    else:
+        factor = abs(arguments.get("scale", case.head_dim**-0.5))
+    rounded = torch.zeros_like(probs)  # the size, of each score, that its rounding errors are relative to
+    if single:
+        rounded = factor * (q.square() @ k.square().transpose(-2, -1)).sqrt()
+        if case.has_logit_scale:  # the terms of a cosine share the rounding of two norms
+            rounded = rounded + 2 * factor * (q @ k.transpose(-2, -1)).abs()
+        # By half an eps of what a score is below the largest, such as a mask of -100.
+        rounded = torch.maximum(rounded, -0.5 * probs.clamp(min=1e-300).log())
+        rounded = rounded + (probs * rounded).sum(-1, keepdim=True)  # and the sum that the softmax divides by
+    dprobs = (dout @ v.transpose(-2, -1)).abs() * (1 + rounded)
+    dscores = probs * (dprobs + (probs * dprobs).sum(-1, keepdim=True)) * real
+    dq, dk = factor * dscores @ k.abs(), factor * dscores.transpose(-2, -1) @ q.abs()
+    if case.has_logit_scale:
         # Of the gradient of a unit vector, what is along the vector is taken off again.
-        dq, dk = factor * dscores @ unit_k.abs(), factor * dscores.transpose(-2, -1) @ unit_q.abs()
         dq, dk = (
             (d + unit.abs() * (unit.abs() * d).sum(-1, keepdim=True)) / norm
-            for d, unit, norm in zip((dq, dk), (unit_q, unit_k), norms, strict=True)
+            for d, unit, norm in zip((dq, dk), (q, k), norms, strict=True)
         )
-    else:
-        scale = abs(arguments.get("scale", case.head_dim**-0.5))
-        dq, dk = scale * dscores @ k.abs(), scale * dscores.transpose(-2, -1) @ q.abs()
     dv = probs.transpose(-2, -1) @ dout
-    terms = {"dqkv": torch.cat([g[real.expand_as(g)] for g in (dq, dk, dv)])}
+    if single:
+        out = probs @ v
+        variance = (probs @ v.square() - out.square()).clamp(min=0)  # of the rows of v that a query averages
+        of_scores = ((probs * rounded.square()).sum(-1, keepdim=True) * variance).sqrt()
+        terms["out"] = (out.abs() + of_scores)[real.expand_as(out)]
+        dv = dv.abs() + (probs * rounded).transpose(-2, -1) @ dout.abs()
+    terms["dqkv"] = torch.cat([g[real.expand_as(g)] for g in (dq, dk, dv)])
     if "pad_qkv" in inputs:
         terms["dpad_qkv"] = torch.cat([(g * ~real).sum((0, 1, 3)).flatten() for g in (dq, dk, dv)])
     if "bias" in inputs:
@@ -192,7 +226,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[
         terms["dbias"] = of_types.reshape(inputs["bias"].shape)
     if "logit_scale" in inputs:
         # One number of all windows: its terms are so many that what rounds them has either sign.
-        cosine = unit_q @ unit_k.transpose(-2, -1)
+        cosine = q @ k.transpose(-2, -1)
         terms["dlogit_scale"] = factor * (dscores * cosine).square().sum((0, 1, 3, 4)).sqrt().reshape(factor.shape)
     if "bias_table" in inputs:
         table = arguments.get("table_window", window)
@@ -213,35 +247,57 @@ def check_window_attention(
     seed: int = 0,
     cancels: bool = False,
     rounds_unit_rows: bool = False,
+    sums_in_float32: bool = False,
+    constant: Collection[str] = (),
+    errors: dict[str, Error] | None = None,
     **arguments: Any,
 ) -> dict[str, Tensor]:
     """Compare output and every gradient of ``op`` (called with ``arguments`` too) with the float64 reference.
 
-    If ``cancels``, in small windows and in float32 (unless ``eps`` says that products are rounded), gradients are
-    judged against the size of the terms that cancel in them. So is dlogit_scale of a backend that rounds v2's unit
-    rows to the dtype (``rounds_unit_rows``), for tensor cores: one number is left of terms that each carry that
-    rounding.
+    The inputs named in ``constant`` have no gradient. ``errors``, if given, takes the error of each result.
+
+    If ``cancels``, in small windows, in v2 of few channels and in float32 (unless ``eps`` says that products are
+    rounded), gradients are judged against the size of the terms that cancel in them, and in float32 so is the output.
+    So is dlogit_scale of a backend that rounds v2's unit rows to the dtype (``rounds_unit_rows``), for tensor cores:
+    one number is left of terms that each carry that rounding. The gradients of a backend that rounds nothing before it
+    adds them up in float32 (``sums_in_float32``) are judged by float32's eps where they stay in float32, whatever the
+    dtype.
     """
     inputs = case.inputs(dtype, seed=seed)
     on_device = {name: x.to(device) for name, x in inputs.items()}
-    got = run_case(op, on_device, {**case.arguments(), **arguments})
+    got = run_case(op, on_device, {**case.arguments(), **arguments}, constant)
     wide = {name: x.double() for name, x in inputs.items()}
-    exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments())
-    f32 = run_case(
-        reference.window_attention_qkvpacked, {name: x.float() for name, x in inputs.items()}, case.arguments()
-    )
-    terms = {}
-    cancels = cancels or math.prod(case.window_tuple) < SMALL_WINDOW or (dtype == torch.float32 and eps is None)
-    by_terms = cancels or (rounds_unit_rows and case.has_logit_scale)
-    if by_terms and case.batch > 0:
-        terms = cancelling_terms(case, wide)
-        if not cancels:
-            terms = {"dlogit_scale": terms["dlogit_scale"]}
-    eps = torch.finfo(dtype).eps if eps is None else eps
+    exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments(), constant)
+
+    @functools.cache
+    def single() -> dict[str, Tensor]:
+        of_float32 = {name: x.float() for name, x in inputs.items()}
+        return run_case(reference.window_attention_qkvpacked, of_float32, case.arguments(), constant)
+
+    def in_float32(name: str) -> Tensor:
+        return single()[name]
+
+    is_single = dtype == torch.float32 and eps is None
+    is_small = math.prod(case.window_tuple) < SMALL_WINDOW or (case.has_logit_scale and case.head_dim < FEW_CHANNELS)
+    cancels = cancels or is_small or is_single
+
+    @functools.cache
+    def sizes(of_single: bool) -> dict[str, Tensor]:
+        return cancelling_terms(case, wide, single=of_single) if case.batch > 0 else {}
+
     for name in got:
-        assert_within_budget(
-            got[name].cpu(), exact[name], f32[name], eps=eps, terms=terms.get(name), name=f"{case} {dtype} {name}"
+        of_single = is_single or (sums_in_float32 and got[name].dtype == torch.float32)
+        by_terms = of_single or (cancels and name != "out") or (rounds_unit_rows and name == "dlogit_scale")
+        error = assert_within_budget(
+            got[name].cpu(),
+            exact[name],
+            functools.partial(in_float32, name),
+            eps=torch.finfo(torch.float32 if of_single else dtype).eps if eps is None else eps,
+            terms=sizes(of_single).get(name) if by_terms else None,
+            name=f"{case} {dtype} {name}",
         )
+        if errors is not None:
+            errors[name] = error
     return got
 
 

@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 import swinkernels
 from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase as Case
 from swinkernels.testing import check_window_attention, run_case
-from tests.support.attention_cases import cases
 
 MISSING = _backends.unavailable("cpu")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no CPU backend: {MISSING}")
@@ -153,26 +150,6 @@ def embedded(x: torch.Tensor) -> torch.Tensor:
     storage = torch.full((h, b, *(n + 1 for n in others), 2 * c + 3), math.nan)
     view = storage.to(x.dtype).transpose(0, 1)[(slice(None),) * 2 + (slice(1, None),) * len(others)][..., 1 : 1 + c]
     return view.copy_(x)
-
-
-def strided(qkv, bias_table=None, *, num_heads, **arguments):
-    """As :func:`separate`, of maps that each lie in their own way."""
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
-    q, k = embedded(q.flatten(-2)).unflatten(-1, (num_heads, -1)), k.contiguous()
-    return swinkernels.window_attention(q, k, v, bias_table, num_heads=num_heads, **arguments, backend="cpu")
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    cases(head_dims=st.one_of(st.integers(4, 40), st.sampled_from([48, 64, 96, 127, 128]))),
-    st.sampled_from(DTYPES),
-    st.sampled_from([packed, separate, strided]),
-)
-def test_random_cases(case, dtype, op):
-    if dtype == torch.float32:  # of which the rounding of a score shows, where few rows do not average it
-        assume(case.batch * math.prod(case.size) * case.num_heads >= 32)
-        assume(not case.has_logit_scale)  # which multiplies that of a cosine by up to 100: see COSINE
-    check_window_attention(op, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -177,16 +177,15 @@ SWINKERNELS_INLINE Vec exp(Vec x) {
   p = p * r + 1.6666520e-1f;
   p = p * r + 4.9999994e-1f;
   const Vec fraction = (p * r) * r + r + 1.0f;
-  const Vec scale = (Vec)(((Int)shifted << 23) + (127 << 23));
+  const Vec scale = (Vec)(((Bits)shifted << 23) + (127u << 23));  // unsigned, for it overflows where x is out of range
   return x < splat(-87.33654f) ? Vec{} : fraction * scale;  // NaN stays NaN
 }
 
 // The natural logarithm of a normal positive number, within 1.5 ulp; of infinity or NaN: NaN.
 SWINKERNELS_INLINE Vec log(Vec x) {
   // x = 2^n * m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
-  const Int offset = (Int)x - 0x3f3504f3;  // sqrt(1/2)
-  const Int n = offset >> 23;
-  const Vec m = (Vec)((Int)x - (n << 23));
+  const Int n = (Int)((Bits)x - 0x3f3504f3u) >> 23;  // sqrt(1/2)
+  const Vec m = (Vec)((Bits)x - ((Bits)n << 23));
   const Vec s = (m - 1.0f) / (m + 1.0f), square = s * s;
   const Vec series = (((square * 0.11111111f + 0.14285714f) * square + 0.2f) * square + 0.33333333f) * square;
   const Vec low = __builtin_convertvector(n, Vec);

@@ -30,14 +30,24 @@ SWINKERNELS_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1)
 SWINKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SWINKERNELS_INLINE int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
 
-// Hands out pieces of the scratch memory; from a null base, only counts the bytes.
+// Hands out pieces of the scratch memory; from a null base, only counts the bytes. Under AddressSanitizer, the bytes from
+// the end of a piece to the next one are out of bounds.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
   T* take(int64_t count) {
     T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    int64_t room = round_up(bytes, 64);
+#ifdef __SANITIZE_ADDRESS__
+    room += 64;
+    if (piece != nullptr) {
+      ASAN_UNPOISON_MEMORY_REGION(base_ + bytes_, bytes);
+      ASAN_POISON_MEMORY_REGION(base_ + bytes_ + bytes, room - bytes);
+    }
+#endif
+    bytes_ += room;
     return piece;
   }
   int64_t bytes() const { return bytes_; }

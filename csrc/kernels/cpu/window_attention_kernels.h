@@ -5,6 +5,15 @@
 
 #include "params/window_attention_cpu.h"
 
+#ifdef __has_feature
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__
+#endif
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace swinkernels::cpu {
 
 // What the products of q and k of a head are multiplied with: the scale, or in v2 exp(min(logit_scale, ln 100)).

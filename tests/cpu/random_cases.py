@@ -1,0 +1,270 @@
+"""Random calls of the CPU kernels, each held to the error budget: ``python -m tests.cpu.random_cases --cases 100000``.
+
+A call follows from a seed and a number: the case, the dtype, the form of the op, how every tensor lies in memory and
+which gradients are wanted. A call outside the budget prints the command that repeats it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import random
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import swinkernels
+from swinkernels.testing import Error, check_window_attention, run_case
+from swinkernels.testing import WindowAttentionCase as Case
+from tests.support.attention_cases import MIN_ELEMENTS, draw_case, elements
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIMS = (*range(1, 41), 8, 16, 24, 32, 32, 48, 64, 96, 127, 128)
+PACKED, PACKED_HEADS, SEPARATE = FORMS = ("(B, *S, 3C)", "(B, *S, 3, heads, head_dim)", "q, k, v")
+# Longest window per axis, tokens of a map beyond two windows, most scores and most elements.
+KINDS = {"short": (6, 3, 20_000), "one token": (1, 6, 20_000), "long": (20, 3, 60_000)}
+LONG = 64  # more tokens than that in a long window: several blocks of queries
+MIN_ROWS = 32  # fewer rows of a head do not average the rounding of single scores, which shows in float32
+TABLES = ("bias_table", "bias", "logit_scale", "pad_qkv", "region_map")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a tensor lies in memory. What is around and between its elements is NaN."""
+
+    offset: int
+    order: tuple[int, ...]  # the axes, slowest first
+    gaps: tuple[int, ...]  # elements that follow all of an axis
+
+    @classmethod
+    def draw(cls, rng: random.Random, dim: int) -> Layout:
+        order, gaps = tuple(range(dim)), (0,) * dim
+        if rng.random() < 0.7:
+            moved = dim if rng.random() < 0.05 else dim - 1  # the elements of a row mostly follow each other
+            order = (*rng.sample(range(moved), moved), *range(moved, dim))
+            gaps = tuple(rng.choice((0, 0, 1, 3)) for _ in order)
+        return cls(rng.choice((0, 1, 2, 3, 5)), order, gaps)
+
+    def place(self, x: Tensor) -> Tensor:
+        """A copy of x, whose last element ends its memory."""
+        if x.numel() == 0:
+            return x.clone()
+        strides, stride = [0] * x.dim(), 1
+        for axis in reversed(self.order):
+            strides[axis] = stride
+            stride = stride * x.shape[axis] + self.gaps[axis]
+        last = sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
+        around = math.nan if x.is_floating_point() else 77
+        memory = torch.full((self.offset + last + 1,), around, dtype=x.dtype)
+        return memory.as_strided(x.shape, strides, self.offset).copy_(x)
+
+
+class _Placed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, layout: Layout) -> Tensor:
+        return layout.place(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the op in one of its forms."""
+
+    case: Case
+    dtype: torch.dtype
+    form: str
+    layouts: tuple[Layout, ...]  # of qkv, or of q, k and v
+    of_gradient: Layout  # of the output's gradient
+    of_tables: dict[str, Layout]  # of tables that do not lie as they are drawn
+    are_wide: bool  # whether bias tables and logit_scale are given in float64
+    constant: tuple[str, ...]  # the tables whose gradient is not wanted
+    seed: int  # of the inputs
+
+    def __str__(self) -> str:
+        constant = f", constant {', '.join(self.constant)}" if self.constant else ""
+        return f"{self.case} {self.dtype} {self.form}{constant}"
+
+    def __call__(self, qkv: Tensor, **arguments: Any) -> Tensor:
+        if self.form != PACKED:
+            qkv = qkv.unflatten(-1, (3, self.case.num_heads, -1))
+        maps = qkv.unbind(-3) if self.form == SEPARATE else (qkv,)
+        maps = [_Placed.apply(x, layout) for x, layout in zip(maps, self.layouts, strict=True)]
+        for name in ("bias_table", "bias", "logit_scale") if self.are_wide else ():
+            if name in arguments:
+                arguments[name] = arguments[name].double()
+        for name, layout in self.of_tables.items():
+            arguments[name] = _Placed.apply(arguments[name], layout)
+        op = swinkernels.window_attention if self.form == SEPARATE else swinkernels.window_attention_qkvpacked
+        out = op(*maps, **arguments, backend="cpu")
+        out.register_hook(self.of_gradient.place)
+        return out
+
+    def check(self) -> dict[str, Error]:
+        """The error of each result; AssertionError if one is outside the budget."""
+        errors: dict[str, Error] = {}
+        check_window_attention(
+            self,
+            self.case,
+            self.dtype,
+            seed=self.seed,
+            constant=self.constant,
+            sums_in_float32=True,
+            errors=errors,
+        )
+        return errors
+
+    def run(self) -> dict[str, Error]:
+        """Both passes alone, for a sanitizer to watch."""
+        run_case(self, self.case.inputs(self.dtype, seed=self.seed), self.case.arguments(), self.constant)
+        return {}
+
+
+def _scores(case: Case) -> int:
+    windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
+    return case.batch * windows * case.num_heads * math.prod(case.window_tuple) ** 2
+
+
+def _draw_case(rng: random.Random) -> Case:
+    kind = rng.choices(list(KINDS), (90, 5, 5))[0]
+    longest, beyond, most = KINDS[kind]
+    while True:
+        case = draw_case(rng, longest=longest, beyond=beyond, head_dims=HEAD_DIMS, small_cosine=True)
+        tokens = math.prod(case.window_tuple)
+        # More images, until there is enough to average over.
+        rows = math.prod(case.size) * case.num_heads
+        batch = max(case.batch, -(-MIN_ELEMENTS // (rows * case.head_dim)), -(-MIN_ROWS // rows))
+        case = dataclasses.replace(case, batch=batch)
+        if max(_scores(case), elements(case)) <= most and (kind != "long" or LONG < tokens <= 1024):
+            break
+    if rng.random() < 0.1:
+        case.options["mask_value"] = rng.choice((0.0, -1e4, -1e9, torch.finfo(torch.float32).min))
+    if "region_map" in case.options:
+        case.options["region_map"] = case.options["region_map"].to(rng.choice((torch.int32, torch.int16, torch.int8)))
+    return dataclasses.replace(case, batch=0) if rng.random() < 0.01 else case
+
+
+def draw_call(seed: int, number: int) -> Call:
+    """Call ``number`` of those that follow from a seed."""
+    rng = random.Random(f"{seed} {number}")
+    case = _draw_case(rng)
+    rank = len(case.size)
+    form = rng.choice(FORMS)
+    dim = {PACKED: rank + 2, PACKED_HEADS: rank + 4, SEPARATE: rank + 3}[form]
+    dims = {name: x.dim() for name, x in {**case.inputs(torch.float32), **case.options}.items() if name in TABLES}
+    moves_tables, has_constant = rng.random() < 0.2, rng.random() < 0.3
+    return Call(
+        case=case,
+        dtype=rng.choice(DTYPES),
+        form=form,
+        layouts=tuple(Layout.draw(rng, dim) for _ in range(3 if form == SEPARATE else 1)),
+        of_gradient=Layout.draw(rng, rank + 2),
+        of_tables={name: Layout.draw(rng, dims[name]) for name in dims} if moves_tables else {},
+        are_wide=rng.random() < 0.1,
+        constant=tuple(name for name in dims if name != "region_map" and has_constant and rng.random() < 0.5),
+        seed=rng.randrange(2**31),
+    )
+
+
+@dataclass
+class Worst:
+    """The largest errors of one result in one dtype, and the numbers of the calls that had them."""
+
+    results: int = 0
+    rms_eps: float = 0.0
+    rms_eps_of: int = -1
+    of_limit: float = 0.0
+    of_limit_of: int = -1
+
+    def add(self, other: Worst) -> None:
+        self.results += other.results
+        if other.rms_eps > self.rms_eps:
+            self.rms_eps, self.rms_eps_of = other.rms_eps, other.rms_eps_of
+        if other.of_limit > self.of_limit:
+            self.of_limit, self.of_limit_of = other.of_limit, other.of_limit_of
+
+
+def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[list[str], dict[tuple[str, str], Worst]]:
+    """A line for each call that failed, which repeats it, and the worst errors by dtype and result."""
+    failures, worst = [], {}
+    for number in numbers:
+        call = draw_call(seed, number)
+        try:
+            errors = call.check() if compare else call.run()
+        except Exception as error:
+            reason = " ".join(str(error).split()).replace(str(call.case), "").strip()
+            failures.append(
+                f"python -m tests.cpu.random_cases --seed {seed} --only {number}  # {call}: "
+                f"{type(error).__name__}: {reason}"
+            )
+            print(failures[-1], flush=True)
+            continue
+        for name, error in errors.items():
+            found = Worst(1, error.rms_eps, number, error.of_limit, number)
+            worst.setdefault((str(call.dtype).removeprefix("torch."), name), Worst()).add(found)
+    return failures, worst
+
+
+def write_record(
+    path: Path, seed: int, first: int, calls: int, failed: int, worst: dict[tuple[str, str], Worst]
+) -> None:
+    """Write the worst errors of some calls, together with those of the calls before them if the file has these."""
+    from benchmarks import record  # not needed under a sanitizer, where imports are slow
+
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Worst)}
+    if path.exists():
+        for row in record.read_csv(path):
+            end = int(row["first"]) + int(row["calls"])
+            if int(row["calls_seed"]) != seed or end != first:
+                sys.exit(
+                    f"{path} has calls {row['first']} to {end - 1} of seed {row['calls_seed']}: go on or remove it"
+                )
+            found = Worst(**{name: kind(row[name]) for name, kind in kinds.items()})
+            worst.setdefault((row["dtype"], row["result"]), Worst()).add(found)
+        first, calls, failed = int(row["first"]), calls + int(row["calls"]), failed + int(row["failed"])
+    facts = {
+        "calls_seed": seed,
+        "first": first,
+        "calls": calls,
+        "failed": failed,
+        "instruction_set": torch.ops.swinkernels.cpu_instruction_set(),
+    }
+    rows = [{"dtype": dtype, "result": name, **vars(worst[dtype, name]), **facts} for dtype, name in sorted(worst)]
+    record.write_csv(path, rows, "cpu")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.cpu.random_cases", description=__doc__)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first call")
+    parser.add_argument("--only", type=int, help="number of the one call to make")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compare", action="store_true", help="run the kernels alone, for a sanitizer to watch")
+    parser.add_argument("--record", type=Path, help="a CSV file for the worst errors; adds to that of the calls before")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
+    start = time.process_time()
+    numbers = range(options.first, options.first + options.cases) if options.only is None else [options.only]
+    failures, worst = check(options.seed, numbers, compare=not options.no_compare)
+    seconds = time.process_time() - start
+    if options.record is not None:
+        write_record(options.record, options.seed, options.first, len(numbers), len(failures), worst)
+    for (dtype, name), found in sorted(worst.items()):
+        print(f"{dtype:8} {name:12} {found.rms_eps:.2f} eps, {found.of_limit:.0%} of its limit", end="")
+        print(f" (calls {found.rms_eps_of}, {found.of_limit_of})")
+    print(f"{len(numbers)} calls in {seconds:.0f} s of CPU time, {len(failures)} failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Some of the random calls, and that a call can be repeated, is drawn from the whole space and is judged."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from benchmarks import record
+from swinkernels.ops import _backends
+from tests.cpu import random_cases
+from tests.cpu.random_cases import Layout, check, draw_call
+
+MISSING = _backends.unavailable("cpu")
+needs_kernels = pytest.mark.skipif(MISSING is not None, reason=f"no CPU backend: {MISSING}")
+
+
+@needs_kernels
+def test_some_calls():
+    failures, worst = check(0, range(300))
+    assert not failures, "\n".join(failures)
+    assert {dtype for dtype, _ in worst} == {"float32", "float16", "bfloat16"}
+    assert {name for _, name in worst} == {"out", "dqkv", "dbias_table", "dbias", "dlogit_scale", "dpad_qkv"}
+
+
+@needs_kernels
+def test_calls_that_once_failed():
+    # v2 of one channel, whose gradient is zero; pads that a mask of -100 leaves a probability of 1e-24.
+    failures, _ = check(0, [44166, 46107])
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.long
+@needs_kernels
+def test_many_calls():
+    failures, _ = check(1, range(10_000))
+    assert not failures, "\n".join(failures)
+
+
+def test_a_call_follows_from_its_seed_and_number():
+    assert str(draw_call(3, 14)) == str(draw_call(3, 14))
+    assert draw_call(3, 14).layouts == draw_call(3, 14).layouts
+    assert len({str(draw_call(3, n)) for n in range(20)} | {str(draw_call(4, n)) for n in range(20)}) > 35
+
+
+def test_calls_are_of_every_kind():
+    calls = [draw_call(0, n) for n in range(1500)]
+    cases = [call.case for call in calls]
+    volumes = [math.prod(case.window_tuple) for case in cases]
+    found = {
+        "2D": any(len(case.size) == 2 for case in cases),
+        "3D": any(len(case.size) == 3 for case in cases),
+        "one token": 1 in volumes,
+        "long": max(volumes) > 128,
+        "empty": any(case.batch == 0 for case in cases),
+        "head_dim 1": any(case.head_dim == 1 for case in cases),
+        "head_dim 128": any(case.head_dim == 128 for case in cases),
+        "types": any((case.bias_types or 0) > 1 for case in cases),
+        "dense": any(case.bias_types == 0 for case in cases),
+        "cosine": any(case.has_logit_scale for case in cases),
+        "odd offset": any(layout.offset % 2 == 1 for call in calls for layout in call.layouts),
+        "odd stride": any(gap % 2 == 1 for call in calls for gap in call.of_gradient.gaps),
+        "rows apart": any(call.layouts[0].order[-1] != len(call.layouts[0].order) - 1 for call in calls),
+        "constant tables": any(call.constant for call in calls),
+    }
+    for option in ("grid", "periodic", "region_map", "table_window", "pad_before", "mask_value", "scale"):
+        found[option] = any(option in case.options for case in cases)
+    for form in random_cases.FORMS:
+        found[form] = any(call.form == form for call in calls)
+    assert all(found.values()), [kind for kind, is_found in found.items() if not is_found]
+
+
+def test_a_tensor_is_placed_as_its_layout_says():
+    x = torch.arange(6.0).reshape(2, 3)
+    placed = Layout(offset=3, order=(1, 0), gaps=(1, 2)).place(x)
+    assert torch.equal(placed, x)
+    assert placed.stride() == (1, 3)  # 2 elements and a gap of 1
+    assert placed.storage_offset() == 3
+    memory = placed.as_strided((3 + 8,), (1,), 0)
+    assert memory.numel() == placed.untyped_storage().nbytes() // 4  # nothing behind the last element
+    assert memory.isnan().sum() == 5
+
+
+@needs_kernels
+def test_a_failure_prints_the_command_that_repeats_it(monkeypatch):
+    """An output that is off by one percent is a failure in every dtype."""
+    attention = random_cases.swinkernels.window_attention
+    monkeypatch.setattr(
+        random_cases.swinkernels, "window_attention", lambda *a, **options: 1.01 * attention(*a, **options)
+    )
+    calls = {n: draw_call(0, n) for n in range(60)}
+    wrong = {n for n, call in calls.items() if call.form == random_cases.SEPARATE and call.case.batch > 0}
+    assert {calls[n].dtype for n in wrong} == {*random_cases.DTYPES}
+    failures, _ = check(0, calls)
+    commands = [line.partition("  # ")[0] for line in failures]
+    assert commands == [f"python -m tests.cpu.random_cases --seed 0 --only {n}" for n in sorted(wrong)]
+    assert all(" out: " in line for line in failures)
+
+
+@needs_kernels
+def test_the_command_adds_to_its_record(tmp_path, capsys):
+    path, threads = tmp_path / "record.csv", torch.get_num_threads()
+    try:
+        for first in (10, 14):
+            assert random_cases.main(["--cases", "4", "--first", str(first), "--record", str(path)]) == 0
+            assert "4 calls in" in capsys.readouterr().out
+        with pytest.raises(SystemExit, match="has calls 10 to 17 of seed 0"):
+            random_cases.main(["--cases", "1", "--first", "17", "--record", str(path)])
+    finally:
+        torch.set_num_threads(threads)
+    rows = record.read_csv(path)
+    _, expected = check(0, range(10, 18))
+    assert {(row["dtype"], row["result"]) for row in rows} == {*expected}
+    for row in rows:
+        found = expected[row["dtype"], row["result"]]
+        assert (int(row["first"]), int(row["calls"]), int(row["failed"])) == (10, 8, 0)
+        assert (int(row["results"]), int(row["rms_eps_of"])) == (found.results, found.rms_eps_of)
