@@ -8,6 +8,8 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 RESULTS ?= results
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
+# Which faults, or the beginnings of their names.
+FAULTS ?=
 # What to measure: arguments of python -m benchmarks.
 BENCH ?= all --quick
 # Such as --tools initcheck.
@@ -19,12 +21,14 @@ run := $(VENV)/bin/python
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
 cxx_files = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test build docs bench lint format gpu-build gpu-test gpu-bench gpu-variants sanitize clean
+.PHONY: help demo test test-all faults build docs bench lint format gpu-build gpu-test gpu-bench gpu-variants sanitize clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo       a timm Swin on a photograph, before and after swinkernels.accelerate'
 	@echo 'make test       the tests; those that need a GPU are skipped where there is none'
+	@echo 'make test-all   all tests and all faults, before a release; writes tests/last_full_run.json'
+	@echo 'make faults     put faults into copies of the sources, each of which a test has to find; FAULTS="cuda-" for some'
 	@echo 'make build      compile csrc/ in place; rebuilds only what changed'
 	@echo 'make docs       the documentation, into site/'
 	@echo 'make bench      time this package against what a user has without it; BENCH="all" for everything'
@@ -53,9 +57,17 @@ build: $(torch_stamp)
 demo: build
 	$(in_venv) $(run) -m swinkernels.demo
 
-# Two threads a process: the threading of the CPU kernels is tested without processes crowding each other out.
+# One thread a process: tests of threads set their number, and threads that wait for each other take CPU time, three times
+# that of the tests. `long` are sweeps, and what builds or installs for minutes.
 test: build
-	$(in_venv) OMP_NUM_THREADS=2 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal -m 'not long' $(PYTEST_ARGS)
+
+# Writes tests/last_full_run.json.
+test-all: build
+	$(in_venv) $(run) -m tests.run_all $(PYTEST_ARGS)
+
+faults: build
+	$(in_venv) OMP_NUM_THREADS=1 $(run) -m tests.faults $(FAULTS)
 
 # Some pages are written from the sources; see docs/ and mkdocs.yml.
 docs: $(torch_stamp)
