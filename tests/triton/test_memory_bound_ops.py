@@ -107,7 +107,7 @@ def partition_moves_bytes(channels, dtype):
     check_partition(x, window, shift, False)
 
 
-@check("no_shift", "three_axes_odd", dtypes=(torch.float32,))
+@check("no_shift", "three_axes_odd", "rectangular", dtypes=(torch.float32,))
 def a_program_takes_several_windows(name, dtype):
     """As with many windows, also where their number is no multiple."""
     size, window, shift = PARTITIONS[name]
