@@ -41,11 +41,11 @@ FAULTS = {
         "tl.where(keep, dprobs, 0.0)",
         _IN_ATTENTION + "[dropout_matches_reference_with_the_same_pairs-dropout-float32]",
     ),
-    "triton-merging-reads-past-the-map": Fault(
+    "triton-variance-of-a-sample": Fault(
         _MERGING,
-        "real = real & ((i1 * FACTOR[1])[:, None] + o1 < size[1])",
-        "real = real & ((i1 * FACTOR[1])[:, None] + o1 <= size[1])",
-        _IN_MEMORY_BOUND_OPS + "[opcheck_merging_norm-odd-float32]",
+        "scale = tl.rsqrt(_row_sum(u * u, PARTS) / LENGTH + eps)",
+        "scale = tl.rsqrt(_row_sum(u * u, PARTS) / (LENGTH - 1) + eps)",
+        _IN_MEMORY_BOUND_OPS + "[merging_norm-monai_legacy-f32]",
     ),
     "triton-repeated-neighbours-count-once": Fault(
         _MERGING,
