@@ -11,6 +11,8 @@ MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
 # What make check compares with.
 BASE ?= main
+# Which faults, or the beginnings of their names.
+FAULTS ?=
 # What to measure: arguments of python -m benchmarks.
 BENCH ?= all --quick
 # Such as --tools initcheck.
@@ -40,7 +42,7 @@ if { $(3); } > build/$(1).log 2>&1; then echo "$$(($$(date +%s) - start)) s"; el
 	tail -n 5 build/$(1).log | cut -c 1-300; echo 'The whole output: build/$(1).log'; exit 1; fi
 endef
 
-.PHONY: help demo test check coverage build docs bench lint types format gpu-build gpu-test gpu-bench gpu-variants sanitize sanitize-cpu clean
+.PHONY: help demo test test-all faults check coverage build docs bench lint types format gpu-build gpu-test gpu-bench gpu-variants sanitize sanitize-cpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +50,8 @@ help:
 	@echo 'make test       the tests; those that need a GPU are skipped where there is none'
 	@echo 'make check      lint, types and the tests of what changed since BASE=$(BASE), for at most a minute'
 	@echo 'make coverage   the lines of the package and of the CPU kernels that no test runs'
+	@echo 'make test-all   all tests and all faults, before a release; writes tests/last_full_run.json'
+	@echo 'make faults     put faults into copies of the sources, each of which a test has to find; FAULTS="cuda-" for some'
 	@echo 'make build      compile csrc/ in place; only what changed. CUDA=1: the CUDA kernels without a GPU, too'
 	@echo 'make docs       the documentation, into site/'
 	@echo 'make bench      time this package against what a user has without it; BENCH="all" for everything'
@@ -92,10 +96,19 @@ build: $(torch_stamp)
 demo: build
 	@$(in_venv) $(run) -m swinkernels.demo
 
-# Two threads a process: the threading of the CPU kernels is tested without processes crowding each other out.
+# One thread a process: tests of threads set their number, and threads that wait for each other take CPU time, three times
+# that of the tests. `long` are sweeps, and what builds or installs for minutes.
 test: CUDA = 1
 test: $(dev_stamp) build
-	$(in_venv) OMP_NUM_THREADS=2 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal -m 'not long' $(PYTEST_ARGS)
+	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal -m 'not long' $(PYTEST_ARGS)
+
+# Writes tests/last_full_run.json.
+test-all: CUDA = 1
+test-all: $(dev_stamp) build
+	$(in_venv) $(run) -m tests.run_all $(PYTEST_ARGS)
+
+faults: $(dev_stamp) build
+	$(in_venv) OMP_NUM_THREADS=1 $(run) -m tests.faults $(FAULTS)
 
 # Which lines of the package and of the CPU kernels no test runs. It takes longer than the tests; PYTEST_ARGS chooses some.
 coverage: $(dev_stamp)

@@ -18,6 +18,9 @@ import hypothesis
 import pytest
 import torch
 
+# On few cores a pool of processes that compile costs more than it saves: each imports torch.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 hypothesis.settings.register_profile("local", deadline=None)
 # The same examples every time: a change is not blamed for what chance found. Nothing is written to disk.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import swinkernels
 from tests.adapters.test_torch_features import accelerated, images, original
+from tests.support.sweeps import in_turn
 
 PROCESSES, STEPS = 2, 4
 
@@ -70,8 +71,9 @@ def process(rank: int, library: str, how: str, folder: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers", "swinkernels"])
+@pytest.mark.parametrize(
+    ("library", "how"), in_turn(["timm", "torchvision", "transformers", "swinkernels"], ["ddp", "fsdp2"])
+)
 def test_losses_of_two_processes_are_those_of_one(library, how, tmp_path):
     plain = copy.deepcopy(original(library)).train()
     one = train(plain)

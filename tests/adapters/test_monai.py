@@ -33,6 +33,7 @@ from swinkernels.adapters.adapter import Accelerated
 from swinkernels.adapters.libraries import monai as adapter
 from swinkernels.ops._backends import NOT_INSTALLED
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
+from tests.support.sweeps import long_but
 
 # A stage, its two blocks and its patch merging, four times.
 REPLACED = {"BasicLayer": 4, "SwinTransformerBlock": 8, "PatchMerging": 4}
@@ -373,7 +374,7 @@ def test_half_precision_model():
         assert (got.double() - e).norm() <= 2 * (plain.double() - e).norm() + 2**-8 * e.norm()
 
 
-@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("axes", long_but([2, 3], 3))
 def test_compile_fullgraph(axes, monkeypatch):
     torch._dynamo.reset()
     model = make_encoder(axes, depths=(2, 1, 1, 1)).double()

@@ -21,6 +21,7 @@ from swinkernels.adapters import verify as verification
 from swinkernels.adapters.libraries.timm import _blocks as adapter
 from swinkernels.adapters.libraries.timm.swin import AcceleratedSwinTransformerBlock as Accelerated
 from tests.support.parity import assert_as_noisy
+from tests.support.sweeps import long_but
 from tests.support.timm_swin import CONFIGURATIONS, assert_as_good, check_parity, make_image, make_model, run
 
 
@@ -257,7 +258,9 @@ def test_bfloat16_model():
 # torch.compile, export, tracing
 
 
-@pytest.mark.parametrize("name", ["divisible", "padded-9x13-5x7", "no-qkv-bias", "dynamic-mask"])
+@pytest.mark.parametrize(
+    "name", long_but(["divisible", "padded-9x13-5x7", "no-qkv-bias", "dynamic-mask"], "padded-9x13-5x7", "dynamic-mask")
+)
 def test_compile_fullgraph(name, monkeypatch):
     torch._dynamo.reset()
     model = make_model(**CONFIGURATIONS[name]).double()

@@ -17,6 +17,7 @@ from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSw
 import swinkernels
 from swinkernels.models import SwinTransformer
 from tests.support.parity import randomise
+from tests.support.sweeps import long_but
 
 
 class Sequences(nn.Module):
@@ -105,7 +106,8 @@ FOREIGN = ["timm", "timm-v2", "torchvision", "transformers", "monai", "mmpretrai
 libraries = pytest.mark.parametrize("library", [*FOREIGN, "swinkernels"])
 
 
-@libraries
+# Each library is compiled in one of the two ways; its adapter's own tests compile its blocks, too.
+@pytest.mark.parametrize("library", long_but([*FOREIGN, "swinkernels"], "timm", "timm-v2", "swinkernels"))
 def test_compile_fullgraph_with_a_dynamic_batch(library):
     torch.compiler.reset()
     model = accelerated(library)
@@ -116,7 +118,9 @@ def test_compile_fullgraph_with_a_dynamic_batch(library):
             torch.testing.assert_close(compiled(x), original(library)(x), rtol=1e-4, atol=1e-4)
 
 
-@libraries
+@pytest.mark.parametrize(
+    "library", long_but([*FOREIGN, "swinkernels"], "torchvision", "transformers", "monai", "mmpretrain")
+)
 def test_compile_of_a_training_step(library):
     torch.compiler.reset()
     model, plain = accelerated(library), copy.deepcopy(original(library))
@@ -140,7 +144,7 @@ def test_export(library):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
-@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers", "swinkernels"])
+@pytest.mark.parametrize("library", long_but(["timm", "torchvision", "transformers", "swinkernels"], "timm"))
 def test_aot_inductor(library, tmp_path):
     model, x = accelerated(library), images()
     with torch.no_grad():

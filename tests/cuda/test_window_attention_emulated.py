@@ -18,6 +18,7 @@ from swinkernels.testing import WindowAttentionCase as Case
 from swinkernels.testing import cancelling_terms, check_window_attention, run_case
 from tests import emulation
 from tests.support.philox import kept_weights, philox
+from tests.support.sweeps import in_turn
 
 pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 
@@ -97,6 +98,7 @@ HEAD_DIMS = [Case(1, (6, 9), 1, head_dim, 5, 2, has_pad_qkv=True) for head_dim i
 # Heads whose rows are no multiple of 16 bytes in some dtype, or not even of 4.
 ODD_HEAD_DIMS = [Case(2, (7, 8), 2, head_dim, 4, 1, has_pad_qkv=True) for head_dim in (1, 4, 5, 10, 12, 20, 30, 44, 67)]
 ODD_HEAD_DIMS.append(Case(1, (9, 10), 1, 30, (9, 10), 3, has_pad_qkv=True))
+ARITHMETICS = ["bfloat16", "float16", "float32", "tf32"]
 COSINE = {"has_logit_scale": True}
 DENSE = {"has_table": False, "bias_types": 0}
 # v2 and dense biases, in short and long windows, with everything that they meet.
@@ -163,26 +165,22 @@ GEOMETRY = {
 }
 
 
-@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16", "float32", "tf32"])
-@pytest.mark.parametrize("case", WINDOWS, ids=str)
+@pytest.mark.parametrize(("case", "arithmetic"), in_turn(WINDOWS, ARITHMETICS))
 def test_windows(library, case, arithmetic):
     _check(library, case, arithmetic)
 
 
-@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32", "tf32"])
-@pytest.mark.parametrize("case", HEAD_DIMS, ids=str)
+@pytest.mark.parametrize(("case", "arithmetic"), in_turn(HEAD_DIMS, ["bfloat16", "float32", "tf32"]))
 def test_head_dims(library, case, arithmetic):
     _check(library, case, arithmetic)
 
 
-@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
-@pytest.mark.parametrize("case", ODD_HEAD_DIMS, ids=str)
+@pytest.mark.parametrize(("case", "arithmetic"), in_turn(ODD_HEAD_DIMS, ["bfloat16", "float32"]))
 def test_any_head_dim(library, case, arithmetic):
     _check(library, case, arithmetic)
 
 
-@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16", "float32", "tf32"])
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize(("name", "arithmetic"), in_turn(FEATURES, ARITHMETICS))
 def test_cosine_attention_and_dense_biases(library, name, arithmetic):
     _check(library, FEATURES[name], arithmetic)
 
@@ -284,8 +282,7 @@ DROPOUT = {
 }
 
 
-@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16", "float32", "tf32"])
-@pytest.mark.parametrize("name", DROPOUT)
+@pytest.mark.parametrize(("name", "arithmetic"), in_turn(DROPOUT, ARITHMETICS))
 def test_dropout(library, name, arithmetic, monkeypatch):
     """The reference with the weights that the kernels' generator keeps, outputs and gradients."""
     case, seed = DROPOUT[name], -(2**62) + 12345
@@ -395,18 +392,16 @@ def test_clamped_logit_scale_has_no_gradient(library):
     torch.testing.assert_close(got[1], plain[1], rtol=0.02, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(WINDOWS[i] for i in (1, 4, 6, 7)),
-        FEATURES["v2"],
-        FEATURES["v2, long window, pads"],
-        FEATURES["types, long window"],
-        ODD_HEAD_DIMS[2],
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32", "float32"])
+ANY_SCHEDULE = [
+    *(WINDOWS[i] for i in (1, 4, 6, 7)),
+    FEATURES["v2"],
+    FEATURES["v2, long window, pads"],
+    FEATURES["types, long window"],
+    ODD_HEAD_DIMS[2],
+]
+
+
+@pytest.mark.parametrize(("case", "arithmetic"), in_turn(ANY_SCHEDULE, ["bfloat16", "tf32", "float32"]))
 def test_same_bits_whatever_the_schedule(library, case, arithmetic):
     """The threads' order must not matter: a missing barrier, or sums in the order of arrival, would show."""
     dtype = torch.bfloat16 if arithmetic == "bfloat16" else torch.float32

@@ -18,6 +18,7 @@ from swinkernels.testing import (
     opcheck_forward_and_backward,
     run_case,
 )
+from tests.support.sweeps import in_turn
 
 FORMS = ("window_attention_qkvpacked", "window_attention")
 needs_cpu = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
@@ -153,8 +154,7 @@ def test_only_what_is_wanted_gets_a_gradient(backend):
         assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("dynamic", "backend"), in_turn([None, True], ["reference", "cpu"]))
 def test_compile_fullgraph(backend, dynamic):
     if _backends.unavailable(backend):
         pytest.skip(_backends.unavailable(backend))

@@ -1,18 +1,21 @@
 """Checks of the Triton backend that run on a GPU if there is one, and else in Triton's CPU interpreter.
 
-Triton decides when a kernel is defined whether it is interpreted. So without a GPU a file of checks runs as a script in
-a child process with TRITON_INTERPRET=1, once for all its checks, and each check is reported by name. The interpreter
-computes bfloat16 wrongly and takes some 10 ms for a program, so there the dtypes are float32 and float16, and the cases
-small.
+Triton decides when a kernel is defined whether it is interpreted. So without a GPU checks run in a child process with
+TRITON_INTERPRET=1, one for all files, which is told one name after another: each check runs once, in whichever process
+of pytest-xdist asks for it. The interpreter computes bfloat16 wrongly and takes some 10 ms for a program, so there the
+dtypes are float32 and float16, and the cases small.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -33,65 +36,93 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.fl
 
 
 class Checks:
-    """The checks of a file, by name."""
+    """The checks of a module, by name."""
 
-    def __init__(self, file: str):
-        self.file = file
+    def __init__(self, module: str):
+        self.module = module
         self.all: dict[str, Callable[[], None]] = {}
+        self.long: set[str] = set()
 
-    def __call__(self, *values: Any, dtypes: tuple[torch.dtype | None, ...] = DTYPES) -> Callable[[Callable], Callable]:
+    def __call__(
+        self, *values: Any, dtypes: tuple[torch.dtype | None, ...] = DTYPES, in_turn: bool = False
+    ) -> Callable[[Callable], Callable]:
         """Register a check, once for each value and each dtype: it is called with these, unless they are None.
 
-        A value that is a tuple is several arguments.
+        A value that is a tuple is several arguments. With ``in_turn``, what is interpreted is ``long`` but for
+        each value with one of the dtypes, in turn.
         """
 
         def register(function: Callable) -> Callable:
-            for value in values or (None,):
-                for dtype in dtypes:
+            for i, value in enumerate(values or (None,)):
+                for j, dtype in enumerate(dtypes):
                     several = value if isinstance(value, tuple) else (value,)
                     arguments = [x for x in (*several, dtype) if x is not None]
                     name = "-".join([function.__name__, *(str(x).removeprefix("torch.") for x in arguments)])
                     self.all[name] = functools.partial(function, *arguments)
+                    if in_turn and not ON_GPU and j != i % len(dtypes):
+                        self.long.add(name)
             return function
 
         return register
+
+    def names(self) -> list[Any]:
+        """Of all checks, for parametrize."""
+        return [pytest.param(name, marks=pytest.mark.long if name in self.long else ()) for name in self.all]
 
     def run(self, name: str) -> None:
         """Run a check here, or report what it did in the child process."""
         if ON_GPU or INTERPRETED:
             self.all[name]()
-        elif (failure := self._failures_of_child[name]) is not None:
+        elif (failure := _Child.of_this_process().run(self.module, name)) is not None:
             pytest.fail(f"in Triton's interpreter:\n{failure}", pytrace=False)
 
-    @functools.cached_property
-    def _failures_of_child(self) -> dict[str, str | None]:
-        """What went wrong with each check in a process whose Triton interprets; None for what passed."""
+
+class _Child:
+    """A process whose Triton interprets, and runs the checks that it is told."""
+
+    def __init__(self) -> None:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the package that is tested here
-        child = subprocess.run(
-            [sys.executable, self.file], check=False, env=environment, capture_output=True, text=True
-        )
-        failures = {}
-        for line in child.stdout.splitlines():
-            if line.startswith('{"check": '):
-                report = json.loads(line)
-                failures[report["check"]] = report["failure"]
-        if len(failures) < len(self.all):
-            died = (
-                f"the interpreting process ended with status {child.returncode} before this check:\n"
-                f"{child.stderr[-5000:]}"
-            )
-            failures = dict.fromkeys(self.all, died) | failures
-        return failures
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 as long as the process
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+        )  # fmt: skip
 
-    def main(self) -> None:
-        """What the child process does."""
-        torch.set_num_threads(1)
-        torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN, as in the tests of this process
-        for name, check in self.all.items():
-            failure = None
-            try:
-                check()
-            except Exception:
-                failure = traceback.format_exc()
-            print(json.dumps({"check": name, "failure": failure}), flush=True)
+    @classmethod
+    @functools.cache
+    def of_this_process(cls) -> _Child:
+        return cls()
+
+    def run(self, module: str, name: str) -> str | None:
+        """What went wrong with a check; None if it passed."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps([module, name]) + "\n")
+            self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if answer:
+            return json.loads(answer)
+        _Child.of_this_process.cache_clear()  # another one for the checks that follow
+        self.errors.seek(0)
+        return f"the interpreting process ended with status {self.process.wait()}:\n{self.errors.read()[-5000:]}"
+
+
+def main() -> None:
+    """What the child process does until its input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a check prints is no answer
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN, as in the tests of this process
+    for line in sys.stdin:
+        module, name = json.loads(line)
+        failure = None
+        try:
+            importlib.import_module(module).check.all[name]()
+        except Exception:
+            failure = traceback.format_exc()
+        print(json.dumps(failure), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

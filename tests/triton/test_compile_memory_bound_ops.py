@@ -10,6 +10,7 @@ import torch
 from swinkernels.triton import _patch_merging_kernels as merging_kernels
 from swinkernels.triton import _window_partition_kernels as partition_kernels
 from swinkernels.triton import patch_merging, window_partition
+from tests.support.sweeps import in_turn
 from tests.support.triton_compiler import SHARED_BYTES, Launch, kernels_of, recorded, resources
 
 
@@ -92,14 +93,12 @@ def check_resources(launches: list[Launch], arch: int) -> None:
         assert used["SHARED"] <= SHARED_BYTES[arch], (launch.name, used)
 
 
-@pytest.mark.parametrize("arch", SHARED_BYTES)
-@pytest.mark.parametrize("configuration", PARTITIONS)
+@pytest.mark.parametrize(("configuration", "arch"), in_turn(PARTITIONS, list(SHARED_BYTES)))
 def test_partition_compiles_within_resources(configuration, arch):
     check_resources(record_partition(**PARTITIONS[configuration]), arch)
 
 
-@pytest.mark.parametrize("arch", SHARED_BYTES)
-@pytest.mark.parametrize("configuration", MERGINGS)
+@pytest.mark.parametrize(("configuration", "arch"), in_turn(MERGINGS, list(SHARED_BYTES)))
 def test_merging_compiles_within_resources(configuration, arch):
     check_resources(record_merging(**MERGINGS[configuration]), arch)
 

@@ -13,6 +13,7 @@ import torch
 
 from swinkernels.triton import _window_attention_kernels as kernels
 from swinkernels.triton import window_attention as launcher
+from tests.support.sweeps import in_turn
 from tests.support.triton_compiler import OLD_TRITON, SHARED_BYTES, Launch, kernels_of, recorded, resources
 
 
@@ -78,6 +79,7 @@ COMPILED = {
     "float16": ("swin", "swin_384", "v2", "v2_long", "dropout_long"),
     "bfloat16": tuple(CONFIGURATIONS),
 }
+WHAT = [f"{precision}-{name}" for precision, names in COMPILED.items() for name in names]
 # ptxas gives up some bytes of stack to reach the next step of occupancy (128 or 168 registers a thread).
 STACK_BYTES = 16
 # Known exceptions. The backward pass of a whole window has bias and dbias in registers from window to window and is at
@@ -88,11 +90,9 @@ STACK_BYTES_OF = {"bwd_whole": 384 if OLD_TRITON else 192}
 STACK_BYTES_IN = {"wide_3d": 512, "v2_long": 208}
 
 
-@pytest.mark.parametrize("arch", SHARED_BYTES)
-@pytest.mark.parametrize(
-    ("precision", "configuration"), [(p, c) for p, configurations in COMPILED.items() for c in configurations]
-)
-def test_compiles_within_resources(precision, configuration, arch):
+@pytest.mark.parametrize(("what", "arch"), in_turn(WHAT, list(SHARED_BYTES)))
+def test_compiles_within_resources(what, arch):
+    precision, configuration = what.split("-")
     dtype, tf32 = PRECISIONS[precision]
     launches = record(dtype, tf32=tf32, **CONFIGURATIONS[configuration])
     assert launches

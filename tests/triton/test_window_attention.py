@@ -105,7 +105,7 @@ DROPPED = {
 
 FORMS = ("window_attention_qkvpacked", "window_attention")
 
-check = Checks(__file__)
+check = Checks(__name__)
 
 
 def on_device(case: Case) -> Case:
@@ -121,7 +121,7 @@ def split(qkv, num_heads):
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
 
 
-@check(*CASES)
+@check(*CASES, in_turn=True)
 def matches_reference(name, dtype):
     check_window_attention(packed, on_device(CASES[name]), dtype, DEVICE)
 
@@ -195,7 +195,7 @@ def opcheck_of_v2_types_and_dropout(form, dtype):
     opcheck_forward_and_backward(form, "_triton", op_arguments(case, form, dtype, DEVICE))
 
 
-@check("n49", "rectangular_window_tiled", "pad_before", "three_axes_padded", "cosine", "types")
+@check("n49", "rectangular_window_tiled", "pad_before", "three_axes_padded", "cosine", "types", in_turn=True)
 def separate_form_matches_reference(name, dtype):
     """q, k and v are strided views of one map, all alike."""
 
@@ -206,7 +206,7 @@ def separate_form_matches_reference(name, dtype):
     check_window_attention(separate, on_device(CASES[name]), dtype, DEVICE)
 
 
-@check("rectangular_window", "rectangular_window_tiled")
+@check("rectangular_window", "rectangular_window_tiled", in_turn=True)
 def every_map_has_its_own_strides(name, dtype):
     """q channels first, k a slice of a wider map, v with a strided last axis, dout expanded: as contiguous ones."""
     case = on_device(CASES[name])
@@ -228,7 +228,7 @@ def every_map_has_its_own_strides(name, dtype):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-@check(*(CASES if ON_GPU else ("pad_then_roll", "pad_tiled", "n49", "cosine")))
+@check(*(CASES if ON_GPU else ("pad_then_roll", "pad_tiled", "n49", "cosine")), in_turn=True)
 def same_bits_twice(name, dtype):
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
@@ -247,7 +247,7 @@ def inputs_are_not_modified(dtype):
         assert torch.equal(inputs[name], before[name]), name
 
 
-@check("n9", "n100", "pad_then_roll", "types_tiled")
+@check("n9", "n100", "pad_then_roll", "types_tiled", in_turn=True)
 def empty_batch(name, dtype):
     case = on_device(Case(**{**CASES[name].__dict__, "batch": 0}))
     results = run_case(packed, case.inputs(dtype, DEVICE), case.arguments())
@@ -257,7 +257,7 @@ def empty_batch(name, dtype):
         assert not x.any()
 
 
-@check("n9", "n100", "pad_then_roll")
+@check("n9", "n100", "pad_then_roll", in_turn=True)
 def lse_is_the_log_sum_exp_of_the_scores(name, dtype):
     """With q zero the scores are the bias and the mask alone; the lse of real queries is known exactly."""
     case = on_device(CASES[name])
@@ -521,10 +521,6 @@ def dropout_of_nearly_nothing_keeps_everything(dtype):
         torch.testing.assert_close(got[key], x, msg=key)
 
 
-@pytest.mark.parametrize("name", check.all)
+@pytest.mark.parametrize("name", check.names())
 def test_triton(name):
     check.run(name)
-
-
-if __name__ == "__main__":
-    check.main()

@@ -1,0 +1,172 @@
+"""Puts faults into copies of the tree, one at a time, and runs the test that has to find each.
+
+    python -m tests.faults [NAME...]
+
+NAME is a fault or the beginning of some, such as ``cuda-``; without one, all are tried. First every test is run without
+a fault: it has to pass. The checkout is never touched. Exit status 1 if a fault was not found, 2 if one does not apply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.faults import Fault, all_faults
+
+ROOT = Path(__file__).resolve().parents[2]
+# What has to be compiled into the extension. The emulator compiles the CUDA kernels by itself.
+COMPILED = ("csrc/kernels/cpu/", "csrc/bindings/")
+_MINUTES = 30  # a test that hangs has found nothing
+
+
+class Copy:
+    """A copy of the files that git tracks or would, and of the built extension."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        names = [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+        for path in [*map(Path, names), *(so.relative_to(ROOT) for so in ROOT.glob("swinkernels/*.so"))]:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / path, folder / path)
+
+    def build(self) -> None:
+        """Compile the extension in place, with the CPU kernels alone."""
+        environment = {**os.environ, "SWINKERNELS_BUILD": "cpu"}
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"the extension does not compile:\n{(done.stdout + done.stderr)[-4000:]}")
+
+    def run(self, tests: list[str]) -> tuple[dict[str, int], str]:
+        """How many tests passed, failed and so on, and what pytest wrote."""
+        # Hypothesis draws the same examples every time, and kernels are compiled for one test each.
+        environment = {**os.environ, "CI": "1", "SWINKERNELS_EMULATION_FLAGS": "-O0"}
+        if all(test.startswith("tests/triton/") for test in tests):
+            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # these tests alone, in that process
+        options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-m", "not long"]
+        command = [sys.executable, "-m", "pytest", *options, *tests]
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=_MINUTES * 60
+        )
+        output = done.stdout + done.stderr
+        summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+        return {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|skipped|error)", summary)}, output
+
+    @contextlib.contextmanager
+    def with_fault(self, fault: Fault):
+        path = self.folder / fault.file
+        source = path.read_text()
+        path.write_text(fault.apply_to(source))
+        try:
+            yield
+        finally:
+            path.write_text(source)
+
+
+def find(copy: Copy, fault: Fault) -> str | None:
+    """Why the fault was not found, or None."""
+    try:
+        with copy.with_fault(fault):
+            if fault.file.startswith(COMPILED):
+                copy.build()
+            counts, output = copy.run([fault.test])
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if counts.get("failed") and "error" not in counts:
+        return None
+    reason = "the test passes with the fault" if counts.get("passed") else "the test did not run as it should"
+    return f"{reason}: {fault.test}\n{output[-4000:]}"
+
+
+def fails_without_faults(copy: Copy, faults: dict[str, Fault]) -> list[str]:
+    """What is wrong with the tests as they are."""
+    problems = []
+    tests = sorted({fault.test for fault in faults.values()})
+    for of_triton in (False, True):
+        chosen = [test for test in tests if test.startswith("tests/triton/") == of_triton]
+        if not chosen:
+            continue
+        counts, output = copy.run(chosen)
+        if set(counts) != {"passed"}:
+            problems.append(f"not all tests pass without a fault: {counts}\n{output[-6000:]}")
+    return problems
+
+
+def chosen_faults(names: list[str]) -> dict[str, Fault]:
+    faults = all_faults()
+    for name in names:
+        if not any(other.startswith(name) for other in faults):
+            sys.exit(f"no fault is called {name}, or begins so; there are:\n" + "\n".join(faults))
+    return {name: fault for name, fault in faults.items() if not names or name.startswith(tuple(names))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.split("\n\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a fault, or the beginning of some")
+    parser.add_argument("--list", action="store_true", help="name the faults and their tests, and run nothing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="faults at a time (default: the CPUs)")
+    arguments = parser.parse_args()
+    faults = chosen_faults(arguments.names)
+    if arguments.list:
+        for name, fault in faults.items():
+            print(f"{name}  {fault.test}")
+        return
+    stale = []
+    for name, fault in faults.items():
+        try:
+            fault.apply_to((ROOT / fault.file).read_text())
+        except (OSError, ValueError) as error:
+            stale.append(f"{name}: {error}")
+    if stale:
+        print(*stale, sep="\n")
+        sys.exit(2)
+
+    started, missed = time.time(), {}
+    with tempfile.TemporaryDirectory(prefix="swinkernels-faults-") as folder:
+        copies: queue.Queue[Copy] = queue.Queue()
+        for i in range(max(1, min(arguments.jobs, len(faults)))):
+            copies.put(Copy(Path(folder) / str(i)))
+        first = copies.get()
+        if problems := fails_without_faults(first, faults):
+            print(*problems, sep="\n")
+            sys.exit(2)
+        copies.put(first)
+        print(f"{len({fault.test for fault in faults.values()})} tests pass without a fault", flush=True)
+
+        def try_one(name: str) -> tuple[str, str | None, float]:
+            copy, began = copies.get(), time.time()
+            try:
+                return name, find(copy, faults[name]), time.time() - began
+            finally:
+                copies.put(copy)
+
+        # Those that are compiled last, so that no copy has to be built again for another test.
+        order = sorted(faults, key=lambda name: faults[name].file.startswith(COMPILED))
+        with concurrent.futures.ThreadPoolExecutor(copies.qsize()) as pool:
+            for task in concurrent.futures.as_completed([pool.submit(try_one, name) for name in order]):
+                name, problem, seconds = task.result()
+                print(f"{'found ' if problem is None else 'MISSED'} {name} ({seconds:.0f} s)", flush=True)
+                if problem is not None:
+                    missed[name] = problem
+    for name, problem in missed.items():
+        print(f"\n{name}: {problem}")
+    print(f"{len(faults) - len(missed)} of {len(faults)} faults found in {time.time() - started:.0f} s")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

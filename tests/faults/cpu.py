@@ -1,0 +1,53 @@
+"""Faults in the CPU kernels."""
+
+from __future__ import annotations
+
+from tests.faults import Fault
+
+_KERNEL = "csrc/kernels/cpu/window_attention.inl"
+_TESTS = "tests/cpu/test_window_attention.py::"
+
+FAULTS = {
+    "cpu-mask-within-regions": Fault(
+        _KERNEL,
+        "(query_region != splat(window.region[key])) & mask_value",
+        "(query_region == splat(window.region[key])) & mask_value",
+        _TESTS + "test_geometries",
+    ),
+    "cpu-factor-of-the-pads": Fault(
+        _KERNEL,
+        "add_pad_rows(sizes, s.k_offsets, factor, s.dk, s.dpad_k);",
+        "add_pad_rows(sizes, s.k_offsets, 1.0f, s.dk, s.dpad_k);",
+        _TESTS + "test_geometries",
+    ),
+    "cpu-bias-of-another-type": Fault(
+        _KERNEL,
+        "bias_type = index % windows / (windows / params_.bias_types);",
+        "bias_type = index % windows % params_.bias_types;",
+        _TESTS + "test_cosine_attention_and_dense_bias",
+    ),
+    "cpu-gradient-along-short-rows": Fault(
+        _KERNEL,
+        "load(inverse_norms + first) < kMaxInverseNorm ? products : Vec{}",
+        "products",
+        _TESTS + "test_rows_too_short_to_be_normalised",
+    ),
+    "cpu-partial-sums-of-one-chunk": Fault(
+        "csrc/kernels/cpu/window_attention.cpp",
+        "for (int64_t chunk = 0; chunk < chunks; ++chunk) {\n      const float* part",
+        "for (int64_t chunk = 0; chunk < 1; ++chunk) {\n      const float* part",
+        _TESTS + "test_many_windows",
+    ),
+    "cpu-exponential": Fault(
+        "csrc/kernels/cpu/simd.inl",
+        "p = p * r + 4.1668393e-2f;",
+        "p = p * r + 4.2668393e-2f;",
+        _TESTS + "test_windows",
+    ),
+    "cpu-half-a-vector-of-float16": Fault(
+        "csrc/kernels/cpu/simd.inl",
+        "for (int64_t j = i; j < count; ++j) target[j] = tail[j - i];",
+        "for (int64_t j = i; j + 1 < count; ++j) target[j] = tail[j - i];",
+        _TESTS + "test_head_dims",
+    ),
+}

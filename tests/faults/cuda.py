@@ -1,0 +1,176 @@
+"""Faults in the CUDA kernels, found by the emulator."""
+
+from __future__ import annotations
+
+from tests.faults import Fault
+
+_ATTENTION = "csrc/kernels/cuda/window_attention/"
+_LAYER_NORM = "csrc/kernels/cuda/layer_norm/"
+_IN_ATTENTION = "tests/cuda/test_window_attention_emulated.py::"
+_IN_LAYER_NORM = "tests/cuda/test_layer_norm_emulated.py::"
+_IN_PARTITION = "tests/cuda/test_window_partition_emulated.py::"
+
+FAULTS = {
+    "cuda-mask-of-the-key-beside": Fault(
+        _ATTENTION + "mask.cuh",
+        "if (row_region[half] != cols.y)",
+        "if (row_region[half] != cols.x)",
+        _IN_ATTENTION + "test_geometry[region map]",
+    ),
+    "cuda-bias-of-the-pair-reversed": Fault(
+        _ATTENTION + "bias.cuh",
+        "bias.data[(row_index[half] - col_index) * bias.stride]",
+        "bias.data[(2 * bias.middle - row_index[half] + col_index) * bias.stride]",
+        _IN_ATTENTION + "test_geometry[no shift]",
+    ),
+    "cuda-keys-past-the-window": Fault(
+        _ATTENTION + "bias.cuh",
+        "< num_tokens ? 0.0f : -INFINITY;",
+        "< num_tokens ? 0.0f : -1.0f;",
+        _IN_ATTENTION + "test_geometry[window and shift of two sizes]",
+    ),
+    "cuda-logit-scale-not-clamped": Fault(
+        _ATTENTION + "cosine.cuh",
+        "expf(is_clamped(logit_scale) ? static_cast<float>(kLargestLogitScale) : logit_scale)",
+        "expf(logit_scale)",
+        _IN_ATTENTION + "test_cosine_attention_and_dense_biases[v2, small window-float16]",
+    ),
+    "cuda-gradient-of-a-clamped-logit-scale": Fault(
+        _ATTENTION + "bwd_common.cuh",
+        "is_clamped(args.logit_scale[head]) ? 0.0f : total",
+        "total",
+        _IN_ATTENTION + "test_clamped_logit_scale_has_no_gradient",
+    ),
+    "cuda-gradient-along-unit-rows": Fault(
+        _ATTENTION + "cosine.cuh",
+        "d[n][2 * half] = (d[n][2 * half] - u.x * along)",
+        "d[n][2 * half] = (d[n][2 * half] - u.y * along)",
+        _IN_ATTENTION + "test_cosine_attention_and_dense_biases[v2, small window-float16]",
+    ),
+    "cuda-dropout-scale-of-the-gradient": Fault(
+        _ATTENTION + "bwd_common.cuh",
+        "  drop(dp, kept);\n  multiply(dp, dropout_scale);",
+        "  drop(dp, kept);",
+        _IN_ATTENTION + "test_dropout[short-bfloat16]",
+    ),
+    "cuda-fewer-rounds-of-philox": Fault(
+        "csrc/kernels/common/philox.cuh",
+        "kRounds = 10",
+        "kRounds = 9",
+        _IN_ATTENTION + "test_dropout[window 7, v2-float16]",
+    ),
+    "cuda-delta-of-a-quarter-of-the-keys": Fault(
+        _ATTENTION + "bwd_sm80.cuh",
+        "      delta.add(p, dp);\n      delta.finish();",
+        "      delta.add(p, dp);",
+        _IN_ATTENTION + "test_geometry[no shift]",
+    ),
+    "cuda-output-not-rescaled": Fault(
+        _ATTENTION + "fwd_sm80.cuh",
+        "o[n][e] *= rescale[e / 2];",
+        "o[n][e] *= 1.0f;",
+        _IN_ATTENTION + "test_geometry[2D, long window, region map]",
+    ),
+    "cuda-pad-rows-of-half-a-warp": Fault(
+        _ATTENTION + "bwd_common.cuh",
+        "(pad1 ? x[n][2 + e] : 0.0f)",
+        "0.0f",
+        _IN_ATTENTION + "test_geometry[nearly all pads]",
+    ),
+    "cuda-pad-queries-take-part": Fault(
+        _ATTENTION + "bwd_common.cuh",
+        "dout_row == 0 ? INFINITY : args.lse",
+        "dout_row == 1 ? INFINITY : args.lse",
+        _IN_ATTENTION + "test_geometry[pads before]",
+    ),
+    "cuda-periodic-axes-are-masked": Fault(
+        "csrc/kernels/common/window_address.cuh",
+        " && geometry.shift[axis] > 0 && !geometry.periodic[axis];",
+        " && geometry.shift[axis] > 0;",
+        _IN_ATTENTION + "test_geometry[periodic axis]",
+    ),
+    "cuda-grid-of-the-window": Fault(
+        "csrc/kernels/common/window_address.cuh",
+        "t * layout.num_windows[axis] + n",
+        "t * layout.window[axis] + n",
+        _IN_ATTENTION + "test_geometry[grid]",
+    ),
+    "cuda-shift-beyond-the-map": Fault(
+        "csrc/kernels/common/frame_layout.cuh",
+        "geometry.shift[axis] % geometry.size[axis]",
+        "geometry.shift[axis]",
+        _IN_ATTENTION + "test_geometry[map smaller than the shift, rolled first]",
+    ),
+    "cuda-regions-of-the-queries-for-keys": Fault(
+        _ATTENTION + "bwd_bias_sm80.cuh",
+        "smem.queries[slot].region + row0, smem.keys[slot].region,",
+        "smem.queries[slot].region + row0, smem.queries[slot].region,",
+        _IN_ATTENTION + "test_geometry[2D, long window, region map]",
+    ),
+    "cuda-words-of-odd-rows": Fault(
+        _ATTENTION + "tokens.cuh",
+        "if (row_bytes % 4 == 0) {\n      ptx::cp_async_4",
+        "if (row_bytes % 2 == 0) {\n      ptx::cp_async_4",
+        _IN_ATTENTION + "test_any_head_dim[b2-7x8-h2x5-w4-s1-table-pad-bfloat16]",
+    ),
+    "cuda-dscores-beyond-float16": Fault(
+        _ATTENTION + "bwd_sm80.cuh",
+        "key_factor *= power_of_two(largest);",
+        "key_factor *= power_of_two(exponent);",
+        _IN_ATTENTION + "test_dscores_beyond_float16",
+    ),
+    "cuda-copies-not-waited-for": Fault(
+        _ATTENTION + "fwd_sm80.cuh",
+        "ptx::cp_async_wait<kStages - 2>();",
+        "ptx::cp_async_wait<kStages - 1>();",
+        _IN_ATTENTION + "test_geometry[many windows]",
+    ),
+    "cuda-layer-norm-slope": Fault(
+        _LAYER_NORM + "bwd_sm80.cuh",
+        "sums[1] * inputs.rstd * args.inverse_length * inputs.rstd",
+        "sums[1] * inputs.rstd * args.inverse_length",
+        _IN_LAYER_NORM + "test_parameters_in_half_precision[layer_norm-torch.float16]",
+    ),
+    "cuda-layer-norm-without-eps": Fault(
+        _LAYER_NORM + "fwd_sm80.cuh",
+        "reciprocal_sqrt(variance + args.eps)",
+        "reciprocal_sqrt(variance)",
+        _IN_LAYER_NORM + "test_without_some_parameters[layer_norm-none]",
+    ),
+    "cuda-drop-path-scale": Fault(
+        _LAYER_NORM + "fwd_sm80.cuh",
+        "v[i][e] = fmaf(inputs.scale, y[e], v[i][e]);",
+        "v[i][e] += y[e];",
+        _IN_LAYER_NORM + "test_parameters_in_half_precision[residual_layer_norm-torch.float16]",
+    ),
+    "cuda-merging-reads-past-the-map": Fault(
+        _LAYER_NORM + "row_source.cuh",
+        "factor == 2 && size % 2 == 1 ?",
+        "factor == 2 && size % 2 == 2 ?",
+        _IN_LAYER_NORM + "test_parameters_in_half_precision[patch_merging_norm-1-2-2-torch.float16]",
+    ),
+    "cuda-repeated-neighbours-get-it-twice": Fault(
+        _LAYER_NORM + "bwd_sm80.cuh",
+        "d[e] = piece.repeats ? 0.0f : d[e];",
+        "d[e] = d[e];",
+        _IN_LAYER_NORM + "test_repeated_neighbours",
+    ),
+    "cuda-sums-in-one-buffer": Fault(
+        _LAYER_NORM + "row_group.cuh",
+        "parity_ ^= 1;",
+        "parity_ ^= 0;",
+        _IN_LAYER_NORM + "test_same_bits_whatever_the_schedule",
+    ),
+    "cuda-partition-begins-at-the-first-window": Fault(
+        "csrc/kernels/cuda/window_partition/window_copy.cuh",
+        "(args.first_window[axis] + n[axis]) * args.frame.window[axis]",
+        "n[axis] * args.frame.window[axis]",
+        _IN_PARTITION + "test_more_launches_than_one",
+    ),
+    "cuda-reverse-reads-pads": Fault(
+        "csrc/kernels/cuda/window_partition/window_copy.cuh",
+        "return {is_pad ? RowCopy::kNothing : in_windows, in_map};",
+        "return {in_windows, in_map};",
+        _IN_PARTITION + "test_reverse_does_not_read_pads",
+    ),
+}

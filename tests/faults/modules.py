@@ -1,0 +1,94 @@
+"""Faults in the ops' frontends, in the modules and in what accelerate replaces in other libraries' models."""
+
+from __future__ import annotations
+
+from tests.faults import Fault
+
+_ADAPTERS = "swinkernels/adapters/"
+
+FAULTS = {
+    "ops-dropout-on-the-cpu": Fault(
+        "swinkernels/ops/_backends.py",
+        'if args.dropout_p > 0.0 and backend == "cpu":',
+        'if args.dropout_p > 1.0 and backend == "cpu":',
+        "tests/ops/test_window_attention.py::test_backend_says_by_name_what_it_lacks",
+    ),
+    "nn-drop-path-not-scaled": Fault(
+        "swinkernels/nn/drop_path.py",
+        "return scale.div_(keep) if keep > 0.0 else scale",
+        "return scale",
+        "tests/nn/test_blocks.py::test_drop_path_and_dropout_draw_as_timm",
+    ),
+    "nn-offsets-not-logarithmic": Fault(
+        "swinkernels/nn/window_attention.py",
+        "spaced = offsets.sign() * torch.log2(offsets.abs() + 1) / 3",
+        "spaced = offsets / 8",
+        "tests/nn/test_blocks.py::test_block_is_microsofts",
+    ),
+    "nn-pads-without-the-bias": Fault(
+        "swinkernels/nn/window_attention.py",
+        "return self.qkv(x), self.qkv.bias",
+        "return self.qkv(x), None",
+        "tests/nn/test_blocks.py::test_block_is_timms",
+    ),
+    "adapters-timm-pads-without-the-bias": Fault(
+        _ADAPTERS + "libraries/timm/swin.py",
+        '"pad_qkv": child(attn, "qkv").bias,',
+        '"pad_qkv": None,',
+        "tests/adapters/test_timm_swin.py::test_outputs_and_every_gradient",
+    ),
+    "adapters-timm-windows-for-grids": Fault(
+        _ADAPTERS + "libraries/timm/maxvit.py",
+        "_attend(self.attn_grid, x, window, True, backend)",
+        "_attend(self.attn_grid, x, window, False, backend)",
+        "tests/adapters/test_timm_maxvit.py::test_map_sizes",
+    ),
+    "adapters-torchvision-bias-of-k": Fault(
+        _ADAPTERS + "libraries/torchvision.py",
+        "qkv_bias[third : 2 * third].zero_()",
+        "qkv_bias[2 * third :].zero_()",
+        "tests/adapters/test_torchvision.py::test_v2_takes_no_part_of_the_bias_for_k",
+    ),
+    "adapters-torchvision-a-draw-for-each-sample": Fault(
+        _ADAPTERS + "libraries/torchvision.py",
+        'drawn = y.shape[0] if stochastic_depth.mode == "row" else 1',
+        "drawn = y.shape[0]",
+        "tests/adapters/test_torchvision.py::test_stochastic_depth_draws_the_same",
+    ),
+    "adapters-transformers-masked-once": Fault(
+        _ADAPTERS + "libraries/transformers/_layers.py",
+        "mask[..., 1] = -1.0",
+        "mask[..., 1] = -0.5",
+        "tests/adapters/test_transformers.py::test_masks_of_v2_count_twice",
+    ),
+    "adapters-monai-table-of-the-clipped-window": Fault(
+        _ADAPTERS + "libraries/monai.py",
+        '"table_window": tuple(attn.window_size),',
+        '"table_window": tuple(window),',
+        "tests/adapters/test_monai.py::test_outputs_and_every_gradient",
+    ),
+    "adapters-mmpretrain-order-of-unfold": Fault(
+        _ADAPTERS + "libraries/mmpretrain.py",
+        'lambda merging: 4 * merging.in_channels, lambda axes: "unfold"',
+        'lambda merging: 4 * merging.in_channels, lambda axes: "row_major"',
+        "tests/adapters/test_mmpretrain.py::test_patch_merging_in_the_order_of_unfold",
+    ),
+    "adapters-copies-with-masks-of-their-own": Fault(
+        _ADAPTERS + "copies/block.py",
+        "return differs(block.attn_mask, expected)",
+        "return False",
+        "tests/adapters/test_copied_blocks.py::test_another_mask_than_the_standard_one",
+    ),
+    "adapters-any-position-index": Fault(
+        _ADAPTERS + "masks.py",
+        "return not x.is_meta and not torch.equal(",
+        "return x.is_meta and not torch.equal(",
+        "tests/adapters/test_timm_swin.py::test_another_position_index_is_left_alone",
+    ),
+    "adapters-verify-allows-anything": Fault(
+        _ADAPTERS + "verify.py",
+        "if not e <= limit:",
+        "if not e >= 0:",
+        "tests/adapters/test_timm_swin_v2_cr.py::test_verify_finds_a_wrong_call_and_names_the_module",
+    ),
+}

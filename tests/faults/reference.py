@@ -1,0 +1,53 @@
+"""Faults in the reference, that all kernels are compared with: formulas, masks, geometry."""
+
+from __future__ import annotations
+
+from tests.faults import Fault
+
+_GEOMETRY = "swinkernels/reference/_geometry.py"
+_ATTENTION = "swinkernels/reference/window_attention.py"
+
+FAULTS = {
+    "reference-seam-one-token-late": Fault(
+        _GEOMETRY,
+        "(g >= p - w).long() + (g >= p - s).long()",
+        "(g >= p - w).long() + (g > p - s).long()",
+        "tests/reference/test_window_attention.py::test_padding_and_regions_against_literal_code",
+    ),
+    "reference-shift-the-other-way": Fault(
+        _GEOMETRY,
+        "y = (g + shift[axis]) % frame[axis] - pad_before[axis]",
+        "y = (g - shift[axis]) % frame[axis] - pad_before[axis]",
+        "tests/reference/test_window_partition.py::test_sign_of_the_shift",
+    ),
+    "reference-relative-positions-transposed": Fault(
+        _ATTENTION,
+        "coordinate[:, None] - coordinate[None, :] + w - 1",
+        "coordinate[None, :] - coordinate[:, None] + w - 1",
+        "tests/reference/test_window_attention.py::test_timm_v1",
+    ),
+    "reference-no-unit-rows": Fault(
+        _ATTENTION,
+        "keepdim=True).clamp(min=1e-12) for x in (q, k))",
+        "keepdim=True).clamp(min=1.0) for x in (q, k))",
+        "tests/reference/test_window_attention.py::test_timm_v2",
+    ),
+    "reference-types-of-the-fastest-axis": Fault(
+        _ATTENTION,
+        "bias = bias.repeat_interleave(num_windows // bias.shape[0], dim=0)",
+        "bias = bias.repeat(num_windows // bias.shape[0], 1, 1, 1)",
+        "tests/reference/test_window_attention.py::test_bias_of_window_types",
+    ),
+    "reference-order-of-merged-neighbours": Fault(
+        "swinkernels/reference/patch_merging.py",
+        "return tuple(offset[::-1] for offset",
+        "return tuple(offset for offset",
+        "tests/reference/test_patches.py::test_merging_timm_and_torchvision",
+    ),
+    "reference-gelu": Fault(
+        "swinkernels/reference/mlp_half.py",
+        "0.044715",
+        "0.047715",
+        "tests/reference/test_blocks.py::test_mlp_half_without_residual",
+    ),
+}

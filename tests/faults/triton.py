@@ -1,0 +1,56 @@
+"""Faults in the Triton kernels, found in Triton's interpreter."""
+
+from __future__ import annotations
+
+from tests.faults import Fault
+
+_ADDRESS = "swinkernels/triton/_window_address.py"
+_ATTENTION = "swinkernels/triton/_window_attention_kernels.py"
+_MERGING = "swinkernels/triton/_patch_merging_kernels.py"
+_IN_ATTENTION = "tests/triton/test_window_attention.py::test_triton"
+_IN_MEMORY_BOUND_OPS = "tests/triton/test_memory_bound_ops.py::test_triton"
+
+FAULTS = {
+    "triton-roll-past-the-map": Fault(
+        _ADDRESS,
+        "y = tl.where(y >= size, y - size, y)",
+        "y = tl.where(y > size, y - size, y)",
+        _IN_MEMORY_BOUND_OPS + "[partition_and_reverse-odd-float32]",
+    ),
+    "triton-carries-of-windows": Fault(
+        _ADDRESS,
+        "wraps = n1 == tl.cdiv(size[1], WINDOW[1])",
+        "wraps = n1 > tl.cdiv(size[1], WINDOW[1])",
+        _IN_MEMORY_BOUND_OPS + "[a_program_takes_several_windows-rectangular-float32]",
+    ),
+    "triton-seam-of-another-axis": Fault(
+        _ATTENTION,
+        "(t1 >= cut[1]).to(tl.int32) * 2",
+        "(t1 >= cut[1]).to(tl.int32)",
+        _IN_ATTENTION + "[matches_reference-n4-float32]",
+    ),
+    "triton-gradient-along-unit-rows": Fault(
+        _ATTENTION,
+        "d = (d - unit * along[:, None]) * inverse[:, None]",
+        "d = d * inverse[:, None]",
+        _IN_ATTENTION + "[matches_reference-cosine-float16]",
+    ),
+    "triton-dropout-scale-of-the-gradient": Fault(
+        _ATTENTION,
+        "tl.where(keep, dprobs * keep_scale, 0.0)",
+        "tl.where(keep, dprobs, 0.0)",
+        _IN_ATTENTION + "[dropout_matches_reference_with_the_same_pairs-dropout-float32]",
+    ),
+    "triton-variance-of-a-sample": Fault(
+        _MERGING,
+        "scale = tl.rsqrt(_row_sum(u * u, PARTS) / LENGTH + eps)",
+        "scale = tl.rsqrt(_row_sum(u * u, PARTS) / (LENGTH - 1) + eps)",
+        _IN_MEMORY_BOUND_OPS + "[merging_norm-monai_legacy-f32]",
+    ),
+    "triton-repeated-neighbours-count-once": Fault(
+        _MERGING,
+        "common *= held",
+        "common *= 1.0",
+        _IN_MEMORY_BOUND_OPS + "[merging_norm-monai_legacy-f32]",
+    ),
+}

@@ -1,0 +1,24 @@
+"""Combinations of arguments of which ``make test`` runs a few, and ``make test-all`` the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+
+
+def in_turn(values: Iterable[Any], others: Sequence[Any]) -> list[Any]:
+    """Every value with every one of the others, for parametrize. But for one of the others with each value, in turn, so
+    that every value and every other is met, they are ``long``.
+    """
+    return [
+        pytest.param(value, other, id=f"{value}-{other}", marks=[] if j == i % len(others) else pytest.mark.long)
+        for i, value in enumerate(values)
+        for j, other in enumerate(others)
+    ]
+
+
+def long_but(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """Every value, for parametrize, of which those that are not kept are ``long``."""
+    return [pytest.param(value, marks=[] if value in kept else pytest.mark.long) for value in values]
