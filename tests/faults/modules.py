@@ -9,7 +9,7 @@ _ADAPTERS = "swinkernels/adapters/"
 FAULTS = {
     "ops-dropout-on-the-cpu": Fault(
         "swinkernels/ops/_backends.py",
-        'if args.dropout_p > 0.0 and backend == "cpu":',
+        'if spec.dropout_p > 0.0 and backend == "cpu":',
         'if args.dropout_p > 1.0 and backend == "cpu":',
         "tests/ops/test_window_attention.py::test_backend_says_by_name_what_it_lacks",
     ),
