@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
+import json
+import os
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
-# build: swinkernels._C, the pybind11 module that says what was compiled, or None.
+# build: what was compiled (torch.ops.swinkernels.build_info), or None.
 # error: why the op library is not loaded, or None when it is.
-build: ModuleType | None = None
+build: dict[str, Any] | None = None
 error: str | None = None
+# Names another op library to load in place of this installation's: a build to compare with, say.
+OTHER_LIBRARY = "SWINKERNELS_OPS"
 
 _NOT_BUILT = (
     "the compiled extension is not installed: reinstall with a C++ compiler and ninja present "
@@ -26,21 +29,30 @@ _OUTDATED = (
 _NEWEST_FACT = "layer_norm_limits"
 
 
+def find_library() -> Path | None:
+    """The op library to load. It has no Python module in it: torch loads it and its ops register themselves."""
+    if other := os.environ.get(OTHER_LIBRARY):
+        return Path(other)
+    names = (f"_ops{suffix}" for suffix in (".abi3.so", *EXTENSION_SUFFIXES, ".pyd"))
+    return next((p for name in names if (p := Path(__file__).with_name(name)).exists()), None)
+
+
 def _load() -> None:
     global build, error
-    folder = Path(__file__).parent
-    # The op library has no Python module in it: torch loads it and its ops register themselves.
-    library = next((p for s in (".abi3.so", *EXTENSION_SUFFIXES, ".pyd") if (p := folder / f"_ops{s}").exists()), None)
+    library = find_library()
     if library is None:
         error = _NOT_BUILT
         return
     try:
         torch.ops.load_library(str(library))
-        build = importlib.import_module("swinkernels._C")
     except (ImportError, OSError, RuntimeError) as e:
         error = f"the compiled extension does not load under torch {torch.__version__}: {e}. Reinstall swinkernels."
         return
-    if _NEWEST_FACT not in build.build_info():
+    try:
+        build = json.loads(torch.ops.swinkernels.build_info())
+    except AttributeError:  # it says nothing of itself
+        build = {}
+    if _NEWEST_FACT not in build:
         build, error = None, _OUTDATED
 
 

@@ -48,9 +48,8 @@ def _not_installed() -> dict[str, str | None]:
     """Per backend, why this installation does not have it, or None."""
     missing: dict[str, str | None] = {"reference": None, "cpu": _extension.error, "cuda": _extension.error}
     if _extension.build is not None:
-        info = _extension.build.build_info()
-        if not info["cuda"]:
-            missing["cuda"] = f"the extension was built without CUDA: {info['cuda_missing']}"
+        if not _extension.build["cuda"]:
+            missing["cuda"] = f"the extension was built without CUDA: {_extension.build['cuda_missing']}"
     has_triton = importlib.util.find_spec("triton") is not None
     missing["triton"] = None if has_triton else "triton is not installed (pip install triton)"
     return missing
@@ -61,8 +60,8 @@ NOT_INSTALLED = _not_installed()
 LIMITS: dict[str, dict[str, int]] = {}
 NORM_LIMITS: dict[str, int] = {"triton": 8192}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
-    LIMITS["cuda"] = _extension.build.build_info()["window_attention_limits"]
-    NORM_LIMITS["cuda"] = _extension.build.build_info()["layer_norm_limits"]["max_row"]
+    LIMITS["cuda"] = _extension.build["window_attention_limits"]
+    NORM_LIMITS["cuda"] = _extension.build["layer_norm_limits"]["max_row"]
 
 
 def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:
@@ -104,7 +103,7 @@ def _find_gpu_reason(backend: str, device: torch.device) -> str | None:
     if capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
     if backend == "cuda" and _extension.build is not None:
-        built = _extension.build.build_info()["arch_list"]
+        built = _extension.build["arch_list"]
         if not has_machine_code(built, capability):
             return (
                 f"its kernels were built for {' '.join(built)}, the GPU is {capability[0]}.{capability[1]}: build "
