@@ -39,6 +39,7 @@ from swinkernels.ops import _arguments
 
 _HERE = Path(__file__).resolve().parent
 _CSRC = _HERE.parents[1] / "csrc"
+_TORCH = Path(torch.__file__).parent
 _FLAGS = [
     "-std=c++20",
     "-O2",
@@ -53,6 +54,14 @@ _KERNEL_FLAGS = [
     "-fsanitize-undefined-trap-on-error",
     "-include",
     "twins.h",
+]
+# Of sources that include torch.
+_BINDING_FLAGS = [
+    "-include",
+    "binding_twins.h",
+    "-DSWINKERNELS_WITH_CUDA",
+    "-DSWINKERNELS_WITHOUT_CPU",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 _COMPILE_JOBS = 2
 
@@ -87,20 +96,24 @@ def build(name: str, sources: Sequence[Path]) -> Path:
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
     flags = [*_FLAGS, *(["-march=native"] if platform.machine() == "x86_64" else [])]
     folders = [_HERE / "include", _CSRC / "params", _CSRC / "kernels" / "common", _CSRC / "kernels" / "cuda"]
-    headers = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh")]
     common = hashlib.sha256(repr((version, flags, _KERNEL_FLAGS, _cpu())).encode())
-    for header in sorted(headers):
-        common.update(str(header.relative_to(_HERE.parents[1])).encode() + b"\0" + header.read_bytes())
+    _hash_headers(common, folders)
+    of_bindings = common.copy()
+    of_bindings.update(repr((_BINDING_FLAGS, torch.__version__)).encode())
+    _hash_headers(of_bindings, [bindings_folder()])
     cache = Path(tempfile.gettempdir()) / f"swinkernels-emulation-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        key = common.copy()
+        with_torch = _includes_torch(source)
+        key = (of_bindings if with_torch else common).copy()
         key.update(source.read_bytes())
         out = cache / f"{source.stem}-{key.hexdigest()[:24]}.o"
         if not out.exists():
             includes = [f"-I{_HERE / 'include'}", f"-I{_CSRC}"]
             extra = _KERNEL_FLAGS if source.suffix == ".cu" else []
+            if with_torch:
+                extra = [*_BINDING_FLAGS, "-isystem", str(_TORCH / "include")]
             _run([cxx, *flags, *includes, *extra, "-x", "c++", "-c", str(source)], out)
         return out
 
@@ -108,8 +121,23 @@ def build(name: str, sources: Sequence[Path]) -> Path:
         objects = list(pool.map(compile_one, [_HERE / "simt.cpp", *sources]))
     linked = cache / f"{name}-{hashlib.sha256(repr(objects).encode()).hexdigest()[:24]}.so"
     if not linked.exists():
-        _run([cxx, "-shared", "-Wl,-Bsymbolic", *map(str, objects)], linked)
+        libraries = [f"-L{_TORCH / 'lib'}", "-ltorch_cpu"] if any(map(_includes_torch, sources)) else []
+        _run([cxx, "-shared", "-Wl,-Bsymbolic", *map(str, objects), *libraries], linked)
     return linked
+
+
+def _hash_headers(key: hashlib._Hash, folders: Sequence[Path]) -> None:
+    headers = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh")]
+    for header in sorted(headers):
+        key.update(str(header.relative_to(_HERE.parents[1])).encode() + b"\0" + header.read_bytes())
+
+
+def _includes_torch(source: Path) -> bool:
+    return b"#include <torch/" in source.read_bytes()
+
+
+def bindings_folder() -> Path:
+    return _CSRC / "bindings"
 
 
 def kernel_sources(op: str) -> list[Path]:
