@@ -174,7 +174,9 @@ def window_attention_reasons(
         reasons.append("it does not return the attention weights (return_attention)")
     largest = _longest_window(backend, device)
     if largest is not None and args.window_volume > largest:
-        reasons.append(f"it takes windows of at most {largest} tokens, got {args.window_volume}")
+        whole = LIMITS[backend]["max_window_volume"]
+        room = f" where a block has {_shared_bytes(device) // 1024} KB of shared memory" if largest < whole else ""
+        reasons.append(f"it takes windows of at most {largest} tokens{room}, got {args.window_volume}")
     return reasons
 
 
@@ -237,18 +239,16 @@ def check_backend(op: str, requested: Any) -> None:
 def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[str], list[str]]) -> str:
     """The backend for a call of ``op``, by the reasons why each one cannot run it."""
     check_backend(op, requested)
-    if requested == "auto":
-        for backend in PREFERENCE.get(device.type, ("reference",)):
-            if not reasons_of(backend):
-                return backend
-        return "reference"
-    reasons = reasons_of(requested)
+    reasons = [] if requested == "auto" else reasons_of(requested)
+    if requested != "auto" and not reasons:
+        return requested
+    best = next((b for b in PREFERENCE.get(device.type, ()) if not reasons_of(b)), "reference")
     if reasons:
         raise NotImplementedError(
             f"{op}: backend={requested!r} cannot run this call: {'; '.join(reasons)}. "
-            "Use backend='auto', which takes one that can."
+            f"Use backend='auto', which takes {best!r} here."
         )
-    return requested
+    return best
 
 
 @constant_when_compiled
