@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,21 +49,23 @@ class WindowAttentionCase:
     def window_tuple(self) -> tuple[int, ...]:
         return self.window_size if isinstance(self.window_size, tuple) else (self.window_size,) * len(self.size)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, device: str | torch.device | None = None) -> dict[str, Any]:
+        """What is no input; tensors among it on the device, if one is named."""
+        options = {name: x.to(device) if device and isinstance(x, Tensor) else x for name, x in self.options.items()}
         return {
             "num_heads": self.num_heads,
             "window_size": self.window_size,
             "shift_size": self.shift_size,
-            **self.options,
+            **options,
         }
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
         """qkv, dout and, where the case has them, pad_qkv, all rounded to ``dtype``, and bias_table, bias and
-        logit_scale in float32."""
-        g = torch.Generator().manual_seed(seed)
+        logit_scale in float32. Each kind of device draws its own."""
+        g = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g)
+            return torch.randn(*shape, generator=g, device=device)
 
         rank, channels = len(self.size), self.num_heads * self.head_dim
         inputs = {
@@ -100,7 +102,14 @@ def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def assert_within_budget(
+class Judged(NamedTuple):
+    """How far a result is off, and why that is too far, or None."""
+
+    rms_eps: float
+    failure: str | None
+
+
+def judge(
     got: Tensor,
     exact: Tensor,
     f32: Tensor,
@@ -108,17 +117,18 @@ def assert_within_budget(
     eps: float | None = None,
     terms: Tensor | None = None,
     name: str = "",
-) -> None:
-    """Fail unless ``got`` is as close to ``exact`` (float64) as its dtype allows.
+) -> Judged:
+    """Whether ``got`` is as close to ``exact`` (float64) as its dtype allows.
 
     ``f32`` is the reference run in float32 on the same rounded inputs: its own error is granted on top, which is what
     counts where terms cancel. ``eps`` is that of the arithmetic, by default that of got's dtype (TF32: 2 ** -10).
     ``terms`` replaces ``exact`` as the size that eps is relative to: that of the terms which cancel in it. Two bars:
     RMS error at most 0.75 eps, and no element off by more than twice eps of the largest. NaN fails.
     """
-    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    if got.shape != exact.shape:
+        return Judged(math.inf, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
     if got.numel() == 0:
-        return
+        return Judged(0.0, None)
     eps = torch.finfo(got.dtype).eps if eps is None else eps
     size = exact if terms is None else terms
     # What is not promised: probabilities below float32's normal numbers, which a gradient may multiply by thousands,
@@ -127,12 +137,18 @@ def assert_within_budget(
     floor = max(1e4 * torch.finfo(torch.float32).tiny, info.tiny * info.eps)
     error, base = got.double() - exact, f32.double() - exact
     rms, limit = _rms(error), 0.75 * eps * _rms(size) + 2 * _rms(base) + floor
-    assert rms <= limit, (
-        f"{name}: RMS error {rms:.3g}, at most {limit:.3g} ({rms / (eps * _rms(size) + 1e-300):.2f} eps)"
-    )
+    rms_eps = rms / (eps * _rms(size) + 1e-300)
+    if not rms <= limit:
+        return Judged(rms_eps, f"{name}: RMS error {rms:.3g}, at most {limit:.3g} ({rms_eps:.2f} eps)")
     worst = error.abs().max().item()
     limit = 2 * eps * size.abs().max().item() + 4 * base.abs().max().item() + floor
-    assert worst <= limit, f"{name}: largest error {worst:.3g}, at most {limit:.3g}"
+    return Judged(rms_eps, None if worst <= limit else f"{name}: largest error {worst:.3g}, at most {limit:.3g}")
+
+
+def assert_within_budget(got: Tensor, exact: Tensor, f32: Tensor, **options: Any) -> None:
+    """Fail unless :func:`judge`, which takes the same arguments, lets the result pass."""
+    failure = judge(got, exact, f32, **options).failure
+    assert failure is None, failure
 
 
 def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -141,7 +157,8 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[
     In float64. Keys as in :func:`run_case`; each value has the scale of that gradient, not its shape.
     """
     rank, heads = len(case.size), case.num_heads
-    arguments = case.arguments()
+    device = inputs["qkv"].device
+    arguments = case.arguments(device)
     window = case.window_tuple
     shift = case.shift_size if isinstance(case.shift_size, tuple) else (case.shift_size,) * rank
     before = arguments.get("pad_before", 0)
@@ -152,7 +169,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[
         pad_order=arguments.get("pad_order", "pad_then_roll"),
         pad_before=before if isinstance(before, tuple) else (before,) * rank,
         grid=arguments.get("grid", False),
-    )
+    ).to(device)
     real = (index < math.prod(case.size)).unsqueeze(1).unsqueeze(-1)  # (num_windows, 1, N, 1)
     _, probs = reference.window_attention_qkvpacked(
         **{name: x for name, x in inputs.items() if name != "dout"}, **arguments, return_attention=True
@@ -163,7 +180,8 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[
         tokens = torch.cat([tokens, pad.reshape(1, 1, heads, -1).expand(case.batch, -1, -1, -1)], dim=1)
         return tokens[:, index].transpose(2, 3)  # (B, num_windows, heads, N, head_dim)
 
-    pads = inputs.get("pad_qkv", torch.zeros(3 * heads * case.head_dim, dtype=torch.float64)).chunk(3)
+    none = torch.zeros(3 * heads * case.head_dim, dtype=torch.float64, device=device)
+    pads = inputs.get("pad_qkv", none).chunk(3)
     q, k, v = (gather(x, pad) for x, pad in zip(inputs["qkv"].chunk(3, dim=-1), pads, strict=True))
     dout = gather(inputs["dout"], torch.zeros_like(pads[0]))
     dprobs = dout @ v.transpose(-2, -1)
@@ -195,14 +213,14 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any]) -> dict[
         terms["dlogit_scale"] = factor * (dscores * cosine).square().sum((0, 1, 3, 4)).sqrt().reshape(factor.shape)
     if "bias_table" in inputs:
         table = arguments.get("table_window", window)
-        offset = relative_position_index(window, table if isinstance(table, tuple) else (table,) * rank)
+        offset = relative_position_index(window, table if isinstance(table, tuple) else (table,) * rank).to(device)
         dtable = torch.zeros_like(inputs["bias_table"])
         dtable.index_add_(0, offset.flatten(), dscores.sum((0, 1)).flatten(1).T)
         terms["dbias_table"] = dtable
     return terms
 
 
-def check_window_attention(
+def judge_window_attention(
     op: Callable[..., Tensor],
     case: WindowAttentionCase,
     dtype: torch.dtype,
@@ -213,21 +231,21 @@ def check_window_attention(
     cancels: bool = False,
     rounds_unit_rows: bool = False,
     **arguments: Any,
-) -> dict[str, Tensor]:
-    """Compare output and every gradient of ``op`` (called with ``arguments`` too) with the float64 reference.
+) -> tuple[dict[str, Tensor], dict[str, Judged]]:
+    """Output and every gradient of ``op`` (called with ``arguments`` too), and how far each is from the reference in
+    float64, which is computed on the same device.
 
     If ``cancels``, in small windows and in float32 (unless ``eps`` says that products are rounded), gradients are
     judged against the size of the terms that cancel in them. So is dlogit_scale of a backend that rounds v2's unit
     rows to the dtype (``rounds_unit_rows``), for tensor cores: one number is left of terms that each carry that
     rounding.
     """
-    inputs = case.inputs(dtype, seed=seed)
-    on_device = {name: x.to(device) for name, x in inputs.items()}
-    got = run_case(op, on_device, {**case.arguments(), **arguments})
+    inputs = case.inputs(dtype, device, seed)
+    got = run_case(op, inputs, {**case.arguments(device), **arguments})
     wide = {name: x.double() for name, x in inputs.items()}
-    exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments())
-    f32 = run_case(
-        reference.window_attention_qkvpacked, {name: x.float() for name, x in inputs.items()}, case.arguments()
+    exact, f32 = (
+        run_case(reference.window_attention_qkvpacked, x, case.arguments(device))
+        for x in (wide, {name: x.float() for name, x in inputs.items()})
     )
     terms = {}
     cancels = cancels or math.prod(case.window_tuple) < SMALL_WINDOW or (dtype == torch.float32 and eps is None)
@@ -237,10 +255,23 @@ def check_window_attention(
         if not cancels:
             terms = {"dlogit_scale": terms["dlogit_scale"]}
     eps = torch.finfo(dtype).eps if eps is None else eps
-    for name in got:
-        assert_within_budget(
-            got[name].cpu(), exact[name], f32[name], eps=eps, terms=terms.get(name), name=f"{case} {dtype} {name}"
-        )
+    return got, {
+        name: judge(x, exact[name], f32[name], eps=eps, terms=terms.get(name), name=f"{case} {dtype} {name}")
+        for name, x in got.items()
+    }
+
+
+def check_window_attention(
+    op: Callable[..., Tensor],
+    case: WindowAttentionCase,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Fail unless output and every gradient pass :func:`judge_window_attention`, which takes the same arguments."""
+    got, judged = judge_window_attention(op, case, dtype, device, **options)
+    for found in judged.values():
+        assert found.failure is None, found.failure
     return got
 
 
@@ -249,7 +280,7 @@ def op_arguments(
 ) -> tuple[Any, ...]:
     """The arguments of ``torch.ops.swinkernels.<form>_fwd`` for a case; its tensors require gradients."""
     inputs = case.inputs(dtype, device)
-    options = case.arguments()
+    options = case.arguments(device)
     rank = len(case.size)
 
     def three(value: Any, leading: Any) -> list[Any]:
