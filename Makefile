@@ -1,5 +1,5 @@
 # `make demo` and `make test` each work alone on a fresh machine with Python, pip and a C++ compiler.
-# `make gpu-test`, `make gpu-bench` and `make sanitize` use the Python at hand: no network, no virtual environment.
+# `make gpu-check` and what is part of it use the Python at hand: no network, no virtual environment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,8 +10,12 @@ MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
 # What to measure: arguments of python -m benchmarks.
 BENCH ?= all --quick
-# Such as --tools initcheck.
-SANITIZE_ARGS ?=
+# Of gpu-check: seconds (480), the steps (all but two unless named), another _ops library to time beside this one, and 1 to do
+# the same without a GPU.
+BUDGET ?=
+STEPS ?=
+AGAINST ?=
+REHEARSE ?=
 
 export MAX_JOBS
 run := $(VENV)/bin/python
@@ -19,7 +23,7 @@ run := $(VENV)/bin/python
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
 cxx_files = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test build docs bench lint format gpu-build gpu-test gpu-bench gpu-variants sanitize clean
+.PHONY: help demo test build docs bench lint format gpu-check gpu-bundle gpu-test gpu-bench gpu-variants sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,12 +33,12 @@ help:
 	@echo 'make docs       the documentation, into site/'
 	@echo 'make bench      time this package against what a user has without it; BENCH="all" for everything'
 	@echo 'make lint       ruff, mypy and clang-format; make format applies what they would change'
-	@echo 'make gpu-test   build for this GPU and run the tests that need one, with python3 as it is'
-	@echo 'make gpu-bench  build for this GPU and time the kernels against eager, torch.compile and SDPA'
-	@echo 'make gpu-variants  build and time variants of the kernels on this GPU'
-	@echo 'make sanitize   run the CUDA kernels under memcheck, racecheck and synccheck of compute-sanitizer'
+	@echo 'make gpu-check    all that a GPU is to settle, in eight minutes; REHEARSE=1: the same without a GPU'
+	@echo 'make gpu-bundle   a folder, bundle/, to carry to a GPU: make gpu-check there needs no compiler'
+	@echo 'make gpu-test, gpu-bench, gpu-variants, sanitize   parts of gpu-check, whole and without a time limit'
 	@echo 'make clean      remove what was built; the environment $(VENV) stays'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" RESULTS=$(RESULTS) BENCH="$(BENCH)" MAX_JOBS=$(MAX_JOBS)'
+	@echo 'Of gpu-check: BUDGET=480 STEPS=smoke,time AGAINST=other/_ops.abi3.so REHEARSE=1'
 
 # Stamps of the tools and of the wish for a torch: asking for another TORCH installs it.
 torch_stamp := $(VENV)/.torch-$(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' '-')
@@ -75,21 +79,29 @@ format: $(torch_stamp)
 	$(run) -m ruff format .
 	$(VENV)/bin/clang-format -i $(cxx_files)
 
-gpu-build:
-	SWINKERNELS_BUILD=cuda $(PYTHON) setup.py build_ext --inplace
+gpu := $(PYTHON) -m gpu check --out $(RESULTS) --against "$(AGAINST)" $(if $(REHEARSE),--rehearse)
 
-gpu-test: gpu-build
-	$(PYTHON) tests/cuda/run_on_gpu.py --out $(RESULTS) -- $(PYTEST_ARGS)
+gpu-check:
+	$(gpu) $(if $(BUDGET),--budget $(BUDGET)) $(if $(STEPS),--steps $(STEPS))
 
-gpu-bench: gpu-build
-	$(PYTHON) -m benchmarks.gpu_suite --out $(RESULTS)
+# For sm_90 unless TORCH_CUDA_ARCH_LIST says otherwise: three architectures would be more than 40 MiB.
+gpu-bundle:
+	SWINKERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m gpu bundle
 
-gpu-variants: gpu-build
-	$(PYTHON) -m benchmarks.variants --out $(RESULTS)
+gpu-test:
+	PYTEST_ARGS="$(PYTEST_ARGS)" $(gpu) --whole --steps info,tests
 
-sanitize: gpu-build
-	$(PYTHON) tests/cuda/sanitize_sweep.py $(SANITIZE_ARGS)
+gpu-bench:
+	$(gpu) --whole --steps info,time,peers,models
+
+gpu-variants:
+	$(PYTHON) -m gpu variants
+	$(gpu) --whole --steps info,variants
+
+sanitize:
+	$(gpu) --whole --steps info,sanitize
 
 clean:
-	rm -rf build dist site *.egg-info swinkernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build bundle dist site *.egg-info swinkernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

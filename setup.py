@@ -4,7 +4,8 @@ Two extensions: ``swinkernels._ops``, the kernels and their op bindings on torch
 torch loads it), and ``swinkernels._C``, a pybind11 module that says what was compiled to a program without torch.
 
 SWINKERNELS_BUILD        auto (default): CUDA kernels if a CUDA toolkit of torch's major version is found, GPU or not,
-                         and the CPU kernels; cuda: the same, or an error; cpu: CPU kernels; none: pure Python
+                         and the CPU kernels; cuda: the same, or an error; hot: of the CUDA kernels of window
+                         attention those for bfloat16 alone, to compare builds; cpu: CPU kernels; none: pure Python
 CUDA_HOME                the toolkit, if it is neither /usr/local/cuda nor that of the nvcc on the PATH
 TORCH_CUDA_ARCH_LIST     architectures; by default those of the visible GPUs, else 8.0 and 9.0 with PTX
 MAX_JOBS, CXX, NVCC_APPEND_FLAGS    as torch's extension tools, setuptools and nvcc read them
@@ -48,6 +49,7 @@ class Plan:
     toolkit: Toolkit | None = None
     cuda_missing: str | None = None  # why there is no toolkit to compile with
     arch_list: tuple[str, ...] = ()
+    bfloat16_alone: bool = False  # of window attention on CUDA
 
 
 def _output(*command: str | Path) -> str:
@@ -125,9 +127,9 @@ def make_plan(
     toolkit = find_toolkit(environ)
     missing = why_no_cuda(toolkit, torch_version, torch_cuda)
     if missing is None:
-        return Plan(toolkit=toolkit, arch_list=choose_architectures(environ, visible))
-    if wanted == "cuda":
-        raise BuildError(f"SWINKERNELS_BUILD=cuda, but {missing}")
+        return Plan(toolkit=toolkit, arch_list=choose_architectures(environ, visible), bfloat16_alone=wanted == "hot")
+    if wanted in ("cuda", "hot"):
+        raise BuildError(f"SWINKERNELS_BUILD={wanted}, but {missing}")
     return Plan(cuda_missing=missing)
 
 
@@ -181,8 +183,12 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
 
     module = ["csrc/bindings/module.cpp"]
     cuda = sources("kernels/cuda/**/*.cu") if plan.toolkit else []
+    if plan.bfloat16_alone:
+        cuda = [path for path in cuda if "window_attention/instantiations" not in path or "bfloat16" in path]
     includes = [str(ROOT / "csrc"), str(write_facts(plan, torch_version, torch_cuda, cuda))]
     with_cuda = [("SWINKERNELS_WITH_CUDA", None)] if plan.toolkit else []
+    if plan.bfloat16_alone:
+        with_cuda += [("SWINKERNELS_BFLOAT16_ALONE", None)]
     cxx_flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
     # torch's tools forbid the operators of half and bfloat16; the kernels may use them.
     allow = [f"-U__CUDA_NO_{x}__" for x in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
@@ -213,9 +219,9 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
 
 def configure() -> dict:
     """The ext_modules and cmdclass of setup(). Sets what torch's tools read from the environment."""
-    if os.environ.get("SWINKERNELS_BUILD", "auto") not in ("auto", "cuda", "cpu", "none"):
+    if os.environ.get("SWINKERNELS_BUILD", "auto") not in ("auto", "cuda", "hot", "cpu", "none"):
         got = os.environ["SWINKERNELS_BUILD"]
-        raise BuildError(f"SWINKERNELS_BUILD must be auto, cuda, cpu or none, got {got}")
+        raise BuildError(f"SWINKERNELS_BUILD must be auto, cuda, hot, cpu or none, got {got}")
     if os.environ.get("SWINKERNELS_BUILD") == "none":
         return {}
     try:
