@@ -1,6 +1,6 @@
 # `make demo`, `make test`, `make check` and `make lint` each work alone on a fresh machine with Python, pip and a C++
 # compiler; each installs what it needs and no more.
-# `make gpu-test`, `make gpu-bench` and `make sanitize` use the Python at hand: no network, no virtual environment.
+# `make gpu-check` and what is part of it use the Python at hand: no network, no virtual environment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,10 +15,14 @@ BASE ?= main
 FAULTS ?=
 # What to measure: arguments of python -m benchmarks.
 BENCH ?= all --quick
-# Such as --tools initcheck.
-SANITIZE_ARGS ?=
 # How many random calls sanitize-cpu makes.
 CALLS ?= 10000
+# Of gpu-check: seconds (480), the steps (all but two unless named), another _ops library to time beside this one, and 1 to do
+# the same without a GPU.
+BUDGET ?=
+STEPS ?=
+AGAINST ?=
+REHEARSE ?=
 
 export MAX_JOBS
 
@@ -42,7 +46,7 @@ if { $(3); } > build/$(1).log 2>&1; then echo "$$(($$(date +%s) - start)) s"; el
 	tail -n 5 build/$(1).log | cut -c 1-300; echo 'The whole output: build/$(1).log'; exit 1; fi
 endef
 
-.PHONY: help demo test test-all faults check coverage build docs bench lint types format gpu-build gpu-test gpu-bench gpu-variants sanitize sanitize-cpu clean
+.PHONY: help demo test test-all faults check coverage build docs bench lint types format gpu-check gpu-bundle gpu-test gpu-bench gpu-variants sanitize sanitize-cpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -56,13 +60,13 @@ help:
 	@echo 'make docs       the documentation, into site/'
 	@echo 'make bench      time this package against what a user has without it; BENCH="all" for everything'
 	@echo 'make lint       ruff and clang-format; make format applies what they would change; make types: mypy'
-	@echo 'make gpu-test   build for this GPU and run the tests that need one, with python3 as it is'
-	@echo 'make gpu-bench  build for this GPU and time the kernels against eager, torch.compile and SDPA'
-	@echo 'make gpu-variants  build and time variants of the kernels on this GPU'
-	@echo 'make sanitize   run the CUDA kernels under memcheck, racecheck and synccheck of compute-sanitizer'
+	@echo 'make gpu-check    all that a GPU is to settle, in eight minutes; REHEARSE=1: the same without a GPU'
+	@echo 'make gpu-bundle   a folder, bundle/, to carry to a GPU: make gpu-check there needs no compiler'
+	@echo 'make gpu-test, gpu-bench, gpu-variants, sanitize   parts of gpu-check, whole and without a time limit'
 	@echo 'make sanitize-cpu  run random calls of the CPU kernels under AddressSanitizer and UBSan; CALLS=$(CALLS)'
 	@echo 'make clean      remove what was built; the environment $(VENV) stays'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" RESULTS=$(RESULTS) BENCH="$(BENCH)" MAX_JOBS=$(MAX_JOBS)'
+	@echo 'Of gpu-check: BUDGET=480 STEPS=smoke,time AGAINST=other/_ops.abi3.so REHEARSE=1'
 
 # Stamps of what is installed, by the torch that was asked for: another TORCH installs it. The linters need none.
 torch_name := $(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' '-')
@@ -150,20 +154,28 @@ format: $(lint_stamp)
 	$(linters)/bin/ruff format .
 	@echo clang-format; $(linters)/bin/clang-format -i $(cxx_files)
 
-gpu-build:
-	SWINKERNELS_BUILD=cuda $(PYTHON) setup.py build_ext --inplace
+gpu := $(PYTHON) -m gpu check --out $(RESULTS) --against "$(AGAINST)" $(if $(REHEARSE),--rehearse)
 
-gpu-test: gpu-build
-	$(PYTHON) tests/cuda/run_on_gpu.py --out $(RESULTS) -- $(PYTEST_ARGS)
+gpu-check:
+	$(gpu) $(if $(BUDGET),--budget $(BUDGET)) $(if $(STEPS),--steps $(STEPS))
 
-gpu-bench: gpu-build
-	$(PYTHON) -m benchmarks.gpu_suite --out $(RESULTS)
+# For sm_90 unless TORCH_CUDA_ARCH_LIST says otherwise: three architectures would be more than 40 MiB.
+gpu-bundle:
+	SWINKERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m gpu bundle
 
-gpu-variants: gpu-build
-	$(PYTHON) -m benchmarks.variants --out $(RESULTS)
+gpu-test:
+	PYTEST_ARGS="$(PYTEST_ARGS)" $(gpu) --whole --steps info,tests
 
-sanitize: gpu-build
-	$(PYTHON) tests/cuda/sanitize_sweep.py $(SANITIZE_ARGS)
+gpu-bench:
+	$(gpu) --whole --steps info,time,peers,models
+
+gpu-variants:
+	$(PYTHON) -m gpu variants
+	$(gpu) --whole --steps info,variants
+
+sanitize:
+	$(gpu) --whole --steps info,sanitize
 
 # In a folder of its own. Python's own flags make signed overflow wrap, which would hide it. torch does not free all that
 # it takes, and throws through a library that has to be there before the first exception.
@@ -178,5 +190,5 @@ sanitize-cpu: $(torch_stamp)
 		$(run) tests/cpu/random_cases.py --no-compare --cases $(CALLS)
 
 clean:
-	rm -rf build dist site *.egg-info swinkernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build bundle dist site *.egg-info swinkernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

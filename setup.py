@@ -1,10 +1,11 @@
 """Compiles csrc/ with ninja through torch's extension tools.
 
 Two extensions: ``swinkernels._ops``, the kernels and their op bindings on torch's stable ABI (no Python module in it:
-torch loads it), and ``swinkernels._C``, a pybind11 module that says what was compiled.
+torch loads it), and ``swinkernels._C``, a pybind11 module that says what was compiled to a program without torch.
 
 SWINKERNELS_BUILD        auto (default): CUDA kernels if a CUDA toolkit of torch's major version is found, GPU or not,
-                         and the CPU kernels; cuda: the same, or an error; cpu: CPU kernels; none: pure Python
+                         and the CPU kernels; cuda: the same, or an error; hot: of the CUDA kernels of window
+                         attention those for bfloat16 alone, to compare builds; cpu: CPU kernels; none: pure Python
 CUDA_HOME                the toolkit, if it is neither /usr/local/cuda nor that of the nvcc on the PATH
 TORCH_CUDA_ARCH_LIST     architectures; by default those of the visible GPUs, else 8.0 and 9.0 with PTX
 MAX_JOBS, CXX, NVCC_APPEND_FLAGS    as torch's extension tools, setuptools and nvcc read them
@@ -48,6 +49,7 @@ class Plan:
     toolkit: Toolkit | None = None
     cuda_missing: str | None = None  # why there is no toolkit to compile with
     arch_list: tuple[str, ...] = ()
+    bfloat16_alone: bool = False  # of window attention on CUDA
 
 
 def _output(*command: str | Path) -> str:
@@ -126,9 +128,9 @@ def make_plan(
     toolkit = find_toolkit(environ)
     missing = why_no_cuda(toolkit, torch_version, torch_cuda)
     if missing is None:
-        return Plan(toolkit=toolkit, arch_list=choose_architectures(environ, visible))
-    if wanted == "cuda":
-        raise BuildError(f"SWINKERNELS_BUILD=cuda, but {missing}")
+        return Plan(toolkit=toolkit, arch_list=choose_architectures(environ, visible), bfloat16_alone=wanted == "hot")
+    if wanted in ("cuda", "hot"):
+        raise BuildError(f"SWINKERNELS_BUILD={wanted}, but {missing}")
     return Plan(cuda_missing=missing)
 
 
@@ -153,57 +155,74 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
+def write_facts(plan: Plan, torch_version: str, torch_cuda: str | None, cuda_sources: list[str]) -> Path:
+    """What only this script knows of the build, as a header for build_info.h; the header's folder.
+
+    A header, not macros: those would compile every source again when one fact changes.
+    """
+    facts = {
+        "version": re.findall(r'"(.+)"', (ROOT / "swinkernels" / "_version.py").read_text())[0],
+        "torch_version": torch_version,
+        "torch_cuda": torch_cuda,
+        "cuda": plan.toolkit is not None,
+        "cuda_missing": plan.cuda_missing,
+        "cuda_version": plan.toolkit.version if plan.toolkit else None,
+        "arch_list": list(plan.arch_list),
+        "cuda_sources": cuda_sources,
+    }
+    header = ROOT / "build" / "facts" / "build_facts.h"
+    text = f'#define SWINKERNELS_BUILD_FACTS R"json({json.dumps(facts)})json"\n'
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return header.parent
+
+
 def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> list[Extension]:
+    import pybind11
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    build_info = ["csrc/bindings/build_info.cpp"]
+    module = ["csrc/bindings/module.cpp"]
     cuda = sources("kernels/cuda/**/*.cu") if plan.toolkit else []
+    if plan.bfloat16_alone:
+        cuda = [path for path in cuda if "window_attention/instantiations" not in path or "bfloat16" in path]
+    includes = [str(ROOT / "csrc"), str(write_facts(plan, torch_version, torch_cuda, cuda))]
+    with_cuda = [("SWINKERNELS_WITH_CUDA", None)] if plan.toolkit else []
+    if plan.bfloat16_alone:
+        with_cuda += [("SWINKERNELS_BFLOAT16_ALONE", None)]
     cxx_flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
     # torch's tools forbid the operators of half and bfloat16; the kernels may use them.
     allow = [f"-U__CUDA_NO_{x}__" for x in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
     nvcc_flags = ["-O3", "-std=c++17", "--threads=2", *allow, "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
     ops = (CUDAExtension if plan.toolkit else CppExtension)(
         "swinkernels._ops",
-        sorted({*sources("bindings/**/*.cpp"), *sources("kernels/cpu/**/*.cpp"), *cuda} - {*build_info}),
-        include_dirs=[str(ROOT / "csrc")],
+        sorted({*sources("bindings/**/*.cpp"), *sources("kernels/cpu/**/*.cpp"), *cuda} - {*module}),
+        include_dirs=includes,
         # The oldest torch whose stable ABI may be used: the library then loads in that one and every newer one.
-        define_macros=[("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH))]
-        + ([("SWINKERNELS_WITH_CUDA", None), ("USE_CUDA", None)] if plan.toolkit else []),
+        define_macros=[("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)), *with_cuda]
+        + ([("USE_CUDA", None)] if plan.toolkit else []),
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
         # A symbol that nobody defines is an error of the build, not of the first import.
         extra_link_args=["-Wl,--no-undefined"] if sys.platform == "linux" else [],
         py_limited_api=True,
     )
-
-    import pybind11
-
-    facts = {
-        "VERSION": re.findall(r'"(.+)"', (ROOT / "swinkernels" / "_version.py").read_text())[0],
-        "TORCH_VERSION": torch_version,
-        "TORCH_CUDA": torch_cuda or "",
-        "CUDA_MISSING": plan.cuda_missing or "",
-        "NVCC_VERSION": plan.toolkit.version if plan.toolkit else "",
-        "ARCH_LIST": ";".join(plan.arch_list),
-        "CUDA_SOURCES": ";".join(cuda),
-    }
-    module = Extension(
+    without_torch = Extension(
         "swinkernels._C",
-        build_info,
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()]
+        module,
+        include_dirs=[*includes, pybind11.get_include()]
         + ([str(plan.toolkit.home / "include")] if plan.toolkit else []),
-        define_macros=[(f"SWINKERNELS_{name}", json.dumps(value)) for name, value in facts.items()]
-        + ([("SWINKERNELS_WITH_CUDA", None)] if plan.toolkit else []),
+        define_macros=with_cuda,
         extra_compile_args={"cxx": cxx_flags},
         language="c++",
     )
-    return [ops, module]
+    return [ops, without_torch]
 
 
 def configure() -> dict:
     """The ext_modules and cmdclass of setup(). Sets what torch's tools read from the environment."""
-    if os.environ.get("SWINKERNELS_BUILD", "auto") not in ("auto", "cuda", "cpu", "none"):
+    if os.environ.get("SWINKERNELS_BUILD", "auto") not in ("auto", "cuda", "hot", "cpu", "none"):
         got = os.environ["SWINKERNELS_BUILD"]
-        raise BuildError(f"SWINKERNELS_BUILD must be auto, cuda, cpu or none, got {got}")
+        raise BuildError(f"SWINKERNELS_BUILD must be auto, cuda, hot, cpu or none, got {got}")
     if os.environ.get("SWINKERNELS_BUILD") == "none":
         return {}
     try:

@@ -248,7 +248,7 @@ def parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--out", type=Path, help="folder for the CSV files; default: results/<date and time>")
     writing = commands.add_parser(
-        "report", help="docs/benchmarks.md, its charts and the README's table, from CSV files"
+        "report", help="docs/benchmarks.md, docs/gpu.md, charts and the README's numbers, from the files of runs"
     )
     writing.add_argument("--results", type=Path, default=report.RESULTS, help="folder with a folder of CSV files a run")
     judging = commands.add_parser(

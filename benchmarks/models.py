@@ -246,6 +246,7 @@ def benchmark(
     batch: int | None = None,
     modes: Sequence[str] = MODES,
     timed: bool = True,
+    before_timing: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """One row per contestant and mode of a model, or of a block in ``shapes.BLOCKS``.
 
@@ -269,6 +270,7 @@ def benchmark(
         for mode in modes:
             verdicts, calls, first = _prepared(few, case.batch, path, dtype, device, names, mode)
             times: dict[str, Timing] = {}
+            before_timing()
             if timed:
                 times = time_steps(calls, device) if device.type == "cuda" else time_on_cpu(calls, seconds=2.0)
             for contestant, (verdict, error) in verdicts.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from benchmarks.commit import commit
 from benchmarks.timing import Ceiling, Timing
 from swinkernels import info
 
-ROOT = Path(__file__).resolve().parent.parent
 SEED = 0  # of the first set of inputs and of every model's weights
 # What tells rows of two runs apart, and what is measured.
 KEYS = ("suite", "op", "shape", "case", "dtype", "backend", "direction")
@@ -63,23 +62,6 @@ def row(
         "ceiling_gb_per_s": ceiling.bytes_per_us * 1e-3 if ceiling else None,
         "ceiling_gflop_per_s": ceiling.flops_per_us * 1e-3 if ceiling else None,
     }
-
-
-def commit() -> str:
-    """The commit of the sources, with "+" if they were edited since; "unknown" without a git repository."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        # An unpacked archive may lie inside somebody else's repository.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-            return "unknown"
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _cpu() -> str:

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, its charts and the README's table, from the CSV files alone: no number is typed by hand.
+"""docs/benchmarks.md, its charts, docs/gpu.md and the README's numbers, from the files of runs alone: none is typed.
 
 A folder of ``benchmarks/results`` is a run, or several on one machine: its CSV files are read together.
 """
@@ -11,10 +11,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import attention, charts, models, record, scaling
+from benchmarks import attention, charts, commit, gpu_page, models, record, scaling
 from benchmarks.record import RESULT_OK
 
-RESULTS = record.ROOT / "benchmarks" / "results"
+RESULTS = commit.ROOT / "benchmarks" / "results"
 PAGE, README, PICTURES = "docs/benchmarks.md", "README.md", "docs/images/benchmarks"
 BEGIN, END = "<!-- numbers: python -m benchmarks report -->", "<!-- end of numbers -->"
 RATIOS = "their time / ours, forward / forward and backward"
@@ -47,22 +47,23 @@ says what changed between two runs beyond their noise.
 """
 
 
-def write(results: Path, root: Path = record.ROOT) -> list[Path]:
+def write(results: Path, root: Path = commit.ROOT) -> list[Path]:
     """Writes page, pictures and the README's part below ``root``; the paths that were written."""
-    runs, verdicts = read(results), read(results, "goal")
+    runs, on_gpus = read(results), gpu_page.read(results)
     pictures = [path for name, rows in runs.items() for path in draw(rows, root / PICTURES, f"{name}-")]
-    page, readme = root / PAGE, root / README
+    page, gpus, readme = root / PAGE, root / gpu_page.PAGE, root / README
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(page_text(runs, verdicts))
-    readme.write_text(replace_numbers(readme.read_text(), readme_text(runs)))
-    return [page, readme, *pictures]
+    page.write_text(page_text(runs))
+    gpus.write_text(gpu_page.page_text(on_gpus))
+    readme.write_text(replace_numbers(readme.read_text(), readme_numbers(runs, on_gpus)))
+    return [page, gpus, readme, *pictures]
 
 
 def write_run(out: Path) -> Path:
     """The same of one run, beside its CSV files: report.md, which is returned, and pictures."""
     rows, page = read_folder(out), out / "report.md"
     draw(rows, out)
-    page.write_text(run_text(rows, read_folder(out, "goal")))
+    page.write_text(run_text(rows))
     return page
 
 
@@ -75,18 +76,14 @@ def draw(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Path]:
     return list(drawn.values())
 
 
-def read_folder(folder: Path, column: str = "suite") -> list[Row]:
-    """The rows of its CSV files that have a column: measurements a suite, the verdicts of a GPU run a goal.
-
-    Variants of kernels are left out: they have the labels of the kernels that are shipped.
-    """
-    rows = [row for path in sorted(folder.glob("*.csv")) for row in record.read_csv(path)]
-    return [row for row in rows if column in row and "variant" not in row]
+def read_folder(folder: Path) -> list[Row]:
+    """The rows of its CSV files."""
+    return [row for path in sorted(folder.glob("*.csv")) for row in record.read_csv(path)]
 
 
-def read(results: Path, column: str = "suite") -> Runs:
+def read(results: Path) -> Runs:
     """The same of every folder of results that has any."""
-    runs = {folder.name: read_folder(folder, column) for folder in sorted(results.iterdir()) if folder.is_dir()}
+    runs = {folder.name: read_folder(folder) for folder in sorted(results.iterdir()) if folder.is_dir()}
     return {name: rows for name, rows in runs.items() if rows}
 
 
@@ -285,21 +282,7 @@ def slopes(rows: Sequence[Row]) -> str:
     return _table(cells) if cells else ""
 
 
-def goals(rows: Sequence[Row]) -> str:
-    """What was to be reached on a GPU, and what was."""
-    cells = [
-        {
-            "goal": row["goal"],
-            "wanted": f"{row['wanted']:g} {row['unit']}",
-            "reached": "" if row["reached"] is None else f"{row['reached']:.3g}",
-            "verdict": row["verdict"],
-        }
-        for row in rows
-    ]
-    return _table(cells) if cells else ""
-
-
-def run_text(rows: Sequence[Row], verdicts: Sequence[Row], pictures: str = "") -> str:
+def run_text(rows: Sequence[Row], pictures: str = "") -> str:
     """The part of a page about one run, with links to its pictures, whose names start with ``pictures``."""
     noisy = sum(row["noisy"] is True for row in rows)
     timed = sum(row["median_us"] is not None for row in rows)
@@ -318,7 +301,6 @@ def run_text(rows: Sequence[Row], verdicts: Sequence[Row], pictures: str = "") -
         ("Peak memory of a step, MiB", memory(rows), ("memory",)),
         ("Scaling: the exponent of the time; 1 is proportional", slopes(rows), ("scaling",)),
         ("Global against window attention, and their formulas", "", ("complexity",)),
-        ("Goals", goals(verdicts), ()),
         ("Every op", details(rows), ()),
     ]
     for title, table, kinds in sections:
@@ -330,15 +312,19 @@ def run_text(rows: Sequence[Row], verdicts: Sequence[Row], pictures: str = "") -
     return "\n".join(parts)
 
 
-def page_text(runs: Runs, verdicts: Runs) -> str:
+def page_text(runs: Runs) -> str:
     """The whole of docs/benchmarks.md."""
     folder = Path(PICTURES).relative_to(Path(PAGE).parent)
-    parts = [run_text(rows, verdicts.get(name, []), f"{folder}/{name}-") for name, rows in runs.items()]
+    parts = [run_text(rows, f"{folder}/{name}-") for name, rows in runs.items()]
     return "\n".join([HEAD, *parts])
 
 
+def readme_numbers(runs: Runs, on_gpus: gpu_page.Runs) -> str:
+    return f"\n{gpu_page.readme_text(on_gpus)}{readme_text(runs)}"
+
+
 def readme_text(runs: Runs) -> str:
-    """What the README shows of it."""
+    """What the README shows of docs/benchmarks.md."""
     parts = [""]
     for rows in runs.values():
         tables = [

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
+import json
+import os
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
-# build: swinkernels._C, the pybind11 module that says what was compiled, or None.
+# build: what was compiled (torch.ops.swinkernels.build_info), or None.
 # error: why the op library is not loaded, or None when it is.
-build: ModuleType | None = None
+build: dict[str, Any] | None = None
 error: str | None = None
+# Names another op library to load in place of this installation's: a build to compare with, say.
+OTHER_LIBRARY = "SWINKERNELS_OPS"
 
 _NOT_BUILT = (
     "the compiled extension is not installed: reinstall with a C++ compiler and ninja present "
@@ -33,6 +36,12 @@ def _library(folder: Path) -> Path | None:
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
+def find_library() -> Path | None:
+    """The op library to load."""
+    other = os.environ.get(OTHER_LIBRARY)
+    return Path(other) if other else _library(Path(__file__).parent)
+
+
 def _why_missing(folder: Path) -> str:
     """Why the folder that was imported has no op library. Sources in the current directory hide what is installed."""
     elsewhere = (Path(entry).resolve() / folder.name for entry in sys.path)
@@ -48,18 +57,20 @@ def _why_missing(folder: Path) -> str:
 
 def _load() -> None:
     global build, error
-    folder = Path(__file__).parent
-    library = _library(folder)
+    library = find_library()
     if library is None:
-        error = _why_missing(folder)
+        error = _why_missing(Path(__file__).parent)
         return
     try:
         torch.ops.load_library(str(library))
-        build = importlib.import_module("swinkernels._C")
     except (ImportError, OSError, RuntimeError) as e:
         error = f"the compiled extension does not load under torch {torch.__version__}: {e}. Reinstall swinkernels."
         return
-    if _NEWEST_FACT not in build.build_info():
+    try:
+        build = json.loads(torch.ops.swinkernels.build_info())
+    except AttributeError:  # it says nothing of itself
+        build = {}
+    if _NEWEST_FACT not in build:
         build, error = None, _OUTDATED
 
 

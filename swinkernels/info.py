@@ -58,9 +58,9 @@ def collect() -> dict[str, Any]:
 
     Returns:
         ``versions`` (of Python, torch, Triton, CUDA and the driver; None where there is none), ``platform``, ``gpus``,
-        ``build`` (``swinkernels._C.build_info()``, or None without the extension), ``extension_error`` (why it is not
-        loaded, or None), ``cpu_instruction_set`` (of the CPU kernels that run here, or None) and ``backends`` (per
-        backend, why it cannot run here, or None if it can).
+        ``build`` (``torch.ops.swinkernels.build_info()``, or None without the extension), ``extension_error`` (why it
+        is not loaded, or None), ``cpu_instruction_set`` (of the CPU kernels that run here, or None) and ``backends``
+        (per backend, why it cannot run here, or None if it can).
     """
     return {
         "versions": {
@@ -74,7 +74,7 @@ def collect() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "gpus": _gpus(),
-        "build": None if _extension.build is None else _extension.build.build_info(),
+        "build": _extension.build,
         "extension_error": _extension.error,
         "cpu_instruction_set": None if _extension.error else torch.ops.swinkernels.cpu_instruction_set(),
         "backends": {name: _backends.unavailable(name) for name in _backends.BACKENDS},

@@ -53,21 +53,23 @@ class WindowAttentionCase:
     def window_tuple(self) -> tuple[int, ...]:
         return self.window_size if isinstance(self.window_size, tuple) else (self.window_size,) * len(self.size)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, device: str | torch.device | None = None) -> dict[str, Any]:
+        """What is no input; tensors among it on the device, if one is named."""
+        options = {name: x.to(device) if device and isinstance(x, Tensor) else x for name, x in self.options.items()}
         return {
             "num_heads": self.num_heads,
             "window_size": self.window_size,
             "shift_size": self.shift_size,
-            **self.options,
+            **options,
         }
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
         """qkv, dout and, where the case has them, pad_qkv, all rounded to ``dtype``, and bias_table, bias and
-        logit_scale in float32."""
-        g = torch.Generator().manual_seed(seed)
+        logit_scale in float32. Each kind of device draws its own."""
+        g = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g)
+            return torch.randn(*shape, generator=g, device=device)
 
         rank, channels = len(self.size), self.num_heads * self.head_dim
         inputs = {
@@ -105,18 +107,19 @@ def run_case(
     return results
 
 
-class Error(NamedTuple):
-    """How far a result is from the exact one."""
-
-    rms_eps: float  # the RMS error in eps of the RMS of the result, or of the terms that cancel in it
-    of_limit: float  # the larger of the RMS error and the largest error, each as a part of what is allowed
-
-
 def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def assert_within_budget(
+class Judged(NamedTuple):
+    """How far a result is off, and why that is too far, or None."""
+
+    rms_eps: float  # the RMS error in eps of the RMS of the result, or of the terms that cancel in it
+    of_limit: float  # the larger of the RMS error and the largest error, each as a part of what is allowed
+    failure: str | None
+
+
+def judge(
     got: Tensor,
     exact: Tensor,
     f32: Tensor | Callable[[], Tensor],
@@ -124,18 +127,19 @@ def assert_within_budget(
     eps: float | None = None,
     terms: Tensor | None = None,
     name: str = "",
-) -> Error:
-    """Fail unless ``got`` is as close to ``exact`` (float64) as its dtype allows.
+) -> Judged:
+    """Whether ``got`` is as close to ``exact`` (float64) as its dtype allows.
 
     ``f32`` is the reference run in float32 on the same rounded inputs, or a function that runs it if need be: its own
     error is granted on top, which is what counts where terms cancel. ``eps`` is that of the arithmetic, by default that
     of got's dtype (TF32: 2 ** -10). ``terms`` replaces ``exact`` as the size that eps is relative to: that of the terms
     which cancel in it. Two bars: RMS error at most 0.75 eps, and no element off by more than twice eps of the largest.
-    NaN fails. Returns the error.
+    NaN fails.
     """
-    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    if got.shape != exact.shape:
+        return Judged(math.inf, math.inf, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
     if got.numel() == 0:
-        return Error(0.0, 0.0)
+        return Judged(0.0, 0.0, None)
     eps = torch.finfo(got.dtype).eps if eps is None else eps
     size = exact if terms is None else terms
     # What is not promised: probabilities below float32's normal numbers, which a gradient may multiply by thousands,
@@ -149,9 +153,18 @@ def assert_within_budget(
         base = (f32() if callable(f32) else f32).double() - exact
         rms_limit, limit = rms_limit + 2 * _rms(base), limit + 4 * base.abs().max().item()
     rms_eps = max(rms - floor, 0.0) / (eps * _rms(size) + 1e-300)
-    assert rms <= rms_limit, f"{name}: RMS error {rms:.3g}, at most {rms_limit:.3g} ({rms_eps:.2f} eps)"
-    assert worst <= limit, f"{name}: largest error {worst:.3g}, at most {limit:.3g}"
-    return Error(rms_eps, max(rms / rms_limit, worst / limit))
+    failure = None
+    if not rms <= rms_limit:
+        failure = f"{name}: RMS error {rms:.3g}, at most {rms_limit:.3g} ({rms_eps:.2f} eps)"
+    elif not worst <= limit:
+        failure = f"{name}: largest error {worst:.3g}, at most {limit:.3g}"
+    return Judged(rms_eps, max(rms / rms_limit, worst / limit), failure)
+
+
+def assert_within_budget(got: Tensor, exact: Tensor, f32: Tensor | Callable[[], Tensor], **options: Any) -> None:
+    """Fail unless :func:`judge`, which takes the same arguments, lets the result pass."""
+    failure = judge(got, exact, f32, **options).failure
+    assert failure is None, failure
 
 
 def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, single: bool = False) -> dict[str, Tensor]:
@@ -161,7 +174,8 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     for arithmetic in float32, the sizes include what the rounding of the scores adds, and the output has one, too.
     """
     rank, heads = len(case.size), case.num_heads
-    arguments = case.arguments()
+    device = inputs["qkv"].device
+    arguments = case.arguments(device)
     window = case.window_tuple
     shift = case.shift_size if isinstance(case.shift_size, tuple) else (case.shift_size,) * rank
     before = arguments.get("pad_before", 0)
@@ -172,7 +186,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         pad_order=arguments.get("pad_order", "pad_then_roll"),
         pad_before=before if isinstance(before, tuple) else (before,) * rank,
         grid=arguments.get("grid", False),
-    )
+    ).to(device)
     real = (index < math.prod(case.size)).unsqueeze(1).unsqueeze(-1)  # (num_windows, 1, N, 1)
     _, probs = reference.window_attention_qkvpacked(
         **{name: x for name, x in inputs.items() if name != "dout"}, **arguments, return_attention=True
@@ -183,7 +197,8 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         tokens = torch.cat([tokens, pad.reshape(1, 1, heads, -1).expand(case.batch, -1, -1, -1)], dim=1)
         return tokens[:, index].transpose(2, 3)  # (B, num_windows, heads, N, head_dim)
 
-    pads = inputs.get("pad_qkv", torch.zeros(3 * heads * case.head_dim, dtype=torch.float64)).chunk(3)
+    none = torch.zeros(3 * heads * case.head_dim, dtype=torch.float64, device=device)
+    pads = inputs.get("pad_qkv", none).chunk(3)
     q, k, v = (gather(x, pad) for x, pad in zip(inputs["qkv"].chunk(3, dim=-1), pads, strict=True))
     dout = gather(inputs["dout"], torch.zeros_like(pads[0]))
     terms = {}
@@ -230,14 +245,14 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         terms["dlogit_scale"] = factor * (dscores * cosine).square().sum((0, 1, 3, 4)).sqrt().reshape(factor.shape)
     if "bias_table" in inputs:
         table = arguments.get("table_window", window)
-        offset = relative_position_index(window, table if isinstance(table, tuple) else (table,) * rank)
+        offset = relative_position_index(window, table if isinstance(table, tuple) else (table,) * rank).to(device)
         dtable = torch.zeros_like(inputs["bias_table"])
         dtable.index_add_(0, offset.flatten(), dscores.sum((0, 1)).flatten(1).T)
         terms["dbias_table"] = dtable
     return terms
 
 
-def check_window_attention(
+def judge_window_attention(
     op: Callable[..., Tensor],
     case: WindowAttentionCase,
     dtype: torch.dtype,
@@ -249,30 +264,28 @@ def check_window_attention(
     rounds_unit_rows: bool = False,
     sums_in_float32: bool = False,
     constant: Collection[str] = (),
-    errors: dict[str, Error] | None = None,
     **arguments: Any,
-) -> dict[str, Tensor]:
-    """Compare output and every gradient of ``op`` (called with ``arguments`` too) with the float64 reference.
+) -> tuple[dict[str, Tensor], dict[str, Judged]]:
+    """Output and every gradient of ``op`` (called with ``arguments`` too), and how far each is from the reference in
+    float64, which is computed on the same device.
 
-    The inputs named in ``constant`` have no gradient. ``errors``, if given, takes the error of each result.
-
-    If ``cancels``, in small windows, in v2 of few channels and in float32 (unless ``eps`` says that products are
-    rounded), gradients are judged against the size of the terms that cancel in them, and in float32 so is the output.
-    So is dlogit_scale of a backend that rounds v2's unit rows to the dtype (``rounds_unit_rows``), for tensor cores:
-    one number is left of terms that each carry that rounding. The gradients of a backend that rounds nothing before it
-    adds them up in float32 (``sums_in_float32``) are judged by float32's eps where they stay in float32, whatever the
-    dtype.
+    The inputs named in ``constant`` have no gradient. If ``cancels``, in small windows, in v2 of few channels and in
+    float32 (unless ``eps`` says that products are rounded), gradients are judged against the size of the terms that
+    cancel in them, and in float32 so is the output. So is dlogit_scale of a backend that rounds v2's unit rows to the
+    dtype (``rounds_unit_rows``), for tensor cores: one number is left of terms that each carry that rounding. The
+    gradients of a backend that rounds nothing before it adds them up in float32 (``sums_in_float32``) are judged by
+    float32's eps where they stay in float32, whatever the dtype.
     """
-    inputs = case.inputs(dtype, seed=seed)
-    on_device = {name: x.to(device) for name, x in inputs.items()}
-    got = run_case(op, on_device, {**case.arguments(), **arguments}, constant)
+    inputs = case.inputs(dtype, device, seed)
+    given = case.arguments(device)
+    got = run_case(op, inputs, {**given, **arguments}, constant)
     wide = {name: x.double() for name, x in inputs.items()}
-    exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments(), constant)
+    exact = run_case(reference.window_attention_qkvpacked, wide, given, constant)
 
     @functools.cache
     def single() -> dict[str, Tensor]:
         of_float32 = {name: x.float() for name, x in inputs.items()}
-        return run_case(reference.window_attention_qkvpacked, of_float32, case.arguments(), constant)
+        return run_case(reference.window_attention_qkvpacked, of_float32, given, constant)
 
     def in_float32(name: str) -> Tensor:
         return single()[name]
@@ -285,19 +298,32 @@ def check_window_attention(
     def sizes(of_single: bool) -> dict[str, Tensor]:
         return cancelling_terms(case, wide, single=of_single) if case.batch > 0 else {}
 
-    for name in got:
-        of_single = is_single or (sums_in_float32 and got[name].dtype == torch.float32)
+    judged = {}
+    for name, x in got.items():
+        of_single = is_single or (sums_in_float32 and x.dtype == torch.float32)
         by_terms = of_single or (cancels and name != "out") or (rounds_unit_rows and name == "dlogit_scale")
-        error = assert_within_budget(
-            got[name].cpu(),
+        judged[name] = judge(
+            x,
             exact[name],
             functools.partial(in_float32, name),
             eps=torch.finfo(torch.float32 if of_single else dtype).eps if eps is None else eps,
             terms=sizes(of_single).get(name) if by_terms else None,
             name=f"{case} {dtype} {name}",
         )
-        if errors is not None:
-            errors[name] = error
+    return got, judged
+
+
+def check_window_attention(
+    op: Callable[..., Tensor],
+    case: WindowAttentionCase,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Fail unless output and every gradient pass :func:`judge_window_attention`, which takes the same arguments."""
+    got, judged = judge_window_attention(op, case, dtype, device, **options)
+    for found in judged.values():
+        assert found.failure is None, found.failure
     return got
 
 
@@ -306,7 +332,7 @@ def op_arguments(
 ) -> tuple[Any, ...]:
     """The arguments of ``torch.ops.swinkernels.<form>_fwd`` for a case; its tensors require gradients."""
     inputs = case.inputs(dtype, device)
-    options = case.arguments()
+    options = case.arguments(device)
     qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
     maps = qkv.unbind(-3) if form == "window_attention" else (qkv,)
     table, pad, region_map = inputs.get("bias_table"), inputs.get("pad_qkv"), options.pop("region_map", None)

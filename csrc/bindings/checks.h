@@ -12,10 +12,7 @@
 
 #include "params/dtype.h"
 #ifdef SWINKERNELS_WITH_CUDA
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
+#include "current_stream.h"
 #endif
 
 namespace swinkernels {
@@ -82,18 +79,5 @@ inline std::vector<int64_t> sizes(const Tensor& x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) shape.push_back(x.size(i));
   return shape;
 }
-
-#ifdef SWINKERNELS_WITH_CUDA
-// Makes the device of x the current one, and holds its current stream.
-struct CurrentStream {
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream = nullptr;
-  explicit CurrentStream(const Tensor& x) : guard(x.get_device_index()) {
-    void* handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &handle));
-    stream = static_cast<cudaStream_t>(handle);
-  }
-};
-#endif
 
 }  // namespace swinkernels

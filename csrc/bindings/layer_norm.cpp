@@ -168,7 +168,7 @@ Norm norm_forward(Tensor x, OptionalTensor weight, OptionalTensor bias, const No
   p.z = z.mutable_data_ptr();
   p.mean = floats(mean);
   p.rstd = floats(rstd);
-  STD_CUDA_CHECK(cuda::layer_norm_forward(p, current.stream));
+  SWINKERNELS_CUDA_CHECK(cuda::layer_norm_forward(p, current.stream));
   return {z, mean, rstd};
 }
 
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor> launch_backward(LayerNormBackwardParams& p, const Ten
   p.dbias = floats(dbias);
   Tensor workspace = torch::stable::new_empty(x, {cuda::layer_norm_backward_workspace_bytes(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
-  STD_CUDA_CHECK(cuda::layer_norm_backward(p, current.stream));
+  SWINKERNELS_CUDA_CHECK(cuda::layer_norm_backward(p, current.stream));
   return {dweight, dbias};
 }
 
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor> residual_forward(LayerNormOp op, Tensor x, Tensor y, 
   p.z = z;
   p.mean = floats(mean);
   p.rstd = floats(rstd);
-  STD_CUDA_CHECK(cuda::layer_norm_forward(p, current.stream));
+  SWINKERNELS_CUDA_CHECK(cuda::layer_norm_forward(p, current.stream));
   return {mean, rstd};
 }
 
@@ -334,7 +334,7 @@ Gradients residual_post_norm_bwd(Tensor ds, Tensor y, OptionalTensor drop_path_s
   return {dy, dweight, dbias};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(swinkernels, SWINKERNELS_CUDA_KEY, m) {
   m.impl("patch_merging_norm_fwd", TORCH_BOX(&patch_merging_norm_fwd));
   m.impl("patch_merging_norm_bwd", TORCH_BOX(&patch_merging_norm_bwd));
   m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));

@@ -11,7 +11,9 @@
 
 #include "checks.h"
 #include "geometry.h"
+#ifndef SWINKERNELS_WITHOUT_CPU
 #include "params/window_attention_cpu.h"
+#endif
 #ifdef SWINKERNELS_WITH_CUDA
 #include "params/window_attention_cuda.h"
 #endif
@@ -21,6 +23,7 @@ namespace swinkernels {
 namespace {
 
 // The backend-specific half of an op.
+#ifndef SWINKERNELS_WITHOUT_CPU
 struct CpuBackend {
   // Bytes that data pointers and strides are multiples of, of maps whose heads have so many bytes.
   static int64_t alignment(int64_t) { return 1; }
@@ -34,19 +37,20 @@ struct CpuBackend {
   }
   void backward(const WindowAttentionBackwardParams& p) const { cpu::window_attention_backward(p, parallel_for); }
 };
+#endif
 
 #ifdef SWINKERNELS_WITH_CUDA
 struct CudaBackend : CurrentStream {
   static int64_t alignment(int64_t row_bytes) { return cuda::row_alignment(row_bytes); }
   using CurrentStream::CurrentStream;
   void forward(const WindowAttentionForwardParams& p) const {
-    STD_CUDA_CHECK(cuda::window_attention_forward(p, stream));
+    SWINKERNELS_CUDA_CHECK(cuda::window_attention_forward(p, stream));
   }
   int64_t workspace_bytes(const WindowAttentionBackwardParams& p) const {
     return cuda::window_attention_backward_workspace_bytes(p);
   }
   void backward(const WindowAttentionBackwardParams& p) const {
-    STD_CUDA_CHECK(cuda::window_attention_backward(p, stream));
+    SWINKERNELS_CUDA_CHECK(cuda::window_attention_backward(p, stream));
   }
 };
 #endif
@@ -301,6 +305,7 @@ void implement(Library& m) {
   m.impl("window_attention_bwd", TORCH_BOX(&bwd<Backend>));
 }
 
+#ifndef SWINKERNELS_WITHOUT_CPU
 std::string cpu_instruction_set() { return cpu::instruction_set(); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(swinkernels, m) { m.def("cpu_instruction_set() -> str"); }
@@ -308,8 +313,9 @@ STABLE_TORCH_LIBRARY_IMPL(swinkernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
 }
 STABLE_TORCH_LIBRARY_IMPL(swinkernels, CPU, m) { implement<CpuBackend>(m); }
+#endif
 #ifdef SWINKERNELS_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, CUDA, m) { implement<CudaBackend>(m); }
+STABLE_TORCH_LIBRARY_IMPL(swinkernels, SWINKERNELS_CUDA_KEY, m) { implement<CudaBackend>(m); }
 #endif
 
 }  // namespace

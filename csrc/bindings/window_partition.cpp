@@ -42,7 +42,7 @@ Tensor window_partition(Tensor x, Ints window_size, Ints shift_size, bool roll_t
   x = readable(x, kAlignment);
   p.map = feature_map(x, x.const_data_ptr(), rank);
   p.windows = {windows.mutable_data_ptr(), num_tokens * p.channels, p.channels};
-  STD_CUDA_CHECK(cuda::window_partition(p, current.stream));
+  SWINKERNELS_CUDA_CHECK(cuda::window_partition(p, current.stream));
   return windows;
 }
 
@@ -62,11 +62,11 @@ Tensor window_reverse(Tensor windows, Ints size, Ints window_size, Ints shift_si
   windows = readable(windows, kAlignment);
   p.map = feature_map(map, map.mutable_data_ptr(), static_cast<int64_t>(size.size()));
   p.windows = {windows.const_data_ptr(), windows.stride(0), windows.stride(1)};
-  STD_CUDA_CHECK(cuda::window_reverse(p, current.stream));
+  SWINKERNELS_CUDA_CHECK(cuda::window_reverse(p, current.stream));
   return map;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(swinkernels, SWINKERNELS_CUDA_KEY, m) {
   m.impl("window_partition", TORCH_BOX(&window_partition));
   m.impl("window_reverse", TORCH_BOX(&window_reverse));
 }

@@ -51,9 +51,8 @@ def _not_installed() -> dict[str, str | None]:
     """Per backend, why this installation does not have it, or None."""
     missing: dict[str, str | None] = {**dict.fromkeys(PLAIN), "cpu": _extension.error, "cuda": _extension.error}
     if _extension.build is not None:
-        info = _extension.build.build_info()
-        if not info["cuda"]:
-            missing["cuda"] = f"the extension was built without CUDA: {info['cuda_missing']}"
+        if not _extension.build["cuda"]:
+            missing["cuda"] = f"the extension was built without CUDA: {_extension.build['cuda_missing']}"
     has_triton = importlib.util.find_spec("triton") is not None
     missing["triton"] = None if has_triton else "triton is not installed (pip install triton)"
     return missing
@@ -64,8 +63,8 @@ NOT_INSTALLED = _not_installed()
 LIMITS: dict[str, dict[str, int]] = {}
 NORM_LIMITS: dict[str, int] = {"triton": 8192}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
-    LIMITS["cuda"] = _extension.build.build_info()["window_attention_limits"]
-    NORM_LIMITS["cuda"] = _extension.build.build_info()["layer_norm_limits"]["max_row"]
+    LIMITS["cuda"] = _extension.build["window_attention_limits"]
+    NORM_LIMITS["cuda"] = _extension.build["layer_norm_limits"]["max_row"]
 
 
 def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:
@@ -95,7 +94,7 @@ def _find_gpu_reason(backend: str, device: torch.device) -> str | None:
     if capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
     if backend == "cuda" and _extension.build is not None:
-        built = _extension.build.build_info()["arch_list"]
+        built = _extension.build["arch_list"]
         if not has_machine_code(built, capability):
             return (
                 f"its kernels were built for {' '.join(built)}, the GPU is {capability[0]}.{capability[1]}: build "
@@ -166,7 +165,9 @@ def window_attention_reasons(
         reasons.append("it does not return the attention weights (return_attention)")
     largest = _longest_window(backend, device)
     if largest is not None and spec.volume > largest:
-        reasons.append(f"it takes windows of at most {largest} tokens, got {spec.volume}")
+        whole = LIMITS[backend]["max_window_volume"]
+        room = f" where a block has {_shared_bytes(device) // 1024} KB of shared memory" if largest < whole else ""
+        reasons.append(f"it takes windows of at most {largest} tokens{room}, got {spec.volume}")
     return reasons
 
 
@@ -224,18 +225,16 @@ def check_backend(op: str, requested: Any) -> None:
 def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[str], list[str]]) -> str:
     """The backend for a call of ``op``, by the reasons why each one cannot run it."""
     check_backend(op, requested)
-    if requested == "auto":
-        for backend in PREFERENCE.get(device.type, ()):
-            if not reasons_of(backend):
-                return backend
-        return "torch"
-    reasons = reasons_of(requested)
+    reasons = [] if requested == "auto" else reasons_of(requested)
+    if requested != "auto" and not reasons:
+        return requested
+    best = next((b for b in PREFERENCE.get(device.type, ()) if not reasons_of(b)), "torch")
     if reasons:
         raise NotImplementedError(
             f"{op}: backend={requested!r} cannot run this call: {'; '.join(reasons)}. "
-            "Use backend='auto', which takes one that can."
+            f"Use backend='auto', which takes {best!r} here."
         )
-    return requested
+    return best
 
 
 @constant_when_compiled

@@ -25,13 +25,32 @@ def _launcher(name: str) -> ModuleType:
     return importlib.import_module(f"swinkernels.triton.{name}")
 
 
+def launch_captured(op: str, launch: Callable[..., Any], *arguments: Any) -> Any:
+    """A launch that a CUDA graph captures, or an error that says what to do if Triton would have to compile for it:
+    a new kernel is loaded into the GPU's memory, which CUDA forbids meanwhile.
+    """
+    from triton import knobs
+
+    def refuse(**_: Any) -> None:
+        raise RuntimeError(
+            f"{op}: Triton has no compiled kernel for this call yet, and none can be loaded while a CUDA graph is "
+            "captured: call it once with tensors of these shapes, dtypes and strides before capturing"
+        )
+
+    with knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = refuse
+        return launch(*arguments)
+
+
 def _attach(op: str, launch: Callable[..., Any]) -> None:
     """Make ``launch`` the kernel of an op, on the GPU of its tensors: Triton takes the current one."""
 
     def run(x, *arguments):
         if x.is_cuda and x.device.index != torch.cuda.current_device():
             with torch.cuda.device(x.device):
-                return launch(x, *arguments)
+                return run(x, *arguments)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return launch_captured(op, launch, x, *arguments)
         return launch(x, *arguments)
 
     for key in _KEYS:

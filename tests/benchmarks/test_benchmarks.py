@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import swinkernels
-from benchmarks import attention, contest, formulas, gpu_suite, host_cost, memory_bound, record, shapes, variants
+from benchmarks import attention, commit, contest, formulas, goals, host_cost, memory_bound, record, shapes
 from benchmarks.peers import KINDS, make_peer
 from benchmarks.timing import Timing, time_on_cpu
+from gpu import timing, variants
 from swinkernels import reference
 from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase, run_case
@@ -138,9 +139,9 @@ def attention_row(shape: str, backend: str, direction: str, median: float | None
 
 def test_goals() -> None:
     def verdicts(rows: list[dict]) -> dict[str, str]:
-        return {row["goal"].partition(" (")[0] + row["goal"].partition(")")[2]: row["verdict"] for row in goals(rows)}
+        found = goals.goals(rows)
+        return {row["goal"].partition(" (")[0] + row["goal"].partition(")")[2]: row["verdict"] for row in found}
 
-    goals = gpu_suite.goals
     nothing = verdicts([])
     assert set(nothing.values()) == {"not measured"}
     assert len(nothing) == 10 * 4 + 6
@@ -188,7 +189,7 @@ def memory_row(op: str, backend: str, median: float | None, percent: float | Non
 
 def test_goals_of_the_memory_bound_ops() -> None:
     def verdicts(rows: list[dict]) -> dict[str, str]:
-        return {row["goal"]: row["verdict"] for row in gpu_suite.memory_goals(rows)}
+        return {row["goal"]: row["verdict"] for row in goals.memory_goals(rows)}
 
     nothing = verdicts([])
     assert set(nothing.values()) == {"not measured"}
@@ -305,40 +306,44 @@ def test_backward_alone_is_the_gradient(op: str, backend: str, plain_kernels) ->
     torch.testing.assert_close(got[0], expected[f"d{moved}"], rtol=0, atol=0)
 
 
-def test_memory_plan_of_the_suite_settles_every_goal() -> None:
-    """A run that gets through its plan leaves no goal unmeasured, and those come before what has none."""
-    plan = gpu_suite.memory_plan()
-    assert len(set(plan)) == len(plan)
-    assert all(shape in memory_bound.cases(op) and dtype in memory_bound.PAIRS for op, shape, dtype, _ in plan)
-    rows: list[dict] = []
-    complete = []
-    for op, shape, dtype, names in plan:
-        for name in names:
-            if name in memory_bound.PEERS or memory_bound.BENCHES[op].implemented is not None:
-                for direction in ("fwd", "fwd+bwd") if name in memory_bound.PEERS else contest.DIRECTIONS:
-                    labels = {"shape": shape, "dtype": dtype, "direction": direction}
-                    rows.append(memory_row(op, name, 50.0, 100.0, **labels))
-        complete.append(all(goal["verdict"] != "not measured" for goal in gpu_suite.memory_goals(rows)))
-    assert complete[-1]
-    last = complete.index(True)  # of the entries that the goals need
-    assert {entry[0] for entry in plan[: last + 1]} == {*gpu_suite.PEER_OPS, "patch_merging_gemm"}
-    assert all(shape in shapes.MAP_GOALS for _, shape, _, _ in plan[: last + 1])
-    assert {entry[0] for entry in plan[last + 1 :]} >= {"layer_norm", "patch_expanding"}
+def lines_of(step: str, directions: tuple[str, ...], *labels: tuple[str, str, str, str]) -> list[dict]:
+    """Lines of a run, as gpu/timing.py tells them."""
+    return [
+        {"step": step, "op": op, "shape": shape, "dtype": dtype, "backend": backend, "direction": direction,
+         "build": "shipped", "value": 100.0, "unit": "% of copy", "us": 5.0, "copy_us": 5.0, "result": "ok"}
+        for op, shape, dtype, backend in labels
+        for direction in directions
+    ]  # fmt: skip
 
 
-def test_plan_of_the_suite_settles_every_goal() -> None:
-    plan = gpu_suite.plan()
-    assert plan[0][:2] == (shapes.GOAL, "bfloat16")
-    assert len(plan) == len(set(plan))
-    rows = [
-        attention_row(shape, name, direction, 50.0, dtype=arithmetic, percent_of_copy=100.0)
-        for shape, arithmetic, names in plan
-        for name in names
-        for direction in (("fwd", "fwd+bwd") if name in attention.PEERS else contest.DIRECTIONS)
+def test_a_whole_run_settles_every_goal_of_an_op() -> None:
+    """`make gpu-bench`: what the steps time has the shapes and contestants that the goals are stated for."""
+    of_attention = [
+        ("window_attention", shape, "bfloat16", b) for shape in timing.ATTENTION for b in ("cuda", "triton")
     ]
-    assert all(row["shape"] in shapes.ATTENTION for row in rows)
-    assert all(goal["verdict"] != "not measured" for goal in gpu_suite.goals(rows))
-    assert any(goal["verdict"] != "not measured" for goal in gpu_suite.goals(rows[:3]))
+    of_attention += [("window_attention", shapes.GOAL, a, "cuda") for a in ("float16", "tf32")]
+    of_maps = [(op, shape, "bfloat16", "cuda") for op in timing.MEMORY for shape in shapes.MAP_GOALS]
+    lines = lines_of("time", timing.DIRECTIONS, *of_attention, *of_maps)
+    assert any(goal["verdict"] == "met" for goal in goals.of_lines(lines[:2]))  # as they come
+    peers = [("window_attention", s, "bfloat16", b) for s in goals.ATTENTION_GOALS for b in ("cuda", *attention.PEERS)]
+    of_copies = [(op, s, "bfloat16", b) for op in (*goals.PEER_OPS, "patch_merging_gemm") for s in shapes.MAP_GOALS
+                 for b in ("cuda", *memory_bound.PEERS)]  # fmt: skip
+    lines += lines_of("peers", contest.DIRECTIONS, *peers, *of_copies)
+    found = goals.of_lines(lines)
+    assert {x["goal"] for x in found if x["verdict"] == "not measured"} == {x["goal"] for x in goals.model_goals([])}
+    assert {line["shape"] for line in lines} <= {*shapes.ATTENTION, *shapes.MAP_GOALS}
+
+
+def test_a_goal_stands_beside_its_time() -> None:
+    row = {"op": "window_attention", "shape": "swin_t.1", "backend": "cuda", "dtype": "bfloat16", "direction": "fwd"}
+    assert goals.of_time(row) == 85
+    assert goals.of_time({**row, "direction": "bwd"}) == 70
+    assert goals.of_time({**row, "backend": "triton"}) == 60
+    assert goals.of_time({**row, "dtype": "tf32"}) == 70
+    assert goals.of_time({**row, "shape": "batch1.1"}) == 6
+    assert goals.of_time({**row, "op": "window_partition"}) == 92
+    assert goals.of_time({**row, "direction": "fwd+bwd"}) is None
+    assert goals.of_time({**row, "backend": "eager"}) is None
 
 
 def test_tf32_is_torchs_switch() -> None:
@@ -359,8 +364,10 @@ def test_tf32_is_torchs_switch() -> None:
 
 
 def test_commit_outside_a_repository_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr("benchmarks.commit.ROOT", tmp_path)
     assert record.commit() == "unknown"
+    (tmp_path / "COMMIT").write_text("0123456789ab\n")  # of a bundle
+    assert record.commit() == "0123456789ab"
 
 
 def test_table_and_percentiles() -> None:
@@ -372,7 +379,7 @@ def test_table_and_percentiles() -> None:
 
 def test_variants_name_what_exists() -> None:
     """A variant that sets a macro or an attribute that nothing reads would time the shipped kernels again."""
-    kernels = variants.ROOT / "csrc/kernels/cuda"
+    kernels = commit.ROOT / "csrc/kernels/cuda"
     attention_traits = (kernels / "window_attention/traits.h").read_text()
     moving = (kernels / "window_partition/window_copy.cuh").read_text() + (kernels / "layer_norm/traits.h").read_text()
     for sources, of_kernels in ((attention_traits, variants.CUDA), (moving, variants.MEMORY)):
@@ -380,8 +387,7 @@ def test_variants_name_what_exists() -> None:
             for macro in changes:
                 assert f"#ifndef {variants.PREFIX}{macro}\n" in sources
                 assert sources.count(f"{variants.PREFIX}{macro}") >= 3  # and it is used
-    assert all(next(iter(v.values())) == {} for v in variants.VARIANTS.values())
-    assert set(variants.MEMORY_OPS) <= set(memory_bound.BENCHES)
+    assert all(next(iter(v.values())) == {} for v in (variants.CUDA, variants.MEMORY, variants.TRITON))
 
 
 @pytest.mark.parametrize("name", variants.TRITON)
@@ -391,7 +397,7 @@ def test_triton_variants_change_the_launcher(name: str) -> None:
 
     changes = variants.TRITON[name]
     copy = types.SimpleNamespace(**vars(launcher))
-    variants.adjust(copy, changes)
+    variants.apply(copy, changes)
     for key, value in changes.items():
         if not isinstance(value, dict):
             assert getattr(copy, key) == value != getattr(launcher, key)

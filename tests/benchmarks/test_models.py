@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import swinkernels
-from benchmarks import contest, formulas, gpu_suite, models, scaling, shapes
+from benchmarks import contest, formulas, goals, models, scaling, shapes
 from benchmarks.shapes import ModelCase
 from benchmarks.timing import Ceiling, Timing, input_sets, time_on_cpu
+from gpu import plan
 from swinkernels import reference
 from swinkernels.testing import WindowAttentionCase
 
@@ -155,7 +156,7 @@ def model_row(shape: str, backend: str, mode: str, us: float | None, **labels: A
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, str]:
-    return {row["goal"]: row["verdict"] for row in gpu_suite.model_goals(rows)}
+    return {row["goal"]: row["verdict"] for row in goals.model_goals(rows)}
 
 
 def test_goals_of_models() -> None:
@@ -181,18 +182,14 @@ def test_goals_of_models() -> None:
     assert verdicts([*others, mine])[speed] == "not met"
 
 
-def test_plan_of_the_suite_settles_every_goal_of_models() -> None:
-    rows = [
-        model_row(shape, name, mode, 50.0, suite=suite)
-        for suite, shape, names, modes in gpu_suite.model_plan()
-        for name in names
-        for mode in modes
-    ]
+def test_a_whole_run_settles_every_goal_of_models() -> None:
+    groups = [group.name.split() for step in plan.steps(plan.Setting(whole=True), ("models",)) for group in step.groups
+              if step.name == "models"]  # fmt: skip
+    rows = [model_row(shape, name, mode, 50.0, suite=suite) for suite, shape, mode, name in groups]
     got = verdicts(rows)
     assert "not measured" not in got.values()
-    assert len(got) == len(gpu_suite.MODEL_GOALS) + 1 + sum(len(modes) for *_, modes in gpu_suite.model_plan())
-    assert all(name in models.CONTESTANTS for _, _, names, _ in gpu_suite.model_plan() for name in names)
-    assert list(gpu_suite.SHARES.values()) == sorted(gpu_suite.SHARES.values())
+    assert len(got) == len(goals.MODEL_GOALS) + 1 + sum(len(modes) for *_, modes in goals.MODEL_CONTESTS)
+    assert {name for *_, name in groups} <= {*models.CONTESTANTS}
 
 
 # Formulas and scaling

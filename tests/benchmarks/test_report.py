@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import charts, compare, contest, models, record, report, scaling, shapes
+from benchmarks import charts, commit, compare, contest, gpu_page, models, record, report, scaling, shapes
 from benchmarks.timing import Ceiling, Timing, time_on_cpu
 from swinkernels.testing import WindowAttentionCase
 
@@ -297,7 +298,7 @@ def test_tables_of_a_run() -> None:
 def test_a_noisy_time_is_marked() -> None:
     rows = with_environment([row("cpu", 100.0, spread=0.2), row("eager", 300.0)])
     assert "cpu, ~0.1" in report.speedups(rows)
-    assert "1 of 2 times are noisy" in report.run_text(rows, [])
+    assert "1 of 2 times are noisy" in report.run_text(rows)
 
 
 def test_pictures_of_a_run(tmp_path: Path) -> None:
@@ -314,9 +315,6 @@ def test_report_of_a_folder(tmp_path: Path, capsys) -> None:
     results = tmp_path / "results"
     rows = run_of_everything()
     record.write_csv(results / "here" / "rows.csv", [{k: r[k] for k in row("cpu", 1.0)} for r in rows], CPU)
-    goal = {"goal": "faster", "reached": 1.5, "wanted": 2.0, "unit": "times", "verdict": "not met"}
-    record.write_csv(results / "here" / "goals.csv", [goal], CPU)
-    record.write_csv(results / "here" / "variants.csv", [{"variant": "other", **row("cuda", 1.0)}], CPU)
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     written = report.write(results, tmp_path)
     assert all(path.is_file() for path in written)
@@ -324,8 +322,6 @@ def test_report_of_a_folder(tmp_path: Path, capsys) -> None:
     text = page.read_text()
     assert "images/benchmarks/here-speedup.png" in text
     assert (page.parent / "images/benchmarks/here-speedup.png").is_file()
-    assert "| faster | 2 times | 1.5 | not met |" in " ".join(text.split())
-    assert "cuda" not in text.split("## ", 2)[2]
     assert readme.read_text().startswith(f"before\n{report.BEGIN}\n")
     assert readme.read_text().endswith(f"{report.END}\nafter\n")
     assert "old" not in readme.read_text()
@@ -341,7 +337,75 @@ def test_a_readme_without_its_marks_is_left_alone() -> None:
 
 def test_committed_pages_are_those_of_the_committed_rows() -> None:
     """No number is typed by hand: what stands there is what the files give."""
-    runs, verdicts = report.read(report.RESULTS), report.read(report.RESULTS, "goal")
-    assert (record.ROOT / report.PAGE).read_text() == report.page_text(runs, verdicts)
-    readme = (record.ROOT / report.README).read_text()
-    assert report.replace_numbers(readme, report.readme_text(runs)) == readme
+    runs, on_gpus = report.read(report.RESULTS), gpu_page.read(report.RESULTS)
+    assert (commit.ROOT / report.PAGE).read_text() == report.page_text(runs)
+    assert (commit.ROOT / gpu_page.PAGE).read_text() == gpu_page.page_text(on_gpus)
+    readme = (commit.ROOT / report.README).read_text()
+    assert report.replace_numbers(readme, report.readme_numbers(runs, on_gpus)) == readme
+
+
+# The page of what has run on a GPU
+
+
+def gpu_line(step: str, direction: str, result: str = "ok", value: float = 0.3, **labels: Any) -> dict[str, Any]:
+    line = {"step": step, "op": "window_attention", "backend": "cuda", "dtype": "bfloat16", "direction": direction,
+            "case": "window 7", "result": result, "value": value, "unit": "eps", "device": "Some GPU",
+            "torch": "2.11.0", "commit": "0123456789ab", "date": "2026-11-28T12:00:00Z"}  # fmt: skip
+    return {**line, **labels}
+
+
+def timed_line(direction: str, value: float, **labels: Any) -> dict[str, Any]:
+    given = {"unit": "% of copy", "us": 100.0, "copy_us": value, "goal": 85, "shape": "swin_t.1", "build": "shipped"}
+    return gpu_line("time", direction, value=value, **{**given, **labels})
+
+
+def gpu_results(folder: Path, *runs: list[dict[str, Any]]) -> Path:
+    for i, lines in enumerate(runs):
+        path = folder / "results" / f"run{i}" / "gpu.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder / "results"
+
+
+def test_without_lines_no_kernel_has_run() -> None:
+    cells = [[c.strip() for c in x.split("|")[1:-1]] for x in gpu_page.page_text([]).splitlines() if x.startswith("| ")]
+    kernels = list(gpu_page.kernels())
+    assert [tuple(cells[:3]) for cells in cells[1:]] == kernels
+    assert all(row[3:] == [gpu_page.NOT_YET] * 3 for row in cells[1:])
+    of_attention = {(b, d) for op, b, d in kernels if op == "window_attention"}
+    assert of_attention == {(b, d) for b in ("cuda", "triton") for d in ("float32", "tf32", "float16", "bfloat16")}
+    assert "No GPU figure has been measured yet" in gpu_page.readme_text([])
+
+
+def test_what_ran_is_confirmed_or_wrong_with_its_device_and_commit(tmp_path: Path) -> None:
+    lines = [
+        gpu_line("smoke", "fwd"),
+        gpu_line("smoke", "fwd", value=0.4),
+        gpu_line("smoke", "bwd"),
+        gpu_line("smoke", "bwd", "wrong", 7.0, case="window 16"),
+        timed_line("fwd", 86.0),
+        timed_line("bwd", 71.0),
+        timed_line("fwd", 99.0, build="against"),
+    ]
+    runs = gpu_page.read(gpu_results(tmp_path, lines))
+    text = " ".join(gpu_page.page_text(runs).split())
+    assert (
+        "| window_attention | cuda | bfloat16 | confirmed: Some GPU, commit 0123456789ab, 0.40 eps at most | "
+        "**wrong** at window 16, 7 eps: Some GPU, commit 0123456789ab | 86 (swin_t.1) / 71 (swin_t.1) |" in text
+    )
+    assert "| window_attention | cuda | float16 | not yet run | not yet run | not yet run |" in text
+    assert "| window_attention | swin_t.1 | cuda | bfloat16 | fwd | 100.0 | 86 | 85 |" in text
+    assert "99" not in text
+    assert "| 85 % of copy | 86 | met |" in text
+    assert "swin_t.1 86 / 71" in gpu_page.readme_text(runs)
+
+
+def test_the_newest_run_counts_and_a_rehearsal_does_not(tmp_path: Path) -> None:
+    old = [gpu_line("smoke", "fwd", "wrong"), gpu_line("smoke", "bwd", date="2026-11-28T11:00:00Z")]
+    new = [gpu_line("smoke", "fwd", commit="ba9876543210", date="2026-11-29T11:00:00Z")]
+    rehearsed = [gpu_line("smoke", "fwd", "wrong", date="2026-11-30T11:00:00Z", rehearsed=True)]
+    runs = gpu_page.read(gpu_results(tmp_path, old, new, rehearsed))
+    text = gpu_page.page_text(runs)
+    assert "**wrong**" not in text
+    assert "commit ba9876543210" in text
+    assert "commit 0123456789ab" in text  # of the backward pass

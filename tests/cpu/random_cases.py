@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import swinkernels
-from swinkernels.testing import Error, check_window_attention, run_case
+from swinkernels.testing import Judged, judge_window_attention, run_case
 from swinkernels.testing import WindowAttentionCase as Case
 from tests.support.attention_cases import MIN_ELEMENTS, draw_case, elements
 
@@ -109,21 +109,16 @@ class Call:
         out.register_hook(self.of_gradient.place)
         return out
 
-    def check(self) -> dict[str, Error]:
-        """The error of each result; AssertionError if one is outside the budget."""
-        errors: dict[str, Error] = {}
-        check_window_attention(
-            self,
-            self.case,
-            self.dtype,
-            seed=self.seed,
-            constant=self.constant,
-            sums_in_float32=True,
-            errors=errors,
+    def check(self) -> dict[str, Judged]:
+        """How far each result is off; AssertionError if one is outside the budget."""
+        _, judged = judge_window_attention(
+            self, self.case, self.dtype, seed=self.seed, constant=self.constant, sums_in_float32=True
         )
-        return errors
+        for found in judged.values():
+            assert found.failure is None, found.failure
+        return judged
 
-    def run(self) -> dict[str, Error]:
+    def run(self) -> dict[str, Judged]:
         """Both passes alone, for a sanitizer to watch."""
         run_case(self, self.case.inputs(self.dtype, seed=self.seed), self.case.arguments(), self.constant)
         return {}

@@ -132,8 +132,8 @@ def built() -> list[KernelResources]:
 
     if _extension.build is None:
         pytest.skip(_extension.error)
-    if not _extension.build.build_info()["cuda"]:
-        pytest.skip(f"built without CUDA: {_extension.build.build_info()['cuda_missing']}")
+    if not _extension.build["cuda"]:
+        pytest.skip(f"built without CUDA: {_extension.build['cuda_missing']}")
     if find_cuobjdump() is None:
         pytest.skip("no cuobjdump in $CUDA_HOME/bin, PATH or the triton package")
     (library,) = Path(_extension.__file__).parent.glob("_ops*.so")
@@ -154,7 +154,7 @@ def test_every_kernel_is_built_for_every_architecture(built):
     for k in built:
         kernels[k.arch].add(k.kernel)
     assert len(set(map(frozenset, kernels.values()))) == 1, {arch: len(names) for arch, names in kernels.items()}
-    listed = (re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", a) for a in _extension.build.build_info()["arch_list"])
+    listed = (re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", a) for a in _extension.build["arch_list"])
     assert kernels.keys() >= {f"sm_{m[1]}{m[2]}" for m in listed if m}
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():  # the default
         assert kernels.keys() >= {"sm_80", "sm_90"}

@@ -46,6 +46,7 @@ from swinkernels.window_spec import WindowSpec
 
 _HERE = Path(__file__).resolve().parent
 _CSRC = _HERE.parents[1] / "csrc"
+_TORCH = Path(torch.__file__).parent
 _FLAGS = [
     "-std=c++20",
     "-O2",
@@ -60,6 +61,14 @@ _KERNEL_FLAGS = [
     "-fsanitize-undefined-trap-on-error",
     "-include",
     "twins.h",
+]
+# Of sources that include torch.
+_BINDING_FLAGS = [
+    "-include",
+    "binding_twins.h",
+    "-DSWINKERNELS_WITH_CUDA",
+    "-DSWINKERNELS_WITHOUT_CPU",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 _COMPILE_JOBS = 2
 
@@ -114,20 +123,35 @@ def build(name: str, sources: Sequence[Path]) -> Path:
     cache.mkdir(mode=0o700, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
+        with_torch = _includes_torch(source)
+        twins = _HERE / "include" / ("binding_twins.h" if with_torch else "twins.h")
         key = common.copy()
-        for path in sorted({source, *_included_by(source), *_included_by(_HERE / "include" / "twins.h")}):
+        if with_torch:
+            key.update(repr((_BINDING_FLAGS, torch.__version__)).encode())
+        for path in sorted({source, twins, *_included_by(source), *_included_by(twins)}):
             key.update(str(path.relative_to(_HERE.parents[1])).encode() + b"\0" + path.read_bytes())
         out = cache / f"{source.stem}-{key.hexdigest()[:24]}.o"
         includes = [f"-I{_HERE / 'include'}", f"-I{_CSRC}"]
         extra = _KERNEL_FLAGS if source.suffix == ".cu" else []
+        if with_torch:
+            extra = [*_BINDING_FLAGS, "-isystem", str(_TORCH / "include")]
         _make(out, [cxx, *flags, *includes, *extra, "-x", "c++", "-c", str(source)])
         return out
 
     with concurrent.futures.ThreadPoolExecutor(_COMPILE_JOBS) as pool:
         objects = list(pool.map(compile_one, [_HERE / "simt.cpp", *sources]))
     linked = cache / f"{name}-{hashlib.sha256(repr(objects).encode()).hexdigest()[:24]}.so"
-    _make(linked, [cxx, "-shared", "-Wl,-Bsymbolic", *map(str, objects)])
+    libraries = [f"-L{_TORCH / 'lib'}", "-ltorch_cpu"] if any(map(_includes_torch, sources)) else []
+    _make(linked, [cxx, "-shared", "-Wl,-Bsymbolic", *map(str, objects), *libraries])
     return linked
+
+
+def _includes_torch(source: Path) -> bool:
+    return b"#include <torch/" in source.read_bytes()
+
+
+def bindings_folder() -> Path:
+    return _CSRC / "bindings"
 
 
 def kernel_sources(op: str) -> list[Path]:

@@ -124,6 +124,9 @@ struct Engine {
   bool failed = false;
   std::string error;
   int multiprocessors = 2;
+  // Of the launch with the most dynamic shared memory since these were asked for.
+  size_t largest_smem_bytes = 0;
+  int largest_threads = 0;
   uint64_t seed = 0;
   std::map<void*, GuardedMapping> allocations;
 };
@@ -514,6 +517,10 @@ int run_grid(const LaunchShape& shape, void (*kernel)(void* context), void* cont
     engine.error = "launch with " + std::to_string(shape.dynamic_smem_bytes) + " bytes of dynamic shared memory";
     return cudaErrorInvalidValue;
   }
+  if (shape.dynamic_smem_bytes >= engine.largest_smem_bytes) {
+    engine.largest_smem_bytes = shape.dynamic_smem_bytes;
+    engine.largest_threads = static_cast<int>(threads);
+  }
   engine.threads = static_cast<int>(threads);
   if (engine.lanes.size() < threads) engine.lanes.resize(threads);
   for (Lane& lane : engine.lanes) {
@@ -558,6 +565,11 @@ EMULATION_EXPORT bool emulation_catches_faults() { return emulation::kCatchesFau
 EMULATION_EXPORT void emulation_configure(uint64_t schedule_seed, int multiprocessors) {
   emulation::engine.seed = schedule_seed;
   emulation::engine.multiprocessors = multiprocessors;
+}
+EMULATION_EXPORT void emulation_largest_launch(size_t* smem_bytes, int* threads) {
+  *smem_bytes = emulation::engine.largest_smem_bytes;
+  *threads = emulation::engine.largest_threads;
+  emulation::engine.largest_smem_bytes = 0;
 }
 EMULATION_EXPORT void* emulation_allocate(size_t bytes, size_t alignment) {
   return emulation::allocate_guarded(bytes, alignment);

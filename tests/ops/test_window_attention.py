@@ -101,7 +101,11 @@ def test_long_windows_need_shared_memory(monkeypatch):
         monkeypatch.setattr(_backends, "_shared_bytes", lambda device, room=room: room)
         monkeypatch.setattr(_backends, "_reasons", lambda *_: [])
         reasons = _backends.window_attention_reasons(backend, spec, torch.float32, torch.device("cuda", 0))
-        assert reasons == (["it takes windows of at most 256 tokens, got 289"] if refused else [])
+        assert reasons == (
+            [f"it takes windows of at most 256 tokens where a block has {room // 1024} KB of shared memory, got 289"]
+            if refused
+            else []
+        )
 
 
 @needs_cpu

@@ -87,6 +87,16 @@ def test_matching_toolkit_builds_cuda_without_a_gpu(build: ModuleType, tmp_path:
     assert plan == build.Plan(True, build.Toolkit(home, "13.2"), None, ("8.0", "9.0+PTX"))
 
 
+def test_a_build_to_compare_with_has_one_dtype_of_attention(build: ModuleType, tmp_path: Path) -> None:
+    home = make_toolkit(tmp_path / "cuda", "13.0")
+    whole, hot = (
+        build.make_plan({"CUDA_HOME": str(home), "SWINKERNELS_BUILD": wanted}, TORCH, CUDA, [])
+        for wanted in ("cuda", "hot")
+    )
+    assert (whole.bfloat16_alone, hot.bfloat16_alone) == (False, True)
+    assert hot.toolkit == whole.toolkit
+
+
 def test_none_needs_no_torch_and_builds_nothing(build: ModuleType) -> None:
     assert not build.make_plan({"SWINKERNELS_BUILD": "none"}, "1.0", None, []).compile
 
@@ -207,7 +217,7 @@ def run_setup(*arguments: str, folder: Path = ROOT, **environ: str) -> subproces
 def test_errors_are_one_line_without_a_stack_trace(tmp_path: Path) -> None:
     fake = make_toolkit(tmp_path / "cuda", "11.8")
     for environ, expected in (
-        ({"SWINKERNELS_BUILD": "gpu"}, "SWINKERNELS_BUILD must be auto, cuda, cpu or none, got gpu"),
+        ({"SWINKERNELS_BUILD": "gpu"}, "SWINKERNELS_BUILD must be auto, cuda, hot, cpu or none, got gpu"),
         ({"SWINKERNELS_BUILD": "cuda", "CUDA_HOME": str(fake)}, "SWINKERNELS_BUILD=cuda, but "),
         ({"SWINKERNELS_BUILD": "cpu", "CXX": "no-such-compiler"}, "no C++ compiler was found (no-such-compiler)"),
     ):

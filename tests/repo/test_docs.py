@@ -23,7 +23,7 @@ from swinkernels import info
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PARSED = ("benchmarks.host_cost", "benchmarks.gpu_suite", "benchmarks.variants")  # they take minutes, or a GPU
+PARSED = ("benchmarks.host_cost",)  # it takes minutes
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:

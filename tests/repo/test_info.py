@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -122,11 +121,10 @@ def test_sources_that_hide_an_installed_package_are_named(tmp_path: Path) -> Non
 
 @needs_extension
 def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = {name: value for name, value in _extension.build.build_info().items() if name != "layer_norm_limits"}
-    older = types.SimpleNamespace(build_info=lambda: facts)
+    facts = {name: value for name, value in _extension.build.items() if name != "layer_norm_limits"}
+    monkeypatch.setattr(_extension.json, "loads", lambda text: facts)
     monkeypatch.setattr(_extension, "build", _extension.build)
     monkeypatch.setattr(_extension, "error", None)
-    monkeypatch.setattr(_extension.importlib, "import_module", lambda name: older)
     _extension._load()
     assert _extension.build is None
     assert "older than the Python code" in _extension.error
@@ -134,8 +132,40 @@ def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPat
 
 
 @needs_extension
+def test_nothing_is_missing_without_the_python_module() -> None:
+    """A build carried to another Python has no swinkernels._C there: ops, backends and facts are the same."""
+    script = """
+import json, sys
+sys.modules["swinkernels._C"] = None  # importing it is an ImportError
+import torch, swinkernels
+from swinkernels import info
+x = torch.randn(1, 4, 4, 24)
+swinkernels.window_attention_qkvpacked(x, num_heads=2, window_size=2, backend="cpu")
+print(json.dumps(info.collect()))
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == info.collect()
+
+
+@needs_extension
+def test_the_module_and_the_op_say_the_same() -> None:
+    module = pytest.importorskip("swinkernels._C", reason="swinkernels._C was built for another Python")
+    assert module.build_info() == _extension.build
+
+
+def test_another_library_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(_extension.OTHER_LIBRARY, str(tmp_path / "_ops.so"))
+    assert _extension.find_library() == tmp_path / "_ops.so"
+    monkeypatch.setattr(_extension, "build", None)
+    monkeypatch.setattr(_extension, "error", None)
+    _extension._load()
+    assert "does not load" in _extension.error
+    assert "_ops.so" in _extension.error
+
+
+@needs_extension
 def test_build_info_is_consistent() -> None:
-    built = _extension.build.build_info()
+    built = _extension.build
     assert built["version"] == __version__
     assert built["cpu_instruction_sets"][0] == "baseline"
     assert set(built) == set(BUILT)

@@ -1,4 +1,4 @@
-"""The random numbers of the CUDA kernels' dropout, in NumPy: which weights are kept, from the seed alone."""
+"""The random numbers of the kernels' dropout, in NumPy: which weights are kept, from the seed alone."""
 
 from __future__ import annotations
 
@@ -39,3 +39,15 @@ def kept_weights(seed: int, p: float, batch: int, num_windows: int, num_heads: i
     drawn = np.take_along_axis(words, (2 * (i // 8 % 2) + j % 2)[..., None], axis=-1)[..., 0]
     kept = drawn >= min(int(np.float32(p).astype(np.float64) * 2**32), 2**32 - 1)
     return torch.from_numpy(kept.reshape(batch, num_windows, num_heads, tokens, tokens))
+
+
+def kept_by_triton(seed: int, p: float, batch: int, num_windows: int, num_heads: int, tokens: int) -> Tensor:
+    """The same of swinkernels/triton, whose counter is (key / 4, query, window, head): a counter's four numbers are
+    those of four neighbouring keys.
+    """
+    shape = (batch * num_windows, num_heads, tokens, -(-tokens // 4))
+    window, head, query, quad = np.meshgrid(*(np.arange(x, dtype=np.uint64) for x in shape), indexing="ij")
+    words = philox(seed & 0xFFFFFFFFFFFFFFFF, np.stack([quad, query, window, head], axis=-1))
+    numbers = words.view(np.int32).reshape(*shape[:3], 4 * shape[3])[..., :tokens]
+    kept = torch.from_numpy(numbers >= round(p * 2**32) - 2**31)
+    return kept.unflatten(0, (batch, num_windows))

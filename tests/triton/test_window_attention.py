@@ -7,7 +7,6 @@ import math
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -26,6 +25,7 @@ from swinkernels.testing import (
 )
 from swinkernels.triton import window_attention as launcher
 from tests.support.attention_cases import cases
+from tests.support.philox import kept_by_triton
 from tests.support.triton_checks import DEVICE, DTYPES, ON_GPU, Checks
 
 CASES = {
@@ -415,22 +415,10 @@ def bias_of_minus_infinity_excludes_pairs(name, dtype):
 
 
 def philox_pairs(case: Case, seed: int) -> torch.Tensor:
-    """What dropout keeps, (B, num_windows, num_heads, N, N), by the definition: Philox4x32-10 with the seed as its key
-    and (key / 4, query, window, head) as its counter, the four numbers of which are those of four neighbouring keys.
-    """
-    n = math.prod(case.window_tuple)
+    """What dropout keeps, (B, num_windows, num_heads, N, N), by the definition."""
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
-    shape = (case.batch * windows, case.num_heads, n, -(-n // 4))
-    window, head, query, quad = np.meshgrid(*(np.arange(x, dtype=np.uint64) for x in shape), indexing="ij")
-    c, low = [quad, query, window, head], np.uint64(2**32 - 1)
-    k0, k1 = np.uint64(seed % 2**32), np.uint64(seed % 2**64 >> 32)
-    for _ in range(10):
-        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-        c = [p1 >> np.uint64(32) ^ c[1] ^ k0, p1 & low, p0 >> np.uint64(32) ^ c[3] ^ k1, p0 & low]
-        k0, k1 = k0 + np.uint64(0x9E3779B9) & low, k1 + np.uint64(0xBB67AE85) & low
-    numbers = np.stack(c, axis=-1).astype(np.uint32).view(np.int32).reshape(*shape[:3], 4 * shape[3])[..., :n]
-    kept = torch.from_numpy(numbers >= round(case.options["dropout_p"] * 2**32) - 2**31)
-    return kept.unflatten(0, (case.batch, windows))
+    p, n = case.options["dropout_p"], math.prod(case.window_tuple)
+    return kept_by_triton(seed, p, case.batch, windows, case.num_heads, n)
 
 
 def check_with_dropout(case: Case, dtype: torch.dtype, seed: int) -> None:
@@ -447,7 +435,7 @@ def check_with_dropout(case: Case, dtype: torch.dtype, seed: int) -> None:
         return x.copy_(philox_pairs(case, drawn))
 
     with mock.patch.object(torch.Tensor, "bernoulli_", draw):  # of the reference alone
-        check_window_attention(seeded, on_device(case), dtype, DEVICE)
+        check_window_attention(seeded, case, dtype, DEVICE)
 
 
 def kept_pairs(case: Case, **arguments: Any) -> torch.Tensor:

@@ -80,6 +80,11 @@ inline cudaError_t blocks_per_multiprocessor(void (*kernel)(Params...), int thre
     return cudaSuccess;
   }
   status = allow_dynamic_smem(kernel, dynamic_smem_bytes);
+  if (status == cudaSuccess && dynamic_smem_bytes > 0) {
+    // The answer counts on all shared memory; without the hint the driver may leave more of it to the L1 cache.
+    status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   if (status == cudaSuccess) {
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, dynamic_smem_bytes);
   }

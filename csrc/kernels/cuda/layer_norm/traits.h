@@ -13,7 +13,7 @@
 #include "row_source.cuh"
 
 // What a measurement has to settle: blocks of 128 threads that a multiprocessor holds in the backward pass, and whether
-// the next row is loaded early. benchmarks/variants.py builds others by defining these, and times them.
+// the next row is loaded early. gpu/variants.py builds others by defining these, and times them.
 #ifndef SWINKERNELS_NORM_BACKWARD_BLOCKS
 #define SWINKERNELS_NORM_BACKWARD_BLOCKS 3
 #endif

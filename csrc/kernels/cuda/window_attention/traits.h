@@ -5,7 +5,7 @@
 #include "../../../params/window_attention_cuda.h"
 
 // What a measurement has to settle for short windows of narrow rows (two bytes, head_dim up to 32): copies in flight, and
-// warps per multiprocessor. benchmarks/variants.py builds others by defining these, and times them.
+// warps per multiprocessor. gpu/variants.py builds others by defining these, and times them.
 #ifndef SWINKERNELS_FORWARD_STAGES
 #define SWINKERNELS_FORWARD_STAGES 2
 #endif

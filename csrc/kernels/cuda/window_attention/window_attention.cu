@@ -32,12 +32,17 @@ bool supported(const WindowAttentionForwardParams& params) {
 cudaError_t window_attention_forward(const WindowAttentionForwardParams& params, cudaStream_t stream) {
   if (!supported(params)) return cudaErrorInvalidValue;
   switch (params.dtype) {
-    case DType::kFloat16:
-      return forward_half(params, stream);
     case DType::kBFloat16:
       return forward_bfloat16(params, stream);
+#ifndef SWINKERNELS_BFLOAT16_ALONE
+    case DType::kFloat16:
+      return forward_half(params, stream);
     case DType::kFloat32:
       return params.allow_tf32 ? forward_tf32(params, stream) : forward_float(params, stream);
+#else
+    default:  // a build to compare with
+      return cudaErrorInvalidValue;
+#endif
   }
   return cudaErrorInvalidValue;
 }
@@ -47,12 +52,17 @@ namespace {
 cudaError_t backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes) {
   if (!supported(params.forward)) return cudaErrorInvalidValue;
   switch (params.forward.dtype) {
-    case DType::kFloat16:
-      return backward_half(params, stream, bytes);
     case DType::kBFloat16:
       return backward_bfloat16(params, stream, bytes);
+#ifndef SWINKERNELS_BFLOAT16_ALONE
+    case DType::kFloat16:
+      return backward_half(params, stream, bytes);
     case DType::kFloat32:
       return params.forward.allow_tf32 ? backward_tf32(params, stream, bytes) : backward_float(params, stream, bytes);
+#else
+    default:  // a build to compare with
+      return cudaErrorInvalidValue;
+#endif
   }
   return cudaErrorInvalidValue;
 }

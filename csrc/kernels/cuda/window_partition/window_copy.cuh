@@ -26,7 +26,7 @@
 #include "../../common/launch.cuh"
 #include "../../common/map_strides.cuh"
 
-// What a measurement has to settle. benchmarks/variants.py builds others by defining these, and times them.
+// What a measurement has to settle. gpu/variants.py builds others by defining these, and times them.
 #ifndef SWINKERNELS_COPY_THREADS
 #define SWINKERNELS_COPY_THREADS 256
 #endif

@@ -1,34 +1,22 @@
-"""Every op once in every regime of its CUDA kernels, tiny, forward and backward, under NVIDIA's compute-sanitizer.
+"""Every op once in every regime of its CUDA kernels, tiny, forward and backward: what a sanitizer is to look at.
 
-``python tests/cuda/sanitize_sweep.py`` (``make sanitize``) runs the sweep once for each tool: memcheck (accesses out of
-bounds), racecheck (hazards in shared memory) and synccheck (barriers). ``--sweep`` runs it alone, and
-``--sweep --device cpu`` where there is no GPU.
+``python -m gpu calls --device cpu`` makes the calls without a GPU, by the backends that there are.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402 (after the path that finds the sources this file belongs to)
-from torch import Tensor  # noqa: E402
+import swinkernels
+from gpu.smoke import separate
+from swinkernels.testing import WindowAttentionCase, run_case
 
-import swinkernels  # noqa: E402
-from swinkernels.testing import WindowAttentionCase, run_case  # noqa: E402
-
-TOOLS = ("memcheck", "racecheck", "synccheck")
-FOUND_SOMETHING = 86  # no exit status of Python's
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Case = WindowAttentionCase
 ROLL_THEN_PAD = {"pad_order": "roll_then_pad"}
@@ -60,15 +48,8 @@ ATTENTION = [
 
 
 def attention(case: Case, dtype: torch.dtype, device: torch.device, backend: str, packed: bool) -> dict[str, Tensor]:
-    def op(qkv: Tensor, bias_table: Tensor | None = None, **given: Any) -> Tensor:
-        given["backend"] = backend
-        if packed:
-            return swinkernels.window_attention_qkvpacked(qkv, bias_table, **given)
-        q, k, v = qkv.unflatten(-1, (3, case.num_heads, -1)).unbind(-3)
-        return swinkernels.window_attention(q, k.contiguous(), v, bias_table, **given)
-
-    arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.arguments().items()}
-    return run_case(op, case.inputs(dtype, device), arguments)
+    op = functools.partial(swinkernels.window_attention_qkvpacked if packed else separate, backend=backend)
+    return run_case(op, case.inputs(dtype, device), case.arguments(device))
 
 
 def differentiate(op: Callable[..., Any], dtype: torch.dtype, device: torch.device, *shapes: Any) -> dict[str, Tensor]:
@@ -113,8 +94,8 @@ def memory_ops(backend: str) -> Iterator[tuple[str, Callable[..., Any], list[tup
         ]  # fmt: skip
 
 
-def sweep(device: torch.device, backend: str) -> tuple[int, int]:
-    """Run everything; how many calls there were, and how many the backend does not have."""
+def run(device: torch.device, backend: str, most: int | None = None) -> int:
+    """Make all calls, or so many that are spread over them; how many the backend had."""
     calls: list[tuple[str, Callable[[], dict[str, Tensor]]]] = []
     for dtype in DTYPES:
         for case, packed in itertools.product(ATTENTION, (True, False)):
@@ -122,66 +103,15 @@ def sweep(device: torch.device, backend: str) -> tuple[int, int]:
             calls.append((name, functools.partial(attention, case, dtype, device, backend, packed)))
         for name, op, shapes in memory_ops(backend):
             calls.append((f"{name} {dtype}", functools.partial(differentiate, op, dtype, device, *shapes)))
-    refused = 0
-    for name, call in calls:
+    made = 0
+    for name, call in calls[:: max(1, len(calls) // most) if most else 1][:most]:
         try:
             results = call()
         except NotImplementedError:
-            refused += 1
             continue
+        made += 1
         if not all(x.isfinite().all() for x in results.values()):
-            raise SystemExit(f"sanitize_sweep: {name}: a result is not finite")
-    return len(calls), refused
-
-
-def find_sanitizer() -> str:
-    """compute-sanitizer of the PATH or of the CUDA toolkit."""
-    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    places = [str(home / folder) for home in homes for folder in ("bin", "compute-sanitizer")]
-    found = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", os.defpath), *places]))
-    if found is None:
-        raise SystemExit(
-            "sanitize_sweep: compute-sanitizer was not found on the PATH, nor in CUDA_HOME: it comes with the CUDA "
-            "toolkit (cuda-sanitizer in NVIDIA's package repositories)"
-        )
-    return found
-
-
-def sanitize(tools: list[str], backend: str) -> None:
-    """Run the sweep under each tool; exits with an error if one found something."""
-    sanitizer = find_sanitizer()
-    if not torch.cuda.is_available():
-        raise SystemExit("sanitize_sweep: torch sees no CUDA GPU; --sweep --device cpu runs the calls without one")
-    # Without torch's cache an access beyond a tensor is one beyond its allocation.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    bad = []
-    for tool in tools:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING)]
-        command += [sys.executable, __file__, "--sweep", "--device", "cuda", "--backend", backend]
-        print(f"--- {tool}", flush=True)
-        if subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode != 0:
-            bad.append(tool)
-    if bad:
-        raise SystemExit(f"sanitize_sweep: {', '.join(bad)} did not end well: see the reports above")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tools", nargs="+", choices=[*TOOLS, "initcheck"], default=TOOLS)
-    parser.add_argument("--sweep", action="store_true", help="only run the calls, under no tool")
-    parser.add_argument("--device", default="cuda", help="of the sweep")
-    parser.add_argument("--backend", help="default: cuda on a GPU, auto elsewhere")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    backend = options.backend or ("cuda" if device.type == "cuda" else "auto")
-    if not options.sweep:
-        sanitize(list(options.tools), backend)
-        return
-    total, refused = sweep(device, backend)
-    print(f"{total} calls on {device.type}, backend {backend}: {total - refused} ran, {refused} it does not have")
-    if total == refused:
-        raise SystemExit(f"sanitize_sweep: the backend {backend} ran nothing: see python -m swinkernels.info")
-
-
-if __name__ == "__main__":
-    main()
+            raise SystemExit(f"gpu calls: {name}: a result is not finite")
+    if made == 0:
+        raise SystemExit(f"gpu calls: the backend {backend} ran nothing: see python -m swinkernels.info")
+    return made

@@ -1,24 +1,12 @@
-"""One run that answers how fast this package is on this GPU: ``python -m benchmarks.gpu_suite`` (``make gpu-bench``).
-
-Checks every backend and times it on a few shapes against what PyTorch has, and a few models against what their library
-has; writes ops.csv, models.csv, latency.csv, goals.csv and a report.md with pictures, and ends with the goals of the
-project, each met or not met. It fails if a result of ours is wrong, not if a goal is missed.
-"""
+"""What the kernels and models are to reach on a GPU, and the verdicts on it by what was measured."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
-import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
-
-from benchmarks import attention, contest, memory_bound, models, record, report, shapes
-from swinkernels import info
+from benchmarks import attention, contest, models, shapes
 
 
 class AttentionGoal(NamedTuple):
@@ -44,7 +32,8 @@ ATTENTION_GOALS = {
     "swinv2_t_w16.1": AttentionGoal(50, 40, 2, 3),
     "swin_unetr.1": AttentionGoal(50, 40, 2, 3),
 }
-# At shapes.GOAL: float16 against bfloat16 in time, TF32 and Triton in percent of a copy.
+GOAL = shapes.GOAL
+# At this shape: float16 against bfloat16 in time, TF32 and Triton in percent of a copy.
 FLOAT16_GOAL = 1.03  # "as fast" as far as runs repeat
 TF32_GOAL = 70.0
 TRITON_GOALS = {"fwd": 60.0, "bwd": 50.0}
@@ -66,10 +55,6 @@ PEER_OPS = (*dict.fromkeys(op for op, _ in MEMORY_GOALS), "patch_merging")
 PEER_DIRECTIONS = ("fwd", "fwd+bwd")
 # Of the Linear alone and a copy of the bytes of gather and norm, what a whole patch merging may take forward.
 MERGING_GOAL = 1.15
-# Ops that autocast gives a float32 stream.
-AUTOCAST_OPS = ("patch_merging_norm", "patch_merging", "residual_layer_norm", "residual_post_norm")
-QUICK = ("cuda", "triton", "eager")
-COMPILED = tuple(name for name in attention.PEERS if name.endswith("compiled"))
 
 
 class ModelGoal(NamedTuple):
@@ -96,50 +81,49 @@ MODEL_GOALS = (
 )
 # Of the peak memory of a training step of the compiled original that takes least, at shapes.MODEL_GOAL.
 MODEL_MEMORY_GOAL = 0.85
-# When each part starts nothing further, as a share of all the time: the peers of the memory-bound ops, and models,
-# compile for most of theirs.
-SHARES = {"attention": 0.25, "memory": 0.55, "models": 1.0}
+# Who takes turns with whom: (suite, model, contestants, modes). The last, ours, is not to be slower than any.
+MODEL_CONTESTS = (
+    ("models", "swin_t", models.KINDS, models.MODES),
+    ("models", "swinv2_t_w8", models.KINDS, models.MODES),
+    ("models", "swin_unetr96", models.KINDS, models.MODES),
+    ("models", "swin_t", COMPILED_MODELS, models.MODES),
+    ("latency", "swin_t", models.GRAPHS, ("inference",)),
+    ("latency", "swin_t", models.KINDS, ("inference",)),
+)
 
 
-def plan() -> list[tuple[str, str, tuple[str, ...]]]:
-    """(shape, arithmetic, contestants), in the order of what a run that ends early should have measured.
-
-    First what takes seconds; peers that compile, which take most of the time, last.
-    """
-    return [
-        *((key, "bfloat16", (*attention.OURS, "eager", "sdpa")) for key in ATTENTION_GOALS),
-        *((shapes.GOAL, arithmetic, attention.OURS) for arithmetic in ("float16", "tf32", "float32")),
-        *((key, "bfloat16", COMPILED) for key in ATTENTION_GOALS),
-    ]
-
-
-def memory_plan() -> list[tuple[str, str, str, tuple[str, ...]]]:
-    """(op, shape, dtype, contestants), in the order of what a run that ends early should have measured.
-
-    First what the goals are about, then their compiled peers, which take most of the time, then what has no goal.
-    """
-    goals = [(op, key) for key in shapes.MAP_GOALS for op in (*PEER_OPS, "patch_merging_gemm")]
-    compiled = [(op, key) for key in shapes.MAP_GOALS for op in PEER_OPS]
-    every = [(op, key) for op in memory_bound.BENCHES for key in memory_bound.cases(op)]
-    return [
-        *((op, key, "bfloat16", QUICK) for op, key in goals),
-        *((op, key, "bfloat16", ("eager-compiled",)) for op, key in compiled),
-        *((op, key, "bfloat16", QUICK) for op, key in every if (op, key) not in goals),
-        *((op, next(iter(shapes.MAP_GOALS)), "float32-bfloat16", QUICK) for op in AUTOCAST_OPS),
-    ]
+def of_time(row: Mapping[str, Any]) -> float | None:
+    """What a time of our kernels in bfloat16 is to be: percent of a copy at least, microseconds at most, or nothing."""
+    op, shape, backend, direction = (row[k] for k in ("op", "shape", "backend", "direction"))
+    if direction not in ("fwd", "bwd"):
+        return None
+    if op != "window_attention":
+        return MEMORY_GOALS.get((op, direction)) if backend == "cuda" and row["dtype"] == "bfloat16" else None
+    if shape == GOAL and backend == "triton" and row["dtype"] == "bfloat16":
+        return TRITON_GOALS[direction]
+    if shape == GOAL and backend == "cuda" and row["dtype"] == "tf32":
+        return TF32_GOAL
+    if shape in ATTENTION_GOALS and backend == "cuda" and row["dtype"] == "bfloat16":
+        return getattr(ATTENTION_GOALS[shape], direction)
+    return None
 
 
-def model_plan() -> list[tuple[str, str, tuple[str, ...], tuple[str, ...]]]:
-    """(suite, model, contestants, modes), in the order of what a run that ends early should have measured."""
-    return [
-        ("models", "swin_t", models.KINDS, models.MODES),
-        ("models", "swinv2_t_w8", models.KINDS, models.MODES),
-        ("models", "swin_unetr96", models.KINDS, models.MODES),
-        ("models", "swin_t", COMPILED_MODELS, ("inference",)),
-        ("latency", "swin_t", models.GRAPHS, ("inference",)),
-        ("models", "swin_t", COMPILED_MODELS, ("training",)),
-        ("latency", "swin_t", models.KINDS, ("inference",)),
-    ]
+def of_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The verdicts on all goals by the lines of runs on a GPU (gpu/lines.py); the last line about a thing counts."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in lines:
+        if line["step"] in ("time", "peers", "models") and line.get("build", "shipped") == "shipped" and "us" in line:
+            row = {
+                **line,
+                "result": {"ok": "ok", "wrong": "WRONG"}.get(line["result"], "FAILED"),
+                "median_us": line["us"],
+                "percent_of_copy": line["value"] if line["unit"] == "% of copy" else None,
+            }
+            rows[tuple(line.get(k) for k in ("suite", "op", "shape", "dtype", "backend", "direction"))] = row
+    found = list(rows.values())
+    of_attention = [row for row in found if row["op"] == "window_attention"]  # maps have the names of shapes, too
+    of_models = [row for row in found if row["step"] == "models"]
+    return goals(of_attention) + memory_goals([r for r in found if r["step"] != "models"]) + model_goals(of_models)
 
 
 def _goal(
@@ -192,20 +176,18 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             )
 
     def at_goal(direction: str, dtype: str, backend: str = "cuda") -> dict[str, Any] | None:
-        return _find(rows, shape=shapes.GOAL, dtype=dtype, backend=backend, direction=direction)
+        return _find(rows, shape=GOAL, dtype=dtype, backend=backend, direction=direction)
 
     for direction, limit in TRITON_GOALS.items():
         row = at_goal(direction, "bfloat16", "triton")
-        results.append(
-            _goal(f"Triton {direction} at {shapes.GOAL}", row, row and row["percent_of_copy"], limit, "% of copy")
-        )
+        results.append(_goal(f"Triton {direction} at {GOAL}", row, row and row["percent_of_copy"], limit, "% of copy"))
     for direction in ("fwd", "bwd"):
         half, single = at_goal(direction, "float16"), at_goal(direction, "tf32")
         ours, theirs = _time(half), _time(at_goal(direction, "bfloat16"))
         ratio = ours / theirs if ours and theirs else None
-        goal = f"float16 {direction} at {shapes.GOAL}"
+        goal = f"float16 {direction} at {GOAL}"
         results.append(_goal(goal, half, ratio, FLOAT16_GOAL, "of bfloat16's time", at_most=True))
-        goal = f"TF32 {direction} at {shapes.GOAL}"
+        goal = f"TF32 {direction} at {GOAL}"
         results.append(_goal(goal, single, single and single["percent_of_copy"], TF32_GOAL, "% of copy"))
     return results
 
@@ -263,76 +245,9 @@ def model_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     row, ratio = contest_of("models", shapes.MODEL_GOAL, "training", mine, others, "peak_mib")
     goal = f"peak memory of {name('models', shapes.MODEL_GOAL, 'training', mine)}"
     results.append(_goal(goal, row, ratio, MODEL_MEMORY_GOAL, "of the compiled original's", at_most=True))
-    for suite, shape, (*others, mine), modes in model_plan():
+    for suite, shape, (*others, mine), modes in MODEL_CONTESTS:
         for mode in modes:
             row, ratio = contest_of(suite, shape, mode, mine, others)
             goal = f"{name(suite, shape, mode, mine)} is not slower"
             results.append(_goal(goal, row, ratio and 1 / ratio, 1.0, "times as fast"))
     return results
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the CSV files")
-    parser.add_argument("--parts", nargs="+", choices=SHARES, default=[*SHARES], help="default: all")
-    parser.add_argument("--seconds", type=float, default=1200, help="start nothing further after this time")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu_suite: torch sees no CUDA GPU; python -m benchmarks all runs on a CPU")
-    device = torch.device("cuda")
-    print(info.describe(info.collect()), flush=True)
-    started = time.monotonic()
-    left_out = []
-
-    def in_time(part: str, what: str) -> bool:
-        if part not in options.parts:
-            return False
-        spent = time.monotonic() - started
-        is_last = part == [p for p in SHARES if p in options.parts][-1]
-        if spent > options.seconds * (1.0 if is_last else SHARES[part]):
-            left_out.append(f"{what} for lack of time")
-            return False
-        print(f"{spent:4.0f} s  {what}", flush=True)
-        return True
-
-    ops: list[dict[str, Any]] = []
-    for shape, arithmetic, wanted in plan():
-        if in_time("attention", f"{shape} {arithmetic} {' '.join(wanted)}"):
-            names = attention.contestants(device, wanted)
-            is_tf32 = arithmetic == "tf32"
-            dtype = torch.float32 if is_tf32 else contest.DTYPES[arithmetic]
-            ops += attention.benchmark(shape, shapes.ATTENTION[shape], dtype, device, names, tf32=is_tf32)
-            record.write_csv(options.out / "ops.csv", ops, device)
-    for op, shape, dtype_name, wanted in memory_plan():
-        if in_time("memory", f"{op} {shape} {dtype_name} {' '.join(wanted)}"):
-            names = memory_bound.contestants(op, device, wanted)
-            ops += memory_bound.benchmark(op, shape, memory_bound.cases(op)[shape], dtype_name, device, names)
-            record.write_csv(options.out / "ops.csv", ops, device)
-    steps: list[dict[str, Any]] = []
-    missing = [name for names in models.not_installed(shapes.MODELS).values() for name in names]
-    for suite, shape, wanted, modes in model_plan():
-        if shape in missing:
-            left_out.append(f"{shape}, whose library is not installed")
-        elif in_time("models", f"{suite} {shape} {' '.join(wanted)} {' '.join(modes)}"):
-            batch = 1 if suite == "latency" else None
-            steps += models.benchmark(suite, shape, torch.bfloat16, device, wanted, batch=batch, modes=modes)
-            of_suite = [row for row in steps if row["suite"] == suite]
-            record.write_csv(options.out / f"{suite}.csv", of_suite, device)
-    of_attention = [row for row in ops if row["op"] == "window_attention"]  # names of shapes are those of maps, too
-    reached = goals(of_attention) + memory_goals(ops) + model_goals(steps)
-    record.write_csv(options.out / "goals.csv", reached, device)
-    report.write_run(options.out)
-    print(f"\n{contest.show(ops, device)}\n\n{contest.show(steps, device)}\n")
-    if left_out:
-        print(f"left out: {', '.join(left_out)}")
-    print(record.table(reached))
-    bad = [row for row in (*ops, *steps) if row["result"] != "ok"]
-    wrong = sorted({f"{r['backend']} {r['op']} {r['shape']} {r['dtype']}" for r in bad})
-    if wrong:
-        print(f"wrong results: {', '.join(wrong)}")
-    ours = (*attention.OURS, *models.OURS)
-    sys.exit(1 if any(w.split()[0] in ours for w in wrong) else 0)
-
-
-if __name__ == "__main__":
-    main()

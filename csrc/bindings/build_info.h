@@ -1,0 +1,66 @@
+// What was compiled, by what and for what: a JSON object. Knows nothing of torch or Python, as both tell it.
+#pragma once
+
+#include <string>
+
+#include "build_facts.h"  // SWINKERNELS_BUILD_FACTS, what setup.py knows: a JSON object
+#ifdef SWINKERNELS_WITH_CUDA
+#include "params/layer_norm_cuda.h"
+#include "params/window_attention_cuda.h"
+#endif
+
+namespace swinkernels {
+
+inline std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+// What the CPU kernels are compiled for; the processor chooses among them at run time.
+inline const char* cpu_instruction_sets() {
+#if defined(__x86_64__)
+  return R"(["baseline", "avx2", "avx512"])";
+#else
+  return R"(["baseline"])";
+#endif
+}
+
+#ifdef SWINKERNELS_WITH_CUDA
+inline std::string entry(const char* name, int32_t value) {
+  return std::string("\"") + name + "\": " + std::to_string(value);
+}
+#endif
+
+// What the CUDA kernels of an op accept; null without CUDA.
+inline std::string window_attention_limits() {
+#ifdef SWINKERNELS_WITH_CUDA
+  return "{" + entry("max_window_volume", cuda::kMaxWindowVolume) + ", " + entry("max_head_dim", cuda::kMaxHeadDim) +
+         ", " + entry("shared_bytes_of_longest", cuda::kSharedBytesOfLongest) + ", " +
+         entry("max_window_volume_in_less", cuda::kMaxWindowVolumeInLess) + "}";
+#else
+  return "null";
+#endif
+}
+
+inline std::string layer_norm_limits() {
+#ifdef SWINKERNELS_WITH_CUDA
+  return "{" + entry("max_row", cuda::kMaxRow) + "}";
+#else
+  return "null";
+#endif
+}
+
+inline std::string build_info() {
+  const std::string facts = SWINKERNELS_BUILD_FACTS;
+  return facts.substr(0, facts.rfind('}')) + ", \"compiler\": \"" + compiler() +
+         "\", \"cpu_instruction_sets\": " + cpu_instruction_sets() +
+         ", \"window_attention_limits\": " + window_attention_limits() +
+         ", \"layer_norm_limits\": " + layer_norm_limits() + "}";
+}
+
+}  // namespace swinkernels

@@ -1,0 +1,13 @@
+// swinkernels._C: the build information for a program that looks at an installation without torch. The package itself
+// asks torch.ops.swinkernels.build_info and does without this module.
+#include <pybind11/pybind11.h>
+
+#include "build_info.h"
+
+PYBIND11_MODULE(_C, module) {
+  namespace py = pybind11;
+  module.doc() = "What was compiled into this installation of swinkernels.";
+  module.def(
+      "build_info", [] { return py::module_::import("json").attr("loads")(swinkernels::build_info()); },
+      "A dict of versions, architectures, sources and limits.");
+}

@@ -1,0 +1,91 @@
+"""``python -m gpu check``, ``bundle`` and ``variants``; ``work`` and ``calls`` are what the first one starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.commit import commit
+from gpu import ROOT, summary
+from gpu.lines import Emitter
+from gpu.plan import DEFAULT, EXTRA, Setting, steps
+from gpu.runner import Run
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m gpu", description=__doc__)
+    commands = main.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="everything that a GPU is to settle, in a given time")
+    check.add_argument("--out", type=Path, default=Path("results"), help="folder for gpu.jsonl and gpu.log")
+    check.add_argument("--budget", type=float, help="seconds; default: 480, of a rehearsal 1800")
+    check.add_argument("--steps", default=",".join(DEFAULT), help=f"of {', '.join((*DEFAULT, *EXTRA))}")
+    check.add_argument("--against", default="", help="another _ops library, to time beside this one")
+    work = commands.add_parser("work", help="one process of a step")
+    work.add_argument("step")
+    work.add_argument("group")
+    work.add_argument("--lines", type=int, help="file descriptor for what is found")
+    work.add_argument("--skip", type=int, default=0, help="so many cases")
+    for command in (check, work):
+        command.add_argument("--rehearse", action="store_true", help="without a GPU, in tiny sizes")
+        command.add_argument("--whole", action="store_true", help="steps are neither cut down nor bounded in time")
+    calls = commands.add_parser("calls", help="the calls that a sanitizer looks at")
+    calls.add_argument("--device", default="cuda")
+    calls.add_argument("--backend", help="default: cuda on a GPU, auto elsewhere")
+    calls.add_argument("--most", type=int, help="so many, spread over all")
+    bundle = commands.add_parser("bundle", help="a folder to carry to a machine with a GPU")
+    bundle.add_argument("--out", type=Path, default=ROOT / "bundle")
+    commands.add_parser("variants", help="build the variants of the CUDA kernels that the step of that name times")
+    return main
+
+
+def check(options: argparse.Namespace, setting: Setting) -> int:
+    names = tuple(filter(None, options.steps.split(",")))
+    if unknown := [name for name in names if name not in (*DEFAULT, *EXTRA)]:
+        parser().error(f"--steps: there is no {', '.join(unknown)}: choose of {', '.join((*DEFAULT, *EXTRA))}")
+    if options.against and not Path(options.against).is_file():
+        parser().error(f"--against: {options.against} is not a file")
+    facts = {"commit": commit(), **({"rehearsed": True} if setting.rehearse else {})}
+    budget = float("inf") if setting.whole else options.budget or (1800 if setting.rehearse else 480)
+    command = [sys.executable, "-m", "gpu", "work", *setting.arguments()]
+    run = Run(options.out, budget, command, facts)
+    for step in steps(setting, names):
+        run.run(step)
+    text = summary.table(run.lines, run.spent)
+    (options.out / "gpu.txt").write_text(text)
+    print(text)
+    return run.status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    if options.command == "check":
+        against = os.path.abspath(options.against) if options.against else ""
+        return check(options, Setting(options.rehearse, options.whole, against))
+    if options.command == "work":
+        from gpu import work
+
+        emit, setting = Emitter(options.lines), Setting(options.rehearse, options.whole)
+        return work.run(options.step, options.group, emit, setting, options.skip)
+    if options.command == "calls":
+        import torch
+
+        from gpu import calls
+
+        device = torch.device(options.device)
+        backend = options.backend or ("cuda" if device.type == "cuda" else "auto")
+        made = calls.run(device, backend, options.most)
+        print(f"{made} calls on {device.type}, backend {backend}")
+        return 0
+    if options.command == "variants":
+        from gpu import variants
+
+        return variants.build()
+    from gpu import bundle
+
+    return bundle.make(options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+// Emulated twin of csrc/bindings/current_stream.h, compiled in front of the bindings: they register for CPU tensors and
+// launch the emulated kernels, whose errors are exceptions with what the emulator saw.
+#pragma once
+
+#define SWINKERNELS_BINDINGS_CURRENT_STREAM_H_
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+extern "C" const char* emulation_error();
+
+#define SWINKERNELS_CUDA_KEY CPU
+#define SWINKERNELS_CUDA_CHECK(status) \
+  STD_TORCH_CHECK((status) == cudaSuccess, "emulated CUDA kernel: ", emulation_error())
+
+namespace swinkernels {
+
+struct CurrentStream {
+  cudaStream_t stream = nullptr;
+  explicit CurrentStream(const torch::stable::Tensor&) {}
+};
+
+}  // namespace swinkernels

@@ -1,0 +1,94 @@
+"""`make gpu-check REHEARSE=1`: all steps, by the code that runs on a GPU, with emulated and interpreted kernels."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_page, memory_bound
+from gpu import ROOT, fit, lines, plan, smoke
+from gpu.plan import Setting
+from swinkernels import _extension
+from swinkernels.ops import _backends
+from tests import emulation
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing())),
+    pytest.mark.skipif(_extension.build is None, reason=str(_extension.error)),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, list[dict[str, Any]], Path]:
+    out = tmp_path_factory.mktemp("rehearsal")
+    command = [sys.executable, "-m", "gpu", "check", "--rehearse", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done, lines.read([out / "gpu.jsonl"]), out
+
+
+def test_nothing_is_bad_and_every_step_runs(run) -> None:
+    done, found, out = run
+    bad = [line for line in found if line["result"] in lines.BAD]
+    assert bad == [], (out / "gpu.log").read_text()[-5000:]
+    assert done.returncode == 0
+    results = Counter((line["step"], line["result"]) for line in found)
+    for step in plan.steps(Setting(rehearse=True)):
+        assert results[step.name, "ok"] or step.name == "ncu", step.name
+    assert not any(result == "cut" for _, result in results)
+    assert {path.name for path in out.iterdir()} == {"gpu.jsonl", "gpu.log", "gpu.txt"}
+    table = (out / "gpu.txt").read_text()
+    assert table in done.stdout
+    assert len(table.splitlines()) <= 40
+
+
+def test_every_line_says_where_it_is_from(run) -> None:
+    _, found, _ = run
+    first = next(i for i, line in enumerate(found) if line["step"] == "info")
+    for line in found[first:]:
+        assert all(line[key] for key in ("step", "case", "result", "device", "torch", "commit", "date"))
+        assert line["rehearsed"]  # so no page is written from it
+
+
+def test_every_cuda_kernel_is_right_in_every_arithmetic(run) -> None:
+    """Through the bindings, on which only a GPU could otherwise call them: norms and partition, too."""
+    _, found, _ = run
+    seen = {(x["op"], x["backend"], x["dtype"], x["direction"]) for x in found if x["step"] == "smoke"}
+    wanted = {(op, backend, dtype) for op, backend, dtype in gpu_page.kernels() if backend == "cuda"}
+    assert {(*kernel, d) for kernel in wanted for d in ("fwd", "bwd")} <= seen
+    norms = {op for op, bench in memory_bound.BENCHES.items() if bench.bare_backward}
+    assert norms <= {op for op, *_ in seen}
+    of_cases = {x["case"] for x in found if x["step"] == "smoke" and x["group"] == "attention cuda bfloat16 0/1"}
+    assert of_cases >= {*smoke.ATTENTION} - {f"swin_t.{i}" for i in (2, 3)}  # as tiny, they are the first one
+    of_triton = {(x["op"], x["direction"]) for x in found if x["step"] == "smoke" and x.get("backend") == "triton"}
+    assert {("window_attention", "fwd"), ("window_attention", "bwd"), ("window_partition", "fwd")} <= of_triton
+
+
+def test_a_first_call_in_a_capture_and_replays_are_tried(run) -> None:
+    _, found, _ = run
+    of_cuda = {(x["op"], x["direction"]) for x in found if x["step"] == "bits" and x["backend"] == "cuda"}
+    for op in ("window_attention", "window_partition", "layer_norm"):
+        assert {d for o, d in of_cuda if o == op} >= {"first call in a capture", "side stream", "replay"}
+
+
+def test_hot_kernels_fit_gpus_with_less_shared_memory_or_are_refused(run) -> None:
+    _, found, _ = run
+    blocks = {(x["case"], x["direction"], x["arch"]): x for x in found if x["step"] == "fit"}
+    assert {arch for *_, arch in blocks} == {*fit.ROOMS}
+    assert {case.rpartition(" ")[0] for case, *_ in blocks} == {*fit.HOT}
+    for line in blocks.values():
+        assert line["value"] >= 1 or "refused, and taken by Triton" in line["detail"]
+    assert all(line["value"] >= 1 for (*_, arch), line in blocks.items() if arch == "sm_90")
+
+
+def test_a_kernel_that_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"max_window_volume": 1024, "shared_bytes_of_longest": 160 * 1024, "max_window_volume_in_less": 256}
+    monkeypatch.setitem(_backends.LIMITS, "cuda", limits)
+    assert [fit.longest_window(room) for room in fit.ROOMS.values()] == [1024, 256, 256, 1024]
+    assert [room.blocks(100 * 1024, 128) for room in fit.ROOMS.values()] == [1, 0, 0, 2]
+    assert fit.ROOMS["sm_86"].blocks(0, 512) == 3

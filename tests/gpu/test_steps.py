@@ -1,0 +1,257 @@
+"""The steps of a run: what they ask of tools that may be missing, what they plan, what is read from a profiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.fx.experimental import _config
+
+from gpu import __main__ as command
+from gpu import bits, bundle, calls, plan, profile, sanitize, smoke
+from gpu.lines import Emitter
+from gpu.plan import Setting
+from swinkernels import reference, testing
+from swinkernels import triton as triton_ops
+
+
+class Told(Emitter):
+    """Keeps what is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[dict[str, Any]] = []
+
+    def _write(self, message: dict[str, Any]) -> None:
+        if "result" in message:
+            self.lines.append(message)
+
+
+def run(cases: Callable, group: str, setting: Setting) -> list[dict[str, Any]]:
+    told = Told()
+    for _, case in cases(group, told, setting):
+        case()
+    return told.lines
+
+
+# The plan
+
+
+def test_the_steps_fit_the_time_and_come_in_order() -> None:
+    steps = [step for step in plan.steps(Setting()) if step.name != "build"]
+    assert [step.name for step in steps] == list(plan.DEFAULT)
+    bounded = [step for step in steps if not step.takes_what_is_left]
+    assert sum(step.seconds for step in bounded) + 90 <= 480  # and the last has some left
+    assert all(step.patience <= step.seconds or step.takes_what_is_left for step in steps)
+    groups = [group.name for step in steps if step.name == "smoke" for group in step.groups]
+    for backend in ("cuda", "triton"):
+        assert {g.split()[2] for g in groups if g.startswith(f"attention {backend}")} == {*plan.ARITHMETICS}
+        assert f"memory {backend}" in groups
+    assert [s.name for s in plan.steps(Setting(), ("time", "smoke")) if s.name != "build"] == ["time", "smoke"]
+
+
+def test_another_library_is_timed_in_turns() -> None:
+    (step,) = (s for s in plan.steps(Setting(against="/there/_ops.abi3.so"), ("time",)) if s.name == "time")
+    assert [(group.name, group.library) for group in step.groups] == [
+        ("shipped", ""),
+        ("against", "/there/_ops.abi3.so"),
+    ]
+    assert step.takes_turns
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--steps", "smoke,dance"], "there is no dance"), (["--against", "/nowhere.so"], "/nowhere.so is not a file")],
+)
+def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["check", *arguments])
+    assert message in capsys.readouterr().err
+
+
+# Where the reference is computed
+
+
+@pytest.mark.parametrize("name", smoke.ATTENTION)
+def test_the_reference_mixes_no_devices(name: str) -> None:
+    """On tensors without data, of a device that refuses to meet the CPU's as a GPU does."""
+    case = smoke.tiny(smoke.ATTENTION[name])
+    options = {key: value for key, value in case.options.items() if key != "dropout_p"}  # nothing is drawn there
+    case = dataclasses.replace(case, options=options)
+    inputs = {
+        key: torch.empty(x.shape, dtype=torch.float64, device="meta") for key, x in case.inputs(torch.float32).items()
+    }
+    with _config.patch(meta_nonzero_assume_all_nonzero=True):
+        results = testing.run_case(reference.window_attention_qkvpacked, inputs, case.arguments("meta"))
+        terms = testing.cancelling_terms(case, inputs)
+    assert {x.device.type for x in (*results.values(), *terms.values())} == {"meta"}
+
+
+# The sanitizer
+
+
+def fake_sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int, words: str) -> Path:
+    """A compute-sanitizer that writes down how it was called."""
+    log, program = folder / "calls", folder / "compute-sanitizer"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "call = [sys.argv[1:], os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING']]\n"
+        f"open({str(log)!r}, 'a').write(json.dumps(call))\nprint({words!r})\nsys.exit({status})\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    return log
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "result"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors", "ok"),
+        (sanitize.FOUND_SOMETHING, "========= Invalid __global__ read of size 16 bytes\n========= 1 error", "wrong"),
+        (1, "========= Error: Device not supported", "skipped"),
+    ],
+)
+def test_a_tool_runs_the_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, words: str, result: str
+) -> None:
+    log = fake_sanitizer(tmp_path, monkeypatch, status, words)
+    (line,) = run(sanitize.cases, "racecheck", Setting())
+    assert line["result"] == result
+    arguments, no_cache = json.loads(log.read_text())
+    assert no_cache == "1"  # else torch's own pool hides what lies beyond a tensor
+    assert arguments[:2] == ["--tool", "racecheck"]
+    assert arguments[-6:] == ["gpu", "calls", "--device", "cuda", "--most", str(sanitize.DOZEN)]
+    log.unlink()
+    run(sanitize.cases, "racecheck", Setting(whole=True))
+    assert "--most" not in json.loads(log.read_text())[0]
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (sanitize, profile):
+        monkeypatch.setattr(module.shutil, "which", lambda *_, **__: None)
+        (line,) = run(module.cases, "memcheck", Setting())
+        assert line["result"] == "skipped"
+        assert "was found neither on the PATH nor" in line["detail"]
+
+
+def test_the_calls_have_every_op() -> None:
+    assert calls.run(torch.device("cpu"), "auto", 24) == 24
+    names = {name.split()[0] for name, _, _ in calls.memory_ops("auto")} | {
+        "window_attention_qkvpacked",
+        "window_attention",
+        "patch_expanding",  # of which the kernels are those of layer_norm
+    }
+    import swinkernels.ops
+
+    assert names >= set(swinkernels.ops.__all__)
+
+
+def test_a_result_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "attention", lambda *_: {"out": torch.tensor([1.0, float("nan")])})
+    with pytest.raises(SystemExit, match=r"window_attention_qkvpacked b1-4x6.*not finite"):
+        calls.run(torch.device("cpu"), "auto")
+
+
+def test_a_backend_that_runs_nothing_is_an_error() -> None:
+    with pytest.raises(SystemExit, match="the backend triton ran nothing"):
+        calls.run(torch.device("cpu"), "triton", 12)
+
+
+# The profiler
+
+REPORT = """==PROF== Connected to process 12
+"ID","Process ID","Kernel Name","gpu__time_duration.sum","smsp__issue_active.avg.pct_of_peak_sustained_active","other"
+"","","","us","%","byte"
+"0","12","window_attention_fwd_short_kernel","1,140.5","43.25","7"
+"""
+
+
+def test_a_profile_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert profile.parse(REPORT) == {
+        "gpu__time_duration.sum": (1140.5, "us"),
+        "smsp__issue_active.avg.pct_of_peak_sustained_active": (43.25, "%"),
+    }
+    (tmp_path / "ncu").write_text(f"#!{sys.executable}\nprint({REPORT!r})\n")
+    (tmp_path / "ncu").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = run(profile.cases, "fwd", Setting())
+    assert [(line["metric"], line["value"]) for line in found] == [
+        ("gpu__time_duration.sum", 1140.5),
+        ("smsp__issue_active.avg.pct_of_peak_sustained_active", 43.25),
+    ]
+    (tmp_path / "ncu").write_text(f"#!{sys.executable}\nprint('==ERROR== ERR_NVGPUCTRPERM - no permission')\nexit(1)\n")
+    (line,) = run(profile.cases, "fwd", Setting())
+    assert (line["result"], line["detail"]) == ("skipped", "ERROR== ERR_NVGPUCTRPERM - no permission")
+
+
+# CUDA graphs
+
+
+def test_triton_asks_to_be_called_before_a_capture() -> None:
+    """The hook that Triton calls before it compiles, in the place of a kernel that was not called yet."""
+    knobs = pytest.importorskip("triton.knobs")
+
+    def compiles(x: int) -> int:
+        if knobs.runtime.jit_cache_hook is not None:
+            knobs.runtime.jit_cache_hook(key="key", repr="", fn=None, compile={}, is_manual_warmup=False)
+        return x
+
+    with pytest.raises(
+        RuntimeError, match=r"^some_op: Triton has no compiled kernel .* call it once .* before capturing"
+    ):
+        triton_ops.launch_captured("some_op", compiles, 3)
+    assert knobs.runtime.jit_cache_hook is None
+    assert triton_ops.launch_captured("some_op", lambda x: x, 3) == 3  # compiled before
+
+
+def test_a_first_call_in_a_capture_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+
+    def asks(*_: Any) -> None:
+        raise RuntimeError("call it once before capturing")
+
+    monkeypatch.setattr(bits, "capture", asks)
+    bits._first("cuda", "triton", lambda: [torch.zeros(1)], lambda **fields: told.append(fields))
+    assert "result" not in told[0]
+    with pytest.raises(RuntimeError):  # a kernel of CUDA's has nothing to compile
+        bits._first("cuda", "cuda", lambda: [torch.zeros(1)], lambda **fields: told.append(fields))
+    monkeypatch.setattr(bits, "capture", lambda call, device: (call(), lambda: None))
+    bits._first("cuda", "triton", lambda: [torch.zeros(1)], lambda **fields: told.append(fields))
+    assert told[-1]["result"] == "failed"
+
+
+def test_other_bits_are_counted() -> None:
+    told: list[dict[str, Any]] = []
+    drawn = iter(torch.arange(20.0))
+    bits._same("cpu", "cuda", lambda: [next(drawn).repeat(3)], lambda **fields: told.append(fields))
+    assert {line["result"] for line in told} == {"wrong"}
+    assert {line["value"] for line in told} == {3}
+
+
+# The bundle
+
+
+def test_a_bundle_has_what_a_bare_machine_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In pure Python, without a module of this Python; its commit is said by a file."""
+    if not list((bundle.ROOT / "swinkernels").glob("_ops*.so")):
+        pytest.skip("the extension is not built")
+    monkeypatch.setattr(bundle, "CARRIED", ("tabulate", "no-such-package"))
+    assert bundle.make(tmp_path / "bundle") == 0
+    said = capsys.readouterr().out
+    assert "not carried: no-such-package is not installed here" in said
+    files = {str(path.relative_to(tmp_path / "bundle")) for path in (tmp_path / "bundle").rglob("*") if path.is_file()}
+    assert {"COMMIT", "Makefile", "gpu/__main__.py", "tests/conftest.py", "benchmarks/record.py"} <= files
+    assert "setup.py" not in files  # there is nothing to build
+    assert any(name.startswith("swinkernels/_ops") for name in files)
+    assert [name for name in files if name.endswith(".so") and "/_ops" not in name] == []
+    assert any(name.startswith("carried/tabulate/") for name in files)
+    monkeypatch.setattr(bundle, "MOST_MIB", 0)
+    assert bundle.make(tmp_path / "bundle") == 1
