@@ -9,7 +9,7 @@ set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 python3 -m venv "$tmp/venv"
-"$tmp/venv/bin/pip" install --quiet "mlx[cpu]==0.32.4" "mlx-image==0.1.7" "numpy==2.4.6"
+"$tmp/venv/bin/pip" install --quiet "mlx[cpu]==0.32.4" "mlx-image==0.1.7"
 cd "$tmp"
 "$tmp/venv/bin/python" - <<'PY'
 import sys

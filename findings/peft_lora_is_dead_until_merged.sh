@@ -10,7 +10,7 @@ set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 python3 -m venv "$tmp/venv"
-"$tmp/venv/bin/pip" install --quiet "torch==2.14.1" "torchvision==0.29.1" "numpy==2.4.6" "peft==0.21.2"
+"$tmp/venv/bin/pip" install --quiet "torch==2.14.1" "torchvision==0.29.1" "peft==0.21.2"
 cd "$tmp"
 "$tmp/venv/bin/python" - <<'PY'
 import sys
