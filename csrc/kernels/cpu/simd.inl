@@ -178,7 +178,7 @@ SWINKERNELS_INLINE Vec exp(Vec x) {
   p = p * r + 4.9999994e-1f;
   const Vec fraction = (p * r) * r + r + 1.0f;
   const Vec scale = (Vec)(((Bits)shifted << 23) + (127u << 23));  // unsigned, for it overflows where x is out of range
-  return x < splat(-87.33654f) ? Vec{} : fraction * scale;  // NaN stays NaN
+  return x < splat(-87.33654f) ? Vec{} : fraction * scale;        // NaN stays NaN
 }
 
 // The natural logarithm of a normal positive number, within 1.5 ulp; of infinity or NaN: NaN.
