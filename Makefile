@@ -17,7 +17,7 @@ export MAX_JOBS
 run := $(VENV)/bin/python
 # The tests start ninja and other tools of the environment by name.
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
-cxx_files = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+cxx_files = $(shell find csrc benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test build docs bench lint format gpu-build gpu-test gpu-bench gpu-variants sanitize clean
 .DEFAULT_GOAL := help

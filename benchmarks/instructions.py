@@ -26,13 +26,8 @@ import concurrent.futures
 import csv
 import ctypes
 import dataclasses
-import functools
-import hashlib
-import importlib.util
 import math
-import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -45,19 +40,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import sass
+from benchmarks.compiled import ARCHITECTURES, Missing, architectures, compile_one, compiler, sources, tool
+from benchmarks.compiled import run as run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "benchmarks" / "results" / "instructions.csv"
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 GROWTH = 0.02  # what a kernel may grow by before a comparison fails
 _KEYS = ("arch", "kernel", "case")
-_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC"]
 _DTYPES = {"bf16": (2, "bfloat16"), "f16": (1, "half")}  # DType of csrc/params, name of the instantiation files
 _SWIN_T_WINDOWS = 128 * 64 * 3
-
-
-class Missing(Exception):
-    """A tool that is not there, by name and remedy."""
 
 
 # --- What is counted -------------------------------------------------------------------------------------------------
@@ -98,7 +89,7 @@ class Case:
 
 
 def _cases() -> Iterator[Case]:
-    short = dict(window=(7, 7))
+    short: dict[str, Any] = {"window": (7, 7)}
     for kernel in ("fwd", "bwd"):
         yield Case(kernel, **short)
         if kernel == "fwd":
@@ -156,41 +147,6 @@ def blocks_per_multiprocessor(device: Device, registers: int, shared_bytes: int,
 # --- The build -------------------------------------------------------------------------------------------------------
 
 
-def _tool(name: str) -> str:
-    """A program of the CUDA toolkit, or of the copy that Triton brings."""
-    folders = [os.path.join(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
-    for folder in (*folders, None):
-        found = shutil.which(name, path=folder)
-        if found is not None:
-            return found
-    raise Missing(f"no {name} in $CUDA_HOME/bin, PATH or the triton package: install a CUDA toolkit")
-
-
-@functools.cache
-def compiler() -> str:
-    """Such as "nvcc 13.0.88"."""
-    said = subprocess.run([_tool("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
-    version = re.search(r"V(\d+\.\d+\.\d+)", said)
-    return f"nvcc {version[1]}" if version else "nvcc"
-
-
-@functools.cache
-def architectures() -> tuple[str, ...]:
-    """Those of ARCHITECTURES that the compiler has."""
-    said = subprocess.run([_tool("nvcc"), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return tuple(arch for arch in ARCHITECTURES if arch.replace("sm_", "compute_") in said.split())
-
-
-def _run(command: Sequence[str | Path]) -> str:
-    done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
 class Kernel(NamedTuple):
     program: sass.Program
     registers: int
@@ -237,60 +193,38 @@ class Build:
     """The objects of one direction and type for one architecture, compiled from a checkout's csrc/."""
 
     def __init__(self, source: Path, arch: str, direction: str, dtype: str):
-        folder = source / "csrc" / "kernels" / "cuda" / "window_attention"
         instantiation = re.compile(r"(fwd|bwd)_.*?(half|bfloat16|tf32|float)$")
-        sources = []
-        for path in sorted(folder.rglob("*.cu")):
-            match = instantiation.match(path.stem)
-            if match is None or (match[1] == direction and match[2] == _DTYPES[dtype][1]):
-                sources.append(path)
-        if not sources:
-            raise Missing(f"no .cu file in {folder}: --source must name a checkout of this project")
-        cache = Path(tempfile.gettempdir()) / f"swinkernels-instructions-{os.getuid()}"
-        cache.mkdir(mode=0o700, exist_ok=True)
-        flags = [*_FLAGS, f"-gencode=arch=compute_{arch[3:]},code={arch}", f"-I{source / 'csrc'}"]
-        key = hashlib.sha256(repr((compiler(), flags[:-1])).encode())
-        for header in sorted((source / "csrc").rglob("*.*h")):
-            key.update(str(header.relative_to(source)).encode() + b"\0" + header.read_bytes())
-        include = Path(_tool("nvcc")).resolve().parent.parent / "include"
-        include = include if include.is_dir() else Path("/usr/local/cuda/include")
-
-        def compile_one(path: Path) -> Path:
-            own = key.copy()
-            own.update(path.read_bytes())
-            out = cache / f"{path.stem}-{own.hexdigest()[:24]}.o"
-            if not out.exists():
-                part = out.with_suffix(f".{os.getpid()}.part.o")
-                if path.suffix == ".cu":
-                    _run([_tool("nvcc"), *flags, "-c", path, "-o", part])
-                else:
-                    _run(["g++", "-std=c++17", "-O1", "-fPIC", flags[-1], f"-I{include}", "-c", path, "-o", part])
-                part.replace(out)
-            return out
-
+        wanted = [
+            path
+            for path in sources(source, "window_attention/**/*.cu")
+            if (match := instantiation.match(path.stem)) is None or match.groups() == (direction, _DTYPES[dtype][1])
+        ]
         recorder = Path(__file__).with_name("launch_recorder.cpp")
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_one, [recorder, *sources]))
+            objects = list(pool.map(lambda path: compile_one(source, arch, path), [recorder, *wanted]))
         self.arch = arch
         self.kernels: dict[str, Kernel] = {}
         for path in objects[1:]:
             self._read(path)
-        # What the other instantiation files define is not called: it needs no more than an address.
+        # What the other instantiation files define is not called: it needs no more than an address. A CUDA runtime that
+        # torch has loaded does not take the recorder's place: -Bsymbolic.
         with tempfile.TemporaryDirectory() as scratch:
             library = Path(scratch) / "recorder.so"
-            link = ["g++", "-shared", *objects, "-o", library]
-            _run(link)
-            undefined = [line.split()[-1] for line in _run(["nm", "-u", library]).splitlines()]
-            _run([*link, *(f"-Wl,--defsym={x}=0" for x in undefined if "swinkernels" in x or x.startswith("__cuda"))])
+            link: list[str | Path] = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-o", library]
+            run_tool(link)
+            undefined = [line.split()[-1] for line in run_tool(["nm", "-u", library]).splitlines()]
+            run_tool(
+                [*link, *(f"-Wl,--defsym={x}=0" for x in undefined if "swinkernels" in x or x.startswith("__cuda"))]
+            )
             self.library = ctypes.CDLL(str(library))
         self.library.workspace_bytes.restype = ctypes.c_int64
 
     def _read(self, path: Path) -> None:
-        code = sass.parse(_run([_tool("cuobjdump"), "-sass", path]))
-        usage = _run([_tool("cuobjdump"), "--dump-resource-usage", path])
+        code = sass.parse(run_tool([tool("cuobjdump"), "-sass", path]))
+        usage = run_tool([tool("cuobjdump"), "--dump-resource-usage", path])
         registers = {name: int(n) for name, n in re.findall(r"Function (\S+):\s+REG:(\d+)", usage)}
         with tempfile.TemporaryDirectory() as scratch:
-            subprocess.run([_tool("cuobjdump"), "-xelf", "all", path], cwd=scratch, check=True, capture_output=True)
+            run_tool([tool("cuobjdump"), "-xelf", "all", path], cwd=scratch)
             for cubin in Path(scratch).iterdir():
                 for name, (base, parameters) in _read_parameters(cubin).items():
                     self.kernels[name] = Kernel(sass.Program(code[name]), registers[name], base, parameters)
@@ -550,14 +484,15 @@ def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOW
 
 
 def commit_of(source: Path) -> str:
-    """The commit of a checkout, with "+" if it was edited since; "unknown" outside git."""
+    """The last commit that changed csrc/, with "+" if it was edited since; "unknown" outside git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(source), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno", "csrc") else "")
+        last = git("log", "-1", "--format=%h", "--abbrev=12", "--", "csrc")
+        return last + ("+" if git("status", "--porcelain", "-uno", "csrc") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -631,7 +566,11 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--against", type=Path, help="another checkout, counted in the same run and compared with")
     main.add_argument("--arch", nargs="+", choices=ARCHITECTURES, help="default: those that the compiler has")
     main.add_argument("--kernel", nargs="+", choices=("fwd", "bwd"), default=("fwd", "bwd"))
-    main.add_argument("--case", nargs="+", help="cases by name, such as 'w7 d32 bf16'; default: all. See --list")
+    which = main.add_mutually_exclusive_group()
+    which.add_argument("--case", nargs="+", help="cases by name, such as 'w7 d32 bf16'; default: the hot ones")
+    which.add_argument(
+        "--all", action="store_true", help="every case that --list prints: minutes for each architecture"
+    )
     main.add_argument("--list", action="store_true", help="the names of the cases")
     main.add_argument("--windows", type=int, default=_SWIN_T_WINDOWS, help="windows times heads, for the times")
     main.add_argument("--out", type=Path, help="a CSV file for the rows")
@@ -642,14 +581,16 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     cases = [c for c in CASES if c.kernel in options.kernel]
+    if options.list:
+        print("\n".join(f"{c.kernel}  {c.name}" for c in cases))
+        return 0
     if options.case is not None:
         unknown = {*options.case} - {c.name for c in cases}
         if unknown:
             parser().error(f"--case {', '.join(sorted(unknown))}: not among the names that --list prints")
         cases = [c for c in cases if c.name in options.case]
-    if options.list:
-        print("\n".join(f"{c.kernel}  {c.name}" for c in cases))
-        return 0
+    elif not options.all:
+        cases = [c for c in cases if c in HOT]
     archs = options.arch or architectures()
     before: dict[tuple[str, ...], dict[str, Any]] = {}
     rows = []
@@ -659,6 +600,10 @@ def main(arguments: list[str] | None = None) -> int:
                 before[tuple(row[key] for key in _KEYS)] = row
         for row in count(options.source.resolve(), archs, cases, options.windows):
             rows.append(row)
+            if options.out is not None:
+                write(options.out, rows)
+            if options.update:
+                write(BASELINE, merged([row], read(BASELINE) if BASELINE.exists() else []))
             was = before.get(tuple(row[key] for key in _KEYS))
             print(
                 f"{row['arch']:6s} {row['kernel']} {row['case']:24s} {row['per_window_head']:8d} instructions"
@@ -681,10 +626,6 @@ def main(arguments: list[str] | None = None) -> int:
     except Missing as error:
         print(error, file=sys.stderr)
         return 2
-    if options.out is not None:
-        write(options.out, rows)
-    if options.update:
-        write(BASELINE, merged(rows, read(BASELINE) if BASELINE.exists() else []))
     return 0
 
 

@@ -173,7 +173,7 @@ class Program:
 
 
 class _Step:
-    __slots__ = ("guard", "run", "control", "uniform")
+    __slots__ = ("control", "guard", "run", "uniform")
 
     def __init__(self, program: Program, instruction: Instruction, index: int):
         self.guard = predicate(instruction.guard) if instruction.guard else None
@@ -355,22 +355,15 @@ def _bar(program: Program, instruction: Instruction, index: int) -> Callable[[Wa
     return run
 
 
-def _call(program: Program, instruction: Instruction, index: int) -> Callable[[Warp, Group, Array], bool]:
-    target = program.index[int(instruction.operands[-1], 16)]
-
-    def run(warp: Warp, group: Group, on: Array) -> bool:
-        group.pc = target
-        return False
-
-    return run
-
-
 def _ret(program: Program, instruction: Instruction, index: int) -> Callable[[Warp, Group, Array], bool]:
     where = value(instruction.operands[0].split()[0])
 
     def run(warp: Warp, group: Group, on: Array) -> bool:
-        addresses = set(where(warp)[group.lanes].tolist())
-        if len(addresses) != 1:
+        if not (group.lanes & on).any():
+            group.pc += 1
+            return False
+        addresses = set(where(warp)[group.lanes & on].tolist())
+        if len(addresses) != 1 or (group.lanes & ~on).any():
             raise Fault(f"{instruction.text}: lanes return to different places")
         group.pc = program.index[addresses.pop()]
         return False
@@ -386,7 +379,7 @@ _CONTROL: dict[str, Callable[[Program, Instruction, int], Callable[[Warp, Group,
     "BREAK": _break,
     "WARPSYNC": _warpsync,
     "BAR": _bar,
-    "CALL": _call,
+    "CALL": _bra,  # the code itself keeps the address to return to
     "RET": _ret,
 }
 
@@ -471,7 +464,7 @@ def value(text: str) -> Value:
 
 def value64(text: str) -> Value:
     """An integer operand of two registers."""
-    body, negated, absolute, inverted, suffix = _split(text)
+    body, negated, _, inverted, _ = _split(text)
     register = _register(body)
     constant = _constant(body)
     get: Value
@@ -499,7 +492,7 @@ def value64(text: str) -> Value:
 
 def real(text: str) -> Value:
     """A float operand."""
-    body, negated, absolute, inverted, suffix = _split(text)
+    body, negated, absolute, _, suffix = _split(text)
     if re.fullmatch(r"[-+]?(\d.*|INF|QNAN)", body) and not body.startswith(("0x", "-0x")):
         number = np.array([float(body.replace("QNAN", "nan"))]).astype(F32)
         get: Value = lambda w: number  # noqa: E731
@@ -611,6 +604,9 @@ def iadd3(i: Instruction) -> Run:
     outs = [target_predicate(x) for x in carries]
     terms = [_term(x) for x in rest[:3]]
     ins = [predicate(x) for x in rest[3:]] if "X" in i.modifiers else []
+    if not ins and {*carries} <= {"PT", "UPT"}:
+        a, b, c = (value(x) for x in rest[:3])
+        return lambda w, mask: write(w, a(w) + b(w) + c(w), mask)
 
     def run(w: Warp, mask: Array | None) -> None:
         total = terms[0](w) + terms[1](w) + terms[2](w)
@@ -659,6 +655,9 @@ def imad(i: Instruction) -> Run:
     x, y, z = value(rest[0]), value(rest[1]), _term(rest[2])
     ins = [predicate(p) for p in rest[3:]] if "X" in i.modifiers else []
     write32 = target(i.operands[0])
+    if not ins and not outs:
+        addend = value(rest[2])
+        return lambda w, mask: write32(w, x(w) * y(w) + addend(w), mask)
 
     def run(w: Warp, mask: Array | None) -> None:
         total = (x(w).astype(U64) * y(w).astype(U64) & _LOW) + z(w)
@@ -829,8 +828,10 @@ def sel(i: Instruction) -> Run:
 
 def _minimum(i: Instruction, add: bool, count: int) -> Run:
     write = target(i.operands[0])
-    texts = i.operands[1 : 1 + count]
-    values, least = [value(x) for x in texts], predicate(i.operands[1 + count])
+    outs, rest = _leading(i.operands, 1)
+    if {*outs} - {"PT", "UPT"}:
+        raise UnknownInstruction(i.text)
+    values, least = [value(x) for x in rest[:count]], predicate(rest[count])
     signed = "U32" not in i.modifiers
 
     def run(w: Warp, mask: Array | None) -> None:
@@ -1236,6 +1237,9 @@ def hmma(i: Instruction) -> Run:
     def run(w: Warp, mask: Array | None) -> None:
         a_bits, b_bits = rows(w, numbers[0], a_count), rows(w, numbers[1], b_count)
         c = rows(w, numbers[2], 4).view(F32)
+        if not (a_bits.any() and b_bits.any()):
+            write(w, c.view(U32).copy(), mask)
+            return
         a, b = np.zeros((16, depth), F32), np.zeros((depth, 8), F32)
         if tf32:
             for n in range(a_count):
@@ -1278,6 +1282,10 @@ def movm(i: Instruction) -> Run:
 _TERM = re.compile(r"(U?R(?:\d+|Z))((?:\.\w+)*)|(-?0x[0-9a-f]+)")
 
 
+def _scaled(get: Value, scale: np.uint64) -> Value:
+    return lambda w: get(w).astype(U64) * scale
+
+
 def _address(text: str, wide: bool) -> Value:
     """[R2+UR4+0x10], desc[UR60][R52.64+0x20]: per lane, 64 bits where the space is global."""
     inside = text[text.rindex("[") + 1 : -1]
@@ -1291,15 +1299,15 @@ def _address(text: str, wide: bool) -> Value:
             terms.append(value64(body))
         else:
             scale = next((int(s[1:]) for s in suffixes.split(".") if s.startswith("X")), 1)
-            get = value(body)
-            terms.append(lambda w, get=get, scale=scale: get(w).astype(U64) * U64(scale))
+            terms.append(_scaled(value(body), U64(scale)))
     fixed = np.array([offset & 0xFFFFFFFFFFFFFFFF], U64)
 
     def run(w: Warp) -> Array:
         total = fixed
         for term in terms:
             total = total + term(w)
-        return np.broadcast_to(total if wide else total & _LOW, (LANES,))
+        total = total if wide else total & _LOW
+        return total if len(total) == LANES else np.repeat(total, LANES)
 
     return run
 
@@ -1312,8 +1320,14 @@ def _size(i: Instruction) -> tuple[int, bool]:
     return 4, False
 
 
+_EVERY_LANE = np.arange(LANES)
+
+
 def _lanes(w: Warp) -> Array:
-    return np.flatnonzero(np.broadcast_to(w.active, (LANES,)))
+    """The lanes that an instruction is executed by."""
+    if w.active.all():
+        return _EVERY_LANE
+    return np.flatnonzero(w.active) if len(w.active) == LANES else _EVERY_LANE[:0]
 
 
 def _space(w: Warp, addresses: Array, size: int, is_shared: bool) -> tuple[Array, Array]:
@@ -1332,6 +1346,19 @@ def _space(w: Warp, addresses: Array, size: int, is_shared: bool) -> tuple[Array
 
 def _bank_passes(offsets: Array, size: int) -> int:
     """Passes over shared memory: in each, a bank of four bytes gives or takes one word."""
+    # Which words share a bank does not change if all addresses move by as many words.
+    start = int(offsets.min()) // 4 * 4
+    key = ((offsets - start).tobytes(), size)
+    found = _passes_of.get(key)
+    if found is None:
+        found = _passes_of[key] = _count_passes(offsets, size)
+    return found
+
+
+_passes_of: dict[tuple[bytes, int], int] = {}
+
+
+def _count_passes(offsets: Array, size: int) -> int:
     at_once = LANES if size <= 4 else LANES * 4 // size
     passes = 0
     for start in range(0, len(offsets), at_once):
@@ -1365,9 +1392,12 @@ def _load(i: Instruction, text: str, is_shared: bool) -> Run:
                 whole[got[:, -1] >= 128, size:] = 255
             got = whole
         words = np.ascontiguousarray(got).view(U32)
-        full = np.zeros((count, LANES), U32)
-        full[:, lanes] = words.T
-        write(w, full if count > 1 else full[0], mask if mask is not None else None)
+        if len(lanes) == LANES:
+            full = words.T
+        else:
+            full = np.zeros((count, LANES), U32)
+            full[:, lanes] = words.T
+        write(w, full if count > 1 else full[0], mask)
 
     return run
 
