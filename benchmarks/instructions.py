@@ -552,12 +552,13 @@ def merged(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
 def count(
     source: Path, archs: Sequence[str], cases: Sequence[Case], windows: int = _SWIN_T_WINDOWS
 ) -> Iterator[dict[str, Any]]:
+    commit = commit_of(source)
     for arch in archs:
         for direction, dtype in dict.fromkeys((case.kernel, case.dtype) for case in cases):
             build = Build(source, arch, direction, dtype)
             for case in cases:
                 if (case.kernel, case.dtype) == (direction, dtype):
-                    yield measure(build, case, commit_of(source), windows)
+                    yield measure(build, case, commit, windows)
 
 
 def parser() -> argparse.ArgumentParser:
