@@ -34,6 +34,16 @@ def tool(name: str) -> str:
     raise Missing(f"no {name} in $CUDA_HOME/bin, PATH or the triton package: install a CUDA toolkit")
 
 
+def missing(*names: str) -> str | None:
+    """Why a program of these is not there, or None."""
+    try:
+        for name in names:
+            tool(name)
+    except Missing as error:
+        return str(error)
+    return None
+
+
 def run(command: Sequence[str | Path], cwd: str | None = None) -> str:
     done = subprocess.run([str(x) for x in command], capture_output=True, text=True, cwd=cwd)
     if done.returncode != 0:

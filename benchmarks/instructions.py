@@ -592,10 +592,10 @@ def main(arguments: list[str] | None = None) -> int:
         cases = [c for c in cases if c.name in options.case]
     elif not options.all:
         cases = [c for c in cases if c in HOT]
-    archs = options.arch or architectures()
     before: dict[tuple[str, ...], dict[str, Any]] = {}
     rows = []
     try:
+        archs = options.arch or architectures()
         if options.against is not None:
             for row in count(options.against.resolve(), archs, cases, options.windows):
                 before[tuple(row[key] for key in _KEYS)] = row

@@ -13,20 +13,17 @@ import pytest
 import torch
 
 from benchmarks import instructions, sass
-from benchmarks.compiled import ROOT, Missing, architectures, tool
+from benchmarks.compiled import ROOT, architectures, missing
 from swinkernels import reference
 
 
-def _missing() -> str | None:
-    try:
-        for name in ("nvcc", "cuobjdump"):
-            tool(name)
-    except Missing as error:
-        return str(error)
-    return None if shutil.which("g++") and shutil.which("nm") else "no g++ and nm to link with"
+def _not_there() -> str | None:
+    return missing("nvcc", "cuobjdump") or (
+        None if shutil.which("g++") and shutil.which("nm") else "no g++ and nm to link with"
+    )
 
 
-needs_compiler = pytest.mark.skipif(_missing() is not None, reason=str(_missing()))
+needs_compiler = pytest.mark.skipif(_not_there() is not None, reason=str(_not_there()))
 
 
 def _block(listing: str, threads: int = 32, parameters: bytes = b"", memory: sass.Memory | None = None) -> sass.Block:
@@ -267,8 +264,8 @@ def test_kernels_have_not_grown(arch: str) -> None:
     rows = list(instructions.count(ROOT, [arch], instructions.HOT))
     try:
         grown = instructions.grown(rows, instructions.read(instructions.BASELINE))
-    except instructions.NoBaseline as missing:
-        pytest.skip(str(missing))
+    except instructions.NoBaseline as reason:
+        pytest.skip(str(reason))
     assert not grown, "\n".join(grown)
 
 

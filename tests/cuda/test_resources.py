@@ -21,11 +21,11 @@ import pytest
 from benchmarks.compiled import (
     ARCHITECTURES,
     ROOT,
-    Missing,
     architectures,
     command,
     compile_one,
     compiler,
+    missing,
     run,
     sources,
     tool,
@@ -100,16 +100,8 @@ class KernelResources(NamedTuple):
         return self.stack_bytes > 0 or self.local_bytes > 0
 
 
-def _missing() -> str | None:
-    try:
-        for name in ("nvcc", "cuobjdump"):
-            tool(name)
-    except Missing as error:
-        return str(error)
-    return None
-
-
-needs_compiler = pytest.mark.skipif(_missing() is not None, reason=str(_missing()))
+NOT_THERE = missing("nvcc", "cuobjdump")
+needs_compiler = pytest.mark.skipif(NOT_THERE is not None, reason=str(NOT_THERE))
 
 
 def parse_resource_usage(report: str) -> list[KernelResources]:
@@ -146,10 +138,8 @@ def built() -> list[KernelResources]:
         pytest.skip(_extension.error)
     if not _extension.build.build_info()["cuda"]:
         pytest.skip(f"built without CUDA: {_extension.build.build_info()['cuda_missing']}")
-    try:
-        tool("cuobjdump")
-    except Missing as error:
-        pytest.skip(str(error))
+    if (reason := missing("cuobjdump")) is not None:
+        pytest.skip(reason)
     (library,) = Path(_extension.__file__).parent.glob("_ops*.so")
     return resource_usage(library)
 
