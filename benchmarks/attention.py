@@ -1,4 +1,4 @@
-"""The attention core, map to map, against the reference, eager PyTorch, SDPA, FlexAttention and torch.compile.
+"""The attention core, map to map, against the reference, eager PyTorch, other kernels and torch.compile.
 
 Every contestant is first compared with the float64 reference, on fewer images; benchmarks/contest.py says how it is
 timed.
@@ -16,14 +16,14 @@ from torch import Tensor
 
 import swinkernels
 from benchmarks import contest, formulas, shapes
-from benchmarks.peers import make_peer
+from benchmarks.peers import is_installed, make_peer
 from benchmarks.timing import Call
 from swinkernels import reference
 from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase, judge_window_attention, run_case
 
 OURS = tuple(name for name in _backends.BACKENDS if name != "reference")
-PEERS = ("eager", "sdpa", "eager-compiled", "sdpa-compiled", "flex-compiled")
+PEERS = ("eager", "sdpa", "eager-compiled", "sdpa-compiled", "flex-compiled", "cuequivariance")
 CONTESTANTS = (*OURS, "reference", *PEERS)
 COMPILED = tuple(name for name in PEERS if name.endswith("-compiled"))
 TF32_EPS = 2.0**-10
@@ -39,7 +39,8 @@ def contestants(device: torch.device, wanted: Sequence[str]) -> list[str]:
     """The names of ``wanted`` that can run on the device; ours may be missing in this installation."""
     on_cpu = device.type == "cpu"
     names = [name for name, reason in kernels(device).items() if reason is None]
-    peers = [n for n in PEERS if not (on_cpu and n.startswith("flex"))]  # which has no backward pass there
+    # On a CPU flex has no backward pass, and cuEquivariance no kernel.
+    peers = [n for n in PEERS if is_installed(n) and not (on_cpu and n.startswith(("flex", "cuequivariance")))]
     return [name for name in (*names, "reference", *peers) if not wanted or name in wanted]
 
 

@@ -30,6 +30,7 @@ COLOURS = {
     "sdpa-compiled": "#a85a14",
     "fused-compiled": "#a85a14",
     "flex-compiled": "#7a4fbf",
+    "cuequivariance": "#3c9a5f",
     "eager-graphs": "#24272b",
     "fused-graphs": "#6b3808",
     "global": "#8a8f98",

@@ -1,6 +1,7 @@
-"""What users run today, map to map: the published eager code and, for attention, SDPA and FlexAttention.
+"""What users run today, map to map: the published eager code and, for attention, other kernels.
 
-The benchmarks compile them.
+These are SDPA, FlexAttention and cuEquivariance's triangle attention. The benchmarks compile the first two and the
+eager code. What others have published of kernels that cannot be run here stands in PUBLISHED.
 
 Written on its own, from the published code, so that it shares no mistake with the reference. Index and mask tensors are
 made once, as the models keep them in buffers. Weights are in the dtype of the model, so the bias table and v2's
@@ -9,9 +10,12 @@ factor are cast. v2's bias table is what its MLP and sigmoid make, in every mode
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +65,19 @@ def _attention_mask(size: Sequence[int], window: Sequence[int], shift: Sequence[
     return (windows.unsqueeze(1) != windows.unsqueeze(2)).float() * -100.0  # (num_windows, N, N)
 
 
-KINDS = ("eager", "sdpa", "flex")
+KINDS = ("eager", "sdpa", "flex", "cuequivariance")
+
+
+def is_installed(kind: str) -> bool:
+    """cuEquivariance comes with its own package; the others come with torch."""
+    return kind != "cuequivariance" or importlib.util.find_spec("cuequivariance_torch") is not None
 
 
 def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, kind: str) -> Peer:
-    """The published attention core for one case: eager as timm, Microsoft and MONAI wrote it, or by SDPA or flex."""
+    """The published attention core for one case: eager as timm, Microsoft and MONAI wrote it, or by another kernel.
+
+    All give the table a gradient: SDPA and cuEquivariance add a bias that is learned, flex reads it in its score_mod.
+    """
     size, window, rank = case.size, case.window_tuple, len(case.size)
     shift = case.shift_size if isinstance(case.shift_size, tuple) else (case.shift_size,) * rank
     heads, head_dim, n = case.num_heads, case.head_dim, math.prod(window)
@@ -116,7 +128,26 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
 
         return flex_attention(q, k, v, score_mod=add_bias, scale=scale)
 
-    core = dict(zip(KINDS, (attention, fused, flexible), strict=True))[kind]
+    def triangle(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
+        # (1, windows, heads, N, d) with one bias for all windows of a call: a call for each kind of mask.
+        attend = importlib.import_module("cuequivariance_torch").triangle_attention
+        q, k, scale = cosine(q, k, logit_scale)
+        whole = bias[None, None]
+        if mask is None:
+            return attend(q[None], k[None], v[None], whole, scale=scale)[0]
+        q, k, v = (x.view(-1, mask.shape[0], heads, n, head_dim) for x in (q, k, v))
+        parts = []
+        for windows in groups:
+            alike = [x[:, windows].reshape(1, -1, heads, n, head_dim) for x in (q, k, v)]
+            out = attend(*alike, whole + mask[windows[0]], scale=scale)
+            parts.append(out.view(-1, len(windows), heads, n, head_dim))
+        return torch.cat(parts, dim=1)[:, back].reshape(-1, heads, n, head_dim)
+
+    if kind == "cuequivariance" and mask is not None:
+        _, types = torch.unique(mask.flatten(1), dim=0, return_inverse=True)
+        groups = [(types == number).nonzero().flatten() for number in range(int(types.max()) + 1)]
+        back = torch.cat(groups).argsort()
+    core = dict(zip(KINDS, (attention, fused, flexible, triangle), strict=True))[kind]
 
     def peer(
         qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None, pad_qkv: Tensor | None = None
@@ -189,3 +220,29 @@ def expand(x: Tensor, factor: int) -> Tensor:
     c //= factor**2
     x = x.view(b, h, w, factor, factor, c).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h * factor, w * factor, c)
+
+
+# Milliseconds on an H100 that FWA-2, a kernel for windows in the order of windows, has published for v2's attention of
+# 256 windows, 6 heads of 32; and how many times as fast ours has to be there. The keys are those of shapes.ATTENTION.
+PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
+    "fwa2.64": {"fwd": (0.073, 5.0), "bwd": (0.818, 10.0)},
+    "fwa2.256": {"fwd": (0.226, 5.0), "bwd": (2.37, 10.0)},
+    "fwa2.576": {"fwd": (1.007, 5.0), "bwd": (9.34, 10.0)},
+}
+
+
+def against_published(rows: Sequence[Mapping[str, Any]], backend: str = "cuda") -> list[dict[str, Any]]:
+    """How many times as fast as PUBLISHED a backend's right results in 16 bits are, with what is wanted."""
+    return [
+        {
+            "goal": f"{row['direction']} at {row['shape']} against FWA-2's published {published} ms",
+            "reached": published * 1000 / row["median_us"],
+            "wanted": wanted,
+            "unit": "times as fast",
+            "verdict": "met" if published * 1000 / row["median_us"] >= wanted else "not met",
+        }
+        for row in rows
+        if row["backend"] == backend and row["result"] == "ok" and row["dtype"] in ("bfloat16", "float16")
+        for published, wanted in [PUBLISHED.get(row["shape"], {}).get(row["direction"], (0.0, 0.0))]
+        if published and row["median_us"]
+    ]

@@ -47,6 +47,10 @@ ATTENTION: dict[str, Case] = {
     "batch1.3": Case(1, (14, 14), 12, 32, 7, 3),
     "head_dim16": Case(64, (56, 56), 6, 16, 7, 3),
     "head_dim64": Case(64, (56, 56), 2, 64, 7, 3),
+    # 256 windows of 64, 256 and 576 tokens: what FWA-2's times are published for (peers.PUBLISHED).
+    "fwa2.64": Case(4, (64, 64), 6, 32, 8, 0, has_logit_scale=True),
+    "fwa2.256": Case(16, (64, 64), 6, 32, 16, 0, has_logit_scale=True),
+    "fwa2.576": Case(16, (96, 96), 6, 32, 24, 0, has_logit_scale=True),
 }
 QUICK = ("swin_t.1", "swin_t.2", "swin_t.3", "swin_t.4", "window8.1")
 GOAL = "swin_t.1"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import functools
+import math
+import sys
 import threading
 import time
 import types
@@ -11,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import swinkernels
-from benchmarks import attention, commit, contest, formulas, goals, host_cost, memory_bound, record, shapes
+from benchmarks import attention, commit, contest, formulas, goals, host_cost, memory_bound, peers, record, shapes
 from benchmarks.peers import KINDS, make_peer
 from benchmarks.timing import Timing, time_on_cpu
 from gpu import timing, variants
@@ -30,6 +33,16 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contest, "SECONDS", 0.01)
     monkeypatch.setattr(contest, "QUICK_SECONDS", 0.01)
     monkeypatch.setattr(contest, "time_on_cpu", functools.partial(time_on_cpu, rounds=2))
+
+
+def _triangle_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: None = None, scale: float | None = None
+) -> Tensor:
+    """As cuEquivariance documents its function, of (B, N, H, Q, D) and a bias of (B, 1, H, Q, K)."""
+    batch, _, heads, n, d = q.shape
+    assert bias.shape == (batch, 1, heads, n, n)
+    scores = (d**-0.5 if scale is None else scale) * (q @ k.mT) + bias
+    return scores.softmax(-1) @ v
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -50,7 +63,9 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_peers_equal_the_reference(case: WindowAttentionCase, kind: str) -> None:
+def test_peers_equal_the_reference(case: WindowAttentionCase, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = types.SimpleNamespace(triangle_attention=_triangle_attention)
+    monkeypatch.setitem(sys.modules, "cuequivariance_torch", stand_in)
     inputs = {name: x.double() for name, x in case.inputs(torch.float64).items()}
     exact = run_case(reference.window_attention_qkvpacked, inputs, case.arguments())
     peer = make_peer(case, torch.float64, CPU, kind)
@@ -62,6 +77,28 @@ def test_peers_equal_the_reference(case: WindowAttentionCase, kind: str) -> None
         got = run_case(peer, inputs, {})
     for name, value in exact.items():
         torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_published_times_are_compared_with_right_results_at_their_shapes() -> None:
+    """256 windows of 64, 256 and 576 tokens, v2, 6 heads of 32, as published."""
+    for shape in peers.PUBLISHED:
+        case = shapes.ATTENTION[shape]
+        windows = math.prod(s // w for s, w in zip(case.size, case.window_tuple, strict=True))
+        assert (case.batch * windows, case.num_heads, case.head_dim, case.has_logit_scale) == (256, 6, 32, True)
+        assert math.prod(case.window_tuple) == int(shape.partition(".")[2])
+    row = {"shape": "fwa2.64", "direction": "fwd", "backend": "cuda", "dtype": "bfloat16", "result": "ok"}
+    rows = [
+        {**row, "median_us": 14.0},
+        {**row, "direction": "bwd", "median_us": 100.0},
+        {**row, "result": "WRONG", "median_us": 1.0},
+        {**row, "shape": "swin_t.1", "median_us": 1.0},
+        {**row, "backend": "eager", "median_us": 1.0},
+    ]
+    judged = peers.against_published(rows)
+    assert [(r["verdict"], round(r["reached"], 2), r["wanted"]) for r in judged] == [
+        ("met", 5.21, 5.0),
+        ("not met", 8.18, 10.0),
+    ]
 
 
 def test_a_wrong_result_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

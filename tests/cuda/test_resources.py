@@ -1,22 +1,35 @@
-"""No CUDA kernel of the built extension spills registers or keeps an array in local memory.
+"""No CUDA kernel spills registers or keeps an array in local memory, and the kernels stay within the build's budget.
 
-Also a command: ``python tests/cuda/test_resources.py object_or_library...`` prints what every kernel in it takes and
-fails if one uses the stack.
+Those of the built extension, and of every source for each architecture that the compiler has. Also a command:
+``python -m tests.cuda.test_resources object_or_library...`` prints what every kernel in it takes and fails if one uses
+the stack.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import csv
 import os
 import re
-import shutil
-import subprocess
+import resource
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from benchmarks.compiled import (
+    ARCHITECTURES,
+    ROOT,
+    architectures,
+    command,
+    compile_one,
+    compiler,
+    missing,
+    run,
+    sources,
+    tool,
+)
 
 _KERNEL_WITH_LOCAL_ARRAY = """
 __global__ void local_array(float* x, const int* n) {
@@ -87,14 +100,8 @@ class KernelResources(NamedTuple):
         return self.stack_bytes > 0 or self.local_bytes > 0
 
 
-def find_cuobjdump() -> str | None:
-    """From $CUDA_HOME, PATH, the usual place of the toolkit, or the copy that Triton brings."""
-    folders = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    found = (shutil.which("cuobjdump", path=str(folder)) for folder in folders)
-    return next((path for path in (*found, shutil.which("cuobjdump")) if path is not None), None)
+NOT_THERE = missing("nvcc", "cuobjdump")
+needs_compiler = pytest.mark.skipif(NOT_THERE is not None, reason=str(NOT_THERE))
 
 
 def parse_resource_usage(report: str) -> list[KernelResources]:
@@ -115,10 +122,7 @@ def parse_resource_usage(report: str) -> list[KernelResources]:
 
 def resource_usage(path: str | Path) -> list[KernelResources]:
     """What the kernels in an object file or library take, per architecture."""
-    cuobjdump = find_cuobjdump()
-    assert cuobjdump is not None, "no cuobjdump in $CUDA_HOME/bin, PATH or the triton package"
-    command = [cuobjdump, "--dump-resource-usage", str(path)]
-    return parse_resource_usage(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return parse_resource_usage(run([tool("cuobjdump"), "--dump-resource-usage", path]))
 
 
 def assert_no_local_memory(kernels: list[KernelResources]) -> None:
@@ -134,8 +138,8 @@ def built() -> list[KernelResources]:
         pytest.skip(_extension.error)
     if not _extension.build["cuda"]:
         pytest.skip(f"built without CUDA: {_extension.build['cuda_missing']}")
-    if find_cuobjdump() is None:
-        pytest.skip("no cuobjdump in $CUDA_HOME/bin, PATH or the triton package")
+    if (reason := missing("cuobjdump")) is not None:
+        pytest.skip(reason)
     (library,) = Path(_extension.__file__).parent.glob("_ops*.so")
     return resource_usage(library)
 
@@ -175,18 +179,92 @@ def test_report_is_understood():
     _check_offenders(kernels)
 
 
+@needs_compiler
 def test_spills_are_caught(tmp_path):
-    nvcc = shutil.which("nvcc", path=os.pathsep.join(["/usr/local/cuda/bin", os.environ.get("PATH", "")]))
-    if nvcc is None or find_cuobjdump() is None:
-        pytest.skip("no nvcc or no cuobjdump")
     (tmp_path / "kernels.cu").write_text(_KERNEL_WITH_LOCAL_ARRAY)
     archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
-    command = [nvcc, *archs, "-c", str(tmp_path / "kernels.cu"), "-o", str(tmp_path / "kernels.o")]
-    subprocess.run(command, check=True, capture_output=True)
+    run([tool("nvcc"), *archs, "-c", tmp_path / "kernels.cu", "-o", tmp_path / "kernels.o"])
     kernels = resource_usage(tmp_path / "kernels.o")
     assert {k.arch for k in kernels} == {"sm_80", "sm_90"}
     assert len(kernels) == 6
     _check_offenders(kernels)
+
+
+SOURCES = sources(ROOT)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_source_spills_on_any_architecture(arch: str, source: Path) -> None:
+    if arch not in architectures():
+        pytest.skip(f"{compiler()} does not compile for {arch}")
+    assert_no_local_memory(resource_usage(compile_one(ROOT, arch, source)))
+
+
+# Of the two sources that most calls run and that take most of the build, for one architecture: bytes of the object, and
+# the compiler's CPU seconds in units of those that it takes for _YARDSTICK, measured next to them, so that the machine
+# and its load do not count.
+HOT_SOURCES = ("fwd_bfloat16", "bwd_bfloat16")
+BUDGET_CSV = ROOT / "benchmarks" / "results" / "build.csv"
+MOST_GROWTH = 1.2
+_YARDSTICK = """
+template <int kSteps> __device__ float mix(float x) {
+  float a[16];
+  #pragma unroll
+  for (int i = 0; i < 16; ++i) a[i] = x * i;
+  #pragma unroll
+  for (int i = 0; i < kSteps; ++i) a[i % 16] = fmaf(a[(i + 5) % 16], x, __shfl_xor_sync(~0u, a[(i + 9) % 16], i % 32));
+  float sum = 0.0f;
+  for (int i = 0; i < 16; ++i) sum += a[i];
+  return sum;
+}
+template <int kSteps> __global__ void yardstick(float* x) { x[threadIdx.x] = mix<kSteps>(x[threadIdx.x]); }
+template __global__ void yardstick<1000>(float*);
+template __global__ void yardstick<1500>(float*);
+template __global__ void yardstick<2000>(float*);
+template __global__ void yardstick<2500>(float*);
+"""
+
+
+def _cpu_seconds(arch: str, source: Path, out: Path) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run(command(ROOT, arch, source, out))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def measure_build(arch: str, folder: Path) -> dict[str, str]:
+    """A row of build.csv."""
+    (folder / "yardstick.cu").write_text(_YARDSTICK)
+    seconds = size = 0.0
+    unit = _cpu_seconds(arch, folder / "yardstick.cu", folder / "yardstick.o")
+    for source in SOURCES:
+        if source.stem in HOT_SOURCES:
+            seconds += _cpu_seconds(arch, source, folder / "hot.o")
+            size += (folder / "hot.o").stat().st_size
+    unit = (unit + _cpu_seconds(arch, folder / "yardstick.cu", folder / "yardstick.o")) / 2
+    return {
+        "arch": arch,
+        "compiler": compiler(),
+        "megabytes": f"{size / 1e6:.2f}",
+        "cpu_seconds": f"{seconds:.1f}",
+        "yardsticks": f"{seconds / unit:.2f}",
+    }
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_hot_sources_stay_within_the_budget_of_the_build(arch: str, tmp_path: Path) -> None:
+    with BUDGET_CSV.open(newline="") as file:
+        allowed = {(row["arch"], row["compiler"]): row for row in csv.DictReader(file)}
+    if (arch, compiler()) not in allowed:
+        pytest.skip(f"{BUDGET_CSV.name} has no row of {compiler()} for {arch}; measure_build gives it")
+    budget, now = allowed[arch, compiler()], measure_build(arch, tmp_path)
+    for column in ("megabytes", "yardsticks"):
+        assert float(now[column]) <= MOST_GROWTH * float(budget[column]), (column, now, budget)
 
 
 if __name__ == "__main__":

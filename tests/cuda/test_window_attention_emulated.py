@@ -477,3 +477,23 @@ def test_what_has_no_kernel_is_refused(library, case):
     case_inputs.pop("dout")
     with pytest.raises((emulation.LaunchError, ValueError)):
         library.window_attention_qkvpacked(**case_inputs, **case.arguments())
+
+
+@pytest.mark.slow
+def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> None:
+    """Windows of one token: out is v and dv is dout, exactly, so a window that is met twice or never is seen."""
+    images, size = 3, (148, 149)
+    generator = torch.Generator().manual_seed(0)
+    qkv, dout = (torch.randn(images, *size, c, generator=generator).bfloat16() for c in (96, 32))
+    assert images * math.prod(size) > 65535
+    library.configure(multiprocessors=1)
+    got = library.run(qkv, dout, torch.zeros(1, 1), num_heads=1, window_size=1)
+    q, k, v = qkv.chunk(3, dim=-1)
+    dq, dk, dv = got["dqkv"].reshape(qkv.shape).chunk(3, dim=-1)
+    assert torch.equal(got["out"].reshape(v.shape), v)
+    assert torch.equal(dv, dout)
+    # The probability is one but for the rounding of lse, so these would be zero.
+    for name, x in (("dq", dq), ("dk", dk), ("dbias_table", got["dbias_table"])):
+        assert x.abs().max() < 1e-2, name
+    lse = (q.double() * k.double()).sum(-1) * 32**-0.5
+    torch.testing.assert_close(got["lse"].flatten().double(), lse.flatten(), rtol=1e-4, atol=1e-4)

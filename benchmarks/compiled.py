@@ -1,0 +1,98 @@
+"""Objects of single CUDA sources for one architecture, compiled as the build compiles them, and kept by content."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
+class Missing(Exception):
+    """A tool that is not there, by name and remedy."""
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit, or of the copy that Triton brings."""
+    folders = [os.path.join(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    for folder in (*folders, None):
+        found = shutil.which(name, path=folder)
+        if found is not None:
+            return found
+    raise Missing(f"no {name} in $CUDA_HOME/bin, PATH or the triton package: install a CUDA toolkit")
+
+
+def missing(*names: str) -> str | None:
+    """Why a program of these is not there, or None."""
+    try:
+        for name in names:
+            tool(name)
+    except Missing as error:
+        return str(error)
+    return None
+
+
+def run(command: Sequence[str | Path], cwd: str | None = None) -> str:
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, cwd=cwd)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+@functools.cache
+def compiler() -> str:
+    """Such as "nvcc 13.0.88"."""
+    version = re.search(r"V(\d+\.\d+\.\d+)", run([tool("nvcc"), "--version"]))
+    return f"nvcc {version[1]}" if version else "nvcc"
+
+
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """Those of ARCHITECTURES that the compiler has."""
+    known = run([tool("nvcc"), "--list-gpu-arch"]).split()
+    return tuple(arch for arch in ARCHITECTURES if arch.replace("sm_", "compute_") in known)
+
+
+def sources(root: Path, pattern: str = "**/*.cu") -> list[Path]:
+    """The CUDA sources of a checkout."""
+    found = sorted((root / "csrc" / "kernels" / "cuda").glob(pattern))
+    if not found:
+        raise Missing(f"no {pattern} in {root / 'csrc/kernels/cuda'}: name a checkout of this project")
+    return found
+
+
+def command(root: Path, arch: str, source: Path, out: Path) -> list[str]:
+    """How nvcc is called for one source of a checkout; other files are C++ for the host."""
+    includes = [f"-I{root / 'csrc'}", "-c", str(source), "-o", str(out)]
+    if source.suffix != ".cu":
+        return [tool("nvcc"), "-std=c++17", "-O1", "-Xcompiler", "-fPIC", *includes]
+    code = f"-gencode=arch=compute_{arch[3:]},code={arch}"
+    return [tool("nvcc"), "-O3", "-std=c++17", "-Xcompiler", "-fPIC", code, *includes]
+
+
+def compile_one(root: Path, arch: str, source: Path) -> Path:
+    """The object of a source, compiled unless the same text was before."""
+    cache = Path(tempfile.gettempdir()) / f"swinkernels-compiled-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    key = hashlib.sha256(repr((compiler(), arch, command(Path(), arch, Path(source.name), Path()))).encode())
+    for path in (*sorted((root / "csrc").rglob("*.*h")), source):
+        name = path.relative_to(root) if path.is_relative_to(root) else path.name
+        key.update(str(name).encode() + b"\0" + path.read_bytes())
+    out = cache / f"{source.stem}-{key.hexdigest()[:24]}.o"
+    if not out.exists():
+        part = out.with_suffix(f".{os.getpid()}.part.o")
+        run(command(root, arch, source, part))
+        part.replace(out)
+    return out
