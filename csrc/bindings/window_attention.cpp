@@ -171,7 +171,7 @@ struct Separate {
 int64_t row_bytes(const Tensor& x) { return x.size(x.dim() - 1) * static_cast<int64_t>(x.element_size()); }
 
 template <class Backend, class Form>
-std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Options o) {
+std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Options o, bool needs_lse) {
   const Backend backend(xs[0]);
   const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
   for (Tensor& x : xs) x = readable(x, alignment);
@@ -185,11 +185,12 @@ std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Options o) {
   std::vector<int64_t> shape = sizes(x, 1 + rank);
   shape.push_back(int64_t{1} * p.num_heads * p.head_dim);
   Tensor out = new_empty(x, shape);
-  Tensor lse = new_empty(x, {p.batch, product(g.num_windows), p.num_heads, product(g.window)}, ScalarType::Float);
+  const std::vector<int64_t> lse_shape = {p.batch, product(g.num_windows), p.num_heads, product(g.window)};
+  Tensor lse = new_empty(x, needs_lse ? lse_shape : std::vector<int64_t>{0}, ScalarType::Float);
   if (out.numel() == 0) return {out, lse};
   Form::place({&p.q, &p.k, &p.v}, xs, input_map);
   p.out = output_map(out, 0, rank, p.head_dim);
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.lse = needs_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   backend.forward(p);
   return {out, lse};
 }
@@ -217,6 +218,9 @@ Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Options o, N
   fill(p.forward, x, rank, o);
   fill_tables(p.forward, o);
   STD_TORCH_CHECK(dtype_of(dout) == p.forward.dtype, "swinkernels: dout must have the map's dtype");
+  const WindowGeometry& g = p.forward.geometry;
+  STD_TORCH_CHECK(lse.numel() == p.forward.batch * product(g.num_windows) * p.forward.num_heads * product(g.window),
+                  "swinkernels: lse must be that of a forward pass that was asked for it (needs_lse)");
 
   // new_zeros, so that an empty batch has the gradient zero; otherwise the kernels write every element.
   const bool empty = x.numel() == 0;
@@ -272,13 +276,13 @@ Tensor sum(const OptionalTensor& gradient, const Tensor& x) {
   Needs { needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> qkvpacked_fwd(Tensor qkv, SWINKERNELS_OPTIONS) {
-  return forward<Backend, Packed>({qkv}, SWINKERNELS_MAKE_OPTIONS);
+std::tuple<Tensor, Tensor> qkvpacked_fwd(Tensor qkv, SWINKERNELS_OPTIONS, bool needs_lse) {
+  return forward<Backend, Packed>({qkv}, SWINKERNELS_MAKE_OPTIONS, needs_lse);
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, SWINKERNELS_OPTIONS) {
-  return forward<Backend, Separate>({q, k, v}, SWINKERNELS_MAKE_OPTIONS);
+std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, SWINKERNELS_OPTIONS, bool needs_lse) {
+  return forward<Backend, Separate>({q, k, v}, SWINKERNELS_MAKE_OPTIONS, needs_lse);
 }
 
 template <class Backend>
@@ -324,13 +328,13 @@ Options unpack(const Tensor& numbers, OptionalTensor bias_table, OptionalTensor 
 #define SWINKERNELS_UNPACK unpack(numbers, bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed)
 
 template <class Backend>
-std::tuple<Tensor, Tensor> qkvpacked_fwd_short(Tensor qkv, SWINKERNELS_TABLES, Tensor numbers) {
-  return forward<Backend, Packed>({qkv}, SWINKERNELS_UNPACK);
+std::tuple<Tensor, Tensor> qkvpacked_fwd_short(Tensor qkv, SWINKERNELS_TABLES, Tensor numbers, bool needs_lse) {
+  return forward<Backend, Packed>({qkv}, SWINKERNELS_UNPACK, needs_lse);
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> fwd_short(Tensor q, Tensor k, Tensor v, SWINKERNELS_TABLES, Tensor numbers) {
-  return forward<Backend, Separate>({q, k, v}, SWINKERNELS_UNPACK);
+std::tuple<Tensor, Tensor> fwd_short(Tensor q, Tensor k, Tensor v, SWINKERNELS_TABLES, Tensor numbers, bool needs_lse) {
+  return forward<Backend, Separate>({q, k, v}, SWINKERNELS_UNPACK, needs_lse);
 }
 
 Needs needs_of(int64_t wanted) {

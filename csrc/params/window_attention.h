@@ -47,7 +47,9 @@ struct WindowAttentionForwardParams {
 
   ConstTokenMap q, k, v;
   TokenMap out;
-  float* lse;  // (B, num_windows, num_heads, N), natural log-sum-exp of the final scores; pad queries undefined
+  // (B, num_windows, num_heads, N), natural log-sum-exp of the final scores, undefined for pad queries; or null where no
+  // backward pass will follow.
+  float* lse;
 
   const float* bias_table;      // (prod(2 * table_window - 1), num_heads), or null
   const float* bias;            // (bias_types, num_heads, N, N), or null; not beside a bias_table

@@ -145,12 +145,14 @@ class Differentiable:
     where nothing needs a gradient. The Function takes what is no tensor as one argument: each costs time.
     """
 
-    def __init__(self, name: str, setup_context: Callable, backward: Callable, run: Callable | None) -> None:
+    def __init__(
+        self, name: str, setup_context: Callable, backward: Callable, run: Callable | None, is_told: bool
+    ) -> None:
         op = getattr(torch.ops.swinkernels, name).default
         count = _tensor_arguments(op)
 
-        def run_op(tensors, others):
-            return op(*tensors, *others)
+        def run_op(tensors, others, needs_gradient):
+            return op(*tensors, *others, needs_gradient) if is_told else op(*tensors, *others)
 
         shortest = run or run_op
 
@@ -159,7 +161,7 @@ class Differentiable:
             def forward(ctx, *inputs):
                 *tensors, others = inputs
                 with torch._C._AutoDispatchBelowAutograd():
-                    output = shortest(tensors, others)
+                    output = shortest(tensors, others, True)
                 setup_context(ctx, tensors, others, output)
                 return output
 
@@ -167,7 +169,8 @@ class Differentiable:
             def backward(ctx, *gradients):
                 return *backward(ctx, *gradients), None
 
-        self._name, self._op, self._count, self._run, self._apply = name, op, count, shortest, Function.apply
+        self._name, self._count, self._run, self._apply = name, count, shortest, Function.apply
+        self._run_op = run_op
 
         def setup_op_context(ctx, inputs, output):
             setup_context(ctx, inputs[:count], inputs[count:], output)
@@ -182,7 +185,7 @@ class Differentiable:
         if is_plain(tensors):
             return self.plain(tensors, inputs[self._count :])
         _refuse_tangents(self._name, tensors)
-        return self._op(*inputs)
+        return self._run_op(tensors, inputs[self._count :], _needs_gradient(tensors))
 
     def plain(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
         """The same where the tensors are known to be plain."""
@@ -191,11 +194,20 @@ class Differentiable:
                 if x is not None and x.requires_grad:
                     return self._apply(*tensors, others)
         with torch._C._AutoDispatchBelowAutograd():
-            return self._run(tensors, others)
+            return self._run(tensors, others, False)
+
+
+def _needs_gradient(tensors: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def register(
-    name: str, fake: Callable, setup_context: Callable, backward: Callable, run: Callable | None = None
+    name: str,
+    fake: Callable,
+    setup_context: Callable,
+    backward: Callable,
+    run: Callable | None = None,
+    is_told: bool = False,
 ) -> Differentiable:
     """Give an op its fake and its derivative, by torch.library; returns what to call the op by.
 
@@ -204,10 +216,11 @@ def register(
         fake: as torch.library.register_fake has it.
         setup_context: (ctx, tensors, others, output), where the op's arguments are its tensors and then the others.
         backward: (ctx, *gradients) -> the gradients of the tensors.
-        run: (tensors, others) -> output, another way to the op's kernel, taken in eager PyTorch.
+        run: (tensors, others, needs_gradient) -> output, another way to the op's kernel, taken in eager PyTorch.
+        is_told: whether the op has one more argument, the last, that says whether a gradient is needed.
     """
     torch.library.register_fake(f"swinkernels::{name}", fake, lib=lib)
-    return Differentiable(name, setup_context, backward, run)
+    return Differentiable(name, setup_context, backward, run, is_told)
 
 
 def register_derivative(name: str, fake: Callable, of: str) -> Callable:

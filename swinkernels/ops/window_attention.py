@@ -38,6 +38,7 @@ _GEOMETRY = (
     "int[] window_size, int[] shift_size, int[] table_window, int[] pad_before, int[] periodic, "
     "bool roll_then_pad, bool grid, float scale, float mask_value, float dropout_p, bool allow_tf32"
 )
+_GEOMETRY_ARGUMENTS = _GEOMETRY.count(",") + 1
 # All float32 but pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the map's device).
 _TABLES = (
     "Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? pad_qkv, Tensor? region_map, Tensor? dropout_seed"
@@ -54,7 +55,8 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
     inputs = ", ".join(f"Tensor {m}" for m in maps)
     gradients = ", ".join(f"Tensor d{m}" for m in maps)
     fwd, bwd = f"{name}_fwd{suffix}", f"{name}_bwd{suffix}"
-    lib.define(f"{fwd}({inputs}, {_TABLES}, {_GEOMETRY}) -> (Tensor out, Tensor lse)")
+    # lse is what the backward op needs of the forward; (0,) where it is not asked for.
+    lib.define(f"{fwd}({inputs}, {_TABLES}, {_GEOMETRY}, bool needs_lse=True) -> (Tensor out, Tensor lse)")
     needs = ", ".join(f"bool needs_d{table}" for table in _DIFFERENTIABLE)
     lib.define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_GEOMETRY}, {needs}) -> ({gradients}, {_SUMS})")
 
@@ -65,7 +67,9 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
         window = tuple(window_size[-len(size) :])
         windows = math.prod(_arguments.frame_size(size, window)) // math.prod(window)
         out = x.new_empty((x.shape[0], *size, num_heads * head_dim))
-        return out, x.new_empty((x.shape[0], windows, num_heads, math.prod(window)), dtype=torch.float32)
+        needs_lse = all(args[n + 6 + _GEOMETRY_ARGUMENTS :])  # left out where it is True
+        lse_shape = (x.shape[0], windows, num_heads, math.prod(window)) if needs_lse else (0,)
+        return out, x.new_empty(lse_shape, dtype=torch.float32)
 
     def fake_bwd(*args):
         xs, tables, needed = args[1 : 1 + n], args[2 + n : 6 + n], args[-4:]
@@ -80,12 +84,14 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
     op = getattr(torch.ops.swinkernels, fwd).default
     short_fwd, short_bwd = (op, op) if suffix else _define_short(name, maps)
 
-    def run(tensors, geometry):
-        return short_fwd(*tensors, geometry.numbers) if type(geometry) is _Geometry else op(*tensors, *geometry)
+    def run(tensors, geometry, needs_lse):
+        if type(geometry) is _Geometry:
+            return short_fwd(*tensors, geometry.numbers, needs_lse)
+        return op(*tensors, *geometry, needs_lse)
 
     def setup_context(ctx, tensors, geometry, output):
         ctx.set_materialize_grads(False)  # zeros for lse would be a kernel
-        ctx.geometry = geometry
+        ctx.geometry = geometry if type(geometry) is _Geometry else geometry[:_GEOMETRY_ARGUMENTS]
         ctx.save_for_backward(*tensors[:n], output[1], *tensors[n:])
         ctx.mark_non_differentiable(output[1])
 
@@ -103,7 +109,7 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
             gradients = backward_op((dout, *saved), (*geometry, *needs))
         return *gradients[:n], *parameter_gradients(saved[n + 1 : n + 5], gradients[n:], needs), None, None
 
-    return register(fwd, fake_fwd, setup_context, backward, run)
+    return register(fwd, fake_fwd, setup_context, backward, run, is_told=True)
 
 
 def _define_short(name: str, maps: tuple[str, ...]) -> tuple[Callable, Callable]:
@@ -114,7 +120,7 @@ def _define_short(name: str, maps: tuple[str, ...]) -> tuple[Callable, Callable]
     """
     inputs, gradients = (", ".join(f"Tensor {d}{m}" for m in maps) for d in ("", "d"))
     fwd, bwd = f"{name}_fwd_short", f"{name}_bwd_short"
-    lib.define(f"{fwd}({inputs}, {_TABLES}, Tensor numbers) -> (Tensor out, Tensor lse)")
+    lib.define(f"{fwd}({inputs}, {_TABLES}, Tensor numbers, bool needs_lse) -> (Tensor out, Tensor lse)")
     # wanted: a bit for each of the sums; those that are not wanted are one empty tensor.
     lib.define(
         f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, Tensor numbers, int wanted) -> ({gradients}, {_SUMS})"

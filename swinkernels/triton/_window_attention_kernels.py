@@ -444,8 +444,9 @@ def fwd_whole(
             result *= keep_scale
         row = dense_row(image, y0, y1, y2, size)
         _store_dense(out, result, row, real, num_heads, head, num_heads, 0, HEAD_DIM, BLOCK_D)
-        lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
-        tl.store(lse + lse_row + token, (top + tl.log2(total)) * _LN_2, mask=token < VOLUME)
+        if lse is not None:
+            lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
+            tl.store(lse + lse_row + token, (top + tl.log2(total)) * _LN_2, mask=token < VOLUME)
         image, n0, n1, n2 = _next_of_type(image, n0, n1, n2, kind, first + i + 1, type_windows, size, WINDOW)
 
 
@@ -639,8 +640,9 @@ def fwd_tiled(
     if seed is not None:
         result *= keep_scale
     _store_dense(out, result, row, real, num_heads, head, num_heads, 0, HEAD_DIM, BLOCK_D)
-    lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
-    tl.store(lse + lse_row + query, (top + tl.log2(total)) * _LN_2, mask=query < VOLUME)
+    if lse is not None:
+        lse_row = (window.to(tl.int64) * num_heads + head) * VOLUME
+        tl.store(lse + lse_row + query, (top + tl.log2(total)) * _LN_2, mask=query < VOLUME)
 
 
 @kernel

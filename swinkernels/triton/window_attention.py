@@ -115,6 +115,7 @@ class _Call(NamedTuple):
     plan: Plan
     batch_windows: int
     num_heads: int
+    needs_lse: bool
     maps: tuple[Tensor, ...]  # q, k, v; of a packed map, the map three times
     strides: tuple[tuple[int, ...], ...]
     packed_offset: int  # from q to k and from k to v
@@ -169,6 +170,7 @@ def _prepare(
     mask_value: float,
     dropout_p: float,
     allow_tf32: bool,
+    needs_lse: bool = True,  # torch leaves it out where it is
 ) -> _Call:
     maps = tuple(unit_stride(x) for x in maps)
     x = maps[0]
@@ -205,6 +207,7 @@ def _prepare(
         plan=plan,
         batch_windows=batch_windows,
         num_heads=num_heads,
+        needs_lse=needs_lse,
         maps=maps * 3 if packed else maps,
         strides=strides * 3 if packed else strides,
         packed_offset=packed_offset // align,
@@ -229,16 +232,17 @@ def _dropout(p: float) -> tuple[int, float]:
 
 
 def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
-    """out and lse of either form."""
+    """out and lse of either form; lse is (0,) where it is not asked for."""
     call = _prepare(maps, *arguments)
     plan, heads, x = call.plan, call.num_heads, maps[0]
     head_dim = plan.flags["HEAD_DIM"]
     rank = x.dim() - (4 if len(maps) == 1 else 3)
     out = x.new_empty((*x.shape[: 1 + rank], heads * head_dim))
-    lse = x.new_empty((x.shape[0], plan.windows, heads, plan.volume), dtype=torch.float32)
+    lse_shape = (x.shape[0], plan.windows, heads, plan.volume) if call.needs_lse else (0,)
+    lse = x.new_empty(lse_shape, dtype=torch.float32)
     if x.numel() == 0:
         return out, lse
-    data = (*call.maps, out, lse, *call.tables, *call.numbers)
+    data = (*call.maps, out, lse if call.needs_lse else None, *call.tables, *call.numbers)
     if is_whole(plan.volume, x.element_size()):
         of_type, each, groups = call.groups(heads, FORWARD_PROGRAMS, MAX_FORWARD_WINDOWS)
         kernels.fwd_whole[(groups * heads,)](

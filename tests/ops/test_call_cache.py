@@ -269,8 +269,48 @@ def test_wrong_numbers_are_refused_by_the_binding():
     for numbers in (torch.zeros(20, dtype=torch.float64), torch.zeros(21), torch.zeros(42, dtype=torch.float64)[::2]):
         with pytest.raises(RuntimeError, match="numbers must be 21"):
             torch.ops.swinkernels.window_attention_qkvpacked_fwd_short(
-                *(x.detach() if x is not None else x for x in args), numbers
+                *(x.detach() if x is not None else x for x in args), numbers, True
             )
+
+
+@needs_cpu
+@pytest.mark.parametrize("form", ["window_attention_qkvpacked", "window_attention"])
+def test_lse_is_made_only_for_a_backward_pass(form):
+    """The op without lse has the same output, and its fake says so; the public function asks for what is needed."""
+    fwd, bwd = (getattr(torch.ops.swinkernels, f"{form}_{direction}").default for direction in ("fwd", "bwd"))
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in op_arguments(PLAIN, form, torch.float32)]
+    out, lse = fwd(*args)
+    assert lse.shape == (2, 6, 2, 9)
+    out_alone, no_lse = fwd(*args, False)
+    assert torch.equal(out_alone, out)
+    assert no_lse.shape == (0,) and no_lse.dtype == torch.float32
+    torch.library.opcheck(fwd, (*args, False), test_utils=("test_schema", "test_faketensor"))
+    n = 1 if form == "window_attention_qkvpacked" else 3
+    with pytest.raises(RuntimeError, match="lse must be that of a forward pass that was asked for it"):
+        bwd(torch.ones_like(out), *args[:n], no_lse, *args[n:], *(False,) * 4)
+
+
+@needs_cpu
+def test_the_public_function_asks_for_lse_where_a_gradient_may_be_needed():
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if "window_attention_qkvpacked_fwd" in str(func):
+                asked.append(result[1].numel() > 0)
+            return result
+
+    inputs = {k: x for k, x in PLAIN.inputs(torch.float32).items() if k != "dout"}
+    trained = {**inputs, "bias_table": inputs["bias_table"].clone().requires_grad_()}
+    with Watch():
+        attend(**inputs, **PLAIN.arguments())
+        out = attend(**trained, **PLAIN.arguments())
+        with torch.no_grad():
+            attend(**trained, **PLAIN.arguments())
+    assert asked == [False, True, False]
+    out.sum().backward()
+    assert trained["bias_table"].grad.abs().sum() > 0
 
 
 @needs_cpu

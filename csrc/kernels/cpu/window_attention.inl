@@ -487,6 +487,7 @@ void forward(const WindowAttentionForwardParams& p, int64_t begin, int64_t end, 
       scatter(
           p.dtype, p.out, s.out_offsets, first, queries, head, sizes, [&](int64_t i) { return s.reciprocal[i]; },
           s.rows);
+      if (p.lse == nullptr) continue;
       float* lse = p.lse + task * sizes.tokens + first;
       for (int64_t i = 0; i < queries; ++i) lse[i] = s.lse[i];
     }
