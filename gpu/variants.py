@@ -23,7 +23,6 @@ PREFIX = "SWINKERNELS_"
 CUDA: dict[str, dict[str, int]] = {
     "shipped": {},
     "one stage": {"FORWARD_STAGES": 1, "BACKWARD_STAGES": 1},
-    "three stages forward": {"FORWARD_STAGES": 3},
     "fewer warps": {"FORWARD_WARPS": 12, "BACKWARD_WARPS": 8},
     "more warps": {"FORWARD_WARPS": 20, "BACKWARD_WARPS": 16},
     "one stage, more warps": {"FORWARD_STAGES": 1, "BACKWARD_STAGES": 1, "FORWARD_WARPS": 20, "BACKWARD_WARPS": 16},

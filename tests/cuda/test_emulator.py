@@ -59,6 +59,19 @@ def test_transposing_ldmatrix(library):
     assert torch.equal(y, x.transpose(1, 2))
 
 
+@pytest.mark.parametrize(("how", "row_limit"), [(0, 32), (1, 32), (2, 32), (3, 32), (3, 27), (3, 17)])
+def test_packed_fragments_reach_their_rows(library, how, row_limit):
+    """By stmatrix and without it; what lies past the limits stays."""
+    x = library.copy(
+        torch.randint(1, 2**31 - 1, (16, 20), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    )
+    y = library.empty((32, 32), torch.int32)
+    library.check(library.functions.self_write_packed(*_pointers(x, y), how, row_limit))
+    expected = torch.zeros(32, 32, dtype=torch.int32)
+    expected[16:row_limit, :20] = x[: row_limit - 16]
+    assert torch.equal(y, expected)
+
+
 def test_shuffles_and_ballot(library):
     x = library.copy(torch.randint(0, 1000, (32,), generator=torch.Generator().manual_seed(0), dtype=torch.int32))
     y = library.empty((5, 32), torch.int32)

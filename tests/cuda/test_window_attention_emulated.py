@@ -345,11 +345,12 @@ def test_dscores_beyond_float16(library):
             assert error.square().mean().sqrt() <= 1e-3 * x[in_range].square().mean().sqrt(), name
 
 
-def test_what_is_not_finite_stays_in_its_window(library):
-    """Rows and columns that fill up tiles are zero again for the windows that come after."""
-    for head_dim in (10, 16, 30):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_not_finite_stays_in_its_window(library, dtype):
+    """Rows and columns that fill up tiles are zero again for the windows that come after, or nothing asks for them."""
+    for head_dim in (10, 16, 24, 30, 32):
         case = Case(4, (7, 14), 1, head_dim, 7, 0, has_table=False)
-        inputs = case.inputs(torch.float16)
+        inputs = case.inputs(dtype)
         expected = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
         inputs["qkv"][0, :, :7] = math.inf
         library.configure(multiprocessors=1)
@@ -429,13 +430,141 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 
 
 def test_rows_of_a_larger_tensor(library):
-    """Heads, rows and images need not be next to each other."""
-    case = Case(2, (7, 6), 2, 16, 4, 1, has_pad_qkv=True)
+    """Heads, rows and images need not be next to each other. (With head_dim 16 the kernels would not be the same.)"""
+    case = Case(2, (7, 6), 2, 8, 4, 1, has_pad_qkv=True)
     inputs = case.inputs(torch.float16)
     dense = library.run(**inputs, **case.arguments())
     strided = library.run(**inputs, **case.arguments(), spread=True)
     for name in dense:
         assert torch.equal(dense[name], strided[name]), name
+
+
+# Short windows in 16 bits: every head_dim, every number of tiles, seams of either axis, pads, grids, and biases.
+SHORT16 = {
+    "seams": Case(2, (14, 21), 3, 32, 7, 3),
+    "seam of y": Case(1, (14, 14), 2, 32, 7, (3, 0)),
+    "seam of x": Case(1, (14, 14), 2, 32, 7, (0, 2)),
+    "seam of one window": Case(2, (7, 7), 1, 32, 7, 2),
+    "periodic axis": Case(1, (14, 14), 1, 32, 7, 3, options={"periodic": (True, False)}),
+    "window 8": Case(1, (16, 8), 2, 32, 8, 3),
+    "window 4": Case(2, (8, 12), 2, 32, 4, 1),
+    "6 x 6: an idle warp": Case(2, (12, 6), 2, 32, 6, 1),
+    "one token": Case(2, (7, 8), 2, 32, 1, 0),
+    "head_dim 16": Case(1, (14, 14), 2, 16, 7, 3),
+    "head_dim 16, window 8, pads": Case(1, (15, 9), 2, 16, 8, 3, has_pad_qkv=True),
+    "head_dim 16, window 4, pads": Case(2, (7, 6), 2, 16, 4, 1, has_pad_qkv=True),
+    "head_dim 24": Case(1, (14, 14), 2, 24, 7, 3),
+    "head_dim 24, window 8": Case(1, (16, 8), 2, 24, 8, 4),
+    "head_dim 24, window 4, zero pads": Case(2, (7, 6), 2, 24, 4, 1),
+    "head_dim 64, pads": Case(1, (13, 14), 1, 64, 7, 3, has_pad_qkv=True),
+    "head_dim 64, window 8": Case(1, (16, 8), 1, 64, 8, 4),
+    "head_dim 64, window 5": Case(1, (5, 10), 2, 64, 5, 2),
+    "pads before, rolled first": Case(
+        1, (12, 12), 2, 32, 7, 3, has_pad_qkv=True, options={"pad_before": (1, 2), **ROLL_THEN_PAD}
+    ),
+    "map smaller than the window": Case(2, (3, 2), 1, 32, (7, 6), 4, has_pad_qkv=True, options=ROLL_THEN_PAD),
+    "grid": Case(1, (14, 21), 2, 32, 7, 0, options={"grid": True}),
+    "grid with pads": Case(1, (13, 16), 1, 32, 7, 0, has_pad_qkv=True, options={"grid": True}),
+    "dense": Case(1, (14, 14), 2, 32, 7, 3, **DENSE),
+    "no bias": Case(1, (14, 14), 2, 32, 7, 3, has_table=False),
+    "window decoded in a larger one": Case(1, (14, 12), 2, 32, (7, 6), 3, options={"table_window": (7, 8)}),
+}
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", SHORT16)
+def test_short_windows_in_16_bits(library, name, arithmetic):
+    _check(library, SHORT16[name], arithmetic)
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["seams", "head_dim 16, window 8, pads", "head_dim 64, window 8"])
+def test_short_windows_have_the_same_bits_whatever_the_schedule(library, name, arithmetic):
+    case = SHORT16[name]
+    inputs = case.inputs(getattr(torch, arithmetic))
+    library.configure(multiprocessors=1)  # a block reuses its tiles
+    first = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+    for seed in (1, 2, 3):
+        library.configure(seed=seed, multiprocessors=1)
+        again = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+        for key in first:
+            assert torch.equal(first[key], again[key]), f"{key} differs with schedule {seed}"
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["seams", "head_dim 16", "head_dim 24", "head_dim 64, pads", "dense"])
+def test_separate_maps_give_the_same_bits(library, name, arithmetic):
+    case = SHORT16[name]
+    inputs = case.inputs(getattr(torch, arithmetic))
+    packed = library.run(**inputs, **case.arguments())
+    separate = library.run(**inputs, **case.arguments(), separate=True)
+    for key in packed:
+        assert torch.equal(packed[key], separate[key]), key
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("case", [*(SHORT16[n] for n in ("seams", "head_dim 16", "window 8")), *WINDOWS[5:8]], ids=str)
+def test_inference_without_lse_has_the_bits_of_training(library, case, arithmetic):
+    inputs = case.inputs(getattr(torch, arithmetic))
+    trained = library.run(**inputs, **case.arguments())["out"]
+    del inputs["dout"]
+    assert torch.equal(library.infer(**inputs, **case.arguments()), trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [-300.0, -200.0, -60.0, 60.0, 200.0, "rows"], ids=str)
+def test_scores_far_from_zero(library, shift, dtype):
+    """What is added to all scores of a row changes nothing: bfloat16 looks for the maximum only where it has to."""
+    case = SHORT16["dense"]
+    inputs = case.inputs(dtype)
+    offset = torch.linspace(-250, 250, 49)[:, None] if shift == "rows" else shift
+    far = {**inputs, "bias": inputs["bias"] + offset}
+    got = run_case(library.window_attention_qkvpacked, far, case.arguments())
+    exact = run_case(
+        reference.window_attention_qkvpacked, {name: x.double() for name, x in far.items()}, case.arguments()
+    )
+    for name, x in exact.items():
+        assert got[name].isfinite().all(), name
+        error = (got[name].double() - x).square().mean().sqrt() / x.square().mean().sqrt()
+        assert error <= 0.75 * torch.finfo(dtype).eps, (name, error / torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_200(library, dtype):
+    """From large q and k, of either sign, beside windows of ordinary scores."""
+    case = SHORT16["seams"]
+    inputs = case.inputs(dtype)
+    inputs["qkv"].unflatten(-1, (3, -1))[:1, :, :, :2] *= 200**0.5
+    got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+    exact = run_case(
+        reference.window_attention_qkvpacked, {name: x.double() for name, x in inputs.items()}, case.arguments()
+    )
+    for name, x in exact.items():
+        assert got[name].isfinite().all(), name
+        error = (got[name].double() - x).square().mean().sqrt() / x.square().mean().sqrt()
+        assert error <= 4 * torch.finfo(dtype).eps, (name, error / torch.finfo(dtype).eps)
+
+
+def _window_tokens(size, window, shift, item):
+    """The numbers of a window's tokens, for sizes that are multiples of the window."""
+    columns = size[1] // window[1]
+    first = item // columns * window[0] + shift[0], item % columns * window[1] + shift[1]
+    y, x = ((first[axis] + torch.arange(window[axis])) % size[axis] for axis in range(2))
+    return (y[:, None] * size[1] + x).flatten()
+
+
+@pytest.mark.parametrize("item", [0, 9299, 70_000, 65_000_000, 9300 * 9300 - 1])
+def test_token_numbers_beyond_32_bits_of_sign(library, item):
+    """65100 x 65100 tokens, 86 million windows: token numbers fill 32 bits, and their distance in bytes takes more."""
+    size, window, shift = (65100, 65100), (7, 7), (3, 2)
+    got = library.find_tokens(size, window, shift, item)
+    assert torch.equal(got, _window_tokens(size, window, shift, item))
+
+
+def test_what_32_bits_do_not_number_goes_to_the_general_kernel(library):
+    assert library.find_tokens((65534, 65534), (7, 7), (0, 0)) is not None
+    assert library.find_tokens((65534, 65534), (7, 7), (0, 0), batch=2) is None
+    assert library.find_tokens((65541, 65541), (7, 7), (0, 0)) is None
 
 
 def test_lse(library):

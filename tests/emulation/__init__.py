@@ -349,7 +349,9 @@ class Arguments(NamedTuple):
 
 
 class _Call:
-    """One forward call and what its backward call needs. ``spread`` gives the maps rows that are not adjacent."""
+    """One forward call and what its backward call needs. ``spread`` gives the maps rows that are not adjacent,
+    ``separate`` keeps q, k and v (and their gradients) in three tensors.
+    """
 
     def __init__(
         self,
@@ -359,9 +361,11 @@ class _Call:
         *,
         allow_tf32: bool = False,
         spread: bool = False,
+        separate: bool = False,
         seed: int | None = None,
     ):
-        self.library, self.args, self.shape, self.spread = library, args, qkv.shape, spread
+        self.library, self.args, self.shape = library, args, qkv.shape
+        self.spread, self.separate = spread, separate
         self.heads = (args.num_heads, args.head_dim)
         self.map = (qkv.shape[0], *three(args.size, 1))
         spec = args.spec
@@ -408,6 +412,8 @@ class _Call:
         )
 
     def _empty_map(self, channels: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.separate and len(channels) == 3:
+            return self.library.empty((channels[0], *self.map, *channels[1:]), dtype).movedim(0, 4)
         shape = (*self.map, *channels)
         if not self.spread:
             return self.library.empty(shape, dtype)
@@ -415,7 +421,8 @@ class _Call:
         whole = self.library.empty([*(s + 1 for s in shape[:-1]), shape[-1] + vector], dtype)
         return whole[tuple(slice(s) for s in shape)]
 
-    def forward(self) -> dict[str, Tensor]:
+    def forward(self, needs_lse: bool = True) -> dict[str, Tensor]:
+        self.params.lse = pointer(self.lse) if needs_lse else None
         self.library.check(self.library.functions.emulated_forward(ctypes.byref(self.params)))
         shape = (self.shape[0], *self.args.size, math.prod(self.heads))
         return {"out": self.out.reshape(shape).clone(), "lse": self.lse}
@@ -468,6 +475,7 @@ class WindowAttentionLibrary(Library):
         f = self.functions
         for name in ("sizeof_forward_params", "sizeof_backward_params", "emulated_backward_workspace_bytes"):
             getattr(f, name).restype = ctypes.c_int64
+        f.short16_takes.restype = ctypes.c_bool
         assert f.sizeof_forward_params() == ctypes.sizeof(_Forward), "mirror differs from csrc/params"
         assert f.sizeof_backward_params() == ctypes.sizeof(_Backward), "mirror differs from csrc/params"
 
@@ -502,16 +510,41 @@ class WindowAttentionLibrary(Library):
         *,
         allow_tf32: bool = False,
         spread: bool = False,
+        separate: bool = False,
         **arguments: Any,
     ) -> dict[str, Tensor]:
         """Forward and backward without autograd: out, lse and every gradient, as the kernels write them."""
         args = self.normal_form(qkv, bias_table, **arguments)
-        call = _Call(self, args, qkv, allow_tf32=allow_tf32, spread=spread)
+        call = _Call(self, args, qkv, allow_tf32=allow_tf32, spread=spread, separate=separate)
         results = call.forward()
         return {**results, **call.backward(dout, [n for n in _DIFFERENTIABLE if getattr(args, n) is not None])}
+
+    def infer(self, qkv: Tensor, bias_table: Tensor | None = None, **arguments: Any) -> Tensor:
+        """The output of a forward pass that is not asked for lse."""
+        call = _Call(self, self.normal_form(qkv, bias_table, **arguments), qkv)
+        return call.forward(needs_lse=False)["out"]
+
+    def find_tokens(
+        self, size: Sequence[int], window: Sequence[int], shift: Sequence[int], item: int = 0, batch: int = 1
+    ) -> Tensor | None:
+        """The numbers of a window's tokens as the kernels for short windows in 16 bits find them, or None if they leave
+        maps of this size to the others. No map is read: one row of 32 float16 stands for all.
+        """
+        geometry, lead = _Geometry(), _TokenMap(None, 0, (ctypes.c_int64 * 3)(), 32)
+        geometry.fill(size, window, shift, (0, 0), "pad_then_roll")
+        geometry.table_window[:] = three(window, 1)
+        lead.batch_stride, lead.axis_stride[1], lead.axis_stride[2] = 32 * size[0] * size[1], 32 * size[1], 32
+        params = _Forward(DTYPES[torch.float16], False, 1, 32, batch, geometry, 1.0, 0.0, lead, lead, lead, lead)
+        params.bias_types = 1
+        numbers = self.empty((math.prod(window),), torch.int32)
+        takes = self.functions.short16_takes(
+            ctypes.byref(params), ctypes.c_uint32(item), ctypes.c_void_p(pointer(numbers))
+        )
+        return numbers.long() & 0xFFFFFFFF if takes else None
 
 
 @functools.cache
 def window_attention_library() -> WindowAttentionLibrary:
-    sources = [_HERE / "window_attention.cpp", *kernel_sources("window_attention")]
+    own = [_HERE / "window_attention.cpp", _HERE / "short16.cu"]
+    sources = [*own, *kernel_sources("window_attention")]
     return WindowAttentionLibrary(build("window_attention", sources))

@@ -1,6 +1,7 @@
 // Small kernels that test the emulator itself: what each instruction computes, and that each mistake is seen.
 #include "kernels/common/launch.cuh"
 #include "kernels/common/ptx.cuh"
+#include "kernels/common/smem_tile.cuh"
 
 namespace swinkernels {
 namespace {
@@ -53,6 +54,29 @@ __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
   for (int i = 0; i < 4; ++i) {
     y[i * 64 + lane / 4 * 8 + lane % 4 * 2] = static_cast<uint16_t>(r[i]);
     y[i * 64 + lane / 4 * 8 + lane % 4 * 2 + 1] = static_cast<uint16_t>(r[i] >> 16);
+  }
+}
+
+// 16 x 40 halves written from fragments to rows 16.. of a tile of 64 columns: by stmatrix, without it, or only the rows
+// below row_limit.
+__global__ void write_packed_kernel(const uint32_t* x, uint32_t* y, int how, int row_limit) {
+  using Tile = SmemTile<__half, 64>;
+  const Tile tile{reinterpret_cast<__half*>(dynamic_smem())};
+  const LocatedTile<Tile> located(tile.data, LaneOffsets<Tile>::of());
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  for (int i = lane; i < 32 * 64; i += warpSize) tile.data[i] = __half();
+  __syncwarp();
+  uint32_t packed[5][2];
+  for (int j = 0; j < 5; ++j) {
+    for (int half = 0; half < 2; ++half) packed[j][half] = x[(g + 8 * half) * 20 + 4 * j + t];
+  }
+  if (how == 0) write_packed<true>(tile, 16, packed);
+  if (how == 1) write_packed<false>(tile, 16, packed);
+  if (how == 2) write_packed<true>(located, 16, packed);
+  if (how == 3) write_packed_below(located, 16, row_limit, packed);
+  __syncwarp();
+  for (int i = lane; i < 32 * 32; i += warpSize) {
+    y[i] = *reinterpret_cast<const uint32_t*>(tile.element(i / 32, i % 32 * 2));
   }
 }
 
@@ -193,6 +217,9 @@ EXPORT int self_mma(int kind, const void* a, const void* b, float* d) {
 
 EXPORT int self_transpose(const uint16_t* x, uint16_t* y) {
   return launch(transpose_kernel, 1, 32, 512, nullptr, x, y);
+}
+EXPORT int self_write_packed(const uint32_t* x, uint32_t* y, int how, int row_limit) {
+  return launch(write_packed_kernel, 1, 32, 32 * 64 * 2, nullptr, x, y, how, row_limit);
 }
 EXPORT int self_shuffle(const int* x, int* y) { return launch(shuffle_kernel, 1, 32, 0, nullptr, x, y); }
 

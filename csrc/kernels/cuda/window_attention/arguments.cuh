@@ -68,9 +68,8 @@ struct WindowArguments {
   }
 
   // The number of a unit's item among the windows of all images.
-  template <class Traits>
   __device__ __forceinline__ uint32_t window_of(uint32_t type, uint32_t item) const {
-    if (Traits::kPlain || bias_types == 1) return item;
+    if (bias_types == 1) return item;
     uint32_t in_type;
     const uint32_t image = windows_of_type.divide(item, &in_type);
     return (image * bias_types + type) * windows_of_type.divisor + in_type;
@@ -81,18 +80,9 @@ struct WindowArguments {
     return (static_cast<int64_t>(window) * num_heads + head) * num_tokens;
   }
 
-  template <class Traits>
-  __device__ __forceinline__ bool is_cosine() const {
-    return !Traits::kPlain && logit_scale != nullptr;
-  }
-  template <class Traits>
-  __device__ __forceinline__ bool has_dropout() const {
-    return !Traits::kPlain && dropout_seed != nullptr;
-  }
-  template <class Traits>
-  __device__ __forceinline__ bool has_whole_rows() const {
-    return Traits::kPlain || row_bytes % 16 == 0;
-  }
+  __device__ __forceinline__ bool is_cosine() const { return logit_scale != nullptr; }
+  __device__ __forceinline__ bool has_dropout() const { return dropout_seed != nullptr; }
+  __device__ __forceinline__ bool has_whole_rows() const { return row_bytes % 16 == 0; }
 };
 
 // How a grid is cut: every block of a unit loops over every workers-th of its items.

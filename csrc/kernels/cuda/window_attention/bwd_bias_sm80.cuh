@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     // The rows are those of this block's tokens: the first is number 0.
     const auto copy = [&](int map, const uint64_t* rows, int first) {
       copy_rows<Traits::kThreads, kBlock, false>(Tile{smem.tiles[stage][map]}, rows, 0, num_tokens - first,
-                                                 args.row_bytes, args.has_whole_rows<Traits>());
+                                                 args.row_bytes, args.has_whole_rows());
     };
     copy(0, smem.queries[slot].row(0), query0);
     copy(1, smem.queries[slot].row(1), query0);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     copy(3, smem.keys[slot].row(1), key0);
   };
   const auto locate_window = [&](int slot, uint32_t item) {
-    const uint32_t window = args.window_of<Traits>(share.type, item);
+    const uint32_t window = args.window_of(share.type, item);
     locate_tokens<T, 0, 3>(smem.queries[slot], smem.query_constants, args, window, share.head, query0, kBlock);
     locate_tokens<T, 1, 2>(smem.keys[slot], smem.key_constants, args, window, share.head, key0, kBlock);
   };
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   for (uint32_t item = worker; item < args.items; item += step) {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // this window's rows are there, and the tiles of the one before are free
-    const uint32_t window = args.window_of<Traits>(share.type, item);
+    const uint32_t window = args.window_of(share.type, item);
     float lse2[2], delta[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -105,22 +105,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     if (item + kStages * step < args.items) locate_window((slot + kStages) % kSlots, item + kStages * step);
 
     const Tile q{smem.tiles[stage][0]}, dout{smem.tiles[stage][1]}, k{smem.tiles[stage][2]}, v{smem.tiles[stage][3]};
-    if (args.is_cosine<Traits>()) {
+    if (args.is_cosine()) {
       find_inverse_norms(smem.norms, q, k, row0);
       __syncthreads();
     }
     if (query0 + row0 < num_tokens) {
       float p[kTiles][4] = {}, dp[kTiles][4] = {};
       Product::add_abt(p, q, row0, k);
-      finish_scores(p, score_factor<Traits>(args, share.head) * kLog2E,
-                    args.is_cosine<Traits>() ? &smem.norms : nullptr, row0,
+      finish_scores(p, score_factor(args, share.head) * kLog2E, args.is_cosine() ? &smem.norms : nullptr, row0,
                     [&](int j) { return smem.bias[j][threadIdx.x]; });
       if (smem.queries[slot].mixed) {
         add_mask(p, smem.queries[slot].region + row0, smem.keys[slot].region, args.mask2);
       }
       to_probabilities(p, lse2);
       Product::add_abt(dp, dout, row0, v);
-      if (args.has_dropout<Traits>()) {
+      if (args.has_dropout()) {
         undrop(dp, kept_weights<kTiles>(args, window, share.head, query0 + row0, key0), args.dropout_scale);
       }
       to_dscores(p, dp, delta);

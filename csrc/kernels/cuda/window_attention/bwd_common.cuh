@@ -102,25 +102,31 @@ __device__ __forceinline__ void normalise(float (&p)[kTiles][4]) {
   }
 }
 
-// Adds the rows of pad tokens among this warp's 16 rows to `sum`, one value per column.
+// Adds those of this warp's 16 rows that are of pad tokens to `sum`, one value per column; is_pad is of this thread's two.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
-                                             const uint64_t* rows, int first, int num_tokens) {
+                                             const bool (&is_pad)[2]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const bool pad0 = first + g < num_tokens && rows[first + g] == 0;
-  const bool pad1 = first + g + 8 < num_tokens && rows[first + g + 8] == 0;
-  if (!__any_sync(0xffffffffu, pad0 || pad1)) return;
+  if (!__any_sync(0xffffffffu, is_pad[0] || is_pad[1])) return;
 #pragma unroll
   for (int n = 0; n < kColTiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float column = (pad0 ? x[n][e] : 0.0f) + (pad1 ? x[n][2 + e] : 0.0f);
+      float column = (is_pad[0] ? x[n][e] : 0.0f) + (is_pad[1] ? x[n][2 + e] : 0.0f);
       column += __shfl_xor_sync(0xffffffffu, column, 4);
       column += __shfl_xor_sync(0xffffffffu, column, 8);
       column += __shfl_xor_sync(0xffffffffu, column, 16);
       if (g == 0) sum[8 * n + 2 * t + e] += column * factor;
     }
   }
+}
+
+// The same of rows first.., where pad tokens are those without an address.
+template <int kColTiles>
+__device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
+                                             const uint64_t* rows, int first, int num_tokens) {
+  const int row = first + threadIdx.x % 32 / 4;
+  add_pad_rows(sum, x, factor, {row < num_tokens && rows[row] == 0, row + 8 < num_tokens && rows[row + 8] == 0});
 }
 
 // The block's share of dpad_qkv: the sums of its warps, in order.

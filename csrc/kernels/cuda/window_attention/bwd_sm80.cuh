@@ -14,9 +14,8 @@
 //           own, bwd_bias_sm80.cuh.
 // Order     No atomics: a block adds windows in its own order, reduce_partials.cu adds the blocks in theirs.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 7 * B * S * C * sizeof(T) bytes, plus lse.
-// Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 544 MB, 162 us at 3.35 TB/s (H100 SXM, published
-//           peak). Instructions, counted in the sm_90 code: about 1,250 per warp, 5,000 per window and head: 132 us of
-//           issue slots. 161 registers, 75 KB: three blocks, 12 warps per multiprocessor.
+// Roofline  memory bound: bwd_short16_sm80.cuh has the figures of the common case, which runs there. Three blocks, 12
+//           warps a multiprocessor at window 7, head_dim 32.
 // Limits    as forward.
 #pragma once
 
@@ -78,19 +77,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   const BlockShare share = BlockShare::of(args);
   const int head = share.head;
   const uint32_t first = share.first, step = share.step;
-  const float factor = score_factor<Traits>(args, head);
+  const float factor = score_factor(args, head);
   const PTile p_tile{smem.p_ds[0]}, ds_tile{smem.p_ds[1]};
 
   const auto copy_window = [&](int stage, int slot) {
 #pragma unroll
     for (int map = 0; map < 4; ++map) {
       copy_rows<Traits::kThreads, Traits::kBlock, false>(Tile{smem.tiles[stage][map]}, smem.tokens[slot].row(map), 0,
-                                                         num_tokens, args.row_bytes, args.has_whole_rows<Traits>());
+                                                         num_tokens, args.row_bytes, args.has_whole_rows());
     }
   };
   const auto locate_window = [&](int slot, uint32_t item) {
-    locate_tokens<T, 0, 1, 2, 3, 4, 5, 6>(smem.tokens[slot], smem.constants, args,
-                                          args.window_of<Traits>(share.type, item), head, 0, num_tokens);
+    locate_tokens<T, 0, 1, 2, 3, 4, 5, 6>(smem.tokens[slot], smem.constants, args, args.window_of(share.type, item),
+                                          head, 0, num_tokens);
   };
 
   // Rows past the window and columns past head_dim stay zero from here on.
@@ -128,7 +127,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
                       // free
     const int row0 = ptx::opaque(first_row);
     const auto& tokens = smem.tokens[slot];
-    const uint32_t window = args.window_of<Traits>(share.type, item);
+    const uint32_t window = args.window_of(share.type, item);
     float lse2[2];  // asked for now, used after the first product
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -146,24 +145,24 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
     }
 
     const Tile q{smem.tiles[stage][0]}, k{smem.tiles[stage][1]}, v{smem.tiles[stage][2]}, dout{smem.tiles[stage][3]};
-    if (args.is_cosine<Traits>()) {
+    if (args.is_cosine()) {
       find_inverse_norms(smem.norms, q, k, row0);
       __syncthreads();
     }
     float p[kTiles][4] = {}, dq[kColTiles][4] = {};
     if (row0 < num_tokens) {
       Product::add_abt(p, q, row0, k);
-      finish_scores(p, factor * kLog2E, args.is_cosine<Traits>() ? &smem.norms : nullptr, row0,
+      finish_scores(p, factor * kLog2E, args.is_cosine() ? &smem.norms : nullptr, row0,
                     [&](int j) { return smem.bias[j][threadIdx.x]; });
       if (tokens.mixed) add_mask(p, tokens.region + row0, tokens.region, args.mask2);
       to_probabilities(p, lse2);
       if constexpr (Product::kIsExact) normalise(p);
       uint32_t kept = 0;
-      if (args.has_dropout<Traits>()) kept = kept_weights<kTiles>(args, window, head, row0, 0);
-      write_weights(p_tile, row0, p, kept, args.has_dropout<Traits>());
+      if (args.has_dropout()) kept = kept_weights<kTiles>(args, window, head, row0, 0);
+      write_weights(p_tile, row0, p, kept, args.has_dropout());
       float dp[kTiles][4] = {};
       Product::add_abt(dp, dout, row0, v);
-      if (args.has_dropout<Traits>()) undrop(dp, kept, args.dropout_scale);
+      if (args.has_dropout()) undrop(dp, kept, args.dropout_scale);
       RowSums delta;
       delta.add(p, dp);
       delta.finish();
@@ -179,15 +178,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
         if (lane == 0) smem.exponents[row0 / 16] = exponent;
       }
       write_fragment<false>(ds_tile, row0, p, 1.0f, 1.0f, Traits::kBlock, Traits::kBlock);
-      if constexpr (Traits::kPlain) Product::add_pb(dq, p, k);
     }
-    if (args.is_cosine<Traits>()) {
+    if (args.is_cosine()) {
       __syncthreads();  // nobody reads the rows as they were any more
       to_unit_rows(q, row0, smem.norms.q);
       to_unit_rows(k, row0, smem.norms.k);
       __syncthreads();
     }
-    if (!Traits::kPlain && row0 < num_tokens) Product::add_pb(dq, p, k);
+    if (row0 < num_tokens) Product::add_pb(dq, p, k);
     __syncthreads();  // p and ds are whole; k and v are not read any more and take the outputs
     float query_factor = factor, key_factor = factor;
     if constexpr (kHasNarrowRange<T>) {
@@ -204,34 +202,34 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
     }
     if (row0 < num_tokens) {
       {
-        if (args.is_cosine<Traits>()) {
+        if (args.is_cosine()) {
           const float2 dot = to_row_gradient<true>(dq, q, row0, smem.norms.q, query_factor);
           logit_sum += (dot.x + dot.y) * query_factor;
           query_factor = 1.0f;
         }
-        write_fragment<true, Traits::kPlain>(v, row0, dq, query_factor, query_factor, num_tokens, args.head_dim);
-        store_rows(v, row0, tokens.row(4), 0, num_tokens, args.row_bytes, args.has_whole_rows<Traits>());
+        write_fragment<true>(v, row0, dq, query_factor, query_factor, num_tokens, args.head_dim);
+        store_rows(v, row0, tokens.row(4), 0, num_tokens, args.row_bytes, args.has_whole_rows());
       }
       {
         float dk[kColTiles][4] = {};
         Product::template add_ptb<kTiles>(dk, ds_tile, row0, q);
-        if (args.is_cosine<Traits>()) {
+        if (args.is_cosine()) {
           to_row_gradient<true>(dk, k, row0, smem.norms.k, key_factor);
           key_factor = 1.0f;
         }
-        write_fragment<true, Traits::kPlain>(k, row0, dk, key_factor, key_factor, num_tokens, args.head_dim);
-        store_rows(k, row0, tokens.row(5), 0, num_tokens, args.row_bytes, args.has_whole_rows<Traits>());
+        write_fragment<true>(k, row0, dk, key_factor, key_factor, num_tokens, args.head_dim);
+        store_rows(k, row0, tokens.row(5), 0, num_tokens, args.row_bytes, args.has_whole_rows());
         if (args.pad_partials != nullptr) {
           add_pad_rows(smem.pad_sums[row0 / 16][0], dk, key_factor, tokens.row(5), row0, num_tokens);
         }
       }
       {
-        const float value_factor = args.has_dropout<Traits>() ? args.dropout_scale : 1.0f;
+        const float value_factor = args.has_dropout() ? args.dropout_scale : 1.0f;
         float dv[kColTiles][4] = {};
         Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
         __syncwarp();  // dq has left these rows
-        write_fragment<true, Traits::kPlain>(v, row0, dv, value_factor, value_factor, num_tokens, args.head_dim);
-        store_rows(v, row0, tokens.row(6), 0, num_tokens, args.row_bytes, args.has_whole_rows<Traits>());
+        write_fragment<true>(v, row0, dv, value_factor, value_factor, num_tokens, args.head_dim);
+        store_rows(v, row0, tokens.row(6), 0, num_tokens, args.row_bytes, args.has_whole_rows());
         if (args.pad_partials != nullptr) {
           add_pad_rows(smem.pad_sums[row0 / 16][1], dv, value_factor, tokens.row(6), row0, num_tokens);
         }
@@ -298,14 +296,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
 
   const auto copy_block = [&](int map, int block) {
     copy_rows<Traits::kThreads, kBlock, true>(Tile{smem.tiles[map]}, tokens.row(map), block * kBlock, num_tokens,
-                                              args.row_bytes, args.has_whole_rows<Traits>());
+                                              args.row_bytes, args.has_whole_rows());
   };
   // For the copies, and for the norms of the blocks that have come.
   const auto wait_for_copies = [&]() {
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (args.is_cosine<Traits>()) {
+    if (args.is_cosine()) {
       find_inverse_norms(smem.norms, q, k, first_row);
       __syncthreads();
     }
@@ -327,13 +325,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     {
       float bias[kTiles][4];
       load_bias(bias, bias_source, row, col, num_tokens);
-      finish_scores(p, score_factor<Traits>(args, head) * kLog2E, args.is_cosine<Traits>() ? &smem.norms : nullptr,
-                    row0, [&](int j) { return make_float4(bias[j][0], bias[j][1], bias[j][2], bias[j][3]); });
+      finish_scores(p, score_factor(args, head) * kLog2E, args.is_cosine() ? &smem.norms : nullptr, row0,
+                    [&](int j) { return make_float4(bias[j][0], bias[j][1], bias[j][2], bias[j][3]); });
     }
     if (tokens.mixed) add_mask(p, tokens.region + row, tokens.region + col, args.mask2);
     to_probabilities(p, lse2);
     Product::add_abt(dp, dout, row0, v);
-    if (!args.has_dropout<Traits>()) return uint32_t{0};
+    if (!args.has_dropout()) return uint32_t{0};
     const uint32_t kept = kept_weights<kTiles>(args, window, head, row, col);
     undrop(dp, kept, args.dropout_scale);
     return kept;
@@ -354,7 +352,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
         // Queries past the window have an infinite lse, hence p = 0, and zeros for delta's sake.
         float p[kTiles][4] = {}, dp[kTiles][4] = {};
         const uint32_t kept = recompute(p, dp, row0, window, query_block, key_block);
-        write_weights(p_tile, row0, p, kept, args.has_dropout<Traits>());
+        write_weights(p_tile, row0, p, kept, args.has_dropout());
         const float delta[2] = {saved_delta[row + g], saved_delta[row + g + 8]};
         to_dscores(p, dp, delta);
         if constexpr (kHasNarrowRange<T>) {
@@ -364,7 +362,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
         }
         write_fragment<false>(ds_tile, row0, p, 1.0f, 1.0f, kBlock, kBlock);
       }
-      if (args.is_cosine<Traits>()) to_unit_rows(q, row0, smem.norms.q);  // only this warp has read them
+      if (args.is_cosine()) to_unit_rows(q, row0, smem.norms.q);  // only this warp has read them
       __syncthreads();
       float rescale = 1.0f;
       if constexpr (kHasNarrowRange<T>) {
@@ -387,19 +385,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const auto finish_keys = [&](float (&x)[kColTiles][4], int map, const Tile& tile, float factor, int key_block) {
     const int row0 = ptx::opaque(first_row), first_key = key_block * kBlock;
     const uint64_t* rows = tokens.row(4 + map);
-    if (map == 1 && args.is_cosine<Traits>()) {
+    if (map == 1 && args.is_cosine()) {
       to_row_gradient<false>(x, k, row0, smem.norms.k, factor);
       factor = 1.0f;
     }
-    write_fragment<true, Traits::kPlain>(tile, row0, x, factor, factor, num_tokens - first_key, args.head_dim);
-    store_rows(tile, row0, rows, first_key, num_tokens, args.row_bytes, args.has_whole_rows<Traits>());
+    write_fragment<true>(tile, row0, x, factor, factor, num_tokens - first_key, args.head_dim);
+    store_rows(tile, row0, rows, first_key, num_tokens, args.row_bytes, args.has_whole_rows());
     if (args.pad_partials != nullptr) {
       add_pad_rows(smem.pad_sums[row0 / 16][map - 1], x, factor, rows, first_key + row0, num_tokens);
     }
   };
 
   for (uint32_t item = share.first; item < args.items; item += share.step) {
-    const uint32_t window = args.window_of<Traits>(share.type, item);
+    const uint32_t window = args.window_of(share.type, item);
     __syncthreads();  // the constants are there, and nobody reads the tiles and addresses of the window before
     locate_tokens<T, 0, 1, 2, 3, 4, 5, 6>(tokens, constants, args, window, head, 0, num_tokens);
     __syncthreads();
@@ -437,7 +435,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
           }
         }
         if (second) {
-          if (args.is_cosine<Traits>()) {
+          if (args.is_cosine()) {
             __syncthreads();  // nobody reads the rows as they were any more
             to_unit_rows(k, row0, smem.norms.k);
             __syncthreads();
@@ -470,17 +468,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
         __syncthreads();
       }
       if (row < num_tokens) {
-        float factor = score_factor<Traits>(args, head);
+        float factor = score_factor(args, head);
         if constexpr (kHasNarrowRange<T>) factor *= power_of_two(exponent);
-        if (args.is_cosine<Traits>()) {
+        if (args.is_cosine()) {
           const float2 dot = to_row_gradient<false>(dq, q, row0, smem.norms.q, factor);
           logit_sum += (dot.x + dot.y) * factor;
           factor = 1.0f;
         }
-        write_fragment<true, Traits::kPlain>(q, row0, dq, factor, factor, num_tokens - query_block * kBlock,
-                                             args.head_dim);
-        store_rows(q, row0, tokens.row(4), query_block * kBlock, num_tokens, args.row_bytes,
-                   args.has_whole_rows<Traits>());
+        write_fragment<true>(q, row0, dq, factor, factor, num_tokens - query_block * kBlock, args.head_dim);
+        store_rows(q, row0, tokens.row(4), query_block * kBlock, num_tokens, args.row_bytes, args.has_whole_rows());
       }
       __syncthreads();
     }
@@ -491,7 +487,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     }
 
     for (int key_block = 0; key_block < blocks; ++key_block) {
-      const float value_factor = args.has_dropout<Traits>() ? args.dropout_scale : 1.0f;
+      const float value_factor = args.has_dropout() ? args.dropout_scale : 1.0f;
       int exponent = 0;
       copy_block(1, key_block);
       copy_block(2, key_block);
@@ -503,7 +499,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
           Product::template add_ptb<kTiles>(dk, ds_tile, row0, q);
         });
         finish_keys(dv, 2, dout, value_factor, key_block);
-        finish_keys(dk, 1, q, score_factor<Traits>(args, head) * power_of_two(exponent), key_block);
+        finish_keys(dk, 1, q, score_factor(args, head) * power_of_two(exponent), key_block);
       } else {
         {
           float dv[kColTiles][4] = {};
@@ -518,7 +514,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
           if (rescale != 1.0f) multiply(dk, rescale);
           Product::template add_ptb<kTiles>(dk, ds_tile, row0, q);
         });
-        finish_keys(dk, 1, q, score_factor<Traits>(args, head) * power_of_two(exponent), key_block);
+        finish_keys(dk, 1, q, score_factor(args, head) * power_of_two(exponent), key_block);
       }
       __syncthreads();
     }

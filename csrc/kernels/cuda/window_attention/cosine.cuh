@@ -26,9 +26,9 @@ __device__ __forceinline__ bool is_clamped(float logit_scale) {
 }
 
 // What scores are multiplied by: the scale, or exp(min(logit_scale, ln 100)) of this head.
-template <class Traits, int kMaps>
+template <int kMaps>
 __device__ __forceinline__ float score_factor(const WindowArguments<kMaps>& args, int head) {
-  if (!args.template is_cosine<Traits>()) return args.scale;
+  if (!args.is_cosine()) return args.scale;
   const float logit_scale = args.logit_scale[head];
   return expf(is_clamped(logit_scale) ? static_cast<float>(kLargestLogitScale) : logit_scale);
 }

@@ -21,29 +21,16 @@ cudaError_t backward_bfloat16(const WindowAttentionBackwardParams& params, cudaS
 cudaError_t backward_tf32(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
 cudaError_t backward_float(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
 
-// v1, one bias for all windows, no dropout, rows of whole 16 bytes: what most calls are.
-inline bool is_plain(const WindowAttentionForwardParams& params, size_t element_bytes) {
-  return params.logit_scale == nullptr && params.bias_types == 1 && params.dropout_p == 0.0f &&
-         params.head_dim * element_bytes % 16 == 0;
-}
-
 // Calls f(Traits, is_long) with the smallest tiles that hold the head_dim and the window. Rows of up to 128 bytes go in
 // blocks of 64; wider ones, and accumulators of more than 64 columns, in blocks of 32. The 7-tile kernel exists because
-// 49 tokens are the common window and 56 columns hold them. Short windows in 16 bits, whose kernels are nearest to being
-// short of issue slots, have plain kernels of their own.
+// 49 tokens are the common window and 56 columns hold them.
 template <class Product, int kHeadDim, class F>
 cudaError_t dispatch_window(const WindowAttentionForwardParams& params, F&& f) {
   constexpr size_t kElementBytes = sizeof(typename Product::T);
   const WindowGeometry& geometry = params.geometry;
   const int num_tokens = geometry.window[0] * geometry.window[1] * geometry.window[2];
   const auto run_short = [&](auto tiles) {
-    constexpr int kTiles = decltype(tiles)::value;
-    if constexpr (kElementBytes == 2) {
-      if (is_plain(params, kElementBytes)) {
-        return f(WindowAttentionTraits<Product, kHeadDim, kTiles, true>{}, std::false_type{});
-      }
-    }
-    return f(WindowAttentionTraits<Product, kHeadDim, kTiles>{}, std::false_type{});
+    return f(WindowAttentionTraits<Product, kHeadDim, decltype(tiles)::value>{}, std::false_type{});
   };
   constexpr int kMostTiles = kHeadDim * kElementBytes > 128 ? 4 : 8;
   if constexpr (kElementBytes == 2 && kHeadDim >= 32 && kMostTiles == 8) {
@@ -52,6 +39,25 @@ cudaError_t dispatch_window(const WindowAttentionForwardParams& params, F&& f) {
   }
   if (num_tokens <= 8 * kMostTiles) return run_short(std::integral_constant<int, kMostTiles>{});
   return f(WindowAttentionTraits<Product, kHeadDim, kMostTiles>{}, std::true_type{});
+}
+
+// Calls f(Short16Traits) for what is_short16() takes (short16.cuh), which most calls are.
+template <class Product, class F>
+cudaError_t dispatch_short16(const WindowAttentionForwardParams& params, F&& f) {
+  if constexpr (sizeof(typename Product::T) == 2) {
+    const int num_tokens = params.geometry.window[1] * params.geometry.window[2];
+    const auto with_head_dim = [&](auto head_dim) {
+      constexpr int kHeadDim = decltype(head_dim)::value;
+      if (num_tokens <= 32) return f(Short16Traits<Product, kHeadDim, 4>{});
+      if (num_tokens <= 56) return f(Short16Traits<Product, kHeadDim, 7>{});
+      return f(Short16Traits<Product, kHeadDim, 8>{});
+    };
+    if (params.head_dim == 16) return with_head_dim(std::integral_constant<int, 16>{});
+    if (params.head_dim == 24) return with_head_dim(std::integral_constant<int, 24>{});
+    if (params.head_dim == 32) return with_head_dim(std::integral_constant<int, 32>{});
+    return with_head_dim(std::integral_constant<int, 64>{});
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <class Product, class F>

@@ -11,9 +11,8 @@
 //           keys with a running maximum and sum, 64 or 32 queries a block.
 // Traffic   q, k, v are read once and out is written once: 4 * B * S * C * sizeof(T) bytes, plus 4 * B * S * heads for
 //           lse. A long window reads k and v once per block of queries, mostly from L2.
-// Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 313 MB, 93 us at 3.35 TB/s (H100 SXM, published
-//           peak). Instructions, counted in the sm_90 code: about 710 per warp, 2,840 per window and head, of which
-//           there are 24,576: 75 us of issue slots. 128 registers, 33 KB: four blocks, 16 warps per multiprocessor.
+// Roofline  memory bound: fwd_short16_sm80.cuh has the figures of the common case, which runs there. Window 7, head_dim
+//           32, v2, bf16: 3,691 instructions per window and head on sm_90, counted; four blocks a multiprocessor.
 // Limits    N <= 1024, head_dim <= 128, fewer than 2^31 windows. Rows of a multiple of 16 bytes are 16-byte aligned and
 //           go by 16 bytes, others by 4 (2 if their length is odd).
 #pragma once
@@ -52,8 +51,8 @@ __device__ __forceinline__ void finish_rows(const ForwardArguments& args, const 
                                             const float (&sum)[2], const uint64_t* rows, int row0, int first,
                                             uint32_t window, int head) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  float* lse = args.lse + args.first_query(window, head);
-  if (t == 0) {
+  if (args.lse != nullptr && t == 0) {
+    float* const lse = args.lse + args.first_query(window, head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first + row0 + g + 8 * half;
@@ -64,10 +63,10 @@ __device__ __forceinline__ void finish_rows(const ForwardArguments& args, const 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     factor[half] = reciprocal<typename Traits::T>(sum[half]);
-    if (args.has_dropout<Traits>()) factor[half] *= args.dropout_scale;
+    if (args.has_dropout()) factor[half] *= args.dropout_scale;
   }
-  write_fragment<false, Traits::kPlain>(tile, row0, o, factor[0], factor[1], args.num_tokens - first, args.head_dim);
-  store_rows(tile, row0, rows, first, args.num_tokens, args.row_bytes, args.has_whole_rows<Traits>());
+  write_fragment<false>(tile, row0, o, factor[0], factor[1], args.num_tokens - first, args.head_dim);
+  store_rows(tile, row0, rows, first, args.num_tokens, args.row_bytes, args.has_whole_rows());
 }
 
 template <class Traits>
@@ -93,18 +92,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
   const int num_tokens = args.num_tokens;
   const BlockShare share = BlockShare::of(args);
   const uint32_t first = share.first, step = share.step;
-  const float factor2 = score_factor<Traits>(args, share.head) * kLog2E;
+  const float factor2 = score_factor(args, share.head) * kLog2E;
 
   const auto copy_window = [&](int stage, int slot) {
 #pragma unroll
     for (int map = 0; map < 3; ++map) {
       copy_rows<Traits::kThreads, Traits::kBlock, false>(Tile{smem.tiles[stage][map]}, smem.tokens[slot].row(map), 0,
-                                                         num_tokens, args.row_bytes, args.has_whole_rows<Traits>());
+                                                         num_tokens, args.row_bytes, args.has_whole_rows());
     }
   };
   const auto locate_window = [&](int slot, uint32_t item) {
-    locate_tokens<T, 0, 1, 2, 3>(smem.tokens[slot], smem.constants, args, args.window_of<Traits>(share.type, item),
-                                 share.head, 0, num_tokens);
+    locate_tokens<T, 0, 1, 2, 3>(smem.tokens[slot], smem.constants, args, args.window_of(share.type, item), share.head,
+                                 0, num_tokens);
   };
 
   // Rows past the window and columns past head_dim stay zero from here on.
@@ -142,16 +141,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
     if (item + kStages * step < args.items) locate_window((slot + kStages) % kSlots, item + kStages * step);
 
     const Tile q{smem.tiles[stage][0]}, k{smem.tiles[stage][1]}, v{smem.tiles[stage][2]};
-    if (args.is_cosine<Traits>()) {
+    if (args.is_cosine()) {
       find_inverse_norms(smem.norms, q, k, row0);
       __syncthreads();
     }
     if (row0 < num_tokens) {
       const auto& tokens = smem.tokens[slot];
-      const uint32_t window = args.window_of<Traits>(share.type, item);
+      const uint32_t window = args.window_of(share.type, item);
       float score[kTiles][4] = {};
       Product::add_abt(score, q, row0, k);
-      finish_scores(score, factor2, args.is_cosine<Traits>() ? &smem.norms : nullptr, row0,
+      finish_scores(score, factor2, args.is_cosine() ? &smem.norms : nullptr, row0,
                     [&](int j) { return make_float4(bias[j][0], bias[j][1], bias[j][2], bias[j][3]); });
       if (tokens.mixed) add_mask(score, tokens.region + row0, tokens.region, args.mask2);
 
@@ -173,7 +172,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) sum[half] = quad_sum(sum[half]);
-      if (args.has_dropout<Traits>()) drop(score, kept_weights<kTiles>(args, window, share.head, row0, 0));
+      if (args.has_dropout()) drop(score, kept_weights<kTiles>(args, window, share.head, row0, 0));
 
       float o[Traits::kHeadDimTiles][4] = {};
       Product::add_pb(o, score, v);
@@ -213,14 +212,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const int num_tokens = args.num_tokens;
   const BlockShare share = BlockShare::of(args);
   const int key_blocks = row_blocks, capacity = row_blocks * Traits::kBlock;
-  const float factor2 = score_factor<Traits>(args, share.head) * kLog2E;
+  const float factor2 = score_factor(args, share.head) * kLog2E;
   SmemArena arena{dynamic_smem() + sizeof(Smem)};
   LongWindowTokens<4> tokens{arena.take<uint64_t>(4 * capacity), arena.take<int32_t>(capacity), smem.mixed, capacity};
   LongTokenConstants constants{arena.take<int32_t>(capacity), arena.take<int32_t>(capacity)};
 
   const auto copy_block = [&](T* tile, int map, int block) {
     copy_rows<Traits::kThreads, Traits::kBlock, true>(Tile{tile}, tokens.row(map), block * Traits::kBlock, num_tokens,
-                                                      args.row_bytes, args.has_whole_rows<Traits>());
+                                                      args.row_bytes, args.has_whole_rows());
   };
 
   fill_with_zeros<Traits::kThreads>(smem.q, sizeof(smem.q));
@@ -229,7 +228,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const Bias bias_source = staged_bias<Traits>(args, share, smem.table, constants.table_index);
 
   for (uint32_t item = share.first; item < num_items; item += share.step) {
-    const uint32_t window = args.window_of<Traits>(share.type, item / row_blocks);
+    const uint32_t window = args.window_of(share.type, item / row_blocks);
     const int row_block = item % row_blocks, first = row_block * Traits::kBlock;
     __syncthreads();  // the constants are there, and nobody reads the tiles and addresses of the item before
     locate_tokens<T, 0, 1, 2, 3>(tokens, constants, args, window, share.head, 0, num_tokens);
@@ -250,7 +249,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
         ptx::cp_async_commit();
       }
       const Tile q{smem.q}, k{smem.kv[block % 2][0]}, v{smem.kv[block % 2][1]};
-      if (args.is_cosine<Traits>()) {
+      if (args.is_cosine()) {
         find_inverse_norms(smem.norms, q, k, row0);
         __syncthreads();
       }
@@ -261,7 +260,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
         {
           float bias[kTiles][4];
           load_bias(bias, bias_source, first + row0, col0, num_tokens);
-          finish_scores(score, factor2, args.is_cosine<Traits>() ? &smem.norms : nullptr, row0,
+          finish_scores(score, factor2, args.is_cosine() ? &smem.norms : nullptr, row0,
                         [&](int j) { return make_float4(bias[j][0], bias[j][1], bias[j][2], bias[j][3]); });
         }
         if (tokens.mixed) add_mask(score, tokens.region + first + row0, tokens.region + col0, args.mask2);
@@ -291,7 +290,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
 #pragma unroll
           for (int e = 0; e < 4; ++e) o[n][e] *= rescale[e / 2];
         }
-        if (args.has_dropout<Traits>()) drop(score, kept_weights<kTiles>(args, window, share.head, first + row0, col0));
+        if (args.has_dropout()) drop(score, kept_weights<kTiles>(args, window, share.head, first + row0, col0));
         Product::add_pb(o, score, v);
       }
     }

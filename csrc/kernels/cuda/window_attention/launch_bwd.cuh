@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "bwd_bias_sm80.cuh"
+#include "bwd_short16_sm80.cuh"
 #include "bwd_sm80.cuh"
 #include "dispatch.cuh"
 #include "reduce_partials.cuh"
@@ -33,13 +34,13 @@ struct WorkspaceArena {
   }
 };
 
-template <class Traits>
-cudaError_t launch_short_backward(BackwardArguments& args, ReducePartialsArguments& reduction, WorkspaceArena& arena,
-                                  bool measure, cudaStream_t stream) {
-  constexpr size_t kSmemBytes = sizeof(BackwardShortSmem<Traits>);
-  const auto kernel = window_attention_bwd_short_kernel<Traits>;
+// Either kernel for short windows.
+template <class Traits, class Arguments>
+cudaError_t launch_short_backward(void (*kernel)(Arguments), size_t smem_bytes, Arguments& args,
+                                  ReducePartialsArguments& reduction, WorkspaceArena& arena, bool measure,
+                                  cudaStream_t stream) {
   int64_t resident;
-  const cudaError_t status = resident_blocks(kernel, Traits::kThreads, kSmemBytes, &resident);
+  const cudaError_t status = resident_blocks(kernel, Traits::kThreads, smem_bytes, &resident);
   if (status != cudaSuccess) return status;
   const GridPlan plan = plan_grid(args.items, args.units(), resident);
   reduction.workers = reduction.dense_workers = plan.workers;
@@ -49,7 +50,7 @@ cudaError_t launch_short_backward(BackwardArguments& args, ReducePartialsArgumen
   if (reduction.dpad_qkv != nullptr) args.pad_partials = arena.take(plan.blocks * 2 * args.head_dim);
   if (reduction.dlogit_scale != nullptr) args.logit_partials = arena.take(plan.blocks);
   if (measure) return cudaSuccess;
-  return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), kSmemBytes, stream, args);
+  return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), smem_bytes, stream, args);
 }
 
 template <class Traits>
@@ -118,7 +119,7 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
 
   WorkspaceArena arena{measure ? nullptr : static_cast<float*>(params.workspace)};
   bool in_float = false;
-  const cudaError_t status = dispatch<Product>(forward, [&](auto traits, auto is_long) {
+  const auto launch_any = [&](auto traits, auto is_long) {
     using Traits = decltype(traits);
     constexpr bool kLong = decltype(is_long)::value;
     if constexpr (kBackwardInFloat<Traits, kLong>) {
@@ -127,9 +128,23 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
     } else if constexpr (kLong) {
       return launch_long_backward<Traits>(args, reduction, arena, measure, stream);
     } else {
-      return launch_short_backward<Traits>(args, reduction, arena, measure, stream);
+      return launch_short_backward<Traits>(window_attention_bwd_short_kernel<Traits>, sizeof(BackwardShortSmem<Traits>),
+                                           args, reduction, arena, measure, stream);
     }
-  });
+  };
+  cudaError_t status;
+  Short16BackwardArguments short16 = {args};
+  if (is_short16(forward) && short16.set(params)) {
+    status = dispatch_short16<Product>(forward, [&](auto traits) {
+      using Traits = decltype(traits);
+      return launch_short_backward<Traits>(window_attention_bwd_short16_kernel<Traits>,
+                                           sizeof(Short16BackwardSmem<Traits>), short16, reduction, arena, measure,
+                                           stream);
+    });
+    args = short16;  // where its partial sums are
+  } else {
+    status = dispatch<Product>(forward, launch_any);
+  }
   if (status != cudaSuccess || in_float) return status;
   if (measure) {
     *bytes = arena.count * static_cast<int64_t>(sizeof(float));

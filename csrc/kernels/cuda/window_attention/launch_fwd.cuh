@@ -2,9 +2,21 @@
 #pragma once
 
 #include "dispatch.cuh"
+#include "fwd_short16_sm80.cuh"
 #include "fwd_sm80.cuh"
 
 namespace swinkernels::cuda {
+
+// A kernel whose blocks loop over the windows of a unit.
+template <class Arguments>
+cudaError_t launch_over_windows(void (*kernel)(Arguments), int threads, size_t smem_bytes, const Arguments& args,
+                                cudaStream_t stream) {
+  int64_t resident;
+  const cudaError_t status = resident_blocks(kernel, threads, smem_bytes, &resident);
+  if (status != cudaSuccess) return status;
+  const GridPlan plan = plan_grid(args.items, args.units(), resident);
+  return launch(kernel, dim3(plan.blocks), dim3(threads), smem_bytes, stream, args);
+}
 
 template <class Product>
 cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStream_t stream) {
@@ -13,13 +25,21 @@ cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStrea
   args.maps[3] = MapAddress::of(params.out, args.element_bytes());
   args.lse = params.lse;
   if (args.num_windows == 0) return cudaSuccess;
+  Short16ForwardArguments short16 = {args};
+  if (is_short16(params) && short16.set(params)) {
+    return dispatch_short16<Product>(params, [&](auto traits) {
+      using Traits = decltype(traits);
+      return launch_over_windows(window_attention_fwd_short16_kernel<Traits>, Traits::kThreads,
+                                 sizeof(Short16ForwardSmem<Traits>), short16, stream);
+    });
+  }
   return dispatch<Product>(params, [&](auto traits, auto is_long) {
     using Traits = decltype(traits);
-    int64_t resident;
     if constexpr (decltype(is_long)::value) {
       const uint32_t row_blocks = (args.num_tokens + Traits::kBlock - 1) / Traits::kBlock;
       const size_t smem_bytes = ForwardLongSmem<Traits>::bytes(row_blocks);
       const auto kernel = window_attention_fwd_long_kernel<Traits>;
+      int64_t resident;
       const cudaError_t status = resident_blocks(kernel, Traits::kThreads, smem_bytes, &resident);
       if (status != cudaSuccess) return status;
       const int64_t items = static_cast<int64_t>(args.items) * row_blocks;
@@ -28,12 +48,8 @@ cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStrea
       return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), smem_bytes, stream, args, row_blocks,
                     static_cast<uint32_t>(items));
     } else {
-      constexpr size_t kSmemBytes = sizeof(ForwardShortSmem<Traits>);
-      const auto kernel = window_attention_fwd_short_kernel<Traits>;
-      const cudaError_t status = resident_blocks(kernel, Traits::kThreads, kSmemBytes, &resident);
-      if (status != cudaSuccess) return status;
-      const GridPlan plan = plan_grid(args.items, args.units(), resident);
-      return launch(kernel, dim3(plan.blocks), dim3(Traits::kThreads), kSmemBytes, stream, args);
+      return launch_over_windows(window_attention_fwd_short_kernel<Traits>, Traits::kThreads,
+                                 sizeof(ForwardShortSmem<Traits>), args, stream);
     }
   });
 }

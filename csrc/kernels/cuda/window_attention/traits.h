@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../../params/window_attention_cuda.h"
+#include "../../common/ptx.cuh"
 
 // What a measurement has to settle for short windows of narrow rows (two bytes, head_dim up to 32): copies in flight, and
 // warps per multiprocessor. gpu/variants.py builds others by defining these, and times them.
@@ -24,15 +25,12 @@ namespace swinkernels::cuda {
 // Product_   how tiles are multiplied (tile_product.cuh); its T is the element type in memory
 // kHeadDim_  columns of the tiles; rows of a smaller head_dim are filled up with zeros
 // kTiles_    a block has 8 * kTiles_ keys: the whole window if it has no more tokens, else one step of a loop
-// kPlain_    v1, one bias, no dropout, rows of whole 16 bytes: known when compiled, which leaves 40 % fewer instructions in the loop
-//            of a short window for the caches, and none that ask; otherwise kernels ask at run time
-template <class Product_, int kHeadDim_, int kTiles_, bool kPlain_ = false>
+template <class Product_, int kHeadDim_, int kTiles_>
 struct WindowAttentionTraits {
   using Product = Product_;
   using T = typename Product::T;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTiles = kTiles_;
-  static constexpr bool kPlain = kPlain_;
   static constexpr int kKeys = 8 * kTiles;
   static constexpr int kWarps = (kTiles + 1) / 2;  // a warp has 16 query rows
   static constexpr int kThreads = 32 * kWarps;
@@ -55,6 +53,29 @@ struct WindowAttentionTraits {
   // Entries of a bias table column that a long window keeps in shared memory: 47 x 47 and 13 x 13 x 13 fit. The widest
   // rows leave no room for it on devices with 99 KB.
   static constexpr int kSharedTableEntries = kRowBytes < 512 ? 2304 : 0;
+};
+
+// Columns of the tiles for rows of a head_dim.
+constexpr int tile_columns(int head_dim) { return head_dim <= 16 ? 16 : head_dim <= 32 ? 32 : 64; }
+
+// For the kernels for short windows in 16 bits, whose head_dim is known when compiled.
+template <class Product_, int kExactHeadDim_, int kTiles_>
+struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDim_), kTiles_> {
+  using Base = WindowAttentionTraits<Product_, tile_columns(kExactHeadDim_), kTiles_>;
+  static constexpr int kExactHeadDim = kExactHeadDim_;
+  static constexpr int kRowBytes = kExactHeadDim * 2;  // in memory
+  static constexpr int kRowChunks = kRowBytes / 16;
+  static constexpr int kRowTiles = kExactHeadDim / 8;
+  static constexpr int kChunks = Base::kHeadDim / 8;  // 16-byte chunks of a tile's row
+  static_assert(sizeof(typename Base::T) == 2 && kRowBytes % 16 == 0 && Base::kKeys <= 64);
+  static_assert(Base::kForwardStages <= 2 && Base::kBackwardStages <= 2, "their rings have one or two stages");
+  // As above, and for eight tiles, too, but on what has no stmatrix: that would spill at eight tiles forward, and its
+  // shared memory holds two blocks backward anyway.
+  static constexpr bool kNarrow = Base::kHeadDim <= 32;
+  static constexpr bool kSpareForward = kNarrow && (ptx::kHasStmatrix || kTiles_ < 8);
+  static constexpr bool kSpareBackward = kNarrow && (ptx::kHasStmatrix || kTiles_ < 7);
+  static constexpr int kForwardBlocks = (kSpareForward ? SWINKERNELS_FORWARD_WARPS : 12) / Base::kWarps;
+  static constexpr int kBackwardBlocks = (kSpareBackward ? SWINKERNELS_BACKWARD_WARPS : 8) / Base::kWarps;
 };
 
 }  // namespace swinkernels::cuda

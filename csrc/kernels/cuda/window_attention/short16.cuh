@@ -1,0 +1,293 @@
+// What the kernels for short windows in 16 bits share (fwd_short16_sm80.cuh, bwd_short16_sm80.cuh): which calls they
+// take, and how a thread finds, copies and stores its rows.
+//
+// They take v1 with a table, one dense bias or none, without dropout and without a region map, on 2D maps of any size,
+// padded or not, in windows of up to 64 tokens, blocks or grids; head_dim 16, 24, 32 or 64; maps packed or separate,
+// whose tokens are equally far apart.
+//
+// A thread copies and stores the same one or two rows of every window. Their coordinates in the window stay in
+// registers; for each window it adds the corner, wraps around at the map's end and multiplies a 32-bit token number by
+// the distance of tokens. No address goes through shared memory, and every warp does its share of the work.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../../common/ptx.cuh"
+#include "../../common/smem_tile.cuh"
+#include "arguments.cuh"
+#include "bias.cuh"
+#include "tokens.cuh"
+#include "traits.h"
+
+namespace swinkernels::cuda {
+
+// Maps of one layout whose tokens are equally far apart, and whose heads are next to each other: token (y, x) of image b
+// has number (b * H + y) * W + x.
+template <int kMaps>
+struct EvenMaps {
+  uint64_t data[kMaps];
+  uint32_t distance;  // of two tokens, in bytes
+
+  // False where the maps are no such maps, or 32 bits do not hold a token's number or the distance of two tokens.
+  template <class Pointer>
+  bool set(const TokenMapOf<Pointer>* const (&maps)[kMaps], int64_t images, const int32_t (&size)[3], int32_t head_dim,
+           int64_t element_bytes) {
+    // The last of these axes that has more than one token gives the distance; none has a map of one token.
+    const int64_t extent[3] = {images, size[1], size[2]};
+    for (int map = 0; map < kMaps; ++map) {
+      const TokenMapOf<Pointer>& m = *maps[map];
+      const int64_t strides[3] = {m.batch_stride, m.axis_stride[1], m.axis_stride[2]};
+      int64_t tokens = 1, stride = 0;  // of the axes behind
+      for (int axis = 2; axis >= 0; --axis) {
+        if (extent[axis] == 1) continue;
+        if (tokens == 1) stride = strides[axis];
+        if (strides[axis] != tokens * stride) return false;
+        tokens *= extent[axis];
+      }
+      const int64_t bytes = stride * element_bytes;
+      if (bytes < 0 || bytes > UINT32_MAX || tokens >= UINT32_MAX || m.head_stride != head_dim) return false;
+      if (map > 0 && bytes != distance) return false;
+      data[map] = reinterpret_cast<uint64_t>(m.data);
+      distance = static_cast<uint32_t>(bytes);
+    }
+    return true;
+  }
+};
+
+// Whether a call is for these kernels, if its maps are (EvenMaps).
+inline bool is_short16(const WindowAttentionForwardParams& params) {
+  const WindowGeometry& geometry = params.geometry;
+  const int32_t d = params.head_dim;
+  return params.dtype != DType::kFloat32 && params.logit_scale == nullptr && params.bias_types == 1 &&
+         params.dropout_p == 0.0f && params.region_map == nullptr && geometry.size[0] == 1 && geometry.window[0] == 1 &&
+         geometry.window[1] * geometry.window[2] <= 64 && (d == 16 || d == 24 || d == 32 || d == 64);
+}
+
+// Beside a kernel's arguments.
+struct Short16Geometry {
+  EvenMaps<3> qkv;
+  // A window's corner and the tokens of a window, per axis: frame coordinate = window * window_step + token * token_step.
+  int32_t window_step[2], token_step[2];
+  uint32_t seam[2];  // the window whose tokens are of two regions; no window's number if there is none
+  bool has_pads;
+
+  bool set(const WindowAttentionForwardParams& params, const WindowLayout& layout) {
+    const WindowGeometry& g = params.geometry;
+    has_pads = false;
+    for (int axis = 0; axis < 2; ++axis) {
+      window_step[axis] = g.grid ? 1 : g.window[axis + 1];
+      token_step[axis] = g.grid ? g.num_windows[axis + 1] : 1;
+      seam[axis] = layout.has_regions[axis + 1] ? g.num_windows[axis + 1] - 1 : UINT32_MAX;
+      has_pads |= g.frame[axis + 1] != g.size[axis + 1];
+    }
+    const int64_t windows_and_heads = params.batch * g.num_windows[1] * g.num_windows[2] * params.num_heads;
+    return windows_and_heads <= UINT32_MAX &&
+           qkv.set({&params.q, &params.k, &params.v}, params.batch, g.size, params.head_dim, 2);
+  }
+};
+
+// Of every token: its number in the bias table, and on which side of the seam it lies in a window at the map's end (bit
+// 0 for y, bit 1 for x).
+template <int kBlock>
+struct Short16Tokens {
+  int32_t table_index[kBlock];
+  int32_t side[kBlock];
+
+  // The caller synchronises.
+  __device__ __forceinline__ void fill(const WindowLayout& layout, int num_tokens) {
+    for (int i = threadIdx.x; i < kBlock; i += blockDim.x) {
+      const int token = min(i, num_tokens - 1), y = token / layout.window[2], x = token % layout.window[2];
+      table_index[i] = layout.table_index(token);
+      side[i] = (y >= layout.window[1] - layout.shift[1] ? 1 : 0) | (x >= layout.window[2] - layout.shift[2] ? 2 : 0);
+    }
+  }
+};
+
+// The pairs of a thread's accumulator fragment that a seam separates: bit 4 * j + e for element [j][e].
+struct SeamBits {
+  uint32_t y = 0, x = 0;
+
+  template <int kTiles, int kBlock>
+  __device__ static __forceinline__ SeamBits of(const Short16Tokens<kBlock>& tokens, int row0) {
+    static_assert(4 * kTiles <= 32);
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    SeamBits bits;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t differ = tokens.side[row0 + g + e / 2 * 8] ^ tokens.side[8 * j + 2 * t + e % 2];
+        bits.y |= (differ & 1) << (4 * j + e);
+        bits.x |= (differ >> 1) << (4 * j + e);
+      }
+    }
+    return bits;
+  }
+};
+
+template <int kTiles>
+__device__ __forceinline__ void add_seam_mask(float (&score)[kTiles][4], uint32_t separated, float mask2) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (separated >> (4 * j + e) & 1) score[j][e] += mask2;
+    }
+  }
+}
+
+// One window as a thread needs it.
+template <int kRows>
+struct Short16Window {
+  uint32_t token[kRows];  // numbers of this thread's rows
+  uint32_t separated;     // the pairs of its fragment that are masked (SeamBits)
+};
+
+// The rows of a window that one thread copies and stores, of this warp's 16: up to four lanes are side by side on a row,
+// each with every fourth 16-byte chunk of it.
+template <class Traits>
+struct OwnRows {
+  static constexpr int kLanes = Traits::kChunks < 4 ? 2 : 4;
+  static constexpr int kRows = kLanes / 2;
+  static constexpr int kRowDistance = 16 / kRows;
+  static constexpr uint32_t kPad = UINT32_MAX;  // the number of a token that is not in the map
+  using Window = Short16Window<kRows>;
+  using Tile = SmemTile<typename Traits::T, Traits::kHeadDim>;
+
+  int chunk;                   // the first of them in the row
+  int offset;                  // where it is in a tile, in bytes
+  uint32_t in_token;           // where it is in a token of a map: its head's row
+  bool in_window[kRows];       // and the chunk in the row
+  int32_t y[kRows], x[kRows];  // shift + coordinate in the window * token_step
+
+  template <class Arguments>
+  __device__ static __forceinline__ OwnRows of(const Arguments& args, int row0, int head) {
+    const int lane = threadIdx.x % 32;
+    OwnRows own;
+    const int first = row0 + lane / kLanes;
+    own.chunk = lane % kLanes;
+    own.in_token = head * Traits::kRowBytes + 16 * own.chunk;
+    own.offset = ptx::opaque(Tile::offset(first, own.chunk) * 2);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = first + i * kRowDistance;
+      own.in_window[i] = row < args.num_tokens && own.chunk < Traits::kRowChunks;
+      own.y[i] = args.layout.shift[1] + row / args.layout.window[2] * args.geometry.token_step[0];
+      own.x[i] = args.layout.shift[2] + row % args.layout.window[2] * args.geometry.token_step[1];
+    }
+    return own;
+  }
+
+  // Finds a window and starts the copies of its rows, as one group: copy(has_pads, window) calls copy<has_pads>().
+  template <class Arguments, class Copy>
+  __device__ __forceinline__ Window start(const Arguments& args, uint32_t item, const SeamBits& seam,
+                                          Copy&& copy) const {
+    Window window;
+    if (args.geometry.has_pads) {
+      window = locate<true>(args, item, seam);
+      copy(std::true_type{}, window);
+    } else {
+      window = locate<false>(args, item, seam);
+      copy(std::false_type{}, window);
+    }
+    ptx::cp_async_commit();
+    return window;
+  }
+
+  // Starts the copy of this thread's rows of kMaps maps to tiles of kTileBytes, one after another from `tiles` on; a pad
+  // token's come from `pads`, (maps, heads, head_dim), or are zeros.
+  template <bool kPads, int kTileBytes, int kMaps>
+  __device__ __forceinline__ void copy(typename Traits::T* tiles, const EvenMaps<kMaps>& maps, const Window& window,
+                                       const void* pads, int num_heads) const {
+    uint64_t from[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) from[i] = ptx::multiply_add_wide(window.token[i], maps.distance, in_token);
+#pragma unroll
+    for (int n = 0; n < kTimes; ++n) {
+      const ptx::SharedAddress to = ptx::shared_address(chunk_of(tiles, 0, n));
+#pragma unroll
+      for (int map = 0; map < kMaps; ++map) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const int in_tiles = map * kTileBytes + i * kRowDistance * kTileRowBytes;
+          if (!kPads || window.token[i] != kPad) {
+            const uint64_t source = maps.data[map] + from[i] + n * kLanes * 16;
+            if (in_window[i]) ptx::cp_async_16(to + in_tiles, reinterpret_cast<const void*>(source));
+          } else if (in_window[i]) {
+            const uint64_t pad = reinterpret_cast<uint64_t>(pads) + map * num_heads * Traits::kRowBytes + in_token;
+            *chunk_of(tiles, in_tiles, n) =
+                pads == nullptr ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(pad + n * kLanes * 16);
+          }
+        }
+      }
+    }
+  }
+
+  // Writes this thread's rows of a tile, which its warp has filled, to a map. Pad tokens are dropped.
+  template <int kMaps>
+  __device__ __forceinline__ void store(typename Traits::T* tile, const EvenMaps<kMaps>& maps, int map,
+                                        const Window& window) const {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const uint64_t to = ptx::multiply_add_wide(window.token[i], maps.distance, in_token) + maps.data[map];
+      if (!in_window[i] || window.token[i] == kPad) continue;
+#pragma unroll
+      for (int n = 0; n < kTimes; ++n) {
+        ptx::store_global_16(reinterpret_cast<void*>(to + n * kLanes * 16),
+                             *chunk_of(tile, i * kRowDistance * kTileRowBytes, n));
+      }
+    }
+  }
+
+  // Whether the tokens of this thread's two rows of a fragment from row0 on are pad tokens.
+  template <class Arguments>
+  __device__ __forceinline__ void find_pads(bool (&is_pad)[2], const Arguments& args, const Window& window,
+                                            int row0) const {
+    is_pad[0] = is_pad[1] = false;
+    if (!args.geometry.has_pads) return;
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t token = window.token[half % kRows];
+      if constexpr (kRows == 1) token = __shfl_sync(0xffffffffu, token, (g + 8 * half) * kLanes);
+      is_pad[half] = token == kPad && row0 + g + 8 * half < args.num_tokens;
+    }
+  }
+
+ private:
+  static constexpr int kTimes = Traits::kChunks / kLanes, kTileRowBytes = Tile::kCols * 2;
+
+  // kPads: there may be pad tokens.
+  template <bool kPads, class Arguments>
+  __device__ __forceinline__ Window locate(const Arguments& args, uint32_t item, const SeamBits& seam) const {
+    Window window;
+    uint32_t in_image, n_x;
+    const uint32_t image = args.layout.windows.volume.divide(item, &in_image);
+    const uint32_t n_y = args.layout.windows.row.divide(in_image, &n_x);
+    window.separated = (n_y == args.geometry.seam[0] ? seam.y : 0) | (n_x == args.geometry.seam[1] ? seam.x : 0);
+    const uint32_t height = args.layout.size[1], width = args.layout.size[2];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      uint32_t row = n_y * args.geometry.window_step[0] + y[i], col = n_x * args.geometry.window_step[1] + x[i];
+      bool is_pad = false;
+      if constexpr (kPads) {
+        row = args.layout.source(1, row - args.layout.shift[1], is_pad);
+        col = args.layout.source(2, col - args.layout.shift[2], is_pad);
+      } else {
+        row -= row >= height ? height : 0;
+        col -= col >= width ? width : 0;
+      }
+      window.token[i] = is_pad ? kPad : (image * height + row) * width + col;
+    }
+    return window;
+  }
+
+  // The thread's n-th chunk of a row, which is `bytes` behind its first row in the tiles.
+  __device__ __forceinline__ uint4* chunk_of(typename Traits::T* tiles, int bytes, int n) const {
+    return reinterpret_cast<uint4*>(reinterpret_cast<unsigned char*>(tiles) + bytes + (offset ^ n * kLanes * 16));
+  }
+};
+
+}  // namespace swinkernels::cuda
