@@ -16,7 +16,9 @@
 
 namespace swinkernels::ptx {
 
-__device__ __forceinline__ uint32_t shared_address(const void* smem) {
+// An address in shared memory as the instructions take it. To be computed once and added to.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* smem) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
 }
 
@@ -102,6 +104,27 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "memory");
 }
 
+// Stores four (x4) or two (x2) 8 x 8 matrices of 16-bit elements to shared memory, the inverse of ldmatrix_x*: row r of
+// matrix i goes to the smem_row of lane 8 * i + r. From sm_90 on.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kHasStmatrix = true;
+#else
+constexpr bool kHasStmatrix = false;
+#endif
+__device__ __forceinline__ void stmatrix_x4(void* smem_row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(shared_address(smem_row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void stmatrix_x2(void* smem_row, const uint32_t (&r)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};"
+               :
+               : "r"(shared_address(smem_row)), "r"(r[0]), "r"(r[1])
+               : "memory");
+}
+
 // Transposes an 8 x 8 matrix of 16-bit elements across the warp: in M[g][2t, 2t + 1], out M[2t, 2t + 1][g].
 __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t m) {
   uint32_t r;
@@ -116,6 +139,22 @@ __device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool v
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
                : "r"(shared_address(smem)), "l"(__cvta_generic_to_global(gmem)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// The same where there always is something to read: a size that is known when compiled saves three instructions.
+__device__ __forceinline__ void cp_async_16(SharedAddress smem, const void* gmem) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(smem), "l"(__cvta_generic_to_global(gmem))
+               : "memory");
+}
+
+// Writes 16 bytes, 16-byte aligned, to global memory: a pointer made of a number would be stored through generically.
+__device__ __forceinline__ void store_global_16(void* gmem, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(gmem)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
 }
 
@@ -143,11 +182,30 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x and log2(x) with a relative error of about 2 ** -23, and an absolute one of 2 ** -22 near 1; denormals count as zero.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The bits of x rounded to TF32 (10 bits of mantissa), to nearest, ties away from zero.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
+}
+
+// a * b + c as one instruction wherever a and b come from.
+__device__ __forceinline__ uint64_t multiply_add_wide(uint32_t a, uint32_t b, uint64_t c) {
+  uint64_t d;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
+  return d;
 }
 
 // x, of which the compiler is told nothing: in a loop it does not keep what derives from it in registers from one round

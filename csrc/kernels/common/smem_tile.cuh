@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dtype.cuh"
+#include "ptx.cuh"
 
 namespace swinkernels {
 
@@ -19,10 +20,61 @@ struct SmemTile {
 
   T* data;
 
-  __device__ __forceinline__ T* chunk(int row, int c) const {
-    return data + row * kCols + (c ^ (row / kRowsPerLine % kPermuted)) * kVec;
-  }
+  __device__ __forceinline__ T* chunk(int row, int c) const { return data + offset(row, c); }
   __device__ __forceinline__ T* element(int row, int col) const { return chunk(row, col / kVec) + col % kVec; }
+
+  // What a lane passes to ldmatrix and stmatrix for 16 rows of two chunks, as the matrices (rows 0-7, chunk c), (rows
+  // 8-15, c), (rows 0-7, c + 1), (rows 8-15, c + 1), and for 8 rows of four chunks, or
+  // two if a row has no more. Rows and chunks are multiples of these numbers.
+  __device__ __forceinline__ T* square(int row, int c) const {
+    return chunk(row + threadIdx.x % 16, c + threadIdx.x % 32 / 16);
+  }
+  __device__ __forceinline__ T* band(int row, int c) const {
+    return chunk(row + threadIdx.x % 8, c + threadIdx.x % 32 / 8 % kChunks);
+  }
+  // As square, with the second and the third matrix exchanged: what a transposed operand takes.
+  __device__ __forceinline__ T* transposed_square(int row, int c) const {
+    return chunk(row + threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, c + threadIdx.x / 8 % 2);
+  }
+
+  // In elements from the start of the tile.
+  __device__ __forceinline__ static int offset(int row, int c) {
+    return row * kCols + (c ^ (row / kRowsPerLine % kPermuted)) * kVec;
+  }
+};
+
+// Where a lane's square and band begin in every tile of one shape, in bytes: registers that save a loop the arithmetic of
+// the permutation.
+template <class Tile>
+struct LaneOffsets {
+  int square, band, transposed_square;
+
+  __device__ static __forceinline__ LaneOffsets of() {
+    const int lane = threadIdx.x % 32, element = static_cast<int>(sizeof(typename Tile::T));
+    return {ptx::opaque(Tile::offset(lane % 16, lane / 16) * element),
+            ptx::opaque(Tile::offset(lane % 8, lane / 8 % Tile::kChunks) * element),
+            ptx::opaque(Tile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2) * element)};
+  }
+};
+
+// A tile whose lane offsets are in registers.
+template <class Tile_>
+struct LocatedTile : Tile_ {
+  using Tile = Tile_;
+  using T = typename Tile::T;
+  LaneOffsets<Tile> lane;
+
+  __device__ __forceinline__ LocatedTile(T* tile, const LaneOffsets<Tile>& offsets) : Tile{tile}, lane(offsets) {}
+  __device__ __forceinline__ T* square(int row, int c) const { return at(lane.square, row, c); }
+  __device__ __forceinline__ T* band(int row, int c) const { return at(lane.band, row, c); }
+  __device__ __forceinline__ T* transposed_square(int row, int c) const { return at(lane.transposed_square, row, c); }
+
+ private:
+  // Of a multiple of 8 rows and of chunks that the lanes' own do not reach: the permutation is that of the lane's row,
+  // and the chunk's bits are not those of the lane's.
+  __device__ __forceinline__ T* at(int offset, int row, int c) const {
+    return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(Tile::data + row * Tile::kCols) + (offset ^ c * 16));
+  }
 };
 
 // Writes a 16 x (8 * kTiles) accumulator fragment (PTX layout, see ptx.cuh) to rows row0.. of a tile, columns below
@@ -42,6 +94,39 @@ __device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const
     const bool both = kWholeTiles || col + 1 < col_limit;
     if (write0 && in_columns) store2(destination, x[j][0] * factor0, both ? x[j][1] * factor0 : 0.0f);
     if (write1 && in_columns) store2(destination + 8 * Tile::kCols, x[j][2] * factor1, both ? x[j][3] * factor1 : 0.0f);
+  }
+}
+
+// Writes 16 x (8 * kTiles) elements, an accumulator fragment packed by pairs (x[j][half] is that of columns 2t, 2t + 1 of
+// tile j and row g + 8 * half), to rows row0.. of a tile of 16-bit elements. kByMatrix: by stmatrix.
+template <bool kByMatrix = ptx::kHasStmatrix, int kTiles, class Tile>
+__device__ __forceinline__ void write_packed(const Tile& tile, int row0, const uint32_t (&x)[kTiles][2]) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int j = 0; j < kTiles; j += kByMatrix ? 2 : 1) {
+    if constexpr (!kByMatrix) {
+      uint32_t* const destination = reinterpret_cast<uint32_t*>(tile.element(row0 + g, 8 * j + 2 * t));
+      destination[0] = x[j][0];
+      destination[8 * Tile::kCols / 2] = x[j][1];  // the chunks of row + 8 are permuted as those of row
+    } else if (j + 1 < kTiles) {
+      ptx::stmatrix_x4(tile.square(row0, j), {x[j][0], x[j][1], x[j + 1][0], x[j + 1][1]});
+    } else {
+      ptx::stmatrix_x2(tile.square(row0, j), {x[j][0], x[j][1]});
+    }
+  }
+}
+
+// The same for rows below row_limit; what lies past it stays.
+template <int kTiles, class Tile>
+__device__ __forceinline__ void write_packed_below(const Tile& tile, int row0, int row_limit,
+                                                   const uint32_t (&x)[kTiles][2]) {
+  if (row0 + 16 <= row_limit) return write_packed(tile, row0, x);
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    uint32_t* const destination = reinterpret_cast<uint32_t*>(tile.element(row0 + g, 8 * j + 2 * t));
+    if (row0 + g < row_limit) destination[0] = x[j][0];
+    if (row0 + g + 8 < row_limit) destination[8 * Tile::kCols / 2] = x[j][1];
   }
 }
 

@@ -16,16 +16,14 @@ namespace swinkernels {
 template <class Policy, int kTiles, class Tile>
 __device__ __forceinline__ void tensor_core_add_abt(float (&c)[kTiles][4], const Tile& a_tile, int a_row,
                                                     const Tile& b_tile) {
-  const int lane = threadIdx.x % 32;
-  const int row_in_tile = lane % 8;
   if constexpr (Tile::kChunks == 2) {
     uint32_t a[4];
-    ptx::ldmatrix_x4(a, a_tile.chunk(a_row + lane % 16, lane / 16));
+    ptx::ldmatrix_x4(a, a_tile.square(a_row, 0));
     Policy::round(a);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       uint32_t b[2];
-      ptx::ldmatrix_x2(b, b_tile.chunk(8 * j + row_in_tile, lane / 8 % 2));
+      ptx::ldmatrix_x2(b, b_tile.band(8 * j, 0));
       Policy::round(b);
       Policy::multiply(c[j], a, b);
     }
@@ -35,13 +33,13 @@ __device__ __forceinline__ void tensor_core_add_abt(float (&c)[kTiles][4], const
       uint32_t a[2][4];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        ptx::ldmatrix_x4(a[step], a_tile.chunk(a_row + lane % 16, chunk + 2 * step + lane / 16));
+        ptx::ldmatrix_x4(a[step], a_tile.square(a_row, chunk + 2 * step));
         Policy::round(a[step]);
       }
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         uint32_t b[4];
-        ptx::ldmatrix_x4(b, b_tile.chunk(8 * j + row_in_tile, chunk + lane / 8));
+        ptx::ldmatrix_x4(b, b_tile.band(8 * j, chunk));
         Policy::round(b);
         const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
         Policy::multiply(c[j], a[0], b0);
@@ -83,18 +81,40 @@ struct HalfPrecisionProduct {
     }
   }
 
+  // The same of a P that is packed by pairs (write_packed of smem_tile.cuh).
+  template <int kTiles, int kColTiles, class Tile>
+  __device__ static __forceinline__ void add_pb(float (&o)[kColTiles][4], const uint32_t (&p)[kTiles][2],
+                                                const Tile& b) {
+#pragma unroll
+    for (int step = 0; step < kTiles / 2; ++step) {
+      add_step(o, {p[2 * step][0], p[2 * step][1], p[2 * step + 1][0], p[2 * step + 1][1]}, b, 16 * step);
+    }
+    if constexpr (kTiles % 2 == 1) add_half_step(o, {p[kTiles - 1][0], p[kTiles - 1][1]}, b, 8 * (kTiles - 1));
+  }
+
+  // The sums of the rows of such a P, as a product with ones: sum[0] is that of row g, sum[2] that of row g + 8.
+  template <int kTiles>
+  __device__ static __forceinline__ void add_row_sums(float (&sum)[4], const uint32_t (&p)[kTiles][2]) {
+    const uint32_t ones = pack2<T>(1.0f, 1.0f);
+#pragma unroll
+    for (int step = 0; step < kTiles / 2; ++step) {
+      ptx::mma_m16n8k16(sum, {p[2 * step][0], p[2 * step][1], p[2 * step + 1][0], p[2 * step + 1][1]}, {ones, ones},
+                        T{});
+    }
+    if constexpr (kTiles % 2 == 1) ptx::mma_m16n8k8(sum, {p[kTiles - 1][0], p[kTiles - 1][1]}, {ones}, T{});
+  }
+
   template <int kTiles, int kColTiles, class PTile, class Tile>
   __device__ static __forceinline__ void add_ptb(float (&o)[kColTiles][4], const PTile& p, int p_col, const Tile& b) {
-    const int lane = threadIdx.x % 32, chunk = p_col / 8 + lane / 8 % 2;
 #pragma unroll
     for (int step = 0; step < kTiles / 2; ++step) {
       uint32_t a[4];
-      ptx::ldmatrix_x4_trans(a, p.chunk(16 * step + lane % 8 + lane / 16 * 8, chunk));
+      ptx::ldmatrix_x4_trans(a, p.transposed_square(16 * step, p_col / 8));
       add_step(o, a, b, 16 * step);
     }
     if constexpr (kTiles % 2 == 1) {
       uint32_t a[2];
-      ptx::ldmatrix_x2_trans(a, p.chunk(8 * (kTiles - 1) + lane % 8, chunk));
+      ptx::ldmatrix_x2_trans(a, p.transposed_square(8 * (kTiles - 1), p_col / 8));
       add_half_step(o, a, b, 8 * (kTiles - 1));
     }
   }
@@ -105,11 +125,10 @@ struct HalfPrecisionProduct {
   __device__ static __forceinline__ void add_step(float (&o)[kColTiles][4], const uint32_t (&a)[4], const Tile& tile,
                                                   int row) {
     static_assert(kColTiles % 2 == 0);
-    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < kColTiles; n += 2) {
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, tile.chunk(row + lane % 16, n + lane / 16));
+      ptx::ldmatrix_x4_trans(b, tile.square(row, n));
       const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
       ptx::mma_m16n8k16(o[n], a, b0, T{});
       ptx::mma_m16n8k16(o[n + 1], a, b1, T{});
@@ -120,16 +139,19 @@ struct HalfPrecisionProduct {
   template <int kColTiles, class Tile>
   __device__ static __forceinline__ void add_half_step(float (&o)[kColTiles][4], const uint32_t (&a)[2],
                                                        const Tile& tile, int row) {
-    static_assert(kColTiles % 4 == 0);
-    const int lane = threadIdx.x % 32;
+    static_assert(kColTiles % 4 == 0 || kColTiles == 2);
+    if constexpr (kColTiles == 2) {
+      uint32_t b[2];
+      ptx::ldmatrix_x2_trans(b, tile.band(row, 0));
+      ptx::mma_m16n8k8(o[0], a, {b[0]}, T{});
+      ptx::mma_m16n8k8(o[1], a, {b[1]}, T{});
+    } else {
 #pragma unroll
-    for (int n = 0; n < kColTiles; n += 4) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, tile.chunk(row + lane % 8, n + lane / 8));
+      for (int n = 0; n < kColTiles; n += 4) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4_trans(b, tile.band(row, n));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t bi[1] = {b[i]};
-        ptx::mma_m16n8k8(o[n + i], a, bi, T{});
+        for (int i = 0; i < 4; ++i) ptx::mma_m16n8k8(o[n + i], a, {b[i]}, T{});
       }
     }
   }

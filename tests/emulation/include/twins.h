@@ -103,6 +103,25 @@ inline void execute_ldmatrix(void* const (&operands)[kWarpSize], uint32_t) {
   }
 }
 
+struct StmatrixOperand {
+  const uint32_t* r;
+  void* row;
+};
+
+template <int Matrices>
+inline void execute_stmatrix(void* const (&operands)[kWarpSize], uint32_t) {
+  for (int i = 0; i < Matrices; ++i) {
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      void* row = static_cast<StmatrixOperand*>(operands[8 * i + g])->row;
+      if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+        fail("stmatrix: the address of lane %d is not a multiple of 16 bytes", 8 * i + g);
+      }
+      memcpy(static_cast<unsigned char*>(row) + 4 * t, &static_cast<StmatrixOperand*>(operands[lane])->r[i], 4);
+    }
+  }
+}
+
 struct MovmatrixOperand {
   uint32_t in, out;
 };
@@ -180,6 +199,18 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* smem_row, Site site 
       {"ldmatrix_x2_trans", emulation::kFullMask, true, &operand, emulation::execute_ldmatrix<2, true>, site});
 }
 
+constexpr bool kHasStmatrix = true;
+inline void stmatrix_x4(void* smem_row, const uint32_t (&r)[4], Site site = Site::current()) {
+  emulation::StmatrixOperand operand{r, smem_row};
+  emulation::warp_collective(
+      {"stmatrix_x4", emulation::kFullMask, true, &operand, emulation::execute_stmatrix<4>, site});
+}
+inline void stmatrix_x2(void* smem_row, const uint32_t (&r)[2], Site site = Site::current()) {
+  emulation::StmatrixOperand operand{r, smem_row};
+  emulation::warp_collective(
+      {"stmatrix_x2", emulation::kFullMask, true, &operand, emulation::execute_stmatrix<2>, site});
+}
+
 inline uint32_t movmatrix_trans(uint32_t m, Site site = Site::current()) {
   emulation::MovmatrixOperand operand{m, 0};
   emulation::warp_collective(
@@ -190,9 +221,15 @@ inline uint32_t movmatrix_trans(uint32_t m, Site site = Site::current()) {
 inline void cp_async_16(void* smem, const void* gmem, bool valid, Site site = Site::current()) {
   emulation::async_copy(smem, gmem, 16, valid, site);
 }
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* smem) { return static_cast<unsigned char*>(smem); }
+inline void cp_async_16(SharedAddress smem, const void* gmem, Site site = Site::current()) {
+  emulation::async_copy(smem, gmem, 16, true, site);
+}
 inline void cp_async_4(void* smem, const void* gmem, bool valid, Site site = Site::current()) {
   emulation::async_copy(smem, gmem, 4, valid, site);
 }
+inline void store_global_16(void* gmem, uint4 x) { *static_cast<uint4*>(gmem) = x; }
 inline void cp_async_commit() { emulation::async_commit(); }
 template <int N>
 inline void cp_async_wait() {
@@ -205,11 +242,17 @@ inline float exp2_approx(float x) {
   return y < kSmallestNormal ? 0.0f : y;
 }
 
+inline float flush_denormal(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
+inline float reciprocal_approx(float x) { return flush_denormal(1.0f / flush_denormal(x)); }
+inline float log2_approx(float x) { return log2f(flush_denormal(x)); }
+
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = __float_as_uint(x);
   if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
   return (bits + 0x1000u) & 0xffffe000u;
 }
+
+inline uint64_t multiply_add_wide(uint32_t a, uint32_t b, uint64_t c) { return uint64_t{a} * b + c; }
 
 inline int opaque(int x) { return x; }
 inline uint32_t opaque(uint32_t x) { return x; }
@@ -231,6 +274,11 @@ inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size
 
 inline cudaError_t multiprocessor_count(int* count) {
   *count = emulation::multiprocessors();
+  return cudaSuccess;
+}
+
+inline cudaError_t shared_bytes_of_block(int* bytes) {
+  *bytes = 227 * 1024;
   return cudaSuccess;
 }
 
