@@ -102,19 +102,17 @@ __device__ __forceinline__ void normalise(float (&p)[kTiles][4]) {
   }
 }
 
-// Adds the rows of pad tokens among this warp's 16 rows to `sum`, one value per column.
+// Adds those of this thread's two rows that are pad tokens' to `sum`, one value per column, for a warp's 16 rows.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
-                                             const uint64_t* rows, int first, int num_tokens) {
+                                             const bool (&is_pad)[2]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const bool pad0 = first + g < num_tokens && rows[first + g] == 0;
-  const bool pad1 = first + g + 8 < num_tokens && rows[first + g + 8] == 0;
-  if (!__any_sync(0xffffffffu, pad0 || pad1)) return;
+  if (!__any_sync(0xffffffffu, is_pad[0] || is_pad[1])) return;
 #pragma unroll
   for (int n = 0; n < kColTiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float column = (pad0 ? x[n][e] : 0.0f) + (pad1 ? x[n][2 + e] : 0.0f);
+      float column = (is_pad[0] ? x[n][e] : 0.0f) + (is_pad[1] ? x[n][2 + e] : 0.0f);
       column += __shfl_xor_sync(0xffffffffu, column, 4);
       column += __shfl_xor_sync(0xffffffffu, column, 8);
       column += __shfl_xor_sync(0xffffffffu, column, 16);
@@ -123,18 +121,30 @@ __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTi
   }
 }
 
+// The same of rows first.. of a window, where pad tokens have no row.
+template <int kColTiles>
+__device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
+                                             const uint64_t* rows, int first, int num_tokens) {
+  const int row = first + threadIdx.x % 32 / 4;
+  add_pad_rows(sum, x, factor, {row < num_tokens && rows[row] == 0, row + 8 < num_tokens && rows[row + 8] == 0});
+}
+
 // The block's share of dpad_qkv: the sums of its warps, in order.
+template <int kWarps, int kHeadDim>
+__device__ __forceinline__ void write_pad_sums(float* partials, int head_dim,
+                                               const float (&sums)[kWarps][2][kHeadDim]) {
+  float* const partial = partials + static_cast<int64_t>(blockIdx.x) * 2 * head_dim;
+  for (int i = threadIdx.x; i < 2 * head_dim; i += blockDim.x) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][i / head_dim][i % head_dim];
+    partial[i] = sum;
+  }
+}
 template <class Traits>
 __device__ __forceinline__ void write_pad_partial(const BackwardArguments& args,
                                                   const float (&sums)[Traits::kWarps][2][Traits::kHeadDim]) {
-  if (args.pad_partials == nullptr) return;
-  float* partial = args.pad_partials + static_cast<int64_t>(blockIdx.x) * 2 * args.head_dim;
-  for (int i = threadIdx.x; i < 2 * args.head_dim; i += Traits::kThreads) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < Traits::kWarps; ++warp) sum += sums[warp][i / args.head_dim][i % args.head_dim];
-    partial[i] = sum;
-  }
+  if (args.pad_partials != nullptr) write_pad_sums(args.pad_partials, args.head_dim, sums);
 }
 
 // The block's share of dlogit_scale: the sums of its rows, which every lane of a quad holds. All threads call it; `sums`
