@@ -163,8 +163,8 @@ def readme_text(runs: Runs) -> str:
     if not shown:
         return (
             "**No GPU figure has been measured yet.** [docs/gpu.md](docs/gpu.md) has every kernel, and "
-            "[docs/dev/kernels.md](docs/dev/kernels.md) and\n[docs/memory_bound.md](docs/memory_bound.md) the predictions; "
-            "`make gpu-check` measures them.\n"
+            "[docs/dev/kernels.md](docs/dev/kernels.md)\nand [docs/memory_bound.md](docs/memory_bound.md) the "
+            "predictions; `make gpu-check` measures them.\n"
         )
     found: dict[str, dict[str, str]] = {}
     for x in shown:

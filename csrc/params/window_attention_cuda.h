@@ -15,8 +15,10 @@ cudaError_t window_attention_forward(const WindowAttentionForwardParams& params,
 
 // Depends on the geometry, on which gradients beside those of the maps are wanted (not null; nothing is read), and on the
 // current device: its blocks each keep a partial sum of these. Windows of more than one block of keys (64 tokens, or 32
-// where rows are wider than 128 bytes) keep N x N sums for a dbias or dbias_table, of 64 MB in all or, if that is more,
-// one per head and type, and one number for each query. The workspace must be 16-byte aligned.
+// where rows are wider than 128 bytes) also keep one number for each query, or two, and N x N sums for a dbias or
+// dbias_table, of 64 MB in all or, if that is more, one per head and type; but 16-bit calls of v1 with a table, without
+// dropout, with a head_dim of up to 64 and regular maps keep none of these sums, whatever N. The workspace must be 16-byte
+// aligned.
 int64_t window_attention_backward_workspace_bytes(const WindowAttentionBackwardParams& params);
 cudaError_t window_attention_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream);
 

@@ -542,6 +542,17 @@ class WindowAttentionLibrary(Library):
         )
         return numbers.long() & 0xFFFFFFFF if takes else None
 
+    def workspace_bytes(
+        self, qkv: Tensor, wanted: Collection[str], bias_table: Tensor | None = None, **arguments: Any
+    ) -> int:
+        """What the backward pass of a call asks for; `wanted` names the tables whose gradients it computes."""
+        call = _Call(self, self.normal_form(qkv, bias_table, **arguments), qkv)
+        maps = (_token_map(x) for x in call.qkv.unbind(4))
+        params = _Backward(call.params, _token_map(call.out), *maps)  # nothing is read or written
+        for name in wanted:
+            setattr(params, f"d{name}", pointer(call.tables[name]))
+        return self.functions.emulated_backward_workspace_bytes(ctypes.byref(params))
+
 
 @functools.cache
 def window_attention_library() -> WindowAttentionLibrary:

@@ -50,18 +50,26 @@ inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size
   return status;
 }
 
-// Multiprocessors of the current device; one call of cudaGetDevice after the first time.
-inline cudaError_t multiprocessor_count(int* count) {
+// An attribute of the current device; one call of cudaGetDevice after the first time.
+template <cudaDeviceAttr kAttribute>
+inline cudaError_t device_attribute(int* value) {
   constexpr int kCachedDevices = 64;
   static std::atomic<int> cache[kCachedDevices];
   int device;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
-  *count = device < kCachedDevices ? cache[device].load(std::memory_order_relaxed) : 0;
-  if (*count != 0) return cudaSuccess;
-  status = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess && device < kCachedDevices) cache[device].store(*count, std::memory_order_relaxed);
+  *value = device < kCachedDevices ? cache[device].load(std::memory_order_relaxed) : 0;
+  if (*value != 0) return cudaSuccess;
+  status = cudaDeviceGetAttribute(value, kAttribute, device);
+  if (status == cudaSuccess && device < kCachedDevices) cache[device].store(*value, std::memory_order_relaxed);
   return status;
+}
+
+inline cudaError_t multiprocessor_count(int* count) { return device_attribute<cudaDevAttrMultiProcessorCount>(count); }
+
+// The shared memory that a block may have.
+inline cudaError_t shared_bytes_of_block(int* bytes) {
+  return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(bytes);
 }
 
 // How many blocks of a kernel fit on one multiprocessor of the current device at once: at least 1 if it can run.

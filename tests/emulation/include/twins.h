@@ -277,6 +277,11 @@ inline cudaError_t multiprocessor_count(int* count) {
   return cudaSuccess;
 }
 
+inline cudaError_t shared_bytes_of_block(int* bytes) {
+  *bytes = 227 * 1024;
+  return cudaSuccess;
+}
+
 template <class... Params>
 inline cudaError_t blocks_per_multiprocessor(void (*)(Params...), int, size_t, int* blocks) {
   *blocks = 1;

@@ -130,17 +130,21 @@ __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTi
 }
 
 // The block's share of dpad_qkv: the sums of its warps, in order.
+template <int kWarps, int kHeadDim>
+__device__ __forceinline__ void write_pad_sums(float* partials, int head_dim,
+                                               const float (&sums)[kWarps][2][kHeadDim]) {
+  float* const partial = partials + static_cast<int64_t>(blockIdx.x) * 2 * head_dim;
+  for (int i = threadIdx.x; i < 2 * head_dim; i += blockDim.x) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][i / head_dim][i % head_dim];
+    partial[i] = sum;
+  }
+}
 template <class Traits>
 __device__ __forceinline__ void write_pad_partial(const BackwardArguments& args,
                                                   const float (&sums)[Traits::kWarps][2][Traits::kHeadDim]) {
-  if (args.pad_partials == nullptr) return;
-  float* partial = args.pad_partials + static_cast<int64_t>(blockIdx.x) * 2 * args.head_dim;
-  for (int i = threadIdx.x; i < 2 * args.head_dim; i += Traits::kThreads) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < Traits::kWarps; ++warp) sum += sums[warp][i / args.head_dim][i % args.head_dim];
-    partial[i] = sum;
-  }
+  if (args.pad_partials != nullptr) write_pad_sums(args.pad_partials, args.head_dim, sums);
 }
 
 // The block's share of dlogit_scale: the sums of its rows, which every lane of a quad holds. All threads call it; `sums`

@@ -11,7 +11,7 @@
 //           of dv and dk, of which a warp has 16 keys. Long windows: per block of queries a sweep over the keys for
 //           delta and one for dq, then per block of keys a sweep over the queries for dk and dv: nine products of blocks
 //           where the short kernel has five (eleven for rows of more than 64 columns). Their dbias has a kernel of its
-//           own, bwd_bias_sm80.cuh.
+//           own, bwd_bias_sm80.cuh. Most calls in 16 bits take bwd_long_sm80.cuh instead.
 // Order     No atomics: a block adds windows in its own order, reduce_partials.cu adds the blocks in theirs.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 7 * B * S * C * sizeof(T) bytes, plus lse.
 // Roofline  memory bound: bwd_short16_sm80.cuh has the figures of the common case, which runs there. Three blocks, 12
@@ -319,7 +319,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   // weights are kept.
   const auto recompute = [&](float (&p)[kTiles][4], float (&dp)[kTiles][4], int row0, uint32_t window, int query_block,
                              int key_block) {
-    const int row = query_block * kBlock + row0, col = key_block * kBlock;
+    // Registers are dear: what follows from these is computed when it is wanted.
+    const int row = ptx::opaque(query_block * kBlock + row0), col = ptx::opaque(key_block * kBlock);
     Product::add_abt(p, q, row0, k);
     const float lse2[2] = {saved_lse2[row + g], saved_lse2[row + g + 8]};
     {

@@ -8,7 +8,7 @@
 // Tiling    One block per window and head at a time. A warp has 16 queries, whose scores stay in registers.
 //           Up to 64 tokens (short) a block loops over windows of one head: bias fragments are loaded once, and the
 //           next window's rows arrive by cp.async while this one is computed. Longer windows (long) go by blocks of
-//           keys with a running maximum and sum, 64 or 32 queries a block.
+//           keys with a running maximum and sum, 64 or 32 queries a block; most calls in 16 bits take fwd_long_sm80.cuh instead.
 // Traffic   q, k, v are read once and out is written once: 4 * B * S * C * sizeof(T) bytes, plus 4 * B * S * heads for
 //           lse. A long window reads k and v once per block of queries, mostly from L2.
 // Roofline  memory bound: fwd_short16_sm80.cuh has the figures of the common case, which runs there. Window 7, head_dim

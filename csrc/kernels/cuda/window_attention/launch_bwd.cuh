@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "bwd_bias_sm80.cuh"
+#include "bwd_long_sm80.cuh"
 #include "bwd_short16_sm80.cuh"
 #include "bwd_sm80.cuh"
 #include "dispatch.cuh"
@@ -89,6 +90,70 @@ cudaError_t launch_long_backward(BackwardArguments& args, ReducePartialsArgument
   return launch(bias_kernel, dim3(bias_plan.blocks), dim3(Traits::kThreads), kBiasSmemBytes, stream, args, blocks);
 }
 
+// Windows of more than one block of keys, if the call is of the plain kind and the device has room for it; `taken` says
+// whether it is.
+template <class Traits>
+cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsArguments& reduction,
+                                       WorkspaceArena& arena, bool measure, cudaStream_t stream, bool& taken) {
+  using StripSmem = QueryStripSmem<Traits>;
+  using BlockSmem = KeyBlockSmem<Traits>;
+  BackwardLongArguments plain = {};
+  static_cast<WindowArguments<7>&>(plain) = args;
+  taken = false;
+  const int32_t row_tiles = (args.num_tokens + 15) / 16;
+  plain.key_groups = (row_tiles + kMostSteps - 1) / kMostSteps;
+  if (!make_long(plain)) return cudaSuccess;
+  int shared_bytes;
+  cudaError_t status = shared_bytes_of_block(&shared_bytes);
+  if (status != cudaSuccess) return status;
+  // As many rows of warps as there is room for, shared out evenly among the strips.
+  for (plain.row_tiles = std::min(row_tiles, kMostQueryWarps<Traits> / plain.key_groups);
+       plain.row_tiles > 0 && StripSmem::bytes(plain) > shared_bytes; --plain.row_tiles) {
+  }
+  if (plain.row_tiles == 0 || BlockSmem::bytes(plain) > shared_bytes) return cudaSuccess;
+  taken = true;
+  plain.strips = (row_tiles + plain.row_tiles - 1) / plain.row_tiles;
+  plain.row_tiles = (row_tiles + plain.strips - 1) / plain.strips;
+
+  const size_t strip_bytes = StripSmem::bytes(plain), block_bytes = BlockSmem::bytes(plain);
+  const auto query_kernel = window_attention_bwd_queries_kernel<Traits>;
+  const auto key_kernel = window_attention_bwd_keys_kernel<Traits>;
+  const int query_threads = 32 * plain.key_groups * plain.row_tiles;
+  int64_t query_blocks, resident;
+  status = resident_blocks(query_kernel, query_threads, strip_bytes, &query_blocks);
+  if (status != cudaSuccess) return status;
+  status = resident_blocks(key_kernel, BlockSmem::kThreads, block_bytes, &resident);
+  if (status != cudaSuccess) return status;
+
+  // A block of the kernel of the queries has some strips, and some of the windows if there are blocks for all strips.
+  const int64_t of_unit = std::max<int64_t>(1, query_blocks / args.units());
+  plain.strip_workers = static_cast<uint32_t>(std::min<int64_t>(plain.strips, of_unit));
+  const GridPlan query_plan = plan_grid(args.items, args.units() * plain.strip_workers, query_blocks);
+  plain.window_workers = query_plan.workers;
+  reduction.table_workers = query_plan.workers * plain.strip_workers;
+
+  const uint32_t blocks = (args.num_tokens + BlockSmem::kBlock - 1) / BlockSmem::kBlock;
+  plain.key_blocks = int64_t{args.items} * args.units() >= resident ? blocks : 1;
+  plain.splits = (blocks + plain.key_blocks - 1) / plain.key_blocks;
+  const int64_t items = int64_t{args.items} * plain.splits;
+  if (items >= INT32_MAX) return cudaErrorInvalidValue;
+  plain.long_items = static_cast<uint32_t>(items);
+  const GridPlan key_plan = plan_grid(items, args.units(), resident);
+  reduction.workers = key_plan.workers;
+
+  plain.lse = args.lse;
+  plain.delta = arena.take(int64_t{args.num_windows} * args.num_heads * args.num_tokens);
+  plain.table_partials =
+      arena.take(int64_t{query_plan.blocks} * (reduction.dbias_table == nullptr ? 0 : args.layout.table_entries));
+  if (reduction.dpad_qkv != nullptr) plain.pad_partials = arena.take(int64_t{key_plan.blocks} * 2 * args.head_dim);
+  if (measure) return cudaSuccess;
+  args.table_partials = plain.table_partials;
+  args.pad_partials = plain.pad_partials;
+  status = launch(query_kernel, dim3(query_plan.blocks), dim3(query_threads), strip_bytes, stream, plain);
+  if (status != cudaSuccess) return status;
+  return launch(key_kernel, dim3(key_plan.blocks), dim3(BlockSmem::kThreads), block_bytes, stream, plain);
+}
+
 template <class Product>
 cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes) {
   const WindowAttentionForwardParams& forward = params.forward;
@@ -126,6 +191,13 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
       in_float = true;
       return backward_float(params, stream, bytes);
     } else if constexpr (kLong) {
+      if constexpr (kHasPlainLong<Traits>) {
+        bool taken = false;
+        if (is_plain(forward, sizeof(typename Traits::T))) {
+          const cudaError_t status = launch_plain_long_backward<Traits>(args, reduction, arena, measure, stream, taken);
+          if (taken || status != cudaSuccess) return status;
+        }
+      }
       return launch_long_backward<Traits>(args, reduction, arena, measure, stream);
     } else {
       return launch_short_backward<Traits>(window_attention_bwd_short_kernel<Traits>, sizeof(BackwardShortSmem<Traits>),
@@ -154,6 +226,7 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
   reduction.dense_partials = args.dense_partials;
   reduction.pad_partials = args.pad_partials;
   reduction.logit_partials = args.logit_partials;
+  if (reduction.table_workers == 0) reduction.table_workers = reduction.workers;
   return reduce_partials(reduction, stream);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dispatch.cuh"
+#include "fwd_long_sm80.cuh"
 #include "fwd_short16_sm80.cuh"
 #include "fwd_sm80.cuh"
 
@@ -16,6 +17,37 @@ cudaError_t launch_over_windows(void (*kernel)(Arguments), int threads, size_t s
   if (status != cudaSuccess) return status;
   const GridPlan plan = plan_grid(args.items, args.units(), resident);
   return launch(kernel, dim3(plan.blocks), dim3(threads), smem_bytes, stream, args);
+}
+
+// Windows of more than one block of keys, if `args` is of the plain kind and the device has room
+// for it; `taken` says whether it is.
+template <class Traits>
+cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t stream, bool& taken) {
+  using Smem = PlainForwardLongSmem<Traits>;
+  ForwardLongArguments plain = {};
+  static_cast<WindowArguments<4>&>(plain) = args;
+  plain.lse = args.lse;
+  taken = false;
+  if (!make_long(plain)) return cudaSuccess;
+  const auto kernel = window_attention_fwd_plain_long_kernel<Traits>;
+  const size_t smem_bytes = Smem::bytes(plain);
+  int shared_bytes;
+  cudaError_t status = shared_bytes_of_block(&shared_bytes);
+  if (status != cudaSuccess) return status;
+  if (smem_bytes > static_cast<size_t>(shared_bytes)) return cudaSuccess;
+  taken = true;
+  int64_t resident;
+  status = resident_blocks(kernel, Smem::kThreads, smem_bytes, &resident);
+  if (status != cudaSuccess) return status;
+  // A window's tokens are found once for all of its blocks of queries where there are windows enough.
+  const uint32_t blocks = (args.num_tokens + Smem::kBlock - 1) / Smem::kBlock;
+  plain.row_blocks = int64_t{args.items} * args.units() >= resident ? blocks : 1;
+  plain.splits = (blocks + plain.row_blocks - 1) / plain.row_blocks;
+  const int64_t items = int64_t{args.items} * plain.splits;
+  if (items >= INT32_MAX) return cudaErrorInvalidValue;
+  plain.long_items = static_cast<uint32_t>(items);
+  const GridPlan plan = plan_grid(items, args.units(), resident);
+  return launch(kernel, dim3(plan.blocks), dim3(Smem::kThreads), smem_bytes, stream, plain);
 }
 
 template <class Product>
@@ -36,6 +68,13 @@ cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStrea
   return dispatch<Product>(params, [&](auto traits, auto is_long) {
     using Traits = decltype(traits);
     if constexpr (decltype(is_long)::value) {
+      if constexpr (kHasPlainLong<Traits>) {
+        bool taken = false;
+        if (is_plain(params, sizeof(typename Traits::T))) {
+          const cudaError_t status = launch_plain_long_forward<Traits>(args, stream, taken);
+          if (taken || status != cudaSuccess) return status;
+        }
+      }
       const uint32_t row_blocks = (args.num_tokens + Traits::kBlock - 1) / Traits::kBlock;
       const size_t smem_bytes = ForwardLongSmem<Traits>::bytes(row_blocks);
       const auto kernel = window_attention_fwd_long_kernel<Traits>;

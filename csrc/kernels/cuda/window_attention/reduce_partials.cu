@@ -44,7 +44,8 @@ __device__ Output find_output(const ReducePartialsArguments& args, int64_t outpu
   const uint32_t of_head = args.workers * args.bias_types;
   if (output < counts.table) {
     const int64_t entries = args.layout.table_entries, head = output / entries, entry = output % entries;
-    return {args.table_partials + output, heads * entries, of_head, args.dbias_table + entry * heads + head};
+    return {args.table_partials + output, heads * entries, args.table_workers * args.bias_types,
+            args.dbias_table + entry * heads + head};
   }
   output -= counts.table;
   if (output < counts.dense) {

@@ -9,7 +9,7 @@
 
 namespace swinkernels::cuda {
 
-// Of a unit (arguments.cuh), `workers` blocks have partial sums: those of worker w and unit u are number w * units + u.
+// Of a unit (arguments.cuh), so many workers have partial sums: those of worker w and unit u are number w * units + u.
 struct ReducePartialsArguments {
   const float* table_partials;  // (partials, table entries), or null: the table's gradient is in dense_partials
   const float* dense_partials;  // (partials, rows, rows)
@@ -22,7 +22,7 @@ struct ReducePartialsArguments {
   WindowLayout layout;
   int32_t num_heads, head_dim, num_tokens, bias_types;
   int32_t dense_rows;
-  uint32_t workers, dense_workers;  // none: the sums are zero
+  uint32_t workers, table_workers, dense_workers;  // none: the sums are zero
 };
 
 cudaError_t reduce_partials(const ReducePartialsArguments& args, cudaStream_t stream);

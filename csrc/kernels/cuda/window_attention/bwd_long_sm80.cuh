@@ -1,0 +1,544 @@
+// Window attention backward of long windows, the plain kind (long_windows.cuh). Others go to bwd_sm80.cuh.
+//
+// Maths     As there. Seven products of blocks: three in the kernel of the queries, which also sums dbias, and four in that
+//           of the keys, which knows lse and delta from the first.
+// Queries   A block has a strip of queries of a head, 16 rows a warp, against all keys of a window: a warp has up to 64
+//           keys of its own, so that P, dP and the running dbias of its part stay in registers, dbias for all windows of
+//           the block, and nothing is computed twice. Warps of the same rows exchange what they have of delta and of dq
+//           through shared memory. A block takes strip after strip, and its share of the table's gradient at the end of
+//           each.
+// Keys      A block of four warps takes blocks of 64 keys of one window and head, 16 a warp; queries arrive in blocks of
+//           64. Scores are transposed, rows being keys: P and dS are the left operands of dv and dk as they are.
+// Order     No atomics: a block adds windows and strips in its own order, reduce_partials.cu adds the blocks in theirs.
+// Traffic   The kernel of the queries reads k and v once per strip, that of the keys q and dout once per block of keys,
+//           mostly from L2; delta goes through memory between them, 4 bytes for a query.
+// Limits    head_dim <= 64.
+#pragma once
+
+#include "bwd_common.cuh"
+#include "long_windows.cuh"
+
+namespace swinkernels::cuda {
+
+struct BackwardLongArguments : LongArguments<7> {
+  const float* lse;
+  float* delta;           // like lse: from the kernel of the queries to that of the keys
+  float* table_partials;  // (blocks of the kernel of the queries, table entries), null if not wanted
+  float* pad_partials;    // (blocks of the kernel of the keys, 2, head_dim) for k and v, null if not wanted
+  // The kernel of the queries: how warps share a strip, and blocks the strips of a unit.
+  int32_t key_groups, row_tiles, strips;
+  uint32_t strip_workers, window_workers;  // of a unit: blocks side by side
+  // That of the keys: items of a window, each of so many blocks of keys.
+  uint32_t splits, key_blocks, long_items;
+};
+
+constexpr int kMostSteps = 4;  // of 16 keys, for a warp of the kernel of the queries
+
+// Most warps of its blocks: 16 leave a thread 128 registers, 12 leave 168.
+template <class Traits>
+constexpr int kMostQueryWarps = Traits::kHeadDim <= 32 ? 16 : 12;
+
+template <class Traits>
+struct QueryStripSmem {
+  using T = typename Traits::T;
+  static constexpr int kBiasTiles = 2 * kMostSteps;
+  static constexpr int kGroups = kMostQueryWarps<Traits>;
+  static constexpr int kGradientStride = Traits::kHeadDim + 8;  // floats of a row: other banks for each of eight rows
+
+  T *q, *dout, *k, *v;
+  float* dq;          // (key groups, rows, kGradientStride), in the place of v
+  float4* fragments;  // (warps, kBiasTiles, 32): of the bias; at the end of a strip, of its dbias
+  float* delta;       // (rows, kGroups): what each group of keys has of it
+  unsigned char* tokens;
+
+  struct Counts {
+    int rows, keys, fragments, v_bytes;
+  };
+  __host__ __device__ static Counts counts(const BackwardLongArguments& args) {
+    const int rows = 16 * args.row_tiles, keys = (args.num_tokens + 15) / 16 * 16;
+    const int v_bytes = keys * Traits::kRowBytes, dq_bytes = 4 * args.key_groups * rows * kGradientStride;
+    return {rows, keys, 32 * kBiasTiles * args.key_groups * args.row_tiles, v_bytes > dq_bytes ? v_bytes : dq_bytes};
+  }
+  static int bytes(const BackwardLongArguments& args) {
+    const Counts n = counts(args);
+    return Traits::kRowBytes * (2 * n.rows + n.keys) + n.v_bytes + 16 * n.fragments + 4 * n.rows * kGroups +
+           LongTokens::bytes(LongTokens::terms_of(args.layout), n.keys + n.rows);
+  }
+  __device__ __forceinline__ static QueryStripSmem of(const BackwardLongArguments& args) {
+    const Counts n = counts(args);
+    SmemArena arena{dynamic_smem()};
+    QueryStripSmem smem;
+    smem.k = arena.take<T>(n.keys * Traits::kHeadDim);
+    smem.q = arena.take<T>(n.rows * Traits::kHeadDim);
+    smem.dout = arena.take<T>(n.rows * Traits::kHeadDim);
+    unsigned char* const v = arena.take<unsigned char>(n.v_bytes);
+    smem.v = reinterpret_cast<T*>(v);
+    smem.dq = reinterpret_cast<float*>(v);
+    smem.fragments = arena.take<float4>(n.fragments);
+    smem.delta = arena.take<float>(n.rows * kGroups);
+    smem.tokens = arena.next;
+    return smem;
+  }
+};
+
+// Starts the copies of `rows` rows from token `first` on of two maps, by all threads. Rows past the window and columns
+// past head_dim become zero.
+template <class Traits>
+__device__ __forceinline__ void copy_long_rows(const BackwardLongArguments& args, const int (&list)[2], uint32_t batch,
+                                               int head, typename Traits::T* const (&tiles)[2], const uint32_t* numbers,
+                                               int first, int rows) {
+  using Tile = SmemTile<typename Traits::T, Traits::kHeadDim>;
+  using T = typename Traits::T;
+  const int chunk = threadIdx.x % Tile::kChunks;  // the same of every row: a block has whole warps
+  const int limit = chunk * 16 < args.row_bytes ? args.num_tokens : 0;
+  const uint64_t base[2] = {chunk_base(args.regular[list[0]], batch, head, chunk),
+                            chunk_base(args.regular[list[1]], batch, head, chunk)};
+#pragma unroll 2
+  for (int row = threadIdx.x / Tile::kChunks; row < rows; row += blockDim.x / Tile::kChunks) {
+    const int at = Tile::offset(row, chunk);
+    const bool in_window = first + row < limit;
+    const uint32_t number = in_window ? numbers[first + row] : kPadNumber;
+    if (number < kPadNumber) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint64_t source = ptx::multiply_add_wide(number, args.regular[list[n]].token, base[n]);
+        ptx::cp_async_16(ptx::shared_address(tiles[n] + at), reinterpret_cast<const void*>(source));
+      }
+      continue;
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      uint4 pad = make_uint4(0, 0, 0, 0);
+      if (in_window && args.pad_qkv != nullptr && list[n] < 3) pad = pad_chunk<T>(args, list[n], head, chunk);
+      *reinterpret_cast<uint4*>(tiles[n] + at) = pad;
+    }
+  }
+}
+
+// Adds a strip's dbias, whose fragments the warps have in shared memory, to the block's share of the gradient of the
+// table's column: an entry is the sum over the pairs of tokens of its relative offset, which fixes the key for every query.
+template <class Traits>
+__device__ __forceinline__ void add_strip_to_table(float* table, const BackwardLongArguments& args,
+                                                   const QueryStripSmem<Traits>& smem, const LongTokens& tokens,
+                                                   int first) {
+  const WindowLayout& layout = args.layout;
+  const int end_of_strip = min(first + 16 * args.row_tiles, args.num_tokens);
+  const int steps = (args.num_tokens + 15) / 16;
+  const int base = steps / args.key_groups, longer = steps % args.key_groups;
+  for (int entry = threadIdx.x; entry < layout.table_entries; entry += blockDim.x) {
+    const int distance = layout.token_distance(entry), offset = 4 * (args.table.at(layout, entry) - args.table.middle);
+    const int end = min(end_of_strip, args.num_tokens + distance);
+    float sum = 0.0f;
+    for (int i = max(first, distance); i < end; ++i) {
+      const int j = i - distance;
+      if (tokens.offset[i] - tokens.offset[j] != offset) continue;
+      // Which warp has it, and where in its fragments.
+      const int step = j / 16;
+      const int group = step < longer * (base + 1) ? step / (base + 1) : longer + (step - longer * (base + 1)) / base;
+      const int first_step = group * base + min(group, longer);
+      const int row = i - first, col = j - 16 * first_step, warp = row / 16 * args.key_groups + group;
+      const int lane = row % 8 * 4 + col % 8 / 2;
+      const float4* fragment = smem.fragments + (warp * smem.kBiasTiles + col / 8) * 32 + lane;
+      sum += reinterpret_cast<const float*>(fragment)[row % 16 / 8 * 2 + col % 2];
+    }
+    table[entry] += sum;
+  }
+}
+
+// What a warp of a strip has: which rows of the strip and which steps of 16 keys. In one register, from which the parts
+// are taken when they are wanted.
+struct WarpPlace {
+  int packed;
+
+  __device__ static __forceinline__ WarpPlace of(const BackwardLongArguments& args, int warp, int all_steps) {
+    const int group = warp % args.key_groups, even = all_steps / args.key_groups, longer = all_steps % args.key_groups;
+    const int first_step = group * even + min(group, longer), steps = even + (group < longer ? 1 : 0);
+    return {group | warp / args.key_groups << 8 | steps << 16 | first_step << 20};
+  }
+  __device__ __forceinline__ WarpPlace again() const { return {ptx::opaque(packed)}; }
+  __device__ __forceinline__ int group() const { return packed & 0xff; }
+  __device__ __forceinline__ int row0() const { return (packed >> 8 & 0xff) * 16; }
+  __device__ __forceinline__ int steps() const { return packed >> 16 & 0xf; }
+  __device__ __forceinline__ int first_key() const { return (packed >> 20) * 16; }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
+    window_attention_bwd_queries_kernel(const __grid_constant__ BackwardLongArguments args) {
+  using T = typename Traits::T;
+  using Tile = SmemTile<T, Traits::kHeadDim>;
+  using Smem = QueryStripSmem<Traits>;
+  constexpr int kColTiles = Traits::kHeadDimTiles;
+  const Smem smem = Smem::of(args);
+  const int warp = threadIdx.x / 32, lane = ptx::opaque(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+  const int num_tokens = args.num_tokens, rows = 16 * args.row_tiles;
+  const int all_steps = (num_tokens + 15) / 16;
+  const WarpPlace whole_place = WarpPlace::of(args, warp, all_steps);
+  const BlockShare share = BlockShare::of(args);
+  const int head = share.head;
+  const float factor2 = args.scale * kLog2E;
+  const LongTokens tokens = LongTokens::of(smem.tokens, LongTokens::terms_of(args.layout), 16 * all_steps + rows);
+  const auto lane_offsets = LaneOffsets<Tile>::of();
+  const LocatedTile<Tile> q{smem.q, lane_offsets}, dout{smem.dout, lane_offsets}, k{smem.k, lane_offsets},
+      v{smem.v, lane_offsets};
+  const int first_fragment = warp * Smem::kBiasTiles * 32 + lane;
+
+  for (int i = threadIdx.x; i < rows * Smem::kGroups; i += blockDim.x) smem.delta[i] = 0.0f;
+  float* const table = args.table_partials == nullptr
+                           ? nullptr
+                           : args.table_partials + static_cast<int64_t>(blockIdx.x) * args.layout.table_entries;
+  if (table != nullptr) {
+    for (int i = threadIdx.x; i < args.layout.table_entries; i += blockDim.x) table[i] = 0.0f;
+  }
+  tokens.fill_constants(args, 16 * all_steps + rows);
+  __syncthreads();
+
+  for (int strip = share.first % args.strip_workers; strip < args.strips; strip += args.strip_workers) {
+    const int first = strip * rows;
+#pragma unroll 1
+    for (int j = 0; j < 2 * whole_place.again().steps(); ++j) {
+      const WarpPlace place = whole_place.again();
+      const int row = first + place.row0() + g;
+      float bias[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int key = place.first_key() + 8 * j + 2 * t + e % 2, query = min(row + e / 2 * 8, num_tokens - 1);
+        bias[e] = 0.0f;
+        if (key >= num_tokens) {
+          bias[e] = -INFINITY;
+        } else if (args.bias_table != nullptr) {
+          const int entry = args.layout.table_index(query) - args.layout.table_index(key) + args.layout.table_middle;
+          bias[e] = args.bias_table[entry * args.num_heads + head] * kLog2E;
+        }
+      }
+      smem.fragments[first_fragment + 32 * j] = make_float4(bias[0], bias[1], bias[2], bias[3]);
+    }
+    float dbias[kMostSteps][2][4] = {};
+
+#pragma unroll 1
+    for (uint32_t item = ptx::opaque(share.first) / args.strip_workers; item < args.items;
+         item += args.window_workers) {
+      // What follows from these is computed again for every window: registers are dear.
+      const WarpPlace place = whole_place.again();
+      const int steps = place.steps(), key0 = place.first_key();
+      const float4* const own_bias = smem.fragments + ptx::opaque(first_fragment);
+      const WindowIndex index = window_index(args.layout, item);
+      tokens.find_terms(args, index);
+      __syncthreads();
+      const bool mixed = tokens.find_tokens(args, index);
+      __syncthreads();  // the tokens are there, and nobody uses the tiles of the window before
+      copy_long_rows<Traits>(args, {0, 3}, index.batch, head, {smem.q, smem.dout}, tokens.number, first, rows);
+      copy_long_rows<Traits>(args, {1, 2}, index.batch, head, {smem.k, smem.v}, tokens.number, 0, 16 * all_steps);
+      ptx::cp_async_commit();
+      float lse2[2];
+      int32_t row_region[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // Infinite for a pad query and for what lies past the window: their P is zero.
+        const int query = first + place.row0() + g + 8 * half;
+        lse2[half] = INFINITY;
+        if (query < num_tokens && tokens.number[query] < kPadNumber) {
+          lse2[half] = args.lse[args.first_query(item, head) + query] * kLog2E;
+        }
+        row_region[half] = tokens.region[query];
+      }
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+
+      float p[kMostSteps][2][4] = {}, dp[kMostSteps][2][4] = {};
+      {
+        RowFragments<T, Traits::kHeadDim> fragments;
+        fragments.load(q, place.row0());
+#pragma unroll
+        for (int step = 0; step < kMostSteps; ++step) {
+          if (step >= steps) break;
+          const int key = key0 + 16 * step;
+          fragments.add_abt(p[step], k, key);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float4 bias = own_bias[32 * (2 * step + j)];
+            p[step][j][0] = fmaf(p[step][j][0], factor2, bias.x);
+            p[step][j][1] = fmaf(p[step][j][1], factor2, bias.y);
+            p[step][j][2] = fmaf(p[step][j][2], factor2, bias.z);
+            p[step][j][3] = fmaf(p[step][j][3], factor2, bias.w);
+          }
+          if (mixed) mask_regions(p[step], row_region, tokens.region + key, args.mask2);
+          to_probabilities(p[step], lse2);
+        }
+      }
+      RowSums delta;
+      {
+        RowFragments<T, Traits::kHeadDim> fragments;
+        fragments.load(dout, place.again().row0());
+#pragma unroll
+        for (int step = 0; step < kMostSteps; ++step) {
+          if (step >= steps) break;
+          fragments.add_abt(dp[step], v, key0 + 16 * step);
+          delta.add(p[step], dp[step]);
+        }
+      }
+      delta.finish();
+      {
+        const WarpPlace again = whole_place.again();
+        float* const own_delta = smem.delta + (again.row0() + g) * Smem::kGroups;
+        if (t == 0) {
+          own_delta[again.group()] = delta.x[0];
+          own_delta[8 * Smem::kGroups + again.group()] = delta.x[1];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          delta.x[half] = 0.0f;
+          for (int i = 0; i < args.key_groups; i += 4) {
+            const float4 x = *reinterpret_cast<const float4*>(own_delta + 8 * half * Smem::kGroups + i);
+            delta.x[half] += (x.x + x.y) + (x.z + x.w);
+          }
+        }
+        if (again.group() == 0 && t == 0) {
+          float* const saved = args.delta + args.first_query(ptx::opaque(item), head);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int query = first + again.row0() + g + 8 * half;
+            if (query < num_tokens) saved[query] = delta.x[half];
+          }
+        }
+      }
+
+#pragma unroll
+      for (int step = 0; step < kMostSteps; ++step) {
+        if (step >= steps) break;
+        to_dscores(p[step], dp[step], delta.x);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) dbias[step][j][e] += p[step][j][e];
+        }
+      }
+      [[maybe_unused]] int exponent = 0;
+      if constexpr (kHasNarrowRange<T>) {
+#pragma unroll
+        for (int step = 0; step < kMostSteps; ++step) {
+          if (step < steps) exponent = max(exponent, excess_exponent(p[step]));
+        }
+      }
+      float dq[kColTiles][4] = {};
+#pragma unroll
+      for (int step = 0; step < kMostSteps; ++step) {
+        if (step >= steps) break;
+        if constexpr (kHasNarrowRange<T>) {
+          if (exponent != 0) multiply(p[step], power_of_two(-exponent));
+        }
+        uint32_t ds[4];
+        pack_fragment<T>(ds, p[step]);
+        add_fragment_b<T>(dq, ds, k, key0 + 16 * step);
+      }
+      if constexpr (kHasNarrowRange<T>) {
+        if (exponent != 0) multiply(dq, power_of_two(exponent));
+      }
+      const WarpPlace again = whole_place.again();
+      write_matrix(smem.dq + again.group() * rows * Smem::kGradientStride, Smem::kGradientStride, again.row0(), dq);
+      __syncthreads();
+
+      // Eight columns of a row a thread: the sum over the groups of keys.
+      const int chunk = ptx::opaque(threadIdx.x) % Tile::kChunks;
+      const uint64_t base = chunk_base(args.regular[4], index.batch, head, chunk);
+      for (int i = threadIdx.x / Tile::kChunks; i < rows; i += blockDim.x / Tile::kChunks) {
+        if (first + i >= num_tokens || chunk * 16 >= args.row_bytes) break;
+        const uint32_t number = tokens.number[first + i];
+        const float* partial = smem.dq + i * Smem::kGradientStride + 8 * chunk;
+        float sum[8] = {};
+#pragma unroll 1
+        for (int n = 0; n < args.key_groups; ++n, partial += rows * Smem::kGradientStride) {
+          const float4 a = *reinterpret_cast<const float4*>(partial), b = *reinterpret_cast<const float4*>(partial + 4);
+          const float x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+          for (int e = 0; e < 8; ++e) sum[e] += x[e];
+        }
+        uint32_t packed[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) packed[e] = pack2<T>(sum[2 * e] * args.scale, sum[2 * e + 1] * args.scale);
+        if (number < kPadNumber) {
+          const uint64_t destination = ptx::multiply_add_wide(number, args.regular[4].token, base);
+          ptx::store_global_16(reinterpret_cast<void*>(destination),
+                               make_uint4(packed[0], packed[1], packed[2], packed[3]));
+        }
+      }
+    }
+
+    if (table == nullptr) continue;
+#pragma unroll
+    for (int j = 0; j < 2 * kMostSteps; ++j) {
+      if (j / 2 >= whole_place.steps()) break;
+      const float (&x)[4] = dbias[j / 2][j % 2];
+      smem.fragments[first_fragment + 32 * j] = make_float4(x[0], x[1], x[2], x[3]);
+    }
+    __syncthreads();
+    add_strip_to_table(table, args, smem, tokens, first);
+    __syncthreads();
+  }
+}
+
+template <class Traits>
+struct KeyBlockSmem {
+  using T = typename Traits::T;
+  static constexpr int kBlock = 64, kThreads = 128;
+  alignas(128) T kv[2][kBlock * Traits::kHeadDim];  // later dk and dv
+  alignas(128) T q_dout[2][2][kBlock * Traits::kHeadDim];
+  alignas(16) float pad_sums[kThreads / 32][2][Traits::kHeadDim];
+
+  // Behind it: lse and delta of every query, the table, the tokens.
+  static int bytes(const BackwardLongArguments& args) {
+    const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
+    return static_cast<int>(sizeof(KeyBlockSmem)) + 8 * capacity + 4 * args.table.floats() +
+           LongTokens::bytes(LongTokens::terms_of(args.layout), capacity);
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
+    window_attention_bwd_keys_kernel(const __grid_constant__ BackwardLongArguments args) {
+  using T = typename Traits::T;
+  using Tile = SmemTile<T, Traits::kHeadDim>;
+  using Smem = KeyBlockSmem<Traits>;
+  constexpr int kBlock = Smem::kBlock, kThreads = Smem::kThreads, kColTiles = Traits::kHeadDimTiles;
+  Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
+  const int row0 = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int num_tokens = args.num_tokens, blocks = (num_tokens + kBlock - 1) / kBlock;
+  const BlockShare share = BlockShare::of(args);
+  const int head = share.head;
+  const float factor2 = args.scale * kLog2E;
+  float2* const lse2_delta = reinterpret_cast<float2*>(dynamic_smem() + sizeof(Smem));
+  float* const table = reinterpret_cast<float*>(lse2_delta + blocks * kBlock);
+  const LongTokens tokens = LongTokens::of(reinterpret_cast<unsigned char*>(table + args.table.floats()),
+                                           LongTokens::terms_of(args.layout), blocks * kBlock);
+  const auto copies = LongCopies<Tile, kThreads, kBlock>::of(args);
+  const auto lane_offsets = LaneOffsets<Tile>::of();
+
+  fill_with_zeros<kThreads>(smem.pad_sums, sizeof(smem.pad_sums));
+  for (int i = threadIdx.x; i < blocks * kBlock; i += kThreads) lse2_delta[i] = make_float2(INFINITY, 0.0f);
+  tokens.fill_constants(args, blocks * kBlock);
+  stage_table<false>(args, head, table);
+
+  int stage = 0;
+  for (uint32_t item = share.first; item < args.long_items; item += share.step) {
+    const uint32_t window = item / args.splits;
+    const int first_block = (item - window * args.splits) * args.key_blocks;
+    const int end_block = min(blocks, first_block + static_cast<int>(args.key_blocks));
+    const WindowIndex index = window_index(args.layout, window);
+    __syncthreads();  // the constants are there, and nobody uses the tokens and tiles of the item before
+    tokens.find_terms(args, index);
+    __syncthreads();
+    const bool mixed = tokens.find_tokens(args, index);
+    const int64_t first_query = args.first_query(window, head);
+    for (int i = threadIdx.x; i < num_tokens; i += kThreads) {
+      const bool is_pad = tokens.number[i] >= kPadNumber;  // this thread has found it
+      lse2_delta[i] = make_float2(is_pad ? INFINITY : args.lse[first_query + i] * kLog2E, args.delta[first_query + i]);
+    }
+    __syncthreads();
+    const uint64_t q_base[2] = {chunk_base(args.regular[0], index.batch, head, copies.chunk),
+                                chunk_base(args.regular[3], index.batch, head, copies.chunk)};
+    const auto copy_queries = [&](int to_stage, int block) {
+      copies.start(args, {0, 3}, head, q_base, {smem.q_dout[to_stage][0], smem.q_dout[to_stage][1]}, tokens.number,
+                   block * kBlock);
+    };
+    copy_queries(stage, 0);
+
+#pragma unroll 1
+    for (int block = first_block; block < end_block; ++block) {
+      const int first = block * kBlock, row = first + row0 + g;
+      const bool has_rows = first + row0 < num_tokens;
+      {
+        // Computed again for every block: registers are dear.
+        const uint32_t batch = ptx::opaque(index.batch);
+        const uint64_t kv_base[2] = {chunk_base(args.regular[1], batch, head, copies.chunk),
+                                     chunk_base(args.regular[2], batch, head, copies.chunk)};
+        copies.start(args, {1, 2}, head, kv_base, {smem.kv[0], smem.kv[1]}, tokens.number, first);
+        ptx::cp_async_commit();
+      }
+      RowFragments<T, Traits::kHeadDim> k, v;
+      RowBias bias;
+      int32_t row_region[2];
+      float dk[kColTiles][4] = {}, dv[kColTiles][4] = {};
+      [[maybe_unused]] int exponent = 0;  // dk is scaled by 2 ** -exponent
+
+#pragma unroll 1
+      for (int query_block = 0; query_block < blocks; ++query_block) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        if (query_block + 1 < blocks) {
+          copy_queries(stage ^ 1, query_block + 1);
+        } else if (block + 1 < end_block) {
+          copy_queries(stage ^ 1, 0);
+        }
+        ptx::cp_async_commit();
+        if (query_block == 0) {
+          k.load(Tile{smem.kv[0]}, row0);
+          v.load(Tile{smem.kv[1]}, row0);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            // A key past the window has the bias of the last one: nobody reads its sums.
+            bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
+            row_region[half] = tokens.region[row + 8 * half];
+          }
+        }
+        const LocatedTile<Tile> q{smem.q_dout[stage][0], lane_offsets}, dout{smem.q_dout[stage][1], lane_offsets};
+        stage ^= 1;
+        if (!has_rows) continue;
+#pragma unroll
+        for (int step = 0; step < kBlock / 16; ++step) {
+          const int query = query_block * kBlock + 16 * step;
+          if (query >= num_tokens) break;
+          float p[2][4] = {}, ds[2][4] = {};
+          k.add_abt(p, q, 16 * step);
+          bias.add(p, factor2, args.table.has_pairs, tokens.offset + query);
+          if (mixed) mask_regions(p, row_region, tokens.region + query, args.mask2);
+          v.add_abt(ds, dout, 16 * step);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            // lse and delta of two queries. An infinite lse makes P zero.
+            const float4 saved_pair = *reinterpret_cast<const float4*>(lse2_delta + query + 8 * j + 2 * t);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              p[j][e] = ptx::exp2_approx(p[j][e] - (e % 2 == 0 ? saved_pair.x : saved_pair.z));
+              ds[j][e] = p[j][e] * (ds[j][e] - (e % 2 == 0 ? saved_pair.y : saved_pair.w));
+            }
+          }
+          uint32_t fragment[4];
+          pack_fragment<T>(fragment, p);
+          add_fragment_b<T>(dv, fragment, dout, 16 * step);
+          if constexpr (kHasNarrowRange<T>) {
+            const int needed = max(exponent, excess_exponent(ds));
+            if (needed != exponent) multiply(dk, power_of_two(exponent - needed));
+            exponent = needed;
+            if (exponent != 0) multiply(ds, power_of_two(-exponent));
+          }
+          pack_fragment<T>(fragment, ds);
+          add_fragment_b<T>(dk, fragment, q, 16 * step);
+        }
+      }
+
+      // Each warp has read its rows of k and v, which nobody else does.
+      float factor = args.scale;
+      if constexpr (kHasNarrowRange<T>) factor *= power_of_two(exponent);
+      if (has_rows) {
+        const LocatedTile<Tile> dk_tile{smem.kv[0], lane_offsets}, dv_tile{smem.kv[1], lane_offsets};
+        write_rounded(dk_tile, row0, dk, factor, factor);
+        store_long_rows(args, 5, dk_tile, row0, index.batch, head, tokens.number, first);
+        write_rounded(dv_tile, row0, dv, 1.0f, 1.0f);
+        store_long_rows(args, 6, dv_tile, row0, index.batch, head, tokens.number, first);
+        if (args.pad_partials != nullptr) {
+          const bool is_pad[2] = {row < num_tokens && tokens.number[row] >= kPadNumber,
+                                  row + 8 < num_tokens && tokens.number[row + 8] >= kPadNumber};
+          add_pad_rows(smem.pad_sums[row0 / 16][0], dk, factor, is_pad);
+          add_pad_rows(smem.pad_sums[row0 / 16][1], dv, 1.0f, is_pad);
+        }
+      }
+      __syncthreads();  // the tiles of k and v are free for the next block
+    }
+  }
+  if (args.pad_partials == nullptr) return;
+  __syncthreads();
+  write_pad_sums(args.pad_partials, args.head_dim, smem.pad_sums);
+}
+
+}  // namespace swinkernels::cuda

@@ -1,0 +1,221 @@
+// Window attention forward of long windows, the plain kind (long_windows.cuh). Others go to fwd_sm80.cuh.
+//
+// Maths     As there. In bfloat16 scores are not shifted by their maximum: its probabilities have float's exponents, so
+//           that exp2 of a score in base 2 is exact enough from 2^-126 to 2^127. A row whose sum is not within 2^64 of
+//           one is computed again with a running maximum, and its block with it. In float16 the maximum always runs; it
+//           moves only when a score is more than kSlack above it, which float16 has room for.
+// Tiling    A block of four warps takes some blocks of 64 queries of one window and head, a warp 16 of them, with their
+//           fragments in registers. Keys arrive in blocks of 64, the next while one is computed, and are taken by 16:
+//           what is past the window costs nothing. Row sums are a product with ones.
+// Traffic   As fwd_sm80.cuh; k and v once per block of queries, mostly from L2.
+// Limits    head_dim <= 64.
+#pragma once
+
+#include "fwd_sm80.cuh"
+#include "half_range.cuh"
+#include "long_windows.cuh"
+
+namespace swinkernels::cuda {
+
+struct ForwardLongArguments : LongArguments<4> {
+  float* lse;
+  uint32_t splits;  // items of a window: each takes row_blocks of its blocks of queries
+  uint32_t row_blocks;
+  uint32_t long_items;  // of a unit
+};
+
+template <class Traits>
+struct PlainForwardLongSmem {
+  using T = typename Traits::T;
+  static constexpr int kBlock = 64, kThreads = 128;
+  alignas(128) T q[kBlock * Traits::kHeadDim];
+  alignas(128) T out[kBlock * Traits::kHeadDim];
+  alignas(128) T kv[2][2][kBlock * Traits::kHeadDim];
+  alignas(16) int32_t out_of_range[kThreads / 32];
+
+  // Behind it: the table, then the tokens.
+  static int bytes(const LongArguments<4>& args) {
+    const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
+    return static_cast<int>(sizeof(PlainForwardLongSmem)) + 4 * args.table.floats() +
+           LongTokens::bytes(LongTokens::terms_of(args.layout), capacity);
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
+    window_attention_fwd_plain_long_kernel(const __grid_constant__ ForwardLongArguments args) {
+  using T = typename Traits::T;
+  using Tile = SmemTile<T, Traits::kHeadDim>;
+  using Smem = PlainForwardLongSmem<Traits>;
+  constexpr int kBlock = Smem::kBlock, kThreads = Smem::kThreads, kColTiles = Traits::kHeadDimTiles;
+  constexpr bool kMaximumAlwaysRuns = kHasNarrowRange<T>;
+  constexpr float kSlack = 8.0f, kLargestSum = 0x1p64f, kSmallestSum = 0x1p-64f;
+  Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
+  const int row0 = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int num_tokens = args.num_tokens, blocks = (num_tokens + kBlock - 1) / kBlock;
+  const BlockShare share = BlockShare::of(args);
+  const int head = share.head;
+  const float factor2 = args.scale * kLog2E;
+  float* const table = reinterpret_cast<float*>(dynamic_smem() + sizeof(Smem));
+  const LongTokens tokens = LongTokens::of(reinterpret_cast<unsigned char*>(table + args.table.floats()),
+                                           LongTokens::terms_of(args.layout), blocks * kBlock);
+  const auto copies = LongCopies<Tile, kThreads, kBlock>::of(args);
+  const auto lane_offsets = LaneOffsets<Tile>::of();
+
+  tokens.fill_constants(args, blocks * kBlock);
+  stage_table<true>(args, head, table);
+
+  int stage = 0;
+  for (uint32_t item = share.first; item < args.long_items; item += share.step) {
+    const uint32_t window = item / args.splits;
+    const int first_block = (item - window * args.splits) * args.row_blocks;
+    const int end_block = min(blocks, first_block + static_cast<int>(args.row_blocks));
+    const WindowIndex index = window_index(args.layout, window);
+    __syncthreads();  // the constants are there, and nobody uses the tokens and tiles of the item before
+    tokens.find_terms(args, index);
+    __syncthreads();
+    const bool mixed = tokens.find_tokens(args, index);
+    __syncthreads();
+    const uint64_t q_base[1] = {chunk_base(args.regular[0], index.batch, head, copies.chunk)};
+    const uint64_t kv_base[2] = {chunk_base(args.regular[1], index.batch, head, copies.chunk),
+                                 chunk_base(args.regular[2], index.batch, head, copies.chunk)};
+    const auto copy_queries = [&](int block) {
+      copies.start(args, {0}, head, q_base, {smem.q}, tokens.number, block * kBlock);
+    };
+    const auto copy_keys = [&](int to_stage, int block) {
+      copies.start(args, {1, 2}, head, kv_base, {smem.kv[to_stage][0], smem.kv[to_stage][1]}, tokens.number,
+                   block * kBlock);
+    };
+    copy_queries(first_block);
+    copy_keys(stage, 0);
+    ptx::cp_async_commit();
+
+    float* const lse = args.lse == nullptr ? nullptr : args.lse + args.first_query(window, head);
+#pragma unroll 1
+    for (int block = first_block; block < end_block; ++block) {
+      const int first = block * kBlock, row = first + row0 + g;
+      const bool has_rows = first + row0 < num_tokens;
+      RowFragments<T, Traits::kHeadDim> q;
+      RowBias bias;
+      int32_t row_region[2];
+      float maximum[2] = {0.0f, 0.0f}, sum[4] = {}, o[kColTiles][4] = {};
+      bool maximum_runs = kMaximumAlwaysRuns, again = false;
+      if constexpr (kMaximumAlwaysRuns) maximum[0] = maximum[1] = -INFINITY;
+
+#pragma unroll 1
+      for (int key_block = 0; key_block < blocks; ++key_block) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        if (key_block + 1 < blocks) {
+          copy_keys(stage ^ 1, key_block + 1);
+        } else if (block + 1 < end_block) {
+          copy_keys(stage ^ 1, 0);
+          copy_queries(block + 1);  // every warp has its fragments of this block
+        }
+        ptx::cp_async_commit();
+        if (key_block == 0 && !again) {
+          q.load(Tile{smem.q}, row0);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            // A query past the window has the bias of the last one: nobody reads its scores.
+            bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
+            row_region[half] = tokens.region[row + 8 * half];
+          }
+        }
+        const LocatedTile<Tile> k{smem.kv[stage][0], lane_offsets}, v{smem.kv[stage][1], lane_offsets};
+        stage ^= 1;
+        if (has_rows) {
+#pragma unroll
+          for (int step = 0; step < kBlock / 16; ++step) {
+            const int key = key_block * kBlock + 16 * step;
+            if (key >= num_tokens) break;
+            float score[2][4] = {};
+            q.add_abt(score, k, 16 * step);
+            bias.add(score, factor2, args.table.has_pairs, tokens.offset + key);
+            if (mixed) mask_regions(score, row_region, tokens.region + key, args.mask2);
+            if (key + 16 > num_tokens) mask_columns(score, num_tokens - key);
+            if (maximum_runs) {
+              float largest[2];
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                largest[half] = fmaxf(fmaxf(score[0][2 * half], score[0][2 * half + 1]),
+                                      fmaxf(score[1][2 * half], score[1][2 * half + 1]));
+              }
+              if (__any_sync(0xffffffffu, largest[0] > maximum[0] + kSlack || largest[1] > maximum[1] + kSlack)) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                  const float updated = fmaxf(maximum[half], quad_max(largest[half]));
+                  const float rescale = ptx::exp2_approx(maximum[half] - updated);
+                  maximum[half] = updated;
+                  sum[2 * half] *= rescale;
+#pragma unroll
+                  for (int n = 0; n < kColTiles; ++n) {
+                    o[n][2 * half] *= rescale;
+                    o[n][2 * half + 1] *= rescale;
+                  }
+                }
+              }
+#pragma unroll
+              for (int j = 0; j < 2; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) score[j][e] -= maximum[e / 2];
+              }
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) score[j][e] = ptx::exp2_approx(score[j][e]);
+            }
+            uint32_t p[4];
+            pack_fragment<T>(p, score);
+            const uint32_t ones = pack2<T>(1.0f, 1.0f);
+            ptx::mma_m16n8k16(sum, p, {ones, ones}, T{});
+            add_fragment_b<T>(o, p, v, 16 * step);
+          }
+        }
+        if constexpr (!kMaximumAlwaysRuns) {
+          if (key_block + 1 < blocks || maximum_runs) continue;
+          bool in_range = true;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float x = sum[2 * half];
+            in_range &= row + 8 * half >= num_tokens || (x > kSmallestSum && x < kLargestSum);
+          }
+          in_range = __all_sync(0xffffffffu, in_range);
+          if (lane == 0) smem.out_of_range[threadIdx.x / 32] = in_range ? 0 : 1;
+          __syncthreads();
+          const int4 votes = *reinterpret_cast<const int4*>(smem.out_of_range);
+          if ((votes.x | votes.y | votes.z | votes.w) == 0) continue;
+          // Once more, with the maximum. The first keys come again, unless the next block has asked for them.
+          maximum_runs = again = true;
+          if (block + 1 == end_block) copy_keys(stage, 0);
+          ptx::cp_async_commit();
+          maximum[0] = maximum[1] = -INFINITY;
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[e] = 0.0f;
+#pragma unroll
+          for (int n = 0; n < kColTiles; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) o[n][e] = 0.0f;
+          }
+          key_block = -1;
+        }
+      }
+      if (has_rows) {
+        if (t == 0 && lse != nullptr) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            if (row + 8 * half < num_tokens) {
+              lse[row + 8 * half] = (maximum[half] + ptx::log2_approx(sum[2 * half])) * kLn2;
+            }
+          }
+        }
+        const LocatedTile<Tile> out{smem.out, lane_offsets};
+        write_rounded(out, row0, o, ptx::reciprocal_approx(sum[0]), ptx::reciprocal_approx(sum[2]));
+        store_long_rows(args, 3, out, row0, index.batch, head, tokens.number, first);
+      }
+    }
+  }
+}
+
+}  // namespace swinkernels::cuda

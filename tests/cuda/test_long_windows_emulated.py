@@ -1,0 +1,136 @@
+"""The CUDA kernels of long windows of the plain kind, run on the CPU by the emulator, against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from swinkernels import reference
+from swinkernels.testing import WindowAttentionCase as Case
+from swinkernels.testing import check_window_attention, run_case
+from tests import emulation
+
+pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
+
+ROLL_THEN_PAD = {"pad_order": "roll_then_pad"}
+
+
+@pytest.fixture
+def library() -> Iterator[emulation.WindowAttentionLibrary]:
+    built = emulation.window_attention_library()
+    built.configure()
+    yield built
+    built.configure()
+
+
+def _regions(*frame: int) -> torch.Tensor:
+    return torch.randint(0, 3, frame, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+
+
+# Windows of 81 to 1,024 tokens: even and odd rows, whole and broken steps of 16, from one strip of queries to 64.
+CASES = {
+    "9 x 9, rolled first": Case(2, (9, 10), 2, 16, 9, 4, has_pad_qkv=True, options=ROLL_THEN_PAD),
+    "12 x 12, seam": Case(1, (12, 24), 2, 32, 12, 6),
+    "12 x 12, pads": Case(2, (13, 12), 1, 32, 12, 5, has_pad_qkv=True),
+    "14 x 14": Case(1, (14, 28), 1, 32, 14, 7),
+    "16 x 16, pads, wide heads": Case(1, (16, 9), 1, 64, 16, 7, has_pad_qkv=True),
+    "16 x 16, zero pads": Case(1, (16, 9), 1, 32, 16, 7),
+    "7 x 7 x 7": Case(1, (7, 8, 7), 1, 16, 7, 3, has_pad_qkv=True),
+    "8 x 7 x 7": Case(1, (8, 7, 7), 1, 32, (8, 7, 7), (4, 3, 3)),
+    "24 x 24": Case(1, (24, 24), 1, 32, 24, 12),
+    "32 x 32": Case(1, (32, 31), 1, 32, 32, 3, has_pad_qkv=True),
+    "heads of 24": Case(1, (12, 12), 2, 24, 12, 6),
+    "heads of 48": Case(1, (12, 12), 2, 48, 12, 6),
+    "no bias": Case(1, (12, 12), 1, 32, 12, 0, has_table=False),
+    "grid": Case(1, (20, 30), 1, 32, 10, 0, options={"grid": True}),
+    "grid, pads": Case(1, (19, 29), 1, 32, 10, 0, has_pad_qkv=True, options={"grid": True}),
+    "region map": Case(1, (18, 9), 1, 16, 9, 4, options={"region_map": _regions(18, 9)}),
+    "table of a larger window": Case(1, (9, 10), 1, 16, (9, 10), 0, options={"table_window": (10, 12)}),
+    "table of a larger window, odd": Case(1, (9, 10), 1, 16, (9, 10), 0, options={"table_window": (10, 13)}),
+    "periodic axis": Case(1, (18, 18), 1, 32, 9, 4, options={"periodic": (False, True)}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients(library, name, dtype):
+    check_window_attention(library.window_attention_qkvpacked, CASES[name], dtype, rounds_unit_rows=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["9 x 9, rolled first", "12 x 12, seam", "14 x 14", "7 x 7 x 7"])
+def test_same_bits_whatever_the_schedule(library, name, dtype):
+    inputs, arguments = CASES[name].inputs(dtype), CASES[name].arguments()
+    first = run_case(library.window_attention_qkvpacked, inputs, arguments)
+    for seed in (1, 2):
+        library.configure(seed=seed)
+        again = run_case(library.window_attention_qkvpacked, inputs, arguments)
+        for name_, x in first.items():
+            assert torch.equal(x, again[name_]), f"{name_} differs with schedule {seed}"
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 200])
+def test_any_number_of_multiprocessors(library, multiprocessors):
+    """Blocks that loop over strips and windows, and blocks that have one strip of one window each."""
+    library.configure(multiprocessors=multiprocessors)
+    for case in (Case(2, (12, 24), 1, 32, 12, 5), Case(3, (9, 16), 2, 16, 9, 4, has_pad_qkv=True)):
+        check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16, rounds_unit_rows=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("slope", [6.0, -6.0], ids=["rising", "falling"])
+def test_scores_far_apart(library, dtype, slope):
+    """Scores of up to 132, the largest one late or early: in bfloat16 sums leave the range that needs no maximum, in
+    float16 the maximum moves from block to block."""
+    case = Case(1, (12, 24), 1, 32, 12, 0)
+    inputs = case.inputs(dtype)
+    offset = torch.arange(23.0) - 11
+    inputs["bias_table"] = -slope * (offset[:, None] + offset).reshape(-1, 1)
+    got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+    wide = {name: x.double() for name, x in inputs.items()}
+    exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments())
+    eps = torch.finfo(dtype).eps
+    for name, x in exact.items():
+        error = got[name].double() - x
+        assert error.square().mean().sqrt() <= 2 * eps * x.square().mean().sqrt(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [(9, 9), (14, 14)], ids=str)
+def test_what_lies_past_the_window_takes_no_part(library, window, dtype):
+    """Steps of 16 end 15 or 12 tokens past the window; with them rows would sum to 1.06 or more."""
+    case = Case(1, window, 1, 32, window, 0)
+    inputs = case.inputs(dtype)
+    got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+    wide = {name: x.double() for name, x in inputs.items()}
+    exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments())
+    for name in ("out", "dqkv"):
+        error = got[name].double() - exact[name]
+        assert error.norm() <= 2 * torch.finfo(dtype).eps * exact[name].norm(), name
+
+
+def test_what_is_not_finite_stays_in_its_window(library):
+    """Rows that fill up the last block hold another window's tokens in turn."""
+    case = Case(2, (9, 18), 1, 24, 9, 0, has_table=False)
+    inputs = case.inputs(torch.bfloat16)
+    library.configure(multiprocessors=1)
+    expected = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+    inputs["qkv"][0, :, :9] = torch.inf
+    got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
+    for name in ("out", "dqkv"):
+        assert got[name][0, :, :9].isnan().any()
+        assert torch.equal(got[name][0, :, 9:], expected[name][0, :, 9:]), name
+        assert torch.equal(got[name][1:], expected[name][1:]), name
+
+
+def test_1024_tokens_take_no_memory_for_scores(library):
+    """At batch 8 and 12 heads of 32, one window an image, on a device of 132 multiprocessors with 227 KB a block."""
+    library.configure(multiprocessors=132)
+    case = Case(8, (32, 32), 12, 32, 32, 0)
+    qkv, table = torch.empty(8, 32, 32, 3 * 12 * 32, dtype=torch.bfloat16), torch.empty(63 * 63, 12)
+    maps = 8 * qkv.numel() // 3 * qkv.element_size()  # q, k, v, out and their gradients
+    lse = 8 * 12 * 1024 * 4
+    workspace = library.workspace_bytes(qkv, ["bias_table"], bias_table=table, **case.arguments())
+    assert 0 < workspace + lse <= 0.2 * maps
