@@ -491,7 +491,7 @@ def test_report():
     report = swinkernels.accelerate(make_model(stage_cfgs={"block_cfgs": {"attn_cfgs": {"attn_drop": 0.1}}}))
     attention = next(e for e in report.replaced if e.module_class == "ShiftWindowMSA")
     assert attention.backend == ("cpu" if NOT_INSTALLED["cpu"] is None else "reference")
-    assert "Attention in training: reference. Not cpu: it does not implement dropout_p" in attention.remarks
+    assert "Attention in training: torch. Not cpu: it does not implement dropout_p" in attention.remarks
     block = next(e for e in report.replaced if e.module_class == "SwinBlock")
     assert block.backend == "mmpretrain"
 

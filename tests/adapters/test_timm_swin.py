@@ -706,13 +706,13 @@ def test_report_lists_and_prints():
     model.layers[1].blocks[0].attn.qkv = LowRank(model.layers[1].blocks[0].attn.qkv)
     report = swinkernels.accelerate(model)
     assert [(e.path, e.module_class, e.adapter, e.backend) for e in report.replaced] == [
-        ("layers.0.blocks.0", "SwinTransformerBlock", "timm", "reference"),
-        ("layers.0.blocks.1", "SwinTransformerBlock", "timm", "reference"),
+        ("layers.0.blocks.0", "SwinTransformerBlock", "timm", "torch"),
+        ("layers.0.blocks.1", "SwinTransformerBlock", "timm", "torch"),
         ("layers.1.downsample", "PatchMerging", "timm", "timm"),
-        ("layers.1.blocks.1", "SwinTransformerBlock", "timm", "reference"),
+        ("layers.1.blocks.1", "SwinTransformerBlock", "timm", "torch"),
     ]
     attention, residual = report.replaced[0].remarks
-    assert attention.startswith("Attention: reference. Not cpu: ")
+    assert attention.startswith("Attention: torch. Not cpu: ")
     assert "float64" in attention
     assert residual.startswith("Residual and norm: timm's own code. Not cpu: it does not implement residual_layer_norm")
     (merging,) = report.replaced[2].remarks
@@ -731,9 +731,9 @@ def test_report_says_what_auto_takes_for_the_dtype():
     entry = swinkernels.accelerate(make_model(attn_drop_rate=0.1)).replaced[0]
     if NOT_INSTALLED["cpu"] is None:
         assert entry.backend == "cpu"
-        assert "Attention in training: reference. Not cpu: it does not implement dropout_p" in entry.remarks
+        assert "Attention in training: torch. Not cpu: it does not implement dropout_p" in entry.remarks
     else:
-        assert entry.backend == "reference"
+        assert entry.backend == "torch"
         assert NOT_INSTALLED["cpu"] in entry.remarks[0]
 
 

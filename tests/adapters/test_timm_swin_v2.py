@@ -244,9 +244,9 @@ def test_report():
     assert (entry.path, entry.module_class, entry.backend) == (
         "layers.0.blocks.0",
         "SwinTransformerV2Block",
-        "reference",
+        "torch",
     )
-    assert entry.remarks[0].startswith("Attention: reference. Not cpu: ")
+    assert entry.remarks[0].startswith("Attention: torch. Not cpu: ")
     model = make_model(2).to("meta")
     assert len(swinkernels.accelerate(model).replaced) == 5
 

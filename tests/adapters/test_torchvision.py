@@ -674,7 +674,7 @@ def test_report(version):
     assert Counter(e.module_class for e in report.replaced) == REPLACED[version]
     attention = next(e for e in report.replaced if "Attention" in e.module_class)
     assert attention.backend == ("cpu" if NOT_INSTALLED["cpu"] is None else "reference")
-    assert "Attention in training: reference. Not cpu: it does not implement dropout_p" in attention.remarks
+    assert "Attention in training: torch. Not cpu: it does not implement dropout_p" in attention.remarks
     block = next(e for e in report.replaced if "Block" in e.module_class)
     assert block.backend == "torchvision"
     assert any(r.startswith("Residual and norm: torchvision's own code. Not cpu") for r in block.remarks)
