@@ -9,7 +9,7 @@
 // Order     No atomics: a block adds windows in its own order, reduce_partials.cu adds the blocks in theirs.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 14 * B * S * C bytes, plus lse.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 544 MB, 162 us at 3.35 TB/s (H100 SXM, published
-//           peak). Executed instructions on sm_90, counted: 2,828 per window and head; 75 us of issue slots. 154
+//           peak). Executed instructions on sm_90, counted: 2,824 per window and head; 75 us of issue slots. 154
 //           registers, 65 KB: three blocks, 12 warps per multiprocessor.
 // Limits    short16.cuh; what it does not take goes to the general kernel.
 #pragma once
