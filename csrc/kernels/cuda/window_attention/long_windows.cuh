@@ -24,6 +24,12 @@ namespace swinkernels::cuda {
 template <class Traits>
 constexpr bool kHasPlainLong = sizeof(typename Traits::T) == 2 && Traits::kHeadDim <= 64;
 
+// Whether a call is of the plain kind but for its maps and its bias, which make_long() looks at.
+inline bool is_plain(const WindowAttentionForwardParams& params, size_t element_bytes) {
+  return params.logit_scale == nullptr && params.bias_types == 1 && params.dropout_p == 0.0f &&
+         params.head_dim * element_bytes % 16 == 0;
+}
+
 // A map whose tokens lie one stride apart, in bytes.
 struct RegularMap {
   uint64_t data, batch, head;
