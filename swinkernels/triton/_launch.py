@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 INT32_MAX = 2**31 - 1
+# Options of every launch with arithmetic: products and sums are contracted to fused multiply-adds, as by nvcc. Triton
+# announces that it will do so only if told to.
+ARITHMETIC = {"enable_fp_fusion": True}
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from swinkernels.triton import _patch_merging_kernels as kernels
-from swinkernels.triton._launch import alignment, multiprocessors, three, unit_stride
+from swinkernels.triton._launch import ARITHMETIC, alignment, multiprocessors, three, unit_stride
 
 MAX_ROWS = 2**30
 ACCESS_BYTES = 16
@@ -123,6 +123,7 @@ def _plan(
             "HAS_PADDING": any(s % f != 0 for s, f in zip(size, factor, strict=True)),
             "PROGRAMS": tiling.programs,
             "num_warps": tiling.num_warps,
+            **ARITHMETIC,
             "maxnreg": registers if bounded else None,
         },
     )
@@ -193,7 +194,7 @@ def backward(
     if any(needed):
         kernels.sum_shares[(-(-plan.length // SUM_COLUMNS),)](
             *shares, dweight if needs_dweight else None, dbias if needs_dbias else None, programs, LENGTH=plan.length,
-            BLOCK=SUM_COLUMNS, num_warps=4,
+            BLOCK=SUM_COLUMNS, num_warps=4, **ARITHMETIC,
         )  # fmt: skip
     return dx, dweight, dbias
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from swinkernels.triton import _window_attention_kernels as kernels
-from swinkernels.triton._launch import INT32_MAX, alignment, three, unit_stride
+from swinkernels.triton._launch import ARITHMETIC, INT32_MAX, alignment, three, unit_stride
 from swinkernels.window_spec import WindowSpec
 
 # Programs that a kernel which walks over windows is cut into: a few waves on a GPU of some 130 multiprocessors, on any
@@ -140,7 +140,7 @@ class _Call(NamedTuple):
 
     def options(self, tile: Tiles, whole: bool) -> dict[str, Any]:
         blocks = {"BLOCK_N": tile.block_q} if whole else {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
-        launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **ARITHMETIC}
         return {**self.plan.flags, **blocks, **launch, "ALIGN": self.align, "PACKED": self.packed_offset != 0}
 
 
@@ -301,6 +301,7 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
             of_pairs.sum(0) if len(of_pairs) > 1 else of_pairs, dbias_table, heads,
             WINDOW=plan.flags["WINDOW"], TABLE_WINDOW=plan.flags["TABLE_WINDOW"],
             BLOCK_N=min(FOLD_KEYS, triton.next_power_of_2(volume)), BLOCK_ROWS=FOLD_ROWS, num_warps=4,
+            **ARITHMETIC,
         )  # fmt: skip
     elif of_pairs is not None and of_pairs is not dbias:
         torch.sum(of_pairs.unflatten(0, (call.types, -1)), 1, out=dbias.view(call.types, heads, volume, volume))

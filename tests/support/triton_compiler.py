@@ -48,7 +48,9 @@ class _Recorder:
         assert all(0 < n < limit for n, limit in zip(grid, (2**31, 2**16, 2**16), strict=False))
 
         def launch(*args, **kwargs):
-            options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
+            options = {
+                k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion") if k in kwargs
+            }
             arguments = {**dict(zip(self.function.arg_names, args, strict=False)), **kwargs}
             self.launches.append(Launch(self.function.__name__, self.function, arguments, options))
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from swinkernels.ops._arguments import make_window_spec
 from swinkernels.triton import _window_attention_kernels as kernels
 from swinkernels.triton import window_attention as launcher
 from tests.support.sweeps import in_turn
@@ -43,13 +44,20 @@ def record(
             torch.empty(frame, device="meta", dtype=torch.int32) if region_map else None,
             torch.empty(1, device="meta", dtype=torch.int64) if dropout else None,
         )
-        geometry = (
-            window, shift, window, (0, 0, 0), (False,) * 3, roll_then_pad, grid, head_dim**-0.5, -100.0,
-            0.1 if dropout else 0.0, tf32,
-        )  # fmt: skip
-        out, lse = launcher.forward(maps, *tables, *geometry)
-        needs = (table is not None for table in tables[:4])
-        launcher.backward(torch.empty_like(out), maps, lse, *tables, *geometry, *needs)
+        spec = make_window_spec(
+            "op",
+            len(size),
+            head_dim,
+            window_size=window[-len(size) :],
+            shift_size=shift[-len(size) :],
+            pad_order="roll_then_pad" if roll_then_pad else "pad_then_roll",
+            grid=grid,
+            dropout_p=0.1 if dropout else 0.0,
+        )
+        wire = spec.wire(allow_tf32=tf32), *spec.numbers
+        out, lse = launcher.forward(maps, *tables, *wire)
+        wanted = sum(1 << i for i, table in enumerate(tables[:4]) if table is not None)
+        launcher.backward(torch.empty_like(out), maps, lse, *tables, *wire, wanted)
     return launches
 
 
@@ -97,6 +105,7 @@ def test_compiles_within_resources(what, arch):
     launches = record(dtype, tf32=tf32, **CONFIGURATIONS[configuration])
     assert launches
     for launch in launches:
+        assert launch.options["enable_fp_fusion"]
         used = resources(launch, arch)
         assert used["LOCAL"] == 0, (launch.name, used)
         limit = max(STACK_BYTES, STACK_BYTES_OF.get(launch.name, 0), STACK_BYTES_IN.get(configuration, 0))
