@@ -160,28 +160,23 @@ def _tensor_arguments(op: Any) -> int:
 
 
 class Differentiable:
-    """What to call an op by that has a fake and a derivative.
+    """Callable for a registered op: a fast eager path, torch.library's otherwise.
 
-    In eager PyTorch that is a shorter way than the op's own: the formula that torch.library makes out of
-    setup_context and backward costs a multiple of the host time of the same two in an autograd.Function, or of none
-    where nothing needs a gradient. The Function takes what is no tensor as one argument: each costs time.
+    The formula that torch.library makes of setup_context and backward costs a multiple of the host time of the same two
+    in an autograd.Function, or of none where nothing needs a gradient. The Function takes what is no tensor as one
+    argument: each costs time.
     """
 
-    def __init__(self, name: str, setup_context: Callable, backward: Callable, run: Callable | None) -> None:
+    def __init__(self, name: str, setup_context: Callable, backward: Callable) -> None:
         op = getattr(torch.ops.swinkernels, name).default
         count = _tensor_arguments(op)
-
-        def run_op(tensors, others):
-            return op(*tensors, *others)
-
-        shortest = run or run_op
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *inputs):
                 *tensors, others = inputs
                 with torch._C._AutoDispatchBelowAutograd():
-                    output = shortest(tensors, others)
+                    output = op(*tensors, *others)
                 setup_context(ctx, tensors, others, output)
                 return output
 
@@ -189,7 +184,7 @@ class Differentiable:
             def backward(ctx, *gradients):
                 return *backward(ctx, *gradients), None
 
-        self._name, self._op, self._count, self._run, self._apply = name, op, count, shortest, Function.apply
+        self._name, self._op, self._count, self._apply = name, op, count, Function.apply
 
         def setup_op_context(ctx, inputs, output):
             setup_context(ctx, inputs[:count], inputs[count:], output)
@@ -208,17 +203,28 @@ class Differentiable:
 
     def plain(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
         """The same where the tensors are known to be plain."""
-        if torch.is_grad_enabled():
-            for x in tensors:
-                if x is not None and x.requires_grad:
-                    return self._apply(*tensors, others)
+        return self.record(tensors, others) if any_requires_grad(tensors) else self.run(tensors, others)
+
+    def record(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
+        """The same where a gradient may be asked for."""
+        return self._apply(*tensors, others)
+
+    def run(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
+        """The same where none will be."""
         with torch._C._AutoDispatchBelowAutograd():
-            return self._run(tensors, others)
+            return self._op(*tensors, *others)
 
 
-def register(
-    name: str, fake: Callable, setup_context: Callable, backward: Callable, run: Callable | None = None
-) -> Differentiable:
+def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records what is made of these tensors."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
+def register(name: str, fake: Callable, setup_context: Callable, backward: Callable) -> Differentiable:
     """Give an op its fake and its derivative, by torch.library; returns what to call the op by.
 
     Args:
@@ -226,10 +232,9 @@ def register(
         fake: as torch.library.register_fake has it.
         setup_context: (ctx, tensors, others, output), where the op's arguments are its tensors and then the others.
         backward: (ctx, *gradients) -> the gradients of the tensors.
-        run: (tensors, others) -> output, another way to the op's kernel, taken in eager PyTorch.
     """
     torch.library.register_fake(f"swinkernels::{name}", fake, lib=lib)
-    return Differentiable(name, setup_context, backward, run)
+    return Differentiable(name, setup_context, backward)
 
 
 def register_derivative(name: str, fake: Callable, of: str) -> Callable:

@@ -22,6 +22,7 @@ from swinkernels.ops._backends import PLAIN, choose, window_attention_reasons
 from swinkernels.ops._library import (
     Differentiable,
     Found,
+    any_requires_grad,
     autocast_dtype,
     call_key,
     constant_when_compiled,
@@ -126,7 +127,9 @@ class _Plan(NamedTuple):
     view: tuple[int, ...] | None  # of a map (B, *S, 3C)
     num_heads: int
     spec: WindowSpec
-    wires: tuple[str, ...]  # of a plan that is kept; bit 0 of the index: TF32 is allowed, bit 1: an lse is needed
+    # What the op takes after its tensors, of a plan that is kept. Bit 0 of the index: TF32 is allowed, bit 1: an lse is
+    # needed.
+    others: tuple[tuple[Any, ...], ...]
     op: Differentiable | None  # of a backend with kernels
     reads_pads: bool  # unless it is known that there are none
     fits: bool  # the tables are as the op takes them
@@ -182,7 +185,7 @@ def _make_plan(
         view=tuple(x.shape) if x is not maps[0] else None,
         num_heads=num_heads,
         spec=spec,
-        wires=tuple(spec.wire(allow_tf32=tf32, needs_lse=lse) for tf32, lse in switches),
+        others=tuple((spec.wire(allow_tf32=tf32, needs_lse=lse), *spec.numbers) for tf32, lse in switches),
         op=None if backend in PLAIN else _FORWARD[form, "_triton" if backend == "triton" else ""],
         reads_pads=reads_pads,
         fits=all(t.dtype == torch.float32 for t in wide)
@@ -220,7 +223,7 @@ def _attend(
     generator: Any,
     backend: Any,
     return_attention: Any,
-    **options: Any,
+    options: dict[str, Any],
 ) -> Any:
     """Run one form, with ``tables`` for _TENSORS and the other arguments as ``options`` of :class:`WindowSpec`."""
     plain = is_plain(maps + tables)
@@ -255,19 +258,13 @@ def _attend(
     tf32 = plan.asks_for_tf32 and _tf32_switch()
     if plain:
         tensors = maps + tables
-        return plan.op.plain(tensors, (plan.wires[tf32 | _any_requires_grad(tensors) << 1], *plan.spec.numbers))[0]
+        if any_requires_grad(tensors):
+            return plan.op.record(tensors, plan.others[2 | tf32])[0]
+        return plan.op.run(tensors, plan.others[tf32])[0]
     # Transforms and modes wrap tensors, so outside of a compiler a backward pass may always follow.
-    needs_lse = not torch.compiler.is_dynamo_compiling() or _any_requires_grad(maps + tables)
+    needs_lse = not torch.compiler.is_dynamo_compiling() or any_requires_grad(maps + tables)
     wire = plan.spec.wire(allow_tf32=tf32, needs_lse=needs_lse)
     return plan.op(*maps, *tables, wire, *plan.spec.numbers)[0]
-
-
-def _any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                return True
-    return False
 
 
 def window_attention_qkvpacked(
@@ -355,16 +352,18 @@ def window_attention_qkvpacked(
         generator,
         backend,
         return_attention,
-        window_size=window_size,
-        shift_size=shift_size,
-        scale=scale,
-        table_window=table_window,
-        pad_order=pad_order,
-        pad_before=pad_before,
-        periodic=periodic,
-        mask_value=mask_value,
-        dropout_p=dropout_p,
-        grid=grid,
+        {
+            "window_size": window_size,
+            "shift_size": shift_size,
+            "scale": scale,
+            "table_window": table_window,
+            "pad_order": pad_order,
+            "pad_before": pad_before,
+            "periodic": periodic,
+            "mask_value": mask_value,
+            "dropout_p": dropout_p,
+            "grid": grid,
+        },
     )
 
 
@@ -412,14 +411,16 @@ def window_attention(
         generator,
         backend,
         return_attention,
-        window_size=window_size,
-        shift_size=shift_size,
-        scale=scale,
-        table_window=table_window,
-        pad_order=pad_order,
-        pad_before=pad_before,
-        periodic=periodic,
-        mask_value=mask_value,
-        dropout_p=dropout_p,
-        grid=grid,
+        {
+            "window_size": window_size,
+            "shift_size": shift_size,
+            "scale": scale,
+            "table_window": table_window,
+            "pad_order": pad_order,
+            "pad_before": pad_before,
+            "periodic": periodic,
+            "mask_value": mask_value,
+            "dropout_p": dropout_p,
+            "grid": grid,
+        },
     )
