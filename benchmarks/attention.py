@@ -22,7 +22,7 @@ from swinkernels import reference
 from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase, judge_window_attention, run_case
 
-OURS = tuple(name for name in _backends.BACKENDS if name != "reference")
+OURS = tuple(name for name in _backends.BACKENDS if name not in _backends.PLAIN)
 PEERS = ("eager", "sdpa", "eager-compiled", "sdpa-compiled", "flex-compiled", "cuequivariance")
 CONTESTANTS = (*OURS, "reference", *PEERS)
 COMPILED = tuple(name for name in PEERS if name.endswith("-compiled"))

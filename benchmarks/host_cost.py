@@ -137,7 +137,7 @@ def _cannot_run(case: WindowAttentionCase, dtype: torch.dtype, device: torch.dev
 
 def backends(device: torch.device) -> list[str]:
     """Ours that run on the device."""
-    names = [b for b in _backends.BACKENDS if b != "reference" and (b == "cpu") == (device.type == "cpu")]
+    names = [b for b in _backends.BACKENDS if b not in _backends.PLAIN and (b == "cpu") == (device.type == "cpu")]
     return [b for b in names if _backends.unavailable(b) is None]
 
 
@@ -172,7 +172,9 @@ def rows(device: torch.device, dtype: torch.dtype, backend: str) -> list[dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", choices=[b for b in _backends.BACKENDS if b != "reference"], help="default: all")
+    parser.add_argument(
+        "--backend", choices=[b for b in _backends.BACKENDS if b not in _backends.PLAIN], help="default: all"
+    )
     parser.add_argument("--dtype", choices=contest.DTYPES, default="bfloat16")
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--out", type=Path, help="folder for host_cost.csv")

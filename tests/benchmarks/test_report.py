@@ -119,7 +119,7 @@ def test_a_missing_package_is_named_with_the_others(tmp_path: Path) -> None:
     (tmp_path / "tabulate.py").write_text("raise ModuleNotFoundError(\"No module named 'tabulate'\", name='tabulate')")
     command = [sys.executable, "-m", "benchmarks", "ops"]
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=record.ROOT, env=environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=commit.ROOT, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == (
         "The benchmarks need matplotlib, rich and tabulate (No module named 'tabulate'): "
