@@ -229,7 +229,7 @@ def _from_bits(x: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_90"])
 def test_what_is_executed_is_attention(arch: str) -> None:
     """The code that is counted, run on numbers, gives the reference's output and gradients: so no path is made up."""
@@ -256,7 +256,7 @@ def test_what_is_executed_is_attention(arch: str) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"])
 def test_kernels_have_not_grown(arch: str) -> None:
     """``python -m benchmarks.instructions --update`` states a growth that is wanted."""
     if arch not in architectures():

@@ -194,7 +194,7 @@ SOURCES = sources(ROOT)
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_source_spills_on_any_architecture(arch: str, source: Path) -> None:
@@ -255,7 +255,7 @@ def measure_build(arch: str, folder: Path) -> dict[str, str]:
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_the_hot_sources_stay_within_the_budget_of_the_build(arch: str, tmp_path: Path) -> None:
     with BUDGET_CSV.open(newline="") as file:
