@@ -44,6 +44,11 @@ def _index(value: Any) -> int | None:
         return None
 
 
+def _is_symbolic_or_int(value: Any) -> bool:
+    """Whether a size may stay as it is: a compiler's symbolic int is no constant of its code then."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def per_axis_ints(op: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
     if type(value) is int:  # the usual case, at a fraction of the time
         return (operator.index(value),) * rank
@@ -141,7 +146,7 @@ def check_separate(op: str, q: Any, k: Any, v: Any, num_heads: Any) -> None:
 
 def check_count(op: str, name: str, value: Any, *, at_least: int = 1) -> int:
     """A number of things."""
-    count = _index(value)
+    count = value if _is_symbolic_or_int(value) else _index(value)
     if count is None:
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
     if count < at_least:
@@ -182,7 +187,7 @@ def check_windows(op: str, windows: Any, size: Sequence[int], window: Sequence[i
 def check_size(op: str, size: Any) -> tuple[int, ...]:
     """The tokens of a map per axis."""
     given = size if isinstance(size, (tuple, list, torch.Size)) else [None]
-    tokens: list[Any] = [s if isinstance(s, torch.SymInt) else _index(s) for s in given]
+    tokens: list[Any] = [s if _is_symbolic_or_int(s) else _index(s) for s in given]
     counts = tuple(s for s in tokens if s is not None)
     if len(counts) != len(tokens):
         raise TypeError(f"{op}: size must be the tokens of the map per axis, (H, W) or (D, H, W), got {size!r}")

@@ -73,7 +73,7 @@ FAULTS = {
     ),
     "cuda-pad-rows-of-half-a-warp": Fault(
         _ATTENTION + "bwd_common.cuh",
-        "(pad1 ? x[n][2 + e] : 0.0f)",
+        "(is_pad[1] ? x[n][2 + e] : 0.0f)",
         "0.0f",
         _IN_ATTENTION + "test_geometry[nearly all pads]",
     ),

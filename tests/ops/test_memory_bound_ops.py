@@ -617,7 +617,7 @@ def test_backend_that_cannot_run(case, backend):
         case.outputs(case.leaves(torch.float32), backend=backend)
     message = str(caught.value)
     assert message.startswith(f"{case.op}: backend='{backend}' cannot run this call: ")
-    assert message.endswith("Use backend='auto', which takes 'reference' here.")
+    assert message.endswith("Use backend='auto', which takes 'torch' here.")
     if backend not in backends_of(case):
         assert "it does not implement" in message
     else:
