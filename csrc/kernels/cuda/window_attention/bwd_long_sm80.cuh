@@ -176,7 +176,6 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
   const WarpPlace whole_place = WarpPlace::of(args, warp, all_steps);
   const BlockShare share = BlockShare::of(args);
   const int head = share.head;
-  const float factor2 = args.scale * kLog2E;
   const LongTokens tokens = LongTokens::of(smem.tokens, LongTokens::terms_of(args.layout), 16 * all_steps + rows);
   const auto lane_offsets = LaneOffsets<Tile>::of();
   const LocatedTile<Tile> q{smem.q, lane_offsets}, dout{smem.dout, lane_offsets}, k{smem.k, lane_offsets},
@@ -247,6 +246,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
 
       float p[kMostSteps][2][4] = {}, dp[kMostSteps][2][4] = {};
       {
+        const float factor2 = args.scale * kLog2E;
         RowFragments<T, Traits::kHeadDim> fragments;
         fragments.load(q, place.row0());
 #pragma unroll
@@ -262,7 +262,14 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
             p[step][j][2] = fmaf(p[step][j][2], factor2, bias.z);
             p[step][j][3] = fmaf(p[step][j][3], factor2, bias.w);
           }
-          if (mixed) mask_regions(p[step], row_region, tokens.region + key, args.mask2);
+          if (mixed) {
+            if constexpr (kHasNarrowRange<T>) {  // its exponent takes the register of a region
+              const int32_t* const own_region = tokens.region + first + whole_place.again().row0() + g;
+              row_region[0] = own_region[0];
+              row_region[1] = own_region[8];
+            }
+            mask_regions(p[step], row_region, tokens.region + key, args.mask2);
+          }
           to_probabilities(p[step], lse2);
         }
       }
