@@ -577,7 +577,8 @@ def test_lse(library):
     offset = (token // 4)[:, None] - (token // 4) + 3, (token % 4)[:, None] - token % 4 + 3
     bias = inputs["bias_table"].double()[offset[0] * 7 + offset[1]].permute(2, 0, 1)
     expected = torch.logsumexp(q @ k.mT / math.sqrt(16) + bias, -1)
-    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=2e-5)
+    # The sum of probabilities is that of the rounded ones, by which the output is divided.
+    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=torch.finfo(torch.float16).eps / 2)
 
 
 def test_empty_batch(library):
@@ -610,7 +611,7 @@ def test_what_has_no_kernel_is_refused(library, case):
 
 @pytest.mark.slow
 def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> None:
-    """Windows of one token: out is v and dv is dout, exactly, so a window that is met twice or never is seen."""
+    """Windows of one token: out is v, and dv is dout but for rounding, so a window met twice or never is seen."""
     images, size = 3, (148, 149)
     generator = torch.Generator().manual_seed(0)
     qkv, dout = (torch.randn(images, *size, c, generator=generator).bfloat16() for c in (96, 32))
@@ -620,9 +621,11 @@ def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> N
     q, k, v = qkv.chunk(3, dim=-1)
     dq, dk, dv = got["dqkv"].reshape(qkv.shape).chunk(3, dim=-1)
     assert torch.equal(got["out"].reshape(v.shape), v)
-    assert torch.equal(dv, dout)
-    # The probability is one but for the rounding of lse, so these would be zero.
-    for name, x in (("dq", dq), ("dk", dk), ("dbias_table", got["dbias_table"])):
-        assert x.abs().max() < 1e-2, name
+    # The probability is one but for the rounding of lse, so that these would be dout and zero.
+    torch.testing.assert_close(dv, dout, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+    most = torch.finfo(torch.bfloat16).eps * (dout.double() * v.double()).sum(-1).abs().max()
+    for name, x, factor in (("dq", dq, k), ("dk", dk, q)):
+        assert x.abs().max() <= most * factor.abs().max() * 32**-0.5, name
+    assert got["dbias_table"].abs().max() <= most * images * math.prod(size), "dbias_table"
     lse = (q.double() * k.double()).sum(-1) * 32**-0.5
-    torch.testing.assert_close(got["lse"].flatten().double(), lse.flatten(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got["lse"].flatten().double(), lse.flatten(), rtol=1e-4, atol=2**-8)

@@ -82,7 +82,8 @@ def test_hot_kernels_fit_gpus_with_less_shared_memory_or_are_refused(run) -> Non
     assert {arch for *_, arch in blocks} == {*fit.ROOMS}
     assert {case.rpartition(" ")[0] for case, *_ in blocks} == {*fit.HOT}
     for line in blocks.values():
-        assert line["value"] >= 1 or "refused, and taken by Triton" in line["detail"]
+        others = ("refused, and taken by Triton", "left to the general kernel of long windows")
+        assert line["value"] >= 1 or line["detail"].endswith(others)
     assert all(line["value"] >= 1 for (*_, arch), line in blocks.items() if arch == "sm_90")
 
 
