@@ -1,4 +1,4 @@
-// WindowSpec: a window-attention call without its tensors, as swinkernels/ops/window_spec.py writes it on the wire.
+// WindowSpec: a window-attention call without its tensors, as swinkernels/window_spec.py writes it on the wire.
 #pragma once
 
 #include <array>

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swinkernels.ops._arguments import frame_size
-from swinkernels.ops._library import Found, linear
+from swinkernels.ops._library import Found, is_plain, linear
 
 # From this many tokens of a window a CPU's scaled_dot_product_attention is faster than products and a softmax.
 _LONG_WINDOW = 128
@@ -122,8 +122,8 @@ _KEPT = Found(64)
 
 
 def _kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
-    """A small tensor that depends on the geometry alone, made once. A compiler makes it in its code."""
-    if torch.compiler.is_compiling():
+    """A small tensor that depends on the geometry alone, made once; anew for compilers, modes and transforms."""
+    if not is_plain(()):  # a fake tensor, for one, is of no use to the next call
         return make()
     value = _KEPT.get(key)
     if value is None:

@@ -186,3 +186,16 @@ def test_auto_takes_it_where_no_kernel_runs(device, monkeypatch):
     assert swinkernels.layer_norm(x).shape == x.shape
     merged = swinkernels.patch_merging(x, None, None, torch.zeros(5, 48, dtype=x.dtype, device=device))
     assert merged.shape == (2, 4, 4, 5)
+
+
+def test_nothing_fake_is_kept_for_later_calls():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def call() -> torch.Tensor:
+        qkv, table = torch.ones(1, 8, 8, 12), torch.ones(49, 2)
+        arguments = {"num_heads": 2, "window_size": 4, "shift_size": 2}
+        return swinkernels.window_attention_qkvpacked(qkv, table, **arguments, backend="torch")
+
+    with FakeTensorMode():
+        assert call().shape == (1, 8, 8, 4)
+    torch.testing.assert_close(call(), torch.ones(1, 8, 8, 4))
