@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "build_facts.h"  // SWINKERNELS_NAMESPACE
 #include "checks.h"
 #include "geometry.h"
 #ifndef SWINKERNELS_WITHOUT_CPU
@@ -253,7 +254,7 @@ Tensor sum(const OptionalTensor& gradient, const Tensor& x) {
   return gradient ? *gradient : new_empty(x, {0}, ScalarType::Float);
 }
 
-// The ops, with the argument lists of the schemas in swinkernels/ops/window_attention.py.
+// The ops, with the argument lists of schemas.cpp.
 template <class Backend>
 std::tuple<Tensor, Tensor> qkvpacked_fwd(Tensor qkv, OptionalTensor bias_table, OptionalTensor bias,
                                          OptionalTensor logit_scale, OptionalTensor pad_qkv, OptionalTensor region_map,
@@ -308,14 +309,13 @@ void implement(Library& m) {
 #ifndef SWINKERNELS_WITHOUT_CPU
 std::string cpu_instruction_set() { return cpu::instruction_set(); }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(swinkernels, m) { m.def("cpu_instruction_set() -> str"); }
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
 }
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, CPU, m) { implement<CpuBackend>(m); }
+STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, CPU, m) { implement<CpuBackend>(m); }
 #endif
 #ifdef SWINKERNELS_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, SWINKERNELS_CUDA_KEY, m) { implement<CudaBackend>(m); }
+STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, SWINKERNELS_CUDA_KEY, m) { implement<CudaBackend>(m); }
 #endif
 
 }  // namespace

@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-lib = torch.library.Library("swinkernels", "DEF")
+from swinkernels._extension import ops
+from swinkernels._namespace import NAMESPACE
+
+lib = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(schema: str) -> None:
+    """Define an op, unless the compiled library did so with the same schema (csrc/bindings/schemas.cpp)."""
+    if not torch._C._jit_get_schemas_for_operator(f"{NAMESPACE}::{schema.partition('(')[0]}"):
+        lib.define(schema)
+
 
 # Read once: torch 2.11 cannot trace the question whether a kind of device has autocast.
 _AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
@@ -148,7 +158,7 @@ def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs if isinstance(x, Tensor)):
         raise NotImplementedError(
-            f"swinkernels::{name} has no forward-mode derivative (jvp): use backend='reference', or reverse mode"
+            f"{NAMESPACE}::{name} has no forward-mode derivative (jvp): use backend='reference', or reverse mode"
         )
 
 
@@ -168,7 +178,7 @@ class Differentiable:
     """
 
     def __init__(self, name: str, setup_context: Callable, backward: Callable) -> None:
-        op = getattr(torch.ops.swinkernels, name).default
+        op = getattr(ops, name).default
         count = _tensor_arguments(op)
 
         class Function(torch.autograd.Function):
@@ -192,7 +202,7 @@ class Differentiable:
         def backward_op(ctx, *gradients):
             return *backward(ctx, *gradients), *(None,) * (len(op._schema.arguments) - count)
 
-        torch.library.register_autograd(f"swinkernels::{name}", backward_op, setup_context=setup_op_context, lib=lib)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward_op, setup_context=setup_op_context, lib=lib)
 
     def __call__(self, *inputs: Any) -> Any:
         tensors = inputs[: self._count]
@@ -233,7 +243,7 @@ def register(name: str, fake: Callable, setup_context: Callable, backward: Calla
         setup_context: (ctx, tensors, others, output), where the op's arguments are its tensors and then the others.
         backward: (ctx, *gradients) -> the gradients of the tensors.
     """
-    torch.library.register_fake(f"swinkernels::{name}", fake, lib=lib)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
     return Differentiable(name, setup_context, backward)
 
 
@@ -247,9 +257,9 @@ def register_derivative(name: str, fake: Callable, of: str) -> Callable:
             f"{of}: a second derivative is only in the reference: use backend='reference' for double backward"
         )
 
-    torch.library.register_fake(f"swinkernels::{name}", fake, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{name}", refuse, lib=lib)
-    op = getattr(torch.ops.swinkernels, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=lib)
+    op = getattr(ops, name).default
 
     def call(tensors, others):
         if torch.is_grad_enabled() or not is_plain(tensors):  # with create_graph=True gradients are on

@@ -26,8 +26,8 @@ from swinkernels.ops._library import (
     autocast_dtype,
     call_key,
     constant_when_compiled,
+    define,
     is_plain,
-    lib,
     parameter_gradients,
     register,
     register_derivative,
@@ -56,9 +56,9 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
     gradients = ", ".join(f"Tensor d{m}" for m in maps)
     fwd, bwd = f"{name}_fwd{suffix}", f"{name}_bwd{suffix}"
     # lse is empty where the spec says that it is not needed.
-    lib.define(f"{fwd}({inputs}, {_TABLES}, {_SPEC}) -> (Tensor out, Tensor lse)")
+    define(f"{fwd}({inputs}, {_TABLES}, {_SPEC}) -> (Tensor out, Tensor lse)")
     # Bit i of wanted asks for the gradient of table i of _DIFFERENTIABLE; one that is not wanted is empty.
-    lib.define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_SPEC}, int wanted) -> ({gradients}, {_SUMS})")
+    define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_SPEC}, int wanted) -> ({gradients}, {_SUMS})")
 
     def fake_fwd(*args):
         x, spec = args[0], WindowSpec.parse(args[-4], *_UNKNOWN)
