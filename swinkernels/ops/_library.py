@@ -194,7 +194,10 @@ class Differentiable:
             def backward(ctx, *gradients):
                 return *backward(ctx, *gradients), None
 
-        self._name, self._op, self._count, self._apply = name, op, count, Function.apply
+        # What a caller that knows its tensors to be plain calls: apply if a gradient may be asked for, else overload
+        # below autograd.
+        self.apply, self.overload = Function.apply, op
+        self._name, self._count = name, count
 
         def setup_op_context(ctx, inputs, output):
             setup_context(ctx, inputs[:count], inputs[count:], output)
@@ -205,24 +208,14 @@ class Differentiable:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward_op, setup_context=setup_op_context, lib=lib)
 
     def __call__(self, *inputs: Any) -> Any:
-        tensors = inputs[: self._count]
-        if is_plain(tensors):
-            return self.plain(tensors, inputs[self._count :])
-        _refuse_tangents(self._name, tensors)
-        return self._op(*inputs)
-
-    def plain(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
-        """The same where the tensors are known to be plain."""
-        return self.record(tensors, others) if any_requires_grad(tensors) else self.run(tensors, others)
-
-    def record(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
-        """The same where a gradient may be asked for."""
-        return self._apply(*tensors, others)
-
-    def run(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
-        """The same where none will be."""
+        tensors, others = inputs[: self._count], inputs[self._count :]
+        if not is_plain(tensors):
+            _refuse_tangents(self._name, tensors)
+            return self.overload(*inputs)
+        if any_requires_grad(tensors):
+            return self.apply(*tensors, others)
         with torch._C._AutoDispatchBelowAutograd():
-            return self._op(*tensors, *others)
+            return self.overload(*inputs)
 
 
 def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:

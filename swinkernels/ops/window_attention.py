@@ -259,8 +259,9 @@ def _attend(
     if plain:
         tensors = maps + tables
         if any_requires_grad(tensors):
-            return plan.op.record(tensors, plan.others[2 | tf32])[0]
-        return plan.op.run(tensors, plan.others[tf32])[0]
+            return plan.op.apply(*tensors, plan.others[2 | tf32])[0]
+        with torch._C._AutoDispatchBelowAutograd():
+            return plan.op.overload(*tensors, *plan.others[tf32])[0]
     # Transforms and modes wrap tensors, so outside of a compiler a backward pass may always follow.
     needs_lse = not torch.compiler.is_dynamo_compiling() or any_requires_grad(maps + tables)
     wire = plan.spec.wire(allow_tf32=tf32, needs_lse=needs_lse)
