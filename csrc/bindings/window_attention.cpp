@@ -80,22 +80,11 @@ struct Tables {
 // Everything but the data: x (B, *S, ..., num_heads, head_dim) with S of `rank` axes.
 void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const WindowSpec& spec) {
   p.dtype = dtype_of(x);
-  p.allow_tf32 = spec.allow_tf32;
   p.batch = x.size(0);
   p.num_heads = static_cast<int32_t>(x.size(x.dim() - 2));
   p.head_dim = static_cast<int32_t>(x.size(x.dim() - 1));
-  p.scale = static_cast<float>(spec.scale);
-  p.mask_value = static_cast<float>(spec.mask_value);
-  p.dropout_p = static_cast<float>(spec.dropout_p);
   const std::vector<int64_t> shape = sizes(x, 1 + rank);
-  WindowGeometry& g = p.geometry;
-  static_cast<FrameGeometry&>(g) = frame_geometry({shape.begin() + 1, shape.end()}, spec.window_size, spec.shift_size,
-                                                  spec.pad_before, spec.roll_then_pad);
-  for (int64_t i = 0; i < 3; ++i) {
-    g.table_window[i] = static_cast<int32_t>(spec.table_window[i]);
-    g.periodic[i] = spec.periodic[i] != 0;
-  }
-  g.grid = spec.grid;
+  spec.fill(p, {shape.begin() + 1, shape.end()});
 }
 
 // The tables, made contiguous in place: the caller keeps them alive.

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from swinkernels import reference
-from swinkernels.ops import _arguments, fallback
+from swinkernels.ops import _arguments, _backends, fallback
 from swinkernels.ops._arguments import Ints
-from swinkernels.ops._backends import PLAIN, choose, window_attention_reasons
+from swinkernels.ops._backends import PLAIN, choose
 from swinkernels.ops._library import (
     Differentiable,
     Found,
@@ -117,6 +117,20 @@ def spec_of(
     spec = _arguments.make_window_spec(op, len(size), head_dim, tables=tables, **arguments)
     _arguments.check_window_call(op, spec, tokens, size, num_heads, head_dim, tables)
     return spec
+
+
+def window_attention_reasons(
+    backend: str, spec: WindowSpec, dtype: torch.dtype, device: torch.device, return_attention: bool = False
+) -> list[str]:
+    """The reasons why a backend cannot run a call; empty if it can."""
+    if backend in PLAIN:
+        return []
+    reasons = _backends._reasons(backend, "window_attention", device) + _backends._dtype_reasons(backend, dtype)
+    if spec.dropout_p > 0.0 and backend == "cpu":
+        reasons.append("it does not implement dropout_p")
+    if return_attention:
+        reasons.append("it does not return the attention weights (return_attention)")
+    return reasons + _backends.window_volume_reasons(backend, spec.volume, device)
 
 
 class _Plan(NamedTuple):
