@@ -161,8 +161,9 @@ struct WindowAttention {
                                             OptionalTensor region_map, OptionalTensor dropout_seed, std::string wire,
                                             double scale, double mask_value, double dropout_p) {
     const WindowSpec spec(wire, scale, mask_value, dropout_p);
-    std::vector<Tensor> xs{maps...};
-    Tables tables{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
+    std::vector<Tensor> xs{std::move(maps)...};
+    Tables tables{std::move(bias_table), std::move(bias),       std::move(logit_scale),
+                  std::move(pad_qkv),    std::move(region_map), std::move(dropout_seed)};
     const Backend backend(xs[0]);
     const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
     for (Tensor& x : xs) x = readable(x, alignment);
@@ -190,8 +191,9 @@ struct WindowAttention {
                             OptionalTensor dropout_seed, std::string wire, double scale, double mask_value,
                             double dropout_p, int64_t wanted) {
     const WindowSpec spec(wire, scale, mask_value, dropout_p);
-    std::vector<Tensor> xs{maps...};
-    Tables tables{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
+    std::vector<Tensor> xs{std::move(maps)...};
+    Tables tables{std::move(bias_table), std::move(bias),       std::move(logit_scale),
+                  std::move(pad_qkv),    std::move(region_map), std::move(dropout_seed)};
     const Backend backend(xs[0]);
     const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
     for (Tensor& x : xs) x = readable(x, alignment);

@@ -192,6 +192,7 @@ def _make_plan(
     wide = [t for t in (tables[name] for name in ("bias_table", "bias", "logit_scale")) if t is not None]
     # A compiler keeps what a pad token holds: whether there are any would be a guard on the size of the map.
     reads_pads = not plain or _arguments.frame_size(size, spec.window_size) != tuple(size)
+    any_shape = backend in ("cpu", "cuda")  # their bindings read a table in any shape of its size
     switches = [(tf32, lse) for lse in (False, True) for tf32 in (False, True)] if plain else []
     return _Plan(
         backend=backend,
@@ -203,9 +204,9 @@ def _make_plan(
         op=None if backend in PLAIN else _FORWARD[form, "_triton" if backend == "triton" else ""],
         reads_pads=reads_pads,
         fits=all(t.dtype == torch.float32 for t in wide)
-        and (pad_qkv is None or not reads_pads or (pad_qkv.dtype == dtype and pad_qkv.dim() == 3))
-        and (region_map is None or (region_map.dtype == torch.int32 and region_map.dim() == 3))
-        and (tables["logit_scale"] is None or tables["logit_scale"].dim() == 1)
+        and (pad_qkv is None or not reads_pads or (pad_qkv.dtype == dtype and (any_shape or pad_qkv.dim() == 3)))
+        and (region_map is None or (region_map.dtype == torch.int32 and (any_shape or region_map.dim() == 3)))
+        and (tables["logit_scale"] is None or any_shape or tables["logit_scale"].dim() == 1)
         and spec.dropout_p == 0.0,
         asks_for_tf32=x.is_cuda and dtype == torch.float32,
     )
