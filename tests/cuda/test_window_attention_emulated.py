@@ -194,9 +194,10 @@ def test_1024_tokens_in_float32(library):
     _check(library, LONG["1024 tokens"], "float32")
 
 
+@pytest.mark.parametrize("arithmetic", ["float16", "float32"])  # each dtype has kernels of its own
 @pytest.mark.parametrize("name", GEOMETRY)
-def test_geometry(library, name):
-    _check(library, GEOMETRY[name], "float16")
+def test_geometry(library, name, arithmetic):
+    _check(library, GEOMETRY[name], arithmetic)
 
 
 @pytest.mark.parametrize("seed", range(3))

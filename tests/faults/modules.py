@@ -10,7 +10,7 @@ FAULTS = {
     "ops-dropout-on-the-cpu": Fault(
         "swinkernels/ops/_backends.py",
         'if spec.dropout_p > 0.0 and backend == "cpu":',
-        'if args.dropout_p > 1.0 and backend == "cpu":',
+        'if spec.dropout_p > 1.0 and backend == "cpu":',
         "tests/ops/test_window_attention.py::test_backend_says_by_name_what_it_lacks",
     ),
     "nn-drop-path-not-scaled": Fault(
@@ -77,7 +77,7 @@ FAULTS = {
         _ADAPTERS + "copies/block.py",
         "return differs(block.attn_mask, expected)",
         "return False",
-        "tests/adapters/test_copied_blocks.py::test_another_mask_than_the_standard_one",
+        "tests/adapters/test_copied_blocks.py::test_a_mask_or_geometry_that_is_put_there_later",
     ),
     "adapters-any-position-index": Fault(
         _ADAPTERS + "masks.py",
