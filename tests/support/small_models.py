@@ -1,0 +1,218 @@
+"""A small model of every family that accelerate supports, in float64 and evaluation mode, and an input for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.support import published_forms as forms
+from tests.support.parity import randomise
+
+SWIN = {"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4, "drop_path_rate": 0.0}
+
+
+class Outputs(nn.Module):
+    """The tensors that a model of transformers returns first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.model(x)
+        return next(v for v in (out if isinstance(out, tuple) else out.values()) if isinstance(v, Tensor))
+
+
+class Last(nn.Module):
+    """The last map of a backbone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[-1]
+
+
+class Clap(nn.Module):
+    """Layers and merging of CLAP's audio encoder, whose own input is a spectrogram of a fixed size."""
+
+    def __init__(self, config: Any, layer: Any, merging: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer(config, 8, (8, 8), 2, 0.0, shift) for shift in (0, 2))
+        self.merging = merging(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[1:-1]
+        x = x.flatten(1, 2)
+        for layer in self.layers:
+            x = layer(x, size, False)[0]
+        return self.merging(x, size)
+
+
+class Copies(nn.Module):
+    """Two blocks of a published form, the second one shifted, with all that their model hands them."""
+
+    def __init__(self, make: Callable[[int], nn.Module], hand: Callable[[nn.Module, Tensor], tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(make(shift) for shift in (0, 2))
+        self.hand = hand
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, *self.hand(block, x))
+        return x
+
+
+def _hand_nothing(block: Any, x: Tensor) -> tuple[Any, ...]:
+    return ()
+
+
+def _hand_size(block: Any, x: Tensor) -> tuple[Any, ...]:
+    return ((8, 12),)
+
+
+def _hand_mask(block: Any, x: Tensor) -> tuple[Any, ...]:
+    block.H, block.W = 7, 9
+    return (forms.make_mask((8, 12), (4, 4), (2, 2)).to(x),)
+
+
+def _hand_mask_of_video(block: Any, x: Tensor) -> tuple[Any, ...]:
+    return (forms.make_mask((4, 8, 8), (2, 4, 4), (1, 2, 2)).to(x),)
+
+
+def _hand_index(block: Any, x: Tensor) -> tuple[Any, ...]:
+    index = forms.WindowAttention(3, (4, 4), 1).relative_position_index
+    return (8, 12), index, forms.make_mask((8, 12), (4, 4), (2, 2)).to(x)
+
+
+def _video_block(shift: int) -> nn.Module:
+    return forms.VideoBlock(12, 3, shift_size=(shift // 2, shift, shift))
+
+
+def _timm(version: str) -> nn.Module:
+    import timm
+
+    kind = {"1": "SwinTransformer", "2": "SwinTransformerV2", "2-cr": "SwinTransformerV2Cr"}[version]
+    options = {key: value for key, value in SWIN.items() if key != "drop_path_rate" or version != "2-cr"}
+    return getattr(timm.models, kind)(img_size=(18, 24), patch_size=2, num_classes=3, **options)
+
+
+def _timm_maxvit() -> nn.Module:
+    from timm.models.maxxvit import MaxxVitTransformerCfg, PartitionAttentionCl
+
+    cfg = MaxxVitTransformerCfg(window_size=(3, 5), grid_size=(3, 5), dim_head=8)
+    return nn.Sequential(*(PartitionAttentionCl(16, partition, cfg) for partition in ("block", "grid")))
+
+
+def _timm_vit() -> nn.Module:
+    from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+
+    return VisionTransformerRelPos(
+        img_size=(24, 40), patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3, init_values=0.7,
+        rel_pos_type="bias",
+    )  # fmt: skip
+
+
+def _torchvision(version: int) -> nn.Module:
+    from torchvision.models import swin_transformer as tv
+
+    options: dict[str, Any] = {"stochastic_depth_prob": 0.0, "num_classes": 3}
+    if version == 2:
+        options |= {"block": tv.SwinTransformerBlockV2, "downsample_layer": tv.PatchMergingV2}
+    return tv.SwinTransformer([2, 2], 8, [2, 1], [1, 2], [4, 4], **options)
+
+
+def _transformers(name: str, **options: Any) -> nn.Module:
+    import transformers
+
+    settings = {**SWIN, "depths": [2, 1], "num_heads": [1, 2], "image_size": 16, "patch_size": 2, **options}
+    config = getattr(transformers, f"{name}Config")(**settings)
+    kind = "MaskFormerSwinModel" if name == "MaskFormerSwin" else f"{name}Model"
+    model = getattr(transformers, kind, None)
+    if model is None:
+        from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinModel as model
+    return Outputs(model(config))
+
+
+def _clap() -> nn.Module:
+    from transformers.models.clap import modeling_clap
+    from transformers.models.clap.configuration_clap import ClapAudioConfig
+
+    config = ClapAudioConfig(patch_embeds_hidden_size=8, window_size=4)
+    return Clap(config, modeling_clap.ClapAudioLayer, modeling_clap.ClapAudioPatchMerging)
+
+
+def _monai() -> nn.Module:
+    from monai.networks.nets.swin_unetr import SwinTransformer
+
+    return Last(
+        SwinTransformer(1, 12, window_size=(4, 4), patch_size=(2, 2), depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 4),
+                        spatial_dims=2)
+    )  # fmt: skip
+
+
+def _mmpretrain() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of mmcv-lite and mmengine
+        from mmpretrain.models import SwinTransformer
+    arch = {"embed_dims": 8, "depths": [2, 1], "num_heads": [1, 2]}
+    return Last(SwinTransformer(arch, img_size=16, patch_size=2, window_size=4, out_indices=(1,), drop_path_rate=0.0))
+
+
+# Family -> its model, and the shape of its input.
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "timm": (lambda: _timm("1"), (2, 3, 18, 24)),
+    "timm v2": (lambda: _timm("2"), (2, 3, 18, 24)),
+    "timm v2-cr": (lambda: _timm("2-cr"), (2, 3, 18, 24)),
+    "timm MaxViT": (_timm_maxvit, (2, 6, 15, 16)),
+    "timm ViT": (_timm_vit, (2, 3, 24, 40)),
+    "torchvision": (lambda: _torchvision(1), (2, 3, 14, 18)),
+    "torchvision v2": (lambda: _torchvision(2), (2, 3, 14, 18)),
+    "transformers": (lambda: _transformers("Swin"), (2, 3, 18, 14)),
+    "transformers v2": (lambda: _transformers("Swinv2"), (2, 3, 18, 14)),
+    "transformers Donut": (lambda: _transformers("DonutSwin"), (2, 3, 18, 14)),
+    "transformers MaskFormer": (lambda: _transformers("MaskFormerSwin"), (2, 3, 18, 14)),
+    "transformers Swin2SR": (lambda: _transformers("Swin2SR", patch_size=1, num_channels=3), (2, 3, 8, 12)),
+    "transformers CLAP": (_clap, (2, 8, 12, 8)),
+    "MONAI": (_monai, (2, 1, 18, 14)),
+    "mmpretrain": (_mmpretrain, (2, 3, 18, 14)),
+    "copy": (
+        lambda: Copies(lambda shift: forms.ClassificationBlock(12, (8, 12), 3, 4, shift), _hand_nothing), (2, 96, 12)
+    ),
+    "copy v2": (
+        lambda: Copies(lambda shift: forms.ClassificationBlockV2(12, (8, 12), 3, 4, shift), _hand_nothing), (2, 96, 12)
+    ),
+    "copy for restoration": (
+        lambda: Copies(lambda shift: forms.RestorationBlock(12, (8, 12), 3, 4, shift), _hand_size), (2, 96, 12)
+    ),
+    "copy for segmentation": (
+        lambda: Copies(lambda shift: forms.SegmentationBlock(12, 3, 4, shift), _hand_mask), (2, 63, 12)
+    ),
+    "copy for video": (lambda: Copies(_video_block, _hand_mask_of_video), (1, 3, 7, 8, 12)),
+    "copy of maps": (lambda: Copies(lambda shift: forms.MapBlock(12, 3, 4, shift), _hand_nothing), (2, 7, 9, 12)),
+    "copy with attention alone": (
+        lambda: Copies(lambda shift: forms.HybridBlock(12, (8, 12), 3, 4, shift), _hand_index), (2, 96, 12)
+    ),
+}  # fmt: skip
+
+
+def make_model(family: str) -> nn.Module:
+    """Far from its initial state, so that bias, mask, scale, pad tokens and norms all count."""
+    torch.manual_seed(0)
+    model = FAMILIES[family][0]()
+    randomise(model)
+    for name, p in model.named_parameters():
+        if p.dim() == 1 and not bool(p.any()):  # biases, and v2's norms, whose branches start at 0
+            nn.init.normal_(p, mean=float("norm" in name and name.endswith("weight")), std=0.2)
+        if name.endswith("mlp.fc2.bias") and "rel_pos" in name:
+            p.requires_grad_(False)  # softmax takes a constant out: its gradient is rounding
+    return model.double().eval()
+
+
+def make_input(family: str) -> Tensor:
+    return torch.randn(FAMILIES[family][1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
