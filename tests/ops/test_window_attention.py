@@ -18,6 +18,7 @@ from swinkernels.testing import (
     opcheck_forward_and_backward,
     run_case,
 )
+from tests.support.no_gradient import NoGradient
 from tests.support.sweeps import in_turn
 
 FORMS = ("window_attention_qkvpacked", "window_attention")
@@ -156,6 +157,15 @@ def test_only_what_is_wanted_gets_a_gradient(backend):
         out.backward(inputs["dout"])
         assert torch.equal(leaves[wanted].grad, full[f"d{wanted}"])
         assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
+
+
+@needs_cpu
+@pytest.mark.parametrize("op", [swinkernels.window_attention_qkvpacked, separate])
+def test_a_loss_that_hands_no_gradient_on(op):
+    """A backward pass may reach the op without a gradient of its result."""
+    leaves = {k: x.requires_grad_() for k, x in PADDED.inputs(torch.float32).items() if k != "dout"}
+    NoGradient.apply(op(**leaves, **PADDED.arguments(), backend="cpu")).backward()
+    assert all(leaf.grad is None for leaf in leaves.values())
 
 
 @pytest.mark.parametrize(("dynamic", "backend"), in_turn([None, True], ["reference", "cpu"]))
