@@ -119,7 +119,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="a fault, or the beginning of some")
     parser.add_argument("--list", action="store_true", help="name the faults and their tests, and run nothing")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="faults at a time (default: the CPUs)")
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=jobs, help="faults at a time (default: $MAX_JOBS, or the CPUs)")
     arguments = parser.parse_args()
     faults = chosen_faults(arguments.names)
     if arguments.list:
