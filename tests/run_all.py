@@ -2,10 +2,10 @@
 
     python -m tests.run_all [PART...]
 
-A part is a folder of tests/, with its tests that are marked ``long``, or ``faults``: those that the tests have to find.
-Its counts are written to tests/last_full_run.json when it ends. Without names, the parts that have not passed at this
-commit are run, so that a run that was interrupted goes on. All of it takes hours on two cores: it is for the night and
-for a release, and the result is committed.
+A part is a folder of tests/, with its tests that are marked ``long``, or the faults of an area: ``cuda``,
+``faults-cuda``. Its counts are written to tests/last_full_run.json when it ends. Without names, the parts that have not
+passed at this commit are run, so that a run that was interrupted goes on. All of it takes hours on two cores: it is for
+the night and for a release, and the result is committed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from typing import Any
 import torch
 
 from benchmarks import record
+from tests.faults import all_faults
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "tests" / "last_full_run.json"
 FOLDERS = sorted({path.parent.name for path in ROOT.glob("tests/*/test_*.py")})
-PARTS = [*FOLDERS, "faults"]
+AREAS = dict.fromkeys(name.partition("-")[0] for name in all_faults())
+PARTS = [*FOLDERS, *(f"faults-{area}" for area in AREAS)]
 
 
 def run_tests(folder: str) -> dict[str, int]:
@@ -52,9 +54,10 @@ def count(report: ET.Element) -> dict[str, int]:
     return dict(counts)
 
 
-def run_faults() -> dict[str, int]:
-    """How many faults the tests found, and how many they did not."""
-    process = subprocess.Popen([sys.executable, "-m", "tests.faults"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def run_faults(area: str) -> dict[str, int]:
+    """How many faults of an area the tests found, and how many they did not."""
+    command = [sys.executable, "-m", "tests.faults", f"{area}-"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     found = None
     for line in process.stdout:
@@ -78,7 +81,8 @@ def left(commit: str) -> list[str]:
 
 def run(part: str, commit: str) -> dict[str, Any]:
     began = time.time()
-    counts = run_faults() if part == "faults" else run_tests(part)
+    of_faults, _, area = part.partition("-")
+    counts = run_faults(area) if of_faults == "faults" else run_tests(part)
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,

@@ -1,4 +1,4 @@
-"""Faults in the reference, that all kernels are compared with (formulas, masks, geometry), and in how they are judged."""
+"""Faults in the reference, with which all kernels are compared, and in how they are judged."""
 
 from __future__ import annotations
 

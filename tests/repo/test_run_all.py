@@ -28,9 +28,9 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "tests").mkdir()
     monkeypatch.setattr(run_all, "ROOT", tmp_path)
     monkeypatch.setattr(run_all, "RESULT", tmp_path / "tests" / "last_full_run.json")
-    monkeypatch.setattr(run_all, "PARTS", ["cpu", "nn", "ops", "faults"])
+    monkeypatch.setattr(run_all, "PARTS", ["cpu", "nn", "ops", "faults-cpu"])
     monkeypatch.setattr(run_all, "run_tests", run_tests)
-    monkeypatch.setattr(run_all, "run_faults", lambda: run_tests("faults"))
+    monkeypatch.setattr(run_all, "run_faults", lambda area: run_tests(f"faults of {area}"))
     monkeypatch.setattr(run_all.record, "commit", lambda but: {"tests/last_full_run.json": COMMIT}[but])
     return parts
 
@@ -40,9 +40,14 @@ def test_goes_on_where_it_was_interrupted_and_with_what_failed(ran: list[str]) -
         run_all.main([])
     assert list(json.loads(run_all.RESULT.read_text())) == ["cpu", "nn"]
     assert run_all.main([]) == 1
-    assert ran == ["cpu", "nn", "ops", "nn", "ops", "faults"]
+    assert ran == ["cpu", "nn", "ops", "nn", "ops", "faults of cpu"]
     results = json.loads(run_all.RESULT.read_text())
-    assert {part: result["failed"] for part, result in results.items()} == {"cpu": 0, "nn": 2, "ops": 0, "faults": 0}
+    assert {part: result["failed"] for part, result in results.items()} == {
+        "cpu": 0,
+        "nn": 2,
+        "ops": 0,
+        "faults-cpu": 0,
+    }
     assert all(result["commit"] == COMMIT for result in results.values())
 
 
@@ -58,7 +63,7 @@ def test_what_passed_with_other_sources_says_nothing(
 
 
 def test_parts_are_known(ran: list[str]) -> None:
-    with pytest.raises(SystemExit, match="no part is called cuda; there are cpu, nn, ops, faults"):
+    with pytest.raises(SystemExit, match="no part is called cuda; there are cpu, nn, ops, faults-cpu"):
         run_all.main(["cuda"])
     assert ran == []
 
