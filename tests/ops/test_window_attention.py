@@ -243,6 +243,15 @@ def test_kernels_run_where_they_were_built_for(built, capability, runs):
     assert _backends.has_machine_code(built, capability) is runs
 
 
+def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(_backends._extension, "build", {"arch_list": ["8.0", "9.0"]})
+    device = torch.device("cuda", 62)  # no other test asks about it: what was found is kept
+    expected = "built for 8.0 9.0, the GPU is 12.0: build again with TORCH_CUDA_ARCH_LIST unset"
+    assert expected in _backends.gpu_reason("cuda", device)
+    assert _backends.gpu_reason("triton", device) is None
+
+
 @needs_cpu
 def test_transforms_are_right_or_refused():
     inputs = PLAIN.inputs(torch.float32)
