@@ -1,6 +1,7 @@
 """Whole models, short, of the modules of :mod:`swinkernels.nn`, with the parameter names of the published codes."""
 
+from swinkernels.models.checkpoints import Loaded, load_pretrained
 from swinkernels.models.swin_transformer import SwinTransformer
 from swinkernels.models.swin_unet import SwinUnet
 
-__all__ = ["SwinTransformer", "SwinUnet"]
+__all__ = ["Loaded", "SwinTransformer", "SwinUnet", "load_pretrained"]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from swinkernels.models._encoder import check_stages, drop_path_rates, initialise, make_stages, stage_sizes
 from swinkernels.nn import BasicLayer, PatchEmbed
+
+_WITH_THE_LAST = 99999  # timm's word for: in the group of what comes before
+NO_WEIGHT_DECAY = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
 
 
 class SwinTransformer(nn.Module):
@@ -105,6 +110,33 @@ class SwinTransformer(nn.Module):
                 self.add_module(f"norm{i}", nn.LayerNorm(widths[i]))
         self.layers = nn.ModuleList(layers)
         initialise(self)
+
+    def no_weight_decay_keywords(self) -> set[str]:
+        """Parts of the names of parameters that training recipes exempt from weight decay, as Microsoft's asks."""
+        return set(NO_WEIGHT_DECAY)
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of these parameters, as timm asks."""
+        return {name for name, _ in self.named_parameters() if any(word in name for word in NO_WEIGHT_DECAY)}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
+        """The place of a parameter in the model by its name, for learning rates that decay by layers, as timm asks.
+
+        Patch merging goes with the blocks after it, as in timm's models.
+        """
+
+        def place(name: str) -> tuple[float, ...]:
+            match = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
+            if name.startswith("patch_embed."):
+                return (0.0,)
+            if match is None:
+                return (1.0, _WITH_THE_LAST) if name.startswith("norm") and not coarse else (math.inf,)
+            stage, block = int(match[1]), match[2]
+            if coarse:
+                return (1.0, stage + (block is None))
+            return (1.0, stage + 1, 0) if block is None else (1.0, stage, int(block))
+
+        return place
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         x = self.pos_drop(self.patch_embed(x))
