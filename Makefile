@@ -13,6 +13,8 @@ PYTEST_ARGS ?=
 BASE ?= main
 # Which faults, or the beginnings of their names.
 FAULTS ?=
+# Of test-all: the parts to run, whatever was run before.
+PARTS ?=
 # What to measure: arguments of python -m benchmarks.
 BENCH ?= all --quick
 # How many random calls sanitize-cpu makes.
@@ -54,7 +56,7 @@ help:
 	@echo 'make test       the tests; those that need a GPU are skipped where there is none'
 	@echo 'make check      lint, types and the tests of what changed since BASE=$(BASE), for at most a minute'
 	@echo 'make coverage   the lines of the package and of the CPU kernels that no test runs'
-	@echo 'make test-all   all tests and all faults, before a release; writes tests/last_full_run.json'
+	@echo 'make test-all   all tests and all faults, before a release; writes tests/last_full_run.json, from which it goes on'
 	@echo 'make faults     put faults into copies of the sources, each of which a test has to find; FAULTS="cuda-" for some'
 	@echo 'make build      compile csrc/ in place; only what changed. CUDA=1: the CUDA kernels without a GPU, too'
 	@echo 'make docs       the documentation, into site/'
@@ -106,10 +108,10 @@ test: CUDA = 1
 test: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal -m 'not long' $(PYTEST_ARGS)
 
-# Writes tests/last_full_run.json.
+# Writes tests/last_full_run.json, part by part.
 test-all: CUDA = 1
 test-all: $(dev_stamp) build
-	$(in_venv) $(run) -m tests.run_all $(PYTEST_ARGS)
+	$(in_venv) $(run) -m tests.run_all $(PARTS)
 
 faults: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m tests.faults $(FAULTS)

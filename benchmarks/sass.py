@@ -216,9 +216,10 @@ def _run_warp(program: Program, warp: Warp) -> None:
                     break
                 full = bool(group.lanes.all())
             else:
-                warp.active = lanes if mask is None else mask
-                assert step.run is not None
-                step.run(warp, mask)
+                if mask is None or mask.any():  # addresses mean nothing where the predicate switches off all lanes
+                    warp.active = lanes if mask is None else mask
+                    assert step.run is not None
+                    step.run(warp, mask)
                 group.pc += 1
 
 

@@ -1,7 +1,11 @@
-"""Runs everything that there is to run, for minutes by the dozen, and writes down what came out: ``make test-all``.
+"""Runs everything that there is to run, part by part, and writes down what came out: ``make test-all``.
 
-All tests, those marked ``long`` among them, and the faults that they have to find. Before a release, and every night;
-the result is committed with the date and the commit that it is of.
+    python -m tests.run_all [PART...]
+
+A part is a folder of tests/, with its tests that are marked ``long``, or the faults of an area: ``cuda``,
+``faults-cuda``. Its counts are written to tests/last_full_run.json when it ends. Without names, the parts that have not
+passed at this commit are run, so that a run that was interrupted goes on. All of it takes hours on two cores: it is for
+the night and for a release, and the result is committed.
 """
 
 from __future__ import annotations
@@ -18,54 +22,68 @@ import tempfile
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import record
+from tests.faults import all_faults
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "tests" / "last_full_run.json"
+FOLDERS = sorted({path.parent.name for path in ROOT.glob("tests/*/test_*.py")})
+AREAS = dict.fromkeys(name.partition("-")[0] for name in all_faults())
+PARTS = [*FOLDERS, *(f"faults-{area}" for area in AREAS)]
 
 
-def run_tests(arguments: list[str]) -> dict[str, dict[str, int]]:
-    """How many tests of each folder passed, failed and were skipped."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
+def run_tests(folder: str) -> dict[str, int]:
+    """How many tests of a folder passed, failed and were skipped."""
+    with tempfile.TemporaryDirectory() as temporary:
+        report = Path(temporary) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "1"}
-        subprocess.run([*command, f"--junitxml={report}", *arguments], cwd=ROOT, env=environment, check=False)
+        subprocess.run([*command, f"--junitxml={report}", f"tests/{folder}"], cwd=ROOT, env=environment, check=False)
         return count(ET.parse(report).getroot())
 
 
-def count(report: ET.Element) -> dict[str, dict[str, int]]:
-    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+def count(report: ET.Element) -> dict[str, int]:
+    counts: collections.Counter[str] = collections.Counter({"passed": 0, "failed": 0, "skipped": 0})
     for test in report.iter("testcase"):
         outcomes = {"failure": "failed", "error": "failed", "skipped": "skipped"}
-        outcome = next((outcomes[child.tag] for child in test if child.tag in outcomes), "passed")
-        counts[test.get("classname", "").split(".")[1]][outcome] += 1
-    return {folder: dict(sorted(counts[folder].items())) for folder in sorted(counts)}
+        counts[next((outcomes[child.tag] for child in test if child.tag in outcomes), "passed")] += 1
+    return dict(counts)
 
 
-def run_faults() -> dict[str, int]:
-    """How many faults there are, and how many of them the tests found."""
-    process = subprocess.Popen([sys.executable, "-m", "tests.faults"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def run_faults(area: str) -> dict[str, int]:
+    """How many faults of an area the tests found, and how many they did not."""
+    command = [sys.executable, "-m", "tests.faults", f"{area}-"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     found = None
     for line in process.stdout:
         print(line, end="", flush=True)
         found = re.match(r"(\d+) of (\d+) faults found", line) or found
     process.wait()
-    return {"found": int(found[1]), "of": int(found[2])} if found else {"found": 0, "of": 0}
+    return {"passed": int(found[1]), "failed": int(found[2]) - int(found[1])} if found else {"passed": 0, "failed": 1}
 
 
-def main() -> int:
-    began, commit = time.time(), record.commit()
-    tests = run_tests(sys.argv[1:])
-    faults = run_faults()
-    total: collections.Counter[str] = collections.Counter()
-    for counts in tests.values():
-        total.update(counts)
-    result = {
+def recorded() -> dict[str, dict[str, Any]]:
+    """The parts that were run, those that there are no more left out."""
+    results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    return {part: results[part] for part in PARTS if part in results}
+
+
+def left(commit: str) -> list[str]:
+    """The parts that have not passed at this commit. With edits, or without a repository, nothing is known: all."""
+    results = recorded() if re.fullmatch("[0-9a-f]{12}", commit) else {}
+    return [p for p in PARTS if p not in results or results[p]["commit"] != commit or results[p]["failed"]]
+
+
+def run(part: str, commit: str) -> dict[str, Any]:
+    began = time.time()
+    of_faults, _, area = part.partition("-")
+    counts = run_faults(area) if of_faults == "faults" else run_tests(part)
+    return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
         "python": platform.python_version(),
@@ -73,14 +91,23 @@ def main() -> int:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "processors": os.cpu_count(),
         "minutes": round((time.time() - began) / 60, 1),
-        "tests": dict(total),
-        "tests of each folder": tests,
-        "faults": faults,
+        **counts,
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{json.dumps(result['tests'])}, faults {json.dumps(faults)}: see {RESULT.relative_to(ROOT)}, and commit it")
-    return 1 if total["failed"] or not faults["of"] or faults["found"] < faults["of"] else 0
+
+
+def main(names: list[str]) -> int:
+    if unknown := set(names) - set(PARTS):
+        sys.exit(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    commit = record.commit(but=str(RESULT.relative_to(ROOT)))
+    failed = 0
+    for part in names or left(commit):
+        print(f"\n{part}\n", flush=True)
+        results = {**recorded(), part: run(part, commit)}
+        RESULT.write_text(json.dumps({part: results[part] for part in PARTS if part in results}, indent=2) + "\n")
+        failed += results[part]["failed"]
+    print(f"{failed} failed; left at {commit}: {', '.join(left(commit)) or 'nothing'}. See {RESULT}, and commit it.")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

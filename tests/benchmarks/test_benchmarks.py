@@ -18,7 +18,7 @@ from torch import Tensor
 import swinkernels
 from benchmarks import attention, commit, contest, formulas, goals, host_cost, memory_bound, peers, record, shapes
 from benchmarks.peers import KINDS, make_peer
-from benchmarks.timing import Timing, time_on_cpu
+from benchmarks.timing import Ceiling, Timing, time_on_cpu
 from gpu import timing, variants
 from swinkernels import reference
 from swinkernels.ops import _backends
@@ -145,6 +145,16 @@ def test_rows_of_a_run_on_the_cpu(tmp_path: Path) -> None:
     assert len(written) == len(rows)
     assert written[0]["swinkernels"] == swinkernels.__version__
     assert all(written[0][column] for column in ("device", "torch", "commit", "date"))
+
+
+def test_a_wrong_result_has_a_time_but_no_percentage() -> None:
+    known = {"ceiling": Ceiling(1000.0, 1e6), "moved": 10**6, "flops": 10**9, "copy": Timing(500.0, 490.0, 510.0)}
+    right, wrong = (record.row({}, result, 0.5, Timing(2000.0, 1990.0, 2010.0), **known) for result in ("ok", "WRONG"))
+    assert (right["gb_per_s"], right["percent_of_roofline"], right["percent_of_copy"]) == (0.5, 50.0, 25.0)
+    assert {key for key in right if right[key] != wrong[key]} == {
+        "result", "gb_per_s", "percent_of_roofline", "percent_of_copy"
+    }  # fmt: skip
+    assert wrong["gb_per_s"] is wrong["percent_of_roofline"] is wrong["percent_of_copy"] is None
 
 
 def test_one_failing_contestant_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -167,6 +167,15 @@ def test_matrix_products_and_their_copies() -> None:
     assert np.array_equal(out, values[0] @ values[1][:8])
 
 
+def test_what_a_predicate_switches_off_has_no_address() -> None:
+    """It is issued, and counts, but a register that holds anything else is no address then."""
+    block = _block("MOV R1, 0x3eb4d23a\n@!PT STSM.16.M88.4 [R1], R4\n@!PT LDSM.16.M88.4 R4, [R1]\nEXIT")
+    assert block.warps[0].counts.tolist() == [1, 1, 1, 1]
+    assert block.warps[0].passes.tolist() == [0, 0, 0, 0]
+    with pytest.raises(sass.Fault, match="is not aligned"):
+        _block("MOV R1, 0x3eb4d23a\n@PT STSM.16.M88.4 [R1], R4\nEXIT")
+
+
 def test_unknown_instructions_and_addresses_are_refused() -> None:
     with pytest.raises(sass.UnknownInstruction, match=r"FROB.X R0, R1 at 0x0.*executes FROB"):
         _block("FROB.X R0, R1\nEXIT")

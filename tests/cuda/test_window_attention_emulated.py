@@ -18,7 +18,6 @@ from swinkernels.testing import WindowAttentionCase as Case
 from swinkernels.testing import cancelling_terms, check_window_attention, run_case
 from tests import emulation
 from tests.support.philox import kept_weights, philox
-from tests.support.sweeps import in_turn
 
 pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 
@@ -165,22 +164,26 @@ GEOMETRY = {
 }
 
 
-@pytest.mark.parametrize(("case", "arithmetic"), in_turn(WINDOWS, ARITHMETICS))
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("case", WINDOWS, ids=str)
 def test_windows(library, case, arithmetic):
     _check(library, case, arithmetic)
 
 
-@pytest.mark.parametrize(("case", "arithmetic"), in_turn(HEAD_DIMS, ["bfloat16", "float32", "tf32"]))
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32", "tf32"])
+@pytest.mark.parametrize("case", HEAD_DIMS, ids=str)
 def test_head_dims(library, case, arithmetic):
     _check(library, case, arithmetic)
 
 
-@pytest.mark.parametrize(("case", "arithmetic"), in_turn(ODD_HEAD_DIMS, ["bfloat16", "float32"]))
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", ODD_HEAD_DIMS, ids=str)
 def test_any_head_dim(library, case, arithmetic):
     _check(library, case, arithmetic)
 
 
-@pytest.mark.parametrize(("name", "arithmetic"), in_turn(FEATURES, ARITHMETICS))
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("name", FEATURES)
 def test_cosine_attention_and_dense_biases(library, name, arithmetic):
     _check(library, FEATURES[name], arithmetic)
 
@@ -194,9 +197,10 @@ def test_1024_tokens_in_float32(library):
     _check(library, LONG["1024 tokens"], "float32")
 
 
+@pytest.mark.parametrize("arithmetic", ["float16", "float32"])  # each dtype has kernels of its own
 @pytest.mark.parametrize("name", GEOMETRY)
-def test_geometry(library, name):
-    _check(library, GEOMETRY[name], "float16")
+def test_geometry(library, name, arithmetic):
+    _check(library, GEOMETRY[name], arithmetic)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -282,7 +286,8 @@ DROPOUT = {
 }
 
 
-@pytest.mark.parametrize(("name", "arithmetic"), in_turn(DROPOUT, ARITHMETICS))
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("name", DROPOUT)
 def test_dropout(library, name, arithmetic, monkeypatch):
     """The reference with the weights that the kernels' generator keeps, outputs and gradients."""
     case, seed = DROPOUT[name], -(2**62) + 12345
@@ -402,7 +407,8 @@ ANY_SCHEDULE = [
 ]
 
 
-@pytest.mark.parametrize(("case", "arithmetic"), in_turn(ANY_SCHEDULE, ["bfloat16", "tf32", "float32"]))
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32", "float32"])
+@pytest.mark.parametrize("case", ANY_SCHEDULE, ids=str)
 def test_same_bits_whatever_the_schedule(library, case, arithmetic):
     """The threads' order must not matter: a missing barrier, or sums in the order of arrival, would show."""
     dtype = torch.bfloat16 if arithmetic == "bfloat16" else torch.float32

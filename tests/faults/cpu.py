@@ -1,4 +1,4 @@
-"""Faults in the CPU kernels."""
+"""Faults in the CPU kernels, and in what the bindings tell them."""
 
 from __future__ import annotations
 
@@ -49,5 +49,17 @@ FAULTS = {
         "for (int64_t j = i; j < count; ++j) target[j] = tail[j - i];",
         "for (int64_t j = i; j + 1 < count; ++j) target[j] = tail[j - i];",
         _TESTS + "test_head_dims",
+    ),
+    "bindings-heads-of-q-for-all": Fault(
+        "csrc/bindings/window_attention.cpp",
+        "rank(xs[i]), xs[i].stride(xs[i].dim() - 2)",
+        "rank(xs[i]), xs[0].stride(xs[0].dim() - 2)",
+        _TESTS + "test_strides",
+    ),
+    "bindings-tables-as-if-contiguous": Fault(
+        "csrc/bindings/window_attention.cpp",
+        "if (*x && !(*x)->is_contiguous()) *x =",
+        "if (*x && (*x)->is_contiguous()) *x =",
+        _TESTS + "test_strides",
     ),
 }

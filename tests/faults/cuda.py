@@ -8,6 +8,7 @@ _ATTENTION = "csrc/kernels/cuda/window_attention/"
 _LAYER_NORM = "csrc/kernels/cuda/layer_norm/"
 _IN_ATTENTION = "tests/cuda/test_window_attention_emulated.py::"
 _IN_LAYER_NORM = "tests/cuda/test_layer_norm_emulated.py::"
+_IN_LONG = "tests/cuda/test_long_windows_emulated.py::"
 _IN_PARTITION = "tests/cuda/test_window_partition_emulated.py::"
 
 FAULTS = {
@@ -15,19 +16,19 @@ FAULTS = {
         _ATTENTION + "mask.cuh",
         "if (row_region[half] != cols.y)",
         "if (row_region[half] != cols.x)",
-        _IN_ATTENTION + "test_geometry[region map]",
+        _IN_ATTENTION + "test_geometry[region map-float16]",
     ),
     "cuda-bias-of-the-pair-reversed": Fault(
         _ATTENTION + "bias.cuh",
         "bias.data[(row_index[half] - col_index) * bias.stride]",
         "bias.data[(2 * bias.middle - row_index[half] + col_index) * bias.stride]",
-        _IN_ATTENTION + "test_geometry[no shift]",
+        _IN_ATTENTION + "test_geometry[no shift-float16]",
     ),
     "cuda-keys-past-the-window": Fault(
         _ATTENTION + "bias.cuh",
         "< num_tokens ? 0.0f : -INFINITY;",
         "< num_tokens ? 0.0f : -1.0f;",
-        _IN_ATTENTION + "test_geometry[window and shift of two sizes]",
+        _IN_ATTENTION + "test_geometry[window and shift of two sizes-float16]",
     ),
     "cuda-logit-scale-not-clamped": Fault(
         _ATTENTION + "cosine.cuh",
@@ -63,49 +64,49 @@ FAULTS = {
         _ATTENTION + "bwd_sm80.cuh",
         "      delta.add(p, dp);\n      delta.finish();",
         "      delta.add(p, dp);",
-        _IN_ATTENTION + "test_geometry[no shift]",
+        _IN_ATTENTION + "test_geometry[no shift-float16]",
     ),
     "cuda-output-not-rescaled": Fault(
         _ATTENTION + "fwd_sm80.cuh",
         "o[n][e] *= rescale[e / 2];",
         "o[n][e] *= 1.0f;",
-        _IN_ATTENTION + "test_geometry[2D, long window, region map]",
+        _IN_ATTENTION + "test_geometry[2D, long window, region map-float32]",
     ),
     "cuda-pad-rows-of-half-a-warp": Fault(
         _ATTENTION + "bwd_common.cuh",
         "(is_pad[1] ? x[n][2 + e] : 0.0f)",
         "0.0f",
-        _IN_ATTENTION + "test_geometry[nearly all pads]",
+        _IN_ATTENTION + "test_geometry[nearly all pads-float16]",
     ),
-    "cuda-pad-queries-take-part": Fault(
-        _ATTENTION + "bwd_common.cuh",
-        "dout_row == 0 ? INFINITY : args.lse",
-        "dout_row == 1 ? INFINITY : args.lse",
-        _IN_ATTENTION + "test_geometry[pads before]",
+    "cuda-outputs-of-pads-have-rows": Fault(
+        _ATTENTION + "tokens.cuh",
+        "if (map >= 3 || args.pad_qkv == nullptr) return 0;",
+        "if (map >= 4 || args.pad_qkv == nullptr) return 0;",
+        _IN_ATTENTION + "test_geometry[pads before-float32]",
     ),
     "cuda-periodic-axes-are-masked": Fault(
         "csrc/kernels/common/window_address.cuh",
         " && geometry.shift[axis] > 0 && !geometry.periodic[axis];",
         " && geometry.shift[axis] > 0;",
-        _IN_ATTENTION + "test_geometry[periodic axis]",
+        _IN_ATTENTION + "test_geometry[periodic axis-float16]",
     ),
     "cuda-grid-of-the-window": Fault(
         "csrc/kernels/common/window_address.cuh",
         "t * layout.num_windows[axis] + n",
         "t * layout.window[axis] + n",
-        _IN_ATTENTION + "test_geometry[grid]",
+        _IN_ATTENTION + "test_geometry[grid-float32]",
     ),
     "cuda-shift-beyond-the-map": Fault(
         "csrc/kernels/common/frame_layout.cuh",
         "geometry.shift[axis] % geometry.size[axis]",
         "geometry.shift[axis]",
-        _IN_ATTENTION + "test_geometry[map smaller than the shift, rolled first]",
+        _IN_ATTENTION + "test_geometry[map smaller than the shift, rolled first-float16]",
     ),
     "cuda-regions-of-the-queries-for-keys": Fault(
         _ATTENTION + "bwd_bias_sm80.cuh",
         "smem.queries[slot].region + row0, smem.keys[slot].region,",
         "smem.queries[slot].region + row0, smem.queries[slot].region,",
-        _IN_ATTENTION + "test_geometry[2D, long window, region map]",
+        _IN_ATTENTION + "test_geometry[2D, long window, region map-float32]",
     ),
     "cuda-words-of-odd-rows": Fault(
         _ATTENTION + "tokens.cuh",
@@ -123,7 +124,67 @@ FAULTS = {
         _ATTENTION + "fwd_sm80.cuh",
         "ptx::cp_async_wait<kStages - 2>();",
         "ptx::cp_async_wait<kStages - 1>();",
-        _IN_ATTENTION + "test_geometry[many windows]",
+        _IN_ATTENTION + "test_geometry[many windows-float32]",
+    ),
+    "cuda-short-seam-of-the-other-axis": Fault(
+        _ATTENTION + "short16.cuh",
+        "bits.x |= (differ >> 1)",
+        "bits.x |= (differ & 1)",
+        _IN_ATTENTION + "test_short_windows_in_16_bits[seam of x-float16]",
+    ),
+    "cuda-short-rows-past-the-map": Fault(
+        _ATTENTION + "short16.cuh",
+        "row -= row >= height ? height : 0;",
+        "row -= row > height ? height : 0;",
+        _IN_ATTENTION + "test_short_windows_in_16_bits[seams-bfloat16]",
+    ),
+    "cuda-short-sums-out-of-range": Fault(
+        _ATTENTION + "fwd_short16_sm80.cuh",
+        "needs_shift = __any_sync(0xffffffffu, !in_range);",
+        "needs_shift = false;",
+        _IN_ATTENTION + "test_scores_far_from_zero[200.0-dtype0]",
+    ),
+    "cuda-short-next-window-in-the-same-tiles": Fault(
+        _ATTENTION + "fwd_short16_sm80.cuh",
+        "next = copy_window(stage ^ 1, item",
+        "next = copy_window(stage, item",
+        _IN_ATTENTION + "test_any_number_of_multiprocessors[1]",
+    ),
+    "cuda-long-keys-past-the-window": Fault(
+        _ATTENTION + "fwd_long_sm80.cuh",
+        "if (key + 16 > num_tokens) mask_columns",
+        "if (key > num_tokens) mask_columns",
+        _IN_LONG + "test_what_lies_past_the_window_takes_no_part[(9, 9)-torch.float16]",
+    ),
+    "cuda-long-output-not-rescaled": Fault(
+        _ATTENTION + "fwd_long_sm80.cuh",
+        "o[n][2 * half + 1] *= rescale;",
+        "o[n][2 * half + 1] *= 1.0f;",
+        _IN_LONG + "test_scores_far_apart[rising-torch.float16]",
+    ),
+    "cuda-long-sums-out-of-range": Fault(
+        _ATTENTION + "fwd_long_sm80.cuh",
+        "(votes.x | votes.y | votes.z | votes.w) == 0",
+        "(votes.x | votes.y | votes.z | votes.w) >= 0",
+        _IN_LONG + "test_scores_far_apart[rising-torch.bfloat16]",
+    ),
+    "cuda-long-pairs-of-odd-tables": Fault(
+        _ATTENTION + "long_windows.cuh",
+        "has_pairs = window[2] % 2 == 0;",
+        "has_pairs = true;",
+        _IN_LONG + "test_outputs_and_gradients[table of a larger window, odd-torch.float16]",
+    ),
+    "cuda-long-delta-of-half-the-keys": Fault(
+        _ATTENTION + "bwd_long_sm80.cuh",
+        "delta.x[half] += (x.x + x.y) + (x.z + x.w);",
+        "delta.x[half] += x.x + x.y;",
+        _IN_LONG + "test_outputs_and_gradients[24 x 24-torch.bfloat16]",
+    ),
+    "cuda-long-dk-of-two-scales": Fault(
+        _ATTENTION + "bwd_long_sm80.cuh",
+        "multiply(dk, power_of_two(exponent - needed));",
+        "multiply(dk, 1.0f);",
+        _IN_ATTENTION + "test_dscores_beyond_float16",
     ),
     "cuda-layer-norm-slope": Fault(
         _LAYER_NORM + "bwd_sm80.cuh",

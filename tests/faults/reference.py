@@ -1,4 +1,4 @@
-"""Faults in the reference, that all kernels are compared with: formulas, masks, geometry."""
+"""Faults in the reference, with which all kernels are compared, and in how they are judged."""
 
 from __future__ import annotations
 
@@ -49,5 +49,17 @@ FAULTS = {
         "0.044715",
         "0.047715",
         "tests/reference/test_blocks.py::test_mlp_half_without_residual",
+    ),
+    "testing-mean-error-of-one-eps": Fault(
+        "swinkernels/testing.py",
+        "0.75 * eps * _rms(size)",
+        "1.0 * eps * _rms(size)",
+        "tests/ops/test_testing.py::test_one_rounding_passes_and_nine_tenths_of_eps_do_not",
+    ),
+    "testing-largest-error-of-four-eps": Fault(
+        "swinkernels/testing.py",
+        "2 * eps * size.abs()",
+        "4 * eps * size.abs()",
+        "tests/ops/test_testing.py::test_no_element_is_off_by_more_than_two_eps_of_the_largest",
     ),
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import DropPath as TimmDropPath
 from timm.layers import RelPosBias
 from timm.models.swin_transformer import SwinTransformerBlock as TimmBlock
 from timm.models.swin_transformer import SwinTransformerStage as TimmStage
@@ -82,6 +83,14 @@ def test_block_is_microsofts(version, shift, size):
     check(ours, theirs, x, size)
 
 
+def test_block_of_v2_without_a_bias_of_qkv_is_timms():
+    options = {"window_size": 4, "shift_size": 2, "qkv_bias": False}
+    theirs = TimmBlockV2(16, (9, 14), 2, **options)
+    check(
+        sn.SwinTransformerBlockV2(16, (9, 14), 2, pad_order="roll_then_pad", **options), theirs, make_map(2, 9, 14, 16)
+    )
+
+
 def test_attention_of_another_index_is_refused():
     ours = sn.WindowAttention(16, 4, 2)
     state = ours.state_dict()
@@ -109,6 +118,10 @@ def test_stages_of_v2_and_with_upsampling_run_in_both_forms():
         out = layer(x)
         assert out.shape == shape
         torch.testing.assert_close(layer(x.flatten(1, 2), (8, 8)), out.flatten(1, 2))
+
+
+def test_a_stage_hands_its_scale_to_its_blocks():
+    assert [block.attn.scale for block in sn.BasicLayer(16, None, 2, 2, 4, qk_scale=0.7).blocks] == [0.7, 0.7]
 
 
 def test_checkpointing_of_a_stage_changes_nothing():
@@ -167,6 +180,17 @@ def test_drop_path_and_dropout_draw_as_timm():
         results.append(module(x))
     torch.testing.assert_close(results[1], results[0])
     assert not torch.allclose(ours(x), results[0])
+
+
+def test_drop_path_is_timms():
+    y = make_map(20, 3, 16)
+    for rate in (0.0, 0.25, 1.0):
+        ours, theirs = sn.DropPath(rate), TimmDropPath(rate)
+        for training in (True, False):
+            torch.manual_seed(3)
+            expected = theirs.train(training)(y)
+            torch.manual_seed(3)
+            assert torch.equal(ours.train(training)(y), expected)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -229,6 +253,8 @@ def test_windowed_vit_attention_is_that_of_each_window():
         (lambda: sn.SwinTransformerBlock(16, (4, 4, 4), 2, 4), "input_resolution must have the 2 axes"),
         (lambda: sn.BasicLayer(16, None, 2, 2, drop_path=[0.1]), "one for each of the 2 blocks"),
         (lambda: sn.BasicLayer(16, None, 2, 2, downsample_first=True), "downsample_first needs"),
+        (lambda: sn.Attention(15, 2), "Attention: dim must be a multiple of num_heads, got 15 and 2"),
+        (lambda: sn.Attention(16, 2)(torch.zeros(2, 16)), r"must be \(B, \*S, C\) or \(B, L, C\) with C = dim = 16"),
         (lambda: sn.Attention(16, 2, rel_pos=True), "rel_pos=True needs the window_size"),
         (lambda: sn.DropPath(1.5), "drop_prob must be in 0..1"),
         (lambda: sn.WindowAttention(16, 4, 2)(torch.zeros(2, 5, 16), (2, 3)), "must have the L = 6 tokens"),
@@ -238,3 +264,31 @@ def test_windowed_vit_attention_is_that_of_each_window():
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_attention_over_all_tokens_takes_a_tensor():
+    with pytest.raises(TypeError, match="Attention: x must be a tensor, got list"):
+        sn.Attention(16, 2)([1.0])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of the tracing
+def test_tracing_is_refused_in_words_that_help():
+    for module in (sn.SwinTransformerBlock(16, None, 2, 4), sn.Attention(16, 2, window_size=4)):
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record window attention\. Use torch\.export"):
+            torch.jit.trace(module, make_map(1, 4, 4, 16))
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (sn.WindowAttention(16, 4, 2, shift_size=1), "dim=16, window_size=(4, 4), num_heads=2, shift_size=(1, 1), pad"),
+        (sn.SwinTransformerBlock(16, (8, 8), 2, 4), "dim=16, input_resolution=(8, 8), backend='auto'"),
+        (sn.BasicLayerV2(16, None, 2, 2, 4), "dim=16, depth=2, use_checkpoint=False"),
+        (sn.Attention(16, 2, window_size=4), "dim=16, num_heads=2, window_size=(4, 4), backend='auto'"),
+        (sn.Block(16, 2), "dim=16, backend='auto'"),
+        (sn.DropPath(0.25), "drop_prob=0.25"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "",
+)
+def test_repr(module, words):
+    assert words in repr(module).partition("\n  (")[0]

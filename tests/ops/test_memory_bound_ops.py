@@ -28,6 +28,7 @@ from swinkernels.ops import _backends
 from swinkernels.ops.patch_merging import ORDERS, RUNS, _by_neighbour, _row_major_columns
 from swinkernels.reference.patch_merging import ORDERS as REFERENCE_ORDERS
 from swinkernels.reference.patch_merging import neighbours
+from tests.support.no_gradient import NoGradient
 from tests.support.plain_kernels import WITH_TRITON
 from tests.support.side_by_side import draw
 
@@ -234,6 +235,14 @@ def test_gradient_of_one_alone(case, plain_kernels):
             got = case.run({n: t.requires_grad_(n == name) for n, t in leaves.items()}, backend=backend)
             assert [n for n in got if n.startswith("d")] == [f"d{name}"]
             assert_close(got, {n: full[n] for n in got}, 1e-6)
+
+
+@some_cases
+def test_a_loss_that_hands_no_gradient_on(case, plain_kernels):
+    """A backward pass may reach an op without a gradient of any of its results."""
+    leaves = case.leaves(torch.float32)
+    NoGradient.apply(*case.outputs(leaves, backend=backends_of(case)[0])).backward()
+    assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves.values())
 
 
 def test_only_one_result_used(plain_kernels):

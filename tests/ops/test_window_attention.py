@@ -18,6 +18,7 @@ from swinkernels.testing import (
     opcheck_forward_and_backward,
     run_case,
 )
+from tests.support.no_gradient import NoGradient
 from tests.support.sweeps import in_turn
 
 FORMS = ("window_attention_qkvpacked", "window_attention")
@@ -158,6 +159,15 @@ def test_only_what_is_wanted_gets_a_gradient(backend):
         assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
 
 
+@needs_cpu
+@pytest.mark.parametrize("op", [swinkernels.window_attention_qkvpacked, separate])
+def test_a_loss_that_hands_no_gradient_on(op):
+    """A backward pass may reach the op without a gradient of its result."""
+    leaves = {k: x.requires_grad_() for k, x in PADDED.inputs(torch.float32).items() if k != "dout"}
+    NoGradient.apply(op(**leaves, **PADDED.arguments(), backend="cpu")).backward()
+    assert all(leaf.grad is None for leaf in leaves.values())
+
+
 @pytest.mark.parametrize(("dynamic", "backend"), in_turn([None, True], ["reference", "cpu"]))
 def test_compile_fullgraph(backend, dynamic):
     if _backends.unavailable(backend):
@@ -231,6 +241,15 @@ def test_nothing_is_modified():
 )
 def test_kernels_run_where_they_were_built_for(built, capability, runs):
     assert _backends.has_machine_code(built, capability) is runs
+
+
+def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(_backends._extension, "build", {"arch_list": ["8.0", "9.0"]})
+    device = torch.device("cuda", 62)  # no other test asks about it: what was found is kept
+    expected = "built for 8.0 9.0, the GPU is 12.0: build again with TORCH_CUDA_ARCH_LIST unset"
+    assert expected in _backends.gpu_reason("cuda", device)
+    assert _backends.gpu_reason("triton", device) is None
 
 
 @needs_cpu

@@ -663,3 +663,18 @@ def test_any_strides():
 def test_refuses_a_geometry_without_meaning(arguments, match):
     with pytest.raises(ValueError, match=match):
         reference.window_attention_qkvpacked(draw(1, 4, 4, 6), num_heads=1, **arguments)
+
+
+def test_refuses_another_number_of_heads():
+    q = draw(1, 4, 4, 3, 2)
+    with pytest.raises(ValueError, match=r"q has 3 heads \(shape \(1, 4, 4, 3, 2\)\), but num_heads=2"):
+        reference.window_attention(q, q, q, num_heads=2, window_size=2)
+
+
+def test_sizes_on_the_meta_device():
+    """Which has no autocast that could be left."""
+    table = torch.zeros(49, 2, device="meta")
+    out = reference.window_attention_qkvpacked(
+        torch.zeros(2, 5, 6, 24, device="meta"), table, num_heads=2, window_size=4, shift_size=2
+    )
+    assert (out.shape, out.device.type) == ((2, 5, 6, 8), "meta")

@@ -28,11 +28,13 @@ class Environment:
         subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
         self.run(f"pip install torch=={torch.__version__.partition('+')[0]}", folder)
 
-    def run(self, commands: str, folder: Path) -> str:
+    def run(self, commands: str, folder: Path, kernels: str = "cpu") -> str:
+        """What the commands print, with $SWINKERNELS_BUILD from ``kernels``."""
         path = f"{self.elsewhere / 'env' / 'bin'}{os.pathsep}{os.environ['PATH']}"
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-        # CUDA kernels would take ten minutes more and say nothing more of the commands.
-        environ = {**clean, "PATH": path, "SWINKERNELS_BUILD": "cpu", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        # All CUDA kernels, for two architectures, would take ten minutes.
+        settings = {"SWINKERNELS_BUILD": kernels, "TORCH_CUDA_ARCH_LIST": "9.0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        environ = {**clean, "PATH": path, **settings}
         done = subprocess.run(
             ["bash", "-e", "-c", commands], cwd=folder, env=environ, capture_output=True, text=True, check=False
         )
@@ -50,11 +52,20 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return Environment(tmp_path_factory.mktemp("install"))
 
 
-def test_install_block_of_the_readme(environment: Environment) -> None:
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        "cpu",
+        # Those of window attention in bfloat16, beside the CPU kernels.
+        pytest.param("hot", marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")),
+    ],
+)
+def test_install_block_of_the_readme(environment: Environment, kernels: str) -> None:
     block = re.search(r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert block is not None
-    printed = environment.run(block[1], environment.checkout)
+    printed = environment.run(block[1], environment.checkout, kernels)
     assert re.search(r"^  cpu +available$", printed, re.MULTILINE)
+    assert re.search(r"^CUDA kernels: (.+)$", printed, re.MULTILINE)[1].startswith("none") == (kernels == "cpu")
     for folder in (environment.checkout, environment.elsewhere):
         assert environment.extension_error(folder) is None
 

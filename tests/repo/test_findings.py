@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FINDINGS = Path(__file__).parents[1] / "findings"
+FINDINGS = Path(__file__).parents[2] / "findings"
 SCRIPTS = sorted(FINDINGS.glob("*.sh"))
 
 
