@@ -109,6 +109,7 @@ test: $(dev_stamp) build
 # Writes tests/last_full_run.json.
 test-all: CUDA = 1
 test-all: $(dev_stamp) build
+	$(call phase,install-interop,installing OpenVINO into $(VENV),$(call install,$(VENV),$(TORCH) --group interop))
 	$(in_venv) $(run) -m tests.run_all $(PYTEST_ARGS)
 
 faults: $(dev_stamp) build
