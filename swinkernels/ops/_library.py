@@ -157,9 +157,13 @@ def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs if isinstance(x, Tensor)):
-        raise NotImplementedError(
-            f"{NAMESPACE}::{name} has no forward-mode derivative (jvp): use backend='reference', or reverse mode"
-        )
+        raise _no_forward_mode(name)
+
+
+def _no_forward_mode(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{NAMESPACE}::{name} has no forward-mode derivative (jvp): use backend='reference', or reverse mode"
+    )
 
 
 def _tensor_arguments(op: Any) -> int:
@@ -167,6 +171,30 @@ def _tensor_arguments(op: Any) -> int:
     kinds = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in op._schema.arguments]
     assert all(kinds[: sum(kinds)]), f"{op._schema}: tensors come first"
     return sum(kinds)
+
+
+def _function(name: str, **methods: Any) -> type[torch.autograd.Function]:
+    """An autograd.Function that profilers and graphs show by the name of the op, in camel case."""
+    camel = "".join(word.capitalize() for word in name.removesuffix("_fwd").split("_"))
+    return type(camel, (torch.autograd.Function,), {k: staticmethod(m) for k, m in methods.items()})
+
+
+def _transformable(name: str, op: Any, setup_context: Callable, backward: Callable) -> Callable:
+    """What to call an op by inside transforms of torch.func, which do not take the formula that torch.library makes."""
+
+    def jvp(ctx, *tangents):
+        raise _no_forward_mode(name)
+
+    function = _function(
+        name, forward=lambda *inputs: op(*inputs), setup_context=setup_context, backward=backward, jvp=jvp
+    )
+    function.generate_vmap_rule = True
+    return function.apply
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func runs, other than in code that is compiled."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Differentiable:
@@ -181,23 +209,12 @@ class Differentiable:
         op = getattr(ops, name).default
         count = _tensor_arguments(op)
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *inputs):
-                *tensors, others = inputs
-                with torch._C._AutoDispatchBelowAutograd():
-                    output = op(*tensors, *others)
-                setup_context(ctx, tensors, others, output)
-                return output
-
-            @staticmethod
-            def backward(ctx, *gradients):
-                return *backward(ctx, *gradients), None
-
-        # What a caller that knows its tensors to be plain calls: apply if a gradient may be asked for, else overload
-        # below autograd.
-        self.apply, self.overload = Function.apply, op
-        self._name, self._count = name, count
+        def forward(ctx, *inputs):
+            *tensors, others = inputs
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*tensors, *others)
+            setup_context(ctx, tensors, others, output)
+            return output
 
         def setup_op_context(ctx, inputs, output):
             setup_context(ctx, inputs[:count], inputs[count:], output)
@@ -205,13 +222,19 @@ class Differentiable:
         def backward_op(ctx, *gradients):
             return *backward(ctx, *gradients), *(None,) * (len(op._schema.arguments) - count)
 
+        # What a caller that knows its tensors to be plain calls: apply if a gradient may be asked for, else overload
+        # below autograd.
+        function = _function(name, forward=forward, backward=lambda ctx, *gradients: (*backward(ctx, *gradients), None))
+        self.apply, self.overload = function.apply, op
+        self._name, self._count = name, count
+        self._transformed = _transformable(name, op, setup_op_context, backward_op)
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward_op, setup_context=setup_op_context, lib=lib)
 
     def __call__(self, *inputs: Any) -> Any:
         tensors, others = inputs[: self._count], inputs[self._count :]
         if not is_plain(tensors):
             _refuse_tangents(self._name, tensors)
-            return self.overload(*inputs)
+            return (self._transformed if _is_transformed() else self.overload)(*inputs)
         if any_requires_grad(tensors):
             return self.apply(*tensors, others)
         with torch._C._AutoDispatchBelowAutograd():
@@ -254,7 +277,11 @@ def register_derivative(name: str, fake: Callable, of: str) -> Callable:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=lib)
     op = getattr(ops, name).default
 
+    transformed = _transformable(name, op, lambda ctx, inputs, output: None, refuse)
+
     def call(tensors, others):
+        if _is_transformed():
+            return transformed(*tensors, *others)
         if torch.is_grad_enabled() or not is_plain(tensors):  # with create_graph=True gradients are on
             return op(*tensors, *others)
         with torch._C._AutoDispatchBelowAutograd():
