@@ -157,6 +157,8 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     windows = _Windows(
         x.shape[1 : 1 + rank], spec.window_size, spec.shift_size, spec.pad_order, x.device, spec.pad_before, spec.grid
     )
+    if pad_qkv is not None:  # tables come in any shape of their size
+        pad_qkv = pad_qkv.reshape(3, *x.shape[-2:])
     if len(maps) == 1:
         q, k, v = windows.cut(x, pad_qkv).permute(3, 0, 1, 4, 2, 5).unbind()
     else:
