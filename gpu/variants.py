@@ -2,7 +2,7 @@
 
 One run settles the choices that only a measurement can: copies in flight and warps per multiprocessor of the CUDA
 attention kernels (the SWINKERNELS_* macros of csrc/kernels/cuda/window_attention/traits.h), tiles, warps and stages of
-the Triton ones (``tiles`` of swinkernels/triton/window_attention.py), and the macros of the memory-bound CUDA kernels.
+the Triton ones (swinkernels/triton/window_attention/tuning.py), and the macros of the memory-bound CUDA kernels.
 Those of CUDA are libraries, which need no GPU to be built: bfloat16 attention alone, or all but attention's other
 dtypes, some 5 MB each. The step "variants" of a run times all that it finds, in turns.
 """
@@ -37,7 +37,7 @@ MEMORY: dict[str, dict[str, int]] = {
         "NORM_BACKWARD_PREFETCH": 0,
     },
 }
-# Attributes of the launcher module, and of Tiles for its kernels.
+# Attributes of the module ``tuning``, and of Tiles for its kernels.
 TRITON: dict[str, dict[str, Any]] = {
     "shipped": {},
     "one stage forward": {"fwd_whole": {"num_stages": 1}},
@@ -70,17 +70,17 @@ def build() -> int:
 
 
 def adjust(name: str) -> None:
-    """Apply a Triton variant to the launcher module of this process."""
-    from swinkernels.triton import window_attention as launcher
+    """Apply a Triton variant to this process."""
+    from swinkernels.triton.window_attention import tuning
 
-    apply(launcher, TRITON[name])
+    apply(tuning, TRITON[name])
 
 
-def apply(launcher: Any, changes: dict[str, Any]) -> None:
-    tiles: Callable[..., Any] = launcher.tiles
+def apply(tuning: Any, changes: dict[str, Any]) -> None:
+    tiles: Callable[..., Any] = tuning.tiles
     of_kernels = {name: change for name, change in changes.items() if isinstance(change, dict)}
     for name, value in changes.items():
         if name not in of_kernels:
-            assert hasattr(launcher, name), name
-            setattr(launcher, name, value)
-    launcher.tiles = lambda kernel, *args: tiles(kernel, *args)._replace(**of_kernels.get(kernel, {}))
+            assert hasattr(tuning, name), name
+            setattr(tuning, name, value)
+    tuning.tiles = lambda kernel, *args: tiles(kernel, *args)._replace(**of_kernels.get(kernel, {}))

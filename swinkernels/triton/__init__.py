@@ -60,19 +60,19 @@ def _attach(op: str, launch: Callable[..., Any]) -> None:
 
 
 def _qkvpacked_fwd(qkv, *arguments):
-    return _launcher("window_attention").forward((qkv,), *arguments)
+    return _launcher("window_attention.launch").forward((qkv,), *arguments)
 
 
 def _qkvpacked_bwd(dout, qkv, lse, *arguments):
-    return _launcher("window_attention").backward(dout, (qkv,), lse, *arguments)
+    return _launcher("window_attention.launch").backward(dout, (qkv,), lse, *arguments)
 
 
 def _separate_fwd(q, k, v, *arguments):
-    return _launcher("window_attention").forward((q, k, v), *arguments)
+    return _launcher("window_attention.launch").forward((q, k, v), *arguments)
 
 
 def _separate_bwd(dout, q, k, v, lse, *arguments):
-    return _launcher("window_attention").backward(dout, (q, k, v), lse, *arguments)
+    return _launcher("window_attention.launch").backward(dout, (q, k, v), lse, *arguments)
 
 
 _attach("window_attention_qkvpacked_fwd", _qkvpacked_fwd)

@@ -1,4 +1,4 @@
-"""What the launch functions of all ops share."""
+"""Helpers of all launch functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 INT32_MAX = 2**31 - 1
 # Options of every launch with arithmetic: products and sums are contracted to fused multiply-adds, as by nvcc. Triton
-# announces that it will do so only if told to.
+# 3.9 announces that its default will change.
 ARITHMETIC = {"enable_fp_fusion": True}
 
 
@@ -19,8 +19,12 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def three(values: Sequence[int], leading: int) -> tuple[int, ...]:
-    """One value for each of three axes: of two, a leading one is added."""
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def pad_to_3d(values: Sequence[int], leading: int) -> tuple[int, ...]:
+    """A value for each of three axes: 2D gets ``leading`` as its first."""
     return (leading,) * (3 - len(values)) + tuple(values)
 
 
@@ -43,5 +47,7 @@ def alignment(values: Sequence[int], limit: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; elsewhere, where kernels are interpreted or only compiled, those of an H100."""
+    """The number of multiprocessors of a GPU; on other devices, where kernels are interpreted or compiled only, 132, an
+    H100's.
+    """
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

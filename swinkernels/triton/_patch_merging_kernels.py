@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from swinkernels.triton._window_address import dense_row, split_window
+from swinkernels.triton._window_address import Place, Window, dense_row, split_window
 
 NO_RUN = 15
 _NO_RUN = tl.constexpr(NO_RUN)
@@ -60,32 +60,32 @@ def _columns(PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _advance(image, i0, i1, i2, step, size, FACTOR: tl.constexpr):
+def _advance(window, step, size, FACTOR: tl.constexpr):
     """The merged tokens ``step`` after these: carries instead of divisions, which every lane would do."""
-    n0, n1, n2 = tl.cdiv(size[0], FACTOR[0]), tl.cdiv(size[1], FACTOR[1]), tl.cdiv(size[2], FACTOR[2])
-    i2 += step[3]
-    carry = i2 >= n2
-    i2 = tl.where(carry, i2 - n2, i2)
-    i1 += step[2] + carry.to(tl.int32)
-    carry = i1 >= n1
-    i1 = tl.where(carry, i1 - n1, i1)
-    i0 += step[1] + carry.to(tl.int32)
-    carry = i0 >= n0
-    i0 = tl.where(carry, i0 - n0, i0)
-    return image + step[0] + carry.to(tl.int32), i0, i1, i2
+    num0, num1, num2 = tl.cdiv(size[0], FACTOR[0]), tl.cdiv(size[1], FACTOR[1]), tl.cdiv(size[2], FACTOR[2])
+    n2 = window.n2 + step[3]
+    carry = n2 >= num2
+    n2 = tl.where(carry, n2 - num2, n2)
+    n1 = window.n1 + (step[2] + carry.to(tl.int32))
+    carry = n1 >= num1
+    n1 = tl.where(carry, n1 - num1, n1)
+    n0 = window.n0 + (step[1] + carry.to(tl.int32))
+    carry = n0 >= num0
+    n0 = tl.where(carry, n0 - num0, n0)
+    return Window(window.image + step[0] + carry.to(tl.int32), n0, n1, n2)
 
 
 @triton.jit
 def _in_map(
-    row, rows, i0, i1, i2, o0, o1, o2, column, size,
-    LENGTH: tl.constexpr, FACTOR: tl.constexpr, HAS_PADDING: tl.constexpr,
+    row, rows, origin, o0, o1, o2, column, size,
+    LENGTH: tl.constexpr, HAS_PADDING: tl.constexpr,
 ):  # fmt: skip
     """Which elements of a tile the map has."""
     real = (row < rows)[:, None] & (column < LENGTH)
     if HAS_PADDING:
-        real = real & ((i0 * FACTOR[0])[:, None] + o0 < size[0])
-        real = real & ((i1 * FACTOR[1])[:, None] + o1 < size[1])
-        real = real & ((i2 * FACTOR[2])[:, None] + o2 < size[2])
+        real = real & (origin.y0[:, None] + o0 < size[0])
+        real = real & (origin.y1[:, None] + o1 < size[1])
+        real = real & (origin.y2[:, None] + o2 < size[2])
     return real
 
 
@@ -96,9 +96,15 @@ def _strided(y0, y1, y2, strides):
 
 
 @triton.jit
-def _first_token(image, i0, i1, i2, strides, FACTOR: tl.constexpr):
+def _origin(window, FACTOR: tl.constexpr):
     """Where the first neighbour of merged tokens lies."""
-    return image.to(tl.int64) * strides[0] + _strided(i0 * FACTOR[0], i1 * FACTOR[1], i2 * FACTOR[2], strides)
+    return Place(window.image, window.n0 * FACTOR[0], window.n1 * FACTOR[1], window.n2 * FACTOR[2])
+
+
+@triton.jit
+def _strided_row(at, strides):
+    """The number of a token in the map that is read."""
+    return at.image.to(tl.int64) * strides[0] + _strided(at.y0, at.y1, at.y2, strides)
 
 
 @triton.jit
@@ -149,11 +155,12 @@ def fwd(
     if bias is not None:
         b = tl.load(bias + column, mask=column < LENGTH, other=0.0).to(tl.float32)
     row = _tile_rows(tl.program_id(0) * ROWS, PARTS, ROWS)
-    image, i0, i1, i2 = split_window(row, size, FACTOR)
+    window = split_window(row, size, FACTOR)
 
     for _ in range(tl.program_id(0) * ROWS, rows, PROGRAMS * ROWS):
-        real = _in_map(row, rows, i0, i1, i2, o0, o1, o2, column, size, LENGTH, FACTOR, HAS_PADDING)
-        token = _first_token(image, i0, i1, i2, strides, FACTOR)
+        origin = _origin(window, FACTOR)
+        real = _in_map(row, rows, origin, o0, o1, o2, column, size, LENGTH, HAS_PADDING)
+        token = _strided_row(origin, strides)
         at = (token * ALIGN)[:, None] + offset
         if CHANNELS % VEC == 0:
             at = tl.max_contiguous(at, (1, VEC))
@@ -172,7 +179,7 @@ def fwd(
         tl.store(mean + row, centre, mask=once)
         tl.store(rstd + row, scale, mask=once)
         row += PROGRAMS * ROWS
-        image, i0, i1, i2 = _advance(image, i0, i1, i2, step, size, FACTOR)
+        window = _advance(window, step, size, FACTOR)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -250,11 +257,12 @@ def bwd(
         dbias2 = tl.zeros([PARTS * ROWS, WIDTH], tl.float32) if SECOND is not None else None
 
     row = _tile_rows(program * ROWS, PARTS, ROWS)
-    image, i0, i1, i2 = split_window(row, size, FACTOR)
+    window = split_window(row, size, FACTOR)
 
     for _ in range(program * ROWS, rows, PROGRAMS * ROWS):
-        real = _in_map(row, rows, i0, i1, i2, o0, o1, o2, column, size, LENGTH, FACTOR, HAS_PADDING)
-        token = _first_token(image, i0, i1, i2, strides, FACTOR)
+        origin = _origin(window, FACTOR)
+        real = _in_map(row, rows, origin, o0, o1, o2, column, size, LENGTH, HAS_PADDING)
+        token = _strided_row(origin, strides)
         u = tl.load(x + (token * ALIGN)[:, None] + offset, mask=real, other=0.0).to(tl.float32)
         centre = tl.load(mean + row, mask=row < rows, other=0.0)
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
@@ -276,11 +284,10 @@ def bwd(
         common = scale * (constant / LENGTH)[:, None] + h * (scale * (slope / LENGTH)[:, None])
         if SECOND is not None:
             common *= held
-        token = dense_row(image, i0 * FACTOR[0], i1 * FACTOR[1], i2 * FACTOR[2], size)
-        dx_at = (token * CHANNELS)[:, None] + dense_offset
+        dx_at = (dense_row(origin, size) * CHANNELS)[:, None] + dense_offset
         tl.store(dx + dx_at, (scale * g - common).to(dx.dtype.element_ty), mask=real)
         row += PROGRAMS * ROWS
-        image, i0, i1, i2 = _advance(image, i0, i1, i2, step, size, FACTOR)
+        window = _advance(window, step, size, FACTOR)
 
     share = program.to(tl.int64) * LENGTH
     if dweight_shares is not None:

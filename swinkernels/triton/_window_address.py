@@ -7,8 +7,47 @@ the data. On an axis the shift is below the frame, so that addresses wrap around
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Geometry(NamedTuple):
+    """Where the windows of a map lie: what ``locate`` reads of its argument ``geometry``."""
+
+    size: Any
+    roll: Any
+    before: Any
+
+
+class Window(NamedTuple):
+    """Image and coordinates of a window of the batch."""
+
+    image: Any
+    n0: Any
+    n1: Any
+    n2: Any
+
+
+class Place(NamedTuple):
+    """Image and map coordinates."""
+
+    image: Any
+    y0: Any
+    y1: Any
+    y2: Any
+
+
+class Tokens(NamedTuple):
+    """Tokens of a window: their numbers in it, their image and map coordinates, and which of them are in the map."""
+
+    token: Any
+    image: Any
+    y0: Any
+    y1: Any
+    y2: Any
+    real: Any
 
 
 @triton.jit
@@ -36,49 +75,50 @@ def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.co
 
 
 @triton.jit
-def locate(
-    n0, n1, n2, token, size, roll, before,
-    WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr, HAS_PADDING: tl.constexpr,
-):  # fmt: skip
-    """Map coordinates of tokens of window (n0, n1, n2), and which of them are in the map."""
+def locate(window, token, geometry, STATIC: tl.constexpr):
+    """Where tokens of a window lie. ``geometry`` has the fields of Geometry, STATIC the four flags that are read."""
+    WINDOW: tl.constexpr = STATIC.WINDOW
+    ROLL_THEN_PAD: tl.constexpr = STATIC.ROLL_THEN_PAD
+    GRID: tl.constexpr = STATIC.GRID
+    size, roll, before = geometry.size, geometry.roll, geometry.before
     t0, t1, t2 = coordinates(token, WINDOW)
-    y0, real0 = _source(n0, t0, size[0], roll[0], before[0], WINDOW[0], ROLL_THEN_PAD, GRID)
-    y1, real1 = _source(n1, t1, size[1], roll[1], before[1], WINDOW[1], ROLL_THEN_PAD, GRID)
-    y2, real2 = _source(n2, t2, size[2], roll[2], before[2], WINDOW[2], ROLL_THEN_PAD, GRID)
+    y0, real0 = _source(window.n0, t0, size[0], roll[0], before[0], WINDOW[0], ROLL_THEN_PAD, GRID)
+    y1, real1 = _source(window.n1, t1, size[1], roll[1], before[1], WINDOW[1], ROLL_THEN_PAD, GRID)
+    y2, real2 = _source(window.n2, t2, size[2], roll[2], before[2], WINDOW[2], ROLL_THEN_PAD, GRID)
     real = token < WINDOW[0] * WINDOW[1] * WINDOW[2]
-    if HAS_PADDING:
+    if STATIC.HAS_PADDING:
         real = real & real0 & real1 & real2
-    return y0, y1, y2, real
+    return Tokens(token, window.image, y0, y1, y2, real)
 
 
 @triton.jit
-def split_window(window, size, WINDOW: tl.constexpr):
-    """Image and window coordinates of a window of the batch."""
+def split_window(number, size, WINDOW: tl.constexpr):
+    """The window of that number in the batch."""
     num1, num2 = tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
     num0 = tl.cdiv(size[0], WINDOW[0])
-    n2 = window % num2
-    n1 = window // num2 % num1
-    n0 = window // (num2 * num1) % num0
-    return window // (num2 * num1 * num0), n0, n1, n2
+    n2 = number % num2
+    n1 = number // num2 % num1
+    n0 = number // (num2 * num1) % num0
+    return Window(number // (num2 * num1 * num0), n0, n1, n2)
 
 
 @triton.jit
-def next_window(image, n0, n1, n2, size, WINDOW: tl.constexpr):
+def next_window(window, size, WINDOW: tl.constexpr):
     """The window after this one: carries instead of the divisions of split_window, which every thread would do."""
-    n2 += 1
+    n2 = window.n2 + 1
     wraps = n2 == tl.cdiv(size[2], WINDOW[2])
     n2 = tl.where(wraps, 0, n2)
-    n1 += wraps.to(tl.int32)
+    n1 = window.n1 + wraps.to(tl.int32)
     wraps = n1 == tl.cdiv(size[1], WINDOW[1])
     n1 = tl.where(wraps, 0, n1)
-    n0 += wraps.to(tl.int32)
+    n0 = window.n0 + wraps.to(tl.int32)
     wraps = n0 == tl.cdiv(size[0], WINDOW[0])
     n0 = tl.where(wraps, 0, n0)
-    return image + wraps.to(tl.int32), n0, n1, n2
+    return Window(window.image + wraps.to(tl.int32), n0, n1, n2)
 
 
 @triton.jit
-def dense_row(image, y0, y1, y2, size):
-    """The number of a token in a contiguous (B, *S, ...) map."""
-    first = image.to(tl.int64) * size[0]
-    return ((first + y0) * size[1] + y1) * size[2] + y2
+def dense_row(at, size):
+    """The number of a token in a contiguous (B, *S, ...) map. ``at`` has the fields of Place."""
+    first = at.image.to(tl.int64) * size[0]
+    return ((first + at.y0) * size[1] + at.y1) * size[2] + at.y2

@@ -14,41 +14,50 @@ Limits    tiles of a call and chunks of a window below 2^31.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from swinkernels.triton._window_address import locate, next_window, split_window
+from swinkernels.triton._window_address import Geometry, locate, next_window, split_window
+
+
+class Static(NamedTuple):
+    """The arguments that the kernel is compiled for."""
+
+    WINDOW: Any
+    VOLUME: Any  # tokens of a window
+    ROLL_THEN_PAD: Any
+    GRID: Any
+    HAS_PADDING: Any
 
 
 @triton.jit(do_not_specialize=["batch_windows", "windows_per_program"])  # else every batch size could recompile
 def move_windows(
     x, windows, batch_windows, windows_per_program, size, roll, x_strides, window_strides,
-    WINDOW: tl.constexpr, ROW: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, ROLL_THEN_PAD: tl.constexpr,
-    HAS_PADDING: tl.constexpr, REVERSE: tl.constexpr,
+    STATIC: tl.constexpr, ROW: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """x_strides: batch, axes 0 to 2; window_strides: window, token; in chunks of VEC elements."""
-    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    TILES: tl.constexpr = (VOLUME * ROW + BLOCK - 1) // BLOCK
+    TILES: tl.constexpr = (STATIC.VOLUME * ROW + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     first = program // TILES * windows_per_program
     count = tl.minimum(windows_per_program, batch_windows - first)
-    image, n0, n1, n2 = split_window(first, size, WINDOW)
+    geometry = Geometry(size, roll, (0, 0, 0))
+    window = split_window(first, size, STATIC.WINDOW)
     chunk = program % TILES * BLOCK + tl.arange(0, BLOCK)
     token = chunk // ROW
     element = (chunk % ROW * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-    in_window = (token < VOLUME)[:, None]
+    in_window = (token < STATIC.VOLUME)[:, None]
 
     for i in range(count):
-        y0, y1, y2, real = locate(
-            n0, n1, n2, token, size, roll, (0, 0, 0), WINDOW, ROLL_THEN_PAD, False, HAS_PADDING
-        )  # fmt: skip
-        here = y0.to(tl.int64) * x_strides[1] + y1.to(tl.int64) * x_strides[2] + y2.to(tl.int64) * x_strides[3]
-        here += image.to(tl.int64) * x_strides[0]
+        at = locate(window, token, geometry, STATIC)
+        here = at.y0.to(tl.int64) * x_strides[1] + at.y1.to(tl.int64) * x_strides[2] + at.y2.to(tl.int64) * x_strides[3]
+        here += at.image.to(tl.int64) * x_strides[0]
         there = (first + i).to(tl.int64) * window_strides[0] + token.to(tl.int64) * window_strides[1]
         x_at = x + (here * VEC)[:, None] + element
         windows_at = windows + (there * VEC)[:, None] + element
         if REVERSE:
-            tl.store(x_at, tl.load(windows_at, mask=real[:, None]), mask=real[:, None])
+            tl.store(x_at, tl.load(windows_at, mask=at.real[:, None]), mask=at.real[:, None])
         else:
-            tl.store(windows_at, tl.load(x_at, mask=real[:, None], other=0), mask=in_window)
-        image, n0, n1, n2 = next_window(image, n0, n1, n2, size, WINDOW)
+            tl.store(windows_at, tl.load(x_at, mask=at.real[:, None], other=0), mask=in_window)
+        window = next_window(window, size, STATIC.WINDOW)

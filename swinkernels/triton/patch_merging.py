@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of patch merging: what the ops with the suffix ``_triton`` run."""
+"""Launches the Triton kernels of patch merging: the ops with the suffix ``_triton`` run these functions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import triton
 from torch import Tensor
 
 from swinkernels.triton import _patch_merging_kernels as kernels
-from swinkernels.triton._launch import ARITHMETIC, alignment, multiprocessors, three, unit_stride
+from swinkernels.triton._launch import ARITHMETIC, alignment, contiguous, multiprocessors, pad_to_3d, unit_stride
 
 MAX_ROWS = 2**30
 ACCESS_BYTES = 16
-# What holds for maps that are read in accesses of 16 bytes; others need more registers for addresses, and so fewer
-# columns in a lane. By these, 24 warps forward and 16 backward share a multiprocessor, and nothing spills.
+# For maps that are read in accesses of 16 bytes; others need more registers for addresses, and so fewer columns in a
+# lane. With these, 24 warps forward and 16 backward share a multiprocessor, and nothing spills.
 COLUMNS = 16  # of a row in a lane
 FORWARD_REGISTERS, FORWARD_WARPS = 80, 24
 BACKWARD_REGISTERS = 128
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 def tile(length: int, itemsize: int, whole: bool, backward: bool, multiprocessors: int) -> Tile:
     """The tile of a kernel; the one place to tune. Reasoned from registers and bytes in flight, not measured.
 
-    ``itemsize`` is that of what is written, ``whole`` whether accesses of 16 bytes are possible. A part is one access
+    ``itemsize`` is that of the written dtype, ``whole`` whether accesses of 16 bytes are possible. A part is one access
     of a lane.
     """
     block, vec = triton.next_power_of_2(length), ACCESS_BYTES // itemsize
@@ -53,14 +53,14 @@ def tile(length: int, itemsize: int, whole: bool, backward: bool, multiprocessor
     return Tile(parts, rows, block // parts, vec, num_warps, programs)
 
 
-class Plan(NamedTuple):
-    """All of a call that does not depend on the batch: computed once and kept."""
+class _Geometry(NamedTuple):
+    """Everything in a call that does not depend on the batch: computed once and kept."""
 
     merged: tuple[int, ...]  # S', of the map's own rank
     rows: int  # merged tokens of an image
     length: int
     tile: Tile
-    geometry: tuple[tuple[int, ...], ...]  # size, strides, step
+    arguments: tuple[tuple[int, ...], ...]  # of the kernel: size, strides, step
     options: dict[str, Any]
 
 
@@ -83,34 +83,34 @@ def _runs_of(neighbours: Sequence[int]) -> dict[str, int | None]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
+def _geometry(
     size: tuple[int, ...],
     channels: int,
-    itemsize: int,  # of what is written
+    itemsize: int,  # of the written dtype
     strides: tuple[int, ...],  # of the map but its last axis
     factor: tuple[int, ...],
     neighbours: tuple[int, ...],
     backward: bool,
     multiprocessors: int,
-) -> Plan:
+) -> _Geometry:
     merged = tuple(-(-s // f) for s, f in zip(size, factor[-len(size) :], strict=True))
     length = math.prod(factor) * channels
     align, vec = alignment(strides, 16), ACCESS_BYTES // itemsize
     whole = align % vec == 0 and channels % vec == 0
-    size, tiling = three(size, 1), tile(length, itemsize, whole, backward, multiprocessors)
+    size, tiling = pad_to_3d(size, 1), tile(length, itemsize, whole, backward, multiprocessors)
     runs = _runs_of(neighbours) if backward else {"RUNS": _table(neighbours)}
     bounded = whole and runs.get("SECOND") is None  # a neighbour held twice has sums of its own
     registers = BACKWARD_REGISTERS if backward else FORWARD_REGISTERS
     steps = [s // align for s in strides]
-    step, counts = [tiling.programs * tiling.rows], three(merged, 1)
+    step, counts = [tiling.programs * tiling.rows], pad_to_3d(merged, 1)
     for count in reversed(counts):  # the walk's step as image, i0, i1, i2
         step[:1] = divmod(step[0], count)
-    return Plan(
+    return _Geometry(
         merged=merged,
         rows=math.prod(merged),
         length=length,
         tile=tiling,
-        geometry=(size, (steps[0], *three(steps[1:], 0)), tuple(step)),
+        arguments=(size, (steps[0], *pad_to_3d(steps[1:], 0)), tuple(step)),
         options={
             "CHANNELS": channels,
             "FACTOR": factor,
@@ -129,17 +129,17 @@ def _plan(
     )
 
 
-def _prepare(x: Tensor, itemsize: int, factor: Sequence[int], neighbours: Sequence[int], backward: bool) -> Plan:
-    plan = _plan(
+def _prepare(x: Tensor, itemsize: int, factor: Sequence[int], neighbours: Sequence[int], backward: bool) -> _Geometry:
+    geometry = _geometry(
         tuple(x.shape[1:-1]), x.shape[-1], itemsize, x.stride()[:-1], tuple(factor), tuple(neighbours), backward,
         multiprocessors(x.device),
     )  # fmt: skip
-    if x.shape[0] * plan.rows > MAX_ROWS:
+    if x.shape[0] * geometry.rows > MAX_ROWS:
         raise ValueError(
             f"patch_merging_norm: backend='triton' takes at most 2**30 merged tokens, got {x.shape[0]} images of "
-            f"{plan.rows}: split the batch"
+            f"{geometry.rows}: split the batch"
         )
-    return plan
+    return geometry
 
 
 def forward(
@@ -153,14 +153,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z, mean and rstd."""
     x = unit_stride(x)
-    plan = _prepare(x, dtype.itemsize, factor, neighbours, False)
-    shape = (x.shape[0], *plan.merged)
-    z = x.new_empty((*shape, plan.length), dtype=dtype)
+    geometry = _prepare(x, dtype.itemsize, factor, neighbours, False)
+    shape = (x.shape[0], *geometry.merged)
+    z = x.new_empty((*shape, geometry.length), dtype=dtype)
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    rows = x.shape[0] * plan.rows
+    rows = x.shape[0] * geometry.rows
     if rows > 0:
-        kernels.fwd[(_programs(plan, rows),)](
-            x, _contiguous(weight), _contiguous(bias), z, mean, rstd, eps, rows, *plan.geometry, **plan.options
+        kernels.fwd[(_programs(geometry, rows),)](
+            x, contiguous(weight), contiguous(bias), z, mean, rstd, eps, rows, *geometry.arguments, **geometry.options
         )
     return z, mean, rstd
 
@@ -179,29 +179,25 @@ def backward(
     """dx, dweight and dbias, the latter float32 and empty where not needed."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x = unit_stride(x)
-    plan = _prepare(x, x.element_size(), factor, neighbours, True)
-    rows = x.shape[0] * plan.rows
+    geometry = _prepare(x, x.element_size(), factor, neighbours, True)
+    rows = x.shape[0] * geometry.rows
     needed = (needs_dweight, needs_dbias)
-    dweight, dbias = (x.new_empty(plan.length if n else 0, dtype=torch.float32) for n in needed)
+    dweight, dbias = (x.new_empty(geometry.length if n else 0, dtype=torch.float32) for n in needed)
     if rows == 0:
         return dx, dweight.zero_(), dbias.zero_()
-    programs = _programs(plan, rows)
-    shares = [x.new_empty((programs, plan.length), dtype=torch.float32) if n else None for n in needed]
+    programs = _programs(geometry, rows)
+    shares = [x.new_empty((programs, geometry.length), dtype=torch.float32) if n else None for n in needed]
     kernels.bwd[(programs,)](
-        dz.contiguous(), x, _contiguous(weight), mean.contiguous(), rstd.contiguous(), dx, *shares, rows,
-        *plan.geometry, **plan.options,
+        dz.contiguous(), x, contiguous(weight), mean.contiguous(), rstd.contiguous(), dx, *shares, rows,
+        *geometry.arguments, **geometry.options,
     )  # fmt: skip
     if any(needed):
-        kernels.sum_shares[(-(-plan.length // SUM_COLUMNS),)](
-            *shares, dweight if needs_dweight else None, dbias if needs_dbias else None, programs, LENGTH=plan.length,
-            BLOCK=SUM_COLUMNS, num_warps=4, **ARITHMETIC,
+        kernels.sum_shares[(-(-geometry.length // SUM_COLUMNS),)](
+            *shares, dweight if needs_dweight else None, dbias if needs_dbias else None, programs,
+            LENGTH=geometry.length, BLOCK=SUM_COLUMNS, num_warps=4, **ARITHMETIC,
         )  # fmt: skip
     return dx, dweight, dbias
 
 
-def _programs(plan: Plan, rows: int) -> int:
-    return min(plan.tile.programs, -(-rows // plan.tile.rows))
-
-
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
+def _programs(geometry: _Geometry, rows: int) -> int:
+    return min(geometry.tile.programs, -(-rows // geometry.tile.rows))

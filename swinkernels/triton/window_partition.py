@@ -1,4 +1,4 @@
-"""Launches the Triton kernel of window partition and window reverse: what the ops with the suffix ``_triton`` run."""
+"""Launches the Triton kernel of window partition and window reverse: the ops with the suffix ``_triton`` run these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from swinkernels.triton import _window_partition_kernels as kernels
-from swinkernels.triton._launch import INT32_MAX, alignment, dense_strides, three, unit_stride
+from swinkernels.triton._launch import INT32_MAX, alignment, dense_strides, pad_to_3d, unit_stride
 
 # Numbers to tune, reasoned, not measured. Four accesses a lane in blocks of two warps leave few lanes idle in the last
 # tile of a window, and at 64 to 80 registers a lane 50 KB in flight on a multiprocessor, twice what hides the latency
@@ -23,22 +23,22 @@ CHUNKS_PER_WARP = 128
 PROGRAMS = 8192
 MAX_WINDOWS = 4
 
-WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # bytes are moved, whatever they mean
+WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # bytes are moved as integers, whatever the dtype
 
 
-class Plan(NamedTuple):
-    """All of a call that does not depend on the batch: computed once and kept."""
+class _Geometry(NamedTuple):
+    """Everything in a call that does not depend on the batch: computed once and kept."""
 
     volume: int
     windows: int  # per image
     tiles: int  # per window
     word: tl.dtype
-    geometry: tuple[tuple[int, ...], ...]  # size, roll, x_strides, window_strides
+    arguments: tuple[tuple[int, ...], ...]  # of the kernel: size, roll, x_strides, window_strides
     options: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
+def _geometry(
     size: tuple[int, ...],
     channels: int,
     itemsize: int,
@@ -48,7 +48,7 @@ def _plan(
     shift: tuple[int, ...],
     roll_then_pad: bool,
     reverse: bool,
-) -> Plan:
+) -> _Geometry:
     row_bytes = channels * itemsize
     access = alignment((row_bytes, address, *(s * itemsize for s in strides)), 16)
     word = min(access, 8)
@@ -63,59 +63,74 @@ def _plan(
         x_strides, window_strides = tuple(s * row for s in dense_strides((1, *size))), steps
     else:
         x_strides, window_strides = steps, (volume * row, row)
-    size = three(size, 1)
+    size = pad_to_3d(size, 1)
     num_windows = [-(-s // w) for s, w in zip(size, window, strict=True)]
     block = min(CHUNKS, max(32, triton.next_power_of_2(volume * row)))
-    return Plan(
+    return _Geometry(
         volume=volume,
         windows=math.prod(num_windows),
         tiles=-(-volume * row // block),
         word=WORDS[word],
-        geometry=(
+        arguments=(
             size,
             tuple(x % s for x, s in zip(shift, size, strict=True)) if roll_then_pad else shift,
-            (x_strides[0], *three(x_strides[1:], 0)),
+            (x_strides[0], *pad_to_3d(x_strides[1:], 0)),
             window_strides,
         ),
         options={
-            "WINDOW": window,
+            "STATIC": kernels.Static(
+                WINDOW=window,
+                VOLUME=volume,
+                ROLL_THEN_PAD=roll_then_pad,
+                GRID=False,
+                HAS_PADDING=any(n * w != s for n, w, s in zip(num_windows, window, size, strict=True)),
+            ),
             "ROW": row,
             "VEC": access // word,
             "BLOCK": block,
-            "ROLL_THEN_PAD": roll_then_pad,
-            "HAS_PADDING": any(n * w != s for n, w, s in zip(num_windows, window, size, strict=True)),
             "REVERSE": reverse,
             "num_warps": max(1, block // CHUNKS_PER_WARP),
         },
     )
 
 
-def _launch(plan: Plan, x: Tensor, windows: Tensor, batch_windows: int) -> None:
-    each = min(MAX_WINDOWS, max(1, -(-batch_windows * plan.tiles // PROGRAMS)))
-    programs = -(-batch_windows // each) * plan.tiles
+def _launch(geometry: _Geometry, x: Tensor, windows: Tensor, batch_windows: int) -> None:
+    each = min(MAX_WINDOWS, max(1, -(-batch_windows * geometry.tiles // PROGRAMS)))
+    programs = -(-batch_windows // each) * geometry.tiles
     if max(programs, batch_windows) > INT32_MAX:
-        name = "window_reverse" if plan.options["REVERSE"] else "window_partition"
+        name = "window_reverse" if geometry.options["REVERSE"] else "window_partition"
         raise ValueError(
             f"{name}: backend='triton' takes fewer than 2**31 windows and programs, got {batch_windows} and "
             f"{programs}: split the batch"
         )
     kernels.move_windows[(programs,)](
-        triton.reinterpret(x, plan.word), triton.reinterpret(windows, plan.word), batch_windows, each,
-        *plan.geometry, **plan.options,
+        triton.reinterpret(x, geometry.word), triton.reinterpret(windows, geometry.word), batch_windows, each,
+        *geometry.arguments, **geometry.options,
+    )  # fmt: skip
+
+
+def _geometry_of(
+    data: Tensor,  # the map, or the windows if reverse
+    size: Sequence[int],
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    roll_then_pad: bool,
+    reverse: bool,
+) -> _Geometry:
+    return _geometry(
+        tuple(size), data.shape[-1], data.element_size(), data.stride()[:-1], data.data_ptr() % 16,
+        tuple(window_size), tuple(shift_size), roll_then_pad, reverse,
     )  # fmt: skip
 
 
 def partition(x: Tensor, window_size: Sequence[int], shift_size: Sequence[int], roll_then_pad: bool) -> Tensor:
     """(B, *S, C) to (B * num_windows, N, C)."""
     x = unit_stride(x)
-    batch, *size, channels = x.shape
-    address = x.data_ptr() % 16
-    window, shift = tuple(window_size), tuple(shift_size)
-    strides = x.stride()[:-1]
-    plan = _plan(tuple(size), channels, x.element_size(), strides, address, window, shift, roll_then_pad, False)
-    windows = x.new_empty((batch * plan.windows, plan.volume, channels))
+    geometry = _geometry_of(x, x.shape[1:-1], window_size, shift_size, roll_then_pad, False)
+    batch_windows = x.shape[0] * geometry.windows
+    windows = x.new_empty((batch_windows, geometry.volume, x.shape[-1]))
     if windows.numel() > 0:
-        _launch(plan, x, windows, batch * plan.windows)
+        _launch(geometry, x, windows, batch_windows)
     return windows
 
 
@@ -124,12 +139,9 @@ def reverse(
 ) -> Tensor:
     """(B * num_windows, N, C) to (B, *S, C); pad tokens are dropped."""
     windows = unit_stride(windows)
+    geometry = _geometry_of(windows, size, window_size, shift_size, roll_then_pad, True)
     batch_windows, _, channels = windows.shape
-    address = windows.data_ptr() % 16
-    window, shift = tuple(window_size), tuple(shift_size)
-    strides = windows.stride()[:-1]
-    plan = _plan(tuple(size), channels, windows.element_size(), strides, address, window, shift, roll_then_pad, True)
-    x = windows.new_empty((batch_windows // plan.windows, *size, channels))
+    x = windows.new_empty((batch_windows // geometry.windows, *size, channels))
     if x.numel() > 0:
-        _launch(plan, x, windows, batch_windows)
+        _launch(geometry, x, windows, batch_windows)
     return x

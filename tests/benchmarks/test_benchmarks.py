@@ -438,20 +438,20 @@ def test_variants_name_what_exists() -> None:
 
 
 @pytest.mark.parametrize("name", variants.TRITON)
-def test_triton_variants_change_the_launcher(name: str) -> None:
+def test_triton_variants_change_the_tuning(name: str) -> None:
     pytest.importorskip("triton")
-    from swinkernels.triton import window_attention as launcher
+    from swinkernels.triton.window_attention import tuning
 
     changes = variants.TRITON[name]
-    copy = types.SimpleNamespace(**vars(launcher))
+    copy = types.SimpleNamespace(**vars(tuning))
     variants.apply(copy, changes)
     for key, value in changes.items():
         if not isinstance(value, dict):
-            assert getattr(copy, key) == value != getattr(launcher, key)
+            assert getattr(copy, key) == value != getattr(tuning, key)
             continue
-        shipped, changed = launcher.tiles(key, 49, 32, 2), copy.tiles(key, 49, 32, 2)
+        shipped, changed = tuning.tiles(key, 49, 32, 2), copy.tiles(key, 49, 32, 2)
         assert changed == shipped._replace(**value) != shipped
-    assert copy.tiles("fwd_tiled", 144, 32, 2) == launcher.tiles("fwd_tiled", 144, 32, 2)
+    assert copy.tiles("fwd_tiled", 144, 32, 2) == tuning.tiles("fwd_tiled", 144, 32, 2)
 
 
 def test_host_cost_counts_the_calling_thread() -> None:

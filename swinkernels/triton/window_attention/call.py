@@ -1,0 +1,63 @@
+"""The arguments that every kernel of window attention takes, by name."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+Q = tl.constexpr(0)
+K = tl.constexpr(1)
+V = tl.constexpr(2)
+
+# Triton specialises integers on being 1 and on being a multiple of 16. Numbers that vary with the batch are excepted,
+# or a new batch size could recompile. The elements of tuples never are. That is welcome: 2D, with its axis of size 1,
+# is compiled without that axis, and maps of new sizes add a few variants at most.
+kernel = triton.jit(do_not_specialize=["batch_windows", "windows_per_program"])
+
+
+class Call(NamedTuple):
+    """The arguments of a call, as of its launch.
+
+    The order is not free: ptxas spends more instructions or registers with the strides or the tables first.
+    """
+
+    maps: Any  # q, k and v, or the map that holds all three
+    num_heads: Any
+    type_windows: Any  # windows of a type in an image, or None if all are of one type
+    size: Any
+    roll: Any  # the shift as it enters the addresses
+    before: Any  # pad tokens before the data
+    cut: Any  # the first token of an axis beyond the shift's seam; the window size where nothing is masked
+    strides: Any  # of each map: batch, axes 0 to 2, head and, if it holds all three, part; in units of ALIGN elements
+    map_heads: Any  # heads in a token's row of a map: three times num_heads, if it holds all three
+    bias_table: Any
+    dense_bias: Any
+    logit_scale: Any
+    pad_qkv: Any
+    region_map: Any
+    dropout_seed: Any
+    scale: Any
+    scale_log2: Any  # scores are kept times log2(e), for exp2
+    mask_log2: Any
+    drop_below: Any  # random numbers below this drop a pair
+    keep_scale: Any
+
+
+class Static(NamedTuple):
+    """The arguments of a call that kernels are compiled for."""
+
+    WINDOW: Any
+    VOLUME: Any  # tokens of a window
+    TABLE_WINDOW: Any
+    HEAD_DIM: Any
+    BLOCK_D: Any  # HEAD_DIM, padded to a power of two
+    ALIGN: Any  # strides are multiples of so many elements: told apart, the compiler knows how addresses are aligned
+    ROLL_THEN_PAD: Any
+    GRID: Any
+    HAS_PADDING: Any
+    HAS_MASK: Any
+    PRECISION: Any

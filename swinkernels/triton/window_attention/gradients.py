@@ -1,0 +1,141 @@
+"""Gradients of a tile, and its inputs: the steps that the kernels of the backward pass share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from swinkernels.triton._window_address import locate
+from swinkernels.triton.window_attention.call import LN_2, K, Q, V
+from swinkernels.triton.window_attention.mask import region_of
+from swinkernels.triton.window_attention.rows import load_dense, load_lse, load_rows
+from swinkernels.triton.window_attention.scores import LN_100, inverse_norm, probabilities, products
+
+_LARGEST_INVERSE = tl.constexpr(1e12)
+
+
+class Queries(NamedTuple):
+    """Tokens of a window and a head, as queries."""
+
+    at: Any
+    beyond: Any
+    q: Any
+    inverse: Any
+    dout: Any
+    lse: Any
+
+
+class Keys(NamedTuple):
+    """Tokens of a window and a head, as keys."""
+
+    at: Any
+    beyond: Any
+    k: Any
+    inverse: Any
+    v: Any
+
+
+@triton.jit
+def load_queries(window, number, token, beyond, dout, lse, head, call, STATIC: tl.constexpr):
+    at = locate(window, token, call, STATIC)
+    q = load_rows(call, Q, at, head, STATIC)
+    dout_tile = load_dense(dout, at, head, call, STATIC)
+    lse_tile = load_lse(lse, number, head, token, call, STATIC)
+    return Queries(at, beyond, q, inverse_norm(q, call), dout_tile, lse_tile)
+
+
+@triton.jit
+def load_keys(window, token, beyond, head, call, STATIC: tl.constexpr):
+    at = locate(window, token, call, STATIC)
+    k = load_rows(call, K, at, head, STATIC)
+    v = load_rows(call, V, at, head, STATIC)
+    return Keys(at, beyond, k, inverse_norm(k, call), v)
+
+
+@triton.jit
+def recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC: tl.constexpr):
+    """The products of a tile, and P."""
+    scores = products(queries.q, keys.k, queries.inverse, keys.inverse, scale_log2, STATIC)
+    query_region = region_of(window, queries.at.token, queries.beyond, seams, call, STATIC)
+    key_region = region_of(window, keys.at.token, keys.beyond, seams, call, STATIC)
+    return scores, probabilities(scores, bias, queries.lse, seams, query_region, key_region, call, STATIC)
+
+
+@triton.jit
+def dprobs_of(queries, keys, keep, call, STATIC: tl.constexpr):
+    """dP of a tile."""
+    dprobs = tl.dot(queries.dout, tl.trans(keys.v), input_precision=STATIC.PRECISION)
+    if keep is not None:
+        dprobs = tl.where(keep, dprobs * call.keep_scale, 0.0)
+    return dprobs
+
+
+@triton.jit
+def excess_of(dscores, dtype: tl.constexpr):
+    """The divisor that brings a tile of dS into float16's range, where dq and dk may be though dS is beyond it.
+
+    None for dtypes whose range is float32's.
+    """
+    if dtype == tl.float16:
+        excess = tl.maximum(tl.max(tl.max(tl.abs(dscores), axis=1), axis=0) * (1 / 32768), 1.0)
+    else:
+        excess = None
+    return excess
+
+
+@triton.jit
+def narrow(dscores, excess, dtype: tl.constexpr):
+    """dS as it enters the products with q and k, which are to be multiplied by ``excess``."""
+    return (dscores if excess is None else dscores * (1.0 / excess)).to(dtype)
+
+
+@triton.jit
+def unit_rows(x, inverse):
+    """Rows of q or k as they enter the products with dS: in v2, where ``inverse`` is not None, unit vectors."""
+    return x if inverse is None else (x.to(tl.float32) * inverse[:, None]).to(x.dtype)
+
+
+@triton.jit
+def add_product(total, a, b, factor, STATIC: tl.constexpr):
+    """total + a b, the product multiplied by ``factor`` unless that is None."""
+    if factor is None:
+        total = tl.dot(a, b, total, input_precision=STATIC.PRECISION)
+    else:
+        total += tl.dot(a, b, input_precision=STATIC.PRECISION) * factor
+    return total
+
+
+@triton.jit
+def row_gradient(d, x, inverse, scale):
+    """The gradient of rows of q or k, where d is the sum of dS times the rows that they meet in the products.
+
+    In v2 its part along the unit vector is taken off again: that would only lengthen the row.
+    """
+    d *= scale
+    if inverse is not None:
+        unit = x.to(tl.float32) * inverse[:, None]
+        along = tl.where(inverse < _LARGEST_INVERSE, tl.sum(unit * d, axis=1), 0.0)
+        d = (d - unit * along[:, None]) * inverse[:, None]
+    return d
+
+
+@triton.jit
+def store_dlogit_scale(dlogit_scale, rows_log2, program, head, call):
+    """A program's share of the gradient of a logit scale, which is zero where that is clamped.
+
+    As torch.clamp has it: ln 100 rounded to float32 is above ln 100.
+    """
+    total_log2 = tl.sum(rows_log2, axis=0)
+    clamped = tl.load(call.logit_scale + head) >= LN_100
+    tl.store(dlogit_scale + program, tl.where(clamped, 0.0, total_log2 * LN_2))
+
+
+@triton.jit
+def store_dbias(dbias, tile, group, query, key, head, call, STATIC: tl.constexpr):
+    """A tile of a group's sums, in (groups, heads, N, N)."""
+    VOLUME: tl.constexpr = STATIC.VOLUME
+    inside = (query < VOLUME)[:, None] & (key < VOLUME)[None, :]
+    at = dbias + (group.to(tl.int64) * call.num_heads + head) * (VOLUME * VOLUME)
+    tl.store(at + query[:, None] * VOLUME + key[None, :], tile, mask=inside)

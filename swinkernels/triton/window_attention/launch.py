@@ -1,0 +1,245 @@
+"""Launches the Triton kernels of window attention: the ops with the suffix ``_triton`` run these functions."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from swinkernels.triton._launch import ARITHMETIC, INT32_MAX, alignment, contiguous, pad_to_3d, unit_stride
+from swinkernels.triton.window_attention import backward as backward_kernels
+from swinkernels.triton.window_attention import forward as forward_kernels
+from swinkernels.triton.window_attention import tuning
+from swinkernels.triton.window_attention.call import LOG2_E, Call, Static
+from swinkernels.window_spec import WindowSpec
+
+LARGEST_MASK = 1e38  # with one of float32's largest numbers, log2(e) times a score would be infinite
+
+
+class _Geometry(NamedTuple):
+    """Everything in a call that does not depend on the batch: computed once and kept."""
+
+    spec: WindowSpec
+    num_windows: int  # per image
+    axes: dict[str, tuple[int, ...]]  # the fields of Call that have a value per axis
+    static: Static  # but ALIGN
+
+
+@functools.lru_cache(maxsize=1024)
+def _geometry(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire: Any) -> _Geometry:
+    spec = WindowSpec.parse(*wire)
+    size, window, shift = pad_to_3d(size, 1), pad_to_3d(spec.window_size, 1), pad_to_3d(spec.shift_size, 0)
+    roll_then_pad = spec.pad_order == "roll_then_pad"
+    num_windows = tuple(-(-s // w) for s, w in zip(size, window, strict=True))
+    frame = tuple(n * w for n, w in zip(num_windows, window, strict=True))
+    roll = tuple(x % s for x, s in zip(shift, size, strict=True)) if roll_then_pad else shift
+    periodic = pad_to_3d(spec.periodic, False)
+    cut = tuple(w if wraps else w - x for w, x, wraps in zip(window, shift, periodic, strict=True))
+    return _Geometry(
+        spec=spec,
+        num_windows=math.prod(num_windows),
+        axes={"size": size, "roll": roll, "before": pad_to_3d(spec.pad_before, 0), "cut": cut},
+        static=Static(
+            WINDOW=window,
+            VOLUME=spec.volume,
+            TABLE_WINDOW=pad_to_3d(spec.table_window, 1),
+            HEAD_DIM=head_dim,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            ALIGN=1,
+            ROLL_THEN_PAD=roll_then_pad,
+            GRID=spec.grid,
+            HAS_PADDING=frame != size,
+            HAS_MASK=has_region_map or cut != window,
+            PRECISION="tf32" if spec.allow_tf32 else "ieee",
+        ),
+    )
+
+
+class _Prepared(NamedTuple):
+    """A call of an op, ready to be launched."""
+
+    geometry: _Geometry
+    call: Call
+    static: Static
+    batch_windows: int
+    types: int  # of windows that have a bias of their own
+
+    def groups(self, per_window: int, programs: int, most: int = INT32_MAX) -> tuple[int, int, int]:
+        """How windows are dealt out to some ``programs``, of which a window takes ``per_window``: the windows of each
+        type, those of a group, which are of one type, and the groups of all types.
+        """
+        of_type = self.batch_windows // self.types
+        each = min(most, of_type, max(1, -(-self.batch_windows * per_window // programs)))
+        return of_type, each, self.types * -(-of_type // each)
+
+    def options(self, name: str) -> dict[str, Any]:
+        """The compile-time arguments and launch options of a kernel."""
+        tile = tuning.tiles(name, self.static.VOLUME, self.static.HEAD_DIM, self.call.maps[0].element_size())
+        whole = name.endswith("whole")
+        blocks = {"BLOCK_N": tile.block_q} if whole else {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
+        launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **ARITHMETIC}
+        return {"STATIC": self.static, **blocks, **launch}
+
+
+def _prepare(
+    maps: Sequence[Tensor],
+    bias_table: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_qkv: Tensor | None,
+    region_map: Tensor | None,
+    dropout_seed: Tensor | None,
+    *wire: Any,
+) -> _Prepared:
+    maps = tuple(unit_stride(x) for x in maps)
+    x, rank = maps[0], _rank(maps)
+    num_heads, head_dim = x.shape[-2:]
+    geometry = _geometry(tuple(x.shape[1 : 1 + rank]), head_dim, region_map is not None, *wire)
+    spec = geometry.spec
+    batch_windows = x.shape[0] * geometry.num_windows
+    if batch_windows * num_heads * max(1, -(-spec.volume // 16)) > INT32_MAX:
+        raise ValueError(
+            f"window_attention: backend='triton' takes fewer than 2**31 tiles of 16 tokens, got {batch_windows} "
+            f"windows of {spec.volume} tokens and {num_heads} heads: split the batch"
+        )
+    if spec.dropout_p > 0.0 and dropout_seed is None:
+        raise ValueError("window_attention: dropout_seed must be given with a dropout_p above 0, got None")
+    align = alignment([step for m in maps for step in m.stride()[:-1]], 16)
+    types = 1 if bias is None or bias.dim() == 3 else bias.shape[0]
+    call = Call(
+        maps=maps,
+        num_heads=num_heads,
+        type_windows=geometry.num_windows // types if types > 1 else None,
+        **geometry.axes,
+        strides=tuple(_strides(m, rank, align) for m in maps),
+        map_heads=3 * num_heads if len(maps) == 1 else num_heads,
+        bias_table=contiguous(bias_table),
+        dense_bias=contiguous(bias),
+        logit_scale=contiguous(logit_scale),
+        pad_qkv=contiguous(pad_qkv),
+        region_map=contiguous(region_map),
+        dropout_seed=dropout_seed if spec.dropout_p > 0.0 else None,
+        scale=spec.scale,
+        scale_log2=spec.scale * LOG2_E.value,
+        mask_log2=min(max(spec.mask_value * LOG2_E.value, -LARGEST_MASK), LARGEST_MASK),
+        # Random numbers are int32. With p = 1 the largest one, which is not below any, is left to multiply by zero.
+        drop_below=min(round(spec.dropout_p * 2**32) - 2**31, INT32_MAX),
+        keep_scale=1.0 / (1.0 - spec.dropout_p) if spec.dropout_p < 1.0 else 0.0,
+    )
+    return _Prepared(geometry, call, geometry.static._replace(ALIGN=align), batch_windows, types)
+
+
+def _rank(maps: Sequence[Tensor]) -> int:
+    """The axes of the maps that tokens are on. One map holds q, k and v on an axis of their own."""
+    return maps[0].dim() - (4 if len(maps) == 1 else 3)
+
+
+def _strides(x: Tensor, rank: int, align: int) -> tuple[int, ...]:
+    """Batch, three axes, head and, of a map that holds q, k and v, from each to the next; in units of ``align``."""
+    batch, *steps = (step // align for step in x.stride()[:-1])
+    return (batch, *pad_to_3d(steps[:rank], 0), steps[-1], *steps[rank:-1])
+
+
+def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
+    """out and lse of q, k and v in one map or three."""
+    prepared = _prepare(maps, *arguments)
+    call, static, x = prepared.call, prepared.static, maps[0]
+    heads, volume = call.num_heads, static.VOLUME
+    out = x.new_empty((*x.shape[: 1 + _rank(maps)], heads * static.HEAD_DIM))
+    needs_lse = prepared.geometry.spec.needs_lse
+    shape = (x.shape[0], prepared.geometry.num_windows, heads, volume) if needs_lse else (0,)
+    lse = x.new_empty(shape, dtype=torch.float32)
+    if x.numel() == 0:
+        return out, lse
+    results = out, lse if needs_lse else None
+    if tuning.is_whole(volume, x.element_size()):
+        of_type, each, groups = prepared.groups(heads, tuning.FORWARD_PROGRAMS, tuning.MAX_FORWARD_WINDOWS)
+        options = prepared.options("fwd_whole")
+        forward_kernels.fwd_whole[(groups * heads,)](call, *results, of_type, each, **options)
+    else:
+        options = prepared.options("fwd_tiled")
+        tiles = prepared.batch_windows * -(-volume // options["BLOCK_Q"])
+        forward_kernels.fwd_tiled[(tiles * heads,)](call, *results, **options)
+    return out, lse
+
+
+def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The gradients of the maps (one or three), then dbias_table, dbias, dlogit_scale and dpad_qkv, empty where not
+    needed.
+    """
+    prepared = _prepare(maps, *arguments[:-1])
+    needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv = (arguments[-1] >> bit & 1 for bit in range(4))
+    call, static, x = prepared.call, prepared.static, maps[0]
+    heads, head_dim, volume = call.num_heads, static.HEAD_DIM, static.VOLUME
+    table_rows = prepared.geometry.spec.table_rows
+    dmaps = tuple(torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in maps)
+
+    def sums(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.float32)
+
+    dbias_table = sums(table_rows, heads) if needs_dbias_table else sums(0)
+    dbias = sums(*arguments[1].shape) if needs_dbias else sums(0)
+    dlogit_scale = sums(heads) if needs_dlogit_scale else sums(0)
+    dpad_qkv = sums(3, heads, head_dim).zero_() if needs_dpad_qkv else sums(0)
+    results = (*dmaps, dbias_table, dbias, dlogit_scale, dpad_qkv)
+    if x.numel() == 0:
+        for total in results[-4:-1]:
+            total.zero_()
+        return results
+    dout, lse = dout.contiguous(), lse.contiguous()
+    pads = needs_dpad_qkv and static.HAS_PADDING
+    # The sums of each program, to be added up by a second kernel.
+    pair_sums = head_sums = pad_sums = None
+
+    def new_pair_sums(groups: int) -> Tensor | None:
+        """dbias of each group of windows; where a type of windows has one group, that of the dense bias itself."""
+        if needs_dbias and groups == prepared.types:
+            return dbias
+        return sums(groups, heads, volume, volume) if needs_dbias or needs_dbias_table else None
+
+    if tuning.is_whole(volume, x.element_size()):
+        of_type, each, groups = prepared.groups(heads, tuning.BACKWARD_PROGRAMS)
+        pair_sums = new_pair_sums(groups)
+        head_sums = sums(groups, heads) if needs_dlogit_scale else None
+        pad_sums = sums(groups, 2, heads, head_dim) if pads else None
+        backward_kernels.bwd_whole[(groups * heads,)](
+            call, dout, lse, dmaps, pair_sums, head_sums, pad_sums, of_type, each, **prepared.options("bwd_whole")
+        )
+    else:
+        delta = torch.empty_like(lse)
+        options = prepared.options("bwd_tiled_dq")
+        programs = prepared.batch_windows * -(-volume // options["BLOCK_Q"])
+        head_sums = sums(programs, heads) if needs_dlogit_scale else None
+        backward_kernels.bwd_tiled_dq[(programs * heads,)](call, dout, lse, delta, dmaps, head_sums, **options)
+        options = prepared.options("bwd_tiled_dkdv")
+        programs = prepared.batch_windows * -(-volume // options["BLOCK_K"])
+        pad_sums = sums(programs, 2, heads, head_dim) if pads else None
+        backward_kernels.bwd_tiled_dkdv[(programs * heads,)](call, dout, lse, delta, dmaps, pad_sums, **options)
+        if needs_dbias_table or needs_dbias:
+            options = prepared.options("bwd_tiled_dbias")
+            per_window = -(-volume // options["BLOCK_Q"]) * -(-volume // options["BLOCK_K"]) * heads
+            of_type, each, groups = prepared.groups(per_window, tuning.BACKWARD_PROGRAMS)
+            pair_sums = new_pair_sums(groups)
+            backward_kernels.bwd_tiled_dbias[(groups * per_window,)](
+                call, dout, lse, delta, pair_sums, of_type, each, **options
+            )
+    if pair_sums is not None and needs_dbias_table:
+        backward_kernels.fold_dbias[(-(-table_rows // tuning.FOLD_ROWS) * heads,)](
+            pair_sums.sum(0) if len(pair_sums) > 1 else pair_sums, dbias_table, heads,
+            WINDOW=static.WINDOW, TABLE_WINDOW=static.TABLE_WINDOW,
+            BLOCK_N=min(tuning.FOLD_KEYS, triton.next_power_of_2(volume)), BLOCK_ROWS=tuning.FOLD_ROWS,
+            num_warps=4, **ARITHMETIC,
+        )  # fmt: skip
+    elif pair_sums is not None and pair_sums is not dbias:
+        of_types = pair_sums.unflatten(0, (prepared.types, -1))
+        torch.sum(of_types, 1, out=dbias.view(prepared.types, heads, volume, volume))
+    if head_sums is not None:
+        torch.sum(head_sums, 0, out=dlogit_scale)
+    if pad_sums is not None:
+        torch.sum(pad_sums, 0, out=dpad_qkv[1:])  # a pad token's query has no gradient
+    return results

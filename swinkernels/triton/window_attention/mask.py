@@ -1,0 +1,55 @@
+"""The mask of shifted windows: pairs of tokens that lie in different regions of the map get ``mask_value``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from swinkernels.triton._window_address import coordinates
+
+
+@triton.jit
+def beyond_seam(token, call, STATIC: tl.constexpr):
+    """A bit per axis: the token is beyond the shift's seam, if its window has the seam. The same for all windows."""
+    t0, t1, t2 = coordinates(token, STATIC.WINDOW)
+    cut = call.cut
+    bits = (t0 >= cut[0]).to(tl.int32) + (t1 >= cut[1]).to(tl.int32) * 2
+    return bits + (t2 >= cut[2]).to(tl.int32) * 4
+
+
+@triton.jit
+def seams_of(window, call, STATIC: tl.constexpr):
+    """A bit per axis: the window has the seam, which only the last one of an axis does. Zero: nothing to mask."""
+    size, cut, WINDOW = call.size, call.cut, STATIC.WINDOW
+    if call.region_map is not None:
+        bits = window.n0 * 0 + 1
+    else:
+        bits = ((window.n0 == tl.cdiv(size[0], WINDOW[0]) - 1) & (cut[0] < WINDOW[0])).to(tl.int32)
+        bits += ((window.n1 == tl.cdiv(size[1], WINDOW[1]) - 1) & (cut[1] < WINDOW[1])).to(tl.int32) * 2
+        bits += ((window.n2 == tl.cdiv(size[2], WINDOW[2]) - 1) & (cut[2] < WINDOW[2])).to(tl.int32) * 4
+    return bits
+
+
+@triton.jit
+def region_of(window, token, beyond, seams, call, STATIC: tl.constexpr):
+    """The region of tokens; tokens of a window that differ in it are masked."""
+    if not STATIC.HAS_MASK:
+        region = token
+    elif call.region_map is None:
+        region = beyond & seams
+    else:
+        size, WINDOW = call.size, STATIC.WINDOW
+        t0, t1, t2 = coordinates(token, WINDOW)
+        num0, num1, num2 = tl.cdiv(size[0], WINDOW[0]), tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
+        g0 = t0 * num0 + window.n0 if STATIC.GRID else window.n0 * WINDOW[0] + t0
+        g1 = t1 * num1 + window.n1 if STATIC.GRID else window.n1 * WINDOW[1] + t1
+        g2 = t2 * num2 + window.n2 if STATIC.GRID else window.n2 * WINDOW[2] + t2
+        at = (g0.to(tl.int64) * (num1 * WINDOW[1]) + g1) * (num2 * WINDOW[2]) + g2
+        region = tl.load(call.region_map + at, mask=token < STATIC.VOLUME, other=0)
+    return region
+
+
+@triton.jit
+def masked(scores, query_region, key_region, call):
+    """The scores of a tile with the mask added."""
+    return tl.where(query_region[:, None] != key_region[None, :], scores + call.mask_log2, scores)

@@ -1,0 +1,140 @@
+"""Scores and probabilities of a tile: bias, cosines, mask and dropout."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from swinkernels.triton._window_address import coordinates
+from swinkernels.triton.window_attention.call import LN_2, LOG2_E
+from swinkernels.triton.window_attention.mask import masked
+
+LN_100 = tl.constexpr(4.605170185988092)
+
+
+@triton.jit
+def _table_position(token, TABLE_WINDOW: tl.constexpr):
+    """r(t): the bias of query i and key j is row r(i) - r(j) + r_max of the table."""
+    t0, t1, t2 = coordinates(token, TABLE_WINDOW)
+    return (t0 * (2 * TABLE_WINDOW[1] - 1) + t1) * (2 * TABLE_WINDOW[2] - 1) + t2
+
+
+@triton.jit
+def bias_tile(kind, query, key, head, call, STATIC: tl.constexpr):
+    """log2(e) times the bias of a tile of a window of type ``kind``; minus infinity for keys beyond the window."""
+    VOLUME: tl.constexpr = STATIC.VOLUME
+    inside = (query < VOLUME)[:, None] & (key < VOLUME)[None, :]
+    if call.bias_table is not None:
+        TABLE_WINDOW: tl.constexpr = STATIC.TABLE_WINDOW
+        r_max = _table_position(TABLE_WINDOW[0] * TABLE_WINDOW[1] * TABLE_WINDOW[2] - 1, TABLE_WINDOW)
+        row = _table_position(query, TABLE_WINDOW)[:, None] - _table_position(key, TABLE_WINDOW)[None, :] + r_max
+        bias = tl.load(call.bias_table + row * call.num_heads + head, mask=inside, other=0.0) * LOG2_E
+    elif call.dense_bias is not None:
+        tile = call.dense_bias + (kind * call.num_heads + head).to(tl.int64) * (VOLUME * VOLUME)
+        bias = tl.load(tile + query[:, None] * VOLUME + key[None, :], mask=inside, other=0.0) * LOG2_E
+    else:
+        bias = tl.zeros([query.shape[0], key.shape[0]], tl.float32)
+    return tl.where((key < VOLUME)[None, :], bias, float("-inf"))
+
+
+@triton.jit
+def head_scale_log2(head, call):
+    """log2(e) times the factor of a head's products: of its cosines exp(min(logit_scale, ln 100))."""
+    scale_log2 = call.scale_log2
+    if call.logit_scale is not None:
+        x = tl.load(call.logit_scale + head)
+        x = tl.where(x > LN_100, LN_100, x)  # tl.minimum would hide a NaN
+        # tl.exp rounds x log2(e), of which a factor of 100 would lose three bits. A product with a whole number of
+        # at most three bits and the first part of ln 2 is exact.
+        whole = tl.floor(x * LOG2_E + 0.5)
+        rest = x - whole * 0.693359375 + whole * 2.12194440e-4
+        scale_log2 = tl.exp2(whole) * tl.exp2(rest * LOG2_E) * LOG2_E
+    return scale_log2
+
+
+@triton.jit
+def head_scale(scale_log2, call):
+    """The factor of a head's products."""
+    return call.scale if call.logit_scale is None else scale_log2 * LN_2
+
+
+@triton.jit
+def inverse_norm(x, call):
+    """1 / max(norm, 1e-12) of each row of q or k, or None where scores are no cosines."""
+    if call.logit_scale is None:
+        inverse = None
+    else:
+        x = x.to(tl.float32)
+        inverse = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(x * x, axis=1)), 1e-12))
+    return inverse
+
+
+@triton.jit
+def products(q, k, q_inverse, k_inverse, scale_log2, STATIC: tl.constexpr):
+    """log2(e) times the scores of a tile before bias and mask. Cosines are divided in float32, not as q and k are."""
+    tile = tl.dot(q, tl.trans(k), input_precision=STATIC.PRECISION)
+    if q_inverse is not None:
+        tile *= (q_inverse * scale_log2)[:, None]
+        tile *= k_inverse[None, :]
+    else:
+        tile *= scale_log2
+    return tile
+
+
+@triton.jit
+def probabilities(
+    tile, bias, lse, seams, query_region, key_region, call, STATIC: tl.constexpr
+):  # fmt: skip
+    """P of a tile of products, recomputed from lse."""
+    scores = tile + bias
+    if STATIC.HAS_MASK:
+        if seams != 0:
+            scores = masked(scores, query_region, key_region, call)
+    scores -= (lse * LOG2_E)[:, None]
+    if (
+        call.maps[0].dtype.element_ty == tl.float16
+    ):  # lse is rounded: of scores beyond 1e7, P above one could be infinite
+        scores = tl.minimum(scores, 0.0)
+    return tl.exp2(scores)
+
+
+@triton.jit
+def load_seed(call):
+    """The key of a call's random numbers, or None without dropout."""
+    return tl.load(call.dropout_seed) if call.dropout_seed is not None else None
+
+
+@triton.jit
+def _above(random, drop_below):
+    return (random.to(tl.int32, bitcast=True) >= drop_below).to(tl.int8)
+
+
+@triton.jit
+def kept_pairs(seed, number, head, query, start, call, BLOCK_K: tl.constexpr):
+    """Which of the keys from ``start`` on a query keeps: a tile of Philox numbers with the key ``seed``; None, if that
+    is None.
+
+    The counter, four words of 32 bits, is (key / 4, query, window, head), so that it never repeats in a call; its four
+    numbers are those of four neighbouring keys.
+    """
+    if seed is None:
+        keep = None
+    else:
+        below = call.drop_below
+        quad = start // 4 + tl.arange(0, BLOCK_K // 4)
+        r0, r1, r2, r3 = tl.philox(seed, quad[None, :], query[:, None], number, head)
+        k0, k1, k2, k3 = _above(r0, below), _above(r1, below), _above(r2, below), _above(r3, below)
+        keep = tl.reshape(tl.join(tl.join(k0, k2), tl.join(k1, k3)), (query.shape[0], BLOCK_K)) != 0
+    return keep
+
+
+@triton.jit
+def drop(probs, keep):
+    """P without the pairs that dropout drops, still to be multiplied by the scale of the kept ones."""
+    return probs if keep is None else tl.where(keep, probs, 0.0)
+
+
+@triton.jit
+def scaled_by_keep(tile, call):
+    """Sums of probabilities without the dropped pairs, multiplied by the scale of the kept ones."""
+    return tile if call.dropout_seed is None else tile * call.keep_scale

@@ -1,0 +1,50 @@
+"""Numbers to tune, reasoned from registers and shared memory, not measured."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+
+# Programs that a kernel which walks over windows is cut into: a few waves on a GPU of some 130 multiprocessors, on any
+# GPU, so that the order of sums, and with it the result, does not depend on the GPU.
+FORWARD_PROGRAMS = 2048
+BACKWARD_PROGRAMS = 1024
+# More windows for a program would leave a long last wave; by then the bias tile costs little per window.
+MAX_FORWARD_WINDOWS = 8
+FOLD_ROWS = 16  # table entries of a program that folds dbias
+FOLD_KEYS = 256  # keys that it takes at a time
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: tokens of a query and of a key tile, and the compiler's launch options."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def is_whole(volume: int, itemsize: int) -> bool:
+    """Whether a window is one tile; float32 tiles of 64 tokens do not fit the registers of a backward program."""
+    return volume <= (64 if itemsize == 2 else 32)
+
+
+def tiles(name: str, volume: int, head_dim: int, itemsize: int) -> Tiles:
+    """The tiles of a kernel."""
+    wide = head_dim > 64
+    whole = max(16, triton.next_power_of_2(volume))
+    if itemsize == 4:
+        # Products that may not be rounded to TF32 run on the scalar units with operands in registers: small tiles.
+        block = whole if name.endswith("whole") else 16 if wide else 32
+        return Tiles(block, block, 4, 1)
+    if name.endswith("whole"):
+        # A warp holds 16 rows of a tile of the matrix units; 64 rows by 4 warps is what Hopper's take at once.
+        num_warps = whole // 16
+        if name == "bwd_whole":
+            # dq, dk, dv and four 64 x 64 float32 tiles: beyond head_dim 32 they need the registers of 8 warps.
+            return Tiles(whole, whole, num_warps * (2 if head_dim > 32 else 1), 1)
+        return Tiles(whole, whole, num_warps, 1 if wide else 2)
+    # Key tiles of 32 where 64 would pad more: N = 144 is 160 keys instead of 192.
+    keys = 64 if -(-volume // 64) * 2 == -(-volume // 32) else 32
+    return Tiles(64, keys, 8, 1) if wide else Tiles(64, keys, 4, 2)
