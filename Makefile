@@ -111,6 +111,7 @@ test: $(dev_stamp) build
 # Writes tests/last_full_run.json, part by part.
 test-all: CUDA = 1
 test-all: $(dev_stamp) build
+	$(call phase,install-interop,installing OpenVINO into $(VENV),$(call install,$(VENV),$(TORCH) --group interop))
 	$(in_venv) $(run) -m tests.run_all $(PARTS)
 
 faults: $(dev_stamp) build

@@ -156,12 +156,16 @@ def sources(pattern: str) -> list[str]:
 
 
 def write_facts(plan: Plan, torch_version: str, torch_cuda: str | None, cuda_sources: list[str]) -> Path:
-    """What only this script knows of the build, as a header for build_info.h; the header's folder.
+    """What only this script knows of the build, as a header for the bindings; the header's folder.
 
     A header, not macros: those would compile every source again when one fact changes.
     """
+
+    def constant(module: str) -> str:
+        return re.findall(r'= "(.+)"', (ROOT / "swinkernels" / f"{module}.py").read_text())[0]
+
     facts = {
-        "version": re.findall(r'"(.+)"', (ROOT / "swinkernels" / "_version.py").read_text())[0],
+        "version": constant("_version"),
         "torch_version": torch_version,
         "torch_cuda": torch_cuda,
         "cuda": plan.toolkit is not None,
@@ -171,7 +175,10 @@ def write_facts(plan: Plan, torch_version: str, torch_cuda: str | None, cuda_sou
         "cuda_sources": cuda_sources,
     }
     header = ROOT / "build" / "facts" / "build_facts.h"
-    text = f'#define SWINKERNELS_BUILD_FACTS R"json({json.dumps(facts)})json"\n'
+    text = (
+        f"#define SWINKERNELS_NAMESPACE {constant('_namespace')}\n"
+        f'#define SWINKERNELS_BUILD_FACTS R"json({json.dumps(facts)})json"\n'
+    )
     if not header.exists() or header.read_text() != text:
         header.parent.mkdir(parents=True, exist_ok=True)
         header.write_text(text)

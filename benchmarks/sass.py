@@ -12,6 +12,7 @@ with its text when it is executed: add it to the functions below, whose names ar
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -127,6 +128,10 @@ class Memory:
                 return data, addresses.astype(I64) - start
         raise Fault(f"global memory at {low:#x} to {high:#x} belongs to no argument")
 
+    def region(self, address: int) -> int:
+        """The number of the region that begins last before an address."""
+        return bisect.bisect_right(self.regions, address, key=lambda region: region[0]) - 1
+
 
 class Block:
     """One block of a launch."""
@@ -219,7 +224,11 @@ def _run_warp(program: Program, warp: Warp) -> None:
                 if mask is None or mask.any():  # addresses mean nothing where the predicate switches off all lanes
                     warp.active = lanes if mask is None else mask
                     assert step.run is not None
-                    step.run(warp, mask)
+                    try:
+                        step.run(warp, mask)
+                    except Fault as error:
+                        instruction = program.code[index]
+                        raise Fault(f"{error}: {instruction.text} at {instruction.pc:#x}") from error
                 group.pc += 1
 
 
@@ -1345,6 +1354,14 @@ def _space(w: Warp, addresses: Array, size: int, is_shared: bool) -> tuple[Array
     return w.block.memory.find(addresses, size)
 
 
+def _by_region(w: Warp, addresses: Array, is_shared: bool) -> list[slice | Array]:
+    """Which of the addresses lie in the same region of memory, region by region."""
+    if is_shared or int(addresses[0]) >> 32 == SHARED_WINDOW:
+        return [slice(None)]
+    regions = np.array([w.block.memory.region(int(a)) for a in addresses])
+    return [regions == region for region in np.unique(regions)]
+
+
 def _bank_passes(offsets: Array, size: int) -> int:
     """Passes over shared memory: in each, a bank of four bytes gives or takes one word."""
     # Which words share a bank does not change if all addresses move by as many words.
@@ -1416,14 +1433,16 @@ def _store(i: Instruction, text: str, source: str, is_shared: bool) -> Run:
         lanes = _lanes(w)
         if not len(lanes):
             return
-        data, offsets = _space(w, address(w)[lanes], size, is_shared)
-        if data is w.block.shared:
-            _note_passes(w, offsets, size)
         file = w.r if bank == "r" else w.ur
         words = np.zeros((count, LANES), U32) if number == 255 else file[number : number + count]
         words = np.broadcast_to(words, (count, LANES))[:, lanes].T
         bytes_ = np.ascontiguousarray(words).view(np.uint8)[:, :size]
-        data[offsets[:, None] + np.arange(size)] = bytes_
+        addresses = address(w)[lanes]
+        for chosen in _by_region(w, addresses, is_shared):  # lanes may write results of several arguments
+            data, offsets = _space(w, addresses[chosen], size, is_shared)
+            if data is w.block.shared:
+                _note_passes(w, offsets, size)
+            data[offsets[:, None] + np.arange(size)] = bytes_[chosen]
 
     return run
 

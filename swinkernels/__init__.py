@@ -4,6 +4,7 @@ from swinkernels import nn, reference
 from swinkernels._version import __version__
 from swinkernels.adapters import accelerate, restore
 from swinkernels.ops import (
+    decompositions,
     layer_norm,
     patch_expanding,
     patch_merging,
@@ -18,6 +19,7 @@ from swinkernels.ops import (
 __all__ = [
     "__version__",
     "accelerate",
+    "decompositions",
     "layer_norm",
     "nn",
     "patch_expanding",

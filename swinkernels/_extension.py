@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 
-# build: what was compiled (torch.ops.swinkernels.build_info), or None.
+from swinkernels._namespace import NAMESPACE
+
+# ops: the ops, in Python and compiled.
+ops = getattr(torch.ops, NAMESPACE)
+# build: what was compiled (the op build_info), or None.
 # error: why the op library is not loaded, or None when it is.
 build: dict[str, Any] | None = None
 error: str | None = None
@@ -67,7 +71,7 @@ def _load() -> None:
         error = f"the compiled extension does not load under torch {torch.__version__}: {e}. Reinstall swinkernels."
         return
     try:
-        build = json.loads(torch.ops.swinkernels.build_info())
+        build = json.loads(ops.build_info())
     except AttributeError:  # it says nothing of itself
         build = {}
     if _NEWEST_FACT not in build:

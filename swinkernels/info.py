@@ -58,7 +58,7 @@ def collect() -> dict[str, Any]:
 
     Returns:
         ``versions`` (of Python, torch, Triton, CUDA and the driver; None where there is none), ``platform``, ``gpus``,
-        ``build`` (``torch.ops.swinkernels.build_info()``, or None without the extension), ``extension_error`` (why it
+        ``build`` (what the op ``build_info`` says, or None without the extension), ``extension_error`` (why it
         is not loaded, or None), ``cpu_instruction_set`` (of the CPU kernels that run here, or None) and ``backends``
         (per backend, why it cannot run here, or None if it can).
     """
@@ -76,7 +76,7 @@ def collect() -> dict[str, Any]:
         "gpus": _gpus(),
         "build": _extension.build,
         "extension_error": _extension.error,
-        "cpu_instruction_set": None if _extension.error else torch.ops.swinkernels.cpu_instruction_set(),
+        "cpu_instruction_set": None if _extension.error else _extension.ops.cpu_instruction_set(),
         "backends": {name: _backends.unavailable(name) for name in _backends.BACKENDS},
     }
 

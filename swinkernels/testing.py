@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swinkernels import reference
+from swinkernels._extension import ops
 from swinkernels.ops._arguments import make_window_spec
 from swinkernels.reference._geometry import source_index
 from swinkernels.reference.window_attention import relative_position_index
@@ -356,8 +357,8 @@ def op_arguments(
 
 def opcheck_forward_and_backward(form: str, suffix: str, args: tuple[Any, ...]) -> None:
     """``torch.library.opcheck`` of the ops of a form; ``suffix`` is "" or "_triton", ``args`` from op_arguments."""
-    fwd = getattr(torch.ops.swinkernels, f"{form}_fwd{suffix}").default
-    bwd = getattr(torch.ops.swinkernels, f"{form}_bwd{suffix}").default
+    fwd = getattr(ops, f"{form}_fwd{suffix}").default
+    bwd = getattr(ops, f"{form}_bwd{suffix}").default
     torch.library.opcheck(fwd, args)
     args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
     out, lse = fwd(*args)

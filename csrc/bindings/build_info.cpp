@@ -1,4 +1,4 @@
-// torch.ops.swinkernels.build_info, on torch's stable ABI: it is told wherever the kernels load.
+// The op build_info, on torch's stable ABI: it is told wherever the kernels load.
 #include "build_info.h"
 
 #include <torch/csrc/stable/library.h>
@@ -6,8 +6,9 @@
 namespace swinkernels {
 namespace {
 
-STABLE_TORCH_LIBRARY_FRAGMENT(swinkernels, m) { m.def("build_info() -> str"); }
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }
+STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+}
 
 }  // namespace
 }  // namespace swinkernels

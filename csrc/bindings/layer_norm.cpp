@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "build_facts.h"  // SWINKERNELS_NAMESPACE
 #include "checks.h"
 #include "params/layer_norm_cuda.h"
 
@@ -334,7 +335,7 @@ Gradients residual_post_norm_bwd(Tensor ds, Tensor y, OptionalTensor drop_path_s
   return {dy, dweight, dbias};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, SWINKERNELS_CUDA_KEY, m) {
+STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, SWINKERNELS_CUDA_KEY, m) {
   m.impl("patch_merging_norm_fwd", TORCH_BOX(&patch_merging_norm_fwd));
   m.impl("patch_merging_norm_bwd", TORCH_BOX(&patch_merging_norm_bwd));
   m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));

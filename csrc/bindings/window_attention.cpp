@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "build_facts.h"  // SWINKERNELS_NAMESPACE
 #include "checks.h"
 #include "geometry.h"
 #ifndef SWINKERNELS_WITHOUT_CPU
@@ -78,22 +80,11 @@ struct Tables {
 // Everything but the data: x (B, *S, ..., num_heads, head_dim) with S of `rank` axes.
 void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const WindowSpec& spec) {
   p.dtype = dtype_of(x);
-  p.allow_tf32 = spec.allow_tf32;
   p.batch = x.size(0);
   p.num_heads = static_cast<int32_t>(x.size(x.dim() - 2));
   p.head_dim = static_cast<int32_t>(x.size(x.dim() - 1));
-  p.scale = static_cast<float>(spec.scale);
-  p.mask_value = static_cast<float>(spec.mask_value);
-  p.dropout_p = static_cast<float>(spec.dropout_p);
   const std::vector<int64_t> shape = sizes(x, 1 + rank);
-  WindowGeometry& g = p.geometry;
-  static_cast<FrameGeometry&>(g) = frame_geometry({shape.begin() + 1, shape.end()}, spec.window_size, spec.shift_size,
-                                                  spec.pad_before, spec.roll_then_pad);
-  for (int64_t i = 0; i < 3; ++i) {
-    g.table_window[i] = static_cast<int32_t>(spec.table_window[i]);
-    g.periodic[i] = spec.periodic[i] != 0;
-  }
-  g.grid = spec.grid;
+  spec.fill(p, {shape.begin() + 1, shape.end()});
 }
 
 // The tables, made contiguous in place: the caller keeps them alive.
@@ -144,178 +135,136 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t) {
   }
 }
 
-// Where q, k and v (or their gradients) lie: packed in one tensor (B, *S, 3, heads, head_dim), or in three.
-struct Packed {
-  static constexpr int64_t kTensors = 1;
-  static int64_t rank(const Tensor& x) { return x.dim() - 4; }
-  template <class Map, class MakeMap>
-  static void place(Map* const (&maps)[3], const std::vector<Tensor>& xs, MakeMap make) {
-    const Tensor& x = xs[0];
-    for (int64_t i = 0; i < 3; ++i) *maps[i] = make(x, i * x.stride(x.dim() - 3), rank(x), x.stride(x.dim() - 2));
-  }
-};
-
-struct Separate {
-  static constexpr int64_t kTensors = 3;
-  static int64_t rank(const Tensor& x) { return x.dim() - 3; }
-  template <class Map, class MakeMap>
-  static void place(Map* const (&maps)[3], const std::vector<Tensor>& xs, MakeMap make) {
-    for (int64_t i = 0; i < 3; ++i) *maps[i] = make(xs[i], 0, rank(xs[i]), xs[i].stride(xs[i].dim() - 2));
-  }
-};
-
 // Of one head of a token.
 int64_t row_bytes(const Tensor& x) { return x.size(x.dim() - 1) * static_cast<int64_t>(x.element_size()); }
 
-template <class Backend, class Form>
-std::tuple<Tensor, Tensor> forward(std::vector<Tensor> xs, Tables tables, const WindowSpec& spec) {
-  const Backend backend(xs[0]);
-  const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
-  for (Tensor& x : xs) x = readable(x, alignment);
-  const Tensor& x = xs[0];
-  const int64_t rank = Form::rank(x);
-  WindowAttentionForwardParams p{};
-  fill(p, x, rank, spec);
-  fill_tables(p, tables);
-  const WindowGeometry& g = p.geometry;
+// The ops of one form: q, k and v are one map (B, *S, 3, heads, head_dim), or three of (B, *S, heads, head_dim). Their
+// arguments are those of schemas.cpp.
+template <class Backend, class... Maps>
+struct WindowAttention {
+  static constexpr bool kPacked = sizeof...(Maps) == 1;
+  using Gradients = std::tuple<Maps..., Tensor, Tensor, Tensor, Tensor>;
 
-  std::vector<int64_t> shape = sizes(x, 1 + rank);
-  shape.push_back(int64_t{1} * p.num_heads * p.head_dim);
-  Tensor out = new_empty(x, shape);
-  const std::vector<int64_t> rows{p.batch, product(g.num_windows), p.num_heads, product(g.window)};
-  Tensor lse = new_empty(x, spec.needs_lse ? rows : std::vector<int64_t>{0}, ScalarType::Float);
-  if (out.numel() == 0) return {out, lse};
-  Form::place({&p.q, &p.k, &p.v}, xs, input_map);
-  p.out = output_map(out, 0, rank, p.head_dim);
-  p.lse = spec.needs_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
-  backend.forward(p);
-  return {out, lse};
-}
+  static int64_t rank(const Tensor& x) { return x.dim() - (kPacked ? 4 : 3); }
 
-struct Gradients {
-  std::vector<Tensor> maps;
-  OptionalTensor bias_table, bias, logit_scale, pad_qkv;  // those that were wanted
+  // Where q, k and v, or their gradients, lie.
+  template <class Map, class MakeMap>
+  static void place(Map* const (&maps)[3], const std::vector<Tensor>& xs, MakeMap make) {
+    for (int64_t i = 0; i < 3; ++i) {
+      const Tensor& x = xs[kPacked ? 0 : i];
+      *maps[i] = make(x, kPacked ? i * x.stride(x.dim() - 3) : 0, rank(x), x.stride(x.dim() - 2));
+    }
+  }
+
+  static std::tuple<Tensor, Tensor> forward(Maps... maps, OptionalTensor bias_table, OptionalTensor bias,
+                                            OptionalTensor logit_scale, OptionalTensor pad_qkv,
+                                            OptionalTensor region_map, OptionalTensor dropout_seed, std::string wire,
+                                            double scale, double mask_value, double dropout_p) {
+    const WindowSpec spec(wire, scale, mask_value, dropout_p);
+    std::vector<Tensor> xs{std::move(maps)...};
+    Tables tables{std::move(bias_table), std::move(bias),       std::move(logit_scale),
+                  std::move(pad_qkv),    std::move(region_map), std::move(dropout_seed)};
+    const Backend backend(xs[0]);
+    const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
+    for (Tensor& x : xs) x = readable(x, alignment);
+    const Tensor& x = xs[0];
+    WindowAttentionForwardParams p{};
+    fill(p, x, rank(x), spec);
+    fill_tables(p, tables);
+    const WindowGeometry& g = p.geometry;
+
+    std::vector<int64_t> shape = sizes(x, 1 + rank(x));
+    shape.push_back(int64_t{1} * p.num_heads * p.head_dim);
+    Tensor out = new_empty(x, shape);
+    const std::vector<int64_t> rows{p.batch, product(g.num_windows), p.num_heads, product(g.window)};
+    Tensor lse = new_empty(x, spec.needs_lse ? rows : std::vector<int64_t>{0}, ScalarType::Float);
+    if (out.numel() == 0) return {out, lse};
+    place({&p.q, &p.k, &p.v}, xs, input_map);
+    p.out = output_map(out, 0, rank(x), p.head_dim);
+    p.lse = spec.needs_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
+    backend.forward(p);
+    return {out, lse};
+  }
+
+  static Gradients backward(Tensor dout, Maps... maps, Tensor lse, OptionalTensor bias_table, OptionalTensor bias,
+                            OptionalTensor logit_scale, OptionalTensor pad_qkv, OptionalTensor region_map,
+                            OptionalTensor dropout_seed, std::string wire, double scale, double mask_value,
+                            double dropout_p, int64_t wanted) {
+    const WindowSpec spec(wire, scale, mask_value, dropout_p);
+    std::vector<Tensor> xs{std::move(maps)...};
+    Tables tables{std::move(bias_table), std::move(bias),       std::move(logit_scale),
+                  std::move(pad_qkv),    std::move(region_map), std::move(dropout_seed)};
+    const Backend backend(xs[0]);
+    const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
+    for (Tensor& x : xs) x = readable(x, alignment);
+    dout = readable(dout, alignment);
+    if (!lse.is_contiguous()) lse = torch::stable::contiguous(lse);
+    const Tensor& x = xs[0];
+    WindowAttentionBackwardParams p{};
+    fill(p.forward, x, rank(x), spec);
+    fill_tables(p.forward, tables);
+    STD_TORCH_CHECK(dtype_of(dout) == p.forward.dtype, "swinkernels: dout must have the map's dtype");
+
+    std::vector<Tensor> gradients;
+    for (const Tensor& t : xs) gradients.push_back(new_empty(t, sizes(t, t.dim())));
+    // new_zeros, so that an empty batch has the gradient zero; otherwise the kernels write every element. Bit i of wanted
+    // asks for the gradient of table i; one that is not wanted has no elements, as the schema has no optional result.
+    const bool empty = x.numel() == 0;
+    const auto sum = [&](int bit, const OptionalTensor& table) {
+      const bool needed = (wanted >> bit & 1) != 0;
+      STD_TORCH_CHECK(!needed || table, "swinkernels: the gradient of a tensor that was not given is wanted");
+      const std::vector<int64_t> shape = needed ? sizes(*table, table->dim()) : std::vector<int64_t>{0};
+      return empty ? torch::stable::new_zeros(x, shape, ScalarType::Float) : new_empty(x, shape, ScalarType::Float);
+    };
+    const Tensor sums[] = {sum(0, tables.bias_table), sum(1, tables.bias), sum(2, tables.logit_scale),
+                           sum(3, tables.pad_qkv)};
+    if (!empty) {
+      STD_TORCH_CHECK(lse.numel() > 0, "swinkernels: a backward pass needs the lse of a forward pass with needs_lse=1");
+      place({&p.forward.q, &p.forward.k, &p.forward.v}, xs, input_map);
+      place({&p.dq, &p.dk, &p.dv}, gradients, output_map);
+      p.dout = input_map(dout, 0, rank(x), p.forward.head_dim);
+      p.forward.lse = static_cast<float*>(lse.mutable_data_ptr());  // only read
+      const auto data = [&](int bit) {
+        return (wanted >> bit & 1) != 0 ? static_cast<float*>(sums[bit].mutable_data_ptr()) : nullptr;
+      };
+      p.dbias_table = data(0);
+      p.dbias = data(1);
+      p.dlogit_scale = data(2);
+      p.dpad_qkv = data(3);
+      Tensor workspace = new_empty(x, {backend.workspace_bytes(p)}, ScalarType::Byte);
+      p.workspace = workspace.mutable_data_ptr();
+      backend.backward(p);
+    }
+    return gather(gradients, sums, std::index_sequence_for<Maps...>());
+  }
+
+ private:
+  template <size_t... kIndices>
+  static Gradients gather(const std::vector<Tensor>& maps, const Tensor (&sums)[4], std::index_sequence<kIndices...>) {
+    return {maps[kIndices]..., sums[0], sums[1], sums[2], sums[3]};
+  }
 };
-
-template <class Backend, class Form>
-Gradients backward(Tensor dout, std::vector<Tensor> xs, Tensor lse, Tables tables, const WindowSpec& spec,
-                   int64_t wanted) {
-  const Backend backend(xs[0]);
-  const int64_t alignment = Backend::alignment(row_bytes(xs[0]));
-  for (Tensor& x : xs) x = readable(x, alignment);
-  dout = readable(dout, alignment);
-  if (!lse.is_contiguous()) lse = torch::stable::contiguous(lse);
-  const Tensor& x = xs[0];
-  const int64_t rank = Form::rank(x);
-  WindowAttentionBackwardParams p{};
-  fill(p.forward, x, rank, spec);
-  fill_tables(p.forward, tables);
-  STD_TORCH_CHECK(dtype_of(dout) == p.forward.dtype, "swinkernels: dout must have the map's dtype");
-
-  // new_zeros, so that an empty batch has the gradient zero; otherwise the kernels write every element.
-  const bool empty = x.numel() == 0;
-  auto allocate = [&](bool needed, const std::vector<int64_t>& shape) -> OptionalTensor {
-    if (!needed) return std::nullopt;
-    return empty ? torch::stable::new_zeros(x, shape, ScalarType::Float) : new_empty(x, shape, ScalarType::Float);
-  };
-  Gradients grads;
-  for (const Tensor& t : xs) grads.maps.push_back(new_empty(t, sizes(t, t.dim())));
-  // Bit i of wanted: the gradient of the i-th table.
-  auto like = [&](int bit, const OptionalTensor& table) {
-    const bool needed = (wanted >> bit & 1) != 0;
-    STD_TORCH_CHECK(!needed || table, "swinkernels: the gradient of a tensor that was not given is wanted");
-    return allocate(needed, needed ? sizes(*table, table->dim()) : std::vector<int64_t>{});
-  };
-  grads.bias_table = like(0, tables.bias_table);
-  grads.bias = like(1, tables.bias);
-  grads.logit_scale = like(2, tables.logit_scale);
-  grads.pad_qkv = like(3, tables.pad_qkv);
-  if (empty) return grads;
-  STD_TORCH_CHECK(lse.numel() > 0, "swinkernels: a backward pass needs the lse of a forward pass with needs_lse=1");
-
-  Form::place({&p.forward.q, &p.forward.k, &p.forward.v}, xs, input_map);
-  Form::place({&p.dq, &p.dk, &p.dv}, grads.maps, output_map);
-  p.dout = input_map(dout, 0, rank, p.forward.head_dim);
-  p.forward.lse = static_cast<float*>(lse.mutable_data_ptr());  // only read
-  auto data = [](const OptionalTensor& t) { return t ? static_cast<float*>(t->mutable_data_ptr()) : nullptr; };
-  p.dbias_table = data(grads.bias_table);
-  p.dbias = data(grads.bias);
-  p.dlogit_scale = data(grads.logit_scale);
-  p.dpad_qkv = data(grads.pad_qkv);
-  Tensor workspace = new_empty(x, {backend.workspace_bytes(p)}, ScalarType::Byte);
-  p.workspace = workspace.mutable_data_ptr();
-  backend.backward(p);
-  return grads;
-}
-
-// What the schema has for a gradient that is not wanted: nothing.
-Tensor sum(const OptionalTensor& gradient, const Tensor& x) {
-  return gradient ? *gradient : new_empty(x, {0}, ScalarType::Float);
-}
-
-// The ops, with the argument lists of the schemas in swinkernels/ops/window_attention.py.
-template <class Backend>
-std::tuple<Tensor, Tensor> qkvpacked_fwd(Tensor qkv, OptionalTensor bias_table, OptionalTensor bias,
-                                         OptionalTensor logit_scale, OptionalTensor pad_qkv, OptionalTensor region_map,
-                                         OptionalTensor dropout_seed, std::string spec, double scale, double mask_value,
-                                         double dropout_p) {
-  const Tables tables{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
-  return forward<Backend, Packed>({qkv}, tables, WindowSpec(spec, scale, mask_value, dropout_p));
-}
-
-template <class Backend>
-std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, OptionalTensor bias_table, OptionalTensor bias,
-                               OptionalTensor logit_scale, OptionalTensor pad_qkv, OptionalTensor region_map,
-                               OptionalTensor dropout_seed, std::string spec, double scale, double mask_value,
-                               double dropout_p) {
-  const Tables tables{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
-  return forward<Backend, Separate>({q, k, v}, tables, WindowSpec(spec, scale, mask_value, dropout_p));
-}
-
-template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qkvpacked_bwd(Tensor dout, Tensor qkv, Tensor lse,
-                                                                 OptionalTensor bias_table, OptionalTensor bias,
-                                                                 OptionalTensor logit_scale, OptionalTensor pad_qkv,
-                                                                 OptionalTensor region_map, OptionalTensor dropout_seed,
-                                                                 std::string spec, double scale, double mask_value,
-                                                                 double dropout_p, int64_t wanted) {
-  const Tables tables{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
-  const Gradients d =
-      backward<Backend, Packed>(dout, {qkv}, lse, tables, WindowSpec(spec, scale, mask_value, dropout_p), wanted);
-  return {d.maps[0], sum(d.bias_table, qkv), sum(d.bias, qkv), sum(d.logit_scale, qkv), sum(d.pad_qkv, qkv)};
-}
-
-template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, OptionalTensor bias_table, OptionalTensor bias,
-    OptionalTensor logit_scale, OptionalTensor pad_qkv, OptionalTensor region_map, OptionalTensor dropout_seed,
-    std::string spec, double scale, double mask_value, double dropout_p, int64_t wanted) {
-  const Tables tables{bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed};
-  const Gradients d =
-      backward<Backend, Separate>(dout, {q, k, v}, lse, tables, WindowSpec(spec, scale, mask_value, dropout_p), wanted);
-  return {d.maps[0],        d.maps[1], d.maps[2], sum(d.bias_table, q), sum(d.bias, q), sum(d.logit_scale, q),
-          sum(d.pad_qkv, q)};
-}
 
 template <class Backend, class Library>
 void implement(Library& m) {
-  m.impl("window_attention_qkvpacked_fwd", TORCH_BOX(&qkvpacked_fwd<Backend>));
-  m.impl("window_attention_qkvpacked_bwd", TORCH_BOX(&qkvpacked_bwd<Backend>));
-  m.impl("window_attention_fwd", TORCH_BOX(&fwd<Backend>));
-  m.impl("window_attention_bwd", TORCH_BOX(&bwd<Backend>));
+  using Packed = WindowAttention<Backend, Tensor>;
+  using Separate = WindowAttention<Backend, Tensor, Tensor, Tensor>;
+  m.impl("window_attention_qkvpacked_fwd", TORCH_BOX(&Packed::forward));
+  m.impl("window_attention_qkvpacked_bwd", TORCH_BOX(&Packed::backward));
+  m.impl("window_attention_fwd", TORCH_BOX(&Separate::forward));
+  m.impl("window_attention_bwd", TORCH_BOX(&Separate::backward));
 }
 
 #ifndef SWINKERNELS_WITHOUT_CPU
 std::string cpu_instruction_set() { return cpu::instruction_set(); }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(swinkernels, m) { m.def("cpu_instruction_set() -> str"); }
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
 }
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, CPU, m) { implement<CpuBackend>(m); }
+STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, CPU, m) { implement<CpuBackend>(m); }
 #endif
 #ifdef SWINKERNELS_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, SWINKERNELS_CUDA_KEY, m) { implement<CudaBackend>(m); }
+STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, SWINKERNELS_CUDA_KEY, m) { implement<CudaBackend>(m); }
 #endif
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "build_facts.h"  // SWINKERNELS_NAMESPACE
 #include "checks.h"
 #include "geometry.h"
 #include "params/window_partition_cuda.h"
@@ -66,7 +67,7 @@ Tensor window_reverse(Tensor windows, Ints size, Ints window_size, Ints shift_si
   return map;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(swinkernels, SWINKERNELS_CUDA_KEY, m) {
+STABLE_TORCH_LIBRARY_IMPL(SWINKERNELS_NAMESPACE, SWINKERNELS_CUDA_KEY, m) {
   m.impl("window_partition", TORCH_BOX(&window_partition));
   m.impl("window_reverse", TORCH_BOX(&window_reverse));
 }

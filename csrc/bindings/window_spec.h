@@ -8,6 +8,8 @@
 #include <string_view>
 
 #include "checks.h"
+#include "geometry.h"
+#include "params/window_attention.h"
 
 namespace swinkernels {
 
@@ -31,6 +33,21 @@ struct WindowSpec {
                       std::string(name), " as in ", wire);
       next = *end == ';' ? end + 1 : end;
     }
+  }
+
+  // What a call on a map of `size` takes from its spec.
+  void fill(WindowAttentionForwardParams& p, const Ints& size) const {
+    WindowGeometry& g = p.geometry;
+    static_cast<FrameGeometry&>(g) = frame_geometry(size, window_size, shift_size, pad_before, roll_then_pad);
+    for (int64_t i = 0; i < 3; ++i) {
+      g.table_window[i] = static_cast<int32_t>(table_window[i]);
+      g.periodic[i] = periodic[i] != 0;
+    }
+    g.grid = grid;
+    p.allow_tf32 = allow_tf32;
+    p.scale = static_cast<float>(scale);
+    p.mask_value = static_cast<float>(mask_value);
+    p.dropout_p = static_cast<float>(dropout_p);
   }
 
  private:

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from swinkernels.ops._backends import window_attention_reasons
-from swinkernels.ops.window_attention import spec_of
+from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 
 
 @dataclass(frozen=True)

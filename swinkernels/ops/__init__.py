@@ -8,8 +8,11 @@ from swinkernels.ops.window_attention import window_attention, window_attention_
 from swinkernels.ops.window_partition import window_partition, window_reverse
 
 import swinkernels.triton  # isort: skip  attaches to the ops, which are defined by now
+import swinkernels.ops._flops  # isort: skip
+from swinkernels.ops._decompositions import decompositions  # isort: skip
 
 __all__ = [
+    "decompositions",
     "layer_norm",
     "patch_expanding",
     "patch_merging",

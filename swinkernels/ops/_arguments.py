@@ -53,7 +53,8 @@ def per_axis_ints(op: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
     if type(value) is int:  # the usual case, at a fraction of the time
         return (operator.index(value),) * rank
     given = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * rank
-    values = tuple(v for x in given if (v := _index(x)) is not None)
+    indices = [_index(x) for x in given]
+    values = tuple([v for v in indices if v is not None])
     if len(values) != len(given):
         raise TypeError(f"{op}: {name} must be an int or one int per axis, got {value!r}")
     if len(values) != rank:

@@ -1,7 +1,7 @@
 """Which backend runs a call, and why another cannot.
 
-Each backend has one function that lists the reasons it cannot run some inputs; the choice, the error texts and the
-test skips all read that list.
+Each op has one function that lists the reasons why a backend cannot run some inputs; the choice, the error texts and
+the test skips all read that list. Window attention's is beside its op, where its options are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 
 from swinkernels import _extension
 from swinkernels.ops._library import constant_when_compiled
-from swinkernels.window_spec import WindowSpec
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 # What `auto` tries on a device, best first; where none of these runs a call, and on other devices, it takes "torch".
@@ -152,23 +151,14 @@ def _shared_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def window_attention_reasons(
-    backend: str, spec: WindowSpec, dtype: torch.dtype, device: torch.device, return_attention: bool = False
-) -> list[str]:
-    """The reasons why a backend cannot run a call; empty if it can."""
-    if backend in PLAIN:
-        return []
-    reasons = _reasons(backend, "window_attention", device) + _dtype_reasons(backend, dtype)
-    if spec.dropout_p > 0.0 and backend == "cpu":
-        reasons.append("it does not implement dropout_p")
-    if return_attention:
-        reasons.append("it does not return the attention weights (return_attention)")
+def window_volume_reasons(backend: str, volume: int, device: torch.device) -> list[str]:
+    """Why a backend cannot take windows of so many tokens, as a list of one reason or none."""
     largest = _longest_window(backend, device)
-    if largest is not None and spec.volume > largest:
-        whole = LIMITS[backend]["max_window_volume"]
-        room = f" where a block has {_shared_bytes(device) // 1024} KB of shared memory" if largest < whole else ""
-        reasons.append(f"it takes windows of at most {largest} tokens{room}, got {spec.volume}")
-    return reasons
+    if largest is None or volume <= largest:
+        return []
+    whole = LIMITS[backend]["max_window_volume"]
+    room = f" where a block has {_shared_bytes(device) // 1024} KB of shared memory" if largest < whole else ""
+    return [f"it takes windows of at most {largest} tokens{room}, got {volume}"]
 
 
 def window_partition_reasons(backend: str, device: torch.device) -> list[str]:

@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-lib = torch.library.Library("swinkernels", "DEF")
+from swinkernels._extension import ops
+from swinkernels._namespace import NAMESPACE
+
+lib = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(schema: str) -> None:
+    """Define an op, unless the compiled library did so with the same schema (csrc/bindings/schemas.cpp)."""
+    if not torch._C._jit_get_schemas_for_operator(f"{NAMESPACE}::{schema.partition('(')[0]}"):
+        lib.define(schema)
+
 
 # Read once: torch 2.11 cannot trace the question whether a kind of device has autocast.
 _AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
@@ -147,9 +157,13 @@ def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs if isinstance(x, Tensor)):
-        raise NotImplementedError(
-            f"swinkernels::{name} has no forward-mode derivative (jvp): use backend='reference', or reverse mode"
-        )
+        raise _no_forward_mode(name)
+
+
+def _no_forward_mode(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{NAMESPACE}::{name} has no forward-mode derivative (jvp): use backend='reference', or reverse mode"
+    )
 
 
 def _tensor_arguments(op: Any) -> int:
@@ -157,6 +171,30 @@ def _tensor_arguments(op: Any) -> int:
     kinds = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in op._schema.arguments]
     assert all(kinds[: sum(kinds)]), f"{op._schema}: tensors come first"
     return sum(kinds)
+
+
+def _function(name: str, **methods: Any) -> type[torch.autograd.Function]:
+    """An autograd.Function that profilers and graphs show by the name of the op, in camel case."""
+    camel = "".join(word.capitalize() for word in name.removesuffix("_fwd").split("_"))
+    return type(camel, (torch.autograd.Function,), {k: staticmethod(m) for k, m in methods.items()})
+
+
+def _transformable(name: str, op: Any, setup_context: Callable, backward: Callable) -> Callable:
+    """What to call an op by inside transforms of torch.func, which do not take the formula that torch.library makes."""
+
+    def jvp(ctx, *tangents):
+        raise _no_forward_mode(name)
+
+    function = _function(
+        name, forward=lambda *inputs: op(*inputs), setup_context=setup_context, backward=backward, jvp=jvp
+    )
+    function.generate_vmap_rule = True
+    return function.apply
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func runs, other than in code that is compiled."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Differentiable:
@@ -168,23 +206,15 @@ class Differentiable:
     """
 
     def __init__(self, name: str, setup_context: Callable, backward: Callable) -> None:
-        op = getattr(torch.ops.swinkernels, name).default
+        op = getattr(ops, name).default
         count = _tensor_arguments(op)
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *inputs):
-                *tensors, others = inputs
-                with torch._C._AutoDispatchBelowAutograd():
-                    output = op(*tensors, *others)
-                setup_context(ctx, tensors, others, output)
-                return output
-
-            @staticmethod
-            def backward(ctx, *gradients):
-                return *backward(ctx, *gradients), None
-
-        self._name, self._op, self._count, self._apply = name, op, count, Function.apply
+        def forward(ctx, *inputs):
+            *tensors, others = inputs
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*tensors, *others)
+            setup_context(ctx, tensors, others, output)
+            return output
 
         def setup_op_context(ctx, inputs, output):
             setup_context(ctx, inputs[:count], inputs[count:], output)
@@ -192,27 +222,23 @@ class Differentiable:
         def backward_op(ctx, *gradients):
             return *backward(ctx, *gradients), *(None,) * (len(op._schema.arguments) - count)
 
-        torch.library.register_autograd(f"swinkernels::{name}", backward_op, setup_context=setup_op_context, lib=lib)
+        # What a caller that knows its tensors to be plain calls: apply if a gradient may be asked for, else overload
+        # below autograd.
+        function = _function(name, forward=forward, backward=lambda ctx, *gradients: (*backward(ctx, *gradients), None))
+        self.apply, self.overload = function.apply, op
+        self._name, self._count = name, count
+        self._transformed = _transformable(name, op, setup_op_context, backward_op)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward_op, setup_context=setup_op_context, lib=lib)
 
     def __call__(self, *inputs: Any) -> Any:
-        tensors = inputs[: self._count]
-        if is_plain(tensors):
-            return self.plain(tensors, inputs[self._count :])
-        _refuse_tangents(self._name, tensors)
-        return self._op(*inputs)
-
-    def plain(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
-        """The same where the tensors are known to be plain."""
-        return self.record(tensors, others) if any_requires_grad(tensors) else self.run(tensors, others)
-
-    def record(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
-        """The same where a gradient may be asked for."""
-        return self._apply(*tensors, others)
-
-    def run(self, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Any:
-        """The same where none will be."""
+        tensors, others = inputs[: self._count], inputs[self._count :]
+        if not is_plain(tensors):
+            _refuse_tangents(self._name, tensors)
+            return (self._transformed if _is_transformed() else self.overload)(*inputs)
+        if any_requires_grad(tensors):
+            return self.apply(*tensors, others)
         with torch._C._AutoDispatchBelowAutograd():
-            return self._op(*tensors, *others)
+            return self.overload(*inputs)
 
 
 def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -233,7 +259,7 @@ def register(name: str, fake: Callable, setup_context: Callable, backward: Calla
         setup_context: (ctx, tensors, others, output), where the op's arguments are its tensors and then the others.
         backward: (ctx, *gradients) -> the gradients of the tensors.
     """
-    torch.library.register_fake(f"swinkernels::{name}", fake, lib=lib)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
     return Differentiable(name, setup_context, backward)
 
 
@@ -247,11 +273,15 @@ def register_derivative(name: str, fake: Callable, of: str) -> Callable:
             f"{of}: a second derivative is only in the reference: use backend='reference' for double backward"
         )
 
-    torch.library.register_fake(f"swinkernels::{name}", fake, lib=lib)
-    torch.library.register_autograd(f"swinkernels::{name}", refuse, lib=lib)
-    op = getattr(torch.ops.swinkernels, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=lib)
+    op = getattr(ops, name).default
+
+    transformed = _transformable(name, op, lambda ctx, inputs, output: None, refuse)
 
     def call(tensors, others):
+        if _is_transformed():
+            return transformed(*tensors, *others)
         if torch.is_grad_enabled() or not is_plain(tensors):  # with create_graph=True gradients are on
             return op(*tensors, *others)
         with torch._C._AutoDispatchBelowAutograd():

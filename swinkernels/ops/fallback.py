@@ -133,7 +133,7 @@ def _kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
     return value
 
 
-def _table_rows(window: Sequence[int], table_window: Sequence[int], device: torch.device) -> Tensor:
+def table_rows(window: Sequence[int], table_window: Sequence[int], device: torch.device) -> Tensor:
     """(N * N): the row of the bias table for query i and key j of a window."""
     token = torch.arange(math.prod(window), device=device)
     index = torch.zeros_like(token)[:, None]
@@ -170,7 +170,7 @@ def _addend(
     window, n = frame.window, math.prod(frame.window)
     addend = None
     if bias_table is not None:
-        rows = _kept((window, tuple(table_window), device), lambda: _table_rows(window, table_window, device))
+        rows = _kept((window, tuple(table_window), device), lambda: table_rows(window, table_window, device))
         addend = bias_table.to(wide)[rows].reshape(n, n, -1).permute(2, 0, 1)
     elif bias is not None:
         addend = bias.to(wide)
@@ -185,6 +185,21 @@ def _addend(
         return addend
     mask = (mask_value * (region[:, :, None] != region[:, None, :]).to(wide))[:, None]
     return mask if addend is None else addend + mask
+
+
+def cosine_factors(q: Tensor, k: Tensor, logit_scale: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """v2: the unit rows of q and k, and the factor of each head."""
+    # A factor of up to 100 multiplies the error of rounded unit vectors.
+    q, k = F.normalize(q.to(wide), dim=-1), F.normalize(k.to(wide), dim=-1)
+    return q, k, logit_scale.to(wide).reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()
+
+
+def scores_of(q: Tensor, k: Tensor, addend: Tensor | None, factor: float | Tensor) -> Tensor:
+    """factor q k^T + addend of windows (B, num_windows, heads, N, head_dim)."""
+    if q.dtype == torch.float16:  # in which scores overflow
+        q, k = q.float(), k.float()
+    scores = (q @ k.transpose(-2, -1)) * factor if isinstance(factor, Tensor) else (q * factor) @ k.transpose(-2, -1)
+    return scores if addend is None else scores + addend
 
 
 def _attend(
@@ -213,12 +228,7 @@ def _attend(
         flat_q, flat_k, flat_v = (x.reshape(batch, windows * heads, n, head_dim) for x in (q, k, v))
         out = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, attn_mask=mask, scale=factor)
         return out.reshape(q.shape), None
-    if q.dtype == torch.float16:  # in which scores overflow
-        q, k = q.float(), k.float()
-    scores = (q @ k.transpose(-2, -1)) * factor if isinstance(factor, Tensor) else (q * factor) @ k.transpose(-2, -1)
-    if addend is not None:
-        scores = scores + addend
-    probs = scores.softmax(-1, dtype=wide)
+    probs = scores_of(q, k, addend, factor).softmax(-1, dtype=wide)
     if generator is not None and dropout_p > 0.0:
         keep = torch.empty_like(probs).bernoulli_(1.0 - dropout_p, generator=generator)
         probs = probs * keep if dropout_p == 1.0 else probs * keep / (1.0 - dropout_p)
@@ -257,9 +267,7 @@ def _attention(
     q, k, v = split(frame, pad_qkv)
     factor: float | Tensor = scale
     if logit_scale is not None:
-        # A factor of up to 100 multiplies the error of rounded unit vectors.
-        q, k = F.normalize(q.to(wide), dim=-1), F.normalize(k.to(wide), dim=-1)
-        factor = logit_scale.to(wide).reshape(num_heads, 1, 1).clamp(max=math.log(100.0)).exp()
+        q, k, factor = cosine_factors(q, k, logit_scale, wide)
     addend = _addend(frame, wide, bias_table, bias, region_map, x.device, shift_size=shift_size, **masking)
     out, weights = _attend(q, k, v, addend, factor, dropout_p, generator, wide, return_attention)
     out = frame.map(out.transpose(2, 3)).flatten(-2)
@@ -341,7 +349,7 @@ def patch_merging(
     """``neighbours`` are the row-major numbers of those side by side, ``by_channel`` whether channels come first."""
     rank = len(neighbours).bit_length() - 1
     size = x.shape[-1 - rank : -1]
-    if any(s % 2 for s in size):
+    if any(isinstance(s, torch.SymInt) or s % 2 for s in size):  # an exported program serves both parities
         x = F.pad(x, [0, 0, *(amount for s in reversed(size) for amount in (0, s % 2))])
     # A neighbour's number has a bit for each axis, the last axis lowest.
     offsets = [[number >> (rank - 1 - axis) & 1 for axis in range(rank)] for number in neighbours]
@@ -353,12 +361,16 @@ def patch_merging(
     return layer_norm(linear(merged, weight), norm_weight, norm_bias, eps=eps, dtype=dtype)
 
 
+def lay_out(x: Tensor, factor: Sequence[int]) -> Tensor:
+    """The parts of every token laid out by a factor per axis of the map."""
+    rank, size = len(factor), x.shape[1:-1]
+    order = [0, *(axis for i in range(1, 1 + rank) for axis in (i, i + rank)), 1 + 2 * rank]
+    laid_out = x.unflatten(-1, (*factor, -1)).permute(order)
+    return laid_out.reshape(x.shape[0], *(s * f for s, f in zip(size, factor, strict=True)), laid_out.shape[-1])
+
+
 def normalise_parts(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Sequence[int], *, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """The parts of every token laid out by a factor per axis of the map, each normalised."""
-    rank, size = len(factor), x.shape[1:-1]
-    order = [0, *(axis for i in range(1, 1 + rank) for axis in (i, i + rank)), 1 + 2 * rank]
-    laid_out = x.unflatten(-1, (*factor, -1)).permute(order)
-    laid_out = laid_out.reshape(x.shape[0], *(s * f for s, f in zip(size, factor, strict=True)), laid_out.shape[-1])
-    return layer_norm(laid_out, weight, bias, eps=eps, dtype=dtype)
+    return layer_norm(lay_out(x, factor), weight, bias, eps=eps, dtype=dtype)

@@ -17,8 +17,8 @@ from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._backends import choose, norm_reasons
 from swinkernels.ops._library import (
     Found,
+    define,
     kernel_parameter,
-    lib,
     looked_up,
     parameter_gradients,
     register,
@@ -27,11 +27,11 @@ from swinkernels.ops._library import (
 )
 
 # factor: three values, slowest axis first, or none for the plain norm. mean and rstd: one value for each row of z.
-lib.define(
+define(
     "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, int[] factor, float eps, ScalarType dtype) -> "
     "(Tensor z, Tensor mean, Tensor rstd)"
 )
-lib.define(
+define(
     "layer_norm_bwd(Tensor dz, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, int[] factor, bool needs_dweight, "
     "bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )

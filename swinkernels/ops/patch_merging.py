@@ -18,8 +18,8 @@ from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._backends import choose, patch_merging_reasons
 from swinkernels.ops._library import (
     autocast_dtype,
+    define,
     kernel_parameter,
-    lib,
     linear,
     parameter_gradients,
     register,
@@ -55,11 +55,11 @@ def merged_size(size: Sequence[int], factor: Sequence[int]) -> list[int]:
 def _define(suffix: str) -> Callable:
     fwd, bwd = f"patch_merging_norm_fwd{suffix}", f"patch_merging_norm_bwd{suffix}"
     # neighbours[p]: which neighbour, numbered row-major within the factor's block, the p-th run of C channels holds.
-    lib.define(
+    define(
         f"{fwd}(Tensor x, Tensor? weight, Tensor? bias, int[] factor, int[] neighbours, float eps, ScalarType dtype) "
         "-> (Tensor z, Tensor mean, Tensor rstd)"
     )
-    lib.define(
+    define(
         f"{bwd}(Tensor dz, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, int[] factor, int[] neighbours, "
         "bool needs_dweight, bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
     )

@@ -16,8 +16,8 @@ from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._backends import PLAIN, choose, residual_reasons
 from swinkernels.ops._library import (
     Found,
+    define,
     kernel_parameter,
-    lib,
     looked_up,
     parameter_gradients,
     register,
@@ -26,14 +26,14 @@ from swinkernels.ops._library import (
 
 _BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
 _SAVED = "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias"
-lib.define(f"residual_layer_norm_fwd({_BRANCH}) -> (Tensor s, Tensor z, Tensor mean, Tensor rstd)")
+define(f"residual_layer_norm_fwd({_BRANCH}) -> (Tensor s, Tensor z, Tensor mean, Tensor rstd)")
 # dy is empty if it is dx: one dtype and no drop_path_scale.
-lib.define(
+define(
     f"residual_layer_norm_bwd(Tensor ds, Tensor dz, Tensor s, {_SAVED}) -> "
     "(Tensor dx, Tensor dy, Tensor dweight, Tensor dbias)"
 )
-lib.define(f"residual_post_norm_fwd({_BRANCH}) -> (Tensor s, Tensor mean, Tensor rstd)")
-lib.define(f"residual_post_norm_bwd(Tensor ds, Tensor y, {_SAVED}) -> (Tensor dy, Tensor dweight, Tensor dbias)")
+define(f"residual_post_norm_fwd({_BRANCH}) -> (Tensor s, Tensor mean, Tensor rstd)")
+define(f"residual_post_norm_bwd(Tensor ds, Tensor y, {_SAVED}) -> (Tensor dy, Tensor dweight, Tensor dbias)")
 
 
 def _fake_statistics(x: Tensor) -> list[Tensor]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from swinkernels import reference
-from swinkernels.ops import _arguments, fallback
+from swinkernels.ops import _arguments, _backends, fallback
 from swinkernels.ops._arguments import Ints
-from swinkernels.ops._backends import PLAIN, choose, window_attention_reasons
+from swinkernels.ops._backends import PLAIN, choose
 from swinkernels.ops._library import (
     Differentiable,
     Found,
@@ -26,8 +26,8 @@ from swinkernels.ops._library import (
     autocast_dtype,
     call_key,
     constant_when_compiled,
+    define,
     is_plain,
-    lib,
     parameter_gradients,
     register,
     register_derivative,
@@ -56,9 +56,9 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
     gradients = ", ".join(f"Tensor d{m}" for m in maps)
     fwd, bwd = f"{name}_fwd{suffix}", f"{name}_bwd{suffix}"
     # lse is empty where the spec says that it is not needed.
-    lib.define(f"{fwd}({inputs}, {_TABLES}, {_SPEC}) -> (Tensor out, Tensor lse)")
+    define(f"{fwd}({inputs}, {_TABLES}, {_SPEC}) -> (Tensor out, Tensor lse)")
     # Bit i of wanted asks for the gradient of table i of _DIFFERENTIABLE; one that is not wanted is empty.
-    lib.define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_SPEC}, int wanted) -> ({gradients}, {_SUMS})")
+    define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_SPEC}, int wanted) -> ({gradients}, {_SUMS})")
 
     def fake_fwd(*args):
         x, spec = args[0], WindowSpec.parse(args[-4], *_UNKNOWN)
@@ -117,6 +117,20 @@ def spec_of(
     spec = _arguments.make_window_spec(op, len(size), head_dim, tables=tables, **arguments)
     _arguments.check_window_call(op, spec, tokens, size, num_heads, head_dim, tables)
     return spec
+
+
+def window_attention_reasons(
+    backend: str, spec: WindowSpec, dtype: torch.dtype, device: torch.device, return_attention: bool = False
+) -> list[str]:
+    """The reasons why a backend cannot run a call; empty if it can."""
+    if backend in PLAIN:
+        return []
+    reasons = _backends._reasons(backend, "window_attention", device) + _backends._dtype_reasons(backend, dtype)
+    if spec.dropout_p > 0.0 and backend == "cpu":
+        reasons.append("it does not implement dropout_p")
+    if return_attention:
+        reasons.append("it does not return the attention weights (return_attention)")
+    return reasons + _backends.window_volume_reasons(backend, spec.volume, device)
 
 
 class _Plan(NamedTuple):
@@ -178,6 +192,7 @@ def _make_plan(
     wide = [t for t in (tables[name] for name in ("bias_table", "bias", "logit_scale")) if t is not None]
     # A compiler keeps what a pad token holds: whether there are any would be a guard on the size of the map.
     reads_pads = not plain or _arguments.frame_size(size, spec.window_size) != tuple(size)
+    any_shape = backend in ("cpu", "cuda")  # their bindings read a table in any shape of its size
     switches = [(tf32, lse) for lse in (False, True) for tf32 in (False, True)] if plain else []
     return _Plan(
         backend=backend,
@@ -189,9 +204,9 @@ def _make_plan(
         op=None if backend in PLAIN else _FORWARD[form, "_triton" if backend == "triton" else ""],
         reads_pads=reads_pads,
         fits=all(t.dtype == torch.float32 for t in wide)
-        and (pad_qkv is None or not reads_pads or (pad_qkv.dtype == dtype and pad_qkv.dim() == 3))
-        and (region_map is None or (region_map.dtype == torch.int32 and region_map.dim() == 3))
-        and (tables["logit_scale"] is None or tables["logit_scale"].dim() == 1)
+        and (pad_qkv is None or not reads_pads or (pad_qkv.dtype == dtype and (any_shape or pad_qkv.dim() == 3)))
+        and (region_map is None or (region_map.dtype == torch.int32 and (any_shape or region_map.dim() == 3)))
+        and (tables["logit_scale"] is None or any_shape or tables["logit_scale"].dim() == 1)
         and spec.dropout_p == 0.0,
         asks_for_tf32=x.is_cuda and dtype == torch.float32,
     )
@@ -259,8 +274,9 @@ def _attend(
     if plain:
         tensors = maps + tables
         if any_requires_grad(tensors):
-            return plan.op.record(tensors, plan.others[2 | tf32])[0]
-        return plan.op.run(tensors, plan.others[tf32])[0]
+            return plan.op.apply(*tensors, plan.others[2 | tf32])[0]
+        with torch._C._AutoDispatchBelowAutograd():
+            return plan.op.overload(*tensors, *plan.others[tf32])[0]
     # Transforms and modes wrap tensors, so outside of a compiler a backward pass may always follow.
     needs_lse = not torch.compiler.is_dynamo_compiling() or any_requires_grad(maps + tables)
     wire = plan.spec.wire(allow_tf32=tf32, needs_lse=needs_lse)

@@ -16,7 +16,7 @@ from swinkernels import reference
 from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import PLAIN, choose, window_partition_reasons
-from swinkernels.ops._library import Found, lib, looked_up, register, three
+from swinkernels.ops._library import Found, define, looked_up, register, three
 
 # Geometry has three values a list, slowest axis first, as FrameGeometry of csrc/params has it; `size` has the rank of
 # the map. The ops allow any shift below the frame's size.
@@ -25,8 +25,8 @@ _GEOMETRY = "int[] window_size, int[] shift_size, bool roll_then_pad"
 
 def _define(suffix: str) -> dict[str, Callable]:
     partition, reverse = f"window_partition{suffix}", f"window_reverse{suffix}"
-    lib.define(f"{partition}(Tensor x, {_GEOMETRY}) -> Tensor")
-    lib.define(f"{reverse}(Tensor windows, SymInt[] size, {_GEOMETRY}) -> Tensor")
+    define(f"{partition}(Tensor x, {_GEOMETRY}) -> Tensor")
+    define(f"{reverse}(Tensor windows, SymInt[] size, {_GEOMETRY}) -> Tensor")
 
     def fake_partition(x, window_size, shift_size, roll_then_pad):
         size, window = x.shape[1:-1], window_size[-(x.dim() - 2) :]

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-_lib = torch.library.Library("swinkernels", "IMPL")
+from swinkernels._namespace import NAMESPACE
+
+_lib = torch.library.Library(NAMESPACE, "IMPL")
 
 # In Triton's interpreter (TRITON_INTERPRET=1) kernels run on the CPU.
 _KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on") else ("CUDA",)

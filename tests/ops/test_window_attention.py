@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import swinkernels
 from swinkernels.ops import _backends
-from swinkernels.ops.window_attention import _tf32_switch, spec_of
+from swinkernels.ops.window_attention import _tf32_switch, spec_of, window_attention_reasons
 from swinkernels.testing import (
     WindowAttentionCase,
     check_window_attention,
@@ -101,7 +101,7 @@ def test_long_windows_need_shared_memory(monkeypatch):
     for backend, room, refused in (("cuda", 99 * 1024, True), ("cuda", 163 * 1024, False), ("triton", 0, False)):
         monkeypatch.setattr(_backends, "_shared_bytes", lambda device, room=room: room)
         monkeypatch.setattr(_backends, "_reasons", lambda *_: [])
-        reasons = _backends.window_attention_reasons(backend, spec, torch.float32, torch.device("cuda", 0))
+        reasons = window_attention_reasons(backend, spec, torch.float32, torch.device("cuda", 0))
         assert reasons == (
             [f"it takes windows of at most 256 tokens where a block has {room // 1024} KB of shared memory, got 289"]
             if refused

@@ -172,14 +172,77 @@ def test_batched_gradients_are_a_loop() -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_per_sample(form: str) -> None:
+    """torch.func's vmap over grad: the gradient of each sample, of the map and of the shared parameters."""
+    case = dataclasses.replace(CLASSES["v2, pads"], batch=3)
+    inputs = case.inputs(torch.float32)
+    dout = inputs.pop("dout")
+    qkv = inputs.pop("qkv")
+
+    def loss(qkv: Tensor, parameters: dict[str, Tensor], dout: Tensor, backend: str) -> Tensor:
+        qkv = qkv[None].unflatten(-1, (3, case.num_heads, case.head_dim))
+        maps = (qkv,) if form == "window_attention_qkvpacked" else qkv.unbind(-3)
+        return (getattr(swinkernels, form)(*maps, **parameters, **case.arguments(), backend=backend) * dout).sum()
+
+    def per_sample(backend: str) -> Any:
+        one = torch.func.grad(functools.partial(loss, backend=backend), argnums=(0, 1))
+        return torch.func.vmap(one, in_dims=(0, None, 0))(qkv, inputs, dout)
+
+    (got, got_tables), (want, want_tables) = per_sample("cpu"), per_sample("torch")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got_tables, want_tables, rtol=1e-5, atol=1e-5)
+
+
+@needs_cpu
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
+def test_derivatives_of_functorch(transform: Any) -> None:
+    case = Case(1, (2, 4), 1, 2, 2, 1)
+    inputs = case.inputs(torch.float32)
+
+    def call(qkv: Tensor, backend: str) -> Tensor:
+        out = attend(qkv, inputs["bias_table"], **case.arguments(), backend=backend)
+        return out.sin().sum() if transform is torch.func.grad else out
+
+    got, want = (transform(functools.partial(call, backend=b))(inputs["qkv"]) for b in ("cpu", "torch"))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("transform", "reason"),
+    [(torch.func.jacfwd, "forward-mode"), (torch.func.hessian, "forward-mode"), (torch.func.grad, "double backward")],
+)
 @pytest.mark.parametrize("batched", [False, True])
-def test_derivatives_of_functorch_are_refused(transform: Any, batched: bool) -> None:
+def test_derivatives_of_functorch_that_are_refused(transform: Any, reason: str, batched: bool) -> None:
+    """Second derivatives and forward mode, with the way out."""
     case = Case(1, (2, 4), 1, 2, 2, 1)
     qkv = case.inputs(torch.float32)["qkv"]
-    call = transform(lambda x: attend(x, **case.arguments(), backend="cpu").sum())
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"functorch|forward-mode"):
-        torch.func.vmap(call)(torch.stack([qkv, qkv])) if batched else call(qkv)
+
+    def call(x: Tensor) -> Tensor:
+        if transform is torch.func.grad:
+            return torch.func.grad(lambda y: attend(y, **case.arguments(), backend="cpu").square().sum())(x).sum()
+        return attend(x, **case.arguments(), backend="cpu").sum()
+
+    with pytest.raises(NotImplementedError) as refused:
+        torch.func.vmap(transform(call))(torch.stack([qkv, qkv])) if batched else transform(call)(qkv)
+    assert reason in str(refused.value)
+    assert "backend='reference'" in str(refused.value)
+
+
+@needs_cpu
+def test_profilers_show_the_ops_by_name() -> None:
+    case = CLASSES["table"]
+    inputs = case.inputs(torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = attend(inputs["qkv"].requires_grad_(), **case.arguments(), backend="cpu")
+        out.sum().backward()
+    assert type(out.grad_fn).__name__ == "WindowAttentionQkvpackedBackward"
+    seen = {event.key for event in profile.key_averages()}
+    assert {
+        "WindowAttentionQkvpacked", "WindowAttentionQkvpackedBackward", "swinkernels::window_attention_qkvpacked_fwd",
+        "swinkernels::window_attention_qkvpacked_bwd",
+    } <= seen  # fmt: skip
 
 
 @needs_cpu

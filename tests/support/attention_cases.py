@@ -87,3 +87,9 @@ def cases(draw, *, longest: int = 6, beyond: int = 3, most: int = 3, head_dims: 
     case = draw_case(rng, longest=longest, beyond=beyond, most=most, head_dims=head_dims)
     assume(elements(case) >= MIN_ELEMENTS)
     return case
+
+
+def all_ops() -> set[str]:
+    """The ops of this package that compute on tensors."""
+    schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("swinkernels::")]
+    return {s.name.partition("::")[2] for s in schemas if any(str(a.type) == "Tensor" for a in s.arguments)}

@@ -184,8 +184,8 @@ def _attention(maps, tables, *wire):
     spec = WindowSpec.parse(*wire)
     bias_table, bias, logit_scale, pad_qkv, region_map, seed = tables
     assert all(t is None or t.dtype == torch.float32 for t in (bias_table, bias, logit_scale))
-    assert pad_qkv is None or (pad_qkv.dtype == maps[0].dtype and pad_qkv.dim() == 3)
-    assert region_map is None or (region_map.dtype == torch.int32 and region_map.dim() == 3)
+    assert pad_qkv is None or pad_qkv.dtype == maps[0].dtype
+    assert region_map is None or region_map.dtype == torch.int32
     assert (seed is None) == (spec.dropout_p == 0.0)
     q, k, v = maps[0].unbind(-3) if len(maps) == 1 else maps
     rank = q.dim() - 3

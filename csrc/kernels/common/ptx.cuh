@@ -104,6 +104,13 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "memory");
 }
 
+// Register allocation differs from sm_100 on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kIsBlackwell = true;
+#else
+constexpr bool kIsBlackwell = false;
+#endif
+
 // Stores four (x4) or two (x2) 8 x 8 matrices of 16-bit elements to shared memory, the inverse of ldmatrix_x*: row r of
 // matrix i goes to the smem_row of lane 8 * i + r. From sm_90 on.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

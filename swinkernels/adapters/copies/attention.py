@@ -40,8 +40,8 @@ from swinkernels.adapters.microsoft_attention import (
 )
 from swinkernels.adapters.part import Part
 from swinkernels.ops import window_attention_qkvpacked
-from swinkernels.ops._backends import fast_backend, window_attention_reasons
-from swinkernels.ops.window_attention import spec_of
+from swinkernels.ops._backends import fast_backend
+from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 
 _INDEX = ("rpi", "relative_position_index")
 _IMAGES, _WINDOWS = 2, 3  # of a trial

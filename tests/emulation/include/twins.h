@@ -200,6 +200,7 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* smem_row, Site site 
 }
 
 constexpr bool kHasStmatrix = true;
+constexpr bool kIsBlackwell = false;
 inline void stmatrix_x4(void* smem_row, const uint32_t (&r)[4], Site site = Site::current()) {
   emulation::StmatrixOperand operand{r, smem_row};
   emulation::warp_collective(

@@ -96,7 +96,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   const auto own = OwnRows<Traits>::of(args, row0, share.head);
   const auto lanes = LaneOffsets<SmemTile<T, Traits::kHeadDim>>::of();
   const auto p_lanes = LaneOffsets<SmemTile<T, Traits::kBlock>>::of();
-  const PTile p_tile(smem.p_ds[0], p_lanes), ds_tile(smem.p_ds[1], p_lanes);
   const float factor2 = args.scale * kLog2E;
 
   // Rows past the window and columns past head_dim stay zero from here on.
@@ -132,6 +131,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   int stage = 0;
 #pragma unroll 1
   for (uint32_t item = share.first; item < args.items; item += share.step) {
+    // Kept over all windows, they would spill there.
+    const auto p_offsets = ptx::kIsBlackwell ? LaneOffsets<SmemTile<T, Traits::kBlock>>::of() : p_lanes;
+    const PTile p_tile(smem.p_ds[0], p_offsets), ds_tile(smem.p_ds[1], p_offsets);
     float lse2[2] = {INFINITY, INFINITY};  // asked for now, used after the first product
     {
       const float* const lse =

@@ -9,17 +9,12 @@
 
 namespace swinkernels::cuda {
 
-// What the instantiation files define, one function per policy and direction.
-cudaError_t forward_half(const WindowAttentionForwardParams& params, cudaStream_t stream);
-cudaError_t forward_bfloat16(const WindowAttentionForwardParams& params, cudaStream_t stream);
-cudaError_t forward_tf32(const WindowAttentionForwardParams& params, cudaStream_t stream);
-cudaError_t forward_float(const WindowAttentionForwardParams& params, cudaStream_t stream);
-
-// Each returns the workspace's size without launching anything if `bytes` is given.
-cudaError_t backward_half(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
-cudaError_t backward_bfloat16(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
-cudaError_t backward_tf32(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
-cudaError_t backward_float(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
+// Defined in launch_fwd.cuh and launch_bwd.cuh, and instantiated for each policy by a file of instantiations/. The backward
+// launch returns the workspace's size without launching anything if `bytes` is given.
+template <class Product>
+cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStream_t stream);
+template <class Product>
+cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
 
 // Calls f(Traits, is_long) with the smallest tiles that hold the head_dim and the window. Rows of up to 128 bytes go in
 // blocks of 64; wider ones, and accumulators of more than 64 columns, in blocks of 32. The 7-tile kernel exists because

@@ -154,6 +154,9 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   return launch(key_kernel, dim3(key_plan.blocks), dim3(BlockSmem::kThreads), block_bytes, stream, plain);
 }
 
+// Compiled by bwd_float.cu alone, though other policies call it.
+extern template cudaError_t launch_backward<FloatProduct>(const WindowAttentionBackwardParams&, cudaStream_t, int64_t*);
+
 template <class Product>
 cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes) {
   const WindowAttentionForwardParams& forward = params.forward;
@@ -189,7 +192,7 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
     constexpr bool kLong = decltype(is_long)::value;
     if constexpr (kBackwardInFloat<Traits, kLong>) {
       in_float = true;
-      return backward_float(params, stream, bytes);
+      return launch_backward<FloatProduct>(params, stream, bytes);
     } else if constexpr (kLong) {
       if constexpr (kHasPlainLong<Traits>) {
         bool taken = false;

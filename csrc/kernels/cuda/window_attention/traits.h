@@ -4,6 +4,7 @@
 
 #include "../../../params/window_attention_cuda.h"
 #include "../../common/ptx.cuh"
+#include "half_range.cuh"
 
 // What a measurement has to settle for short windows of narrow rows (two bytes, head_dim up to 32): copies in flight, and
 // warps per multiprocessor. gpu/variants.py builds others by defining these, and times them.
@@ -69,11 +70,15 @@ struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDi
   static constexpr int kChunks = Base::kHeadDim / 8;  // 16-byte chunks of a tile's row
   static_assert(sizeof(typename Base::T) == 2 && kRowBytes % 16 == 0 && Base::kKeys <= 64);
   static_assert(Base::kForwardStages <= 2 && Base::kBackwardStages <= 2, "their rings have one or two stages");
-  // As above, and for eight tiles, too, but on what has no stmatrix: that would spill at eight tiles forward, and its
-  // shared memory holds two blocks backward anyway.
+  // As above, and for eight tiles, too, but where that would spill: without stmatrix at eight tiles forward (backward its
+  // shared memory holds two blocks anyway), and on Blackwell but for what its compiler fits.
   static constexpr bool kNarrow = Base::kHeadDim <= 32;
-  static constexpr bool kSpareForward = kNarrow && (ptx::kHasStmatrix || kTiles_ < 8);
-  static constexpr bool kSpareBackward = kNarrow && (ptx::kHasStmatrix || kTiles_ < 7);
+  static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;  // tiles of whole rows
+  static constexpr bool kWide = !kHasNarrowRange<typename Base::T>;  // no running maximum, no exponents
+  static constexpr bool kFitsForward = ptx::kIsBlackwell ? kWide || kSeven : ptx::kHasStmatrix || kTiles_ < 8;
+  static constexpr bool kFitsBackward = ptx::kIsBlackwell ? kWide && kSeven : ptx::kHasStmatrix;
+  static constexpr bool kSpareForward = kNarrow && (kFitsForward || kTiles_ < 7);
+  static constexpr bool kSpareBackward = kNarrow && (kFitsBackward || kTiles_ < 7);
   static constexpr int kForwardBlocks = (kSpareForward ? SWINKERNELS_FORWARD_WARPS : 12) / Base::kWarps;
   static constexpr int kBackwardBlocks = (kSpareBackward ? SWINKERNELS_BACKWARD_WARPS : 8) / Base::kWarps;
 };

@@ -1,6 +1,7 @@
 // The entry points of the CUDA backend: checks of what the kernels rely on, and the choice of the product policy.
 #include <cstdint>
 
+#include "../../common/tile_product.cuh"
 #include "dispatch.cuh"
 
 namespace swinkernels::cuda {
@@ -33,12 +34,13 @@ cudaError_t window_attention_forward(const WindowAttentionForwardParams& params,
   if (!supported(params)) return cudaErrorInvalidValue;
   switch (params.dtype) {
     case DType::kBFloat16:
-      return forward_bfloat16(params, stream);
+      return launch_forward<HalfPrecisionProduct<__nv_bfloat16>>(params, stream);
 #ifndef SWINKERNELS_BFLOAT16_ALONE
     case DType::kFloat16:
-      return forward_half(params, stream);
+      return launch_forward<HalfPrecisionProduct<__half>>(params, stream);
     case DType::kFloat32:
-      return params.allow_tf32 ? forward_tf32(params, stream) : forward_float(params, stream);
+      return params.allow_tf32 ? launch_forward<Tf32Product>(params, stream)
+                               : launch_forward<FloatProduct>(params, stream);
 #else
     default:  // a build to compare with
       return cudaErrorInvalidValue;
@@ -53,12 +55,13 @@ cudaError_t backward(const WindowAttentionBackwardParams& params, cudaStream_t s
   if (!supported(params.forward)) return cudaErrorInvalidValue;
   switch (params.forward.dtype) {
     case DType::kBFloat16:
-      return backward_bfloat16(params, stream, bytes);
+      return launch_backward<HalfPrecisionProduct<__nv_bfloat16>>(params, stream, bytes);
 #ifndef SWINKERNELS_BFLOAT16_ALONE
     case DType::kFloat16:
-      return backward_half(params, stream, bytes);
+      return launch_backward<HalfPrecisionProduct<__half>>(params, stream, bytes);
     case DType::kFloat32:
-      return params.forward.allow_tf32 ? backward_tf32(params, stream, bytes) : backward_float(params, stream, bytes);
+      return params.forward.allow_tf32 ? launch_backward<Tf32Product>(params, stream, bytes)
+                                       : launch_backward<FloatProduct>(params, stream, bytes);
 #else
     default:  // a build to compare with
       return cudaErrorInvalidValue;

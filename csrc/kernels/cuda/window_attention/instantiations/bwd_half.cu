@@ -1,6 +1,6 @@
 #include "../launch_bwd.cuh"
 
-cudaError_t swinkernels::cuda::backward_half(const WindowAttentionBackwardParams& params, cudaStream_t stream,
-                                             int64_t* bytes) {
-  return launch_backward<HalfPrecisionProduct<__half>>(params, stream, bytes);
+namespace swinkernels::cuda {
+template cudaError_t launch_backward<HalfPrecisionProduct<__half>>(const WindowAttentionBackwardParams&, cudaStream_t,
+                                                                   int64_t*);
 }

@@ -1,6 +1,5 @@
 #include "../launch_bwd.cuh"
 
-cudaError_t swinkernels::cuda::backward_tf32(const WindowAttentionBackwardParams& params, cudaStream_t stream,
-                                             int64_t* bytes) {
-  return launch_backward<Tf32Product>(params, stream, bytes);
+namespace swinkernels::cuda {
+template cudaError_t launch_backward<Tf32Product>(const WindowAttentionBackwardParams&, cudaStream_t, int64_t*);
 }

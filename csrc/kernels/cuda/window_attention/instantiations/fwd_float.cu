@@ -1,5 +1,5 @@
 #include "../launch_fwd.cuh"
 
-cudaError_t swinkernels::cuda::forward_float(const WindowAttentionForwardParams& params, cudaStream_t stream) {
-  return launch_forward<FloatProduct>(params, stream);
+namespace swinkernels::cuda {
+template cudaError_t launch_forward<FloatProduct>(const WindowAttentionForwardParams&, cudaStream_t);
 }

@@ -1,5 +1,5 @@
 #include "../launch_fwd.cuh"
 
-cudaError_t swinkernels::cuda::forward_half(const WindowAttentionForwardParams& params, cudaStream_t stream) {
-  return launch_forward<HalfPrecisionProduct<__half>>(params, stream);
+namespace swinkernels::cuda {
+template cudaError_t launch_forward<HalfPrecisionProduct<__half>>(const WindowAttentionForwardParams&, cudaStream_t);
 }

@@ -1,0 +1,89 @@
+// The schemas of all ops. swinkernels/ops defines the same where there is no compiled library; with one, Python only adds
+// fakes and derivatives, so a program that loads this library alone (for an AOTInductor package, say) can call the ops.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "build_facts.h"  // SWINKERNELS_NAMESPACE
+
+namespace swinkernels {
+namespace {
+
+// Triton and CUDA C++ share a dispatch key, so the ops that both have are defined twice.
+const char* const kSuffixes[] = {"", "_triton"};
+
+template <class Library>
+void window_attention(Library& m, const std::string& name, const std::string& maps, const std::string& gradients) {
+  const std::string tables =
+      "Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? pad_qkv, Tensor? region_map, "
+      "Tensor? dropout_seed";
+  const std::string spec = "str spec, float scale, float mask_value, float dropout_p";
+  const std::string sums = "Tensor dbias_table, Tensor dbias, Tensor dlogit_scale, Tensor dpad_qkv";
+  for (const std::string suffix : kSuffixes) {
+    const std::string fwd = name + "_fwd" + suffix, bwd = name + "_bwd" + suffix;
+    m.def((fwd + "(" + maps + ", " + tables + ", " + spec + ") -> (Tensor out, Tensor lse)").c_str());
+    m.def((bwd + "(Tensor dout, " + maps + ", Tensor lse, " + tables + ", " + spec + ", int wanted) -> (" + gradients +
+           ", " + sums + ")")
+              .c_str());
+  }
+}
+
+template <class Library>
+void window_partition(Library& m) {
+  const std::string geometry = "int[] window_size, int[] shift_size, bool roll_then_pad";
+  for (const std::string suffix : kSuffixes) {
+    m.def(("window_partition" + suffix + "(Tensor x, " + geometry + ") -> Tensor").c_str());
+    m.def(("window_reverse" + suffix + "(Tensor windows, SymInt[] size, " + geometry + ") -> Tensor").c_str());
+  }
+}
+
+template <class Library>
+void patch_merging(Library& m) {
+  const std::string pieces = "int[] factor, int[] neighbours";
+  for (const std::string suffix : kSuffixes) {
+    m.def(("patch_merging_norm_fwd" + suffix + "(Tensor x, Tensor? weight, Tensor? bias, " + pieces +
+           ", float eps, ScalarType dtype) -> (Tensor z, Tensor mean, Tensor rstd)")
+              .c_str());
+    m.def(("patch_merging_norm_bwd" + suffix + "(Tensor dz, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, " +
+           pieces + ", bool needs_dweight, bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)")
+              .c_str());
+  }
+}
+
+template <class Library>
+void layer_norm(Library& m) {
+  m.def(
+      "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, int[] factor, float eps, ScalarType dtype) -> "
+      "(Tensor z, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_bwd(Tensor dz, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, int[] factor, "
+      "bool needs_dweight, bool needs_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+}
+
+template <class Library>
+void residual_layer_norm(Library& m) {
+  const std::string branch = "(Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps)";
+  const std::string saved =
+      "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias";
+  m.def(("residual_layer_norm_fwd" + branch + " -> (Tensor s, Tensor z, Tensor mean, Tensor rstd)").c_str());
+  m.def(("residual_layer_norm_bwd(Tensor ds, Tensor dz, Tensor s, " + saved +
+         ") -> (Tensor dx, Tensor dy, Tensor dweight, Tensor dbias)")
+            .c_str());
+  m.def(("residual_post_norm_fwd" + branch + " -> (Tensor s, Tensor mean, Tensor rstd)").c_str());
+  m.def(("residual_post_norm_bwd(Tensor ds, Tensor y, " + saved + ") -> (Tensor dy, Tensor dweight, Tensor dbias)")
+            .c_str());
+}
+
+STABLE_TORCH_LIBRARY(SWINKERNELS_NAMESPACE, m) {
+  m.def("build_info() -> str");
+  m.def("cpu_instruction_set() -> str");
+  window_attention(m, "window_attention_qkvpacked", "Tensor qkv", "Tensor dqkv");
+  window_attention(m, "window_attention", "Tensor q, Tensor k, Tensor v", "Tensor dq, Tensor dk, Tensor dv");
+  window_partition(m);
+  patch_merging(m);
+  layer_norm(m);
+  residual_layer_norm(m);
+}
+
+}  // namespace
+}  // namespace swinkernels

@@ -1,0 +1,300 @@
+"""Forward ops as plain PyTorch, for exporters: ONNX, OpenVINO, ExecuTorch, and whoever asks for core ATen.
+
+Tokens are gathered into windows and back by indices that are computed from the size of the map. A symbolic size then
+needs no guard, and one program serves maps with and without padding; indices of a fixed size are constants, which
+those tools fold. ``ops/fallback.py`` is the eager code, written for speed; the arithmetic is taken from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swinkernels._extension import ops
+from swinkernels.ops import fallback
+from swinkernels.window_spec import WindowSpec
+
+Sizes = Sequence[Any]  # ints, or symbolic ints
+
+
+def _known_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal whatever the values of their symbols."""
+    if type(a) is int and type(b) is int:
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # a slow import
+
+    return statically_known_true(a == b)
+
+
+def _modulo(y: Tensor, n: Any) -> Tensor:
+    """y % n. Exporters to ONNX take a symbolic n as a tensor only."""
+    return y % (n if isinstance(n, int) else torch.full((), n, dtype=y.dtype, device=y.device))
+
+
+class _Windows:
+    """Where the tokens of windows lie in a map, and where the tokens of the map lie in windows."""
+
+    def __init__(
+        self,
+        size: Sizes,
+        window: Sequence[int],
+        shift: Sequence[int],
+        pad_order: str,
+        device: torch.device,
+        before: Sequence[int] | None = None,
+        grid: bool = False,
+    ) -> None:
+        self._size, self._window, self._shift = list(size), list(window), list(shift)
+        self._rolls_first, self._device, self._grid = pad_order == "roll_then_pad", device, grid
+        self._before = before or [0] * len(self._size)
+        # No negative number is divided: ONNX rounds quotients towards zero.
+        self._counts = [(s + w - 1) // w for s, w in zip(self._size, self._window, strict=True)]
+        self._frame = [c * w for c, w in zip(self._counts, self._window, strict=True)]
+        self.per_image = math.prod(self._counts)
+        self.may_have_pads = not all(map(_known_equal, self._size, self._frame))
+
+    def _axes(self) -> list[Tensor]:
+        """Per axis, the frame coordinates (windows, tokens)."""
+        axes = []
+        for count, w in zip(self._counts, self._window, strict=True):
+            number, token = torch.arange(count, device=self._device), torch.arange(w, device=self._device)
+            at = token[None, :] * count + number[:, None] if self._grid else number[:, None] * w + token[None, :]
+            axes.append(at)
+        return axes
+
+    def _per_token(self, axes: Sequence[Tensor], lengths: Sizes) -> Tensor:
+        """(num_windows, N): the row-major number of one value (windows, tokens) per axis."""
+        rank, number = len(axes), None
+        for axis, (values, length) in enumerate(zip(axes, lengths, strict=True)):
+            shape = [1] * (2 * rank)
+            shape[axis], shape[rank + axis] = values.shape
+            values = values.reshape(shape)
+            number = values if number is None else number * length + values
+        assert number is not None
+        return number.flatten(rank).flatten(0, rank - 1)
+
+    def sources(self) -> Tensor:
+        """(num_windows * N): the row-major number of each token in the map; the number of tokens for a pad token."""
+        axes, outside = [], []
+        for g, s, p, shift, before in zip(
+            self._axes(), self._size, self._frame, self._shift, self._before, strict=True
+        ):
+            y = (g if self._rolls_first or not shift else _modulo(g + shift, p)) - before
+            outside.append(((y < 0) | (y >= s)).to(torch.int64))
+            axes.append(_modulo(y + shift, s) if self._rolls_first and shift else y)
+        numbers = self._per_token(axes, self._size)
+        if self.may_have_pads:
+            numbers = numbers.masked_fill(self._per_token(outside, [2] * len(outside)) > 0, math.prod(self._size))
+        return numbers.flatten()
+
+    def positions(self) -> Tensor:
+        """(tokens): the row-major number of each token of the map among those of the windows."""
+        n, rank = math.prod(self._window), len(self._size)
+        window: Any = 0
+        token: Any = 0
+        for axis, (s, w, count, p, shift, before) in enumerate(
+            zip(self._size, self._window, self._counts, self._frame, self._shift, self._before, strict=True)
+        ):
+            y = torch.arange(s, device=self._device)
+            if self._rolls_first:
+                g = (_modulo(y - shift, s) if shift else y) + before
+            else:
+                g = _modulo(y + (before - shift), p) if shift else y + before
+            shape = [-1 if i == axis else 1 for i in range(rank)]
+            number, at = (_modulo(g, count), g // count) if self._grid else (g // w, g % w)
+            window = window * count + number.reshape(shape)
+            token = token * w + at.reshape(shape)
+        return (window * n + token).flatten()
+
+    def regions(self, region_map: Tensor | None, periodic: Sequence[bool]) -> Tensor | None:
+        """(num_windows, N): tokens of different regions are masked; None if there is one region."""
+        axes = self._axes()
+        if region_map is not None:
+            return (
+                region_map.flatten()
+                .index_select(0, self._per_token(axes, self._frame).flatten())
+                .unflatten(0, (-1, math.prod(self._window)))
+            )
+        masked = [s > 0 and not wraps for s, wraps in zip(self._shift, periodic, strict=True)]
+        if not any(masked):
+            return None
+        regions = [
+            (g >= p - w).to(torch.int64) + (g >= p - s).to(torch.int64) if m else torch.zeros_like(g)
+            for g, p, w, s, m in zip(axes, self._frame, self._window, self._shift, masked, strict=True)
+        ]
+        return self._per_token(regions, [3] * len(regions))
+
+    def cut(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        """(B, *S, ...) -> (B, num_windows, N, ...); a pad token is ``pad``, or zero."""
+        tokens = x.flatten(1, len(self._size))
+        if self.may_have_pads:
+            row = torch.zeros_like(tokens[:, :1]) if pad is None else pad.expand(tokens.shape[0], 1, *pad.shape)
+            tokens = torch.cat([tokens, row], dim=1)
+        return tokens.index_select(1, self.sources()).unflatten(1, (-1, math.prod(self._window)))
+
+    def join(self, windows: Tensor) -> Tensor:
+        """The inverse of :meth:`cut`; pad tokens are dropped."""
+        return windows.flatten(1, 2).index_select(1, self.positions()).unflatten(1, self._size)
+
+
+# --- attention
+
+
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *maps, bias_table, bias, logit_scale, pad_qkv, region_map, seed, wire, scale, mask_value, dropout_p = arguments
+    spec = WindowSpec.parse(wire, scale, mask_value, dropout_p)
+    if seed is not None:
+        raise NotImplementedError(
+            "window attention with dropout_p > 0 has no plain-PyTorch form that draws the same numbers: call "
+            "model.eval() before the export, or swinkernels.restore(model), or use backend='torch'"
+        )
+    x, rank = maps[0], len(spec.window_size)
+    windows = _Windows(
+        x.shape[1 : 1 + rank], spec.window_size, spec.shift_size, spec.pad_order, x.device, spec.pad_before, spec.grid
+    )
+    if pad_qkv is not None:  # tables come in any shape of their size
+        pad_qkv = pad_qkv.reshape(3, *x.shape[-2:])
+    if len(maps) == 1:
+        q, k, v = windows.cut(x, pad_qkv).permute(3, 0, 1, 4, 2, 5).unbind()
+    else:
+        pads = (None,) * 3 if pad_qkv is None else pad_qkv.unbind()
+        q, k, v = (windows.cut(m, pad).transpose(2, 3) for m, pad in zip(maps, pads, strict=True))
+    num_windows, num_heads, n = q.shape[1:4]
+    wide, factor = torch.promote_types(x.dtype, torch.float32), scale
+    if logit_scale is not None:
+        q, k, factor = fallback.cosine_factors(q, k, logit_scale, wide)
+
+    addend = None
+    if bias_table is not None:
+        rows = fallback.table_rows(spec.window_size, spec.table_window, x.device)
+        addend = bias_table.to(wide).index_select(0, rows).reshape(n, n, -1).permute(2, 0, 1)
+    elif bias is not None:
+        addend = bias.to(wide)
+        if bias.dim() == 4:  # the types of windows follow their slowest axes
+            addend = addend[:, None].expand(-1, num_windows // bias.shape[0], -1, -1, -1).reshape(-1, num_heads, n, n)
+    region = windows.regions(region_map, spec.periodic)
+    if region is not None:
+        mask = (mask_value * (region[:, :, None] != region[:, None, :]).to(wide))[:, None]
+        addend = mask if addend is None else addend + mask
+
+    scores = fallback.scores_of(q, k, addend, factor).to(wide)
+    out = windows.join((scores.softmax(-1).to(v.dtype) @ v).transpose(2, 3)).flatten(-2)
+    lse = scores.logsumexp(-1) if spec.needs_lse else scores.new_empty(0)
+    return out, lse.float()
+
+
+# --- windows
+
+
+def _window_partition(x: Tensor, window_size: list[int], shift_size: list[int], roll_then_pad: bool) -> Tensor:
+    rank = x.dim() - 2
+    order = "roll_then_pad" if roll_then_pad else "pad_then_roll"
+    windows = _Windows(x.shape[1:-1], window_size[-rank:], shift_size[-rank:], order, x.device)
+    return windows.cut(x).flatten(0, 1)
+
+
+def _window_reverse(
+    x: Tensor, size: Sizes, window_size: list[int], shift_size: list[int], roll_then_pad: bool
+) -> Tensor:
+    rank = len(size)
+    order = "roll_then_pad" if roll_then_pad else "pad_then_roll"
+    windows = _Windows(size, window_size[-rank:], shift_size[-rank:], order, x.device)
+    return windows.join(x.unflatten(0, (-1, windows.per_image)))
+
+
+# --- norms, with their statistics
+
+
+def _norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = x.float()
+    mean = wide.mean(-1)
+    rstd = (wide.var(-1, correction=0) + eps).rsqrt()
+    return fallback.layer_norm(x, weight, bias, eps=eps, dtype=dtype), mean, rstd
+
+
+def _patch_merging_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: list[int],
+    neighbours: list[int],
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    factor = factor[-(x.dim() - 2) :]
+    ends = [-s % f for s, f in zip(x.shape[1:-1], factor, strict=True)]
+    if not all(_known_equal(end, 0) for end in ends):
+        x = F.pad(x, [0, 0, *(amount for end in reversed(ends) for amount in (0, end))])
+    parts = []
+    for number in neighbours:  # row-major within the block
+        part = x
+        for axis, f in reversed(list(enumerate(factor, start=1))):
+            part = part[(slice(None),) * axis + (slice(number % f, None, f),)]
+            number //= f
+        parts.append(part)
+    return _norm(torch.cat(parts, dim=-1), weight, bias, eps, dtype)
+
+
+def _layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, factor: list[int], eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm(fallback.lay_out(x, factor[-(x.dim() - 2) :]) if factor else x, weight, bias, eps, dtype)
+
+
+def _residual_layer_norm(
+    x: Tensor, y: Tensor, drop_path_scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s = fallback.add(x, y, drop_path_scale)
+    return s, *_norm(s, weight, bias, eps, y.dtype)
+
+
+def _residual_post_norm(
+    x: Tensor, y: Tensor, drop_path_scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed, mean, rstd = _norm(y, weight, bias, eps, torch.promote_types(x.dtype, y.dtype))
+    return fallback.add(x, normed, drop_path_scale), mean, rstd
+
+
+# --- registration
+
+_FORWARD: dict[str, Callable[..., Any]] = {
+    "window_attention_qkvpacked_fwd": _attention,
+    "window_attention_fwd": _attention,
+    "window_partition": _window_partition,
+    "window_reverse": _window_reverse,
+    "patch_merging_norm_fwd": _patch_merging_norm,
+    "layer_norm_fwd": _layer_norm,
+    "residual_layer_norm_fwd": _residual_layer_norm,
+    "residual_post_norm_fwd": _residual_post_norm,
+}
+_WITH_TRITON = ("window_attention", "window_partition", "window_reverse", "patch_merging")
+_FORWARD |= {f"{name}_triton": function for name, function in _FORWARD.items() if name.startswith(_WITH_TRITON)}
+DECOMPOSITIONS = {getattr(ops, name).default: function for name, function in _FORWARD.items()}
+
+for _op, _function in DECOMPOSITIONS.items():
+    # torch.onnx.export reads torch's global table. No compiler does, nor the default table of run_decompositions.
+    torch._decomp.register_decomposition(_op)(_function)
+    # A fake tensor of symbolic size would prefer a decomposition to the op's own fake if the op had no entry here.
+    torch._decomp.register_decomposition(_op, type="meta")(_op)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The table with which an exported program becomes core ATen, without an op of this package.
+
+    ``torch.export.default_decompositions()``, which leaves custom ops as they are, and the forward ops here::
+
+        program = torch.export.export(model, (x,)).run_decompositions(swinkernels.decompositions())
+
+    Converters that know ATen alone take such a program, and it loads without this package. An op that draws dropout has
+    no decomposition and raises NotImplementedError: call ``model.eval()`` first.
+    """
+    table = torch.export.default_decompositions()
+    table.update(DECOMPOSITIONS)
+    return table

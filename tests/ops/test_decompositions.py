@@ -1,0 +1,151 @@
+"""The forward ops as plain PyTorch: the same results, for fixed sizes and in exported programs for any."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import swinkernels
+from swinkernels import reference
+from swinkernels.ops import _backends
+from swinkernels.ops._decompositions import DECOMPOSITIONS
+from swinkernels.ops.window_partition import window_partition as cut
+from swinkernels.testing import WindowAttentionCase as Case
+from swinkernels.testing import assert_within_budget, op_arguments
+from tests.ops.test_window_attention_transforms import CLASSES, FORMS, WITHOUT_DROPOUT
+from tests.support import norm_checks
+from tests.support.attention_cases import all_ops
+from tests.support.norm_checks import BF16, F16, F32, NormCase
+
+needs_cpu = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
+ops = torch.ops.swinkernels
+
+
+def decomposed(name: str, *arguments: Any) -> Any:
+    return DECOMPOSITIONS[getattr(ops, name).default](*arguments)
+
+
+def test_every_forward_op_has_a_decomposition() -> None:
+    assert {op._schema.name.partition("::")[2] for op in DECOMPOSITIONS} == {n for n in all_ops() if "_bwd" not in n}
+
+
+@needs_cpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", WITHOUT_DROPOUT)
+def test_window_attention(name: str, form: str) -> None:
+    """Output and log-sum-exp are the kernel's."""
+    arguments = [x.detach() if isinstance(x, Tensor) else x for x in op_arguments(CLASSES[name], form, torch.float32)]
+    for got, want in zip(decomposed(f"{form}_fwd", *arguments), getattr(ops, f"{form}_fwd")(*arguments), strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_refused() -> None:
+    arguments = op_arguments(CLASSES["dropout"], "window_attention", torch.float32)
+    with pytest.raises(NotImplementedError, match=r"dropout_p > 0 .* model\.eval\(\) .* swinkernels\.restore"):
+        decomposed("window_attention_fwd", *arguments)
+
+
+@pytest.mark.parametrize("pad_order", ["pad_then_roll", "roll_then_pad"])
+@pytest.mark.parametrize(("size", "window", "shift"), [((4, 6), (2, 3), (1, 0)), ((5, 3, 7), (2, 4, 3), (1, 3, 2))])
+def test_windows(size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], pad_order: str) -> None:
+    x = torch.arange(2.0 * math.prod(size) * 3).reshape(2, *size, 3) + 1
+    geometry = [[1] * (3 - len(size)) + list(window), [0] * (3 - len(size)) + list(shift), pad_order == "roll_then_pad"]
+    windows = decomposed("window_partition", x, *geometry)
+    assert torch.equal(windows, cut(x, window, shift, pad_order=pad_order, backend="reference"))
+    assert torch.equal(decomposed("window_reverse", windows, list(size), *geometry), x)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        NormCase("layer_norm", (3, 4, 40)),
+        NormCase("layer_norm", (2, 3, 5, 64), (F16, F32), factor=(1, 2, 2), has_bias=False),
+        NormCase("layer_norm", (1, 2, 3, 2, 96), (F32, BF16), factor=(1, 2, 1), has_weight=False),
+        NormCase("patch_merging_norm", (2, 5, 4, 12), factor=(1, 2, 2)),
+        NormCase("patch_merging_norm", (1, 3, 4, 5, 8), (BF16, BF16), factor=(2, 2, 2), order="monai"),
+        NormCase("patch_merging_norm", (1, 2, 5, 3, 8), factor=(1, 2, 2), order="row_major"),
+        NormCase("residual_layer_norm", (3, 4, 40), (F32, BF16), has_drop_path=True),
+        NormCase("residual_post_norm", (3, 4, 40), (F32, F16), has_drop_path=True),
+    ],
+    ids=str,
+)
+def test_norms(case: NormCase) -> None:
+    inputs = case.inputs()
+    parameters = (inputs.get("weight"), inputs.get("bias"))
+    if case.op.startswith("residual"):
+        names = ("s", "z", "mean", "rstd") if case.op == "residual_layer_norm" else ("s", "mean", "rstd")
+        arguments = (inputs["x"], inputs["y"], inputs.get("drop_path_scale"), *parameters, norm_checks.EPS)
+    else:
+        names = ("z", "mean", "rstd")
+        where = [list(case.factor), case.numbers] if case.op == "patch_merging_norm" else [list(case.factor)]
+        arguments = (inputs["x"], *parameters, *where, norm_checks.EPS, case.pair[1])
+    got = dict(zip(names, decomposed(f"{case.op}_fwd", *arguments), strict=True))
+    exact, _ = norm_checks.define(case, inputs, got.get("s"), torch.float64)
+    single, _ = norm_checks.define(case, inputs, got.get("s"), F32)
+    for name, x in got.items():
+        assert x.dtype == {"s": case.pair[0], "z": case.pair[1]}.get(name, F32), name
+        assert_within_budget(x, exact[name], single[name], name=name)
+
+
+# --- exported programs
+
+
+class Attend(nn.Module):
+    """One call of window attention on any map."""
+
+    def __init__(self, case: Case, backend: str) -> None:
+        super().__init__()
+        self.options = {**case.arguments(), "backend": backend}
+
+    def forward(self, qkv: Tensor, tables: dict[str, Tensor]) -> Tensor:
+        return swinkernels.window_attention_qkvpacked(qkv, **tables, **self.options)
+
+
+def targets(program: torch.export.ExportedProgram) -> set[str]:
+    return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, (10, 13), 2, 4, 4, 2, has_pad_qkv=True),
+        Case(2, (10, 13), 2, 4, (3, 4), (1, 2), has_logit_scale=True, options={"pad_order": "roll_then_pad"}),
+        Case(2, (5, 6, 9), 1, 4, (2, 4, 3), (1, 0, 2)),
+        Case(2, (12, 12), 2, 4, 3, 0, has_table=False, options={"grid": True}),
+    ],
+    ids=str,
+)
+def test_one_program_serves_all_sizes(case: Case) -> None:
+    """Without guards on whether the map divides into windows; asked for by the table, and not without it."""
+    dynamic = dict.fromkeys(range(1 + len(case.size)), Dim.DYNAMIC)
+    inputs = case.inputs(torch.float32)
+    tables = {n: x for n, x in inputs.items() if n not in ("qkv", "dout")}
+    shapes = (dynamic, dict.fromkeys(tables))
+    program = torch.export.export(Attend(case, "cpu"), (inputs["qkv"], tables), dynamic_shapes=shapes)
+    op = "swinkernels.window_attention_qkvpacked_fwd.default"
+    assert op in targets(program.run_decompositions())
+    plain = program.run_decompositions(swinkernels.decompositions())
+    assert not any("swinkernels" in name for name in targets(plain))
+    assert "aten.logsumexp.default" not in targets(plain)
+    whole = [w * 3 for w in case.window_tuple]
+    for batch, size in ((2, case.size), (3, [s + 3 for s in case.size]), (4, whole)):
+        given = dataclasses.replace(case, batch=batch, size=tuple(size)).inputs(torch.float32)
+        qkv = given.pop("qkv")
+        del given["dout"]
+        want = reference.window_attention_qkvpacked(qkv, **given, **case.arguments())
+        torch.testing.assert_close(plain.module()(qkv, given), want, rtol=1e-5, atol=1e-5)
+
+
+def test_fakes_of_symbolic_sizes_are_the_ops_own() -> None:
+    """Not those of the decomposition, which would put its operations into compiled graphs' guards."""
+    table = torch._decomp.meta_table
+    assert all(op in table and op in torch._decomp.decomposition_table for op in DECOMPOSITIONS)
+    assert not any(op in torch.export.default_decompositions() for op in DECOMPOSITIONS)

@@ -1,0 +1,98 @@
+"""FLOPs of the ops, and of accelerated models, as torch's counter sees them."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+import swinkernels
+from swinkernels.ops import _backends
+from swinkernels.ops._flops import FORMULAS
+from tests.support.attention_cases import all_ops
+
+needs_cpu = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
+
+
+def count(call: Any, *inputs: Tensor) -> tuple[int, int]:
+    """FLOPs forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        out = call(*inputs)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    return forward, counter.get_total_flops() - forward
+
+
+def test_every_op_has_a_formula() -> None:
+    assert set(FORMULAS) == all_ops()
+    assert all(getattr(torch.ops.swinkernels, name) in flop_registry for name in FORMULAS)
+
+
+def test_formulas_wait_for_the_counter() -> None:
+    code = (
+        "import sys, torch, swinkernels; assert 'torch.utils.flop_counter' not in sys.modules\n"
+        "from torch.utils.flop_counter import flop_registry\n"
+        "assert torch.ops.swinkernels.window_attention_fwd in flop_registry"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@needs_cpu
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("size", [(8, 12), (7, 10), (4, 5, 9)])
+def test_window_attention_counts_as_plain_code(packed: bool, size: tuple[int, ...]) -> None:
+    """Whole windows of the padded map, in the op as in plain PyTorch, also on meta tensors."""
+
+    def attend(backend: str, device: str) -> tuple[int, int]:
+        qkv = torch.zeros(2, *size, 3, 2, 6, device=device, requires_grad=True)
+        table = torch.zeros(7 ** len(size), 2, device=device, requires_grad=True)
+        given: dict[str, Any] = {"num_heads": 2, "window_size": 4, "shift_size": 1, "backend": backend}
+        if packed:
+            return count(lambda x, t: swinkernels.window_attention_qkvpacked(x, t, **given), qkv, table)
+        return count(lambda x, t: swinkernels.window_attention(*x.unbind(-3), t, **given), qkv, table)
+
+    frame, volume = 1, 4 ** len(size)
+    for s in size:
+        frame *= -(-s // 4) * 4
+    product = 2 * (2 * frame) * volume * (2 * 6)
+    assert attend("cpu", "cpu") == (2 * product, 4 * product)
+    assert attend("reference", "cpu") == attend("torch", "meta") == attend("auto", "meta") == attend("cpu", "cpu")
+
+
+def swin(img_size: int) -> nn.Module:
+    model = timm.models.SwinTransformer(
+        img_size=img_size, patch_size=2, num_classes=3, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4,
+        drop_path_rate=0.0, always_partition=True,
+    )  # fmt: skip
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # torch counts no scaled_dot_product_attention on a CPU
+    return model
+
+
+@needs_cpu
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_models_count_as_before_without_padding(device: str) -> None:
+    model, x = swin(32).to(device), torch.zeros(2, 3, 32, 32, device=device)
+    before = count(model, x)
+    assert swinkernels.accelerate(model).replaced
+    assert count(model, x) == before
+
+
+@needs_cpu
+def test_padded_models_count_less_by_the_linears_of_pad_tokens() -> None:
+    """9 x 9 and 5 x 5 maps in windows of 4 are padded to 12 x 12 and 8 x 8; qkv and proj then skip the pad tokens."""
+    model, x = swin(18), torch.zeros(1, 3, 18, 18)
+    plain = count(copy.deepcopy(model), x)
+    swinkernels.accelerate(model)
+    pads = {8: 12 * 12 - 9 * 9, 16: 8 * 8 - 5 * 5}
+    skipped = sum(2 * 2 * tokens * 4 * dim * dim for dim, tokens in pads.items())  # two blocks, 3C + C rows
+    got = count(model, x)
+    assert (plain[0] - got[0], plain[1] - got[1]) == (skipped, 2 * skipped)

@@ -1,0 +1,84 @@
+"""Every function, class and file that docs/architecture.md names exists where it says."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "architecture.md").read_text()
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in TEXT.splitlines()
+    if line.startswith("|") and not line.startswith("|--")
+]
+NAME = r"[\w.]+"
+# A row of a table has its function and its file in cells of their own; in running text the file follows in brackets.
+NAMED = [
+    (re.findall(f"`({NAME})`", cell)[0], re.findall("`(.+)`", after)[0])
+    for row in ROWS
+    for cell, after in itertools.pairwise(row)
+    if re.fullmatch(f"`{NAME}`", cell) and re.fullmatch(r"`[\w./]+\.(py|cpp|h|cu|cuh)`", after)
+] + re.findall(rf"`({NAME})` \(`([\w./]+)`\)", TEXT)
+# What a row asks, in its last cell, is found anywhere in the sources.
+ASKED = sorted({name for row in ROWS for name in re.findall(f"`({NAME})`", row[-1]) if "/" not in name})
+PYTHON = sorted((ROOT / "swinkernels").rglob("*.py"))
+CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp", ".inl"))
+
+
+def defined_in_python(path: Path) -> set[str]:
+    """Functions, classes and constants of a module, and the methods and fields of its classes as Class.name."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.Assign):
+            names.update(t.id for t in node.targets if isinstance(t, ast.Name))
+        if isinstance(node, ast.ClassDef):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.FunctionDef):
+                    names.add(f"{node.name}.{inner.name}")
+                if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
+                    names.add(f"{node.name}.{inner.target.id}")
+                if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
+                    names.add(f"{node.name}.{inner.attr}")
+    return names
+
+
+def is_defined(name: str, path: Path) -> bool:
+    if path.suffix == ".py":
+        return name in defined_in_python(path)
+    code = re.sub(r"//[^\n]*", "", path.read_text())
+    return re.search(rf"[\w>&*)](?<!return)\s+{name}\(|\b(?:struct|class) {name} \{{", code) is not None
+
+
+def test_the_page_names_both_paths() -> None:
+    assert len(NAMED) > 25
+    assert ("_attend", "swinkernels/ops/window_attention.py") in NAMED
+    assert ("attend", "swinkernels/adapters/libraries/timm/_blocks.py") in NAMED
+
+
+@pytest.mark.parametrize(("name", "file"), NAMED)
+def test_a_named_function_is_in_its_file(name: str, file: str) -> None:
+    assert is_defined(name, ROOT / file)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_function_that_a_row_asks_exists(name: str) -> None:
+    assert any(is_defined(name, path) for path in [*PYTHON, *CPP])
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:swinkernels|csrc|tests|docs)/[\w./*]+)`", TEXT))))
+def test_a_named_path_exists(path: str) -> None:
+    if path != "swinkernels/_ops*.so":  # where it was built
+        assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(("name", "file"), [("_attend", "ops/_library.py"), ("gone", "window_spec.py")])
+def test_the_check_sees_what_is_gone(name: str, file: str) -> None:
+    assert not is_defined(name, ROOT / "swinkernels" / file)
+    assert not is_defined("forward", ROOT / "csrc" / "bindings" / "layer_norm.cpp")
