@@ -77,8 +77,9 @@ class Accelerated(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if _is_accelerated_class(cls):
-            cls._swinkernels_original = cls.__bases__[1]
+        first, *others = cls.__bases__
+        if others and issubclass(first, Accelerated) and first._swinkernels_original is None:
+            cls._swinkernels_original = others[0]
             watch_unless_watched(cls._swinkernels_original)
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -126,8 +127,7 @@ def derived_since(module: nn.Module) -> bool:
 
 
 def _is_accelerated_class(cls: type) -> bool:
-    bases = cls.__bases__
-    return len(bases) > 1 and issubclass(bases[0], Accelerated)
+    return "_swinkernels_original" in vars(cls)
 
 
 def swap_class(adapter: Adapter, module: nn.Module, backend: str) -> None:

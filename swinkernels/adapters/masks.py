@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def window_index(window: Sequence[int], device: torch.device | str = "cpu") -> T
 
 
 # By the id of a tensor: a weak reference to it, its version, what it was compared with, and the outcome.
-_SEEN: dict[int, tuple[weakref.ref[Any], int, tuple[Any, ...], bool]] = {}
+_SEEN: dict[int, tuple[Callable[[], Any], int, tuple[Any, ...], bool]] = {}
 
 
 def holds(x: Any, asked: tuple[Any, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Inner modules of another class, wrapped, or with other settings: the library's own code runs, or the change counts."""
+"""Inner modules of another class, wrapped, or set otherwise: the library's own code runs, or the change counts."""
 
 from __future__ import annotations
 
