@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from swinkernels.ops.window_attention import spec_of, window_attention_reasons
@@ -47,8 +48,11 @@ def window_attention_part(
         p = dropout_p(module) if training else 0.0
         size, given = map_size(module), arguments(module)
         head_dim = qkv_weight.shape[0] // (3 * given["num_heads"])
-        no_tokens = qkv_weight.new_empty(0)
-        spec = spec_of("accelerate", no_tokens, size, head_dim, **given, dropout_p=p)
+        no_tokens = torch.empty(0, dtype=qkv_weight.dtype, device=qkv_weight.device)  # the weight may be of any class
+        try:
+            spec = spec_of("accelerate", no_tokens, size, head_dim, **given, dropout_p=p)
+        except ValueError as error:  # the op refuses the call on every backend, such as a window of too many tokens
+            return [str(error)]
         return window_attention_reasons(backend, spec, qkv_weight.dtype, qkv_weight.device)
 
     return Part("attention", reason_to_fall_back, reasons, or_own_code=False)

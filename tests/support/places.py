@@ -145,3 +145,45 @@ def places() -> dict[str, Place]:
 
 
 PLACES = types.MappingProxyType(places())
+
+
+def beyond_limits() -> dict[str, tuple[Place, str]]:
+    """Places with heads of 130 channels, or windows of 33 x 32 tokens; and what the report says of them."""
+    heads, windows = "its heads have 130 channels", "its windows hold 1056 tokens"
+    found: dict[str, tuple[Place, str]] = {}
+    if "timm swin" in PLACES:
+        from timm.models.swin_transformer import SwinTransformerBlock
+        from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+
+        for name, kind in (("timm swin", SwinTransformerBlock), ("timm swin v2", SwinTransformerV2Block)):
+            found[f"{name}, heads"] = Place(lambda k=kind: k(130, (8, 8), 1, window_size=4), _map(8, 8, 130)), heads
+            large = Place(lambda k=kind: k(8, (33, 40), 1, window_size=(33, 32)), _map(33, 40, 8))
+            found[f"{name}, windows"] = large, windows
+    if "torchvision v1" in PLACES:
+        from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+
+        for kind in (ShiftedWindowAttention, ShiftedWindowAttentionV2):
+            name = kind.__name__
+            found[f"{name}, heads"] = Place(lambda k=kind: k(130, [4, 4], [2, 2], 1), _map(8, 8, 130)), heads
+            found[f"{name}, windows"] = Place(lambda k=kind: k(8, [33, 32], [0, 0], 1), _map(33, 40, 8)), windows
+    if "MONAI block" in PLACES:
+        from monai.networks.nets.swin_unetr import BasicLayer
+
+        found["MONAI, heads"] = Place(lambda: BasicLayer(130, 1, 1, (4, 4), [0.0]), _map(130, 8, 8)), heads
+        found["MONAI, windows"] = Place(lambda: BasicLayer(8, 1, 1, (33, 32), [0.0]), _map(8, 34, 33)), windows
+    if "transformers donut" in PLACES:
+        from transformers import DonutSwinConfig, SwinConfig
+        from transformers.models.donut.modeling_donut_swin import DonutSwinLayer
+        from transformers.models.swin.modeling_swin import SwinLayer
+
+        for kind, config in ((DonutSwinLayer, DonutSwinConfig), (SwinLayer, SwinConfig)):
+
+            def make(width: int, window: int, kind: Any = kind, config: Any = config) -> Any:
+                made = config(window_size=window)
+                made._attn_implementation = "sdpa"
+                return kind(made, width, (window, window + 1), 1, shift_size=0)
+
+            name = kind.__name__
+            found[f"{name}, heads"] = Place(lambda m=make: m(130, 4), _sequence(8, 8, 130)), heads
+            found[f"{name}, windows"] = Place(lambda m=make: m(8, 33), _sequence(34, 35, 8)), "hold 1089 tokens"
+    return found
