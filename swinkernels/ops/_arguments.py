@@ -397,6 +397,16 @@ def check_window_call(
             f"{op}: pad_before must be in 0..padding per axis; S = {size} and window {window} make the padding "
             f"{pads}, got {before}"
         )
+    if spec.pad_order == "pad_then_roll" and any(
+        wraps and shift > 0 and s % w != 0
+        for wraps, shift, s, w in zip(spec.periodic, spec.shift_size, size, window, strict=True)
+    ):
+        raise ValueError(
+            f"{op}: a shifted periodic axis must be whole windows with pad_order='pad_then_roll', which puts the "
+            f"padding between its two ends; got S = {size}, window {window} and periodic {spec.periodic}. Use "
+            "pad_order='roll_then_pad', which joins the ends first; to mask its pad tokens, too, give a region_map "
+            "instead of periodic, and pad_before for padding on both sides (as Aurora has it)"
+        )
     bias_table, bias = tables.get("bias_table"), tables.get("bias")
     if bias_table is not None:
         check_tensor(op, "bias_table", bias_table, device)
