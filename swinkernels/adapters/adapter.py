@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinkernels.adapters.bypass import forward_is_replaced, is_bound_method, is_traced, watch_unless_watched
+from swinkernels.adapters.bypass import (
+    forward_is_replaced,
+    is_bound_method,
+    is_distributed,
+    is_traced,
+    watch_unless_watched,
+)
 from swinkernels.adapters.part import Part
+from swinkernels.ops._backends import why_no_kernels
 
 # A package or module of the library, imported with any of its models -> its adapters, or the module here with its
 # ADAPTERS. That is imported only when the library's has been imported already: no model of a library can exist before.
@@ -93,14 +100,17 @@ class Accelerated(nn.Module):
         self.__dict__["_swinkernels_seen"] = self._swinkernels_stored()
 
     def _swinkernels_own_code(self, x: Any) -> bool:
-        """Whether a forward pass has to be the library's: it is traced for its code, or that was replaced.
+        """Whether a forward pass has to be the library's: it is traced for its code, that was replaced, no kernel runs
+        on the tensor's device (see "auto"), or it is a part of one on several devices.
 
         Here, code that torch.compile makes is bound to the stored tensors: two names of one tensor are a guard of it.
         """
         if torch.compiler.is_dynamo_compiling():
             for tensor, seen in zip(self._swinkernels_stored(), self._swinkernels_seen, strict=False):
                 _ = tensor is seen
-        return is_traced(x) or forward_is_replaced(self._swinkernels_original)
+        if is_traced(x) or forward_is_replaced(self._swinkernels_original) or is_distributed(x):
+            return True
+        return self._swinkernels_backend == "auto" and why_no_kernels(x.device) is not None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the module to another device or dtype, with its stored tensors."""

@@ -25,6 +25,21 @@ def is_traced(x: Any) -> bool:
     return not isinstance(x, Tensor) or torch.jit.is_tracing()  # torch.fx passes a proxy
 
 
+def is_distributed(x: Any) -> bool:
+    """Whether a tensor is a DTensor, sharded over devices by batch, by heads or otherwise."""
+    if type(x) is Tensor:
+        return False
+    dtensor = sys.modules.get("torch.distributed.tensor")  # an import would take long
+    return dtensor is not None and isinstance(x, dtensor.DTensor)
+
+
+def why_distributed(module: nn.Module) -> str | None:
+    """Why a module is left alone that is a part of one on several devices, or None."""
+    if any(is_distributed(x) for x in (*module.parameters(), *module.buffers())):
+        return "its parameters are sharded over devices (DTensor): accelerate the model before"
+    return None
+
+
 def class_of(module: Any) -> type:
     """The class of a module, also where torch.export has a proxy in its place, of a subclass that it makes: in models
     that have one module in two places, as MONAI's MLPs do.
@@ -127,7 +142,7 @@ def remove_hooks(module: nn.Module) -> None:
 
 def first_weight(module: nn.Module) -> Tensor:
     """A parameter with the dtype and the device of a module."""
-    return next(p for p in module.parameters() if p.is_floating_point())
+    return next(p for p in module.parameters() if p.dtype.is_floating_point)
 
 
 def is_bound_method(module: nn.Module, kind: type, value: Any) -> bool:

@@ -38,7 +38,7 @@ def window_attention_part(
     Args:
         weight: the QKV weight, (3C, channels of the input).
         map_size: the tokens of the map that the module was made for, per axis.
-        arguments: those of the op in eval mode, without qkv and backend.
+        arguments: those of the op that say where the windows are. No tensors: a report makes none of parameters.
         dropout_p: the probability of attention dropout in training.
         reason_to_fall_back: as in :class:`Part`.
     """

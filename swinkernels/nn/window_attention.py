@@ -283,7 +283,7 @@ class WindowAttentionV2(_WindowAttention):
 
     def fill_coords_table(self) -> None:
         """Compute the buffer, where the first layer of the MLP is and in its dtype: no checkpoint brings it."""
-        weight = self.cpb_mlp[0].weight
+        weight: Any = self.cpb_mlp[0].weight
         table = self.relative_coords_table
         if (table.device, table.dtype) != (weight.device, weight.dtype):
             table = self.relative_coords_table = torch.empty(table.shape, dtype=weight.dtype, device=weight.device)

@@ -107,10 +107,14 @@ def _index(attn: Any) -> Tensor | None:
 
 def _attention_arguments(attn: Any, height: int, width: int) -> dict[str, Any]:
     """Those of the op for a map, but pad_qkv."""
+    w_msa = child(attn, "w_msa")
+    return {"bias_table": bias_table(w_msa), **score_factor(w_msa), **_geometry(attn, height, width)}
+
+
+def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
+    """Those that are no tensors."""
     in_one_window = min(height, width) == attn.window_size
     return {
-        "bias_table": bias_table(attn.w_msa),
-        **score_factor(attn.w_msa),
         "num_heads": attn.w_msa.num_heads,
         "window_size": attn.window_size,
         "shift_size": 0 if in_one_window and not attn.pad_small_map else attn.shift_size,
@@ -286,11 +290,6 @@ def _attention_size(attn: Any) -> tuple[int, int]:
     return attn.window_size + 1, attn.window_size + 2
 
 
-def _arguments_for_report(attn: Any) -> dict[str, Any]:
-    arguments = _attention_arguments(attn, *_attention_size(attn))
-    return {**arguments, "pad_qkv": qkv_bias(attn.w_msa)}
-
-
 def _qkv_weight(attn: Any) -> Tensor:
     return attn.w_msa.qkv.weight
 
@@ -314,7 +313,7 @@ ADAPTERS = (
             window_attention_part(
                 _qkv_weight,
                 _attention_size,
-                _arguments_for_report,
+                lambda attn: _geometry(attn, *_attention_size(attn)),
                 lambda attn: dropout_p(attn.w_msa),
                 _why_not_attention,
             ),

@@ -39,6 +39,7 @@ from swinkernels.adapters.adapter import Accelerated, Adapter
 from swinkernels.adapters.bypass import (
     child,
     class_of,
+    first_weight,
     has_hooks,
     replaced_forward,
     replaced_method,
@@ -101,15 +102,22 @@ def _why_not_window(block: Any, window: tuple[int, ...]) -> str | None:
 
 def _attention_arguments(block: SwinTransformerBlock, size: tuple[int, ...]) -> dict[str, Any]:
     attn = block.attn
-    window, shift = get_window_size(size, block.window_size, block.shift_size)
     return {
         "bias_table": attn.relative_position_bias_table,
-        "num_heads": attn.num_heads,
+        "table_window": tuple(attn.window_size),
+        "scale": attn.scale,
+        "pad_qkv": attn.qkv.bias,
+        **_geometry(block, size),
+    }
+
+
+def _geometry(block: SwinTransformerBlock, size: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments that say where the windows are."""
+    window, shift = get_window_size(size, block.window_size, block.shift_size)
+    return {
+        "num_heads": block.attn.num_heads,
         "window_size": window,
         "shift_size": shift,
-        "scale": attn.scale,
-        "table_window": tuple(attn.window_size),
-        "pad_qkv": attn.qkv.bias,
         "pad_order": "pad_then_roll",
         "mask_value": -100.0,
     }
@@ -347,7 +355,7 @@ ADAPTERS = (
             window_attention_part(
                 _qkv_weight,
                 _map_to_report_on,
-                lambda block: _attention_arguments(block, _map_to_report_on(block)),
+                lambda block: _geometry(block, _map_to_report_on(block)),
                 _dropout_p,
                 lambda block: _why_not_attention(block) or _why_not_window(block, tuple(block.window_size)),
             ),
@@ -364,7 +372,7 @@ ADAPTERS = (
         reason_to_skip=_reason_to_skip_stage,
         parts=(),
         input_shape=lambda stage: (*_map_to_verify(stage), stage.blocks[0].dim),
-        weight=lambda stage: next(p for p in stage.parameters() if p.is_floating_point()),
+        weight=first_weight,
         run=_run_stage,
         looks_inside=True,
     ),

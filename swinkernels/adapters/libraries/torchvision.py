@@ -88,10 +88,13 @@ def _index(attn: Any) -> Tensor | None:
 
 def _attention_arguments(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
     """Those of the op for a map, but pad_qkv."""
+    return {"bias_table": bias_table(attn), **score_factor(attn), **_geometry(attn, size)}
+
+
+def _geometry(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
+    """Those that are no tensors."""
     window = tuple(attn.window_size)
     return {
-        "bias_table": bias_table(attn),
-        **score_factor(attn),
         "num_heads": attn.num_heads,
         "window_size": window,
         "shift_size": tuple(0 if n <= w else s for n, w, s in zip(size, window, attn.shift_size, strict=True)),
@@ -267,11 +270,6 @@ def _attention_size(attn: Any) -> tuple[int, ...]:
     return _map_size(tuple(attn.window_size))
 
 
-def _arguments_for_report(attn: Any) -> dict[str, Any]:
-    arguments = _attention_arguments(attn, _attention_size(attn))
-    return {**arguments, "pad_qkv": child(attn, "qkv").bias}
-
-
 def _qkv_weight(attn: Any) -> Tensor:
     return child(attn, "qkv").weight
 
@@ -280,7 +278,7 @@ def _attention_adapter(original: type[nn.Module], accelerated: type[nn.Module]) 
     part = window_attention_part(
         _qkv_weight,
         _attention_size,
-        _arguments_for_report,
+        lambda attn: _geometry(attn, _attention_size(attn)),
         lambda attn: attn.attention_dropout,
         _why_not_attention,
     )

@@ -111,7 +111,7 @@ ADAPTERS = (
         reason_to_skip=_reason_to_skip,
         parts=(
             window_attention_part(
-                _blocks.qkv_weight, _blocks.map_size, _arguments, _blocks.dropout_p, _why_not_attention
+                _blocks.qkv_weight, _blocks.map_size, _blocks.shifted_windows, _blocks.dropout_p, _why_not_attention
             ),
             *(residual.part(first_weight) for residual in _blocks.POST_NORM),
         ),

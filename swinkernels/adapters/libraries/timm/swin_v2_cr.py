@@ -37,12 +37,6 @@ def _arguments(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
     return {"logit_scale": attn.logit_scale, "pad_qkv": attn.qkv.bias, **_blocks.shifted_windows(block)}
 
 
-def _arguments_for_report(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
-    """With a bias of which only the shape is right."""
-    n = block.window_area
-    return {"bias": block.attn.logit_scale.detach()[:, None, None].expand(-1, n, n), **_arguments(block)}
-
-
 def _attention(block: AcceleratedSwinTransformerV2CrBlock, x: Tensor) -> Tensor:
     attn = child(block, "attn")
     qkv = attn.qkv(x)
@@ -95,7 +89,7 @@ ADAPTERS = (
         reason_to_skip=_reason_to_skip,
         parts=(
             window_attention_part(
-                _blocks.qkv_weight, _blocks.map_size, _arguments_for_report, _blocks.dropout_p, _why_not_attention
+                _blocks.qkv_weight, _blocks.map_size, _blocks.shifted_windows, _blocks.dropout_p, _why_not_attention
             ),
             *(residual.part(first_weight) for residual in _blocks.POST_NORM),
         ),

@@ -164,9 +164,9 @@ def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
     """What a pad token has for q, k and v."""
     if q.bias is None and k.bias is None and v.bias is None:
         return None
-    # Of the shape and the dtype of a weight, which may be a tensor of a class that does not make others.
-    like = next(m.bias for m in (q, k, v) if m.bias is not None)
-    return torch.cat([like.new_zeros(m.weight.shape[0]) if m.bias is None else m.bias for m in (q, k, v)])
+    given = next(m.bias for m in (q, k, v) if m.bias is not None)
+    zeros = torch.zeros(q.out_features, dtype=given.dtype, device=given.device)
+    return torch.cat([zeros if m.bias is None else m.bias for m in (q, k, v)])
 
 
 def _attention_arguments(layer: Any) -> dict[str, Any]:
@@ -187,12 +187,15 @@ def _attention_arguments(layer: Any) -> dict[str, Any]:
             "scale": None if "self" in attention._modules else attention.scaling,
         }
     q, k, v, _ = _projections(layer).values()
+    return {**scores, "pad_qkv": _pad_qkv(q, k, v), **_geometry(layer)}
+
+
+def _geometry(layer: Any) -> dict[str, Any]:
+    """The arguments that say where the windows are."""
     return {
-        **scores,
-        "num_heads": heads,
+        "num_heads": _num_heads(layer),
         "window_size": layer.window_size,
         "shift_size": layer.shift_size,
-        "pad_qkv": _pad_qkv(q, k, v),
         "pad_order": "pad_then_roll",
     }
 
@@ -372,7 +375,9 @@ def _map_size(layer: Any) -> tuple[int, int]:
 def _qkv_weight(layer: Any) -> Tensor:
     """One that stands for the three."""
     q, *_ = _projections(layer).values()
-    return q.weight.new_empty((3 * q.weight.shape[0], q.weight.shape[1]))
+    # Not made by the weight itself, which may be a tensor of a class that makes no others.
+    one = torch.empty((), dtype=q.weight.dtype, device=q.weight.device)
+    return one.expand(3 * q.weight.shape[0], q.weight.shape[1])
 
 
 def layer_adapter(
@@ -417,7 +422,7 @@ def layer_adapter(
     attention_part = window_attention_part(
         _qkv_weight,
         _map_size,
-        _attention_arguments,
+        _geometry,
         _dropout_p,
         lambda layer: replaced_forward(layer) or _why_not_attention(layer),
     )
