@@ -106,7 +106,7 @@ def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
     """
     own = module.__dict__
     for method, published in _PUBLISHED.get(kind) or (("forward", kind.forward),):
-        if method in own and (name or method != "forward"):
+        if method in own and (name or method != "forward") and not is_bound_method(module, type(module), own[method]):
             return f"{f'{name}.' if name else 'its '}{method} was replaced on the instance"
         if getattr(kind, method) is not published:
             return f"{kind.__name__}.{method} was replaced on the class"
@@ -223,6 +223,8 @@ def why_not_window_attention(
             if of not in kinds:
                 return f"{name}.{key} is a {type(module).__name__}, not {right}"
             if "forward" in module.__dict__ or forward_is_replaced(of):
-                return replaced_method(module, of, f"{name}.{key}")
+                reason = replaced_method(module, of, f"{name}.{key}")
+                if reason is not None:
+                    return reason
     qkv = modules["qkv"]
     return why_beyond_limits((qkv.out_features if kind is nn.Linear else qkv.out_channels) // (3 * attn.num_heads))
