@@ -10,7 +10,7 @@ import torch
 from torch import distributed, nn
 
 import swinkernels
-from swinkernels.ops import _backends, window_attention_qkvpacked
+from swinkernels.ops import _backends, fallback, window_attention_qkvpacked
 from tests.support.places import PLACES
 
 every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
@@ -58,6 +58,8 @@ def test_the_librarys_own_code_runs_there(place, monkeypatch):
     fast = copy.deepcopy(plain)
     monkeypatch.setattr(_backends, "_find_why_no_kernels", lambda device: "no kernel runs on such tensors")
     report = swinkernels.accelerate(fast)
+    for op in ("window_attention", "window_attention_qkvpacked"):
+        monkeypatch.setattr(fallback, op, None)
     main = [e for e in report.replaced if e.remarks]
     assert main
     assert all(e.backend == e.adapter for e in main)
@@ -106,8 +108,6 @@ def test_plain_ops_there_are_pytorchs(monkeypatch):
     monkeypatch.setattr(_backends, "_find_why_no_kernels", lambda device: "no kernel runs on such tensors")
     seen = []
     monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cpu",))
-    from swinkernels.ops import fallback
-
     op = fallback.window_attention_qkvpacked
     monkeypatch.setattr(fallback, "window_attention_qkvpacked", lambda *a, **k: seen.append(0) or op(*a, **k))
     window_attention_qkvpacked(torch.randn(1, 5, 7, 24), num_heads=2, window_size=(5, 7))

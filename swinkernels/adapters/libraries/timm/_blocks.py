@@ -79,7 +79,7 @@ def why_not_block(block: Any, method: str) -> str | None:
     """Why a block's attention, which is that method of it, has to be timm's own code for good, or None."""
     if not hasattr(block, method):
         return f"this version of timm has no {type(block).__name__}.{method}: it needs timm 0.9.16 or newer"
-    return None
+    return replaced_method(block, original_class(block)) or why_not_stored(block, stored(block))
 
 
 def shifted_windows(block: Any) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from swinkernels.adapters.adapter import Accelerated, Adapter
 from swinkernels.adapters.bypass import (
     child,
     first_weight,
-    is_traced,
     watch,
     why_not_absorbed,
     why_not_linear,
@@ -108,7 +107,7 @@ class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransforme
         return (s + self.drop_path2(self.mlp(z))).reshape(batch, height, width, channels)
 
     def _attn(self, x: Tensor) -> Tensor:
-        if is_traced(x) or not _is_fused(self, x):
+        if self._swinkernels_own_code(x) or not _is_fused(self, x):
             return super()._attn(x)
         return _attention(self, x)
 

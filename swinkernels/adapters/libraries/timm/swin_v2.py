@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from swinkernels.adapters.adapter import Accelerated, Adapter
-from swinkernels.adapters.bypass import child, first_weight, is_traced, watch
+from swinkernels.adapters.bypass import child, first_weight, watch
 from swinkernels.adapters.libraries.timm import _blocks
 from swinkernels.adapters.norms import Merging
 from swinkernels.adapters.part import window_attention_part
@@ -82,7 +82,8 @@ class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransfor
         return _blocks.add_normed(self, s, self.mlp(s), 2).reshape(batch, height, width, channels)
 
     def _attn(self, x: Tensor) -> Tensor:
-        if is_traced(x) or _why_not_attention(self) is not None or not _blocks.mask_fits(self, x):
+        own_code = self._swinkernels_own_code(x) or not _blocks.mask_fits(self, x)
+        if own_code or _why_not_attention(self) is not None:
             return super()._attn(x)
         return _attention(self, x)
 
