@@ -6,6 +6,7 @@ No fast backend runs these parts on a CPU: here backend="reference" puts them on
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections import Counter
 from collections.abc import Iterator
@@ -499,7 +500,7 @@ def replace(model: Any, path: str, make: Any) -> None:
 
 def replaced_forward(module: nn.Module) -> nn.Module:
     cls = type(module).__bases__[1] if isinstance(module, Accelerated) else type(module)
-    module.forward = cls.forward.__get__(module)  # type: ignore[method-assign]
+    module.forward = functools.partial(cls.forward, module)  # type: ignore[method-assign]
     return module
 
 
