@@ -30,7 +30,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 STARTED = pytest.StashKey[float]()
 # Tests that use the GPU if there is one, and Triton's interpreter otherwise.
 ON_A_GPU_IF_THERE_IS_ONE = {
-    Path(__file__).parent / "triton" / name for name in ("test_window_attention.py", "test_memory_bound_ops.py")
+    Path(__file__).parent / "triton" / f"test_{name}.py"
+    for name in ("low_scores", "memory_bound_ops", "window_attention")
 }
 
 

@@ -8,9 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from swinkernels.adapters.bypass import (
+    forward_is_replaced,
+    is_bound_method,
+    is_distributed,
+    is_traced,
+    watch_unless_watched,
+)
 from swinkernels.adapters.part import Part
+from swinkernels.ops._backends import why_no_kernels
 
 # A package or module of the library, imported with any of its models -> its adapters, or the module here with its
 # ADAPTERS. That is imported only when the library's has been imported already: no model of a library can exist before.
@@ -68,6 +77,47 @@ class Accelerated(nn.Module):
     """The first base of every ``accelerated`` class; the ``original`` one is the second."""
 
     _swinkernels_backend = "auto"
+    # The original class, of each accelerated one.
+    _swinkernels_original: Any = None
+    # The stored tensors as they last were, for torch.compile to tell them from others.
+    _swinkernels_seen: tuple[Tensor | None, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        first, *others = cls.__bases__
+        if others and issubclass(first, Accelerated) and first._swinkernels_original is None:
+            cls._swinkernels_original = others[0]
+            watch_unless_watched(cls._swinkernels_original)
+
+    def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
+        """The tensors of this module and of those inside it whose values its ops compute instead of reading them."""
+        return ()
+
+    def _swinkernels_look(self) -> None:
+        """Compare their values now: a compiler or an exporter may ask for them where they cannot be read."""
+
+    def _swinkernels_remember(self) -> None:
+        self.__dict__["_swinkernels_seen"] = self._swinkernels_stored()
+
+    def _swinkernels_own_code(self, x: Any) -> bool:
+        """Whether a forward pass has to be the library's: it is traced for its code, that was replaced, no kernel runs
+        on the tensor's device (see "auto"), or it is a part of one on several devices.
+
+        Here, code that torch.compile makes is bound to the stored tensors: two names of one tensor are a guard of it.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            for tensor, seen in zip(self._swinkernels_stored(), self._swinkernels_seen, strict=False):
+                _ = tensor is seen
+        if is_traced(x) or forward_is_replaced(self._swinkernels_original) or is_distributed(x):
+            return True
+        return self._swinkernels_backend == "auto" and why_no_kernels(x.device) is not None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the module to another device or dtype, with its stored tensors."""
+        applied = super()._apply(fn, recurse)
+        self._swinkernels_remember()
+        self._swinkernels_look()
+        return applied
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
@@ -78,11 +128,7 @@ class Accelerated(nn.Module):
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, or the one that it had before accelerate."""
-    if isinstance(module, Accelerated):
-        for cls in type(module).__mro__:
-            if _is_accelerated_class(cls):
-                return cls.__bases__[1]
-    return type(module)
+    return module._swinkernels_original if isinstance(module, Accelerated) else type(module)
 
 
 def derived_since(module: nn.Module) -> bool:
@@ -91,23 +137,34 @@ def derived_since(module: nn.Module) -> bool:
 
 
 def _is_accelerated_class(cls: type) -> bool:
-    bases = cls.__bases__
-    return len(bases) > 1 and issubclass(bases[0], Accelerated)
+    return "_swinkernels_original" in vars(cls)
 
 
 def swap_class(adapter: Adapter, module: nn.Module, backend: str) -> None:
     """Let a module run on this package's ops."""
-    module.__class__ = adapter.accelerated
+    _change_class(module, adapter.accelerated)
     module.__dict__[BACKEND_ATTRIBUTE] = backend
+    module._swinkernels_remember()  # type: ignore[operator]
 
 
 def restore_class(module: nn.Module) -> None:
     """Undo it. A module that does not run on them is left alone."""
     original = original_class(module)
     if original is not type(module):
-        module.__class__ = original
+        _change_class(module, original)
         for name in [n for n in module.__dict__ if n.startswith("_swinkernels_")]:
             del module.__dict__[name]
+
+
+def _change_class(module: nn.Module, to: type[nn.Module]) -> None:
+    """Give a module another class, and to what other code has bound of the old one's methods to it (as tools that
+    offload weights keep the forward that they wrap), the new one's.
+    """
+    of = type(module)
+    bound = {n: m for n, m in module.__dict__.items() if is_bound_method(module, of, m)}
+    module.__class__ = to
+    for name, method in bound.items():
+        module.__dict__[name] = getattr(to, method.__name__).__get__(module)
 
 
 def loaded_adapters() -> list[Adapter]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from swinkernels.adapters.adapter import Adapter
 from swinkernels.adapters.part import Part
-from swinkernels.ops._backends import PREFERENCE, choose
+from swinkernels.ops._backends import PREFERENCE, choose, why_no_kernels
 
 
 def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple[str, tuple[str, ...]]:
@@ -35,6 +35,11 @@ def _part_choice(adapter: Adapter, part: Part, module: nn.Module, requested: str
     if reason is not None:
         return adapter.name, f"{own_code}; {reason}"
 
+    device = adapter.weight(module).device
+    no_kernels = why_no_kernels(device) if requested == "auto" else None
+    if no_kernels is not None:
+        return adapter.name, f"{own_code}; {no_kernels}"
+
     def why_not(backend: str) -> str:
         return "; ".join(part.reasons(module, backend, training))
 
@@ -44,13 +49,9 @@ def _part_choice(adapter: Adapter, part: Part, module: nn.Module, requested: str
             return requested, ""
         cannot = f"{requested} cannot run it: {why}"
         return (adapter.name, f"{own_code}. {cannot}") if part.or_own_code else (requested, cannot)
-    device = adapter.weight(module).device
     chosen = choose("accelerate", "auto", device, lambda backend: part.reasons(module, backend, training))
-    better = PREFERENCE.get(device.type)
-    if better is None:
-        why = f"No kernel runs on {device.type} tensors"
-    else:
-        better = better[: better.index(chosen)] if chosen in better else better
-        why = ". ".join(f"Not {b}: {why_not(b)}" for b in better)
+    better = PREFERENCE.get(device.type, ())
+    better = better[: better.index(chosen)] if chosen in better else better
+    why = ". ".join(f"Not {b}: {why_not(b)}" for b in better)
     own = chosen == "torch" and part.or_own_code
     return adapter.name if own else chosen, f"{own_code if own else chosen}. {why}" if why else ""

@@ -1,16 +1,43 @@
-"""Inner modules whose work an op may do along with its own: whether anybody would miss their call."""
+"""Modules and methods whose work an op may do along with its own: whether their call would be missed.
+
+An op stands for code that the library published. ``watch`` notes which methods of a class that is, once, when an
+adapter is imported; ``replaced_method`` and what builds on it compare at every call, so that a method patched later,
+on the class or on one instance, is called. An adapter of one's own watches the classes that its ops stand for.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
+
+from swinkernels.ops._arguments import why_beyond_limits
 
 
 def is_traced(x: Any) -> bool:
     """Whether a forward pass is run for its code, which is to be the library's, by torch.fx or torch.jit.trace."""
     return not isinstance(x, Tensor) or torch.jit.is_tracing()  # torch.fx passes a proxy
+
+
+def is_distributed(x: Any) -> bool:
+    """Whether a tensor is a DTensor, sharded over devices by batch, by heads or otherwise."""
+    if type(x) is Tensor:
+        return False
+    dtensor = sys.modules.get("torch.distributed.tensor")  # an import would take long
+    return dtensor is not None and isinstance(x, dtensor.DTensor)
+
+
+def why_distributed(module: nn.Module) -> str | None:
+    """Why a module is left alone that is a part of one on several devices, or None."""
+    if any(is_distributed(x) for x in (*module.parameters(), *module.buffers())):
+        return "its parameters are sharded over devices (DTensor): accelerate the model before"
+    return None
 
 
 def class_of(module: Any) -> type:
@@ -29,10 +56,81 @@ def child(module: nn.Module, name: str) -> Any:
     return module._modules[name]
 
 
-def has_hooks(module: nn.Module) -> bool:
+# The packages of decorators that a package has around its methods.
+_DECORATED_BY = {"mmcv": ("mmengine",), "mmpretrain": ("mmengine",)}
+# The methods of classes whose work ops do, as they were published; None stands for one that was not.
+_PUBLISHED: dict[type, tuple[tuple[str, Any], ...]] = {}
+
+
+def watch(*kinds: Any, methods: Sequence[str] = ()) -> None:
+    """Note what an op stands for: ``forward`` of classes, and the methods that it calls, by name. A name that this
+    version of the library does not have is left out.
+    """
+    for kind in kinds:
+        names = [name for name in ("forward", *methods) if hasattr(kind, name)]
+        _PUBLISHED[kind] = tuple((name, _published(kind, name)) for name in names)
+
+
+def _published(kind: type, name: str) -> Any:
+    """A method, or None if its code is not of the package that its class is of: it was patched before."""
+    method = getattr(kind, name)
+    owner = next(cls for cls in kind.__mro__ if name in vars(cls))
+    package = owner.__module__.partition(".")[0]
+    folders = [os.path.dirname(sys.modules[name].__file__ or "") for name in (package, *_DECORATED_BY.get(package, ()))]
+    file = os.path.abspath(getattr(getattr(method, "__code__", None), "co_filename", ""))
+    return method if any(file.startswith(folder + os.sep) for folder in folders) else None
+
+
+def watch_unless_watched(kind: Any) -> None:
+    """Note the forward of a class as it is, of whichever package it may be."""
+    _PUBLISHED.setdefault(kind, (("forward", kind.forward),))
+
+
+def forward_is_replaced(kind: Any) -> bool:
+    """Whether the forward of a watched class is not the one that it was published with."""
+    return kind.forward is not _PUBLISHED[kind][0][1]
+
+
+watch(nn.Conv2d, nn.Dropout, nn.Identity, nn.LayerNorm, nn.Linear, nn.Softmax, nn.Unfold)
+
+
+def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
+    """Why a module may compute something else than its class was published with, or None.
+
+    Args:
+        module: the module.
+        kind: its class, or the one that it had before ``accelerate``. Of one that is not watched, a forward replaced on
+            the instance counts.
+        name: what to call an inner module. Without a name it is the accelerated one, which is called already: a forward
+            of its own does not count.
+    """
+    own = module.__dict__
+    for method, published in _PUBLISHED.get(kind) or (("forward", kind.forward),):
+        if method in own and (name or method != "forward") and not is_bound_method(module, type(module), own[method]):
+            return f"{f'{name}.' if name else 'its '}{method} was replaced on the instance"
+        if getattr(kind, method) is not published:
+            return f"{kind.__name__}.{method} was replaced on the class"
+    return None
+
+
+# torch's hooks of all modules: each dict is one object for good.
+_OF_ALL_FORWARD, _OF_ALL_FORWARD_PRE = _torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks
+_OF_ALL_BACKWARD, _OF_ALL_BACKWARD_PRE = _torch_module._global_backward_hooks, _torch_module._global_backward_pre_hooks
+
+
+def _all_have_hooks() -> bool:
+    return bool(_OF_ALL_FORWARD or _OF_ALL_FORWARD_PRE or _OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE)
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook would see a call of a module, its own or one of all modules."""
+    return _has_own_hooks(module) or _all_have_hooks()
 
 
 def remove_hooks(module: nn.Module) -> None:
@@ -44,21 +142,32 @@ def remove_hooks(module: nn.Module) -> None:
 
 def first_weight(module: nn.Module) -> Tensor:
     """A parameter with the dtype and the device of a module."""
-    return next(p for p in module.parameters() if p.is_floating_point())
+    return next(p for p in module.parameters() if p.dtype.is_floating_point)
+
+
+def is_bound_method(module: nn.Module, kind: type, value: Any) -> bool:
+    """Whether a value is a method of a class bound to a module, as ``module.forward`` is."""
+    return (
+        isinstance(value, types.MethodType)
+        and value.__self__ is module
+        and getattr(kind, value.__name__, None) is value.__func__
+    )
 
 
 def replaced_forward(module: nn.Module) -> str | None:
     """Why a module may compute something else than its class says, for a report: its class's forward is not called."""
-    return "its forward was replaced on the instance" if "forward" in module.__dict__ else None
+    forward = module.__dict__.get("forward")
+    if forward is None or is_bound_method(module, type(module), forward):
+        return None
+    return "its forward was replaced on the instance"
 
 
 def why_not_absorbed(name: str, module: nn.Module, kind: type[nn.Module], known_as: str) -> str | None:
     """Why an inner module has to be called for its work, or None. A subclass may compute something else."""
     if class_of(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not {known_as}"
-    if "forward" in module.__dict__:
-        return f"{name}.forward was replaced on the instance"
-    return f"a hook is registered on {name}" if has_hooks(module) else None
+    reason = replaced_method(module, kind, name)
+    return f"a hook is registered on {name}" if reason is None and has_hooks(module) else reason
 
 
 def why_not_linear(name: str, linear: nn.Module) -> str | None:
@@ -73,6 +182,13 @@ def why_not_norm(name: str, norm: Any, width: int) -> str | None:
     return reason
 
 
+def why_not_dropout(name: str, dropout: nn.Module) -> str | None:
+    """As :func:`why_not_absorbed`; an nn.Identity drops nothing."""
+    return why_not_absorbed(
+        name, dropout, nn.Identity if class_of(dropout) is nn.Identity else nn.Dropout, "an nn.Dropout"
+    )
+
+
 def why_not_window_attention(
     attn: Any, name: str = "attn", kind: type[nn.Module] = nn.Linear, known_as: str = "an nn.Linear"
 ) -> str | None:
@@ -84,14 +200,15 @@ def why_not_window_attention(
         name: what to call it.
         kind, known_as: what its layers qkv and proj have to be.
     """
-    if "forward" in attn.__dict__:
-        return f"{name}.forward was replaced on the instance"
+    reason = replaced_method(attn, class_of(attn), name)
+    if reason is not None:
+        return reason
     # A hook would see other shapes (on qkv, proj, proj_drop: the map instead of windows) or no call (on the others).
     if has_hooks(attn):
         return f"a hook is registered on {name}"
     modules = attn._modules
     for key, module in modules.items():
-        if module is not None and has_hooks(module):
+        if module is not None and _has_own_hooks(module):
             return f"a hook is registered on {name}.{key}"
     # Any other layer may mix tokens, and what it makes of a pad token is not known.
     for key, kinds, right in (
@@ -100,6 +217,14 @@ def why_not_window_attention(
         ("softmax", (nn.Softmax,), "an nn.Softmax"),
         ("attn_drop", (nn.Dropout, nn.Identity), "an nn.Dropout"),
     ):
-        if key in modules and class_of(modules[key]) not in kinds:
-            return f"{name}.{key} is a {type(modules[key]).__name__}, not {right}"
-    return None
+        if key in modules:
+            module = modules[key]
+            of = class_of(module)
+            if of not in kinds:
+                return f"{name}.{key} is a {type(module).__name__}, not {right}"
+            if "forward" in module.__dict__ or forward_is_replaced(of):
+                reason = replaced_method(module, of, f"{name}.{key}")
+                if reason is not None:
+                    return reason
+    qkv = modules["qkv"]
+    return why_beyond_limits((qkv.out_features if kind is nn.Linear else qkv.out_channels) // (3 * attn.num_heads))

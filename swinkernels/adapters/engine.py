@@ -20,6 +20,7 @@ from swinkernels.adapters.adapter import (
     swap_class,
 )
 from swinkernels.adapters.backend_choice import backend_choice
+from swinkernels.adapters.bypass import why_distributed
 from swinkernels.adapters.copies import attention, block
 from swinkernels.adapters.copies.dynamic_class import NAME as STRUCTURAL
 from swinkernels.adapters.report import Replaced, Report, Skipped
@@ -61,7 +62,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     to_restore: list[nn.Module] = []
     for path, module, adapter, reason in _candidates(model, loaded_adapters()):
         if adapter is not None and reason is None:
-            reason = adapter.reason_to_skip(module)
+            reason = why_distributed(module) or adapter.reason_to_skip(module)
         name = original_class(module).__name__
         if adapter is None or reason is not None:
             library = STRUCTURAL if adapter is None else adapter.name

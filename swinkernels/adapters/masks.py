@@ -1,16 +1,23 @@
-"""Masks and position indices as libraries store them or hand them on, by the formulas that the ops follow: whoever
-finds other values has the library's own code run.
+"""Masks and position indices as libraries store them or hand them on, by the formulas that the ops follow: where a
+module has other values, the library's own code runs.
+
+``is_window_index``, ``is_stored_mask`` and ``holds`` are asked at every call of an accelerated module, so that a buffer
+assigned, loaded or changed in place after ``accelerate`` counts. The values of a tensor are read once: while it is the
+same tensor at the same version, the answer is looked up (0.4 us).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from swinkernels.ops._library import constant_when_compiled
 
 
 def frame_of(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
@@ -50,38 +57,94 @@ def shift_mask(
     return -100.0 * (region[:, :, None] != region[:, None, :])
 
 
-def window_index(window: Sequence[int]) -> Tensor:
+def window_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """relative_position_index, (N, N): the row of the bias table by (query - key) + window - 1, row-major."""
-    tokens = torch.cartesian_prod(*(torch.arange(w, device="cpu") for w in window))
+    tokens = torch.cartesian_prod(*(torch.arange(w, device=device) for w in window))
     tokens = tokens.reshape(-1, len(window))
-    index = torch.zeros(len(tokens), len(tokens), dtype=torch.long, device="cpu")
+    index = torch.zeros(len(tokens), len(tokens), dtype=torch.long, device=device)
     for axis, w in enumerate(window):
         index = (2 * w - 1) * index + tokens[:, None, axis] - tokens[None, :, axis] + w - 1
     return index
 
 
-# Masks that a model was seen to hand on: version and geometry for which they are the standard one.
-_SEEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# By the id of a tensor: a weak reference to it, its version, what it was compared with, and the outcome.
+_SEEN: dict[int, tuple[Callable[[], Any], int, tuple[Any, ...], bool]] = {}
+
+
+def holds(x: Any, asked: tuple[Any, ...]) -> bool:
+    """Whether a tensor that a module stores has the values of a formula, in any shape of as many elements. Where its
+    values cannot be read, they count as others.
+
+    A compiler asks while it traces, and so does torch.export: there, of a tensor seen before.
+
+    Args:
+        x: the tensor, or whatever is in its place.
+        asked: the formula and its arguments but for the device, tuples of ints.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return _holds_when_traced(x, *asked)
+    seen = _SEEN.get(id(x))
+    if seen is not None and seen[0]() is x and seen[1] == x._version and seen[2] == asked and not x.requires_grad:
+        return seen[3]
+    return _compare(x, asked)
+
+
+def is_window_index(x: Any, window: Sequence[int]) -> bool:
+    """Whether a stored index of the bias table is :func:`window_index`."""
+    return holds(x, (window_index, tuple(window)))
+
+
+def is_stored_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
+    """Whether a stored mask is :func:`shift_mask`."""
+    return holds(mask, (shift_mask, tuple(frame), tuple(window), tuple(shift)))
 
 
 def is_shift_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
-    """Whether a mask that a module is called with is :func:`shift_mask`. Where its values cannot be looked at, it is
-    taken for another one.
+    """Whether a mask that a module is called with is :func:`shift_mask`: a compiler cannot say.
 
     It is read once, however many modules get it: on a GPU that is a synchronisation.
     """
-    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.requires_grad:
+    return not torch.compiler.is_compiling() and is_stored_mask(mask, frame, window, shift)
+
+
+@constant_when_compiled
+def _holds_when_traced(x: Any, *asked: Any) -> bool:
+    """:func:`holds`; dynamo calls it with the tensor itself and keeps the answer in its code."""
+    return _compare(x, asked)
+
+
+def _compare(x: Any, asked: tuple[Any, ...]) -> bool:
+    formula, *geometry = asked
+    if hasattr(x, "fake_mode"):
+        return _seen_behind(x, asked)
+    if type(x) not in (Tensor, nn.Parameter) or x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    geometry = tuple(frame), tuple(window), tuple(shift)
-    version = None if mask.is_inference() else mask._version  # of an inference tensor nobody knows whether it changed
-    if version is not None and _SEEN.get(mask) == (version, geometry):
-        return True
-    n = math.prod(window)
-    if mask.shape != (math.prod(frame) // n, n, n):
-        return False
-    same = torch.equal(mask, shift_mask(frame, window, shift, mask.device).to(mask.dtype))
-    if same:
-        _SEEN[mask] = version, geometry
+    with _disable_current_modes(), torch.no_grad():
+        expected = formula(*geometry, device=x.device)
+        if x.is_meta:  # without values
+            return x.numel() == expected.numel()
+        same = x.numel() == expected.numel() and torch.equal(x.reshape(-1).to(expected.dtype), expected.reshape(-1))
+    if not x.is_inference():  # whose changes are not counted
+        key = id(x)
+        _SEEN[key] = weakref.ref(x, lambda gone: _forget(key, gone)), x._version, asked, same
     return same
+
+
+def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
+    seen = _SEEN.get(key)
+    if seen is not None and seen[0] is gone:
+        del _SEEN[key]
+
+
+def _seen_behind(fake: Any, asked: tuple[Any, ...]) -> bool:
+    """What was seen of the tensor in whose place torch.export has put a fake one."""
+    converter = fake.fake_mode.fake_tensor_converter.meta_converter
+    for reference, version, compared_with, same in list(_SEEN.values()):
+        real = reference()
+        if real is not None and compared_with == asked and real._version == version:
+            number = converter.describer.lookup_tensor.get(real)
+            if number is not None and converter.tensor_memo.get(number) is fake:
+                return same
+    return False

@@ -13,14 +13,15 @@ def resembles_attention(attn: nn.Module | None) -> bool:
     """Whether a module keeps what a window attention of Microsoft's form, v1 or v2, keeps."""
     if attn is None or isinstance(attn, torch.jit.ScriptModule):
         return False
-    has_bias = "relative_position_bias_table" in attn._parameters or (
-        "cpb_mlp" in attn._modules and "logit_scale" in attn._parameters
-    )
+    has_bias = hasattr(attn, "logit_scale" if is_cosine(attn) else "relative_position_bias_table")
     return has_bias and all(name in attn._modules for name in ("qkv", "proj")) and hasattr(attn, "num_heads")
 
 
 def is_cosine(attn: nn.Module) -> bool:
-    return "logit_scale" in attn._parameters
+    """Whether it is of v2: by a module, for replicas, flattened and parametrised modules keep their parameters in other
+    places than ``_parameters``.
+    """
+    return "cpb_mlp" in attn._modules
 
 
 def qkv_bias(attn: Any) -> Tensor | None:

@@ -17,6 +17,7 @@ from swinkernels.adapters.bypass import (
     class_of,
     first_weight,
     replaced_forward,
+    watch,
     why_not_absorbed,
     why_not_linear,
     why_not_norm,
@@ -150,6 +151,7 @@ def residuals_adapter(
 
     ``attention_size`` is the map that ``block.attn`` was made for; ``options`` are other fields of :class:`Adapter`.
     """
+    watch(original)
     return Adapter(
         name,
         original,
@@ -222,5 +224,6 @@ class Merging:
         **options: Any,
     ) -> Adapter:
         """That of a library's merging; ``options`` are other fields of :class:`Adapter`."""
+        watch(original)
         given = {"reason_to_skip": self.why_not, "weight": lambda merging: merging.reduction.weight, **options}
         return Adapter(name, original, accelerated, parts=(self.part(),), input_shape=input_shape, **given)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from swinkernels.ops.window_attention import spec_of, window_attention_reasons
@@ -37,7 +38,7 @@ def window_attention_part(
     Args:
         weight: the QKV weight, (3C, channels of the input).
         map_size: the tokens of the map that the module was made for, per axis.
-        arguments: those of the op in eval mode, without qkv and backend.
+        arguments: those of the op that say where the windows are. No tensors: a report makes none of parameters.
         dropout_p: the probability of attention dropout in training.
         reason_to_fall_back: as in :class:`Part`.
     """
@@ -47,8 +48,11 @@ def window_attention_part(
         p = dropout_p(module) if training else 0.0
         size, given = map_size(module), arguments(module)
         head_dim = qkv_weight.shape[0] // (3 * given["num_heads"])
-        no_tokens = qkv_weight.new_empty(0)
-        spec = spec_of("accelerate", no_tokens, size, head_dim, **given, dropout_p=p)
+        no_tokens = torch.empty(0, dtype=qkv_weight.dtype, device=qkv_weight.device)  # the weight may be of any class
+        try:
+            spec = spec_of("accelerate", no_tokens, size, head_dim, **given, dropout_p=p)
+        except ValueError as error:  # the op refuses the call on every backend, such as a window of too many tokens
+            return [str(error)]
         return window_attention_reasons(backend, spec, qkv_weight.dtype, qkv_weight.device)
 
     return Part("attention", reason_to_fall_back, reasons, or_own_code=False)

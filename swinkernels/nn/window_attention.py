@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -193,6 +193,11 @@ class WindowAttention(_WindowAttention):
         return {"bias_table": self.relative_position_bias_table, "scale": self.scale}
 
 
+def _fill_coords_table(attn: WindowAttentionV2, _incompatible_keys: Any) -> None:
+    """After loading, of the MLP's weights too: with ``assign=True`` they are other tensors than before."""
+    attn.fill_coords_table()
+
+
 class WindowAttentionV2(_WindowAttention):
     r"""Cosine attention inside the shifted windows of a feature map, with a continuous position bias (Swin v2).
 
@@ -212,8 +217,8 @@ class WindowAttentionV2(_WindowAttention):
 
     Parameters: ``logit_scale`` (num_heads, 1, 1), ``cpb_mlp.0.weight`` (512, axes), ``cpb_mlp.0.bias`` (512),
     ``cpb_mlp.2.weight`` (num_heads, 512), ``qkv.weight`` (3C, C), ``q_bias``, ``v_bias`` (C), ``proj.weight`` (C, C),
-    ``proj.bias`` (C). A checkpoint may also have Microsoft's ``relative_position_index``, which is compared with the
-    formula and not stored, and ``relative_coords_table``, which is computed here.
+    ``proj.bias`` (C). A checkpoint may also have Microsoft's ``relative_position_index`` and ``relative_coords_table``,
+    which are compared with the formulas and not stored.
 
     Source: Swin Transformer V2 (Liu et al., 2022), section 3; ``WindowAttention`` of Microsoft's
     swin_transformer_v2.py and timm's.
@@ -256,6 +261,7 @@ class WindowAttentionV2(_WindowAttention):
         self.proj_drop = nn.Dropout(proj_drop)
         offsets = torch.empty(math.prod(2 * w - 1 for w in self.window_size), rank, **factory)
         self.register_buffer("relative_coords_table", offsets, persistent=False)
+        self.register_load_state_dict_post_hook(_fill_coords_table)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -264,14 +270,48 @@ class WindowAttentionV2(_WindowAttention):
         for bias in (self.q_bias, self.v_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
+        self.fill_coords_table()
+
+    def _coords_table(self) -> Tensor:
+        """Offsets in windows of this size, logarithmically spaced, (prod(2 * window - 1), axes), in float64."""
         axes = []
         for window, trained in zip(self.window_size, self.pretrained_window_size, strict=True):
             widest = max((trained or window) - 1, 1)  # a window of 1 has the offset 0 alone
             axes.append(torch.arange(1.0 - window, window, device="cpu", dtype=torch.float64) / widest * 8)
         offsets = torch.cartesian_prod(*axes)
-        spaced = offsets.sign() * torch.log2(offsets.abs() + 1) / 3
-        with torch.no_grad():
-            self.relative_coords_table.copy_(spaced)
+        return offsets.sign() * torch.log2(offsets.abs() + 1) / 3
+
+    def fill_coords_table(self) -> None:
+        """Compute the buffer, where the first layer of the MLP is and in its dtype: no checkpoint brings it."""
+        weight: Any = self.cpb_mlp[0].weight
+        table = self.relative_coords_table
+        if (table.device, table.dtype) != (weight.device, weight.dtype):
+            table = self.relative_coords_table = torch.empty(table.shape, dtype=weight.dtype, device=weight.device)
+        if not table.is_meta:
+            with torch.no_grad():
+                table.copy_(self._coords_table())
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> WindowAttentionV2:
+        """Move the module; ``to_empty`` leaves a buffer without values."""
+        super()._apply(fn, recurse)
+        self.fill_coords_table()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        table = state_dict.get(f"{prefix}relative_coords_table")
+        if table is None or table.is_meta:
+            return
+        expected = self._coords_table()
+        given = table.detach().to("cpu", torch.float64).reshape(-1)
+        # The published codes compute it in float32 and keep it in the dtype of the model.
+        near = 4 * max(torch.finfo(table.dtype).eps, 2.0**-20) * expected.abs().max()
+        if given.numel() != expected.numel() or not (given - expected.reshape(-1)).abs().max() <= near:
+            error_msgs.append(
+                f"{prefix}relative_coords_table is not that of window_size {self.window_size} and "
+                f"pretrained_window_size {self.pretrained_window_size}: the checkpoint was made with another one of "
+                "them. Build the model with its pretrained_window_size, or drop the key to use these"
+            )
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.q_bias is None or self.v_bias is None:

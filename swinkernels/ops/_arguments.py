@@ -24,6 +24,16 @@ LARGEST_FLOAT = torch.finfo(torch.float32).max  # numbers that meet float32 scor
 Ints = int | Sequence[int]
 
 
+def why_beyond_limits(head_dim: int, window: Sequence[int] = ()) -> str | None:
+    """Why window attention takes no heads or windows of such a size, on any backend, or None: for reports."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"its heads have {head_dim} channels, and the op takes at most {MAX_HEAD_DIM}"
+    volume = math.prod(window)
+    if volume > MAX_WINDOW_VOLUME:
+        return f"its windows hold {volume} tokens, and the op takes at most {MAX_WINDOW_VOLUME}"
+    return None
+
+
 def frame_size(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
     """The map's size rounded up to whole windows, per axis."""
     return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
@@ -386,6 +396,16 @@ def check_window_call(
         raise ValueError(
             f"{op}: pad_before must be in 0..padding per axis; S = {size} and window {window} make the padding "
             f"{pads}, got {before}"
+        )
+    if spec.pad_order == "pad_then_roll" and any(
+        wraps and shift > 0 and s % w != 0
+        for wraps, shift, s, w in zip(spec.periodic, spec.shift_size, size, window, strict=True)
+    ):
+        raise ValueError(
+            f"{op}: a shifted periodic axis must be whole windows with pad_order='pad_then_roll', which puts the "
+            f"padding between its two ends; got S = {size}, window {window} and periodic {spec.periodic}. Use "
+            "pad_order='roll_then_pad', which joins the ends first; to mask its pad tokens, too, give a region_map "
+            "instead of periodic, and pad_before for padding on both sides (as Aurora has it)"
         )
     bias_table, bias = tables.get("bias_table"), tables.get("bias")
     if bias_table is not None:

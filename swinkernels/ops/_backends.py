@@ -102,6 +102,23 @@ def _find_gpu_reason(backend: str, device: torch.device) -> str | None:
     return None
 
 
+@constant_when_compiled
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why "auto" finds no kernel on a device whatever the call, or None."""
+    return _find_why_no_kernels(device)
+
+
+@functools.cache
+def _find_why_no_kernels(device: torch.device) -> str | None:
+    if device.type == "meta":  # without values: as on any device
+        return None
+    if device.type not in PREFERENCE:
+        return f"no kernel runs on {device.type} tensors"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "no kernel is tested on ROCm: backend='triton' asks for those of Triton"
+    return gpu_reason("triton", device) if device.type == "cuda" else None
+
+
 def unavailable(backend: str) -> str | None:
     """Why a backend cannot run anything in this process, or None if it can run something."""
     if NOT_INSTALLED[backend] is not None:
@@ -218,7 +235,8 @@ def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[
     reasons = [] if requested == "auto" else reasons_of(requested)
     if requested != "auto" and not reasons:
         return requested
-    best = next((b for b in PREFERENCE.get(device.type, ()) if not reasons_of(b)), "torch")
+    candidates = PREFERENCE[device.type] if why_no_kernels(device) is None and device.type in PREFERENCE else ()
+    best = next((b for b in candidates if not reasons_of(b)), "torch")
     if reasons:
         raise NotImplementedError(
             f"{op}: backend={requested!r} cannot run this call: {'; '.join(reasons)}. "

@@ -335,7 +335,8 @@ def window_attention_qkvpacked(
         pad_order: where S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
             MONAI, mmpretrain) or "roll_then_pad" (timm).
         pad_before: pad tokens before the data, per axis; the rest follow it.
-        periodic: per axis, whether the map wraps around (longitude), so that the shift needs no mask there.
+        periodic: per axis, whether the map wraps around (longitude), so that the shift needs no mask there. With
+            "pad_then_roll", which would pad between the ends, such an axis has to be whole windows if it is shifted.
         region_map: int32 or narrower, of the padded map's shape, in place of the shift's regions; tokens whose values
             differ are masked.
         mask_value: added to the score of masked pairs; finite.

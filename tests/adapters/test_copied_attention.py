@@ -17,6 +17,7 @@ from swinkernels.adapters.copies.attention import StructuralAttention
 from swinkernels.ops._backends import NOT_INSTALLED
 from tests.support import published_forms as forms
 from tests.support.parity import assert_as_good, assert_as_noisy, run
+from tests.support.published import refuse
 
 needs_cpu_kernels = pytest.mark.skipif(
     NOT_INSTALLED["cpu"] is not None, reason=f"no C++ kernels here: {NOT_INSTALLED['cpu']}"
@@ -56,7 +57,7 @@ def accelerated(module: nn.Module, **options: Any) -> Any:
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on the attention's own forward fails."""
-    monkeypatch.setattr(forms.WindowAttention, "forward", None)
+    refuse(monkeypatch, forms.WindowAttention)
 
 
 # The same numbers

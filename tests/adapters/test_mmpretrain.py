@@ -34,6 +34,7 @@ from swinkernels.adapters import VerificationError, norms
 from swinkernels.adapters.adapter import Accelerated
 from swinkernels.adapters.libraries import mmpretrain as adapter
 from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
+from tests.support.published import refuse
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mmengine, and of checkpointing as mmpretrain asks for it
 
@@ -91,7 +92,7 @@ def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on mmpretrain's own attention fails."""
     for owner in (WindowMSA, WindowMSAV2):
-        monkeypatch.setattr(owner, "forward", None)
+        refuse(monkeypatch, owner)
 
 
 # The same numbers

@@ -33,6 +33,7 @@ from swinkernels.adapters.adapter import Accelerated
 from swinkernels.adapters.libraries import monai as adapter
 from swinkernels.ops._backends import NOT_INSTALLED
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
+from tests.support.published import refuse
 from tests.support.sweeps import long_but
 
 # A stage, its two blocks and its patch merging, four times.
@@ -92,8 +93,9 @@ def with_drop_path(model: nn.Module, p: float = 0.5) -> nn.Module:
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on MONAI's own attention and mask fail."""
-    for owner, name in ((swin_unetr, "compute_mask"), (adapter, "compute_mask"), (WindowAttention, "forward")):
-        monkeypatch.setattr(owner, name, None)
+    for owner in (swin_unetr, adapter):
+        monkeypatch.setattr(owner, "compute_mask", None)
+    refuse(monkeypatch, WindowAttention)
 
 
 # The same numbers

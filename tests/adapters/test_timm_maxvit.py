@@ -27,6 +27,7 @@ import swinkernels
 from swinkernels.adapters import VerificationError
 from swinkernels.adapters.libraries.timm import maxvit
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
+from tests.support.published import refuse as refuse_method
 from tests.support.side_by_side import randomised
 
 # Attention per class in one block of it.
@@ -208,7 +209,7 @@ def test_compile_fullgraph(model, monkeypatch):
     torch._dynamo.reset()
     fast = accelerated(model).double()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    monkeypatch.setattr(PartitionAttentionCl, "_partition_attn", refuse)
+    refuse_method(monkeypatch, PartitionAttentionCl, "_partition_attn")
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), fast(x), rtol=1e-10, atol=1e-12)

@@ -6,6 +6,7 @@ No fast backend runs these parts on a CPU: here backend="reference" puts them on
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from swinkernels.adapters.adapter import Accelerated
 from swinkernels.ops import _backends
 from swinkernels.ops._library import autocast_dtype
 from tests.support.parity import assert_as_noisy
+from tests.support.published import publish
 from tests.support.timm_swin import (
     CONFIGURATIONS,
     assert_as_good,
@@ -85,7 +87,7 @@ def a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if autocast_dtype(x) is not None else dtype
 
-    monkeypatch.setattr(nn.LayerNorm, "forward", forward_as_on_a_gpu)
+    publish(monkeypatch, nn.LayerNorm, "forward", forward_as_on_a_gpu)
     monkeypatch.setattr(norms, "norm_dtype", norm_dtype)
     _backends._find_fast_backend.cache_clear()
     yield
@@ -498,7 +500,7 @@ def replace(model: Any, path: str, make: Any) -> None:
 
 def replaced_forward(module: nn.Module) -> nn.Module:
     cls = type(module).__bases__[1] if isinstance(module, Accelerated) else type(module)
-    module.forward = cls.forward.__get__(module)  # type: ignore[method-assign]
+    module.forward = functools.partial(cls.forward, module)  # type: ignore[method-assign]
     return module
 
 

@@ -21,17 +21,14 @@ from swinkernels.adapters import verify as verification
 from swinkernels.adapters.libraries.timm import _blocks as adapter
 from swinkernels.adapters.libraries.timm.swin import AcceleratedSwinTransformerBlock as Accelerated
 from tests.support.parity import assert_as_noisy
+from tests.support.published import refuse
 from tests.support.sweeps import long_but
 from tests.support.timm_swin import CONFIGURATIONS, assert_as_good, check_parity, make_image, make_model, run
 
 
 def fast_path_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let timm's own attention fail, so that a test shows that the op ran."""
-
-    def refuse(self, x):
-        raise AssertionError("timm's own _attn ran")
-
-    monkeypatch.setattr(SwinTransformerBlock, "_attn", refuse)
+    refuse(monkeypatch, SwinTransformerBlock, "_attn")
 
 
 def timm_path_only(monkeypatch: pytest.MonkeyPatch) -> None:

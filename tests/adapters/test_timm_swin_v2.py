@@ -19,6 +19,7 @@ from swinkernels.adapters import VerificationError
 from swinkernels.adapters.libraries.timm import _blocks
 from swinkernels.adapters.libraries.timm.swin_v2 import AcceleratedSwinTransformerV2Block
 from tests.support.parity import assert_as_good, assert_as_noisy, run
+from tests.support.published import refuse as refuse_method
 from tests.support.timm_swin import CONFIGURATIONS, check_parity, make_image, make_model, replaceable
 
 GEOMETRIES = {name: options for name, options in CONFIGURATIONS.items() if "head_dim" not in options}
@@ -27,7 +28,7 @@ GEOMETRIES = {name: options for name, options in CONFIGURATIONS.items() if "head
 @pytest.fixture
 def op_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """timm's own attention fails, so that a test shows that the op ran."""
-    monkeypatch.setattr(SwinTransformerV2Block, "_attn", refuse)
+    refuse_method(monkeypatch, SwinTransformerV2Block, "_attn")
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_set_input_size_before_and_after(settings, monkeypatch):
     for m in (model, fast):
         m.set_input_size(**settings)
     exact = run(model, make_image(model))
-    monkeypatch.setattr(SwinTransformerV2Block, "_attn", refuse)
+    refuse_method(monkeypatch, SwinTransformerV2Block, "_attn")
     assert_as_good(run(fast, make_image(model)), exact, exact)
 
 

@@ -19,6 +19,7 @@ from swinkernels.adapters import VerificationError, norms
 from swinkernels.adapters.libraries.timm import _blocks
 from swinkernels.adapters.libraries.timm.swin_v2_cr import AcceleratedSwinTransformerV2CrBlock
 from tests.support.parity import assert_as_good, assert_as_noisy, run
+from tests.support.published import refuse as refuse_method
 from tests.support.timm_swin import check_parity, make_image, replaceable
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -94,7 +95,7 @@ def test_set_input_size_before_and_after(settings, monkeypatch):
     for m in (model, fast):
         m.set_input_size(**settings)
     exact = run(model, make_image(model))
-    monkeypatch.setattr(SwinTransformerV2CrBlock, "_shifted_window_attn", refuse)
+    refuse_method(monkeypatch, SwinTransformerV2CrBlock, "_shifted_window_attn")
     assert_as_good(run(fast, make_image(model)), exact, exact)
 
 
@@ -138,7 +139,7 @@ def test_compile_fullgraph(monkeypatch):
     torch._dynamo.reset()
     model = accelerated(make_model(depths=(2,), num_heads=(2,)).double())
     x = make_image(model)
-    monkeypatch.setattr(SwinTransformerV2CrBlock, "_shifted_window_attn", refuse)
+    refuse_method(monkeypatch, SwinTransformerV2CrBlock, "_shifted_window_attn")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)

@@ -40,6 +40,7 @@ from swinkernels.adapters import norms
 from swinkernels.adapters.libraries.transformers import _layers
 from swinkernels.ops import _backends
 from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
+from tests.support.published import refuse
 
 SMALL = {
     "patch_size": 2,
@@ -144,7 +145,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 
 def ops_only(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """From now on transformers' own attention fails."""
-    monkeypatch.setattr(ATTENTION[family], "forward", None)
+    refuse(monkeypatch, ATTENTION[family])
 
 
 @pytest.fixture

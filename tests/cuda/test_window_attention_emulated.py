@@ -17,6 +17,7 @@ from swinkernels import reference
 from swinkernels.testing import WindowAttentionCase as Case
 from swinkernels.testing import cancelling_terms, check_window_attention, run_case
 from tests import emulation
+from tests.support.attention_cases import ends_that_may_meet
 from tests.support.philox import kept_weights, philox
 
 pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
@@ -234,7 +235,8 @@ def _cases(draw: st.DrawFn) -> Case:
         options["pad_before"] = tuple(draw(st.integers(0, p - s)) for p, s in zip(frame, size, strict=True))
     regions = draw(st.sampled_from(["shift", "periodic", "map"]))
     if regions == "periodic":
-        options["periodic"] = tuple(draw(st.booleans()) for _ in range(rank))
+        joined = ends_that_may_meet(size, window, shift, options["pad_order"])
+        options["periodic"] = tuple(may and draw(st.booleans()) for may in joined)
     if regions == "map":
         options["region_map"] = _regions(*frame)
     if draw(st.booleans()):

@@ -26,7 +26,9 @@ PADDED = WindowAttentionCase(2, (5, 9), 2, 8, (4, 3), (2, 1), has_pad_qkv=True, 
 CASES = [
     PLAIN,
     PADDED,
-    dataclasses.replace(PADDED, has_logit_scale=True, options={"pad_before": (1, 0), "periodic": (True, False)}),
+    dataclasses.replace(
+        PADDED, has_logit_scale=True, options={**PADDED.options, "pad_before": (1, 0), "periodic": (True, False)}
+    ),
     WindowAttentionCase(1, (4, 5, 6), 2, 8, (2, 3, 3), (1, 0, 1), has_pad_qkv=True),
     WindowAttentionCase(1, (4, 8), 2, 8, 4, 2, has_table=False, bias_types=0, options={"scale": 0.3}),
     WindowAttentionCase(2, (4, 8), 2, 8, 4, 2, has_table=False, bias_types=2, options={"mask_value": -7.5}),

@@ -50,7 +50,8 @@ def draw_case(
     if any(before):
         options["pad_before"] = before
     if regions == "periodic":
-        options["periodic"] = tuple(rng.random() < 0.5 for _ in range(rank))
+        joined = ends_that_may_meet(size, window, shift, options["pad_order"])
+        options["periodic"] = tuple(rng.random() < 0.5 and may for may in joined)
     if regions == "map":
         frame = tuple(n * w for n, w in zip(num_windows, window, strict=True))
         options["region_map"] = torch.arange(math.prod(frame), dtype=torch.int32).reshape(frame) * 7919 % 3 - 1
@@ -72,6 +73,15 @@ def draw_case(
         has_logit_scale=has_logit_scale,
         bias_types=types.get(bias),
         options=options,
+    )
+
+
+def ends_that_may_meet(
+    size: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_order: str
+) -> tuple[bool, ...]:
+    """The axes that may be periodic: those whose ends a shift brings together without padding between them."""
+    return tuple(
+        s == 0 or n % w == 0 or pad_order == "roll_then_pad" for n, w, s in zip(size, window, shift, strict=True)
     )
 
 

@@ -34,11 +34,12 @@ from swinkernels.adapters.bypass import (
     child,
     class_of,
     has_hooks,
-    is_traced,
+    replaced_method,
+    watch,
     why_not_absorbed,
     why_not_window_attention,
 )
-from swinkernels.adapters.masks import differs, window_index
+from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
     dropout_at_call,
@@ -51,7 +52,21 @@ from swinkernels.adapters.microsoft_attention import (
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row, residuals_adapter
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
+from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops._library import autocast_dtype
+
+watch(ShiftWindowMSA, methods=("get_attn_mask", "window_partition", "window_reverse"))
+watch(
+    AdaptivePadding,
+    FFN,
+    Linear,
+    MMCVPatchMerging,
+    PatchMerging,
+    SwinBlock,
+    SwinBlockV2,
+    WindowMSA,
+    WindowMSAV2,
+)
 
 # Attention
 
@@ -59,14 +74,22 @@ from swinkernels.ops._library import autocast_dtype
 def _why_not_attention(attn: Any) -> str | None:
     """Why this attention has to be mmpretrain's own code at present, or None."""
     w_msa = child(attn, "w_msa")
+    reason = replaced_method(attn, ShiftWindowMSA)
+    if reason is not None:
+        return reason
     if class_of(w_msa) not in (WindowMSA, WindowMSAV2):
         return f"w_msa is a {type(w_msa).__name__}, not mmpretrain's WindowMSA or WindowMSAV2"
     reason = why_not_window_attention(w_msa, "w_msa")
     if reason is not None:
         return reason
     window = attn.window_size
+    reason = why_beyond_limits(0, (window, window))
+    if reason is not None:
+        return reason
     if tuple(w_msa.window_size) != (window, window):
         return "window_size is not that of w_msa"
+    if not is_window_index(_index(attn), (window, window)):
+        return "w_msa.relative_position_index holds other values than mmpretrain's"
     if class_of(w_msa) is WindowMSAV2:
         if w_msa.relative_coords_table.shape != (1, 2 * window - 1, 2 * window - 1, 2):
             return "w_msa.relative_coords_table is not the table of window_size"
@@ -78,12 +101,20 @@ def _why_not_attention(attn: Any) -> str | None:
     return None
 
 
+def _index(attn: Any) -> Tensor | None:
+    return child(attn, "w_msa")._buffers.get("relative_position_index")
+
+
 def _attention_arguments(attn: Any, height: int, width: int) -> dict[str, Any]:
     """Those of the op for a map, but pad_qkv."""
+    w_msa = child(attn, "w_msa")
+    return {"bias_table": bias_table(w_msa), **score_factor(w_msa), **_geometry(attn, height, width)}
+
+
+def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
+    """Those that are no tensors."""
     in_one_window = min(height, width) == attn.window_size
     return {
-        "bias_table": bias_table(attn.w_msa),
-        **score_factor(attn.w_msa),
         "num_heads": attn.w_msa.num_heads,
         "window_size": attn.window_size,
         "shift_size": 0 if in_one_window and not attn.pad_small_map else attn.shift_size,
@@ -102,13 +133,23 @@ def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
 class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
     """mmpretrain's attention on a window attention op.
 
-    Geometry and parameters are read at every call. Where the op cannot stand in for mmpretrain's code (a hook on an
-    inner module, a layer that is not an nn.Linear, another attention in the windows, tracing), that runs. Changing the
-    values of ``relative_position_index`` goes unnoticed.
+    Geometry, parameters and the index of the bias table are read or compared at every call. Where the op cannot stand
+    in for mmpretrain's code (a hook on an inner module, a layer that is not an nn.Linear, another attention in the
+    windows, a method that was replaced, tracing), that runs.
     """
 
+    def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
+        return (_index(self),)
+
+    def _swinkernels_look(self) -> None:
+        _why_not_attention(self)
+
     def forward(self, query: Tensor, hw_shape: Any) -> Tensor:
-        if is_traced(query) or not _map_fits(self, query, *hw_shape) or _why_not_attention(self) is not None:
+        if (
+            self._swinkernels_own_code(query)
+            or not _map_fits(self, query, *hw_shape)
+            or _why_not_attention(self) is not None
+        ):
             return super().forward(query, hw_shape)
         height, width = hw_shape
         w_msa = child(self, "w_msa")
@@ -143,7 +184,7 @@ def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
     if (
         autocast_dtype(x) is None
         or class_of(attn) is not AcceleratedShiftWindowMSA
-        or "forward" in attn.__dict__
+        or replaced_method(attn, ShiftWindowMSA, "attn") is not None
         or has_hooks(attn)
         or not _map_fits(attn, x, *hw_shape)
         or _why_not_attention(attn) is not None
@@ -156,7 +197,7 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
     """mmpretrain's block with a residual connection and norms on ops where a fast backend has them."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
-        if is_traced(x):
+        if self._swinkernels_own_code(x):
             return super().forward(x, hw_shape)
         if self.with_cp and x.requires_grad:
             return torch.utils.checkpoint.checkpoint(self._halves, x, hw_shape, use_reentrant=False)
@@ -178,7 +219,7 @@ class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
     """mmpretrain's block of v2 with its residual connections and norms on an op where a fast backend has it."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
-        if is_traced(x):
+        if self._swinkernels_own_code(x):
             return super().forward(x, hw_shape)
         if self.with_cp and x.requires_grad:
             return torch.utils.checkpoint.checkpoint(self._halves, x, hw_shape, use_reentrant=False)
@@ -218,7 +259,7 @@ _MERGING_V2 = Merging("post", lambda merging: merging.out_channels, lambda axes:
 
 def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]] | None:
     """The merged tokens and the size of their map by the op, or None where the library's own code has to run."""
-    if is_traced(x) or x.dim() != 3 or not isinstance(input_size, Sequence):
+    if merging._swinkernels_own_code(x) or x.dim() != 3 or not isinstance(input_size, Sequence):
         return None
     height, width = input_size
     if x.shape[1] != height * width:
@@ -244,21 +285,9 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 # The adapters
 
 
-def _reason_to_skip_attention(attn: Any) -> str | None:
-    reason = _why_not_attention(attn)
-    if reason is None and differs(attn.w_msa.relative_position_index, window_index(attn.w_msa.window_size)):
-        reason = "w_msa.relative_position_index holds other values than mmpretrain's"
-    return reason
-
-
 def _attention_size(attn: Any) -> tuple[int, int]:
     """Nothing here knows its map. One with padding on each axis, and a shift."""
     return attn.window_size + 1, attn.window_size + 2
-
-
-def _arguments_for_report(attn: Any) -> dict[str, Any]:
-    arguments = _attention_arguments(attn, *_attention_size(attn))
-    return {**arguments, "pad_qkv": qkv_bias(attn.w_msa)}
 
 
 def _qkv_weight(attn: Any) -> Tensor:
@@ -279,12 +308,12 @@ ADAPTERS = (
         name="mmpretrain",
         original=ShiftWindowMSA,
         accelerated=AcceleratedShiftWindowMSA,
-        reason_to_skip=_reason_to_skip_attention,
+        reason_to_skip=_why_not_attention,
         parts=(
             window_attention_part(
                 _qkv_weight,
                 _attention_size,
-                _arguments_for_report,
+                lambda attn: _geometry(attn, *_attention_size(attn)),
                 lambda attn: dropout_p(attn.w_msa),
                 _why_not_attention,
             ),

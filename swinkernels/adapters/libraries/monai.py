@@ -39,19 +39,25 @@ from swinkernels.adapters.adapter import Accelerated, Adapter
 from swinkernels.adapters.bypass import (
     child,
     class_of,
+    first_weight,
     has_hooks,
-    is_traced,
     replaced_forward,
+    replaced_method,
+    watch,
     why_not_absorbed,
     why_not_linear,
     why_not_window_attention,
 )
-from swinkernels.adapters.masks import differs, frame_of, is_shift_mask, window_index
+from swinkernels.adapters.masks import frame_of, is_shift_mask, is_window_index
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
+from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops.patch_merging import ORDERS
 from swinkernels.reference.patch_merging import neighbours
+
+watch(SwinTransformerBlock, methods=("forward_part1", "forward_part2"))
+watch(BasicLayer, DropPath, MLPBlock, WindowAttention)
 
 # Stands for the mask that compute_mask would make for a block's map.
 STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MASK"})()
@@ -62,6 +68,9 @@ STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MAS
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
     """Why this block's attention has to be MONAI's own code at present."""
+    reason = replaced_method(block, SwinTransformerBlock)
+    if reason is not None:
+        return reason
     attn: Any = block._modules["attn"]
     if class_of(attn) is not WindowAttention:
         return f"attn is a {type(attn).__name__}, not MONAI's WindowAttention"
@@ -76,20 +85,39 @@ def _why_not_attention(block: SwinTransformerBlock) -> str | None:
         return "window_size is larger than attn.window_size, for which the bias table was made"
     if attn.relative_position_bias_table.shape[0] != math.prod([2 * w - 1 for w in attn.window_size]):
         return "attn.relative_position_bias_table is not the table of attn.window_size"
+    if not is_window_index(_index(block), attn.window_size):
+        return "attn.relative_position_index holds other values than MONAI's"
     return None
+
+
+def _index(block: Any) -> Tensor | None:
+    return child(block, "attn")._buffers.get("relative_position_index")
+
+
+def _why_not_window(block: Any, window: tuple[int, ...]) -> str | None:
+    """Why the op does not take a window, which may be smaller than the block's on a small map."""
+    reason = why_beyond_limits(0, window)
+    return reason if reason is None else f"{reason}; on maps that make them smaller, the op runs"
 
 
 def _attention_arguments(block: SwinTransformerBlock, size: tuple[int, ...]) -> dict[str, Any]:
     attn = block.attn
-    window, shift = get_window_size(size, block.window_size, block.shift_size)
     return {
         "bias_table": attn.relative_position_bias_table,
-        "num_heads": attn.num_heads,
+        "table_window": tuple(attn.window_size),
+        "scale": attn.scale,
+        "pad_qkv": attn.qkv.bias,
+        **_geometry(block, size),
+    }
+
+
+def _geometry(block: SwinTransformerBlock, size: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments that say where the windows are."""
+    window, shift = get_window_size(size, block.window_size, block.shift_size)
+    return {
+        "num_heads": block.attn.num_heads,
         "window_size": window,
         "shift_size": shift,
-        "scale": attn.scale,
-        "table_window": tuple(attn.window_size),
-        "pad_qkv": attn.qkv.bias,
         "pad_order": "pad_then_roll",
         "mask_value": -100.0,
     }
@@ -107,7 +135,12 @@ def _dropout_is_on(block: SwinTransformerBlock) -> bool:
 
 
 def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
-    return len(size) == len(block.window_size)
+    """Whether a map has as many axes as the windows, and makes windows that the op takes."""
+    if len(size) != len(block.window_size):
+        return False
+    if why_beyond_limits(0, block.window_size) is None:
+        return True
+    return why_beyond_limits(0, get_window_size(size, block.window_size)) is None
 
 
 def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any) -> Tensor | None:
@@ -172,17 +205,27 @@ def _merging_axes(merging: PatchMergingV2) -> int:
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
     """MONAI's block with its attention half on a window attention op, and norms on ops where a fast backend has them.
 
-    Geometry and parameters are read at every call. Where an op cannot stand in for MONAI's code (a hook on an inner
-    module, a layer that is not an nn.Linear, tracing by TorchScript or FX, another mask than compute_mask makes),
-    MONAI's code runs. Changing the values of ``relative_position_index`` in place goes unnoticed.
+    Geometry, parameters and the index of the bias table are read or compared at every call. Where an op cannot stand in
+    for MONAI's code (a hook on an inner module, a layer that is not an nn.Linear, a method that was replaced, tracing
+    by TorchScript or FX, another mask than compute_mask makes), MONAI's code runs.
     """
 
+    def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
+        return (_index(self),)
+
+    def _swinkernels_look(self) -> None:
+        _why_not_attention(self)
+
     def forward_part1(self, x: Tensor, mask_matrix: Any) -> Tensor:
-        out = None if is_traced(x) else _attention(self, x, mask_matrix)
+        out = None if self._swinkernels_own_code(x) else _attention(self, x, mask_matrix)
         return super().forward_part1(x, _as_tensor(self, x, mask_matrix)) if out is None else out
 
     def forward(self, x: Tensor, mask_matrix: Any) -> Tensor:
-        if is_traced(x) or self.use_checkpoint or "forward_part2" in self.__dict__:
+        if (
+            self._swinkernels_own_code(x)
+            or self.use_checkpoint
+            or replaced_method(self, SwinTransformerBlock) is not None
+        ):
             return super().forward(x, mask_matrix)
         y = self.forward_part1(x, mask_matrix)
         fused = _RESIDUAL.add_then_norm(self, x, y)
@@ -198,7 +241,7 @@ class AcceleratedBasicLayer(Accelerated, BasicLayer):
     """MONAI's stage, which makes no mask where all of its blocks run on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x) or not all(_needs_no_mask(block, x) for block in self.blocks):
+        if self._swinkernels_own_code(x) or not all(_needs_no_mask(block, x) for block in self.blocks):
             return super().forward(x)
         axes = x.dim() - 2
         size = x.shape[2:]
@@ -215,7 +258,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
     """MONAI's "mergingv2" on an op where a fast backend has it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if is_traced(x) or not _merging_fits(self, x) else _MERGING_V2.run(self, x)
+        out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING_V2.run(self, x)
         return super().forward(x) if out is None else out
 
 
@@ -223,7 +266,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
     """MONAI's "merging" on an op where a fast backend has it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if is_traced(x) or not _merging_fits(self, x) else _MERGING.run(self, x)
+        out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING.run(self, x)
         return super().forward(x) if out is None else out
 
 
@@ -232,8 +275,7 @@ def _needs_no_mask(block: Any, x: Tensor) -> bool:
     return (
         class_of(block) is AcceleratedSwinTransformerBlock
         and not has_hooks(block)
-        and "forward" not in block.__dict__
-        and "forward_part1" not in block.__dict__
+        and replaced_method(block, SwinTransformerBlock, "block") is None
         and _size_fits(block, tuple(x.shape[2:]))
         and _why_not_attention(block) is None
     )
@@ -257,18 +299,6 @@ _MERGING_V2 = Merging("pre", _merging_width, lambda axes: _order(PatchMergingV2,
 
 
 # The adapters
-
-
-def _reason_to_skip(block: SwinTransformerBlock) -> str | None:
-    for name in ("forward_part1", "forward_part2"):
-        if name in block.__dict__:
-            return f"its {name} was replaced on the instance"
-    reason = _why_not_attention(block)
-    if reason is not None:
-        return reason
-    if differs(block.attn._buffers["relative_position_index"], window_index(block.attn.window_size)):
-        return "attn.relative_position_index holds other values than MONAI's"
-    return None
 
 
 def _reason_to_skip_stage(stage: BasicLayer) -> str | None:
@@ -320,14 +350,14 @@ ADAPTERS = (
         name="monai",
         original=SwinTransformerBlock,
         accelerated=AcceleratedSwinTransformerBlock,
-        reason_to_skip=_reason_to_skip,
+        reason_to_skip=_why_not_attention,
         parts=(
             window_attention_part(
                 _qkv_weight,
                 _map_to_report_on,
-                lambda block: _attention_arguments(block, _map_to_report_on(block)),
+                lambda block: _geometry(block, _map_to_report_on(block)),
                 _dropout_p,
-                _why_not_attention,
+                lambda block: _why_not_attention(block) or _why_not_window(block, tuple(block.window_size)),
             ),
             _RESIDUAL.part(_qkv_weight),
         ),
@@ -342,7 +372,7 @@ ADAPTERS = (
         reason_to_skip=_reason_to_skip_stage,
         parts=(),
         input_shape=lambda stage: (*_map_to_verify(stage), stage.blocks[0].dim),
-        weight=lambda stage: next(p for p in stage.parameters() if p.is_floating_point()),
+        weight=first_weight,
         run=_run_stage,
         looks_inside=True,
     ),

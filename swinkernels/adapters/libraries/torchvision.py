@@ -34,49 +34,67 @@ from torchvision.models.swin_transformer import (
 from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import MLP
 
-from swinkernels.adapters.adapter import Accelerated, Adapter
+from swinkernels.adapters.adapter import Accelerated, Adapter, original_class
 from swinkernels.adapters.bypass import (
     child,
     class_of,
     has_hooks,
-    is_traced,
+    replaced_method,
+    watch,
     why_not_absorbed,
     why_not_linear,
 )
-from swinkernels.adapters.masks import differs, window_index
+from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.microsoft_attention import bias_table, score_factor
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row, residuals_adapter
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
+from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops._library import autocast_dtype
+
+watch(ShiftedWindowAttention, ShiftedWindowAttentionV2, methods=("get_relative_position_bias",))
+watch(MLP, StochasticDepth)
 
 # Attention
 
 
 def _why_not_attention(attn: Any) -> str | None:
     """Why this attention has to be torchvision's own code at present, or None."""
-    if "get_relative_position_bias" in attn.__dict__:
-        return "its get_relative_position_bias was replaced on the instance"
+    reason = replaced_method(attn, original_class(attn))
+    if reason is not None:
+        return reason
     height, width = attn.window_size
     if not all(0 <= s < w for s, w in zip(attn.shift_size, attn.window_size, strict=True)):
         return "shift_size is not smaller than window_size"
     if not isinstance(child(attn, "qkv").weight, Tensor) or not isinstance(child(attn, "proj").weight, Tensor):
         return "the weight of qkv or proj is not a tensor, as in a quantised layer"
+    reason = why_beyond_limits(child(attn, "qkv").weight.shape[0] // (3 * attn.num_heads), (height, width))
+    if reason is not None:
+        return reason
     rows = (2 * height - 1) * (2 * width - 1)
     if isinstance(attn, ShiftedWindowAttentionV2):
         if attn.relative_coords_table.shape != (1, 2 * height - 1, 2 * width - 1, 2):
             return "relative_coords_table is not the table of window_size"
     elif attn.relative_position_bias_table.shape[0] != rows:
         return "relative_position_bias_table is not the table of window_size"
+    if not is_window_index(_index(attn), attn.window_size):
+        return "relative_position_index holds other values than torchvision's"
     return None
+
+
+def _index(attn: Any) -> Tensor | None:
+    return attn._buffers.get("relative_position_index")
 
 
 def _attention_arguments(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
     """Those of the op for a map, but pad_qkv."""
+    return {"bias_table": bias_table(attn), **score_factor(attn), **_geometry(attn, size)}
+
+
+def _geometry(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
+    """Those that are no tensors."""
     window = tuple(attn.window_size)
     return {
-        "bias_table": bias_table(attn),
-        **score_factor(attn),
         "num_heads": attn.num_heads,
         "window_size": window,
         "shift_size": tuple(0 if n <= w else s for n, w, s in zip(size, window, attn.shift_size, strict=True)),
@@ -107,25 +125,34 @@ def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
     return F.dropout(F.linear(out, proj.weight, proj.bias), p=attn.dropout, training=attn.training)
 
 
-class AcceleratedShiftedWindowAttention(Accelerated, ShiftedWindowAttention):
-    """torchvision's attention on a window attention op.
+class _Attention(Accelerated):
+    """Attention with an index of the bias table.
 
-    Geometry and parameters are read at every call. Where the op cannot stand in for torchvision's code (tracing by
-    TorchScript or FX, a bias of the user's own), that runs. Changing the values of ``relative_position_index`` goes
-    unnoticed.
+    Geometry, parameters and the index are read or compared at every call. Where the op cannot stand in for
+    torchvision's code (tracing by TorchScript or FX, a bias or an index of the user's own), that runs.
     """
 
+    def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
+        return (_index(self),)
+
+    def _swinkernels_look(self) -> None:
+        _why_not_attention(self)
+
+
+class AcceleratedShiftedWindowAttention(_Attention, ShiftedWindowAttention):
+    """torchvision's attention on a window attention op."""
+
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x) or x.dim() != 4 or _why_not_attention(self) is not None:
+        if self._swinkernels_own_code(x) or x.dim() != 4 or _why_not_attention(self) is not None:
             return super().forward(x)
         return _attention(self, x, child(self, "qkv").bias)
 
 
-class AcceleratedShiftedWindowAttentionV2(Accelerated, ShiftedWindowAttentionV2):
-    """torchvision's attention of v2 on a window attention op; as :class:`AcceleratedShiftedWindowAttention`."""
+class AcceleratedShiftedWindowAttentionV2(_Attention, ShiftedWindowAttentionV2):
+    """torchvision's attention of v2 on a window attention op."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x) or x.dim() != 4 or _why_not_attention(self) is not None:
+        if self._swinkernels_own_code(x) or x.dim() != 4 or _why_not_attention(self) is not None:
             return super().forward(x)
         return _attention(self, x, _without_k(child(self, "qkv").bias))
 
@@ -177,7 +204,7 @@ def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
     if (
         autocast_dtype(x) is None
         or class_of(attn) is not AcceleratedShiftedWindowAttention
-        or "forward" in attn.__dict__
+        or replaced_method(attn, ShiftedWindowAttention, "attn") is not None
         or has_hooks(attn)
         or _why_not_attention(attn) is not None
     ):
@@ -189,7 +216,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
     """torchvision's block with a residual connection and norms on ops where a fast backend has them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x):
+        if self._swinkernels_own_code(x):
             return super().forward(x)
         attn, stochastic_depth = child(self, "attn"), child(self, "stochastic_depth")
         y = attn(_norm1(self, attn, x))
@@ -206,7 +233,7 @@ class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
     """torchvision's block of v2 with its residual connections and norms on an op where a fast backend has it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x):
+        if self._swinkernels_own_code(x):
             return super().forward(x)
         for residual, branch in zip(_RESIDUALS_V2, ("attn", "mlp"), strict=True):
             y = child(self, branch)(x)
@@ -219,7 +246,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
     """torchvision's patch merging on an op where a fast backend has it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if is_traced(x) or x.dim() != 4 else _MERGING.run(self, x)
+        out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)
         return super().forward(x) if out is None else out
 
 
@@ -227,18 +254,11 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
     """torchvision's patch merging of v2 on an op where a fast backend has it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if is_traced(x) or x.dim() != 4 else _MERGING_V2.run(self, x)
+        out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING_V2.run(self, x)
         return super().forward(x) if out is None else out
 
 
 # The adapters
-
-
-def _reason_to_skip_attention(attn: Any) -> str | None:
-    reason = _why_not_attention(attn)
-    if reason is None and differs(attn.relative_position_index, window_index(attn.window_size).flatten()):
-        reason = "relative_position_index holds other values than torchvision's"
-    return reason
 
 
 def _map_size(window: tuple[int, ...]) -> tuple[int, ...]:
@@ -250,11 +270,6 @@ def _attention_size(attn: Any) -> tuple[int, ...]:
     return _map_size(tuple(attn.window_size))
 
 
-def _arguments_for_report(attn: Any) -> dict[str, Any]:
-    arguments = _attention_arguments(attn, _attention_size(attn))
-    return {**arguments, "pad_qkv": child(attn, "qkv").bias}
-
-
 def _qkv_weight(attn: Any) -> Tensor:
     return child(attn, "qkv").weight
 
@@ -263,7 +278,7 @@ def _attention_adapter(original: type[nn.Module], accelerated: type[nn.Module]) 
     part = window_attention_part(
         _qkv_weight,
         _attention_size,
-        _arguments_for_report,
+        lambda attn: _geometry(attn, _attention_size(attn)),
         lambda attn: attn.attention_dropout,
         _why_not_attention,
     )
@@ -271,7 +286,7 @@ def _attention_adapter(original: type[nn.Module], accelerated: type[nn.Module]) 
         name="torchvision",
         original=original,
         accelerated=accelerated,
-        reason_to_skip=_reason_to_skip_attention,
+        reason_to_skip=_why_not_attention,
         parts=(part,),
         input_shape=lambda attn: (*_attention_size(attn), _qkv_weight(attn).shape[1]),
         weight=_qkv_weight,

@@ -12,13 +12,12 @@ from typing import Any
 from timm.layers import DropPath
 from torch import Tensor
 
-from swinkernels.adapters.adapter import Accelerated
-from swinkernels.adapters.bypass import child
-from swinkernels.adapters.masks import differs, frame_of, shift_mask
+from swinkernels.adapters.adapter import Accelerated, original_class
+from swinkernels.adapters.bypass import child, replaced_method, why_not_window_attention
+from swinkernels.adapters.masks import frame_of, is_stored_mask, is_window_index
 from swinkernels.adapters.norms import Residual
 from swinkernels.ops import window_attention_qkvpacked
-
-_MASK = "attn_mask"
+from swinkernels.ops._arguments import why_beyond_limits
 
 
 def map_size(block: Any) -> tuple[int, int]:
@@ -43,23 +42,44 @@ def mask_fits(block: Any, x: Tensor) -> bool:
     return x.shape[1:3] == size or frame_of(x.shape[1:3], window) == frame_of(size, window)
 
 
-def has_own_mask(block: Any) -> bool:
-    """Whether attn_mask holds other values than timm puts there, which the kernels would not read."""
-    if getattr(block, "dynamic_mask", False):
-        return False  # timm does not read it either
-    expected = None
-    if any(block.shift_size):
-        expected = shift_mask(frame_of(map_size(block), block.window_size), block.window_size, block.shift_size)
-    return differs(block._buffers.get(_MASK), expected)
+def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> str | None:
+    """Why the op cannot compute what a block stores, or None. ``buffers`` are those of :func:`stored`."""
+    index, mask = buffers
+    window, shift = block.window_size, block.shift_size
+    if index is not None and not is_window_index(index, window):
+        return "attn.relative_position_index holds other values than timm's"
+    if not getattr(block, "dynamic_mask", False):  # else timm does not read its mask either
+        height, width = map_size(block)
+        frame = -(-height // window[0]) * window[0], -(-width // window[1]) * window[1]
+        if not (is_stored_mask(mask, frame, window, shift) if any(shift) else mask is None):
+            return "attn_mask holds other values than timm's"
+    return None
+
+
+def stored(block: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The index of the bias table and the mask; v2-CR has no index."""
+    return child(block, "attn")._buffers.get("relative_position_index"), block._buffers.get("attn_mask")
+
+
+def why_not_attention(block: Any, kind: type) -> str | None:
+    """Why a block's attention, which is to be of a class, has to be timm's own code at present: what all have in
+    common.
+    """
+    reason = replaced_method(block, original_class(block))
+    if reason is not None:
+        return reason
+    attn = child(block, "attn")
+    if type(attn) is not kind:
+        return f"attn is a {type(attn).__name__}, not timm's {kind.__name__}"
+    reason = why_not_window_attention(attn) or why_beyond_limits(0, block.window_size)
+    return reason or why_not_stored(block, stored(block))
 
 
 def why_not_block(block: Any, method: str) -> str | None:
     """Why a block's attention, which is that method of it, has to be timm's own code for good, or None."""
     if not hasattr(block, method):
         return f"this version of timm has no {type(block).__name__}.{method}: it needs timm 0.9.16 or newer"
-    if method in block.__dict__:
-        return f"its {method} was replaced on the instance"
-    return "attn_mask holds other values than timm's" if has_own_mask(block) else None
+    return replaced_method(block, original_class(block)) or why_not_stored(block, stored(block))
 
 
 def shifted_windows(block: Any) -> dict[str, Any]:
@@ -86,25 +106,19 @@ def dropout_p(block: Any) -> float:
 
 
 class ShiftedWindowBlock(Accelerated):
-    """Notices when a mask is put in the place of timm's.
+    """A block that stores an index and a mask.
 
-    Geometry and parameters are read at every call, so ``set_input_size`` and anything else that changes them holds.
-    Where an op cannot stand in for timm's code (a hook on an inner module, a layer that is not an nn.Linear, tracing
-    by TorchScript or FX, a mask of the user's own), timm's code runs. Changing the values of ``attn_mask`` or
-    ``relative_position_index`` in place goes unnoticed: assign a new tensor instead.
+    Geometry, parameters and stored tensors are read or compared at every call, so ``set_input_size`` and anything else
+    that changes them holds. Where an op cannot stand in for timm's code (a hook on an inner module, a layer that is not
+    an nn.Linear, a method that was replaced, tracing by TorchScript or FX, a mask or an index of the user's own),
+    timm's code runs.
     """
 
-    _swinkernels_own_mask = False
+    def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
+        return stored(self)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == _MASK:
-            self.__dict__["_swinkernels_own_mask"] = has_own_mask(self)
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        super().register_buffer(name, tensor, persistent=persistent)
-        if name == _MASK:
-            self.__dict__["_swinkernels_own_mask"] = has_own_mask(self)
+    def _swinkernels_look(self) -> None:
+        why_not_stored(self, stored(self))
 
 
 # The halves of a block with its norms behind its branches (v2 and v2-CR)

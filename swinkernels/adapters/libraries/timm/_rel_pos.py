@@ -10,10 +10,11 @@ from timm.layers import RelPosBias, RelPosBiasTf, RelPosMlp
 from torch import Tensor
 from torch.nn import functional
 
-from swinkernels.adapters.bypass import has_hooks
-from swinkernels.adapters.masks import differs, window_index
+from swinkernels.adapters.bypass import has_hooks, replaced_method, watch
+from swinkernels.adapters.masks import holds, is_window_index
 
 _KINDS = (RelPosBias, RelPosBiasTf, RelPosMlp)
+watch(*_KINDS, methods=("get_bias",))
 
 
 def why_not_rel_pos(rel_pos: Any, name: str, window: Sequence[int]) -> str | None:
@@ -21,27 +22,40 @@ def why_not_rel_pos(rel_pos: Any, name: str, window: Sequence[int]) -> str | Non
     kind = type(rel_pos)
     if kind not in _KINDS:
         return f"{name} is a {kind.__name__}, not one of timm's RelPosBias, RelPosBiasTf and RelPosMlp"
-    if "forward" in rel_pos.__dict__ or "get_bias" in rel_pos.__dict__:
-        return f"a method of {name} was replaced on the instance"
+    reason = replaced_method(rel_pos, kind, name)
+    if reason is not None:
+        return reason
     if has_hooks(rel_pos):
         return f"a hook is registered on {name}"
     if tuple(rel_pos.window_size) != tuple(window):
         return f"{name} is for windows of {tuple(rel_pos.window_size)} tokens, not {tuple(window)}"
-    return f"{name} has a row for a class token" if getattr(rel_pos, "prefix_tokens", 0) else None
+    if getattr(rel_pos, "prefix_tokens", 0):
+        return f"{name} has a row for a class token"
+    return _why_not_stored(rel_pos, name)
 
 
-def has_own_index(rel_pos: Any) -> bool:
-    """Whether a module, one that :func:`why_not_rel_pos` has no reason against, numbers tokens otherwise than timm."""
-    if type(rel_pos) is not RelPosBiasTf:
-        index = window_index(rel_pos.window_size)
-        return differs(rel_pos._buffers["relative_position_index"].reshape(-1), index.reshape(-1))
-    for name, w in zip(("height_lookup", "width_lookup"), rel_pos.window_size, strict=True):
-        token = torch.arange(w, device="cpu")
-        offset = token[None, :] - token[:, None] + w - 1  # key - query
-        lookup = getattr(rel_pos, name)
-        if differs(lookup, functional.one_hot(offset, 2 * w - 1).to(lookup.dtype)):
-            return True
-    return False
+def offsets_of_axis(window: tuple[int], device: Any = "cpu") -> Tensor:
+    """RelPosBiasTf's lookup along an axis, (window, window, 2 * window - 1): 1 at (query, key, key - query)."""
+    (w,) = window
+    token = torch.arange(w, device=device)
+    return functional.one_hot(token[None, :] - token[:, None] + w - 1, 2 * w - 1).float()
+
+
+def stored(rel_pos: Any) -> tuple[Tensor | None, ...]:
+    """The buffers that the op does not read."""
+    if rel_pos is None:
+        return ()
+    names = ("height_lookup", "width_lookup") if type(rel_pos) is RelPosBiasTf else ("relative_position_index",)
+    return tuple(rel_pos._buffers.get(name) for name in names)
+
+
+def _why_not_stored(rel_pos: Any, name: str) -> str | None:
+    buffers, window = stored(rel_pos), rel_pos.window_size
+    if type(rel_pos) is RelPosBiasTf:
+        same = all(holds(x, (offsets_of_axis, (w,))) for x, w in zip(buffers, window, strict=True))
+    else:
+        same = is_window_index(buffers[0], window)
+    return None if same else f"{name} numbers tokens otherwise than timm"
 
 
 def bias_table(rel_pos: Any) -> Tensor:

@@ -21,11 +21,15 @@ from timm.models.maxxvit import (
 )
 from torch import Tensor, nn
 
-from swinkernels.adapters.adapter import Accelerated, Adapter
-from swinkernels.adapters.bypass import is_traced, why_not_window_attention
-from swinkernels.adapters.libraries.timm._rel_pos import bias_table, has_own_index, why_not_rel_pos
+from swinkernels.adapters.adapter import Accelerated, Adapter, original_class
+from swinkernels.adapters.bypass import replaced_method, watch, why_not_window_attention
+from swinkernels.adapters.libraries.timm._rel_pos import bias_table, stored, why_not_rel_pos
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention, window_attention_qkvpacked
+from swinkernels.ops._arguments import why_beyond_limits
+
+watch(Attention2d, AttentionCl)
+watch(ParallelPartitionAttention, PartitionAttention2d, PartitionAttentionCl, methods=("_partition_attn",))
 
 
 def _why_not(attn: Any, name: str, window: tuple[int, int]) -> str | None:
@@ -37,6 +41,9 @@ def _why_not(attn: Any, name: str, window: tuple[int, int]) -> str | None:
         reason = why_not_window_attention(attn, name, nn.Conv2d, "an nn.Conv2d") or _why_not_pointwise(attn, name)
     else:
         return f"{name} is a {kind.__name__}, not timm's AttentionCl or Attention2d"
+    if reason is not None:
+        return reason
+    reason = why_beyond_limits(0, window)
     if reason is not None:
         return reason
     rel_pos = attn.rel_pos
@@ -92,36 +99,48 @@ def _divides(size: torch.Size | tuple[int, ...], window: tuple[int, int]) -> boo
     return size[0] % window[0] == 0 and size[1] % window[1] == 0  # timm refuses other maps
 
 
-class AcceleratedPartitionAttentionCl(Accelerated, PartitionAttentionCl):
-    """timm's block with its attention on a window attention op.
+class _Partition(Accelerated):
+    """A block with one or two attention modules, each with an index of its own.
 
-    Geometry and parameters are read at every call, so ``set_input_size`` holds. Where the op cannot stand in for
-    timm's code (a hook on an inner module, another layer, tracing), timm's code runs.
+    Geometry, parameters and stored tensors are read or compared at every call, so ``set_input_size`` holds. Where the
+    op cannot stand in for timm's code (a hook on an inner module, another layer, a method that was replaced, tracing),
+    timm's code runs.
     """
+
+    def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
+        names = [name for name, _ in _attentions(self)]
+        return sum((stored(getattr(self._modules[name], "rel_pos", None)) for name in names), ())
+
+    def _swinkernels_look(self) -> None:
+        _why_not_block(self)
+
+
+class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
+    """timm's block with its attention on a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
-        if is_traced(x) or not _divides(x.shape[1:3], window) or _why_not(attn, "attn", window) is not None:
+        if self._swinkernels_own_code(x) or not _divides(x.shape[1:3], window) or _why_not_block(self) is not None:
             return super()._partition_attn(x)
         return _attend(attn, x, window, not self.partition_block, self._swinkernels_backend)
 
 
-class AcceleratedPartitionAttention2d(Accelerated, PartitionAttention2d):
+class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
     """As :class:`AcceleratedPartitionAttentionCl`, channels first."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
-        if is_traced(x) or not _divides(x.shape[2:], window) or _why_not(attn, "attn", window) is not None:
+        if self._swinkernels_own_code(x) or not _divides(x.shape[2:], window) or _why_not_block(self) is not None:
             return super()._partition_attn(x)
         return _attend(attn, x, window, not self.partition_block, self._swinkernels_backend)
 
 
-class AcceleratedParallelPartitionAttention(Accelerated, ParallelPartitionAttention):
+class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttention):
     """As :class:`AcceleratedPartitionAttentionCl`, with both kinds of attention side by side."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         window = self.partition_size
-        if is_traced(x) or not _divides(x.shape[1:3], window) or _why_not_block(self) is not None:
+        if self._swinkernels_own_code(x) or not _divides(x.shape[1:3], window) or _why_not_block(self) is not None:
             return super()._partition_attn(x)
         backend = self._swinkernels_backend
         outs = [_attend(self.attn_block, x, window, False, backend), _attend(self.attn_grid, x, window, True, backend)]
@@ -136,21 +155,11 @@ def _attentions(block: Any) -> list[tuple[str, bool]]:
 
 
 def _why_not_block(block: Any) -> str | None:
-    reasons = (_why_not(block._modules[name], name, block.partition_size) for name, _ in _attentions(block))
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def _reason_to_skip(block: Any) -> str | None:
-    if "_partition_attn" in block.__dict__:
-        return "its _partition_attn was replaced on the instance"
-    reason = _why_not_block(block)
+    reason = replaced_method(block, original_class(block))
     if reason is not None:
         return reason
-    for name, _ in _attentions(block):
-        rel_pos = block._modules[name].rel_pos
-        if rel_pos is not None and has_own_index(rel_pos):
-            return f"{name}.rel_pos numbers tokens otherwise than timm"
-    return None
+    reasons = (_why_not(block._modules[name], name, block.partition_size) for name, _ in _attentions(block))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _first(block: Any) -> Any:
@@ -176,7 +185,7 @@ def _adapter(original: type[nn.Module], accelerated: type[nn.Module], channels_f
         name="timm",
         original=original,
         accelerated=accelerated,
-        reason_to_skip=_reason_to_skip,
+        reason_to_skip=_why_not_block,
         parts=(
             window_attention_part(
                 _weight,

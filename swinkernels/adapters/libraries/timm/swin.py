@@ -19,25 +19,25 @@ from swinkernels.adapters.adapter import Accelerated, Adapter
 from swinkernels.adapters.bypass import (
     child,
     first_weight,
-    is_traced,
+    watch,
     why_not_absorbed,
     why_not_linear,
-    why_not_window_attention,
 )
 from swinkernels.adapters.libraries.timm import _blocks
-from swinkernels.adapters.masks import differs, window_index
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
+
+watch(SwinTransformerBlock, methods=("_attn", "get_attn_mask"))
+watch(WindowAttention, methods=("_get_rel_pos_bias",))
+watch(DropPath, Mlp)
 
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
     """Why this block's attention has to be timm's own code at present."""
-    attn = child(block, "attn")
-    if type(attn) is not WindowAttention:
-        return f"attn is a {type(attn).__name__}, not timm's WindowAttention"
-    reason = why_not_window_attention(attn)
+    reason = _blocks.why_not_attention(block, WindowAttention)
     if reason is not None:
         return reason
+    attn = child(block, "attn")
     if not isinstance(attn.scale, float):
         return f"attn.scale is a {type(attn.scale).__name__}, not a float"
     height, width = block.window_size
@@ -63,7 +63,7 @@ def _dropout_is_on(block: SwinTransformerBlock) -> bool:
 
 
 def _is_fused(block: AcceleratedSwinTransformerBlock, x: Tensor) -> bool:
-    return not block._swinkernels_own_mask and _why_not_attention(block) is None and _blocks.mask_fits(block, x)
+    return _why_not_attention(block) is None and _blocks.mask_fits(block, x)
 
 
 def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor:
@@ -96,10 +96,10 @@ class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransforme
     """timm's block with its attention half on a window attention op, and norms on ops where a fast backend has them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x):
+        if self._swinkernels_own_code(x):
             return super().forward(x)
         batch, height, width, channels = x.shape
-        if "_attn" not in self.__dict__ and _is_fused(self, x):
+        if _is_fused(self, x):
             y = _attention(self, norm_for_linear(self, "norm1", x, self.dim))
         else:
             y = self._attn(self.norm1(x))
@@ -107,7 +107,7 @@ class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransforme
         return (s + self.drop_path2(self.mlp(z))).reshape(batch, height, width, channels)
 
     def _attn(self, x: Tensor) -> Tensor:
-        if is_traced(x) or not _is_fused(self, x):
+        if self._swinkernels_own_code(x) or not _is_fused(self, x):
             return super()._attn(x)
         return _attention(self, x)
 
@@ -116,17 +116,12 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
     """timm's patch merging on an op where a fast backend has it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if is_traced(x) else _MERGING.run(self, x)
+        out = None if self._swinkernels_own_code(x) else _MERGING.run(self, x)
         return super().forward(x) if out is None else out
 
 
 def _reason_to_skip(block: SwinTransformerBlock) -> str | None:
-    reason = _blocks.why_not_block(block, "_attn") or _why_not_attention(block)
-    if reason is not None:
-        return reason
-    if differs(block.attn._buffers["relative_position_index"], window_index(block.window_size)):
-        return "attn.relative_position_index holds other values than timm's"
-    return None
+    return _blocks.why_not_block(block, "_attn") or _why_not_attention(block)
 
 
 ADAPTERS = (
@@ -137,7 +132,7 @@ ADAPTERS = (
         reason_to_skip=_reason_to_skip,
         parts=(
             window_attention_part(
-                _blocks.qkv_weight, _blocks.map_size, _arguments, _blocks.dropout_p, _why_not_attention
+                _blocks.qkv_weight, _blocks.map_size, _blocks.shifted_windows, _blocks.dropout_p, _why_not_attention
             ),
             _RESIDUAL.part(first_weight),
         ),

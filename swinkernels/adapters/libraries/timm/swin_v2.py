@@ -19,22 +19,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from swinkernels.adapters.adapter import Accelerated, Adapter
-from swinkernels.adapters.bypass import child, first_weight, is_traced, why_not_window_attention
+from swinkernels.adapters.bypass import child, first_weight, watch
 from swinkernels.adapters.libraries.timm import _blocks
-from swinkernels.adapters.masks import differs, window_index
 from swinkernels.adapters.norms import Merging
 from swinkernels.adapters.part import window_attention_part
+
+watch(SwinTransformerV2Block, methods=("_attn", "get_attn_mask"))
+watch(WindowAttention)
 
 
 def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
     """Why this block's attention has to be timm's own code at present."""
-    attn = child(block, "attn")
-    if type(attn) is not WindowAttention:
-        return f"attn is a {type(attn).__name__}, not timm's WindowAttention"
-    reason = why_not_window_attention(attn)
+    reason = _blocks.why_not_attention(block, WindowAttention)
     if reason is not None:
         return reason
-    if child(attn, "qkv")._parameters.get("bias") is not None:
+    attn = child(block, "attn")
+    if child(attn, "qkv").bias is not None:
         return "attn.qkv has a bias beside q_bias and v_bias"
     height, width = block.window_size
     coords: Any = attn._buffers["relative_coords_table"]
@@ -75,19 +75,15 @@ class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransfor
     """timm's v2 block with attention on a window attention op, and norms on ops where a fast backend has them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x):
+        if self._swinkernels_own_code(x):
             return super().forward(x)
         batch, height, width, channels = x.shape
         s = _blocks.add_normed(self, x, self._attn(x), 1).flatten(1, 2)
         return _blocks.add_normed(self, s, self.mlp(s), 2).reshape(batch, height, width, channels)
 
     def _attn(self, x: Tensor) -> Tensor:
-        if (
-            is_traced(x)
-            or self._swinkernels_own_mask
-            or _why_not_attention(self) is not None
-            or not _blocks.mask_fits(self, x)
-        ):
+        own_code = self._swinkernels_own_code(x) or not _blocks.mask_fits(self, x)
+        if own_code or _why_not_attention(self) is not None:
             return super()._attn(x)
         return _attention(self, x)
 
@@ -96,7 +92,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMerging):
     """timm's patch merging of v2 on an op where a fast backend has it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if is_traced(x) else _MERGING.run(self, x)
+        out = None if self._swinkernels_own_code(x) else _MERGING.run(self, x)
         return super().forward(x) if out is None else out
 
 
@@ -105,11 +101,7 @@ def _reason_to_skip(block: SwinTransformerV2Block) -> str | None:
     if reason is not None:
         return reason
     reasons = [_why_not_attention(block), *(residual.why_not(block) for residual in _blocks.POST_NORM)]
-    if None not in reasons:
-        return "; ".join(map(str, reasons))
-    if reasons[0] is None and differs(block.attn._buffers["relative_position_index"], window_index(block.window_size)):
-        return "attn.relative_position_index holds other values than timm's"
-    return None
+    return None if None in reasons else "; ".join(map(str, reasons))
 
 
 ADAPTERS = (
@@ -120,7 +112,7 @@ ADAPTERS = (
         reason_to_skip=_reason_to_skip,
         parts=(
             window_attention_part(
-                _blocks.qkv_weight, _blocks.map_size, _arguments, _blocks.dropout_p, _why_not_attention
+                _blocks.qkv_weight, _blocks.map_size, _blocks.shifted_windows, _blocks.dropout_p, _why_not_attention
             ),
             *(residual.part(first_weight) for residual in _blocks.POST_NORM),
         ),

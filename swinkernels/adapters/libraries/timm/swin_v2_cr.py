@@ -14,19 +14,19 @@ from timm.models.swin_transformer_v2_cr import PatchMerging, SwinTransformerV2Cr
 from torch import Tensor
 
 from swinkernels.adapters.adapter import Accelerated, Adapter
-from swinkernels.adapters.bypass import child, first_weight, is_traced, why_not_window_attention
+from swinkernels.adapters.bypass import child, first_weight, watch
 from swinkernels.adapters.libraries.timm import _blocks
 from swinkernels.adapters.norms import Merging
 from swinkernels.adapters.part import window_attention_part
 
+watch(SwinTransformerV2CrBlock, methods=("_shifted_window_attn", "get_attn_mask"))
+watch(WindowMultiHeadAttention)
+
 
 def _why_not_attention(block: SwinTransformerV2CrBlock) -> str | None:
     """Why this block's attention has to be timm's own code at present."""
-    attn = child(block, "attn")
-    if type(attn) is not WindowMultiHeadAttention:
-        return f"attn is a {type(attn).__name__}, not timm's WindowMultiHeadAttention"
-    reason = why_not_window_attention(attn)
-    if reason is None and tuple(attn.window_size) != tuple(block.window_size):
+    reason = _blocks.why_not_attention(block, WindowMultiHeadAttention)
+    if reason is None and tuple(child(block, "attn").window_size) != tuple(block.window_size):
         reason = "attn.window_size is not the window_size of the block"
     return reason
 
@@ -35,12 +35,6 @@ def _arguments(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
     """The arguments of the op but for the bias."""
     attn = child(block, "attn")
     return {"logit_scale": attn.logit_scale, "pad_qkv": attn.qkv.bias, **_blocks.shifted_windows(block)}
-
-
-def _arguments_for_report(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
-    """With a bias of which only the shape is right."""
-    n = block.window_area
-    return {"bias": block.attn.logit_scale.detach()[:, None, None].expand(-1, n, n), **_arguments(block)}
 
 
 def _attention(block: AcceleratedSwinTransformerV2CrBlock, x: Tensor) -> Tensor:
@@ -59,19 +53,15 @@ class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransf
     """timm's block with attention on a window attention op, and norms on ops where a fast backend has them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x):
+        if self._swinkernels_own_code(x):
             return super().forward(x)
         batch, height, width, channels = x.shape
         s = _blocks.add_normed(self, x, self._shifted_window_attn(x), 1).flatten(1, 2)
         return self.norm3(_blocks.add_normed(self, s, self.mlp(s), 2)).reshape(batch, height, width, channels)
 
     def _shifted_window_attn(self, x: Tensor) -> Tensor:
-        if (
-            is_traced(x)
-            or self._swinkernels_own_mask
-            or _why_not_attention(self) is not None
-            or not _blocks.mask_fits(self, x)
-        ):
+        own_code = self._swinkernels_own_code(x) or not _blocks.mask_fits(self, x)
+        if own_code or _why_not_attention(self) is not None:
             return super()._shifted_window_attn(x)
         return _attention(self, x)
 
@@ -80,7 +70,7 @@ class AcceleratedPatchMergingV2Cr(Accelerated, PatchMerging):
     """timm's patch merging on an op where a fast backend has it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if is_traced(x) else _MERGING.run(self, x)
+        out = None if self._swinkernels_own_code(x) else _MERGING.run(self, x)
         return super().forward(x) if out is None else out
 
 
@@ -100,7 +90,7 @@ ADAPTERS = (
         reason_to_skip=_reason_to_skip,
         parts=(
             window_attention_part(
-                _blocks.qkv_weight, _blocks.map_size, _arguments_for_report, _blocks.dropout_p, _why_not_attention
+                _blocks.qkv_weight, _blocks.map_size, _blocks.shifted_windows, _blocks.dropout_p, _why_not_attention
             ),
             *(residual.part(first_weight) for residual in _blocks.POST_NORM),
         ),

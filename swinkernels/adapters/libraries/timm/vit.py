@@ -14,11 +14,13 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import Accelerated, Adapter
-from swinkernels.adapters.bypass import is_traced, why_not_window_attention
-from swinkernels.adapters.libraries.timm._rel_pos import bias_table, has_own_index, why_not_rel_pos
+from swinkernels.adapters.bypass import child, class_of, has_hooks, replaced_method, watch, why_not_window_attention
+from swinkernels.adapters.libraries.timm._rel_pos import bias_table, stored, why_not_rel_pos
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention, window_attention_qkvpacked
-from swinkernels.ops._arguments import MAX_WINDOW_VOLUME
+from swinkernels.ops._arguments import why_beyond_limits
+
+watch(RelPosAttention)
 
 
 def _why_not(attn: Any) -> str | None:
@@ -26,9 +28,15 @@ def _why_not(attn: Any) -> str | None:
     rel_pos = attn.rel_pos
     if rel_pos is None:
         return "it has no position bias of its own, and torch's attention is as fast as a window attention op"
-    if rel_pos.window_area > MAX_WINDOW_VOLUME:
-        return f"its map has {rel_pos.window_area} tokens, and the op takes windows of at most {MAX_WINDOW_VOLUME}"
-    return why_not_window_attention(attn) or why_not_rel_pos(rel_pos, "rel_pos", rel_pos.window_size)
+    reason = replaced_method(attn, RelPosAttention) or why_beyond_limits(0, rel_pos.window_size)
+    for name in ("q_norm", "k_norm"):
+        norm = child(attn, name)
+        reason = reason or replaced_method(norm, class_of(norm), name)
+        if reason is None and has_hooks(norm):
+            reason = f"a hook is registered on {name}"
+    if reason is None:
+        reason = why_not_window_attention(attn) or why_not_rel_pos(rel_pos, "rel_pos", rel_pos.window_size)
+    return reason
 
 
 def _map_size(attn: Any) -> tuple[int, int]:
@@ -52,13 +60,19 @@ def _dropout_p(attn: Any) -> float:
 class AcceleratedRelPosAttention(Accelerated, RelPosAttention):
     """timm's attention on a window attention op.
 
-    Parameters are read at every call. Where the op cannot stand in for timm's code (a hook on an inner module, another
-    layer, tracing), timm's code runs.
+    Parameters and stored tensors are read or compared at every call. Where the op cannot stand in for timm's code (a
+    hook on an inner module, another layer, a method that was replaced, tracing), timm's code runs.
     """
+
+    def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
+        return stored(self.rel_pos)
+
+    def _swinkernels_look(self) -> None:
+        _why_not(self)
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         rel_pos: Any = self.rel_pos
-        if is_traced(x) or _why_not(self) is not None or x.shape[1] != rel_pos.window_area:
+        if self._swinkernels_own_code(x) or _why_not(self) is not None or x.shape[1] != rel_pos.window_area:
             return super().forward(x, shared_rel_pos)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unflatten(1, _map_size(self))
         dropout_is_on = self.training if getattr(self, "fused_attn", False) else self.attn_drop.training
@@ -76,13 +90,6 @@ class AcceleratedRelPosAttention(Accelerated, RelPosAttention):
         return self.proj_drop(self.proj(out.flatten(1, 2)))
 
 
-def _reason_to_skip(attn: Any) -> str | None:
-    reason = _why_not(attn)
-    if reason is None and has_own_index(attn.rel_pos):
-        reason = "rel_pos numbers tokens otherwise than timm"
-    return reason
-
-
 def _weight(attn: Any) -> Tensor:
     return attn.qkv.weight
 
@@ -92,7 +99,7 @@ ADAPTERS = (
         name="timm",
         original=RelPosAttention,
         accelerated=AcceleratedRelPosAttention,
-        reason_to_skip=_reason_to_skip,
+        reason_to_skip=_why_not,
         parts=(window_attention_part(_weight, _map_size, _arguments, _dropout_p, _why_not),),
         input_shape=lambda attn: (attn.rel_pos.window_area, attn.qkv.weight.shape[1]),
         weight=_weight,

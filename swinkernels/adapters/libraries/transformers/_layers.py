@@ -10,21 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swinkernels.adapters.adapter import Accelerated, Adapter, original_class
 from swinkernels.adapters.bypass import (
     child,
     class_of,
-    has_hooks,
-    is_traced,
     replaced_forward,
+    replaced_method,
+    watch,
     why_not_absorbed,
+    why_not_dropout,
     why_not_linear,
 )
-from swinkernels.adapters.masks import differs, window_index
+from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention
+from swinkernels.ops._arguments import why_beyond_limits
 
 NAME = "transformers"
 
@@ -52,10 +56,37 @@ def _num_heads(layer: Any) -> int:
     return (child(attention, "self") if "self" in attention._modules else attention).num_attention_heads
 
 
+def _head_dim(layer: Any) -> int:
+    attention = child(layer, "attention")
+    return child(attention, "self").attention_head_size if "self" in attention._modules else attention.head_dim
+
+
+def _index(layer: Any) -> Tensor | None:
+    return _position_bias(layer)._buffers.get("relative_position_index")
+
+
+def _dropouts(layer: Any) -> dict[str, Any]:
+    """Of attention weights and of the result, by their paths."""
+    attention = child(layer, "attention")
+    if "self" not in attention._modules:
+        return {"dropout": child(layer, "dropout")}
+    return {
+        "attention.self.dropout": child(child(attention, "self"), "dropout"),
+        "attention.output.dropout": child(child(attention, "output"), "dropout"),
+    }
+
+
+def _is_sdpa(attention: Any) -> bool:
+    """Whether Swin, which calls a function by the name in its config, calls torch's."""
+    return attention.config._attn_implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
 def _dropout_p(layer: Any) -> float:
     """Of attention weights, in training."""
     attention = child(layer, "attention")
-    return child(child(attention, "self"), "dropout").p if "self" in attention._modules else attention.attention_dropout
+    if "self" not in attention._modules:
+        return attention.attention_dropout
+    return getattr(child(child(attention, "self"), "dropout"), "p", 0.0)
 
 
 def _dropout_at_call(layer: Any) -> float:
@@ -64,32 +95,50 @@ def _dropout_at_call(layer: Any) -> float:
     return _dropout_p(layer) if active.training else 0.0
 
 
+def _why_not_inside(layer: Any) -> str | None:
+    """Why a layer's attention is not made of the modules that the op stands for, or None."""
+    attention = child(layer, "attention")
+    for path, kind in _INSIDE[original_class(layer)]:
+        module = attention if path == "attention" else child(attention, path.partition(".")[2])
+        reason = why_not_absorbed(path, module, kind, f"transformers' {kind.__name__}")
+        if reason is not None:
+            return reason
+    return None
+
+
 def _why_not_attention(layer: Any) -> str | None:
     """Why the attention of a layer has to be transformers' own code at present, or None."""
-    attention = child(layer, "attention")
-    kind = _ATTENTION[original_class(layer)]
-    reason = why_not_absorbed("attention", attention, kind, f"transformers' {kind.__name__}")
+    reason = replaced_method(layer, original_class(layer)) or _why_not_inside(layer)
     if reason is not None:
         return reason
+    attention = child(layer, "attention")
     for path, linear in _projections(layer).items():
         reason = why_not_linear(path, linear)  # any other layer may mix tokens, such as those of a pad token
         if reason is not None:
             return reason
-    for name, module in attention._modules.items():
-        for path, m in ((name, module), *((f"{name}.{key}", m) for key, m in module._modules.items())):
-            if "forward" in m.__dict__:
-                return f"attention.{path}.forward was replaced on the instance"
-            if has_hooks(m):
-                return f"a hook is registered on attention.{path}"
-    if "self" not in attention._modules and attention.config._attn_implementation != "sdpa":
+    for path, dropout in _dropouts(layer).items():
+        reason = why_not_dropout(path, dropout)
+        if reason is not None:
+            return reason
+    if "self" not in attention._modules and not _is_sdpa(attention):
         return f"attention weights are asked for by attn_implementation={attention.config._attn_implementation!r}"
+    if "self" not in attention._modules and not isinstance(attention.scaling, float):
+        return f"attention.scaling is a {type(attention.scaling).__name__}, not a float"
     window = layer.window_size
     of_bias = _position_bias(layer)
+    heads, head_dim = _num_heads(layer), _head_dim(layer)
+    if _out(layer).weight.shape[1] != heads * head_dim:
+        return "num_attention_heads and the size of a head are not those of the projections"
+    reason = why_beyond_limits(head_dim, (window, window))
+    if reason is not None:
+        return reason
+    if not is_window_index(_index(layer), (window, window)):
+        return "relative_position_index holds other values than transformers'"
     if tuple(of_bias.window_size) != (window, window):
         return "window_size is not that of the attention"  # transformers fails
     if not 0 <= layer.shift_size < window:
         return "shift_size is not smaller than window_size"
-    if "relative_position_bias_table" in of_bias._parameters:
+    if "continuous_position_bias_mlp" not in of_bias._modules:
         if of_bias.relative_position_bias_table.shape[0] != (2 * window - 1) ** 2:
             return "relative_position_bias_table is not the table of window_size"
     elif of_bias.relative_coords_table.shape != (1, 2 * window - 1, 2 * window - 1, 2):
@@ -115,13 +164,15 @@ def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
     """What a pad token has for q, k and v."""
     if q.bias is None and k.bias is None and v.bias is None:
         return None
-    return torch.cat([m.weight.new_zeros(m.weight.shape[0]) if m.bias is None else m.bias for m in (q, k, v)])
+    given = next(m.bias for m in (q, k, v) if m.bias is not None)
+    zeros = torch.zeros(q.out_features, dtype=given.dtype, device=given.device)
+    return torch.cat([zeros if m.bias is None else m.bias for m in (q, k, v)])
 
 
 def _attention_arguments(layer: Any) -> dict[str, Any]:
     """Those of the op for a map, but dropout."""
     of_bias, heads = _position_bias(layer), _num_heads(layer)
-    if "logit_scale" in of_bias._parameters:
+    if "continuous_position_bias_mlp" in of_bias._modules:
         table = of_bias.continuous_position_bias_mlp(of_bias.relative_coords_table).view(-1, heads)
         scores = {
             "bias_table": 16 * torch.sigmoid(table),
@@ -129,15 +180,22 @@ def _attention_arguments(layer: Any) -> dict[str, Any]:
             "mask_value": -100.0 * _MASKED[original_class(layer)],
         }
     else:
-        # The factor is head_dim ** -0.5 in all of them: the op's own.
-        scores = {"bias_table": of_bias.relative_position_bias_table, "mask_value": -100.0}
+        attention = child(layer, "attention")
+        scores = {
+            "bias_table": of_bias.relative_position_bias_table,
+            "mask_value": -100.0,
+            "scale": None if "self" in attention._modules else attention.scaling,
+        }
     q, k, v, _ = _projections(layer).values()
+    return {**scores, "pad_qkv": _pad_qkv(q, k, v), **_geometry(layer)}
+
+
+def _geometry(layer: Any) -> dict[str, Any]:
+    """The arguments that say where the windows are."""
     return {
-        **scores,
-        "num_heads": heads,
+        "num_heads": _num_heads(layer),
         "window_size": layer.window_size,
         "shift_size": layer.shift_size,
-        "pad_qkv": _pad_qkv(q, k, v),
         "pad_order": "pad_then_roll",
     }
 
@@ -154,8 +212,7 @@ def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
         dropout_p=_dropout_at_call(layer),
         backend=layer._swinkernels_backend,
     )
-    attention = child(layer, "attention")
-    dropout = child(child(attention, "output"), "dropout") if "self" in attention._modules else child(layer, "dropout")
+    *_, dropout = _dropouts(layer).values()
     return dropout(out(y).flatten(1, -2))
 
 
@@ -191,8 +248,9 @@ def _out(layer: Any) -> Any:
 _MERGING = Merging("pre", lambda merging: merging.reduction.in_features)
 _MERGING_V2 = Merging("post", lambda merging: merging.reduction.out_features)
 
-# Of the classes of layers: the attention, what the MLP begins with, and how often v2 masks.
-_ATTENTION: dict[type, type[nn.Module]] = {}
+# Of the classes of layers: the modules whose work the op does and their paths, what the MLP begins with, and how often
+# v2 masks.
+_INSIDE: dict[type, tuple[tuple[str, type[nn.Module]], ...]] = {}
 _MLP: dict[type, type[nn.Module]] = {}
 _MASKED: dict[type, int] = {}
 _RESIDUALS: dict[type, tuple[Residual, ...]] = {}
@@ -201,20 +259,27 @@ _RESIDUALS: dict[type, tuple[Residual, ...]] = {}
 class _Layer(Accelerated):
     """A layer of any family on ops.
 
-    Geometry and parameters are read at every call. Where the op cannot stand in for transformers' code (attention
-    weights are asked for, a hook on an inner module, a layer that is not an nn.Linear, tracing), that runs. Changing
-    the values of ``relative_position_index`` goes unnoticed.
+    Geometry, parameters and the index of the bias table are read or compared at every call. Where the op cannot stand
+    in for transformers' code (attention weights are asked for, a hook on an inner module or another module in its
+    place, a method that was replaced, tracing), that runs.
     """
 
     set_shift_and_window_size: Any
 
     def _is_ours(self, x: Any, size: Any, always_partition: bool | None = True) -> bool:
         """Whether the op runs for a sequence x of the tokens of a map, now that the windows fit the map."""
-        if is_traced(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
+        if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
             return False
         if not always_partition:
             self.set_shift_and_window_size(size)  # for good: a second time changes nothing
         return _why_not_attention(self) is None
+
+    def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
+        found = _why_not_inside(self)
+        return () if found is not None else (_index(self),)
+
+    def _swinkernels_look(self) -> None:
+        _why_not_attention(self)
 
 
 class PreNormLayer(_Layer):
@@ -272,7 +337,7 @@ class _MergingOfSequences(Accelerated):
     """Patch merging on an op where a fast backend has it."""
 
     def _merge(self, how: Merging, x: Tensor, size: Any) -> Tensor | None:
-        if is_traced(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
+        if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
             return None
         out = how.run(self, x.view(x.shape[0], *size, x.shape[2]))
         return None if out is None else out.flatten(1, 2)
@@ -310,13 +375,15 @@ def _map_size(layer: Any) -> tuple[int, int]:
 def _qkv_weight(layer: Any) -> Tensor:
     """One that stands for the three."""
     q, *_ = _projections(layer).values()
-    return q.weight.new_empty((3 * q.weight.shape[0], q.weight.shape[1]))
+    # Not made by the weight itself, which may be a tensor of a class that makes no others.
+    one = torch.empty((), dtype=q.weight.dtype, device=q.weight.device)
+    return one.expand(3 * q.weight.shape[0], q.weight.shape[1])
 
 
 def layer_adapter(
     original: type[nn.Module],
     accelerated: type[nn.Module],
-    attention: type[nn.Module],
+    inside: dict[str, type[nn.Module]],
     mlp: type[nn.Module],
     drop_path: type[nn.Module],
     takes: Sequence[str],
@@ -326,16 +393,19 @@ def layer_adapter(
 
     Args:
         original, accelerated: the classes.
-        attention, mlp, drop_path: those of its children; ``mlp`` is what the MLP begins with.
+        inside: the attention's class and those of its children, by their paths.
+        mlp, drop_path: those of its children; ``mlp`` is what the MLP begins with.
         takes: the arguments of the forward pass.
-        cosine: the class of the attention inside ``attention``, of v2.
+        cosine: the class of the inner attention, of v2.
     """
 
     def residual(norm: str, casts_its_input: Callable[[Any], bool] = lambda layer: False) -> Residual:
         known_as = f"transformers' {drop_path.__name__}"
         return Residual(norm, "drop_path", drop_path, known_as, casts_its_input, _width, _drop_path_scale)
 
-    _ATTENTION[original] = attention
+    watch(original, methods=("get_attn_mask", "maybe_pad", "cyclic_shift"))
+    watch(mlp, drop_path, *inside.values())
+    _INSIDE[original] = tuple(inside.items())
     _MLP[original] = mlp
     if cosine is None:
         residuals: tuple[Residual, ...] = (residual("layernorm_after", _casts_its_input),)
@@ -347,17 +417,12 @@ def layer_adapter(
     def reason_to_skip(layer: Any) -> str | None:
         if list(inspect.signature(original.forward).parameters)[1:] != list(takes):
             return f"the forward of {original.__name__} does not take what it does in transformers 5"
-        reason = _why_not_attention(layer)
-        if reason is None:
-            bias = _position_bias(layer)
-            if differs(bias.relative_position_index.flatten(), window_index(bias.window_size).flatten()):
-                reason = "relative_position_index holds other values than transformers'"
-        return reason
+        return _why_not_attention(layer)
 
     attention_part = window_attention_part(
         _qkv_weight,
         _map_size,
-        _attention_arguments,
+        _geometry,
         _dropout_p,
         lambda layer: replaced_forward(layer) or _why_not_attention(layer),
     )

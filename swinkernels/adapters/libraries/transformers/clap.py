@@ -7,6 +7,8 @@ from transformers.models.clap.modeling_clap import (
     ClapAudioIntermediate,
     ClapAudioLayer,
     ClapAudioPatchMerging,
+    ClapAudioSelfAttention,
+    ClapAudioSelfOutput,
     ClapDropPath,
 )
 
@@ -30,7 +32,11 @@ ADAPTERS = (
     layer_adapter(
         ClapAudioLayer,
         AcceleratedClapAudioLayer,
-        ClapAudioAttention,
+        {
+            "attention": ClapAudioAttention,
+            "attention.self": ClapAudioSelfAttention,
+            "attention.output": ClapAudioSelfOutput,
+        },
         ClapAudioIntermediate,
         ClapDropPath,
         ("hidden_states", "input_dimensions", "output_attentions", "always_partition"),

@@ -8,6 +8,8 @@ from transformers.models.donut.modeling_donut_swin import (
     DonutSwinIntermediate,
     DonutSwinLayer,
     DonutSwinPatchMerging,
+    DonutSwinSelfAttention,
+    DonutSwinSelfOutput,
 )
 
 from swinkernels.adapters.libraries.transformers._layers import (
@@ -30,7 +32,11 @@ ADAPTERS = (
     layer_adapter(
         DonutSwinLayer,
         AcceleratedDonutSwinLayer,
-        DonutSwinAttention,
+        {
+            "attention": DonutSwinAttention,
+            "attention.self": DonutSwinSelfAttention,
+            "attention.output": DonutSwinSelfOutput,
+        },
         DonutSwinIntermediate,
         DonutDropPath,
         ("hidden_states", "input_dimensions", "output_attentions", "always_partition"),

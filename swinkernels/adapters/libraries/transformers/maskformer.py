@@ -9,6 +9,8 @@ from transformers.models.maskformer.modeling_maskformer_swin import (
     MaskFormerSwinIntermediate,
     MaskFormerSwinLayer,
     MaskFormerSwinPatchMerging,
+    MaskFormerSwinSelfAttention,
+    MaskFormerSwinSelfOutput,
 )
 
 from swinkernels.adapters.libraries.transformers._layers import (
@@ -38,7 +40,11 @@ ADAPTERS = (
     layer_adapter(
         MaskFormerSwinLayer,
         AcceleratedMaskFormerSwinLayer,
-        MaskFormerSwinAttention,
+        {
+            "attention": MaskFormerSwinAttention,
+            "attention.self": MaskFormerSwinSelfAttention,
+            "attention.output": MaskFormerSwinSelfOutput,
+        },
         MaskFormerSwinIntermediate,
         MaskFormerDropPath,
         ("hidden_states", "input_dimensions", "output_attentions"),

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.models.swin.modeling_swin import SwinAttention, SwinDropPath, SwinLayer, SwinMLP, SwinPatchMerging
+from transformers.models.swin.modeling_swin import (
+    SwinAttention,
+    SwinDropPath,
+    SwinLayer,
+    SwinMLP,
+    SwinPatchMerging,
+    SwinRelativePositionBias,
+)
 
 from swinkernels.adapters.bypass import child
 from swinkernels.adapters.libraries.transformers._layers import (
@@ -38,7 +45,7 @@ ADAPTERS = (
     layer_adapter(
         SwinLayer,
         AcceleratedSwinLayer,
-        SwinAttention,
+        {"attention": SwinAttention, "attention.relative_position_bias": SwinRelativePositionBias},
         SwinMLP,
         SwinDropPath,
         ("hidden_states", "input_dimensions", "always_partition", "kwargs"),

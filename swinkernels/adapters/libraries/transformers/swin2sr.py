@@ -9,6 +9,7 @@ from transformers.models.swin2sr.modeling_swin2sr import (
     Swin2SRLayer,
     Swin2SRPatchMerging,
     Swin2SRSelfAttention,
+    Swin2SRSelfOutput,
 )
 
 from swinkernels.adapters.libraries.transformers._layers import (
@@ -31,7 +32,7 @@ ADAPTERS = (
     layer_adapter(
         Swin2SRLayer,
         AcceleratedSwin2SRLayer,
-        Swin2SRAttention,
+        {"attention": Swin2SRAttention, "attention.self": Swin2SRSelfAttention, "attention.output": Swin2SRSelfOutput},
         Swin2SRIntermediate,
         Swin2SRDropPath,
         ("hidden_states", "input_dimensions", "output_attentions"),

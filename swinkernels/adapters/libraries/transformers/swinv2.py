@@ -9,6 +9,7 @@ from transformers.models.swinv2.modeling_swinv2 import (
     Swinv2Layer,
     Swinv2PatchMerging,
     Swinv2SelfAttention,
+    Swinv2SelfOutput,
 )
 
 from swinkernels.adapters.libraries.transformers._layers import (
@@ -31,7 +32,7 @@ ADAPTERS = (
     layer_adapter(
         Swinv2Layer,
         AcceleratedSwinv2Layer,
-        Swinv2Attention,
+        {"attention": Swinv2Attention, "attention.self": Swinv2SelfAttention, "attention.output": Swinv2SelfOutput},
         Swinv2Intermediate,
         Swinv2DropPath,
         ("hidden_states", "input_dimensions", "output_attentions"),

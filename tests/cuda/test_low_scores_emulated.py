@@ -1,0 +1,28 @@
+"""Low scores on the CUDA kernels, emulated on the CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from swinkernels.testing import check_window_attention
+from tests import emulation
+from tests.support.low_scores import CASES
+from tests.support.sweeps import in_turn
+
+
+@pytest.fixture
+def library() -> Iterator[emulation.WindowAttentionLibrary]:
+    built = emulation.window_attention_library()
+    built.configure()
+    yield built
+    built.configure()
+
+
+@pytest.mark.parametrize(("name", "dtype"), in_turn(CASES, [torch.float16, torch.bfloat16, torch.float32]))
+def test_outputs_and_gradients(library, name, dtype):
+    op = functools.partial(library.window_attention_qkvpacked)
+    check_window_attention(op, CASES[name], dtype, rounds_unit_rows=True)

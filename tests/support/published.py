@@ -1,0 +1,26 @@
+"""Methods of libraries replaced behind the back of the adapters, which would notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from swinkernels.adapters import bypass
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str, function: Any) -> None:
+    """Let a class have another method as if its library had published that."""
+    monkeypatch.setattr(kind, method, function)
+    watched = bypass._PUBLISHED.get(kind, (("forward", None),))
+    methods = tuple((name, function if name == method else published) for name, published in watched)
+    monkeypatch.setitem(bypass._PUBLISHED, kind, methods)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str = "forward") -> None:
+    """Let a method fail, so that a test shows that an op ran in its place."""
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError(f"{kind.__name__}.{method} ran")
+
+    publish(monkeypatch, kind, method, refused)
