@@ -24,6 +24,16 @@ LARGEST_FLOAT = torch.finfo(torch.float32).max  # numbers that meet float32 scor
 Ints = int | Sequence[int]
 
 
+def why_beyond_limits(head_dim: int, window: Sequence[int] = ()) -> str | None:
+    """Why window attention takes no heads or windows of such a size, on any backend, or None: for reports."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"its heads have {head_dim} channels, and the op takes at most {MAX_HEAD_DIM}"
+    volume = math.prod(window)
+    if volume > MAX_WINDOW_VOLUME:
+        return f"its windows hold {volume} tokens, and the op takes at most {MAX_WINDOW_VOLUME}"
+    return None
+
+
 def frame_size(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
     """The map's size rounded up to whole windows, per axis."""
     return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))

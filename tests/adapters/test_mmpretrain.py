@@ -236,25 +236,17 @@ def test_norms_and_merging_on_ops(version, dtype, calls):
 
 
 @versions
-def test_norms_and_merging_on_kernels(version, calls, plain_kernels, monkeypatch):
+def test_norms_and_merging_on_kernels(version, calls, as_on_a_gpu):
     """What runs on a GPU, with kernels in plain PyTorch."""
-    from swinkernels.ops import _backends
-
-    monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda", "reference"))
-    monkeypatch.setitem(_backends.IMPLEMENTED, "window_attention", ())
-    _backends._find_fast_backend.cache_clear()
-    try:
-        model, x = make_model(version), make_image()
-        check_parity(model, x)
-        assert Counter(calls) == CALLS[version]
-        calls.clear()
-        exact = run(copy.deepcopy(model).double(), x.double())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            fast, plain = run(accelerated(model), x), run(model, x)
-        assert_as_noisy(fast, plain, exact)
-        assert calls.count("layer_norm") == (4 if version == 1 else 0)
-    finally:
-        _backends._find_fast_backend.cache_clear()
+    model, x = make_model(version), make_image()
+    check_parity(model, x)
+    assert Counter(calls) == CALLS[version]
+    calls.clear()
+    exact = run(copy.deepcopy(model).double(), x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast, plain = run(accelerated(model), x), run(model, x)
+    assert_as_noisy(fast, plain, exact)
+    assert calls.count("layer_norm") == (4 if version == 1 else 0)
 
 
 @pytest.mark.parametrize("path", ["attn", "ffn", "ffn.layers.0", "ffn.layers.0.0"])
@@ -490,7 +482,7 @@ def test_report():
 
     report = swinkernels.accelerate(make_model(stage_cfgs={"block_cfgs": {"attn_cfgs": {"attn_drop": 0.1}}}))
     attention = next(e for e in report.replaced if e.module_class == "ShiftWindowMSA")
-    assert attention.backend == ("cpu" if NOT_INSTALLED["cpu"] is None else "reference")
+    assert attention.backend == ("cpu" if NOT_INSTALLED["cpu"] is None else "torch")
     assert "Attention in training: torch. Not cpu: it does not implement dropout_p" in attention.remarks
     block = next(e for e in report.replaced if e.module_class == "SwinBlock")
     assert block.backend == "mmpretrain"

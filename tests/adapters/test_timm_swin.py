@@ -708,15 +708,15 @@ def test_report_lists_and_prints():
     assert [(e.path, e.module_class, e.adapter, e.backend) for e in report.replaced] == [
         ("layers.0.blocks.0", "SwinTransformerBlock", "timm", "torch"),
         ("layers.0.blocks.1", "SwinTransformerBlock", "timm", "torch"),
-        ("layers.1.downsample", "PatchMerging", "timm", "timm"),
+        ("layers.1.downsample", "PatchMerging", "timm", "torch"),
         ("layers.1.blocks.1", "SwinTransformerBlock", "timm", "torch"),
     ]
     attention, residual = report.replaced[0].remarks
     assert attention.startswith("Attention: torch. Not cpu: ")
     assert "float64" in attention
-    assert residual.startswith("Residual and norm: timm's own code. Not cpu: it does not implement residual_layer_norm")
+    assert residual.startswith("Residual and norm: torch. Not cpu: it does not implement residual_layer_norm")
     (merging,) = report.replaced[2].remarks
-    assert merging.startswith("Patch merging: timm's own code. Not cpu: it does not implement patch_merging")
+    assert merging.startswith("Patch merging: torch. Not cpu: it does not implement patch_merging")
     text = str(report)
     assert text.startswith("swinkernels: 4 replaced, 1 left as they were")
     rows = [line for line in text.splitlines() if line.startswith("layers.")][: len(report.replaced)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,7 +38,6 @@ from transformers.models.swinv2.modeling_swinv2 import Swinv2Attention, Swinv2Se
 import swinkernels
 from swinkernels.adapters import norms
 from swinkernels.adapters.libraries.transformers import _layers
-from swinkernels.ops import _backends
 from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
 
 SMALL = {
@@ -148,7 +147,7 @@ def ops_only(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
 
 
 @pytest.fixture
-def kernels(plain_kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def kernels(as_on_a_gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Norms, residual connections and merging run on kernels in plain PyTorch: the names of those called."""
     called: list[str] = []
 
@@ -157,11 +156,7 @@ def kernels(plain_kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
 
     for name in ("residual_layer_norm", "residual_post_norm", "patch_merging", "layer_norm"):
         monkeypatch.setattr(norms, name, recorded(name, getattr(norms, name)))
-    monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda", "reference"))
-    monkeypatch.setitem(_backends.IMPLEMENTED, "window_attention", ())
-    _backends._find_fast_backend.cache_clear()
-    yield called
-    _backends._find_fast_backend.cache_clear()
+    return called
 
 
 # The same numbers

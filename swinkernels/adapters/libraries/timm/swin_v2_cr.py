@@ -56,7 +56,7 @@ _MERGING = Merging("pre", lambda merging: getattr(merging.reduction, "in_feature
 
 
 class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransformerV2CrBlock):
-    """timm's block with attention on a window attention op, and norms on ops where a fast backend has them."""
+    """timm's block with attention on a window attention op, and norms on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if is_traced(x):
@@ -77,7 +77,7 @@ class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransf
 
 
 class AcceleratedPatchMergingV2Cr(Accelerated, PatchMerging):
-    """timm's patch merging on an op where a fast backend has it."""
+    """timm's patch merging on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if is_traced(x) else _MERGING.run(self, x)
