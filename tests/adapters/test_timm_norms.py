@@ -6,7 +6,6 @@ No kernel runs these parts on a CPU: here they run in the reference, or on kerne
 from __future__ import annotations
 
 import copy
-import pickle
 from collections import Counter
 from typing import Any
 
@@ -332,15 +331,6 @@ def test_compiled_training_with_drop_path_and_autocast_is_that_of_eager(version)
 
 
 @versions
-def test_tracing_traces_timms_code(version, calls):
-    model = accelerated(make_model(version).double())
-    x = make_image(model)
-    traced = torch.jit.trace(model, x, check_trace=False)
-    assert not calls
-    torch.testing.assert_close(traced(x), model(x), rtol=1e-10, atol=1e-12)
-
-
-@versions
 def test_fx_tracing_traces_timms_code(version):
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, module, name):
@@ -350,14 +340,6 @@ def test_fx_tracing_traces_timms_code(version):
         block._attn = nn.Identity()  # type: ignore[assignment]  its shapes are no numbers to torch.fx
         graph = Tracer().trace(block)
         assert any("norm" in str(node.target) for node in graph.nodes)
-
-
-@versions
-def test_export(version):
-    model = accelerated(make_model(version, depths=(1, 1)).double())
-    x = make_image(model)
-    program = torch.export.export(model, (x,), strict=False)
-    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-10, atol=1e-12)
 
 
 # Which backend
@@ -570,29 +552,6 @@ def test_a_v2_block_of_which_nothing_can_be_replaced_is_left_alone():
 
 
 # It stays the same model
-
-
-@versions
-def test_keys_types_copies_and_restore(version, calls):
-    model = make_model(version).double()
-    classes = [type(m) for m in model.modules()]
-    attributes = [set(m.__dict__) for m in model.modules()]
-    fast = accelerated(model)
-    assert list(fast.state_dict()) == list(model.state_dict())
-    assert all(isinstance(m, c) for m, c in zip(fast.modules(), classes, strict=True))
-    x = make_image(model)
-    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        calls.clear()
-        torch.testing.assert_close(again(x), model(x), rtol=1e-10, atol=1e-12)
-        assert calls.by_op() == CALLS[version]
-        assert {call["backend"] for call in calls} == {"reference"}
-    assert swinkernels.accelerate(fast) == swinkernels.accelerate(fast)
-    with pytest.raises(RuntimeError, match=r"swinkernels\.restore\(model\)"):
-        torch.jit.script(fast.layers[1].downsample)
-    swinkernels.restore(fast)
-    assert [type(m) for m in fast.modules()] == classes
-    assert [set(m.__dict__) for m in fast.modules()] == attributes
-    assert torch.equal(fast(x), model(x))
 
 
 @versions
