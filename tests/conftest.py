@@ -120,7 +120,16 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch):
         return [] if backend in _backends.IMPLEMENTED[op] else [f"it does not implement {op}"]
 
     monkeypatch.setattr(_backends, "_reasons", reasons)
-    _backends._find_fast_backend.cache_clear()
     with attached():
         yield
-    _backends._find_fast_backend.cache_clear()
+
+
+@pytest.fixture
+def as_on_a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, too, "auto" takes backend "cuda", with kernels in plain PyTorch: for all but attention, which is left
+    to the reference.
+    """
+    from swinkernels.ops import _backends
+
+    monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda", "reference"))
+    monkeypatch.setitem(_backends.IMPLEMENTED, "window_attention", ())

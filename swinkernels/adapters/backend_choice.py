@@ -6,7 +6,7 @@ from torch import nn
 
 from swinkernels.adapters.adapter import Adapter
 from swinkernels.adapters.part import Part
-from swinkernels.ops._backends import PREFERENCE, choose, why_no_kernels
+from swinkernels.ops._backends import PREFERENCE, backend_beside, choose, why_no_kernels
 
 
 def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple[str, tuple[str, ...]]:
@@ -30,28 +30,24 @@ def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple
 
 def _part_choice(adapter: Adapter, part: Part, module: nn.Module, requested: str, training: bool) -> tuple[str, str]:
     """What runs a part, and why nothing faster does."""
-    own_code = f"{adapter.name}'s own code"
     reason = part.reason_to_fall_back(module)
     if reason is not None:
-        return adapter.name, f"{own_code}; {reason}"
+        return adapter.name, f"{adapter.name}'s own code; {reason}"
 
     device = adapter.weight(module).device
     no_kernels = why_no_kernels(device) if requested == "auto" else None
     if no_kernels is not None:
-        return adapter.name, f"{own_code}; {no_kernels}"
+        return adapter.name, f"{adapter.name}'s own code; {no_kernels}"
 
     def why_not(backend: str) -> str:
         return "; ".join(part.reasons(module, backend, training))
 
-    if requested != "auto":
+    if backend_beside(part.op, requested) != "auto":
         why = why_not(requested)
-        if not why:
-            return requested, ""
-        cannot = f"{requested} cannot run it: {why}"
-        return (adapter.name, f"{own_code}. {cannot}") if part.or_own_code else (requested, cannot)
+        return requested, f"{requested} cannot run it: {why}" if why else ""
     chosen = choose("accelerate", "auto", device, lambda backend: part.reasons(module, backend, training))
-    better = PREFERENCE.get(device.type, ())
-    better = better[: better.index(chosen)] if chosen in better else better
-    why = ". ".join(f"Not {b}: {why_not(b)}" for b in better)
-    own = chosen == "torch" and part.or_own_code
-    return adapter.name if own else chosen, f"{own_code if own else chosen}. {why}" if why else ""
+    faster = PREFERENCE.get(device.type, ())
+    faster = faster[: faster.index(chosen)] if chosen in faster else faster
+    passed_over = dict.fromkeys(faster if requested == "auto" else (requested, *faster))
+    why = ". ".join(f"Not {b}: {why_not(b)}" for b in passed_over)
+    return chosen, f"{chosen}. {why}" if why else ""

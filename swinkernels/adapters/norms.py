@@ -1,6 +1,4 @@
-"""Residual connections with their norms, and patch merging, as libraries have them, on ops where a fast backend runs
-them.
-"""
+"""Residual connections with their norms, and patch merging, as libraries have them, on ops."""
 
 from __future__ import annotations
 
@@ -24,8 +22,8 @@ from swinkernels.adapters.bypass import (
 )
 from swinkernels.adapters.part import Part, norm_part
 from swinkernels.ops import layer_norm, patch_merging, residual_layer_norm, residual_post_norm
-from swinkernels.ops._backends import fast_backend, norm_reasons, patch_merging_reasons, residual_reasons
-from swinkernels.ops._library import autocast_dtype
+from swinkernels.ops._backends import backend_beside, patch_merging_reasons, residual_reasons
+from swinkernels.ops._library import autocast_dtype, linear_dtype
 
 
 def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -36,12 +34,9 @@ def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
     """A norm whose result only a Linear reads: under autocast, in the dtype to which that would cast it."""
     norm, dtype = child(block, name), autocast_dtype(x)
-    if dtype is None:
+    if dtype is None or why_not_norm(name, norm, width) is not None:
         return norm(x)
-    of = "layer_norm", width, (x.dtype, dtype)
-    backend = fast_backend(block._swinkernels_backend, norm_reasons, x.device, *of)
-    if backend is None or why_not_norm(name, norm, width) is not None:
-        return norm(x)
+    backend = backend_beside("layer_norm", block._swinkernels_backend)
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, backend=backend)
 
 
@@ -97,35 +92,34 @@ class Residual:
             y.dtype == norm_dtype(x, x.dtype) or (y.dtype == autocast_dtype(x) and self.casts_its_input(block))
         ):
             return None
-        backend = self._backend(block, x, y)
-        if backend is None:
+        if self.why_not(block) is not None:
             return None
-        norm, d = child(block, self.norm), self._drawn(block, y, y.dtype)
-        return residual_layer_norm(x, y, norm.weight, norm.bias, eps=norm.eps, drop_path_scale=d, backend=backend)
+        return residual_layer_norm(x, y, **self._arguments(block, y, y.dtype))
 
     def add_normed(self, block: Any, x: Tensor, y: Tensor) -> Tensor | None:
         """x + drop_path(norm(y)), or None where the library's own code has to run."""
         dtype = norm_dtype(y, y.dtype)
-        if torch.promote_types(x.dtype, dtype) != x.dtype:  # the dtype in which the op returns the sum
+        # The op returns the sum in the dtype of x.
+        if torch.promote_types(x.dtype, dtype) != x.dtype or self.why_not(block) is not None:
             return None
-        backend = self._backend(block, x, y)
-        if backend is None:
-            return None
-        norm, d = child(block, self.norm), self._drawn(block, y, dtype)
-        return residual_post_norm(x, y, norm.weight, norm.bias, eps=norm.eps, drop_path_scale=d, backend=backend)
+        return residual_post_norm(x, y, **self._arguments(block, y, dtype))
 
-    def _drawn(self, block: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-        return None if self.drop_path is None else self.scale(child(block, self.drop_path), y, dtype)
-
-    def _backend(self, block: Any, x: Tensor, y: Tensor) -> str | None:
-        of = self.width(block), (x.dtype, y.dtype)
-        backend = fast_backend(block._swinkernels_backend, residual_reasons, x.device, *of)
-        return None if backend is None or self.why_not(block) is not None else backend
+    def _arguments(self, block: Any, y: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """Those of the op beside stream and branch; a scale is drawn in the dtype."""
+        norm = child(block, self.norm)
+        return {
+            "weight": norm.weight,
+            "bias": norm.bias,
+            "eps": norm.eps,
+            "drop_path_scale": None if self.drop_path is None else self.scale(child(block, self.drop_path), y, dtype),
+            "backend": backend_beside("residual_layer_norm", block._swinkernels_backend),
+        }
 
     def part(self, weight: Callable[[Any], Tensor]) -> Part:
         """For the adapter; ``weight`` gives one with the block's dtype and device."""
         return norm_part(
             "residual and norm",
+            "residual_layer_norm",
             weight,
             residual_reasons,
             lambda block: (self.width(block),),
@@ -191,24 +185,26 @@ class Merging:
 
     def run(self, merging: Any, x: Tensor) -> Tensor | None:
         """The merged map by the op, or None where the library's own code has to run."""
-        low = autocast_dtype(x)
-        reduced = x.dtype if low is None else low
-        dtypes = (x.dtype, reduced) if self.norm == "pre" else (reduced, x.dtype if low is None else torch.float32)
-        of = self.norm, self.width(merging), dtypes
-        backend = fast_backend(merging._swinkernels_backend, patch_merging_reasons, x.device, *of)
-        if backend is None or self.why_not(merging) is not None:
+        if self.why_not(merging) is not None:
             return None
         norm, weight = child(merging, "norm"), child(merging, "reduction").weight
-        order = self.order(x.dim() - 2)
         out = patch_merging(
-            x, norm.weight, norm.bias, weight, eps=norm.eps, order=order, norm=self.norm, backend=backend
+            x,
+            norm.weight,
+            norm.bias,
+            weight,
+            eps=norm.eps,
+            order=self.order(x.dim() - 2),
+            norm=self.norm,
+            backend=backend_beside("patch_merging", merging._swinkernels_backend),
         )
-        return out if self.norm == "pre" else out.to(norm_dtype(x, reduced))
+        return out if self.norm == "pre" else out.to(norm_dtype(x, linear_dtype(x)))
 
     def part(self) -> Part:
         """For the adapter."""
         return norm_part(
             "patch merging",
+            "patch_merging",
             lambda merging: merging.reduction.weight,
             patch_merging_reasons,
             lambda merging: (self.norm, self.width(merging)),

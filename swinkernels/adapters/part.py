@@ -17,13 +17,12 @@ class Part:
     """What one op of this package can do of a module's work; a module is of one of an adapter's two classes."""
 
     name: str
+    # The op, as the backends list it.
+    op: str
     # Why the library's own code runs it at present, whatever the backend, or None.
     reason_to_fall_back: Callable[[Any], str | None]
     # Why a backend cannot run it in the module's own dtype and on its device; the bool is for training.
     reasons: Callable[[Any, str, bool], list[str]]
-    # Where no fast backend runs it: the library's own code, or else the reference, unless a backend was named, which
-    # then refuses the call.
-    or_own_code: bool = True
 
 
 def window_attention_part(
@@ -55,11 +54,12 @@ def window_attention_part(
             return [str(error)]
         return window_attention_reasons(backend, spec, qkv_weight.dtype, qkv_weight.device)
 
-    return Part("attention", reason_to_fall_back, reasons, or_own_code=False)
+    return Part("attention", "window_attention", reason_to_fall_back, reasons)
 
 
 def norm_part(
     name: str,
+    op: str,
     weight: Callable[[Any], Tensor],
     reasons_of_op: Callable[..., list[str]],
     arguments: Callable[[Any], tuple],
@@ -69,6 +69,7 @@ def norm_part(
 
     Args:
         name: of the part.
+        op: as in :class:`Part`.
         weight: one with the module's dtype and device.
         reasons_of_op: (backend, *arguments, dtypes, device) -> why the backend cannot run the op.
         arguments: what the op's reasons depend on beside dtypes and device.
@@ -79,4 +80,4 @@ def norm_part(
         w = weight(module)
         return reasons_of_op(backend, *arguments(module), (w.dtype, w.dtype), w.device)
 
-    return Part(name, reason_to_fall_back, reasons)
+    return Part(name, op, reason_to_fall_back, reasons)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swinkernels.ops import _arguments
-from swinkernels.ops._backends import IMPLEMENTED, PLAIN, check_backend
+from swinkernels.ops._backends import check_backend
 
 
 def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts: Any) -> None:
@@ -21,11 +21,6 @@ def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts
         raise ValueError(f"{op}: spatial_dims must be 2 or 3, got {spatial_dims!r}")
     _arguments.check_eps(op, eps)
     check_backend(op, backend)
-
-
-def backend_beside(op: str, backend: str) -> str:
-    """The backend of an op beside a module's attention: the attention's if it has that op, else "auto"."""
-    return backend if backend in ("auto", *PLAIN, *IMPLEMENTED[op]) else "auto"
 
 
 def refuse_tracing(op: str) -> None:

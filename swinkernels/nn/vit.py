@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.nn._features import as_given, as_map, backend_beside, check_module, forgive, refuse_tracing
+from swinkernels.nn._features import as_given, as_map, check_module, forgive, refuse_tracing
 from swinkernels.nn.drop_path import DropPath
 from swinkernels.nn.mlp import Mlp
 from swinkernels.nn.window_attention import window_per_axis
 from swinkernels.ops._arguments import Ints
+from swinkernels.ops._backends import backend_beside
 from swinkernels.ops._library import linear_dtype
 from swinkernels.ops.fallback import add
 from swinkernels.ops.layer_norm import layer_norm

@@ -245,27 +245,6 @@ def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[
     return best
 
 
-@constant_when_compiled
-def fast_backend(requested: str, reasons: Callable[..., list[str]], device: torch.device, *args: Any) -> str | None:
-    """The backend for a call of an op, or None where plain PyTorch is to do its work.
-
-    That is where "auto" finds no kernel, and where the requested backend cannot run the op. Asked at every call, so
-    what was found once is kept.
-
-    Args:
-        requested: "auto", or what the user named.
-        reasons: (backend, *args, device) -> why the backend cannot run the op.
-        device: of the tensors.
-        args: what the reasons depend on beside the device.
-    """
-    return _find_fast_backend(requested, reasons, device, args)
-
-
-@functools.cache
-def _find_fast_backend(
-    requested: str, reasons: Callable[..., list[str]], device: torch.device, args: tuple
-) -> str | None:
-    if requested != "auto":
-        return None if reasons(requested, *args, device) else requested
-    chosen = choose("fast_backend", "auto", device, lambda backend: reasons(backend, *args, device))
-    return None if chosen in PLAIN else chosen
+def backend_beside(op: str, requested: str) -> str:
+    """The backend of an op beside a module's attention: the attention's if it has that op, else "auto"."""
+    return requested if requested in ("auto", *PLAIN, *IMPLEMENTED[op]) else "auto"

@@ -77,31 +77,50 @@ class _Frame:
         self.is_padded = any(p != s for p, s in zip(self.frame, self.size, strict=True))
         self.axes = [1 + i for i, s in enumerate(shift) if s]
         self.steps = [s for s in shift if s]
-        self.rolls_first = pad_order == "roll_then_pad"
+        # Without pads the order makes no difference.
+        self.rolls_first = pad_order == "roll_then_pad" and self.is_padded and bool(self.axes)
 
     def windows(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
         """(B, *S, ...) -> (B, num_windows, N, ...); a pad token is ``pad``, or zero."""
-        if self.rolls_first and self.axes:
+        if self.rolls_first:
             x = torch.roll(x, [-s for s in self.steps], self.axes)
         if self.is_padded:
             x = _pad(x, self.pads)
             if pad is not None:
                 inside = _pad(x.new_ones((1, *self.size)), self.pads)
                 x = x + (1 - inside).reshape(inside.shape + (1,) * pad.dim()) * pad
-        if not self.rolls_first and self.axes:
+        if self.axes and not self.rolls_first:
+            if is_plain(()):
+                places = x.flatten(1, len(self.size)).index_select(1, self._places(x.device))
+                return places.unflatten(1, (-1, math.prod(self.window)))
             x = torch.roll(x, [-s for s in self.steps], self.axes)
         return _cut(x, 1, self.window, self.grid)
 
     def map(self, windows: Tensor) -> Tensor:
         """The inverse: (B, num_windows, N, ...) -> (B, *S, ...), contiguous, pad tokens dropped."""
-        x = _join(windows, 1, self.frame, self.window, self.grid)
-        if not self.rolls_first and self.axes:
-            x = torch.roll(x, self.steps, self.axes)
+        if self.axes and not self.rolls_first and is_plain(()):
+            x = windows.flatten(1, 2).index_select(1, self._places(windows.device, inverse=True))
+            x = x.unflatten(1, self.frame)
+        else:
+            x = _join(windows, 1, self.frame, self.window, self.grid)
+            if self.axes and not self.rolls_first:
+                x = torch.roll(x, self.steps, self.axes)
         for axis, ((b, _), s) in enumerate(zip(self.pads, self.size, strict=True), start=1):
             x = x.narrow(axis, b, s) if self.is_padded else x
-        if self.rolls_first and self.axes:
+        if self.rolls_first:
             x = torch.roll(x, self.steps, self.axes)
         return x.contiguous()
+
+    def _places(self, device: torch.device, inverse: bool = False) -> Tensor:
+        """Where in the frame the tokens of its rolled windows lie, or the inverse: eager, one copy for three."""
+
+        def make() -> Tensor:
+            tokens = torch.arange(math.prod(self.frame), device=device).reshape(self.frame)
+            rolled = torch.roll(tokens, [-s for s in self.steps], [axis - 1 for axis in self.axes])
+            places = _cut(rolled, 0, self.window, self.grid).flatten()
+            return places.argsort() if inverse else places
+
+        return _kept((self.frame, self.window, self.grid, *self.axes, *self.steps, device, inverse), make)
 
 
 def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int], *, pad_order: str) -> Tensor:
@@ -199,7 +218,10 @@ def scores_of(q: Tensor, k: Tensor, addend: Tensor | None, factor: float | Tenso
     if q.dtype == torch.float16:  # in which scores overflow
         q, k = q.float(), k.float()
     scores = (q @ k.transpose(-2, -1)) * factor if isinstance(factor, Tensor) else (q * factor) @ k.transpose(-2, -1)
-    return scores if addend is None else scores + addend
+    if addend is None:
+        return scores
+    in_place = scores.dtype == addend.dtype and is_plain(())  # transforms may not write to a product of theirs
+    return scores.add_(addend) if in_place else scores + addend
 
 
 def _attend(

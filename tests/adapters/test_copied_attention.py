@@ -14,14 +14,9 @@ import swinkernels
 from swinkernels.adapters import VerificationError
 from swinkernels.adapters.copies import attention as adapter
 from swinkernels.adapters.copies.attention import StructuralAttention
-from swinkernels.ops._backends import NOT_INSTALLED
 from tests.support import published_forms as forms
 from tests.support.parity import assert_as_good, assert_as_noisy, run
 from tests.support.published import refuse
-
-needs_cpu_kernels = pytest.mark.skipif(
-    NOT_INSTALLED["cpu"] is not None, reason=f"no C++ kernels here: {NOT_INSTALLED['cpu']}"
-)
 
 
 def make(kind: Any, *args: Any, **options: Any) -> Any:
@@ -63,7 +58,7 @@ def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
 # The same numbers
 
 
-@pytest.mark.parametrize("backend", [pytest.param("auto", marks=needs_cpu_kernels), "reference"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("shift", [0, 2])
 def test_outputs_and_every_gradient(shift, backend, monkeypatch):
     block = hybrid(shift)
@@ -116,7 +111,6 @@ def test_autocast_bfloat16():
     assert_as_noisy(*results, exact)
 
 
-@needs_cpu_kernels
 def test_compile_fullgraph(monkeypatch):
     """No mask is looked at, so that one may come as an argument of a compiled model."""
     torch._dynamo.reset()
@@ -131,14 +125,11 @@ def test_compile_fullgraph(monkeypatch):
 # Where the module's own code runs
 
 
-def test_no_fast_backend(monkeypatch):
-    """In float64, or on a backend without dense biases."""
-    fast = accelerated(hybrid().double())
-    monkeypatch.setattr(adapter, "window_attention_qkvpacked", None)
-    fast(*inputs(torch.float64))
-    report = swinkernels.accelerate(fast)
-    assert report.replaced[0].backend == "structural"
-    assert report.replaced[0].remarks[0].startswith("Attention: structural's own code. Not cpu: ")
+def test_windows_beyond_the_limits_of_the_op():
+    module = make(Wrapped, forms.WindowAttention)
+    module.attn.window_size = (32, 33)
+    (skipped,) = swinkernels.accelerate(module, backend="torch").skipped
+    assert skipped.reason == "its windows hold 1056 tokens, and the op takes at most 1024"
 
 
 def test_calls_that_the_trial_says_nothing_of():

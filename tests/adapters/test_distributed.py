@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import swinkernels
-from tests.adapters.test_torch_features import accelerated, images, original
+from tests.adapters.test_conformance import images, on_ops, original
 from tests.support.sweeps import in_turn
 
 PROCESSES, STEPS = 2, 4
@@ -37,12 +37,12 @@ def wrap(model: nn.Module, how: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def train(model: nn.Module, rank: int = 0, world: int = 1) -> list[float]:
+def train(model: nn.Module, library: str, rank: int = 0, world: int = 1) -> list[float]:
     """The loss of each step on this process's share of the images."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses = []
     for _ in range(STEPS):
-        loss = (model(images(4)[rank::world]) - 0.5).square().mean()
+        loss = (model(images(library, 4)[rank::world]) - 0.5).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -53,7 +53,7 @@ def train(model: nn.Module, rank: int = 0, world: int = 1) -> list[float]:
 def process(rank: int, library: str, how: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     torch.set_num_threads(1)
-    model = accelerated(library).train()
+    model = on_ops(library).train()
     wrapped = wrap(model, how)
     if how == "fsdp2":
         blocks = [m for m in model.modules() if is_block(m)]
@@ -66,7 +66,7 @@ def process(rank: int, library: str, how: str, folder: str) -> None:
             report = swinkernels.accelerate(model)
             assert sum("accelerated before" in s.reason for s in report.skipped) == len(blocks)
             assert [type(m) for m in model.modules()] == kinds
-    Path(folder, f"{rank}.json").write_text(json.dumps(train(wrapped, rank, PROCESSES)))
+    Path(folder, f"{rank}.json").write_text(json.dumps(train(wrapped, library, rank, PROCESSES)))
     dist.destroy_process_group()
 
 
@@ -76,7 +76,7 @@ def process(rank: int, library: str, how: str, folder: str) -> None:
 )
 def test_losses_of_two_processes_are_those_of_one(library, how, tmp_path):
     plain = copy.deepcopy(original(library)).train()
-    one = train(plain)
+    one = train(plain, library)
     mp.spawn(process, (library, how, str(tmp_path)), nprocs=PROCESSES)
     two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
     assert one[-1] < 0.9 * one[0], one  # it does train

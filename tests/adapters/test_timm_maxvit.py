@@ -27,7 +27,6 @@ import swinkernels
 from swinkernels.adapters import VerificationError
 from swinkernels.adapters.libraries.timm import maxvit
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
-from tests.support.published import refuse as refuse_method
 from tests.support.side_by_side import randomised
 
 # Attention per class in one block of it.
@@ -203,16 +202,6 @@ def test_a_whole_model(model, calls):
     report = swinkernels.accelerate(fast)
     assert [e.module_class for e in report.replaced] == ["PartitionAttentionCl"] * 4
     assert report.replaced[0].path == "stages.0.blocks.0.attn_block"
-
-
-def test_compile_fullgraph(model, monkeypatch):
-    torch._dynamo.reset()
-    fast = accelerated(model).double()
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    refuse_method(monkeypatch, PartitionAttentionCl, "_partition_attn")
-    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), fast(x), rtol=1e-10, atol=1e-12)
 
 
 def refuse(*args, **kwargs):

@@ -4,7 +4,7 @@ beside its attention, or anybody's own): the module alone, on windows that its b
 Rolling and cutting stay the block's, so less is gained, but nothing of the block has to be known: x, the mask and, in
 HAT, the index of the bias table are arguments, and the op takes their sum, whatever it holds, as a dense bias. The
 windows of an image are the rows of a map, (images, windows, N, C), in windows of one row. Each class is trusted after a
-trial, with random masks; where no fast backend has dense biases, the module's own code runs.
+trial, with random masks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from swinkernels.adapters.microsoft_attention import (
 )
 from swinkernels.adapters.part import Part
 from swinkernels.ops import window_attention_qkvpacked
-from swinkernels.ops._backends import fast_backend
+from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 
 _INDEX = ("rpi", "relative_position_index")
@@ -73,29 +73,9 @@ def _volume(attn: Any) -> int:
     return math.prod(window) if isinstance(window, (tuple, list)) else window**2
 
 
-# What a backend is asked for
-
-
-def _reasons(
-    backend: str, n: int, heads: int, head_dim: int, masked: bool, cosine: bool, drops: bool, dtype: Any, device: Any
-) -> list[str]:
-    """Why a backend cannot run the op for windows of N tokens, with or without a mask."""
-    bias = torch.empty((2, heads, n, n) if masked else (heads, n, n), device="meta")
-    try:
-        spec = spec_of(
-            "accelerate",
-            bias,
-            (2, n),
-            head_dim,
-            num_heads=heads,
-            window_size=(1, n),
-            bias=bias,
-            logit_scale=torch.empty(heads, device="meta") if cosine else None,
-            dropout_p=0.5 if drops else 0.0,
-        )
-    except ValueError as error:  # such as a window of too many tokens
-        return [str(error)]
-    return window_attention_reasons(backend, spec, dtype, device)
+def _why_beyond_limits(attn: Any, n: int) -> str | None:
+    """Why the op takes no windows of N tokens with the module's heads, or None."""
+    return why_beyond_limits(attn.qkv.out_features // (3 * attn.num_heads), (n,))
 
 
 def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor | None:
@@ -103,6 +83,8 @@ def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor |
     if x.dim() != 3 or why_not_window_attention(attn) is not None:
         return None
     n = x.shape[1]
+    if _why_beyond_limits(attn, n) is not None:
+        return None
     if form.index is None:
         index = attn.relative_position_index
     if not isinstance(index, Tensor) or index.shape != (n, n):  # a window of another size, perhaps
@@ -112,13 +94,7 @@ def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor |
         if not isinstance(mask, Tensor) or mask.dim() != 3 or mask.shape[1:] != (n, n) or x.shape[0] % mask.shape[0]:
             return None
         windows = mask.shape[0]
-    own_bias = qkv_bias(attn)
-    qkv = qkv_of(attn, x, own_bias)
-    p = dropout_at_call(attn)
-    of_op = n, attn.num_heads, qkv.shape[-1] // (3 * attn.num_heads), mask is not None, is_cosine(attn), p > 0.0
-    backend = fast_backend(attn._swinkernels_backend, _reasons, x.device, *of_op, qkv.dtype)
-    if backend is None:
-        return None
+    qkv = qkv_of(attn, x, qkv_bias(attn))
     bias = bias_table(attn)[index.reshape(-1)].reshape(n, n, -1).permute(2, 0, 1)
     out = window_attention_qkvpacked(
         qkv.reshape(-1, windows, n, qkv.shape[-1]),
@@ -126,8 +102,8 @@ def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor |
         num_heads=attn.num_heads,
         window_size=(1, n),
         **score_factor(attn),
-        dropout_p=p,
-        backend=backend,
+        dropout_p=dropout_at_call(attn),
+        backend=attn._swinkernels_backend,
     )
     return projected(attn, out.reshape(x.shape[0], n, -1))
 
@@ -136,7 +112,7 @@ class StructuralAttention(DynamicSubclass):
     """A window attention module on the op, with the sum of bias and mask as a dense bias.
 
     Its own forward runs where the op cannot stand in for it: hooks inside, layers that are not nn.Linear, windows of
-    another size, no fast backend, tracing.
+    another size, tracing.
     """
 
     _swinkernels_form: Form
@@ -183,6 +159,9 @@ _TRIALS: dict[tuple[Any, ...], str | None] = {}
 
 def _why_not(attn: Any, form: Form) -> str | None:
     """What a trial finds wrong."""
+    beyond = _why_beyond_limits(attn, _volume(attn))
+    if beyond is not None:
+        return beyond
     if any(p.is_meta for p in attn.parameters()):
         return "its parameters are on meta, and a class that is not known is not trusted without a trial"
     make = signature_of(attn)
@@ -215,10 +194,21 @@ def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
 
 
 def _part_reasons(attn: Any, backend: str, training: bool) -> list[str]:
-    weight, heads = attn.qkv.weight, attn.num_heads
-    drops = training and dropout_p(attn) > 0.0
-    head_dim = weight.shape[0] // (3 * heads)
-    return _reasons(backend, _volume(attn), heads, head_dim, True, is_cosine(attn), drops, weight.dtype, weight.device)
+    """Why a backend cannot run the op for windows with a mask."""
+    weight, heads, n = attn.qkv.weight, attn.num_heads, _volume(attn)
+    bias = torch.empty((2, heads, n, n), device="meta")
+    spec = spec_of(
+        "accelerate",
+        bias,
+        (2, n),
+        weight.shape[0] // (3 * heads),
+        num_heads=heads,
+        window_size=(1, n),
+        bias=bias,
+        logit_scale=torch.empty(heads, device="meta") if is_cosine(attn) else None,
+        dropout_p=dropout_p(attn) if training else 0.0,
+    )
+    return window_attention_reasons(backend, spec, weight.dtype, weight.device)
 
 
 @functools.cache
@@ -228,7 +218,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
         original=original,
         accelerated=dynamic_subclass(StructuralAttention, original, form, _adapter),
         reason_to_skip=lambda attn: None,  # match has found none
-        parts=(Part("attention", why_not_window_attention, _part_reasons),),
+        parts=(Part("attention", "window_attention", why_not_window_attention, _part_reasons),),
         input_shape=lambda attn: (_WINDOWS * _volume(attn), attn.qkv.in_features),
         weight=lambda attn: attn.qkv.weight,
         run=lambda attn, x: _call(form, attn, x.reshape(-1, _volume(attn), x.shape[-1])),

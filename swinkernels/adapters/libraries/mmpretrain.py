@@ -5,8 +5,8 @@ and undoes it all. Linear layers act on tokens one by one, so QKV and the projec
 op addresses the windows. A pad token, a zero row, has the bias of the QKV layer as its q, k and v. Where the shorter
 side of the map is the window, there is no shift on either axis, but with pad_small_map there is one on both.
 
-Residual connections, norms and patch merging (mmcv's, whose channels are those of torch.nn.Unfold) run on ops where a
-fast backend has them. The attention half of a block ends with its own DropPath.
+Residual connections, norms and patch merging (mmcv's, whose channels are those of torch.nn.Unfold) run on ops.
+The attention half of a block ends with its own DropPath.
 
 Source: mmpretrain.models 1.0 and newer (utils/attention.py, utils/embed.py, backbones/swin_transformer.py and
 swin_transformer_v2.py) and mmcv.cnn.bricks.transformer.
@@ -194,7 +194,7 @@ def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
 
 
 class AcceleratedSwinBlock(Accelerated, SwinBlock):
-    """mmpretrain's block with a residual connection and norms on ops where a fast backend has them."""
+    """mmpretrain's block with a residual connection and norms on ops."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -216,7 +216,7 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
 
 
 class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
-    """mmpretrain's block of v2 with its residual connections and norms on an op where a fast backend has it."""
+    """mmpretrain's block of v2 with its residual connections and norms on an op."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -269,14 +269,14 @@ def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tens
 
 
 class AcceleratedMMCVPatchMerging(Accelerated, MMCVPatchMerging):
-    """mmcv's patch merging, which is that of v1, on an op where a fast backend has it."""
+    """mmcv's patch merging, which is that of v1, on an op."""
 
     def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
         return _merge(_MERGING, self, x, input_size) or super().forward(x, input_size)
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """mmpretrain's patch merging, which is that of v2, on an op where a fast backend has it."""
+    """mmpretrain's patch merging, which is that of v2, on an op."""
 
     def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
         return _merge(_MERGING_V2, self, x, input_size) or super().forward(x, input_size)

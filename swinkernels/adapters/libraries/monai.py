@@ -9,7 +9,7 @@ bias is looked up.
 Stages. MONAI makes the mask of a stage's shifted windows at every call, (num_windows, N, N) in float32. Where all
 blocks of a stage run on ops nobody reads it, and it is not made.
 
-Residual connections, norms and patch merging, as everywhere, run on ops where a fast backend has them.
+Residual connections, norms and patch merging, as everywhere, run on ops.
 
 Source: monai.networks.nets.swin_unetr, MONAI 1.3 and newer.
 """
@@ -203,7 +203,7 @@ def _merging_axes(merging: PatchMergingV2) -> int:
 
 
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
-    """MONAI's block with its attention half on a window attention op, and norms on ops where a fast backend has them.
+    """MONAI's block with its attention half on a window attention op, and norms on ops.
 
     Geometry, parameters and the index of the bias table are read or compared at every call. Where an op cannot stand in
     for MONAI's code (a hook on an inner module, a layer that is not an nn.Linear, a method that was replaced, tracing
@@ -255,7 +255,7 @@ class AcceleratedBasicLayer(Accelerated, BasicLayer):
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
-    """MONAI's "mergingv2" on an op where a fast backend has it."""
+    """MONAI's "mergingv2" on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING_V2.run(self, x)
@@ -263,7 +263,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """MONAI's "merging" on an op where a fast backend has it."""
+    """MONAI's "merging" on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING.run(self, x)

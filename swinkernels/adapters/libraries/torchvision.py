@@ -8,7 +8,7 @@ its q, k and v. A window never shrinks: on an axis where the map is no longer th
 v2. The third of the QKV bias that belongs to k counts as zero, whatever it holds. The sigmoid of the position bias is
 taken of the table, of which the dense bias holds copies.
 
-Residual connections, norms and patch merging run on ops where a fast backend has them.
+Residual connections, norms and patch merging run on ops.
 
 torch.fx traces torchvision's code. So that a feature extractor keeps the ops, let the modules be leaves of its graph:
 ``create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules": [ShiftedWindowAttention]})``.
@@ -213,7 +213,7 @@ def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
 
 
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
-    """torchvision's block with a residual connection and norms on ops where a fast backend has them."""
+    """torchvision's block with a residual connection and norms on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -230,7 +230,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
 
 
 class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
-    """torchvision's block of v2 with its residual connections and norms on an op where a fast backend has it."""
+    """torchvision's block of v2 with its residual connections and norms on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -243,7 +243,7 @@ class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """torchvision's patch merging on an op where a fast backend has it."""
+    """torchvision's patch merging on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)
@@ -251,7 +251,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
-    """torchvision's patch merging of v2 on an op where a fast backend has it."""
+    """torchvision's patch merging of v2 on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING_V2.run(self, x)

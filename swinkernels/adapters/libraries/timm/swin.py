@@ -2,7 +2,6 @@
 
 The sum of a residual connection and the norm after it are one op. Under autocast it writes the half-precision input of
 the next Linear at once, and so does norm1. The gather of patch merging and its norm are one op, before the reduction.
-Norms and merging are timm's own code wherever no fast backend runs them.
 
 Source: timm.models.swin_transformer, timm 0.9.16 and newer.
 """
@@ -93,7 +92,7 @@ def _add_then_norm2(block: AcceleratedSwinTransformerBlock, x: Tensor, y: Tensor
 
 
 class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransformerBlock):
-    """timm's block with its attention half on a window attention op, and norms on ops where a fast backend has them."""
+    """timm's block with its attention half on a window attention op, and norms on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -113,7 +112,7 @@ class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransforme
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """timm's patch merging on an op where a fast backend has it."""
+    """timm's patch merging on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) else _MERGING.run(self, x)

@@ -72,7 +72,7 @@ _MERGING = Merging("post", lambda merging: merging.out_dim)
 
 
 class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransformerV2Block):
-    """timm's v2 block with attention on a window attention op, and norms on ops where a fast backend has them."""
+    """timm's v2 block with attention on a window attention op, and norms on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -89,7 +89,7 @@ class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransfor
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMerging):
-    """timm's patch merging of v2 on an op where a fast backend has it."""
+    """timm's patch merging of v2 on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) else _MERGING.run(self, x)

@@ -50,7 +50,7 @@ _MERGING = Merging("pre", lambda merging: getattr(merging.reduction, "in_feature
 
 
 class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransformerV2CrBlock):
-    """timm's block with attention on a window attention op, and norms on ops where a fast backend has them."""
+    """timm's block with attention on a window attention op, and norms on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -67,7 +67,7 @@ class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransf
 
 
 class AcceleratedPatchMergingV2Cr(Accelerated, PatchMerging):
-    """timm's patch merging on an op where a fast backend has it."""
+    """timm's patch merging on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) else _MERGING.run(self, x)

@@ -334,7 +334,7 @@ class PostNormLayer(_Layer):
 
 
 class _MergingOfSequences(Accelerated):
-    """Patch merging on an op where a fast backend has it."""
+    """Patch merging on an op."""
 
     def _merge(self, how: Merging, x: Tensor, size: Any) -> Tensor | None:
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
@@ -344,7 +344,7 @@ class _MergingOfSequences(Accelerated):
 
 
 class PreNormMerging(_MergingOfSequences):
-    """Patch merging of v1 on an op where a fast backend has it."""
+    """Patch merging of v1 on an op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING, input_feature, input_dimensions)
@@ -352,7 +352,7 @@ class PreNormMerging(_MergingOfSequences):
 
 
 class PostNormMerging(_MergingOfSequences):
-    """Patch merging of v2 on an op where a fast backend has it."""
+    """Patch merging of v2 on an op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING_V2, input_feature, input_dimensions)

@@ -25,7 +25,7 @@ class AcceleratedClapAudioLayer(PreNormLayerOfAnyMap, ClapAudioLayer):  # type: 
 
 
 class AcceleratedClapAudioPatchMerging(PreNormMerging, ClapAudioPatchMerging):
-    """transformers' patch merging on an op where a fast backend has it."""
+    """transformers' patch merging on an op."""
 
 
 ADAPTERS = (

@@ -25,7 +25,7 @@ class AcceleratedDonutSwinLayer(PreNormLayerOfAnyMap, DonutSwinLayer):  # type: 
 
 
 class AcceleratedDonutSwinPatchMerging(PreNormMerging, DonutSwinPatchMerging):
-    """transformers' patch merging on an op where a fast backend has it."""
+    """transformers' patch merging on an op."""
 
 
 ADAPTERS = (

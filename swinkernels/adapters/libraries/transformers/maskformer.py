@@ -33,7 +33,7 @@ class AcceleratedMaskFormerSwinLayer(PreNormLayer, MaskFormerSwinLayer):
 
 
 class AcceleratedMaskFormerSwinPatchMerging(PreNormMerging, MaskFormerSwinPatchMerging):
-    """transformers' patch merging on an op where a fast backend has it."""
+    """transformers' patch merging on an op."""
 
 
 ADAPTERS = (

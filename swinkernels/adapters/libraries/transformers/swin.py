@@ -38,7 +38,7 @@ class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
 
 
 class AcceleratedSwinPatchMerging(PreNormMerging, SwinPatchMerging):
-    """transformers' patch merging on an op where a fast backend has it."""
+    """transformers' patch merging on an op."""
 
 
 ADAPTERS = (

@@ -25,7 +25,7 @@ class AcceleratedSwin2SRLayer(PostNormLayer, Swin2SRLayer):  # type: ignore[misc
 
 
 class AcceleratedSwin2SRPatchMerging(PostNormMerging, Swin2SRPatchMerging):
-    """transformers' patch merging on an op where a fast backend has it."""
+    """transformers' patch merging on an op."""
 
 
 ADAPTERS = (

@@ -25,7 +25,7 @@ class AcceleratedSwinv2Layer(PostNormLayer, Swinv2Layer):  # type: ignore[misc] 
 
 
 class AcceleratedSwinv2PatchMerging(PostNormMerging, Swinv2PatchMerging):
-    """transformers' patch merging on an op where a fast backend has it."""
+    """transformers' patch merging on an op."""
 
 
 ADAPTERS = (

@@ -1,0 +1,485 @@
+"""Every library with every check that all of them have to pass, on small models; what only one library has is in the
+test files of the libraries.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import swinkernels
+from swinkernels import _extension
+from swinkernels.adapters import norms
+from swinkernels.adapters.adapter import Accelerated
+from swinkernels.models import SwinTransformer
+from swinkernels.ops._backends import NOT_INSTALLED
+from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
+from tests.support.sweeps import long_but
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of what libraries, tracing and export have to say
+
+# Maps of 9x13 and 5x7 tokens in windows of 4x4: padded, and shifted in every second block.
+IMAGE = (3, 18, 26)
+PRE_NORM = {"residual_layer_norm": 4, "patch_merging": 1}
+POST_NORM = {"residual_post_norm": 8, "patch_merging": 1}
+
+
+class Output(nn.Module):
+    """A model that returns one tensor of what another does."""
+
+    def __init__(self, model: nn.Module, choose: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self.choose = model, choose
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.choose(self.model(x))
+
+
+def last(outputs: Any) -> Tensor:
+    return outputs[-1]
+
+
+def first(outputs: Any) -> Tensor:
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+def of_timm(name: str, drop_path: float) -> nn.Module:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    return getattr(timm.models, name)(
+        img_size=IMAGE[1:], patch_size=2, num_classes=5, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4,
+        drop_path_rate=drop_path,
+    )  # fmt: skip
+
+
+def vit_of_timm(drop_path: float) -> nn.Module:
+    vit = pytest.importorskip("timm.models.vision_transformer_relpos", reason="timm is not installed")
+    return vit.VisionTransformerRelPos(
+        img_size=IMAGE[1:], patch_size=2, num_classes=5, embed_dim=24, depth=2, num_heads=2, init_values=0.7,
+        rel_pos_dim=16, drop_path_rate=drop_path,
+    )  # fmt: skip
+
+
+def maxvit_of_timm(drop_path: float) -> nn.Module:
+    """Channels last in its first stage and first in its second."""
+    maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm is not installed")
+    attention = maxxvit.MaxxVitTransformerCfg(dim_head=8, window_size=(4, 4), grid_size=(4, 4))
+    cfg = maxxvit.MaxxVitCfg(
+        embed_dim=(16, 16), depths=(1, 1), block_type=("M", "M"), stem_width=8, conv_cfg=maxxvit.MaxxVitConvCfg(),
+        transformer_cfg=attention,
+    )  # fmt: skip
+    return maxxvit.MaxxVit(cfg, img_size=64, num_classes=3, drop_path_rate=drop_path)
+
+
+def of_torchvision(version: int, drop_path: float) -> nn.Module:
+    swin = pytest.importorskip("torchvision.models.swin_transformer", reason="torchvision is not installed")
+    options: dict[str, Any] = {"stochastic_depth_prob": drop_path, "num_classes": 5}
+    if version == 2:
+        options |= {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    return swin.SwinTransformer([2, 2], 16, [2, 2], [2, 4], [4, 4], **options)
+
+
+def of_monai(drop_path: float) -> nn.Module:
+    swin_unetr = pytest.importorskip("monai.networks.nets.swin_unetr", reason="MONAI is not installed")
+    encoder = swin_unetr.SwinTransformer(
+        in_chans=3, embed_dim=12, window_size=(4, 4), patch_size=(2, 2), depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 4),
+        spatial_dims=2, drop_path_rate=drop_path,
+    )  # fmt: skip
+    return Output(encoder, last)
+
+
+def of_mmpretrain(version: int, drop_path: float) -> nn.Module:
+    pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what mmcv-lite and mmengine have to say
+        from mmpretrain import models
+    arch: dict[str, Any] = {"embed_dims": 16, "depths": [2, 2], "num_heads": [2, 4]}
+    options: dict[str, Any] = {"drop_path_rate": drop_path}
+    if version == 2:
+        arch["extra_norm_every_n_blocks"] = 2
+        options["pretrained_window_sizes"] = [0, 6]
+    kind = models.SwinTransformer if version == 1 else models.SwinTransformerV2
+    return Output(kind(arch, patch_size=2, window_size=4, out_indices=(0, 1), **options), last)
+
+
+def of_transformers(config: str, model: str, drop_path: float, **options: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+    size = {"patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, **options}
+    if model == "MaskFormerSwinModel":
+        from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinModel as kind
+    else:
+        kind = getattr(transformers, model)
+    return Output(kind(getattr(transformers, config)(image_size=32, drop_path_rate=drop_path, **size)), first_value)
+
+
+def first_value(outputs: Any) -> Tensor:
+    return next(iter(outputs.values()))
+
+
+@dataclass(frozen=True)
+class Library:
+    build: Callable[[float], nn.Module]  # from the rate of drop path
+    attention: int = 4  # the windows attended in one forward pass: calls of the op
+    image: tuple[int, ...] = IMAGE
+    # The calls of the other ops in a forward pass, and those of layer_norm under autocast.
+    norms: dict[str, int] = field(default_factory=dict)
+    autocast_norms: int = 0
+
+
+LIBRARIES = {
+    "timm": Library(lambda p: of_timm("SwinTransformer", p), norms=PRE_NORM, autocast_norms=4),
+    "timm-v2": Library(lambda p: of_timm("SwinTransformerV2", p), norms=POST_NORM),
+    "timm-v2-cr": Library(lambda p: of_timm("SwinTransformerV2Cr", p), norms=POST_NORM),
+    "timm-vit": Library(vit_of_timm, attention=2),
+    "timm-maxvit": Library(maxvit_of_timm, image=(3, 64, 64)),
+    "torchvision": Library(lambda p: of_torchvision(1, p), norms=PRE_NORM, autocast_norms=4),
+    "torchvision-v2": Library(lambda p: of_torchvision(2, p), norms=POST_NORM),
+    "monai": Library(of_monai, attention=6, norms={"residual_layer_norm": 6, "patch_merging": 4}, autocast_norms=6),
+    "mmpretrain": Library(lambda p: of_mmpretrain(1, p), norms=PRE_NORM, autocast_norms=4),
+    "mmpretrain-v2": Library(lambda p: of_mmpretrain(2, p), norms=POST_NORM),
+    "transformers": Library(lambda p: of_transformers("SwinConfig", "SwinModel", p), norms=PRE_NORM, autocast_norms=4),
+    "transformers-v2": Library(lambda p: of_transformers("Swinv2Config", "Swinv2Model", p), norms=POST_NORM),
+    "transformers-donut": Library(
+        lambda p: of_transformers("DonutSwinConfig", "DonutSwinModel", p), norms=PRE_NORM, autocast_norms=4
+    ),
+    "transformers-maskformer": Library(
+        lambda p: of_transformers("MaskFormerSwinConfig", "MaskFormerSwinModel", p), norms=PRE_NORM, autocast_norms=4
+    ),
+    "transformers-swin2sr": Library(
+        lambda p: of_transformers(
+            "Swin2SRConfig", "Swin2SRForImageSuperResolution", p, patch_size=1, num_channels=3, mlp_ratio=2.0
+        ),
+        image=(3, 8, 16),
+        norms={"residual_post_norm": 8},
+    ),
+    "swinkernels": Library(lambda p: SwinTransformer(IMAGE[1:], 2, 3, 5, 16, (2, 2), (2, 4), 4, drop_path_rate=p)),
+}
+FOREIGN = [name for name in LIBRARIES if name != "swinkernels"]
+
+IN_BFLOAT16 = [name for name in FOREIGN if not name.startswith("mmpretrain")]  # whose own attention refuses it
+
+foreign = pytest.mark.parametrize("library", FOREIGN)
+libraries = pytest.mark.parametrize("library", LIBRARIES)
+
+
+@functools.cache
+def original(library: str, drop_path: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    model = LIBRARIES[library].build(drop_path)
+    randomise(model)
+    return model.eval()
+
+
+def make(library: str, dtype: torch.dtype = torch.float32, drop_path: float = 0.0) -> nn.Module:
+    return copy.deepcopy(original(library, drop_path)).to(dtype)
+
+
+def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> nn.Module:
+    fast = copy.deepcopy(model)
+    report = swinkernels.accelerate(fast, backend=backend, **options)
+    assert report.replaced and not report.skipped, report
+    return fast
+
+
+def on_ops(library: str) -> nn.Module:
+    """A model whose attention is this package's."""
+    return make(library) if library == "swinkernels" else accelerated(original(library))
+
+
+def images(library: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(batch, *LIBRARIES[library].image, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.fixture
+def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of window attention, by the backend that each asked for."""
+    module, seen = sys.modules["swinkernels.ops.window_attention"], []
+    attend = module._attend
+
+    def watched(*args: Any) -> Any:
+        seen.append(args[5])
+        return attend(*args)
+
+    monkeypatch.setattr(module, "_attend", watched)
+    return seen
+
+
+@pytest.fixture
+def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of the other ops, by name."""
+    seen: list[str] = []
+
+    def watched(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **options: seen.append(name) or op(*args, **options)
+
+    for name in ("layer_norm", "residual_layer_norm", "residual_post_norm", "patch_merging"):
+        monkeypatch.setattr(norms, name, watched(name, getattr(norms, name)))
+    return seen
+
+
+# The same numbers
+
+
+@foreign
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_outputs_and_every_gradient(library, dtype, attention_calls):
+    model, x = make(library, dtype), images(library, dtype=dtype)
+    exact = run(copy.deepcopy(model).double(), x.double())
+    got = run(accelerated(model), x)
+    assert len(attention_calls) == LIBRARIES[library].attention
+    assert_as_good(got, run(model, x), exact, shaken(model, x, dtype))
+
+
+@foreign
+def test_autocast_bfloat16(library):
+    model, x = make(library), images(library)
+    exact = run(copy.deepcopy(model).double(), x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, plain = run(accelerated(model), x), run(model, x)
+    assert_as_noisy(got, plain, exact)
+
+
+@pytest.mark.parametrize("library", IN_BFLOAT16)
+def test_bfloat16_model(library):
+    model, x = make(library, torch.bfloat16), images(library, dtype=torch.bfloat16)
+    exact = {"out": copy.deepcopy(model).double()(x.double())}
+    assert_as_noisy({"out": accelerated(model)(x)}, {"out": model(x)}, exact)
+
+
+@pytest.mark.parametrize("library", [name for name in FOREIGN if LIBRARIES[name].norms])
+def test_norms_and_merging_on_kernels(library, norm_calls, as_on_a_gpu):
+    model, x, expected = make(library), images(library), LIBRARIES[library]
+    exact = run(copy.deepcopy(model).double(), x.double())
+    got = run(accelerated(model), x)
+    assert Counter(norm_calls) == expected.norms
+    assert_as_good(got, run(model, x), exact, shaken(model, x, x.dtype))
+    norm_calls.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, plain = run(accelerated(model), x), run(model, x)
+    assert_as_noisy(got, plain, exact)
+    assert norm_calls.count("layer_norm") == expected.autocast_norms
+
+
+@pytest.mark.parametrize(
+    "library", [name for name in FOREIGN if name != "transformers-swin2sr"]
+)  # too small to be seen
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_drop_path_draws_the_same(library, backend):
+    model, x = make(library, torch.float64, drop_path=0.5).train(), images(library, 4, torch.float64)
+    results = []
+    for m in (model, accelerated(model, backend)):
+        torch.manual_seed(7)
+        results.append({name: t for name, t in run(m, x).items() if "position_bias_mlp" not in name})  # which cancel
+        results[-1]["next random number"] = torch.rand(1).double()
+    assert_as_good(results[1], results[0], results[0])
+    assert not torch.equal(results[0]["out"], model.eval()(x)), "drop path was not active"
+
+
+@foreign
+def test_frozen_parameters_stay_frozen(library):
+    model, x = make(library, torch.float64), images(library, dtype=torch.float64)
+    words = ("qkv", "query", "table", "norm1")
+    frozen = {name for name, _ in model.named_parameters() if any(word in name for word in words)}
+    assert frozen
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and name not in frozen)
+    exact, got = run(model, x), run(accelerated(model), x)
+    assert frozen.isdisjoint(got)
+    assert_as_good(got, exact, exact, shaken(model, x, x.dtype))
+
+
+# The same model
+
+
+@foreign
+def test_keys_types_copies_and_restore(library, attention_calls, norm_calls):
+    model, x = make(library, torch.float64), images(library, dtype=torch.float64)
+    expected = model(x)
+    classes, attributes = [type(m) for m in model.modules()], [set(m.__dict__) for m in model.modules()]
+    fast = accelerated(model, "reference")
+    parameters, buffers = dict(fast.named_parameters()), [name for name, _ in model.named_buffers()]
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert [name for name, _ in fast.named_buffers()] == buffers
+    assert all(isinstance(m, c) for m, c in zip(fast.modules(), classes, strict=True))
+    # mmpretrain's own state of v2 lacks buffers that it asks for.
+    plain = copy.deepcopy(model)
+    loaded = [m.load_state_dict(other.state_dict(), strict=False) for m, other in ((fast, plain), (plain, fast))]
+    assert loaded[0] == loaded[1] and not loaded[0].unexpected_keys
+
+    saved = io.BytesIO()
+    torch.save(fast, saved)
+    saved.seek(0)
+    copies = [copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), torch.load(saved, weights_only=False)]
+    for again in copies:
+        assert [type(m) for m in again.modules()] == [type(m) for m in fast.modules()]
+        attention_calls.clear()
+        norm_calls.clear()
+        torch.testing.assert_close(again(x), expected, rtol=1e-10, atol=1e-12)
+        assert attention_calls == ["reference"] * LIBRARIES[library].attention
+        assert Counter(norm_calls) == LIBRARIES[library].norms
+
+    assert swinkernels.accelerate(fast) == swinkernels.accelerate(fast)
+    assert all(p is parameters[name] for name, p in fast.named_parameters())
+    replaced = next(m for m in fast.modules() if isinstance(m, Accelerated))
+    with pytest.raises(RuntimeError, match=r"swinkernels\.restore\(model\)"):
+        torch.jit.script(replaced)
+    for again in (fast, *copies):
+        swinkernels.restore(again)
+        assert [type(m) for m in again.modules()] == classes
+        assert [set(m.__dict__) for m in again.modules()] == attributes
+        assert torch.equal(again(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("library", "dtype"),
+    [(library, dtype) for library in FOREIGN for dtype in (torch.float64, torch.float32)]
+    + [(library, torch.bfloat16) for library in IN_BFLOAT16],
+    ids=str,
+)
+def test_verify_passes_and_leaves_no_trace(library, dtype):
+    model = make(library, dtype, drop_path=0.5).train()
+    before = [t.clone() for t in (*model.parameters(), torch.get_rng_state())]
+    swinkernels.accelerate(model, verify=True)
+    swinkernels.accelerate(model, backend="reference", verify=True)
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip((*model.parameters(), torch.get_rng_state()), before, strict=True))
+
+
+# Compilers and exporters
+
+
+# Each library is compiled in one of the two ways.
+@pytest.mark.parametrize("library", long_but(LIBRARIES, "timm", "timm-v2", "timm-vit", "timm-maxvit", "swinkernels"))
+def test_compile_fullgraph_with_a_dynamic_batch(library):
+    torch.compiler.reset()
+    compiled = torch.compile(on_ops(library), fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            x = images(library, batch)
+            torch.testing.assert_close(compiled(x), original(library)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "library",
+    long_but(LIBRARIES, "timm-v2-cr", "torchvision", "transformers", "monai", "mmpretrain", "mmpretrain-v2"),
+)
+def test_compile_fullgraph_of_a_training_step(library):
+    torch.compiler.reset()
+    model, x = make(library, torch.float64), images(library, dtype=torch.float64)
+    fast = model if library == "swinkernels" else accelerated(model)
+    exact = run(model, x)
+    got = run(torch.compile(fast, fullgraph=True, backend="aot_eager"), x)
+    assert_as_good({k.removeprefix("_orig_mod."): v for k, v in got.items()}, exact, exact)
+
+
+@libraries
+def test_export(library):
+    model, x = on_ops(library), images(library)
+    program = torch.export.export(model, (x,))
+    ops = [str(node.target) for node in program.graph.nodes if "swinkernels" in str(node.target)]
+    assert len(ops) == (LIBRARIES[library].attention if NOT_INSTALLED["cpu"] is None else 0)
+    torch.testing.assert_close(program.module()(x), original(library)(x), rtol=1e-4, atol=1e-4)
+
+
+RUN_ALONE = """
+import sys, torch
+library, package, x, out = sys.argv[1:]
+torch.ops.load_library(library)
+torch.save(torch._inductor.aoti_load_package(package)(torch.load(x)), out)
+ours = [name for name in sys.modules if name.partition(".")[0] == "swinkernels"]
+assert not ours, ours
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_extension.build is None, reason=str(_extension.error))
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+@pytest.mark.parametrize("library", long_but(["timm", "torchvision", "transformers", "swinkernels"], "timm"))
+def test_aot_inductor(library, tmp_path):
+    """The package runs where swinkernels is not imported, only its library of ops loaded."""
+    model, x = on_ops(library), images(library)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.save(x, tmp_path / "x.pt")
+    paths = (_extension.find_library(), package, tmp_path / "x.pt", tmp_path / "out.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALONE, *map(str, paths)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), original(library)(x), rtol=1e-4, atol=1e-4)
+
+
+@libraries
+def test_channels_last_images(library):
+    x = images(library).contiguous(memory_format=torch.channels_last)
+    model = on_ops(library).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x), original(library)(images(library)), rtol=1e-4, atol=1e-4)
+
+
+@libraries
+def test_moving_averages_of_the_weights(library):
+    model = on_ops(library)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    average.update_parameters(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    average.update_parameters(model)
+    plain = copy.deepcopy(original(library))
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.mul_(1.25)
+    torch.testing.assert_close(average.eval()(images(library)), plain(images(library)), rtol=1e-3, atol=1e-3)
+
+
+@libraries
+def test_gradient_scaler_and_float16_autocast(library):
+    model = on_ops(library).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = [p.clone() for p in model.parameters()]
+    with torch.autocast("cpu", torch.float16):
+        loss = model(images(library)).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@foreign
+def test_torch_jit_trace_records_the_librarys_own_code(library, attention_calls, norm_calls):
+    model, x = on_ops(library), images(library)
+    traced = torch.jit.trace(model, x, check_trace=False)
+    assert not attention_calls + norm_calls
+    torch.testing.assert_close(traced(x), original(library)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_torch_jit_trace_of_this_packages_modules_is_refused():
+    with pytest.raises(RuntimeError, match="trace cannot record window attention"):
+        torch.jit.trace(make("swinkernels"), images("swinkernels"), check_trace=False)
+
+
+def test_quantised_and_compiled_modules_are_left_alone():
+    model = copy.deepcopy(original("timm"))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    report = swinkernels.accelerate(quantised)
+    assert any("qkv" in str(reason) for reason in report.skipped)
+    expected = copy.deepcopy(quantised)
+    swinkernels.restore(expected)
+    torch.testing.assert_close(quantised(images("timm")), expected(images("timm")))
