@@ -241,12 +241,13 @@ def _attend(
     options: dict[str, Any],
 ) -> Any:
     """Run one form, with ``tables`` for _TENSORS and the other arguments as ``options`` of :class:`WindowSpec`."""
-    plain = is_plain(maps + tables)
+    tensors = maps + tables
+    plain = is_plain(tensors)
     key = plan = None
     if plain and generator is None:
         autocast = autocast_dtype(maps[0]) if torch._C._is_any_autocast_enabled() else None
         given = (form, backend, num_heads, return_attention, *options.values())
-        key = call_key(maps + tables, given, autocast)
+        key = call_key(tensors, given, autocast)
         plan = _PLANS.get(key)
     if plan is None:
         named = dict(zip(_TENSORS, tables, strict=True))
