@@ -1,6 +1,6 @@
-"""A folder to carry to a machine with a GPU: a build that any Python and torch there can load, and what may be missing.
+"""A folder to carry to a machine with a GPU: a build that any Python and torch there can load, and lacking packages.
 
-In it are the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and the pure Python
+It has the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and the pure Python
 packages that a machine with no more than torch and Triton lacks for them, from the environment at hand or by pip. There
 ``make gpu-check`` needs neither network nor compiler.
 """
@@ -20,22 +20,27 @@ from gpu import ROOT
 MOST_MIB = 40
 SOURCES = ("swinkernels", "tests", "benchmarks", "gpu", "csrc", "Makefile", "pyproject.toml", "LICENSE")
 CARRIED = ("pytest", "hypothesis", "tabulate", "monai", "einops")
-# What torch and the model libraries of such a machine bring, compiled for its Python.
-THERE = ("torch", "numpy", "typing-extensions")
+THERE = ("torch", "numpy", "typing-extensions")  # compiled for that machine's Python
+
+
+def _installed(name: str) -> importlib.metadata.Distribution | None:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _requirements(package: str) -> set[str]:
-    """The packages that one needs, by their normal names, and those that they need."""
+    """A package and all that it needs, by their normal names."""
     found, to_do = set(), [package]
     while to_do:
         name = re.sub(r"[-_.]+", "-", to_do.pop()).lower()
-        if name in found or name in THERE:
+        if name in found or name in THERE or (name != package and _installed(name) is None):
             continue
         found.add(name)
         for requirement in importlib.metadata.requires(name) or ():
             needed, _, marker = requirement.partition(";")
-            # Of older Pythons, what this one lacks is not here to be carried.
-            if "extra" not in marker and "python" not in marker and "platform" not in marker:
+            if not re.search("extra|python|platform", marker):
                 to_do.append(re.split(r"[\s<>=!~\[(]", needed.strip(), maxsplit=1)[0])
     return found
 
@@ -45,15 +50,8 @@ def _carry(name: str, target: Path) -> str | None:
     distribution = importlib.metadata.distribution(name)
     files = [f for f in distribution.files or () if ".." not in f.parts and "__pycache__" not in f.parts]
     if any(f.suffix in (".so", ".pyd") for f in files):
-        options = [
-            "--quiet",
-            "--no-deps",
-            "--no-compile",
-            "--only-binary=:all:",
-            "--platform=any",
-            f"--target={target}",
-        ]
-        done = subprocess.run([sys.executable, "-m", "pip", "install", *options, name])
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--only-binary=:all:"]
+        done = subprocess.run([*pip, "--platform=any", f"--target={target}", name])
         return None if done.returncode == 0 else f"{name} is compiled for one Python, and pip found no other"
     for file in files:
         source = Path(str(distribution.locate_file(file)))
@@ -70,32 +68,20 @@ def make(out: Path) -> int:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     skipped = shutil.ignore_patterns("__pycache__", "_C.*.so", "images", "*.png")
-    for name in SOURCES:
-        source = ROOT / name
+    for source in (ROOT / name for name in SOURCES):
         if source.is_dir():
-            shutil.copytree(source, out / name, ignore=skipped)
+            shutil.copytree(source, out / source.name, ignore=skipped)
         else:
-            shutil.copy(source, out / name)
+            shutil.copy(source, out)
     (out / "COMMIT").write_text(f"{commit()}\n")
     for library in (out / "swinkernels").glob("_ops*.so"):
         subprocess.run(["strip", "--strip-unneeded", str(library)], check=False)
-    installed = {name for package in CARRIED if _is_installed(package) for name in _requirements(package)}
-    notes = [f"{package} is not installed here" for package in CARRIED if not _is_installed(package)]
-    notes += [why for name in sorted(installed) if _is_installed(name) and (why := _carry(name, out / "carried"))]
+    notes = [f"{package} is not installed here" for package in CARRIED if _installed(package) is None]
+    wanted = {name for package in CARRIED if _installed(package) for name in _requirements(package)}
+    notes += [why for name in sorted(wanted) if (why := _carry(name, out / "carried"))]
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2**20
     print(f"{out}: {size:.1f} MiB, commit {commit()}" + "".join(f"\nnot carried: {note}" for note in notes))
     if size > MOST_MIB:
-        print(
-            f"gpu bundle: more than {MOST_MIB} MiB: build for one architecture, TORCH_CUDA_ARCH_LIST=9.0",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        advice = "build for one architecture, TORCH_CUDA_ARCH_LIST=9.0"
+        print(f"gpu bundle: more than {MOST_MIB} MiB: {advice}", file=sys.stderr)
+    return int(size > MOST_MIB)

@@ -14,7 +14,7 @@ import torch
 from torch.fx.experimental import _config
 
 from gpu import __main__ as command
-from gpu import bits, bundle, calls, plan, profile, sanitize, smoke
+from gpu import bits, bundle, plan, profile, sanitize, smoke
 from gpu.lines import Emitter
 from gpu.plan import Setting
 from swinkernels import reference, testing
@@ -28,7 +28,7 @@ class Told(Emitter):
         super().__init__()
         self.lines: list[dict[str, Any]] = []
 
-    def _write(self, message: dict[str, Any]) -> None:
+    def tell(self, **message: Any) -> None:
         if "result" in message:
             self.lines.append(message)
 
@@ -126,10 +126,10 @@ def test_a_tool_runs_the_calls(
     arguments, no_cache = json.loads(log.read_text())
     assert no_cache == "1"  # else torch's own pool hides what lies beyond a tensor
     assert arguments[:2] == ["--tool", "racecheck"]
-    assert arguments[-6:] == ["gpu", "calls", "--device", "cuda", "--most", str(sanitize.DOZEN)]
+    assert arguments[-1] == f"from gpu import sanitize; sanitize.run('cuda', 'cuda', {sanitize.DOZEN})"
     log.unlink()
     run(sanitize.cases, "racecheck", Setting(whole=True))
-    assert "--most" not in json.loads(log.read_text())[0]
+    assert json.loads(log.read_text())[0][-1].endswith("'cuda', None)")
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +141,8 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_calls_have_every_op() -> None:
-    assert calls.run(torch.device("cpu"), "auto", 24) == 24
-    names = {name.split()[0] for name, _, _ in calls.memory_ops("auto")} | {
+    assert sanitize.run("cpu", "auto", 24) == 24
+    names = {name for name, _, _ in sanitize.memory_bound_calls()} | {
         "window_attention_qkvpacked",
         "window_attention",
         "patch_expanding",  # of which the kernels are those of layer_norm
@@ -153,14 +153,14 @@ def test_the_calls_have_every_op() -> None:
 
 
 def test_a_result_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "attention", lambda *_: {"out": torch.tensor([1.0, float("nan")])})
+    monkeypatch.setattr(sanitize, "attention", lambda *_: {"out": torch.tensor([1.0, float("nan")])})
     with pytest.raises(SystemExit, match=r"window_attention_qkvpacked b1-4x6.*not finite"):
-        calls.run(torch.device("cpu"), "auto")
+        sanitize.run("cpu", "auto")
 
 
 def test_a_backend_that_runs_nothing_is_an_error() -> None:
     with pytest.raises(SystemExit, match="the backend triton ran nothing"):
-        calls.run(torch.device("cpu"), "triton", 12)
+        sanitize.run("cpu", "triton", 12)
 
 
 # The profiler
