@@ -68,11 +68,9 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 def _registers() -> dict[tuple[str, str], int]:
     """(architecture, kernel) of this installation's build; empty if it has no CUDA kernels or nothing reads them."""
     built = _extension._library(Path(_extension.__file__).parent)
-    return (
-        {}
-        if built is None or missing("cuobjdump")
-        else {(k.arch, k.kernel): k.registers for k in resource_usage(built)}
-    )
+    if built is None or missing("cuobjdump") or b".nv_fatbin" not in built.read_bytes():
+        return {}
+    return {(k.arch, k.kernel): k.registers for k in resource_usage(built)}
 
 
 def refusal(case: WindowAttentionCase, leaves: dict[str, Tensor], room: Room) -> str | None:

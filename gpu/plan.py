@@ -13,7 +13,7 @@ TRITON_SHARES = 3  # of the cases of a dtype: Triton compiles each for seconds
 TEST_PROCESSES = 14
 VARIANTS = ROOT / "build" / "variants"  # a folder each, with a package in it
 DEFAULT = ("info", "smoke", "bits", "time", "ncu", "sanitize", "tests", "models")
-EXTRA = ("peers", "variants")  # by name only: they take longer than a GPU is usually there
+EXTRA = ("peers", "variants", "fit")  # by name only: the first two take longer than a GPU is usually there
 # Contestants of Swin-T in inference and in the training step. A CPU compiles for minutes.
 INFERENCE = ("eager-compiled", "accelerate", "accelerate-compiled")
 TRAINING = ("eager-compiled", "accelerate-compiled", "eager-graphs", "accelerate-graphs")
@@ -98,5 +98,5 @@ def steps(setting: Setting, names: tuple[str, ...] = DEFAULT) -> list[Step]:
             for s in every
         ]
     build = ("build",) if (ROOT / "setup.py").exists() and not os.environ.get("SWINKERNELS_OPS") else ()
-    fit = ("fit",) if setting.rehearse else ()  # a GPU has nothing to say on it
+    fit = ("fit",) if setting.rehearse and names == DEFAULT else ()  # of an emulator alone
     return [step for name in (*build, *names, *fit) for step in every if step.name == name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,18 +241,26 @@ def test_other_bits_are_counted() -> None:
 def test_a_bundle_has_what_a_bare_machine_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In pure Python, without a module of this Python; its commit is said by a file."""
+    """Its packages come by pip, in pure Python; it has no module of this Python, and a file with its commit."""
     if not list((bundle.ROOT / "swinkernels").glob("_ops*.so")):
         pytest.skip("the extension is not built")
-    monkeypatch.setattr(bundle, "CARRIED", ("tabulate", "no-such-package"))
+    (tmp_path / "wheel").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheel" / "carried_here-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried_here.py", "")
+        wheel.writestr(
+            "carried_here-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carried-here\nVersion: 1.0\n"
+        )
+        wheel.writestr("carried_here-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("carried_here-1.0.dist-info/RECORD", "")
+    monkeypatch.setattr(bundle, "PIP", (*bundle.PIP, "--no-index", f"--find-links={tmp_path / 'wheel'}"))
+    monkeypatch.setattr(bundle, "CARRIED", ("carried-here",))
     assert bundle.make(tmp_path / "bundle") == 0
-    said = capsys.readouterr().out
-    assert "not carried: no-such-package is not installed here" in said
+    assert "not carried: monai: pip found no release" in capsys.readouterr().out
     files = {str(path.relative_to(tmp_path / "bundle")) for path in (tmp_path / "bundle").rglob("*") if path.is_file()}
     assert {"COMMIT", "Makefile", "gpu/__main__.py", "tests/conftest.py", "benchmarks/record.py"} <= files
     assert "setup.py" not in files  # there is nothing to build
     assert any(name.startswith("swinkernels/_ops") for name in files)
     assert [name for name in files if name.endswith(".so") and "/_ops" not in name] == []
-    assert any(name.startswith("carried/tabulate/") for name in files)
+    assert "carried/carried_here.py" in files
     monkeypatch.setattr(bundle, "MOST_MIB", 0)
     assert bundle.make(tmp_path / "bundle") == 1
