@@ -14,12 +14,15 @@ import pytest
 import torch
 from torch.fx.experimental import _config
 
+import swinkernels
 from gpu import __main__ as command
-from gpu import bits, bundle, plan, profile, sanitize, smoke
+from gpu import bits, bundle, fit, plan, profile, sanitize, smoke
 from gpu.lines import Emitter
 from gpu.plan import Setting
 from swinkernels import reference, testing
 from swinkernels import triton as triton_ops
+from swinkernels.ops import _backends
+from tests import emulation
 
 
 class Told(Emitter):
@@ -233,6 +236,54 @@ def test_other_bits_are_counted() -> None:
     bits._same("cpu", "cuda", lambda: [next(drawn).repeat(3)], lambda **fields: told.append(fields))
     assert {line["result"] for line in told} == {"wrong"}
     assert {line["value"] for line in told} == {3}
+
+
+# Room for blocks
+
+
+def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch function that chooses by room is asked for each; no room for a block, or for its registers, is wrong."""
+
+    class Emulated:
+        def __init__(self, path: Path) -> None:
+            self.room, self.waiting = 0, 0
+
+        def configure(self, shared_bytes: int) -> None:
+            self.room, self.waiting = shared_bytes, 3
+
+        def launches(self) -> list[emulation.Launch]:
+            self.waiting -= 1
+            if self.waiting == 2:
+                return []  # of earlier calls
+            name, smem_bytes = ("plain_long", 120 * 1024) if self.room > 120 * 1024 else ("long", 80 * 1024)
+            direction = "fwd" if self.waiting == 1 else "bwd"
+            return [emulation.Launch(f"_Z9window_attention_{direction}_{name}_kernelIfE", smem_bytes, 256)]
+
+    plain = swinkernels.window_attention_qkvpacked
+    monkeypatch.setenv("SWINKERNELS_OPS", "/there")
+    monkeypatch.setattr(fit.emulation, "Library", Emulated)
+    monkeypatch.setattr(swinkernels, "window_attention_qkvpacked", lambda *a, backend, **given: plain(*a, **given))
+    limits = {"max_window_volume": 1024, "shared_bytes_of_longest": 160 * 1024, "max_window_volume_in_less": 256}
+    monkeypatch.setitem(_backends.LIMITS, "cuda", limits)
+    monkeypatch.setattr(_backends, "_reasons", lambda *_: [])
+    backward = "_Z9window_attention_bwd_plain_long_kernelIfE"
+    monkeypatch.setattr(fit, "_registers", lambda: {("sm_90", backward): 255, ("sm_80", backward): 257})
+    told = Told()
+    fit._fit("swin_t.1", torch.float32, told)
+    found = {(line["arch"], line["direction"]): line for line in told.lines}
+    assert len(found) == len(told.lines) == 8
+    assert [found[arch, "fwd"]["value"] for arch in fit.ROOMS] == [1, 1, 1, 1]
+    for arch in ("sm_86", "sm_89"):
+        assert found[arch, "fwd"]["kernel"] == "window_attention_fwd_long_kernel"
+        assert found[arch, "fwd"]["detail"].endswith("; in place of window_attention_fwd_plain_long_kernel")
+    assert "in place of" not in found["sm_80", "fwd"]["detail"]
+    assert (found["sm_90", "bwd"]["value"], found["sm_90", "bwd"]["result"]) == (1, "ok")
+    assert (found["sm_80", "bwd"]["value"], found["sm_80", "bwd"]["result"]) == (0, "wrong")
+    told.lines.clear()
+    fit._fit("window 7x7x7", torch.float32, told)
+    refused = [line for line in told.lines if line["arch"] == "sm_86"]
+    room = "it takes windows of at most 256 tokens where a block has 99 KB of shared memory, got 343"
+    assert {(x["value"], x["detail"]) for x in refused} == {(0, f"refused, and taken by triton: {room}")}
 
 
 # The bundle
