@@ -8,6 +8,7 @@ take it.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 import swinkernels
 from benchmarks.compiled import missing
@@ -24,7 +24,6 @@ from gpu.plan import Setting
 from gpu.smoke import ATTENTION, tiny
 from swinkernels import _extension
 from swinkernels.ops import _backends
-from swinkernels.ops.window_attention import spec_of
 from swinkernels.testing import WindowAttentionCase
 from tests import emulation
 from tests.cuda.test_resources import resource_usage
@@ -73,18 +72,18 @@ def _registers() -> dict[tuple[str, str], int]:
     return {(k.arch, k.kernel): k.registers for k in resource_usage(built)}
 
 
-def refusal(case: WindowAttentionCase, leaves: dict[str, Tensor], room: Room) -> str | None:
-    """Why the backend refuses a call on a GPU with this room and which other one takes it, or None."""
-    op, device, before = "window_attention_qkvpacked", torch.device("cuda"), _backends._shared_bytes
-    tables = {name: x for name, x in leaves.items() if name != "qkv"}
-    spec = spec_of(op, leaves["qkv"], case.size, case.head_dim, **tables, **case.arguments())
+def refusal(case: WindowAttentionCase, room: Room) -> str | None:
+    """Why the backend refuses a case's windows on a GPU with this room and which other one takes them, or None."""
+    volume, device, before = math.prod(case.window_tuple), torch.device("cuda"), _backends._shared_bytes
     _backends._shared_bytes = lambda device: room.block_bytes
     try:
-        reasons = _backends.window_attention_reasons("cuda", spec, leaves["qkv"].dtype, device)
-        others = [b for b in _backends.PREFERENCE["cuda"] if b != "cuda" and not _backends._longest_window(b, device)]
+        reasons = {b: _backends.window_volume_reasons(b, volume, device) for b in _backends.PREFERENCE["cuda"]}
     finally:
         _backends._shared_bytes = before
-    return f"refused, and taken by {others[0]}: {'; '.join(reasons)}" if reasons else None
+    if not reasons["cuda"]:
+        return None
+    taker = next((b for b, found in reasons.items() if not found), "torch")
+    return f"refused, and taken by {taker}: {reasons['cuda'][0]}"
 
 
 def _fit(name: str, dtype: torch.dtype, emit: Emitter) -> None:
@@ -104,7 +103,7 @@ def _fit(name: str, dtype: torch.dtype, emit: Emitter) -> None:
 
     labels = {"op": "window_attention", "backend": "cuda", "dtype": str(dtype).removeprefix("torch."), "unit": "blocks"}
     for arch, room in ROOMS.items():
-        if reason := refusal(case, leaves, room):
+        if reason := refusal(case, room):
             for direction in ("fwd", "bwd"):
                 emit.line(**labels, direction=direction, arch=arch, value=0, detail=reason)
             continue
