@@ -1,4 +1,4 @@
-"""What the kernels and models are to reach on a GPU, and the verdicts on it by what was measured."""
+"""The goals of kernels and models on a GPU, and the verdicts on them from measured rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks import attention, contest, models, shapes
 
 
 class AttentionGoal(NamedTuple):
-    """What the CUDA kernels are to reach at a shape in bfloat16, in both directions."""
+    """The goals of the CUDA kernels at a shape in bfloat16, in both directions."""
 
     fwd: float
     bwd: float
@@ -53,12 +53,13 @@ MEMORY_GOALS = {
 PEER_GOALS = {"eager": 3.0, "eager-compiled": 1.3}
 PEER_OPS = (*dict.fromkeys(op for op, _ in MEMORY_GOALS), "patch_merging")
 PEER_DIRECTIONS = ("fwd", "fwd+bwd")
-# Of the Linear alone and a copy of the bytes of gather and norm, what a whole patch merging may take forward.
+# The most that a whole patch merging may take forward: a share of the Linear alone and a copy of the bytes of gather
+# and norm.
 MERGING_GOAL = 1.15
 
 
 class ModelGoal(NamedTuple):
-    """How many times as fast a contestant is to be as the fastest of the others."""
+    """The speed that a contestant must reach, as a multiple of the fastest of the others."""
 
     suite: str
     shape: str
@@ -79,9 +80,9 @@ MODEL_GOALS = (
     ModelGoal("models", "swin_unetr96", "inference", "accelerate", ("eager",), 2.0),
     ModelGoal("models", "swin_unetr96", "training", "accelerate", ("eager",), 1.7),
 )
-# Of the peak memory of a training step of the compiled original that takes least, at shapes.MODEL_GOAL.
+# The most peak memory of a training step at shapes.MODEL_GOAL: a share of the compiled original that takes least.
 MODEL_MEMORY_GOAL = 0.85
-# Who takes turns with whom: (suite, model, contestants, modes). The last, ours, is not to be slower than any.
+# Contests: (suite, model, contestants, modes). The last contestant, ours, must not be slower than any other.
 MODEL_CONTESTS = (
     ("models", "swin_t", models.KINDS, models.MODES),
     ("models", "swinv2_t_w8", models.KINDS, models.MODES),
@@ -93,7 +94,7 @@ MODEL_CONTESTS = (
 
 
 def of_time(row: Mapping[str, Any]) -> float | None:
-    """What a time of our kernels in bfloat16 is to be: percent of a copy at least, microseconds at most, or nothing."""
+    """The goal of a time of our kernels: at least a percentage of a copy, at most microseconds, or None."""
     op, shape, backend, direction = (row[k] for k in ("op", "shape", "backend", "direction"))
     if direction not in ("fwd", "bwd"):
         return None
@@ -109,7 +110,7 @@ def of_time(row: Mapping[str, Any]) -> float | None:
 
 
 def of_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The verdicts on all goals by the lines of runs on a GPU (gpu/lines.py); the last line about a thing counts."""
+    """The verdicts on all goals from the lines of runs on a GPU (gpu/lines.py); later lines replace earlier ones."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in lines:
         if line["step"] in ("time", "peers", "models") and line.get("build", "shipped") == "shipped" and "us" in line:
@@ -158,7 +159,7 @@ def _best_peer(rows: list[dict[str, Any]], shape: str, direction: str) -> float 
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was reached of each goal of window attention."""
+    """The verdicts on the goals of window attention."""
     results = []
     for shape, wanted in ATTENTION_GOALS.items():
         what = f"{shape} ({shapes.ATTENTION[shape]})"
@@ -193,7 +194,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def memory_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same for the memory-bound ops, on CUDA in bfloat16."""
+    """The verdicts on the goals of the memory-bound ops, on CUDA in bfloat16."""
     results = []
     for (op, direction), wanted in MEMORY_GOALS.items():
         for shape in shapes.MAP_GOALS:
@@ -221,12 +222,12 @@ def memory_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def model_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same for models in bfloat16, and that none is slower than its original."""
+    """The verdicts on the goals of models in bfloat16, and whether any is slower than its original."""
 
     def contest_of(
         suite: str, shape: str, mode: str, mine: str, others: Iterable[str], column: str = "median_us"
     ) -> tuple[dict[str, Any] | None, float | None]:
-        """The row of mine, and its value over the best of the others: they took turns, so all that exist are there."""
+        """The row of mine, and its value over the best of the others that were measured."""
         labels = {"suite": suite, "shape": shape, "dtype": "bfloat16", "direction": mode}
         row = _find(rows, **labels, backend=mine)
         theirs = _best((r for o in others if (r := _find(rows, **labels, backend=o)) is not None), column)

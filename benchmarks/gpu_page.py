@@ -1,6 +1,6 @@
-"""docs/gpu.md and what the README says of GPUs, from the lines of runs on one (``make gpu-check``) and nothing else.
+"""docs/gpu.md and the README's GPU figures, written from the lines of runs on a GPU (``make gpu-check``) alone.
 
-A file ``*.jsonl`` in a folder of ``benchmarks/results`` is a run. Of each kernel the newest run that has it counts.
+A file ``*.jsonl`` in a folder of ``benchmarks/results`` is a run. The newest run that has a kernel counts for it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,16 @@ same bytes, timed in the same way: replays of a CUDA graph over inputs that rota
 """
 
 
+def read_lines(path: Path) -> list[Line]:
+    """The lines of a run. A run that was cut off may end in half a line, which is left out."""
+    return [json.loads(text) for text in path.read_text().splitlines(keepends=True) if text.endswith("\n")]
+
+
 def read(results: Path) -> Runs:
-    """The runs of a folder of folders; a rehearsal is none."""
+    """The runs of a folder of folders, without rehearsals."""
     runs = []
     for path in sorted(results.glob("*/*.jsonl")):
-        lines = [json.loads(text) for text in path.read_text().splitlines()]
+        lines = read_lines(path)
         if lines and not any(line.get("rehearsed") for line in lines):
             runs.append(lines)
     return sorted(runs, key=lambda lines: lines[-1]["date"])
@@ -64,7 +69,7 @@ def _newest(runs: Runs, **labels: str) -> list[Line]:
 
 
 def _verdict(lines: Sequence[Line]) -> str:
-    """Of the cases of one kernel in one direction."""
+    """The verdict on one kernel in one direction, from the lines of its cases."""
     if not lines:
         return NOT_YET
     where = f"{lines[0].get('device', 'unknown')}, commit {lines[0]['commit']}"
@@ -142,7 +147,7 @@ def _models(runs: Runs) -> str:
 
 
 def _goals(runs: Runs) -> str:
-    """What was measured of what was to be reached."""
+    """The goals that were measured, with their verdicts."""
     rows = [
         {
             "goal": x["goal"],
@@ -157,7 +162,7 @@ def _goals(runs: Runs) -> str:
 
 
 def readme_text(runs: Runs) -> str:
-    """What the README shows: times of window attention on CUDA in bfloat16, or that there are none."""
+    """The README's sentence: times of window attention on CUDA in bfloat16, or that there are none."""
     shown = [x for x in _shown(runs, "time") if x["backend"] == "cuda" and x["op"] == "window_attention"]
     shown = [x for x in shown if x["unit"] == "% of copy" and x["dtype"] == "bfloat16"]
     if not shown:

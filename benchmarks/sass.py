@@ -1,4 +1,4 @@
-"""Runs the machine code of a CUDA kernel on the CPU and counts what it executes.
+"""Runs the machine code of a CUDA kernel on the CPU and counts the instructions that it executes.
 
 The text that ``cuobjdump -sass`` prints is decoded once and executed warp by warp, lane by lane, with the registers,
 predicates, constant bank, shared and global memory of a GPU: so the path that is counted is the one that the kernel
@@ -579,7 +579,7 @@ def _is_predicate(text: str) -> bool:
 
 
 def _leading(operands: Sequence[str], start: int) -> tuple[list[str], list[str]]:
-    """The predicates from operand `start` on, and what follows them."""
+    """The predicates from operand `start` on, and the operands behind them."""
     end = start
     while end < len(operands) and _is_predicate(operands[end]):
         end += 1

@@ -1,4 +1,4 @@
-"""``python -m gpu check``, ``bundle`` and ``variants``; ``work`` and ``calls`` are what the first one starts."""
+"""``python -m gpu check``, ``bundle`` and ``variants``; ``work`` is a process that ``check`` starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpu.runner import Run
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m gpu", description=__doc__)
     commands = main.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="everything that a GPU is to settle, in a given time")
+    check = commands.add_parser("check", help="settle everything that needs a GPU, in a given time")
     check.add_argument("--out", type=Path, default=Path("results"), help="folder for gpu.jsonl and gpu.log")
     check.add_argument("--budget", type=float, help="seconds; default: 480, of a rehearsal 1800")
     check.add_argument("--steps", default=",".join(DEFAULT), help=f"of {', '.join((*DEFAULT, *EXTRA))}")
@@ -25,31 +25,27 @@ def parser() -> argparse.ArgumentParser:
     work = commands.add_parser("work", help="one process of a step")
     work.add_argument("step")
     work.add_argument("group")
-    work.add_argument("--lines", type=int, help="file descriptor for what is found")
-    work.add_argument("--skip", type=int, default=0, help="so many cases")
+    work.add_argument("--lines", type=int, help="file descriptor to write the lines to")
+    work.add_argument("--skip", type=int, default=0, help="number of cases to leave out")
     for command in (check, work):
         command.add_argument("--rehearse", action="store_true", help="without a GPU, in tiny sizes")
         command.add_argument("--whole", action="store_true", help="steps are neither cut down nor bounded in time")
-    calls = commands.add_parser("calls", help="the calls that a sanitizer looks at")
-    calls.add_argument("--device", default="cuda")
-    calls.add_argument("--backend", help="default: cuda on a GPU, auto elsewhere")
-    calls.add_argument("--most", type=int, help="so many, spread over all")
     bundle = commands.add_parser("bundle", help="a folder to carry to a machine with a GPU")
     bundle.add_argument("--out", type=Path, default=ROOT / "bundle")
     commands.add_parser("variants", help="build the variants of the CUDA kernels that the step of that name times")
     return main
 
 
-def check(options: argparse.Namespace, setting: Setting) -> int:
+def check(options: argparse.Namespace) -> int:
     names = tuple(filter(None, options.steps.split(",")))
     if unknown := [name for name in names if name not in (*DEFAULT, *EXTRA)]:
         parser().error(f"--steps: there is no {', '.join(unknown)}: choose of {', '.join((*DEFAULT, *EXTRA))}")
     if options.against and not Path(options.against).is_file():
         parser().error(f"--against: {options.against} is not a file")
+    setting = Setting(options.rehearse, options.whole, options.against and os.path.abspath(options.against))
     facts = {"commit": commit(), **({"rehearsed": True} if setting.rehearse else {})}
     budget = float("inf") if setting.whole else options.budget or (1800 if setting.rehearse else 480)
-    command = [sys.executable, "-m", "gpu", "work", *setting.arguments()]
-    run = Run(options.out, budget, command, facts)
+    run = Run(options.out, budget, [sys.executable, "-m", "gpu", "work", *setting.arguments()], facts)
     for step in steps(setting, names):
         run.run(step)
     text = summary.table(run.lines, run.spent)
@@ -61,30 +57,15 @@ def check(options: argparse.Namespace, setting: Setting) -> int:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.command == "check":
-        against = os.path.abspath(options.against) if options.against else ""
-        return check(options, Setting(options.rehearse, options.whole, against))
+        return check(options)
     if options.command == "work":
         from gpu import work
 
-        emit, setting = Emitter(options.lines), Setting(options.rehearse, options.whole)
-        return work.run(options.step, options.group, emit, setting, options.skip)
-    if options.command == "calls":
-        import torch
+        setting = Setting(options.rehearse, options.whole)
+        return work.run(options.step, options.group, Emitter(options.lines), setting, options.skip)
+    from gpu import bundle, variants
 
-        from gpu import calls
-
-        device = torch.device(options.device)
-        backend = options.backend or ("cuda" if device.type == "cuda" else "auto")
-        made = calls.run(device, backend, options.most)
-        print(f"{made} calls on {device.type}, backend {backend}")
-        return 0
-    if options.command == "variants":
-        from gpu import variants
-
-        return variants.build()
-    from gpu import bundle
-
-    return bundle.make(options.out)
+    return variants.build() if options.command == "variants" else bundle.make(options.out)
 
 
 if __name__ == "__main__":

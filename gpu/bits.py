@@ -50,7 +50,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def capture(call: Callable[[], Results], device: str) -> tuple[Results, Callable[[], object]]:
-    """What a call inside a CUDA graph writes to, and the graph's replay; without a GPU, a call each time."""
+    """The results of a call captured in a CUDA graph, and the graph's replay; without a GPU, a call each time."""
     if device != "cuda":
         results = call()
         return results, lambda: [x.copy_(y) for x, y in zip(results, call(), strict=True)]

@@ -1,14 +1,12 @@
-"""A folder to carry to a machine with a GPU: a build that any Python and torch there can load, and what may be missing.
+"""A folder to carry to a machine with a GPU: a build that any Python and torch there can load, and lacking packages.
 
-In it are the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and the pure Python
-packages that a machine with no more than torch and Triton lacks for them, from the environment at hand or by pip. There
-``make gpu-check`` needs neither network nor compiler.
+It has the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and the pure Python
+packages, fetched by pip, that a machine with no more than torch and Triton lacks for them. There ``make gpu-check``
+needs neither network nor compiler.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
 import shutil
 import subprocess
 import sys
@@ -19,48 +17,11 @@ from gpu import ROOT
 
 MOST_MIB = 40
 SOURCES = ("swinkernels", "tests", "benchmarks", "gpu", "csrc", "Makefile", "pyproject.toml", "LICENSE")
-CARRIED = ("pytest", "hypothesis", "tabulate", "monai", "einops")
-# What torch and the model libraries of such a machine bring, compiled for its Python.
-THERE = ("torch", "numpy", "typing-extensions")
-
-
-def _requirements(package: str) -> set[str]:
-    """The packages that one needs, by their normal names, and those that they need."""
-    found, to_do = set(), [package]
-    while to_do:
-        name = re.sub(r"[-_.]+", "-", to_do.pop()).lower()
-        if name in found or name in THERE:
-            continue
-        found.add(name)
-        for requirement in importlib.metadata.requires(name) or ():
-            needed, _, marker = requirement.partition(";")
-            # Of older Pythons, what this one lacks is not here to be carried.
-            if "extra" not in marker and "python" not in marker and "platform" not in marker:
-                to_do.append(re.split(r"[\s<>=!~\[(]", needed.strip(), maxsplit=1)[0])
-    return found
-
-
-def _carry(name: str, target: Path) -> str | None:
-    """Copy an installed package, or fetch its last release in pure Python; why it cannot be carried, or None."""
-    distribution = importlib.metadata.distribution(name)
-    files = [f for f in distribution.files or () if ".." not in f.parts and "__pycache__" not in f.parts]
-    if any(f.suffix in (".so", ".pyd") for f in files):
-        options = [
-            "--quiet",
-            "--no-deps",
-            "--no-compile",
-            "--only-binary=:all:",
-            "--platform=any",
-            f"--target={target}",
-        ]
-        done = subprocess.run([sys.executable, "-m", "pip", "install", *options, name])
-        return None if done.returncode == 0 else f"{name} is compiled for one Python, and pip found no other"
-    for file in files:
-        source = Path(str(distribution.locate_file(file)))
-        if source.is_file():
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target / file)
-    return None
+# Packages of pure Python; pytest needs the two in the second line under Python 3.10.
+CARRIED = ("pytest", "hypothesis", "tabulate", "einops",
+           "exceptiongroup", "tomli")  # fmt: skip
+CARRIED_ALONE = ("monai",)  # without what it needs, which is torch and numpy
+PIP = ("install", "--quiet", "--no-compile", "--only-binary=:all:", "--platform=any", "--python-version=3.10")
 
 
 def make(out: Path) -> int:
@@ -70,32 +31,22 @@ def make(out: Path) -> int:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     skipped = shutil.ignore_patterns("__pycache__", "_C.*.so", "images", "*.png")
-    for name in SOURCES:
-        source = ROOT / name
+    for source in (ROOT / name for name in SOURCES):
         if source.is_dir():
-            shutil.copytree(source, out / name, ignore=skipped)
+            shutil.copytree(source, out / source.name, ignore=skipped)
         else:
-            shutil.copy(source, out / name)
+            shutil.copy(source, out)
     (out / "COMMIT").write_text(f"{commit()}\n")
     for library in (out / "swinkernels").glob("_ops*.so"):
         subprocess.run(["strip", "--strip-unneeded", str(library)], check=False)
-    installed = {name for package in CARRIED if _is_installed(package) for name in _requirements(package)}
-    notes = [f"{package} is not installed here" for package in CARRIED if not _is_installed(package)]
-    notes += [why for name in sorted(installed) if _is_installed(name) and (why := _carry(name, out / "carried"))]
+    notes = []
+    for packages, options in ((CARRIED, ()), (CARRIED_ALONE, ("--no-deps",))):
+        pip = [sys.executable, "-m", "pip", *PIP, *options, f"--target={out / 'carried'}", *packages]
+        if subprocess.run(pip).returncode != 0:
+            notes.append(f"{', '.join(packages)}: pip found no release in pure Python, or no index")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2**20
     print(f"{out}: {size:.1f} MiB, commit {commit()}" + "".join(f"\nnot carried: {note}" for note in notes))
     if size > MOST_MIB:
-        print(
-            f"gpu bundle: more than {MOST_MIB} MiB: build for one architecture, TORCH_CUDA_ARCH_LIST=9.0",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        advice = "build for one architecture, TORCH_CUDA_ARCH_LIST=9.0"
+        print(f"gpu bundle: more than {MOST_MIB} MiB: {advice}", file=sys.stderr)
+    return int(size > MOST_MIB)

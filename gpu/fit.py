@@ -1,87 +1,134 @@
-"""How many blocks of the hot kernels GPUs with less shared memory hold at once, by what the emulated launches ask for.
+"""Blocks of the hot CUDA kernels on a multiprocessor of each GPU architecture, from the emulated launches.
 
-A GPU that holds none must be refused by the backend's reasons, and another backend take the call.
+The emulator gives a block as much shared memory as the architecture does, so the launch functions choose as they would
+there. Registers are those of the build. A call that does not fit must be refused by the backend's reasons, and Triton
+take it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import math
 import os
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import swinkernels
+from benchmarks.compiled import missing
 from gpu.lines import WRONG, Emitter
 from gpu.plan import Setting
 from gpu.smoke import ATTENTION, tiny
+from swinkernels import _extension
 from swinkernels.ops import _backends
+from swinkernels.testing import WindowAttentionCase
+from tests import emulation
+from tests.cuda.test_resources import resource_usage
 
 HOT = ("swin_t.1", "window 8", "window 12", "window 16", "window 7x7x7")
 RESERVED_BYTES = 1024  # of every block's shared memory, by CUDA
+REGISTERS, WARP_REGISTERS = 65536, 256  # of a multiprocessor; a warp takes a multiple of so many
 
 
 class Room(NamedTuple):
-    """Of a multiprocessor, after the CUDA programming guide's table of compute capabilities."""
+    """A multiprocessor, after the CUDA programming guide's table of compute capabilities."""
 
     shared_bytes: int
     block_bytes: int  # the most that one block may have
     threads: int
+    code: str  # the machine code of the default build that it runs
 
-    def blocks(self, smem_bytes: int, threads: int) -> int:
+    def blocks(self, smem_bytes: int, threads: int, registers: int) -> int:
         if smem_bytes > self.block_bytes:
             return 0
-        return min(self.shared_bytes // (smem_bytes + RESERVED_BYTES), self.threads // threads)
+        of_warp = -(-32 * registers // WARP_REGISTERS) * WARP_REGISTERS
+        by_registers = REGISTERS // of_warp // -(-threads // 32) if registers else self.threads
+        return min(self.shared_bytes // (smem_bytes + RESERVED_BYTES), self.threads // threads, by_registers)
 
 
 ROOMS = {
-    "sm_80": Room(164 * 1024, 163 * 1024, 2048),
-    "sm_86": Room(100 * 1024, 99 * 1024, 1536),
-    "sm_89": Room(100 * 1024, 99 * 1024, 1536),
-    "sm_90": Room(228 * 1024, 227 * 1024, 2048),
+    "sm_80": Room(164 * 1024, 163 * 1024, 2048, "sm_80"),
+    "sm_86": Room(100 * 1024, 99 * 1024, 1536, "sm_80"),
+    "sm_89": Room(100 * 1024, 99 * 1024, 1536, "sm_80"),
+    "sm_90": Room(228 * 1024, 227 * 1024, 2048, "sm_90"),
 }
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Callable[[], None]]]:
     for name in HOT:
         for dtype in (torch.bfloat16, torch.float32):
-            label = str(dtype).removeprefix("torch.")
-            yield f"{name} {label}", functools.partial(_fit, name, dtype, label, emit)
+            yield f"{name} {str(dtype).removeprefix('torch.')}", functools.partial(_fit, name, dtype, emit)
 
 
-def _fit(name: str, dtype: torch.dtype, label: str, emit: Emitter) -> None:
+@functools.cache
+def _registers() -> dict[tuple[str, str], int]:
+    """(architecture, kernel) of this installation's build; empty if it has no CUDA kernels or nothing reads them."""
+    built = _extension._library(Path(_extension.__file__).parent)
+    if built is None or missing("cuobjdump") or b".nv_fatbin" not in built.read_bytes():
+        return {}
+    return {(k.arch, k.kernel): k.registers for k in resource_usage(built)}
+
+
+def refusal(case: WindowAttentionCase, room: Room) -> str | None:
+    """Why the backend refuses a case's windows on a GPU with this room and which other one takes them, or None."""
+    volume, device, before = math.prod(case.window_tuple), torch.device("cuda"), _backends._shared_bytes
+    _backends._shared_bytes = lambda device: room.block_bytes
+    try:
+        reasons = {b: _backends.window_volume_reasons(b, volume, device) for b in _backends.PREFERENCE["cuda"]}
+    finally:
+        _backends._shared_bytes = before
+    if not reasons["cuda"]:
+        return None
+    taker = next((b for b, found in reasons.items() if not found), "torch")
+    return f"refused, and taken by {taker}: {reasons['cuda'][0]}"
+
+
+def _fit(name: str, dtype: torch.dtype, emit: Emitter) -> None:
     case = tiny(ATTENTION[name])
-    library = ctypes.CDLL(os.environ["SWINKERNELS_OPS"])
-    smem_bytes, threads = ctypes.c_size_t(), ctypes.c_int()
-    largest = functools.partial(library.emulation_largest_launch, ctypes.byref(smem_bytes), ctypes.byref(threads))
     inputs = case.inputs(dtype)
     leaves = {key: x.requires_grad_() for key, x in inputs.items() if key != "dout"}
-    largest()
-    out = swinkernels.window_attention_qkvpacked(**leaves, **case.arguments(), backend="cuda")
-    for direction in ("fwd", "bwd"):
-        if direction == "bwd":
-            torch.autograd.grad(out, list(leaves.values()), inputs["dout"])
-        largest()
-        tokens = torch.Size(case.window_tuple).numel()
-        takes = f"{smem_bytes.value} bytes of shared memory and {threads.value} threads a block"
-        labels = {"op": "window_attention", "backend": "cuda", "dtype": label, "direction": direction}
-        for arch, room in ROOMS.items():
-            blocks = room.blocks(smem_bytes.value, threads.value)
-            detail = {"detail": takes}
-            if blocks == 0 and tokens > longest_window(room):
-                detail = {"detail": f"{takes}: refused, and taken by Triton"}
-            elif blocks == 0 and tokens > 64 and dtype == torch.bfloat16:
-                # Its launch asks the device for the room (launch_plain_long_*); the emulator has that of sm_90.
-                detail = {"detail": f"{takes}: left to the general kernel of long windows"}
-            elif blocks == 0:
-                detail = {"result": WRONG, "detail": f"{takes}: no block fits, and nothing refuses it"}
-            emit.line(**labels, arch=arch, value=blocks, unit="blocks", **detail)
+    library = emulation.Library(Path(os.environ[_extension.OTHER_LIBRARY]))
+
+    @functools.cache
+    def launches(block_bytes: int) -> dict[str, list[emulation.Launch]]:
+        library.configure(shared_bytes=block_bytes)
+        library.launches()
+        out = swinkernels.window_attention_qkvpacked(**leaves, **case.arguments(), backend="cuda")
+        fwd = library.launches()
+        torch.autograd.grad(out, list(leaves.values()), inputs["dout"])
+        return {"fwd": fwd, "bwd": [x for x in library.launches() if "window_attention" in x.kernel]}
+
+    labels = {"op": "window_attention", "backend": "cuda", "dtype": str(dtype).removeprefix("torch."), "unit": "blocks"}
+    for arch, room in ROOMS.items():
+        if reason := refusal(case, room):
+            for direction in ("fwd", "bwd"):
+                emit.line(**labels, direction=direction, arch=arch, value=0, detail=reason)
+            continue
+        for direction, found in launches(room.block_bytes).items():
+            shipped = [_short(x) for x in launches(ROOMS["sm_90"].block_bytes)[direction]]
+            for launch in found:
+                registers = _registers().get((room.code, launch.kernel), 0)
+                blocks = room.blocks(launch.smem_bytes, launch.threads, registers)
+                detail = f"{launch.smem_bytes} bytes of shared memory and {launch.threads} threads a block"
+                detail += f", {registers} registers a thread" if registers else ", registers unknown: no CUDA build"
+                if _short(launch) not in shipped:
+                    detail += f"; in place of {' and '.join(shipped)}"
+                result = {} if blocks else {"result": WRONG}
+                emit.line(
+                    **labels,
+                    direction=direction,
+                    arch=arch,
+                    kernel=_short(launch),
+                    value=blocks,
+                    detail=detail,
+                    **result,
+                )
 
 
-def longest_window(room: Room) -> int:
-    """The most tokens that the CUDA backend takes on a GPU with this room."""
-    limits = _backends.LIMITS["cuda"]
-    has_room = room.block_bytes >= limits["shared_bytes_of_longest"]
-    return limits["max_window_volume" if has_room else "max_window_volume_in_less"]
+def _short(launch: emulation.Launch) -> str:
+    """A kernel's own name, out of the mangled one."""
+    match = re.search(r"window_attention_\w+?_kernel", launch.kernel)
+    return match[0] if match else launch.kernel

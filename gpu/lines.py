@@ -1,8 +1,7 @@
-"""The lines of a run: what one says, who writes it, and how it is read again.
+"""The lines of a run: their results, their JSON, and the emitter that a worker process writes them with.
 
-A line is a result: step, case, op, backend, dtype, direction, value and unit, ``result`` and, where it is not "ok",
-``detail``. The run adds device, driver, torch, triton, commit and date. Some have more: ``us`` and ``copy_us`` of a
-time, ``goal`` of what was to be reached.
+A line is one result: step, case, op, backend, dtype, direction, value, unit, ``result`` and, where it is not "ok",
+``detail``. The run adds device, driver, torch, triton, commit and date. Times have ``us``, ``copy_us`` and ``goal``.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 OK, SKIPPED, CUT = "ok", "skipped", "cut"
@@ -26,46 +23,24 @@ def dump(line: Line) -> bytes:
 
 
 class Emitter:
-    """Tells the run from a process of its own what it begins and finds; prints it where there is no run."""
+    """Reports from a worker to the run, over a file descriptor; without one, prints."""
 
     def __init__(self, descriptor: int | None = None):
         self._descriptor = descriptor
 
-    def _write(self, message: Line) -> None:
-        if self._descriptor is None:
-            print(dump(message).decode(), end="", flush=True)
-        else:
-            os.write(self._descriptor, dump(message))
+    def tell(self, **message: Any) -> None:
+        """Send a message that is no line: ``environment`` and ``library`` set up what follows in the run."""
+        os.write(1 if self._descriptor is None else self._descriptor, dump(message))
 
     def begin(self, case: str) -> None:
-        """What is named here is blamed if nothing more is heard."""
-        self._write({"begin": case})
+        """Name the case that is blamed if the process is not heard of again."""
+        self.tell(begin=case)
 
     def line(self, **fields: Any) -> None:
-        self._write({"result": OK, **fields})
-
-    def environment(self, facts: Line) -> None:
-        """What every further line of the run is to end with."""
-        self._write({"environment": facts})
-
-    def library(self, path: Path) -> None:
-        """The op library that was built for the processes that follow."""
-        self._write({"library": str(path)})
+        self.tell(**{"result": OK, **fields})
 
     def turn(self) -> None:
-        """Wait until no other process of the step is at work; the turn lasts until the next one, or the end."""
-        self._write({"turn": "wanted"})
+        """Wait until no other process of the step measures; the turn lasts until the next one, or the end."""
+        self.tell(turn="wanted")
         if self._descriptor is not None:
             os.read(0, 1)
-
-
-def read(paths: Iterable[Path]) -> list[Line]:
-    """The lines of some runs; the last one of a run that was cut off may be half."""
-    found = []
-    for path in paths:
-        for text in path.read_text().splitlines():
-            try:
-                found.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
-    return found

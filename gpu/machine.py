@@ -1,7 +1,8 @@
-"""What a run stands on: the build for this GPU, and what machine and installation are."""
+"""The build for this GPU, and the facts of machine and installation that the lines of a run end with."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,22 +17,23 @@ Cases = Iterable[tuple[str, Callable[[], None]]]
 
 def build(group: str, emit: Emitter, setting: Setting) -> Cases:
     """The extension for this GPU, or the emulated library: minutes, or seconds where nothing changed."""
+    yield group, functools.partial(_build, emit, setting)
 
-    def run() -> None:
-        if setting.rehearse:
-            from tests import emulation
-            from tests.emulation import bindings
 
-            if reason := emulation.missing():
-                emit.line(result=SKIPPED, detail=reason)
-                return
-            emit.library(bindings.library())
-        else:
-            command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-            subprocess.run(command, cwd=ROOT, env={**os.environ, "SWINKERNELS_BUILD": "cuda"}, check=True)
+def _build(emit: Emitter, setting: Setting) -> None:
+    if not setting.rehearse:
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "SWINKERNELS_BUILD": "cuda"}, check=True)
         emit.line()
+        return
+    from tests import emulation
+    from tests.emulation import bindings
 
-    yield group, run
+    if reason := emulation.missing():
+        emit.line(result=SKIPPED, detail=reason)
+        return
+    emit.tell(library=str(bindings.library()))
+    emit.line()
 
 
 def info(group: str, emit: Emitter, setting: Setting) -> Cases:
@@ -42,10 +44,9 @@ def info(group: str, emit: Emitter, setting: Setting) -> Cases:
     from swinkernels.ops import _backends
 
     def installation() -> None:
-        facts = info.describe(info.collect())
         stamp = record.environment(setting.device)
-        emit.environment({k: stamp[k] for k in ("device", "driver", "torch", "triton")})
-        emit.line(detail=facts)
+        emit.tell(environment={k: stamp[k] for k in ("device", "driver", "torch", "triton")})
+        emit.line(detail=info.describe(info.collect()))
 
     def backends() -> None:
         missing = [f"{name}: {reason}" for name in ("cuda", "triton") if (reason := _backends.unavailable(name))]
@@ -57,5 +58,4 @@ def info(group: str, emit: Emitter, setting: Setting) -> Cases:
 
     yield "installation", installation
     if not setting.rehearse:
-        yield "backends", backends
-        yield "clocks", clocks
+        yield from (("backends", backends), ("clocks", clocks))

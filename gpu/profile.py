@@ -1,4 +1,4 @@
-"""What NVIDIA's profiler counts during one launch of each pass of window attention at the first stage of Swin-T."""
+"""Counters of NVIDIA's profiler for one launch of each pass of window attention at the first stage of Swin-T."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECTIONS = (
     "LaunchStats", "Occupancy", "SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis",
     "MemoryWorkloadAnalysis_Tables",
 )  # fmt: skip
-# Of all that a report has; what a version of the profiler does not know is not there.
+# The metrics to keep of a report; versions of the profiler differ in those they have.
 WANTED = re.compile(
     r"issue_active\.avg\.pct|issue_stalled_\w+_per_warp_active|issue_stalled_\w+\.ratio|warps_active\.avg\.pct|"
     r"launch__(occupancy_limit|registers_per|shared_mem|waves|grid_size|block_size)|"

@@ -63,7 +63,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
         if interprets and math.prod(case.window_tuple) > MOST_INTERPRETED:
             continue
         if case in seen and not name.startswith("separate"):
-            continue  # of the stages, what is left are two
+            continue  # tiny, the stages of one model are the same
         seen.append(case)
         yield name, functools.partial(_attention, name, case, backend, arithmetic, emit, setting)
 
@@ -78,7 +78,7 @@ def tiny(case: Case) -> Case:
 
 
 def separate(qkv: Tensor, *args: Any, num_heads: int, **given: Any) -> Tensor:
-    """Attention of q, k and v that do not lie side by side."""
+    """Attention of separate q, k and v."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
     return swinkernels.window_attention(q, k.contiguous(), v, *args, num_heads=num_heads, **given)
 
@@ -107,7 +107,7 @@ def _attention(name: str, case: Case, backend: str, arithmetic: str, emit: Emitt
 
 @contextlib.contextmanager
 def dropout_of_the_kernels(case: Case, backend: str, device: str) -> Iterator[torch.Generator | None]:
-    """The generator to give an op; meanwhile the reference keeps the weights that the kernels keep for it."""
+    """The generator for an op with dropout; meanwhile the reference keeps the weights that the kernels keep."""
     if "dropout_p" not in case.options:
         yield None
         return
@@ -125,7 +125,7 @@ def dropout_of_the_kernels(case: Case, backend: str, device: str) -> Iterator[to
 
 
 def tell(emit: Emitter, judged: dict[str, Judged], **labels: str) -> None:
-    """A line for the outputs and one for the gradients: the worst error in eps, and what is wrong first."""
+    """A line for the outputs and one for the gradients: the worst error in eps, and the first failure."""
     for direction in ("fwd", "bwd"):
         found = [x for name, x in judged.items() if (direction == "fwd") == name.startswith("out")]
         failure = next((x.failure for x in found if x.failure), None)

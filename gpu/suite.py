@@ -7,7 +7,6 @@ it without its GPU, costs the others nothing: the process is started again behin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -15,6 +14,7 @@ from gpu import ROOT
 from gpu.lines import FAILED, SKIPPED, Emitter
 from gpu.plan import Setting
 from gpu.runner import DEVICE_IS_LOST
+from gpu.work import device_is_lost
 
 FILES = (
     "tests/cuda/test_window_attention_gpu.py",
@@ -23,32 +23,27 @@ FILES = (
     "tests/triton/test_window_attention.py",
     "tests/triton/test_memory_bound_ops.py",
 )
-# Of a rehearsal: a file whose tests need no GPU and take no time.
+# Tests that need no GPU and take no time.
 REHEARSED = ("tests/cuda/test_resources.py", "-k", "understood or local_memory")
 
 
-def cases(group: str, emit: Emitter, setting: Setting, skip: int) -> Iterable[tuple[str, Callable[[], None]]]:
+def cases(group: str, emit: Emitter, setting: Setting, skip: int) -> None:
+    """Run a shard of the tests, but for the first ``skip``. PYTEST_ARGS has further arguments, such as -k."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    chosen = list(REHEARSED) if setting.rehearse else ["-m", "gpu", *FILES]
-    # Further arguments of pytest, such as -k.
-    chosen += os.environ.get("PYTEST_ARGS", "").split()
-
-    def run() -> None:
-        teller = _Teller(emit, skip)
-        arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--shard={group}", f"--rootdir={ROOT}"]
-        status = pytest.main([*arguments, *chosen], plugins=[teller])
-        if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
-            raise RuntimeError(f"pytest ended with {status!r}")
-        emit.line(case=f"tests {group}", value=teller.passed, unit="passed")
-        if teller.skipped:
-            reasons = ", ".join(f"{n} {why}" for why, n in teller.skipped.items())
-            emit.line(case=f"tests {group}", result=SKIPPED, detail=reasons[:300])
-
-    yield group, run
+    chosen = REHEARSED if setting.rehearse else ("-m", "gpu", *FILES)
+    teller = _Teller(emit, skip)
+    arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--shard={group}", f"--rootdir={ROOT}", *chosen]
+    status = pytest.main([*arguments, *os.environ.get("PYTEST_ARGS", "").split()], plugins=[teller])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        emit.line(case=f"tests {group}", result=FAILED, detail=f"pytest ended with {status!r}")
+    emit.line(case=f"tests {group}", value=teller.passed, unit="passed")
+    if teller.skipped:
+        reasons = ", ".join(f"{n} {why}" for why, n in teller.skipped.items())
+        emit.line(case=f"tests {group}", result=SKIPPED, detail=reasons[:300])
 
 
 class _Teller:
-    """A plugin of pytest that tells the run what the tests do."""
+    """A plugin of pytest that emits a line for each failure."""
 
     def __init__(self, emit: Emitter, skip: int):
         self.emit, self.skip = emit, skip
@@ -57,7 +52,7 @@ class _Teller:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collection_finish(self, session: pytest.Session):
-        result = yield  # after the shard was chosen
+        result = yield  # the shard is chosen there
         del session.items[: self.skip]
         return result
 
@@ -75,8 +70,6 @@ class _Teller:
             self.passed += 1
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        from gpu.work import device_is_lost
-
         if device_is_lost():
             self.emit.line(result=FAILED, detail="it left the process without its GPU")
             os._exit(DEVICE_IS_LOST)

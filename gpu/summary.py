@@ -1,4 +1,4 @@
-"""The table that a run ends with, at most forty lines: what is confirmed, what is wrong, percent of copy and goal."""
+"""The table that a run ends with, at most forty lines: confirmed steps, first failures, percent of copy and goal."""
 
 from __future__ import annotations
 

@@ -1,24 +1,34 @@
-"""One process of a step, ``python -m gpu work STEP GROUP``: it says what it finds by the descriptor it is given."""
+"""One process of a step, ``python -m gpu work STEP GROUP``: runs the group's cases and emits their lines."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import traceback
-from collections.abc import Callable, Iterable
 
-from gpu.lines import FAILED, SKIPPED, Emitter
+from gpu.lines import FAILED, Emitter
 from gpu.plan import Setting
 from gpu.runner import DEVICE_IS_LOST
 
-Case = tuple[str, Callable[[], None]]  # its name, and what finds out about it and tells
-
-
-class Skip(Exception):
-    """Why a case cannot be run here."""
+# The function that yields a step's cases: (name, function that emits its lines).
+CASES = {
+    "build": "machine.build",
+    "info": "machine.info",
+    "smoke": "smoke.cases",
+    "fit": "fit.cases",
+    "bits": "bits.cases",
+    "time": "timing.cases",
+    "variants": "timing.variants",
+    "peers": "timing.peers",
+    "ncu": "profile.cases",
+    "sanitize": "sanitize.cases",
+    "tests": "suite.cases",
+    "models": "models.cases",
+}
 
 
 def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -> int:
-    """Do a group's cases but for the first ones; the exit status."""
+    """Run a group's cases but for the first ``skip``; the exit status."""
     if setting.rehearse:
         _rehearse(group)
     elif step not in ("build", "ncu", "sanitize"):
@@ -28,42 +38,21 @@ def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -
             emit.begin(group)
             emit.line(result=FAILED, detail="torch sees no CUDA GPU; --rehearse runs without one")
             return 0
-    for index, (name, case) in enumerate(_cases(step, group, emit, setting, skip)):
-        if index < skip and step != "tests":  # pytest leaves out the first ones itself
-            continue
-        if step != "tests":
-            emit.begin(name)
+    module, _, function = CASES[step].partition(".")
+    cases = getattr(importlib.import_module(f"gpu.{module}"), function)
+    if step == "tests":  # pytest begins and skips its cases itself
+        cases(group, emit, setting, skip)
+        return 0
+    for name, case in list(cases(group, emit, setting))[skip:]:
+        emit.begin(name)
         try:
             case()
-        except Skip as reason:
-            emit.line(result=SKIPPED, detail=str(reason))
         except Exception as error:
             traceback.print_exc()
             emit.line(result=FAILED, detail=f"{type(error).__name__}: {error}".partition("\n")[0][:300])
             if device_is_lost():
                 return DEVICE_IS_LOST
     return 0
-
-
-def _cases(step: str, group: str, emit: Emitter, setting: Setting, skip: int) -> Iterable[Case]:
-    from gpu import bits, fit, machine, models, profile, sanitize, smoke, suite, timing
-
-    if step == "tests":
-        return suite.cases(group, emit, setting, skip)
-    of_step = {
-        "build": machine.build,
-        "info": machine.info,
-        "smoke": smoke.cases,
-        "fit": fit.cases,
-        "bits": bits.cases,
-        "time": timing.cases,
-        "variants": timing.variants,
-        "peers": timing.peers,
-        "ncu": profile.cases,
-        "sanitize": sanitize.cases,
-        "models": models.cases,
-    }
-    return of_step[step](group, emit, setting)
 
 
 def _rehearse(group: str) -> None:
@@ -83,10 +72,9 @@ def device_is_lost() -> bool:
     """Whether an illegal access or the like has left this process without its GPU."""
     import torch
 
-    if not torch.cuda.is_initialized():
-        return False
     try:
-        torch.cuda.synchronize()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
     except RuntimeError:
         return True
     return False

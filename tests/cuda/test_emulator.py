@@ -52,6 +52,20 @@ def test_tf32_mma_drops_the_low_bits(library, rounded):
     assert not torch.allclose(d, a @ b, rtol=1e-6, atol=1e-6)
 
 
+def test_launches_are_kept_to_the_shared_memory_of_a_block(library):
+    x, y = library.empty((4, 8, 8), torch.int16), library.empty((4, 8, 8), torch.int16)
+    library.launches()
+    library.check(library.functions.self_transpose(*_pointers(x, y)))
+    (launch,) = library.launches()
+    assert "transpose_kernel" in launch.kernel
+    assert launch[1:] == (512, 32)
+    library.configure(shared_bytes=511)
+    with pytest.raises(emulation.LaunchError, match="512 bytes of dynamic shared memory"):
+        library.check(library.functions.self_transpose(*_pointers(x, y)))
+    assert library.launches() == []
+    library.configure()
+
+
 def test_transposing_ldmatrix(library):
     x = library.copy(torch.arange(256, dtype=torch.int16).reshape(4, 8, 8))
     y = library.empty((4, 8, 8), torch.int16)

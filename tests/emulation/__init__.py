@@ -176,6 +176,14 @@ class LaunchError(RuntimeError):
     """An emulated launch that failed, with what the emulator saw."""
 
 
+class Launch(NamedTuple):
+    """One launch: the kernel's mangled name, dynamic shared memory and threads of a block."""
+
+    kernel: str
+    smem_bytes: int
+    threads: int
+
+
 class Library:
     """A built library: its launches, and the memory to give them."""
 
@@ -186,15 +194,33 @@ class Library:
         self.functions.emulation_allocate.restype = ctypes.c_void_p
         self.functions.emulation_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
         self.functions.emulation_free.argtypes = [ctypes.c_void_p]
-        self.functions.emulation_configure.argtypes = [ctypes.c_uint64, ctypes.c_int]
+        self.functions.emulation_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
+        self.functions.emulation_next_launch.restype = ctypes.c_bool
 
     @property
     def catches_faults(self) -> bool:
         return bool(self.functions.emulation_catches_faults())
 
-    def configure(self, seed: int = 0, multiprocessors: int = 2) -> None:
-        """The order of threads (0: as numbered) and the number of multiprocessors of the launches that follow."""
-        self.functions.emulation_configure(seed, multiprocessors)
+    def configure(self, seed: int = 0, multiprocessors: int = 2, shared_bytes: int = 227 * 1024) -> None:
+        """Set order of threads (0: as numbered), multiprocessors and shared memory of a block for later launches."""
+        self.functions.emulation_configure(seed, multiprocessors, shared_bytes)
+
+    @functools.cached_property
+    def _kernels(self) -> dict[int, str]:
+        """Mangled names of the library's functions, by address. Kernels are hidden, so the symbol table is read."""
+        table = subprocess.run(["nm", self.functions._name], capture_output=True, text=True, check=True).stdout
+        symbols = {name: int(at, 16) for at, _, name in (x.split() for x in table.splitlines() if x[0] != " ")}
+        known = ctypes.cast(self.functions.emulation_error, ctypes.c_void_p).value
+        base = (known or 0) - symbols["emulation_error"]
+        return {base + at: name for name, at in symbols.items()}
+
+    def launches(self) -> list[Launch]:
+        """The launches since the last call of this method; of many, the last ones."""
+        kernel, smem_bytes, threads = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_int()
+        found = []
+        while self.functions.emulation_next_launch(*map(ctypes.byref, (kernel, smem_bytes, threads))):
+            found.append(Launch(self._kernels[kernel.value or 0], smem_bytes.value, threads.value))
+        return found
 
     def check(self, status: int) -> None:
         if status != 0:

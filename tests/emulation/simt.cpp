@@ -11,6 +11,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <random>
 #include <string>
@@ -108,6 +109,8 @@ struct GuardedMapping {
   size_t length;
 };
 
+constexpr size_t kLaunchesKept = 64;
+
 struct Engine {
   std::vector<Lane> lanes;  // kept between launches for their stacks
   int threads = 0;
@@ -124,9 +127,8 @@ struct Engine {
   bool failed = false;
   std::string error;
   int multiprocessors = 2;
-  // Of the launch with the most dynamic shared memory since these were asked for.
-  size_t largest_smem_bytes = 0;
-  int largest_threads = 0;
+  int shared_bytes = kMaxDynamicSmemBytes;  // that a launch may ask for
+  std::deque<LaunchShape> launches;         // the last kLaunchesKept that emulation_next_launch() has not returned
   uint64_t seed = 0;
   std::map<void*, GuardedMapping> allocations;
 };
@@ -394,6 +396,7 @@ uint32_t active_mask() {
 
 unsigned char* dynamic_shared_memory() { return engine.smem; }
 int multiprocessors() { return engine.multiprocessors; }
+int shared_bytes_of_block() { return engine.shared_bytes; }
 
 void warp_collective(const Collective& collective) {
   Lane& lane = *engine.current;
@@ -513,14 +516,12 @@ int run_grid(const LaunchShape& shape, void (*kernel)(void* context), void* cont
     engine.error = "launch with an impossible grid or block";
     return cudaErrorInvalidConfiguration;
   }
-  if (shape.dynamic_smem_bytes > kMaxDynamicSmemBytes) {
+  if (shape.dynamic_smem_bytes > static_cast<size_t>(engine.shared_bytes)) {
     engine.error = "launch with " + std::to_string(shape.dynamic_smem_bytes) + " bytes of dynamic shared memory";
     return cudaErrorInvalidValue;
   }
-  if (shape.dynamic_smem_bytes >= engine.largest_smem_bytes) {
-    engine.largest_smem_bytes = shape.dynamic_smem_bytes;
-    engine.largest_threads = static_cast<int>(threads);
-  }
+  engine.launches.push_back(shape);
+  if (engine.launches.size() > kLaunchesKept) engine.launches.pop_front();
   engine.threads = static_cast<int>(threads);
   if (engine.lanes.size() < threads) engine.lanes.resize(threads);
   for (Lane& lane : engine.lanes) {
@@ -562,14 +563,21 @@ int run_grid(const LaunchShape& shape, void (*kernel)(void* context), void* cont
 
 EMULATION_EXPORT const char* emulation_error() { return emulation::engine.error.c_str(); }
 EMULATION_EXPORT bool emulation_catches_faults() { return emulation::kCatchesFaults; }
-EMULATION_EXPORT void emulation_configure(uint64_t schedule_seed, int multiprocessors) {
+EMULATION_EXPORT void emulation_configure(uint64_t schedule_seed, int multiprocessors, int shared_bytes) {
   emulation::engine.seed = schedule_seed;
   emulation::engine.multiprocessors = multiprocessors;
+  emulation::engine.shared_bytes = shared_bytes;
 }
-EMULATION_EXPORT void emulation_largest_launch(size_t* smem_bytes, int* threads) {
-  *smem_bytes = emulation::engine.largest_smem_bytes;
-  *threads = emulation::engine.largest_threads;
-  emulation::engine.largest_smem_bytes = 0;
+// The oldest launch that was not returned yet; false if there is none.
+EMULATION_EXPORT bool emulation_next_launch(const void** kernel, size_t* smem_bytes, int* threads) {
+  auto& launches = emulation::engine.launches;
+  if (launches.empty()) return false;
+  const emulation::LaunchShape& shape = launches.front();
+  *kernel = shape.kernel;
+  *smem_bytes = shape.dynamic_smem_bytes;
+  *threads = static_cast<int>(shape.block[0] * shape.block[1] * shape.block[2]);
+  launches.pop_front();
+  return true;
 }
 EMULATION_EXPORT void* emulation_allocate(size_t bytes, size_t alignment) {
   return emulation::allocate_guarded(bytes, alignment);

@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedP
     out = tmp_path_factory.mktemp("rehearsal")
     command = [sys.executable, "-m", "gpu", "check", "--rehearse", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done, lines.read([out / "gpu.jsonl"]), out
+    return done, gpu_page.read_lines(out / "gpu.jsonl"), out
 
 
 def test_nothing_is_bad_and_every_step_runs(run) -> None:
@@ -77,19 +77,36 @@ def test_a_first_call_in_a_capture_and_replays_are_tried(run) -> None:
 
 
 def test_hot_kernels_fit_gpus_with_less_shared_memory_or_are_refused(run) -> None:
+    """Each kernel that is launched there fits, by shared memory, threads and registers; else Triton takes the call."""
     _, found, _ = run
-    blocks = {(x["case"], x["direction"], x["arch"]): x for x in found if x["step"] == "fit"}
-    assert {arch for *_, arch in blocks} == {*fit.ROOMS}
-    assert {case.rpartition(" ")[0] for case, *_ in blocks} == {*fit.HOT}
-    for line in blocks.values():
-        others = ("refused, and taken by Triton", "left to the general kernel of long windows")
-        assert line["value"] >= 1 or line["detail"].endswith(others)
-    assert all(line["value"] >= 1 for (*_, arch), line in blocks.items() if arch == "sm_90")
+    of_fit = [x for x in found if x["step"] == "fit"]
+    assert {x["arch"] for x in of_fit} == {*fit.ROOMS}
+    assert {x["case"].rpartition(" ")[0] for x in of_fit} == {*fit.HOT}
+    for line in of_fit:
+        assert line["value"] >= 1 or line["detail"].startswith("refused, and taken by triton: it takes windows of")
+    assert all(line["value"] >= 1 for line in of_fit if line["arch"] in ("sm_80", "sm_90"))
 
 
-def test_a_kernel_that_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arch", "launch", "blocks"),
+    [
+        ("sm_80", (100 * 1024, 128, 0), 1),
+        ("sm_86", (100 * 1024, 128, 0), 0),
+        ("sm_90", (100 * 1024, 128, 0), 2),
+        ("sm_86", (0, 512, 0), 3),
+        ("sm_90", (0, 128, 168), 3),  # 65536 registers are 12 warps of 168 * 32
+        ("sm_90", (0, 512, 168), 0),
+    ],
+)
+def test_blocks_of_a_multiprocessor(arch: str, launch: tuple[int, int, int], blocks: int) -> None:
+    assert fit.ROOMS[arch].blocks(*launch) == blocks
+
+
+def test_a_call_that_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"max_window_volume": 1024, "shared_bytes_of_longest": 160 * 1024, "max_window_volume_in_less": 256}
     monkeypatch.setitem(_backends.LIMITS, "cuda", limits)
-    assert [fit.longest_window(room) for room in fit.ROOMS.values()] == [1024, 256, 256, 1024]
-    assert [room.blocks(100 * 1024, 128) for room in fit.ROOMS.values()] == [1, 0, 0, 2]
-    assert fit.ROOMS["sm_86"].blocks(0, 512) == 3
+    case = smoke.ATTENTION["window 7x7x7"]
+    reasons = {arch: fit.refusal(case, room) for arch, room in fit.ROOMS.items()}
+    assert reasons["sm_80"] is reasons["sm_90"] is None
+    room = "it takes windows of at most 256 tokens where a block has 99 KB of shared memory, got 343"
+    assert reasons["sm_86"] == reasons["sm_89"] == f"refused, and taken by triton: {room}"

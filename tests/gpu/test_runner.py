@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_page
 from gpu import lines, summary
 from gpu.runner import Group, Run, Step
 
@@ -77,7 +78,7 @@ def test_a_fault_is_one_bad_line(start, fault: str) -> None:
     text = summary.table(run.lines, run.spent)
     assert f"1 {result}" in text
     assert f"{result}: a step b" in text
-    written = lines.read([run.path])
+    written = gpu_page.read_lines(run.path)
     assert [line["case"] for line in written] == [line["case"] for line in run.lines]
     assert all(line["commit"] == "abc" and line["date"] for line in written)
     if fault == "nan":
@@ -140,7 +141,7 @@ def test_a_library_that_was_built_is_handed_on(start) -> None:
 def test_half_a_line_at_the_end_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "gpu.jsonl"
     path.write_text(json.dumps({"case": "a"}) + '\n{"case": "b')
-    assert lines.read([path]) == [{"case": "a"}]
+    assert gpu_page.read_lines(path) == [{"case": "a"}]
 
 
 def test_the_table_has_at_most_forty_lines() -> None:

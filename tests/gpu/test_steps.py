@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import pytest
 import torch
 from torch.fx.experimental import _config
 
+import swinkernels
 from gpu import __main__ as command
-from gpu import bits, bundle, calls, plan, profile, sanitize, smoke
+from gpu import bits, bundle, fit, plan, profile, sanitize, smoke
 from gpu.lines import Emitter
 from gpu.plan import Setting
 from swinkernels import reference, testing
 from swinkernels import triton as triton_ops
+from swinkernels.ops import _backends
+from tests import emulation
 
 
 class Told(Emitter):
@@ -28,7 +32,7 @@ class Told(Emitter):
         super().__init__()
         self.lines: list[dict[str, Any]] = []
 
-    def _write(self, message: dict[str, Any]) -> None:
+    def tell(self, **message: Any) -> None:
         if "result" in message:
             self.lines.append(message)
 
@@ -126,10 +130,10 @@ def test_a_tool_runs_the_calls(
     arguments, no_cache = json.loads(log.read_text())
     assert no_cache == "1"  # else torch's own pool hides what lies beyond a tensor
     assert arguments[:2] == ["--tool", "racecheck"]
-    assert arguments[-6:] == ["gpu", "calls", "--device", "cuda", "--most", str(sanitize.DOZEN)]
+    assert arguments[-1] == f"from gpu import sanitize; sanitize.run('cuda', 'cuda', {sanitize.DOZEN})"
     log.unlink()
     run(sanitize.cases, "racecheck", Setting(whole=True))
-    assert "--most" not in json.loads(log.read_text())[0]
+    assert json.loads(log.read_text())[0][-1].endswith("'cuda', None)")
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,26 +145,26 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_calls_have_every_op() -> None:
-    assert calls.run(torch.device("cpu"), "auto", 24) == 24
-    names = {name.split()[0] for name, _, _ in calls.memory_ops("auto")} | {
+    assert sanitize.run("cpu", "auto", 24) == 24
+    names = {name for name, _, _ in sanitize.memory_bound_calls()} | {
         "window_attention_qkvpacked",
         "window_attention",
         "patch_expanding",  # of which the kernels are those of layer_norm
     }
     import swinkernels.ops
 
-    assert names >= set(swinkernels.ops.__all__)
+    assert names == {*swinkernels.ops.__all__} - {"decompositions"}  # which is a table, not an op
 
 
 def test_a_result_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "attention", lambda *_: {"out": torch.tensor([1.0, float("nan")])})
+    monkeypatch.setattr(sanitize, "attention", lambda *_: {"out": torch.tensor([1.0, float("nan")])})
     with pytest.raises(SystemExit, match=r"window_attention_qkvpacked b1-4x6.*not finite"):
-        calls.run(torch.device("cpu"), "auto")
+        sanitize.run("cpu", "auto")
 
 
 def test_a_backend_that_runs_nothing_is_an_error() -> None:
     with pytest.raises(SystemExit, match="the backend triton ran nothing"):
-        calls.run(torch.device("cpu"), "triton", 12)
+        sanitize.run("cpu", "triton", 12)
 
 
 # The profiler
@@ -234,24 +238,79 @@ def test_other_bits_are_counted() -> None:
     assert {line["value"] for line in told} == {3}
 
 
+# Room for blocks
+
+
+def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch function that chooses by room is asked for each; no room for a block, or for its registers, is wrong."""
+
+    class Emulated:
+        def __init__(self, path: Path) -> None:
+            self.room, self.waiting = 0, 0
+
+        def configure(self, shared_bytes: int) -> None:
+            self.room, self.waiting = shared_bytes, 3
+
+        def launches(self) -> list[emulation.Launch]:
+            self.waiting -= 1
+            if self.waiting == 2:
+                return []  # of earlier calls
+            name, smem_bytes = ("plain_long", 120 * 1024) if self.room > 120 * 1024 else ("long", 80 * 1024)
+            direction = "fwd" if self.waiting == 1 else "bwd"
+            return [emulation.Launch(f"_Z9window_attention_{direction}_{name}_kernelIfE", smem_bytes, 256)]
+
+    plain = swinkernels.window_attention_qkvpacked
+    monkeypatch.setenv("SWINKERNELS_OPS", "/there")
+    monkeypatch.setattr(fit.emulation, "Library", Emulated)
+    monkeypatch.setattr(swinkernels, "window_attention_qkvpacked", lambda *a, backend, **given: plain(*a, **given))
+    limits = {"max_window_volume": 1024, "shared_bytes_of_longest": 160 * 1024, "max_window_volume_in_less": 256}
+    monkeypatch.setitem(_backends.LIMITS, "cuda", limits)
+    backward = "_Z9window_attention_bwd_plain_long_kernelIfE"
+    monkeypatch.setattr(fit, "_registers", lambda: {("sm_90", backward): 255, ("sm_80", backward): 257})
+    told = Told()
+    fit._fit("swin_t.1", torch.float32, told)
+    found = {(line["arch"], line["direction"]): line for line in told.lines}
+    assert len(found) == len(told.lines) == 8
+    assert [found[arch, "fwd"]["value"] for arch in fit.ROOMS] == [1, 1, 1, 1]
+    for arch in ("sm_86", "sm_89"):
+        assert found[arch, "fwd"]["kernel"] == "window_attention_fwd_long_kernel"
+        assert found[arch, "fwd"]["detail"].endswith("; in place of window_attention_fwd_plain_long_kernel")
+    assert "in place of" not in found["sm_80", "fwd"]["detail"]
+    assert (found["sm_90", "bwd"]["value"], found["sm_90", "bwd"]["result"]) == (1, "ok")
+    assert (found["sm_80", "bwd"]["value"], found["sm_80", "bwd"]["result"]) == (0, "wrong")
+    told.lines.clear()
+    fit._fit("window 7x7x7", torch.float32, told)
+    refused = [line for line in told.lines if line["arch"] == "sm_86"]
+    room = "it takes windows of at most 256 tokens where a block has 99 KB of shared memory, got 343"
+    assert {(x["value"], x["detail"]) for x in refused} == {(0, f"refused, and taken by triton: {room}")}
+
+
 # The bundle
 
 
 def test_a_bundle_has_what_a_bare_machine_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In pure Python, without a module of this Python; its commit is said by a file."""
+    """Its packages come by pip, in pure Python; it has no module of this Python, and a file with its commit."""
     if not list((bundle.ROOT / "swinkernels").glob("_ops*.so")):
         pytest.skip("the extension is not built")
-    monkeypatch.setattr(bundle, "CARRIED", ("tabulate", "no-such-package"))
+    (tmp_path / "wheel").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheel" / "carried_here-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried_here.py", "")
+        wheel.writestr(
+            "carried_here-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carried-here\nVersion: 1.0\n"
+        )
+        wheel.writestr("carried_here-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("carried_here-1.0.dist-info/RECORD", "")
+    monkeypatch.setattr(bundle, "PIP", (*bundle.PIP, "--no-index", f"--find-links={tmp_path / 'wheel'}"))
+    monkeypatch.setattr(bundle, "CARRIED", ("carried-here",))
     assert bundle.make(tmp_path / "bundle") == 0
-    said = capsys.readouterr().out
-    assert "not carried: no-such-package is not installed here" in said
+    assert "not carried: monai: pip found no release" in capsys.readouterr().out
     files = {str(path.relative_to(tmp_path / "bundle")) for path in (tmp_path / "bundle").rglob("*") if path.is_file()}
     assert {"COMMIT", "Makefile", "gpu/__main__.py", "tests/conftest.py", "benchmarks/record.py"} <= files
     assert "setup.py" not in files  # there is nothing to build
     assert any(name.startswith("swinkernels/_ops") for name in files)
     assert [name for name in files if name.endswith(".so") and "/_ops" not in name] == []
-    assert any(name.startswith("carried/tabulate/") for name in files)
+    assert "carried/carried_here.py" in files
     monkeypatch.setattr(bundle, "MOST_MIB", 0)
     assert bundle.make(tmp_path / "bundle") == 1

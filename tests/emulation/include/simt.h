@@ -53,12 +53,14 @@ void async_commit();
 void async_wait(int groups_left);
 
 struct LaunchShape {
+  const void* kernel;
   unsigned grid[3], block[3];
   size_t dynamic_smem_bytes;
 };
 // 0 or a cudaError_t.
 int run_grid(const LaunchShape& shape, void (*kernel)(void* context), void* context);
 
-int multiprocessors();  // emulated; few, so that persistent loops loop
+int multiprocessors();        // emulated; few, so that persistent loops loop
+int shared_bytes_of_block();  // emulated: the most dynamic shared memory that a launch may ask for
 
 }  // namespace emulation

@@ -269,7 +269,8 @@ template <class... Params, class... Args>
 inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_smem_bytes, cudaStream_t,
                           Args&&... args) {
   emulation::BoundKernel<Params...> bound{kernel, {static_cast<Params>(args)...}};
-  const emulation::LaunchShape shape{{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, dynamic_smem_bytes};
+  const emulation::LaunchShape shape{
+      reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, dynamic_smem_bytes};
   return static_cast<cudaError_t>(emulation::run_grid(shape, &bound.run, &bound));
 }
 
@@ -279,7 +280,7 @@ inline cudaError_t multiprocessor_count(int* count) {
 }
 
 inline cudaError_t shared_bytes_of_block(int* bytes) {
-  *bytes = 227 * 1024;
+  *bytes = emulation::shared_bytes_of_block();
   return cudaSuccess;
 }
 
