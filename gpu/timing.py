@@ -76,10 +76,10 @@ def variants(group: str, emit: Emitter, setting: Setting) -> Cases:
     timer, names = _Timer(emit, setting, group), BACKENDS if group == "shipped" else ("cuda",)
     if group.startswith("triton "):
         from gpu.variants import TRITON, apply
-        from swinkernels.triton import window_attention as launcher
+        from swinkernels.triton.window_attention import tuning
 
         names = ("triton",)
-        apply(launcher, TRITON[group.removeprefix("triton ")])
+        apply(tuning, TRITON[group.removeprefix("triton ")])
     yield from (timer.attention(shape, names) for shape in (shapes.GOAL, "swin_t.3"))
     if group.startswith("memory ") or group == "shipped":
         yield from (timer.memory_bound(op, "swin_t.1", ("cuda",)) for op in MEMORY)

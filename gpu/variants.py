@@ -2,8 +2,8 @@
 
 They settle choices that only a measurement can: copies in flight and warps per multiprocessor of the CUDA attention
 kernels and of the memory-bound ones (SWINKERNELS_* macros of the traits.h of each op), tiles, warps and stages of the
-Triton ones (``tiles`` of swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library, built without a GPU,
-that has bfloat16 attention alone. The step "variants" of a run times all that it finds, in turns.
+Triton ones (swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library, built without a GPU, that
+has bfloat16 attention alone. The step "variants" of a run times all that it finds, in turns.
 """
 
 from __future__ import annotations
