@@ -220,7 +220,7 @@ def scores_of(q: Tensor, k: Tensor, addend: Tensor | None, factor: float | Tenso
     scores = (q @ k.transpose(-2, -1)) * factor if isinstance(factor, Tensor) else (q * factor) @ k.transpose(-2, -1)
     if addend is None:
         return scores
-    in_place = scores.dtype == addend.dtype and is_plain(())  # transforms may not write to a product of theirs
+    in_place = scores.dtype == addend.dtype and is_plain((scores, addend))  # transforms may not write to theirs
     return scores.add_(addend) if in_place else scores + addend
 
 
