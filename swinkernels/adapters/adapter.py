@@ -69,6 +69,9 @@ class Accelerated(nn.Module):
 
     _swinkernels_backend = "auto"
 
+    def _swinkernels_swapped(self) -> None:
+        """Note what the module was when its class was swapped."""
+
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
             "torch.jit.script cannot compile a module that swinkernels.accelerate has replaced: call "
@@ -99,6 +102,7 @@ def swap_class(adapter: Adapter, module: nn.Module, backend: str) -> None:
     """Let a module run on this package's ops."""
     module.__class__ = adapter.accelerated
     module.__dict__[BACKEND_ATTRIBUTE] = backend
+    module._swinkernels_swapped()  # type: ignore[operator]
 
 
 def restore_class(module: nn.Module) -> None:

@@ -16,6 +16,7 @@ from swinkernels.adapters.copies import attention as adapter
 from swinkernels.adapters.copies.attention import StructuralAttention
 from swinkernels.ops._backends import NOT_INSTALLED
 from tests.support import published_forms as forms
+from tests.support.copied_code import refuse_forward
 from tests.support.parity import assert_as_good, assert_as_noisy, run
 
 needs_cpu_kernels = pytest.mark.skipif(
@@ -56,7 +57,7 @@ def accelerated(module: nn.Module, **options: Any) -> Any:
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on the attention's own forward fails."""
-    monkeypatch.setattr(forms.WindowAttention, "forward", None)
+    refuse_forward(monkeypatch, forms.WindowAttention)
 
 
 # The same numbers

@@ -19,6 +19,7 @@ from swinkernels.adapters.copies import block as copied_block
 from swinkernels.adapters.copies.attention import StructuralAttention
 from swinkernels.adapters.copies.block import StructuralBlock
 from tests.support import published_forms as forms
+from tests.support.copied_code import refuse_forward
 from tests.support.parity import assert_as_good, assert_as_noisy, run
 
 SHIFTED = {"shift_size": 2}
@@ -110,7 +111,7 @@ def reason_of(block: nn.Module) -> str:
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on the blocks' own attention fails."""
-    monkeypatch.setattr(forms.WindowAttention, "forward", None)
+    refuse_forward(monkeypatch, forms.WindowAttention)
 
 
 # The same numbers

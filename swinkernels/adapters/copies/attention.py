@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinkernels.adapters.adapter import BACKEND_ATTRIBUTE, Adapter, original_class
+from swinkernels.adapters.adapter import Adapter, original_class, swap_class
 from swinkernels.adapters.bypass import is_traced, replaced_forward, why_not_window_attention
 from swinkernels.adapters.copies.dynamic_class import (
     NAME,
     DynamicSubclass,
     dynamic_subclass,
+    others_are_default,
     parameters_of,
-    signature_of,
 )
+from swinkernels.adapters.copies.snapshot import Snapshot, signature_of
 from swinkernels.adapters.copies.trial import Case, NotCovered, Trial
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
@@ -98,19 +99,22 @@ def _reasons(
     return window_attention_reasons(backend, spec, dtype, device)
 
 
-def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor | None:
-    """The op on the windows, or None where the module's own code has to run."""
-    if x.dim() != 3 or why_not_window_attention(attn) is not None:
-        return None
+def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor | str:
+    """The op on the windows, or why the module's own code has to run."""
+    reason = attn._swinkernels_changed() or why_not_window_attention(attn)
+    if reason is not None:
+        return reason
+    if x.dim() != 3:
+        return f"x has {x.dim()} axes, not 3"
     n = x.shape[1]
     if form.index is None:
         index = attn.relative_position_index
-    if not isinstance(index, Tensor) or index.shape != (n, n):  # a window of another size, perhaps
-        return None
+    if not isinstance(index, Tensor) or index.shape != (n, n):
+        return f"its index is not one of windows of {n} tokens"
     windows = 1
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 3 or mask.shape[1:] != (n, n) or x.shape[0] % mask.shape[0]:
-            return None
+            return "the mask is not (windows, N, N)"
         windows = mask.shape[0]
     own_bias = qkv_bias(attn)
     qkv = qkv_of(attn, x, own_bias)
@@ -118,7 +122,7 @@ def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor |
     of_op = n, attn.num_heads, qkv.shape[-1] // (3 * attn.num_heads), mask is not None, is_cosine(attn), p > 0.0
     backend = fast_backend(attn._swinkernels_backend, _reasons, x.device, *of_op, qkv.dtype)
     if backend is None:
-        return None
+        return f"no fast backend has dense biases for {qkv.dtype} on {x.device.type}"
     bias = bias_table(attn)[index.reshape(-1)].reshape(n, n, -1).permute(2, 0, 1)
     out = window_attention_qkvpacked(
         qkv.reshape(-1, windows, n, qkv.shape[-1]),
@@ -136,23 +140,36 @@ class StructuralAttention(DynamicSubclass):
     """A window attention module on the op, with the sum of bias and mask as a dense bias.
 
     Its own forward runs where the op cannot stand in for it: hooks inside, layers that are not nn.Linear, windows of
-    another size, no fast backend, tracing.
+    another size, no fast backend, tracing, anything that was changed since the trial.
     """
 
     _swinkernels_form: Form
     _swinkernels_in_trial = False
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def _swinkernels_swapped(self) -> None:
+        self.__dict__["_swinkernels_snapshots"] = {"": Snapshot(self)}
+
+    def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
+        """The op's result, or why the module's own code has to run."""
+        if is_traced(x):
+            return "its code is traced"
         form = self._swinkernels_form
         names = [name for name in (form.index, form.mask) if name is not None]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        out = None
-        if not is_traced(x) and len(given) == len(args) + len(kwargs) and given.keys() <= set(names):
-            out = _attend(form, self, x, given.get(form.index or ""), given.get(form.mask))
-        if out is not None:
+        given = dict(zip(names, args, strict=False))
+        args = args[len(given) :]
+        if kwargs:
+            given.update((name, kwargs[name]) for name in names if name in kwargs and name not in given)
+            kwargs = {name: value for name, value in kwargs.items() if name not in names}
+        if (args or kwargs) and not others_are_default(self._swinkernels_others, args, kwargs):
+            return "it is called with arguments that its form does not have"
+        return _attend(form, self, x, given.get(form.index or ""), given.get(form.mask))
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        out = self._swinkernels_call(x, args, kwargs)
+        if not isinstance(out, str):
             return out
         if self._swinkernels_in_trial:
-            raise NotCovered
+            raise NotCovered(out)
         return super().forward(x, *args, **kwargs)
 
 
@@ -173,8 +190,7 @@ def _call(form: Form, attn: Any, x: Tensor) -> Tensor:
 
 def _put_in_place(form: Form, attn: nn.Module) -> None:
     original: Any = original_class(attn)
-    attn.__class__ = _adapter(original, form).accelerated
-    attn.__dict__[BACKEND_ATTRIBUTE] = "reference"
+    swap_class(_adapter(original, form), attn, "reference")
     attn.__dict__["_swinkernels_in_trial"] = True
 
 
@@ -226,7 +242,13 @@ def _adapter(original: Any, form: Form) -> Adapter:
     return Adapter(
         name=NAME,
         original=original,
-        accelerated=dynamic_subclass(StructuralAttention, original, form, _adapter),
+        accelerated=dynamic_subclass(
+            StructuralAttention,
+            original,
+            form,
+            _adapter,
+            _swinkernels_others=tuple(parameters_of(original)[2 if form.index is None else 3 :]),
+        ),
         reason_to_skip=lambda attn: None,  # match has found none
         parts=(Part("attention", why_not_window_attention, _part_reasons),),
         input_shape=lambda attn: (_WINDOWS * _volume(attn), attn.qkv.in_features),

@@ -14,7 +14,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import restore_class
 from swinkernels.adapters.bypass import remove_hooks
+from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back
 
 _TOLERANCE = 1e-6  # of the largest element: constants of a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # their exponentials make more of such errors
@@ -61,6 +62,9 @@ class Trial:
     prepare: Callable[[nn.Module], None] = lambda module: None
     # Whether it is a block that masks.
     masks: bool = False
+    # What methods of its classes reach outside of it, and what it holds now and after the last call.
+    _reached: list[tuple[Any, Any]] = field(default_factory=list)
+    _left: dict[str, Any] = field(default_factory=dict)
 
     def run(self, cases: list[Case]) -> tuple[frozenset[str], str]:
         """The kinds of inputs on which nothing was found to differ, and the first thing that was.
@@ -74,20 +78,23 @@ class Trial:
                 return frozenset(), f"it cannot be copied for a trial: {_short(error)}"
             fast = copy.deepcopy(plain)
             self.swap_class(fast)
+            self._reached = outside(plain)
             passed: set[str] = set()
             failed: set[str] = set()
             refused, why = "no known form has its geometry", ""
             for case in cases:
                 x = torch.randn(case.shape, generator=_generator(1), dtype=torch.float64)
                 try:
-                    self._try(plain, x)
+                    self._try(copy.deepcopy(plain), x)
                 except Exception as error:
-                    refused = f"its forward refused a trial on random numbers: {_short(error)}"
+                    refused = f"its forward refused a trial on random numbers: {_short(error)} ({_map_of(x)})"
                     continue
                 try:
-                    self._compare(plain, fast, x, case.scores <= _MOST_SCORES, in_training=not passed)
+                    pair = copy.deepcopy(plain), copy.deepcopy(fast)
+                    self._compare(*pair, x, case.scores <= _MOST_SCORES, in_training=not passed)
                     passed.add(case.kind)
-                except NotCovered:
+                except NotCovered as reason:
+                    refused = f"the op would not run: {reason}"
                     continue
                 except _Different as difference:
                     failed.add(case.kind)
@@ -133,47 +140,54 @@ class Trial:
             return self._result(module, x)
 
     def _result(self, module: nn.Module, x: Tensor) -> Tensor:
-        out = self.call(module, x)
+        """What a call returns; :meth:`_left` has what it leaves behind."""
+        try:
+            out = self.call(module, x)
+        finally:
+            self._left = left_behind(module, self._reached)
+            put_back(self._reached)
         if not isinstance(out, Tensor):
             raise TypeError(f"it returns a {type(out).__name__}, not a tensor")
         return out
 
     def _compare(self, plain: Any, fast: Any, x: Tensor, gradients: bool, in_training: bool) -> None:
-        if gradients:
-            self._compare_gradients(plain, fast, x)
-        else:
-            _check("another output", self._try(fast, x), self._try(plain, x))
+        self._compare_calls(plain, fast, x, gradients, "")
         if any(name.endswith("logit_scale") for name, _ in plain.named_parameters()):
             self._compare_largest_scale(plain, fast, x)
         if self.masks:
             self._compare_masks(plain, fast, x)
-        if not in_training:
-            return
-        results = []
-        for module in (plain, fast):
-            module.train()
-            torch.manual_seed(3)
-            results.append((self._try(module, x), torch.rand(1, device="cpu").double()))
-            module.eval()
-        _check("another output in training", results[1][0], results[0][0])
-        _check("other random numbers in training", results[1][1], results[0][1])
+        if in_training:
+            plain.train()
+            fast.train()
+            self._compare_calls(plain, fast, x, gradients, " in training")
+            self._compare_calls(plain, fast, x, False, " in training without gradients")
 
-    def _compare_gradients(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
+    def _compare_calls(self, plain: nn.Module, fast: nn.Module, x: Tensor, gradients: bool, when: str) -> None:
+        """Outputs, gradients, random numbers that come next, and what the calls leave behind."""
         results = []
         for module in (plain, fast):
-            leaf = x.clone().requires_grad_()
-            out = self._result(module, leaf)
-            leaves: dict[str, Tensor] = {"the input": leaf, **dict(module.named_parameters())}
-            dout = torch.randn(out.shape, generator=_generator(2), dtype=torch.float64)
-            found = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
-            zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), found, strict=True)]
-            results.append((out.detach(), dict(zip(leaves, zeros, strict=True))))
-        (expected, expected_grads), (got, grads) = results
-        _check("another output", got, expected)
+            torch.manual_seed(3)
+            leaf = x.clone().requires_grad_(gradients)
+            with torch.set_grad_enabled(gradients):
+                out = self._result(module, leaf)
+            drawn, left = torch.rand(1, device="cpu").double(), self._left
+            grads = {}
+            if gradients:
+                leaves: dict[str, Tensor] = {"the input": leaf, **dict(module.named_parameters())}
+                dout = torch.randn(out.shape, generator=_generator(2), dtype=torch.float64)
+                found = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
+                zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), found, strict=True)]
+                grads = dict(zip(leaves, zeros, strict=True))
+            results.append((out.detach(), drawn, grads, left))
+        (expected, next_expected, expected_grads, expected_left), (got, next_got, grads, left) = results
+        _check(f"another output{when}", got, expected)
+        _check(f"other random numbers{when}", next_got, next_expected)
         # What is a sum of terms that cancel is as good as they are.
-        floor = 1e-3 * _TOLERANCE * max(g.abs().max().item() for g in expected_grads.values())
+        floor = 1e-3 * _TOLERANCE * max((g.abs().max().item() for g in expected_grads.values()), default=0.0)
         for name, grad in expected_grads.items():
-            _check(f"another gradient of {name}", grads[name], grad, floor=floor)
+            _check(f"another gradient of {name}{when}", grads[name], grad, floor=floor)
+        for name in (*expected_left, *left):
+            _check_left(name, left.get(name, _NOTHING), expected_left.get(name, _NOTHING))
 
     def _compare_largest_scale(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
         """Where v2's scale has reached its end."""
@@ -226,6 +240,24 @@ def _check(what: str, got: Tensor, expected: Tensor, *, floor: float = 0.0, tole
     error, largest = (got - expected).abs().max().item(), expected.abs().max().item()
     if not error <= tolerance * largest + floor:  # NaN differs
         raise _Different(f"{what} (by {error / max(largest, 1e-300):.2g} of the largest element)")
+
+
+_NOTHING = object()
+
+
+def _check_left(name: str, got: Any, expected: Any) -> None:
+    what = f"something else in {name}, which the forward leaves behind,"
+    if isinstance(got, Tensor) and isinstance(expected, Tensor):
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            raise _Different(what)
+        if got.numel():
+            _check(what, got.double(), expected.double())
+    elif isinstance(got, Tensor) or isinstance(expected, Tensor) or got != expected:
+        raise _Different(what)
+
+
+def _map_of(x: Tensor) -> str:
+    return f"a map of {' x '.join(map(str, x.shape[1:-1]))}"
 
 
 def _generator(seed: int) -> torch.Generator:
