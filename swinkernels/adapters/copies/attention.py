@@ -194,22 +194,52 @@ def _put_in_place(form: Form, attn: nn.Module) -> None:
     attn.__dict__["_swinkernels_in_trial"] = True
 
 
+# By signature: what trials of a narrow copy found wrong, and what they then found at the module's own width.
 _TRIALS: dict[tuple[Any, ...], str | None] = {}
+_AT_OWN_WIDTH: dict[tuple[Any, ...], str | None] = {}
 
 
 def _why_not(attn: Any, form: Form) -> str | None:
-    """What a trial finds wrong."""
+    """What trials find wrong: a thorough one of a narrow copy, and a short one of its width."""
     if any(p.is_meta for p in attn.parameters()):
         return "its parameters are on meta, and a class that is not known is not trusted without a trial"
     make = signature_of(attn)
+    if make not in _AT_OWN_WIDTH:
+        _AT_OWN_WIDTH[make] = _find_out(attn, form)
+    return _AT_OWN_WIDTH[make]
+
+
+def _find_out(attn: Any, form: Form) -> str | None:
+    width = narrow(attn.qkv.in_features, attn.num_heads)
+    try:
+        make = signature_of(_trial(attn, form, width=width).copy())
+    except Exception:
+        return _try(attn, form)
     if make not in _TRIALS:
-        n = _volume(attn)
-        batch = _IMAGES * _WINDOWS
-        case = Case((batch, n, attn.qkv.in_features), "windows", 2 * batch * attn.num_heads * n * n)
-        swap_class, call = functools.partial(_put_in_place, form), functools.partial(_call, form)
-        passed, reason = Trial(attn, swap_class, call).run([case])
-        _TRIALS[make] = None if passed else f"it looks like a window attention, but {reason}"
-    return _TRIALS[make]
+        _TRIALS[make] = _try(attn, form, width=width)
+    reason = _TRIALS[make]
+    if reason is None:
+        return _try(attn, form, is_short=True)
+    return _try(attn, form) if _REFUSED in reason else reason
+
+
+_REFUSED = "refused a trial"
+
+
+def _trial(attn: Any, form: Form, **options: Any) -> Trial:
+    return Trial(attn, functools.partial(_put_in_place, form), functools.partial(_call, form), **options)
+
+
+def _try(attn: Any, form: Form, **options: Any) -> str | None:
+    n, width = _volume(attn), options.get("width")
+    channels, heads = attn.qkv.in_features, attn.num_heads
+    if width is not None:
+        channels, heads = width.to_channels, width.to_heads
+    windows = (1 if options.get("is_short") else _IMAGES) * _WINDOWS
+    passed, reason = _trial(attn, form, **options).run(
+        [Case((windows, n, channels), "windows", 2 * windows * heads * n * n)]
+    )
+    return None if passed else f"it looks like a window attention, but {reason}"
 
 
 def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:

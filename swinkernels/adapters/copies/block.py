@@ -39,7 +39,7 @@ from swinkernels.adapters.copies.dynamic_class import (
     parameters_of,
 )
 from swinkernels.adapters.copies.snapshot import Snapshot, signature_of, version_of
-from swinkernels.adapters.copies.trial import Case, NotCovered, Trial
+from swinkernels.adapters.copies.trial import MOST_SCORES, Case, Elementwise, NotCovered, Trial, Width, narrow
 from swinkernels.adapters.masks import differs, frame_of, is_shift_mask, shift_mask, window_index
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
@@ -452,35 +452,73 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
     return type(block).forward(block, x, *args)
 
 
+# By signature: what trials of a narrow copy found, and what they then found at the module's own width.
 _TRIALS: dict[tuple[Any, ...], Form | str] = {}
+_AT_OWN_WIDTH: dict[tuple[Any, ...], Form | str] = {}
 
 
-def _form_of(block: nn.Module) -> Form | str:
-    """The form that a trial finds, or why there is none."""
+def _form_of(block: Any) -> Form | str:
+    """The form that trials find, or why there is none: thorough ones of a narrow copy, and a short one of its width."""
     if any(p.is_meta for p in block.parameters()):
         return "its parameters are on meta, and a class that is not known is not trusted without a trial"
-    make = signature_of(block, None if _resolution(block) is None else _small_resolution(block))
-    if make not in _TRIALS:
-        _TRIALS[make] = _try_forms(block)
-    return _TRIALS[make]
+    resolution = None if _resolution(block) is None else _small_resolution(block)
+    make = signature_of(block, resolution)
+    if make not in _AT_OWN_WIDTH:
+        _AT_OWN_WIDTH[make] = _find_form(block, resolution)
+    return _AT_OWN_WIDTH[make]
 
 
-def _try_forms(block: Any) -> Form | str:
+def _find_form(block: Any, resolution: Any) -> Form | str:
+    width = narrow(block.attn.qkv.in_features, block.attn.num_heads)
+    try:
+        make = signature_of(_trial(block, None, width=width).copy(), resolution)
+    except Exception:
+        make = ()
+    if make and make not in _TRIALS:
+        _TRIALS[make] = _try_forms(block, width)
+    form = _TRIALS.get(make, "")
+    if isinstance(form, str):
+        # A refusal may be that of a narrow copy alone.
+        return form if form and _REFUSED not in form else _try_forms(block, None)
+    return _at_own_width(block, form)
+
+
+def _at_own_width(block: Any, form: Form) -> Form | str:
+    cases = [_case(block, size, images=1) for size in _sizes_to_try(form, block)]
+    case = min((c for c in cases if c.kind in form.maps), key=lambda c: math.prod(c.shape))
+    for stand_in in (Elementwise(), None):
+        passed, reason = _trial(block, form, stand_in=stand_in, is_short=True).run([case])
+        if passed or _REFUSED not in reason:
+            break
+    return form if passed else f"it looks like a shifted-window block, but {reason}"
+
+
+_REFUSED = "refused a trial"
+
+
+def _trial(block: Any, form: Form | None, **options: Any) -> Trial:
+    if form is None:
+        return Trial(block, lambda module: None, lambda module, x: x, **options)
+    return Trial(
+        block,
+        swap_class=functools.partial(_put_in_place, replace(form, maps=_ALL_MAPS)),
+        prepare=functools.partial(_prepare, form),
+        call=functools.partial(_call, form),
+        masks=any(_shift(block)),
+        **options,
+    )
+
+
+def _try_forms(block: Any, width: Width | None) -> Form | str:
     forms = list(_forms(block))
     if not forms:
         return f"its forward takes {inspect.signature(original_class(block).forward)}, which is no known form"
     best, why = None, ""
     for form in forms:
-        everywhere = replace(form, maps=_ALL_MAPS)
-        trial = Trial(
-            block,
-            swap_class=functools.partial(_put_in_place, everywhere),
-            prepare=functools.partial(_prepare, form),
-            call=functools.partial(_call, form),
-            masks=any(_shift(block)),
-        )
-        passed, reason = trial.run([_case(block, size) for size in _sizes_to_try(form, block)])
-        why = why or reason
+        cases = [_case(block, size, width=width) for size in _sizes_to_try(form, block)]
+        passed, reason = _trial(block, form, width=width).run(cases)
+        if not why or (_REFUSED in why and reason):  # what differs says more than what is refused
+            why = reason
         if best is None or len(passed) > len(best.maps):
             best = replace(form, maps=passed)
         if passed and not reason:
@@ -489,10 +527,15 @@ def _try_forms(block: Any) -> Form | str:
     return best if best.maps else f"it looks like a shifted-window block, but {why}"
 
 
-def _case(block: Any, size: tuple[int, ...]) -> Case:
+def _case(block: Any, size: tuple[int, ...], images: int = _BATCH, width: Width | None = None) -> Case:
     window = _window(block)
-    scores = _BATCH * block.attn.num_heads * math.prod(frame_of(size, window)) * math.prod(window)
-    return Case((_BATCH, *size, block.attn.qkv.in_features), _kind_of_map(size, window), scores)
+    channels, heads = block.attn.qkv.in_features, block.attn.num_heads
+    if width is not None:
+        channels, heads = width.to_channels, width.to_heads
+    of_image = heads * math.prod(frame_of(size, window)) * math.prod(window)
+    images = 1 if of_image > MOST_SCORES else images
+    scores = images * of_image
+    return Case((images, *size, channels), _kind_of_map(size, window), scores)
 
 
 _ALL_MAPS = frozenset({"whole", "padded", "small, whole", "small, padded"})
