@@ -22,7 +22,7 @@ from swinkernels.adapters.adapter import (
     swap_class,
 )
 from swinkernels.adapters.backend_choice import backend_choice
-from swinkernels.adapters.copies import attention, block
+from swinkernels.adapters.copies import attention, block, lookalike
 from swinkernels.adapters.copies.dynamic_class import NAME as STRUCTURAL
 from swinkernels.adapters.copies.trial import told_after_seconds
 from swinkernels.adapters.report import Replaced, Report, Skipped
@@ -154,6 +154,9 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate
             yield path, module, adapter, f"{name} is a subclass, {why}"
         else:
             adapter, reason = block.match(module) or attention.match(module) or (None, None)
+            if adapter is None and reason is None:
+                unknown = lookalike.why_unknown(module)
+                reason = None if reported else unknown
             # What is said of a block says enough of its attention, if that is left.
             if adapter is not None or (reason is not None and not reported):
                 yield path, module, adapter, reason

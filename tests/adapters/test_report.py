@@ -57,8 +57,8 @@ def test_check_says_why_a_module_fell_back():
 
 def test_check_of_a_library():
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    options = {"img_size": 32, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2), "num_classes": 2}
-    model = timm.models.swin_transformer.SwinTransformer(**options).eval()
+    options = {"img_size": 32, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)}
+    model = timm.models.swin_transformer.SwinTransformer(**options, num_classes=2).eval()
     report = swinkernels.accelerate(model)
     ran = report.check(torch.randn(1, 3, 32, 32)).modules
     attention = [e for e in ran if any(op == "window_attention_qkvpacked" for op, _ in e.calls)]
@@ -90,3 +90,37 @@ def test_a_block_is_counted_once_and_reasons_are_grouped():
     assert "2 replaced (4 with those inside them), 2 left" in text
     assert text.count("attn.scale is a Tensor") == 1
     assert "0.blocks.0 and 1 more" in text
+
+
+class SeparateLayers(nn.Module):
+    """A window attention with q and kv apart, and without a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window_size, self.num_heads = (4, 4), 3
+        self.q, self.kv, self.proj = nn.Linear(12, 12), nn.Linear(12, 24), nn.Linear(12, 12)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(49, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+def test_what_resembles_a_window_attention_is_named_with_what_it_lacks():
+    attention = type("LocalWindowAttention", (SeparateLayers,), {})
+    report = swinkernels.accelerate(nn.Sequential(*(attention() for _ in range(3))))
+    assert [e.path for e in report.skipped] == ["0", "1", "2"]
+    text = str(report)
+    assert text.count("LocalWindowAttention") == 1
+    assert "one nn.Linear named qkv (its own are q, kv, proj)" in text
+    assert "an argument mask" in text
+    assert "docs/adapters.md" in text
+    assert report.reason is None
+
+
+def test_torchvision_volumes_are_not_claimed():
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    model = models.video.swin3d_t(num_classes=2)
+    report = swinkernels.accelerate(model)
+    left = {e.path for e in report.skipped if e.module_class == "ShiftedWindowAttention3d"}
+    assert left == {n for n, m in model.named_modules() if type(m).__name__ == "ShiftedWindowAttention3d"}
+    assert left

@@ -27,7 +27,7 @@ from swinkernels.adapters.copies.dynamic_class import (
     parameters_of,
 )
 from swinkernels.adapters.copies.snapshot import Snapshot, signature_of
-from swinkernels.adapters.copies.trial import Case, NotCovered, Trial
+from swinkernels.adapters.copies.trial import MOST_SCORES, Case, NotCovered, Trial, narrow
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
     dropout_at_call,
@@ -180,7 +180,7 @@ def _call(form: Form, attn: Any, x: Tensor) -> Tensor:
     """Windows with a mask and without one."""
     n = x.shape[1]
     generator = torch.Generator("cpu").manual_seed(6)
-    mask = 3 * torch.randn(_WINDOWS, n, n, generator=generator, device="cpu").to(x)
+    mask = 3 * torch.randn(min(_WINDOWS, len(x)), n, n, generator=generator, device="cpu").to(x)
     index: list[Tensor] = []
     if form.index is not None:
         rows = bias_table(attn).shape[0]
@@ -235,7 +235,9 @@ def _try(attn: Any, form: Form, **options: Any) -> str | None:
     channels, heads = attn.qkv.in_features, attn.num_heads
     if width is not None:
         channels, heads = width.to_channels, width.to_heads
-    windows = (1 if options.get("is_short") else _IMAGES) * _WINDOWS
+    windows = 1 if options.get("is_short") else _IMAGES * _WINDOWS
+    if windows * heads * n * n > MOST_SCORES:
+        windows = min(windows, _WINDOWS)
     passed, reason = _trial(attn, form, **options).run(
         [Case((windows, n, channels), "windows", 2 * windows * heads * n * n)]
     )

@@ -67,6 +67,7 @@ class DynamicSubclass(Accelerated):
             if reason is not None:
                 return f"{name}: {reason}" if name else reason
         return None
+
     # (original, form) -> the adapter with the class; a function that pickle can import.
     _swinkernels_adapter: Callable[[Any, Any], Adapter]
 

@@ -171,7 +171,7 @@ def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
 
 
 class Snapshot:
-    """A module as a trial has seen it: its class, its code, and attributes that are no modules or tensors that train."""
+    """A module as a trial has seen it: its class, its code, and its attributes but for modules and parameters."""
 
     def __init__(self, module: nn.Module, absorbs: bool = True) -> None:
         """``absorbs``: whether an op does the work of torch's modules inside it."""
