@@ -461,7 +461,7 @@ def test_one_trial_for_blocks_of_a_kind(monkeypatch):
     blocks = [forms.ClassificationBlock(*SIZE, shift_size=s, drop_path=p) for s in (0, 2) for p in (0.1, 0.2)]
     assert len(swinkernels.accelerate(nn.ModuleList(blocks)).replaced) == 4
     assert len(trials) == 2
-    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4))  # its width has a short trial
+    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4, drop_path=0.1))  # its width has a short trial
     assert len(trials) == 2
     odd = forms.ClassificationBlock(*SIZE)
     odd.flag = True  # such as a forward may look at

@@ -517,7 +517,9 @@ def _try_forms(block: Any, width: Width | None) -> Form | str:
     for form in forms:
         cases = [_case(block, size, width=width) for size in _sizes_to_try(form, block)]
         passed, reason = _trial(block, form, width=width).run(cases)
-        if not why or (_REFUSED in why and reason):  # what differs says more than what is refused
+        if not why or (
+            _REFUSED in why and reason and _REFUSED not in reason
+        ):  # what differs says more than what is refused
             why = reason
         if best is None or len(passed) > len(best.maps):
             best = replace(form, maps=passed)

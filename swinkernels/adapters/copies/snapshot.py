@@ -141,10 +141,8 @@ def code_version(cls: type) -> int:
 def _is_code(cls: Any, forward: Any, dicts: list[tuple[Any, dict[str, Any]]]) -> bool:
     if cls.forward is not forward:
         return False
-    for now, then in dicts:  # nearly all values are the same objects, for which == is not called
-        if now != then:
-            return False
-    return True
+    # Nearly all values are the same objects, for which == is not called.
+    return all(now == then for now, then in dicts)
 
 
 _MOST_OBJECTS = 1000
