@@ -158,8 +158,9 @@ class StructuralAttention(DynamicSubclass):
         given = dict(zip(names, args, strict=False))
         args = args[len(given) :]
         if kwargs:
-            given.update((name, kwargs[name]) for name in names if name in kwargs and name not in given)
-            kwargs = {name: value for name, value in kwargs.items() if name not in names}
+            named = {name: kwargs[name] for name in names if name in kwargs and name not in given}
+            given.update(named)
+            kwargs = {name: value for name, value in kwargs.items() if name not in named}
         if (args or kwargs) and not others_are_default(self._swinkernels_others, args, kwargs):
             return "it is called with arguments that its form does not have"
         return _attend(form, self, x, given.get(form.index or ""), given.get(form.mask))

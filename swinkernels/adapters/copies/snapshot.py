@@ -125,24 +125,23 @@ def signature_of(module: nn.Module, *others: Any) -> tuple[Any, ...]:
 
 
 # The code that a class has had while its modules were tried: instances of one that was patched since run it.
-_CODES: dict[type, list[tuple[Any, ...]]] = {}
+_CODES: dict[type, list[tuple[Any, list[Any], list[Any]]]] = {}
 
 
 def code_version(cls: type) -> int:
     """The number of a class's code as it is now."""
     versions = _CODES.setdefault(cls, [])
-    for number, (forward, dicts) in enumerate(versions):
-        if _is_code(cls, forward, dicts):
+    for number, code in enumerate(versions):
+        if _is_code(cls, *code):
             return number
-    versions.append((cls.forward, [(vars(c), dict(vars(c))) for c in _own_classes(cls)]))  # type: ignore[attr-defined]
+    classes = [vars(c) for c in _own_classes(cls)]
+    versions.append((cls.forward, classes, [dict(c) for c in classes]))  # type: ignore[attr-defined]
     return len(versions) - 1
 
 
-def _is_code(cls: Any, forward: Any, dicts: list[tuple[Any, dict[str, Any]]]) -> bool:
-    if cls.forward is not forward:
-        return False
-    # Nearly all values are the same objects, for which == is not called.
-    return all(now == then for now, then in dicts)
+def _is_code(cls: Any, forward: Any, now: list[Any], then: list[Any]) -> bool:
+    """Whether a class is what it was. Nearly all values are the same objects, for which == is not called."""
+    return cls.forward is forward and now == then
 
 
 _MOST_OBJECTS = 1000
