@@ -315,7 +315,10 @@ class StructuralBlock(DynamicSubclass):
     _swinkernels_in_trial = False
 
     def _swinkernels_swapped(self) -> None:
-        self.__dict__["_swinkernels_snapshots"] = {"": Snapshot(self, absorbs=False), "attn": Snapshot(self.attn)}
+        self.__dict__["_swinkernels_snapshots"] = {
+            "": Snapshot(self, absorbs=False),
+            "attn": Snapshot(child(self, "attn")),
+        }
         _has_own_mask(self)
 
     def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:

@@ -187,7 +187,7 @@ class Snapshot:
             if absorbs and m is not None and type(m).__module__.startswith("torch.nn.modules")
         )
         # Of ints and bools, which a trial leaves as they are, the values; by name, at which tensor and version.
-        self.kept = {n: _Values(b) for n, b in module._buffers.items() if _has_values(n, b)}
+        self.kept = {n: _Values(b) for n, b in module._buffers.items() if b is not None and _has_values(n, b)}
         # The tensors and versions of them that were looked at, and with what outcome.
         self.seen: dict[str, tuple[Any, ...]] = {}
 
@@ -218,7 +218,7 @@ class Snapshot:
             leaf: Any = module._modules.get(name)
             if type(leaf) is not kind or "forward" in leaf.__dict__:
                 return f"{name} was replaced"
-            if kind.forward is not _CODES[kind][version][0]:  # type: ignore[attr-defined]
+            if kind.forward is not _CODES[kind][version][0]:
                 return f"{kind.__name__}.forward was replaced on the class"
         if len(own) != self.size:
             read = _names_read(self.cls, self.version)
@@ -250,8 +250,8 @@ class Snapshot:
         return None
 
 
-def _has_values(name: str, buffer: Tensor | None) -> bool:
-    if buffer is None or buffer.is_meta or name in _NOT_COMPARED:
+def _has_values(name: str, buffer: Tensor) -> bool:
+    if buffer.is_meta or name in _NOT_COMPARED:
         return False
     return not (buffer.is_floating_point() or buffer.is_complex())
 

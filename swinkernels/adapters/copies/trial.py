@@ -235,9 +235,9 @@ class Trial:
         self._compare_calls(plain, fast, x, gradients, "")
         if any(name.endswith("logit_scale") for name, _ in plain.named_parameters()):
             self._compare_largest_scale(plain, fast, x)
+        if self.masks:
+            self._compare_masks(plain, fast, x)
         if in_training:
-            if self.masks:
-                self._compare_masks(plain, fast, x)
             plain.train()
             fast.train()
             self._compare_calls(plain, fast, x, gradients, " in training")
