@@ -7,13 +7,15 @@ An adapter swaps the class of a module, not the module: parameters, buffers, hoo
 from swinkernels.adapters.adapter import Accelerated, Adapter, register
 from swinkernels.adapters.engine import accelerate, restore
 from swinkernels.adapters.part import Part, window_attention_part
-from swinkernels.adapters.report import Replaced, Report, Skipped
+from swinkernels.adapters.report import Check, Ran, Replaced, Report, Skipped
 from swinkernels.adapters.verify import VerificationError
 
 __all__ = [
     "Accelerated",
     "Adapter",
+    "Check",
     "Part",
+    "Ran",
     "Replaced",
     "Report",
     "Skipped",

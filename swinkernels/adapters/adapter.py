@@ -119,6 +119,9 @@ class Accelerated(nn.Module):
         self._swinkernels_look()
         return applied
 
+    def _swinkernels_swapped(self) -> None:
+        """Note what the module was when its class was swapped."""
+
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
             "torch.jit.script cannot compile a module that swinkernels.accelerate has replaced: call "
@@ -145,6 +148,7 @@ def swap_class(adapter: Adapter, module: nn.Module, backend: str) -> None:
     _change_class(module, adapter.accelerated)
     module.__dict__[BACKEND_ATTRIBUTE] = backend
     module._swinkernels_remember()  # type: ignore[operator]
+    module._swinkernels_swapped()  # type: ignore[operator]
 
 
 def restore_class(module: nn.Module) -> None:

@@ -118,7 +118,8 @@ _OF_ALL_FORWARD, _OF_ALL_FORWARD_PRE = _torch_module._global_forward_hooks, _tor
 _OF_ALL_BACKWARD, _OF_ALL_BACKWARD_PRE = _torch_module._global_backward_hooks, _torch_module._global_backward_pre_hooks
 
 
-def _all_have_hooks() -> bool:
+def all_modules_have_hooks() -> bool:
+    """Whether a hook of all modules is registered."""
     return bool(_OF_ALL_FORWARD or _OF_ALL_FORWARD_PRE or _OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE)
 
 
@@ -130,7 +131,7 @@ def _has_own_hooks(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook would see a call of a module, its own or one of all modules."""
-    return _has_own_hooks(module) or _all_have_hooks()
+    return _has_own_hooks(module) or all_modules_have_hooks()
 
 
 def remove_hooks(module: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +23,9 @@ from swinkernels.adapters.adapter import (
 )
 from swinkernels.adapters.backend_choice import backend_choice
 from swinkernels.adapters.bypass import why_distributed
-from swinkernels.adapters.copies import attention, block
+from swinkernels.adapters.copies import attention, block, lookalike
 from swinkernels.adapters.copies.dynamic_class import NAME as STRUCTURAL
+from swinkernels.adapters.copies.trial import told_after_seconds
 from swinkernels.adapters.report import Replaced, Report, Skipped
 from swinkernels.adapters.verify import verify as verify_module
 from swinkernels.ops._backends import check_backend
@@ -60,7 +63,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     to_accelerate: dict[nn.Module, Adapter] = {}
     paths: dict[nn.Module, str] = {}
     to_restore: list[nn.Module] = []
-    for path, module, adapter, reason in _candidates(model, loaded_adapters()):
+    with told_after_seconds():
+        candidates = list(_candidates(model, loaded_adapters()))
+    for path, module, adapter, reason in candidates:
         if adapter is not None and reason is None:
             reason = why_distributed(module) or adapter.reason_to_skip(module)
         name = original_class(module).__name__
@@ -76,13 +81,21 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     if verify:
         for module, path in paths.items():
             verify_module(to_accelerate, path, module, backend)
+    report._model = weakref.ref(model)
     for module, adapter in to_accelerate.items():
+        report._why_own_code[paths[module]] = functools.partial(_why_own_code, adapter)
         swap_class(adapter, module, backend)
     for module in to_restore:
         restore_class(module)
     if not report.replaced and not report.skipped:
         report.reason = f"Nothing to replace in {type(model).__name__}: it contains no {SUPPORTED}."
     return report
+
+
+def _why_own_code(adapter: Adapter, module: nn.Module) -> str | None:
+    """Why the library's own code does the work of parts of a module, or None."""
+    reasons = (part.reason_to_fall_back(module) for part in adapter.parts)
+    return "; ".join(dict.fromkeys(reason for reason in reasons if reason is not None)) or None
 
 
 def restore(model: nn.Module) -> None:
@@ -142,6 +155,9 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate
             yield path, module, adapter, f"{name} is a subclass, {why}"
         else:
             adapter, reason = block.match(module) or attention.match(module) or (None, None)
+            if adapter is None and reason is None:
+                unknown = lookalike.why_unknown(module)
+                reason = None if reported else unknown
             # What is said of a block says enough of its attention, if that is left.
             if adapter is not None or (reason is not None and not reported):
                 yield path, module, adapter, reason

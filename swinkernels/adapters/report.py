@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from swinkernels.adapters.check import Ran, run_and_watch
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,31 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
     # Why nothing was replaced, if nothing was.
     reason: str | None = None
+    # The model, while it lives, and why a replaced module of it runs the library's own code at present.
+    _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
+    _why_own_code: dict[str, Callable[[nn.Module], str | None]] = field(default_factory=dict, repr=False, compare=False)
+
+    def check(self, *inputs: Any, **options: Any) -> Check:
+        """Run the model once, and list for each replaced module the ops that it called and their backends.
+
+        The call is ``model(*inputs, **options)`` in the mode that the model is in, without gradients. The numbers that
+        random number generators give next stay as they are.
+
+        Raises:
+            RuntimeError: the model is gone, or this report was unpickled.
+        """
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise RuntimeError("Report.check: the model of this report is gone: call swinkernels.accelerate again")
+        return Check(run_and_watch(model, self._why_own_code, inputs, options))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_why_own_code": {}}
 
     def __str__(self) -> str:
-        lines = [f"swinkernels: {len(self.replaced)} replaced, {len(self.skipped)} left as they were"]
+        outermost = [e for e in self.replaced if not any(_is_inside(e.path, o.path) for o in self.replaced)]
+        inside = f" ({len(self.replaced)} with those inside them)" if len(outermost) < len(self.replaced) else ""
+        lines = [f"swinkernels: {len(outermost)} replaced{inside}, {len(self.skipped)} left as they were"]
         if self.reason is not None:
             lines.append(self.reason)
         remarks = list(dict.fromkeys(remark for entry in self.replaced for remark in entry.remarks))
@@ -52,11 +80,32 @@ class Report:
             lines += ["", *_table(rows)]
         if self.skipped:
             rows = [("left as it was", "class", "library", "reason")]
-            rows += [(_name(entry.path), entry.module_class, entry.adapter, entry.reason) for entry in self.skipped]
+            paths: dict[tuple[str, str, str], list[str]] = {}
+            for left in self.skipped:
+                paths.setdefault((left.module_class, left.adapter, left.reason), []).append(left.path)
+            for of, of_kind in paths.items():
+                more = f" and {len(of_kind) - 1} more" if len(of_kind) > 1 else ""
+                rows.append((_name(of_kind[0]) + more, *of))
             lines += ["", *_table(rows)]
         if remarks:
             lines += ["", *(f"[{i}] {remark}" for i, remark in enumerate(remarks, start=1))]
         return "\n".join(lines)
+
+
+@dataclass
+class Check:
+    """What the replaced modules ran in one call of the model; ``print`` it for a table."""
+
+    modules: list[Ran]
+
+    def __str__(self) -> str:
+        ran = sum(bool(entry.calls) for entry in self.modules)
+        rows = [("module", "class", "what it ran"), *((_name(e.path), e.module_class, str(e)) for e in self.modules)]
+        return "\n".join([f"swinkernels: {ran} of {len(self.modules)} replaced modules called ops", "", *_table(rows)])
+
+
+def _is_inside(path: str, other: str) -> bool:
+    return path != other and (not other or path.startswith(f"{other}."))
 
 
 def _name(path: str) -> str:

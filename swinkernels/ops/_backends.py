@@ -6,11 +6,12 @@ the test skips all read that list. Window attention's is beside its op, where it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -234,7 +235,7 @@ def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[
     check_backend(op, requested)
     reasons = [] if requested == "auto" else reasons_of(requested)
     if requested != "auto" and not reasons:
-        return requested
+        return _observed(op, requested)
     candidates = PREFERENCE[device.type] if why_no_kernels(device) is None and device.type in PREFERENCE else ()
     best = next((b for b in candidates if not reasons_of(b)), "torch")
     if reasons:
@@ -242,7 +243,26 @@ def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[
             f"{op}: backend={requested!r} cannot run this call: {'; '.join(reasons)}. "
             f"Use backend='auto', which takes {best!r} here."
         )
-    return best
+    return _observed(op, best)
+
+
+_OBSERVERS: list[Callable[[str, str], None]] = []
+
+
+def _observed(op: str, backend: str) -> str:
+    for observe in _OBSERVERS:
+        observe(op, backend)
+    return backend
+
+
+@contextlib.contextmanager
+def observe_choices(observe: Callable[[str, str], None]) -> Iterator[None]:
+    """Have a function told the op and the backend of every choice. Calls that are looked up make none."""
+    _OBSERVERS.append(observe)
+    try:
+        yield
+    finally:
+        _OBSERVERS.remove(observe)
 
 
 def backend_beside(op: str, requested: str) -> str:

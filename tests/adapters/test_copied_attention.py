@@ -15,8 +15,8 @@ from swinkernels.adapters import VerificationError
 from swinkernels.adapters.copies import attention as adapter
 from swinkernels.adapters.copies.attention import StructuralAttention
 from tests.support import published_forms as forms
+from tests.support.copied_code import refuse_forward
 from tests.support.parity import assert_as_good, assert_as_noisy, run
-from tests.support.published import refuse
 
 
 def make(kind: Any, *args: Any, **options: Any) -> Any:
@@ -52,7 +52,7 @@ def accelerated(module: nn.Module, **options: Any) -> Any:
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on the attention's own forward fails."""
-    refuse(monkeypatch, forms.WindowAttention)
+    refuse_forward(monkeypatch, forms.WindowAttention)
 
 
 # The same numbers
@@ -194,9 +194,10 @@ def test_what_is_not_a_published_form_is_refused(attention):
     assert "gave another output" in entry.reason
 
 
-def test_other_modules_with_such_parameters_are_none():
-    report = swinkernels.accelerate(make(Wrapped, OtherArguments))
-    assert "Nothing to replace" in report.reason
+def test_a_module_with_other_arguments_is_named_with_what_it_lacks():
+    (entry,) = swinkernels.accelerate(make(Wrapped, OtherArguments)).skipped
+    assert entry.path == "attn"
+    assert "an argument mask behind x (its forward takes (self, x, y))" in entry.reason
 
 
 def test_a_refused_block_with_a_refused_attention_is_told_once():

@@ -19,8 +19,8 @@ from swinkernels.adapters.copies import block as copied_block
 from swinkernels.adapters.copies.attention import StructuralAttention
 from swinkernels.adapters.copies.block import StructuralBlock
 from tests.support import published_forms as forms
+from tests.support.copied_code import refuse_forward
 from tests.support.parity import assert_as_good, assert_as_noisy, run
-from tests.support.published import refuse
 
 SHIFTED = {"shift_size": 2}
 
@@ -111,7 +111,7 @@ def reason_of(block: nn.Module) -> str:
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on the blocks' own attention fails."""
-    refuse(monkeypatch, forms.WindowAttention)
+    refuse_forward(monkeypatch, forms.WindowAttention)
 
 
 # The same numbers
@@ -453,16 +453,20 @@ def test_instances_that_are_not_what_their_class_is(change, words):
 def test_one_trial_for_blocks_of_a_kind(monkeypatch):
     trials: list[Any] = []
     try_forms = copied_block._try_forms
-    monkeypatch.setattr(copied_block, "_try_forms", lambda block: (trials.append(block), try_forms(block))[1])
+    monkeypatch.setattr(
+        copied_block, "_try_forms", lambda block, width: (trials.append(block), try_forms(block, width))[1]
+    )
     monkeypatch.setattr(copied_block, "_TRIALS", {})
+    monkeypatch.setattr(copied_block, "_AT_OWN_WIDTH", {})
     blocks = [forms.ClassificationBlock(*SIZE, shift_size=s, drop_path=p) for s in (0, 2) for p in (0.1, 0.2)]
     assert len(swinkernels.accelerate(nn.ModuleList(blocks)).replaced) == 4
     assert len(trials) == 2
-    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4))
+    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4, drop_path=0.1))  # its width has a short trial
+    assert len(trials) == 2
     odd = forms.ClassificationBlock(*SIZE)
     odd.flag = True  # such as a forward may look at
     swinkernels.accelerate(odd)
-    assert len(trials) == 4
+    assert len(trials) == 3
 
 
 def test_a_trial_leaves_no_trace():
@@ -476,6 +480,7 @@ def test_a_trial_leaves_no_trace():
     grads = {name: None if p.grad is None else p.grad.clone() for name, p in block.named_parameters()}
     state, fired[:] = random.getstate(), []
     copied_block._TRIALS.clear()
+    copied_block._AT_OWN_WIDTH.clear()
     with torch.inference_mode(), torch.device("meta"):
         assert swinkernels.accelerate(block).replaced
     assert random.getstate() == state

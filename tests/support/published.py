@@ -12,9 +12,10 @@ from swinkernels.adapters import bypass
 def publish(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str, function: Any) -> None:
     """Let a class have another method as if its library had published that."""
     monkeypatch.setattr(kind, method, function)
-    watched = bypass._PUBLISHED.get(kind, (("forward", None),))
-    methods = tuple((name, function if name == method else published) for name, published in watched)
-    monkeypatch.setitem(bypass._PUBLISHED, kind, methods)
+    for watched, methods in {kind: (("forward", None),), **bypass._PUBLISHED}.items():
+        if getattr(watched, method, None) is function:  # a subclass may have it from there
+            now = tuple((name, function if name == method else published) for name, published in methods)
+            monkeypatch.setitem(bypass._PUBLISHED, watched, now)
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str = "forward") -> None:

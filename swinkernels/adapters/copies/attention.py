@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinkernels.adapters.adapter import BACKEND_ATTRIBUTE, Adapter, original_class
-from swinkernels.adapters.bypass import is_traced, replaced_forward, why_not_window_attention
+from swinkernels.adapters.adapter import Adapter, original_class, swap_class
+from swinkernels.adapters.bypass import replaced_forward, why_not_window_attention
 from swinkernels.adapters.copies.dynamic_class import (
     NAME,
     DynamicSubclass,
     dynamic_subclass,
+    others_are_default,
     parameters_of,
-    signature_of,
 )
-from swinkernels.adapters.copies.trial import Case, NotCovered, Trial
+from swinkernels.adapters.copies.snapshot import Snapshot, signature_of
+from swinkernels.adapters.copies.trial import MOST_SCORES, Case, NotCovered, Trial, narrow
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
     dropout_at_call,
@@ -78,21 +79,25 @@ def _why_beyond_limits(attn: Any, n: int) -> str | None:
     return why_beyond_limits(attn.qkv.out_features // (3 * attn.num_heads), (n,))
 
 
-def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor | None:
-    """The op on the windows, or None where the module's own code has to run."""
-    if x.dim() != 3 or why_not_window_attention(attn) is not None:
-        return None
+def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor | str:
+    """The op on the windows, or why the module's own code has to run."""
+    reason = attn._swinkernels_changed() or why_not_window_attention(attn)
+    if reason is not None:
+        return reason
+    if x.dim() != 3:
+        return f"x has {x.dim()} axes, not 3"
     n = x.shape[1]
-    if _why_beyond_limits(attn, n) is not None:
-        return None
+    beyond = _why_beyond_limits(attn, n)
+    if beyond is not None:
+        return beyond
     if form.index is None:
         index = attn.relative_position_index
-    if not isinstance(index, Tensor) or index.shape != (n, n):  # a window of another size, perhaps
-        return None
+    if not isinstance(index, Tensor) or index.shape != (n, n):
+        return f"its index is not one of windows of {n} tokens"
     windows = 1
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 3 or mask.shape[1:] != (n, n) or x.shape[0] % mask.shape[0]:
-            return None
+            return "the mask is not (windows, N, N)"
         windows = mask.shape[0]
     qkv = qkv_of(attn, x, qkv_bias(attn))
     bias = bias_table(attn)[index.reshape(-1)].reshape(n, n, -1).permute(2, 0, 1)
@@ -112,23 +117,37 @@ class StructuralAttention(DynamicSubclass):
     """A window attention module on the op, with the sum of bias and mask as a dense bias.
 
     Its own forward runs where the op cannot stand in for it: hooks inside, layers that are not nn.Linear, windows of
-    another size, tracing.
+    another size, tracing, anything that was changed since the trial.
     """
 
     _swinkernels_form: Form
     _swinkernels_in_trial = False
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def _swinkernels_swapped(self) -> None:
+        self.__dict__["_swinkernels_snapshots"] = {"": Snapshot(self)}
+
+    def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
+        """The op's result, or why the module's own code has to run."""
+        if self._swinkernels_own_code(x):
+            return "its code is traced, was replaced, or no kernel runs on the device"
         form = self._swinkernels_form
         names = [name for name in (form.index, form.mask) if name is not None]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        out = None
-        if not is_traced(x) and len(given) == len(args) + len(kwargs) and given.keys() <= set(names):
-            out = _attend(form, self, x, given.get(form.index or ""), given.get(form.mask))
-        if out is not None:
+        given = dict(zip(names, args, strict=False))
+        args = args[len(given) :]
+        if kwargs:
+            named = {name: kwargs[name] for name in names if name in kwargs and name not in given}
+            given.update(named)
+            kwargs = {name: value for name, value in kwargs.items() if name not in named}
+        if (args or kwargs) and not others_are_default(self._swinkernels_others, args, kwargs):
+            return "it is called with arguments that its form does not have"
+        return _attend(form, self, x, given.get(form.index or ""), given.get(form.mask))
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        out = self._swinkernels_call(x, args, kwargs)
+        if not isinstance(out, str):
             return out
         if self._swinkernels_in_trial:
-            raise NotCovered
+            raise NotCovered(out)
         return super().forward(x, *args, **kwargs)
 
 
@@ -139,7 +158,7 @@ def _call(form: Form, attn: Any, x: Tensor) -> Tensor:
     """Windows with a mask and without one."""
     n = x.shape[1]
     generator = torch.Generator("cpu").manual_seed(6)
-    mask = 3 * torch.randn(_WINDOWS, n, n, generator=generator, device="cpu").to(x)
+    mask = 3 * torch.randn(min(_WINDOWS, len(x)), n, n, generator=generator, device="cpu").to(x)
     index: list[Tensor] = []
     if form.index is not None:
         rows = bias_table(attn).shape[0]
@@ -149,30 +168,61 @@ def _call(form: Form, attn: Any, x: Tensor) -> Tensor:
 
 def _put_in_place(form: Form, attn: nn.Module) -> None:
     original: Any = original_class(attn)
-    attn.__class__ = _adapter(original, form).accelerated
-    attn.__dict__[BACKEND_ATTRIBUTE] = "reference"
+    swap_class(_adapter(original, form), attn, "reference")
     attn.__dict__["_swinkernels_in_trial"] = True
 
 
+# By signature: what trials of a narrow copy found wrong, and what they then found at the module's own width.
 _TRIALS: dict[tuple[Any, ...], str | None] = {}
+_AT_OWN_WIDTH: dict[tuple[Any, ...], str | None] = {}
 
 
 def _why_not(attn: Any, form: Form) -> str | None:
-    """What a trial finds wrong."""
+    """What trials find wrong: a thorough one of a narrow copy, and a short one of its width."""
     beyond = _why_beyond_limits(attn, _volume(attn))
     if beyond is not None:
         return beyond
     if any(p.is_meta for p in attn.parameters()):
         return "its parameters are on meta, and a class that is not known is not trusted without a trial"
     make = signature_of(attn)
+    if make not in _AT_OWN_WIDTH:
+        _AT_OWN_WIDTH[make] = _find_out(attn, form)
+    return _AT_OWN_WIDTH[make]
+
+
+def _find_out(attn: Any, form: Form) -> str | None:
+    width = narrow(attn.qkv.in_features, attn.num_heads)
+    try:
+        make = signature_of(_trial(attn, form, width=width).copy())
+    except Exception:
+        return _try(attn, form)
     if make not in _TRIALS:
-        n = _volume(attn)
-        batch = _IMAGES * _WINDOWS
-        case = Case((batch, n, attn.qkv.in_features), "windows", 2 * batch * attn.num_heads * n * n)
-        swap_class, call = functools.partial(_put_in_place, form), functools.partial(_call, form)
-        passed, reason = Trial(attn, swap_class, call).run([case])
-        _TRIALS[make] = None if passed else f"it looks like a window attention, but {reason}"
-    return _TRIALS[make]
+        _TRIALS[make] = _try(attn, form, width=width)
+    reason = _TRIALS[make]
+    if reason is None:
+        return _try(attn, form, is_short=True)
+    return _try(attn, form) if _REFUSED in reason else reason
+
+
+_REFUSED = "refused a trial"
+
+
+def _trial(attn: Any, form: Form, **options: Any) -> Trial:
+    return Trial(attn, functools.partial(_put_in_place, form), functools.partial(_call, form), **options)
+
+
+def _try(attn: Any, form: Form, **options: Any) -> str | None:
+    n, width = _volume(attn), options.get("width")
+    channels, heads = attn.qkv.in_features, attn.num_heads
+    if width is not None:
+        channels, heads = width.to_channels, width.to_heads
+    windows = 1 if options.get("is_short") else _IMAGES * _WINDOWS
+    if windows * heads * n * n > MOST_SCORES:
+        windows = min(windows, _WINDOWS)
+    passed, reason = _trial(attn, form, **options).run(
+        [Case((windows, n, channels), "windows", 2 * windows * heads * n * n)]
+    )
+    return None if passed else f"it looks like a window attention, but {reason}"
 
 
 def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
@@ -216,7 +266,13 @@ def _adapter(original: Any, form: Form) -> Adapter:
     return Adapter(
         name=NAME,
         original=original,
-        accelerated=dynamic_subclass(StructuralAttention, original, form, _adapter),
+        accelerated=dynamic_subclass(
+            StructuralAttention,
+            original,
+            form,
+            _adapter,
+            _swinkernels_others=tuple(parameters_of(original)[2 if form.index is None else 3 :]),
+        ),
         reason_to_skip=lambda attn: None,  # match has found none
         parts=(Part("attention", "window_attention", why_not_window_attention, _part_reasons),),
         input_shape=lambda attn: (_WINDOWS * _volume(attn), attn.qkv.in_features),

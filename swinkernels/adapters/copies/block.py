@@ -29,16 +29,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swinkernels.adapters.adapter import BACKEND_ATTRIBUTE, Adapter, original_class
-from swinkernels.adapters.bypass import child, is_traced, replaced_forward, why_not_window_attention
+from swinkernels.adapters.adapter import Adapter, original_class, swap_class
+from swinkernels.adapters.bypass import child, replaced_forward, why_not_window_attention
 from swinkernels.adapters.copies.dynamic_class import (
     NAME,
     DynamicSubclass,
     dynamic_subclass,
+    others_are_default,
     parameters_of,
-    signature_of,
 )
-from swinkernels.adapters.copies.trial import Case, NotCovered, Trial
+from swinkernels.adapters.copies.snapshot import Snapshot, signature_of, version_of
+from swinkernels.adapters.copies.trial import MOST_SCORES, Case, Elementwise, NotCovered, Trial, Width, narrow
 from swinkernels.adapters.masks import differs, frame_of, is_shift_mask, shift_mask, window_index
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
@@ -57,8 +58,6 @@ from swinkernels.ops import window_attention_qkvpacked
 
 _BATCH = 2  # of a trial: a wrong stride between images shows from the second on
 _MASK = "attn_mask"
-# What the stored mask is for.
-_GEOMETRY = ("input_resolution", "window_size", "shift_size")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ class Form:
 
     # "sequence": x is (B, L, C); "map": (B, *S, C).
     layout: str
-    # Where the map's size comes from: "input_resolution" or "H and W", attributes, "argument" or "shape", of x.
+    # Where the map's size comes from: "input_resolution" or attributes such as "H W", "argument", "shape", of x, or
+    # "square" for a sequence whose length says it.
     size_from: str
     # "own": the block has the mask or makes it; "argument": it is called with one.
     mask_from: str
@@ -187,7 +187,23 @@ def _attention(form: Form, block: Any, x: Tensor, mask_value: float) -> Tensor:
 
 
 def _has_own_mask(block: Any) -> bool:
-    """Whether a stored mask holds other values than those of the block's geometry, which the ops would not read."""
+    """Whether a stored mask holds other values than those of the block's geometry, which the ops would not read.
+
+    They are read where the mask or the geometry is another one than at the last call.
+    """
+    mask = getattr(block, _MASK, None)
+    if torch.compiler.is_compiling():
+        return block._swinkernels_own_mask
+    of = block.__dict__.get("input_resolution"), block.__dict__.get("window_size"), block.__dict__.get("shift_size")
+    looked_at = block._swinkernels_snapshots[""].seen
+    seen = looked_at.get(_MASK)
+    if seen is None or seen[0] is not mask or seen[1:] != (version_of(mask), *of):
+        block.__dict__["_swinkernels_own_mask"] = _is_own_mask(block, mask)
+        looked_at[_MASK] = mask, version_of(mask), *of
+    return block._swinkernels_own_mask
+
+
+def _is_own_mask(block: Any, mask: Any) -> bool:
     if not hasattr(block, _MASK):
         return False
     try:
@@ -195,9 +211,10 @@ def _has_own_mask(block: Any) -> bool:
     except (TypeError, ValueError):
         return True
     if resolution is None:
-        return block.attn_mask is not None
-    expected = shift_mask(frame_of(resolution, window), window, shift) if any(shift) else None
-    return differs(block.attn_mask, expected)
+        return mask is not None
+    if mask is not None and not isinstance(mask, Tensor):
+        return True
+    return differs(mask, shift_mask(frame_of(resolution, window), window, shift) if any(shift) else None)
 
 
 # The whole block
@@ -228,37 +245,50 @@ def _add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
     return x + _drop_path(block, half)(child(block, f"norm{half}")(y)) if fused is None else fused
 
 
-def _read(form: Form, block: Any, x: Tensor, given: Any) -> tuple[tuple[int, ...], float] | None:
-    """The map's size and the mask's value for a call, or None where the block's own code has to run."""
+Call = tuple[tuple[int, ...], float]
+
+
+def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
+    """The map's size and the mask's value for a call, or why the block's own code has to run."""
+    reason = block._swinkernels_changed() or _why_not_attention(block)
+    if reason is not None:
+        return reason
     axes = _axes(block)
-    if x.dim() != (3 if form.layout == "sequence" else axes + 2) or _why_not_attention(block) is not None:
-        return None
+    if x.dim() != (3 if form.layout == "sequence" else axes + 2):
+        return f"x has {x.dim()} axes"
     if form.size_from == "shape":
         size: Any = tuple(x.shape[1:-1])
     elif form.size_from == "argument":
         size = given
     elif form.size_from == "input_resolution":
         size = _resolution(block)
+    elif form.size_from == "square":
+        size = (math.isqrt(x.shape[1]),) * axes
     else:
-        size = (block.H, block.W)
+        size = tuple(getattr(block, name) for name in form.size_from.split())
     if not isinstance(size, (tuple, list)) or len(size) != axes:
-        return None
+        return f"the size of the map is {size!r:.60}"
     size = tuple(size)
     if any(s is None or isinstance(s, Tensor) for s in size):
-        return None
+        return f"the size of the map is {size!r:.60}"
     if form.layout == "sequence" and x.shape[1] != math.prod(size):
-        return None
-    if _kind_of_map(size, _window(block)) not in form.maps:
-        return None
+        return f"{x.shape[1]} tokens are no map of {size}"
+    kind = _kind_of_map(size, _window(block))
+    if kind not in form.maps:
+        return f"the trial found no form for a map of {size} ({kind})"
     window, shift = _clamped(form, block, size)
     if not any(shift):
-        return (size, 0.0) if form.mask_from == "argument" or not block._swinkernels_own_mask else None
+        if form.mask_from != "argument" and _has_own_mask(block):
+            return "attn_mask holds other values than those of its geometry"
+        return size, 0.0
     if form.mask_from == "argument":
-        return (size, -100.0) if is_shift_mask(given, frame_of(size, window), window, shift) else None
-    if block._swinkernels_own_mask:
-        return None
+        if not is_shift_mask(given, frame_of(size, window), window, shift):
+            return "the mask that it is called with is not that of its geometry"
+        return size, -100.0
+    if _has_own_mask(block):
+        return "attn_mask holds other values than those of its geometry"
     if form.size_from == "shape" and getattr(block, _MASK, None) is not None and size != _resolution(block):
-        return None  # whose mask is stored
+        return "its stored mask is that of another map"
     return size, -100.0
 
 
@@ -284,19 +314,36 @@ class StructuralBlock(DynamicSubclass):
     _swinkernels_own_mask = False
     _swinkernels_in_trial = False
 
+    def _swinkernels_swapped(self) -> None:
+        self.__dict__["_swinkernels_snapshots"] = {
+            "": Snapshot(self, absorbs=False),
+            "attn": Snapshot(child(self, "attn")),
+        }
+        _has_own_mask(self)
+
+    def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
+        """What to call the op with, or why the block's own code has to run."""
+        if self._swinkernels_own_code(x):
+            return "its code is traced, was replaced, or no kernel runs on the device"
+        given, name = None, self._swinkernels_argument
+        if name is not None:
+            if args:
+                given, args = args[0], args[1:]
+            elif name in kwargs:
+                given = kwargs[name]
+                kwargs = {key: value for key, value in kwargs.items() if key != name}
+            else:
+                return f"it is called without {name}"
+        if (args or kwargs) and not others_are_default(self._swinkernels_others, args, kwargs):
+            return "it is called with arguments that its form does not have"
+        return _read(self._swinkernels_form, self, x, given)
+
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         form = self._swinkernels_form
-        call = None
-        if not is_traced(x):
-            if self._swinkernels_argument is None:
-                call = None if args or kwargs else _read(form, self, x, None)
-            elif len(args) == 1 and not kwargs:
-                call = _read(form, self, x, args[0])
-            elif not args and kwargs.keys() == {self._swinkernels_argument}:
-                call = _read(form, self, x, kwargs[self._swinkernels_argument])
-        if call is None:
+        call = self._swinkernels_call(x, args, kwargs)
+        if isinstance(call, str):
             if self._swinkernels_in_trial:
-                raise NotCovered
+                raise NotCovered(call)
             return super().forward(x, *args, **kwargs)
         saves_memory = getattr(self, "use_checkpoint", False) and torch.is_grad_enabled()
 
@@ -316,20 +363,12 @@ class StructuralBlock(DynamicSubclass):
             return x + _drop_path(self, 2)(branch(_mlp_branch, x))
         return fused[0] + _drop_path(self, 2)(child(self, "mlp")(fused[1]))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == _MASK or name in _GEOMETRY:
-            self.__dict__["_swinkernels_own_mask"] = _has_own_mask(self)
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        super().register_buffer(name, tensor, persistent=persistent)
-        if name == _MASK:
-            self.__dict__["_swinkernels_own_mask"] = _has_own_mask(self)
-
 
 # Forms
 
 
+# Attributes that a stage sets to the size of the map.
+_NAMES_OF_SIZES = {2: ("H W",), 3: ("D H W", "H W T", "H W D")}
 _SIZES = ("x_size", "size", "hw_shape", "input_size", "input_resolution")
 
 
@@ -341,8 +380,9 @@ def _forms(block: Any) -> Iterator[Form]:
     second = taken[1].name if len(taken) > 1 else ""
     sources = []
     if "mask" in second:
-        if hasattr(block, "H") and hasattr(block, "W"):
-            sources.append(("sequence", "H and W", "argument"))
+        names = next((n for n in _NAMES_OF_SIZES[_axes(block)] if all(hasattr(block, a) for a in n.split())), None)
+        if names is not None:
+            sources.append(("sequence", names, "argument"))
         sources.append(("map", "shape", "argument"))
     elif second in _SIZES:
         sources.append(("sequence", "argument", "own"))
@@ -350,6 +390,7 @@ def _forms(block: Any) -> Iterator[Form]:
         if hasattr(block, "input_resolution"):
             sources.append(("sequence", "input_resolution", "own"))
         sources.append(("map", "shape", "own"))
+        sources.append(("sequence", "square", "own"))
     norms = ("post", "pre") if is_cosine(block.attn) else ("pre", "post")
     # Volumes are clamped in all published copies, planes in few.
     windows = ("stays", "clamped") if _axes(block) == 2 else ("clamped", "stays")
@@ -363,6 +404,9 @@ def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:
     window = _window(block)
     if form.size_from == "input_resolution":
         return [_small_resolution(block)]
+    if form.size_from == "square":
+        longest = max(window)
+        return [(n,) * len(window) for n in (2 * longest, 2 * longest + 1, longest, max(longest - 1, 1))]
     if len(window) == 2:
         (h, w) = window
         return [(2 * h, 3 * w), (3 * h, 2 * w), (h + 1, 2 * w + w // 2), (h, 2 * w), (2 * h, max(w - 1, 1)), (h + 1, 2)]
@@ -398,8 +442,9 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
     args: list[Any] = []
     if form.size_from == "argument":
         args.append(size)
-    elif form.size_from == "H and W":
-        block.H, block.W = size
+    elif form.size_from not in ("input_resolution", "shape", "square"):
+        for name, length in zip(form.size_from.split(), size, strict=True):
+            setattr(block, name, length)
     if form.mask_from == "argument":
         window, shift = _clamped(form, block, size)
         if not any(shift):  # a block without shift gets the mask of its neighbours
@@ -410,35 +455,75 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
     return type(block).forward(block, x, *args)
 
 
+# By signature: what trials of a narrow copy found, and what they then found at the module's own width.
 _TRIALS: dict[tuple[Any, ...], Form | str] = {}
+_AT_OWN_WIDTH: dict[tuple[Any, ...], Form | str] = {}
 
 
-def _form_of(block: nn.Module) -> Form | str:
-    """The form that a trial finds, or why there is none."""
+def _form_of(block: Any) -> Form | str:
+    """The form that trials find, or why there is none: thorough ones of a narrow copy, and a short one of its width."""
     if any(p.is_meta for p in block.parameters()):
         return "its parameters are on meta, and a class that is not known is not trusted without a trial"
-    make = signature_of(block, None if _resolution(block) is None else _small_resolution(block))
-    if make not in _TRIALS:
-        _TRIALS[make] = _try_forms(block)
-    return _TRIALS[make]
+    resolution = None if _resolution(block) is None else _small_resolution(block)
+    make = signature_of(block, resolution)
+    if make not in _AT_OWN_WIDTH:
+        _AT_OWN_WIDTH[make] = _find_form(block, resolution)
+    return _AT_OWN_WIDTH[make]
 
 
-def _try_forms(block: Any) -> Form | str:
+def _find_form(block: Any, resolution: Any) -> Form | str:
+    width = narrow(block.attn.qkv.in_features, block.attn.num_heads)
+    try:
+        make = signature_of(_trial(block, None, width=width).copy(), resolution)
+    except Exception:
+        make = ()
+    if make and make not in _TRIALS:
+        _TRIALS[make] = _try_forms(block, width)
+    form = _TRIALS.get(make, "")
+    if isinstance(form, str):
+        # A refusal may be that of a narrow copy alone.
+        return form if form and _REFUSED not in form else _try_forms(block, None)
+    return _at_own_width(block, form)
+
+
+def _at_own_width(block: Any, form: Form) -> Form | str:
+    cases = [_case(block, size, images=1) for size in _sizes_to_try(form, block)]
+    case = min((c for c in cases if c.kind in form.maps), key=lambda c: math.prod(c.shape))
+    for stand_in in (Elementwise(), None):
+        passed, reason = _trial(block, form, stand_in=stand_in, is_short=True).run([case])
+        if passed or _REFUSED not in reason:
+            break
+    return form if passed else f"it looks like a shifted-window block, but {reason}"
+
+
+_REFUSED = "refused a trial"
+
+
+def _trial(block: Any, form: Form | None, **options: Any) -> Trial:
+    if form is None:
+        return Trial(block, lambda module: None, lambda module, x: x, **options)
+    return Trial(
+        block,
+        swap_class=functools.partial(_put_in_place, replace(form, maps=_ALL_MAPS)),
+        prepare=functools.partial(_prepare, form),
+        call=functools.partial(_call, form),
+        masks=any(_shift(block)),
+        **options,
+    )
+
+
+def _try_forms(block: Any, width: Width | None) -> Form | str:
     forms = list(_forms(block))
     if not forms:
         return f"its forward takes {inspect.signature(original_class(block).forward)}, which is no known form"
     best, why = None, ""
     for form in forms:
-        everywhere = replace(form, maps=_ALL_MAPS)
-        trial = Trial(
-            block,
-            swap_class=functools.partial(_put_in_place, everywhere),
-            prepare=functools.partial(_prepare, form),
-            call=functools.partial(_call, form),
-            masks=any(_shift(block)),
-        )
-        passed, reason = trial.run([_case(block, size) for size in _sizes_to_try(form, block)])
-        why = why or reason
+        cases = [_case(block, size, width=width) for size in _sizes_to_try(form, block)]
+        passed, reason = _trial(block, form, width=width).run(cases)
+        if not why or (
+            _REFUSED in why and reason and _REFUSED not in reason
+        ):  # what differs says more than what is refused
+            why = reason
         if best is None or len(passed) > len(best.maps):
             best = replace(form, maps=passed)
         if passed and not reason:
@@ -447,18 +532,22 @@ def _try_forms(block: Any) -> Form | str:
     return best if best.maps else f"it looks like a shifted-window block, but {why}"
 
 
-def _case(block: Any, size: tuple[int, ...]) -> Case:
+def _case(block: Any, size: tuple[int, ...], images: int = _BATCH, width: Width | None = None) -> Case:
     window = _window(block)
-    scores = _BATCH * block.attn.num_heads * math.prod(frame_of(size, window)) * math.prod(window)
-    return Case((_BATCH, *size, block.attn.qkv.in_features), _kind_of_map(size, window), scores)
+    channels, heads = block.attn.qkv.in_features, block.attn.num_heads
+    if width is not None:
+        channels, heads = width.to_channels, width.to_heads
+    of_image = heads * math.prod(frame_of(size, window)) * math.prod(window)
+    images = 1 if of_image > MOST_SCORES else images
+    scores = images * of_image
+    return Case((images, *size, channels), _kind_of_map(size, window), scores)
 
 
 _ALL_MAPS = frozenset({"whole", "padded", "small, whole", "small, padded"})
 
 
 def _put_in_place(form: Form, block: nn.Module) -> None:
-    block.__class__ = _adapter_of(block, form).accelerated
-    block.__dict__[BACKEND_ATTRIBUTE] = "reference"
+    swap_class(_adapter_of(block, form), block, "reference")
     block.__dict__["_swinkernels_in_trial"] = True
 
 
@@ -482,7 +571,7 @@ def _why_not_this_one(block: Any) -> str | None:
     reason = replaced_forward(block) or _why_not_attention(block)
     if reason is not None:
         return reason
-    if _has_own_mask(block):
+    if _is_own_mask(block, getattr(block, _MASK, None)):
         return "attn_mask holds other values than those of its geometry"
     index = getattr(block.attn, "relative_position_index", None)
     if index is not None and differs(index, window_index(_table_window(block))):
@@ -514,7 +603,14 @@ def _adapter_of(block: nn.Module, form: Form) -> Adapter:
 def _adapter(original: Any, form: Form) -> Adapter:
     takes_argument = "argument" in (form.size_from, form.mask_from)
     argument = parameters_of(original)[1].name if takes_argument else None
-    accelerated = dynamic_subclass(StructuralBlock, original, form, _adapter, _swinkernels_argument=argument)
+    accelerated = dynamic_subclass(
+        StructuralBlock,
+        original,
+        form,
+        _adapter,
+        _swinkernels_argument=argument,
+        _swinkernels_others=tuple(parameters_of(original)[1 if argument is None else 2 :]),
+    )
 
     def arguments(block: Any) -> dict[str, Any]:
         with torch.no_grad():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from swinkernels.adapters.adapter import Accelerated, Adapter, original_class
+from swinkernels.adapters.adapter import Accelerated, Adapter, derived_since, original_class
+from swinkernels.adapters.bypass import all_modules_have_hooks
+from swinkernels.adapters.copies.snapshot import Snapshot
 
 # The library that reports name for these classes.
 NAME = "structural"
@@ -21,35 +23,59 @@ def parameters_of(original: Any) -> list[inspect.Parameter]:
     return [p for p in taken if p.kind is not inspect.Parameter.VAR_KEYWORD]
 
 
-# torch's own, what changes from call to call or from module to module of one make, and what a trial replaces.
-_NOT_COMPARED = {*nn.Module().__dict__, "H", "W", "input_resolution", "p", "drop_prob"}
+def others_are_default(others: tuple[inspect.Parameter, ...], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether arguments that a form does not know are what they are without being given.
+
+    Args:
+        others: the parameters of forward behind those of the form.
+        args, kwargs: what is given for them.
+    """
+    if len(args) > len(others):
+        return False
+    if args and not all(_is_default(value, of) for value, of in zip(args, others, strict=False)):
+        return False
+    known = {p.name: p for p in others[len(args) :]}
+    return all(name in known and _is_default(value, known[name]) for name, value in kwargs.items())
 
 
-def signature_of(module: nn.Module, *others: Any) -> tuple[Any, ...]:
-    """What a forward may depend on but for the values of tensors: equal for modules that one trial is enough for."""
-    found: list[Any] = [original_class(module).forward, *others]
-    found += [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    for path, m in module.named_modules():
-        found += [path, original_class(m), original_class(m).forward]
-        for name, value in sorted(m.__dict__.items()):
-            if name in _NOT_COMPARED or name.startswith("_swinkernels_"):
-                continue
-            if isinstance(value, (bool, int, float, str, tuple, list, type(None))) or callable(value):
-                found.append((name, repr(value)))
-    return tuple(found)
+def _is_default(value: Any, of: inspect.Parameter) -> bool:
+    default = of.default
+    return value is default or (type(value) is type(default) and type(value) in _COMPARED and value == default)
+
+
+_COMPARED = (bool, int, float, str)
 
 
 class DynamicSubclass(Accelerated):
     """A base of accelerated classes that are made at run time, for an original class and a form."""
 
     _swinkernels_form: Any
+    _swinkernels_original: Any
+    # The parameters of forward behind those that the form knows.
+    _swinkernels_others: tuple[inspect.Parameter, ...] = ()
+    # This module and those inside it whose work the op does, by their names, as they were when they were tried.
+    _swinkernels_snapshots: dict[str, Snapshot] | None = None
+
+    def _swinkernels_changed(self) -> str | None:
+        """Why the module is not the one that was tried, or None."""
+        if all_modules_have_hooks():
+            return "a hook of all modules is registered"
+        if self._swinkernels_snapshots is None:
+            return "it was pickled by an older version of this package: call swinkernels.accelerate again"
+        for name, snapshot in self._swinkernels_snapshots.items():
+            module = self._modules.get(name) if name else self
+            reason = "it is gone" if module is None else snapshot.differs(module)
+            if reason is not None:
+                return f"{name}: {reason}" if name else reason
+        return None
+
     # (original, form) -> the adapter with the class; a function that pickle can import.
     _swinkernels_adapter: Callable[[Any, Any], Adapter]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Its class cannot be imported, so it is made again."""
         cls, reduced = type(self), super().__reduce_ex__(max(2, protocol))
-        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        if derived_since(self) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
         made_from = cls._swinkernels_adapter, original_class(self), cls._swinkernels_form
         return _make_again, (*made_from, *reduced[1][1:]), *reduced[2:]
@@ -66,6 +92,7 @@ def dynamic_subclass(
     """A subclass of a class for a form that its instances follow."""
     namespace = {
         "_swinkernels_form": form,
+        "_swinkernels_original": original,
         "_swinkernels_adapter": staticmethod(adapter),
         "__module__": original.__module__,
         "__doc__": base.__doc__,

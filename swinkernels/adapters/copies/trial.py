@@ -12,9 +12,10 @@ import copy
 import math
 import random
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import restore_class
 from swinkernels.adapters.bypass import remove_hooks
+from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back
 
 _TOLERANCE = 1e-6  # of the largest element: constants of a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # their exponentials make more of such errors
 _LARGE_SCORE = 75.0
 # What forms read, or is looked at in every instance.
 _KNOWN_TENSORS = ("attn_mask", "relative_coords_table")
-_MOST_SCORES = 5_000_000  # of which a backward pass takes seconds
+MOST_SCORES = 1_500_000  # of which a backward pass takes a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,66 @@ class Case:
     scores: int
 
 
+@dataclass(frozen=True)
+class Width:
+    """How many channels and heads a module has, and how many a narrow copy of it gets.
+
+    Sizes that are a few times the channels are taken for such; a module that then refuses its input is tried as it is.
+    """
+
+    channels: int
+    heads: int
+    to_channels: int
+    to_heads: int
+
+    def _to(self, size: int) -> int:
+        times = size // self.channels
+        return times * self.to_channels if size % self.channels == 0 and 1 <= times <= _MOST_TIMES else size
+
+    def of_parameter(self, path: str, name: str, p: Tensor) -> tuple[int, ...]:
+        shape = tuple(map(self._to, p.shape))
+        if name == "relative_position_bias_table" and p.shape[-1] == self.heads:
+            shape = *p.shape[:-1], self.to_heads
+        elif name == "logit_scale" or ("cpb_mlp" in path.split(".") and p.shape[0] == self.heads):
+            shape = tuple(self.to_heads if size == self.heads else size for size in p.shape[:1]) + shape[1:]
+        return shape
+
+    def change_attributes(self, module: Any) -> None:
+        for name, value in module.__dict__.items():
+            if name in ("num_heads", "n_heads", "heads") and value == self.heads:
+                module.__dict__[name] = self.to_heads
+            elif name not in _SIZES_OF_MAPS and type(value) is int:
+                module.__dict__[name] = self._to(value)
+            elif name == "normalized_shape":
+                module.__dict__[name] = tuple(map(self._to, value))
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+
+
+_MOST_TIMES = 4  # of the channels: the hidden layer of an MLP
+_SIZES_OF_MAPS = ("window_size", "shift_size", "input_resolution", "H", "W", "D", "T", "num_heads")
+_HEADS, _HEAD_DIM = 2, 8
+
+
+def narrow(channels: int, heads: int) -> Width:
+    """Of a module with that many channels and heads: two narrow heads, or one."""
+    few, short = min(heads, _HEADS), min(channels // heads, _HEAD_DIM)
+    return Width(channels, heads, few * short, few)
+
+
+class Elementwise(nn.Module):
+    """In the place of an MLP, where its width would cost time. It takes what an MLP is called with by the op's form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
+
+
 class NotCovered(Exception):
     """The accelerated twin would run its own forward: there is nothing to compare."""
+
+
+class _Refused(Exception):
+    """The module's own forward raised; the message says what."""
 
 
 class _Different(Exception):
@@ -61,6 +121,14 @@ class Trial:
     prepare: Callable[[nn.Module], None] = lambda module: None
     # Whether it is a block that masks.
     masks: bool = False
+    # How narrow a copy is to be, and what takes the place of its MLP.
+    width: Width | None = None
+    stand_in: nn.Module | None = None
+    # Whether one call in eval mode is enough.
+    is_short: bool = False
+    # What methods of its classes reach outside of it, and what it holds now and after the last call.
+    _reached: list[tuple[Any, Any]] = field(default_factory=list)
+    _left: dict[str, Any] = field(default_factory=dict)
 
     def run(self, cases: list[Case]) -> tuple[frozenset[str], str]:
         """The kinds of inputs on which nothing was found to differ, and the first thing that was.
@@ -69,25 +137,30 @@ class Trial:
         """
         with _undisturbed():
             try:
-                plain = self._copy()
+                plain = self.copy()
             except Exception as error:  # whatever a foreign class may raise
                 return frozenset(), f"it cannot be copied for a trial: {_short(error)}"
-            fast = copy.deepcopy(plain)
+            fast = _twin(plain)
             self.swap_class(fast)
+            tried_in_training = False
+            self._reached = outside(plain)
             passed: set[str] = set()
             failed: set[str] = set()
             refused, why = "no known form has its geometry", ""
             for case in cases:
+                say_what_takes_long(self.module)
                 x = torch.randn(case.shape, generator=_generator(1), dtype=torch.float64)
                 try:
-                    self._try(plain, x)
-                except Exception as error:
-                    refused = f"its forward refused a trial on random numbers: {_short(error)}"
-                    continue
-                try:
-                    self._compare(plain, fast, x, case.scores <= _MOST_SCORES, in_training=not passed)
+                    is_small = case.scores <= MOST_SCORES
+                    in_training = not tried_in_training and (is_small or case is cases[-1])
+                    self._compare(_twin(plain), _twin(fast), x, is_small, in_training)
+                    tried_in_training = tried_in_training or in_training
                     passed.add(case.kind)
-                except NotCovered:
+                except _Refused as refusal:
+                    refused = f"its forward refused a trial on random numbers: {refusal} ({_map_of(x)})"
+                    continue
+                except NotCovered as reason:
+                    refused = f"the op would not run: {reason}"
                     continue
                 except _Different as difference:
                     failed.add(case.kind)
@@ -99,13 +172,25 @@ class Trial:
                     break
         return frozenset(passed - failed), why or ("" if passed else refused)
 
-    def _copy(self) -> Any:
-        plain = copy.deepcopy(self.module)
+    def copy(self) -> Any:
+        """The module with random parameters, narrow if its width is given, and without hooks."""
+        # Tensors of random numbers take the places of parameters, which are not copied.
+        memo: dict[int, Any] = {} if self.stand_in is None else {id(self.module._modules["mlp"]): self.stand_in}
+        left_out = set() if self.stand_in is None else set(self.module.mlp.modules())
+        for path, m in self.module.named_modules():
+            if m in left_out:
+                continue
+            for name, p in m._parameters.items():
+                if p is not None and id(p) not in memo:
+                    shape = tuple(p.shape) if self.width is None else self.width.of_parameter(path, name, p)
+                    memo[id(p)] = nn.Parameter(torch.empty(shape, dtype=torch.float64))
+        plain = copy.deepcopy(self.module, memo)
         for m in plain.modules():
             restore_class(m)
+            if self.width is not None:
+                self.width.change_attributes(m)
         remove_hooks(plain)
         plain = plain.to("cpu", torch.float64).eval().requires_grad_(True)
-        plain.zero_grad(set_to_none=True)
         self.prepare(plain)
         generator = _generator(0)
         module: Any
@@ -133,47 +218,62 @@ class Trial:
             return self._result(module, x)
 
     def _result(self, module: nn.Module, x: Tensor) -> Tensor:
-        out = self.call(module, x)
+        """What a call returns; :meth:`_left` has what it leaves behind."""
+        try:
+            out = self.call(module, x)
+        finally:
+            self._left = left_behind(module, self._reached)
+            put_back(self._reached)
         if not isinstance(out, Tensor):
             raise TypeError(f"it returns a {type(out).__name__}, not a tensor")
         return out
 
     def _compare(self, plain: Any, fast: Any, x: Tensor, gradients: bool, in_training: bool) -> None:
-        if gradients:
-            self._compare_gradients(plain, fast, x)
-        else:
-            _check("another output", self._try(fast, x), self._try(plain, x))
+        if self.is_short:
+            self._compare_calls(plain, fast, x, False, "")
+            return
+        self._compare_calls(plain, fast, x, gradients, "")
         if any(name.endswith("logit_scale") for name, _ in plain.named_parameters()):
             self._compare_largest_scale(plain, fast, x)
         if self.masks:
             self._compare_masks(plain, fast, x)
-        if not in_training:
-            return
-        results = []
-        for module in (plain, fast):
-            module.train()
-            torch.manual_seed(3)
-            results.append((self._try(module, x), torch.rand(1, device="cpu").double()))
-            module.eval()
-        _check("another output in training", results[1][0], results[0][0])
-        _check("other random numbers in training", results[1][1], results[0][1])
+        if in_training:
+            plain.train()
+            fast.train()
+            self._compare_calls(plain, fast, x, gradients, " in training")
+            self._compare_calls(plain, fast, x, False, " in training without gradients")
 
-    def _compare_gradients(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
+    def _compare_calls(self, plain: nn.Module, fast: nn.Module, x: Tensor, gradients: bool, when: str) -> None:
+        """Outputs, gradients, random numbers that come next, and what the calls leave behind."""
         results = []
         for module in (plain, fast):
-            leaf = x.clone().requires_grad_()
-            out = self._result(module, leaf)
-            leaves: dict[str, Tensor] = {"the input": leaf, **dict(module.named_parameters())}
-            dout = torch.randn(out.shape, generator=_generator(2), dtype=torch.float64)
-            found = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
-            zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), found, strict=True)]
-            results.append((out.detach(), dict(zip(leaves, zeros, strict=True))))
-        (expected, expected_grads), (got, grads) = results
-        _check("another output", got, expected)
+            torch.manual_seed(3)
+            leaf = x.clone().requires_grad_(gradients)
+            with torch.set_grad_enabled(gradients):
+                try:
+                    out = self._result(module, leaf)
+                except Exception as error:
+                    if module is plain:
+                        raise _Refused(_short(error)) from None
+                    raise
+            drawn, left = torch.rand(1, device="cpu").double(), self._left
+            grads = {}
+            if gradients:
+                leaves: dict[str, Tensor] = {"the input": leaf, **dict(module.named_parameters())}
+                dout = torch.randn(out.shape, generator=_generator(2), dtype=torch.float64)
+                found = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
+                zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), found, strict=True)]
+                grads = dict(zip(leaves, zeros, strict=True))
+            results.append((out.detach(), drawn, grads, left))
+        (expected, next_expected, expected_grads, expected_left), (got, next_got, grads, left) = results
+        _check(f"another output{when}", got, expected)
+        _check(f"other random numbers{when}", next_got, next_expected)
         # What is a sum of terms that cancel is as good as they are.
-        floor = 1e-3 * _TOLERANCE * max(g.abs().max().item() for g in expected_grads.values())
+        floor = 1e-3 * _TOLERANCE * max((g.abs().max().item() for g in expected_grads.values()), default=0.0)
         for name, grad in expected_grads.items():
-            _check(f"another gradient of {name}", grads[name], grad, floor=floor)
+            _check(f"another gradient of {name}{when}", grads[name], grad, floor=floor)
+        for name in (*expected_left, *left):
+            _check_left(name, left.get(name, _NOTHING), expected_left.get(name, _NOTHING))
 
     def _compare_largest_scale(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
         """Where v2's scale has reached its end."""
@@ -202,6 +302,11 @@ class Trial:
         _check("another output where masks matter", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
 
 
+def _twin(module: nn.Module) -> Any:
+    """A copy with the same parameters."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
 def _make_scale_largest(module: nn.Module) -> None:
     for name, p in module.named_parameters():
         if name.endswith("logit_scale"):
@@ -226,6 +331,45 @@ def _check(what: str, got: Tensor, expected: Tensor, *, floor: float = 0.0, tole
     error, largest = (got - expected).abs().max().item(), expected.abs().max().item()
     if not error <= tolerance * largest + floor:  # NaN differs
         raise _Different(f"{what} (by {error / max(largest, 1e-300):.2g} of the largest element)")
+
+
+_QUIET_FOR = 2.0  # seconds
+_SPOKE_AT = [0.0]
+
+
+@contextlib.contextmanager
+def told_after_seconds() -> Iterator[None]:
+    """Have trials that take long say so, from two seconds after the first one began."""
+    _SPOKE_AT[0] = time.monotonic()
+    try:
+        yield
+    finally:
+        _SPOKE_AT[0] = 0.0
+
+
+def say_what_takes_long(module: nn.Module) -> None:
+    now = time.monotonic()
+    if _SPOKE_AT[0] and now - _SPOKE_AT[0] > _QUIET_FOR:
+        _SPOKE_AT[0] = now
+        print(f"swinkernels.accelerate: trying {type(module).__name__} on random numbers ...", file=sys.stderr)
+
+
+_NOTHING = object()
+
+
+def _check_left(name: str, got: Any, expected: Any) -> None:
+    what = f"something else in {name}, which the forward leaves behind,"
+    if isinstance(got, Tensor) and isinstance(expected, Tensor):
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            raise _Different(what)
+        if got.numel():
+            _check(what, got.double(), expected.double())
+    elif isinstance(got, Tensor) or isinstance(expected, Tensor) or got != expected:
+        raise _Different(what)
+
+
+def _map_of(x: Tensor) -> str:
+    return f"a map of {' x '.join(map(str, x.shape[1:-1]))}"
 
 
 def _generator(seed: int) -> torch.Generator:

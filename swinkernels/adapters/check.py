@@ -1,0 +1,117 @@
+"""What the modules that accelerate has replaced run on, seen in one call of the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swinkernels.adapters.adapter import Accelerated
+from swinkernels.ops._backends import observe_choices
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A replaced module in a call of the model."""
+
+    path: str
+    module_class: str
+    # By op and backend, how often the module called it. Calls of replaced modules inside it are theirs.
+    calls: dict[tuple[str, str], int]
+    # Why there were none, if there were none.
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return f"no op: {self.reason}"
+        return ", ".join(f"{op} on {backend}, {n}x" for (op, backend), n in self.calls.items())
+
+
+class _Plain(TorchDispatchMode):
+    """Runs every op as it is. The ops of this package look nothing up while a mode is on, so each call is seen."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def run_and_watch(
+    model: nn.Module, why_own_code: dict[str, Callable[[nn.Module], str | None]], inputs: Any, options: Any
+) -> list[Ran]:
+    """Call a model once, without gradients, and say what each of its replaced modules called.
+
+    ``why_own_code`` says by path, of a replaced module, why the library's own code runs whatever the call is.
+    """
+    modules = {path: model.get_submodule(path) for path in why_own_code}
+    known = {modules[path]: why for path, why in why_own_code.items()}
+    calls: dict[nn.Module, Counter[tuple[str, str]]] = {}
+    reasons: dict[nn.Module, str] = {}
+    running: list[nn.Module] = []
+
+    def entered(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if module not in known:
+            return forward(module, *args, **kwargs)
+        seen = calls.setdefault(module, Counter())
+        before = seen.total()
+        running.append(module)
+        try:
+            return forward(module, *args, **kwargs)
+        finally:
+            running.pop()
+            if seen.total() == before:
+                reasons[module] = _reason(module, args, kwargs) or known[module](module) or _OTHER_CALL
+
+    def chosen(op: str, backend: str) -> None:
+        if running:
+            calls[running[-1]][op, backend] += 1
+
+    # Hooks would make modules run the library's own code.
+    with contextlib.ExitStack() as stack:
+        for cls in {type(m) for m in modules.values() if isinstance(m, Accelerated)}:
+            stack.enter_context(_wrapped_forward(cls, entered))
+        stack.enter_context(observe_choices(chosen))
+        stack.enter_context(_Plain())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng())
+        model(*inputs, **options)
+    result = []
+    for path, module in modules.items():
+        reason = None
+        if not isinstance(module, Accelerated):
+            reason = "it is the library's own module again"
+        elif module not in calls:
+            reason = "it was not called"
+        elif not calls[module]:
+            reason = reasons[module]
+        result.append(Ran(path, type(module).__name__, dict(calls.get(module, {})), reason))
+    return result
+
+
+_OTHER_CALL = "its own code ran: the op does not take this call's map, mask, dtype or device"
+
+
+def _reason(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why a copy ran its own code, or None."""
+    call = getattr(module, "_swinkernels_call", None)
+    if call is None or not args:
+        return None
+    reason = call(args[0], args[1:], kwargs)
+    return reason if isinstance(reason, str) else None
+
+
+@contextlib.contextmanager
+def _wrapped_forward(cls: Any, entered: Callable[..., Any]) -> Iterator[None]:
+    own, forward = "forward" in vars(cls), cls.forward
+    cls.forward = lambda self, *args, **kwargs: entered(self, forward, args, kwargs)
+    try:
+        yield
+    finally:
+        if own:
+            cls.forward = forward
+        else:
+            del cls.forward

@@ -1,0 +1,344 @@
+"""What the verdict of a trial holds for: the values and the code that a forward may read, beside tensors that train.
+
+:func:`signature_of` tells modules that one trial is enough for from others. :class:`Snapshot` is compared at every call
+of an accelerated copy: a module changed since its trial runs its own code.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinkernels.adapters.adapter import original_class
+
+_ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
+_FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
+# torch's own, what changes from call to call or from module to module of one make, and what a trial replaces.
+_NOT_COMPARED = {*nn.Module().__dict__, "H", "W", "D", "T", "input_resolution", "attn_mask", "p", "drop_prob"}
+_READ_AT_EVERY_CALL = {"scale"}
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code has made
+
+
+class _Values:
+    """A tensor of ints or bools, compared by its values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach().to("cpu", copy=True)
+
+    def __hash__(self) -> int:
+        return hash((self.tensor.dtype, self.tensor.shape))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Values):
+            return False
+        return self.tensor.dtype == other.tensor.dtype and torch.equal(self.tensor, other.tensor)
+
+
+def _has_plain_state(value: Any) -> bool:
+    """Whether the attributes of an object are all that tells it from others of its class."""
+    classes = type(value).__mro__[:-1]
+    plain = (types.SimpleNamespace,)
+    return hasattr(value, "__dict__") and all(
+        cls in plain or (cls.__flags__ & _HEAP_TYPE and not vars(cls).get("__slots__")) for cls in classes
+    )
+
+
+def described(value: Any, seen: dict[int, int] | None = None) -> Any:
+    """A value as something that can be hashed, equal for values that a forward cannot tell apart. What cannot be
+    compared is equal to nothing else.
+    """
+    kind = type(value)
+    if kind in _ATOMS:
+        return kind, repr(value)
+    if isinstance(value, (enum.Enum, type)) or kind in _FUNCTIONS:
+        return value
+    seen = {} if seen is None else seen
+
+    def each(values: Iterable[Any]) -> tuple[Any, ...]:
+        return tuple(described(v, seen) for v in values)
+
+    if isinstance(value, tuple):
+        return kind, each(value)
+    if id(value) in seen:
+        return "seen", seen[id(value)]
+    seen[id(value)] = len(seen)
+
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, Tensor):
+        of = kind, value.dtype, tuple(value.shape)
+        if value.is_floating_point() or value.is_complex():
+            return of  # a trial has random ones
+        return object() if value.is_meta or kind not in (Tensor, nn.Parameter) else (*of, _Values(value))
+    if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)):
+        return object() if value.dtype.hasobject else (kind, value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, list):
+        return kind, each(value)
+    if isinstance(value, dict):
+        return kind, each(value.items())
+    if isinstance(value, (set, frozenset)):
+        return kind, frozenset(each(value))
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        return value.__code__, each(cells), each(value.__defaults__ or ()), each((value.__kwdefaults__ or {}).items())
+    if isinstance(value, types.MethodType):
+        return kind, each((value.__func__, value.__self__))
+    if isinstance(value, functools.partial):
+        return kind, each((value.func, *value.args)), each(value.keywords.items())
+    if _has_plain_state(value):
+        return kind, each(sorted(vars(value).items()))
+    return object()
+
+
+def _own_classes(cls: type) -> list[type]:
+    """A class and its bases, but for torch's and those of this package."""
+    return [c for c in cls.__mro__ if c.__module__.partition(".")[0] not in ("torch", "swinkernels", "builtins")]
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in sorted(module.__dict__.items()):
+        if name not in _NOT_COMPARED and not name.startswith("_swinkernels_"):
+            yield name, value
+
+
+def signature_of(module: nn.Module, *others: Any) -> tuple[Any, ...]:
+    """What a forward may depend on but for the values of its floating-point tensors: equal for modules that one trial
+    is enough for.
+    """
+    found: list[Any] = [*others]
+    seen: dict[int, int] = {}
+    for path, m in module.named_modules():
+        cls = original_class(m)
+        found += [path, cls, code_version(cls)]
+        for tensors in (m._parameters, m._buffers):
+            found += [(name, described(t, seen)) for name, t in tensors.items() if name not in _NOT_COMPARED]
+        found += [(name, described(value, seen)) for name, value in _attributes(m)]
+    return tuple(found)
+
+
+# The code that a class has had while its modules were tried: instances of one that was patched since run it.
+_CODES: dict[type, list[tuple[Any, list[Any], list[Any]]]] = {}
+
+
+def code_version(cls: type) -> int:
+    """The number of a class's code as it is now."""
+    versions = _CODES.setdefault(cls, [])
+    for number, code in enumerate(versions):
+        if _is_code(cls, *code):
+            return number
+    classes = [vars(c) for c in _own_classes(cls)]
+    versions.append((cls.forward, classes, [dict(c) for c in classes]))  # type: ignore[attr-defined]
+    return len(versions) - 1
+
+
+def _is_code(cls: Any, forward: Any, now: list[Any], then: list[Any]) -> bool:
+    """Whether a class is what it was. Nearly all values are the same objects, for which == is not called."""
+    return cls.forward is forward and now == then
+
+
+_MOST_OBJECTS = 1000
+
+
+def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """The objects and containers among values and inside them, with a copy of what they hold."""
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting = list(values)
+    while waiting and len(found) < _MOST_OBJECTS:
+        value = waiting.pop()
+        if id(value) in found or isinstance(value, (nn.Module, Tensor, type, types.FunctionType, enum.Enum)):
+            continue
+        if isinstance(value, (list, dict, set)):
+            found[id(value)] = value, value.copy()
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tuple):
+            waiting += value
+        elif not isinstance(value, _ATOMS) and _has_plain_state(value):
+            state = vars(value)
+            found[id(value)] = value, dict(state)
+            waiting += state.values()
+    return list(found.values())
+
+
+class Snapshot:
+    """A module as a trial has seen it: its class, its code, and its attributes but for modules and parameters."""
+
+    def __init__(self, module: nn.Module, absorbs: bool = True) -> None:
+        """``absorbs``: whether an op does the work of torch's modules inside it."""
+        named = {name: value for name, value in _attributes(module) if name not in _READ_AT_EVERY_CALL}
+        self.cls = original_class(module)
+        self.version = code_version(self.cls)
+        self.names = tuple(named)
+        self.values = tuple(named.values())
+        self.get = itemgetter(*self.names, "training", "training")  # of a tuple, also where there are few
+        self.inner = inner_state(self.values)
+        self.known = frozenset(module.__dict__)
+        self.size = len(module.__dict__)
+        self.leaves = tuple(
+            (name, type(m), code_version(type(m)))
+            for name, m in module._modules.items()
+            if absorbs and m is not None and type(m).__module__.startswith("torch.nn.modules")
+        )
+        # Of ints and bools, which a trial leaves as they are, the values; by name, at which tensor and version.
+        self.kept = {n: _Values(b) for n, b in module._buffers.items() if b is not None and _has_values(n, b)}
+        # The tensors and versions of them that were looked at, and with what outcome.
+        self.seen: dict[str, tuple[Any, ...]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "seen": {}}  # versions of copies start at 0 again
+
+    def differs(self, module: nn.Module) -> str | None:
+        """What was changed since, or None: 1 us."""
+        own = module.__dict__
+        cls: Any = type(module)
+        if cls is not self.cls and getattr(cls, "_swinkernels_original", None) is not self.cls:
+            return f"it is a {cls.__name__} now, not a {self.cls.__name__}"
+        if torch.compiler.is_dynamo_compiling():
+            return self._differs_when_compiled(module)
+        if not _is_code(self.cls, *_CODES[self.cls][self.version]):
+            return f"a method of {self.cls.__name__} was replaced on the class"
+        try:
+            if self.get(own)[:-2] != self.values:
+                return self._changed(own)
+            for value, then in self.inner:
+                if (value if isinstance(value, (list, dict, set)) else value.__dict__) != then:
+                    return f"what an attribute ({type(value).__name__}) holds was changed"
+        except KeyError as missing:
+            return f"{missing.args[0]} was removed"
+        except Exception:  # of values that == does not compare: other ones than before
+            return self._changed(own)
+        for name, kind, version in self.leaves:
+            leaf: Any = module._modules.get(name)
+            if type(leaf) is not kind or "forward" in leaf.__dict__:
+                return f"{name} was replaced"
+            if kind.forward is not _CODES[kind][version][0]:
+                return f"{kind.__name__}.forward was replaced on the class"
+        if len(own) != self.size:
+            read = _names_read(self.cls, self.version)
+            added = [n for n in own if n in read and n not in self.known and n not in _NOT_COMPARED]
+            if added:
+                return f"{added[0]} was added to the instance"
+            self.size = len(own)
+        return None if not self.kept or torch.compiler.is_compiling() else self._differs_in_buffers(module)
+
+    def _changed(self, own: dict[str, Any]) -> str:
+        name = next((n for n, v in zip(self.names, self.values, strict=True) if own.get(n) is not v), "an attribute")
+        return f"{name} was changed"
+
+    def _differs_when_compiled(self, module: nn.Module) -> str | None:
+        """dynamo guards what is read here."""
+        for name, value in zip(self.names, self.values, strict=True):
+            if isinstance(value, (bool, int, float, str)) and getattr(module, name) != value:
+                return f"{name} was changed"
+        return None
+
+    def _differs_in_buffers(self, module: nn.Module) -> str | None:
+        for name, values in self.kept.items():
+            buffer = module._buffers.get(name)
+            seen = self.seen.get(name)
+            if seen is None or seen[0] is not buffer or seen[1] != version_of(buffer):
+                if buffer is None or not (buffer.is_meta or _Values(buffer) == values):
+                    return f"{name} holds other values"
+                self.seen[name] = buffer, version_of(buffer)
+        return None
+
+
+def _has_values(name: str, buffer: Tensor) -> bool:
+    if buffer.is_meta or name in _NOT_COMPARED:
+        return False
+    return not (buffer.is_floating_point() or buffer.is_complex())
+
+
+def version_of(tensor: Any) -> int:
+    """How often a tensor was changed in place; of an inference tensor nothing counts that."""
+    return -1 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
+
+
+@functools.cache
+def _names_read(cls: type, version: int) -> frozenset[str]:
+    """The names that the methods of a class mention."""
+    names: set[str] = set()
+    codes = [f.__code__ for c in _own_classes(cls) for f in vars(c).values() if isinstance(f, types.FunctionType)]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names, (v for v in code.co_consts if isinstance(v, str)))
+        codes += [v for v in code.co_consts if isinstance(v, types.CodeType)]
+    for c in cls.__mro__:
+        names.update(vars(c))
+    return frozenset(names)
+
+
+# What a forward leaves behind
+
+
+def _functions(cls: type) -> Iterator[types.FunctionType]:
+    for c in _own_classes(cls):
+        for value in vars(c).values():
+            for function in (value, getattr(value, "__func__", None), getattr(value, "fget", None)):
+                if isinstance(function, types.FunctionType):
+                    yield function
+
+
+def outside(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The objects and containers that methods of a module's classes reach, past the module, with what they hold: in
+    closures, globals that they name, and the classes themselves.
+    """
+    reached: list[Any] = []
+    for cls in {original_class(m) for m in module.modules()}:
+        for c in _own_classes(cls):
+            reached += [v for n, v in vars(c).items() if isinstance(v, (list, dict, set)) and not n.startswith("__")]
+        for function in _functions(cls):
+            reached += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+            named = (function.__globals__.get(name) for name in function.__code__.co_names)
+            reached += [value for value in named if isinstance(value, (list, dict, set))]
+    return inner_state(reached)
+
+
+def put_back(states: list[tuple[Any, Any]]) -> None:
+    """Give objects and containers again what they held."""
+    for value, held in states:
+        if isinstance(value, list):
+            value[:] = held
+        else:
+            contents = value if isinstance(value, (dict, set)) else vars(value)
+            contents.clear()
+            contents.update(held)
+
+
+def contents(value: Any, path: str, found: dict[str, Any]) -> None:
+    """What a value holds, tensors and else what can be compared, by path."""
+    if isinstance(value, Tensor):
+        found[path] = value.detach().clone()
+    elif isinstance(value, (list, tuple, dict)):
+        found[f"the length of {path}"] = len(value)
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            contents(inner, f"{path}[{key!r:.40}]", found)
+    else:
+        now = described(value)
+        found[path] = now if now == described(value) else type(value)
+
+
+def left_behind(module: nn.Module, reached: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """The state of a module, and of what else its methods reach, after a call."""
+    found: dict[str, Any] = {}
+    for path, m in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, value in (*m._buffers.items(), *_attributes(m)):
+            contents(value, prefix + name, found)
+            for i, (inner, held) in enumerate(inner_state([value])):
+                if not isinstance(inner, (list, dict, set)):
+                    contents(dict(held), f"{prefix}{name} ({i})", found)
+        hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        found[f"the hooks of {path or 'the module'}"] = tuple(map(len, hooks))
+    for i, (value, _) in enumerate(reached):
+        state = dict(vars(value)) if not isinstance(value, (list, dict, set)) else value
+        if isinstance(state, dict):
+            state = {n: v for n, v in state.items() if not isinstance(v, nn.Module)}
+        contents(state, f"a {type(value).__name__} outside of it ({i})", found)
+    return found

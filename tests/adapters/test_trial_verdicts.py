@@ -1,0 +1,353 @@
+"""What a trial's verdict of a copied block holds for, and that a block changed since runs its own code."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import time
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import swinkernels
+from swinkernels.adapters.copies.attention import StructuralAttention
+from swinkernels.adapters.copies.block import StructuralBlock
+from tests.support import published_forms as forms
+
+SIZE = 12, (8, 12), 3
+
+
+def image() -> Tensor:
+    return torch.randn(2, 96, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def make(kind: type[nn.Module] = forms.ClassificationBlock, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return kind(*SIZE, **options).double().eval()
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+# Instances that differ in a setting
+
+
+class Mode(enum.Enum):
+    PLAIN = 1
+    SCALED = 2
+
+
+@dataclasses.dataclass
+class Settings:
+    factor: float
+
+
+class Factor(forms.ClassificationBlock):
+    """Multiplies its result by a factor, wherever that is kept."""
+
+    setting: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor()
+
+    def factor(self) -> Any:
+        setting = self.setting
+        if isinstance(setting, dict):
+            return setting["factor"]
+        if isinstance(setting, Mode):
+            return 2.0 if setting is Mode.SCALED else 1.0
+        if isinstance(setting, Tensor):
+            return setting.double().mean()
+        if isinstance(setting, np.ndarray):
+            return float(setting)
+        if callable(setting):
+            return setting()
+        return getattr(setting, "factor", setting)
+
+
+SETTINGS: dict[str, Any] = {
+    "namespace": lambda factor: types.SimpleNamespace(factor=factor),
+    "dict": lambda factor: {"factor": factor},
+    "dataclass": Settings,
+    "enum": lambda factor: Mode.PLAIN if factor == 1.0 else Mode.SCALED,
+    "numpy scalar": np.float64,
+    "numpy array": lambda factor: np.asarray(factor),
+    "int tensor": lambda factor: torch.tensor([int(factor)]),
+    "bool tensor": lambda factor: torch.tensor([factor == 1.0, False]).repeat(2)[:1],
+    "closure": lambda factor: lambda: factor,
+    "nested": lambda factor: types.SimpleNamespace(factor=factor, inner=[{"x": factor}]),
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("as_buffer", [False, True])
+def test_a_verdict_is_not_shared_by_instances_that_differ_in_a_setting(kind, as_buffer):
+    if as_buffer and "tensor" not in kind:
+        return
+    blocks = []
+    for factor in (1.0, 2.0):
+        block = make(Factor)
+        if as_buffer:
+            block.register_buffer("setting", SETTINGS[kind](factor))
+        else:
+            block.setting = SETTINGS[kind](factor)
+        blocks.append(block)
+    model = nn.ModuleList(blocks)
+    expected = [block(image()) for block in model]
+    fast = copy.deepcopy(model)
+    swinkernels.accelerate(fast)
+    for block, result in zip(fast, expected, strict=True):
+        assert_same(block(image()), result)
+    assert isinstance(fast[0], StructuralBlock)
+    assert not isinstance(fast[1], StructuralBlock)
+
+
+# Changes after acceleration
+
+
+class Drifting(forms.ClassificationBlock):
+    """Adds what its attributes say, which is nothing at first."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.offset = 0.0
+        self.settings = types.SimpleNamespace(offset=0.0, history=[0.0])
+        self.attn.offset = 0
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        extra = self.offset + self.settings.offset + self.settings.history[0] + self.attn.offset + self.steps.double()
+        return super().forward(x) + extra + getattr(self, "late", 0.0)
+
+    def helper(self) -> None: ...
+
+
+def _patch(block: Any, name: str) -> None:
+    method = getattr(block, name)
+    setattr(block, name, lambda *args, **options: 2 * method(*args, **options))
+
+
+CHANGES: dict[str, Any] = {
+    "a float": lambda b: setattr(b, "offset", 1.0),
+    "an attribute of the attention": lambda b: setattr(b.attn, "offset", 1),
+    "inside of an object": lambda b: setattr(b.settings, "offset", 1.0),
+    "inside of a list": lambda b: b.settings.history.__setitem__(0, 1.0),
+    "another object": lambda b: setattr(b, "settings", types.SimpleNamespace(offset=1.0, history=[0.0])),
+    "a new attribute": lambda b: setattr(b, "late", 1.0),
+    "a buffer in place": lambda b: b.steps.add_(1),
+    "another buffer": lambda b: setattr(b, "steps", torch.ones(1, dtype=torch.long)),
+    "the index in place": lambda b: b.attn.relative_position_index.copy_(b.attn.relative_position_index.flip(0)),
+    "the mask in place": lambda b: b.attn_mask.mul_(0.01),
+    "a method of the attention": lambda b: _patch(b.attn, "scores"),
+    "a method of the block": lambda b: _patch(b, "attend"),
+    "the softmax's forward": lambda b: _patch(b.attn.softmax, "forward"),
+    "the attention wrapped": lambda b: setattr(b, "attn", WrappedAttention(b.attn)),
+}
+
+
+class WrappedAttention(nn.Module):
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.inner = attn
+        self.offset = 0
+
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        return 2 * self.inner(*args, **options)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("then", ["", "deepcopy"])
+def test_what_is_changed_later_is_noticed(change, then):
+    block = make(Drifting, shift_size=2)
+    fast = copy.deepcopy(block)
+    assert swinkernels.accelerate(fast, backend="reference").replaced[0].path == ""
+    assert fast._swinkernels_call(image(), (), {}) == ((8, 12), -100.0)
+    before = block(image())
+    for module in (block, fast):
+        CHANGES[change](module)
+    if then:
+        fast = copy.deepcopy(fast)
+    expected = block(image())
+    assert not torch.allclose(expected, before)
+    assert isinstance(fast._swinkernels_call(image(), (), {}), str)
+    assert_same(fast(image()), expected)
+
+
+@pytest.mark.parametrize("cls", [forms.WindowAttention, forms.ClassificationBlock, nn.Softmax])
+def test_a_forward_patched_on_the_class_is_noticed(cls, monkeypatch):
+    block = make(shift_size=2)
+    fast = copy.deepcopy(block)
+    swinkernels.accelerate(fast)
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, *args, **options: 2 * forward(self, *args, **options))
+    assert_same(fast(image()), block(image()))
+
+
+def test_hooks_of_all_modules_are_noticed():
+    block = make(shift_size=2)
+    fast = copy.deepcopy(block)
+    swinkernels.accelerate(fast)
+    hook = lambda module, args, out: 2 * out if isinstance(module, nn.Softmax) else None  # noqa: E731
+    with torch.nn.modules.module.register_module_forward_hook(hook):
+        assert_same(fast(image()), block(image()))
+    assert isinstance(fast._swinkernels_call(image(), (), {}), tuple)
+
+
+def test_moving_and_loading_keep_the_op():
+    block = make(shift_size=2)
+    fast = copy.deepcopy(block)
+    swinkernels.accelerate(fast, backend="reference")
+    for change in (
+        lambda b: b.float(),
+        lambda b: b.load_state_dict({k: v.clone() for k, v in b.state_dict().items()}),
+        lambda b: b.load_state_dict({k: v.clone() for k, v in b.state_dict().items()}, assign=True),
+        lambda b: b.train(),
+        lambda b: setattr(b, "label", "first"),  # no method reads it
+    ):
+        change(fast)
+        assert isinstance(fast._swinkernels_call(image().float(), (), {}), tuple)
+
+
+def test_a_compiled_block_notices_attributes():
+    torch._dynamo.reset()
+    block = make(Drifting, shift_size=2)
+    fast = copy.deepcopy(block)
+    swinkernels.accelerate(fast, backend="reference")
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    assert_same(compiled(image()), block(image()))
+    block.offset = fast.offset = 1.0
+    assert_same(compiled(image()), block(image()))
+
+
+def test_the_checks_of_a_call_are_cheap():
+    """6 modules: the block, its attention, and qkv, proj, softmax and dropout of that; at most 2 us each."""
+    block = make(shift_size=2)
+    swinkernels.accelerate(block)
+    block(image())
+    best = float("inf")
+    for _ in range(20):
+        start = time.thread_time()
+        for _ in range(100):
+            block._swinkernels_changed()
+        best = min(best, (time.thread_time() - start) / 100)
+    assert best < 6 * 2e-6
+
+
+# Forwards that differ only in training, or only on large maps
+
+
+class DiffersInTraining(forms.ClassificationBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return 2 * out if self.training and torch.is_grad_enabled() else out
+
+
+def test_a_forward_that_differs_in_training_with_gradients():
+    report = swinkernels.accelerate(make(DiffersInTraining))
+    assert "in training" in report.skipped[0].reason
+
+
+# Side effects
+
+
+class KeepsItsOutput(forms.WindowAttention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.last = super().forward(x, mask)
+        return self.last
+
+
+class CollectsLosses(forms.WindowAttention):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.losses: list[Tensor] = []
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        out = super().forward(x, mask)
+        self.losses.append(out.square().mean())
+        return out
+
+
+LOG: list[Tensor] = []
+
+
+class LogsToAGlobal(forms.WindowAttention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        out = super().forward(x, mask)
+        LOG.append(out.square().mean())
+        return out
+
+
+def _logs_to_a_closure() -> Any:
+    log: list[Tensor] = []
+
+    class LogsToAClosure(forms.WindowAttention):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            out = super().forward(x, mask)
+            log.append(out.square().mean())
+            return out
+
+    return LogsToAClosure
+
+
+class CountsInABuffer(forms.WindowAttention):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return super().forward(x, mask)
+
+
+@pytest.mark.parametrize(
+    "attention", [KeepsItsOutput, CollectsLosses, LogsToAGlobal, _logs_to_a_closure(), CountsInABuffer]
+)
+@pytest.mark.parametrize("base", [forms.ClassificationBlock, forms.HybridBlock])
+def test_an_attention_that_leaves_something_behind_is_left_alone(attention, base):
+    if base is forms.HybridBlock:  # its attention alone is tried
+        block = nn.ModuleDict({"attn": attention(12, (4, 4), 3)}).double()
+    else:
+        block = make(type("Block", (base,), {"attention": attention}), shift_size=2)
+    report = swinkernels.accelerate(block)
+    assert not report.replaced
+    assert any("leaves behind" in entry.reason for entry in report.skipped), report
+    assert not any(isinstance(m, (StructuralBlock, StructuralAttention)) for m in block.modules())
+    assert not LOG, "the trial left something behind"
+
+
+# Arguments that are what they are without being given
+
+
+class PassesItsDefault(forms.ClassificationBlock):
+    """nnFormer's: it calls its attention with pos_embed=None, and adds what no form has."""
+
+    class attention(forms.WindowAttention):
+        def forward(self, x: Tensor, mask: Tensor | None = None, pos_embed: Any = None) -> Tensor:
+            assert pos_embed is None
+            return super().forward(x, mask)
+
+    def attend(self, x: Tensor, window: Any, shift: Any, mask: Any) -> Tensor:
+        attn = self.attn
+        windows = forms.cut(torch.roll(x, [-s for s in shift], (1, 2)), window)
+        out = forms.join(attn(windows, mask, pos_embed=None), window, tuple(x.shape[1:-1]))
+        return torch.roll(out, shift, (1, 2)) * 1.5
+
+
+def test_an_argument_equal_to_its_default_passes(monkeypatch):
+    from swinkernels.adapters.copies import attention
+
+    block = make(PassesItsDefault, shift_size=2)
+    fast = copy.deepcopy(block)
+    report = swinkernels.accelerate(fast, backend="reference")
+    assert [entry.path for entry in report.replaced] == ["attn"]
+    calls: list[Any] = []
+    op = attention.window_attention_qkvpacked
+    monkeypatch.setattr(attention, "window_attention_qkvpacked", lambda *a, **k: (calls.append(0), op(*a, **k))[1])
+    assert_same(fast(image()), block(image()))
+    assert len(calls) == 1

@@ -1,0 +1,18 @@
+"""Methods of copies replaced behind the back of their snapshots, which would notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from swinkernels.adapters.copies import snapshot
+from tests.support.published import refuse
+
+
+def refuse_forward(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    """Let the forward of a class and of its subclasses fail, so that a test shows that an op ran in its place."""
+
+    is_code = snapshot._is_code
+    refuse(monkeypatch, kind)
+    monkeypatch.setattr(snapshot, "_is_code", lambda cls, *code: issubclass(cls, kind) or is_code(cls, *code))
