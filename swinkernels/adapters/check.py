@@ -24,13 +24,14 @@ class Ran:
     module_class: str
     # By op and backend, how often the module called it. Calls of replaced modules inside it are theirs.
     calls: dict[tuple[str, str], int]
-    # Why there were none, if there were none.
+    # Why the op of its main part was not among them, if it was not.
     reason: str | None = None
 
     def __str__(self) -> str:
         if not self.calls:
             return f"no op: {self.reason}"
-        return ", ".join(f"{op} on {backend}, {n}x" for (op, backend), n in self.calls.items())
+        ran = ", ".join(f"{op} on {backend}, {n}x" for (op, backend), n in self.calls.items())
+        return ran if self.reason is None else f"{ran}; the rest is the library's own code: {self.reason}"
 
 
 class _Plain(TorchDispatchMode):
@@ -41,14 +42,15 @@ class _Plain(TorchDispatchMode):
 
 
 def run_and_watch(
-    model: nn.Module, why_own_code: dict[str, Callable[[nn.Module], str | None]], inputs: Any, options: Any
+    model: nn.Module, replaced: dict[str, tuple[str, Callable[[nn.Module], str | None]]], inputs: Any, options: Any
 ) -> list[Ran]:
     """Call a model once, without gradients, and say what each of its replaced modules called.
 
-    ``why_own_code`` says by path, of a replaced module, why the library's own code runs whatever the call is.
+    ``replaced`` has by path, of a replaced module, the op that does its main part, and why the library's own code runs
+    that whatever the call is.
     """
-    modules = {path: model.get_submodule(path) for path in why_own_code}
-    known = {modules[path]: why for path, why in why_own_code.items()}
+    modules = {path: model.get_submodule(path) for path in replaced}
+    known = {modules[path]: of_module for path, of_module in replaced.items()}
     calls: dict[nn.Module, Counter[tuple[str, str]]] = {}
     reasons: dict[nn.Module, str] = {}
     running: list[nn.Module] = []
@@ -56,15 +58,19 @@ def run_and_watch(
     def entered(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if module not in known:
             return forward(module, *args, **kwargs)
+        op, why_own_code = known[module]
         seen = calls.setdefault(module, Counter())
-        before = seen.total()
+        before = seen.copy()
         running.append(module)
         try:
             return forward(module, *args, **kwargs)
         finally:
             running.pop()
-            if seen.total() == before:
-                reasons[module] = _reason(module, args, kwargs) or known[module](module) or _OTHER_CALL
+            called = seen - before
+            if not any(name.startswith(op) for name, _ in called):
+                reason = _reason(module, args, kwargs) or why_own_code(module)
+                if reason is not None or not called:
+                    reasons[module] = reason or _OTHER_CALL
 
     def chosen(op: str, backend: str) -> None:
         if running:
@@ -86,8 +92,8 @@ def run_and_watch(
             reason = "it is the library's own module again"
         elif module not in calls:
             reason = "it was not called"
-        elif not calls[module]:
-            reason = reasons[module]
+        else:
+            reason = reasons.get(module)
         result.append(Ran(path, type(module).__name__, dict(calls.get(module, {})), reason))
     return result
 

@@ -83,7 +83,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
             verify_module(to_accelerate, path, module, backend)
     report._model = weakref.ref(model)
     for module, adapter in to_accelerate.items():
-        report._why_own_code[paths[module]] = functools.partial(_why_own_code, adapter)
+        main = adapter.parts[0].op if adapter.parts else ""
+        report._parts[paths[module]] = main, functools.partial(_why_own_code, adapter)
         swap_class(adapter, module, backend)
     for module in to_restore:
         restore_class(module)

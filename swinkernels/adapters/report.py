@@ -46,7 +46,10 @@ class Report:
     reason: str | None = None
     # The model, while it lives, and why a replaced module of it runs the library's own code at present.
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
-    _why_own_code: dict[str, Callable[[nn.Module], str | None]] = field(default_factory=dict, repr=False, compare=False)
+    # By path: the op of a module's main part, and why the library's own code runs it.
+    _parts: dict[str, tuple[str, Callable[[nn.Module], str | None]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def check(self, *inputs: Any, **options: Any) -> Check:
         """Run the model once, and list for each replaced module the ops that it called and their backends.
@@ -60,10 +63,10 @@ class Report:
         model = None if self._model is None else self._model()
         if model is None:
             raise RuntimeError("Report.check: the model of this report is gone: call swinkernels.accelerate again")
-        return Check(run_and_watch(model, self._why_own_code, inputs, options))
+        return Check(run_and_watch(model, self._parts, inputs, options))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "_why_own_code": {}}
+        return {**self.__dict__, "_model": None, "_parts": {}}
 
     def __str__(self) -> str:
         outermost = [e for e in self.replaced if not any(_is_inside(e.path, o.path) for o in self.replaced)]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import original_class
+from swinkernels.adapters.bypass import is_bound_method
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 _FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
@@ -104,7 +105,9 @@ def _own_classes(cls: type) -> list[type]:
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in sorted(module.__dict__.items()):
-        if name not in _NOT_COMPARED and not name.startswith("_swinkernels_"):
+        if name in _NOT_COMPARED or name.startswith("_swinkernels_"):
+            continue
+        if not is_bound_method(module, type(module), value):  # tools that offload weights bind forward
             yield name, value
 
 
