@@ -525,7 +525,6 @@ def test_a_mask_or_geometry_that_is_put_there_later():
                 else:
                     module.register_buffer("attn_mask", mask)
             torch.testing.assert_close(fast(x), block(x), rtol=1e-10, atol=1e-12)
-            assert fast._swinkernels_own_mask is (mask[0, 0, -1].item() == -300 or bool((mask == -300).any()))
     for module in (block, fast):
         module.attn_mask = None
     torch.testing.assert_close(fast(x), block(x), rtol=1e-10, atol=1e-12)

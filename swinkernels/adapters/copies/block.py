@@ -38,9 +38,9 @@ from swinkernels.adapters.copies.dynamic_class import (
     others_are_default,
     parameters_of,
 )
-from swinkernels.adapters.copies.snapshot import Snapshot, signature_of, version_of
+from swinkernels.adapters.copies.snapshot import Snapshot, signature_of
 from swinkernels.adapters.copies.trial import MOST_SCORES, Case, Elementwise, NotCovered, Trial, Width, narrow
-from swinkernels.adapters.masks import differs, frame_of, is_shift_mask, shift_mask, window_index
+from swinkernels.adapters.masks import differs, frame_of, is_shift_mask, is_stored_mask, shift_mask, window_index
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
     dropout_at_call,
@@ -187,34 +187,15 @@ def _attention(form: Form, block: Any, x: Tensor, mask_value: float) -> Tensor:
 
 
 def _has_own_mask(block: Any) -> bool:
-    """Whether a stored mask holds other values than those of the block's geometry, which the ops would not read.
-
-    They are read where the mask or the geometry is another one than at the last call.
-    """
+    """Whether a stored mask holds other values than those of the block's geometry, which the ops would not read."""
     mask = getattr(block, _MASK, None)
-    if torch.compiler.is_compiling():
-        return block._swinkernels_own_mask
-    of = block.__dict__.get("input_resolution"), block.__dict__.get("window_size"), block.__dict__.get("shift_size")
-    looked_at = block._swinkernels_snapshots[""].seen
-    seen = looked_at.get(_MASK)
-    if seen is None or seen[0] is not mask or seen[1:] != (version_of(mask), *of):
-        block.__dict__["_swinkernels_own_mask"] = _is_own_mask(block, mask)
-        looked_at[_MASK] = mask, version_of(mask), *of
-    return block._swinkernels_own_mask
-
-
-def _is_own_mask(block: Any, mask: Any) -> bool:
-    if not hasattr(block, _MASK):
-        return False
     try:
         resolution, window, shift = _resolution(block), _window(block), _shift(block)
     except (TypeError, ValueError):
         return True
-    if resolution is None:
-        return mask is not None
-    if mask is not None and not isinstance(mask, Tensor):
-        return True
-    return differs(mask, shift_mask(frame_of(resolution, window), window, shift) if any(shift) else None)
+    if mask is None:  # made at every call, or missing
+        return hasattr(block, _MASK) and resolution is not None and any(shift)
+    return resolution is None or not is_stored_mask(mask, frame_of(resolution, window), window, shift)
 
 
 # The whole block
@@ -311,7 +292,6 @@ class StructuralBlock(DynamicSubclass):
     """
 
     _swinkernels_argument: str | None  # what forward takes beside x
-    _swinkernels_own_mask = False
     _swinkernels_in_trial = False
 
     def _swinkernels_swapped(self) -> None:
@@ -319,7 +299,6 @@ class StructuralBlock(DynamicSubclass):
             "": Snapshot(self, absorbs=False),
             "attn": Snapshot(child(self, "attn")),
         }
-        _has_own_mask(self)
 
     def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
         """What to call the op with, or why the block's own code has to run."""
@@ -571,7 +550,7 @@ def _why_not_this_one(block: Any) -> str | None:
     reason = replaced_forward(block) or _why_not_attention(block)
     if reason is not None:
         return reason
-    if _is_own_mask(block, getattr(block, _MASK, None)):
+    if _has_own_mask(block):
         return "attn_mask holds other values than those of its geometry"
     index = getattr(block.attn, "relative_position_index", None)
     if index is not None and differs(index, window_index(_table_window(block))):
