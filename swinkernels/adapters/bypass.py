@@ -211,12 +211,13 @@ def why_not_window_attention(
     for key, module in modules.items():
         if module is not None and _has_own_hooks(module):
             return f"a hook is registered on {name}.{key}"
-    # Any other layer may mix tokens, and what it makes of a pad token is not known.
+    # Any other layer may mix tokens, and its result for a pad token is not known; those after proj see the map.
     for key, kinds, right in (
         ("qkv", (kind,), known_as),
         ("proj", (kind,), known_as),
         ("softmax", (nn.Softmax,), "an nn.Softmax"),
         ("attn_drop", (nn.Dropout, nn.Identity), "an nn.Dropout"),
+        ("proj_drop", (nn.Dropout, nn.Identity), "an nn.Dropout"),
     ):
         if key in modules:
             module = modules[key]

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinkernels.adapters.adapter import Adapter
+from swinkernels.adapters.adapter import Adapter, original_class
 from swinkernels.adapters.bypass import (
     child,
     class_of,
     first_weight,
     replaced_forward,
+    replaced_method,
     watch,
     why_not_absorbed,
     why_not_linear,
@@ -38,6 +39,12 @@ def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
         return norm(x)
     backend = backend_beside("layer_norm", block._swinkernels_backend)
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, backend=backend)
+
+
+def _in_another_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether parameters are of another dtype or device than a module's input: torch's own code says if that can be."""
+    dtype = None if autocast_dtype(x) is not None else x.dtype
+    return any(p is not None and (p.device != x.device or (dtype or p.dtype) != p.dtype) for p in parameters)
 
 
 def norm_row(norm: str) -> Callable[[Any], int]:
@@ -92,7 +99,8 @@ class Residual:
             y.dtype == norm_dtype(x, x.dtype) or (y.dtype == autocast_dtype(x) and self.casts_its_input(block))
         ):
             return None
-        if self.why_not(block) is not None:
+        norm = child(block, self.norm)
+        if self.why_not(block) is not None or _in_another_dtype(x, norm.weight, norm.bias):
             return None
         return residual_layer_norm(x, y, **self._arguments(block, y, y.dtype))
 
@@ -101,6 +109,9 @@ class Residual:
         dtype = norm_dtype(y, y.dtype)
         # The op returns the sum in the dtype of x.
         if torch.promote_types(x.dtype, dtype) != x.dtype or self.why_not(block) is not None:
+            return None
+        norm = child(block, self.norm)
+        if _in_another_dtype(y, norm.weight, norm.bias):
             return None
         return residual_post_norm(x, y, **self._arguments(block, y, dtype))
 
@@ -174,7 +185,7 @@ class Merging:
 
     def why_not(self, merging: Any) -> str | None:
         """Why it has to be the library's own code at present, or None."""
-        unusual = self.why_not_usual(merging)
+        unusual = replaced_method(merging, original_class(merging)) or self.why_not_usual(merging)
         if unusual is not None:
             return unusual
         reduction = child(merging, "reduction")
@@ -188,6 +199,8 @@ class Merging:
         if self.why_not(merging) is not None:
             return None
         norm, weight = child(merging, "norm"), child(merging, "reduction").weight
+        if _in_another_dtype(x, norm.weight, norm.bias, weight):
+            return None
         out = patch_merging(
             x,
             norm.weight,
@@ -220,6 +233,6 @@ class Merging:
         **options: Any,
     ) -> Adapter:
         """That of a library's merging; ``options`` are other fields of :class:`Adapter`."""
-        watch(original)
+        watch(original, methods=("maybe_pad",))
         given = {"reason_to_skip": self.why_not, "weight": lambda merging: merging.reduction.weight, **options}
         return Adapter(name, original, accelerated, parts=(self.part(),), input_shape=input_shape, **given)

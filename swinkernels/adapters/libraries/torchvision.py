@@ -73,9 +73,9 @@ def _why_not_attention(attn: Any) -> str | None:
         return reason
     rows = (2 * height - 1) * (2 * width - 1)
     if isinstance(attn, ShiftedWindowAttentionV2):
-        if attn.relative_coords_table.shape != (1, 2 * height - 1, 2 * width - 1, 2):
+        if getattr(attn.relative_coords_table, "shape", None) != (1, 2 * height - 1, 2 * width - 1, 2):
             return "relative_coords_table is not the table of window_size"
-    elif attn.relative_position_bias_table.shape[0] != rows:
+    elif getattr(attn.relative_position_bias_table, "shape", (0,))[0] != rows:
         return "relative_position_bias_table is not the table of window_size"
     if not is_window_index(_index(attn), attn.window_size):
         return "relative_position_index holds other values than torchvision's"
@@ -162,7 +162,7 @@ class AcceleratedShiftedWindowAttentionV2(_Attention, ShiftedWindowAttentionV2):
 
 def _stochastic_depth_scale(stochastic_depth: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What torchvision's StochasticDepth would multiply each sample of y by: the same random numbers. None for 1."""
-    if stochastic_depth.p == 0.0 or not stochastic_depth.training:
+    if class_of(stochastic_depth) is nn.Identity or stochastic_depth.p == 0.0 or not stochastic_depth.training:
         return None
     keep = 1.0 - stochastic_depth.p
     drawn = y.shape[0] if stochastic_depth.mode == "row" else 1

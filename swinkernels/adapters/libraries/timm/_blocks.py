@@ -46,7 +46,8 @@ def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> 
     """Why the op cannot compute what a block stores, or None. ``buffers`` are those of :func:`stored`."""
     index, mask = buffers
     window, shift = block.window_size, block.shift_size
-    if index is not None and not is_window_index(index, window):
+    has_index = "relative_position_index" in child(block, "attn")._buffers  # v2-CR has none
+    if has_index and not is_window_index(index, window):
         return "attn.relative_position_index holds other values than timm's"
     if not getattr(block, "dynamic_mask", False):  # else timm does not read its mask either
         height, width = map_size(block)
@@ -57,7 +58,7 @@ def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> 
 
 
 def stored(block: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The index of the bias table and the mask; v2-CR has no index."""
+    """The index of the bias table and the mask."""
     return child(block, "attn")._buffers.get("relative_position_index"), block._buffers.get("attn_mask")
 
 

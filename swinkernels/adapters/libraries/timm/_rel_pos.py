@@ -31,6 +31,8 @@ def why_not_rel_pos(rel_pos: Any, name: str, window: Sequence[int]) -> str | Non
         return f"{name} is for windows of {tuple(rel_pos.window_size)} tokens, not {tuple(window)}"
     if getattr(rel_pos, "prefix_tokens", 0):
         return f"{name} has a row for a class token"
+    if kind is not RelPosMlp and rel_pos.relative_position_bias_table is None:
+        return f"{name} has no bias table"
     return _why_not_stored(rel_pos, name)
 
 

@@ -127,7 +127,9 @@ def _why_not_attention(layer: Any) -> str | None:
     window = layer.window_size
     of_bias = _position_bias(layer)
     heads, head_dim = _num_heads(layer), _head_dim(layer)
-    if _out(layer).weight.shape[1] != heads * head_dim:
+    inner = attention._modules.get("self", attention)
+    sizes = _out(layer).weight.shape[1], getattr(inner, "all_head_size", heads * head_dim)
+    if sizes != (heads * head_dim, heads * head_dim):
         return "num_attention_heads and the size of a head are not those of the projections"
     reason = why_beyond_limits(head_dim, (window, window))
     if reason is not None:

@@ -1,0 +1,38 @@
+"""Random edits of accelerated models: a few of those that ``python -m tests.adapters.mutations`` makes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+pytest.importorskip("monai", reason="MONAI is not installed")
+pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
+
+from swinkernels.adapters import bypass, masks
+from tests.adapters import mutations
+
+SEED = 0
+
+
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_no_difference(first):
+    found = [mutations.check(SEED, number) for number in range(first, first + 50)]
+    assert not any(found), "\n".join(filter(None, found))
+
+
+@pytest.mark.parametrize(
+    ("edit", "family", "owner", "name", "answer"),
+    [
+        ("global hook", "timm", bypass, "all_modules_have_hooks", False),
+        ("forward hook", "torchvision", bypass, "_has_own_hooks", False),
+        ("assigned buffer", "MONAI", masks, "_compare", True),
+        ("changed buffer", "timm v2", masks, "_compare", True),
+    ],
+)
+def test_what_is_not_looked_at_is_found(monkeypatch, edit, family, owner, name, answer):
+    monkeypatch.setattr(owner, name, lambda *args: answer)
+    drawn = ((number, mutations.draw(SEED, number)) for number in range(40_000))
+    of_kind = (n for n, m in drawn if m.family == family and edit in m.kind.split(" + ") and not m.afterwards)
+    assert any(mutations.check(SEED, number) for number in itertools.islice(of_kind, 25))
