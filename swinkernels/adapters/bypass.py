@@ -118,9 +118,17 @@ _OF_ALL_FORWARD, _OF_ALL_FORWARD_PRE = _torch_module._global_forward_hooks, _tor
 _OF_ALL_BACKWARD, _OF_ALL_BACKWARD_PRE = _torch_module._global_backward_hooks, _torch_module._global_backward_pre_hooks
 
 
+# Those of its FLOP counter, which note which module runs.
+_HARMLESS = "torch.utils.module_tracker"
+
+
 def all_modules_have_hooks() -> bool:
     """Whether a hook of all modules is registered."""
-    return bool(_OF_ALL_FORWARD or _OF_ALL_FORWARD_PRE or _OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE)
+    if not (_OF_ALL_FORWARD or _OF_ALL_FORWARD_PRE or _OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE):
+        return False
+    hooks = (*_OF_ALL_FORWARD.values(), *_OF_ALL_FORWARD_PRE.values())
+    others = any(getattr(hook, "__module__", "") != _HARMLESS for hook in hooks)
+    return others or bool(_OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE)
 
 
 def _has_own_hooks(module: nn.Module) -> bool:

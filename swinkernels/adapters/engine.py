@@ -72,7 +72,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
         if adapter is None or reason is not None:
             library = STRUCTURAL if adapter is None else adapter.name
             report.skipped.append(Skipped(path, name, library, str(reason)))
-            if isinstance(module, Accelerated) and not derived_since(module):  # it has been changed
+            was_changed = isinstance(module, Accelerated) and not derived_since(module)
+            if was_changed and why_distributed(module) is None:  # what was sharded stays as it was sharded
                 to_restore.append(module)
             continue
         chosen, remarks = backend_choice(adapter, module, backend)

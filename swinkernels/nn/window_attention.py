@@ -273,13 +273,15 @@ class WindowAttentionV2(_WindowAttention):
         self.fill_coords_table()
 
     def _coords_table(self) -> Tensor:
-        """Offsets in windows of this size, logarithmically spaced, (prod(2 * window - 1), axes), in float64."""
+        """Offsets in windows of this size, logarithmically spaced, (prod(2 * window - 1), axes), in float32, as the
+        published models have them.
+        """
         axes = []
         for window, trained in zip(self.window_size, self.pretrained_window_size, strict=True):
             widest = max((trained or window) - 1, 1)  # a window of 1 has the offset 0 alone
             axes.append(torch.arange(1.0 - window, window, device="cpu", dtype=torch.float64) / widest * 8)
         offsets = torch.cartesian_prod(*axes)
-        return offsets.sign() * torch.log2(offsets.abs() + 1) / 3
+        return (offsets.sign() * torch.log2(offsets.abs() + 1) / 3).float()
 
     def fill_coords_table(self) -> None:
         """Compute the buffer, where the first layer of the MLP is and in its dtype: no checkpoint brings it."""

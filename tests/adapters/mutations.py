@@ -238,7 +238,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
 
 
 # Dropout draws in the order of the map here and in that of the windows there, so only its evaluation is compared.
-_ATTRIBUTES_LEFT = ("training", "p", "attn_drop_prob")
+_ATTRIBUTES_LEFT = ("training", "p", "dropout", "attention_dropout")
 
 
 def _attributes(module: nn.Module) -> list[Any]:

@@ -413,7 +413,7 @@ def test_report():
     assert attention.backend == ("cpu" if NOT_INSTALLED["cpu"] is None else "torch")
     assert "Attention in training: torch. Not cpu: it does not implement dropout_p" in attention.remarks
     block = next(e for e in report.replaced if e.module_class == "SwinBlock")
-    assert block.backend == "mmpretrain"
+    assert block.backend == "torch"
 
 
 # Configs

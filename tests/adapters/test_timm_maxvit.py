@@ -304,7 +304,7 @@ REPLACEMENTS: dict[str, tuple[Any, Any, str]] = {
     "get_bias": (
         PartitionAttention2d,
         lambda a: setattr(a.rel_pos, "get_bias", lambda: 0),
-        "a method of attn.rel_pos was replaced on the instance",
+        "attn.rel_pos.get_bias was replaced on the instance",
     ),
     "forward": (
         PartitionAttentionCl,

@@ -91,8 +91,8 @@ def test_conclusion(folder):
         ratio = by_model["timm"]["total"] / by_model["swinkernels"]["total"]
         assert f"{max(ratio, 1 / ratio):.2f}x {'faster' if ratio >= 1 else 'slower'} in {mode.split()[0]}" in sentence
     (backend,) = {b for path, b in results["backends"].items() if "blocks" in path}
-    assert blocks == f"12 SwinTransformerBlock: backend {backend}; Residual and norm: timm's own code"
-    assert merging == "3 PatchMerging: timm's own code"
+    assert blocks == f"12 SwinTransformerBlock: backend {backend}; Residual and norm: torch"
+    assert merging == "3 PatchMerging: backend torch; Patch merging: torch"
     stages, times, figures = (folder / name for name in ("stages.png", "times.png", "results.json"))
     assert files == f"pictures: {stages}, {times}; every figure: {figures}"
     assert seconds.startswith("The demo took ")

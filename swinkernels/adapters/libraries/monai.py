@@ -53,6 +53,7 @@ from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
+from swinkernels.ops._library import constant_when_compiled
 from swinkernels.ops.patch_merging import ORDERS
 from swinkernels.reference.patch_merging import neighbours
 
@@ -178,9 +179,14 @@ def _casts_its_input(block: Any) -> bool:
 _RESIDUAL = Residual("norm2", "drop_path", DropPath, "MONAI's DropPath", _casts_its_input)
 
 
-@functools.cache
-def _order(kind: type[PatchMergingV2], axes: int) -> str | None:
+@constant_when_compiled
+def _order(kind: Any, axes: int) -> str | None:
     """The order in which a class merges neighbours, by trying it: MONAI changed it in 1.5. None if no op has it."""
+    return _find_order(kind, axes)
+
+
+@functools.cache
+def _find_order(kind: Any, axes: int) -> str | None:
     with torch.device("meta"):  # no random numbers are drawn for parameters there
         merging: Any = kind(1, spatial_dims=axes)
     merging.norm = merging.reduction = nn.Identity()

@@ -167,7 +167,7 @@ def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
     if q.bias is None and k.bias is None and v.bias is None:
         return None
     given = next(m.bias for m in (q, k, v) if m.bias is not None)
-    zeros = torch.zeros(q.out_features, dtype=given.dtype, device=given.device)
+    zeros = torch.zeros(q.weight.shape[0], dtype=given.dtype, device=given.device)
     return torch.cat([zeros if m.bias is None else m.bias for m in (q, k, v)])
 
 
