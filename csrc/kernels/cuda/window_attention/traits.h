@@ -73,7 +73,7 @@ struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDi
   // As above, and for eight tiles, too, but where that would spill: without stmatrix at eight tiles forward (backward its
   // shared memory holds two blocks anyway), and on Blackwell but for what its compiler fits.
   static constexpr bool kNarrow = Base::kHeadDim <= 32;
-  static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;  // tiles of whole rows
+  static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;      // tiles of whole rows
   static constexpr bool kWide = !kHasNarrowRange<typename Base::T>;  // no running maximum, no exponents
   static constexpr bool kFitsForward = ptx::kIsBlackwell ? kWide || kSeven : ptx::kHasStmatrix || kTiles_ < 8;
   static constexpr bool kFitsBackward = ptx::kIsBlackwell ? kWide && kSeven : ptx::kHasStmatrix;
