@@ -35,6 +35,39 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
+# A forward that is another one for many tokens
+
+
+class OtherwiseAboveATokenCount(forms.MapBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if x.shape[1] * x.shape[2] < 700 else 1.5 * y
+
+
+def test_more_tokens_than_a_number_in_the_code_are_tried():
+    torch.manual_seed(0)
+    block = OtherwiseAboveATokenCount(12, 3, 4, 2).double().eval()
+    fast = copy.deepcopy(block)
+    swinkernels.accelerate(fast)
+    x = torch.randn(1, 28, 28, 12, dtype=torch.float64)
+    assert_same(fast(x), block(x))
+
+
+class OtherwiseOnItsOwnMap(forms.ClassificationBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if x.shape[1] < 700 else 1.5 * y
+
+
+def test_a_map_of_more_tokens_than_a_number_in_the_code_is_tried():
+    torch.manual_seed(0)
+    block = OtherwiseOnItsOwnMap(12, (28, 28), 3).double().eval()
+    fast = copy.deepcopy(block)
+    swinkernels.accelerate(fast)
+    x = torch.randn(1, 784, 12, dtype=torch.float64)
+    assert_same(fast(x), block(x))
+
+
 # Instances that differ in a setting
 
 

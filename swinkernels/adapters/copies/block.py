@@ -38,7 +38,7 @@ from swinkernels.adapters.copies.dynamic_class import (
     others_are_default,
     parameters_of,
 )
-from swinkernels.adapters.copies.snapshot import Snapshot, signature_of
+from swinkernels.adapters.copies.snapshot import Snapshot, largest_number, signature_of
 from swinkernels.adapters.copies.trial import MOST_SCORES, Case, Elementwise, NotCovered, Trial, Width, narrow
 from swinkernels.adapters.masks import differs, frame_of, is_shift_mask, is_stored_mask, shift_mask, window_index
 from swinkernels.adapters.microsoft_attention import (
@@ -378,8 +378,23 @@ def _forms(block: Any) -> Iterator[Form]:
             yield Form(*source, window, pad_order, norm)
 
 
+_MOST_TOKENS = 20_000  # of a map to try
+
+
 def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:
-    """A map of each kind that the block may meet, as small as that can be."""
+    """A map of each kind that the block may meet, as small as that can be, and one of more tokens than any number that
+    its code may compare them with.
+    """
+    sizes = _small_sizes(form, block)
+    number = largest_number(block, _MOST_TOKENS)
+    if form.size_from == "input_resolution" or number < max(map(math.prod, sizes)):
+        return sizes
+    window = (max(_window(block)),) * _axes(block) if form.size_from == "square" else _window(block)
+    times = next(n for n in itertools.count(2) if math.prod(n * w for w in window) > number)
+    return [*sizes, tuple(times * w for w in window)]
+
+
+def _small_sizes(form: Form, block: Any) -> list[tuple[int, ...]]:
     window = _window(block)
     if form.size_from == "input_resolution":
         return [_small_resolution(block)]
@@ -394,13 +409,15 @@ def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:
 
 
 def _small_resolution(block: Any) -> tuple[int, ...]:
-    """The block's own map, with fewer windows."""
+    """The block's own map, with fewer windows, unless its code may tell the two apart by their tokens."""
     resolution = _resolution(block)
     assert resolution is not None
-    return tuple(
+    small = tuple(
         r if r <= (2 + i) * w else (2 + i) * w + r % w
         for i, (r, w) in enumerate(zip(resolution, _window(block), strict=True))
     )
+    tokens = math.prod(resolution)
+    return resolution if math.prod(small) <= largest_number(block, tokens) and tokens <= _MOST_TOKENS else small
 
 
 def _prepare(form: Form, block: Any) -> None:

@@ -288,6 +288,23 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
                     yield function
 
 
+def largest_number(module: nn.Module, most: int) -> int:
+    """The largest int up to ``most`` that a forward may compare a number of tokens with: in the code of the classes of
+    a module, or in globals that it names; 0 if there is none.
+    """
+    found = [0]
+    for m in module.modules():
+        codes = []
+        for function in _functions(original_class(m)):
+            codes.append(function.__code__)
+            found += [v for name in function.__code__.co_names if type(v := function.__globals__.get(name)) is int]
+        while codes:
+            code = codes.pop()
+            found += [v for v in code.co_consts if type(v) is int]
+            codes += [v for v in code.co_consts if isinstance(v, types.CodeType)]
+    return max(n for n in found if n <= most)
+
+
 def outside(module: nn.Module) -> list[tuple[Any, Any]]:
     """The objects and containers that methods of a module's classes reach, past the module, with what they hold: in
     closures, globals that they name, and the classes themselves.
