@@ -236,5 +236,7 @@ def why_not_window_attention(
                 reason = replaced_method(module, of, f"{name}.{key}")
                 if reason is not None:
                     return reason
+    if getattr(modules.get("softmax"), "dim", -1) != -1:
+        return f"{name}.softmax is along axis {modules['softmax'].dim}, not the last one"
     qkv = modules["qkv"]
     return why_beyond_limits((qkv.out_features if kind is nn.Linear else qkv.out_channels) // (3 * attn.num_heads))

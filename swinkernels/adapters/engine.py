@@ -155,6 +155,8 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate
             adapter, name = of_subclass, type(module).__name__
             why = "made of a module accelerated before" if derived_since(module) else "which may compute something else"
             yield path, module, adapter, f"{name} is a subclass, {why}"
+        elif derived_since(module):
+            yield path, module, None, f"{type(module).__name__} is a subclass, made of a module accelerated before"
         else:
             adapter, reason = block.match(module) or attention.match(module) or (None, None)
             if adapter is None and reason is None:

@@ -199,7 +199,8 @@ class Merging:
         if self.why_not(merging) is not None:
             return None
         norm, weight = child(merging, "norm"), child(merging, "reduction").weight
-        if _in_another_dtype(x, norm.weight, norm.bias, weight):
+        is_plain = type(weight) in (Tensor, nn.Parameter)  # the op may take its columns in another order
+        if not is_plain or _in_another_dtype(x, norm.weight, norm.bias, weight):
             return None
         out = patch_merging(
             x,

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import swinkernels
+from swinkernels.adapters.adapter import Accelerated
 from tests.support.small_models import FAMILIES, make_input, make_model
 
 FACTOR = 1.25  # by which an edit changes a result
@@ -283,16 +284,23 @@ def _read(setting: Any) -> float:
 
 
 @edit(lambda module: list(range(7)))
-def settings_of_unlike_instances(site: Site, kind: int) -> None:
+def settings_of_unlike_instances(site: Site, setting: int) -> None:
     """Instances of one class that differ in an object that their forward reads."""
-    base = type(site.module)
-    first = original(base)
-    cls = type(f"My{first.__name__}", (base,), {})
+    first = original(type(site.module))
+    changed: dict[type, type] = {}
     for name, module in site.model.named_modules():
-        if type(module) is base:
-            module.__class__ = cls
-            module.setting = _factor(kind, FACTOR if name == site.path else 1.0)
-    cls.forward = lambda self, *args, **options: _times(_read(self.setting), base.forward(self, *args, **options))
+        kind = type(module)
+        if original(kind) is first:
+            changed[kind] = changed.get(kind) or _with_setting(kind)
+            module.__class__ = changed[kind]
+            module.setting = _factor(setting, FACTOR if name == site.path else 1.0)
+
+
+def _with_setting(base: Any) -> type:
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        return _times(_read(self.setting), base.forward(self, *args, **options))
+
+    return type(f"My{original(base).__name__}", (base,), {"forward": forward})
 
 
 def _times(factor: float, x: Any) -> Any:
@@ -300,7 +308,7 @@ def _times(factor: float, x: Any) -> Any:
 
 
 def original(cls: type) -> type:
-    return next(c for c in cls.__mro__ if not c.__module__.startswith("swinkernels"))
+    return next(c for c in cls.__mro__ if not issubclass(c, Accelerated))
 
 
 # Submodules.
@@ -473,8 +481,9 @@ class Int8Weight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear:
-            x, weight, *bias = args
-            return func(x, weight.values.to(x.dtype) * weight.step.to(x.dtype), *bias)
+            given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **(kwargs or {})}
+            x, weight = given["input"], given["weight"]
+            return func(x, weight.values.to(x.dtype) * weight.step.to(x.dtype), given.get("bias"))
         return super().__torch_function__(func, kinds, args, kwargs)
 
     @classmethod

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinkernels.adapters.adapter import original_class
+from swinkernels.adapters.adapter import derived_since, original_class
 from swinkernels.adapters.bypass import is_bound_method
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
@@ -181,6 +181,7 @@ class Snapshot:
         self.values = tuple(named.values())
         self.get = itemgetter(*self.names, "training", "training")  # of a tuple, also where there are few
         self.inner = inner_state(self.values)
+        self.missing = _missing_parameters(module)
         self.known = frozenset(module.__dict__)
         self.size = len(module.__dict__)
         self.leaves = tuple(
@@ -200,7 +201,9 @@ class Snapshot:
         """What was changed since, or None: 1 us."""
         own = module.__dict__
         cls: Any = type(module)
-        if cls is not self.cls and getattr(cls, "_swinkernels_original", None) is not self.cls:
+        if cls is not self.cls and (
+            getattr(cls, "_swinkernels_original", None) is not self.cls or derived_since(module)
+        ):
             return f"it is a {cls.__name__} now, not a {self.cls.__name__}"
         if torch.compiler.is_dynamo_compiling():
             return self._differs_when_compiled(module)
@@ -216,6 +219,8 @@ class Snapshot:
             return f"{missing.args[0]} was removed"
         except Exception:  # of values that == does not compare: other ones than before
             return self._changed(own)
+        if _missing_parameters(module) != self.missing:
+            return "a parameter was set to None, or one that was None was set"
         for name, kind, version in self.leaves:
             leaf: Any = module._modules.get(name)
             if type(leaf) is not kind or "forward" in leaf.__dict__:
@@ -250,6 +255,10 @@ class Snapshot:
                     return f"{name} holds other values"
                 self.seen[name] = buffer, version_of(buffer)
         return None
+
+
+def _missing_parameters(module: nn.Module) -> list[str]:
+    return [name for name, p in module._parameters.items() if p is None]
 
 
 def _has_values(name: str, buffer: Tensor) -> bool:

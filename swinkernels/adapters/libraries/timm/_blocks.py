@@ -72,6 +72,11 @@ def why_not_attention(block: Any, kind: type) -> str | None:
     attn = child(block, "attn")
     if type(attn) is not kind:
         return f"attn is a {type(attn).__name__}, not timm's {kind.__name__}"
+    height, width = block.window_size
+    if getattr(block, "window_area", height * width) != height * width:
+        return "window_area is not that of window_size"
+    if tuple(getattr(attn, "window_size", (height, width))) != (height, width):
+        return "attn.window_size is not window_size"
     reason = why_not_window_attention(attn) or why_beyond_limits(0, block.window_size)
     return reason or why_not_stored(block, stored(block))
 
