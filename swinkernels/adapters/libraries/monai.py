@@ -49,7 +49,7 @@ from swinkernels.adapters.bypass import (
     why_not_window_attention,
 )
 from swinkernels.adapters.masks import frame_of, is_shift_mask, is_window_index
-from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
+from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
@@ -198,7 +198,7 @@ def _find_order(kind: Any, axes: int) -> str | None:
 
 
 def _merging_width(merging: PatchMergingV2) -> int:
-    return merging.norm.normalized_shape[0]
+    return norm_row("norm")(merging)
 
 
 def _merging_axes(merging: PatchMergingV2) -> int:
