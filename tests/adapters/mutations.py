@@ -783,7 +783,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.record is not None:
         from benchmarks import record
 
-        facts = {"seed": options.seed, "first": options.first, "mutations": len(numbers)}
+        facts = {"mutations_seed": options.seed, "first": options.first, "mutations": len(numbers)}
         rows = [{"edit": n, "tried": tried[n], "different": different[n], **facts} for n in sorted(tried)]
         record.write_csv(options.record, rows, "cpu")
     print(f"{len(numbers)} mutations in {time.process_time() - start:.0f} s of CPU time, {different.total()} differ")

@@ -43,6 +43,8 @@ def _why_not(attn: Any, name: str, window: tuple[int, int]) -> str | None:
         return f"{name} is a {kind.__name__}, not timm's AttentionCl or Attention2d"
     if reason is not None:
         return reason
+    if getattr(attn, "fused_attn", False) and not hasattr(attn.attn_drop, "p"):
+        return f"{name}.attn_drop has no p, which timm's fused attention reads"
     reason = why_beyond_limits(0, window)
     if reason is not None:
         return reason
