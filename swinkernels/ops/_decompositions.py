@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swinkernels._at_import import at_import
 from swinkernels._extension import ops
 from swinkernels.ops import fallback
 from swinkernels.window_spec import WindowSpec
@@ -278,9 +280,17 @@ _WITH_TRITON = ("window_attention", "window_partition", "window_reverse", "patch
 _FORWARD |= {f"{name}_triton": function for name, function in _FORWARD.items() if name.startswith(_WITH_TRITON)}
 DECOMPOSITIONS = {getattr(ops, name).default: function for name, function in _FORWARD.items()}
 
-for _op, _function in DECOMPOSITIONS.items():
-    # torch.onnx.export reads torch's global table. No compiler does, nor the default table of run_decompositions.
-    torch._decomp.register_decomposition(_op)(_function)
+
+def _register(exporter: ModuleType) -> None:
+    """torch.onnx.export reads torch's global table. So does inductor where the variable CI is set, which refuses to
+    compile ops that have an entry there: none is made before ONNX's exporter is imported.
+    """
+    for op, function in DECOMPOSITIONS.items():
+        torch._decomp.register_decomposition(op)(function)
+
+
+at_import("torch.onnx._internal.exporter._decomp", _register)
+for _op in DECOMPOSITIONS:
     # A fake tensor of symbolic size would prefer a decomposition to the op's own fake if the op had no entry here.
     torch._decomp.register_decomposition(_op, type="meta")(_op)
 

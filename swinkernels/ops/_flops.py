@@ -7,15 +7,12 @@ whole, so pad tokens do too. The other ops multiply no matrices and count zero, 
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from swinkernels._at_import import at_import
 from swinkernels._extension import ops
 from swinkernels.ops._arguments import frame_size
 from swinkernels.window_spec import WindowSpec
@@ -63,28 +60,4 @@ def _register(counter: ModuleType) -> None:
         counter.register_flop_formula(getattr(ops, name))(formula)
 
 
-class _AtImport(MetaPathFinder):
-    """Registers the formulas once torch's counter is imported, which imports Triton: as slow as this package."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _register(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-if _COUNTER in sys.modules:
-    _register(sys.modules[_COUNTER])
-else:
-    sys.meta_path.insert(0, _AtImport())
+at_import(_COUNTER, _register)
