@@ -14,8 +14,8 @@ PACKAGE, CSRC = ROOT / "swinkernels", ROOT / "csrc"
 
 # The layer of each part of the package. A part imports itself and parts of lower layers; what is not named is on top.
 LAYERS = {
-    "_version": 0, "_namespace": 0, "_C": 0, "window_spec": 0, "_extension": 1, "reference": 1, "triton": 1, "ops": 2,
-    "nn": 3, "adapters": 4, "integrations": 5,
+    "_version": 0, "_namespace": 0, "_at_import": 0, "_C": 0, "window_spec": 0, "_extension": 1, "reference": 1,
+    "triton": 1, "ops": 2, "nn": 3, "adapters": 4, "integrations": 5,
 }  # fmt: skip
 TOP = 6
 
