@@ -90,7 +90,7 @@ def read_baseline(path: Path) -> list[dict[str, str]]:
 
 
 def write_baseline(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows in the place of those of the same compiler; those of other compilers stay."""
+    """Replace the rows of the same compiler in the file; keep those of other compilers."""
     compilers = {row["compiler"] for row in rows}
     kept = [row for row in read_baseline(path) if row["compiler"] not in compilers]
     with path.open("w", newline="") as file:
@@ -111,7 +111,7 @@ def grown(
     count: str = "instructions",
     most: float = GROWTH,
 ) -> list[str]:
-    """A line for each row whose count is by more than ``most`` above that of the baseline's row with the same keys.
+    """One line for each row whose count exceeds the baseline's for the same keys by more than ``most``.
 
     The line names the functions that grew if the rows have ``of_functions``. NoBaselineError if no row has a baseline.
     """

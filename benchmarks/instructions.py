@@ -51,7 +51,7 @@ _DTYPES = {"bf16": (2, "bfloat16"), "f16": (1, "half")}  # DType of csrc/params,
 _SWIN_T_WINDOWS = 128 * 64 * 3
 
 
-# --- What is counted -------------------------------------------------------------------------------------------------
+# --- The cases -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """What a window and head have in the maps, and in lse."""
+        """Bytes that one window and head read and write in the maps and in lse."""
         rows = 4 if self.kernel == "fwd" else 7
         return self.tokens * (rows * self.head_dim * 2 + (4 if self.lse or self.kernel == "bwd" else 0))
 
@@ -206,7 +206,7 @@ class Build:
         self.kernels: dict[str, Kernel] = {}
         for path in objects[1:]:
             self._read(path)
-        # What the other instantiation files define is not called: it needs no more than an address. A CUDA runtime that
+        # Launches defined in other instantiation files are never called: any address will do. A CUDA runtime that
         # torch has loaded does not take the recorder's place: -Bsymbolic.
         with tempfile.TemporaryDirectory() as scratch:
             library = Path(scratch) / "recorder.so"
@@ -265,7 +265,7 @@ _SIZES_AT = {"sm_80": (0x0, 0xC), "sm_90": (0x0, 0xC), "sm_100": (0x360, 0x370),
 
 
 class Counted(NamedTuple):
-    """What the warps of one kernel executed, by position in its code: (warps, instructions)."""
+    """Execution counts of one kernel, by warp and by position in its code: (warps, instructions)."""
 
     instructions: np.ndarray
     passes: np.ndarray

@@ -126,7 +126,7 @@ int64_t workspace_bytes(const Call* call) {
   return swinkernels::cuda::window_attention_backward_workspace_bytes(backward_params(*call));
 }
 
-// What the objects ask of the CUDA runtime.
+// Stand-ins for the functions of the CUDA runtime that the object files call.
 
 void** __cudaRegisterFatBinary(void*) { return nullptr; }
 void __cudaRegisterFatBinaryEnd(void**) {}

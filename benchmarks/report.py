@@ -324,7 +324,7 @@ def readme_numbers(runs: Runs, on_gpus: gpu_page.Runs) -> str:
 
 
 def readme_text(runs: Runs) -> str:
-    """What the README shows of docs/benchmarks.md."""
+    """The excerpt of docs/benchmarks.md for the README."""
     parts = [""]
     for rows in runs.values():
         tables = [

@@ -105,14 +105,14 @@ class Warp:
 
 
 class Memory:
-    """Global memory: arrays of bytes at made-up addresses. What a kernel reads elsewhere is a fault."""
+    """Global memory: byte arrays at artificial addresses. An access outside of them is a fault."""
 
     def __init__(self) -> None:
         self.regions: list[tuple[int, int, Array]] = []
         self.next = 0x10_0000_0000
 
     def take(self, data: Array) -> int:
-        """Give the array an address; the kernel's reads and writes are those of the array itself."""
+        """Assign the array an address. Kernels read and write the array itself, not a copy."""
         assert data.flags.c_contiguous
         view = data.reshape(-1).view(np.uint8)
         address = self.next
@@ -587,10 +587,6 @@ def _leading(operands: Sequence[str], start: int) -> tuple[list[str], list[str]]
 
 
 # --- Integer instructions --------------------------------------------------------------------------------------------
-
-
-def _wide(w: Warp, text_value: Value) -> Array:
-    return text_value(w).astype(U64)
 
 
 def _term(text: str) -> Value:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinkernels.ops.patch_merging import RUNS
+from swinkernels.reference.window_attention import relative_position_index
 
 Tensors = dict[str, Tensor]
 
@@ -166,6 +167,7 @@ def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str
             if key not in converted and key.startswith(("patch_embed.", "layers."))
         ),
         *_wrong_windows(model, converted),
+        *_wrong_indices(model, converted),
     ]
     if problems:
         raise ValueError(
@@ -444,4 +446,19 @@ def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
             )
     for key in [k for k in state if k.endswith(".attn_mask")]:
         del state[key]
+    return problems
+
+
+def _wrong_indices(model: nn.Module, state: Tensors) -> list[str]:
+    """Indices that read the bias table in another order; takes all indices out of the state."""
+    problems = []
+    for key in [k for k in state if k.endswith(".relative_position_index")]:
+        theirs = state.pop(key)
+        try:
+            module: Any = model.get_submodule(key.rpartition(".")[0])
+        except AttributeError:  # its parameters are reported
+            continue
+        ours = relative_position_index(module.window_size, device="cpu").reshape(-1)
+        if not theirs.is_meta and not torch.equal(theirs.reshape(-1).to("cpu", ours.dtype), ours):
+            problems.append(f"{key}: not that of Microsoft's code for window_size {module.window_size}")
     return problems

@@ -43,6 +43,18 @@ FAULTS = {
         "return (offsets / 8).float()",
         "tests/nn/test_blocks.py::test_block_is_microsofts",
     ),
+    "models-tables-resized-along-the-other-axis": Fault(
+        "swinkernels/models/checkpoints.py",
+        "(rows @ maps @ columns.T)",
+        "(columns @ maps @ rows.T)",
+        "tests/nn/test_checkpoints.py::test_table_resized_as_timm_does",
+    ),
+    "models-merging-in-the-order-of-unfold": Fault(
+        "swinkernels/models/checkpoints.py",
+        "[..., runs.to(t.device)].transpose(-1, -2)",
+        ".transpose(-1, -2)",
+        "tests/nn/test_checkpoints.py::test_same_logits",
+    ),
     "nn-pads-without-the-bias": Fault(
         "swinkernels/nn/window_attention.py",
         "return self.qkv(x), self.qkv.bias",

@@ -208,7 +208,10 @@ def test_swin_unet_gets_the_encoder_twice():
 # --- other windows
 
 
-def loaded_with_window(source: str, window: int) -> tuple[dict[str, Tensor], SwinTransformer, Any]:
+WINDOWS = pytest.mark.parametrize("window", [(3, 3), (6, 6), (12, 12), (3, 6)], ids=str)
+
+
+def loaded_with_window(source: str, window: tuple[int, int]) -> tuple[dict[str, Tensor], SwinTransformer, Any]:
     theirs = scrambled(timm_model(1)).float()
     state = theirs.state_dict() if source == "timm" else microsoft_names(theirs.state_dict())
     model = ours(window_size=window, img_size=None)
@@ -218,45 +221,43 @@ def loaded_with_window(source: str, window: int) -> tuple[dict[str, Tensor], Swi
 TABLE = "layers.0.blocks.1.attn.relative_position_bias_table"
 
 
-@pytest.mark.parametrize("window", [3, 6, 12])
+@WINDOWS
 def test_table_resized_as_timm_does(window):
     state, model, loaded = loaded_with_window("timm", window)
     got = model.get_parameter(TABLE)
-    expected = resize_rel_pos_bias_table(state[TABLE], (window, window), tuple(got.shape))
+    expected = resize_rel_pos_bias_table(state[TABLE], window, tuple(got.shape))
     torch.testing.assert_close(got.detach(), expected, rtol=1e-4, atol=1e-5)
     assert loaded.resized[TABLE] == "linear between geometric offsets, as timm"
 
 
-@pytest.mark.parametrize("window", [3, 6, 12])
+@WINDOWS
 def test_table_resized_as_microsoft_does(window):
     state, model, loaded = loaded_with_window("microsoft", window)
-    side = 2 * window - 1
-    expected = nn.functional.interpolate(
-        state[TABLE].T.reshape(1, 1, 7, 7), (side, side), mode="bicubic", align_corners=False
-    )
+    sides = [2 * w - 1 for w in window]
+    expected = nn.functional.interpolate(state[TABLE].T.reshape(1, 1, 7, 7), sides, mode="bicubic", align_corners=False)
     torch.testing.assert_close(model.get_parameter(TABLE).detach(), expected.reshape(1, -1).T)
     assert loaded.resized[TABLE] == "bicubic, as Microsoft's code"
 
 
-@pytest.mark.parametrize("window", [3, 6, 12])
+@WINDOWS
 def test_table_resized_as_mmpretrain_does(window):
     interpolate = pytest.importorskip("scipy.interpolate")
     theirs = scrambled(mmpretrain_model(1)).float()
     model = ours(window_size=window, img_size=None)
     loaded = load_pretrained(model, theirs.state_dict())
     # interp2d, which mmpretrain calls, is gone from SciPy; this is its documented successor for regular grids.
-    low, high = 1.01, 1.5
-    while high - low > 1e-6:
-        ratio = (low + high) / 2
-        low, high = (low, ratio) if (1 - ratio**3) / (1 - ratio) > window - 1 else (ratio, high)
-    distances = [sum(ratio**j for j in range(i)) for i in (1, 2, 3)]
-    at = [-d for d in reversed(distances)] + [0, *distances]
+    places = []
+    for w in window:
+        low, high = 1.01, 1.5
+        while high - low > 1e-6:
+            ratio = (low + high) / 2
+            low, high = (low, ratio) if (1 - ratio**3) / (1 - ratio) > w - 1 else (ratio, high)
+        distances = [sum(ratio**j for j in range(i)) for i in (1, 2, 3)]
+        places.append([-d for d in reversed(distances)] + [0, *distances])
     table = theirs.state_dict()["backbone.stages.0.blocks.1.attn.w_msa.relative_position_bias_table"]
-    spline = interpolate.RectBivariateSpline(at, at, table.reshape(7, 7).numpy())
-    to = range(1 - window, window)
-    torch.testing.assert_close(
-        model.get_parameter(TABLE).detach(), torch.tensor(spline(to, to)).float().reshape(-1, 1), rtol=1e-3, atol=1e-3
-    )
+    spline = interpolate.RectBivariateSpline(*places, table.reshape(7, 7).numpy())
+    expected = torch.tensor(spline(*(range(1 - w, w) for w in window))).float().reshape(-1, 1)
+    torch.testing.assert_close(model.get_parameter(TABLE).detach(), expected, rtol=1e-3, atol=1e-3)
     assert loaded.resized[TABLE] == "cubic between geometric offsets, as mmpretrain"
 
 
@@ -303,6 +304,18 @@ def test_misfits_are_named_and_nothing_is_loaded(options, message):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         load_pretrained(model, scrambled(timm_model(1)).state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_an_index_of_another_order_is_a_misfit_and_nothing_is_loaded():
+    state = scrambled(torchvision_model(1)).state_dict()
+    state["features.1.0.attn.relative_position_index"] = state["features.1.0.attn.relative_position_index"].flip(0)
+    model = ours()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.blocks\.0\.attn\.relative_position_index: not that of Microsoft's"
+    ):
+        load_pretrained(model, state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
