@@ -107,12 +107,13 @@ FAULTS = {
         _ADAPTERS + "copies/block.py",
         "return resolution is None or not is_stored_mask(mask, frame_of(resolution, window), window, shift)",
         "return False",
-        "tests/adapters/test_copied_blocks.py::test_a_mask_or_geometry_that_is_put_there_later",
+        "tests/adapters/test_copied_blocks.py::"
+        "test_instances_that_are_not_what_their_class_is[<lambda>-attn_mask holds other values]",
     ),
     "adapters-any-position-index": Fault(
         _ADAPTERS + "masks.py",
-        "return not x.is_meta and not torch.equal(",
-        "return x.is_meta and not torch.equal(",
+        "same = x.numel() == expected.numel() and torch.equal(x.reshape(-1).to(expected.dtype), expected.reshape(-1))",
+        "same = x.numel() == expected.numel()",
         "tests/adapters/test_timm_swin.py::test_another_position_index_is_left_alone",
     ),
     "adapters-verify-allows-anything": Fault(
