@@ -75,6 +75,7 @@ def test_an_installation_that_the_checkout_hides(environment: Environment) -> No
     environment.run("pip uninstall --yes swinkernels", environment.elsewhere)
     for library in environment.checkout.rglob("*.so"):
         library.unlink()
+    environment.run("pip install pybind11 ninja", environment.elsewhere)
     environment.run("pip install --no-build-isolation .", environment.checkout)
     assert environment.extension_error(environment.elsewhere) is None
     error = environment.extension_error(environment.checkout)
