@@ -53,6 +53,27 @@ def test_more_tokens_than_a_number_in_the_code_are_tried():
     assert_same(fast(x), block(x))
 
 
+class OtherwiseAboveASetting(forms.MapBlock):
+    def __init__(self, setting: Any, *args: Any) -> None:
+        super().__init__(*args)
+        self.setting = setting
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        most = self.setting if isinstance(self.setting, int) else self.setting.most
+        return y if x.shape[1] * x.shape[2] < most else 1.5 * y
+
+
+@pytest.mark.parametrize("setting", [700, types.SimpleNamespace(most=700)], ids=["attribute", "settings object"])
+def test_more_tokens_than_a_number_in_an_attribute_are_tried(setting):
+    torch.manual_seed(0)
+    block = OtherwiseAboveASetting(setting, 12, 3, 4, 2).double().eval()
+    fast = copy.deepcopy(block)
+    swinkernels.accelerate(fast)
+    x = torch.randn(1, 28, 28, 12, dtype=torch.float64)
+    assert_same(fast(x), block(x))
+
+
 class OtherwiseOnItsOwnMap(forms.ClassificationBlock):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)

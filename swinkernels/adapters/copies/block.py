@@ -383,10 +383,10 @@ _MOST_TOKENS = 20_000  # of a map to try
 
 def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:
     """A map of each kind that the block may meet, as small as that can be, and one of more tokens than any number that
-    its code may compare them with.
+    its code or its attributes may compare them with.
     """
     sizes = _small_sizes(form, block)
-    number = largest_number(block, _MOST_TOKENS)
+    number = largest_number(block, _MOST_TOKENS, block.attn.qkv.in_features)
     if form.size_from == "input_resolution" or number < max(map(math.prod, sizes)):
         return sizes
     window = (max(_window(block)),) * _axes(block) if form.size_from == "square" else _window(block)
@@ -417,7 +417,8 @@ def _small_resolution(block: Any) -> tuple[int, ...]:
         for i, (r, w) in enumerate(zip(resolution, _window(block), strict=True))
     )
     tokens = math.prod(resolution)
-    return resolution if math.prod(small) <= largest_number(block, tokens) and tokens <= _MOST_TOKENS else small
+    number = largest_number(block, tokens, block.attn.qkv.in_features)
+    return resolution if math.prod(small) <= number and tokens <= _MOST_TOKENS else small
 
 
 def _prepare(form: Form, block: Any) -> None:

@@ -297,13 +297,21 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
                     yield function
 
 
-def largest_number(module: nn.Module, most: int) -> int:
+def largest_number(module: nn.Module, most: int, channels: int) -> int:
     """The largest int up to ``most`` that a forward may compare a number of tokens with: in the code of the classes of
-    a module, or in globals that it names; 0 if there is none.
+    a module, in globals that it names, or in an attribute; 0 if there is none.
+
+    An attribute that holds as many as the ``channels``, or two to four times as many, is taken for a width.
     """
     found = [0]
+    widths = {times * channels for times in range(1, 5)}
     for m in module.modules():
         codes = []
+        if _own_classes(original_class(m)):
+            values = [value for _, value in _attributes(m)]
+            for _, held in inner_state(values):
+                values += held.values() if isinstance(held, dict) else held
+            found += [v for v in values if type(v) is int and v not in widths]
         for function in _functions(original_class(m)):
             codes.append(function.__code__)
             found += [v for name in function.__code__.co_names if type(v := function.__globals__.get(name)) is int]
