@@ -5,17 +5,28 @@ Every kernel, dtype and kind of configuration; no GPU is needed.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
+import textwrap
 from typing import Any
 
 import pytest
 import torch
 
 from swinkernels.ops._arguments import make_window_spec
-from swinkernels.triton.window_attention import backward, forward
+from swinkernels.triton.window_attention import backward, forward, gradients, mask, rows, scores, windows
 from swinkernels.triton.window_attention import launch as launcher
 from tests.support.sweeps import in_turn
-from tests.support.triton_compiler import OLD_TRITON, SHARED_BYTES, Launch, kernels_of, recorded, resources
+from tests.support.triton_compiler import (
+    OLD_TRITON,
+    SHARED_BYTES,
+    JITFunction,
+    Launch,
+    kernels_of,
+    recorded,
+    resources,
+)
 
 
 def record(
@@ -127,3 +138,30 @@ def test_batch_size_does_not_recompile():
         for parameter in kernel.params:
             if parameter.name in ("batch_windows", "windows_per_program"):
                 assert parameter.do_not_specialize, (name, parameter.name)
+
+
+JIT_FUNCTIONS = {
+    name: f.fn
+    for module in (backward, forward, gradients, mask, rows, scores, windows)
+    for name, f in vars(module).items()
+    if isinstance(f, JITFunction)
+}
+
+
+@pytest.mark.parametrize("name", JIT_FUNCTIONS)
+def test_the_source_compiles_before_triton_3_7(name):
+    """There a field of a constexpr tuple is a plain Python value: no argument of a function of ours, no element of a
+    list. And no function returns the value of a conditional expression that may be None.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(JIT_FUNCTIONS[name])))
+
+    def fields(nodes):
+        return [ast.unparse(n) for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "STATIC"]
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.List):
+            assert not fields(node.elts), ast.unparse(node)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert not fields([*node.args, *(k.value for k in node.keywords)]), ast.unparse(node)
+        elif isinstance(node, ast.Return) and isinstance(node.value, ast.IfExp):
+            assert "None" not in (ast.unparse(node.value.body), ast.unparse(node.value.orelse)), ast.unparse(node)

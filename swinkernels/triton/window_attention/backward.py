@@ -42,13 +42,15 @@ def bwd_whole(
     """N <= 64: a window is one tile. Writes sums over a program's windows, unless they are None: dbias (groups, heads,
     N, N), dlogit_scale (groups, heads) and dpad (groups, 2, heads, HEAD_DIM).
     """
+    WINDOW: tl.constexpr = STATIC.WINDOW
+    BLOCK_D: tl.constexpr = STATIC.BLOCK_D
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     NORMALISED: tl.constexpr = dtype != tl.bfloat16
     program = tl.program_id(0)
     head = program % call.num_heads
     group = program // call.num_heads
     kind, first, count = first_window(group, batch_windows, windows_per_program, call)
-    window = split_window(window_of_type(kind, first, call, STATIC), call.size, STATIC.WINDOW)
+    window = split_window(window_of_type(kind, first, call, STATIC), call.size, WINDOW)
     token = tl.arange(0, BLOCK_N)
     beyond = beyond_seam(token, call, STATIC)
     bias = bias_tile(kind, token, token, head, call, STATIC)
@@ -60,8 +62,8 @@ def bwd_whole(
     if dlogit_scale is not None:
         dlogit_rows = tl.zeros([BLOCK_N], tl.float32)
     if dpad is not None:
-        dpad_k = tl.zeros([STATIC.BLOCK_D], tl.float32)
-        dpad_v = tl.zeros([STATIC.BLOCK_D], tl.float32)
+        dpad_k = tl.zeros([BLOCK_D], tl.float32)
+        dpad_v = tl.zeros([BLOCK_D], tl.float32)
 
     for i in range(count):
         number = window_of_type(kind, first + i, call, STATIC)
@@ -117,6 +119,8 @@ def bwd_tiled_dq(
     """N > 64: a program owns a query tile. Also writes delta, in the layout of lse, for the two kernels that follow,
     and its sum of dlogit_scale (windows * query tiles, heads), unless that is None.
     """
+    WINDOW: tl.constexpr = STATIC.WINDOW
+    BLOCK_D: tl.constexpr = STATIC.BLOCK_D
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     NORMALISED: tl.constexpr = dtype != tl.bfloat16
     VOLUME: tl.constexpr = STATIC.VOLUME
@@ -126,7 +130,7 @@ def bwd_tiled_dq(
     number = program // call.num_heads // Q_TILES
     query = program // call.num_heads % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
     beyond = beyond_seam(query, call, STATIC)
-    window = split_window(number, call.size, STATIC.WINDOW)
+    window = split_window(number, call.size, WINDOW)
     seams = seams_of(window, call, STATIC)
     queries = load_queries(window, number, query, beyond, dout, lse, head, call, STATIC)
     kind = type_of(number, call, STATIC)
@@ -152,7 +156,7 @@ def bwd_tiled_dq(
 
     if dlogit_scale is not None:
         dlogit_rows = tl.zeros([BLOCK_Q], tl.float32)
-    dq = tl.zeros([BLOCK_Q, STATIC.BLOCK_D], tl.float32)
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         bias = bias_tile(kind, query, key, head, call, STATIC)
@@ -178,6 +182,8 @@ def bwd_tiled_dkdv(
     """N > 64: a program owns a key tile. Also writes its sum over pad tokens, dpad (windows * key tiles, 2, heads,
     HEAD_DIM), unless that is None.
     """
+    WINDOW: tl.constexpr = STATIC.WINDOW
+    BLOCK_D: tl.constexpr = STATIC.BLOCK_D
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     VOLUME: tl.constexpr = STATIC.VOLUME
     K_TILES: tl.constexpr = (VOLUME + BLOCK_K - 1) // BLOCK_K
@@ -188,7 +194,7 @@ def bwd_tiled_dkdv(
     first_key = group % K_TILES * BLOCK_K
     key = first_key + tl.arange(0, BLOCK_K)
     beyond = beyond_seam(key, call, STATIC)
-    window = split_window(number, call.size, STATIC.WINDOW)
+    window = split_window(number, call.size, WINDOW)
     seams = seams_of(window, call, STATIC)
     keys = load_keys(window, key, beyond, head, call, STATIC)
     kind = type_of(number, call, STATIC)
@@ -196,8 +202,8 @@ def bwd_tiled_dkdv(
     scale = head_scale(scale_log2, call)
     seed = load_seed(call)
 
-    dk = tl.zeros([BLOCK_K, STATIC.BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_K, STATIC.BLOCK_D], tl.float32)
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, VOLUME, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
         query_beyond = beyond_seam(query, call, STATIC)
@@ -230,6 +236,7 @@ def bwd_tiled_dbias(
     STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """N > 64: a program owns a tile of dbias (groups, heads, N, N) and walks over a group of windows."""
+    WINDOW: tl.constexpr = STATIC.WINDOW
     Q_TILES: tl.constexpr = (STATIC.VOLUME + BLOCK_Q - 1) // BLOCK_Q
     K_TILES: tl.constexpr = (STATIC.VOLUME + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
@@ -242,7 +249,7 @@ def bwd_tiled_dbias(
     query_beyond = beyond_seam(query, call, STATIC)
     group = tile // (K_TILES * Q_TILES)
     kind, first, count = first_window(group, batch_windows, windows_per_program, call)
-    window = split_window(window_of_type(kind, first, call, STATIC), call.size, STATIC.WINDOW)
+    window = split_window(window_of_type(kind, first, call, STATIC), call.size, WINDOW)
     bias = bias_tile(kind, query, key, head, call, STATIC)
     scale_log2 = head_scale_log2(head, call)
     seed = load_seed(call)

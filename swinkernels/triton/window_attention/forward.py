@@ -26,10 +26,11 @@ _LOWEST = tl.constexpr(-3.0e38)  # of a finite score
 @kernel
 def fwd_whole(call, out, lse, batch_windows, windows_per_program, STATIC: tl.constexpr, BLOCK_N: tl.constexpr):
     """N <= 64: a window is one tile. A program walks over a group of windows."""
+    WINDOW: tl.constexpr = STATIC.WINDOW
     program = tl.program_id(0)
     head = program % call.num_heads
     kind, first, count = first_window(program // call.num_heads, batch_windows, windows_per_program, call)
-    window = split_window(window_of_type(kind, first, call, STATIC), call.size, STATIC.WINDOW)
+    window = split_window(window_of_type(kind, first, call, STATIC), call.size, WINDOW)
     token = tl.arange(0, BLOCK_N)
     beyond = beyond_seam(token, call, STATIC)
     bias = bias_tile(kind, token, token, head, call, STATIC)
@@ -62,6 +63,8 @@ def fwd_whole(call, out, lse, batch_windows, windows_per_program, STATIC: tl.con
 @kernel
 def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """N > 64: a program owns a query tile of a window and a head."""
+    WINDOW: tl.constexpr = STATIC.WINDOW
+    BLOCK_D: tl.constexpr = STATIC.BLOCK_D
     VOLUME: tl.constexpr = STATIC.VOLUME
     Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
     program = tl.program_id(0)
@@ -69,7 +72,7 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
     number = program // call.num_heads // Q_TILES
     query = program // call.num_heads % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
     query_beyond = beyond_seam(query, call, STATIC)
-    window = split_window(number, call.size, STATIC.WINDOW)
+    window = split_window(number, call.size, WINDOW)
     seams = seams_of(window, call, STATIC)
     at = locate(window, query, call, STATIC)
     q = load_rows(call, Q, at, head, STATIC)
@@ -80,7 +83,7 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
 
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    result = tl.zeros([BLOCK_Q, STATIC.BLOCK_D], tl.float32)
+    result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         key_beyond = beyond_seam(key, call, STATIC)

@@ -11,7 +11,8 @@ from swinkernels.triton._window_address import coordinates
 @triton.jit
 def beyond_seam(token, call, STATIC: tl.constexpr):
     """A bit per axis: the token is beyond the shift's seam, if its window has the seam. The same for all windows."""
-    t0, t1, t2 = coordinates(token, STATIC.WINDOW)
+    WINDOW: tl.constexpr = STATIC.WINDOW
+    t0, t1, t2 = coordinates(token, WINDOW)
     cut = call.cut
     bits = (t0 >= cut[0]).to(tl.int32) + (t1 >= cut[1]).to(tl.int32) * 2
     return bits + (t2 >= cut[2]).to(tl.int32) * 4
@@ -20,7 +21,8 @@ def beyond_seam(token, call, STATIC: tl.constexpr):
 @triton.jit
 def seams_of(window, call, STATIC: tl.constexpr):
     """A bit per axis: the window has the seam, which only the last one of an axis does. Zero: nothing to mask."""
-    size, cut, WINDOW = call.size, call.cut, STATIC.WINDOW
+    size, cut = call.size, call.cut
+    WINDOW: tl.constexpr = STATIC.WINDOW
     if call.region_map is not None:
         bits = window.n0 * 0 + 1
     else:
@@ -38,7 +40,8 @@ def region_of(window, token, beyond, seams, call, STATIC: tl.constexpr):
     elif call.region_map is None:
         region = beyond & seams
     else:
-        size, WINDOW = call.size, STATIC.WINDOW
+        size = call.size
+        WINDOW: tl.constexpr = STATIC.WINDOW
         t0, t1, t2 = coordinates(token, WINDOW)
         num0, num1, num2 = tl.cdiv(size[0], WINDOW[0]), tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
         g0 = t0 * num0 + window.n0 if STATIC.GRID else window.n0 * WINDOW[0] + t0

@@ -101,7 +101,11 @@ def probabilities(
 @triton.jit
 def load_seed(call):
     """The key of a call's random numbers, or None without dropout."""
-    return tl.load(call.dropout_seed) if call.dropout_seed is not None else None
+    if call.dropout_seed is None:
+        seed = None
+    else:
+        seed = tl.load(call.dropout_seed)
+    return seed
 
 
 @triton.jit

@@ -10,7 +10,8 @@ from swinkernels.triton._window_address import next_window, split_window
 
 @triton.jit
 def _windows_of_image(call, STATIC: tl.constexpr):
-    size, WINDOW = call.size, STATIC.WINDOW
+    size = call.size
+    WINDOW: tl.constexpr = STATIC.WINDOW
     return tl.cdiv(size[0], WINDOW[0]) * tl.cdiv(size[1], WINDOW[1]) * tl.cdiv(size[2], WINDOW[2])
 
 
@@ -44,8 +45,9 @@ def first_window(group, batch_windows, windows_per_program, call):
 @triton.jit
 def next_of_type(window, kind, i, call, STATIC: tl.constexpr):
     """The i-th window of a type, ``window`` being the one before."""
+    WINDOW: tl.constexpr = STATIC.WINDOW
     if call.type_windows is None:
-        window = next_window(window, call.size, STATIC.WINDOW)
+        window = next_window(window, call.size, WINDOW)
     else:
-        window = split_window(window_of_type(kind, i, call, STATIC), call.size, STATIC.WINDOW)
+        window = split_window(window_of_type(kind, i, call, STATIC), call.size, WINDOW)
     return window
