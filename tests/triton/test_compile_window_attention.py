@@ -149,7 +149,7 @@ JIT_FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", JIT_FUNCTIONS)
-def test_the_source_compiles_before_triton_3_7(name):
+def test_the_source_compiles_before_triton_3_8(name):
     """There a field of a constexpr tuple is a plain Python value: no argument of a function of ours, no element of a
     list. And no function returns the value of a conditional expression that may be None.
     """
