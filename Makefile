@@ -37,7 +37,7 @@ kernels = $(if $(filter cpu,$(SWINKERNELS_BUILD)),CPU kernels; CUDA=1 adds the C
 run := $(VENV)/bin/python
 # The tests start ninja and other tools of the environment by name.
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
-cxx_files = $(shell find csrc benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+cxx_files = $(shell find csrc benchmarks examples -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 # $(call phase,name,what it does,command): one line, with the seconds that it took. The output goes to build/<name>.log,
 # which a failure names after the lines that tell most.
