@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -32,12 +33,33 @@ def swin_unetr() -> tuple[nn.Module, tuple[int, ...]]:
     return model, (1, 1, 64, 32, 32)
 
 
-MODELS = {"timm": (timm_swin, 4), "MONAI": (swin_unetr, 5)}
+def mmpretrain_swin() -> tuple[nn.Module, tuple[int, ...]]:
+    """With padded maps; of its one output, the features of the last stage."""
+    pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mmpretrain.models import SwinTransformer
+
+    arch = {"embed_dims": 16, "depths": [2, 2], "num_heads": [1, 2]}
+    backbone = SwinTransformer(arch, img_size=32, patch_size=2, window_size=4, out_indices=(1,), drop_path_rate=0.0)
+
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.backbone(x)[0]
+
+    return Features(), (2, 3, 36, 44)
+
+
+MODELS = {"timm": (timm_swin, 4), "MONAI": (swin_unetr, 5), "mmpretrain": (mmpretrain_swin, 4)}
 
 
 def with_lora(model: nn.Module, **options: Any) -> nn.Module:
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, target_modules=r".*attn\.(qkv|proj)", init_lora_weights=False, **options)
+    config = peft.LoraConfig(r=4, target_modules=r".*(attn|w_msa)\.(qkv|proj)", init_lora_weights=False, **options)
     return peft.get_peft_model(model, config)
 
 
@@ -47,7 +69,8 @@ def step(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, dict[str, Tenso
     torch.manual_seed(3)
     with op_calls() as calls:
         out = model(x)
-        out.square().mean().backward()
+        # Not a sum or squares, of which a norm at the end makes a constant.
+        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(4))).mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(g is not None for g in gradients.values())
     return calls[ATTENTION], {"": out.detach(), **gradients}
@@ -60,6 +83,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert (got[name] - value).abs().max() <= 1e-3 * scale, name
 
 
+@pytest.mark.tool("peft: LoRA", "peft", "on the op in timm v1, mmpretrain v1 and MONAI")
 @pytest.mark.parametrize("library", MODELS)
 @pytest.mark.parametrize("first", ["lora", "accelerate"])
 def test_outputs_and_every_gradient(library: str, first: str) -> None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "aotinductor_cpp"
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.tool("AOTInductor, in C++", "torch", "without Python, with the op library loaded by `dlopen`"),
     pytest.mark.skipif(_extension.build is None, reason=str(_extension.error)),
     pytest.mark.skipif(not (shutil.which("g++") and shutil.which("make")), reason="no C++ compiler or no make"),
 ]

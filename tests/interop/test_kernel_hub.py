@@ -203,6 +203,7 @@ for name, value in want.items():
 
 
 @pytest.mark.long
+@pytest.mark.tool("Hugging Face's `kernels`", "kernels", "the ops and two layers ([the kernel hub](dev/kernel-hub.md))")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_kernels_loads_it(project: Path, tmp_path: Path) -> None:
     pytest.importorskip("kernels", reason="kernels is not installed")

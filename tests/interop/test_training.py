@@ -36,8 +36,21 @@ def test_every_script_is_run() -> None:
     }
 
 
+TOOLS = {
+    "lightning": ("Lightning", "lightning", "`examples/training/with_lightning.py`"),
+    "accelerate": ("Hugging Face's `accelerate`", "accelerate", "`examples/training/with_accelerate.py`, also EMA"),
+    "peft": ("peft: training", "peft", "`examples/training/with_peft.py`"),
+    "torchao": ("torchao: quantisation-aware training", "torchao", "`examples/training/with_torchao.py`"),
+    "transformers": ("transformers' `Trainer`", "transformers", "`examples/training/with_trainer.py`"),
+    "torch": (
+        "FSDP2, activation checkpointing, `torch.compile`", "torch",
+        "accelerate first; `examples/training/with_fsdp2.py`",
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("tool", SCRIPTS)
+@pytest.mark.parametrize("tool", [pytest.param(tool, marks=pytest.mark.tool(*TOOLS[tool])) for tool in SCRIPTS])
 def test_training(tool: str, tmp_path: Path) -> None:
     for needed in (tool, "accelerate" if tool == "transformers" else tool):
         if importlib.util.find_spec(needed) is None:
@@ -60,6 +73,7 @@ def test_training(tool: str, tmp_path: Path) -> None:
     assert re.search(r"loss \S+ -> \S+ in 20 steps", done.stdout)
 
 
+@pytest.mark.tool("torchao: int8 weights", "torchao", "on the op")
 @pytest.mark.parametrize("first", ["torchao", "accelerate"])
 def test_int8_weights_keep_the_op(first: str) -> None:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
@@ -75,6 +89,7 @@ def test_int8_weights_keep_the_op(first: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.tool("torchao: quantisation-aware training", "torchao", "`examples/training/with_torchao.py`")
 def test_quantisation_aware_training() -> None:
     """The library's own code while layers round their weights and inputs; the op on int8 weights afterwards."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
@@ -115,6 +130,7 @@ print(json.dumps({name: counters[name] for name in ("aot_autograd", "inductor")}
 
 
 @pytest.mark.long
+@pytest.mark.tool("`torch.compile`, caches", "torch", "a second process finds forward and backward")
 def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
     """Forward and backward, in the caches of AOTAutograd and of inductor."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
@@ -131,6 +147,7 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
     assert second["inductor"]["fxgraph_cache_hit"] == 2
 
 
+@pytest.mark.tool("`torch.func`: `vmap`, `grad`, `jacrev`", "torch")
 def test_gradients_per_sample() -> None:
     """torch.func's vmap over grad of an accelerated model."""
 
