@@ -37,7 +37,7 @@ kernels = $(if $(filter cpu,$(SWINKERNELS_BUILD)),CPU kernels; CUDA=1 adds the C
 run := $(VENV)/bin/python
 # The tests start ninja and other tools of the environment by name.
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
-cxx_files = $(shell find csrc benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+cxx_files = $(shell find csrc benchmarks examples -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 # $(call phase,name,what it does,command): one line, with the seconds that it took. The output goes to build/<name>.log,
 # which a failure names after the lines that tell most.
@@ -48,7 +48,7 @@ if { $(3); } > build/$(1).log 2>&1; then echo "$$(($$(date +%s) - start)) s"; el
 	tail -n 5 build/$(1).log | cut -c 1-300; echo 'The whole output: build/$(1).log'; exit 1; fi
 endef
 
-.PHONY: help demo test test-all faults check coverage build docs bench lint types format gpu-check gpu-bundle gpu-test gpu-bench gpu-variants sanitize sanitize-cpu clean
+.PHONY: help demo test test-all faults check coverage build wheel docs bench lint types format gpu-check gpu-bundle gpu-test gpu-bench gpu-variants sanitize sanitize-cpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -59,6 +59,7 @@ help:
 	@echo 'make test-all   all tests and all faults, before a release; writes tests/last_full_run.json, from which it goes on'
 	@echo 'make faults     put faults into copies of the sources, each of which a test has to find; FAULTS="cuda-" for some'
 	@echo 'make build      compile csrc/ in place; only what changed. CUDA=1: the CUDA kernels without a GPU, too'
+	@echo 'make wheel      the wheel of the CPU kernels, and with CUDA=1 that of the CUDA kernels, into dist/'
 	@echo 'make docs       the documentation, into site/'
 	@echo 'make bench      time this package against what a user has without it; BENCH="all" for everything'
 	@echo 'make lint       ruff and clang-format; make format applies what they would change; make types: mypy'
@@ -111,8 +112,15 @@ test: $(dev_stamp) build
 # Writes tests/last_full_run.json, part by part.
 test-all: CUDA = 1
 test-all: $(dev_stamp) build
-	$(call phase,install-interop,installing OpenVINO into $(VENV),$(call install,$(VENV),$(TORCH) --group interop))
+	$(call phase,install-interop,installing wheel, export and training tools into $(VENV),$(call install,$(VENV),$(TORCH) --group interop))
 	$(in_venv) $(run) -m tests.run_all $(PARTS)
+
+# For this machine's torch. Other CUDA majors: CUDA_HOME and a TORCH built for it.
+wheel: $(torch_stamp)
+	$(call phase,install-wheel,installing auditwheel into $(VENV),$(call install,$(VENV),$(TORCH) --group wheel))
+	$(call phase,wheel-cpu,building the CPU wheel,$(in_venv) $(run) -m release.wheel cpu)
+	$(if $(CUDA),$(call phase,wheel-cuda,building the CUDA wheel,$(in_venv) $(run) -m release.wheel cuda))
+	@grep -h ' MB' build/wheel-cpu.log $(if $(CUDA),build/wheel-cuda.log)
 
 faults: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m tests.faults $(FAULTS)

@@ -8,6 +8,7 @@ SWINKERNELS_BUILD        auto (default): CUDA kernels if a CUDA toolkit of torch
                          attention those for bfloat16 alone, to compare builds; cpu: CPU kernels; none: pure Python
 CUDA_HOME                the toolkit, if it is neither /usr/local/cuda nor that of the nvcc on the PATH
 TORCH_CUDA_ARCH_LIST     architectures; by default those of the visible GPUs, else 8.0 and 9.0 with PTX
+SWINKERNELS_WHEEL=1      a wheel for every Python: without swinkernels._C, tagged py3-none; release/wheel.py sets it
 MAX_JOBS, CXX, NVCC_APPEND_FLAGS    as torch's extension tools, setuptools and nvcc read them
 """
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 OLDEST_CAPABILITY = (8, 0)
 DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
+FOR_EVERY_PYTHON = os.environ.get("SWINKERNELS_WHEEL") == "1"
 # Commands that compile. The others (sdist, egg_info, ...) need neither torch nor a compiler.
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
@@ -213,6 +215,8 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
         extra_link_args=["-Wl,--no-undefined"] if sys.platform == "linux" else [],
         py_limited_api=True,
     )
+    if FOR_EVERY_PYTHON:
+        return [ops]
     without_torch = Extension(
         "swinkernels._C",
         module,
@@ -223,6 +227,17 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
         language="c++",
     )
     return [ops, without_torch]
+
+
+def wheel_for_every_python() -> type:
+    """The command bdist_wheel with the tag py3-none: the op library is no module of Python, the platform has to fit."""
+    from setuptools.command.bdist_wheel import bdist_wheel
+
+    class WheelForEveryPython(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            return ("py3", "none", super().get_tag()[2])
+
+    return WheelForEveryPython
 
 
 def configure() -> dict:
@@ -253,9 +268,12 @@ def configure() -> dict:
         print(f"swinkernels: CPU kernels alone: {plan.cuda_missing}", flush=True)
     from torch.utils.cpp_extension import BuildExtension
 
+    commands = {"build_ext": BuildExtension}
+    if FOR_EVERY_PYTHON:
+        commands["bdist_wheel"] = wheel_for_every_python()
     return {
         "ext_modules": make_extensions(plan, torch.__version__, torch.version.cuda),
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": commands,
     }
 
 

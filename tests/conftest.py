@@ -35,7 +35,11 @@ ON_A_GPU_IF_THERE_IS_ONE = {
 }
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.tools:
+        from tests.interop.table import Recorder
+
+        config.pluginmanager.register(Recorder(Path(config.option.tools).absolute()))
     # mmengine imports yapf, whose first import leaves a file in the user's cache that others read half-written.
     # Here it is written before pytest-xdist starts its workers.
     with contextlib.suppress(ImportError):
@@ -44,6 +48,7 @@ def pytest_configure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seconds", type=float, help="start no further test after so many; those left are skipped")
+    parser.addoption("--tools", help="note here which tools work, for docs/interop.md", metavar="tools.json")
     parser.addoption("--shard", help="i/n: every n-th of the chosen tests, from the i-th on", metavar="i/n")
 
 

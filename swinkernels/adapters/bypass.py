@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
+from swinkernels._at_import import at_import
 from swinkernels.ops._arguments import why_beyond_limits
 
 
@@ -183,6 +184,34 @@ def why_not_linear(name: str, linear: nn.Module) -> str | None:
     return why_not_absorbed(name, linear, nn.Linear, "an nn.Linear")
 
 
+# peft's LoRA around a Linear, once peft is imported.
+_LORA: set[type] = set()
+
+
+def _note_lora(layers: types.ModuleType) -> None:
+    watch(layers.Linear)
+    _LORA.add(layers.Linear)
+
+
+at_import("peft.tuners.lora.layer", _note_lora)
+
+
+def _why_not_lora(name: str, layer: Any) -> str | None:
+    """Why a LoRA layer may compute something else than W x + b + B A x, token by token, or None. For a pad token, which
+    is 0, that is the bias b.
+    """
+    reason = replaced_method(layer, type(layer), name)
+    if reason is None and (getattr(layer, "lora_variant", None) or any(getattr(layer, "lora_bias", {}).values())):
+        reason = f"{name} is a LoRA layer with a bias, or of a variant such as DoRA"
+    linears = {"base_layer": layer.base_layer}
+    linears |= {f"{part}.{key}": m for part in ("lora_A", "lora_B") for key, m in getattr(layer, part).items()}
+    for key, linear in linears.items():
+        reason = reason or why_not_linear(f"{name}.{key}", linear)
+    for key, dropout in layer.lora_dropout.items():
+        reason = reason or why_not_dropout(f"{name}.lora_dropout.{key}", dropout)
+    return reason
+
+
 def why_not_norm(name: str, norm: Any, width: int) -> str | None:
     """Why a norm of rows of ``width`` elements has to be called for its work, or None."""
     reason = why_not_absorbed(name, norm, nn.LayerNorm, "an nn.LayerNorm")
@@ -199,7 +228,11 @@ def why_not_dropout(name: str, dropout: nn.Module) -> str | None:
 
 
 def why_not_window_attention(
-    attn: Any, name: str = "attn", kind: type[nn.Module] = nn.Linear, known_as: str = "an nn.Linear"
+    attn: Any,
+    name: str = "attn",
+    kind: type[nn.Module] = nn.Linear,
+    known_as: str = "an nn.Linear",
+    takes_lora: bool = False,
 ) -> str | None:
     """Why the work of a window attention module of Microsoft's form (qkv, softmax, attn_drop, proj) cannot be an op's
     at present, or None. What its class is, and how it numbers its bias table, is for the caller to look at.
@@ -208,6 +241,7 @@ def why_not_window_attention(
         attn: the module. Without a softmax it calls the function.
         name: what to call it.
         kind, known_as: what its layers qkv and proj have to be.
+        takes_lora: whether peft's LoRA may be around them. Not where the library's code reads their weights itself.
     """
     reason = replaced_method(attn, class_of(attn), name)
     if reason is not None:
@@ -230,6 +264,11 @@ def why_not_window_attention(
         if key in modules:
             module = modules[key]
             of = class_of(module)
+            if takes_lora and of in _LORA and key in ("qkv", "proj"):
+                reason = _why_not_lora(f"{name}.{key}", module)
+                if reason is not None:
+                    return reason
+                continue
             if of not in kinds:
                 return f"{name}.{key} is a {type(module).__name__}, not {right}"
             if "forward" in module.__dict__ or forward_is_replaced(of):

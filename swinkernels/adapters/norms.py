@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from swinkernels.adapters.adapter import Adapter, original_class
 from swinkernels.adapters.bypass import (
@@ -199,7 +200,7 @@ class Merging:
         if self.why_not(merging) is not None:
             return None
         norm, weight = child(merging, "norm"), child(merging, "reduction").weight
-        is_plain = type(weight) in (Tensor, nn.Parameter)  # the op may take its columns in another order
+        is_plain = type(weight) in (Tensor, nn.Parameter, FakeTensor)  # the op may take its columns in another order
         if not is_plain or _in_another_dtype(x, norm.weight, norm.bias, weight):
             return None
         out = patch_merging(

@@ -372,7 +372,8 @@ def patch_merging(
     rank = len(neighbours).bit_length() - 1
     size = x.shape[-1 - rank : -1]
     if any(isinstance(s, torch.SymInt) or s % 2 for s in size):  # an exported program serves both parities
-        x = F.pad(x, [0, 0, *(amount for s in reversed(size) for amount in (0, s % 2))])
+        # Without s % 2, for which OpenVINO has no rule where s is symbolic.
+        x = F.pad(x, [0, 0, *(amount for s in reversed(size) for amount in (0, s - s // 2 * 2))])
     # A neighbour's number has a bit for each axis, the last axis lowest.
     offsets = [[number >> (rank - 1 - axis) & 1 for axis in range(rank)] for number in neighbours]
     indices: list[tuple[Any, ...]] = [(..., *(slice(o, None, 2) for o in offset), slice(None)) for offset in offsets]

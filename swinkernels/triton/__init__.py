@@ -24,7 +24,7 @@ _KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET", "0").lower() in ("
 
 @functools.cache
 def _launcher(name: str) -> ModuleType:
-    return importlib.import_module(f"swinkernels.triton.{name}")
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def launch_captured(op: str, launch: Callable[..., Any], *arguments: Any) -> Any:

@@ -387,6 +387,7 @@ def test_compile_fullgraph_of_a_training_step(library):
 
 
 @libraries
+@pytest.mark.tool("`torch.export`", "torch", "the ops stay in the program")
 def test_export(library):
     model, x = on_ops(library), images(library)
     program = torch.export.export(model, (x,))
@@ -406,6 +407,7 @@ assert not ours, ours
 
 
 @pytest.mark.slow
+@pytest.mark.tool("AOTInductor, in Python", "torch", "without this package, with its library loaded")
 @pytest.mark.skipif(_extension.build is None, reason=str(_extension.error))
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 @pytest.mark.parametrize("library", long_but(["timm", "torchvision", "transformers", "swinkernels"], "timm"))
@@ -463,6 +465,7 @@ def test_gradient_scaler_and_float16_autocast(library):
 
 
 @foreign
+@pytest.mark.tool("`torch.jit.trace`", "torch", "the library's own code is recorded")
 def test_torch_jit_trace_records_the_librarys_own_code(library, attention_calls, norm_calls):
     model, x = on_ops(library), images(library)
     traced = torch.jit.trace(model, x, check_trace=False)

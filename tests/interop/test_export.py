@@ -37,6 +37,7 @@ def load_elsewhere(folder: Path, saved: torch.export.ExportedProgram) -> subproc
 
 
 @pytest.mark.long
+@pytest.mark.tool("`torch.export.save`, `load`", "torch", "with `import swinkernels`, or decomposed")
 def test_a_program_is_saved_and_loaded(tmp_path: Path) -> None:
     """With the ops where this package is imported; anywhere once it is decomposed; else torch names the op."""
     x, exported = image((2, 3, 32, 32)), program()
@@ -54,6 +55,7 @@ def test_a_program_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.tool("ExecuTorch", "executorch", "with `swinkernels.decompositions()`")
 def test_executorch() -> None:
     exir = pytest.importorskip("executorch.exir", reason="ExecuTorch is not installed")
     edge = exir.to_edge(program().run_decompositions(swinkernels.decompositions()))

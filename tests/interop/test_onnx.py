@@ -46,6 +46,8 @@ def close(got: Tensor, want: Tensor) -> None:
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
+@pytest.mark.tool("`torch.onnx.export(dynamo=True)`", "onnxscript", "standard ONNX, opset 18 and newer")
+@pytest.mark.tool("ONNX Runtime", "onnxruntime", "within 1e-4 of the original")
 @pytest.mark.parametrize("name", long_but(MODELS, "timm v1"))
 def test_onnx_runtime(name: str, tmp_path: Path) -> None:
     _, shape, axes = MODELS[name]
@@ -56,27 +58,35 @@ def test_onnx_runtime(name: str, tmp_path: Path) -> None:
             close(run(path, x), model(name)(x))
 
 
+def check_openvino(source: Any, name: str) -> None:
+    """What OpenVINO makes of a file or of a program gives the numbers of the original."""
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # by default bfloat16 where the CPU has it
+    compiled = openvino.compile_model(openvino.convert_model(source), "CPU", exact)
+    for shape in shapes(name):
+        x = image(shape)
+        with torch.no_grad():
+            close(torch.from_numpy(compiled(x.numpy())[0]), model(name)(x))
+
+
 @pytest.mark.long
+@pytest.mark.tool("OpenVINO, from ONNX", "openvino", "within 1e-4 of the original")
 @pytest.mark.parametrize("name", MODELS)
 def test_openvino(name: str, tmp_path: Path) -> None:
-    """From the ONNX file, and from the exported program without ONNX.
-
-    Of programs OpenVINO converts no modulo of a size, which the padding of patch merging has: H and W are fixed there.
-    """
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
     _, shape, axes = MODELS[name]
-    fast, x = accelerated(name), image(shape)
-    path = export(fast, (x,), tmp_path / "model.onnx", axes)
-    program = torch.export.export(fast, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
-    others = shapes(name)
-    sources = ((path, others), (program.run_decompositions(swinkernels.decompositions()), others[:2]))
-    for source, taken in sources:
-        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # by default bfloat16 where the CPU has it
-        compiled = openvino.compile_model(openvino.convert_model(source), "CPU", exact)
-        for other in taken:
-            x = image(other)
-            with torch.no_grad():
-                close(torch.from_numpy(compiled(x.numpy())[0]), model(name)(x))
+    check_openvino(export(accelerated(name), (image(shape),), tmp_path / "model.onnx", axes), name)
+
+
+@pytest.mark.long
+@pytest.mark.tool("OpenVINO, from an exported program", "openvino", "with `swinkernels.decompositions()`, any size")
+@pytest.mark.parametrize("name", MODELS)
+def test_openvino_without_onnx(name: str) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    _, shape, axes = MODELS[name]
+    dynamic = (dict.fromkeys(axes, Dim.DYNAMIC),)
+    program = torch.export.export(accelerated(name), (image(shape),), dynamic_shapes=dynamic)
+    check_openvino(program.run_decompositions(swinkernels.decompositions()), name)
 
 
 class Others(nn.Module):

@@ -79,6 +79,7 @@ def swin(img_size: int) -> nn.Module:
 
 @needs_cpu
 @pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.tool("`FlopCounterMode`", "torch")
 def test_models_count_as_before_without_padding(device: str) -> None:
     model, x = swin(32).to(device), torch.zeros(2, 3, 32, 32, device=device)
     before = count(model, x)

@@ -195,6 +195,7 @@ def test_gradients_per_sample(form: str) -> None:
 
 
 @needs_cpu
+@pytest.mark.tool("`torch.func`: `vmap`, `grad`, `jacrev`", "torch")
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
 def test_derivatives_of_functorch(transform: Any) -> None:
     case = Case(1, (2, 4), 1, 2, 2, 1)
@@ -214,7 +215,12 @@ def test_derivatives_of_functorch(transform: Any) -> None:
     [(torch.func.jacfwd, "forward-mode"), (torch.func.hessian, "forward-mode"), (torch.func.grad, "double backward")],
 )
 @pytest.mark.parametrize("batched", [False, True])
-def test_derivatives_of_functorch_that_are_refused(transform: Any, reason: str, batched: bool) -> None:
+@pytest.mark.tool(
+    "`torch.func`: `jvp`, `jacfwd`, `hessian`", "torch", 'use `backend="reference"` or `"torch"`', works=False
+)
+def test_derivatives_of_functorch_that_are_refused(
+    transform: Any, reason: str, batched: bool, record_property: Any
+) -> None:
     """Second derivatives and forward mode, with the way out."""
     case = Case(1, (2, 4), 1, 2, 2, 1)
     qkv = case.inputs(torch.float32)["qkv"]
@@ -228,9 +234,11 @@ def test_derivatives_of_functorch_that_are_refused(transform: Any, reason: str, 
         torch.func.vmap(transform(call))(torch.stack([qkv, qkv])) if batched else transform(call)(qkv)
     assert reason in str(refused.value)
     assert "backend='reference'" in str(refused.value)
+    record_property("words", str(refused.value))
 
 
 @needs_cpu
+@pytest.mark.tool("`torch.profiler`", "torch")
 def test_profilers_show_the_ops_by_name() -> None:
     case = CLASSES["table"]
     inputs = case.inputs(torch.float32)

@@ -64,12 +64,18 @@ def test_cuda_kernels_are_built_where_they_are_needed(checkout: Path) -> None:
 
 @pytest.mark.parametrize(
     ("target", "groups"),
-    [("demo", ["build", "demo"]), ("lint", ["lint"]), ("test", ["build", "demo", "dev"]), ("format", ["lint"])],
+    [
+        ("demo", ["build", "demo"]),
+        ("lint", ["lint"]),
+        ("test", ["build", "demo", "dev"]),
+        ("wheel", ["build", "demo", "wheel"]),
+        ("format", ["lint"]),
+    ],
 )
 def test_what_is_installed(checkout: Path, target: str, groups: list[str]) -> None:
     commands = make(checkout, "--dry-run", target).stdout
     assert re.findall(r"--group (\w+)", commands) == groups
-    assert ("torch==" in commands) == (target in ("demo", "test"))
+    assert ("torch==" in commands) == (target in ("demo", "test", "wheel"))
 
 
 def prepared(checkout: Path, python: str) -> None:

@@ -79,7 +79,7 @@ def _why_not_attention(attn: Any) -> str | None:
         return reason
     if class_of(w_msa) not in (WindowMSA, WindowMSAV2):
         return f"w_msa is a {type(w_msa).__name__}, not mmpretrain's WindowMSA or WindowMSAV2"
-    reason = why_not_window_attention(w_msa, "w_msa")
+    reason = why_not_window_attention(w_msa, "w_msa", takes_lora=class_of(w_msa) is WindowMSA)
     if reason is not None:
         return reason
     window = attn.window_size

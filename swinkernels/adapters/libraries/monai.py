@@ -75,7 +75,7 @@ def _why_not_attention(block: SwinTransformerBlock) -> str | None:
     attn: Any = block._modules["attn"]
     if class_of(attn) is not WindowAttention:
         return f"attn is a {type(attn).__name__}, not MONAI's WindowAttention"
-    reason = why_not_window_attention(attn)
+    reason = why_not_window_attention(attn, takes_lora=True)
     if reason is not None:
         return reason
     if not isinstance(attn.scale, float):

@@ -62,9 +62,9 @@ def stored(block: Any) -> tuple[Tensor | None, Tensor | None]:
     return child(block, "attn")._buffers.get("relative_position_index"), block._buffers.get("attn_mask")
 
 
-def why_not_attention(block: Any, kind: type) -> str | None:
+def why_not_attention(block: Any, kind: type, takes_lora: bool = False) -> str | None:
     """Why a block's attention, which is to be of a class, has to be timm's own code at present: what all have in
-    common.
+    common. ``takes_lora`` as for :func:`~swinkernels.adapters.bypass.why_not_window_attention`.
     """
     reason = replaced_method(block, original_class(block))
     if reason is not None:
@@ -77,7 +77,7 @@ def why_not_attention(block: Any, kind: type) -> str | None:
         return "window_area is not that of window_size"
     if tuple(getattr(attn, "window_size", (height, width))) != (height, width):
         return "attn.window_size is not window_size"
-    reason = why_not_window_attention(attn) or why_beyond_limits(0, block.window_size)
+    reason = why_not_window_attention(attn, takes_lora=takes_lora) or why_beyond_limits(0, block.window_size)
     return reason or why_not_stored(block, stored(block))
 
 

@@ -33,7 +33,7 @@ watch(DropPath, Mlp)
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
     """Why this block's attention has to be timm's own code at present."""
-    reason = _blocks.why_not_attention(block, WindowAttention)
+    reason = _blocks.why_not_attention(block, WindowAttention, takes_lora=True)
     if reason is not None:
         return reason
     attn = child(block, "attn")

@@ -1,0 +1,61 @@
+"""Layers without a state of their own: ``kernelize`` puts their forward into modules with the members they read."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .ops import patch_merging, window_attention_qkvpacked
+
+
+class WindowAttention(nn.Module):
+    """For the WindowAttention of Microsoft's Swin and of timm, v1, with its standard relative position index.
+
+    The windows (num_windows * B, N, C) are stacked to a map of one window per row, so that the mask (num_windows, N, N)
+    becomes a dense bias for each window.
+    """
+
+    can_torch_compile = True
+
+    qkv: nn.Module
+    proj: nn.Module
+    attn_drop: nn.Dropout
+    proj_drop: nn.Module
+    relative_position_bias_table: Tensor
+    relative_position_index: Tensor
+    num_heads: int
+    scale: float
+    window_size: tuple[int, int]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        height, width = self.window_size
+        n = height * width
+        table, bias, stacked = self.relative_position_bias_table, None, 1
+        if mask is not None:
+            stacked = mask.shape[0]
+            standard = table[self.relative_position_index.flatten()].unflatten(0, (n, n)).permute(2, 0, 1)
+            table, bias = None, standard + mask[:, None]
+        out = window_attention_qkvpacked(
+            self.qkv(x).reshape(-1, stacked * height, width, 3 * x.shape[-1]),
+            table,
+            bias=bias,
+            num_heads=self.num_heads,
+            window_size=(height, width),
+            scale=self.scale,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+        )
+        return self.proj_drop(self.proj(out.reshape(x.shape[0], n, -1)))
+
+
+class PatchMerging(nn.Module):
+    """For timm's PatchMerging, v1: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), out_dim)."""
+
+    can_torch_compile = True
+
+    norm: nn.LayerNorm
+    reduction: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return patch_merging(x, self.norm.weight, self.norm.bias, self.reduction.weight, eps=self.norm.eps)
+
+
+__all__ = ["PatchMerging", "WindowAttention"]

