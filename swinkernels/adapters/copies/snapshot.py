@@ -23,7 +23,9 @@ from swinkernels.adapters.bypass import is_bound_method
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 _FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
 # torch's own, what changes from call to call or from module to module of one make, and what a trial replaces.
-_NOT_COMPARED = {*nn.Module().__dict__, "H", "W", "D", "T", "input_resolution", "attn_mask", "p", "drop_prob"}
+_NOT_COMPARED = {
+    *nn.Module().__dict__, "H", "W", "D", "T", "input_resolution", "attn_mask", "p", "drop_prob", "attention_bias_cache"
+}  # fmt: skip
 _READ_AT_EVERY_CALL = {"scale"}
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code has made
 
