@@ -28,6 +28,7 @@ from swinkernels.adapters.copies.dynamic_class import NAME as STRUCTURAL
 from swinkernels.adapters.copies.trial import told_after_seconds
 from swinkernels.adapters.forms import described
 from swinkernels.adapters.forms.form import Form
+from swinkernels.adapters.forms.published import FORMS
 from swinkernels.adapters.report import Replaced, Report, Skipped
 from swinkernels.adapters.verify import verify as verify_module
 from swinkernels.ops._backends import check_backend
@@ -66,7 +67,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     paths: dict[nn.Module, str] = {}
     to_restore: list[nn.Module] = []
     with told_after_seconds():
-        candidates = list(_candidates(model, *loaded_adapters()))
+        adapters, forms = loaded_adapters()
+        candidates = list(_candidates(model, adapters, [*forms, *FORMS]))
     for path, module, adapter, reason in candidates:
         if adapter is not None and reason is None:
             reason = why_distributed(module) or adapter.reason_to_skip(module)
@@ -163,7 +165,9 @@ def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) ->
         elif derived_since(module):
             yield path, module, None, f"{type(module).__name__} is a subclass, made of a module accelerated before"
         else:
-            adapter, reason = described.match(module, forms) or block.match(module) or attention.match(module) or (None, None)
+            adapter, reason = (
+                described.match(module, forms) or block.match(module) or attention.match(module) or (None, None)
+            )
             if adapter is None and reason is None:
                 unknown = lookalike.why_unknown(module)
                 reason = None if reported else unknown

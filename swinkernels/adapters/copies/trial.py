@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinkernels.adapters.adapter import restore_class
+from swinkernels.adapters.adapter import Accelerated, restore_class
 from swinkernels.adapters.bypass import remove_hooks
 from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back
 
@@ -303,6 +303,9 @@ class Trial:
                 twin = copy.deepcopy(module)
                 dropout, name = _dropouts(twin)[number]
                 setattr(dropout, name, 1.0)
+                for m in twin.modules():
+                    if isinstance(m, Accelerated):
+                        m._swinkernels_swapped()
                 results.append(self._try(twin, x))
             _check(f"another output with {type(of).__name__}.{name} of 1", *reversed(results))
 

@@ -23,6 +23,7 @@ from swinkernels.adapters.part import Part, op_on
 from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 from swinkernels.window_spec import WindowSpec
 
+
 class Described(DynamicSubclass):
     """A module whose form's forward runs on window attention ops.
 
@@ -132,9 +133,7 @@ def _try(form: Form, module: Any) -> tuple[WindowSpec, ...] | str:
     specs = _Specs()
     cases = [Case((_BATCH, *size), f"{size}", math.prod(size)) for size in form.sizes(module)]
     stand_in = Elementwise() if "mlp" in module._modules and "mlp" not in form.absorbs else None
-    trial = Trial(
-        module, functools.partial(_put_in_place, form, specs), form.call, stand_in=stand_in, drops=True
-    )
+    trial = Trial(module, functools.partial(_put_in_place, form, specs), form.call, stand_in=stand_in, drops=True)
     passed, reason = trial.run(cases)
     if reason:
         return f"it looks like {form.name}, but {reason}"
@@ -181,9 +180,7 @@ def _part_reasons(form: Form, module: Any, backend: str, training: bool) -> list
     p = max(drops, default=0.0) if training else 0.0
     found: list[str] = []
     for spec in specs if isinstance(specs, tuple) else ():
-        found += window_attention_reasons(
-            backend, dataclasses.replace(spec, dropout_p=p), weight.dtype, weight.device
-        )
+        found += window_attention_reasons(backend, dataclasses.replace(spec, dropout_p=p), weight.dtype, weight.device)
     return list(dict.fromkeys(found))
 
 
@@ -195,9 +192,7 @@ def _reason_to_fall_back(form: Form, module: Any) -> str | None:
 
 @functools.cache
 def _adapter(original: Any, form: Form) -> Adapter:
-    accelerated = dynamic_subclass(
-        Described, original, form, _adapter, **{form.method: _method(original, form.method)}
-    )
+    accelerated = dynamic_subclass(Described, original, form, _adapter, **{form.method: _method(original, form.method)})
     return Adapter(
         name=form.name,
         original=original,

@@ -192,9 +192,7 @@ def _nest(attn: Any, attend: Any, x: Tensor) -> Any:
     window = (1, x.shape[2])
     if window[1] > 1024:
         return f"its blocks hold {window[1]} tokens"
-    y = attend(
-        attn.qkv(x), num_heads=attn.num_heads, window_size=window, scale=scale, dropout_p=_dropout_p(attn)
-    )
+    y = attend(attn.qkv(x), num_heads=attn.num_heads, window_size=window, scale=scale, dropout_p=_dropout_p(attn))
     y = y.unflatten(-1, (attn.num_heads, -1)).transpose(-1, -2).flatten(-2)  # heads are the fastest axis here
     return attn.proj_drop(attn.proj(y))
 
