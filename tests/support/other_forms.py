@@ -1,4 +1,7 @@
-"""Window attention in published forms other than Microsoft's, as small as it can be; the code is not that of the forms."""
+"""Window attention in published forms other than Microsoft's, as small as it can be.
+
+Names and conventions are those of the published code; the code is not.
+"""
 
 from __future__ import annotations
 

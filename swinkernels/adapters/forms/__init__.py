@@ -1,1 +1,1 @@
-"""Modules of other forms than Microsoft's block: each a description of its forward in terms of the op, tried before use."""
+"""Modules of other forms than Microsoft's block: descriptions of their forward in terms of the op, tried before use."""

@@ -79,6 +79,8 @@ def _hooked(module: Any) -> str | None:
     """Why a hook would miss a call, or None."""
     for path in module._swinkernels_snapshots:
         m = inside(module, path)
+        if m is None:
+            return f"{path} is gone"
         if path and has_own_hooks(m):
             return f"a hook is registered on {path}"
         if path or "" in module._swinkernels_form.absorbs:
@@ -107,7 +109,8 @@ _TRIALS: dict[tuple[Any, ...], tuple[WindowSpec, ...] | str] = {}
 
 
 def _put_in_place(form: Form, specs: list[WindowSpec], module: nn.Module) -> None:
-    swap_class(_adapter(original_class(module), form), module, "reference")
+    original: Any = original_class(module)
+    swap_class(_adapter(original, form), module, "reference")
     module.__dict__["_swinkernels_in_trial"] = True
     module.__dict__["_swinkernels_specs"] = specs
 
@@ -119,7 +122,7 @@ def _specs_of(form: Form, module: Any) -> tuple[WindowSpec, ...] | str:
     return _TRIALS[key]
 
 
-class _Specs(list):
+class _Specs(list[WindowSpec]):
     """A list that copies of a module share."""
 
     def __deepcopy__(self, memo: Any) -> _Specs:
@@ -134,13 +137,12 @@ def _try(form: Form, module: Any) -> tuple[WindowSpec, ...] | str:
     cases = [Case((_BATCH, *size), f"{size}", math.prod(size)) for size in form.sizes(module)]
     stand_in = Elementwise() if "mlp" in module._modules and "mlp" not in form.absorbs else None
     trial = Trial(module, functools.partial(_put_in_place, form, specs), form.call, stand_in=stand_in, drops=True)
-    passed, reason = trial.run(cases)
+    _, reason = trial.run(cases)
     if reason:
         return f"it looks like {form.name}, but {reason}"
-    specs = [spec for spec in specs if spec.dropout_p == 0.0]
     if not specs:
         return f"the forward of {form.name} calls no op"
-    return tuple(dict.fromkeys(specs))
+    return tuple(dict.fromkeys(spec for spec in specs if spec.dropout_p == 0.0))
 
 
 def match(module: nn.Module, forms: list[Form]) -> tuple[Adapter | None, str | None] | None:
@@ -159,7 +161,8 @@ def match(module: nn.Module, forms: list[Form]) -> tuple[Adapter | None, str | N
             reason = _hooked_before(form, module)
     except Exception as error:  # attributes of a foreign class may hold anything
         reason = f"its attributes are not those of {form.name}: {type(error).__name__}: {error}"
-    return (_adapter(original_class(module), form), None) if reason is None else (None, reason)
+    original: Any = original_class(module)
+    return (_adapter(original, form), None) if reason is None else (None, reason)
 
 
 # The adapter

@@ -33,8 +33,9 @@ def _dropout_p(attn: Any) -> float:
     return getattr(drop, "p", 0.0) if is_on else 0.0
 
 
-def _sizes_of(height: int, width: int, channels: int) -> tuple[tuple[int, ...], ...]:
+def _sizes_of(window: Any, channels: int) -> tuple[tuple[int, ...], ...]:
     """With pads, without, and of one window."""
+    height, width = window
     return (height + 1, 2 * width + 1, channels), (2 * height, width, channels), (height, width, channels)
 
 
@@ -67,7 +68,7 @@ DAVIT = Form(
     name="timm DaViT",
     of=SpatialBlock,
     forward=_davit,
-    sizes=_channels_first(lambda block: _sizes_of(*block.window_size, block.dim)),
+    sizes=_channels_first(lambda block: _sizes_of(block.window_size, block.dim)),
     absorbs=("attn",),
 )
 
@@ -100,7 +101,7 @@ TINY_VIT = Form(
     name="timm TinyViT",
     of=TinyVitBlock,
     forward=_tiny_vit,
-    sizes=lambda block: _sizes_of(block.window_size, block.window_size, block.dim),
+    sizes=lambda block: _sizes_of((block.window_size,) * 2, block.dim),
     absorbs=("attn",),
 )
 
@@ -177,7 +178,7 @@ TWINS = Form(
     name="timm Twins",
     of=LocallyGroupedAttn,
     forward=_twins,
-    sizes=lambda attn: _sizes_of(attn.ws, attn.ws, attn.dim),
+    sizes=lambda attn: _sizes_of((attn.ws,) * 2, attn.dim),
     call=lambda attn, x: type(attn).forward(attn, x.flatten(1, 2), tuple(x.shape[1:3])),
 )
 
@@ -261,7 +262,7 @@ def _hieradet_forms() -> tuple[Form, ...]:
             name="timm SAM 2 Hiera",
             of=MultiScaleBlock,
             forward=_hieradet,
-            sizes=lambda block: _sizes_of(*(max(w, 4) for w in block.window_size), block.dim),
+            sizes=lambda block: _sizes_of([max(w, 4) for w in block.window_size], block.dim),
             absorbs=("attn",),
         ),
     )
