@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.published_forms import Mlp, WindowAttention, cut, join, make_mask
+from tests.support.published_forms import Block, Mlp, SegmentationBlock, WindowAttention, cut, join, make_mask
 
 
 class ShiftWindowMSA(nn.Module):
@@ -131,6 +131,69 @@ class MutualAttention(WindowAttention):
             mutual = [self.attend(q2, k1, v1, mask, False), self.attend(q1, k2, v2, mask, False)]
             out = torch.cat([torch.cat(mutual, 1), out], 2)
         return self.proj(out)
+
+
+class ConvMlp(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(dim, 2 * dim, 1), nn.Conv2d(2 * dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class ChannelsFirstBlock(Block):
+    """ResShift's: (B, C, H, W), norms over groups of channels, a mask made for any other map than the stored one's."""
+
+    def __init__(self, dim: int, input_resolution: Any, num_heads: int, window_size: int, shift_size: int) -> None:
+        super().__init__(dim, num_heads, window_size, shift_size)
+        self.input_resolution, self.mlp = input_resolution, ConvMlp(dim)
+        self.norm1, self.norm2 = nn.GroupNorm(3, dim), nn.GroupNorm(3, dim)
+        self.register_buffer("attn_mask", self.calculate_mask(input_resolution) if shift_size > 0 else None)
+
+    def calculate_mask(self, size: Any) -> Tensor:
+        return make_mask(tuple(size), (self.window_size,) * 2, (self.shift_size,) * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = tuple(x.shape[2:])
+        mask = self.attn_mask if self.input_resolution == size else self.calculate_mask(size)
+        y = self.norm1(x).permute(0, 2, 3, 1)
+        y = self.attend(y, (self.window_size,) * 2, (self.shift_size,) * 2, mask.to(x)).permute(0, 3, 1, 2)
+        return self.both_halves(x, y)
+
+
+class VolumeBlock(Block):
+    """TransMorph's: a sequence, the size of its volume in H, W and T, the mask of the stage."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: Any, shift_size: Any) -> None:
+        super().__init__(dim, num_heads, window_size, shift_size)
+        self.H = self.W = self.T = None
+
+    def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
+        y = self.norm1(x).view(len(x), self.H, self.W, self.T, -1)
+        y = self.padded(y, self.window_size, self.shift_size, mask_matrix if min(self.shift_size) > 0 else None)
+        return self.both_halves(x, y.view(x.shape))
+
+
+class FusedAttention(WindowAttention):
+    """BiRefNet's: torch's fused attention, and a mask that is repeated for every image."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = self.bias(x.shape[1])[None]
+        bias = bias if mask is None else bias + mask[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+
+
+class InfinityBlock(SegmentationBlock):
+    """BiRefNet's: the stage's mask has -inf."""
+
+    attention = FusedAttention
+
+    def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
+        windows = mask_matrix.expand(len(x), *mask_matrix.shape).flatten(0, 1)
+        return super().forward(x, windows)
 
 
 class CutBlock(nn.Module):

@@ -86,6 +86,17 @@ def _hand_mask(block: Any, x: Tensor) -> tuple[Any, ...]:
     return (forms.make_mask((8, 12), (4, 4), (2, 2)).to(x),)
 
 
+def _hand_infinity(block: Any, x: Tensor) -> tuple[Any, ...]:
+    block.H, block.W = 7, 9
+    mask = forms.make_mask((8, 12), (4, 4), (2, 2), 1.0)
+    return (torch.zeros_like(mask).masked_fill(mask > 0, -torch.inf).to(x),)
+
+
+def _hand_volume(block: Any, x: Tensor) -> tuple[Any, ...]:
+    block.H, block.W, block.T = 4, 8, 8
+    return (forms.make_mask((4, 8, 8), (2, 4, 4), (1, 2, 2)).to(x),)
+
+
 def _hand_mask_of_video(block: Any, x: Tensor) -> tuple[Any, ...]:
     return (forms.make_mask((4, 8, 8), (2, 4, 4), (1, 2, 2)).to(x),)
 
@@ -323,6 +334,15 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Copies(lambda shift: others.MmdetBlock(12, 3, 4, shift), _hand_odd_size), (2, 63, 12)
     ),
     "SCUNet": (lambda: nn.Sequential(*(others.WMSA(12, 4, 4, kind) for kind in ("W", "SW"))), (2, 8, 12, 12)),
+    "ResShift": (
+        lambda: nn.Sequential(*(others.ChannelsFirstBlock(12, [8, 12], 3, 4, shift) for shift in (0, 2))),
+        (2, 12, 8, 12),
+    ),
+    "TransMorph": (
+        lambda: Copies(lambda shift: others.VolumeBlock(12, 3, (2, 4, 4), (shift // 2, shift, shift)), _hand_volume),
+        (1, 256, 12),
+    ),
+    "BiRefNet": (lambda: Copies(lambda shift: others.InfinityBlock(12, 3, 4, shift), _hand_infinity), (2, 63, 12)),
     "Uformer": (lambda: _cut(lambda: others.UformerAttention(12, (4, 4), 3), 12, (4, 4)), (2, 8, 12, 12)),
     "VRT": (lambda: _cut(lambda: others.MutualAttention(12, (2, 4, 4), 3), 12, (2, 4, 4)), (1, 4, 8, 8, 12)),
 }  # fmt: skip
@@ -345,6 +365,7 @@ FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "transformers SAM 2": (2, ()),
     "mmdet": (2, ()),
     "SCUNet": (2, ()),
+    "ResShift": (2, ()),
     "Uformer": (2, ()),
     "VRT": (2, ()),
 }

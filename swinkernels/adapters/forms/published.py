@@ -1,10 +1,11 @@
 """Forms of published code that is copied from project to project under many names, recognised by what modules hold.
 
 mmdetection's and mmsegmentation's attention rolls, pads and masks itself; SCUNet's as well, with a parameter for the
-bias and scores of -inf; Uformer keeps queries apart from keys and values; VRT has the two frames of a window attend to
+bias and scores of -inf; ResShift's blocks have channels first; Uformer keeps queries apart from keys and values; VRT has the two frames of a window attend to
 each other, too.
 
-Source: mmdet.models.backbones.swin, models/network_scunet.py of cszn/SCUNet, model.py of ZhendongWang6/Uformer,
+Source: mmdet.models.backbones.swin, models/network_scunet.py of cszn/SCUNet,
+models/swin_transformer.py of zsyOAOA/ResShift, model.py of ZhendongWang6/Uformer,
 models/network_vrt.py of JingyunLiang/VRT.
 """
 
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from swinkernels.adapters.copies.dynamic_class import parameters_of
 from swinkernels.adapters.forms.form import Form
+from swinkernels.adapters.masks import MASKED, is_stored_mask
 from swinkernels.adapters.microsoft_attention import dropout_at_call, projected, resembles_attention
 
-MASKED = -1e9  # in place of -inf: its exponential is 0 as well, since each token sees its own region
 _MOST_TOKENS = 1024
 
 
@@ -92,6 +93,46 @@ SCUNET = Form(
     sizes=lambda attn: tuple(
         (m * attn.window_size, n * attn.window_size, attn.embedding_layer.in_features) for m, n in ((2, 3), (1, 1))
     ),
+)
+
+
+# A block of maps with channels first
+
+
+def _is_resshift(module: nn.Module) -> bool:
+    first = getattr(module._modules.get("mlp"), "fc1", None)
+    named = _has(module, "norm1", "norm2", "attn", "mlp") and hasattr(module, "input_resolution")
+    return named and isinstance(first, nn.Conv2d) and resembles_attention(module._modules["attn"])
+
+
+def _resshift(block: Any, attend: Any, x: Tensor) -> Any:
+    attn, window, shift = block.attn, block.window_size, block.shift_size
+    if x.dim() != 4 or x.shape[2] % window or x.shape[3] % window:
+        return "the map is not one of whole windows"
+    size = tuple(x.shape[2:])
+    if block.input_resolution == size and not is_stored_mask(block.attn_mask, size, (window,) * 2, (shift,) * 2):
+        return "attn_mask holds other values than those of its geometry"
+    y = attend(
+        attn.qkv(block.norm1(x).permute(0, 2, 3, 1)),
+        num_heads=attn.num_heads,
+        window_size=window,
+        shift_size=shift,
+        bias_table=attn.relative_position_bias_table,
+        scale=attn.scale,
+        dropout_p=dropout_at_call(attn),
+    )
+    x = x + block.drop_path(projected(attn, y).permute(0, 3, 1, 2))
+    return x + block.drop_path(block.mlp(block.norm2(x)))
+
+
+RESSHIFT = Form(
+    name="ResShift",
+    of=_is_resshift,
+    forward=_resshift,
+    sizes=lambda block: tuple(
+        (block.attn.qkv.in_features, m * block.window_size, n * block.window_size) for m, n in ((2, 3), (2, 2))
+    ),
+    absorbs=("attn",),
 )
 
 
@@ -197,4 +238,4 @@ VRT = Form(
     call=_call_with_masks,
 )
 
-FORMS = [MMDET, SCUNET, UFORMER, VRT]
+FORMS = [MMDET, SCUNET, RESSHIFT, UFORMER, VRT]
