@@ -26,14 +26,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 LIBRARIES = ("timm", "torchvision", "transformers", "MONAI", "mmpretrain")
 HEADER = """# Models
 
-Every family of models that `accelerate` knows, as a small model of a few channels, before and after. The page is written
-by `python -m tests.adapters.models_page`; a test compares the modules on ops with what the code does now.
+Every family of models that `accelerate` knows, as a small model of a few channels, before and after. The page is
+written by `python -m tests.adapters.models_page`; a test compares the modules on ops with what the code does now.
 
 - **On the op**: modules whose attention ran on a window attention op in a forward pass, of all with window attention.
 - **Error**: the largest difference from the library's own code in float64, outputs and every gradient, each over its
   largest element; then that of float32 from float64, after and (before).
-- **CPU time**, **memory**: of a forward pass in float32, the median of {repeats} that alternate, and the most bytes held
-  at once beside the model. Models this small measure calls, not kernels: [Benchmarks](benchmarks.md) has models of real size.
+- **CPU time**, **memory**: of a forward pass in float32, the median of {repeats} that alternate, and the most bytes
+  held at once beside the model. Models this small measure calls, not kernels: [Benchmarks](benchmarks.md) has models of
+  real size.
 
 Sources that are no packages are modules of the tests with the same names and conventions.
 

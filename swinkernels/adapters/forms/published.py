@@ -1,12 +1,11 @@
 """Forms of published code that is copied from project to project under many names, recognised by what modules hold.
 
 mmdetection's and mmsegmentation's attention rolls, pads and masks itself; SCUNet's as well, with a parameter for the
-bias and scores of -inf; ResShift's blocks have channels first; Uformer keeps queries apart from keys and values; VRT has the two frames of a window attend to
-each other, too.
+bias and scores of -inf; ResShift's blocks have channels first; Uformer keeps queries apart from keys and values; VRT
+has the two frames of a window attend to each other, too.
 
-Source: mmdet.models.backbones.swin, models/network_scunet.py of cszn/SCUNet,
-models/swin_transformer.py of zsyOAOA/ResShift, model.py of ZhendongWang6/Uformer,
-models/network_vrt.py of JingyunLiang/VRT.
+Source: mmdet.models.backbones.swin, models/network_scunet.py of cszn/SCUNet, models/swin_transformer.py of
+zsyOAOA/ResShift, model.py of ZhendongWang6/Uformer, models/network_vrt.py of JingyunLiang/VRT.
 """
 
 from __future__ import annotations
