@@ -18,19 +18,24 @@ from swinkernels.adapters.bypass import (
     is_traced,
     watch_unless_watched,
 )
+from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.part import Part
 from swinkernels.ops._backends import why_no_kernels
 
-# A package or module of the library, imported with any of its models -> its adapters, or the module here with its
-# ADAPTERS. That is imported only when the library's has been imported already: no model of a library can exist before.
-_ADAPTERS: dict[str, str | tuple[Adapter, ...]] = {
+# A package or module of the library, imported with any of its models -> its adapters and forms, or the module here with
+# its ADAPTERS. That is imported only when the library's has been imported already: no model can exist before.
+_ADAPTERS: dict[str, str | tuple[Adapter | Form, ...]] = {
     "monai.networks.nets.swin_unetr": "swinkernels.adapters.libraries.monai",
     "mmpretrain.models.backbones": "swinkernels.adapters.libraries.mmpretrain",
     "timm.models": "swinkernels.adapters.libraries.timm",
     "torchvision.models.swin_transformer": "swinkernels.adapters.libraries.torchvision",
+    "torchvision.models.video.swin_transformer": "swinkernels.adapters.libraries.torchvision_windows",
     "transformers.models.clap.modeling_clap": "swinkernels.adapters.libraries.transformers.clap",
     "transformers.models.donut.modeling_donut_swin": "swinkernels.adapters.libraries.transformers.donut",
+    "transformers.models.florence2.modeling_florence2": "swinkernels.adapters.libraries.transformers.florence2",
+    "transformers.models.hiera.modeling_hiera": "swinkernels.adapters.libraries.transformers.hiera",
     "transformers.models.maskformer.modeling_maskformer_swin": "swinkernels.adapters.libraries.transformers.maskformer",
+    "transformers.models.sam2.modeling_sam2": "swinkernels.adapters.libraries.transformers.sam2",
     "transformers.models.swin.modeling_swin": "swinkernels.adapters.libraries.transformers.swin",
     "transformers.models.swin2sr.modeling_swin2sr": "swinkernels.adapters.libraries.transformers.swin2sr",
     "transformers.models.swinv2.modeling_swinv2": "swinkernels.adapters.libraries.transformers.swinv2",
@@ -171,23 +176,25 @@ def _change_class(module: nn.Module, to: type[nn.Module]) -> None:
         module.__dict__[name] = getattr(to, method.__name__).__get__(module)
 
 
-def loaded_adapters() -> list[Adapter]:
-    """The adapters of the libraries that this process has imported."""
+def loaded_adapters() -> tuple[list[Adapter], list[Form]]:
+    """The adapters and the forms of the libraries that this process has imported."""
     loaded = [ours for theirs, ours in _ADAPTERS.items() if theirs in sys.modules]
     groups = [importlib.import_module(ours).ADAPTERS if isinstance(ours, str) else ours for ours in loaded]
-    return [adapter for group in groups for adapter in group]
+    known = [adapter for group in groups for adapter in group]
+    return [a for a in known if isinstance(a, Adapter)], [f for f in known if isinstance(f, Form)]
 
 
-def register(library: str, *adapters: Adapter) -> None:
-    """Have :func:`swinkernels.accelerate` use adapters for a library's modules.
+def register(library: str, *adapters: Adapter | Form) -> None:
+    """Have :func:`swinkernels.accelerate` use adapters and forms for a library's modules.
 
     Args:
         library: the module or package of the library that is imported wherever one of its models exists, such as
             "timm.models". Registering it again replaces what it had.
-        adapters: one for each class.
+        adapters: one for each class. A :class:`Form` says less than an :class:`Adapter`, and is tried before use.
 
     Raises:
-        TypeError: ``library`` is not a string, or one of ``adapters`` is not an :class:`Adapter`.
+        TypeError: ``library`` is not a string, or one of ``adapters`` is neither an :class:`Adapter` nor a
+            :class:`Form`.
         ValueError: no adapter is given.
     """
     if not isinstance(library, str):
@@ -195,8 +202,9 @@ def register(library: str, *adapters: Adapter) -> None:
     if not adapters:
         raise ValueError(f"register: at least one adapter is needed for {library}, got none")
     for adapter in adapters:
-        if not isinstance(adapter, Adapter):
+        if not isinstance(adapter, (Adapter, Form)):
             raise TypeError(
-                f"register: an adapter must be a swinkernels.adapters.Adapter, got {type(adapter).__name__}"
+                "register: an adapter must be a swinkernels.adapters.Adapter or a swinkernels.adapters.Form, got "
+                f"{type(adapter).__name__}"
             )
     _ADAPTERS[library] = adapters

@@ -132,7 +132,7 @@ def all_modules_have_hooks() -> bool:
     return others or bool(_OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE)
 
 
-def _has_own_hooks(module: nn.Module) -> bool:
+def has_own_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -140,7 +140,7 @@ def _has_own_hooks(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook would see a call of a module, its own or one of all modules."""
-    return _has_own_hooks(module) or all_modules_have_hooks()
+    return has_own_hooks(module) or all_modules_have_hooks()
 
 
 def remove_hooks(module: nn.Module) -> None:
@@ -251,7 +251,7 @@ def why_not_window_attention(
         return f"a hook is registered on {name}"
     modules = attn._modules
     for key, module in modules.items():
-        if module is not None and _has_own_hooks(module):
+        if module is not None and has_own_hooks(module):
             return f"a hook is registered on {name}.{key}"
     # Any other layer may mix tokens, and its result for a pad token is not known; those after proj see the map.
     for key, kinds, right in (

@@ -26,6 +26,9 @@ from swinkernels.adapters.bypass import why_distributed
 from swinkernels.adapters.copies import attention, block, lookalike
 from swinkernels.adapters.copies.dynamic_class import NAME as STRUCTURAL
 from swinkernels.adapters.copies.trial import told_after_seconds
+from swinkernels.adapters.forms import described
+from swinkernels.adapters.forms.form import Form
+from swinkernels.adapters.forms.published import FORMS
 from swinkernels.adapters.report import Replaced, Report, Skipped
 from swinkernels.adapters.verify import verify as verify_module
 from swinkernels.ops._backends import check_backend
@@ -64,7 +67,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     paths: dict[nn.Module, str] = {}
     to_restore: list[nn.Module] = []
     with told_after_seconds():
-        candidates = list(_candidates(model, loaded_adapters()))
+        adapters, forms = loaded_adapters()
+        candidates = list(_candidates(model, adapters, [*forms, *FORMS]))
     for path, module, adapter, reason in candidates:
         if adapter is not None and reason is None:
             reason = why_distributed(module) or adapter.reason_to_skip(module)
@@ -128,8 +132,8 @@ def _check_module(op: str, model: Any) -> None:
 Candidate = tuple[str, nn.Module, Adapter | None, str | None]
 
 
-def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate]:
-    """Every module that an adapter knows, each once. Libraries' own adapters go first, by exact class."""
+def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) -> Iterator[Candidate]:
+    """Every module that an adapter or a form knows, each once. Libraries' own adapters go first, by exact class."""
     by_class = {cls: adapter for adapter in adapters for cls in (adapter.original, adapter.accelerated)}
     seen: set[nn.Module] = set()
 
@@ -144,7 +148,10 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate
             found = {a.name: a for a in reversed(adapters) if any(_resembles(m, a) for m in inside)}
             for of_library in found.values():  # one of each library
                 yield path, module, of_library, closed
-            if any(block.resembles(m) and not any(_resembles(m, a) for a in adapters) for m in inside):
+            named = [form.name for form in forms if any(form.fits(m) for m in inside)]
+            if named:
+                yield path, module, None, f"{closed} ({', '.join(named)})"
+            elif any(block.resembles(m) and not any(_resembles(m, a) for a in adapters) for m in inside):
                 yield path, module, None, closed
             return
         adapter = by_class.get(type(module))
@@ -158,7 +165,9 @@ def _candidates(model: nn.Module, adapters: list[Adapter]) -> Iterator[Candidate
         elif derived_since(module):
             yield path, module, None, f"{type(module).__name__} is a subclass, made of a module accelerated before"
         else:
-            adapter, reason = block.match(module) or attention.match(module) or (None, None)
+            adapter, reason = (
+                described.match(module, forms) or block.match(module) or attention.match(module) or (None, None)
+            )
             if adapter is None and reason is None:
                 unknown = lookalike.why_unknown(module)
                 reason = None if reported else unknown

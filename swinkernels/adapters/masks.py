@@ -50,11 +50,21 @@ def shift_regions(
 
 
 def shift_mask(
-    frame: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device | str = "cpu"
+    frame: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    value: float = -100.0,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The mask that libraries add to the scores, (num_windows, N, N): -100 between tokens of different regions."""
+    """The mask that libraries add to the scores, (num_windows, N, N): a value between tokens of different regions."""
     region = shift_regions(frame, window, shift, device)
-    return -100.0 * (region[:, :, None] != region[:, None, :])
+    apart = region[:, :, None] != region[:, None, :]
+    return torch.zeros(apart.shape, device=device).masked_fill(apart, value)
+
+
+# In place of -inf, of which a kernel cannot take differences: its exponential is 0, too, and every token sees its own
+# region.
+MASKED = -1e9
 
 
 def window_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
@@ -105,6 +115,14 @@ def is_shift_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift:
     It is read once, however many modules get it: on a GPU that is a synchronisation.
     """
     return not torch.compiler.is_compiling() and is_stored_mask(mask, frame, window, shift)
+
+
+def value_of_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> float | None:
+    """As :func:`is_shift_mask`, with a value of -100 or -inf: the mask_value of an op for it, or None."""
+    if is_shift_mask(mask, frame, window, shift):
+        return -100.0
+    infinite = (shift_mask, tuple(frame), tuple(window), tuple(shift), -math.inf)
+    return MASKED if not torch.compiler.is_compiling() and holds(mask, infinite) else None
 
 
 @constant_when_compiled

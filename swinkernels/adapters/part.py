@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swinkernels.ops import window_attention, window_attention_qkvpacked
 from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 
 
@@ -23,6 +24,16 @@ class Part:
     reason_to_fall_back: Callable[[Any], str | None]
     # Why a backend cannot run it in the module's own dtype and on its device; the bool is for training.
     reasons: Callable[[Any, str, bool], list[str]]
+
+
+def op_on(backend: str) -> Callable[..., Tensor]:
+    """The two window attention ops on a backend: for (qkv, **arguments) and for (q, k, v, **arguments)."""
+
+    def attend(*maps: Tensor, **arguments: Any) -> Tensor:
+        op = window_attention_qkvpacked if len(maps) == 1 else window_attention
+        return op(*maps, **arguments, backend=backend)
+
+    return attend
 
 
 def window_attention_part(

@@ -51,7 +51,9 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
                 swap_class(adapters[m], m_of_fast, backend)
         plain64 = copy.deepcopy(plain).to(torch.float64)
         with torch.no_grad():
-            dout = torch.randn(adapter.run(plain, x).shape, generator=generator, device="cpu").to(device, dtype)
+            # Of a copy: a module may keep what it makes without gradients.
+            shape = adapter.run(copy.deepcopy(plain), x).shape
+            dout = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
         shaken64 = copy.deepcopy(plain64)
         shaken_x = _shake(x.double(), dtype, generator)
         for p in shaken64.parameters():

@@ -26,7 +26,7 @@ def test_no_difference(first):
     ("edit", "family", "owner", "name", "answer"),
     [
         ("global hook", "timm", bypass, "all_modules_have_hooks", False),
-        ("forward hook", "torchvision", bypass, "_has_own_hooks", False),
+        ("forward hook", "torchvision", bypass, "has_own_hooks", False),
         ("assigned buffer", "MONAI", masks, "_compare", True),
         ("changed buffer", "timm v2", masks, "_compare", True),
     ],

@@ -21,7 +21,12 @@ timm = pytest.importorskip("timm")
     [
         (timm, ("x",), TypeError, "library must be the name of a module, got module"),
         ("timm.models", (), ValueError, "at least one adapter is needed for timm.models, got none"),
-        ("timm.models", ("x",), TypeError, "an adapter must be a swinkernels.adapters.Adapter, got str"),
+        (
+            "timm.models",
+            ("x",),
+            TypeError,
+            "an adapter must be a swinkernels.adapters.Adapter or a swinkernels.adapters.Form, got str",
+        ),
     ],
 )
 def test_wrong_registrations_are_refused(library, adapters, error, text):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.support import other_forms as others
 from tests.support import published_forms as forms
 from tests.support.parity import randomise
 
@@ -76,9 +77,24 @@ def _hand_size(block: Any, x: Tensor) -> tuple[Any, ...]:
     return ((8, 12),)
 
 
+def _hand_odd_size(block: Any, x: Tensor) -> tuple[Any, ...]:
+    return ((7, 9),)
+
+
 def _hand_mask(block: Any, x: Tensor) -> tuple[Any, ...]:
     block.H, block.W = 7, 9
     return (forms.make_mask((8, 12), (4, 4), (2, 2)).to(x),)
+
+
+def _hand_infinity(block: Any, x: Tensor) -> tuple[Any, ...]:
+    block.H, block.W = 7, 9
+    mask = forms.make_mask((8, 12), (4, 4), (2, 2), 1.0)
+    return (torch.zeros_like(mask).masked_fill(mask > 0, -torch.inf).to(x),)
+
+
+def _hand_volume(block: Any, x: Tensor) -> tuple[Any, ...]:
+    block.H, block.W, block.T = 4, 8, 8
+    return (forms.make_mask((4, 8, 8), (2, 4, 4), (1, 2, 2)).to(x),)
 
 
 def _hand_mask_of_video(block: Any, x: Tensor) -> tuple[Any, ...]:
@@ -164,6 +180,72 @@ def _mmpretrain() -> nn.Module:
     return Last(SwinTransformer(arch, img_size=16, patch_size=2, window_size=4, out_indices=(1,), drop_path_rate=0.0))
 
 
+def _timm_of(module: str, name: str, **options: Any) -> nn.Module:
+    import importlib
+
+    return getattr(importlib.import_module(f"timm.models.{module}"), name)(num_classes=3, **options)
+
+
+def _timm_coatnet() -> nn.Module:
+    from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg
+
+    attention = MaxxVitTransformerCfg(dim_head=8, rel_pos_type="bias")
+    cfg = MaxxVitCfg(
+        embed_dim=(16, 16), depths=(1, 2), block_type=("C", "T"), stem_width=8, conv_cfg=MaxxVitConvCfg(),
+        transformer_cfg=attention,
+    )  # fmt: skip
+    return MaxxVit(cfg, img_size=(32, 48), num_classes=3)
+
+
+def _torchvision_video() -> nn.Module:
+    from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+    return SwinTransformer3d([2, 4, 4], 8, [2, 1], [1, 2], [2, 4, 4], stochastic_depth_prob=0.0, num_classes=3)
+
+
+def _torchvision_maxvit() -> nn.Module:
+    from torchvision.models.maxvit import MaxVit
+
+    return MaxVit((32, 32), 8, 4, [8, 16], [1, 1], 8, 0.0, num_classes=3)
+
+
+def _florence2() -> nn.Module:
+    from transformers import Florence2VisionConfig
+    from transformers.models.florence2.modeling_florence2 import Florence2VisionBackbone
+
+    config = Florence2VisionConfig(
+        embed_dim=[8, 16], depths=[1, 1], num_heads=[1, 2], num_groups=[1, 2], window_size=4, patch_size=[7, 3],
+        patch_stride=[4, 2], patch_padding=[3, 1], patch_prenorm=[False, True], drop_path_rate=0.0,
+    )  # fmt: skip
+    return Outputs(Florence2VisionBackbone(config))
+
+
+def _hiera() -> nn.Module:
+    from transformers import HieraConfig, HieraModel
+
+    return Outputs(
+        HieraModel(HieraConfig(embed_dim=8, image_size=[64, 64], depths=[2, 1, 1, 1], num_heads=[1, 1, 2, 2]))
+    )
+
+
+def _sam2() -> nn.Module:
+    from transformers import Sam2HieraDetConfig
+    from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleBlock
+
+    config = Sam2HieraDetConfig(
+        hidden_size=8, embed_dim_per_stage=[8, 8], blocks_per_stage=[2, 1], num_attention_heads_per_stage=[2, 2],
+        window_size_per_stage=[4, 4], global_attention_blocks=[],
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    return nn.Sequential(*(Sam2MultiScaleBlock(config, 0, i, i) for i in range(2)))
+
+
+def _cut(make: Callable[[], nn.Module], dim: int, window: tuple[int, ...]) -> nn.Module:
+    """Two blocks around an attention, the second one shifted."""
+    shifts = tuple(0 for _ in window), tuple(w // 2 for w in window)
+    return nn.Sequential(*(others.CutBlock(make(), dim, window, shift) for shift in shifts))
+
+
 # Family -> its model, and the shape of its input.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "timm": (lambda: _timm("1"), (2, 3, 18, 24)),
@@ -198,7 +280,95 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "copy with attention alone": (
         lambda: Copies(lambda shift: forms.HybridBlock(12, (8, 12), 3, 4, shift), _hand_index), (2, 96, 12)
     ),
+    "timm DaViT": (
+        lambda: _timm_of("davit", "DaVit", depths=(1, 1), embed_dims=(8, 16), num_heads=(1, 2), window_size=4),
+        (2, 3, 36, 44),
+    ),
+    "timm TinyViT": (
+        lambda: _timm_of(
+            "tiny_vit", "TinyVit", embed_dims=(8, 16), depths=(1, 2), num_heads=(1, 2), window_sizes=(4, 4),
+            drop_path_rate=0.0,
+        ),
+        (2, 3, 40, 48),
+    ),
+    "timm GC ViT": (
+        lambda: _timm_of(
+            "gcvit", "GlobalContextVit", img_size=(64, 64), window_ratio=(16, 16), embed_dim=8, depths=(2, 2),
+            num_heads=(1, 2),
+        ),
+        (2, 3, 64, 64),
+    ),
+    "timm Twins": (
+        lambda: _timm_of(
+            "twins", "Twins", embed_dims=(8, 16), depths=(2, 1), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1),
+            wss=(4, 4), img_size=40,
+        ),
+        (2, 3, 40, 40),
+    ),
+    "timm NesT": (
+        lambda: _timm_of(
+            "nest", "Nest", img_size=32, patch_size=4, num_levels=2, embed_dims=(8, 16), num_heads=(1, 2), depths=(1, 1)
+        ),
+        (2, 3, 32, 32),
+    ),
+    "timm Hiera": (
+        lambda: _timm_of(
+            "hiera", "Hiera", img_size=(64, 64), embed_dim=8, num_heads=1, stages=(2, 1, 1, 1), head_init_scale=1.0,
+        ),
+        (2, 3, 64, 64),
+    ),
+    "timm SAM 2 Hiera": (
+        lambda: _timm_of(
+            "hieradet_sam2", "HieraDet", embed_dim=8, num_heads=1, stages=(2, 1), window_spec=(4, 4), q_pool=1,
+            global_att_blocks=(), global_pos_size=(4, 4), head_init_scale=1.0,
+        ),
+        (2, 3, 32, 48),
+    ),
+    "timm CoAtNet": (_timm_coatnet, (2, 3, 32, 48)),
+    "torchvision Swin3D": (_torchvision_video, (1, 3, 5, 30, 26)),
+    "torchvision MaxViT": (_torchvision_maxvit, (2, 3, 32, 32)),
+    "transformers Florence-2": (_florence2, (2, 3, 36, 44)),
+    "transformers Hiera": (_hiera, (2, 3, 64, 64)),
+    "transformers SAM 2": (_sam2, (2, 7, 10, 8)),
+    "mmdet": (
+        lambda: Copies(lambda shift: others.MmdetBlock(12, 3, 4, shift), _hand_odd_size), (2, 63, 12)
+    ),
+    "SCUNet": (lambda: nn.Sequential(*(others.WMSA(12, 4, 4, kind) for kind in ("W", "SW"))), (2, 8, 12, 12)),
+    "ResShift": (
+        lambda: nn.Sequential(*(others.ChannelsFirstBlock(12, [8, 12], 3, 4, shift) for shift in (0, 2))),
+        (2, 12, 8, 12),
+    ),
+    "TransMorph": (
+        lambda: Copies(lambda shift: others.VolumeBlock(12, 3, (2, 4, 4), (shift // 2, shift, shift)), _hand_volume),
+        (1, 256, 12),
+    ),
+    "BiRefNet": (lambda: Copies(lambda shift: others.InfinityBlock(12, 3, 4, shift), _hand_infinity), (2, 63, 12)),
+    "Uformer": (lambda: _cut(lambda: others.UformerAttention(12, (4, 4), 3), 12, (4, 4)), (2, 8, 12, 12)),
+    "VRT": (lambda: _cut(lambda: others.MutualAttention(12, (2, 4, 4), 3), 12, (2, 4, 4)), (1, 4, 8, 8, 12)),
 }  # fmt: skip
+
+
+# Of those, the families with a form of their own -> the modules on an op, and those left with what the report says.
+FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "timm DaViT": (2, ()),
+    "timm TinyViT": (2, ()),
+    "timm GC ViT": (4, ()),
+    "timm Twins": (2, ()),
+    "timm NesT": (2, ()),
+    "timm Hiera": (2, ("pools", "pools", "pools")),
+    "timm SAM 2 Hiera": (2, ("pools",)),
+    "timm CoAtNet": (2, ()),
+    "torchvision Swin3D": (3, ()),
+    "torchvision MaxViT": (4, ()),
+    "transformers Florence-2": (2, ()),
+    "transformers Hiera": (2, ("pools", "pools", "pools")),
+    "transformers SAM 2": (2, ()),
+    "mmdet": (2, ()),
+    "SCUNet": (2, ()),
+    "ResShift": (2, ()),
+    "Uformer": (2, ()),
+    "VRT": (2, ()),
+}
 
 
 def make_model(family: str) -> nn.Module:
@@ -209,6 +379,8 @@ def make_model(family: str) -> nn.Module:
     for name, p in model.named_parameters():
         if p.dim() == 1 and not bool(p.any()):  # biases, and v2's norms, whose branches start at 0
             nn.init.normal_(p, mean=float("norm" in name and name.endswith("weight")), std=0.2)
+        elif not bool(p.any()):  # heads and tables that start at 0
+            nn.init.normal_(p, std=0.2)
         if name.endswith("mlp.fc2.bias") and "rel_pos" in name:
             p.requires_grad_(False)  # softmax takes a constant out: its gradient is rounding
     return model.double().eval()

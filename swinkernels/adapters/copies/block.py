@@ -40,7 +40,7 @@ from swinkernels.adapters.copies.dynamic_class import (
 )
 from swinkernels.adapters.copies.snapshot import Snapshot, largest_number, signature_of
 from swinkernels.adapters.copies.trial import MOST_SCORES, Case, Elementwise, NotCovered, Trial, Width, narrow
-from swinkernels.adapters.masks import differs, frame_of, is_shift_mask, is_stored_mask, shift_mask, window_index
+from swinkernels.adapters.masks import differs, frame_of, is_stored_mask, shift_mask, value_of_mask, window_index
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
     dropout_at_call,
@@ -263,9 +263,8 @@ def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
             return "attn_mask holds other values than those of its geometry"
         return size, 0.0
     if form.mask_from == "argument":
-        if not is_shift_mask(given, frame_of(size, window), window, shift):
-            return "the mask that it is called with is not that of its geometry"
-        return size, -100.0
+        value = value_of_mask(given, frame_of(size, window), window, shift)
+        return "the mask that it is called with is not that of its geometry" if value is None else (size, value)
     if _has_own_mask(block):
         return "attn_mask holds other values than those of its geometry"
     if form.size_from == "shape" and getattr(block, _MASK, None) is not None and size != _resolution(block):
@@ -446,7 +445,7 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
         window, shift = _clamped(form, block, size)
         if not any(shift):  # a block without shift gets the mask of its neighbours
             shift = tuple(0 if w == 1 or s <= w else w // 2 for s, w in zip(size, window, strict=True))
-        args.append(shift_mask(frame_of(size, window), window, shift, x.device))
+        args.append(shift_mask(frame_of(size, window), window, shift, device=x.device))
     if form.layout == "sequence":
         x = x.flatten(1, -2)
     return type(block).forward(block, x, *args)

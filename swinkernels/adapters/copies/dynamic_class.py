@@ -46,6 +46,14 @@ def _is_default(value: Any, of: inspect.Parameter) -> bool:
 _COMPARED = (bool, int, float, str)
 
 
+def inside(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, or None if there is none; get_submodule is slow."""
+    found: nn.Module | None = module
+    for name in path.split(".") if path else ():
+        found = None if found is None else found._modules.get(name)
+    return found
+
+
 class DynamicSubclass(Accelerated):
     """A base of accelerated classes that are made at run time, for an original class and a form."""
 
@@ -63,7 +71,7 @@ class DynamicSubclass(Accelerated):
         if self._swinkernels_snapshots is None:
             return "it was pickled by an older version of this package: call swinkernels.accelerate again"
         for name, snapshot in self._swinkernels_snapshots.items():
-            module = self._modules.get(name) if name else self
+            module = inside(self, name)
             reason = "it is gone" if module is None else snapshot.differs(module)
             if reason is not None:
                 return f"{name}: {reason}" if name else reason

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinkernels.adapters.adapter import restore_class
+from swinkernels.adapters.adapter import Accelerated, restore_class
 from swinkernels.adapters.bypass import remove_hooks
 from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back
 
@@ -126,6 +126,8 @@ class Trial:
     stand_in: nn.Module | None = None
     # Whether one call in eval mode is enough.
     is_short: bool = False
+    # Whether each dropout is tried, too, with all of its input dropped: then nothing is left to chance.
+    drops: bool = False
     # What methods of its classes reach outside of it, and what it holds now and after the last call.
     _reached: list[tuple[Any, Any]] = field(default_factory=list)
     _left: dict[str, Any] = field(default_factory=dict)
@@ -184,6 +186,10 @@ class Trial:
                 if p is not None and id(p) not in memo:
                     shape = tuple(p.shape) if self.width is None else self.width.of_parameter(path, name, p)
                     memo[id(p)] = nn.Parameter(torch.empty(shape, dtype=torch.float64))
+            for value in m.__dict__.values():
+                for t in value.values() if isinstance(value, dict) else (value,):
+                    if isinstance(t, Tensor) and not t.is_leaf:  # kept by a call with gradients; not to be copied
+                        memo[id(t)] = t.detach().clone()
         plain = copy.deepcopy(self.module, memo)
         for m in plain.modules():
             restore_class(m)
@@ -212,6 +218,9 @@ class Trial:
                 module.p = 0.0  # draws for windows are not those for the map
             elif isinstance(getattr(module, "drop_prob", None), float):
                 module.drop_prob = 0.5  # drop path
+        if self.drops:
+            for module, name in _dropouts(plain):
+                setattr(module, name, 0.0)
         return plain
 
     def _try(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -241,6 +250,8 @@ class Trial:
         if in_training:
             plain.train()
             fast.train()
+            if self.drops:
+                self._compare_dropouts(plain, fast, x)
             self._compare_calls(plain, fast, x, gradients, " in training")
             self._compare_calls(plain, fast, x, False, " in training without gradients")
 
@@ -286,6 +297,24 @@ class Trial:
             results.append(self._try(twin, x))
         _check("another output at the largest scale", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
 
+    def _compare_dropouts(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
+        """Where one of them drops everything."""
+        for number, (of, name) in enumerate(_dropouts(plain)):
+            results = []
+            for module in (plain, fast):
+                twin = copy.deepcopy(module)
+                dropout, name = _dropouts(twin)[number]
+                setattr(dropout, name, 1.0)
+                m: Any
+                for m in twin.modules():
+                    for rate in ("drop_prob", "p"):  # of drop paths, which draw random numbers
+                        if not isinstance(m, nn.Dropout) and isinstance(m.__dict__.get(rate), float):
+                            m.__dict__[rate] = 0.0
+                    if isinstance(m, Accelerated):
+                        m._swinkernels_swapped()
+                results.append(self._try(twin, x))
+            _check(f"another output with {type(of).__name__}.{name} of 1", *reversed(results))
+
     def _compare_masks(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
         """Where tokens attend to what is masked if -100 is added, as scores of -75 and 75 do, but not if more is."""
         # The halves of the map have opposite signs, and a window that the shift put together has one of each: with keys
@@ -302,6 +331,15 @@ class Trial:
             _make_scores_large(twin.attn)
             results.append(self._try(twin, inputs))
         _check("another output where masks matter", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
+
+
+def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The attributes that are probabilities of dropout, of a module and those inside it."""
+    found: list[tuple[nn.Module, str]] = []
+    for m in module.modules():
+        names = [n for n, v in m.__dict__.items() if type(v) is float and "drop" in n and n != "drop_prob"]
+        found += [(m, n) for n in (["p"] if isinstance(m, nn.Dropout) else names)]
+    return found
 
 
 def _twin(module: nn.Module) -> Any:

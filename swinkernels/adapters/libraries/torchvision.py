@@ -263,7 +263,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
 
 def _map_size(window: tuple[int, ...]) -> tuple[int, ...]:
     """Nothing here knows its map. One with padding on each axis, and a shift."""
-    return window[0] + 1, window[1] + 2
+    return window[0] + 1, *(w + 2 for w in window[1:])
 
 
 def _attention_size(attn: Any) -> tuple[int, ...]:

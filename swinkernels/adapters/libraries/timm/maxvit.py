@@ -9,6 +9,7 @@ Source: timm.models.maxxvit, timm 0.9.16 and newer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,17 +25,16 @@ from torch import Tensor, nn
 from swinkernels.adapters.adapter import Accelerated, Adapter, original_class
 from swinkernels.adapters.bypass import replaced_method, watch, why_not_window_attention
 from swinkernels.adapters.libraries.timm._rel_pos import bias_table, stored, why_not_rel_pos
-from swinkernels.adapters.part import window_attention_part
-from swinkernels.ops import window_attention, window_attention_qkvpacked
+from swinkernels.adapters.part import op_on, window_attention_part
 from swinkernels.ops._arguments import why_beyond_limits
 
 watch(Attention2d, AttentionCl)
 watch(ParallelPartitionAttention, PartitionAttention2d, PartitionAttentionCl, methods=("_partition_attn",))
 
 
-def _why_not(attn: Any, name: str, window: tuple[int, int]) -> str | None:
+def why_not_attention(attn: Any, name: str, window: tuple[int, int]) -> str | None:
     """Why an attention module's work has to be done by timm's own code at present, or None."""
-    kind = type(attn)
+    kind = original_class(attn)
     if kind is AttentionCl:
         reason = why_not_window_attention(attn, name)
     elif kind is Attention2d:
@@ -75,24 +75,26 @@ def _dropout_p(attn: Any) -> float:
     return getattr(attn.attn_drop, "p", 0.0)
 
 
-def _attend(attn: Any, x: Tensor, window: tuple[int, int], grid: bool, backend: str) -> Tensor:
-    """What an attention module makes of a map that is cut into windows or grids; channels are where they are in x."""
+def attend(attn: Any, x: Tensor, window: tuple[int, int], grid: bool, op: Callable[..., Tensor]) -> Tensor:
+    """What an attention module makes of a map that is cut into windows or grids; channels are where they are in x.
+
+    ``op(qkv, **arguments)`` and ``op(q, k, v, **arguments)`` are the two window attention ops.
+    """
     qkv = attn.qkv(x)
-    if type(attn) is Attention2d:
+    if isinstance(attn, Attention2d):
         qkv = qkv.permute(0, 2, 3, 1)
     dropout_is_on = attn.training if getattr(attn, "fused_attn", False) else attn.attn_drop.training
     arguments = {
         "bias_table": None if attn.rel_pos is None else bias_table(attn.rel_pos),
         "dropout_p": _dropout_p(attn) if dropout_is_on else 0.0,
-        "backend": backend,
         **_arguments(attn, window, grid),
     }
     if attn.head_first:
         q, k, v = qkv.unflatten(-1, (attn.num_heads, 3 * attn.dim_head)).chunk(3, dim=-1)
-        out = window_attention(q, k, v, **arguments)
+        out = op(q, k, v, **arguments)
     else:
-        out = window_attention_qkvpacked(qkv, **arguments)
-    if type(attn) is Attention2d:
+        out = op(qkv, **arguments)
+    if isinstance(attn, Attention2d):
         out = out.permute(0, 3, 1, 2)
     return attn.proj_drop(attn.proj(out))
 
@@ -124,7 +126,7 @@ class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
         attn, window = self._modules["attn"], self.partition_size
         if self._swinkernels_own_code(x) or not _divides(x.shape[1:3], window) or _why_not_block(self) is not None:
             return super()._partition_attn(x)
-        return _attend(attn, x, window, not self.partition_block, self._swinkernels_backend)
+        return attend(attn, x, window, not self.partition_block, op_on(self._swinkernels_backend))
 
 
 class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
@@ -134,7 +136,7 @@ class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
         attn, window = self._modules["attn"], self.partition_size
         if self._swinkernels_own_code(x) or not _divides(x.shape[2:], window) or _why_not_block(self) is not None:
             return super()._partition_attn(x)
-        return _attend(attn, x, window, not self.partition_block, self._swinkernels_backend)
+        return attend(attn, x, window, not self.partition_block, op_on(self._swinkernels_backend))
 
 
 class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttention):
@@ -144,8 +146,8 @@ class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttenti
         window = self.partition_size
         if self._swinkernels_own_code(x) or not _divides(x.shape[1:3], window) or _why_not_block(self) is not None:
             return super()._partition_attn(x)
-        backend = self._swinkernels_backend
-        outs = [_attend(self.attn_block, x, window, False, backend), _attend(self.attn_grid, x, window, True, backend)]
+        op = op_on(self._swinkernels_backend)
+        outs = [attend(self.attn_block, x, window, False, op), attend(self.attn_grid, x, window, True, op)]
         return torch.cat(outs, dim=-1)
 
 
@@ -160,7 +162,7 @@ def _why_not_block(block: Any) -> str | None:
     reason = replaced_method(block, original_class(block))
     if reason is not None:
         return reason
-    reasons = (_why_not(block._modules[name], name, block.partition_size) for name, _ in _attentions(block))
+    reasons = (why_not_attention(block._modules[name], name, block.partition_size) for name, _ in _attentions(block))
     return next((reason for reason in reasons if reason is not None), None)
 
 

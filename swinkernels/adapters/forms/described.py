@@ -1,0 +1,223 @@
+"""Modules with a form of their own (:class:`Form`) on window attention ops.
+
+The accelerated class is made for each class and form, and pickles as those two. Its method runs the form's forward, or
+the module's own code where the form says so and wherever the module is not what it was when it was tried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from swinkernels.adapters.adapter import Adapter, original_class, swap_class
+from swinkernels.adapters.bypass import first_weight, has_own_hooks, replaced_forward
+from swinkernels.adapters.copies.dynamic_class import DynamicSubclass, dynamic_subclass, inside
+from swinkernels.adapters.copies.snapshot import Snapshot, signature_of
+from swinkernels.adapters.copies.trial import Case, Elementwise, NotCovered, Trial
+from swinkernels.adapters.forms.form import Form
+from swinkernels.adapters.part import Part, op_on
+from swinkernels.ops.window_attention import spec_of, window_attention_reasons
+from swinkernels.window_spec import WindowSpec
+
+
+class Described(DynamicSubclass):
+    """A module whose form's forward runs on window attention ops.
+
+    Its own code runs for arguments that the form does not have, with hooks on what the op does the work of, when
+    traced, and after anything was changed since the trial.
+    """
+
+    _swinkernels_form: Form
+    _swinkernels_in_trial = False
+    # The specs of the op's calls in a trial.
+    _swinkernels_specs: list[WindowSpec] | None = None
+
+    def _swinkernels_swapped(self) -> None:
+        self.__dict__["_swinkernels_snapshots"] = _snapshots(self._swinkernels_form, self)
+
+    def _swinkernels_attend(self, *maps: Any, **arguments: Any) -> Tensor:
+        if self._swinkernels_specs is not None:
+            self._swinkernels_specs.append(_spec(maps, arguments))
+        return op_on(self._swinkernels_backend)(*maps, **arguments)
+
+    def _swinkernels_why_own_code(self) -> str | None:
+        return self._swinkernels_changed() or _hooked(self)
+
+    def _swinkernels_run(self, *args: Any, **kwargs: Any) -> Any:
+        """The method of the form."""
+        form = self._swinkernels_form
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if self._swinkernels_own_code(x):
+            reason: Any = "its code is traced, was replaced, or no kernel runs on the device"
+        else:
+            reason = self._swinkernels_why_own_code()
+        if reason is None:
+            reason = form.forward(self, self._swinkernels_attend, *args, **kwargs)
+            if not isinstance(reason, str):
+                return reason
+        if self._swinkernels_in_trial:
+            raise NotCovered(reason)
+        return getattr(self._swinkernels_original, form.method)(self, *args, **kwargs)
+
+
+def _snapshots(form: Form, module: nn.Module) -> dict[str, Snapshot]:
+    """The module, and the modules inside it whose work the op does, as they are."""
+    found = {"": Snapshot(module, absorbs="" in form.absorbs)}
+    for root in form.absorbs:
+        for path, m in module.get_submodule(root).named_modules(prefix=root):
+            is_leaf = type(m).__module__.startswith("torch.nn.modules") and not m._modules
+            if path and not (is_leaf and ("." in path or "" in form.absorbs)):
+                found[path] = Snapshot(m)
+    return found
+
+
+def _hooked(module: Any) -> str | None:
+    """Why a hook would miss a call, or None."""
+    for path in module._swinkernels_snapshots:
+        m = inside(module, path)
+        if m is None:
+            return f"{path} is gone"
+        if path and has_own_hooks(m):
+            return f"a hook is registered on {path}"
+        if path or "" in module._swinkernels_form.absorbs:
+            for name, inner in m._modules.items():
+                if inner is not None and has_own_hooks(inner):
+                    return f"a hook is registered on {f'{path}.' if path else ''}{name}"
+    return None
+
+
+def _spec(maps: tuple[Tensor, ...], arguments: dict[str, Any]) -> WindowSpec:
+    x, heads = maps[0], arguments["num_heads"]
+    if len(maps) > 1:
+        size, head_dim = x.shape[1:-2], x.shape[-1]
+    elif x.dim() > 4 and x.shape[-3:-1] == (3, heads):
+        size, head_dim = x.shape[1:-3], x.shape[-1]
+    else:
+        size, head_dim = x.shape[1:-1], x.shape[-1] // (3 * heads)
+    return spec_of("accelerate", x, size, head_dim, **arguments)
+
+
+# The trial
+
+
+# By form and signature: the specs of the op's calls, or what a trial found wrong.
+_TRIALS: dict[tuple[Any, ...], tuple[WindowSpec, ...] | str] = {}
+
+
+def _put_in_place(form: Form, specs: list[WindowSpec], module: nn.Module) -> None:
+    original: Any = original_class(module)
+    swap_class(_adapter(original, form), module, "reference")
+    module.__dict__["_swinkernels_in_trial"] = True
+    module.__dict__["_swinkernels_specs"] = specs
+
+
+def _specs_of(form: Form, module: Any) -> tuple[WindowSpec, ...] | str:
+    key = (form, signature_of(module))
+    if key not in _TRIALS:
+        _TRIALS[key] = _try(form, module)
+    return _TRIALS[key]
+
+
+class _Specs(list[WindowSpec]):
+    """A list that copies of a module share."""
+
+    def __deepcopy__(self, memo: Any) -> _Specs:
+        return self
+
+
+_BATCH = 2  # a wrong stride between images shows from the second on
+
+
+def _try(form: Form, module: Any) -> tuple[WindowSpec, ...] | str:
+    specs = _Specs()
+    cases = [Case((_BATCH, *size), f"{size}", math.prod(size)) for size in form.sizes(module)]
+    stand_in = Elementwise() if "mlp" in module._modules and "mlp" not in form.absorbs else None
+    trial = Trial(module, functools.partial(_put_in_place, form, specs), form.call, stand_in=stand_in, drops=True)
+    _, reason = trial.run(cases)
+    if reason:
+        return f"it looks like {form.name}, but {reason}"
+    if not specs:
+        return f"the forward of {form.name} calls no op"
+    return tuple(dict.fromkeys(spec for spec in specs if spec.dropout_p == 0.0))
+
+
+def match(module: nn.Module, forms: list[Form]) -> tuple[Adapter | None, str | None] | None:
+    """The adapter of a module that has one of some forms, or why it has none; None for any other module."""
+    form = next((form for form in forms if form.fits(module)), None)
+    if form is None:
+        return None
+    try:
+        reason = replaced_forward(module)
+        if reason is None and any(p.is_meta for p in module.parameters()):
+            reason = "its parameters are on meta, and a form is not trusted without a trial"
+        if reason is None:
+            specs = _specs_of(form, module)
+            reason = specs if isinstance(specs, str) else None
+        if reason is None:
+            reason = _hooked_before(form, module)
+    except Exception as error:  # attributes of a foreign class may hold anything
+        reason = f"its attributes are not those of {form.name}: {type(error).__name__}: {error}"
+    original: Any = original_class(module)
+    return (_adapter(original, form), None) if reason is None else (None, reason)
+
+
+# The adapter
+
+
+def _hooked_before(form: Form, module: nn.Module) -> str | None:
+    for root in form.absorbs:
+        for path, m in module.get_submodule(root).named_modules(prefix=root):
+            if path and has_own_hooks(m):
+                return f"a hook is registered on {path}"
+    return None
+
+
+def _part_reasons(form: Form, module: Any, backend: str, training: bool) -> list[str]:
+    """Why a backend cannot run the op's calls."""
+    weight, specs = first_weight(module), _TRIALS.get((form, signature_of(module)), ())
+    drops = [m.p for name, m in module.named_modules() if isinstance(m, nn.Dropout) and name.endswith("attn_drop")]
+    p = max(drops, default=0.0) if training else 0.0
+    found: list[str] = []
+    for spec in specs if isinstance(specs, tuple) else ():
+        found += window_attention_reasons(backend, dataclasses.replace(spec, dropout_p=p), weight.dtype, weight.device)
+    return list(dict.fromkeys(found))
+
+
+def _reason_to_fall_back(form: Form, module: Any) -> str | None:
+    if isinstance(module, Described):
+        return module._swinkernels_why_own_code()
+    return _hooked_before(form, module)
+
+
+@functools.cache
+def _adapter(original: Any, form: Form) -> Adapter:
+    accelerated = dynamic_subclass(Described, original, form, _adapter, **{form.method: _method(original, form.method)})
+    return Adapter(
+        name=form.name,
+        original=original,
+        accelerated=accelerated,
+        reason_to_skip=lambda module: None,  # match has found none
+        parts=(
+            Part(
+                "attention",
+                "window_attention",
+                functools.partial(_reason_to_fall_back, form),
+                functools.partial(_part_reasons, form),
+            ),
+        ),
+        input_shape=lambda module: tuple(form.sizes(module)[0]),
+        weight=first_weight,
+        run=form.call,
+    )
+
+
+def _method(original: Any, name: str) -> Any:
+    @functools.wraps(getattr(original, name))
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._swinkernels_run(*args, **kwargs)
+
+    return run

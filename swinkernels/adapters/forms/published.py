@@ -1,0 +1,240 @@
+"""Forms of published code that is copied from project to project under many names, recognised by what modules hold.
+
+mmdetection's and mmsegmentation's attention rolls, pads and masks itself; SCUNet's as well, with a parameter for the
+bias and scores of -inf; ResShift's blocks have channels first; Uformer keeps queries apart from keys and values; VRT
+has the two frames of a window attend to each other, too.
+
+Source: mmdet.models.backbones.swin, models/network_scunet.py of cszn/SCUNet, models/swin_transformer.py of
+zsyOAOA/ResShift, model.py of ZhendongWang6/Uformer, models/network_vrt.py of JingyunLiang/VRT.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinkernels.adapters.copies.dynamic_class import parameters_of
+from swinkernels.adapters.forms.form import Form
+from swinkernels.adapters.masks import MASKED, is_stored_mask
+from swinkernels.adapters.microsoft_attention import dropout_at_call, projected, resembles_attention
+
+_MOST_TOKENS = 1024
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    return all(name in module._modules for name in names)
+
+
+# Attention that rolls, pads and masks itself
+
+
+def _is_mmdet(module: nn.Module) -> bool:
+    inner = module._modules.get("w_msa")
+    taken = [p.name for p in parameters_of(type(module))] if inner is not None else []
+    return "hw_shape" in taken and resembles_attention(inner) and hasattr(module, "shift_size")
+
+
+def _mmdet(attn: Any, attend: Any, query: Tensor, hw_shape: Any) -> Any:
+    inner, size = attn.w_msa, tuple(hw_shape)
+    if query.dim() != 3 or query.shape[1] != math.prod(size):
+        return f"{tuple(query.shape)} is no map of {size}"
+    y = attend(
+        inner.qkv(query.unflatten(1, size)),
+        num_heads=inner.num_heads,
+        window_size=attn.window_size,
+        shift_size=attn.shift_size,
+        bias_table=inner.relative_position_bias_table,
+        scale=inner.scale,
+        pad_qkv=inner.qkv.bias,
+        dropout_p=dropout_at_call(inner),
+    )
+    return attn.drop(projected(inner, y).flatten(1, 2))
+
+
+def _mmdet_sizes(attn: Any) -> tuple[tuple[int, ...], ...]:
+    w, c = attn.window_size, attn.w_msa.qkv.in_features
+    return (w + 1, 2 * w + 1, c), (2 * w, 3 * w, c), (w, max(w - 1, 1), c)
+
+
+MMDET = Form(
+    name="ShiftWindowMSA",
+    of=_is_mmdet,
+    forward=_mmdet,
+    sizes=_mmdet_sizes,
+    call=lambda attn, x: type(attn).forward(attn, x.flatten(1, 2), tuple(x.shape[1:3])),
+    absorbs=("w_msa",),
+)
+
+
+def _scunet(attn: Any, attend: Any, x: Tensor) -> Any:
+    window = attn.window_size
+    if x.dim() != 4 or x.shape[1] % window or x.shape[2] % window:
+        return "the map is not one of whole windows"
+    y = attend(
+        attn.embedding_layer(x),
+        num_heads=attn.n_heads,
+        window_size=window,
+        shift_size=0 if attn.type == "W" else window // 2,
+        bias_table=attn.relative_position_params.flatten(1).t(),
+        scale=attn.scale,
+        mask_value=MASKED,
+    )
+    return attn.linear(y)
+
+
+SCUNET = Form(
+    name="SCUNet",
+    of=lambda module: _has(module, "embedding_layer", "linear") and "relative_position_params" in module._parameters,
+    forward=_scunet,
+    sizes=lambda attn: tuple(
+        (m * attn.window_size, n * attn.window_size, attn.embedding_layer.in_features) for m, n in ((2, 3), (1, 1))
+    ),
+)
+
+
+# A block of maps with channels first
+
+
+def _is_resshift(module: nn.Module) -> bool:
+    first = getattr(module._modules.get("mlp"), "fc1", None)
+    named = _has(module, "norm1", "norm2", "attn", "mlp") and hasattr(module, "input_resolution")
+    return named and isinstance(first, nn.Conv2d) and resembles_attention(module._modules["attn"])
+
+
+def _resshift(block: Any, attend: Any, x: Tensor) -> Any:
+    attn, window, shift = block.attn, block.window_size, block.shift_size
+    if x.dim() != 4 or x.shape[2] % window or x.shape[3] % window:
+        return "the map is not one of whole windows"
+    size = tuple(x.shape[2:])
+    if block.input_resolution == size and not is_stored_mask(block.attn_mask, size, (window,) * 2, (shift,) * 2):
+        return "attn_mask holds other values than those of its geometry"
+    y = attend(
+        attn.qkv(block.norm1(x).permute(0, 2, 3, 1)),
+        num_heads=attn.num_heads,
+        window_size=window,
+        shift_size=shift,
+        bias_table=attn.relative_position_bias_table,
+        scale=attn.scale,
+        dropout_p=dropout_at_call(attn),
+    )
+    x = x + block.drop_path(projected(attn, y).permute(0, 3, 1, 2))
+    return x + block.drop_path(block.mlp(block.norm2(x)))
+
+
+RESSHIFT = Form(
+    name="ResShift",
+    of=_is_resshift,
+    forward=_resshift,
+    sizes=lambda block: tuple(
+        (block.attn.qkv.in_features, m * block.window_size, n * block.window_size) for m, n in ((2, 3), (2, 2))
+    ),
+    absorbs=("attn",),
+)
+
+
+# Attention on windows that the block has cut: each is a row of the map
+
+
+def _rows(x: Tensor, mask: Any) -> Any:
+    """How many windows an image has, as far as the mask tells, or why the op does not take them."""
+    n = x.shape[1]
+    if x.dim() != 3 or n > _MOST_TOKENS:
+        return f"x is {tuple(x.shape)}"
+    if mask is None:
+        return 1
+    if mask.dim() != 3 or mask.shape[1] != n or mask.shape[2] != n or x.shape[0] % mask.shape[0]:
+        return "the mask is not (windows, N, N)"
+    return mask.shape[0]
+
+
+def _dense(bias: Tensor | None, mask: Tensor | None, num_heads: int) -> Tensor | None:
+    """The sum of a bias (num_heads, N, N) and a mask (windows, N, N)."""
+    if mask is None:
+        return bias
+    mask = mask.clamp(min=MASKED)[:, None]
+    return mask.expand(-1, num_heads, -1, -1) if bias is None else bias + mask
+
+
+def _bias_of(attn: Any, n: int) -> Tensor:
+    index = attn.relative_position_index[:n, :n].reshape(-1)
+    return attn.relative_position_bias_table[index].reshape(n, n, -1).permute(2, 0, 1)
+
+
+def _call_with_masks(attn: Any, x: Tensor) -> Tensor:
+    """Windows (images, windows, N, C), with a mask and without one."""
+    n = x.shape[2]
+    mask = torch.zeros(x.shape[1], n, n, dtype=x.dtype, device=x.device)
+    mask[-1, : n // 2, n // 2 :] = mask[-1, n // 2 :, : n // 2] = -100.0
+    windows = x.flatten(0, 1)
+    return torch.cat([type(attn).forward(attn, windows, mask=m) for m in (mask, None)])
+
+
+def _volume(window: Any) -> int:
+    return math.prod(window) if isinstance(window, (tuple, list)) else int(window) ** 2
+
+
+def _uformer(attn: Any, attend: Any, x: Tensor, attn_kv: Any = None, mask: Tensor | None = None) -> Any:
+    if attn_kv is not None:
+        return "it is called with attn_kv"
+    rows = _rows(x, mask)
+    if isinstance(rows, str):
+        return rows
+    n, layers = x.shape[1], attn.qkv
+    if n != _volume(attn.win_size):
+        return f"windows of {n} tokens are not those of win_size"
+    q = layers.to_q(x).unflatten(-1, (1, attn.num_heads, -1))
+    k, v = layers.to_kv(x).unflatten(-1, (2, attn.num_heads, -1)).unbind(2)
+    y = attend(
+        *(t.reshape(-1, rows, n, *t.shape[-2:]) for t in (q, k, v)),
+        num_heads=attn.num_heads,
+        window_size=(1, n),
+        scale=attn.scale,
+        bias=_dense(_bias_of(attn, n), mask, attn.num_heads),
+        dropout_p=dropout_at_call(attn),
+    )
+    return projected(attn, y.reshape(x.shape))
+
+
+UFORMER = Form(
+    name="Uformer",
+    of=lambda module: _has(module, "qkv", "proj") and _has(module._modules["qkv"], "to_q", "to_kv"),  # type: ignore[arg-type]
+    forward=_uformer,
+    sizes=lambda attn: ((3, _volume(attn.win_size), attn.dim),),
+    call=_call_with_masks,
+)
+
+
+def _vrt(attn: Any, attend: Any, x: Tensor, mask: Tensor | None = None) -> Any:
+    rows = _rows(x, mask)
+    if isinstance(rows, str):
+        return rows
+    (_, n, c), heads = x.shape, attn.num_heads
+
+    def attention(*maps: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        length = maps[0].shape[1]
+        maps = tuple(t.unflatten(0, (-1, rows)) for t in maps)
+        y = attend(*maps, num_heads=heads, window_size=(1, length), scale=attn.scale, bias=_dense(bias, mask, heads))
+        return y.reshape(-1, length, c)
+
+    out = attention(attn.qkv_self(x), bias=_bias_of(attn, n), mask=mask)
+    if attn.mut_attn:
+        qkv = attn.qkv_mut(x + attn.position_bias.repeat(1, 2, 1)).unflatten(-1, (3, heads, -1))
+        (q1, k1, v1), (q2, k2, v2) = (half.unbind(2) for half in qkv.chunk(2, dim=1))
+        of_half = None if mask is None else mask[:, : n // 2, : n // 2]
+        mutual = [attention(*maps, bias=None, mask=of_half) for maps in ((q2, k1, v1), (q1, k2, v2))]
+        out = torch.cat([torch.cat(mutual, dim=1), out], dim=2)
+    return attn.proj(out)
+
+
+VRT = Form(
+    name="VRT",
+    of=lambda module: _has(module, "qkv_self", "proj") and "relative_position_bias_table" in module._parameters,
+    forward=_vrt,
+    sizes=lambda attn: ((3, _volume(attn.window_size), attn.qkv_self.in_features),),
+    call=_call_with_masks,
+)
+
+FORMS = [MMDET, SCUNET, RESSHIFT, UFORMER, VRT]

@@ -1,0 +1,142 @@
+"""docs/models.md, measured and written: ``python -m tests.adapters.models_page``.
+
+Every family of ``tests/support/small_models.py`` before and after accelerate, in one process on one CPU thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import importlib.metadata
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import swinkernels
+from tests.support.parity import run
+from tests.support.small_models import FAMILIES, make_input, make_model
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+LIBRARIES = ("timm", "torchvision", "transformers", "MONAI", "mmpretrain")
+HEADER = """# Models
+
+Every family of models that `accelerate` knows, as a small model of a few channels, before and after. The page is
+written by `python -m tests.adapters.models_page`; a test compares the modules on ops with what the code does now.
+
+- **On the op**: modules whose attention ran on a window attention op in a forward pass, of all with window attention.
+- **Error**: the largest difference from the library's own code in float64, outputs and every gradient, each over its
+  largest element; then that of float32 from float64, after and (before).
+- **CPU time**, **memory**: of a forward pass in float32, the median of {repeats} that alternate, and the most bytes
+  held at once beside the model. Models this small measure calls, not kernels: [Benchmarks](benchmarks.md) has models of
+  real size.
+
+Sources that are no packages are modules of the tests with the same names and conventions.
+
+| family | source | on the op | error, float64 | error, float32 | CPU time, ms | memory, KiB |
+|---|---|---|---|---|---|---|
+"""
+
+
+def source(family: str) -> str:
+    library = next((name for name in LIBRARIES if family.startswith(name)), None)
+    return "form in the tests" if library is None else f"{library} {importlib.metadata.version(library.lower())}"
+
+
+def counted(family: str) -> tuple[int, int, list[str]]:
+    """The modules on a window attention op, all that have one, and why the others have not."""
+    model = make_model(family)
+    report = swinkernels.accelerate(model)
+    check = report.check(make_input(family))
+    on_op = sum(any("window_attention" in call for call in map(str, ran.calls)) for ran in check.modules)
+    # A block of no known form around an attention that is on the op counts once.
+    left = [s for s in report.skipped if not any(ran.path.startswith(f"{s.path}.") for ran in check.modules)]
+    reasons = list(dict.fromkeys(skipped.reason.rpartition("would not run: ")[2] for skipped in left))
+    return on_op, on_op + len(left), reasons
+
+
+def on_the_op(family: str) -> str:
+    on_op, of, reasons = counted(family)
+    return "all" if on_op == of else f"{on_op} of {of}: {'; '.join(reasons)}"
+
+
+def error(got: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """The largest, of each tensor over its largest element; those that cancel to nothing are left out."""
+    largest = max(t.abs().max().item() for t in exact.values())
+    found = [0.0]
+    for name, t in exact.items():
+        size = t.abs().max().item()
+        if size > 1e-6 * largest:
+            found.append(((got[name].double() - t.double()).abs().max() / size).item())
+    return max(found)
+
+
+def most_bytes(model: nn.Module, x: Tensor) -> int:
+    with torch.no_grad(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        model(x)
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def times(models: list[nn.Module], x: Tensor, repeats: int) -> list[float]:
+    """Milliseconds of CPU time of a forward pass, the medians of calls that alternate."""
+    taken: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        for _ in range(repeats + 3):
+            for of, model in zip(taken, models, strict=True):
+                start = time.thread_time()
+                model(x)
+                of.append(1e3 * (time.thread_time() - start))
+    return [sorted(of[3:])[repeats // 2] for of in taken]
+
+
+def row(family: str, repeats: int) -> str:
+    x = make_input(family)
+    plain = make_model(family)
+    narrow, fast = copy.deepcopy(plain).float(), copy.deepcopy(plain)
+    swinkernels.accelerate(fast)
+    fast_narrow = copy.deepcopy(narrow)
+    swinkernels.accelerate(fast_narrow)
+    exact = run(copy.deepcopy(plain), x)
+    in_float64 = error(run(fast, x), exact)
+    in_float32 = [error(run(copy.deepcopy(m), x.float()), exact) for m in (fast_narrow, narrow)]
+    before, after = times([narrow, fast_narrow], x.float(), repeats)
+    held = [most_bytes(m, x.float()) / 1024 for m in (narrow, fast_narrow)]
+    cells: list[Any] = [
+        family,
+        source(family),
+        on_the_op(family),
+        f"{in_float64:.0e}",
+        f"{in_float32[0]:.0e} ({in_float32[1]:.0e})",
+        f"{before:.2f} → {after:.2f}",
+        f"{held[0]:.0f} → {held[1]:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure every family and write docs/models.md.")
+    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("families", nargs="*", help="print these alone, and write nothing")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows = [row(family, options.repeats) for family in options.families or FAMILIES]
+    if options.families:
+        print("".join(rows))
+        return
+    machine = f"{platform.machine()}, one thread, torch {torch.__version__}, {datetime.date.today()}"
+    PAGE.write_text(HEADER.format(repeats=options.repeats) + "".join(rows) + f"\nMeasured on {machine}.\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Modules of other forms than Microsoft's block: the same numbers as their own code, and nothing missed beside it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import swinkernels
+from swinkernels.adapters import Form
+from swinkernels.adapters.adapter import Accelerated
+from swinkernels.adapters.forms import form as forms
+from swinkernels.adapters.forms.described import Described
+from swinkernels.adapters.forms.published import UFORMER
+from tests.support import other_forms
+from tests.support.parity import assert_as_good, run, shaken
+from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of what libraries have to say
+
+families = pytest.mark.parametrize("family", FORMS)
+
+
+def model_of(family: str) -> nn.Module:
+    for library in ("timm", "torchvision", "transformers"):
+        if family.startswith(library):
+            pytest.importorskip(library)
+    return make_model(family)
+
+
+def accelerated(model: nn.Module, **options: Any) -> Any:
+    fast = copy.deepcopy(model)
+    report = swinkernels.accelerate(fast, **options)
+    assert report.replaced
+    return fast
+
+
+def described(model: nn.Module) -> list[Described]:
+    return [m for m in model.modules() if isinstance(m, Described)]
+
+
+@pytest.fixture
+def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of window attention, by the backend that each asked for."""
+    module, seen = sys.modules["swinkernels.ops.window_attention"], []
+    attend = module._attend
+    monkeypatch.setattr(module, "_attend", lambda *args: seen.append(args[5]) or attend(*args))
+    return seen
+
+
+@families
+def test_outputs_every_gradient_and_a_true_report(family, attention_calls):
+    model, x = model_of(family), make_input(family)
+    fast = copy.deepcopy(model)
+    report = swinkernels.accelerate(fast)
+    replaced, left = FORMS[family]
+    on_op = described(fast)
+    assert len(on_op) == replaced
+    assert all(word in skipped.reason for word, skipped in zip(left, report.skipped, strict=True))
+    moved = shaken(model, x, torch.float64)  # first: TinyViT keeps what a call in eval mode makes, which has no copy
+    exact = run(model, x)
+    attention_calls.clear()
+    got = run(fast, x)
+    assert len(attention_calls) == replaced * (3 if family == "VRT" else 1)
+    assert_as_good(got, exact, exact, moved)
+    check = report.check(x)
+    paths = {path for path, m in fast.named_modules() if isinstance(m, Described)}
+    assert {ran.path for ran in check.modules if ran.calls} >= paths
+
+
+@families
+def test_float32_is_as_good_as_the_own_code(family):
+    model, x = model_of(family).float(), make_input(family).float()
+    exact = run(copy.deepcopy(model).double(), x.double())
+    moved, got = shaken(model, x, torch.float32), run(accelerated(model), x)
+    assert_as_good(got, run(model, x), exact, moved)
+
+
+@families
+def test_training_draws_the_same_and_checks_itself(family):
+    """With drop path, and batch norms in training."""
+    model, x = model_of(family).train(), make_input(family)
+    for m in model.modules():
+        for name in ("drop_prob", "p"):
+            if isinstance(getattr(m, name, None), float) and not isinstance(m, nn.Dropout):
+                setattr(m, name, 0.5)
+    results = []
+    for m in (model, accelerated(model, verify=True)):
+        torch.manual_seed(7)
+        results.append({**run(m, x), "next": torch.rand(1).double(), **{n: b.clone() for n, b in m.named_buffers()}})
+    largest = max(t.abs().max().item() for t in results[0].values())
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-8, atol=1e-10 * largest, msg=name)
+
+
+@families
+def test_state_copies_pickles_and_restore(family, attention_calls):
+    model, x = model_of(family), make_input(family)
+    with torch.no_grad():
+        expected = model(x)
+        fast = accelerated(model)
+        assert list(fast.state_dict()) == list(model.state_dict())
+        classes = [type(m) for m in fast.modules()]
+        for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), fast):
+            assert [type(m) for m in again.modules()] == classes
+            attention_calls.clear()
+            torch.testing.assert_close(again(x), expected, rtol=1e-9, atol=1e-11)
+            assert attention_calls
+            swinkernels.restore(again)
+            assert not any(isinstance(m, Accelerated) for m in again.modules())
+            assert torch.equal(again(x), expected)
+
+
+def _absorbed(module: Described) -> nn.Module:
+    roots = [module.get_submodule(root) for root in module._swinkernels_form.absorbs]
+    return next(m for root in roots for m in root.modules() if type(m) in (nn.Linear, nn.Conv2d))
+
+
+@families
+@pytest.mark.parametrize("edit", ["hook", "forward", "class"])
+def test_an_edited_layer_has_the_own_code_run(family, edit, monkeypatch, attention_calls):
+    """Each edit changes the result; nothing of it may be missed."""
+    model, x = model_of(family), make_input(family)
+    fast = accelerated(model)
+    before = model(x)
+
+    def enlarged(layer: nn.Module, x: Tensor) -> Tensor:
+        kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+        return 1.5 * kind.forward(layer, x)
+
+    paths = [path for path, m in fast.named_modules() if m is _absorbed(described(fast)[0])]
+    for of in (model, fast):
+        layer = of.get_submodule(paths[0])
+        if edit == "hook":
+            layer.register_forward_hook(lambda module, args, out: 1.5 * out)
+        elif edit == "forward":
+            layer.forward = functools.partial(enlarged, layer)
+        else:
+            layer.__class__ = type("Enlarged", (type(layer),), {"forward": enlarged})
+    attention_calls.clear()
+    got, expected = fast(x), model(x)
+    assert len(attention_calls) < FORMS[family][0] * (3 if family == "VRT" else 1) or family == "torchvision Swin3D"
+    assert torch.equal(got, expected) or torch.allclose(got, expected, rtol=1e-9, atol=1e-11)
+    if family != "torchvision Swin3D":  # whose own code reads weights and calls no layer
+        assert not torch.allclose(expected, before, rtol=1e-6, atol=1e-9)
+
+
+def test_dropout_of_weights_draws_and_is_never_forgotten():
+    attn = other_forms.UformerAttention(12, (4, 4), 3)
+    attn.attn_drop.p = 0.4
+    assert "Uformer" in str(swinkernels.accelerate(attn))
+    x = torch.randn(6, 16, 12)
+    with torch.no_grad():
+        attn.eval()
+        kept = attn(x)
+        attn.train()
+        torch.testing.assert_close(torch.stack([attn(x) for _ in range(400)]).mean(0), kept, rtol=0.1, atol=0.2)
+
+    def forgets(attn: Any, attend: Any, x: Tensor, attn_kv: Any = None, mask: Any = None) -> Any:
+        return UFORMER.forward(attn, lambda *maps, dropout_p, **given: attend(*maps, **given), x, attn_kv, mask)
+
+    wrong = Form("forgets", other_forms.UformerAttention, forgets, UFORMER.sizes, call=UFORMER.call)
+    swinkernels.adapters.register("tests.support.other_forms", wrong)
+    try:
+        report = swinkernels.accelerate(nn.Sequential(other_forms.UformerAttention(12, (4, 4), 3)))
+        assert not report.replaced
+        assert "another output with Dropout.p of 1" in report.skipped[0].reason
+    finally:
+        del swinkernels.adapters.adapter._ADAPTERS["tests.support.other_forms"]
+        del forms._KNOWN["forgets"]
+
+
+def test_a_wrong_description_is_refused_with_what_differs():
+    def wrong(attn: Any, attend: Any, x: Tensor) -> Tensor:
+        return attn.linear(attend(attn.embedding_layer(x), num_heads=attn.n_heads, window_size=attn.window_size))
+
+    form = Form("wrong", other_forms.WMSA, wrong, lambda attn: ((8, 12, 12),))
+    swinkernels.adapters.register("tests.support.other_forms", form)
+    try:
+        attn = other_forms.WMSA(12, 4, 4, "W")
+        report = swinkernels.accelerate(attn)
+        assert type(attn) is other_forms.WMSA
+        assert "gave another output" in report.skipped[0].reason
+    finally:
+        del swinkernels.adapters.adapter._ADAPTERS["tests.support.other_forms"]
+        del forms._KNOWN["wrong"]
+
+
+def test_masks_of_minus_infinity_keep_rows_finite():
+    attn = other_forms.UformerAttention(12, (4, 4), 3).double()
+    mask = other_forms.make_mask((8, 8), (4, 4), (2, 2), -torch.inf).nan_to_num(nan=0.0, neginf=-torch.inf).double()
+    x = torch.randn(8, 16, 12, dtype=torch.float64)
+    expected = attn(x, mask=mask)
+    swinkernels.accelerate(attn)
+    torch.testing.assert_close(attn(x, mask=mask), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_calls_outside_of_the_form_run_the_own_code(attention_calls):
+    attn = other_forms.UformerAttention(12, (4, 4), 3)
+    x, others = torch.randn(2, 16, 12), torch.randn(2, 16, 12)
+    expected = attn(x, others)
+    swinkernels.accelerate(attn)
+    attention_calls.clear()
+    assert torch.equal(attn(x, others), expected)
+    assert not attention_calls
+    assert attn.train()(x).shape == x.shape
+    assert attention_calls
+
+
+def test_a_pickle_whose_form_is_not_registered_says_so():
+    with pytest.raises(RuntimeError, match="form 'unheard-of', which is not registered here"):
+        forms.named("unheard-of")
+
+
+@pytest.mark.parametrize("family", ["timm DaViT", "timm TinyViT", "VRT"])
+def test_compile_fullgraph(family):
+    torch.compiler.reset()
+    model, x = model_of(family), make_input(family)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(accelerated(model), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_every_form_has_a_family():
+    assert set(FORMS) <= set(FAMILIES)
+    names = {m._swinkernels_form.name for family in FORMS for m in described(accelerated(model_of(family)))}
+    assert names >= set(forms._KNOWN) - {"toylib"}

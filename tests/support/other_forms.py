@@ -1,0 +1,211 @@
+"""Window attention in published forms other than Microsoft's, as small as it can be.
+
+Names and conventions are those of the published code; the code is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.support.published_forms import Block, Mlp, SegmentationBlock, WindowAttention, cut, join, make_mask
+
+
+class ShiftWindowMSA(nn.Module):
+    """mmdet's: a sequence and the size of its map; pads, rolls and masks itself."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int, attn_drop: float = 0.0) -> None:
+        super().__init__()
+        self.window_size, self.shift_size = window_size, shift_size
+        self.w_msa = WindowAttention(dim, (window_size, window_size), num_heads, attn_drop)
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        (h, w), window, s = hw_shape, (self.window_size,) * 2, self.shift_size
+        assert query.shape[1] == h * w
+        x = F.pad(query.view(len(query), h, w, -1), (0, 0, 0, -w % window[1], 0, -h % window[0]))
+        frame = tuple(x.shape[1:3])
+        mask = make_mask(frame, window, (s, s)).to(x) if s else None
+        x = torch.roll(x, (-s, -s), (1, 2)) if s else x
+        x = join(self.w_msa(cut(x, window), mask), window, frame)
+        x = torch.roll(x, (s, s), (1, 2)) if s else x
+        return self.drop(x[:, :h, :w].flatten(1, 2))
+
+
+class MmdetBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.ffn = nn.LayerNorm(dim), nn.LayerNorm(dim), Mlp(dim)
+        self.attn = ShiftWindowMSA(dim, num_heads, window_size, shift_size)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        x = x + self.attn(self.norm1(x), hw_shape)
+        return x + self.ffn(self.norm2(x))
+
+
+class WMSA(nn.Module):
+    """SCUNet's: channels last, whole windows, a parameter for the bias, scores of -inf between regions."""
+
+    def __init__(self, dim: int, head_dim: int, window_size: int, kind: str) -> None:
+        super().__init__()
+        self.head_dim, self.n_heads, self.window_size, self.type = head_dim, dim // head_dim, window_size, kind
+        self.scale = head_dim**-0.5
+        self.embedding_layer, self.linear = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.relative_position_params = nn.Parameter(torch.randn(self.n_heads, *(2 * window_size - 1,) * 2))
+
+    def bias(self) -> Tensor:
+        w = self.window_size
+        at = torch.cartesian_prod(torch.arange(w), torch.arange(w))
+        offset = at[:, None] - at[None] + w - 1
+        return self.relative_position_params[:, offset[..., 0], offset[..., 1]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, window, s = tuple(x.shape[1:3]), (self.window_size,) * 2, self.window_size // 2
+        shifted = self.type != "W"
+        x = torch.roll(x, (-s, -s), (1, 2)) if shifted else x
+        qkv = self.embedding_layer(cut(x, window)).unflatten(-1, (3, self.n_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        scores = self.scale * q @ k.mT + self.bias()
+        if shifted:
+            apart = make_mask(size, window, (s, s)) != 0
+            scores = scores.unflatten(0, (-1, len(apart))).masked_fill(apart[:, None], -torch.inf).flatten(0, 1)
+        out = join(self.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)), window, size)
+        return torch.roll(out, (s, s), (1, 2)) if shifted else out
+
+
+class Projection(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q, self.to_kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor, attn_kv: Tensor | None = None) -> Any:
+        kv = self.to_kv(x if attn_kv is None else attn_kv).unflatten(-1, (2, self.num_heads, -1))
+        q = self.to_q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return q, *kv.permute(2, 0, 3, 1, 4)
+
+
+class UformerAttention(WindowAttention):
+    """Uformer's: win_size, and queries apart from keys and values."""
+
+    def __init__(self, dim: int, win_size: tuple[int, int], num_heads: int) -> None:
+        super().__init__(dim, win_size, num_heads)
+        self.win_size = self.__dict__.pop("window_size")
+        self.qkv = Projection(dim, num_heads)
+
+    def forward(self, x: Tensor, attn_kv: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x, attn_kv)
+        scores = self.scores(q, k) + self.bias(x.shape[1])
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        out = self.attn_drop(self.softmax(scores)) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+
+
+class MutualAttention(WindowAttention):
+    """VRT's: qkv_self, and the two frames of a window that attend to each other."""
+
+    def __init__(self, dim: int, window_size: tuple[int, int, int], num_heads: int, mut_attn: bool = True) -> None:
+        super().__init__(dim, window_size, num_heads)
+        self.mut_attn, self.qkv_self = mut_attn, self._modules.pop("qkv")
+        if mut_attn:
+            self.register_buffer("position_bias", torch.randn(1, window_size[1] * window_size[2], dim))
+            self.qkv_mut, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(2 * dim, dim)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, biased: bool) -> Tensor:
+        n = q.shape[2]
+        scores = self.scores(q, k) + (self.bias(n) if biased else 0.0)
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None, :n, :n]).flatten(0, 1)
+        return (self.softmax(scores) @ v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv_self(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = self.attend(q, k, v, mask, True)
+        if self.mut_attn:
+            qkv = self.qkv_mut(x + self.position_bias.repeat(1, 2, 1)).unflatten(-1, (3, self.num_heads, -1))
+            (q1, q2), (k1, k2), (v1, v2) = (t.chunk(2, dim=2) for t in qkv.permute(2, 0, 3, 1, 4))
+            mutual = [self.attend(q2, k1, v1, mask, False), self.attend(q1, k2, v2, mask, False)]
+            out = torch.cat([torch.cat(mutual, 1), out], 2)
+        return self.proj(out)
+
+
+class ConvMlp(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(dim, 2 * dim, 1), nn.Conv2d(2 * dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class ChannelsFirstBlock(Block):
+    """ResShift's: (B, C, H, W), norms over groups of channels, a mask made for any other map than the stored one's."""
+
+    def __init__(self, dim: int, input_resolution: Any, num_heads: int, window_size: int, shift_size: int) -> None:
+        super().__init__(dim, num_heads, window_size, shift_size)
+        self.input_resolution, self.mlp = input_resolution, ConvMlp(dim)
+        self.norm1, self.norm2 = nn.GroupNorm(3, dim), nn.GroupNorm(3, dim)
+        self.register_buffer("attn_mask", self.calculate_mask(input_resolution) if shift_size > 0 else None)
+
+    def calculate_mask(self, size: Any) -> Tensor:
+        return make_mask(tuple(size), (self.window_size,) * 2, (self.shift_size,) * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = tuple(x.shape[2:])
+        mask = self.attn_mask if self.input_resolution == size else self.calculate_mask(size)
+        y = self.norm1(x).permute(0, 2, 3, 1)
+        y = self.attend(y, (self.window_size,) * 2, (self.shift_size,) * 2, mask.to(x)).permute(0, 3, 1, 2)
+        return self.both_halves(x, y)
+
+
+class VolumeBlock(Block):
+    """TransMorph's: a sequence, the size of its volume in H, W and T, the mask of the stage."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: Any, shift_size: Any) -> None:
+        super().__init__(dim, num_heads, window_size, shift_size)
+        self.H = self.W = self.T = None
+
+    def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
+        y = self.norm1(x).view(len(x), self.H, self.W, self.T, -1)
+        y = self.padded(y, self.window_size, self.shift_size, mask_matrix if min(self.shift_size) > 0 else None)
+        return self.both_halves(x, y.view(x.shape))
+
+
+class FusedAttention(WindowAttention):
+    """BiRefNet's: torch's fused attention, and a mask that is repeated for every image."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = self.bias(x.shape[1])[None]
+        bias = bias if mask is None else bias + mask[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+
+
+class InfinityBlock(SegmentationBlock):
+    """BiRefNet's: the stage's mask has -inf."""
+
+    attention = FusedAttention
+
+    def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
+        windows = mask_matrix.expand(len(x), *mask_matrix.shape).flatten(0, 1)
+        return super().forward(x, windows)
+
+
+class CutBlock(nn.Module):
+    """A block around an attention that takes windows and a mask."""
+
+    def __init__(self, attn: nn.Module, dim: int, window: tuple[int, ...], shift: tuple[int, ...]) -> None:
+        super().__init__()
+        self.window, self.shift, self.norm, self.attention_of_windows = window, shift, nn.LayerNorm(dim), attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, axes = tuple(x.shape[1:-1]), tuple(range(1, x.dim() - 1))
+        mask = make_mask(size, self.window, self.shift).to(x) if any(self.shift) else None
+        y = torch.roll(self.norm(x), [-s for s in self.shift], axes)
+        y = join(self.attention_of_windows(cut(y, self.window), mask=mask), self.window, size)
+        return x + torch.roll(y, self.shift, axes)
