@@ -20,6 +20,9 @@ MAX_WINDOW_VOLUME = 1024
 MAX_HEAD_DIM = 128
 MAX_ELEMENTS = 2**63 - 1
 LARGEST_FLOAT = torch.finfo(torch.float32).max  # numbers that meet float32 scores must be finite there too
+# Stands for a mask of -inf. The probability of a masked key is exactly 0 with either, and a row of masked keys in one
+# block of a kernel, whose largest score is this, makes no NaN.
+MASKED_OUT = -(2.0**125)
 
 Ints = int | Sequence[int]
 
@@ -89,6 +92,15 @@ def finite(op: str, name: str, value: Any) -> float:
     if not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:  # dynamo cannot trace math.isfinite of a symbolic float
         raise ValueError(f"{op}: {name} must be a finite float32 number, got {value!r}")
     return float(value)
+
+
+def mask_number(op: str, value: Any) -> float:
+    """``mask_value`` as kernels add it: finite."""
+    if isinstance(value, float) and value == -math.inf:
+        return MASKED_OUT
+    if isinstance(value, (int, float)) and not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
+        raise ValueError(f"{op}: mask_value must be a finite float32 number or -inf, got {value!r}")
+    return finite(op, "mask_value", value)
 
 
 def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
@@ -357,7 +369,7 @@ def make_window_spec(
         pad_order=pad_order,
         grid=grid,
         scale=head_dim**-0.5 if scale is None else finite(op, "scale", scale),
-        mask_value=finite(op, "mask_value", mask_value),
+        mask_value=mask_number(op, mask_value),
         dropout_p=p,
     )
 

@@ -340,7 +340,8 @@ def window_attention_qkvpacked(
             "pad_then_roll", which would pad between the ends, such an axis has to be whole windows if it is shifted.
         region_map: int32 or narrower, of the padded map's shape, in place of the shift's regions; tokens whose values
             differ are masked.
-        mask_value: added to the score of masked pairs; finite.
+        mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. A row
+            stays finite, as a token is of its own region.
         dropout_p: probability of dropping an attention weight, 0..1; draws from ``generator`` or torch's default.
         grid: a window's tokens are strided over the map instead of a block (MaxViT); has no shift.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" takes the fastest that can run

@@ -144,7 +144,8 @@ def window_attention(
     if region_map is not None or any(shift):
         region = shift_region(size, window, shift, periodic=wraps, region_map=region_map, grid=grid, device=q.device)
         differs = region[:, :, None] != region[:, None, :]
-        scores = scores + mask_value * differs.to(wide).unsqueeze(1)  # (num_windows, 1, N, N)
+        mask = torch.zeros_like(differs, dtype=wide).masked_fill(differs, mask_value)
+        scores = scores + mask.unsqueeze(1)  # (num_windows, 1, N, N)
 
     probs = scores.softmax(dim=-1)
     if dropout_p > 0.0:

@@ -90,7 +90,7 @@ def check(call, error, *words):
         ({"scale": 1j}, TypeError, "1j", "number"),
         ({"scale": zeros(1)}, TypeError, "tensor", "number"),
         ({"mask_value": math.nan}, ValueError, "nan", "finite"),
-        ({"mask_value": -math.inf}, ValueError, "-inf", "finite"),
+        ({"mask_value": math.inf}, ValueError, "inf", "finite float32 number or -inf"),
         ({"mask_value": -1e39}, ValueError, "-1e+39", "finite float32"),
         ({"mask_value": 10**400}, ValueError, "1000", "finite"),
         ({"mask_value": None}, TypeError, "None", "number"),
