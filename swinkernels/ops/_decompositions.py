@@ -173,7 +173,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
     addend = None
     if bias_table is not None:
-        rows = fallback.table_rows(spec.window_size, spec.table_window, x.device)
+        rows = fallback.table_rows(spec.window_size, spec.table_window, spec.key_window, x.device)
         addend = bias_table.to(wide).index_select(0, rows).reshape(n, n, -1).permute(2, 0, 1)
     elif bias is not None:
         addend = bias.to(wide)
