@@ -17,7 +17,7 @@ namespace swinkernels {
 struct WindowSpec {
   using Axes = std::array<int64_t, 3>;
   Axes window_size{1, 1, 1}, shift_size{}, table_window{1, 1, 1}, pad_before{}, periodic{};
-  bool roll_then_pad = false, grid = false, allow_tf32 = false, needs_lse = true;
+  bool roll_then_pad = false, grid = false, axis_tables = false, allow_tf32 = false, needs_lse = true;
   double scale, mask_value, dropout_p;
 
   // Reads "name=value;name=value;...", the window first.
@@ -69,6 +69,7 @@ struct WindowSpec {
       return value;
     }
     if (name == "grid") return flag(grid, value);
+    if (name == "axis_tables") return flag(axis_tables, value);
     if (name == "allow_tf32") return flag(allow_tf32, value);
     return nullptr;
   }

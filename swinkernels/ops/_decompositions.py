@@ -175,6 +175,9 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     if bias_table is not None:
         rows = fallback.table_rows(spec.window_size, spec.table_window, spec.key_window, x.device)
         addend = bias_table.to(wide).index_select(0, rows).reshape(n, n, -1).permute(2, 0, 1)
+    elif spec.axis_tables:
+        tables = bias.split([2 * w - 1 for w in spec.window_size])
+        (q, k), factor = fallback.with_axis_tables(q, k, tables, spec.window_size, scale), 1.0
     elif bias is not None:
         addend = bias.to(wide)
         if bias.dim() == 4:  # the types of windows follow their slowest axes

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import swinkernels
+from swinkernels.ops import _backends
+from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 from swinkernels.testing import WindowAttentionCase as Case
+from swinkernels.testing import check_window_attention
 from tests.ops.test_fallback import assert_same, both
 
 AXES = {"has_table": False, "has_axis_tables": True}
@@ -76,3 +79,42 @@ def test_without_gradients_the_result_is_the_same(name):
     tensors = swinkernels.testing.named_inputs(inputs)
     for call in (op, functools.partial(separate, backend="torch")):
         torch.testing.assert_close(call(**tensors, **case.arguments()), with_gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("op", [swinkernels.window_attention_qkvpacked, separate], ids=["packed", "separate"])
+@pytest.mark.parametrize("name", AXIS_TABLES)
+def test_the_cpu_kernels_have_axis_tables(name, op):
+    if (missing := _backends.unavailable("cpu")) is not None:
+        pytest.skip(f"no CPU backend: {missing}")
+    for dtype in DTYPES:
+        check_window_attention(functools.partial(op, backend="cpu"), AXIS_TABLES[name], dtype)
+
+
+def test_a_compiled_call_with_axis_tables_is_the_call():
+    """And its gradients: the tables reach the op as one tensor."""
+    case = AXIS_TABLES["window 4, shifted"]
+    inputs, arguments = case.inputs(torch.float32), {**case.arguments(), "backend": "auto"}
+    op = swinkernels.window_attention_qkvpacked
+    compiled = torch.compile(lambda **given: op(**given), backend="aot_eager", fullgraph=True)
+    got, want = (swinkernels.testing.run_case(call, inputs, arguments) for call in (compiled, op))
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_kernels_that_have_not_an_argument_refuse_it_by_name(backend):
+    device = torch.device("cpu")
+    axis_tables = torch.zeros(7, 8), torch.zeros(7, 8)
+    for given, name in (({"axis_tables": axis_tables}, "axis_tables"), ({"key_window": 6}, "key_window")):
+        spec = spec_of("op", torch.zeros(0), (8, 8), 8, num_heads=2, window_size=4, **given)
+        reasons = window_attention_reasons(backend, spec, torch.float32, device)
+        assert f"it does not implement {name}" in reasons
+
+
+def test_a_call_is_looked_up_by_the_shapes_of_its_axis_tables():
+    qkv, right = torch.randn(1, 4, 4, 24), (torch.randn(7, 4), torch.randn(7, 4))
+    call = functools.partial(swinkernels.window_attention_qkvpacked, qkv, num_heads=2, window_size=4)
+    call(axis_tables=right)
+    with pytest.raises(ValueError, match="axis_tables must be"):
+        call(axis_tables=(torch.cat(right), torch.zeros(0, 4)))
+    assert not torch.equal(call(axis_tables=right), call())

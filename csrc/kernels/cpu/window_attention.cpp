@@ -81,6 +81,10 @@ int64_t window_volume_squared(const WindowAttentionForwardParams& p) {
   return product(p.geometry.window) * product(p.geometry.window);
 }
 
+int64_t axis_table_rows(const WindowAttentionForwardParams& p) {
+  return int64_t{p.axis_rows[0]} + p.axis_rows[1] + p.axis_rows[2];
+}
+
 BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   const WindowAttentionForwardParams& p = params.forward;
   // Enough chunks for the threads of a large machine, but several windows each, for a chunk writes out its bias gradient;
@@ -109,6 +113,7 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   };
   partition.dbias_table = take(params.dbias_table, p.num_heads * partition.table_rows);
   partition.dbias = take(params.dbias, dense);
+  partition.daxis_tables = take(params.daxis_tables, p.num_heads * axis_table_rows(p) * p.head_dim);
   partition.dlogit_scale = take(params.dlogit_scale, p.num_heads);
   partition.dpad_kv = take(params.dpad_qkv, int64_t{2} * p.num_heads * p.head_dim);
   return partition;
@@ -178,6 +183,15 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
                        dpad + (part + 1) * heads * dim, 1);
           }
         }
+      }
+    });
+  }
+  if (params.daxis_tables != nullptr) {  // which the heads share
+    const int64_t axis_rows = axis_table_rows(p);
+    run(parallel_for, axis_rows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        sum_chunks(partition.daxis_tables + row * dim, chunks * heads, axis_rows * dim, dim,
+                   params.daxis_tables + row * dim, 1);
       }
     });
   }

@@ -352,6 +352,8 @@ class Bias {
   int64_t* cached_type_ = nullptr;
 };
 
+#include "axis_tables.inl"
+
 // ---- Rows of unit length (v2) ----
 
 constexpr float kMaxInverseNorm = 1e12f;  // norms are taken for 1e-12 at least
@@ -393,6 +395,21 @@ Vec normalise_rows_backward(const Sizes& sizes, int64_t count, const float* rows
 
 // ---- Scores ----
 
+// rows (queries, row) become the scaled queries q_t (row, block), and what the scores of the block start from is
+// returned: the bias, or null. That of axis_tables is written where the scores will be.
+const float* start_scores(const Sizes& sizes, Bias& bias, AxisTables& axes, int64_t type, int64_t head, int64_t b,
+                          float factor, float* rows, float* q_t, float* scores) {
+  const int64_t queries = sizes.queries(b);
+  if (!axes.given()) {
+    transpose_rows(sizes, queries, rows, factor, q_t);
+    return bias.block(type, head, b);
+  }
+  transpose_rows(sizes, queries, rows, 1.0f, q_t);
+  axes.write_bias(b, q_t, scores);
+  for (int64_t i = 0; i < sizes.row * sizes.block; i += kLanes) store(q_t + i, load(q_t + i) * factor);
+  return scores;
+}
+
 // scores (keys, queries) of a block: k (N, row) times q_t (row, block), the scaled queries, + bias + mask.
 void compute_scores(const WindowAttentionForwardParams& p, const Sizes& sizes, const Window& window, const float* k,
                     const float* q_t, const float* bias, int64_t b, float* scores) {
@@ -424,6 +441,7 @@ struct Forward {
   Sizes sizes;
   Window window;
   Bias bias;
+  AxisTables axes;
   int64_t *q_offsets, *k_offsets, *v_offsets, *out_offsets;
   float *k, *v;             // (N, row)
   float* rows;              // (block, row): q, then out
@@ -432,7 +450,8 @@ struct Forward {
   float *lse, *reciprocal;  // (block)
   float* inverse_norms;     // (N)
 
-  Forward(const WindowAttentionForwardParams& p, Arena& arena) : sizes(p), window(p, arena), bias(p, sizes, arena) {
+  Forward(const WindowAttentionForwardParams& p, Arena& arena)
+      : sizes(p), window(p, arena), bias(p, sizes, arena), axes(p, sizes, arena) {
     int64_t** const offsets[] = {&q_offsets, &k_offsets, &v_offsets, &out_offsets};
     for (int64_t** map : offsets) *map = arena.take<int64_t>(sizes.tokens);
     k = arena.take<float>(round_up(sizes.tokens, kLanes) * sizes.row);
@@ -490,8 +509,9 @@ void forward(const WindowAttentionForwardParams& p, int64_t begin, int64_t end, 
       const int64_t first = b * sizes.block, queries = sizes.queries(b);
       gather(p.dtype, p.q, s.q_offsets, first, queries, head, pad_row(p, 0, head), sizes, s.rows);
       if (p.logit_scale != nullptr) normalise_rows(sizes, queries, s.rows, s.inverse_norms);
-      transpose_rows(sizes, queries, s.rows, factor, s.q_t);
-      compute_scores(p, sizes, s.window, s.k, s.q_t, s.bias.block(s.window.bias_type, head, b), b, s.scores);
+      const float* start =
+          start_scores(sizes, s.bias, s.axes, s.window.bias_type, head, b, factor, s.rows, s.q_t, s.scores);
+      compute_scores(p, sizes, s.window, s.k, s.q_t, start, b, s.scores);
       softmax(sizes, queries, s.scores, s.lse, s.reciprocal);
       matmul<true>(queries, sizes.row, sizes.tokens, s.scores, sizes.block, s.v, sizes.row, nullptr, s.rows, sizes.row);
       scatter(
@@ -511,6 +531,7 @@ struct Backward {
   Sizes sizes;
   Window window;
   Bias bias;
+  AxisTables axes;
   int64_t *q_offsets, *k_offsets, *v_offsets, *dout_offsets, *dq_offsets, *dk_offsets, *dv_offsets;
   float *k, *v, *dk, *dv;                    // (N, row)
   float *q, *dout, *dq;                      // (block, row)
@@ -521,11 +542,15 @@ struct Backward {
   // Of a chunk:
   float* dbias = nullptr;  // (blocks, N, block), the sum of dscores; of a table only if there is one block
   float* dcolumn;          // (table_rows)
+  float* daxis_tables;     // (rows of all axes, row)
   float *dpad_k, *dpad_v;  // (row)
   float dlogit_scale;      // without the factor
 
   Backward(const WindowAttentionBackwardParams& params, Arena& arena)
-      : sizes(params.forward), window(params.forward, arena), bias(params.forward, sizes, arena) {
+      : sizes(params.forward),
+        window(params.forward, arena),
+        bias(params.forward, sizes, arena),
+        axes(params.forward, sizes, arena) {
     int64_t** const offsets[] = {&q_offsets,  &k_offsets,  &v_offsets, &dout_offsets,
                                  &dq_offsets, &dk_offsets, &dv_offsets};
     for (int64_t** map : offsets) *map = arena.take<int64_t>(sizes.tokens);
@@ -542,6 +567,7 @@ struct Backward {
       dbias = arena.take<float>(sizes.blocks * sizes.scores() + kLanes);
     }
     dcolumn = arena.take<float>(params.dbias_table != nullptr ? sizes.table_rows + kLanes : 0);
+    daxis_tables = arena.take<float>(axes.rows() * sizes.row);
     dpad_k = arena.take<float>(sizes.row);
     dpad_v = arena.take<float>(sizes.row);
   }
@@ -618,7 +644,7 @@ void backward_window(const WindowAttentionBackwardParams& params, Backward& s, i
     gather(p.dtype, p.q, s.q_offsets, first, queries, head, pad_row(p, 0, head), sizes, s.q);
     gather(p.dtype, params.dout, s.dout_offsets, first, queries, head, nullptr, sizes, s.dout);
     if (p.logit_scale != nullptr) normalise_rows(sizes, queries, s.q, s.inverse_q_norms);
-    transpose_rows(sizes, queries, s.q, factor, s.q_t);
+    const float* start = start_scores(sizes, s.bias, s.axes, s.window.bias_type, head, b, factor, s.q, s.q_t, s.scores);
     transpose_rows(sizes, queries, s.dout, 1.0f, s.dout_t);
     // A pad query has probability 0 everywhere: its output was dropped, and its lse may be anything.
     for (int64_t i = 0; i < width; ++i) {
@@ -626,7 +652,7 @@ void backward_window(const WindowAttentionBackwardParams& params, Backward& s, i
       s.lse[i] = is_pad ? __builtin_inff() : lse[first + i];
     }
 
-    compute_scores(p, sizes, s.window, s.k, s.q_t, s.bias.block(s.window.bias_type, head, b), b, s.scores);
+    compute_scores(p, sizes, s.window, s.k, s.q_t, start, b, s.scores);
     matmul<false>(sizes.tokens, width, sizes.dim, s.v, sizes.row, s.dout_t, sizes.block, nullptr, s.dscores,
                   sizes.block);
     softmax_backward(sizes, queries, s.lse, s.scores, s.dscores,
@@ -641,7 +667,13 @@ void backward_window(const WindowAttentionBackwardParams& params, Backward& s, i
     if (p.logit_scale != nullptr) {
       dlogit_scale += normalise_rows_backward(sizes, queries, s.q, s.inverse_q_norms, s.dq);
     }
-    scatter(p.dtype, params.dq, s.dq_offsets, first, queries, head, sizes, [&](int64_t) { return factor; }, s.dq);
+    float factor_of_dq = factor;
+    if (s.axes.given()) {
+      for (int64_t i = 0; i < queries * sizes.row; i += kLanes) store(s.dq + i, load(s.dq + i) * factor);
+      s.axes.add_gradients(b, s.dscores, s.q, s.dq, s.daxis_tables);
+      factor_of_dq = 1.0f;
+    }
+    scatter(p.dtype, params.dq, s.dq_offsets, first, queries, head, sizes, [&](int64_t) { return factor_of_dq; }, s.dq);
   }
 
   if (p.logit_scale != nullptr) {
@@ -671,6 +703,7 @@ void backward(const WindowAttentionBackwardParams& params, const BackwardPartiti
     const float factor = score_factor(p, head);
     if (params.dbias_table != nullptr) clear(s.dcolumn, sizes.table_rows + kLanes);
     if (s.dbias != nullptr) clear(s.dbias, sizes.blocks * sizes.scores());
+    clear(s.daxis_tables, s.axes.rows() * sizes.row);
     clear(s.dpad_k, sizes.row);
     clear(s.dpad_v, sizes.row);
     s.dlogit_scale = 0.0f;
@@ -685,6 +718,12 @@ void backward(const WindowAttentionBackwardParams& params, const BackwardPartiti
     }
     if (partition.dbias != nullptr) {
       s.bias.write_dense_gradient(s.dbias, partition.dbias + chunk * sizes.tokens * sizes.tokens);
+    }
+    if (partition.daxis_tables != nullptr) {
+      float* to = partition.daxis_tables + chunk * s.axes.rows() * sizes.dim;
+      for (int64_t r = 0; r < s.axes.rows(); ++r) {
+        for (int64_t c = 0; c < sizes.dim; ++c) *to++ = s.daxis_tables[r * sizes.row + c];
+      }
     }
     if (partition.dlogit_scale != nullptr) partition.dlogit_scale[chunk] = s.dlogit_scale;
     if (partition.dpad_kv != nullptr) {

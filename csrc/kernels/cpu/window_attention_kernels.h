@@ -31,6 +31,7 @@ struct BackwardPartition {
   // Null where it is not wanted:
   float* dbias_table;   // (window_chunks, num_heads, table_rows)
   float* dbias;         // (window_chunks, num_heads, N, N)
+  float* daxis_tables;  // (window_chunks, num_heads, rows of all axes, head_dim)
   float* dlogit_scale;  // (window_chunks, num_heads), without the factor
   float* dpad_kv;       // (window_chunks, num_heads, 2, head_dim)
 };
