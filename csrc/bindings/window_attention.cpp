@@ -94,10 +94,13 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
   }
   const WindowGeometry& g = p.geometry;
   if (t.bias_table) {
+    const bool overlap = g.key_margin[0] + g.key_margin[1] + g.key_margin[2] > 0;
     int64_t rows = 1;
-    for (int32_t w : g.table_window) rows *= 2 * w - 1;
-    STD_TORCH_CHECK(t.bias_table->scalar_type() == ScalarType::Float && t.bias_table->numel() == rows * p.num_heads,
-                    "swinkernels: bias_table must be float32 of prod(2 * table_window - 1) rows");
+    for (int i = 0; i < 3; ++i) rows *= 2 * (overlap ? g.window[i] + g.key_margin[i] : g.table_window[i]) - 1;
+    STD_TORCH_CHECK(
+        t.bias_table->scalar_type() == ScalarType::Float && t.bias_table->numel() == rows * p.num_heads,
+        "swinkernels: bias_table must be float32 of prod(2 * table_window - 1) rows, or with a key window of "
+        "prod(window + key_window - 1)");
     p.bias_table = static_cast<const float*>(t.bias_table->const_data_ptr());
   }
   p.bias_types = 1;
@@ -109,11 +112,13 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
                     "swinkernels: axis_tables must be float32, (2 * window - 1, head_dim) for each axis, as the bias");
     p.axis_tables = static_cast<const float*>(t.bias->const_data_ptr());
   } else if (t.bias) {
-    const int64_t n = product(g.window), windows = product(g.num_windows), of_a_type = p.num_heads * n * n;
+    const int64_t n = product(g.window), windows = product(g.num_windows);
+    int64_t of_a_type = p.num_heads * n;
+    for (int i = 0; i < 3; ++i) of_a_type *= g.window[i] + 2 * g.key_margin[i];
     const int64_t types = t.bias->numel() / of_a_type;
     STD_TORCH_CHECK(t.bias->scalar_type() == ScalarType::Float && types > 0 && windows % types == 0 &&
                         t.bias->numel() == types * of_a_type && !t.bias_table,
-                    "swinkernels: bias must be float32, (types, num_heads, N, N), and the only bias");
+                    "swinkernels: bias must be float32, (types, num_heads, N, M), and the only bias");
     p.bias = static_cast<const float*>(t.bias->const_data_ptr());
     p.bias_types = static_cast<int32_t>(types);
   }

@@ -131,7 +131,7 @@ def window_attention_reasons(
         reasons.append("it does not implement dropout_p")
     if spec.axis_tables and backend != "cpu":
         reasons.append("it does not implement axis_tables")
-    if spec.key_window != spec.window_size:
+    if spec.key_window != spec.window_size and backend != "cpu":
         reasons.append("it does not implement key_window")
     if return_attention:
         reasons.append("it does not return the attention weights (return_attention)")

@@ -135,6 +135,8 @@ LONG = {
 # What the geometry can say, on maps where each matters.
 GEOMETRY = {
     "no table": Case(1, (7, 8), 2, 32, 4, 1, has_table=False, has_pad_qkv=True),
+    "no table, long window": Case(1, (12, 24), 2, 32, 12, 6, has_table=False),
+    "no table, long window, pads": Case(1, (13, 11), 1, 16, 12, 5, has_table=False, has_pad_qkv=True),
     "zero pads": Case(1, (7, 8), 2, 32, 4, 1),
     "no shift": Case(2, (8, 8), 2, 32, 4, 0),
     "window and shift of two sizes": Case(1, (9, 8), 2, 16, (3, 5), (1, 2), has_pad_qkv=True),

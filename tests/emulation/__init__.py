@@ -296,6 +296,7 @@ class _Geometry(FrameGeometry):
         ("table_window", ctypes.c_int32 * 3),
         ("periodic", ctypes.c_bool * 3),
         ("grid", ctypes.c_bool),
+        ("key_margin", ctypes.c_int32 * 3),
     ]
 
 

@@ -82,12 +82,12 @@ def test_without_gradients_the_result_is_the_same(name):
 
 
 @pytest.mark.parametrize("op", [swinkernels.window_attention_qkvpacked, separate], ids=["packed", "separate"])
-@pytest.mark.parametrize("name", AXIS_TABLES)
-def test_the_cpu_kernels_have_axis_tables(name, op):
+@pytest.mark.parametrize("name", CASES)
+def test_the_cpu_kernels(name, op):
     if (missing := _backends.unavailable("cpu")) is not None:
         pytest.skip(f"no CPU backend: {missing}")
     for dtype in DTYPES:
-        check_window_attention(functools.partial(op, backend="cpu"), AXIS_TABLES[name], dtype)
+        check_window_attention(functools.partial(op, backend="cpu"), CASES[name], dtype)
 
 
 def test_a_compiled_call_with_axis_tables_is_the_call():

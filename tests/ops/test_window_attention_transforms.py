@@ -58,6 +58,7 @@ CLASSES = {
     "volume": Case(1, (2, 2, 2), 1, 2, (1, 2, 2), (0, 1, 1)),
     "scale, mask value": Case(1, (4, 2), 1, 2, 2, 1, options={"scale": -0.4, "mask_value": 1.5}),
     "axis tables": Case(1, (4, 2), 1, 2, 2, 1, has_table=False, has_axis_tables=True),
+    "key window": Case(1, (3, 4), 1, 2, 2, 0, has_pad_qkv=True, options={"key_window": 4}),
     "dropout": Case(1, (4, 2), 1, 2, 2, 1, options={"dropout_p": 0.4}),
 }
 WITHOUT_DROPOUT = {name: case for name, case in CLASSES.items() if name != "dropout"}

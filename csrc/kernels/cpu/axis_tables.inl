@@ -51,7 +51,8 @@ class AxisTables {
         for (int64_t c1 = 0; c1 < window_[1]; ++c1) {
           Vec outer = load(coordinate(1, c1) + i);
           if (axes_[0].rows > 0) outer += load(coordinate(0, c0) + i);
-          for (int64_t c2 = 0; c2 < window_[2]; ++c2, to += sizes_.block) store(to, outer + load(coordinate(2, c2) + i));
+          for (int64_t c2 = 0; c2 < window_[2]; ++c2, to += sizes_.block)
+            store(to, outer + load(coordinate(2, c2) + i));
         }
       }
     }
@@ -71,9 +72,10 @@ class AxisTables {
       for (int64_t i = 0; i < span.count * sizes_.block; i += kLanes) store(dproducts + i, Vec{});
       for_each_place(axis, b, [&](int64_t product, int64_t place) { products_[product] = by_coordinate_[place]; });
       float* dtable = dtables + first * sizes_.row;
-      matmul<false>(span.count, sizes_.row, queries, dproducts, sizes_.block, q, sizes_.row, dtable, dtable, sizes_.row);
-      matmul<true>(queries, sizes_.row, span.count, dproducts, sizes_.block, tables_ + first * sizes_.row, sizes_.row, dq,
-                   dq, sizes_.row);
+      matmul<false>(span.count, sizes_.row, queries, dproducts, sizes_.block, q, sizes_.row, dtable, dtable,
+                    sizes_.row);
+      matmul<true>(queries, sizes_.row, span.count, dproducts, sizes_.block, tables_ + first * sizes_.row, sizes_.row,
+                   dq, dq, sizes_.row);
     }
   }
 
