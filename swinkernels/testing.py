@@ -39,6 +39,7 @@ class WindowAttentionCase:
     bias_types: int | None = None  # a dense bias in place of the table: 0 for (heads, N, M), else that many types
     options: dict[str, Any] = field(default_factory=dict)
     has_axis_tables: bool = False
+    table_types: int | None = None  # a bias table of so many types of windows
 
     def __str__(self) -> str:
         size, window, shift = (
@@ -60,7 +61,7 @@ class WindowAttentionCase:
     def key_window_tuple(self) -> tuple[int, ...]:
         return self._per_axis(self.options.get("key_window", self.window_size))
 
-    def _per_axis(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+    def _per_axis(self, value: Any) -> tuple[Any, ...]:
         return value if isinstance(value, tuple) else (value,) * len(self.size)
 
     def arguments(self, device: str | torch.device | None = None) -> dict[str, Any]:
@@ -88,8 +89,11 @@ class WindowAttentionCase:
         }
         if self.has_table:
             table = self._per_axis(self.options.get("table_window", window))
-            rows = [w + m - 1 for w, m in zip(*((table, table) if keys == window else (window, keys)), strict=True)]
-            inputs["bias_table"] = draw(math.prod(rows), self.num_heads)
+            pairs = self._per_axis(self.options.get("table_pairs", False))
+            of = zip(*((table, table) if keys == window else (window, keys)), pairs, strict=True)
+            rows = math.prod(w * m if is_pairs else w + m - 1 for w, m, is_pairs in of)
+            types = () if self.table_types is None else (self.table_types,)
+            inputs["bias_table"] = draw(rows, *types, self.num_heads)
         if self.bias_types is not None:
             types = (self.bias_types,) if self.bias_types else ()
             inputs["bias"] = draw(*types, self.num_heads, math.prod(window), math.prod(keys))
@@ -293,10 +297,14 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         if case.key_window_tuple != window:
             offset = key_window_index(window, case.key_window_tuple).to(device)
         else:
-            offset = relative_position_index(window, table if isinstance(table, tuple) else (table,) * rank).to(device)
+            pairs = arguments.get("table_pairs", False)
+            pairs = pairs if isinstance(pairs, tuple) else (pairs,) * rank
+            table = table if isinstance(table, tuple) else (table,) * rank
+            offset = relative_position_index(window, table, device, table_pairs=pairs)
         dtable = torch.zeros_like(inputs["bias_table"])
-        dtable.index_add_(0, offset.flatten(), dscores.sum((0, 1)).flatten(1).T)
-        terms["dbias_table"] = dtable
+        of_types = dscores.sum(0).unflatten(0, (case.table_types or 1, -1)).sum(1)  # (types, heads, N, M)
+        rows = of_types.flatten(2).permute(2, 0, 1).reshape(-1, *dtable.shape[1:])
+        terms["dbias_table"] = dtable.index_add_(0, offset.flatten(), rows)
     return terms
 
 

@@ -93,17 +93,23 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
     if (*x && !(*x)->is_contiguous()) *x = torch::stable::contiguous(**x);
   }
   const WindowGeometry& g = p.geometry;
+  p.bias_types = 1;
   if (t.bias_table) {
     const bool overlap = g.key_margin[0] + g.key_margin[1] + g.key_margin[2] > 0;
     int64_t rows = 1;
-    for (int i = 0; i < 3; ++i) rows *= 2 * (overlap ? g.window[i] + g.key_margin[i] : g.table_window[i]) - 1;
+    for (int i = 0; i < 3; ++i) {
+      rows *= g.table_pairs[i] ? g.window[i] * g.window[i]
+                               : 2 * (overlap ? g.window[i] + g.key_margin[i] : g.table_window[i]) - 1;
+    }
+    STD_TORCH_CHECK(spec.table_types > 0 && product(g.num_windows) % spec.table_types == 0,
+                    "swinkernels: the types of a bias_table must divide the windows of an image");
+    p.bias_types = static_cast<int32_t>(spec.table_types);
     STD_TORCH_CHECK(
-        t.bias_table->scalar_type() == ScalarType::Float && t.bias_table->numel() == rows * p.num_heads,
+        t.bias_table->scalar_type() == ScalarType::Float && t.bias_table->numel() == rows * p.bias_types * p.num_heads,
         "swinkernels: bias_table must be float32 of prod(2 * table_window - 1) rows, or with a key window of "
         "prod(window + key_window - 1)");
     p.bias_table = static_cast<const float*>(t.bias_table->const_data_ptr());
   }
-  p.bias_types = 1;
   if (spec.axis_tables) {
     int64_t rows = 0;
     for (int64_t i = 3 - rank; i < 3; ++i) rows += p.axis_rows[i] = 2 * g.window[i] - 1;

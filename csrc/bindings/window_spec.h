@@ -16,7 +16,9 @@ namespace swinkernels {
 // Per axis three values, slowest first; 2D has a leading axis of one token. The defaults are those of the wire.
 struct WindowSpec {
   using Axes = std::array<int64_t, 3>;
-  Axes window_size{1, 1, 1}, shift_size{}, table_window{1, 1, 1}, pad_before{}, periodic{}, key_window{1, 1, 1};
+  Axes window_size{1, 1, 1}, shift_size{}, table_window{1, 1, 1}, pad_before{}, periodic{}, key_window{1, 1, 1},
+      table_pairs{};
+  int64_t table_types = 1;
   bool roll_then_pad = false, grid = false, axis_tables = false, allow_tf32 = false, needs_lse = true;
   double scale, mask_value, dropout_p;
 
@@ -46,6 +48,7 @@ struct WindowSpec {
       STD_TORCH_CHECK(beyond >= 0 && beyond % 2 == 0 && (beyond == 0 || !(shift_size[i] || grid || axis_tables)),
                       "swinkernels: a key window is the window and as many tokens on either side, without a shift");
       g.key_margin[i] = static_cast<int32_t>(beyond / 2);
+      g.table_pairs[i] = table_pairs[i] != 0;
     }
     g.grid = grid;
     p.allow_tf32 = allow_tf32;
@@ -68,6 +71,12 @@ struct WindowSpec {
     if (name == "pad_before") return axes(pad_before, value);
     if (name == "periodic") return axes(periodic, value);
     if (name == "key_window") return axes(key_window, value);
+    if (name == "table_pairs") return axes(table_pairs, value);
+    if (name == "table_types") {
+      char* end;
+      table_types = std::strtoll(value, &end, 10);
+      return end;
+    }
     if (name == "pad_order") {
       roll_then_pad = *value == 'r';
       while (*value != ';' && *value != '\0') ++value;

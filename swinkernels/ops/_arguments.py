@@ -321,6 +321,7 @@ def make_window_spec(
     dropout_p: float = 0.0,
     grid: bool = False,
     key_window: Ints | None = None,
+    table_pairs: bool | Sequence[bool] = False,
     tables: Mapping[str, Any] = MappingProxyType({}),
 ) -> WindowSpec:
     """Check the arguments of window attention's public functions, for a map of ``rank`` axes; their normal form.
@@ -350,6 +351,12 @@ def make_window_spec(
         raise ValueError(
             f"{op}: table_window must be None without a bias_table, whose numbering it is, got {table_window!r}"
         )
+    pairs = per_axis_bools(op, "table_pairs", table_pairs, rank)
+    bias_table = tables.get("bias_table")
+    if any(pairs) and (bias_table is None or table != window):
+        raise ValueError(
+            f"{op}: table_pairs must be False without a bias_table that was made for window_size, got {table_pairs!r}"
+        )
     if any(t < 1 for t in table):
         raise ValueError(f"{op}: table_window must be at least 1 per axis, got {table}")
     if math.prod(table) < volume:
@@ -363,7 +370,9 @@ def make_window_spec(
         raise ValueError(f"{op}: axis_tables must be None with a logit_scale: they are multiplied by q as it is")
     keys = window if key_window is None else per_axis_ints(op, "key_window", key_window, rank)
     if keys != window:
-        _check_key_window(op, window, keys, shift, wraps, grid, table_window, tables)
+        beside = {"shift_size": any(shift), "periodic": any(wraps), "grid": grid, "table_pairs": any(pairs)}
+        beside |= {name: tables.get(name) is not None for name in ("region_map", "axis_tables")}
+        _check_key_window(op, window, keys, {**beside, "table_window": table_window is not None})
     p = finite(op, "dropout_p", dropout_p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in 0..1, got {p}")
@@ -374,6 +383,8 @@ def make_window_spec(
         pad_before=before,
         periodic=wraps,
         key_window=keys,
+        table_pairs=pairs,
+        table_types=bias_table.shape[1] if isinstance(bias_table, Tensor) and bias_table.dim() == 3 else 1,
         pad_order=pad_order,
         grid=grid,
         axis_tables=has_axis_tables,
@@ -387,13 +398,9 @@ def _check_key_window(
     op: str,
     window: tuple[int, ...],
     keys: tuple[int, ...],
-    shift: tuple[int, ...],
-    wraps: tuple[bool, ...],
-    grid: bool,
-    table_window: Any,
-    tables: Mapping[str, Any],
+    beside: Mapping[str, bool],
 ) -> None:
-    """Check a key window other than the window, and that nothing is given beside it that would have no meaning."""
+    """Check a key window other than the window, and that none of ``beside`` is given, which would have no meaning."""
     if any(m < w or (m - w) % 2 for m, w in zip(keys, window, strict=True)):
         raise ValueError(
             f"{op}: key_window must be window_size plus an even number of tokens per axis, half of them on each side, "
@@ -403,8 +410,6 @@ def _check_key_window(
         raise ValueError(
             f"{op}: key_window may hold at most {MAX_WINDOW_VOLUME} tokens, got {keys}, which holds {math.prod(keys)}"
         )
-    beside = {"shift_size": any(shift), "periodic": any(wraps), "grid": grid, "table_window": table_window is not None}
-    beside |= {name: tables.get(name) is not None for name in ("region_map", "axis_tables")}
     given = [name for name, is_given in beside.items() if is_given]
     if given:
         raise ValueError(
@@ -494,15 +499,24 @@ def check_window_call(
     bias_table, bias = tables.get("bias_table"), tables.get("bias")
     if bias_table is not None:
         check_tensor(op, "bias_table", bias_table, device)
-        if tuple(bias_table.shape) != (spec.table_rows, num_heads):
+        num_windows, types = math.prod(frame) // n, spec.table_types
+        expected = (spec.table_rows, types, num_heads) if bias_table.dim() == 3 else (spec.table_rows, num_heads)
+        if tuple(bias_table.shape) != expected:
             name, rows, decoded = "window_size", "2 * window - 1", spec.table_window
+            if any(spec.table_pairs):
+                rows = "window * window where table_pairs, else 2 * window - 1"
             if spec.key_window != window:
                 name, rows, decoded = "key_window", "window + key_window - 1", spec.key_window
             elif spec.table_window != window:
                 name = "table_window"
             raise ValueError(
-                f"{op}: bias_table must be (prod({rows}), num_heads) = ({spec.table_rows}, {num_heads}) "
-                f"for {name} {decoded}, got shape {tuple(bias_table.shape)}"
+                f"{op}: bias_table must be (prod({rows}), num_heads) = ({spec.table_rows}, {num_heads}), or with the "
+                f"number of window types between, for {name} {decoded}, got shape {tuple(bias_table.shape)}"
+            )
+        if types < 1 or num_windows % types != 0:
+            raise ValueError(
+                f"{op}: the number of window types in bias_table must divide the {num_windows} windows of an image "
+                f"(types follow the slowest axes), got shape {tuple(bias_table.shape)}"
             )
     if bias is not None:
         check_tensor(op, "bias", bias, device)

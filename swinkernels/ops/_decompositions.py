@@ -179,15 +179,15 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
     addend = None
     if bias_table is not None:
-        rows = fallback.table_rows(spec.window_size, spec.table_window, spec.key_window, x.device)
-        addend = bias_table.to(wide).index_select(0, rows).reshape(n, spec.key_volume, -1).permute(2, 0, 1)
+        rows = fallback.table_rows(spec.window_size, spec.table_window, spec.key_window, spec.table_pairs, x.device)
+        addend = fallback.bias_of_table(bias_table.to(wide), rows, n)
     elif spec.axis_tables:
         tables = bias.split([2 * w - 1 for w in spec.window_size])
         (q, k), factor = fallback.with_axis_tables(q, k, tables, spec.window_size, scale), 1.0
     elif bias is not None:
         addend = bias.to(wide)
-        if bias.dim() == 4:  # the types of windows follow their slowest axes
-            addend = addend[:, None].expand(-1, num_windows // bias.shape[0], -1, -1, -1).flatten(0, 1)
+    if addend is not None and addend.dim() == 4:  # the types of windows follow their slowest axes
+        addend = addend[:, None].expand(-1, num_windows // addend.shape[0], -1, -1, -1).flatten(0, 1)
     region = windows.regions(region_map, spec.periodic)
     if region is not None:
         mask = (mask_value * (region[:, :, None] != region[:, None, :]).to(wide))[:, None]

@@ -170,7 +170,11 @@ def _kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
 
 
 def table_rows(
-    window: Sequence[int], table_window: Sequence[int], key_window: Sequence[int], device: torch.device
+    window: Sequence[int],
+    table_window: Sequence[int],
+    key_window: Sequence[int],
+    table_pairs: Sequence[bool],
+    device: torch.device,
 ) -> Tensor:
     """(N * M): the row of the bias table for query i and key j of a window."""
     is_usual = tuple(key_window) == tuple(window)
@@ -178,11 +182,17 @@ def table_rows(
     query = torch.arange(math.prod(window), device=device)
     key = torch.arange(math.prod(key_window), device=device)
     index = torch.zeros_like(query)[:, None]
-    for axis, (w, m) in enumerate(zip(of_query, of_key, strict=True)):
-        i = query // math.prod(of_query[axis + 1 :]) % w
-        j = key // math.prod(of_key[axis + 1 :]) % m
-        index = index * (w + m - 1) + (i[:, None] - j[None, :] + m - 1)
+    for axis, (w, m, pairs) in enumerate(zip(of_query, of_key, table_pairs, strict=True)):
+        i = (query // math.prod(of_query[axis + 1 :]) % w)[:, None]
+        j = (key // math.prod(of_key[axis + 1 :]) % m)[None, :]
+        index = index * (w * m) + (i + j * w) if pairs else index * (w + m - 1) + (i - j + m - 1)
     return index.flatten()
+
+
+def bias_of_table(table: Tensor, rows: Tensor, n: int) -> Tensor:
+    """(heads, N, M), or (window types, heads, N, M) of a table (rows, types, heads)."""
+    bias = table.index_select(0, rows).unflatten(0, (n, -1))
+    return bias.permute(*range(2, bias.dim()), 0, 1)
 
 
 def _regions(frame: _Frame, shift: Sequence[int], periodic: Sequence[bool], device: torch.device) -> Tensor:
@@ -206,6 +216,7 @@ def _addend(
     shift_size: Sequence[int],
     table_window: Sequence[int],
     key_window: Sequence[int],
+    table_pairs: Sequence[bool],
     periodic: Sequence[bool],
     mask_value: float,
 ) -> Tensor | None:
@@ -213,13 +224,13 @@ def _addend(
     window, n = frame.window, math.prod(frame.window)
     addend = None
     if bias_table is not None:
-        of = window, tuple(table_window), tuple(key_window), device
+        of = window, tuple(table_window), tuple(key_window), tuple(table_pairs), device
         rows = _kept(of, lambda: table_rows(*of))
-        addend = bias_table.to(wide)[rows].reshape(n, len(rows) // n, -1).permute(2, 0, 1)
+        addend = bias_of_table(bias_table.to(wide), rows, n)
     elif bias is not None:
         addend = bias.to(wide)
-        if bias.dim() == 4:  # the types of windows follow their slowest axes
-            addend = addend.repeat_interleave(math.prod(frame.frame) // n // bias.shape[0], dim=0)
+    if addend is not None and addend.dim() == 4:  # the types of windows follow their slowest axes
+        addend = addend.repeat_interleave(math.prod(frame.frame) // n // addend.shape[0], dim=0)
     if region_map is not None:
         region = _cut(region_map, 0, window, frame.grid)
     elif any(s and not wraps for s, wraps in zip(shift_size, periodic, strict=True)):

@@ -133,6 +133,10 @@ def window_attention_reasons(
         reasons.append("it does not implement axis_tables")
     if spec.key_window != spec.window_size and backend != "cpu":
         reasons.append("it does not implement key_window")
+    if backend != "cpu" and any(spec.table_pairs):
+        reasons.append("it does not implement table_pairs")
+    if backend != "cpu" and spec.table_types > 1:
+        reasons.append("it does not implement a bias_table by window type")
     if return_attention:
         reasons.append("it does not return the attention weights (return_attention)")
     return reasons + _backends.window_volume_reasons(backend, spec.volume, device)
@@ -318,6 +322,7 @@ def window_attention_qkvpacked(
     grid: bool = False,
     axis_tables: Sequence[Tensor] | None = None,
     key_window: Ints | None = None,
+    table_pairs: bool | Sequence[bool] = False,
     backend: str = "auto",
     return_attention: bool = False,
 ) -> Any:  # a Tensor, or two
@@ -335,7 +340,8 @@ def window_attention_qkvpacked(
         qkv: (B, \*S, 3C) or (B, \*S, 3, num_heads, head_dim), S = (H, W) or (D, H, W), in image order, any strides;
             float32, float16, bfloat16, or float64 (torch and reference only). Under autocast it is cast to the
             autocast dtype.
-        bias_table: relative position bias, (prod(2 * window - 1), num_heads), any floating dtype, used in float32.
+        bias_table: relative position bias, (prod(2 * window - 1), num_heads), any floating dtype, used in float32; or
+            (rows, window types, num_heads), the types following the slowest axes of the windows (Pangu-Weather).
         num_heads: heads; C = num_heads * head_dim, head_dim 1..128.
         window_size: tokens per axis, an int or one per axis, slowest first; at most 1024 tokens in all.
         shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
@@ -367,6 +373,8 @@ def window_attention_qkvpacked(
             all. Its tokens outside the map are pad tokens. The table then has prod(window + key_window - 1) rows, by
             the offset of the query in its window minus that of the key in its own, and a dense bias (num_heads, N,
             M). Has no shift.
+        table_pairs: per axis, whether the table has a row for each pair of places of query i and key j, in order of
+            i + window * j, instead of one for each offset (height and latitude of Pangu-Weather).
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" takes the fastest that can run
             the call: kernels, or else plain PyTorch's own code ("torch"); never the slow reference.
         return_attention: also return the attention weights, which only "torch" and "reference" do: the kernels never
@@ -407,6 +415,7 @@ def window_attention_qkvpacked(
             "dropout_p": dropout_p,
             "grid": grid,
             "key_window": key_window,
+            "table_pairs": table_pairs,
         },
     )
 
@@ -435,6 +444,7 @@ def window_attention(
     grid: bool = False,
     axis_tables: Sequence[Tensor] | None = None,
     key_window: Ints | None = None,
+    table_pairs: bool | Sequence[bool] = False,
     backend: str = "auto",
     return_attention: bool = False,
 ) -> Any:  # a Tensor, or two
@@ -470,5 +480,6 @@ def window_attention(
             "dropout_p": dropout_p,
             "grid": grid,
             "key_window": key_window,
+            "table_pairs": table_pairs,
         },
     )

@@ -25,14 +25,22 @@ from swinkernels.reference._geometry import (
 )
 
 
-def relative_position_index(window: Sequence[int], table_window: Sequence[int] | None = None, device=None) -> Tensor:
+def relative_position_index(
+    window: Sequence[int],
+    table_window: Sequence[int] | None = None,
+    device=None,
+    *,
+    table_pairs: Sequence[bool] | None = None,
+) -> Tensor:
     """(N, N): the row of the bias table for query i and key j of a window."""
     table_window = table_window or window
+    table_pairs = table_pairs or [False] * len(window)
     token = torch.arange(math.prod(window), device=device)
     index = torch.zeros(len(token), len(token), dtype=torch.long, device=device)
-    for axis, w in enumerate(table_window):
+    for axis, (w, pairs) in enumerate(zip(table_window, table_pairs, strict=True)):
         coordinate = token // math.prod(table_window[axis + 1 :]) % w  # decoded in the table's window
-        index = index * (2 * w - 1) + coordinate[:, None] - coordinate[None, :] + w - 1
+        i, j = coordinate[:, None], coordinate[None, :]
+        index = index * w * w + i + w * j if pairs else index * (2 * w - 1) + i - j + w - 1
     return index
 
 
@@ -84,6 +92,7 @@ def window_attention(
     grid: bool = False,
     axis_tables: Sequence[Tensor] | None = None,
     key_window: Ints | None = None,
+    table_pairs: bool | Sequence[bool] = False,
     return_attention: bool = False,
     return_lse: bool = False,
 ) -> Any:  # a Tensor, or a tuple with what was asked for besides
@@ -176,11 +185,16 @@ def window_attention(
 
     if bias_table is not None:
         if keys != window:
-            rows = bias_table[key_window_index(window, keys, q.device)]  # (N, M, heads)
+            rows = bias_table[key_window_index(window, keys, q.device)]
         else:
             table_shape = window if table_window is None else per_axis(op, "table_window", table_window, rank)
-            rows = bias_table[relative_position_index(window, table_shape, q.device)]  # (N, N, heads)
-        scores = scores + rows.permute(2, 0, 1).to(wide)
+            pairs = per_axis(op, "table_pairs", table_pairs, rank)
+            rows = bias_table[relative_position_index(window, table_shape, q.device, table_pairs=pairs)]
+        if bias_table.dim() == 3:  # (N, N, window types, heads)
+            rows = rows.permute(2, 3, 0, 1).repeat_interleave(num_windows // bias_table.shape[1], dim=0)
+        else:
+            rows = rows.permute(2, 0, 1)
+        scores = scores + rows.to(wide)
     if bias is not None:
         if bias.dim() == 4:  # (window types, heads, N, N): types follow the slowest axes of the windows
             bias = bias.repeat_interleave(num_windows // bias.shape[0], dim=0)

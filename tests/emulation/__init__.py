@@ -297,6 +297,7 @@ class _Geometry(FrameGeometry):
         ("periodic", ctypes.c_bool * 3),
         ("grid", ctypes.c_bool),
         ("key_margin", ctypes.c_int32 * 3),
+        ("table_pairs", ctypes.c_bool * 3),
     ]
 
 

@@ -1,4 +1,6 @@
-"""Decomposed relative positions and keys of a larger window: every backend that has them beside the reference."""
+"""Decomposed relative positions, keys of a larger window, tables by window type: every backend that has them beside the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,27 @@ KEY_WINDOWS = {
     "no bias": Case(1, (8, 8), 2, 16, 4, has_table=False, options={"key_window": 6}),
     "v2": Case(1, (7, 8), 2, 16, 4, has_pad_qkv=True, has_logit_scale=True, options={"key_window": 6}),
 }
+PANGU = {"table_pairs": (True, True, False)}
+TABLES = {
+    "types": Case(2, (8, 8), 2, 16, 4, 2, table_types=2),
+    "types, cosines, pads": Case(2, (7, 9), 3, 8, 4, 1, has_pad_qkv=True, has_logit_scale=True, table_types=3),
+    "Pangu": Case(1, (4, 6, 12), 2, 8, (2, 3, 6), (1, 1, 3), table_types=4, options=PANGU),
+    "Pangu, padded": Case(
+        2,
+        (3, 7, 12),
+        2,
+        8,
+        (2, 3, 6),
+        (1, 1, 3),
+        has_pad_qkv=True,
+        table_types=6,
+        options={**PANGU, "pad_before": (0, 1, 0)},
+    ),
+    "pairs of the last axis": Case(1, (6, 8), 2, 16, (3, 4), (1, 2), options={"table_pairs": (False, True)}),
+    "pairs of all axes": Case(1, (9, 20), 2, 16, (9, 10), options={"table_pairs": True}),
+}
 CASES = {
+    **{f"bias_table: {name}": case for name, case in TABLES.items()},
     **{f"axis_tables: {name}": case for name, case in AXIS_TABLES.items()},
     **{f"key_window: {name}": case for name, case in KEY_WINDOWS.items()},
 }
@@ -105,7 +127,12 @@ def test_a_compiled_call_with_axis_tables_is_the_call():
 def test_kernels_that_have_not_an_argument_refuse_it_by_name(backend):
     device = torch.device("cpu")
     axis_tables = torch.zeros(7, 8), torch.zeros(7, 8)
-    for given, name in (({"axis_tables": axis_tables}, "axis_tables"), ({"key_window": 6}, "key_window")):
+    for given, name in (
+        ({"axis_tables": axis_tables}, "axis_tables"),
+        ({"key_window": 6}, "key_window"),
+        ({"table_pairs": True, "bias_table": torch.zeros(256, 2)}, "table_pairs"),
+        ({"bias_table": torch.zeros(49, 4, 2)}, "a bias_table by window type"),
+    ):
         spec = spec_of("op", torch.zeros(0), (8, 8), 8, num_heads=2, window_size=4, **given)
         reasons = window_attention_reasons(backend, spec, torch.float32, device)
         assert f"it does not implement {name}" in reasons

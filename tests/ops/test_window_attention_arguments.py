@@ -140,6 +140,14 @@ def check(call, error, *words):
         ({"region_map": zeros(6, 6).long()}, TypeError, "torch.int64", "int32"),  # values would be cut to 32 bits
         ({"region_map": meta.expand(6, 6).int()}, ValueError, "meta", "one device"),
         ({"periodic": (False, True), "region_map": zeros(6, 6).int()}, ValueError, "(False, True)", "must be False"),
+        ({"bias_table": zeros(15, 4, 2)}, ValueError, "(15, 4, 2)", "6 windows"),
+        ({"bias_table": zeros(15, 0, 2)}, ValueError, "(15, 0, 2)", "6 windows"),
+        ({"table_pairs": True}, ValueError, "True", "bias_table"),
+        ({"table_pairs": 1, "bias_table": zeros(36, 2)}, TypeError, "1", "bool"),
+        ({"table_pairs": (True,), "bias_table": zeros(36, 2)}, ValueError, "(True,)", "2 axes"),
+        ({"table_pairs": True, "bias_table": zeros(36, 2), "table_window": (3, 3)}, ValueError, "True", "window_size"),
+        ({"bias_table": zeros(15, 2), "table_pairs": (True, False)}, ValueError, "(15, 2)", "(20, 2)"),
+        ({"key_window": (4, 5), "table_pairs": True, "bias_table": zeros(36, 2)}, ValueError, "table_pairs", "(2, 3)"),
         ({"axis_tables": zeros(8, 4)}, TypeError, "Tensor", "tuple of one tensor"),
         ({"axis_tables": (zeros(3, 4),)}, ValueError, "got 1", "each of the 2 axes"),
         ({"axis_tables": (zeros(5, 4), zeros(3, 4))}, ValueError, "(5, 4) and (3, 4)", "(3, 4) and (5, 4)"),
@@ -314,7 +322,7 @@ junk = st.one_of(
 ARGUMENTS = [
     "num_heads", "window_size", "shift_size", "scale", "bias", "bias_table", "table_window", "logit_scale", "pad_qkv",
     "pad_order", "pad_before", "periodic", "region_map", "mask_value", "dropout_p", "generator", "grid", "axis_tables",
-    "key_window", "backend",
+    "key_window", "table_pairs", "backend",
 ]  # fmt: skip
 
 

@@ -59,6 +59,7 @@ CLASSES = {
     "scale, mask value": Case(1, (4, 2), 1, 2, 2, 1, options={"scale": -0.4, "mask_value": 1.5}),
     "axis tables": Case(1, (4, 2), 1, 2, 2, 1, has_table=False, has_axis_tables=True),
     "key window": Case(1, (3, 4), 1, 2, 2, 0, has_pad_qkv=True, options={"key_window": 4}),
+    "table by type": Case(1, (4, 2), 1, 2, 2, 1, table_types=2, options={"table_pairs": (True, False)}),
     "dropout": Case(1, (4, 2), 1, 2, 2, 1, options={"dropout_p": 0.4}),
 }
 WITHOUT_DROPOUT = {name: case for name, case in CLASSES.items() if name != "dropout"}

@@ -114,3 +114,66 @@ def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
         )
 
     assert_same(ours, literal, [q, k, v, table, logit_scale])
+
+
+@pytest.mark.parametrize("size", [(4, 6, 12), (3, 7, 13)])
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 3)])
+def test_pangu(size, shift):
+    """Pangu-Weather's earth-specific attention as its PyTorch ports write it: a map padded on both sides, and a table
+    by the window's level and latitude whose rows are numbered by pairs of places on these axes. Their mask is cut from
+    a map that is longer by the shift of the longitude: in windows of twice the shift it is the usual one.
+    """
+    window, heads, head_dim = (2, 3, 6), 2, 4
+    frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
+    before = tuple((p - s) // 2 for p, s in zip(frame, size, strict=True))
+    counts = [p // w for p, w in zip(frame, window, strict=True)]
+    qkv, pad = draw(2, *size, 3 * heads * head_dim), draw(3 * heads * head_dim, seed=3)
+    types, n = counts[0] * counts[1], math.prod(window)
+    table = draw(window[0] ** 2 * window[1] ** 2 * (2 * window[2] - 1), types, heads, seed=4)
+
+    # The published index: the key's level and latitude count in steps of the window, with a minus.
+    places = torch.stack(torch.meshgrid(*map(torch.arange, window), indexing="ij")).flatten(1)
+    steps = torch.tensor([-window[0], -window[1], 1])[:, None]
+    relative = places[:, :, None] - (places * steps)[:, None, :]
+    relative[2] += window[2] - 1
+    index = (relative[0] * window[1] ** 2 + relative[1]) * (2 * window[2] - 1) + relative[2]
+
+    regions = torch.zeros(frame[0], frame[1], frame[2] + shift[2], dtype=torch.int32)
+    for axis in range(3) if any(shift) else ():
+        place = torch.arange(regions.shape[axis])
+        of_axis = (place >= len(place) - window[axis]).int() + (place >= len(place) - shift[axis]).int()
+        regions = 3 * regions + of_axis.reshape([-1 if i == axis else 1 for i in range(3)])
+    regions = regions[:, :, : frame[2]]
+
+    def cut(x):  # (B, *frame, C) -> (B, windows of the longitude, types, N, C)
+        x = x.reshape(x.shape[0], counts[0], window[0], counts[1], window[1], counts[2], window[2], -1)
+        return x.permute(0, 5, 1, 3, 2, 4, 6, 7).reshape(x.shape[0], counts[2], types, n, -1)
+
+    def literal():
+        sides = [
+            amount for b, p, s in reversed(list(zip(before, frame, size, strict=True))) for amount in (b, p - s - b)
+        ]
+        x = F.pad(qkv - pad, [0, 0, *sides]) + pad  # the projected zeros
+        x = cut(x.roll([-s for s in shift], (1, 2, 3)))
+        q, k, v = x.unflatten(-1, (3, heads, head_dim)).permute(4, 0, 1, 2, 5, 3, 6)
+        scores = q @ k.mT * head_dim**-0.5 + table[index].permute(2, 3, 0, 1)
+        ids = cut(regions[None, ..., None])[0, :, :, :, 0]
+        scores = scores + torch.where(ids[..., :, None] == ids[..., None, :], 0.0, -100.0).unsqueeze(-3)
+        out = (scores.softmax(-1) @ v).transpose(-3, -2).flatten(-2)
+        out = out.reshape(2, counts[2], counts[0], counts[1], *window, -1).permute(0, 2, 4, 3, 5, 1, 6, 7)
+        out = out.reshape(2, *frame, -1).roll(shift, (1, 2, 3))
+        return out[(slice(None), *(slice(b, b + s) for b, s in zip(before, size, strict=True)))]
+
+    def ours():
+        return reference.window_attention_qkvpacked(
+            qkv,
+            table,
+            num_heads=heads,
+            window_size=window,
+            shift_size=shift,
+            pad_qkv=pad,
+            pad_before=before,
+            table_pairs=(True, True, False),
+        )
+
+    assert_same(ours, literal, [qkv, table, pad])

@@ -113,7 +113,9 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   const bool overlap = windows_overlap(p.geometry);
   for (int axis = 0; axis < 3; ++axis) {
     const WindowGeometry& g = p.geometry;
-    partition.table_rows *= overlap ? 2 * (g.window[axis] + g.key_margin[axis]) - 1 : 2 * g.table_window[axis] - 1;
+    partition.table_rows *= g.table_pairs[axis] ? g.window[axis] * g.window[axis]
+                            : overlap           ? 2 * (g.window[axis] + g.key_margin[axis]) - 1
+                                                : 2 * g.table_window[axis] - 1;
   }
 
   // From a null workspace, only counts the bytes.
@@ -194,7 +196,11 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
     run(parallel_for, heads, [&](int64_t begin, int64_t end) {
       for (int64_t head = begin; head < end; ++head) {
         if (params.dbias_table != nullptr) {
-          sum_chunks(partition.dbias_table + head * rows, chunks, heads * rows, rows, params.dbias_table + head, heads);
+          for (int64_t type = 0; type < p.bias_types; ++type) {
+            const float* parts = partition.dbias_table + (type * partition.chunks_per_type * heads + head) * rows;
+            sum_chunks(parts, partition.chunks_per_type, heads * rows, rows, params.dbias_table + type * heads + head,
+                       p.bias_types * heads);
+          }
         }
         if (params.dlogit_scale != nullptr) {
           float* sum = params.dlogit_scale + head;

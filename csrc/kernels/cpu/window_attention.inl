@@ -62,10 +62,11 @@ struct Sizes {
   int64_t tokens;  // N
   int64_t keys;    // M; N unless keys are those of a larger window
   int64_t key_window[3];
-  int64_t dim, row;  // head_dim, and rounded up to whole vectors
-  int64_t block;     // queries of a block, whole vectors
-  int64_t blocks;    // of a window
-  bool overlap;      // whether windows share keys
+  int64_t dim, row;    // head_dim, and rounded up to whole vectors
+  int64_t block;       // queries of a block, whole vectors
+  int64_t blocks;      // of a window
+  bool overlap;        // whether windows share keys
+  bool pairs = false;  // whether the table tells pairs of places apart on some axis
   int64_t table_rows;
   int64_t rows_of_axis[3];  // of the table
 
@@ -77,7 +78,10 @@ struct Sizes {
     for (int i = 0; i < 3; ++i) overlap = overlap || g.key_margin[i] > 0;
     for (int i = 0; i < 3; ++i) {
       key_window[i] = g.window[i] + 2 * g.key_margin[i];
-      rows_of_axis[i] = overlap ? g.window[i] + key_window[i] - 1 : 2 * g.table_window[i] - 1;
+      rows_of_axis[i] = g.table_pairs[i] ? g.window[i] * g.window[i]
+                        : overlap        ? g.window[i] + key_window[i] - 1
+                                         : 2 * g.table_window[i] - 1;
+      pairs = pairs || g.table_pairs[i];
       keys *= key_window[i];
       table_rows *= rows_of_axis[i];
     }
@@ -278,11 +282,11 @@ void transpose_rows(const Sizes& sizes, int64_t queries, float* rows, float fact
 class Bias {
  public:
   Bias(const WindowAttentionForwardParams& p, const Sizes& sizes, Arena& arena)
-      : sizes_(sizes), table_(p.bias_table), dense_(p.bias), num_heads_(p.num_heads) {
+      : sizes_(sizes), table_(p.bias_table), dense_(p.bias), num_heads_(p.num_heads), types_(p.bias_types) {
     if (table_ == nullptr && dense_ == nullptr) return;
     if (table_ != nullptr) {
       offset_ = arena.take<int64_t>(sizes.tokens);
-      key_offset_ = sizes.overlap ? arena.take<int64_t>(sizes.keys) : offset_;
+      key_offset_ = sizes.overlap || sizes.pairs ? arena.take<int64_t>(sizes.keys) : offset_;
       run_ = arena.take<int64_t>(sizes.tokens + 1);
       column_ = arena.take<float>(sizes.table_rows + kLanes);
     }
@@ -296,17 +300,27 @@ class Bias {
     for (int64_t h = 0; h < num_heads_; ++h) cached_type_[h] = -1;
     if (table_ == nullptr) return;
     for (int64_t i = 0; i < kLanes; ++i) column_[sizes.table_rows + i] = 0.0f;
-    const int64_t row = sizes.rows_of_axis[2], plane = row * sizes.rows_of_axis[1];
-    const auto number = [&](int64_t token, int64_t height, int64_t width) {
-      return token / (height * width) * plane + token / width % height * row + token % width;
+    const int64_t stride[3] = {sizes.rows_of_axis[1] * sizes.rows_of_axis[2], sizes.rows_of_axis[2], 1};
+    int64_t of_query[3], of_key[3];  // the windows that the coordinates of the two are decoded in
+    for (int axis = 0; axis < 3; ++axis) {
+      of_query[axis] = sizes.overlap ? p.geometry.window[axis] : p.geometry.table_window[axis];
+      of_key[axis] = sizes.overlap ? sizes.key_window[axis] : p.geometry.table_window[axis];
+      if (!p.geometry.table_pairs[axis]) centre_ += (of_key[axis] - 1) * stride[axis];
+    }
+    const auto coordinate = [](const int64_t (&window)[3], int64_t token, int axis) {
+      for (int i = 2; i > axis; --i) token /= window[i];
+      return axis == 0 ? token : token % window[axis];
     };
-    const int32_t (&t)[3] = sizes.overlap ? p.geometry.window : p.geometry.table_window;
-    const int64_t (&m)[3] = sizes.key_window;
-    centre_ = sizes.overlap ? (m[0] - 1) * plane + (m[1] - 1) * row + m[2] - 1
-                            : (t[0] - 1) * plane + (t[1] - 1) * row + t[2] - 1;
-    for (int64_t i = 0; sizes.overlap && i < sizes.keys; ++i) key_offset_[i] = number(i, m[1], m[2]);
+    for (int64_t j = 0; key_offset_ != offset_ && j < sizes.keys; ++j) {
+      key_offset_[j] = 0;
+      for (int axis = 0; axis < 3; ++axis) {
+        const int64_t step = p.geometry.table_pairs[axis] ? -of_query[axis] : 1;
+        key_offset_[j] += coordinate(of_key, j, axis) * step * stride[axis];
+      }
+    }
     for (int64_t i = 0; i < sizes.tokens; ++i) {
-      offset_[i] = number(i, t[1], t[2]);
+      offset_[i] = 0;
+      for (int axis = 0; axis < 3; ++axis) offset_[i] += coordinate(of_query, i, axis) * stride[axis];
       if (i == 0 || offset_[i] != offset_[i - 1] + 1 || i % sizes.block == 0) run_[runs_++] = i;
     }
     run_[runs_] = sizes.tokens;
@@ -354,9 +368,10 @@ class Bias {
       const float* from = dense_ + ((type * num_heads_ + head) * sizes_.tokens + b * sizes_.block) * sizes_.keys;
       return transpose_any(from, sizes_.queries(b), sizes_.keys, sizes_.keys, to, sizes_.block);
     }
-    if (column_head_ != head) {
-      for (int64_t i = 0; i < sizes_.table_rows; ++i) column_[i] = table_[i * num_heads_ + head];
+    if (column_head_ != head || column_type_ != type) {
+      for (int64_t i = 0; i < sizes_.table_rows; ++i) column_[i] = table_[(i * types_ + type) * num_heads_ + head];
       column_head_ = head;
+      column_type_ = type;
     }
     for_each_run(b, [&](int64_t key, int64_t query, int64_t length) {
       const float* from = column_ + centre_ - key_offset_[key] + offset_[query];
@@ -381,9 +396,9 @@ class Bias {
 
   const Sizes& sizes_;
   const float *table_, *dense_;
-  int64_t num_heads_;
+  int64_t num_heads_, types_;
   // Of the table: r(token) and the first tokens of the runs, then N; the column of the head that was last read.
-  int64_t centre_ = 0, runs_ = 0, column_head_ = -1;
+  int64_t centre_ = 0, runs_ = 0, column_head_ = -1, column_type_ = -1;
   int64_t *offset_ = nullptr, *key_offset_ = nullptr, *run_ = nullptr;
   float* column_ = nullptr;
   // What was written: the cached heads, each with the bias of some type of windows, then one block of any head.
