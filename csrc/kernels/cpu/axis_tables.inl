@@ -26,6 +26,7 @@ class AxisTables {
     tables_ = arena.take<float>(rows_ * sizes.row);
     products_ = arena.take<float>(rows_ * sizes.block);
     by_coordinate_ = arena.take<float>(coordinates * sizes.block);
+    share_of_dq_ = arena.take<float>(sizes.block * sizes.row);
     if (tables_ == nullptr) return;
     for (int64_t r = 0; r < rows_; ++r) load_row<Float32>(table + r * sizes.dim, sizes.dim, tables_ + r * sizes.row);
   }
@@ -34,7 +35,7 @@ class AxisTables {
   int64_t rows() const { return rows_; }
 
   // The bias of a block of queries, (keys, queries), of the unscaled queries q_t (row, block).
-  void write_bias(int64_t b, const float* q_t, float* bias) {
+  __attribute__((noinline)) void write_bias(int64_t b, const float* q_t, float* bias) {
     const int64_t width = round_up(sizes_.queries(b), kLanes);
     for (int axis = 0; axis < 3; ++axis) {
       const Axis& a = axes_[axis];
@@ -60,7 +61,8 @@ class AxisTables {
 
   // Adds what the gradient of a block's scores, (keys, queries), gives to that of q (queries, row) and that of the
   // tables (rows, row).
-  void add_gradients(int64_t b, const float* dscores, const float* q, float* dq, float* dtables) {
+  __attribute__((noinline)) void add_gradients(int64_t b, const float* dscores, const float* q, float* dq,
+                                               float* dtables) {
     const int64_t queries = sizes_.queries(b);
     sum_by_coordinate(round_up(queries, kLanes), dscores);
     for (int axis = 0; axis < 3; ++axis) {
@@ -74,8 +76,10 @@ class AxisTables {
       float* dtable = dtables + first * sizes_.row;
       matmul<false>(span.count, sizes_.row, queries, dproducts, sizes_.block, q, sizes_.row, dtable, dtable,
                     sizes_.row);
+      // Without an addend, as every other product of this form: the compiler then leaves the question out of all.
       matmul<true>(queries, sizes_.row, span.count, dproducts, sizes_.block, tables_ + first * sizes_.row, sizes_.row,
-                   dq, dq, sizes_.row);
+                   nullptr, share_of_dq_, sizes_.row);
+      for (int64_t k = 0; k < queries * sizes_.row; k += kLanes) store(dq + k, load(dq + k) + load(share_of_dq_ + k));
     }
   }
 
@@ -159,4 +163,5 @@ class AxisTables {
   float* tables_ = nullptr;         // (rows, row)
   float* products_ = nullptr;       // (rows, block), or their gradients
   float* by_coordinate_ = nullptr;  // (coordinates of all axes, block), or their gradients
+  float* share_of_dq_ = nullptr;    // (block, row)
 };

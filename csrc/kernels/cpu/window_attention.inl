@@ -452,8 +452,9 @@ Vec normalise_rows_backward(const Sizes& sizes, int64_t count, const float* rows
 
 // rows (queries, row) become the scaled queries q_t (row, block), and what the scores of the block start from is
 // returned: the bias, or null. That of axis_tables is written where the scores will be.
-const float* start_scores(const Sizes& sizes, Bias& bias, AxisTables& axes, int64_t type, int64_t head, int64_t b,
-                          float factor, float* rows, float* q_t, float* scores) {
+SWINKERNELS_INLINE const float* start_scores(const Sizes& sizes, Bias& bias, AxisTables& axes, int64_t type,
+                                             int64_t head, int64_t b, float factor, float* rows, float* q_t,
+                                             float* scores) {
   const int64_t queries = sizes.queries(b);
   if (!axes.given()) {
     transpose_rows(sizes, queries, rows, factor, q_t);
