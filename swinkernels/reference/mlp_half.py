@@ -40,13 +40,14 @@ def mlp_half(
     approximate: str = "none",
     residual: bool = True,
     drop_path_scale: Tensor | None = None,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
     r"""Layer norm, two linear layers with GELU between them, and residual connection.
 
     .. math::
-        y = x + d \cdot fc_2(GELU(fc_1(LayerNorm(x)))) \quad \text{(pre, v1)}
+        y = x + d \, \gamma \cdot fc_2(GELU(fc_1(LayerNorm(x)))) \quad \text{(pre, v1)}
 
-        y = x + d \cdot LayerNorm(fc_2(GELU(fc_1(x)))) \quad \text{(post, v2)}
+        y = x + d \, \gamma \cdot LayerNorm(fc_2(GELU(fc_1(x)))) \quad \text{(post, v2)}
 
     Args:
         x: (B, ..., C), any floating dtype.
@@ -58,6 +59,7 @@ def mlp_half(
         approximate: "none" for the exact GELU, "tanh" for its approximation, as in torch.nn.GELU.
         residual: False leaves ``x +`` out; the norm stays.
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1.
 
     Returns:
         (B, ..., C) in the dtype of x.
@@ -76,4 +78,4 @@ def mlp_half(
     branch = linear(gelu(linear(branch, fc1_weight, fc1_bias), approximate), fc2_weight, fc2_bias)
     if norm == "post":
         branch = layer_norm(branch, norm_weight, norm_bias, eps=eps)
-    return add_residual(op, x if residual else x.new_zeros(x.shape), branch, drop_path_scale)
+    return add_residual(op, x if residual else x.new_zeros(x.shape), branch, drop_path_scale, layer_scale)
