@@ -69,5 +69,5 @@ def finish(
             )
         branch = layer_norm(branch, norm_weight, norm_bias, eps=eps, dtype=x.dtype, backend=backend)
     if drop_path_scale is not None:
-        branch = branch * drop_path_scale.reshape(-1, *(1,) * (branch.dim() - 1))
-    return branch.to(x.dtype)
+        branch = (branch * drop_path_scale.reshape(-1, *(1,) * (branch.dim() - 1))).to(branch.dtype)
+    return branch

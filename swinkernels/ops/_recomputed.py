@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swinkernels.ops._library import any_requires_grad, is_plain
-from swinkernels.ops.layer_norm import layer_norm, norm_and_statistics, norm_gradients
+from swinkernels.ops.layer_norm import norm_and_statistics, norm_gradients, run_norm
+from swinkernels.ops.residual_layer_norm import residual_norm_gradients, run_residual
 
 
 def norm_linear(
@@ -28,9 +29,17 @@ def norm_linear(
     *,
     eps: float,
     backend: str,
-) -> Tensor:
-    """Linear(LayerNorm(x)), the norm in the dtype of the weight, of which the result is, on a backend that has it."""
-    return _run(_NormLinear, _norm_linear, (x, norm_weight, norm_bias, weight, bias), (eps, backend))
+    branch: Tensor | None = None,
+    branch_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """s = x + branch_scale * branch, or x without a branch, and Linear(LayerNorm(s)).
+
+    The norm's result has the dtype of the weight, as the branch has to have, and ``backend`` has to have that norm.
+    """
+    tensors = (x, branch, branch_scale, norm_weight, norm_bias, weight, bias)
+    is_learnt = branch_scale is not None and branch_scale.requires_grad
+    s, y = _run(_NormLinear, _norm_linear, tensors, (eps, backend), recompute=not is_learnt)
+    return x if s is None else s, y
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: str) -> Tensor:
@@ -38,8 +47,15 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
     return _run(_GeluLinear, _gelu_linear, (x, weight, bias), (approximate,))
 
 
-def _norm_linear(x, norm_weight, norm_bias, weight, bias, eps, backend):
-    z = layer_norm(x, norm_weight, norm_bias, eps=eps, dtype=weight.dtype, backend=backend)
+def _norm_linear(x, branch, branch_scale, norm_weight, norm_bias, weight, bias, eps, backend):
+    if branch is None:
+        return None, _linear_of_norm(x, norm_weight, norm_bias, weight, bias, eps, backend)
+    s, z, *_ = run_residual("residual_layer_norm", x, branch, norm_weight, norm_bias, eps, branch_scale, backend)
+    return s, F.linear(z, weight, bias)
+
+
+def _linear_of_norm(s, norm_weight, norm_bias, weight, bias, eps, backend):
+    z = run_norm(s, norm_weight, norm_bias, (), eps, weight.dtype, backend)
     return F.linear(z, weight, bias)
 
 
@@ -47,8 +63,10 @@ def _gelu_linear(x, weight, bias, approximate):
     return F.linear(F.gelu(x, approximate=approximate), weight, bias)
 
 
-def _run(function: Any, plain: Callable, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Tensor:
-    if is_plain(tensors) and any_requires_grad(tensors):
+def _run(
+    function: Any, plain: Callable, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...], recompute: bool = True
+) -> Any:
+    if recompute and is_plain(tensors) and any_requires_grad(tensors):
         return function.apply(*tensors, others)
     return plain(*tensors, *others)
 
@@ -56,7 +74,10 @@ def _run(function: Any, plain: Callable, tensors: tuple[Tensor | None, ...], oth
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Products in the dtypes of their tensors: autocast cast them before, or was off in the forward pass."""
     is_on = torch._C._is_any_autocast_enabled()
-    return torch.autocast(x.device.type, enabled=False) if is_on else contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_on else _AS_IT_IS
+
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def _linear_gradients(
@@ -68,36 +89,65 @@ def _linear_gradients(
     return dweight, rows.sum(0) if needs[1] else None
 
 
-def _differentiable_backward(plain: Callable, tensors: Sequence[Tensor | None], others, needs, dy: Tensor) -> list:
+def _differentiable_backward(
+    function: Callable, tensors: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
     """The gradients as functions of everything that they depend on, for a second derivative."""
     wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
     with torch.enable_grad(), _without_autocast(dy):
-        found = iter(torch.autograd.grad(plain(*tensors, *others), wanted, dy, create_graph=True))
+        found = iter(torch.autograd.grad(function(*tensors), wanted, dy, create_graph=True))
     return [next(found) if need else None for need in needs]
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, weight, bias, others):
-        ctx.others = others
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
+    def forward(ctx, x, branch, branch_scale, norm_weight, norm_bias, weight, bias, others):
         with _without_autocast(x):
-            return _norm_linear(x, norm_weight, norm_bias, weight, bias, *others)
+            s, y = _norm_linear(x, branch, branch_scale, norm_weight, norm_bias, weight, bias, *others)
+        ctx.others = others
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if s is None else s, branch_scale, norm_weight, norm_bias, weight, bias)
+        return s, y
 
     @staticmethod
-    def backward(ctx, dy):
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():  # create_graph=True
-            return *_differentiable_backward(_norm_linear, tensors, ctx.others, needs, dy), None
-        x, norm_weight, norm_bias, weight, _ = tensors
+    def backward(ctx, ds, dy):
+        s, branch_scale, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+        needs_x, needs_branch, _, *needs = ctx.needs_input_grad[:7]
+        needs = (needs_x or needs_branch, *needs)  # of s, the norm and the Linear layer
         eps, backend = ctx.others
-        with _without_autocast(dy):
-            z, mean, rstd = norm_and_statistics(x, norm_weight, norm_bias, eps, weight.dtype, backend)
-            of_linear = _linear_gradients(dy, z, weight, needs[3:])
-            of_norm: Any = (None,) * 3
-            if any(needs[:3]):
-                of_norm = norm_gradients(dy @ weight, x, norm_weight, norm_bias, mean, rstd, needs[:3], backend)
-        return *of_norm, *of_linear, None
+        of_parameters: Sequence[Tensor | None] = (None,) * 4
+        if dy is None:
+            dx, dbranch = ds, _branch_gradient(ds, branch_scale, weight.dtype) if needs_branch else None
+        elif torch.is_grad_enabled():  # create_graph=True
+            function = lambda s, nw, nb, w, b: _linear_of_norm(s, nw, nb, w, b, eps, backend)  # noqa: E731
+            dx, *of_parameters = _differentiable_backward(
+                function, (s, norm_weight, norm_bias, weight, bias), needs, dy
+            )
+            dx = ds if dx is None else dx if ds is None else dx + ds
+            dbranch = _branch_gradient(dx, branch_scale, weight.dtype) if needs_branch else None
+        else:
+            with _without_autocast(dy):
+                z, mean, rstd = norm_and_statistics(s, norm_weight, norm_bias, eps, weight.dtype, backend)
+                of_linear = _linear_gradients(dy, z, weight, needs[3:])
+                del z
+                dx = dbranch = None
+                of_norm: Sequence[Tensor | None] = (None, None)
+                norm = (s, norm_weight, norm_bias, mean, rstd)
+                if needs_branch:
+                    dx, dbranch, *of_norm = residual_norm_gradients(
+                        ds, dy @ weight, branch_scale, *norm, needs[1:3], backend
+                    )
+                elif any(needs[:3]):
+                    dx, *of_norm = norm_gradients(dy @ weight, *norm, needs[:3], backend)
+                    dx = dx if ds is None or dx is None else dx.add_(ds)
+                of_parameters = (*of_norm, *of_linear)
+        return dx if needs_x else None, dbranch, None, *of_parameters, None
+
+
+def _branch_gradient(ds: Tensor | None, branch_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if ds is None:
+        return None
+    return (ds if branch_scale is None else ds * branch_scale.reshape(-1, *(1,) * (ds.dim() - 1))).to(dtype)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -112,7 +162,8 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx, dy):
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            return *_differentiable_backward(_gelu_linear, tensors, ctx.others, needs, dy), None
+            function = lambda *tensors: _gelu_linear(*tensors, *ctx.others)  # noqa: E731
+            return *_differentiable_backward(function, tensors, needs, dy), None
         x, weight, _ = tensors
         (approximate,) = ctx.others
         with _without_autocast(dy):

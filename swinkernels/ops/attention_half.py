@@ -77,9 +77,10 @@ def attention_half(
             ``qkv_bias``, and ``return_attention``.
 
     Returns:
-        (B, \*S, C) in the dtype of x. An empty batch gives an empty result. Under autocast products and attention are
-        in its dtype. Differentiable in x, all parameters, tables and layer_scale, each gradient in its tensor's dtype,
-        twice with backend="torch" or "reference"; in drop_path_scale where :func:`swinkernels.residual_layer_norm` is.
+        (B, \*S, C) in the dtype of x, with residual=False in that of the products in "pre". An empty batch gives an
+        empty result. Under autocast products and attention are in its dtype. Differentiable in x, all parameters,
+        tables and layer_scale, each gradient in its tensor's dtype, twice with backend="torch" or "reference"; in
+        drop_path_scale where :func:`swinkernels.residual_layer_norm` is.
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
@@ -139,7 +140,7 @@ def attention_half(
         )  # fmt: skip
     weight, bias = cast(qkv_weight, qkv_bias, dtype)
     if norm == "pre":
-        qkv = norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps, backend=norm_backend)
+        _, qkv = norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps, backend=norm_backend)
     else:
         qkv = F.linear(x.to(dtype), weight, bias)
     out = window_attention_qkvpacked(

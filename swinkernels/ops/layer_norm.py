@@ -158,7 +158,7 @@ def layer_norm(
         return _arguments.check_eps(op, eps), *_choice(op, x, (), dtype, backend)
 
     number, written, chosen = looked_up(_KNOWN, (x, weight, bias), (eps, backend), check, dtype)
-    return _normalise_parts(x, weight, bias, (), number, written, chosen)
+    return run_norm(x, weight, bias, (), number, written, chosen)
 
 
 _KNOWN = Found()
@@ -184,10 +184,10 @@ def normalise_parts(
     requested: str,
 ) -> Tensor:
     """The norm of the parts of the tokens of x, laid out by a factor per axis of the map. ``op`` checked everything."""
-    return _normalise_parts(x, weight, bias, factor, eps, *_choice(op, x, factor, dtype, requested))
+    return run_norm(x, weight, bias, factor, eps, *_choice(op, x, factor, dtype, requested))
 
 
-def _normalise_parts(
+def run_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -196,6 +196,7 @@ def _normalise_parts(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    """The norm on a backend that has it, of arguments in normal form."""
     if backend == "torch":
         if factor:
             return fallback.normalise_parts(x, weight, bias, factor, eps=eps, dtype=dtype)

@@ -63,8 +63,8 @@ FAULTS = {
     ),
     "nn-pads-without-the-bias": Fault(
         "swinkernels/nn/window_attention.py",
-        "return self.qkv(x), self.qkv.bias",
-        "return self.qkv(x), None",
+        "        return self.qkv.bias\n",
+        "        return None if self.qkv.bias is None else 0 * self.qkv.bias\n",
         "tests/nn/test_blocks.py::test_block_is_timms",
     ),
     "adapters-timm-pads-without-the-bias": Fault(

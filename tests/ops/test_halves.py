@@ -92,6 +92,72 @@ def test_without_the_residual_connection(op, norm):
     )
 
 
+@pytest.mark.parametrize("scale", [None, DROP])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_the_half_before_is_added_first(norm, scale):
+    (x, *parameters), options = case("mlp_half", norm=norm)
+    branch = draw(*x.shape, seed=12)
+    given = {"branch": branch, "branch_scale": scale}
+    leaves = differentiable([x, branch, *parameters], options)
+    d = 1 if scale is None else scale.reshape(-1, 1, 1, 1)
+    half = swinkernels.mlp_half
+    for expected in (
+        lambda: reference.mlp_half(x, *parameters, **given, **options),
+        lambda: plain_half("mlp_half", [x + d * branch, *parameters], options),
+        lambda: half(x, *parameters, backend="reference", **given, **options),
+    ):
+        assert_same(lambda: half(x, *parameters, **given, **options), expected, leaves)
+    got = half(x, *parameters, residual=False, **given, **options)
+    torch.testing.assert_close(got, half(x + d * branch, *parameters, residual=False, **options))
+    got = torch.autograd.grad(got.sum(), [x, branch])
+    torch.testing.assert_close(got[1], got[0] * d)
+
+
+def test_a_scale_that_learns():
+    (x, *parameters), _ = case("mlp_half")
+    branch, scale = draw(*x.shape, seed=12), DROP.clone()
+    options = {"branch": branch, "branch_scale": scale, "drop_path_scale": 1 + scale}
+    assert_same(
+        lambda: swinkernels.mlp_half(x, *parameters, **options),
+        lambda: reference.mlp_half(x, *parameters, **options),
+        [x, scale, branch, *parameters],
+    )
+
+
+@pytest.mark.parametrize("dtypes", ["float32", "float16", "bfloat16", "autocast"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_around_the_kernels_of_a_gpu(norm, joined, scaled, dtypes, plain_kernels):
+    """The norms' kernels in plain PyTorch, in place of those of CUDA."""
+    dtype = torch.float32 if dtypes == "autocast" else getattr(torch, dtypes)
+    tensors, options = case("mlp_half", norm=norm, full=False)
+    tensors = [draw(*shape, seed=i) for i, shape in enumerate(s.shape for s in case("mlp_half")[0])]
+    tensors.append(draw(*tensors[0].shape, seed=12))
+    if scaled:
+        options |= {"drop_path_scale": DROP}
+
+    def half(tensors: list, function: Callable, **others: Any) -> Tensor:
+        *rest, branch = tensors
+        join = {"branch": branch, "branch_scale": options.get("drop_path_scale")} if joined else {}
+        return function(*rest, **join, **options, **others)
+
+    low = [t.to(dtype).requires_grad_() for t in tensors]
+    if joined and dtypes == "autocast":  # as the half before leaves it
+        low[-1] = low[-1].detach().bfloat16().requires_grad_()
+    wide = [t.detach().double().requires_grad_() for t in low]
+    exact = half(wide, reference.mlp_half)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtypes == "autocast"):
+        got = half(low, swinkernels.mlp_half, backend="cuda")
+    eps = torch.finfo(torch.bfloat16 if dtypes == "autocast" else dtype).eps
+    assert (got.double() - exact).norm() <= 2 * eps * exact.norm()
+    used = len(low) - (not joined)
+    gradients = torch.autograd.grad(exact.square().sum(), wide[:used])
+    for g, e, t in zip(torch.autograd.grad(got.double().square().sum(), low[:used]), gradients, low, strict=False):
+        assert g.dtype == t.dtype
+        assert (g.double() - e).norm() <= 8 * eps * e.norm()
+
+
 def test_tanh_gelu():
     tensors, _ = case("mlp_half")
     assert_same(
@@ -254,6 +320,8 @@ def changed(i: int, value: Any) -> Callable:
         ("mlp_half", lambda t, o: o.update(residual=1), TypeError, "residual must be a bool"),
         ("mlp_half", lambda t, o: o.update(eps=-1.0), ValueError, "eps must be at least 0"),
         ("mlp_half", lambda t, o: o.update(layer_scale=DROP), ValueError, r"layer_scale must be \(12,\)"),
+        ("mlp_half", lambda t, o: o.update(branch=t[0][:1]), ValueError, "branch must have the shape of x"),
+        ("mlp_half", lambda t, o: o.update(branch_scale=DROP), ValueError, "branch_scale must be None without"),
         ("mlp_half", lambda t, o: o.update(backend="cpu"), NotImplementedError, "cannot run this call"),
         ("mlp_half", lambda t, o: o.update(backend="gpu"), ValueError, "backend must be"),
         ("attention_half", changed(0, lambda x: x[0, 0]), ValueError, r"x must be \(B, \*S, C\)"),
