@@ -4,8 +4,10 @@ from swinkernels import nn, reference
 from swinkernels._version import __version__
 from swinkernels.adapters import accelerate, restore
 from swinkernels.ops import (
+    attention_half,
     decompositions,
     layer_norm,
+    mlp_half,
     patch_expanding,
     patch_merging,
     residual_layer_norm,
@@ -19,8 +21,10 @@ from swinkernels.ops import (
 __all__ = [
     "__version__",
     "accelerate",
+    "attention_half",
     "decompositions",
     "layer_norm",
+    "mlp_half",
     "nn",
     "patch_expanding",
     "patch_merging",

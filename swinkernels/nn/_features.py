@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
 
 from swinkernels.ops import _arguments
 from swinkernels.ops._backends import check_backend
@@ -69,3 +70,28 @@ def as_given(y: Tensor, size: Sequence[int] | None) -> Tensor:
 def forgive(unexpected_keys: list[str], prefix: str, names: Sequence[str]) -> None:
     """Take buffers that published modules store, and those here compute, off a checkpoint's unexpected keys."""
     unexpected_keys[:] = [key for key in unexpected_keys if key not in {prefix + name for name in names}]
+
+
+_OF_ALL_MODULES = (
+    _torch_module._global_forward_hooks,
+    _torch_module._global_forward_pre_hooks,
+    _torch_module._global_backward_hooks,
+    _torch_module._global_backward_pre_hooks,
+)
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is what its class is and its call would be missed by no hook: its work may be an op's."""
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+def all_modules_have_hooks() -> bool:
+    """Whether a hook of all modules is registered."""
+    return any(_OF_ALL_MODULES)

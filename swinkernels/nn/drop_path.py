@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -20,12 +21,15 @@ class DropPath(nn.Module):
             raise ValueError(f"DropPath: drop_prob must be in 0..1, got {drop_prob!r}")
         self.drop_prob = float(drop_prob)
 
-    def scale(self, y: Tensor) -> Tensor | None:
-        """What each sample of y is multiplied by, (B,): 0 where it is dropped, else 1 / (1 - p). None for 1."""
+    def scale(self, y: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+        """What each sample of y is multiplied by, (B,): 0 where it is dropped, else 1 / (1 - p). None for 1.
+
+        ``dtype`` is that of the branch if y is another tensor: draws depend on it on a GPU.
+        """
         if self.drop_prob == 0.0 or not self.training:
             return None
         keep = 1.0 - self.drop_prob
-        scale = y.new_empty(y.shape[0]).bernoulli_(keep)
+        scale = y.new_empty(y.shape[0], dtype=dtype).bernoulli_(keep)
         return scale.div_(keep) if keep > 0.0 else scale
 
     def forward(self, y: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swinkernels.nn._features import is_bare
+from swinkernels.ops.mlp_half import mlp_half
+
 
 class Mlp(nn.Module):
     """Linear, activation, Linear, with dropout after the last two.
@@ -39,9 +42,28 @@ class Mlp(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_features = in_features if hidden_features is None else hidden_features
         self.fc1 = nn.Linear(in_features, hidden_features, **factory)
-        self.act = act_layer()
+        self.act: Any = act_layer()
         self.fc2 = nn.Linear(hidden_features, in_features if out_features is None else out_features, **factory)
         self.drop = nn.Dropout(drop)
+
+    def is_half(self) -> bool:
+        """Whether ``mlp_half`` computes what the modules do at present: GELU, no dropout, and no hook."""
+        drop = self.drop
+        return (
+            is_bare(self.fc1, nn.Linear)
+            and is_bare(self.act, nn.GELU)
+            and is_bare(self.fc2, nn.Linear)
+            and is_bare(drop, nn.Dropout)
+            and not (drop.training and drop.p > 0.0)
+        )
+
+    def run_half(self, x: Tensor, layer_norm: nn.LayerNorm, **options: Any) -> Tensor:
+        """The half of a block around this MLP, with its norm and the other arguments of ``mlp_half``."""
+        fc1, fc2 = self.fc1, self.fc2
+        return mlp_half(
+            x, layer_norm.weight, layer_norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, eps=layer_norm.eps,
+            approximate=self.act.approximate, **options,
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swinkernels.nn._features import as_given, as_map, check_module, forgive
+from swinkernels.nn._features import all_modules_have_hooks, as_given, as_map, check_module, forgive, is_bare
 from swinkernels.nn.drop_path import DropPath
 from swinkernels.nn.mlp import Mlp
 from swinkernels.nn.window_attention import WindowAttention, WindowAttentionV2, window_per_axis
@@ -87,6 +87,17 @@ class _Block(nn.Module):
     @property
     def shift_size(self) -> tuple[int, ...]:
         return self.attn.shift_size
+
+    def _is_of_halves(self) -> bool:
+        """Whether two ops compute what the modules inside do at present."""
+        attn, mlp = self.attn, self.mlp
+        return (
+            not all_modules_have_hooks()
+            and is_bare(attn, self._ATTENTION)
+            and is_bare(mlp, Mlp)
+            and attn.is_half()
+            and mlp.is_half()
+        )
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
         """The block on a map, with the backend for norms."""
@@ -190,6 +201,10 @@ class SwinTransformerBlock(_Block):
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
         first, second = self.norm1, self.norm2
+        if self._is_of_halves():
+            y = self.attn.run_half(x, first, residual=False)
+            d, e = self.drop_path1.scale(y), self.drop_path2.scale(y)
+            return self.mlp.run_half(x, second, branch=y, branch_scale=d, drop_path_scale=e, backend=backend)
         z = layer_norm(x, first.weight, first.bias, eps=first.eps, dtype=linear_dtype(x), backend=backend)
         y = self.attn(z)
         d = self.drop_path1.scale(y)
@@ -264,6 +279,10 @@ class SwinTransformerBlockV2(_Block):
         )
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
+        if self._is_of_halves():
+            d, e = (drop_path.scale(x, linear_dtype(x)) for drop_path in (self.drop_path1, self.drop_path2))
+            s = self.attn.run_half(x, self.norm1, norm="post", drop_path_scale=d)
+            return self.mlp.run_half(s, self.norm2, norm="post", drop_path_scale=e, backend=backend)
         y = self.attn(x)
         s = self._add_normed(x, y, self.norm1, self.drop_path1, backend)
         y = self.mlp(s)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinkernels.nn._features import as_given, as_map, check_module, forgive, refuse_tracing
+from swinkernels.nn._features import as_given, as_map, check_module, forgive, is_bare, refuse_tracing
 from swinkernels.ops._arguments import PAD_ORDERS, Ints, check_choice, check_ints, check_window
 from swinkernels.ops._library import autocast_dtype
+from swinkernels.ops.attention_half import attention_half
 from swinkernels.ops.window_attention import window_attention_qkvpacked
 from swinkernels.reference.window_attention import relative_position_index
 
@@ -51,9 +52,13 @@ class _WindowAttention(nn.Module):
         self.backend: str = options["backend"]
         self.attn_drop = nn.Dropout(attn_drop)
 
+    def _qkv_bias(self) -> Tensor | None:
+        """q, k and v of a pad token."""
+        return self.qkv.bias
+
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """q, k and v of a map, and of a pad token."""
-        raise NotImplementedError
+        return self.qkv(x), self._qkv_bias()
 
     def _scores(self) -> dict[str, Any]:
         """The arguments of the op that say what the scores are."""
@@ -63,28 +68,52 @@ class _WindowAttention(nn.Module):
         """The window on a map of a size, of the full one."""
         return full
 
-    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        refuse_tracing(type(self).__name__)
-        x = as_map(type(self).__name__, x, size, self.dim, len(self.window_size))
-        axes = x.shape[1:-1]
+    def _arguments(self, axes: Sequence[int]) -> dict[str, Any]:
+        """The arguments of the op for a map of a size, but the map and what a pad token is."""
         full = (1,) * (len(axes) - len(self.window_size)) + self.window_size  # frame by frame
         window = self._window(axes, full)
         shift = (0,) * (len(axes) - len(self.shift_size)) + self.shift_size
-        qkv, pad_qkv = self._qkv(x)
-        out = window_attention_qkvpacked(
-            qkv,
-            num_heads=self.num_heads,
-            window_size=window,
+        return {
+            "num_heads": self.num_heads,
+            "window_size": window,
             # What one window covers needs no shift.
-            shift_size=tuple(0 if n <= w else s for n, w, s in zip(axes, window, shift, strict=True)),
-            table_window=None if window == full else full,
-            pad_qkv=pad_qkv,
-            pad_order=self.pad_order,
-            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
-            backend=self.backend,
+            "shift_size": tuple(0 if n <= w else s for n, w, s in zip(axes, window, shift, strict=True)),
+            "table_window": None if window == full else full,
+            "pad_order": self.pad_order,
+            "dropout_p": self.attn_drop.p if self.attn_drop.training else 0.0,
+            "backend": self.backend,
             **self._scores(),
-        )
+        }
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        refuse_tracing(type(self).__name__)
+        x = as_map(type(self).__name__, x, size, self.dim, len(self.window_size))
+        qkv, pad_qkv = self._qkv(x)
+        out = window_attention_qkvpacked(qkv, pad_qkv=pad_qkv, **self._arguments(x.shape[1:-1]))
         return as_given(self.proj_drop(self.proj(out)), size)
+
+    def is_half(self) -> bool:
+        """Whether ``attention_half`` computes what the modules do at present: no dropout and no hook.
+
+        Dropout of the weights would have to draw before stochastic depth does.
+        """
+        attn_drop, proj_drop = self.attn_drop, self.proj_drop
+        return (
+            is_bare(self.qkv, nn.Linear)
+            and is_bare(self.proj, nn.Linear)
+            and is_bare(proj_drop, nn.Dropout)
+            and not (proj_drop.training and proj_drop.p > 0.0)
+            and not (attn_drop.training and attn_drop.p > 0.0)
+        )
+
+    def run_half(self, x: Tensor, layer_norm: nn.LayerNorm, **options: Any) -> Tensor:
+        """The half of a block around this attention, with its norm and the other arguments of ``attention_half``."""
+        refuse_tracing(type(self).__name__)
+        proj, arguments = self.proj, self._arguments(x.shape[1:-1])
+        return attention_half(
+            x, layer_norm.weight, layer_norm.bias, self.qkv.weight, self._qkv_bias(), proj.weight, proj.bias,
+            eps=layer_norm.eps, **arguments, **options,
+        )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -185,9 +214,6 @@ class WindowAttention(_WindowAttention):
 
     def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
         return full if self.small_maps == "pad" else tuple(min(w, n) for w, n in zip(full, size, strict=True))
-
-    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.qkv(x), self.qkv.bias
 
     def _scores(self) -> dict[str, Any]:
         return {"bias_table": self.relative_position_bias_table, "scale": self.scale}
@@ -315,11 +341,14 @@ class WindowAttentionV2(_WindowAttention):
                 "them. Build the model with its pretrained_window_size, or drop the key to use these"
             )
 
-    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _qkv_bias(self) -> Tensor | None:
         if self.q_bias is None or self.v_bias is None:
-            return self.qkv(x), None
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        return F.linear(x, self.qkv.weight, bias), bias
+            return None
+        return torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        bias = self._qkv_bias()
+        return self.qkv(x) if bias is None else F.linear(x, self.qkv.weight, bias), bias
 
     def _scores(self) -> dict[str, Any]:
         offsets = self.relative_coords_table

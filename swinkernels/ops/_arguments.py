@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swinkernels.ops._library import autocast_dtype
 from swinkernels.window_spec import WindowSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -234,6 +235,27 @@ def check_weight(op: str, x: Tensor, weight: Any, *widths: int) -> None:
     if weight.dim() != 2 or weight.shape[1] not in widths or weight.shape[0] < 1:
         accepted = " or ".join(f"(out, {width})" for width in widths)
         raise ValueError(f"{op}: weight must be {accepted} for x of {_shape(x)}, got {_shape(weight)}")
+
+
+def check_linear(op: str, x: Tensor, name: str, weight: Any, bias: Any, shape: tuple[int | None, int]) -> None:
+    """A Linear layer ``name``, its weight of a shape (out, in) and its bias or None; None for any number of outputs.
+
+    Their dtype is that of x, or any under autocast, which casts them.
+    """
+    parameters = {f"{name}_weight": weight} | ({} if bias is None else {f"{name}_bias": bias})
+    for parameter, value in parameters.items():
+        check_tensor(op, parameter, value, x.device)
+        if value.dtype != x.dtype and autocast_dtype(x) is None:
+            raise TypeError(
+                f"{op}: {parameter} must have the dtype of x, {x.dtype}, got {value.dtype}: convert one of them, or "
+                "use autocast"
+            )
+    rows, width = shape
+    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] != (rows or weight.shape[0]):
+        expected = f"({rows or 'out'}, {width})"
+        raise ValueError(f"{op}: {name}_weight must be {expected} for x of {_shape(x)}, got {_shape(weight)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"{op}: {name}_bias must be ({weight.shape[0]},), as its weight, got {_shape(bias)}")
 
 
 def check_dtype(op: str, dtype: Any, x: Tensor) -> torch.dtype:

@@ -401,12 +401,19 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, *, key_window: tuple[int, 
 # --- norms
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, dtype: torch.dtype) -> Tensor:
-    """torch's norm in the widest of the dtypes, rounded once."""
+def widest(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[torch.dtype, Tensor | None, Tensor | None]:
+    """The widest of the dtypes of a norm that returns ``dtype``, and its parameters in it."""
     wide = torch.promote_types(x.dtype, dtype)
     for parameter in (weight, bias):
         wide = wide if parameter is None else torch.promote_types(wide, parameter.dtype)
-    weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+    return wide, None if weight is None else weight.to(wide), None if bias is None else bias.to(wide)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, dtype: torch.dtype) -> Tensor:
+    """torch's norm in the widest of the dtypes, rounded once."""
+    wide, weight, bias = widest(x, weight, bias, dtype)
     return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(dtype)
 
 

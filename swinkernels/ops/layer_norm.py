@@ -79,6 +79,41 @@ def _backward(ctx, dz, *_):
 _fwd = register("layer_norm_fwd", _fake_fwd, _setup_context, _backward)
 
 
+def norm_and_statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm with mean and rstd, outside of autograd, on the backend "cuda" or "torch"."""
+    if backend == "torch":
+        wide, weight, bias = fallback.widest(x, weight, bias, dtype)
+        z, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
+        return z.to(dtype), mean, rstd
+    with torch._C._AutoDispatchBelowAutograd():
+        return _fwd.overload(x, kernel_parameter(weight), kernel_parameter(bias), [], eps, dtype)
+
+
+def norm_gradients(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    needed: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and bias, of those that are needed, outside of autograd."""
+    if backend == "torch":
+        wide, wide_weight, wide_bias = fallback.widest(x, weight, bias, dz.dtype)
+        gradients = torch.ops.aten.native_layer_norm_backward(
+            dz.to(wide), x.to(wide), x.shape[-1:], mean, rstd, wide_weight, wide_bias, list(needed)
+        )
+        return tuple(
+            None if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, (x, weight, bias), strict=True)
+        )
+    dx, *sums = _bwd((dz, x, kernel_parameter(weight), mean, rstd), ([], *needed[1:]))
+    return dx, *parameter_gradients((weight, bias), sums, needed[1:])
+
+
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -123,7 +158,7 @@ def layer_norm(
         return _arguments.check_eps(op, eps), *_choice(op, x, (), dtype, backend)
 
     number, written, chosen = looked_up(_KNOWN, (x, weight, bias), (eps, backend), check, dtype)
-    return _normalise_parts(x, weight, bias, (), number, written, chosen)
+    return run_norm(x, weight, bias, (), number, written, chosen)
 
 
 _KNOWN = Found()
@@ -149,10 +184,10 @@ def normalise_parts(
     requested: str,
 ) -> Tensor:
     """The norm of the parts of the tokens of x, laid out by a factor per axis of the map. ``op`` checked everything."""
-    return _normalise_parts(x, weight, bias, factor, eps, *_choice(op, x, factor, dtype, requested))
+    return run_norm(x, weight, bias, factor, eps, *_choice(op, x, factor, dtype, requested))
 
 
-def _normalise_parts(
+def run_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -161,6 +196,7 @@ def _normalise_parts(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    """The norm on a backend that has it, of arguments in normal form."""
     if backend == "torch":
         if factor:
             return fallback.normalise_parts(x, weight, bias, factor, eps=eps, dtype=dtype)

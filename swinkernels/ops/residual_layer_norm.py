@@ -6,6 +6,7 @@ and ``_bwd`` (v2: the norm before it) of ``torch.ops.swinkernels``, with CUDA ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from swinkernels.ops._library import (
     register,
     register_derivative,
 )
+from swinkernels.ops.layer_norm import norm_gradients
 
 _BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
 _SAVED = "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias"
@@ -78,12 +80,40 @@ def _backward(ctx, ds, dz, *_):
     if ds is None and dz is None:
         return (None,) * 5
     s, drop_path_scale, weight, bias, mean, rstd = ctx.saved_tensors
-    ds = torch.zeros_like(s) if ds is None else ds
     dz = torch.zeros_like(s, dtype=ctx.z_dtype) if dz is None else dz
-    needs = ctx.needs_input_grad[3:5]
-    dx, dy, *sums = _bwd((ds, dz, s, drop_path_scale, weight, mean, rstd), needs)
+    norm = (s, weight, bias, mean, rstd)
+    dx, dy, *of_norm = residual_norm_gradients(ds, dz, drop_path_scale, *norm, ctx.needs_input_grad[3:5], "cuda")
+    return dx, dy, None, *of_norm
+
+
+def residual_norm_gradients(
+    ds: Tensor | None,
+    dz: Tensor,
+    drop_path_scale: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    needed: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, y, weight and bias outside of autograd, those of the parameters where they are needed.
+
+    y has the dtype of dz. ``backend`` is "cuda" or "torch"; ds is None for zeros.
+    """
+    if backend == "torch":
+        dx, *of_norm = norm_gradients(dz, s, weight, bias, mean, rstd, (True, *needed), backend)
+        assert dx is not None
+        dx = dx if ds is None else dx.add_(ds)
+        dy = dx if drop_path_scale is None else dx * drop_path_scale.reshape(-1, *(1,) * (dx.dim() - 1))
+        return dx, dy.to(dz.dtype), *of_norm
+    ds = torch.zeros_like(s) if ds is None else ds
+    if drop_path_scale is not None:
+        drop_path_scale = drop_path_scale.to(torch.float32)
+    dx, dy, *sums = _bwd((ds, dz, s, drop_path_scale, kernel_parameter(weight), mean, rstd), needed)
     is_dx = drop_path_scale is None and dz.dtype == s.dtype
-    return dx, dx if is_dx else dy, None, *parameter_gradients((weight, bias), sums, needs)
+    return dx, dx if is_dx else dy, *parameter_gradients((weight, bias), sums, needed)
 
 
 def _setup_post_context(ctx, tensors, others, output):
@@ -146,6 +176,20 @@ def _run(
 
     tensors = (x, y, weight, bias, drop_path_scale)
     eps, chosen = looked_up(_KNOWN, tensors, (op, eps, backend, learns_scale), check)
+    return run_residual(op, x, y, weight, bias, eps, drop_path_scale, chosen)
+
+
+def run_residual(
+    op: str,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    drop_path_scale: Tensor | None,
+    chosen: str,
+) -> Any:
+    """One of the two ops on a backend that has it, of arguments in normal form."""
     if chosen in PLAIN:
         plain = getattr(fallback if chosen == "torch" else reference, op)
         return plain(x, y, weight, bias, eps=eps, drop_path_scale=drop_path_scale)

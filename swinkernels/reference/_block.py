@@ -15,8 +15,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
-def add_residual(op: str, x: Tensor, branch: Tensor, drop_path_scale: Tensor | None) -> Tensor:
-    """x + drop_path_scale * branch, one factor for each sample."""
+def add_residual(
+    op: str, x: Tensor, branch: Tensor, drop_path_scale: Tensor | None, layer_scale: Tensor | None = None
+) -> Tensor:
+    """x + drop_path_scale * layer_scale * branch, one factor for each sample and one for each channel."""
     if branch.shape != x.shape:
         raise ValueError(
             f"{op}: the residual stream and the branch must have one shape, got {tuple(x.shape)} and "
@@ -24,6 +26,13 @@ def add_residual(op: str, x: Tensor, branch: Tensor, drop_path_scale: Tensor | N
         )
     wide = torch.promote_types(x.dtype, torch.float32)
     branch = branch.to(wide)
+    if layer_scale is not None:
+        if layer_scale.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{op}: layer_scale must have one value for each of the {x.shape[-1]} channels, "
+                f"got shape {tuple(layer_scale.shape)}"
+            )
+        branch = branch * layer_scale.to(wide)
     if drop_path_scale is not None:
         if drop_path_scale.shape != x.shape[:1]:
             raise ValueError(

@@ -29,14 +29,15 @@ def attention_half(
     norm: str = "pre",
     residual: bool = True,
     drop_path_scale: Tensor | None = None,
+    layer_scale: Tensor | None = None,
     **attention: Any,
 ) -> Tensor:
     r"""Layer norm, QKV projection, shifted-window attention, output projection and residual connection.
 
     .. math::
-        y = x + d \cdot proj(attention(qkv(LayerNorm(x)))) \quad \text{(pre, v1)}
+        y = x + d \, \gamma \cdot proj(attention(qkv(LayerNorm(x)))) \quad \text{(pre, v1)}
 
-        y = x + d \cdot LayerNorm(proj(attention(qkv(x)))) \quad \text{(post, v2)}
+        y = x + d \, \gamma \cdot LayerNorm(proj(attention(qkv(x)))) \quad \text{(post, v2)}
 
     The published codes pad the input of the QKV projection with zeros, so a pad token's q, k and v are ``qkv_bias``:
     in v1 a pad token is zero after the norm, not before it.
@@ -52,6 +53,7 @@ def attention_half(
         norm: "pre" (v1) or "post" (v2).
         residual: False leaves ``x +`` out; the norm stays.
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1.
         attention: the other arguments of :func:`swinkernels.window_attention`, except ``pad_qkv``, which is
             ``qkv_bias``.
 
@@ -76,4 +78,4 @@ def attention_half(
     branch = linear(branch, proj_weight, proj_bias)
     if norm == "post":
         branch = layer_norm(branch, norm_weight, norm_bias, eps=eps)
-    return add_residual(op, x if residual else x.new_zeros(x.shape), branch, drop_path_scale)
+    return add_residual(op, x if residual else x.new_zeros(x.shape), branch, drop_path_scale, layer_scale)

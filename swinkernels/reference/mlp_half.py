@@ -40,13 +40,16 @@ def mlp_half(
     approximate: str = "none",
     residual: bool = True,
     drop_path_scale: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    branch: Tensor | None = None,
+    branch_scale: Tensor | None = None,
 ) -> Tensor:
     r"""Layer norm, two linear layers with GELU between them, and residual connection.
 
     .. math::
-        y = x + d \cdot fc_2(GELU(fc_1(LayerNorm(x)))) \quad \text{(pre, v1)}
+        y = x + d \, \gamma \cdot fc_2(GELU(fc_1(LayerNorm(x)))) \quad \text{(pre, v1)}
 
-        y = x + d \cdot LayerNorm(fc_2(GELU(fc_1(x)))) \quad \text{(post, v2)}
+        y = x + d \, \gamma \cdot LayerNorm(fc_2(GELU(fc_1(x)))) \quad \text{(post, v2)}
 
     Args:
         x: (B, ..., C), any floating dtype.
@@ -58,6 +61,9 @@ def mlp_half(
         approximate: "none" for the exact GELU, "tanh" for its approximation, as in torch.nn.GELU.
         residual: False leaves ``x +`` out; the norm stays.
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1.
+        branch, branch_scale: the result of the half before, of the shape of x, and its drop_path_scale:
+            x + branch_scale * branch takes the place of x above. None for x as it is.
 
     Returns:
         (B, ..., C) in the dtype of x.
@@ -72,8 +78,10 @@ def mlp_half(
     check_norm(op, norm)
     if approximate not in APPROXIMATIONS:
         raise ValueError(f"{op}: approximate must be one of {APPROXIMATIONS}, got {approximate!r}")
-    branch = layer_norm(x, norm_weight, norm_bias, eps=eps) if norm == "pre" else x
-    branch = linear(gelu(linear(branch, fc1_weight, fc1_bias), approximate), fc2_weight, fc2_bias)
+    if branch is not None:
+        x = add_residual(op, x, branch, branch_scale)
+    y = layer_norm(x, norm_weight, norm_bias, eps=eps) if norm == "pre" else x
+    y = linear(gelu(linear(y, fc1_weight, fc1_bias), approximate), fc2_weight, fc2_bias)
     if norm == "post":
-        branch = layer_norm(branch, norm_weight, norm_bias, eps=eps)
-    return add_residual(op, x if residual else x.new_zeros(x.shape), branch, drop_path_scale)
+        y = layer_norm(y, norm_weight, norm_bias, eps=eps)
+    return add_residual(op, x if residual else x.new_zeros(x.shape), y, drop_path_scale, layer_scale)

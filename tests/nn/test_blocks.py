@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.layers import DropPath as TimmDropPath
 from timm.layers import RelPosBias
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from swinkernels import nn as sn
 from swinkernels import window_attention_qkvpacked
 from swinkernels.adapters.masks import window_index
+from swinkernels.models import SwinTransformer
 from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
 from tests.support.published_forms import ClassificationBlock, ClassificationBlockV2
 
@@ -168,9 +170,13 @@ def test_low_precision(dtype):
     assert_as_noisy(run(ours.eval().to(dtype), x), run(low, x), exact)
 
 
-def test_drop_path_and_dropout_draw_as_timm():
-    theirs = TimmBlock(16, (8, 8), 2, window_size=4, shift_size=2, drop_path=0.5).double().train()
-    ours = sn.SwinTransformerBlock(16, (8, 8), 2, 4, 2, drop_path=0.5).double().train()
+@pytest.mark.parametrize("version", [1, 2])
+def test_drop_path_and_dropout_draw_as_timm(version):
+    kind = (TimmBlock, TimmBlockV2)[version - 1]
+    theirs = kind(16, (8, 8), 2, window_size=4, shift_size=2, drop_path=0.5).double().train()
+    block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
+    ours = block(16, (8, 8), 2, 4, 2, drop_path=0.5).double().train()
+    assert ours._is_of_halves()
     randomise(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = make_map(6, 8, 8, 16, dtype=torch.float64)
@@ -180,6 +186,71 @@ def test_drop_path_and_dropout_draw_as_timm():
         results.append(module(x))
     torch.testing.assert_close(results[1], results[0])
     assert not torch.allclose(ours(x), results[0])
+
+
+def kept_storages(module: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward pass keeps for the backward pass, but those of parameters; each storage once."""
+    of_parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in of_parameters:
+            kept[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        assert module(x).requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_training_step_of_a_tiny_model_keeps_at_most_three_fifths_of_timms(version):
+    name, options = (
+        ("swin_tiny_patch4_window7_224", {}),
+        ("swinv2_tiny_window8_256", {"img_size": 256, "window_size": 8}),
+    )[version - 1]
+    ours, theirs = SwinTransformer(version=version, **options).train(), timm.create_model(name).train()
+    x = torch.randn(1, 3, *theirs.patch_embed.img_size)
+    assert kept_storages(ours, x) <= 0.6 * kept_storages(theirs, x)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
+    """Two calls for the halves and the modules one by one are the same function."""
+    block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, (9, 14), 2, 4, 2).double()
+    randomise(block)
+    x = make_map(2, 9, 14, 16, dtype=torch.float64)
+    assert block._is_of_halves()
+    expected = run(block, x)
+    for name in ("attn", "attn.qkv", "attn.proj", "attn.proj_drop", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", "mlp.drop"):
+        if name == "attn.qkv" and version == 2:
+            continue  # its bias is not the layer's, which is read and never called
+        seen = []
+        with block.get_submodule(name).register_forward_hook(lambda *_, seen=seen: seen.append(1)):
+            assert_as_good(run(block, x), expected, expected)
+        assert seen, name
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
+        assert_as_good(run(block, x), expected, expected)
+    assert block.mlp.fc2 in seen
+    nn.utils.parametrizations.weight_norm(block.mlp.fc1)
+    assert not block._is_of_halves()
+    torch.testing.assert_close(block(x), expected["out"])
+    block.mlp.act = nn.ReLU()
+    assert not torch.allclose(block(x), expected["out"])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_stochastic_depth_of_halves_in_a_checkpoint(version):
+    """A recomputation draws the same numbers as the first pass."""
+    layer = (sn.BasicLayer, sn.BasicLayerV2)[version - 1](16, (8, 8), 2, 2, 4, drop_path=0.5).double().train()
+    randomise(layer)
+    results = []
+    for layer.use_checkpoint in (False, True):
+        torch.manual_seed(3)
+        results.append(run(layer, make_map(6, 8, 8, 16, dtype=torch.float64)))
+    assert layer.blocks[0]._is_of_halves()
+    assert_as_good(results[1], results[0], results[0])
 
 
 def test_drop_path_is_timms():

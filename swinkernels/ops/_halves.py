@@ -1,0 +1,73 @@
+"""What the two halves of a Swin block share: the residual connection around a branch, and its checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swinkernels.ops import _arguments, fallback
+from swinkernels.ops.layer_norm import layer_norm
+from swinkernels.ops.residual_layer_norm import residual_post_norm
+
+NORMS = ("pre", "post")
+
+
+def check_half(
+    op: str, x: Tensor, norm: Any, residual: Any, eps: Any, drop_path_scale: Any, **of_channels: Any
+) -> float:
+    """Check what both halves take; the eps of their norm. ``of_channels`` are parameters with a value per channel."""
+    _arguments.check_choice(op, "norm", norm, NORMS)
+    if not isinstance(residual, bool):
+        raise TypeError(f"{op}: residual must be a bool, got {residual!r}")
+    _arguments.check_parameters(op, x, (x.shape[0],), drop_path_scale=drop_path_scale)
+    _arguments.check_parameters(op, x, (x.shape[-1],), **of_channels)
+    return _arguments.check_eps(op, eps)
+
+
+def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The parameters of a Linear layer as autocast hands them to it."""
+    weight = weight if weight.dtype == dtype else weight.to(dtype)
+    return weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+
+
+def scaled(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm: str) -> tuple[Tensor, Tensor | None]:
+    """The parameters of the last Linear layer of a branch, with layer scale unless a norm is in between.
+
+    As a factor of the weight's rows it needs nothing kept for its gradient.
+    """
+    if layer_scale is None or norm == "post":
+        return weight, bias
+    return weight * layer_scale[:, None], None if bias is None else bias * layer_scale
+
+
+def finish(
+    x: Tensor,
+    branch: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    *,
+    eps: float,
+    norm: str,
+    residual: bool,
+    backend: str,
+) -> Tensor:
+    """The norm of "post", and the residual connection."""
+    if norm == "pre":
+        if residual:
+            return fallback.add(x, branch, drop_path_scale)
+    else:
+        if layer_scale is not None:  # a factor of the norm's result is one of its parameters
+            norm_weight = layer_scale if norm_weight is None else norm_weight * layer_scale
+            norm_bias = None if norm_bias is None else norm_bias * layer_scale
+        if residual:
+            return residual_post_norm(
+                x, branch, norm_weight, norm_bias, eps=eps, drop_path_scale=drop_path_scale, backend=backend
+            )
+        branch = layer_norm(branch, norm_weight, norm_bias, eps=eps, dtype=x.dtype, backend=backend)
+    if drop_path_scale is not None:
+        branch = (branch * drop_path_scale.reshape(-1, *(1,) * (branch.dim() - 1))).to(branch.dtype)
+    return branch

@@ -1,0 +1,174 @@
+"""Linear layers behind a norm or GELU whose input is computed again in the backward pass instead of being kept.
+
+Eager PyTorch keeps the input of a norm or of GELU and also its result, which the Linear behind it reads. Both are cheap
+beside the products: here the input alone is kept. A compiler decides by itself what is computed again, and transforms
+have their own rules, so outside of plain eager calls these functions are the operations that they stand for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swinkernels.ops._library import any_requires_grad, is_plain
+from swinkernels.ops.layer_norm import norm_and_statistics, norm_gradients, run_norm
+from swinkernels.ops.residual_layer_norm import residual_norm_gradients, run_residual
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    backend: str,
+    branch: Tensor | None = None,
+    branch_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """s = x + branch_scale * branch, or x without a branch, and Linear(LayerNorm(s)).
+
+    The norm's result has the dtype of the weight, as the branch has to have, and ``backend`` has to have that norm.
+    """
+    tensors = (x, branch, branch_scale, norm_weight, norm_bias, weight, bias)
+    is_learnt = branch_scale is not None and branch_scale.requires_grad
+    s, y = _run(_NormLinear, _norm_linear, tensors, (eps, backend), recompute=not is_learnt)
+    return x if s is None else s, y
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: str) -> Tensor:
+    """Linear(GELU(x)), all in one dtype."""
+    return _run(_GeluLinear, _gelu_linear, (x, weight, bias), (approximate,))
+
+
+def _norm_linear(x, branch, branch_scale, norm_weight, norm_bias, weight, bias, eps, backend):
+    if branch is None:
+        return None, _linear_of_norm(x, norm_weight, norm_bias, weight, bias, eps, backend)
+    s, z, *_ = run_residual("residual_layer_norm", x, branch, norm_weight, norm_bias, eps, branch_scale, backend)
+    return s, F.linear(z, weight, bias)
+
+
+def _linear_of_norm(s, norm_weight, norm_bias, weight, bias, eps, backend):
+    z = run_norm(s, norm_weight, norm_bias, (), eps, weight.dtype, backend)
+    return F.linear(z, weight, bias)
+
+
+def _gelu_linear(x, weight, bias, approximate):
+    return F.linear(F.gelu(x, approximate=approximate), weight, bias)
+
+
+def _run(
+    function: Any, plain: Callable, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...], recompute: bool = True
+) -> Any:
+    if recompute and is_plain(tensors) and any_requires_grad(tensors):
+        return function.apply(*tensors, others)
+    return plain(*tensors, *others)
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Products in the dtypes of their tensors: autocast cast them before, or was off in the forward pass."""
+    is_on = torch._C._is_any_autocast_enabled()
+    return torch.autocast(x.device.type, enabled=False) if is_on else _AS_IT_IS
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def _linear_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias of a Linear layer, of those that are needed."""
+    rows = dy.reshape(-1, dy.shape[-1])
+    dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[0] else None
+    return dweight, rows.sum(0) if needs[1] else None
+
+
+def _differentiable_backward(
+    function: Callable, tensors: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """The gradients as functions of everything that they depend on, for a second derivative."""
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+    with torch.enable_grad(), _without_autocast(dy):
+        found = iter(torch.autograd.grad(function(*tensors), wanted, dy, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, branch, branch_scale, norm_weight, norm_bias, weight, bias, others):
+        with _without_autocast(x):
+            s, y = _norm_linear(x, branch, branch_scale, norm_weight, norm_bias, weight, bias, *others)
+        ctx.others = others
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if s is None else s, branch_scale, norm_weight, norm_bias, weight, bias)
+        return s, y
+
+    @staticmethod
+    def backward(ctx, ds, dy):
+        s, branch_scale, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+        needs_x, needs_branch, _, *needs = ctx.needs_input_grad[:7]
+        needs = (needs_x or needs_branch, *needs)  # of s, the norm and the Linear layer
+        eps, backend = ctx.others
+        of_parameters: Sequence[Tensor | None] = (None,) * 4
+        if dy is None:
+            dx, dbranch = ds, _branch_gradient(ds, branch_scale, weight.dtype) if needs_branch else None
+        elif torch.is_grad_enabled():  # create_graph=True
+            function = lambda s, nw, nb, w, b: _linear_of_norm(s, nw, nb, w, b, eps, backend)  # noqa: E731
+            dx, *of_parameters = _differentiable_backward(
+                function, (s, norm_weight, norm_bias, weight, bias), needs, dy
+            )
+            dx = ds if dx is None else dx if ds is None else dx + ds
+            dbranch = _branch_gradient(dx, branch_scale, weight.dtype) if needs_branch else None
+        else:
+            with _without_autocast(dy):
+                z, mean, rstd = norm_and_statistics(s, norm_weight, norm_bias, eps, weight.dtype, backend)
+                of_linear = _linear_gradients(dy, z, weight, needs[3:])
+                del z
+                dx = dbranch = None
+                of_norm: Sequence[Tensor | None] = (None, None)
+                norm = (s, norm_weight, norm_bias, mean, rstd)
+                if needs_branch:
+                    dx, dbranch, *of_norm = residual_norm_gradients(
+                        ds, dy @ weight, branch_scale, *norm, needs[1:3], backend
+                    )
+                elif any(needs[:3]):
+                    dx, *of_norm = norm_gradients(dy @ weight, *norm, needs[:3], backend)
+                    dx = dx if ds is None or dx is None else dx.add_(ds)
+                of_parameters = (*of_norm, *of_linear)
+        return dx if needs_x else None, dbranch, None, *of_parameters, None
+
+
+def _branch_gradient(ds: Tensor | None, branch_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if ds is None:
+        return None
+    return (ds if branch_scale is None else ds * branch_scale.reshape(-1, *(1,) * (ds.dim() - 1))).to(dtype)
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, others):
+        ctx.others = others
+        ctx.save_for_backward(x, weight, bias)
+        with _without_autocast(x):
+            return _gelu_linear(x, weight, bias, *others)
+
+    @staticmethod
+    def backward(ctx, dy):
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            function = lambda *tensors: _gelu_linear(*tensors, *ctx.others)  # noqa: E731
+            return *_differentiable_backward(function, tensors, needs, dy), None
+        x, weight, _ = tensors
+        (approximate,) = ctx.others
+        with _without_autocast(dy):
+            activated = F.gelu(x, approximate=approximate) if needs[1] else x
+            of_linear = _linear_gradients(dy, activated, weight, needs[1:])
+            del activated
+            dx = torch.ops.aten.gelu_backward(dy @ weight, x, approximate=approximate) if needs[0] else None
+        return dx, *of_linear, None

@@ -1,0 +1,155 @@
+"""The attention half of a Swin block: the public function.
+
+A composition of the ops of the norm and of window attention, torch's products and :mod:`swinkernels.ops._recomputed`;
+it has no op of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from swinkernels import reference
+from swinkernels.ops import _arguments
+from swinkernels.ops._arguments import Ints
+from swinkernels.ops._backends import backend_beside, choose, norm_reasons
+from swinkernels.ops._halves import cast, check_half, finish, scaled
+from swinkernels.ops._library import Found, autocast_dtype, linear_dtype, looked_up
+from swinkernels.ops._recomputed import norm_linear
+from swinkernels.ops.window_attention import spec_of, window_attention_qkvpacked, window_attention_reasons
+
+_KNOWN = Found()
+_TABLES = ("bias", "logit_scale", "region_map")  # of window attention's, beside bias_table
+
+
+def attention_half(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    bias_table: Tensor | None = None,
+    *,
+    num_heads: int,
+    window_size: Ints,
+    eps: float = 1e-5,
+    norm: str = "pre",
+    residual: bool = True,
+    drop_path_scale: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    backend: str = "auto",
+    **attention: Any,
+) -> Tensor:
+    r"""Layer norm, QKV projection, shifted-window attention, output projection and residual connection.
+
+    .. math::
+        y = x + d \, \gamma \cdot proj(attention(qkv(LayerNorm(x)))) \quad \text{(pre, v1)}
+
+        y = x + d \, \gamma \cdot LayerNorm(proj(attention(qkv(x)))) \quad \text{(post, v2)}
+
+    The published codes pad the input of the QKV projection with zeros, so a pad token's q, k and v are ``qkv_bias``:
+    in v1 a pad token is zero after the norm, not before it.
+
+    For the backward pass it keeps x, q, k, v, what window attention keeps, and the input of proj, in "post" also its
+    result; the norm of "pre" is computed again. A compiler decides that by itself.
+
+    Args:
+        x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16 or float64 (torch and reference only).
+        norm_weight, norm_bias: (C,), or None for 1 and 0, any floating dtype.
+        qkv_weight, qkv_bias: (3A, C) and (3A,) or None, A = num_heads * head_dim, in the dtype of x, or any under
+            autocast; rows are (3, num_heads, head_dim).
+        proj_weight, proj_bias: (C, A) and (C,) or None, likewise.
+        bias_table: relative position bias, (prod(2 * window - 1), num_heads).
+        num_heads, window_size: as for :func:`swinkernels.window_attention_qkvpacked`.
+        eps: of the norm.
+        norm: "pre" (v1) or "post" (v2).
+        residual: False leaves ``x +`` out; the norm stays.
+        drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. In "pre" it multiplies the
+            weight of proj, in that dtype, before the product.
+        backend: of the attention, as for :func:`swinkernels.window_attention_qkvpacked`, and of the norm, which is on
+            "auto" beside a backend that has no norm. Products are torch's but in the reference.
+        attention: the other arguments of :func:`swinkernels.window_attention_qkvpacked`, except ``pad_qkv``, which is
+            ``qkv_bias``, and ``return_attention``.
+
+    Returns:
+        (B, \*S, C) in the dtype of x, with residual=False in that of the products in "pre". An empty batch gives an
+        empty result. Under autocast products and attention are in its dtype. Differentiable in x, all parameters,
+        tables and layer_scale, each gradient in its tensor's dtype, twice with backend="torch" or "reference"; in
+        drop_path_scale where :func:`swinkernels.residual_layer_norm` is.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        NotImplementedError: the requested backend cannot run this call, with the reasons.
+
+    Source: Swin Transformer (Liu et al., 2021), equation 3; Swin Transformer V2 (Liu et al., 2022), section 3.2; first
+    line of ``forward`` in the blocks of timm, torchvision and MONAI.
+    """
+    generator = attention.pop("generator", None)
+
+    def check() -> tuple[float, str]:
+        op = "attention_half"
+        _arguments.check_features(op, "x", x)
+        number = check_half(
+            op, x, norm, residual, eps, drop_path_scale, norm_weight=norm_weight, norm_bias=norm_bias,
+            layer_scale=layer_scale,
+        )  # fmt: skip
+        for name, instead in (("pad_qkv", "qkv_bias is what a pad token has"), ("return_attention", "call the op")):
+            if name in attention:
+                raise ValueError(f"{op}: {name} cannot be given here, got {attention[name]!r}: {instead}")
+        heads = _arguments.check_count(op, "num_heads", num_heads)
+        channels = x.shape[-1]
+        _arguments.check_linear(op, x, "qkv", qkv_weight, qkv_bias, (None, channels))
+        if qkv_weight.shape[0] % (3 * heads) != 0:
+            raise ValueError(
+                f"{op}: qkv_weight must have 3 * num_heads * head_dim rows, a multiple of {3 * heads} for "
+                f"num_heads={heads}, got shape {tuple(qkv_weight.shape)}"
+            )
+        width = qkv_weight.shape[0] // 3
+        _arguments.check_linear(op, x, "proj", proj_weight, proj_bias, (channels, width))
+        spec = spec_of(
+            op, x, x.shape[1:-1], width // heads, num_heads=heads, window_size=window_size, bias_table=bias_table,
+            **attention,
+        )  # fmt: skip
+        between = linear_dtype(x)
+        choose(op, backend, x.device, lambda b: window_attention_reasons(b, spec, between, x.device))
+        dtypes = (x.dtype, between) if norm == "pre" else (between, x.dtype)
+
+        def of_norm(b: str) -> list[str]:
+            return norm_reasons(b, "layer_norm", channels, dtypes, x.device)
+
+        return number, choose("layer_norm", backend_beside("layer_norm", backend), x.device, of_norm)
+
+    tensors = (
+        x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, bias_table, drop_path_scale,
+        layer_scale, *map(attention.get, _TABLES),
+    )  # fmt: skip
+    dtype = linear_dtype(x)
+    rest = tuple(item for item in sorted(attention.items()) if item[0] not in _TABLES)
+    options = (num_heads, window_size, eps, norm, residual, backend, rest)
+    eps, norm_backend = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
+    if backend == "reference":
+        return reference.attention_half(
+            x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, bias_table, num_heads=num_heads,
+            window_size=window_size, eps=eps, norm=norm, residual=residual, drop_path_scale=drop_path_scale,
+            layer_scale=layer_scale, generator=generator, **attention,
+        )  # fmt: skip
+    weight, bias = cast(qkv_weight, qkv_bias, dtype)
+    if norm == "pre":
+        _, qkv = norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps, backend=norm_backend)
+    else:
+        qkv = F.linear(x.to(dtype), weight, bias)
+    out = window_attention_qkvpacked(
+        qkv, bias_table, num_heads=num_heads, window_size=window_size, pad_qkv=qkv_bias, generator=generator,
+        backend=backend, **attention,
+    )  # fmt: skip
+    weight, bias = cast(*scaled(proj_weight, proj_bias, layer_scale, norm), dtype)
+    branch = F.linear(out, weight, bias)
+    return finish(
+        x, branch, norm_weight, norm_bias, layer_scale, drop_path_scale, eps=eps, norm=norm, residual=residual,
+        backend=backend_beside("residual_layer_norm", backend),
+    )  # fmt: skip

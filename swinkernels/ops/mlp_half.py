@@ -1,0 +1,143 @@
+"""The MLP half of a Swin block: the public function.
+
+A composition of the norm's op, torch's products and :mod:`swinkernels.ops._recomputed`; it has no op of its own.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from swinkernels import reference
+from swinkernels.ops import _arguments, fallback
+from swinkernels.ops._backends import choose, norm_reasons, residual_reasons
+from swinkernels.ops._halves import cast, check_half, finish, scaled
+from swinkernels.ops._library import Found, autocast_dtype, linear_dtype, looked_up
+from swinkernels.ops._recomputed import gelu_linear, norm_linear
+
+_APPROXIMATIONS = ("none", "tanh")
+_KNOWN = Found()
+
+
+def mlp_half(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    norm: str = "pre",
+    approximate: str = "none",
+    residual: bool = True,
+    drop_path_scale: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    branch: Tensor | None = None,
+    branch_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Layer norm, two linear layers with GELU between them, and residual connection.
+
+    .. math::
+        y = x + d \, \gamma \cdot fc_2(GELU(fc_1(LayerNorm(x)))) \quad \text{(pre, v1)}
+
+        y = x + d \, \gamma \cdot LayerNorm(fc_2(GELU(fc_1(x)))) \quad \text{(post, v2)}
+
+    For the backward pass it keeps x and the result of fc1, and in "post" that of fc2; the norm of "pre" and GELU are
+    computed again. A compiler decides that by itself.
+
+    Args:
+        x: (B, ..., C), float32, float16, bfloat16 or float64 (torch and reference only).
+        norm_weight, norm_bias: (C,), or None for 1 and 0, any floating dtype.
+        fc1_weight, fc1_bias: (hidden, C) and (hidden,) or None, in the dtype of x, or any under autocast.
+        fc2_weight, fc2_bias: (C, hidden) and (C,) or None, likewise.
+        eps: of the norm.
+        norm: "pre" (v1) or "post" (v2).
+        approximate: "none" for the exact GELU, "tanh" for its approximation, as in torch.nn.GELU.
+        residual: False leaves ``x +`` out; the norm stays.
+        drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+        layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. In "pre" it multiplies the
+            weight of fc2, in that dtype, before the product.
+        branch, branch_scale: the result of the half before, of the shape of x, and its drop_path_scale, (B,) or None:
+            x + branch_scale * branch takes the place of x above, added in one pass with the norm of "pre" if it has
+            the dtype of the products. None for x as it is.
+        backend: of the norm, "auto", "cuda", "torch" or "reference"; products are torch's but in the reference.
+
+    Returns:
+        (B, ..., C) in the dtype of x, with residual=False in that of the products in "pre". An empty batch gives an
+        empty result. Under autocast the products are in its dtype. Differentiable in x, branch, all parameters and
+        layer_scale, each gradient in its tensor's dtype, twice with backend="torch" or "reference"; in the two scales
+        where :func:`swinkernels.residual_layer_norm` is.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        NotImplementedError: the requested backend cannot run this call, with the reasons.
+
+    Source: Swin Transformer (Liu et al., 2021), equation 3; Swin Transformer V2 (Liu et al., 2022), section 3.2; second
+    line of ``forward`` in the blocks of timm, torchvision and MONAI.
+    """
+
+    def check() -> tuple[float, str]:
+        op = "mlp_half"
+        _arguments.check_rows(op, "x", x, batched=True)
+        number = check_half(
+            op, x, norm, residual, eps, drop_path_scale, norm_weight=norm_weight, norm_bias=norm_bias,
+            layer_scale=layer_scale,
+        )  # fmt: skip
+        if branch is not None:
+            _arguments.check_rows(op, "branch", branch, batched=True)
+            _arguments.check_device(op, "branch", branch, x.device)
+            if branch.shape != x.shape:
+                raise ValueError(
+                    f"{op}: branch must have the shape of x, {tuple(x.shape)}, got shape {tuple(branch.shape)}"
+                )
+        elif branch_scale is not None:
+            raise ValueError(f"{op}: branch_scale must be None without a branch, whose factor it is")
+        _arguments.check_parameters(op, x, (x.shape[0],), branch_scale=branch_scale)
+        _arguments.check_choice(op, "approximate", approximate, _APPROXIMATIONS)
+        channels = x.shape[-1]
+        _arguments.check_linear(op, x, "fc1", fc1_weight, fc1_bias, (None, channels))
+        _arguments.check_linear(op, x, "fc2", fc2_weight, fc2_bias, (channels, fc1_weight.shape[0]))
+        between = linear_dtype(x)
+
+        def reasons(b: str) -> list[str]:
+            if residual if norm == "post" else is_summed:
+                return residual_reasons(b, channels, (x.dtype, between), x.device)
+            dtypes = (x.dtype, between) if norm == "pre" else (between, x.dtype)
+            return norm_reasons(b, "layer_norm", channels, dtypes, x.device)
+
+        return number, choose(op, backend, x.device, reasons)
+
+    dtype = linear_dtype(x)
+    # The kernel that adds and normalises takes this dtype alone, and has no gradient of the scale.
+    learns_scale = getattr(branch_scale, "requires_grad", False)
+    is_summed = norm == "pre" and not learns_scale and getattr(branch, "dtype", None) == dtype
+    tensors = (
+        x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, drop_path_scale, layer_scale, branch,
+        branch_scale,
+    )  # fmt: skip
+    options = (eps, norm, approximate, residual, backend, learns_scale)
+    eps, chosen = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
+    if chosen == "reference":
+        return reference.mlp_half(
+            x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps=eps, norm=norm,
+            approximate=approximate, residual=residual, drop_path_scale=drop_path_scale, layer_scale=layer_scale,
+            branch=branch, branch_scale=branch_scale,
+        )  # fmt: skip
+    if branch is not None and not is_summed:
+        x, branch, branch_scale = fallback.add(x, branch, branch_scale), None, None
+    weight, bias = cast(fc1_weight, fc1_bias, dtype)
+    if norm == "pre":
+        x, hidden = norm_linear(
+            x, norm_weight, norm_bias, weight, bias, eps=eps, backend=chosen, branch=branch, branch_scale=branch_scale
+        )
+    else:
+        hidden = F.linear(x.to(dtype), weight, bias)
+    weight, bias = cast(*scaled(fc2_weight, fc2_bias, layer_scale, norm), dtype)
+    y = gelu_linear(hidden, weight, bias, approximate=approximate)
+    return finish(
+        x, y, norm_weight, norm_bias, layer_scale, drop_path_scale, eps=eps, norm=norm, residual=residual,
+        backend=backend,
+    )  # fmt: skip

@@ -1,0 +1,383 @@
+"""The halves of a block beside the reference and torch's modules, and the bytes that they keep for backward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import swinkernels
+from swinkernels import reference
+from tests.support.side_by_side import assert_same, draw
+
+C, HEADS, HIDDEN = 12, 3, 20
+DROP = torch.tensor([0.0, 1.25], dtype=torch.float64)
+OPS = ("attention_half", "mlp_half")
+
+
+def case(op: str, size: tuple[int, ...] = (6, 7), *, norm: str = "pre", full: bool = True) -> tuple[list, dict]:
+    """Arguments in float64: the tensors of a half in order, and its other arguments."""
+    shapes = {"attention_half": (3 * C, C, C), "mlp_half": (HIDDEN, C, HIDDEN)}[op]
+    rows, width, inner = shapes
+    tensors = [
+        draw(2, *size, C), 1 + 0.3 * draw(C, seed=3), draw(C, seed=4), 0.4 * draw(rows, width, seed=5),
+        draw(rows, seed=6), 0.4 * draw(C, inner, seed=7), draw(C, seed=8),
+    ]  # fmt: skip
+    options: dict[str, Any] = {"norm": norm}
+    if op == "attention_half":
+        window = (2, 3, 4)[-len(size) :]
+        options |= {"num_heads": HEADS, "window_size": window, "shift_size": tuple(w // 2 for w in window)}
+        rows = 1
+        for w in window:
+            rows *= 2 * w - 1
+        tensors.append(draw(rows, HEADS, seed=9))
+        if norm == "post":
+            options["logit_scale"] = 2 + draw(HEADS, seed=10)
+    if full:
+        options |= {"drop_path_scale": DROP, "layer_scale": draw(C, seed=11)}
+    else:
+        tensors[1] = tensors[2] = tensors[4] = tensors[6] = None
+    return tensors, options
+
+
+def differentiable(tensors: list, options: dict) -> list[Tensor]:
+    named = [options.get(name) for name in ("layer_scale", "logit_scale")]
+    return [t for t in (*tensors, *named) if t is not None]
+
+
+def plain_half(op: str, tensors: list, options: dict) -> Tensor:
+    """The half of torch's own functions around window attention, as published blocks have it."""
+    x, norm_weight, norm_bias, first, first_bias, last, last_bias, *table = tensors
+    options = dict(options)
+    norm, d, gamma = options.pop("norm"), options.pop("drop_path_scale", None), options.pop("layer_scale", None)
+    y = F.layer_norm(x, (C,), norm_weight, norm_bias) if norm == "pre" else x
+    y = F.linear(y, first, first_bias)
+    if op == "mlp_half":
+        y = F.gelu(y)
+    else:
+        y = swinkernels.window_attention_qkvpacked(y, *table, pad_qkv=first_bias, backend="torch", **options)
+    y = F.linear(y, last, last_bias)
+    y = F.layer_norm(y, (C,), norm_weight, norm_bias) if norm == "post" else y
+    y = y if gamma is None else gamma * y
+    return x + (y if d is None else y * d.reshape(-1, *(1,) * (x.dim() - 1)))
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "bare"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("size", [(6, 8), (6, 7), (3, 6, 7)], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_output_and_every_gradient(op, size, norm, full):
+    tensors, options = case(op, size, norm=norm, full=full)
+    half, leaves = getattr(swinkernels, op), differentiable(tensors, options)
+    expected: Callable[[], Tensor]
+    for expected in (lambda: getattr(reference, op)(*tensors, **options), lambda: plain_half(op, tensors, options)):
+        assert_same(lambda: half(*tensors, **options), expected, leaves)
+        assert_same(lambda: half(*tensors, backend="reference", **options), expected, leaves)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("op", OPS)
+def test_without_the_residual_connection(op, norm):
+    tensors, options = case(op, norm=norm)
+    half = getattr(swinkernels, op)
+    assert_same(
+        lambda: tensors[0] + half(*tensors, residual=False, **options),
+        lambda: half(*tensors, **options),
+        differentiable(tensors, options),
+    )
+
+
+@pytest.mark.parametrize("scale", [None, DROP])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_the_half_before_is_added_first(norm, scale):
+    (x, *parameters), options = case("mlp_half", norm=norm)
+    branch = draw(*x.shape, seed=12)
+    given = {"branch": branch, "branch_scale": scale}
+    leaves = differentiable([x, branch, *parameters], options)
+    d = 1 if scale is None else scale.reshape(-1, 1, 1, 1)
+    half = swinkernels.mlp_half
+    for expected in (
+        lambda: reference.mlp_half(x, *parameters, **given, **options),
+        lambda: plain_half("mlp_half", [x + d * branch, *parameters], options),
+        lambda: half(x, *parameters, backend="reference", **given, **options),
+    ):
+        assert_same(lambda: half(x, *parameters, **given, **options), expected, leaves)
+    got = half(x, *parameters, residual=False, **given, **options)
+    torch.testing.assert_close(got, half(x + d * branch, *parameters, residual=False, **options))
+    got = torch.autograd.grad(got.sum(), [x, branch])
+    torch.testing.assert_close(got[1], got[0] * d)
+
+
+def test_a_scale_that_learns():
+    (x, *parameters), _ = case("mlp_half")
+    branch, scale = draw(*x.shape, seed=12), DROP.clone()
+    options = {"branch": branch, "branch_scale": scale, "drop_path_scale": 1 + scale}
+    assert_same(
+        lambda: swinkernels.mlp_half(x, *parameters, **options),
+        lambda: reference.mlp_half(x, *parameters, **options),
+        [x, scale, branch, *parameters],
+    )
+
+
+@pytest.mark.parametrize("dtypes", ["float32", "float16", "bfloat16", "autocast"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_around_the_kernels_of_a_gpu(norm, joined, scaled, dtypes, plain_kernels):
+    """The norms' kernels in plain PyTorch, in place of those of CUDA."""
+    dtype = torch.float32 if dtypes == "autocast" else getattr(torch, dtypes)
+    tensors, options = case("mlp_half", norm=norm, full=False)
+    tensors = [draw(*shape, seed=i) for i, shape in enumerate(s.shape for s in case("mlp_half")[0])]
+    tensors.append(draw(*tensors[0].shape, seed=12))
+    if scaled:
+        options |= {"drop_path_scale": DROP}
+
+    def half(tensors: list, function: Callable, **others: Any) -> Tensor:
+        *rest, branch = tensors
+        join = {"branch": branch, "branch_scale": options.get("drop_path_scale")} if joined else {}
+        return function(*rest, **join, **options, **others)
+
+    low = [t.to(dtype).requires_grad_() for t in tensors]
+    if joined and dtypes == "autocast":  # as the half before leaves it
+        low[-1] = low[-1].detach().bfloat16().requires_grad_()
+    wide = [t.detach().double().requires_grad_() for t in low]
+    exact = half(wide, reference.mlp_half)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtypes == "autocast"):
+        got = half(low, swinkernels.mlp_half, backend="cuda")
+    eps = torch.finfo(torch.bfloat16 if dtypes == "autocast" else dtype).eps
+    assert (got.double() - exact).norm() <= 2 * eps * exact.norm()
+    used = len(low) - (not joined)
+    gradients = torch.autograd.grad(exact.square().sum(), wide[:used])
+    for g, e, t in zip(torch.autograd.grad(got.double().square().sum(), low[:used]), gradients, low, strict=False):
+        assert g.dtype == t.dtype
+        assert (g.double() - e).norm() <= 8 * eps * e.norm()
+
+
+def test_tanh_gelu():
+    tensors, _ = case("mlp_half")
+    assert_same(
+        lambda: swinkernels.mlp_half(*tensors, approximate="tanh"),
+        lambda: reference.mlp_half(*tensors, approximate="tanh"),
+        tensors,
+    )
+    assert not torch.allclose(swinkernels.mlp_half(*tensors), swinkernels.mlp_half(*tensors, approximate="tanh"))
+
+
+@pytest.mark.parametrize("frozen", range(7))
+@pytest.mark.parametrize("op", OPS)
+def test_one_tensor_without_a_gradient(op, frozen):
+    """What is not asked for is None, and leaves the others as they are."""
+    tensors, options = case(op)
+    leaves = [t.requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(getattr(reference, op)(*tensors, **options).sum(), leaves)
+    leaves[frozen].requires_grad_(False)
+    rest = [leaf for leaf in leaves if leaf.requires_grad]
+    got = torch.autograd.grad(getattr(swinkernels, op)(*tensors, **options).sum(), rest)
+    torch.testing.assert_close(got, tuple(g for i, g in enumerate(expected) if i != frozen))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_second_derivative(op):
+    tensors, options = case(op, (2, 3))
+    tensors[0].requires_grad_(), tensors[3].requires_grad_()
+    options |= {"backend": "torch"}
+
+    def seconds(half: Callable) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(half(*tensors, **options).square().sum(), tensors[0], create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), [tensors[0], tensors[3]])
+
+    got = seconds(getattr(swinkernels, op))
+    options["backend"] = "reference"
+    torch.testing.assert_close(got, seconds(getattr(swinkernels, op)))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_transforms(op):
+    tensors, options = case(op, (2, 3))
+    x, *rest = tensors
+    half = lambda x: getattr(swinkernels, op)(x, *rest, backend="torch", **options)  # noqa: E731
+    exact = lambda x: getattr(reference, op)(x, *rest, **options)  # noqa: E731
+    tangent = draw(*x.shape, seed=20)
+    torch.testing.assert_close(torch.func.jvp(half, (x,), (tangent,)), torch.func.jvp(exact, (x,), (tangent,)))
+    sums = [torch.func.grad(lambda x, f=f: f(x).square().sum())(x) for f in (half, exact)]
+    torch.testing.assert_close(*sums)
+    stacked = torch.stack([x, 2 * x])
+    torch.testing.assert_close(torch.func.vmap(half)(stacked), torch.stack([half(x), half(2 * x)]))
+
+
+def low_and_exact(op: str, tensors: list, options: dict, dtype: torch.dtype) -> tuple[list, dict, Tensor, tuple]:
+    """The arguments in a dtype, as leaves, and the reference's output and gradients on the same numbers."""
+    low = [t.to(dtype).requires_grad_() for t in tensors]
+    low_options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+    wide = [t.detach().double().requires_grad_() for t in low]
+    wide_options = {k: v.double() if isinstance(v, Tensor) else v for k, v in low_options.items()}
+    exact = getattr(reference, op)(*wide, **wide_options)
+    return low, low_options, exact, torch.autograd.grad(exact.square().sum(), wide)
+
+
+def assert_close_enough(got: Tensor, low: list, exact: Tensor, gradients: tuple, eps: float) -> None:
+    assert (got.double() - exact).norm() <= 2 * eps * exact.norm()
+    for g, e, leaf in zip(torch.autograd.grad(got.double().square().sum(), low), gradients, low, strict=True):
+        assert g.dtype == leaf.dtype
+        assert (g.double() - e).norm() <= 6 * eps * e.norm()
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("op", OPS)
+def test_autocast(op, norm):
+    """Products in bfloat16; a backward pass inside of autocast is the same as one outside."""
+    low, options, exact, gradients = low_and_exact(op, *case(op, norm=norm), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = getattr(swinkernels, op)(*low, **options)
+        inside = torch.autograd.grad(got.sum(), low, retain_graph=True)
+    assert got.dtype == torch.float32
+    assert (got.double() - exact).norm() > 0.05 * torch.finfo(torch.bfloat16).eps * exact.norm()
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), low, retain_graph=True), inside, rtol=0, atol=0)
+    assert_close_enough(got, low, exact, gradients, torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_low_precision(op, dtype):
+    low, options, exact, gradients = low_and_exact(op, *case(op), dtype)
+    got = getattr(swinkernels, op)(*low, **options)
+    assert got.dtype == dtype
+    assert_close_enough(got, low, exact, gradients, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_compile_in_one_graph(op, dynamic):
+    tensors, options = case(op)
+    compiled = torch.compile(
+        lambda *tensors: getattr(swinkernels, op)(*tensors, **options),
+        fullgraph=True, backend="aot_eager", dynamic=dynamic,
+    )  # fmt: skip
+    options.pop("drop_path_scale")
+    assert_same(
+        lambda: compiled(*tensors),
+        lambda: getattr(reference, op)(*tensors, **options),
+        tensors,
+    )
+
+
+class Half(nn.Module):
+    """A half as a module, for exporters."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        (_, *parameters), self.options = case(op)
+        self.op = op
+        self.parameters_of_half = nn.ParameterList([nn.Parameter(p.float()) for p in parameters])
+        self.options = {k: v for k, v in self.options.items() if not isinstance(v, Tensor)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(swinkernels, self.op)(x, *self.parameters_of_half, **self.options)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_export_and_deepcopy(op):
+    module, x = Half(op), draw(2, 6, 7, C).float()
+    expected = module(x)
+    torch.testing.assert_close(copy.deepcopy(module)(x), expected)
+    program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
+    torch.testing.assert_close(program.module()(x), expected)
+    torch.testing.assert_close(program.module()(torch.cat([x, x])), torch.cat([expected, expected]))
+
+
+def test_an_empty_batch():
+    for op in OPS:
+        (x, *rest), options = case(op, full=False)
+        x = x[:0].requires_grad_()
+        out = getattr(swinkernels, op)(x, *rest, **options)
+        assert out.shape == x.shape
+        assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+
+
+def changed(i: int, value: Any) -> Callable:
+    return lambda tensors, options: tensors.__setitem__(i, value(tensors[i]))
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "error", "message"),
+    [
+        ("mlp_half", changed(0, lambda x: x.long()), TypeError, "x must be float32"),
+        ("mlp_half", changed(3, lambda w: w.float()), TypeError, "fc1_weight must have the dtype of x, torch.float64"),
+        ("mlp_half", changed(6, lambda b: b.float()), TypeError, "fc2_bias must have the dtype of x, torch.float64"),
+        ("mlp_half", changed(3, lambda w: w.t()), ValueError, r"fc1_weight must be \(out, 12\)"),
+        ("mlp_half", changed(5, lambda w: w.t()), ValueError, r"fc2_weight must be \(12, 20\)"),
+        ("mlp_half", changed(4, lambda b: b[:-1]), ValueError, r"fc1_bias must be \(20,\)"),
+        ("mlp_half", changed(1, lambda w: w[:-1]), ValueError, r"norm_weight must be \(12,\)"),
+        ("mlp_half", changed(5, lambda w: w.to("meta")), ValueError, "one device, got fc2_weight"),
+        ("mlp_half", changed(5, lambda w: None), TypeError, "fc2_weight must be a tensor, got NoneType"),
+        ("mlp_half", lambda t, o: o.update(norm="both"), ValueError, "norm must be one of"),
+        ("mlp_half", lambda t, o: o.update(approximate="erf"), ValueError, "approximate must be one of"),
+        ("mlp_half", lambda t, o: o.update(residual=1), TypeError, "residual must be a bool"),
+        ("mlp_half", lambda t, o: o.update(eps=-1.0), ValueError, "eps must be at least 0"),
+        ("mlp_half", lambda t, o: o.update(layer_scale=DROP), ValueError, r"layer_scale must be \(12,\)"),
+        ("mlp_half", lambda t, o: o.update(branch=t[0][:1]), ValueError, "branch must have the shape of x"),
+        ("mlp_half", lambda t, o: o.update(branch_scale=DROP), ValueError, "branch_scale must be None without"),
+        ("mlp_half", lambda t, o: o.update(backend="cpu"), NotImplementedError, "cannot run this call"),
+        ("mlp_half", lambda t, o: o.update(backend="gpu"), ValueError, "backend must be"),
+        ("attention_half", changed(0, lambda x: x[0, 0]), ValueError, r"x must be \(B, \*S, C\)"),
+        ("attention_half", changed(3, lambda w: w.bfloat16()), TypeError, "qkv_weight must have the dtype of x"),
+        ("attention_half", lambda t, o: o.update(num_heads=5), ValueError, "qkv_weight must have 3 \\* num_heads"),
+        ("attention_half", changed(4, lambda b: b[:-1]), ValueError, r"qkv_bias must be \(36,\)"),
+        ("attention_half", changed(5, lambda w: w[:, :-1]), ValueError, r"proj_weight must be \(12, 12\)"),
+        ("attention_half", changed(7, lambda t: t[:-1]), ValueError, "bias_table must be"),
+        ("attention_half", lambda t, o: o.update(num_heads=0), ValueError, "num_heads must be at least 1"),
+        ("attention_half", lambda t, o: o.update(window_size=0), ValueError, "window_size must be at least 1"),
+        ("attention_half", lambda t, o: o.update(pad_qkv=t[4]), ValueError, "pad_qkv cannot be given here"),
+        ("attention_half", lambda t, o: o.update(return_attention=True), ValueError, "return_attention cannot be"),
+        ("attention_half", lambda t, o: o.update(backend="cpu"), NotImplementedError, "float64"),
+        ("attention_half", lambda t, o: o.update(drop_path_scale=DROP[:1]), ValueError, "drop_path_scale must be"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(op, change, error, message):
+    tensors, options = case(op)
+    for _ in range(2):  # nothing is remembered of a call that failed
+        given, others = list(tensors), dict(options)
+        change(given, others)
+        with pytest.raises(error, match=f"^{op}: .*{message}"):
+            getattr(swinkernels, op)(*given, **others)
+
+
+def test_a_weight_changed_in_place_before_backward_is_refused():
+    tensors, options = case("mlp_half")
+    out = swinkernels.mlp_half(*[t.requires_grad_() for t in tensors], **options)
+    with torch.no_grad():
+        tensors[3].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def kept_bytes(function: Callable[[], Any], parameters: list[Tensor]) -> int:
+    """Bytes of the storages that a call keeps for its backward pass, but those of parameters."""
+    of_parameters = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in of_parameters:
+            kept[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()
+    assert result.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(("op", "most"), [("attention_half", 5.3), ("mlp_half", 1 + HIDDEN / C + 0.02)])
+def test_what_is_kept_for_backward(op, most):
+    """In sizes of x: x, q, k, v, the attention's result and the float32 lse (1/4 here); x and the result of fc1."""
+    tensors, options = case(op, (32, 32))
+    tensors = [t.float().requires_grad_() for t in tensors]
+    options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}
+    x, *parameters = tensors
+    assert kept_bytes(lambda: getattr(swinkernels, op)(*tensors, **options), parameters) <= most * x.nbytes
