@@ -90,8 +90,10 @@ def test_training_draws_the_same_and_checks_itself(family):
         for name in ("drop_prob", "p"):
             if isinstance(getattr(m, name, None), float) and not isinstance(m, nn.Dropout):
                 setattr(m, name, 0.5)
+    fast = accelerated(model, verify=True)
+    assert len(described(fast)) == FORMS[family][0]
     results = []
-    for m in (model, accelerated(model, verify=True)):
+    for m in (model, fast):
         torch.manual_seed(7)
         results.append({**run(m, x), "next": torch.rand(1).double(), **{n: b.clone() for n, b in m.named_buffers()}})
     largest = max(t.abs().max().item() for t in results[0].values())
