@@ -50,8 +50,8 @@ class Call(NamedTuple):
 class Static(NamedTuple):
     """The arguments of a call that kernels are compiled for.
 
-    Before Triton 3.8 a field is a plain number or tuple in a kernel. To be an argument of another function, or to stand in
-    a list, it has to become a ``tl.constexpr`` of its own first.
+    Before Triton 3.8 a field is a plain number or tuple in a kernel. To be an argument of another function, or an
+    element of a list, it has to become a ``tl.constexpr`` of its own first.
     """
 
     WINDOW: Any
