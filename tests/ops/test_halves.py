@@ -113,6 +113,25 @@ def test_the_half_before_is_added_first(norm, scale):
     torch.testing.assert_close(got[1], got[0] * d)
 
 
+@pytest.mark.parametrize("scale", [None, DROP], ids=["plain", "scaled"])
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_both_derivatives_where_the_half_before_is_added(norm, is_frozen, scale):
+    """The norm and the residual connection both read the sum, so its gradient has two parts; a branch may be frozen."""
+    (x, *parameters), options = case("mlp_half", (2, 3), norm=norm)
+    branch = draw(*x.shape, seed=12)
+    leaves = [t.requires_grad_() for t in (x, *parameters, *([] if is_frozen else [branch]))]
+
+    def derivatives(backend: str) -> tuple[tuple[Tensor, ...], ...]:
+        given = {"branch": branch, "branch_scale": scale, "backend": backend, **options}
+        loss = swinkernels.mlp_half(x, *parameters, **given).square().sum()
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        differentiable = torch.autograd.grad(loss, leaves, create_graph=True)
+        return first, torch.autograd.grad(sum(g.square().sum() for g in differentiable), leaves)
+
+    torch.testing.assert_close(derivatives("torch"), derivatives("reference"))
+
+
 def test_a_scale_that_learns():
     (x, *parameters), _ = case("mlp_half")
     branch, scale = draw(*x.shape, seed=12), DROP.clone()
