@@ -89,10 +89,14 @@ class _Block(nn.Module):
         return self.attn.shift_size
 
     def _is_of_halves(self) -> bool:
-        """Whether two ops compute what the modules inside do at present."""
+        """Whether two halves compute what the modules inside do at present.
+
+        They keep less for a backward pass, and cost the host more: where no gradient is recorded, modules are called.
+        """
         attn, mlp = self.attn, self.mlp
         return (
-            not all_modules_have_hooks()
+            torch.is_grad_enabled()
+            and not all_modules_have_hooks()
             and is_bare(attn, self._ATTENTION)
             and is_bare(mlp, Mlp)
             and attn.is_half()
