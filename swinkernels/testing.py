@@ -14,8 +14,8 @@ from torch import Tensor
 from swinkernels import reference
 from swinkernels._extension import ops
 from swinkernels.ops._arguments import make_window_spec
-from swinkernels.reference._geometry import source_index
-from swinkernels.reference.window_attention import relative_position_index
+from swinkernels.reference._geometry import key_index, source_index
+from swinkernels.reference.window_attention import key_window_index, relative_position_index
 
 # Windows of fewer tokens average too few rounding errors, and the rows of dS, which sum to zero, cancel most in them.
 SMALL_WINDOW = 16
@@ -36,15 +36,17 @@ class WindowAttentionCase:
     has_table: bool = True
     has_pad_qkv: bool = False
     has_logit_scale: bool = False  # v2; one head's is above the clamp
-    bias_types: int | None = None  # a dense bias in place of the table: 0 for (heads, N, N), else that many types
+    bias_types: int | None = None  # a dense bias in place of the table: 0 for (heads, N, M), else that many types
     options: dict[str, Any] = field(default_factory=dict)
+    has_axis_tables: bool = False
 
     def __str__(self) -> str:
         size, window, shift = (
             "x".join(map(str, v)) if isinstance(v, tuple) else str(v)
             for v in (self.size, self.window_size, self.shift_size)
         )
-        flags = {"table": self.has_table, "pad": self.has_pad_qkv, "v2": self.has_logit_scale}
+        flags = {"table": self.has_table, "axes": self.has_axis_tables}
+        flags |= {"pad": self.has_pad_qkv, "v2": self.has_logit_scale}
         extra = "".join(f"-{name}" for name, present in flags.items() if present)
         extra += "" if self.bias_types is None else f"-bias{self.bias_types}"
         extra += "".join(f"-{k}={v}" for k, v in self.options.items() if not isinstance(v, Tensor))
@@ -52,7 +54,14 @@ class WindowAttentionCase:
 
     @property
     def window_tuple(self) -> tuple[int, ...]:
-        return self.window_size if isinstance(self.window_size, tuple) else (self.window_size,) * len(self.size)
+        return self._per_axis(self.window_size)
+
+    @property
+    def key_window_tuple(self) -> tuple[int, ...]:
+        return self._per_axis(self.options.get("key_window", self.window_size))
+
+    def _per_axis(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else (value,) * len(self.size)
 
     def arguments(self, device: str | torch.device | None = None) -> dict[str, Any]:
         """What is no input; tensors among it on the device, if one is named."""
@@ -65,30 +74,40 @@ class WindowAttentionCase:
         }
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
-        """qkv, dout and, where the case has them, pad_qkv, all rounded to ``dtype``, and bias_table, bias and
-        logit_scale in float32. Each kind of device draws its own."""
+        """qkv, dout and, where the case has them, pad_qkv, all rounded to ``dtype``, and bias_table, bias, logit_scale
+        and the tables of each axis a, "axis_tables.a", in float32. Each kind of device draws its own."""
         g = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=g, device=device)
 
-        rank, channels = len(self.size), self.num_heads * self.head_dim
+        window, keys, channels = self.window_tuple, self.key_window_tuple, self.num_heads * self.head_dim
         inputs = {
             "qkv": draw(self.batch, *self.size, 3 * channels).to(dtype),
             "dout": draw(self.batch, *self.size, channels).to(dtype),
         }
         if self.has_table:
-            table = self.options.get("table_window", self.window_size)
-            table = table if isinstance(table, tuple) else (table,) * rank
-            inputs["bias_table"] = draw(math.prod(2 * w - 1 for w in table), self.num_heads)
+            table = self._per_axis(self.options.get("table_window", window))
+            rows = [w + m - 1 for w, m in zip(*((table, table) if keys == window else (window, keys)), strict=True)]
+            inputs["bias_table"] = draw(math.prod(rows), self.num_heads)
         if self.bias_types is not None:
-            n, types = math.prod(self.window_tuple), (self.bias_types,) if self.bias_types else ()
-            inputs["bias"] = draw(*types, self.num_heads, n, n)
+            types = (self.bias_types,) if self.bias_types else ()
+            inputs["bias"] = draw(*types, self.num_heads, math.prod(window), math.prod(keys))
+        if self.has_axis_tables:
+            for axis, w in enumerate(window):
+                inputs[f"axis_tables.{axis}"] = draw(2 * w - 1, self.head_dim) * self.head_dim**-0.5
         if self.has_logit_scale:
             inputs["logit_scale"] = torch.linspace(math.log(120.0), 0.5, self.num_heads).reshape(-1, 1, 1)
         if self.has_pad_qkv:
             inputs["pad_qkv"] = draw(3 * channels).to(dtype)
         return {name: x.to(device) for name, x in inputs.items()}
+
+
+def named_inputs(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """The inputs of a case but dout as arguments of the op."""
+    named: dict[str, Any] = {name: x for name, x in inputs.items() if name != "dout" and "." not in name}
+    axis_tables = tuple(x for name, x in inputs.items() if name.startswith("axis_tables."))
+    return {**named, "axis_tables": axis_tables} if axis_tables else named
 
 
 def run_case(
@@ -100,7 +119,7 @@ def run_case(
     dout = inputs["dout"]
     leaves = {name: x.detach().clone() for name, x in inputs.items() if name != "dout"}
     wanted = {name: x.requires_grad_() for name, x in leaves.items() if name not in constant}
-    out = op(**leaves, **arguments)
+    out = op(**named_inputs(leaves), **arguments)
     grads = torch.autograd.grad(out, list(wanted.values()), dout.to(out.dtype), allow_unused=True)
     results = {"out": out.detach()}
     for (name, leaf), grad in zip(wanted.items(), grads, strict=True):
@@ -180,28 +199,44 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     window = case.window_tuple
     shift = case.shift_size if isinstance(case.shift_size, tuple) else (case.shift_size,) * rank
     before = arguments.get("pad_before", 0)
+    before = before if isinstance(before, tuple) else (before,) * rank
     index = source_index(
         case.size,
         window,
         shift,
         pad_order=arguments.get("pad_order", "pad_then_roll"),
-        pad_before=before if isinstance(before, tuple) else (before,) * rank,
+        pad_before=before,
         grid=arguments.get("grid", False),
     ).to(device)
+    of_keys = index
+    if case.key_window_tuple != window:
+        of_keys = key_index(case.size, window, case.key_window_tuple, pad_before=before).to(device)
     real = (index < math.prod(case.size)).unsqueeze(1).unsqueeze(-1)  # (num_windows, 1, N, 1)
-    _, probs = reference.window_attention_qkvpacked(
-        **{name: x for name, x in inputs.items() if name != "dout"}, **arguments, return_attention=True
-    )
+    _, probs = reference.window_attention_qkvpacked(**named_inputs(inputs), **arguments, return_attention=True)
 
-    def gather(x: Tensor, pad: Tensor) -> Tensor:
+    def gather(x: Tensor, pad: Tensor, index: Tensor) -> Tensor:
         tokens = x.reshape(case.batch, -1, heads, case.head_dim)
         tokens = torch.cat([tokens, pad.reshape(1, 1, heads, -1).expand(case.batch, -1, -1, -1)], dim=1)
         return tokens[:, index].transpose(2, 3)  # (B, num_windows, heads, N, head_dim)
 
+    def scatter(x: Tensor, index: Tensor) -> Tensor:
+        """The sum for each token, the last one the pad token: (B, tokens + 1, heads, head_dim)."""
+        tokens = x.new_zeros(case.batch, math.prod(case.size) + 1, heads, case.head_dim)
+        return tokens.index_add_(1, index.flatten(), x.transpose(2, 3).flatten(1, 2))
+
     none = torch.zeros(3 * heads * case.head_dim, dtype=torch.float64, device=device)
     pads = inputs.get("pad_qkv", none).chunk(3)
-    q, k, v = (gather(x, pad) for x, pad in zip(inputs["qkv"].chunk(3, dim=-1), pads, strict=True))
-    dout = gather(inputs["dout"], torch.zeros_like(pads[0]))
+    indices = index, of_keys, of_keys
+    maps = zip(inputs["qkv"].chunk(3, dim=-1), pads, indices, strict=True)
+    q, k, v = (gather(*each) for each in maps)
+    dout = gather(inputs["dout"], torch.zeros_like(pads[0]), index)
+    axes = []  # of axis_tables: |rows| and their number for each query and coordinate of the key, which key has which
+    token = torch.arange(math.prod(window), device=device)
+    for axis, w in enumerate(window if case.has_axis_tables else ()):
+        coordinate = token // math.prod(window[axis + 1 :]) % w
+        number = coordinate[:, None] - torch.arange(w, device=device) + w - 1
+        rows = inputs[f"axis_tables.{axis}"].abs()[number]  # (N, w, head_dim)
+        axes.append((rows, number, torch.nn.functional.one_hot(coordinate, w).double()))
     terms = {}
     if case.has_logit_scale:
         norms = [x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (q, k)]
@@ -214,12 +249,20 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         rounded = factor * (q.square() @ k.square().transpose(-2, -1)).sqrt()
         if case.has_logit_scale:  # the terms of a cosine share the rounding of two norms
             rounded = rounded + 2 * factor * (q @ k.transpose(-2, -1)).abs()
+        for rows, _, has in axes:
+            rounded = rounded + torch.einsum("...id,ijd->...ij", q.square(), rows.square()).sqrt() @ has.T
         # By half an eps of what a score is below the largest, such as a mask of -100.
         rounded = torch.maximum(rounded, -0.5 * probs.clamp(min=1e-300).log())
         rounded = rounded + (probs * rounded).sum(-1, keepdim=True)  # and the sum that the softmax divides by
     dprobs = (dout @ v.transpose(-2, -1)).abs() * (1 + rounded)
     dscores = probs * (dprobs + (probs * dprobs).sum(-1, keepdim=True)) * real
     dq, dk = factor * dscores @ k.abs(), factor * dscores.transpose(-2, -1) @ q.abs()
+    for axis, (rows, number, has) in enumerate(axes):
+        of_axis = dscores @ has  # (B, num_windows, heads, N, w)
+        dq = dq + torch.einsum("...ij,ijd->...id", of_axis, rows)
+        dtable = torch.zeros_like(inputs[f"axis_tables.{axis}"])
+        of_rows = torch.einsum("bwhij,bwhid->ijd", of_axis, q.abs()).flatten(0, 1)
+        terms[f"daxis_tables.{axis}"] = dtable.index_add_(0, number.flatten(), of_rows)
     if case.has_logit_scale:
         # Of the gradient of a unit vector, what is along the vector is taken off again.
         dq, dk = (
@@ -233,9 +276,10 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         of_scores = ((probs * rounded.square()).sum(-1, keepdim=True) * variance).sqrt()
         terms["out"] = (out.abs() + of_scores)[real.expand_as(out)]
         dv = dv.abs() + (probs * rounded).transpose(-2, -1) @ dout.abs()
-    terms["dqkv"] = torch.cat([g[real.expand_as(g)] for g in (dq, dk, dv)])
+    dq, dk, dv = (scatter(g, i) for g, i in zip((dq, dk, dv), indices, strict=True))
+    terms["dqkv"] = torch.stack([g[:, :-1] for g in (dq, dk, dv)])
     if "pad_qkv" in inputs:
-        terms["dpad_qkv"] = torch.cat([(g * ~real).sum((0, 1, 3)).flatten() for g in (dq, dk, dv)])
+        terms["dpad_qkv"] = torch.cat([g[:, -1].sum(0).flatten() for g in (dq, dk, dv)])
     if "bias" in inputs:
         types = case.bias_types or 1
         of_types = dscores.sum(0).unflatten(0, (types, -1)).sum(1)  # (types, heads, N, N)
@@ -246,7 +290,10 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         terms["dlogit_scale"] = factor * (dscores * cosine).square().sum((0, 1, 3, 4)).sqrt().reshape(factor.shape)
     if "bias_table" in inputs:
         table = arguments.get("table_window", window)
-        offset = relative_position_index(window, table if isinstance(table, tuple) else (table,) * rank).to(device)
+        if case.key_window_tuple != window:
+            offset = key_window_index(window, case.key_window_tuple).to(device)
+        else:
+            offset = relative_position_index(window, table if isinstance(table, tuple) else (table,) * rank).to(device)
         dtable = torch.zeros_like(inputs["bias_table"])
         dtable.index_add_(0, offset.flatten(), dscores.sum((0, 1)).flatten(1).T)
         terms["dbias_table"] = dtable
@@ -337,9 +384,16 @@ def op_arguments(
     qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
     maps = qkv.unbind(-3) if form == "window_attention" else (qkv,)
     table, pad, region_map = inputs.get("bias_table"), inputs.get("pad_qkv"), options.pop("region_map", None)
-    bias, logit_scale = inputs.get("bias"), inputs.get("logit_scale")
+    bias, logit_scale, axis_tables = (
+        inputs.get("bias"),
+        inputs.get("logit_scale"),
+        named_inputs(inputs).get("axis_tables"),
+    )
     del options["num_heads"]
-    spec = make_window_spec(form, len(case.size), case.head_dim, tables={"bias_table": table}, **options)
+    given = {"bias_table": table, "axis_tables": axis_tables}
+    spec = make_window_spec(form, len(case.size), case.head_dim, tables=given, **options)
+    if axis_tables is not None:
+        bias = torch.cat(axis_tables)
     if region_map is not None:
         region_map = region_map.to(device, torch.int32).reshape([1] * (3 - region_map.dim()) + list(region_map.shape))
     return (

@@ -22,7 +22,7 @@ class WindowSpec:
 
     The arguments of :func:`swinkernels.window_attention_qkvpacked` with these names document them. ``needs_lse`` is
     False where no gradient will be asked for: the op then returns an empty lse. ``allow_tf32`` lets float32 products
-    be rounded to TF32.
+    be rounded to TF32. With ``axis_tables`` the op's bias is the tables of all axes, one below the other.
     """
 
     window_size: tuple[int, ...]
@@ -30,6 +30,7 @@ class WindowSpec:
     table_window: tuple[int, ...]
     pad_before: tuple[int, ...]
     periodic: tuple[bool, ...]
+    key_window: tuple[int, ...]
     pad_order: str = "pad_then_roll"
     grid: bool = False
     scale: float = 1.0
@@ -37,6 +38,7 @@ class WindowSpec:
     dropout_p: float = 0.0
     allow_tf32: bool = False
     needs_lse: bool = True
+    axis_tables: bool = False
 
     @property
     def volume(self) -> int:
@@ -44,9 +46,17 @@ class WindowSpec:
         return math.prod(self.window_size)
 
     @property
+    def key_volume(self) -> int:
+        """M, the keys of a window."""
+        return math.prod(self.key_window)
+
+    @property
     def table_rows(self) -> int:
         """Rows of the bias table."""
-        return math.prod([2 * t - 1 for t in self.table_window])  # a list: torch.compile cannot trace a generator here
+        # Lists: torch.compile cannot trace a generator here.
+        if self.key_window != self.window_size:
+            return math.prod([w + m - 1 for w, m in zip(self.window_size, self.key_window, strict=True)])
+        return math.prod([2 * t - 1 for t in self.table_window])
 
     def options(self) -> dict[str, Any]:
         """The arguments of the public functions and of the plain-PyTorch backends that a spec stands for."""
@@ -106,13 +116,15 @@ _FIELDS = {
     "table_window": _per_axis(int, lambda w: w),
     "pad_before": _per_axis(int, lambda w: 0),
     "periodic": _per_axis(lambda text: text == "1", lambda w: False),
+    "key_window": _per_axis(int, lambda w: w),
     "pad_order": _Field(str, str, lambda window: "pad_then_roll"),
     "grid": _flag(False),
+    "axis_tables": _flag(False),
     "allow_tf32": _flag(False),
     "needs_lse": _flag(True),
 }
 _GEOMETRY = tuple(_FIELDS)[:-2]
-_OPTIONS = (*_GEOMETRY, "scale", "mask_value", "dropout_p")
+_OPTIONS = (*(name for name in _GEOMETRY if name != "axis_tables"), "scale", "mask_value", "dropout_p")
 
 
 def _write(values: tuple[Any, ...]) -> str:

@@ -88,25 +88,37 @@ void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const 
 }
 
 // The tables, made contiguous in place: the caller keeps them alive.
-void fill_tables(WindowAttentionForwardParams& p, Tables& t) {
+void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& spec, int64_t rank) {
   for (OptionalTensor* x : {&t.bias_table, &t.bias, &t.logit_scale, &t.pad_qkv, &t.region_map, &t.dropout_seed}) {
     if (*x && !(*x)->is_contiguous()) *x = torch::stable::contiguous(**x);
   }
   const WindowGeometry& g = p.geometry;
   if (t.bias_table) {
+    const bool overlap = g.key_margin[0] + g.key_margin[1] + g.key_margin[2] > 0;
     int64_t rows = 1;
-    for (int32_t w : g.table_window) rows *= 2 * w - 1;
-    STD_TORCH_CHECK(t.bias_table->scalar_type() == ScalarType::Float && t.bias_table->numel() == rows * p.num_heads,
-                    "swinkernels: bias_table must be float32 of prod(2 * table_window - 1) rows");
+    for (int i = 0; i < 3; ++i) rows *= 2 * (overlap ? g.window[i] + g.key_margin[i] : g.table_window[i]) - 1;
+    STD_TORCH_CHECK(
+        t.bias_table->scalar_type() == ScalarType::Float && t.bias_table->numel() == rows * p.num_heads,
+        "swinkernels: bias_table must be float32 of prod(2 * table_window - 1) rows, or with a key window of "
+        "prod(window + key_window - 1)");
     p.bias_table = static_cast<const float*>(t.bias_table->const_data_ptr());
   }
   p.bias_types = 1;
-  if (t.bias) {
-    const int64_t n = product(g.window), windows = product(g.num_windows), of_a_type = p.num_heads * n * n;
+  if (spec.axis_tables) {
+    int64_t rows = 0;
+    for (int64_t i = 3 - rank; i < 3; ++i) rows += p.axis_rows[i] = 2 * g.window[i] - 1;
+    STD_TORCH_CHECK(t.bias && t.bias->scalar_type() == ScalarType::Float && t.bias->numel() == rows * p.head_dim &&
+                        !t.bias_table && !t.logit_scale,
+                    "swinkernels: axis_tables must be float32, (2 * window - 1, head_dim) for each axis, as the bias");
+    p.axis_tables = static_cast<const float*>(t.bias->const_data_ptr());
+  } else if (t.bias) {
+    const int64_t n = product(g.window), windows = product(g.num_windows);
+    int64_t of_a_type = p.num_heads * n;
+    for (int i = 0; i < 3; ++i) of_a_type *= g.window[i] + 2 * g.key_margin[i];
     const int64_t types = t.bias->numel() / of_a_type;
     STD_TORCH_CHECK(t.bias->scalar_type() == ScalarType::Float && types > 0 && windows % types == 0 &&
                         t.bias->numel() == types * of_a_type && !t.bias_table,
-                    "swinkernels: bias must be float32, (types, num_heads, N, N), and the only bias");
+                    "swinkernels: bias must be float32, (types, num_heads, N, M), and the only bias");
     p.bias = static_cast<const float*>(t.bias->const_data_ptr());
     p.bias_types = static_cast<int32_t>(types);
   }
@@ -170,7 +182,7 @@ struct WindowAttention {
     const Tensor& x = xs[0];
     WindowAttentionForwardParams p{};
     fill(p, x, rank(x), spec);
-    fill_tables(p, tables);
+    fill_tables(p, tables, spec, rank(x));
     const WindowGeometry& g = p.geometry;
 
     std::vector<int64_t> shape = sizes(x, 1 + rank(x));
@@ -202,7 +214,7 @@ struct WindowAttention {
     const Tensor& x = xs[0];
     WindowAttentionBackwardParams p{};
     fill(p.forward, x, rank(x), spec);
-    fill_tables(p.forward, tables);
+    fill_tables(p.forward, tables, spec, rank(x));
     STD_TORCH_CHECK(dtype_of(dout) == p.forward.dtype, "swinkernels: dout must have the map's dtype");
 
     std::vector<Tensor> gradients;
@@ -228,7 +240,7 @@ struct WindowAttention {
         return (wanted >> bit & 1) != 0 ? static_cast<float*>(sums[bit].mutable_data_ptr()) : nullptr;
       };
       p.dbias_table = data(0);
-      p.dbias = data(1);
+      (spec.axis_tables ? p.daxis_tables : p.dbias) = data(1);
       p.dlogit_scale = data(2);
       p.dpad_qkv = data(3);
       Tensor workspace = new_empty(x, {backend.workspace_bytes(p)}, ScalarType::Byte);

@@ -16,8 +16,8 @@ namespace swinkernels {
 // Per axis three values, slowest first; 2D has a leading axis of one token. The defaults are those of the wire.
 struct WindowSpec {
   using Axes = std::array<int64_t, 3>;
-  Axes window_size{1, 1, 1}, shift_size{}, table_window{1, 1, 1}, pad_before{}, periodic{};
-  bool roll_then_pad = false, grid = false, allow_tf32 = false, needs_lse = true;
+  Axes window_size{1, 1, 1}, shift_size{}, table_window{1, 1, 1}, pad_before{}, periodic{}, key_window{1, 1, 1};
+  bool roll_then_pad = false, grid = false, axis_tables = false, allow_tf32 = false, needs_lse = true;
   double scale, mask_value, dropout_p;
 
   // Reads "name=value;name=value;...", the window first.
@@ -42,6 +42,10 @@ struct WindowSpec {
     for (int64_t i = 0; i < 3; ++i) {
       g.table_window[i] = static_cast<int32_t>(table_window[i]);
       g.periodic[i] = periodic[i] != 0;
+      const int64_t beyond = key_window[i] - window_size[i];
+      STD_TORCH_CHECK(beyond >= 0 && beyond % 2 == 0 && (beyond == 0 || !(shift_size[i] || grid || axis_tables)),
+                      "swinkernels: a key window is the window and as many tokens on either side, without a shift");
+      g.key_margin[i] = static_cast<int32_t>(beyond / 2);
     }
     g.grid = grid;
     p.allow_tf32 = allow_tf32;
@@ -55,7 +59,7 @@ struct WindowSpec {
   const char* read(std::string_view name, const char* value) {
     if (name == "window_size") {
       const char* end = axes(window_size, value);
-      table_window = window_size;
+      table_window = key_window = window_size;
       return end;
     }
     if (name == "shift_size") return axes(shift_size, value);
@@ -63,12 +67,14 @@ struct WindowSpec {
     if (name == "table_window") return axes(table_window, value);
     if (name == "pad_before") return axes(pad_before, value);
     if (name == "periodic") return axes(periodic, value);
+    if (name == "key_window") return axes(key_window, value);
     if (name == "pad_order") {
       roll_then_pad = *value == 'r';
       while (*value != ';' && *value != '\0') ++value;
       return value;
     }
     if (name == "grid") return flag(grid, value);
+    if (name == "axis_tables") return flag(axis_tables, value);
     if (name == "allow_tf32") return flag(allow_tf32, value);
     return nullptr;
   }

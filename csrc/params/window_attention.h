@@ -28,11 +28,17 @@ using ConstTokenMap = TokenMapOf<const void*>;
 // The bias of query i, key j is bias_table[r(i) - r(j) + r_max, head], where r(t) = sum over axes of the coordinate of
 // t *decoded row-major in table_window* times the axis' table stride, table strides being those of a row-major (2 *
 // table_window - 1) array, and r_max = sum over axes of (table_window - 1) * table stride.
+// With a key margin the keys of a window are those of a larger one with M tokens, pad tokens outside the map; there is no
+// shift then, no grid and no region map. The table has 2 * (window + margin) - 1 rows per axis: i is decoded in the window,
+// j in the key window, and r_max = sum over axes of (key window - 1) * table stride.
+// With axis_tables the bias is the sum over axes of q_i . table[coordinate of i - coordinate of j + window - 1], of the
+// unscaled q.
 // A dense bias is indexed by the type of the window, window / (windows of an image / bias_types), then head, i and j.
 struct WindowGeometry : FrameGeometry {  // of which every shift is less than the window
   int32_t table_window[3];               // the window whose relative offsets number the bias table
   bool periodic[3];                      // no mask on this axis
   bool grid;                             // a window's tokens are strided over the map (MaxViT)
+  int32_t key_margin[3];                 // tokens on each side of a window that are keys, too (HAT)
 };
 
 struct WindowAttentionForwardParams {
@@ -52,8 +58,10 @@ struct WindowAttentionForwardParams {
   float* lse;
 
   const float* bias_table;      // (prod(2 * table_window - 1), num_heads), or null
-  const float* bias;            // (bias_types, num_heads, N, N), or null; not beside a bias_table
+  const float* bias;            // (bias_types, num_heads, N, M), or null; not beside a bias_table
   int32_t bias_types;           // divides the windows of an image; 1 without types
+  const float* axis_tables;     // the tables of all axes, (sum of axis_rows, head_dim), or null; not beside a bias
+  int32_t axis_rows[3];         // 2 * window - 1, or 0 on the leading axis of a 2D map; 0 without axis_tables
   const float* logit_scale;     // (num_heads), v2: scores are cosines times exp(min(it, ln 100)); null for v1
   const void* pad_qkv;          // (3, num_heads, head_dim): what a pad token holds, or null for zeros
   const int32_t* region_map;    // (frame), or null
@@ -67,6 +75,7 @@ struct WindowAttentionBackwardParams {
   TokenMap dq, dk, dv;
   float* dbias_table;   // (prod(2 * table_window - 1), num_heads), or null if not wanted; written, not added to
   float* dbias;         // like bias, or null if not wanted; written, not added to
+  float* daxis_tables;  // like axis_tables, or null if not wanted; written, not added to
   float* dlogit_scale;  // (num_heads), or null if not wanted; written, not added to
   float* dpad_qkv;      // (3, num_heads, head_dim), or null if not wanted; written, not added to
   void* workspace;      // of the size that the backend's *_workspace_bytes function asks for

@@ -17,9 +17,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REGION_DTYPES = (torch.int32, torch.int16, torch.int8, torch.uint8)  # what int32 holds: kernels compare in it
 PAD_ORDERS = ("pad_then_roll", "roll_then_pad")
 MAX_WINDOW_VOLUME = 1024
+MAX_AXIS_TABLES_VOLUME = 4096  # with axis_tables: global attention of images of 1024 x 1024 in patches of 16
 MAX_HEAD_DIM = 128
 MAX_ELEMENTS = 2**63 - 1
 LARGEST_FLOAT = torch.finfo(torch.float32).max  # numbers that meet float32 scores must be finite there too
+# Stands for a mask of -inf. The probability of a masked key is exactly 0 with either, and a row of masked keys in one
+# block of a kernel, whose largest score is this, makes no NaN.
+MASKED_OUT = -(2.0**125)
 
 Ints = int | Sequence[int]
 
@@ -89,6 +93,15 @@ def finite(op: str, name: str, value: Any) -> float:
     if not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:  # dynamo cannot trace math.isfinite of a symbolic float
         raise ValueError(f"{op}: {name} must be a finite float32 number, got {value!r}")
     return float(value)
+
+
+def mask_number(op: str, value: Any) -> float:
+    """``mask_value`` as kernels add it: finite."""
+    if isinstance(value, float) and value == -math.inf:
+        return MASKED_OUT
+    if isinstance(value, (int, float)) and not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
+        raise ValueError(f"{op}: mask_value must be a finite float32 number or -inf, got {value!r}")
+    return finite(op, "mask_value", value)
 
 
 def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
@@ -307,6 +320,7 @@ def make_window_spec(
     mask_value: float = -100.0,
     dropout_p: float = 0.0,
     grid: bool = False,
+    key_window: Ints | None = None,
     tables: Mapping[str, Any] = MappingProxyType({}),
 ) -> WindowSpec:
     """Check the arguments of window attention's public functions, for a map of ``rank`` axes; their normal form.
@@ -320,10 +334,10 @@ def make_window_spec(
         raise ValueError(f"{op}: head_dim must be 1..{MAX_HEAD_DIM}, got {head_dim}")
     window, shift = check_window(op, window_size, shift_size, rank)
     volume = math.prod(window)
-    if volume > MAX_WINDOW_VOLUME:
-        raise ValueError(
-            f"{op}: window_size may hold at most {MAX_WINDOW_VOLUME} tokens, got {window}, which holds {volume}"
-        )
+    has_axis_tables = tables.get("axis_tables") is not None
+    largest = MAX_AXIS_TABLES_VOLUME if has_axis_tables else MAX_WINDOW_VOLUME
+    if volume > largest:
+        raise ValueError(f"{op}: window_size may hold at most {largest} tokens, got {window}, which holds {volume}")
     before = per_axis_ints(op, "pad_before", pad_before, rank)
     check_choice(op, "pad_order", pad_order, PAD_ORDERS)
     wraps = per_axis_bools(op, "periodic", periodic, rank)
@@ -345,6 +359,11 @@ def make_window_spec(
         )
     if scale is not None and tables.get("logit_scale") is not None:
         raise ValueError(f"{op}: scale (v1) must be None with a logit_scale (v2), got {scale!r}")
+    if has_axis_tables and tables.get("logit_scale") is not None:
+        raise ValueError(f"{op}: axis_tables must be None with a logit_scale: they are multiplied by q as it is")
+    keys = window if key_window is None else per_axis_ints(op, "key_window", key_window, rank)
+    if keys != window:
+        _check_key_window(op, window, keys, shift, wraps, grid, table_window, tables)
     p = finite(op, "dropout_p", dropout_p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in 0..1, got {p}")
@@ -354,12 +373,77 @@ def make_window_spec(
         table_window=table,
         pad_before=before,
         periodic=wraps,
+        key_window=keys,
         pad_order=pad_order,
         grid=grid,
+        axis_tables=has_axis_tables,
         scale=head_dim**-0.5 if scale is None else finite(op, "scale", scale),
-        mask_value=finite(op, "mask_value", mask_value),
+        mask_value=mask_number(op, mask_value),
         dropout_p=p,
     )
+
+
+def _check_key_window(
+    op: str,
+    window: tuple[int, ...],
+    keys: tuple[int, ...],
+    shift: tuple[int, ...],
+    wraps: tuple[bool, ...],
+    grid: bool,
+    table_window: Any,
+    tables: Mapping[str, Any],
+) -> None:
+    """Check a key window other than the window, and that nothing is given beside it that would have no meaning."""
+    if any(m < w or (m - w) % 2 for m, w in zip(keys, window, strict=True)):
+        raise ValueError(
+            f"{op}: key_window must be window_size plus an even number of tokens per axis, half of them on each side, "
+            f"got {keys} for window_size {window}"
+        )
+    if math.prod(keys) > MAX_WINDOW_VOLUME:
+        raise ValueError(
+            f"{op}: key_window may hold at most {MAX_WINDOW_VOLUME} tokens, got {keys}, which holds {math.prod(keys)}"
+        )
+    beside = {"shift_size": any(shift), "periodic": any(wraps), "grid": grid, "table_window": table_window is not None}
+    beside |= {name: tables.get(name) is not None for name in ("region_map", "axis_tables")}
+    given = [name for name, is_given in beside.items() if is_given]
+    if given:
+        raise ValueError(
+            f"{op}: key_window must be window_size, {window}, with {' and '.join(given)}, which windows that overlap "
+            f"do not have; got {keys}"
+        )
+
+
+def axis_tables_of(op: str, axis_tables: Any) -> tuple[Any, ...]:
+    """The decomposed relative position, a table for each axis of the map, as a tuple."""
+    if not isinstance(axis_tables, (tuple, list)):
+        raise TypeError(
+            f"{op}: axis_tables must be a tuple of one tensor for each axis of the map, got "
+            f"{type(axis_tables).__name__}"
+        )
+    return tuple(axis_tables)
+
+
+def _check_axis_tables(
+    op: str, axis_tables: Any, window: tuple[int, ...], head_dim: int, device: torch.device, others: Mapping[str, Any]
+) -> None:
+    given = axis_tables_of(op, axis_tables)
+    expected = [(2 * w - 1, head_dim) for w in window]
+    if len(given) != len(window):
+        raise ValueError(
+            f"{op}: axis_tables must hold one table for each of the {len(window)} axes of the map, got {len(given)}"
+        )
+    for table in given:
+        check_tensor(op, "axis_tables", table, device)
+    if [tuple(table.shape) for table in given] != expected:
+        raise ValueError(
+            f"{op}: axis_tables must be (2 * window - 1, head_dim) per axis, {' and '.join(map(str, expected))} for "
+            f"window_size {window}, got {' and '.join(str(tuple(table.shape)) for table in given)}: resize them first"
+        )
+    if len({table.dtype for table in given}) > 1:
+        raise TypeError(f"{op}: axis_tables must have one dtype, got {', '.join(str(t.dtype) for t in given)}")
+    for name in ("bias_table", "bias"):
+        if others.get(name) is not None:
+            raise ValueError(f"{op}: {name} must be None with axis_tables, got both")
 
 
 def check_window_call(
@@ -374,17 +458,17 @@ def check_window_call(
     """Check what meets a spec: a map of ``size`` tokens (``tokens`` lends batch and device), heads and tables.
 
     Args:
-        tables: bias_table, bias, logit_scale, pad_qkv and region_map by name, those that a call has.
+        tables: bias_table, bias, logit_scale, pad_qkv, region_map and axis_tables by name, those that a call has.
 
     Raises:
         TypeError, ValueError: what does not fit, named with ``op``, what was got and what is accepted.
     """
-    size, window, n, device = tuple(size), spec.window_size, spec.volume, tokens.device
+    size, window, n, m, device = tuple(size), spec.window_size, spec.volume, spec.key_volume, tokens.device
     if any(s < 1 for s in size):
         raise ValueError(f"{op}: every axis of the map must have at least one token, got S = {size}")
     frame = frame_size(size, window)
-    # The largest thing a backend could hold: batch * windows * heads * N * N = batch * frame * heads * N scores.
-    elements = tokens.shape[0] * math.prod(frame) * num_heads * max(n, 3 * head_dim)
+    # The largest thing a backend could hold: batch * windows * heads * N * M = batch * frame * heads * M scores.
+    elements = tokens.shape[0] * math.prod(frame) * num_heads * max(m, 3 * head_dim)
     if isinstance(elements, int) and elements > MAX_ELEMENTS:  # a symbolic size would get a guard
         raise ValueError(
             f"{op}: the map must be small enough for an int64 to count its scores, got shape "
@@ -411,17 +495,22 @@ def check_window_call(
     if bias_table is not None:
         check_tensor(op, "bias_table", bias_table, device)
         if tuple(bias_table.shape) != (spec.table_rows, num_heads):
-            name = "window_size" if spec.table_window == window else "table_window"
+            name, rows, decoded = "window_size", "2 * window - 1", spec.table_window
+            if spec.key_window != window:
+                name, rows, decoded = "key_window", "window + key_window - 1", spec.key_window
+            elif spec.table_window != window:
+                name = "table_window"
             raise ValueError(
-                f"{op}: bias_table must be (prod(2 * window - 1), num_heads) = ({spec.table_rows}, {num_heads}) "
-                f"for {name} {spec.table_window}, got shape {tuple(bias_table.shape)}"
+                f"{op}: bias_table must be (prod({rows}), num_heads) = ({spec.table_rows}, {num_heads}) "
+                f"for {name} {decoded}, got shape {tuple(bias_table.shape)}"
             )
     if bias is not None:
         check_tensor(op, "bias", bias, device)
-        if bias.dim() not in (3, 4) or tuple(bias.shape[-3:]) != (num_heads, n, n):
+        if bias.dim() not in (3, 4) or tuple(bias.shape[-3:]) != (num_heads, n, m):
+            keys, why = ("N", "") if spec.key_window == window else ("M", f" for key_window {spec.key_window}")
             raise ValueError(
-                f"{op}: bias must be (num_heads, N, N) = ({num_heads}, {n}, {n}) or (window types, num_heads, N, "
-                f"N), got shape {tuple(bias.shape)}"
+                f"{op}: bias must be (num_heads, N, {keys}) = ({num_heads}, {n}, {m}) or (window types, num_heads, N, "
+                f"{keys}){why}, got shape {tuple(bias.shape)}"
             )
         num_windows = math.prod(frame) // n
         if bias.dim() == 4 and (bias.shape[0] < 1 or num_windows % bias.shape[0] != 0):
@@ -433,6 +522,9 @@ def check_window_call(
         raise ValueError(
             f"{op}: bias must be None with a bias_table, got both: add the table's bias to the dense one first"
         )
+    axis_tables = tables.get("axis_tables")
+    if axis_tables is not None:
+        _check_axis_tables(op, axis_tables, window, head_dim, device, tables)
     logit_scale, pad_qkv, region_map = (tables.get(name) for name in ("logit_scale", "pad_qkv", "region_map"))
     if logit_scale is not None:
         check_tensor(op, "logit_scale", logit_scale, device)

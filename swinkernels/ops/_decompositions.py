@@ -60,13 +60,15 @@ class _Windows:
         self.per_image = math.prod(self._counts)
         self.may_have_pads = not all(map(_known_equal, self._size, self._frame))
 
-    def _axes(self) -> list[Tensor]:
-        """Per axis, the frame coordinates (windows, tokens)."""
+    def _axes(self, key_window: Sequence[int] | None = None) -> list[Tensor]:
+        """Per axis, the frame coordinates (windows, tokens), or those of the keys of larger windows."""
         axes = []
-        for count, w in zip(self._counts, self._window, strict=True):
-            number, token = torch.arange(count, device=self._device), torch.arange(w, device=self._device)
-            at = token[None, :] * count + number[:, None] if self._grid else number[:, None] * w + token[None, :]
-            axes.append(at)
+        for count, w, m in zip(self._counts, self._window, key_window or self._window, strict=True):
+            number, token = torch.arange(count, device=self._device), torch.arange(m, device=self._device)
+            if self._grid:
+                axes.append(token[None, :] * count + number[:, None])
+            else:
+                axes.append(number[:, None] * w + (token - (m - w) // 2)[None, :])
         return axes
 
     def _per_token(self, axes: Sequence[Tensor], lengths: Sizes) -> Tensor:
@@ -80,17 +82,17 @@ class _Windows:
         assert number is not None
         return number.flatten(rank).flatten(0, rank - 1)
 
-    def sources(self) -> Tensor:
+    def sources(self, key_window: Sequence[int] | None = None) -> Tensor:
         """(num_windows * N): the row-major number of each token in the map; the number of tokens for a pad token."""
         axes, outside = [], []
         for g, s, p, shift, before in zip(
-            self._axes(), self._size, self._frame, self._shift, self._before, strict=True
+            self._axes(key_window), self._size, self._frame, self._shift, self._before, strict=True
         ):
             y = (g if self._rolls_first or not shift else _modulo(g + shift, p)) - before
             outside.append(((y < 0) | (y >= s)).to(torch.int64))
             axes.append(_modulo(y + shift, s) if self._rolls_first and shift else y)
         numbers = self._per_token(axes, self._size)
-        if self.may_have_pads:
+        if self.may_have_pads or key_window:
             numbers = numbers.masked_fill(self._per_token(outside, [2] * len(outside)) > 0, math.prod(self._size))
         return numbers.flatten()
 
@@ -131,13 +133,15 @@ class _Windows:
         ]
         return self._per_token(regions, [3] * len(regions))
 
-    def cut(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
-        """(B, *S, ...) -> (B, num_windows, N, ...); a pad token is ``pad``, or zero."""
+    def cut(self, x: Tensor, pad: Tensor | None = None, key_window: Sequence[int] | None = None) -> Tensor:
+        """(B, *S, ...) -> (B, num_windows, N, ...), or the M keys of larger ones; a pad token is ``pad``, or zero."""
         tokens = x.flatten(1, len(self._size))
-        if self.may_have_pads:
+        if self.may_have_pads or key_window:
             row = torch.zeros_like(tokens[:, :1]) if pad is None else pad.expand(tokens.shape[0], 1, *pad.shape)
             tokens = torch.cat([tokens, row], dim=1)
-        return tokens.index_select(1, self.sources()).unflatten(1, (-1, math.prod(self._window)))
+        return tokens.index_select(1, self.sources(key_window)).unflatten(
+            1, (-1, math.prod(key_window or self._window))
+        )
 
     def join(self, windows: Tensor) -> Tensor:
         """The inverse of :meth:`cut`; pad tokens are dropped."""
@@ -161,24 +165,29 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     )
     if pad_qkv is not None:  # tables come in any shape of their size
         pad_qkv = pad_qkv.reshape(3, *x.shape[-2:])
-    if len(maps) == 1:
+    key_window = spec.key_window if spec.key_window != spec.window_size else None
+    if len(maps) == 1 and key_window is None:
         q, k, v = windows.cut(x, pad_qkv).permute(3, 0, 1, 4, 2, 5).unbind()
     else:
         pads = (None,) * 3 if pad_qkv is None else pad_qkv.unbind()
-        q, k, v = (windows.cut(m, pad).transpose(2, 3) for m, pad in zip(maps, pads, strict=True))
-    num_windows, num_heads, n = q.shape[1:4]
+        each = zip(maps if len(maps) == 3 else x.unbind(-3), pads, (None, key_window, key_window), strict=True)
+        q, k, v = (windows.cut(m, pad, of_keys).transpose(2, 3) for m, pad, of_keys in each)
+    num_windows, n = q.shape[1], q.shape[3]
     wide, factor = torch.promote_types(x.dtype, torch.float32), scale
     if logit_scale is not None:
         q, k, factor = fallback.cosine_factors(q, k, logit_scale, wide)
 
     addend = None
     if bias_table is not None:
-        rows = fallback.table_rows(spec.window_size, spec.table_window, x.device)
-        addend = bias_table.to(wide).index_select(0, rows).reshape(n, n, -1).permute(2, 0, 1)
+        rows = fallback.table_rows(spec.window_size, spec.table_window, spec.key_window, x.device)
+        addend = bias_table.to(wide).index_select(0, rows).reshape(n, spec.key_volume, -1).permute(2, 0, 1)
+    elif spec.axis_tables:
+        tables = bias.split([2 * w - 1 for w in spec.window_size])
+        (q, k), factor = fallback.with_axis_tables(q, k, tables, spec.window_size, scale), 1.0
     elif bias is not None:
         addend = bias.to(wide)
         if bias.dim() == 4:  # the types of windows follow their slowest axes
-            addend = addend[:, None].expand(-1, num_windows // bias.shape[0], -1, -1, -1).reshape(-1, num_heads, n, n)
+            addend = addend[:, None].expand(-1, num_windows // bias.shape[0], -1, -1, -1).flatten(0, 1)
     region = windows.regions(region_map, spec.periodic)
     if region is not None:
         mask = (mask_value * (region[:, :, None] != region[:, None, :]).to(wide))[:, None]

@@ -80,21 +80,38 @@ class _Frame:
         # Without pads the order makes no difference.
         self.rolls_first = pad_order == "roll_then_pad" and self.is_padded and bool(self.axes)
 
+    def _padded(self, x: Tensor, pads: Sequence[tuple[int, int]], pad: Tensor | None) -> Tensor:
+        """The map with pad tokens before and after its axes, which are ``pad``, or zero."""
+        x = _pad(x, pads)
+        if pad is None:
+            return x
+        inside = _pad(x.new_ones((1, *self.size)), pads)
+        return x + (1 - inside).reshape(inside.shape + (1,) * pad.dim()) * pad
+
     def windows(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
         """(B, *S, ...) -> (B, num_windows, N, ...); a pad token is ``pad``, or zero."""
         if self.rolls_first:
             x = torch.roll(x, [-s for s in self.steps], self.axes)
         if self.is_padded:
-            x = _pad(x, self.pads)
-            if pad is not None:
-                inside = _pad(x.new_ones((1, *self.size)), self.pads)
-                x = x + (1 - inside).reshape(inside.shape + (1,) * pad.dim()) * pad
+            x = self._padded(x, self.pads, pad)
         if self.axes and not self.rolls_first:
             if is_plain(()):
                 places = x.flatten(1, len(self.size)).index_select(1, self._places(x.device))
                 return places.unflatten(1, (-1, math.prod(self.window)))
             x = torch.roll(x, [-s for s in self.steps], self.axes)
         return _cut(x, 1, self.window, self.grid)
+
+    def keys(self, x: Tensor, key_window: Sequence[int], pad: Tensor | None = None) -> Tensor:
+        """(B, *S, ...) -> (B, num_windows, M, ...): the tokens of larger windows of the same centres, which overlap."""
+        if tuple(key_window) == self.window:
+            return self.windows(x, pad)
+        rank = len(self.window)
+        wider = [(m - w) // 2 for m, w in zip(key_window, self.window, strict=True)]
+        x = self._padded(x, [(b + e, a + e) for (b, a), e in zip(self.pads, wider, strict=True)], pad)
+        for axis, (w, m) in enumerate(zip(self.window, key_window, strict=True), start=1):
+            x = x.unfold(axis, m, w)
+        x = x.movedim(tuple(range(-rank, 0)), tuple(range(1 + rank, 1 + 2 * rank)))
+        return x.flatten(1 + rank, 2 * rank).flatten(1, rank)
 
     def map(self, windows: Tensor) -> Tensor:
         """The inverse: (B, num_windows, N, ...) -> (B, *S, ...), contiguous, pad tokens dropped."""
@@ -152,13 +169,19 @@ def _kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
     return value
 
 
-def table_rows(window: Sequence[int], table_window: Sequence[int], device: torch.device) -> Tensor:
-    """(N * N): the row of the bias table for query i and key j of a window."""
-    token = torch.arange(math.prod(window), device=device)
-    index = torch.zeros_like(token)[:, None]
-    for axis, w in enumerate(table_window):
-        at = token // math.prod(table_window[axis + 1 :]) % w
-        index = index * (2 * w - 1) + (at[:, None] - at[None, :] + w - 1)
+def table_rows(
+    window: Sequence[int], table_window: Sequence[int], key_window: Sequence[int], device: torch.device
+) -> Tensor:
+    """(N * M): the row of the bias table for query i and key j of a window."""
+    is_usual = tuple(key_window) == tuple(window)
+    of_query, of_key = (table_window, table_window) if is_usual else (window, key_window)
+    query = torch.arange(math.prod(window), device=device)
+    key = torch.arange(math.prod(key_window), device=device)
+    index = torch.zeros_like(query)[:, None]
+    for axis, (w, m) in enumerate(zip(of_query, of_key, strict=True)):
+        i = query // math.prod(of_query[axis + 1 :]) % w
+        j = key // math.prod(of_key[axis + 1 :]) % m
+        index = index * (w + m - 1) + (i[:, None] - j[None, :] + m - 1)
     return index.flatten()
 
 
@@ -182,15 +205,17 @@ def _addend(
     *,
     shift_size: Sequence[int],
     table_window: Sequence[int],
+    key_window: Sequence[int],
     periodic: Sequence[bool],
     mask_value: float,
 ) -> Tensor | None:
-    """Bias and mask: (heads, N, N), (num_windows, heads or 1, N, N), or None."""
+    """Bias and mask: (heads, N, M), (num_windows, heads or 1, N, M), or None."""
     window, n = frame.window, math.prod(frame.window)
     addend = None
     if bias_table is not None:
-        rows = _kept((window, tuple(table_window), device), lambda: table_rows(window, table_window, device))
-        addend = bias_table.to(wide)[rows].reshape(n, n, -1).permute(2, 0, 1)
+        of = window, tuple(table_window), tuple(key_window), device
+        rows = _kept(of, lambda: table_rows(*of))
+        addend = bias_table.to(wide)[rows].reshape(n, len(rows) // n, -1).permute(2, 0, 1)
     elif bias is not None:
         addend = bias.to(wide)
         if bias.dim() == 4:  # the types of windows follow their slowest axes
@@ -213,8 +238,33 @@ def cosine_factors(q: Tensor, k: Tensor, logit_scale: Tensor, wide: torch.dtype)
     return q, k, logit_scale.to(wide).reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()
 
 
+def with_axis_tables(
+    q: Tensor, k: Tensor, axis_tables: Sequence[Tensor], window: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Longer rows q and k, (..., N, head_dim + sum(window)), whose products are the scores with decomposed positions.
+
+    A query's products with a table depend on one coordinate of the key alone. Those with all coordinates of all axes
+    are appended to q, and to k ones where its coordinates are. No (N, N) bias is made, and every attention kernel takes
+    such rows.
+    """
+    if q.dtype == torch.float16:  # in which the products overflow
+        q, k = q.float(), k.float()
+    coordinates, products, device = [], [q * scale], q.device
+    token = torch.arange(math.prod(window), device=device)
+    for axis, (table, w) in enumerate(zip(axis_tables, window, strict=True)):
+        at = torch.arange(w, device=device)
+        rows = table.to(q.dtype)[at[:, None] - at + w - 1]  # (w of queries, w of keys, head_dim)
+        place = axis - len(window) - 1
+        of_axis = q.unflatten(-2, tuple(window)).movedim(place, -2)  # (..., w, head_dim)
+        product = torch.einsum("...id,ijd->...ij", of_axis, rows).movedim(-2, place)
+        products.append(product.flatten(-len(window) - 1, -2))
+        coordinates.append((token // math.prod(window[axis + 1 :]) % w)[:, None] == at)
+    ones = torch.cat(coordinates, dim=1).to(k.dtype)
+    return torch.cat(products, dim=-1), torch.cat([k, ones.expand(*k.shape[:-1], -1)], dim=-1)
+
+
 def scores_of(q: Tensor, k: Tensor, addend: Tensor | None, factor: float | Tensor) -> Tensor:
-    """factor q k^T + addend of windows (B, num_windows, heads, N, head_dim)."""
+    """factor q k^T + addend of windows (B, num_windows, heads, N or M, head_dim)."""
     if q.dtype == torch.float16:  # in which scores overflow
         q, k = q.float(), k.float()
     scores = (q @ k.transpose(-2, -1)) * factor if isinstance(factor, Tensor) else (q * factor) @ k.transpose(-2, -1)
@@ -235,8 +285,11 @@ def _attend(
     wide: torch.dtype,
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(factor q k^T + addend) v of windows (B, num_windows, heads, N, head_dim), and the weights if wanted."""
-    batch, windows, heads, n, head_dim = q.shape
+    """softmax(factor q k^T + addend) v of windows (B, num_windows, heads, N or M, head_dim), and the weights if wanted.
+    The rows of v may be shorter than those of q and k.
+    """
+    batch, windows, heads, n, _ = q.shape
+    head_dim = v.shape[-1]
     fused = dropout_p == 0.0 and not return_attention
     if q.device.type == "cpu":
         needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, addend))
@@ -246,10 +299,12 @@ def _attend(
     if fused and not isinstance(factor, Tensor):
         mask = None
         if addend is not None:
-            mask = addend.to(q.dtype).expand(windows, heads, n, n).reshape(1, windows * heads, n, n)
-        flat_q, flat_k, flat_v = (x.reshape(batch, windows * heads, n, head_dim) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, attn_mask=mask, scale=factor)
-        return out.reshape(q.shape), None
+            mask = addend.to(v.dtype).expand(windows, heads, -1, -1).flatten(0, 1)[None]
+        q, k, v = (x.to(v.dtype).flatten(1, 2) for x in (q, k, v))
+        if q.shape[-1] > head_dim:  # torch's fast kernels take rows of one length
+            v = F.pad(v, (0, q.shape[-1] - head_dim))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=factor)
+        return out[..., :head_dim].unflatten(1, (windows, heads)), None
     probs = scores_of(q, k, addend, factor).softmax(-1, dtype=wide)
     if generator is not None and dropout_p > 0.0:
         keep = torch.empty_like(probs).bernoulli_(1.0 - dropout_p, generator=generator)
@@ -270,6 +325,7 @@ def _attention(
     logit_scale: Tensor | None,
     pad_qkv: Tensor | None,
     region_map: Tensor | None,
+    axis_tables: Sequence[Tensor] | None,
     generator: torch.Generator | None,
     num_heads: int,
     window_size: Sequence[int],
@@ -290,33 +346,45 @@ def _attention(
     factor: float | Tensor = scale
     if logit_scale is not None:
         q, k, factor = cosine_factors(q, k, logit_scale, wide)
+    if axis_tables is not None:
+        (q, k), factor = with_axis_tables(q, k, axis_tables, window_size, scale), 1.0
     addend = _addend(frame, wide, bias_table, bias, region_map, x.device, shift_size=shift_size, **masking)
     out, weights = _attend(q, k, v, addend, factor, dropout_p, generator, wide, return_attention)
     out = frame.map(out.transpose(2, 3)).flatten(-2)
     return (out, weights) if return_attention else out
 
 
-def window_attention_qkvpacked(qkv: Tensor, **arguments: Any) -> Any:
+def _split(
+    frame: _Frame, key_window: tuple[int, ...], maps: Sequence[Tensor], pad: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of the windows, (B, num_windows, heads, N or M, head_dim)."""
+    q, k, v = maps
+    pad_q, pad_k, pad_v = (None,) * 3 if pad is None else pad.unbind()
+    windows = frame.windows(q, pad_q), frame.keys(k, key_window, pad_k), frame.keys(v, key_window, pad_v)
+    q, k, v = (x.transpose(2, 3) for x in windows)
+    return q, k, v
+
+
+def window_attention_qkvpacked(qkv: Tensor, *, key_window: tuple[int, ...], **arguments: Any) -> Any:
     """As the op, of arguments in normal form: qkv (B, *S, 3, num_heads, head_dim), one value per axis."""
 
     def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if key_window != frame.window:
+            return _split(frame, key_window, qkv.unbind(-3), pad)
         windows = frame.windows(qkv, pad)  # (B, num_windows, N, 3, heads, head_dim): one copy for all three
         q, k, v = windows.permute(3, 0, 1, 4, 2, 5).unbind()
         return q, k, v
 
-    return _attention(split, qkv, qkv.shape[1:-3], **arguments)
+    return _attention(split, qkv, qkv.shape[1:-3], key_window=key_window, **arguments)
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
+def window_attention(q: Tensor, k: Tensor, v: Tensor, *, key_window: tuple[int, ...], **arguments: Any) -> Any:
     """As the op, of arguments in normal form: q, k and v (B, *S, num_heads, head_dim), one value per axis."""
 
     def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        pads = (None,) * 3 if pad is None else pad.unbind()
-        # (B, num_windows, N, heads, head_dim) each
-        q_, k_, v_ = (frame.windows(x, p).transpose(2, 3) for x, p in zip((q, k, v), pads, strict=True))
-        return q_, k_, v_
+        return _split(frame, key_window, (q, k, v), pad)
 
-    return _attention(split, q, q.shape[1:-2], **arguments)
+    return _attention(split, q, q.shape[1:-2], key_window=key_window, **arguments)
 
 
 # --- norms

@@ -35,7 +35,8 @@ from swinkernels.ops._library import (
 )
 from swinkernels.window_spec import WindowSpec
 
-# All float32 but pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the map's device).
+# All float32 but pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the map's device). bias
+# is dense or, where the spec says so, the axis_tables one below the other.
 _TABLES = (
     "Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? pad_qkv, Tensor? region_map, Tensor? dropout_seed"
 )
@@ -113,7 +114,7 @@ def spec_of(
     op: str, tokens: Tensor, size: Sequence[int], head_dim: int, *, num_heads: int, **arguments: Any
 ) -> WindowSpec:
     """The checked spec of a call with the arguments of the public functions, for a map of ``size`` tokens."""
-    tables = {name: arguments.pop(name, None) for name in _TENSORS}
+    tables = {name: arguments.pop(name, None) for name in (*_TENSORS, "axis_tables")}
     spec = _arguments.make_window_spec(op, len(size), head_dim, tables=tables, **arguments)
     _arguments.check_window_call(op, spec, tokens, size, num_heads, head_dim, tables)
     return spec
@@ -128,6 +129,10 @@ def window_attention_reasons(
     reasons = _backends._reasons(backend, "window_attention", device) + _backends._dtype_reasons(backend, dtype)
     if spec.dropout_p > 0.0 and backend == "cpu":
         reasons.append("it does not implement dropout_p")
+    if spec.axis_tables and backend != "cpu":
+        reasons.append("it does not implement axis_tables")
+    if spec.key_window != spec.window_size and backend != "cpu":
+        reasons.append("it does not implement key_window")
     if return_attention:
         reasons.append("it does not return the attention weights (return_attention)")
     return reasons + _backends.window_volume_reasons(backend, spec.volume, device)
@@ -189,7 +194,8 @@ def _make_plan(
 
     backend = choose(form, requested, x.device, reasons)
     pad_qkv, region_map = tables["pad_qkv"], tables["region_map"]
-    wide = [t for t in (tables[name] for name in ("bias_table", "bias", "logit_scale")) if t is not None]
+    wide = [tables[name] for name in ("bias_table", "bias", "logit_scale")] + list(tables["axis_tables"] or ())
+    wide = [t for t in wide if t is not None]
     # A compiler keeps what a pad token holds: whether there are any would be a guard on the size of the map.
     reads_pads = not plain or _arguments.frame_size(size, spec.window_size) != tuple(size)
     any_shape = backend in ("cpu", "cuda")  # their bindings read a table in any shape of its size
@@ -234,6 +240,7 @@ def _attend(
     form: str,
     maps: tuple[Any, ...],
     tables: tuple[Any, ...],
+    axis_tables: Any,
     num_heads: Any,
     generator: Any,
     backend: Any,
@@ -242,15 +249,18 @@ def _attend(
 ) -> Any:
     """Run one form, with ``tables`` for _TENSORS and the other arguments as ``options`` of :class:`WindowSpec`."""
     tensors = maps + tables
+    if axis_tables is not None:
+        axis_tables = _arguments.axis_tables_of(form, axis_tables)
+        tensors += axis_tables
     plain = is_plain(tensors)
     key = plan = None
     if plain and generator is None:
         autocast = autocast_dtype(maps[0]) if torch._C._is_any_autocast_enabled() else None
-        given = (form, backend, num_heads, return_attention, *options.values())
+        given = (form, backend, num_heads, return_attention, axis_tables is None, *options.values())
         key = call_key(tensors, given, autocast)
         plan = _PLANS.get(key)
     if plan is None:
-        named = dict(zip(_TENSORS, tables, strict=True))
+        named = dict(zip(_TENSORS, tables, strict=True), axis_tables=axis_tables)
         plan = _make_plan(form, maps, named, generator, num_heads, options, backend, return_attention, plain)
         if key is not None:
             _PLANS.put(key, plan)
@@ -261,7 +271,7 @@ def _attend(
     if tables[3] is not None and not plan.reads_pads:
         tables = (*tables[:3], None, tables[4])
     if plan.op is None:
-        named = dict(zip(_TENSORS, tables, strict=True))
+        named = dict(zip(_TENSORS, tables, strict=True), axis_tables=axis_tables)
         return getattr(fallback if plan.backend == "torch" else reference, form)(
             *maps,
             **named,
@@ -270,6 +280,8 @@ def _attend(
             generator=generator,
             return_attention=return_attention,
         )
+    if axis_tables is not None:
+        tables = (tables[0], torch.cat(axis_tables), *tables[2:])
     tables = (*tables, None) if plan.fits else _fit(plan, tables, maps[0].device, generator)
     tf32 = plan.asks_for_tf32 and _tf32_switch()
     if plain:
@@ -304,6 +316,8 @@ def window_attention_qkvpacked(
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     grid: bool = False,
+    axis_tables: Sequence[Tensor] | None = None,
+    key_window: Ints | None = None,
     backend: str = "auto",
     return_attention: bool = False,
 ) -> Any:  # a Tensor, or two
@@ -340,9 +354,19 @@ def window_attention_qkvpacked(
             "pad_then_roll", which would pad between the ends, such an axis has to be whole windows if it is shifted.
         region_map: int32 or narrower, of the padded map's shape, in place of the shift's regions; tokens whose values
             differ are masked.
-        mask_value: added to the score of masked pairs; finite.
+        mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. A row
+            stays finite, as a token is of its own region.
         dropout_p: probability of dropping an attention weight, 0..1; draws from ``generator`` or torch's default.
         grid: a window's tokens are strided over the map instead of a block (MaxViT); has no shift.
+        axis_tables: decomposed relative position instead of a bias (SAM, ViTDet): a table (2 * window - 1, head_dim)
+            for each axis a of the map, shared by the heads and used in float32, that adds
+            :math:`q_i \cdot table_a[i_a - j_a + window_a - 1]` of the unscaled q to the score. With them a window may
+            hold 4096 tokens. Excludes ``bias_table``, ``bias`` and ``logit_scale``.
+        key_window: tokens per axis of the window that keys and values are taken from, if it is larger than
+            ``window_size`` (HAT's overlapping cross-attention): by an even number, half on each side; at most 1024 in
+            all. Its tokens outside the map are pad tokens. The table then has prod(window + key_window - 1) rows, by
+            the offset of the query in its window minus that of the key in its own, and a dense bias (num_heads, N,
+            M). Has no shift.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" takes the fastest that can run
             the call: kernels, or else plain PyTorch's own code ("torch"); never the slow reference.
         return_attention: also return the attention weights, which only "torch" and "reference" do: the kernels never
@@ -366,6 +390,7 @@ def window_attention_qkvpacked(
         "window_attention_qkvpacked",
         (qkv,),
         (bias_table, bias, logit_scale, pad_qkv, region_map),
+        axis_tables,
         num_heads,
         generator,
         backend,
@@ -381,6 +406,7 @@ def window_attention_qkvpacked(
             "mask_value": mask_value,
             "dropout_p": dropout_p,
             "grid": grid,
+            "key_window": key_window,
         },
     )
 
@@ -407,6 +433,8 @@ def window_attention(
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     grid: bool = False,
+    axis_tables: Sequence[Tensor] | None = None,
+    key_window: Ints | None = None,
     backend: str = "auto",
     return_attention: bool = False,
 ) -> Any:  # a Tensor, or two
@@ -425,6 +453,7 @@ def window_attention(
         "window_attention",
         (q, k, v),
         (bias_table, bias, logit_scale, pad_qkv, region_map),
+        axis_tables,
         num_heads,
         generator,
         backend,
@@ -440,5 +469,6 @@ def window_attention(
             "mask_value": mask_value,
             "dropout_p": dropout_p,
             "grid": grid,
+            "key_window": key_window,
         },
     )

@@ -114,6 +114,27 @@ def source_index(
     return source.masked_fill(is_pad, math.prod(size))
 
 
+def key_index(
+    size: Sequence[int], window: Sequence[int], key_window: Sequence[int], *, pad_before: Sequence[int], device=None
+) -> Tensor:
+    """(num_windows, M): the token of the row-major map that each key is, where the keys of a window are the tokens of a
+    larger one with the same centre; prod(size) for one outside the map.
+    """
+    rank, frame = len(size), frame_size(size, window)
+    axes = []
+    for p, w, m, before in zip(frame, window, key_window, pad_before, strict=True):
+        first = torch.arange(0, p, w, device=device) - (m - w) // 2 - before
+        axes.append(first[:, None] + torch.arange(m, device=device))  # (windows, keys) on this axis
+    source: Any = 0
+    outside: Any = False
+    for axis, (y, length) in enumerate(zip(axes, size, strict=True)):
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = y.shape
+        y = y.reshape(shape)
+        source, outside = source * length + y, outside | (y < 0) | (y >= length)
+    return source.masked_fill(outside, math.prod(size)).flatten(rank).flatten(0, rank - 1)
+
+
 def shift_region(
     size: Sequence[int],
     window: Sequence[int],

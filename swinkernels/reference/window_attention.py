@@ -17,6 +17,7 @@ from swinkernels.reference._geometry import (
     Ints,
     check_window,
     frame_size,
+    key_index,
     per_axis,
     shift_region,
     source_index,
@@ -33,6 +34,29 @@ def relative_position_index(window: Sequence[int], table_window: Sequence[int] |
         coordinate = token // math.prod(table_window[axis + 1 :]) % w  # decoded in the table's window
         index = index * (2 * w - 1) + coordinate[:, None] - coordinate[None, :] + w - 1
     return index
+
+
+def key_window_index(window: Sequence[int], key_window: Sequence[int], device=None) -> Tensor:
+    """(N, M): the row of the bias table for query i of a window and key j of its key window."""
+    query = torch.arange(math.prod(window), device=device)
+    key = torch.arange(math.prod(key_window), device=device)
+    index = torch.zeros(len(query), len(key), dtype=torch.long, device=device)
+    for axis, (w, m) in enumerate(zip(window, key_window, strict=True)):
+        i = query // math.prod(window[axis + 1 :]) % w
+        j = key // math.prod(key_window[axis + 1 :]) % m
+        index = index * (w + m - 1) + i[:, None] - j[None, :] + m - 1
+    return index
+
+
+def axis_scores(q: Tensor, axis_tables: Sequence[Tensor], window: Sequence[int]) -> Tensor:
+    """(..., N, N) of queries (..., N, head_dim): the sum over axes of q_i . table[offset of i and j on the axis]."""
+    token = torch.arange(math.prod(window), device=q.device)
+    scores: Any = 0
+    for axis, (table, w) in enumerate(zip(axis_tables, window, strict=True)):
+        coordinate = token // math.prod(window[axis + 1 :]) % w
+        rows = table[coordinate[:, None] - torch.arange(w, device=q.device) + w - 1]  # (N, w, head_dim)
+        scores = scores + torch.einsum("...id,iwd->...iw", q, rows.to(q.dtype))[..., coordinate]
+    return scores
 
 
 @without_autocast
@@ -58,6 +82,8 @@ def window_attention(
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     grid: bool = False,
+    axis_tables: Sequence[Tensor] | None = None,
+    key_window: Ints | None = None,
     return_attention: bool = False,
     return_lse: bool = False,
 ) -> Any:  # a Tensor, or a tuple with what was asked for besides
@@ -68,13 +94,14 @@ def window_attention(
     .. math:: out_i = \sum_j softmax_j(scale \cdot q_i \cdot k_j + bias_{r(i,j)} + mask_{ij}) \, v_j
 
     with ``exp(min(logit_scale, ln 100))`` times the cosine of q_i and k_j, each divided by max(norm, 1e-12), in place
-    of the scaled product if ``logit_scale`` is given. ``mask_ij`` is ``mask_value`` where the shift regions of the two
-    tokens differ, else 0. Pad tokens are keys like any other; their own rows are dropped.
+    of the scaled product if ``logit_scale`` is given. With ``axis_tables`` the bias is the sum over axes a of
+    q_i . axis_tables[a][i_a - j_a + window_a - 1], of the unscaled q. ``mask_ij`` is ``mask_value`` where the shift
+    regions of the two tokens differ, else 0. Pad tokens are keys like any other; their own rows are dropped.
 
     Args:
         q, k, v: (B, \*S, num_heads, head_dim) each, S = (H, W) or (D, H, W), any floating dtype.
         return_attention: also return the attention weights after dropout, (B, num_windows, num_heads, N, N), in the
-            dtype of q.
+            dtype of q; with a ``key_window`` of M tokens (..., N, M).
         return_lse: also return the natural log-sum-exp of the final scores, (B, num_windows, num_heads, N), last.
 
         The other arguments are those of :func:`swinkernels.window_attention`, which documents them. Only shapes that
@@ -92,7 +119,8 @@ def window_attention(
         ValueError: a geometry without meaning.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.2; Swin Transformer V2 (Liu et al., 2022), section 3;
-    checked against the modules of timm, torchvision and MONAI.
+    checked against the modules of timm, torchvision, MONAI and transformers. ``axis_tables``: MViTv2 (Li et al., 2022),
+    as in Segment Anything. ``key_window``: the overlapping cross-attention of HAT (Chen et al., 2023).
     """
     op = "window_attention"
     batch, *size, heads, head_dim = q.shape
@@ -109,6 +137,19 @@ def window_attention(
         raise ValueError(f"{op}: pad_before must be in 0..padding per axis, {pads_of_axis} here, got {before}")
     if grid and any(shift):
         raise ValueError(f"{op}: grid attention has no shift: shift_size must be 0, got {shift}")
+    keys = window if key_window is None else per_axis(op, "key_window", key_window, rank)
+    if keys != window and (grid or any(shift) or region_map is not None or axis_tables is not None):
+        raise ValueError(
+            f"{op}: a key_window {keys} other than the window {window} has no shift, grid, region_map or axis_tables"
+        )
+    if any(m < w or (m - w) % 2 for m, w in zip(keys, window, strict=True)):
+        raise ValueError(f"{op}: key_window must be window_size plus an even number per axis, got {keys} for {window}")
+    if axis_tables is not None:
+        if logit_scale is not None:
+            raise ValueError(f"{op}: axis_tables need the scaled product of q and k, not a logit_scale")
+        shapes, expected = [tuple(t.shape) for t in axis_tables], [(2 * w - 1, head_dim) for w in window]
+        if shapes != expected:
+            raise ValueError(f"{op}: axis_tables must be {expected} for window {window}, got {shapes}")
     index = source_index(
         size, window, shift, pad_order=pad_order, pad_before=before, grid=grid, device=q.device
     )  # (num_windows, N)
@@ -118,12 +159,13 @@ def window_attention(
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     pads = q.new_zeros(3, heads, head_dim) if pad_qkv is None else pad_qkv.to(dtype).reshape(3, heads, head_dim)
 
-    def gather(x: Tensor, pad: Tensor) -> Tensor:
+    def gather(x: Tensor, pad: Tensor, index: Tensor) -> Tensor:
         tokens = x.reshape(batch, math.prod(size), heads, head_dim)
         tokens = torch.cat([tokens, pad.expand(batch, 1, heads, head_dim)], dim=1).to(wide)
         return tokens[:, index].transpose(2, 3)  # (B, num_windows, heads, N, head_dim)
 
-    q, k, v = (gather(x, pad) for x, pad in zip((q, k, v), pads, strict=True))
+    of_keys = index if keys == window else key_index(size, window, keys, pad_before=before, device=q.device)
+    q, k, v = (gather(x, pad, i) for x, pad, i in zip((q, k, v), pads, (index, of_keys, of_keys), strict=True))
 
     if logit_scale is None:
         scores = (q * (head_dim**-0.5 if scale is None else scale)) @ k.transpose(-2, -1)
@@ -133,18 +175,24 @@ def window_attention(
         scores = q @ k.transpose(-2, -1) * factor  # (B, num_windows, heads, N, N)
 
     if bias_table is not None:
-        table_shape = window if table_window is None else per_axis(op, "table_window", table_window, rank)
-        rows = bias_table[relative_position_index(window, table_shape, q.device)]  # (N, N, heads)
+        if keys != window:
+            rows = bias_table[key_window_index(window, keys, q.device)]  # (N, M, heads)
+        else:
+            table_shape = window if table_window is None else per_axis(op, "table_window", table_window, rank)
+            rows = bias_table[relative_position_index(window, table_shape, q.device)]  # (N, N, heads)
         scores = scores + rows.permute(2, 0, 1).to(wide)
     if bias is not None:
         if bias.dim() == 4:  # (window types, heads, N, N): types follow the slowest axes of the windows
             bias = bias.repeat_interleave(num_windows // bias.shape[0], dim=0)
         scores = scores + bias.to(wide)
+    if axis_tables is not None:
+        scores = scores + axis_scores(q, axis_tables, window)
 
     if region_map is not None or any(shift):
         region = shift_region(size, window, shift, periodic=wraps, region_map=region_map, grid=grid, device=q.device)
         differs = region[:, :, None] != region[:, None, :]
-        scores = scores + mask_value * differs.to(wide).unsqueeze(1)  # (num_windows, 1, N, N)
+        mask = torch.zeros_like(differs, dtype=wide).masked_fill(differs, mask_value)
+        scores = scores + mask.unsqueeze(1)  # (num_windows, 1, N, N)
 
     probs = scores.softmax(dim=-1)
     if dropout_p > 0.0:

@@ -71,6 +71,8 @@ GEOMETRIES = [
     Case(1, (8, 12), 2, 16, 4, 0, options={"region_map": region_map(8, 12)}),
     Case(1, (7, 10), 2, 16, 4, 3, has_pad_qkv=True, options={"region_map": region_map(8, 12), "mask_value": -3.0}),
     Case(1, (8, 8), 2, 16, 4, 2, options={"mask_value": 1.5, "scale": -0.4}),
+    Case(2, (9, 13), 2, 16, (4, 5), (2, 1), has_pad_qkv=True, options={"mask_value": -math.inf}),
+    Case(1, (20, 23), 1, 16, 12, 5, has_pad_qkv=True, options={"mask_value": -math.inf, "pad_order": "roll_then_pad"}),
     Case(1, (8, 8), 2, 16, 4, 2, has_table=False),
     Case(1, (6, 10), 2, 16, (3, 5), (1, 2), options={"table_window": (7, 7)}),
     Case(1, (14, 7, 7), 2, 16, (7, 7, 7), (3, 0, 0)),

@@ -80,6 +80,7 @@ def _regions(*frame: int) -> Tensor:
 
 
 ROLL_THEN_PAD = {"pad_order": "roll_then_pad"}
+MASKED_OUT = {"mask_value": -math.inf}
 # Windows of 4 to 256 tokens, each with another head_dim, size and padding: what chooses tiles, loops and tails.
 WINDOWS = [
     Case(2, (4, 6), 2, 8, 2, 1),
@@ -134,6 +135,8 @@ LONG = {
 # What the geometry can say, on maps where each matters.
 GEOMETRY = {
     "no table": Case(1, (7, 8), 2, 32, 4, 1, has_table=False, has_pad_qkv=True),
+    "no table, long window": Case(1, (12, 24), 2, 32, 12, 6, has_table=False),
+    "no table, long window, pads": Case(1, (13, 11), 1, 16, 12, 5, has_table=False, has_pad_qkv=True),
     "zero pads": Case(1, (7, 8), 2, 32, 4, 1),
     "no shift": Case(2, (8, 8), 2, 32, 4, 0),
     "window and shift of two sizes": Case(1, (9, 8), 2, 16, (3, 5), (1, 2), has_pad_qkv=True),
@@ -149,6 +152,11 @@ GEOMETRY = {
     "grid": Case(2, (8, 12), 2, 32, 4, 0, options={"grid": True}),
     "grid with pads": Case(1, (7, 9), 1, 32, 5, 0, has_pad_qkv=True, options={"grid": True}),
     "grid with a region map": Case(1, (8, 8), 1, 16, 4, 0, options={"grid": True, "region_map": _regions(8, 8)}),
+    "masked out": Case(2, (9, 13), 2, 16, (4, 5), (2, 1), has_pad_qkv=True, options=MASKED_OUT),
+    "masked out, window 7": Case(1, (13, 14), 2, 32, 7, 3, has_pad_qkv=True, options={**MASKED_OUT, **ROLL_THEN_PAD}),
+    "masked out, window 8": Case(1, (8, 16), 2, 32, 8, 4, options=MASKED_OUT),
+    "masked out, long window": Case(1, (16, 9), 1, 32, 16, 7, has_pad_qkv=True, options=MASKED_OUT),
+    "masked out, longer window": Case(1, (18, 20), 1, 16, (18, 20), (9, 5), has_pad_qkv=True, options=MASKED_OUT),
     "scale and mask value": Case(1, (8, 8), 2, 16, 4, 2, options={"scale": 0.5, "mask_value": -3.0}),
     "3D": Case(1, (4, 6, 5), 2, 16, (2, 3, 3), (1, 1, 1), has_pad_qkv=True),
     "3D, rolled first": Case(1, (3, 6, 5), 1, 32, (2, 4, 4), (1, 2, 2), has_pad_qkv=True, options=ROLL_THEN_PAD),

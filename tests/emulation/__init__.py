@@ -296,6 +296,7 @@ class _Geometry(FrameGeometry):
         ("table_window", ctypes.c_int32 * 3),
         ("periodic", ctypes.c_bool * 3),
         ("grid", ctypes.c_bool),
+        ("key_margin", ctypes.c_int32 * 3),
     ]
 
 
@@ -317,6 +318,8 @@ class _Forward(ctypes.Structure):
         ("bias_table", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("bias_types", ctypes.c_int32),
+        ("axis_tables", ctypes.c_void_p),
+        ("axis_rows", ctypes.c_int32 * 3),
         ("logit_scale", ctypes.c_void_p),
         ("pad_qkv", ctypes.c_void_p),
         ("region_map", ctypes.c_void_p),
@@ -334,6 +337,7 @@ class _Backward(ctypes.Structure):
         ("dv", _TokenMap),
         ("dbias_table", ctypes.c_void_p),
         ("dbias", ctypes.c_void_p),
+        ("daxis_tables", ctypes.c_void_p),
         ("dlogit_scale", ctypes.c_void_p),
         ("dpad_qkv", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),

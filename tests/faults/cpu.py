@@ -6,6 +6,7 @@ from tests.faults import Fault
 
 _KERNEL = "csrc/kernels/cpu/window_attention.inl"
 _TESTS = "tests/cpu/test_window_attention.py::"
+_FORMS = "tests/ops/test_axis_tables_and_key_windows.py::test_the_cpu_kernels"
 
 FAULTS = {
     "cpu-mask-within-regions": Fault(
@@ -31,6 +32,24 @@ FAULTS = {
         "load(inverse_norms + first) < kMaxInverseNorm ? products : Vec{}",
         "products",
         _TESTS + "test_rows_too_short_to_be_normalised",
+    ),
+    "cpu-axis-without-its-rows": Fault(
+        "csrc/kernels/cpu/axis_tables.inl",
+        "outer + load(coordinate(2, c2) + i)",
+        "outer",
+        _FORMS,
+    ),
+    "cpu-axis-gradient-of-one-row": Fault(
+        "csrc/kernels/cpu/axis_tables.inl",
+        "load(coordinate(1, c1) + i) + of_row",
+        "of_row",
+        _FORMS,
+    ),
+    "cpu-key-of-another-window": Fault(
+        "csrc/kernels/cpu/key_windows.inl",
+        "of[2].first_key - c * g.window[2];",
+        "of[2].first_key;",
+        _FORMS,
     ),
     "cpu-partial-sums-of-one-chunk": Fault(
         "csrc/kernels/cpu/window_attention.cpp",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,6 +43,7 @@ DIFFERENT = [
     Case(1, (9, 14), 2, 16, (4, 5), (1, 2), has_pad_qkv=True, options={"pad_order": "roll_then_pad"}),
     Case(1, (16, 16), 2, 16, 8, 4, has_logit_scale=True),
     Case(1, (4, 8, 6), 2, 8, (2, 4, 3), (1, 2, 0), has_table=False, bias_types=2),
+    Case(1, (9, 14), 2, 16, (4, 5), (1, 2), has_pad_qkv=True, options={"mask_value": -math.inf}),
 ]
 
 

@@ -34,6 +34,7 @@ def huge(*shape):
 
 
 zeros, meta = torch.zeros, torch.zeros(1, device="meta")
+TABLES = (zeros(3, 4), zeros(5, 4))  # axis_tables that are right
 ids = lambda v: "-".join(v) if isinstance(v, dict) else None  # noqa: E731
 
 
@@ -90,7 +91,7 @@ def check(call, error, *words):
         ({"scale": 1j}, TypeError, "1j", "number"),
         ({"scale": zeros(1)}, TypeError, "tensor", "number"),
         ({"mask_value": math.nan}, ValueError, "nan", "finite"),
-        ({"mask_value": -math.inf}, ValueError, "-inf", "finite"),
+        ({"mask_value": math.inf}, ValueError, "inf", "finite float32 number or -inf"),
         ({"mask_value": -1e39}, ValueError, "-1e+39", "finite float32"),
         ({"mask_value": 10**400}, ValueError, "1000", "finite"),
         ({"mask_value": None}, TypeError, "None", "number"),
@@ -139,6 +140,27 @@ def check(call, error, *words):
         ({"region_map": zeros(6, 6).long()}, TypeError, "torch.int64", "int32"),  # values would be cut to 32 bits
         ({"region_map": meta.expand(6, 6).int()}, ValueError, "meta", "one device"),
         ({"periodic": (False, True), "region_map": zeros(6, 6).int()}, ValueError, "(False, True)", "must be False"),
+        ({"axis_tables": zeros(8, 4)}, TypeError, "Tensor", "tuple of one tensor"),
+        ({"axis_tables": (zeros(3, 4),)}, ValueError, "got 1", "each of the 2 axes"),
+        ({"axis_tables": (zeros(5, 4), zeros(3, 4))}, ValueError, "(5, 4) and (3, 4)", "(3, 4) and (5, 4)"),
+        ({"axis_tables": (zeros(3, 4), zeros(5, 8))}, ValueError, "(5, 8)", "head_dim"),
+        ({"axis_tables": (zeros(3, 4), zeros(5, 4).int())}, TypeError, "torch.int32", "float32"),
+        ({"axis_tables": (zeros(3, 4), zeros(5, 4).half())}, TypeError, "torch.float16", "one dtype"),
+        ({"axis_tables": (zeros(3, 4), meta.expand(5, 4))}, ValueError, "meta", "one device"),
+        ({"axis_tables": (zeros(3, 4), None)}, TypeError, "NoneType", "tensor"),
+        ({"axis_tables": TABLES, "logit_scale": zeros(2)}, ValueError, "logit_scale", "must be None"),
+        ({"key_window": (4, 4)}, ValueError, "(4, 4)", "an even number"),
+        ({"key_window": (2, 1)}, ValueError, "(2, 1)", "an even number"),
+        ({"key_window": (34, 33)}, ValueError, "1122", "1024"),
+        ({"key_window": 4.0}, TypeError, "4.0", "int"),
+        ({"key_window": (4,)}, ValueError, "(4,)", "2 axes"),
+        ({"key_window": (4, 5), "shift_size": 1}, ValueError, "shift_size", "window_size, (2, 3)"),
+        ({"key_window": (4, 5), "grid": True}, ValueError, "grid", "window_size, (2, 3)"),
+        ({"key_window": (4, 5), "periodic": True}, ValueError, "periodic", "window_size, (2, 3)"),
+        ({"key_window": (4, 5), "region_map": zeros(6, 6).int()}, ValueError, "region_map", "window_size, (2, 3)"),
+        ({"key_window": (4, 5), "axis_tables": TABLES}, ValueError, "axis_tables", "window_size, (2, 3)"),
+        ({"key_window": (4, 5), "bias_table": zeros(15, 2)}, ValueError, "(15, 2)", "(35, 2)"),
+        ({"key_window": (4, 5), "bias": zeros(2, 6, 6)}, ValueError, "(2, 6, 6)", "(2, 6, 20)"),
         # backends
         ({"backend": "gpu"}, ValueError, "'gpu'", "'triton'"),
         ({"backend": None}, ValueError, "None", "'reference'"),
@@ -291,7 +313,8 @@ junk = st.one_of(
 )
 ARGUMENTS = [
     "num_heads", "window_size", "shift_size", "scale", "bias", "bias_table", "table_window", "logit_scale", "pad_qkv",
-    "pad_order", "pad_before", "periodic", "region_map", "mask_value", "dropout_p", "generator", "grid", "backend",
+    "pad_order", "pad_before", "periodic", "region_map", "mask_value", "dropout_p", "generator", "grid", "axis_tables",
+    "key_window", "backend",
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from swinkernels.ops import _backends
 from swinkernels.testing import (
     WindowAttentionCase,
     check_window_attention,
+    named_inputs,
     op_arguments,
     opcheck_forward_and_backward,
     run_case,
@@ -56,6 +57,8 @@ CLASSES = {
     "table window": Case(1, (4, 2), 1, 2, 2, 1, options={"table_window": (3, 2)}),
     "volume": Case(1, (2, 2, 2), 1, 2, (1, 2, 2), (0, 1, 1)),
     "scale, mask value": Case(1, (4, 2), 1, 2, 2, 1, options={"scale": -0.4, "mask_value": 1.5}),
+    "axis tables": Case(1, (4, 2), 1, 2, 2, 1, has_table=False, has_axis_tables=True),
+    "key window": Case(1, (3, 4), 1, 2, 2, 0, has_pad_qkv=True, options={"key_window": 4}),
     "dropout": Case(1, (4, 2), 1, 2, 2, 1, options={"dropout_p": 0.4}),
 }
 WITHOUT_DROPOUT = {name: case for name, case in CLASSES.items() if name != "dropout"}
@@ -71,7 +74,7 @@ def test_gradcheck_of_the_reference(name: str) -> None:
 
     def call(*leaves: Tensor) -> Any:
         generator = torch.Generator().manual_seed(1) if name == "dropout" else None
-        given = dict(zip(inputs, leaves, strict=True))
+        given = named_inputs(dict(zip(inputs, leaves, strict=True)))
         return reference.window_attention_qkvpacked(
             **given, **case.arguments(), generator=generator, return_attention=True
         )

@@ -372,7 +372,7 @@ def test_against_literal_code(data):
         table_window=tuple(w + data.draw(st.integers(0, 2)) for w in window),
         heads=data.draw(st.integers(1, 3)),
         head_dim=data.draw(st.sampled_from([1, 4, 5])),
-        mask_value=data.draw(st.sampled_from([-100.0, -2.0])),
+        mask_value=data.draw(st.sampled_from([-100.0, -2.0, -math.inf])),
         scale=data.draw(st.sampled_from([None, 0.7])),
     )
 

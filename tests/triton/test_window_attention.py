@@ -69,6 +69,7 @@ CASES = {
     "region_map_tiled": Case(
         1, (10, 10), 1, 8, 10, options={"region_map": torch.arange(100).reshape(10, 10).remainder(7).div(4).int()}
     ),
+    "masked_out": Case(1, (7, 8), 2, 8, 3, 1, has_pad_qkv=True, options={"mask_value": -math.inf}),
     "mask_value_and_scale": Case(1, (6, 6), 2, 8, 3, 1, options={"mask_value": -1.5, "scale": 0.7}),
     "three_axes": Case(1, (2, 4, 6), 2, 8, (2, 2, 3), (1, 1, 1)),
     "three_axes_padded": Case(1, (3, 5, 4), 1, 8, (2, 4, 3), (1, 2, 0), has_pad_qkv=True),

@@ -77,8 +77,21 @@ int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2];
 // The logarithm of the largest factor of v2's cosines.
 constexpr double kMaxLogitScale = 4.605170185988092;
 
-int64_t window_volume_squared(const WindowAttentionForwardParams& p) {
-  return product(p.geometry.window) * product(p.geometry.window);
+int64_t key_volume(const WindowGeometry& g) {
+  int64_t keys = 1;
+  for (int axis = 0; axis < 3; ++axis) keys *= g.window[axis] + 2 * g.key_margin[axis];
+  return keys;
+}
+
+bool windows_overlap(const WindowGeometry& g) { return key_volume(g) > product(g.window); }
+
+// N * M.
+int64_t scores_of_window(const WindowAttentionForwardParams& p) {
+  return product(p.geometry.window) * key_volume(p.geometry);
+}
+
+int64_t axis_table_rows(const WindowAttentionForwardParams& p) {
+  return int64_t{p.axis_rows[0]} + p.axis_rows[1] + p.axis_rows[2];
 }
 
 BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
@@ -86,7 +99,7 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   // Enough chunks for the threads of a large machine, but several windows each, for a chunk writes out its bias gradient;
   // and with a dense bias no more than write 64 MiB, unless the types need them.
   constexpr int64_t kChunks = 128, kMinWindowChunks = 8, kMinWindows = 4, kMaxDenseElements = 1 << 24;
-  const int64_t types = p.bias_types, dense = p.num_heads * window_volume_squared(p);
+  const int64_t types = p.bias_types, dense = p.num_heads * scores_of_window(p);
   int64_t most = std::max(kMinWindowChunks, kChunks / p.num_heads);
   if (params.dbias != nullptr) most = std::min(most, kMaxDenseElements / dense);
   most = std::max<int64_t>(most / types, 1);
@@ -97,7 +110,11 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
       (partition.windows_per_type + partition.windows_per_chunk - 1) / partition.windows_per_chunk;
   partition.window_chunks = types * partition.chunks_per_type;
   partition.table_rows = 1;
-  for (int32_t t : p.geometry.table_window) partition.table_rows *= 2 * t - 1;
+  const bool overlap = windows_overlap(p.geometry);
+  for (int axis = 0; axis < 3; ++axis) {
+    const WindowGeometry& g = p.geometry;
+    partition.table_rows *= overlap ? 2 * (g.window[axis] + g.key_margin[axis]) - 1 : 2 * g.table_window[axis] - 1;
+  }
 
   // From a null workspace, only counts the bytes.
   const auto take = [&](const float* wanted, int64_t count_per_chunk) -> float* {
@@ -109,8 +126,16 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   };
   partition.dbias_table = take(params.dbias_table, p.num_heads * partition.table_rows);
   partition.dbias = take(params.dbias, dense);
+  partition.daxis_tables = take(params.daxis_tables, p.num_heads * axis_table_rows(p) * p.head_dim);
   partition.dlogit_scale = take(params.dlogit_scale, p.num_heads);
   partition.dpad_kv = take(params.dpad_qkv, int64_t{2} * p.num_heads * p.head_dim);
+  if (overlap) {
+    const int64_t windows = partition.windows_per_type * types;
+    char* part = static_cast<char*>(params.workspace);
+    partition.dkv = part == nullptr ? nullptr : reinterpret_cast<float*>(part + partition.workspace_bytes);
+    partition.workspace_bytes +=
+        windows * p.num_heads * 2 * key_volume(p.geometry) * p.head_dim * static_cast<int64_t>(sizeof(float));
+  }
   return partition;
 }
 
@@ -158,6 +183,13 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
     run(parallel_for, chunks * heads,
         [&](int64_t begin, int64_t end) { kernels().backward(params, partition, begin, end, scratch(bytes)); });
   }
+  if (partition.dkv != nullptr) {
+    const int64_t tasks = p.batch * product(p.geometry.num_windows) * heads;
+    const int64_t bytes = (dim + 64) * static_cast<int64_t>(sizeof(float));  // a row of whole vectors
+    run(parallel_for, tasks, [&](int64_t begin, int64_t end) {
+      kernels().sum_key_gradients(params, partition, begin, end, scratch(bytes));
+    });
+  }
   if (params.dbias_table != nullptr || params.dlogit_scale != nullptr || params.dpad_qkv != nullptr) {
     run(parallel_for, heads, [&](int64_t begin, int64_t end) {
       for (int64_t head = begin; head < end; ++head) {
@@ -181,8 +213,17 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
       }
     });
   }
+  if (params.daxis_tables != nullptr) {  // which the heads share
+    const int64_t axis_rows = axis_table_rows(p);
+    run(parallel_for, axis_rows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        sum_chunks(partition.daxis_tables + row * dim, chunks * heads, axis_rows * dim, dim,
+                   params.daxis_tables + row * dim, 1);
+      }
+    });
+  }
   if (params.dbias != nullptr) {
-    const int64_t n2 = window_volume_squared(p);
+    const int64_t n2 = scores_of_window(p);
     run(parallel_for, p.bias_types * heads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first_part = i / heads * partition.chunks_per_type * heads + i % heads;

@@ -59,24 +59,36 @@ class Arena {
 
 // The sizes that follow from the parameters.
 struct Sizes {
-  int64_t tokens;    // N
+  int64_t tokens;  // N
+  int64_t keys;    // M; N unless keys are those of a larger window
+  int64_t key_window[3];
   int64_t dim, row;  // head_dim, and rounded up to whole vectors
   int64_t block;     // queries of a block, whole vectors
   int64_t blocks;    // of a window
+  bool overlap;      // whether windows share keys
   int64_t table_rows;
+  int64_t rows_of_axis[3];  // of the table
 
   explicit Sizes(const WindowAttentionForwardParams& p) {
-    tokens = product(p.geometry.window);
+    const WindowGeometry& g = p.geometry;
+    tokens = product(g.window);
+    keys = table_rows = 1;
+    overlap = false;
+    for (int i = 0; i < 3; ++i) overlap = overlap || g.key_margin[i] > 0;
+    for (int i = 0; i < 3; ++i) {
+      key_window[i] = g.window[i] + 2 * g.key_margin[i];
+      rows_of_axis[i] = overlap ? g.window[i] + key_window[i] - 1 : 2 * g.table_window[i] - 1;
+      keys *= key_window[i];
+      table_rows *= rows_of_axis[i];
+    }
     dim = p.head_dim;
     row = round_up(dim, kLanes);
     blocks = (tokens + kMaxQueryBlock - 1) / kMaxQueryBlock;
     block = round_up((tokens + blocks - 1) / blocks, kLanes);
     blocks = (tokens + block - 1) / block;
-    const int32_t (&t)[3] = p.geometry.table_window;
-    table_rows = int64_t{2 * t[0] - 1} * (2 * t[1] - 1) * (2 * t[2] - 1);
   }
   int64_t queries(int64_t b) const { return smaller(tokens - b * block, block); }
-  int64_t scores() const { return tokens * block; }  // of a block of queries, (keys, queries)
+  int64_t scores() const { return keys * block; }  // of a block of queries, (keys, queries)
 };
 
 template <class Action>
@@ -113,6 +125,10 @@ class Window {
       has_regions_ = has_regions_ || (g.shift[i] > 0 && !g.periodic[i]);
     }
     has_regions_ = has_regions_ || p.region_map != nullptr;
+    for (int i = 0; i < 3; ++i) {
+      key_window_[i] = g.window[i] + 2 * g.key_margin[i];
+      key_source_[i] = g.key_margin[i] == 0 ? source_[i] : arena.take<int32_t>(key_window_[i]);
+    }
   }
 
   void move_to(int64_t index) {
@@ -141,6 +157,11 @@ class Window {
                                   ? 0
                                   : (frame >= g.frame[i] - g.window[i]) + (frame >= g.frame[i] - g.shift[i]);
       }
+      for (int32_t t = 0; g.key_margin[i] > 0 && t < key_window_[i]; ++t) {
+        const int32_t y = n * g.window[i] + t - g.key_margin[i] - g.pad_before[i];
+        key_source_[i][t] = y < 0 || y >= g.size[i] ? -1 : y;
+        padded = padded || key_source_[i][t] < 0;
+      }
     }
     batch = index;
     masked = has_regions_ && find_regions();
@@ -149,20 +170,31 @@ class Window {
   // Offsets, in elements from the map's data, of the window's rows of head 0; kPad for pad tokens.
   template <class Pointer>
   void offsets(const TokenMapOf<Pointer>& map, int64_t* to) const {
-    const int32_t (&w)[3] = params_.geometry.window;
+    offsets_of(params_.geometry.window, source_, map, to);
+  }
+
+  // The same of its keys.
+  template <class Pointer>
+  void key_offsets(const TokenMapOf<Pointer>& map, int64_t* to) const {
+    offsets_of(key_window_, key_source_, map, to);
+  }
+
+ private:
+  template <class Pointer>
+  void offsets_of(const int32_t (&w)[3], int32_t* const (&source)[3], const TokenMapOf<Pointer>& map,
+                  int64_t* to) const {
     const int64_t (&stride)[3] = map.axis_stride;
     for (int32_t a = 0; a < w[0]; ++a) {
       for (int32_t b = 0; b < w[1]; ++b) {
-        const bool is_pad = source_[0][a] < 0 || source_[1][b] < 0;
-        const int64_t base = batch * map.batch_stride + source_[0][a] * stride[0] + source_[1][b] * stride[1];
+        const bool is_pad = source[0][a] < 0 || source[1][b] < 0;
+        const int64_t base = batch * map.batch_stride + source[0][a] * stride[0] + source[1][b] * stride[1];
         for (int32_t c = 0; c < w[2]; ++c) {
-          *to++ = is_pad || source_[2][c] < 0 ? kPad : base + source_[2][c] * stride[2];
+          *to++ = is_pad || source[2][c] < 0 ? kPad : base + source[2][c] * stride[2];
         }
       }
     }
   }
 
- private:
   bool find_regions() {
     const WindowGeometry& g = params_.geometry;
     bool differ = false;
@@ -185,6 +217,7 @@ class Window {
   const WindowAttentionForwardParams& params_;
   bool has_regions_ = false;
   int32_t *frame_[3], *source_[3], *shift_region_[3];  // per axis and token
+  int32_t key_window_[3], *key_source_[3];             // per axis and key
 };
 
 // ---- Rows between the maps and scratch memory ----
@@ -249,6 +282,7 @@ class Bias {
     if (table_ == nullptr && dense_ == nullptr) return;
     if (table_ != nullptr) {
       offset_ = arena.take<int64_t>(sizes.tokens);
+      key_offset_ = sizes.overlap ? arena.take<int64_t>(sizes.keys) : offset_;
       run_ = arena.take<int64_t>(sizes.tokens + 1);
       column_ = arena.take<float>(sizes.table_rows + kLanes);
     }
@@ -262,11 +296,17 @@ class Bias {
     for (int64_t h = 0; h < num_heads_; ++h) cached_type_[h] = -1;
     if (table_ == nullptr) return;
     for (int64_t i = 0; i < kLanes; ++i) column_[sizes.table_rows + i] = 0.0f;
-    const int32_t (&t)[3] = p.geometry.table_window;
-    const int64_t row = 2 * t[2] - 1, plane = row * (2 * t[1] - 1);
-    centre_ = (t[0] - 1) * plane + (t[1] - 1) * row + t[2] - 1;
+    const int64_t row = sizes.rows_of_axis[2], plane = row * sizes.rows_of_axis[1];
+    const auto number = [&](int64_t token, int64_t height, int64_t width) {
+      return token / (height * width) * plane + token / width % height * row + token % width;
+    };
+    const int32_t (&t)[3] = sizes.overlap ? p.geometry.window : p.geometry.table_window;
+    const int64_t (&m)[3] = sizes.key_window;
+    centre_ = sizes.overlap ? (m[0] - 1) * plane + (m[1] - 1) * row + m[2] - 1
+                            : (t[0] - 1) * plane + (t[1] - 1) * row + t[2] - 1;
+    for (int64_t i = 0; sizes.overlap && i < sizes.keys; ++i) key_offset_[i] = number(i, m[1], m[2]);
     for (int64_t i = 0; i < sizes.tokens; ++i) {
-      offset_[i] = i / (t[1] * t[2]) * plane + i / t[2] % t[1] * row + i % t[2];
+      offset_[i] = number(i, t[1], t[2]);
       if (i == 0 || offset_[i] != offset_[i - 1] + 1 || i % sizes.block == 0) run_[runs_++] = i;
     }
     run_[runs_] = sizes.tokens;
@@ -292,7 +332,7 @@ class Bias {
   void add_table_gradient(const float* dscores, int64_t b, float* dcolumn) const {
     for_each_run(b, [&](int64_t key, int64_t query, int64_t length) {
       const float* from = dscores + key * sizes_.block + query - b * sizes_.block;
-      float* to = dcolumn + centre_ - offset_[key] + offset_[query];
+      float* to = dcolumn + centre_ - key_offset_[key] + offset_[query];
       for (int64_t i = 0; i < length; i += kLanes) {
         const Int mask = first_lanes(length - i);
         store(to + i, load(to + i) + (Vec)((Int)load(from + i) & mask));
@@ -303,23 +343,23 @@ class Bias {
   // The gradient of a dense bias, (N, N), from that of all blocks of scores.
   void write_dense_gradient(const float* dscores, float* dbias) const {
     for (int64_t b = 0; b < sizes_.blocks; ++b) {
-      transpose_any(dscores + b * sizes_.scores(), sizes_.tokens, sizes_.queries(b), sizes_.block,
-                    dbias + b * sizes_.block * sizes_.tokens, sizes_.tokens);
+      transpose_any(dscores + b * sizes_.scores(), sizes_.keys, sizes_.queries(b), sizes_.block,
+                    dbias + b * sizes_.block * sizes_.keys, sizes_.keys);
     }
   }
 
  private:
   void write(int64_t type, int64_t head, int64_t b, float* to) {
     if (table_ == nullptr) {
-      const float* from = dense_ + ((type * num_heads_ + head) * sizes_.tokens + b * sizes_.block) * sizes_.tokens;
-      return transpose_any(from, sizes_.queries(b), sizes_.tokens, sizes_.tokens, to, sizes_.block);
+      const float* from = dense_ + ((type * num_heads_ + head) * sizes_.tokens + b * sizes_.block) * sizes_.keys;
+      return transpose_any(from, sizes_.queries(b), sizes_.keys, sizes_.keys, to, sizes_.block);
     }
     if (column_head_ != head) {
       for (int64_t i = 0; i < sizes_.table_rows; ++i) column_[i] = table_[i * num_heads_ + head];
       column_head_ = head;
     }
     for_each_run(b, [&](int64_t key, int64_t query, int64_t length) {
-      const float* from = column_ + centre_ - offset_[key] + offset_[query];
+      const float* from = column_ + centre_ - key_offset_[key] + offset_[query];
       float* row = to + key * sizes_.block + query - b * sizes_.block;
       for (int64_t i = 0; i < length; i += kLanes) store(row + i, load(from + i));
     });
@@ -334,7 +374,7 @@ class Bias {
     const int64_t first = b * sizes_.block, last = first + sizes_.queries(b);
     int64_t first_run = 0;
     while (run_[first_run] < first) ++first_run;
-    for (int64_t key = 0; key < sizes_.tokens; ++key) {
+    for (int64_t key = 0; key < sizes_.keys; ++key) {
       for (int64_t r = first_run; run_[r] < last; ++r) action(key, run_[r], run_[r + 1] - run_[r]);
     }
   }
@@ -344,13 +384,15 @@ class Bias {
   int64_t num_heads_;
   // Of the table: r(token) and the first tokens of the runs, then N; the column of the head that was last read.
   int64_t centre_ = 0, runs_ = 0, column_head_ = -1;
-  int64_t *offset_ = nullptr, *run_ = nullptr;
+  int64_t *offset_ = nullptr, *key_offset_ = nullptr, *run_ = nullptr;
   float* column_ = nullptr;
   // What was written: the cached heads, each with the bias of some type of windows, then one block of any head.
   int64_t cached_heads_ = 0, head_stride_ = 0;
   float* written_ = nullptr;
   int64_t* cached_type_ = nullptr;
 };
+
+#include "axis_tables.inl"
 
 // ---- Rows of unit length (v2) ----
 
@@ -393,11 +435,26 @@ Vec normalise_rows_backward(const Sizes& sizes, int64_t count, const float* rows
 
 // ---- Scores ----
 
+// rows (queries, row) become the scaled queries q_t (row, block), and what the scores of the block start from is
+// returned: the bias, or null. That of axis_tables is written where the scores will be.
+const float* start_scores(const Sizes& sizes, Bias& bias, AxisTables& axes, int64_t type, int64_t head, int64_t b,
+                          float factor, float* rows, float* q_t, float* scores) {
+  const int64_t queries = sizes.queries(b);
+  if (!axes.given()) {
+    transpose_rows(sizes, queries, rows, factor, q_t);
+    return bias.block(type, head, b);
+  }
+  transpose_rows(sizes, queries, rows, 1.0f, q_t);
+  axes.write_bias(b, q_t, scores);
+  for (int64_t i = 0; i < sizes.row * sizes.block; i += kLanes) store(q_t + i, load(q_t + i) * factor);
+  return scores;
+}
+
 // scores (keys, queries) of a block: k (N, row) times q_t (row, block), the scaled queries, + bias + mask.
 void compute_scores(const WindowAttentionForwardParams& p, const Sizes& sizes, const Window& window, const float* k,
                     const float* q_t, const float* bias, int64_t b, float* scores) {
   const int64_t queries = sizes.queries(b);
-  matmul<false>(sizes.tokens, round_up(queries, kLanes), sizes.dim, k, sizes.row, q_t, sizes.block, bias, scores,
+  matmul<false>(sizes.keys, round_up(queries, kLanes), sizes.dim, k, sizes.row, q_t, sizes.block, bias, scores,
                 sizes.block);
   if (!window.masked) return;
   const Int mask_value = (Int)splat(p.mask_value);
@@ -411,7 +468,7 @@ void compute_scores(const WindowAttentionForwardParams& p, const Sizes& sizes, c
       for (int64_t lane = 0; lane < left; ++lane) tail[lane] = window.region[b * sizes.block + i + lane];
       query_region = load(tail);
     }
-    for (int64_t key = 0; key < sizes.tokens; ++key) {
+    for (int64_t key = 0; key < sizes.keys; ++key) {
       float* at = scores + key * sizes.block + i;
       store(at, load(at) + (Vec)((query_region != splat(window.region[key])) & mask_value));
     }
@@ -424,6 +481,7 @@ struct Forward {
   Sizes sizes;
   Window window;
   Bias bias;
+  AxisTables axes;
   int64_t *q_offsets, *k_offsets, *v_offsets, *out_offsets;
   float *k, *v;             // (N, row)
   float* rows;              // (block, row): q, then out
@@ -432,17 +490,18 @@ struct Forward {
   float *lse, *reciprocal;  // (block)
   float* inverse_norms;     // (N)
 
-  Forward(const WindowAttentionForwardParams& p, Arena& arena) : sizes(p), window(p, arena), bias(p, sizes, arena) {
+  Forward(const WindowAttentionForwardParams& p, Arena& arena)
+      : sizes(p), window(p, arena), bias(p, sizes, arena), axes(p, sizes, arena) {
     int64_t** const offsets[] = {&q_offsets, &k_offsets, &v_offsets, &out_offsets};
-    for (int64_t** map : offsets) *map = arena.take<int64_t>(sizes.tokens);
-    k = arena.take<float>(round_up(sizes.tokens, kLanes) * sizes.row);
-    v = arena.take<float>(sizes.tokens * sizes.row);
+    for (int64_t** map : offsets) *map = arena.take<int64_t>(sizes.keys);
+    k = arena.take<float>(round_up(sizes.keys, kLanes) * sizes.row);
+    v = arena.take<float>(sizes.keys * sizes.row);
     rows = arena.take<float>(sizes.block * sizes.row);
     q_t = arena.take<float>(sizes.row * sizes.block);
     scores = arena.take<float>(sizes.scores());
     lse = arena.take<float>(sizes.block);
     reciprocal = arena.take<float>(sizes.block);
-    inverse_norms = arena.take<float>(round_up(sizes.tokens, kLanes));
+    inverse_norms = arena.take<float>(round_up(sizes.keys, kLanes));
   }
 };
 
@@ -450,11 +509,11 @@ struct Forward {
 void softmax(const Sizes& sizes, int64_t queries, float* scores, float* lse, float* reciprocal) {
   for (int64_t i = 0; i < queries; i += kLanes) {
     Vec max = load(scores + i);
-    for (int64_t key = 1; key < sizes.tokens; ++key) max = larger(load(scores + key * sizes.block + i), max);
+    for (int64_t key = 1; key < sizes.keys; ++key) max = larger(load(scores + key * sizes.block + i), max);
     Vec sum = {};
-    for (int64_t first = 0; first < sizes.tokens; first += kSummedKeys) {
+    for (int64_t first = 0; first < sizes.keys; first += kSummedKeys) {
       Vec part = {};
-      for (int64_t key = first; key < smaller(first + kSummedKeys, sizes.tokens); ++key) {
+      for (int64_t key = first; key < smaller(first + kSummedKeys, sizes.keys); ++key) {
         float* at = scores + key * sizes.block + i;
         const Vec x = exp(load(at) - max);
         store(at, x);
@@ -478,22 +537,23 @@ void forward(const WindowAttentionForwardParams& p, int64_t begin, int64_t end, 
       at_window = index;
       s.window.move_to(index);
       s.window.offsets(p.q, s.q_offsets);
-      s.window.offsets(p.k, s.k_offsets);
-      s.window.offsets(p.v, s.v_offsets);
+      s.window.key_offsets(p.k, s.k_offsets);
+      s.window.key_offsets(p.v, s.v_offsets);
       s.window.offsets(p.out, s.out_offsets);
     }
-    gather(p.dtype, p.k, s.k_offsets, 0, sizes.tokens, head, pad_row(p, 1, head), sizes, s.k);
-    gather(p.dtype, p.v, s.v_offsets, 0, sizes.tokens, head, pad_row(p, 2, head), sizes, s.v);
-    if (p.logit_scale != nullptr) normalise_rows(sizes, sizes.tokens, s.k, s.inverse_norms);
+    gather(p.dtype, p.k, s.k_offsets, 0, sizes.keys, head, pad_row(p, 1, head), sizes, s.k);
+    gather(p.dtype, p.v, s.v_offsets, 0, sizes.keys, head, pad_row(p, 2, head), sizes, s.v);
+    if (p.logit_scale != nullptr) normalise_rows(sizes, sizes.keys, s.k, s.inverse_norms);
     const float factor = score_factor(p, head);
     for (int64_t b = 0; b < sizes.blocks; ++b) {
       const int64_t first = b * sizes.block, queries = sizes.queries(b);
       gather(p.dtype, p.q, s.q_offsets, first, queries, head, pad_row(p, 0, head), sizes, s.rows);
       if (p.logit_scale != nullptr) normalise_rows(sizes, queries, s.rows, s.inverse_norms);
-      transpose_rows(sizes, queries, s.rows, factor, s.q_t);
-      compute_scores(p, sizes, s.window, s.k, s.q_t, s.bias.block(s.window.bias_type, head, b), b, s.scores);
+      const float* start =
+          start_scores(sizes, s.bias, s.axes, s.window.bias_type, head, b, factor, s.rows, s.q_t, s.scores);
+      compute_scores(p, sizes, s.window, s.k, s.q_t, start, b, s.scores);
       softmax(sizes, queries, s.scores, s.lse, s.reciprocal);
-      matmul<true>(queries, sizes.row, sizes.tokens, s.scores, sizes.block, s.v, sizes.row, nullptr, s.rows, sizes.row);
+      matmul<true>(queries, sizes.row, sizes.keys, s.scores, sizes.block, s.v, sizes.row, nullptr, s.rows, sizes.row);
       scatter(
           p.dtype, p.out, s.out_offsets, first, queries, head, sizes, [&](int64_t i) { return s.reciprocal[i]; },
           s.rows);
@@ -511,6 +571,7 @@ struct Backward {
   Sizes sizes;
   Window window;
   Bias bias;
+  AxisTables axes;
   int64_t *q_offsets, *k_offsets, *v_offsets, *dout_offsets, *dq_offsets, *dk_offsets, *dv_offsets;
   float *k, *v, *dk, *dv;                    // (N, row)
   float *q, *dout, *dq;                      // (block, row)
@@ -521,27 +582,32 @@ struct Backward {
   // Of a chunk:
   float* dbias = nullptr;  // (blocks, N, block), the sum of dscores; of a table only if there is one block
   float* dcolumn;          // (table_rows)
+  float* daxis_tables;     // (rows of all axes, row)
   float *dpad_k, *dpad_v;  // (row)
   float dlogit_scale;      // without the factor
 
   Backward(const WindowAttentionBackwardParams& params, Arena& arena)
-      : sizes(params.forward), window(params.forward, arena), bias(params.forward, sizes, arena) {
+      : sizes(params.forward),
+        window(params.forward, arena),
+        bias(params.forward, sizes, arena),
+        axes(params.forward, sizes, arena) {
     int64_t** const offsets[] = {&q_offsets,  &k_offsets,  &v_offsets, &dout_offsets,
                                  &dq_offsets, &dk_offsets, &dv_offsets};
-    for (int64_t** map : offsets) *map = arena.take<int64_t>(sizes.tokens);
+    for (int64_t** map : offsets) *map = arena.take<int64_t>(sizes.keys);
     float** const of_window[] = {&k, &v, &dk, &dv};
-    for (float** rows : of_window) *rows = arena.take<float>(round_up(sizes.tokens, kLanes) * sizes.row);
+    for (float** rows : of_window) *rows = arena.take<float>(round_up(sizes.keys, kLanes) * sizes.row);
     float** const of_block[] = {&q, &dout, &dq, &q_t, &dout_t};
     for (float** rows : of_block) *rows = arena.take<float>(sizes.block * sizes.row);
     scores = arena.take<float>(sizes.scores() + kLanes);
     dscores = arena.take<float>(sizes.scores() + kLanes);
     lse = arena.take<float>(sizes.block);
     inverse_q_norms = arena.take<float>(sizes.block);
-    inverse_k_norms = arena.take<float>(round_up(sizes.tokens, kLanes));
+    inverse_k_norms = arena.take<float>(round_up(sizes.keys, kLanes));
     if (params.dbias != nullptr || (params.dbias_table != nullptr && sizes.blocks == 1)) {
       dbias = arena.take<float>(sizes.blocks * sizes.scores() + kLanes);
     }
     dcolumn = arena.take<float>(params.dbias_table != nullptr ? sizes.table_rows + kLanes : 0);
+    daxis_tables = arena.take<float>(axes.rows() * sizes.row);
     dpad_k = arena.take<float>(sizes.row);
     dpad_v = arena.take<float>(sizes.row);
   }
@@ -558,9 +624,9 @@ void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, flo
   for (int64_t i = 0; i < queries; i += kLanes) {
     const Vec log_sum = load(lse + i);
     Vec sum = {}, delta = {};
-    for (int64_t first = 0; first < sizes.tokens; first += kSummedKeys) {
+    for (int64_t first = 0; first < sizes.keys; first += kSummedKeys) {
       Vec part = {}, delta_part = {};
-      for (int64_t key = first; key < smaller(first + kSummedKeys, sizes.tokens); ++key) {
+      for (int64_t key = first; key < smaller(first + kSummedKeys, sizes.keys); ++key) {
         float* at = scores + key * sizes.block + i;
         const Vec probability = exp(load(at) - log_sum);
         store(at, probability);
@@ -574,7 +640,7 @@ void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, flo
     // would not cancel in dS as it must. Of a pad query the sum is 0.
     const Vec normalise = sum == Vec{} ? Vec{} : 1.0f / sum;
     delta *= normalise;
-    for (int64_t key = 0; key < sizes.tokens; ++key) {
+    for (int64_t key = 0; key < sizes.keys; ++key) {
       const int64_t at = key * sizes.block + i;
       const Vec probability = load(scores + at) * normalise;
       const Vec gradient = probability * (load(dscores + at) - delta);
@@ -587,7 +653,7 @@ void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, flo
 
 // Adds the rows of the window's pad tokens times factor, in order.
 void add_pad_rows(const Sizes& sizes, const int64_t* offsets, float factor, const float* rows, float* sum) {
-  for (int64_t i = 0; i < sizes.tokens; ++i) {
+  for (int64_t i = 0; i < sizes.keys; ++i) {
     if (offsets[i] != kPad) continue;
     for (int64_t c = 0; c < sizes.row; c += kLanes) {
       store(sum + c, load(sum + c) + load(rows + i * sizes.row + c) * factor);
@@ -595,21 +661,22 @@ void add_pad_rows(const Sizes& sizes, const int64_t* offsets, float factor, cons
   }
 }
 
+// dk and dv go to the maps, or, where windows share keys, to dkv (2, keys, head_dim).
 void backward_window(const WindowAttentionBackwardParams& params, Backward& s, int64_t index, int64_t head,
-                     float factor) {
+                     float factor, float* dkv) {
   const WindowAttentionForwardParams& p = params.forward;
   const Sizes& sizes = s.sizes;
   s.window.move_to(index);
   s.window.offsets(p.q, s.q_offsets);
-  s.window.offsets(p.k, s.k_offsets);
-  s.window.offsets(p.v, s.v_offsets);
+  s.window.key_offsets(p.k, s.k_offsets);
+  s.window.key_offsets(p.v, s.v_offsets);
   s.window.offsets(params.dout, s.dout_offsets);
   s.window.offsets(params.dq, s.dq_offsets);
-  s.window.offsets(params.dk, s.dk_offsets);
-  s.window.offsets(params.dv, s.dv_offsets);
-  gather(p.dtype, p.k, s.k_offsets, 0, sizes.tokens, head, pad_row(p, 1, head), sizes, s.k);
-  gather(p.dtype, p.v, s.v_offsets, 0, sizes.tokens, head, pad_row(p, 2, head), sizes, s.v);
-  if (p.logit_scale != nullptr) normalise_rows(sizes, sizes.tokens, s.k, s.inverse_k_norms);
+  s.window.key_offsets(params.dk, s.dk_offsets);
+  s.window.key_offsets(params.dv, s.dv_offsets);
+  gather(p.dtype, p.k, s.k_offsets, 0, sizes.keys, head, pad_row(p, 1, head), sizes, s.k);
+  gather(p.dtype, p.v, s.v_offsets, 0, sizes.keys, head, pad_row(p, 2, head), sizes, s.v);
+  if (p.logit_scale != nullptr) normalise_rows(sizes, sizes.keys, s.k, s.inverse_k_norms);
   const float* lse = p.lse + (index * p.num_heads + head) * sizes.tokens;
   Vec dlogit_scale = {};
 
@@ -618,7 +685,7 @@ void backward_window(const WindowAttentionBackwardParams& params, Backward& s, i
     gather(p.dtype, p.q, s.q_offsets, first, queries, head, pad_row(p, 0, head), sizes, s.q);
     gather(p.dtype, params.dout, s.dout_offsets, first, queries, head, nullptr, sizes, s.dout);
     if (p.logit_scale != nullptr) normalise_rows(sizes, queries, s.q, s.inverse_q_norms);
-    transpose_rows(sizes, queries, s.q, factor, s.q_t);
+    const float* start = start_scores(sizes, s.bias, s.axes, s.window.bias_type, head, b, factor, s.q, s.q_t, s.scores);
     transpose_rows(sizes, queries, s.dout, 1.0f, s.dout_t);
     // A pad query has probability 0 everywhere: its output was dropped, and its lse may be anything.
     for (int64_t i = 0; i < width; ++i) {
@@ -626,30 +693,44 @@ void backward_window(const WindowAttentionBackwardParams& params, Backward& s, i
       s.lse[i] = is_pad ? __builtin_inff() : lse[first + i];
     }
 
-    compute_scores(p, sizes, s.window, s.k, s.q_t, s.bias.block(s.window.bias_type, head, b), b, s.scores);
-    matmul<false>(sizes.tokens, width, sizes.dim, s.v, sizes.row, s.dout_t, sizes.block, nullptr, s.dscores,
-                  sizes.block);
+    compute_scores(p, sizes, s.window, s.k, s.q_t, start, b, s.scores);
+    matmul<false>(sizes.keys, width, sizes.dim, s.v, sizes.row, s.dout_t, sizes.block, nullptr, s.dscores, sizes.block);
     softmax_backward(sizes, queries, s.lse, s.scores, s.dscores,
                      s.dbias == nullptr ? nullptr : s.dbias + b * sizes.scores());
     if (params.dbias_table != nullptr && s.dbias == nullptr) s.bias.add_table_gradient(s.dscores, b, s.dcolumn);
 
-    matmul<false>(sizes.tokens, sizes.row, queries, s.scores, sizes.block, s.dout, sizes.row, b == 0 ? nullptr : s.dv,
+    matmul<false>(sizes.keys, sizes.row, queries, s.scores, sizes.block, s.dout, sizes.row, b == 0 ? nullptr : s.dv,
                   s.dv, sizes.row);
-    matmul<false>(sizes.tokens, sizes.row, queries, s.dscores, sizes.block, s.q, sizes.row, b == 0 ? nullptr : s.dk,
-                  s.dk, sizes.row);
-    matmul<true>(queries, sizes.row, sizes.tokens, s.dscores, sizes.block, s.k, sizes.row, nullptr, s.dq, sizes.row);
+    matmul<false>(sizes.keys, sizes.row, queries, s.dscores, sizes.block, s.q, sizes.row, b == 0 ? nullptr : s.dk, s.dk,
+                  sizes.row);
+    matmul<true>(queries, sizes.row, sizes.keys, s.dscores, sizes.block, s.k, sizes.row, nullptr, s.dq, sizes.row);
     if (p.logit_scale != nullptr) {
       dlogit_scale += normalise_rows_backward(sizes, queries, s.q, s.inverse_q_norms, s.dq);
     }
-    scatter(p.dtype, params.dq, s.dq_offsets, first, queries, head, sizes, [&](int64_t) { return factor; }, s.dq);
+    float factor_of_dq = factor;
+    if (s.axes.given()) {
+      for (int64_t i = 0; i < queries * sizes.row; i += kLanes) store(s.dq + i, load(s.dq + i) * factor);
+      s.axes.add_gradients(b, s.dscores, s.q, s.dq, s.daxis_tables);
+      factor_of_dq = 1.0f;
+    }
+    scatter(p.dtype, params.dq, s.dq_offsets, first, queries, head, sizes, [&](int64_t) { return factor_of_dq; }, s.dq);
   }
 
   if (p.logit_scale != nullptr) {
-    normalise_rows_backward(sizes, sizes.tokens, s.k, s.inverse_k_norms, s.dk);
+    normalise_rows_backward(sizes, sizes.keys, s.k, s.inverse_k_norms, s.dk);
     for (int lane = 0; lane < kLanes; ++lane) s.dlogit_scale += dlogit_scale[lane];
   }
-  scatter(p.dtype, params.dk, s.dk_offsets, 0, sizes.tokens, head, sizes, [&](int64_t) { return factor; }, s.dk);
-  scatter(p.dtype, params.dv, s.dv_offsets, 0, sizes.tokens, head, sizes, [](int64_t) { return 1.0f; }, s.dv);
+  if (dkv == nullptr) {
+    scatter(p.dtype, params.dk, s.dk_offsets, 0, sizes.keys, head, sizes, [&](int64_t) { return factor; }, s.dk);
+    scatter(p.dtype, params.dv, s.dv_offsets, 0, sizes.keys, head, sizes, [](int64_t) { return 1.0f; }, s.dv);
+  } else {
+    for (int64_t key = 0; key < sizes.keys; ++key) {
+      for (int64_t c = 0; c < sizes.dim; ++c) {
+        dkv[key * sizes.dim + c] = factor * s.dk[key * sizes.row + c];
+        dkv[(sizes.keys + key) * sizes.dim + c] = s.dv[key * sizes.row + c];
+      }
+    }
+  }
   if (params.dpad_qkv != nullptr && s.window.padded) {
     add_pad_rows(sizes, s.k_offsets, factor, s.dk, s.dpad_k);
     add_pad_rows(sizes, s.v_offsets, 1.0f, s.dv, s.dpad_v);
@@ -671,12 +752,15 @@ void backward(const WindowAttentionBackwardParams& params, const BackwardPartiti
     const float factor = score_factor(p, head);
     if (params.dbias_table != nullptr) clear(s.dcolumn, sizes.table_rows + kLanes);
     if (s.dbias != nullptr) clear(s.dbias, sizes.blocks * sizes.scores());
+    clear(s.daxis_tables, s.axes.rows() * sizes.row);
     clear(s.dpad_k, sizes.row);
     clear(s.dpad_v, sizes.row);
     s.dlogit_scale = 0.0f;
     for (int64_t i = first; i < last; ++i) {
       const int64_t index = i / windows_of_type * windows + type * windows_of_type + i % windows_of_type;
-      backward_window(params, s, index, head, factor);
+      float* dkv = partition.dkv == nullptr ? nullptr
+                                            : partition.dkv + (index * p.num_heads + head) * 2 * sizes.keys * sizes.dim;
+      backward_window(params, s, index, head, factor, dkv);
     }
     if (partition.dbias_table != nullptr) {
       if (s.dbias != nullptr) s.bias.add_table_gradient(s.dbias, 0, s.dcolumn);
@@ -684,7 +768,13 @@ void backward(const WindowAttentionBackwardParams& params, const BackwardPartiti
       for (int64_t i = 0; i < sizes.table_rows; ++i) to[i] = s.dcolumn[i];
     }
     if (partition.dbias != nullptr) {
-      s.bias.write_dense_gradient(s.dbias, partition.dbias + chunk * sizes.tokens * sizes.tokens);
+      s.bias.write_dense_gradient(s.dbias, partition.dbias + chunk * sizes.tokens * sizes.keys);
+    }
+    if (partition.daxis_tables != nullptr) {
+      float* to = partition.daxis_tables + chunk * s.axes.rows() * sizes.dim;
+      for (int64_t r = 0; r < s.axes.rows(); ++r) {
+        for (int64_t c = 0; c < sizes.dim; ++c) *to++ = s.daxis_tables[r * sizes.row + c];
+      }
     }
     if (partition.dlogit_scale != nullptr) partition.dlogit_scale[chunk] = s.dlogit_scale;
     if (partition.dpad_kv != nullptr) {
@@ -694,6 +784,8 @@ void backward(const WindowAttentionBackwardParams& params, const BackwardPartiti
     }
   }
 }
+
+#include "key_windows.inl"
 
 int64_t forward_scratch_bytes(const WindowAttentionForwardParams& p) {
   Arena arena(nullptr);
@@ -714,8 +806,11 @@ namespace swinkernels::cpu {
 
 #define SWINKERNELS_STRING_OF(x) #x
 #define SWINKERNELS_STRING(x) SWINKERNELS_STRING_OF(x)
-const WindowAttentionKernels SWINKERNELS_KERNELS = {
-    SWINKERNELS_STRING(SWINKERNELS_ISA), SWINKERNELS_ISA::forward_scratch_bytes,
-    SWINKERNELS_ISA::backward_scratch_bytes, SWINKERNELS_ISA::forward, SWINKERNELS_ISA::backward};
+const WindowAttentionKernels SWINKERNELS_KERNELS = {SWINKERNELS_STRING(SWINKERNELS_ISA),
+                                                    SWINKERNELS_ISA::forward_scratch_bytes,
+                                                    SWINKERNELS_ISA::backward_scratch_bytes,
+                                                    SWINKERNELS_ISA::forward,
+                                                    SWINKERNELS_ISA::backward,
+                                                    SWINKERNELS_ISA::sum_key_gradients};
 
 }  // namespace swinkernels::cpu

@@ -30,9 +30,11 @@ struct BackwardPartition {
   int64_t workspace_bytes;  // of all that follows
   // Null where it is not wanted:
   float* dbias_table;   // (window_chunks, num_heads, table_rows)
-  float* dbias;         // (window_chunks, num_heads, N, N)
+  float* dbias;         // (window_chunks, num_heads, N, M)
+  float* daxis_tables;  // (window_chunks, num_heads, rows of all axes, head_dim)
   float* dlogit_scale;  // (window_chunks, num_heads), without the factor
   float* dpad_kv;       // (window_chunks, num_heads, 2, head_dim)
+  float* dkv;           // (windows of the batch, num_heads, 2, M, head_dim), if windows share keys
 };
 
 struct WindowAttentionKernels {
@@ -45,6 +47,9 @@ struct WindowAttentionKernels {
   // Chunks [begin, end).
   void (*backward)(const WindowAttentionBackwardParams&, const BackwardPartition&, int64_t begin, int64_t end,
                    void* scratch);
+  // Of a partition with dkv, after backward: tasks [begin, end) of window * num_heads + head.
+  void (*sum_key_gradients)(const WindowAttentionBackwardParams&, const BackwardPartition&, int64_t begin, int64_t end,
+                            void* scratch);
 };
 
 extern const WindowAttentionKernels kBaselineKernels;

@@ -33,6 +33,8 @@ class _Geometry(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _geometry(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire: Any) -> _Geometry:
     spec = WindowSpec.parse(*wire)
+    if spec.axis_tables or spec.key_window != spec.window_size:
+        raise NotImplementedError("window_attention: backend='triton' has no axis_tables and no key_window")
     size, window, shift = pad_to_3d(size, 1), pad_to_3d(spec.window_size, 1), pad_to_3d(spec.shift_size, 0)
     roll_then_pad = spec.pad_order == "roll_then_pad"
     num_windows = tuple(-(-s // w) for s, w in zip(size, window, strict=True))

@@ -401,7 +401,7 @@ struct KeyBlockSmem {
   }
 };
 
-template <class Traits>
+template <class Traits, class RowBiasKind>  // RowBias or NoRowBias
 __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
     window_attention_bwd_keys_kernel(const __grid_constant__ BackwardLongArguments args) {
   using T = typename Traits::T;
@@ -463,7 +463,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
         ptx::cp_async_commit();
       }
       RowFragments<T, Traits::kHeadDim> k, v;
-      RowBias bias;
+      RowBiasKind bias;
       int32_t row_region[2];
       float dk[kColTiles][4] = {}, dv[kColTiles][4] = {};
       [[maybe_unused]] int exponent = 0;  // dk is scaled by 2 ** -exponent

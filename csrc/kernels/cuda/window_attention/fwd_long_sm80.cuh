@@ -41,7 +41,7 @@ struct PlainForwardLongSmem {
   }
 };
 
-template <class Traits>
+template <class Traits, class RowBiasKind>  // RowBias or NoRowBias
 __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
     window_attention_fwd_plain_long_kernel(const __grid_constant__ ForwardLongArguments args) {
   using T = typename Traits::T;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
       const int first = block * kBlock, row = first + row0 + g;
       const bool has_rows = first + row0 < num_tokens;
       RowFragments<T, Traits::kHeadDim> q;
-      RowBias bias;
+      RowBiasKind bias;
       int32_t row_region[2];
       float maximum[2] = {0.0f, 0.0f}, sum[4] = {}, o[kColTiles][4] = {};
       bool maximum_runs = kMaximumAlwaysRuns, again = false;

@@ -117,7 +117,8 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
 
   const size_t strip_bytes = StripSmem::bytes(plain), block_bytes = BlockSmem::bytes(plain);
   const auto query_kernel = window_attention_bwd_queries_kernel<Traits>;
-  const auto key_kernel = window_attention_bwd_keys_kernel<Traits>;
+  const auto key_kernel = args.bias_table == nullptr ? window_attention_bwd_keys_kernel<Traits, NoRowBias>
+                                                     : window_attention_bwd_keys_kernel<Traits, RowBias>;
   const int query_threads = 32 * plain.key_groups * plain.row_tiles;
   int64_t query_blocks, resident;
   status = resident_blocks(query_kernel, query_threads, strip_bytes, &query_blocks);

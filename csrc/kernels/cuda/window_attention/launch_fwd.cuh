@@ -29,7 +29,8 @@ cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t
   plain.lse = args.lse;
   taken = false;
   if (!make_long(plain)) return cudaSuccess;
-  const auto kernel = window_attention_fwd_plain_long_kernel<Traits>;
+  const auto kernel = args.bias_table == nullptr ? window_attention_fwd_plain_long_kernel<Traits, NoRowBias>
+                                                 : window_attention_fwd_plain_long_kernel<Traits, RowBias>;
   const size_t smem_bytes = Smem::bytes(plain);
   int shared_bytes;
   cudaError_t status = shared_bytes_of_block(&shared_bytes);

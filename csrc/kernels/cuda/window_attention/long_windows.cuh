@@ -276,6 +276,20 @@ struct RowBias {
   }
 };
 
+// In place of RowBias in a call without a bias: nothing is read.
+struct NoRowBias {
+  __device__ __forceinline__ void set(int, const SharedTable&, const float*, int32_t) {}
+
+  template <int kTiles>
+  __device__ __forceinline__ void add(float (&x)[kTiles][4], float factor, bool, const int32_t*) const {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[j][e] *= factor;
+    }
+  }
+};
+
 // Adds the mask where the regions of a row and a column differ.
 template <int kTiles>
 __device__ __forceinline__ void mask_regions(float (&x)[kTiles][4], const int32_t (&rows)[2], const int32_t* columns,

@@ -9,9 +9,11 @@ namespace {
 
 bool supported(const WindowAttentionForwardParams& params) {
   const WindowGeometry& geometry = params.geometry;
+  if (params.axis_tables != nullptr) return false;
   int64_t num_tokens = 1, table_tokens = 1, table_entries = 1, windows = params.batch;
   for (int axis = 0; axis < 3; ++axis) {
     if (geometry.window[axis] < 1 || geometry.size[axis] < 1 || geometry.table_window[axis] < 1) return false;
+    if (geometry.key_margin[axis] != 0) return false;
     if (geometry.shift[axis] < 0 || geometry.shift[axis] >= geometry.window[axis]) return false;
     num_tokens *= geometry.window[axis];
     table_tokens *= geometry.table_window[axis];

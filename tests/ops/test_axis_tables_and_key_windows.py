@@ -1,0 +1,120 @@
+"""Decomposed relative positions and keys of a larger window: every backend that has them beside the reference."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+
+import swinkernels
+from swinkernels.ops import _backends
+from swinkernels.ops.window_attention import spec_of, window_attention_reasons
+from swinkernels.testing import WindowAttentionCase as Case
+from swinkernels.testing import check_window_attention
+from tests.ops.test_fallback import assert_same, both
+
+AXES = {"has_table": False, "has_axis_tables": True}
+AXIS_TABLES = {
+    "window 4, shifted": Case(2, (9, 14), 2, 16, 4, 1, has_pad_qkv=True, **AXES),
+    "two sizes": Case(1, (6, 10), 3, 8, (3, 5), (1, 2), options={"scale": 0.3}, **AXES),
+    "SAM-B": Case(1, (20, 28), 2, 64, 14, has_pad_qkv=True, **AXES),
+    "SAM-H": Case(1, (14, 14), 1, 80, 14, **AXES),
+    "global": Case(1, (9, 12), 1, 32, (9, 12), **AXES),
+    "beyond 1024 tokens": Case(1, (36, 40), 1, 16, (36, 40), **AXES),
+    "3D": Case(1, (4, 5, 6), 2, 16, (2, 3, 4), (1, 1, 0), has_pad_qkv=True, **AXES),
+    "grid": Case(1, (8, 12), 2, 16, 4, options={"grid": True}, **AXES),
+    "masked out": Case(1, (8, 12), 2, 16, 4, 2, options={"mask_value": -math.inf}, **AXES),
+}
+KEY_WINDOWS = {
+    "HAT": Case(1, (32, 16), 2, 30, 16, options={"key_window": 24}),
+    "two sizes": Case(2, (6, 8), 2, 16, (3, 4), options={"key_window": (7, 4)}),
+    "padded": Case(1, (7, 9), 2, 16, 4, has_pad_qkv=True, options={"key_window": 6, "pad_before": (0, 2)}),
+    "wider than the map": Case(1, (4, 5), 2, 16, 4, has_pad_qkv=True, options={"key_window": 10}),
+    "3D": Case(1, (4, 5, 6), 2, 16, (2, 3, 4), has_pad_qkv=True, options={"key_window": (4, 5, 4)}),
+    "dense": Case(2, (8, 8), 2, 16, 4, has_table=False, bias_types=0, options={"key_window": 6}),
+    "types": Case(1, (8, 8), 2, 16, 4, has_table=False, bias_types=2, options={"key_window": 6}),
+    "no bias": Case(1, (8, 8), 2, 16, 4, has_table=False, options={"key_window": 6}),
+    "v2": Case(1, (7, 8), 2, 16, 4, has_pad_qkv=True, has_logit_scale=True, options={"key_window": 6}),
+}
+CASES = {
+    **{f"axis_tables: {name}": case for name, case in AXIS_TABLES.items()},
+    **{f"key_window: {name}": case for name, case in KEY_WINDOWS.items()},
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def separate(qkv, bias_table=None, *, num_heads, **arguments):
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+    return swinkernels.window_attention(q, k, v, bias_table, num_heads=num_heads, **arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_torch_backend_is_the_references_in_float64(name):
+    assert_same(*both(CASES[name], torch.float64))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_torch_backend_rounds_as_plain_pytorch_does(name, dtype):
+    case = CASES[name]
+    got, rounded = both(case, dtype)
+    inputs = {name: x.double() for name, x in case.inputs(dtype).items()}
+    op = functools.partial(swinkernels.window_attention_qkvpacked, backend="reference")
+    exact = swinkernels.testing.run_case(op, inputs, case.arguments())
+    for name, x in exact.items():
+        error, base = ((y[name].double() - x).square().mean().sqrt() for y in (got, rounded))
+        limit = 4 * torch.finfo(dtype).eps * x.square().mean().sqrt() + 4 * base
+        assert error <= limit, (name, float(error / limit))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_gradients_the_result_is_the_same(name):
+    """From 128 keys on torch's fused kernel runs on a CPU."""
+    case = CASES[name]
+    inputs = {name: x.double() for name, x in case.inputs(torch.float32).items()}
+    op = functools.partial(swinkernels.window_attention_qkvpacked, backend="torch")
+    with_gradients = swinkernels.testing.run_case(op, inputs, case.arguments())["out"]
+    tensors = swinkernels.testing.named_inputs(inputs)
+    for call in (op, functools.partial(separate, backend="torch")):
+        torch.testing.assert_close(call(**tensors, **case.arguments()), with_gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("op", [swinkernels.window_attention_qkvpacked, separate], ids=["packed", "separate"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_cpu_kernels(name, op):
+    if (missing := _backends.unavailable("cpu")) is not None:
+        pytest.skip(f"no CPU backend: {missing}")
+    for dtype in DTYPES:
+        check_window_attention(functools.partial(op, backend="cpu"), CASES[name], dtype)
+
+
+def test_a_compiled_call_with_axis_tables_is_the_call():
+    """And its gradients: the tables reach the op as one tensor."""
+    case = AXIS_TABLES["window 4, shifted"]
+    inputs, arguments = case.inputs(torch.float32), {**case.arguments(), "backend": "auto"}
+    op = swinkernels.window_attention_qkvpacked
+    compiled = torch.compile(lambda **given: op(**given), backend="aot_eager", fullgraph=True)
+    got, want = (swinkernels.testing.run_case(call, inputs, arguments) for call in (compiled, op))
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_kernels_that_have_not_an_argument_refuse_it_by_name(backend):
+    device = torch.device("cpu")
+    axis_tables = torch.zeros(7, 8), torch.zeros(7, 8)
+    for given, name in (({"axis_tables": axis_tables}, "axis_tables"), ({"key_window": 6}, "key_window")):
+        spec = spec_of("op", torch.zeros(0), (8, 8), 8, num_heads=2, window_size=4, **given)
+        reasons = window_attention_reasons(backend, spec, torch.float32, device)
+        assert f"it does not implement {name}" in reasons
+
+
+def test_a_call_is_looked_up_by_the_shapes_of_its_axis_tables():
+    qkv, right = torch.randn(1, 4, 4, 24), (torch.randn(7, 4), torch.randn(7, 4))
+    call = functools.partial(swinkernels.window_attention_qkvpacked, qkv, num_heads=2, window_size=4)
+    call(axis_tables=right)
+    with pytest.raises(ValueError, match="axis_tables must be"):
+        call(axis_tables=(torch.cat(right), torch.zeros(0, 4)))
+    assert not torch.equal(call(axis_tables=right), call())

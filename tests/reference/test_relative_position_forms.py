@@ -1,0 +1,116 @@
+"""The reference with decomposed relative positions and with keys from a larger window, beside the published modules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from swinkernels import reference
+from tests.support.side_by_side import assert_same, draw, randomised
+
+DIM, HEADS = 12, 3
+
+
+def between_linears(attn, x, **arguments):
+    """The reference where a published attention module has its windows: after its qkv, before its proj."""
+    qkv = F.linear(x, attn.qkv.weight, attn.qkv.bias)
+    out = reference.window_attention_qkvpacked(
+        qkv,
+        num_heads=HEADS,
+        pad_qkv=attn.qkv.bias,
+        axis_tables=(attn.rel_pos_h, attn.rel_pos_w),
+        **arguments,
+    )
+    return F.linear(out, attn.proj.weight, attn.proj.bias)
+
+
+SIZES = [((8, 8), 4), ((9, 14), 4), ((6, 6), 0)]  # size, window; 0: global
+
+
+@pytest.mark.parametrize(("size", "window"), SIZES)
+@pytest.mark.parametrize(("kind", "tolerance"), [("eager", 1e-5), ("sdpa", 1e-10)])  # eager has a float32 softmax
+def test_transformers_sam(kind, tolerance, size, window):
+    sam = pytest.importorskip("transformers.models.sam.modeling_sam", reason="transformers is not installed")
+    config = sam.SamVisionConfig(hidden_size=DIM, num_attention_heads=HEADS, image_size=16 * size[0], patch_size=16)
+    config._attn_implementation = kind
+    layer = sam.SamVisionLayer(config, window)
+    attn = layer.attn = randomised(layer.attn)
+    x = draw(2, *size, DIM)
+
+    def theirs():
+        if window == 0:
+            return attn(x)[0]
+        windows, padded = layer.window_partition(x, window)
+        return layer.window_unpartition(attn(windows)[0], window, padded, size)
+
+    assert_same(
+        lambda: between_linears(attn, x, window_size=window or size), theirs, [x, *attn.parameters()], tolerance
+    )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("size", "window"), SIZES)
+def test_timm_sam(size, window, fused):
+    sam = pytest.importorskip("timm.models.vision_transformer_sam", reason="timm is not installed")
+    block = randomised(
+        sam.Block(DIM, HEADS, qkv_bias=True, use_rel_pos=True, window_size=window, input_size=(window or size[0],) * 2)
+    )
+    attn = block.attn
+    attn.fused_attn = fused
+    x = draw(2, *size, DIM)
+
+    def theirs():
+        if window == 0:
+            return attn(x)
+        windows, padded = sam.window_partition(x, window)
+        return sam.window_unpartition(attn(windows), window, size, padded)
+
+    assert_same(lambda: between_linears(attn, x, window_size=window or size), theirs, [x, *attn.parameters()])
+
+
+@pytest.mark.parametrize(("window", "key_window"), [((4, 4), (6, 6)), ((2, 4), (6, 4)), ((4, 2), (4, 2))])
+@pytest.mark.parametrize("has_logit_scale", [False, True])
+def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
+    """HAT's overlapping cross-attention, written out: keys and values are unfolded with zeros around the map. Its index
+    of the table counts from key to query and wraps around the table's ends, which flip and roll undo.
+    """
+    size, head_dim = (8, 12), DIM // HEADS
+    q, k, v = (draw(2, *size, HEADS, head_dim, seed=i) for i in range(3))
+    rows = [w + m - 1 for w, m in zip(window, key_window, strict=True)]
+    table = draw(math.prod(rows), HEADS, seed=4)
+    logit_scale = draw(HEADS, seed=5) if has_logit_scale else None
+
+    queries, keys = (
+        torch.stack(torch.meshgrid(*map(torch.arange, w), indexing="ij")).flatten(1) for w in (window, key_window)
+    )
+    relative = keys[:, None, :] - queries[:, :, None]
+    relative = relative + torch.tensor([w - m + 1 for w, m in zip(window, key_window, strict=True)])[:, None, None]
+    index = relative[0] * rows[1] + relative[1]  # (N, M), of either sign
+    wraps = (key_window[0] - 2) * rows[1] + key_window[1] - 2  # where the published index has the largest offset
+
+    def windows(x, w, padding):
+        unfolded = F.unfold(x.flatten(3).permute(0, 3, 1, 2), w, stride=window, padding=padding)
+        return unfolded.unflatten(1, (HEADS, head_dim, -1)).permute(0, 4, 1, 3, 2)
+
+    def literal():
+        padding = tuple((m - w) // 2 for w, m in zip(window, key_window, strict=True))
+        q_, (k_, v_) = windows(q, window, 0), (windows(x, key_window, padding) for x in (k, v))
+        if has_logit_scale:
+            q_, k_ = F.normalize(q_, dim=-1, eps=1e-12), F.normalize(k_, dim=-1, eps=1e-12)
+            scores = q_ @ k_.mT * logit_scale.clamp(max=math.log(100.0)).exp().reshape(-1, 1, 1)
+        else:
+            scores = q_ @ k_.mT * head_dim**-0.5
+        scores = scores + table[index % len(table)].permute(2, 0, 1)
+        out = (scores.softmax(-1) @ v_).permute(0, 2, 4, 3, 1).flatten(1, 3)  # (B, C * N, num_windows)
+        return F.fold(out, size, window, stride=window).permute(0, 2, 3, 1)
+
+    def ours():
+        of_offsets = table.roll(wraps, 0).flip(0)
+        return reference.window_attention(
+            q, k, v, of_offsets, num_heads=HEADS, window_size=window, key_window=key_window, logit_scale=logit_scale
+        )
+
+    assert_same(ours, literal, [q, k, v, table, logit_scale])
