@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import time
 import types
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -384,3 +385,23 @@ def test_an_argument_equal_to_its_default_passes(monkeypatch):
     monkeypatch.setattr(attention, "window_attention_qkvpacked", lambda *a, **k: (calls.append(0), op(*a, **k))[1])
     assert_same(fast(image()), block(image()))
     assert len(calls) == 1
+
+
+class _Makes(OrderedDict):
+    """Makes what it is asked for, as transformers' table of activations does."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+ACTIVATIONS = _Makes(gelu=nn.GELU)
+
+
+class BlockWithATable(forms.ClassificationBlock):
+    def forward(self, x):
+        return super().forward(ACTIVATIONS["gelu"](x))
+
+
+def test_a_trial_leaves_tables_that_make_what_they_are_asked_for():
+    swinkernels.accelerate(BlockWithATable(12, (8, 12), 3, 4))
+    assert dict(dict.items(ACTIVATIONS)) == {"gelu": nn.GELU}

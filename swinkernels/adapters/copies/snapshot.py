@@ -159,9 +159,13 @@ def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
         value = waiting.pop()
         if id(value) in found or isinstance(value, (nn.Module, Tensor, type, types.FunctionType, enum.Enum)):
             continue
-        if isinstance(value, (list, dict, set)):
+        if isinstance(value, dict):  # whose subclass may make what it is asked for, as transformers' ACT2FN does
+            held = dict(dict.items(value))
+            found[id(value)] = value, held
+            waiting += held.values()
+        elif isinstance(value, (list, set)):
             found[id(value)] = value, value.copy()
-            waiting += value.values() if isinstance(value, dict) else value
+            waiting += value
         elif isinstance(value, tuple):
             waiting += value
         elif not isinstance(value, _ATOMS) and _has_plain_state(value):
@@ -338,8 +342,17 @@ def put_back(states: list[tuple[Any, Any]]) -> None:
             value[:] = held
         else:
             contents = value if isinstance(value, (dict, set)) else vars(value)
-            contents.clear()
-            contents.update(held)
+            if not (isinstance(contents, dict) and _is_same(contents, held)):
+                contents.clear()
+                contents.update(held)
+
+
+def _is_same(contents: dict[Any, Any], held: dict[Any, Any]) -> bool:
+    """Whether a dict holds the same objects in the same order."""
+    items = list(dict.items(contents))
+    return len(items) == len(held) and all(
+        a is b and v is w for (a, v), (b, w) in zip(items, held.items(), strict=True)
+    )
 
 
 def contents(value: Any, path: str, found: dict[str, Any]) -> None:
