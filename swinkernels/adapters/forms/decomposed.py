@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-_MOST_TOKENS = 1024
+_MOST_TOKENS = {True: 4096, False: 1024}  # of a window, with decomposed relative position and without
 
 
 def decomposed_attention(
@@ -26,7 +26,7 @@ def decomposed_attention(
     size = (window, window) if window > 0 else tuple(x.shape[1:3])
     if not window and not uses_tables:
         return "it attends to the whole map without a bias, where torch's own attention is as fast"
-    if size[0] * size[1] > _MOST_TOKENS:
+    if size[0] * size[1] > _MOST_TOKENS[uses_tables]:
         return f"its windows hold {size[0] * size[1]} tokens"
     tables = (attn.rel_pos_h, attn.rel_pos_w) if uses_tables else None
     if tables is not None and any(len(t) != 2 * n - 1 for t, n in zip(tables, size, strict=True)):

@@ -2,4 +2,12 @@
 
 from swinkernels.adapters.libraries.timm import maxvit, swin, swin_v2, swin_v2_cr, vit, vit_sam, windows
 
-ADAPTERS = (*swin.ADAPTERS, *swin_v2.ADAPTERS, *swin_v2_cr.ADAPTERS, *maxvit.ADAPTERS, *vit.ADAPTERS, *vit_sam.ADAPTERS, *windows.ADAPTERS)
+ADAPTERS = (
+    *swin.ADAPTERS,
+    *swin_v2.ADAPTERS,
+    *swin_v2_cr.ADAPTERS,
+    *maxvit.ADAPTERS,
+    *vit.ADAPTERS,
+    *vit_sam.ADAPTERS,
+    *windows.ADAPTERS,
+)
