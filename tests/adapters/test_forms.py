@@ -95,8 +95,10 @@ def test_training_draws_the_same_and_checks_itself(family):
         for name in ("drop_prob", "p"):
             if isinstance(getattr(m, name, None), float) and not isinstance(m, nn.Dropout):
                 setattr(m, name, 0.5)
+    fast = accelerated(model, verify=family not in ROUNDED)
+    assert len(described(fast)) == FORMS[family][0]
     results = []
-    for m in (model, accelerated(model, verify=family not in ROUNDED)):
+    for m in (model, fast):
         torch.manual_seed(7)
         results.append({**run(m, x), "next": torch.rand(1).double(), **{n: b.clone() for n, b in m.named_buffers()}})
     largest = max(t.abs().max().item() for t in results[0].values())
@@ -117,7 +119,9 @@ def test_state_copies_pickles_and_restore(family, attention_calls):
         for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), fast):
             assert [type(m) for m in again.modules()] == classes
             attention_calls.clear()
-            torch.testing.assert_close(again(x), expected, rtol=ROUNDED.get(family, 1e-9), atol=ROUNDED.get(family, 1e-11))
+            torch.testing.assert_close(
+                again(x), expected, rtol=ROUNDED.get(family, 1e-9), atol=ROUNDED.get(family, 1e-11)
+            )
             assert attention_calls
             swinkernels.restore(again)
             assert not any(isinstance(m, Accelerated) for m in again.modules())

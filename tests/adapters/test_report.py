@@ -117,10 +117,12 @@ def test_what_resembles_a_window_attention_is_named_with_what_it_lacks():
     assert report.reason is None
 
 
-def test_torchvision_volumes_are_not_claimed():
+def test_torchvision_volumes_are_claimed_where_they_run():
     models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
     model = models.video.swin3d_t(num_classes=2)
     report = swinkernels.accelerate(model)
-    left = {e.path for e in report.skipped if e.module_class == "ShiftedWindowAttention3d"}
-    assert left == {n for n, m in model.named_modules() if type(m).__name__ == "ShiftedWindowAttention3d"}
-    assert left
+    attention = {
+        n for n, m in model.named_modules() if isinstance(m, models.video.swin_transformer.ShiftedWindowAttention3d)
+    }
+    assert {e.path for e in report.replaced if e.adapter == "torchvision Swin3D"} == attention
+    assert attention and not report.skipped

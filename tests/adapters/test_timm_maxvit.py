@@ -24,7 +24,7 @@ from timm.models.maxxvit import (
 )
 
 import swinkernels
-from swinkernels.adapters import VerificationError
+from swinkernels.adapters import VerificationError, part
 from swinkernels.adapters.libraries.timm import maxvit
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 from tests.support.side_by_side import randomised
@@ -64,13 +64,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the ops were called with."""
     seen: list[dict[str, Any]] = []
     for name in ("window_attention", "window_attention_qkvpacked"):
-        op = getattr(maxvit, name)
+        op = getattr(part, name)
 
         def watched(*args, op=op, name=name, **kwargs):
             seen.append({"op": name, **kwargs})
             return op(*args, **kwargs)
 
-        monkeypatch.setattr(maxvit, name, watched)
+        monkeypatch.setattr(part, name, watched)
     return seen
 
 
@@ -241,8 +241,8 @@ def test_verify_passes(cls, dtype):
 
 @classes
 def test_verify_finds_a_wrong_call(cls, monkeypatch):
-    op = maxvit.window_attention
-    monkeypatch.setattr(maxvit, "window_attention", lambda *a, grid, **k: op(*a, grid=not grid, **k))
+    op = part.window_attention
+    monkeypatch.setattr(part, "window_attention", lambda *a, grid, **k: op(*a, grid=not grid, **k))
     with pytest.raises(VerificationError, match="the model itself: the output is off by"):
         swinkernels.accelerate(make_block(cls), verify=True)
 

@@ -305,7 +305,11 @@ class Trial:
                 twin = copy.deepcopy(module)
                 dropout, name = _dropouts(twin)[number]
                 setattr(dropout, name, 1.0)
+                m: Any
                 for m in twin.modules():
+                    for rate in ("drop_prob", "p"):  # of drop paths, which draw random numbers
+                        if not isinstance(m, nn.Dropout) and isinstance(m.__dict__.get(rate), float):
+                            m.__dict__[rate] = 0.0
                     if isinstance(m, Accelerated):
                         m._swinkernels_swapped()
                 results.append(self._try(twin, x))

@@ -38,8 +38,10 @@ def _swin3d(attn: Any, attend: Any, x: Tensor) -> Any:
 
 
 def _swin3d_sizes(attn: Any) -> tuple[tuple[int, ...], ...]:
+    """A window is clamped on one axis each time: scores of whole volumes would take long."""
     (d, h, w), channels = attn.window_size, attn.qkv.in_features
-    return (d + 1, h + 1, w + 1, channels), (2 * d, h, 2 * w, channels), (max(d - 1, 1), h + 1, 2, channels)
+    few = [(d + 1, 2, w + 1, channels), (2, h + 1, w + 1, channels), (d + 1, h + 1, 1, channels)]
+    return (*few, (d + 1, h + 1, w + 1, channels)) if d * h * w <= 64 else tuple(few)
 
 
 SWIN3D = Form(name="torchvision Swin3D", of=ShiftedWindowAttention3d, forward=_swin3d, sizes=_swin3d_sizes)
