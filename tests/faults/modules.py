@@ -69,8 +69,8 @@ FAULTS = {
     ),
     "adapters-timm-windows-for-grids": Fault(
         _ADAPTERS + "libraries/timm/maxvit.py",
-        "_attend(self.attn_grid, x, window, True, backend)",
-        "_attend(self.attn_grid, x, window, False, backend)",
+        "attend(self.attn_grid, x, window, True, op)",
+        "attend(self.attn_grid, x, window, False, op)",
         "tests/adapters/test_timm_maxvit.py::test_map_sizes",
     ),
     "adapters-torchvision-bias-of-k": Fault(
