@@ -33,12 +33,16 @@ _ADAPTERS: dict[str, str | tuple[Adapter | Form, ...]] = {
     "transformers.models.clap.modeling_clap": "swinkernels.adapters.libraries.transformers.clap",
     "transformers.models.donut.modeling_donut_swin": "swinkernels.adapters.libraries.transformers.donut",
     "transformers.models.florence2.modeling_florence2": "swinkernels.adapters.libraries.transformers.florence2",
+    "transformers.models.got_ocr2.modeling_got_ocr2": "swinkernels.adapters.libraries.transformers.got_ocr2",
     "transformers.models.hiera.modeling_hiera": "swinkernels.adapters.libraries.transformers.hiera",
     "transformers.models.maskformer.modeling_maskformer_swin": "swinkernels.adapters.libraries.transformers.maskformer",
+    "transformers.models.sam.modeling_sam": "swinkernels.adapters.libraries.transformers.sam",
+    "transformers.models.sam_hq.modeling_sam_hq": "swinkernels.adapters.libraries.transformers.sam_hq",
     "transformers.models.sam2.modeling_sam2": "swinkernels.adapters.libraries.transformers.sam2",
     "transformers.models.swin.modeling_swin": "swinkernels.adapters.libraries.transformers.swin",
     "transformers.models.swin2sr.modeling_swin2sr": "swinkernels.adapters.libraries.transformers.swin2sr",
     "transformers.models.swinv2.modeling_swinv2": "swinkernels.adapters.libraries.transformers.swinv2",
+    "transformers.models.vitdet.modeling_vitdet": "swinkernels.adapters.libraries.transformers.vitdet",
 }
 
 SUPPORTED = "Swin Transformer block or patch merging of a known library"

@@ -24,6 +24,9 @@ from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what libraries have to say
 
+# Families whose own code computes in float32 whatever the dtype -> how close the results can be.
+ROUNDED = {"transformers GOT-OCR2": 1e-5}
+
 families = pytest.mark.parametrize("family", FORMS)
 
 
@@ -63,7 +66,9 @@ def test_outputs_every_gradient_and_a_true_report(family, attention_calls):
     on_op = described(fast)
     assert len(on_op) == replaced
     assert all(word in skipped.reason for word, skipped in zip(left, report.skipped, strict=True))
-    moved = shaken(model, x, torch.float64)  # first: TinyViT keeps what a call in eval mode makes, which has no copy
+    moved = shaken(
+        model, x, torch.float32 if family in ROUNDED else torch.float64
+    )  # first: TinyViT keeps what a call in eval mode makes, which has no copy
     exact = run(model, x)
     attention_calls.clear()
     got = run(fast, x)
@@ -90,7 +95,7 @@ def test_training_draws_the_same_and_checks_itself(family):
         for name in ("drop_prob", "p"):
             if isinstance(getattr(m, name, None), float) and not isinstance(m, nn.Dropout):
                 setattr(m, name, 0.5)
-    fast = accelerated(model, verify=True)
+    fast = accelerated(model, verify=family not in ROUNDED)
     assert len(described(fast)) == FORMS[family][0]
     results = []
     for m in (model, fast):
@@ -98,7 +103,9 @@ def test_training_draws_the_same_and_checks_itself(family):
         results.append({**run(m, x), "next": torch.rand(1).double(), **{n: b.clone() for n, b in m.named_buffers()}})
     largest = max(t.abs().max().item() for t in results[0].values())
     for name, expected in results[0].items():
-        torch.testing.assert_close(results[1][name], expected, rtol=1e-8, atol=1e-10 * largest, msg=name)
+        torch.testing.assert_close(
+            results[1][name], expected, rtol=1e-8, atol=ROUNDED.get(family, 1e-10) * largest, msg=name
+        )
 
 
 @families
@@ -112,7 +119,9 @@ def test_state_copies_pickles_and_restore(family, attention_calls):
         for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), fast):
             assert [type(m) for m in again.modules()] == classes
             attention_calls.clear()
-            torch.testing.assert_close(again(x), expected, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(
+                again(x), expected, rtol=ROUNDED.get(family, 1e-9), atol=ROUNDED.get(family, 1e-11)
+            )
             assert attention_calls
             swinkernels.restore(again)
             assert not any(isinstance(m, Accelerated) for m in again.modules())
@@ -148,7 +157,7 @@ def test_an_edited_layer_has_the_own_code_run(family, edit, monkeypatch, attenti
     attention_calls.clear()
     got, expected = fast(x), model(x)
     assert len(attention_calls) < FORMS[family][0] * (3 if family == "VRT" else 1) or family == "torchvision Swin3D"
-    assert torch.equal(got, expected) or torch.allclose(got, expected, rtol=1e-9, atol=1e-11)
+    assert torch.equal(got, expected) or torch.allclose(got, expected, rtol=1e-9, atol=ROUNDED.get(family, 1e-11))
     if family != "torchvision Swin3D":  # whose own code reads weights and calls no layer
         assert not torch.allclose(expected, before, rtol=1e-6, atol=1e-9)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.adapters.models_page import PAGE, on_the_op
+from tests.adapters.test_forms import ROUNDED
 from tests.support.small_models import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what libraries have to say
@@ -27,5 +28,5 @@ def test_modules_on_the_op(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_errors_are_those_of_rounding(family):
     in_float64, in_float32 = float(ROWS[family][4]), ROWS[family][5].split()
-    assert in_float64 < 1e-10
+    assert in_float64 < 1e-10 or family in ROUNDED
     assert float(in_float32[0]) <= 10 * float(in_float32[1].strip("()")) + 1e-6

@@ -240,6 +240,30 @@ def _sam2() -> nn.Module:
     return nn.Sequential(*(Sam2MultiScaleBlock(config, 0, i, i) for i in range(2)))
 
 
+def _sam(module: str, layer: str, config: str) -> nn.Module:
+    """Two layers with windows, and one without."""
+    import importlib
+
+    import transformers
+
+    made = getattr(transformers, config)(
+        hidden_size=12, num_attention_heads=3, image_size=32, patch_size=4, mlp_dim=24, window_size=4
+    )
+    made._attn_implementation = "sdpa"
+    kind = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), layer)
+    return nn.Sequential(*(kind(made, window) for window in (4, 4, 0)))
+
+
+def _vitdet() -> nn.Module:
+    from transformers import VitDetConfig, VitDetModel
+
+    config = VitDetConfig(
+        hidden_size=12, num_hidden_layers=3, num_attention_heads=3, image_size=36, patch_size=4, window_size=4,
+        window_block_indices=[0, 1], residual_block_indices=[1], use_relative_position_embeddings=True,
+    )  # fmt: skip
+    return Outputs(VitDetModel(config))
+
+
 def _cut(make: Callable[[], nn.Module], dim: int, window: tuple[int, ...]) -> nn.Module:
     """Two blocks around an attention, the second one shifted."""
     shifts = tuple(0 for _ in window), tuple(w // 2 for w in window)
@@ -324,6 +348,17 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (2, 3, 32, 48),
     ),
+    "timm SAM ViT": (
+        lambda: _timm_of(
+            "vision_transformer_sam", "VisionTransformerSAM", img_size=36, patch_size=4, embed_dim=12, depth=3,
+            num_heads=3, use_rel_pos=True, window_size=4, global_attn_indexes=(2,), neck_chans=8, head_hidden_size=8,
+        ),
+        (2, 3, 36, 36),
+    ),
+    "transformers SAM": (lambda: _sam("sam", "SamVisionLayer", "SamVisionConfig"), (2, 8, 8, 12)),
+    "transformers SAM-HQ": (lambda: _sam("sam_hq", "SamHQVisionLayer", "SamHQVisionConfig"), (2, 8, 8, 12)),
+    "transformers GOT-OCR2": (lambda: _sam("got_ocr2", "GotOcr2VisionLayer", "GotOcr2VisionConfig"), (2, 8, 8, 12)),
+    "transformers ViTDet": (_vitdet, (2, 3, 36, 36)),
     "timm CoAtNet": (_timm_coatnet, (2, 3, 32, 48)),
     "torchvision Swin3D": (_torchvision_video, (1, 3, 5, 30, 26)),
     "torchvision MaxViT": (_torchvision_maxvit, (2, 3, 32, 32)),
@@ -357,6 +392,11 @@ FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "timm NesT": (2, ()),
     "timm Hiera": (2, ("pools", "pools", "pools")),
     "timm SAM 2 Hiera": (2, ("pools",)),
+    "timm SAM ViT": (3, ()),
+    "transformers SAM": (3, ()),
+    "transformers SAM-HQ": (3, ()),
+    "transformers GOT-OCR2": (3, ()),
+    "transformers ViTDet": (3, ()),
     "timm CoAtNet": (2, ()),
     "torchvision Swin3D": (3, ()),
     "torchvision MaxViT": (4, ()),

@@ -128,6 +128,8 @@ class Trial:
     is_short: bool = False
     # Whether each dropout is tried, too, with all of its input dropped: then nothing is left to chance.
     drops: bool = False
+    # The largest difference of outputs and gradients that counts as rounding, of the largest element.
+    tolerance: float = _TOLERANCE
     # What methods of its classes reach outside of it, and what it holds now and after the last call.
     _reached: list[tuple[Any, Any]] = field(default_factory=list)
     _left: dict[str, Any] = field(default_factory=dict)
@@ -279,12 +281,12 @@ class Trial:
                 grads = dict(zip(leaves, zeros, strict=True))
             results.append((out.detach(), drawn, grads, left))
         (expected, next_expected, expected_grads, expected_left), (got, next_got, grads, left) = results
-        _check(f"another output{when}", got, expected)
+        _check(f"another output{when}", got, expected, tolerance=self.tolerance)
         _check(f"other random numbers{when}", next_got, next_expected)
         # What is a sum of terms that cancel is as good as they are.
-        floor = 1e-3 * _TOLERANCE * max((g.abs().max().item() for g in expected_grads.values()), default=0.0)
+        floor = 1e-3 * self.tolerance * max((g.abs().max().item() for g in expected_grads.values()), default=0.0)
         for name, grad in expected_grads.items():
-            _check(f"another gradient of {name}{when}", grads[name], grad, floor=floor)
+            _check(f"another gradient of {name}{when}", grads[name], grad, floor=floor, tolerance=self.tolerance)
         for name in (*expected_left, *left):
             _check_left(name, left.get(name, _NOTHING), expected_left.get(name, _NOTHING))
 
@@ -313,7 +315,7 @@ class Trial:
                     if isinstance(m, Accelerated):
                         m._swinkernels_swapped()
                 results.append(self._try(twin, x))
-            _check(f"another output with {type(of).__name__}.{name} of 1", *reversed(results))
+            _check(f"another output with {type(of).__name__}.{name} of 1", *reversed(results), tolerance=self.tolerance)
 
     def _compare_masks(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
         """Where tokens attend to what is masked if -100 is added, as scores of -75 and 75 do, but not if more is."""

@@ -136,7 +136,14 @@ def _try(form: Form, module: Any) -> tuple[WindowSpec, ...] | str:
     specs = _Specs()
     cases = [Case((_BATCH, *size), f"{size}", math.prod(size)) for size in form.sizes(module)]
     stand_in = Elementwise() if "mlp" in module._modules and "mlp" not in form.absorbs else None
-    trial = Trial(module, functools.partial(_put_in_place, form, specs), form.call, stand_in=stand_in, drops=True)
+    trial = Trial(
+        module,
+        functools.partial(_put_in_place, form, specs),
+        form.call,
+        stand_in=stand_in,
+        drops=True,
+        tolerance=form.tolerance,
+    )
     _, reason = trial.run(cases)
     if reason:
         return f"it looks like {form.name}, but {reason}"

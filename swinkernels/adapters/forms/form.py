@@ -42,6 +42,9 @@ class Form:
     call: Callable[[Any, Tensor], Any] = _run
     # The modules inside that ``forward`` does not call, or calls with tokens in another order; "" is the module itself.
     absorbs: tuple[str, ...] = ("",)
+    # The largest difference that a trial takes for rounding, of the largest element: more where the module computes in
+    # float32 whatever its dtype.
+    tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
         _KNOWN[self.name] = self

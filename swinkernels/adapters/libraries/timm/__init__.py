@@ -1,5 +1,13 @@
 """timm's models on this package's ops: a file for each of timm's that has blocks of its own."""
 
-from swinkernels.adapters.libraries.timm import maxvit, swin, swin_v2, swin_v2_cr, vit, windows
+from swinkernels.adapters.libraries.timm import maxvit, swin, swin_v2, swin_v2_cr, vit, vit_sam, windows
 
-ADAPTERS = (*swin.ADAPTERS, *swin_v2.ADAPTERS, *swin_v2_cr.ADAPTERS, *maxvit.ADAPTERS, *vit.ADAPTERS, *windows.ADAPTERS)
+ADAPTERS = (
+    *swin.ADAPTERS,
+    *swin_v2.ADAPTERS,
+    *swin_v2_cr.ADAPTERS,
+    *maxvit.ADAPTERS,
+    *vit.ADAPTERS,
+    *vit_sam.ADAPTERS,
+    *windows.ADAPTERS,
+)

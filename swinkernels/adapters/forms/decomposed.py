@@ -1,0 +1,52 @@
+"""What the blocks of SAM and ViTDet have in common: windows without a shift, and decomposed relative position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+_MOST_TOKENS = {True: 4096, False: 1024}  # of a window, with decomposed relative position and without
+
+
+def decomposed_attention(
+    attn: Any, attend: Any, x: Tensor, window: int, num_heads: int, uses_tables: bool, dropout_p: float = 0.0
+) -> Tensor | str:
+    """Attention up to the projection, (B, H, W, C), or why the module's own code has to run.
+
+    Args:
+        attn: the module with qkv, scale and, if it uses them, the tables rel_pos_h and rel_pos_w.
+        attend: as in :class:`Form`.
+        x: the normed map, (B, H, W, C).
+        window: the length of its side, or 0 for the whole map.
+        num_heads, uses_tables, dropout_p: of the module.
+    """
+    if x.dim() != 4:
+        return f"x has {x.dim()} axes"
+    size = (window, window) if window > 0 else tuple(x.shape[1:3])
+    if not window and not uses_tables:
+        return "it attends to the whole map without a bias, where torch's own attention is as fast"
+    if size[0] * size[1] > _MOST_TOKENS[uses_tables]:
+        return f"its windows hold {size[0] * size[1]} tokens"
+    tables = (attn.rel_pos_h, attn.rel_pos_w) if uses_tables else None
+    if tables is not None and any(len(t) != 2 * n - 1 for t, n in zip(tables, size, strict=True)):
+        return "its tables of relative position are for another map, and it interpolates them"
+    return attend(
+        attn.qkv(x),
+        num_heads=num_heads,
+        window_size=size,
+        scale=attn.scale,
+        axis_tables=tables,
+        pad_qkv=attn.qkv.bias,
+        dropout_p=dropout_p,
+    )
+
+
+def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...], ...]:
+    """Maps to try: with pads and without, or the one that the tables are for."""
+    channels = attn.qkv.in_features
+    if window > 0:
+        return (window + 1, 2 * window + 1, channels), (2 * window, window, channels)
+    if not uses_tables:
+        return ((4, 4, channels),)
+    return (((len(attn.rel_pos_h) + 1) // 2, (len(attn.rel_pos_w) + 1) // 2, channels),)

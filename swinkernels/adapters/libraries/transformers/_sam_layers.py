@@ -1,0 +1,45 @@
+"""The vision layers of SAM, as transformers copies them from model to model, as a form.
+
+Source: transformers.models of sam, sam_hq and got_ocr2, transformers 5.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from swinkernels.adapters.adapter import original_class
+from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of
+from swinkernels.adapters.forms.form import Form
+
+
+def _forward(layer: Any, attend: Any, hidden_states: Tensor) -> Any:
+    attn = layer.attn
+    # torch's fused attention is called without the dropout.
+    drops = attn.training and "Sdpa" not in original_class(attn).__name__
+    y = decomposed_attention(
+        attn,
+        attend,
+        layer.layer_norm1(hidden_states),
+        layer.window_size,
+        attn.num_attention_heads,
+        attn.use_rel_pos,
+        attn.dropout if drops else 0.0,
+    )
+    if isinstance(y, str):
+        return y
+    hidden_states = hidden_states + attn.proj(y)
+    return hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
+
+
+def sam_form(name: str, kind: type[nn.Module]) -> Form:
+    """The form of a model's class of layers."""
+    return Form(
+        name=f"transformers {name}",
+        of=kind,
+        forward=_forward,
+        sizes=lambda layer: sizes_of(layer.window_size, layer.attn, layer.attn.use_rel_pos),
+        absorbs=("attn",),
+        tolerance=1e-5,  # the softmax of eager attention is in float32
+    )
