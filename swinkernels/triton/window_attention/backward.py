@@ -92,11 +92,11 @@ def bwd_whole(
             q = load_rows(call, Q, at, head, STATIC)
             k = load_rows(call, K, at, head, STATIC)
         q_inverse, k_inverse = inverse_norm(q, call), inverse_norm(k, call)
-        dk = tl.dot(tl.trans(rounded), unit_rows(q, q_inverse), input_precision=STATIC.PRECISION)
-        dk = row_gradient(dk, k, k_inverse, row_scale)
+        dk = tl.dot(tl.trans(rounded), unit_rows(q, q_inverse, call), input_precision=STATIC.PRECISION)
+        dk = row_gradient(dk, k, k_inverse, row_scale, call)
         store_gradient(dmaps, K, dk, at, head, call, STATIC)
-        dq = tl.dot(rounded, unit_rows(k, k_inverse), input_precision=STATIC.PRECISION)
-        dq = row_gradient(dq, q, q_inverse, row_scale)
+        dq = tl.dot(rounded, unit_rows(k, k_inverse, call), input_precision=STATIC.PRECISION)
+        dq = row_gradient(dq, q, q_inverse, row_scale, call)
         store_gradient(dmaps, Q, dq, at, head, call, STATIC)
         if dpad is not None:
             pad = is_pad(at, STATIC)[:, None]
@@ -168,10 +168,10 @@ def bwd_tiled_dq(
         if dlogit_scale is not None:
             dlogit_rows += tl.sum(dscores * scores, axis=1)
         excess = excess_of(dscores, dtype)
-        dq = add_product(dq, narrow(dscores, excess, dtype), unit_rows(keys.k, keys.inverse), excess, STATIC)
+        dq = add_product(dq, narrow(dscores, excess, dtype), unit_rows(keys.k, keys.inverse, call), excess, STATIC)
     if dlogit_scale is not None:
         store_dlogit_scale(dlogit_scale, dlogit_rows, program, head, call)
-    dq = row_gradient(dq, queries.q, queries.inverse, scale)
+    dq = row_gradient(dq, queries.q, queries.inverse, scale, call)
     store_gradient(dmaps, Q, dq, queries.at, head, call, STATIC)
 
 
@@ -218,9 +218,9 @@ def bwd_tiled_dkdv(
         dv = tl.dot(tl.trans(kept), queries.dout, dv, input_precision=STATIC.PRECISION)
         excess = excess_of(dscores, dtype)
         rounded = tl.trans(narrow(dscores, excess, dtype))
-        dk = add_product(dk, rounded, unit_rows(queries.q, queries.inverse), excess, STATIC)
+        dk = add_product(dk, rounded, unit_rows(queries.q, queries.inverse, call), excess, STATIC)
 
-    dk = row_gradient(dk, keys.k, keys.inverse, scale)
+    dk = row_gradient(dk, keys.k, keys.inverse, scale, call)
     dv = scaled_by_keep(dv, call)
     store_gradient(dmaps, K, dk, keys.at, head, call, STATIC)
     store_gradient(dmaps, V, dv, keys.at, head, call, STATIC)

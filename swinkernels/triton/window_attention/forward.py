@@ -43,7 +43,7 @@ def fwd_whole(call, out, lse, batch_windows, windows_per_program, STATIC: tl.con
         q = load_rows(call, Q, at, head, STATIC)
         k = load_rows(call, K, at, head, STATIC)
         v = load_rows(call, V, at, head, STATIC)
-        scores = products(q, k, inverse_norm(q, call), inverse_norm(k, call), scale_log2, STATIC) + bias
+        scores = products(q, k, inverse_norm(q, call), inverse_norm(k, call), scale_log2, call, STATIC) + bias
         if STATIC.HAS_MASK:
             seams = seams_of(window, call, STATIC)
             if seams != 0:
@@ -91,7 +91,7 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
         k = load_rows(call, K, key_at, head, STATIC)
         v = load_rows(call, V, key_at, head, STATIC)
         bias = bias_tile(kind, query, key, head, call, STATIC)
-        scores = products(q, k, q_inverse, inverse_norm(k, call), scale_log2, STATIC) + bias
+        scores = products(q, k, q_inverse, inverse_norm(k, call), scale_log2, call, STATIC) + bias
         if STATIC.HAS_MASK:
             if seams != 0:
                 query_region = region_of(window, query, query_beyond, seams, call, STATIC)

@@ -57,7 +57,7 @@ def load_keys(window, token, beyond, head, call, STATIC: tl.constexpr):
 @triton.jit
 def recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC: tl.constexpr):
     """The products of a tile, and P."""
-    scores = products(queries.q, keys.k, queries.inverse, keys.inverse, scale_log2, STATIC)
+    scores = products(queries.q, keys.k, queries.inverse, keys.inverse, scale_log2, call, STATIC)
     query_region = region_of(window, queries.at.token, queries.beyond, seams, call, STATIC)
     key_region = region_of(window, keys.at.token, keys.beyond, seams, call, STATIC)
     return scores, probabilities(scores, bias, queries.lse, seams, query_region, key_region, call, STATIC)
@@ -92,9 +92,9 @@ def narrow(dscores, excess, dtype: tl.constexpr):
 
 
 @triton.jit
-def unit_rows(x, inverse):
-    """Rows of q or k as they enter the products with dS: in v2, where ``inverse`` is not None, unit vectors."""
-    return x if inverse is None else (x.to(tl.float32) * inverse[:, None]).to(x.dtype)
+def unit_rows(x, inverse, call):
+    """Rows of q or k as they enter the products with dS: in v2 unit vectors."""
+    return x if call.logit_scale is None else (x.to(tl.float32) * inverse[:, None]).to(x.dtype)
 
 
 @triton.jit
@@ -108,13 +108,13 @@ def add_product(total, a, b, factor, STATIC: tl.constexpr):
 
 
 @triton.jit
-def row_gradient(d, x, inverse, scale):
+def row_gradient(d, x, inverse, scale, call):
     """The gradient of rows of q or k, where d is the sum of dS times the rows that they meet in the products.
 
     In v2 its part along the unit vector is taken off again: that would only lengthen the row.
     """
     d *= scale
-    if inverse is not None:
+    if call.logit_scale is not None:
         unit = x.to(tl.float32) * inverse[:, None]
         along = tl.where(inverse < _LARGEST_INVERSE, tl.sum(unit * d, axis=1), 0.0)
         d = (d - unit * along[:, None]) * inverse[:, None]

@@ -60,9 +60,12 @@ def head_scale(scale_log2, call):
 
 @triton.jit
 def inverse_norm(x, call):
-    """1 / max(norm, 1e-12) of each row of q or k, or None where scores are no cosines."""
+    """1 / max(norm, 1e-12) of each row of q or k; where scores are no cosines, a number that nothing reads.
+
+    Before Triton 3.8 a tuple with None in it cannot be returned.
+    """
     if call.logit_scale is None:
-        inverse = None
+        inverse = 0.0
     else:
         x = x.to(tl.float32)
         inverse = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(x * x, axis=1)), 1e-12))
@@ -70,10 +73,10 @@ def inverse_norm(x, call):
 
 
 @triton.jit
-def products(q, k, q_inverse, k_inverse, scale_log2, STATIC: tl.constexpr):
+def products(q, k, q_inverse, k_inverse, scale_log2, call, STATIC: tl.constexpr):
     """log2(e) times the scores of a tile before bias and mask. Cosines are divided in float32, not as q and k are."""
     tile = tl.dot(q, tl.trans(k), input_precision=STATIC.PRECISION)
-    if q_inverse is not None:
+    if call.logit_scale is not None:
         tile *= (q_inverse * scale_log2)[:, None]
         tile *= k_inverse[None, :]
     else:
