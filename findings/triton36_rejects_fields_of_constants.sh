@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A kernel that reads its constants from a NamedTuple compiles with Triton 3.8 and fails with Triton 3.6.
 #
-# Packages   triton 3.6.0 (that of torch 2.11), triton 3.8.0
-# Expected   A constexpr argument that is a NamedTuple gives constexpr values: "constants.window" may be handed to another
-#            jit function, and "constants.width" may stand in the shape of tl.zeros, as both may where they are bound to a
-#            name annotated with tl.constexpr first.
+# Packages   triton 3.6.0
+# Expected   What triton 3.8.0, which the script installs beside it, does: a constexpr argument that is a NamedTuple gives
+#            constexpr values. "constants.window" may be handed to another jit function, and "constants.width" may stand
+#            in the shape of tl.zeros, as both may once they are bound to a name annotated with tl.constexpr.
 # Seen       With 3.8.0 all four kernels compile. With 3.6.0 the two that use the fields directly raise CompilationError,
 #            caused by "AttributeError: 'int' object has no attribute 'type'"; the two that bind them first compile.
 set -euo pipefail
@@ -64,9 +64,11 @@ for kernel in (argument_directly, argument_bound, shape_directly, shape_bound):
     except triton.CompilationError as error:
         print(kernel.__name__, "fails:", str(error.__cause__ or error).splitlines()[-1])
 PY
+python3 -m venv venv-3.6.0
+"$tmp/venv-3.6.0/bin/pip" install --quiet "triton==3.6.0"
+python3 -m venv venv-3.8.0
+"$tmp/venv-3.8.0/bin/pip" install --quiet "triton==3.8.0"
 for version in 3.6.0 3.8.0; do
-    python3 -m venv "venv-$version"
-    "venv-$version/bin/pip" install --quiet "triton==$version"
     echo "triton $version"
     TRITON_CACHE_DIR="$tmp/cache-$version" "venv-$version/bin/python" compile_kernels.py | tee "$version.txt"
 done

@@ -81,7 +81,9 @@ _OF_ALL_MODULES = (
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is what its class is and its call would be missed by no hook: its work may be an op's."""
+    """Whether a module is exactly of a class, without a forward or hooks of its own, so that an op may replace its
+    call.
+    """
     return (
         type(module) is kind
         and "forward" not in module.__dict__

@@ -435,8 +435,8 @@ def _check_key_window(
     given = [name for name, is_given in beside.items() if is_given]
     if given:
         raise ValueError(
-            f"{op}: key_window must be window_size, {window}, with {' and '.join(given)}, which windows that overlap "
-            f"do not have; got {keys}"
+            f"{op}: {' and '.join(given)} cannot be combined with a key_window larger than window_size, {window}; "
+            f"got key_window {keys}"
         )
 
 

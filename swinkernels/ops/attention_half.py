@@ -71,8 +71,8 @@ def attention_half(
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
         layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. In "pre" it multiplies the
             weight of proj, in that dtype, before the product.
-        backend: of the attention, as for :func:`swinkernels.window_attention_qkvpacked`, and of the norm, which is on
-            "auto" beside a backend that has no norm. Products are torch's but in the reference.
+        backend: of the attention, as for :func:`swinkernels.window_attention_qkvpacked`, and of the norm; where it has
+            no norm, the norm uses "auto". Products are torch's except in the reference.
         attention: the other arguments of :func:`swinkernels.window_attention_qkvpacked`, except ``pad_qkv``, which is
             ``qkv_bias``, and ``return_attention``.
 

@@ -201,7 +201,8 @@ def _make_plan(
     wide = [tables[name] for name in ("bias_table", "bias", "logit_scale")] + list(tables["axis_tables"] or ())
     wide = [t for t in wide if t is not None]
     # A compiler keeps what a pad token holds: whether there are any would be a guard on the size of the map.
-    reads_pads = not plain or _arguments.frame_size(size, spec.window_size) != tuple(size)
+    has_pads = spec.key_window != spec.window_size or _arguments.frame_size(size, spec.window_size) != tuple(size)
+    reads_pads = not plain or has_pads
     any_shape = backend in ("cpu", "cuda")  # their bindings read a table in any shape of its size
     switches = [(tf32, lse) for lse in (False, True) for tf32 in (False, True)] if plain else []
     return _Plan(
@@ -360,19 +361,20 @@ def window_attention_qkvpacked(
             "pad_then_roll", which would pad between the ends, such an axis has to be whole windows if it is shifted.
         region_map: int32 or narrower, of the padded map's shape, in place of the shift's regions; tokens whose values
             differ are masked.
-        mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. A row
-            stays finite, as a token is of its own region.
+        mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. A row never
+            becomes NaN, because every token shares a region with itself.
         dropout_p: probability of dropping an attention weight, 0..1; draws from ``generator`` or torch's default.
         grid: a window's tokens are strided over the map instead of a block (MaxViT); has no shift.
         axis_tables: decomposed relative position instead of a bias (SAM, ViTDet): a table (2 * window - 1, head_dim)
-            for each axis a of the map, shared by the heads and used in float32, that adds
-            :math:`q_i \cdot table_a[i_a - j_a + window_a - 1]` of the unscaled q to the score. With them a window may
+            for each axis a of the map, shared by the heads and used in float32, adds
+            :math:`q_i \cdot table_a[i_a - j_a + window_a - 1]` to the score, with q unscaled. With them a window may
             hold 4096 tokens. Excludes ``bias_table``, ``bias`` and ``logit_scale``.
         key_window: tokens per axis of the window that keys and values are taken from, if it is larger than
             ``window_size`` (HAT's overlapping cross-attention): by an even number, half on each side; at most 1024 in
-            all. Its tokens outside the map are pad tokens. The table then has prod(window + key_window - 1) rows, by
-            the offset of the query in its window minus that of the key in its own, and a dense bias (num_heads, N,
-            M). Has no shift.
+            all. Its tokens outside the map are pad tokens. The table then has prod(window + key_window - 1) rows; the
+            row index is the query's coordinate in its window minus the key's coordinate in the key window. A dense
+            bias is (num_heads, N, M). Cannot be combined with a shift, periodic axes, grid, region_map, axis_tables,
+            table_window or table_pairs.
         table_pairs: per axis, whether the table has a row for each pair of places of query i and key j, in order of
             i + window * j, instead of one for each offset (height and latitude of Pangu-Weather).
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" takes the fastest that can run

@@ -211,7 +211,7 @@ def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     attend = module._attend
 
     def watched(*args: Any) -> Any:
-        seen.append(args[5])
+        seen.append(args[6])
         return attend(*args)
 
     monkeypatch.setattr(module, "_attend", watched)

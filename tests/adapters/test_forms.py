@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import subprocess
 import sys
 from typing import Any
 
@@ -53,7 +54,7 @@ def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The calls of window attention, by the backend that each asked for."""
     module, seen = sys.modules["swinkernels.ops.window_attention"], []
     attend = module._attend
-    monkeypatch.setattr(module, "_attend", lambda *args: seen.append(args[5]) or attend(*args))
+    monkeypatch.setattr(module, "_attend", lambda *args: seen.append(args[6]) or attend(*args))
     return seen
 
 
@@ -243,3 +244,114 @@ def test_every_form_has_a_family():
     assert set(FORMS) <= set(FAMILIES)
     names = {m._swinkernels_form.name for family in FORMS for m in described(accelerated(model_of(family)))}
     assert names >= set(forms._KNOWN) - {"toylib"}
+
+
+# What is left to the module's own code
+
+
+class Louder(nn.Module):
+    """Mixed into a class: a keyword of its own."""
+
+    def forward(self, x: Tensor, gain: float | None = None) -> Tensor:
+        y = super().forward(x)
+        return y if gain is None else gain * y
+
+
+class LouderWMSA(Louder, other_forms.WMSA):
+    pass
+
+
+def test_an_argument_that_the_form_does_not_have(attention_calls):
+    attn = LouderWMSA(12, 4, 4, "W").double()
+    fast, x = accelerated(attn), torch.randn(1, 8, 12, 12, dtype=torch.float64)
+    attention_calls.clear()
+    torch.testing.assert_close(fast(x), attn(x), rtol=1e-10, atol=1e-12)
+    assert attention_calls
+    attention_calls.clear()
+    assert torch.equal(fast(x, gain=2.0), attn(x, gain=2.0))
+    assert not attention_calls
+
+
+class OtherwiseOnLargeMaps(other_forms.WMSA):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if x.shape[1] * x.shape[2] < 1500 else 0.5 * y
+
+
+def test_more_tokens_than_a_number_in_the_code_are_tried():
+    attn = OtherwiseOnLargeMaps(12, 4, 4, "W")
+    report = swinkernels.accelerate(attn)
+    assert not report.replaced
+    assert "gave another output" in report.skipped[0].reason
+
+
+def test_a_subclass_from_elsewhere_is_left_alone():
+    twins = pytest.importorskip("timm.models.twins")
+    derived = type("Derived", (twins.LocallyGroupedAttn,), {})
+    report = swinkernels.accelerate(derived(16, 2, ws=4))
+    assert not report.replaced
+    assert "Derived is a subclass of LocallyGroupedAttn" in report.skipped[0].reason
+
+
+def test_a_hook_of_all_modules_is_no_verdict():
+    attn = other_forms.WMSA(20, 4, 4, "W")
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert "hook of all modules" in swinkernels.accelerate(attn).skipped[0].reason
+    finally:
+        handle.remove()
+    assert swinkernels.accelerate(attn).replaced
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_sams_scale_counts_where_its_code_reads_it(fused):
+    sam = pytest.importorskip("timm.models.vision_transformer_sam")
+    torch.manual_seed(0)
+    block = sam.Block(16, 2, window_size=4, use_rel_pos=True).eval()
+    block.attn.fused_attn = fused
+    fast, x = accelerated(block), torch.randn(1, 9, 8, 16)
+    block.attn.scale = fast.attn.scale = 3.0
+    torch.testing.assert_close(fast(x), block(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_forward_that_was_bound_and_is_replaced_later():
+    davit = pytest.importorskip("timm.models.davit")
+    block = davit.SpatialBlock(16, 2, window_size=4).eval()
+    block.attn.forward = block.attn.forward  # as tools that offload weights do
+    swinkernels.accelerate(block)
+    x = torch.randn(1, 16, 8, 8)
+    before = block(x)
+    block.attn.forward = lambda x: 0 * x
+    assert not torch.equal(block(x), before)
+
+
+@pytest.mark.parametrize("change", ["forward", "qkv"])
+def test_changes_before_a_compilation_count(change):
+    davit = pytest.importorskip("timm.models.davit")
+    torch.manual_seed(0)
+    block = davit.SpatialBlock(16, 2, window_size=4).eval()
+    fast, x = accelerated(block), torch.randn(1, 16, 8, 8)
+    for each in (block, fast):
+        if change == "forward":
+            each.attn.forward = lambda x: 0 * x
+        else:
+            each.attn.qkv = nn.Sequential(nn.Linear(16, 48), nn.Tanh()).requires_grad_(False)
+            torch.manual_seed(1)
+            each.attn.qkv[0].reset_parameters()
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, backend="eager")
+    torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("made_by", ["timm TinyViT", "copy"])
+def test_a_saved_model_runs_in_another_process(made_by, tmp_path):
+    model, x = model_of(made_by).eval(), make_input(made_by)
+    fast = accelerated(model)
+    torch.save((fast, x, model(x)), tmp_path / "model.pt")
+    code = (
+        "import sys, torch, swinkernels\n"
+        "model, x, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)

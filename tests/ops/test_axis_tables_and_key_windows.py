@@ -145,3 +145,23 @@ def test_a_call_is_looked_up_by_the_shapes_of_its_axis_tables():
     with pytest.raises(ValueError, match="axis_tables must be"):
         call(axis_tables=(torch.cat(right), torch.zeros(0, 4)))
     assert not torch.equal(call(axis_tables=right), call())
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+def test_a_key_window_reads_pads_of_a_map_of_whole_windows(backend):
+    """Beside swinkernels.reference itself, which sees the arguments as they were given."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    qkv, pad = torch.randn(1, 4, 4, 3 * 16, dtype=dtype), torch.randn(3 * 16, dtype=dtype)
+    table = torch.randn(25, 2, dtype=dtype)
+    options = {"num_heads": 2, "window_size": 2, "key_window": 4}
+    found = []
+    for call in (
+        lambda q, t, p: swinkernels.window_attention_qkvpacked(q, t, pad_qkv=p, backend=backend, **options),
+        lambda q, t, p: swinkernels.reference.window_attention_qkvpacked(q, t, pad_qkv=p, **options),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (qkv, table, pad)]
+        out = call(*leaves)
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

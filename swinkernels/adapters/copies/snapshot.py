@@ -10,6 +10,7 @@ import enum
 import functools
 import sys
 import types
+import uuid
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from typing import Any
@@ -175,6 +176,10 @@ def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
     return list(found.values())
 
 
+# The numbers of code versions hold in one process.
+_PROCESS = uuid.uuid4().hex
+
+
 class Snapshot:
     """A module as a trial has seen it: its class, its code, and its attributes but for modules and parameters."""
 
@@ -188,7 +193,9 @@ class Snapshot:
         self.get = itemgetter(*self.names, "training", "training")  # of a tuple, also where there are few
         self.inner = inner_state(self.values)
         self.missing = _missing_parameters(module)
-        self.known = frozenset(module.__dict__)
+        self.known = frozenset(n for n, v in module.__dict__.items() if not is_bound_method(module, type(module), v))
+        # Methods that are bound to the instance, as tools that offload weights do.
+        self.bound = tuple(n for n in module.__dict__ if n not in self.known)
         self.size = len(module.__dict__)
         self.leaves = tuple(
             (name, type(m), code_version(type(m)))
@@ -201,7 +208,14 @@ class Snapshot:
         self.seen: dict[str, tuple[Any, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": {}}  # versions of copies start at 0 again
+        return {**self.__dict__, "seen": {}, "process": _PROCESS}  # versions of copies start at 0 again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        elsewhere = state.pop("process", None) != _PROCESS
+        self.__dict__.update(state)
+        if elsewhere:
+            self.version = code_version(self.cls)
+            self.leaves = tuple((name, kind, code_version(kind)) for name, kind, _ in self.leaves)
 
     def differs(self, module: nn.Module) -> str | None:
         """What was changed since, or None: 1 us."""
@@ -233,6 +247,9 @@ class Snapshot:
                 return f"{name} was replaced"
             if kind.forward is not _CODES[kind][version][0]:
                 return f"{kind.__name__}.forward was replaced on the class"
+        for name in self.bound:
+            if name in own and not is_bound_method(module, cls, own[name]):
+                return f"{name} was replaced on the instance"
         if len(own) != self.size:
             read = _names_read(self.cls, self.version)
             added = [n for n in own if n in read and n not in self.known and n not in _NOT_COMPARED]
@@ -250,6 +267,12 @@ class Snapshot:
         for name, value in zip(self.names, self.values, strict=True):
             if isinstance(value, (bool, int, float, str)) and getattr(module, name) != value:
                 return f"{name} was changed"
+        if "forward" in module.__dict__ and "forward" not in self.known and "forward" not in self.bound:
+            return "forward was added to the instance"
+        for name, kind, _ in self.leaves:
+            leaf: Any = module._modules.get(name)
+            if type(leaf) is not kind or "forward" in leaf.__dict__:
+                return f"{name} was replaced"
         return None
 
     def _differs_in_buffers(self, module: nn.Module) -> str | None:

@@ -10,16 +10,24 @@ _MOST_TOKENS = {True: 4096, False: 1024}  # of a window, with decomposed relativ
 
 
 def decomposed_attention(
-    attn: Any, attend: Any, x: Tensor, window: int, num_heads: int, uses_tables: bool, dropout_p: float = 0.0
+    attn: Any,
+    attend: Any,
+    x: Tensor,
+    window: int,
+    num_heads: int,
+    uses_tables: bool,
+    scale: float | None,
+    dropout_p: float = 0.0,
 ) -> Tensor | str:
     """Attention up to the projection, (B, H, W, C), or why the module's own code has to run.
 
     Args:
-        attn: the module with qkv, scale and, if it uses them, the tables rel_pos_h and rel_pos_w.
+        attn: the module with qkv and, if it uses them, the tables rel_pos_h and rel_pos_w.
         attend: as in :class:`Form`.
         x: the normed map, (B, H, W, C).
         window: the length of its side, or 0 for the whole map.
         num_heads, uses_tables, dropout_p: of the module.
+        scale: the module's, or None where its code does not read it, for that of the size of a head.
     """
     if x.dim() != 4:
         return f"x has {x.dim()} axes"
@@ -35,7 +43,7 @@ def decomposed_attention(
         attn.qkv(x),
         num_heads=num_heads,
         window_size=size,
-        scale=attn.scale,
+        scale=scale,
         axis_tables=tables,
         pad_qkv=attn.qkv.bias,
         dropout_p=dropout_p,

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import itertools
 import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import Adapter, original_class, swap_class
-from swinkernels.adapters.bypass import first_weight, has_own_hooks, replaced_forward
+from swinkernels.adapters.bypass import all_modules_have_hooks, first_weight, has_own_hooks, replaced_forward
 from swinkernels.adapters.copies.dynamic_class import DynamicSubclass, dynamic_subclass, inside
-from swinkernels.adapters.copies.snapshot import Snapshot, signature_of
+from swinkernels.adapters.copies.snapshot import Snapshot, largest_number, signature_of
 from swinkernels.adapters.copies.trial import Case, Elementwise, NotCovered, Trial
 from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.part import Part, op_on
@@ -54,7 +56,7 @@ class Described(DynamicSubclass):
         if self._swinkernels_own_code(x):
             reason: Any = "its code is traced, was replaced, or no kernel runs on the device"
         else:
-            reason = self._swinkernels_why_own_code()
+            reason = self._swinkernels_why_own_code() or _why_not_taken(form, args, kwargs)
         if reason is None:
             reason = form.forward(self, self._swinkernels_attend, *args, **kwargs)
             if not isinstance(reason, str):
@@ -62,6 +64,25 @@ class Described(DynamicSubclass):
         if self._swinkernels_in_trial:
             raise NotCovered(reason)
         return getattr(self._swinkernels_original, form.method)(self, *args, **kwargs)
+
+
+@functools.cache
+def _parameters(form: Form) -> tuple[frozenset[str], int, bool]:
+    """The names of the arguments that a form takes after module and attend, how many it takes by position, and whether
+    it takes any other name.
+    """
+    parameters = list(inspect.signature(form.forward).parameters.values())[2:]
+    named = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return named, 1000 if takes_any else positional, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _why_not_taken(form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    named, positional, takes_any = _parameters(form)
+    if len(args) <= positional and (takes_any or named.issuperset(kwargs)):
+        return None
+    return "it is called with arguments that its form does not have"
 
 
 def _snapshots(form: Form, module: nn.Module) -> dict[str, Snapshot]:
@@ -130,11 +151,27 @@ class _Specs(list[WindowSpec]):
 
 
 _BATCH = 2  # a wrong stride between images shows from the second on
+_MOST_TOKENS = 20_000  # of a map to try
+
+
+def _sizes(form: Form, module: Any) -> list[tuple[int, ...]]:
+    """The sizes of a form, and for a class that is told by what it holds, one of more tokens than any number that its
+    code or its attributes may compare them with.
+    """
+    sizes = list(form.sizes(module))
+    if isinstance(form.of, type):
+        return sizes
+    *first, channels = sizes[0]
+    number = largest_number(module, _MOST_TOKENS, channels)
+    if number >= max(math.prod(size[:-1]) for size in sizes):
+        times = next(n for n in itertools.count(2) if math.prod(n * s for s in first) > number)
+        sizes.append((*(times * s for s in first), channels))
+    return sizes
 
 
 def _try(form: Form, module: Any) -> tuple[WindowSpec, ...] | str:
     specs = _Specs()
-    cases = [Case((_BATCH, *size), f"{size}", math.prod(size)) for size in form.sizes(module)]
+    cases = [Case((_BATCH, *size), f"{size}", math.prod(size)) for size in _sizes(form, module)]
     stand_in = Elementwise() if "mlp" in module._modules and "mlp" not in form.absorbs else None
     trial = Trial(
         module,
@@ -152,13 +189,23 @@ def _try(form: Form, module: Any) -> tuple[WindowSpec, ...] | str:
     return tuple(dict.fromkeys(spec for spec in specs if spec.dropout_p == 0.0))
 
 
+def _why_not_tried(form: Form, module: nn.Module) -> str | None:
+    """Why a module is left alone before a trial, whose verdict would outlast the reason."""
+    if all_modules_have_hooks():
+        return "a hook of all modules is registered"
+    cls: Any = original_class(module)
+    if isinstance(form.of, type) and cls.__module__.partition(".")[0] != form.of.__module__.partition(".")[0]:
+        return f"{cls.__name__} is a subclass of {form.of.__name__}, which may compute something else"
+    return None
+
+
 def match(module: nn.Module, forms: list[Form]) -> tuple[Adapter | None, str | None] | None:
     """The adapter of a module that has one of some forms, or why it has none; None for any other module."""
     form = next((form for form in forms if form.fits(module)), None)
     if form is None:
         return None
     try:
-        reason = replaced_forward(module)
+        reason = replaced_forward(module) or _why_not_tried(form, module)
         if reason is None and any(p.is_meta for p in module.parameters()):
             reason = "its parameters are on meta, and a form is not trusted without a trial"
         if reason is None:

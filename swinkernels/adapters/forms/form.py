@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Form.name -> the form, for pickles of models that were accelerated.
@@ -51,6 +52,8 @@ class Form:
 
     def fits(self, module: nn.Module) -> bool:
         """Whether the form describes a module."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
         return isinstance(module, self.of) if isinstance(self.of, type) else self.of(module)
 
     def __reduce__(self) -> Any:
@@ -61,7 +64,11 @@ class Form:
 
 
 def named(name: str) -> Form:
-    """The form that a pickled module has, which whoever described it has to have registered."""
+    """The form that a pickled module has: of a library that is imported, or one that was registered."""
+    if name not in _KNOWN:
+        from swinkernels.adapters.adapter import loaded_adapters  # whose libraries import this module
+
+        loaded_adapters()
     if name not in _KNOWN:
         raise RuntimeError(
             f"the model was accelerated with a form {name!r}, which is not registered here: call "

@@ -24,7 +24,8 @@ def _forward(block: Any, attend: Any, x: Tensor) -> Any:
         return "it norms or turns its queries and keys"
     is_on = attn.training if attn.fused_attn else attn.attn_drop.training
     dropout_p = attn.attn_drop.p if is_on else 0.0
-    y = decomposed_attention(attn, attend, block.norm1(x), window, attn.num_heads, attn.use_rel_pos, dropout_p)
+    scale = None if attn.fused_attn else attn.scale
+    y = decomposed_attention(attn, attend, block.norm1(x), window, attn.num_heads, attn.use_rel_pos, scale, dropout_p)
     if isinstance(y, str):
         return y
     y = block.ls1(attn.proj_drop(attn.proj(y)))

@@ -16,8 +16,8 @@ from swinkernels.adapters.forms.form import Form
 
 def _forward(layer: Any, attend: Any, hidden_states: Tensor) -> Any:
     attn = layer.attn
-    # torch's fused attention is called without the dropout.
-    drops = attn.training and "Sdpa" not in original_class(attn).__name__
+    # torch's fused attention is called without the dropout and the scale.
+    is_fused = "Sdpa" in original_class(attn).__name__
     y = decomposed_attention(
         attn,
         attend,
@@ -25,7 +25,8 @@ def _forward(layer: Any, attend: Any, hidden_states: Tensor) -> Any:
         layer.window_size,
         attn.num_attention_heads,
         attn.use_rel_pos,
-        attn.dropout if drops else 0.0,
+        None if is_fused else attn.scale,
+        attn.dropout if attn.training and not is_fused else 0.0,
     )
     if isinstance(y, str):
         return y

@@ -20,7 +20,7 @@ def _forward(layer: Any, attend: Any, hidden_states: Tensor, output_attentions: 
     attn = layer.attention
     x = hidden_states.permute(0, 2, 3, 1)
     uses_tables = attn.use_relative_position_embeddings
-    y = decomposed_attention(attn, attend, layer.norm1(x), layer.window_size, attn.num_heads, uses_tables)
+    y = decomposed_attention(attn, attend, layer.norm1(x), layer.window_size, attn.num_heads, uses_tables, attn.scale)
     if isinstance(y, str):
         return y
     x = x + layer.drop_path(attn.proj(y))
