@@ -172,6 +172,12 @@ def replaced_forward(module: nn.Module) -> str | None:
     return "its forward was replaced on the instance"
 
 
+def _class_name(module: Any) -> str:
+    """A class by its name, with its module where torch has another one of that name: peft has a Linear, too."""
+    cls = type(module)
+    return cls.__name__ if getattr(nn, cls.__name__, cls) is cls else f"{cls.__module__}.{cls.__qualname__}"
+
+
 def why_not_absorbed(name: str, module: nn.Module, kind: type[nn.Module], known_as: str) -> str | None:
     """Why an inner module has to be called for its work, or None. A subclass may compute something else."""
     if class_of(module) is not kind:
@@ -270,7 +276,7 @@ def why_not_window_attention(
                     return reason
                 continue
             if of not in kinds:
-                return f"{name}.{key} is a {type(module).__name__}, not {right}"
+                return f"{name}.{key} is a {_class_name(module)}, not {right}"
             if "forward" in module.__dict__ or forward_is_replaced(of):
                 reason = replaced_method(module, of, f"{name}.{key}")
                 if reason is not None:

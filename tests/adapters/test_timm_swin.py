@@ -712,3 +712,12 @@ def test_the_package_imports_without_timm():
 
     code = "import sys, torch, swinkernels; assert 'timm' not in sys.modules; swinkernels.accelerate(torch.nn.ReLU())"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_another_packages_linear_is_named_with_its_module():
+    model = make_model()
+    attn = model.layers[0].blocks[1].attn
+    attn.qkv = type("Linear", (nn.Linear,), {"__module__": "elsewhere.layers"})(32, 96)
+    report = swinkernels.accelerate(model)
+    reasons = {entry.path: entry.reason for entry in report.skipped}
+    assert "attn.qkv is a elsewhere.layers.Linear, not an nn.Linear" in reasons["layers.0.blocks.1"]
