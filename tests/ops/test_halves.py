@@ -400,3 +400,17 @@ def test_what_is_kept_for_backward(op, most):
     options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}
     x, *parameters = tensors
     assert kept_bytes(lambda: getattr(swinkernels, op)(*tensors, **options), parameters) <= most * x.nbytes
+
+
+def test_second_derivative_of_a_norm_with_a_bias_and_no_weight():
+    """torch's own, of F.layer_norm with these arguments, is wrong or raises (2.14)."""
+    torch.manual_seed(0)
+    x, bias = torch.randn(5, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    found = []
+    for backend in ("torch", "reference"):
+        leaves = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
+        y = swinkernels.layer_norm(leaves[0], None, leaves[1], backend=backend)
+        first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
