@@ -201,8 +201,9 @@ def _make_plan(
     wide = [tables[name] for name in ("bias_table", "bias", "logit_scale")] + list(tables["axis_tables"] or ())
     wide = [t for t in wide if t is not None]
     # A compiler keeps what a pad token holds: whether there are any would be a guard on the size of the map.
-    has_pads = spec.key_window != spec.window_size or _arguments.frame_size(size, spec.window_size) != tuple(size)
-    reads_pads = not plain or has_pads
+    reads_pads = (
+        not plain or spec.key_window != spec.window_size or _arguments.frame_size(size, spec.window_size) != tuple(size)
+    )
     any_shape = backend in ("cpu", "cuda")  # their bindings read a table in any shape of its size
     switches = [(tf32, lse) for lse in (False, True) for tf32 in (False, True)] if plain else []
     return _Plan(
