@@ -25,15 +25,6 @@ def frame_of(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
     return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
 
 
-def differs(x: Tensor | None, expected: Tensor | None) -> bool:
-    """Whether one of two is missing, or their values are not the same. ``expected`` is on the CPU."""
-    if x is None or expected is None:
-        return x is not expected
-    if x.shape != expected.shape:
-        return True
-    return not x.is_meta and not torch.equal(x.to("cpu", expected.dtype), expected)  # meta tensors have no values
-
-
 def shift_regions(
     frame: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device | str = "cpu"
 ) -> Tensor:

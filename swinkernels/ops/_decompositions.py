@@ -61,7 +61,9 @@ class _Windows:
         self.may_have_pads = not all(map(_known_equal, self._size, self._frame))
 
     def _axes(self, key_window: Sequence[int] | None = None) -> list[Tensor]:
-        """Per axis, the frame coordinates (windows, tokens), or those of the keys of larger windows."""
+        """The frame coordinate of each token of each window, (windows, tokens) for each axis; with ``key_window``, of
+        the keys of the larger windows.
+        """
         axes = []
         for count, w, m in zip(self._counts, self._window, key_window or self._window, strict=True):
             number, token = torch.arange(count, device=self._device), torch.arange(m, device=self._device)

@@ -1,4 +1,4 @@
-"""What the two halves of a Swin block share: the residual connection around a branch, and its checks."""
+"""Helpers of attention_half and mlp_half: argument checks, casts, and the residual connection around a branch."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def residual_norm_gradients(
     needed: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, y, weight and bias outside of autograd, those of the parameters where they are needed.
+    """Compute the gradients of x and y, and of weight and bias where they are needed. Autograd records nothing.
 
     y has the dtype of dz. ``backend`` is "cuda" or "torch"; ds is None for zeros.
     """

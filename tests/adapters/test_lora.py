@@ -107,7 +107,7 @@ def test_outputs_and_every_gradient(library: str, first: str) -> None:
 
 
 def test_adapters_come_and_go() -> None:
-    """Switched off, merged, removed: what the module does at a call counts."""
+    """An adapter that is switched off, merged or removed counts from the next call on."""
     model, shape = timm_swin()
     x = torch.randn(shape)
     fast = with_lora(copy.deepcopy(model)).eval()

@@ -1,4 +1,4 @@
-"""docs/models.md says of every family what the code does now."""
+"""The rows of docs/models.md agree with the modules that run on ops now, family by family."""
 
 from __future__ import annotations
 

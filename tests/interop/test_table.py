@@ -1,4 +1,4 @@
-"""The table of docs/interop.md is that of the results, and each row has a test that is there."""
+"""The table in docs/interop.md agrees with the recorded results, and each of its rows names an existing test."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_tanh_gelu():
 @pytest.mark.parametrize("frozen", range(7))
 @pytest.mark.parametrize("op", OPS)
 def test_one_tensor_without_a_gradient(op, frozen):
-    """What is not asked for is None, and leaves the others as they are."""
+    """Inputs that need no gradient get none, and the gradients of the others do not change."""
     tensors, options = case(op)
     leaves = [t.requires_grad_() for t in tensors]
     expected = torch.autograd.grad(getattr(reference, op)(*tensors, **options).sum(), leaves)

@@ -1,6 +1,6 @@
 """Window attention in published forms other than Microsoft's, as small as it can be.
 
-Names and conventions are those of the published code; the code is not.
+Names and conventions are those of the published code. The code was written for these tests.
 """
 
 from __future__ import annotations

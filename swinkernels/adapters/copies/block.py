@@ -40,7 +40,7 @@ from swinkernels.adapters.copies.dynamic_class import (
 )
 from swinkernels.adapters.copies.snapshot import Snapshot, largest_number, signature_of
 from swinkernels.adapters.copies.trial import MOST_SCORES, Case, Elementwise, NotCovered, Trial, Width, narrow
-from swinkernels.adapters.masks import differs, frame_of, is_stored_mask, shift_mask, value_of_mask, window_index
+from swinkernels.adapters.masks import frame_of, is_stored_mask, is_window_index, shift_mask, value_of_mask
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
     dropout_at_call,
@@ -570,7 +570,7 @@ def _why_not_this_one(block: Any) -> str | None:
     if _has_own_mask(block):
         return "attn_mask holds other values than those of its geometry"
     index = getattr(block.attn, "relative_position_index", None)
-    if index is not None and differs(index, window_index(_table_window(block))):
+    if index is not None and not is_window_index(index, _table_window(block)):
         return "attn.relative_position_index holds other values than those of its window"
     return None
 

@@ -1,4 +1,4 @@
-"""What the blocks of SAM and ViTDet have in common: windows without a shift, and decomposed relative position."""
+"""Attention of the blocks of SAM and ViTDet: windows without a shift, with decomposed relative position."""
 
 from __future__ import annotations
 
