@@ -1,4 +1,4 @@
-"""Run a function once a module is imported by somebody else: importing it here would take as long as this package."""
+"""Run a function when other code imports a module, so that this package does not pay for the import."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _AtImport(MetaPathFinder):
 
 
 def at_import(name: str, function: Callable[[ModuleType], None]) -> None:
-    """Call a function with a module, now if it has been imported, else as soon as it is."""
+    """Call ``function`` with a module: now if it has been imported, else as soon as it is."""
     if name in sys.modules:
         function(sys.modules[name])
     else:

@@ -1,4 +1,4 @@
-"""Loads the compiled parts, once, and remembers why one is missing."""
+"""Loads the compiled parts once and records why one is missing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 from swinkernels._namespace import NAMESPACE
 
-# ops: the ops, in Python and compiled.
+# ops: namespace of the ops, those defined in Python and the compiled ones.
 ops = getattr(torch.ops, NAMESPACE)
-# build: what was compiled (the op build_info), or None.
+# build: the result of the op build_info, or None without the extension.
 # error: why the op library is not loaded, or None when it is.
 build: dict[str, Any] | None = None
 error: str | None = None
-# Names another op library to load in place of this installation's: a build to compare with, say.
+# Environment variable with the path of another op library to load instead, such as an older build to compare with.
 OTHER_LIBRARY = "SWINKERNELS_OPS"
 
 _NOT_BUILT = (
@@ -30,24 +30,24 @@ _OUTDATED = (
     "the compiled extension is older than the Python code beside it: build it again "
     "(pip install --no-build-isolation ., or make build in a checkout)"
 )
-# Of what build_info() says, the newest: an extension that does not say it has other ops than the Python code calls.
+# The newest entry of build_info(). An extension without it is older than the Python code and has other ops.
 _NEWEST_FACT = "layer_norm_limits"
 
 
 def _library(folder: Path) -> Path | None:
-    """The op library in a folder of the package. It has no Python module in it: torch loads it, its ops register."""
+    """Find the op library in a folder of the package. It is no Python module: torch loads it, and its ops register."""
     names = (f"_ops{suffix}" for suffix in (".abi3.so", *EXTENSION_SUFFIXES, ".pyd"))
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def find_library() -> Path | None:
-    """The op library to load."""
+    """Find the op library to load."""
     other = os.environ.get(OTHER_LIBRARY)
     return Path(other) if other else _library(Path(__file__).parent)
 
 
 def _why_missing(folder: Path) -> str:
-    """Why the folder that was imported has no op library. Sources in the current directory hide what is installed."""
+    """Explain why the imported folder has no op library: local sources may hide the installed package."""
     elsewhere = (Path(entry).resolve() / folder.name for entry in sys.path)
     installed = next((other for other in elsewhere if other != folder.resolve() and _library(other)), None)
     if installed is None:
@@ -72,7 +72,7 @@ def _load() -> None:
         return
     try:
         build = json.loads(ops.build_info())
-    except AttributeError:  # it says nothing of itself
+    except AttributeError:  # the library has no build_info
         build = {}
     if _NEWEST_FACT not in build:
         build, error = None, _OUTDATED

@@ -1,4 +1,4 @@
-"""``python -m swinkernels.info``: versions, what was compiled, and which backends can run here or why they cannot."""
+"""``python -m swinkernels.info``: versions, the build, and each backend with the reason if it cannot run here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _installed_version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """Version of the NVIDIA driver, which torch does not tell."""
+    """Return the version of the NVIDIA driver, which torch does not report."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -54,13 +54,13 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that is printed, as plain values that JSON can hold.
+    """Collect the report as plain values, serialisable as JSON.
 
     Returns:
-        ``versions`` (of Python, torch, Triton, CUDA and the driver; None where there is none), ``platform``, ``gpus``,
-        ``build`` (what the op ``build_info`` says, or None without the extension), ``extension_error`` (why it
-        is not loaded, or None), ``cpu_instruction_set`` (of the CPU kernels that run here, or None) and ``backends``
-        (per backend, why it cannot run here, or None if it can).
+        ``versions`` (Python, torch, Triton, CUDA, driver and so on; None for a missing one), ``platform``, ``gpus``,
+        ``build`` (the result of the op ``build_info``, or None without the extension), ``extension_error`` (the reason
+        why the extension is not loaded, or None), ``cpu_instruction_set`` (that of the CPU kernels on this machine, or
+        None) and ``backends`` (for each, the reason why it cannot run here, or None).
     """
     return {
         "versions": {
@@ -82,7 +82,7 @@ def collect() -> dict[str, Any]:
 
 
 def describe(info: dict[str, Any]) -> str:
-    """The result of :func:`collect` as lines for people."""
+    """Format the result of :func:`collect` as readable lines."""
     versions, build = info["versions"], info["build"]
     lines = [
         f"swinkernels {versions['swinkernels']}, Python {versions['python']}, torch {versions['torch']}, "

@@ -1,4 +1,4 @@
-"""Random calls of the ops and the error budget that a backend has to keep; used by the tests and the benchmarks."""
+"""Random calls of the ops and the error budget for backends; used by the tests and the benchmarks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from swinkernels.ops._arguments import make_window_spec
 from swinkernels.reference._geometry import key_index, source_index
 from swinkernels.reference.window_attention import key_window_index, relative_position_index
 
-# Windows of fewer tokens average too few rounding errors, and the rows of dS, which sum to zero, cancel most in them.
+# Below this many tokens per window, too few rounding errors average out, and the rows of dS, which sum to zero, cancel
+# most.
 SMALL_WINDOW = 16
-# A unit row (v2) of fewer channels hardly turns: little but rounding is left of its gradient, nothing for one channel.
+# Below this many channels a unit row (v2) hardly turns, so its gradient is mostly rounding error (zero for one
+# channel).
 FEW_CHANNELS = 4
 
 
 @dataclass(frozen=True)
 class WindowAttentionCase:
-    """One call of ``window_attention_qkvpacked``: its shapes and arguments, from which inputs are drawn."""
+    """One call of ``window_attention_qkvpacked``: shapes and arguments, from which random inputs are drawn."""
 
     batch: int
     size: tuple[int, ...]
@@ -35,11 +37,11 @@ class WindowAttentionCase:
     shift_size: int | tuple[int, ...] = 0
     has_table: bool = True
     has_pad_qkv: bool = False
-    has_logit_scale: bool = False  # v2; one head's is above the clamp
-    bias_types: int | None = None  # a dense bias in place of the table: 0 for (heads, N, M), else that many types
+    has_logit_scale: bool = False  # v2; one head's value is above the clamp
+    bias_types: int | None = None  # dense bias instead of the table: 0 for (heads, N, M), else its window types
     options: dict[str, Any] = field(default_factory=dict)
     has_axis_tables: bool = False
-    table_types: int | None = None  # a bias table of so many types of windows
+    table_types: int | None = None  # number of window types in the bias table
 
     def __str__(self) -> str:
         size, window, shift = (
@@ -65,7 +67,7 @@ class WindowAttentionCase:
         return value if isinstance(value, tuple) else (value,) * len(self.size)
 
     def arguments(self, device: str | torch.device | None = None) -> dict[str, Any]:
-        """What is no input; tensors among it on the device, if one is named."""
+        """The arguments other than inputs; tensors among them are on ``device`` if given."""
         options = {name: x.to(device) if device and isinstance(x, Tensor) else x for name, x in self.options.items()}
         return {
             "num_heads": self.num_heads,
@@ -75,8 +77,8 @@ class WindowAttentionCase:
         }
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
-        """qkv, dout and, where the case has them, pad_qkv, all rounded to ``dtype``, and bias_table, bias, logit_scale
-        and the tables of each axis a, "axis_tables.a", in float32. Each kind of device draws its own."""
+        """Draw qkv, dout and, where the case has it, pad_qkv, rounded to ``dtype``, and in float32 bias_table, bias,
+        logit_scale and, for each axis a, the table "axis_tables.a". Draws differ between kinds of device."""
         g = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -108,7 +110,7 @@ class WindowAttentionCase:
 
 
 def named_inputs(inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """The inputs of a case but dout as arguments of the op."""
+    """Return the inputs of a case, except dout, as keyword arguments of the op."""
     named: dict[str, Any] = {name: x for name, x in inputs.items() if name != "dout" and "." not in name}
     axis_tables = tuple(x for name, x in inputs.items() if name.startswith("axis_tables."))
     return {**named, "axis_tables": axis_tables} if axis_tables else named
@@ -117,9 +119,7 @@ def named_inputs(inputs: dict[str, Tensor]) -> dict[str, Any]:
 def run_case(
     op: Callable[..., Tensor], inputs: dict[str, Tensor], arguments: dict[str, Any], constant: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """The output of ``op`` and the gradient of every input that is not in ``constant``: out, dqkv, and those of the
-    other tensors present.
-    """
+    """Return the output of ``op`` ("out") and the gradient of every input not named in ``constant`` ("dqkv", ...)."""
     dout = inputs["dout"]
     leaves = {name: x.detach().clone() for name, x in inputs.items() if name != "dout"}
     wanted = {name: x.requires_grad_() for name, x in leaves.items() if name not in constant}
@@ -136,10 +136,10 @@ def _rms(x: Tensor) -> float:
 
 
 class Judged(NamedTuple):
-    """How far a result is off, and why that is too far, or None."""
+    """Error of a result, and the reason if it is too large."""
 
-    rms_eps: float  # the RMS error in eps of the RMS of the result, or of the terms that cancel in it
-    of_limit: float  # the larger of the RMS error and the largest error, each as a part of what is allowed
+    rms_eps: float  # the RMS error in eps of the RMS of the result or of its cancelling terms
+    of_limit: float  # the RMS error or the largest error as a fraction of its limit, the larger of the two
     failure: str | None
 
 
@@ -152,13 +152,13 @@ def judge(
     terms: Tensor | None = None,
     name: str = "",
 ) -> Judged:
-    """Whether ``got`` is as close to ``exact`` (float64) as its dtype allows.
+    """Judge whether ``got`` is as close to ``exact`` (float64) as its dtype allows.
 
-    ``f32`` is the reference run in float32 on the same rounded inputs, or a function that runs it if need be: its own
-    error is granted on top, which is what counts where terms cancel. ``eps`` is that of the arithmetic, by default that
-    of got's dtype (TF32: 2 ** -10). ``terms`` replaces ``exact`` as the size that eps is relative to: that of the terms
-    which cancel in it. Two bars: RMS error at most 0.75 eps, and no element off by more than twice eps of the largest.
-    NaN fails.
+    Two limits: an RMS error of 0.75 eps of the RMS of ``exact``, and an error of any element of 2 eps of the largest
+    one. The error of ``f32``, the reference run in float32 on the same rounded inputs (or a function that runs it on
+    demand), is allowed on top; it dominates where terms cancel. ``eps`` is that of the arithmetic, by default of got's
+    dtype (TF32: 2 ** -10). ``terms``, the size of the terms that cancel, replaces ``exact`` as the scale of eps. NaN
+    fails.
     """
     if got.shape != exact.shape:
         return Judged(math.inf, math.inf, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
@@ -166,8 +166,8 @@ def judge(
         return Judged(0.0, 0.0, None)
     eps = torch.finfo(got.dtype).eps if eps is None else eps
     size = exact if terms is None else terms
-    # What is not promised: probabilities below float32's normal numbers, which a gradient may multiply by thousands,
-    # and results below the last bit of got's subnormal numbers.
+    # Two errors are always allowed: from probabilities below float32's normal numbers, which a gradient may multiply by
+    # thousands, and below the last bit of got's subnormal numbers.
     info = torch.finfo(got.dtype)
     floor = max(1e4 * torch.finfo(torch.float32).tiny, info.tiny * info.eps)
     error = got.double() - exact
@@ -186,16 +186,16 @@ def judge(
 
 
 def assert_within_budget(got: Tensor, exact: Tensor, f32: Tensor | Callable[[], Tensor], **options: Any) -> None:
-    """Fail unless :func:`judge`, which takes the same arguments, lets the result pass."""
+    """Fail unless the result passes :func:`judge`, which takes the same arguments."""
     failure = judge(got, exact, f32, **options).failure
     assert failure is None, failure
 
 
 def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, single: bool = False) -> dict[str, Tensor]:
-    """The sizes of the terms that cancel in dq, dk and dbias: what these would be if every term had one sign.
+    """Compute, in float64, what dq, dk and dbias would be if all of their terms, which cancel, had one sign.
 
-    In float64. Keys as in :func:`run_case`; each value has the scale of that result, not its shape. With ``single``,
-    for arithmetic in float32, the sizes include what the rounding of the scores adds, and the output has one, too.
+    Keys as in :func:`run_case`; a value has the scale of that result, not its shape. ``single`` is for arithmetic in
+    float32: it adds the rounding of the scores to the sizes and includes the output.
     """
     rank, heads = len(case.size), case.num_heads
     device = inputs["qkv"].device
@@ -224,7 +224,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         return tokens[:, index].transpose(2, 3)  # (B, num_windows, heads, N, head_dim)
 
     def scatter(x: Tensor, index: Tensor) -> Tensor:
-        """The sum for each token, the last one the pad token: (B, tokens + 1, heads, head_dim)."""
+        """Sum for each token; the last one is the pad token: (B, tokens + 1, heads, head_dim)."""
         tokens = x.new_zeros(case.batch, math.prod(case.size) + 1, heads, case.head_dim)
         return tokens.index_add_(1, index.flatten(), x.transpose(2, 3).flatten(1, 2))
 
@@ -234,7 +234,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     maps = zip(inputs["qkv"].chunk(3, dim=-1), pads, indices, strict=True)
     q, k, v = (gather(*each) for each in maps)
     dout = gather(inputs["dout"], torch.zeros_like(pads[0]), index)
-    axes = []  # of axis_tables: |rows| and their number for each query and coordinate of the key, which key has which
+    axes = []  # per axis: |rows| and their numbers for (query, coordinate of the key), one-hot coordinates of the keys
     token = torch.arange(math.prod(window), device=device)
     for axis, w in enumerate(window if case.has_axis_tables else ()):
         coordinate = token // math.prod(window[axis + 1 :]) % w
@@ -248,16 +248,16 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         factor = inputs["logit_scale"].clamp(max=math.log(100.0)).exp()
     else:
         factor = abs(arguments.get("scale", case.head_dim**-0.5))
-    rounded = torch.zeros_like(probs)  # the size, of each score, that its rounding errors are relative to
+    rounded = torch.zeros_like(probs)  # for each score, the size that its rounding errors are relative to
     if single:
         rounded = factor * (q.square() @ k.square().transpose(-2, -1)).sqrt()
         if case.has_logit_scale:  # the terms of a cosine share the rounding of two norms
             rounded = rounded + 2 * factor * (q @ k.transpose(-2, -1)).abs()
         for rows, _, has in axes:
             rounded = rounded + torch.einsum("...id,ijd->...ij", q.square(), rows.square()).sqrt() @ has.T
-        # By half an eps of what a score is below the largest, such as a mask of -100.
+        # The rounding of a score far below the largest, such as a mask of -100: half an eps of the distance.
         rounded = torch.maximum(rounded, -0.5 * probs.clamp(min=1e-300).log())
-        rounded = rounded + (probs * rounded).sum(-1, keepdim=True)  # and the sum that the softmax divides by
+        rounded = rounded + (probs * rounded).sum(-1, keepdim=True)  # plus the sum in the softmax's denominator
     dprobs = (dout @ v.transpose(-2, -1)).abs() * (1 + rounded)
     dscores = probs * (dprobs + (probs * dprobs).sum(-1, keepdim=True)) * real
     dq, dk = factor * dscores @ k.abs(), factor * dscores.transpose(-2, -1) @ q.abs()
@@ -268,7 +268,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         of_rows = torch.einsum("bwhij,bwhid->ijd", of_axis, q.abs()).flatten(0, 1)
         terms[f"daxis_tables.{axis}"] = dtable.index_add_(0, number.flatten(), of_rows)
     if case.has_logit_scale:
-        # Of the gradient of a unit vector, what is along the vector is taken off again.
+        # The gradient of a unit vector has no component along the vector; computing it subtracts that component.
         dq, dk = (
             (d + unit.abs() * (unit.abs() * d).sum(-1, keepdim=True)) / norm
             for d, unit, norm in zip((dq, dk), (q, k), norms, strict=True)
@@ -289,7 +289,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         of_types = dscores.sum(0).unflatten(0, (types, -1)).sum(1)  # (types, heads, N, N)
         terms["dbias"] = of_types.reshape(inputs["bias"].shape)
     if "logit_scale" in inputs:
-        # One number of all windows: its terms are so many that what rounds them has either sign.
+        # A sum over all windows has so many terms that their rounding errors have both signs.
         cosine = q @ k.transpose(-2, -1)
         terms["dlogit_scale"] = factor * (dscores * cosine).square().sum((0, 1, 3, 4)).sqrt().reshape(factor.shape)
     if "bias_table" in inputs:
@@ -322,15 +322,17 @@ def judge_window_attention(
     constant: Collection[str] = (),
     **arguments: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Judged]]:
-    """Output and every gradient of ``op`` (called with ``arguments`` too), and how far each is from the reference in
-    float64, which is computed on the same device.
+    """Run ``op``, also with ``arguments``, and judge its output and every gradient against the reference in float64.
 
-    The inputs named in ``constant`` have no gradient. If ``cancels``, in small windows, in v2 of few channels and in
-    float32 (unless ``eps`` says that products are rounded), gradients are judged against the size of the terms that
-    cancel in them, and in float32 so is the output. So is dlogit_scale of a backend that rounds v2's unit rows to the
-    dtype (``rounds_unit_rows``), for tensor cores: one number is left of terms that each carry that rounding. The
-    gradients of a backend that rounds nothing before it adds them up in float32 (``sums_in_float32``) are judged by
-    float32's eps where they stay in float32, whatever the dtype.
+    The reference runs on the same device. Inputs named in ``constant`` have no gradient. Gradients are judged against
+    the size of their cancelling terms if ``cancels``, in small windows, in v2 with few channels, and in float32 unless
+    ``eps`` is given because products are rounded; in float32 so is the output. ``rounds_unit_rows`` (a backend that
+    rounds v2's unit rows to the dtype, for tensor cores) adds dlogit_scale, one sum of terms that all have that
+    rounding. ``sums_in_float32`` (a backend that rounds nothing before its float32 sums) judges float32 gradients by
+    float32's eps for every dtype.
+
+    Returns:
+        Output and gradients by name, as from :func:`run_case`, and the verdict on each.
     """
     inputs = case.inputs(dtype, device, seed)
     given = case.arguments(device)
@@ -386,7 +388,7 @@ def check_window_attention(
 def op_arguments(
     case: WindowAttentionCase, form: str, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> tuple[Any, ...]:
-    """The arguments of ``torch.ops.swinkernels.<form>_fwd`` for a case; its tensors require gradients."""
+    """Return the arguments of ``torch.ops.swinkernels.<form>_fwd`` for a case; its tensors require gradients."""
     inputs = case.inputs(dtype, device)
     options = case.arguments(device)
     qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
@@ -418,7 +420,7 @@ def op_arguments(
 
 
 def opcheck_forward_and_backward(form: str, suffix: str, args: tuple[Any, ...]) -> None:
-    """``torch.library.opcheck`` of the ops of a form; ``suffix`` is "" or "_triton", ``args`` from op_arguments."""
+    """Run ``torch.library.opcheck`` on the ops of a form (suffix "" or "_triton") with ``args`` from op_arguments."""
     fwd = getattr(ops, f"{form}_fwd{suffix}").default
     bwd = getattr(ops, f"{form}_bwd{suffix}").default
     torch.library.opcheck(fwd, args)

@@ -1,10 +1,10 @@
-"""WindowSpec: everything about a window-attention call but its tensors, in normal form.
+"""WindowSpec: the arguments of a window-attention call other than its tensors, in normal form.
 
 The public functions and the adapters make one (``ops._arguments.make_window_spec``). Support checks, fakes and the
-backends in plain PyTorch read its fields. Kernels get it as ``wire()``, a string, and ``numbers``, three floats, which
-a compiler may make symbolic. A string is one argument: exporters keep it, graphs show it in words, and a call passes it
-at the cost of one pointer. To add an option: a field here, its check, the argument of the public functions, the
-reference, and each backend that has it.
+plain-PyTorch backends read its fields. Kernels get it as ``wire()``, a string, and ``numbers``, three floats, which a
+compiler may make symbolic. A string is one argument: exporters keep it, graphs print it readably, and passing it costs
+one pointer. To add an option: a field here, its check, the argument of the public functions, the reference, and each
+backend that supports it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """A window-attention call without its tensors. Fields per axis have two or three values, slowest axis first.
+    """Arguments of a window-attention call other than its tensors, with two or three values per axis, slowest first.
 
-    The arguments of :func:`swinkernels.window_attention_qkvpacked` with these names document them. ``needs_lse`` is
-    False where no gradient will be asked for: the op then returns an empty lse. ``allow_tf32`` lets float32 products
-    be rounded to TF32. With ``axis_tables`` the op's bias is the tables of all axes, one below the other.
-    ``table_types`` is the number of window types in the bias table.
+    Fields are documented by the arguments of the same name of :func:`swinkernels.window_attention_qkvpacked`, with
+    these exceptions. Without ``needs_lse``, for calls that get no gradient, the op returns an empty lse. ``allow_tf32``
+    lets float32 products be rounded to TF32. With ``axis_tables`` the op's bias is the tables of all axes,
+    concatenated. ``table_types`` is the number of window types in the bias table.
     """
 
     window_size: tuple[int, ...]
@@ -55,7 +55,7 @@ class WindowSpec:
 
     @property
     def table_rows(self) -> int:
-        """Rows of the bias table."""
+        """Number of rows of the bias table."""
         # Lists: torch.compile cannot trace a generator here.
         if self.key_window != self.window_size:
             return math.prod([w + m - 1 for w, m in zip(self.window_size, self.key_window, strict=True)])
@@ -63,7 +63,7 @@ class WindowSpec:
         return math.prod([t * t if pairs else 2 * t - 1 for t, pairs in per_axis])
 
     def options(self) -> dict[str, Any]:
-        """The arguments of the public functions and of the plain-PyTorch backends that a spec stands for."""
+        """Return the arguments of the public functions and the plain-PyTorch backends that this spec stands for."""
         return {name: getattr(self, name) for name in _OPTIONS}
 
     @property
@@ -71,10 +71,10 @@ class WindowSpec:
         return self.scale, self.mask_value, self.dropout_p
 
     def wire(self, *, allow_tf32: bool = False, needs_lse: bool = True) -> str:
-        """``name=value;...`` of the fields but ``numbers`` that differ from their default.
+        """Return ``name=value;...`` for the fields, except ``numbers``, that differ from their default.
 
-        Values per axis are joined by commas. The two arguments replace the fields of their names, which depend on the
-        moment of the call.
+        Values per axis are joined by commas. The two arguments replace the fields of their names, which are known only
+        when the op is called.
         """
         return _write((*(getattr(self, name) for name in _GEOMETRY), allow_tf32, needs_lse))
 
@@ -93,7 +93,7 @@ class WindowSpec:
 
 @dataclass(frozen=True)
 class _Field:
-    """How a field is written to the wire and read from it, and its default, which may follow from the window."""
+    """Conversion of a field to the wire and back, and its default, which may depend on the window."""
 
     write: Callable[[Any], str]
     read: Callable[[str], Any]
@@ -112,8 +112,8 @@ def _flag(default: bool) -> _Field:
     return _Field(lambda value: str(int(value)), lambda text: text == "1", lambda window: default)
 
 
-# By name, the window first and what depends on the moment of the call last. csrc/bindings/window_spec.h reads the same
-# names with the same defaults.
+# The wire fields: the window first, those known only at the call last. csrc/bindings/window_spec.h reads the same names
+# with the same defaults.
 _FIELDS = {
     "window_size": _per_axis(int, lambda w: None),
     "shift_size": _per_axis(int, lambda w: 0),
@@ -130,12 +130,12 @@ _FIELDS = {
     "needs_lse": _flag(True),
 }
 _GEOMETRY = tuple(_FIELDS)[:-2]
-_OF_TENSORS = ("axis_tables", "table_types")  # what the tensors of a call say themselves
+_OF_TENSORS = ("axis_tables", "table_types")  # follow from the tensors of a call
 _OPTIONS = (*(name for name in _GEOMETRY if name not in _OF_TENSORS), "scale", "mask_value", "dropout_p")
 
 
 def _write(values: tuple[Any, ...]) -> str:
-    """The wire form of the fields' values. A compiler keeps the string."""
+    """Format the fields' values for the wire. A compiler keeps the string as a constant."""
     written = zip(_FIELDS.items(), values, strict=True)
     return ";".join(f"{name}={field.write(v)}" for (name, field), v in written if v != field.default(values[0]))
 

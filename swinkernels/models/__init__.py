@@ -1,4 +1,4 @@
-"""Whole models, short, of the modules of :mod:`swinkernels.nn`, with the parameter names of the published codes."""
+"""Whole models, short, built of :mod:`swinkernels.nn`, with the parameter names of the published codes."""
 
 from swinkernels.models.checkpoints import Loaded, load_pretrained
 from swinkernels.models.swin_transformer import SwinTransformer

@@ -1,4 +1,4 @@
-"""What the models share: a patch embedding and stages that halve the map."""
+"""Parts shared by the models: a patch embedding and stages that halve the map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from swinkernels.ops._arguments import check_ints
 
 
 def stage_sizes(op: str, img_size: Any, patch_size: int, stages: int) -> list[tuple[int, ...] | None]:
-    """The maps of the stages for an image, or None for each if the size is not given."""
+    """Return the map size of each stage for an image size, or None for each without one."""
     if img_size is None:
         return [None] * stages
     size = tuple(-(-n // patch_size) for n in check_ints(op, "img_size", img_size, 2, at_least=1))
@@ -21,7 +21,7 @@ def stage_sizes(op: str, img_size: Any, patch_size: int, stages: int) -> list[tu
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """Of every block of every stage, rising linearly from 0 to the rate."""
+    """Return the rate of every block of every stage, rising linearly from 0 to ``rate``."""
     rates = torch.linspace(0, rate, sum(depths), device="cpu").tolist()
     return [[rates.pop(0) for _ in range(depth)] for depth in depths]
 
@@ -36,7 +36,7 @@ def make_stages(
     options: dict[str, Any],
     pretrained_window_sizes: Sequence[int],
 ) -> list[BasicLayer]:
-    """The stages of an encoder, each but the last with patch merging at its end; ``options`` are for all."""
+    """Make the stages of an encoder, each but the last with patch merging at its end; ``options`` apply to all."""
     stages = []
     for i, depth in enumerate(depths):
         more: dict[str, Any] = {"drop_path": rates[i], **options}
@@ -50,7 +50,7 @@ def make_stages(
 
 
 def initialise(model: nn.Module) -> None:
-    """As Microsoft's models start: small weights, no biases; in v2 no branch adds anything."""
+    """Initialise as Microsoft's models: small weights, zero biases; in v2 branches start as zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -63,7 +63,7 @@ def initialise(model: nn.Module) -> None:
 
 
 def check_stages(op: str, depths: Sequence[int], **others: Sequence[Any]) -> None:
-    """Raise ValueError unless there is one of each of the others for every stage."""
+    """Raise ValueError unless each of the others has one value per stage."""
     for name, values in others.items():
         if len(values) != len(depths):
             raise ValueError(f"{op}: {name} must have a value for each of the {len(depths)} depths, got {values}")

@@ -1,4 +1,4 @@
-"""Published Swin checkpoints in the models of this package: names, order of channels, bias tables for other windows."""
+"""Load published Swin checkpoints: translate names, reorder channels, resize bias tables for other windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from swinkernels.reference.window_attention import relative_position_index
 
 Tensors = dict[str, Tensor]
 
-# Source -> the key by which its checkpoints are told from others; what stands before it is the prefix of all keys.
+# Source -> a key that identifies its checkpoints; the text before it is the prefix of all keys.
 _ANCHORS = {
     "torchvision": r"features\.1\.0\.norm1\.weight",
     "transformers": r"encoder\.layers\.0\.blocks\.0\.layernorm_before\.weight",
@@ -24,10 +24,10 @@ _ANCHORS = {
     "monai": r"layers1\.0\.blocks\.0\.norm1\.weight",
     "microsoft": r"layers[._]0\.blocks\.0\.norm1\.weight",
 }
-_ANCHORS["timm"] = _ANCHORS["microsoft"]  # where its stages merge tells which
+_ANCHORS["timm"] = _ANCHORS["microsoft"]  # the place of patch merging tells the two apart
 SOURCES = tuple(_ANCHORS)
 
-# Source -> patterns of its names and Microsoft's names for them; of the rules for a key, all that match are applied.
+# Source -> (pattern of its names, Microsoft's name). All rules that match a key are applied, in order.
 _NAMES: dict[str, list[tuple[str, str | Callable[[re.Match[str]], str]]]] = {
     "microsoft": [],
     "timm": [(r"^layers_(\d+)\.", r"layers.\1."), (r"^head\.fc\.", "head.")],
@@ -70,7 +70,7 @@ _NAMES: dict[str, list[tuple[str, str | Callable[[re.Match[str]], str]]]] = {
     ],
 }
 
-# What a checkpoint may have for tensors that the modules here compute.
+# Entries of a checkpoint for tensors that the modules compute.
 _COMPUTED = ("attn_mask", "relative_position_index", "relative_coords_table")
 
 
@@ -79,10 +79,10 @@ class Loaded:
     """What :func:`load_pretrained` did."""
 
     source: str
-    loaded: list[str] = field(default_factory=list)  # parameters that have the checkpoint's values
-    resized: dict[str, str] = field(default_factory=dict)  # bias tables made for another window, and by which rule
-    left: dict[str, str] = field(default_factory=dict)  # entries of the checkpoint that were not used, and why
-    kept: list[str] = field(default_factory=list)  # parameters that the checkpoint does not have
+    loaded: list[str] = field(default_factory=list)  # parameters with the checkpoint's values
+    resized: dict[str, str] = field(default_factory=dict)  # bias tables made for another window -> the rule applied
+    left: dict[str, str] = field(default_factory=dict)  # unused entries of the checkpoint -> the reason
+    kept: list[str] = field(default_factory=list)  # parameters missing in the checkpoint
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} parameters loaded"]
@@ -100,35 +100,35 @@ class Loaded:
 def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str = "auto") -> Loaded:
     """Load a published Swin checkpoint into a model with the parameter names of Microsoft's code.
 
-    Names are translated and, for mmpretrain, the channels of patch merging are put into the model's order. The biases
-    of separate q, k and v are put together. Where a bias table was trained with another window, it is resized by the
-    rule of the library that the checkpoint is of:
+    Names are translated, separate q, k and v biases are joined and, for mmpretrain, the channels of patch merging are
+    reordered. A bias table trained with another window is resized by the rule of the checkpoint's library:
 
     - timm: linear between the source's offsets, spread over the new window at distances that grow geometrically. It
       keeps the centre and the outermost offsets when a window grows, and nearly crops the table when it shrinks.
     - mmpretrain: the same, by cubic splines; this needs SciPy.
     - Microsoft, and libraries without a rule (torchvision, transformers, MONAI): bicubic, which scales the table.
 
-    Swin v2 has no table: its position MLP is evaluated at the offsets of the new window, for which the model has to be
-    made with ``pretrained_window_sizes``.
+    Swin v2 has no table: its position MLP is evaluated at the offsets of the new window. Make the model with
+    ``pretrained_window_sizes`` for that.
 
     Args:
-        model: :class:`SwinTransformer`, :class:`SwinUnet`, or a module of your own with ``patch_embed`` and stages
-            ``layers`` of :class:`swinkernels.nn.BasicLayer`, in 2D or 3D. It is changed only if all fits.
-        checkpoint: the state dict of a model of the source, or a dict that has it as "model" or "state_dict". Keys may
-            have a prefix, such as "backbone." or "module.".
-        source: "microsoft", "timm", "torchvision", "transformers", "mmpretrain", "monai", or "auto", which tells it by
+        model: :class:`SwinTransformer`, :class:`SwinUnet`, or another module with ``patch_embed`` and stages
+            ``layers`` of :class:`swinkernels.nn.BasicLayer`, in 2D or 3D. It is changed only if all entries fit.
+        checkpoint: the state dict of a model of the source, or a dict that contains it as "model" or "state_dict". Keys
+            may have a prefix, such as "backbone." or "module.".
+        source: "microsoft", "timm", "torchvision", "transformers", "mmpretrain", "monai", or "auto", which infers it
+        from
             the keys.
 
     Returns:
-        A :class:`Loaded`: what was loaded, resized by which rule, left and kept. A head for another number of classes
-        and what stands outside of the backbone are left; what the encoder does not need, such as the head, the norms of
-        ``out_indices`` or a decoder, may be missing. A :class:`SwinUnet` gets the blocks of the encoder into its
-        decoder, too, unless the checkpoint has one, as in the published code.
+        A :class:`Loaded`: entries loaded, resized (with the rule), left out and kept. A head for another number of
+        classes and entries outside the backbone are left out. Entries that the encoder does not need, such as the head,
+        the norms of ``out_indices`` or a decoder, may be missing. As in the published code, a :class:`SwinUnet` also
+        gets the encoder's blocks into its decoder, unless the checkpoint has a decoder.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``checkpoint`` has no tensors.
-        ValueError: the source is unknown, or entries do not fit, each of which is named.
+        TypeError: ``model`` is not a module, or ``checkpoint`` contains no tensors.
+        ValueError: the source is unknown, or entries do not fit; the message names each.
 
     Source: ``load_pretrained`` of Microsoft's Swin-Transformer; ``resize_rel_pos_bias_table`` of timm;
     ``resize_relative_position_bias_table`` of mmpretrain; ``load_from`` of Swin-Unet.
@@ -198,7 +198,7 @@ def _tensors(checkpoint: Mapping[str, Any]) -> Tensors:
 
 
 def _find_source(source: str, state: Tensors) -> tuple[str, str]:
-    """The source of a checkpoint and the prefix of its keys."""
+    """Return the source of a checkpoint and the prefix of its keys."""
     if source not in ("auto", *SOURCES):
         raise ValueError(f"load_pretrained: source must be 'auto' or one of {SOURCES}, got {source!r}")
     for name in SOURCES if source == "auto" else (source,):
@@ -218,7 +218,7 @@ def _find_source(source: str, state: Tensors) -> tuple[str, str]:
 
 
 def _first_merging(state: Tensors, prefix: str = "") -> int | None:
-    """The first stage that merges patches: 0 if stages end with it, 1 if they begin with it."""
+    """Return the first stage that merges patches: 0 if stages end with merging, 1 if they begin with it."""
     found = [re.match(rf"{re.escape(prefix)}layers[._](\d+)\.downsample\.", key) for key in state]
     return min((int(m[1]) for m in found if m is not None), default=None)
 
@@ -230,7 +230,7 @@ def _rename(source: str, key: str) -> str:
 
 
 def _with_joined_qkv(state: Tensors) -> Tensors:
-    """q, k and v in one weight, and its bias: whole in v1, of q and v alone in v2."""
+    """Join the weights, and the biases, of q, k and v; in v2 only q and v have a bias."""
     joined = dict(state)
     for key in state:
         prefix = key.removesuffix("logit_scale")
@@ -255,7 +255,7 @@ def _with_joined_qkv(state: Tensors) -> Tensors:
 
 
 def _with_merging_of(model: nn.Module, state: Tensors) -> Tensors:
-    """Merging at the end of a stage or at its beginning, as in the model."""
+    """Move patch merging to the end or the beginning of stages, as in the model."""
     theirs, ours = _first_merging(state), _first_merging(model.state_dict())
     if theirs is None or ours is None or theirs == ours:
         return state
@@ -266,7 +266,7 @@ def _with_merging_of(model: nn.Module, state: Tensors) -> Tensors:
 
 
 def _with_names_of_norms(state: Tensors, expected: Tensors) -> Tensors:
-    """mmpretrain numbers the norm of its last stage, of a classifier as well."""
+    """Rename the last norm of mmpretrain's checkpoints, which number it by its stage, also in a classifier."""
     if "norm.weight" not in expected:
         return state
     last = max((key for key in state if re.match(r"norm\d+\.weight$", key)), default="").removesuffix(".weight")
@@ -274,7 +274,7 @@ def _with_names_of_norms(state: Tensors, expected: Tensors) -> Tensors:
 
 
 def _reorder_merging(model: nn.Module, state: Tensors) -> None:
-    """From mmcv's order, the neighbours of each channel, to the channels of each neighbour in the model's order."""
+    """Reorder merging from mmcv's order, the neighbours of each channel, to the model's, neighbour by neighbour."""
     for key in [k for k in state if re.match(r"layers\.\d+\.downsample\.reduction\.weight$", k)]:
         path = key.removesuffix(".reduction.weight")
         try:
@@ -287,12 +287,12 @@ def _reorder_merging(model: nn.Module, state: Tensors) -> None:
         width = state[key].shape[1]
         for name in (key, f"{path}.norm.weight", f"{path}.norm.bias"):
             t = state.get(name)
-            if t is not None and t.shape[-1] == width:  # v2 normalises what is reduced
+            if t is not None and t.shape[-1] == width:  # in v2 the norm follows the reduction
                 state[name] = t.unflatten(-1, (-1, len(runs)))[..., runs.to(t.device)].transpose(-1, -2).flatten(-2)
 
 
 def _for_decoder(state: Tensors, expected: Tensors) -> Tensors:
-    """The blocks of the encoder for the stages of the decoder that have the same width."""
+    """Copy the encoder's blocks to the decoder stages of the same width."""
     last = max(int(m[1]) for key in expected if (m := re.match(r"layers\.(\d+)\.", key)) is not None)
     found = {}
     for key, value in state.items():
@@ -308,7 +308,7 @@ def _computed(key: str) -> bool:
 
 
 def _leave(model: nn.Module, state: Tensors, expected: Tensors, loaded: Loaded) -> None:
-    """Take entries out of a checkpoint that the model can do without."""
+    """Remove entries from a checkpoint that the model does not need."""
     stages = 1 + max((int(m[1]) for key in expected if (m := re.match(r"layers\.(\d+)\.", key))), default=-1)
     for key in list(state):
         if re.match(r"head\.", key):
@@ -345,7 +345,7 @@ def _resize_tables(model: nn.Module, state: Tensors, expected: Tensors, loaded: 
         axes = len(target)
         side = round(table.shape[0] ** (1 / axes))
         if side**axes != table.shape[0] or axes == 3:
-            continue  # the window of the checkpoint cannot be told: reported as another shape
+            continue  # the checkpoint's window cannot be inferred: reported as a wrong shape
         rule, resize = _RULES.get(loaded.source, _RULES["microsoft"])
         if loaded.source not in _RULES:
             rule += f"; {loaded.source} has no rule of its own"
@@ -360,7 +360,7 @@ def _bicubic(table: Tensor, side: int, target: tuple[int, ...]) -> Tensor:
 
 
 def _geometric_offsets(side: int, target: int) -> Tensor:
-    """Where the offsets of a source lie among those of a target: 0, and distances that grow geometrically."""
+    """Positions of a source's offsets among a target's: 0, and distances that grow geometrically."""
     reach, wanted = side // 2, target // 2
     low, high = 1.01, 1.5
     ratio = low
@@ -375,7 +375,7 @@ def _geometric_offsets(side: int, target: int) -> Tensor:
 
 
 def _linear_weights(at: Tensor, wanted: Tensor) -> Tensor:
-    """(wanted, at): linear between the two offsets around a wanted one, constant beyond the ends."""
+    """(wanted, at): linear interpolation between the neighbouring offsets, constant beyond the ends."""
     right = torch.searchsorted(at, wanted).clamp(1, len(at) - 1)
     share = ((wanted - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
     weights = torch.zeros(len(wanted), len(at), dtype=at.dtype)
@@ -418,7 +418,7 @@ _RULES: dict[str, tuple[str, Callable[[Tensor, int, tuple[int, ...]], Tensor]]] 
 
 
 def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
-    """v2's offsets beside those of the model; takes out of the state what the modules compute."""
+    """Compare v2's offsets with the model's; remove the tensors that the modules compute from the state."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_coords_table")]:
         path = key.rpartition(".")[0]
@@ -450,13 +450,13 @@ def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
 
 
 def _wrong_indices(model: nn.Module, state: Tensors) -> list[str]:
-    """Indices that read the bias table in another order; takes all indices out of the state."""
+    """Find indices that read the bias table in another order; remove all indices from the state."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_position_index")]:
         theirs = state.pop(key)
         try:
             module: Any = model.get_submodule(key.rpartition(".")[0])
-        except AttributeError:  # its parameters are reported
+        except AttributeError:  # reported through its parameters
             continue
         ours = relative_position_index(module.window_size, device="cpu").reshape(-1)
         if not theirs.is_meta and not torch.equal(theirs.reshape(-1).to("cpu", ours.dtype), ours):

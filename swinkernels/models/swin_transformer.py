@@ -12,30 +12,31 @@ from torch import Tensor, nn
 from swinkernels.models._encoder import check_stages, drop_path_rates, initialise, make_stages, stage_sizes
 from swinkernels.nn import BasicLayer, PatchEmbed
 
-_WITH_THE_LAST = 99999  # timm's word for: in the group of what comes before
+_WITH_THE_LAST = 99999  # timm's constant for "in the group of the preceding parameter"
 NO_WEIGHT_DECAY = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
 
 
 class SwinTransformer(nn.Module):
-    """Swin Transformer, v1 or v2: a classifier, or a backbone that gives feature maps.
+    """Swin Transformer, v1 or v2: a classifier, or a backbone that returns feature maps.
 
     Args:
-        img_size: pixels (H, W) or an int, for which windows are made no larger than the maps; None keeps them. Either
-            way the model takes images of any size.
+        img_size: pixels (H, W) or an int; windows larger than the resulting maps shrink to them. None keeps all
+        windows.
+            The model takes images of any size either way.
         patch_size: pixels of a patch per axis.
         in_chans: channels of the image.
-        num_classes: of the head; 0 for none, which gives the mean of the last map.
-        embed_dim: channels of the first stage, doubled by each next one.
-        depths, num_heads: blocks and heads of each stage.
+        num_classes: classes of the head; 0 for no head, which returns the mean of the last map.
+        embed_dim: channels of the first stage, doubled by each further one.
+        depths, num_heads: blocks and heads, per stage.
         window_size: tokens of a window per axis.
-        mlp_ratio, qkv_bias: of the blocks.
-        drop_rate, attn_drop_rate: probabilities of dropout, of tokens and of attention weights.
-        drop_path_rate: probability of dropping a branch, of the last block; it rises from 0 over the blocks.
-        patch_norm: whether the patch embedding has a norm.
-        use_checkpoint: whether training computes the inside of blocks twice rather than keeping it.
+        mlp_ratio, qkv_bias: as for :class:`swinkernels.nn.SwinTransformerBlock`.
+        drop_rate, attn_drop_rate: dropout probabilities of tokens and of attention weights.
+        drop_path_rate: probability that the last block drops a branch; it rises linearly from 0 at the first block.
+        patch_norm: True for a norm in the patch embedding.
+        use_checkpoint: True to recompute the inside of blocks in the backward pass instead of storing it.
         version: 1 or 2.
-        pretrained_window_sizes: of each stage, in v2, or 0.
-        out_indices: stages whose maps are the result, each with a norm of its own, instead of classes.
+        pretrained_window_sizes: in v2, the window with which each stage was trained, or 0.
+        out_indices: stages whose maps are returned, each through its own norm, instead of classes.
         pad_order, backend: as for :class:`swinkernels.nn.WindowAttention`.
 
     Shape:
@@ -103,7 +104,7 @@ class SwinTransformer(nn.Module):
             self.norm = nn.LayerNorm(widths[-1])
             self.head = nn.Linear(widths[-1], num_classes) if num_classes > 0 else nn.Identity()
         else:
-            # No gradient would reach what comes after the last map.
+            # Layers after the last returned map would get no gradient.
             layers = layers[: self.out_indices[-1] + 1]
             layers[-1].downsample = None
             for i in self.out_indices:
@@ -112,17 +113,17 @@ class SwinTransformer(nn.Module):
         initialise(self)
 
     def no_weight_decay_keywords(self) -> set[str]:
-        """Parts of the names of parameters that training recipes exempt from weight decay, as Microsoft's asks."""
+        """Parts of the names of parameters without weight decay, in the form of Microsoft's training code."""
         return set(NO_WEIGHT_DECAY)
 
     def no_weight_decay(self) -> set[str]:
-        """The names of these parameters, as timm asks."""
+        """The names of parameters without weight decay, in timm's form."""
         return {name for name, _ in self.named_parameters() if any(word in name for word in NO_WEIGHT_DECAY)}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
-        """The place of a parameter in the model by its name, for learning rates that decay by layers, as timm asks.
+        """Return a function from a parameter's name to its place in the model, for timm's layer-wise decay of rates.
 
-        Patch merging goes with the blocks after it, as in timm's models.
+        Patch merging belongs to the blocks after it, as in timm's models.
         """
 
         def place(name: str) -> tuple[float, ...]:

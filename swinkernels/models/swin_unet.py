@@ -13,14 +13,14 @@ from swinkernels.nn import BasicLayer, FinalPatchExpandX4, PatchEmbed, PatchExpa
 
 
 class SwinUnet(nn.Module):
-    """Swin-Unet: stages that halve the map, stages that double it again, and connections between them.
+    """Swin-Unet: stages that halve the map, stages that double it again, and skip connections between them.
 
     Args:
-        img_size: pixels (H, W) or an int, for which windows are made no larger than the maps.
+        img_size: pixels (H, W) or an int; windows larger than the resulting maps shrink to them.
         in_chans: channels of the image.
         num_classes: channels of the result.
-        embed_dim: channels of the first stage, doubled by each next one. Patches have 4x4 pixels.
-        depths, num_heads: blocks and heads of each stage of the encoder; the decoder has them in reverse.
+        embed_dim: channels of the first stage, doubled by each further one. Patches have 4x4 pixels.
+        depths, num_heads: blocks and heads of each encoder stage; the decoder has them in reverse.
         window_size, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, drop_path_rate, patch_norm, use_checkpoint,
             backend: as for :class:`swinkernels.models.SwinTransformer`.
 

@@ -1,17 +1,17 @@
 """Modules on this package's ops, with the parameter names of the published codes: their checkpoints load strictly.
 
-The norms, and the layers ``reduction`` and ``expand`` beside them, hold the parameters, under the names and with the
-initialisation that the published modules give them, but are not called: hooks on them do not run, and a replacement
-that computes something else has no effect. The same goes for ``qkv`` of v2, whose bias is kept beside it. All other
-layers are called.
+The norms, and the layers ``reduction`` and ``expand`` next to them, hold their parameters under the published names and
+with the published initialisation, but are not called: hooks on them do not run, and a replacement that computes
+something else has no effect. The same holds for ``qkv`` of v2, whose bias is a separate parameter. All other layers are
+called.
 
 A module takes a feature map (B, \\*S, C) and returns a feature map. Where the published modules work on sequences of
-tokens, it takes them, too: a sequence (B, L, C) needs the size S of its map, L = prod(S), and comes out as a sequence.
-2D and 3D are the same classes: windows of three values, or ``spatial_dims=3``, make them 3D.
+tokens, it takes those as well: a sequence (B, L, C) needs the size S of its map, L = prod(S), and gives a sequence.
+The same classes serve 2D and 3D: windows of three values, or ``spatial_dims=3``, make them 3D.
 
-Buffers that the published codes store in checkpoints (``relative_position_index``, ``relative_coords_table``,
-``attn_mask``) are computed here, and not stored. Loading takes them as known, strictly or not; an index that is not
-Microsoft's is an error, since it would read the bias table in another order.
+Buffers that published checkpoints store (``relative_position_index``, ``relative_coords_table``, ``attn_mask``) are
+computed and not stored. Loading accepts them, strictly or not; an index that differs from Microsoft's is an error,
+because it would read the bias table in another order.
 """
 
 from swinkernels.nn.drop_path import DropPath

@@ -1,4 +1,4 @@
-"""What the modules share: a feature map or the sequence of its tokens, and the arguments of the constructors."""
+"""Helpers of the modules: feature maps or sequences of their tokens, and checks of constructor arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swinkernels.ops._backends import check_backend
 
 
 def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts: Any) -> None:
-    """What every constructor takes, and its numbers of channels."""
+    """Check the arguments that every constructor takes, and its channel counts."""
     for name, count in counts.items():
         _arguments.check_count(op, name, count)
     if isinstance(spatial_dims, bool) or spatial_dims not in (2, 3):
@@ -25,7 +25,7 @@ def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts
 
 
 def refuse_tracing(op: str) -> None:
-    """torch.jit.trace has no way to record the ops, and says so in words that help nobody."""
+    """Raise under torch.jit.trace, which cannot record the ops and fails with an obscure error."""
     if torch.jit.is_tracing():
         raise RuntimeError(
             f"{op}: torch.jit.trace cannot record window attention. Use torch.export.export or torch.compile, or trace "
@@ -34,7 +34,7 @@ def refuse_tracing(op: str) -> None:
 
 
 def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: int) -> Tensor:
-    """x as (B, *S, dim): a feature map as it is, a sequence of tokens (B, L, dim) by its size S."""
+    """Return x as a map (B, *S, dim), given a map or a sequence of tokens (B, L, dim) with its size S."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
     if size is not None:
@@ -56,19 +56,19 @@ def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: 
             f"{tuple(x.shape[1:-1])}"
         )
     _arguments.check_features(op, "x", x)
-    # The op infers from the widths what is merged, so more channels could pass for more axes.
+    # The op infers the merged axes from the widths, so a wrong number of channels could be taken for more axes.
     if x.shape[-1] != dim:
         raise ValueError(f"{op}: x must have dim = {dim} channels, got {x.shape[-1]}")
     return x
 
 
 def as_given(y: Tensor, size: Sequence[int] | None) -> Tensor:
-    """The map y in the form that x had: a sequence if it came with its size."""
+    """Return the map y in the form that x had: a sequence if it came with its size."""
     return y if size is None else y.flatten(1, -2)
 
 
 def forgive(unexpected_keys: list[str], prefix: str, names: Sequence[str]) -> None:
-    """Take buffers that published modules store, and those here compute, off a checkpoint's unexpected keys."""
+    """Remove buffers that published checkpoints store, and these modules compute, from the unexpected keys."""
     unexpected_keys[:] = [key for key in unexpected_keys if key not in {prefix + name for name in names}]
 
 
@@ -81,8 +81,9 @@ _OF_ALL_MODULES = (
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is exactly of a class, without a forward or hooks of its own, so that an op may replace its
-    call.
+    """Return True if a module is exactly of this class and has no forward or hooks of its own.
+
+    An op may then replace its call.
     """
     return (
         type(module) is kind
@@ -95,5 +96,5 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def all_modules_have_hooks() -> bool:
-    """Whether a hook of all modules is registered."""
+    """Return True if a hook on all modules is registered."""
     return any(_OF_ALL_MODULES)

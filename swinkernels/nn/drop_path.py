@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """Drop a residual branch for whole samples in training, and scale the rest up: stochastic depth.
+    """Drop a residual branch for whole samples in training, and scale it up for the others: stochastic depth.
 
     Args:
         drop_prob: the probability, 0..1.
@@ -22,9 +22,9 @@ class DropPath(nn.Module):
         self.drop_prob = float(drop_prob)
 
     def scale(self, y: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-        """What each sample of y is multiplied by, (B,): 0 where it is dropped, else 1 / (1 - p). None for 1.
+        """Draw the factor of each sample of y, (B,): 0 where it is dropped, else 1 / (1 - p); None stands for 1.
 
-        ``dtype`` is that of the branch if y is another tensor: draws depend on it on a GPU.
+        ``dtype`` is that of the branch if y is another tensor: a GPU's draws depend on it.
         """
         if self.drop_prob == 0.0 or not self.training:
             return None

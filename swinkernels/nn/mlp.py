@@ -13,14 +13,14 @@ from swinkernels.ops.mlp_half import mlp_half
 
 
 class Mlp(nn.Module):
-    """Linear, activation, Linear, with dropout after the last two.
+    """Linear, activation, Linear, with dropout after the activation and after the last Linear.
 
     Args:
         in_features: channels of a token.
-        hidden_features, out_features: as many as in_features unless given.
-        act_layer: makes the activation.
+        hidden_features, out_features: ``in_features`` by default.
+        act_layer: class or function that makes the activation.
         drop: probability of dropout.
-        device, dtype: of the parameters, as for all modules of torch.
+        device, dtype: device and dtype of the parameters.
 
     Parameters: ``fc1.weight``, ``fc1.bias``, ``fc2.weight``, ``fc2.bias``.
 
@@ -47,7 +47,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def is_half(self) -> bool:
-        """Whether ``mlp_half`` computes what the modules do at present: GELU, no dropout, and no hook."""
+        """Return True if ``mlp_half`` computes the same as the modules at present: GELU, no dropout and no hook."""
         drop = self.drop
         return (
             is_bare(self.fc1, nn.Linear)
@@ -58,7 +58,7 @@ class Mlp(nn.Module):
         )
 
     def run_half(self, x: Tensor, layer_norm: nn.LayerNorm, **options: Any) -> Tensor:
-        """The half of a block around this MLP, with its norm and the other arguments of ``mlp_half``."""
+        """Run a block's MLP half, given its norm and the other arguments of ``mlp_half``."""
         fc1, fc2 = self.fc1, self.fc2
         return mlp_half(
             x, layer_norm.weight, layer_norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, eps=layer_norm.eps,

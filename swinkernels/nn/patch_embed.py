@@ -1,4 +1,4 @@
-"""Patch embedding as a module: torch's convolution, and a norm."""
+"""Patch embedding as a module: torch's convolution and a norm."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from swinkernels.ops.layer_norm import layer_norm
 
 
 class PatchEmbed(nn.Module):
-    r"""Project every patch of an image to one token and, if wanted, normalise it.
+    r"""Project every patch of an image to one token and optionally normalise it.
 
     .. math:: y_i = LayerNorm(W \cdot patch_i + b)
 
-    The projection is torch's convolution with the patch as kernel and stride, run in the channels last memory format so
-    that its result is the feature map as it stands: what is rearranged is the image, not the map. An image that is not
-    a multiple of the patch is padded with zeros at its end.
+    The projection is torch's convolution with the patch as kernel and stride. It runs in the channels last memory
+    format, so its result already is the feature map, and only the image is rearranged. An image that is not a multiple
+    of the patch is padded with zeros at its end.
 
     Args:
         patch_size: pixels per axis, an int or one per axis, slowest first.
         in_chans: channels of the image.
         embed_dim: channels C of a token.
         spatial_dims: 2 for (H, W), 3 for (D, H, W).
-        norm: whether there is a norm: in the classification models yes, in MONAI's SwinUNETR by default no.
-        bias: of the convolution.
-        eps: of the norm.
-        backend: "auto", "cuda", "torch" or "reference", of the norm.
-        device, dtype: of the parameters, as for all modules of torch.
+        norm: True for a norm, as in the classification models; MONAI's SwinUNETR has none by default.
+        bias: True for a bias of the convolution.
+        eps: added to the variance of the norm.
+        backend: "auto", "cuda", "torch" or "reference", for the norm.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         x: (B, in_chans, \*I), channels first, I = (H, W) or (D, H, W), gives a feature map (B, \*S, C), channels last,
-        S = ceil(I / patch_size). ``.flatten(1, -2)`` makes the sequence of Microsoft's module, ``.movedim(-1, 1)`` the
-        channels first of MONAI's. Under autocast the result is float32 with a norm, else of the autocast dtype.
+        S = ceil(I / patch_size). ``.flatten(1, -2)`` turns it into the sequence of Microsoft's module,
+        ``.movedim(-1, 1)`` into MONAI's layout, channels first. Under autocast the result is float32 with a norm, else
+        of the autocast dtype.
 
     Parameters: ``proj.weight`` (C, in_chans, \*patch_size), ``proj.bias`` (C), ``norm.weight``, ``norm.bias`` (C).
 

@@ -24,12 +24,12 @@ class PatchExpand(nn.Module):
 
     Args:
         dim: channels C of a token.
-        out_dim: channels of each token that it becomes, C / 2 by default.
+        out_dim: channels of each resulting token, C / 2 by default.
         factor: tokens per axis that one token becomes, an int or one for each of the spatial_dims axes.
-        spatial_dims: how many axes are expanded, the last ones: 2, of a 3D map frame by frame, or 3.
-        eps: of the norm.
+        spatial_dims: number of expanded axes, the last ones: 2, which expands a 3D map frame by frame, or 3.
+        eps: added to the variance of the norm.
         backend: "auto", "cuda", "torch" or "reference".
-        device, dtype: of the parameters, as for all modules of torch.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         x: (B, \*S, C), S = (H, W) or (D, H, W), gives (B, \*(S * factor), out_dim). Or a sequence (B, L, C) with
@@ -86,10 +86,10 @@ class FinalPatchExpandX4(PatchExpand):
     r"""Patch expanding to four tokens per axis of C channels each, the last layer of Swin-Unet's decoder.
 
     Args:
-        dim: channels C of a token, and of each token that it becomes.
+        dim: channels C of a token, before and after.
         spatial_dims, eps, backend, device, dtype: as for :class:`PatchExpand`.
 
-    Shape and parameters: as :class:`PatchExpand` with ``out_dim`` = C and ``factor`` = 4.
+    Shape and parameters: those of :class:`PatchExpand` with ``out_dim`` = C and ``factor`` = 4.
 
     Source: Swin-Unet (Cao et al., 2021), section 3.4; ``FinalPatchExpand_X4`` of its code.
     """

@@ -14,7 +14,7 @@ from swinkernels.ops.patch_merging import ORDERS, patch_merging
 
 
 class _PatchMerging(nn.Module):
-    _NORM: ClassVar[str]  # where it is: before the reduction or after it
+    _NORM: ClassVar[str]  # "pre" or "post" the reduction
 
     def __init__(
         self,
@@ -69,13 +69,16 @@ class PatchMerging(_PatchMerging):
     Args:
         dim: channels C of a token.
         out_dim: channels of a merged token, 2C by default.
-        spatial_dims: how many axes are merged, the last ones: 2, of a 3D map frame by frame (Video-Swin, Aurora), or 3.
-        order: of the neighbours' channels. "swin" is that of all libraries in 2D but mmcv and mmpretrain ("unfold") and
+        spatial_dims: number of merged axes, the last ones: 2, which merges a 3D map frame by frame (Video-Swin,
+        Aurora), or
+            3.
+        order: order of the neighbours' channels. In 2D all libraries use "swin" except mmcv and mmpretrain ("unfold")
+        and
             Aurora ("row_major"). With spatial_dims=3: "monai" for MONAI's ``PatchMerging`` since 1.5, "monai_legacy" up
-            to 1.4, "row_major" for its ``PatchMergingV2``, which has the norm here, too.
-        eps: of the norm.
+            to 1.4, "row_major" for its ``PatchMergingV2``, whose norm also precedes the reduction.
+        eps: added to the variance of the norm.
         backend: "auto", "cuda", "triton", "torch" or "reference".
-        device, dtype: of the parameters, as for all modules of torch.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         x: (B, \*S, C), S = (H, W) or (D, H, W), gives (B, \*S', out_dim), S' = ceil(S / 2) on the merged axes: odd
@@ -95,13 +98,13 @@ class PatchMergingV2(_PatchMerging):
 
     .. math:: y = LayerNorm(W \cdot concat(x_{2i + o}))
 
-    Not to be taken for MONAI's module of this name, which is :class:`PatchMerging` with ``order="row_major"``.
+    MONAI's module of the same name is another one: :class:`PatchMerging` with ``order="row_major"``.
 
     Args:
         dim, out_dim, spatial_dims, order, eps, backend, device, dtype: as for :class:`PatchMerging`.
 
     Shape:
-        As :class:`PatchMerging`. Under autocast the result is float32.
+        That of :class:`PatchMerging`. Under autocast the result is float32.
 
     Parameters: ``reduction.weight`` (out_dim, K C), ``norm.weight``, ``norm.bias`` (out_dim), K = 2 ** spatial_dims.
 

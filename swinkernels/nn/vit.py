@@ -1,4 +1,4 @@
-"""Attention and blocks of vision transformers, with a relative position bias and windows if wanted."""
+"""Attention and blocks of vision transformers, optionally with a relative position bias and windows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RelPosBias(nn.Module):
     Args:
         window_size: tokens per axis.
         num_heads: heads.
-        device, dtype: of the table.
+        device, dtype: device and dtype of the table.
 
     Parameters: ``relative_position_bias_table`` (prod(2 * window - 1), num_heads).
     """
@@ -61,24 +61,24 @@ class Attention(nn.Module):
     .. math:: y = W_{proj} \cdot attention(W_{qkv} \cdot x + b_{qkv}) + b_{proj}
 
     Without a window it is torch's ``scaled_dot_product_attention`` over all tokens. With one it is
-    :func:`swinkernels.window_attention_qkvpacked`: inside windows as in ViTDet, where a map that is not a multiple of
-    the window is padded with zeros that are attended to, or with the map itself as the window over all its tokens, with
-    a bias.
+    :func:`swinkernels.window_attention_qkvpacked`: attention inside windows as in ViTDet, where a map that is not a
+    multiple of the window is padded with zeros that are attended to; or attention over all tokens with a bias, if the
+    window is the whole map.
 
     Args:
         dim: channels C of a token.
         num_heads: heads.
-        qkv_bias: whether ``qkv`` has a bias.
-        attn_drop, proj_drop: probabilities of dropout, of attention weights and of the result.
+        qkv_bias: True for a bias of ``qkv``.
+        attn_drop, proj_drop: dropout probabilities of the attention weights and of the result.
         window_size: tokens per axis, at most 1024 in all, an int for square windows in 2D or a value per axis; None for
             attention over all tokens, without a bias.
-        rel_pos: whether there is a relative position bias inside the window.
-        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", of window attention.
-        device, dtype: of the parameters, as for all modules of torch.
+        rel_pos: True for a relative position bias inside the window.
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", for window attention.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         x: (B, \*S, C), S = (H, W) or (D, H, W), or a sequence (B, L, C) with ``size`` = S. Without a window a sequence
-        needs no size, and may have further tokens, such as that of the class. The result has the shape of x.
+        needs no size and may have further tokens, such as a class token. The result has the shape of x.
 
     Parameters: ``qkv.weight`` (3C, C), ``qkv.bias`` (3C), ``proj.weight`` (C, C), ``proj.bias`` (C) and, with
     ``rel_pos``, ``rel_pos.relative_position_bias_table`` (prod(2 * window - 1), num_heads).
@@ -160,11 +160,11 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Factors of the channels of a branch.
+    """Scale the channels of a branch: ``gamma * x``.
 
     Args:
         dim: channels.
-        init_values: what they start with.
+        init_values: initial value of every factor.
 
     Parameters: ``gamma`` (dim).
 
@@ -201,13 +201,13 @@ class Block(nn.Module):
 
     Args:
         dim, num_heads, qkv_bias, attn_drop, window_size, rel_pos, backend, device, dtype: as for :class:`Attention`;
-            norms run on the backend where they have it.
-        mlp_ratio: hidden channels of the MLP, of C.
-        proj_drop: probability of dropout after the projection and in the MLP.
-        init_values: what the factors gamma of the branches start with; None or 0 for none.
+            norms run on the same backend if it has them.
+        mlp_ratio: hidden channels of the MLP as a multiple of C.
+        proj_drop: dropout probability after the projection and in the MLP.
+        init_values: initial value of the branches' factors gamma; None or 0 for no factors.
         drop_path: probability of dropping a branch for a sample.
-        act_layer: makes the activation of the MLP.
-        eps: of the norms.
+        act_layer: class or function that makes the MLP's activation.
+        eps: added to the variance of the norm.
 
     Shape: as for :class:`Attention`.
 

@@ -22,7 +22,7 @@ SMALL_MAPS = ("pad", "clip")
 
 
 def window_per_axis(op: str, window_size: Any) -> tuple[int, ...]:
-    """The window as one value for each axis: 2D if it is an int, of as many axes as it has values otherwise."""
+    """Return the window as one value per axis: two for an int, else as many as given."""
     rank = len(window_size) if isinstance(window_size, Sequence) else 2
     if rank not in (2, 3):
         raise ValueError(f"{op}: window_size must be an int or have two or three values, got {window_size!r}")
@@ -30,7 +30,7 @@ def window_per_axis(op: str, window_size: Any) -> tuple[int, ...]:
 
 
 class _WindowAttention(nn.Module):
-    _BUFFERS: ClassVar[tuple[str, ...]]  # that checkpoints of the published modules have
+    _BUFFERS: ClassVar[tuple[str, ...]]  # buffers in checkpoints of the published modules
     qkv: nn.Linear
     proj: nn.Linear
     proj_drop: nn.Dropout
@@ -53,30 +53,30 @@ class _WindowAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
 
     def _qkv_bias(self) -> Tensor | None:
-        """q, k and v of a pad token."""
+        """Return q, k and v of a pad token."""
         return self.qkv.bias
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """q, k and v of a map, and of a pad token."""
+        """Return q, k and v of a map, and of a pad token."""
         return self.qkv(x), self._qkv_bias()
 
     def _scores(self) -> dict[str, Any]:
-        """The arguments of the op that say what the scores are."""
+        """Return the op's arguments that define the scores."""
         raise NotImplementedError
 
     def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
-        """The window on a map of a size, of the full one."""
+        """Return the window for a map of this size, given the full window."""
         return full
 
     def _arguments(self, axes: Sequence[int]) -> dict[str, Any]:
-        """The arguments of the op for a map of a size, but the map and what a pad token is."""
+        """Return the op's arguments for a map of this size, except the map and ``pad_qkv``."""
         full = (1,) * (len(axes) - len(self.window_size)) + self.window_size  # frame by frame
         window = self._window(axes, full)
         shift = (0,) * (len(axes) - len(self.shift_size)) + self.shift_size
         return {
             "num_heads": self.num_heads,
             "window_size": window,
-            # What one window covers needs no shift.
+            # An axis that one window covers needs no shift.
             "shift_size": tuple(0 if n <= w else s for n, w, s in zip(axes, window, shift, strict=True)),
             "table_window": None if window == full else full,
             "pad_order": self.pad_order,
@@ -93,7 +93,7 @@ class _WindowAttention(nn.Module):
         return as_given(self.proj_drop(self.proj(out)), size)
 
     def is_half(self) -> bool:
-        """Whether ``attention_half`` computes what the modules do at present: no dropout and no hook.
+        """Return True if ``attention_half`` computes the same as the modules at present: no dropout and no hook.
 
         Dropout of the weights would have to draw before stochastic depth does.
         """
@@ -107,7 +107,7 @@ class _WindowAttention(nn.Module):
         )
 
     def run_half(self, x: Tensor, layer_norm: nn.LayerNorm, **options: Any) -> Tensor:
-        """The half of a block around this attention, with its norm and the other arguments of ``attention_half``."""
+        """Run a block's attention half, given its norm and the other arguments of ``attention_half``."""
         refuse_tracing(type(self).__name__)
         proj, arguments = self.proj, self._arguments(x.shape[1:-1])
         return attention_half(
@@ -140,27 +140,26 @@ class WindowAttention(_WindowAttention):
 
     .. math:: y = W_{proj} \cdot attention(W_{qkv} \cdot x + b_{qkv}) + b_{proj}
 
-    The Linear layers run on the map as it lies; :func:`swinkernels.window_attention_qkvpacked` addresses its windows.
-    Where the map is not a multiple of the window it is padded with zeros that are attended to, so q, k and v of a pad
-    token are the bias of ``qkv``.
+    The Linear layers run on the map in image order; :func:`swinkernels.window_attention_qkvpacked` addresses its
+    windows. A map that is not a multiple of the window is padded with zeros that are attended to, so q, k and v of a
+    pad token are the bias of ``qkv``.
 
     Args:
         dim: channels C of a token.
         window_size: tokens per axis: an int for square windows in 2D, else a value per axis, (H, W) or (D, H, W).
             Windows of two axes cut a 3D map frame by frame.
         num_heads: heads.
-        qkv_bias: whether ``qkv`` has a bias.
+        qkv_bias: True for a bias of ``qkv``.
         qk_scale: factor of the scores, head_dim ** -0.5 by default.
-        attn_drop, proj_drop: probabilities of dropout, of attention weights and of the result.
+        attn_drop, proj_drop: dropout probabilities of the attention weights and of the result.
         head_dim: channels of a head, dim / num_heads by default.
         shift_size: tokens by which the windows are shifted, an int or one per axis, 0..window - 1. An axis that one
             window covers is not shifted.
-        small_maps: on axes where the map is smaller than the window, "pad" pads it, and "clip" makes the window as
-            small as the map, with the bias table read as MONAI and Video-Swin do (its tokens numbered in the full
-            window).
+        small_maps: on axes where the map is smaller than the window, "pad" pads the map, and "clip" shrinks the window
+            to the map and reads the bias table as MONAI and Video-Swin do (tokens numbered in the full window).
         pad_order: "pad_then_roll" (Microsoft, torchvision, transformers, MONAI, mmpretrain) or "roll_then_pad" (timm).
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference".
-        device, dtype: of the parameters, as for all modules of torch.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         x: (B, \*S, C), S = (H, W) or (D, H, W), of any size. Or a sequence (B, L, C) with ``size`` = S. The result has
@@ -209,7 +208,7 @@ class WindowAttention(_WindowAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the bias table anew; the layers draw theirs."""
+        """Draw a new bias table. The layers reset themselves."""
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
@@ -220,7 +219,7 @@ class WindowAttention(_WindowAttention):
 
 
 def _fill_coords_table(attn: WindowAttentionV2, _incompatible_keys: Any) -> None:
-    """After loading, of the MLP's weights too: with ``assign=True`` they are other tensors than before."""
+    """Compute the table again after loading: ``assign=True`` replaces the weights of the MLP."""
     attn.fill_coords_table()
 
 
@@ -230,14 +229,14 @@ class WindowAttentionV2(_WindowAttention):
     .. math::
         score_{ij} = e^{\min(logit\_scale, \ln 100)} \cos(q_i, k_j) + 16 \, \sigma(MLP(\Delta_{ij}))
 
-    with the offset of two tokens, logarithmically spaced. The MLP runs once for each offset of a window, in its own
-    dtype also under autocast: half precision would cost the bias more than the rest of the block.
+    where Delta is the logarithmically spaced offset of the two tokens. The MLP runs once per offset of a window, in its
+    own dtype also under autocast: half precision would cost the bias more accuracy than the rest of the block.
 
     Args:
         dim, window_size, num_heads, attn_drop, proj_drop, shift_size, pad_order, backend, device, dtype: as for
             :class:`WindowAttention`.
-        qkv_bias: whether q and v have a bias; k has none.
-        pretrained_window_size: the window for which the MLP was trained, an int or one per axis, 0 for this one.
+        qkv_bias: True for biases of q and v; k has none.
+        pretrained_window_size: the window for which the MLP was trained, an int or one per axis, 0 for this window.
 
     Shape: as for :class:`WindowAttention`.
 
@@ -291,7 +290,7 @@ class WindowAttentionV2(_WindowAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set what is not a layer's: the scale, the biases and the buffer (after ``to_empty`` it holds nothing)."""
+        """Reset the scale, the biases and the table (empty after ``to_empty``). The layers reset themselves."""
         nn.init.constant_(self.logit_scale, math.log(10))
         for bias in (self.q_bias, self.v_bias):
             if bias is not None:
@@ -299,18 +298,18 @@ class WindowAttentionV2(_WindowAttention):
         self.fill_coords_table()
 
     def _coords_table(self) -> Tensor:
-        """Offsets in windows of this size, logarithmically spaced, (prod(2 * window - 1), axes), in float32, as the
-        published models have them.
+        """Logarithmically spaced offsets of this window, (prod(2 * window - 1), axes), float32, as published models
+        store them.
         """
         axes = []
         for window, trained in zip(self.window_size, self.pretrained_window_size, strict=True):
-            widest = max((trained or window) - 1, 1)  # a window of 1 has the offset 0 alone
+            widest = max((trained or window) - 1, 1)  # a window of 1 has only the offset 0
             axes.append(torch.arange(1.0 - window, window, device="cpu", dtype=torch.float64) / widest * 8)
         offsets = torch.cartesian_prod(*axes)
         return (offsets.sign() * torch.log2(offsets.abs() + 1) / 3).float()
 
     def fill_coords_table(self) -> None:
-        """Compute the buffer, where the first layer of the MLP is and in its dtype: no checkpoint brings it."""
+        """Compute the buffer, which no checkpoint provides, on the device and in the dtype of the MLP's first layer."""
         weight: Any = self.cpb_mlp[0].weight
         table = self.relative_coords_table
         if (table.device, table.dtype) != (weight.device, weight.dtype):
@@ -320,7 +319,7 @@ class WindowAttentionV2(_WindowAttention):
                 table.copy_(self._coords_table())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> WindowAttentionV2:
-        """Move the module; ``to_empty`` leaves a buffer without values."""
+        """Move the module and fill the buffer, which ``to_empty`` leaves without values."""
         super()._apply(fn, recurse)
         self.fill_coords_table()
         return self
@@ -332,7 +331,7 @@ class WindowAttentionV2(_WindowAttention):
             return
         expected = self._coords_table()
         given = table.detach().to("cpu", torch.float64).reshape(-1)
-        # The published codes compute it in float32 and keep it in the dtype of the model.
+        # The published codes compute the table in float32 and store it in the dtype of the model.
         near = 4 * max(torch.finfo(table.dtype).eps, 2.0**-20) * expected.abs().max()
         if given.numel() != expected.numel() or not (given - expected.reshape(-1)).abs().max() <= near:
             error_msgs.append(

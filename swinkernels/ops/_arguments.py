@@ -1,4 +1,4 @@
-"""Checks of arguments that the ops share, the same for every backend."""
+"""Argument checks shared by the ops; they are the same for every backend."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from swinkernels.ops._library import autocast_dtype
 from swinkernels.window_spec import WindowSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-REGION_DTYPES = (torch.int32, torch.int16, torch.int8, torch.uint8)  # what int32 holds: kernels compare in it
+REGION_DTYPES = (torch.int32, torch.int16, torch.int8, torch.uint8)  # kernels compare regions as int32
 PAD_ORDERS = ("pad_then_roll", "roll_then_pad")
 MAX_WINDOW_VOLUME = 1024
-MAX_AXIS_TABLES_VOLUME = 4096  # with axis_tables: global attention of images of 1024 x 1024 in patches of 16
+MAX_AXIS_TABLES_VOLUME = 4096  # with axis_tables: enough for global attention over 1024 x 1024 images in patches of 16
 MAX_HEAD_DIM = 128
 MAX_ELEMENTS = 2**63 - 1
-LARGEST_FLOAT = torch.finfo(torch.float32).max  # numbers that meet float32 scores must be finite there too
-# Stands for a mask of -inf. The probability of a masked key is exactly 0 with either, and a row of masked keys in one
-# block of a kernel, whose largest score is this, makes no NaN.
+LARGEST_FLOAT = torch.finfo(torch.float32).max  # bounds numbers that join float32 scores
+# Kernels add this for a mask_value of -inf. A masked key still gets probability exactly 0, and a tile of masked keys
+# alone, whose largest score this is, produces no NaN.
 MASKED_OUT = -(2.0**125)
 
 Ints = int | Sequence[int]
 
 
 def why_beyond_limits(head_dim: int, window: Sequence[int] = ()) -> str | None:
-    """Why window attention takes no heads or windows of such a size, on any backend, or None: for reports."""
+    """Return why no backend takes heads or windows of this size, or None. Used in reports."""
     if head_dim > MAX_HEAD_DIM:
         return f"its heads have {head_dim} channels, and the op takes at most {MAX_HEAD_DIM}"
     volume = math.prod(window)
@@ -40,7 +40,7 @@ def why_beyond_limits(head_dim: int, window: Sequence[int] = ()) -> str | None:
 
 
 def frame_size(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """The map's size rounded up to whole windows, per axis."""
+    """Round the map's size up to whole windows, per axis."""
     return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
 
 
@@ -49,9 +49,9 @@ def _shape(x: Tensor) -> str:
 
 
 def _index(value: Any) -> int | None:
-    """An integer of any kind, NumPy's too, as an int; None for anything else, a bool included.
+    """Convert an integer of any type, NumPy's included, to int; return None for anything else, bool included.
 
-    A compiler's symbolic int becomes a constant of its code: windows and heads are what kernels are chosen by.
+    A compiler's symbolic int becomes a constant of the compiled code, because windows and heads select the kernel.
     """
     try:
         return None if isinstance(value, (bool, Tensor)) else operator.index(value)
@@ -60,7 +60,7 @@ def _index(value: Any) -> int | None:
 
 
 def _is_symbolic_or_int(value: Any) -> bool:
-    """Whether a size may stay as it is: a compiler's symbolic int is no constant of its code then."""
+    """Return True for an int or a symbolic int, neither of which needs conversion; the latter stays symbolic."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -97,7 +97,7 @@ def finite(op: str, name: str, value: Any) -> float:
 
 
 def mask_number(op: str, value: Any) -> float:
-    """``mask_value`` as kernels add it: finite."""
+    """Check ``mask_value`` and return the finite number that kernels add."""
     if isinstance(value, float) and value == -math.inf:
         return MASKED_OUT
     if isinstance(value, (int, float)) and not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
@@ -125,7 +125,7 @@ def check_tensor(op: str, name: str, value: Any, device: torch.device, *, floati
 
 
 def check_qkvpacked(op: str, qkv: Any, num_heads: Any) -> Tensor:
-    """qkv as (B, *S, 3, num_heads, head_dim)."""
+    """Check qkv and return it as (B, *S, 3, num_heads, head_dim)."""
     _check_map(op, "qkv", qkv)
     check_count(op, "num_heads", num_heads)
     if qkv.dim() in (4, 5):
@@ -148,7 +148,7 @@ def check_qkvpacked(op: str, qkv: Any, num_heads: Any) -> Tensor:
 
 
 def check_separate(op: str, q: Any, k: Any, v: Any, num_heads: Any) -> None:
-    """q, k and v are alike, each (B, *S, num_heads, head_dim)."""
+    """Check q, k and v, each (B, *S, num_heads, head_dim), of one shape, dtype and device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_map(op, name, x)
         if x.dim() not in (5, 6):
@@ -170,7 +170,7 @@ def check_separate(op: str, q: Any, k: Any, v: Any, num_heads: Any) -> None:
 
 
 def check_count(op: str, name: str, value: Any, *, at_least: int = 1) -> int:
-    """A number of things."""
+    """Check an integer count, such as ``num_heads``."""
     count = value if _is_symbolic_or_int(value) else _index(value)
     if count is None:
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
@@ -189,7 +189,7 @@ def _check_map(op: str, name: str, x: Any, *, floating: bool = True) -> None:
 
 
 def check_features(op: str, name: str, x: Any, *, floating: bool = True) -> None:
-    """A feature map (B, *S, C)."""
+    """Check a feature map (B, *S, C)."""
     _check_map(op, name, x, floating=floating)
     if x.dim() not in (4, 5):
         raise ValueError(f"{op}: {name} must be (B, *S, C) with S = (H, W) or (D, H, W), got {_shape(x)}")
@@ -198,7 +198,7 @@ def check_features(op: str, name: str, x: Any, *, floating: bool = True) -> None
 
 
 def check_windows(op: str, windows: Any, size: Sequence[int], window: Sequence[int]) -> None:
-    """The windows (B * num_windows, N, C) of maps of S = size tokens."""
+    """Check the windows (B * num_windows, N, C) of maps with S = ``size``."""
     _check_map(op, "windows", windows, floating=False)
     n = math.prod(window)
     per_image = math.prod(frame_size(size, window)) // n
@@ -210,7 +210,7 @@ def check_windows(op: str, windows: Any, size: Sequence[int], window: Sequence[i
 
 
 def check_size(op: str, size: Any) -> tuple[int, ...]:
-    """The tokens of a map per axis."""
+    """Check S, the size of a map in tokens per axis."""
     given = size if isinstance(size, (tuple, list, torch.Size)) else [None]
     tokens: list[Any] = [s if _is_symbolic_or_int(s) else _index(s) for s in given]
     counts = tuple(s for s in tokens if s is not None)
@@ -222,7 +222,7 @@ def check_size(op: str, size: Any) -> tuple[int, ...]:
 
 
 def check_rows(op: str, name: str, x: Any, *, batched: bool = False) -> None:
-    """Tokens (..., C), or (B, ..., C), whose channels are normalised."""
+    """Check tokens (..., C), or (B, ..., C), that are to be normalised."""
     _check_map(op, name, x)
     if x.dim() < 1 + batched or x.shape[-1] < 1:
         accepted = "(B, ..., C)" if batched else "(..., C)"
@@ -230,7 +230,7 @@ def check_rows(op: str, name: str, x: Any, *, batched: bool = False) -> None:
 
 
 def check_weight(op: str, x: Tensor, weight: Any, *widths: int) -> None:
-    """The weight (out, width) of a Linear; a width is accepted for the channels of x."""
+    """Check a Linear's weight (out, width), where ``widths`` lists the accepted input widths."""
     check_tensor(op, "weight", weight, x.device)
     if weight.dim() != 2 or weight.shape[1] not in widths or weight.shape[0] < 1:
         accepted = " or ".join(f"(out, {width})" for width in widths)
@@ -238,9 +238,10 @@ def check_weight(op: str, x: Tensor, weight: Any, *widths: int) -> None:
 
 
 def check_linear(op: str, x: Tensor, name: str, weight: Any, bias: Any, shape: tuple[int | None, int]) -> None:
-    """A Linear layer ``name``, its weight of a shape (out, in) and its bias or None; None for any number of outputs.
+    """Check the weight and the optional bias of the Linear ``name``.
 
-    Their dtype is that of x, or any under autocast, which casts them.
+    ``shape`` is (out, in); an ``out`` of None accepts any number of rows. The dtype must be that of x, except under
+    autocast, which casts the parameters.
     """
     parameters = {f"{name}_weight": weight} | ({} if bias is None else {f"{name}_bias": bias})
     for parameter, value in parameters.items():
@@ -259,7 +260,7 @@ def check_linear(op: str, x: Tensor, name: str, weight: Any, bias: Any, shape: t
 
 
 def check_dtype(op: str, dtype: Any, x: Tensor) -> torch.dtype:
-    """The dtype of a result, that of x if none is asked for."""
+    """Check the dtype requested for a result; None stands for that of x."""
     if dtype is None:
         return x.dtype
     if dtype not in DTYPES:
@@ -268,7 +269,7 @@ def check_dtype(op: str, dtype: Any, x: Tensor) -> torch.dtype:
 
 
 def check_ints(op: str, name: str, value: Any, rank: int, *, at_least: int) -> tuple[int, ...]:
-    """One int per axis."""
+    """Check an int or one int per axis."""
     values = per_axis_ints(op, name, value, rank)
     if any(v < at_least for v in values):
         raise ValueError(f"{op}: {name} must be at least {at_least} per axis, got {values}")
@@ -276,12 +277,12 @@ def check_ints(op: str, name: str, value: Any, rank: int, *, at_least: int) -> t
 
 
 def check_factor(op: str, factor: Any, rank: int, name: str = "factor") -> tuple[int, ...]:
-    """How many times larger or smaller a map becomes, one value per axis."""
+    """Check by how much a map grows or shrinks: an int or one int per axis."""
     return check_ints(op, name, factor, rank, at_least=1)
 
 
 def check_parameters(op: str, x: Tensor, expected: tuple[int, ...], **parameters: Any) -> None:
-    """Tensors of one expected shape, or None."""
+    """Check that every tensor that is not None has the expected shape."""
     for name, value in parameters.items():
         if value is None:
             continue
@@ -305,7 +306,7 @@ def check_choice(op: str, name: str, value: Any, accepted: Sequence[str]) -> Non
 
 
 def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Window and shift, one value per axis."""
+    """Check window and shift; return one value per axis of each."""
     window = per_axis_ints(op, "window_size", window_size, rank)
     if any(w < 1 for w in window):
         raise ValueError(f"{op}: window_size must be at least 1 per axis, got {window}")
@@ -316,12 +317,12 @@ def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple
 
 
 def check_roll(op: str, shift_size: Any, rank: int) -> tuple[int, ...]:
-    """A cyclic shift as torch.roll takes it: any number of tokens per axis, in either direction."""
+    """Check a cyclic shift in torch.roll's terms: any number of tokens per axis, in either direction."""
     return per_axis_ints(op, "shift_size", shift_size, rank)
 
 
 def check_forms(op: str, name: str, x: Any, *shapes: tuple[int, ...]) -> None:
-    """A tensor of any dtype and one of these shapes."""
+    """Check a tensor of any dtype against the accepted shapes."""
     _check_map(op, name, x, floating=False)
     if tuple(x.shape) not in shapes:
         raise ValueError(f"{op}: {name} must be {' or '.join(map(str, shapes))}, got {_shape(x)}")
@@ -346,12 +347,12 @@ def make_window_spec(
     table_pairs: bool | Sequence[bool] = False,
     tables: Mapping[str, Any] = MappingProxyType({}),
 ) -> WindowSpec:
-    """Check the arguments of window attention's public functions, for a map of ``rank`` axes; their normal form.
+    """Check the arguments of window attention's public functions for a map of ``rank`` axes and return their spec.
 
-    ``tables`` are the tensors of the call by name: some exclude an argument.
+    ``tables`` are the tensors of the call by name; some of them exclude an argument.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named with ``op``, what was got and what is accepted.
+        TypeError, ValueError: an argument is wrong; the message names ``op``, the value given and the values accepted.
     """
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: head_dim must be 1..{MAX_HEAD_DIM}, got {head_dim}")
@@ -422,7 +423,7 @@ def _check_key_window(
     keys: tuple[int, ...],
     beside: Mapping[str, bool],
 ) -> None:
-    """Check a key window other than the window, and that none of ``beside`` is given, which would have no meaning."""
+    """Check a key window that differs from the window, and that no argument in ``beside`` is given with it."""
     if any(m < w or (m - w) % 2 for m, w in zip(keys, window, strict=True)):
         raise ValueError(
             f"{op}: key_window must be window_size plus an even number of tokens per axis, half of them on each side, "
@@ -441,7 +442,7 @@ def _check_key_window(
 
 
 def axis_tables_of(op: str, axis_tables: Any) -> tuple[Any, ...]:
-    """The decomposed relative position, a table for each axis of the map, as a tuple."""
+    """Check the container of the decomposed relative position tables, one per axis, and return them as a tuple."""
     if not isinstance(axis_tables, (tuple, list)):
         raise TypeError(
             f"{op}: axis_tables must be a tuple of one tensor for each axis of the map, got "
@@ -482,19 +483,20 @@ def check_window_call(
     head_dim: int,
     tables: Mapping[str, Any],
 ) -> None:
-    """Check what meets a spec: a map of ``size`` tokens (``tokens`` lends batch and device), heads and tables.
+    """Check the tensors of a call against its spec: a map of ``size`` tokens, its heads and the tables.
 
     Args:
-        tables: bias_table, bias, logit_scale, pad_qkv, region_map and axis_tables by name, those that a call has.
+        tokens: a tensor with the batch size and the device of the map.
+        tables: bias_table, bias, logit_scale, pad_qkv, region_map and axis_tables by name, as far as given.
 
     Raises:
-        TypeError, ValueError: what does not fit, named with ``op``, what was got and what is accepted.
+        TypeError, ValueError: a tensor does not fit; the message names ``op``, the value given and the values accepted.
     """
     size, window, n, m, device = tuple(size), spec.window_size, spec.volume, spec.key_volume, tokens.device
     if any(s < 1 for s in size):
         raise ValueError(f"{op}: every axis of the map must have at least one token, got S = {size}")
     frame = frame_size(size, window)
-    # The largest thing a backend could hold: batch * windows * heads * N * M = batch * frame * heads * M scores.
+    # The largest tensor a backend could hold: batch * windows * heads * N * M = batch * frame * heads * M scores.
     elements = tokens.shape[0] * math.prod(frame) * num_heads * max(m, 3 * head_dim)
     if isinstance(elements, int) and elements > MAX_ELEMENTS:  # a symbolic size would get a guard
         raise ValueError(

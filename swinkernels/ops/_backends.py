@@ -1,7 +1,7 @@
-"""Which backend runs a call, and why another cannot.
+"""Backend support and choice: one function per op lists the reasons why a backend cannot run some inputs.
 
-Each op has one function that lists the reasons why a backend cannot run some inputs; the choice, the error texts and
-the test skips all read that list. Window attention's is beside its op, where its options are.
+The choice, the error messages and the test skips all read that list. Window attention's function is in the file of its
+op.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from swinkernels import _extension
 from swinkernels.ops._library import constant_when_compiled
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
-# What `auto` tries on a device, best first; where none of these runs a call, and on other devices, it takes "torch".
+# The kernels that `auto` tries on each device, best first. If none runs the call, it takes "torch".
 PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
-# Plain PyTorch, which runs every op: fast code (ops/fallback.py), and the definition.
+# Backends in plain PyTorch, which run every op: the fast code (ops/fallback.py) and the definition.
 PLAIN = ("torch", "reference")
 
-# Which kernels an op has. window_partition stands for window_reverse, too.
+# The backends with kernels for each op. window_partition stands for window_reverse, too.
 IMPLEMENTED = {
     "window_attention": ("cuda", "triton", "cpu"),
     "window_partition": ("cuda", "triton"),
@@ -35,12 +35,12 @@ IMPLEMENTED = {
 }
 
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-# What a norm's kernel reads and writes: one dtype, or the two of autocast, in either order.
+# The (read, written) dtypes of a norm's kernel: one dtype, or the two that autocast mixes, in either order.
 NORM_DTYPES = frozenset((a, b) for a in _LOW_AND_SINGLE for b in _LOW_AND_SINGLE if a == b or torch.float32 in (a, b))
 
 
 def interpreting() -> bool:
-    """Whether Triton runs in its CPU interpreter. Triton decides it when kernels are defined, so it is read once."""
+    """Return True if Triton runs in its CPU interpreter. Triton decides this when a kernel is defined: read it once."""
     return _INTERPRETING
 
 
@@ -48,7 +48,7 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true",
 
 
 def _not_installed() -> dict[str, str | None]:
-    """Per backend, why this installation does not have it, or None."""
+    """Map each backend to the reason why this installation lacks it, or to None."""
     missing: dict[str, str | None] = {**dict.fromkeys(PLAIN), "cpu": _extension.error, "cuda": _extension.error}
     if _extension.build is not None:
         if not _extension.build["cuda"]:
@@ -59,7 +59,7 @@ def _not_installed() -> dict[str, str | None]:
 
 
 NOT_INSTALLED = _not_installed()
-# Of the values that the argument checks let through, what a backend takes: its header says.
+# Limits of a backend that are narrower than those of the argument checks; the kernels' headers state them.
 LIMITS: dict[str, dict[str, int]] = {}
 NORM_LIMITS: dict[str, int] = {"triton": 8192}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
@@ -68,11 +68,11 @@ if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
 
 
 def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:
-    """Whether kernels compiled for arch_list ("8.0", "9.0+PTX", ...) run on a GPU of a compute capability."""
+    """Return True if kernels compiled for arch_list ("8.0", "9.0+PTX", ...) run on a GPU of this compute capability."""
     for arch in arch_list:
         match = re.fullmatch(r"(\d+)\.(\d+)(a|f)?(\+PTX)?", arch)
         if match is None:
-            return True  # a name, such as Ampere: torch's tools know what it stands for
+            return True  # a name, such as Ampere, which only torch's build tools can resolve
         major, minor, specific, ptx = int(match[1]), int(match[2]), match[3], match[4]
         if specific:
             if (major, minor) == capability:
@@ -84,7 +84,7 @@ def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:
 
 @constant_when_compiled
 def gpu_reason(backend: str, device: torch.device) -> str | None:
-    """Why a backend's kernels do not run on a GPU, or None. A GPU does not change, so it is asked once."""
+    """Return why a backend's kernels do not run on this GPU, or None. Cached for each GPU."""
     return _find_gpu_reason(backend, device)
 
 
@@ -105,13 +105,13 @@ def _find_gpu_reason(backend: str, device: torch.device) -> str | None:
 
 @constant_when_compiled
 def why_no_kernels(device: torch.device) -> str | None:
-    """Why "auto" finds no kernel on a device whatever the call, or None."""
+    """Return why "auto" finds no kernel on this device for any call, or None."""
     return _find_why_no_kernels(device)
 
 
 @functools.cache
 def _find_why_no_kernels(device: torch.device) -> str | None:
-    if device.type == "meta":  # without values: as on any device
+    if device.type == "meta":  # stands for any device
         return None
     if device.type not in PREFERENCE:
         return f"no kernel runs on {device.type} tensors"
@@ -121,7 +121,7 @@ def _find_why_no_kernels(device: torch.device) -> str | None:
 
 
 def unavailable(backend: str) -> str | None:
-    """Why a backend cannot run anything in this process, or None if it can run something."""
+    """Return why a backend cannot run any call in this process, or None."""
     if NOT_INSTALLED[backend] is not None:
         return NOT_INSTALLED[backend]
     if backend == "cuda" or (backend == "triton" and not _INTERPRETING):
@@ -132,7 +132,7 @@ def unavailable(backend: str) -> str | None:
 
 
 def _reasons(backend: str, op: str, device: torch.device) -> list[str]:
-    """The reasons that do not depend on what an op is given but for the device."""
+    """List the reasons that depend on the device alone."""
     if backend not in IMPLEMENTED[op]:
         return [f"it does not implement {op}"]
     reasons = []
@@ -155,7 +155,7 @@ def _dtype_reasons(backend: str, *dtypes: torch.dtype) -> list[str]:
 
 
 def _longest_window(backend: str, device: torch.device) -> int | None:
-    """The most tokens of a window that a backend takes, if that is fewer than the op takes."""
+    """Return the most tokens a window may have on this backend, or None if that is the op's own limit."""
     limits = LIMITS.get(backend)
     if limits is None or device.type != "cuda":
         return None
@@ -165,12 +165,12 @@ def _longest_window(backend: str, device: torch.device) -> int | None:
 
 @constant_when_compiled
 def _shared_bytes(device: torch.device) -> int:
-    """The shared memory that a block may have on a GPU."""
+    """Return the shared memory, in bytes, that a block may have on this GPU."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def window_volume_reasons(backend: str, volume: int, device: torch.device) -> list[str]:
-    """Why a backend cannot take windows of so many tokens, as a list of one reason or none."""
+    """List at most one reason why a backend cannot take windows of this many tokens."""
     largest = _longest_window(backend, device)
     if largest is None or volume <= largest:
         return []
@@ -180,16 +180,16 @@ def window_volume_reasons(backend: str, volume: int, device: torch.device) -> li
 
 
 def window_partition_reasons(backend: str, device: torch.device) -> list[str]:
-    """The reasons why a backend cannot cut a map into windows or put them back; empty if it can."""
+    """List the reasons why a backend cannot partition a map into windows or reverse that."""
     return [] if backend in PLAIN else _reasons(backend, "window_partition", device)
 
 
 def norm_reasons(
     backend: str, op: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> list[str]:
-    """The reasons why a backend cannot run an op that normalises rows; empty if it can.
+    """List the reasons why a backend cannot normalise these rows.
 
-    ``row`` is how many elements are normalised together, ``dtypes`` are those that are read and written.
+    ``row`` is the number of elements normalised together, ``dtypes`` the dtypes read and written.
     """
     if backend in PLAIN:
         return []
@@ -205,7 +205,7 @@ def norm_reasons(
 def residual_reasons(
     backend: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> list[str]:
-    """As norm_reasons, for a residual connection and its norm; ``dtypes`` are those of the stream and the branch."""
+    """List the reasons for a residual connection and its norm; ``dtypes`` are those of the stream and the branch."""
     reasons = norm_reasons(backend, "residual_layer_norm", row, dtypes, device)
     stream, branch = dtypes
     if backend not in PLAIN and stream != torch.float32 and branch == torch.float32:
@@ -216,22 +216,22 @@ def residual_reasons(
 def patch_merging_reasons(
     backend: str, norm: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> list[str]:
-    """As norm_reasons, for patch merging with its norm before the reduction ("pre") or after it ("post")."""
+    """List the reasons for patch merging with its norm before the reduction ("pre") or after it ("post")."""
     if norm == "pre":
         return norm_reasons(backend, "patch_merging", row, dtypes, device)
-    # Triton cuts the windows, and torch normalises.
+    # Triton gathers the neighbours; torch normalises.
     of_norm = [] if backend == "triton" else norm_reasons(backend, "layer_norm", row, dtypes, device)
     return list(dict.fromkeys(window_partition_reasons(backend, device) + of_norm))
 
 
 def check_backend(op: str, requested: Any) -> None:
-    """Refuse what is neither "auto" nor the name of a backend."""
+    """Raise ValueError unless ``requested`` is "auto" or the name of a backend."""
     if requested != "auto" and requested not in BACKENDS:
         raise ValueError(f"{op}: backend must be 'auto' or one of {BACKENDS}, got {requested!r}")
 
 
 def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[str], list[str]]) -> str:
-    """The backend for a call of ``op``, by the reasons why each one cannot run it."""
+    """Choose the backend for a call of ``op``; ``reasons_of`` lists the reasons against each one."""
     check_backend(op, requested)
     reasons = [] if requested == "auto" else reasons_of(requested)
     if requested != "auto" and not reasons:
@@ -257,7 +257,7 @@ def _observed(op: str, backend: str) -> str:
 
 @contextlib.contextmanager
 def observe_choices(observe: Callable[[str, str], None]) -> Iterator[None]:
-    """Have a function told the op and the backend of every choice. Calls that are looked up make none."""
+    """Report the op and the backend of every choice to ``observe``. Calls found in the cache make no choice."""
     _OBSERVERS.append(observe)
     try:
         yield
@@ -266,5 +266,5 @@ def observe_choices(observe: Callable[[str, str], None]) -> Iterator[None]:
 
 
 def backend_beside(op: str, requested: str) -> str:
-    """The backend of an op beside a module's attention: the attention's if it has that op, else "auto"."""
+    """Return the backend for an op next to a module's attention: the attention's if it has the op, else "auto"."""
     return requested if requested in ("auto", *PLAIN, *IMPLEMENTED[op]) else "auto"

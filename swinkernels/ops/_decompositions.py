@@ -1,8 +1,8 @@
-"""Forward ops as plain PyTorch, for exporters: ONNX, OpenVINO, ExecuTorch, and whoever asks for core ATen.
+"""Forward ops as plain PyTorch, for exporters (ONNX, OpenVINO, ExecuTorch) and for programs in core ATen.
 
-Tokens are gathered into windows and back by indices that are computed from the size of the map. A symbolic size then
-needs no guard, and one program serves maps with and without padding; indices of a fixed size are constants, which
-those tools fold. ``ops/fallback.py`` is the eager code, written for speed; the arithmetic is taken from it.
+Tokens are gathered into windows and back by indices computed from the size of the map. A symbolic size then needs no
+guard, and one program serves maps with and without padding; for a fixed size the indices are constants, which those
+tools fold. ``ops/fallback.py`` is the eager code, written for speed; the arithmetic is shared with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Sizes = Sequence[Any]  # ints, or symbolic ints
 
 
 def _known_equal(a: Any, b: Any) -> bool:
-    """Whether two sizes are equal whatever the values of their symbols."""
+    """Return True if two sizes are equal for every value of their symbols."""
     if type(a) is int and type(b) is int:
         return a == b
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # a slow import
@@ -34,12 +34,12 @@ def _known_equal(a: Any, b: Any) -> bool:
 
 
 def _modulo(y: Tensor, n: Any) -> Tensor:
-    """y % n. Exporters to ONNX take a symbolic n as a tensor only."""
+    """y % n. ONNX exporters accept a symbolic n only as a tensor."""
     return y % (n if isinstance(n, int) else torch.full((), n, dtype=y.dtype, device=y.device))
 
 
 class _Windows:
-    """Where the tokens of windows lie in a map, and where the tokens of the map lie in windows."""
+    """Index maps between the tokens of a feature map and the tokens of its windows."""
 
     def __init__(
         self,
@@ -54,16 +54,14 @@ class _Windows:
         self._size, self._window, self._shift = list(size), list(window), list(shift)
         self._rolls_first, self._device, self._grid = pad_order == "roll_then_pad", device, grid
         self._before = before or [0] * len(self._size)
-        # No negative number is divided: ONNX rounds quotients towards zero.
+        # Only non-negative numbers are divided: ONNX rounds quotients towards zero.
         self._counts = [(s + w - 1) // w for s, w in zip(self._size, self._window, strict=True)]
         self._frame = [c * w for c, w in zip(self._counts, self._window, strict=True)]
         self.per_image = math.prod(self._counts)
         self.may_have_pads = not all(map(_known_equal, self._size, self._frame))
 
     def _axes(self, key_window: Sequence[int] | None = None) -> list[Tensor]:
-        """The frame coordinate of each token of each window, (windows, tokens) for each axis; with ``key_window``, of
-        the keys of the larger windows.
-        """
+        """Frame coordinates of all window tokens, or keys (``key_window``): one (windows, tokens) per axis."""
         axes = []
         for count, w, m in zip(self._counts, self._window, key_window or self._window, strict=True):
             number, token = torch.arange(count, device=self._device), torch.arange(m, device=self._device)
@@ -74,7 +72,7 @@ class _Windows:
         return axes
 
     def _per_token(self, axes: Sequence[Tensor], lengths: Sizes) -> Tensor:
-        """(num_windows, N): the row-major number of one value (windows, tokens) per axis."""
+        """(num_windows, N): the row-major number of each token, from one (windows, tokens) of coordinates per axis."""
         rank, number = len(axes), None
         for axis, (values, length) in enumerate(zip(axes, lengths, strict=True)):
             shape = [1] * (2 * rank)
@@ -85,7 +83,7 @@ class _Windows:
         return number.flatten(rank).flatten(0, rank - 1)
 
     def sources(self, key_window: Sequence[int] | None = None) -> Tensor:
-        """(num_windows * N): the row-major number of each token in the map; the number of tokens for a pad token."""
+        """(num_windows * N): the row-major number in the map of each window token; prod(size) for a pad token."""
         axes, outside = [], []
         for g, s, p, shift, before in zip(
             self._axes(key_window), self._size, self._frame, self._shift, self._before, strict=True
@@ -99,7 +97,7 @@ class _Windows:
         return numbers.flatten()
 
     def positions(self) -> Tensor:
-        """(tokens): the row-major number of each token of the map among those of the windows."""
+        """(prod(size)): the row-major number among the window tokens of each token of the map."""
         n, rank = math.prod(self._window), len(self._size)
         window: Any = 0
         token: Any = 0
@@ -118,7 +116,7 @@ class _Windows:
         return (window * n + token).flatten()
 
     def regions(self, region_map: Tensor | None, periodic: Sequence[bool]) -> Tensor | None:
-        """(num_windows, N): tokens of different regions are masked; None if there is one region."""
+        """(num_windows, N): region numbers, for the mask between tokens of different regions; None for one region."""
         axes = self._axes()
         if region_map is not None:
             return (
@@ -136,7 +134,7 @@ class _Windows:
         return self._per_token(regions, [3] * len(regions))
 
     def cut(self, x: Tensor, pad: Tensor | None = None, key_window: Sequence[int] | None = None) -> Tensor:
-        """(B, *S, ...) -> (B, num_windows, N, ...), or the M keys of larger ones; a pad token is ``pad``, or zero."""
+        """(B, *S, ...) -> (B, num_windows, N, ...), or M keys in place of N tokens; a pad token is ``pad``, or zero."""
         tokens = x.flatten(1, len(self._size))
         if self.may_have_pads or key_window:
             row = torch.zeros_like(tokens[:, :1]) if pad is None else pad.expand(tokens.shape[0], 1, *pad.shape)
@@ -165,7 +163,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     windows = _Windows(
         x.shape[1 : 1 + rank], spec.window_size, spec.shift_size, spec.pad_order, x.device, spec.pad_before, spec.grid
     )
-    if pad_qkv is not None:  # tables come in any shape of their size
+    if pad_qkv is not None:  # a table may have any shape of the right number of elements
         pad_qkv = pad_qkv.reshape(3, *x.shape[-2:])
     key_window = spec.key_window if spec.key_window != spec.window_size else None
     if len(maps) == 1 and key_window is None:
@@ -188,7 +186,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
         (q, k), factor = fallback.with_axis_tables(q, k, tables, spec.window_size, scale), 1.0
     elif bias is not None:
         addend = bias.to(wide)
-    if addend is not None and addend.dim() == 4:  # the types of windows follow their slowest axes
+    if addend is not None and addend.dim() == 4:  # window types follow the slowest axes
         addend = addend[:, None].expand(-1, num_windows // addend.shape[0], -1, -1, -1).flatten(0, 1)
     region = windows.regions(region_map, spec.periodic)
     if region is not None:
@@ -293,8 +291,10 @@ DECOMPOSITIONS = {getattr(ops, name).default: function for name, function in _FO
 
 
 def _register(exporter: ModuleType) -> None:
-    """torch.onnx.export reads torch's global table. So does inductor where the variable CI is set, which refuses to
-    compile ops that have an entry there: none is made before ONNX's exporter is imported.
+    """Register the ops for torch.onnx.export, which reads torch's global table.
+
+    Inductor reads it as well if the variable CI is set, and refuses to compile ops with an entry, so entries are made
+    only when ONNX's exporter is imported.
     """
     for op, function in DECOMPOSITIONS.items():
         torch._decomp.register_decomposition(op)(function)
@@ -302,19 +302,19 @@ def _register(exporter: ModuleType) -> None:
 
 at_import("torch.onnx._internal.exporter._decomp", _register)
 for _op in DECOMPOSITIONS:
-    # A fake tensor of symbolic size would prefer a decomposition to the op's own fake if the op had no entry here.
+    # Without a "meta" entry a fake tensor of symbolic size would use the decomposition in place of the op's own fake.
     torch._decomp.register_decomposition(_op, type="meta")(_op)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """The table with which an exported program becomes core ATen, without an op of this package.
+    """Return the table for ``run_decompositions`` that turns an exported program into core ATen without custom ops.
 
-    ``torch.export.default_decompositions()``, which leaves custom ops as they are, and the forward ops here::
+    It is ``torch.export.default_decompositions()``, which leaves custom ops as they are, plus the forward ops here::
 
         program = torch.export.export(model, (x,)).run_decompositions(swinkernels.decompositions())
 
-    Converters that know ATen alone take such a program, and it loads without this package. An op that draws dropout has
-    no decomposition and raises NotImplementedError: call ``model.eval()`` first.
+    Converters that support ATen alone accept such a program, and it loads without this package. An op that draws
+    dropout has no decomposition and raises NotImplementedError: call ``model.eval()`` first.
     """
     table = torch.export.default_decompositions()
     table.update(DECOMPOSITIONS)

@@ -1,9 +1,9 @@
 """FLOPs of the ops, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-Window attention has two matrix products forward and four backward, 2 * M * head_dim each per query of M keys: what the
-counter finds in the libraries' plain code. Decomposed relative positions add products with a table per axis. Scores
-that a backward kernel computes again are not counted, and windows count whole, so pad tokens do too. The other ops
-multiply no matrices and count zero, as torch's own copies and norms do.
+Window attention has two matrix products forward and four backward, 2 * M * head_dim each per query of M keys: the
+count that the libraries' plain code gets, too. Decomposed relative positions add products with a table per axis. Scores
+that a backward kernel recomputes are not counted. Windows count whole, pad tokens included. The other ops multiply no
+matrices and count zero, as torch's own copies and norms do.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _WITH_TRITON = ("window_attention", "window_partition", "window_reverse", "patch
 
 
 def _attention(products: int, first_map: int, axes: int) -> Callable[..., int]:
-    """The formula of an op that multiplies matrices ``products`` times.
+    """Make the FLOP formula of an attention op.
 
     Args:
         products: matrix products per window.
-        first_map: which argument of the op is qkv or q.
-        axes: how many axes of that map follow those of its tokens.
+        first_map: index of the op's argument that is qkv or q.
+        axes: number of axes of that map after its token axes.
     """
 
     def flops(*arguments: Any, **_: Any) -> int:

@@ -1,4 +1,4 @@
-"""What the definitions of all ops share: the library, normal forms of arguments, autocast, derivatives."""
+"""Shared parts of the op definitions: the library, normal forms of arguments, autocast, caching, derivatives."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ lib = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(schema: str) -> None:
-    """Define an op, unless the compiled library did so with the same schema (csrc/bindings/schemas.cpp)."""
+    """Define an op, unless the compiled library already has it with the same schema (csrc/bindings/schemas.cpp)."""
     if not torch._C._jit_get_schemas_for_operator(f"{NAMESPACE}::{schema.partition('(')[0]}"):
         lib.define(schema)
 
 
-# Read once: torch 2.11 cannot trace the question whether a kind of device has autocast.
+# Read once: torch 2.11 cannot trace is_autocast_available.
 _AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives to the products of x, or None where it is off or x is float64."""
+    """Return the dtype in which autocast multiplies x, or None if it is off or x is float64."""
     kind = x.device.type
     if x.dtype == torch.float64 or kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
         return None
@@ -38,17 +38,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a Linear reads x and writes its result."""
+    """Return the dtype in which a Linear reads x and writes its result."""
     return autocast_dtype(x) or x.dtype
 
 
 def norm_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a norm that a module returns: under autocast float32, as torch's LayerNorm on a GPU."""
+    """Return the result dtype of a module's norm: float32 under autocast, as torch's LayerNorm on a GPU."""
     return x.dtype if autocast_dtype(x) is None else torch.float32
 
 
 def three(values: Sequence, leading) -> list:
-    """One value per axis, slowest first, with those of the axes that a 2D map does not have in front."""
+    """Return one value per axis, slowest first, with ``leading`` for the axes that a 2D map lacks."""
     return [leading] * (3 - len(values)) + list(values)
 
 
@@ -56,17 +56,19 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def constant_when_compiled(function: Function) -> Function:
-    """Let dynamo call a function that it cannot trace, once, and keep the result in the compiled code.
+    """Have dynamo call a function that it cannot trace once and keep the result as a constant of the compiled code.
 
-    It is torch.compiler.assume_constant_result, which would import all of dynamo (a second) with this package.
+    The same as torch.compiler.assume_constant_result, whose import takes a second because it loads all of dynamo.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def is_plain(tensors: Sequence[Any]) -> bool:
-    """Whether eager PyTorch alone sees a call: no compiler or exporter, no functorch or forward-mode transform, no mode
-    that intercepts ops, and no subclass of tensors. ``tensors`` may be None, too; anything else is not plain.
+    """Return True if eager PyTorch alone handles a call on these tensors (some may be None).
+
+    False under a compiler or exporter, a functorch or forward-mode transform or a mode that intercepts ops, and for
+    tensor subclasses and any other kind of argument.
     """
     return (
         not torch.compiler.is_compiling()
@@ -84,9 +86,9 @@ Value = TypeVar("Value")
 
 
 class Found:
-    """What was found out about calls, by all that it depends on; of too many, the oldest is forgotten.
+    """Thread-safe cache of decisions about calls, keyed by :func:`call_key`; when full, it drops the oldest entry.
 
-    Keys are made by :func:`call_key`. Threads share it: what two of them find out, they find alike.
+    Two threads may compute the same entry; they get equal values.
     """
 
     def __init__(self, most: int = 1024) -> None:
@@ -114,21 +116,21 @@ _ALL_FOUND: list[Found] = []
 
 
 def forget() -> None:
-    """Find everything out anew: for tests, which change what the backends can do."""
+    """Clear every cache. For tests that change which backends are available."""
     for found in _ALL_FOUND:
         found.clear()
 
 
 def call_key(tensors: Sequence[Tensor | None], options: tuple[Any, ...], dtype: torch.dtype | None = None) -> Any:
-    """What the checks of a call depend on: of its tensors what they are, not what they hold.
+    """Return the cache key of a call: the metadata of its tensors, never their values, and its options.
 
-    None if the call has to be checked anew, for options other than plain Python values (a symbolic int, a tensor).
-    Options are told apart by their types, too, also inside of tuples: True equals 1, and is no window.
+    None if the call cannot be cached because an option is not a plain Python value (a symbolic int, a tensor). Options
+    of different types get different keys, also inside tuples: True equals 1, but is not a valid window.
     """
     if dtype is not None and type(dtype) is not torch.dtype:
         return None
     try:
-        values = marshal.dumps(options, 2)  # 0.3 us; the later formats depend on how often an object is referred to
+        values = marshal.dumps(options, 2)  # 0.3 us; later formats depend on reference counts
     except ValueError:
         return None
     return values, dtype, *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
@@ -141,9 +143,9 @@ def looked_up(
     find: Callable[[], Value],
     dtype: torch.dtype | None = None,
 ) -> Value:
-    """What ``find`` returned for a call like this one; it is called where there was none."""
+    """Return the cached result of ``find`` for a call like this one, or call it and cache the result."""
     key = call_key(tensors, options, dtype) if is_plain(tensors) else None
-    if key is None:  # a compiler does not see what is known, which would become a guard of its code
+    if key is None:  # a compiler must not read the cache, whose contents would become guards
         return find()
     value = found.get(key)
     if value is None:
@@ -153,7 +155,7 @@ def looked_up(
 
 
 def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
-    """Where gradients are off, torch.library drops the tangents of forward-mode differentiation without a word."""
+    """Raise for forward-mode tangents, which torch.library drops silently where gradients are off."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs if isinstance(x, Tensor)):
@@ -167,20 +169,20 @@ def _no_forward_mode(name: str) -> NotImplementedError:
 
 
 def _tensor_arguments(op: Any) -> int:
-    """How many arguments of an op are tensors. They come first."""
+    """Return the number of tensor arguments of an op, which precede all others."""
     kinds = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in op._schema.arguments]
     assert all(kinds[: sum(kinds)]), f"{op._schema}: tensors come first"
     return sum(kinds)
 
 
 def _function(name: str, **methods: Any) -> type[torch.autograd.Function]:
-    """An autograd.Function that profilers and graphs show by the name of the op, in camel case."""
+    """Make an autograd.Function that profilers and graphs show under the op's name in camel case."""
     camel = "".join(word.capitalize() for word in name.removesuffix("_fwd").split("_"))
     return type(camel, (torch.autograd.Function,), {k: staticmethod(m) for k, m in methods.items()})
 
 
 def _transformable(name: str, op: Any, setup_context: Callable, backward: Callable) -> Callable:
-    """What to call an op by inside transforms of torch.func, which do not take the formula that torch.library makes."""
+    """Wrap an op for torch.func's transforms, which do not use the formula registered with torch.library."""
 
     def jvp(ctx, *tangents):
         raise _no_forward_mode(name)
@@ -193,16 +195,16 @@ def _transformable(name: str, op: Any, setup_context: Callable, backward: Callab
 
 
 def _is_transformed() -> bool:
-    """Whether a transform of torch.func runs, other than in code that is compiled."""
+    """Return True inside a torch.func transform, except in compiled code."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Differentiable:
     """Callable for a registered op: a fast eager path, torch.library's otherwise.
 
-    The formula that torch.library makes of setup_context and backward costs a multiple of the host time of the same two
-    in an autograd.Function, or of none where nothing needs a gradient. The Function takes what is no tensor as one
-    argument: each costs time.
+    An autograd.Function with the same setup_context and backward takes a fraction of the host time of the formula that
+    torch.library builds, and a call without gradients needs neither. The Function takes all arguments that are not
+    tensors as one, because each argument costs time.
     """
 
     def __init__(self, name: str, setup_context: Callable, backward: Callable) -> None:
@@ -222,8 +224,8 @@ class Differentiable:
         def backward_op(ctx, *gradients):
             return *backward(ctx, *gradients), *(None,) * (len(op._schema.arguments) - count)
 
-        # What a caller that knows its tensors to be plain calls: apply if a gradient may be asked for, else overload
-        # below autograd.
+        # For callers that know their tensors to be plain: apply if a gradient may be needed, else overload below
+        # autograd.
         function = _function(name, forward=forward, backward=lambda ctx, *gradients: (*backward(ctx, *gradients), None))
         self.apply, self.overload = function.apply, op
         self._name, self._count = name, count
@@ -242,7 +244,7 @@ class Differentiable:
 
 
 def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether autograd records what is made of these tensors."""
+    """Return True if autograd records operations on these tensors."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -251,12 +253,12 @@ def any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def register(name: str, fake: Callable, setup_context: Callable, backward: Callable) -> Differentiable:
-    """Give an op its fake and its derivative, by torch.library; returns what to call the op by.
+    """Register an op's fake and derivative with torch.library and return the callable for the op.
 
     Args:
-        name: of the op.
-        fake: as torch.library.register_fake has it.
-        setup_context: (ctx, tensors, others, output), where the op's arguments are its tensors and then the others.
+        name: the op's name.
+        fake: as for torch.library.register_fake.
+        setup_context: (ctx, tensors, others, output), with the op's arguments split into tensors and others.
         backward: (ctx, *gradients) -> the gradients of the tensors.
     """
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
@@ -264,8 +266,9 @@ def register(name: str, fake: Callable, setup_context: Callable, backward: Calla
 
 
 def register_derivative(name: str, fake: Callable, of: str) -> Callable:
-    """Give the backward op of ``of`` its fake, and a refusal as its derivative; returns what to call the op by, with a
-    tuple of its tensors and one of its other arguments.
+    """Register the fake of ``of``'s backward op, and a derivative that raises: second derivatives are not supported.
+
+    Returns the callable for the op; it takes a tuple of tensors and a tuple of the other arguments.
     """
 
     def refuse(ctx, *_):
@@ -291,14 +294,14 @@ def register_derivative(name: str, fake: Callable, of: str) -> Callable:
 
 
 def kernel_parameter(parameter: Tensor | None) -> Tensor | None:
-    """A parameter in a dtype that kernels read: any but float64."""
+    """Return a parameter in a dtype that kernels read: float64 becomes float32."""
     return parameter.float() if parameter is not None and parameter.dtype == torch.float64 else parameter
 
 
 def parameter_gradients(
     parameters: Sequence[Tensor | None], sums: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The float32 sums of a backward op in the dtypes of the parameters, None for what is not needed."""
+    """Cast the float32 sums of a backward op to the dtypes of the parameters; None where no gradient is needed."""
     return [
         total.to(parameter.dtype) if need and parameter is not None else None
         for parameter, total, need in zip(parameters, sums, needed, strict=True)
@@ -306,7 +309,7 @@ def parameter_gradients(
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """torch's Linear without a bias, in the autocast dtype if that is on, else in the dtype of x."""
-    if autocast_dtype(x) is None or weight.dtype == torch.float64:  # which autocast leaves alone
+    """torch's Linear without a bias, in the autocast dtype if autocast is on, else in the dtype of x."""
+    if autocast_dtype(x) is None or weight.dtype == torch.float64:  # autocast leaves float64 alone
         weight = weight.to(x.dtype)
     return F.linear(x, weight)

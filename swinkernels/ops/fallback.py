@@ -1,9 +1,9 @@
-"""Backend "torch": every op in plain PyTorch, written for speed. "auto" takes it where no kernel of ours runs.
+"""Backend "torch": every op in plain PyTorch, written for speed. "auto" takes it where no kernel runs the call.
 
-Whole-tensor operations that PyTorch has fast code for and that inductor fuses, any device, any floating dtype, and
-differentiable as often as those operations are. 16-bit maps are multiplied in their own dtype, as the libraries' code
-multiplies them, but for float16 and v2, where that would overflow or lose bits; softmax is in float32. The definitions
-of the ops are in ``swinkernels.reference``.
+It consists of whole-tensor operations that PyTorch runs fast and inductor fuses, on any device, in any floating dtype,
+and differentiable as often as those operations are. 16-bit maps are multiplied in their own dtype, as in the libraries'
+code, except in float16 and v2, where that would overflow or lose bits; softmax is in float32. The definitions of the
+ops are in ``swinkernels.reference``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from swinkernels.ops._arguments import frame_size
 from swinkernels.ops._library import Found, is_plain, linear
 
-# From this many tokens of a window a CPU's scaled_dot_product_attention is faster than products and a softmax.
+# From this many tokens per window, a CPU's scaled_dot_product_attention is faster than products and a softmax.
 _LONG_WINDOW = 128
-# The grid of a GPU has at most this many blocks on the axis that torch's kernels put batch and heads on.
+# torch's kernels put batch and heads on an axis of the GPU's grid that has at most this many blocks.
 _MOST_HEADS = 65535
 
 
@@ -35,7 +35,7 @@ def _pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _cut(x: Tensor, first: int, window: Sequence[int], grid: bool = False) -> Tensor:
-    """(..., *frame, ...) with the frame from axis ``first`` on -> (..., num_windows, N, ...)."""
+    """(..., *frame, ...) -> (..., num_windows, N, ...); the frame's axes begin at axis ``first``."""
     rank = len(window)
     last = first + rank
     counts = [x.shape[first + i] // w for i, w in enumerate(window)]
@@ -59,7 +59,7 @@ def _join(x: Tensor, first: int, frame: Sequence[int], window: Sequence[int], gr
 
 
 class _Frame:
-    """A map's size rounded up to whole windows: how maps are laid into it and taken out of it."""
+    """A map's size rounded up to whole windows; moves maps into windows of that frame and back."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class _Frame:
         self.rolls_first = pad_order == "roll_then_pad" and self.is_padded and bool(self.axes)
 
     def _padded(self, x: Tensor, pads: Sequence[tuple[int, int]], pad: Tensor | None) -> Tensor:
-        """The map with pad tokens before and after its axes, which are ``pad``, or zero."""
+        """Add pad tokens, ``pad`` or zero, before and after the map's axes."""
         x = _pad(x, pads)
         if pad is None:
             return x
@@ -102,7 +102,7 @@ class _Frame:
         return _cut(x, 1, self.window, self.grid)
 
     def keys(self, x: Tensor, key_window: Sequence[int], pad: Tensor | None = None) -> Tensor:
-        """(B, *S, ...) -> (B, num_windows, M, ...): the tokens of larger windows of the same centres, which overlap."""
+        """(B, *S, ...) -> (B, num_windows, M, ...): the tokens of larger, overlapping windows with the same centres."""
         if tuple(key_window) == self.window:
             return self.windows(x, pad)
         rank = len(self.window)
@@ -114,7 +114,7 @@ class _Frame:
         return x.flatten(1 + rank, 2 * rank).flatten(1, rank)
 
     def map(self, windows: Tensor) -> Tensor:
-        """The inverse: (B, num_windows, N, ...) -> (B, *S, ...), contiguous, pad tokens dropped."""
+        """The inverse: (B, num_windows, N, ...) -> (B, *S, ...), contiguous, without pad tokens."""
         if self.axes and not self.rolls_first and is_plain(()):
             x = windows.flatten(1, 2).index_select(1, self._places(windows.device, inverse=True))
             x = x.unflatten(1, self.frame)
@@ -129,7 +129,7 @@ class _Frame:
         return x.contiguous()
 
     def _places(self, device: torch.device, inverse: bool = False) -> Tensor:
-        """Where in the frame the tokens of its rolled windows lie, or the inverse: eager, one copy for three."""
+        """Each rolled window token's position in the frame, or the inverse: one gather instead of three copies."""
 
         def make() -> Tensor:
             tokens = torch.arange(math.prod(self.frame), device=device).reshape(self.frame)
@@ -158,8 +158,8 @@ _KEPT = Found(64)
 
 
 def _kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
-    """A small tensor that depends on the geometry alone, made once; anew for compilers, modes and transforms."""
-    if not is_plain(()):  # a fake tensor, for one, is of no use to the next call
+    """A small tensor that depends on the geometry alone: cached, except for compilers, modes and transforms."""
+    if not is_plain(()):  # a fake tensor, for example, cannot serve the next call
         return make()
     value = _KEPT.get(key)
     if value is None:
@@ -190,13 +190,13 @@ def table_rows(
 
 
 def bias_of_table(table: Tensor, rows: Tensor, n: int) -> Tensor:
-    """(heads, N, M), or (window types, heads, N, M) of a table (rows, types, heads)."""
+    """(heads, N, M), or (window types, heads, N, M), from a table (rows, heads) or (rows, types, heads)."""
     bias = table.index_select(0, rows).unflatten(0, (n, -1))
     return bias.permute(*range(2, bias.dim()), 0, 1)
 
 
 def _regions(frame: _Frame, shift: Sequence[int], periodic: Sequence[bool], device: torch.device) -> Tensor:
-    """(num_windows, N): the region that the shift puts each token into."""
+    """(num_windows, N): the region number that the shift gives each token."""
     region = torch.zeros([1] * len(shift), dtype=torch.int32, device=device)
     for axis, (p, w, s, wraps) in enumerate(zip(frame.frame, frame.window, shift, periodic, strict=True)):
         g = torch.arange(p, device=device)
@@ -220,7 +220,7 @@ def _addend(
     periodic: Sequence[bool],
     mask_value: float,
 ) -> Tensor | None:
-    """Bias and mask: (heads, N, M), (num_windows, heads or 1, N, M), or None."""
+    """Bias plus mask: (heads, N, M), (num_windows, heads or 1, N, M), or None."""
     window, n = frame.window, math.prod(frame.window)
     addend = None
     if bias_table is not None:
@@ -229,7 +229,7 @@ def _addend(
         addend = bias_of_table(bias_table.to(wide), rows, n)
     elif bias is not None:
         addend = bias.to(wide)
-    if addend is not None and addend.dim() == 4:  # the types of windows follow their slowest axes
+    if addend is not None and addend.dim() == 4:  # window types follow the slowest axes
         addend = addend.repeat_interleave(math.prod(frame.frame) // n // addend.shape[0], dim=0)
     if region_map is not None:
         region = _cut(region_map, 0, window, frame.grid)
@@ -243,8 +243,8 @@ def _addend(
 
 
 def cosine_factors(q: Tensor, k: Tensor, logit_scale: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """v2: the unit rows of q and k, and the factor of each head."""
-    # A factor of up to 100 multiplies the error of rounded unit vectors.
+    """v2: the unit vectors of q and k, and each head's factor."""
+    # A factor of up to 100 multiplies the rounding errors of the unit vectors.
     q, k = F.normalize(q.to(wide), dim=-1), F.normalize(k.to(wide), dim=-1)
     return q, k, logit_scale.to(wide).reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()
 
@@ -252,19 +252,19 @@ def cosine_factors(q: Tensor, k: Tensor, logit_scale: Tensor, wide: torch.dtype)
 def with_axis_tables(
     q: Tensor, k: Tensor, axis_tables: Sequence[Tensor], window: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Longer rows q and k, (..., N, head_dim + sum(window)), whose products are the scores with decomposed positions.
+    """Extend q and k to (..., N, head_dim + sum(window)), so that their products include the decomposed positions.
 
-    A query's products with a table depend on one coordinate of the key alone. Those with all coordinates of all axes
-    are appended to q, and to k ones where its coordinates are. No (N, N) bias is made, and every attention kernel takes
-    such rows.
+    A query's product with a table row depends on one coordinate of the key alone. q is extended by its products for
+    every coordinate of every axis, k by ones at its own coordinates. This takes no (N, N) bias, and every attention
+    kernel accepts such rows.
     """
-    if q.dtype == torch.float16:  # in which the products overflow
+    if q.dtype == torch.float16:  # the products would overflow
         q, k = q.float(), k.float()
     coordinates, products, device = [], [q * scale], q.device
     token = torch.arange(math.prod(window), device=device)
     for axis, (table, w) in enumerate(zip(axis_tables, window, strict=True)):
         at = torch.arange(w, device=device)
-        rows = table.to(q.dtype)[at[:, None] - at + w - 1]  # (w of queries, w of keys, head_dim)
+        rows = table.to(q.dtype)[at[:, None] - at + w - 1]  # (w of the query, w of the key, head_dim)
         place = axis - len(window) - 1
         of_axis = q.unflatten(-2, tuple(window)).movedim(place, -2)  # (..., w, head_dim)
         product = torch.einsum("...id,ijd->...ij", of_axis, rows).movedim(-2, place)
@@ -276,12 +276,12 @@ def with_axis_tables(
 
 def scores_of(q: Tensor, k: Tensor, addend: Tensor | None, factor: float | Tensor) -> Tensor:
     """factor q k^T + addend of windows (B, num_windows, heads, N or M, head_dim)."""
-    if q.dtype == torch.float16:  # in which scores overflow
+    if q.dtype == torch.float16:  # the scores would overflow
         q, k = q.float(), k.float()
     scores = (q @ k.transpose(-2, -1)) * factor if isinstance(factor, Tensor) else (q * factor) @ k.transpose(-2, -1)
     if addend is None:
         return scores
-    in_place = scores.dtype == addend.dtype and is_plain((scores, addend))  # transforms may not write to theirs
+    in_place = scores.dtype == addend.dtype and is_plain((scores, addend))  # transforms may not write in place
     return scores.add_(addend) if in_place else scores + addend
 
 
@@ -297,6 +297,7 @@ def _attend(
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(factor q k^T + addend) v of windows (B, num_windows, heads, N or M, head_dim), and the weights if wanted.
+
     The rows of v may be shorter than those of q and k.
     """
     batch, windows, heads, n, _ = q.shape
@@ -312,7 +313,7 @@ def _attend(
         if addend is not None:
             mask = addend.to(v.dtype).expand(windows, heads, -1, -1).flatten(0, 1)[None]
         q, k, v = (x.to(v.dtype).flatten(1, 2) for x in (q, k, v))
-        if q.shape[-1] > head_dim:  # torch's fast kernels take rows of one length
+        if q.shape[-1] > head_dim:  # torch's fast kernels need rows of one length
             v = F.pad(v, (0, q.shape[-1] - head_dim))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=factor)
         return out[..., :head_dim].unflatten(1, (windows, heads)), None
@@ -377,7 +378,7 @@ def _split(
 
 
 def window_attention_qkvpacked(qkv: Tensor, *, key_window: tuple[int, ...], **arguments: Any) -> Any:
-    """As the op, of arguments in normal form: qkv (B, *S, 3, num_heads, head_dim), one value per axis."""
+    """The op on normalised arguments: qkv (B, *S, 3, num_heads, head_dim), one value per axis."""
 
     def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if key_window != frame.window:
@@ -390,7 +391,7 @@ def window_attention_qkvpacked(qkv: Tensor, *, key_window: tuple[int, ...], **ar
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, *, key_window: tuple[int, ...], **arguments: Any) -> Any:
-    """As the op, of arguments in normal form: q, k and v (B, *S, num_heads, head_dim), one value per axis."""
+    """The op on normalised arguments: q, k and v (B, *S, num_heads, head_dim), one value per axis."""
 
     def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return _split(frame, key_window, (q, k, v), pad)
@@ -404,7 +405,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, *, key_window: tuple[int, 
 def widest(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.dtype, Tensor | None, Tensor | None]:
-    """The widest of the dtypes of a norm that returns ``dtype``, and its parameters in it."""
+    """Return the widest dtype among those of the arguments and the result, and the norm's parameters in it."""
     wide = torch.promote_types(x.dtype, dtype)
     for parameter in (weight, bias):
         wide = wide if parameter is None else torch.promote_types(wide, parameter.dtype)
@@ -412,9 +413,9 @@ def widest(
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, dtype: torch.dtype) -> Tensor:
-    """torch's norm in the widest of the dtypes, rounded once."""
+    """torch's norm, computed in the widest of the dtypes and rounded once."""
     wide, weight, bias = widest(x, weight, bias, dtype)
-    if weight is None and bias is not None:  # torch 2.14's second derivative of this form is wrong, or raises
+    if weight is None and bias is not None:  # torch 2.14's second derivative of this form is wrong or raises
         return (F.layer_norm(x.to(wide), x.shape[-1:], None, None, eps) + bias).to(dtype)
     return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(dtype)
 
@@ -456,13 +457,13 @@ def patch_merging(
     between: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``neighbours`` are the row-major numbers of those side by side, ``by_channel`` whether channels come first."""
+    """``neighbours``: row-major numbers of the concatenated neighbours; ``by_channel``: order "unfold"."""
     rank = len(neighbours).bit_length() - 1
     size = x.shape[-1 - rank : -1]
     if any(isinstance(s, torch.SymInt) or s % 2 for s in size):  # an exported program serves both parities
-        # Without s % 2, for which OpenVINO has no rule where s is symbolic.
+        # Not s % 2, for which OpenVINO has no rule where s is symbolic.
         x = F.pad(x, [0, 0, *(amount for s in reversed(size) for amount in (0, s - s // 2 * 2))])
-    # A neighbour's number has a bit for each axis, the last axis lowest.
+    # A neighbour's number has one bit per axis, the last axis lowest.
     offsets = [[number >> (rank - 1 - axis) & 1 for axis in range(rank)] for number in neighbours]
     indices: list[tuple[Any, ...]] = [(..., *(slice(o, None, 2) for o in offset), slice(None)) for offset in offsets]
     parts = [x[index] for index in indices]
@@ -473,7 +474,7 @@ def patch_merging(
 
 
 def lay_out(x: Tensor, factor: Sequence[int]) -> Tensor:
-    """The parts of every token laid out by a factor per axis of the map."""
+    """Lay the parts of every token out in space, a factor per axis of the map."""
     rank, size = len(factor), x.shape[1:-1]
     order = [0, *(axis for i in range(1, 1 + rank) for axis in (i, i + rank)), 1 + 2 * rank]
     laid_out = x.unflatten(-1, (*factor, -1)).permute(order)
@@ -483,5 +484,5 @@ def lay_out(x: Tensor, factor: Sequence[int]) -> Tensor:
 def normalise_parts(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Sequence[int], *, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """The parts of every token laid out by a factor per axis of the map, each normalised."""
+    """Lay the parts of every token out in space, a factor per axis of the map, and normalise each."""
     return layer_norm(lay_out(x, factor), weight, bias, eps=eps, dtype=dtype)

@@ -1,7 +1,7 @@
 """Layer normalisation, plain or of the parts that patch expanding lays out: schema, fake, autograd, public function.
 
 The fast backend is ``layer_norm_fwd`` and ``layer_norm_bwd`` of ``torch.ops.swinkernels``, with CUDA kernels. With a
-``factor`` they read the parts of every token where they lie and write them where they belong.
+``factor`` they read each token's parts in place and write them to their final positions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from swinkernels.ops._library import (
     three,
 )
 
-# factor: three values, slowest axis first, or none for the plain norm. mean and rstd: one value for each row of z.
+# factor: three values, slowest axis first, or none for the plain norm. mean and rstd: one value per row of z.
 define(
     "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, int[] factor, float eps, ScalarType dtype) -> "
     "(Tensor z, Tensor mean, Tensor rstd)"
@@ -38,7 +38,7 @@ define(
 
 
 def expanded_shape(shape: Sequence[int], factor: Sequence[int]) -> list[int]:
-    """The shape of z for an x of a shape."""
+    """Shape of z for an x of this shape."""
     if not factor:
         return list(shape)
     factors = factor[-(len(shape) - 2) :]
@@ -59,7 +59,7 @@ def _fake_bwd(dz, x, weight, mean, rstd, factor, needs_dweight, needs_dbias):
 
 def _setup_context(ctx, tensors, others, output):
     ctx.factor = others[0]
-    ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
+    ctx.set_materialize_grads(False)  # saves kernels that fill zeros for mean and rstd
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -82,7 +82,7 @@ _fwd = register("layer_norm_fwd", _fake_fwd, _setup_context, _backward)
 def norm_and_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm with mean and rstd, outside of autograd, on the backend "cuda" or "torch"."""
+    """Return the norm, mean and rstd, computed on "cuda" or "torch" without autograd."""
     if backend == "torch":
         wide, weight, bias = fallback.widest(x, weight, bias, dtype)
         z, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
@@ -101,7 +101,7 @@ def norm_gradients(
     needed: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight and bias, of those that are needed, outside of autograd."""
+    """Return the gradients of x, weight and bias, None for those that are not needed, computed without autograd."""
     if backend == "torch":
         wide, wide_weight, wide_bias = fallback.widest(x, weight, bias, dz.dtype)
         gradients = torch.ops.aten.native_layer_norm_backward(
@@ -127,15 +127,15 @@ def layer_norm(
 
     .. math:: y = (x - mean(x)) / \sqrt{var(x) + eps} \cdot weight + bias
 
-    with the biased variance, both statistics over the C channels of a token. Under autocast a float32 residual stream
-    becomes the half-precision input of a Linear in this one pass (``dtype``) instead of two.
+    with the biased variance, both statistics over the C channels of a token. Under autocast this one pass turns a
+    float32 residual stream into the half-precision input of a Linear (``dtype``); PyTorch needs two.
 
     Args:
         x: (..., C), float32, float16, bfloat16, or float64 (torch and reference only).
         weight: (C,) or None for 1, any floating dtype.
         bias: (C,) or None for 0, any floating dtype.
         eps: added to the variance; 1e-5 in the Swin models.
-        dtype: of the result; that of x by default, autocast or not: the arithmetic is in float32 in any case.
+        dtype: dtype of the result, by default that of x, also under autocast. The arithmetic is in float32 in any case.
         backend: "auto", "cuda", "torch" or "reference". "auto" takes the fastest that can run the call.
 
     Returns:
@@ -167,7 +167,7 @@ _KNOWN = Found()
 def _choice(
     op: str, x: Tensor, factor: tuple[int, ...], dtype: torch.dtype | None, requested: str
 ) -> tuple[torch.dtype, str]:
-    """The dtype of the result, and the backend."""
+    """Return the dtype of the result, and the backend."""
     row, dtypes = x.shape[-1] // math.prod(factor), (x.dtype, dtype or x.dtype)
     backend = choose(op, requested, x.device, lambda b: norm_reasons(b, "layer_norm", row, dtypes, x.device))
     return dtypes[1], backend
@@ -183,7 +183,7 @@ def normalise_parts(
     dtype: torch.dtype,
     requested: str,
 ) -> Tensor:
-    """The norm of the parts of the tokens of x, laid out by a factor per axis of the map. ``op`` checked everything."""
+    """Normalise the parts of every token of x, laid out by a factor per axis. ``op`` has checked the arguments."""
     return run_norm(x, weight, bias, factor, eps, *_choice(op, x, factor, dtype, requested))
 
 
@@ -196,7 +196,7 @@ def run_norm(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """The norm on a backend that has it, of arguments in normal form."""
+    """Run the norm, on normalised arguments, on a backend that supports it."""
     if backend == "torch":
         if factor:
             return fallback.normalise_parts(x, weight, bias, factor, eps=eps, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Patch expanding: the Linear by the BLAS library, then the parts laid out and normalised in one pass."""
+"""Patch expanding: the Linear by the BLAS library, then one pass that lays out and normalises the parts."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def patch_expanding(
 
     .. math:: y_{b, i \cdot f + o} = LayerNorm((W x_{b, i})_{o})
 
-    where part o of the f_1 f_2 ... parts is the o-th run of contiguous channels, o row-major over the axes. The layout
-    and the norm are one read and one write; the Linear is torch's.
+    where part o of the f_1 f_2 ... parts is the o-th run of contiguous channels, o row-major over the axes. Layout and
+    norm take one read and one write; the Linear is torch's.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).
         weight: (K * out, C), K the product of the factors: K * out = 2C with factor 2 in Swin-Unet's ``PatchExpand``
-            (out = C / 2), 16C with factor 4 in its ``FinalPatchExpand_X4`` (out = C). None to leave x as it is.
+            (out = C / 2), 16C with factor 4 in its ``FinalPatchExpand_X4`` (out = C). None for no Linear.
         norm_weight, norm_bias: (out,), or None for 1 and 0.
-        factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) expands frames one by one.
-        eps: of the norm.
-        backend: "auto", "cuda", "torch" or "reference", of the layout and the norm.
+        factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) leaves the frames of a 3D map.
+        eps: added to the variance of the norm.
+        backend: "auto", "cuda", "torch" or "reference", for layout and norm.
 
     Returns:
         (B, \*(S * factor), out), contiguous, in the dtype of x; under autocast in float32, as torch's LayerNorm on a

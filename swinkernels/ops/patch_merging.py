@@ -1,7 +1,8 @@
 """Patch merging: schema, fake, autograd formula and the public function.
 
-The gather of the neighbours and the norm are one op, ``patch_merging_norm_fwd`` and ``_bwd`` of
-``torch.ops.swinkernels`` with CUDA kernels, and the same with the suffix ``_triton``; the reduction is torch's Linear.
+Gathering the neighbours and normalising them are one op, ``patch_merging_norm_fwd`` and ``_bwd`` of
+``torch.ops.swinkernels``, with CUDA kernels and, with the suffix ``_triton``, Triton kernels; the reduction is torch's
+Linear.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from swinkernels.ops._library import (
 from swinkernels.ops.layer_norm import layer_norm
 from swinkernels.ops.window_partition import partition
 
-# Per order and number of merged axes, the neighbours whose channels follow each other, each as its row-major number
-# among the 2 ** axes of a block: 4 d + 2 h + w. "unfold" is row-major once its parameters are reordered.
+# By order and number of merged axes: the sequence of neighbours whose channels are concatenated, each by its row-major
+# number 4 d + 2 h + w in the block. "unfold" becomes row-major once its parameters are reordered.
 RUNS = {
     ("swin", 2): (0, 2, 1, 3),
     ("swin", 3): (0, 4, 2, 6, 1, 5, 3, 7),
@@ -48,13 +49,13 @@ _NORMS = ("pre", "post")
 
 
 def merged_size(size: Sequence[int], factor: Sequence[int]) -> list[int]:
-    """S': the tokens per axis after merging, for a factor of as many values as size or more, slowest axis first."""
+    """S': the tokens per axis after merging; ``factor`` has at least as many values as size, slowest axis first."""
     return [-(-s // f) for s, f in zip(size, factor[-len(size) :], strict=True)]
 
 
 def _define(suffix: str) -> Callable:
     fwd, bwd = f"patch_merging_norm_fwd{suffix}", f"patch_merging_norm_bwd{suffix}"
-    # neighbours[p]: which neighbour, numbered row-major within the factor's block, the p-th run of C channels holds.
+    # neighbours[p]: the neighbour, numbered row-major within the factor's block, in the p-th run of C channels.
     define(
         f"{fwd}(Tensor x, Tensor? weight, Tensor? bias, int[] factor, int[] neighbours, float eps, ScalarType dtype) "
         "-> (Tensor z, Tensor mean, Tensor rstd)"
@@ -75,7 +76,7 @@ def _define(suffix: str) -> Callable:
 
     def setup_context(ctx, tensors, others, output):
         ctx.pieces = others[:2]
-        ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
+        ctx.set_materialize_grads(False)  # saves kernels that fill zeros for mean and rstd
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
@@ -96,14 +97,14 @@ _NORM_FWD = {suffix: _define(suffix) for suffix in ("", "_triton")}
 
 
 def _by_neighbour(x: Tensor, count: int) -> Tensor:
-    """The channels (last axis) of a parameter of the order "unfold", channel by channel, neighbour by neighbour."""
+    """Reorder the last axis of a parameter from channel by channel ("unfold") to neighbour by neighbour."""
     return x.unflatten(-1, (-1, count)).transpose(-2, -1).flatten(-2)
 
 
 def _row_major_columns(weight: Tensor, numbers: Sequence[int]) -> Tensor:
-    """The columns of a reduction for runs of channels that hold ``numbers``, for row-major runs instead.
+    """Reorder a reduction's columns from runs of channels of the neighbours ``numbers`` to row-major runs.
 
-    A neighbour that an order has twice gets the sum of its columns, one that it does not have gets zeros.
+    A neighbour that occurs twice in the order gets the sum of its columns, one that does not occur gets zeros.
     """
     columns = weight.unflatten(-1, (len(numbers), -1)).unbind(-2)
     runs = [[c for c, number in zip(columns, numbers, strict=True) if number == i] for i in range(len(numbers))]
@@ -128,17 +129,17 @@ def patch_merging(
 
         y = LayerNorm(W \cdot concat(x_{2i + o})) \quad \text{(post, v2)}
 
-    over the offsets o in {0, 1} per merged axis. An odd size is padded with zeros at its end *before* the norm: they
-    enter its statistics. Gather and norm ("pre"), or gather ("post"), are one read and one write; the Linear is
-    torch's.
+    over the offsets o in {0, 1} per merged axis. An odd size is padded with zeros at its end *before* the norm, so the
+    zeros enter its statistics. Gather and norm ("pre"), or the gather ("post"), take one read and one write; the Linear
+    is torch's.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).
         norm_weight, norm_bias: (K * C,) for "pre", (out,) for "post", or None for 1 and 0; K neighbours are merged.
-        weight: (out, K * C), the reduction. Its width says what is merged: K = 4 merges the last two axes, for three
-            axes the frames one by one (Video-Swin, Aurora); K = 8 merges all three.
-        eps: of the norm.
-        order: how the K * C channels are ordered.
+        weight: (out, K * C), the reduction. Its width decides what is merged: K = 4 merges the last two axes, of three
+            axes frame by frame (Video-Swin, Aurora); K = 8 merges all three.
+        eps: added to the variance of the norm.
+        order: order of the K * C channels.
             "swin": by neighbour, the first merged axis fastest: (0,0), (1,0), (0,1), (1,1). Microsoft, timm,
             torchvision, transformers, Video-Swin, MONAI in 2D.
             "row_major": by neighbour, the last axis fastest: (0,0), (0,1), (1,0), (1,1). Aurora, Pangu-Weather, MONAI's
@@ -148,13 +149,13 @@ def patch_merging(
             "monai_legacy": the same up to 1.4; for K = 8 000, 100, 010, 001, 101, 010, 001, 111, else "swin".
         norm: "pre" (v1) or "post" (v2).
         backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call. The
-            norm of "post" has no Triton kernel: with "triton" it is torch's.
+            norm of "post" has no Triton kernel: "triton" takes torch's.
 
     Returns:
-        (B, \*S', out) in the dtype of x, contiguous, S' = ceil(S / 2) on the merged axes. Under autocast, as torch's
-        modules do on a GPU: in the autocast dtype for "pre", whose last step is the Linear, in float32 for "post". An
-        empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its tensor's dtype;
-        twice with backend="torch" or "reference".
+        (B, \*S', out), contiguous, S' = ceil(S / 2) on the merged axes, in the dtype of x. Under autocast the dtype is
+        that of torch's modules on a GPU: the autocast dtype for "pre", whose last step is the Linear, float32 for
+        "post". An empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its
+        tensor's dtype; twice with backend="torch" or "reference".
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
@@ -175,7 +176,7 @@ def patch_merging(
     width = weight.shape[1] if norm == "pre" else weight.shape[0]
     _arguments.check_parameters(op, x, (width,), norm_weight=norm_weight, norm_bias=norm_bias)
     low = autocast_dtype(x)
-    between = x.dtype if low is None else low  # of what the Linear reads and writes
+    between = x.dtype if low is None else low  # dtype that the Linear reads and writes
     dtype = between if low is None or norm == "pre" else torch.float32
 
     dtypes = (x.dtype, between) if norm == "pre" else (between, dtype)
@@ -187,7 +188,7 @@ def patch_merging(
         )  # fmt: skip
     if backend == "reference":
         return reference.patch_merging(x, norm_weight, norm_bias, weight, eps=eps, order=order, norm=norm).to(dtype)
-    if order == "unfold":  # the norm does not care for the order, so the small parameters change theirs
+    if order == "unfold":  # the norm does not depend on the order, so its small parameters are reordered
         weight = _by_neighbour(weight, 2**rank)
         if norm == "pre":
             norm_weight, norm_bias = (
@@ -200,13 +201,13 @@ def patch_merging(
         parameters = map(kernel_parameter, (norm_weight, norm_bias))
         z = fwd(x, *parameters, three(factor, 1), numbers, eps, between)[0]
         return linear(z, weight)
-    # Windows of two tokens per axis are the neighbours in row-major order, and their pads are zeros at the end.
+    # Windows of two tokens per axis hold the neighbours in row-major order, padded with zeros at the end.
     window = [1] * (x.dim() - 2 - rank) + factor
     windows = partition(op, x, window, [0] * len(window), "pad_then_roll", backend)
     merged = windows.reshape(x.shape[0], *merged_size(x.shape[1:-1], window), weight.shape[1])
     reduced = linear(merged, _row_major_columns(weight, numbers))
     if backend == "triton":
-        # In float32 throughout: torch's norm wants one dtype for the map and its parameters.
+        # All in float32: torch's norm needs one dtype for the map and its parameters.
         norm_weight, norm_bias = (None if p is None else p.float() for p in (norm_weight, norm_bias))
         return F.layer_norm(reduced.float(), (width,), norm_weight, norm_bias, eps).to(dtype)
     return layer_norm(reduced, norm_weight, norm_bias, eps=eps, dtype=dtype, backend=backend)

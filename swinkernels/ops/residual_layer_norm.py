@@ -29,7 +29,7 @@ from swinkernels.ops.layer_norm import norm_gradients
 _BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
 _SAVED = "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias"
 define(f"residual_layer_norm_fwd({_BRANCH}) -> (Tensor s, Tensor z, Tensor mean, Tensor rstd)")
-# dy is empty if it is dx: one dtype and no drop_path_scale.
+# dy is empty where it equals dx: one dtype and no drop_path_scale.
 define(
     f"residual_layer_norm_bwd(Tensor ds, Tensor dz, Tensor s, {_SAVED}) -> "
     "(Tensor dx, Tensor dy, Tensor dweight, Tensor dbias)"
@@ -67,7 +67,7 @@ def _fake_post_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dweight, ne
 def _setup_context(ctx, tensors, others, output):
     _, _, drop_path_scale, weight, bias = tensors
     s, z, mean, rstd = output
-    ctx.set_materialize_grads(False)  # zeros for mean and rstd would be kernels
+    ctx.set_materialize_grads(False)  # saves kernels that fill zeros for mean and rstd
     ctx.z_dtype = z.dtype
     ctx.save_for_backward(s, drop_path_scale, weight, bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
@@ -98,9 +98,9 @@ def residual_norm_gradients(
     needed: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of x and y, and of weight and bias where they are needed. Autograd records nothing.
+    """Compute the gradients of x and y, and of weight and bias where needed, without autograd.
 
-    y has the dtype of dz. ``backend`` is "cuda" or "torch"; ds is None for zeros.
+    y has the dtype of dz. ``backend`` is "cuda" or "torch"; a ds of None stands for zeros.
     """
     if backend == "torch":
         dx, *of_norm = norm_gradients(dz, s, weight, bias, mean, rstd, (True, *needed), backend)
@@ -189,7 +189,7 @@ def run_residual(
     drop_path_scale: Tensor | None,
     chosen: str,
 ) -> Any:
-    """One of the two ops on a backend that has it, of arguments in normal form."""
+    """Run one of the two ops, on normalised arguments, on a backend that supports it."""
     if chosen in PLAIN:
         plain = getattr(fallback if chosen == "torch" else reference, op)
         return plain(x, y, weight, bias, eps=eps, drop_path_scale=drop_path_scale)
@@ -217,15 +217,15 @@ def residual_layer_norm(
         x: (B, ..., C), the residual stream, float32, float16, bfloat16, or float64 (torch and reference only).
         y: the result of the branch, of the same shape, in the dtype of x or, under autocast, in a narrower one.
         weight, bias: (C,) of the norm, or None for 1 and 0, any floating dtype.
-        eps: of the norm.
+        eps: added to the variance of the norm.
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
         backend: "auto", "cuda", "torch" or "reference". "auto" takes the fastest that can run the call.
 
     Returns:
-        s in the dtype of x, and z, the norm of the s that is returned, in the dtype of y, which is what the next branch
-        reads; each (B, ..., C) and contiguous. An empty batch gives empty results. Differentiable in x, y, weight, bias
-        and, in the reference, drop_path_scale, each gradient in its tensor's dtype; the same input gives the same bits.
-        Twice differentiable with backend="torch" or "reference".
+        s in the dtype of x, and z in the dtype of y, which the next branch reads; z is the norm of the returned,
+        rounded s. Each is (B, ..., C) and contiguous. An empty batch gives empty results. Differentiable in x, y,
+        weight, bias and, in the reference, drop_path_scale, each gradient in its tensor's dtype; the same input gives
+        the same bits. Twice differentiable with backend="torch" or "reference".
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.

@@ -1,9 +1,9 @@
 """Shifted-window attention: schema, fake, autograd formula and the two public functions.
 
 The fast backends are ops of ``torch.ops.swinkernels``: ``window_attention_fwd``, ``window_attention_bwd`` and their
-``_qkvpacked`` forms, whose backward writes one dqkv. C++ kernels attach to them under the CPU and CUDA dispatch keys;
-Triton shares the CUDA key, so it has the same ops again with the suffix ``_triton``. The reference is plain PyTorch and
-needs no op.
+``_qkvpacked`` forms, whose backward writes one dqkv. C++ kernels attach to them under the CPU and CUDA dispatch keys.
+Triton shares the CUDA key, so its kernels have ops of their own, with the suffix ``_triton``. The backends in plain
+PyTorch need no op.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from swinkernels.ops._library import (
 from swinkernels.window_spec import WindowSpec
 
 # All float32 but pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the map's device). bias
-# is dense or, where the spec says so, the axis_tables one below the other.
+# is dense or, if the spec says so, the concatenated axis_tables.
 _TABLES = (
     "Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? pad_qkv, Tensor? region_map, Tensor? dropout_seed"
 )
-# The first of the tables are those that have a gradient.
+# These first tables have a gradient.
 _DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
 _SUMS = ", ".join(f"Tensor d{table}" for table in _DIFFERENTIABLE)
 _SPEC = "str spec, float scale, float mask_value, float dropout_p"  # WindowSpec.wire() and numbers
 _FORMS = {"window_attention_qkvpacked": ("qkv",), "window_attention": ("q", "k", "v")}
 
 
-_UNKNOWN = (1.0, 0.0, 0.0)  # in place of numbers that do not matter, and may be symbolic
+_UNKNOWN = (1.0, 0.0, 0.0)  # replaces numbers that do not matter and may be symbolic
 
 
 def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
-    """Define the forward and backward op of one form and join them for autograd; returns how to call the forward."""
+    """Define the forward and backward op of one form, join them for autograd and return the forward's callable."""
     n = len(maps)
     inputs = ", ".join(f"Tensor {m}" for m in maps)
     gradients = ", ".join(f"Tensor d{m}" for m in maps)
     fwd, bwd = f"{name}_fwd{suffix}", f"{name}_bwd{suffix}"
-    # lse is empty where the spec says that it is not needed.
+    # lse is empty unless the spec asks for it.
     define(f"{fwd}({inputs}, {_TABLES}, {_SPEC}) -> (Tensor out, Tensor lse)")
-    # Bit i of wanted asks for the gradient of table i of _DIFFERENTIABLE; one that is not wanted is empty.
+    # Bit i of wanted asks for the gradient of _DIFFERENTIABLE[i]; a gradient not asked for is empty.
     define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_SPEC}, int wanted) -> ({gradients}, {_SUMS})")
 
     def fake_fwd(*args):
@@ -79,7 +79,7 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
         return *(x.new_empty(x.shape) for x in xs), *sums
 
     def setup_context(ctx, tensors, others, output):
-        ctx.set_materialize_grads(False)  # zeros for lse would be a kernel
+        ctx.set_materialize_grads(False)  # saves a kernel that fills zeros for lse
         ctx.spec = others
         ctx.save_for_backward(*tensors[:n], output[1], *tensors[n:])
         ctx.mark_non_differentiable(output[1])
@@ -100,20 +100,20 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
 _FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}
 
 
-@constant_when_compiled  # as torch's own matmul settles it, too
+@constant_when_compiled  # torch's own matmul fixes it, too
 def _tf32_switch() -> bool:
-    """Torch's switch for float32 products on CUDA, in whichever of its forms it was set."""
+    """Read torch's switch for TF32 products on CUDA, in whichever of its forms it was set."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-# The tensors of the public functions, in the order in which they are handed on.
+# The tensor arguments of the public functions, in the order in which they are passed on.
 _TENSORS = ("bias_table", "bias", "logit_scale", "pad_qkv", "region_map")
 
 
 def spec_of(
     op: str, tokens: Tensor, size: Sequence[int], head_dim: int, *, num_heads: int, **arguments: Any
 ) -> WindowSpec:
-    """The checked spec of a call with the arguments of the public functions, for a map of ``size`` tokens."""
+    """Check the public functions' arguments for a map of ``size`` tokens and return the spec of the call."""
     tables = {name: arguments.pop(name, None) for name in (*_TENSORS, "axis_tables")}
     spec = _arguments.make_window_spec(op, len(size), head_dim, tables=tables, **arguments)
     _arguments.check_window_call(op, spec, tokens, size, num_heads, head_dim, tables)
@@ -123,7 +123,7 @@ def spec_of(
 def window_attention_reasons(
     backend: str, spec: WindowSpec, dtype: torch.dtype, device: torch.device, return_attention: bool = False
 ) -> list[str]:
-    """The reasons why a backend cannot run a call; empty if it can."""
+    """List the reasons why a backend cannot run a call."""
     if backend in PLAIN:
         return []
     reasons = _backends._reasons(backend, "window_attention", device) + _backends._dtype_reasons(backend, dtype)
@@ -146,16 +146,16 @@ class _Plan(NamedTuple):
     """Everything decided from tensor metadata (shape, dtype, device), never from values; safe to cache."""
 
     backend: str
-    dtype: torch.dtype  # of the maps where they are computed with
-    view: tuple[int, ...] | None  # of a map (B, *S, 3C)
+    dtype: torch.dtype  # of the computation
+    view: tuple[int, ...] | None  # shape of a map (B, *S, 3C)
     num_heads: int
     spec: WindowSpec
-    # What the op takes after its tensors, of a plan that is kept. Bit 0 of the index: TF32 is allowed, bit 1: an lse is
-    # needed.
+    # The op's arguments after its tensors, if the plan is cached. The index has a bit 0 if TF32 is allowed and a bit 1
+    # if an lse is needed.
     others: tuple[tuple[Any, ...], ...]
-    op: Differentiable | None  # of a backend with kernels
-    reads_pads: bool  # unless it is known that there are none
-    fits: bool  # the tables are as the op takes them
+    op: Differentiable | None  # for a backend with kernels
+    reads_pads: bool  # False if the map is known to have no pads
+    fits: bool  # the tables need no conversion for the op
     asks_for_tf32: bool
 
 
@@ -200,11 +200,11 @@ def _make_plan(
     pad_qkv, region_map = tables["pad_qkv"], tables["region_map"]
     wide = [tables[name] for name in ("bias_table", "bias", "logit_scale")] + list(tables["axis_tables"] or ())
     wide = [t for t in wide if t is not None]
-    # A compiler keeps what a pad token holds: whether there are any would be a guard on the size of the map.
+    # A compiler always passes pad_qkv: whether there are pads would be a guard on the size of the map.
     reads_pads = (
         not plain or spec.key_window != spec.window_size or _arguments.frame_size(size, spec.window_size) != tuple(size)
     )
-    any_shape = backend in ("cpu", "cuda")  # their bindings read a table in any shape of its size
+    any_shape = backend in ("cpu", "cuda")  # their bindings read a table of any shape with the right number of elements
     switches = [(tf32, lse) for lse in (False, True) for tf32 in (False, True)] if plain else []
     return _Plan(
         backend=backend,
@@ -227,7 +227,7 @@ def _make_plan(
 def _fit(
     plan: _Plan, tables: tuple[Tensor | None, ...], device: torch.device, generator: torch.Generator | None
 ) -> tuple[Tensor | None, ...]:
-    """The tables as the op takes them, and the seed of the dropout."""
+    """Convert the tables for the op and draw the seed of the dropout."""
     *biases, logit_scale, pad_qkv, region_map = tables
     seed = None
     biases = [None if t is None else t.to(torch.float32) for t in biases]
@@ -237,7 +237,7 @@ def _fit(
         pad_qkv = pad_qkv.to(plan.dtype).reshape(3, plan.num_heads, -1)
     if region_map is not None:
         region_map = region_map.to(torch.int32).reshape(three(region_map.shape, 1))
-    if plan.spec.dropout_p > 0.0:  # drawn on the device, so that every replay of a CUDA graph draws anew
+    if plan.spec.dropout_p > 0.0:  # drawn on the device, so that every replay of a CUDA graph draws a new one
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=generator)
     return *biases, logit_scale, pad_qkv, region_map, seed
 
@@ -296,7 +296,7 @@ def _attend(
             return plan.op.apply(*tensors, plan.others[2 | tf32])[0]
         with torch._C._AutoDispatchBelowAutograd():
             return plan.op.overload(*tensors, *plan.others[tf32])[0]
-    # Transforms and modes wrap tensors, so outside of a compiler a backward pass may always follow.
+    # Outside a compiler a backward pass may always follow, because transforms and modes wrap tensors.
     needs_lse = not torch.compiler.is_dynamo_compiling() or any_requires_grad(maps + tables)
     wire = plan.spec.wire(allow_tf32=tf32, needs_lse=needs_lse)
     return plan.op(*maps, *tables, wire, *plan.spec.numbers)[0]
@@ -327,7 +327,7 @@ def window_attention_qkvpacked(
     table_pairs: bool | Sequence[bool] = False,
     backend: str = "auto",
     return_attention: bool = False,
-) -> Any:  # a Tensor, or two
+) -> Any:  # a Tensor, or a pair
     r"""Attention inside the shifted windows of a feature map, read from the map and written back to it.
 
     In every window, for tokens i and j and each head,
@@ -348,48 +348,48 @@ def window_attention_qkvpacked(
         window_size: tokens per axis, an int or one per axis, slowest first; at most 1024 tokens in all.
         shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
         scale: factor of the scores, head_dim ** -0.5 by default; excludes ``logit_scale``.
-        bias: dense bias instead of the table: (num_heads, N, N), or (window types, num_heads, N, N) with the types
+        bias: dense bias in place of the table: (num_heads, N, N), or (window types, num_heads, N, N) with the types
             following the slowest axes of the windows; N is the number of tokens of a window.
         table_window: the window for which ``bias_table`` was made, if it is not ``window_size``: token t of the
             window is looked up as token t (row-major) of this one (MONAI and Video-Swin number clamped windows so).
         logit_scale: v2: per-head log-factor, num_heads values.
-        pad_qkv: what q, k and v of a pad token are, (3C,) or (3, num_heads, head_dim): the bias of the QKV Linear in
-            models that pad its input with zeros. Zero by default. Pad tokens are attended to.
+        pad_qkv: q, k and v of a pad token, (3C,) or (3, num_heads, head_dim): the bias of the QKV Linear in models
+            that pad its input with zeros. Zero by default. Pad tokens are attended to.
         pad_order: where S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
             MONAI, mmpretrain) or "roll_then_pad" (timm).
         pad_before: pad tokens before the data, per axis; the rest follow it.
         periodic: per axis, whether the map wraps around (longitude), so that the shift needs no mask there. With
             "pad_then_roll", which would pad between the ends, such an axis has to be whole windows if it is shifted.
-        region_map: int32 or narrower, of the padded map's shape, in place of the shift's regions; tokens whose values
-            differ are masked.
+        region_map: int32 or narrower, of the padded map's shape; replaces the shift's regions. Tokens with different
+            values are masked from each other.
         mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. A row never
             becomes NaN, because every token shares a region with itself.
         dropout_p: probability of dropping an attention weight, 0..1; draws from ``generator`` or torch's default.
         grid: a window's tokens are strided over the map instead of a block (MaxViT); has no shift.
         axis_tables: decomposed relative position instead of a bias (SAM, ViTDet): a table (2 * window - 1, head_dim)
-            for each axis a of the map, shared by the heads and used in float32, adds
-            :math:`q_i \cdot table_a[i_a - j_a + window_a - 1]` to the score, with q unscaled. With them a window may
-            hold 4096 tokens. Excludes ``bias_table``, ``bias`` and ``logit_scale``.
+            for each axis a of the map, shared by the heads and used in float32. Adds
+            :math:`q_i \cdot table_a[i_a - j_a + window_a - 1]` to the score, with q unscaled. A window may then hold
+            4096 tokens. Excludes ``bias_table``, ``bias`` and ``logit_scale``.
         key_window: tokens per axis of the window that keys and values are taken from, if it is larger than
             ``window_size`` (HAT's overlapping cross-attention): by an even number, half on each side; at most 1024 in
             all. Its tokens outside the map are pad tokens. The table then has prod(window + key_window - 1) rows; the
             row index is the query's coordinate in its window minus the key's coordinate in the key window. A dense
             bias is (num_heads, N, M). Cannot be combined with a shift, periodic axes, grid, region_map, axis_tables,
             table_window or table_pairs.
-        table_pairs: per axis, whether the table has a row for each pair of places of query i and key j, in order of
+        table_pairs: per axis, True if the table has a row for each pair of coordinates of query i and key j, numbered
             i + window * j, instead of one for each offset (height and latitude of Pangu-Weather).
-        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" takes the fastest that can run
-            the call: kernels, or else plain PyTorch's own code ("torch"); never the slow reference.
-        return_attention: also return the attention weights, which only "torch" and "reference" do: the kernels never
-            have them all.
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" takes the fastest that can run the
+            call: a kernel, else PyTorch's own code ("torch"), never the slow reference.
+        return_attention: also return the attention weights. Only "torch" and "reference" support it: the kernels never
+            hold all weights.
 
     Returns:
         (B, \*S, C) in the dtype of qkv, contiguous. An empty batch gives an empty result. Differentiable in qkv,
-        bias_table, bias, logit_scale and pad_qkv, each gradient in its tensor's dtype; the same input gives the same
-        bits. Twice differentiable with backend="torch" or "reference". With return_attention a pair of that and the
-        weights that the rows of v are summed by, (B, num_windows, num_heads, N, N), in the same dtype and
-        differentiable, too: after softmax and dropout, as the models of transformers return them. The windows are in
-        row-major order of the shifted map, and pad tokens are among their N tokens.
+        bias_table, bias, logit_scale, pad_qkv and axis_tables, each gradient in its tensor's dtype; the same input
+        gives the same bits. Twice differentiable with backend="torch" or "reference". With return_attention a pair of
+        that and the weights that multiply v, (B, num_windows, num_heads, N, N), after softmax and dropout as in
+        transformers, in the same dtype and also differentiable. Their windows are in row-major order of the shifted
+        map, and their N tokens include the pad tokens.
 
     Raises:
         ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
@@ -450,17 +450,19 @@ def window_attention(
     table_pairs: bool | Sequence[bool] = False,
     backend: str = "auto",
     return_attention: bool = False,
-) -> Any:  # a Tensor, or two
+) -> Any:  # a Tensor, or a pair
     r"""Attention inside the shifted windows of a feature map, from separate q, k and v.
 
-    As :func:`window_attention_qkvpacked`, which documents the formula and the other arguments, but with q, k and v as
-    three tensors.
+    The formula and the other arguments are those of :func:`window_attention_qkvpacked`.
 
     Args:
         q, k, v: (B, \*S, num_heads, head_dim) each, of one shape, dtype and device, any strides.
 
     Returns:
         (B, \*S, C) in the dtype of q, C = num_heads * head_dim; with return_attention a pair of that and the weights.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as for :func:`window_attention_qkvpacked`.
     """
     return _attend(
         "window_attention",

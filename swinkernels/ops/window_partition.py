@@ -18,7 +18,7 @@ from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import PLAIN, choose, window_partition_reasons
 from swinkernels.ops._library import Found, define, looked_up, register, three
 
-# Geometry has three values a list, slowest axis first, as FrameGeometry of csrc/params has it; `size` has the rank of
+# The geometry lists have three values each, slowest axis first, as FrameGeometry in csrc/params; `size` has the rank of
 # the map. The ops allow any shift below the frame's size.
 _GEOMETRY = "int[] window_size, int[] shift_size, bool roll_then_pad"
 
@@ -78,7 +78,7 @@ def _check_count(op: str, batch: int, size: Sequence[int], window: Sequence[int]
 def partition(
     op: str, x: Tensor, window: Sequence[int], shift: Sequence[int], pad_order: str, backend: str = "auto"
 ) -> Tensor:
-    """:func:`window_partition` of arguments that ``op`` checked, for any shift below the padded map's size."""
+    """:func:`window_partition` on arguments that ``op`` has checked, for any shift below the padded map's size."""
     return _partition(x, window, shift, pad_order, _choice(op, x, backend))
 
 
@@ -101,7 +101,7 @@ def reverse(
     pad_order: str,
     backend: str = "auto",
 ) -> Tensor:
-    """:func:`window_reverse` of arguments that ``op`` checked, for any shift below the padded map's size."""
+    """:func:`window_reverse` on arguments that ``op`` has checked, for any shift below the padded map's size."""
     return _reverse(windows, window, size, shift, pad_order, _choice(op, windows, backend))
 
 
@@ -125,10 +125,10 @@ def window_partition(
 
     .. math:: windows_{b \cdot num\_windows + w, t} = x_{b, y(w, t)}
 
-    where y(w, t) is the map's token at token t of window w after the cyclic shift, or a pad token, which is zero.
+    where y(w, t) is the token of the map at token t of window w after the cyclic shift, or a pad token, which is zero.
 
     Args:
-        x: (B, \*S, C), S = (H, W) or (D, H, W), any dtype; read in place if its last axis is contiguous.
+        x: (B, \*S, C), S = (H, W) or (D, H, W), any dtype; read without a copy if its last axis is contiguous.
         window_size: tokens per axis, an int or one per axis, slowest first.
         shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
         pad_order: where S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
@@ -194,7 +194,7 @@ def window_reverse(
         window, shift = _arguments.check_window(op, window_size, shift_size, len(tokens))
         _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
         _arguments.check_windows(op, windows, tokens, window)
-        _check_count(op, 1, tokens, window, windows.shape[2])  # of one map: the others are there
+        _check_count(op, 1, tokens, window, windows.shape[2])  # the count for one map; the others exist already
         return window, tokens, shift, _choice(op, windows, backend)
 
     options = (op, window_size, tuple(size) if type(size) is torch.Size else size, shift_size, pad_order, backend)

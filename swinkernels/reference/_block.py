@@ -1,4 +1,4 @@
-"""What the halves of a Swin block share: the residual connection and the linear layer."""
+"""The residual connection and the linear layer that the halves of a Swin block share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def add_residual(
     op: str, x: Tensor, branch: Tensor, drop_path_scale: Tensor | None, layer_scale: Tensor | None = None
 ) -> Tensor:
-    """x + drop_path_scale * layer_scale * branch, one factor for each sample and one for each channel."""
+    """x + drop_path_scale * layer_scale * branch, with one factor per sample and one per channel."""
     if branch.shape != x.shape:
         raise ValueError(
             f"{op}: the residual stream and the branch must have one shape, got {tuple(x.shape)} and "

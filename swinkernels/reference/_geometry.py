@@ -1,4 +1,4 @@
-"""Where the tokens of shifted windows lie in a feature map: the geometry that the ops of this folder share."""
+"""The positions of shifted windows' tokens in a feature map, shared by the ops of this folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def without_autocast(function: Function) -> Function:
-    """Compute in the dtypes of the tensors: under autocast a float32 product would be rounded to half precision."""
+    """Disable autocast inside ``function``: a float32 product would be rounded to half precision."""
 
     @functools.wraps(function)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.device.type == "meta":  # which has no autocast to leave
+        if x.device.type == "meta":  # has no autocast
             return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
@@ -31,7 +31,7 @@ def without_autocast(function: Function) -> Function:
 
 
 def per_axis(op: str, name: str, value: Any, rank: int) -> tuple:
-    """One value for each axis of the map, from one value for all or a sequence."""
+    """Return one value per axis of the map, given one value for all axes or a sequence."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     if len(values) != rank:
         raise ValueError(f"{op}: {name} must have one value for each of the {rank} axes of the map, got {value!r}")
@@ -47,7 +47,7 @@ def check_window(
     *,
     below_frame: bool = False,
 ) -> None:
-    """Refuse a geometry that has no meaning. Only the regions of attention need a shift below the window."""
+    """Raise ValueError for a meaningless geometry. ``shift`` must be below the window only for attention's regions."""
     if len(size) not in (2, 3) or any(s < 1 for s in size):
         raise ValueError(f"{op}: the map must have two or three axes of at least one token, got S = {tuple(size)}")
     if any(w < 1 for w in window):
@@ -62,7 +62,7 @@ def check_window(
 
 
 def frame_size(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """The map's size rounded up to whole windows, per axis."""
+    """Round the map's size up to whole windows, per axis."""
     return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
 
 
@@ -94,7 +94,7 @@ def source_index(
     grid: bool = False,
     device=None,
 ) -> Tensor:
-    """(num_windows, N): the token of the row-major map that each window token is; prod(size) for a pad token."""
+    """(num_windows, N): the number in the row-major map of each window token; prod(size) for a pad token."""
     frame = frame_size(size, window)
     pad_before = pad_before or (0,) * len(size)
     coordinates = window_coordinates(frame, window, grid, device)
@@ -117,8 +117,9 @@ def source_index(
 def key_index(
     size: Sequence[int], window: Sequence[int], key_window: Sequence[int], *, pad_before: Sequence[int], device=None
 ) -> Tensor:
-    """(num_windows, M): the token of the row-major map that each key is, where the keys of a window are the tokens of a
-    larger one with the same centre; prod(size) for one outside the map.
+    """(num_windows, M): the number in the row-major map of each key; prod(size) for a key outside the map.
+
+    The keys of a window are the tokens of a larger window with the same centre.
     """
     rank, frame = len(size), frame_size(size, window)
     axes = []

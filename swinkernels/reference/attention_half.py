@@ -49,7 +49,7 @@ def attention_half(
         proj_weight, proj_bias: (C, A) and (C,) or None.
         bias_table: relative position bias, (prod(2 * window - 1), num_heads).
         num_heads, window_size: as for :func:`swinkernels.window_attention`.
-        eps: of the norm.
+        eps: added to the variance of the norm.
         norm: "pre" (v1) or "post" (v2).
         residual: False leaves ``x +`` out; the norm stays.
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
@@ -61,7 +61,7 @@ def attention_half(
         (B, \*S, C) in the dtype of x.
 
     Raises:
-        ValueError: an unknown norm, a shape that does not agree, a geometry without meaning.
+        ValueError: an unknown norm, shapes that do not agree, a meaningless geometry.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3; Swin Transformer V2 (Liu et al., 2022), section 3.2; first
     line of ``forward`` in the blocks of timm, torchvision and MONAI.

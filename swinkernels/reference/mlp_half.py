@@ -15,7 +15,7 @@ APPROXIMATIONS = ("none", "tanh")
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x times the normal distribution function of x, exact or by its tanh approximation (MaxViT-tf)."""
+    """x times the standard normal distribution function of x, exact or in its tanh approximation (MaxViT-tf)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide)
     if approximate == "none":
@@ -56,20 +56,20 @@ def mlp_half(
         norm_weight, norm_bias: (C,), or None for 1 and 0.
         fc1_weight, fc1_bias: (hidden, C) and (hidden,) or None.
         fc2_weight, fc2_bias: (C, hidden) and (C,) or None.
-        eps: of the norm.
+        eps: added to the variance of the norm.
         norm: "pre" (v1) or "post" (v2).
         approximate: "none" for the exact GELU, "tanh" for its approximation, as in torch.nn.GELU.
         residual: False leaves ``x +`` out; the norm stays.
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
         layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1.
-        branch, branch_scale: the result of the half before, of the shape of x, and its drop_path_scale:
-            x + branch_scale * branch takes the place of x above. None for x as it is.
+        branch, branch_scale: the previous half's branch, of the shape of x, and its drop_path_scale:
+            x + branch_scale * branch replaces x above. None for x as it is.
 
     Returns:
         (B, ..., C) in the dtype of x.
 
     Raises:
-        ValueError: an unknown norm or approximation, a shape that does not agree.
+        ValueError: an unknown norm or approximation, shapes that do not agree.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3; Swin Transformer V2 (Liu et al., 2022), section 3.2; second
     line of ``forward`` in the blocks of timm, torchvision and MONAI.

@@ -24,21 +24,21 @@ def patch_embed(
 
     .. math:: y_{b, i} = LayerNorm(W \cdot patch_{b, i} + bias)
 
-    the same as a convolution whose kernel and stride are the patch, with channels moved last. An image that is not a
+    which is a convolution whose kernel and stride are the patch, with the channels moved last. An image that is not a
     multiple of the patch is padded with zeros at its end.
 
     Args:
         x: (B, C_in, \*I), I = (H, W) or (D, H, W), channels first, any floating dtype.
-        weight: (C, C_in, \*patch), the convolution's; its shape gives the patch.
+        weight: (C, C_in, \*patch), as of a convolution; its shape gives the patch.
         bias: (C,) or None.
         norm_weight, norm_bias: (C,), or both None for no norm.
-        eps: of the norm.
+        eps: added to the variance of the norm.
 
     Returns:
         (B, \*S, C), channels last, in the dtype of x, S = ceil(I / patch). An empty batch gives an empty result.
 
     Raises:
-        ValueError: a shape that does not agree.
+        ValueError: shapes that do not agree.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.1; ``PatchEmbed`` of timm, MONAI and Video-Swin.
     """

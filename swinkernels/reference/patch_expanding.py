@@ -32,17 +32,17 @@ def patch_expanding(
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any floating dtype.
         weight: (K * out, C), K the product of the factors: K * out = 2C with factor 2 in Swin-Unet's ``PatchExpand``
-            (out = C / 2), 16C with factor 4 in its ``FinalPatchExpand_X4`` (out = C). None to leave x as it is.
+            (out = C / 2), 16C with factor 4 in its ``FinalPatchExpand_X4`` (out = C). None for no Linear.
         norm_weight, norm_bias: (out,), or None for 1 and 0.
-        factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) expands frames one by one.
-        eps: of the norm.
-        dtype: of the result; that of x by default.
+        factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) leaves the frames of a 3D map.
+        eps: added to the variance of the norm.
+        dtype: dtype of the result; that of x by default.
 
     Returns:
         (B, \*(S * factor), out) in ``dtype``. An empty batch gives an empty result.
 
     Raises:
-        ValueError: a factor below 1, channels that it does not divide, a shape that does not agree.
+        ValueError: a factor below 1, channels that it does not divide, shapes that do not agree.
 
     Source: Swin-Unet (Cao et al., 2021), section 3.4; ``PatchExpand`` and ``FinalPatchExpand_X4`` of its code.
     """

@@ -12,9 +12,9 @@ from swinkernels.reference._block import check_norm, linear
 from swinkernels.reference._geometry import without_autocast
 from swinkernels.reference.layer_norm import layer_norm
 
-# The published channel orders: the neighbours, slowest axis first, whose channels follow each other.
+# Published channel orders: the neighbours, slowest axis first, in the order in which their channels are concatenated.
 _MONAI_3D = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
-# MONAI up to 1.4 took (0, 1, 0) and (0, 0, 1) twice and two neighbours never.
+# MONAI up to 1.4 takes (0, 1, 0) and (0, 0, 1) twice and omits two neighbours.
 _MONAI_LEGACY_3D = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1))
 ORDERS = ("swin", "row_major", "unfold", "monai", "monai_legacy")
 
@@ -46,16 +46,16 @@ def patch_merging(
 
         y = LayerNorm(W \cdot concat(x_{2i + o})) \quad \text{(post, v2)}
 
-    over the offsets o in {0, 1} per merged axis. An odd size is padded with zeros at its end *before* the norm: they
-    enter its statistics.
+    over the offsets o in {0, 1} per merged axis. An odd size is padded with zeros at its end *before* the norm, so the
+    zeros enter its statistics.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any floating dtype.
         norm_weight, norm_bias: (K * C,) for "pre", (out,) for "post", or None for 1 and 0; K neighbours are merged.
-        weight: (out, K * C), the reduction. Its width says what is merged: K = 4 merges the last two axes, for three
-            axes the frames one by one (Video-Swin, Aurora); K = 8 merges all three.
-        eps: of the norm.
-        order: how the K * C channels are ordered.
+        weight: (out, K * C), the reduction. Its width decides what is merged: K = 4 merges the last two axes, of three
+            axes frame by frame (Video-Swin, Aurora); K = 8 merges all three.
+        eps: added to the variance of the norm.
+        order: order of the K * C channels.
             "swin": by neighbour, the first merged axis fastest: (0,0), (1,0), (0,1), (1,1). Microsoft, timm,
             torchvision, transformers, Video-Swin, MONAI in 2D.
             "row_major": by neighbour, the last axis fastest: (0,0), (0,1), (1,0), (1,1). Aurora, Pangu-Weather, MONAI's
@@ -69,7 +69,7 @@ def patch_merging(
         (B, \*S', out) in the dtype of x, S' = ceil(S / 2) on the merged axes. An empty batch gives an empty result.
 
     Raises:
-        ValueError: an unknown order or norm, a shape that does not agree.
+        ValueError: an unknown order or norm, shapes that do not agree.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.1; Swin Transformer V2's code for "post"; the
     ``PatchMerging`` modules of the libraries named above.

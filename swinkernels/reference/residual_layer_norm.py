@@ -26,7 +26,7 @@ def residual_layer_norm(
         x: (B, ..., C), the residual stream, any floating dtype.
         y: the result of the branch, of the same shape, any floating dtype.
         weight, bias: (C,) of the norm, or None for 1 and 0.
-        eps: of the norm.
+        eps: added to the variance of the norm.
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
 
     Returns:

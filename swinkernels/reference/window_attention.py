@@ -1,6 +1,6 @@
-"""Window attention in plain PyTorch: every step is written out, nothing is optimised.
+"""Window attention in plain PyTorch: every step is written out, and none is optimised.
 
-Works in any floating dtype, in float64 if the inputs are float64, and is differentiable by autograd (twice, too).
+Works in any floating dtype, in float64 if the inputs are float64, and is differentiable by autograd, also twice.
 It shares no code with the fast paths, which are compared with it.
 """
 
@@ -38,7 +38,7 @@ def relative_position_index(
     token = torch.arange(math.prod(window), device=device)
     index = torch.zeros(len(token), len(token), dtype=torch.long, device=device)
     for axis, (w, pairs) in enumerate(zip(table_window, table_pairs, strict=True)):
-        coordinate = token // math.prod(table_window[axis + 1 :]) % w  # decoded in the table's window
+        coordinate = token // math.prod(table_window[axis + 1 :]) % w  # numbered in the table's window
         i, j = coordinate[:, None], coordinate[None, :]
         index = index * w * w + i + w * j if pairs else index * (2 * w - 1) + i - j + w - 1
     return index
@@ -57,7 +57,7 @@ def key_window_index(window: Sequence[int], key_window: Sequence[int], device=No
 
 
 def axis_scores(q: Tensor, axis_tables: Sequence[Tensor], window: Sequence[int]) -> Tensor:
-    """(..., N, N) of queries (..., N, head_dim): the sum over axes of q_i . table[offset of i and j on the axis]."""
+    """Sum of q_i . table[offset of i and j on the axis] over the axes: (..., N, N), from queries (..., N, head_dim)."""
     token = torch.arange(math.prod(window), device=q.device)
     scores: Any = 0
     for axis, (table, w) in enumerate(zip(axis_tables, window, strict=True)):
@@ -95,7 +95,7 @@ def window_attention(
     table_pairs: bool | Sequence[bool] = False,
     return_attention: bool = False,
     return_lse: bool = False,
-) -> Any:  # a Tensor, or a tuple with what was asked for besides
+) -> Any:  # a Tensor, or a tuple of all that is requested
     r"""Attention inside the shifted windows of a feature map, from separate q, k and v.
 
     In every window, for tokens i and j and each head,
@@ -113,19 +113,19 @@ def window_attention(
             dtype of q; with a ``key_window`` of M tokens (..., N, M).
         return_lse: also return the natural log-sum-exp of the final scores, (B, num_windows, num_heads, N), last.
 
-        The other arguments are those of :func:`swinkernels.window_attention`, which documents them. Only shapes that
-        would give a wrong result unnoticed are checked here.
+        The other arguments are those of :func:`swinkernels.window_attention`, which documents them. Only errors that
+        would silently give a wrong result are checked here.
 
     Returns:
         (B, \*S, num_heads * head_dim) in the dtype of q, contiguous. The arithmetic is in float32, or in float64 if q
-        is, whatever autocast says; the result is rounded once. (A backward pass inside the autocast region is torch's
-        own and does round its products.) An empty batch gives an empty result.
+        is, also under autocast, and the result is rounded once. (A backward pass run under autocast is torch's own and
+        does round its products.) An empty batch gives an empty result.
         The gradient of ``logit_scale`` is zero above ln 100 (at it, that of torch.clamp). A pad token whose k is zero
-        has cosine 0 with everything, and the gradient of that k (a part of ``pad_qkv``) is of the order of 1e12: models
-        whose k has no bias have no parameter there.
+        has cosine 0 with every query, and the gradient of that k, a part of ``pad_qkv``, is of the order of 1e12.
+        Models without a bias for k have no parameter there.
 
     Raises:
-        ValueError: a geometry without meaning.
+        ValueError: a meaningless geometry, or tables that do not fit.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.2; Swin Transformer V2 (Liu et al., 2022), section 3;
     checked against the modules of timm, torchvision, MONAI and transformers. ``axis_tables``: MViTv2 (Li et al., 2022),
@@ -226,7 +226,7 @@ def window_attention(
 
 def window_attention_qkvpacked(
     qkv: Tensor, bias_table: Tensor | None = None, *, num_heads: int, window_size: Ints, **kwargs
-) -> Any:  # a Tensor, or a tuple with what was asked for besides
+) -> Any:  # a Tensor, or a tuple of all that is requested
     r"""Attention inside the shifted windows of a feature map whose tokens hold q, k and v together.
 
     Args:
