@@ -1,4 +1,4 @@
-"""What an adapter is, and which there are."""
+"""The Adapter class, the base of accelerated classes, and the registry of adapters."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.part import Part
 from swinkernels.ops._backends import why_no_kernels
 
-# A package or module of the library, imported with any of its models -> its adapters and forms, or the module here with
-# its ADAPTERS. That is imported only when the library's has been imported already: no model can exist before.
+# A package or module of the library that is imported with any of its models -> its adapters and forms, or the module
+# here with its ADAPTERS. That module is imported only after the library's: before, no model can exist.
 _ADAPTERS: dict[str, str | tuple[Adapter | Form, ...]] = {
     "monai.networks.nets.swin_unetr": "swinkernels.adapters.libraries.monai",
     "mmpretrain.models.backbones": "swinkernels.adapters.libraries.mmpretrain",
@@ -54,28 +54,29 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Adapter:
-    """How the modules of one class of one library run on this package's ops.
+    """Describes how the modules of one class of a library run on this package's ops.
 
-    ``accelerated`` is a subclass of ``original`` without parameters or buffers of its own, so that a module changes
-    over by its ``__class__`` alone. It keeps the backend in the instance attribute ``BACKEND_ATTRIBUTE``.
+    ``accelerated`` is a subclass of ``original`` without parameters or buffers of its own, so that swapping a module's
+    ``__class__`` is the whole change. It stores the backend in the instance attribute ``BACKEND_ATTRIBUTE``.
     """
 
     name: str
     original: type[nn.Module]
     accelerated: type[nn.Module]
-    # In what follows, a module is one of the class ``original`` or ``accelerated``.
-    # Why a module of exactly this class has to stay as it is, or None. Looks at values, so not for the forward pass.
+    # The functions below take a module of the class ``original`` or ``accelerated``.
+    # The reason to leave a module of exactly this class as it is, or None. Reads values, so it is unfit for forward
+    # passes.
     reason_to_skip: Callable[[Any], str | None]
-    # What ops can take over. The report names the backend of the first part, and the library if there is none.
+    # The work that ops can take over. The report names the backend of the first part, or the library if there is none.
     parts: tuple[Part, ...]
-    # The input that the module was made for, (*S, C).
+    # The input size that the module was made for, (*S, C).
     input_shape: Callable[[Any], tuple[int, ...]]
     # A parameter with the dtype and the device of the module.
     weight: Callable[[Any], Tensor]
-    # Calls the forward of the module's class, past hooks, on a map (B, *input_shape), with whatever else it takes for
-    # that map (a sequence and its size, a mask). The tensor that comes out.
+    # Calls the forward of the module's class, without hooks, on a map (B, *input_shape) with all that it needs for that
+    # map (a sequence and its size, a mask), and returns the resulting tensor.
     run: Callable[[Any, Tensor], Tensor] = _forward
-    # Whether there may be modules inside that have adapters of their own, such as the blocks of a stage.
+    # True if modules inside may have adapters of their own, such as the blocks of a stage.
     looks_inside: bool = False
 
 
@@ -86,9 +87,9 @@ class Accelerated(nn.Module):
     """The first base of every ``accelerated`` class; the ``original`` one is the second."""
 
     _swinkernels_backend = "auto"
-    # The original class, of each accelerated one.
+    # The original class of each accelerated one.
     _swinkernels_original: Any = None
-    # The stored tensors as they last were, for torch.compile to tell them from others.
+    # The stored tensors at the last look, by which torch.compile tells whether they were replaced.
     _swinkernels_seen: tuple[Tensor | None, ...] = ()
 
     def __init_subclass__(cls) -> None:
@@ -99,20 +100,21 @@ class Accelerated(nn.Module):
             watch_unless_watched(cls._swinkernels_original)
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
-        """The tensors of this module and of those inside it whose values its ops compute instead of reading them."""
+        """The tensors of this module and of those inside it that its ops compute instead of reading."""
         return ()
 
     def _swinkernels_look(self) -> None:
-        """Compare their values now: a compiler or an exporter may ask for them where they cannot be read."""
+        """Compare the stored tensors' values now: compilers and exporters need the result and cannot read them."""
 
     def _swinkernels_remember(self) -> None:
         self.__dict__["_swinkernels_seen"] = self._swinkernels_stored()
 
     def _swinkernels_own_code(self, x: Any) -> bool:
-        """Whether a forward pass has to be the library's: it is traced for its code, that was replaced, no kernel runs
-        on the tensor's device (see "auto"), or it is a part of one on several devices.
+        """Return True if a forward pass must run the library's code.
 
-        Here, code that torch.compile makes is bound to the stored tensors: two names of one tensor are a guard of it.
+        That is so while the code is traced, after it was replaced, on devices without a kernel (see "auto"), and for a
+        module sharded over devices. This call also ties compiled code to the stored tensors: two names of one tensor
+        become a guard.
         """
         if torch.compiler.is_dynamo_compiling():
             for tensor, seen in zip(self._swinkernels_stored(), self._swinkernels_seen, strict=False):
@@ -129,7 +131,7 @@ class Accelerated(nn.Module):
         return applied
 
     def _swinkernels_swapped(self) -> None:
-        """Note what the module was when its class was swapped."""
+        """Record the module's state when its class is swapped."""
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
@@ -139,12 +141,12 @@ class Accelerated(nn.Module):
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, or the one that it had before accelerate."""
+    """Return the class of a module, or the one that it had before accelerate."""
     return module._swinkernels_original if isinstance(module, Accelerated) else type(module)
 
 
 def derived_since(module: nn.Module) -> bool:
-    """Whether an accelerated module got another class since, a subclass, as torch's fully_shard gives it one."""
+    """Return True if an accelerated module was given a subclass later, as torch's fully_shard does."""
     return isinstance(module, Accelerated) and not _is_accelerated_class(type(module))
 
 
@@ -153,7 +155,7 @@ def _is_accelerated_class(cls: type) -> bool:
 
 
 def swap_class(adapter: Adapter, module: nn.Module, backend: str) -> None:
-    """Let a module run on this package's ops."""
+    """Make a module run on this package's ops."""
     _change_class(module, adapter.accelerated)
     module.__dict__[BACKEND_ATTRIBUTE] = backend
     module._swinkernels_remember()  # type: ignore[operator]
@@ -161,7 +163,7 @@ def swap_class(adapter: Adapter, module: nn.Module, backend: str) -> None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo it. A module that does not run on them is left alone."""
+    """Undo :func:`swap_class`. Other modules stay as they are."""
     original = original_class(module)
     if original is not type(module):
         _change_class(module, original)
@@ -170,8 +172,9 @@ def restore_class(module: nn.Module) -> None:
 
 
 def _change_class(module: nn.Module, to: type[nn.Module]) -> None:
-    """Give a module another class, and to what other code has bound of the old one's methods to it (as tools that
-    offload weights keep the forward that they wrap), the new one's.
+    """Change the class of a module, and rebind its methods that other code has stored on it.
+
+    Tools that offload weights, for example, keep the forward that they wrap.
     """
     of = type(module)
     bound = {n: m for n, m in module.__dict__.items() if is_bound_method(module, of, m)}
@@ -181,7 +184,7 @@ def _change_class(module: nn.Module, to: type[nn.Module]) -> None:
 
 
 def loaded_adapters() -> tuple[list[Adapter], list[Form]]:
-    """The adapters and the forms of the libraries that this process has imported."""
+    """Return the adapters and the forms of the libraries that this process has imported."""
     loaded = [ours for theirs, ours in _ADAPTERS.items() if theirs in sys.modules]
     groups = [importlib.import_module(ours).ADAPTERS if isinstance(ours, str) else ours for ours in loaded]
     known = [adapter for group in groups for adapter in group]
@@ -189,12 +192,13 @@ def loaded_adapters() -> tuple[list[Adapter], list[Form]]:
 
 
 def register(library: str, *adapters: Adapter | Form) -> None:
-    """Have :func:`swinkernels.accelerate` use adapters and forms for a library's modules.
+    """Register adapters and forms that :func:`swinkernels.accelerate` uses for a library's modules.
 
     Args:
         library: the module or package of the library that is imported wherever one of its models exists, such as
-            "timm.models". Registering it again replaces what it had.
-        adapters: one for each class. A :class:`Form` says less than an :class:`Adapter`, and is tried before use.
+            "timm.models". Registering it again replaces its adapters.
+        adapters: one for each class. A :class:`Form` describes less than an :class:`Adapter`, so accelerate tries it on
+            random inputs before using it.
 
     Raises:
         TypeError: ``library`` is not a string, or one of ``adapters`` is neither an :class:`Adapter` nor a

@@ -1,4 +1,4 @@
-"""What a part of a module runs on, for the report, and why it is not something faster."""
+"""For the report: the backend that runs a part of a module, and the reason why no faster one does."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from swinkernels.ops._backends import PREFERENCE, backend_beside, choose, why_no
 
 
 def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple[str, tuple[str, ...]]:
-    """The backend of a module's first part in eval mode, and remarks on what runs on none or not on a faster one.
+    """Return the backend of a module's first part in eval mode, and remarks on parts without a backend or a faster one.
 
-    Where the library's own code runs, its name stands for the backend.
+    Where the library's own code runs, the library's name replaces the backend's.
     """
     backends, remarks = [], []
     for part in adapter.parts:
@@ -22,14 +22,14 @@ def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple
         if why:
             remarks.append(f"{name}: {why}")
         in_training, why_in_training = _part_choice(adapter, part, module, requested, training=True)
-        # Nothing new is said where a backend is already out of the question in eval mode.
+        # Skip a remark that repeats why a backend is ruled out in eval mode, too.
         if in_training != chosen or (why_in_training and not why):
             remarks.append(f"{name} in training: {why_in_training}")
     return backends[0] if backends else adapter.name, tuple(dict.fromkeys(remarks))
 
 
 def _part_choice(adapter: Adapter, part: Part, module: nn.Module, requested: str, training: bool) -> tuple[str, str]:
-    """What runs a part, and why nothing faster does."""
+    """Return the backend of a part, and the reason why no faster one runs it."""
     reason = part.reason_to_fall_back(module)
     if reason is not None:
         return adapter.name, f"{adapter.name}'s own code; {reason}"

@@ -1,8 +1,8 @@
-"""Modules and methods whose work an op may do along with its own: whether their call would be missed.
+"""Can an op do the work of a module or method without calling it? Not if it has hooks or was replaced.
 
-An op stands for code that the library published. ``watch`` notes which methods of a class that is, once, when an
-adapter is imported; ``replaced_method`` and what builds on it compare at every call, so that a method patched later,
-on the class or on one instance, is called. An adapter of one's own watches the classes that its ops stand for.
+An op stands for code that the library published. ``watch`` records the published methods of a class when an adapter is
+imported; ``replaced_method`` and the functions that build on it compare at every call, so a method patched later, on
+the class or on one instance, is called. Adapters outside this package watch the classes that their ops stand for.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from swinkernels.ops._arguments import why_beyond_limits
 
 
 def is_traced(x: Any) -> bool:
-    """Whether a forward pass is run for its code, which is to be the library's, by torch.fx or torch.jit.trace."""
+    """Return True if torch.fx or torch.jit.trace runs this forward pass to record the library's code."""
     return not isinstance(x, Tensor) or torch.jit.is_tracing()  # torch.fx passes a proxy
 
 
 def is_distributed(x: Any) -> bool:
-    """Whether a tensor is a DTensor, sharded over devices by batch, by heads or otherwise."""
+    """Return True if a tensor is a DTensor, sharded over devices in any way."""
     if type(x) is Tensor:
         return False
     dtensor = sys.modules.get("torch.distributed.tensor")  # an import would take long
@@ -35,15 +35,16 @@ def is_distributed(x: Any) -> bool:
 
 
 def why_distributed(module: nn.Module) -> str | None:
-    """Why a module is left alone that is a part of one on several devices, or None."""
+    """Return the reason to skip a module that is sharded over devices, or None."""
     if any(is_distributed(x) for x in (*module.parameters(), *module.buffers())):
         return "its parameters are sharded over devices (DTensor): accelerate the model before"
     return None
 
 
 def class_of(module: Any) -> type:
-    """The class of a module, also where torch.export has a proxy in its place, of a subclass that it makes: in models
-    that have one module in two places, as MONAI's MLPs do.
+    """Return the class of a module, also of torch.export's proxies, whose classes are made subclasses.
+
+    torch.export makes proxies in models that have one module in two places, as MONAI's MLPs do.
     """
     kind = type(module)
     if torch.compiler.is_dynamo_compiling():
@@ -53,19 +54,20 @@ def class_of(module: Any) -> type:
 
 
 def child(module: nn.Module, name: str) -> Any:
-    """A child of a module, for the forward pass: __getattr__ is slow."""
+    """Return a child of a module without __getattr__, which is slow in a forward pass."""
     return module._modules[name]
 
 
-# The packages of decorators that a package has around its methods.
+# Packages whose decorators another package applies to its methods.
 _DECORATED_BY = {"mmcv": ("mmengine",), "mmpretrain": ("mmengine",)}
-# The methods of classes whose work ops do, as they were published; None stands for one that was not.
+# The published methods of the classes whose work ops do; None marks one that was already patched.
 _PUBLISHED: dict[type, tuple[tuple[str, Any], ...]] = {}
 
 
 def watch(*kinds: Any, methods: Sequence[str] = ()) -> None:
-    """Note what an op stands for: ``forward`` of classes, and the methods that it calls, by name. A name that this
-    version of the library does not have is left out.
+    """Record the published code of classes that an op stands for: ``forward`` and the methods that it calls, by name.
+
+    Names that this version of the library lacks are skipped.
     """
     for kind in kinds:
         names = [name for name in ("forward", *methods) if hasattr(kind, name)]
@@ -73,7 +75,7 @@ def watch(*kinds: Any, methods: Sequence[str] = ()) -> None:
 
 
 def _published(kind: type, name: str) -> Any:
-    """A method, or None if its code is not of the package that its class is of: it was patched before."""
+    """Return a method, or None if its code is of another package than its class, that is, already patched."""
     method = getattr(kind, name)
     owner = next(cls for cls in kind.__mro__ if name in vars(cls))
     package = owner.__module__.partition(".")[0]
@@ -83,12 +85,12 @@ def _published(kind: type, name: str) -> Any:
 
 
 def watch_unless_watched(kind: Any) -> None:
-    """Note the forward of a class as it is, of whichever package it may be."""
+    """Record the present forward of a class of any package."""
     _PUBLISHED.setdefault(kind, (("forward", kind.forward),))
 
 
 def forward_is_replaced(kind: Any) -> bool:
-    """Whether the forward of a watched class is not the one that it was published with."""
+    """Return True if the forward of a watched class is not the published one."""
     return kind.forward is not _PUBLISHED[kind][0][1]
 
 
@@ -96,14 +98,14 @@ watch(nn.Conv2d, nn.Dropout, nn.Identity, nn.LayerNorm, nn.Linear, nn.Softmax, n
 
 
 def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
-    """Why a module may compute something else than its class was published with, or None.
+    """Return the reason why a module may compute something other than its class's published code, or None.
 
     Args:
         module: the module.
-        kind: its class, or the one that it had before ``accelerate``. Of one that is not watched, a forward replaced on
-            the instance counts.
-        name: what to call an inner module. Without a name it is the accelerated one, which is called already: a forward
-            of its own does not count.
+        kind: its class, or its class before ``accelerate``. If it is not watched, only a forward replaced on the
+            instance counts.
+        name: the name of an inner module. Without a name it is the accelerated module, whose forward is running: a
+            forward on the instance does not count.
     """
     own = module.__dict__
     for method, published in _PUBLISHED.get(kind) or (("forward", kind.forward),):
@@ -114,17 +116,17 @@ def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
     return None
 
 
-# torch's hooks of all modules: each dict is one object for good.
+# torch's hooks on all modules: each dict stays the same object.
 _OF_ALL_FORWARD, _OF_ALL_FORWARD_PRE = _torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks
 _OF_ALL_BACKWARD, _OF_ALL_BACKWARD_PRE = _torch_module._global_backward_hooks, _torch_module._global_backward_pre_hooks
 
 
-# Those of its FLOP counter, which note which module runs.
+# The module of torch's FLOP counter, whose hooks record the running module.
 _HARMLESS = "torch.utils.module_tracker"
 
 
 def all_modules_have_hooks() -> bool:
-    """Whether a hook of all modules is registered."""
+    """Return True if a hook on all modules is registered."""
     if not (_OF_ALL_FORWARD or _OF_ALL_FORWARD_PRE or _OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE):
         return False
     hooks = (*_OF_ALL_FORWARD.values(), *_OF_ALL_FORWARD_PRE.values())
@@ -139,24 +141,24 @@ def has_own_hooks(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook would see a call of a module, its own or one of all modules."""
+    """Return True if a hook would see a call of a module: its own or one on all modules."""
     return has_own_hooks(module) or all_modules_have_hooks()
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """From a copy: what hooks do with it, such as collecting what passes, would be seen outside."""
+    """Remove the hooks of a copy, whose effects, such as collected outputs, would be visible outside."""
     for m in module.modules():
         for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
             hooks.clear()
 
 
 def first_weight(module: nn.Module) -> Tensor:
-    """A parameter with the dtype and the device of a module."""
+    """Return a parameter with the dtype and the device of a module."""
     return next(p for p in module.parameters() if p.dtype.is_floating_point)
 
 
 def is_bound_method(module: nn.Module, kind: type, value: Any) -> bool:
-    """Whether a value is a method of a class bound to a module, as ``module.forward`` is."""
+    """Return True if a value is a method of a class bound to a module, as ``module.forward`` is."""
     return (
         isinstance(value, types.MethodType)
         and value.__self__ is module
@@ -165,7 +167,7 @@ def is_bound_method(module: nn.Module, kind: type, value: Any) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> str | None:
-    """Why a module may compute something else than its class says, for a report: its class's forward is not called."""
+    """Return the reason, for a report, why a module's forward is not that of its class, or None."""
     forward = module.__dict__.get("forward")
     if forward is None or is_bound_method(module, type(module), forward):
         return None
@@ -173,13 +175,13 @@ def replaced_forward(module: nn.Module) -> str | None:
 
 
 def _class_name(module: Any) -> str:
-    """A class by its name, with its module where torch has another one of that name: peft has a Linear, too."""
+    """Return a class's name, with its module if torch has a class of that name: peft has a Linear, too."""
     cls = type(module)
     return cls.__name__ if getattr(nn, cls.__name__, cls) is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def why_not_absorbed(name: str, module: nn.Module, kind: type[nn.Module], known_as: str) -> str | None:
-    """Why an inner module has to be called for its work, or None. A subclass may compute something else."""
+    """Return the reason why an inner module has to be called, or None. A subclass may compute something else."""
     if class_of(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not {known_as}"
     reason = replaced_method(module, kind, name)
@@ -190,7 +192,7 @@ def why_not_linear(name: str, linear: nn.Module) -> str | None:
     return why_not_absorbed(name, linear, nn.Linear, "an nn.Linear")
 
 
-# peft's LoRA around a Linear, once peft is imported.
+# peft's LoRA classes around a Linear, filled once peft is imported.
 _LORA: set[type] = set()
 
 
@@ -203,8 +205,9 @@ at_import("peft.tuners.lora.layer", _note_lora)
 
 
 def _why_not_lora(name: str, layer: Any) -> str | None:
-    """Why a LoRA layer may compute something else than W x + b + B A x, token by token, or None. For a pad token, which
-    is 0, that is the bias b.
+    """Return the reason why a LoRA layer may not compute W x + b + B A x token by token, or None.
+
+    For a pad token, which is 0, that is the bias b.
     """
     reason = replaced_method(layer, type(layer), name)
     if reason is None and (getattr(layer, "lora_variant", None) or any(getattr(layer, "lora_bias", {}).values())):
@@ -219,7 +222,7 @@ def _why_not_lora(name: str, layer: Any) -> str | None:
 
 
 def why_not_norm(name: str, norm: Any, width: int) -> str | None:
-    """Why a norm of rows of ``width`` elements has to be called for its work, or None."""
+    """Return the reason why a norm over rows of ``width`` elements has to be called, or None."""
     reason = why_not_absorbed(name, norm, nn.LayerNorm, "an nn.LayerNorm")
     if reason is None and norm.normalized_shape != (width,):
         return f"{name} does not normalise rows of {width} elements, but {norm.normalized_shape}"
@@ -227,7 +230,7 @@ def why_not_norm(name: str, norm: Any, width: int) -> str | None:
 
 
 def why_not_dropout(name: str, dropout: nn.Module) -> str | None:
-    """As :func:`why_not_absorbed`; an nn.Identity drops nothing."""
+    """The same as :func:`why_not_absorbed`, but an nn.Identity is accepted: it drops nothing."""
     return why_not_absorbed(
         name, dropout, nn.Identity if class_of(dropout) is nn.Identity else nn.Dropout, "an nn.Dropout"
     )
@@ -240,26 +243,28 @@ def why_not_window_attention(
     known_as: str = "an nn.Linear",
     takes_lora: bool = False,
 ) -> str | None:
-    """Why the work of a window attention module of Microsoft's form (qkv, softmax, attn_drop, proj) cannot be an op's
-    at present, or None. What its class is, and how it numbers its bias table, is for the caller to look at.
+    """Return the reason why no op can do a window attention's work at present, or None.
+
+    The module has Microsoft's form (qkv, softmax, attn_drop, proj). Callers check its class and the numbering of its
+    bias table.
 
     Args:
-        attn: the module. Without a softmax it calls the function.
-        name: what to call it.
-        kind, known_as: what its layers qkv and proj have to be.
-        takes_lora: whether peft's LoRA may be around them. Not where the library's code reads their weights itself.
+        attn: the module; one without a softmax module calls the function.
+        name: its name in the message.
+        kind, known_as: the class that its layers qkv and proj must have.
+        takes_lora: True if peft's LoRA may wrap them; False where the library's code reads their weights itself.
     """
     reason = replaced_method(attn, class_of(attn), name)
     if reason is not None:
         return reason
-    # A hook would see other shapes (on qkv, proj, proj_drop: the map instead of windows) or no call (on the others).
+    # Hooks on qkv, proj and proj_drop would see the map instead of windows; hooks on the others would see no call.
     if has_hooks(attn):
         return f"a hook is registered on {name}"
     modules = attn._modules
     for key, module in modules.items():
         if module is not None and has_own_hooks(module):
             return f"a hook is registered on {name}.{key}"
-    # Any other layer may mix tokens, and its result for a pad token is not known; those after proj see the map.
+    # Other layers may mix tokens or change the result for a pad token; those after proj see the map.
     for key, kinds, right in (
         ("qkv", (kind,), known_as),
         ("proj", (kind,), known_as),

@@ -1,4 +1,4 @@
-"""What the modules that accelerate has replaced run on, seen in one call of the model."""
+"""Records, in one call of the model, which ops and backends the replaced modules run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from swinkernels.ops._backends import observe_choices
 
 @dataclass(frozen=True)
 class Ran:
-    """A replaced module in a call of the model."""
+    """A replaced module in one call of the model."""
 
     path: str
     module_class: str
-    # By op and backend, how often the module called it. Calls of replaced modules inside it are theirs.
+    # (op, backend) -> number of calls by the module, without those of replaced modules inside it.
     calls: dict[tuple[str, str], int]
-    # Why the op of its main part was not among them, if it was not.
+    # Why the op of its main part is missing, or None.
     reason: str | None = None
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Ran:
 
 
 class _Plain(TorchDispatchMode):
-    """Runs every op as it is. The ops of this package look nothing up while a mode is on, so each call is seen."""
+    """Runs every op as it is. With any mode on, the ops skip their cache, so every call is observed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -44,10 +44,10 @@ class _Plain(TorchDispatchMode):
 def run_and_watch(
     model: nn.Module, replaced: dict[str, tuple[str, Callable[[nn.Module], str | None]]], inputs: Any, options: Any
 ) -> list[Ran]:
-    """Call a model once, without gradients, and say what each of its replaced modules called.
+    """Call a model once, without gradients, and return the ops that each of its replaced modules called.
 
-    ``replaced`` has by path, of a replaced module, the op that does its main part, and why the library's own code runs
-    that whatever the call is.
+    ``replaced`` maps the path of a replaced module to the op of its main part and to a function that returns why the
+    library's own code runs regardless of the call, or None.
     """
     modules = {path: model.get_submodule(path) for path in replaced}
     known = {modules[path]: of_module for path, of_module in replaced.items()}
@@ -76,7 +76,7 @@ def run_and_watch(
         if running:
             calls[running[-1]][op, backend] += 1
 
-    # Hooks would make modules run the library's own code.
+    # Patched forwards and not hooks, with which modules would run the library's own code.
     with contextlib.ExitStack() as stack:
         for cls in {type(m) for m in modules.values() if isinstance(m, Accelerated)}:
             stack.enter_context(_wrapped_forward(cls, entered))
@@ -102,7 +102,7 @@ _OTHER_CALL = "its own code ran: the op does not take this call's map, mask, dty
 
 
 def _reason(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why a copy ran its own code, or None."""
+    """Return the reason why a copy ran its own code, or None."""
     call = getattr(module, "_swinkernels_call", None)
     if call is None or not args:
         return None

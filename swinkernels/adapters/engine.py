@@ -1,4 +1,4 @@
-"""accelerate and restore: they find the modules that an adapter knows and swap their classes."""
+"""accelerate and restore: find the modules that have an adapter and swap their classes."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ from swinkernels.ops._backends import check_backend
 
 
 def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> Report:
-    """Let the supported modules of a model run on this package's ops, in place.
+    """Make the supported modules of a model run on this package's ops, in place.
 
-    Only the class of a module changes, to a subclass that computes the same in another way: parameters, buffers,
-    ``state_dict``, hooks and ``isinstance`` stay, ``copy.deepcopy`` and ``pickle`` work, and :func:`restore` undoes it.
-    It may be called again, with another backend, or after the model was changed.
+    Only the class of a module changes, to a subclass that computes the same result another way. Parameters, buffers,
+    ``state_dict``, hooks and ``isinstance`` stay, ``copy.deepcopy`` and ``pickle`` work, and :func:`restore` undoes the
+    change. Call it again to change the backend, or after changing the model.
 
     Args:
-        model: any module, on any device, in any dtype. Supported are the Swin blocks and the patch merging of the
-            libraries that have an adapter, and copies of Microsoft's Swin block, whatever package they are of, if they
-            do what their form says: each class is tried on random numbers beside its own forward first.
+        model: any module, on any device, in any dtype. Supported are the Swin blocks and the patch merging of libraries
+            with an adapter, and copies of Microsoft's Swin block in any package. Each class of copies is first tried on
+            random numbers against its own forward.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", as in the ops. "auto" chooses at every call.
-            Norms, residual connections and patch merging stay the library's own code where "auto" finds no kernel and
-            where the named backend does not have them; attention is then plain PyTorch's, or refused.
-        verify: compare each replaced module with the original on a random map, of the module's own size if it has one,
-            outputs and gradients, before anything is changed.
+            Norms, residual connections and patch merging stay the library's own code where "auto" finds no kernel, or
+            the named backend has none; attention is then plain PyTorch's, or refused.
+        verify: first compare outputs and gradients of each replaced module with the original's on a random map, of the
+            module's own size if it has one.
 
     Returns:
-        A :class:`Report` of what was replaced, what it runs on, and what was left and why. A model without supported
-        modules is left as it is, and ``Report.reason`` says so.
+        A :class:`Report` of the modules replaced and their backends, and of those left as they were, with reasons. A
+        model without supported modules is left as it is, and ``Report.reason`` says so.
 
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: there is no such backend.
-        VerificationError: ``verify`` found a module that differs; the model is as it was.
+        VerificationError: ``verify`` found a module that differs; the model is unchanged.
     """
     _check_module("accelerate", model)
     check_backend("accelerate", backend)
@@ -77,7 +77,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
             library = STRUCTURAL if adapter is None else adapter.name
             report.skipped.append(Skipped(path, name, library, str(reason)))
             was_changed = isinstance(module, Accelerated) and not derived_since(module)
-            if was_changed and why_distributed(module) is None:  # what was sharded stays as it was sharded
+            if was_changed and why_distributed(module) is None:  # a sharded module stays as it is
                 to_restore.append(module)
             continue
         chosen, remarks = backend_choice(adapter, module, backend)
@@ -99,17 +99,17 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
 
 
 def _why_own_code(adapter: Adapter, module: nn.Module) -> str | None:
-    """Why the library's own code does the work of parts of a module, or None."""
+    """Return the reason why the library's own code runs parts of a module, or None."""
     reasons = (part.reason_to_fall_back(module) for part in adapter.parts)
     return "; ".join(dict.fromkeys(reason for reason in reasons if reason is not None)) or None
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`accelerate`: every replaced module is the library's own again. Other modules are left alone.
+    """Undo :func:`accelerate`: every replaced module gets the library's class back. Other modules stay as they are.
 
     Raises:
         TypeError: ``model`` is not a module.
-        RuntimeError: the class of a replaced module was changed since, as ``fully_shard`` does; nothing is undone.
+        RuntimeError: other code has changed the class of a replaced module, as ``fully_shard`` does; nothing is undone.
     """
     _check_module("restore", model)
     for path, module in model.named_modules():
@@ -127,13 +127,13 @@ def _check_module(op: str, model: Any) -> None:
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-# Path, module, its adapter (None for what only looks like a block, to the structural adapter) and, if it is clear, why
-# not to touch it.
+# Path, module, its adapter (None for a module that only looks like a block, to the structural adapter) and, if known,
+# the reason to leave it as it is.
 Candidate = tuple[str, nn.Module, Adapter | None, str | None]
 
 
 def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) -> Iterator[Candidate]:
-    """Every module that an adapter or a form knows, each once. Libraries' own adapters go first, by exact class."""
+    """Yield every module with an adapter or a form, each once. Libraries' own adapters go first, by exact class."""
     by_class = {cls: adapter for adapter in adapters for cls in (adapter.original, adapter.accelerated)}
     seen: set[nn.Module] = set()
 
@@ -146,7 +146,7 @@ def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) ->
             seen.update(module.modules())
             inside = list(module.modules())
             found = {a.name: a for a in reversed(adapters) if any(_resembles(m, a) for m in inside)}
-            for of_library in found.values():  # one of each library
+            for of_library in found.values():  # one per library
                 yield path, module, of_library, closed
             named = [form.name for form in forms if any(form.fits(m) for m in inside)]
             if named:
@@ -171,7 +171,7 @@ def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) ->
             if adapter is None and reason is None:
                 unknown = lookalike.why_unknown(module)
                 reason = None if reported else unknown
-            # What is said of a block says enough of its attention, if that is left.
+            # A reported block covers its attention, if that is left as it is.
             if adapter is not None or (reason is not None and not reported):
                 yield path, module, adapter, reason
             reported = reported or adapter is not None or reason is not None
@@ -185,14 +185,14 @@ def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) ->
 
 def _resembles(module: nn.Module, adapter: Adapter) -> bool:
     original = adapter.original
-    if isinstance(module, torch.jit.ScriptModule):  # it has another class, and remembers its first one
+    if isinstance(module, torch.jit.ScriptModule):  # has another class, and remembers the original one
         name = str(module._c._type().qualified_name())
         return module.original_name == original.__name__ and f".{original.__module__}." in name
     return isinstance(module, original)
 
 
 def _closed(module: nn.Module) -> str | None:
-    """Why nothing inside a module may be changed, or None."""
+    """Return the reason why nothing inside a module may be changed, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript: accelerate the model before"
     if isinstance(module, torch.fx.GraphModule):

@@ -1,9 +1,8 @@
-"""Masks and position indices as libraries store them or hand them on, by the formulas that the ops follow: where a
-module has other values, the library's own code runs.
+"""Masks and position indices, stored or passed by libraries, compared with the formulas that the ops follow.
 
-``is_window_index``, ``is_stored_mask`` and ``holds`` are asked at every call of an accelerated module, so that a buffer
-assigned, loaded or changed in place after ``accelerate`` counts. The values of a tensor are read once: while it is the
-same tensor at the same version, the answer is looked up (0.4 us).
+A module with other values runs the library's own code. ``is_window_index``, ``is_stored_mask`` and ``holds`` are called
+at every call of an accelerated module, so a buffer assigned, loaded or changed in place after ``accelerate`` counts. A
+tensor's values are read once: the answer is cached while the tensor and its version stay the same (0.4 us).
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from swinkernels.ops._library import constant_when_compiled
 
 
 def frame_of(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """The map's size rounded up to whole windows, per axis."""
+    """Round the map's size up to whole windows, per axis."""
     return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
 
 
 def shift_regions(
     frame: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The region number of every token of every window, (num_windows, N)."""
+    """(num_windows, N): the region number of every token of every window."""
     rank = len(frame)
     region = torch.zeros([1] * rank, dtype=torch.long, device=device)
     for axis, (p, w, s) in enumerate(zip(frame, window, shift, strict=True)):
@@ -47,19 +46,19 @@ def shift_mask(
     value: float = -100.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The mask that libraries add to the scores, (num_windows, N, N): a value between tokens of different regions."""
+    """(num_windows, N, N): the mask that libraries add to the scores, ``value`` between tokens of different regions."""
     region = shift_regions(frame, window, shift, device)
     apart = region[:, :, None] != region[:, None, :]
     return torch.zeros(apart.shape, device=device).masked_fill(apart, value)
 
 
-# In place of -inf, of which a kernel cannot take differences: its exponential is 0, too, and every token sees its own
+# Replaces -inf, of which a kernel cannot take differences. Its exponential is 0, too, and every token shares its own
 # region.
 MASKED = -1e9
 
 
 def window_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """relative_position_index, (N, N): the row of the bias table by (query - key) + window - 1, row-major."""
+    """(N, N): relative_position_index, the row of the bias table by (query - key) + window - 1, row-major."""
     tokens = torch.cartesian_prod(*(torch.arange(w, device=device) for w in window))
     tokens = tokens.reshape(-1, len(window))
     index = torch.zeros(len(tokens), len(tokens), dtype=torch.long, device=device)
@@ -68,19 +67,19 @@ def window_index(window: Sequence[int], device: torch.device | str = "cpu") -> T
     return index
 
 
-# By the id of a tensor: a weak reference to it, its version, what it was compared with, and the outcome.
+# id of a tensor -> a weak reference to it, its version, the formula that it was compared with, and the outcome.
 _SEEN: dict[int, tuple[Callable[[], Any], int, tuple[Any, ...], bool]] = {}
 
 
 def holds(x: Any, asked: tuple[Any, ...]) -> bool:
-    """Whether a tensor that a module stores has the values of a formula, in any shape of as many elements. Where its
-    values cannot be read, they count as others.
+    """Return True if a module's stored tensor has the values of a formula, in any shape of the same size.
 
-    A compiler asks while it traces, and so does torch.export: there, of a tensor seen before.
+    Values that cannot be read count as different. Compilers and torch.export ask while they trace; the latter gets the
+    cached answer of the tensor.
 
     Args:
-        x: the tensor, or whatever is in its place.
-        asked: the formula and its arguments but for the device, tuples of ints.
+        x: the tensor, or any other value in its place.
+        asked: the formula and its arguments, except the device, as tuples of ints.
     """
     if torch.compiler.is_dynamo_compiling():
         return _holds_when_traced(x, *asked)
@@ -91,25 +90,25 @@ def holds(x: Any, asked: tuple[Any, ...]) -> bool:
 
 
 def is_window_index(x: Any, window: Sequence[int]) -> bool:
-    """Whether a stored index of the bias table is :func:`window_index`."""
+    """Return True if a stored index of the bias table is :func:`window_index`."""
     return holds(x, (window_index, tuple(window)))
 
 
 def is_stored_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
-    """Whether a stored mask is :func:`shift_mask`."""
+    """Return True if a stored mask is :func:`shift_mask`."""
     return holds(mask, (shift_mask, tuple(frame), tuple(window), tuple(shift)))
 
 
 def is_shift_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
-    """Whether a mask that a module is called with is :func:`shift_mask`: a compiler cannot say.
+    """Return True if a mask passed to a module is :func:`shift_mask`; False under a compiler, which cannot read it.
 
-    It is read once, however many modules get it: on a GPU that is a synchronisation.
+    It is read once for all modules that get it, because on a GPU reading synchronises.
     """
     return not torch.compiler.is_compiling() and is_stored_mask(mask, frame, window, shift)
 
 
 def value_of_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> float | None:
-    """As :func:`is_shift_mask`, with a value of -100 or -inf: the mask_value of an op for it, or None."""
+    """Return -100 or -inf, the op's mask_value, if a passed mask is :func:`shift_mask` with that value; else None."""
     if is_shift_mask(mask, frame, window, shift):
         return -100.0
     infinite = (shift_mask, tuple(frame), tuple(window), tuple(shift), -math.inf)
@@ -118,7 +117,7 @@ def value_of_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift:
 
 @constant_when_compiled
 def _holds_when_traced(x: Any, *asked: Any) -> bool:
-    """:func:`holds`; dynamo calls it with the tensor itself and keeps the answer in its code."""
+    """:func:`holds`, called by dynamo with the real tensor; the answer becomes a constant of the compiled code."""
     return _compare(x, asked)
 
 
@@ -132,10 +131,10 @@ def _compare(x: Any, asked: tuple[Any, ...]) -> bool:
         return False
     with _disable_current_modes(), torch.no_grad():
         expected = formula(*geometry, device=x.device)
-        if x.is_meta:  # without values
+        if x.is_meta:  # no values
             return x.numel() == expected.numel()
         same = x.numel() == expected.numel() and torch.equal(x.reshape(-1).to(expected.dtype), expected.reshape(-1))
-    if not x.is_inference():  # whose changes are not counted
+    if not x.is_inference():  # inference tensors do not count changes
         key = id(x)
         _SEEN[key] = weakref.ref(x, lambda gone: _forget(key, gone)), x._version, asked, same
     return same
@@ -148,7 +147,7 @@ def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
 
 
 def _seen_behind(fake: Any, asked: tuple[Any, ...]) -> bool:
-    """What was seen of the tensor in whose place torch.export has put a fake one."""
+    """Return the cached outcome for the tensor that torch.export's fake tensor replaces."""
     converter = fake.fake_mode.fake_tensor_converter.meta_converter
     for reference, version, compared_with, same in list(_SEEN.values()):
         real = reference()

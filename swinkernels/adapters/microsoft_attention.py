@@ -1,4 +1,4 @@
-"""A window attention of Microsoft's form, v1 or v2, that several libraries copied: where it keeps its parameters."""
+"""Access to the parameters of window attention in Microsoft's form, v1 or v2, which several libraries copied."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def resembles_attention(attn: nn.Module | None) -> bool:
-    """Whether a module keeps what a window attention of Microsoft's form, v1 or v2, keeps."""
+    """Return True if a module has the attributes of a window attention in Microsoft's form, v1 or v2."""
     if attn is None or isinstance(attn, torch.jit.ScriptModule):
         return False
     has_bias = hasattr(attn, "logit_scale" if is_cosine(attn) else "relative_position_bias_table")
@@ -18,8 +18,8 @@ def resembles_attention(attn: nn.Module | None) -> bool:
 
 
 def is_cosine(attn: nn.Module) -> bool:
-    """Whether it is of v2: by a module, for replicas, flattened and parametrised modules keep their parameters in other
-    places than ``_parameters``.
+    """Return True for v2, judged by a module: replicas, flattened and parametrised modules may keep their parameters
+    outside ``_parameters``.
     """
     return "cpb_mlp" in attn._modules
 
@@ -42,7 +42,7 @@ def bias_table(attn: Any) -> Tensor:
 
 
 def score_factor(attn: Any) -> dict[str, Any]:
-    """The op's arguments for it: v1's or v2's."""
+    """The op's arguments that scale the scores in v1 or v2."""
     return {"logit_scale": attn.logit_scale} if is_cosine(attn) else {"scale": getattr(attn, "scale", None)}
 
 

@@ -1,4 +1,4 @@
-"""Residual connections with their norms, and patch merging, as libraries have them, on ops."""
+"""Libraries' residual connections with their norms, and their patch merging, on ops."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from swinkernels.ops._library import autocast_dtype, linear_dtype
 
 
 def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that torch's LayerNorm returns where x is, for a dtype: autocast runs it in float32, but on a CPU."""
+    """The dtype that torch's LayerNorm returns for ``dtype`` on x's device: float32 under autocast, except on a CPU."""
     return torch.float32 if autocast_dtype(x) is not None and x.device.type != "cpu" else dtype
 
 
 def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
-    """A norm whose result only a Linear reads: under autocast, in the dtype to which that would cast it."""
+    """A norm that only a Linear reads: under autocast, in the dtype to which the Linear would cast it."""
     norm, dtype = child(block, name), autocast_dtype(x)
     if dtype is None or why_not_norm(name, norm, width) is not None:
         return norm(x)
@@ -43,13 +43,13 @@ def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
 
 
 def _in_another_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether parameters are of another dtype or device than a module's input: torch's own code says if that can be."""
+    """Return True if parameters differ from the input in dtype or device; torch's own code then handles the case."""
     dtype = None if autocast_dtype(x) is not None else x.dtype
     return any(p is not None and (p.device != x.device or (dtype or p.dtype) != p.dtype) for p in parameters)
 
 
 def norm_row(norm: str) -> Callable[[Any], int]:
-    """How to ask a block how long the rows of a norm of its are; 0 if that is not known."""
+    """Make a function that returns a block's norm's row length, or 0 if unknown."""
 
     def row(block: Any) -> int:
         shape = getattr(child(block, norm), "normalized_shape", ())
@@ -59,7 +59,7 @@ def norm_row(norm: str) -> Callable[[Any], int]:
 
 
 def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What timm's DropPath would multiply each sample of y, in that dtype, by: the same random numbers. None for 1."""
+    """timm's DropPath as a factor per sample of y, from the same random numbers; None stands for 1."""
     if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
     keep = 1 - drop_path.drop_prob
@@ -71,21 +71,21 @@ def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | N
 class Residual:
     """A residual connection of a block and the norm next to it, in one op."""
 
-    # The names of the block's modules; there is no drop_path where the branch itself ends with it.
+    # The names of the block's modules; drop_path is empty if the branch itself ends with it.
     norm: str
     drop_path: str | None = None
-    # The library's DropPath, and how a reader knows it. An nn.Identity stands for p = 0.
+    # The library's DropPath class and its readable name. An nn.Identity stands for p = 0.
     kind: type[nn.Module] = nn.Identity
     known_as: str = "an nn.Identity"
-    # Whether the first thing that happens to the norm's result under autocast is a Linear's cast, seen by nobody.
+    # True if, under autocast, a Linear casts the norm's result before anything else can read it.
     casts_its_input: Callable[[Any], bool] = lambda block: False
-    # The channels of the block.
+    # The block's channels.
     width: Callable[[Any], int] = lambda block: block.dim
-    # What the library's DropPath multiplies each sample of a branch by, drawn as it draws.
+    # The factor of each sample of a branch in the library's DropPath, drawn in the same way.
     scale: Callable[[Any, Tensor, torch.dtype], Tensor | None] = drop_path_scale
 
     def why_not(self, block: Any) -> str | None:
-        """Why it has to be the library's own code at present, or None."""
+        """Return the reason why the library's own code has to run at present, or None."""
         reason = why_not_norm(self.norm, child(block, self.norm), self.width(block))
         if reason is not None or self.drop_path is None:
             return reason
@@ -94,8 +94,8 @@ class Residual:
         return why_not_absorbed(self.drop_path, drop, kind, self.known_as)
 
     def add_then_norm(self, block: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The residual stream s = x + drop_path(y) and norm(s), or None where the library's own code has to run."""
-        # The op returns s in the dtype of x, and the norm in that of y, under autocast a narrower one than norm's.
+        """Return s = x + drop_path(y) and norm(s), or None where the library's own code has to run."""
+        # The op returns s in the dtype of x and the norm in that of y, which is narrower than norm's under autocast.
         if torch.promote_types(x.dtype, y.dtype) != x.dtype or not (
             y.dtype == norm_dtype(x, x.dtype) or (y.dtype == autocast_dtype(x) and self.casts_its_input(block))
         ):
@@ -106,7 +106,7 @@ class Residual:
         return residual_layer_norm(x, y, **self._arguments(block, y, y.dtype))
 
     def add_normed(self, block: Any, x: Tensor, y: Tensor) -> Tensor | None:
-        """x + drop_path(norm(y)), or None where the library's own code has to run."""
+        """Return x + drop_path(norm(y)), or None where the library's own code has to run."""
         dtype = norm_dtype(y, y.dtype)
         # The op returns the sum in the dtype of x.
         if torch.promote_types(x.dtype, dtype) != x.dtype or self.why_not(block) is not None:
@@ -117,7 +117,7 @@ class Residual:
         return residual_post_norm(x, y, **self._arguments(block, y, dtype))
 
     def _arguments(self, block: Any, y: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """Those of the op beside stream and branch; a scale is drawn in the dtype."""
+        """The op's arguments after stream and branch; a drop path scale is drawn in ``dtype``."""
         norm = child(block, self.norm)
         return {
             "weight": norm.weight,
@@ -128,7 +128,7 @@ class Residual:
         }
 
     def part(self, weight: Callable[[Any], Tensor]) -> Part:
-        """For the adapter; ``weight`` gives one with the block's dtype and device."""
+        """Describe this connection for the adapter; ``weight`` returns a tensor with the block's dtype and device."""
         return norm_part(
             "residual and norm",
             "residual_layer_norm",
@@ -140,7 +140,7 @@ class Residual:
 
 
 def why_no_residual(residuals: Sequence[Residual], block: Any) -> str | None:
-    """Why the library's own code has to run all of a block's residual connections, or None."""
+    """Return the reason why the library's own code has to run all residual connections of a block, or None."""
     reasons = [residual.why_not(block) for residual in residuals]
     return None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
 
@@ -153,7 +153,7 @@ def residuals_adapter(
     attention_size: Callable[[Any], tuple[int, ...]],
     **options: Any,
 ) -> Adapter:
-    """That of a library's block whose attention has an adapter of its own.
+    """Make the adapter of a block whose attention has an adapter of its own.
 
     ``attention_size`` is the map that ``block.attn`` was made for; ``options`` are other fields of :class:`Adapter`.
     """
@@ -175,17 +175,17 @@ def residuals_adapter(
 class Merging:
     """Patch merging by modules ``norm`` and ``reduction``, in one op."""
 
-    # "pre" (v1): the norm comes before the reduction, or "post" (v2): after it.
+    # "pre" (v1): the norm precedes the reduction, or "post" (v2): it follows.
     norm: str
-    # The rows that are normalised, for a merging.
+    # The length of a merging's normalised rows.
     width: Callable[[Any], int]
-    # The order of the neighbours' channels for a map of so many axes, as the op knows it.
+    # The order of the neighbours' channels, in the op's terms, for a map of this many axes.
     order: Callable[[int], str] = lambda axes: "swin"
-    # Why a merging does something else than that at present, or None.
+    # The reason why a merging computes something else at present, or None.
     why_not_usual: Callable[[Any], str | None] = lambda merging: None
 
     def why_not(self, merging: Any) -> str | None:
-        """Why it has to be the library's own code at present, or None."""
+        """Return the reason why the library's own code has to run at present, or None."""
         unusual = replaced_method(merging, original_class(merging)) or self.why_not_usual(merging)
         if unusual is not None:
             return unusual
@@ -196,11 +196,11 @@ class Merging:
         return reason or why_not_norm("norm", child(merging, "norm"), self.width(merging))
 
     def run(self, merging: Any, x: Tensor) -> Tensor | None:
-        """The merged map by the op, or None where the library's own code has to run."""
+        """Return the merged map, or None where the library's own code has to run."""
         if self.why_not(merging) is not None:
             return None
         norm, weight = child(merging, "norm"), child(merging, "reduction").weight
-        is_plain = type(weight) in (Tensor, nn.Parameter, FakeTensor)  # the op may take its columns in another order
+        is_plain = type(weight) in (Tensor, nn.Parameter, FakeTensor)  # the op may reorder its columns
         if not is_plain or _in_another_dtype(x, norm.weight, norm.bias, weight):
             return None
         out = patch_merging(
@@ -234,7 +234,7 @@ class Merging:
         input_shape: Callable[[Any], tuple[int, ...]],
         **options: Any,
     ) -> Adapter:
-        """That of a library's merging; ``options`` are other fields of :class:`Adapter`."""
+        """Make the adapter of a library's merging; ``options`` are other fields of :class:`Adapter`."""
         watch(original, methods=("maybe_pad",))
         given = {"reason_to_skip": self.why_not, "weight": lambda merging: merging.reduction.weight, **options}
         return Adapter(name, original, accelerated, parts=(self.part(),), input_shape=input_shape, **given)

@@ -1,4 +1,4 @@
-"""The parts of a module's work that ops can take over: what a report has to know of each."""
+"""The parts of a module's work that ops can take over, as the report sees them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 
 @dataclass(frozen=True)
 class Part:
-    """What one op of this package can do of a module's work; a module is of one of an adapter's two classes."""
+    """The work of a module that one op can do. The functions take a module of either class of an adapter."""
 
     name: str
-    # The op, as the backends list it.
+    # The op, by its name in the lists of the backends.
     op: str
-    # Why the library's own code runs it at present, whatever the backend, or None.
+    # The reason why the library's own code runs it at present, on any backend, or None.
     reason_to_fall_back: Callable[[Any], str | None]
-    # Why a backend cannot run it in the module's own dtype and on its device; the bool is for training.
+    # The reasons why a backend cannot run it in the module's dtype and on its device; the bool is True for training.
     reasons: Callable[[Any, str, bool], list[str]]
 
 
 def op_on(backend: str) -> Callable[..., Tensor]:
-    """The two window attention ops on a backend: for (qkv, **arguments) and for (q, k, v, **arguments)."""
+    """Return both window attention ops on a backend in one function: of (qkv, **arguments) or (q, k, v, **arguments)."""
 
     def attend(*maps: Tensor, **arguments: Any) -> Tensor:
         op = window_attention_qkvpacked if len(maps) == 1 else window_attention
@@ -43,13 +43,13 @@ def window_attention_part(
     dropout_p: Callable[[Any], float],
     reason_to_fall_back: Callable[[Any], str | None],
 ) -> Part:
-    """Attention by window_attention_qkvpacked.
+    """Describe attention by window_attention_qkvpacked.
 
     Args:
-        weight: the QKV weight, (3C, channels of the input).
-        map_size: the tokens of the map that the module was made for, per axis.
-        arguments: those of the op that say where the windows are. No tensors: a report makes none of parameters.
-        dropout_p: the probability of attention dropout in training.
+        weight: returns the QKV weight, (3C, channels of the input).
+        map_size: returns the tokens per axis of the map that the module was made for.
+        arguments: returns the op's arguments that define the windows, without tensors: a report computes no bias.
+        dropout_p: returns the probability of attention dropout in training.
         reason_to_fall_back: as in :class:`Part`.
     """
 
@@ -61,7 +61,7 @@ def window_attention_part(
         no_tokens = torch.empty(0, dtype=qkv_weight.dtype, device=qkv_weight.device)  # the weight may be of any class
         try:
             spec = spec_of("accelerate", no_tokens, size, head_dim, **given, dropout_p=p)
-        except ValueError as error:  # the op refuses the call on every backend, such as a window of too many tokens
+        except ValueError as error:  # refused by every backend, for example a window of too many tokens
             return [str(error)]
         return window_attention_reasons(backend, spec, qkv_weight.dtype, qkv_weight.device)
 
@@ -76,14 +76,14 @@ def norm_part(
     arguments: Callable[[Any], tuple],
     reason_to_fall_back: Callable[[Any], str | None],
 ) -> Part:
-    """An op with a norm in it.
+    """Describe an op with a norm in it.
 
     Args:
-        name: of the part.
+        name: the part's name.
         op: as in :class:`Part`.
-        weight: one with the module's dtype and device.
-        reasons_of_op: (backend, *arguments, dtypes, device) -> why the backend cannot run the op.
-        arguments: what the op's reasons depend on beside dtypes and device.
+        weight: returns a tensor with the module's dtype and device.
+        reasons_of_op: (backend, *arguments, dtypes, device) -> the reasons why the backend cannot run the op.
+        arguments: returns the arguments of ``reasons_of_op`` other than dtypes and device.
         reason_to_fall_back: as in :class:`Part`.
     """
 

@@ -1,4 +1,4 @@
-"""What accelerate did, as data and as a table."""
+"""The result of accelerate, as data and as a table."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Replaced:
     path: str
     module_class: str
     adapter: str
-    # What runs its main part (a block's attention, a v2 block's norms): the backend asked for, or what "auto" takes for
+    # Runs the main part (a block's attention, a v2 block's norms): the requested backend, or the choice of "auto" for
     # the module's device and dtype in eval mode, or the library's name where its own code runs.
     backend: str
-    # Per part, why a faster backend does not run it, or why the one asked for cannot.
+    # For each part, why no faster backend runs it, or why the requested one cannot.
     remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module that an adapter knows, left as it was."""
+    """A module with an adapter that was left as it was."""
 
     path: str
     module_class: str
@@ -42,23 +42,23 @@ class Report:
 
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    # Why nothing was replaced, if nothing was.
+    # The reason why nothing was replaced, or None.
     reason: str | None = None
-    # The model, while it lives, and why a replaced module of it runs the library's own code at present.
+    # A weak reference to the model.
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
-    # By path: the op of a module's main part, and why the library's own code runs it.
+    # Path -> the op of a module's main part, and a function that returns why the library's own code runs it, or None.
     _parts: dict[str, tuple[str, Callable[[nn.Module], str | None]]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
     def check(self, *inputs: Any, **options: Any) -> Check:
-        """Run the model once, and list for each replaced module the ops that it called and their backends.
+        """Run the model once and list, for each replaced module, the ops that it called and their backends.
 
-        The call is ``model(*inputs, **options)`` in the mode that the model is in, without gradients. The numbers that
-        random number generators give next stay as they are.
+        The call is ``model(*inputs, **options)`` in the model's present mode, without gradients. The states of the
+        random number generators are restored.
 
         Raises:
-            RuntimeError: the model is gone, or this report was unpickled.
+            RuntimeError: the model no longer exists, or this report was unpickled.
         """
         model = None if self._model is None else self._model()
         if model is None:
@@ -97,7 +97,7 @@ class Report:
 
 @dataclass
 class Check:
-    """What the replaced modules ran in one call of the model; ``print`` it for a table."""
+    """The ops and backends of the replaced modules in one call of the model; ``print`` it for a table."""
 
     modules: list[Ran]
 
@@ -116,7 +116,7 @@ def _name(path: str) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines of aligned columns, the first one underlined."""
+    """Format rows as lines of aligned columns, the first one underlined."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

@@ -1,4 +1,4 @@
-"""A replaced module beside the original one, on random numbers."""
+"""Compares a replaced module with the original on random numbers."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from torch import Tensor, nn
 from swinkernels.adapters.adapter import Adapter, restore_class, swap_class
 from swinkernels.adapters.bypass import remove_hooks
 
-_BATCH = 2  # a wrong stride between images shows from the second on
+_BATCH = 2  # a wrong stride between images shows only from the second image on
 
 
 class VerificationError(RuntimeError):
-    """The accelerated module does not compute what the original one does."""
+    """The accelerated module does not compute the same as the original."""
 
 
 def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, backend: str) -> None:
-    """Raise VerificationError unless the accelerated module's output and gradients are as good as the original's.
+    """Raise VerificationError unless the accelerated module's output and gradients are as accurate as the original's.
 
-    Both run on copies without hooks, in eval mode, on the same random map; the judge is the original in float64. The
-    accelerated error may be at most twice the original's (four times in gradients of parameters in float32 and float64;
-    more for a few elements), plus what rounding the result to the dtype costs, plus twice the change that moving the
-    input and the parameters by an eps makes. A gradient that is zero may be a rounding of the largest one. The module,
-    its gradients and the state of every random number generator stay as they are.
+    Both run as copies without hooks, in eval mode, on the same random map, and are compared with the original in
+    float64. The accelerated error may be at most twice the original's (four times for parameter gradients in float32
+    and float64; more for tensors of few elements), plus the rounding of the result to the dtype, plus twice the change
+    that moving the input and the parameters by an eps makes. A gradient that is zero may be as large as a rounding
+    error of the largest gradient. The module, its gradients and the state of every random number generator stay as they
+    are.
 
     Args:
-        adapters: of the modules that are about to be accelerated, this one and those inside it among them.
-        path, module: which one to look at.
-        backend: what accelerate was asked for.
+        adapters: the adapters of all modules about to be accelerated, this one and those inside it included.
+        path, module: the module to compare.
+        backend: the backend given to accelerate.
     """
     adapter = adapters[module]
     weight = adapter.weight(module)
@@ -51,7 +52,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
                 swap_class(adapters[m], m_of_fast, backend)
         plain64 = copy.deepcopy(plain).to(torch.float64)
         with torch.no_grad():
-            # Of a copy: a module may keep what it makes without gradients.
+            # On a copy: a module may cache tensors that it makes without gradients.
             shape = adapter.run(copy.deepcopy(plain), x).shape
             dout = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
         shaken64 = copy.deepcopy(plain64)
@@ -69,7 +70,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
 
 
 def _shake(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """x, in float64, with every element moved up or down by the eps of the dtype."""
+    """x in float64, with every element moved up or down by the eps of the dtype."""
     up = torch.randint(0, 2, x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
     return x * (1 + torch.finfo(dtype).eps * (2 * up - 1))
 
@@ -84,26 +85,26 @@ def _run(adapter: Adapter, module: nn.Module, x: Tensor, dout: Tensor) -> dict[s
 
 
 def _check(path: str, name: str, got: Tensor, plain: Tensor, shaken: Tensor, exact: Tensor, *, largest: float) -> None:
-    finite = plain.isfinite()  # timm's v2 divides 0 by 0 in float16 for what it pads
+    finite = plain.isfinite()  # timm's v2 computes 0 / 0 in float16 for pad tokens
     got, plain, shaken, exact = got[finite], plain[finite], shaken[finite], exact[finite]
     if got.numel() == 0:
         return
     eps = torch.finfo(got.dtype).eps
-    # Sums of a thousand terms, which may cancel, round by their order too, in float32 beside the last rounding of the
-    # result, and in float64, which has no wider judge, beside nothing else.
+    # Sums of a thousand terms, which may cancel, also depend on their order: in float32 in addition to the last
+    # rounding of the result, and in float64, which is its own judge, as the only error.
     rounding = {torch.float64: 256, torch.float32: 4}.get(got.dtype, 1) * eps
-    # The gradient of a parameter sums over all tokens, in another order here. That of v2's position MLP passes through
-    # a table of a few dozen such sums, which cancel: the error of one of them is in all of its elements.
+    # The gradient of a parameter sums over all tokens, here in another order. That of v2's position MLP depends on a
+    # table of a few dozen such sums, which cancel, so the error of one of them spreads to all of its elements.
     of_parameter = name.startswith("the gradient of") and not name.endswith("the input")
     times = 4 if of_parameter and got.dtype in (torch.float32, torch.float64) else 2
-    # The rounding errors of a few elements, such as one for each head, say little of how large others may be.
+    # The rounding errors of a few elements, such as one per head, are a poor estimate of how large others may be.
     few = 1 + 20 / got.numel()
-    # Large scores and sums that cancel magnify every rounding, and the two do not round at the same places.
+    # Large scores and sums that cancel magnify every rounding, and the two modules round at different places.
     error, base, magnified = got.double() - exact, plain.double() - exact, shaken - exact
     for measure, of in (("RMS", lambda t: t.square().mean().sqrt()), ("largest", lambda t: t.abs().max())):
         size = of(exact).item()
         if size < 1e-9 * largest:
-            size = largest  # terms that cancel, such as the gradient of a constant in all scores, leave their roundings
+            size = largest  # cancelling terms, as in the gradient of a constant in all scores, leave their roundings
         e, limit = of(error).item(), few * ((times * of(base) + 2 * of(magnified)).item() + rounding * size)
         if not e <= limit:  # NaN fails
             where = path or "the model itself"

@@ -1,10 +1,9 @@
-"""Window attention of unknown classes, where the block around it is no published form (HAT's, which has a convolution
-beside its attention, or anybody's own): the module alone, on windows that its block has cut.
+"""Window attention of unknown classes inside a block of another form, such as HAT's with its convolution.
 
-Rolling and cutting stay the block's, so less is gained, but nothing of the block has to be known: x, the mask and, in
-HAT, the index of the bias table are arguments, and the op takes their sum, whatever it holds, as a dense bias. The
-windows of an image are the rows of a map, (images, windows, N, C), in windows of one row. Each class is trusted after a
-trial, with random masks.
+Only the attention module is replaced, on windows that its block has cut. Rolling and cutting stay in the block, so the
+gain is smaller, but the block may be of any form: x, the mask and, in HAT, the index of the bias table are arguments.
+The op takes bias plus mask, of any values, as a dense bias. The windows of an image become the rows of a map, (images,
+windows, N, C), with windows of one row. Each class is trusted after a trial with random masks.
 """
 
 from __future__ import annotations
@@ -45,20 +44,20 @@ from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 
 _INDEX = ("rpi", "relative_position_index")
-_IMAGES, _WINDOWS = 2, 3  # of a trial
+_IMAGES, _WINDOWS = 2, 3  # in a trial
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a window attention's forward takes after x."""
+    """The arguments of a window attention's forward after x."""
 
-    # The name of the argument with the index of the bias table, or None where it is the module's buffer.
+    # The name of the argument with the bias table's index, or None if the index is the module's buffer.
     index: str | None
     mask: str
 
 
 def _form_by_signature(original: Any) -> Form | None:
-    """What the signature of its forward says, or None where that is not a window attention's."""
+    """Infer the form from the signature of forward, or return None if it is not a window attention's."""
     taken = parameters_of(original)
     names = [p.name for p in taken]
     index = names[1] if len(names) > 2 and names[1] in _INDEX else None
@@ -75,12 +74,12 @@ def _volume(attn: Any) -> int:
 
 
 def _why_beyond_limits(attn: Any, n: int) -> str | None:
-    """Why the op takes no windows of N tokens with the module's heads, or None."""
+    """Return why the op cannot take windows of N tokens with the module's heads, or None."""
     return why_beyond_limits(attn.qkv.out_features // (3 * attn.num_heads), (n,))
 
 
 def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor | str:
-    """The op on the windows, or why the module's own code has to run."""
+    """Run the op on the windows, or return the reason why the module's own code has to run."""
     reason = attn._swinkernels_changed() or why_not_window_attention(attn)
     if reason is not None:
         return reason
@@ -116,8 +115,8 @@ def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor |
 class StructuralAttention(DynamicSubclass):
     """A window attention module on the op, with the sum of bias and mask as a dense bias.
 
-    Its own forward runs where the op cannot stand in for it: hooks inside, layers that are not nn.Linear, windows of
-    another size, tracing, anything that was changed since the trial.
+    Its own forward runs where the op cannot replace it: hooks inside, layers other than nn.Linear, windows of another
+    size, tracing, or any change since the trial.
     """
 
     _swinkernels_form: Form
@@ -127,7 +126,7 @@ class StructuralAttention(DynamicSubclass):
         self.__dict__["_swinkernels_snapshots"] = {"": Snapshot(self)}
 
     def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
-        """The op's result, or why the module's own code has to run."""
+        """Return the op's result, or the reason why the module's own code has to run."""
         if self._swinkernels_own_code(x):
             return "its code is traced, was replaced, or no kernel runs on the device"
         form = self._swinkernels_form
@@ -155,7 +154,7 @@ class StructuralAttention(DynamicSubclass):
 
 
 def _call(form: Form, attn: Any, x: Tensor) -> Tensor:
-    """Windows with a mask and without one."""
+    """Call the module on windows with a mask and without one."""
     n = x.shape[1]
     generator = torch.Generator("cpu").manual_seed(6)
     mask = 3 * torch.randn(min(_WINDOWS, len(x)), n, n, generator=generator, device="cpu").to(x)
@@ -172,13 +171,13 @@ def _put_in_place(form: Form, attn: nn.Module) -> None:
     attn.__dict__["_swinkernels_in_trial"] = True
 
 
-# By signature: what trials of a narrow copy found wrong, and what they then found at the module's own width.
+# By signature: the failures in trials of a narrow copy, then of one at the module's own width.
 _TRIALS: dict[tuple[Any, ...], str | None] = {}
 _AT_OWN_WIDTH: dict[tuple[Any, ...], str | None] = {}
 
 
 def _why_not(attn: Any, form: Form) -> str | None:
-    """What trials find wrong: a thorough one of a narrow copy, and a short one of its width."""
+    """Return the reason found by trials, or None: thorough ones of a narrow copy, then a short one at full width."""
     beyond = _why_beyond_limits(attn, _volume(attn))
     if beyond is not None:
         return beyond
@@ -226,7 +225,7 @@ def _try(attn: Any, form: Form, **options: Any) -> str | None:
 
 
 def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
-    """The adapter of a module that looks like a window attention, or why it has none; None for any other module."""
+    """Return (adapter, reason) for a module that looks like a window attention, one of them None; None for others."""
     original: Any = original_class(module)
     if not resembles_attention(module) or not hasattr(module, "window_size"):
         return None
@@ -235,7 +234,7 @@ def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
         return None
     try:
         reason = replaced_forward(module) or why_not_window_attention(module) or _why_not(module, form)
-    except Exception as error:  # attributes of a foreign class may hold anything
+    except Exception as error:  # an unknown class may store anything in its attributes
         reason = f"its attributes are not those of a window attention: {type(error).__name__}: {error}"
     return (_adapter(original, form), None) if reason is None else (None, reason)
 
@@ -244,7 +243,7 @@ def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
 
 
 def _part_reasons(attn: Any, backend: str, training: bool) -> list[str]:
-    """Why a backend cannot run the op for windows with a mask."""
+    """List the reasons why a backend cannot run the op for windows with a mask."""
     weight, heads, n = attn.qkv.weight, attn.num_heads, _volume(attn)
     bias = torch.empty((2, heads, n, n), device="meta")
     spec = spec_of(
@@ -273,7 +272,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
             _adapter,
             _swinkernels_others=tuple(parameters_of(original)[2 if form.index is None else 3 :]),
         ),
-        reason_to_skip=lambda attn: None,  # match has found none
+        reason_to_skip=lambda attn: None,  # match has checked it
         parts=(Part("attention", "window_attention", why_not_window_attention, _part_reasons),),
         input_shape=lambda attn: (_WINDOWS * _volume(attn), attn.qkv.in_features),
         weight=lambda attn: attn.qkv.weight,

@@ -1,4 +1,4 @@
-"""Accelerated subclasses that are made at run time, for classes of unknown packages; and how they are pickled."""
+"""Accelerated subclasses made at run time for classes of unknown packages, and their pickling."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from swinkernels.adapters.adapter import Accelerated, Adapter, derived_since, or
 from swinkernels.adapters.bypass import all_modules_have_hooks
 from swinkernels.adapters.copies.snapshot import Snapshot
 
-# The library that reports name for these classes.
+# The library's name in reports on these classes.
 NAME = "structural"
 
 
 def parameters_of(original: Any) -> list[inspect.Parameter]:
-    """What the forward of a class takes beside self."""
+    """Return the parameters of a class's forward, except self."""
     taken = list(inspect.signature(original.forward).parameters.values())[1:]
     return [p for p in taken if p.kind is not inspect.Parameter.VAR_KEYWORD]
 
 
 def others_are_default(others: tuple[inspect.Parameter, ...], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether arguments that a form does not know are what they are without being given.
+    """Return True if all arguments unknown to a form have their default values.
 
     Args:
-        others: the parameters of forward behind those of the form.
-        args, kwargs: what is given for them.
+        others: the parameters of forward after those of the form.
+        args, kwargs: the values given for them.
     """
     if len(args) > len(others):
         return False
@@ -47,7 +47,7 @@ _COMPARED = (bool, int, float, str)
 
 
 def inside(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path, or None if there is none; get_submodule is slow."""
+    """Return the module at a path, or None; get_submodule is slow."""
     found: nn.Module | None = module
     for name in path.split(".") if path else ():
         found = None if found is None else found._modules.get(name)
@@ -55,17 +55,17 @@ def inside(module: nn.Module, path: str) -> nn.Module | None:
 
 
 class DynamicSubclass(Accelerated):
-    """A base of accelerated classes that are made at run time, for an original class and a form."""
+    """Base of the accelerated classes made at run time for an original class and a form."""
 
     _swinkernels_form: Any
     _swinkernels_original: Any
-    # The parameters of forward behind those that the form knows.
+    # The parameters of forward after those of the form.
     _swinkernels_others: tuple[inspect.Parameter, ...] = ()
-    # This module and those inside it whose work the op does, by their names, as they were when they were tried.
+    # Snapshots, by name and at the time of the trial, of this module and of those inside it whose work the op does.
     _swinkernels_snapshots: dict[str, Snapshot] | None = None
 
     def _swinkernels_changed(self) -> str | None:
-        """Why the module is not the one that was tried, or None."""
+        """Return the difference from the module that was tried, or None."""
         if all_modules_have_hooks():
             return "a hook of all modules is registered"
         if self._swinkernels_snapshots is None:
@@ -77,11 +77,11 @@ class DynamicSubclass(Accelerated):
                 return f"{name}: {reason}" if name else reason
         return None
 
-    # (original, form) -> the adapter with the class; a function that pickle can import.
+    # (original, form) -> the adapter with the class; pickle must be able to import this function.
     _swinkernels_adapter: Callable[[Any, Any], Adapter]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Its class cannot be imported, so it is made again."""
+        """Pickle the arguments that make the class again, because it cannot be imported."""
         cls, reduced = type(self), super().__reduce_ex__(max(2, protocol))
         if derived_since(self) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
@@ -97,7 +97,7 @@ def _make_again(adapter: Callable[[Any, Any], Adapter], original: Any, form: Any
 def dynamic_subclass(
     base: type[DynamicSubclass], original: Any, form: Any, adapter: Any, **namespace: Any
 ) -> type[nn.Module]:
-    """A subclass of a class for a form that its instances follow."""
+    """Make a subclass of a class for a form that its instances follow."""
     namespace = {
         "_swinkernels_form": form,
         "_swinkernels_original": original,
@@ -109,4 +109,4 @@ def dynamic_subclass(
     return type(f"Accelerated{original.__name__}", (base, original), namespace)
 
 
-_remake = _make_again  # the name in models pickled by 0.1.0
+_remake = _make_again  # the name of _make_again in models pickled by 0.1.0

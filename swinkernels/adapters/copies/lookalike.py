@@ -1,4 +1,4 @@
-"""Window attention of a form that is not known: what is missing of the form, for the report."""
+"""For the report: what keeps a module that resembles a window attention from having a known form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ATTENTION = ("attn", "attention", "msa")
 
 
 def why_unknown(module: nn.Module) -> str | None:
-    """What a module that looks like a window attention lacks of the form, or None of one that does not look like it."""
+    """Return what a module that resembles a window attention lacks, or None if it does not resemble one."""
     original: Any = original_class(module)
     name = original.__name__.lower()
     is_named = any(word in name for word in _ATTENTION)
@@ -25,7 +25,7 @@ def why_unknown(module: nn.Module) -> str | None:
         return None
     linears = [n for n, m in module._modules.items() if isinstance(m, nn.Linear)]
     if not linears and not tables:
-        return None  # what only holds an attention
+        return None  # a container of an attention
     missing = []
     if not isinstance(module._modules.get("qkv"), nn.Linear):
         missing.append(f"one nn.Linear named qkv (its own are {', '.join(linears) or 'none'})")

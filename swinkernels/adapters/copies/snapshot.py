@@ -1,7 +1,7 @@
-"""What the verdict of a trial holds for: the values and the code that a forward may read, beside tensors that train.
+"""The scope of a trial's verdict: all values and code that a forward may read, except tensors that train.
 
-:func:`signature_of` tells modules that one trial is enough for from others. :class:`Snapshot` is compared at every call
-of an accelerated copy: a module changed since its trial runs its own code.
+Modules with equal :func:`signature_of` share one trial. A :class:`Snapshot` is compared at every call of an accelerated
+copy: a module changed since its trial runs its own code.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from swinkernels.adapters.bypass import is_bound_method
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 _FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
-# torch's own, what changes from call to call or from module to module of one make, and what a trial replaces.
+# torch's own attributes, those that differ between calls or equal modules, and those that a trial replaces.
 _NOT_COMPARED = {
     *nn.Module().__dict__, "H", "W", "D", "T", "input_resolution", "attn_mask", "p", "drop_prob", "attention_bias_cache"
 }  # fmt: skip
 _READ_AT_EVERY_CALL = {"scale"}
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code has made
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by Python code
 
 
 class _Values:
@@ -47,7 +47,7 @@ class _Values:
 
 
 def _has_plain_state(value: Any) -> bool:
-    """Whether the attributes of an object are all that tells it from others of its class."""
+    """Return True if an object is fully described by its class and its attributes."""
     classes = type(value).__mro__[:-1]
     plain = (types.SimpleNamespace,)
     return hasattr(value, "__dict__") and all(
@@ -56,8 +56,9 @@ def _has_plain_state(value: Any) -> bool:
 
 
 def described(value: Any, seen: dict[int, int] | None = None) -> Any:
-    """A value as something that can be hashed, equal for values that a forward cannot tell apart. What cannot be
-    compared is equal to nothing else.
+    """Return a hashable description of a value, equal for values that a forward cannot tell apart.
+
+    The description of a value that cannot be compared equals no other.
     """
     kind = type(value)
     if kind in _ATOMS:
@@ -79,7 +80,7 @@ def described(value: Any, seen: dict[int, int] | None = None) -> Any:
     if isinstance(value, Tensor):
         of = kind, value.dtype, tuple(value.shape)
         if value.is_floating_point() or value.is_complex():
-            return of  # a trial has random ones
+            return of  # a trial uses random values
         return object() if value.is_meta or kind not in (Tensor, nn.Parameter) else (*of, _Values(value))
     if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)):
         return object() if value.dtype.hasobject else (kind, value.dtype.str, value.shape, value.tobytes())
@@ -102,7 +103,7 @@ def described(value: Any, seen: dict[int, int] | None = None) -> Any:
 
 
 def _own_classes(cls: type) -> list[type]:
-    """A class and its bases, but for torch's and those of this package."""
+    """Return a class and its bases, except those of torch and of this package."""
     return [c for c in cls.__mro__ if c.__module__.partition(".")[0] not in ("torch", "swinkernels", "builtins")]
 
 
@@ -115,8 +116,9 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def signature_of(module: nn.Module, *others: Any) -> tuple[Any, ...]:
-    """What a forward may depend on but for the values of its floating-point tensors: equal for modules that one trial
-    is enough for.
+    """Describe everything that a forward may depend on, except the values of floating-point tensors.
+
+    One trial is enough for all modules with equal signatures.
     """
     found: list[Any] = [*others]
     seen: dict[int, int] = {}
@@ -129,12 +131,12 @@ def signature_of(module: nn.Module, *others: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-# The code that a class has had while its modules were tried: instances of one that was patched since run it.
+# Versions of a class's code, by class, for trials: a class patched later gets another version.
 _CODES: dict[type, list[tuple[Any, list[Any], list[Any]]]] = {}
 
 
 def code_version(cls: type) -> int:
-    """The number of a class's code as it is now."""
+    """Return the number of the present version of a class's code."""
     versions = _CODES.setdefault(cls, [])
     for number, code in enumerate(versions):
         if _is_code(cls, *code):
@@ -145,7 +147,7 @@ def code_version(cls: type) -> int:
 
 
 def _is_code(cls: Any, forward: Any, now: list[Any], then: list[Any]) -> bool:
-    """Whether a class is what it was. Nearly all values are the same objects, for which == is not called."""
+    """Return True if a class is unchanged. Nearly all values are identical objects, which takes no ==."""
     return cls.forward is forward and now == then
 
 
@@ -153,14 +155,14 @@ _MOST_OBJECTS = 1000
 
 
 def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """The objects and containers among values and inside them, with a copy of what they hold."""
+    """Return the objects and containers among and inside values, each with a copy of its contents."""
     found: dict[int, tuple[Any, Any]] = {}
     waiting = list(values)
     while waiting and len(found) < _MOST_OBJECTS:
         value = waiting.pop()
         if id(value) in found or isinstance(value, (nn.Module, Tensor, type, types.FunctionType, enum.Enum)):
             continue
-        if isinstance(value, dict):  # whose subclass may make what it is asked for, as transformers' ACT2FN does
+        if isinstance(value, dict):  # a subclass may create items on access, as transformers' ACT2FN does
             held = dict(dict.items(value))
             found[id(value)] = value, held
             waiting += held.values()
@@ -176,25 +178,25 @@ def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
     return list(found.values())
 
 
-# The numbers of code versions hold in one process.
+# Code versions are numbered within one process.
 _PROCESS = uuid.uuid4().hex
 
 
 class Snapshot:
-    """A module as a trial has seen it: its class, its code, and its attributes but for modules and parameters."""
+    """A module at the time of its trial: class, code, and attributes other than modules and parameters."""
 
     def __init__(self, module: nn.Module, absorbs: bool = True) -> None:
-        """``absorbs``: whether an op does the work of torch's modules inside it."""
+        """``absorbs``: True if an op does the work of torch's modules inside it."""
         named = {name: value for name, value in _attributes(module) if name not in _READ_AT_EVERY_CALL}
         self.cls = original_class(module)
         self.version = code_version(self.cls)
         self.names = tuple(named)
         self.values = tuple(named.values())
-        self.get = itemgetter(*self.names, "training", "training")  # of a tuple, also where there are few
+        self.get = itemgetter(*self.names, "training", "training")  # two names, so that it returns a tuple
         self.inner = inner_state(self.values)
         self.missing = _missing_parameters(module)
         self.known = frozenset(n for n, v in module.__dict__.items() if not is_bound_method(module, type(module), v))
-        # Methods that are bound to the instance, as tools that offload weights do.
+        # Names of methods bound to the instance, as by tools that offload weights.
         self.bound = tuple(n for n in module.__dict__ if n not in self.known)
         self.size = len(module.__dict__)
         self.leaves = tuple(
@@ -202,13 +204,13 @@ class Snapshot:
             for name, m in module._modules.items()
             if absorbs and m is not None and type(m).__module__.startswith("torch.nn.modules")
         )
-        # Of ints and bools, which a trial leaves as they are, the values; by name, at which tensor and version.
+        # Values of int and bool buffers, which a trial does not replace. `seen` caches the last comparison of each.
         self.kept = {n: _Values(b) for n, b in module._buffers.items() if b is not None and _has_values(n, b)}
-        # The tensors and versions of them that were looked at, and with what outcome.
+        # Per buffer: the tensor and version that were compared, and the outcome.
         self.seen: dict[str, tuple[Any, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": {}, "process": _PROCESS}  # versions of copies start at 0 again
+        return {**self.__dict__, "seen": {}, "process": _PROCESS}  # versions of copies start at 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         elsewhere = state.pop("process", None) != _PROCESS
@@ -218,7 +220,7 @@ class Snapshot:
             self.leaves = tuple((name, kind, code_version(kind)) for name, kind, _ in self.leaves)
 
     def differs(self, module: nn.Module) -> str | None:
-        """What was changed since, or None: 1 us."""
+        """Return the first change since the trial, or None. Takes 1 us."""
         own = module.__dict__
         cls: Any = type(module)
         if cls is not self.cls and (
@@ -237,7 +239,7 @@ class Snapshot:
                     return f"what an attribute ({type(value).__name__}) holds was changed"
         except KeyError as missing:
             return f"{missing.args[0]} was removed"
-        except Exception:  # of values that == does not compare: other ones than before
+        except Exception:  # values that == cannot compare count as changed
             return self._changed(own)
         if _missing_parameters(module) != self.missing:
             return "a parameter was set to None, or one that was None was set"
@@ -263,7 +265,7 @@ class Snapshot:
         return f"{name} was changed"
 
     def _differs_when_compiled(self, module: nn.Module) -> str | None:
-        """dynamo guards what is read here."""
+        """The same for compiled code: dynamo guards on every value read here."""
         for name, value in zip(self.names, self.values, strict=True):
             if isinstance(value, (bool, int, float, str)) and getattr(module, name) != value:
                 return f"{name} was changed"
@@ -297,13 +299,13 @@ def _has_values(name: str, buffer: Tensor) -> bool:
 
 
 def version_of(tensor: Any) -> int:
-    """How often a tensor was changed in place; of an inference tensor nothing counts that."""
+    """Return the number of in-place changes of a tensor, which inference tensors do not count."""
     return -1 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
 
 
 @functools.cache
 def _names_read(cls: type, version: int) -> frozenset[str]:
-    """The names that the methods of a class mention."""
+    """Return the names that occur in a class's methods."""
     names: set[str] = set()
     codes = [f.__code__ for c in _own_classes(cls) for f in vars(c).values() if isinstance(f, types.FunctionType)]
     while codes:
@@ -315,7 +317,7 @@ def _names_read(cls: type, version: int) -> frozenset[str]:
     return frozenset(names)
 
 
-# What a forward leaves behind
+# State that a forward leaves behind
 
 
 def _functions(cls: type) -> Iterator[types.FunctionType]:
@@ -327,10 +329,10 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
 
 
 def largest_number(module: nn.Module, most: int, channels: int) -> int:
-    """The largest int up to ``most`` that a forward may compare a number of tokens with: in the code of the classes of
-    a module, in globals that it names, or in an attribute; 0 if there is none.
+    """Return the largest int up to ``most`` with which a forward may compare a number of tokens, or 0.
 
-    An attribute that holds as many as the ``channels``, or two to four times as many, is taken for a width.
+    Searches the code of the module's classes, the globals that it names, and attributes. An attribute of ``channels``,
+    or of two to four times as many, is assumed to be a width.
     """
     found = [0]
     widths = {times * channels for times in range(1, 5)}
@@ -352,8 +354,9 @@ def largest_number(module: nn.Module, most: int, channels: int) -> int:
 
 
 def outside(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The objects and containers that methods of a module's classes reach, past the module, with what they hold: in
-    closures, globals that they name, and the classes themselves.
+    """Return the objects and containers outside the module that its methods reach, each with its contents.
+
+    Methods reach them through closures, named globals and the classes themselves.
     """
     reached: list[Any] = []
     for cls in {original_class(m) for m in module.modules()}:
@@ -367,7 +370,7 @@ def outside(module: nn.Module) -> list[tuple[Any, Any]]:
 
 
 def put_back(states: list[tuple[Any, Any]]) -> None:
-    """Give objects and containers again what they held."""
+    """Restore the contents of objects and containers."""
     for value, held in states:
         if isinstance(value, list):
             value[:] = held
@@ -379,7 +382,7 @@ def put_back(states: list[tuple[Any, Any]]) -> None:
 
 
 def _is_same(contents: dict[Any, Any], held: dict[Any, Any]) -> bool:
-    """Whether a dict holds the same objects in the same order."""
+    """Return True if a dict holds the same objects in the same order."""
     items = list(dict.items(contents))
     return len(items) == len(held) and all(
         a is b and v is w for (a, v), (b, w) in zip(items, held.items(), strict=True)
@@ -387,7 +390,7 @@ def _is_same(contents: dict[Any, Any], held: dict[Any, Any]) -> bool:
 
 
 def contents(value: Any, path: str, found: dict[str, Any]) -> None:
-    """What a value holds, tensors and else what can be compared, by path."""
+    """Collect by path the tensors and comparable values inside a value."""
     if isinstance(value, Tensor):
         found[path] = value.detach().clone()
     elif isinstance(value, (list, tuple, dict)):
@@ -400,7 +403,7 @@ def contents(value: Any, path: str, found: dict[str, Any]) -> None:
 
 
 def left_behind(module: nn.Module, reached: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """The state of a module, and of what else its methods reach, after a call."""
+    """Return the state after a call of a module and of all else that its methods reach."""
     found: dict[str, Any] = {}
     for path, m in module.named_modules():
         prefix = f"{path}." if path else ""

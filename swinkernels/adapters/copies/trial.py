@@ -1,7 +1,7 @@
-"""A module of an unknown class beside its accelerated twin on random numbers: whether they do the same.
+"""Compares a module of an unknown class with its accelerated twin on random numbers.
 
-Both are copies with random parameters and buffers, on the CPU, in float64 and without hooks: initial values may hide
-a difference (a norm that starts at 0 hides a whole branch). The module, its gradients and the state of every random
+Both are copies with random parameters and buffers, on the CPU, in float64 and without hooks. Initial values could hide
+a difference: a norm that starts at 0 hides a whole branch. The module, its gradients and the state of every random
 number generator stay as they are.
 """
 
@@ -25,17 +25,17 @@ from swinkernels.adapters.adapter import Accelerated, restore_class
 from swinkernels.adapters.bypass import remove_hooks
 from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back
 
-_TOLERANCE = 1e-6  # of the largest element: constants of a block may be float32
-_TOLERANCE_OF_LARGE_SCORES = 1e-4  # their exponentials make more of such errors
+_TOLERANCE = 1e-6  # relative to the largest element: constants of a block may be float32
+_TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify such errors
 _LARGE_SCORE = 75.0
-# What forms read, or is looked at in every instance.
+# Tensors that forms read or that every instance is checked for.
 _KNOWN_TENSORS = ("attn_mask", "relative_coords_table")
-MOST_SCORES = 1_500_000  # of which a backward pass takes a tenth of a second
+MOST_SCORES = 1_500_000  # whose backward pass takes a tenth of a second
 
 
 @dataclass(frozen=True)
 class Case:
-    """An input to try, what kind of input it is, and how many scores its attention has."""
+    """An input to try, its kind, and the number of attention scores that it takes."""
 
     shape: tuple[int, ...]
     kind: str
@@ -44,9 +44,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Width:
-    """How many channels and heads a module has, and how many a narrow copy of it gets.
+    """The channels and heads of a module and of its narrow copy.
 
-    Sizes that are a few times the channels are taken for such; a module that then refuses its input is tried as it is.
+    Sizes that are a small multiple of the channels are scaled like them; a copy that then refuses its input is tried at
+    full width.
     """
 
     channels: int
@@ -78,71 +79,71 @@ class Width:
             module.out_features, module.in_features = module.weight.shape
 
 
-_MOST_TIMES = 4  # of the channels: the hidden layer of an MLP
+_MOST_TIMES = 4  # the largest multiple of the channels: an MLP's hidden layer
 _SIZES_OF_MAPS = ("window_size", "shift_size", "input_resolution", "H", "W", "D", "T", "num_heads")
 _HEADS, _HEAD_DIM = 2, 8
 
 
 def narrow(channels: int, heads: int) -> Width:
-    """Of a module with that many channels and heads: two narrow heads, or one."""
+    """Choose the narrow width for a module with these channels and heads: two narrow heads, or one."""
     few, short = min(heads, _HEADS), min(channels // heads, _HEAD_DIM)
     return Width(channels, heads, few * short, few)
 
 
 class Elementwise(nn.Module):
-    """In the place of an MLP, where its width would cost time. It takes what an MLP is called with by the op's form."""
+    """Replaces an MLP whose width would cost time; called with the arguments that the op's form passes to an MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sin()
 
 
 class NotCovered(Exception):
-    """The accelerated twin would run its own forward: there is nothing to compare."""
+    """The accelerated twin would run its own forward, so there is nothing to compare."""
 
 
 class _Refused(Exception):
-    """The module's own forward raised; the message says what."""
+    """The module's own forward raised; the message is its error."""
 
 
 class _Different(Exception):
-    """The two do not do the same; the message says in what."""
+    """The two modules differ; the message describes the difference."""
 
 
 @dataclass
 class Trial:
-    """One module and one guess at what it does."""
+    """One module and one hypothesis about what it computes."""
 
     module: Any
-    # Makes a copy run on ops, by the guess.
+    # Makes a copy run on ops, according to the hypothesis.
     swap_class: Callable[[nn.Module], None]
-    # The forward of a copy on an input, with whatever else it takes.
+    # Calls the forward of a copy on an input, with all other arguments.
     call: Callable[[nn.Module, Tensor], Any]
-    # Changes a copy such that small inputs are right for it.
+    # Changes a copy so that small inputs suffice for it.
     prepare: Callable[[nn.Module], None] = lambda module: None
-    # Whether it is a block that masks.
+    # True for a block that masks.
     masks: bool = False
-    # How narrow a copy is to be, and what takes the place of its MLP.
+    # The width of a narrow copy, and the module that replaces its MLP.
     width: Width | None = None
     stand_in: nn.Module | None = None
-    # Whether one call in eval mode is enough.
+    # True if one call in eval mode is enough.
     is_short: bool = False
-    # Whether each dropout is tried, too, with all of its input dropped: then nothing is left to chance.
+    # True to try every dropout with all of its input dropped as well, which leaves nothing to chance.
     drops: bool = False
-    # The largest difference of outputs and gradients that counts as rounding, of the largest element.
+    # The largest difference of outputs and gradients, relative to the largest element, that counts as rounding.
     tolerance: float = _TOLERANCE
-    # What methods of its classes reach outside of it, and what it holds now and after the last call.
+    # Objects outside the module that methods of its classes reach, with their contents now and after the last call.
     _reached: list[tuple[Any, Any]] = field(default_factory=list)
     _left: dict[str, Any] = field(default_factory=dict)
 
     def run(self, cases: list[Case]) -> tuple[frozenset[str], str]:
-        """The kinds of inputs on which nothing was found to differ, and the first thing that was.
+        """Return the kinds of inputs without a difference, and the first difference.
 
-        An input that the module itself refuses says nothing of the guess.
+        An input that the module itself refuses does not count for or against the hypothesis.
         """
         with _undisturbed():
             try:
                 plain = self.copy()
-            except Exception as error:  # whatever a foreign class may raise
+            except Exception as error:  # an unknown class may raise anything
                 return frozenset(), f"it cannot be copied for a trial: {_short(error)}"
             fast = _twin(plain)
             self.swap_class(fast)
@@ -169,7 +170,7 @@ class Trial:
                 except _Different as difference:
                     failed.add(case.kind)
                     why = why or f"a trial on random numbers gave {difference} than its own forward"
-                except Exception as error:  # such as an attribute that the form needs
+                except Exception as error:  # for example an attribute that the form needs is missing
                     failed.add(case.kind)
                     why = why or f"a trial of its form failed: {_short(error)}"
                 if not passed:
@@ -177,8 +178,8 @@ class Trial:
         return frozenset(passed - failed), why or ("" if passed else refused)
 
     def copy(self) -> Any:
-        """The module with random parameters, narrow if its width is given, and without hooks."""
-        # Tensors of random numbers take the places of parameters, which are not copied.
+        """Copy the module with random parameters and without hooks, narrow if a width is given."""
+        # Parameters are not copied: tensors of random numbers replace them.
         memo: dict[int, Any] = {} if self.stand_in is None else {id(self.module._modules["mlp"]): self.stand_in}
         left_out = set() if self.stand_in is None else set(self.module.mlp.modules())
         for path, m in self.module.named_modules():
@@ -190,7 +191,7 @@ class Trial:
                     memo[id(p)] = nn.Parameter(torch.empty(shape, dtype=torch.float64))
             for value in m.__dict__.values():
                 for t in value.values() if isinstance(value, dict) else (value,):
-                    if isinstance(t, Tensor) and not t.is_leaf:  # kept by a call with gradients; not to be copied
+                    if isinstance(t, Tensor) and not t.is_leaf:  # kept from a call with gradients; cannot be copied
                         memo[id(t)] = t.detach().clone()
         plain = copy.deepcopy(self.module, memo)
         for m in plain.modules():
@@ -204,7 +205,8 @@ class Trial:
         module: Any
         for module in plain.modules():
             for name, p in module.named_parameters(recurse=False):
-                # Of unit variance. Normal numbers would take three times as long, most of a wide module's trial.
+                # Uniform with unit variance. Normal numbers would take three times as long, most of a wide module's
+                # trial.
                 p.data.uniform_(-math.sqrt(3.0), math.sqrt(3.0), generator=generator)
                 if name == "logit_scale":
                     p.data.mul_(0.3).add_(2.0)
@@ -212,12 +214,12 @@ class Trial:
                     p.data.mul_(1.5 * p.shape[1] ** -0.5)
                 elif "norm" in type(module).__name__.lower() and name == "weight":
                     p.data.mul_(0.2).add_(1.0)
-            # What else a forward may read, an offset that is 0 in this instance, say.
+            # Other values that a forward may read, such as an offset that is 0 in this instance.
             for name, t in (*module._buffers.items(), *module.__dict__.items()):
                 if isinstance(t, Tensor) and t.is_floating_point() and name not in _KNOWN_TENSORS:
                     t.data.uniform_(0.5, 1.5, generator=generator)
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # draws for windows are not those for the map
+                module.p = 0.0  # draws for windows differ from those for the map
             elif isinstance(getattr(module, "drop_prob", None), float):
                 module.drop_prob = 0.5  # drop path
         if self.drops:
@@ -230,7 +232,7 @@ class Trial:
             return self._result(module, x)
 
     def _result(self, module: nn.Module, x: Tensor) -> Tensor:
-        """What a call returns; :meth:`_left` has what it leaves behind."""
+        """Return the result of a call; :meth:`_left` returns the state that it leaves behind."""
         try:
             out = self.call(module, x)
         finally:
@@ -258,7 +260,7 @@ class Trial:
             self._compare_calls(plain, fast, x, False, " in training without gradients")
 
     def _compare_calls(self, plain: nn.Module, fast: nn.Module, x: Tensor, gradients: bool, when: str) -> None:
-        """Outputs, gradients, random numbers that come next, and what the calls leave behind."""
+        """Compare outputs, gradients, the next random numbers, and the state that the calls leave behind."""
         results = []
         for module in (plain, fast):
             torch.manual_seed(3)
@@ -283,7 +285,7 @@ class Trial:
         (expected, next_expected, expected_grads, expected_left), (got, next_got, grads, left) = results
         _check(f"another output{when}", got, expected, tolerance=self.tolerance)
         _check(f"other random numbers{when}", next_got, next_expected)
-        # What is a sum of terms that cancel is as good as they are.
+        # A sum of terms that cancel is only as accurate as the terms.
         floor = 1e-3 * self.tolerance * max((g.abs().max().item() for g in expected_grads.values()), default=0.0)
         for name, grad in expected_grads.items():
             _check(f"another gradient of {name}{when}", grads[name], grad, floor=floor, tolerance=self.tolerance)
@@ -291,7 +293,7 @@ class Trial:
             _check_left(name, left.get(name, _NOTHING), expected_left.get(name, _NOTHING))
 
     def _compare_largest_scale(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Where v2's scale has reached its end."""
+        """Compare where v2's scale is clamped."""
         results = []
         for module in (plain, fast):
             twin = copy.deepcopy(module)
@@ -300,7 +302,7 @@ class Trial:
         _check("another output at the largest scale", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
 
     def _compare_dropouts(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Where one of them drops everything."""
+        """Compare with each dropout in turn dropping everything."""
         for number, (of, name) in enumerate(_dropouts(plain)):
             results = []
             for module in (plain, fast):
@@ -309,7 +311,7 @@ class Trial:
                 setattr(dropout, name, 1.0)
                 m: Any
                 for m in twin.modules():
-                    for rate in ("drop_prob", "p"):  # of drop paths, which draw random numbers
+                    for rate in ("drop_prob", "p"):  # drop paths draw random numbers
                         if not isinstance(m, nn.Dropout) and isinstance(m.__dict__.get(rate), float):
                             m.__dict__[rate] = 0.0
                     if isinstance(m, Accelerated):
@@ -318,9 +320,13 @@ class Trial:
             _check(f"another output with {type(of).__name__}.{name} of 1", *reversed(results), tolerance=self.tolerance)
 
     def _compare_masks(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Where tokens attend to what is masked if -100 is added, as scores of -75 and 75 do, but not if more is."""
-        # The halves of the map have opposite signs, and a window that the shift put together has one of each: with keys
-        # that are minus the queries, a token's score is low in its own region and high in the next one.
+        """Compare where the size of the mask matters: scores of -75 and 75, with which tokens attend across a mask of
+        -100.
+
+        Across a larger mask they would not.
+        """
+        # The halves of the map have opposite signs, so a window that the shift composed has both: with keys that are
+        # minus the queries, a token's score is low in its own region and high in the other.
         sign = torch.ones((), dtype=torch.float64)
         for length in x.shape[1:-1]:
             sign = sign[..., None] * torch.where(torch.arange(length) < length // 2, 1.0, -1.0).double()
@@ -336,7 +342,7 @@ class Trial:
 
 
 def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The attributes that are probabilities of dropout, of a module and those inside it."""
+    """Return the attributes that are dropout probabilities, of a module and those inside it."""
     found: list[tuple[nn.Module, str]] = []
     for m in module.modules():
         names = [n for n, v in m.__dict__.items() if type(v) is float and "drop" in n and n != "drop_prob"]
@@ -345,21 +351,21 @@ def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _twin(module: nn.Module) -> Any:
-    """A copy with the same parameters."""
+    """Copy a module with the same parameters."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
 def _make_scale_largest(module: nn.Module) -> None:
     for name, p in module.named_parameters():
         if name.endswith("logit_scale"):
-            p.data.fill_(8.0)  # much more than ln 100, where it ends
+            p.data.fill_(8.0)  # far above ln 100, where it is clamped
 
 
 def _make_scores_large(attn: Any) -> None:
     q, k, _ = attn.qkv.weight.data.chunk(3)
     head_dim = len(q) // attn.num_heads
     scale = abs(getattr(attn, "scale", None) or head_dim**-0.5)
-    # Rows of a norm's result are about as long as they have elements.
+    # Rows of a norm's result have a squared length of about their number of elements.
     q.normal_(std=math.sqrt(_LARGE_SCORE / (scale * q.shape[1] * head_dim)), generator=_generator(5))
     k.copy_(-q)
     for name, p in attn.named_parameters():
@@ -381,7 +387,7 @@ _SPOKE_AT = [0.0]
 
 @contextlib.contextmanager
 def told_after_seconds() -> Iterator[None]:
-    """Have trials that take long say so, from two seconds after the first one began."""
+    """Print a notice for trials that run later than two seconds after the first one began."""
     _SPOKE_AT[0] = time.monotonic()
     try:
         yield
@@ -425,7 +431,7 @@ def _short(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Gradients on, autocast off, tensors on the CPU; random numbers outside are those that would have come."""
+    """Enable gradients, disable autocast, put new tensors on the CPU, and restore the random number generators."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
