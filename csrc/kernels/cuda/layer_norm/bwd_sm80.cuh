@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
   BackwardSmem& smem = *reinterpret_cast<BackwardSmem*>(dynamic_smem());
   RowGroup group(args.lanes_log2, &smem.group);
   const Columns<kVec, kVecs> columns(group.lane(), group.lanes(), args.vectors);
-  const auto slots = args.source.slots(columns);
+  const auto slots = args.source.template slots<Traits::kBackwardKeepsSlots>(columns);
   const uint32_t block_vectors = kVecs * group.lanes();
   SharedParameter<kVec> weight(smem.columns, block_vectors);
   float dweight[kVecs][kVec] = {}, dbias[kVecs][kVec] = {};

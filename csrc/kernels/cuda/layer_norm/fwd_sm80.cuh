@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
   ForwardSmem& smem = *reinterpret_cast<ForwardSmem*>(dynamic_smem());
   RowGroup group(args.lanes_log2, &smem.group);
   const Columns<kVec, kVecs> columns(group.lane(), group.lanes(), args.vectors);
-  const auto slots = args.source.slots(columns);
+  const auto slots = args.source.template slots<true>(columns);
   const uint32_t block_vectors = kVecs * group.lanes();
   SharedParameter<kVec> weight(smem.parameters, block_vectors);
   SharedParameter<kVec> bias(smem.parameters + block_vectors * kVec, block_vectors);

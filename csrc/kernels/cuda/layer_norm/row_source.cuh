@@ -8,6 +8,7 @@
 
 #include "../../../params/layer_norm.h"
 #include "../../common/fast_divisor.cuh"
+#include "../../common/ptx.cuh"
 
 namespace swinkernels::cuda {
 
@@ -51,7 +52,7 @@ struct PlainRows {
     return true;
   }
   __device__ __forceinline__ Position position(uint32_t row) const { return {static_cast<uint64_t>(row) * length}; }
-  template <int kVec, int kVecs>
+  template <bool, int kVec, int kVecs>
   __device__ __forceinline__ Slots<kVec, kVecs> slots(const Columns<kVec, kVecs>& columns) const {
     return {columns};
   }
@@ -172,9 +173,35 @@ struct MergedRows : MapRows {
     Bits neighbours_;
   };
 
+  // The same, computed at each use: for kernels whose registers cannot keep the offsets.
   template <int kVec, int kVecs>
-  __device__ __forceinline__ Slots<kVec, kVecs> slots(const Columns<kVec, kVecs>& columns) const {
-    return Slots<kVec, kVecs>(*this, columns);
+  class ComputedSlots {
+   public:
+    __device__ __forceinline__ ComputedSlots(const MergedRows& source, const Columns<kVec, kVecs>& columns)
+        : source_(source), columns_(columns) {}
+    __device__ __forceinline__ uint32_t offset(int i) const {
+      uint32_t within;
+      const uint32_t which = locate(i, &within);
+      return source_.offset_of(which, within);
+    }
+    __device__ __forceinline__ bool exists(int i, const Position& position) const {
+      uint32_t within;
+      return source_.exists(locate(i, &within), position);
+    }
+
+   private:
+    const MergedRows& source_;
+    const Columns<kVec, kVecs>& columns_;
+
+    __device__ __forceinline__ uint32_t locate(int i, uint32_t* within) const {
+      const uint32_t vector = ptx::opaque(columns_.lane) + i * columns_.lanes;
+      return source_.neighbour[source_.piece.divide(vector * kVec, within)];
+    }
+  };
+
+  template <bool kKept, int kVec, int kVecs>
+  __device__ __forceinline__ auto slots(const Columns<kVec, kVecs>& columns) const {
+    return std::conditional_t<kKept, Slots<kVec, kVecs>, ComputedSlots<kVec, kVecs>>(*this, columns);
   }
 
   static bool of(const LayerNormRows& rows, MergedRows* source);
@@ -206,7 +233,7 @@ struct ExpandedRows : MapRows {
     }
     return p;
   }
-  template <int kVec, int kVecs>
+  template <bool, int kVec, int kVecs>
   __device__ __forceinline__ Slots<kVec, kVecs> slots(const Columns<kVec, kVecs>& columns) const {
     return {columns};
   }

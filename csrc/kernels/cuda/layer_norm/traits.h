@@ -94,6 +94,8 @@ struct LayerNormTraits {
       std::min(255, 64 * 1024 / (kBackwardBlocks * static_cast<int>(kMaxThreads)) / 8 * 8);
   // Where the element type is not known, a row is not kept but loaded again when it is needed again.
   static constexpr bool kKeepsRow = !std::is_same_v<In_, AnyElement>;
+  // The 64 registers of 1,024 threads hold the sums of dweight and dbias, but not the slots of the row beside them.
+  static constexpr bool kBackwardKeepsSlots = kMaxThreads < 1024;
   // These kernels also know neighbours that have several pieces or none, as a published order of old has them.
   static constexpr bool kHandlesRepeats = std::is_same_v<Source, MergedRows> && !kKeepsRow;
   // The next row is loaded before this one is computed: forward always, backward if registers hold both beside the sums
