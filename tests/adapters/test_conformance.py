@@ -11,7 +11,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +28,15 @@ from swinkernels.adapters.adapter import Accelerated
 from swinkernels.models import SwinTransformer
 from swinkernels.ops._backends import NOT_INSTALLED
 from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
+from tests.support.small_models import (
+    Swin,
+    mmpretrain_swin,
+    monai_swin,
+    timm_swin,
+    timm_vit,
+    torchvision_swin,
+    transformers_swin,
+)
 from tests.support.sweeps import long_but
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what libraries, tracing and export have to say
@@ -37,41 +45,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of what libraries, tracing 
 IMAGE = (3, 18, 26)
 PRE_NORM = {"residual_layer_norm": 4, "patch_merging": 1}
 POST_NORM = {"residual_post_norm": 8, "patch_merging": 1}
-
-
-class Output(nn.Module):
-    """A model that returns one tensor of what another does."""
-
-    def __init__(self, model: nn.Module, choose: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.model, self.choose = model, choose
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.choose(self.model(x))
-
-
-def last(outputs: Any) -> Tensor:
-    return outputs[-1]
-
-
-def first(outputs: Any) -> Tensor:
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
-
-
-def of_timm(name: str, drop_path: float) -> nn.Module:
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    return getattr(timm.models, name)(
-        img_size=IMAGE[1:], patch_size=2, num_classes=5, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4,
-        drop_path_rate=drop_path,
-    )  # fmt: skip
-
-
-def vit_of_timm(drop_path: float) -> nn.Module:
-    vit = pytest.importorskip("timm.models.vision_transformer_relpos", reason="timm is not installed")
-    return vit.VisionTransformerRelPos(
-        img_size=IMAGE[1:], patch_size=2, num_classes=5, embed_dim=24, depth=2, num_heads=2, init_values=0.7,
-        rel_pos_dim=16, drop_path_rate=drop_path,
-    )  # fmt: skip
 
 
 def maxvit_of_timm(drop_path: float) -> nn.Module:
@@ -85,49 +58,9 @@ def maxvit_of_timm(drop_path: float) -> nn.Module:
     return maxxvit.MaxxVit(cfg, img_size=64, num_classes=3, drop_path_rate=drop_path)
 
 
-def of_torchvision(version: int, drop_path: float) -> nn.Module:
-    swin = pytest.importorskip("torchvision.models.swin_transformer", reason="torchvision is not installed")
-    options: dict[str, Any] = {"stochastic_depth_prob": drop_path, "num_classes": 5}
-    if version == 2:
-        options |= {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
-    return swin.SwinTransformer([2, 2], 16, [2, 2], [2, 4], [4, 4], **options)
-
-
-def of_monai(drop_path: float) -> nn.Module:
-    swin_unetr = pytest.importorskip("monai.networks.nets.swin_unetr", reason="MONAI is not installed")
-    encoder = swin_unetr.SwinTransformer(
-        in_chans=3, embed_dim=12, window_size=(4, 4), patch_size=(2, 2), depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 4),
-        spatial_dims=2, drop_path_rate=drop_path,
-    )  # fmt: skip
-    return Output(encoder, last)
-
-
-def of_mmpretrain(version: int, drop_path: float) -> nn.Module:
-    pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what mmcv-lite and mmengine have to say
-        from mmpretrain import models
-    arch: dict[str, Any] = {"embed_dims": 16, "depths": [2, 2], "num_heads": [2, 4]}
-    options: dict[str, Any] = {"drop_path_rate": drop_path}
-    if version == 2:
-        arch["extra_norm_every_n_blocks"] = 2
-        options["pretrained_window_sizes"] = [0, 6]
-    kind = models.SwinTransformer if version == 1 else models.SwinTransformerV2
-    return Output(kind(arch, patch_size=2, window_size=4, out_indices=(0, 1), **options), last)
-
-
-def of_transformers(config: str, model: str, drop_path: float, **options: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
-    size = {"patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, **options}
-    if model == "MaskFormerSwinModel":
-        from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinModel as kind
-    else:
-        kind = getattr(transformers, model)
-    return Output(kind(getattr(transformers, config)(image_size=32, drop_path_rate=drop_path, **size)), first_value)
-
-
-def first_value(outputs: Any) -> Tensor:
-    return next(iter(outputs.values()))
+def large(drop_path: float) -> Swin:
+    """Two blocks in both stages, so that each shifts one."""
+    return Swin(16, (2, 2), (2, 4), drop_path)
 
 
 @dataclass(frozen=True)
@@ -141,27 +74,30 @@ class Library:
 
 
 LIBRARIES = {
-    "timm": Library(lambda p: of_timm("SwinTransformer", p), norms=PRE_NORM, autocast_norms=4),
-    "timm-v2": Library(lambda p: of_timm("SwinTransformerV2", p), norms=POST_NORM),
-    "timm-v2-cr": Library(lambda p: of_timm("SwinTransformerV2Cr", p), norms=POST_NORM),
-    "timm-vit": Library(vit_of_timm, attention=2),
+    "timm": Library(lambda p: timm_swin("1", large(p), IMAGE[1:]), norms=PRE_NORM, autocast_norms=4),
+    "timm-v2": Library(lambda p: timm_swin("2", large(p), IMAGE[1:]), norms=POST_NORM),
+    "timm-v2-cr": Library(lambda p: timm_swin("2-cr", large(p), IMAGE[1:]), norms=POST_NORM),
+    "timm-vit": Library(lambda p: timm_vit(IMAGE[1:], 2, rel_pos_dim=16, drop_path_rate=p), attention=2),
     "timm-maxvit": Library(maxvit_of_timm, image=(3, 64, 64)),
-    "torchvision": Library(lambda p: of_torchvision(1, p), norms=PRE_NORM, autocast_norms=4),
-    "torchvision-v2": Library(lambda p: of_torchvision(2, p), norms=POST_NORM),
-    "monai": Library(of_monai, attention=6, norms={"residual_layer_norm": 6, "patch_merging": 4}, autocast_norms=6),
-    "mmpretrain": Library(lambda p: of_mmpretrain(1, p), norms=PRE_NORM, autocast_norms=4),
-    "mmpretrain-v2": Library(lambda p: of_mmpretrain(2, p), norms=POST_NORM),
-    "transformers": Library(lambda p: of_transformers("SwinConfig", "SwinModel", p), norms=PRE_NORM, autocast_norms=4),
-    "transformers-v2": Library(lambda p: of_transformers("Swinv2Config", "Swinv2Model", p), norms=POST_NORM),
-    "transformers-donut": Library(
-        lambda p: of_transformers("DonutSwinConfig", "DonutSwinModel", p), norms=PRE_NORM, autocast_norms=4
+    "torchvision": Library(lambda p: torchvision_swin(1, large(p)), norms=PRE_NORM, autocast_norms=4),
+    "torchvision-v2": Library(lambda p: torchvision_swin(2, large(p)), norms=POST_NORM),
+    "monai": Library(
+        lambda p: monai_swin(3, p, (2, 2, 1, 1)),
+        attention=6,
+        norms={"residual_layer_norm": 6, "patch_merging": 4},
+        autocast_norms=6,
     ),
+    "mmpretrain": Library(lambda p: mmpretrain_swin(1, large(p)), norms=PRE_NORM, autocast_norms=4),
+    "mmpretrain-v2": Library(lambda p: mmpretrain_swin(2, large(p)), norms=POST_NORM),
+    "transformers": Library(lambda p: transformers_swin("Swin", large(p)), norms=PRE_NORM, autocast_norms=4),
+    "transformers-v2": Library(lambda p: transformers_swin("Swinv2", large(p)), norms=POST_NORM),
+    "transformers-donut": Library(lambda p: transformers_swin("DonutSwin", large(p)), norms=PRE_NORM, autocast_norms=4),
     "transformers-maskformer": Library(
-        lambda p: of_transformers("MaskFormerSwinConfig", "MaskFormerSwinModel", p), norms=PRE_NORM, autocast_norms=4
+        lambda p: transformers_swin("MaskFormerSwin", large(p)), norms=PRE_NORM, autocast_norms=4
     ),
     "transformers-swin2sr": Library(
-        lambda p: of_transformers(
-            "Swin2SRConfig", "Swin2SRForImageSuperResolution", p, patch_size=1, num_channels=3, mlp_ratio=2.0
+        lambda p: transformers_swin(
+            "Swin2SR", large(p), "Swin2SRForImageSuperResolution", patch_size=1, num_channels=3, mlp_ratio=2.0
         ),
         image=(3, 8, 16),
         norms={"residual_post_norm": 8},

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,15 @@ from tests.support import other_forms as others
 from tests.support import published_forms as forms
 from tests.support.parity import randomise
 
-SWIN = {"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4, "drop_path_rate": 0.0}
+
+@dataclass(frozen=True)
+class Swin:
+    """The size of a Swin with two stages and windows of 4x4."""
+
+    embed_dim: int = 8
+    depths: tuple[int, int] = (2, 1)
+    num_heads: tuple[int, int] = (1, 2)
+    drop_path: float = 0.0
 
 
 class Outputs(nn.Module):
@@ -110,12 +120,13 @@ def _video_block(shift: int) -> nn.Module:
     return forms.VideoBlock(12, 3, shift_size=(shift // 2, shift, shift))
 
 
-def _timm(version: str) -> nn.Module:
-    import timm
-
+def timm_swin(version: str, size: Swin = Swin(), image: tuple[int, int] = (18, 24)) -> nn.Module:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
     kind = {"1": "SwinTransformer", "2": "SwinTransformerV2", "2-cr": "SwinTransformerV2Cr"}[version]
-    options = {key: value for key, value in SWIN.items() if key != "drop_path_rate" or version != "2-cr"}
-    return getattr(timm.models, kind)(img_size=(18, 24), patch_size=2, num_classes=3, **options)
+    return getattr(timm.models, kind)(
+        img_size=image, patch_size=2, num_classes=3, embed_dim=size.embed_dim, depths=size.depths,
+        num_heads=size.num_heads, window_size=4, drop_path_rate=size.drop_path,
+    )  # fmt: skip
 
 
 def _timm_maxvit() -> nn.Module:
@@ -125,34 +136,36 @@ def _timm_maxvit() -> nn.Module:
     return nn.Sequential(*(PartitionAttentionCl(16, partition, cfg) for partition in ("block", "grid")))
 
 
-def _timm_vit() -> nn.Module:
-    from timm.models.vision_transformer_relpos import VisionTransformerRelPos
-
-    return VisionTransformerRelPos(
-        img_size=(24, 40), patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3, init_values=0.7,
-        rel_pos_type="bias",
-    )  # fmt: skip
+def timm_vit(image: tuple[int, int] = (24, 40), patch: int = 8, **options: Any) -> nn.Module:
+    vit = pytest.importorskip("timm.models.vision_transformer_relpos", reason="timm is not installed")
+    return vit.VisionTransformerRelPos(
+        img_size=image, patch_size=patch, embed_dim=24, depth=2, num_heads=2, num_classes=3, init_values=0.7, **options
+    )
 
 
-def _torchvision(version: int) -> nn.Module:
-    from torchvision.models import swin_transformer as tv
-
-    options: dict[str, Any] = {"stochastic_depth_prob": 0.0, "num_classes": 3}
+def torchvision_swin(version: int, size: Swin = Swin()) -> nn.Module:
+    swin = pytest.importorskip("torchvision.models.swin_transformer", reason="torchvision is not installed")
+    options: dict[str, Any] = {"stochastic_depth_prob": size.drop_path, "num_classes": 3}
     if version == 2:
-        options |= {"block": tv.SwinTransformerBlockV2, "downsample_layer": tv.PatchMergingV2}
-    return tv.SwinTransformer([2, 2], 8, [2, 1], [1, 2], [4, 4], **options)
+        options |= {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    return swin.SwinTransformer([2, 2], size.embed_dim, [*size.depths], [*size.num_heads], [4, 4], **options)
 
 
-def _transformers(name: str, **options: Any) -> nn.Module:
-    import transformers
-
-    settings = {**SWIN, "depths": [2, 1], "num_heads": [1, 2], "image_size": 16, "patch_size": 2, **options}
-    config = getattr(transformers, f"{name}Config")(**settings)
-    kind = "MaskFormerSwinModel" if name == "MaskFormerSwin" else f"{name}Model"
-    model = getattr(transformers, kind, None)
-    if model is None:
-        from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinModel as model
-    return Outputs(model(config))
+def transformers_swin(name: str, size: Swin = Swin(), model: str | None = None, **options: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+    if name == "MaskFormerSwin":
+        from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinModel as kind
+    else:
+        kind = getattr(transformers, model or f"{name}Model")
+    settings = {"image_size": 16, "patch_size": 2, **options}
+    return Outputs(
+        kind(
+            getattr(transformers, f"{name}Config")(
+                embed_dim=size.embed_dim, depths=[*size.depths], num_heads=[*size.num_heads], window_size=4,
+                drop_path_rate=size.drop_path, **settings,
+            )
+        )
+    )  # fmt: skip
 
 
 def _clap() -> nn.Module:
@@ -163,21 +176,29 @@ def _clap() -> nn.Module:
     return Clap(config, modeling_clap.ClapAudioLayer, modeling_clap.ClapAudioPatchMerging)
 
 
-def _monai() -> nn.Module:
-    from monai.networks.nets.swin_unetr import SwinTransformer
-
+def monai_swin(channels: int = 1, drop_path: float = 0.0, depths: tuple[int, ...] = (2, 1, 1, 1)) -> nn.Module:
+    swin_unetr = pytest.importorskip("monai.networks.nets.swin_unetr", reason="MONAI is not installed")
     return Last(
-        SwinTransformer(1, 12, window_size=(4, 4), patch_size=(2, 2), depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 4),
-                        spatial_dims=2)
+        swin_unetr.SwinTransformer(
+            channels, 12, window_size=(4, 4), patch_size=(2, 2), depths=depths, num_heads=(1, 2, 4, 4),
+            spatial_dims=2, drop_path_rate=drop_path,
+        )
     )  # fmt: skip
 
 
-def _mmpretrain() -> nn.Module:
+def mmpretrain_swin(version: int = 1, size: Swin = Swin(), **options: Any) -> nn.Module:
+    pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of mmcv-lite and mmengine
-        from mmpretrain.models import SwinTransformer
-    arch = {"embed_dims": 8, "depths": [2, 1], "num_heads": [1, 2]}
-    return Last(SwinTransformer(arch, img_size=16, patch_size=2, window_size=4, out_indices=(1,), drop_path_rate=0.0))
+        from mmpretrain import models
+    arch: dict[str, Any] = {
+        "embed_dims": size.embed_dim, "depths": [*size.depths], "num_heads": [*size.num_heads]
+    }  # fmt: skip
+    if version == 2:
+        arch["extra_norm_every_n_blocks"] = 2
+        options["pretrained_window_sizes"] = [0, 6]
+    kind = models.SwinTransformer if version == 1 else models.SwinTransformerV2
+    return Last(kind(arch, patch_size=2, window_size=4, out_indices=(1,), drop_path_rate=size.drop_path, **options))
 
 
 def _timm_of(module: str, name: str, **options: Any) -> nn.Module:
@@ -272,21 +293,21 @@ def _cut(make: Callable[[], nn.Module], dim: int, window: tuple[int, ...]) -> nn
 
 # Family -> its model, and the shape of its input.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "timm": (lambda: _timm("1"), (2, 3, 18, 24)),
-    "timm v2": (lambda: _timm("2"), (2, 3, 18, 24)),
-    "timm v2-cr": (lambda: _timm("2-cr"), (2, 3, 18, 24)),
+    "timm": (lambda: timm_swin("1"), (2, 3, 18, 24)),
+    "timm v2": (lambda: timm_swin("2"), (2, 3, 18, 24)),
+    "timm v2-cr": (lambda: timm_swin("2-cr"), (2, 3, 18, 24)),
     "timm MaxViT": (_timm_maxvit, (2, 6, 15, 16)),
-    "timm ViT": (_timm_vit, (2, 3, 24, 40)),
-    "torchvision": (lambda: _torchvision(1), (2, 3, 14, 18)),
-    "torchvision v2": (lambda: _torchvision(2), (2, 3, 14, 18)),
-    "transformers": (lambda: _transformers("Swin"), (2, 3, 18, 14)),
-    "transformers v2": (lambda: _transformers("Swinv2"), (2, 3, 18, 14)),
-    "transformers Donut": (lambda: _transformers("DonutSwin"), (2, 3, 18, 14)),
-    "transformers MaskFormer": (lambda: _transformers("MaskFormerSwin"), (2, 3, 18, 14)),
-    "transformers Swin2SR": (lambda: _transformers("Swin2SR", patch_size=1, num_channels=3), (2, 3, 8, 12)),
+    "timm ViT": (lambda: timm_vit(rel_pos_type="bias"), (2, 3, 24, 40)),
+    "torchvision": (lambda: torchvision_swin(1), (2, 3, 14, 18)),
+    "torchvision v2": (lambda: torchvision_swin(2), (2, 3, 14, 18)),
+    "transformers": (lambda: transformers_swin("Swin"), (2, 3, 18, 14)),
+    "transformers v2": (lambda: transformers_swin("Swinv2"), (2, 3, 18, 14)),
+    "transformers Donut": (lambda: transformers_swin("DonutSwin"), (2, 3, 18, 14)),
+    "transformers MaskFormer": (lambda: transformers_swin("MaskFormerSwin"), (2, 3, 18, 14)),
+    "transformers Swin2SR": (lambda: transformers_swin("Swin2SR", patch_size=1, num_channels=3), (2, 3, 8, 12)),
     "transformers CLAP": (_clap, (2, 8, 12, 8)),
-    "MONAI": (_monai, (2, 1, 18, 14)),
-    "mmpretrain": (_mmpretrain, (2, 3, 18, 14)),
+    "MONAI": (monai_swin, (2, 1, 18, 14)),
+    "mmpretrain": (lambda: mmpretrain_swin(img_size=16), (2, 3, 18, 14)),
     "copy": (
         lambda: Copies(lambda shift: forms.ClassificationBlock(12, (8, 12), 3, 4, shift), _hand_nothing), (2, 96, 12)
     ),
