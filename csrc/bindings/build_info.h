@@ -1,9 +1,9 @@
-// What was compiled, by what and for what: a JSON object. Knows nothing of torch or Python, as both tell it.
+// The build: sources, compiler and limits, as a JSON object. Independent of torch and Python, as both report it.
 #pragma once
 
 #include <string>
 
-#include "build_facts.h"  // SWINKERNELS_BUILD_FACTS, what setup.py knows: a JSON object
+#include "build_facts.h"  // SWINKERNELS_BUILD_FACTS, the facts known to setup.py: a JSON object
 #ifdef SWINKERNELS_WITH_CUDA
 #include "params/layer_norm_cuda.h"
 #include "params/window_attention_cuda.h"
@@ -21,7 +21,7 @@ inline std::string compiler() {
 #endif
 }
 
-// What the CPU kernels are compiled for; the processor chooses among them at run time.
+// The instruction sets of the CPU kernels, among which the processor's is chosen at run time.
 inline const char* cpu_instruction_sets() {
 #if defined(__x86_64__)
   return R"(["baseline", "avx2", "avx512"])";
@@ -36,7 +36,7 @@ inline std::string entry(const char* name, int32_t value) {
 }
 #endif
 
-// What the CUDA kernels of an op accept; null without CUDA.
+// The limits of an op's CUDA kernels; null without CUDA.
 inline std::string window_attention_limits() {
 #ifdef SWINKERNELS_WITH_CUDA
   return "{" + entry("max_window_volume", cuda::kMaxWindowVolume) + ", " + entry("max_head_dim", cuda::kMaxHeadDim) +

@@ -1,4 +1,4 @@
-// What the bindings of all ops share: tensors as the kernels can read them, and the stream to launch on.
+// Shared by the bindings of all ops: tensors in a form that the kernels can read, and the stream to launch on.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
@@ -45,20 +45,20 @@ inline bool is_readable(const Tensor& x, int64_t alignment) {
   return true;
 }
 
-// x itself if the kernels can read it where it lies, else a copy.
+// x itself if the kernels can read it in place, else a copy.
 inline Tensor readable(const Tensor& x, int64_t alignment) {
   if (is_readable(x, alignment)) return x;
   Tensor copy = torch::stable::contiguous(x);
   return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // contiguous, but at an odd offset
 }
 
-// x itself if it is contiguous and begins at a multiple of so many bytes, else a copy.
+// x itself if it is contiguous and its address is a multiple of `alignment` bytes, else a copy.
 inline Tensor packed(const Tensor& x, int64_t alignment) {
   if (!x.is_contiguous()) return torch::stable::contiguous(x);
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment == 0 ? x : torch::stable::clone(x);
 }
 
-// torch::stable::new_empty in less than half of its time: without the search for the op by its name.
+// torch::stable::new_empty in less than half the time, because it does not look up the op by name.
 inline Tensor new_empty(const Tensor& x, const std::vector<int64_t>& shape, ScalarType type) {
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t device = 0, layout = 0;

@@ -1,7 +1,7 @@
-// Where the CUDA bindings register and launch.
+// The dispatch key and the stream with which the CUDA bindings register and launch.
 //
-// The guard is a macro and not #pragma once because tests/emulation has a twin of this file, with which the bindings run
-// the emulated kernels on CPU tensors. Bindings therefore name dispatch key, stream and check by what is here alone.
+// The guard is a macro and not #pragma once because tests/emulation has a twin of this file, with which the bindings
+// run the emulated kernels on CPU tensors. Bindings therefore take dispatch key, stream and check from this file alone.
 #ifndef SWINKERNELS_BINDINGS_CURRENT_STREAM_H_
 #define SWINKERNELS_BINDINGS_CURRENT_STREAM_H_
 

@@ -1,5 +1,5 @@
-// Feature maps and the frames over them, as the params have them. S, the axes of a map, are two or three; in the params
-// they are always three, and a 2D map has a leading axis of one token.
+// Feature maps, and the frames over them, in the form of the params. A map has two or three axes S; the params always
+// have three, of which a 2D map's leading one has one token.
 #pragma once
 
 #include "checks.h"
@@ -8,7 +8,7 @@
 
 namespace swinkernels {
 
-// x (B, *S, ...) with S of `rank` axes, from `data` on.
+// A map over x (B, *S, ...), whose S has `rank` axes; the data begin at `data`.
 template <class Pointer>
 FeatureMapOf<Pointer> feature_map(const Tensor& x, Pointer data, int64_t rank) {
   FeatureMapOf<Pointer> map{data, x.stride(0), {}};
@@ -16,7 +16,7 @@ FeatureMapOf<Pointer> feature_map(const Tensor& x, Pointer data, int64_t rank) {
   return map;
 }
 
-// Of a map of size S; every other list has three values, as the schemas have it.
+// The frame over a map of size S; all other lists have three values, as in the schemas.
 template <class Axes>
 FrameGeometry frame_geometry(const Ints& size, const Axes& window_size, const Axes& shift_size, const Axes& pad_before,
                              bool roll_then_pad) {

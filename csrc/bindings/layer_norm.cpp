@@ -1,5 +1,5 @@
-// The norms on torch's stable ABI: fill the params, allocate, launch. Arguments were checked in swinkernels/ops; what is
-// checked here are the promises that the kernels rely on.
+// The norms on torch's stable ABI: fill the params, allocate, launch. swinkernels/ops checks the arguments; the checks
+// here guard the kernels' assumptions.
 #ifdef SWINKERNELS_WITH_CUDA
 #include "params/layer_norm.h"
 
@@ -26,7 +26,7 @@ Tensor map(const Tensor& x) { return packed(x, kAlignment); }
 const void* data(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 float* floats(const Tensor& x) { return x.numel() == 0 ? nullptr : static_cast<float*>(x.mutable_data_ptr()); }
 
-// Results of `shape` but for the last axis, one for each row.
+// An empty float32 tensor with one element per row of `shape`, whose last axis is the row.
 Tensor statistic(const Tensor& x, std::vector<int64_t> shape) {
   shape.pop_back();
   return torch::stable::new_empty(x, shape, ScalarType::Float);
@@ -55,7 +55,7 @@ LayerNormRows plain_rows(const std::vector<int64_t>& shape) {
   return rows;
 }
 
-// Of a map x (B, *S, C); its z has z_shape.
+// Rows of a map x (B, *S, C), whose z has z_shape.
 LayerNormRows map_rows(RowLayout layout, const Tensor& x, const std::vector<int64_t>& z_shape, const Ints& factor) {
   LayerNormRows rows{};
   rows.layout = layout;
@@ -90,7 +90,7 @@ struct NormShape {
   LayerNormRows rows;
 };
 
-// Of patch merging.
+// The shape of patch merging.
 NormShape merged(const Tensor& x, const Ints& factor, const Ints& neighbours) {
   check_factor(x, factor, 2);
   const int64_t parts = product(factor), last = x.dim() - 1;
@@ -109,7 +109,7 @@ NormShape merged(const Tensor& x, const Ints& factor, const Ints& neighbours) {
   return shape;
 }
 
-// Of the plain norm, and with a factor of patch expanding.
+// The shape of the plain norm or, with a factor, of patch expanding.
 NormShape plain_or_expanded(const Tensor& x, const Ints& factor) {
   NormShape shape{sizes(x, x.dim()), {}};
   if (factor.empty()) {
@@ -173,7 +173,8 @@ Norm norm_forward(Tensor x, OptionalTensor weight, OptionalTensor bias, const No
   return {z, mean, rstd};
 }
 
-// Allocates what all backward ops return and launches. Everything else of p is filled, and kept alive by the caller.
+// Allocates the results common to all backward ops, and launches. The caller has filled the rest of p and keeps it
+// alive.
 std::tuple<Tensor, Tensor> launch_backward(LayerNormBackwardParams& p, const Tensor& x, OptionalTensor weight,
                                            Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias,
                                            const CurrentStream& current) {

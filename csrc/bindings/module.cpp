@@ -1,5 +1,5 @@
-// swinkernels._C: the build information for a program that looks at an installation without torch. The package itself
-// asks torch.ops.swinkernels.build_info and does without this module.
+// swinkernels._C: the build information for programs that inspect an installation without torch. The package itself
+// calls torch.ops.swinkernels.build_info and does not need this module.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"

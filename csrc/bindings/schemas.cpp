@@ -1,4 +1,4 @@
-// The schemas of all ops. swinkernels/ops defines the same where there is no compiled library; with one, Python only adds
+// The schemas of all ops. Without a compiled library, swinkernels/ops defines the same; with one, Python only adds
 // fakes and derivatives, so a program that loads this library alone (for an AOTInductor package, say) can call the ops.
 #include <torch/csrc/stable/library.h>
 
@@ -9,7 +9,7 @@
 namespace swinkernels {
 namespace {
 
-// Triton and CUDA C++ share a dispatch key, so the ops that both have are defined twice.
+// Triton and CUDA C++ share a dispatch key, so an op with kernels in both is defined twice.
 const char* const kSuffixes[] = {"", "_triton"};
 
 template <class Library>

@@ -1,5 +1,5 @@
-// The window attention ops on torch's stable ABI: fill the params, allocate, launch. Arguments were checked in
-// swinkernels/ops; what is checked here are the promises that the kernels rely on.
+// The window attention ops on torch's stable ABI: fill the params, allocate, launch. swinkernels/ops checks the
+// arguments; the checks here guard the kernels' assumptions.
 #include "params/window_attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -27,7 +27,7 @@ namespace {
 // The backend-specific half of an op.
 #ifndef SWINKERNELS_WITHOUT_CPU
 struct CpuBackend {
-  // Bytes that data pointers and strides are multiples of, of maps whose heads have so many bytes.
+  // The alignment in bytes of data pointers and strides, for maps whose heads have this many bytes.
   static int64_t alignment(int64_t) { return 1; }
   explicit CpuBackend(const Tensor&) {}
   static void parallel_for(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
@@ -57,7 +57,7 @@ struct CudaBackend : CurrentStream {
 };
 #endif
 
-// The strides of x (B, *S, ...) as a map whose heads are head_stride apart, from element `offset` on.
+// x (B, *S, ...) as a map whose heads are head_stride apart; the data begin at element `offset`.
 template <class Pointer, class Data>
 TokenMapOf<Pointer> token_map(const Tensor& x, Data* data, int64_t offset, int64_t rank, int64_t head_stride) {
   const Pointer first = data + offset * static_cast<int64_t>(x.element_size());
@@ -77,7 +77,7 @@ struct Tables {
   OptionalTensor bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed;
 };
 
-// Everything but the data: x (B, *S, ..., num_heads, head_dim) with S of `rank` axes.
+// Fills everything but the data; x is (B, *S, ..., num_heads, head_dim), with `rank` axes S.
 void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const WindowSpec& spec) {
   p.dtype = dtype_of(x);
   p.batch = x.size(0);
@@ -87,7 +87,7 @@ void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const 
   spec.fill(p, {shape.begin() + 1, shape.end()});
 }
 
-// The tables, made contiguous in place: the caller keeps them alive.
+// Fills in the tables, after making them contiguous in place: the caller keeps them alive.
 void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& spec, int64_t rank) {
   for (OptionalTensor* x : {&t.bias_table, &t.bias, &t.logit_scale, &t.pad_qkv, &t.region_map, &t.dropout_seed}) {
     if (*x && !(*x)->is_contiguous()) *x = torch::stable::contiguous(**x);
@@ -153,11 +153,11 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
   }
 }
 
-// Of one head of a token.
+// Bytes of one head of a token.
 int64_t row_bytes(const Tensor& x) { return x.size(x.dim() - 1) * static_cast<int64_t>(x.element_size()); }
 
-// The ops of one form: q, k and v are one map (B, *S, 3, heads, head_dim), or three of (B, *S, heads, head_dim). Their
-// arguments are those of schemas.cpp.
+// The ops of one form: q, k and v are one map (B, *S, 3, heads, head_dim) or three (B, *S, heads, head_dim). Their
+// arguments are those in schemas.cpp.
 template <class Backend, class... Maps>
 struct WindowAttention {
   static constexpr bool kPacked = sizeof...(Maps) == 1;
@@ -165,7 +165,7 @@ struct WindowAttention {
 
   static int64_t rank(const Tensor& x) { return x.dim() - (kPacked ? 4 : 3); }
 
-  // Where q, k and v, or their gradients, lie.
+  // Points to q, k and v, or to their gradients.
   template <class Map, class MakeMap>
   static void place(Map* const (&maps)[3], const std::vector<Tensor>& xs, MakeMap make) {
     for (int64_t i = 0; i < 3; ++i) {
@@ -225,8 +225,8 @@ struct WindowAttention {
 
     std::vector<Tensor> gradients;
     for (const Tensor& t : xs) gradients.push_back(new_empty(t, sizes(t, t.dim())));
-    // new_zeros, so that an empty batch has the gradient zero; otherwise the kernels write every element. Bit i of wanted
-    // asks for the gradient of table i; one that is not wanted has no elements, as the schema has no optional result.
+    // new_zeros, so that an empty batch has zero gradients; otherwise the kernels write every element. Bit i of wanted
+    // asks for the gradient of table i; one not asked for has no elements, as the schema has no optional results.
     const bool empty = x.numel() == 0;
     const auto sum = [&](int bit, const OptionalTensor& table) {
       const bool needed = (wanted >> bit & 1) != 0;

@@ -1,5 +1,5 @@
-// window_partition and window_reverse on torch's stable ABI: fill the params, allocate, launch. Arguments were checked
-// in swinkernels/ops; what is checked here are the promises that the kernels rely on.
+// window_partition and window_reverse on torch's stable ABI: fill the params, allocate, launch. swinkernels/ops checks
+// the arguments; the checks here guard the kernels' assumptions.
 #ifdef SWINKERNELS_WITH_CUDA
 #include "params/window_partition.h"
 
@@ -16,9 +16,9 @@
 namespace swinkernels {
 namespace {
 
-constexpr int64_t kAlignment = 1;  // the kernels move what rows are aligned to
+constexpr int64_t kAlignment = 1;  // the kernels choose vectors by the rows' alignment
 
-// Everything but where the data lie; x is the map or the windows.
+// Fills everything but the data pointers; x is the map or the windows.
 template <class Params>
 Params make_params(const Tensor& x, const Ints& size, const Ints& window_size, const Ints& shift_size,
                    bool roll_then_pad) {

@@ -1,4 +1,4 @@
-// WindowSpec: a window-attention call without its tensors, as swinkernels/window_spec.py writes it on the wire.
+// WindowSpec: a window-attention call without its tensors, in the wire format of swinkernels/window_spec.py.
 #pragma once
 
 #include <array>
@@ -13,7 +13,7 @@
 
 namespace swinkernels {
 
-// Per axis three values, slowest first; 2D has a leading axis of one token. The defaults are those of the wire.
+// Three values per axis, slowest first; 2D has a leading axis of one token. The defaults are those of the wire.
 struct WindowSpec {
   using Axes = std::array<int64_t, 3>;
   Axes window_size{1, 1, 1}, shift_size{}, table_window{1, 1, 1}, pad_before{}, periodic{}, key_window{1, 1, 1},
@@ -37,7 +37,7 @@ struct WindowSpec {
     }
   }
 
-  // What a call on a map of `size` takes from its spec.
+  // Fills in the params that the spec defines for a map of `size`.
   void fill(WindowAttentionForwardParams& p, const Ints& size) const {
     WindowGeometry& g = p.geometry;
     static_cast<FrameGeometry&>(g) = frame_geometry(size, window_size, shift_size, pad_before, roll_then_pad);
@@ -58,7 +58,7 @@ struct WindowSpec {
   }
 
  private:
-  // The end of the value, or null if there is no such name.
+  // Returns the end of the value, or null for an unknown name.
   const char* read(std::string_view name, const char* value) {
     if (name == "window_size") {
       const char* end = axes(window_size, value);
@@ -88,7 +88,7 @@ struct WindowSpec {
     return nullptr;
   }
 
-  // Two or three integers, the last one that of the last axis.
+  // Reads two or three integers, of which the last is for the last axis.
   static const char* axes(Axes& values, const char* text) {
     int64_t read[3], count = 0;
     char* end;

@@ -1,4 +1,4 @@
-// Where the tokens of a feature map lie in memory. Read alike by the C++ compiler and nvcc; knows nothing of torch.
+// The layout of a feature map in memory. Compiles with g++ and nvcc alike, and does not depend on torch.
 //
 // 2D is 3D with a leading axis of one token. Axes are slowest first. Strides are in elements.
 #pragma once

@@ -1,4 +1,4 @@
-// The frame of whole windows over a feature map. Read alike by the C++ compiler and nvcc; knows nothing of torch.
+// The frame of whole windows over a feature map. Compiles with g++ and nvcc alike, and does not depend on torch.
 //
 // 2D is 3D with a leading axis of one token (size 1, window 1, shift 0). Axes are slowest first. Sizes are in tokens.
 #pragma once
@@ -7,7 +7,7 @@
 
 namespace swinkernels {
 
-// Which token of the map lies where in the frame, axis by axis. For window index n and token t of an axis:
+// The mapping between map and frame, axis by axis. For window index n and token t of an axis:
 //   frame coordinate   g = n * window + t
 //   source coordinate  pad_then_roll  y = (g + shift) mod frame - pad_before
 //                      roll_then_pad  y = g - pad_before, and if 0 <= y < size then y = (y + shift) mod size
@@ -19,11 +19,11 @@ struct FrameGeometry {
   int32_t shift[3];        // 0 <= shift < frame
   int32_t frame[3];        // P, the size rounded up to whole windows
   int32_t num_windows[3];  // frame / window
-  int32_t pad_before[3];   // of the frame - size pad tokens, how many lie before the data
+  int32_t pad_before[3];   // pad tokens before the data, of frame - size in all
   bool roll_then_pad;      // timm's order; otherwise pad_then_roll
 };
 
-// Frame coordinates are computed with 32 bits; the sum of one and a shift is less than twice the frame.
+// Frame coordinates are computed with 32 bits; a coordinate plus a shift is less than twice the frame.
 constexpr int32_t kMaxFrame = INT32_MAX / 2;
 
 }  // namespace swinkernels

@@ -8,13 +8,13 @@
 namespace swinkernels::cuda {
 
 // All launch on the given stream of the current device, neither allocate nor synchronise, and return
-// cudaErrorInvalidValue for what no kernel was made for: longer rows than the limit below, 2^31 rows or more, neighbours
-// 2^31 elements apart or more, or two dtypes that differ and are both half precision. Pointers to what has rows must be
-// 16-byte aligned.
+// cudaErrorInvalidValue for calls without a kernel: rows longer than the limit below, 2^31 rows or more, neighbours
+// 2^31 elements apart or more, or two dtypes that differ and are both half precision. Pointers to data with rows must
+// be 16-byte aligned.
 cudaError_t layer_norm_forward(const LayerNormForwardParams& params, cudaStream_t stream);
 
 // Depends on op, dtypes and rows, on whether dweight or dbias is wanted (not null; nothing is read), and on the current
-// device: its blocks each keep a partial sum of both.
+// device, whose blocks each keep a partial sum of both.
 int64_t layer_norm_backward_workspace_bytes(const LayerNormBackwardParams& params);
 cudaError_t layer_norm_backward(const LayerNormBackwardParams& params, cudaStream_t stream);
 

@@ -1,4 +1,5 @@
-// What window partition and window reverse are told. Read alike by the C++ compiler and nvcc; knows nothing of torch.
+// The parameters of window partition and window reverse. Compiles with g++ and nvcc alike, and does not depend on
+// torch.
 //
 // Sizes and strides are in elements.
 #pragma once
@@ -17,7 +18,7 @@ struct WindowsOf {
   int64_t window_stride, token_stride;
 };
 
-// Elements are moved as bytes and never looked at.
+// Elements are moved as bytes, without interpretation.
 template <class MapPointer, class WindowsPointer>
 struct WindowCopyParams {
   int32_t element_bytes;

@@ -27,7 +27,7 @@ class Part:
 
 
 def op_on(backend: str) -> Callable[..., Tensor]:
-    """Return both window attention ops on a backend in one function: of (qkv, **arguments) or (q, k, v, **arguments)."""
+    """Make one function of both window attention ops on a backend: (qkv, **arguments) or (q, k, v, **arguments)."""
 
     def attend(*maps: Tensor, **arguments: Any) -> Tensor:
         op = window_attention_qkvpacked if len(maps) == 1 else window_attention

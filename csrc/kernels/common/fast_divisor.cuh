@@ -1,11 +1,11 @@
-// Quotients by numbers that are known at launch, without divisions.
+// Quotients by numbers known at launch, without divisions.
 #pragma once
 
 #include <cstdint>
 
 namespace swinkernels {
 
-// For dividends below 2^31 (Granlund and Montgomery, 1994).
+// Divides numbers below 2^31 (Granlund and Montgomery, 1994).
 struct FastDivisor {
   uint32_t divisor, multiplier, shift;
 
@@ -23,7 +23,7 @@ struct FastDivisor {
   }
 };
 
-// Row-major numbers of an array of shape (any, extent[0], extent[1], extent[2]) back to coordinates.
+// Converts row-major numbers in an array (any, extent[0], extent[1], extent[2]) back to coordinates.
 struct RowMajorDivisor {
   FastDivisor volume, slab, row;
 
@@ -31,7 +31,7 @@ struct RowMajorDivisor {
     const uint32_t row = extent[2], slab = row * extent[1];
     return {FastDivisor::of(slab * extent[0]), FastDivisor::of(slab), FastDivisor::of(row)};
   }
-  // The first coordinate is returned, the others are stored.
+  // Returns the first coordinate and stores the others.
   __device__ __forceinline__ uint32_t divide(uint32_t number, uint32_t (&coordinate)[3]) const {
     uint32_t rest;
     const uint32_t first = volume.divide(number, &rest);

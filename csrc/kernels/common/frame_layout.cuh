@@ -16,13 +16,13 @@ struct FrameLayout : FrameGeometry {
     return layout;
   }
 
-  // The map's coordinate of a frame coordinate on one axis. Sets is_pad if the map does not reach there.
+  // The map's coordinate for a frame coordinate on one axis. Sets is_pad outside the map.
   __device__ __forceinline__ uint32_t source(int axis, int frame_coordinate, bool& is_pad) const {
     const int extent = size[axis];
     int y = frame_coordinate;
     if (roll_then_pad) {
       y -= pad_before[axis];
-      is_pad |= static_cast<uint32_t>(y) >= static_cast<uint32_t>(extent);  // negative ones, too
+      is_pad |= static_cast<uint32_t>(y) >= static_cast<uint32_t>(extent);  // also true for negative y
       y += shift_in_size[axis];
       if (y >= extent) y -= extent;
     } else {

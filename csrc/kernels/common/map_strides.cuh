@@ -8,7 +8,7 @@
 
 namespace swinkernels {
 
-// In bytes.
+// Strides in bytes.
 struct MapStrides {
   uint64_t batch, axis[3];
 
@@ -18,7 +18,7 @@ struct MapStrides {
     return {bytes(map.batch_stride), {bytes(map.axis_stride[0]), bytes(map.axis_stride[1]), bytes(map.axis_stride[2])}};
   }
 
-  // From the map's data to the row of a token, added to `start`. All factors are unsigned so that a product costs two
+  // Byte offset of a token's row from the map's data, plus `start`. All factors are unsigned, so a product costs two
   // multiply-adds.
   __device__ __forceinline__ uint64_t offset(uint32_t batch_index, const uint32_t (&y)[3], uint64_t start = 0) const {
     return start + batch_index * batch + y[0] * axis[0] + y[1] * axis[1] + y[2] * axis[2];

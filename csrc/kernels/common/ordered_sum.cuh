@@ -1,4 +1,4 @@
-// Sums of the partial results of blocks, in an order that depends on their number alone: no atomics, the same bits.
+// Sums of the blocks' partial results in an order that depends only on their number: no atomics, the same bits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,9 +7,9 @@
 
 namespace swinkernels {
 
-// A block of kOutputs * kSlices threads sums kOutputs columns: thread i has column i % kOutputs, whose `count` values lie
-// `stride` apart from `partials` on, null for none. Slices of a column are summed side by side, then in order. Every
-// thread of the block calls it; the sum is that of the first slice's thread, i < kOutputs.
+// A block of kOutputs * kSlices threads sums kOutputs columns. Thread i works on column i % kOutputs, whose `count`
+// values begin at `partials`, `stride` apart; null for no column. Slices of a column are summed in parallel, then added
+// in order. Every thread of the block calls this; threads i < kOutputs, those of the first slice, return the sums.
 template <int kOutputs, int kSlices>
 __device__ __forceinline__ float ordered_sum(const float* partials, int64_t stride, uint32_t count) {
   __shared__ float slices[kSlices][kOutputs];

@@ -1,4 +1,4 @@
-// Random numbers that depend on a key and a counter alone, so that a pass can draw again what another one drew.
+// Random numbers that depend only on a key and a counter, so that one pass can repeat the draws of another.
 //
 // Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011: Philox4x32-10.
 #pragma once
@@ -9,7 +9,7 @@
 
 namespace swinkernels {
 
-// Four words of 32 random bits.
+// Returns four words of 32 random bits.
 __device__ __forceinline__ uint4 philox(uint2 key, uint4 counter) {
   constexpr int kRounds = 10;
 #pragma unroll

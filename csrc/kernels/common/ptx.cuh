@@ -4,8 +4,8 @@
 //   g = lane / 4  and  t = lane % 4.
 // 16-bit elements go two to a register, the one with the lower column (A) or row (B) in the low half.
 //
-// The guard is a macro and not #pragma once because tests/emulation has a twin of this file: the same functions run by
-// the CPU. Whoever adds an instruction here adds it there.
+// The guard is a macro and not #pragma once because tests/emulation has a twin of this file, with the same functions
+// for the CPU. An instruction added here has to be added there.
 #ifndef SWINKERNELS_KERNELS_COMMON_PTX_CUH_
 #define SWINKERNELS_KERNELS_COMMON_PTX_CUH_
 
@@ -16,7 +16,7 @@
 
 namespace swinkernels::ptx {
 
-// An address in shared memory as the instructions take it. To be computed once and added to.
+// An address in shared memory in the form that the instructions take. Compute it once and add to it.
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* smem) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
@@ -59,8 +59,8 @@ __device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2
       : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
 
-// d += a * b for A 16 x 8 (row-major), B 8 x 8 (column-major), D 16 x 8 as above; operands are the bits of floats, of
-// which the hardware ignores the low 13: pass them through to_tf32 to round instead of truncate.
+// d += a * b for A 16 x 8 (row-major), B 8 x 8 (column-major), D 16 x 8 as above. Operands are the bits of floats; the
+// hardware ignores the low 13, so to_tf32 rounds them first.
 //   a[0]  A[g    ][t]        a[2]  A[g    ][t + 4]        b[0]  B[t    ][g]
 //   a[1]  A[g + 8][t]        a[3]  A[g + 8][t + 4]        b[1]  B[t + 4][g]
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -140,8 +140,8 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t m) {
 }
 
 // Copies 16 bytes from global to shared memory in the background, past L1 (.cg); both addresses 16-byte aligned. When
-// !valid, writes zeros instead and does not read gmem. The bytes are there for the calling thread after the
-// cp_async_wait of their group, for other threads after a barrier that follows it.
+// !valid, writes zeros instead and does not read gmem. The bytes are visible to the calling thread after the
+// cp_async_wait of their group, and to other threads after a barrier that follows it.
 __device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
@@ -149,7 +149,7 @@ __device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool v
                : "memory");
 }
 
-// The same where there always is something to read: a size that is known when compiled saves three instructions.
+// The same without `valid`: a size known at compile time saves three instructions.
 __device__ __forceinline__ void cp_async_16(SharedAddress smem, const void* gmem) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                :
@@ -157,7 +157,7 @@ __device__ __forceinline__ void cp_async_16(SharedAddress smem, const void* gmem
                : "memory");
 }
 
-// Writes 16 bytes, 16-byte aligned, to global memory: a pointer made of a number would be stored through generically.
+// Writes 16 bytes, 16-byte aligned, to global memory. An address computed as a number would compile to a generic store.
 __device__ __forceinline__ void store_global_16(void* gmem, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                :
@@ -176,7 +176,7 @@ __device__ __forceinline__ void cp_async_4(void* smem, const void* gmem, bool va
 // Closes the group of this thread's copies since the last commit; it may be empty.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most the N youngest committed groups of this thread are still under way.
+// Waits until at most the N youngest committed groups of this thread are still in flight.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -208,15 +208,15 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return y;
 }
 
-// a * b + c as one instruction wherever a and b come from.
+// a * b + c as one instruction, regardless of where a and b come from.
 __device__ __forceinline__ uint64_t multiply_add_wide(uint32_t a, uint32_t b, uint64_t c) {
   uint64_t d;
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
   return d;
 }
 
-// x, of which the compiler is told nothing: in a loop it does not keep what derives from it in registers from one round
-// to the next, which costs more than computing it again where accumulators fill the registers.
+// x, opaque to the compiler: in a loop it then recomputes values derived from x instead of keeping them in registers
+// from one iteration to the next, which is cheaper where accumulators fill the registers.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -1,4 +1,5 @@
-// How many blocks of a kernel the device holds at once: the grid of a kernel whose blocks loop over their work.
+// The number of a kernel's blocks that the device holds at once: the grid of a kernel whose blocks loop over their
+// work.
 #pragma once
 
 #include <cstddef>

@@ -23,28 +23,28 @@ struct SmemTile {
   __device__ __forceinline__ T* chunk(int row, int c) const { return data + offset(row, c); }
   __device__ __forceinline__ T* element(int row, int col) const { return chunk(row, col / kVec) + col % kVec; }
 
-  // What a lane passes to ldmatrix and stmatrix for 16 rows of two chunks, as the matrices (rows 0-7, chunk c), (rows
-  // 8-15, c), (rows 0-7, c + 1), (rows 8-15, c + 1), and for 8 rows of four chunks, or
-  // two if a row has no more. Rows and chunks are multiples of these numbers.
+  // The address that a lane passes to ldmatrix and stmatrix: for 16 rows of two chunks, as the matrices (rows 0-7,
+  // chunk c), (rows 8-15, c), (rows 0-7, c + 1), (rows 8-15, c + 1); and for 8 rows of four chunks, or of two if rows
+  // have no more. row and c are multiples of these numbers.
   __device__ __forceinline__ T* square(int row, int c) const {
     return chunk(row + threadIdx.x % 16, c + threadIdx.x % 32 / 16);
   }
   __device__ __forceinline__ T* band(int row, int c) const {
     return chunk(row + threadIdx.x % 8, c + threadIdx.x % 32 / 8 % kChunks);
   }
-  // As square, with the second and the third matrix exchanged: what a transposed operand takes.
+  // As square, with the second and the third matrix exchanged, for a transposed operand.
   __device__ __forceinline__ T* transposed_square(int row, int c) const {
     return chunk(row + threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, c + threadIdx.x / 8 % 2);
   }
 
-  // In elements from the start of the tile.
+  // Elements from the start of the tile.
   __device__ __forceinline__ static int offset(int row, int c) {
     return row * kCols + (c ^ (row / kRowsPerLine % kPermuted)) * kVec;
   }
 };
 
-// Where a lane's square and band begin in every tile of one shape, in bytes: registers that save a loop the arithmetic of
-// the permutation.
+// Byte offsets of a lane's square and band in every tile of one shape. Kept in registers, they save a loop the
+// arithmetic of the permutation.
 template <class Tile>
 struct LaneOffsets {
   int square, band, transposed_square;
@@ -57,7 +57,7 @@ struct LaneOffsets {
   }
 };
 
-// A tile whose lane offsets are in registers.
+// A tile with its lane offsets in registers.
 template <class Tile_>
 struct LocatedTile : Tile_ {
   using Tile = Tile_;
@@ -70,16 +70,16 @@ struct LocatedTile : Tile_ {
   __device__ __forceinline__ T* transposed_square(int row, int c) const { return at(lane.transposed_square, row, c); }
 
  private:
-  // Of a multiple of 8 rows and of chunks that the lanes' own do not reach: the permutation is that of the lane's row,
-  // and the chunk's bits are not those of the lane's.
+  // row is a multiple of 8, and c does not overlap the lanes' own chunks: the permutation is that of the lane's row,
+  // and the bits of c are separate from those of the lane.
   __device__ __forceinline__ T* at(int offset, int row, int c) const {
     return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(Tile::data + row * Tile::kCols) + (offset ^ c * 16));
   }
 };
 
-// Writes a 16 x (8 * kTiles) accumulator fragment (PTX layout, see ptx.cuh) to rows row0.. of a tile, columns below
-// col_limit only and, if asked, rows below row_limit only. row0 is a multiple of 8.
-// What lies past the limits stays: zero there must not become NaN, even if it is a sum of products with zeros.
+// Writes a 16 x (8 * kTiles) accumulator fragment (PTX layout, see ptx.cuh) to rows row0.. of a tile, but only columns
+// below col_limit and, with kLimitRows, rows below row_limit. row0 is a multiple of 8. Elements past the limits keep
+// their value: zeros there must not become NaN, as sums of products with zeros could.
 template <bool kLimitRows, int kTiles, class Tile>
 __device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const float (&x)[kTiles][4], float factor0,
                                                float factor1, int row_limit, int col_limit) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const
   const bool write0 = !kLimitRows || row0 + g < row_limit, write1 = !kLimitRows || row0 + g + 8 < row_limit;
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
-    // The chunks of row + 8 are permuted as those of row.
+    // The chunks of row + 8 are permuted like those of row.
     const int col = 8 * j + 2 * t;
     typename Tile::T* const destination = tile.element(row0 + g, col);
     const bool in_columns = col < col_limit, both = col + 1 < col_limit;
@@ -96,8 +96,8 @@ __device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const
   }
 }
 
-// Writes 16 x (8 * kTiles) elements, an accumulator fragment packed by pairs (x[j][half] is that of columns 2t, 2t + 1 of
-// tile j and row g + 8 * half), to rows row0.. of a tile of 16-bit elements. kByMatrix: by stmatrix.
+// Writes 16 x (8 * kTiles) elements to rows row0.. of a tile of 16-bit elements. They are an accumulator fragment
+// packed by pairs: x[j][half] holds columns 2t, 2t + 1 of tile j in row g + 8 * half. kByMatrix: uses stmatrix.
 template <bool kByMatrix = ptx::kHasStmatrix, int kTiles, class Tile>
 __device__ __forceinline__ void write_packed(const Tile& tile, int row0, const uint32_t (&x)[kTiles][2]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void write_packed(const Tile& tile, int row0, const u
     if constexpr (!kByMatrix) {
       uint32_t* const destination = reinterpret_cast<uint32_t*>(tile.element(row0 + g, 8 * j + 2 * t));
       destination[0] = x[j][0];
-      destination[8 * Tile::kCols / 2] = x[j][1];  // the chunks of row + 8 are permuted as those of row
+      destination[8 * Tile::kCols / 2] = x[j][1];  // the chunks of row + 8 are permuted like those of row
     } else if (j + 1 < kTiles) {
       ptx::stmatrix_x4(tile.square(row0, j), {x[j][0], x[j][1], x[j + 1][0], x[j + 1][1]});
     } else {
@@ -115,7 +115,7 @@ __device__ __forceinline__ void write_packed(const Tile& tile, int row0, const u
   }
 }
 
-// The same for rows below row_limit; what lies past it stays.
+// The same for rows below row_limit; other rows keep their elements.
 template <int kTiles, class Tile>
 __device__ __forceinline__ void write_packed_below(const Tile& tile, int row0, int row_limit,
                                                    const uint32_t (&x)[kTiles][2]) {

@@ -2,9 +2,9 @@
 //   add_abt   c += A B^T     16 rows of A and 8 * kTiles rows of B, both in shared memory
 //   add_pb    o += P B       P an accumulator fragment of 16 x (8 * kTiles), B 8 * kTiles rows in shared memory
 //   add_ptb   o += P^T B     P and B 8 * kTiles rows in shared memory, 16 columns of P
-// A policy says how: 16-bit or TF32 tensor cores, or float fused multiply-adds. All three produce the same layout, so
-// a kernel is written once. The order of a contraction may be permuted if it is in both operands alike; the float
-// policies use that to take P in registers as it is: index t stands for column 2t, t + 4 for column 2t + 1.
+// A policy chooses 16-bit or TF32 tensor cores or float fused multiply-adds. All three produce the same layout, so a
+// kernel is written once. The order of a contraction may be permuted if it is the same in both operands; the float
+// policies use that to take P from registers directly: index t stands for column 2t, t + 4 for column 2t + 1.
 #pragma once
 
 #include "ptx.cuh"
@@ -81,7 +81,7 @@ struct HalfPrecisionProduct {
     }
   }
 
-  // The same of a P that is packed by pairs (write_packed of smem_tile.cuh).
+  // The same for a P packed by pairs (write_packed of smem_tile.cuh).
   template <int kTiles, int kColTiles, class Tile>
   __device__ static __forceinline__ void add_pb(float (&o)[kColTiles][4], const uint32_t (&p)[kTiles][2],
                                                 const Tile& b) {
@@ -92,7 +92,7 @@ struct HalfPrecisionProduct {
     if constexpr (kTiles % 2 == 1) add_half_step(o, {p[kTiles - 1][0], p[kTiles - 1][1]}, b, 8 * (kTiles - 1));
   }
 
-  // The sums of the rows of such a P, as a product with ones: sum[0] is that of row g, sum[2] that of row g + 8.
+  // The row sums of such a P, as a product with ones: sum[0] is that of row g, sum[2] that of row g + 8.
   template <int kTiles>
   __device__ static __forceinline__ void add_row_sums(float (&sum)[4], const uint32_t (&p)[kTiles][2]) {
     const uint32_t ones = pack2<T>(1.0f, 1.0f);
@@ -204,8 +204,8 @@ struct Tf32Product {
   }
 
  private:
-  // o += A B over 8 * kTiles rows of B in the permuted order. Columns are the outer loop: their addresses are the same
-  // in all steps but for a constant, and would take two registers each if all were wanted at once.
+  // o += A B over 8 * kTiles rows of B in the permuted order. Columns are the outer loop: the addresses of all steps
+  // then differ by a constant only; otherwise they would take two registers each.
   template <int kTiles, int kColTiles, class Tile>
   __device__ static __forceinline__ void add_fragments(float (&o)[kColTiles][4], const uint32_t (&a)[kTiles][4],
                                                        const Tile& tile) {
@@ -249,7 +249,7 @@ struct FloatProduct {
     const int quad = threadIdx.x % 32 / 4 * 4;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      // Lane u of the quad holds columns 2u and 2u + 1 of the tile. The loop stays a loop to keep the code small.
+      // Lane u of the quad holds columns 2u and 2u + 1 of the tile. The loop is not unrolled, to keep the code small.
 #pragma unroll 1
       for (int u = 0; u < 4; ++u) {
 #pragma unroll

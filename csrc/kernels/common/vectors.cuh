@@ -1,6 +1,6 @@
-// Vectors of neighbouring elements in global memory, of a type that the compiler knows or that a kernel is told.
+// Vectors of neighbouring elements in global memory; their type is known at compile time or passed to the kernel.
 //
-// A vector is loaded raw and converted when it is used, so a copy under way takes as many registers as it has bytes.
+// A vector is loaded raw and converted on use, so a load in flight takes as many registers as it has bytes.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,11 @@
 
 namespace swinkernels {
 
-// Stands for whichever element type a kernel is told. Its branches are uniform, and cost little beside the memory access
-// that each belongs to.
+// Stands for an element type passed to the kernel at run time. Its branches are uniform and cheap compared with the
+// memory access of each.
 struct AnyElement {};
 
-// kVec elements. Offsets are in elements; that of a vector in its row is a multiple of kVec.
+// kVec elements. Offsets are in elements; the offset of a vector in its row is a multiple of kVec.
 template <class T, int kVec>
 struct Vectors {
   static constexpr int kWords = kVec * static_cast<int>(sizeof(T)) / 4;
@@ -82,11 +82,11 @@ struct Vectors {
   }
 };
 
-// One element, or four of 8 or 16 bytes.
+// One element, or four elements of 8 or 16 bytes.
 template <int kVec>
 struct Vectors<AnyElement, kVec> {
   static_assert(kVec == 1 || kVec == 4);
-  static constexpr int kWords = kVec;  // 16-bit elements take half of them, but for a single one
+  static constexpr int kWords = kVec;  // 16-bit elements take half of them, except a single one
   struct Raw {
     uint32_t word[kWords];
   };

@@ -1,5 +1,5 @@
-// Where the tokens of a window lie in the map, which of them are pad tokens, and which shift region they are of:
-// WindowGeometry's definition (csrc/params/window_attention.h) as index arithmetic without divisions.
+// The positions of a window's tokens in the map, their padding and their shift regions: WindowGeometry's definition
+// (csrc/params/window_attention.h) as index arithmetic without divisions.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct WindowLayout : FrameLayout {
   bool has_regions[3];  // the axis is cut into shift regions
   bool grid;
   const int32_t* region_map;
-  RowMajorDivisor windows;  // of an image
+  RowMajorDivisor windows;  // windows of an image
 
   static WindowLayout of(const WindowGeometry& geometry, const int32_t* region_map) {
     WindowLayout layout = {};
@@ -40,14 +40,14 @@ struct WindowLayout : FrameLayout {
 
   int32_t num_tokens() const { return window[0] * window[1] * window[2]; }
 
-  // r(t) of the bias table: entry (r(i) - r(j) + table_middle) holds the bias of query i and key j.
+  // r(t) in the bias table: entry (r(i) - r(j) + table_middle) holds the bias of query i and key j.
   __device__ __forceinline__ int table_index(int token) const {
     const int row = token / table_window[2];
     return row / table_window[1] * table_stride[0] + row % table_window[1] * table_stride[1] +
            token % table_window[2] * table_stride[2];
   }
 
-  // i - j for the pairs of tokens whose bias is this entry of the table: the table's window numbers them row by row.
+  // i - j for the pairs of tokens that use this entry of the table, whose window numbers them row by row.
   __device__ __forceinline__ int token_distance(int entry) const {
     int distance = 0, weight = 1;
 #pragma unroll
@@ -72,7 +72,7 @@ __device__ __forceinline__ WindowIndex window_index(const WindowLayout& layout, 
   return index;
 }
 
-// Whether tokens of the window may be of different regions.
+// True if tokens of the window may belong to different regions.
 __device__ __forceinline__ bool may_be_mixed(const WindowLayout& layout, const WindowIndex& index) {
   bool mixed = layout.region_map != nullptr;
 #pragma unroll
@@ -83,7 +83,7 @@ __device__ __forceinline__ bool may_be_mixed(const WindowLayout& layout, const W
   return mixed;
 }
 
-// The coordinates of a token in its window in one register.
+// A token's coordinates in its window, packed into one register.
 struct PackedToken {
   static constexpr int kBits = 10, kMask = (1 << kBits) - 1;
 
@@ -129,7 +129,7 @@ __device__ __forceinline__ int32_t token_region(const WindowLayout& layout, cons
   return layout.region_map == nullptr ? region : layout.region_map[frame_index];
 }
 
-// Where a token map lies, with strides in bytes.
+// The address of a token map, with strides in bytes.
 struct MapAddress {
   const void* data;
   MapStrides strides;
@@ -140,7 +140,7 @@ struct MapAddress {
     return {map.data, MapStrides::of(map, element_bytes), static_cast<uint64_t>(map.head_stride) * element_bytes};
   }
 
-  // The row of a token.
+  // The address of a token's row.
   __device__ __forceinline__ uint64_t row(uint32_t batch_index, uint32_t head_index, const uint32_t (&y)[3]) const {
     return strides.offset(batch_index, y, reinterpret_cast<uint64_t>(data) + head_index * head);
   }

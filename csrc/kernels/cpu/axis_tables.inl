@@ -1,10 +1,10 @@
-// The decomposed relative position of SAM and ViTDet: a part of window_attention.inl, which includes it.
+// The decomposed relative position of SAM and ViTDet, a part of window_attention.inl, which includes this file.
 //
 // Maths     score(i, j) += sum over axes a of q_i . table_a[i_a - j_a + window_a - 1], of the unscaled q
-//           backward  of an axis, dG[r, i] = sum of dS(i, j) over the keys j with i_a - j_a + window_a - 1 = r;
+//           backward  per axis: dG[r, i] = sum of dS(i, j) over the keys j with i_a - j_a + window_a - 1 = r;
 //                     dtable = dG q, dq += dG^T table
-// Tiling    For a block of queries: products (table rows, queries) of the tables with q, of the rows that its queries
-//           meet; from them (coordinate of the key, queries) per axis; and from these the bias of every key, one addition
+// Tiling    Per block of queries: products (table rows, queries) of q with the table rows that its queries meet; from
+//           these, values (coordinate of the key, queries) per axis; and from those the bias of every key, one addition
 //           per score. At window 14 the products are a quarter of those with k, at 64 x 64 tokens a twentieth.
 
 class AxisTables {
@@ -34,7 +34,7 @@ class AxisTables {
   bool given() const { return rows_ > 0; }
   int64_t rows() const { return rows_; }
 
-  // The bias of a block of queries, (keys, queries), of the unscaled queries q_t (row, block).
+  // Writes the bias of a block of queries, (keys, queries), from the unscaled queries q_t (row, block).
   __attribute__((noinline)) void write_bias(int64_t b, const float* q_t, float* bias) {
     const int64_t width = round_up(sizes_.queries(b), kLanes);
     for (int axis = 0; axis < 3; ++axis) {
@@ -59,8 +59,8 @@ class AxisTables {
     }
   }
 
-  // Adds what the gradient of a block's scores, (keys, queries), gives to that of q (queries, row) and that of the
-  // tables (rows, row).
+  // Adds the contribution of the gradient of a block's scores, (keys, queries), to the gradients of q (queries, row)
+  // and of the tables (rows, row).
   __attribute__((noinline)) void add_gradients(int64_t b, const float* dscores, const float* q, float* dq,
                                                float* dtables) {
     const int64_t queries = sizes_.queries(b);
@@ -76,7 +76,8 @@ class AxisTables {
       float* dtable = dtables + first * sizes_.row;
       matmul<false>(span.count, sizes_.row, queries, dproducts, sizes_.block, q, sizes_.row, dtable, dtable,
                     sizes_.row);
-      // Without an addend, as every other product of this form: the compiler then leaves the question out of all.
+      // Without an addend, like every other product of this form, so the compiler drops the test for one from all of
+      // them.
       matmul<true>(queries, sizes_.row, span.count, dproducts, sizes_.block, tables_ + first * sizes_.row, sizes_.row,
                    nullptr, share_of_dq_, sizes_.row);
       for (int64_t k = 0; k < queries * sizes_.row; k += kLanes) store(dq + k, load(dq + k) + load(share_of_dq_ + k));
@@ -101,7 +102,7 @@ class AxisTables {
     return query % window_[axis];
   }
 
-  // The rows of an axis' table that the queries of a block meet.
+  // The rows of an axis' table that a block's queries meet.
   Span span_of(int axis, int64_t b) const {
     int64_t lowest = window_[axis], highest = 0;
     for (int64_t i = 0; i < sizes_.queries(b); ++i) {
@@ -112,7 +113,8 @@ class AxisTables {
     return {lowest, highest - lowest + window_[axis]};
   }
 
-  // action(index in products_, index in by_coordinate_) for each query of a block and each coordinate of its keys.
+  // Calls action(index in products_, index in by_coordinate_) for each query of a block and each coordinate of its
+  // keys.
   template <class Action>
   SWINKERNELS_INLINE void for_each_place(int axis, int64_t b, Action action) const {
     const Axis& a = axes_[axis];
@@ -120,7 +122,7 @@ class AxisTables {
     for (int64_t first = 0; first < queries;) {
       const int64_t at = coordinate_of(axis, b * sizes_.block + first);
       int64_t last = first + 1;
-      if (axis < 2) {  // tokens of a row of the window have it in common
+      if (axis < 2) {  // shared by the tokens of a window's row
         while (last < queries && coordinate_of(axis, b * sizes_.block + last) == at) ++last;
       }
       for (int64_t c = 0; c < window_[axis]; ++c) {
@@ -132,7 +134,7 @@ class AxisTables {
     }
   }
 
-  // Of each axis, the sum of dscores over the keys of a coordinate.
+  // Sums dscores, for each axis, over the keys with the same coordinate.
   void sum_by_coordinate(int64_t width, const float* dscores) {
     for (int64_t i = 0; i < width; i += kLanes) {
       for (int axis = 0; axis < 3; ++axis) {
@@ -159,7 +161,7 @@ class AxisTables {
   const Sizes& sizes_;
   Axis axes_[3];
   int64_t window_[3] = {1, 1, 1};
-  int64_t rows_ = 0;                // of all tables
+  int64_t rows_ = 0;                // in all tables
   float* tables_ = nullptr;         // (rows, row)
   float* products_ = nullptr;       // (rows, block), or their gradients
   float* by_coordinate_ = nullptr;  // (coordinates of all axes, block), or their gradients

@@ -1,10 +1,11 @@
-// The gradients of keys and values whose windows overlap (HAT): a part of window_attention.inl, which includes it.
+// The gradients of keys and values of overlapping windows (HAT), a part of window_attention.inl, which includes this
+// file.
 //
-// A token is a key of several windows. The backward pass leaves what each window gives to its keys in the workspace; then
-// every token of the map takes the sum of its own, always in the same order.
+// A token is a key of several windows. The backward pass stores each window's contribution to its keys in the
+// workspace; then every token of the map sums its own contributions, always in the same order.
 
-// The windows on one axis that have a token among their keys, and which key it is of the first one; of each next window it
-// is the key `window` tokens before.
+// The windows on one axis that have a token among their keys, and its number as a key of the first one. In each further
+// window that number is smaller by `window`.
 struct KeyOf {
   int64_t first_window, windows, first_key;
 
@@ -17,7 +18,7 @@ struct KeyOf {
   }
 };
 
-// Tasks [begin, end) of window * num_heads + head: dk and dv of the window's own tokens.
+// Runs tasks [begin, end) of window * num_heads + head: sums dk and dv of the window's own tokens.
 void sum_key_gradients(const WindowAttentionBackwardParams& params, const BackwardPartition& partition, int64_t begin,
                        int64_t end, void* scratch) {
   const WindowAttentionForwardParams& p = params.forward;

@@ -1,12 +1,12 @@
-// Vectors of floats and what the CPU kernels build from them: conversions, exp, log and square root, dot products of
+// Vectors of floats, and functions of the CPU kernels on them: conversions, exp, log and square root, dot products of
 // rows, a transpose, a small matmul.
 //
 // Included once by each instruction set's source file, after all other headers and under that set's target pragma, with
 //   SWINKERNELS_ISA      the namespace of everything compiled for it
 //   SWINKERNELS_LANES    floats of a vector
 //   SWINKERNELS_AVX      defined if <immintrin.h> has conversions of float16 and square roots of such vectors
-// An inline function or a template that several object files share is merged by the linker, which may keep the AVX-512
-// copy and then run it on a machine without. So all of this has internal linkage and calls nothing of std::.
+// The linker merges inline functions and templates that several object files share; it may keep the AVX-512 copy, which
+// then runs on a machine without AVX-512. So everything here has internal linkage and calls nothing in std::.
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kLanes = SWINKERNELS_LANES;
 
-// Values live in Vec; VecMemory is the same in memory, at any address that a float may have.
+// Values live in Vec; VecMemory is the same in memory, with the alignment of a float.
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef float VecMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
@@ -44,7 +44,7 @@ struct MakeIndices<0, kTail...> {
 };
 using AllLanes = MakeIndices<kLanes>::Type;
 
-// Written out lane by lane, which compiles to one broadcast; Vec{} + x would be an addition, for the sake of -0.
+// Written lane by lane, which compiles to one broadcast; Vec{} + x would compile to an addition, because of -0.
 template <int... I>
 SWINKERNELS_INLINE Vec splat_lanes(float x, Indices<I...>) {
   return Vec{((void)I, x)...};
@@ -106,7 +106,7 @@ SWINKERNELS_INLINE HalfBits narrow_float16(Vec x) {
   const Bits subnormal = (Bits)((Vec)bits + 0.5f) - 0x3f000000u;
   const Bits special = bits > 0x7f800000 ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
   Bits half = bits < 0x38800000 ? subnormal : normal;
-  half = bits >= 0x47800000 ? special : half;  // 2^16 and beyond; what rounds up to 2^16 has become infinity already
+  half = bits >= 0x47800000 ? special : half;  // 2^16 and beyond; values rounded up to 2^16 are infinity already
   return __builtin_convertvector(half | sign, HalfBits);
 }
 #endif
@@ -130,7 +130,7 @@ struct BFloat16 {
   static SWINKERNELS_INLINE HalfBits narrow(Vec x) { return narrow_bfloat16(x); }
 };
 
-// to[0..count) = from[0..count); lanes after the last are written as zeros up to a whole vector.
+// to[0..count) = from[0..count); further lanes, up to a whole vector, become zero.
 template <class Format>
 SWINKERNELS_INLINE void load_row(const void* from, int64_t count, float* to) {
   using Memory = typename Format::Memory;
@@ -181,7 +181,7 @@ SWINKERNELS_INLINE Vec exp(Vec x) {
   return x < splat(-87.33654f) ? Vec{} : fraction * scale;        // NaN stays NaN
 }
 
-// The natural logarithm of a normal positive number, within 1.5 ulp; of infinity or NaN: NaN.
+// The natural logarithm of a normal positive number, within 1.5 ulp; NaN for infinity and NaN.
 SWINKERNELS_INLINE Vec log(Vec x) {
   // x = 2^n * m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
   const Int n = (Int)((Bits)x - 0x3f3504f3u) >> 23;  // sqrt(1/2)
@@ -260,8 +260,8 @@ void transpose_any(const float* from, int64_t rows, int64_t columns, int64_t ld_
   }
 }
 
-// rows[0], lane r = the sum of the lanes of rows[r]: a tree, at each step of which half as many vectors hold the sums
-// of twice as many rows.
+// rows[0] in lane r = the sum of the lanes of rows[r]. A tree: each step halves the number of vectors, which then hold
+// the sums of twice as many rows.
 template <int kStep>
 SWINKERNELS_INLINE void sum_lanes(Vec (&rows)[kLanes]) {
   if constexpr (kStep < kLanes) {
@@ -274,8 +274,8 @@ SWINKERNELS_INLINE void sum_lanes(Vec (&rows)[kLanes]) {
   }
 }
 
-// Lane r: the product of row r of a with row r of b, for kLanes rows of `columns` elements, whole vectors, one after
-// the other in memory.
+// Lane r = the product of row r of a with row r of b, for kLanes consecutive rows of `columns` elements, which are
+// whole vectors.
 SWINKERNELS_INLINE Vec row_products(const float* a, const float* b, int64_t columns) {
   Vec sums[kLanes] = {};
   for (int64_t c = 0; c < columns; c += kLanes) {
@@ -286,8 +286,8 @@ SWINKERNELS_INLINE Vec row_products(const float* a, const float* b, int64_t colu
   return sums[0];
 }
 
-// A tile of c = a b + addend that stays in registers; a is (rows, depth), or (depth, rows) if kTransposed. The addend,
-// which may be c itself or null for zero, has c's layout and is added last.
+// A tile of c = a b + addend in registers; a is (rows, depth), or (depth, rows) if kTransposed. The addend, which may
+// be c itself, or null for zero, has c's layout and is added last.
 template <int kRows, int kVectors, bool kTransposed>
 void matmul_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* addend, float* c,
                  int64_t ldc) {
@@ -313,8 +313,8 @@ void matmul_tile(int64_t depth, const float* a, int64_t lda, const float* b, int
   }
 }
 
-// Rows and vectors of a tile: the sums, a row of b and one factor have to fit in the registers, of which AVX-512 and
-// aarch64 have 32 and the others 16.
+// Rows and vectors of a tile: the sums, a row of b and one factor have to fit in the registers. AVX-512 and aarch64
+// have 32, the others 16.
 #if SWINKERNELS_LANES == 16 || defined(__aarch64__)
 constexpr int kTileVectors = 4;
 constexpr int tile_rows(int vectors) { return vectors == 4 ? 6 : 8; }
@@ -337,7 +337,7 @@ SWINKERNELS_INLINE void matmul_tile_of(int64_t rows, int64_t depth, const float*
 template <int kVectors, bool kTransposed>
 void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
                   const float* addend, float* c, int64_t ldc) {
-  // Tiles of equal height: a last one of few rows would leave the multipliers waiting for each other.
+  // Tiles of equal height: in a last tile of few rows the multipliers would wait for each other.
   constexpr int kMaxRows = tile_rows(kVectors);
   const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
   for (int64_t i = 0, tile = 0; tile < tiles; ++tile) {

@@ -1,4 +1,4 @@
-// The CPU backend of window attention: takes the best kernels that this machine runs, and cuts the work into tasks.
+// The CPU backend of window attention: chooses the best kernels for this machine and divides the work into tasks.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,7 +15,7 @@
 namespace swinkernels::cpu {
 namespace {
 
-// Best first.
+// The supported kernels, best first.
 std::vector<const WindowAttentionKernels*> supported_kernels() {
   std::vector<const WindowAttentionKernels*> kernels;
 #ifdef __x86_64__
@@ -52,7 +52,7 @@ const WindowAttentionKernels& kernels() {
 struct AlignedDelete {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
 };
-// Kept by each thread from call to call: fresh memory would cost page faults, which take longer than a small map does.
+// Scratch memory that each thread keeps between calls: page faults of fresh memory would take longer than a small map.
 void* scratch(int64_t bytes) {
   thread_local std::unique_ptr<void, AlignedDelete> memory;
   thread_local int64_t capacity = 0;
@@ -96,8 +96,8 @@ int64_t axis_table_rows(const WindowAttentionForwardParams& p) {
 
 BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   const WindowAttentionForwardParams& p = params.forward;
-  // Enough chunks for the threads of a large machine, but several windows each, for a chunk writes out its bias gradient;
-  // and with a dense bias no more than write 64 MiB, unless the types need them.
+  // Enough chunks for the threads of a large machine, but several windows in each, as a chunk writes out its bias
+  // gradient; with a dense bias at most as many as write 64 MiB, unless the types need more.
   constexpr int64_t kChunks = 128, kMinWindowChunks = 8, kMinWindows = 4, kMaxDenseElements = 1 << 24;
   const int64_t types = p.bias_types, dense = p.num_heads * scores_of_window(p);
   int64_t most = std::max(kMinWindowChunks, kChunks / p.num_heads);
@@ -118,7 +118,7 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
                                                 : 2 * g.table_window[axis] - 1;
   }
 
-  // From a null workspace, only counts the bytes.
+  // With a null workspace, only counts the bytes.
   const auto take = [&](const float* wanted, int64_t count_per_chunk) -> float* {
     if (wanted == nullptr) return nullptr;
     char* part = static_cast<char*>(params.workspace);
@@ -141,7 +141,7 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   return partition;
 }
 
-// sum[i * stride] = the sum of parts[i], of which there are `chunks`, `chunk_stride` apart; always in the same order.
+// sum[i * stride] = the sum of parts[i] over `chunks` parts, `chunk_stride` apart, always in the same order.
 void sum_chunks(const float* parts, int64_t chunks, int64_t chunk_stride, int64_t count, float* sum, int64_t stride) {
   constexpr int64_t kTile = 256;
   for (int64_t first = 0; first < count; first += kTile) {
@@ -205,11 +205,11 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
         if (params.dlogit_scale != nullptr) {
           float* sum = params.dlogit_scale + head;
           sum_chunks(partition.dlogit_scale + head, chunks, heads, 1, sum, 1);
-          // As torch.clamp: what is at the bound passes.
+          // As torch.clamp: the gradient passes at the bound.
           *sum = p.logit_scale[head] <= kMaxLogitScale ? *sum * score_factor(p, head) : 0.0f;
         }
         if (params.dpad_qkv != nullptr) {
-          float* dpad = params.dpad_qkv + head * dim;  // of q; a pad query has no gradient
+          float* dpad = params.dpad_qkv + head * dim;  // for q: a pad query has no gradient
           std::fill(dpad, dpad + dim, 0.0f);
           for (int64_t part = 0; part < 2; ++part) {
             sum_chunks(partition.dpad_kv + (head * 2 + part) * dim, chunks, heads * 2 * dim, dim,
@@ -219,7 +219,7 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
       }
     });
   }
-  if (params.daxis_tables != nullptr) {  // which the heads share
+  if (params.daxis_tables != nullptr) {  // shared by the heads
     const int64_t axis_rows = axis_table_rows(p);
     run(parallel_for, axis_rows, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {

@@ -1,13 +1,13 @@
-// Window attention, forward and backward, for one instruction set; simd.inl says how this is compiled.
+// Window attention, forward and backward, for one instruction set; see simd.inl for how this is compiled.
 //
 // Maths     forward   S = factor q k^T + bias + mask, P = softmax(S), out = P v, lse = log sum exp S
 //           backward  P = exp(S - lse), dP = dout v^T, delta = rowsum(P dP), dS = P (dP - delta),
 //                     dv = P^T dout, dq = factor dS k, dk = factor dS^T q, dbias = dS
 //           v2        q and k are rows of unit length u = x / max(norm, 1e-12), factor = exp(min(logit_scale, ln 100));
 //                     dx = (du - u (u . du)) / norm, and dlogit_scale = factor sum (u . dS k) over the rows u of q
-// Layout    Scores are kept transposed, (keys, queries): softmax and delta run down the columns, a vector of queries at
-//           a time, without any sum across a vector; and the scores are then, read by column, just what the products
-//           with v and k need. Only q (and dout) have to be transposed.
+// Layout    Scores are stored transposed, (keys, queries). Softmax and delta run down the columns, a vector of queries
+//           at a time, without sums across a vector, and the products with v and k read the scores by column. Only q
+//           (and dout) have to be transposed.
 // Tiling    One window and head at a time: its k and v rows are converted to float32 into scratch memory, then its
 //           queries in blocks of at most kMaxQueryBlock, so that for window 7 and head_dim 32 all of it stays in L1
 //           and for 1024 tokens the scores of a block stay in L2.
@@ -21,17 +21,17 @@ namespace {
 
 // 4 vectors of AVX-512: as wide as a tile of the scores' product.
 constexpr int64_t kMaxQueryBlock = 64;
-// The bias of several heads, written out as (keys, queries), is kept from window to window while it takes at most:
+// The largest cache for the bias of several heads, written out as (keys, queries) and kept from window to window.
 constexpr int64_t kMaxBiasCacheBytes = 1 << 20;
-// Sums over keys are sums of sums over so many, whose rounding errors grow less.
+// Sums over keys are split into sums of this many, which limits the growth of rounding errors.
 constexpr int64_t kSummedKeys = 16;
 
 SWINKERNELS_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 SWINKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SWINKERNELS_INLINE int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
 
-// Hands out pieces of the scratch memory; from a null base, only counts the bytes. Under AddressSanitizer, the bytes from
-// the end of a piece to the next one are out of bounds.
+// Hands out pieces of the scratch memory; with a null base, only counts the bytes. Under AddressSanitizer, the bytes
+// between two pieces are out of bounds.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -57,18 +57,18 @@ class Arena {
   int64_t bytes_ = 0;
 };
 
-// The sizes that follow from the parameters.
+// The sizes derived from the parameters.
 struct Sizes {
   int64_t tokens;  // N
-  int64_t keys;    // M; N unless keys are those of a larger window
+  int64_t keys;    // M; N unless the keys are those of a larger window
   int64_t key_window[3];
   int64_t dim, row;    // head_dim, and rounded up to whole vectors
-  int64_t block;       // queries of a block, whole vectors
-  int64_t blocks;      // of a window
-  bool overlap;        // whether windows share keys
-  bool pairs = false;  // whether the table tells pairs of places apart on some axis
+  int64_t block;       // queries in a block, whole vectors
+  int64_t blocks;      // blocks of a window
+  bool overlap;        // windows share keys
+  bool pairs = false;  // the table has rows for pairs of coordinates on some axis
   int64_t table_rows;
-  int64_t rows_of_axis[3];  // of the table
+  int64_t rows_of_axis[3];  // rows of the table
 
   explicit Sizes(const WindowAttentionForwardParams& p) {
     const WindowGeometry& g = p.geometry;
@@ -92,7 +92,7 @@ struct Sizes {
     blocks = (tokens + block - 1) / block;
   }
   int64_t queries(int64_t b) const { return smaller(tokens - b * block, block); }
-  int64_t scores() const { return keys * block; }  // of a block of queries, (keys, queries)
+  int64_t scores() const { return keys * block; }  // in a block of queries, (keys, queries)
 };
 
 template <class Action>
@@ -107,17 +107,17 @@ SWINKERNELS_INLINE void with_format(DType dtype, Action action) {
   }
 }
 
-// ---- Where a window's tokens lie ----
+// ---- Token positions of a window ----
 
-constexpr int64_t kPad = -1;  // in place of a token's offset
+constexpr int64_t kPad = -1;  // replaces the offset of a pad token
 
 class Window {
  public:
   int64_t batch;
   int64_t bias_type;
   int32_t* region;  // (N); only if masked
-  bool masked;      // whether its tokens are of several regions
-  bool padded;      // whether it has pad tokens
+  bool masked;      // its tokens belong to several regions
+  bool padded;      // it has pad tokens
 
   Window(const WindowAttentionForwardParams& p, Arena& arena) : params_(p) {
     const WindowGeometry& g = p.geometry;
@@ -171,13 +171,13 @@ class Window {
     masked = has_regions_ && find_regions();
   }
 
-  // Offsets, in elements from the map's data, of the window's rows of head 0; kPad for pad tokens.
+  // Offsets of head 0's rows of the window, in elements from the map's data; kPad for pad tokens.
   template <class Pointer>
   void offsets(const TokenMapOf<Pointer>& map, int64_t* to) const {
     offsets_of(params_.geometry.window, source_, map, to);
   }
 
-  // The same of its keys.
+  // The same for its keys.
   template <class Pointer>
   void key_offsets(const TokenMapOf<Pointer>& map, int64_t* to) const {
     offsets_of(key_window_, key_source_, map, to);
@@ -246,7 +246,7 @@ void gather(DType dtype, const ConstTokenMap& map, const int64_t* offsets, int64
   });
 }
 
-// The inverse, without the pad tokens; row i is multiplied by factor(i).
+// The inverse, without pad tokens; row i is multiplied by factor(i).
 template <class Factor>
 SWINKERNELS_INLINE void scatter(DType dtype, const TokenMap& map, const int64_t* offsets, int64_t first, int64_t count,
                                 int64_t head, const Sizes& sizes, Factor factor, const float* rows) {
@@ -261,7 +261,7 @@ SWINKERNELS_INLINE void scatter(DType dtype, const TokenMap& map, const int64_t*
   });
 }
 
-// What q (0), k (1) or v (2) of a pad token of a head is.
+// q (0), k (1) or v (2) of a head's pad token.
 SWINKERNELS_INLINE const void* pad_row(const WindowAttentionForwardParams& p, int64_t part, int64_t head) {
   if (p.pad_qkv == nullptr) return nullptr;
   const int64_t item = p.dtype == DType::kFloat32 ? 4 : 2;
@@ -277,8 +277,8 @@ void transpose_rows(const Sizes& sizes, int64_t queries, float* rows, float fact
 
 // ---- The bias ----
 
-// What is added to the scores, from the relative position table or from a dense bias, written out as the scores lie:
-// (keys, queries).
+// The addend of the scores, from the relative position table or a dense bias, in the layout of the scores: (keys,
+// queries).
 class Bias {
  public:
   Bias(const WindowAttentionForwardParams& p, const Sizes& sizes, Arena& arena)
@@ -301,7 +301,7 @@ class Bias {
     if (table_ == nullptr) return;
     for (int64_t i = 0; i < kLanes; ++i) column_[sizes.table_rows + i] = 0.0f;
     const int64_t stride[3] = {sizes.rows_of_axis[1] * sizes.rows_of_axis[2], sizes.rows_of_axis[2], 1};
-    int64_t of_query[3], of_key[3];  // the windows that the coordinates of the two are decoded in
+    int64_t of_query[3], of_key[3];  // the windows in which the coordinates of each are decoded
     for (int axis = 0; axis < 3; ++axis) {
       of_query[axis] = sizes.overlap ? p.geometry.window[axis] : p.geometry.table_window[axis];
       of_key[axis] = sizes.overlap ? sizes.key_window[axis] : p.geometry.table_window[axis];
@@ -326,7 +326,7 @@ class Bias {
     run_[runs_] = sizes.tokens;
   }
 
-  // (keys, queries) of a block of queries in a window of some type, or null if there is no bias.
+  // The bias (keys, queries) of a block of queries in a window of this type, or null without a bias.
   const float* block(int64_t type, int64_t head, int64_t b) {
     if (table_ == nullptr && dense_ == nullptr) return nullptr;
     if (head < cached_heads_) {
@@ -342,7 +342,7 @@ class Bias {
     return written;
   }
 
-  // Adds the gradient of a block's scores to that of a head's column of the table, of table_rows + kLanes.
+  // Adds the gradient of a block's scores to that of a head's column of the table, of table_rows + kLanes elements.
   void add_table_gradient(const float* dscores, int64_t b, float* dcolumn) const {
     for_each_run(b, [&](int64_t key, int64_t query, int64_t length) {
       const float* from = dscores + key * sizes_.block + query - b * sizes_.block;
@@ -354,7 +354,7 @@ class Bias {
     });
   }
 
-  // The gradient of a dense bias, (N, N), from that of all blocks of scores.
+  // Writes the gradient of a dense bias, (N, N), from the gradients of all blocks of scores.
   void write_dense_gradient(const float* dscores, float* dbias) const {
     for (int64_t b = 0; b < sizes_.blocks; ++b) {
       transpose_any(dscores + b * sizes_.scores(), sizes_.keys, sizes_.queries(b), sizes_.block,
@@ -380,10 +380,10 @@ class Bias {
     });
   }
 
-  // The table's bias of key j and queries [i, i + length) is a run of the table's column where r(i + t) = r(i) + t: a
-  // row of the window, usually. So the table is read and its gradient summed by vectors, without an index per score.
-  // The last vector of a run reads and writes beyond it: what it writes there is written over by the next run, or is no
-  // one's.
+  // The table's bias for key j and queries [i, i + length) is contiguous in the table's column where r(i + t) = r(i) +
+  // t, usually for a row of the window. So the table is read, and its gradient summed, by vectors, without an index per
+  // score. The last vector of a run extends beyond it; the elements that it writes there are overwritten by the next
+  // run or unused.
   template <class Action>
   SWINKERNELS_INLINE void for_each_run(int64_t b, Action action) const {
     const int64_t first = b * sizes_.block, last = first + sizes_.queries(b);
@@ -397,11 +397,11 @@ class Bias {
   const Sizes& sizes_;
   const float *table_, *dense_;
   int64_t num_heads_, types_;
-  // Of the table: r(token) and the first tokens of the runs, then N; the column of the head that was last read.
+  // For the table: r(token), the first tokens of the runs, then N; and the column of the head read last.
   int64_t centre_ = 0, runs_ = 0, column_head_ = -1, column_type_ = -1;
   int64_t *offset_ = nullptr, *key_offset_ = nullptr, *run_ = nullptr;
   float* column_ = nullptr;
-  // What was written: the cached heads, each with the bias of some type of windows, then one block of any head.
+  // The written bias: that of the cached heads, for one type of windows each, then one block of any head.
   int64_t cached_heads_ = 0, head_stride_ = 0;
   float* written_ = nullptr;
   int64_t* cached_type_ = nullptr;
@@ -411,9 +411,9 @@ class Bias {
 
 // ---- Rows of unit length (v2) ----
 
-constexpr float kMaxInverseNorm = 1e12f;  // norms are taken for 1e-12 at least
+constexpr float kMaxInverseNorm = 1e12f;  // norms below 1e-12 count as 1e-12
 
-// Divides the rows by their norms; inverse_norms is of whole vectors, like the memory of the rows.
+// Divides the rows by their norms. inverse_norms, like the memory of the rows, consists of whole vectors.
 void normalise_rows(const Sizes& sizes, int64_t count, float* rows, float* inverse_norms) {
   for (int64_t first = 0; first < count; first += kLanes) {
     float* group = rows + first * sizes.row;
@@ -426,15 +426,15 @@ void normalise_rows(const Sizes& sizes, int64_t count, float* rows, float* inver
   }
 }
 
-// The gradient of normalised rows becomes that of the rows they were made of. Returns the sum, over vectors of rows, of
-// the products of row and gradient.
+// Turns the gradient of normalised rows into that of the original rows. Returns the sum, over vectors of rows, of the
+// products of row and gradient.
 Vec normalise_rows_backward(const Sizes& sizes, int64_t count, const float* rows, const float* inverse_norms,
                             float* gradients) {
   Vec sum = {};
   for (int64_t first = 0; first < count; first += kLanes) {
     const Vec products = row_products(rows + first * sizes.row, gradients + first * sizes.row, sizes.row);
     sum += (Vec)((Int)products & first_lanes(count - first));
-    // A change along the row does not turn it; but a row shorter than the least norm was divided by a constant.
+    // A change along the row does not change a unit row; but a row below the least norm was divided by a constant.
     float along[kLanes];
     store(along, load(inverse_norms + first) < kMaxInverseNorm ? products : Vec{});
     for (int64_t i = first; i < smaller(first + kLanes, count); ++i) {
@@ -450,8 +450,8 @@ Vec normalise_rows_backward(const Sizes& sizes, int64_t count, const float* rows
 
 // ---- Scores ----
 
-// rows (queries, row) become the scaled queries q_t (row, block), and what the scores of the block start from is
-// returned: the bias, or null. That of axis_tables is written where the scores will be.
+// Turns rows (queries, row) into the scaled queries q_t (row, block) and returns the initial scores of the block: the
+// bias, or null. The bias of axis_tables is written in place of the scores.
 SWINKERNELS_INLINE const float* start_scores(const Sizes& sizes, Bias& bias, AxisTables& axes, int64_t type,
                                              int64_t head, int64_t b, float factor, float* rows, float* q_t,
                                              float* scores) {
@@ -466,7 +466,7 @@ SWINKERNELS_INLINE const float* start_scores(const Sizes& sizes, Bias& bias, Axi
   return scores;
 }
 
-// scores (keys, queries) of a block: k (N, row) times q_t (row, block), the scaled queries, + bias + mask.
+// Computes the scores (keys, queries) of a block: k (N, row) times q_t (row, block), the scaled queries, + bias + mask.
 void compute_scores(const WindowAttentionForwardParams& p, const Sizes& sizes, const Window& window, const float* k,
                     const float* q_t, const float* bias, int64_t b, float* scores) {
   const int64_t queries = sizes.queries(b);
@@ -521,7 +521,7 @@ struct Forward {
   }
 };
 
-// The scores of a block become exp(score - max); lse and the reciprocal of the sum go where they belong.
+// Turns a block's scores into exp(score - max), and writes lse and the reciprocal of the sum.
 void softmax(const Sizes& sizes, int64_t queries, float* scores, float* lse, float* reciprocal) {
   for (int64_t i = 0; i < queries; i += kLanes) {
     Vec max = load(scores + i);
@@ -595,8 +595,8 @@ struct Backward {
   float *scores, *dscores;                   // (N, block); scores become probabilities
   float* lse;                                // (block)
   float *inverse_q_norms, *inverse_k_norms;  // (block), (N)
-  // Of a chunk:
-  float* dbias = nullptr;  // (blocks, N, block), the sum of dscores; of a table only if there is one block
+  // Sums of a chunk:
+  float* dbias = nullptr;  // (blocks, N, block), the sum of dscores; for a table only if there is one block
   float* dcolumn;          // (table_rows)
   float* daxis_tables;     // (rows of all axes, row)
   float *dpad_k, *dpad_v;  // (row)
@@ -633,8 +633,8 @@ SWINKERNELS_INLINE void clear(float* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = 0.0f;
 }
 
-// From scores and dprobs (in `dscores`): probabilities into `scores`, their gradient into `dscores`, and the latter
-// added to dbias, if that is not null.
+// From scores and dprobs (in `dscores`), computes probabilities in `scores` and their gradient in `dscores`; adds the
+// latter to dbias if that is not null.
 void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, float* scores, float* dscores,
                       float* dbias) {
   for (int64_t i = 0; i < queries; i += kLanes) {
@@ -652,8 +652,8 @@ void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, flo
       sum += part;
       delta += delta_part;
     }
-    // The sum is 1 but for the rounding of lse, which is worth several eps where lse is large. All keys share it, so it
-    // would not cancel in dS as it must. Of a pad query the sum is 0.
+    // The sum is 1 except for the rounding of lse, which is several eps where lse is large. All keys share this error,
+    // so it would not cancel in dS as it must. For a pad query the sum is 0.
     const Vec normalise = sum == Vec{} ? Vec{} : 1.0f / sum;
     delta *= normalise;
     for (int64_t key = 0; key < sizes.keys; ++key) {
@@ -667,7 +667,7 @@ void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, flo
   }
 }
 
-// Adds the rows of the window's pad tokens times factor, in order.
+// Adds the rows of the window's pad tokens, times factor, in order.
 void add_pad_rows(const Sizes& sizes, const int64_t* offsets, float factor, const float* rows, float* sum) {
   for (int64_t i = 0; i < sizes.keys; ++i) {
     if (offsets[i] != kPad) continue;
@@ -677,7 +677,7 @@ void add_pad_rows(const Sizes& sizes, const int64_t* offsets, float factor, cons
   }
 }
 
-// dk and dv go to the maps, or, where windows share keys, to dkv (2, keys, head_dim).
+// dk and dv go to the maps or, where windows share keys, to dkv (2, keys, head_dim).
 void backward_window(const WindowAttentionBackwardParams& params, Backward& s, int64_t index, int64_t head,
                      float factor, float* dkv) {
   const WindowAttentionForwardParams& p = params.forward;
@@ -703,7 +703,7 @@ void backward_window(const WindowAttentionBackwardParams& params, Backward& s, i
     if (p.logit_scale != nullptr) normalise_rows(sizes, queries, s.q, s.inverse_q_norms);
     const float* start = start_scores(sizes, s.bias, s.axes, s.window.bias_type, head, b, factor, s.q, s.q_t, s.scores);
     transpose_rows(sizes, queries, s.dout, 1.0f, s.dout_t);
-    // A pad query has probability 0 everywhere: its output was dropped, and its lse may be anything.
+    // A pad query has probability 0 for every key: its output was dropped, and its lse is undefined.
     for (int64_t i = 0; i < width; ++i) {
       const bool is_pad = i >= queries || s.dout_offsets[first + i] == kPad;
       s.lse[i] = is_pad ? __builtin_inff() : lse[first + i];

@@ -1,4 +1,4 @@
-// Window attention for any CPU: 4 floats at a time, which x86-64 and aarch64 have without asking.
+// Window attention for any CPU: 4 floats at a time, which every x86-64 and aarch64 CPU supports.
 #include <cstdint>
 
 #include "window_attention_kernels.h"

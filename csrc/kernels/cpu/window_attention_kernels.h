@@ -1,4 +1,4 @@
-// The window attention kernels of one instruction set, as window_attention.cpp calls them.
+// The interface of the window attention kernels of one instruction set, as window_attention.cpp calls them.
 #pragma once
 
 #include <cstdint>
@@ -16,19 +16,19 @@
 
 namespace swinkernels::cpu {
 
-// What the products of q and k of a head are multiplied with: the scale, or in v2 exp(min(logit_scale, ln 100)).
+// The factor of a head's products of q and k: the scale, or in v2 exp(min(logit_scale, ln 100)).
 float score_factor(const WindowAttentionForwardParams&, int64_t head);
 
-// How the backward pass is cut up, the same for any number of threads. A chunk is some windows, all of one bias type, and
-// one head; chunk number = window chunk * num_heads + head. Each sums the gradients of the parameters apart.
+// The division of the backward pass into chunks, the same for any number of threads. A chunk is several windows of one
+// bias type and one head; chunk number = window chunk * num_heads + head. Each chunk sums its own parameter gradients.
 struct BackwardPartition {
   int64_t windows_per_type;  // in the whole batch; window chunk number = type * chunks_per_type + chunk of the type
   int64_t windows_per_chunk;
   int64_t chunks_per_type;
   int64_t window_chunks;
   int64_t table_rows;
-  int64_t workspace_bytes;  // of all that follows
-  // Null where it is not wanted:
+  int64_t workspace_bytes;  // bytes of all arrays below
+  // Null for gradients that are not wanted:
   float* dbias_table;   // (window_chunks, num_heads, table_rows)
   float* dbias;         // (window_chunks, num_heads, N, M)
   float* daxis_tables;  // (window_chunks, num_heads, rows of all axes, head_dim)
@@ -39,15 +39,15 @@ struct BackwardPartition {
 
 struct WindowAttentionKernels {
   const char* instruction_set;
-  // Bytes of scratch memory, 64-byte aligned, that one call of forward or backward needs.
+  // Bytes of scratch memory, 64-byte aligned, for one call of forward or backward.
   int64_t (*forward_scratch_bytes)(const WindowAttentionForwardParams&);
   int64_t (*backward_scratch_bytes)(const WindowAttentionBackwardParams&);
-  // Tasks [begin, end) of window * num_heads + head.
+  // Runs tasks [begin, end) of window * num_heads + head.
   void (*forward)(const WindowAttentionForwardParams&, int64_t begin, int64_t end, void* scratch);
-  // Chunks [begin, end).
+  // Runs chunks [begin, end).
   void (*backward)(const WindowAttentionBackwardParams&, const BackwardPartition&, int64_t begin, int64_t end,
                    void* scratch);
-  // Of a partition with dkv, after backward: tasks [begin, end) of window * num_heads + head.
+  // For a partition with dkv, after backward: runs tasks [begin, end) of window * num_heads + head.
   void (*sum_key_gradients)(const WindowAttentionBackwardParams&, const BackwardPartition&, int64_t begin, int64_t end,
                             void* scratch);
 };

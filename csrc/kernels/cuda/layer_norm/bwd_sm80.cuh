@@ -1,13 +1,13 @@
-// Layer norm backward: plain, of merged neighbours, of expanded parts, and beside a residual connection.
+// Layer norm backward: plain, of merged neighbours, of expanded parts, and next to a residual connection.
 //
-// Maths     with v what was normalised, n = (v - mean) * rstd and g = dz * weight:
+// Maths     with v the normalised rows, n = (v - mean) * rstd and g = dz * weight:
 //           dv = rstd * (g - mean(g) - n * mean(g * n)), dweight = sum of dz * n, dbias = sum of dz over the rows.
 //           Residual: dx = ds + dv, dy = scale * dx. Post norm: dz = scale * ds, dy = dv; dx is ds.
-//           Merging puts dv where v came from, and zeros in neighbours that are in no row.
-// Tiling    as forward. A thread keeps its columns from row to row, so that their dweight and dbias add up in registers;
+//           Merging writes dv to the position of v, and zeros to neighbours that are in no row.
+// Tiling    as forward. A thread keeps its columns from row to row, so their dweight and dbias accumulate in registers;
 //           at the end the block's threads that share a column add theirs in order, and reduce_partials.cu adds the
-//           blocks'. Where registers allow, the next row is loaded before this one is reduced; else 12 warps with all of
-//           a row under way are enough: saturation takes about 5 of them (traffic 460 cycles a warp and row, latency
+//           blocks'. Where registers allow, the next row is loaded before this one is reduced; else 12 warps, each with
+//           a row in flight, suffice: saturation takes about 5 of them (traffic 460 cycles per warp and row, latency
 //           800, computation 1,300).
 // Order     no atomics; the same bits on the same device.
 // Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes a row, are read. Partials are
@@ -16,8 +16,8 @@
 //           merging, bf16         232 MB  69 us, 650 instructions 35 us, 164 registers, 12 warps, 37 KB in flight
 //           residual, bf16        312 MB  93 us, 630 instructions 34 us, 160 registers, 12 warps, 55 KB in flight
 //           residual, f32 + bf16  620 MB 185 us, 750 instructions 41 us, 168 registers, 12 warps, 92 KB in flight
-//           and about 3 us of the second kernel.
-// Limits    those of layer_norm_cuda.h.
+//           plus about 3 us for the second kernel.
+// Limits    those in layer_norm_cuda.h.
 #pragma once
 
 #include <cstddef>
@@ -49,7 +49,7 @@ struct BackwardSmem {
   }
 };
 
-// Adds up dweight and dbias of all threads that have a column, in an order that depends on the row's length alone, and
+// Adds up dweight and dbias of all threads that share a column, in an order that depends only on the row's length, and
 // writes them to `partial`, (2, length). `sums` is shared memory for two values of each of the block's columns.
 template <int kVec, int kVecs>
 __device__ __forceinline__ void write_partial(float* partial, float* sums, const RowGroup& group,
@@ -67,7 +67,7 @@ __device__ __forceinline__ void write_partial(float* partial, float* sums, const
     }
   }
   float* const dbias_sums = sums + kVecs * kVec * lanes;
-  __syncthreads();  // nobody reads the weight any more
+  __syncthreads();  // the last read of the weight is over
   for (uint32_t turn = 0; turn < blockDim.x / sharers; ++turn) {
     if (threadIdx.x / sharers == turn && threadIdx.x % sharers < lanes) {
 #pragma unroll
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
   constexpr int kVec = Traits::kVec, kVecs = Traits::kVecs;
   using In = typename Traits::In;
   using Out = typename Traits::Out;
-  using X = std::conditional_t<kPostNorm, Out, In>;   // what was normalised, and its gradient
+  using X = std::conditional_t<kPostNorm, Out, In>;   // the normalised rows, and their gradient
   using Dz = std::conditional_t<kPostNorm, In, Out>;  // the gradient of the norm's result
   const DType x_dtype = kPostNorm ? args.out_dtype : args.in_dtype;
   const DType dz_dtype = kPostNorm ? args.in_dtype : args.out_dtype;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
     if (row.exists) row.position = args.source.position(number);
     return row;
   };
-  // Vectors as they are in memory: zeros where there are none, which add nothing to any sum.
+  // Raw vectors; zeros in place of missing ones, which add nothing to any sum.
   const auto load_x = [&](const Row& row, int i) {
     if (!row.exists || !columns.has(i) || !slots.exists(i, row.position)) return typename X::Raw{};
     return X::load(X::row(args.normalised, row.position.offset, x_dtype), slots.offset(i), x_dtype);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
   for (; first < args.rows; first += step) {
     if (!Traits::kBackwardPrefetch) next = load(first + group.index());
     const Inputs inputs = next;
-    if (Traits::kBackwardPrefetch) next = load(first + group.index() + step);  // on its way while this one is computed
+    if (Traits::kBackwardPrefetch) next = load(first + group.index() + step);  // in flight while this one is computed
 
     Row row = inputs.row;
     // x - mean and the gradient of the norm's result.
@@ -204,9 +204,9 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
     }
     group.sum(sums);
     if (!row.exists) continue;
-    if (!Traits::kKeepsRow) row = locate(ptx::opaque(row.number));  // or it would be kept after all
+    if (!Traits::kKeepsRow) row = locate(ptx::opaque(row.number));  // else the compiler would keep it
 
-    // dx = rstd * (g - mean(g) - (x - mean) * rstd^2 * mean(g * (x - mean))), but for the factor rstd; on return in dz.
+    // dx = rstd * (g - mean(g) - (x - mean) * rstd^2 * mean(g * (x - mean))), without the factor rstd, returned in dz.
     const float mean_g = sums[0] * args.inverse_length;
     const float slope = sums[1] * inputs.rstd * args.inverse_length * inputs.rstd;
     const auto differentiate = [&](const float (&centred)[kVec], const float (&w)[kVec], float (&dz)[kVec]) {

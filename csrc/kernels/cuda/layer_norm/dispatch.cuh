@@ -1,4 +1,4 @@
-// Which instantiation runs a call, on how many threads and blocks.
+// The choice of the instantiation for a call, and of its threads and blocks.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace swinkernels::cuda {
 
-// What the instantiation files define, for each op and source of rows. A backward function returns the workspace's size
-// without launching anything if `bytes` is given.
+// Defined in the instantiation files for each op and source of rows. Given `bytes`, a backward function returns the
+// workspace's size without launching anything.
 template <LayerNormOp kOp, class Source>
 cudaError_t launch_forward(const LayerNormForwardParams& params, cudaStream_t stream);
 template <LayerNormOp kOp, class Source>
@@ -24,10 +24,10 @@ struct Elements {
   static constexpr int kVec = kVec_;
 };
 
-// Calls f(Elements) with the element types and the vectors of rows that are contiguous in x in runs of `run` elements.
-// The types that autocast and plain half precision bring about have kernels of their own. Their vectors are 16 bytes of
-// the wider type: neighbouring lanes then write whole 32-byte sectors of either. Rows that are not made of them, and
-// other pairs of types, share a kernel, and so do calls that need what only that one has.
+// Calls f(Elements) with the element types, and vectors for rows that are contiguous in x in runs of `run` elements.
+// The types of autocast and of plain half precision have kernels of their own. Their vectors are 16 bytes of the wider
+// type: neighbouring lanes then write whole 32-byte sectors of either. Rows of other lengths and other pairs of types
+// share one kernel, as do calls with features that only this kernel supports.
 template <LayerNormOp kOp, class Source, class F>
 cudaError_t dispatch_elements(DType in, DType out, int64_t run, bool needs_shared, F&& f) {
   // From a float32 stream to a branch in half precision, and from a half-precision Linear to a float32 result.
@@ -56,7 +56,7 @@ inline int64_t contiguous_run(const LayerNormRows& rows) {
                                             : rows.length;
 }
 
-// The threads of a row and of a block, and the vectors that a block's parameters take.
+// The threads of a row and of a block, and the number of vectors of a block's parameters.
 struct RowThreads {
   uint32_t lanes, block, block_vectors;
 };
@@ -79,7 +79,7 @@ cudaError_t dispatch(const LayerNormRows& rows, DType in, DType out, bool needs_
   });
 }
 
-// What forward and backward arguments share. False if no kernel addresses these rows.
+// Fills the arguments common to forward and backward. False if no kernel addresses these rows.
 template <class Params, class Source>
 bool fill(const Params& params, const RowThreads& threads, int vec, RowArguments<Source>* args) {
   args->rows = static_cast<uint32_t>(params.rows.count);
@@ -95,7 +95,7 @@ bool fill(const Params& params, const RowThreads& threads, int vec, RowArguments
   return Source::of(params.rows, &args->source);
 }
 
-// As many blocks as the device holds at once, but none without a row.
+// As many blocks as the device holds at once, but at most one per row.
 template <class Kernel>
 cudaError_t plan_blocks(Kernel kernel, const RowThreads& threads, size_t smem_bytes, int64_t rows, int64_t* blocks) {
   const cudaError_t status = resident_blocks(kernel, threads.block, smem_bytes, blocks);

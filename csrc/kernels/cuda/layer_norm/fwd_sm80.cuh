@@ -1,19 +1,19 @@
-// Layer norm forward: plain, of merged neighbours, of expanded parts, and beside a residual connection.
+// Layer norm forward: plain, of merged neighbours, of expanded parts, and next to a residual connection.
 //
 // Maths     z = (v - mean(v)) * rstd * weight + bias, rstd = 1 / sqrt(var(v) + eps), where v is a row of x, or of
 //           s = x + scale * y as rounded to its type; post norm writes s = x + scale * z, v a row of y. Pads of merging
-//           are zeros of v. Two passes over registers: the sum, then the sums of v - mean and of its square, of which
-//           the first is what the rounding of the mean left over.
+//           are zeros in v. Two passes over registers: the sum, then the sums of v - mean and of its square; the former
+//           corrects the rounding of the mean.
 // Tiling    a power of two of threads has a row, 24 or 16 elements a thread (traits.h); blocks loop over rows. The next
-//           row is loaded before this one is reduced, so that reads are always under way. Weight and bias wait in shared
+//           row is loaded before this one is reduced, so reads are always in flight. Weight and bias are in shared
 //           memory.
 // Traffic   every element of x (and y) is read once, of s and z written once; mean and rstd, 8 bytes a row.
-// Roofline  memory bound; H100 SXM, published peak 3.35 TB/s, for (128, 56, 56, 96); instructions, counted in the sm_90
-//           code, are of a warp for 24 * 32 elements, with the time of all their issue slots.
+// Roofline  memory bound; H100 SXM, published peak 3.35 TB/s, for (128, 56, 56, 96). Instructions, counted in the sm_90
+//           code, are per warp for 24 * 32 elements, with the time of all their issue slots.
 //           merging, bf16         155 MB  46 us, 470 instructions 25 us,  72 registers, 28 warps, 43 KB in flight
 //           residual, bf16        312 MB  93 us, 570 instructions 31 us,  95 registers, 20 warps, 61 KB in flight
 //           residual, f32 + bf16  466 MB 139 us, 590 instructions 32 us, 126 registers, 16 warps, 74 KB in flight
-// Limits    those of layer_norm_cuda.h.
+// Limits    those in layer_norm_cuda.h.
 #pragma once
 
 #include <cstddef>
@@ -42,13 +42,13 @@ struct ForwardSmem {
   static size_t bytes(size_t parameter_bytes) { return offsetof(ForwardSmem, parameters) + 2 * parameter_bytes; }
 };
 
-// total / length, rounded as a division is.
+// total / length, rounded like a division.
 __device__ __forceinline__ float divide(float total, float length, float inverse_length) {
   const float quotient = total * inverse_length;
   return fmaf(fmaf(-quotient, length, total), inverse_length, quotient);
 }
 
-// 1 / sqrt(x); the approximation of the hardware and one step of Newton's, with 1 - x * y * y to twice the precision.
+// 1 / sqrt(x): the hardware's approximation and one Newton step, with 1 - x * y * y in twice the precision.
 __device__ __forceinline__ float reciprocal_sqrt(float x) {
   const float y = rsqrtf(x), product = x * y, rest = fmaf(x, y, -product);
   return fmaf(0.5f * y, fmaf(-rest, y, fmaf(-product, y, 1.0f)), y);
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
   SharedParameter<kVec> weight(smem.parameters, block_vectors);
   SharedParameter<kVec> bias(smem.parameters + block_vectors * kVec, block_vectors);
 
-  // A row as it is in memory; zeros where there is none.
+  // The raw elements of a row; zeros in place of missing ones.
   struct Inputs {
     typename In::Raw x[kVecs];
     typename Out::Raw y[kVecs];
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
     void* const z = Out::row(args.z, args.row_offset(row), args.out_dtype);
 
     if constexpr (!Traits::kForwardPrefetch) next = load(row);
-    float v[kVecs][kVec];  // what is normalised
+    float v[kVecs][kVec];  // the row to normalise
     const Inputs inputs = next;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
@@ -134,14 +134,14 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
         for (int e = 0; e < kVec; ++e) v[i][e] = fmaf(inputs.scale, y[e], v[i][e]);
       }
     }
-    if constexpr (kOp == LayerNormOp::kNorm) {  // or the raw words would be kept and converted again
+    if constexpr (kOp == LayerNormOp::kNorm) {  // else the raw words would be kept and converted again
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) v[i][e] = ptx::opaque(v[i][e]);
       }
     }
-    if constexpr (Traits::kForwardPrefetch) next = load(row + step);  // on its way while this row is computed
+    if constexpr (Traits::kForwardPrefetch) next = load(row + step);  // in flight during this row's computation
     if constexpr (kOp == LayerNormOp::kResidual) {
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {

@@ -1,4 +1,4 @@
-// The entry points of the CUDA backend: checks of what the kernels rely on, and the choice of op and layout.
+// The entry points of the CUDA backend: checks of the kernels' assumptions, and the choice of op and layout.
 #include <cstdint>
 
 #include "dispatch.cuh"

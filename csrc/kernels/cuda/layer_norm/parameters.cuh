@@ -1,4 +1,4 @@
-// Weight and bias in shared memory, in float: in registers they would take as many as the row itself.
+// Weight and bias in shared memory, in float: they would take as many registers as the row itself.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@
 namespace swinkernels::cuda {
 
 struct Parameter {
-  const void* data;  // or null for `absent`
+  const void* data;  // null: `absent` everywhere
   DType dtype;
   float absent;
 };
 
-// One parameter of every column that a group of threads has, in vectors of kVec elements. Those of eight are stored as
-// two halves apart, so that neighbouring lanes read neighbouring 16 bytes.
+// One parameter of all columns of a group of threads, in vectors of kVec elements. Vectors of eight are stored as two
+// separate halves, so that neighbouring lanes read neighbouring 16 bytes.
 template <int kVec>
 class SharedParameter {
  public:

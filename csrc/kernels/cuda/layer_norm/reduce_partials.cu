@@ -1,7 +1,7 @@
-// Sums the partial dweight and dbias of all blocks, in an order that depends on their number alone.
+// Sums the partial dweight and dbias of all blocks, in an order that depends only on their number.
 //
-// Tiling    A block has 32 columns; 32 slices of the blocks are summed side by side, then the slices in order. Partials
-//           come from L2, so the time is that of a few round trips: hence many slices.
+// Tiling    A block has 32 columns; 32 slices of the blocks are summed in parallel, then added in order. Partials come
+//           from L2, so the time is that of a few round trips: hence many slices.
 // Traffic   every partial is read once: 8 * blocks * length bytes.
 #include "reduce_partials.cuh"
 

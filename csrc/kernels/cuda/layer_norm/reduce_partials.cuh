@@ -1,4 +1,4 @@
-// dweight and dbias from what the blocks of the backward kernel left in the workspace.
+// dweight and dbias from the partial sums in the backward kernel's workspace.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@ struct ColumnSums {
   float* dweight;         // (length), or null
   float* dbias;           // (length), or null
   uint32_t length;
-  uint32_t blocks;  // none: the sums are zero
+  uint32_t blocks;  // zero blocks: the sums are zero
 };
 
 cudaError_t reduce_partials(const ColumnSums& sums, cudaStream_t stream);

@@ -9,7 +9,7 @@ namespace swinkernels::cuda {
 
 class RowGroup {
  public:
-  // What sums of groups of several warps take.
+  // Shared memory for the sums of groups of several warps.
   struct Smem {
     float sums[2][2][kMaxWarps];
   };
@@ -19,7 +19,7 @@ class RowGroup {
 
   __device__ __forceinline__ uint32_t lanes() const { return lanes_; }
   __device__ __forceinline__ uint32_t lane() const { return threadIdx.x & (lanes_ - 1); }
-  __device__ __forceinline__ uint32_t index() const { return index_; }  // of the block's groups
+  __device__ __forceinline__ uint32_t index() const { return index_; }  // among the block's groups
 
   // Replaces each value by its sum over the group, the same bits in every thread. All threads of the block call it.
   template <int kValues>
@@ -30,8 +30,8 @@ class RowGroup {
       for (int v = 0; v < kValues; ++v) values[v] += __shfl_xor_sync(0xffffffffu, values[v], distance);
     }
     if (lanes_ <= kWarp) return;
-    // Two buffers in turn, so that one barrier does: who writes to a buffer again has passed the barrier of the other
-    // one, before which everybody has read this one.
+    // Two alternating buffers need only one barrier: a thread that writes to a buffer again has passed the other
+    // buffer's barrier, and all reads of this one come before that.
     parity_ ^= 1;
     float (&sums)[2][kMaxWarps] = smem_->sums[parity_];
     const uint32_t warps = lanes_ / kWarp, first = index_ * warps;

@@ -1,6 +1,6 @@
-// Where the vectors of a row lie in x: LayerNormRows' definition (csrc/params/layer_norm.h) as index arithmetic without
-// divisions, one struct for each layout. What depends on a thread's columns alone is worked out once per thread, what
-// depends on the row once per row.
+// The positions of a row's vectors in x: LayerNormRows' definition (csrc/params/layer_norm.h) as index arithmetic
+// without divisions, one struct for each layout. Values that depend only on a thread's columns are computed once per
+// thread, those that depend on the row once per row.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace swinkernels::cuda {
 
-// The columns of a thread's vectors in z, and in x where a row is as contiguous there.
+// The columns of a thread's vectors in z, and in x if the row is contiguous there.
 template <int kVec, int kVecs>
 struct Columns {
   uint32_t lane, lanes;
@@ -28,7 +28,7 @@ struct Columns {
   __device__ __forceinline__ bool has(int i) const { return held >> i & 1; }
 };
 
-// A row that is contiguous in x, too.
+// A row that is contiguous in x as well.
 struct ContiguousRow {
   uint64_t offset;  // elements from x to the row
 
@@ -58,9 +58,9 @@ struct PlainRows {
   }
 };
 
-// What z of a map adds: rows numbered row-major over the tokens of all images.
+// Additional fields for a map's z: rows are numbered row-major over the tokens of all images.
 struct MapRows {
-  RowMajorDivisor tokens;   // of an image of z
+  RowMajorDivisor tokens;   // tokens of an image of z
   uint64_t batch_stride;    // elements of an image of x
   uint32_t axis_stride[3];  // elements of x
 
@@ -73,7 +73,7 @@ struct MapRows {
       if (z_tokens[axis] > INT32_MAX || count > INT32_MAX) return false;
       extent[axis] = static_cast<int32_t>(z_tokens[axis]);
       axis_stride[axis] = 0;
-      if (rows.size[axis] > 1) {  // nobody takes a step on an axis of one token, however long it is
+      if (rows.size[axis] > 1) {  // the stride of an axis of one token is never used
         if (stride * step[axis] > UINT32_MAX) return false;
         axis_stride[axis] = static_cast<uint32_t>(stride * step[axis]);
       }
@@ -93,12 +93,12 @@ struct Nibbles {
   __device__ __forceinline__ uint32_t operator[](uint32_t i) const { return bits >> 4 * i & 15; }
 };
 
-// A column of a merged row, where a neighbour may have several pieces.
+// A column of a merged row, for orders in which a neighbour may have several pieces.
 struct MergedPiece {
   uint32_t within;       // the piece
-  bool repeats;          // an earlier piece has its neighbour, and takes care of dx
-  uint32_t next;         // the next piece with its neighbour, or kNone; kNone if it repeats one
-  uint32_t destination;  // the neighbour where it puts dx; if it repeats one, zeros in one that has no piece
+  bool repeats;          // an earlier piece has the same neighbour and writes its dx
+  uint32_t next;         // the next piece with the same neighbour, or kNone; kNone if this piece repeats one
+  uint32_t destination;  // the neighbour that gets dx; for a repeated neighbour, one without a piece, which gets zeros
 };
 
 // The pieces of a row are neighbours in x. A neighbour is a set of bits: bit a is its offset on axis a.
@@ -107,15 +107,15 @@ struct MergedRows : MapRows {
 
   FastDivisor piece;    // elements of a piece
   uint32_t second[3];   // elements from a token to the next one on an axis
-  uint32_t cut_off[3];  // the coordinate in z of blocks that the map's end cuts off, or one that there is not
+  uint32_t cut_off[3];  // the coordinate in z of blocks that the map's end cuts, or one outside the map
   Nibbles neighbour;    // of each piece
-  // As MergedPiece has them. There are as many neighbours without a piece as there are pieces that repeat one.
-  uint32_t repeats;  // bit p: of piece p
+  // See MergedPiece. There are as many neighbours without a piece as pieces that repeat a neighbour.
+  uint32_t repeats;  // bit p: piece p repeats a neighbour
   Nibbles next, destination;
 
   struct Position {
     uint64_t offset;   // elements from x to the block's first token
-    uint32_t outside;  // bit a: the second neighbours on axis a are outside of the map
+    uint32_t outside;  // bit a: the second neighbours on axis a are outside the map
   };
 
   __device__ __forceinline__ Position position(uint32_t row) const {
@@ -205,7 +205,7 @@ struct MergedRows : MapRows {
   }
 
   static bool of(const LayerNormRows& rows, MergedRows* source);
-  // Whether a neighbour has several pieces. Not of rows that `of` refuses.
+  // True if a neighbour has several pieces. Rows that `of` rejects are not supported.
   static bool has_repeats(const LayerNormRows& rows) {
     MergedRows source;
     return rows.layout == RowLayout::kMerging && of(rows, &source) && source.repeats != 0;

@@ -1,4 +1,5 @@
-// What the forward and backward kernels share: the rows, who has which, and the weights in shared memory.
+// Shared by the forward and backward kernels: the rows, their distribution over threads, and the weights in shared
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@ namespace swinkernels::cuda {
 template <class Source>
 struct RowArguments {
   uint32_t rows, length;
-  uint32_t vectors;     // of a row
-  uint32_t lanes_log2;  // of the threads that share one
+  uint32_t vectors;     // vectors of a row
+  uint32_t lanes_log2;  // log2 of the number of threads that share a row
   float inverse_length;
   DType in_dtype, out_dtype;
   Source source;
@@ -23,14 +24,14 @@ struct RowArguments {
   FastDivisor samples;           // rows of a sample
   Parameter weight;
 
-  // Of a row, 1 without a drop path.
+  // The factor of a row: 1 without a drop path.
   __device__ __forceinline__ float scale(uint32_t row) const {
     if (drop_path_scale == nullptr) return 1.0f;
     uint32_t rest;
     return drop_path_scale[samples.divide(row, &rest)];
   }
 
-  // Elements before a row where rows lie one after another.
+  // Elements before a row, for contiguous rows.
   __device__ __forceinline__ uint64_t row_offset(uint32_t row) const { return static_cast<uint64_t>(row) * length; }
 };
 

@@ -1,4 +1,5 @@
-// How a row lies on threads: every number that follows from the op, the element types and the row is derived here, once.
+// The distribution of a row over threads: every number that follows from op, element types and row is derived here,
+// once.
 //
 // A row of V vectors belongs to `lanes` neighbouring threads, a power of two. A thread has kVecs vectors of it, those
 // numbered lane, lane + lanes, ..., and keeps the columns from row to row.
@@ -12,8 +13,8 @@
 #include "../../common/vectors.cuh"
 #include "row_source.cuh"
 
-// What a measurement has to settle: blocks of 128 threads that a multiprocessor holds in the backward pass, and whether
-// the next row is loaded early. gpu/variants.py builds others by defining these, and times them.
+// Open for measurement: the number of blocks of 128 threads per multiprocessor in the backward pass, and whether to
+// load the next row early. gpu/variants.py builds variants by defining these, and times them.
 #ifndef SWINKERNELS_NORM_BACKWARD_BLOCKS
 #define SWINKERNELS_NORM_BACKWARD_BLOCKS 3
 #endif
@@ -27,18 +28,18 @@
 namespace swinkernels::cuda {
 
 constexpr uint32_t kWarp = 32;
-constexpr uint32_t kBlock = 128;      // threads, unless a row takes more
+constexpr uint32_t kBlock = 128;      // threads, unless a row needs more
 constexpr uint32_t kMaxLanes = 1024;  // threads of a row
 constexpr uint32_t kMaxWarps = kMaxLanes / kWarp;
 
-// Vectors of a thread, and the most threads that rows of so many may have: what the registers of a thread follow from.
+// Vectors per thread, and the most threads for rows of that many; the registers of a thread follow from both.
 struct VectorChoice {
   int vectors;
   uint32_t max_lanes;
 };
 
-// The models' rows have 96 * 2^n or 128 * 2^n elements. A thread with 24 or 16 elements leaves no lane without work at
-// either; other rows, rounded up to the next of these, leave at most a third idle.
+// The models' rows have 96 * 2^n or 128 * 2^n elements. With 24 or 16 elements per thread no lane is idle for either;
+// other rows, rounded up to the next of these, leave at most a third idle.
 template <int kVec>
 struct VectorChoices {
   static constexpr VectorChoice kList[2] = {{16 / kVec, 512}, {24 / kVec, 128}};
@@ -53,7 +54,7 @@ struct RowPlan {
   uint32_t lanes;
 };
 
-// The fewest slots that hold a row of so many vectors; no lanes if none do.
+// The fewest slots that hold a row of this many vectors; no lanes if none do.
 template <int kVec>
 constexpr RowPlan plan_row(uint32_t vectors) {
   for (uint32_t lanes = 1; lanes <= kMaxLanes; lanes *= 2) {
@@ -70,8 +71,8 @@ static_assert(plan_row<8>(128 / 8).lanes == 8 && plan_row<8>(128 / 8).choice == 
 static_assert(plan_row<8>(kMaxRow / 8).lanes > 0 && plan_row<4>(kMaxRow / 4).lanes > 0 &&
               plan_row<1>(kMaxRow).lanes > 0);
 
-// kOp_         what is normalised and what is added
-// Source_      where rows lie in x (row_source.cuh)
+// kOp_         the rows to normalise and the sum to add
+// Source_      the layout of rows in x (row_source.cuh)
 // In_, Out_    element types in memory of in_dtype and out_dtype, or AnyElement
 // kVec_        elements of a vector
 // kChoice      index into VectorChoices
@@ -87,19 +88,19 @@ struct LayerNormTraits {
   static constexpr int kVecs = kChosen.vectors;
   static constexpr uint32_t kMaxThreads = kChosen.max_lanes > kBlock ? kChosen.max_lanes : kBlock;
 
-  // Registers of a thread in the backward pass, which takes more: 64 of 1,024 threads, 128 of 512. Three blocks of 128
-  // leave 168, so that a multiprocessor has 12 warps.
+  // Registers per thread in the backward pass, which needs more: 64 with 1,024 threads, 128 with 512. Three blocks of
+  // 128 leave 168, so that a multiprocessor has 12 warps.
   static constexpr int kBackwardBlocks = kMaxThreads == kBlock ? SWINKERNELS_NORM_BACKWARD_BLOCKS : 1;
   static constexpr int kRegisters =
       std::min(255, 64 * 1024 / (kBackwardBlocks * static_cast<int>(kMaxThreads)) / 8 * 8);
-  // Where the element type is not known, a row is not kept but loaded again when it is needed again.
+  // Without a known element type a row is not kept but loaded again on its next use.
   static constexpr bool kKeepsRow = !std::is_same_v<In_, AnyElement>;
-  // The 64 registers of 1,024 threads hold the sums of dweight and dbias, but not the slots of the row beside them.
+  // The 64 registers of 1,024 threads hold the sums of dweight and dbias, but not the slots of the row as well.
   static constexpr bool kBackwardKeepsSlots = kMaxThreads < 1024;
-  // These kernels also know neighbours that have several pieces or none, as a published order of old has them.
+  // These kernels also support neighbours with several pieces or none, as in an old published order.
   static constexpr bool kHandlesRepeats = std::is_same_v<Source, MergedRows> && !kKeepsRow;
-  // The next row is loaded before this one is computed: forward always, backward if registers hold both beside the sums
-  // of dweight and dbias, with 60 left for the rest.
+  // The next row is loaded before this one is computed: forward always, backward if registers hold both in addition to
+  // the sums of dweight and dbias, with 60 left for the rest.
   static constexpr int kRowRegisters =
       kVecs * (In::kWords + Out::kWords + (kOp == LayerNormOp::kResidual ? In::kWords : 0));
   static constexpr bool kForwardPrefetch = SWINKERNELS_NORM_FORWARD_PREFETCH && kKeepsRow;

@@ -1,4 +1,4 @@
-// What the forward and the backward kernels are told alike, and how a grid shares out the windows.
+// Arguments common to the forward and backward kernels, and the division of the windows over a grid.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +12,11 @@
 
 namespace swinkernels::cuda {
 
-// Of both kernels; kMaps token maps: q, k, v, out or q, k, v, dout, dq, dk, dv.
+// Arguments of both kernels; kMaps token maps: q, k, v, out or q, k, v, dout, dq, dk, dv.
 //
-// A unit is what shares one bias: the windows of one type (all of them, without types) for one head. A block works for
-// one unit; unit = type * num_heads + head, so that blocks that run together read neighbouring heads of the same tokens.
+// A unit is the set of windows that share one bias: those of one type (all, without types) for one head. A block works
+// on one unit; unit = type * num_heads + head, so that blocks that run together read neighbouring heads of the same
+// tokens.
 template <int kMaps>
 struct WindowArguments {
   WindowLayout layout;
@@ -25,14 +26,14 @@ struct WindowArguments {
   const float* dense_bias;
   const float* logit_scale;
   const int64_t* dropout_seed;
-  uint32_t dropout_below;  // drops what draws less than this
-  float dropout_scale;     // of what is kept
-  float scale, mask2;      // the latter times log2(e)
+  uint32_t dropout_below;  // drops weights whose random number is below this
+  float dropout_scale;     // factor of weights that are kept
+  float scale, mask2;      // mask2: the mask value times log2(e)
   int32_t num_heads, head_dim, num_tokens, row_bytes;
   int32_t bias_types;
-  FastDivisor windows_of_type;  // of one image
-  uint32_t items;               // windows of a unit, of all images
-  uint32_t num_windows;         // of all images
+  FastDivisor windows_of_type;  // windows of one type in one image
+  uint32_t items;               // windows of a unit, in all images
+  uint32_t num_windows;         // in all images
   bool is_float32;
 
   size_t element_bytes() const { return is_float32 ? 4 : 2; }
@@ -75,7 +76,7 @@ struct WindowArguments {
     return (image * bias_types + type) * windows_of_type.divisor + in_type;
   }
 
-  // Of a window and a head, where one number for each query of all windows and heads is kept.
+  // Index of the first query of a window and head, in arrays with one number per query of all windows and heads.
   __device__ __forceinline__ int64_t first_query(uint32_t window, int head) const {
     return (static_cast<int64_t>(window) * num_heads + head) * num_tokens;
   }
@@ -85,7 +86,7 @@ struct WindowArguments {
   __device__ __forceinline__ bool has_whole_rows() const { return row_bytes % 16 == 0; }
 };
 
-// How a grid is cut: every block of a unit loops over every workers-th of its items.
+// The division of a grid: every block of a unit loops over every workers-th of its items.
 struct GridPlan {
   uint32_t workers;  // blocks per unit
   uint32_t blocks;
@@ -93,12 +94,12 @@ struct GridPlan {
 
 inline GridPlan plan_grid(int64_t items, int64_t units, int64_t resident_blocks) {
   const int64_t most = std::max<int64_t>(1, std::min<int64_t>(items, resident_blocks / units));
-  const int64_t rounds = (items + most - 1) / most;  // the same for all, so that no block works alone at the end
+  const int64_t rounds = (items + most - 1) / most;  // equal for all, so that no block works alone at the end
   const int64_t workers = std::max<int64_t>(1, (items + rounds - 1) / std::max<int64_t>(1, rounds));
   return {static_cast<uint32_t>(workers), static_cast<uint32_t>(workers * units)};
 }
 
-// What a block works on; units are the fastest index of the grid.
+// The work of a block; units are the fastest index of the grid.
 struct BlockShare {
   int head;
   uint32_t type;

@@ -8,16 +8,16 @@
 
 namespace swinkernels::cuda {
 
-// What a block adds to its scores; null data is a bias of zero.
+// The addend of a block's scores; null data is a bias of zero.
 struct Bias {
   const float* data;
   int32_t stride;              // between the entries of a table's column; between the rows of a dense bias
-  const int32_t* token_index;  // r(t) of the tokens of the queries and of the keys, for a table; null for a dense bias
+  const int32_t* token_index;  // r(t) of the queries' and the keys' tokens, for a table; null for a dense bias
   const int32_t* key_index;
   int32_t middle;  // the table's entry of relative offset zero
 };
 
-// Of a block's unit, where it lies in global memory; token_index holds r(t) of every token.
+// The bias of a block's unit in global memory; token_index holds r(t) of every token.
 template <int kMaps>
 __device__ __forceinline__ Bias global_bias(const WindowArguments<kMaps>& args, const BlockShare& share,
                                             const int32_t* token_index) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ Bias global_bias(const WindowArguments<kMaps>& args, 
   return {column, args.num_heads, token_index, token_index, args.layout.table_middle};
 }
 
-// The same with the column of a table in `table`, if it fits there. The caller synchronises.
+// The same with the column of a table copied to `table`, if it fits there. The caller synchronises.
 template <class Traits, int kMaps>
 __device__ __forceinline__ Bias staged_bias(const WindowArguments<kMaps>& args, const BlockShare& share, float* table,
                                             const int32_t* token_index) {
@@ -44,14 +44,14 @@ __device__ __forceinline__ Bias staged_bias(const WindowArguments<kMaps>& args, 
   return bias;
 }
 
-// The bias in base 2 of 16 queries from row0 and the keys of a block from col0, as an accumulator fragment. Minus
-// infinity for keys past the window, which takes them out of the softmax. Of a table, token_index[0] and key_index[0]
+// The bias in base 2 of 16 queries from row0 and the keys of a block from col0, as an accumulator fragment. It is minus
+// infinity for keys past the window, which removes them from the softmax. For a table, token_index[0] and key_index[0]
 // are those of tokens first_row and first_col.
 template <int kTiles>
 __device__ __forceinline__ void load_bias(float (&fragment)[kTiles][4], const Bias& bias, int row0, int col0,
                                           int num_tokens, int first_row = 0, int first_col = 0) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  // A query past the window gets the bias of the last one: nobody reads its scores.
+  // A query past the window gets the bias of the last one: its scores are never read.
   const int rows[2] = {min(row0 + g, num_tokens - 1), min(row0 + g + 8, num_tokens - 1)};
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_bias(float (&fragment)[kTiles][4], const Bi
       const int col_index = bias.key_index[col - first_col];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // 32 bits suffice, heads included: window_attention.cu refuses other tables.
+        // 32 bits suffice, heads included: window_attention.cu rejects larger tables.
         fragment[j][2 * half + e] = bias.data[(row_index[half] - col_index) * bias.stride] * kLog2E;
       }
     }

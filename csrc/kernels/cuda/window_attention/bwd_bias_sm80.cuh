@@ -1,9 +1,9 @@
 // The gradient of the bias of long windows, after the other gradients (bwd_sm80.cuh).
 //
-// Maths     dbias[i, j] = sum over windows of ds_ij, with the lse and delta that the other kernel leaves.
-// Tiling    One block of 64 (or 32) queries by as many keys is one block's for all of its windows, so that the running
-//           sum stays in registers, 16 queries a warp. A sum of whole windows would go through memory: read and written
-//           for every window, 12 times what a window of 343 tokens and head_dim 16 itself has in bytes.
+// Maths     dbias[i, j] = sum over windows of ds_ij, with the lse and delta that the other kernel stores.
+// Tiling    A block has the same 64 (or 32) queries and as many keys in all of its windows, so the running sum stays in
+//           registers, 16 queries a warp. A sum over whole windows would be in memory, read and written for every
+//           window: 12 times the bytes of the window itself at 343 tokens and head_dim 16.
 // Order     As bwd_sm80.cuh: no atomics.
 // Traffic   per block of queries and keys the rows of q, dout, k and v, mostly from L2: 4 * N / 64 times q in all.
 // Limits    as forward.
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   int stage = 0, slot = 0;
   for (uint32_t item = worker; item < args.items; item += step) {
     ptx::cp_async_wait<kStages - 2>();
-    __syncthreads();  // this window's rows are there, and the tiles of the one before are free
+    __syncthreads();  // this window's rows have arrived, and the previous window's tiles are free
     const uint32_t window = args.window_of(share.type, item);
     float lse2[2], delta[2];
 #pragma unroll

@@ -1,5 +1,5 @@
-// What the kernels of the backward pass share: arguments, probabilities from a saved lse, dS, and a block's share of the
-// gradients of what all windows have in common.
+// Shared by the backward kernels: arguments, probabilities from a saved lse, dS, and a block's share of the gradients
+// that sum over all windows.
 #pragma once
 
 #include "../../common/launch.cuh"
@@ -15,10 +15,10 @@
 
 namespace swinkernels::cuda {
 
-// Partial sums, of every block of the grid in order; null for what is not wanted.
+// Partial sums, of every block of the grid in order; null for gradients that are not wanted.
 struct BackwardArguments : WindowArguments<7> {
   const float* lse;
-  float2* lse2_delta;     // like lse: from the kernel for long windows to that for their dbias
+  float2* lse2_delta;     // laid out like lse: passed from the kernel for long windows to that of their dbias
   float* table_partials;  // (blocks, table entries), short windows
   float* dense_partials;  // (blocks, rows, rows) with N rounded up to whole blocks of rows
   float* pad_partials;    // (blocks, 2, head_dim) for k and v
@@ -31,7 +31,7 @@ __device__ __forceinline__ float load_lse2(const BackwardArguments& args, int64_
   return dout_row == 0 ? INFINITY : args.lse[first_query + token] * kLog2E;
 }
 
-// Turns scores in base 2 into probabilities; lse2 is that of this thread's two rows.
+// Turns scores in base 2 into probabilities; lse2 belongs to this thread's two rows.
 template <int kTiles>
 __device__ __forceinline__ void to_probabilities(float (&score)[kTiles][4], const float (&lse2)[2]) {
 #pragma unroll
@@ -52,18 +52,18 @@ __device__ __forceinline__ void to_dscores(float (&p)[kTiles][4], const float (&
   }
 }
 
-// The gradient of weights before dropout from that of those after it.
+// Turns the gradient of weights after dropout into that of the weights before it.
 template <int kTiles>
 __device__ __forceinline__ void undrop(float (&dp)[kTiles][4], uint32_t kept, float dropout_scale) {
   drop(dp, kept);
   multiply(dp, dropout_scale);
 }
 
-// Sums over the keys of this thread's two rows, block by block of keys.
+// Sums over the keys for this thread's two rows, block by block of keys.
 struct RowSums {
   float x[2] = {0.0f, 0.0f};
 
-  // Of a, or of a * b.
+  // Adds a, or a * b.
   template <int kTiles>
   __device__ __forceinline__ void add(const float (&a)[kTiles][4]) {
 #pragma unroll
@@ -81,14 +81,14 @@ struct RowSums {
     }
   }
 
-  // Over the lanes of a quad, at the end.
+  // Sums over the lanes of a quad, at the end.
   __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) x[half] = quad_sum(x[half]);
   }
 };
 
-// Divides probabilities by their sums. The rows of pad queries are all zero, and stay so.
+// Divides probabilities by their sums. The rows of pad queries are zero and stay so.
 template <int kTiles>
 __device__ __forceinline__ void normalise(float (&p)[kTiles][4]) {
   RowSums sums;
@@ -102,7 +102,8 @@ __device__ __forceinline__ void normalise(float (&p)[kTiles][4]) {
   }
 }
 
-// Adds those of this warp's 16 rows that are of pad tokens to `sum`, one value per column; is_pad is of this thread's two.
+// Adds those of this warp's 16 rows that belong to pad tokens to `sum`, one value per column; is_pad is for this
+// thread's two rows.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
                                              const bool (&is_pad)[2]) {
@@ -121,7 +122,7 @@ __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTi
   }
 }
 
-// The same of rows first.., where pad tokens are those without an address.
+// The same for rows first.., where pad tokens are those without an address.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
                                              const uint64_t* rows, int first, int num_tokens) {
@@ -129,7 +130,7 @@ __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTi
   add_pad_rows(sum, x, factor, {row < num_tokens && rows[row] == 0, row + 8 < num_tokens && rows[row + 8] == 0});
 }
 
-// The block's share of dpad_qkv: the sums of its warps, in order.
+// The block's share of dpad_qkv: the sums of its warps, added in order.
 template <int kWarps, int kHeadDim>
 __device__ __forceinline__ void write_pad_sums(float* partials, int head_dim,
                                                const float (&sums)[kWarps][2][kHeadDim]) {
@@ -147,8 +148,8 @@ __device__ __forceinline__ void write_pad_partial(const BackwardArguments& args,
   if (args.pad_partials != nullptr) write_pad_sums(args.pad_partials, args.head_dim, sums);
 }
 
-// The block's share of dlogit_scale: the sums of its rows, which every lane of a quad holds. All threads call it; `sums`
-// is in shared memory that nobody uses.
+// The block's share of dlogit_scale: the sums of its rows, which every lane of a quad holds. All threads call it;
+// `sums` is unused shared memory.
 template <class Traits>
 __device__ __forceinline__ void write_logit_partial(const BackwardArguments& args, float (&sums)[Traits::kWarps],
                                                     float sum, int head) {
@@ -164,7 +165,8 @@ __device__ __forceinline__ void write_logit_partial(const BackwardArguments& arg
   args.logit_partials[blockIdx.x] = is_clamped(args.logit_scale[head]) ? 0.0f : total;
 }
 
-// p to a tile, where dv takes it from: without what is dropped, but not scaled up, which might leave float16's range.
+// Writes p to a tile, from which dv reads it: without dropped weights, but not scaled up, which might exceed float16's
+// range.
 template <int kTiles, class PTile>
 __device__ __forceinline__ void write_weights(const PTile& tile, int row0, const float (&p)[kTiles][4], uint32_t kept,
                                               bool has_dropout) {

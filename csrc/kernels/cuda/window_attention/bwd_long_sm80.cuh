@@ -1,17 +1,18 @@
-// Window attention backward of long windows, the plain kind (long_windows.cuh). Others go to bwd_sm80.cuh.
+// Window attention backward for long windows of the plain kind (long_windows.cuh). Others go to bwd_sm80.cuh.
 //
-// Maths     As there. Seven products of blocks: three in the kernel of the queries, which also sums dbias, and four in that
-//           of the keys, which knows lse and delta from the first.
-// Queries   A block has a strip of queries of a head, 16 rows a warp, against all keys of a window: a warp has up to 64
-//           keys of its own, so that P, dP and the running dbias of its part stay in registers, dbias for all windows of
-//           the block, and nothing is computed twice. Warps of the same rows exchange what they have of delta and of dq
-//           through shared memory. A block takes strip after strip, and its share of the table's gradient at the end of
+// Maths     As there, with seven products of blocks: three in the kernel of the queries, which also sums dbias, and
+//           four in that of the keys, which gets lse and delta from the first.
+// Queries   A block has a strip of a head's queries, 16 rows a warp, against all keys of a window. A warp has up to 64
+//           keys of its own, so P, dP and the running dbias of its part stay in registers, dbias for all windows of the
+//           block, and nothing is computed twice. Warps of the same rows exchange their parts of delta and dq through
+//           shared memory. A block takes strip after strip, and writes its share of the table's gradient at the end of
 //           each.
-// Keys      A block of four warps takes blocks of 64 keys of one window and head, 16 a warp; queries arrive in blocks of
-//           64. Scores are transposed, rows being keys: P and dS are the left operands of dv and dk as they are.
+// Keys      A block of four warps takes blocks of 64 keys of one window and head, 16 a warp; queries arrive in blocks
+//           of 64. Scores are transposed, their rows being keys, so P and dS are the left operands of dv and dk
+//           directly.
 // Order     No atomics: a block adds windows and strips in its own order, reduce_partials.cu adds the blocks in theirs.
 // Traffic   The kernel of the queries reads k and v once per strip, that of the keys q and dout once per block of keys,
-//           mostly from L2; delta goes through memory between them, 4 bytes for a query.
+//           mostly from L2; delta passes between them through memory, 4 bytes per query.
 // Limits    head_dim <= 64.
 #pragma once
 
@@ -22,19 +23,19 @@ namespace swinkernels::cuda {
 
 struct BackwardLongArguments : LongArguments<7> {
   const float* lse;
-  float* delta;           // like lse: from the kernel of the queries to that of the keys
+  float* delta;           // laid out like lse: passed from the kernel of the queries to that of the keys
   float* table_partials;  // (blocks of the kernel of the queries, table entries), null if not wanted
   float* pad_partials;    // (blocks of the kernel of the keys, 2, head_dim) for k and v, null if not wanted
-  // The kernel of the queries: how warps share a strip, and blocks the strips of a unit.
+  // The kernel of the queries: the division of a strip among warps, and of a unit's strips among blocks.
   int32_t key_groups, row_tiles, strips;
-  uint32_t strip_workers, window_workers;  // of a unit: blocks side by side
-  // That of the keys: items of a window, each of so many blocks of keys.
+  uint32_t strip_workers, window_workers;  // parallel blocks of a unit
+  // The kernel of the keys: items of a window, each with this many blocks of keys.
   uint32_t splits, key_blocks, long_items;
 };
 
-constexpr int kMostSteps = 4;  // of 16 keys, for a warp of the kernel of the queries
+constexpr int kMostSteps = 4;  // of 16 keys, per warp of the kernel of the queries
 
-// Most warps of its blocks: 16 leave a thread 128 registers, 12 leave 168.
+// The most warps of its blocks: 16 leave a thread 128 registers, 12 leave 168.
 template <class Traits>
 constexpr int kMostQueryWarps = Traits::kHeadDim <= 32 ? 16 : 12;
 
@@ -43,12 +44,12 @@ struct QueryStripSmem {
   using T = typename Traits::T;
   static constexpr int kBiasTiles = 2 * kMostSteps;
   static constexpr int kGroups = kMostQueryWarps<Traits>;
-  static constexpr int kGradientStride = Traits::kHeadDim + 8;  // floats of a row: other banks for each of eight rows
+  static constexpr int kGradientStride = Traits::kHeadDim + 8;  // floats of a row; eight rows are in different banks
 
   T *q, *dout, *k, *v;
-  float* dq;          // (key groups, rows, kGradientStride), in the place of v
-  float4* fragments;  // (warps, kBiasTiles, 32): of the bias; at the end of a strip, of its dbias
-  float* delta;       // (rows, kGroups): what each group of keys has of it
+  float* dq;          // (key groups, rows, kGradientStride), in place of v
+  float4* fragments;  // (warps, kBiasTiles, 32): the bias; at the end of a strip, its dbias
+  float* delta;       // (rows, kGroups): each key group's part
   unsigned char* tokens;
 
   struct Counts {
@@ -81,7 +82,7 @@ struct QueryStripSmem {
   }
 };
 
-// Starts the copies of `rows` rows from token `first` on of two maps, by all threads. Rows past the window and columns
+// Starts the copies of `rows` rows of two maps, from token `first` on, by all threads. Rows past the window and columns
 // past head_dim become zero.
 template <class Traits>
 __device__ __forceinline__ void copy_long_rows(const BackwardLongArguments& args, const int (&list)[2], uint32_t batch,
@@ -89,7 +90,7 @@ __device__ __forceinline__ void copy_long_rows(const BackwardLongArguments& args
                                                int first, int rows) {
   using Tile = SmemTile<typename Traits::T, Traits::kHeadDim>;
   using T = typename Traits::T;
-  const int chunk = threadIdx.x % Tile::kChunks;  // the same of every row: a block has whole warps
+  const int chunk = threadIdx.x % Tile::kChunks;  // the same for every row: a block has whole warps
   const int limit = chunk * 16 < args.row_bytes ? args.num_tokens : 0;
   const uint64_t base[2] = {chunk_base(args.regular[list[0]], batch, head, chunk),
                             chunk_base(args.regular[list[1]], batch, head, chunk)};
@@ -115,8 +116,8 @@ __device__ __forceinline__ void copy_long_rows(const BackwardLongArguments& args
   }
 }
 
-// Adds a strip's dbias, whose fragments the warps have in shared memory, to the block's share of the gradient of the
-// table's column: an entry is the sum over the pairs of tokens of its relative offset, which fixes the key for every query.
+// Adds a strip's dbias, in the warps' shared fragments, to the block's share of the gradient of the table's column. An
+// entry is the sum over the pairs of tokens with its relative offset, which determines the key for every query.
 template <class Traits>
 __device__ __forceinline__ void add_strip_to_table(float* table, const BackwardLongArguments& args,
                                                    const QueryStripSmem<Traits>& smem, const LongTokens& tokens,
@@ -132,7 +133,7 @@ __device__ __forceinline__ void add_strip_to_table(float* table, const BackwardL
     for (int i = max(first, distance); i < end; ++i) {
       const int j = i - distance;
       if (tokens.offset[i] - tokens.offset[j] != offset) continue;
-      // Which warp has it, and where in its fragments.
+      // The warp that has it, and its position in the warp's fragments.
       const int step = j / 16;
       const int group = step < longer * (base + 1) ? step / (base + 1) : longer + (step - longer * (base + 1)) / base;
       const int first_step = group * base + min(group, longer);
@@ -145,8 +146,8 @@ __device__ __forceinline__ void add_strip_to_table(float* table, const BackwardL
   }
 }
 
-// What a warp of a strip has: which rows of the strip and which steps of 16 keys. In one register, from which the parts
-// are taken when they are wanted.
+// The part of a strip that a warp has: its rows, and its steps of 16 keys. Packed into one register and unpacked on
+// use.
 struct WarpPlace {
   int packed;
 
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
 #pragma unroll 1
     for (uint32_t item = ptx::opaque(share.first) / args.strip_workers; item < args.items;
          item += args.window_workers) {
-      // What follows from these is computed again for every window: registers are dear.
+      // Values derived from these are recomputed for every window, because registers are scarce.
       const WarpPlace place = whole_place.again();
       const int steps = place.steps(), key0 = place.first_key();
       const float4* const own_bias = smem.fragments + ptx::opaque(first_fragment);
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
       tokens.find_terms(args, index);
       __syncthreads();
       const bool mixed = tokens.find_tokens(args, index);
-      __syncthreads();  // the tokens are there, and nobody uses the tiles of the window before
+      __syncthreads();  // the tokens are known, and the previous window's tiles are free
       copy_long_rows<Traits>(args, {0, 3}, index.batch, head, {smem.q, smem.dout}, tokens.number, first, rows);
       copy_long_rows<Traits>(args, {1, 2}, index.batch, head, {smem.k, smem.v}, tokens.number, 0, 16 * all_steps);
       ptx::cp_async_commit();
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
       int32_t row_region[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // Infinite for a pad query and for what lies past the window: their P is zero.
+        // Infinite for a pad query and for rows past the window: their P is zero.
         const int query = first + place.row0() + g + 8 * half;
         lse2[half] = INFINITY;
         if (query < num_tokens && tokens.number[query] < kPadNumber) {
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
             p[step][j][3] = fmaf(p[step][j][3], factor2, bias.w);
           }
           if (mixed) {
-            if constexpr (kHasNarrowRange<T>) {  // its exponent takes the register of a region
+            if constexpr (kHasNarrowRange<T>) {  // the exponent takes the register of a region
               const int32_t* const own_region = tokens.region + first + whole_place.again().row0() + g;
               row_region[0] = own_region[0];
               row_region[1] = own_region[8];
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
       write_matrix(smem.dq + again.group() * rows * Smem::kGradientStride, Smem::kGradientStride, again.row0(), dq);
       __syncthreads();
 
-      // Eight columns of a row a thread: the sum over the groups of keys.
+      // The sum over the groups of keys, eight columns of a row per thread.
       const int chunk = ptx::opaque(threadIdx.x) % Tile::kChunks;
       const uint64_t base = chunk_base(args.regular[4], index.batch, head, chunk);
       for (int i = threadIdx.x / Tile::kChunks; i < rows; i += blockDim.x / Tile::kChunks) {
@@ -393,7 +394,7 @@ struct KeyBlockSmem {
   alignas(128) T q_dout[2][2][kBlock * Traits::kHeadDim];
   alignas(16) float pad_sums[kThreads / 32][2][Traits::kHeadDim];
 
-  // Behind it: lse and delta of every query, the table, the tokens.
+  // After this struct: lse and delta of every query, the table, the tokens.
   static int bytes(const BackwardLongArguments& args) {
     const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
     return static_cast<int>(sizeof(KeyBlockSmem)) + 8 * capacity + 4 * args.table.floats() +
@@ -432,13 +433,13 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
     const int first_block = (item - window * args.splits) * args.key_blocks;
     const int end_block = min(blocks, first_block + static_cast<int>(args.key_blocks));
     const WindowIndex index = window_index(args.layout, window);
-    __syncthreads();  // the constants are there, and nobody uses the tokens and tiles of the item before
+    __syncthreads();  // the constants are written, and the previous item's tokens and tiles are free
     tokens.find_terms(args, index);
     __syncthreads();
     const bool mixed = tokens.find_tokens(args, index);
     const int64_t first_query = args.first_query(window, head);
     for (int i = threadIdx.x; i < num_tokens; i += kThreads) {
-      const bool is_pad = tokens.number[i] >= kPadNumber;  // this thread has found it
+      const bool is_pad = tokens.number[i] >= kPadNumber;  // found by this thread
       lse2_delta[i] = make_float2(is_pad ? INFINITY : args.lse[first_query + i] * kLog2E, args.delta[first_query + i]);
     }
     __syncthreads();
@@ -455,7 +456,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
       const int first = block * kBlock, row = first + row0 + g;
       const bool has_rows = first + row0 < num_tokens;
       {
-        // Computed again for every block: registers are dear.
+        // Recomputed for every block, because registers are scarce.
         const uint32_t batch = ptx::opaque(index.batch);
         const uint64_t kv_base[2] = {chunk_base(args.regular[1], batch, head, copies.chunk),
                                      chunk_base(args.regular[2], batch, head, copies.chunk)};
@@ -483,7 +484,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
           v.load(Tile{smem.kv[1]}, row0);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            // A key past the window has the bias of the last one: nobody reads its sums.
+            // A key past the window has the bias of the last one: its sums are never read.
             bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
           }
@@ -524,7 +525,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
         }
       }
 
-      // Each warp has read its rows of k and v, which nobody else does.
+      // Each warp has read its rows of k and v, which no other warp reads.
       float factor = args.scale;
       if constexpr (kHasNarrowRange<T>) factor *= power_of_two(exponent);
       if (has_rows) {

@@ -1,17 +1,17 @@
-// Window attention backward for short windows in 16 bits, map to map: what most calls are (short16.cuh says which), in
-// two thirds of the instructions of the general kernel (bwd_sm80.cuh).
+// Window attention backward, map to map, for short windows in 16 bits, the most common calls (short16.cuh defines
+// which). Takes two thirds of the instructions of the general kernel (bwd_sm80.cuh).
 //
 // Maths     As there.
 // Tiling    A warp has 16 queries with p, dp and the running dbias in registers, and 16 keys for dk and dv; bias
-//           fragments are in shared memory. Rows come and go as in the forward kernel (fwd_short16_sm80.cuh): dq and dv
-//           leave through the rows of v, dk through those of k. p, ds and the gradients are written by stmatrix where
-//           there is one.
+//           fragments are in shared memory. Rows are loaded and stored as in the forward kernel (fwd_short16_sm80.cuh):
+//           dq and dv leave through the rows of v, dk through those of k. p, ds and the gradients are written by
+//           stmatrix where it exists.
 // Order     No atomics: a block adds windows in its own order, reduce_partials.cu adds the blocks in theirs.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 14 * B * S * C bytes, plus lse.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 544 MB, 162 us at 3.35 TB/s (H100 SXM, published
 //           peak). Executed instructions on sm_90, counted: 2,824 per window and head; 75 us of issue slots. 154
 //           registers, 65 KB: three blocks, 12 warps per multiprocessor.
-// Limits    short16.cuh; what it does not take goes to the general kernel.
+// Limits    those of short16.cuh; other calls go to the general kernel.
 #pragma once
 
 #include "bwd_sm80.cuh"
@@ -24,7 +24,7 @@ struct Short16BackwardArguments : BackwardArguments {
   EvenMaps<1> dout_map;
   EvenMaps<3> gradients;  // dq, dk, dv
 
-  // False if the maps are not for this kernel.
+  // False if this kernel does not support the maps.
   bool set(const WindowAttentionBackwardParams& params) {
     const WindowAttentionForwardParams& forward = params.forward;
     const auto& size = forward.geometry.size;
@@ -42,13 +42,14 @@ struct Short16BackwardSmem {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
     float dbias[Traits::kBlock * Traits::kBlock];  // at the end
   };
-  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments, to leave registers to those of dbias
+  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments, which leaves registers to those of dbias
   Short16Tokens<Traits::kBlock> tokens;
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
   int32_t exponents[Traits::kWarps];  // of ds, half_range.cuh
 };
 
-// 16 rows times a factor, rounded, through this warp's rows of a tile to a map. Rows past the window stay zero there.
+// Writes 16 rows times a factor, rounded, through this warp's rows of a tile to a map. Rows past the window stay zero
+// in the tile.
 template <class Traits, class Tile>
 __device__ __forceinline__ void finish_gradient(const Tile& tile, int row0, int num_tokens,
                                                 const float (&x)[Traits::kHeadDimTiles][4], float factor,
@@ -64,7 +65,7 @@ __device__ __forceinline__ void finish_gradient(const Tile& tile, int row0, int 
   own.store(tile.data, maps, map, window);
 }
 
-// 16 rows rounded, to rows row0.. of a tile and as operands of a product.
+// Rounds 16 rows into rows row0.. of a tile, and into operands of a product.
 template <class T, int kTiles, class Tile>
 __device__ __forceinline__ void write_rounded(const Tile& tile, int row0, const float (&x)[kTiles][4],
                                               uint32_t (&packed)[kTiles][2]) {
@@ -131,10 +132,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   int stage = 0;
 #pragma unroll 1
   for (uint32_t item = share.first; item < args.items; item += share.step) {
-    // Kept over all windows, they would spill there.
+    // Kept for all windows they would be spilled there.
     const auto p_offsets = ptx::kIsBlackwell ? LaneOffsets<SmemTile<T, Traits::kBlock>>::of() : p_lanes;
     const PTile p_tile(smem.p_ds[0], p_offsets), ds_tile(smem.p_ds[1], p_offsets);
-    float lse2[2] = {INFINITY, INFINITY};  // asked for now, used after the first product
+    float lse2[2] = {INFINITY, INFINITY};  // loaded now, used after the first product
     {
       const float* const lse =
           args.lse + ptx::multiply_add_wide(item * args.num_heads + share.head, num_tokens, row0 + g);
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
     }
     Window window;
     if constexpr (kStages == 1) {
-      __syncthreads();  // nobody reads the tiles of the window before
+      __syncthreads();  // all reads of the previous window's tiles are over
       window = copy_window(0, item);
       ptx::cp_async_wait<0>();
       __syncthreads();
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
       write_rounded<T>(ds_tile, row0, p, packed);
       Product::add_pb(dq, packed, k);
     }
-    __syncthreads();  // p and ds are whole; k and v are not read any more and take the outputs
+    __syncthreads();  // p and ds are complete; k and v are no longer read and take the outputs
     float query_factor = args.scale, key_factor = args.scale;
     if constexpr (kHasNarrowRange<T>) {
       const int exponent = smem.exponents[row0 / 16];
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
         if (args.pad_partials != nullptr) add_pad_rows(smem.pad_sums[row0 / 16][0], dk, key_factor, is_pad);
       }
       {
-        // Since the rows of k were stored, dq has left those of v.
+        // Since the rows of k were stored, dq has left the rows of v.
         float dv[kColTiles][4] = {};
         Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
         finish_gradient<Traits>(v, row0, num_tokens, dv, 1.0f, own, args.gradients, 2, window);

@@ -1,21 +1,21 @@
-// Window attention backward, map to map; the scores are computed again from q, k and lse.
+// Window attention backward, map to map; the scores are recomputed from q, k and lse.
 //
 // Maths     p = exp(score - lse), dp = d * (dout v^T) with d of dropout.cuh, delta_i = sum_j p_ij dp_ij,
 //           ds = p * (dp - delta); dv = (d p)^T dout, dq = scale * ds k, dk = scale * ds^T q (for v2 see cosine.cuh),
 //           dbias[i, j] = sum of ds over windows, from which the table's gradient is gathered by relative offset. Rows
-//           of pad tokens in dk and dv add up to dpad_qkv; the output of a pad query is dropped, so that its dout and p
-//           are zero and it contributes nothing. Exact products divide p by its sum: lse is rounded, so that p sums to
-//           one only nearly, and what is left over would have one sign in all of a row's ds.
+//           of pad tokens in dk and dv add up to dpad_qkv; the output of a pad query is dropped, so its dout and p are
+//           zero and it contributes nothing. Exact products divide p by its sum: because lse is rounded, p sums only
+//           nearly to one, and the error would have one sign in all of a row's ds.
 // Tiling    Short windows (one block of keys): a block loops over windows of one head, a warp has 16 queries with p, dp
 //           and the running dbias in registers; p and ds go through shared memory to become the transposed operands
 //           of dv and dk, of which a warp has 16 keys. Long windows: per block of queries a sweep over the keys for
-//           delta and one for dq, then per block of keys a sweep over the queries for dk and dv: nine products of blocks
-//           where the short kernel has five (eleven for rows of more than 64 columns). Their dbias has a kernel of its
-//           own, bwd_bias_sm80.cuh. Most calls in 16 bits take bwd_long_sm80.cuh instead.
+//           delta and one for dq, then per block of keys a sweep over the queries for dk and dv: nine products of
+//           blocks where the short kernel has five (eleven for rows of more than 64 columns). Their dbias has a
+//           separate kernel, bwd_bias_sm80.cuh. Most calls in 16 bits take bwd_long_sm80.cuh instead.
 // Order     No atomics: a block adds windows in its own order, reduce_partials.cu adds the blocks in theirs.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 7 * B * S * C * sizeof(T) bytes, plus lse.
 // Roofline  memory bound: bwd_short16_sm80.cuh has the figures of the common case, which runs there. Three blocks, 12
-//           warps a multiprocessor at window 7, head_dim 32.
+//           warps per multiprocessor at window 7, head_dim 32.
 // Limits    as forward.
 #pragma once
 
@@ -24,7 +24,7 @@
 namespace swinkernels::cuda {
 
 // Gathers the gradient of one head's column of the bias table from a dense dbias: entry e is the sum over the pairs
-// (i, j) of its relative offset, which fixes j for every i. Entries that no pair has get zero.
+// (i, j) with its relative offset, which determines j for every i. Entries without a pair get zero.
 template <int kThreads>
 __device__ __forceinline__ void gather_table(float* table, const float* dense, int stride, const WindowLayout& layout,
                                              const int32_t* token_index, int num_tokens) {
@@ -50,7 +50,7 @@ struct BackwardShortSmem {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
     float dbias[Traits::kBlock * Traits::kBlock];  // at the end
   };
-  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments, to leave registers to those of dbias
+  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments, which leaves registers to those of dbias
   WindowTokens<7, Traits::kKeys, Traits::kBlock> tokens[kSlots];
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
   float logit_sums[Traits::kWarps];
@@ -123,12 +123,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   int stage = 0, slot = 0;
   for (uint32_t item = first; item < args.items; item += step) {
     ptx::cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
-    __syncthreads();  // this window's rows are there if they were on their way, and the tiles of the one before are
-                      // free
+    __syncthreads();  // the previous tiles are free, and this window's rows have arrived if they were in flight
     const int row0 = ptx::opaque(first_row);
     const auto& tokens = smem.tokens[slot];
     const uint32_t window = args.window_of(share.type, item);
-    float lse2[2];  // asked for now, used after the first product
+    float lse2[2];  // loaded now, used after the first product
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + g + 8 * half;
@@ -180,13 +179,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
       write_fragment<false>(ds_tile, row0, p, 1.0f, 1.0f, Traits::kBlock, Traits::kBlock);
     }
     if (args.is_cosine()) {
-      __syncthreads();  // nobody reads the rows as they were any more
+      __syncthreads();  // all reads of the original rows are over
       to_unit_rows(q, row0, smem.norms.q);
       to_unit_rows(k, row0, smem.norms.k);
       __syncthreads();
     }
     if (row0 < num_tokens) Product::add_pb(dq, p, k);
-    __syncthreads();  // p and ds are whole; k and v are not read any more and take the outputs
+    __syncthreads();  // p and ds are complete; k and v are no longer read and take the outputs
     float query_factor = factor, key_factor = factor;
     if constexpr (kHasNarrowRange<T>) {
       const int exponent = smem.exponents[row0 / 16];
@@ -266,7 +265,7 @@ struct BackwardLongSmem {
   int32_t exponents[Traits::kWarps];  // of ds, half_range.cuh
   int32_t mixed;
 
-  // Behind it: what there is for each token of the window.
+  // After this struct: the data of each token of the window.
   static constexpr int kBytesPerToken = 7 * sizeof(uint64_t) + 2 * sizeof(float) + 3 * sizeof(int32_t);
   static size_t bytes(int blocks) { return sizeof(BackwardLongSmem) + blocks * Traits::kBlock * kBytesPerToken; }
 };
@@ -298,7 +297,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     copy_rows<Traits::kThreads, kBlock, true>(Tile{smem.tiles[map]}, tokens.row(map), block * kBlock, num_tokens,
                                               args.row_bytes, args.has_whole_rows());
   };
-  // For the copies, and for the norms of the blocks that have come.
+  // Waits for the copies, and for the norms of the blocks that have arrived.
   const auto wait_for_copies = [&]() {
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
@@ -315,11 +314,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const Bias bias_source = staged_bias<Traits>(args, share, smem.table, constants.table_index);
   float logit_sum = 0.0f;
 
-  // p and dp of this warp's 16 rows of the block of queries in q and dout and the block of keys in k and v, and which
-  // weights are kept.
+  // p and dp of this warp's 16 rows of the block of queries in q and dout and the block of keys in k and v; returns the
+  // bits of the kept weights.
   const auto recompute = [&](float (&p)[kTiles][4], float (&dp)[kTiles][4], int row0, uint32_t window, int query_block,
                              int key_block) {
-    // Registers are dear: what follows from these is computed when it is wanted.
+    // Values derived from these are recomputed on use, because registers are scarce.
     const int row = ptx::opaque(query_block * kBlock + row0), col = ptx::opaque(key_block * kBlock);
     Product::add_abt(p, q, row0, k);
     const float lse2[2] = {saved_lse2[row + g], saved_lse2[row + g + 8]};
@@ -338,9 +337,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     return kept;
   };
 
-  // Calls add_products(rescale) with d * p and ds of every block of queries in p_tile and ds_tile, the queries in q and
-  // dout. ds is scaled by 2 ** -exponent, the same for all; sums of products of blocks before are to be multiplied by
-  // rescale.
+  // Calls add_products(rescale) for every block of queries, which is in q and dout, with d * p in p_tile and ds in
+  // ds_tile. ds is scaled by 2 ** -exponent, one exponent for all blocks; the sums over earlier blocks must be
+  // multiplied by rescale.
   const auto for_each_query_block = [&](uint32_t window, int key_block, int& exponent, auto&& add_products) {
 #pragma unroll 1
     for (int query_block = 0; query_block < blocks; ++query_block) {
@@ -350,7 +349,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
       wait_for_copies();
       [[maybe_unused]] int own_exponent = exponent;
       {
-        // Queries past the window have an infinite lse, hence p = 0, and zeros for delta's sake.
+        // Queries past the window have an infinite lse, hence p = 0; the zeros keep delta finite.
         float p[kTiles][4] = {}, dp[kTiles][4] = {};
         const uint32_t kept = recompute(p, dp, row0, window, query_block, key_block);
         write_weights(p_tile, row0, p, kept, args.has_dropout());
@@ -382,7 +381,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     }
   };
 
-  // Stores dk (map 1) or dv (map 2) of this warp's 16 keys through a tile that nobody reads.
+  // Stores dk (map 1) or dv (map 2) of this warp's 16 keys through a tile that is no longer read.
   const auto finish_keys = [&](float (&x)[kColTiles][4], int map, const Tile& tile, float factor, int key_block) {
     const int row0 = ptx::opaque(first_row), first_key = key_block * kBlock;
     const uint64_t* rows = tokens.row(4 + map);
@@ -399,7 +398,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
 
   for (uint32_t item = share.first; item < args.items; item += share.step) {
     const uint32_t window = args.window_of(share.type, item);
-    __syncthreads();  // the constants are there, and nobody reads the tiles and addresses of the window before
+    __syncthreads();  // the constants are written, and the previous window's tiles and addresses are free
     locate_tokens<T, 0, 1, 2, 3, 4, 5, 6>(tokens, constants, args, window, head, 0, num_tokens);
     __syncthreads();
     const int64_t first_query = args.first_query(window, head);
@@ -408,11 +407,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     }
     __syncthreads();
 
-    // The first sweep over the keys gives delta, the second dq.
+    // The first sweep over the keys computes delta, the second dq.
     for (int query_block = 0; query_block < blocks; ++query_block) {
       const int row0 = ptx::opaque(first_row);
       const int row = query_block * kBlock + row0;
-      RowSums delta, total;  // total: of p
+      RowSums delta, total;  // total: the sum of p
       float dq[kColTiles][4] = {};
       int exponent = 0;
       copy_block(0, query_block);
@@ -437,7 +436,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
         }
         if (second) {
           if (args.is_cosine()) {
-            __syncthreads();  // nobody reads the rows as they were any more
+            __syncthreads();  // all reads of the original rows are over
             to_unit_rows(k, row0, smem.norms.k);
             __syncthreads();
           }
@@ -457,7 +456,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int at = row + g + 8 * half;
-            if constexpr (Product::kIsExact) {  // p from the lse as it is from here on sums to one
+            if constexpr (Product::kIsExact) {  // from here on p, computed from the lse, sums to one
               if (total.x[half] > 0.0f) {
                 delta.x[half] /= total.x[half];
                 if (t == 0) saved_lse2[at] += log2f(total.x[half]);

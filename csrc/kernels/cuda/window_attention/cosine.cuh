@@ -1,11 +1,11 @@
 // v2: the rows of q and k have unit length, u = x / max(norm, 1e-12).
 //
-// Scores come from the rows as they are, whose products are exact, and are divided by the norms in float: rounded unit
-// rows would shift scores of up to 100 by more than the last bit of a probability. Gradients add up products with unit
-// rows rounded to the dtype, which costs no more than any operand's rounding and cannot overflow, and
+// Scores are products of the original rows, which are exact, divided by the norms in float: rounded unit rows would
+// shift scores of up to 100 by more than the last bit of a probability. Gradients add up products with unit rows
+// rounded to the dtype, which costs no more than any operand's rounding and cannot overflow, and
 //   dx = factor (d - u (u . d)) / max(norm, 1e-12), where d is the gradient of u without the factor;
-// a row shorter than 1e-12 is not of unit length, and has no part taken off. dlogit_scale is the sum of factor (u . d)
-// over the rows of q, or zero where logit_scale is clamped.
+// a row shorter than 1e-12 does not have unit length, and its u (u . d) is not subtracted. dlogit_scale is the sum of
+// factor (u . d) over the rows of q, or zero where logit_scale is clamped.
 #pragma once
 
 #include <cmath>
@@ -25,7 +25,7 @@ __device__ __forceinline__ bool is_clamped(float logit_scale) {
   return static_cast<double>(logit_scale) > kLargestLogitScale;
 }
 
-// What scores are multiplied by: the scale, or exp(min(logit_scale, ln 100)) of this head.
+// The factor of the scores: the scale, or exp(min(logit_scale, ln 100)) of this head.
 template <int kMaps>
 __device__ __forceinline__ float score_factor(const WindowArguments<kMaps>& args, int head) {
   if (!args.is_cosine()) return args.scale;
@@ -66,7 +66,7 @@ struct Chunk {
   }
 };
 
-// Two rows of inverse norms of a block's tokens.
+// Two rows of inverse norms of a block's tokens: q's and k's.
 template <int kBlock>
 struct InverseNorms {
   alignas(8) float q[kBlock];
@@ -85,7 +85,7 @@ __device__ __forceinline__ float inverse_norm(const Tile& tile, int row) {
   return 1.0f / fmaxf(sqrtf(sum), kSmallestNorm);
 }
 
-// The inverse norms of this warp's 16 rows of the tiles of q and k; half of a warp has q, the other half k.
+// Computes the inverse norms of this warp's 16 rows of the tiles of q and k; half of a warp has q, the other half k.
 template <class Tile, int kBlock>
 __device__ __forceinline__ void find_inverse_norms(InverseNorms<kBlock>& norms, const Tile& q, const Tile& k,
                                                    int row0) {
@@ -94,7 +94,7 @@ __device__ __forceinline__ void find_inverse_norms(InverseNorms<kBlock>& norms, 
   (lane < 16 ? norms.q : norms.k)[row] = inverse_norm(tile, row);
 }
 
-// Brings this warp's 16 rows of a tile to unit length. No other warp reads them meanwhile.
+// Scales this warp's 16 rows of a tile to unit length. No other warp may read them meanwhile.
 template <class Tile>
 __device__ __forceinline__ void to_unit_rows(const Tile& tile, int row0, const float* inverse_norms) {
   __syncwarp();
@@ -109,8 +109,8 @@ __device__ __forceinline__ void to_unit_rows(const Tile& tile, int row0, const f
   }
 }
 
-// Multiplies scores of 16 queries from row0 and the keys of a block by `factor2`, and by the inverse norms if there are
-// any, and adds the bias; a bias_of(j) is float4 of tile j's fragment.
+// Multiplies the scores of 16 queries from row0 and the keys of a block by `factor2` and by the inverse norms, if
+// given, and adds the bias; bias_of(j) returns tile j's fragment as a float4.
 template <int kTiles, int kBlock, class BiasOf>
 __device__ __forceinline__ void finish_scores(float (&score)[kTiles][4], float factor2,
                                               const InverseNorms<kBlock>* norms, int row0, BiasOf&& bias_of) {
@@ -138,20 +138,20 @@ __device__ __forceinline__ void finish_scores(float (&score)[kTiles][4], float f
   }
 }
 
-// Turns d, the gradient of 16 unit rows from row0 of a tile as an accumulator fragment, into that of the rows
-// themselves, by the formula above. The tile holds the rows as they were, or unit rows. u . d of this thread's two rows.
+// Turns d, the gradient of 16 unit rows from row0 of a tile as an accumulator fragment, into that of the original rows,
+// by the formula above. The tile holds the original rows or unit rows. Returns u . d of this thread's two rows.
 template <bool kIsUnit, int kColTiles, class Tile>
 __device__ __forceinline__ float2 to_row_gradient(float (&d)[kColTiles][4], const Tile& tile, int row0,
                                                   const float* inverse_norms, float factor) {
   const int lane = ptx::opaque(threadIdx.x % 32), g = lane / 4, t = lane % 4;
   const float inverse[2] = {inverse_norms[row0 + g], inverse_norms[row0 + g + 8]};
   float dot[2] = {0.0f, 0.0f};
-  constexpr int kUnroll = kColTiles <= 8 ? 2 : 1;  // registers are dear
+  constexpr int kUnroll = kColTiles <= 8 ? 2 : 1;  // registers are scarce
 #pragma unroll kUnroll
   for (int pass = 0; pass < 2; ++pass) {
 #pragma unroll
     for (int n = 0; n < kColTiles; ++n) {
-      // The chunks of row + 8 are permuted as those of row.
+      // The chunks of row + 8 are permuted like those of row.
       const typename Tile::T* const at = tile.element(row0 + g, 8 * n + 2 * t);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

@@ -1,4 +1,4 @@
-// Which instantiation runs a call, and how many blocks of it.
+// The choice of the instantiation for a call, and of its number of blocks.
 #pragma once
 
 #include <type_traits>
@@ -9,8 +9,8 @@
 
 namespace swinkernels::cuda {
 
-// Defined in launch_fwd.cuh and launch_bwd.cuh, and instantiated for each policy by a file of instantiations/. The backward
-// launch returns the workspace's size without launching anything if `bytes` is given.
+// Defined in launch_fwd.cuh and launch_bwd.cuh, and instantiated for each policy by a file of instantiations/. Given
+// `bytes`, the backward launch returns the workspace's size without launching anything.
 template <class Product>
 cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStream_t stream);
 template <class Product>
@@ -18,7 +18,7 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
 
 // Calls f(Traits, is_long) with the smallest tiles that hold the head_dim and the window. Rows of up to 128 bytes go in
 // blocks of 64; wider ones, and accumulators of more than 64 columns, in blocks of 32. The 7-tile kernel exists because
-// 49 tokens are the common window and 56 columns hold them.
+// 49 tokens are the common window and fit into 56 columns.
 template <class Product, int kHeadDim, class F>
 cudaError_t dispatch_window(const WindowAttentionForwardParams& params, F&& f) {
   constexpr size_t kElementBytes = sizeof(typename Product::T);
@@ -36,7 +36,7 @@ cudaError_t dispatch_window(const WindowAttentionForwardParams& params, F&& f) {
   return f(WindowAttentionTraits<Product, kHeadDim, kMostTiles>{}, std::true_type{});
 }
 
-// Calls f(Short16Traits) for what is_short16() takes (short16.cuh), which most calls are.
+// Calls f(Short16Traits) for calls that satisfy is_short16() (short16.cuh), the most common ones.
 template <class Product, class F>
 cudaError_t dispatch_short16(const WindowAttentionForwardParams& params, F&& f) {
   if constexpr (sizeof(typename Product::T) == 2) {

@@ -1,5 +1,5 @@
-// Which attention weights are dropped: a function of the seed, the window, the head, the query and the key alone, so that
-// the backward pass drops what the forward pass dropped, whatever the tiles.
+// Dropped attention weights: a function of the seed, the window, the head, the query and the key alone, so that the
+// backward pass drops the same weights as the forward pass, whatever the tiles.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 
 namespace swinkernels::cuda {
 
-// Of 16 queries from row0 (a multiple of 16) and the keys of a block from col0 (a multiple of 2): bit 4 * j + e says
-// that element [j][e] of this thread's fragment is kept. One call draws for queries i, i + 8 and keys j, j + 1: query i
-// and key j of a window and head have word 2 * (i / 8 % 2) + j % 2 of counter (j / 2, i / 16 * 8 + i % 8, the number of
-// window and head).
+// Draws for 16 queries from row0 (a multiple of 16) and the keys of a block from col0 (a multiple of 2): bit 4 * j + e
+// is set if element [j][e] of this thread's fragment is kept. One call draws for queries i, i + 8 and keys j, j + 1:
+// query i and key j of a window and head have word 2 * (i / 8 % 2) + j % 2 of counter (j / 2, i / 16 * 8 + i % 8, the
+// number of window and head).
 template <int kTiles, int kMaps>
 __device__ __forceinline__ uint32_t kept_weights(const WindowArguments<kMaps>& args, uint32_t window, int head,
                                                  int row0, int col0) {
@@ -34,7 +34,7 @@ __device__ __forceinline__ uint32_t kept_weights(const WindowArguments<kMaps>& a
   return kept;
 }
 
-// x where it is kept, else zero.
+// Keeps the elements of x whose bits are set, and zeroes the others.
 template <int kTiles>
 __device__ __forceinline__ void drop(float (&x)[kTiles][4], uint32_t kept) {
 #pragma unroll

@@ -1,12 +1,12 @@
-// Window attention forward of long windows, the plain kind (long_windows.cuh). Others go to fwd_sm80.cuh.
+// Window attention forward for long windows of the plain kind (long_windows.cuh). Others go to fwd_sm80.cuh.
 //
-// Maths     As there. In bfloat16 scores are not shifted by their maximum: its probabilities have float's exponents, so
-//           that exp2 of a score in base 2 is exact enough from 2^-126 to 2^127. A row whose sum is not within 2^64 of
-//           one is computed again with a running maximum, and its block with it. In float16 the maximum always runs; it
-//           moves only when a score is more than kSlack above it, which float16 has room for.
-// Tiling    A block of four warps takes some blocks of 64 queries of one window and head, a warp 16 of them, with their
-//           fragments in registers. Keys arrive in blocks of 64, the next while one is computed, and are taken by 16:
-//           what is past the window costs nothing. Row sums are a product with ones.
+// Maths     As there. In bfloat16, scores are not shifted by their maximum: its probabilities have float's exponents,
+//           so exp2 of a score in base 2 is accurate enough from 2^-126 to 2^127. A row whose sum is not within 2^64 of
+//           one is recomputed, together with its block, with a running maximum. Float16 always uses the maximum, which
+//           moves only when a score exceeds it by more than kSlack, for which float16 has room.
+// Tiling    A block of four warps takes some blocks of 64 queries of one window and head, 16 queries a warp, with their
+//           fragments in registers. Keys arrive in blocks of 64, the next during the computation of this one, and are
+//           processed by 16: keys past the window cost nothing. Row sums are a product with ones.
 // Traffic   As fwd_sm80.cuh; k and v once per block of queries, mostly from L2.
 // Limits    head_dim <= 64.
 #pragma once
@@ -21,7 +21,7 @@ struct ForwardLongArguments : LongArguments<4> {
   float* lse;
   uint32_t splits;  // items of a window: each takes row_blocks of its blocks of queries
   uint32_t row_blocks;
-  uint32_t long_items;  // of a unit
+  uint32_t long_items;  // items of a unit
 };
 
 template <class Traits>
@@ -33,7 +33,7 @@ struct PlainForwardLongSmem {
   alignas(128) T kv[2][2][kBlock * Traits::kHeadDim];
   alignas(16) int32_t out_of_range[kThreads / 32];
 
-  // Behind it: the table, then the tokens.
+  // After this struct: the table, then the tokens.
   static int bytes(const LongArguments<4>& args) {
     const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
     return static_cast<int>(sizeof(PlainForwardLongSmem)) + 4 * args.table.floats() +
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
     const int first_block = (item - window * args.splits) * args.row_blocks;
     const int end_block = min(blocks, first_block + static_cast<int>(args.row_blocks));
     const WindowIndex index = window_index(args.layout, window);
-    __syncthreads();  // the constants are there, and nobody uses the tokens and tiles of the item before
+    __syncthreads();  // the constants are written, and the previous item's tokens and tiles are free
     tokens.find_terms(args, index);
     __syncthreads();
     const bool mixed = tokens.find_tokens(args, index);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
           q.load(Tile{smem.q}, row0);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            // A query past the window has the bias of the last one: nobody reads its scores.
+            // A query past the window has the bias of the last one: its scores are never read.
             bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
           }
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
           __syncthreads();
           const int4 votes = *reinterpret_cast<const int4*>(smem.out_of_range);
           if ((votes.x | votes.y | votes.z | votes.w) == 0) continue;
-          // Once more, with the maximum. The first keys come again, unless the next block has asked for them.
+          // Repeat with the maximum. The first keys are copied again, unless the next block has already requested them.
           maximum_runs = again = true;
           if (block + 1 == end_block) copy_keys(stage, 0);
           ptx::cp_async_commit();

@@ -1,19 +1,19 @@
-// Window attention forward for short windows in 16 bits, map to map: what most calls are (short16.cuh says which), in
-// half the instructions of the general kernel (fwd_sm80.cuh).
+// Window attention forward, map to map, for short windows in 16 bits, the most common calls (short16.cuh defines
+// which). Takes half of the instructions of the general kernel (fwd_sm80.cuh).
 //
-// Maths     As there, with p = exp2(score) and no maximum where row sums stay within 2^-80 and 2^64: bfloat16 has
-//           float's exponents, so that p loses nothing by its size, and sums of p v stay finite for |v| < 2^62. The row
-//           sums are those of the rounded p, by the matrix unit. A warp with a row sum outside (one vote a window), and
-//           float16 always, subtract the row's maximum. lse is written where it is asked for.
+// Maths     As there, with p = exp2(score) and no maximum while row sums stay between 2^-80 and 2^64: bfloat16 has
+//           float's exponents, so p does not lose accuracy by its size, and sums of p v stay finite for |v| < 2^62. The
+//           row sums are those of the rounded p, by the matrix unit. A warp with a row sum outside (one vote a window),
+//           and float16 always, subtract the row's maximum. lse is written on request.
 // Tiling    A warp has 16 queries and all keys, 32, 56 or 64; a block of up to 64 rows loops over windows of one head,
-//           with bias fragments in registers. Rows of up to 64 bytes come into a ring of two stages by cp.async, wider
-//           ones into one stage. A thread owns one or two rows of every window (OwnRows); the outputs leave through the
-//           rows of q, by stmatrix where there is one.
+//           with bias fragments in registers. Rows of up to 64 bytes arrive in a ring of two stages by cp.async, wider
+//           ones in one stage. A thread owns one or two rows of every window (OwnRows); the outputs leave through the
+//           rows of q, by stmatrix where it exists.
 // Traffic   q, k, v are read once and out is written once: 8 * B * S * C bytes, plus 4 * B * S * heads for lse.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 308 MB, 92 us at 3.35 TB/s (H100 SXM, published
 //           peak). Executed instructions on sm_90, counted: 1,236 per window and head, 1,304 with lse; 35 us of issue
 //           slots. 123 registers, 25 KB: four blocks, 16 warps per multiprocessor.
-// Limits    short16.cuh; what it does not take goes to the general kernel.
+// Limits    those of short16.cuh; other calls go to the general kernel.
 #pragma once
 
 #include "fwd_sm80.cuh"
@@ -26,7 +26,7 @@ struct Short16ForwardArguments : ForwardArguments {
   Short16Geometry geometry;
   EvenMaps<1> out_map;
 
-  // False if the maps are not for this kernel.
+  // False if this kernel does not support the maps.
   bool set(const WindowAttentionForwardParams& params) {
     return geometry.set(params, layout) &&
            out_map.set({&params.out}, params.batch, params.geometry.size, params.head_dim, 2);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
   for (uint32_t item = share.first; item < args.items; item += share.step) {
     Window window;
     if constexpr (kStages == 1) {
-      __syncthreads();  // nobody reads the tiles of the window before
+      __syncthreads();  // all reads of the previous window's tiles are over
       window = copy_window(0, item);
       ptx::cp_async_wait<0>();
       __syncthreads();
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
       bool needs_shift = true;
       if constexpr (!kHasNarrowRange<T>) {
         exponentials<Product>(p, sum, score, shift);
-        // Rows past the window have no say: what they hold comes from other windows.
+        // Rows past the window do not count: their data comes from other windows.
         const float sum0 = row0 + g < num_tokens ? sum[0] : 1.0f, sum1 = row0 + g + 8 < num_tokens ? sum[2] : 1.0f;
         const bool in_range = sum0 > kSmallestRowSum && sum1 > kSmallestRowSum && fmaxf(sum0, sum1) < kLargestRowSum;
         needs_shift = __any_sync(0xffffffffu, !in_range);
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
         rows[n][0] = pack2<T>(o[n][0] * factor[0], o[n][1] * factor[0]);
         rows[n][1] = pack2<T>(o[n][2] * factor[1], o[n][3] * factor[1]);
       }
-      // Only this warp reads its rows of q; those past the window reach no other row's output.
+      // Only this warp reads its rows of q; rows past the window do not affect any other row's output.
       write_packed(q, row0, rows);
       own.store(q.data, args.out_map, 0, window);
     }

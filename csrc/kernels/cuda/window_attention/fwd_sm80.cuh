@@ -2,19 +2,20 @@
 //
 // Maths     out_i = sum_j d_ij p_ij v_j with p_ij = softmax_j(s_ij + bias[i, j] + mask[i, j]) for the tokens i, j of a
 //           window, one head; s_ij = scale * q_i.k_j, or exp(min(logit_scale, ln 100)) cos(q_i, k_j) (cosine.cuh);
-//           d_ij = 1, or 0 or 1 / (1 - dropout_p) (dropout.cuh); lse_i = log sum_j exp(...). WindowGeometry says where
-//           the tokens lie and what bias and mask are. Scores are kept in base 2: times log2(e), so that probabilities
+//           d_ij = 1, or 0 or 1 / (1 - dropout_p) (dropout.cuh); lse_i = log sum_j exp(...). WindowGeometry defines
+//           token positions, bias and mask. Scores are kept in base 2, that is, times log2(e), so that probabilities
 //           are exp2 of them.
 // Tiling    One block per window and head at a time. A warp has 16 queries, whose scores stay in registers.
 //           Up to 64 tokens (short) a block loops over windows of one head: bias fragments are loaded once, and the
-//           next window's rows arrive by cp.async while this one is computed. Longer windows (long) go by blocks of
-//           keys with a running maximum and sum, 64 or 32 queries a block; most calls in 16 bits take fwd_long_sm80.cuh instead.
+//           next window's rows arrive by cp.async during the computation of this one. Longer windows (long) are
+//           processed by blocks of keys with a running maximum and sum, 64 or 32 queries a block; most calls in 16 bits
+//           take fwd_long_sm80.cuh instead.
 // Traffic   q, k, v are read once and out is written once: 4 * B * S * C * sizeof(T) bytes, plus 4 * B * S * heads for
 //           lse. A long window reads k and v once per block of queries, mostly from L2.
 // Roofline  memory bound: fwd_short16_sm80.cuh has the figures of the common case, which runs there. Window 7, head_dim
-//           32, v2, bf16: 3,691 instructions per window and head on sm_90, counted; four blocks a multiprocessor.
-// Limits    N <= 1024, head_dim <= 128, fewer than 2^31 windows. Rows of a multiple of 16 bytes are 16-byte aligned and
-//           go by 16 bytes, others by 4 (2 if their length is odd).
+//           32, v2, bf16: 3,691 instructions per window and head on sm_90, counted; four blocks per multiprocessor.
+// Limits    N <= 1024, head_dim <= 128, fewer than 2^31 windows. Rows whose size is a multiple of 16 bytes are 16-byte
+//           aligned and copied by 16 bytes, others by 4 (2 if their length is odd).
 #pragma once
 
 #include "bias.cuh"
@@ -34,7 +35,7 @@ struct ForwardArguments : WindowArguments<4> {
   float* lse;
 };
 
-// For rounded outputs the approximate functions are exact enough.
+// For rounded outputs the approximate functions are accurate enough.
 template <class T>
 __device__ __forceinline__ float reciprocal(float x) {
   return sizeof(T) == 4 ? 1.0f / x : __fdividef(1.0f, x);
@@ -44,7 +45,7 @@ __device__ __forceinline__ float log2_of(float x) {
   return sizeof(T) == 4 ? log2f(x) : __log2f(x);
 }
 
-// The output rows of a warp, normalised, through its rows of a tile to the map; and their lse.
+// Normalises the output rows of a warp and writes them, through its rows of a tile, to the map; writes their lse.
 template <class Traits, class Tile>
 __device__ __forceinline__ void finish_rows(const ForwardArguments& args, const Tile& tile,
                                             const float (&o)[Traits::kHeadDimTiles][4], const float (&maximum)[2],
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
   int stage = 0, slot = 0;
   for (uint32_t item = first; item < args.items; item += step) {
     if constexpr (kStages == 1) {
-      __syncthreads();  // nobody reads the tiles of the window before
+      __syncthreads();  // all reads of the previous window's tiles are over
       copy_window(0, slot);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
@@ -193,7 +194,7 @@ struct ForwardLongSmem {
   float table[Traits::kSharedTableEntries + 1];
   int32_t mixed;
 
-  // Behind it: what there is for each token of the window.
+  // After this struct: the data of each token of the window.
   static constexpr int kBytesPerToken = 4 * sizeof(uint64_t) + 3 * sizeof(int32_t);
   static size_t bytes(int blocks) { return sizeof(ForwardLongSmem) + blocks * Traits::kBlock * kBytesPerToken; }
 };
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   for (uint32_t item = share.first; item < num_items; item += share.step) {
     const uint32_t window = args.window_of(share.type, item / row_blocks);
     const int row_block = item % row_blocks, first = row_block * Traits::kBlock;
-    __syncthreads();  // the constants are there, and nobody reads the tiles and addresses of the item before
+    __syncthreads();  // the constants are written, and the previous item's tiles and addresses are free
     locate_tokens<T, 0, 1, 2, 3>(tokens, constants, args, window, share.head, 0, num_tokens);
     __syncthreads();
     copy_block(smem.q, 0, row_block);

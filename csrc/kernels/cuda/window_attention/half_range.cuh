@@ -1,5 +1,5 @@
-// Keeps dS in float16's range. dS = P (dP - delta) may be larger than float16 holds although the gradients made of it are
-// not, where small keys or queries follow. Rows are then scaled down by a power of two, which is taken back in float.
+// Keeps dS in float16's range. dS = P (dP - delta) may exceed float16's range although the gradients computed from it
+// do not, because small keys or queries follow. Its rows are then scaled down by a power of two, undone later in float.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -16,7 +16,7 @@ constexpr bool kHasNarrowRange = std::is_same_v<T, __half>;
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// The power e for which the fragments of a warp, times 2 ** -e, are less than 2 ** 15; 0 if they are, as nearly always.
+// The power e for which a warp's fragments, times 2 ** -e, are below 2 ** 15; 0 if they already are, as nearly always.
 template <int kTiles>
 __device__ __forceinline__ int excess_exponent(const float (&x)[kTiles][4]) {
   constexpr int kLargest = 15;
@@ -30,7 +30,7 @@ __device__ __forceinline__ int excess_exponent(const float (&x)[kTiles][4]) {
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
   const int exponent = (__float_as_int(largest) >> 23) - 127;
-  return exponent > 127 ? 0 : exponent - kLargest + 1;  // infinite: nothing helps
+  return exponent > 127 ? 0 : exponent - kLargest + 1;  // for infinity scaling does not help
 }
 
 template <int kTiles>
@@ -42,7 +42,7 @@ __device__ __forceinline__ void multiply(float (&x)[kTiles][4], float factor) {
   }
 }
 
-// Multiplies this warp's 16 rows of a tile. No other warp reads them meanwhile.
+// Multiplies this warp's 16 rows of a tile. No other warp may read them meanwhile.
 template <class Tile>
 __device__ __forceinline__ void multiply_rows(const Tile& tile, int row0, float factor) {
   __syncwarp();

@@ -13,17 +13,18 @@
 
 namespace swinkernels::cuda {
 
-// The dbias of a long window takes N * N floats for every worker of a unit; no more of them than fill this, but one.
+// The dbias of a long window takes N * N floats for each worker of a unit: at most as many workers as this holds, at
+// least one.
 constexpr int64_t kMostDenseBytes = int64_t{64} << 20;
 
-// The TF32 backward of these would spill registers; the float kernels, which are at least as exact, take them.
+// The TF32 backward of these would spill registers; the float kernels, which are at least as accurate, take them.
 template <class Traits, bool kLong>
 constexpr bool kBackwardInFloat = std::is_same_v<typename Traits::Product, Tf32Product> &&
                                   (Traits::kHeadDim > 64 || (kLong && Traits::kHeadDim > 16));
 
-// Hands out a workspace of floats, or counts how many are asked for.
+// Hands out a workspace of floats, or counts the floats that are needed.
 struct WorkspaceArena {
-  float* next;  // null: only count
+  float* next;  // null: only counts
   int64_t count = 0;
 
   float* take(int64_t floats) {
@@ -35,7 +36,7 @@ struct WorkspaceArena {
   }
 };
 
-// Either kernel for short windows.
+// Launches either kernel for short windows.
 template <class Traits, class Arguments>
 cudaError_t launch_short_backward(void (*kernel)(Arguments), size_t smem_bytes, Arguments& args,
                                   ReducePartialsArguments& reduction, WorkspaceArena& arena, bool measure,
@@ -90,8 +91,8 @@ cudaError_t launch_long_backward(BackwardArguments& args, ReducePartialsArgument
   return launch(bias_kernel, dim3(bias_plan.blocks), dim3(Traits::kThreads), kBiasSmemBytes, stream, args, blocks);
 }
 
-// Windows of more than one block of keys, if the call is of the plain kind and the device has room for it; `taken` says
-// whether it is.
+// Launches the plain kernels for windows of more than one block of keys, if they support the call and the device has
+// room for them; sets `taken` accordingly.
 template <class Traits>
 cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsArguments& reduction,
                                        WorkspaceArena& arena, bool measure, cudaStream_t stream, bool& taken) {
@@ -106,7 +107,7 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   int shared_bytes;
   cudaError_t status = shared_bytes_of_block(&shared_bytes);
   if (status != cudaSuccess) return status;
-  // As many rows of warps as there is room for, shared out evenly among the strips.
+  // As many rows of warps as fit, distributed evenly over the strips.
   for (plain.row_tiles = std::min(row_tiles, kMostQueryWarps<Traits> / plain.key_groups);
        plain.row_tiles > 0 && StripSmem::bytes(plain) > shared_bytes; --plain.row_tiles) {
   }
@@ -126,7 +127,7 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   status = resident_blocks(key_kernel, BlockSmem::kThreads, block_bytes, &resident);
   if (status != cudaSuccess) return status;
 
-  // A block of the kernel of the queries has some strips, and some of the windows if there are blocks for all strips.
+  // A block of the kernel of the queries has some strips and, if there are blocks for all strips, some of the windows.
   const int64_t of_unit = std::max<int64_t>(1, query_blocks / args.units());
   plain.strip_workers = static_cast<uint32_t>(std::min<int64_t>(plain.strips, of_unit));
   const GridPlan query_plan = plan_grid(args.items, args.units() * plain.strip_workers, query_blocks);
@@ -155,7 +156,7 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   return launch(key_kernel, dim3(key_plan.blocks), dim3(BlockSmem::kThreads), block_bytes, stream, plain);
 }
 
-// Compiled by bwd_float.cu alone, though other policies call it.
+// Compiled in bwd_float.cu only, though other policies call it.
 extern template cudaError_t launch_backward<FloatProduct>(const WindowAttentionBackwardParams&, cudaStream_t, int64_t*);
 
 template <class Product>

@@ -1,13 +1,14 @@
 // Windows of more than one block of keys, the plain kind: v1 with a bias table or no bias, no dropout, rows of whole 16
-// bytes, maps whose tokens lie one stride apart in image order. Where their tokens, their bias and their copies are.
+// bytes, maps whose tokens lie one stride apart in image order. Addressing of tokens and bias, and copies.
 //
-// Tokens    The place of a token in the map is a sum of three terms, one for each axis, and so are its region and whether
-//           it is a pad token. A window's terms are found first, one thread for each; then its tokens, three loads each.
-//           A token is known by its number in image order, for all maps.
-// Bias      The table lies in shared memory, times log2(e), in an order in which neighbouring columns of a tile of scores
-//           have neighbouring entries: columns are keys, or queries where scores are transposed. Where a row of the window
-//           is of even length the tokens 2n and 2n + 1 are neighbours: rows of the table are then padded to an even
-//           length, and a second copy is shifted by one entry, so that one aligned load of 8 bytes has the bias of both.
+// Tokens    The position of a token in the map is a sum of three terms, one per axis; so are its region and whether it
+//           is a pad token. A window's terms are found first, one thread for each; then its tokens, with three loads
+//           each. For all maps a token is identified by its number in image order.
+// Bias      The table is stored in shared memory, times log2(e), in an order in which neighbouring columns of a tile of
+//           scores have neighbouring entries: columns are keys, or queries where scores are transposed. If the rows of
+//           the window have even length, tokens 2n and 2n + 1 are neighbours: rows of the table are then padded to an
+//           even length, and a second copy is shifted by one entry, so one aligned load of 8 bytes gets the bias of
+//           both.
 // Copies    A thread has the same chunk of the same rows of every block.
 #pragma once
 
@@ -20,11 +21,11 @@
 
 namespace swinkernels::cuda {
 
-// Whether there are kernels of the plain kind for these tiles: 16 bits, head_dim up to 64.
+// True if kernels of the plain kind exist for these tiles: 16 bits, head_dim up to 64.
 template <class Traits>
 constexpr bool kHasPlainLong = sizeof(typename Traits::T) == 2 && Traits::kHeadDim <= 64;
 
-// Whether a call is of the plain kind but for its maps and its bias, which make_long() looks at.
+// True if a call is of the plain kind, except for its maps and its bias, which make_long() checks.
 inline bool is_plain(const WindowAttentionForwardParams& params, size_t element_bytes) {
   return params.logit_scale == nullptr && params.bias_types == 1 && params.dropout_p == 0.0f &&
          params.head_dim * element_bytes % 16 == 0;
@@ -36,10 +37,10 @@ struct RegularMap {
   uint32_t token;
 };
 
-// The bias table as it lies in shared memory: r(t) has other strides than in global memory.
+// The bias table in shared memory: r(t) has other strides than in global memory.
 struct SharedTable {
   int32_t stride[3];
-  int32_t middle;   // of relative offset zero
+  int32_t middle;   // the entry of relative offset zero
   int32_t entries;  // of one copy
   bool has_pairs;
 
@@ -51,15 +52,15 @@ struct SharedTable {
     table.stride[1] = 2 * window[2] - (table.has_pairs ? 0 : 1);
     table.stride[0] = table.stride[1] * (2 * window[1] - 1);
     for (int axis = 0; axis < 3; ++axis) table.middle += (window[axis] - 1) * table.stride[axis];
-    table.entries = table.stride[0] * (2 * window[0] - 1) + table.has_pairs;  // a pair may end behind the last entry
+    table.entries = table.stride[0] * (2 * window[0] - 1) + table.has_pairs;  // a pair may extend past the last entry
     return table;
   }
 
-  // In floats: where the shifted copy begins, in other banks than the same entries of the first, and where both end.
+  // In floats: the start of the shifted copy, in other banks than the same entries of the first, and the end of both.
   __host__ __device__ int32_t copy_stride() const { return (entries + 31) / 32 * 32 + 16; }
   __host__ __device__ int32_t floats() const { return has_pairs ? 2 * copy_stride() : copy_stride(); }
 
-  // Where an entry lies that is number `entry` in global memory.
+  // The position of an entry, given its number in global memory.
   __device__ __forceinline__ int32_t at(const WindowLayout& layout, int entry) const {
     int32_t at = 0;
 #pragma unroll
@@ -86,19 +87,19 @@ struct LongArguments : WindowArguments<kMaps> {
   bool has_pads;
 };
 
-// Tables of more entries are read where they are, by the kernels for every kind of window.
+// Larger tables are read from global memory, by the kernels for all kinds of windows.
 constexpr int32_t kMostSharedTableFloats = 12 * 1024;
 
-// The terms of one axis: of a token's number and of its region.
+// The terms of one axis: its parts of a token's number and of its region.
 struct AxisTerm {
   uint32_t number;
   int32_t region;
 };
 
-// Numbers from here on are those of pad tokens: maps have fewer tokens.
+// Numbers from here on belong to pad tokens: maps have fewer tokens.
 constexpr uint32_t kPadNumber = uint32_t{1} << 30;
 
-// Whether these kernels take a call whose maps and geometry are those of `args`; completes the arguments if so.
+// True if these kernels support the maps and the geometry of `args`; then completes the arguments.
 template <int kMaps>
 bool make_long(LongArguments<kMaps>& args) {
   const WindowLayout& layout = args.layout;
@@ -130,13 +131,13 @@ bool make_long(LongArguments<kMaps>& args) {
   return args.dense_bias == nullptr && args.table.floats() <= kMostSharedTableFloats;
 }
 
-// What is known of each token of a window, in shared memory; arrays are as long as whole blocks of keys.
+// The data of each token of a window, in shared memory; array lengths are rounded up to whole blocks of keys.
 struct LongTokens {
   AxisTerm* terms;   // of the first axis, then of the second, then of the third
-  uint32_t* number;  // of this window
-  int32_t* region;   // of this window, if may_be_mixed
-  int32_t* packed;   // of every window: PackedToken
-  int32_t* offset;   // of every window: 4 * r(t), the last token's for what lies past the window
+  uint32_t* number;  // in this window
+  int32_t* region;   // in this window, if may_be_mixed
+  int32_t* packed;   // in every window: PackedToken
+  int32_t* offset;   // in every window: 4 * r(t), with the last token's value past the window
 
   // `data` is 16-byte aligned; capacity is even.
   __device__ static __forceinline__ LongTokens of(unsigned char* data, int terms, int capacity) {
@@ -159,13 +160,13 @@ struct LongTokens {
   template <int kMaps>
   __device__ __forceinline__ void fill_constants(const LongArguments<kMaps>& args, int capacity) const {
     for (int i = threadIdx.x; i < capacity; i += blockDim.x) {
-      const int last = args.num_tokens - 1, token = i <= last ? i : last / 2 * 2;  // of a pair, the first
+      const int last = args.num_tokens - 1, token = i <= last ? i : last / 2 * 2;  // the first of a pair
       packed[i] = PackedToken::of(args.layout, token);
       offset[i] = 4 * args.table.offset(args.layout, token);
     }
   }
 
-  // The first step of finding a window's tokens, by the first three warps; all synchronise before the second.
+  // The first step of finding a window's tokens, by the first three warps; all threads synchronise before the second.
   template <int kMaps>
   __device__ __forceinline__ void find_terms(const LongArguments<kMaps>& args, const WindowIndex& index) const {
     const WindowLayout& layout = args.layout;
@@ -192,7 +193,7 @@ struct LongTokens {
     }
   }
 
-  // The second step, by all threads. Whether regions may differ.
+  // The second step, by all threads. Returns true if regions may differ.
   template <int kMaps>
   __device__ __forceinline__ bool find_tokens(const LongArguments<kMaps>& args, const WindowIndex& index) const {
     const WindowLayout& layout = args.layout;
@@ -213,7 +214,7 @@ struct LongTokens {
   }
 };
 
-// Writes the table's column of a head to shared memory, for columns that are keys or queries.
+// Writes a head's column of the table to shared memory, for columns that are keys or queries.
 template <bool kColumnsAreKeys, int kMaps>
 __device__ __forceinline__ void stage_table(const LongArguments<kMaps>& args, int head, float* shared) {
   const SharedTable& table = args.table;
@@ -230,7 +231,7 @@ __device__ __forceinline__ void stage_table(const LongArguments<kMaps>& args, in
   }
 }
 
-// Where the bias of this thread's two rows of scores lies in the table: that of column t is 4 * r(t) bytes behind.
+// The positions of the bias of this thread's two rows of scores in the table: column t follows 4 * r(t) bytes later.
 struct RowBias {
   const unsigned char* row[2];
 
@@ -240,7 +241,7 @@ struct RowBias {
     row[half] = reinterpret_cast<const unsigned char*>(shared + at);
   }
 
-  // x * factor + the bias of 8 * kTiles columns, of which these are the offsets.
+  // x * factor + the bias of 8 * kTiles columns, whose offsets are given.
   template <int kTiles>
   __device__ __forceinline__ void add(float (&x)[kTiles][4], float factor, bool has_pairs,
                                       const int32_t* columns) const {
@@ -276,7 +277,7 @@ struct RowBias {
   }
 };
 
-// In place of RowBias in a call without a bias: nothing is read.
+// Replaces RowBias in a call without a bias: reads nothing.
 struct NoRowBias {
   __device__ __forceinline__ void set(int, const SharedTable&, const float*, int32_t) {}
 
@@ -306,7 +307,7 @@ __device__ __forceinline__ void mask_regions(float (&x)[kTiles][4], const int32_
   }
 }
 
-// Takes the columns from `end` on out of the softmax.
+// Removes the columns from `end` on from the softmax.
 template <int kTiles>
 __device__ __forceinline__ void mask_columns(float (&x)[kTiles][4], int end) {
   const int t = threadIdx.x % 4;
@@ -319,12 +320,12 @@ __device__ __forceinline__ void mask_columns(float (&x)[kTiles][4], int end) {
   }
 }
 
-// The base of a map's rows, for this thread's chunk, in the image of a window.
+// The base address of a map's rows, for this thread's chunk, in the image of a window.
 __device__ __forceinline__ uint64_t chunk_base(const RegularMap& map, uint32_t batch, int head, int chunk) {
   return map.data + batch * map.batch + head * map.head + 16 * chunk;
 }
 
-// 16 bytes of what a pad token holds in q, k or v.
+// 16 bytes of a pad token's q, k or v.
 template <class T, int kMaps>
 __device__ __forceinline__ uint4 pad_chunk(const LongArguments<kMaps>& args, int map, int head, int chunk) {
   const T* const row = static_cast<const T*>(args.pad_qkv) + (map * args.num_heads + head) * args.head_dim;
@@ -338,7 +339,7 @@ struct LongCopies {
   static constexpr int kRowsPerPass = kThreads / Tile::kChunks, kPasses = kRows / kRowsPerPass;
   static_assert(kRowsPerPass % 8 == 0 && kRows % kRowsPerPass == 0);
 
-  int row, chunk, offset;  // the latter in elements, from the start of a tile
+  int row, chunk, offset;  // offset: in elements, from the start of a tile
   int limit;               // tokens of the window, or none if no row has this chunk
 
   template <int kMaps>
@@ -351,8 +352,8 @@ struct LongCopies {
     return copies;
   }
 
-  // Starts the copy of the tokens first..first + kRows of some maps of a window, of which list[n] is the n-th, to tiles.
-  // Rows past the window and columns past head_dim become zero, and so do pad tokens without a row of their own.
+  // Starts the copy of the tokens first..first + kRows of a window from some maps to tiles; list[n] is the n-th map.
+  // Rows past the window and columns past head_dim become zero, and so do pad tokens without a row.
   template <int kCount, int kMaps>
   __device__ __forceinline__ void start(const LongArguments<kMaps>& args, const int (&list)[kCount], int head,
                                         const uint64_t (&base)[kCount], T* const (&tiles)[kCount],
@@ -384,8 +385,8 @@ struct LongCopies {
   }
 };
 
-// Writes 16 rows from row0 of a tile, which this warp has filled, to the rows of tokens first + row0.. of a map. Pad
-// tokens are dropped.
+// Writes 16 rows from row0 of a tile, filled by this warp, to the rows of tokens first + row0.. of a map. Pad tokens
+// are dropped.
 template <class Tile, int kMaps>
 __device__ __forceinline__ void store_long_rows(const LongArguments<kMaps>& args, int map, const Tile& tile, int row0,
                                                 uint32_t batch, int head, const uint32_t* numbers, int first) {
@@ -406,7 +407,7 @@ __device__ __forceinline__ void store_long_rows(const LongArguments<kMaps>& args
   __syncwarp();
 }
 
-// Products of this warp's 16 rows, whose fragments are in registers, and rows of a tile.
+// Products of this warp's 16 rows, with fragments in registers, and rows of a tile.
 template <class T, int kCols>
 struct RowFragments {
   uint32_t a[kCols / 16][4];
@@ -464,7 +465,7 @@ __device__ __forceinline__ void pack_fragment(uint32_t (&a)[4], const float (&x)
   }
 }
 
-// Rounds 16 rows of sums, each times a factor of its own, and writes them to rows row0.. of a tile.
+// Rounds 16 rows of sums, each times its own factor, and writes them to rows row0.. of a tile.
 template <class Tile, int kColTiles>
 __device__ __forceinline__ void write_rounded(const Tile& tile, int row0, const float (&x)[kColTiles][4], float factor0,
                                               float factor1) {

@@ -11,7 +11,7 @@ template <int kTiles>
 __device__ __forceinline__ void add_mask(float (&score)[kTiles][4], const int32_t* queries, const int32_t* keys,
                                          float mask2) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  // Past the window there is nothing to read, but nothing to spoil either: no sum has those rows and columns.
+  // Regions past the window are undefined but harmless: no sum includes those rows and columns.
   const int32_t row_region[2] = {queries[g], queries[g + 8]};
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {

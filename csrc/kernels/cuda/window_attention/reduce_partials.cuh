@@ -1,4 +1,4 @@
-// The sums of what the blocks of the backward kernels left in the workspace.
+// Sums the partial results of the backward kernels' blocks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,11 +9,12 @@
 
 namespace swinkernels::cuda {
 
-// Of a unit (arguments.cuh), so many workers have partial sums: those of worker w and unit u are number w * units + u.
+// Each unit (arguments.cuh) has partial sums from several workers: those of worker w and unit u are number w * units +
+// u.
 struct ReducePartialsArguments {
   const float* table_partials;  // (partials, table entries), or null: the table's gradient is in dense_partials
   const float* dense_partials;  // (partials, rows, rows)
-  const float* pad_partials;    // (partials, 2, head_dim), of k and v
+  const float* pad_partials;    // (partials, 2, head_dim), for k and v
   const float* logit_partials;  // (partials)
   float* dbias_table;           // (table entries, heads), or null
   float* dbias;                 // (types, heads, N, N), or null
@@ -22,7 +23,7 @@ struct ReducePartialsArguments {
   WindowLayout layout;
   int32_t num_heads, head_dim, num_tokens, bias_types;
   int32_t dense_rows;
-  uint32_t workers, table_workers, dense_workers;  // none: the sums are zero
+  uint32_t workers, table_workers, dense_workers;  // zero workers: the sums are zero
 };
 
 cudaError_t reduce_partials(const ReducePartialsArguments& args, cudaStream_t stream);

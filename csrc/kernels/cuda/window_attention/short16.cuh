@@ -1,9 +1,9 @@
-// What the kernels for short windows in 16 bits share (fwd_short16_sm80.cuh, bwd_short16_sm80.cuh): which calls they
-// take, and how a thread finds, copies and stores its rows.
+// Shared by the kernels for short windows in 16 bits (fwd_short16_sm80.cuh, bwd_short16_sm80.cuh): the conditions on a
+// call, and how a thread finds, copies and stores its rows.
 //
-// They take v1 with a table, one dense bias or none, without dropout and without a region map, on 2D maps of any size,
-// padded or not, in windows of up to 64 tokens, blocks or grids; head_dim 16, 24, 32 or 64; maps packed or separate,
-// whose tokens are equally far apart.
+// They support v1 with a table, one dense bias or none, without dropout and without a region map, on 2D maps of any
+// size, padded or not, in windows of up to 64 tokens, blocks or grids; head_dim 16, 24, 32 or 64; maps packed or
+// separate, whose tokens are equally far apart.
 //
 // A thread copies and stores the same one or two rows of every window. Their coordinates in the window stay in
 // registers; for each window it adds the corner, wraps around at the map's end and multiplies a 32-bit token number by
@@ -22,23 +22,23 @@
 
 namespace swinkernels::cuda {
 
-// Maps of one layout whose tokens are equally far apart, and whose heads are next to each other: token (y, x) of image b
-// has number (b * H + y) * W + x.
+// Maps of one layout whose tokens are equally far apart, and whose heads are contiguous: token (y, x) of image b has
+// number (b * H + y) * W + x.
 template <int kMaps>
 struct EvenMaps {
   uint64_t data[kMaps];
-  uint32_t distance;  // of two tokens, in bytes
+  uint32_t distance;  // between two tokens, in bytes
 
-  // False where the maps are no such maps, or 32 bits do not hold a token's number or the distance of two tokens.
+  // False for other maps, or if 32 bits do not hold a token's number or the distance of two tokens.
   template <class Pointer>
   bool set(const TokenMapOf<Pointer>* const (&maps)[kMaps], int64_t images, const int32_t (&size)[3], int32_t head_dim,
            int64_t element_bytes) {
-    // The last of these axes that has more than one token gives the distance; none has a map of one token.
+    // The last of these axes with more than one token gives the distance; a map of one token has no such axis.
     const int64_t extent[3] = {images, size[1], size[2]};
     for (int map = 0; map < kMaps; ++map) {
       const TokenMapOf<Pointer>& m = *maps[map];
       const int64_t strides[3] = {m.batch_stride, m.axis_stride[1], m.axis_stride[2]};
-      int64_t tokens = 1, stride = 0;  // of the axes behind
+      int64_t tokens = 1, stride = 0;  // over the axes after this one
       for (int axis = 2; axis >= 0; --axis) {
         if (extent[axis] == 1) continue;
         if (tokens == 1) stride = strides[axis];
@@ -55,7 +55,7 @@ struct EvenMaps {
   }
 };
 
-// Whether a call is for these kernels, if its maps are (EvenMaps).
+// True if these kernels support a call, apart from its maps (EvenMaps).
 inline bool is_short16(const WindowAttentionForwardParams& params) {
   const WindowGeometry& geometry = params.geometry;
   const int32_t d = params.head_dim;
@@ -64,12 +64,13 @@ inline bool is_short16(const WindowAttentionForwardParams& params) {
          geometry.window[1] * geometry.window[2] <= 64 && (d == 16 || d == 24 || d == 32 || d == 64);
 }
 
-// Beside a kernel's arguments.
+// Further arguments of these kernels.
 struct Short16Geometry {
   EvenMaps<3> qkv;
-  // A window's corner and the tokens of a window, per axis: frame coordinate = window * window_step + token * token_step.
+  // A window's corner and the tokens of a window, per axis: frame coordinate = window * window_step + token *
+  // token_step.
   int32_t window_step[2], token_step[2];
-  uint32_t seam[2];  // the window whose tokens are of two regions; no window's number if there is none
+  uint32_t seam[2];  // the window whose tokens are of two regions; if there is none, no window's number
   bool has_pads;
 
   bool set(const WindowAttentionForwardParams& params, const WindowLayout& layout) {
@@ -87,8 +88,8 @@ struct Short16Geometry {
   }
 };
 
-// Of every token: its number in the bias table, and on which side of the seam it lies in a window at the map's end (bit
-// 0 for y, bit 1 for x).
+// For every token: its number in the bias table, and its side of the seam in a window at the map's end (bit 0 for y,
+// bit 1 for x).
 template <int kBlock>
 struct Short16Tokens {
   int32_t table_index[kBlock];
@@ -137,28 +138,28 @@ __device__ __forceinline__ void add_seam_mask(float (&score)[kTiles][4], uint32_
   }
 }
 
-// One window as a thread needs it.
+// One window from the view of a thread.
 template <int kRows>
 struct Short16Window {
   uint32_t token[kRows];  // numbers of this thread's rows
   uint32_t separated;     // the pairs of its fragment that are masked (SeamBits)
 };
 
-// The rows of a window that one thread copies and stores, of this warp's 16: up to four lanes are side by side on a row,
-// each with every fourth 16-byte chunk of it.
+// The rows of a window that one thread copies and stores, among this warp's 16: up to four neighbouring lanes share a
+// row, each with every fourth 16-byte chunk of it.
 template <class Traits>
 struct OwnRows {
   static constexpr int kLanes = Traits::kChunks < 4 ? 2 : 4;
   static constexpr int kRows = kLanes / 2;
   static constexpr int kRowDistance = 16 / kRows;
-  static constexpr uint32_t kPad = UINT32_MAX;  // the number of a token that is not in the map
+  static constexpr uint32_t kPad = UINT32_MAX;  // the number of a token outside the map
   using Window = Short16Window<kRows>;
   using Tile = SmemTile<typename Traits::T, Traits::kHeadDim>;
 
   int chunk;                   // the first of them in the row
-  int offset;                  // where it is in a tile, in bytes
-  uint32_t in_token;           // where it is in a token of a map: its head's row
-  bool in_window[kRows];       // and the chunk in the row
+  int offset;                  // its position in a tile, in bytes
+  uint32_t in_token;           // its position in a token of a map, which is its head's row
+  bool in_window[kRows];       // also for the chunk in the row
   int32_t y[kRows], x[kRows];  // shift + coordinate in the window * token_step
 
   template <class Arguments>
@@ -195,8 +196,8 @@ struct OwnRows {
     return window;
   }
 
-  // Starts the copy of this thread's rows of kMaps maps to tiles of kTileBytes, one after another from `tiles` on; a pad
-  // token's come from `pads`, (maps, heads, head_dim), or are zeros.
+  // Starts the copy of this thread's rows of kMaps maps to tiles of kTileBytes, contiguous from `tiles` on; a pad
+  // token's rows come from `pads`, (maps, heads, head_dim), or are zeros.
   template <bool kPads, int kTileBytes, int kMaps>
   __device__ __forceinline__ void copy(typename Traits::T* tiles, const EvenMaps<kMaps>& maps, const Window& window,
                                        const void* pads, int num_heads) const {
@@ -224,7 +225,7 @@ struct OwnRows {
     }
   }
 
-  // Writes this thread's rows of a tile, which its warp has filled, to a map. Pad tokens are dropped.
+  // Writes this thread's rows of a tile, filled by its warp, to a map. Pad tokens are dropped.
   template <int kMaps>
   __device__ __forceinline__ void store(typename Traits::T* tile, const EvenMaps<kMaps>& maps, int map,
                                         const Window& window) const {
@@ -241,7 +242,7 @@ struct OwnRows {
     }
   }
 
-  // Whether the tokens of this thread's two rows of a fragment from row0 on are pad tokens.
+  // For this thread's two rows of a fragment from row0 on: true for pad tokens.
   template <class Arguments>
   __device__ __forceinline__ void find_pads(bool (&is_pad)[2], const Arguments& args, const Window& window,
                                             int row0) const {
@@ -284,7 +285,7 @@ struct OwnRows {
     return window;
   }
 
-  // The thread's n-th chunk of a row, which is `bytes` behind its first row in the tiles.
+  // The thread's n-th chunk of a row that lies `bytes` after its first row in the tiles.
   __device__ __forceinline__ uint4* chunk_of(typename Traits::T* tiles, int bytes, int n) const {
     return reinterpret_cast<uint4*>(reinterpret_cast<unsigned char*>(tiles) + bytes + (offset ^ n * kLanes * 16));
   }

@@ -1,4 +1,4 @@
-// The tokens of one window: where their rows lie, and the copies of these rows to and from shared memory.
+// The tokens of one window: the addresses of their rows, and the copies of these rows to and from shared memory.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 
 namespace swinkernels::cuda {
 
-// What of a token is the same in every window: its coordinates, and r(t) of the bias table.
+// The properties of a token that are the same in every window: its coordinates, and r(t) of the bias table.
 template <int kTokens>
 struct TokenConstants {
   int32_t packed[kTokens];
   int32_t table_index[kTokens];
 };
 
-// The address of each token's row in each map (a pad token's is what it holds in q, k, v; zero where there is nothing to
-// read or write), and the tokens' regions if those may differ; regions are read past the window, to the end of a block.
+// The address of each token's row in each map (for a pad token, its values of q, k, v; zero if there is nothing to read
+// or write), and the tokens' regions if they may differ; regions are read past the window, to the end of a block.
 template <int kMaps, int kTokens, int kBlock>
 struct WindowTokens {
   uint64_t rows[kMaps][kTokens];
@@ -43,7 +43,7 @@ struct LongWindowTokens {
   __device__ __forceinline__ uint64_t* row(int map) const { return rows + map * capacity; }
 };
 
-// Shared memory behind a kernel's own struct, for arrays of `capacity` elements: the longest elements first.
+// Shared memory after a kernel's own struct, for arrays of `capacity` elements: the longest elements first.
 struct SmemArena {
   unsigned char* next;
 
@@ -55,7 +55,7 @@ struct SmemArena {
   }
 };
 
-// Of tokens first..first + count, or as many of them as there are.
+// Fills in the constants of tokens first..first + count, as far as they exist.
 template <class Constants, int kMaps>
 __device__ __forceinline__ void fill_token_constants(Constants& constants, const WindowArguments<kMaps>& args,
                                                      int first, int count) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void fill_token_constants(Constants& constants, const
   }
 }
 
-// The row of a token in a map.
+// The address of a token's row in a map.
 template <class T, int kMaps>
 __device__ __forceinline__ uint64_t token_row(const WindowArguments<kMaps>& args, int map, int head,
                                               const WindowIndex& index, const TokenSource& source) {
@@ -76,9 +76,9 @@ __device__ __forceinline__ uint64_t token_row(const WindowArguments<kMaps>& args
   return reinterpret_cast<uint64_t>(pad);
 }
 
-// Finds tokens first..first + count of a window, or as many of them as there are, in the maps of the list; the rows of
-// the list's n-th map become tokens.row(n). Thread i has token first + i, here and in fill_token_constants, if the block
-// has as many threads.
+// Finds tokens first..first + count of a window, as far as they exist, in the maps of the list; the rows in the list's
+// n-th map become tokens.row(n). Thread i has token first + i, here and in fill_token_constants, if the block has as
+// many threads.
 template <class T, int... kMapList, class Tokens, class Constants, int kMaps>
 __device__ __forceinline__ void locate_tokens(Tokens& tokens, const Constants& constants,
                                               const WindowArguments<kMaps>& args, uint32_t window, int head, int first,
@@ -100,13 +100,14 @@ __device__ __forceinline__ void locate_tokens(Tokens& tokens, const Constants& c
 }
 
 // Starts the copy of the rows of tokens first..first + kRows of one map into a tile; rows[0] is that of token 0. Rows
-// past the window get zeros, too, or are left alone; columns past head_dim are left alone. whole_rows: of 16 bytes.
+// past the window become zero, too, or are left alone; columns past head_dim are left alone. whole_rows: rows are whole
+// multiples of 16 bytes.
 template <int kThreads, int kRows, bool kZeroPastWindow, class Tile>
 __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows, int first, int num_tokens,
                                           int row_bytes, bool whole_rows) {
   if (whole_rows) {
     constexpr int kCopies = kRows * Tile::kChunks / kThreads;
-    constexpr int kUnroll = kZeroPastWindow ? 1 : kCopies;  // registers are dear in the kernels for long windows
+    constexpr int kUnroll = kZeroPastWindow ? 1 : kCopies;  // registers are scarce in the kernels for long windows
 #pragma unroll kUnroll
     for (int i = 0; i < kCopies; ++i) {
       const int index = threadIdx.x + i * kThreads, row = index / Tile::kChunks, chunk = index % Tile::kChunks;
@@ -118,7 +119,8 @@ __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows
     }
     return;
   }
-  // Rows of other head_dims begin and end anywhere: words of four bytes if they are of whole words, else elements.
+  // Rows of other head_dims may begin and end anywhere: words of four bytes if they consist of whole words, else
+  // elements.
   constexpr int kWords = 4 * Tile::kChunks;
 #pragma unroll 1
   for (int index = threadIdx.x; index < kRows * kWords; index += kThreads) {
@@ -137,7 +139,7 @@ __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows
   }
 }
 
-// Writes 16 rows of a tile, which this warp has filled, to the rows of tokens first.. of a map. Pad tokens are dropped.
+// Writes 16 rows of a tile, filled by this warp, to the rows of tokens first.. of a map. Pad tokens are dropped.
 template <class Tile>
 __device__ __forceinline__ void store_rows(const Tile& tile, int row0, const uint64_t* rows, int first, int num_tokens,
                                            int row_bytes, bool whole_rows) {

@@ -6,8 +6,8 @@
 #include "../../common/ptx.cuh"
 #include "half_range.cuh"
 
-// What a measurement has to settle for short windows of narrow rows (two bytes, head_dim up to 32): copies in flight, and
-// warps per multiprocessor. gpu/variants.py builds others by defining these, and times them.
+// Open for measurement, for short windows of narrow rows (two bytes, head_dim up to 32): copies in flight, and warps
+// per multiprocessor. gpu/variants.py builds variants by defining these, and times them.
 #ifndef SWINKERNELS_FORWARD_STAGES
 #define SWINKERNELS_FORWARD_STAGES 2
 #endif
@@ -23,8 +23,8 @@
 
 namespace swinkernels::cuda {
 
-// Product_   how tiles are multiplied (tile_product.cuh); its T is the element type in memory
-// kHeadDim_  columns of the tiles; rows of a smaller head_dim are filled up with zeros
+// Product_   the products of tiles (tile_product.cuh); its T is the element type in memory
+// kHeadDim_  columns of the tiles; rows of a smaller head_dim are padded with zeros
 // kTiles_    a block has 8 * kTiles_ keys: the whole window if it has no more tokens, else one step of a loop
 template <class Product_, int kHeadDim_, int kTiles_>
 struct WindowAttentionTraits {
@@ -40,26 +40,26 @@ struct WindowAttentionTraits {
   static constexpr int kHeadDimTiles = kHeadDim / 8;
   static_assert(kBlock * kRowBytes <= 16 * 1024, "a block of 64 rows is for rows of at most 256 bytes");
 
-  // Copies in flight: with two stages the next window arrives while one is computed. One stage where two would leave a
-  // multiprocessor fewer warps than it needs to hide latency.
+  // Copies in flight: with two stages the next window arrives during the computation of this one. One stage where two
+  // would leave a multiprocessor fewer warps than it needs to hide latency.
   static constexpr int kForwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_FORWARD_STAGES : 1;
   static constexpr int kBackwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_BACKWARD_STAGES : 1;
-  // Warps per multiprocessor that the register budget is set for: 16 leave a thread 128 registers, 12 leave 168, 8 all
-  // 255. Chosen as the most that spill nothing.
+  // Warps per multiprocessor that the register budget allows: 16 leave a thread 128 registers, 12 leave 168, 8 all 255.
+  // The most that spill nothing.
   static constexpr bool kNarrow = sizeof(T) == 2 && kHeadDim <= 32 && kTiles < 8;
   static constexpr int kForwardBlocks = (kNarrow ? SWINKERNELS_FORWARD_WARPS : kRowBytes < 512 ? 12 : 8) / kWarps;
   static constexpr int kBackwardBlocks = (kNarrow ? SWINKERNELS_BACKWARD_WARPS : 8) / kWarps;
   static constexpr int kLongBlocks = 8 / kWarps;
 
   // Entries of a bias table column that a long window keeps in shared memory: 47 x 47 and 13 x 13 x 13 fit. The widest
-  // rows leave no room for it on devices with 99 KB.
+  // rows leave no room for them on devices with 99 KB.
   static constexpr int kSharedTableEntries = kRowBytes < 512 ? 2304 : 0;
 };
 
-// Columns of the tiles for rows of a head_dim.
+// Columns of the tiles for rows of this head_dim.
 constexpr int tile_columns(int head_dim) { return head_dim <= 16 ? 16 : head_dim <= 32 ? 32 : 64; }
 
-// For the kernels for short windows in 16 bits, whose head_dim is known when compiled.
+// For the kernels for short windows in 16 bits, whose head_dim is known at compile time.
 template <class Product_, int kExactHeadDim_, int kTiles_>
 struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDim_), kTiles_> {
   using Base = WindowAttentionTraits<Product_, tile_columns(kExactHeadDim_), kTiles_>;
@@ -70,8 +70,8 @@ struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDi
   static constexpr int kChunks = Base::kHeadDim / 8;  // 16-byte chunks of a tile's row
   static_assert(sizeof(typename Base::T) == 2 && kRowBytes % 16 == 0 && Base::kKeys <= 64);
   static_assert(Base::kForwardStages <= 2 && Base::kBackwardStages <= 2, "their rings have one or two stages");
-  // As above, and for eight tiles, too, but where that would spill: without stmatrix at eight tiles forward (backward its
-  // shared memory holds two blocks anyway), and on Blackwell but for what its compiler fits.
+  // As above, and also for eight tiles, except where that would spill: without stmatrix at eight tiles forward
+  // (backward, shared memory holds two blocks only), and on Blackwell except for the cases below.
   static constexpr bool kNarrow = Base::kHeadDim <= 32;
   static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;      // tiles of whole rows
   static constexpr bool kWide = !kHasNarrowRange<typename Base::T>;  // no running maximum, no exponents

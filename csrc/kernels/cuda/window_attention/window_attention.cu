@@ -1,4 +1,4 @@
-// The entry points of the CUDA backend: checks of what the kernels rely on, and the choice of the product policy.
+// The entry points of the CUDA backend: checks of the kernels' assumptions, and the choice of the product policy.
 #include <cstdint>
 
 #include "../../common/tile_product.cuh"
@@ -44,7 +44,7 @@ cudaError_t window_attention_forward(const WindowAttentionForwardParams& params,
       return params.allow_tf32 ? launch_forward<Tf32Product>(params, stream)
                                : launch_forward<FloatProduct>(params, stream);
 #else
-    default:  // a build to compare with
+    default:  // dtypes left out of a build for comparison
       return cudaErrorInvalidValue;
 #endif
   }
@@ -65,7 +65,7 @@ cudaError_t backward(const WindowAttentionBackwardParams& params, cudaStream_t s
       return params.forward.allow_tf32 ? launch_backward<Tf32Product>(params, stream, bytes)
                                        : launch_backward<FloatProduct>(params, stream, bytes);
 #else
-    default:  // a build to compare with
+    default:  // dtypes left out of a build for comparison
       return cudaErrorInvalidValue;
 #endif
   }

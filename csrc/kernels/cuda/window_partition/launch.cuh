@@ -1,4 +1,4 @@
-// The launches of the copy between map and windows: which vectors, and how many launches.
+// The launches of the copy between map and windows: the width of vectors, and the number of launches.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace swinkernels::cuda {
 
-// Of one launch, so that the number of a vector, plus the vectors of a block, has 31 bits.
+// Vectors of one launch: the number of a vector, plus the vectors of a block, then has 31 bits.
 constexpr int64_t kMaxLaunchVectors = int64_t{1} << 30;
 
 inline bool is_meaningful(const FrameGeometry& geometry) {
@@ -23,7 +23,7 @@ inline bool is_meaningful(const FrameGeometry& geometry) {
   return true;
 }
 
-// Bytes of the widest vectors that rows, and the steps from row to row, are whole numbers of.
+// Bytes of the widest vectors of which rows, and the strides between rows, are whole multiples.
 template <class Map, class Windows>
 int64_t vector_bytes(const WindowCopyParams<Map, Windows>& params) {
   const FrameGeometry& geometry = params.geometry;
@@ -37,14 +37,14 @@ int64_t vector_bytes(const WindowCopyParams<Map, Windows>& params) {
   if (params.batch > 1) elements |= params.map.batch_stride;
   if (many_windows) elements |= params.windows.window_stride;
   if (many_tokens) elements |= params.windows.token_stride;
-  // The lowest bit that is set in any of the numbers is the largest power of two that divides them all.
+  // The lowest bit set in any of the numbers is the largest power of two that divides them all.
   const int64_t bytes = 16 | (elements & -elements) * params.element_bytes |
                         reinterpret_cast<intptr_t>(params.map.data) | reinterpret_cast<intptr_t>(params.windows.data);
   return bytes & -bytes;
 }
 
-// The windows are launched box by box: as many whole images as a launch has room for, else as many whole slabs of
-// windows of one image, rows of windows, or windows. So the windows of a box follow each other.
+// Windows are launched box by box: as many whole images as fit a launch, else as many whole slabs of windows of one
+// image, rows of windows, or windows. So the windows of a box are contiguous.
 struct WindowBoxes {
   int64_t extent[4];   // images, and windows per axis
   int64_t largest[4];  // box
@@ -57,7 +57,7 @@ struct WindowBoxes {
     }
     return boxes;
   }
-  // The box that begins with a window, if it is the first of all or comes after a box. False past the last one.
+  // Finds the box that begins with a window, the first one or one that follows a box. False past the last one.
   bool at(int64_t window, int64_t (&first)[4], int32_t (&count)[4]) const {
     for (int axis = 3; axis >= 0; --axis) {
       first[axis] = axis > 0 ? window % extent[axis] : window;

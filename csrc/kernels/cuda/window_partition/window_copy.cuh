@@ -2,7 +2,7 @@
 //
 // Maths     partition  windows[b, n, t, c] = map[b, y(n, t), c], zero where token t of window n is a pad token
 //           reverse    map[b, y(n, t), c] = windows[b, n, t, c]
-//           with y of FrameGeometry, which takes the tokens that are not pads to those of the map one to one.
+//           with y of FrameGeometry, which maps the tokens that are not pads to those of the map one to one.
 // Tiling    The rows of all windows, one after another, are cut into vectors, and a block takes the next 1,024 of them
 //           whatever the length of a row: no lane idles. First it works out the two offsets of each row that it
 //           touches, once per row, into shared memory; then each thread loads four vectors before it stores the first.
@@ -26,7 +26,7 @@
 #include "../../common/launch.cuh"
 #include "../../common/map_strides.cuh"
 
-// What a measurement has to settle. gpu/variants.py builds others by defining these, and times them.
+// Open for measurement. gpu/variants.py builds variants by defining these, and times them.
 #ifndef SWINKERNELS_COPY_THREADS
 #define SWINKERNELS_COPY_THREADS 256
 #endif
@@ -36,30 +36,30 @@
 
 namespace swinkernels::cuda {
 
-// Of one block.
+// The work of one block.
 struct WindowCopyTile {
   static constexpr int kThreads = SWINKERNELS_COPY_THREADS;
   static constexpr int kVectorsPerThread = SWINKERNELS_COPY_VECTORS;
   static constexpr int kVectors = kThreads * kVectorsPerThread;
 };
 
-// One launch: a box of windows, of which a range is cut out on one axis at most, so that they follow each other.
+// One launch: a box of windows, which is a sub-range on at most one axis, so its windows are contiguous.
 struct WindowCopyArguments {
   const char* source;
   char* destination;
-  bool to_windows;  // destination, or source
+  bool to_windows;  // true if the destination, else the source, is the windows
   FrameLayout frame;
-  uint32_t first_window[3];  // of the box; its first image and window are where the data begin
-  RowMajorDivisor windows;   // of the box
-  RowMajorDivisor tokens;    // of a window
-  FastDivisor vectors;       // of a row
-  uint32_t num_rows;         // of the box
+  uint32_t first_window[3];  // in the box, whose first image and window are where the data begin
+  RowMajorDivisor windows;   // in the box
+  RowMajorDivisor tokens;    // in a window
+  FastDivisor vectors;       // in a row
+  uint32_t num_rows;         // in the box
   MapStrides map;
   uint64_t window_stride, token_stride;  // bytes
 };
 
-// Bytes from source and destination to a row. A negative number says that there is nothing to load, as the row is
-// zeros, or nothing to store; it stays negative for every column.
+// Bytes from source and destination to a row. A negative number marks a row with nothing to load, because it is zeros,
+// or nothing to store; it stays negative for every column.
 struct alignas(16) RowCopy {
   static constexpr int64_t kNothing = INT64_MIN;
   int64_t source, destination;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(WindowCopyTile::kThreads) window_copy_kernel(c
     source[k] = row.source + column * sizeof(Vector);
     destination[k] = row.destination + column * sizeof(Vector);
   }
-  // Not through __ldg: the compiler would be free to put a store, which waits for its load, before the next load.
+  // Not through __ldg, which would allow the compiler to place a store, which waits for its load, before the next load.
   Vector value[Tile::kVectorsPerThread];
 #pragma unroll
   for (int k = 0; k < Tile::kVectorsPerThread; ++k) {
