@@ -2,7 +2,7 @@
 
     python examples/classify_photo.py --pretrained photo.jpg
 
-Without ``--pretrained`` (a download) the weights are random, and so are the classes; the two models still agree.
+Without ``--pretrained`` (a download) the weights, and so the classes, are random; the two models still agree.
 """
 
 from __future__ import annotations

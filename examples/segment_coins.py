@@ -2,8 +2,8 @@
 
     python examples/segment_coins.py
 
-A timm Swin gives feature maps of two scales (``features_only=True``), a small head makes a mask of them. Both learn
-from random crops of one half of a photo, whose labels a threshold finds, and are judged on the other half.
+A timm Swin returns feature maps of two scales (``features_only=True``), and a small head turns them into a mask. Both
+learn from random crops of one half of a photo, with labels from a threshold, and are tested on the other half.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import swinkernels
 
 
 class Segmenter(nn.Module):
-    """Feature maps at 1/2 and 1/4 of the size, a mask at full size."""
+    """Turns feature maps at 1/2 and 1/4 of the size into a mask at full size."""
 
     def __init__(self) -> None:
         super().__init__()

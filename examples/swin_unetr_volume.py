@@ -20,7 +20,7 @@ import swinkernels
 
 
 def make_volume(size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """An image (1, 1, D, H, W) and where its ellipsoids are (1, D, H, W)."""
+    """Make an image (1, 1, D, H, W) and the labels of its ellipsoids (1, D, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, size)] * 3, indexing="ij"))
     label = torch.zeros(size, size, size, dtype=torch.bool)

@@ -1,11 +1,11 @@
-"""Train a small Swin on scikit-learn's handwritten digits, as timm has it and accelerated, from one seed.
+"""Train a small timm Swin on scikit-learn's handwritten digits, plain and accelerated, from one seed.
 
     python examples/train_digits.py                    # float32: the two loss curves lie on each other
     python examples/train_digits.py --dtype bfloat16   # autocast: the same accuracy within a spread
     torchrun --nproc-per-node 2 examples/train_digits.py
 
-Prints both accuracies and the largest difference of the losses, and draws the curves. Fails where they differ by more
-than 1e-4 in float32, or the accuracies by more than 0.03 in bfloat16, which rounds at other places.
+Prints both accuracies and the largest difference of the losses, and draws the curves. Fails if the losses differ by
+more than 1e-4 in float32, or the accuracies by more than 0.03 in bfloat16, whose roundings differ.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOSS_TOLERANCE, ACCURACY_SPREAD = 1e-4, 0.03
 
 
 def load(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (B, 1, 8, 8) and labels for training, then for testing."""
+    """Return images (B, 1, 8, 8) and labels for training, then for testing."""
     digits = load_digits()
     order = torch.randperm(len(digits.images), generator=torch.Generator().manual_seed(0))
     x = torch.from_numpy(digits.images).float()[order, None].to(device) / 8 - 1
@@ -39,7 +39,7 @@ def load(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def make_model(device: torch.device) -> nn.Module:
-    """Two stages of 4x4 and 2x2 tokens, in shifted windows of 2x2."""
+    """Make a Swin of two stages with 4x4 and 2x2 tokens and shifted windows of 2x2."""
     torch.manual_seed(0)
     return timm.models.SwinTransformer(
         img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depths=(2, 2), num_heads=(2, 4),
@@ -48,7 +48,7 @@ def make_model(device: torch.device) -> nn.Module:
 
 
 def train(model: nn.Module, name: str, args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
-    """The loss of each step, averaged over the processes, and the accuracy on the test images."""
+    """Return the loss of each step, averaged over the processes, and the accuracy on the test images."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     x, y, x_test, y_test = load(device)
     trained = DistributedDataParallel(model) if world > 1 else model

@@ -4,7 +4,7 @@
     make -C examples/aotinductor_cpp OUT="$PWD/swin"
     swin/run swinkernels/_ops.abi3.so swin
 
-Images, and the logits of the original model, are written beside it for the program to compare with.
+The package comes with images and the original model's logits, with which the program compares its result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A task that a small Swin learns in seconds: which colour of a noisy image is the brightest."""
+"""A task that a small Swin learns in seconds: to find the brightest colour of a noisy image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batches(batch: int) -> DataLoader:
 
 
 def accelerated_swin() -> nn.Module:
-    """timm's Swin, small, accelerated before any tool wraps it."""
+    """Make a small timm Swin, accelerated before any tool wraps it."""
     torch.manual_seed(2)
     model = timm.models.SwinTransformer(
         img_size=32, patch_size=2, num_classes=3, embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=4,
@@ -44,7 +44,7 @@ def accelerated_swin() -> nn.Module:
 
 
 def conclude(losses: list[float]) -> None:
-    """Print how the loss fell, and fail if it did not."""
+    """Print how far the loss fell, and fail if it did not fall."""
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     print(f"loss {first:.3f} -> {last:.3f} in {len(losses)} steps")

@@ -3,8 +3,7 @@
 pip install torchao
 python examples/training/with_torchao.py
 
-In training the layers round as int8 would, and the blocks run the library's own code. With int8 weights they run on
-the op.
+Training imitates int8 rounding, for which the blocks run the library's own code. With int8 weights they run on the op.
 """
 
 from __future__ import annotations

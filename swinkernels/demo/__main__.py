@@ -1,4 +1,4 @@
-"""Runs a timm Swin with seeded weights on a photograph, before and after swinkernels.accelerate."""
+"""Run a timm Swin with seeded weights on a photograph, before and after swinkernels.accelerate."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=DTYPES, help="autocast's dtype; default: bfloat16 on a GPU, else float32")
     parser.add_argument("--batch", type=int, help="images; default: 64 on a GPU, else 1")
-    parser.add_argument("--model", default="swin_tiny_patch4_window7_224", help="a Swin of timm, v1 or v2")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels, both ways")
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="what accelerate is to use")
+    parser.add_argument("--model", default="swin_tiny_patch4_window7_224", help="a timm Swin, v1 or v2")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels per side")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="backend for accelerate")
     parser.add_argument("--repeats", type=int, help="timed steps of each kind; default: 30 on a GPU, else 5")
     parser.add_argument(
         "--out", type=Path, default=Path("demo_output"), help="folder for the pictures and results.json"
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     try:
         args.device = torch.device(args.device)
         torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as e:  # torch raises either for a device that it does not have
+    except (RuntimeError, AssertionError) as e:  # torch raises either for a missing device
         parser.error(f"--device {args.device} cannot be used: {e}")
     on_gpu = args.device.type == "cuda"
     args.dtype = DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    # Published weights would have to be downloaded; for numbers and times these do as well.
+    # Published weights would need a download; for numbers and times seeded ones do as well.
     torch.manual_seed(0)
     plain = timm.create_model(args.model, pretrained=False, img_size=args.image_size).to(args.device)
     fast = copy.deepcopy(plain)
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _conclusion(agreement: dict[str, Any], median_ms: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The outcome in a sentence: how close the logits are, and how the times compare."""
+    """Summarise in a sentence how close the logits are and how the times compare."""
     speeds = []
     for mode, by_model in median_ms.items():
         ratio = by_model["timm"]["total"] / by_model["swinkernels"]["total"]
@@ -175,11 +175,11 @@ def _conclusion(agreement: dict[str, Any], median_ms: dict[str, dict[str, dict[s
 
 
 def _backends_by_class(replaced: Sequence[Replaced]) -> list[str]:
-    """What runs each kind of module, a line each, with the parts that run on something else."""
+    """List each kind of module with its backend, and the parts that run elsewhere, one line each."""
     found: dict[tuple[str, ...], int] = {}
     for entry in replaced:
         backend = f"{entry.adapter}'s own code" if entry.backend == entry.adapter else f"backend {entry.backend}"
-        # A remark begins with the part and what runs it; a module that has one part says no more.
+        # A remark begins with the part and its backend; a module with one part needs no remark.
         parts = [part.partition(". ")[0] for part in entry.remarks if entry.backend != entry.adapter]
         key = (entry.module_class, backend, *parts)
         found[key] = found.get(key, 0) + 1
@@ -187,7 +187,7 @@ def _backends_by_class(replaced: Sequence[Replaced]) -> list[str]:
 
 
 def _agreement(results: dict, exact: dict, dtype: torch.dtype) -> dict[str, float | bool]:
-    """Largest logit differences, and whether swinkernels is as close to float64 as timm is, within a factor of two."""
+    """Return the largest logit differences, and whether swinkernels is within twice timm's distance to float64."""
     plain, fast, truth = results["timm"]["logits"], results["swinkernels"]["logits"], exact["logits"]
     largest = truth.abs().max().item()
     timm_error, our_error = ((logits - truth).abs().max().item() for logits in (plain, fast))

@@ -19,7 +19,7 @@ COLOURS = {"timm": "#8a8f98", "swinkernels": "#1f6feb"}
 
 
 def _first_component(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the tokens of (H, W, C) and the direction in which the tokens differ most."""
+    """Return the mean over the tokens of (H, W, C), and the direction in which the tokens differ most."""
     tokens = x.flatten(0, 1)
     mean = tokens.mean(0)
     direction = torch.linalg.svd(tokens - mean, full_matrices=False).Vh[0]
@@ -27,7 +27,7 @@ def _first_component(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def save_stages(path: Path, photo: np.ndarray, plain: dict[str, Tensor], fast: dict[str, Tensor], title: str) -> None:
-    """The photograph, and for every stage both outputs on one colour scale and their difference on its own.
+    """Draw the photograph, and for every stage both outputs on one colour scale and their difference on another.
 
     An output is shown as its component along the direction in which the tokens of timm's output differ most, a
     difference as its root mean square over the channels.
@@ -79,7 +79,7 @@ def _colourbar(fig: Any, image: Any, axes: np.ndarray, label: str) -> None:
 
 
 def save_times(path: Path, samples: dict[str, dict[str, dict[str, list[float]]]], title: str) -> None:
-    """Median times by stage, one panel a mode, with the interquartile range and the ratio above each pair."""
+    """Draw median times by stage, one panel per mode, with the interquartile range and the ratio above each pair."""
     fig, axes = plt.subplots(1, len(samples), figsize=(6.4 * len(samples), 4.6), layout="constrained", squeeze=False)
     fig.suptitle(title, fontsize=13)
     for axis, (mode, by_model) in zip(axes.flat, samples.items(), strict=True):

@@ -1,4 +1,4 @@
-"""What the demo measures: stage outputs, times by stage, peak memory."""
+"""The demo's measurements: stage outputs, times by stage, peak memory."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def photo_batch(photo: Tensor, batch: int, size: int, mean: tuple[float, ...], s
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:
-    """Float32 parameters throughout; a narrower dtype is autocast's."""
+    """Autocast to ``dtype`` if it is narrower than float32, which the parameters always are."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
 def has_stages(model: nn.Module) -> bool:
-    """Whether it is built as timm's Swin v1 and v2 are, whose stages give (B, H, W, C)."""
+    """Return True for models built like timm's Swin v1 and v2, whose stages return (B, H, W, C)."""
     return isinstance(getattr(model, "layers", None), nn.Module)
 
 
@@ -47,7 +47,7 @@ def stages(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def outputs(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The logits and the output of every stage, (B, H, W, C), in float64 on the CPU."""
+    """Return the logits and the output of every stage, (B, H, W, C), in float64 on the CPU."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable:
@@ -62,7 +62,7 @@ def outputs(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def step(model: nn.Module, x: Tensor, dtype: torch.dtype, mode: str) -> None:
-    """One forward pass in eval mode, or forward, loss and backward in training mode."""
+    """Run one forward pass in eval mode, or forward, loss and backward in training mode."""
     if mode == INFERENCE:
         with torch.inference_mode(), autocast(x.device, dtype):
             model(x)
@@ -122,9 +122,9 @@ class Stopwatch:
 def times(
     models: dict[str, nn.Module], x: Tensor, dtype: torch.dtype, mode: str, repeats: int, done: Callable[[], None]
 ) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds by model and part: every stage's forward pass, and the whole step as "total".
+    """Return milliseconds by model and part: every stage's forward pass, and the whole step as "total".
 
-    The models take turns, so that a machine that slows down slows both. The first turn warms up and is not counted.
+    The models take turns, so that a slowdown of the machine affects both. The first turn warms up and is not counted.
     """
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in models}
     for turn in range(repeats + 1):
@@ -140,13 +140,13 @@ def times(
 
 
 def peak_memory(model: nn.Module, x: Tensor, dtype: torch.dtype, mode: str) -> int:
-    """Bytes that one step holds at its peak beyond what was allocated before it."""
+    """Return the peak bytes of one step beyond those allocated before it."""
     model.train(mode == TRAINING)
     return peak_bytes(lambda: step(model, x, dtype, mode), x.device)
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a call holds at its peak beyond what was allocated before it; its result counts."""
+    """Return the peak bytes of a call, its result included, beyond those allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -155,7 +155,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints its own events in the midst of the tables
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print its own events among the tables
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     del result

@@ -1,7 +1,7 @@
-"""Entry points for other libraries' users: registries of timm and mmpretrain, Microsoft's window_process interface.
+"""Entry points for users of other libraries: registries of timm and mmpretrain, Microsoft's window_process interface.
 
-The adapters moved to ``swinkernels.adapters`` in 0.2.0. Until 0.3.0 their old module paths still import, so that models
-pickled with 0.1.0 load.
+The adapters moved to ``swinkernels.adapters`` in 0.2.0. Their old module paths remain importable until 0.3.0, so that
+models pickled with 0.1.0 load.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MOVED = {
 
 
 class _MovedModules(MetaPathFinder, Loader):
-    """Imports a module of ``_MOVED`` under its old name: the same module object, so the same classes."""
+    """Imports a module of ``_MOVED`` under its old name, as the same module object with the same classes."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -1,6 +1,6 @@
-"""The interface of Microsoft's ``window_process`` extension: its users change one import.
+"""The interface of Microsoft's ``window_process`` extension: change one import to use it.
 
-In place of ``from kernels.window_process.window_process import WindowProcess, WindowProcessReverse``::
+Replace ``from kernels.window_process.window_process import WindowProcess, WindowProcessReverse`` by::
 
     from swinkernels.integrations.microsoft import WindowProcess, WindowProcessReverse
 
@@ -24,7 +24,7 @@ _NO_PADDING = "pad_then_roll"  # either order: the sizes divide
 def _check_geometry(
     op: str, batch: Any, height: Any, width: Any, channels: Any, shift_size: Any, window_size: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The map's size, the roll and the window, two values each."""
+    """Check the geometry; return the map's size, the roll and the window, two values each."""
     _arguments.check_count(op, "B", batch, at_least=0)
     for name, value in (("H", height), ("W", width), ("C", channels)):
         _arguments.check_count(op, name, value)
@@ -39,8 +39,8 @@ def _check_geometry(
 
 
 def _wrapped(shift: Sequence[int], size: Sequence[int]) -> list[int]:
-    """The same cyclic shift, in 0..size - 1 per axis."""
-    # No remainder where none is needed: for it torch.compile would specialise on the size.
+    """Return the same cyclic shift in 0..size - 1 per axis."""
+    # No remainder unless needed: torch.compile would specialise on the size.
     return [s if 0 <= s < n else s % n for s, n in zip(shift, size, strict=True)]
 
 
@@ -63,7 +63,7 @@ class WindowProcess:
 
         .. math:: windows = window\_partition(roll(input, +shift\_size))
 
-        Mind the sign: the models, which shift by -s before attention, pass -s here.
+        Note the sign: the models, which shift by -s before attention, pass -s here.
 
         Args:
             input: (B, H, W, C) or (B, H * W, C), any dtype, any strides.
@@ -78,7 +78,7 @@ class WindowProcess:
             empty batch gives an empty result. Differentiable in input, any number of times.
 
         Raises:
-            ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+            ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
             NotImplementedError: the requested backend cannot run this call, with the reasons.
 
         Source: ``WindowProcess`` of kernels/window_process/window_process.py, microsoft/Swin-Transformer.
@@ -86,7 +86,7 @@ class WindowProcess:
         op = "WindowProcess"
         size, roll, window = _check_geometry(op, B, H, W, C, shift_size, window_size)
         _arguments.check_forms(op, "input", input, (B, H, W, C), (B, H * W, C))
-        shift = _wrapped([-r for r in roll], size)  # the ops' shift has the other sign
+        shift = _wrapped([-r for r in roll], size)  # the ops' shift has the opposite sign
         windows = partition(op, input.reshape(B, H, W, C), window, shift, _NO_PADDING, backend)
         return windows.unflatten(1, window)
 
@@ -110,7 +110,7 @@ class WindowProcessReverse:
 
         .. math:: x = roll(window\_reverse(input), +shift\_size)
 
-        The inverse of :class:`WindowProcess` with -s has +s here.
+        This is the inverse of :class:`WindowProcess` with the opposite shift_size.
 
         Args:
             input: (B * num_windows, window, window, C) or (B * num_windows, window * window, C), any dtype.
@@ -121,7 +121,7 @@ class WindowProcessReverse:
             input, any number of times.
 
         Raises:
-            ValueError, TypeError: as :meth:`WindowProcess.apply`.
+            ValueError, TypeError, NotImplementedError: as :meth:`WindowProcess.apply`.
 
         Source: ``WindowProcessReverse`` of kernels/window_process/window_process.py, microsoft/Swin-Transformer.
         """

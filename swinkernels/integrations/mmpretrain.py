@@ -1,10 +1,10 @@
-"""Accelerated backbones for mmpretrain's configs, by their type alone::
+"""Accelerated backbones for mmpretrain's configs, selected by their type::
 
     custom_imports = dict(imports=["swinkernels.integrations.mmpretrain"])
     model = dict(backbone=dict(type="SwinKernelsSwinTransformer", arch="tiny"))  # or SwinKernelsSwinTransformerV2
 
-They are functions: mmpretrain compares a backbone's class with its own to read old checkpoints, so the model keeps
-mmpretrain's class.
+They are functions, because mmpretrain compares a backbone's class with its own when it reads old checkpoints: the model
+keeps mmpretrain's class.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from swinkernels.adapters import accelerate
 
 @MODELS.register_module()
 def SwinKernelsSwinTransformer(*args: Any, backend: str = "auto", **kwargs: Any) -> SwinTransformer:
-    """mmpretrain's SwinTransformer with its arguments, accelerated.
+    """Make mmpretrain's SwinTransformer from the same arguments, accelerated.
 
     Args:
-        backend: as of :func:`swinkernels.accelerate`.
+        backend: as for :func:`swinkernels.accelerate`.
     """
     model = SwinTransformer(*args, **kwargs)
     accelerate(model, backend=backend)
@@ -31,14 +31,14 @@ def SwinKernelsSwinTransformer(*args: Any, backend: str = "auto", **kwargs: Any)
 
 @MODELS.register_module()
 def SwinKernelsSwinTransformerV2(*args: Any, backend: str = "auto", **kwargs: Any) -> SwinTransformerV2:
-    """As :func:`SwinKernelsSwinTransformer`, for mmpretrain's SwinTransformerV2."""
+    """Make mmpretrain's SwinTransformerV2, accelerated, as :func:`SwinKernelsSwinTransformer` does."""
     model = SwinTransformerV2(*args, **kwargs)
     accelerate(model, backend=backend)
     return model
 
 
 def __getattr__(name: str) -> Any:
-    """The adapter's classes, which lived here in 0.1.0: pickles name them by this module."""
+    """Find the adapter's classes, which were in this module in 0.1.0: pickles refer to them here."""
     from swinkernels.adapters.libraries import mmpretrain as adapter
 
     try:

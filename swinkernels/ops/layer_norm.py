@@ -144,7 +144,7 @@ def layer_norm(
         backend="torch" or "reference".
 
     Raises:
-        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
         NotImplementedError: the requested backend cannot run this call, with the reasons.
 
     Source: Layer Normalization (Ba et al., 2016); torch.nn.LayerNorm.

@@ -158,7 +158,7 @@ def patch_merging(
         tensor's dtype; twice with backend="torch" or "reference".
 
     Raises:
-        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
         NotImplementedError: the requested backend cannot run this call, with the reasons.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.1; Swin Transformer V2's code for "post"; the

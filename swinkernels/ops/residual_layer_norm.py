@@ -228,7 +228,7 @@ def residual_layer_norm(
         the same bits. Twice differentiable with backend="torch" or "reference".
 
     Raises:
-        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
         NotImplementedError: the requested backend cannot run this call, with the reasons.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3: a block's residual connection with the LN of its next half.

@@ -141,7 +141,7 @@ def window_partition(
         :func:`window_reverse`, so the gradient of a pad token is dropped.
 
     Raises:
-        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
         NotImplementedError: the requested backend cannot run this call, with the reasons.
 
     Source: ``torch.roll`` and ``window_partition`` of microsoft/Swin-Transformer, and the padding of its callers.
@@ -182,7 +182,7 @@ def window_reverse(
         Differentiable in windows, any number of times; the gradient of a pad token is zero.
 
     Raises:
-        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
         NotImplementedError: the requested backend cannot run this call, with the reasons.
 
     Source: ``window_reverse`` and ``torch.roll`` of microsoft/Swin-Transformer, and the crop of its callers.

@@ -1,4 +1,4 @@
-"""Importing this package adds accelerated models to timm's registry (``timm.list_models("swinkernels_*")``)."""
+"""Adds accelerated models to timm's registry when imported (``timm.list_models("swinkernels_*")``)."""
 
 from swinkernels.integrations.timm import registry
 

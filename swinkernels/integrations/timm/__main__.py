@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 
-# What python -m imports of this package, before it comes here, registers the models.
+# python -m has already imported this package, which registers the models.
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     if not os.path.isfile(script):
         sys.exit(f"python -m swinkernels.integrations.timm: there is no script {script!r}")
     sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as python would have it for the script
+    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python sets it for the script
     runpy.run_path(script, run_name="__main__")
 
 
