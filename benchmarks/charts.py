@@ -97,6 +97,49 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
     _save(fig, path)
 
 
+def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], float]:
+    """By shape and dtype of window attention: the time of the fastest other contestant / ours."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in _right(rows, "ops"):
+        if (row["op"], row["direction"]) == ("window_attention", direction):
+            found.setdefault((row["shape"], row["dtype"]), {})[row["backend"]] = row["median_us"]
+    ratios = {}
+    for key, times in found.items():
+        ours = [time for name, time in times.items() if name in attention.OURS]
+        theirs = [time for name, time in times.items() if name not in attention.OURS]
+        if ours and theirs:
+            ratios[key] = min(theirs) / min(ours)
+    return ratios
+
+
+def summary(rows: Sequence[Row], path: Path) -> None:
+    """How many times our time the fastest other contestant takes for window attention: two bars a shape."""
+    panels = {"forward": ("fwd", "#1f6feb"), "forward and backward": ("fwd+bwd", "#79b0ff")}
+    fig, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
+    ratios = {label: best_ratios(rows, direction) for label, (direction, _) in panels.items()}
+    keys = list(dict.fromkeys(key for found in ratios.values() for key in found))
+    dtypes = list(dict.fromkeys(dtype for _, dtype in keys))
+    width = 0.8 / len(panels)
+    for i, (label, (_, colour)) in enumerate(panels.items()):
+        x = [k + (i - (len(panels) - 1) / 2) * width for k, key in enumerate(keys) if key in ratios[label]]
+        bars = axis.bar(
+            x, [ratios[label][key] for key in keys if key in ratios[label]], width, color=colour, label=label
+        )
+        axis.bar_label(bars, fmt="%.1f", fontsize=7.5, padding=1)
+    axis.axhline(1, color="black", linewidth=1)
+    names = [shape if len(dtypes) == 1 else f"{shape}\n{dtype}" for shape, dtype in keys]
+    axis.set_xticks(range(len(keys)), names, fontsize=8.5, rotation=25, ha="right", rotation_mode="anchor")
+    axis.set_ylabel("times as fast", fontsize=9)
+    axis.set_title(
+        f"Window attention against the fastest other implementation: {_device(rows)}, {', '.join(dtypes)}",
+        fontsize=10.5,
+    )
+    axis.set_xlim(-0.6, len(keys) - 0.4)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8.5, frameon=False)
+    _save(fig, path)
+
+
 def roofline(rows: Sequence[Row], path: Path) -> None:
     """Left, attention's flops over its flops per byte under what copies and matrix products reach; right, all ops."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
@@ -244,6 +287,7 @@ def complexity(rows: Sequence[Row], path: Path) -> None:
 
 
 TITLES = {
+    "summary": "window attention: how many times as fast as the fastest other implementation, by shape",
     "speedup": "their time / ours by shape",
     "roofline": "achieved flops over flops per byte under the measured ceilings, and percent of the roofline by op",
     "models": "time of a step by model",
@@ -252,6 +296,7 @@ TITLES = {
     "complexity": "time of global and window attention over tokens, with their formulas",
 }
 DRAW: dict[str, Callable[[Sequence[Row], Path], None]] = {
+    "summary": summary,
     "speedup": speedup,
     "roofline": roofline,
     "models": model_times,
@@ -268,6 +313,7 @@ def _of_attention(rows: Sequence[Row]) -> set[str]:
 
 # Whether a run has what a picture shows.
 DRAWABLE: dict[str, Callable[[Sequence[Row]], bool]] = {
+    "summary": lambda rows: bool(best_ratios(rows, "fwd")),
     "speedup": lambda rows: not _of_attention(rows).isdisjoint(attention.OURS),
     "roofline": lambda rows: bool(_of_attention(rows)),
     "models": lambda rows: bool(_right(rows, "models")),

@@ -1,10 +1,12 @@
-"""docs/benchmarks.md, its charts, docs/gpu.md and the README's numbers, from the files of runs alone: none is typed.
+"""docs/benchmarks.md, its charts, docs/gpu.md and the README's figures, written from the files of runs alone.
 
 A folder of ``benchmarks/results`` is a run, or several on one machine: its CSV files are read together.
 """
 
 from __future__ import annotations
 
+import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ says what changed between two runs beyond their noise.
 
 
 def write(results: Path, root: Path = commit.ROOT) -> list[Path]:
-    """Writes page, pictures and the README's part below ``root``; the paths that were written."""
+    """Write both pages, the pictures and the README's part below ``root``; return their paths."""
     runs, on_gpus = read(results), gpu_page.read(results)
     pictures = [path for name, rows in runs.items() for path in draw(rows, root / PICTURES, f"{name}-")]
     page, gpus, readme = root / PAGE, root / gpu_page.PAGE, root / README
@@ -320,25 +322,40 @@ def page_text(runs: Runs) -> str:
 
 
 def readme_numbers(runs: Runs, on_gpus: gpu_page.Runs) -> str:
-    return f"\n{gpu_page.readme_text(on_gpus)}{readme_text(runs)}"
+    """The README's picture and its figures: a sentence for each run, then one about GPUs."""
+    drawn = [(name, rows) for name, rows in runs.items() if charts.DRAWABLE["summary"](rows)]
+    pictures = [f"![{charts.TITLES['summary']}]({PICTURES}/{name}-summary.png)\n" for name, rows in drawn]
+    return "\n".join(["", *pictures, *(headline(rows) for _, rows in drawn), gpu_page.readme_text(on_gpus), ""])
 
 
-def readme_text(runs: Runs) -> str:
-    """The excerpt of docs/benchmarks.md for the README."""
-    parts = [""]
-    for rows in runs.values():
-        tables = [
-            (
-                f"Window attention without its linear layers: {RATIOS}",
-                speedups(rows),
-            ),
-            (
-                "Models: one step; gain is the best of the library's own (eager, its fused switch) / accelerated, "
-                "and the same among the compiled ones",
-                steps(rows, "models"),
-            ),
-        ]
-        shown = [f"{title}:\n\n{table}" for title, table in tables if table]
-        if shown:
-            parts += [f"**{device(rows)}** ({settings(rows)}).", *shown]
-    return "\n".join(f"{part.rstrip()}\n" if part else "" for part in parts) + "\n"
+def headline(rows: Sequence[Row]) -> str:
+    """How window attention compares with the fastest other contestant at a run's shapes, and what whole models gain."""
+    forward, both = (list(charts.best_ratios(rows, direction).values()) for direction in ("fwd", "fwd+bwd"))
+    timed = [row for row in rows if row["median_us"] is not None]
+    noisy = sum(row["noisy"] is True for row in timed)
+    dtypes = ", ".join(dict.fromkeys(dtype for _, dtype in charts.best_ratios(rows, "fwd")))
+    text = (
+        f"**Window attention runs forward {statistics.median(forward):.1f} times as fast** as the fastest other "
+        f"implementation measured beside it (plain PyTorch, `scaled_dot_product_attention`, `torch.compile`): the "
+        f"median of {len(forward)} shapes, from {_span(forward)}"
+    )
+    text += f"; forward and backward {statistics.median(both):.1f} times, from {_span(both)}. " if both else ". "
+    if gains := model_gains(rows):
+        text += f"Whole models spend most of their time in other layers and gain a factor of {_span(gains)}. "
+    text += f"Measured on {device(rows)}, {dtypes}; {noisy} of {len(timed)} times are noisy.\n"
+    return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
+
+
+def model_gains(rows: Sequence[Row]) -> list[float]:
+    """Of each model and step: the time of the library's fastest own way, not compiled, / that of accelerate."""
+    gains = []
+    for group in groups(rows, "models").values():
+        theirs = [t for name in ("eager", "fused") if (t := _time(group.get(name))) is not None]
+        mine = _time(group.get("accelerate"))
+        if theirs and mine is not None:
+            gains.append(min(theirs) / mine)
+    return gains
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"

@@ -67,7 +67,7 @@ def test_a_baseline_that_is_ours_is_drawn(small_shape: str, tmp_path: Path) -> N
     if "cpu" not in command.attention.contestants(CPU, ()):
         pytest.skip("the extension is not built")
     assert command.main([*OPS, "cpu", "--out", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.glob("*.png")} == {"speedup.png", "roofline.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"summary.png", "speedup.png", "roofline.png"}
     assert "| small, batch 1, 6 x 9, 2 heads of 8, window 3, float32" in (tmp_path / "report.md").read_text()
 
 
@@ -112,7 +112,7 @@ def test_a_quick_run_on_a_cpu_compiles_nothing_and_draws(small_shape: str, tmp_p
     rows = record.read_csv(tmp_path / "ops.csv")
     assert {row["op"] for row in rows} == {"window_attention"}
     assert {row["backend"] for row in rows} == {"cpu", "reference", "eager", "sdpa"}
-    assert {path.name for path in tmp_path.glob("*.png")} == {"speedup.png", "roofline.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"summary.png", "speedup.png", "roofline.png"}
 
 
 def test_a_missing_package_is_named_with_the_others(tmp_path: Path) -> None:
@@ -301,6 +301,28 @@ def test_a_noisy_time_is_marked() -> None:
     assert "1 of 2 times are noisy" in report.run_text(rows)
 
 
+def test_headline_compares_with_the_fastest_other_contestant() -> None:
+    """Of two shapes, in either direction; a wrong peer does not count, our slower kernel does not either."""
+    rows = [
+        row("cpu", 100.0), row("reference", 250.0), row("sdpa", 400.0),
+        row("eager", 10.0, result="wrong", shape="other"), row("reference", 800.0, shape="other"),
+        row("cpu", 200.0, shape="other"),
+        row("cpu", 100.0, direction="fwd+bwd"), row("eager", 150.0, direction="fwd+bwd"),
+    ]  # fmt: skip
+    text = " ".join(report.headline(with_environment(rows)).split())
+    assert "runs forward 3.2 times as fast** as" in text  # 2.5 and 4
+    assert "the median of 2 shapes, from 2.50 to 4.00; forward and backward 1.5 times, from 1.50 to 1.50." in text
+    assert "Whole models" not in text
+    assert text.endswith("float32; 0 of 8 times are noisy.")
+
+
+def test_headline_names_the_gain_of_models() -> None:
+    of_model = {"suite": "models", "op": "timm swin", "direction": "inference", "case": "swin-b1"}
+    rows = [row("cpu", 1.0), row("eager", 2.0)]
+    rows += [row(name, time, **of_model) for name, time in (("eager", 120.0), ("fused", 110.0), ("accelerate", 100.0))]
+    assert "gain a factor of 1.10 to 1.10." in " ".join(report.headline(with_environment(rows)).split())
+
+
 def test_pictures_of_a_run(tmp_path: Path) -> None:
     drawn = report.draw(run_of_everything(), tmp_path)
     assert {path.stem for path in drawn} == set(charts.DRAW) == set(charts.DRAWABLE) == set(charts.TITLES)
@@ -325,6 +347,7 @@ def test_report_of_a_folder(tmp_path: Path, capsys) -> None:
     assert readme.read_text().startswith(f"before\n{report.BEGIN}\n")
     assert readme.read_text().endswith(f"{report.END}\nafter\n")
     assert "old" not in readme.read_text()
+    assert "(docs/images/benchmarks/here-summary.png)" in readme.read_text()
     before = [path.read_bytes() for path in written]
     report.write(results, tmp_path)
     assert [path.read_bytes() for path in written] == before  # the same files from the same rows

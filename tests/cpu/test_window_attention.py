@@ -211,6 +211,18 @@ def test_same_bits_for_any_number_of_threads(case, dtype):
     assert all(torch.equal(inputs[name], copies[name]) for name in inputs)  # nothing was modified
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", [{}, {"has_logit_scale": True}, {"has_table": False, "bias_types": 0}], ids=str)
+def test_an_image_has_the_same_bits_in_any_batch(features, dtype):
+    case = Case(5, (20, 22), 3, 16, 7, 3, **features)
+    inputs = case.inputs(dtype)
+    together = run_case(packed, inputs, case.arguments())
+    alone = {name: x[-1:] if name in ("qkv", "dout") else x for name, x in inputs.items()}
+    got = run_case(packed, alone, case.arguments())
+    for name in ("out", "dqkv"):
+        assert torch.equal(got[name], together[name][-1:]), name
+
+
 def test_empty_batch():
     case = Case(0, (9, 10), 2, 8, 4, 2, has_pad_qkv=True)
     got = check_window_attention(packed, case, torch.float32)

@@ -225,6 +225,19 @@ def test_any_number_of_multiprocessors(library, case, multiprocessors):
     check(library, case)
 
 
+@pytest.mark.parametrize("case", [merging(3, 24, 24, 8), plain(600, 24)], ids=str)
+def test_only_gradients_of_parameters_depend_on_the_number_of_multiprocessors(library, case):
+    """As docs/numerics.md says: they are sums over blocks."""
+    inputs = case.inputs()
+    results = []
+    for multiprocessors in (1, 3, 100):
+        library.configure(multiprocessors=multiprocessors)
+        results.append(call(library, case, inputs))
+    same = {name for name, x in results[0].items() if all(torch.equal(x, other[name]) for other in results[1:])}
+    assert set(results[0]) - {"dweight", "dbias"} <= same
+    assert not {"dweight", "dbias"} <= same
+
+
 @pytest.mark.parametrize("case", KINDS, ids=kind)
 def test_gradients_that_nobody_wants(library, case):
     inputs = case.inputs()
