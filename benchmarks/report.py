@@ -30,22 +30,24 @@ Written by `python -m benchmarks report` from the CSV files in `benchmarks/resul
 
 ## How it is measured
 
-`python -m benchmarks ops`, `blocks`, `models`, `memory`, `latency`, `scaling` or `all`, with `--quick`, `--filter`,
-`--baseline`, `--dtype` and `--device`, times on your machine what is below. `python -m benchmarks compare A.csv B.csv`
-says what changed between two runs beyond their noise.
+`python -m benchmarks ops`, `blocks`, `models`, `memory`, `latency`, `scaling` or `all` measures the tables below on
+your machine; `--quick`, `--filter`, `--baseline`, `--dtype` and `--device` choose a part. `python -m benchmarks compare
+A.csv B.csv` lists the changes between two runs that exceed their noise.
 
-- A contestant is first compared with the reference, or the library's own model, in float64: output and gradients. A
-  wrong one keeps its row, is marked WRONG, and has no ratio. The error is the worst RMS error in units of the dtype's
-  eps.
-- Contestants of a row take turns, so that a slow moment meets them alike. Times are medians, with the 20th and 80th
-  percentile in the CSV; `~` marks a time of which these two are more than 10 % of the median apart.
-- On a GPU ops are replays of CUDA graphs over inputs that rotate through more than the L2 cache; models are timed by
-  events after the cache was overwritten. On a CPU it is wall-clock time, with inputs that may lie in a cache.
+- Each contestant is first compared with the reference, or with the library's own model, in float64: output and
+  gradients. A wrong one keeps its row, is marked WRONG, and has no ratio. The error is the worst RMS error in units of
+  the dtype's eps.
+- The contestants of a row take turns, so that a slow moment of the machine affects all. Times are medians; `~` marks a
+  time whose 20th and 80th percentile are more than 10 % of the median apart. The CSV files have both.
+- On a GPU, ops are replays of CUDA graphs over inputs that rotate through more than the L2 cache, and models are timed
+  by events after the cache was overwritten. On a CPU it is wall-clock time, with inputs that may lie in a cache.
 - The roofline is the larger of bytes / copy rate and flops / matrix rate, both measured in the same run, for the bytes
   that the op has to move and the flops of its matrix products. A map that fits a CPU's cache may beat the copy rate.
-- Compilation is not in the times; `first_call_s` in the CSV has it. Peak memory is what one call takes on top of what
-  was allocated before, results included.
-- Training is forward and backward, without an optimizer; models are built with random weights.
+- How slow plain code is on a CPU depends on the processor's treatment of denormal numbers: the published mask of -100
+  makes probabilities of e^-100. The CPU kernels count them as zero.
+- Times exclude compilation, which is `first_call_s` in the CSV files. Peak memory is the memory that one call allocates
+  on top, results included.
+- Training is forward and backward, without an optimizer. Models have random weights.
 """
 
 

@@ -1,4 +1,4 @@
-"""Which results of the CUDA kernels depend on the GPU or on the batch, as docs/numerics.md says, run by the emulator."""
+"""Bits of the CUDA kernels that depend on the GPU or on the batch, as docs/numerics.md says, run by the emulator."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def library() -> Iterator[emulation.WindowAttentionLibrary]:
 
 @each_case
 def test_maps_have_the_same_bits_for_any_number_of_multiprocessors(library, case, dtype) -> None:
-    """Outputs and gradients of maps do; the gradients of parameters are sums over blocks, of which there are others."""
+    """The gradients of parameters do not: they are sums over blocks, whose number depends on the GPU."""
     inputs, arguments = case.inputs(dtype), case.arguments()
     results = []
     for multiprocessors in (1, 2, 200):
