@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
 from typing import Any
@@ -34,9 +35,20 @@ def markdown(docstring: str) -> str:
     return ROLE.sub(r"`\1`", TOGETHER.sub(_each, text))
 
 
+def comment_above(attribute: griffe.Attribute) -> str:
+    """The comment of the lines that end above a field of a class, or behind it on its line."""
+    lines, number = attribute.lines_collection[attribute.filepath], (attribute.lineno or 1) - 1
+    above = list(itertools.takewhile(lambda line: line.strip().startswith("# "), reversed(lines[:number])))
+    behind = lines[number].partition("  # ")[2]
+    return " ".join(line.strip().removeprefix("# ") for line in (*reversed(above), behind)).strip()
+
+
 class Docstrings(griffe.Extension):
-    """Applies :func:`markdown` to every docstring."""
+    """Applies :func:`markdown` to every docstring, and documents fields of classes by their comments."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        is_field = isinstance(obj, griffe.Attribute) and obj.parent is not None and obj.parent.is_class
+        if is_field and obj.docstring is None and (comment := comment_above(obj)):
+            obj.docstring = griffe.Docstring(comment, parent=obj)
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)

@@ -128,6 +128,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pages_are_built(site: Path) -> None:
     api = (site / "api" / "index.html").read_text()
     assert "<math" in api  # formulas are shown without a script
+    assert 'id="swinkernels.adapters.Form.absorbs"' in api  # fields are documented by their comments
     for left_over in (".. math::", ":func:", ":class:"):
         assert left_over not in api
     for page in (ROOT / "docs").rglob("*.md"):
