@@ -337,14 +337,15 @@ def headline(rows: Sequence[Row]) -> str:
     noisy = sum(row["noisy"] is True for row in timed)
     dtypes = ", ".join(dict.fromkeys(dtype for _, dtype in charts.best_ratios(rows, "fwd")))
     text = (
-        f"**Window attention runs forward {statistics.median(forward):.1f} times as fast** as the fastest other "
-        f"implementation measured beside it (plain PyTorch, `scaled_dot_product_attention`, `torch.compile`): the "
-        f"median of {len(forward)} shapes, from {_span(forward)}"
+        f"**Window attention is {statistics.median(forward):.1f} times as fast forward** as the fastest other "
+        "implementation in the same run (plain PyTorch, `scaled_dot_product_attention`, `torch.compile`), the median of "
+        f"{len(forward)} shapes ({_span(forward)})"
     )
-    text += f"; forward and backward {statistics.median(both):.1f} times, from {_span(both)}. " if both else ". "
+    text += f", and {statistics.median(both):.1f} times forward and backward ({_span(both)}). " if both else ". "
     if gains := model_gains(rows):
         text += f"Whole models spend most of their time in other layers and gain a factor of {_span(gains)}. "
-    text += f"Measured on {device(rows)}, {dtypes}; {noisy} of {len(timed)} times are noisy.\n"
+    text += f"Measured on {device(rows)}, {dtypes}; {noisy} of {len(timed)} times are noisy. "
+    text += "[Benchmarks](docs/benchmarks.md) has the method and every table."
     return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
 
 
