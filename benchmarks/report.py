@@ -324,10 +324,14 @@ def page_text(runs: Runs) -> str:
 
 
 def readme_numbers(runs: Runs, on_gpus: gpu_page.Runs) -> str:
-    """The README's picture and its figures: a sentence for each run, then one about GPUs."""
-    drawn = [(name, rows) for name, rows in runs.items() if charts.DRAWABLE["summary"](rows)]
-    pictures = [f"![{charts.TITLES['summary']}]({PICTURES}/{name}-summary.png)\n" for name, rows in drawn]
-    return "\n".join(["", *pictures, *(headline(rows) for _, rows in drawn), gpu_page.readme_text(on_gpus), ""])
+    """The README's picture and headline, of a run on a GPU if there is one, and what was measured on GPUs."""
+    drawable = [name for name, rows in runs.items() if charts.DRAWABLE["summary"](rows)]
+    parts = [gpu_page.readme_text(on_gpus)]
+    if drawable:
+        shown = next((name for name in drawable if any(row["driver"] for row in runs[name])), drawable[0])
+        picture = f"![{charts.TITLES['summary']}]({PICTURES}/{shown}-summary.png)\n"
+        parts = [picture, headline(runs[shown]), *parts]
+    return "\n".join(["", *parts, ""])
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -338,8 +342,8 @@ def headline(rows: Sequence[Row]) -> str:
     dtypes = ", ".join(dict.fromkeys(dtype for _, dtype in charts.best_ratios(rows, "fwd")))
     text = (
         f"**Window attention is {statistics.median(forward):.1f} times as fast forward** as the fastest other "
-        "implementation in the same run (plain PyTorch, `scaled_dot_product_attention`, `torch.compile`), the median of "
-        f"{len(forward)} shapes ({_span(forward)})"
+        "implementation in the same run (plain PyTorch, `scaled_dot_product_attention`, `torch.compile`), the median "
+        f"of {len(forward)} shapes ({_span(forward)})"
     )
     text += f", and {statistics.median(both):.1f} times forward and backward ({_span(both)}). " if both else ". "
     if gains := model_gains(rows):

@@ -316,6 +316,18 @@ def test_headline_compares_with_the_fastest_other_contestant() -> None:
     assert "float32; 0 of 8 times are noisy." in text
 
 
+def test_the_readme_shows_one_run() -> None:
+    """That on a GPU, if there is one."""
+    rows = with_environment([row("cpu", 100.0), row("reference", 250.0)])
+    on_gpu = [
+        {**r, "driver": "1.0", "device": "Some GPU", "backend": r["backend"].replace("cpu", "cuda")} for r in rows
+    ]
+    text = report.readme_numbers({"a": rows, "b": on_gpu, "c": rows}, [])
+    assert text.count("![") == 1 and "/b-summary.png" in text and "Some GPU" in text
+    assert "/a-summary.png" in report.readme_numbers({"a": rows}, [])
+    assert "![" not in report.readme_numbers({"a": with_environment([row("eager", 1.0)])}, [])
+
+
 def test_headline_names_the_gain_of_models() -> None:
     of_model = {"suite": "models", "op": "timm swin", "direction": "inference", "case": "swin-b1"}
     rows = [row("cpu", 1.0), row("eager", 2.0)]
