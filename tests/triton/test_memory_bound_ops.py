@@ -428,6 +428,22 @@ def same_bits_twice(name, dtype):
         assert torch.equal(given[key], before[key]), key  # inputs are not modified
 
 
+@check("odd", dtypes=(torch.float32,))
+def same_bits_for_any_number_of_multiprocessors(name, dtype):
+    """Gradients of parameters, too: the programs that share their rows are as many on every GPU."""
+    case = MERGINGS[name]._replace(batch=30)
+    given, counted = inputs(case, "f32"), merging_launcher.multiprocessors
+    try:
+        results = []
+        for number in (1, 16, 132):
+            merging_launcher.multiprocessors = lambda device, number=number: number
+            results.append(run(case, given))
+    finally:
+        merging_launcher.multiprocessors = counted
+    for key, value in results[0].items():
+        assert all(torch.equal(value, other[key]) for other in results[1:]), key
+
+
 @check(dtypes=(torch.float32,))
 def merging_norm_of_an_empty_batch(dtype):
     case = MERGINGS["odd"]._replace(batch=0)
