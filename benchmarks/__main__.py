@@ -236,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--dtype", choices=DTYPES, nargs="+", help="default: bfloat16 on a GPU, float32 on a CPU")
         command.add_argument("--filter", default="*", help="shapes, models or sweeps, by a pattern such as 'swin_t*'")
         command.add_argument("--op", nargs="+", choices=("window_attention", *memory_bound.BENCHES), help="of ops")
-        command.add_argument("--baseline", nargs="+", choices=BASELINES, default=(), help="the contestants; default: all")
+        command.add_argument("--baseline", nargs="+", choices=BASELINES, default=(), help="contestants; default: all")
         command.add_argument("--quick", action="store_true", help="a few shapes, and no compilation on a CPU")
         command.add_argument("--batch", type=int, help="largest batch; 1 on a CPU unless given")
         command.add_argument("--threads", type=int, help="torch's threads on a CPU")
@@ -250,7 +250,9 @@ def parser() -> argparse.ArgumentParser:
     writing = commands.add_parser(
         "report", help="docs/benchmarks.md, docs/gpu.md, charts and the README's numbers, from the files of runs"
     )
-    writing.add_argument("--results", type=Path, default=report.RESULTS, help="folder with one folder of CSV files per run")
+    writing.add_argument(
+        "--results", type=Path, default=report.RESULTS, help="folder with a folder of CSV files per run"
+    )
     judging = commands.add_parser(
         "compare",
         help="what became faster or slower from one CSV file to another; without files, what has more instructions "

@@ -1,4 +1,4 @@
-"""Which results of the CUDA kernels depend on the GPU or on the batch, as docs/numerics.md says, run by the emulator."""
+"""Results of the CUDA kernels that depend on the GPU or on the batch, as listed in docs/numerics.md, in the emulator."""
 
 from __future__ import annotations
 
