@@ -98,7 +98,7 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
 
 
 def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], float]:
-    """By shape and dtype of window attention: the time of the fastest other contestant / ours."""
+    """Return, for window attention by shape and dtype, the time of the fastest other contestant over ours."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in _right(rows, "ops"):
         if (row["op"], row["direction"]) == ("window_attention", direction):
@@ -113,7 +113,7 @@ def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], fl
 
 
 def summary(rows: Sequence[Row], path: Path) -> None:
-    """How many times our time the fastest other contestant takes for window attention: two bars a shape."""
+    """Draw the fastest other contestant's time for window attention as a multiple of ours: two bars per shape."""
     panels = {"forward": ("fwd", "#1f6feb"), "forward and backward": ("fwd+bwd", "#79b0ff")}
     fig, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
     ratios = {label: best_ratios(rows, direction) for label, (direction, _) in panels.items()}

@@ -17,7 +17,7 @@ class AttentionGoal(NamedTuple):
     # Speed as a multiple of the best peer's, forward and with backward.
     peers_fwd: float
     peers_both: float
-    unit: str = "% of copy"  # of fwd and bwd: percent of a device copy of the same bytes, or microseconds at most
+    unit: str = "% of copy"  # for fwd and bwd: percent of a device copy of the same bytes, or microseconds at most
 
 
 ATTENTION_GOALS = {

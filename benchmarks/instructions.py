@@ -235,7 +235,7 @@ class Build:
 
 
 class _Call(ctypes.Structure):
-    """Of launch_recorder.cpp."""
+    """The struct Call of launch_recorder.cpp."""
 
     _fields_ = [
         ("batch", ctypes.c_int64),

@@ -137,7 +137,7 @@ def _norm_then_add(case: MapCase, pair: Pair) -> Op:
 
 
 def _bytes(case: MapCase, read: Sequence[torch.dtype], written: Sequence[torch.dtype]) -> int:
-    """Of whole maps."""
+    """Bytes of whole maps, read and written."""
     return _tokens(case) * case.channels * sum(d.itemsize for d in (*read, *written))
 
 

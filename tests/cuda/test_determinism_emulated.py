@@ -1,4 +1,4 @@
-"""Results of the CUDA kernels that depend on the GPU or on the batch, as listed in docs/numerics.md, in the emulator."""
+"""Results of the CUDA kernels that depend on the GPU or on the batch, per docs/numerics.md, in the emulator."""
 
 from __future__ import annotations
 
