@@ -1,4 +1,4 @@
-"""The report of accelerate is true, and can prove it."""
+"""The report of accelerate is true, and Report.check confirms it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_block_is_counted_once_and_reasons_are_grouped():
 
 
 class SeparateLayers(nn.Module):
-    """A window attention with q and kv apart, and without a mask."""
+    """A window attention with separate q and kv layers, and without a mask."""
 
     def __init__(self) -> None:
         super().__init__()

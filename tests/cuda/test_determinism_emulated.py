@@ -36,7 +36,7 @@ def library() -> Iterator[emulation.WindowAttentionLibrary]:
 
 @each_case
 def test_maps_have_the_same_bits_for_any_number_of_multiprocessors(library, case, dtype) -> None:
-    """Outputs and gradients of maps do; the gradients of parameters are sums over blocks, of which there are others."""
+    """Outputs and gradients of maps have; gradients of parameters are sums over blocks, whose number differs."""
     inputs, arguments = case.inputs(dtype), case.arguments()
     results = []
     for multiprocessors in (1, 2, 200):
