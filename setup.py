@@ -42,7 +42,7 @@ class BuildError(Exception):
 @dataclass(frozen=True)
 class Toolkit:
     home: Path
-    version: str  # of nvcc, such as "13.0"
+    version: str  # version of nvcc, such as "13.0"
 
 
 @dataclass(frozen=True)

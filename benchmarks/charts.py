@@ -42,7 +42,7 @@ def _right(rows: Sequence[Row], suite: str) -> list[Row]:
 
 
 def _save(fig: Any, path: Path) -> None:
-    fig.savefig(path, dpi=100, metadata={"Software": None})  # the same file for the same rows
+    fig.savefig(path, dpi=100, metadata={"Software": None})  # the same rows always give the same file
     plt.close(fig)
 
 

@@ -34,7 +34,7 @@ MakeCalls = Callable[[str, int], dict[str, Call]]
 
 @dataclass(frozen=True)
 class Contest:
-    """One op at one shape and dtype: the labels of its rows, the bytes to move, and the contestants' calls."""
+    """An op at one shape and dtype: the labels of its rows, the bytes to move, and the contestants' calls."""
 
     labels: Mapping[str, str]
     moved: Mapping[str, int]  # bytes per timed direction

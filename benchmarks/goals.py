@@ -37,7 +37,7 @@ GOAL = shapes.GOAL
 FLOAT16_GOAL = 1.03  # "as fast", as far as runs repeat
 TF32_GOAL = 70.0
 TRITON_GOALS = {"fwd": 60.0, "bwd": 50.0}
-# The same for the memory-bound ops, at every shape of shapes.MAP_GOALS.
+# Goals of the memory-bound ops, at every shape of shapes.MAP_GOALS.
 MEMORY_GOALS = {
     ("window_partition", "fwd"): 92.0,
     ("window_reverse", "fwd"): 92.0,

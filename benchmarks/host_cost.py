@@ -28,7 +28,7 @@ from benchmarks import contest, record
 from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase, op_arguments
 
-# By name; every map has one window.
+# Name -> case; every map has one window.
 CASES = {
     "v1": WindowAttentionCase(1, (1, 1), 1, 8, 1),
     "v1, shifted, padded": WindowAttentionCase(1, (1, 2), 1, 8, (2, 2), (1, 1), has_pad_qkv=True),

@@ -124,7 +124,7 @@ class Device(NamedTuple):
     ghz: float
     gb_per_s: float
     matrix_fma: int  # 16-bit products with float sums, per cycle and multiprocessor
-    shared_bytes: int  # of a multiprocessor; a block takes 1 KB more than it requests
+    shared_bytes: int  # per multiprocessor; a block takes 1 KB more than it requests
     most_warps: int
     most_blocks: int
 
@@ -156,7 +156,7 @@ class Kernel(NamedTuple):
 
 
 def _read_parameters(path: Path) -> dict[str, tuple[int, tuple[tuple[int, int], ...]]]:
-    """For each kernel in a cubin: the start of its parameters in the constant bank, and their offsets and bytes."""
+    """Find, for each kernel in a cubin, the start of its parameters in the constant bank, their offsets and bytes."""
     data = path.read_bytes()
     (table,) = struct.unpack_from("<Q", data, 40)
     count, names = struct.unpack_from("<HH", data, 60)
@@ -275,7 +275,7 @@ class Counted(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """One call: its counts by kernel, and its arrays by argument."""
+    """The result of one call: counts by kernel, and arrays by argument."""
 
     counts: dict[str, Counted]
     arrays: dict[str, np.ndarray]

@@ -35,7 +35,7 @@ Op = Callable[..., Any]  # (**tensors) -> a tensor or several
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """One op: its inputs, its contestants, and the bytes to move."""
+    """An op with its inputs, its contestants, and the bytes to move."""
 
     implemented: str | None  # the key in IMPLEMENTED, or None for an op of torch's
     inputs: Callable[[MapCase, Pair], dict[str, tuple[tuple[int, ...], torch.dtype]]]  # name -> shape and dtype
@@ -43,7 +43,7 @@ class Bench:
     peer: Callable[[MapCase, Pair], Op]
     exact: Callable[[MapCase], Op]  # on inputs in the dtype of the arithmetic
     moved: Callable[[MapCase, Pair], tuple[int, int]]  # bytes forward and backward
-    bare_backward: bool = True  # its backward pass is one op
+    bare_backward: bool = True  # the backward pass is one op
 
 
 def _tokens(case: MapCase) -> int:
@@ -235,7 +235,7 @@ BENCHES: dict[str, Bench] = {
         _merging_moved,
         bare_backward=False,
     ),
-    "patch_merging_gemm": Bench(  # its Linear alone, for comparison with the whole
+    "patch_merging_gemm": Bench(  # the Linear alone, for comparison with the whole
         None,
         lambda case, pair: {
             "z": ((_merged_tokens(case), _merged_width(case)), pair[1]),

@@ -99,7 +99,7 @@ class Warp:
         self.alive = threads < block.threads
         self.groups = [Group(0, self.alive.copy())]
         self.barriers: dict[str, Array] = {}
-        self.active, self.pc = self.alive, 0  # of the instruction being executed
+        self.active, self.pc = self.alive, 0  # lanes and address of the instruction being executed
         self.counts = np.zeros(len(block.program.code), I64)
         self.passes = np.zeros(len(block.program.code), I64)
 

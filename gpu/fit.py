@@ -28,8 +28,8 @@ from tests import emulation
 from tests.cuda.test_resources import resource_usage
 
 HOT = ("swin_t.1", "window 8", "window 12", "window 16", "window 7x7x7")
-RESERVED_BYTES = 1024  # of every block's shared memory, reserved by CUDA
-REGISTERS, WARP_REGISTERS = 65536, 256  # of a multiprocessor; a warp takes multiples of WARP_REGISTERS
+RESERVED_BYTES = 1024  # reserved by CUDA in every block's shared memory
+REGISTERS, WARP_REGISTERS = 65536, 256  # per multiprocessor, and the unit in which a warp gets them
 
 
 class Room(NamedTuple):

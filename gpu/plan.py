@@ -9,7 +9,7 @@ from gpu import ROOT
 from gpu.runner import Group, Step
 
 ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")
-TRITON_SHARES = 3  # of the cases of a dtype: Triton takes seconds to compile each
+TRITON_SHARES = 3  # shares of a dtype's cases: Triton takes seconds to compile each
 TEST_PROCESSES = 14
 VARIANTS = ROOT / "build" / "variants"  # one folder with a package for each variant
 DEFAULT = ("info", "smoke", "bits", "time", "ncu", "sanitize", "tests", "models")
@@ -92,7 +92,7 @@ def steps(setting: Setting, names: tuple[str, ...] = DEFAULT) -> list[Step]:
     ]
     if setting.whole:
         every = [replace(s, seconds=3600, patience=1200, takes_what_is_left=False) for s in every]
-    if setting.rehearse:  # its times are meaningless; on two cores, many processes would starve each other
+    if setting.rehearse:  # times are meaningless here; on two cores, many processes would starve each other
         every = [
             replace(s, patience=600, processes=len(s.groups) if s.takes_turns else 2, takes_what_is_left=True)
             for s in every

@@ -75,7 +75,7 @@ class _Process:
     def _read(self, out: int, messages: queue.Queue) -> None:
         with os.fdopen(out) as lines:
             for text in lines:
-                if text.endswith("\n"):  # else the process died while writing
+                if text.endswith("\n"):  # otherwise the process died while writing
                     messages.put((self, json.loads(text)))
         messages.put((self, None))
 

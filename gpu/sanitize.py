@@ -26,7 +26,7 @@ from gpu.smoke import separate
 from swinkernels.testing import WindowAttentionCase as Case
 from swinkernels.testing import run_case
 
-FOUND_SOMETHING = 86  # not an exit status of Python's
+FOUND_SOMETHING = 86  # Python never exits with this status
 DOZEN = 12
 ROLL_THEN_PAD = {"pad_order": "roll_then_pad"}
 # The kernels choose tiles and loops by the tokens of a window (short, middle, long), head_dim and the options.

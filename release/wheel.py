@@ -22,7 +22,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# As machine code; newer architectures use the PTX.
+# These architectures get machine code; newer ones use the PTX.
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 # The CUDA major of PyPI's torch, whose wheel gets the plain name.
 PLAIN_CUDA = "13"

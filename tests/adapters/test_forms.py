@@ -321,7 +321,7 @@ def test_sams_scale_counts_where_its_code_reads_it(fused):
 def test_a_forward_that_was_bound_and_is_replaced_later():
     davit = pytest.importorskip("timm.models.davit")
     block = davit.SpatialBlock(16, 2, window_size=4).eval()
-    block.attn.forward = block.attn.forward  # as tools that offload weights do
+    block.attn.forward = block.attn.forward  # weight offloading does this
     swinkernels.accelerate(block)
     x = torch.randn(1, 16, 8, 8)
     before = block(x)

@@ -468,7 +468,7 @@ model = dict(
 
 
 def test_old_checkpoints_still_load():
-    """Their last norm has another name, which mmpretrain only handles for its own class."""
+    """The last norm has another name in old checkpoints, which mmpretrain only handles for its own class."""
     model = make_model(out_indices=(1,))
     state = model.state_dict()
     for name in ("weight", "bias"):

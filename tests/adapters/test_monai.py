@@ -253,7 +253,7 @@ def test_drop_path_draws_the_same_in_checkpoints():
 
 
 def test_attention_dropout():
-    """Applied in training, except where scaled_dot_product_attention would run, which MONAI calls without dropout."""
+    """Dropout is applied in training, except with scaled_dot_product_attention, which MONAI calls without dropout."""
     for flash in (False, True):
         model = make_encoder(2, attn_drop_rate=0.5, use_flash_attention=flash).train()
         fast, x = accelerated(model), make_volume(2)

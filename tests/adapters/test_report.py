@@ -36,7 +36,7 @@ def test_check_lists_ops_and_backends(backend):
     ran = {entry.path: entry for entry in report.check(x).modules}
     assert ran["blocks.0"].calls["window_attention_qkvpacked", backend] == 1
     assert ran["blocks.1"].calls["window_attention_qkvpacked", backend] == 1
-    assert ran["blocks.1.attn"].reason == "it was not called"  # its block does its work
+    assert ran["blocks.1.attn"].reason == "it was not called"  # the block computes the attention itself
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(model(x), expected)
     assert "2 of 4 replaced modules called ops" in str(report.check(x))

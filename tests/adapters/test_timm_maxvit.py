@@ -84,7 +84,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("partition", ["block", "grid"])
 def test_outputs_and_every_gradient(cls, dtype, rel_pos_type, head_first, partition, calls):
     if cls is ParallelPartitionAttention and partition == "grid":
-        return  # it has both
+        return  # this class has both kinds of attention
     block = make_block(cls, partition, dtype, rel_pos_type=rel_pos_type, head_first=head_first)
     x = make_map(cls, dtype=dtype)
     exact = run(copy.deepcopy(block).double(), x.double())

@@ -152,7 +152,7 @@ def test_drop_path_draws_the_same(version, scale_by_keep, calls):
         results[-1]["next random number"] = torch.rand(1).double()
     assert_as_good(results[1], results[0], results[0])
     assert calls.by_op() == CALLS[version]
-    assert sum(call.get("drop_path_scale") is not None for call in calls) == (3 if version == 1 else 6)  # not the first
+    assert sum(call.get("drop_path_scale") is not None for call in calls) == (3 if version == 1 else 6)  # one has none
     assert not torch.equal(results[0]["out"], model.eval()(x)), "drop path was not active"
 
 
@@ -393,7 +393,7 @@ def test_auto_decides_at_the_call(version, calls, a_gpu, monkeypatch):
         kernels_only(patch)
         model(x)
     assert calls.by_op() == CALLS[version]
-    model.double()(x.double())  # which no kernel supports
+    model.double()(x.double())  # no kernel supports float64
     model.to("meta")(x.double().to("meta"))
 
 

@@ -223,7 +223,7 @@ def test_goals() -> None:
     } == expected
     rows[3]["median_us"] = 599.0  # one peer is faster than the others
     assert verdicts(rows)["fwd at swin_t.1 against the best peer"] == "not met"
-    rows[3].update(result="WRONG")  # and does not count with a wrong result
+    rows[3].update(result="WRONG")  # a wrong result does not count
     assert verdicts(rows)["fwd at swin_t.1 against the best peer"] == "met"
     del rows[4]
     assert verdicts(rows)["fwd at swin_t.1 against the best peer"] == "not measured"
@@ -434,7 +434,7 @@ def test_variants_name_what_exists() -> None:
         sources = attention_traits if name.startswith("attention ") else moving
         for macro in changes:
             assert f"#ifndef {variants.PREFIX}{macro}\n" in sources
-            assert sources.count(f"{variants.PREFIX}{macro}") >= 3  # it is used
+            assert sources.count(f"{variants.PREFIX}{macro}") >= 3  # the macro is used
 
 
 @pytest.mark.parametrize("name", variants.TRITON)

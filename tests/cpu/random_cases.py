@@ -80,17 +80,17 @@ class _Placed(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the op in one of its forms."""
+    """A call of the op in one of its forms."""
 
     case: Case
     dtype: torch.dtype
     form: str
-    layouts: tuple[Layout, ...]  # of qkv, or of q, k and v
+    layouts: tuple[Layout, ...]  # layouts of qkv, or of q, k and v
     of_gradient: Layout  # layout of the output's gradient
     of_tables: dict[str, Layout]  # layouts of tables that are moved in memory
     are_wide: bool  # bias tables and logit_scale are float64
     constant: tuple[str, ...]  # tables without a gradient
-    seed: int  # of the inputs
+    seed: int  # seed of the inputs
 
     def __str__(self) -> str:
         constant = f", constant {', '.join(self.constant)}" if self.constant else ""

@@ -236,7 +236,7 @@ def test_empty_batch():
 
 
 def test_logit_scale_at_the_clamp():
-    """As torch.clamp: ln 100 rounded to float32 is above ln 100 and has no gradient."""
+    """ln 100 rounded to float32 is above ln 100 and has no gradient, as in torch.clamp."""
     case = Case(1, (8, 8), 3, 16, 4, 2, has_logit_scale=True)
     inputs = case.inputs(torch.float32)
     bound = torch.tensor(math.log(100.0))

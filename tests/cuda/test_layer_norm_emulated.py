@@ -227,7 +227,7 @@ def test_any_number_of_multiprocessors(library, case, multiprocessors):
 
 @pytest.mark.parametrize("case", [merging(3, 24, 24, 8), plain(600, 24)], ids=str)
 def test_only_gradients_of_parameters_depend_on_the_number_of_multiprocessors(library, case):
-    """Those are sums over blocks, as docs/numerics.md states."""
+    """Gradients of parameters are sums over blocks, as docs/numerics.md states."""
     inputs = case.inputs()
     results = []
     for multiprocessors in (1, 3, 100):

@@ -316,7 +316,7 @@ def test_dropout_rate_and_seeds():
         rows, columns = kept.double().mean((0, 1, 2, 4)), kept.double().mean((0, 1, 2, 3))
         assert ((rows - 0.7).abs() < 0.1).all() and ((columns - 0.7).abs() < 0.1).all()
     agreement = (a == b).double().mean()
-    assert abs(agreement - (p * p + (1 - p) ** 2)) < 0.01  # as for independent draws
+    assert abs(agreement - (p * p + (1 - p) ** 2)) < 0.01  # the value for independent draws
 
 
 def test_philox_is_that_of_the_paper():
@@ -547,7 +547,7 @@ def test_scores_far_from_zero(library, shift, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_of_200(library, dtype):
-    """Large q and k of either sign give these, next to windows of ordinary scores."""
+    """Large q and k of either sign give such scores, in a map with windows of ordinary scores."""
     case = SHORT16["seams"]
     inputs = case.inputs(dtype)
     inputs["qkv"].unflatten(-1, (3, -1))[:1, :, :, :2] *= 200**0.5
@@ -593,7 +593,7 @@ def test_lse(library):
     offset = (token // 4)[:, None] - (token // 4) + 3, (token % 4)[:, None] - token % 4 + 3
     bias = inputs["bias_table"].double()[offset[0] * 7 + offset[1]].permute(2, 0, 1)
     expected = torch.logsumexp(q @ k.mT / math.sqrt(16) + bias, -1)
-    # It sums the rounded probabilities, which also divide the output.
+    # lse sums the rounded probabilities, which also divide the output.
     torch.testing.assert_close(lse.double(), expected, rtol=0, atol=torch.finfo(torch.float16).eps / 2)
 
 

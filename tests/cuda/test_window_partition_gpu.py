@@ -84,7 +84,7 @@ def test_shapes(backend: str, case: Case, channels: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("pad_order", PAD_ORDERS)
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_geometry(backend: str, name: str, pad_order: str) -> None:
-    """Tested on the ops, which also accept shifts of more than a window."""
+    """The ops, which also accept shifts of more than a window, handle every geometry."""
     case = GEOMETRY[name]._replace(pad_order=pad_order)
     x = draw(case.batch, *case.size, 12)
     windows = op("window_partition", backend)(x, *geometry(case))

@@ -177,7 +177,7 @@ class LaunchError(RuntimeError):
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel's mangled name, dynamic shared memory and threads of a block."""
+    """A launch: the kernel's mangled name, dynamic shared memory and threads of a block."""
 
     kernel: str
     smem_bytes: int
@@ -380,7 +380,7 @@ class Arguments(NamedTuple):
 
 
 class _Call:
-    """One forward call and the data for its backward call.
+    """A forward call and the data for its backward call.
 
     ``spread`` leaves gaps between the maps' rows, ``separate`` keeps q, k and v (and their gradients) in three tensors.
     """

@@ -128,7 +128,7 @@ def test_a_tool_runs_the_calls(
     (line,) = run(sanitize.cases, "racecheck", Setting())
     assert line["result"] == result
     arguments, no_cache = json.loads(log.read_text())
-    assert no_cache == "1"  # else torch's own pool hides accesses beyond a tensor
+    assert no_cache == "1"  # otherwise torch's own pool hides accesses beyond a tensor
     assert arguments[:2] == ["--tool", "racecheck"]
     assert arguments[-1] == f"from gpu import sanitize; sanitize.run('cuda', 'cuda', {sanitize.DOZEN})"
     log.unlink()
@@ -292,7 +292,7 @@ def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.Monk
 def test_a_bundle_has_what_a_bare_machine_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its packages come by pip, in pure Python; it has no module of this Python, and a file with its commit."""
+    """pip fetches its pure Python packages; it has no module of this Python, and a file with its commit."""
     if not list((bundle.ROOT / "swinkernels").glob("_ops*.so")):
         pytest.skip("the extension is not built")
     (tmp_path / "wheel").mkdir()

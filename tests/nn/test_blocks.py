@@ -76,7 +76,7 @@ def test_block_is_timms(version, shift, size):
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("version", [1, 2])
 def test_block_is_microsofts(version, shift, size):
-    """On sequences, with checkpoints that contain relative_position_index and attn_mask."""
+    """Sequences and checkpoints with relative_position_index and attn_mask work as in Microsoft's block."""
     theirs = (ClassificationBlock, ClassificationBlockV2)[version - 1](16, size, 2, 4, shift)
     if version == 2:  # the width in Microsoft's code
         theirs.attn.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, 2, bias=False))
@@ -225,7 +225,7 @@ def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
     expected = run(block, x)
     for name in ("attn", "attn.qkv", "attn.proj", "attn.proj_drop", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", "mlp.drop"):
         if name == "attn.qkv" and version == 2:
-            continue  # its bias is not the layer's, which is read and never called
+            continue  # the bias is a separate parameter; the layer is never called
         seen = []
         with block.get_submodule(name).register_forward_hook(lambda *_, seen=seen: seen.append(1)):
             assert_as_good(run(block, x), expected, expected)

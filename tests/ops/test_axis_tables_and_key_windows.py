@@ -113,7 +113,7 @@ def test_the_cpu_kernels(name, op):
 
 
 def test_a_compiled_call_with_axis_tables_is_the_call():
-    """The same holds for its gradients: the tables reach the op as one tensor."""
+    """Outputs and gradients agree: the tables reach the op as one tensor."""
     case = AXIS_TABLES["window 4, shifted"]
     inputs, arguments = case.inputs(torch.float32), {**case.arguments(), "backend": "auto"}
     op = swinkernels.window_attention_qkvpacked
@@ -149,7 +149,7 @@ def test_a_call_is_looked_up_by_the_shapes_of_its_axis_tables():
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
 def test_a_key_window_reads_pads_of_a_map_of_whole_windows(backend):
-    """Compared with swinkernels.reference itself, which gets the arguments unchanged."""
+    """The reference is swinkernels.reference itself, which gets the arguments unchanged."""
     torch.manual_seed(0)
     dtype = torch.float32 if backend == "cpu" else torch.float64
     qkv, pad = torch.randn(1, 4, 4, 3 * 16, dtype=dtype), torch.randn(3 * 16, dtype=dtype)

@@ -135,7 +135,7 @@ def test_autocast_is_asked_at_every_call():
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_the_tf32_switch_is_asked_at_every_call(allow_tf32, allowed):
-    """This happens for float32 on a GPU: here the plan of a CPU call is modified to read the switch."""
+    """The switch matters for float32 on a GPU: here the plan of a CPU call is modified to read it."""
     seen = []
     qkv = PLAIN.inputs(torch.float32)["qkv"]
     attend(qkv, **PLAIN.arguments())
@@ -172,7 +172,7 @@ def test_backends_are_chosen_for_each_request():
     inputs = PLAIN.inputs(torch.float32)
     for _ in range(2):
         cpu, reference = (attend(inputs["qkv"], **PLAIN.arguments(), backend=b) for b in ("cpu", "reference"))
-        assert not torch.equal(cpu, reference)  # they differ in the last bits
+        assert not torch.equal(cpu, reference)  # the two differ in the last bits
         torch.testing.assert_close(cpu, reference, rtol=1e-4, atol=1e-5)
         with pytest.raises(NotImplementedError, match="backend='triton'"):
             attend(inputs["qkv"].double(), **PLAIN.arguments(), backend="triton")
@@ -241,7 +241,7 @@ def test_a_call_returns_the_gradient_that_is_wanted(wanted):
 
 @needs_cpu
 def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
-    """Checked on the op's arguments: without gradients, or without a tensor that requires one, there is no lse."""
+    """The op's arguments show it: without gradients, or without a tensor that requires one, there is no lse."""
     seen = []
     op = module._FORWARD["window_attention_qkvpacked", ""]
 
@@ -324,7 +324,7 @@ def test_a_gradient_of_nothing_is_refused_by_the_binding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_weights(case, dtype):
-    """They are probabilities, the output is their sum of v, and requesting them changes nothing else."""
+    """The weights are probabilities, the output is their sum of v, and requesting them changes nothing else."""
     inputs = {k: v.to(dtype) for k, v in case.inputs(torch.float32).items() if k != "dout"}
     out, weights = attend(**inputs, **case.arguments(), return_attention=True)
     eps = torch.finfo(dtype).eps

@@ -394,7 +394,7 @@ def kept_bytes(function: Callable[[], Any], parameters: list[Tensor]) -> int:
 
 @pytest.mark.parametrize(("op", "most"), [("attention_half", 5.3), ("mlp_half", 1 + HIDDEN / C + 0.02)])
 def test_what_is_kept_for_backward(op, most):
-    """In units of x: x, q, k, v, the attention's result and the float32 lse (1/4 here); x and the result of fc1."""
+    """In sizes of x: x, q, k, v, the attention's result and the float32 lse (1/4 here); x and fc1's result."""
     tensors, options = case(op, (32, 32))
     tensors = [t.float().requires_grad_() for t in tensors]
     options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}

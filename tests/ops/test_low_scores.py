@@ -31,7 +31,7 @@ def on(backend: str) -> functools.partial:
 def test_outputs_and_gradients(backend, name, dtype):
     op = on(backend)
     if backend == "reference" and dtype != torch.float32:
-        op = functools.partial(reference_in_float32, op)  # it rounds its inputs only
+        op = functools.partial(reference_in_float32, op)  # rounds the inputs only
     check_window_attention(op, CASES[name], dtype)
 
 

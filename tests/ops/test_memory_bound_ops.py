@@ -39,7 +39,7 @@ MAPS = ("x", "y", "windows")
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a public function: the shapes of its tensors and its other arguments."""
+    """A call of a public function: the shapes of its tensors and its other arguments."""
 
     op: str
     shapes: dict[str, tuple[int, ...]]
@@ -260,7 +260,7 @@ def test_only_one_result_used(plain_kernels):
 
 
 def test_gradient_of_drop_path_scale():
-    """Only the reference supports it; a kernel is not chosen, or gives the reason."""
+    """Only the reference supports the gradient; a kernel is not chosen, or gives the reason."""
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     x, y = draw(2, 3, 5), draw(2, 3, 5, seed=2)
     for op in (swinkernels.residual_layer_norm, swinkernels.residual_post_norm):
@@ -565,7 +565,7 @@ def test_second_derivative_is_in_the_reference_alone(name, plain_kernels):
     leaves = case.leaves(torch.float32)
     for backend in backends_of(case):
         if backend == "triton" and "merge" in name and "post" in name:
-            continue  # its norm is torch's
+            continue  # the norm is torch's
         with pytest.raises(NotImplementedError, match="use backend='reference' for double backward"):
             penalty(backend, **leaves).backward()
     wide = case.leaves(torch.float64)

@@ -89,7 +89,7 @@ def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
     )
     relative = keys[:, None, :] - queries[:, :, None]
     relative = relative + torch.tensor([w - m + 1 for w, m in zip(window, key_window, strict=True)])[:, None, None]
-    index = relative[0] * rows[1] + relative[1]  # of either sign
+    index = relative[0] * rows[1] + relative[1]  # may be negative
     wraps = (key_window[0] - 2) * rows[1] + key_window[1] - 2  # the published index has its largest offset here
 
     def windows(x, w, padding):

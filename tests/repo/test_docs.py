@@ -26,7 +26,7 @@ from swinkernels import adapters, info, models
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PARSED = ("benchmarks.host_cost", "benchmarks.instructions")  # they take minutes
+PARSED = ("benchmarks.host_cost", "benchmarks.instructions")  # too slow to run
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ def seconds_of_all_processes() -> float:
     for folder in Path("/proc").iterdir():
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split() if folder.name.isdigit() else []
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         if fields:
             own[int(folder.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")

@@ -27,7 +27,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class NormCase:
-    """One call of an op: ``op`` names it, the other fields determine shapes and arguments."""
+    """A call of an op: ``op`` names it, the other fields determine shapes and arguments."""
 
     op: str  # "layer_norm", "patch_merging_norm", "residual_layer_norm" or "residual_post_norm"
     shape: tuple[int, ...]  # shape of x
@@ -68,7 +68,7 @@ class NormCase:
 
     @property
     def numbers(self) -> list[int]:
-        """The same, numbered row-major."""
+        """The row-major numbers of these neighbours."""
         return [sum(o << i for i, o in enumerate(reversed(offset))) for offset in self.offsets]
 
     def rows(self, x: Tensor) -> Tensor:

@@ -42,8 +42,9 @@ def kept_weights(seed: int, p: float, batch: int, num_windows: int, num_heads: i
 
 
 def kept_by_triton(seed: int, p: float, batch: int, num_windows: int, num_heads: int, tokens: int) -> Tensor:
-    """The same for swinkernels/triton, whose counter is (key / 4, query, window, head): a counter's four numbers belong
-    to four neighbouring keys.
+    """Return the weights that swinkernels/triton keeps, as 1 or 0 in the same shape.
+
+    Its counter is (key / 4, query, window, head): a counter's four numbers belong to four neighbouring keys.
     """
     shape = (batch * num_windows, num_heads, tokens, -(-tokens // 4))
     window, head, query, quad = np.meshgrid(*(np.arange(x, dtype=np.uint64) for x in shape), indexing="ij")

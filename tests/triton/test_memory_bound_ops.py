@@ -171,7 +171,7 @@ def partition_of_random_geometry():
 
 @check("odd", "three_axes_odd", dtypes=(torch.float32,))
 def partition_and_reverse_are_each_others_derivative(name, dtype):
-    """Tested through the public functions, twice."""
+    """The public functions are differentiated twice."""
     size, window, shift = PARTITIONS[name]
     x = draw(1, *size, 4).requires_grad_()
     for order in ("pad_then_roll", "roll_then_pad"):

@@ -300,7 +300,7 @@ def gradients_that_are_not_needed_are_empty(name, dtype):
 
 @check("cosine", "cosine_tiled", dtypes=DTYPES[:1])
 def rows_of_zeros_have_cosine_zero(name, dtype):
-    """Their gradient, of the order of 1e12 by definition, is correct, and nothing is infinite or NaN."""
+    """The gradient of such rows, of the order of 1e12 by definition, is correct, and nothing is infinite or NaN."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
