@@ -1,26 +1,26 @@
 # `make demo`, `make test`, `make check` and `make lint` each work alone on a fresh machine with Python, pip and a C++
-# compiler; each installs what it needs and no more.
-# `make gpu-check` and what is part of it use the Python at hand: no network, no virtual environment.
+# compiler; each installs its own requirements only.
+# `make gpu-check` and its parts use the current Python, without network and virtual environment.
 
 PYTHON ?= python3
 VENV ?= .venv
-# TORCH="torch==2.11.0" takes another one, and the torchvision that goes with it.
+# TORCH="torch==2.11.0" installs another version, with the matching torchvision.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 RESULTS ?= results
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
-# What make check compares with.
+# The branch that make check compares with.
 BASE ?= main
-# Which faults, or the beginnings of their names.
+# The faults to run, by name or prefix.
 FAULTS ?=
-# Of test-all: the parts to run, whatever was run before.
+# The parts that test-all runs, even if they were run before.
 PARTS ?=
-# What to measure: arguments of python -m benchmarks.
+# The benchmarks to run: arguments of python -m benchmarks.
 BENCH ?= all --quick
-# How many random calls sanitize-cpu makes.
+# The number of random calls of sanitize-cpu.
 CALLS ?= 10000
-# Of gpu-check: seconds (480), the steps (all but two unless named), another _ops library to time beside this one, and 1 to do
-# the same without a GPU.
+# For gpu-check: seconds (480), the steps (by default all but two), another _ops library to time as well, and 1 to run
+# it without a GPU.
 BUDGET ?=
 STEPS ?=
 AGAINST ?=
@@ -28,8 +28,8 @@ REHEARSE ?=
 
 export MAX_JOBS
 
-# CUDA kernels take minutes to compile, on two cores. They are built where there is a GPU, for the tests, with CUDA=1, and
-# where an earlier build has them.
+# CUDA kernels take minutes to compile on two cores. They are built if there is a GPU, for the tests, with CUDA=1, and
+# if an earlier build has them.
 CUDA ?= $(if $(or $(shell nvidia-smi -L 2> /dev/null | grep GPU),$(wildcard build/temp.*/csrc/kernels/cuda)),1)
 SWINKERNELS_BUILD ?= $(if $(CUDA),auto,cpu)
 kernels = $(if $(filter cpu,$(SWINKERNELS_BUILD)),CPU kernels; CUDA=1 adds the CUDA kernels,CPU and CUDA kernels)
@@ -39,8 +39,8 @@ run := $(VENV)/bin/python
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
 cxx_files = $(shell find csrc benchmarks examples -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-# $(call phase,name,what it does,command): one line, with the seconds that it took. The output goes to build/<name>.log,
-# which a failure names after the lines that tell most.
+# $(call phase,name,description,command): prints one line, with the seconds taken. The output goes to build/<name>.log,
+# which a failure names after the most relevant lines.
 define phase
 @mkdir -p build; printf '%s ... ' '$(2)'; start=$$(date +%s); \
 if { $(3); } > build/$(1).log 2>&1; then echo "$$(($$(date +%s) - start)) s"; else \
@@ -53,25 +53,25 @@ endef
 
 help:
 	@echo 'make demo       a timm Swin on a photograph, before and after swinkernels.accelerate'
-	@echo 'make test       the tests; those that need a GPU are skipped where there is none'
-	@echo 'make check      lint, types and the tests of what changed since BASE=$(BASE), for at most a minute'
+	@echo 'make test       the tests; those that need a GPU are skipped without one'
+	@echo 'make check      lint, types and the tests of files changed since BASE=$(BASE), in at most a minute'
 	@echo 'make coverage   the lines of the package and of the CPU kernels that no test runs'
-	@echo 'make test-all   all tests and all faults, before a release; writes tests/last_full_run.json, from which it goes on'
-	@echo 'make faults     put faults into copies of the sources, each of which a test has to find; FAULTS="cuda-" for some'
-	@echo 'make build      compile csrc/ in place; only what changed. CUDA=1: the CUDA kernels without a GPU, too'
+	@echo 'make test-all   all tests and all faults, before a release; resumes from tests/last_full_run.json'
+	@echo 'make faults     put faults into copies of the sources, each of which a test must find; FAULTS="cuda-" for some'
+	@echo 'make build      compile changed sources of csrc/ in place; CUDA=1: the CUDA kernels even without a GPU'
 	@echo 'make wheel      the wheel of the CPU kernels, and with CUDA=1 that of the CUDA kernels, into dist/'
 	@echo 'make docs       the documentation, into site/'
-	@echo 'make bench      time this package against what a user has without it; BENCH="all" for everything'
-	@echo 'make lint       ruff and clang-format; make format applies what they would change; make types: mypy'
-	@echo 'make gpu-check    all that a GPU is to settle, in eight minutes; REHEARSE=1: the same without a GPU'
+	@echo 'make bench      time this package and the alternatives to it; BENCH="all" for everything'
+	@echo 'make lint       ruff and clang-format; make format applies their changes; make types: mypy'
+	@echo 'make gpu-check    all checks that need a GPU, in eight minutes; REHEARSE=1: the same without a GPU'
 	@echo 'make gpu-bundle   a folder, bundle/, to carry to a GPU: make gpu-check there needs no compiler'
 	@echo 'make gpu-test, gpu-bench, gpu-variants, sanitize   parts of gpu-check, whole and without a time limit'
 	@echo 'make sanitize-cpu  run random calls of the CPU kernels under AddressSanitizer and UBSan; CALLS=$(CALLS)'
-	@echo 'make clean      remove what was built; the environment $(VENV) stays'
+	@echo 'make clean      remove all build results; the environment $(VENV) stays'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" RESULTS=$(RESULTS) BENCH="$(BENCH)" MAX_JOBS=$(MAX_JOBS)'
-	@echo 'Of gpu-check: BUDGET=480 STEPS=smoke,time AGAINST=other/_ops.abi3.so REHEARSE=1'
+	@echo 'For gpu-check: BUDGET=480 STEPS=smoke,time AGAINST=other/_ops.abi3.so REHEARSE=1'
 
-# Stamps of what is installed, by the torch that was asked for: another TORCH installs it. The linters need none.
+# Stamps of the installed packages, one per TORCH: another TORCH is installed when requested. The linters need none.
 torch_name := $(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' '-')
 torch_stamp := $(VENV)/.torch-$(torch_name)
 dev_stamp := $(VENV)/.dev-$(torch_name)
@@ -95,7 +95,7 @@ $(lint_stamp): pyproject.toml constraints.txt
 	$(call phase,install-lint,installing the linters into $(linters),$(call install,$(linters),--group lint))
 	@touch $@
 
-# Ninja finds out what changed, so this is always run; without a change it takes seconds.
+# Always run, because ninja detects changes; without any it takes seconds.
 build: $(torch_stamp)
 	$(call phase,compile,compiling csrc/ in place ($(kernels)),\
 		$(in_venv) SWINKERNELS_BUILD=$(SWINKERNELS_BUILD) $(run) setup.py build_ext --inplace)
@@ -103,8 +103,8 @@ build: $(torch_stamp)
 demo: build
 	@$(in_venv) $(run) -m swinkernels.demo
 
-# One thread a process: tests of threads set their number, and threads that wait for each other take CPU time, three times
-# that of the tests. `long` are sweeps, and what builds or installs for minutes.
+# One thread per process: tests of threads set their number, and threads that wait for each other take three times the
+# CPU time of the tests. `long` marks sweeps, and tests that build or install for minutes.
 test: CUDA = 1
 test: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal -m 'not long' $(PYTEST_ARGS)
@@ -125,7 +125,7 @@ wheel: $(torch_stamp)
 faults: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m tests.faults $(FAULTS)
 
-# Which lines of the package and of the CPU kernels no test runs. It takes longer than the tests; PYTEST_ARGS chooses some.
+# The lines of the package and of the CPU kernels that no test runs. Takes longer than the tests; PYTEST_ARGS selects some.
 coverage: $(dev_stamp)
 	$(call phase,install-coverage,installing coverage and gcovr into $(VENV),$(call install,$(VENV),--group coverage))
 	$(call phase,compile-coverage,compiling the CPU kernels with counters,\
@@ -139,13 +139,13 @@ coverage: $(dev_stamp)
 	@echo 'The lines: build/coverage/package.txt, build/coverage/kernels.txt'
 	@$(MAKE) --no-print-directory build
 
-# The tests stop after half a minute: what is left is skipped, and said.
+# The tests stop after half a minute: the rest is skipped and reported.
 check: lint types build
 	@tests=$$($(run) tests/changed.py --since $(BASE)) && echo "tests: $$tests" && \
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n 2 --dist worksteal -q -m 'not slow and not long and not gpu' \
 		--seconds 30 $$tests $(PYTEST_ARGS)
 
-# Some pages are written from the sources; see docs/ and mkdocs.yml.
+# Some pages are generated from the sources; see docs/ and mkdocs.yml.
 docs: $(dev_stamp)
 	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs build --strict
 
@@ -188,8 +188,8 @@ gpu-variants:
 sanitize:
 	$(gpu) --whole --steps info,sanitize
 
-# In a folder of its own. Python's own flags make signed overflow wrap, which would hide it. torch does not free all that
-# it takes, and throws through a library that has to be there before the first exception.
+# Builds in a separate folder. Python's own flags make signed overflow wrap, which would hide it. torch does not free all
+# memory, and throws through a library that must be loaded before the first exception.
 sanitizers := -fsanitize=address,undefined
 sanitized := $(sanitizers) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv
 cxx_library = $(shell $(or $(CXX),c++) -print-file-name=$(1))

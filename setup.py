@@ -1,15 +1,15 @@
-"""Compiles csrc/ with ninja through torch's extension tools.
+"""Compile csrc/ with ninja through torch's extension tools.
 
-Two extensions: ``swinkernels._ops``, the kernels and their op bindings on torch's stable ABI (no Python module in it:
-torch loads it), and ``swinkernels._C``, a pybind11 module that says what was compiled to a program without torch.
+Two extensions: ``swinkernels._ops``, the kernels and their op bindings on torch's stable ABI (no Python module: torch
+loads it), and ``swinkernels._C``, a pybind11 module with the build information for programs without torch.
 
-SWINKERNELS_BUILD        auto (default): CUDA kernels if a CUDA toolkit of torch's major version is found, GPU or not,
-                         and the CPU kernels; cuda: the same, or an error; hot: of the CUDA kernels of window
-                         attention those for bfloat16 alone, to compare builds; cpu: CPU kernels; none: pure Python
+SWINKERNELS_BUILD        auto (default): CPU kernels, and CUDA kernels if a CUDA toolkit of torch's major version is
+                         found, with or without a GPU; cuda: the same, or an error; hot: of the CUDA kernels of window
+                         attention only bfloat16, to compare builds; cpu: CPU kernels; none: pure Python
 CUDA_HOME                the toolkit, if it is neither /usr/local/cuda nor that of the nvcc on the PATH
 TORCH_CUDA_ARCH_LIST     architectures; by default those of the visible GPUs, else 8.0 and 9.0 with PTX
 SWINKERNELS_WHEEL=1      a wheel for every Python: without swinkernels._C, tagged py3-none; release/wheel.py sets it
-MAX_JOBS, CXX, NVCC_APPEND_FLAGS    as torch's extension tools, setuptools and nvcc read them
+MAX_JOBS, CXX, NVCC_APPEND_FLAGS    as in torch's extension tools, setuptools and nvcc
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "
 
 
 class BuildError(Exception):
-    """A reason why the asked-for build is impossible, with its remedy: shown as it is, without a stack trace."""
+    """The requested build is impossible. The message has reason and remedy, and is shown without a traceback."""
 
 
 @dataclass(frozen=True)
 class Toolkit:
     home: Path
-    version: str  # of nvcc, such as "13.0"
+    version: str  # version of nvcc, such as "13.0"
 
 
 @dataclass(frozen=True)
 class Plan:
     compile: bool = True
     toolkit: Toolkit | None = None
-    cuda_missing: str | None = None  # why there is no toolkit to compile with
+    cuda_missing: str | None = None  # why there is no toolkit to compile with, or None
     arch_list: tuple[str, ...] = ()
-    bfloat16_alone: bool = False  # of window attention on CUDA
+    bfloat16_alone: bool = False  # for window attention on CUDA
 
 
 def _output(*command: str | Path) -> str:
@@ -63,7 +63,7 @@ def _output(*command: str | Path) -> str:
 
 
 def find_toolkit(environ: Mapping[str, str]) -> Toolkit | None:
-    """The first whole CUDA toolkit. nvcc on the PATH may be a wrapper script, so it is asked where it really lives."""
+    """Find the first complete CUDA toolkit. nvcc on the PATH may be a wrapper script; resolve where it really is."""
     candidates = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH"), "/usr/local/cuda"]
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
     if nvcc is not None:
@@ -96,14 +96,14 @@ def why_no_cuda(toolkit: Toolkit | None, torch_version: str, torch_cuda: str | N
 
 
 def choose_architectures(environ: Mapping[str, str], visible: list[tuple[int, int]]) -> tuple[str, ...]:
-    """TORCH_CUDA_ARCH_LIST without what is older than the kernels support (images of torch list it), else a default."""
+    """TORCH_CUDA_ARCH_LIST without architectures that are too old (torch's images list some), else a default."""
     asked = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
     if not asked or asked == "native":
         supported = [f"{major}.{minor}" for major, minor in sorted({*visible}) if (major, minor) >= OLDEST_CAPABILITY]
         return (*supported[:-1], supported[-1] + "+PTX") if supported else tuple(DEFAULT_ARCH_LIST.split(";"))
 
     def too_old(arch: str) -> bool:
-        number = re.match(r"(\d+)\.(\d+)", arch)  # a name, such as Ampere, is torch's to understand
+        number = re.match(r"(\d+)\.(\d+)", arch)  # torch resolves names, such as Ampere
         return number is not None and (int(number[1]), int(number[2])) < OLDEST_CAPABILITY
 
     architectures = tuple(arch for arch in asked.split(";") if arch and not too_old(arch))
@@ -118,7 +118,7 @@ def choose_architectures(environ: Mapping[str, str], visible: list[tuple[int, in
 def make_plan(
     environ: Mapping[str, str], torch_version: str, torch_cuda: str | None, visible: list[tuple[int, int]]
 ) -> Plan:
-    """What to build, from the environment and from the torch that is installed."""
+    """Decide what to build, from the environment and the installed torch."""
     wanted = environ.get("SWINKERNELS_BUILD", "auto")
     if wanted == "none":
         return Plan(compile=False)
@@ -137,7 +137,7 @@ def make_plan(
 
 
 def require_tools(environ: dict[str, str]) -> None:
-    """ninja and a C++ compiler; a ninja that pip installed outside the PATH is put on it."""
+    """Check for ninja and a C++ compiler; put a ninja that pip installed elsewhere on the PATH."""
     without = "or set SWINKERNELS_BUILD=none to install the pure Python package"
     if shutil.which("ninja", path=environ.get("PATH")) is None:
         try:
@@ -145,7 +145,7 @@ def require_tools(environ: dict[str, str]) -> None:
         except ImportError:
             raise BuildError(f"ninja was not found: pip install ninja, {without}") from None
         environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, environ.get("PATH", os.defpath)])
-    compiler = environ.get("CXX", "c++").split()[-1]  # of "ccache g++", the compiler
+    compiler = environ.get("CXX", "c++").split()[-1]  # for "ccache g++", the compiler
     if shutil.which(compiler, path=environ.get("PATH")) is None:
         raise BuildError(
             f"no C++ compiler was found ({compiler}): install one (apt-get install g++, dnf install gcc-c++, "
@@ -158,9 +158,9 @@ def sources(pattern: str) -> list[str]:
 
 
 def write_facts(plan: Plan, torch_version: str, torch_cuda: str | None, cuda_sources: list[str]) -> Path:
-    """What only this script knows of the build, as a header for the bindings; the header's folder.
+    """Write the facts known only to this script as a header for the bindings; return the header's folder.
 
-    A header, not macros: those would compile every source again when one fact changes.
+    With macros instead of a header, a changed fact would recompile every source.
     """
 
     def constant(module: str) -> str:
@@ -207,11 +207,11 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
         "swinkernels._ops",
         sorted({*sources("bindings/**/*.cpp"), *sources("kernels/cpu/**/*.cpp"), *cuda} - {*module}),
         include_dirs=includes,
-        # The oldest torch whose stable ABI may be used: the library then loads in that one and every newer one.
+        # The oldest torch whose stable ABI is used: the library loads in that one and every newer one.
         define_macros=[("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)), *with_cuda]
         + ([("USE_CUDA", None)] if plan.toolkit else []),
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
-        # A symbol that nobody defines is an error of the build, not of the first import.
+        # Make an undefined symbol an error of the build, not of the first import.
         extra_link_args=["-Wl,--no-undefined"] if sys.platform == "linux" else [],
         py_limited_api=True,
     )
@@ -230,7 +230,7 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
 
 
 def wheel_for_every_python() -> type:
-    """The command bdist_wheel with the tag py3-none: the op library is no module of Python, the platform has to fit."""
+    """Return bdist_wheel with the tag py3-none and the platform: the op library does not depend on Python."""
     from setuptools.command.bdist_wheel import bdist_wheel
 
     class WheelForEveryPython(bdist_wheel):
@@ -241,7 +241,7 @@ def wheel_for_every_python() -> type:
 
 
 def configure() -> dict:
-    """The ext_modules and cmdclass of setup(). Sets what torch's tools read from the environment."""
+    """Return the ext_modules and cmdclass of setup(). Sets variables that torch's tools read from the environment."""
     if os.environ.get("SWINKERNELS_BUILD", "auto") not in ("auto", "cuda", "hot", "cpu", "none"):
         got = os.environ["SWINKERNELS_BUILD"]
         raise BuildError(f"SWINKERNELS_BUILD must be auto, cuda, hot, cpu or none, got {got}")
@@ -261,7 +261,7 @@ def configure() -> dict:
     plan = make_plan(os.environ, torch.__version__, torch.version.cuda, visible)
     require_tools(os.environ)
     if plan.toolkit is not None:
-        os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # torch's tools read it when they are imported
+        os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # torch's tools read it on import
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.arch_list)
         print(f"swinkernels: CPU and CUDA kernels, for {' '.join(plan.arch_list)} by {plan.toolkit.home}", flush=True)
     else:

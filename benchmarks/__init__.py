@@ -1,1 +1,1 @@
-"""Benchmarks: one script an op, run as ``python -m benchmarks.<op>`` from the root of the repository."""
+"""Benchmarks: one script per op, run as ``python -m benchmarks.<op>`` from the root of the repository."""

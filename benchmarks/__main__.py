@@ -1,4 +1,4 @@
-"""Times swinkernels against what a user has without it, on this machine: ``python -m benchmarks --help``."""
+"""Times swinkernels and the alternatives to it on this machine: ``python -m benchmarks --help``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ BASELINES = tuple(dict.fromkeys((*attention.CONTESTANTS, *models.CONTESTANTS, *s
 
 
 class Task(NamedTuple):
-    """What is run at once: its contestants take turns."""
+    """A unit of work whose contestants take turns."""
 
     suite: str
     label: str
@@ -128,7 +128,7 @@ def _of_models(
         known = [name for name in known if name not in of_library]
     if device.type == "cpu" and options.filter not in shapes.LARGE_MODELS:
         known = [name for name in known if name not in shapes.LARGE_MODELS]
-    if options.quick and device.type == "cpu" and not options.baseline:  # a CPU compiles a model for a minute
+    if options.quick and device.type == "cpu" and not options.baseline:  # a CPU takes a minute to compile a model
         names = [name for name in names if name in models.KINDS]
     for name in _chosen(options, known, quick) if names else ():
         for dtype in options.dtype:
@@ -189,7 +189,7 @@ PLANS: dict[str, Callable[[argparse.Namespace, torch.device], Iterator[Task]]] =
 
 
 def run(tasks: Sequence[Task], device: torch.device, out: Path) -> dict[str, Rows]:
-    """Runs the tasks, and writes a CSV per suite after each, so that a run that ends early loses one task at most."""
+    """Run the tasks and write a CSV file per suite after each, so that an aborted run loses one task at most."""
     rows: dict[str, Rows] = {}
     columns = (
         TextColumn("{task.description}"),
@@ -200,7 +200,7 @@ def run(tasks: Sequence[Task], device: torch.device, out: Path) -> dict[str, Row
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    # A bar on a terminal must not swallow tables that are redirected to a file.
+    # A progress bar on a terminal must not hide tables that are redirected to a file.
     with Progress(
         *columns, console=console, speed_estimate_period=3600, redirect_stdout=sys.stdout.isatty()
     ) as progress:
@@ -217,7 +217,7 @@ def run(tasks: Sequence[Task], device: torch.device, out: Path) -> dict[str, Row
 
 
 def why_no_kernel(wanted: Sequence[str], device: torch.device) -> str | None:
-    """Why no kernel of this package can run on a device, or None; also None where only others are wanted."""
+    """Return why no kernel of this package can run on a device, or None; also None if only others are wanted."""
     ours = (*attention.OURS, *models.OURS, "window")
     reasons = attention.kernels(device)
     if None in reasons.values() or (wanted and not set(wanted) & set(ours)):
@@ -236,21 +236,23 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--dtype", choices=DTYPES, nargs="+", help="default: bfloat16 on a GPU, float32 on a CPU")
         command.add_argument("--filter", default="*", help="shapes, models or sweeps, by a pattern such as 'swin_t*'")
         command.add_argument("--op", nargs="+", choices=("window_attention", *memory_bound.BENCHES), help="of ops")
-        command.add_argument("--baseline", nargs="+", choices=BASELINES, default=(), help="who runs; default: all")
-        command.add_argument("--quick", action="store_true", help="a few shapes; on a CPU nothing is compiled")
+        command.add_argument("--baseline", nargs="+", choices=BASELINES, default=(), help="contestants; default: all")
+        command.add_argument("--quick", action="store_true", help="a few shapes, and no compilation on a CPU")
         command.add_argument("--batch", type=int, help="largest batch; 1 on a CPU unless given")
-        command.add_argument("--threads", type=int, help="of torch on a CPU")
+        command.add_argument("--threads", type=int, help="torch's threads on a CPU")
         command.add_argument(
             "--flush-denormal",
             action="store_true",
-            help="one CPU thread that takes denormal numbers for zero: exp of a masked score is one, and slows plain "
+            help="one CPU thread that treats denormal numbers as zero: exp of a masked score is one, and slows plain "
             "code",
         )
         command.add_argument("--out", type=Path, help="folder for the CSV files; default: results/<date and time>")
     writing = commands.add_parser(
         "report", help="docs/benchmarks.md, docs/gpu.md, charts and the README's numbers, from the files of runs"
     )
-    writing.add_argument("--results", type=Path, default=report.RESULTS, help="folder with a folder of CSV files a run")
+    writing.add_argument(
+        "--results", type=Path, default=report.RESULTS, help="folder with a folder of CSV files per run"
+    )
     judging = commands.add_parser(
         "compare",
         help="what became faster or slower from one CSV file to another; without files, what has more instructions "
@@ -283,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser().error("--device cuda: torch sees no CUDA GPU; see python -m swinkernels.info")
     if reason := why_no_kernel(options.baseline, device):
         parser().error(reason)
-    if options.flush_denormal:  # the setting is that of a thread
+    if options.flush_denormal:  # this setting is per thread
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
     elif options.threads:

@@ -1,7 +1,7 @@
 """The attention core, map to map, against the reference, eager PyTorch, other kernels and torch.compile.
 
-Every contestant is first compared with the float64 reference, on fewer images; benchmarks/contest.py says how it is
-timed.
+Every contestant is first compared with the float64 reference, on fewer images; see benchmarks/contest.py for the
+timing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Op = Callable[..., Tensor]  # (qkv, bias_table, logit_scale=None, pad_qkv=None) 
 
 
 def kernels(device: torch.device) -> dict[str, str | None]:
-    """Our backends for a device, and why each cannot run here, or None."""
+    """Map our backends for a device to the reason why each cannot run here, or to None."""
     return {n: _backends.unavailable(n) for n in OURS if (n == "cpu") == (device.type == "cpu")}
 
 
 def contestants(device: torch.device, wanted: Sequence[str]) -> list[str]:
-    """The names of ``wanted`` that can run on the device; ours may be missing in this installation."""
+    """Return the names in ``wanted`` that can run on the device; this installation may lack some of ours."""
     on_cpu = device.type == "cpu"
     names = [name for name, reason in kernels(device).items() if reason is None]
     # On a CPU flex has no backward pass, and cuEquivariance no kernel.
@@ -52,18 +52,18 @@ def make_op(name: str, case: WindowAttentionCase, dtype: torch.dtype, device: to
     return torch.compile(peer, fullgraph=True, dynamic=False) if compiled else peer
 
 
-# Of the float64 reference's scores, a tensor of 1.2 GB of which a backward pass holds several.
+# The most scores for the float64 reference: a tensor of 1.2 GB, of which a backward pass holds several.
 MOST_SCORES_ON_CPU = 150_000_000
 
 
 def to_verify(case: WindowAttentionCase, device: torch.device) -> WindowAttentionCase:
-    """Two images at most, and on a CPU a map that is smaller by whole windows where the scores would not fit."""
+    """Shrink a case to at most two images and, on a CPU, to a map of fewer windows if the scores would not fit."""
     case, window = shapes.with_batch(case, 2), case.window_tuple
     while device.type == "cpu" and formulas.core_flops(case)["fwd"] // (4 * case.head_dim) > MOST_SCORES_ON_CPU:
         windows = [s // w for s, w in zip(case.size, window, strict=True)]
         axis = windows.index(max(windows))
         if windows[axis] < 4:
-            break  # a shift needs two
+            break  # a shift needs two windows
         size = list(case.size)
         size[axis] -= windows[axis] // 2 * window[axis]
         case = dataclasses.replace(case, size=tuple(size))
@@ -73,7 +73,7 @@ def to_verify(case: WindowAttentionCase, device: torch.device) -> WindowAttentio
 def verify(
     name: str, case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, eps: float | None = None
 ) -> tuple[bool, float]:
-    """Whether output and gradients are right on a few images, and the worst RMS error in eps of the dtype.
+    """Check output and gradients on a few images; return the verdict and the worst RMS error in eps of the dtype.
 
     Ours have to keep the budget of the tests.
     """
@@ -104,7 +104,7 @@ def benchmark(
     directions: Sequence[str] = contest.DIRECTIONS,
     seconds: float | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per contestant and direction; with ``tf32``, of float32 with torch's switch for products on."""
+    """Return one row per contestant and direction; ``tf32`` turns torch's TF32 switch on for float32."""
     drawn: list[dict[str, Tensor]] = []
 
     def make_calls(name: str, count: int) -> dict[str, Call]:

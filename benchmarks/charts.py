@@ -1,4 +1,4 @@
-"""The pictures of a run: speed-ups, roofline, models, memory, scaling, complexity."""
+"""The charts of a run: speed-ups, roofline, models, memory, scaling, complexity."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def _right(rows: Sequence[Row], suite: str) -> list[Row]:
 
 
 def _save(fig: Any, path: Path) -> None:
-    fig.savefig(path, dpi=100, metadata={"Software": None})  # the same file for the same rows
+    fig.savefig(path, dpi=100, metadata={"Software": None})  # the same rows always give the same file
     plt.close(fig)
 
 
 def _bars(axis: Any, groups: dict[str, dict[str, float]], names: Sequence[str]) -> None:
-    """A group of horizontal bars for each key, one per name that has a value in any."""
+    """Draw a group of horizontal bars for each key, with one bar for each name that has a value anywhere."""
     shown = [name for name in names if any(name in values for values in groups.values())]
     height = 0.8 / max(len(shown), 1)
     for i, name in enumerate(shown):
@@ -61,7 +61,7 @@ def _bars(axis: Any, groups: dict[str, dict[str, float]], names: Sequence[str]) 
 
 
 def _legend(fig: Any, axes: Iterable[Any]) -> None:
-    """One for all axes, below them."""
+    """Draw one legend for all axes, below them."""
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     fig.legend(entries.values(), entries, fontsize=8, loc="outside lower center", ncols=len(entries))
 
@@ -71,7 +71,7 @@ def _device(rows: Sequence[Row]) -> str:
 
 
 def speedup(rows: Sequence[Row], path: Path) -> None:
-    """How many times our time each peer takes for window attention, a panel a direction."""
+    """Draw each peer's time for window attention as a multiple of ours, one panel per direction."""
     found = [row for row in _right(rows, "ops") if row["op"] == "window_attention"]
     directions = ("fwd", "fwd+bwd")
     shapes_found = list(dict.fromkeys((row["shape"], row["dtype"]) for row in found))
@@ -98,7 +98,7 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
 
 
 def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], float]:
-    """By shape and dtype of window attention: the time of the fastest other contestant / ours."""
+    """Return, for window attention by shape and dtype, the time of the fastest other contestant over ours."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in _right(rows, "ops"):
         if (row["op"], row["direction"]) == ("window_attention", direction):
@@ -113,7 +113,7 @@ def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], fl
 
 
 def summary(rows: Sequence[Row], path: Path) -> None:
-    """How many times our time the fastest other contestant takes for window attention: two bars a shape."""
+    """Draw the fastest other contestant's time for window attention as a multiple of ours: two bars per shape."""
     panels = {"forward": ("fwd", "#1f6feb"), "forward and backward": ("fwd+bwd", "#79b0ff")}
     fig, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
     ratios = {label: best_ratios(rows, direction) for label, (direction, _) in panels.items()}
@@ -141,7 +141,7 @@ def summary(rows: Sequence[Row], path: Path) -> None:
 
 
 def roofline(rows: Sequence[Row], path: Path) -> None:
-    """Left, attention's flops over its flops per byte under what copies and matrix products reach; right, all ops."""
+    """Left: attention's flops over flops per byte, under the measured ceilings; right: all ops."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     _attention_roofline([row for row in _right(rows, "ops") if row["gflop"] and row["moved_mb"]], left)
     ours = [row for row in _right(rows, "ops") if row["backend"] in attention.OURS]
@@ -179,7 +179,7 @@ def _attention_roofline(found: Sequence[Row], axis: Any) -> None:
 
 
 def _percents(found: Sequence[Row], axis: Any) -> None:
-    """A point for each shape and dtype, in a line for each op and direction."""
+    """Draw one point for each shape and dtype, one line for each op and direction."""
     lines = list(dict.fromkeys((row["op"], row["direction"]) for row in found))
     for name in dict.fromkeys(row["backend"] for row in found):
         points = [
@@ -198,7 +198,7 @@ def _percents(found: Sequence[Row], axis: Any) -> None:
 
 
 def _log_log(axis: Any) -> None:
-    """Logarithmic axes with plain numbers."""
+    """Make the axes logarithmic, with plain numbers."""
     for scale, of_axis in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
         scale("log")
         of_axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -242,7 +242,7 @@ def memory(rows: Sequence[Row], path: Path) -> None:
 
 
 def scalings(rows: Sequence[Row], path: Path) -> None:
-    """Time over images, tokens and flops, with the slope of each, beside a line of slope 1."""
+    """Draw time over images, tokens and flops, with the slope of each, next to a line of slope 1."""
     fig, axes = plt.subplots(1, len(scaling.SWEEPS), figsize=(13, 4.2), layout="constrained")
     for axis, (sweep, (_, _, what)) in zip(axes, scaling.SWEEPS.items(), strict=True):
         found = scaling.series(rows, sweep)
@@ -263,7 +263,7 @@ def scalings(rows: Sequence[Row], path: Path) -> None:
 
 
 def complexity(rows: Sequence[Row], path: Path) -> None:
-    """Measured time of whole attention layers over the tokens of a map, and the paper's formulas through its end."""
+    """Draw measured times of whole layers over the tokens of a map, and the paper's formulas, scaled."""
     c, w = shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_WINDOW
     omega: dict[str, Callable[[int], int]] = {
         "global": lambda side: formulas.msa_multiply_adds(side, side, c),
@@ -307,11 +307,11 @@ DRAW: dict[str, Callable[[Sequence[Row], Path], None]] = {
 
 
 def _of_attention(rows: Sequence[Row]) -> set[str]:
-    """The contestants with a right result for window attention."""
+    """Return the contestants with a correct result for window attention."""
     return {row["backend"] for row in _right(rows, "ops") if row["op"] == "window_attention"}
 
 
-# Whether a run has what a picture shows.
+# True if a run has the rows that a chart needs.
 DRAWABLE: dict[str, Callable[[Sequence[Row]], bool]] = {
     "summary": lambda rows: bool(best_ratios(rows, "fwd")),
     "speedup": lambda rows: not _of_attention(rows).isdisjoint(attention.OURS),

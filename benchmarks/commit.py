@@ -1,4 +1,4 @@
-"""Which sources a measurement is of; imports nothing that a run on a GPU has to watch over."""
+"""The commit of the measured sources; imports nothing heavy, for the runs on a GPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit(but: str = "") -> str:
-    """The commit of the sources, with "+" if they, ``but`` one file, were edited since; "unknown" without a git
-    repository.
+    """Return the sources' commit, with "+" if any of them, except the file ``but``, was edited since.
 
-    A folder that ``python -m gpu bundle`` made says it in a file.
+    "unknown" without a git repository. A folder made by ``python -m gpu bundle`` stores the commit in a file.
     """
     if (ROOT / "COMMIT").exists():
         return (ROOT / "COMMIT").read_text().strip()
@@ -24,7 +23,7 @@ def commit(but: str = "") -> str:
 
     status = ["status", "--porcelain", "-uno", "--", ".", *([f":(exclude){but}"] if but else [])]
     try:
-        # An unpacked archive may lie inside somebody else's repository.
+        # An unpacked archive may lie inside another repository.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
             return "unknown"
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git(*status) else "")

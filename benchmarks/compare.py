@@ -1,7 +1,7 @@
-"""What became slower between two runs, beyond what their spread explains; what has more instructions than a baseline.
+"""Compare two runs: times that grew beyond their spread, and instruction counts above a baseline.
 
-Times are compared between two files of one machine. Instructions are compared with a committed file: their counts are
-the same everywhere but for the compiler.
+Times are compared between two files from one machine. Instructions are compared with a committed file: their counts
+depend only on the compiler.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 from benchmarks import record
 
-# Medians of one quiet machine repeat to a few percent from run to run, also where each run's own spread is smaller.
+# Medians on one quiet machine repeat to a few percent from run to run, even if each run's own spread is smaller.
 REPEATS_TO = 0.05
-# How many more instructions a kernel may have than its baseline.
+# The fraction by which a kernel's instructions may exceed the baseline.
 GROWTH = 0.02
 
 
 def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per measurement that both have: the ratio of the medians, and a verdict.
+    """Return one row per measurement in both files: the ratio of the medians, and a verdict.
 
-    "slower" or "faster" is said where the ranges from the 20th to the 80th percentile do not meet and the medians
-    differ by over 5 %; a result that is no longer right is "WRONG" or "FAILED", whatever its time.
+    "slower" or "faster" means that the ranges from the 20th to the 80th percentile are disjoint and the medians differ
+    by over 5 %; a result that is no longer correct is "WRONG" or "FAILED", whatever its time.
     """
     old = {tuple(row[key] for key in record.KEYS): row for row in before}
     rows = []
@@ -59,7 +59,7 @@ def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -
 
 
 def main(before: Path, after: Path) -> int:
-    """Prints what changed; 1 if anything is slower or no longer right, 2 if the files have nothing in common."""
+    """Print the changes; return 1 if anything is slower or no longer correct, 2 if nothing can be compared."""
     old, new = record.read_csv(before), record.read_csv(after)
     rows = compare(old, new)
     if not rows:
@@ -78,11 +78,11 @@ def main(before: Path, after: Path) -> int:
 
 
 class NoBaselineError(Exception):
-    """Nothing that was counted has a count to be compared with."""
+    """No counted row has a baseline."""
 
 
 def read_baseline(path: Path) -> list[dict[str, str]]:
-    """The rows of a file of counts; none if there is no file."""
+    """Return the rows of a file of counts, or none if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -90,7 +90,7 @@ def read_baseline(path: Path) -> list[dict[str, str]]:
 
 
 def write_baseline(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replace the rows of the same compiler in the file; keep those of other compilers."""
+    """Replace the rows of the same compiler in the file, and keep those of other compilers."""
     compilers = {row["compiler"] for row in rows}
     kept = [row for row in read_baseline(path) if row["compiler"] not in compilers]
     with path.open("w", newline="") as file:
@@ -111,7 +111,7 @@ def grown(
     count: str = "instructions",
     most: float = GROWTH,
 ) -> list[str]:
-    """One line for each row whose count exceeds the baseline's for the same keys by more than ``most``.
+    """Return a line for each row whose count exceeds the baseline's for the same keys by more than ``most``.
 
     The line names the functions that grew if the rows have ``of_functions``. NoBaselineError if no row has a baseline.
     """

@@ -1,4 +1,4 @@
-"""Objects of single CUDA sources for one architecture, compiled as the build compiles them, and kept by content."""
+"""Compiles single CUDA sources for one architecture with the flags of the build, and caches the objects by content."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 class Missing(Exception):
-    """A tool that is not there, by name and remedy."""
+    """A required tool is missing; the message names it and the remedy."""
 
 
 def tool(name: str) -> str:
-    """A program of the CUDA toolkit, or of the copy that Triton brings."""
+    """Find a program of the CUDA toolkit, or Triton's copy of it."""
     folders = [os.path.join(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
@@ -35,7 +35,7 @@ def tool(name: str) -> str:
 
 
 def missing(*names: str) -> str | None:
-    """Why a program of these is not there, or None."""
+    """Return why one of these programs is missing, or None."""
     try:
         for name in names:
             tool(name)
@@ -53,20 +53,20 @@ def run(command: Sequence[str | Path], cwd: str | None = None) -> str:
 
 @functools.cache
 def compiler() -> str:
-    """Such as "nvcc 13.0.88"."""
+    """Return the compiler and its version, such as "nvcc 13.0.88"."""
     version = re.search(r"V(\d+\.\d+\.\d+)", run([tool("nvcc"), "--version"]))
     return f"nvcc {version[1]}" if version else "nvcc"
 
 
 @functools.cache
 def architectures() -> tuple[str, ...]:
-    """Those of ARCHITECTURES that the compiler has."""
+    """Return those of ARCHITECTURES that the compiler supports."""
     known = run([tool("nvcc"), "--list-gpu-arch"]).split()
     return tuple(arch for arch in ARCHITECTURES if arch.replace("sm_", "compute_") in known)
 
 
 def sources(root: Path, pattern: str = "**/*.cu") -> list[Path]:
-    """The CUDA sources of a checkout."""
+    """List the CUDA sources of a checkout."""
     found = sorted((root / "csrc" / "kernels" / "cuda").glob(pattern))
     if not found:
         raise Missing(f"no {pattern} in {root / 'csrc/kernels/cuda'}: name a checkout of this project")
@@ -74,7 +74,7 @@ def sources(root: Path, pattern: str = "**/*.cu") -> list[Path]:
 
 
 def command(root: Path, arch: str, source: Path, out: Path) -> list[str]:
-    """How nvcc is called for one source of a checkout; other files are C++ for the host."""
+    """Return nvcc's command for one source of a checkout; other files are C++ for the host."""
     includes = [f"-I{root / 'csrc'}", "-c", str(source), "-o", str(out)]
     if source.suffix != ".cu":
         return [tool("nvcc"), "-std=c++17", "-O1", "-Xcompiler", "-fPIC", *includes]
@@ -83,7 +83,7 @@ def command(root: Path, arch: str, source: Path, out: Path) -> list[str]:
 
 
 def compile_one(root: Path, arch: str, source: Path) -> Path:
-    """The object of a source, compiled unless the same text was before."""
+    """Return the object of a source, compiled unless the same text was compiled before."""
     cache = Path(tempfile.gettempdir()) / f"swinkernels-compiled-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     key = hashlib.sha256(repr((compiler(), arch, command(Path(), arch, Path(source.name), Path()))).encode())

@@ -1,4 +1,4 @@
-"""What the benchmarks of all ops share: contestants are checked, then timed in turns, one row a direction.
+"""Shared by the benchmarks of all ops: contestants are checked, then timed in turns, one row per direction.
 
 The roofline is the larger of bytes over the copy rate and flops over the matrix rate, both measured in the same run. On
 a GPU the times are those of CUDA graph replays over rotating inputs larger than the L2 cache, and a device copy of the
@@ -25,23 +25,23 @@ from swinkernels.demo.measure import peak_bytes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
-ROUNDS = 3  # in which contestants take turns on a GPU
-SECONDS, QUICK_SECONDS = 1.5, 0.3  # for each contestant and direction on a CPU
+ROUNDS = 3  # rounds in which contestants take turns on a GPU
+SECONDS, QUICK_SECONDS = 1.5, 0.3  # per contestant and direction on a CPU
 Op = Callable[..., Any]  # (**tensors) -> a tensor or several
-# The calls to time in each direction, given the number of input sets; a direction may be missing.
+# (contestant, number of input sets) -> the calls to time in each direction; a direction may be missing.
 MakeCalls = Callable[[str, int], dict[str, Call]]
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One op at one shape and dtype: what names its rows, the bytes that have to move, and what contestants do."""
+    """An op at one shape and dtype: the labels of its rows, the bytes to move, and the contestants' calls."""
 
     labels: Mapping[str, str]
-    moved: Mapping[str, int]  # per direction that is timed
-    verify: Callable[[str], tuple[bool, float]]  # whether a contestant is right, and its worst RMS error in eps
+    moved: Mapping[str, int]  # bytes per timed direction
+    verify: Callable[[str], tuple[bool, float]]  # name -> (correct, worst RMS error in eps)
     make_calls: MakeCalls
-    arithmetic: torch.dtype = torch.float32  # of the matrix products
-    flops: Mapping[str, int] = field(default_factory=dict)  # per direction, of an op that has matrix products
+    arithmetic: torch.dtype = torch.float32  # dtype of the matrix products
+    flops: Mapping[str, int] = field(default_factory=dict)  # per direction, for ops with matrix products
 
 
 def _rms(x: Tensor) -> float:
@@ -51,20 +51,20 @@ def _rms(x: Tensor) -> float:
 def compare(
     got: Mapping[str, Tensor], exact: Mapping[str, Tensor], single: Mapping[str, Tensor], eps: float
 ) -> tuple[bool, float]:
-    """Whether plain PyTorch code, which may round in between, is right; and its worst RMS error in ``eps``.
+    """Judge plain PyTorch code, which may round in between; return the verdict and the worst RMS error in ``eps``.
 
     It is wrong from 16 eps on, which no such code reaches and a wrong index, mask or bias exceeds by far. The error of
-    the reference in float32 (``single``) is granted on top.
+    the reference in float32 (``single``) is allowed on top.
     """
     errors = {key: _rms(got[key].double() - exact[key]) for key in got}
-    tiny = torch.finfo(torch.float64).tiny  # of what is zero throughout
+    tiny = torch.finfo(torch.float64).tiny  # for values that are zero throughout
     worst = max(errors[key] / (eps * _rms(exact[key]) + tiny) for key in got)
     bounds = {key: 16 * eps * _rms(exact[key]) + 4 * _rms(single[key].double() - exact[key]) for key in got}
     return all(errors[key] <= bounds[key] for key in got), worst
 
 
 class _OurCalls(TorchDispatchMode):
-    """Notes the calls of our ops, so that they can be made again without autograd around them."""
+    """Records the calls of our ops, so that they can be repeated without autograd around them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,16 +80,16 @@ CONSTANTS = ("drop_path_scale",)  # inputs without a gradient
 
 
 def leaves_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the inputs that autograd starts from."""
+    """Copy the inputs as leaves for autograd."""
     return {k: x.detach().clone().requires_grad_(k not in CONSTANTS) for k, x in inputs.items()}
 
 
 def make_calls(
     op: Op, sets: Sequence[Mapping[str, Tensor]], gradients: Sequence[Sequence[Tensor]], *, bare_backward: bool
 ) -> dict[str, Call]:
-    """The calls of each direction: ``sets`` are inputs, ``gradients`` those of the results.
+    """Make the calls of each direction: ``sets`` are the inputs, ``gradients`` those of the results.
 
-    Backward alone can be timed where it is one op of ours; else it is in "fwd+bwd" only.
+    Backward can be timed alone if it is one op of ours; otherwise it only appears in "fwd+bwd".
     """
     leaves = [leaves_of(inputs) for inputs in sets]
 
@@ -114,7 +114,7 @@ def make_calls(
     prepared: list[Callable[[], Any]] = []
 
     def backward(i: int) -> Any:
-        while len(prepared) <= i:  # at the first use, so on the stream of the timer
+        while len(prepared) <= i:  # on first use, and so on the timer's stream
             out = results(len(prepared))
             with _OurCalls() as seen:
                 differentiate(out, len(prepared))
@@ -127,7 +127,7 @@ def make_calls(
 
 
 def time_copy(total: int, timer: GraphTimer, device: torch.device) -> Timing:
-    """A device copy that reads half of ``total`` bytes and writes the other half."""
+    """Time a device copy that reads half of ``total`` bytes and writes the other half."""
     count = input_sets(total, device)
     sources = [torch.randint(256, (total // 2,), dtype=torch.uint8, device=device) for _ in range(count)]
     targets = [torch.empty_like(x) for x in sources]
@@ -137,7 +137,7 @@ def time_copy(total: int, timer: GraphTimer, device: torch.device) -> Timing:
 def run(
     contest: Contest, device: torch.device, names: Iterable[str], *, seconds: float | None = None
 ) -> list[dict[str, Any]]:
-    """One row per contestant and direction; on a CPU each is timed for ``seconds``."""
+    """Return one row per contestant and direction; on a CPU each is timed for ``seconds``."""
     total = contest.moved
     count = input_sets(total["fwd"], device)
     timer = GraphTimer(device) if device.type == "cuda" else None
@@ -148,12 +148,12 @@ def run(
     first: dict[tuple[str, str], float] = {}
     peaks: dict[tuple[str, str], int] = {}
 
-    def fail(name: str) -> None:  # one that cannot run here (memory, graph capture) shall not cost the others' results
+    def fail(name: str) -> None:  # a failure (memory, graph capture) must not cost the others their results
         traceback.print_exc()
         verdicts[name] = (record.RESULT_FAILED, None)
         calls.pop(name, None)
 
-    torch.compiler.reset()  # no shape meets the guards of another
+    torch.compiler.reset()  # guards of one shape do not fit another
     with torch._dynamo.config.patch(recompile_limit=64):  # peers share their code, and each is compiled a few times
         for name in names:
             try:
@@ -198,7 +198,7 @@ def run(
 
 
 def first_call_s(call: Call, device: torch.device) -> float:
-    """Seconds of the first call, which compiles what is to be compiled."""
+    """Return the seconds of the first call, which includes compilation."""
     start = time.perf_counter()
     call(0)
     if device.type == "cuda":
@@ -209,7 +209,7 @@ def first_call_s(call: Call, device: torch.device) -> float:
 def time_in_graphs(
     calls: Mapping[str, Call], sets: int, timer: GraphTimer, fail: Callable[[str], None]
 ) -> dict[str, Timing]:
-    """Rounds in which all take their turn, every other one backwards; one graph at a time, so that memory suffices."""
+    """Time in rounds with alternating order, one graph at a time to save memory."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(ROUNDS):
         for name in list(samples)[:: -1 if turn % 2 else 1]:

@@ -1,13 +1,13 @@
 """Instructions of the CPU kernels of window attention, counted in the objects that the build left in ``build/``.
 
-``python -m benchmarks.cpu_instructions`` prints them; ``python -m benchmarks compare`` holds them against those of
-``results/cpu_instructions.csv``, because times of a busy machine tell nothing. Counts are the same in every run.
+``python -m benchmarks.cpu_instructions`` prints them; ``python -m benchmarks compare`` compares them with
+``results/cpu_instructions.csv``, because times on a busy machine are unreliable. Counts are the same in every run.
 
 avx2    executed instructions of one call, on one thread, by valgrind's callgrind: ``cpu_kernels.cpp`` makes the calls.
-avx512  valgrind does not run it, and neither does every machine. So instructions are counted where they stand: how many
-        innermost loops each function's machine code has, and how long each of them is.
+avx512  valgrind does not support it, and not every machine has it. So instructions are counted statically: the number
+        and the lengths of the innermost loops in each function's machine code.
 
-A count holds for one compiler: that of another is no base to compare with.
+Counts are comparable for one compiler only.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ BIASES = {"none": 0, "table": 1, "dense": 2}
 
 
 class Missing(Exception):
-    """What counting needs and this machine does not have, with its remedy."""
+    """Something that counting needs is missing; the message names the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of the kernels: a map of one or a few windows, of which Swin's stages have more of the same."""
+    """A call of the kernels: a map of one or a few windows, standing for the many of Swin's stages."""
 
     name: str
     size: tuple[int, int, int]
@@ -55,7 +55,7 @@ class Case:
     bias: str = "table"
     cosine: bool = False  # v2
     batch: int = 1
-    has_all_dtypes: bool = False  # otherwise float32 alone
+    has_all_dtypes: bool = False  # else float32 only
 
     def numbers(self, direction: str, dtype: str) -> str:
         """Call of cpu_kernels.cpp."""
@@ -97,7 +97,7 @@ def _tool(name: str) -> str:
 
 
 def objects() -> list[Path]:
-    """The objects of the CPU kernels that the build made; Missing if there are none, or older than the sources."""
+    """List the CPU kernels' objects; raise Missing if there are none, or if they are older than the sources."""
     found = sorted(OBJECTS.glob("*.o"))
     sources = [*(CSRC / "kernels/cpu").iterdir(), *(CSRC / "params").iterdir()]
     if not found:
@@ -108,13 +108,13 @@ def objects() -> list[Path]:
 
 
 def compiler(path: Path) -> str:
-    """What compiled an object, by the object's own word."""
+    """Return the compiler of an object, as recorded in it."""
     comments = re.findall(r"\[ *[0-9a-f]+\]\s+(.+)", _output(_tool("readelf"), "-p", ".comment", path))
     return f"{'; '.join(sorted({*comments}))}, {os.uname().machine}"
 
 
 def short_name(function: str) -> str:
-    """A demangled name without namespaces, arguments and what the compiler appends to it."""
+    """Return a demangled name without namespaces, arguments and the compiler's suffixes."""
     name = re.sub(r" \[clone .*|'\d+$|\(anonymous namespace\)::", "", function)
     depth = 0
     for i, character in enumerate(name):  # arguments start at the first parenthesis outside angle brackets
@@ -130,7 +130,7 @@ def short_name(function: str) -> str:
 
 
 def own_costs(dump: str) -> Counter[str]:
-    """The instructions of each function itself, by its short name, in a file that callgrind wrote."""
+    """Return the instructions of each function itself, by its short name, from callgrind's file."""
     names: dict[str, str] = {}
     costs: Counter[str] = Counter()
     function, skips = "", False
@@ -151,7 +151,7 @@ def own_costs(dump: str) -> Counter[str]:
 
 
 def count_avx2(of: Sequence[Path], calls: Sequence[tuple[str, Case, str]]) -> Iterator[Counter[str]]:
-    """The instructions of each call of (direction, case, dtype) by function."""
+    """Yield the instructions by function for each call of (direction, case, dtype)."""
     valgrind = _tool("valgrind")
     with tempfile.TemporaryDirectory(prefix="swinkernels-") as folder:
         driver = Path(folder) / "driver"
@@ -170,9 +170,9 @@ def count_avx2(of: Sequence[Path], calls: Sequence[tuple[str, Case, str]]) -> It
 
 
 def innermost_loops(instructions: Sequence[tuple[int, str]]) -> list[int]:
-    """How many instructions each innermost loop of a function has, which is given as (address, text)."""
+    """Return the number of instructions of each innermost loop of a function, given as (address, text) pairs."""
     addresses = [address for address, _ in instructions]
-    ends: dict[int, int] = {}  # of loops, by the address of their first instruction
+    ends: dict[int, int] = {}  # end of each loop, by the address of its first instruction
     for address, text in instructions:
         jump = re.match(r"j\w+\s+([0-9a-f]+)\b", text)
         if jump is not None and addresses[0] <= int(jump[1], 16) <= address:
@@ -186,7 +186,7 @@ def innermost_loops(instructions: Sequence[tuple[int, str]]) -> list[int]:
 
 
 def count_loops(path: Path) -> dict[str, list[int]]:
-    """The instructions of each innermost loop, longest first, of each function of an object."""
+    """Return the instructions of each innermost loop, longest first, for each function of an object."""
     loops: dict[str, list[int]] = {}
     function, instructions = "", []
     listing = _output(_tool("objdump"), "--disassemble", "--demangle", "--no-show-raw-insn", path)
@@ -220,7 +220,7 @@ def _row(arch: str, kernel: str, case: str, costs: Counter[str], of: str) -> dic
 
 
 def count(arch: str) -> list[dict[str, Any]]:
-    """A row for each call of the AVX2 kernels, or for each function of the AVX-512 kernels."""
+    """Return a row for each call of the AVX2 kernels, or for each function of the AVX-512 kernels."""
     if os.uname().machine != "x86_64":
         raise Missing(f"{arch} kernels are those of x86_64, and this is {os.uname().machine}")
     found = objects()
@@ -249,7 +249,7 @@ def count(arch: str) -> list[dict[str, Any]]:
 
 
 def against_baseline(archs: Sequence[str] = ARCHS) -> int:
-    """Prints which kernels grew; 1 if any did, else 2 if something cannot be compared."""
+    """Print the kernels that grew; return 1 if any did, else 2 if something cannot be compared."""
     status = 0
     for arch in archs:
         try:

@@ -36,7 +36,7 @@ class Numbers {
     for (float& x : all) x = next();
     return all;
   }
-  // Elements of a dtype, in bytes.
+  // Returns the bytes of `count` elements of a dtype.
   std::vector<char> elements(DType dtype, int64_t count) {
     const std::size_t item = dtype == DType::kFloat32 ? 4 : 2;
     std::vector<char> all(static_cast<std::size_t>(count) * item);
@@ -57,7 +57,7 @@ class Numbers {
 
 int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
 
-// Of width elements a token, in image order; `data` is its first.
+// A map with `width` elements per token, in image order; `data` is its first element.
 template <class Map, class Data>
 Map map_of(const Call& call, Data* data, int64_t width) {
   Map map{};
@@ -132,7 +132,7 @@ void run(const Call& call) {
                        : cpu::window_attention_forward(p, one_thread);
   };
   if (call.backward != 0) cpu::window_attention_forward(p, one_thread);
-  make_call();  // which may be the first to take memory
+  make_call();  // the first call may allocate memory
   measured_begin();
   make_call();
   measured_end();

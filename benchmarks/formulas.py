@@ -1,4 +1,4 @@
-"""What attention costs by its formula: the complexities of the Swin paper, and the work of the fused core."""
+"""The cost of attention by formula: the complexities in the Swin paper, and the work of the fused core."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def window_msa_multiply_adds(height: int, width: int, channels: int, window: int
 
 
 def core_bytes(case: WindowAttentionCase, itemsize: int) -> dict[str, int]:
-    """What the core has to move, in maps (B, *S, C): 3 read and 1 written forward, 4 read and 3 written backward."""
+    """Bytes that the core must move, in maps (B, *S, C): 3 read, 1 written forward; 4 read, 3 written backward."""
     one = case.batch * math.prod(case.size) * case.num_heads * case.head_dim * itemsize
     return {"fwd": 4 * one, "bwd": 7 * one, "fwd+bwd": 11 * one}
 
 
 def core_flops(case: WindowAttentionCase) -> dict[str, int]:
-    """Of the core's matrix products, two per multiply-add: two products forward, five backward.
+    """Flops of the core's matrix products, two per multiply-add: two products forward, five backward.
 
-    Windows count whole, so tokens of the padding do too.
+    Windows count whole, tokens of the padding included.
     """
     window = case.window_tuple
     frame = math.prod(-(-s // w) * w for s, w in zip(case.size, window, strict=True))

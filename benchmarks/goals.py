@@ -14,10 +14,10 @@ class AttentionGoal(NamedTuple):
 
     fwd: float
     bwd: float
-    # How many times faster than the best of all peers, forward and with backward.
+    # Speed as a multiple of the best peer's, forward and with backward.
     peers_fwd: float
     peers_both: float
-    unit: str = "% of copy"  # of fwd and bwd: percent of a device copy of the same bytes, or microseconds at most
+    unit: str = "% of copy"  # for fwd and bwd: percent of a device copy of the same bytes, or microseconds at most
 
 
 ATTENTION_GOALS = {
@@ -33,11 +33,11 @@ ATTENTION_GOALS = {
     "swin_unetr.1": AttentionGoal(50, 40, 2, 3),
 }
 GOAL = shapes.GOAL
-# At this shape: float16 against bfloat16 in time, TF32 and Triton in percent of a copy.
-FLOAT16_GOAL = 1.03  # "as fast" as far as runs repeat
+# At this shape: the time of float16 as a multiple of bfloat16's, and TF32 and Triton in percent of a copy.
+FLOAT16_GOAL = 1.03  # "as fast", as far as runs repeat
 TF32_GOAL = 70.0
 TRITON_GOALS = {"fwd": 60.0, "bwd": 50.0}
-# The same for the memory-bound ops, at every shape of shapes.MAP_GOALS.
+# Goals of the memory-bound ops, at every shape of shapes.MAP_GOALS.
 MEMORY_GOALS = {
     ("window_partition", "fwd"): 92.0,
     ("window_reverse", "fwd"): 92.0,
@@ -48,12 +48,12 @@ MEMORY_GOALS = {
     ("residual_post_norm", "fwd"): 88.0,
     ("residual_post_norm", "bwd"): 75.0,
 }
-# How many times faster than a peer each of those ops, and the whole patch merging, is to be. A peer's backward pass
-# is not timed alone, so it counts together with forward.
+# The speed of each of those ops, and of the whole patch merging, as a multiple of a peer's. A peer's backward pass is
+# not timed alone, so it counts together with forward.
 PEER_GOALS = {"eager": 3.0, "eager-compiled": 1.3}
 PEER_OPS = (*dict.fromkeys(op for op, _ in MEMORY_GOALS), "patch_merging")
 PEER_DIRECTIONS = ("fwd", "fwd+bwd")
-# The most that a whole patch merging may take forward: a share of the Linear alone and a copy of the bytes of gather
+# The most time for a whole patch merging forward, as a multiple of the Linear alone plus a copy of the bytes of gather
 # and norm.
 MERGING_GOAL = 1.15
 
@@ -80,7 +80,7 @@ MODEL_GOALS = (
     ModelGoal("models", "swin_unetr96", "inference", "accelerate", ("eager",), 2.0),
     ModelGoal("models", "swin_unetr96", "training", "accelerate", ("eager",), 1.7),
 )
-# The most peak memory of a training step at shapes.MODEL_GOAL: a share of the compiled original that takes least.
+# The most peak memory of a training step at shapes.MODEL_GOAL, as a fraction of the best compiled original's.
 MODEL_MEMORY_GOAL = 0.85
 # Contests: (suite, model, contestants, modes). The last contestant, ours, must not be slower than any other.
 MODEL_CONTESTS = (
@@ -94,7 +94,7 @@ MODEL_CONTESTS = (
 
 
 def of_time(row: Mapping[str, Any]) -> float | None:
-    """The goal of a time of our kernels: at least a percentage of a copy, at most microseconds, or None."""
+    """Return the goal for a time of our kernels: at least a percentage of a copy, at most microseconds, or None."""
     op, shape, backend, direction = (row[k] for k in ("op", "shape", "backend", "direction"))
     if direction not in ("fwd", "bwd"):
         return None
@@ -110,7 +110,7 @@ def of_time(row: Mapping[str, Any]) -> float | None:
 
 
 def of_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The verdicts on all goals from the lines of runs on a GPU (gpu/lines.py); later lines replace earlier ones."""
+    """Return the verdicts on all goals from the lines of runs on a GPU (gpu/lines.py); later lines replace earlier."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in lines:
         if line["step"] in ("time", "peers", "models") and line.get("build", "shipped") == "shipped" and "us" in line:
@@ -130,7 +130,7 @@ def of_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _goal(
     goal: str, mine: dict[str, Any] | None, reached: float | None, wanted: float, unit: str, *, at_most: bool = False
 ) -> dict[str, Any]:
-    """The verdict on a goal; a wrong result of ours (``mine``) does not meet any."""
+    """Return the verdict on a goal; a wrong result of ours (``mine``) meets none."""
     met = reached is not None and (reached <= wanted if at_most else reached >= wanted)
     if mine is not None and mine["result"] == "WRONG":
         verdict = "not met"
@@ -148,7 +148,7 @@ def _time(row: dict[str, Any] | None) -> float | None:
 
 
 def _best(rows: Iterable[dict[str, Any] | None], column: str = "median_us") -> float | None:
-    """The smallest value of the rows that are right, once all of them have had their turn."""
+    """Return the smallest value among the correct rows, or None until all rows are measured."""
     found = list(rows)
     values = [row[column] for row in found if row is not None and row["result"] == "ok" and row[column] is not None]
     return min(values) if values and None not in found else None
@@ -159,7 +159,7 @@ def _best_peer(rows: list[dict[str, Any]], shape: str, direction: str) -> float 
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The verdicts on the goals of window attention."""
+    """Return the verdicts on the goals of window attention."""
     results = []
     for shape, wanted in ATTENTION_GOALS.items():
         what = f"{shape} ({shapes.ATTENTION[shape]})"
@@ -194,7 +194,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def memory_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The verdicts on the goals of the memory-bound ops, on CUDA in bfloat16."""
+    """Return the verdicts on the goals of the memory-bound ops, on CUDA in bfloat16."""
     results = []
     for (op, direction), wanted in MEMORY_GOALS.items():
         for shape in shapes.MAP_GOALS:
@@ -222,12 +222,12 @@ def memory_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def model_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The verdicts on the goals of models in bfloat16, and whether any is slower than its original."""
+    """Return the verdicts on the goals of models in bfloat16, and on whether any is slower than its original."""
 
     def contest_of(
         suite: str, shape: str, mode: str, mine: str, others: Iterable[str], column: str = "median_us"
     ) -> tuple[dict[str, Any] | None, float | None]:
-        """The row of mine, and its value over the best of the others that were measured."""
+        """Return the row of mine, and its value as a multiple of the best measured other's."""
         labels = {"suite": suite, "shape": shape, "dtype": "bfloat16", "direction": mode}
         row = _find(rows, **labels, backend=mine)
         theirs = _best((r for o in others if (r := _find(rows, **labels, backend=o)) is not None), column)

@@ -1,6 +1,6 @@
-"""docs/gpu.md and the README's GPU figures, written from the lines of runs on a GPU (``make gpu-check``) alone.
+"""docs/gpu.md and the README's GPU figures, written only from the lines of runs on a GPU (``make gpu-check``).
 
-A file ``*.jsonl`` in a folder of ``benchmarks/results`` is a run. The newest run that has a kernel counts for it.
+A file ``*.jsonl`` in a folder of ``benchmarks/results`` is a run. For each kernel the newest run that has it counts.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ same bytes, timed in the same way: replays of a CUDA graph over inputs that rota
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines of a run. A run that was cut off may end in half a line, which is left out."""
+    """Read the lines of a run, except a last line that was cut off."""
     return [json.loads(text) for text in path.read_text().splitlines(keepends=True) if text.endswith("\n")]
 
 
 def read(results: Path) -> Runs:
-    """The runs of a folder of folders, without rehearsals."""
+    """Read the runs in the subfolders of a folder, except rehearsals."""
     runs = []
     for path in sorted(results.glob("*/*.jsonl")):
         lines = read_lines(path)
@@ -49,10 +49,10 @@ def read(results: Path) -> Runs:
 
 
 def kernels() -> Iterable[tuple[str, str, str]]:
-    """(op, backend, dtype) of every kernel for a GPU."""
+    """Yield (op, backend, dtype) of every kernel for a GPU."""
     for op, bench in {"window_attention": None, **memory_bound.BENCHES}.items():
         if bench is not None and not bench.bare_backward:
-            continue  # a Linear is torch's
+            continue  # the Linear is torch's
         implemented = _backends.IMPLEMENTED[op if bench is None else bench.implemented]
         for backend in (name for name in implemented if name != "cpu"):
             for dtype in ARITHMETICS if bench is None else PAIRS:
@@ -60,7 +60,7 @@ def kernels() -> Iterable[tuple[str, str, str]]:
 
 
 def _newest(runs: Runs, **labels: str) -> list[Line]:
-    """The lines with these labels of the newest run that has any."""
+    """Return the lines with these labels from the newest run that has any."""
     for lines in reversed(runs):
         found = [x for x in lines if all(x.get(k) == v for k, v in labels.items())]
         if found:
@@ -69,7 +69,7 @@ def _newest(runs: Runs, **labels: str) -> list[Line]:
 
 
 def _verdict(lines: Sequence[Line]) -> str:
-    """The verdict on one kernel in one direction, from the lines of its cases."""
+    """Return the verdict on one kernel in one direction from the lines of its cases."""
     if not lines:
         return NOT_YET
     where = f"{lines[0].get('device', 'unknown')}, commit {lines[0]['commit']}"
@@ -82,7 +82,7 @@ def _verdict(lines: Sequence[Line]) -> str:
 
 
 def _percent(runs: Runs, op: str, backend: str, dtype: str) -> str:
-    """Percent of a copy at the first shape that has one, forward / backward."""
+    """Return the percentage of a copy at the first shape that has one, forward / backward."""
     cells = []
     for direction in DIRECTIONS:
         found = _newest(runs, step="time", op=op, backend=backend, dtype=dtype, direction=direction, build="shipped")
@@ -110,7 +110,7 @@ def page_text(runs: Runs) -> str:
 
 
 def _shown(runs: Runs, step: str) -> list[Line]:
-    """The lines of times of the newest run that has any, of the shipped build."""
+    """Return the shipped build's times in the newest run that has any."""
     found = _newest(runs, step=step)
     return [x for x in found if "us" in x and x["result"] == "ok" and x.get("build", "shipped") == "shipped"]
 
@@ -147,7 +147,7 @@ def _models(runs: Runs) -> str:
 
 
 def _goals(runs: Runs) -> str:
-    """The goals that were measured, with their verdicts."""
+    """Return the measured goals with their verdicts."""
     rows = [
         {
             "goal": x["goal"],
@@ -162,7 +162,7 @@ def _goals(runs: Runs) -> str:
 
 
 def readme_text(runs: Runs) -> str:
-    """The README's sentence: times of window attention on CUDA in bfloat16, or that there are none."""
+    """Return the README's sentence: times of window attention on CUDA in bfloat16, or that there are none."""
     shown = [x for x in _shown(runs, "time") if x["backend"] == "cuda" and x["op"] == "window_attention"]
     shown = [x for x in shown if x["unit"] == "% of copy" and x["dtype"] == "bfloat16"]
     if not shown:

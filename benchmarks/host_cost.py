@@ -1,13 +1,13 @@
-"""What a call of window attention costs the host: CPU time of the calling thread, and of all threads.
+"""The host's cost of a call of window attention: CPU time of the calling thread, and of all threads.
 
 Run as ``python -m benchmarks.host_cost``; ``--help`` lists the choices.
 
-The map is as small as it gets: a kernel has next to nothing to do, about a microsecond. On a GPU it runs beside the
-host and costs the calling thread its launch; the backward pass is run by a thread of autograd's, which thread_us does
-not count and process_us does. On a CPU everything, the kernel too, runs in the calling thread. "op alone" is the op of
-``torch.ops.swinkernels`` with its arguments at hand, to compare the public function with; in eager PyTorch that takes a
-shorter entry to the same kernel, so it comes close to it.
-Calls are timed in loops, which take turns: a clock of CPU time is too coarse for one.
+The map is tiny, so a kernel runs for about a microsecond only. On a GPU it runs in parallel to the host and costs the
+calling thread its launch; the backward pass runs in a thread of autograd's, which thread_us excludes and process_us
+includes. On a CPU everything, kernels included, runs in the calling thread. "op alone" is the op of
+``torch.ops.swinkernels`` with prepared arguments, for comparison with the public function, which in eager PyTorch
+enters the same kernel by a shorter path and so comes close to it.
+Calls are timed in loops, which take turns: a clock of CPU time is too coarse for a single call.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from benchmarks import contest, record
 from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase, op_arguments
 
-# By name; every map has one window.
+# Name -> case; every map has one window.
 CASES = {
     "v1": WindowAttentionCase(1, (1, 1), 1, 8, 1),
     "v1, shifted, padded": WindowAttentionCase(1, (1, 2), 1, 8, (2, 2), (1, 1), has_pad_qkv=True),
     "v2": WindowAttentionCase(1, (1, 1), 1, 8, 1, has_logit_scale=True),
     "dense bias": WindowAttentionCase(1, (1, 1), 1, 8, 1, has_table=False, bias_types=0),
 }
-# Microseconds of the calling thread on the GPU path, of the first case.
+# Goals for the first case on a GPU, in microseconds of the calling thread.
 GOALS = {"forward": 12.0, "forward + backward": 45.0}
 Call = Callable[[], Any]
 
 
 def calls(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, backend: str) -> dict[str, Call]:
-    """The calls of a case by name: the public function without and with gradients, and the bare op."""
+    """Return the calls of a case by name: the public function without and with gradients, and the bare op."""
     inputs = case.inputs(dtype, device)
     dout, leaves = inputs.pop("dout"), {name: x.clone().requires_grad_() for name, x in inputs.items()}
     arguments = {**case.arguments(), "backend": backend}
@@ -74,13 +74,13 @@ def calls(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, b
 def host_times(
     named: dict[str, Call], *, loop: int = 200, rounds: int = 40, synchronize: Call = lambda: None
 ) -> dict[str, tuple[float, float]]:
-    """Per call, the median CPU time of the calling thread and of the process in microseconds."""
+    """Return, per call, the median CPU time of the calling thread and of the process in microseconds."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in named}
     for call in named.values():
         for _ in range(20):
             call()
     collecting = gc.isenabled()
-    gc.disable()  # a collection of everything that was imported is not a call's
+    gc.disable()  # a garbage collection is not part of a call
     try:
         for _ in range(rounds):
             for name, call in named.items():
@@ -136,13 +136,13 @@ def _cannot_run(case: WindowAttentionCase, dtype: torch.dtype, device: torch.dev
 
 
 def backends(device: torch.device) -> list[str]:
-    """Ours that run on the device."""
+    """Return our backends that run on the device."""
     names = [b for b in _backends.BACKENDS if b not in _backends.PLAIN and (b == "cpu") == (device.type == "cpu")]
     return [b for b in names if _backends.unavailable(b) is None]
 
 
 def rows(device: torch.device, dtype: torch.dtype, backend: str) -> list[dict[str, Any]]:
-    """The same as rows of the latency suite: on a CPU by one thread, as a window is not worth waking another."""
+    """Return the same as rows of the latency suite: on a CPU with one thread, as one window needs no more."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -181,7 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cpu":
-        torch.set_num_threads(1)  # a window is not worth waking another thread for
+        torch.set_num_threads(1)  # one window needs no more
     wanted = [b for b in backends(device) if arguments.backend in (None, b)]
     rows = [
         row

@@ -1,19 +1,18 @@
 """Executed instructions of the window attention kernels, counted in their machine code without a GPU.
 
 ``python -m benchmarks.instructions`` compiles the hot instantiations with nvcc, calls their launch functions, and runs
-the machine code of what they launch on the CPU (``sass.py``): the path is the one that the kernel takes for these
-arguments. What is counted, and published in ``instructions.csv``:
+the machine code of the launched kernels on the CPU (``sass.py``), along the path that the kernel takes for these
+arguments. The counts, published in ``instructions.csv``, are
 
 * executed warp instructions, summed over the warps of a block and over the kernels of a call, per window and head;
-* of an interior window, whose tokens all attend to each other and are all there. A short window (up to 64 tokens) lies
-  in a shifted map, a longer one in a map that is not shifted;
-* in the steady state: the count of a call with more images less that of a call with fewer, divided by the windows that
-  these have more. So prologues and what a block does once are not in it, whatever the form of the main loop is.
+* for an interior window, whose tokens all attend to each other and are all present. A short window (up to 64 tokens)
+  lies in a shifted map, a longer one in a map that is not shifted;
+* in the steady state: the difference between calls with more and with fewer images, divided by the difference of their
+  windows. So prologues and other work done once per block do not count, whatever the form of the main loop.
 
-Seam windows, padded windows and the other arguments are cases of their own. A count holds for one compiler: that of
-another nvcc is no base to compare with.
+Seam windows, padded windows and the other arguments are separate cases. Counts are comparable for one nvcc only.
 
-Derived times are lower bounds of one unit of the device each, for the windows of ``--windows`` (default: the first
+Derived times are lower bounds, each from one unit of the device, for the windows of ``--windows`` (default: the first
 stage of Swin-T at batch 128), at the published clock: an instruction a cycle and scheduler, evenly spread (``issue``)
 or by warp number (``scheduler``, the busiest one); 16 transcendental functions a cycle and multiprocessor; the matrix
 units' peak; a pass over the 32 banks of shared memory a cycle; the bytes of the maps at the published bandwidth.
@@ -45,7 +44,7 @@ from benchmarks.compiled import run as run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "benchmarks" / "results" / "instructions.csv"
-GROWTH = 0.02  # what a kernel may grow by before a comparison fails
+GROWTH = 0.02  # the fraction by which a kernel may grow before a comparison fails
 _KEYS = ("arch", "kernel", "case")
 _DTYPES = {"bf16": (2, "bfloat16"), "f16": (1, "half")}  # DType of csrc/params, name of the instantiation files
 _SWIN_T_WINDOWS = 128 * 64 * 3
@@ -63,7 +62,7 @@ class Case:
     lse: bool = False  # forward only: the backward reads it
     bias: str = "table"  # or "dense" or "none"
     cosine: bool = False  # v2
-    separate: bool = False  # q, k and v in maps of their own
+    separate: bool = False  # q, k and v in separate maps
     kind: str = "interior"  # or "seam", "padded"
 
     @property
@@ -83,7 +82,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that one window and head read and write in the maps and in lse."""
+        """Bytes of the maps and of lse that one window and head read and write."""
         rows = 4 if self.kernel == "fwd" else 7
         return self.tokens * (rows * self.head_dim * 2 + (4 if self.lse or self.kernel == "bwd" else 0))
 
@@ -118,14 +117,14 @@ HOT = tuple(c for c in CASES if c.name in ("w7 d32 bf16", "w7 d32 bf16 lse", "w8
 
 
 class Device(NamedTuple):
-    """Published figures of the device that an architecture's times are for, and limits of a multiprocessor."""
+    """Published figures of an architecture's device, and the limits of a multiprocessor."""
 
     name: str
     multiprocessors: int
     ghz: float
     gb_per_s: float
     matrix_fma: int  # 16-bit products with float sums, per cycle and multiprocessor
-    shared_bytes: int  # of a multiprocessor; a block takes 1 KB more than it asks for
+    shared_bytes: int  # per multiprocessor; a block takes 1 KB more than it requests
     most_warps: int
     most_blocks: int
 
@@ -139,7 +138,7 @@ DEVICES = {
 
 
 def blocks_per_multiprocessor(device: Device, registers: int, shared_bytes: int, warps: int) -> int:
-    """How many blocks are resident at once. A warp's registers come in units of 256, from one of four schedulers."""
+    """Number of resident blocks. A warp's registers come in units of 256, from one of four schedulers."""
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = 4 * (16384 // of_warp) // warps
     by_shared = device.shared_bytes // (-(-shared_bytes // 1024) * 1024 + 1024)
@@ -157,7 +156,7 @@ class Kernel(NamedTuple):
 
 
 def _read_parameters(path: Path) -> dict[str, tuple[int, tuple[tuple[int, int], ...]]]:
-    """Of the kernels in a cubin: where their parameters begin in the constant bank, and offset and bytes of each."""
+    """Find, for each kernel in a cubin, the start of its parameters in the constant bank, their offsets and bytes."""
     data = path.read_bytes()
     (table,) = struct.unpack_from("<Q", data, 40)
     count, names = struct.unpack_from("<HH", data, 60)
@@ -208,8 +207,8 @@ class Build:
         self.kernels: dict[str, Kernel] = {}
         for path in objects[1:]:
             self._read(path)
-        # Launches defined in other instantiation files are never called: any address will do. A CUDA runtime that
-        # torch has loaded does not take the recorder's place: -Bsymbolic.
+        # Launches defined in other instantiation files are never called, so any address will do. -Bsymbolic keeps a
+        # CUDA runtime loaded by torch from replacing the recorder.
         with tempfile.TemporaryDirectory() as scratch:
             library = Path(scratch) / "recorder.so"
             link: list[str | Path] = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-o", library]
@@ -236,7 +235,7 @@ class Build:
 
 
 class _Call(ctypes.Structure):
-    """Of launch_recorder.cpp."""
+    """The struct Call of launch_recorder.cpp."""
 
     _fields_ = [
         ("batch", ctypes.c_int64),
@@ -262,7 +261,7 @@ _REPORT = ctypes.CFUNCTYPE(
     ctypes.c_uint64,
     ctypes.POINTER(ctypes.c_void_p),
 )
-# Where the constant bank has the block's and the grid's sizes, by architecture.
+# Offsets in the constant bank of the block's and the grid's sizes, by architecture.
 _SIZES_AT = {"sm_80": (0x0, 0xC), "sm_90": (0x0, 0xC), "sm_100": (0x360, 0x370), "sm_120": (0x360, 0x370)}
 
 
@@ -276,7 +275,7 @@ class Counted(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """One call: its counts by kernel, and its arrays by argument."""
+    """The result of one call: counts by kernel, and arrays by argument."""
 
     counts: dict[str, Counted]
     arrays: dict[str, np.ndarray]
@@ -339,7 +338,7 @@ def run(
         constants = np.zeros(kernel.constant_base + end + 256, np.uint8)
         for at, sizes in zip(_SIZES_AT[build.arch], (block, grid), strict=True):
             constants[at : at + 12].view(np.uint32)[:] = sizes[:3]
-        if build.arch == "sm_80":  # the generic address of shared memory; a special register later
+        if build.arch == "sm_80":  # the generic address of shared memory; in later architectures a special register
             constants[0x18:0x20].view(np.uint64)[:] = sass.SHARED_WINDOW << 32
         for number, (offset, length) in enumerate(kernel.parameters):
             at = kernel.constant_base + offset
@@ -374,7 +373,7 @@ def _less(a: dict[str, Counted], b: dict[str, Counted], scale: float) -> dict[st
 
 
 def per_window(build: Build, case: Case) -> dict[str, Counted]:
-    """The counts of one window and head, in the steady state."""
+    """Return the counts of one window and head, in the steady state."""
     window = (*(1,) * (3 - len(case.window)), *case.window)
     few, more = (2, 4) if case.tokens <= 64 else (1, 2)
 
@@ -388,7 +387,7 @@ def per_window(build: Build, case: Case) -> dict[str, Counted]:
         return steady(size=(window[0], window[1] - 2, window[2] - 2))
     if case.tokens > 64:
         return steady()
-    # Two windows along an axis that is shifted are an interior and a seam window; one alone is the seam window.
+    # Two windows along a shifted axis are an interior and a seam window; a single window is a seam window.
     shift = (0, window[1] // 2, 0)
     return _less(steady(windows=2, shift=shift), steady(windows=1, shift=shift), 1)
 
@@ -413,7 +412,7 @@ CLASSES = (*_CLASSES, "dummy_loads", "integer")
 
 def instruction_class(instruction: sass.Instruction) -> str:
     if instruction.guard == "!PT":
-        return "dummy_loads"  # what ptxas puts before a copy whose size is known at run time
+        return "dummy_loads"  # inserted by ptxas before a copy whose size is known at run time
     return _CLASS_OF.get(instruction.base, "integer")
 
 
@@ -423,7 +422,7 @@ def _short_name(mangled: str) -> str:
 
 
 def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOWS) -> dict[str, Any]:
-    """One row of the CSV."""
+    """Return one row of the CSV."""
     try:
         counted = per_window(build, case)
     except sass.Fault:
@@ -447,7 +446,7 @@ def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOW
     device = DEVICES[build.arch]
     warps = len(per_warp)
     blocks = blocks_per_multiprocessor(device, kernel.registers, shared, warps)
-    # Warps go to schedulers in turn; what the kernels beside the heaviest one execute is taken as evenly spread.
+    # Warps go to schedulers in turn; the instructions of kernels other than the heaviest count as evenly spread.
     schedulers = np.zeros(4)
     for resident in range(4):
         for warp, executed in enumerate(per_warp):
@@ -486,7 +485,7 @@ def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOW
 
 
 def commit_of(source: Path) -> str:
-    """The last commit that changed csrc/, with "+" if it was edited since; "unknown" outside git."""
+    """Return the last commit that changed csrc/, with "+" if it was edited since; "unknown" outside git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(source), *arguments]
@@ -513,11 +512,11 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 class NoBaseline(Exception):
-    """No row was counted with the compiler at hand."""
+    """No row was counted with this compiler."""
 
 
 def grown(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], most: float = GROWTH) -> list[str]:
-    """What executes more than before, by more than `most`; NoBaseline if nothing can be compared."""
+    """Return the rows that execute more than before, by more than `most`; NoBaseline if nothing can be compared."""
     before = {tuple(str(row[key]) for key in (*_KEYS, "compiler")): int(row["per_window_head"]) for row in baseline}
     found, compared = [], 0
     for row in rows:
@@ -538,7 +537,7 @@ def grown(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], mo
 
 
 def merged(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The baseline with these rows in the place of those with the same keys and compiler."""
+    """Return the baseline with its rows of the same keys and compiler replaced by these."""
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row[k]) for k in (*_KEYS, "compiler"))
@@ -566,15 +565,15 @@ def count(
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m benchmarks.instructions", description=__doc__.partition("\n")[0])
     main.add_argument("--source", type=Path, default=ROOT, help="the checkout whose csrc/ is counted")
-    main.add_argument("--against", type=Path, help="another checkout, counted in the same run and compared with")
-    main.add_argument("--arch", nargs="+", choices=ARCHITECTURES, help="default: those that the compiler has")
+    main.add_argument("--against", type=Path, help="another checkout, counted in the same run for comparison")
+    main.add_argument("--arch", nargs="+", choices=ARCHITECTURES, help="default: those that the compiler supports")
     main.add_argument("--kernel", nargs="+", choices=("fwd", "bwd"), default=("fwd", "bwd"))
     which = main.add_mutually_exclusive_group()
     which.add_argument("--case", nargs="+", help="cases by name, such as 'w7 d32 bf16'; default: the hot ones")
     which.add_argument(
         "--all", action="store_true", help="every case that --list prints: minutes for each architecture"
     )
-    main.add_argument("--list", action="store_true", help="the names of the cases")
+    main.add_argument("--list", action="store_true", help="print the names of the cases")
     main.add_argument("--windows", type=int, default=_SWIN_T_WINDOWS, help="windows times heads, for the times")
     main.add_argument("--out", type=Path, help="a CSV file for the rows")
     main.add_argument("--update", action="store_true", help=f"put the rows into {BASELINE.relative_to(ROOT)}")

@@ -1,6 +1,6 @@
-// Calls the launch functions of window attention without a GPU and reports each kernel launch to a callback: which
-// kernel, how many blocks of how many threads, and the parameters. Linked with the objects that nvcc made of csrc/, in
-// the CUDA runtime's place.
+// Calls the launch functions of window attention without a GPU and reports each kernel launch to a callback: the
+// kernel, the numbers of blocks and threads, and the parameters. Linked with nvcc's objects of csrc/ in place of the
+// CUDA runtime.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 #include "params/window_attention_cuda.h"
 
-// What instructions.py passes; addresses are those of its pretended device memory.
+// The arguments from instructions.py; addresses are those of its simulated device memory.
 struct Call {
   int64_t batch;
   int32_t size[3], window[3], shift[3];
@@ -17,7 +17,7 @@ struct Call {
   int32_t multiprocessors, blocks_per_multiprocessor, capability;
   float scale, mask_value;
   uint64_t qkv, out, lse, bias_table, bias, logit_scale, dout, dqkv, dbias_table, dbias, dlogit_scale, workspace;
-  int32_t separate;  // q, k and v one after another, not interleaved
+  int32_t separate;  // q, k and v in separate maps, not interleaved
 };
 
 namespace {
@@ -37,7 +37,7 @@ T* at(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The map that begins `offset` elements behind an address, of tokens that are `row` elements apart.
+// The map that begins `offset` elements after an address, with tokens `row` elements apart.
 template <class Map>
 Map map_at(const Call& call, uint64_t address, int64_t offset, int64_t row) {
   Map map = {};
@@ -108,7 +108,7 @@ swinkernels::WindowAttentionBackwardParams backward_params(const Call& call) {
 
 extern "C" {
 
-// Each runs one call, and returns the status of its launch function.
+// Each runs one call and returns the status of its launch function.
 int record_forward(const Call* call, Report to) {
   report = to;
   current = call;

@@ -1,7 +1,7 @@
 """The ops that only move and normalise tokens, against eager PyTorch and torch.compile.
 
-Every contestant is first compared with the float64 reference, on fewer images; benchmarks/contest.py says how it is
-timed. Dtypes are written as what is read and what is written: "float32-bfloat16" is what autocast makes of them.
+Every contestant is first compared with the float64 reference, on fewer images; see benchmarks/contest.py for the
+timing. Dtypes are those read and written: "float32-bfloat16" is the pair under autocast.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Op = Callable[..., Any]  # (**tensors) -> a tensor or several
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """One op: what it is given, who can run it, and the bytes that have to move."""
+    """An op with its inputs, its contestants, and the bytes to move."""
 
-    implemented: str | None  # the key in IMPLEMENTED, or None for what is torch's alone
+    implemented: str | None  # the key in IMPLEMENTED, or None for an op of torch's
     inputs: Callable[[MapCase, Pair], dict[str, tuple[tuple[int, ...], torch.dtype]]]  # name -> shape and dtype
     ours: Callable[[MapCase, Pair, str], Op]  # by backend
     peer: Callable[[MapCase, Pair], Op]
-    exact: Callable[[MapCase], Op]  # of inputs in the dtype of the arithmetic
+    exact: Callable[[MapCase], Op]  # on inputs in the dtype of the arithmetic
     moved: Callable[[MapCase, Pair], tuple[int, int]]  # bytes forward and backward
-    bare_backward: bool = True  # whether its backward pass is one op
+    bare_backward: bool = True  # the backward pass is one op
 
 
 def _tokens(case: MapCase) -> int:
@@ -76,7 +76,7 @@ def _merged_width(case: MapCase) -> int:
 
 
 def _order(case: MapCase) -> str:
-    return "swin" if len(case.size) == 2 else "row_major"  # as peers.gather_neighbours has them
+    return "swin" if len(case.size) == 2 else "row_major"  # the orders in peers.gather_neighbours
 
 
 def _merging_norm(case: MapCase, pair: Pair, backend: str) -> Op:
@@ -137,23 +137,23 @@ def _norm_then_add(case: MapCase, pair: Pair) -> Op:
 
 
 def _bytes(case: MapCase, read: Sequence[torch.dtype], written: Sequence[torch.dtype]) -> int:
-    """Of whole maps."""
+    """Bytes of whole maps, read and written."""
     return _tokens(case) * case.channels * sum(d.itemsize for d in (*read, *written))
 
 
 def _post_norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    # The gradient of x is that of the sum: it does not move.
+    # The gradient of x equals that of the sum and does not move.
     return _bytes(case, pair, pair[:1]), _bytes(case, pair, pair[1:])
 
 
 def _residual_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    # ds, dz and s are read; where x and y have one dtype they have one gradient.
+    # ds, dz and s are read; if x and y have one dtype, they share one gradient.
     gradients = pair[:1] if pair[0] == pair[1] else pair
     return _bytes(case, pair, pair), _bytes(case, (pair[0], pair[1], pair[0]), gradients)
 
 
 def _drop_path_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    # The gradient of the branch is scaled, so it is written apart from that of the stream.
+    # The gradient of the branch is scaled, so it is written in addition to that of the stream.
     return _bytes(case, pair, pair), _bytes(case, (pair[0], pair[1], pair[0]), pair)
 
 
@@ -235,7 +235,7 @@ BENCHES: dict[str, Bench] = {
         _merging_moved,
         bare_backward=False,
     ),
-    "patch_merging_gemm": Bench(  # its Linear alone, which is what the whole is held against
+    "patch_merging_gemm": Bench(  # the Linear alone, for comparison with the whole
         None,
         lambda case, pair: {
             "z": ((_merged_tokens(case), _merged_width(case)), pair[1]),
@@ -255,7 +255,7 @@ BENCHES: dict[str, Bench] = {
         lambda case: reference.layer_norm,
         _norm_moved,
     ),
-    "patch_expanding": Bench(  # the layout and the norm; in 2D, of what its Linear gave
+    "patch_expanding": Bench(  # the layout and the norm; in 2D, of its Linear's result
         "layer_norm",
         lambda case, pair: _norm_inputs(case, (pair[1], pair[1]), case.channels // case.factor**2),
         lambda case, pair, b: (
@@ -299,14 +299,14 @@ BENCHES: dict[str, Bench] = {
 
 
 def cases(op: str) -> dict[str, MapCase]:
-    """The shapes of an op."""
+    """Return the shapes of an op."""
     if op == "patch_expanding":
         return shapes.EXPANDED_MAPS
     return {**shapes.MAP_GOALS, **(shapes.PADDED_MAPS if op in ("window_partition", "window_reverse") else {})}
 
 
 def contestants(op: str, device: torch.device, wanted: Sequence[str] = ()) -> list[str]:
-    """The names of ``wanted`` that can run an op on the device."""
+    """Return the names in ``wanted`` that can run an op on the device."""
     implemented = BENCHES[op].implemented
     names = list(PEERS)
     if implemented is not None:
@@ -329,7 +329,7 @@ def draw(op: str, case: MapCase, pair: Pair, device: torch.device, seed: int = 0
     inputs = {}
     for name, (shape, dtype) in BENCHES[op].inputs(case, pair).items():
         x = torch.randn(shape, generator=generator, device=device)
-        if name == "weight" and len(shape) == 2:  # a Linear keeps the size of what it is given
+        if name == "weight" and len(shape) == 2:  # a Linear keeps the size of its input
             x *= shape[1] ** -0.5
         if name == "drop_path_scale":  # p = 0.2
             x = torch.full(shape, 1.25, device=device)
@@ -343,14 +343,14 @@ def _several(out: Any) -> tuple[Tensor, ...]:
 
 
 def draw_gradients(results: Iterable[Tensor], seed: int = 0) -> list[Tensor]:
-    """One for each result."""
+    """Draw a gradient for each result."""
     out = list(results)
     generator = torch.Generator(out[0].device).manual_seed(seed + 1000)
     return [torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for x in out]
 
 
 def run_once(op: Op, inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The results and the gradient of every input that has one."""
+    """Return the results and the gradient of every input that has one."""
     leaves = contest.leaves_of(inputs)
     out = _several(op(**leaves))
     wanted = [g.to(x.dtype) for g, x in zip(gradients, out, strict=True)]
@@ -363,13 +363,15 @@ def run_once(op: Op, inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) 
 def judge(
     op: str, name: str, case: MapCase, pair: Pair, device: torch.device
 ) -> tuple[bool, float, dict[str, testing.Judged]]:
-    """Whether results and gradients are right on a few images, the worst RMS error in eps of the narrower dtype, and of
-    ours each result beside the budget of the tests, which it has to keep but for a Linear that is torch's.
+    """Judge results and gradients on a few images.
+
+    Returns the verdict, the worst RMS error in eps of the narrower dtype and, for ours, each result with the budget of
+    the tests, which all but torch's Linear have to keep.
     """
     case = shapes.with_batch(case, 2)
     inputs = draw(op, case, pair, device)
     mine = make_op(op, name, case, pair)
-    with torch.no_grad():  # eager: a compiled peer would compile once more to say what it returns
+    with torch.no_grad():  # eager: a compiled peer would compile again just for its output shapes
         gradients = draw_gradients(_several(make_op(op, "eager", case, pair)(**inputs)))
     got = run_once(mine, inputs, gradients)
     exact, single = (
@@ -381,7 +383,7 @@ def judge(
     judged = {}
     if name not in PEERS and BENCHES[op].bare_backward:
         for key, value in got.items():
-            # In float32 what cancels in a norm's gradient costs some eps more.
+            # In float32, cancellation in a norm's gradient costs some eps more.
             of_dtype = torch.finfo(value.dtype).eps * (4 if value.dtype == torch.float32 else 1)
             judged[key] = testing.judge(value, exact[key], single[key], eps=of_dtype, name=key)
         right = all(found.failure is None for found in judged.values())
@@ -389,14 +391,14 @@ def judge(
 
 
 def verify(op: str, name: str, case: MapCase, pair: Pair, device: torch.device) -> tuple[bool, float]:
-    """What every contestant is asked before it is timed."""
+    """Check a contestant before it is timed."""
     return judge(op, name, case, pair, device)[:2]
 
 
 def benchmark(
     op: str, shape: str, case: MapCase, pair_name: str, device: torch.device, names: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """One row per contestant and direction."""
+    """Return one row per contestant and direction."""
     pair = PAIRS[pair_name]
     drawn: list[dict[str, Tensor]] = []
     gradients: list[list[Tensor]] = []

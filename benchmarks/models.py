@@ -1,8 +1,8 @@
-"""Models and blocks of other libraries: as they are, with the library's fast switch, accelerated; each also compiled.
+"""Models and blocks of other libraries: original, with the library's fast switch, and accelerated; each also compiled.
 
 Every contestant is compared with the library's own model in float64, output and gradients, before it is timed.
-Inference runs in the dtype, training (forward and backward; an optimizer is the same for all) under autocast with
-weights in float32, as people do.
+Inference runs in the dtype. Training (forward and backward; an optimizer is the same for all) runs under autocast with
+weights in float32, the usual practice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.shapes import BLOCKS, MODELS, ModelCase
 from benchmarks.timing import Call, Timing, gpu_busy_us, host_us, time_on_cpu, time_steps
 from swinkernels.demo.measure import autocast, peak_bytes
 
-# What each starts from, then whether it is compiled, and whether into CUDA graphs.
+# The base of each contestant; a suffix says whether it is compiled, and whether into CUDA graphs.
 KINDS = ("eager", "fused", "accelerate")
 PLAIN = (*KINDS, *(f"{kind}-compiled" for kind in KINDS))
 GRAPHS = tuple(f"{kind}-graphs" for kind in KINDS)  # torch.compile(mode="reduce-overhead")
@@ -36,7 +36,7 @@ MODES = ("inference", "training")
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A module and what it is called with; a block's arguments are those that its model gave it."""
+    """A module and its inputs; a block's are those that its model passes to it."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -44,7 +44,7 @@ class Subject:
 
 
 def build(case: ModelCase, fused: bool = False) -> nn.Module | None:
-    """The library's model with weights from a seed, or None where it has no such switch."""
+    """Make the library's model with seeded weights, or return None if it has no such switch."""
     torch.manual_seed(record.SEED)
     model = _BUILDERS[case.library](case, fused)
     if model is None:
@@ -99,7 +99,7 @@ _BUILDERS: dict[str, Callable[[ModelCase, bool], nn.Module | None]] = {
 
 
 def not_installed(names: Iterable[str]) -> dict[str, list[str]]:
-    """The libraries that are missing, with the models and blocks that need them."""
+    """Return the missing libraries, with the models and blocks that need them."""
     found: dict[str, list[str]] = {}
     for name in names:
         library = MODELS[BLOCKS.get(name, (name, ""))[0]].library
@@ -113,9 +113,9 @@ def images(case: ModelCase) -> Tensor:
 
 
 def subject(case: ModelCase, kind: str, path: str = "", batch: int | None = None) -> Subject | None:
-    """On a CPU in float32: a model, or the module of it that ``path`` names with what it is given there.
+    """Make, on a CPU in float32, a model or the module of it at ``path``, with its inputs.
 
-    ``batch`` repeats the images, or what becomes of them on the way to the module.
+    ``batch`` repeats the images, or the tensor that the module receives for them.
     """
     model = build(case, fused=kind == "fused")
     if model is None:
@@ -142,7 +142,7 @@ def _repeat(x: Tensor, times: int) -> Tensor:
 
 
 def first_tensor(out: Any) -> Tensor:
-    """The result of a model: a tensor, or the first of what it returns."""
+    """Return the result of a model, which may be a tensor or the first of several."""
     while not isinstance(out, Tensor):
         out = next(iter(out.values())) if isinstance(out, dict) else out[0]
     return out
@@ -154,7 +154,7 @@ def _moved(x: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def prepare(subject: Subject, device: torch.device, dtype: torch.dtype, mode: str, how: str) -> Callable[[], Any]:
-    """One step of a mode: the output; in training with all gradients left in the leaves."""
+    """Make one step of a mode: it returns the output and, in training, leaves all gradients in the leaves."""
     training = mode == "training"
     wide = torch.promote_types(dtype, torch.float32) if training else dtype  # autocast keeps weights in float32
     module = copy.deepcopy(subject.module).to(device, wide).eval()  # no dropout: results are compared
@@ -185,7 +185,7 @@ def prepare(subject: Subject, device: torch.device, dtype: torch.dtype, mode: st
 
 
 def _flat(result: Any) -> dict[str, Tensor]:
-    """Results by name, in float64 on the CPU."""
+    """Return the results by name, in float64 on the CPU."""
     if isinstance(result, Tensor):
         return {"out": result.double().cpu()}
     out, dx, grads = result
@@ -194,10 +194,10 @@ def _flat(result: Any) -> dict[str, Tensor]:
 
 
 def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """RMS errors relative to the exact result's: of the output, of the input's gradient, of the parameters'.
+    """Return RMS errors relative to the exact result's: of the output, of the input's gradient, of the parameters'.
 
-    The parameters' is one number. A gradient that is a rounding error by itself (that of a bias of keys, say, is zero)
-    counts relative to a thousandth of the largest one.
+    The parameters' error is one number. A gradient that is nothing but rounding error (that of a bias of keys, say, is
+    zero) counts relative to a thousandth of the largest one.
     """
     if got.keys() != exact.keys():
         raise AssertionError(f"gradients of other tensors: {sorted(got.keys() ^ exact.keys())}")
@@ -214,7 +214,7 @@ def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, 
 
 
 def repeated(found: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
-    """What the results of a step are for its images repeated ``times``: its loss is a mean, so each counts for less."""
+    """Scale a step's results to its images repeated ``times``: the loss is a mean, so each image counts for less."""
     of_images = {"out": 1.0, "input": 1.0 / times}
     return {k: _repeat(x, times) * of_images[k] if k in of_images else x for k, x in found.items()}
 
@@ -225,7 +225,7 @@ ALLOWED_EPS = 16.0
 def judge(
     got: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor], eps: float
 ) -> tuple[bool, float]:
-    """Whether a contestant is right, and its worst error in eps: at most twice the plain model's and 16 eps."""
+    """Return the verdict on a contestant, and its worst error in eps: at most twice the plain model's and 16 eps."""
     mine, theirs = errors(got, exact), errors(plain, exact)
     right = all(mine[k] <= 2 * theirs[k] + ALLOWED_EPS * eps for k in mine)
     return right, max(mine.values()) / eps
@@ -248,9 +248,9 @@ def benchmark(
     timed: bool = True,
     before_timing: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """One row per contestant and mode of a model, or of a block in ``shapes.BLOCKS``.
+    """Return one row per contestant and mode for a model, or for a block in ``shapes.BLOCKS``.
 
-    A batch is one or two images over and over: what is timed is what was compared, and compiles once.
+    A batch repeats one or two images: the timed computation is the one that was compared, and compiles once.
     """
     of, path = BLOCKS.get(name, (name, ""))
     case = dataclasses.replace(MODELS[of], batch=batch or MODELS[of].batch)
@@ -262,10 +262,10 @@ def benchmark(
         "case": str(case),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    beside_a_gpu = timed and device.type == "cuda"  # on a CPU a step's work is the host's
+    beside_a_gpu = timed and device.type == "cuda"  # on a CPU the whole step is host time
     torch.compiler.reset()
     rows = []
-    # Contestants share code, and each is compiled for itself: past dynamo's limit they would run eagerly, unnoticed.
+    # Contestants share code, and each is compiled separately: past dynamo's limit they would silently run eagerly.
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         for mode in modes:
             verdicts, calls, first = _prepared(few, case.batch, path, dtype, device, names, mode)
@@ -299,7 +299,7 @@ def _prepared(
     names: Iterable[str],
     mode: str,
 ) -> tuple[dict[str, tuple[str, float | None]], dict[str, Call], dict[str, float]]:
-    """By contestant: the verdict and its error, the step to time, and the seconds that its first call took."""
+    """Return, by contestant: the verdict and its error, the step to time, and the seconds of its first call."""
     original = subject(few, "eager", path)
     assert original is not None
     exact, plain = (
@@ -319,7 +319,7 @@ def _prepared(
             first[contestant] = first_call_s(calls[contestant], device)
             right, error = judge(_flat(calls[contestant](0)), plain, exact, torch.finfo(dtype).eps)
             verdicts[contestant] = (record.RESULT_OK if right else record.RESULT_WRONG, error)
-        except Exception:  # one that cannot run here shall not cost the others' results
+        except Exception:  # one that cannot run here must not cost the others their results
             traceback.print_exc()
             verdicts[contestant] = (record.RESULT_FAILED, None)
             calls.pop(contestant, None)
@@ -327,5 +327,5 @@ def _prepared(
 
 
 def _without_sets(step: Callable[[], Any]) -> Call:
-    """A step as the timers call it; it has one set of inputs."""
+    """Wrap a step for the timers; it has one set of inputs."""
     return lambda i: step()

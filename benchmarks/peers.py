@@ -1,11 +1,11 @@
-"""What users run today, map to map: the published eager code and, for attention, other kernels.
+"""The alternatives to this package, map to map: the published eager code and, for attention, other kernels.
 
-These are SDPA, FlexAttention and cuEquivariance's triangle attention. The benchmarks compile the first two and the
-eager code. What others have published of kernels that cannot be run here stands in PUBLISHED.
+The kernels are SDPA, FlexAttention and cuEquivariance's triangle attention. The benchmarks compile the first two and
+the eager code. PUBLISHED has the published figures of kernels that cannot be run here.
 
-Written on its own, from the published code, so that it shares no mistake with the reference. Index and mask tensors are
-made once, as the models keep them in buffers. Weights are in the dtype of the model, so the bias table and v2's
-factor are cast. v2's bias table is what its MLP and sigmoid make, in every model outside of the attention core.
+Written independently from the published code, so that it shares no mistake with the reference. Index and mask tensors
+are made once, as the models keep them in buffers. Weights are in the dtype of the model, so the bias table and v2's
+factor are cast. v2's bias table is the output of its MLP and sigmoid, which in every model precede the attention core.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Peer = Callable[..., Tensor]  # (qkv, bias_table, logit_scale=None, pad_qkv=None
 
 
 def partition(x: Tensor, window: Sequence[int]) -> Tensor:
-    """A map of whole windows cut into them: view, permute, copy."""
+    """Cut a map of whole windows into windows: view, permute, copy."""
     b, *size, c = x.shape
     rank = len(size)
     x = x.view(b, *(n for s, w in zip(size, window, strict=True) for n in (s // w, w)), c)
@@ -69,14 +69,14 @@ KINDS = ("eager", "sdpa", "flex", "cuequivariance")
 
 
 def is_installed(kind: str) -> bool:
-    """cuEquivariance comes with its own package; the others come with torch."""
+    """Return True if a peer can be imported: cuEquivariance is a separate package, the others are part of torch."""
     return kind != "cuequivariance" or importlib.util.find_spec("cuequivariance_torch") is not None
 
 
 def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, kind: str) -> Peer:
-    """The published attention core for one case: eager as timm, Microsoft and MONAI wrote it, or by another kernel.
+    """Make the published attention core for one case: eager as in timm, Microsoft and MONAI, or by another kernel.
 
-    All give the table a gradient: SDPA and cuEquivariance add a bias that is learned, flex reads it in its score_mod.
+    All give the table a gradient: SDPA and cuEquivariance add a learned bias, flex reads it in its score_mod.
     """
     size, window, rank = case.size, case.window_tuple, len(case.size)
     shift = case.shift_size if isinstance(case.shift_size, tuple) else (case.shift_size,) * rank
@@ -85,7 +85,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
     axes = list(range(1, rank + 1))
     shifted, padded = any(shift), tuple(frame) != tuple(size)
     index = _relative_position_index(window).to(device)
-    # An axis that goes around has no seam: what a shift brings together there are neighbours.
+    # A periodic axis has no seam: the tokens that a shift brings together are neighbours.
     wraps = case.options.get("periodic", (False,) * rank)
     seams = [0 if periodic else s for s, periodic in zip(shift, wraps, strict=True)]
     mask = _attention_mask(frame, window, seams).to(device, dtype) if any(seams) else None
@@ -114,7 +114,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         q, k, scale = cosine(q, k, logit_scale)
         if mask is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), scale=scale)
-        # Windows of one image beside the heads: one mask serves every image without a copy for each.
+        # The windows of one image join the heads' axis: one mask serves every image without a copy for each.
         folded = (bias.unsqueeze(0) + mask.unsqueeze(1)).view(1, -1, n, n)
         q, k, v = (x.reshape(-1, folded.shape[1], n, head_dim) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=folded, scale=scale).view(-1, heads, n, head_dim)
@@ -129,7 +129,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         return flex_attention(q, k, v, score_mod=add_bias, scale=scale)
 
     def triangle(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
-        # (1, windows, heads, N, d) with one bias for all windows of a call: a call for each kind of mask.
+        # (1, windows, heads, N, d) with one bias for all windows of a call: one call for each kind of mask.
         attend = importlib.import_module("cuequivariance_torch").triangle_attention
         q, k, scale = cosine(q, k, logit_scale)
         whole = bias[None, None]
@@ -175,7 +175,7 @@ def _frame(size: Sequence[int], window: Sequence[int]) -> list[int]:
 
 
 def _pad(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Zeros at the end of each axis of the map; x itself if it has that size, as the published codes test."""
+    """Add zeros at the end of each axis of the map; return x itself if it has that size, as the published codes do."""
     if tuple(size) == x.shape[1:-1]:
         return x
     widths = [n for p, s in zip(reversed(size), reversed(x.shape[1:-1]), strict=True) for n in (0, p - s)]
@@ -183,7 +183,7 @@ def _pad(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """Pad, roll, partition: a Swin block (Microsoft; MONAI in 3D) before its attention."""
+    """Pad, roll, partition: the start of a Swin block (Microsoft; MONAI in 3D) before its attention."""
     x = _pad(x, _frame(x.shape[1:-1], window))
     if any(shift):
         x = torch.roll(x, shifts=[-s for s in shift], dims=list(range(1, x.dim() - 1)))
@@ -191,7 +191,7 @@ def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> 
 
 
 def window_reverse(windows: Tensor, window: Sequence[int], size: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """Reverse, roll, crop: a Swin block after its attention."""
+    """Reverse, roll, crop: the end of a Swin block after its attention."""
     x = reverse(windows, window, _frame(size, window))
     if any(shift):
         x = torch.roll(x, shifts=list(shift), dims=list(range(1, x.dim() - 1)))
@@ -201,12 +201,12 @@ def window_reverse(windows: Tensor, window: Sequence[int], size: Sequence[int], 
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """A LayerNorm and what follows it: under autocast it runs in float32, and the next Linear casts its result."""
+    """A LayerNorm and the next cast: under autocast it runs in float32, and the next Linear casts its result."""
     return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias).to(dtype)
 
 
 def gather_neighbours(x: Tensor) -> Tensor:
-    """The tokens of patch merging side by side: timm's permute in 2D, MONAI's concatenated slices (row-major) in 3D."""
+    """Concatenate the tokens of patch merging: timm's permute in 2D, MONAI's slices (row-major) in 3D."""
     x = _pad(x, _frame(x.shape[1:-1], (2,) * (x.dim() - 2)))
     if x.dim() == 4:
         b, h, w, c = x.shape
@@ -222,8 +222,8 @@ def expand(x: Tensor, factor: int) -> Tensor:
     return x.reshape(b, h * factor, w * factor, c)
 
 
-# Milliseconds on an H100 that FWA-2, a kernel for windows in the order of windows, has published for v2's attention of
-# 256 windows, 6 heads of 32; and how many times as fast ours has to be there. The keys are those of shapes.ATTENTION.
+# Published milliseconds on an H100 of FWA-2, a kernel on partitioned windows, for v2's attention of 256 windows with 6
+# heads of 32; and the wanted speed of ours as a multiple. The keys are those of shapes.ATTENTION.
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     "fwa2.64": {"fwd": (0.073, 5.0), "bwd": (0.818, 10.0)},
     "fwa2.256": {"fwd": (0.226, 5.0), "bwd": (2.37, 10.0)},
@@ -232,7 +232,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 
 
 def against_published(rows: Sequence[Mapping[str, Any]], backend: str = "cuda") -> list[dict[str, Any]]:
-    """How many times as fast as PUBLISHED a backend's right results in 16 bits are, with what is wanted."""
+    """Return the speed of a backend's correct 16-bit results as a multiple of PUBLISHED, with the wanted multiple."""
     return [
         {
             "goal": f"{row['direction']} at {row['shape']} against FWA-2's published {published} ms",

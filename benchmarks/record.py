@@ -1,4 +1,4 @@
-"""What every benchmark writes down: rows with one set of columns, where and when it ran, and tables for people."""
+"""The output of every benchmark: rows with one set of columns, the environment, and readable tables."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from benchmarks.commit import commit
 from benchmarks.timing import Ceiling, Timing
 from swinkernels import info
 
-SEED = 0  # of the first set of inputs and of every model's weights
-# What tells rows of two runs apart, and what is measured.
+SEED = 0  # for the first set of inputs and for every model's weights
+# Columns that identify a measurement, and so tell the rows of two runs apart.
 KEYS = ("suite", "op", "shape", "case", "dtype", "backend", "direction")
 RESULT_OK, RESULT_WRONG, RESULT_FAILED = "ok", "WRONG", "FAILED"
 
@@ -36,7 +36,7 @@ def row(
     host_us: float | None = None,
     gpu_busy_us: float | None = None,
 ) -> dict[str, Any]:
-    """One row of a CSV. A wrong result has a time, but is never a percentage of anything."""
+    """Make one row of a CSV. A wrong result has a time, but no percentages."""
     t = timing
     counts = t if t is not None and result == RESULT_OK else None
     roofline = ceiling.roofline_us(moved or 0, flops or 0) if ceiling and (moved or flops) else None
@@ -65,7 +65,7 @@ def row(
 
 
 def _cpu() -> str:
-    """The CPU by its name, threads and, where it is set, the treatment of denormal numbers."""
+    """Return the CPU's name, threads and, if set, the treatment of denormal numbers."""
     name = "CPU"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -78,7 +78,7 @@ def _cpu() -> str:
 
 
 def environment(device: torch.device | str) -> dict[str, str]:
-    """The columns that every row of every CSV ends with."""
+    """Return the last columns of every CSV row."""
     facts = info.collect()
     versions = facts["versions"]
     on_gpu = torch.device(device).type == "cuda"
@@ -107,12 +107,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], device: torch.devic
 
 
 def _short(value: Any) -> Any:
-    """Six digits of a float: more than any time is worth."""
+    """Round a float to six digits, more than any time justifies."""
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of :func:`write_csv`, with numbers and truth values read as such, and None for empty cells."""
+    """Read the rows of a file of :func:`write_csv`, with numbers and truth values parsed, and None for empty cells."""
 
     def parse(key: str, text: str) -> Any:
         if not text:
@@ -128,5 +128,5 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows, which share their keys, as aligned text."""
+    """Format the rows, which share their keys, as aligned text."""
     return tabulate(rows, headers="keys", floatfmt=".2f") if rows else "(nothing)"

@@ -21,8 +21,8 @@ PAGE, README, PICTURES = "docs/benchmarks.md", "README.md", "docs/images/benchma
 BEGIN, END = "<!-- numbers: python -m benchmarks report -->", "<!-- end of numbers -->"
 RATIOS = "their time / ours, forward / forward and backward"
 Row = dict[str, Any]
-Runs = dict[str, list[Row]]  # by the name of the folder
-Group = dict[str, Row]  # by contestant, of one op, shape, dtype and direction
+Runs = dict[str, list[Row]]  # name of the folder -> rows
+Group = dict[str, Row]  # contestant -> its row for one op, shape, dtype and direction
 
 HEAD = """# Benchmarks
 
@@ -64,7 +64,7 @@ def write(results: Path, root: Path = commit.ROOT) -> list[Path]:
 
 
 def write_run(out: Path) -> Path:
-    """The same of one run, beside its CSV files: report.md, which is returned, and pictures."""
+    """Write the same for one run next to its CSV files; return the path of report.md."""
     rows, page = read_folder(out), out / "report.md"
     draw(rows, out)
     page.write_text(run_text(rows))
@@ -72,7 +72,7 @@ def write_run(out: Path) -> Path:
 
 
 def draw(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Path]:
-    """The pictures that a run has the rows for; their paths."""
+    """Draw the charts for which a run has rows; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {kind: folder / f"{prefix}{kind}.png" for kind, can_draw in charts.DRAWABLE.items() if can_draw(rows)}
     for kind, path in drawn.items():
@@ -81,18 +81,18 @@ def draw(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Path]:
 
 
 def read_folder(folder: Path) -> list[Row]:
-    """The rows of its CSV files."""
+    """Read the rows of a folder's CSV files."""
     return [row for path in sorted(folder.glob("*.csv")) for row in record.read_csv(path)]
 
 
 def read(results: Path) -> Runs:
-    """The same of every folder of results that has any."""
+    """Read every folder of results that has CSV files."""
     runs = {folder.name: read_folder(folder) for folder in sorted(results.iterdir()) if folder.is_dir()}
     return {name: rows for name, rows in runs.items() if rows}
 
 
 def replace_numbers(text: str, numbers: str) -> str:
-    """A text with what stands between the two marks replaced."""
+    """Replace the part of a text between the two marks."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"expected one line {BEGIN!r} and one {END!r} around the numbers of {README}")
     before, rest = text.split(BEGIN)
@@ -100,7 +100,7 @@ def replace_numbers(text: str, numbers: str) -> str:
 
 
 def groups(rows: Iterable[Row], *suites: str) -> dict[tuple[str, ...], Group]:
-    """What was measured together, in the order of the files."""
+    """Group the rows measured together, in the order of the files."""
     found: dict[tuple[str, ...], Group] = {}
     for row in rows:
         if row["suite"] in suites:
@@ -110,7 +110,7 @@ def groups(rows: Iterable[Row], *suites: str) -> dict[tuple[str, ...], Group]:
 
 
 def ours(group: Group) -> Row | None:
-    """The fastest right one of our kernels."""
+    """Return the fastest correct row of our kernels."""
     right = [group[name] for name in attention.OURS if name in group and _time(group[name]) is not None]
     return min(right, key=lambda row: row["median_us"], default=None)
 
@@ -146,14 +146,14 @@ def _range(values: Iterable[float]) -> str:
 
 
 def _table(rows: Sequence[dict[str, str]]) -> str:
-    """In Markdown, without the columns that are empty throughout."""
+    """Format as Markdown, without columns that are entirely empty."""
     columns = [c for c in rows[0] if any(row[c] for row in rows)]
     cells = [[row[c] for c in columns] for row in rows]
     return tabulate(cells, headers=columns, tablefmt="pipe", disable_numparse=True) + "\n"
 
 
 def settings(rows: Sequence[Row]) -> str:
-    """Device and versions of a run; more than one of each, if a folder has several."""
+    """Return device and versions of a run, or all of them if a folder has several."""
 
     def values(column: str) -> str:
         return ", ".join(dict.fromkeys(str(row[column]) for row in rows if row[column]))
@@ -165,12 +165,12 @@ def settings(rows: Sequence[Row]) -> str:
 
 
 def device(rows: Sequence[Row]) -> str:
-    """Of a folder; the rows of one thread that its latency part may have are said there."""
+    """Return the device of a folder; its latency part may have rows of one thread."""
     return next(iter(dict.fromkeys(row["device"] for row in rows if row["suite"] != "latency")), rows[0]["device"])
 
 
 def speedups(rows: Sequence[Row]) -> str:
-    """Of window attention: how many times our time the others take, forward / forward and backward."""
+    """Return the table of window attention: the others' times over ours, forward / forward and backward."""
     found = groups((row for row in rows if row["op"] == "window_attention"), "ops")
     cells = []
     for (_, _, case, dtype, direction), forward in found.items():
@@ -190,7 +190,7 @@ def speedups(rows: Sequence[Row]) -> str:
 
 
 def _short(case: str) -> str:
-    """The batch, map, heads and window of a case's name: "b1-56x56-h3x32-w7-s3-table" without what follows."""
+    """Return batch, map, heads and window from a case's name: "b1-56x56-h3x32-w7-s3-table" up to the window."""
     batch, size, heads, window, *_ = case.split("-")
     heads, head_dim = heads[1:].split("x")
     across = [x.replace("x", " x ") for x in (size, window[1:])]
@@ -198,7 +198,7 @@ def _short(case: str) -> str:
 
 
 def steps(rows: Sequence[Row], *suites: str) -> str:
-    """Of models or blocks: times, and the speed-up against the best of the others, eager and compiled."""
+    """Return the table of models or blocks: times, and the speed-up over the best other, eager and compiled."""
     cells = []
     for (op, shape, _, dtype, direction), group in groups(rows, *suites).items():
         if not any(_time(row) is not None for row in group.values()):
@@ -225,7 +225,7 @@ def steps(rows: Sequence[Row], *suites: str) -> str:
 
 
 def memory(rows: Sequence[Row]) -> str:
-    """Of models: peak memory of a step by contestant, MiB."""
+    """Return the table of models: peak memory of a step by contestant, MiB."""
     cells = []
     for (_, shape, case, dtype, direction), group in groups(rows, "models", "memory").items():
         named = {n: _number(group[n]["peak_mib"]) if n in group else "" for n in models.CONTESTANTS}
@@ -235,7 +235,7 @@ def memory(rows: Sequence[Row]) -> str:
 
 
 def details(rows: Sequence[Row]) -> str:
-    """Of every op: time, roofline, error and memory of each contestant."""
+    """Return the table of every op: time, roofline, error and memory of each contestant."""
     cells = [
         {
             "op": row["op"],
@@ -257,7 +257,7 @@ def details(rows: Sequence[Row]) -> str:
 
 
 def host(rows: Sequence[Row]) -> str:
-    """CPU time of the calling thread for a call of window attention."""
+    """Return the table of host costs: CPU time of the calling thread for a call of window attention."""
     cells = [
         {"case": row["shape"], "call": row["direction"], "backend": row["backend"], "us": _number(row["host_us"], 1)}
         for row in rows
@@ -267,7 +267,7 @@ def host(rows: Sequence[Row]) -> str:
 
 
 def slopes(rows: Sequence[Row]) -> str:
-    """Of the sweeps: the exponent with which each contestant's time grows."""
+    """Return the table of the sweeps: the exponent with which each contestant's time grows."""
     cells = []
     for sweep, (_, _, what) in scaling.SWEEPS.items():
         for backend, (x, y) in scaling.series(rows, sweep).items():
@@ -287,7 +287,7 @@ def slopes(rows: Sequence[Row]) -> str:
 
 
 def run_text(rows: Sequence[Row], pictures: str = "") -> str:
-    """The part of a page about one run, with links to its pictures, whose names start with ``pictures``."""
+    """Return the part of a page about one run, with links to its charts, whose names start with ``pictures``."""
     noisy = sum(row["noisy"] is True for row in rows)
     timed = sum(row["median_us"] is not None for row in rows)
     parts = [f"## {device(rows)}\n\n{settings(rows)}. {noisy} of {timed} times are noisy.\n"]
@@ -317,14 +317,14 @@ def run_text(rows: Sequence[Row], pictures: str = "") -> str:
 
 
 def page_text(runs: Runs) -> str:
-    """The whole of docs/benchmarks.md."""
+    """Return the whole of docs/benchmarks.md."""
     folder = Path(PICTURES).relative_to(Path(PAGE).parent)
     parts = [run_text(rows, f"{folder}/{name}-") for name, rows in runs.items()]
     return "\n".join([HEAD, *parts])
 
 
 def readme_numbers(runs: Runs, on_gpus: gpu_page.Runs) -> str:
-    """The README's picture and headline, of a run on a GPU if there is one, and what was measured on GPUs."""
+    """Return the README's picture and headline, from a run on a GPU if there is one, and the sentence about GPUs."""
     drawable = [name for name, rows in runs.items() if charts.DRAWABLE["summary"](rows)]
     parts = [gpu_page.readme_text(on_gpus)]
     if drawable:
@@ -335,7 +335,7 @@ def readme_numbers(runs: Runs, on_gpus: gpu_page.Runs) -> str:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """How window attention compares with the fastest other contestant at a run's shapes, and what whole models gain."""
+    """Summarise a run: window attention against the fastest other contestant at each shape, and the models' gains."""
     forward, both = (list(charts.best_ratios(rows, direction).values()) for direction in ("fwd", "fwd+bwd"))
     timed = [row for row in rows if row["median_us"] is not None]
     noisy = sum(row["noisy"] is True for row in timed)
@@ -354,7 +354,7 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def model_gains(rows: Sequence[Row]) -> list[float]:
-    """Of each model and step: the time of the library's fastest own way, not compiled, / that of accelerate."""
+    """Return, for each model and step, the library's fastest time without compilation over that of accelerate."""
     gains = []
     for group in groups(rows, "models").values():
         theirs = [t for name in ("eager", "fused") if (t := _time(group.get(name))) is not None]

@@ -1,13 +1,13 @@
 """Runs the machine code of a CUDA kernel on the CPU and counts the instructions that it executes.
 
 The text that ``cuobjdump -sass`` prints is decoded once and executed warp by warp, lane by lane, with the registers,
-predicates, constant bank, shared and global memory of a GPU: so the path that is counted is the one that the kernel
-takes for the given arguments, whatever compiler or author laid out the code. What is counted: every warp instruction
-that is issued, also where a predicate switches off all its lanes, once for each group of lanes that have diverged;
-and the passes that a shared-memory access takes over the 32 banks. Time is not modelled.
+predicates, constant bank, shared and global memory of a GPU. So the counted path is the one that the kernel takes for
+the given arguments, whatever compiler or author laid out the code. Counted are every issued warp instruction, even if a
+predicate disables all its lanes, once for each group of diverged lanes; and the passes of a shared-memory access over
+the 32 banks. Time is not modelled.
 
-It knows the instructions that the project's kernels are compiled to. Another one raises :class:`UnknownInstruction`
-with its text when it is executed: add it to the functions below, whose names are those of the instructions.
+The executor supports the instructions in the project's kernels. Any other raises :class:`UnknownInstruction` with its
+text when it is executed: add it to the functions below, which are named after the instructions.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ Run = Callable[["Warp", "Array | None"], None]
 
 
 class UnknownInstruction(Exception):
-    """An instruction, or a form of one, that the executor has not learned."""
+    """An instruction, or a form of one, that the executor does not support."""
 
 
 class Fault(Exception):
-    """An access outside the memory that the kernel was given, or warps that wait for each other."""
+    """An access outside the kernel's memory, or warps that wait for each other."""
 
 
 @dataclass
@@ -99,13 +99,13 @@ class Warp:
         self.alive = threads < block.threads
         self.groups = [Group(0, self.alive.copy())]
         self.barriers: dict[str, Array] = {}
-        self.active, self.pc = self.alive, 0  # of the instruction being executed
+        self.active, self.pc = self.alive, 0  # lanes and address of the instruction being executed
         self.counts = np.zeros(len(block.program.code), I64)
         self.passes = np.zeros(len(block.program.code), I64)
 
 
 class Memory:
-    """Global memory: byte arrays at artificial addresses. An access outside of them is a fault."""
+    """Global memory: byte arrays at artificial addresses. An access outside them is a fault."""
 
     def __init__(self) -> None:
         self.regions: list[tuple[int, int, Array]] = []
@@ -121,7 +121,7 @@ class Memory:
         return address
 
     def find(self, addresses: Array, size: int) -> tuple[Array, Array]:
-        """The region that all these addresses lie in, and their offsets in it."""
+        """Return the region that contains all these addresses, and their offsets in it."""
         low, high = int(addresses.min()), int(addresses.max()) + size
         for start, end, data in self.regions:
             if start <= low and high <= end:
@@ -129,7 +129,7 @@ class Memory:
         raise Fault(f"global memory at {low:#x} to {high:#x} belongs to no argument")
 
     def region(self, address: int) -> int:
-        """The number of the region that begins last before an address."""
+        """Return the number of the last region that begins at or before an address."""
         return bisect.bisect_right(self.regions, address, key=lambda region: region[0]) - 1
 
 
@@ -161,7 +161,7 @@ class Block:
 
 @dataclass
 class Launch:
-    """What a kernel was launched with: the constant bank holds the grid and the parameters."""
+    """The arguments of a launch: the constant bank holds the grid and the parameters."""
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -189,7 +189,7 @@ class _Step:
             self.control = _CONTROL[instruction.base](program, instruction, index)
             return
 
-        # Which forms are known is asked when one is executed: code that is never reached need not be.
+        # Unknown forms raise on execution: unreachable code may contain them.
         def decode(warp: Warp, mask: Array | None) -> None:
             self.run = _decode(instruction)
             self.run(warp, mask)
@@ -221,7 +221,7 @@ def _run_warp(program: Program, warp: Warp) -> None:
                     break
                 full = bool(group.lanes.all())
             else:
-                if mask is None or mask.any():  # addresses mean nothing where the predicate switches off all lanes
+                if mask is None or mask.any():  # addresses are undefined where the predicate disables all lanes
                     warp.active = lanes if mask is None else mask
                     assert step.run is not None
                     try:
@@ -237,7 +237,7 @@ def _run_warp(program: Program, warp: Warp) -> None:
 
 
 def _merge(warp: Warp, key: tuple[str, int], wanted: Array, pc: int) -> None:
-    """Let the groups that wait for `key` go on together at `pc` once they are all the lanes wanted."""
+    """Let the groups that wait for `key` continue together at `pc` once they comprise all wanted lanes."""
     waiting = [g for g in warp.groups if g.waits == key]
     together = np.logical_or.reduce([g.lanes for g in waiting]) if waiting else np.zeros(LANES, bool)
     if waiting and not (wanted & warp.alive & ~together).any():
@@ -246,7 +246,7 @@ def _merge(warp: Warp, key: tuple[str, int], wanted: Array, pc: int) -> None:
 
 
 def _merge_all(program: Program, warp: Warp) -> None:
-    """After lanes have ended: whoever waited for them waits no more."""
+    """Release the groups that waited for lanes that have ended."""
     for group in list(warp.groups):
         if group.waits is not None and group in warp.groups:
             kind, pc = group.waits
@@ -336,7 +336,7 @@ def _break(program: Program, instruction: Instruction, index: int) -> Callable[[
         warp.barriers[name] = warp.barriers[name] & ~(group.lanes & on)
         group.pc += 1
         _merge_all(program, warp)
-        return True  # another group may have become free to go; this one goes on when its turn comes
+        return True  # another group may now be free to go; this one continues in its turn
 
     return run
 
@@ -389,7 +389,7 @@ _CONTROL: dict[str, Callable[[Program, Instruction, int], Callable[[Warp, Group,
     "BREAK": _break,
     "WARPSYNC": _warpsync,
     "BAR": _bar,
-    "CALL": _bra,  # the code itself keeps the address to return to
+    "CALL": _bra,  # the code itself stores the return address
     "RET": _ret,
 }
 
@@ -398,7 +398,7 @@ _CONTROL: dict[str, Callable[[Program, Instruction, int], Callable[[Warp, Group,
 
 
 def _register(text: str) -> tuple[str, int] | None:
-    """("r" or "ur", number) of a register; the zero registers have number 255."""
+    """Parse a register as ("r" or "ur", number); the zero registers have number 255."""
     match = re.fullmatch(r"(U?)R(\d+|Z)", text)
     if match is None:
         return None
@@ -417,7 +417,7 @@ def predicate(text: str) -> Value:
 
 
 def _constant(text: str) -> Callable[[Warp, int], Array] | None:
-    """A reader of so many bytes of the constant bank: c[0x0][0x210], c[0x0][R4+0x10]."""
+    """Make a reader of bytes of the constant bank: c[0x0][0x210], c[0x0][R4+0x10]."""
     match = re.fullmatch(r"c\[0x0\]\[(?:(U?R(?:\d+|Z))\+?)?(-?0x[0-9a-f]+)?\]", text)
     if match is None:
         return None
@@ -432,7 +432,7 @@ def _constant(text: str) -> Callable[[Warp, int], Array] | None:
 
 
 def _split(text: str) -> tuple[str, bool, bool, bool, str]:
-    """Body, negated, absolute, inverted, suffix of an operand such as -|R4|.reuse or R5.H0_H0."""
+    """Split an operand such as -|R4|.reuse or R5.H0_H0 into body, negated, absolute, inverted, suffix."""
     text = text.replace(".reuse", "")
     negated = text.startswith("-") and not re.fullmatch(r"-[0-9.INQ+].*", text)
     inverted = text.startswith("~")
@@ -533,7 +533,7 @@ def _put(w: Warp, bank: str, number: int, new: Array, mask: Array | None) -> Non
 
 
 def target(text: str, count: int = 1) -> Callable[[Warp, Array, Array | None], None]:
-    """A writer of a register, or of `count` of them from an array with one row each."""
+    """Make a writer of a register, or of `count` registers from an array with one row each."""
     register = _register(text.replace(".reuse", ""))
     if register is None:
         raise UnknownInstruction(f"destination {text}")
@@ -579,7 +579,7 @@ def _is_predicate(text: str) -> bool:
 
 
 def _leading(operands: Sequence[str], start: int) -> tuple[list[str], list[str]]:
-    """The predicates from operand `start` on, and the operands behind them."""
+    """Return the predicates from operand `start` on, and the operands after them."""
     end = start
     while end < len(operands) and _is_predicate(operands[end]):
         end += 1
@@ -590,7 +590,7 @@ def _leading(operands: Sequence[str], start: int) -> tuple[list[str], list[str]]
 
 
 def _term(text: str) -> Value:
-    """An addend in 64 bits such that the carry of a subtraction is that of adding the complement and one."""
+    """An addend in 64 bits such that a subtraction's carry is that of adding the complement and one."""
     body, negated, _, inverted, suffix = _split(text)
     if suffix:
         raise UnknownInstruction(f"integer operand {text}")
@@ -878,7 +878,7 @@ def popc(i: Instruction) -> Run:
 
 
 def flo(i: Instruction) -> Run:
-    """The number of the highest bit set, or of zeros above it (.SH)."""
+    """The number of the highest set bit, or of the zeros above it (.SH)."""
     write, a, leading = target(i.operands[0]), value(i.operands[-1]), "SH" in i.modifiers
     if "U32" not in i.modifiers:
         raise UnknownInstruction(i.text)
@@ -992,7 +992,7 @@ def s2r(i: Instruction) -> Run:
 
 
 def _round(exact: Array, modifiers: Sequence[str]) -> Array:
-    """A float64 value rounded to float32 as the modifiers say."""
+    """Round a float64 value to float32 as the modifiers request."""
     near = exact.astype(F32)
     if "RM" in modifiers or "RP" in modifiers or "RZ" in modifiers:
         back = near.astype(np.float64)
@@ -1152,7 +1152,7 @@ def f2f(i: Instruction) -> Run:
 
 
 def hfma2(i: Instruction) -> Run:
-    """Compilers make two constants of 16 bits with it, from a product of zeros; nothing else is known."""
+    """Compilers use it to make two 16-bit constants from a product of zeros; other uses are not supported."""
     if [x.replace(".reuse", "") for x in i.operands[1:3]] != ["-RZ", "RZ"] or len(i.operands) != 5:
         raise UnknownInstruction(i.text)
     write = target(i.operands[0])
@@ -1193,7 +1193,7 @@ def shfl(i: Instruction) -> Run:
 
 
 def vote(i: Instruction) -> Run:
-    """VOTE.ANY P0, P1 or VOTE.ANY R4, PT, P1: whether lanes have it, and which."""
+    """VOTE.ANY P0, P1 or VOTE.ANY R4, PT, P1: whether any lane has the predicate, and the mask of those lanes."""
     ballot = None if _is_predicate(i.operands[0]) else target(i.operands[0])
     out = target_predicate(i.operands[0 if ballot is None else 1])
     asked, kind = predicate(i.operands[-1]), i.modifiers[0]
@@ -1220,7 +1220,7 @@ def _halves(registers: Array, kind: str) -> Array:
 
 
 def hmma(i: Instruction) -> Run:
-    """D = A B + C of a warp, fragments as in csrc/kernels/common/ptx.cuh."""
+    """D = A B + C of a warp, with fragments as in csrc/kernels/common/ptx.cuh."""
     depth = {"16816": 16, "1688": 8, "1684": 4}.get(i.modifiers[0])
     tf32 = "TF32" in i.modifiers
     kind = "BF16" if "BF16" in i.modifiers else "TF32" if tf32 else "F16"
@@ -1319,7 +1319,7 @@ def _address(text: str, wide: bool) -> Value:
 
 
 def _size(i: Instruction) -> tuple[int, bool]:
-    """Bytes of an access, and whether they are extended by their sign."""
+    """Return the bytes of an access, and whether they are sign-extended."""
     for name, size in (("128", 16), ("64", 8), ("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2)):
         if name in i.modifiers:
             return size, name[0] == "S"
@@ -1330,14 +1330,14 @@ _EVERY_LANE = np.arange(LANES)
 
 
 def _lanes(w: Warp) -> Array:
-    """The lanes that an instruction is executed by."""
+    """Return the lanes that execute an instruction."""
     if w.active.all():
         return _EVERY_LANE
     return np.flatnonzero(w.active) if len(w.active) == LANES else _EVERY_LANE[:0]
 
 
 def _space(w: Warp, addresses: Array, size: int, is_shared: bool) -> tuple[Array, Array]:
-    """The bytes of memory that the addresses lie in, and the offsets there."""
+    """Return the bytes of memory that contain the addresses, and the offsets there."""
     if not is_shared and int(addresses[0]) >> 32 == SHARED_WINDOW:
         is_shared = True
     if (addresses % U64(size)).any():
@@ -1351,7 +1351,7 @@ def _space(w: Warp, addresses: Array, size: int, is_shared: bool) -> tuple[Array
 
 
 def _by_region(w: Warp, addresses: Array, is_shared: bool) -> list[slice | Array]:
-    """Which of the addresses lie in the same region of memory, region by region."""
+    """Group the addresses by the region of memory that contains them."""
     if is_shared or int(addresses[0]) >> 32 == SHARED_WINDOW:
         return [slice(None)]
     regions = np.array([w.block.memory.region(int(a)) for a in addresses])
@@ -1359,8 +1359,8 @@ def _by_region(w: Warp, addresses: Array, is_shared: bool) -> list[slice | Array
 
 
 def _bank_passes(offsets: Array, size: int) -> int:
-    """Passes over shared memory: in each, a bank of four bytes gives or takes one word."""
-    # Which words share a bank does not change if all addresses move by as many words.
+    """Count passes over shared memory; in each, a bank of four bytes serves one word."""
+    # Moving all addresses by the same number of words does not change which words share a bank.
     start = int(offsets.min()) // 4 * 4
     key = ((offsets - start).tobytes(), size)
     found = _passes_of.get(key)
@@ -1481,7 +1481,7 @@ def ldc(i: Instruction) -> Run:
 
 
 def ldgsts(i: Instruction) -> Run:
-    """Global to shared memory, at once; without its predicate, zeros."""
+    """Copy from global to shared memory, at once; without its predicate, write zeros."""
     size, _ = _size(i)
     where, source = _address(i.operands[0], False), _address(i.operands[1], True)
     wanted = predicate(i.operands[2]) if len(i.operands) > 2 else predicate("PT")
@@ -1610,7 +1610,7 @@ _INSTRUCTIONS: dict[str, Callable[[Instruction], Run]] = {
 
 
 def _decode(i: Instruction) -> Run:
-    # The uniform datapath has the vector one's instructions, on registers of one column.
+    # The uniform datapath has the vector instructions, on registers of one column.
     make = _INSTRUCTIONS.get(i.base) or (_INSTRUCTIONS.get(i.base[1:]) if i.base.startswith("U") else None)
     if make is None:
         raise UnknownInstruction(f"{i.text} at {i.pc:#x}: no function of {__name__} executes {i.base}")
@@ -1623,7 +1623,7 @@ def _decode(i: Instruction) -> Run:
 def run_launch(
     program: Program, launch: Launch, memory: Memory, blocks: Sequence[int] | None = None
 ) -> Iterator[Block]:
-    """Run the blocks of a launch, all of them by default, one after another; each is given back when it has ended."""
+    """Run the blocks of a launch, all of them by default, in order; yield each when it has ended."""
     total = launch.grid[0] * launch.grid[1] * launch.grid[2]
     with np.errstate(all="ignore"):
         for index in range(total) if blocks is None else blocks:

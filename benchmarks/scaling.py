@@ -1,7 +1,7 @@
-"""How the cost grows: with images, tokens and windows, and of window attention against global attention.
+"""The growth of the cost with images, tokens and windows, and window attention against global attention.
 
-The sweeps are of the attention core, forward. Window and global attention are compared as whole layers with their
-projections, which is what the formulas of the Swin paper count.
+The sweeps time the attention core, forward. Window and global attention are compared as whole layers with their
+projections, which the formulas of the Swin paper count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from swinkernels import reference
 from swinkernels.ops.window_attention import window_attention_qkvpacked
 from swinkernels.testing import WindowAttentionCase
 
-# What the cost is plotted over.
+# The abscissa of each sweep.
 SWEEPS: dict[str, tuple[Mapping[str, WindowAttentionCase], Callable[[WindowAttentionCase], float], str]] = {
     "batch": (shapes.BATCH_SWEEP, lambda case: case.batch, "images"),
     "map": (shapes.MAP_SWEEP, lambda case: math.prod(case.size), "tokens of a map"),
@@ -31,14 +31,14 @@ LAYERS = ("window", "global")
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of log y over log x by least squares: 1 where y grows as x does."""
+    """Least-squares slope of log y over log x: 1 where y is proportional to x."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def sweep(
     name: str, dtype: torch.dtype, device: torch.device, names: Iterable[str], *, largest: int | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of one sweep, forward; ``largest`` bounds images times tokens."""
+    """Return the rows of one sweep, forward; ``largest`` bounds images times tokens."""
     rows = []
     for shape, case in SWEEPS[name][0].items():
         if largest is None or case.batch * math.prod(case.size) <= largest:
@@ -48,7 +48,7 @@ def sweep(
 
 
 def series(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, tuple[list[float], list[float]]]:
-    """What a sweep's rows show, by contestant: the abscissae and the times in us, of right results."""
+    """Return a sweep's correct results by contestant: the abscissae and the times in us."""
     cases, abscissa, _ = SWEEPS[name]
     found: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
@@ -60,7 +60,7 @@ def series(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, tuple[list
 
 
 def layers(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """The same of the layers: the sides of the maps and the times in us."""
+    """Return the same for the layers: the sides of the maps and the times in us."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for row in rows:
         if row["op"] == "attention layer" and row["result"] == record.RESULT_OK:
@@ -71,7 +71,7 @@ def layers(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list
 
 
 def layer(kind: str, side: int) -> Callable[..., Tensor]:
-    """(x, qkv_weight, proj_weight[, bias_table]) -> out: attention with its projections over a map of side x side."""
+    """Make (x, qkv_weight, proj_weight[, bias_table]) -> out: attention with projections over a map of side x side."""
     heads, channels, window = shapes.COMPLEXITY_HEADS, shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_WINDOW
 
     def windowed(x: Tensor, qkv_weight: Tensor, proj_weight: Tensor, bias_table: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def layer(kind: str, side: int) -> Callable[..., Tensor]:
 def complexity(
     side: int, dtype: torch.dtype, device: torch.device, names: Iterable[str] = LAYERS
 ) -> list[dict[str, Any]]:
-    """Window and global attention over one map, checked in float64 and timed in turns."""
+    """Compare window and global attention over one map, checked in float64 and timed in turns."""
     channels, heads, window = shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_HEADS, shapes.COMPLEXITY_WINDOW
     generator = torch.Generator().manual_seed(0)
 

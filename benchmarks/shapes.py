@@ -1,5 +1,5 @@
-"""Shapes of published models: of window attention, as the cases that the tests draw inputs for, of feature maps, and of
-whole models and their blocks."""
+"""Shapes of published models: window attention as cases of swinkernels.testing, feature maps, and whole models with
+their blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _stages(batch: int, heads: int, window: int, first: int, **options: bool) ->
     ]
 
 
-# The first is the one that the goals of the project are stated for.
+# The project's goals refer to the first one.
 ATTENTION: dict[str, Case] = {
     **{f"swin_t.{i}": case for i, case in enumerate(_stages(128, 3, 7, 56), 1)},
     "window8.1": Case(64, (64, 64), 3, 32, 8, 4),
@@ -34,20 +34,20 @@ ATTENTION: dict[str, Case] = {
     # 96 x 96 x 96 voxels: 48 tokens an axis are padded to 49.
     "swin_unetr.1": Case(1, (48, 48, 48), 3, 16, 7, 3, has_pad_qkv=True),
     "swin_unetr128.1": Case(1, (64, 64, 64), 3, 16, 7, 3, has_pad_qkv=True),
-    # Detection: 800 x 1216 pixels, padded to whole windows, pad tokens holding the bias of the QKV Linear.
+    # Detection: 800 x 1216 pixels, padded to whole windows; pad tokens hold the bias of the QKV Linear.
     "detection.1": Case(2, (200, 304), 3, 32, 7, 3, has_pad_qkv=True),
     # SwinIR: 180 channels in 6 heads.
     "swin_ir": Case(8, (64, 64), 6, 30, 8, 4),
     "restoration": Case(8, (64, 64), 6, 32, 16, 8),
-    # 32 frames of 224 x 224 pixels, patches of 2 x 4 x 4; a window of 8 frames, of which half are shifted.
+    # 32 frames of 224 x 224 pixels, patches of 2 x 4 x 4; windows of 8 frames, shifted by half.
     "video_swin_t.1": Case(4, (16, 56, 56), 3, 32, (8, 7, 7), (4, 3, 3)),
-    # Weather on a sphere: pressure levels, latitude, longitude, of which the last has no edge.
+    # Weather on a sphere: pressure levels, latitude, longitude; the last axis has no edge.
     "weather.1": Case(1, (8, 186, 360), 6, 32, (2, 6, 12), (1, 3, 6), options={"periodic": (False, False, True)}),
     "batch1.1": Case(1, (56, 56), 3, 32, 7, 3),
     "batch1.3": Case(1, (14, 14), 12, 32, 7, 3),
     "head_dim16": Case(64, (56, 56), 6, 16, 7, 3),
     "head_dim64": Case(64, (56, 56), 2, 64, 7, 3),
-    # 256 windows of 64, 256 and 576 tokens: what FWA-2's times are published for (peers.PUBLISHED).
+    # 256 windows of 64, 256 and 576 tokens: the shapes of FWA-2's published times (peers.PUBLISHED).
     "fwa2.64": Case(4, (64, 64), 6, 32, 8, 0, has_logit_scale=True),
     "fwa2.256": Case(16, (64, 64), 6, 32, 16, 0, has_logit_scale=True),
     "fwa2.576": Case(16, (96, 96), 6, 32, 24, 0, has_logit_scale=True),
@@ -65,7 +65,7 @@ def with_batch(case: AnyCase, batch: int) -> AnyCase:
 
 @dataclasses.dataclass(frozen=True)
 class MapCase:
-    """A feature map for the memory-bound ops, with the windows it is cut into and the factor it is expanded by."""
+    """A feature map for the memory-bound ops, with its window and the factor of its expansion."""
 
     batch: int
     size: tuple[int, ...]
@@ -78,8 +78,8 @@ class MapCase:
         return f"b{self.batch}-{'x'.join(map(str, self.size))}-c{self.channels}"
 
 
-# Those that the goals of the memory-bound ops are stated for: stages 1 and 2 of Swin-T, and of Swin UNETR, whose 48
-# tokens an axis are padded to 49.
+# The project's goals for memory-bound ops refer to these: stages 1 and 2 of Swin-T, and of Swin UNETR, whose 48 tokens
+# per axis are padded to 49.
 MAP_GOALS: dict[str, MapCase] = {
     "swin_t.1": MapCase(128, (56, 56), 96),
     "swin_t.2": MapCase(128, (28, 28), 192),
@@ -87,7 +87,7 @@ MAP_GOALS: dict[str, MapCase] = {
 }
 # Detection: 200 x 304 tokens, padded to 203 x 308.
 PADDED_MAPS: dict[str, MapCase] = {"detection.1": MapCase(2, (200, 304), 96)}
-# What Swin-Unet's Linear gives to be laid out: 2 x 2 parts of 96 channels, and 4 x 4 in the last layer.
+# The output of Swin-Unet's Linear, to be laid out: 2 x 2 parts of 96 channels, and 4 x 4 in the last layer.
 EXPANDED_MAPS: dict[str, MapCase] = {
     "swin_unet.expand": MapCase(128, (28, 28), 384),
     "swin_unet.final": MapCase(24, (56, 56), 1536, factor=4),
@@ -96,7 +96,7 @@ EXPANDED_MAPS: dict[str, MapCase] = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """A model of a library, by the name or the options that the library makes it from, and what it is given."""
+    """A model of a library, by the name or the options for making it, and its input."""
 
     library: str
     model: str
@@ -107,7 +107,7 @@ class ModelCase:
         return f"{self.library}-b{self.batch}-{'x'.join(map(str, self.image))}"
 
 
-# The first is the one that the goals of the project are stated for.
+# The project's goals refer to the first one.
 MODELS: dict[str, ModelCase] = {
     "swin_t": ModelCase("timm", "swin_tiny_patch4_window7_224", (3, 224, 224), 128),
     "swin_s": ModelCase("timm", "swin_small_patch4_window7_224", (3, 224, 224), 128),
@@ -126,11 +126,11 @@ MODELS: dict[str, ModelCase] = {
     "swin_unetr128": ModelCase("monai", "SwinUNETR", (1, 128, 128, 128), 1),
 }
 MODEL_GOAL = "swin_t"
-# Trained in float64, as what others are compared with is, they take over 20 GB, or, with convolutions of volumes, a
-# quarter of an hour: on a CPU they run if asked for by name.
+# The float64 training that serves as the reference takes over 20 GB or, with convolutions of volumes, a quarter of an
+# hour for these: on a CPU they run only if requested by name.
 LARGE_MODELS = ("swin_l", "swin_l384", "swin_unetr64", "swin_unetr96", "swin_unetr128")
 QUICK_MODELS = ("swin_t", "swinv2_t_w8", "swin_t.torchvision", "swin_t.transformers")
-# A block with a shift of a model, by the path of the module that accelerate replaces.
+# A shifted block of a model, by the path of the module that accelerate replaces.
 BLOCKS: dict[str, tuple[str, str]] = {
     "swin_t.block1": ("swin_t", "layers.0.blocks.1"),
     "swin_t.block2": ("swin_t", "layers.1.blocks.1"),
@@ -145,7 +145,7 @@ BLOCKS: dict[str, tuple[str, str]] = {
 }
 QUICK_BLOCKS = ("swin_t.block1", "swin_t.block3", "swinv2_t_w8.block1")
 
-# Sweeps in which the cost should grow as the number of images, of tokens, and of flops.
+# Sweeps in which the cost should grow in proportion to the number of images, of tokens, and of flops.
 BATCH_SWEEP: dict[str, Case] = {f"batch {b}": Case(b, (56, 56), 3, 32, 7, 3) for b in (1, 2, 4, 8, 16, 32, 64, 128)}
 MAP_SWEEP: dict[str, Case] = {f"map {s}x{s}": Case(4, (s, s), 3, 32, 7, 3) for s in (14, 28, 56, 112, 224)}
 WINDOW_SWEEP: dict[str, Case] = {f"window {w}": Case(4, (48, 48), 3, 32, w, w // 2) for w in (4, 6, 8, 12, 16, 24)}

@@ -1,4 +1,4 @@
-"""How a call is timed: by replays of a CUDA graph or by CUDA events on a GPU, by the wall clock on a CPU."""
+"""Timing of calls: by CUDA graph replays or CUDA events on a GPU, by the wall clock on a CPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-# A call is given the number of the input set that it shall read, and returns what it wrote.
+# A call gets the number of the input set to read, and returns its outputs.
 Call = Callable[[int], Any]
-NOISY = 0.1  # spread above which a time says little
+NOISY = 0.1  # relative spread above which a time is unreliable
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What this device reaches: bytes read and written by a large copy, and flops of a large matrix product."""
+    """The device's measured rates: bytes read and written by a large copy, and flops of a large matrix product."""
 
     bytes_per_us: float
     flops_per_us: float
 
     def roofline_us(self, moved: int, flops: int) -> float:
-        """The time that neither the memory nor the arithmetic allows to beat."""
+        """The lower bound of the time by memory and arithmetic."""
         return max(moved / self.bytes_per_us, flops / self.flops_per_us)
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """Measured once a process for a dtype, a number of threads and torch's TF32 switch."""
+    """Measure once per process for a dtype, a number of threads and torch's TF32 switch."""
     return _ceiling(device, dtype, torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision)
 
 
@@ -65,7 +65,7 @@ def _ceiling(device: torch.device, dtype: torch.dtype, threads: int, precision: 
 
 
 def input_sets(bytes_per_call: int, device: torch.device) -> int:
-    """How many sets of inputs are needed so that none is still in the L2 cache when its turn comes again."""
+    """Return the number of input sets after which the first has left the L2 cache again."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -73,7 +73,7 @@ def input_sets(bytes_per_call: int, device: torch.device) -> int:
 
 
 class GraphTimer:
-    """Times calls on one stream, where whatever they replay must also have been made."""
+    """Times calls on one stream, on which the calls must also have been created."""
 
     def __init__(self, device: torch.device, *, replays: int = 25, replay_ms: float = 2.0) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -83,9 +83,9 @@ class GraphTimer:
         return Timing.of(self.samples(call, sets, self.replays))
 
     def samples(self, call: Call, sets: int, replays: int) -> list[float]:
-        """Microseconds of one call, by replay."""
+        """Return microseconds of one call, by replay."""
         self.stream.wait_stream(torch.cuda.current_stream())
-        held: list[Any] = [None] * sets  # outputs rotate like the inputs, instead of one staying in the cache
+        held: list[Any] = [None] * sets  # outputs rotate like the inputs, so that none stays in the cache
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
         def run(count: int) -> None:
@@ -116,9 +116,9 @@ class GraphTimer:
 
 
 def time_steps(calls: Mapping[str, Call], device: torch.device, *, rounds: int = 30) -> dict[str, Timing]:
-    """Times of long calls on a GPU as a user has them, with the host's part where it is the slower one.
+    """Time long calls on a GPU as users see them, host time included where it dominates.
 
-    By CUDA events, in turns, each after the L2 cache was overwritten.
+    By CUDA events, in turns, each after overwriting the L2 cache.
     """
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(3 * cache, dtype=torch.uint8, device=device)
@@ -138,7 +138,7 @@ def time_steps(calls: Mapping[str, Call], device: torch.device, *, rounds: int =
 
 
 def gpu_busy_us(call: Call, device: torch.device) -> float:
-    """The time that kernels and copies of one call take, without the gaps between them."""
+    """Return the time of a call's kernels and copies, without the gaps between them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call(0)
         torch.cuda.synchronize(device)
@@ -146,7 +146,7 @@ def gpu_busy_us(call: Call, device: torch.device) -> float:
 
 
 def host_us(call: Call, device: torch.device, *, loop: int = 10) -> float:
-    """CPU time of the calling thread per call; a GPU's work runs beside it."""
+    """Return the calling thread's CPU time per call; a GPU's work runs in parallel."""
     start = time.thread_time()
     for _ in range(loop):
         call(0)
@@ -157,7 +157,7 @@ def host_us(call: Call, device: torch.device, *, loop: int = 10) -> float:
 
 
 def time_on_cpu(calls: Mapping[str, Call], *, seconds: float = 1.5, rounds: int = 11) -> dict[str, Timing]:
-    """Wall-clock times of all calls, taken in turns so that a slow moment of the machine meets them alike."""
+    """Return wall-clock times of all calls, in turns so that a slow moment of the machine affects all alike."""
     once = {}
     for name, call in calls.items():
         call(0)

@@ -1,4 +1,4 @@
-"""Docstrings as Markdown for the API reference, by a Griffe extension: formulas, roles, and entries for arguments."""
+"""A Griffe extension that renders docstrings as Markdown for the API reference: formulas, roles, argument entries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import griffe
 from latex2mathml.converter import convert
 
 FORMULA = re.compile(r"^\.\. math::[ ]*(?P<line>.*)\n(?P<block>(?:\n|[ ]+\S.*\n?)*)", re.MULTILINE)
-# "a, b, c: text", with what follows further in; names may go on in the next line.
+# "a, b, c: text", continued on indented lines; names may continue on the next line.
 TOGETHER = re.compile(
     r"^(?P<indent>[ ]+)(?P<names>\w+(?:,\s+\w+)+):(?P<text>.*(?:\n(?P=indent)[ ]+\S.*)*)", re.MULTILINE
 )
@@ -30,7 +30,7 @@ def _each(match: re.Match[str]) -> str:
 
 
 def markdown(docstring: str) -> str:
-    """A docstring with formulas as MathML, which browsers show by themselves, and an entry for each argument."""
+    """Convert a docstring: formulas to MathML, which browsers render natively, and one entry for each argument."""
     text = FORMULA.sub(_mathml, docstring + "\n").rstrip()
     return ROLE.sub(r"`\1`", TOGETHER.sub(_each, text))
 

@@ -1,6 +1,6 @@
-"""``make gpu-check`` and ``make gpu-bundle``: everything that only a GPU can settle, in a quarter of an hour.
+"""``make gpu-check`` and ``make gpu-bundle``: all checks that need a GPU, in a quarter of an hour.
 
-``python -m gpu check`` runs the steps of plan.py, each in processes of its own (runner.py). It appends a JSON line for
+``python -m gpu check`` runs the steps of plan.py, each in its own processes (runner.py). It appends a JSON line for
 every result (lines.py) and ends with a table (summary.py). A process is ``python -m gpu work`` (work.py), which runs
 the cases of smoke.py, bits.py, timing.py, profile.py, sanitize.py, suite.py or models.py. ``--rehearse`` runs the same
 code in tiny sizes on a machine without a GPU: the CUDA kernels are emulated, Triton's are interpreted, and times are
@@ -11,6 +11,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CARRIED = ROOT / "carried"  # in a bundle: Python packages that the machine may lack; its own come first
+CARRIED = ROOT / "carried"  # in a bundle: Python packages that the machine may lack; installed ones take precedence
 if CARRIED.is_dir():
     sys.path.append(str(CARRIED))

@@ -1,4 +1,4 @@
-"""The same input gives the same bits: again, on another stream, and from a CUDA graph, whatever was called before."""
+"""The same input gives the same bits: repeated, on another stream, and from a CUDA graph, whatever ran before."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def capture(call: Callable[[], Results], device: str) -> tuple[Results, Callable[[], object]]:
-    """The results of a call captured in a CUDA graph, and the graph's replay; without a GPU, a call each time."""
+    """Return the results of a call captured in a CUDA graph, and the graph's replay; without a GPU, plain calls."""
     if device != "cuda":
         results = call()
         return results, lambda: [x.copy_(y) for x, y in zip(results, call(), strict=True)]
@@ -61,7 +61,7 @@ def capture(call: Callable[[], Results], device: str) -> tuple[Results, Callable
 
 
 def aside(call: Callable[[], Results], device: str) -> Results:
-    """A call on a stream that is not the default one."""
+    """Run a call on a stream other than the default one."""
     if device != "cuda":
         return call()
     stream = torch.cuda.Stream()
@@ -93,7 +93,7 @@ def _same(device: str, backend: str, call: Callable[[], Results], line: Callable
 
 
 def _first(device: str, backend: str, call: Callable[[], Results], line: Callable[..., None]) -> None:
-    """A process's first call, in a capture: CUDA's kernels need nothing before it; Triton's ask to be called before."""
+    """Run a process's first call in a capture: CUDA's kernels need no earlier call; Triton's ask for one."""
     asked = False
     try:
         captured, replay = capture(call, device)

@@ -1,8 +1,7 @@
-"""A folder to carry to a machine with a GPU: a build that any Python and torch there can load, and lacking packages.
+"""A folder to carry to a machine with a GPU: a build for any Python and torch there, and packages it may lack.
 
-It has the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and the pure Python
-packages, fetched by pip, that a machine with no more than torch and Triton lacks for them. There ``make gpu-check``
-needs neither network nor compiler.
+It has the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and pure Python packages,
+fetched by pip, that these need beyond torch and Triton. There ``make gpu-check`` needs neither network nor compiler.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from gpu import ROOT
 
 MOST_MIB = 40
 SOURCES = ("swinkernels", "tests", "benchmarks", "gpu", "csrc", "Makefile", "pyproject.toml", "LICENSE")
-# Packages of pure Python; pytest needs the two in the second line under Python 3.10.
+# Pure Python packages; pytest needs those in the second line under Python 3.10.
 CARRIED = ("pytest", "hypothesis", "tabulate", "einops",
            "exceptiongroup", "tomli")  # fmt: skip
-CARRIED_ALONE = ("monai",)  # without what it needs, which is torch and numpy
+CARRIED_ALONE = ("monai",)  # without its requirements, which are torch and numpy
 PIP = ("install", "--quiet", "--no-compile", "--only-binary=:all:", "--platform=any", "--python-version=3.10")
 
 

@@ -1,8 +1,7 @@
 """Blocks of the hot CUDA kernels on a multiprocessor of each GPU architecture, from the emulated launches.
 
-The emulator gives a block as much shared memory as the architecture does, so the launch functions choose as they would
-there. Registers are those of the build. A call that does not fit must be refused by the backend's reasons, and Triton
-take it.
+The emulator limits a block's shared memory to that of the architecture, so the launch functions choose as they would
+there. Registers are those of the build. The backend must refuse a call that does not fit, and Triton must take it.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from tests import emulation
 from tests.cuda.test_resources import resource_usage
 
 HOT = ("swin_t.1", "window 8", "window 12", "window 16", "window 7x7x7")
-RESERVED_BYTES = 1024  # of every block's shared memory, by CUDA
-REGISTERS, WARP_REGISTERS = 65536, 256  # of a multiprocessor; a warp takes a multiple of so many
+RESERVED_BYTES = 1024  # reserved by CUDA in every block's shared memory
+REGISTERS, WARP_REGISTERS = 65536, 256  # per multiprocessor, and the unit in which a warp gets them
 
 
 class Room(NamedTuple):
-    """A multiprocessor, after the CUDA programming guide's table of compute capabilities."""
+    """A multiprocessor's resources, after the CUDA programming guide's table of compute capabilities."""
 
     shared_bytes: int
-    block_bytes: int  # the most that one block may have
+    block_bytes: int  # the most for one block
     threads: int
-    code: str  # the machine code of the default build that it runs
+    code: str  # the default build's machine code for it
 
     def blocks(self, smem_bytes: int, threads: int, registers: int) -> int:
         if smem_bytes > self.block_bytes:
@@ -65,7 +64,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 @functools.cache
 def _registers() -> dict[tuple[str, str], int]:
-    """(architecture, kernel) of this installation's build; empty if it has no CUDA kernels or nothing reads them."""
+    """Return registers by (architecture, kernel) of this build; empty without CUDA kernels or a tool to read them."""
     built = _extension._library(Path(_extension.__file__).parent)
     if built is None or missing("cuobjdump") or b".nv_fatbin" not in built.read_bytes():
         return {}
@@ -73,7 +72,7 @@ def _registers() -> dict[tuple[str, str], int]:
 
 
 def refusal(case: WindowAttentionCase, room: Room) -> str | None:
-    """Why the backend refuses a case's windows on a GPU with this room and which other one takes them, or None."""
+    """Return why the backend refuses a case on a GPU with this room, and which backend takes it, or None."""
     volume, device, before = math.prod(case.window_tuple), torch.device("cuda"), _backends._shared_bytes
     _backends._shared_bytes = lambda device: room.block_bytes
     try:
@@ -129,6 +128,6 @@ def _fit(name: str, dtype: torch.dtype, emit: Emitter) -> None:
 
 
 def _short(launch: emulation.Launch) -> str:
-    """A kernel's own name, out of the mangled one."""
+    """Return a kernel's own name, extracted from the mangled one."""
     match = re.search(r"window_attention_\w+?_kernel", launch.kernel)
     return match[0] if match else launch.kernel

@@ -1,4 +1,4 @@
-"""The lines of a run: their results, their JSON, and the emitter that a worker process writes them with.
+"""The lines of a run: their results, their JSON form, and the emitter through which a worker writes them.
 
 A line is one result: step, case, op, backend, dtype, direction, value, unit, ``result`` and, where it is not "ok",
 ``detail``. The run adds device, driver, torch, triton, commit and date. Times have ``us``, ``copy_us`` and ``goal``.
@@ -17,7 +17,7 @@ Line = dict[str, Any]
 
 
 def dump(line: Line) -> bytes:
-    """JSON has no NaN: it is null there."""
+    """Encode a line. NaN, which JSON lacks, becomes null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     return json.dumps(plain).encode() + b"\n"
 
@@ -29,18 +29,18 @@ class Emitter:
         self._descriptor = descriptor
 
     def tell(self, **message: Any) -> None:
-        """Send a message that is no line: ``environment`` and ``library`` set up what follows in the run."""
+        """Send a message that is not a line: ``environment`` and ``library`` apply to the rest of the run."""
         os.write(1 if self._descriptor is None else self._descriptor, dump(message))
 
     def begin(self, case: str) -> None:
-        """Name the case that is blamed if the process is not heard of again."""
+        """Name the case to blame if the process is never heard of again."""
         self.tell(begin=case)
 
     def line(self, **fields: Any) -> None:
         self.tell(**{"result": OK, **fields})
 
     def turn(self) -> None:
-        """Wait until no other process of the step measures; the turn lasts until the next one, or the end."""
+        """Wait until no other process of the step measures. The turn lasts until the next one, or the end."""
         self.tell(turn="wanted")
         if self._descriptor is not None:
             os.read(0, 1)

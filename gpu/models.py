@@ -1,4 +1,4 @@
-"""Models as they are and accelerated: every contestant gets ready in its own process, then one is timed at a time."""
+"""Models, original and accelerated: every contestant prepares in its own process, then they are timed one at a time."""
 
 from __future__ import annotations
 

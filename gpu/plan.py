@@ -1,4 +1,4 @@
-"""The steps of a run, those first whose results matter most to a run that is cut off."""
+"""The steps of a run, in order of importance for a run that is cut off."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from gpu import ROOT
 from gpu.runner import Group, Step
 
 ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")
-TRITON_SHARES = 3  # of the cases of a dtype: Triton compiles each for seconds
+TRITON_SHARES = 3  # shares of a dtype's cases: Triton takes seconds to compile each
 TEST_PROCESSES = 14
-VARIANTS = ROOT / "build" / "variants"  # a folder each, with a package in it
+VARIANTS = ROOT / "build" / "variants"  # one folder with a package for each variant
 DEFAULT = ("info", "smoke", "bits", "time", "ncu", "sanitize", "tests", "models")
-EXTRA = ("peers", "variants", "fit")  # by name only: the first two take longer than a GPU is usually there
+EXTRA = ("peers", "variants", "fit")  # only by name: the first two take longer than a GPU is usually available
 # Contestants of Swin-T in inference and in the training step. A CPU compiles for minutes.
 INFERENCE = ("eager-compiled", "accelerate", "accelerate-compiled")
 TRAINING = ("eager-compiled", "accelerate-compiled", "eager-graphs", "accelerate-graphs")
@@ -23,8 +23,8 @@ REHEARSED = ("eager", "accelerate")
 @dataclass(frozen=True)
 class Setting:
     rehearse: bool = False
-    whole: bool = False  # steps are neither cut down to a quarter of an hour nor bounded in time
-    against: str = ""  # an op library to time beside the installation's
+    whole: bool = False  # steps are neither shortened nor bounded in time
+    against: str = ""  # an op library to time in comparison with the installation's
 
     @property
     def device(self) -> str:
@@ -47,7 +47,7 @@ def _smoke(setting: Setting, library: str) -> tuple[Group, ...]:
 
 
 def _variants() -> tuple[Group, ...]:
-    """Those of Triton, and the libraries that variants.py has built."""
+    """The variants of Triton, and the libraries that variants.py has built."""
     from gpu.variants import TRITON
 
     built = (Group(path.parent.parent.name, str(path)) for path in sorted(VARIANTS.glob("*/swinkernels/_ops*.so")))
@@ -55,7 +55,7 @@ def _variants() -> tuple[Group, ...]:
 
 
 def _models(setting: Setting) -> tuple[Group, ...]:
-    """Groups named as gpu/models.py reads them: suite, model, mode and contestant."""
+    """Name groups as gpu/models.py reads them: suite, model, mode and contestant."""
     contests = [("models", "swin_t", INFERENCE, ("inference",)), ("models", "swin_t", TRAINING, ("training",))]
     if setting.rehearse:
         contests = [("models", "swin_t", REHEARSED, ("inference",))]
@@ -70,7 +70,7 @@ def _models(setting: Setting) -> tuple[Group, ...]:
 
 
 def steps(setting: Setting, names: tuple[str, ...] = DEFAULT) -> list[Step]:
-    """The steps of these names, after the build where there are sources to build and no bundle."""
+    """Return the steps of these names, after the build if there are sources and no bundle."""
     library = "built" if setting.rehearse else ""
     against = (Group("against", setting.against),) if setting.against else ()
     tools = ("memcheck", "racecheck", *(["synccheck"] if setting.whole else []))
@@ -92,11 +92,11 @@ def steps(setting: Setting, names: tuple[str, ...] = DEFAULT) -> list[Step]:
     ]
     if setting.whole:
         every = [replace(s, seconds=3600, patience=1200, takes_what_is_left=False) for s in every]
-    if setting.rehearse:  # its times say nothing; on two cores many processes would crowd each other out
+    if setting.rehearse:  # times are meaningless here; on two cores, many processes would starve each other
         every = [
             replace(s, patience=600, processes=len(s.groups) if s.takes_turns else 2, takes_what_is_left=True)
             for s in every
         ]
     build = ("build",) if (ROOT / "setup.py").exists() and not os.environ.get("SWINKERNELS_OPS") else ()
-    fit = ("fit",) if setting.rehearse and names == DEFAULT else ()  # of an emulator alone
+    fit = ("fit",) if setting.rehearse and names == DEFAULT else ()  # the emulator only
     return [step for name in (*build, *names, *fit) for step in every if step.name == name]

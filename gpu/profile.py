@@ -18,7 +18,7 @@ SECTIONS = (
     "LaunchStats", "Occupancy", "SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis",
     "MemoryWorkloadAnalysis_Tables",
 )  # fmt: skip
-# The metrics to keep of a report; versions of the profiler differ in those they have.
+# The metrics to keep from a report; versions of the profiler have different ones.
 WANTED = re.compile(
     r"issue_active\.avg\.pct|issue_stalled_\w+_per_warp_active|issue_stalled_\w+\.ratio|warps_active\.avg\.pct|"
     r"launch__(occupancy_limit|registers_per|shared_mem|waves|grid_size|block_size)|"
@@ -60,7 +60,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def parse(text: str) -> dict[str, tuple[float, str]]:
-    """The wanted metrics of a report, each with its unit: a row of names, one of units, and a row for each launch."""
+    """Return a report's wanted metrics with units. Its rows: names, units, then one row per launch."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:

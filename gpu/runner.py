@@ -1,8 +1,8 @@
-"""Runs steps in time boxes, each group of a step in a process of its own, and appends every result at once.
+"""Runs steps within time limits, each group of a step in its own process, and appends every result at once.
 
-The run imports neither torch nor the package, so no kernel can end it. A process that dies, or stays silent for too
-long, is one bad line about the case that it had begun; it is started again behind that case. When time runs short,
-later steps are cut, not squeezed. In a step that takes turns, one process measures at a time, once all are ready.
+The run imports neither torch nor the package, so no kernel can end it. A process that dies, or is silent for too long,
+costs one bad line for its current case; it is restarted after that case. When time runs short, later steps are dropped,
+not shortened. In a step that takes turns, one process measures at a time, once all are ready.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import IO
 from gpu import ROOT
 from gpu.lines import BAD, CRASHED, CUT, FAILED, HUNG, OK, Line, dump
 
-DEVICE_IS_LOST = 77  # exit status of a process whose next case needs a new one; its line is written
-LOG_BYTES = 100_000  # kept of a process's output, from its end
-LEAST_SECONDS = 20  # for a step that takes what is left
+DEVICE_IS_LOST = 77  # exit status of a process whose next case needs a new process; its line is written
+LOG_BYTES = 100_000  # kept from the end of a process's output
+LEAST_SECONDS = 20  # the least for a step that takes the remaining time
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Group:
     """The work of one process."""
 
     name: str
-    library: str = ""  # op library in place of the installation's; "built": that of the step "build"
+    library: str = ""  # op library instead of the installation's; "built": that of the step "build"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Process:
     def _read(self, out: int, messages: queue.Queue) -> None:
         with os.fdopen(out) as lines:
             for text in lines:
-                if text.endswith("\n"):  # else the process died while it wrote
+                if text.endswith("\n"):  # otherwise the process died while writing
                     messages.put((self, json.loads(text)))
         messages.put((self, None))
 
@@ -87,10 +87,10 @@ class _Process:
             self.process.stdin.flush()
 
     def end(self) -> tuple[int | None, str]:
-        """Kill it with all that it started; its exit status, None if it had to be killed, and the end of its log."""
+        """Kill the process and its children; return exit status, None if it was killed, and the end of its log."""
         status = None
         if self.has_ended:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the pipe is closed, and the process does not go
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the pipe is closed, and the process does not exit
                 status = self.process.wait(10)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -101,7 +101,7 @@ class _Process:
 
 
 class Run:
-    """The lines of a run, in a file of its own, and beside it the output of the processes."""
+    """The lines of a run, in their own file, and next to it the output of the processes."""
 
     def __init__(self, out: Path, budget: float, command: Sequence[str], facts: Line):
         out.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ class Run:
             now = time.monotonic()
             if holder is None or holder.waits or holder not in running:
                 holder = None
-                # A process that is not ready by the middle of the step no longer keeps the others waiting.
+                # From the middle of the step on, the others no longer wait for a process that is not ready.
                 waiting = [p for p in running if p.waits]
                 if waiting and (len(waiting) == len(running) or ends - now < step.seconds / 2):
                     holder = min(waiting, key=lambda p: p.heard)
@@ -186,7 +186,7 @@ class Run:
             self.write(step, process.group.name, **{"case": process.case, **message})
 
     def _end(self, step: Step, process: _Process, silent: bool) -> bool:
-        """End a process and write its fault, if it has one; whether to start it again behind its last case."""
+        """End a process and write its fault, if any. Returns whether to restart it after its last case."""
         status, text = process.end()
         with self.log.open("a") as file:
             file.write(f"\n===== {step.name}: {process.group.name}\n{text}")
@@ -204,6 +204,6 @@ class Run:
 
     @property
     def status(self) -> int:
-        """The exit status: 1 if anything is bad, or if nothing is confirmed."""
+        """Return the exit status: 1 if anything is bad, or if nothing is confirmed."""
         results = {line["result"] for line in self.lines}
         return 1 if results & {*BAD} or OK not in results else 0

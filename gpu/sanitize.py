@@ -1,7 +1,7 @@
 """Every op in every regime of its CUDA kernels, tiny, forward and backward, under compute-sanitizer.
 
 The tools find accesses out of bounds, hazards in shared memory and barriers that not all threads reach. A rehearsal
-makes the calls alone: the emulator reports the same faults itself.
+only makes the calls: the emulator reports the same faults itself.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from gpu.smoke import separate
 from swinkernels.testing import WindowAttentionCase as Case
 from swinkernels.testing import run_case
 
-FOUND_SOMETHING = 86  # no exit status of Python's
+FOUND_SOMETHING = 86  # Python never exits with this status
 DOZEN = 12
 ROLL_THEN_PAD = {"pad_order": "roll_then_pad"}
-# The kernels choose tiles and loops by the tokens of a window (short, middle, long), head_dim and the additions.
+# The kernels choose tiles and loops by the tokens of a window (short, middle, long), head_dim and the options.
 ATTENTION = [
     Case(1, (4, 6), 2, 8, 2, 1),
     Case(2, (10, 8), 3, 32, 7, 3, has_pad_qkv=True),
@@ -62,7 +62,7 @@ def attention(case: Case, dtype: torch.dtype, device: str, backend: str, packed:
 
 
 def memory_bound(name: str, dtype: torch.dtype, device: str, given: dict[str, Any], *shapes: Any) -> dict[str, Tensor]:
-    """Outputs and gradients of an op of floating-point tensors of these shapes."""
+    """Return outputs and gradients of an op on floating-point tensors of these shapes."""
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
     out = getattr(swinkernels.ops, name)(*leaves, **given)
@@ -87,7 +87,7 @@ def memory_bound_calls() -> Iterator[tuple[str, dict[str, Any], list[tuple[int, 
 
 
 def run(device: str, backend: str, most: int | None = None) -> int:
-    """Make all calls, or ``most`` that are spread over them; returns how many the backend took."""
+    """Make all calls, or ``most`` of them, evenly chosen; return how many the backend took."""
     calls: list[tuple[str, Callable[[], dict[str, Tensor]]]] = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for case, packed in itertools.product(ATTENTION, (True, False)):
@@ -111,7 +111,7 @@ def run(device: str, backend: str, most: int | None = None) -> int:
 
 
 def find_sanitizer() -> str | None:
-    """compute-sanitizer of the PATH or of the CUDA toolkit."""
+    """Find compute-sanitizer on the PATH or in the CUDA toolkit."""
     homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     places = [os.path.join(home, folder) for home in homes for folder in ("bin", "compute-sanitizer")]
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", os.defpath), *places]))
@@ -132,7 +132,7 @@ def _sanitize(tool: str, emit: Emitter, setting: Setting) -> None:
         return
     code = f"from gpu import sanitize; sanitize.run('cuda', 'cuda', {None if setting.whole else DOZEN})"
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING), sys.executable, "-c", code]
-    # Without torch's cache an access beyond a tensor is one beyond its allocation.
+    # Without torch's cache, an access beyond a tensor is one beyond its allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n", flush=True)

@@ -43,7 +43,7 @@ MAPS = {
     "padded": MapCase(2, (13, 9), 96),
     "3D": MapCase(1, (7, 9, 8), 48),
 }
-# One dtype, and autocast's two.
+# One dtype, or autocast's pair.
 PAIRS = ("float32", "float16", "bfloat16", "float32-bfloat16")
 SEED = 3
 MOST_INTERPRETED = 150  # tokens of a window: Triton's interpreter takes seconds for more
@@ -63,13 +63,13 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
         if interprets and math.prod(case.window_tuple) > MOST_INTERPRETED:
             continue
         if case in seen and not name.startswith("separate"):
-            continue  # tiny, the stages of one model are the same
+            continue  # in tiny sizes the stages of one model are the same
         seen.append(case)
         yield name, functools.partial(_attention, name, case, backend, arithmetic, emit, setting)
 
 
 def tiny(case: Case) -> Case:
-    """One image of one head and two windows, with as much padding."""
+    """Shrink a case to one image, one head and two windows, with the same padding."""
     window = case.window_tuple
     windows = [min(-(-s // w), 2 if i == 0 else 1) for i, (s, w) in enumerate(zip(case.size, window, strict=True))]
     size = tuple(n * w - -s % w for n, w, s in zip(windows, window, case.size, strict=True))
@@ -78,7 +78,7 @@ def tiny(case: Case) -> Case:
 
 
 def separate(qkv: Tensor, *args: Any, num_heads: int, **given: Any) -> Tensor:
-    """Attention of separate q, k and v."""
+    """Attention on separate q, k and v."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
     return swinkernels.window_attention(q, k.contiguous(), v, *args, num_heads=num_heads, **given)
 
@@ -107,7 +107,7 @@ def _attention(name: str, case: Case, backend: str, arithmetic: str, emit: Emitt
 
 @contextlib.contextmanager
 def dropout_of_the_kernels(case: Case, backend: str, device: str) -> Iterator[torch.Generator | None]:
-    """The generator for an op with dropout; meanwhile the reference keeps the weights that the kernels keep."""
+    """Yield the generator for an op with dropout; meanwhile the reference keeps the same weights as the kernels."""
     if "dropout_p" not in case.options:
         yield None
         return
@@ -125,7 +125,7 @@ def dropout_of_the_kernels(case: Case, backend: str, device: str) -> Iterator[to
 
 
 def tell(emit: Emitter, judged: dict[str, Judged], **labels: str) -> None:
-    """A line for the outputs and one for the gradients: the worst error in eps, and the first failure."""
+    """Emit a line for the outputs and one for the gradients: the worst error in eps, and the first failure."""
     for direction in ("fwd", "bwd"):
         found = [x for name, x in judged.items() if (direction == "fwd") == name.startswith("out")]
         failure = next((x.failure for x in found if x.failure), None)

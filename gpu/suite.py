@@ -1,7 +1,7 @@
-"""The tests that need a GPU, in several processes: a line for each that fails, and one for how many passed.
+"""The tests that need a GPU, in several processes: a line for each failure, and one for the number that passed.
 
-Most of their time goes into compiling Triton's kernels, on one core a process. A test that ends its process, or leaves
-it without its GPU, costs the others nothing: the process is started again behind it.
+Most of the time is Triton's compilation, on one core per process. A test that ends its process, or that leaves it
+without its GPU, does not affect the others: the process is restarted after it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ FILES = (
     "tests/triton/test_window_attention.py",
     "tests/triton/test_memory_bound_ops.py",
 )
-# Tests that need no GPU and take no time.
+# Tests that need neither a GPU nor much time.
 REHEARSED = ("tests/cuda/test_resources.py", "-k", "understood or local_memory")
 
 
 def cases(group: str, emit: Emitter, setting: Setting, skip: int) -> None:
-    """Run a shard of the tests, but for the first ``skip``. PYTEST_ARGS has further arguments, such as -k."""
+    """Run a shard of the tests, except the first ``skip``. PYTEST_ARGS has further arguments, such as -k."""
     os.environ["OMP_NUM_THREADS"] = "1"
     chosen = REHEARSED if setting.rehearse else ("-m", "gpu", *FILES)
     teller = _Teller(emit, skip)
@@ -43,7 +43,7 @@ def cases(group: str, emit: Emitter, setting: Setting, skip: int) -> None:
 
 
 class _Teller:
-    """A plugin of pytest that emits a line for each failure."""
+    """A pytest plugin that emits a line for each failure."""
 
     def __init__(self, emit: Emitter, skip: int):
         self.emit, self.skip = emit, skip

@@ -1,4 +1,4 @@
-"""The table that a run ends with, at most forty lines: confirmed steps, first failures, percent of copy and goal."""
+"""The table at the end of a run, at most forty lines: confirmed steps, first failures, percent of copy and goal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _steps(lines: Sequence[Line], spent: Mapping[str, float]) -> Iterable[str]:
 
 
 def _bad(lines: Sequence[Line]) -> Iterable[str]:
-    """The first failing case of each kernel and arithmetic, with how many more there are."""
+    """Yield the first failing case of each kernel and arithmetic, with the number of others."""
     groups: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
         if line["result"] in BAD:
@@ -41,7 +41,7 @@ def _bad(lines: Sequence[Line]) -> Iterable[str]:
 
 
 def _times(lines: Sequence[Line]) -> Iterable[str]:
-    """One row for each shape: ours in both directions, with the goal beside it, and any other build's."""
+    """Yield one row per shape: ours in both directions, with the goal, and any other build's."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for line in lines:
         if line["step"] in ("time", "models") and "us" in line and line["result"] == OK:

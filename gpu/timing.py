@@ -1,4 +1,4 @@
-"""Times beside a device copy of the same bytes: the shipped build, another one, variants of it, and peers."""
+"""Times and a device copy of the same bytes: for the shipped build, another one, variants of it, and peers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Cases = Iterable[tuple[str, Callable[[], None]]]
 
 
 class _Timer:
-    """Cases that each wait for their turn, time an op by the benchmarks and emit a line for each row."""
+    """Cases that wait for their turn, time an op by the benchmarks and emit a line for each row."""
 
     def __init__(self, emit: Emitter, setting: Setting, build: str, directions: Sequence[str] = DIRECTIONS):
         self.emit, self.build, self.directions = emit, build, directions
@@ -59,7 +59,7 @@ class _Timer:
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Everything that has a goal, in turns with the other library's process, if there is one."""
+    """Yield everything with a goal, in turns with the other library's process, if there is one."""
     timer = _Timer(emit, setting, group)
     if setting.rehearse:
         yield timer.attention(ATTENTION[0], ("cpu",), "float32")
@@ -72,7 +72,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Cases:
 
 
 def variants(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """One variant of the kernels at two shapes; the CUDA ones are libraries that the process was started with."""
+    """Yield one variant of the kernels at two shapes; CUDA variants are libraries loaded by the process."""
     timer, names = _Timer(emit, setting, group), BACKENDS if group == "shipped" else ("cuda",)
     if group.startswith("triton "):
         from gpu.variants import TRITON, apply
@@ -86,7 +86,7 @@ def variants(group: str, emit: Emitter, setting: Setting) -> Cases:
 
 
 def peers(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """PyTorch's own forms, in turns with ours in one process, for the goals against peers."""
+    """Yield PyTorch's own implementations, in turns with ours in one process, for the goals against peers."""
     timer = _Timer(emit, setting, "shipped", contest.DIRECTIONS)
     if group == "ops":
         names = attention.contestants(timer.device, ("cuda", *attention.PEERS))

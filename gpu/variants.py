@@ -1,9 +1,9 @@
-"""Variants of the kernels, each to be timed beside the shipped build: ``make gpu-variants``.
+"""Variants of the kernels, to be timed in comparison with the shipped build: ``make gpu-variants``.
 
-They settle choices that only a measurement can: copies in flight and warps per multiprocessor of the CUDA attention
-kernels and of the memory-bound ones (SWINKERNELS_* macros of the traits.h of each op), tiles, warps and stages of the
-Triton ones (swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library, built without a GPU, that
-has bfloat16 attention alone. The step "variants" of a run times all that it finds, in turns.
+They settle choices that need a measurement: copies in flight and warps per multiprocessor of the CUDA attention kernels
+and of the memory-bound ones (SWINKERNELS_* macros of the traits.h of each op), and tiles, warps and stages of the
+Triton ones (swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library, built without a GPU, with
+bfloat16 attention only. The step "variants" of a run times all variants that it finds, in turns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpu import ROOT
 from gpu.plan import VARIANTS
 
 PREFIX = "SWINKERNELS_"
-# Macros without their prefix, by the name of the variant.
+# Name of the variant -> its macros without the prefix.
 CUDA: dict[str, dict[str, int]] = {
     "attention one stage": {"FORWARD_STAGES": 1, "BACKWARD_STAGES": 1},
     "attention fewer warps": {"FORWARD_WARPS": 12, "BACKWARD_WARPS": 8},
@@ -31,7 +31,7 @@ CUDA: dict[str, dict[str, int]] = {
         "COPY_THREADS": 128, "NORM_FORWARD_PREFETCH": 0, "NORM_BACKWARD_PREFETCH": 0,
     },
 }  # fmt: skip
-# Attributes of the module ``tuning``, and of Tiles for its kernels.
+# Name of the variant -> attributes of the module ``tuning``, and of Tiles for its kernels.
 TRITON: dict[str, dict[str, Any]] = {
     "one stage forward": {"fwd_whole": {"num_stages": 1}},
     "three stages forward, two backward": {"fwd_whole": {"num_stages": 3}, "bwd_whole": {"num_stages": 2}},
@@ -43,7 +43,7 @@ TRITON: dict[str, dict[str, Any]] = {
 
 
 def build() -> int:
-    """Build every CUDA variant for the GPU at hand, or for TORCH_CUDA_ARCH_LIST; returns how many failed."""
+    """Build every CUDA variant for this GPU, or for TORCH_CUDA_ARCH_LIST; return the number of failures."""
     failed = []
     for name, macros in CUDA.items():
         print(name, flush=True)

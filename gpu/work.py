@@ -28,7 +28,7 @@ CASES = {
 
 
 def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -> int:
-    """Run a group's cases but for the first ``skip``; the exit status."""
+    """Run a group's cases, except the first ``skip``, and return the exit status."""
     if setting.rehearse:
         _rehearse(group)
     elif step not in ("build", "ncu", "sanitize"):
@@ -40,7 +40,7 @@ def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -
             return 0
     module, _, function = CASES[step].partition(".")
     cases = getattr(importlib.import_module(f"gpu.{module}"), function)
-    if step == "tests":  # pytest begins and skips its cases itself
+    if step == "tests":  # pytest names and skips its cases itself
         cases(group, emit, setting, skip)
         return 0
     for name, case in list(cases(group, emit, setting))[skip:]:
@@ -56,7 +56,7 @@ def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -
 
 
 def _rehearse(group: str) -> None:
-    """Backend "cuda" by emulated kernels, if their library is loaded; Triton's by its interpreter."""
+    """Set up backend "cuda" with emulated kernels, if their library is loaded, and Triton's interpreter."""
     if "triton" in group:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the package is imported
     import torch
@@ -69,7 +69,7 @@ def _rehearse(group: str) -> None:
 
 
 def device_is_lost() -> bool:
-    """Whether an illegal access or the like has left this process without its GPU."""
+    """Return True if an error such as an illegal access has left this process without its GPU."""
     import torch
 
     try:

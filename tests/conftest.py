@@ -1,7 +1,6 @@
-"""For every test: fresh memory is NaN, GPU tests are skipped with a reason, Hypothesis repeats itself in CI.
+"""Setup for every test: fresh memory is NaN, GPU tests are skipped with a reason, and caches start empty.
 
-Nothing is known of earlier calls, between which a test may have changed what the backends can do.
-For those that ask: kernels in plain PyTorch.
+Hypothesis draws the same examples every time in CI. Opt-in fixtures provide kernels in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import hypothesis
 import pytest
 import torch
 
-# On few cores a pool of processes that compile costs more than it saves: each imports torch.
+# On few cores a pool of compiler processes costs more than it saves, because each imports torch.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 hypothesis.settings.register_profile("local", deadline=None)
-# The same examples every time: a change is not blamed for what chance found. Nothing is written to disk.
+# The same examples every time, so that a change is not blamed for a chance find. Nothing is written to disk.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
@@ -40,8 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.interop.table import Recorder
 
         config.pluginmanager.register(Recorder(Path(config.option.tools).absolute()))
-    # mmengine imports yapf, whose first import leaves a file in the user's cache that others read half-written.
-    # Here it is written before pytest-xdist starts its workers.
+    # mmengine imports yapf, whose first import leaves a file in the user's cache that other processes read
+    # half-written. Write it here, before pytest-xdist starts its workers.
     with contextlib.suppress(ImportError):
         importlib.import_module("yapf")
 
@@ -81,11 +80,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
-    """An output element that a kernel forgets to write is NaN, which no comparison lets pass."""
+    """Make unwritten output elements NaN, which no comparison accepts."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     with warnings.catch_warnings():
-        # torch's own code, which kernels are compared with, may be what is not deterministic.
+        # torch's own code, the comparison for the kernels, may be nondeterministic.
         warnings.filterwarnings("ignore", message=".*deterministic", category=UserWarning)
         yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -102,7 +101,7 @@ def nothing_is_known_of_earlier_calls():
 
 @pytest.fixture
 def allow_tf32() -> Iterator[Callable[[bool], None]]:
-    """Sets torch's switch for float32 products on CUDA. monkeypatch cannot put it back: it is no plain attribute."""
+    """Set torch's TF32 switch on CUDA. monkeypatch cannot restore it, because it is not a plain attribute."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
 
@@ -115,9 +114,7 @@ def allow_tf32() -> Iterator[Callable[[bool], None]]:
 
 @pytest.fixture
 def plain_kernels(monkeypatch: pytest.MonkeyPatch):
-    """Backends "cuda" and "triton" of the memory-bound ops, and "triton" of attention, run on the CPU, with kernels in
-    plain PyTorch.
-    """
+    """Run "cuda" and "triton" of the memory-bound ops, and attention's "triton", as plain PyTorch on the CPU."""
     from swinkernels.ops import _backends
     from tests.support.plain_kernels import attached
 
@@ -131,8 +128,9 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def as_on_a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, too, "auto" takes backend "cuda", with kernels in plain PyTorch: for all but attention, which is left
-    to the reference.
+    """Make "auto" take backend "cuda", with kernels in plain PyTorch, on the CPU as well.
+
+    Attention is the exception and runs in the reference.
     """
     from swinkernels.ops import _backends
 

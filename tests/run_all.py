@@ -1,11 +1,11 @@
-"""Runs everything that there is to run, part by part, and writes down what came out: ``make test-all``.
+"""Runs all tests and all faults, part by part, and records the results: ``make test-all``.
 
     python -m tests.run_all [PART...]
 
-A part is a folder of tests/, with its tests that are marked ``long``, or the faults of an area: ``cuda``,
-``faults-cuda``. Its counts are written to tests/last_full_run.json when it ends. Without names, the parts that have not
-passed at this commit are run, so that a run that was interrupted goes on. All of it takes hours on two cores: it is for
-the night and for a release, and the result is committed.
+A part is a folder of tests/, including its tests marked ``long``, or the faults of an area: ``cuda``, ``faults-cuda``.
+Its counts are written to tests/last_full_run.json when it ends. Without names, all parts run that have not passed at
+this commit, so an interrupted run resumes. A full run takes hours on two cores: it precedes a release, and its result
+is committed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PARTS = [*FOLDERS, *(f"faults-{area}" for area in AREAS)]
 
 
 def run_tests(folder: str) -> dict[str, int]:
-    """How many tests of a folder passed, failed and were skipped."""
+    """Return how many tests of a folder passed, failed and were skipped."""
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
@@ -55,7 +55,7 @@ def count(report: ET.Element) -> dict[str, int]:
 
 
 def run_faults(area: str) -> dict[str, int]:
-    """How many faults of an area the tests found, and how many they did not."""
+    """Return how many faults of an area the tests found and missed."""
     command = [sys.executable, "-m", "tests.faults", f"{area}-"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -68,13 +68,13 @@ def run_faults(area: str) -> dict[str, int]:
 
 
 def recorded() -> dict[str, dict[str, Any]]:
-    """The parts that were run, those that there are no more left out."""
+    """Return the recorded parts, except those that no longer exist."""
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     return {part: results[part] for part in PARTS if part in results}
 
 
 def left(commit: str) -> list[str]:
-    """The parts that have not passed at this commit. With edits, or without a repository, nothing is known: all."""
+    """Return the parts that have not passed at this commit: all parts, with edits or without a repository."""
     results = recorded() if re.fullmatch("[0-9a-f]{12}", commit) else {}
     return [p for p in PARTS if p not in results or results[p]["commit"] != commit or results[p]["failed"]]
 

@@ -237,7 +237,7 @@ Gradients layer_norm_bwd(Tensor dz, Tensor x, OptionalTensor weight, Tensor mean
   return norm_backward(dz, x, weight, mean, rstd, plain_or_expanded(x, factor), needs_dweight, needs_dbias);
 }
 
-// Both residual ops; returns mean and rstd.
+// Runs either residual op; returns mean and rstd.
 std::tuple<Tensor, Tensor> residual_forward(LayerNormOp op, Tensor x, Tensor y, OptionalTensor scale,
                                             OptionalTensor weight, OptionalTensor bias, double eps, const Tensor& s,
                                             void* z) {

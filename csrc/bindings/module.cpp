@@ -6,7 +6,7 @@
 
 PYBIND11_MODULE(_C, module) {
   namespace py = pybind11;
-  module.doc() = "What was compiled into this installation of swinkernels.";
+  module.doc() = "The build information of this installation of swinkernels.";
   module.def(
       "build_info", [] { return py::module_::import("json").attr("loads")(swinkernels::build_info()); },
       "A dict of versions, architectures, sources and limits.");

@@ -42,9 +42,9 @@ struct LayerNormRows {
 // In residual ops rows are kPlain. Every tensor is contiguous; `rows` defines the layout of x.
 struct LayerNormForwardParams {
   LayerNormOp op;
-  DType in_dtype;      // of x and s
-  DType out_dtype;     // of y and z
-  DType weight_dtype;  // of weight, and the field after it of bias
+  DType in_dtype;      // dtype of x and s
+  DType out_dtype;     // dtype of y and z
+  DType weight_dtype;  // dtype of weight; the next field is that of bias
   DType bias_dtype;
   LayerNormRows rows;
   float eps;
@@ -62,14 +62,14 @@ struct LayerNormForwardParams {
 
 struct LayerNormBackwardParams {
   LayerNormOp op;
-  DType in_dtype;   // of x, s, ds and dx
-  DType out_dtype;  // of y, dz and dy
+  DType in_dtype;   // dtype of x, s, ds and dx
+  DType out_dtype;  // dtype of y, dz and dy
   DType weight_dtype;
   LayerNormRows rows;
   const void* normalised;        // x of kNorm, s of kResidual, y of kPostNorm
   const void* dz;                // unused in kPostNorm
   const void* ds;                // residual ops only
-  const float* drop_path_scale;  // as forward
+  const float* drop_path_scale;  // see LayerNormForwardParams
   int64_t rows_per_sample;
   const void* weight;
   const float* mean;

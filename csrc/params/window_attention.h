@@ -45,7 +45,7 @@ struct WindowGeometry : FrameGeometry {  // every shift is less than the window
 };
 
 struct WindowAttentionForwardParams {
-  DType dtype;      // of q, k, v, out and pad_qkv
+  DType dtype;      // dtype of q, k, v, out and pad_qkv
   bool allow_tf32;  // float32 products may be rounded to TF32
   int32_t num_heads;
   int32_t head_dim;
@@ -81,7 +81,7 @@ struct WindowAttentionBackwardParams {
   float* daxis_tables;  // like axis_tables, or null if not wanted; written, not added to
   float* dlogit_scale;  // (num_heads), or null if not wanted; written, not added to
   float* dpad_qkv;      // (3, num_heads, head_dim), or null if not wanted; written, not added to
-  void* workspace;      // of the size that the backend's *_workspace_bytes function returns
+  void* workspace;      // as many bytes as the backend's *_workspace_bytes function returns
 };
 
 }  // namespace swinkernels

@@ -16,7 +16,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--compile-backend", default="inductor", help="of torch.compile, where the script compiles")
+    parser.add_argument("--compile-backend", default="inductor", help="backend of torch.compile, if used")
     return parser.parse_args()
 
 

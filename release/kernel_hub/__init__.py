@@ -1,4 +1,4 @@
-"""Fused kernels for shifted-window attention and what stands beside it in Swin models, as PyTorch ops and layers."""
+"""Fused kernels for shifted-window attention and the memory-bound ops of Swin models, as PyTorch ops and layers."""
 
 from . import layers, reference
 from .ops import (

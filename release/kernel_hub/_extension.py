@@ -1,4 +1,4 @@
-"""The compiled ops, which kernel-builder's module _ops loads."""
+"""The compiled ops, loaded by kernel-builder's module _ops."""
 
 import json
 

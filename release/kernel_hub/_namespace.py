@@ -1,4 +1,4 @@
-"""NAMESPACE: where the ops are in torch.ops. kernel-builder gives every build a namespace of its own."""
+"""NAMESPACE: the ops' namespace in torch.ops. kernel-builder gives every build its own."""
 
 from ._ops import add_op_namespace_prefix
 

@@ -1,4 +1,4 @@
-"""Layers without a state of their own: ``kernelize`` puts their forward into modules with the members they read."""
+"""Layers without a state of their own: ``kernelize`` gives their forward to modules with the attributes it reads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .ops import patch_merging, window_attention_qkvpacked
 
 
 class WindowAttention(nn.Module):
-    """For the WindowAttention of Microsoft's Swin and of timm, v1, with its standard relative position index.
+    """Forward of the v1 WindowAttention of Microsoft's Swin and of timm, with its standard relative position index.
 
-    The windows (num_windows * B, N, C) are stacked to a map of one window per row, so that the mask (num_windows, N, N)
-    becomes a dense bias for each window.
+    The windows (num_windows * B, N, C) are stacked to a map with one window per row, so that the mask
+    (num_windows, N, N) becomes a dense bias for each window.
     """
 
     can_torch_compile = True
@@ -47,7 +47,7 @@ class WindowAttention(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """For timm's PatchMerging, v1: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), out_dim)."""
+    """Forward of timm's v1 PatchMerging: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), out_dim)."""
 
     can_torch_compile = True
 

@@ -1,4 +1,4 @@
-"""For the report: the backend that runs a part of a module, and the reason why no faster one does."""
+"""The report's account of a part of a module: the backend that runs it, and the reason why no faster one does."""
 
 from __future__ import annotations
 

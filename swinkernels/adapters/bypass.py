@@ -230,7 +230,7 @@ def why_not_norm(name: str, norm: Any, width: int) -> str | None:
 
 
 def why_not_dropout(name: str, dropout: nn.Module) -> str | None:
-    """The same as :func:`why_not_absorbed`, but an nn.Identity is accepted: it drops nothing."""
+    """Return the reason as :func:`why_not_absorbed` does, but accept an nn.Identity, which drops nothing."""
     return why_not_absorbed(
         name, dropout, nn.Identity if class_of(dropout) is nn.Identity else nn.Dropout, "an nn.Dropout"
     )

@@ -216,7 +216,7 @@ class Merging:
         return out if self.norm == "pre" else out.to(norm_dtype(x, linear_dtype(x)))
 
     def part(self) -> Part:
-        """For the adapter."""
+        """Describe this merging for the adapter."""
         return norm_part(
             "patch merging",
             "patch_merging",

@@ -22,7 +22,7 @@ class Replaced:
     # Runs the main part (a block's attention, a v2 block's norms): the requested backend, or the choice of "auto" for
     # the module's device and dtype in eval mode, or the library's name where its own code runs.
     backend: str
-    # For each part, why no faster backend runs it, or why the requested one cannot.
+    # One for each part: why no faster backend runs it, or why the requested one cannot.
     remarks: tuple[str, ...] = ()
 
 

@@ -76,7 +76,7 @@ _COMPUTED = ("attn_mask", "relative_position_index", "relative_coords_table")
 
 @dataclass
 class Loaded:
-    """What :func:`load_pretrained` did."""
+    """The outcome of :func:`load_pretrained`; ``print`` it for a summary."""
 
     source: str
     loaded: list[str] = field(default_factory=list)  # parameters with the checkpoint's values

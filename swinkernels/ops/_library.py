@@ -224,7 +224,7 @@ class Differentiable:
         def backward_op(ctx, *gradients):
             return *backward(ctx, *gradients), *(None,) * (len(op._schema.arguments) - count)
 
-        # For callers that know their tensors to be plain: apply if a gradient may be needed, else overload below
+        # Called by code that knows its tensors to be plain: apply if a gradient may be needed, else overload below
         # autograd.
         function = _function(name, forward=forward, backward=lambda ctx, *gradients: (*backward(ctx, *gradients), None))
         self.apply, self.overload = function.apply, op

@@ -129,7 +129,7 @@ class _Frame:
         return x.contiguous()
 
     def _places(self, device: torch.device, inverse: bool = False) -> Tensor:
-        """Each rolled window token's position in the frame, or the inverse: one gather instead of three copies."""
+        """Position in the frame of each rolled window token, or the inverse: one gather instead of three copies."""
 
         def make() -> Tensor:
             tokens = torch.arange(math.prod(self.frame), device=device).reshape(self.frame)
@@ -461,7 +461,7 @@ def patch_merging(
     rank = len(neighbours).bit_length() - 1
     size = x.shape[-1 - rank : -1]
     if any(isinstance(s, torch.SymInt) or s % 2 for s in size):  # an exported program serves both parities
-        # Not s % 2, for which OpenVINO has no rule where s is symbolic.
+        # s % 2 would fail: OpenVINO has no rule for it where s is symbolic.
         x = F.pad(x, [0, 0, *(amount for s in reversed(size) for amount in (0, s - s // 2 * 2))])
     # A neighbour's number has one bit per axis, the last axis lowest.
     offsets = [[number >> (rank - 1 - axis) & 1 for axis in range(rank)] for number in neighbours]

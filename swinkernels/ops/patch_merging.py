@@ -30,8 +30,8 @@ from swinkernels.ops._library import (
 from swinkernels.ops.layer_norm import layer_norm
 from swinkernels.ops.window_partition import partition
 
-# By order and number of merged axes: the sequence of neighbours whose channels are concatenated, each by its row-major
-# number 4 d + 2 h + w in the block. "unfold" becomes row-major once its parameters are reordered.
+# Order and number of merged axes -> the neighbours whose channels are concatenated, in this sequence, each by its
+# row-major number 4 d + 2 h + w in the block. "unfold" becomes row-major once its parameters are reordered.
 RUNS = {
     ("swin", 2): (0, 2, 1, 3),
     ("swin", 3): (0, 4, 2, 6, 1, 5, 3, 7),

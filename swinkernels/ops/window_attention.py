@@ -146,7 +146,7 @@ class _Plan(NamedTuple):
     """Everything decided from tensor metadata (shape, dtype, device), never from values; safe to cache."""
 
     backend: str
-    dtype: torch.dtype  # of the computation
+    dtype: torch.dtype  # in which the op computes
     view: tuple[int, ...] | None  # shape of a map (B, *S, 3C)
     num_heads: int
     spec: WindowSpec

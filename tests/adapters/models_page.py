@@ -1,6 +1,6 @@
-"""docs/models.md, measured and written: ``python -m tests.adapters.models_page``.
+"""Measures and writes docs/models.md: ``python -m tests.adapters.models_page``.
 
-Every family of ``tests/support/small_models.py`` before and after accelerate, in one process on one CPU thread.
+The page compares every family of ``tests/support/small_models.py`` before and after accelerate, on one CPU thread.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def source(family: str) -> str:
 
 
 def counted(family: str) -> tuple[int, int, list[str]]:
-    """The modules on a window attention op, all that have one, and why the others have not."""
+    """Return the number of modules on a window attention op, the number with window attention, and why they differ."""
     model = make_model(family)
     report = swinkernels.accelerate(model)
     check = report.check(make_input(family))
     on_op = sum(any("window_attention" in call for call in map(str, ran.calls)) for ran in check.modules)
-    # A block of no known form around an attention that is on the op counts once.
+    # A block of unknown form around an attention that is on the op counts once.
     left = [s for s in report.skipped if not any(ran.path.startswith(f"{s.path}.") for ran in check.modules)]
     reasons = list(dict.fromkeys(skipped.reason.rpartition("would not run: ")[2] for skipped in left))
     return on_op, on_op + len(left), reasons
@@ -66,7 +66,7 @@ def on_the_op(family: str) -> str:
 
 
 def error(got: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """The largest, of each tensor over its largest element; those that cancel to nothing are left out."""
+    """Return the largest error, relative to each tensor's largest element; tensors that cancel to zero are left out."""
     largest = max(t.abs().max().item() for t in exact.values())
     found = [0.0]
     for name, t in exact.items():
@@ -88,7 +88,7 @@ def most_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def times(models: list[nn.Module], x: Tensor, repeats: int) -> list[float]:
-    """Milliseconds of CPU time of a forward pass, the medians of calls that alternate."""
+    """Return the median CPU time of a forward pass in milliseconds, from alternating calls."""
     taken: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
         for _ in range(repeats + 3):

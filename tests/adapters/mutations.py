@@ -1,10 +1,10 @@
 """Random edits of accelerated models: ``python -m tests.adapters.mutations --count 10000``.
 
-A mutation follows from a seed and a number: a model, one or two edits that a user could make, whether they come before
-or after ``accelerate``, what follows (a copy, a pickle, a second ``accelerate``, ``restore``), and how the model runs.
-The library's own model gets the same edits. Both then have to return the same outputs and gradients, leave the same
-attributes, buffers, log and random state behind, or both raise an exception. A mutation for which they do not prints
-the command that repeats it alone.
+A seed and a number determine a mutation: a model, one or two edits that a user could make, before or after
+``accelerate``, the next step (a copy, a pickle, a second ``accelerate``, ``restore``), and how the model runs. The
+library's own model gets the same edits. Both must then return the same outputs and gradients and leave the same
+attributes, buffers, log and random state, or both must raise an exception. A mutation that differs prints the command
+that repeats it alone.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ import swinkernels
 from swinkernels.adapters.adapter import Accelerated
 from tests.support.small_models import FAMILIES, make_input, make_model
 
-FACTOR = 1.25  # by which an edit changes a result
-# Largest difference, of the largest element. Constants of a model may be float32, and float32 rounds whole models.
+FACTOR = 1.25  # factor by which an edit changes a result
+# Largest difference relative to the largest element. Constants of a model may be float32, and float32 rounds
+# throughout.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3}
 
 
 def scaled(x: Any) -> Any:
-    """Every floating-point tensor times FACTOR, in tuples, lists and dicts as well."""
+    """Multiply every floating-point tensor by FACTOR, in tuples, lists and dicts as well."""
     if isinstance(x, Tensor):
         return x * FACTOR if x.is_floating_point() else x
     if isinstance(x, (tuple, list)) and type(x) in (tuple, list):
@@ -55,12 +56,12 @@ def scaled(x: Any) -> Any:
 
 @dataclass
 class Site:
-    """Where an edit is made."""
+    """The place of an edit."""
 
     model: nn.Module
     path: str
     rng: random.Random
-    undo: contextlib.ExitStack  # takes back what is not the model's alone
+    undo: contextlib.ExitStack  # undoes changes outside the model
     log: list[Tensor]
 
     @property
@@ -71,14 +72,14 @@ class Site:
         return torch.Generator().manual_seed(self.rng.randrange(2**31))
 
     def like(self, t: Tensor) -> Tensor:
-        """Other values of the same kind: random ones, or those of an index or a mask in another order."""
+        """Return other values of the same kind: random ones, or a permutation of an index or a mask."""
         if t.is_floating_point():
             return torch.randn(t.shape, generator=self.generator(), dtype=torch.float64).to(t.dtype)
         order = torch.randperm(t.numel(), generator=self.generator())
         return t.flatten()[order].reshape(t.shape)
 
     def keep(self, x: Any) -> Any:
-        """Put a result into the log, as a loss that a user collects."""
+        """Append a result to the log, as a user collects a loss."""
         if isinstance(x, Tensor) and x.is_floating_point():
             self.log.append(x.square().mean())
         return x
@@ -88,7 +89,7 @@ class Site:
         setattr(self.model.get_submodule(parent), name, module)
 
 
-# An edit: the details that it can have at a module of the library's own model (None for none), and the change itself.
+# An edit: its possible details at a module of the library's own model (None for none), and the change itself.
 Details = Callable[[nn.Module], list[Any]]
 Change = Callable[[Site, Any], None]
 EDITS: dict[str, tuple[Details, Change]] = {}
@@ -119,7 +120,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _methods(module: nn.Module) -> list[Any]:
-    """Methods of a module's own class that are no part of the interface of nn.Module."""
+    """Return the methods of a module's own class that nn.Module's interface lacks."""
     names = []
     for cls in type(module).__mro__:
         if cls is nn.Module or cls.__module__.startswith("torch.nn"):
@@ -132,7 +133,7 @@ def _children(module: nn.Module) -> list[Any]:
     return [name for name, child in module.named_children() if not isinstance(child, (nn.ModuleList, nn.Sequential))]
 
 
-# Classes, instances and their methods.
+# Classes, instances and their methods
 
 
 def _subclass(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -175,7 +176,7 @@ def method_of_the_class(site: Site, name: str) -> None:
 
 
 def _patch_class(site: Site, name: str) -> None:
-    """In the class of the library that defines a method, past classes of this package."""
+    """Patch the class of the library that defines a method, not this package's subclass."""
     cls = next(c for c in type(site.module).__mro__ if name in vars(c) and not c.__module__.startswith("swinkernels"))
     method = vars(cls)[name]
 
@@ -189,7 +190,7 @@ def _patch_class(site: Site, name: str) -> None:
 
 @edit(_always)
 def forward_bound_for_offload(site: Site, _: Any) -> None:
-    """As tools do that move weights before a call and away after it."""
+    """Bind the forward as tools do that move weights before a call and away after it."""
     module = site.module
     module._old_forward = module.forward
 
@@ -199,7 +200,7 @@ def forward_bound_for_offload(site: Site, _: Any) -> None:
     module.forward = functools.update_wrapper(functools.partial(moved, module), module._old_forward)
 
 
-# Attributes.
+# Attributes
 
 
 class Mode(enum.Enum):
@@ -238,7 +239,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
     return value
 
 
-# Dropout draws in the order of the map here and in that of the windows there, so only its evaluation is compared.
+# Dropout draws in the order of the map here and of the windows there, so it is only compared in evaluation.
 _ATTRIBUTES_LEFT = ("training", "p", "dropout", "attention_dropout")
 
 
@@ -266,7 +267,7 @@ def attribute_as_numpy_scalar(site: Site, name: str) -> None:
 
 
 def _factor(kind: int, value: float) -> Any:
-    """A factor in a setting of some kind, and how to read it."""
+    """Make a factor inside a setting of this kind, and a function that reads it."""
     return (
         types.SimpleNamespace(factor=value), {"factor": value}, Settings(value), Mode.A if value == 1.0 else Mode.B,
         np.float64(value), torch.tensor(int(4 * value)), torch.tensor([value > 1.0]),
@@ -285,7 +286,7 @@ def _read(setting: Any) -> float:
 
 @edit(lambda module: list(range(7)))
 def settings_of_unlike_instances(site: Site, setting: int) -> None:
-    """Instances of one class that differ in an object that their forward reads."""
+    """Give instances of one class different objects that their forward reads."""
     first = original(type(site.module))
     changed: dict[type, type] = {}
     for name, module in site.model.named_modules():
@@ -311,7 +312,7 @@ def original(cls: type) -> type:
     return next(c for c in cls.__mro__ if not issubclass(c, Accelerated))
 
 
-# Submodules.
+# Submodules
 
 
 class Wrapped(nn.Module):
@@ -348,7 +349,7 @@ def submodule_with_other_weights(site: Site, name: str) -> None:
 
 @edit(_always)
 def shared_submodule(site: Site, _: Any) -> None:
-    """The module of one block in the place of that of another one, of the same class."""
+    """Replace the module of one block by that of another one of the same class."""
     module = site.module
     shapes = [p.shape for p in module.parameters()]
     for path, other in list(site.model.named_modules()):
@@ -358,7 +359,7 @@ def shared_submodule(site: Site, _: Any) -> None:
             return
 
 
-# Hooks.
+# Hooks
 
 
 @edit(_always)
@@ -408,7 +409,7 @@ def global_hook(site: Site, name: str) -> None:
     site.undo.callback(handle.remove)
 
 
-# Parameters and buffers.
+# Parameters and buffers
 
 
 @edit(_tensors(_parameters))
@@ -445,7 +446,7 @@ def missing_parameter(site: Site, name: str) -> None:
 
 @edit(_tensors(_parameters))
 def replica_of_a_parameter(site: Site, name: str) -> None:
-    """A tensor in its place, as in the replicas of DataParallel."""
+    """Put a plain tensor in its place, as in DataParallel's replicas."""
     p = site.module._parameters.pop(name)
     setattr(site.module, name, p * 1.0)
 
@@ -466,7 +467,7 @@ def weight_norm(site: Site, name: str) -> None:
 
 
 class Int8Weight(Tensor):
-    """A quantised weight that linear layers can read, and that refuses everything else, as those of quantisers do."""
+    """A quantised weight that linear layers can read and that refuses other ops, as quantisers' weights do."""
 
     values: Tensor
     step: Tensor
@@ -542,11 +543,11 @@ def part_in_training(site: Site, _: Any) -> None:
     site.module.train(not site.module.training)
 
 
-# What follows the edits. They return the model that is run.
+# The steps after the edits. They return the model that is run.
 
 
 def _replica(model: nn.Module) -> nn.Module:
-    """As nn.DataParallel makes it: plain tensors for parameters, and modules that are copies."""
+    """Copy a model as nn.DataParallel does: plain tensors replace parameters, modules are copies."""
     modules = list(model.modules())
     replicas = {module: module._replicate_for_data_parallel() for module in modules}
     for module, replica in replicas.items():
@@ -568,7 +569,7 @@ def _pickled(model: nn.Module) -> nn.Module:
 
 
 def _restored(model: nn.Module) -> nn.Module:
-    with contextlib.suppress(RuntimeError):  # it refuses classes that were derived since, and changes nothing
+    with contextlib.suppress(RuntimeError):  # it refuses classes derived later, and changes nothing
         swinkernels.restore(model)
     return model
 
@@ -607,7 +608,7 @@ class Mutation:
 
 @functools.cache
 def _models(family: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """A model, and the paths inside its modules that accelerate replaces."""
+    """Return a model, and the paths of the modules inside those that accelerate replaces."""
     model = make_model(family)
     fast = copy.deepcopy(model)
     replaced = [entry.path for entry in swinkernels.accelerate(fast).replaced]
@@ -616,7 +617,7 @@ def _models(family: str) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def draw(seed: int, number: int) -> Mutation:
-    """Mutation ``number`` of those that follow from a seed."""
+    """Draw mutation ``number`` of a seed."""
     rng = random.Random(f"{seed} {number}")
     family = rng.choice(list(FAMILIES))
     model, paths = _models(family)
@@ -646,7 +647,7 @@ def draw(seed: int, number: int) -> Mutation:
 
 @dataclass
 class Outcome:
-    """What a run of a model leaves behind: tensors and other values by name, or an exception."""
+    """The results of a run: tensors and other values by name, or an exception."""
 
     values: dict[str, Any] = field(default_factory=dict)
     error: Exception | None = None
@@ -670,9 +671,9 @@ def run(mutation: Mutation, *, accelerates: bool) -> Outcome:
             model = AFTERWARDS[mutation.afterwards](model)
             if mutation.trains:
                 model.train()
-            log.clear()  # a trial runs the code of a user, too
+            log.clear()  # a trial also runs user code
             _run(model, x, log, outcome.values)
-        except Exception as error:  # of whatever an edit broke
+        except Exception as error:  # an edit may break anything
             outcome.error = error
     return outcome
 
@@ -701,7 +702,7 @@ def _run(model: nn.Module, x: Tensor, log: list[Tensor], values: dict[str, Any])
 
 
 def compare(got: Outcome, expected: Outcome, tolerance: float) -> str | None:
-    """The first difference of two outcomes, or None."""
+    """Return the first difference between two outcomes, or None."""
     if got.error is not None and expected.error is not None:
         return None
     if got.error is not None or expected.error is not None:
@@ -709,7 +710,7 @@ def compare(got: Outcome, expected: Outcome, tolerance: float) -> str | None:
     if got.values.keys() != expected.values.keys():
         return f"only one of the two has {', '.join(sorted(got.values.keys() ^ expected.values.keys()))}"
     gradients = [g for name, g in expected.values.items() if name.startswith("gradient") and g is not None]
-    # A gradient that is a sum of terms that cancel is a rounding of the others.
+    # A gradient whose terms cancel is only rounding error of the others.
     floor = tolerance * 1e-2 * max((g.abs().max().item() for g in gradients if g.numel()), default=0.0)
     for name, value in expected.values.items():
         error = _difference(got.values[name], value, tolerance, floor if name.startswith("gradient") else 0.0)
@@ -745,14 +746,14 @@ def _difference(got: Any, expected: Any, tolerance: float, floor: float) -> str 
 
 
 def check(seed: int, number: int) -> str | None:
-    """The line that reports and repeats a mutation whose two models differ, or None."""
+    """Return the line that reports and repeats a mutation whose two models differ, or None."""
     mutation = draw(seed, number)
     expected = run(mutation, accelerates=False)
     got = run(mutation, accelerates=True)
-    # In bfloat16 whole models round dozens of times, and the noise of the two differs.
+    # In bfloat16 whole models round dozens of times, and the two models' noise differs.
     rounds = any(name == "dtype of a part" for name, _, _ in mutation.edits)
     if rounds and expected.error is not None and got.error is None:
-        return None  # the ops take tables and norms of other dtypes than the map's
+        return None  # the ops accept tables and norms in other dtypes than the map's
     difference = compare(got, expected, 0.1 if rounds else TOLERANCES[mutation.dtype])
     if difference is None:
         return None

@@ -1,4 +1,4 @@
-"""Methods that other code has bound to an instance, as tools that offload weights do, follow the module's class."""
+"""Methods that other code has bound to an instance, such as weight offloading, follow the module's class."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys(
 
 
 def bind(module: Any) -> None:
-    """What removing a hook leaves behind: the class's own forward as an attribute of the instance."""
+    """Bind the class's own forward as an attribute of the instance, as hook removal does."""
     module.forward = module.forward
 
 
 def hook(module: Any) -> list[None]:
-    """As hooks that offload weights wrap a forward; returns a list that gets longer with every call."""
+    """Wrap forward as hooks for weight offloading do; return a list that grows with every call."""
     calls: list[None] = []
     old = module.forward
     module._old_forward = old
@@ -69,7 +69,7 @@ def test_a_second_accelerate(place, wrap):
 @every_place
 @pytest.mark.parametrize("wrap", [bind, hook])
 def test_what_was_bound_before(place, wrap, monkeypatch):
-    """The accelerated forward is called, by the name that the other code has for it."""
+    """The accelerated forward is called by the name under which other code bound it."""
     plain = place.model()
     fast = copy.deepcopy(plain)
     wrap(fast)

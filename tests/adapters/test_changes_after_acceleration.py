@@ -1,4 +1,4 @@
-"""What is changed after accelerate, buffers and methods, counts as it does in the library's own module."""
+"""Changes to buffers and methods after accelerate have the same effect as in the library's own module."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def no_grad() -> Iterator[None]:
 
 
 def pair(place: Place) -> tuple[Any, Any]:
-    """A module and its accelerated copy, which has run."""
+    """Return a module and its accelerated copy, which has run."""
     plain = place.model()
     fast = copy.deepcopy(plain)
     report = swinkernels.accelerate(fast)
@@ -42,7 +42,7 @@ def pair(place: Place) -> tuple[Any, Any]:
 
 
 def check(place: Place, plain: Any, fast: Any, before: Tensor) -> None:
-    """The edit shows in the library's own module, and the accelerated one says the same."""
+    """Check that the edit changes the library's own module, and the accelerated one in the same way."""
     expected = place.run(plain)
     assert (expected - before).abs().max() > 1e-3, "the edit changes nothing"
     torch.testing.assert_close(place.run(fast), expected, **CLOSE)
@@ -106,7 +106,7 @@ def test_lookups_of_tensorflows_bias():
 
 
 def test_the_same_values_keep_the_op(monkeypatch):
-    """Moved, loaded or assigned anew: what is read once is found standard again."""
+    """A stored tensor that is moved, loaded or assigned with the standard values is found standard again."""
     from swinkernels.adapters.libraries.timm import _blocks
 
     place = PLACES["timm swin"]
@@ -130,7 +130,7 @@ def test_the_same_values_keep_the_op(monkeypatch):
 
 
 def methods(place: Place) -> list[tuple[type, str, str]]:
-    """What the ops of a place stand for: class, method, and the path of a module of that class."""
+    """Return what the ops of a place stand for: class, method, and the path of a module of that class."""
     fast = place.model()
     swinkernels.accelerate(fast)
     found = {}
@@ -178,7 +178,7 @@ def test_methods_replaced_on_an_instance(place):
 
 
 def test_a_class_patched_before_the_first_accelerate_is_told(monkeypatch):
-    """The adapter notes methods when it is imported: one whose code is of another package is not the library's."""
+    """The adapter records methods on import; one whose code belongs to another package is not the library's."""
     from timm.models.swin_transformer import WindowAttention
 
     monkeypatch.setattr(WindowAttention, "forward", scaled(WindowAttention.forward))
@@ -209,7 +209,7 @@ def test_hooks_of_all_modules_see_every_call(place, kind):
         try:
             with torch.enable_grad():
                 place.run(model).sum().backward()
-        except RuntimeError:  # torch's, of the in-place ReLU of v2
+        except RuntimeError:  # torch's, for the in-place ReLU of v2
             calls.append(RuntimeError)
         finally:
             handle.remove()
@@ -243,7 +243,7 @@ def test_code_that_was_compiled_notices_an_assigned_index(name):
 @pytest.mark.parametrize("name", compiled_places())
 @pytest.mark.parametrize("edit", [assign, change_in_place])
 def test_code_compiled_after_a_change(name, edit):
-    """Between accelerate and the compiler, nothing has called the module."""
+    """The module has not run between accelerate and the compiler."""
     torch._dynamo.reset()
     place = PLACES[name]
     plain, fast = pair(place)
@@ -273,7 +273,7 @@ def ops_in(exported: torch.export.ExportedProgram) -> int:
 @pytest.mark.parametrize("name", compiled_places())
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_keeps_the_op(name, strict):
-    """Also of a module that was moved after accelerate and has not run since."""
+    """The op stays in an export, even for a module that was moved after accelerate and has not run since."""
     place = PLACES[name]
     fast = place.model().float()
     swinkernels.accelerate(fast, backend="cpu")

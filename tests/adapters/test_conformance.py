@@ -1,6 +1,4 @@
-"""Every library with every check that all of them have to pass, on small models; what only one library has is in the
-test files of the libraries.
-"""
+"""The checks that every library has to pass, on small models. Tests of a single library are in its own file."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ from tests.support.small_models import (
 )
 from tests.support.sweeps import long_but
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of what libraries, tracing and export have to say
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of libraries, tracing and export
 
 # Maps of 9x13 and 5x7 tokens in windows of 4x4: padded, and shifted in every second block.
 IMAGE = (3, 18, 26)
@@ -48,7 +46,7 @@ POST_NORM = {"residual_post_norm": 8, "patch_merging": 1}
 
 
 def maxvit_of_timm(drop_path: float) -> nn.Module:
-    """Channels last in its first stage and first in its second."""
+    """A MaxViT whose first stage has channels last, and whose second has channels first."""
     maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm is not installed")
     attention = maxxvit.MaxxVitTransformerCfg(dim_head=8, window_size=(4, 4), grid_size=(4, 4))
     cfg = maxxvit.MaxxVitCfg(
@@ -59,16 +57,16 @@ def maxvit_of_timm(drop_path: float) -> nn.Module:
 
 
 def large(drop_path: float) -> Swin:
-    """Two blocks in both stages, so that each shifts one."""
+    """A Swin with two blocks in both stages, so that each shifts one."""
     return Swin(16, (2, 2), (2, 4), drop_path)
 
 
 @dataclass(frozen=True)
 class Library:
     build: Callable[[float], nn.Module]  # from the rate of drop path
-    attention: int = 4  # the windows attended in one forward pass: calls of the op
+    attention: int = 4  # calls of the op in one forward pass
     image: tuple[int, ...] = IMAGE
-    # The calls of the other ops in a forward pass, and those of layer_norm under autocast.
+    # Calls of the other ops in a forward pass, and those of layer_norm under autocast.
     norms: dict[str, int] = field(default_factory=dict)
     autocast_norms: int = 0
 
@@ -106,7 +104,7 @@ LIBRARIES = {
 }
 FOREIGN = [name for name in LIBRARIES if name != "swinkernels"]
 
-IN_BFLOAT16 = [name for name in FOREIGN if not name.startswith("mmpretrain")]  # whose own attention refuses it
+IN_BFLOAT16 = [name for name in FOREIGN if not name.startswith("mmpretrain")]  # mmpretrain's own attention rejects it
 
 foreign = pytest.mark.parametrize("library", FOREIGN)
 libraries = pytest.mark.parametrize("library", LIBRARIES)
@@ -132,7 +130,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> nn.M
 
 
 def on_ops(library: str) -> nn.Module:
-    """A model whose attention is this package's."""
+    """Return a model whose attention is this package's."""
     return make(library) if library == "swinkernels" else accelerated(original(library))
 
 
@@ -142,7 +140,7 @@ def images(library: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> 
 
 @pytest.fixture
 def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of window attention, by the backend that each asked for."""
+    """Record the calls of window attention by the requested backend."""
     module, seen = sys.modules["swinkernels.ops.window_attention"], []
     attend = module._attend
 
@@ -156,7 +154,7 @@ def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of the other ops, by name."""
+    """Record the calls of the other ops by name."""
     seen: list[str] = []
 
     def watched(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,7 +217,7 @@ def test_drop_path_draws_the_same(library, backend):
     results = []
     for m in (model, accelerated(model, backend)):
         torch.manual_seed(7)
-        results.append({name: t for name, t in run(m, x).items() if "position_bias_mlp" not in name})  # which cancel
+        results.append({name: t for name, t in run(m, x).items() if "position_bias_mlp" not in name})  # they cancel
         results[-1]["next random number"] = torch.rand(1).double()
     assert_as_good(results[1], results[0], results[0])
     assert not torch.equal(results[0]["out"], model.eval()(x)), "drop path was not active"
@@ -251,7 +249,7 @@ def test_keys_types_copies_and_restore(library, attention_calls, norm_calls):
     assert list(fast.state_dict()) == list(model.state_dict())
     assert [name for name, _ in fast.named_buffers()] == buffers
     assert all(isinstance(m, c) for m, c in zip(fast.modules(), classes, strict=True))
-    # mmpretrain's own state of v2 lacks buffers that it asks for.
+    # The state of mmpretrain's v2 lacks buffers that it requires.
     plain = copy.deepcopy(model)
     loaded = [m.load_state_dict(other.state_dict(), strict=False) for m, other in ((fast, plain), (plain, fast))]
     assert loaded[0] == loaded[1] and not loaded[0].unexpected_keys
@@ -298,7 +296,7 @@ def test_verify_passes_and_leaves_no_trace(library, dtype):
 # Compilers and exporters
 
 
-# Each library is compiled in one of the two ways.
+# Each library is compiled in one of two ways.
 @pytest.mark.parametrize("library", long_but(LIBRARIES, "timm", "timm-v2", "timm-vit", "timm-maxvit", "swinkernels"))
 def test_compile_fullgraph_with_a_dynamic_batch(library):
     torch.compiler.reset()
@@ -348,7 +346,7 @@ assert not ours, ours
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 @pytest.mark.parametrize("library", long_but(["timm", "torchvision", "transformers", "swinkernels"], "timm"))
 def test_aot_inductor(library, tmp_path):
-    """The package runs where swinkernels is not imported, only its library of ops loaded."""
+    """The package runs without importing swinkernels, with only its library of ops loaded."""
     model, x = on_ops(library), images(library)
     with torch.no_grad():
         program = torch.export.export(model, (x,))

@@ -1,4 +1,4 @@
-"""accelerate on window attention alone, where the block around it is no published form."""
+"""accelerate on window attention alone, inside a block of unknown form."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def accelerated(module: nn.Module, **options: Any) -> Any:
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on the attention's own forward fails."""
+    """Make the attention's own forward fail from now on."""
     refuse_forward(monkeypatch, forms.WindowAttention)
 
 
@@ -69,7 +69,7 @@ def test_outputs_and_every_gradient(shift, backend, monkeypatch):
 
 
 class Wrapped(nn.Module):
-    """Attention of either version in a block that looks like none."""
+    """Attention of either version in a block of another form."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_autocast_bfloat16():
 
 
 def test_compile_fullgraph(monkeypatch):
-    """No mask is looked at, so that one may come as an argument of a compiled model."""
+    """Masks are not inspected, so a mask may be an argument of a compiled model."""
     torch._dynamo.reset()
     block = hybrid()
     exact = run(copy.deepcopy(block).double(), *inputs(torch.float64))
@@ -122,7 +122,7 @@ def test_compile_fullgraph(monkeypatch):
     assert_as_good({k.removeprefix("_orig_mod."): v for k, v in got.items()}, plain, exact)
 
 
-# Where the module's own code runs
+# Cases in which the module's own code runs
 
 
 def test_windows_beyond_the_limits_of_the_op():
@@ -170,7 +170,7 @@ class Talking(forms.WindowAttention):
 
 
 class MaskTwice(forms.WindowAttention):
-    """As two of transformers' do."""
+    """Adds the mask twice, as two of transformers' models do."""
 
     def forward(self, x, mask=None):
         return super().forward(x, mask if mask is None else 2 * mask)
@@ -208,7 +208,7 @@ def test_a_refused_block_with_a_refused_attention_is_told_once():
     assert "its forward takes (self, x" in entry.reason
 
 
-# It stays the same model
+# The model keeps its identity
 
 
 def test_keys_types_copies_and_restore(monkeypatch):

@@ -1,4 +1,4 @@
-"""accelerate on copies of Microsoft's block that no library has: the same numbers, or a reason."""
+"""accelerate on copies of Microsoft's block outside known libraries: the same numbers, or a reason."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def video_block(shift_size: int = 0, **options: Any) -> nn.Module:
     return forms.VideoBlock(12, 3, shift_size=(shift_size // 2, shift_size, shift_size), **options)
 
 
-# Each form: how to make a block, with a shift or not, and calls of it.
+# Each form: a function that makes a block, with or without a shift, and calls of it.
 FORMS: dict[str, tuple[Any, list[tuple[tuple[int, ...], Any]]]] = {
     "classification": (lambda **o: make(forms.ClassificationBlock, 12, (8, 12), 3, **o), [((96,), None)]),
     "classification, clamped": (lambda **o: make(forms.ClassificationBlock, 12, (3, 6), 3, **o), [((18,), None)]),
@@ -67,7 +67,7 @@ every_shift = pytest.mark.parametrize("options", [{}, SHIFTED], ids=["plain", "s
 
 
 def calls_of(name: str, block: Any) -> list[tuple[Tensor, tuple[Any, ...]]]:
-    """Inputs of a block, and what else it is called with."""
+    """Return inputs of a block and the other arguments of the call."""
     calls = []
     for shape, given in FORMS[name][1]:
         x = torch.randn(2, *shape, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -99,7 +99,7 @@ def accelerated(module: Any, **options: Any) -> Any:
 
 
 def reason_of(block: nn.Module) -> str:
-    """Why the block is left, perhaps but for its attention."""
+    """Return the reason why the block, but perhaps not its attention, is left."""
     report = swinkernels.accelerate(block)
     assert {e.path for e in report.replaced} <= {"attn"}
     assert not isinstance(block, StructuralBlock)
@@ -110,7 +110,7 @@ def reason_of(block: nn.Module) -> str:
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on the blocks' own attention fails."""
+    """Make the blocks' own attention fail from now on."""
     refuse_forward(monkeypatch, forms.WindowAttention)
 
 
@@ -170,7 +170,7 @@ def test_checkpointing():
 
 
 def test_norms_on_ops(monkeypatch):
-    """The residual connection and its norm are one op where the drop path is known: an Identity, or timm's."""
+    """The residual connection and its norm are one op if the drop path is known: an Identity, or timm's."""
     from swinkernels.adapters import norms
 
     seen: list[Any] = []
@@ -202,7 +202,7 @@ def test_autocast_bfloat16():
     assert_as_noisy(*results, exact)
 
 
-# What differs from the published forms
+# Deviations from the published forms
 
 
 class OtherMaskValue(forms.ClassificationBlock):
@@ -211,7 +211,7 @@ class OtherMaskValue(forms.ClassificationBlock):
 
 
 class OtherMaskWhereItIsMade(forms.RestorationBlock):
-    """-200 for another size than the block's own: scores of everyday inputs do not show it."""
+    """Has a mask value of -200 for other sizes than the block's own, which scores of ordinary inputs do not show."""
 
     def calculate_mask(self, size):
         return super().calculate_mask(size) * (1 if tuple(size) == self.input_resolution else 2)
@@ -249,7 +249,7 @@ class ExtraBias(forms.WindowAttention):
 
 
 class HiddenOffset(forms.WindowAttention):
-    """Of values that an instance happens to have at 0."""
+    """Adds values that are 0 in an instance."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -261,14 +261,14 @@ class HiddenOffset(forms.WindowAttention):
 
 
 class OtherClamp(forms.CosineAttention):
-    """A larger scale than v2's: only scores at its limit show it."""
+    """Clamps at a larger scale than v2: only scores at its limit show it."""
 
     def scores(self, q, k):
         return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.logit_scale.clamp(max=5.0).exp()
 
 
 class ColumnsFirst(forms.ClassificationBlock):
-    """The tokens of a window column by column, which the bias table does not know."""
+    """Numbers the tokens of a window column by column, unlike the bias table."""
 
     def attend(self, x, window, shift, mask):
         return super().attend(x.transpose(1, 2), window, shift, mask).transpose(1, 2).contiguous()
@@ -301,7 +301,7 @@ class DrawsMore(forms.ClassificationBlock):
 
 
 class NeighboursMask(forms.SegmentationBlock):
-    """Masks its windows without a shift, too."""
+    """Also masks its windows without a shift."""
 
     def forward(self, x, mask_matrix):
         y = self.norm1(x).view(len(x), self.H, self.W, -1)
@@ -345,7 +345,7 @@ def test_what_is_not_a_published_form_is_refused(name):
     block = create().double().eval()
     fast = copy.deepcopy(block)
     assert words in reason_of(fast)
-    swinkernels.accelerate(fast, backend="reference")  # perhaps its attention
+    swinkernels.accelerate(fast, backend="reference")  # may replace its attention
     kinds = {forms.RestorationBlock: "restoration", forms.MapBlock: "map", forms.SegmentationBlock: "segmentation"}
     kind = next((kinds[cls] for cls in kinds if isinstance(block, cls)), "classification")
     results = []
@@ -356,7 +356,7 @@ def test_what_is_not_a_published_form_is_refused(name):
 
 
 class PadsBefore(forms.SegmentationBlock):
-    """Pads in front: whole maps are as ever."""
+    """Pads in front, which whole maps do not show."""
 
     def padded(self, x, window, shift, mask):
         h, w = (-s % n for s, n in zip(x.shape[1:-1], window, strict=True))
@@ -364,7 +364,7 @@ class PadsBefore(forms.SegmentationBlock):
 
 
 class WindowsByColumn(forms.ClassificationBlock):
-    """Another order of the windows, with their masks."""
+    """Orders the windows differently, with their masks."""
 
     def attend(self, x, window, shift, mask):
         size, axes = tuple(x.shape[1:-1]), (1, 2)
@@ -464,7 +464,7 @@ def test_one_trial_for_blocks_of_a_kind(monkeypatch):
     swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4, drop_path=0.1))  # its width has a short trial
     assert len(trials) == 2
     odd = forms.ClassificationBlock(*SIZE)
-    odd.flag = True  # such as a forward may look at
+    odd.flag = True  # a value that a forward may read
     swinkernels.accelerate(odd)
     assert len(trials) == 3
 
@@ -495,7 +495,7 @@ def test_a_trial_leaves_no_trace():
     assert len(block.mlp.fc2._forward_hooks) == 1
 
 
-# Calls that the trial says nothing of
+# Calls that the trial does not cover
 
 
 def test_another_mask_than_the_standard_one():
@@ -536,7 +536,7 @@ def test_wrong_calls_raise_what_they_raised():
     x = torch.randn(2, 63, 12, dtype=torch.float64)
     for module in (block, fast):
         with pytest.raises(RuntimeError, match="shape"):
-            module(x, (9, 7))  # SwinIR pads the image, its blocks do not
+            module(x, (9, 7))  # SwinIR pads the image, not its blocks
         with pytest.raises(TypeError):
             module(x)
 
@@ -549,7 +549,7 @@ def test_changes_after_accelerate(monkeypatch):
     torch.testing.assert_close(fast(x), block(x), rtol=1e-10, atol=1e-12)
     assert len(seen) == 1
     assert "attn.softmax" in swinkernels.accelerate(fast).skipped[0].reason
-    assert type(fast) is forms.ClassificationBlock  # left as it was means its own class
+    assert type(fast) is forms.ClassificationBlock  # its class did not change
     handle.remove()
     swinkernels.accelerate(fast)
     for module in (block, fast):
@@ -559,7 +559,7 @@ def test_changes_after_accelerate(monkeypatch):
     torch.testing.assert_close(fast(x), expected, rtol=1e-10, atol=1e-12)
 
 
-# A model around them stays the same model
+# A model around the blocks keeps its identity
 
 
 class Model(nn.Module):
@@ -656,7 +656,7 @@ def test_compile_fullgraph(monkeypatch):
 
 
 def test_compile_blocks_that_are_called_with_masks(monkeypatch):
-    """The compiler cannot look at a mask, so a block's own code is compiled, but for its attention."""
+    """The compiler cannot inspect a mask, so a block's own code is compiled, except for its attention."""
     torch._dynamo.reset()
     block = make(forms.VideoBlock, 12, 3, shift_size=(1, 2, 2))
     x, (mask,) = calls_of("video", block)[0]
@@ -667,7 +667,7 @@ def test_compile_blocks_that_are_called_with_masks(monkeypatch):
     assert_as_good({k.removeprefix("_orig_mod."): v for k, v in got.items()}, exact, exact)
 
 
-@pytest.mark.filterwarnings("ignore")  # the tracer's
+@pytest.mark.filterwarnings("ignore")  # the tracer's warnings
 def test_torchscript_tracing_traces_the_blocks_own_code(monkeypatch):
     model = make(Model)
     fast, x = accelerated(model), make_input()
@@ -696,7 +696,7 @@ def test_verify_passes(name):
 
 def test_verify_finds_a_wrong_kernel_and_names_the_module(monkeypatch):
     model = make(Model)
-    swinkernels.accelerate(model)  # with the trials behind it
+    swinkernels.accelerate(model)  # runs the trials once
     swinkernels.restore(model)
     op = copied_block.window_attention_qkvpacked
 

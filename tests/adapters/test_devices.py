@@ -1,4 +1,4 @@
-"""Where no kernel helps, accelerate leaves the library's own code to run, and says why."""
+"""On devices without a kernel, accelerate leaves the library's own code running and gives the reason."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_triton_on_rocm_is_taken_only_by_name(monkeypatch):
 
 @every_place
 def test_the_librarys_own_code_runs_there(place, monkeypatch):
-    """The CPU stands for a device without kernels."""
+    """A patched CPU serves as the device without kernels."""
     plain = place.model()
     fast = copy.deepcopy(plain)
     monkeypatch.setattr(_backends, "_find_why_no_kernels", lambda device: "no kernel runs on such tensors")
@@ -68,7 +68,7 @@ def test_the_librarys_own_code_runs_there(place, monkeypatch):
 
 
 def test_tensors_sharded_over_devices(tmp_path):
-    """A DTensor of the batch, and of the heads, on one device."""
+    """A DTensor of the batch, and one of the heads, on one device, run the library's own code."""
     if not distributed.is_gloo_available():
         pytest.skip("this build of torch has no gloo")
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
@@ -81,7 +81,7 @@ def test_tensors_sharded_over_devices(tmp_path):
         mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
         swinkernels.accelerate(fast)
         called: list[Any] = []
-        fast.attn.register_forward_pre_hook(lambda *_: called.append(0))  # for its own code
+        fast.attn.register_forward_pre_hook(lambda *_: called.append(0))  # makes it run its own code
         distribute_module(fast, mesh)
         (x,) = place.inputs(torch.Generator().manual_seed(1))
         for how in (Shard(0), Replicate()):

@@ -1,4 +1,4 @@
-"""Accelerated models trained by two processes: the losses of one process with the original code."""
+"""Accelerated models trained by two processes have the losses of one process with the original code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wrap(model: nn.Module, how: str) -> nn.Module:
 
 
 def train(model: nn.Module, library: str, rank: int = 0, world: int = 1) -> list[float]:
-    """The loss of each step on this process's share of the images."""
+    """Return the loss of each step on this process's share of the images."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses = []
     for _ in range(STEPS):
@@ -59,7 +59,7 @@ def process(rank: int, library: str, how: str, folder: str) -> None:
         blocks = [m for m in model.modules() if is_block(m)]
         assert len(blocks) == 4 and all(isinstance(m, FSDPModule) for m in blocks)
         if library != "swinkernels":
-            # What was sharded is neither taken back, which would undo the sharding, nor replaced twice.
+            # A sharded module is neither restored, which would undo the sharding, nor replaced twice.
             kinds = [type(m) for m in model.modules()]
             with pytest.raises(RuntimeError, match="fully_shard: restore the model before"):
                 swinkernels.restore(model)
@@ -79,5 +79,5 @@ def test_losses_of_two_processes_are_those_of_one(library, how, tmp_path):
     one = train(plain, library)
     mp.spawn(process, (library, how, str(tmp_path)), nprocs=PROCESSES)
     two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
-    assert one[-1] < 0.9 * one[0], one  # it does train
+    assert one[-1] < 0.9 * one[0], one  # training works
     torch.testing.assert_close([sum(losses) / PROCESSES for losses in zip(*two, strict=True)], one, rtol=1e-4, atol=0)

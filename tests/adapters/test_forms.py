@@ -1,4 +1,4 @@
-"""Modules of other forms than Microsoft's block: the same numbers as their own code, and nothing missed beside it."""
+"""Modules of other forms than Microsoft's block: the same numbers as their own code, and every edit takes effect."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.support import other_forms
 from tests.support.parity import assert_as_good, run, shaken
 from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of what libraries have to say
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 
-# Families whose own code computes in float32 whatever the dtype -> how close the results can be.
+# Families whose own code computes in float32 in any dtype -> the tolerance of the results.
 ROUNDED = {"transformers GOT-OCR2": 1e-5}
 
 families = pytest.mark.parametrize("family", FORMS)
@@ -51,7 +51,7 @@ def described(model: nn.Module) -> list[Described]:
 
 @pytest.fixture
 def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of window attention, by the backend that each asked for."""
+    """Record the calls of window attention by the requested backend."""
     module, seen = sys.modules["swinkernels.ops.window_attention"], []
     attend = module._attend
     monkeypatch.setattr(module, "_attend", lambda *args: seen.append(args[6]) or attend(*args))
@@ -69,7 +69,7 @@ def test_outputs_every_gradient_and_a_true_report(family, attention_calls):
     assert all(word in skipped.reason for word, skipped in zip(left, report.skipped, strict=True))
     moved = shaken(
         model, x, torch.float32 if family in ROUNDED else torch.float64
-    )  # first: TinyViT keeps what a call in eval mode makes, which has no copy
+    )  # first, because TinyViT caches a tensor in eval mode that its copies lack
     exact = run(model, x)
     attention_calls.clear()
     got = run(fast, x)
@@ -90,7 +90,7 @@ def test_float32_is_as_good_as_the_own_code(family):
 
 @families
 def test_training_draws_the_same_and_checks_itself(family):
-    """With drop path, and batch norms in training."""
+    """Training with drop path and batch norms gives the same numbers, and the first call passes the check."""
     model, x = model_of(family).train(), make_input(family)
     for m in model.modules():
         for name in ("drop_prob", "p"):
@@ -137,7 +137,7 @@ def _absorbed(module: Described) -> nn.Module:
 @families
 @pytest.mark.parametrize("edit", ["hook", "forward", "class"])
 def test_an_edited_layer_has_the_own_code_run(family, edit, monkeypatch, attention_calls):
-    """Each edit changes the result; nothing of it may be missed."""
+    """Each edit changes the result, and has its full effect on the accelerated model."""
     model, x = model_of(family), make_input(family)
     fast = accelerated(model)
     before = model(x)
@@ -159,7 +159,7 @@ def test_an_edited_layer_has_the_own_code_run(family, edit, monkeypatch, attenti
     got, expected = fast(x), model(x)
     assert len(attention_calls) < FORMS[family][0] * (3 if family == "VRT" else 1) or family == "torchvision Swin3D"
     assert torch.equal(got, expected) or torch.allclose(got, expected, rtol=1e-9, atol=ROUNDED.get(family, 1e-11))
-    if family != "torchvision Swin3D":  # whose own code reads weights and calls no layer
+    if family != "torchvision Swin3D":  # its own code reads weights and calls no layer
         assert not torch.allclose(expected, before, rtol=1e-6, atol=1e-9)
 
 
@@ -250,11 +250,11 @@ def test_every_form_has_a_family():
     assert names >= set(forms._KNOWN) - {"toylib"}
 
 
-# Calls and modules that run the library's own code
+# Calls and modules for which the library's own code runs
 
 
 class Louder(nn.Module):
-    """Mixed into a class: a keyword of its own."""
+    """A mixin for a class, with an additional keyword."""
 
     def forward(self, x: Tensor, gain: float | None = None) -> Tensor:
         y = super().forward(x)
@@ -321,7 +321,7 @@ def test_sams_scale_counts_where_its_code_reads_it(fused):
 def test_a_forward_that_was_bound_and_is_replaced_later():
     davit = pytest.importorskip("timm.models.davit")
     block = davit.SpatialBlock(16, 2, window_size=4).eval()
-    block.attn.forward = block.attn.forward  # as tools that offload weights do
+    block.attn.forward = block.attn.forward  # weight offloading does this
     swinkernels.accelerate(block)
     x = torch.randn(1, 16, 8, 8)
     before = block(x)

@@ -1,4 +1,4 @@
-"""Inner modules of another class, wrapped, or set otherwise: the library's own code runs, or the change counts."""
+"""Inner modules that are subclassed, wrapped or changed: the library's own code runs, or the change takes effect."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def no_grad() -> Iterator[None]:
 
 
 def mixed(out: Any) -> Any:
-    """What a module returns, changed so that no norm undoes it."""
+    """Change a module's result in a way that no norm undoes."""
     return (out[0] + out[0].roll(1, -1), *out[1:]) if isinstance(out, tuple) else out + out.roll(1, -1)
 
 
 class Wrapper(nn.Module):
-    """Around a module, with another result."""
+    """Wraps a module and changes its result."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def check(place: Place, edit: Callable[[Any], None], *, before_accelerate: bool)
 
 
 def inner_paths(place: Place) -> list[str]:
-    """What is inside the module whose attention is replaced, but for the modules of its bias and of its MLP."""
+    """List the modules inside the one whose attention is replaced, except those of its bias and of its MLP."""
     model = place.model()
     found = []
     for path, module in model.named_modules():
@@ -135,7 +135,7 @@ def test_scaling_of_transformers_swin(scaling, before_accelerate):
 
 @pytest.mark.skipif("transformers swin" not in PLACES, reason="transformers is not installed")
 def test_another_attention_function_of_transformers(monkeypatch):
-    """Swin calls a function by name: a user may have put another one there."""
+    """Swin calls a function by name, which a user may have replaced."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     place = PLACES["transformers swin"]

@@ -1,4 +1,4 @@
-"""peft's LoRA on qkv and proj, put there before accelerate or after it: the op runs on what the layers return."""
+"""peft's LoRA on qkv and proj, added before or after accelerate: the op runs on the results of the layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTENTION = "window_attention_qkvpacked_fwd"
 
 
 def timm_swin() -> tuple[nn.Module, tuple[int, ...]]:
-    """With padded maps in both stages."""
+    """A timm Swin with padded maps in both stages, and its input shape."""
     model = timm.models.SwinTransformer(
         img_size=32, patch_size=2, num_classes=3, embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=4,
         strict_img_size=False, drop_path_rate=0.0,
@@ -35,7 +35,7 @@ def swin_unetr() -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def mmpretrain_swin() -> tuple[nn.Module, tuple[int, ...]]:
-    """With padded maps; of its one output, the features of the last stage."""
+    """An mmpretrain Swin with padded maps and one output, that of the last stage; and its input shape."""
     pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -65,12 +65,12 @@ def with_lora(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def step(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, dict[str, Tensor]]:
-    """How often the op ran, and the output and every gradient."""
+    """Return the number of calls of the op, and the output and every gradient."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(3)
     with op_calls() as calls:
         out = model(x)
-        # Not a sum or squares, of which a norm at the end makes a constant.
+        # A sum, or a sum of squares, would be a constant after a norm at the end.
         (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(4))).mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(g is not None for g in gradients.values())
@@ -90,7 +90,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 def test_outputs_and_every_gradient(library: str, first: str) -> None:
     make, blocks = MODELS[library]
     model, shape = make()
-    randomise(model)  # qkv has a bias then, which pad tokens have
+    randomise(model)  # gives qkv a bias, which pad tokens have
     fast = copy.deepcopy(model)
     calls, want = step(with_lora(model), shape)
     assert not calls
@@ -107,7 +107,7 @@ def test_outputs_and_every_gradient(library: str, first: str) -> None:
 
 
 def test_adapters_come_and_go() -> None:
-    """An adapter that is switched off, merged or removed counts from the next call on."""
+    """An adapter that is disabled, merged or removed takes effect from the next call on."""
     model, shape = timm_swin()
     x = torch.randn(shape)
     fast = with_lora(copy.deepcopy(model)).eval()

@@ -1,4 +1,4 @@
-"""The interface of Microsoft's window_process extension beside the rolls and views that it stands for."""
+"""The interface of Microsoft's window_process extension, compared with the rolls and views that it replaces."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def partitioned(x: Tensor, roll: int | tuple[int, int], window: int | tuple[int, int]) -> Tensor:
-    """What the models do without the extension: torch.roll and window_partition, on (B, H, W, C)."""
+    """torch.roll and window_partition, the models' code without the extension, on (B, H, W, C)."""
     (h, w), (b, height, width, c) = pair(window), x.shape
     x = torch.roll(x, pair(roll), (1, 2)).reshape(b, height // h, h, width // w, w, c)
     return x.transpose(2, 3).reshape(-1, h, w, c)
@@ -39,7 +39,7 @@ def put_back(windows: Tensor, size: tuple[int, int], roll: int | tuple[int, int]
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_roll_and_windows(data):
-    """Any roll of either sign, larger than the window or the map; rectangular maps and windows; all bits."""
+    """Any roll of either sign, larger than the window or the map; rectangular maps and windows; bit for bit."""
     window = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     size = tuple(w * data.draw(st.integers(1, 4)) for w in window)
     roll = data.draw(st.one_of(st.integers(-40, 40), st.tuples(st.integers(-40, 40), st.integers(-40, 40))))
@@ -66,7 +66,7 @@ def test_roll_and_windows(data):
 @every_backend
 @pytest.mark.parametrize("roll", [-3, 3, -9, 100, (0, -1), (-13, 7)])
 def test_around_a_kernel(backend, roll, plain_kernels):
-    """The kernels get a shift of 0..size - 1, beyond the window, too, and are each other's derivatives."""
+    """The kernels get a shift of 0..size - 1, which may exceed the window, and are each other's derivatives."""
     x = draw(2, 8, 12, 3).requires_grad_()
     arguments = (2, 8, 12, 3, roll, 4)
     windows = WindowProcess.apply(x, *arguments, backend=backend)
@@ -82,7 +82,7 @@ def test_around_a_kernel(backend, roll, plain_kernels):
 
 @every_backend
 def test_as_the_models_call_it(backend, plain_kernels):
-    """Partition by -s, something per window, reverse by +s: tokens end where they began. Sequences are accepted."""
+    """Partition by -s, an operation per window, reverse by +s: tokens return to their places. Also for sequences."""
     b, h, w, c, shift, window = 2, 8, 12, 3, 2, 4
     x = draw(b, h * w, c)
     windows = WindowProcess.apply(x.view(b, h, w, c), b, h, w, c, -shift, window, backend=backend)
@@ -101,7 +101,7 @@ def test_any_dtype(dtype):
 
 
 def test_more_than_65535_windows():
-    """More than CUDA lets a grid have on its z axis, which the extension puts them on."""
+    """More windows than a CUDA grid has blocks on its z axis, on which the extension puts them."""
     x = torch.arange(2 * 2 * 65536).reshape(2, 2, 65536, 1)
     windows = WindowProcess.apply(x, 2, 2, 65536, 1, -1, 1)
     assert windows.shape == (2 * 2 * 65536, 1, 1, 1)
@@ -131,7 +131,7 @@ def test_twice_differentiable(backend, plain_kernels):
 
 
 def test_compile_fullgraph(plain_kernels):
-    """One graph for all sizes and batches, shifted in either direction, with its backward."""
+    """One graph serves all sizes and batches, shifted in either direction, with its backward."""
 
     def there_and_back(x):
         b, h, w, c = x.shape
@@ -220,7 +220,7 @@ def test_backend_that_cannot_run(process, backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_in_a_cuda_graph(backend):
-    """Forward and backward, captured once and replayed with other numbers: bfloat16, a map that is not square."""
+    """Forward and backward are captured once and replayed with other numbers: bfloat16, a rectangular map."""
     if _backends.unavailable(backend):
         pytest.skip(str(_backends.unavailable(backend)))
     b, h, w, c, shift, window = 700, 56, 84, 8, 3, 7  # 67,200 windows

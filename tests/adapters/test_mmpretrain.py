@@ -1,4 +1,4 @@
-"""accelerate on mmpretrain's Swin, v1 and v2, and accelerated backbones by their type in a config."""
+"""accelerate on mmpretrain's Swin, v1 and v2, and accelerated backbones selected by type in a config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what mmcv-lite and mmengine have to say
+    warnings.simplefilter("ignore")  # warnings of mmcv-lite and mmengine
     from mmcv.cnn.bricks.drop import DropPath
     from mmcv.cnn.bricks.transformer import PatchMerging as MMCVPatchMerging
     from mmengine.config import Config
@@ -34,9 +34,9 @@ from swinkernels.adapters.libraries import mmpretrain as adapter
 from tests.support.parity import assert_as_good, randomise, run, shaken
 from tests.support.published import refuse
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of mmengine, and of checkpointing as mmpretrain asks for it
+pytestmark = pytest.mark.filterwarnings("ignore")  # from mmengine, and about mmpretrain's checkpointing
 
-# Of make_model: four blocks, their attention, and one patch merging.
+# The modules replaced in make_model's models: four blocks, their attention, and one patch merging.
 REPLACED = {
     1: {"SwinBlock": 4, "ShiftWindowMSA": 4, "PatchMerging": 1},
     2: {"SwinBlockV2": 4, "ShiftWindowMSA": 4, "PatchMerging": 1},
@@ -46,7 +46,7 @@ versions = pytest.mark.parametrize("version", [1, 2], ids=["v1", "v2"])
 
 
 def config(version: int = 1, **options: Any) -> dict[str, Any]:
-    """Of a backbone whose map for :func:`make_image` is 9x13, then 5x7."""
+    """Make the config of a backbone whose map for :func:`make_image` is 9x13, then 5x7."""
     arch = {"embed_dims": 16, "depths": [2, 2], "num_heads": [2, 4]}
     of_version: dict[str, Any] = {}
     if version == 2:
@@ -77,7 +77,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 
 
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
-    """Compare the model with its accelerated copy; the judge is the model in float64."""
+    """Compare the model with its accelerated copy; the reference is the model in float64."""
     exact = run(copy.deepcopy(model).double(), x.double())
     assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, shaken(model, x, x.dtype))
 
@@ -88,7 +88,7 @@ def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on mmpretrain's own attention fails."""
+    """Make mmpretrain's own attention fail from now on."""
     for owner in (WindowMSA, WindowMSAV2):
         refuse(monkeypatch, owner)
 
@@ -102,8 +102,8 @@ def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     ("size", "options"),
     [
         ((18, 26), {}),  # 9x13, 5x7
-        ((16, 32), {}),  # 8x16, 4x8: no shift on either axis of the second
-        ((16, 32), {"pad_small_map": True}),  # the same, shifted on both
+        ((16, 32), {}),  # 8x16, 4x8: no shift on either axis in the second stage
+        ((16, 32), {"pad_small_map": True}),  # the same, shifted on both axes
         ((6, 26), {"pad_small_map": True}),  # 3x13, 2x7
         ((20, 28), {"window_size": 5}),  # 10x14, 5x7
     ],
@@ -129,7 +129,7 @@ def test_other_options(version):
 
 @versions
 def test_what_mmpretrain_refuses_is_refused(version):
-    """Of maps smaller than the window it wants to be told to pad them."""
+    """mmpretrain requires a flag for padding maps that are smaller than the window."""
     block = accelerated(make_model(version)).stages[0].blocks[1]
     for tokens, hw_shape, words in ((3 * 9, (3, 9), "pad_small_map"), (35, (6, 6), "match the input")):
         with pytest.raises(AssertionError, match=words):
@@ -169,7 +169,7 @@ def test_drop_path_draws_the_same_in_checkpoints(version):
 
 @versions
 def test_attention_dropout_has_mmpretrains_mean_and_spread(version):
-    """Attention is linear in the dropped weights: averaged over draws it is that without dropout."""
+    """Attention is linear in the dropped weights, so the mean over draws is the result without dropout."""
     cfgs = {"block_cfgs": {"attn_cfgs": {"attn_drop": 0.3}}}
     attn = make_model(version, stage_cfgs=cfgs).double().stages[0].blocks[1].attn
     fast = accelerated(attn)
@@ -186,7 +186,7 @@ def test_attention_dropout_has_mmpretrains_mean_and_spread(version):
 
 
 def test_dropout_of_its_own_kind_follows_the_inner_module():
-    """Freezing puts inner modules in eval mode by themselves."""
+    """Freezing sets inner modules to eval mode individually."""
     attn = make_model(stage_cfgs={"block_cfgs": {"attn_cfgs": {"attn_drop": 0.5}}}).stages[0].blocks[1].attn
     fast, x = accelerated(attn).train(), torch.randn(1, 30, 16)
     assert not torch.equal(fast(x, (5, 6)), fast(x, (5, 6)))
@@ -277,12 +277,12 @@ def test_torchscript_tracing_traces_mmpretrains_code(monkeypatch):
     assert_same(torch.jit.trace(fast, x, check_trace=False, strict=False)(x), model(x))
 
 
-# It stays the same model
+# The model keeps its identity
 
 
 @versions
 def test_loading_in_both_directions(version):
-    """mmpretrain's v2 deletes its buffers from what it loads, so that it cannot be strict about them."""
+    """mmpretrain's v2 deletes its buffers from the state that it loads, so a strict load would fail."""
     model, other = make_model(version).double(), make_model(version, seed=1).double()
     fast, x = accelerated(model), make_image(dtype=torch.float64)
     for to, source in ((fast, other), (model, fast)):
@@ -323,7 +323,7 @@ def test_hooks_inside_the_attention_fire(version, path):
     assert (entry.path, entry.reason) == ("stages.0.blocks.1.attn", f"a hook is registered on w_msa{path}")
 
 
-# What is left alone
+# Modules that are left as they are
 
 
 class OwnAttention(ShiftWindowMSA):
@@ -444,7 +444,7 @@ def test_a_config_changes_only_the_type(version):
 
 
 def test_a_classifier_by_its_config():
-    """As a file of mmpretrain's has it, in its scope and from that of another library of OpenMMLab."""
+    """A config as in mmpretrain's files, in its own scope and in that of another OpenMMLab library."""
     text = f"""
 custom_imports = dict(imports=["swinkernels.integrations.mmpretrain"], allow_failed_imports=False)
 model = dict(
@@ -468,7 +468,7 @@ model = dict(
 
 
 def test_old_checkpoints_still_load():
-    """Their last norm has another name, which mmpretrain knows for its own class alone."""
+    """The last norm has another name in old checkpoints, which mmpretrain only handles for its own class."""
     model = make_model(out_indices=(1,))
     state = model.state_dict()
     for name in ("weight", "bias"):
@@ -489,7 +489,7 @@ def test_what_a_backbone_does_not_know_is_refused():
 
 
 def test_a_drop_path_is_drawn_by_mmcv():
-    """The attention half of a block ends with it, whoever computes the attention."""
+    """The attention half of a block ends with it, no matter which code computes the attention."""
     attn = accelerated(make_model(drop_path_rate=0.5)).stages[1].blocks[1].attn.train()
     assert type(attn.drop) is DropPath
     assert attn.drop.drop_prob == 0.5

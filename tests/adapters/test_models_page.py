@@ -8,7 +8,7 @@ from tests.adapters.models_page import PAGE, on_the_op
 from tests.adapters.test_forms import ROUNDED
 from tests.support.small_models import FAMILIES
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of what libraries have to say
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 
 ROWS = {cells[1].strip(): cells for line in PAGE.read_text().splitlines() if len(cells := line.split("|")) == 9}
 

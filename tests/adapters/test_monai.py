@@ -38,7 +38,7 @@ REPLACED = {"BasicLayer": 4, "SwinTransformerBlock": 8, "PatchMerging": 4}
 
 
 def randomise(module: nn.Module) -> None:
-    """Far from its initial state, so that bias, mask, pad tokens and norms all count."""
+    """Move a module far from its initial state, so that bias, mask, pad tokens and norms all matter."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name.endswith("relative_position_bias_table"):
@@ -52,7 +52,7 @@ def randomise(module: nn.Module) -> None:
 
 
 def make_encoder(axes: int = 3, window: int = 4, **options: Any) -> SwinTransformer:
-    """SwinUNETR's encoder, of one channel more than its smallest."""
+    """SwinUNETR's encoder with one channel more than its smallest."""
     torch.manual_seed(0)
     options = {"depths": (2, 2, 2, 2), "num_heads": (3, 6, 12, 24), **options}
     model = SwinTransformer(
@@ -63,7 +63,7 @@ def make_encoder(axes: int = 3, window: int = 4, **options: Any) -> SwinTransfor
 
 
 def make_volume(axes: int = 3, batch: int = 2) -> Tensor:
-    """Maps of 9x7x6 tokens (padded), 5x4x3 (padded, clamped on the others), 3x2x2 and 2x1x1 (clamped)."""
+    """A volume whose maps have 9x7x6 tokens (padded), 5x4x3 (padded, or clamped), 3x2x2 and 2x1x1 (clamped)."""
     return torch.randn(batch, 1, *(18, 14, 12)[:axes], generator=torch.Generator().manual_seed(1))
 
 
@@ -77,7 +77,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
     exact = run(copy.deepcopy(model).double(), x.double())
-    # The norms of its convolutions magnify roundings where maps are small.
+    # The norms of its convolutions magnify rounding errors on small maps.
     assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, shaken(model, x, x.dtype))
 
 
@@ -89,7 +89,7 @@ def with_drop_path(model: nn.Module, p: float = 0.5) -> nn.Module:
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on MONAI's own attention and mask fail."""
+    """Make MONAI's own attention and mask fail from now on."""
     for owner in (swin_unetr, adapter):
         monkeypatch.setattr(owner, "compute_mask", None)
     refuse(monkeypatch, WindowAttention)
@@ -122,7 +122,7 @@ def test_other_options(options):
 
 
 def test_windows_of_seven_on_odd_maps():
-    """Bias tables are read in the numbering of the whole window, whatever a map leaves of it."""
+    """Bias tables are read in the numbering of the whole window, however small the map."""
     model = make_encoder(2, window=7).double()
     x = torch.randn(1, 1, 30, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     check_parity(model, x)
@@ -199,7 +199,7 @@ def test_a_mask_of_ones_own_is_honoured():
         assert_as_good(run(fast, x, mask), exact, exact)
     changed = standard.clone()
     assert torch.equal(fast(x, standard), fast(x, changed))
-    changed[0, 0, 1] = -50.0  # a mask that has been looked at
+    changed[0, 0, 1] = -50.0  # a mask that has been inspected
     assert not torch.equal(fast(x, changed), fast(x, standard))
     torch.testing.assert_close(fast(x, changed), block(x, changed), rtol=1e-10, atol=1e-12)
 
@@ -253,7 +253,7 @@ def test_drop_path_draws_the_same_in_checkpoints():
 
 
 def test_attention_dropout():
-    """In training, but not where scaled_dot_product_attention would run, which MONAI calls without dropout."""
+    """Dropout is applied in training, except with scaled_dot_product_attention, which MONAI calls without dropout."""
     for flash in (False, True):
         model = make_encoder(2, attn_drop_rate=0.5, use_flash_attention=flash).train()
         fast, x = accelerated(model), make_volume(2)
@@ -291,7 +291,7 @@ def test_norms_and_merging_on_ops(axes, downsample, calls):
 
 
 def test_norms_and_merging_of_volumes_on_kernels(calls, as_on_a_gpu):
-    """What runs on a GPU, with kernels in plain PyTorch."""
+    """The code that runs on a GPU, with kernels in plain PyTorch."""
     model = make_encoder(3)
     check_parity(model, make_volume(3))
     assert (calls.count("residual_layer_norm"), calls.count("patch_merging")) == (8, 4)
@@ -305,7 +305,7 @@ def test_norms_and_merging_of_volumes_on_kernels(calls, as_on_a_gpu):
 
 
 class LegacyPatchMerging(PatchMerging):
-    """The order of MONAI 1.4: two neighbours twice, two never."""
+    """The order of MONAI up to 1.4: two neighbours twice, two never."""
 
     def forward(self, x):
         if x.dim() == 4:
@@ -356,7 +356,7 @@ def test_compile_fullgraph_of_volumes(monkeypatch):
     assert_as_good({k.removeprefix("_orig_mod."): v for k, v in got.items()}, exact, exact)
 
 
-@pytest.mark.filterwarnings("ignore")  # the tracer's of MONAI's code
+@pytest.mark.filterwarnings("ignore")  # the tracer's warnings on MONAI's code
 def test_torchscript_tracing_traces_monais_code(monkeypatch):
     model = make_encoder(2, depths=(2, 1, 1, 1)).double()
     x, fast = make_volume(2).double(), accelerated(model)
@@ -366,7 +366,7 @@ def test_torchscript_tracing_traces_monais_code(monkeypatch):
         torch.testing.assert_close(got, e, rtol=1e-10, atol=1e-12)
 
 
-# It stays the same model
+# The model keeps its identity
 
 
 def test_hooks_on_blocks_and_stages_see_what_they_saw():

@@ -1,4 +1,4 @@
-"""Random edits of accelerated models: a few of those that ``python -m tests.adapters.mutations`` makes."""
+"""Random edits of accelerated models: a few of those made by ``python -m tests.adapters.mutations``."""
 
 from __future__ import annotations
 

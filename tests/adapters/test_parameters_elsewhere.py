@@ -1,4 +1,4 @@
-"""Modules whose parameters are not in ``_parameters``: replicas, flattened and parametrised ones."""
+"""Modules whose parameters are not in ``_parameters``: replicas, and flattened or parametrised modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys(
 
 
 def replica(model: nn.Module) -> Any:
-    """What torch.nn.parallel.replicate, which wants GPUs, makes of a model for one of them."""
+    """Make a replica of a model as torch.nn.parallel.replicate, which needs GPUs, would."""
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, twin in copies.items():
         twin._former_parameters = OrderedDict()
@@ -56,7 +56,7 @@ class Same(nn.Module):
 @every_place
 @pytest.mark.parametrize("before_accelerate", [True, False])
 def test_parametrizations(place, before_accelerate):
-    """Of every parameter at once, and of those of one module after the other."""
+    """Parametrise every parameter at once, and the parameters of one module after the other."""
     plain = place.model()
     expected = place.run(plain)
     owners = [path for path, module in plain.named_modules() if module._parameters]

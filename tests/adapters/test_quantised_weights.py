@@ -1,4 +1,4 @@
-"""Weights of tensor classes that bear few ops, as quantisation makes them, before accelerate and after it."""
+"""Weights of tensor classes that support few ops, as quantisation makes them, before and after accelerate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys(
 
 
 class Packed(Tensor):
-    """A weight that only a Linear can read: all else that is done with it raises."""
+    """A weight that only a Linear can read: every other operation raises."""
 
     _of: Tensor
 
@@ -32,7 +32,7 @@ class Packed(Tensor):
         kwargs = kwargs or {}
         if function is F.linear:
             return _linear(*args, **kwargs)
-        # What nn.Module, copies and messages ask of any tensor.
+        # Attributes that nn.Module, copies and messages read on any tensor.
         name = getattr(function, "__name__", "")
         if name in (
             "__get__",
@@ -107,10 +107,10 @@ def test_torchao(place, kind, quantised_first):
     with torch.no_grad():
         try:
             expected = plain(x.float(), *others)
-        except IndexError:  # of F.linear with names for its arguments
+        except IndexError:  # a call of F.linear with keyword arguments
             pytest.skip("torchao cannot run this library's own code")
         got = fast(x.float(), *others)
     got, expected = (out[0] if isinstance(out, tuple) else out for out in (got, expected))
-    # A token is quantised with its neighbours of a window or of the map: in the second kind scales differ by rounding.
+    # A token is quantised together with its neighbours in the window or in the map: in the second kind scales differ.
     close = 1e-4 if kind == "Int8WeightOnlyConfig" else 0.05
     assert (got - expected).abs().max() <= close * expected.abs().max()

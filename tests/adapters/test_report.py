@@ -1,4 +1,4 @@
-"""The report of accelerate is true, and can prove it."""
+"""The report of accelerate is true, and Report.check confirms it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_check_lists_ops_and_backends(backend):
     ran = {entry.path: entry for entry in report.check(x).modules}
     assert ran["blocks.0"].calls["window_attention_qkvpacked", backend] == 1
     assert ran["blocks.1"].calls["window_attention_qkvpacked", backend] == 1
-    assert ran["blocks.1.attn"].reason == "it was not called"  # its block does its work
+    assert ran["blocks.1.attn"].reason == "it was not called"  # the block computes the attention itself
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(model(x), expected)
     assert "2 of 4 replaced modules called ops" in str(report.check(x))
@@ -93,7 +93,7 @@ def test_a_block_is_counted_once_and_reasons_are_grouped():
 
 
 class SeparateLayers(nn.Module):
-    """A window attention with q and kv apart, and without a mask."""
+    """A window attention with separate q and kv layers, and without a mask."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Heads and windows that the op does not take: the library's own code runs, and the report says why."""
+"""Heads and windows beyond the op's limits: the library's own code runs, and the report gives the reason."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_window_that_set_input_size_makes_too_large():
 
 
 def test_windows_of_monai_that_a_map_makes_smaller(monkeypatch):
-    """12x12x12 tokens are too many; on a map of 8x8x8 a window has 512."""
+    """12x12x12 tokens are too many, but on a map of 8x8x8 a window has 512."""
     pytest.importorskip("monai", reason="MONAI is not installed")
     from monai.networks.nets.swin_unetr import BasicLayer
 

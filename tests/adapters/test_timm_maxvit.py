@@ -1,4 +1,4 @@
-"""accelerate on the window and grid attention of timm's MaxViT, on whatever backend "auto" takes here."""
+"""accelerate on the window and grid attention of timm's MaxViT, on the backend that "auto" chooses here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from swinkernels.adapters.libraries.timm import maxvit
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 from tests.support.side_by_side import randomised
 
-# Attention per class in one block of it.
+# Number of attention modules of each class in one of its blocks.
 CLASSES = {PartitionAttentionCl: 1, PartitionAttention2d: 1, ParallelPartitionAttention: 2}
 classes = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 DIM, WINDOW = 16, (3, 5)
@@ -42,7 +42,7 @@ def make_block(cls: Any, partition: str = "block", dtype: torch.dtype = torch.fl
     block = randomised(block)
     for name, p in block.named_parameters():
         if name.endswith("mlp.fc2.bias") and "rel_pos" in name:
-            p.requires_grad_(False)  # softmax takes a constant out: its gradient is rounding
+            p.requires_grad_(False)  # softmax cancels a constant: its gradient is rounding error
     return block.to(dtype)
 
 
@@ -61,7 +61,7 @@ def accelerated(module: nn.Module, **kwargs: Any) -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What the ops were called with."""
+    """Record the arguments of the ops' calls."""
     seen: list[dict[str, Any]] = []
     for name in ("window_attention", "window_attention_qkvpacked"):
         op = getattr(part, name)
@@ -84,7 +84,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("partition", ["block", "grid"])
 def test_outputs_and_every_gradient(cls, dtype, rel_pos_type, head_first, partition, calls):
     if cls is ParallelPartitionAttention and partition == "grid":
-        return  # it has both
+        return  # this class has both kinds of attention
     block = make_block(cls, partition, dtype, rel_pos_type=rel_pos_type, head_first=head_first)
     x = make_map(cls, dtype=dtype)
     exact = run(copy.deepcopy(block).double(), x.double())
@@ -147,7 +147,7 @@ def test_a_map_that_windows_do_not_divide_is_refused_as_timm_does(cls):
 
 @classes
 def test_training_draws_the_same_bias(cls):
-    """The MLP of the bias has a Dropout, whose draws are those of timm's own code."""
+    """The MLP of the bias has a Dropout, which draws the same numbers as timm's own code."""
     block, x, results = make_block(cls, rel_pos_type="mlp").train(), make_map(cls), []
     for b in (block, accelerated(block)):
         torch.manual_seed(7)
@@ -247,7 +247,7 @@ def test_verify_finds_a_wrong_call(cls, monkeypatch):
         swinkernels.accelerate(make_block(cls), verify=True)
 
 
-# Where timm's own code has to run
+# Cases in which timm's own code has to run
 
 
 @pytest.mark.parametrize("where", ["", "qkv", "rel_pos", "rel_pos.mlp", "attn_drop", "proj", "proj_drop"])

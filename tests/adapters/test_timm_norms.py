@@ -1,6 +1,6 @@
 """accelerate on timm's norms, residual connections and patch merging, v1 and v2: the same numbers, or timm's own code.
 
-No kernel runs these parts on a CPU: here they run in the reference, or on kernels in plain PyTorch.
+Kernels for these parts exist on GPUs only: here they run in the reference, or on kernels in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.support.timm_swin import (
 )
 
 OPS = ("layer_norm", "residual_layer_norm", "residual_post_norm", "patch_merging")
-# What one forward pass of make_model calls: four blocks and one patch merging.
+# The calls in one forward pass of make_model's models: four blocks and one patch merging.
 CALLS = {1: {"residual_layer_norm": 4, "patch_merging": 1}, 2: {"residual_post_norm": 8, "patch_merging": 1}}
 GEOMETRIES = ("divisible", "padded-9x13-5x7", "odd-window-17x11-9x6", "clamped-on-one-axis-3x8")
 
@@ -45,7 +45,7 @@ versions = pytest.mark.parametrize("version", [1, 2], ids=["v1", "v2"])
 
 
 class Calls(list):
-    """The calls of the ops: name, dtypes of the tensors and other arguments, and the result."""
+    """The recorded calls of the ops: name, dtypes of the tensors and other arguments, and the result."""
 
     def by_op(self) -> dict[str, int]:
         return dict(Counter(call["op"] for call in self))
@@ -74,7 +74,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 @pytest.fixture
 def a_gpu(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where autocast norms are in float32, too."""
+    """Imitate a GPU, where autocast norms are in float32, too."""
     forward = nn.LayerNorm.forward
 
     def forward_as_on_a_gpu(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def a_gpu(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on plain PyTorch's backend fails for these ops."""
+    """Make the plain PyTorch backend fail for these ops from now on."""
     for name in OPS:
         monkeypatch.setattr(fallback, name, None)
 
@@ -100,7 +100,7 @@ def accelerated(model: Any, backend: str = "reference") -> Any:
 
 
 def with_own_attention(model: Any) -> Any:
-    """A hook keeps the attention of its blocks timm's own, whatever the backend."""
+    """Keep the attention of a model's blocks timm's own by a hook, on every backend."""
     for module in model.modules():
         if isinstance(module, nn.Softmax):
             module.register_forward_hook(lambda *_: None)
@@ -152,7 +152,7 @@ def test_drop_path_draws_the_same(version, scale_by_keep, calls):
         results[-1]["next random number"] = torch.rand(1).double()
     assert_as_good(results[1], results[0], results[0])
     assert calls.by_op() == CALLS[version]
-    assert sum(call.get("drop_path_scale") is not None for call in calls) == (3 if version == 1 else 6)  # not the first
+    assert sum(call.get("drop_path_scale") is not None for call in calls) == (3 if version == 1 else 6)  # one has none
     assert not torch.equal(results[0]["out"], model.eval()(x)), "drop path was not active"
 
 
@@ -176,7 +176,7 @@ def test_the_factor_of_drop_path_is_timms(p, dtype):
 
 @versions
 def test_drop_path_draws_in_timms_dtype_under_autocast(version, calls, a_gpu):
-    """1 / (1 - p) is not the same in bfloat16 and in float32."""
+    """timm computes 1 / (1 - p) in the branch's dtype, and bfloat16's value differs from float32's."""
     model = make_model(version, drop_path_rate=0.3).train()
     fast, x = accelerated(model, "auto"), make_image(model)
     dtypes = []
@@ -201,14 +201,14 @@ def test_gradient_checkpointing(version, calls):
         torch.manual_seed(7)
         results.append(run(m, x))
     assert_as_good(results[1], results[0], results[0])
-    assert calls.by_op()["patch_merging"] == 1  # outside of what is computed again
+    assert calls.by_op()["patch_merging"] == 1  # outside the recomputed part
     assert sum(calls.by_op().values()) > sum(CALLS[version].values())
 
 
 @versions
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 def test_autocast_bfloat16(version, where, calls, request):
-    """Values, and every dtype that the outside sees."""
+    """Values, and every dtype visible from outside, are those of timm."""
     model = make_model(version)
     if where == "gpu":
         request.getfixturevalue("a_gpu")
@@ -226,8 +226,8 @@ def test_autocast_bfloat16(version, where, calls, request):
 
     assert calls.by_op() == (CALLS[version] if version == 2 else {"layer_norm": 4, **CALLS[version]})
     half = torch.bfloat16
-    first, second = ([c for c in calls if c["op"] != "patch_merging"][i] for i in (0, -1))  # of stages 1 and 2
-    # The stream: autocast's convolution and v1's merging return bfloat16, norms what they do there.
+    first, second = ([c for c in calls if c["op"] != "patch_merging"][i] for i in (0, -1))  # for stages 1 and 2
+    # The stream's dtype: autocast's convolution and v1's merging return bfloat16, norms the device's autocast dtype.
     wide = half if where == "cpu" else torch.float32
     assert {t for c in calls for t in c["dtypes"]} == {half, wide}
     if version == 1:
@@ -260,7 +260,7 @@ def test_autocast_leaves_an_mlp_that_it_does_not_know_its_dtype(calls):
 
 @versions
 def test_a_branch_narrower_than_the_stream(version, calls):
-    """Without autocast: what the MLP gets and the sum have the wider dtype."""
+    """Without autocast the MLP's input and the sum have the wider dtype."""
     plain = make_model(version).layers[0].blocks[0]
     fast = accelerated(plain)
     for block in (plain, fast):
@@ -275,7 +275,7 @@ def test_a_branch_narrower_than_the_stream(version, calls):
 
 @pytest.mark.parametrize(("version", "dtype"), [(1, torch.float16), (2, torch.bfloat16)], ids=["v1", "v2"])
 def test_a_stream_narrower_than_the_sum_under_autocast(version, dtype, calls, a_gpu):
-    """Such as patch embedding without its norm gives: timm's sum with float32, or another half, is float32."""
+    """Patch embedding without its norm gives such a stream: timm's sum with float32, or another half, is float32."""
     plain = make_model(version).layers[0].blocks[0]
     fast = accelerated(plain)
     x = torch.randn(2, *plain.input_resolution, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -312,7 +312,7 @@ def test_compile_fullgraph_without_compiling_again_for_every_batch(version, a_gp
         assert_as_good({name.removeprefix("_orig_mod."): value for name, value in got.items()}, plain, exact)
     assert graphs.frame_count == 2, "one graph for the first batch, one for any other"
     nodes = Counter(getattr(node.target, "__name__", "").split(".")[0] for node in graphs.graphs[0].graph.nodes)
-    if version == 1:  # torch's own norms are those of patch embedding, of the head, and norm1 of v1's blocks
+    if version == 1:  # the remaining torch norms: patch embedding, head, and norm1 of v1's blocks
         expected = {"layer_norm": 4, "residual_layer_norm_fwd": 2, "patch_merging_norm_fwd": 1}
     else:
         expected = {"layer_norm": 2, "residual_post_norm_fwd": 4, "window_partition": 1, "layer_norm_fwd": 1}
@@ -382,7 +382,7 @@ def test_a_backend_that_has_the_op_and_cannot_run_the_call_refuses_it():
 
 @versions
 def test_auto_decides_at_the_call(version, calls, a_gpu, monkeypatch):
-    """By the dtypes and the device at hand: a model may be cast or moved after accelerate."""
+    """The dtypes and the device of the call decide: a model may be cast or moved after accelerate."""
     model = make_model(version)
     report = swinkernels.accelerate(model)
     merging = next(e for e in report.replaced if "Merging" in e.module_class)
@@ -393,7 +393,7 @@ def test_auto_decides_at_the_call(version, calls, a_gpu, monkeypatch):
         kernels_only(patch)
         model(x)
     assert calls.by_op() == CALLS[version]
-    model.double()(x.double())  # for which no kernel is
+    model.double()(x.double())  # no kernel supports float64
     model.to("meta")(x.double().to("meta"))
 
 
@@ -408,7 +408,7 @@ def test_triton_has_patch_merging_alone(calls, a_gpu):
     assert {call["op"]: call["backend"] for call in calls} == {"residual_post_norm": "auto", "patch_merging": "triton"}
 
 
-# Where timm's own code has to run
+# Cases in which timm's own code has to run
 
 
 HOOKS = [
@@ -450,7 +450,7 @@ def test_a_hook_on_an_inner_module_fires(version, where, kind, calls):
 
 
 def test_hooks_on_what_is_called_all_the_same_see_what_they_saw(calls):
-    """norm1 without autocast, drop_path2 and mlp of v1; what enters and leaves the replaced modules."""
+    """Hooks on modules that are still called (norm1 without autocast, v1's drop_path2 and mlp) see the same tensors."""
     model = make_model(drop_path_rate=0.1).double()
     fast, x = accelerated(model), make_image(model)
     seen: dict[nn.Module, list[Tensor]] = {model: [], fast: []}
@@ -490,7 +490,7 @@ def replaced_forward(module: nn.Module) -> nn.Module:
     return module
 
 
-# Version, path below the stage that has it, replacement, words of the report, and the calls of ops that do not happen.
+# Version, path within the stage that has it, replacement, words of the report, and the number of op calls lost.
 REPLACEMENTS: dict[str, tuple[int, str, Any, str, int]] = {
     "subclass of a norm": (
         1,
@@ -553,7 +553,7 @@ def test_a_v2_block_of_which_nothing_can_be_replaced_is_left_alone():
     assert "norm2 is a" in entry.reason
 
 
-# It stays the same model
+# The model keeps its identity
 
 
 @versions
@@ -568,7 +568,7 @@ def test_subclasses_and_closed_modules_are_left_alone(version):
         ("layers.1.downsample", "OwnMerging"),
     ]
     scripted = torch.jit.script(make_model(version, depths=(1, 1)))
-    (entry,) = swinkernels.accelerate(scripted).skipped  # one, however many modules are inside
+    (entry,) = swinkernels.accelerate(scripted).skipped  # one entry, no matter how many modules are inside
     assert "TorchScript" in entry.reason
 
 

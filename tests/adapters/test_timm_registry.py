@@ -22,7 +22,7 @@ from swinkernels.integrations.timm import registry
 
 MODULES = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr")
 ORIGINALS = [name for module in MODULES for name in timm.list_models(module=module)]
-# Of each module one model; two blocks in two stages are enough.
+# One model per module of timm; two blocks in two stages are enough.
 SMALL = {"depths": (1, 1), "embed_dim": 24, "num_heads": (2, 2), "num_classes": 5, "img_size": 64}
 NAMES = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224")
 
@@ -124,7 +124,7 @@ def test_it_says_when_nothing_could_be_accelerated(monkeypatch):
 
 
 def test_importing_again_changes_nothing(monkeypatch):
-    for name in ("__all__", "default_cfgs"):  # which are as they were after the test
+    for name in ("__all__", "default_cfgs"):  # restored after the test
         monkeypatch.setattr(registry, name, getattr(registry, name))
     before = {name: timm.models.model_entrypoint(name) for name in timm.list_models("swinkernels_*")}
     with warnings.catch_warnings():
@@ -141,7 +141,7 @@ print(__name__, sys.argv[1:], len(timm.list_models("swinkernels_*")), sys.path[0
 
 
 def test_a_script_that_imports_only_timm(tmp_path):
-    """Without `-m swinkernels.integrations.timm` there are none, and swinkernels alone does not import timm."""
+    """Only `-m swinkernels.integrations.timm` adds the models, and importing swinkernels does not import timm."""
     script = tmp_path / "validate.py"
     script.write_text(SCRIPT)
     root = Path(swinkernels.__file__).parent.parent

@@ -1,4 +1,4 @@
-"""accelerate and restore on timm's Swin: the same numbers, the same model, on whatever backend "auto" takes here."""
+"""accelerate and restore on timm's Swin: the same numbers and the same model, on the backend "auto" chooses here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.timm_swin import CONFIGURATIONS, assert_as_good, check_parity
 
 
 def fast_path_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let timm's own attention fail, so that a test shows that the op ran."""
+    """Make timm's own attention fail, so that a test shows that the op ran."""
     refuse(monkeypatch, SwinTransformerBlock, "_attn")
 
 
@@ -49,7 +49,7 @@ def test_outputs_and_every_gradient(options, dtype):
 
 @pytest.mark.parametrize("size", [(36, 52), (20, 28), (44, 24), (8, 8)], ids=str)
 def test_dynamic_image_size(size):
-    """The window stays that of the first size, down to maps smaller than it, the mask follows the map."""
+    """The window stays that of the first size, even on smaller maps; the mask follows the map."""
     model = make_model(dynamic_img_size=True).double()
     check_parity(model, make_image(model, size=size))
 
@@ -82,7 +82,7 @@ def test_set_input_size_keeps_a_frozen_table_frozen():
 
 @pytest.mark.parametrize("fused", [False, True], ids=["explicit", "sdpa"])
 def test_both_of_timms_attention_paths(fused):
-    """TIMM_FUSED_ATTN=2 lets timm call scaled_dot_product_attention, which ignores attn.scale."""
+    """With TIMM_FUSED_ATTN=2 timm calls scaled_dot_product_attention, which ignores attn.scale."""
     model = make_model().double()
     for module in model.modules():
         if isinstance(module, WindowAttention):
@@ -105,7 +105,7 @@ def test_one_frozen_parameter_leaves_the_other_gradients_as_they_were(frozen):
 
 
 def test_empty_batch():
-    """timm's block does not take one, but its attention half does from now on."""
+    """timm's block does not support it; its accelerated attention half does."""
     block = make_model().layers[0].blocks[1]
     swinkernels.accelerate(block)
     x = torch.zeros(0, *block.input_resolution, 16, requires_grad=True)
@@ -162,7 +162,7 @@ def test_attention_dropout_runs_in_training_and_not_in_eval():
 
 
 def test_attention_dropout_has_timms_mean():
-    """The attention half is linear in the dropped weights: averaged over draws it is that without dropout."""
+    """The attention half is linear in the dropped weights, so the mean over draws is the result without dropout."""
     block = make_model(attn_drop_rate=0.3).double().layers[0].blocks[1]
     swinkernels.accelerate(block)
     x = torch.randn(1, *block.input_resolution, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -292,7 +292,7 @@ def test_fx_tracing_traces_timms_code():
     torch.testing.assert_close(graph(x), block(x), rtol=1e-10, atol=1e-12)
 
 
-# It stays the same model
+# The model keeps its identity
 
 
 def test_keys_parameters_and_types_stay():
@@ -341,7 +341,7 @@ def test_restore_undoes_everything():
     assert all(type(b) is SwinTransformerBlock for stage in model.layers for b in stage.blocks)
     assert [set(m.__dict__) for m in model.layers.modules()] == attributes
     assert torch.equal(model(make_image(model)), never(make_image(model)))
-    swinkernels.restore(model)  # nothing left to undo
+    swinkernels.restore(model)  # nothing is left to undo
 
 
 def test_twice_is_once():
@@ -407,7 +407,7 @@ def test_a_block_alone_and_a_shared_block():
     assert len(swinkernels.accelerate(shared).replaced) == 1
 
 
-# Where timm's own code has to run
+# Cases in which timm's own code has to run
 
 
 @pytest.mark.parametrize("where", ["attn", "attn.softmax", "attn.attn_drop", "attn.qkv", "attn.proj"])
@@ -432,7 +432,7 @@ def test_a_hook_inside_the_attention_fires(where, kind):
 
 
 class LowRank(nn.Linear):
-    """A layer of the kind that adapters put in place of an nn.Linear."""
+    """A layer of the kind with which adapters replace an nn.Linear."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, dtype=linear.weight.dtype)
@@ -456,7 +456,7 @@ def test_other_layers_than_linear_run_timms_code(layer):
     assert [(e.path, e.reason) for e in report.skipped] == [
         ("layers.0.blocks.1", f"attn.{layer} is a LowRank, not an nn.Linear")
     ]
-    assert type(model.layers[0].blocks[1]) is SwinTransformerBlock  # left as it was means timm's own class
+    assert type(model.layers[0].blocks[1]) is SwinTransformerBlock  # an unchanged block has timm's own class
     swinkernels.restore(model)
     exact = run(model, x)
     assert_as_good(got, exact, exact)
@@ -513,7 +513,7 @@ def test_an_attention_mask_of_the_users_own(when, how):
 
 
 def test_a_map_of_another_size_takes_timms_mask(monkeypatch):
-    """A block called on a map that its stored mask is not for does whatever timm does."""
+    """A block on a map that its stored mask does not fit behaves as in timm."""
     block = make_model(img_size=(32, 64)).double().layers[0].blocks[1]  # an 8x16 map: 2x4 windows
     x = torch.randn(2, 16, 8, 16, dtype=torch.float64)
     expected = block(x)
@@ -617,7 +617,7 @@ def test_verify_finds_a_wrong_kernel_and_names_the_module(wrong, monkeypatch):
 
 @pytest.mark.parametrize(("error", "passes"), [(1e-7, True), (1e-3, False)])
 def test_a_gradient_that_is_zero_is_judged_by_the_size_of_others(error, passes):
-    """Such as that of a constant in all scores, which softmax takes out: terms cancel, and leave their roundings."""
+    """The gradient of a constant in all scores, which softmax cancels, consists of rounding errors only."""
     exact = torch.full((32,), 1e-17, dtype=torch.float64)
     got, plain = torch.full((32,), error), torch.zeros(32)
     if passes:
@@ -635,7 +635,7 @@ def test_verify_on_meta_says_that_there_are_no_values():
 
 
 def test_the_default_device_of_the_process_does_not_matter():
-    """torch.set_default_device, here to one that holds no values."""
+    """torch.set_default_device, here with a device whose tensors hold no values, has no effect on accelerate."""
     model = make_model()
     with torch.device("meta"):
         assert len(swinkernels.accelerate(model, verify=True).replaced) == 4 + 1

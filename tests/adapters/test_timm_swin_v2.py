@@ -1,4 +1,4 @@
-"""accelerate on the cosine attention of timm's Swin V2, on whatever backend "auto" takes here."""
+"""accelerate on the cosine attention of timm's Swin V2, on the backend that "auto" chooses here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GEOMETRIES = {name: options for name, options in CONFIGURATIONS.items() if "head
 
 @pytest.fixture
 def op_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm's own attention fails, so that a test shows that the op ran."""
+    """Make timm's own attention fail, so that a test shows that the op ran."""
     refuse_method(monkeypatch, SwinTransformerV2Block, "_attn")
 
 
@@ -92,7 +92,7 @@ def test_set_input_size_before_and_after(settings, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_separate_qkv_bias(dtype):
-    """timm adds the bias after the product: in bfloat16 that rounds once more, here as there."""
+    """timm adds the bias after the product: in bfloat16 that rounds once more, here as in timm."""
     model = make_model(2)
     for block in replaceable(model):
         if isinstance(block, SwinTransformerV2Block):
@@ -161,7 +161,7 @@ def test_projection_dropout():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_model(dtype):
-    # Whole windows: in float16, timm's code divides 0 by 0 in what it pads.
+    # Whole windows: in float16, timm's code divides 0 by 0 in its padding.
     model = make_model(2, img_size=(32, 64)).to(dtype)
     fast, x = accelerated(model), make_image(model)
     exact = run(copy.deepcopy(model).double(), x.double())
@@ -193,7 +193,7 @@ def test_compile_a_whole_model(op_only):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
 
 
-# It stays the same model
+# The model keeps its identity
 
 
 def test_report():
@@ -224,7 +224,7 @@ def test_verify_finds_a_wrong_call_and_names_the_module(wrong, monkeypatch):
     assert all(type(b) is SwinTransformerV2Block for stage in model.layers for b in stage.blocks)
 
 
-# Where timm's own code has to run
+# Cases in which timm's own code has to run
 
 
 HOOKED = ("attn", "attn.qkv", "attn.cpb_mlp", "attn.cpb_mlp.2", "attn.softmax", "attn.attn_drop", "attn.proj")
@@ -232,7 +232,7 @@ HOOKED = ("attn", "attn.qkv", "attn.cpb_mlp", "attn.cpb_mlp.2", "attn.softmax", 
 
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks_inside_the_attention_fire_as_in_timm(kind):
-    """timm calls attn.qkv without biases only."""
+    """timm calls attn.qkv only without biases."""
     for qkv_bias in (True, False):
         model = make_model(2, depths=(2,), num_heads=(2,), qkv_bias=qkv_bias).double()
         x = make_image(model).requires_grad_()

@@ -1,4 +1,4 @@
-"""accelerate on timm's relative position ViT, on whatever backend "auto" takes here."""
+"""accelerate on timm's relative position ViT, on the backend that "auto" chooses here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_model(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
         if name.endswith(("qkv.weight", "relative_position_bias_table", "mlp.fc2.weight")):
             p.data.normal_(std=0.4)
         if "rel_pos.mlp.fc2.bias" in name:
-            p.requires_grad_(False)  # softmax takes a constant out: its gradient is rounding
+            p.requires_grad_(False)  # softmax cancels a constant: its gradient is rounding error
     return model.to(dtype)
 
 
@@ -53,7 +53,7 @@ def accelerated(model: nn.Module, **kwargs: Any) -> Any:
 
 @pytest.fixture
 def op_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's attention fails."""
+    """Make torch's attention fail."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
 
 
@@ -159,7 +159,7 @@ def test_another_index_layer_or_number_of_tokens(timm_only):
         "attn.proj is a Sequential, not an nn.Linear",
     ]
     attn = accelerated(make_model()).blocks[0].attn
-    with pytest.raises(RuntimeError, match="size"):  # timm's
+    with pytest.raises(RuntimeError, match="size"):  # timm's error
         attn(torch.randn(2, 14, 24, dtype=torch.float64))
 
 

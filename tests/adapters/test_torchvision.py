@@ -36,14 +36,14 @@ from swinkernels.adapters.adapter import Accelerated
 from swinkernels.adapters.libraries import torchvision as adapter
 from tests.support.parity import assert_as_good, run, shaken
 
-# Of make_model: four blocks, their attention, and one patch merging.
+# The modules replaced in make_model's models: four blocks, their attention, and one patch merging.
 REPLACED = {
     1: {"SwinTransformerBlock": 4, "ShiftedWindowAttention": 4, "PatchMerging": 1},
     2: {"SwinTransformerBlockV2": 4, "ShiftedWindowAttentionV2": 4, "PatchMergingV2": 1},
 }
 ATTENTION = {1: ShiftedWindowAttention, 2: ShiftedWindowAttentionV2}
 
-# Window, and the size of an image of two pixels a token.
+# Window, and the image size at two pixels per token.
 GEOMETRIES = {
     "padded-9x13-5x7": ([4, 4], (18, 26)),
     "divisible-8x16-4x8": ([4, 4], (16, 32)),
@@ -57,7 +57,7 @@ versions = pytest.mark.parametrize("version", [1, 2], ids=["v1", "v2"])
 
 
 def randomise(module: nn.Module) -> None:
-    """Far from its initial state, so that bias, mask, scale, pad tokens, norms and v2's unused bias of k all count."""
+    """Move a module far from its initial state, so that bias, mask, scale, pads, norms and v2's k bias matter."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name.endswith(("relative_position_bias_table", "qkv.bias")):
@@ -90,7 +90,7 @@ def make_map(*size: int, batch: int = 2, dtype: torch.dtype = torch.float64) -> 
 
 
 def make_block(version: int = 1, **options: Any) -> Any:
-    """A shifted block, in float64."""
+    """Make a shifted block in float64."""
     return make_model(version, **options).features[1][1].double()
 
 
@@ -103,14 +103,14 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 
 
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
-    """Compare the model with its accelerated copy; the judge is the model in float64."""
+    """Compare the model with its accelerated copy; the reference is the model in float64."""
     exact = run(copy.deepcopy(model).double(), x.double())
     moved = None if x.dtype == torch.float64 else shaken(model, x, x.dtype)
     assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, moved)
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on torchvision's own attention fails."""
+    """Make torchvision's own attention fail from now on."""
     monkeypatch.setattr(swin_transformer, "shifted_window_attention", None)
 
 
@@ -136,7 +136,7 @@ def test_outputs_and_every_gradient(version, name, dtype, monkeypatch):
 @versions
 @pytest.mark.parametrize("options", [{"qkv_bias": False}, {"proj_bias": False}, {"shift_size": [2, 0]}], ids=str)
 def test_attention_alone(version, options):
-    """What models do not ask for: layers without a bias, a shift on one axis, any map."""
+    """Options that no model uses: layers without a bias, a shift on one axis, any map."""
     torch.manual_seed(0)
     attn = ATTENTION[version](16, **{"window_size": [4, 3], "shift_size": [2, 1], "num_heads": 2, **options})
     attn = attn.double().eval()
@@ -166,7 +166,7 @@ def test_channels_last_input(version):
 
 @versions
 def test_empty_batch(version):
-    """torchvision's attention does not take one, but accelerated it does."""
+    """torchvision's attention does not support it; accelerated, it does."""
     attn = accelerated(make_block(version).attn)
     x = make_map(batch=0).requires_grad_()
     attn(x).sum().backward()
@@ -239,7 +239,7 @@ def test_attention_dropout_in_training_and_not_in_eval(version):
 
 @versions
 def test_attention_dropout_has_torchvisions_mean_and_spread(version):
-    """Attention is linear in the dropped weights: averaged over draws it is that without dropout."""
+    """Attention is linear in the dropped weights, so the mean over draws is the result without dropout."""
     attn = make_block(version, attention_dropout=0.3).attn
     fast, x = accelerated(attn), make_map(5, 6, batch=1)
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_projection_dropout(version):
 
 @versions
 def test_gradient_checkpointing(version):
-    """Around a block; what it draws is drawn again."""
+    """Checkpointing around a block repeats its random draws."""
     block = make_block(version)
     block.stochastic_depth = StochasticDepth(0.5, "row")
     block.train()
@@ -374,7 +374,7 @@ def test_a_feature_extractor_keeps_the_ops_of_leaves(version, monkeypatch):
 
 
 @versions
-@pytest.mark.filterwarnings("ignore")  # the tracer's of torchvision's code
+@pytest.mark.filterwarnings("ignore")  # the tracer's warnings on torchvision's code
 def test_torchscript_tracing_traces_torchvisions_code(version, monkeypatch):
     model = make_model(version, depths=[2, 1]).double()
     fast, x = accelerated(model), make_image(dtype=torch.float64)
@@ -393,7 +393,7 @@ def test_torchscript_scripting_says_what_to_do(version):
     torch.testing.assert_close(torch.jit.script(model)(make_image()), model(make_image()))
 
 
-# It stays the same model
+# The model keeps its identity
 
 
 @versions
@@ -432,7 +432,7 @@ def test_geometry_is_read_at_every_call():
 
 
 def test_a_parametrized_layer_takes_part(monkeypatch):
-    """torchvision reads the weights, whatever makes them."""
+    """torchvision reads the layer's weights, including parametrised ones."""
     attn = make_block().attn
     parametrizations.weight_norm(attn.qkv)
     exact = run(attn, make_map())
@@ -441,7 +441,7 @@ def test_a_parametrized_layer_takes_part(monkeypatch):
     assert_as_good(run(attn, make_map()), exact, exact)
 
 
-# What is left alone
+# Modules that are left as they are
 
 
 class OwnAttention(ShiftedWindowAttention):

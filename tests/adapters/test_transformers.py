@@ -57,12 +57,12 @@ ATTENTION = {
     "swin2sr": Swin2SRAttention,
     "clap": ClapAudioAttention,
 }
-# Where one axis of the second stage is a window and the other is not, which each family treats in its own way.
+# One axis of the second stage equals a window and the other does not, which each family treats differently.
 SIZES = [(36, 28), (18, 26)]
 
 
 class Clap(nn.Module):
-    """Layers and merging of CLAP's audio encoder, whose own input is a spectrogram of a fixed size."""
+    """Layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     ),
     "clap": lambda **o: Clap(**o),
 }
-# The modules of each that are replaced: layers and patch merging.
+# The number of modules replaced in each model: layers and patch merging.
 REPLACED = {name: {"layer": 4, "merging": 0 if name == "swin2sr" else 1} for name in MODELS}
 
 families = pytest.mark.parametrize("family", MODELS)
@@ -106,7 +106,7 @@ clap = pytest.mark.parametrize("family", ["clap"])  # the others are among the m
 
 
 class Outputs(nn.Module):
-    """What a model of transformers returns, as tensors; its parameters keep their names."""
+    """Converts the outputs of a transformers model to tensors; its parameters keep their names."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -144,13 +144,13 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """From now on transformers' own attention fails."""
+    """Make transformers' own attention fail from now on."""
     refuse(monkeypatch, ATTENTION[family])
 
 
 @pytest.fixture
 def kernels(as_on_a_gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Norms, residual connections and merging run on kernels in plain PyTorch: the names of those called."""
+    """Run norms, residual connections and merging on kernels in plain PyTorch, and record the names called."""
     called: list[str] = []
 
     def recorded(name: str, op: Any) -> Any:
@@ -201,11 +201,11 @@ def test_without_bias_of_the_projections(family):
 
 
 @families
-@pytest.mark.parametrize("backend", ["auto", "reference"])  # the latter has norms and residual connections on ops
+@pytest.mark.parametrize("backend", ["auto", "reference"])  # "reference" has norms and residual connections on ops
 def test_training_draws_the_same_random_numbers(family, backend):
-    """Drop path and dropout of tokens.
+    """Drop path draws the same numbers; dropout of tokens does not.
 
-    Swin drops tokens of windows after its attention, and the accelerated layer those of the map: not the same ones.
+    Swin drops tokens of windows after its attention, the accelerated layer those of the map, in another order.
     """
     options = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.0 if family == "swin" else 0.2}
     model = make_model(family, torch.float64, **options).train()
@@ -221,7 +221,7 @@ def test_training_draws_the_same_random_numbers(family, backend):
 
 @families
 def test_attention_dropout_has_the_right_mean(family):
-    """Other random numbers than transformers'. Attention is linear in the dropped weights: draws average to eval."""
+    """Draws differ from transformers', but attention is linear in the dropped weights: the mean is eval's result."""
     model = accelerated(make_model(family, torch.float64, attention_probs_dropout_prob=0.3))
     layer = [m for m in model.modules() if isinstance(m, _layers._Layer)][1]
     x = torch.randn(1, 30, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -244,7 +244,7 @@ def test_verify(family):
 
 @clap
 def test_norms_and_merging_on_kernels(family, kernels):
-    """What runs on a GPU, with kernels in plain PyTorch; under autocast, too."""
+    """The code that runs on a GPU, with kernels in plain PyTorch, also under autocast."""
     model, x = make_model(family), make_image(size_for(family, SIZES[1]))
     exact = run(copy.deepcopy(model).double(), x.double())
     fast = accelerated(model)
@@ -260,7 +260,7 @@ def test_norms_and_merging_on_kernels(family, kernels):
 
 
 def test_maps_that_one_window_covers(monkeypatch):
-    """Windows shrink for good in Swin, Donut and CLAP; where their table no longer fits, transformers fails."""
+    """Windows shrink permanently in Swin, Donut and CLAP; once their table no longer fits, transformers fails."""
     for family in ("swin", "donut", "clap"):
         model, small, large = make_model(family, torch.float64), make_image((16, 24)), make_image()
         fast = accelerated(model)
@@ -281,7 +281,7 @@ def test_masks_of_v2_count_twice():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# What is asked for in other ways
+# Optional outputs
 
 
 def test_attention_weights_are_transformers_own():
@@ -328,7 +328,7 @@ def test_hidden_states_and_feature_maps():
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
 
 
-# What is left alone
+# Modules that are left as they are
 
 
 def test_what_is_not_a_linear_layer_is_left_alone():
@@ -356,7 +356,7 @@ def test_hooks_inside_are_seen(family):
     assert len(calls) == 4
 
 
-# The same model
+# The model keeps its identity
 
 
 @families

@@ -1,4 +1,4 @@
-"""What a trial's verdict of a copied block holds for, and that a block changed since runs its own code."""
+"""The scope of a trial's verdict on a copied block, and blocks that run their own code after a change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
-# A forward that is another one for many tokens
+# Forwards that differ for many tokens
 
 
 class OtherwiseAboveATokenCount(forms.MapBlock):
@@ -104,7 +104,7 @@ class Settings:
 
 
 class Factor(forms.ClassificationBlock):
-    """Multiplies its result by a factor, wherever that is kept."""
+    """Multiplies its result by a factor, which may be stored anywhere."""
 
     setting: Any
 
@@ -167,7 +167,7 @@ def test_a_verdict_is_not_shared_by_instances_that_differ_in_a_setting(kind, as_
 
 
 class Drifting(forms.ClassificationBlock):
-    """Adds what its attributes say, which is nothing at first."""
+    """Adds the values of its attributes, which are zero at first."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -281,7 +281,7 @@ def test_a_compiled_block_notices_attributes():
 
 
 def test_the_checks_of_a_call_are_cheap():
-    """6 modules: the block, its attention, and qkv, proj, softmax and dropout of that; at most 2 us each."""
+    """Six modules are compared: the block, its attention, and its qkv, proj, softmax and dropout; at most 2 us each."""
     block = make(shift_size=2)
     swinkernels.accelerate(block)
     block(image())
@@ -365,7 +365,7 @@ class CountsInABuffer(forms.WindowAttention):
 )
 @pytest.mark.parametrize("base", [forms.ClassificationBlock, forms.HybridBlock])
 def test_an_attention_that_leaves_something_behind_is_left_alone(attention, base):
-    if base is forms.HybridBlock:  # its attention alone is tried
+    if base is forms.HybridBlock:  # only its attention is tried
         block = nn.ModuleDict({"attn": attention(12, (4, 4), 3)}).double()
     else:
         block = make(type("Block", (base,), {"attention": attention}), shift_size=2)
@@ -376,11 +376,11 @@ def test_an_attention_that_leaves_something_behind_is_left_alone(attention, base
     assert not LOG, "the trial left something behind"
 
 
-# Arguments that are what they are without being given
+# Arguments passed explicitly with their default values
 
 
 class PassesItsDefault(forms.ClassificationBlock):
-    """nnFormer's: it calls its attention with pos_embed=None, and adds what no form has."""
+    """nnFormer's form: calls its attention with pos_embed=None, and adds a value that no form has."""
 
     class attention(forms.WindowAttention):
         def forward(self, x: Tensor, mask: Tensor | None = None, pos_embed: Any = None) -> Tensor:
@@ -409,7 +409,7 @@ def test_an_argument_equal_to_its_default_passes(monkeypatch):
 
 
 class _Makes(OrderedDict):
-    """Makes what it is asked for, as transformers' table of activations does."""
+    """Creates items on access, as transformers' table of activations does."""
 
     def __getitem__(self, key):
         return super().__getitem__(key)()

@@ -1,10 +1,10 @@
-"""CPU time and memory that ``accelerate`` takes for models whose blocks are copies, which it has to try.
+"""CPU time and memory of ``accelerate`` for models whose blocks are copies, which it has to try.
 
     python -m tests.adapters.trial_cost [MODEL...] [--against CHECKOUT]
 
-Each model is accelerated in a process of its own. Its figures are the CPU time of all threads within ``accelerate`` and
-the growth of the peak resident memory. ``--against`` names another checkout, with its extension built, and measures
-that one's ``accelerate`` on the same models, in turns.
+Each model is accelerated in its own process. Its figures are the CPU time of all threads in ``accelerate`` and the
+growth of the peak resident memory. ``--against`` names another checkout, with its extension built, and measures its
+``accelerate`` on the same models, in turns.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def measure_here(name: str) -> dict[str, Any]:
 
 
 def measure(name: str, checkout: Path = ROOT) -> dict[str, Any]:
-    """The cost for one model with the package of a checkout, in a process of its own."""
-    # The package of the checkout comes first on the path, the models always from here.
+    """Measure one model in a new process, with the package of a checkout."""
+    # The checkout's package comes first on the path; the models are always those of this checkout.
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1]); import swinkernels; sys.path.insert(0, sys.argv[2]);"
         "from tests.adapters import trial_cost; print(json.dumps(trial_cost.measure_here(sys.argv[3])))"

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: right peers, the right bytes, a verdict only for what was measured."""
+"""The benchmarks measure correctly: the right peers, the right bytes, and verdicts only on measured results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows are tested, not the times in them."""
+    """Shorten the timing: tests check the rows, not the times in them."""
     monkeypatch.setattr(contest, "SECONDS", 0.01)
     monkeypatch.setattr(contest, "QUICK_SECONDS", 0.01)
     monkeypatch.setattr(contest, "time_on_cpu", functools.partial(time_on_cpu, rounds=2))
@@ -38,7 +38,7 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 def _triangle_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: None = None, scale: float | None = None
 ) -> Tensor:
-    """As cuEquivariance documents its function, of (B, N, H, Q, D) and a bias of (B, 1, H, Q, K)."""
+    """cuEquivariance's function as documented, for (B, N, H, Q, D) and a bias of (B, 1, H, Q, K)."""
     batch, _, heads, n, d = q.shape
     assert bias.shape == (batch, 1, heads, n, n)
     scores = (d**-0.5 if scale is None else scale) * (q @ k.mT) + bias
@@ -69,7 +69,7 @@ def test_peers_equal_the_reference(case: WindowAttentionCase, kind: str, monkeyp
     inputs = {name: x.double() for name, x in case.inputs(torch.float64).items()}
     exact = run_case(reference.window_attention_qkvpacked, inputs, case.arguments())
     peer = make_peer(case, torch.float64, CPU, kind)
-    if kind == "flex":  # which has no backward pass on a CPU
+    if kind == "flex":  # no backward pass on a CPU
         with torch.no_grad():
             got = {"out": peer(**{name: x for name, x in inputs.items() if name != "dout"})}
         exact = {"out": exact["out"]}
@@ -80,7 +80,7 @@ def test_peers_equal_the_reference(case: WindowAttentionCase, kind: str, monkeyp
 
 
 def test_published_times_are_compared_with_right_results_at_their_shapes() -> None:
-    """256 windows of 64, 256 and 576 tokens, v2, 6 heads of 32, as published."""
+    """The shapes are the published ones: 256 windows of 64, 256 and 576 tokens, v2, 6 heads of 32."""
     for shape in peers.PUBLISHED:
         case = shapes.ATTENTION[shape]
         windows = math.prod(s // w for s, w in zip(case.size, case.window_tuple, strict=True))
@@ -120,7 +120,7 @@ def test_what_is_compared_on_a_cpu_fits_its_memory(shape: str) -> None:
     small = attention.to_verify(case, CPU)
     assert formulas.core_flops(small)["fwd"] <= 4 * case.head_dim * attention.MOST_SCORES_ON_CPU
     for whole, cut, window in zip(case.size, small.size, case.window_tuple, strict=True):
-        assert cut % window == whole % window  # as much padding
+        assert cut % window == whole % window  # the same amount of padding
         assert cut >= 2 * window
     assert attention.to_verify(case, torch.device("cuda")) == shapes.with_batch(case, 2)
 
@@ -132,7 +132,7 @@ def test_rows_of_a_run_on_the_cpu(tmp_path: Path) -> None:
     case = WindowAttentionCase(1, (6, 6), 2, 8, 3, 1)
     rows = attention.benchmark("small", case, torch.float32, CPU, names)
     by_key = {(row["backend"], row["direction"]): row for row in rows}
-    assert ("eager", "bwd") not in by_key  # alone, backward is timed for ours, as the bare op
+    assert ("eager", "bwd") not in by_key  # backward is timed alone only for ours, as the bare op
     for name in names:
         assert by_key[name, "fwd"]["result"] == "ok"
         assert by_key[name, "fwd"]["median_us"] > 0
@@ -210,7 +210,7 @@ def test_goals() -> None:
         "fwd at swin_t.1 against the best peer": "met",
         "fwd+bwd at swin_t.1 against the best peer": "not measured",
         "fwd at swin_t.2": "not met",
-        "fwd at swin_t.2 against the best peer": "not met",  # nothing that is wrong is fast
+        "fwd at swin_t.2 against the best peer": "not met",  # a wrong result meets no goal
         "fwd at batch1.1": "met",
         "bwd at batch1.1": "not met",
         "float16 fwd at swin_t.1": "met",
@@ -223,7 +223,7 @@ def test_goals() -> None:
     } == expected
     rows[3]["median_us"] = 599.0  # one peer is faster than the others
     assert verdicts(rows)["fwd at swin_t.1 against the best peer"] == "not met"
-    rows[3].update(result="WRONG")  # and does not count if its result is wrong
+    rows[3].update(result="WRONG")  # a wrong result does not count
     assert verdicts(rows)["fwd at swin_t.1 against the best peer"] == "met"
     del rows[4]
     assert verdicts(rows)["fwd at swin_t.1 against the best peer"] == "not measured"
@@ -240,7 +240,7 @@ def test_goals_of_the_memory_bound_ops() -> None:
 
     nothing = verdicts([])
     assert set(nothing.values()) == {"not measured"}
-    # At three shapes: of a copy; six ops against two peers in two directions; the whole merging.
+    # Goals at three shapes: of a copy; six ops against two peers in two directions; the whole merging.
     assert len(nothing) == 3 * (8 + 6 * 2 * 2 + 1)
     rows = [
         memory_row("patch_merging_norm", "cuda", 55.0, 90.9),
@@ -292,7 +292,7 @@ def test_a_wrong_memory_bound_result_is_called_wrong(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("op", memory_bound.BENCHES)
 def test_moved_bytes_are_those_of_the_tensors(op: str) -> None:
-    """Forward: the maps among the inputs, and the results. Backward: what its formula needs, which is written out."""
+    """Forward: the input maps and the results. Backward: the tensors in its formula, written out here."""
     case, pair = SMALL["padded"], memory_bound.PAIRS["float32-bfloat16"]
     inputs = memory_bound.draw(op, case, pair, CPU)
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_memory_bound_rows_on_the_cpu() -> None:
 
 
 def test_a_dropped_branch_has_a_gradient_of_its_own() -> None:
-    """In one dtype the gradients of stream and branch are one tensor, but for a scaled branch."""
+    """In one dtype the gradients of stream and branch are one tensor, except for a scaled branch."""
     case, pair = SMALL["2D"], memory_bound.PAIRS["bfloat16"]
     one_map = 2 * 6 * 9 * 16 * 2
     assert memory_bound.BENCHES["residual_layer_norm"].moved(case, pair) == (4 * one_map, 4 * one_map)
@@ -338,7 +338,7 @@ def test_a_dropped_branch_has_a_gradient_of_its_own() -> None:
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("op", [op for op, bench in memory_bound.BENCHES.items() if bench.bare_backward])
 def test_backward_alone_is_the_gradient(op: str, backend: str, plain_kernels) -> None:
-    """What is timed as "bwd" on a GPU: the one backward op, called again without autograd."""
+    """The call timed as "bwd" on a GPU is the one backward op, repeated without autograd."""
     if backend not in _backends.IMPLEMENTED[memory_bound.BENCHES[op].implemented]:
         pytest.skip(f"{backend} does not implement {op}")
     case, pair = SMALL["padded"], memory_bound.PAIRS["float32-bfloat16"]
@@ -354,7 +354,7 @@ def test_backward_alone_is_the_gradient(op: str, backend: str, plain_kernels) ->
 
 
 def lines_of(step: str, directions: tuple[str, ...], *labels: tuple[str, str, str, str]) -> list[dict]:
-    """Lines of a run, as gpu/timing.py tells them."""
+    """Return lines of a run as gpu/timing.py emits them."""
     return [
         {"step": step, "op": op, "shape": shape, "dtype": dtype, "backend": backend, "direction": direction,
          "build": "shipped", "value": 100.0, "unit": "% of copy", "us": 5.0, "copy_us": 5.0, "result": "ok"}
@@ -364,14 +364,14 @@ def lines_of(step: str, directions: tuple[str, ...], *labels: tuple[str, str, st
 
 
 def test_a_whole_run_settles_every_goal_of_an_op() -> None:
-    """`make gpu-bench`: what the steps time has the shapes and contestants that the goals are stated for."""
+    """The steps of `make gpu-bench` cover the shapes and contestants of all goals."""
     of_attention = [
         ("window_attention", shape, "bfloat16", b) for shape in timing.ATTENTION for b in ("cuda", "triton")
     ]
     of_attention += [("window_attention", shapes.GOAL, a, "cuda") for a in ("float16", "tf32")]
     of_maps = [(op, shape, "bfloat16", "cuda") for op in timing.MEMORY for shape in shapes.MAP_GOALS]
     lines = lines_of("time", timing.DIRECTIONS, *of_attention, *of_maps)
-    assert any(goal["verdict"] == "met" for goal in goals.of_lines(lines[:2]))  # as they come
+    assert any(goal["verdict"] == "met" for goal in goals.of_lines(lines[:2]))  # in the order of arrival
     peers = [("window_attention", s, "bfloat16", b) for s in goals.ATTENTION_GOALS for b in ("cuda", *attention.PEERS)]
     of_copies = [(op, s, "bfloat16", b) for op in (*goals.PEER_OPS, "patch_merging_gemm") for s in shapes.MAP_GOALS
                  for b in ("cuda", *memory_bound.PEERS)]  # fmt: skip
@@ -394,7 +394,7 @@ def test_a_goal_stands_beside_its_time() -> None:
 
 
 def test_tf32_is_torchs_switch() -> None:
-    """A row of TF32 is measured with the switch on, which is put back."""
+    """Rows of TF32 are measured with the switch on, which is restored afterwards."""
     before = torch.backends.cuda.matmul.fp32_precision
     case = WindowAttentionCase(1, (4, 4), 1, 8, 2, 1)
     seen = []
@@ -413,7 +413,7 @@ def test_tf32_is_torchs_switch() -> None:
 def test_commit_outside_a_repository_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("benchmarks.commit.ROOT", tmp_path)
     assert record.commit() == "unknown"
-    (tmp_path / "COMMIT").write_text("0123456789ab\n")  # of a bundle
+    (tmp_path / "COMMIT").write_text("0123456789ab\n")  # as in a bundle
     assert record.commit() == "0123456789ab"
 
 
@@ -425,7 +425,7 @@ def test_table_and_percentiles() -> None:
 
 
 def test_variants_name_what_exists() -> None:
-    """A variant that sets a macro or an attribute that nothing reads would time the shipped kernels again."""
+    """A variant whose macro or attribute is never read would time the shipped kernels again."""
     kernels = commit.ROOT / "csrc/kernels/cuda"
     attention_traits = (kernels / "window_attention/traits.h").read_text()
     moving = (kernels / "window_partition/window_copy.cuh").read_text() + (kernels / "layer_norm/traits.h").read_text()
@@ -434,7 +434,7 @@ def test_variants_name_what_exists() -> None:
         sources = attention_traits if name.startswith("attention ") else moving
         for macro in changes:
             assert f"#ifndef {variants.PREFIX}{macro}\n" in sources
-            assert sources.count(f"{variants.PREFIX}{macro}") >= 3  # and it is used
+            assert sources.count(f"{variants.PREFIX}{macro}") >= 3  # the macro is used
 
 
 @pytest.mark.parametrize("name", variants.TRITON)
@@ -455,7 +455,7 @@ def test_triton_variants_change_the_tuning(name: str) -> None:
 
 
 def test_host_cost_counts_the_calling_thread() -> None:
-    """What another thread does is the process's time alone; what is waited for is nobody's."""
+    """Other threads' work counts only for the process; waiting counts for neither."""
 
     def busy(seconds: float) -> None:
         end = time.thread_time() + seconds
@@ -482,4 +482,4 @@ def test_host_cost_of_every_case() -> None:
     calls = ("forward", "forward, recorded", "forward + backward", "forward, op alone")
     assert [row["call"] for row in rows[:4]] == list(calls)
     assert set(host_cost.GOALS) < set(calls)
-    assert all(row["thread_us"] > 0 and row["met"] is None for row in rows)  # goals are of the GPU path
+    assert all(row["thread_us"] > 0 and row["met"] is None for row in rows)  # goals exist for the GPU only

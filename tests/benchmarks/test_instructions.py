@@ -1,4 +1,4 @@
-"""The instruction counter executes what the GPU would, and the kernels have not grown."""
+"""The instruction counter executes the same instructions as a GPU, and the kernels have not grown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(_not_there() is not None, reason=str(_not_th
 
 
 def _block(listing: str, threads: int = 32, parameters: bytes = b"", memory: sass.Memory | None = None) -> sass.Block:
-    """Run one block of code that is written like the output of cuobjdump."""
+    """Run one block of code in the format of cuobjdump's output."""
     lines = [line for line in textwrap.dedent(listing).strip().splitlines() if line]
     text = "\n".join(f"        /*{16 * i:04x}*/   {line} ;" for i, line in enumerate(lines))
     code = sass.parse(f"\t\tFunction : kernel\n{text}")["kernel"]
@@ -39,7 +39,7 @@ def _block(listing: str, threads: int = 32, parameters: bytes = b"", memory: sas
 
 
 def test_a_loop_with_lanes_that_leave_it_early() -> None:
-    """Lane i goes round i + 1 times; an instruction counts once however few lanes are left, and all meet again."""
+    """Lane i runs i + 1 iterations; an instruction counts once however few lanes remain, and all lanes reconverge."""
     block = _block(
         """
         S2R R0, SR_TID.X
@@ -163,12 +163,12 @@ def test_matrix_products_and_their_copies() -> None:
         parameters=addresses,
         memory=memory,
     )
-    # Rows of B are the depth, so that the transposed copy gives its columns.
+    # Rows of B are the depth, so the transposed copy returns its columns.
     assert np.array_equal(out, values[0] @ values[1][:8])
 
 
 def test_what_a_predicate_switches_off_has_no_address() -> None:
-    """It is issued, and counts, but a register that holds anything else is no address then."""
+    """A disabled instruction is issued and counted, but its address register may hold anything."""
     block = _block("MOV R1, 0x3eb4d23a\n@!PT STSM.16.M88.4 [R1], R4\n@!PT LDSM.16.M88.4 R4, [R1]\nEXIT")
     assert block.warps[0].counts.tolist() == [1, 1, 1, 1]
     assert block.warps[0].passes.tolist() == [0, 0, 0, 0]
@@ -179,7 +179,7 @@ def test_what_a_predicate_switches_off_has_no_address() -> None:
 def test_unknown_instructions_and_addresses_are_refused() -> None:
     with pytest.raises(sass.UnknownInstruction, match=r"FROB.X R0, R1 at 0x0.*executes FROB"):
         _block("FROB.X R0, R1\nEXIT")
-    assert _block("EXIT\nFROB.X R0, R1").warps[0].counts.tolist() == [1, 0]  # what is not executed need not be known
+    assert _block("EXIT\nFROB.X R0, R1").warps[0].counts.tolist() == [1, 0]  # FROB.X is not executed
     with pytest.raises(sass.Fault, match="belongs to no argument"):
         _block("LDG.E R0, desc[UR4][R2.64]\nEXIT")
 
@@ -211,14 +211,14 @@ def test_an_update_replaces_what_it_counted_and_keeps_the_rest() -> None:
 
 def test_blocks_per_multiprocessor() -> None:
     device = instructions.DEVICES["sm_90"]
-    assert instructions.blocks_per_multiprocessor(device, 120, 31872, 4) == 4  # by registers: 16 warps
+    assert instructions.blocks_per_multiprocessor(device, 120, 31872, 4) == 4  # registers are the limit: 16 warps
     assert instructions.blocks_per_multiprocessor(device, 157, 75776, 4) == 3
-    assert instructions.blocks_per_multiprocessor(device, 32, 100 * 1024, 4) == 2  # by shared memory
+    assert instructions.blocks_per_multiprocessor(device, 32, 100 * 1024, 4) == 2  # shared memory is the limit
     assert instructions.blocks_per_multiprocessor(device, 16, 0, 2) == 32
 
 
 def test_committed_counts() -> None:
-    """The columns that others read come first, and every architecture has the hot cases."""
+    """The columns used elsewhere come first, and every architecture has the hot cases."""
     rows = instructions.read(instructions.BASELINE)
     named = "arch,kernel,case,per_window_head,registers,shared_bytes,warps_per_sm,compiler,commit"
     assert ",".join(rows[0]).startswith(named)
@@ -241,7 +241,7 @@ def _from_bits(x: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_90"])
 def test_what_is_executed_is_attention(arch: str) -> None:
-    """The code that is counted, run on numbers, gives the reference's output and gradients: so no path is made up."""
+    """The counted code, run on numbers, gives the reference's output and gradients, so the counted path is real."""
     forward = instructions.Case("fwd", (7, 7), lse=True)
     backward = instructions.Case("bwd", (7, 7))
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def test_what_is_executed_is_attention(arch: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"])
 def test_kernels_have_not_grown(arch: str) -> None:
-    """``python -m benchmarks.instructions --update`` states a growth that is wanted."""
+    """``python -m benchmarks.instructions --update`` records an intended growth."""
     if arch not in architectures():
         pytest.skip(f"{instructions.compiler()} does not compile for {arch}")
     rows = list(instructions.count(ROOT, [arch], instructions.HOT))

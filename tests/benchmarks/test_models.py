@@ -1,4 +1,4 @@
-"""Benchmarks of whole models and of scaling: what is compared, what is called wrong, formulas against counted work."""
+"""Benchmarks of whole models and of scaling: comparisons, verdicts, and formulas against counted work."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows are tested, not the times in them."""
+    """Shorten the timing: tests check the rows, not the times in them."""
     for module in (contest, models):
         monkeypatch.setattr(module, "time_on_cpu", lambda calls, **_: time_on_cpu(calls, seconds=0.01, rounds=2))
 
 
 @pytest.fixture
 def small_model(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A timm Swin of two stages on 32 x 32 pixels, and a block of it, in the tables of the benchmarks."""
+    """Put a timm Swin of two stages on 32 x 32 pixels, and a block of it, into the benchmarks' tables."""
     timm = pytest.importorskip("timm")
     swin = timm.models.swin_transformer.SwinTransformer
     build = functools.partial(swin, img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2))
@@ -93,7 +93,7 @@ def test_a_wrong_model_is_called_wrong(small_model: str, monkeypatch: pytest.Mon
     def spoil(model: nn.Module) -> Any:
         report = right(model)
         extra = torch.tensor([0.0, 0.0, 0.0, 0.01])[:, None] if wrong == "one image" else 0.01
-        gone = torch.Tensor.detach if wrong == "gradient" else torch.zeros_like  # only the derivative is left
+        gone = torch.Tensor.detach if wrong == "gradient" else torch.zeros_like  # only the derivative remains
         model.register_forward_hook(lambda _module, _args, out: out + extra * (out - gone(out)))
         return report
 
@@ -116,7 +116,7 @@ def test_one_that_fails_does_not_cost_the_others(small_model: str, monkeypatch: 
 
 
 def test_no_contestant_runs_eagerly_for_want_of_compilations(small_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More compiled contestants than dynamo's limit: each is compiled, or said to have failed."""
+    """With more compiled contestants than dynamo's limit, each is compiled or reported as failed."""
     compiled = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Any:
@@ -176,7 +176,7 @@ def test_goals_of_models() -> None:
     mine.update(median_us=20.1, peak_mib=22.9)
     got = verdicts([*others, mine])
     assert (got[speed], got[peak]) == ("not met", "met")
-    others[1]["result"] = "WRONG"  # what is wrong is no peer
+    others[1]["result"] = "WRONG"  # a wrong result is not a peer
     assert verdicts([*others, mine])[speed] == "met"
     mine["result"] = "WRONG"
     assert verdicts([*others, mine])[speed] == "not met"
@@ -196,7 +196,7 @@ def test_a_whole_run_settles_every_goal_of_models() -> None:
 
 
 def counted(function: Any, *args: Tensor) -> int:
-    """Multiply-adds of the matrix products that a function calls."""
+    """Return the multiply-adds of the matrix products that a function calls."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function(*args)
     return counter.get_total_flops() // 2
@@ -217,7 +217,7 @@ def test_formulas_of_the_paper_count_the_products(kind: str) -> None:
 def test_formulas_of_the_paper_by_hand() -> None:
     assert formulas.msa_multiply_adds(2, 3, 5) == 4 * 6 * 25 + 2 * 36 * 5
     assert formulas.window_msa_multiply_adds(4, 6, 5, 2) == 4 * 24 * 25 + 2 * 4 * 24 * 5
-    # Where the window is the whole map, both are one.
+    # If the window is the whole map, both formulas agree.
     assert formulas.window_msa_multiply_adds(7, 7, 96, 7) == formulas.msa_multiply_adds(7, 7, 96)
 
 
@@ -225,12 +225,12 @@ def test_formulas_of_the_paper_by_hand() -> None:
     "case", [WindowAttentionCase(2, (5, 6), 2, 8, 4, 2), WindowAttentionCase(1, (4, 4, 6), 3, 4, 2)]
 )
 def test_flops_of_the_core_count_the_products(case: WindowAttentionCase) -> None:
-    """Of the padded map, forward."""
+    """The formula counts the products of the padded map, forward."""
     qkv = case.inputs(torch.float64)["qkv"]
     found = counted(lambda x: reference.window_attention_qkvpacked(x, **case.arguments()), qkv)
     assert 2 * found == formulas.core_flops(case)["fwd"]
     flops = formulas.core_flops(case)
-    assert flops["bwd"] * 2 == flops["fwd"] * 5  # five products, not two
+    assert flops["bwd"] * 2 == flops["fwd"] * 5  # five products against two
     assert flops["fwd+bwd"] == flops["fwd"] + flops["bwd"]
 
 
@@ -257,7 +257,7 @@ def test_rows_of_a_sweep_and_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["suite"] for row in rows} == {"scaling"}
     assert {row["direction"] for row in rows} == {"fwd"}
     x, y = scaling.series(rows, "small")["eager"]
-    assert x == [1, 2]  # 64 images are more than was allowed
+    assert x == [1, 2]  # 64 images exceed the limit
     assert len(y) == 2
     rows[0]["result"] = "WRONG"
     assert scaling.series(rows, "small")["reference"][0] == [2]

@@ -1,4 +1,4 @@
-"""The benchmark command, its CSV files, and what is written from them: tables, pictures, comparisons."""
+"""The benchmark command, its CSV files, and the output generated from them: tables, charts, comparisons."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows are tested, not the times in them."""
+    """Shorten the timing: tests check the rows, not the times in them."""
     monkeypatch.setattr(contest, "SECONDS", 0.01)
     monkeypatch.setattr(contest, "QUICK_SECONDS", 0.01)
     monkeypatch.setattr(contest, "time_on_cpu", functools.partial(time_on_cpu, rounds=2))
@@ -100,7 +100,7 @@ def test_without_a_kernel_of_ours_nothing_starts(small_shape: str, tmp_path: Pat
         message = capsys.readouterr().err
         assert "no kernel of swinkernels can run on cpu (cpu: it is not built)" in message
         assert "--baseline reference eager sdpa" in message
-    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # only others are asked for
+    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # only others were requested
 
 
 def test_a_quick_run_on_a_cpu_compiles_nothing_and_draws(small_shape: str, tmp_path: Path, monkeypatch) -> None:
@@ -143,7 +143,7 @@ def test_a_wrong_peer_is_shown_as_wrong(small_shape: str, tmp_path: Path, monkey
         return lambda qkv, bias_table: peer(qkv, bias_table * 1.01)
 
     monkeypatch.setattr(command.attention, "make_peer", off)
-    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # it is not ours
+    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # not one of ours
     assert "wrong results: eager at small" in capsys.readouterr().out
     wrong = [row for row in record.read_csv(tmp_path / "ops.csv") if row["result"] == record.RESULT_WRONG]
     assert {row["backend"] for row in wrong} == {"eager"}
@@ -164,7 +164,7 @@ def options(*arguments: str) -> Any:
 
 
 def test_plans() -> None:
-    """Every suite has something to do; all is all of them; quick and filtered plans are parts of the whole."""
+    """Every suite has tasks; "all" is the union of the suites; quick and filtered plans are subsets."""
     by_suite = {suite: {task.label for task in command.plan(options(suite), CPU)} for suite in command.HELP}
     assert all(by_suite.values())
     assert set(command.PLANS) == set(command.HELP)
@@ -256,7 +256,7 @@ def test_files_without_anything_in_common_are_not_compared(tmp_path: Path, capsy
 
 
 def run_of_everything() -> list[dict]:
-    """Rows of every suite, as a run writes them."""
+    """Return rows of every suite in the form that a run writes."""
     rows = [
         row(name, us, direction=direction)
         for name, us in (("cpu", 100.0), ("reference", 800.0), ("eager", 400.0), ("sdpa", 50.0))
@@ -287,7 +287,7 @@ def test_tables_of_a_run() -> None:
     speedups = report.speedups(rows)
     assert "| cpu, 0.1 / 0.1 ms | 8.00 / 8.00 | 4.00 / 4.00 | WRONG / WRONG |" in " ".join(speedups.split())
     steps = " ".join(report.steps(rows, "models").split())
-    assert "| 4 | 3 | 2 | 1.50 |" in steps  # against the faster of the library's own
+    assert "| 4 | 3 | 2 | 1.50 |" in steps  # against the faster one of the library's own
     slopes = report.slopes(rows)
     assert "batch: images" in slopes
     assert "1.00" in slopes
@@ -302,7 +302,7 @@ def test_a_noisy_time_is_marked() -> None:
 
 
 def test_headline_compares_with_the_fastest_other_contestant() -> None:
-    """Of two shapes, in either direction; a wrong peer does not count, our slower kernel does not either."""
+    """The headline covers two shapes, in either direction; wrong peers and our slower kernels do not count."""
     rows = [
         row("cpu", 100.0), row("reference", 250.0), row("sdpa", 400.0),
         row("eager", 10.0, result="wrong", shape="other"), row("reference", 800.0, shape="other"),
@@ -362,7 +362,7 @@ def test_report_of_a_folder(tmp_path: Path, capsys) -> None:
     assert "(docs/images/benchmarks/here-summary.png)" in readme.read_text()
     before = [path.read_bytes() for path in written]
     report.write(results, tmp_path)
-    assert [path.read_bytes() for path in written] == before  # the same files from the same rows
+    assert [path.read_bytes() for path in written] == before  # the same rows give the same files
 
 
 def test_a_readme_without_its_marks_is_left_alone() -> None:
@@ -371,7 +371,7 @@ def test_a_readme_without_its_marks_is_left_alone() -> None:
 
 
 def test_committed_pages_are_those_of_the_committed_rows() -> None:
-    """No number is typed by hand: what stands there is what the files give."""
+    """The committed pages equal those generated from the files: no number is typed by hand."""
     runs, on_gpus = report.read(report.RESULTS), gpu_page.read(report.RESULTS)
     assert (commit.ROOT / report.PAGE).read_text() == report.page_text(runs)
     assert (commit.ROOT / gpu_page.PAGE).read_text() == gpu_page.page_text(on_gpus)
@@ -379,7 +379,7 @@ def test_committed_pages_are_those_of_the_committed_rows() -> None:
     assert report.replace_numbers(readme, report.readme_numbers(runs, on_gpus)) == readme
 
 
-# The page of what has run on a GPU
+# The page of kernels confirmed on a GPU
 
 
 def gpu_line(step: str, direction: str, result: str = "ok", value: float = 0.3, **labels: Any) -> dict[str, Any]:
@@ -443,4 +443,4 @@ def test_the_newest_run_counts_and_a_rehearsal_does_not(tmp_path: Path) -> None:
     text = gpu_page.page_text(runs)
     assert "**wrong**" not in text
     assert "commit ba9876543210" in text
-    assert "commit 0123456789ab" in text  # of the backward pass
+    assert "commit 0123456789ab" in text  # for the backward pass

@@ -1,7 +1,9 @@
-"""Random calls of the CPU kernels, each held to the error budget: ``python -m tests.cpu.random_cases --cases 100000``.
+"""Random calls of the CPU kernels, each checked against the error budget.
 
-A call follows from a seed and a number: the case, the dtype, the form of the op, how every tensor lies in memory and
-which gradients are wanted. A call outside the budget prints the command that repeats it alone.
+    python -m tests.cpu.random_cases --cases 100000
+
+A seed and a number determine a call: the case, the dtype, the form of the op, the memory layout of every tensor and the
+wanted gradients. A call outside the budget prints the command that repeats it alone.
 """
 
 from __future__ import annotations
@@ -28,32 +30,32 @@ from tests.support.attention_cases import MIN_ELEMENTS, draw_case, elements
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (*range(1, 41), 8, 16, 24, 32, 32, 48, 64, 96, 127, 128)
 PACKED, PACKED_HEADS, SEPARATE = FORMS = ("(B, *S, 3C)", "(B, *S, 3, heads, head_dim)", "q, k, v")
-# Longest window per axis, tokens of a map beyond two windows, most scores and most elements.
+# Longest window per axis, tokens of a map beyond two windows, most scores or elements.
 KINDS = {"short": (6, 3, 20_000), "one token": (1, 6, 20_000), "long": (20, 3, 60_000)}
-LONG = 64  # more tokens than that in a long window: several blocks of queries
+LONG = 64  # long windows have more tokens than this: several blocks of queries
 MIN_ROWS = 32  # fewer rows of a head do not average the rounding of single scores, which shows in float32
 TABLES = ("bias_table", "bias", "logit_scale", "pad_qkv", "region_map")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a tensor lies in memory. What is around and between its elements is NaN."""
+    """The memory layout of a tensor. Memory around and between its elements is NaN."""
 
     offset: int
     order: tuple[int, ...]  # the axes, slowest first
-    gaps: tuple[int, ...]  # elements that follow all of an axis
+    gaps: tuple[int, ...]  # gaps after each axis, in elements
 
     @classmethod
     def draw(cls, rng: random.Random, dim: int) -> Layout:
         order, gaps = tuple(range(dim)), (0,) * dim
         if rng.random() < 0.7:
-            moved = dim if rng.random() < 0.05 else dim - 1  # the elements of a row mostly follow each other
+            moved = dim if rng.random() < 0.05 else dim - 1  # the elements of a row are mostly contiguous
             order = (*rng.sample(range(moved), moved), *range(moved, dim))
             gaps = tuple(rng.choice((0, 0, 1, 3)) for _ in order)
         return cls(rng.choice((0, 1, 2, 3, 5)), order, gaps)
 
     def place(self, x: Tensor) -> Tensor:
-        """A copy of x, whose last element ends its memory."""
+        """Copy x so that its last element is the last of its memory."""
         if x.numel() == 0:
             return x.clone()
         strides, stride = [0] * x.dim(), 1
@@ -78,17 +80,17 @@ class _Placed(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the op in one of its forms."""
+    """A call of the op in one of its forms."""
 
     case: Case
     dtype: torch.dtype
     form: str
-    layouts: tuple[Layout, ...]  # of qkv, or of q, k and v
-    of_gradient: Layout  # of the output's gradient
-    of_tables: dict[str, Layout]  # of tables that do not lie as they are drawn
-    are_wide: bool  # whether bias tables and logit_scale are given in float64
-    constant: tuple[str, ...]  # the tables whose gradient is not wanted
-    seed: int  # of the inputs
+    layouts: tuple[Layout, ...]  # layouts of qkv, or of q, k and v
+    of_gradient: Layout  # layout of the output's gradient
+    of_tables: dict[str, Layout]  # layouts of tables that are moved in memory
+    are_wide: bool  # bias tables and logit_scale are float64
+    constant: tuple[str, ...]  # tables without a gradient
+    seed: int  # seed of the inputs
 
     def __str__(self) -> str:
         constant = f", constant {', '.join(self.constant)}" if self.constant else ""
@@ -110,7 +112,7 @@ class Call:
         return out
 
     def check(self) -> dict[str, Judged]:
-        """How far each result is off; AssertionError if one is outside the budget."""
+        """Judge the results; AssertionError if one is outside the budget."""
         _, judged = judge_window_attention(
             self, self.case, self.dtype, seed=self.seed, constant=self.constant, sums_in_float32=True
         )
@@ -119,7 +121,7 @@ class Call:
         return judged
 
     def run(self) -> dict[str, Judged]:
-        """Both passes alone, for a sanitizer to watch."""
+        """Run both passes without a comparison, for a sanitizer."""
         run_case(self, self.case.inputs(self.dtype, seed=self.seed), self.case.arguments(), self.constant)
         return {}
 
@@ -135,7 +137,7 @@ def _draw_case(rng: random.Random) -> Case:
     while True:
         case = draw_case(rng, longest=longest, beyond=beyond, head_dims=HEAD_DIMS, small_cosine=True)
         tokens = math.prod(case.window_tuple)
-        # More images, until there is enough to average over.
+        # Add images until there are enough rows to average over.
         rows = math.prod(case.size) * case.num_heads
         batch = max(case.batch, -(-MIN_ELEMENTS // (rows * case.head_dim)), -(-MIN_ROWS // rows))
         case = dataclasses.replace(case, batch=batch)
@@ -149,7 +151,7 @@ def _draw_case(rng: random.Random) -> Case:
 
 
 def draw_call(seed: int, number: int) -> Call:
-    """Call ``number`` of those that follow from a seed."""
+    """Draw call ``number`` of a seed."""
     rng = random.Random(f"{seed} {number}")
     case = _draw_case(rng)
     rank = len(case.size)
@@ -172,7 +174,7 @@ def draw_call(seed: int, number: int) -> Call:
 
 @dataclass
 class Worst:
-    """The largest errors of one result in one dtype, and the numbers of the calls that had them."""
+    """The largest errors of one result in one dtype, with the numbers of their calls."""
 
     results: int = 0
     rms_eps: float = 0.0
@@ -189,7 +191,7 @@ class Worst:
 
 
 def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[list[str], dict[tuple[str, str], Worst]]:
-    """A line for each call that failed, which repeats it, and the worst errors by dtype and result."""
+    """Return a line for each failed call, which repeats it, and the worst errors by dtype and result."""
     failures, worst = [], {}
     for number in numbers:
         call = draw_call(seed, number)
@@ -212,8 +214,8 @@ def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[l
 def write_record(
     path: Path, seed: int, first: int, calls: int, failed: int, worst: dict[tuple[str, str], Worst]
 ) -> None:
-    """Write the worst errors of some calls, together with those of the calls before them if the file has these."""
-    from benchmarks import record  # not needed under a sanitizer, where imports are slow
+    """Write the worst errors of these calls, merged with those of earlier calls in the file."""
+    from benchmarks import record  # slow to import under a sanitizer, and not needed there
 
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Worst)}
     if path.exists():

@@ -1,4 +1,4 @@
-"""Some of the random calls, and that a call can be repeated, is drawn from the whole space and is judged."""
+"""Some of the random calls; and that a call can be repeated, is drawn from the whole space and is judged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_some_calls():
 
 @needs_kernels
 def test_calls_that_once_failed():
-    # v2 of one channel, whose gradient is zero; pads that a mask of -100 leaves a probability of 1e-24.
+    # v2 with one channel, whose gradient is zero; pads that a mask of -100 leaves a probability of 1e-24.
     failures, _ = check(0, [44166, 46107])
     assert not failures, "\n".join(failures)
 
@@ -78,13 +78,13 @@ def test_a_tensor_is_placed_as_its_layout_says():
     assert placed.stride() == (1, 3)  # 2 elements and a gap of 1
     assert placed.storage_offset() == 3
     memory = placed.as_strided((3 + 8,), (1,), 0)
-    assert memory.numel() == placed.untyped_storage().nbytes() // 4  # nothing behind the last element
+    assert memory.numel() == placed.untyped_storage().nbytes() // 4  # nothing follows the last element
     assert memory.isnan().sum() == 5
 
 
 @needs_kernels
 def test_a_failure_prints_the_command_that_repeats_it(monkeypatch):
-    """An output that is off by one percent is a failure in every dtype."""
+    """An output that is off by one percent fails in every dtype."""
     attention = random_cases.swinkernels.window_attention
     monkeypatch.setattr(
         random_cases.swinkernels, "window_attention", lambda *a, **options: 1.01 * attention(*a, **options)

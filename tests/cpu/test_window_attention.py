@@ -88,7 +88,7 @@ COSINE = [  # v2; the first head's factor is clamped
     ),
     Case(2, (9, 13), 3, 8, 2, 1, has_pad_qkv=True, has_logit_scale=True),
     Case(2, (6, 9), 3, 8, 3, 1, has_logit_scale=True),
-    Case(1, (9, 13), 2, 16, (4, 5), (2, 1), has_logit_scale=True),  # pad tokens are zeros, whose norm is none
+    Case(1, (9, 13), 2, 16, (4, 5), (2, 1), has_logit_scale=True),  # pad tokens are zeros, of norm 0
     Case(2, (14, 14), 3, 32, 7, 3, has_logit_scale=True),
     Case(1, (16, 16), 3, 32, 8, 4, has_logit_scale=True),
     Case(1, (16, 32), 2, 32, 16, 8, has_logit_scale=True),
@@ -101,7 +101,7 @@ DENSE = [
     Case(1, (14, 21), 3, 32, 7, 3, has_table=False, bias_types=0),
     Case(1, (9, 13), 2, 16, (4, 5), (2, 1), has_table=False, has_pad_qkv=True, has_logit_scale=True, bias_types=0),
     Case(1, (16, 16), 3, 32, 8, 4, has_table=False, has_logit_scale=True, bias_types=0),
-    Case(1, (18, 36), 6, 8, 18, 9, has_table=False, bias_types=0),  # of which not all heads are cached
+    Case(1, (18, 36), 6, 8, 18, 9, has_table=False, bias_types=0),  # too many heads to cache all
     Case(2, (5, 6, 7), 2, 8, (2, 3, 4), (1, 1, 2), has_table=False, has_pad_qkv=True, bias_types=0),
     Case(2, (5, 6, 7), 2, 8, (2, 3, 4), (1, 1, 2), has_table=False, has_pad_qkv=True, bias_types=3),
     Case(3, (8, 16), 2, 16, 4, 2, has_table=False, bias_types=8),
@@ -136,7 +136,7 @@ def test_head_dims(head_dim):
 
 @pytest.mark.parametrize("heads", [1, 5, 24])
 def test_many_windows(heads):
-    """More windows than a chunk of the backward pass holds, so partial bias and pad gradients are added up."""
+    """There are more windows than a chunk of the backward pass holds, so partial bias and pad gradients are summed."""
     check_window_attention(packed, Case(3, (26, 27), heads, 4, 4, 2, has_pad_qkv=True), torch.float32)
 
 
@@ -147,7 +147,7 @@ def test_many_windows_with_a_dense_bias(types):
 
 
 def embedded(x: torch.Tensor) -> torch.Tensor:
-    """x as a part of a larger tensor, at an address that no vector is aligned to, with its axes permuted."""
+    """Embed x in a larger tensor, at an address without vector alignment, with its axes permuted."""
     b, h, *others, c = x.shape
     storage = torch.full((h, b, *(n + 1 for n in others), 2 * c + 3), math.nan)
     view = storage.to(x.dtype).transpose(0, 1)[(slice(None),) * 2 + (slice(1, None),) * len(others)][..., 1 : 1 + c]
@@ -173,7 +173,7 @@ def test_strides():
     assert torch.equal(dqkv, dense["dqkv"])
 
     parts = [embedded(x).unflatten(-1, (2, 12)).requires_grad_() for x in inputs["qkv"].chunk(3, dim=-1)]
-    # q, k and v need not lie alike, nor a table's rows one after another.
+    # q, k and v may have different layouts, and a table's rows may have gaps.
     parts[1] = torch.nn.functional.pad(parts[1].detach(), (0, 4))[..., :12].requires_grad_()
     table = inputs["bias_table"].t().contiguous().t()
     out = swinkernels.window_attention(*parts, table, **case.arguments(), backend="cpu")
@@ -236,7 +236,7 @@ def test_empty_batch():
 
 
 def test_logit_scale_at_the_clamp():
-    """As torch.clamp has it: ln 100 rounded to float32 is above ln 100, and has no gradient."""
+    """ln 100 rounded to float32 is above ln 100 and has no gradient, as in torch.clamp."""
     case = Case(1, (8, 8), 3, 16, 4, 2, has_logit_scale=True)
     inputs = case.inputs(torch.float32)
     bound = torch.tensor(math.log(100.0))
@@ -248,7 +248,7 @@ def test_logit_scale_at_the_clamp():
 
 
 def test_rows_too_short_to_be_normalised():
-    """A row shorter than 1e-12 is divided by 1e-12: a constant, so its gradient is what any row's would be there."""
+    """A row shorter than 1e-12 is divided by the constant 1e-12, so its gradient is only scaled."""
     case = Case(1, (8, 8), 2, 16, 4, 2, has_logit_scale=True)
     inputs = case.inputs(torch.float32)
     inputs["qkv"][0, 2, 2, :64] = 0  # q and k of all heads
@@ -265,7 +265,7 @@ def test_rows_too_short_to_be_normalised():
 
 
 def test_large_scores():
-    """Scores of +-1e4: the softmax picks one key, and the exponential must not overflow."""
+    """With scores of +-1e4 the softmax picks one key, and the exponential must not overflow."""
     case = Case(1, (14, 14), 2, 32, 7, 3)
     inputs = case.inputs(torch.float32)
     inputs["qkv"] = inputs["qkv"] * 40
@@ -278,7 +278,7 @@ def test_large_scores():
 
 
 def test_float16_near_overflow():
-    """Products beyond float16's range are held in float32, a result just within it survives."""
+    """Products beyond float16's range stay in float32, and a result just within the range survives."""
     case = Case(1, (8, 8), 1, 32, 4, 0, has_table=False)
     inputs = case.inputs(torch.float16)
     inputs["qkv"] = inputs["qkv"].sign() * 6e4
@@ -293,12 +293,12 @@ def test_float16_near_overflow():
 def test_nan_stays_in_its_window(dtype):
     case = Case(1, (8, 8), 2, 8, 4, 0)
     inputs = case.inputs(dtype)
-    inputs["qkv"][0, 1, 2, 3] = math.nan  # of q, of head 0: one query row
+    inputs["qkv"][0, 1, 2, 3] = math.nan  # affects one query row
     out = packed(inputs["qkv"], inputs["bias_table"], **case.arguments())
     expected = torch.zeros(8, 8, 16, dtype=torch.bool)
     expected[1, 2, :8] = True
     assert torch.equal(out[0].isnan(), expected)
-    inputs["qkv"][0, 5, 6, 16 + 3] = math.nan  # of k: the whole window, of head 0
+    inputs["qkv"][0, 5, 6, 16 + 3] = math.nan  # affects the whole window
     out = packed(inputs["qkv"], inputs["bias_table"], **case.arguments())
     expected[4:, 4:, :8] = True
     assert torch.equal(out[0].isnan(), expected)
@@ -306,7 +306,7 @@ def test_nan_stays_in_its_window(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding(dtype):
-    """With one token a window the output is v itself: every float of the format, infinities and subnormals too."""
+    """With one token per window the output is v, for every float of the format, infinities and subnormals too."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = bits.view(dtype)
     values = values[~values.isnan()]

@@ -36,7 +36,7 @@ def library() -> Iterator[emulation.WindowAttentionLibrary]:
 
 @each_case
 def test_maps_have_the_same_bits_for_any_number_of_multiprocessors(library, case, dtype) -> None:
-    """The gradients of parameters do not: they are sums over blocks, whose number depends on the GPU."""
+    """Gradients of parameters may differ: they are sums over blocks, whose number depends on the GPU."""
     inputs, arguments = case.inputs(dtype), case.arguments()
     results = []
     for multiprocessors in (1, 2, 200):

@@ -1,4 +1,4 @@
-"""The emulator that the CUDA kernels are tested with computes what the instructions do and sees mistakes."""
+"""The emulator for CUDA kernels computes the instructions correctly and detects mistakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emul
 
 @pytest.fixture(params=[0, 1, 2])
 def library(request: pytest.FixtureRequest) -> emulation.Library:
-    """Under several schedules."""
+    """The emulator's library under several schedules."""
     built = emulation.self_test_library()
     built.configure(seed=request.param)
     return built
@@ -75,7 +75,7 @@ def test_transposing_ldmatrix(library):
 
 @pytest.mark.parametrize(("how", "row_limit"), [(0, 32), (1, 32), (2, 32), (3, 32), (3, 27), (3, 17)])
 def test_packed_fragments_reach_their_rows(library, how, row_limit):
-    """By stmatrix and without it; what lies past the limits stays."""
+    """With and without stmatrix, rows are written, and those past the limit keep their values."""
     x = library.copy(
         torch.randint(1, 2**31 - 1, (16, 20), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     )
@@ -145,7 +145,7 @@ def test_mistakes_are_reported(library, mistake):
     x = library.copy(torch.zeros(64))
     with pytest.raises(emulation.LaunchError, match=MISTAKES[mistake]):
         library.check(library.functions.self_mistake(*_pointers(x), 64, mistake))
-    library.check(library.functions.self_mistake(*_pointers(x), 64, 0))  # the next launch is none the worse
+    library.check(library.functions.self_mistake(*_pointers(x), 64, 0))  # the next launch is unaffected
 
 
 @pytest.mark.parametrize("portable", [False, True])

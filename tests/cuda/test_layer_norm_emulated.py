@@ -37,8 +37,8 @@ def expanding(*shape: int, factor: tuple[int, int, int] = (1, 2, 2)) -> NormCase
     return NormCase("layer_norm", shape, factor=factor)
 
 
-# Rows of 1 to 2,304 elements: single elements, fours and eights, few and many vectors a thread, one thread to several
-# warps, all lanes at work or not.
+# Rows of 1 to 2,304 elements: single elements, fours and eights, few and many vectors per thread, one thread to several
+# warps, all lanes busy or not.
 LENGTHS = (1, 3, 8, 30, 40, 96, 97, 100, 128, 180, 768, 1536, 2304)
 ROWS = [plain(72), *(plain(3, 5, length) for length in LENGTHS)]
 MERGING = [
@@ -51,7 +51,7 @@ MERGING = [
     merging(1, 3, 4, 128),
     merging(1, 1, 5, 384),
 ]
-# Of every order in 2D, frame by frame in 3D, and in 3D.
+# Every order in 2D, frame by frame in 3D, and in full 3D.
 ORDERS = [
     merging(*shape, factor=factor, order=order)
     for order in MERGING_ORDERS
@@ -134,7 +134,7 @@ def test_parts_of_the_checks_are_those_of_the_reference(case):
     torch.testing.assert_close(reference.layer_norm(case.rows(x)), expected)
 
 
-# One of each op and layout, small, in vectors and in single elements.
+# One small case of each op and layout, in vectors and in single elements.
 KINDS = [
     plain(2, 5, 96),
     merging(1, 3, 6, 48),
@@ -160,8 +160,8 @@ def test_parameters_in_half_precision(library, case, dtype):
     check(library, replace(case, parameter_dtype=dtype))
 
 
-# bfloat16 numbers near 1000 are 4 apart, so the branch that post norm normalises is float32. The rounding of the mean
-# is most of the error: of enough rows for its size not to be chance.
+# bfloat16 numbers near 1000 are 4 apart, so the branch that post norm normalises is float32. Rounding of the mean is
+# most of the error; there are enough rows to estimate its size.
 FAR_FROM_ZERO = [
     replace(case, shape=(4 * case.shape[0], *case.shape[1:]), pair=pair, offset=1000.0)
     for case in KINDS
@@ -172,7 +172,7 @@ FAR_FROM_ZERO = [
 
 @pytest.mark.parametrize("case", FAR_FROM_ZERO, ids=str)
 def test_rows_far_from_zero(library, case):
-    """The mean is a thousand times the deviation: a variance of squares minus the square would be all noise."""
+    """The mean is a thousand times the deviation: the mean square minus the squared mean would be all noise."""
     check(library, case)
 
 
@@ -220,14 +220,14 @@ def test_same_bits_whatever_the_schedule(library, case):
 @pytest.mark.parametrize("multiprocessors", [1, 3, 100])
 @pytest.mark.parametrize("case", [merging(3, 6, 6, 8), plain(41, 24), plain(7, 768)], ids=str)
 def test_any_number_of_multiprocessors(library, case, multiprocessors):
-    """From one block that loops over everything to more blocks than there is work."""
+    """The range is from one block that loops over everything to more blocks than there is work."""
     library.configure(multiprocessors=multiprocessors)
     check(library, case)
 
 
 @pytest.mark.parametrize("case", [merging(3, 24, 24, 8), plain(600, 24)], ids=str)
 def test_only_gradients_of_parameters_depend_on_the_number_of_multiprocessors(library, case):
-    """As docs/numerics.md says: they are sums over blocks."""
+    """Gradients of parameters are sums over blocks, as docs/numerics.md states."""
     inputs = case.inputs()
     results = []
     for multiprocessors in (1, 3, 100):

@@ -1,4 +1,4 @@
-"""The norms on a real GPU: the ops case by case as in the emulator, and the public functions around them."""
+"""The norms on a real GPU: the ops case by case as in the emulator, and the public functions that use them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(UNAVAILABLE is not None, reaso
 DEVICE = "cuda"
 OPS = torch.ops.swinkernels
 
-# What models call them with, at the sizes whose speed is a goal, but for the batch.
+# The calls of models, at the sizes with a speed goal, except for the batch.
 MODELS = [
     NormCase("patch_merging_norm", (4, 56, 56, 96), factor=(1, 2, 2)),
     NormCase("patch_merging_norm", (4, 28, 28, 192), factor=(1, 2, 2)),
@@ -86,7 +86,7 @@ def test_same_input_same_bits(case: NormCase) -> None:
 
 
 def spread(x: Tensor) -> Tensor:
-    """The same numbers, neither contiguous nor aligned."""
+    """Copy x to memory that is neither contiguous nor aligned."""
     memory = x.new_empty(2 * x.numel() + 1)
     view = memory[1:].view(*x.shape, 2)[..., 0]
     return view.copy_(x)
@@ -175,7 +175,7 @@ PUBLIC: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
 
 
 def run_public(name: str, inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
-    """Results and the gradient of every input."""
+    """Return the results and the gradient of every input."""
     function, _ = PUBLIC[name]
     leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items()}
     # The order of the arguments is that of the functions; patch_merging and patch_expanding name them differently.
@@ -192,7 +192,7 @@ def run_public(name: str, inputs: dict[str, Tensor], backend: str) -> list[Tenso
 
 
 def assert_close(got: list[Tensor], exact: list[Tensor], eps: float) -> None:
-    """That the parts are put together right; the ops themselves have the budgets above."""
+    """Check the composition of the parts; the ops themselves have the budgets above."""
     for i, (g, e) in enumerate(zip(got, exact, strict=True)):
         assert g.shape == e.shape
         error = (g.cpu().double() - e.double()).norm() / e.double().norm()
@@ -212,10 +212,10 @@ def test_public_functions(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("low", [F16, BF16], ids=str)
 @pytest.mark.parametrize("name", PUBLIC)
 def test_autocast(name: str, low: torch.dtype) -> None:
-    """Parameters and the stream are float32, what a Linear reads and writes is not; gradients are float32 again."""
+    """Parameters and stream are float32, the Linear's input and output are not; gradients are float32 again."""
     inputs = {n: x.to(DEVICE) for n, x in PUBLIC[name][1].items()}
     if "y" in inputs:
-        inputs["y"] = inputs["y"].to(low)  # from the Linear that ends a branch
+        inputs["y"] = inputs["y"].to(low)  # from the Linear at the end of a branch
     exact = run_public(name, {n: x.cpu().double() for n, x in inputs.items()}, "reference")
     with torch.autocast(DEVICE, low):
         got = run_public(name, inputs, "cuda")
@@ -274,7 +274,7 @@ def test_side_stream_and_cuda_graph(case: NormCase) -> None:
     ids=kind,
 )
 def test_more_than_two_to_the_31_elements(case: NormCase) -> None:
-    """The last images of a huge batch are what they are alone."""
+    """The last images of a huge batch have the same results as alone."""
     if torch.cuda.mem_get_info()[0] < 48 * 2**30:
         pytest.skip("needs 48 GiB of free GPU memory")
     case = replace(case, pair=(BF16, BF16), has_weight=False, has_bias=False)

@@ -73,7 +73,7 @@ def test_same_bits_whatever_the_schedule(library, name, dtype):
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 200])
 def test_any_number_of_multiprocessors(library, multiprocessors):
-    """Blocks that loop over strips and windows, and blocks that have one strip of one window each."""
+    """The range is from blocks that loop over strips and windows to blocks with one strip of one window each."""
     library.configure(multiprocessors=multiprocessors)
     for case in (Case(2, (12, 24), 1, 32, 12, 5), Case(3, (9, 16), 2, 16, 9, 4, has_pad_qkv=True)):
         check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16, rounds_unit_rows=True)
@@ -82,8 +82,10 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("slope", [6.0, -6.0], ids=["rising", "falling"])
 def test_scores_far_apart(library, dtype, slope):
-    """Scores of up to 132, the largest one late or early: in bfloat16 sums leave the range that needs no maximum, in
-    float16 the maximum moves from block to block."""
+    """Scores of up to 132, with the largest early or late.
+
+    In bfloat16 sums leave the range without a maximum, in float16 the maximum moves from block to block.
+    """
     case = Case(1, (12, 24), 1, 32, 12, 0)
     inputs = case.inputs(dtype)
     offset = torch.arange(23.0) - 11
@@ -100,7 +102,7 @@ def test_scores_far_apart(library, dtype, slope):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [(9, 9), (14, 14)], ids=str)
 def test_what_lies_past_the_window_takes_no_part(library, window, dtype):
-    """Steps of 16 end 15 or 12 tokens past the window; with them rows would sum to 1.06 or more."""
+    """Steps of 16 end 15 or 12 tokens past the window; including these, rows would sum to 1.06 or more."""
     case = Case(1, window, 1, 32, window, 0)
     inputs = case.inputs(dtype)
     got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
@@ -112,7 +114,7 @@ def test_what_lies_past_the_window_takes_no_part(library, window, dtype):
 
 
 def test_what_is_not_finite_stays_in_its_window(library):
-    """Rows that fill up the last block hold another window's tokens in turn."""
+    """The rows that fill up the last block belong to another window each time."""
     case = Case(2, (9, 18), 1, 24, 9, 0, has_table=False)
     inputs = case.inputs(torch.bfloat16)
     library.configure(multiprocessors=1)
@@ -126,7 +128,7 @@ def test_what_is_not_finite_stays_in_its_window(library):
 
 
 def test_1024_tokens_take_no_memory_for_scores(library):
-    """At batch 8 and 12 heads of 32, one window an image, on a device of 132 multiprocessors with 227 KB a block."""
+    """Batch 8, 12 heads of 32, one window per image, on a device of 132 multiprocessors with 227 KB per block."""
     library.configure(multiprocessors=132)
     case = Case(8, (32, 32), 12, 32, 32, 0)
     qkv, table = torch.empty(8, 32, 32, 3 * 12 * 32, dtype=torch.bfloat16), torch.empty(63 * 63, 12)

@@ -1,8 +1,8 @@
 """No CUDA kernel spills registers or keeps an array in local memory, and the kernels stay within the build's budget.
 
-Those of the built extension, and of every source for each architecture that the compiler has. Also a command:
-``python -m tests.cuda.test_resources object_or_library...`` prints what every kernel in it takes and fails if one uses
-the stack.
+The tests cover the built extension, and every source for each architecture that the compiler supports. Also a command:
+``python -m tests.cuda.test_resources object_or_library...`` prints the resources of every kernel in it, and fails if
+one uses the stack.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(1024, 2) spilling(float* x) {
 }
 __global__ void plain(float* x) { x[threadIdx.x] = 1.0f; }
 """
-# What cuobjdump 13.1 prints for it.
+# cuobjdump 13.1's output for a kernel.
 _REPORT = """
 Fatbin elf code:
 ================
@@ -86,7 +86,7 @@ code version = [9,0]
 
 
 class KernelResources(NamedTuple):
-    """What one kernel takes on one architecture; bytes are per thread but for shared_bytes, which is per block."""
+    """The resources of one kernel on one architecture; bytes are per thread except shared_bytes, which is per block."""
 
     arch: str
     kernel: str  # mangled
@@ -105,7 +105,7 @@ needs_compiler = pytest.mark.skipif(NOT_THERE is not None, reason=str(NOT_THERE)
 
 
 def parse_resource_usage(report: str) -> list[KernelResources]:
-    """The kernels in the output of ``cuobjdump --dump-resource-usage``."""
+    """Parse the output of ``cuobjdump --dump-resource-usage``."""
     kernels, arch, kernel = [], None, None
     for line in report.splitlines():
         if match := re.match(r"arch = (\w+)", line.strip()):
@@ -121,7 +121,7 @@ def parse_resource_usage(report: str) -> list[KernelResources]:
 
 
 def resource_usage(path: str | Path) -> list[KernelResources]:
-    """What the kernels in an object file or library take, per architecture."""
+    """Return the resources of the kernels in an object file or library, per architecture."""
     return parse_resource_usage(run([tool("cuobjdump"), "--dump-resource-usage", path]))
 
 
@@ -160,7 +160,7 @@ def test_every_kernel_is_built_for_every_architecture(built):
     assert len(set(map(frozenset, kernels.values()))) == 1, {arch: len(names) for arch, names in kernels.items()}
     listed = (re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", a) for a in _extension.build["arch_list"])
     assert kernels.keys() >= {f"sm_{m[1]}{m[2]}" for m in listed if m}
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():  # the default
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():  # the default architectures
         assert kernels.keys() >= {"sm_80", "sm_90"}
 
 
@@ -203,9 +203,9 @@ def test_no_source_spills_on_any_architecture(arch: str, source: Path) -> None:
     assert_no_local_memory(resource_usage(compile_one(ROOT, arch, source)))
 
 
-# Of the two sources that most calls run and that take most of the build, for one architecture: bytes of the object, and
-# the compiler's CPU seconds in units of those that it takes for _YARDSTICK, measured next to them, so that the machine
-# and its load do not count.
+# For the two sources that most calls run and that dominate the build, for one architecture: bytes of the object, and
+# the compiler's CPU seconds in units of those for _YARDSTICK, measured next to them, so that the machine and its load
+# do not count.
 HOT_SOURCES = ("fwd_bfloat16", "bwd_bfloat16")
 BUDGET_CSV = ROOT / "benchmarks" / "results" / "build.csv"
 MOST_GROWTH = 1.2
@@ -236,7 +236,7 @@ def _cpu_seconds(arch: str, source: Path, out: Path) -> float:
 
 
 def measure_build(arch: str, folder: Path) -> dict[str, str]:
-    """A row of build.csv."""
+    """Return a row of build.csv."""
     (folder / "yardstick.cu").write_text(_YARDSTICK)
     seconds = size = 0.0
     unit = _cpu_seconds(arch, folder / "yardstick.cu", folder / "yardstick.o")

@@ -22,8 +22,8 @@ from tests.support.philox import kept_weights, philox
 
 pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 
-# As torch.finfo counts, for 10 bits of mantissa. Attention in float64 whose matrix products round their operands to
-# TF32, and nothing else, has RMS errors of 0.42 to 0.50 of this in the gradients of q, k and v.
+# torch.finfo's eps for 10 bits of mantissa. Attention in float64 that only rounds the operands of matrix products to
+# TF32 has RMS errors of 0.42 to 0.50 of this in the gradients of q, k and v.
 TF32_EPS = 2.0**-10
 
 
@@ -52,7 +52,7 @@ class _Tf32Product(torch.autograd.Function):
 
 
 def _matmul_in_tf32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b as a GPU computes it with torch's TF32 switch on, if they are float32."""
+    """a @ b as a GPU computes it with torch's TF32 switch on, if both are float32."""
     return _Tf32Product.apply(a, b) if a.dtype == torch.float32 else torch.matmul(a, b)
 
 
@@ -67,8 +67,8 @@ def _check(
         op = functools.partial(library.window_attention_qkvpacked, allow_tf32=True, **arguments)
         with pytest.MonkeyPatch.context() as patch:
             if case.has_logit_scale:
-                # Cosines, and what TF32 rounds off their operands, are multiplied by up to 100. The plain code, which
-                # does the same, shows how much that is.
+                # A factor of up to 100 multiplies the cosines and their operands' TF32 rounding. Plain code with the
+                # same rounding shows by how much.
                 patch.setattr(Tensor, "__matmul__", _matmul_in_tf32)
             return check_window_attention(op, case, torch.float32, eps=TF32_EPS, seed=seed, rounds_unit_rows=True)
     op = functools.partial(library.window_attention_qkvpacked, **arguments)
@@ -81,7 +81,7 @@ def _regions(*frame: int) -> Tensor:
 
 ROLL_THEN_PAD = {"pad_order": "roll_then_pad"}
 MASKED_OUT = {"mask_value": -math.inf}
-# Windows of 4 to 256 tokens, each with another head_dim, size and padding: what chooses tiles, loops and tails.
+# Windows of 4 to 256 tokens, each with another head_dim, size and padding, to cover tiles, loops and tails.
 WINDOWS = [
     Case(2, (4, 6), 2, 8, 2, 1),
     Case(2, (7, 5), 1, 16, 3, 1, has_pad_qkv=True),
@@ -102,7 +102,7 @@ ODD_HEAD_DIMS.append(Case(1, (9, 10), 1, 30, (9, 10), 3, has_pad_qkv=True))
 ARITHMETICS = ["bfloat16", "float16", "float32", "tf32"]
 COSINE = {"has_logit_scale": True}
 DENSE = {"has_table": False, "bias_types": 0}
-# v2 and dense biases, in short and long windows, with everything that they meet.
+# v2 and dense biases, in short and long windows, combined with all other options.
 FEATURES = {
     "v2": Case(2, (12, 14), 3, 32, 7, 3, has_pad_qkv=True, **COSINE),
     "v2, small window": Case(2, (7, 8), 2, 16, 4, 1, has_pad_qkv=True, **COSINE),
@@ -123,7 +123,7 @@ FEATURES = {
     "types, long window": Case(2, (18, 9), 2, 16, 9, 4, has_table=False, bias_types=2),
     "types, long window, pads, v2": Case(1, (17, 8), 1, 24, 9, 4, False, True, True, 2),
 }
-# Of 343 tokens and more: the published ones, at few heads.
+# Windows of 343 tokens and more: the published ones, with few heads.
 LONG = {
     "MONAI": Case(1, (7, 8, 7), 1, 16, 7, 3, has_pad_qkv=True),
     "MONAI, head_dim 4, v2": Case(1, (7, 7, 7), 1, 4, 7, 0, **COSINE),
@@ -132,7 +132,7 @@ LONG = {
     "1024 tokens": Case(1, (32, 31), 1, 16, 32, 3, has_pad_qkv=True),
     "1024 tokens, dense": Case(1, (32, 32), 1, 16, 32, 0, **DENSE),
 }
-# What the geometry can say, on maps where each matters.
+# All geometry options, on maps where each matters.
 GEOMETRY = {
     "no table": Case(1, (7, 8), 2, 32, 4, 1, has_table=False, has_pad_qkv=True),
     "no table, long window": Case(1, (12, 24), 2, 32, 12, 6, has_table=False),
@@ -165,7 +165,7 @@ GEOMETRY = {
     "long window decoded in a larger one": Case(1, (9, 10), 1, 16, (9, 10), 0, options={"table_window": (10, 12)}),
     "3D, long window": Case(1, (2, 8, 10), 1, 16, (2, 8, 8), (1, 4, 4), has_pad_qkv=True),
     "large bias table": Case(1, (6, 16, 2), 1, 16, (6, 16, 2), 0, options={"table_window": (10, 16, 10)}),
-    # Most keys alike: what is left over of the sums of P, were it not taken out, would add up.
+    # Most keys are alike: the errors of the sums of P would add up without the correction.
     "nearly all pads": Case(1, (16, 1), 1, 32, (7, 6), has_table=False, has_pad_qkv=True, options=ROLL_THEN_PAD),
     "nearly all pads, long": Case(3, (1, 11), 3, 24, (9, 16), 0, has_pad_qkv=True, options={"scale": 0.1}),
     "many heads": Case(1, (4, 4), 24, 8, 4, 1),
@@ -218,13 +218,13 @@ def test_exact_products_do_not_add_up_the_rounding_of_lse(library, seed):
     case = GEOMETRY["nearly all pads, long"]
     got = _check(library, case, "float32", seed=seed)["dbias_table"].double()
     terms = cancelling_terms(case, {k: x.double() for k, x in case.inputs(torch.float32, seed=seed).items()})
-    # Without the correction up to 8.6 of these units are left over, with it at most 2.6.
+    # Without the correction the error is up to 8.6 of these units, with it at most 2.6.
     unit = 2.0**-27 * terms["dbias_table"].sum(0)
     assert (got.sum(0).abs() <= 3 * unit).all()
 
 
 def _map(draw: st.DrawFn, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Size, window and shift."""
+    """Draw size, window and shift."""
     window = tuple(draw(st.integers(1, 11 if rank == 2 else 5), label="window") for _ in range(rank))
     size = tuple(draw(st.integers(1, 2 * w + 1), label="size") for w in window)
     return size, window, tuple(draw(st.integers(0, w - 1), label="shift") for w in window)
@@ -259,7 +259,7 @@ def _cases(draw: st.DrawFn) -> Case:
         draw(st.integers(1, 3)),
         size,
         draw(st.integers(1, 3)),
-        # With fewer than 4 the plain float32 code happens to be exact: unit rows are all ones.
+        # With fewer than 4 the plain float32 code happens to be exact, because unit rows are all ones.
         draw(st.integers(4 if cosine else 1, 40)),
         window,
         shift,
@@ -277,8 +277,8 @@ def test_any_case(case, arithmetic):
     built = emulation.window_attention_library()
     built.configure()
     op, dtype = built.window_attention_qkvpacked, getattr(torch, arithmetic)
-    # Few numbers average too few rounding errors. With cosines times 100 one key of a row is left: what remains of its
-    # dS, which sum to zero, is rounding error, and in float16 below its range.
+    # Few numbers average too few rounding errors. With cosines times 100 one key of a row dominates: its dS, which sum
+    # to zero, are rounding errors, and in float16 below its range.
     assume(not (case.has_logit_scale and dtype == torch.float16))
     eps = torch.finfo(dtype).eps * (2 if dtype != torch.float32 else 64 if case.has_logit_scale else 4)
     check_window_attention(op, case, dtype, eps=eps, cancels=True)
@@ -299,7 +299,7 @@ DROPOUT = {
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout(library, name, arithmetic, monkeypatch):
-    """The reference with the weights that the kernels' generator keeps, outputs and gradients."""
+    """Outputs and gradients equal the reference's with the weights that the kernels' generator keeps."""
     case, seed = DROPOUT[name], -(2**62) + 12345
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
     shape = (case.batch, windows, case.num_heads, math.prod(case.window_tuple))
@@ -316,11 +316,11 @@ def test_dropout_rate_and_seeds():
         rows, columns = kept.double().mean((0, 1, 2, 4)), kept.double().mean((0, 1, 2, 3))
         assert ((rows - 0.7).abs() < 0.1).all() and ((columns - 0.7).abs() < 0.1).all()
     agreement = (a == b).double().mean()
-    assert abs(agreement - (p * p + (1 - p) ** 2)) < 0.01  # as of independent draws
+    assert abs(agreement - (p * p + (1 - p) ** 2)) < 0.01  # the value for independent draws
 
 
 def test_philox_is_that_of_the_paper():
-    """Known answers of the authors' library, Random123 (kat_vectors, philox4x32 10)."""
+    """Known answers from the authors' library, Random123 (kat_vectors, philox4x32 10)."""
     answers = {
         (0x00000000,) * 6: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
         (0xFFFFFFFF,) * 6: (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
@@ -334,7 +334,7 @@ def test_philox_is_that_of_the_paper():
 
 
 def test_dscores_beyond_float16(library):
-    """dP = dout v^T may be far above 65504 although every gradient is a float16."""
+    """dP = dout v^T may be far above 65504 although every gradient fits float16."""
     for case in (
         Case(2, (14, 7), 2, 32, 7, 3, has_pad_qkv=True),
         Case(2, (14, 7), 2, 32, 7, 3, has_pad_qkv=True, **COSINE),
@@ -343,7 +343,7 @@ def test_dscores_beyond_float16(library):
     ):
         inputs = case.inputs(torch.float16)
         qkv = inputs["qkv"].unflatten(-1, (3, -1))
-        # Of one image in three, so that blocks of rows differ in how much they must be scaled.
+        # In one image of three, so that blocks of rows need different scaling.
         qkv[..., 2, :] *= 500
         inputs["dout"][:, ::3] *= 500
         if not case.has_logit_scale:
@@ -362,7 +362,7 @@ def test_dscores_beyond_float16(library):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_is_not_finite_stays_in_its_window(library, dtype):
-    """Rows and columns that fill up tiles are zero again for the windows that come after, or nothing asks for them."""
+    """Rows and columns that fill up tiles are zeroed again for later windows, or are never read."""
     for head_dim in (10, 16, 24, 30, 32):
         case = Case(4, (7, 14), 1, head_dim, 7, 0, has_table=False)
         inputs = case.inputs(dtype)
@@ -394,7 +394,7 @@ def test_rows_of_length_zero(library, size):
 
 
 def test_clamped_logit_scale_has_no_gradient(library):
-    """torch clamps at ln 100 in double, which the float nearest to it is above."""
+    """torch clamps at ln 100 in double, below the nearest float."""
     case = Case(1, (8, 8), 3, 16, 4, 1, **COSINE)
     inputs = case.inputs(torch.float32)
     above = torch.tensor(math.log(100.0))
@@ -434,7 +434,7 @@ def test_same_bits_whatever_the_schedule(library, case, arithmetic):
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 7, 200])
 def test_any_number_of_multiprocessors(library, multiprocessors):
-    """From one block that loops over everything to more blocks than there is work."""
+    """The range is from one block that loops over everything to more blocks than there is work."""
     library.configure(multiprocessors=multiprocessors)
     for case in (
         Case(3, (8, 6), 2, 32, 4, 1, has_pad_qkv=True),
@@ -446,7 +446,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 
 
 def test_rows_of_a_larger_tensor(library):
-    """Heads, rows and images need not be next to each other. (With head_dim 16 the kernels would not be the same.)"""
+    """Heads, rows and images may have gaps. (With head_dim 16 the kernels would differ.)"""
     case = Case(2, (7, 6), 2, 8, 4, 1, has_pad_qkv=True)
     inputs = case.inputs(torch.float16)
     dense = library.run(**inputs, **case.arguments())
@@ -530,7 +530,7 @@ def test_inference_without_lse_has_the_bits_of_training(library, case, arithmeti
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shift", [-300.0, -200.0, -60.0, 60.0, 200.0, "rows"], ids=str)
 def test_scores_far_from_zero(library, shift, dtype):
-    """What is added to all scores of a row changes nothing: bfloat16 looks for the maximum only where it has to."""
+    """A constant added to all scores of a row changes nothing: bfloat16 computes the maximum only where needed."""
     case = SHORT16["dense"]
     inputs = case.inputs(dtype)
     offset = torch.linspace(-250, 250, 49)[:, None] if shift == "rows" else shift
@@ -547,7 +547,7 @@ def test_scores_far_from_zero(library, shift, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_of_200(library, dtype):
-    """From large q and k, of either sign, beside windows of ordinary scores."""
+    """Large q and k of either sign give such scores, in a map with windows of ordinary scores."""
     case = SHORT16["seams"]
     inputs = case.inputs(dtype)
     inputs["qkv"].unflatten(-1, (3, -1))[:1, :, :, :2] *= 200**0.5
@@ -562,7 +562,7 @@ def test_scores_of_200(library, dtype):
 
 
 def _window_tokens(size, window, shift, item):
-    """The numbers of a window's tokens, for sizes that are multiples of the window."""
+    """Return the numbers of a window's tokens, for sizes that are multiples of the window."""
     columns = size[1] // window[1]
     first = item // columns * window[0] + shift[0], item % columns * window[1] + shift[1]
     y, x = ((first[axis] + torch.arange(window[axis])) % size[axis] for axis in range(2))
@@ -584,7 +584,7 @@ def test_what_32_bits_do_not_number_goes_to_the_general_kernel(library):
 
 
 def test_lse(library):
-    """The log-sum-exp of the scores, in natural units, in the order (batch, window, head, query)."""
+    """lse is the log-sum-exp of the scores, in natural units, in the order (batch, window, head, query)."""
     case = Case(2, (4, 8), 2, 16, 4, 0)
     inputs = case.inputs(torch.float16)
     lse = library.run(**inputs, **case.arguments())["lse"]
@@ -593,7 +593,7 @@ def test_lse(library):
     offset = (token // 4)[:, None] - (token // 4) + 3, (token % 4)[:, None] - token % 4 + 3
     bias = inputs["bias_table"].double()[offset[0] * 7 + offset[1]].permute(2, 0, 1)
     expected = torch.logsumexp(q @ k.mT / math.sqrt(16) + bias, -1)
-    # The sum of probabilities is that of the rounded ones, by which the output is divided.
+    # lse sums the rounded probabilities, which also divide the output.
     torch.testing.assert_close(lse.double(), expected, rtol=0, atol=torch.finfo(torch.float16).eps / 2)
 
 
@@ -627,7 +627,7 @@ def test_what_has_no_kernel_is_refused(library, case):
 
 @pytest.mark.slow
 def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> None:
-    """Windows of one token: out is v, and dv is dout but for rounding, so a window met twice or never is seen."""
+    """Windows of one token: out is v, and dv is dout up to rounding, so a window visited twice or never shows."""
     images, size = 3, (148, 149)
     generator = torch.Generator().manual_seed(0)
     qkv, dout = (torch.randn(images, *size, c, generator=generator).bfloat16() for c in (96, 32))
@@ -637,7 +637,7 @@ def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> N
     q, k, v = qkv.chunk(3, dim=-1)
     dq, dk, dv = got["dqkv"].reshape(qkv.shape).chunk(3, dim=-1)
     assert torch.equal(got["out"].reshape(v.shape), v)
-    # The probability is one but for the rounding of lse, so that these would be dout and zero.
+    # The probability is one up to the rounding of lse; with one the gradients would be exactly dout and zero.
     torch.testing.assert_close(dv, dout, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
     most = torch.finfo(torch.bfloat16).eps * (dout.double() * v.double()).sum(-1).abs().max()
     for name, x, factor in (("dq", dq, k), ("dk", dk, q)):

@@ -1,4 +1,4 @@
-"""The backends on a real GPU: `make gpu-test` runs this file, and everything else that is marked gpu."""
+"""The backends on a real GPU: `make gpu-test` runs this file and all other tests marked gpu."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_opcheck(backend: str, form: str) -> None:
     opcheck_forward_and_backward(form, suffix, op_arguments(case, form, torch.float32, DEVICE))
 
 
-# What the CUDA kernels choose tiles and loops by; test_triton.py has what its kernels choose by.
+# Covers the CUDA kernels' choices of tiles and loops; tests/triton covers those of Triton's kernels.
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", [*WINDOWS, *HEAD_DIMS, *ODD_HEAD_DIMS, *LONG.values()], ids=str)
@@ -97,7 +97,7 @@ def test_cosine_attention_and_dense_biases(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference with the weights that the kernels' generator keeps."""
+    """The reference uses the weights that the kernels' generator keeps."""
     case = DROPOUT[name]
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(3))
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
@@ -188,8 +188,8 @@ def test_side_stream_and_cuda_graph(backend: str) -> None:
 
 
 def test_a_device_that_is_not_the_current_one(backend: str) -> None:
-    """Kernels run where the tensors are, the current device stays what it is, and what is known of a call of one device
-    is not taken for another's.
+    """Kernels run on the device of the tensors, the current device does not change, and a cached decision for one
+    device does not serve another.
     """
     if torch.cuda.device_count() < 2:
         pytest.skip("torch sees one CUDA GPU")
@@ -221,7 +221,7 @@ def test_a_call_is_the_same_on_every_stream() -> None:
 
 
 def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
-    """And forward and backward of one replay draw the same: out is linear in v, so (out, dout) is (v, dv)."""
+    """Forward and backward of one replay draw the same: out is linear in v, so (out, dout) is (v, dv)."""
     case = WindowAttentionCase(8, (28, 28), 6, 32, 7, 3, options={"dropout_p": 0.3})
     inputs = case.inputs(torch.float32, DEVICE)
     qkv = inputs["qkv"].requires_grad_()
@@ -249,7 +249,7 @@ def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
 
 
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
-    """The last images of a huge batch are what they are alone; there are more than 2 ** 16 windows, too."""
+    """The last images of a huge batch have the same results as alone; there are more than 2 ** 16 windows, too."""
     batch = 2400
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
@@ -279,12 +279,12 @@ def test_auto_takes_the_best_backend_and_autocast_casts() -> None:
 @pytest.mark.parametrize("fullgraph", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 def test_accelerated_timm_model(backend: str, name: str, fullgraph: bool) -> None:
-    """Logits and gradients of a whole model in float32: those of timm up to the order of summation."""
+    """Logits and gradients of a whole model in float32 equal timm's up to the order of summation."""
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=224, num_classes=10, drop_path_rate=0.0).to(DEVICE).eval()
     for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):  # v2 starts with weights of 0: its branches would do nothing
+        if isinstance(module, torch.nn.LayerNorm):  # v2 starts with weights of 0, with which its branches are zero
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     accelerated = copy.deepcopy(model)
     report = swinkernels.accelerate(accelerated, backend=backend)

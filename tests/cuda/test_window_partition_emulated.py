@@ -1,6 +1,6 @@
 """The CUDA kernels of window_partition and window_reverse, run on the CPU by the emulator, against the reference.
 
-They move bytes, so the results are compared bit for bit, and the bytes are random ones.
+They move bytes, so the results are compared bit for bit, and the data are random bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.emulation.window_partition import WindowPartitionLibrary, window_part
 pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 
 PAD_ORDERS = ("pad_then_roll", "roll_then_pad")
-DTYPES = (torch.int8, torch.bfloat16, torch.float32, torch.complex64, torch.complex128)  # of 1, 2, 4, 8 and 16 bytes
+DTYPES = (torch.int8, torch.bfloat16, torch.float32, torch.complex64, torch.complex128)  # 1, 2, 4, 8 and 16 bytes
 
 
 class Case(NamedTuple):
@@ -65,7 +65,7 @@ def library(built: WindowPartitionLibrary) -> Iterator[WindowPartitionLibrary]:
 
 
 def draw(library: emulation.Library, shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Random bytes between inaccessible pages."""
+    """Draw random bytes between inaccessible pages."""
     count = math.prod(shape) * dtype.itemsize
     generator = torch.Generator().manual_seed(seed)
     data = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator).view(dtype)
@@ -79,7 +79,7 @@ def assert_same_bits(got: Tensor, expected: Tensor) -> None:
 
 
 def expected_windows(x: Tensor, case: Case) -> Tensor:
-    """By the reference, and for shifts that it does not take by a roll of the map or of the frame."""
+    """Return the reference's windows; shifts that it does not accept become a roll of the map or of the frame."""
     if all(s < w for s, w in zip(case.shift, case.window, strict=True)):
         return reference.window_partition(x, case.window, case.shift, pad_order=case.pad_order)
     axes = tuple(range(1, x.dim() - 1))
@@ -90,7 +90,7 @@ def expected_windows(x: Tensor, case: Case) -> Tensor:
 
 
 def check(library: WindowPartitionLibrary, x: Tensor, case: Case, max_vectors: int = 0) -> None:
-    """Partition is what the reference says, and reverse takes windows back, whatever pad tokens hold."""
+    """Compare partition with the reference, and check that reverse restores the map, whatever pad tokens hold."""
     arguments = (case.window, case.shift, case.pad_order)
     windows = library.window_partition(x, *arguments, max_vectors=max_vectors)
     assert_same_bits(windows, expected_windows(x, case))
@@ -123,7 +123,7 @@ def test_widths(library, channels, dtype):
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 def test_rows_that_begin_anywhere(library, offset):
-    """A map and windows that are `offset` bytes off a multiple of 16: too wide a vector is an error of the emulator."""
+    """Map and windows begin `offset` bytes after a multiple of 16; too wide a vector is an error of the emulator."""
     case = Case(2, (5, 6), (4, 4), (1, 2))
     x = draw(library, (2, 5, 6, 48), torch.uint8)[..., offset : offset + 16]
     check(library, x, case)
@@ -133,7 +133,7 @@ def test_rows_that_begin_anywhere(library, offset):
 
 
 def with_odd_stride(library: emulation.Library, shape: Sequence[int], axis: int) -> Tensor:
-    """Rows of bytes whose step along one axis is not a multiple of 16, as all others are."""
+    """Make rows of bytes whose stride along one axis, unlike all others, is not a multiple of 16."""
     strides = [1]
     for i in reversed(range(len(shape) - 1)):
         strides.insert(0, math.ceil(strides[0] * shape[i + 1] / 16) * 16 + (i == axis))
@@ -142,7 +142,7 @@ def with_odd_stride(library: emulation.Library, shape: Sequence[int], axis: int)
 
 
 def test_every_stride_counts(library):
-    """One that is odd rules out wide vectors, whichever it is."""
+    """One odd stride, on any axis, rules out wide vectors."""
     case = Case(2, (5, 6), (4, 4), (1, 2))
     for axis in range(3):
         check(library, with_odd_stride(library, (2, 5, 6, 16), axis), case)
@@ -153,7 +153,7 @@ def test_every_stride_counts(library):
 
 
 def test_strides_of_any_kind(library):
-    """Channels of a wider map, axes in another order, images and rows with gaps, one image or window many times."""
+    """Channels of a wider map, permuted axes, images and rows with gaps, one image or window repeated."""
     for case, x in (
         (Case(2, (5, 6), (4, 4), (1, 2)), draw(library, (2, 5, 6, 40), torch.float16)[..., 8:24]),
         (Case(2, (6, 5), (4, 3), (1, 2)), draw(library, (2, 5, 6, 16), torch.float16).transpose(1, 2)),
@@ -177,15 +177,15 @@ def test_strides_of_any_kind(library):
 @pytest.mark.parametrize("windows", [1, 2, 3, 5, 7, 12, 20, 50])
 @pytest.mark.parametrize("size", [(3, 5, 7), (5, 7)], ids=str)
 def test_more_launches_than_one(library, size, windows):
-    """As a tensor of too many vectors for one launch: cut between images, slabs, rows of windows or windows."""
+    """Too many vectors for one launch are cut between images, slabs, rows of windows or windows."""
     vectors_per_window = 16
     case = Case(3, size, (2,) * len(size), (1,) * len(size))
-    channels = 4 * vectors_per_window // 2 ** len(size)  # four to a vector
+    channels = 4 * vectors_per_window // 2 ** len(size)  # four channels per vector
     check(library, draw(library, (3, *size, channels), torch.float32), case, windows * vectors_per_window)
 
 
 def test_reverse_does_not_read_pads(library):
-    """Windows that end with the last row that is not a pad token's."""
+    """The windows end with the last row that does not belong to a pad token."""
     if not library.catches_faults:
         pytest.skip("faults are caught on x86-64 Linux only")
     x, window, shift = draw(library, (1, 3, 3, 4), torch.float32), (4, 4), (0, 0)
@@ -217,7 +217,7 @@ def test_nothing_to_do(library, shape):
 
 
 def test_same_bits_whatever_the_schedule(library):
-    """Threads that ran before the addresses of all rows were there would show."""
+    """A thread that ran before all row addresses were written would show."""
     case = Case(2, (13, 11), (4, 4), (1, 3))
     x = draw(library, (2, 13, 11, 30), torch.float16)
     for seed in (1, 2, 3):

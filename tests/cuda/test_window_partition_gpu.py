@@ -59,7 +59,7 @@ def op(name: str, backend: str):
 
 
 def geometry(case: Case) -> tuple[list[int], list[int], bool]:
-    """As the ops take it: three values a list."""
+    """Return the geometry in the ops' form: three values per list."""
     leading = 3 - len(case.size)
     return [1] * leading + [*case.window], [0] * leading + [*case.shift], case.pad_order == "roll_then_pad"
 
@@ -84,7 +84,7 @@ def test_shapes(backend: str, case: Case, channels: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("pad_order", PAD_ORDERS)
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_geometry(backend: str, name: str, pad_order: str) -> None:
-    """By the ops, which take a shift of more than a window, too."""
+    """The ops, which also accept shifts of more than a window, handle every geometry."""
     case = GEOMETRY[name]._replace(pad_order=pad_order)
     x = draw(case.batch, *case.size, 12)
     windows = op("window_partition", backend)(x, *geometry(case))
@@ -106,7 +106,7 @@ def test_strides_are_honoured_and_nothing_is_modified(backend: str) -> None:
 
 
 def test_gradients(backend: str) -> None:
-    """Each is the other's derivative, any number of times, and gradients may have any strides."""
+    """Each op is the other's derivative, any number of times, and gradients may have any strides."""
     x = draw(3, 20, 17, 32, dtype=torch.float32).requires_grad_()
     windows = partition(x, SHIFTED, backend)
     dwindows = draw(*windows.shape, dtype=torch.float32, seed=1).requires_grad_()
@@ -181,7 +181,7 @@ def test_more_than_65535_windows(backend: str) -> None:
 
 
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
-    """The last images of a huge batch are what they are alone."""
+    """The last images of a huge batch have the same results as alone."""
     needs_free_memory(18)
     case = Case(7200, (56, 56), (7, 7), (3, 3))
     x = draw(case.batch, 56, 56, 96)
@@ -192,7 +192,7 @@ def test_more_than_two_to_the_31_elements(backend: str) -> None:
 
 
 def test_more_than_two_to_the_31_tokens_in_one_image(backend: str) -> None:
-    """Rows of one byte: more vectors than a launch may have, so that an image is cut into several."""
+    """Rows of one byte: more vectors than a launch may have, so an image is cut into several launches."""
     needs_free_memory(12)
     n, window, shift = 46400, 8, 4
     assert n * n > 2**31
@@ -200,7 +200,7 @@ def test_more_than_two_to_the_31_tokens_in_one_image(backend: str) -> None:
     x = draw(1, n, n, 1, dtype=torch.uint8)
     windows = partition(x, case, backend).unflatten(0, (n // window, n // window))
     assert math.prod(windows.shape) == x.numel()
-    for row in (0, 1, 2899, 2900, n // window - 1):  # of windows
+    for row in (0, 1, 2899, 2900, n // window - 1):  # rows of windows
         strip = x[:, [(row * window + shift + t) % n for t in range(window)]].roll(-shift, 2)
         assert torch.equal(windows[row], reference.window_partition(strip, window))
     assert torch.equal(reverse(windows.flatten(0, 1), case, backend), x)

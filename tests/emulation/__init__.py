@@ -1,20 +1,20 @@
-"""Runs the CUDA kernels of csrc/ on the CPU, so that they are tested where there is no GPU and no CUDA toolkit.
+"""Runs the CUDA kernels of csrc/ on the CPU, so that tests cover them without a GPU or a CUDA toolkit.
 
-The kernel sources are compiled as they are by the C++ compiler. ``include/`` shadows the toolkit's headers with the
-few types, intrinsics and collectives that kernels use, and has twins of ``kernels/common/ptx.cuh`` (every PTX
-instruction) and ``launch.cuh`` (launches, dynamic shared memory). ``simt.cpp`` runs a block as one fiber per CUDA
-thread: a lane runs until a barrier, shuffle, vote, ldmatrix or mma, waits there for the others, and what the
-instruction does is computed in its documented fragment layout, with float accumulation. So index arithmetic, layouts,
-masks, barriers and reductions are those of the kernel; what is not modelled is time, occupancy, memory visibility
-between blocks, and the last bit of the approximate functions and of the order in which a tensor core adds.
+The C++ compiler compiles the kernel sources unchanged. ``include/`` shadows the toolkit's headers with the few types,
+intrinsics and collectives that kernels use, and has twins of ``kernels/common/ptx.cuh`` (every PTX instruction) and
+``launch.cuh`` (launches, dynamic shared memory). ``simt.cpp`` runs a block as one fiber per CUDA thread: a lane runs
+until a barrier, shuffle, vote, ldmatrix or mma and waits there for the others; then the result of the instruction is
+computed in its documented fragment layout, with float accumulation. So index arithmetic, layouts, masks, barriers and
+reductions are those of the kernel. Not modelled are time, occupancy, memory visibility between blocks, the last bit of
+the approximate functions and the order in which a tensor core adds.
 
 It is stricter than a GPU. Dynamic shared memory and every buffer start as NaN and lie next to inaccessible pages; a
 cp.async writes NaN first and its data only at the wait that covers it; misaligned vector accesses, array indices out
-of range, lanes that meet in different collectives or never, are reported as the error of the launch, by block and
-thread. A schedule seed shuffles the order in which warps and lanes run: kernels without races give the same bits for
-every seed.
+of range, and lanes that meet in different collectives or never, become errors of the launch that name block and thread.
+A schedule seed shuffles the order in which warps and lanes run: kernels without races give the same bits for every
+seed.
 
-$SWINKERNELS_EMULATION_FLAGS is added to the compiler's flags: -O0 compiles in a quarter of the time, and runs slower.
+$SWINKERNELS_EMULATION_FLAGS is added to the compiler's flags: -O0 compiles in a quarter of the time but runs slower.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _KERNEL_FLAGS = [
     "-include",
     "twins.h",
 ]
-# Of sources that include torch.
+# Flags for sources that include torch.
 _BINDING_FLAGS = [
     "-include",
     "binding_twins.h",
@@ -74,12 +74,12 @@ _COMPILE_JOBS = 2
 
 
 def compiler() -> str | None:
-    """The C++ compiler: $CXX if set, else g++. Clang has no -fno-gnu-unique and other sanitizer flags."""
+    """Return the C++ compiler: $CXX if set, else g++. Clang lacks -fno-gnu-unique and has other sanitizer flags."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def missing() -> str | None:
-    """Why the emulator cannot be built here, or None."""
+    """Return why the emulator cannot be built here, or None."""
     if platform.system() != "Linux":
         return "the emulator needs Linux"
     if compiler() is None:
@@ -88,7 +88,7 @@ def missing() -> str | None:
 
 
 def _cpu() -> str:
-    """The CPU's name, part of the cache key because objects are built for the CPU at hand."""
+    """Return the CPU's name, a part of the cache key because objects are built for this CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
@@ -97,7 +97,7 @@ def _cpu() -> str:
 
 
 def _included_by(source: Path) -> set[Path]:
-    """The files of this repository that a source includes, directly or not, wherever they would be looked for."""
+    """Return the files of this repository that a source may include, directly or not, on any include path."""
     found: set[Path] = set()
     waiting = [source]
     while waiting:
@@ -112,7 +112,7 @@ def _included_by(source: Path) -> set[Path]:
 
 
 def build(name: str, sources: Sequence[Path]) -> Path:
-    """The shared library of these sources and the engine, compiled unless it is in the cache."""
+    """Return the shared library of these sources and the engine, compiled unless it is in the cache."""
     cxx = compiler()
     assert cxx is not None, missing()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
@@ -155,12 +155,12 @@ def bindings_folder() -> Path:
 
 
 def kernel_sources(op: str) -> list[Path]:
-    """The .cu files of an op."""
+    """List the .cu files of an op."""
     return sorted((_CSRC / "kernels" / "cuda" / op).rglob("*.cu"))
 
 
 def _make(out: Path, command: list[str]) -> None:
-    """Run a compiler unless its output is there. One process at a time; others wait for it and take what it made."""
+    """Run a compiler unless its output exists. One process at a time; others wait and use its output."""
     with out.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if out.exists():
@@ -169,15 +169,15 @@ def _make(out: Path, command: list[str]) -> None:
         done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
-        part.replace(out)  # what is there under its name is whole
+        part.replace(out)  # a file of this name is always complete
 
 
 class LaunchError(RuntimeError):
-    """An emulated launch that failed, with what the emulator saw."""
+    """An emulated launch failed; the message is the emulator's."""
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel's mangled name, dynamic shared memory and threads of a block."""
+    """A launch: the kernel's mangled name, dynamic shared memory and threads of a block."""
 
     kernel: str
     smem_bytes: int
@@ -185,7 +185,7 @@ class Launch(NamedTuple):
 
 
 class Library:
-    """A built library: its launches, and the memory to give them."""
+    """A built library: launches its kernels and allocates their memory."""
 
     def __init__(self, path: Path):
         self.functions = ctypes.CDLL(str(path))
@@ -207,7 +207,7 @@ class Library:
 
     @functools.cached_property
     def _kernels(self) -> dict[int, str]:
-        """Mangled names of the library's functions, by address. Kernels are hidden, so the symbol table is read."""
+        """Return the mangled names of the library's functions by address, from the symbol table: kernels are hidden."""
         table = subprocess.run(["nm", self.functions._name], capture_output=True, text=True, check=True).stdout
         symbols = {name: int(at, 16) for at, _, name in (x.split() for x in table.splitlines() if x[0] != " ")}
         known = ctypes.cast(self.functions.emulation_error, ctypes.c_void_p).value
@@ -215,7 +215,7 @@ class Library:
         return {base + at: name for name, at in symbols.items()}
 
     def launches(self) -> list[Launch]:
-        """The launches since the last call of this method; of many, the last ones."""
+        """Return the launches since the last call of this method, or the last ones if there are too many."""
         kernel, smem_bytes, threads = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_int()
         found = []
         while self.functions.emulation_next_launch(*map(ctypes.byref, (kernel, smem_bytes, threads))):
@@ -228,7 +228,7 @@ class Library:
             raise LaunchError(f"cudaError {status}: {message or 'refused by the launch function'}")
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, *, alignment: int = 16) -> Tensor:
-        """A tensor of NaN (all bits set) that ends at an inaccessible page."""
+        """Allocate a tensor of NaN (all bits set) that ends at an inaccessible page."""
         count = math.prod(shape)
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype)
@@ -249,7 +249,7 @@ def self_test_library() -> Library:
 
 
 class FeatureMap(ctypes.Structure):
-    """Of csrc/params/feature_map.h."""
+    """FeatureMap of csrc/params/feature_map.h."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -259,7 +259,7 @@ class FeatureMap(ctypes.Structure):
 
 
 class FrameGeometry(ctypes.Structure):
-    """Of csrc/params/frame.h."""
+    """FrameGeometry of csrc/params/frame.h."""
 
     _fields_ = [
         *((name, ctypes.c_int32 * 3) for name in ("size", "window", "shift", "frame", "num_windows", "pad_before")),
@@ -346,7 +346,7 @@ class _Backward(ctypes.Structure):
 
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-WORKSPACE_ALIGNMENT = 256  # what torch's allocator gives at least
+WORKSPACE_ALIGNMENT = 256  # the minimum of torch's allocator
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -354,19 +354,19 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def three(values: Sequence[Any], leading: Any) -> list[Any]:
-    """One value for each of three axes; `leading` for those that a 2D map does not have."""
+    """Return one value for each of three axes, with `leading` for those that a 2D map lacks."""
     return [leading] * (3 - len(values)) + list(values)
 
 
 def _token_map(x: Tensor) -> _TokenMap:
-    """Of (B, D, H, W, num_heads, head_dim)."""
+    """Make the TokenMap of (B, D, H, W, num_heads, head_dim)."""
     assert x.dim() == 6 and x.stride(-1) == 1
     batch, d, h, w, head, _ = x.stride()
     return _TokenMap(pointer(x), batch, (ctypes.c_int64 * 3)(d, h, w), head)
 
 
 class Arguments(NamedTuple):
-    """A call in normal form."""
+    """The arguments of a call in normal form."""
 
     spec: WindowSpec
     size: tuple[int, ...]
@@ -380,8 +380,9 @@ class Arguments(NamedTuple):
 
 
 class _Call:
-    """One forward call and what its backward call needs. ``spread`` gives the maps rows that are not adjacent,
-    ``separate`` keeps q, k and v (and their gradients) in three tensors.
+    """A forward call and the data for its backward call.
+
+    ``spread`` leaves gaps between the maps' rows, ``separate`` keeps q, k and v (and their gradients) in three tensors.
     """
 
     def __init__(
@@ -448,7 +449,7 @@ class _Call:
         shape = (*self.map, *channels)
         if not self.spread:
             return self.library.empty(shape, dtype)
-        vector = 16 // dtype.itemsize  # rows stay as aligned as they were
+        vector = 16 // dtype.itemsize  # rows keep their alignment
         whole = self.library.empty([*(s + 1 for s in shape[:-1]), shape[-1] + vector], dtype)
         return whole[tuple(slice(s) for s in shape)]
 
@@ -459,7 +460,7 @@ class _Call:
         return {"out": self.out.reshape(shape).clone(), "lse": self.lse}
 
     def backward(self, dout: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        """dqkv, and of the tables and pad_qkv the gradients that are wanted, in float32."""
+        """Return dqkv and, in float32, the wanted gradients of the tables and pad_qkv."""
         library, functions = self.library, self.library.functions
         dout = self._empty_map(self.heads, self.qkv.dtype).copy_(dout.reshape(self.out.shape))
         gradients = {"dqkv": self._empty_map((3, *self.heads), self.qkv.dtype)}
@@ -478,7 +479,7 @@ class _Call:
         return {name: x.clone() for name, x in gradients.items()}
 
 
-# What has a gradient beside the maps.
+# The tensors with gradients, other than the maps.
 _DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
 
 
@@ -544,22 +545,23 @@ class WindowAttentionLibrary(Library):
         separate: bool = False,
         **arguments: Any,
     ) -> dict[str, Tensor]:
-        """Forward and backward without autograd: out, lse and every gradient, as the kernels write them."""
+        """Run forward and backward without autograd; return out, lse and every gradient as the kernels write them."""
         args = self.normal_form(qkv, bias_table, **arguments)
         call = _Call(self, args, qkv, allow_tf32=allow_tf32, spread=spread, separate=separate)
         results = call.forward()
         return {**results, **call.backward(dout, [n for n in _DIFFERENTIABLE if getattr(args, n) is not None])}
 
     def infer(self, qkv: Tensor, bias_table: Tensor | None = None, **arguments: Any) -> Tensor:
-        """The output of a forward pass that is not asked for lse."""
+        """Return the output of a forward pass without lse."""
         call = _Call(self, self.normal_form(qkv, bias_table, **arguments), qkv)
         return call.forward(needs_lse=False)["out"]
 
     def find_tokens(
         self, size: Sequence[int], window: Sequence[int], shift: Sequence[int], item: int = 0, batch: int = 1
     ) -> Tensor | None:
-        """The numbers of a window's tokens as the kernels for short windows in 16 bits find them, or None if they leave
-        maps of this size to the others. No map is read: one row of 32 float16 stands for all.
+        """Return the numbers of a window's tokens as the kernels for short windows in 16 bits find them.
+
+        None if these kernels do not take maps of this size. No map is read: one row of 32 float16 stands for all.
         """
         geometry, lead = _Geometry(), _TokenMap(None, 0, (ctypes.c_int64 * 3)(), 32)
         geometry.fill(size, window, shift, (0, 0), "pad_then_roll")
@@ -576,7 +578,7 @@ class WindowAttentionLibrary(Library):
     def workspace_bytes(
         self, qkv: Tensor, wanted: Collection[str], bias_table: Tensor | None = None, **arguments: Any
     ) -> int:
-        """What the backward pass of a call asks for; `wanted` names the tables whose gradients it computes."""
+        """Return the workspace size of a call's backward pass; `wanted` names the tables that get a gradient."""
         call = _Call(self, self.normal_form(qkv, bias_table, **arguments), qkv)
         maps = (_token_map(x) for x in call.qkv.unbind(4))
         params = _Backward(call.params, _token_map(call.out), *maps)  # nothing is read or written

@@ -1,7 +1,7 @@
 """The bindings of the CUDA ops over the emulated kernels: an op library whose backend "cuda" takes CPU tensors.
 
-It is loaded in place of swinkernels._ops by a process that sets ``environment()`` and, once swinkernels is imported,
-calls ``attach()``. What runs is all of a call but the GPU: argument checks, dispatch, autograd, bindings, kernels.
+A process that sets ``environment()`` loads it in place of swinkernels._ops, and calls ``attach()`` after importing
+swinkernels. All of a call runs, except the GPU: argument checks, dispatch, autograd, bindings, kernels.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ KERNELS = ("window_attention", "layer_norm", "window_partition")
 
 @functools.cache
 def library() -> Path:
-    """Built unless it is in the emulator's cache; the kernels' objects are those of the other emulated libraries."""
+    """Build the library unless it is cached; it shares the kernels' objects with the other emulated libraries."""
     bindings = [path for path in emulation.bindings_folder().glob("*.cpp") if path.name != "module.cpp"]
     kernels = [path for op in KERNELS for path in emulation.kernel_sources(op)]
     return emulation.build("bindings", [Path(__file__).with_suffix(".cpp"), *sorted(bindings), *kernels])
 
 
 def environment() -> dict[str, str]:
-    """For a process that is to load the library."""
+    """Return the environment of a process that loads the library."""
     from swinkernels import _extension
 
     return {**os.environ, _extension.OTHER_LIBRARY: str(library()), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def attach() -> None:
-    """Let backend "cuda" take CPU tensors, and nothing else: the CPU kernels are not in the library."""
+    """Let backend "cuda" take CPU tensors, and no other backend: the library has no CPU kernels."""
     from swinkernels.ops import _backends
 
     def reasons(backend: str, op: str, device: torch.device) -> list[str]:

@@ -80,7 +80,7 @@ class LayerNormLibrary(emulation.Library):
         self.max_row = functions.layer_norm_max_row()
 
     def _in(self, x: Tensor | None) -> Tensor | None:
-        """Where the kernels read: a copy that ends at an inaccessible page."""
+        """Copy an input so that it ends at an inaccessible page."""
         return None if x is None else self.copy(x.detach())
 
     def _run_forward(

@@ -1,4 +1,4 @@
-// Small kernels that test the emulator itself: what each instruction computes, and that each mistake is seen.
+// Small kernels that test the emulator itself: the result of each instruction, and the detection of each mistake.
 #include "kernels/common/launch.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/smem_tile.cuh"
@@ -57,7 +57,7 @@ __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
   }
 }
 
-// 16 x 40 halves written from fragments to rows 16.. of a tile of 64 columns: by stmatrix, without it, or only the rows
+// Writes 16 x 40 halves from fragments to rows 16.. of a tile of 64 columns: by stmatrix, without it, or only the rows
 // below row_limit.
 __global__ void write_packed_kernel(const uint32_t* x, uint32_t* y, int how, int row_limit) {
   using Tile = SmemTile<__half, 64>;
@@ -93,8 +93,8 @@ __global__ void shuffle_kernel(const int* x, int* y) {
   if (lane < 8) y[lane] += __shfl_xor_sync(0x000000ffu, x[lane], 1);  // a part of the warp
 }
 
-// y[i] = x[i] for 64 threads times 4 floats, each thread writing what its neighbour in the other warp fetched; the last
-// 4 floats are zero-filled. A persistent loop over `rows` of x.
+// y[i] = x[i] for 64 threads times 4 floats, each thread writing the data that its neighbour in the other warp fetched;
+// the last 4 floats are zero-filled. A persistent loop over `rows` of x.
 __global__ void async_kernel(const float* x, float* y, int rows, bool wait, bool barrier) {
   auto smem = reinterpret_cast<float*>(dynamic_smem());
   const int thread = threadIdx.x, neighbour = (thread + 32) % 64;

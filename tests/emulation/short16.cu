@@ -1,4 +1,4 @@
-// The tokens that the kernels for short windows in 16 bits find for a window: of maps far larger than a test can hold.
+// The token numbers that the kernels for short windows in 16 bits compute, for maps too large for a test's memory.
 #include "kernels/cuda/window_attention/fwd_short16_sm80.cuh"
 
 namespace swinkernels::cuda {
@@ -22,8 +22,8 @@ __global__ void find_tokens_kernel(const Short16ForwardArguments args, uint32_t 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 using namespace swinkernels;
 
-// Whether the kernels take a forward call; where they do and `numbers` is given, it gets the token numbers of window
-// `item`, a window of 33 to 56 tokens.
+// True if the kernels take a forward call; then `numbers`, if given, gets the token numbers of window `item`, which has
+// 33 to 56 tokens.
 EXPORT bool short16_takes(const WindowAttentionForwardParams* params, uint32_t item, uint32_t* numbers) {
   cuda::Short16ForwardArguments args = {};
   static_cast<cuda::WindowArguments<4>&>(args) = cuda::WindowArguments<4>::of(*params);

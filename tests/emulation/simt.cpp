@@ -30,7 +30,7 @@ constexpr int kSmemAlignment = 128;
 constexpr size_t kMaxDynamicSmemBytes = 227 * 1024;
 constexpr int kMaxThreads = 1024;
 
-// Switching stacks. x86-64 has a switch of a dozen instructions; elsewhere ucontext does it, at a system call each.
+// Switching stacks: on x86-64 by a dozen instructions, elsewhere by ucontext, at a system call each.
 #if defined(__x86_64__)
 using Context = void*;
 extern "C" void swinkernels_emulation_switch(void** save, void* load);
@@ -95,7 +95,7 @@ struct Lane {
   unsigned char* stack = nullptr;
   State state = State::kExited;
   uint3 thread;
-  int index;  // in the block
+  int index;  // within the block
   Collective collective;
   BlockVote vote;
   bool predicate;
@@ -127,7 +127,7 @@ struct Engine {
   bool failed = false;
   std::string error;
   int multiprocessors = 2;
-  int shared_bytes = kMaxDynamicSmemBytes;  // that a launch may ask for
+  int shared_bytes = kMaxDynamicSmemBytes;  // the most for a launch
   std::deque<LaunchShape> launches;         // the last kLaunchesKept that emulation_next_launch() has not returned
   uint64_t seed = 0;
   std::map<void*, GuardedMapping> allocations;
@@ -139,7 +139,7 @@ size_t page_bytes() {
   return bytes;
 }
 
-// Bytes that end (up to alignment) where an inaccessible page begins, with another one before them; all NaN.
+// Allocates bytes of NaN that end (up to alignment) at an inaccessible page, with another such page before them.
 void* allocate_guarded(size_t bytes, size_t alignment) {
   const size_t page = page_bytes();
   const size_t padded = (bytes + alignment - 1) / alignment * alignment;
@@ -222,7 +222,7 @@ void resume(Lane& lane) {
   engine.current = nullptr;
 }
 
-// Runs what can run of one warp, each lane to its next collective. False if no lane could.
+// Runs each runnable lane of a warp to its next collective. False if none could run.
 bool run_warp_once(int warp, std::mt19937_64* random) {
   const int first = warp * kWarpSize, count = std::min(kWarpSize, engine.threads - first);
   const int start = random ? static_cast<int>((*random)() % count) : 0;
@@ -285,7 +285,7 @@ void run_block(std::mt19937_64* random) {
     if (random) std::shuffle(order.begin(), order.end(), *random);
     for (int warp : order) {
       constexpr int kMaxRounds = 16;
-      int rounds = random ? 1 + static_cast<int>((*random)() % kMaxRounds) : -1;  // -1: as far as it gets
+      int rounds = random ? 1 + static_cast<int>((*random)() % kMaxRounds) : -1;  // -1: without a limit
       while (rounds-- != 0 && run_warp_once(warp, random)) progress = true;
     }
     if (!progress && !engine.failed) report_deadlock();
@@ -304,7 +304,7 @@ int fault_signal;
 const void* fault_address;
 const void* fault_instruction;
 
-// Where a faulting fiber goes on.
+// A faulting fiber continues here.
 void faulted() {
   const auto address = reinterpret_cast<uintptr_t>(fault_address);
   const auto smem = reinterpret_cast<uintptr_t>(engine.smem);
@@ -326,7 +326,7 @@ void faulted() {
 }
 
 void on_fault(int signal, siginfo_t* info, void* context) {
-  if (!engine.current) {  // not ours: let it happen again with the default action
+  if (!engine.current) {  // not from a fiber: let it recur with the default action
     ::signal(signal, SIG_DFL);
     return;
   }
@@ -379,7 +379,7 @@ void fail(const char* format, ...) {
     engine.failed = true;
   }
   if (engine.current) {
-    switch_to_scheduler();  // the scheduler does not come back to a failed launch
+    switch_to_scheduler();  // the scheduler does not resume a failed launch
     __builtin_unreachable();
   }
 }
@@ -410,8 +410,8 @@ void warp_collective(const Collective& collective) {
   lane.collective = collective;
   lane.state = State::kInWarpCollective;
   waiting |= 1u << self;
-  // Two lanes that wait for each other must do so in the same collective. It is enough to ask one of those that have
-  // arrived; when all have, all are asked.
+  // Two lanes that wait for each other must do so in the same collective. Comparing with one lane that has arrived is
+  // enough; when all have arrived, all have been compared.
   const uint32_t arrived = collective.mask & waiting;
   const bool all_arrived = arrived == collective.mask;
   void* operands[kWarpSize] = {};
@@ -460,7 +460,7 @@ int block_barrier(BlockVote vote, bool predicate, const Site& site) {
       fail("threads of one block are in different barriers: thread %d at %s, thread %d at %s", lane.index,
            position(site).c_str(), i, position(other.site).c_str());
     }
-    break;  // all that wait have been compared on arrival
+    break;  // all waiting lanes were compared on arrival
   }
   lane.state = State::kInBlockBarrier;
   lane.vote = vote;
@@ -480,7 +480,7 @@ void async_copy(void* destination, const void* source, int bytes, bool valid, co
       fail("cp_async at %s: global memory address is not a multiple of %d bytes", position(site).c_str(), bytes);
     }
     const volatile auto* first = static_cast<const volatile unsigned char*>(source);
-    (void)first[0];  // an access outside of the buffer is reported here, where it was issued
+    (void)first[0];  // an access outside the buffer is reported here, where it was issued
   }
   memset(destination, kPoison, bytes);
   engine.current->copies.push_back({destination, source, bytes, valid});
@@ -530,7 +530,7 @@ int run_grid(const LaunchShape& shape, void (*kernel)(void* context), void* cont
     auto base = static_cast<unsigned char*>(
         mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (base == MAP_FAILED) return cudaErrorMemoryAllocation;
-    mprotect(base, page, PROT_NONE);  // a stack that overflows is seen
+    mprotect(base, page, PROT_NONE);  // detects a stack overflow
     lane.stack = base + page;
   }
   engine.kernel = kernel;
@@ -568,7 +568,7 @@ EMULATION_EXPORT void emulation_configure(uint64_t schedule_seed, int multiproce
   emulation::engine.multiprocessors = multiprocessors;
   emulation::engine.shared_bytes = shared_bytes;
 }
-// The oldest launch that was not returned yet; false if there is none.
+// Returns the oldest launch not yet returned; false if there is none.
 EMULATION_EXPORT bool emulation_next_launch(const void** kernel, size_t* smem_bytes, int* threads) {
   auto& launches = emulation::engine.launches;
   if (launches.empty()) return false;

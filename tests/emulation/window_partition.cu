@@ -1,5 +1,5 @@
-// What Python calls: the launch functions of csrc/params/window_partition_cuda.h, run by the emulator. With a number of
-// vectors that a launch may have, the same launches cut into as many as a huge tensor would take.
+// The interface to Python: the launch functions of csrc/params/window_partition_cuda.h, run by the emulator. With a
+// limit on the vectors of a launch, the work is split into as many launches as for a huge tensor.
 #include "kernels/cuda/window_partition/launch.cuh"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

@@ -31,7 +31,7 @@ class Params(ctypes.Structure):
 
 
 class WindowPartitionLibrary(emulation.Library):
-    """Tensors are taken where they lie, so that a test decides about strides, alignment and what lies beside them."""
+    """Runs the kernels on tensors without copying them, so tests choose strides, alignment and surroundings."""
 
     def __init__(self, path: Path):
         super().__init__(path)

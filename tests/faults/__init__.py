@@ -1,8 +1,8 @@
-"""Faults that the tests have to find: one edit of one file each, with a test that passes without it and fails with it.
+"""Faults that the tests must find: one edit of one file each, with a test that passes without it and fails with it.
 
-They guard the tests: a test that is made faster, or a suite that is thinned out, still has to find all of them. A fault
-is text to replace, so that it outlives changes elsewhere in its file; one that no longer applies has to be written
-again for the code that took that text's place.
+They guard the tests: after a test is made faster, or a suite is thinned out, all faults must still be found. A fault is
+a text replacement, so it outlives other changes to its file; one that no longer applies has to be rewritten for the
+code that replaced its text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """``old``, which is in ``file`` once, becomes ``new``; then the test of this pytest node id fails."""
+    """``old``, which occurs once in ``file``, becomes ``new``; then the test of this pytest node id fails."""
 
     file: str
     old: str
@@ -19,7 +19,7 @@ class Fault(NamedTuple):
     test: str
 
     def apply_to(self, source: str) -> str:
-        """The source with the fault; ValueError if it does not have the text exactly once."""
+        """Return the source with the fault; ValueError unless it contains the text exactly once."""
         count = source.count(self.old)
         if count != 1:
             raise ValueError(
@@ -30,7 +30,7 @@ class Fault(NamedTuple):
 
 
 def all_faults() -> dict[str, Fault]:
-    """Every fault by its name."""
+    """Return every fault by name."""
     from tests.faults import benchmarks, cpu, cuda, modules, reference, triton
 
     faults: dict[str, Fault] = {}

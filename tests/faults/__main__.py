@@ -1,10 +1,10 @@
-"""Puts faults into copies of the tree, one at a time, and runs the test that has to find each.
+"""Puts faults into copies of the tree, one at a time, and runs the test that must find each.
 
     python -m tests.faults [NAME...]
 
-NAME is a fault or the beginning of some, such as ``cuda-``; without one, all are tried. First every test is run without
-a fault: it has to pass, else nothing is tried and the exit status is 2. The checkout is never touched. Exit status 1 if
-a fault was not found, or does not apply to the sources as they are.
+NAME is a fault or a prefix, such as ``cuda-``; without one, all faults are tried. First every test runs without a
+fault: all must pass, else no fault is tried and the exit status is 2. The checkout is never modified. The exit status
+is 1 if a fault was not found, or does not apply to the present sources.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pathlib import Path
 from tests.faults import Fault, all_faults
 
 ROOT = Path(__file__).resolve().parents[2]
-# What has to be compiled into the extension. The emulator compiles the CUDA kernels by itself.
+# Sources that are compiled into the extension. The emulator compiles the CUDA kernels itself.
 COMPILED = ("csrc/kernels/cpu/", "csrc/bindings/")
-_MINUTES = 30  # a test that hangs has found nothing
+_MINUTES = 30  # a test that hangs does not count as a find
 
 
 class Copy:
-    """A copy of the files that git tracks or would, and of the built extension."""
+    """A copy of the files that git tracks or would track, and of the built extension."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -45,7 +45,7 @@ class Copy:
             shutil.copy2(ROOT / path, folder / path)
 
     def build(self) -> None:
-        """Compile the extension in place, with the CPU kernels alone."""
+        """Compile the extension in place, with the CPU kernels only."""
         environment = {**os.environ, "SWINKERNELS_BUILD": "cpu"}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
@@ -53,11 +53,11 @@ class Copy:
             raise RuntimeError(f"the extension does not compile:\n{(done.stdout + done.stderr)[-4000:]}")
 
     def run(self, tests: list[str]) -> tuple[dict[str, int], str]:
-        """How many tests passed, failed and so on, and what pytest wrote."""
+        """Return the numbers of tests that passed, failed and so on, and pytest's output."""
         # Hypothesis draws the same examples every time, and kernels are compiled for one test each.
         environment = {**os.environ, "CI": "1", "SWINKERNELS_EMULATION_FLAGS": "-O0"}
         if all(test.startswith("tests/triton/") for test in tests):
-            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # these tests alone, in that process
+            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # only these tests run in that process
         options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-m", "not long"]
         command = [sys.executable, "-m", "pytest", *options, *tests]
         done = subprocess.run(
@@ -79,7 +79,7 @@ class Copy:
 
 
 def find(copy: Copy, fault: Fault) -> str | None:
-    """Why the fault was not found, or None."""
+    """Return why the fault was not found, or None."""
     try:
         with copy.with_fault(fault):
             if fault.file.startswith(COMPILED):
@@ -94,7 +94,7 @@ def find(copy: Copy, fault: Fault) -> str | None:
 
 
 def fails_without_faults(copy: Copy, faults: dict[str, Fault]) -> list[str]:
-    """What is wrong with the tests as they are."""
+    """List the failures of the tests without faults."""
     problems = []
     tests = sorted({fault.test for fault in faults.values()})
     for of_triton in (False, True):
@@ -154,7 +154,7 @@ def main() -> None:
             finally:
                 copies.put(copy)
 
-        # Those that are compiled last, so that no copy has to be built again for another test.
+        # Faults in compiled sources come last, so that no other test needs another build of a copy.
         order = sorted(faults, key=lambda name: faults[name].file.startswith(COMPILED))
         with concurrent.futures.ThreadPoolExecutor(copies.qsize()) as pool:
             for task in concurrent.futures.as_completed([pool.submit(try_one, name) for name in order]):

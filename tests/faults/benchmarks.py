@@ -1,4 +1,4 @@
-"""Faults in what the benchmarks compute and say."""
+"""Faults in the benchmarks' computations and reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults in the ops' frontends, in the modules and in what accelerate replaces in other libraries' models."""
+"""Faults in the ops' frontends, in the modules and in the code that accelerate puts into other libraries' models."""
 
 from __future__ import annotations
 

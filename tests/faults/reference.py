@@ -1,4 +1,4 @@
-"""Faults in the reference, with which all kernels are compared, and in how they are judged."""
+"""Faults in the reference, the standard for all kernels, and in the judgement of kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is planted into a kernel's results is found by the smoke step, as one bad line, and nothing else is lost."""
+"""The smoke step finds a fault planted into a kernel's results, as one bad line, and loses no other result."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from gpu import lines
 from gpu.runner import Group, Run, Step
 
-# A worker whose attention goes wrong in the cases that are named for it. It stands for a kernel with that fault, so
-# what finds it is the whole step: processes, cases, reference, budget, lines.
+# A worker whose attention is wrong in the cases named for a fault, in place of a faulty kernel. The whole step has to
+# find it: processes, cases, reference, budget, lines.
 PLANTED = """
 import os, sys, time
 import torch, swinkernels
@@ -74,7 +74,7 @@ def test_a_planted_fault_is_one_bad_line(run: Run, case: str, result: str, detai
     (bad,) = (line for line in run.lines if line["case"] == case and line["result"] in lines.BAD)
     assert bad["result"] == result
     assert detail in bad["detail"]
-    if case == "wrong scale in dk":  # by one percent: forward is right, and the error is said
+    if case == "wrong scale in dk":  # by one percent; forward is right, and the line has the error
         assert bad["direction"] == "bwd"
         assert bad["value"] > 100
 

@@ -1,4 +1,4 @@
-"""`make gpu-check REHEARSE=1`: all steps, by the code that runs on a GPU, with emulated and interpreted kernels."""
+"""`make gpu-check REHEARSE=1`: all steps, with the code that runs on a GPU, on emulated and interpreted kernels."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_every_line_says_where_it_is_from(run) -> None:
     first = next(i for i, line in enumerate(found) if line["step"] == "info")
     for line in found[first:]:
         assert all(line[key] for key in ("step", "case", "result", "device", "torch", "commit", "date"))
-        assert line["rehearsed"]  # so no page is written from it
+        assert line["rehearsed"]  # no page is generated from it
 
 
 def test_every_cuda_kernel_is_right_in_every_arithmetic(run) -> None:
-    """Through the bindings, on which only a GPU could otherwise call them: norms and partition, too."""
+    """The calls go through the bindings, which otherwise only run on a GPU; they include norms and partition."""
     _, found, _ = run
     seen = {(x["op"], x["backend"], x["dtype"], x["direction"]) for x in found if x["step"] == "smoke"}
     wanted = {(op, backend, dtype) for op, backend, dtype in gpu_page.kernels() if backend == "cuda"}
@@ -64,7 +64,7 @@ def test_every_cuda_kernel_is_right_in_every_arithmetic(run) -> None:
     norms = {op for op, bench in memory_bound.BENCHES.items() if bench.bare_backward}
     assert norms <= {op for op, *_ in seen}
     of_cases = {x["case"] for x in found if x["step"] == "smoke" and x["group"] == "attention cuda bfloat16 0/1"}
-    assert of_cases >= {*smoke.ATTENTION} - {f"swin_t.{i}" for i in (2, 3)}  # as tiny, they are the first one
+    assert of_cases >= {*smoke.ATTENTION} - {f"swin_t.{i}" for i in (2, 3)}  # in tiny sizes they equal the first one
     of_triton = {(x["op"], x["direction"]) for x in found if x["step"] == "smoke" and x.get("backend") == "triton"}
     assert {("window_attention", "fwd"), ("window_attention", "bwd"), ("window_partition", "fwd")} <= of_triton
 
@@ -77,7 +77,7 @@ def test_a_first_call_in_a_capture_and_replays_are_tried(run) -> None:
 
 
 def test_hot_kernels_fit_gpus_with_less_shared_memory_or_are_refused(run) -> None:
-    """Each kernel that is launched there fits, by shared memory, threads and registers; else Triton takes the call."""
+    """Each launched kernel fits, by shared memory, threads and registers; otherwise Triton takes the call."""
     _, found, _ = run
     of_fit = [x for x in found if x["step"] == "fit"]
     assert {x["arch"] for x in of_fit} == {*fit.ROOMS}

@@ -1,4 +1,4 @@
-"""A run survives what its processes do, writes each result at once, and keeps to its time."""
+"""A run survives failures of its processes, writes each result at once, and keeps to its time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks import gpu_page
 from gpu import lines, summary
 from gpu.runner import Group, Run, Step
 
-# A process of a step as the runner knows it: three cases, of which the second goes as its group says.
+# A process of a step, as the runner sees it: three cases, of which the second behaves as its group's name says.
 WORKER = """
 import json, os, signal, subprocess, sys, time
 step, group, _, descriptor, _, skip = sys.argv[1:]
@@ -59,7 +59,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_one_bad_line(start, fault: str) -> None:
-    """The cases around it, the groups beside it and the step behind it run; the exit status says so."""
+    """The other cases, groups and steps still run, and the exit status reports the fault."""
     run = start()
     run.run(steps(fault, "fine"))
     run.run(Step("the next", 20, (Group("fine"),)))
@@ -115,7 +115,7 @@ def test_a_step_ends_with_its_time(start) -> None:
     run = start()
     begun = time.monotonic()
     run.run(Step("a step", 2, (Group("hang"), Group("fine")), processes=1, patience=60))
-    assert time.monotonic() - begun < 30  # less than what hangs
+    assert time.monotonic() - begun < 30  # much less than the hanging process takes
     assert {line["group"] for line in run.lines if line["result"] == "cut"} == {"hang", "fine"}
 
 

@@ -1,4 +1,4 @@
-"""The steps of a run: what they ask of tools that may be missing, what they plan, what is read from a profiler."""
+"""The steps of a run: missing tools, the plan, and the parsing of the profiler's output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests import emulation
 
 
 class Told(Emitter):
-    """Keeps what is told."""
+    """Records the lines that it gets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def test_the_steps_fit_the_time_and_come_in_order() -> None:
     steps = [step for step in plan.steps(Setting()) if step.name != "build"]
     assert [step.name for step in steps] == list(plan.DEFAULT)
     bounded = [step for step in steps if not step.takes_what_is_left]
-    assert sum(step.seconds for step in bounded) + 90 <= 480  # and the last has some left
+    assert sum(step.seconds for step in bounded) + 90 <= 480  # the last step has some left
     assert all(step.patience <= step.seconds or step.takes_what_is_left for step in steps)
     groups = [group.name for step in steps if step.name == "smoke" for group in step.groups]
     for backend in ("cuda", "triton"):
@@ -79,12 +79,12 @@ def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys:
     assert message in capsys.readouterr().err
 
 
-# Where the reference is computed
+# The device of the reference
 
 
 @pytest.mark.parametrize("name", smoke.ATTENTION)
 def test_the_reference_mixes_no_devices(name: str) -> None:
-    """On tensors without data, of a device that refuses to meet the CPU's as a GPU does."""
+    """Uses tensors without data on a device that, like a GPU, refuses operations with CPU tensors."""
     case = smoke.tiny(smoke.ATTENTION[name])
     options = {key: value for key, value in case.options.items() if key != "dropout_p"}  # nothing is drawn there
     case = dataclasses.replace(case, options=options)
@@ -101,7 +101,7 @@ def test_the_reference_mixes_no_devices(name: str) -> None:
 
 
 def fake_sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int, words: str) -> Path:
-    """A compute-sanitizer that writes down how it was called."""
+    """Install a compute-sanitizer that records how it was called."""
     log, program = folder / "calls", folder / "compute-sanitizer"
     program.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
@@ -128,7 +128,7 @@ def test_a_tool_runs_the_calls(
     (line,) = run(sanitize.cases, "racecheck", Setting())
     assert line["result"] == result
     arguments, no_cache = json.loads(log.read_text())
-    assert no_cache == "1"  # else torch's own pool hides what lies beyond a tensor
+    assert no_cache == "1"  # otherwise torch's own pool hides accesses beyond a tensor
     assert arguments[:2] == ["--tool", "racecheck"]
     assert arguments[-1] == f"from gpu import sanitize; sanitize.run('cuda', 'cuda', {sanitize.DOZEN})"
     log.unlink()
@@ -149,11 +149,11 @@ def test_the_calls_have_every_op() -> None:
     names = {name for name, _, _ in sanitize.memory_bound_calls()} | {
         "window_attention_qkvpacked",
         "window_attention",
-        "patch_expanding",  # of which the kernels are those of layer_norm
+        "patch_expanding",  # uses the kernels of layer_norm
     }
     import swinkernels.ops
 
-    # A table, and compositions of the ops.
+    # decompositions is a table; the halves are compositions of the ops.
     assert names == {*swinkernels.ops.__all__} - {"decompositions", "attention_half", "mlp_half"}
 
 
@@ -199,7 +199,7 @@ def test_a_profile_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_triton_asks_to_be_called_before_a_capture() -> None:
-    """The hook that Triton calls before it compiles, in the place of a kernel that was not called yet."""
+    """Uses the hook that Triton calls before it compiles, in place of a kernel without an earlier call."""
     knobs = pytest.importorskip("triton.knobs")
 
     def compiles(x: int) -> int:
@@ -224,7 +224,7 @@ def test_a_first_call_in_a_capture_is_judged(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(bits, "capture", asks)
     bits._first("cuda", "triton", lambda: [torch.zeros(1)], lambda **fields: told.append(fields))
     assert "result" not in told[0]
-    with pytest.raises(RuntimeError):  # a kernel of CUDA's has nothing to compile
+    with pytest.raises(RuntimeError):  # a CUDA kernel has nothing to compile
         bits._first("cuda", "cuda", lambda: [torch.zeros(1)], lambda **fields: told.append(fields))
     monkeypatch.setattr(bits, "capture", lambda call, device: (call(), lambda: None))
     bits._first("cuda", "triton", lambda: [torch.zeros(1)], lambda **fields: told.append(fields))
@@ -243,7 +243,7 @@ def test_other_bits_are_counted() -> None:
 
 
 def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch function that chooses by room is asked for each; no room for a block, or for its registers, is wrong."""
+    """A launch function that chooses by room runs for each; lack of room for a block, or its registers, is wrong."""
 
     class Emulated:
         def __init__(self, path: Path) -> None:
@@ -255,7 +255,7 @@ def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.Monk
         def launches(self) -> list[emulation.Launch]:
             self.waiting -= 1
             if self.waiting == 2:
-                return []  # of earlier calls
+                return []  # drop the launches of earlier calls
             name, smem_bytes = ("plain_long", 120 * 1024) if self.room > 120 * 1024 else ("long", 80 * 1024)
             direction = "fwd" if self.waiting == 1 else "bwd"
             return [emulation.Launch(f"_Z9window_attention_{direction}_{name}_kernelIfE", smem_bytes, 256)]
@@ -292,7 +292,7 @@ def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.Monk
 def test_a_bundle_has_what_a_bare_machine_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its packages come by pip, in pure Python; it has no module of this Python, and a file with its commit."""
+    """pip fetches its pure Python packages; it has no module of this Python, and a file with its commit."""
     if not list((bundle.ROOT / "swinkernels").glob("_ops*.so")):
         pytest.skip("the extension is not built")
     (tmp_path / "wheel").mkdir()

@@ -1,4 +1,4 @@
-"""Small models of several libraries, as their owners have them before they accelerate and export them."""
+"""Small models of several libraries, as users have them before accelerate and an export."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TINY = {"patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)
 
 
 class Restoration(nn.Module):
-    """SwinIR's way through its blocks: tokens with the size of their map beside them, and the input added."""
+    """SwinIR's path through its blocks: tokens, the map size as an argument, and the input added at the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def swin_unetr() -> nn.Module:
     return nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12, num_heads=(1, 2, 2, 2), depths=(2, 1, 1, 1))
 
 
-# Per name: the model, the shape of an input, and the axes of the input that may vary.
+# Name -> the model, the shape of an input, and the axes of the input that may vary.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
     "timm v1": (lambda: timm.models.SwinTransformer(img_size=32, num_classes=5, **_TINY), (2, 3, 32, 32), (0,)),
     "timm v1, any size": (
@@ -74,9 +74,9 @@ def image(shape: tuple[int, ...]) -> Tensor:
 
 
 def shapes(name: str) -> list[tuple[int, ...]]:
-    """Inputs that the exported model has to take: of the shape that it was exported with, and of others."""
+    """Return inputs for the exported model: one of the shape at export, and others."""
     _, shape, axes = MODELS[name]
     others = [tuple(s + 1 if axis == 0 else s for axis, s in enumerate(shape))] if 0 in axes else []
-    if len(axes) > 1:  # with pads that the first shape does not have, and without
+    if len(axes) > 1:  # with padding that the first shape does not need, and without
         others += [(3, shape[1], 42, 38), (2, shape[1], 32, 48)]
     return [shape, *others]

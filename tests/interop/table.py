@@ -1,12 +1,12 @@
-"""The table of docs/interop.md: what works with which tool, written from tests that ran.
+"""The table of docs/interop.md: which tool works and how, generated from test results.
 
-    python -m pytest tests --tools tests/interop/tools.json    # note what the tests of tools found
-    python -m tests.interop.table                              # write the table from it
+    python -m pytest tests --tools tests/interop/tools.json    # record the results of the tools' tests
+    python -m tests.interop.table                              # write the table from them
 
-A test says what it proves by the mark ``tool(name, package, how, works=True)``: the tool, the distribution whose
-version counts, and what a reader has to know. A row holds where all tests of its tool that ran passed. Where all were
-skipped, for want of the package, the row of the last run stays. A test of what does not work passes if the tool
-refuses, and hands over its words: ``record_property("words", ...)``.
+The mark ``tool(name, package, how, works=True)`` states what a test proves: the tool, the distribution whose version
+counts, and a note for the reader. A row holds if all tests of its tool that ran passed. If all were skipped because the
+package is missing, the row of the last run stays. A test of an unsupported tool passes if the tool refuses, and reports
+its message: ``record_property("words", ...)``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class Recorder:
-    """A plugin of pytest that notes the outcome of every test with the mark ``tool``, also under pytest-xdist."""
+    """A pytest plugin that records the outcome of every test with the mark ``tool``, also under pytest-xdist."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -49,7 +49,7 @@ class Recorder:
 
     @pytest.hookimpl
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if not hasattr(session.config, "workerinput"):  # the process that sees the results of all
+        if not hasattr(session.config, "workerinput"):  # the process that gets all results
             self._path.write_text(json.dumps({**read(self._path), **self._rows}, indent=2, sort_keys=True) + "\n")
 
 

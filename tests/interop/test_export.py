@@ -39,7 +39,7 @@ def load_elsewhere(folder: Path, saved: torch.export.ExportedProgram) -> subproc
 @pytest.mark.long
 @pytest.mark.tool("`torch.export.save`, `load`", "torch", "with `import swinkernels`, or decomposed")
 def test_a_program_is_saved_and_loaded(tmp_path: Path) -> None:
-    """With the ops where this package is imported; anywhere once it is decomposed; else torch names the op."""
+    """A program with ops needs this package, a decomposed one loads anywhere, and torch names a missing op."""
     x, exported = image((2, 3, 32, 32)), program()
     want = model("timm v2")(x)
     torch.export.save(exported, tmp_path / "here.pt2")

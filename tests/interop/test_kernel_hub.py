@@ -1,4 +1,4 @@
-"""The project for the kernel hub: kernel-builder's rules, and a build of it, loaded by ``kernels`` from a folder."""
+"""The project for the kernel hub follows kernel-builder's rules, and a build of it loads with ``kernels``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_imports(project: Path) -> None:
-    """Of the standard library, of torch, of Triton, and relative ones that lead to a file."""
+    """Imports are from the standard library, torch or Triton, or relative ones that lead to a file."""
     package = project / "torch-ext" / "swinkernels"
     files = sorted(package.rglob("*.py"))
     assert len(files) > 30
@@ -66,7 +66,7 @@ def test_a_folder_with_files_is_refused(project: Path) -> None:
 
 
 def test_build_toml(project: Path) -> None:
-    """kernel-builder's own parser reads it, and it names every source."""
+    """kernel-builder's own parser accepts it, and it lists every source."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML")
     build = tomllib.loads((project / "build.toml").read_text())
     listed = {part: build[part]["src"] if part == "torch" else build["kernel"][part]["src"] for part in ("torch",)}
@@ -107,7 +107,7 @@ def add_op_namespace_prefix(name):
 
 
 def build_for_the_cpu(project: Path, variant: Path) -> None:
-    """What kernel-builder does with the project, for the CPU."""
+    """Build the project for the CPU as kernel-builder does."""
     import tomllib
 
     build = tomllib.loads((project / "build.toml").read_text())

@@ -59,7 +59,7 @@ def test_onnx_runtime(name: str, tmp_path: Path) -> None:
 
 
 def check_openvino(source: Any, name: str) -> None:
-    """What OpenVINO makes of a file or of a program gives the numbers of the original."""
+    """Check that OpenVINO's model of a file or a program gives the numbers of the original."""
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
     exact = {"INFERENCE_PRECISION_HINT": "f32"}  # by default bfloat16 where the CPU has it
     compiled = openvino.compile_model(openvino.convert_model(source), "CPU", exact)
@@ -90,7 +90,7 @@ def test_openvino_without_onnx(name: str) -> None:
 
 
 class Others(nn.Module):
-    """The ops that have kernels on a GPU alone. An export runs none."""
+    """The ops that have kernels only on a GPU. An export runs none of them."""
 
     def forward(self, x: Tensor) -> Tensor:
         ops = torch.ops.swinkernels
@@ -117,7 +117,7 @@ def test_ops_of_the_gpu(tmp_path: Path) -> None:
 
 
 def test_dropout_is_refused_in_words(tmp_path: Path) -> None:
-    """The exporter passes on what the decomposition says."""
+    """The exporter passes on the decomposition's message."""
 
     class Dropout(nn.Module):
         def forward(self, qkv: Tensor) -> Tensor:

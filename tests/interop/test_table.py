@@ -24,7 +24,7 @@ def test_the_page_is_written_from_the_results() -> None:
 
 
 def test_every_tool_has_a_row_and_every_row_its_tests() -> None:
-    """A tool that no test is marked with any more has to leave the results."""
+    """A tool without marked tests must be removed from the results."""
     mark = re.compile(r"""mark\.tool\(\s*(["'])(.+?)\1""")
     sources = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
     marked = {(name, path) for path, text in sources.items() for _, name in mark.findall(text) if path != THIS}
@@ -63,7 +63,7 @@ def test_refused(record_property): record_property("words", "not E")
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.long)])
 def test_the_recorder(tmp_path: Path, workers: str, request: pytest.FixtureRequest) -> None:
-    """A failed row says so, a skipped one stays as it was, also where tests run on several workers."""
+    """A failed row says so, and a skipped one stays as it was, also if tests run on several workers."""
     if workers != "0":
         pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     (tmp_path / "test_probe.py").write_text(PROBE)

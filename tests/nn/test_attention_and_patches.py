@@ -1,4 +1,4 @@
-"""swinkernels.nn beside the published modules: their checkpoints load strictly and give the same numbers."""
+"""swinkernels.nn compared with the published modules: checkpoints load strictly and give the same numbers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ monai = functools.partial(published, "monai.networks.nets.swin_unetr")
 
 @functools.cache
 def monai_order() -> str:
-    """Of the installed MONAI: it changed in 1.5."""
+    """Return the order of the installed MONAI, which changed in 1.5."""
     probe = monai("PatchMerging", 1, norm_layer=lambda n: nn.Identity(), spatial_dims=3)
     probe.reduction = nn.Identity()
     merged = probe(torch.arange(8.0).reshape(1, 2, 2, 2, 1))
@@ -49,7 +49,7 @@ def torchvision_embed() -> nn.Module:
 
 
 class MicrosoftPatchMerging(nn.Module):
-    """Of sequences, as Microsoft's models and Swin-Unet have it; its literal computation."""
+    """The literal computation of Microsoft's models and Swin-Unet, on sequences."""
 
     def __init__(self, size: tuple[int, int], dim: int, is_v2: bool = False) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class MicrosoftPatchMerging(nn.Module):
 
 
 class SwinUnetPatchExpand(nn.Module):
-    """Of sequences, as Swin-Unet has it, by einops; FinalPatchExpand_X4 for factor 4."""
+    """Swin-Unet's literal computation by einops, on sequences; FinalPatchExpand_X4 for factor 4."""
 
     def __init__(self, size: tuple[int, int], dim: int, factor: int) -> None:
         super().__init__()
@@ -83,14 +83,14 @@ class SwinUnetPatchExpand(nn.Module):
 
 @dataclass(frozen=True)
 class Pair:
-    """Our module, the published one, a shape of x, and how the two interfaces differ."""
+    """Our module, the published one, a shape of x, and the differences of their interfaces."""
 
     ours: Callable[[], nn.Module]
     theirs: Callable[[], nn.Module]
     shape: tuple[int, ...]
     size: tuple[int, ...] | None = None
-    names: tuple[tuple[str, str], ...] = ()  # theirs to ours
-    result: Callable[[Tensor], Tensor] = lambda y: y  # of ours as theirs has it
+    names: tuple[tuple[str, str], ...] = ()  # their names to ours
+    result: Callable[[Tensor], Tensor] = lambda y: y  # our result in their layout
 
     def by_our_names(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         for old, new in self.names:
@@ -98,14 +98,14 @@ class Pair:
         return values
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
-        """Both with one set of parameters in float64, by a checkpoint."""
+        """Return both in float64 with the same parameters, loaded from a checkpoint."""
         theirs = randomised(self.theirs())
         ours = self.ours().double()
         ours.load_state_dict(self.by_our_names(theirs.state_dict()), strict=True)
         return ours, theirs
 
     def run(self, module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        """The output and all gradients, by our names."""
+        """Return the output and all gradients, by our names."""
         x = x.clone().requires_grad_()
         is_ours = type(module).__module__.startswith("swinkernels")
         out = self.result(module(x, size=self.size) if self.size else module(x)) if is_ours else module(x)
@@ -115,7 +115,7 @@ class Pair:
         return {"out": out.detach(), **dict(zip(values, grads, strict=True))}
 
 
-# Channels last to channels first: the layout of MONAI's PatchEmbed.
+# Channels last to channels first, the layout of MONAI's PatchEmbed.
 first = lambda y: y.movedim(-1, 1)  # noqa: E731
 PAIRS = {
     "timm": Pair(lambda: PatchMerging(C), lambda: timm("PatchMerging", C), (2, 5, 4, C)),
@@ -129,7 +129,7 @@ PAIRS = {
     ),
     "torchvision": Pair(lambda: PatchMerging(C), lambda: torchvision("PatchMerging", C), (2, 4, 5, C)),
     "torchvision_v2": Pair(lambda: PatchMergingV2(C), lambda: torchvision("PatchMergingV2", C), (2, 3, 6, C)),
-    # Video-Swin: of a 3D map frame by frame, which torchvision's module does with the frames in the batch.
+    # Video-Swin merges a 3D map frame by frame, which torchvision's module does with the frames in the batch.
     "frames": Pair(lambda: PatchMerging(C), lambda: torchvision("PatchMerging", C), (2, 3, 5, 4, C)),
     "monai_2d": Pair(
         lambda: PatchMerging(C, order="monai"), lambda: monai("PatchMerging", C, spatial_dims=2), (2, 5, 4, C)
@@ -205,7 +205,7 @@ def test_published_module(pair, dtype, tolerance):
 
 @every_pair
 def test_bfloat16(pair):
-    """A model in bfloat16, in its dtype throughout; the error is that of a few roundings."""
+    """A bfloat16 model computes in bfloat16 throughout; the error is that of a few roundings."""
     ours, theirs = pair.modules()
     ours = ours.bfloat16()
     theirs.load_state_dict({k: v.bfloat16().double() for k, v in theirs.state_dict().items()})
@@ -227,8 +227,8 @@ def test_state_dict_of_ours_loads_into_theirs(pair):
 
 @every_pair
 def test_initialisation_is_the_published_one(pair):
-    """The same draws in the same order: the same parameters from the same seed."""
-    pair.ours()  # which may build a module to ask for its order
+    """The draws have the same order, so the same seed gives the same parameters."""
+    pair.ours()  # may build a module to find its order
     torch.manual_seed(3)
     expected = pair.by_our_names(pair.theirs().state_dict())
     torch.manual_seed(3)
@@ -242,7 +242,7 @@ def test_initialisation_is_the_published_one(pair):
 @every_pair
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(pair, low):
-    """The dtypes that torch's layers have on a GPU: a Linear's in half precision, a norm's in float32."""
+    """The result dtypes are those of torch's layers on a GPU: half precision for a Linear, float32 for a norm."""
     ours, theirs = (m.float() for m in pair.modules())
     ends_with_norm = not isinstance(ours, PatchMerging) and ours.norm is not None
     with torch.autocast("cpu", low):
@@ -319,7 +319,7 @@ def test_a_sequence_is_its_map(name, spatial_dims, size):
 
 
 def test_expanding_in_3d():
-    """Each frame alone with two axes; parts row-major with three."""
+    """With two axes each frame is expanded alone; with three the parts are row-major."""
     x = draw(2, 3, 2, 4, C).float()
     frames = PatchExpand(C, 5)
     assert torch.equal(frames(x)[:, 1], frames(x[:, 1]))
@@ -330,7 +330,7 @@ def test_expanding_in_3d():
 
 
 def test_backends_are_named_to_the_ops(plain_kernels):
-    """The argument arrives: the ops' own kernels run, or a backend says why it cannot."""
+    """The argument reaches the ops: their own kernels run, or a backend gives its reason."""
     for module, shape in (
         (PatchMerging(C), (2, 5, 4, C)),
         (PatchMergingV2(C), (2, 5, 4, C)),
@@ -357,7 +357,7 @@ def test_meta_device_and_dtype():
 
 
 def test_embed_is_contiguous_channels_last():
-    """The convolution writes the map as it is read next, without a copy after it."""
+    """The convolution writes the map in its final layout, without a copy afterwards."""
     for has_norm in (False, True):
         assert PatchEmbed(norm=has_norm)(draw(2, 3, 8, 12).float()).is_contiguous()
 
@@ -402,7 +402,7 @@ def test_repr():
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(4, 4)), ValueError, ["L = 16", "(4, 4)", "(2, 20, 6)"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=20), TypeError, ["PatchMerging: size", "(H, W)", "20"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(20,)), ValueError, ["PatchMerging: size", "(H, W)", "(20,)"]),
-        # twice the channels would pass for a third axis
+        # twice the channels could be taken for a third axis
         (lambda: PatchMerging(6, spatial_dims=3)(zeros(2, 4, 4, 4, 12)), ValueError, ["dim = 6 channels", "got 12"]),
         (
             lambda: PatchMerging(6, spatial_dims=3)(zeros(2, 4, 4, 6)),

@@ -1,4 +1,4 @@
-"""Attention modules, blocks and stages beside those of timm and of Microsoft's form: strict loading, same numbers."""
+"""Attention modules, blocks and stages compared with timm's and Microsoft's: strict loading, same numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_map(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def check(
     ours: nn.Module, theirs: nn.Module, x: Tensor, *sizes: Any, renamed: tuple[tuple[str, str], ...] = ()
 ) -> None:
-    """Load strictly and compare outputs and every gradient, float64 and the dtype of x."""
+    """Load strictly and compare outputs and every gradient, in float64 and in the dtype of x."""
     randomise(theirs)
     state = theirs.state_dict()
     for a, b in renamed:
@@ -76,9 +76,9 @@ def test_block_is_timms(version, shift, size):
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("version", [1, 2])
 def test_block_is_microsofts(version, shift, size):
-    """Sequences; checkpoints with relative_position_index and attn_mask."""
+    """Sequences and checkpoints with relative_position_index and attn_mask work as in Microsoft's block."""
     theirs = (ClassificationBlock, ClassificationBlockV2)[version - 1](16, size, 2, 4, shift)
-    if version == 2:  # as wide as Microsoft's
+    if version == 2:  # the width in Microsoft's code
         theirs.attn.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, 2, bias=False))
     ours = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, size, 2, 4, shift, mlp_ratio=2.0)
     x = make_map(2, size[0] * size[1], 16)
@@ -146,7 +146,7 @@ def test_windows_of_three_axes_and_frame_by_frame():
 
 
 def test_small_maps_clip_like_a_slice_of_the_index():
-    """MONAI's and Video-Swin's rule: the tokens of a clamped window are numbered in the full one."""
+    """MONAI and Video-Swin number the tokens of a clamped window in the full one."""
     attention = sn.WindowAttention(16, (4, 4), 2, small_maps="clip").double()
     randomise(attention)
     x = make_map(1, 2, 8, 16, dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_drop_path_and_dropout_draw_as_timm(version):
 
 
 def kept_storages(module: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for the backward pass, but those of parameters; each storage once."""
+    """Return the bytes that a forward pass keeps for the backward pass, without parameters; each storage once."""
     of_parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -217,7 +217,7 @@ def test_a_training_step_of_a_tiny_model_keeps_at_most_three_fifths_of_timms(ver
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
-    """Two calls for the halves and the modules one by one are the same function."""
+    """Two calls for the halves and the modules one by one compute the same function."""
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, (9, 14), 2, 4, 2).double()
     randomise(block)
     x = make_map(2, 9, 14, 16, dtype=torch.float64)
@@ -225,7 +225,7 @@ def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
     expected = run(block, x)
     for name in ("attn", "attn.qkv", "attn.proj", "attn.proj_drop", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", "mlp.drop"):
         if name == "attn.qkv" and version == 2:
-            continue  # its bias is not the layer's, which is read and never called
+            continue  # the bias is a separate parameter; the layer is never called
         seen = []
         with block.get_submodule(name).register_forward_hook(lambda *_, seen=seen: seen.append(1)):
             assert_as_good(run(block, x), expected, expected)
@@ -242,7 +242,7 @@ def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_stochastic_depth_of_halves_in_a_checkpoint(version):
-    """A recomputation draws the same numbers as the first pass."""
+    """Recomputation draws the same numbers as the first pass."""
     layer = (sn.BasicLayer, sn.BasicLayerV2)[version - 1](16, (8, 8), 2, 2, 4, drop_path=0.5).double().train()
     randomise(layer)
     results = []
@@ -266,7 +266,7 @@ def test_drop_path_is_timms():
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_norms_and_residual_connections_on_ops(version):
-    """What a fast backend would run, by the reference; stochastic depth, too."""
+    """The calls of a fast backend, run by the reference, with stochastic depth as well."""
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
     make = functools.partial(block, 16, (9, 14), 2, 4, 2, drop_path=0.5)
     plain, on_ops = make().double().train(), make(backend="reference").double().train()
@@ -342,7 +342,7 @@ def test_attention_over_all_tokens_takes_a_tensor():
         sn.Attention(16, 2)([1.0])
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, of the tracing
+@pytest.mark.filterwarnings("ignore")  # torch's, about tracing
 def test_tracing_is_refused_in_words_that_help():
     for module in (sn.SwinTransformerBlock(16, None, 2, 4), sn.Attention(16, 2, window_size=4)):
         with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record window attention\. Use torch\.export"):

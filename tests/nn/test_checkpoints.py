@@ -94,7 +94,7 @@ def ours(version: int = 1, **options: Any) -> SwinTransformer:
 
 
 def scrambled(model: nn.Module) -> nn.Module:
-    """Every parameter far from zero, so that a wrong place or order shows."""
+    """Move every parameter far from zero, so that a wrong place or order shows."""
     randomise(model)
     for p in model.parameters():
         if p.dim() == 1:
@@ -245,7 +245,7 @@ def test_table_resized_as_mmpretrain_does(window):
     theirs = scrambled(mmpretrain_model(1)).float()
     model = ours(window_size=window, img_size=None)
     loaded = load_pretrained(model, theirs.state_dict())
-    # interp2d, which mmpretrain calls, is gone from SciPy; this is its documented successor for regular grids.
+    # SciPy removed interp2d, which mmpretrain calls; this is its documented successor for regular grids.
     places = []
     for w in window:
         low, high = 1.01, 1.5
@@ -278,7 +278,7 @@ def test_window_of_v2_has_to_be_named():
     assert not load_pretrained(model, state).kept
 
 
-# --- what does not fit
+# --- checkpoints that do not fit
 
 
 def test_head_for_other_classes_is_left():

@@ -1,4 +1,4 @@
-"""The table of offsets of v2's position bias, which no checkpoint brings: right however the weights arrive."""
+"""The table of offsets of v2's position bias, which no checkpoint contains, is right however the weights are loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swinkernels.nn import WindowAttentionV2
 
 
 def published_table(window: int, pretrained: int = 0) -> Tensor:
-    """As Microsoft's code makes it, (1, 2 * window - 1, 2 * window - 1, 2) in float32."""
+    """Microsoft's table, (1, 2 * window - 1, 2 * window - 1, 2) in float32."""
     offset = torch.arange(-(window - 1), window, dtype=torch.float32)
     table = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), dim=-1)[None] / ((pretrained or window) - 1) * 8
     return table.sign() * torch.log2(table.abs() + 1.0) / 3.0

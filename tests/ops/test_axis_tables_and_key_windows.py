@@ -1,4 +1,4 @@
-"""Decomposed relative positions, keys of a larger window, tables by window type: every backend that has them beside the
+"""Decomposed relative positions, keys of a larger window, tables by window type: every supporting backend against the
 reference.
 """
 
@@ -113,7 +113,7 @@ def test_the_cpu_kernels(name, op):
 
 
 def test_a_compiled_call_with_axis_tables_is_the_call():
-    """And its gradients: the tables reach the op as one tensor."""
+    """Outputs and gradients agree: the tables reach the op as one tensor."""
     case = AXIS_TABLES["window 4, shifted"]
     inputs, arguments = case.inputs(torch.float32), {**case.arguments(), "backend": "auto"}
     op = swinkernels.window_attention_qkvpacked
@@ -149,7 +149,7 @@ def test_a_call_is_looked_up_by_the_shapes_of_its_axis_tables():
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
 def test_a_key_window_reads_pads_of_a_map_of_whole_windows(backend):
-    """Beside swinkernels.reference itself, which sees the arguments as they were given."""
+    """The reference is swinkernels.reference itself, which gets the arguments unchanged."""
     torch.manual_seed(0)
     dtype = torch.float32 if backend == "cpu" else torch.float64
     qkv, pad = torch.randn(1, 4, 4, 3 * 16, dtype=dtype), torch.randn(3 * 16, dtype=dtype)

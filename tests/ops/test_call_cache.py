@@ -1,4 +1,4 @@
-"""What Python does for a call of window attention, and remembers for the next: never another answer than at first."""
+"""The Python cache of window attention calls: a cached call always gives the same result as the first."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_known_call_is_not_checked_again(monkeypatch):
     ids=str,
 )
 def test_equal_is_not_the_same(right, wrong):
-    """True == 1 == 1.0 are one key of a dictionary, but not one argument."""
+    """True == 1 == 1.0 are one dictionary key, but different arguments."""
     given = {"qkv": torch.zeros(1, 2, 3, 12), "num_heads": 2, "window_size": (2, 3)}
     attend(**{**given, **right})
     assert next(iter(right.values())) == next(iter(wrong.values()))
@@ -135,7 +135,7 @@ def test_autocast_is_asked_at_every_call():
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_the_tf32_switch_is_asked_at_every_call(allow_tf32, allowed):
-    """On a GPU with float32: here the plan of a CPU call is made to ask."""
+    """The switch matters for float32 on a GPU: here the plan of a CPU call is modified to read it."""
     seen = []
     qkv = PLAIN.inputs(torch.float32)["qkv"]
     attend(qkv, **PLAIN.arguments())
@@ -172,7 +172,7 @@ def test_backends_are_chosen_for_each_request():
     inputs = PLAIN.inputs(torch.float32)
     for _ in range(2):
         cpu, reference = (attend(inputs["qkv"], **PLAIN.arguments(), backend=b) for b in ("cpu", "reference"))
-        assert not torch.equal(cpu, reference)  # in the last bits
+        assert not torch.equal(cpu, reference)  # the two differ in the last bits
         torch.testing.assert_close(cpu, reference, rtol=1e-4, atol=1e-5)
         with pytest.raises(NotImplementedError, match="backend='triton'"):
             attend(inputs["qkv"].double(), **PLAIN.arguments(), backend="triton")
@@ -241,7 +241,7 @@ def test_a_call_returns_the_gradient_that_is_wanted(wanted):
 
 @needs_cpu
 def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
-    """Recorded by what the op is called with: with gradients off or nothing that requires one there is none."""
+    """The op's arguments show it: without gradients, or without a tensor that requires one, there is no lse."""
     seen = []
     op = module._FORWARD["window_attention_qkvpacked", ""]
 
@@ -267,7 +267,7 @@ def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
 
 @needs_cpu
 def test_modes_and_subclasses_see_the_op_itself():
-    """The short entry is eager PyTorch's alone: whoever looks at ops is shown those with a fake and a derivative."""
+    """The short path is for plain eager PyTorch: code that inspects ops sees those with a fake and a derivative."""
     seen = []
 
     class Watch(TorchDispatchMode):
@@ -324,7 +324,7 @@ def test_a_gradient_of_nothing_is_refused_by_the_binding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_weights(case, dtype):
-    """They are probabilities, the output is their sum of v, and asking for them changes nothing else."""
+    """The weights are probabilities, the output is their sum of v, and requesting them changes nothing else."""
     inputs = {k: v.to(dtype) for k, v in case.inputs(torch.float32).items() if k != "dout"}
     out, weights = attend(**inputs, **case.arguments(), return_attention=True)
     eps = torch.finfo(dtype).eps
@@ -400,7 +400,7 @@ def test_attention_weights_compile():
 ops = swinkernels.ops
 X, W = torch.zeros(2, 4, 6, 8), torch.ones(8)
 WINDOWS = torch.zeros(16, 3, 8)
-# The op, a right call of it, and a check that it makes.
+# The op, a valid call of it, and an invalid argument that it detects.
 OTHERS = {
     "layer_norm": ({"x": X, "weight": W}, "check_rows"),
     "residual_layer_norm": ({"x": X, "y": X, "weight": W, "bias": W}, "check_rows"),

@@ -1,6 +1,6 @@
-"""How many functions of this package a call of window attention enters, from the public one to the op.
+"""The number of this package's functions that a call of window attention enters, from the public one to the op.
 
-docs/architecture.md draws the whole path, C++ included.
+docs/architecture.md shows the whole path, C++ included.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def make_call(*, requires_grad: bool = False) -> Callable[[], Tensor]:
 
 
 def path_of(call: Callable[[], Any]) -> tuple[list[str], list[str]]:
-    """The functions of ours that a call enters, and those on the stack when it calls the op."""
+    """Return our functions that a call enters, and those on the stack when it calls the op."""
     entered: list[str] = []
     stack: list[str] = []
 
@@ -74,7 +74,7 @@ def test_a_cached_call_takes_two_functions_to_its_op() -> None:
     assert "_make_plan" in first
     cached, stack = path_of(call)
     assert stack == ["window_attention_qkvpacked", "_attend"]
-    # The last three answer: may this be cached, under what key, and is it recorded? Tables of another dtype add _fit.
+    # The last three decide: may this be cached, under which key, and is it recorded? Tables of another dtype add _fit.
     assert cached == ["window_attention_qkvpacked", "_attend", "is_plain", "call_key", "any_requires_grad"]
 
 

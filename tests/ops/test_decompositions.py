@@ -1,4 +1,4 @@
-"""The forward ops as plain PyTorch: the same results, for fixed sizes and in exported programs for any."""
+"""The forward ops as plain PyTorch: the same results, for fixed sizes and in exported programs of dynamic size."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_forward_op_has_a_decomposition() -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", WITHOUT_DROPOUT)
 def test_window_attention(name: str, form: str) -> None:
-    """Output and log-sum-exp are the kernel's."""
+    """Output and log-sum-exp equal the kernel's."""
     arguments = [x.detach() if isinstance(x, Tensor) else x for x in op_arguments(CLASSES[name], form, torch.float32)]
     for got, want in zip(decomposed(f"{form}_fwd", *arguments), getattr(ops, f"{form}_fwd")(*arguments), strict=True):
         assert got.dtype == want.dtype
@@ -98,7 +98,7 @@ def test_norms(case: NormCase) -> None:
 
 
 class Attend(nn.Module):
-    """One call of window attention on any map."""
+    """Calls window attention once, on any map."""
 
     def __init__(self, case: Case, backend: str) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def targets(program: torch.export.ExportedProgram) -> set[str]:
 )
 @pytest.mark.tool("`run_decompositions(swinkernels.decompositions())`", "torch", "core ATen, any size in one program")
 def test_one_program_serves_all_sizes(case: Case) -> None:
-    """Without guards on whether the map divides into windows; asked for by the table, and not without it."""
+    """The program has no guards on whether the map divides into windows, and uses ops unless the table is applied."""
     dynamic = dict.fromkeys(range(1 + len(case.size)), Dim.DYNAMIC)
     inputs = case.inputs(torch.float32)
     tables = {n: x for n, x in inputs.items() if n not in ("qkv", "dout")}
@@ -146,6 +146,6 @@ def test_one_program_serves_all_sizes(case: Case) -> None:
 
 
 def test_fakes_of_symbolic_sizes_are_the_ops_own() -> None:
-    """Not those of the decomposition, which would put its operations into compiled graphs' guards."""
+    """Fakes of the decompositions would put their operations into compiled graphs' guards."""
     assert all(op in torch._decomp.meta_table for op in DECOMPOSITIONS)
     assert not any(op in torch.export.default_decompositions() for op in DECOMPOSITIONS)

@@ -1,4 +1,4 @@
-"""Backend "torch", plain PyTorch's fast code for every op, beside the reference in float64 and in each dtype."""
+"""Backend "torch", PyTorch's fast code for every op, compared with the reference in float64 and in each dtype."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DIFFERENT = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", DIFFERENT, ids=str)
 def test_attention_rounds_as_plain_pytorch_does(case, dtype):
-    """A few eps: products are rounded to the dtype. Where terms cancel, the reference's own error says how much."""
+    """The error is a few eps, as products are rounded; where terms cancel, the reference's error is the scale."""
     got, rounded = both(case, dtype)
     inputs = {name: x.double() for name, x in case.inputs(dtype).items()}
     exact = run_case(swinkernels.window_attention_qkvpacked, inputs, {**case.arguments(), "backend": "reference"})
@@ -61,7 +61,7 @@ def test_attention_rounds_as_plain_pytorch_does(case, dtype):
 
 
 def test_attention_without_gradients_takes_the_fused_kernel(monkeypatch):
-    """Long windows go through scaled_dot_product_attention, with the same result as the products written out."""
+    """Long windows use scaled_dot_product_attention, with the same result as explicit products."""
     calls = []
     fused = torch.nn.functional.scaled_dot_product_attention
 
@@ -178,7 +178,7 @@ def test_a_norm_of_16_bit_rows_to_float32_is_not_rounded_between():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_auto_takes_it_where_no_kernel_runs(device, monkeypatch):
-    """float64, which no kernel computes, and devices without kernels; never the reference."""
+    """ "auto" takes it for float64, which no kernel supports, and on devices without kernels."""
     from swinkernels import reference
 
     for name in ("window_attention_qkvpacked", "window_partition", "layer_norm", "patch_merging"):

@@ -1,4 +1,4 @@
-"""FLOPs of the ops, and of accelerated models, as torch's counter sees them."""
+"""FLOPs of the ops and of accelerated models in torch's counter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_cpu = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=
 
 
 def count(call: Any, *inputs: Tensor) -> tuple[int, int]:
-    """FLOPs forward and backward."""
+    """Return the FLOPs forward and backward."""
     with FlopCounterMode(display=False) as counter:
         out = call(*inputs)
         forward = counter.get_total_flops()
@@ -48,7 +48,7 @@ def test_formulas_wait_for_the_counter() -> None:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("size", [(8, 12), (7, 10), (4, 5, 9)])
 def test_window_attention_counts_as_plain_code(packed: bool, size: tuple[int, ...]) -> None:
-    """Whole windows of the padded map, in the op as in plain PyTorch, also on meta tensors."""
+    """Whole windows of the padded map count, for the op and for plain PyTorch, also on meta tensors."""
 
     def attend(backend: str, device: str) -> tuple[int, int]:
         qkv = torch.zeros(2, *size, 3, 2, 6, device=device, requires_grad=True)
@@ -73,7 +73,7 @@ def swin(img_size: int) -> nn.Module:
     )  # fmt: skip
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # torch counts no scaled_dot_product_attention on a CPU
+            module.fused_attn = False  # on a CPU torch does not count scaled_dot_product_attention
     return model
 
 

@@ -1,4 +1,4 @@
-"""The halves of a block beside the reference and torch's modules, and the bytes that they keep for backward."""
+"""The halves of a block compared with the reference and torch's modules, and the bytes kept for backward."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPS = ("attention_half", "mlp_half")
 
 
 def case(op: str, size: tuple[int, ...] = (6, 7), *, norm: str = "pre", full: bool = True) -> tuple[list, dict]:
-    """Arguments in float64: the tensors of a half in order, and its other arguments."""
+    """Return float64 arguments: the tensors of a half in order, and its other arguments."""
     shapes = {"attention_half": (3 * C, C, C), "mlp_half": (HIDDEN, C, HIDDEN)}[op]
     rows, width, inner = shapes
     tensors = [
@@ -51,7 +51,7 @@ def differentiable(tensors: list, options: dict) -> list[Tensor]:
 
 
 def plain_half(op: str, tensors: list, options: dict) -> Tensor:
-    """The half of torch's own functions around window attention, as published blocks have it."""
+    """The half of a block in torch's own functions around window attention, as in published blocks."""
     x, norm_weight, norm_bias, first, first_bias, last, last_bias, *table = tensors
     options = dict(options)
     norm, d, gamma = options.pop("norm"), options.pop("drop_path_scale", None), options.pop("layer_scale", None)
@@ -148,7 +148,7 @@ def test_a_scale_that_learns():
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_around_the_kernels_of_a_gpu(norm, joined, scaled, dtypes, plain_kernels):
-    """The norms' kernels in plain PyTorch, in place of those of CUDA."""
+    """The norms' kernels are plain PyTorch in place of CUDA's."""
     dtype = torch.float32 if dtypes == "autocast" else getattr(torch, dtypes)
     tensors, options = case("mlp_half", norm=norm, full=False)
     tensors = [draw(*shape, seed=i) for i, shape in enumerate(s.shape for s in case("mlp_half")[0])]
@@ -162,7 +162,7 @@ def test_around_the_kernels_of_a_gpu(norm, joined, scaled, dtypes, plain_kernels
         return function(*rest, **join, **options, **others)
 
     low = [t.to(dtype).requires_grad_() for t in tensors]
-    if joined and dtypes == "autocast":  # as the half before leaves it
+    if joined and dtypes == "autocast":  # the result of the previous half
         low[-1] = low[-1].detach().bfloat16().requires_grad_()
     wide = [t.detach().double().requires_grad_() for t in low]
     exact = half(wide, reference.mlp_half)
@@ -230,7 +230,7 @@ def test_transforms(op):
 
 
 def low_and_exact(op: str, tensors: list, options: dict, dtype: torch.dtype) -> tuple[list, dict, Tensor, tuple]:
-    """The arguments in a dtype, as leaves, and the reference's output and gradients on the same numbers."""
+    """Return the arguments in a dtype, as leaves, and the reference's output and gradients for the same numbers."""
     low = [t.to(dtype).requires_grad_() for t in tensors]
     low_options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
     wide = [t.detach().double().requires_grad_() for t in low]
@@ -249,7 +249,7 @@ def assert_close_enough(got: Tensor, low: list, exact: Tensor, gradients: tuple,
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("op", OPS)
 def test_autocast(op, norm):
-    """Products in bfloat16; a backward pass inside of autocast is the same as one outside."""
+    """Products are in bfloat16; backward passes inside and outside autocast give the same."""
     low, options, exact, gradients = low_and_exact(op, *case(op, norm=norm), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got = getattr(swinkernels, op)(*low, **options)
@@ -359,7 +359,7 @@ def changed(i: int, value: Any) -> Callable:
 )  # fmt: skip
 def test_wrong_arguments_are_named(op, change, error, message):
     tensors, options = case(op)
-    for _ in range(2):  # nothing is remembered of a call that failed
+    for _ in range(2):  # a failed call leaves nothing in the cache
         given, others = list(tensors), dict(options)
         change(given, others)
         with pytest.raises(error, match=f"^{op}: .*{message}"):
@@ -376,7 +376,7 @@ def test_a_weight_changed_in_place_before_backward_is_refused():
 
 
 def kept_bytes(function: Callable[[], Any], parameters: list[Tensor]) -> int:
-    """Bytes of the storages that a call keeps for its backward pass, but those of parameters."""
+    """Return the bytes of the storages that a call keeps for its backward pass, without parameters."""
     of_parameters = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -394,7 +394,7 @@ def kept_bytes(function: Callable[[], Any], parameters: list[Tensor]) -> int:
 
 @pytest.mark.parametrize(("op", "most"), [("attention_half", 5.3), ("mlp_half", 1 + HIDDEN / C + 0.02)])
 def test_what_is_kept_for_backward(op, most):
-    """In sizes of x: x, q, k, v, the attention's result and the float32 lse (1/4 here); x and the result of fc1."""
+    """In sizes of x: x, q, k, v, the attention's result and the float32 lse (1/4 here); x and fc1's result."""
     tensors, options = case(op, (32, 32))
     tensors = [t.float().requires_grad_() for t in tensors]
     options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -403,7 +403,7 @@ def test_what_is_kept_for_backward(op, most):
 
 
 def test_second_derivative_of_a_norm_with_a_bias_and_no_weight():
-    """torch's own, of F.layer_norm with these arguments, is wrong or raises (2.14)."""
+    """torch's own F.layer_norm with these arguments gives wrong second derivatives or raises (2.14)."""
     torch.manual_seed(0)
     x, bias = torch.randn(5, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     found = []

@@ -1,4 +1,4 @@
-"""Low scores on the backends of the CPU: outputs and gradients are as good as those of other scores."""
+"""Low scores on the CPU's backends: outputs and gradients are as accurate as for other scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def on(backend: str) -> functools.partial:
 def test_outputs_and_gradients(backend, name, dtype):
     op = on(backend)
     if backend == "reference" and dtype != torch.float32:
-        op = functools.partial(reference_in_float32, op)  # it rounds what it is given and nothing else
+        op = functools.partial(reference_in_float32, op)  # rounds the inputs only
     check_window_attention(op, CASES[name], dtype)
 
 

@@ -1,4 +1,4 @@
-"""Wrong arguments of partition, reverse, merging, expanding and norms: the error's type and what its message says."""
+"""Wrong arguments of partition, reverse, merging, expanding and norms: the error's type and message."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.ops.test_window_attention_arguments import check, huge, ids, junk
 
 zeros, meta = torch.zeros, torch.zeros(1, device="meta")
 
-# Calls that are right, and the names of their tensors that may be None.
+# Valid calls, and the names of their tensors that may be None.
 RIGHT = {
     "window_partition": {"x": zeros(2, 5, 6, 4), "window_size": (2, 3), "shift_size": (1, 0)},
     "window_reverse": {"windows": zeros(12, 6, 4), "window_size": (2, 3), "size": (5, 6), "shift_size": (1, 0)},
@@ -129,7 +129,7 @@ def test_the_right_calls_are_right(op):
             ({"size": (5, 6.0)}, TypeError, "6.0", "(H, W)"),
             ({"size": zeros(2)}, TypeError, "tensor", "(H, W)"),
             ({"size": None}, TypeError, "None", "(H, W)"),
-            # maps whose elements an int64 does not count; there is nothing of them, so the windows agree
+            # maps with more elements than an int64 counts; they have no images, so the windows agree
             ({"windows": zeros(0, 6, 4), "size": (2**40, 2**40)}, ValueError, str(2**40), "int64"),
         ),
         *for_each(
@@ -225,7 +225,7 @@ def test_wrong_argument(op, changes, error, got, accepted):
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
 @every_op
 def test_errors_come_before_any_work(op, backend):
-    """A wrong argument is found although the backend could not run the call either."""
+    """A wrong argument is reported even if the backend could not run the call anyway."""
     changes = {"window_size": 0} if op in WINDOWS else {"eps": -1.0}
     check(lambda: call(op, **changes, backend=backend), ValueError, next(iter(changes)))
 

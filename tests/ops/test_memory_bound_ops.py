@@ -1,7 +1,7 @@
-"""Partition, reverse, merging, expanding and norms as torch sees them: what surrounds the kernels, on any machine.
+"""Partition, reverse, merging, expanding and norms as ops of torch: the code around the kernels, on any machine.
 
-Where a test takes ``plain_kernels``, the backends "cuda" and "triton" run kernels in plain PyTorch on the CPU: the
-schema, the fake, the autograd formula, the reordering of parameters and the dtypes are those of a GPU.
+With ``plain_kernels`` the backends "cuda" and "triton" run kernels in plain PyTorch on the CPU: schema, fake, autograd
+formula, reordering of parameters and dtypes are those on a GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAPS = ("x", "y", "windows")
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a public function: the shapes of its tensors and its other arguments."""
+    """A call of a public function: the shapes of its tensors and its other arguments."""
 
     op: str
     shapes: dict[str, tuple[int, ...]]
@@ -50,13 +50,13 @@ class Case:
         return functools.partial(getattr(reference, self.op), **self.options)
 
     def leaves(self, *dtypes: torch.dtype) -> dict[str, Tensor]:
-        """The tensors, of which the first has the first dtype, the next (if any) the second, and so on."""
+        """Draw the tensors; the first has the first dtype, the next (if any) the second, and so on."""
         dtypes = dtypes + (dtypes[-1],) * len(self.shapes)
         tensors = {n: draw(*s, seed=i) for i, (n, s) in enumerate(self.shapes.items(), start=1)}
         return {n: t.to(d).requires_grad_() for (n, t), d in zip(tensors.items(), dtypes, strict=False)}
 
     def with_batch(self, batch: int) -> Case:
-        """As many maps, or as many times the windows of one (CASES have those of two maps)."""
+        """Return the case for ``batch`` maps, or for their windows (CASES have two maps)."""
         maps = {
             n: (batch * s[0] // 2 if n == "windows" else batch, *s[1:]) for n, s in self.shapes.items() if n in MAPS
         }
@@ -66,13 +66,13 @@ class Case:
     def outputs(
         self, leaves: dict[str, Tensor], function: Callable | None = None, **options: Any
     ) -> tuple[Tensor, ...]:
-        """The results of the public function, or of another with this one's arguments in it."""
+        """Return the results of the public function, or of another one on the same arguments."""
         function = function or functools.partial(getattr(swinkernels, self.op), **self.options)
         outs = function(**leaves, **options)
         return outs if isinstance(outs, tuple) else (outs,)
 
     def run(self, leaves: dict[str, Tensor], function: Callable | None = None, **options: Any) -> dict[str, Tensor]:
-        """Outputs, and the gradient of each leaf that wants one."""
+        """Return the outputs, and the gradient of each leaf that requires one."""
         outs = self.outputs(leaves, function, **options)
         results = {f"out {i}": out.detach() for i, out in enumerate(outs)}
         wanted = {n: t for n, t in leaves.items() if t.requires_grad}
@@ -166,14 +166,14 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], eps: float
 def test_auto_on_a_cpu_is_plain_pytorch(case, dtype):
     got, named = case.run(case.leaves(dtype)), case.run(case.leaves(dtype), backend="torch")
     assert all(value.dtype == dtype for value in got.values())
-    assert_close(got, named, torch.finfo(dtype).eps)  # BLAS may round otherwise at another address
+    assert_close(got, named, torch.finfo(dtype).eps)  # BLAS may round differently at another address
     exact = case.run(case.leaves(torch.float64), case.definition)
     assert_close(got, exact, 1e-12 if dtype == torch.float64 else 32 * torch.finfo(dtype).eps)
 
 
 @every_case
 def test_around_a_kernel(case, plain_kernels):
-    """Orders of channels, optional parameters, factors: all that is done before and after a kernel and its backward."""
+    """Covers the code before and after a kernel and its backward: channel orders, optional parameters, factors."""
     exact = case.run(case.leaves(torch.float64), case.definition)
     for backend in backends_of(case):
         got = case.run(case.leaves(torch.float32), backend=backend)
@@ -184,7 +184,7 @@ def test_around_a_kernel(case, plain_kernels):
 @pytest.mark.parametrize(
     ("name", "dtypes", "results"),
     [
-        # x, y, weight and bias of the norm: float32 stream and parameters, half branch, as autocast makes them
+        # x, y, weight and bias of the norm: float32 stream and parameters, half branch, as under autocast
         ("residual", (torch.float32, torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)),
         ("residual_dropped", (torch.float32, torch.float16, torch.float32), (torch.float32, torch.float16)),
         ("residual", (torch.bfloat16,), (torch.bfloat16, torch.bfloat16)),
@@ -199,7 +199,7 @@ def test_around_a_kernel(case, plain_kernels):
     ],
 )
 def test_dtypes_around_a_kernel(name, dtypes, results, plain_kernels):
-    """Results in their dtypes, each gradient in that of its tensor, parameters of any floating dtype."""
+    """Results have their dtypes, each gradient that of its tensor; parameters may have any floating dtype."""
     case = CASES[name]
     leaves = case.leaves(*dtypes)
     exact = case.run({n: t.detach().double().requires_grad_() for n, t in leaves.items()}, case.definition)
@@ -227,7 +227,7 @@ def test_dtype_of_a_norm(dtype, plain_kernels):
 
 @some_cases
 def test_gradient_of_one_alone(case, plain_kernels):
-    """What needs no gradient gets none, and changes no other."""
+    """A tensor that needs no gradient gets none, and the others do not change."""
     for backend in ("reference", backends_of(case)[0]):
         full = case.run(case.leaves(torch.float32), backend=backend)
         for name in case.shapes:
@@ -239,14 +239,14 @@ def test_gradient_of_one_alone(case, plain_kernels):
 
 @some_cases
 def test_a_loss_that_hands_no_gradient_on(case, plain_kernels):
-    """A backward pass may reach an op without a gradient of any of its results."""
+    """A backward pass may reach an op without a gradient for any of its results."""
     leaves = case.leaves(torch.float32)
     NoGradient.apply(*case.outputs(leaves, backend=backends_of(case)[0])).backward()
     assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves.values())
 
 
 def test_only_one_result_used(plain_kernels):
-    """The s of the last block, or its z, may be all that a loss reads."""
+    """The loss may only read the last block's s, or its z."""
     case = CASES["residual"]
     for index in (0, 1):
         grads = []
@@ -260,7 +260,7 @@ def test_only_one_result_used(plain_kernels):
 
 
 def test_gradient_of_drop_path_scale():
-    """In the reference alone; a kernel is not taken, or says so."""
+    """Only the reference supports the gradient; a kernel is not chosen, or gives the reason."""
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     x, y = draw(2, 3, 5), draw(2, 3, 5, seed=2)
     for op in (swinkernels.residual_layer_norm, swinkernels.residual_post_norm):
@@ -277,7 +277,7 @@ def test_gradient_of_drop_path_scale():
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["auto", "cuda", "triton"])
 def test_autocast_of_merging_and_expanding(backend, low, plain_kernels):
-    """A module whose last step is the Linear gives the autocast dtype, one that ends with a norm float32."""
+    """An op that ends with the Linear returns the autocast dtype, one that ends with a norm float32."""
     for name, dtype in (
         ("merge_swin_pre_5x4_2", low),
         ("merge_unfold_pre_5x4_2", low),
@@ -301,7 +301,7 @@ def test_autocast_of_merging_and_expanding(backend, low, plain_kernels):
             assert got["out 0"].dtype == dtype
             assert all(got[f"d{n}"].dtype == t.dtype for n, t in leaves.items())
             assert_close(got, exact, 6 * torch.finfo(low).eps)
-        with torch.autocast("cpu", low):  # which leaves float64 alone
+        with torch.autocast("cpu", low):  # leaves float64 alone
             assert case.run(case.leaves(torch.float64))["out 0"].dtype == torch.float64
 
 
@@ -315,7 +315,7 @@ def test_autocast_changes_nothing_else(name):
 
 
 def test_a_norm_into_a_linear_under_autocast(plain_kernels):
-    """The float32 stream becomes the Linear's half input in the norm's one pass, and dx comes back in float32."""
+    """The norm's single pass turns the float32 stream into the Linear's half input, and dx is float32 again."""
     x, weight = draw(2, 3, 5).float().requires_grad_(), draw(4, 5).float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         z = swinkernels.layer_norm(x, dtype=torch.get_autocast_dtype("cpu"), backend="cuda")
@@ -328,7 +328,7 @@ def test_a_norm_into_a_linear_under_autocast(plain_kernels):
 
 
 def op_calls() -> dict[str, tuple[str, tuple]]:
-    """Arguments for every op of torch.ops.swinkernels that this file is about; tensors as their shapes."""
+    """Return arguments for every op of torch.ops.swinkernels tested here, with tensors given as shapes."""
     norm = ((5,), (5,))
     statistics = ((2, 3, 4), (2, 3, 4))
     merged, factor, order = (2, 3, 2), [1, 2, 2], [0, 2, 1, 3]
@@ -407,7 +407,7 @@ def test_fake_on_meta_tensors(name, arguments, plain_kernels):
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @some_cases
 def test_gradients_on_meta_tensors(case, backend, monkeypatch):
-    """Shapes and dtypes of results and gradients without a kernel or a byte of memory."""
+    """Shapes and dtypes of results and gradients need neither a kernel nor memory."""
     if backend not in backends_of(case):
         return
     expected = case.run(case.leaves(torch.float32))
@@ -422,7 +422,7 @@ def test_gradients_on_meta_tensors(case, backend, monkeypatch):
 
 
 def test_fakes_with_symbolic_sizes():
-    """Sizes that are not known while tracing stay symbols."""
+    """Sizes that are unknown while tracing stay symbols."""
     real = torch.empty(4, 11, 13, 6)
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         x = mode.from_tensor(real, static_shapes=False)
@@ -454,7 +454,7 @@ COMPILED = [
     ],
 )
 def test_compile_fullgraph(name, backend, dynamic, plain_kernels):
-    """One graph, with its backward, and not one for each batch size."""
+    """One graph, with its backward, serves all batch sizes."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -462,7 +462,7 @@ def test_compile_fullgraph(name, backend, dynamic, plain_kernels):
         return getattr(swinkernels, CASES[name].op)(**leaves, **CASES[name].options, backend=backend)
 
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=counter)
-    for batch in (9, 11, 13):  # none equal to another size, which dynamo would take for the same symbol
+    for batch in (9, 11, 13):  # none equal to another size, which dynamo would treat as the same symbol
         case = CASES[name].with_batch(batch)
         expected = case.run(case.leaves(torch.float32), call)
         assert_close(case.run(case.leaves(torch.float32), compiled), expected, 1e-6)
@@ -473,7 +473,7 @@ def test_compile_fullgraph(name, backend, dynamic, plain_kernels):
 
 
 def spread(x: Tensor) -> Tensor:
-    """The same values at every other place of memory that holds NaN, and not from its first byte on."""
+    """Spread x over memory of NaN, in every other element and not from the first byte on."""
     wide = torch.full([2 * n for n in x.shape], math.nan, dtype=x.dtype)
     view = wide[(slice(1, None, 2),) * x.dim()]
     view.copy_(x)
@@ -483,13 +483,13 @@ def spread(x: Tensor) -> Tensor:
 @some_cases
 @pytest.mark.parametrize("rearranged", [spread, lambda x: x.mT.contiguous().mT if x.dim() > 1 else spread(x)])
 def test_non_contiguous_inputs(case, rearranged, plain_kernels):
-    """Tensors with strides give what contiguous ones give."""
+    """Strided tensors give the results of contiguous ones."""
     for backend in ("auto", *backends_of(case)):
         expected = case.run(case.leaves(torch.float32), backend=backend)
         leaves = {n: rearranged(t.detach()).requires_grad_() for n, t in case.leaves(torch.float32).items()}
         assert any(not t.is_contiguous() for t in leaves.values())
         got = case.run(leaves, backend=backend)
-        assert_close(got, expected, 1e-6)  # sums follow the strides
+        assert_close(got, expected, 1e-6)  # the order of sums depends on strides
 
 
 @some_cases
@@ -514,9 +514,9 @@ def test_inputs_are_never_modified(case, plain_kernels):
 
 @some_cases
 def test_empty_batch(case, plain_kernels):
-    """Empty results, and zeros for the parameters."""
+    """The results are empty, and the gradients of the parameters zero."""
     if case.shapes.get("x") == (5,):
-        return  # one row has no batch
+        return  # a single row has no batch
     case = case.with_batch(0)
     for backend in ("auto", *backends_of(case)):
         got = case.run(case.leaves(torch.float32), backend=backend)
@@ -546,7 +546,7 @@ def test_gradcheck(case):
     def function(*values):
         return getattr(swinkernels, case.op)(**dict(zip(leaves, values, strict=True)), **case.options)
 
-    # One random direction: all of them for every case would take minutes.
+    # One random direction: all of them would take minutes.
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
@@ -565,7 +565,7 @@ def test_second_derivative_is_in_the_reference_alone(name, plain_kernels):
     leaves = case.leaves(torch.float32)
     for backend in backends_of(case):
         if backend == "triton" and "merge" in name and "post" in name:
-            continue  # its norm is torch's
+            continue  # the norm is torch's
         with pytest.raises(NotImplementedError, match="use backend='reference' for double backward"):
             penalty(backend, **leaves).backward()
     wide = case.leaves(torch.float64)
@@ -576,7 +576,7 @@ def test_second_derivative_is_in_the_reference_alone(name, plain_kernels):
 
 @pytest.mark.parametrize("name", ["partition", "partition_3d", "reverse", "reverse_3d"])
 def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_kernels):
-    """Third derivatives of a cube: the derivative of one is the other, which is differentiated in turn."""
+    """Third derivatives of a cube: each op is the other's derivative, which is differentiated in turn."""
     case = CASES[name]
     for backend in ("reference", *backends_of(case)):
         leaves = case.leaves(torch.float32)
@@ -619,7 +619,7 @@ def test_reverse_undoes_partition_bit_for_bit(data):
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
 @some_cases
 def test_backend_that_cannot_run(case, backend):
-    """None of the fast ones can on a CPU tensor, and each says why."""
+    """No fast backend can on a CPU tensor, and each gives a reason."""
     if backend == "triton" and _backends.interpreting():
         pytest.skip("Triton's interpreter runs on the CPU")
     with pytest.raises(NotImplementedError) as caught:
@@ -663,7 +663,7 @@ def test_reasons_of_a_backend(call, reason, plain_kernels):
 
 
 def test_longest_row(monkeypatch, plain_kernels):
-    """A limit of a backend is a reason, and auto takes another."""
+    """A limit of a backend is a reason, so auto takes another backend."""
     monkeypatch.setitem(_backends.NORM_LIMITS, "cuda", 4)
     monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda",))
     x = draw(2, 5).float()
@@ -691,7 +691,7 @@ def test_row_major_columns(order, rank):
 
 @pytest.mark.parametrize("rank", [2, 3])
 def test_by_neighbour(rank):
-    """With its parameters reordered the order "unfold" is "row_major", before the norm and after it."""
+    """With reordered parameters the order "unfold" equals "row_major", before the norm and after it."""
     c, out, count = 3, 7, 2**rank
     x, weight = draw(2, *(3,) * rank, c), draw(out, count * c, seed=2)
     norm = draw(count * c, seed=3), draw(count * c, seed=4)
@@ -699,7 +699,7 @@ def test_by_neighbour(rank):
     got = reference.patch_merging(x, *reordered, order="row_major")
     expected = reference.patch_merging(x, *norm, weight, order="unfold")
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    # Channel c of neighbour n stands at c * count + n; by neighbour, at n * channels + c.
+    # Channel c of neighbour n is at c * count + n; by neighbour, at n * channels + c.
     numbered = torch.arange(count * c).reshape(c, count)
     assert torch.equal(_by_neighbour(numbered.flatten(), count), numbered.T.flatten())
 

@@ -1,4 +1,4 @@
-"""A periodic axis joins its two ends: where padding would lie between them, the ops refuse it."""
+"""A periodic axis joins its two ends: the ops refuse padding between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def call(qkv: Tensor, **options) -> Tensor:
 
 
 def neighbours(backend: str, longitude: int, **options) -> set[int]:
-    """The longitudes that one of them attends to: those of v with a gradient."""
+    """Return the longitudes that a token attends to: those whose v has a gradient."""
     qkv = torch.randn(1, 2, LONGITUDES, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     qkv.requires_grad_()
     call(qkv, backend=backend, **options)[0, :, longitude].sum().backward()

@@ -1,4 +1,4 @@
-"""The error budget: what passes, what does not, and how it is said."""
+"""The error budget: results that pass, results that fail, and the messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST = EXACT.abs().max().item()
 
 
 def judged(got: Tensor, exact: Tensor = EXACT, f32: Tensor | None = None, terms: Tensor | None = None) -> Judged:
-    """Where float32's own error is not given there is none."""
+    """Judge a result; without ``f32``, float32 has no error of its own."""
     return judge(got, exact, exact if f32 is None else f32, terms=terms, name="out")
 
 
@@ -40,7 +40,7 @@ def test_no_element_is_off_by_more_than_two_eps_of_the_largest(eps_of_the_larges
 
 
 def test_the_error_of_the_definition_in_float32_is_granted() -> None:
-    """Where terms cancel the reference is as far off."""
+    """If terms cancel, the float32 reference has the same error."""
     got = EXACT.float() + 1e-4
     assert judged(got).failure is not None
     assert judged(got, f32=EXACT.float() - 1e-4).failure is None

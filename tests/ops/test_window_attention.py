@@ -1,4 +1,4 @@
-"""The ops as torch sees them: schema, fake, autograd, autocast, compile and backend choice."""
+"""Window attention as an op of torch: schema, fake, autograd, autocast, compile and backend choice."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_backend_says_by_name_what_it_lacks():
 
 
 def test_long_windows_need_shared_memory(monkeypatch):
-    """A GPU whose blocks have less than the longest windows need takes shorter ones by this package's CUDA kernels."""
+    """A GPU with less shared memory per block takes only shorter windows on this package's CUDA kernels."""
     limits = {"max_window_volume": 1024, "shared_bytes_of_longest": 160 * 1024, "max_window_volume_in_less": 256}
     monkeypatch.setitem(_backends.LIMITS, "cuda", limits)
     case = WindowAttentionCase(1, (17, 17), 2, 8, 17, 0)
@@ -133,7 +133,7 @@ def test_autocast_casts_the_map_and_keeps_the_table(dtype):
     assert got["out"].dtype == apart["out"].dtype == dtype
     assert all(got[f"d{name}"].dtype == torch.float32 for name in ("qkv", "bias_table", "pad_qkv"))
     rounded = {name: x.to(dtype) if name != "bias_table" else x for name, x in inputs.items()}
-    with torch.autocast("cpu", dtype):  # which rounds the products of the reference's backward, too
+    with torch.autocast("cpu", dtype):  # also rounds the products of the reference's backward
         by_hand = run_case(swinkernels.window_attention_qkvpacked, rounded, PADDED.arguments())
     for name in got:
         assert torch.equal(got[name], by_hand[name].to(got[name].dtype)), name
@@ -162,7 +162,7 @@ def test_only_what_is_wanted_gets_a_gradient(backend):
 @needs_cpu
 @pytest.mark.parametrize("op", [swinkernels.window_attention_qkvpacked, separate])
 def test_a_loss_that_hands_no_gradient_on(op):
-    """A backward pass may reach the op without a gradient of its result."""
+    """A backward pass may reach the op without a gradient for its result."""
     leaves = {k: x.requires_grad_() for k, x in PADDED.inputs(torch.float32).items() if k != "dout"}
     NoGradient.apply(op(**leaves, **PADDED.arguments(), backend="cpu")).backward()
     assert all(leaf.grad is None for leaf in leaves.values())
@@ -181,12 +181,12 @@ def test_compile_fullgraph(backend, dynamic):
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op, fullgraph=True, dynamic=dynamic, backend=counter)
-    for batch in (4, 7, 6):  # none equal to another size of the inputs, which dynamo would take for the same symbol
+    for batch in (4, 7, 6):  # none equal to another size of the inputs, which dynamo would treat as the same symbol
         inputs = dataclasses.replace(PADDED, batch=batch).inputs(torch.float32)
         want, got = (run_case(f, inputs, {}) for f in (op, compiled))
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
-    # Not once per batch size: for the first batch and then for any (None), or at once for any, with one restart of
+    # Not once per batch size: once for the first batch and once for any (None), or at once for any, with one restart of
     # the analysis for the float arguments (True).
     assert counter.frame_count <= 2
 
@@ -211,7 +211,7 @@ def test_deterministic_mode_is_accepted(backend):
     if _backends.unavailable(backend):
         pytest.skip(_backends.unavailable(backend))
     torch.use_deterministic_algorithms(True)
-    try:  # it also fills uninitialised memory with NaN, so that an element never written is seen
+    try:  # it also fills uninitialised memory with NaN, so that an unwritten element shows
         check_window_attention(swinkernels.window_attention_qkvpacked, PADDED, torch.float32, backend=backend)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -246,7 +246,7 @@ def test_kernels_run_where_they_were_built_for(built, capability, runs):
 def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     monkeypatch.setattr(_backends._extension, "build", {"arch_list": ["8.0", "9.0"]})
-    device = torch.device("cuda", 62)  # no other test asks about it: what was found is kept
+    device = torch.device("cuda", 62)  # no other test uses this device, so it is not cached
     expected = "built for 8.0 9.0, the GPU is 12.0: build again with TORCH_CUDA_ARCH_LIST unset"
     assert expected in _backends.gpu_reason("cuda", device)
     assert _backends.gpu_reason("triton", device) is None

@@ -1,4 +1,4 @@
-"""Wrong arguments: the error's type, and a message with the op, the argument, what was got and what is accepted."""
+"""Wrong arguments: the error's type, and a message with the op, the argument, the value given and those accepted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import swinkernels
 from swinkernels.ops import _backends
 from tests.support.side_by_side import draw
 
-# A call that is right: S = (5, 6), window (2, 3), 2 heads of 4 channels, N = 6, frame (6, 6), one row of padding.
+# A valid call: S = (5, 6), window (2, 3), 2 heads of 4 channels, N = 6, frame (6, 6), one row of padding.
 QKV = (2, 5, 6, 24)
 RIGHT = {"num_heads": 2, "window_size": (2, 3), "backend": "reference"}
 
@@ -29,12 +29,12 @@ def separate(q=None, k=None, v=None, **changes):
 
 
 def huge(*shape):
-    """A tensor of any shape in four bytes."""
+    """Return a tensor of any shape that takes four bytes."""
     return torch.zeros((1,) * len(shape)).expand(shape)
 
 
 zeros, meta = torch.zeros, torch.zeros(1, device="meta")
-TABLES = (zeros(3, 4), zeros(5, 4))  # axis_tables that are right
+TABLES = (zeros(3, 4), zeros(5, 4))  # valid axis_tables
 ids = lambda v: "-".join(v) if isinstance(v, dict) else None  # noqa: E731
 
 
@@ -137,7 +137,7 @@ def check(call, error, *words):
         ({"region_map": zeros(5, 6).int()}, ValueError, "(5, 6)", "(6, 6)"),
         ({"region_map": zeros(6, 6)}, TypeError, "torch.float32", "integers"),
         ({"region_map": zeros(6, 6).bool()}, TypeError, "torch.bool", "integers"),
-        ({"region_map": zeros(6, 6).long()}, TypeError, "torch.int64", "int32"),  # values would be cut to 32 bits
+        ({"region_map": zeros(6, 6).long()}, TypeError, "torch.int64", "int32"),  # values would be truncated to 32 bits
         ({"region_map": meta.expand(6, 6).int()}, ValueError, "meta", "one device"),
         ({"periodic": (False, True), "region_map": zeros(6, 6).int()}, ValueError, "(False, True)", "must be False"),
         ({"bias_table": zeros(15, 4, 2)}, ValueError, "(15, 4, 2)", "6 windows"),
@@ -200,7 +200,7 @@ def test_wrong_argument(op, changes, error, got, accepted):
         (zeros(QKV).to(torch.float8_e4m3fn), {}, TypeError, ["float8", "bfloat16"]),
         (zeros(QKV).to_sparse(), {}, TypeError, ["sparse", "strided"]),
         ([[0.0]], {}, TypeError, ["list", "tensor"]),
-        # sizes whose product overflows: the scores of all windows are more than an int64 counts
+        # sizes whose product overflows: an int64 cannot count the scores of all windows
         (huge(2**32, 2**11, 2**11, 6), {"window_size": 32}, ValueError, [str(2**32), "int64", "qkv"]),
         (huge(2**40, 2**19, 1, 6), {"window_size": 32}, ValueError, [str(2**40), "int64", "qkv"]),
         (meta.expand(2**40, 2**19, 1, 6), {"window_size": 32}, ValueError, [str(2**40), "int64", "qkv"]),
@@ -236,7 +236,7 @@ def test_wrong_separate_maps(maps, error, words):
 
 
 def test_zero_heads_are_refused():
-    """Maps of no heads agree with num_heads=0 and still mean nothing."""
+    """Maps without heads agree with num_heads=0 but are meaningless."""
     q = zeros(2, 5, 6, 0, 4)
     check(lambda: separate(q, q, q, num_heads=0), ValueError, "num_heads", "at least 1", "got 0")
 
@@ -250,7 +250,7 @@ def test_generator_of_another_device():
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
 def test_backend_that_cannot_run(backend):
-    """float64 is the reference's alone: every other backend says why it cannot, whatever is installed."""
+    """Only plain PyTorch supports float64: every other backend gives a reason, whatever is installed."""
     message = check(
         lambda: packed(zeros(QKV).double(), backend=backend),
         NotImplementedError,
@@ -264,11 +264,11 @@ def test_backend_that_cannot_run(backend):
 
 
 def test_errors_come_before_any_work():
-    """A wrong argument is found although the backend could not run the call either."""
+    """A wrong argument is reported even if the backend could not run the call anyway."""
     check(lambda: packed(window_size=0, backend="cuda"), ValueError, "window_size")
 
 
-# --- what is right is not refused
+# --- valid arguments are accepted
 
 
 def test_lists_and_sizes_are_sequences():
@@ -381,7 +381,7 @@ def test_empty_batch_with_gradients():
 
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_non_contiguous_inputs(is_packed):
-    """Every tensor strided and offset gives the bits of its contiguous copy, gradients too."""
+    """Every tensor with strides and offsets gives the bits of its contiguous copy, and so do gradients."""
 
     def spread(x):
         wide = torch.full([2 * n for n in x.shape], math.nan if x.is_floating_point() else -1, dtype=x.dtype)

@@ -1,6 +1,6 @@
-"""What window attention promises beside right results: derivatives, transforms, compilation, huge maps, range.
+"""Window attention beyond correct results: derivatives, transforms, compilation, huge maps, range.
 
-Each class of arguments that has code of its own is a case here; the backends' own tests go through sizes.
+Each class of arguments with separate code is a case here; the backends' own tests cover sizes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ WITHOUT_DROPOUT = {name: case for name, case in CLASSES.items() if name != "drop
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_gradcheck_of_the_reference(name: str) -> None:
-    """Finite differences in float64 of the output and of the attention weights."""
+    """Compare with finite differences in float64, for the output and the attention weights."""
     case = CLASSES[name]
     inputs = {n: x.double().requires_grad_() for n, x in case.inputs(torch.float32).items() if n != "dout"}
     if "logit_scale" in inputs:  # the clamp has a kink
@@ -130,7 +130,7 @@ def test_dropout_draws_a_seed_and_backward_has_the_same(
     for got, seed in zip(results, seeds, strict=True):
         for name, value in expected(seed).items():
             torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
-    assert not torch.equal(results[0]["out"], results[1]["out"])  # a known call draws anew, too
+    assert not torch.equal(results[0]["out"], results[1]["out"])  # a cached call draws new numbers, too
 
     generator = torch.Generator().manual_seed(5)
     own = run_case(op, inputs, {**case.arguments(), "generator": generator})
@@ -144,7 +144,7 @@ def test_dropout_draws_a_seed_and_backward_has_the_same(
 @needs_cpu
 @pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0)])
 def test_vmap_is_a_loop(dims: tuple[int | None, int | None]) -> None:
-    """In outputs and gradients, through torch's fallback for ops without a rule."""
+    """Outputs and gradients equal a loop's, through torch's fallback for ops without a rule."""
     case = Case(2, (6, 9), 2, 8, 3, 1)
     inputs = case.inputs(torch.float32)
     given = [inputs["qkv"], inputs["bias_table"]]
@@ -178,7 +178,7 @@ def test_batched_gradients_are_a_loop() -> None:
 @needs_cpu
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_per_sample(form: str) -> None:
-    """torch.func's vmap over grad: the gradient of each sample, of the map and of the shared parameters."""
+    """torch.func's vmap over grad gives the gradient of each sample, for the map and the shared parameters."""
     case = dataclasses.replace(CLASSES["v2, pads"], batch=3)
     inputs = case.inputs(torch.float32)
     dout = inputs.pop("dout")
@@ -225,7 +225,7 @@ def test_derivatives_of_functorch(transform: Any) -> None:
 def test_derivatives_of_functorch_that_are_refused(
     transform: Any, reason: str, batched: bool, record_property: Any
 ) -> None:
-    """Second derivatives and forward mode, with the way out."""
+    """Second derivatives and forward mode raise, with a remedy."""
     case = Case(1, (2, 4), 1, 2, 2, 1)
     qkv = case.inputs(torch.float32)["qkv"]
 
@@ -292,7 +292,7 @@ def test_one_graph_serves_all_sizes(dynamic: bool | None, most: int) -> None:
             torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
         counts.append(counter.frame_count)
     assert counts[-1] <= most
-    assert counts[-1] == counts[-3]  # the last ones are known
+    assert counts[-1] == counts[-3]  # the last ones are cached
 
 
 # --- huge maps
@@ -307,14 +307,14 @@ def test_more_than_two_to_the_16_windows(case: Case) -> None:
 
 
 def sparse_buffer(elements: int) -> Tensor:
-    """Memory that the system has only promised: no page of it exists before it is written."""
+    """Return memory that the system has only promised: no page of it exists before it is written."""
     return torch.from_numpy(np.empty(elements, dtype=np.float32))
 
 
 @needs_cpu
 @pytest.mark.parametrize("form", FORMS)
 def test_offsets_beyond_two_to_the_31(form: str) -> None:
-    """Two images that lie 2 ** 31 elements apart, which costs no memory, are what they are side by side."""
+    """Two images that are 2 ** 31 elements apart, at no cost of memory, have the results of adjacent ones."""
     case = Case(2, (5, 6), 2, 8, 4, 2, has_pad_qkv=True)
     inputs = case.inputs(torch.float32)
     apart = 2**31 + 48
@@ -347,10 +347,10 @@ def available_bytes() -> int:
 @needs_cpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
-    """The last image of a batch of more than 2 ** 31 elements is what it is alone, in output and gradient."""
+    """The last image of a batch of more than 2 ** 31 elements has the same output and gradient as alone."""
     if available_bytes() < 24 * 2**30:
         pytest.skip("needs 24 GiB of free memory")
-    torch.use_deterministic_algorithms(False)  # which would fill it all with NaN first
+    torch.use_deterministic_algorithms(False)  # else it would be filled with NaN first
     case = Case(1, (64, 64), 4, 32, 8, 4, has_table=False)
     inputs = case.inputs(torch.bfloat16)
     batch = 2**31 // inputs["qkv"].numel() + 2
@@ -393,9 +393,10 @@ FAR_MASK = {"mask_value": -(2.0**20)}
 )
 @pytest.mark.parametrize(("size", "gradient"), [(2.0**15, 1.0), (300.0, 6e4), (6e-5, 6e-5)])
 def test_float16_is_finite_where_the_result_is(backend: str, case: Case, size: float, gradient: float) -> None:
-    """Products overflow float16 by far; what does not is the result. Nothing is ever NaN.
+    """Products overflow float16 by far, but the result does not, and nothing is ever NaN.
 
-    With powers of two float32 has the scores exactly: else equal ones would differ, and the largest would be another.
+    With powers of two float32 represents the scores exactly; otherwise equal ones would differ, and another would be
+    the largest.
     """
     reason = _backends.unavailable(backend)
     if reason is not None:
@@ -414,6 +415,6 @@ def test_float16_is_finite_where_the_result_is(backend: str, case: Case, size: f
     wide = {name: x.double() for name, x in inputs.items()}
     exact = run_case(reference.window_attention_qkvpacked, wide, case.arguments())
     for name, value in got.items():
-        fits = exact[name].abs() < torch.finfo(value.dtype).max / 2  # rounding takes some of the rest beyond
+        fits = exact[name].abs() < torch.finfo(value.dtype).max / 2  # rounding moves some of the others out of range
         assert value.cpu()[fits].isfinite().all(), name
         assert not value.isnan().any(), name

@@ -1,4 +1,4 @@
-"""The references of the norms and of the halves of a block beside torch and whole published blocks."""
+"""The references of the norms and of a block's halves compared with torch and whole published blocks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_residual_layer_norm(scale):
 
 
 class FixedDropPath(nn.Module):
-    """Drop path whose draw is given."""
+    """Drop path with a given draw."""
 
     def forward(self, x):
         return x * DROP.reshape(-1, *(1,) * (x.dim() - 1))

@@ -1,4 +1,4 @@
-"""The references of patch merging, expanding and embedding beside the published modules."""
+"""The references of patch merging, expanding and embedding compared with the published modules."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_merging_monai(name, size, order):
     merge = randomised(getattr(unetr, name)(C, spatial_dims=len(size)))
     x = draw(2, *size, C)
     if order == "monai" and len(size) == 3:
-        # The order changed in MONAI 1.5: ask the installed one which it has.
+        # The order changed in MONAI 1.5: determine that of the installed version.
         probe = torch.arange(8.0).reshape(1, 2, 2, 2, 1)
         asked = unetr.PatchMerging(1, norm_layer=lambda n: nn.Identity(), spatial_dims=3)
         asked.reduction = nn.Identity()
@@ -61,7 +61,7 @@ def test_merging_monai(name, size, order):
 
 
 def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
-    """Which input number lands in which merged channel: an identity reduction, and a norm that keeps the order."""
+    """Return the input number in each merged channel, by an identity reduction and a norm that keeps the order."""
     n = 2**rank * channels
     x = torch.arange(float(n), dtype=torch.float64).reshape(1, *(2,) * rank, channels)
     y = reference.patch_merging(x, None, None, torch.eye(n, dtype=torch.float64), order=order, eps=0.0).flatten()
@@ -86,7 +86,7 @@ def test_order(order, rank, expected):
 
 
 def test_monai_legacy_order():
-    """MONAI up to 1.4, by the literal slices of its code: two neighbours twice, two never."""
+    """The order of MONAI up to 1.4, by the literal slices of its code: two neighbours twice, two never."""
     x, weight = draw(2, 3, 4, 5, C), draw(2 * C, 8 * C, seed=3)
     norm_weight, norm_bias = draw(8 * C, seed=4), draw(8 * C, seed=5)
 
@@ -111,7 +111,7 @@ def test_monai_legacy_order():
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("size", SIZES)
 def test_merging_unfold(size, norm):
-    """mmcv and mmpretrain: torch's Unfold, whose channels are slowest."""
+    """mmcv and mmpretrain use torch's Unfold, whose channels are slowest."""
     x, weight = draw(2, *size, C), draw(7, 4 * C, seed=3)
     width = 4 * C if norm == "pre" else 7
     norm_weight, norm_bias = draw(width, seed=4), draw(width, seed=5)
@@ -133,7 +133,7 @@ def test_merging_unfold(size, norm):
 
 @pytest.mark.parametrize("order", ["swin", "row_major", "unfold"])
 def test_merging_frame_by_frame(order):
-    """A reduction of 4C channels leaves the depth of a 3D map alone (Video-Swin, Aurora)."""
+    """A reduction of 4C channels does not change the depth of a 3D map (Video-Swin, Aurora)."""
     x, weight, norm_weight, norm_bias = draw(2, 3, 5, 4, C), draw(7, 4 * C, seed=3), draw(4 * C), draw(4 * C, seed=5)
     call = lambda y: reference.patch_merging(y, norm_weight, norm_bias, weight, order=order)  # noqa: E731
     assert_same(
@@ -198,7 +198,7 @@ def test_expanding_3d():
 
 
 def test_expanding_undoes_merging():
-    """Row-major merging without its Linear, then expanding without its own, is each token's norm."""
+    """Row-major merging without its Linear, then expanding without its own, equals each token's norm."""
     x = draw(1, 4, 6, 8)
     merged = reference.patch_merging(x, None, None, torch.eye(32, dtype=torch.float64), order="row_major", norm="pre")
     back = reference.patch_expanding(merged, None, None, None)

@@ -1,4 +1,4 @@
-"""The reference with decomposed relative positions and with keys from a larger window, beside the published modules."""
+"""The reference with decomposed relative positions and keys of a larger window, against the published modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIM, HEADS = 12, 3
 
 
 def between_linears(attn, x, **arguments):
-    """The reference where a published attention module has its windows: after its qkv, before its proj."""
+    """Put the reference in place of a published attention's windows: after its qkv, before its proj."""
     qkv = F.linear(x, attn.qkv.weight, attn.qkv.bias)
     out = reference.window_attention_qkvpacked(
         qkv,
@@ -74,8 +74,9 @@ def test_timm_sam(size, window, fused):
 @pytest.mark.parametrize(("window", "key_window"), [((4, 4), (6, 6)), ((2, 4), (6, 4)), ((4, 2), (4, 2))])
 @pytest.mark.parametrize("has_logit_scale", [False, True])
 def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
-    """HAT's overlapping cross-attention, written out: keys and values are unfolded with zeros around the map. Its index
-    of the table counts from key to query and wraps around the table's ends, which flip and roll undo.
+    """HAT's overlapping cross-attention, written out: keys and values are unfolded with zeros around the map.
+
+    Its table index counts from key to query and wraps around the table's ends, which flip and roll undo.
     """
     size, head_dim = (8, 12), DIM // HEADS
     q, k, v = (draw(2, *size, HEADS, head_dim, seed=i) for i in range(3))
@@ -88,8 +89,8 @@ def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
     )
     relative = keys[:, None, :] - queries[:, :, None]
     relative = relative + torch.tensor([w - m + 1 for w, m in zip(window, key_window, strict=True)])[:, None, None]
-    index = relative[0] * rows[1] + relative[1]  # (N, M), of either sign
-    wraps = (key_window[0] - 2) * rows[1] + key_window[1] - 2  # where the published index has the largest offset
+    index = relative[0] * rows[1] + relative[1]  # may be negative
+    wraps = (key_window[0] - 2) * rows[1] + key_window[1] - 2  # the published index has its largest offset here
 
     def windows(x, w, padding):
         unfolded = F.unfold(x.flatten(3).permute(0, 3, 1, 2), w, stride=window, padding=padding)
@@ -119,9 +120,9 @@ def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
 @pytest.mark.parametrize("size", [(4, 6, 12), (3, 7, 13)])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 3)])
 def test_pangu(size, shift):
-    """Pangu-Weather's earth-specific attention as its PyTorch ports write it: a map padded on both sides, and a table
-    by the window's level and latitude whose rows are numbered by pairs of places on these axes. Their mask is cut from
-    a map that is longer by the shift of the longitude: in windows of twice the shift it is the usual one.
+    """Pangu-Weather's earth-specific attention as in its PyTorch ports: a map padded on both sides, and a table by the
+    window's level and latitude, whose rows are numbered by pairs of coordinates on these axes. Their mask is cut from a
+    map that is longer by the shift of the longitude; for windows of twice the shift it is the usual mask.
     """
     window, heads, head_dim = (2, 3, 6), 2, 4
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))

@@ -1,4 +1,4 @@
-"""The reference of window attention beside the published modules, and beside literal roll / pad / mask code."""
+"""The reference of window attention compared with the published modules, and with literal roll / pad / mask code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIM, HEADS = 12, 3
 
 
 def between_linears(attn, x, qkv_bias, bias_table, **arguments):
-    """The reference where a published attention module has its windows: after its qkv, before its proj."""
+    """Put the reference in place of a published attention's windows: after its qkv, before its proj."""
     qkv = F.linear(x, attn.qkv.weight, qkv_bias)
     out = reference.window_attention_qkvpacked(qkv, bias_table, num_heads=HEADS, pad_qkv=qkv_bias, **arguments)
     return F.linear(out, attn.proj.weight, attn.proj.bias)
@@ -180,7 +180,7 @@ def test_monai(size, window, shift):
 
 
 def test_monai_clamped_index_is_not_geometric():
-    """What table_window is for: on a clamped window most rows differ from those of the window's own geometry."""
+    """This case needs table_window: on a clamped window most rows differ from those of the window's own geometry."""
     full, clamped = (7, 7, 7), (6, 6, 6)
     sliced = relative_position_index(full)[: 6**3, : 6**3]
     assert torch.equal(relative_position_index(clamped, full), sliced)
@@ -213,7 +213,7 @@ def test_timm_maxvit(partition, size, window):
     )
 
 
-# --- a literal formulation: roll, pad and cut tensors, build the mask image by slices as the published codes do
+# --- a literal formulation: roll, pad and cut tensors, build the mask image by slices as in the published codes
 
 
 def cut(x: Tensor, window: tuple[int, ...]) -> Tensor:
@@ -233,14 +233,14 @@ def uncut(windows: Tensor, window: tuple[int, ...], frame: tuple[int, ...]) -> T
 
 
 def pad_map(x: Tensor, pad: Tensor, before: tuple[int, ...], frame: tuple[int, ...]) -> Tensor:
-    """(B, *S, C) inside a frame of pad tokens."""
+    """Place (B, *S, C) inside a frame of pad tokens."""
     out = pad.expand(x.shape[0], *frame, x.shape[-1]).clone()
     out[(slice(None), *(slice(b, b + s) for b, s in zip(before, x.shape[1:-1], strict=True)))] = x
     return out
 
 
 def slice_regions(frame, window, shift, periodic=None) -> Tensor:
-    """The image of region numbers of the published codes; a periodic axis has one region."""
+    """Make the published codes' image of region numbers; a periodic axis has one region."""
     regions = torch.zeros(frame, dtype=torch.long)
     per_axis = [
         [slice(0, p)] if s == 0 or wraps else [slice(0, p - w), slice(p - w, p - s), slice(p - s, p)]
@@ -252,7 +252,7 @@ def slice_regions(frame, window, shift, periodic=None) -> Tensor:
 
 
 def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int, ...]) -> Tensor:
-    """(heads, N, N), one entry at a time."""
+    """(heads, N, N), filled one entry at a time."""
     n = math.prod(window)
 
     def decode(t):
@@ -274,7 +274,7 @@ def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int
 def literal_attention(
     qkv, num_heads, window, shift, *, pad, pad_order, before, regions, bias, mask_value=-100.0, scale=None
 ):
-    """qkv (B, *S, 3C) -> (B, *S, C); regions an image of the frame's shape or None, bias (heads, N, N)."""
+    """qkv (B, *S, 3C) -> (B, *S, C); regions: an image of the frame's shape or None; bias: (heads, N, N)."""
     size = tuple(qkv.shape[1:-1])
     axes = tuple(range(1, 1 + len(size)))
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
@@ -302,7 +302,7 @@ def frame_of(size, window):
 def compare_with_literal_code(
     size, window, shift, pad_order, before, periodic, own_regions, *, table_window=None, heads=2, head_dim=4, **options
 ):
-    """The reference and the literal code, on output and the gradients of qkv, table and pad token."""
+    """Compare the output and the gradients of qkv, table and pad token with the literal code's."""
     frame = frame_of(size, window)
     table_window = table_window or window
     if own_regions:
@@ -380,7 +380,7 @@ def test_against_literal_code(data):
 @pytest.mark.parametrize("size", [(2, 6, 12), (3, 7, 13), (4, 10, 10), (1, 3, 6)])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 3)])
 def test_aurora(size, shift):
-    """Roll, then pad both sides; regions of the unpadded map, the width's seam merged, pad tokens their own group."""
+    """Roll, then pad both sides; regions are those of the unpadded map without a seam in width; pads form a group."""
     window = (2, 3, 6)
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
     before = tuple((p - s) // 2 for p, s in zip(frame, size, strict=True))
@@ -415,7 +415,7 @@ def test_aurora(size, shift):
 
 
 def test_periodic_width_is_the_merged_seam():
-    """Without padding, a region map with the seam merged and periodic=True along the width say the same."""
+    """Without padding, a region map without the seam and periodic=True along the width are equivalent."""
     size, window, shift = (4, 6, 12), (2, 3, 6), (1, 1, 3)
     qkv = draw(2, *size, 3 * DIM)
     call = lambda **kw: reference.window_attention_qkvpacked(  # noqa: E731
@@ -425,7 +425,7 @@ def test_periodic_width_is_the_merged_seam():
     periodic = call(periodic=(False, False, True))
     assert torch.equal(periodic, call(region_map=regions))
     assert not torch.allclose(periodic, call())
-    # On a periodic axis the result follows the map around by any whole window.
+    # On a periodic axis, rolling the map by whole windows rolls the result.
     rolled = reference.window_attention_qkvpacked(
         qkv.roll(window[2], 3), num_heads=HEADS, window_size=window, shift_size=shift, periodic=(False, False, True)
     )
@@ -470,7 +470,7 @@ def test_separate_and_packed_agree():
 
 
 def test_log_sum_exp_and_attention():
-    """lse is of the final scores: exp(score - lse) are the attention weights."""
+    """lse is that of the final scores: exp(score - lse) are the attention weights."""
     qkv, table = draw(1, 4, 4, 3 * 4), draw(9, 1, seed=2)
     arguments = {"num_heads": 1, "window_size": 2, "shift_size": 1, "mask_value": -3.0, "scale": 0.3}
     out, attention, lse = reference.window_attention_qkvpacked(
@@ -505,7 +505,7 @@ def test_dropout_keeps_a_share_and_rescales_it(p):
     share = (kept == 0).double().mean().item()
     assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / kept.numel())
     torch.testing.assert_close(kept[kept != 0], (full / (1 - p))[kept != 0], rtol=1e-12, atol=0)
-    # Dropped or not is drawn for every weight on its own: no two rows share a pattern by construction.
+    # Each weight is drawn independently, so rows do not share a pattern by construction.
     rows = (kept == 0).flatten(0, -2)
     assert len(torch.unique(rows, dim=0)) > 0.5 * min(len(rows), 500) * (1 - max(p, 1 - p))
 
@@ -585,7 +585,7 @@ def test_gradcheck_v2():
 
 def test_logit_scale_is_clamped():
     qkv = draw(1, 2, 2, 24)
-    qkv[..., :16] = 1 + 0.1 * qkv[..., :16]  # nearly parallel q and k, or the softmax is flat at this scale
+    qkv[..., :16] = 1 + 0.1 * qkv[..., :16]  # nearly parallel q and k; otherwise the softmax is flat at this scale
 
     def run(values):
         logit_scale = torch.tensor(values, dtype=torch.float64, requires_grad=True)
@@ -614,7 +614,7 @@ def test_vectors_of_length_zero_have_cosine_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_keeps_the_error_budget(dtype):
-    """The reference itself is a backend: it keeps the budget that the kernels have to keep."""
+    """The reference itself is a backend, and keeps the kernels' budget."""
     case = WindowAttentionCase(2, (9, 14), 2, 16, 7, 3, has_pad_qkv=True)
     check_window_attention(reference.window_attention_qkvpacked, case, dtype)
 
@@ -672,7 +672,7 @@ def test_refuses_another_number_of_heads():
 
 
 def test_sizes_on_the_meta_device():
-    """Which has no autocast that could be left."""
+    """The meta device has no autocast to disable."""
     table = torch.zeros(49, 2, device="meta")
     out = reference.window_attention_qkvpacked(
         torch.zeros(2, 5, 6, 24, device="meta"), table, num_heads=2, window_size=4, shift_size=2

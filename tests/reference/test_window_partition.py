@@ -36,7 +36,7 @@ def test_reverse_undoes_partition_bit_for_bit(data):
     back = reference.window_reverse(windows, window, size, shift, pad_order=pad_order)
     assert back.dtype == dtype
     assert torch.equal(back, x)
-    # Every token occurs once, all else is zero.
+    # Every token occurs once, and all other elements are zero.
     assert (windows.double().square().sum() - x.double().square().sum()).abs() < 1e-6
 
 
@@ -113,7 +113,7 @@ def test_sign_of_the_shift():
 
 @pytest.mark.parametrize(("pad_order", "expected"), [("pad_then_roll", [2, 3, 0, 1]), ("roll_then_pad", [2, 3, 1, 0])])
 def test_pad_orders_differ(pad_order, expected):
-    """Three tokens 1, 2, 3 in windows of two, shift 1."""
+    """Three tokens 1, 2, 3 are cut into windows of two with shift 1."""
     x = torch.tensor([[1], [2], [3]]).reshape(1, 1, 3, 1)
     windows = reference.window_partition(x, (1, 2), (0, 1), pad_order=pad_order)
     assert windows.flatten().tolist() == expected

@@ -1,4 +1,4 @@
-"""Every function, class and file that docs/architecture.md names exists where it says."""
+"""Every function, class and file named in docs/architecture.md exists in the place given there."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ ROWS = [
     if line.startswith("|") and not line.startswith("|--")
 ]
 NAME = r"[\w.]+"
-# A row of a table has its function and its file in cells of their own; in running text the file follows in brackets.
+# A table row has its function and its file in separate cells; in running text the file follows in brackets.
 NAMED = [
     (re.findall(f"`({NAME})`", cell)[0], re.findall("`(.+)`", after)[0])
     for row in ROWS
     for cell, after in itertools.pairwise(row)
     if re.fullmatch(f"`{NAME}`", cell) and re.fullmatch(r"`[\w./]+\.(py|cpp|h|cu|cuh)`", after)
 ] + re.findall(rf"`({NAME})` \(`([\w./]+)`\)", TEXT)
-# What a row asks, in its last cell, is found anywhere in the sources.
+# The functions called in a row, listed in its last cell, may be anywhere in the sources.
 ASKED = sorted({name for row in ROWS for name in re.findall(f"`({NAME})`", row[-1]) if "/" not in name})
 PYTHON = sorted((ROOT / "swinkernels").rglob("*.py"))
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp", ".inl"))
 
 
 def defined_in_python(path: Path) -> set[str]:
-    """Functions, classes and constants of a module, and the methods and fields of its classes as Class.name."""
+    """Return functions, classes and constants of a module, and methods and fields of its classes as Class.name."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -74,7 +74,7 @@ def test_a_function_that_a_row_asks_exists(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:swinkernels|csrc|tests|docs)/[\w./*]+)`", TEXT))))
 def test_a_named_path_exists(path: str) -> None:
-    if path != "swinkernels/_ops*.so":  # where it was built
+    if path != "swinkernels/_ops*.so":  # a build result
         assert (ROOT / path).exists()
 
 

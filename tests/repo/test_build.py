@@ -1,4 +1,4 @@
-"""setup.py: what it decides to build, what it says when it cannot, and what the source archive holds."""
+"""setup.py: its decisions, its errors, and the contents of the source archive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EMPTY_PATH = {"PATH": "/nonexistent"}
 
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
-    """setup.py as a module: nothing is built, as it is not run as a script."""
+    """setup.py as a module: importing it builds nothing."""
     spec = importlib.util.spec_from_file_location("swinkernels_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -31,7 +31,7 @@ def build() -> ModuleType:
 
 
 def make_toolkit(home: Path, release: str) -> Path:
-    """A folder that looks like a CUDA toolkit, with an nvcc that tells its release."""
+    """Make a folder that looks like a CUDA toolkit, with an nvcc that prints its release."""
     (home / "include").mkdir(parents=True)
     (home / "include" / "cuda_runtime.h").touch()
     (home / "bin").mkdir()
@@ -44,10 +44,10 @@ def make_toolkit(home: Path, release: str) -> Path:
 def assert_one_sentence(text: str) -> None:
     assert "\n" not in text.strip()
     assert "Traceback" not in text
-    assert ": " in text  # what is wrong, and the remedy
+    assert ": " in text  # the problem, and the remedy
 
 
-# Which toolkit
+# The choice of the toolkit
 
 
 def test_toolkit_of_cuda_home_comes_first(build: ModuleType, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_wrapper_on_the_path_leads_to_the_real_toolkit(
     assert build.find_toolkit(EMPTY_PATH) is None
 
 
-# What is built
+# The plan
 
 
 def test_matching_toolkit_builds_cuda_without_a_gpu(build: ModuleType, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_impossible_cuda(
     else:
         environ["CUDA_HOME"] = str(make_toolkit(tmp_path / "cuda", release))
     plan = build.make_plan(environ, TORCH, torch_cuda, [])
-    assert plan.toolkit is None  # auto: the CPU kernels alone, and the reason
+    assert plan.toolkit is None  # auto: only the CPU kernels, with the reason
     assert expected in plan.cuda_missing
     assert_one_sentence(plan.cuda_missing)
     with pytest.raises(build.BuildError, match=r"^SWINKERNELS_BUILD=cuda, but ") as error:
@@ -239,7 +239,7 @@ def test_missing_package_is_one_line(tmp_path: Path, package: str) -> None:
 
 
 def test_pure_python_wheel_and_source_archive(tmp_path: Path) -> None:
-    """Neither needs torch or a compiler. The archive is unpacked and the wheel built from it, as pip would."""
+    """Neither needs torch or a compiler. The wheel is built from the unpacked archive, as pip would."""
     (tmp_path / "torch.py").write_text("raise ImportError('not here')\n")
     environ = {"PYTHONPATH": str(tmp_path), "CXX": "no-such-compiler"}
     result = run_setup("-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path), **environ)

@@ -1,4 +1,4 @@
-"""The demo runs to its end, says that the numbers agree, and writes its files."""
+"""The demo runs to the end, reports that the numbers agree, and writes its files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = {"stage 1", "stage 2", "stage 3", "stage 4", "total"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What a small run leaves; without a network, by proof of a socket that refuses to open."""
+    """Return the results of a small run without network access, which a socket that cannot be opened ensures."""
     folder = tmp_path_factory.mktemp("demo")
     code = (
         "import socket, sys\n"
@@ -82,7 +82,7 @@ def test_what_is_printed(folder):
 
 
 def test_conclusion(folder):
-    """The last lines: a sentence with the measured values, what runs each kind of module, where the pictures are."""
+    """The last lines: a sentence with measured values, the backend of each kind of module, and the pictures' path."""
     results = json.loads((folder / "results.json").read_text())
     *_, sentence, blocks, merging, files, seconds = (folder / "stdout.txt").read_text().splitlines()
     difference = results["agreement"]["largest_logit_difference"]
@@ -127,7 +127,7 @@ def test_wrong_options(options, message, capsys):
 
 
 def test_peak_memory_on_a_cpu_is_that_of_the_tensors():
-    """A module that holds two tensors of 4 MiB at once, beside small ones."""
+    """A module holds two tensors of 4 MiB at once, in addition to small ones."""
     import torch
 
     class Two(torch.nn.Module):

@@ -1,7 +1,7 @@
 """Every code block of the README and of docs/ does what the text says, and the pages build without a warning.
 
-Python runs, block after block of a page in one namespace; where a block of text follows, it is the error that the code
-raises. Of shell commands those that install or build are run dry, and those that measure are parsed.
+Python runs, block after block of a page in one namespace; a block of text after it is the error that the code raises.
+Shell commands that install or build get a dry run, and those that measure are parsed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from swinkernels import adapters, info, models
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PARSED = ("benchmarks.host_cost", "benchmarks.instructions")  # they take minutes
+PARSED = ("benchmarks.host_cost", "benchmarks.instructions")  # too slow to run
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
@@ -34,7 +34,7 @@ def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
 
 
 def lines(page: Path) -> Iterator[str]:
-    """The commands of a page, without comments."""
+    """Yield the commands of a page, without comments."""
     for _, code in blocks(page, "bash", "sh"):
         for line in code.replace("\\\n", " ").splitlines():
             if command := line.partition("  #")[0].strip():
@@ -63,7 +63,7 @@ def test_python_runs(page: Path) -> None:
 
 
 def test_a_block_of_text_is_an_error() -> None:
-    """Text belongs to the code before it, or it would not be looked at."""
+    """Text must follow the code that it belongs to, otherwise it would not be checked."""
     for page in PAGES:
         found = blocks(page, "python", "text")
         assert all(found[i - 1][0] == "python" for i, (language, _) in enumerate(found) if language == "text")
@@ -71,7 +71,7 @@ def test_a_block_of_text_is_an_error() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command: str) -> None:
-    """That it would run: what it names exists, and takes the arguments."""
+    """Check that the command would run: the files that it names exist, and its arguments are valid."""
     words = shlex.split(command)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -101,13 +101,13 @@ def test_command(command: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_to_files(page: Path) -> None:
-    """Also those of the pages that are no part of the site."""
+    """Includes the links of pages outside the site."""
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
         assert "://" in target or (page.parent / target).exists(), target
 
 
 def test_readme_fits_on_a_page() -> None:
-    """One picture above the fold, and a table for each question."""
+    """The README has one picture above the fold, and a table for each question."""
     text = (ROOT / "README.md").read_text().splitlines()
     assert len(text) <= 100
     assert [i < 20 for i, line in enumerate(text) if line.startswith("![")] == [True]
@@ -127,7 +127,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_pages_are_built(site: Path) -> None:
     api = (site / "api" / "index.html").read_text()
-    assert "<math" in api  # formulas are shown without a script
+    assert "<math" in api  # formulas need no script
     assert 'id="swinkernels.adapters.Form.absorbs"' in api  # fields are documented by their comments
     for left_over in (".. math::", ":func:", ":class:"):
         assert left_over not in api
@@ -144,7 +144,7 @@ PUBLIC = sorted({
 
 
 def test_search_finds_every_public_name(site: Path) -> None:
-    """Classes and functions have an entry of their own in the API reference; other names are in its text."""
+    """Classes and functions have an entry in the API reference; other names are in its text."""
     index = json.loads((site / "search" / "search_index.json").read_text())["docs"]
     entries = [entry for entry in index if entry["location"].startswith("api/")]
     titles = {html.unescape(re.sub(r"<[^>]+>", "", entry["title"])) for entry in entries}

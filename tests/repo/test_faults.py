@@ -1,4 +1,4 @@
-"""The faults that the tests have to find fit the sources as they are; ``make faults`` tries them."""
+"""The faults that the tests must find apply to the present sources; ``make faults`` runs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAULTS = all_faults()
 
 
 def marks_of(path: Path, function: str) -> set[str]:
-    """The names in the decorators of a test."""
+    """Return the names in a test's decorators."""
     tree = ast.parse(path.read_text())
     (test,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     return {node.attr for d in test.decorator_list for node in ast.walk(d) if isinstance(node, ast.Attribute)}

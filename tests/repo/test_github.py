@@ -1,4 +1,4 @@
-"""What the repository's host reads: workflows that call make alone, issue forms, the citation."""
+"""Files for the repository's host: workflows that only call make, issue forms, the citation."""
 
 from __future__ import annotations
 

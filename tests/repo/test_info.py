@@ -133,7 +133,7 @@ def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPat
 
 @needs_extension
 def test_nothing_is_missing_without_the_python_module() -> None:
-    """A build carried to another Python has no swinkernels._C there: ops, backends and facts are the same."""
+    """A build carried to another Python lacks swinkernels._C: ops, backends and facts are the same."""
     script = """
 import json, sys
 sys.modules["swinkernels._C"] = None  # importing it is an ImportError

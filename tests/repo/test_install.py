@@ -1,4 +1,4 @@
-"""What the README says of installing, done word for word in a new environment: it takes minutes and a network."""
+"""The README's installation, executed word for word in a new environment: it takes minutes and a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.long
 
 
 class Environment:
-    """A new virtual environment with torch, and a copy of the sources in which nothing is compiled."""
+    """A new virtual environment with torch, and a copy of the sources without build results."""
 
     def __init__(self, folder: Path) -> None:
         self.elsewhere = folder
@@ -29,10 +29,10 @@ class Environment:
         self.run(f"pip install torch=={torch.__version__.partition('+')[0]}", folder)
 
     def run(self, commands: str, folder: Path, kernels: str = "cpu") -> str:
-        """What the commands print, with $SWINKERNELS_BUILD from ``kernels``."""
+        """Return the output of the commands, with $SWINKERNELS_BUILD from ``kernels``."""
         path = f"{self.elsewhere / 'env' / 'bin'}{os.pathsep}{os.environ['PATH']}"
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-        # All CUDA kernels, for two architectures, would take ten minutes.
+        # All CUDA kernels for two architectures would take ten minutes.
         settings = {"SWINKERNELS_BUILD": kernels, "TORCH_CUDA_ARCH_LIST": "9.0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         environ = {**clean, "PATH": path, **settings}
         done = subprocess.run(
@@ -56,7 +56,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     "kernels",
     [
         "cpu",
-        # Those of window attention in bfloat16, beside the CPU kernels.
+        # The kernels of window attention in bfloat16, in addition to the CPU kernels.
         pytest.param("hot", marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")),
     ],
 )
@@ -71,7 +71,7 @@ def test_install_block_of_the_readme(environment: Environment, kernels: str) -> 
 
 
 def test_an_installation_that_the_checkout_hides(environment: Environment) -> None:
-    """Not editable: the package works everywhere but in the checkout, where Python is told why."""
+    """Without -e the package works everywhere except in the checkout, where an error explains why."""
     environment.run("pip uninstall --yes swinkernels", environment.elsewhere)
     for library in environment.checkout.rglob("*.so"):
         library.unlink()

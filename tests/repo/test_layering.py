@@ -1,4 +1,4 @@
-"""Dependencies point down only: what a file may import or include follows from its folder."""
+"""Dependencies point down only: a file's folder determines its allowed imports and includes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE, CSRC = ROOT / "swinkernels", ROOT / "csrc"
 
-# The layer of each part of the package. A part imports itself and parts of lower layers; what is not named is on top.
+# The layer of each part of the package. A part imports itself and parts of lower layers; all other parts are on top.
 LAYERS = {
     "_version": 0, "_namespace": 0, "_at_import": 0, "_C": 0, "window_spec": 0, "_extension": 1, "reference": 1,
     "triton": 1, "ops": 2, "nn": 3, "adapters": 4, "integrations": 5,
@@ -25,7 +25,7 @@ QUOTED_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
 def parts_imported(source: str, module: str, is_package: bool, modules: set[str]) -> set[str]:
-    """The parts of swinkernels that a module imports, anywhere in it; "" is the top-level package itself."""
+    """Return the parts of swinkernels that a module imports anywhere; "" is the top-level package itself."""
     found = set()
 
     def add(name: str) -> None:
@@ -56,7 +56,7 @@ def parts_imported(source: str, module: str, is_package: bool, modules: set[str]
 
 
 def wrong_imports(package: Path) -> list[str]:
-    """What imports upwards or sideways in a package laid out as swinkernels is."""
+    """List the imports that point upwards or sideways in a package with the layout of swinkernels."""
     files = sorted(package.rglob("*.py"))
     names = {}
     for path in files:
@@ -108,7 +108,7 @@ def test_imports_point_down():
     ],
 )
 def test_the_check_sees(tmp_path, path, line):
-    """Each of these lines is found in a package that is otherwise in order."""
+    """Each of these lines is found in an otherwise valid package."""
     for part in ("reference", "triton", "ops", "nn", "adapters", "integrations"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "__init__.py").write_text("import math\n")
@@ -151,14 +151,14 @@ def test_kernels_and_params_know_nothing_of_torch():
 
 
 def test_only_bindings_include_torch():
-    """The search above finds torch where it may be, and it is nowhere else under csrc."""
+    """The search finds torch in the bindings, and nowhere else under csrc."""
     with_torch = {p.relative_to(CSRC).parts[0] for p in sources(".") if TORCH_HEADER.search(p.read_text())}
     assert with_torch == {"bindings"}
 
 
 @pytest.mark.parametrize(("folder", "allowed"), [("params", ("params",)), ("kernels", ("params", "kernels"))])
 def test_includes_point_down(folder, allowed):
-    """A quoted include of params or kernels is a file of the folders that it may use."""
+    """Every quoted include of params or kernels is in an allowed folder."""
     for path in sources(folder):
         for name in QUOTED_INCLUDE.findall(without_comments(path.read_text())):
             candidates = [p for p in (path.parent / name, CSRC / name, CSRC / "kernels" / name) if p.exists()]

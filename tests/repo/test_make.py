@@ -1,4 +1,4 @@
-"""What `make` installs and builds by need, what it prints, and which tests `make check` takes for a change."""
+"""`make`: its installations and builds, its output, and the tests that `make check` selects for a change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_GPU = "NVIDIA-SMI has failed because it could not communicate with the NVIDIA
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder with the Makefile and what it reads, and an nvidia-smi that sees no GPU."""
+    """Make a folder with the Makefile and the files that it reads, and an nvidia-smi that sees no GPU."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "csrc").mkdir()
@@ -43,7 +43,7 @@ def make(checkout: Path, *arguments: str, **environ: str) -> subprocess.Complete
 
 
 def kernels(checkout: Path, *arguments: str, **environ: str) -> str:
-    """What a dry run would build: the value of SWINKERNELS_BUILD for setup.py."""
+    """Return the kernels that a dry run would build: the value of SWINKERNELS_BUILD for setup.py."""
     done = make(checkout, "--dry-run", *arguments, **environ)
     assert done.returncode == 0, done.stderr
     (found,) = re.findall(r"SWINKERNELS_BUILD=(\w+) \S+ setup.py", done.stdout)
@@ -59,7 +59,7 @@ def test_cuda_kernels_are_built_where_they_are_needed(checkout: Path) -> None:
     assert kernels(checkout, "demo") == "auto"
     write_script(checkout / "tools" / "nvidia-smi", "exit 9")
     (checkout / "build" / "temp.linux" / "csrc" / "kernels" / "cuda").mkdir(parents=True)
-    assert kernels(checkout, "build") == "auto"  # an earlier build has them, and is kept whole
+    assert kernels(checkout, "build") == "auto"  # an earlier build has them, and is kept complete
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_what_is_installed(checkout: Path, target: str, groups: list[str]) -> No
 
 
 def prepared(checkout: Path, python: str) -> None:
-    """An environment in which everything is installed; its Python is a script."""
+    """Make an environment in which everything is installed; its Python is a script."""
     write_script(checkout / ".venv" / "bin" / "python", python)
     for line in make(checkout, "--dry-run", "build").stdout.splitlines():
         if stamp := re.search(r"touch (\.venv/\S+)", line):
@@ -129,7 +129,7 @@ def test_the_tests_of_a_source(source: str, expected: str) -> None:
 
 
 def test_every_source_has_tests() -> None:
-    """One whose name leads to no file has the tests of its folder."""
+    """A source whose name leads to no test file has the tests of its folder."""
     sources = [*(ROOT / "swinkernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     for path in sources:
         assert changed.tests_of(str(path.relative_to(ROOT)), TESTS), path

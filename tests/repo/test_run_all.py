@@ -1,4 +1,4 @@
-"""``make test-all`` writes down each part as it ends, and goes on where it was interrupted."""
+"""``make test-all`` records each part when it ends, and resumes an interrupted run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RIGHT, WRONG = {"passed": 3, "failed": 0, "skipped": 1}, {"passed": 1, "failed":
 
 @pytest.fixture
 def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The parts that were run. "nn" fails; the first run is interrupted in "ops"."""
+    """Record the parts that run. "nn" fails; the first run is interrupted in "ops"."""
     parts: list[str] = []
 
     def run_tests(folder: str) -> dict[str, int]:

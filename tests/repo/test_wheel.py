@@ -1,7 +1,7 @@
-"""The wheels of ``make wheel``: what is in them, and that they run where there is no compiler.
+"""The wheels of ``make wheel``: their contents, and that they run without a compiler.
 
-Fresh environments are made of the oldest and the newest Python on the PATH, with the oldest torch and the newest. pyenv
-shows its versions when PYENV_VERSION names them, separated by colons.
+Environments are made with the oldest and the newest Python on the PATH, and the oldest and the newest torch. pyenv
+provides its versions if PYENV_VERSION names them, separated by colons.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ print("Python", *sys.version_info[:2], "torch", torch.__version__)
 
 
 def pythons() -> list[str]:
-    """The interpreters on the PATH that start and that the package supports, oldest first."""
+    """Return the working interpreters on the PATH that the package supports, oldest first."""
     found = []
     for name in (f"python3.{minor}" for minor in range(10, 15)):
         try:

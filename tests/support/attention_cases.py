@@ -1,4 +1,4 @@
-"""Random cases of window attention: from a seed for long runs, or drawn by Hypothesis for the tests of the backends."""
+"""Random cases of window attention: from a seed for long runs, or drawn by Hypothesis for the backends' tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from swinkernels.testing import WindowAttentionCase as Case
 
-# Fewer elements of a result do not average their rounding errors: an RMS error of them is a matter of luck.
+# Fewer elements of a result do not average their rounding errors, so their RMS error is random.
 MIN_ELEMENTS = 100
 
 
@@ -25,11 +25,11 @@ def draw_case(
     head_dims: Sequence[int] = range(1, 41),
     small_cosine: bool = False,
 ) -> Case:
-    """A case of windows of up to ``longest`` tokens an axis on a map of up to two windows and ``beyond`` tokens, with
-    up to ``most`` images and heads.
+    """Draw a case with windows of up to ``longest`` tokens per axis, maps of up to two windows plus ``beyond`` tokens,
+    and up to ``most`` images and heads.
 
-    Cosine attention (v2) has windows of 16 tokens and more, which are not mostly pads, and heads of four channels and
-    more, unless ``small_cosine``.
+    Unless ``small_cosine``, cosine attention (v2) has windows of 16 tokens or more, most of them not pads, and heads of
+    four channels or more.
     """
     rank = rng.randint(2, 3)
     has_logit_scale = rng.random() < 0.5
@@ -79,20 +79,20 @@ def draw_case(
 def ends_that_may_meet(
     size: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_order: str
 ) -> tuple[bool, ...]:
-    """The axes that may be periodic: those whose ends a shift brings together without padding between them."""
+    """Return the axes that may be periodic: those whose ends a shift joins without padding between them."""
     return tuple(
         s == 0 or n % w == 0 or pad_order == "roll_then_pad" for n, w, s in zip(size, window, shift, strict=True)
     )
 
 
 def elements(case: Case) -> int:
-    """The number of elements of the case's output."""
+    """Return the number of elements of the case's output."""
     return case.batch * math.prod(case.size) * case.num_heads * case.head_dim
 
 
 @st.composite
 def cases(draw, *, longest: int = 6, beyond: int = 3, most: int = 3, head_dims: Sequence[int] = range(1, 41)) -> Case:
-    """What :func:`draw_case` draws, chosen by Hypothesis, which makes a failing case small."""
+    """Draw as :func:`draw_case` does, but by Hypothesis, which shrinks a failing case."""
     rng = draw(st.randoms(use_true_random=False))
     case = draw_case(rng, longest=longest, beyond=beyond, most=most, head_dims=head_dims)
     assume(elements(case) >= MIN_ELEMENTS)
@@ -100,6 +100,6 @@ def cases(draw, *, longest: int = 6, beyond: int = 3, most: int = 3, head_dims: 
 
 
 def all_ops() -> set[str]:
-    """The ops of this package that compute on tensors."""
+    """Return the ops of this package that compute on tensors."""
     schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("swinkernels::")]
     return {s.name.partition("::")[2] for s in schemas if any(str(a.type) == "Tensor" for a in s.arguments)}

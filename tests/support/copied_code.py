@@ -1,4 +1,4 @@
-"""Methods of copies replaced behind the back of their snapshots, which would notice."""
+"""Replaces methods of copies in a way that their snapshots do not detect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.published import refuse
 
 
 def refuse_forward(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
-    """Let the forward of a class and of its subclasses fail, so that a test shows that an op ran in its place."""
+    """Make the forward of a class and of its subclasses fail, so that a test shows that an op ran in its place."""
 
     is_code = snapshot._is_code
     refuse(monkeypatch, kind)

@@ -1,9 +1,9 @@
-"""What each test costs in CPU time, its child processes included: a plugin of pytest, and a summary of what it wrote.
+"""The CPU time of each test, child processes included: a pytest plugin, and a summary of its output.
 
     make test PYTEST_ARGS="-p tests.support.cpu_times --cpu-times times.txt"
     python -m tests.support.cpu_times times.txt
 
-CPU time says the same on a busy machine as on an idle one. It is read from /proc, so on Linux alone.
+CPU time is nearly independent of the machine's load. It is read from /proc, so this works on Linux only.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import pytest
 
 
 def seconds_of_all_processes() -> float:
-    """CPU seconds of this process, of its descendants that run, and of those that they have waited for."""
+    """Return the CPU seconds of this process, of its running descendants, and of those that they have waited for."""
     own: dict[int, float] = {}
     children: dict[int, list[int]] = collections.defaultdict(list)
     for folder in Path("/proc").iterdir():
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split() if folder.name.isdigit() else []
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         if fields:
             own[int(folder.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
@@ -52,7 +52,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def main(file: Path) -> None:
-    """The whole, and the slowest 40."""
+    """Print the total, and the slowest 40."""
     times = [(float(seconds), test) for seconds, _, test in (x.partition(" ") for x in file.read_text().splitlines())]
     print(f"{len(times)} tests, {sum(seconds for seconds, _ in times) / 60:.1f} CPU minutes\n")
     print("| CPU s | test |\n|---|---|")

@@ -1,5 +1,5 @@
-"""Ranges in which attention kernels fail: rows whose log-sum-exp is below -88, where float32's exp of it is zero;
-windows of 64 (mod 128) tokens; a float32 bias beside 16-bit maps.
+"""Score ranges in which attention kernels fail: rows whose log-sum-exp is below -88, where exp of it is zero in
+float32; windows of 64 (mod 128) tokens; a float32 bias with 16-bit maps.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from swinkernels.testing import WindowAttentionCase
 
 @dataclass(frozen=True)
 class LowScores(WindowAttentionCase):
-    """A case whose scores are low: what is added to the dense bias, or to the bias table."""
+    """A case with low scores: a term is added to the dense bias, or to the bias table."""
 
     lowest: float = -150.0
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
         inputs = super().inputs(dtype, device, seed)
         name = "bias" if self.bias_types is not None else "bias_table"
-        if name == "bias":  # another one for each query, down to the lowest
+        if name == "bias":  # a different one for each query, down to the lowest
             rows = torch.linspace(0.0, self.lowest, inputs[name].shape[-2], device=device)
             inputs[name] = inputs[name] + rows[:, None]
         else:

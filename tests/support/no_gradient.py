@@ -1,4 +1,4 @@
-"""A loss whose backward pass has no gradient for what it was computed from."""
+"""A loss whose backward pass passes on no gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NoGradient(torch.autograd.Function):
-    """The sum of some tensors. Its backward pass returns None, which is not the same as zeros."""
+    """The sum of some tensors. Its backward pass returns None, which differs from zeros."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:

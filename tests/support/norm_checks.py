@@ -1,6 +1,6 @@
 """Calls of the norm ops and their comparison with the float64 reference.
 
-An implementation is anything that has the ops as functions: ``torch.ops.swinkernels``, or the emulated kernels.
+An implementation is any object with the ops as functions: ``torch.ops.swinkernels``, or the emulated kernels.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from swinkernels.reference.patch_merging import neighbours
 from swinkernels.testing import assert_within_budget
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# What is normalised or added to, and what the next Linear reads; NORM_PAIRS has the results of half-precision Linears
-# that are wanted in float32, too.
+# The dtypes of the normalised map or the stream, and of the next Linear's input. NORM_PAIRS adds half-precision results
+# of a Linear with a float32 norm.
 PAIRS = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
 NORM_PAIRS = [*PAIRS, (F16, F32), (BF16, F32)]
-# Shorter rows average too few rounding errors, and what the norm takes out of a gradient is most of it.
+# Shorter rows average too few rounding errors, and the norm removes most of a gradient.
 SHORT_ROW = 16
 EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class NormCase:
-    """One call of an op; which one follows from ``op``, its shapes and arguments from the rest."""
+    """A call of an op: ``op`` names it, the other fields determine shapes and arguments."""
 
     op: str  # "layer_norm", "patch_merging_norm", "residual_layer_norm" or "residual_post_norm"
-    shape: tuple[int, ...]  # of x
-    pair: tuple[torch.dtype, torch.dtype] = (F32, F32)  # of x and z, or of x and y
-    factor: tuple[int, ...] = ()  # of merging or expanding, three values
-    order: str | tuple[int, ...] = "swin"  # of merging: a published one, or the neighbours' row-major numbers
+    shape: tuple[int, ...]  # shape of x
+    pair: tuple[torch.dtype, torch.dtype] = (F32, F32)  # dtypes of x and z, or of x and y
+    factor: tuple[int, ...] = ()  # for merging or expanding, three values
+    order: str | tuple[int, ...] = "swin"  # for merging: a published order, or the neighbours' row-major numbers
     has_weight: bool = True
     has_bias: bool = True
     parameter_dtype: torch.dtype = F32
@@ -68,11 +68,11 @@ class NormCase:
 
     @property
     def numbers(self) -> list[int]:
-        """The same, numbered row-major."""
+        """The row-major numbers of these neighbours."""
         return [sum(o << i for i, o in enumerate(reversed(offset))) for offset in self.offsets]
 
     def rows(self, x: Tensor) -> Tensor:
-        """What is normalised, (..., L), of an x of any dtype: a selection of its elements, and zeros."""
+        """The rows to normalise, (..., L), for an x of any dtype: a selection of its elements, and zeros."""
         if self.op == "patch_merging_norm":
             axes = range(x.dim() - 1 - self.merged_axes, x.dim() - 1)
             for axis in axes:
@@ -90,7 +90,7 @@ class NormCase:
         return x
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
-        """Everything that is drawn, rounded to its dtype; ``None`` parameters are left out."""
+        """Draw all inputs, rounded to their dtypes; ``None`` parameters are left out."""
         g = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -111,7 +111,7 @@ class NormCase:
 
 
 def call(implementation: Any, case: NormCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Forward and backward of a case by the ops: every result by its name, dy of None if it is dx."""
+    """Run forward and backward of a case by the ops; return every result by name, with None for dy if it is dx."""
     fwd, bwd = (getattr(implementation, f"{case.op}_{direction}") for direction in ("fwd", "bwd"))
     x, weight, bias, scale = inputs["x"], inputs.get("weight"), inputs.get("bias"), inputs.get("drop_path_scale")
     needs = (weight is not None, bias is not None)
@@ -145,9 +145,9 @@ def call(implementation: Any, case: NormCase, inputs: dict[str, Tensor]) -> dict
 def define(
     case: NormCase, inputs: dict[str, Tensor], s: Tensor | None, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the results should be, in the arithmetic of ``dtype``, and for gradients the sizes of the terms that cancel.
+    """Return the exact results, computed in ``dtype``, and for gradients the sizes of the terms that cancel.
 
-    ``s`` is the sum of a residual that was got, rounded: it is what the norm that follows it is of.
+    ``s`` is the implementation's rounded sum of a residual, because the norm that follows is that of the rounded sum.
     """
     wide = {name: x.to(dtype) for name, x in inputs.items()}
     leaves = {name: wide[name].requires_grad_() for name in ("x", "y", "weight", "bias") if name in wide}
@@ -187,7 +187,7 @@ def define(
         terms[name] = x.reshape(-1, x.shape[-1]).sum(0)
     if case.op == "residual_post_norm":
         terms["dy"] = dsource
-        del results["dx"]  # which is ds
+        del results["dx"]  # equals ds
     elif case.op == "residual_layer_norm":
         by_sample = 1 if scale is None else scale.reshape(-1, *(1,) * (dz.dim() - 1))
         terms["dx"] = dsource + wide["ds"].abs()

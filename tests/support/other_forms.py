@@ -1,4 +1,4 @@
-"""Window attention in published forms other than Microsoft's, as small as it can be.
+"""Window attention in published forms other than Microsoft's, as small as possible.
 
 Names and conventions are those of the published code. The code was written for these tests.
 """
@@ -89,7 +89,7 @@ class Projection(nn.Module):
 
 
 class UformerAttention(WindowAttention):
-    """Uformer's: win_size, and queries apart from keys and values."""
+    """Uformer's: win_size, and queries separate from keys and values."""
 
     def __init__(self, dim: int, win_size: tuple[int, int], num_heads: int) -> None:
         super().__init__(dim, win_size, num_heads)
@@ -143,7 +143,7 @@ class ConvMlp(nn.Module):
 
 
 class ChannelsFirstBlock(Block):
-    """ResShift's: (B, C, H, W), norms over groups of channels, a mask made for any other map than the stored one's."""
+    """ResShift's: (B, C, H, W), norms over groups of channels, a new mask for any map but the stored one's."""
 
     def __init__(self, dim: int, input_resolution: Any, num_heads: int, window_size: int, shift_size: int) -> None:
         super().__init__(dim, num_heads, window_size, shift_size)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def randomise(module: nn.Module) -> None:
-    """Far from its initial state, so that bias, mask, scale, pad tokens and norms all count."""
+    """Move a module far from its initial state, so that bias, mask, scale, pad tokens and norms all matter."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name.endswith(("relative_position_bias_table", "qkv.bias", "q_bias", "v_bias")) or (
@@ -28,7 +28,7 @@ def randomise(module: nn.Module) -> None:
 
 
 def run(model: nn.Module, x: Tensor, *others: Any) -> dict[str, Tensor]:
-    """Output (or outputs, numbered), gradient of the input and of every parameter that has one."""
+    """Return output (or numbered outputs), and the gradient of the input and of every parameter that has one."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     out = model(x, *others)
@@ -43,9 +43,9 @@ def run(model: nn.Module, x: Tensor, *others: Any) -> dict[str, Tensor]:
 
 
 def shaken(model: nn.Module, x: Tensor, dtype: torch.dtype, *others: Any) -> list[dict[str, Tensor]]:
-    """What a model in float64 makes of an input and parameters that were moved by an eps of the dtype, a few times.
+    """Run a model in float64 a few times with input and parameters moved by an eps of the dtype.
 
-    How far the largest element moves is a matter of chance: it differed by a factor of 13 from one time to another.
+    The change of the largest element is random: it varied by a factor of 13 between runs.
     """
     model = copy.deepcopy(model).double()
     found = []
@@ -69,10 +69,11 @@ def assert_as_good(
     exact: dict[str, Tensor],
     moved: list[dict[str, Tensor]] | None = None,
 ) -> None:
-    """The error against float64 is at most twice that of the library's code in the same dtype, and a few roundings.
+    """Check that the error against float64 is at most twice that of the library's code in the same dtype plus a few
+    eps.
 
-    Where large scores and sums that cancel magnify roundings, ``moved`` says how much (see :func:`shaken`). A gradient
-    that is zero, such as that of a constant in all scores, may be a rounding of the largest one.
+    If large scores and sums that cancel magnify rounding errors, ``moved`` gives their size (see :func:`shaken`). A
+    gradient that is zero, such as that of a constant in all scores, may be as large as a rounding of the largest one.
     """
     assert got.keys() == plain.keys() == exact.keys()
     largest = max(t.abs().max() for t in exact.values())
@@ -80,7 +81,7 @@ def assert_as_good(
         assert got[name].dtype == plain[name].dtype, name
         eps = torch.finfo(got[name].dtype).eps * (256 if got[name].dtype == torch.float64 else 4)
         times = _times_of_plain_error(name)
-        few = 1 + 20 / exact[name].numel()  # such as one for each head: chance has a say
+        few = 1 + 20 / exact[name].numel()  # for example one per head: chance matters
         error, base = got[name].double() - exact[name], plain[name].double() - exact[name]
         for measure in (lambda t: t.square().mean().sqrt(), lambda t: t.abs().max()):
             size = measure(exact[name])
@@ -92,22 +93,22 @@ def assert_as_good(
 
 
 def _times_of_plain_error(name: str) -> int:
-    """How many times the error of plain code is granted to a gradient.
+    """Return the multiple of plain code's error that is allowed for a gradient.
 
-    Gradients of what keys alone see nearly cancel. That of transformers' position MLP passes through a table of a few
-    dozen sums that do, and have another order here: the error of one of them is in all of its elements.
+    Gradients that only depend on keys nearly cancel. That of transformers' position MLP depends on a table of a few
+    dozen such sums, here in another order: the error of one of them spreads to all of its elements.
     """
     return 4 if any(part in name for part in ("position_bias_mlp", ".k_proj.", ".key.")) else 2
 
 
 def assert_as_noisy(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """In low precision, where whole models round dozens of times: the noise of the two differs, its size may not."""
+    """Check low precision, where whole models round dozens of times: errors may differ, but not in size."""
     assert got.keys() == plain.keys() == exact.keys()
     errors, bases = [], []
     for name in exact:
         assert got[name].dtype == plain[name].dtype, name
         error, base = ((r[name].double() - exact[name]).norm() for r in (got, plain))
-        size, few = exact[name].norm(), 1 + 20 / exact[name].numel()  # such as one for each head: chance has a say
+        size, few = exact[name].norm(), 1 + 20 / exact[name].numel()  # for example one per head: chance matters
         limit = few * (_times_of_plain_error(name) * base + 2**-8 * size)
         assert error <= limit, f"{name}: error {error / size:.3g}, plain {base / size:.3g}"
         if size > 0:

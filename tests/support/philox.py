@@ -1,4 +1,4 @@
-"""The random numbers of the kernels' dropout, in NumPy: which weights are kept, from the seed alone."""
+"""The random numbers of the kernels' dropout in NumPy: the kept weights follow from the seed alone."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def kept_weights(seed: int, p: float, batch: int, num_windows: int, num_heads: i
 
 
 def kept_by_triton(seed: int, p: float, batch: int, num_windows: int, num_heads: int, tokens: int) -> Tensor:
-    """The same of swinkernels/triton, whose counter is (key / 4, query, window, head): a counter's four numbers are
-    those of four neighbouring keys.
+    """Return the weights that swinkernels/triton keeps, as 1 or 0 in the same shape.
+
+    Its counter is (key / 4, query, window, head): a counter's four numbers belong to four neighbouring keys.
     """
     shape = (batch * num_windows, num_heads, tokens, -(-tokens // 4))
     window, head, query, quad = np.meshgrid(*(np.arange(x, dtype=np.uint64) for x in shape), indexing="ij")

@@ -1,4 +1,4 @@
-"""Every kind of module whose attention accelerate replaces, alone and small, for edits that each has to bear."""
+"""Every kind of module whose attention accelerate replaces, alone and small, for tests with edits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class Place:
     make: Callable[[], nn.Module]
-    # What its forward takes, for a generator.
+    # Draws the arguments of its forward.
     inputs: Callable[[torch.Generator], tuple[Any, ...]]
-    # The path of the module with the index of the bias table; None where the bias is made in another way.
+    # The path of the module with the index of the bias table; None if the bias is computed differently.
     index_of: str | None = "attn"
 
     def model(self) -> Any:
-        """In float64, far from its initial state, so that every part counts."""
+        """Make the module in float64, far from its initial state, so that every part matters."""
         torch.manual_seed(0)
         model = self.make().eval().double()
         with torch.no_grad():
@@ -134,7 +134,7 @@ def _transformers() -> dict[str, Place]:
 
 
 def places() -> dict[str, Place]:
-    """Those of the libraries that are installed, by name."""
+    """Return the places of the installed libraries, by name."""
     found: dict[str, Place] = {}
     for of_library in (_timm, _torchvision, _monai, _mmpretrain, _transformers):
         try:
@@ -148,7 +148,7 @@ PLACES = types.MappingProxyType(places())
 
 
 def beyond_limits() -> dict[str, tuple[Place, str]]:
-    """Places with heads of 130 channels, or windows of 33 x 32 tokens; and what the report says of them."""
+    """Return places with heads of 130 channels, or windows of 33 x 32 tokens, with the report's reason."""
     heads, windows = "its heads have 130 channels", "its windows hold 1056 tokens"
     found: dict[str, tuple[Place, str]] = {}
     if "timm swin" in PLACES:

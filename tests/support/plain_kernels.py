@@ -1,7 +1,7 @@
-"""Kernels of the ops in plain PyTorch on the CPU, so that what Python does around a kernel runs anywhere.
+"""Kernels of the ops in plain PyTorch on the CPU, so that the Python code around a kernel runs anywhere.
 
-Each says of its arguments what the ops promise to a kernel, computes in float64 and rounds once. The backward passes
-are written out: a kernel runs below autograd.
+Each asserts the ops' promises on its arguments, computes in float64 and rounds once. The backward passes are explicit,
+because a kernel runs below autograd.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _check(x: Tensor, dtype: torch.dtype, *parameters: Tensor | None) -> None:
 
 
 def _norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """z in float64, mean and rstd in float32."""
+    """Return z in float64, mean and rstd in float32."""
     mean = rows.mean(-1)
     rstd = ((rows - mean[..., None]).square().mean(-1) + eps).rsqrt()
     z = (rows - mean[..., None]) * rstd[..., None]
@@ -39,7 +39,7 @@ def _norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) 
 def _norm_backward(
     dz: Tensor, rows: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *needed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the rows in float64, those of the parameters in float32."""
+    """Return the gradient of the rows in float64, those of the parameters in float32."""
     assert mean.dtype == rstd.dtype == torch.float32
     assert mean.shape == rstd.shape == rows.shape[:-1]
     assert needed[0] <= (weight is not None)
@@ -69,7 +69,7 @@ def _window_reverse(windows, size, window_size, shift_size, roll_then_pad):
 
 
 def _pieces(rank: int, factor: list[int], neighbours: list[int]) -> list[tuple]:
-    """Where the neighbours of all blocks lie in a padded map, in the order of the output's pieces."""
+    """Return the indices of all blocks' neighbours in a padded map, in the order of the output's pieces."""
     assert len(factor) == 3
     assert len(neighbours) == math.prod(factor)
     offsets = list(itertools.product(*(range(f) for f in factor)))
@@ -106,7 +106,7 @@ def _patch_merging_norm_bwd(dz, x, weight, mean, rstd, factor, neighbours, needs
 
 
 def _laid_out(x: Tensor, factor: list[int]) -> Tensor:
-    """The parts of every token where they belong."""
+    """Lay out the parts of every token at their positions."""
     if not factor:
         return x.double()
     rank = x.dim() - 2
@@ -180,7 +180,7 @@ def _residual_post_norm_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dw
 
 
 def _attention(maps, tables, *wire):
-    """out and lse of the reference; dropout follows the seed."""
+    """Return out and lse of the reference; dropout follows the seed."""
     spec = WindowSpec.parse(*wire)
     bias_table, bias, logit_scale, pad_qkv, region_map, seed = tables
     assert all(t is None or t.dtype == torch.float32 for t in (bias_table, bias, logit_scale))
@@ -211,7 +211,7 @@ def _attention(maps, tables, *wire):
 
 
 def _attention_kernels(count: int) -> tuple[Callable, Callable]:
-    """Forward and backward kernel of the form of ``count`` maps."""
+    """Make the forward and backward kernel of the form with ``count`` maps."""
 
     def fwd(*args):
         out, lse = _attention(args[:count], args[count : count + 6], *args[-4:])
@@ -255,7 +255,7 @@ _KERNELS = {
     "residual_post_norm_bwd": _residual_post_norm_bwd,
 }
 WITH_TRITON = ("window_partition", "window_reverse", "patch_merging_norm_fwd", "patch_merging_norm_bwd")
-# Of attention the CPU has kernels in C++, so these are Triton's.
+# Attention has C++ kernels on the CPU, so these replace Triton's.
 _TRITON_KERNELS = {
     f"{form}_{direction}": kernel
     for form, count in (("window_attention_qkvpacked", 1), ("window_attention", 3))
@@ -265,11 +265,11 @@ _TRITON_KERNELS = {
 
 @contextlib.contextmanager
 def attached() -> Iterator[None]:
-    """These kernels under the CPU key of the ops."""
+    """Attach these kernels to the CPU key of the ops."""
     library = torch.library.Library("swinkernels", "IMPL")
     for name, kernel in _KERNELS.items():
         library.impl(name, kernel, "CPU")
-    if not _backends.interpreting():  # else Triton's own are there
+    if not _backends.interpreting():  # else Triton's own are attached
         for name, kernel in {**{name: _KERNELS[name] for name in WITH_TRITON}, **_TRITON_KERNELS}.items():
             library.impl(f"{name}_triton", kernel, "CPU")
     try:

@@ -1,4 +1,4 @@
-"""Methods of libraries replaced behind the back of the adapters, which would notice."""
+"""Replaces methods of libraries in a way that the adapters do not detect."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from swinkernels.adapters import bypass
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str, function: Any) -> None:
-    """Let a class have another method as if its library had published that."""
+    """Give a class another method as if its library had published it."""
     monkeypatch.setattr(kind, method, function)
     for watched, methods in {kind: (("forward", None),), **bypass._PUBLISHED}.items():
-        if getattr(watched, method, None) is function:  # a subclass may have it from there
+        if getattr(watched, method, None) is function:  # a subclass may inherit it
             now = tuple((name, function if name == method else published) for name, published in methods)
             monkeypatch.setitem(bypass._PUBLISHED, watched, now)
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str = "forward") -> None:
-    """Let a method fail, so that a test shows that an op ran in its place."""
+    """Make a method fail, so that a test shows that an op ran in its place."""
 
     def refused(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError(f"{kind.__name__}.{method} ran")

@@ -1,4 +1,4 @@
-"""Blocks in the forms in which Microsoft's Swin is copied from project to project, as small as they can be.
+"""Blocks in the forms in which projects copy Microsoft's Swin, as small as possible.
 
 The attribute names, signatures and conventions are those of the published copies; the code is not.
 """
@@ -82,7 +82,7 @@ class WindowAttention(nn.Module):
 
 
 class CosineAttention(WindowAttention):
-    """Of v2."""
+    """The attention of v2."""
 
     def __init__(self, dim: int, window_size: tuple[int, ...], num_heads: int) -> None:
         super().__init__(dim, window_size, num_heads)
@@ -108,7 +108,7 @@ class CosineAttention(WindowAttention):
 
 
 class DropPath(nn.Module):
-    """As projects without timm have it."""
+    """The drop path of projects without timm."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """What the forms share."""
+    """The common part of all forms."""
 
     attention: type[WindowAttention] = WindowAttention
 
@@ -211,7 +211,7 @@ class ClassificationBlockV2(ClassificationBlock):
 
 
 class RestorationBlock(ClassificationBlock):
-    """SwinIR's: the size is an argument, and another size makes a mask."""
+    """SwinIR's: the size is an argument, and another size makes a new mask."""
 
     def forward(self, x: Tensor, x_size: tuple[int, int]) -> Tensor:
         mask = self.attn_mask if tuple(x_size) == tuple(self.input_resolution) else self.calculate_mask(x_size).to(x)
@@ -221,7 +221,7 @@ class RestorationBlock(ClassificationBlock):
 
 
 class SegmentationBlock(Block):
-    """mmseg's: any size, in attributes that the stage sets, padded; the mask is the stage's."""
+    """mmseg's: any size, set by the stage in attributes, padded; the mask comes from the stage."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int = 4, shift_size: int = 0, **options: Any) -> None:
         super().__init__(dim, num_heads, window_size, shift_size, **options)
@@ -236,7 +236,7 @@ class SegmentationBlock(Block):
 
 
 class VideoBlock(Block):
-    """Video Swin's: (B, D, H, W, C), windows clamped to the map, perhaps checkpointed."""
+    """Video Swin's: (B, D, H, W, C), windows clamped to the map, optionally checkpointed."""
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ def clamped(size: Any, window: Any, shift: Any) -> tuple[tuple[int, ...], tuple[
 
 
 class MapBlock(Block):
-    """(B, H, W, C) of any size with nothing else: rolled, then padded, its mask made at every call."""
+    """(B, H, W, C) of any size without further arguments: rolled, then padded, with a new mask at every call."""
 
     def forward(self, x: Tensor) -> Tensor:
         window, shift = (self.window_size,) * 2, (self.shift_size,) * 2
@@ -308,7 +308,7 @@ class IndexedAttention(WindowAttention):
 
 
 class HybridBlock(ClassificationBlock):
-    """HAT's: a convolution beside the attention, and index and mask from the model."""
+    """HAT's: a convolution parallel to the attention, and index and mask from the model."""
 
     attention = IndexedAttention
 

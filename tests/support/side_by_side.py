@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module in float64 and evaluation mode with parameters that no published initialisation would have."""
+    """Return the module in float64 and evaluation mode with parameters that no published initialisation has."""
     g = torch.Generator().manual_seed(seed)
     module = module.double().eval()
     with torch.no_grad():
@@ -27,7 +27,7 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
 def assert_same(
     ours: Callable[[], Tensor], theirs: Callable[[], Tensor], leaves: Iterable[Tensor | None], tolerance: float = 1e-10
 ) -> None:
-    """Both calls give the same result and the same gradient in each of the leaves."""
+    """Check that both calls give the same result and the same gradient for each of the leaves."""
     leaves = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
     got, expected = ours(), theirs()
     assert got.shape == expected.shape

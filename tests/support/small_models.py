@@ -18,7 +18,7 @@ from tests.support.parity import randomise
 
 @dataclass(frozen=True)
 class Swin:
-    """The size of a Swin with two stages and windows of 4x4."""
+    """The dimensions of a Swin with two stages and windows of 4x4."""
 
     embed_dim: int = 8
     depths: tuple[int, int] = (2, 1)
@@ -27,7 +27,7 @@ class Swin:
 
 
 class Outputs(nn.Module):
-    """The tensors that a model of transformers returns first."""
+    """Returns the main tensors of a transformers model's output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Outputs(nn.Module):
 
 
 class Last(nn.Module):
-    """The last map of a backbone."""
+    """Returns a backbone's last map."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Last(nn.Module):
 
 
 class Clap(nn.Module):
-    """Layers and merging of CLAP's audio encoder, whose own input is a spectrogram of a fixed size."""
+    """Layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
 
     def __init__(self, config: Any, layer: Any, merging: Any) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Clap(nn.Module):
 
 
 class Copies(nn.Module):
-    """Two blocks of a published form, the second one shifted, with all that their model hands them."""
+    """Two blocks of a published form, the second one shifted, with all arguments that their model passes."""
 
     def __init__(self, make: Callable[[int], nn.Module], hand: Callable[[nn.Module, Tensor], tuple[Any, ...]]) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def monai_swin(channels: int = 1, drop_path: float = 0.0, depths: tuple[int, ...
 def mmpretrain_swin(version: int = 1, size: Swin = Swin(), **options: Any) -> nn.Module:
     pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of mmcv-lite and mmengine
+        warnings.simplefilter("ignore")  # warnings of mmcv-lite and mmengine
         from mmpretrain import models
     arch: dict[str, Any] = {
         "embed_dims": size.embed_dim, "depths": [*size.depths], "num_heads": [*size.num_heads]
@@ -262,7 +262,7 @@ def _sam2() -> nn.Module:
 
 
 def _sam(module: str, layer: str, config: str) -> nn.Module:
-    """Two layers with windows, and one without."""
+    """Make two layers with windows, and one without."""
     import importlib
 
     import transformers
@@ -286,7 +286,7 @@ def _vitdet() -> nn.Module:
 
 
 def _cut(make: Callable[[], nn.Module], dim: int, window: tuple[int, ...]) -> nn.Module:
-    """Two blocks around an attention, the second one shifted."""
+    """Make two blocks around an attention, the second one shifted."""
     shifts = tuple(0 for _ in window), tuple(w // 2 for w in window)
     return nn.Sequential(*(others.CutBlock(make(), dim, window, shift) for shift in shifts))
 
@@ -404,7 +404,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-# Of those, the families with a form of their own -> the modules on an op, and those left with what the report says.
+# The families among them with their own form -> the modules on an op, and the report's words on the others.
 FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "timm DaViT": (2, ()),
     "timm TinyViT": (2, ()),
@@ -433,7 +433,7 @@ FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def make_model(family: str) -> nn.Module:
-    """Far from its initial state, so that bias, mask, scale, pad tokens and norms all count."""
+    """Make a model far from its initial state, so that bias, mask, scale, pad tokens and norms all matter."""
     torch.manual_seed(0)
     model = FAMILIES[family][0]()
     randomise(model)
@@ -443,7 +443,7 @@ def make_model(family: str) -> nn.Module:
         elif not bool(p.any()):  # heads and tables that start at 0
             nn.init.normal_(p, std=0.2)
         if name.endswith("mlp.fc2.bias") and "rel_pos" in name:
-            p.requires_grad_(False)  # softmax takes a constant out: its gradient is rounding
+            p.requires_grad_(False)  # softmax cancels a constant: its gradient is rounding error
     return model.double().eval()
 
 

@@ -1,4 +1,4 @@
-"""Combinations of arguments of which ``make test`` runs a few, and ``make test-all`` the rest."""
+"""Combinations of arguments, of which ``make test`` runs a few and ``make test-all`` the rest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 
 def in_turn(values: Iterable[Any], others: Sequence[Any]) -> list[Any]:
-    """Every value with every one of the others, for parametrize. But for one of the others with each value, in turn, so
-    that every value and every other is met, they are ``long``.
+    """Combine every value with every other one, for parametrize. Combinations are ``long`` except one for each value,
+    with the others in turn, so that every value and every other one is covered.
     """
     return [
         pytest.param(value, other, id=f"{value}-{other}", marks=[] if j == i % len(others) else pytest.mark.long)
@@ -20,5 +20,5 @@ def in_turn(values: Iterable[Any], others: Sequence[Any]) -> list[Any]:
 
 
 def long_but(values: Iterable[Any], *kept: Any) -> list[Any]:
-    """Every value, for parametrize, of which those that are not kept are ``long``."""
+    """Return every value, for parametrize; values that are not kept are ``long``."""
     return [pytest.param(value, marks=[] if value in kept else pytest.mark.long) for value in values]

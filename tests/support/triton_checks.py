@@ -1,8 +1,8 @@
-"""Checks of the Triton backend that run on a GPU if there is one, and else in Triton's CPU interpreter.
+"""Checks of the Triton backend that run on a GPU if there is one, and otherwise in Triton's CPU interpreter.
 
-Triton decides when a kernel is defined whether it is interpreted. So without a GPU checks run in a child process with
-TRITON_INTERPRET=1, one for all files, which is told one name after another: each check runs once, in whichever process
-of pytest-xdist asks for it. The interpreter computes bfloat16 wrongly and takes some 10 ms for a program, so there the
+Triton decides whether to interpret a kernel when it is defined. So without a GPU checks run in a child process with
+TRITON_INTERPRET=1, one for all files, which gets one name after another; each check runs once, in the pytest-xdist
+process that requests it. The interpreter computes bfloat16 wrongly and takes some 10 ms per program, so there the
 dtypes are float32 and float16, and the cases small.
 """
 
@@ -46,10 +46,10 @@ class Checks:
     def __call__(
         self, *values: Any, dtypes: tuple[torch.dtype | None, ...] = DTYPES, in_turn: bool = False
     ) -> Callable[[Callable], Callable]:
-        """Register a check, once for each value and each dtype: it is called with these, unless they are None.
+        """Register a check, to be called once for each value and each dtype unless these are None.
 
-        A value that is a tuple is several arguments. With ``in_turn``, what is interpreted is ``long`` but for
-        each value with one of the dtypes, in turn.
+        A tuple as a value stands for several arguments. With ``in_turn``, interpreted checks are ``long`` except each
+        value with one of the dtypes, in turn.
         """
 
         def register(function: Callable) -> Callable:
@@ -66,11 +66,11 @@ class Checks:
         return register
 
     def names(self) -> list[Any]:
-        """Of all checks, for parametrize."""
+        """Return the names of all checks, for parametrize."""
         return [pytest.param(name, marks=pytest.mark.long if name in self.long else ()) for name in self.all]
 
     def run(self, name: str) -> None:
-        """Run a check here, or report what it did in the child process."""
+        """Run a check here, or report its result in the child process."""
         if ON_GPU or INTERPRETED:
             self.all[name]()
         elif (failure := _Child.of_this_process().run(self.module, name)) is not None:
@@ -78,11 +78,11 @@ class Checks:
 
 
 class _Child:
-    """A process whose Triton interprets, and runs the checks that it is told."""
+    """A process with Triton's interpreter, which runs the checks that it is sent."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the package that is tested here
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the package under test
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 as long as the process
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__],
@@ -95,7 +95,7 @@ class _Child:
         return cls()
 
     def run(self, module: str, name: str) -> str | None:
-        """What went wrong with a check; None if it passed."""
+        """Return the failure of a check, or None if it passed."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([module, name]) + "\n")
@@ -103,15 +103,15 @@ class _Child:
         answer = self.process.stdout.readline()
         if answer:
             return json.loads(answer)
-        _Child.of_this_process.cache_clear()  # another one for the checks that follow
+        _Child.of_this_process.cache_clear()  # a new process for the following checks
         self.errors.seek(0)
         return f"the interpreting process ended with status {self.process.wait()}:\n{self.errors.read()[-5000:]}"
 
 
 def main() -> None:
-    """What the child process does until its input ends."""
+    """Run the child process until its input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a check prints is no answer
+    os.dup2(2, 1)  # a check's output is not an answer
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN, as in the tests of this process
     for line in sys.stdin:

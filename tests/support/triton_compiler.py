@@ -1,7 +1,7 @@
-"""Compiles what a launch function of the Triton backend would launch, for a GPU that need not be there.
+"""Compiles the kernels that a launch function of the Triton backend would launch, without a GPU.
 
-The launch function runs on meta tensors with the kernels replaced by recorders, so what is compiled is what a call
-would launch: the same argument types, flags, tiles, warps and stages.
+The launch function runs on meta tensors with recorders in place of the kernels, so the compiled kernels are those of a
+call: the same argument types, flags, tiles, warps and stages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
 
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # what a block may have
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # the most for one block
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -39,7 +39,7 @@ class Launch(NamedTuple):
 
 
 class _Recorder:
-    """Stands for a kernel: keeps what it was launched with."""
+    """Replaces a kernel and records the arguments of its launches."""
 
     def __init__(self, function: JITFunction, launches: list[Launch]):
         self.function, self.launches = function, launches
@@ -58,7 +58,7 @@ class _Recorder:
 
 
 def kernels_of(module: ModuleType) -> dict[str, JITFunction]:
-    """The functions of a module that are launched: those whose names do not begin with an underscore."""
+    """Return the functions that a module launches: those whose names do not begin with an underscore."""
     return {
         name: f
         for name, f in vars(module).items()
@@ -68,7 +68,7 @@ def kernels_of(module: ModuleType) -> dict[str, JITFunction]:
 
 @contextlib.contextmanager
 def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
-    """The launches of the kernels of some modules, none of which is run."""
+    """Record the launches of the kernels of some modules, without running any."""
     launches: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
@@ -78,7 +78,7 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
 
 
 def _type_of(value: Any, path: tuple[int, ...], specialized: bool, constants: dict, attributes: dict) -> Any:
-    """As Triton specialises arguments that are not compile-time constants: pointers, integers, elements of tuples."""
+    """Specialise arguments as Triton does if they are not compile-time constants: pointers, ints, tuple elements."""
     if isinstance(value, tuple):
         types = [_type_of(v, (*path, i), True, constants, attributes) for i, v in enumerate(value)]
         return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
@@ -94,7 +94,7 @@ def _type_of(value: Any, path: tuple[int, ...], specialized: bool, constants: di
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:
-    """The compiled kernel of one launch, for sm_``arch``."""
+    """Return the compiled kernel of one launch, for sm_``arch``."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.function.params):
         value = launch.arguments[parameter.name]
@@ -109,7 +109,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 
 def resources(launch: Launch, arch: int) -> dict[str, int]:
-    """Registers, stack, local and shared memory of the compiled kernel."""
+    """Return registers, stack, local and shared memory of the compiled kernel."""
     compiled = compile_launch(launch, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

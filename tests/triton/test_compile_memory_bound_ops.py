@@ -18,7 +18,7 @@ def record_partition(
     dtype: torch.dtype, size: tuple[int, ...], channels: int, window: tuple[int, ...], roll_then_pad: bool = False,
     slice_of: int = 0,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of a partition and of its reverse."""
+    """Record the launches of a partition and of its reverse."""
     window = (1,) * (3 - len(window)) + window
     shift = tuple(w // 2 for w in window)
     x = torch.empty(2, *size, slice_of or channels, device="meta", dtype=dtype)[..., :channels]
@@ -28,7 +28,7 @@ def record_partition(
     return launches
 
 
-# What is moved are words: half precision and its wider kin differ in nothing else.
+# Data are moved as words, so half precision and wider types differ in nothing else.
 PARTITIONS: dict[str, dict[str, Any]] = {
     "swin": {"dtype": torch.bfloat16, "size": (56, 56), "channels": 96, "window": (7, 7)},
     "float32": {"dtype": torch.float32, "size": (48, 48), "channels": 128, "window": (12, 12)},
@@ -47,7 +47,7 @@ def record_merging(
     read: torch.dtype, written: torch.dtype, size: tuple[int, ...], channels: int,
     neighbours: tuple[int, ...] = (0, 2, 1, 3), parameters: torch.dtype | None = torch.float32,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of a forward and a backward pass; neighbours are merged two per axis."""
+    """Record the launches of a forward and a backward pass; neighbours are merged two per axis."""
     factor = (1, 2, 2) if len(neighbours) == 4 else (2, 2, 2)
     x = torch.empty(2, *size, channels, device="meta", dtype=read)
     given = None
@@ -80,9 +80,7 @@ MERGINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-STACK_BYTES = (
-    16  # what ptxas may give up to keep to the registers for two blocks of a backward pass on a multiprocessor
-)
+STACK_BYTES = 16  # bytes that ptxas may spill to fit two blocks of a backward pass on a multiprocessor
 
 
 def check_resources(launches: list[Launch], arch: int) -> None:

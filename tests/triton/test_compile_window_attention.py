@@ -1,6 +1,6 @@
-"""The Triton kernels of window attention compile for sm_80 and sm_90 within the resources they may take.
+"""The Triton kernels of window attention compile for sm_80 and sm_90 within their resource limits.
 
-Every kernel, dtype and kind of configuration; no GPU is needed.
+Covers every kernel, dtype and kind of configuration; no GPU is needed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def record(
     dtype, *, size, window, head_dim, shift=None, heads=3, batch=2, tf32=False, packed=True, bias="table",
     cosine=False, dropout=False, pad=False, region_map=False, roll_then_pad=False, grid=False,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of a forward and a backward call with these arguments."""
+    """Record the launches of a forward and a backward call with these arguments."""
     with recorded(forward, backward) as launches:
         window = (1,) * (3 - len(window)) + tuple(window)
         shift = tuple(shift or [0] * 3)
@@ -72,7 +72,7 @@ def record(
     return launches
 
 
-# Configurations that between them reach every kernel, tile, flag and way of addressing.
+# Configurations that together cover every kernel, tile, flag and addressing mode.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "swin": {"size": (56, 56), "window": (7, 7), "shift": (3, 3), "head_dim": 32},
     "swin_384": {"size": (48, 48), "window": (12, 12), "shift": (6, 6), "head_dim": 32},
@@ -91,7 +91,7 @@ PRECISIONS = {
     "float16": (torch.float16, False),
     "bfloat16": (torch.bfloat16, False),
 }
-# What each precision is compiled for: bfloat16 for all; the others for every kernel and kind of score and bias.
+# The configurations for each precision: all for bfloat16; for the others, every kernel and kind of score and bias.
 COMPILED = {
     "float32": ("swin", "small", "swin_384", "v2", "dropout_long"),
     "tf32": ("swin", "small", "padded", "v2"),
@@ -100,12 +100,12 @@ COMPILED = {
 }
 KERNELS = {**kernels_of(forward), **kernels_of(backward)}
 WHAT = [f"{precision}-{name}" for precision, names in COMPILED.items() for name in names]
-# ptxas gives up some bytes of stack to reach the next step of occupancy (128 or 168 registers a thread).
+# ptxas spills some bytes to the stack to reach the next step of occupancy (128 or 168 registers per thread).
 STACK_BYTES = 16
-# Known exceptions. The backward pass of a whole window has bias and dbias in registers from window to window and is at
-# the limit of 255: some values are stored and reloaded once a window. At head_dim 128 with padding and a region map at
-# once, the backward passes of large windows are there too; so is that of v2's k and v, which divides q once more in
-# every tile. Triton 3.6 needs more than 3.8.
+# Known exceptions. The backward pass of a whole window keeps bias and dbias in registers for all windows and is at the
+# limit of 255: some values are spilled once per window. At head_dim 128 with both padding and a region map, the
+# backward passes of large windows are at the limit as well, and so is that of v2's k and v, which divides q once more
+# in every tile. Triton 3.6 needs more than 3.8.
 STACK_BYTES_OF = {"bwd_whole": 384 if OLD_TRITON else 192}
 STACK_BYTES_IN = {"wide_3d": 512, "v2_long": 208, **({"v2": 48, "dropout_long": 32} if OLD_TRITON else {})}
 
@@ -150,8 +150,8 @@ JIT_FUNCTIONS = {
 
 @pytest.mark.parametrize("name", JIT_FUNCTIONS)
 def test_the_source_compiles_before_triton_3_8(name):
-    """There a field of a constexpr tuple is a plain Python value: no argument of a function of ours, no element of a
-    list. And no function returns the value of a conditional expression that may be None.
+    """Before 3.8 a field of a constexpr tuple is a plain Python value, which cannot be an argument of our functions or
+    an element of a list. And a function cannot return a conditional expression that may be None.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(JIT_FUNCTIONS[name])))
 

@@ -127,7 +127,7 @@ def matches_reference(name, dtype):
     check_window_attention(packed, on_device(CASES[name]), dtype, DEVICE)
 
 
-# In the interpreter one image of one window and one head.
+# In the interpreter: one image of one window and one head.
 FEW, HEADS, WIDTH = (2, 3, 32) if ON_GPU else (1, 1, 8)
 LONG = {
     "n392": Case(FEW, (8, 7, 6), HEADS, WIDTH, (8, 7, 7), (4, 3, 3), has_pad_qkv=True),
@@ -142,7 +142,7 @@ LONG = {
 
 @check(*LONG, dtypes=DTYPES if ON_GPU else (torch.float16,))
 def long_windows_match_reference(name, dtype):
-    """In the interpreter with tiles that are fewer and larger, whose time there is that of small ones."""
+    """In the interpreter tiles are fewer and larger, which takes the time of small ones."""
     large = {} if ON_GPU else {"side_effect": lambda *_: tuning.Tiles(256, 256, 4, 1)}
     with mock.patch.object(tuning, "tiles", wraps=tuning.tiles, **large):
         check_window_attention(packed, on_device(LONG[name]), dtype, DEVICE)
@@ -157,7 +157,7 @@ REGIMES = {
 
 @check(*REGIMES)
 def random_cases_match_reference(regime, dtype):
-    """Every argument with every other, dropout among them."""
+    """Cases combine all arguments, dropout included."""
     most = 1 if regime == "tiled" and not ON_GPU else 2
     of_few = cases(longest=5, beyond=0, most=most, head_dims=(4, 5, 10, 12, 20, 30, 32))
 
@@ -165,7 +165,8 @@ def random_cases_match_reference(regime, dtype):
     @given(of_few, st.sampled_from([0.0, 0.0, 0.3]), st.integers(0, 9))
     def run(case, dropout_p, seed):
         assume(math.prod(case.window_tuple) <= 64)
-        # v2 multiplies a cosine's rounding errors by up to 100: in float32, where that counts, cases are chosen above.
+        # v2 multiplies a cosine's rounding errors by up to 100: for float32, where that matters, the cases above are
+        # chosen.
         assume(not (case.has_logit_scale and dtype == torch.float32))
         with mock.patch.multiple(tuning, **REGIMES[regime]):
             check_with_dropout(dataclasses.replace(case, options={**case.options, "dropout_p": dropout_p}), dtype, seed)
@@ -175,7 +176,7 @@ def random_cases_match_reference(regime, dtype):
 
 @check("cosine", "types", "types_tiled", dtypes=DTYPES[1:])
 def matches_reference_with_few_programs(name, dtype):
-    """A program walks over several windows, and the windows of a type are dealt out to more than one program."""
+    """A program walks over several windows, and the windows of a type are split over more than one program."""
     case = dataclasses.replace(on_device(CASES[name]), batch=2)
     with mock.patch.multiple(tuning, FORWARD_PROGRAMS=6, BACKWARD_PROGRAMS=6):
         check_window_attention(packed, case, dtype, DEVICE)
@@ -198,7 +199,7 @@ def opcheck_of_v2_types_and_dropout(form, dtype):
 
 @check("n49", "rectangular_window_tiled", "pad_before", "three_axes_padded", "cosine", "types", in_turn=True)
 def separate_form_matches_reference(name, dtype):
-    """q, k and v are strided views of one map, all alike."""
+    """q, k and v are strided views of one map."""
 
     def separate(qkv, num_heads, **arguments):
         q, k, v = split(qkv, num_heads)
@@ -260,7 +261,7 @@ def empty_batch(name, dtype):
 
 @check("n9", "n100", "pad_then_roll", in_turn=True)
 def lse_is_the_log_sum_exp_of_the_scores(name, dtype):
-    """With q zero the scores are the bias and the mask alone; the lse of real queries is known exactly."""
+    """With q zero the scores are bias plus mask, so the lse of real queries is known exactly."""
     case = on_device(CASES[name])
     case = dataclasses.replace(case, has_pad_qkv=False)
     qkv, bias_table, *arguments = op_arguments(case, "window_attention_qkvpacked", dtype, DEVICE)
@@ -299,7 +300,7 @@ def gradients_that_are_not_needed_are_empty(name, dtype):
 
 @check("cosine", "cosine_tiled", dtypes=DTYPES[:1])
 def rows_of_zeros_have_cosine_zero(name, dtype):
-    """And the gradient that the definition gives them, of the order of 1e12: nothing is infinite or NaN."""
+    """The gradient of such rows, of the order of 1e12 by definition, is correct, and nothing is infinite or NaN."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
@@ -310,14 +311,14 @@ def rows_of_zeros_have_cosine_zero(name, dtype):
     exact = run_case(reference.window_attention_qkvpacked, wide, CASES[name].arguments())
     assert exact["dqkv"].abs().max() > 1e9
     for key, x in exact.items():
-        # What a sum of terms of one size rounds off; rows of zeros have gradients of another size than the others.
+        # The scale of rounding errors: rows of zeros have gradients of another size than the others.
         scale = x.abs().amax(dim=-1, keepdim=True) if key == "dqkv" else x.abs().amax()
         assert ((got[key].double().cpu() - x).abs() <= 1e-3 * scale + 1e-5).all(), key
 
 
 @check(dtypes=DTYPES[:1])
 def the_clamp_is_that_of_torch(dtype):
-    """ln 100 rounded to float32 is above ln 100 and has no gradient; the number below it has."""
+    """ln 100 rounded to float32 is above ln 100 and has no gradient; the next lower number has one."""
     case = on_device(Case(1, (4, 4), 3, 8, 4, has_logit_scale=True))
     inputs = case.inputs(dtype, DEVICE)
     edge = torch.tensor(math.log(100.0), device=DEVICE)
@@ -333,7 +334,7 @@ def the_clamp_is_that_of_torch(dtype):
 
 # ---- range -----------------------------------------------------------------------------------------------------------
 
-# What is multiplied by what: q, k, v, dout.
+# The large factors among q, k, v and dout.
 LARGE = {
     "values": (1, 1, 15000, 1),
     "queries": (15000, 1e-4, 1, 1),
@@ -362,7 +363,7 @@ def float16_is_finite_where_the_result_is(name, case):
         assert finite.any(), key
         x = x.cpu()
         assert x[finite].isfinite().all(), key
-        # P is recomputed from an lse that float32 holds to 2 ** -22 of its size, here up to 2 ** 14.
+        # P is recomputed from an lse that float32 represents to 2 ** -22 of its size, here up to 2 ** 14.
         slack = 16 if name == "scores" else 4
         error = (x.double() - exact[key])[finite].abs().max()
         largest = exact[key][finite].abs().max()
@@ -371,7 +372,7 @@ def float16_is_finite_where_the_result_is(name, case):
 
 @check("n9", "pad_tiled", dtypes=(torch.float16,))
 def scores_of_any_size_give_finite_results(name, dtype):
-    """Where float32 cannot tell the scores apart, a softmax of them is arbitrary, but it is one."""
+    """If float32 cannot distinguish the scores, their softmax is arbitrary, but still a softmax."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     inputs["bias_table"] *= 1e9
@@ -382,7 +383,7 @@ def scores_of_any_size_give_finite_results(name, dtype):
 
 @check("n9", "rectangular_window_tiled", dtypes=DTYPES[:1])
 def masks_of_any_size(name, dtype):
-    """float32's lowest number, which others write for minus infinity, excludes pairs as -1e4 does."""
+    """float32's lowest number, which other code uses as minus infinity, excludes pairs as -1e4 does."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     lowest, low = (
@@ -395,7 +396,7 @@ def masks_of_any_size(name, dtype):
 
 @check("dense", "dense_tiled", "types_tiled", dtypes=DTYPES[:1])
 def bias_of_minus_infinity_excludes_pairs(name, dtype):
-    """The first 32 keys, a tile of their own, of some queries; and every third key of all."""
+    """Excludes the first 32 keys, a separate tile, for some queries; and every third key for all."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype)
     n = math.prod(case.window_tuple)
@@ -416,14 +417,14 @@ def bias_of_minus_infinity_excludes_pairs(name, dtype):
 
 
 def philox_pairs(case: Case, seed: int) -> torch.Tensor:
-    """What dropout keeps, (B, num_windows, num_heads, N, N), by the definition."""
+    """Return the weights that dropout keeps, (B, num_windows, num_heads, N, N), by definition."""
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
     p, n = case.options["dropout_p"], math.prod(case.window_tuple)
     return kept_by_triton(seed, p, case.batch, windows, case.num_heads, n)
 
 
 def check_with_dropout(case: Case, dtype: torch.dtype, seed: int) -> None:
-    """check_window_attention with the pairs that the seed keeps, if the case has dropout."""
+    """Call check_window_attention with the pairs that the seed keeps, if the case has dropout."""
     torch.manual_seed(seed)
     drawn = torch.randint(-(2**63), 2**63 - 1, (1,), device=DEVICE).item()
 
@@ -435,13 +436,14 @@ def check_with_dropout(case: Case, dtype: torch.dtype, seed: int) -> None:
         assert p == 1.0 - case.options["dropout_p"]
         return x.copy_(philox_pairs(case, drawn))
 
-    with mock.patch.object(torch.Tensor, "bernoulli_", draw):  # of the reference alone
+    with mock.patch.object(torch.Tensor, "bernoulli_", draw):  # only in the reference
         check_window_attention(seeded, case, dtype, DEVICE)
 
 
 def kept_pairs(case: Case, **arguments: Any) -> torch.Tensor:
-    """What dropout keeps, (B, num_windows, num_heads, N, N): with scores of zero and the unit vectors as values, the
-    output is the attention weights. The draw depends on neither.
+    """Return the weights that dropout keeps, (B, num_windows, num_heads, N, N).
+
+    With scores of zero and unit vectors as values the output is the attention weights. The draw depends on neither.
     """
     n = math.prod(case.window_tuple)
     windows = case.batch * math.prod(case.size) // n
@@ -473,7 +475,7 @@ def dropout_is_drawn_by_philox(name):
 
 @check(dtypes=(None,))
 def dropout_draws_independently():
-    """As often as asked for, in every part of the counter; and what is kept is a matter of the generator alone."""
+    """The rate is right in every part of the counter, and the kept weights depend on the generator alone."""
     case = Case(1, (7, 14), 2, 8, 7, options={"dropout_p": 0.25})
     p = case.options["dropout_p"]
     generator = torch.Generator(DEVICE).manual_seed(2)
@@ -487,7 +489,7 @@ def dropout_draws_independently():
     assert not torch.equal(of_default, kept_pairs(case))
     kept = first.flatten(0, 1).double()  # (windows, heads, N, N)
     assert abs(kept.mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / kept.numel())
-    for axis in range(kept.dim()):  # neither neighbours nor those farther off are alike
+    for axis in range(kept.dim()):  # weights at any distance are independent
         size = kept.shape[axis]
         for step in range(1, min(size, 9)):
             both = kept.narrow(axis, step, size - step) * kept.narrow(axis, 0, size - step)

@@ -32,7 +32,7 @@ struct SmemTile {
   __device__ __forceinline__ T* band(int row, int c) const {
     return chunk(row + threadIdx.x % 8, c + threadIdx.x % 32 / 8 % kChunks);
   }
-  // As square, with the second and the third matrix exchanged, for a transposed operand.
+  // The address for a transposed operand: that of square with the second and the third matrix exchanged.
   __device__ __forceinline__ T* transposed_square(int row, int c) const {
     return chunk(row + threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, c + threadIdx.x / 8 % 2);
   }

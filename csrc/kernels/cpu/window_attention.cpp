@@ -205,7 +205,7 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
         if (params.dlogit_scale != nullptr) {
           float* sum = params.dlogit_scale + head;
           sum_chunks(partition.dlogit_scale + head, chunks, heads, 1, sum, 1);
-          // As torch.clamp: the gradient passes at the bound.
+          // The gradient passes at the bound, as in torch.clamp.
           *sum = p.logit_scale[head] <= kMaxLogitScale ? *sum * score_factor(p, head) : 0.0f;
         }
         if (params.dpad_qkv != nullptr) {

@@ -116,8 +116,8 @@ class Window {
   int64_t batch;
   int64_t bias_type;
   int32_t* region;  // (N); only if masked
-  bool masked;      // its tokens belong to several regions
-  bool padded;      // it has pad tokens
+  bool masked;      // the tokens belong to several regions
+  bool padded;      // some tokens are pad tokens
 
   Window(const WindowAttentionForwardParams& p, Arena& arena) : params_(p) {
     const WindowGeometry& g = p.geometry;
@@ -177,7 +177,7 @@ class Window {
     offsets_of(params_.geometry.window, source_, map, to);
   }
 
-  // The same for its keys.
+  // The offsets of its keys, in the same form.
   template <class Pointer>
   void key_offsets(const TokenMapOf<Pointer>& map, int64_t* to) const {
     offsets_of(key_window_, key_source_, map, to);

@@ -171,7 +171,7 @@ def _put_in_place(form: Form, attn: nn.Module) -> None:
     attn.__dict__["_swinkernels_in_trial"] = True
 
 
-# By signature: the failures in trials of a narrow copy, then of one at the module's own width.
+# Signature -> the failure in trials of a narrow copy, or in one at the module's own width, or None.
 _TRIALS: dict[tuple[Any, ...], str | None] = {}
 _AT_OWN_WIDTH: dict[tuple[Any, ...], str | None] = {}
 

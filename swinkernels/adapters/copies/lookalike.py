@@ -1,4 +1,4 @@
-"""For the report: what keeps a module that resembles a window attention from having a known form."""
+"""Explains in the report why a module that resembles a window attention has no known form."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ class Snapshot:
         return f"{name} was changed"
 
     def _differs_when_compiled(self, module: nn.Module) -> str | None:
-        """The same for compiled code: dynamo guards on every value read here."""
+        """Compare inside compiled code, where dynamo guards on every value read here."""
         for name, value in zip(self.names, self.values, strict=True):
             if isinstance(value, (bool, int, float, str)) and getattr(module, name) != value:
                 return f"{name} was changed"

@@ -30,7 +30,7 @@ _TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify such errors
 _LARGE_SCORE = 75.0
 # Tensors that forms read or that every instance is checked for.
 _KNOWN_TENSORS = ("attn_mask", "relative_coords_table")
-MOST_SCORES = 1_500_000  # whose backward pass takes a tenth of a second
+MOST_SCORES = 1_500_000  # their backward pass takes a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Different(Exception):
 
 @dataclass
 class Trial:
-    """One module and one hypothesis about what it computes."""
+    """A module and a hypothesis about what it computes."""
 
     module: Any
     # Makes a copy run on ops, according to the hypothesis.

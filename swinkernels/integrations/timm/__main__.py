@@ -20,9 +20,9 @@ def main() -> None:
     if not os.path.isfile(script):
         sys.exit(f"python -m swinkernels.integrations.timm: there is no script {script!r}")
     sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python sets it for the script
+    sys.path[0] = os.path.dirname(os.path.abspath(script))  # Python sets it so for a script
     runpy.run_path(script, run_name="__main__")
 
 
-if __name__ == "__main__":  # not in the processes that a DataLoader spawns
+if __name__ == "__main__":  # false in the processes that a DataLoader spawns
     main()

@@ -1,4 +1,4 @@
-// What setup.py writes for a real build.
+// Replaces the header that setup.py writes for a real build.
 #define SWINKERNELS_NAMESPACE swinkernels
 #define SWINKERNELS_BUILD_FACTS                                                                              \
   R"({"version": "emulated", "torch_version": "", "torch_cuda": null, "cuda": true, "cuda_missing": null, )" \

@@ -1,14 +1,14 @@
 // The SIMT engine: runs a CUDA kernel on the CPU, one fiber per CUDA thread. ../__init__.py builds and calls it.
 //
 // A block's fibers run one at a time. A fiber runs until it meets a collective (a barrier, shuffle, vote, ldmatrix or
-// mma); there it waits until every lane that takes part has arrived, the last one computes the result for all, and the
-// fibers go on. The blocks of a grid run one after another, so no block may wait for another.
+// mma) and waits there until every participating lane has arrived; the last one computes the result for all, and the
+// fibers continue. The blocks of a grid run one after another, so no block may wait for another.
 //
-// A schedule seed other than 0 shuffles the order of warps and lanes and how far a warp runs ahead: a kernel without
+// A schedule seed other than 0 shuffles the order of warps and lanes, and how far a warp runs ahead: a kernel without
 // races gives the same bits with every seed.
 //
-// What it reports, as the error of the launch (emulation_error() has the sentence): lanes that wait for each other for
-// ever, lanes of a warp in different collectives, any access outside of the buffers (dynamic shared memory and
+// It reports, as the error of the launch (emulation_error() has the message): lanes that wait for each other forever,
+// lanes of a warp in different collectives, any access outside the buffers (dynamic shared memory and
 // emulation_allocate() have inaccessible pages around them), misaligned accesses. Dynamic shared memory is NaN when a
 // block starts.
 #pragma once
@@ -27,8 +27,8 @@ constexpr uint32_t kFullMask = 0xffffffffu;
 // One lane's arrival at a warp collective.
 struct Collective {
   const char* name;
-  uint32_t mask;   // lanes that take part
-  bool aligned;    // all lanes must execute the very same instruction (PTX .aligned)
+  uint32_t mask;   // participating lanes
+  bool aligned;    // all lanes must execute the same instruction (PTX .aligned)
   void* operands;  // of this lane, on its stack
   void (*execute)(void* const (&operands)[kWarpSize], uint32_t mask);
   Site site;
@@ -39,7 +39,7 @@ void warp_collective(const Collective& collective);
 enum class BlockVote { kNone, kAnd, kOr, kCount };
 int block_barrier(BlockVote vote, bool predicate, const Site& site);
 
-// Ends the launch with this message. Does not return when called from a kernel.
+// Fails the launch with this message. Does not return when called from a kernel.
 void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 int lane_index();
@@ -47,7 +47,7 @@ uint32_t active_mask();
 unsigned char* dynamic_shared_memory();
 
 // cp.async of the calling thread: the destination is NaN from the issue on and gets the bytes at the wait that covers
-// the copy's group, so a missing wait or barrier is seen, and so is an overwritten buffer that is still being read.
+// the copy's group, which reveals a missing wait or barrier, and overwriting a buffer that is still being read.
 void async_copy(void* destination, const void* source, int bytes, bool valid, const Site& site);
 void async_commit();
 void async_wait(int groups_left);
@@ -57,10 +57,10 @@ struct LaunchShape {
   unsigned grid[3], block[3];
   size_t dynamic_smem_bytes;
 };
-// 0 or a cudaError_t.
+// Returns 0 or a cudaError_t.
 int run_grid(const LaunchShape& shape, void (*kernel)(void* context), void* context);
 
 int multiprocessors();        // emulated; few, so that persistent loops loop
-int shared_bytes_of_block();  // emulated: the most dynamic shared memory that a launch may ask for
+int shared_bytes_of_block();  // emulated: the most dynamic shared memory for a launch
 
 }  // namespace emulation

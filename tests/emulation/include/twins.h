@@ -1,5 +1,5 @@
-// Emulated twins of csrc/kernels/common/ptx.cuh and launch.cuh. Compiled in front of every kernel source (g++
-// -include); it defines their guards, so that the originals are skipped however they are included.
+// Emulated twins of csrc/kernels/common/ptx.cuh and launch.cuh. Included before every kernel source (g++ -include); it
+// defines their guards, so that the originals are skipped wherever they are included.
 #pragma once
 
 #define SWINKERNELS_KERNELS_COMMON_PTX_CUH_
@@ -67,7 +67,7 @@ inline void execute_mma16(void* const (&operands)[kWarpSize], uint32_t) {
 }
 
 inline void execute_mma_tf32(void* const (&operands)[kWarpSize], uint32_t) {
-  constexpr uint32_t kTf32Bits = 0xffffe000u;  // the hardware does not look at the others
+  constexpr uint32_t kTf32Bits = 0xffffe000u;  // the hardware ignores the others
   float a[16][8], b[8][8];
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const int g = lane / 4, t = lane % 4;

@@ -30,7 +30,8 @@ struct Elements {
 // share one kernel, as do calls with features that only this kernel supports.
 template <LayerNormOp kOp, class Source, class F>
 cudaError_t dispatch_elements(DType in, DType out, int64_t run, bool needs_shared, F&& f) {
-  // From a float32 stream to a branch in half precision, and from a half-precision Linear to a float32 result.
+  // The pairs go from a float32 stream to a half-precision branch, and from a half-precision Linear to a float32
+  // result.
   constexpr bool kNarrows = !std::is_same_v<Source, ExpandedRows>;
   constexpr bool kWidens = kOp == LayerNormOp::kNorm && !std::is_same_v<Source, MergedRows>;
   if (run % 8 == 0 && !needs_shared) {
@@ -95,7 +96,7 @@ bool fill(const Params& params, const RowThreads& threads, int vec, RowArguments
   return Source::of(params.rows, &args->source);
 }
 
-// As many blocks as the device holds at once, but at most one per row.
+// Returns as many blocks as the device holds at once, but at most one per row.
 template <class Kernel>
 cudaError_t plan_blocks(Kernel kernel, const RowThreads& threads, size_t smem_bytes, int64_t rows, int64_t* blocks) {
   const cudaError_t status = resident_blocks(kernel, threads.block, smem_bytes, blocks);

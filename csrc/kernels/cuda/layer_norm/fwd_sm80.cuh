@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
         for (int e = 0; e < kVec; ++e) v[i][e] = fmaf(inputs.scale, y[e], v[i][e]);
       }
     }
-    if constexpr (kOp == LayerNormOp::kNorm) {  // else the raw words would be kept and converted again
+    if constexpr (kOp == LayerNormOp::kNorm) {  // otherwise the raw words would be kept and converted again
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
 #pragma unroll
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
     for (int i = 0; i < kVecs; ++i) total[0] += sum_pairwise(v[i]);
     group.sum(total);
     const float near_mean = total[0] * args.inverse_length;
-    float sums[2] = {0.0f, 0.0f};  // of x - near_mean and of its square
+    float sums[2] = {0.0f, 0.0f};  // sums of x - near_mean and of its square
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       float square[kVec];

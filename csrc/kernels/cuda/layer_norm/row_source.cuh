@@ -108,7 +108,7 @@ struct MergedRows : MapRows {
   FastDivisor piece;    // elements of a piece
   uint32_t second[3];   // elements from a token to the next one on an axis
   uint32_t cut_off[3];  // the coordinate in z of blocks that the map's end cuts, or one outside the map
-  Nibbles neighbour;    // of each piece
+  Nibbles neighbour;    // the neighbour of each piece
   // See MergedPiece. There are as many neighbours without a piece as pieces that repeat a neighbour.
   uint32_t repeats;  // bit p: piece p repeats a neighbour
   Nibbles next, destination;
@@ -173,7 +173,7 @@ struct MergedRows : MapRows {
     Bits neighbours_;
   };
 
-  // The same, computed at each use: for kernels whose registers cannot keep the offsets.
+  // Offsets computed at each use, for kernels whose registers cannot keep them.
   template <int kVec, int kVecs>
   class ComputedSlots {
    public:

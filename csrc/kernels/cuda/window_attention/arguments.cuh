@@ -103,7 +103,7 @@ inline GridPlan plan_grid(int64_t items, int64_t units, int64_t resident_blocks)
 struct BlockShare {
   int head;
   uint32_t type;
-  uint32_t first, step;  // of the items
+  uint32_t first, step;  // first item and stride
 
   template <int kMaps>
   __device__ __forceinline__ static BlockShare of(const WindowArguments<kMaps>& args) {

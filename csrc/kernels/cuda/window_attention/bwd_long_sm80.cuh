@@ -33,7 +33,7 @@ struct BackwardLongArguments : LongArguments<7> {
   uint32_t splits, key_blocks, long_items;
 };
 
-constexpr int kMostSteps = 4;  // of 16 keys, per warp of the kernel of the queries
+constexpr int kMostSteps = 4;  // steps of 16 keys per warp, in the kernel of the queries
 
 // The most warps of its blocks: 16 leave a thread 128 registers, 12 leave 168.
 template <class Traits>
@@ -90,7 +90,7 @@ __device__ __forceinline__ void copy_long_rows(const BackwardLongArguments& args
                                                int first, int rows) {
   using Tile = SmemTile<typename Traits::T, Traits::kHeadDim>;
   using T = typename Traits::T;
-  const int chunk = threadIdx.x % Tile::kChunks;  // the same for every row: a block has whole warps
+  const int chunk = threadIdx.x % Tile::kChunks;  // equal for every row, as a block has whole warps
   const int limit = chunk * 16 < args.row_bytes ? args.num_tokens : 0;
   const uint64_t base[2] = {chunk_base(args.regular[list[0]], batch, head, chunk),
                             chunk_base(args.regular[list[1]], batch, head, chunk)};

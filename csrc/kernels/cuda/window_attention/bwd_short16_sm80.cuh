@@ -45,7 +45,7 @@ struct Short16BackwardSmem {
   float4 bias[Traits::kTiles][Traits::kThreads];  // fragments, which leaves registers to those of dbias
   Short16Tokens<Traits::kBlock> tokens;
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
-  int32_t exponents[Traits::kWarps];  // of ds, half_range.cuh
+  int32_t exponents[Traits::kWarps];  // exponents of ds, half_range.cuh
 };
 
 // Writes 16 rows times a factor, rounded, through this warp's rows of a tile to a map. Rows past the window stay zero

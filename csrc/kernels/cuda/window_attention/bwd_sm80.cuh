@@ -54,7 +54,7 @@ struct BackwardShortSmem {
   WindowTokens<7, Traits::kKeys, Traits::kBlock> tokens[kSlots];
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
   float logit_sums[Traits::kWarps];
-  int32_t exponents[Traits::kWarps];  // of ds, half_range.cuh
+  int32_t exponents[Traits::kWarps];  // exponents of ds, half_range.cuh
   InverseNorms<Traits::kBlock> norms;
   TokenConstants<Traits::kBlock> constants;
 };
@@ -262,7 +262,7 @@ struct BackwardLongSmem {
   InverseNorms<Traits::kBlock> norms;
   float table[Traits::kSharedTableEntries + 1];
   float logit_sums[Traits::kWarps];
-  int32_t exponents[Traits::kWarps];  // of ds, half_range.cuh
+  int32_t exponents[Traits::kWarps];  // exponents of ds, half_range.cuh
   int32_t mixed;
 
   // After this struct: the data of each token of the window.
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   using Smem = BackwardLongSmem<Traits>;
   static_assert(Traits::kKeys == Traits::kBlock);
   constexpr int kTiles = Traits::kTiles, kColTiles = Traits::kHeadDimTiles, kBlock = Traits::kBlock;
-  constexpr bool kKeyGradientsTogether = Traits::kHeadDim <= 64;  // else registers do not hold both
+  constexpr bool kKeyGradientsTogether = Traits::kHeadDim <= 64;  // otherwise registers do not hold both
   Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
   const int first_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int num_tokens = args.num_tokens, capacity = blocks * kBlock;

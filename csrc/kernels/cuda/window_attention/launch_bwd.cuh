@@ -218,7 +218,7 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
                                            sizeof(Short16BackwardSmem<Traits>), short16, reduction, arena, measure,
                                            stream);
     });
-    args = short16;  // where its partial sums are
+    args = short16;  // points to its partial sums
   } else {
     status = dispatch<Product>(forward, launch_any);
   }

@@ -41,7 +41,7 @@ struct RegularMap {
 struct SharedTable {
   int32_t stride[3];
   int32_t middle;   // the entry of relative offset zero
-  int32_t entries;  // of one copy
+  int32_t entries;  // entries of one copy
   bool has_pairs;
 
   static SharedTable of(const WindowLayout& layout) {
@@ -133,7 +133,7 @@ bool make_long(LongArguments<kMaps>& args) {
 
 // The data of each token of a window, in shared memory; array lengths are rounded up to whole blocks of keys.
 struct LongTokens {
-  AxisTerm* terms;   // of the first axis, then of the second, then of the third
+  AxisTerm* terms;   // terms of the first, the second, then the third axis
   uint32_t* number;  // in this window
   int32_t* region;   // in this window, if may_be_mixed
   int32_t* packed;   // in every window: PackedToken

@@ -15,7 +15,7 @@ constexpr int kOutputs = 32;
 constexpr int kSlices = 8;
 constexpr int kThreads = kOutputs * kSlices;
 
-// One output: the location of its partial sums, and its destination.
+// An output: the location of its partial sums, and its destination.
 struct Output {
   const float* partials;
   int64_t stride;

@@ -138,7 +138,7 @@ __device__ __forceinline__ void add_seam_mask(float (&score)[kTiles][4], uint32_
   }
 }
 
-// One window from the view of a thread.
+// A thread's view of one window.
 template <int kRows>
 struct Short16Window {
   uint32_t token[kRows];  // numbers of this thread's rows
@@ -157,9 +157,9 @@ struct OwnRows {
   using Tile = SmemTile<typename Traits::T, Traits::kHeadDim>;
 
   int chunk;                   // the first of them in the row
-  int offset;                  // its position in a tile, in bytes
-  uint32_t in_token;           // its position in a token of a map, which is its head's row
-  bool in_window[kRows];       // also for the chunk in the row
+  int offset;                  // byte position of the first chunk in a tile
+  uint32_t in_token;           // byte position of the head's row in a token of a map
+  bool in_window[kRows];       // true if row and chunk are in the window
   int32_t y[kRows], x[kRows];  // shift + coordinate in the window * token_step
 
   template <class Arguments>
