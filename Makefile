@@ -9,6 +9,8 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 RESULTS ?= results
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
+# The tests of coverage.
+TESTS ?= $(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))
 # The branch that make check compares with.
 BASE ?= main
 # The faults to run, by name or prefix.
@@ -125,16 +127,19 @@ wheel: $(torch_stamp)
 faults: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m tests.faults $(FAULTS)
 
-# The lines of the package and of the CPU kernels that no test runs. Takes longer than the tests; PYTEST_ARGS selects some.
+# The lines of the package and of the CPU kernels that no test runs. Takes longer than the tests; TESTS selects some. Each
+# folder has a process of its own, since pytest-xdist kills workers that take seconds to write their counters.
 coverage: $(dev_stamp)
 	$(call phase,install-coverage,installing coverage and gcovr into $(VENV),$(call install,$(VENV),--group coverage))
 	$(call phase,compile-coverage,compiling the CPU kernels with counters,\
 		$(in_venv) SWINKERNELS_BUILD=cpu CFLAGS='-O1 --coverage' LDFLAGS=--coverage $(run) setup.py build_ext --inplace \
 			--build-temp build/coverage --build-lib build/coverage)
 	@rm -f build/coverage/python.* && find build/coverage -name '*.gcda' -delete
-	-$(in_venv) OMP_NUM_THREADS=1 $(run) -m coverage run -m pytest -n auto --dist worksteal -m 'not long' $(PYTEST_ARGS)
+	-@printf '%s\n' $(TESTS) | $(in_venv) OMP_NUM_THREADS=1 xargs -P $(MAX_JOBS) -I {} \
+		$(run) -m coverage run -m pytest -q -p no:cacheprovider -m 'not long' {} $(PYTEST_ARGS)
 	@$(run) -m coverage combine --quiet && $(run) -m coverage report > build/coverage/package.txt
-	@$(run) -m gcovr --merge-lines --object-directory build/coverage --filter csrc/kernels/cpu/ > build/coverage/kernels.txt
+	@$(run) -m gcovr --merge-lines --object-directory build/coverage --filter csrc/kernels/cpu/ \
+		--gcov-ignore-parse-errors=suspicious_hits.warn_once_per_file > build/coverage/kernels.txt
 	@tail -n 1 build/coverage/package.txt && tail -n 2 build/coverage/kernels.txt
 	@echo 'The lines: build/coverage/package.txt, build/coverage/kernels.txt'
 	@$(MAKE) --no-print-directory build
