@@ -299,6 +299,13 @@ class StructuralBlock(DynamicSubclass):
             "attn": Snapshot(child(self, "attn")),
         }
 
+    def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
+        return *super()._swinkernels_stored(), getattr(self, _MASK, None)
+
+    def _swinkernels_look(self) -> None:
+        super()._swinkernels_look()
+        _has_own_mask(self)
+
     def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
         """What to call the op with, or why the block's own code has to run."""
         if self._swinkernels_own_code(x):
