@@ -244,6 +244,25 @@ def test_compile_fullgraph(family):
         torch.testing.assert_close(compiled(x), expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("family", ["SCUNet", "timm SAM ViT", "Uformer", "copy"])
+def test_second_derivatives_behind_a_kernel(family, attention_calls):
+    """In float32, where a kernel runs: a penalty on the gradient, and its gradients."""
+    model, x = model_of(family), make_input(family)
+    found = []
+    for m in (model, accelerated(copy.deepcopy(model).float())):
+        leaf = x.to(next(m.parameters()).dtype, copy=True).requires_grad_()
+        attention_calls.clear()
+        (first,) = torch.autograd.grad(m(leaf).square().sum(), leaf, create_graph=True)
+        first.square().sum().backward()
+        gradients = {name: p.grad for name, p in m.named_parameters() if p.grad is not None}
+        found.append({"the input": leaf.grad, **gradients})
+    assert attention_calls
+    assert found[0].keys() == found[1].keys()
+    largest = max(g.abs().max().item() for g in found[0].values())
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name].double(), expected, rtol=1e-3, atol=1e-5 * largest, msg=name)
+
+
 def test_every_form_has_a_family():
     assert set(FORMS) <= set(FAMILIES)
     names = {m._swinkernels_form.name for family in FORMS for m in described(accelerated(model_of(family)))}
