@@ -17,8 +17,9 @@ import swinkernels
 from swinkernels.adapters import Form
 from swinkernels.adapters.adapter import Accelerated
 from swinkernels.adapters.forms import form as forms
-from swinkernels.adapters.forms.described import Described
+from swinkernels.adapters.forms.described import Described, match
 from swinkernels.adapters.forms.published import UFORMER
+from tests.adapters import trial_cost
 from tests.support import other_forms
 from tests.support.parity import assert_as_good, run, shaken
 from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
@@ -306,6 +307,38 @@ def test_more_tokens_than_a_number_in_the_code_are_tried():
     report = swinkernels.accelerate(attn)
     assert not report.replaced
     assert "gave another output" in report.skipped[0].reason
+
+
+@pytest.mark.parametrize("window", [14, 0])
+def test_a_wrong_gradient_of_a_wide_layer_is_found(window):
+    """SAM-B's layers, whose maps of 64 x 64 tokens have 4 x 10^8 scores: a gradient is tried on fewer."""
+    sam = pytest.importorskip("transformers.models.sam.modeling_sam")
+    from transformers import SamVisionConfig
+
+    from swinkernels.adapters.libraries.transformers.sam import ADAPTERS
+
+    (right,) = ADAPTERS
+
+    def forward(layer: Any, attend: Any, x: Tensor) -> Any:
+        return right.forward(layer, lambda qkv, **given: attend(qkv, **given).detach(), x)
+
+    config = SamVisionConfig(num_hidden_layers=1)
+    config._attn_implementation = "sdpa"
+    wrong = Form("detached", sam.SamVisionLayer, forward, right.sizes, absorbs=right.absorbs, small=right.small)
+    layer = sam.SamVisionLayer(config, window)
+    assert "gave another gradient" in str(match(layer, [wrong])[1])
+    adapter, reason = match(layer, [right])
+    assert adapter is not None, reason
+    del forms._KNOWN["detached"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["torchvision Swin3D-T", "SAM-B"])
+def test_trials_of_wide_modules_cost_little(model):
+    cost = trial_cost.measure(model)
+    assert cost["on ops"]
+    assert cost["seconds"] <= trial_cost.MOST_SECONDS
+    assert cost["gib"] <= trial_cost.MOST_GIB
 
 
 def test_a_subclass_from_elsewhere_is_left_alone():
