@@ -26,7 +26,8 @@ _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
 # torch's own attributes, those that differ between calls or equal modules, and those that a trial replaces.
 _NOT_COMPARED = {
-    *nn.Module().__dict__, "H", "W", "D", "T", "input_resolution", "attn_mask", "p", "drop_prob", "attention_bias_cache"
+    *nn.Module().__dict__, "H", "W", "D", "T", "input_resolution", "attn_mask", "attn_mask_dict", "p", "drop_prob",
+    "attention_bias_cache",
 }  # fmt: skip
 _READ_AT_EVERY_CALL = {"scale"}
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by Python code
