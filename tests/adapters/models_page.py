@@ -27,8 +27,9 @@ LIBRARIES = ("timm", "torchvision", "transformers", "MONAI", "mmpretrain")
 # Of families that are modules of the tests -> the published code that has the form.
 FORMS_OF = {
     "copy": "microsoft/Swin-Transformer", "copy v2": "microsoft/Swin-Transformer",
-    "copy for restoration": "JingyunLiang/SwinIR", "copy for segmentation": "SwinTransformer/Swin-Transformer-Semantic-"
-    "Segmentation", "copy for video": "SwinTransformer/Video-Swin-Transformer", "copy with attention alone": "XPixelGroup/HAT",
+    "copy for restoration": "JingyunLiang/SwinIR", "copy with attention alone": "XPixelGroup/HAT",
+    "copy for segmentation": "SwinTransformer/Swin-Transformer-Semantic-Segmentation",
+    "copy for video": "SwinTransformer/Video-Swin-Transformer",
     "mmdet": "mmdet 3.3.0", "SCUNet": "cszn/SCUNet", "ResShift": "zsyOAOA/ResShift",
     "TransMorph": "junyuchen245/TransMorph", "BiRefNet": "ZhengPeng7/BiRefNet", "Uformer": "ZhendongWang6/Uformer",
     "VRT": "JingyunLiang/VRT", "Swin-MAE": "Zian-Xu/Swin-MAE", "FDAT": "stinkybread/fdat",
