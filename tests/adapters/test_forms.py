@@ -221,6 +221,45 @@ def test_masks_of_minus_infinity_keep_rows_finite():
     torch.testing.assert_close(attn(x, mask=mask), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_weights_that_a_stage_hands_on_are_those_of_its_own_code(attention_calls):
+    stage, x = model_of("EsViT"), make_input("EsViT")
+    fast = accelerated(stage)
+    expected, weights = stage.forward_with_attention(x)
+    attention_calls.clear()
+    got, found = fast.forward_with_attention(x)
+    assert not attention_calls
+    assert torch.equal(got, expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, weights, strict=True))
+    torch.testing.assert_close(fast(x), expected, rtol=1e-10, atol=1e-12)
+    assert len(attention_calls) == 2  # also after the dict of masks was filled
+
+
+@pytest.mark.parametrize("family", ["EsViT", "Pangu-Weather"])
+def test_another_mask_has_the_own_code_run(family, attention_calls):
+    model, x = model_of(family), make_input(family)
+    fast = accelerated(model)
+    before = model(x)
+    for m in (model, fast):
+        m(x)
+        if family == "EsViT":
+            m.blocks[1].attn_mask_dict[7] = torch.zeros(4, 16, 16)
+        else:
+            m[1].attn_mask = torch.zeros_like(m[1].attn_mask)
+    attention_calls.clear()
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-10, atol=1e-12)
+    assert len(attention_calls) == (0 if family == "EsViT" else 1)
+    assert family == "EsViT" or not torch.allclose(model(x), before)
+
+
+@pytest.mark.parametrize(("warped", "step"), [(True, 0), (False, 1)])
+def test_auroras_roll_out_and_date_line(warped, step):
+    model, x = model_of("Aurora"), make_input("Aurora")
+    fast = accelerated(model)
+    arguments = x[:, 0, :5], (3, 7, 10), step, warped
+    for a, b in zip(model.blocks, fast.blocks, strict=True):
+        torch.testing.assert_close(b(x, *arguments), a(x, *arguments), rtol=1e-10, atol=1e-12)
+
+
 def test_calls_outside_of_the_form_run_the_own_code(attention_calls):
     attn = other_forms.UformerAttention(12, (4, 4), 3)
     x, others = torch.randn(2, 16, 12), torch.randn(2, 16, 12)
@@ -238,7 +277,10 @@ def test_a_pickle_whose_form_is_not_registered_says_so():
         forms.named("unheard-of")
 
 
-@pytest.mark.parametrize("family", ["timm DaViT", "timm TinyViT", "VRT"])
+COMPILED = ["timm DaViT", "timm TinyViT", "VRT", "Segment Anything", "EsViT", "Pangu-Weather", "Aurora"]
+
+
+@pytest.mark.parametrize("family", COMPILED)
 def test_compile_fullgraph(family):
     torch.compiler.reset()
     model, x = model_of(family), make_input(family)

@@ -210,12 +210,13 @@ def _esvit(stage: Any, attend: Any, x: Tensor) -> Any:
         kept = block.attn_mask_dict.items()
         if not all(is_stored_mask(mask, frame_of((n, n), window), window, shift) for n, mask in kept):
             return "attn_mask_dict holds other values than those of its geometry"
+    for block in stage.blocks:
         attn = block.attn
         y = attend(
             attn.qkv(block.norm1(x).unflatten(1, (side, side))),
             num_heads=attn.num_heads,
-            window_size=window,
-            shift_size=shift,
+            window_size=block.window_size,
+            shift_size=block.shift_size,
             bias_table=attn.relative_position_bias_table,
             scale=attn.scale,
             pad_qkv=attn.qkv.bias,
