@@ -251,6 +251,18 @@ def test_another_mask_has_the_own_code_run(family, attention_calls):
     assert family == "EsViT" or not torch.allclose(model(x), before)
 
 
+def test_compiled_code_notices_an_assigned_mask():
+    torch.compiler.reset()
+    model, x = model_of("Pangu-Weather"), make_input("Pangu-Weather")
+    fast = accelerated(model)
+    compiled = torch.compile(fast, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
+        for m in (model, fast):
+            m[1].attn_mask = torch.zeros_like(m[1].attn_mask)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(("warped", "step"), [(True, 0), (False, 1)])
 def test_auroras_roll_out_and_date_line(warped, step):
     model, x = model_of("Aurora"), make_input("Aurora")

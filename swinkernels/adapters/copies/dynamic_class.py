@@ -13,6 +13,8 @@ from swinkernels.adapters.adapter import Accelerated, Adapter, derived_since, or
 from swinkernels.adapters.bypass import all_modules_have_hooks
 from swinkernels.adapters.copies.snapshot import Snapshot
 
+# The attribute with a block's stored mask, which forms compare with that of its geometry.
+MASK = "attn_mask"
 # The library's name in reports on these classes.
 NAME = "structural"
 
@@ -65,7 +67,7 @@ class DynamicSubclass(Accelerated):
     _swinkernels_snapshots: dict[str, Snapshot] | None = None
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None] = []
+        found: list[Tensor | None] = [getattr(self, MASK, None)]
         for path, snapshot in (self._swinkernels_snapshots or {}).items():
             module = inside(self, path)
             if module is not None:
