@@ -7,6 +7,7 @@ import datetime
 import fnmatch
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ try:
         report,
         scaling,
         shapes,
+        timing,
     )
 except ModuleNotFoundError as e:
     if e.name not in ("matplotlib", "rich", "tabulate"):
@@ -246,6 +248,11 @@ def parser() -> argparse.ArgumentParser:
             help="one CPU thread that treats denormal numbers as zero: exp of a masked score is one, and slows plain "
             "code",
         )
+        command.add_argument(
+            "--cpu-time",
+            action="store_true",
+            help="on a CPU that has other work, too: CPU time of all threads instead of the wall clock",
+        )
         command.add_argument("--out", type=Path, help="folder for the CSV files; default: results/<date and time>")
     writing = commands.add_parser(
         "report", help="docs/benchmarks.md, docs/gpu.md, charts and the README's numbers, from the files of runs"
@@ -290,6 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_flush_denormal(True)
     elif options.threads:
         torch.set_num_threads(options.threads)
+    if options.cpu_time:
+        timing.CPU_CLOCK[:] = [time.process_time]
     options.dtype = options.dtype or ["bfloat16" if device.type == "cuda" else "float32"]
     tasks = list(plan(options, device))
     if not tasks:

@@ -20,14 +20,14 @@ from benchmarks.peers import is_installed, make_peer
 from benchmarks.timing import Call
 from swinkernels import reference
 from swinkernels.ops import _backends
-from swinkernels.testing import WindowAttentionCase, judge_window_attention, run_case
+from swinkernels.testing import WindowAttentionCase, judge_window_attention, named_inputs, run_case
 
 OURS = tuple(name for name in _backends.BACKENDS if name not in _backends.PLAIN)
 PEERS = ("eager", "sdpa", "eager-compiled", "sdpa-compiled", "flex-compiled", "cuequivariance")
 CONTESTANTS = (*OURS, "reference", *PEERS)
 COMPILED = tuple(name for name in PEERS if name.endswith("-compiled"))
 TF32_EPS = 2.0**-10
-Op = Callable[..., Tensor]  # (qkv, bias_table, logit_scale=None, pad_qkv=None) -> out
+Op = Callable[..., Tensor]  # (qkv, bias_table=None, logit_scale=None, pad_qkv=None, axis_tables=None) -> out
 
 
 def kernels(device: torch.device) -> dict[str, str | None]:
@@ -112,7 +112,8 @@ def benchmark(
         inputs = [{k: x for k, x in tensors.items() if k != "dout"} for tensors in drawn]
         douts = [(tensors["dout"],) for tensors in drawn]
         op = make_op(name, case, dtype, device)
-        return contest.make_calls(op, inputs, douts, bare_backward=name in OURS)
+        named = lambda **tensors: op(**named_inputs(tensors))  # noqa: E731
+        return contest.make_calls(named, inputs, douts, bare_backward=name in OURS)
 
     labels = {
         "op": "window_attention",

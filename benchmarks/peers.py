@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from swinkernels.testing import WindowAttentionCase
 
-Peer = Callable[..., Tensor]  # (qkv, bias_table, logit_scale=None, pad_qkv=None) -> out
+Peer = Callable[..., Tensor]  # (qkv, bias_table=None, logit_scale=None, pad_qkv=None, axis_tables=None) -> out
 
 
 def partition(x: Tensor, window: Sequence[int]) -> Tensor:
@@ -93,13 +93,23 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
     def factor(logit_scale: Tensor) -> Tensor:  # (heads, 1, 1)
         return logit_scale.clamp(max=math.log(100.0)).exp().to(dtype)
 
+    def decomposed(q: Tensor, axis_tables: Sequence[Tensor]) -> Tensor:
+        """The bias of Segment Anything, (B * num_windows, heads, N, N), from the queries of two axes."""
+        offsets = [torch.arange(w, device=device)[:, None] - torch.arange(w, device=device) + w - 1 for w in window]
+        rows, columns = (table.to(dtype)[i] for table, i in zip(axis_tables, offsets, strict=True))
+        q = q.unflatten(2, window)
+        of_rows = torch.einsum("bnhwc,hkc->bnhwk", q, rows)[..., None]
+        of_columns = torch.einsum("bnhwc,wkc->bnhwk", q, columns)[..., None, :]
+        return (of_rows + of_columns).reshape(-1, heads, n, n)
+
     # q, k, v: (B * num_windows, heads, N, d)
-    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logit_scale: Tensor | None) -> Tensor:
         if logit_scale is None:
             scores = (q * head_dim**-0.5) @ k.transpose(-2, -1)
         else:
             scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * factor(logit_scale)
-        scores = scores + bias.unsqueeze(0)
+        if bias is not None:
+            scores = scores + bias
         if mask is not None:
             scores = scores.view(-1, mask.shape[0], heads, n, n) + mask.unsqueeze(1).unsqueeze(0)
             scores = scores.view(-1, heads, n, n)
@@ -110,12 +120,12 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
             return q, k, None
         return F.normalize(q, dim=-1) * factor(logit_scale), F.normalize(k, dim=-1), 1.0
 
-    def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
+    def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logit_scale: Tensor | None) -> Tensor:
         q, k, scale = cosine(q, k, logit_scale)
-        if mask is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), scale=scale)
+        if mask is None or bias is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         # The windows of one image join the heads' axis: one mask serves every image without a copy for each.
-        folded = (bias.unsqueeze(0) + mask.unsqueeze(1)).view(1, -1, n, n)
+        folded = (bias + mask.unsqueeze(1)).view(1, -1, n, n)
         q, k, v = (x.reshape(-1, folded.shape[1], n, head_dim) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=folded, scale=scale).view(-1, heads, n, head_dim)
 
@@ -123,7 +133,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         q, k, scale = cosine(q, k, logit_scale)
 
         def add_bias(score, b, h, i, j):
-            score = score + bias[h, i, j]
+            score = score + bias[0, h, i, j]
             return score if mask is None else score + mask[b % mask.shape[0], i, j]
 
         return flex_attention(q, k, v, score_mod=add_bias, scale=scale)
@@ -132,7 +142,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         # (1, windows, heads, N, d) with one bias for all windows of a call: one call for each kind of mask.
         attend = importlib.import_module("cuequivariance_torch").triangle_attention
         q, k, scale = cosine(q, k, logit_scale)
-        whole = bias[None, None]
+        whole = bias[None]
         if mask is None:
             return attend(q[None], k[None], v[None], whole, scale=scale)[0]
         q, k, v = (x.view(-1, mask.shape[0], heads, n, head_dim) for x in (q, k, v))
@@ -150,7 +160,11 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
     core = dict(zip(KINDS, (attention, fused, flexible, triangle), strict=True))[kind]
 
     def peer(
-        qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None = None, pad_qkv: Tensor | None = None
+        qkv: Tensor,
+        bias_table: Tensor | None = None,
+        logit_scale: Tensor | None = None,
+        pad_qkv: Tensor | None = None,
+        axis_tables: Sequence[Tensor] | None = None,
     ) -> Tensor:
         if padded:
             whole = qkv.new_zeros(()) if pad_qkv is None else pad_qkv
@@ -160,8 +174,11 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         if shifted:
             qkv = torch.roll(qkv, shifts=[-s for s in shift], dims=axes)
         windows = partition(qkv, window).view(-1, n, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-        bias = bias_table.to(dtype)[index].view(n, n, heads).permute(2, 0, 1).contiguous()
-        out = core(*windows.unbind(0), bias, logit_scale)
+        q, k, v = windows.unbind(0)
+        bias = None if axis_tables is None else decomposed(q, axis_tables)
+        if bias_table is not None:
+            bias = bias_table.to(dtype)[index].view(1, n, n, heads).permute(0, 3, 1, 2).contiguous()
+        out = core(q, k, v, bias, logit_scale)
         out = reverse(out.transpose(1, 2).reshape(-1, n, heads * head_dim), window, frame)
         if shifted:
             out = torch.roll(out, shifts=list(shift), dims=axes)

@@ -43,6 +43,11 @@ ATTENTION: dict[str, Case] = {
     "video_swin_t.1": Case(4, (16, 56, 56), 3, 32, (8, 7, 7), (4, 3, 3)),
     # Weather on a sphere: pressure levels, latitude, longitude; the last axis has no edge.
     "weather.1": Case(1, (8, 186, 360), 6, 32, (2, 6, 12), (1, 3, 6), options={"periodic": (False, False, True)}),
+    # Segment Anything: 1024 x 1024 pixels in patches of 16, padded to 70 tokens an axis; positions by axis, no shift.
+    "sam_b": Case(1, (64, 64), 12, 64, 14, 0, has_table=False, has_axis_tables=True, has_pad_qkv=True),
+    # Florence-2: 768 x 768 pixels in patches of 4; DaViT's windows have neither shift nor bias.
+    "florence2.1": Case(1, (192, 192), 4, 32, 12, 0, has_table=False),
+    "florence2.2": Case(1, (96, 96), 8, 32, 12, 0, has_table=False),
     "batch1.1": Case(1, (56, 56), 3, 32, 7, 3),
     "batch1.3": Case(1, (14, 14), 12, 32, 7, 3),
     "head_dim16": Case(64, (56, 56), 6, 16, 7, 3),

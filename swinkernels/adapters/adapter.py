@@ -158,8 +158,9 @@ def swap_class(adapter: Adapter, module: nn.Module, backend: str) -> None:
     """Make a module run on this package's ops."""
     _change_class(module, adapter.accelerated)
     module.__dict__[BACKEND_ATTRIBUTE] = backend
-    module._swinkernels_remember()  # type: ignore[operator]
     module._swinkernels_swapped()  # type: ignore[operator]
+    module._swinkernels_remember()  # type: ignore[operator]
+    module._swinkernels_look()  # type: ignore[operator]
 
 
 def restore_class(module: nn.Module) -> None:

@@ -26,9 +26,8 @@ from swinkernels.adapters.bypass import why_distributed
 from swinkernels.adapters.copies import attention, block, lookalike
 from swinkernels.adapters.copies.dynamic_class import NAME as STRUCTURAL
 from swinkernels.adapters.copies.trial import told_after_seconds
-from swinkernels.adapters.forms import described
+from swinkernels.adapters.forms import described, published, weather
 from swinkernels.adapters.forms.form import Form
-from swinkernels.adapters.forms.published import FORMS
 from swinkernels.adapters.report import Replaced, Report, Skipped
 from swinkernels.adapters.verify import verify as verify_module
 from swinkernels.ops._backends import check_backend
@@ -68,7 +67,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
     to_restore: list[nn.Module] = []
     with told_after_seconds():
         adapters, forms = loaded_adapters()
-        candidates = list(_candidates(model, adapters, [*forms, *FORMS]))
+        candidates = list(_candidates(model, adapters, [*forms, *published.FORMS, *weather.FORMS]))
     for path, module, adapter, reason in candidates:
         if adapter is not None and reason is None:
             reason = why_distributed(module) or adapter.reason_to_skip(module)

@@ -265,22 +265,48 @@ def register(name: str, fake: Callable, setup_context: Callable, backward: Calla
     return Differentiable(name, setup_context, backward)
 
 
-def register_derivative(name: str, fake: Callable, of: str) -> Callable:
-    """Register the fake of ``of``'s backward op, and a derivative that raises: second derivatives are not supported.
+def register_derivative(name: str, fake: Callable, of: str, gradients: Callable | None = None) -> Callable:
+    """Register the fake and the derivative of ``of``'s backward op.
 
     Returns the callable for the op; it takes a tuple of tensors and a tuple of the other arguments.
+
+    Args:
+        name: of the backward op.
+        fake: as torch.library.register_fake has it.
+        of: the op that errors name.
+        gradients: (tensors, others) -> the results of the backward op, None for those that are not wanted, by
+            operations that torch can differentiate. Without it a second derivative is refused.
     """
-
-    def refuse(ctx, *_):
-        raise NotImplementedError(
-            f"{of}: a second derivative is only in the reference: use backend='reference' for double backward"
-        )
-
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=lib)
     op = getattr(ops, name).default
+    count = _tensor_arguments(op)
 
-    transformed = _transformable(name, op, lambda ctx, inputs, output: None, refuse)
+    def setup_context(ctx, inputs, output):
+        if gradients is not None:
+            ctx.set_materialize_grads(False)
+            ctx.others = inputs[count:]
+            ctx.save_for_backward(*inputs[:count])
+
+    def differentiate(ctx, *cotangents):
+        if gradients is None:
+            raise NotImplementedError(
+                f"{of}: a second derivative is only in the reference: use backend='reference' for double backward"
+            )
+        tensors, others = ctx.saved_tensors, ctx.others
+        floating = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
+
+        def results(*some: Tensor) -> tuple[Tensor, ...]:
+            given = dict(zip(floating, some, strict=True))
+            found = gradients([given.get(i, t) for i, t in enumerate(tensors)], others)
+            asked = zip(found, cotangents, strict=True)
+            return tuple(g.to(c.dtype) for g, c in asked if g is not None and c is not None)
+
+        vjp = torch.func.vjp(results, *(tensors[i] for i in floating))[1]
+        found = dict(zip(floating, vjp(tuple(c for c in cotangents if c is not None)), strict=True))
+        return tuple(found.get(i) for i in range(len(op._schema.arguments)))
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", differentiate, setup_context=setup_context, lib=lib)
+    transformed = _transformable(name, op, setup_context, differentiate)
 
     def call(tensors, others):
         if _is_transformed():

@@ -8,6 +8,7 @@ PyTorch need no op.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
         ctx.save_for_backward(*tensors[:n], output[1], *tensors[n:])
         ctx.mark_non_differentiable(output[1])
 
-    backward_op = register_derivative(bwd, fake_bwd, name)
+    backward_op = register_derivative(bwd, fake_bwd, name, functools.partial(_reference_gradients, name))
 
     def backward(ctx, dout, _dlse):
         if dout is None:
@@ -95,6 +96,41 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
         return *gradients[:n], *parameter_gradients(saved[n + 1 : n + 5], gradients[n:], needs), None, None
 
     return register(fwd, fake_fwd, setup_context, backward)
+
+
+def _reference_gradients(form: str, tensors: Sequence[Any], others: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """What a backward op computes, by the reference: for second derivatives."""
+    *numbers, wanted = others
+    spec = WindowSpec.parse(*numbers)
+    if spec.dropout_p > 0.0:
+        raise NotImplementedError(
+            f"{form}: a second derivative is only in the reference with dropout_p = {spec.dropout_p}: use "
+            "backend='reference' for double backward, or no dropout of attention weights"
+        )
+    n = len(_FORMS[form])
+    dout, *maps = tensors[: 1 + n]
+    tables = tensors[2 + n : 6 + n]
+    region_map = tensors[6 + n]
+    is_wanted = [bool(wanted >> i & 1) for i in range(len(tables))]
+
+    def attend(*given: Tensor) -> Tensor:
+        found = iter(given[n:])
+        named: dict[str, Any] = {
+            name: next(found) if need else t for name, t, need in zip(_DIFFERENTIABLE, tables, is_wanted, strict=True)
+        }
+        if spec.axis_tables:
+            named["axis_tables"] = named.pop("bias").split([2 * w - 1 for w in spec.window_size])
+        return getattr(reference, form)(
+            *given[:n],
+            **named,
+            region_map=region_map,
+            num_heads=maps[0].shape[-2],
+            **spec.options(),
+        )
+
+    vjp = torch.func.vjp(attend, *maps, *(t for t, need in zip(tables, is_wanted, strict=True) if need))[1]
+    found = iter(vjp(dout))
+    return *(next(found) for _ in maps), *(next(found) if need else None for need in is_wanted)
 
 
 _FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}

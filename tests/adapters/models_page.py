@@ -24,6 +24,19 @@ from tests.support.small_models import FAMILIES, make_input, make_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 LIBRARIES = ("timm", "torchvision", "transformers", "MONAI", "mmpretrain")
+# Of families that are modules of the tests -> the published code that has the form.
+FORMS_OF = {
+    "copy": "microsoft/Swin-Transformer", "copy v2": "microsoft/Swin-Transformer",
+    "copy for restoration": "JingyunLiang/SwinIR", "copy with attention alone": "XPixelGroup/HAT",
+    "copy for segmentation": "SwinTransformer/Swin-Transformer-Semantic-Segmentation",
+    "copy for video": "SwinTransformer/Video-Swin-Transformer",
+    "mmdet": "mmdet 3.3.0", "SCUNet": "cszn/SCUNet", "ResShift": "zsyOAOA/ResShift",
+    "TransMorph": "junyuchen245/TransMorph", "BiRefNet": "ZhengPeng7/BiRefNet", "Uformer": "ZhendongWang6/Uformer",
+    "VRT": "JingyunLiang/VRT", "Swin-MAE": "Zian-Xu/Swin-MAE", "FDAT": "stinkybread/fdat",
+    "Segment Anything": "segment-anything 1.0", "DeepSeek-OCR": "deepseek-ai/DeepSeek-OCR", "EsViT": "microsoft/esvit",
+    "nnFormer": "282857341/nnFormer", "Pangu-Weather": "nvidia-physicsnemo 2.2.2", "FengWu": "nvidia-physicsnemo 2.2.2",
+    "Aurora": "microsoft-aurora 2.0.1",
+}  # fmt: skip
 HEADER = """# Models
 
 Every family of models that `accelerate` knows, as a small model of a few channels, before and after. The page is
@@ -36,7 +49,7 @@ written by `python -m tests.adapters.models_page`; a test compares the modules o
   held at once beside the model. Models this small measure calls, not kernels: [Benchmarks](benchmarks.md) has models of
   real size.
 
-Sources that are no packages are modules of the tests with the same names and conventions.
+A "form of" a source is a module of the tests with the same names and conventions.
 
 | family | source | on the op | error, float64 | error, float32 | CPU time, ms | memory, KiB |
 |---|---|---|---|---|---|---|
@@ -45,7 +58,9 @@ Sources that are no packages are modules of the tests with the same names and co
 
 def source(family: str) -> str:
     library = next((name for name in LIBRARIES if family.startswith(name)), None)
-    return "form in the tests" if library is None else f"{library} {importlib.metadata.version(library.lower())}"
+    if library is None:
+        return f"form of {FORMS_OF[family]}" if family in FORMS_OF else "form in the tests"
+    return f"{library} {importlib.metadata.version(library.lower())}"
 
 
 def counted(family: str) -> tuple[int, int, list[str]]:

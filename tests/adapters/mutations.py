@@ -711,7 +711,8 @@ def compare(got: Outcome, expected: Outcome, tolerance: float) -> str | None:
         return f"only one of the two has {', '.join(sorted(got.values.keys() ^ expected.values.keys()))}"
     gradients = [g for name, g in expected.values.items() if name.startswith("gradient") and g is not None]
     # A gradient whose terms cancel is only rounding error of the others.
-    floor = tolerance * 1e-2 * max((g.abs().max().item() for g in gradients if g.numel()), default=0.0)
+    finite = [g.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for g in gradients if g.numel()]
+    floor = tolerance * 1e-2 * max((g.abs().max().item() for g in finite), default=0.0)
     for name, value in expected.values.items():
         error = _difference(got.values[name], value, tolerance, floor if name.startswith("gradient") else 0.0)
         if error is not None:

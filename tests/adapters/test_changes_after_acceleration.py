@@ -222,7 +222,8 @@ def test_hooks_of_all_modules_see_every_call(place, kind):
 
 
 def compiled_places() -> list[str]:
-    return [n for n in ("timm swin", "torchvision v2", "transformers swin", "transformers donut") if n in PLACES]
+    names = ("timm swin", "torchvision v2", "transformers swin", "transformers donut", "form", "copy")
+    return [n for n in names if n in PLACES]
 
 
 @pytest.mark.parametrize("name", compiled_places())

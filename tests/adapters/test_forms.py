@@ -17,8 +17,9 @@ import swinkernels
 from swinkernels.adapters import Form
 from swinkernels.adapters.adapter import Accelerated
 from swinkernels.adapters.forms import form as forms
-from swinkernels.adapters.forms.described import Described
+from swinkernels.adapters.forms.described import Described, match
 from swinkernels.adapters.forms.published import UFORMER
+from tests.adapters import trial_cost
 from tests.support import other_forms
 from tests.support.parity import assert_as_good, run, shaken
 from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
@@ -27,6 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 
 # Families whose own code computes in float32 in any dtype -> the tolerance of the results.
 ROUNDED = {"transformers GOT-OCR2": 1e-5}
+
+# Of the op, for one module that is replaced.
+CALLS = {"VRT": 3, "EsViT": 2}
 
 families = pytest.mark.parametrize("family", FORMS)
 
@@ -73,7 +77,7 @@ def test_outputs_every_gradient_and_a_true_report(family, attention_calls):
     exact = run(model, x)
     attention_calls.clear()
     got = run(fast, x)
-    assert len(attention_calls) == replaced * (3 if family == "VRT" else 1)
+    assert len(attention_calls) == replaced * CALLS.get(family, 1)
     assert_as_good(got, exact, exact, moved)
     check = report.check(x)
     paths = {path for path, m in fast.named_modules() if isinstance(m, Described)}
@@ -157,7 +161,7 @@ def test_an_edited_layer_has_the_own_code_run(family, edit, monkeypatch, attenti
             layer.__class__ = type("Enlarged", (type(layer),), {"forward": enlarged})
     attention_calls.clear()
     got, expected = fast(x), model(x)
-    assert len(attention_calls) < FORMS[family][0] * (3 if family == "VRT" else 1) or family == "torchvision Swin3D"
+    assert len(attention_calls) < FORMS[family][0] * CALLS.get(family, 1) or family == "torchvision Swin3D"
     assert torch.equal(got, expected) or torch.allclose(got, expected, rtol=1e-9, atol=ROUNDED.get(family, 1e-11))
     if family != "torchvision Swin3D":  # its own code reads weights and calls no layer
         assert not torch.allclose(expected, before, rtol=1e-6, atol=1e-9)
@@ -217,6 +221,57 @@ def test_masks_of_minus_infinity_keep_rows_finite():
     torch.testing.assert_close(attn(x, mask=mask), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_weights_that_a_stage_hands_on_are_those_of_its_own_code(attention_calls):
+    stage, x = model_of("EsViT"), make_input("EsViT")
+    fast = accelerated(stage)
+    expected, weights = stage.forward_with_attention(x)
+    attention_calls.clear()
+    got, found = fast.forward_with_attention(x)
+    assert not attention_calls
+    assert torch.equal(got, expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, weights, strict=True))
+    torch.testing.assert_close(fast(x), expected, rtol=1e-10, atol=1e-12)
+    assert len(attention_calls) == 2  # also after the dict of masks was filled
+
+
+@pytest.mark.parametrize("family", ["EsViT", "Pangu-Weather"])
+def test_another_mask_has_the_own_code_run(family, attention_calls):
+    model, x = model_of(family), make_input(family)
+    fast = accelerated(model)
+    before = model(x)
+    for m in (model, fast):
+        m(x)
+        if family == "EsViT":
+            m.blocks[1].attn_mask_dict[7] = torch.zeros(4, 16, 16)
+        else:
+            m[1].attn_mask = torch.zeros_like(m[1].attn_mask)
+    attention_calls.clear()
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-10, atol=1e-12)
+    assert len(attention_calls) == (0 if family == "EsViT" else 1)
+    assert family == "EsViT" or not torch.allclose(model(x), before)
+
+
+def test_compiled_code_notices_an_assigned_mask():
+    torch.compiler.reset()
+    model, x = model_of("Pangu-Weather"), make_input("Pangu-Weather")
+    fast = accelerated(model)
+    compiled = torch.compile(fast, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
+        for m in (model, fast):
+            m[1].attn_mask = torch.zeros_like(m[1].attn_mask)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("warped", "step"), [(True, 0), (False, 1)])
+def test_auroras_roll_out_and_date_line(warped, step):
+    model, x = model_of("Aurora"), make_input("Aurora")
+    fast = accelerated(model)
+    arguments = x[:, 0, :5], (3, 7, 10), step, warped
+    for a, b in zip(model.blocks, fast.blocks, strict=True):
+        torch.testing.assert_close(b(x, *arguments), a(x, *arguments), rtol=1e-10, atol=1e-12)
+
+
 def test_calls_outside_of_the_form_run_the_own_code(attention_calls):
     attn = other_forms.UformerAttention(12, (4, 4), 3)
     x, others = torch.randn(2, 16, 12), torch.randn(2, 16, 12)
@@ -234,7 +289,10 @@ def test_a_pickle_whose_form_is_not_registered_says_so():
         forms.named("unheard-of")
 
 
-@pytest.mark.parametrize("family", ["timm DaViT", "timm TinyViT", "VRT"])
+COMPILED = ["timm DaViT", "timm TinyViT", "VRT", "Segment Anything", "EsViT", "Pangu-Weather", "Aurora"]
+
+
+@pytest.mark.parametrize("family", COMPILED)
 def test_compile_fullgraph(family):
     torch.compiler.reset()
     model, x = model_of(family), make_input(family)
@@ -242,6 +300,25 @@ def test_compile_fullgraph(family):
         expected = model(x)
         compiled = torch.compile(accelerated(model), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["SCUNet", "timm SAM ViT", "Uformer", "copy"])
+def test_second_derivatives_behind_a_kernel(family, attention_calls):
+    """In float32, where a kernel runs: a penalty on the gradient, and its gradients."""
+    model, x = model_of(family), make_input(family)
+    found = []
+    for m in (model, accelerated(copy.deepcopy(model).float())):
+        leaf = x.to(next(m.parameters()).dtype, copy=True).requires_grad_()
+        attention_calls.clear()
+        (first,) = torch.autograd.grad(m(leaf).square().sum(), leaf, create_graph=True)
+        first.square().sum().backward()
+        gradients = {name: p.grad for name, p in m.named_parameters() if p.grad is not None}
+        found.append({"the input": leaf.grad, **gradients})
+    assert attention_calls
+    assert found[0].keys() == found[1].keys()
+    largest = max(g.abs().max().item() for g in found[0].values())
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name].double(), expected, rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
 def test_every_form_has_a_family():
@@ -287,6 +364,38 @@ def test_more_tokens_than_a_number_in_the_code_are_tried():
     report = swinkernels.accelerate(attn)
     assert not report.replaced
     assert "gave another output" in report.skipped[0].reason
+
+
+@pytest.mark.parametrize("window", [14, 0])
+def test_a_wrong_gradient_of_a_wide_layer_is_found(window):
+    """SAM-B's layers, whose maps of 64 x 64 tokens have 4 x 10^8 scores: a gradient is tried on fewer."""
+    sam = pytest.importorskip("transformers.models.sam.modeling_sam")
+    from transformers import SamVisionConfig
+
+    from swinkernels.adapters.libraries.transformers.sam import ADAPTERS
+
+    (right,) = ADAPTERS
+
+    def forward(layer: Any, attend: Any, x: Tensor) -> Any:
+        return right.forward(layer, lambda qkv, **given: attend(qkv, **given).detach(), x)
+
+    config = SamVisionConfig(num_hidden_layers=1)
+    config._attn_implementation = "sdpa"
+    wrong = Form("detached", sam.SamVisionLayer, forward, right.sizes, absorbs=right.absorbs, small=right.small)
+    layer = sam.SamVisionLayer(config, window)
+    assert "gave another gradient" in str(match(layer, [wrong])[1])
+    adapter, reason = match(layer, [right])
+    assert adapter is not None, reason
+    del forms._KNOWN["detached"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["torchvision Swin3D-T", "SAM-B"])
+def test_trials_of_wide_modules_cost_little(model):
+    cost = trial_cost.measure(model)
+    assert cost["on ops"]
+    assert cost["seconds"] <= trial_cost.MOST_SECONDS
+    assert cost["gib"] <= trial_cost.MOST_GIB
 
 
 def test_a_subclass_from_elsewhere_is_left_alone():

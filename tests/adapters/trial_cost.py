@@ -1,4 +1,4 @@
-"""CPU time and memory of ``accelerate`` for models whose blocks are copies, which it has to try.
+"""CPU time and memory of ``accelerate`` for models whose blocks are copies or forms, which it has to try.
 
     python -m tests.adapters.trial_cost [MODEL...] [--against CHECKOUT]
 
@@ -55,10 +55,28 @@ def _video() -> nn.Module:
     )  # fmt: skip
 
 
+def _swin3d() -> nn.Module:
+    from torchvision.models.video import swin3d_t
+
+    return swin3d_t()
+
+
+def _sam_b() -> nn.Module:
+    """Layers of SAM-B with windows of 14 x 14, and global ones of 64 x 64."""
+    from transformers import SamVisionConfig
+    from transformers.models.sam.modeling_sam import SamVisionLayer
+
+    config = SamVisionConfig()
+    config._attn_implementation = "sdpa"
+    return nn.Sequential(*(SamVisionLayer(config, window) for window in (14, 14, 0)))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "detection Swin-T": lambda: _detection(96, 3, 7, (2, 2, 6, 2)),
     "detection Swin-L": lambda: _detection(192, 6, 12, (2, 2, 18, 2)),
     "video Swin-T": _video,
+    "torchvision Swin3D-T": _swin3d,
+    "SAM-B": _sam_b,
 }
 
 

@@ -110,18 +110,12 @@ def test_long_windows_need_shared_memory(monkeypatch):
 
 
 @needs_cpu
-def test_double_backward_is_refused_by_a_kernel_and_right_in_the_reference():
-    inputs = PLAIN.inputs(torch.float32)
-    qkv = inputs["qkv"].requires_grad_()
+def test_double_backward_with_dropout_is_refused_by_a_kernel():
+    from swinkernels.ops.window_attention import _reference_gradients
 
-    def penalty(backend):
-        out = swinkernels.window_attention_qkvpacked(qkv, inputs["bias_table"], **PLAIN.arguments(), backend=backend)
-        (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), qkv)
-
-    with pytest.raises(NotImplementedError, match="double backward"):
-        penalty("cpu")
-    assert penalty("reference")[0].isfinite().all()
+    spec = spec_of("op", torch.empty(0), (4, 4), 8, num_heads=1, window_size=2, dropout_p=0.5)
+    with pytest.raises(NotImplementedError, match=r"dropout_p = 0\.5: use backend='reference'"):
+        _reference_gradients("window_attention", [], (spec.wire(), *spec.numbers, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

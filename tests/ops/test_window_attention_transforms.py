@@ -216,7 +216,7 @@ def test_derivatives_of_functorch(transform: Any) -> None:
 @needs_cpu
 @pytest.mark.parametrize(
     ("transform", "reason"),
-    [(torch.func.jacfwd, "forward-mode"), (torch.func.hessian, "forward-mode"), (torch.func.grad, "double backward")],
+    [(torch.func.jacfwd, "forward-mode"), (torch.func.hessian, "forward-mode")],
 )
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.tool(
@@ -225,13 +225,11 @@ def test_derivatives_of_functorch(transform: Any) -> None:
 def test_derivatives_of_functorch_that_are_refused(
     transform: Any, reason: str, batched: bool, record_property: Any
 ) -> None:
-    """Second derivatives and forward mode raise, with a remedy."""
+    """Forward mode raises, with a remedy."""
     case = Case(1, (2, 4), 1, 2, 2, 1)
     qkv = case.inputs(torch.float32)["qkv"]
 
     def call(x: Tensor) -> Tensor:
-        if transform is torch.func.grad:
-            return torch.func.grad(lambda y: attend(y, **case.arguments(), backend="cpu").square().sum())(x).sum()
         return attend(x, **case.arguments(), backend="cpu").sum()
 
     with pytest.raises(NotImplementedError) as refused:
@@ -258,14 +256,52 @@ def test_profilers_show_the_ops_by_name() -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("wanted", ["qkv", "bias_table", "logit_scale", "pad_qkv"])
-def test_double_backward_is_refused_for_each_tensor(wanted: str) -> None:
-    case = CLASSES["v2, pads"]
-    given = {n: x.requires_grad_(n == wanted) for n, x in case.inputs(torch.float32).items() if n != "dout"}
-    out = attend(**given, **case.arguments(), backend="cpu")
-    (first,) = torch.autograd.grad(out.square().sum(), given[wanted], create_graph=True)
-    with pytest.raises(NotImplementedError, match="double backward"):
-        torch.autograd.grad(first.square().sum(), given[wanted])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", WITHOUT_DROPOUT)
+def test_second_and_third_derivatives(name: str, form: str) -> None:
+    """Of a kernel, beside the reference in float64, in every tensor that has a gradient."""
+    case = WITHOUT_DROPOUT[name]
+    given = {n: x for n, x in case.inputs(torch.float32).items() if n != "dout"}
+    if "logit_scale" in given:  # scores that are far apart make errors as large
+        given["logit_scale"] = given["logit_scale"].clamp(max=1.5)
+
+    def derivatives(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = {n: x.to(dtype).requires_grad_() for n, x in given.items()}
+        tensors = named_inputs(leaves)
+        if form == "window_attention":
+            maps = tensors.pop("qkv").unflatten(-1, (3, case.num_heads, -1)).unbind(-3)
+            tensors.update(zip("qkv", maps, strict=True))
+        y, found = getattr(swinkernels, form)(**tensors, **case.arguments(), backend=backend), []
+        for _ in range(3):
+            of_each = torch.autograd.grad(y.sin().sum(), list(leaves.values()), create_graph=True)
+            y = torch.cat([g.flatten() for g in of_each])
+            found.append(y.detach().double())
+            y = y / found[-1].abs().max()
+        return found
+
+    for got, want in zip(derivatives("cpu", torch.float32), derivatives("reference", torch.float64), strict=True):
+        assert want.abs().max() > 1e-3
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+@needs_cpu
+@pytest.mark.parametrize("batched", [False, True])
+def test_second_derivatives_of_functorch(batched: bool) -> None:
+    case = Case(1, (2, 4), 1, 2, 2, 1)
+    inputs = case.inputs(torch.float32)
+
+    def penalty(qkv: Tensor, backend: str) -> Tensor:
+        first = torch.func.grad(
+            lambda x: attend(x, inputs["bias_table"], **case.arguments(), backend=backend).square().sum()
+        )
+        return torch.func.grad(lambda x: first(x).square().sum())(qkv)
+
+    def call(backend: str) -> Tensor:
+        function = functools.partial(penalty, backend=backend)
+        qkv = inputs["qkv"]
+        return torch.func.vmap(function)(torch.stack([qkv, 2 * qkv])) if batched else function(qkv)
+
+    torch.testing.assert_close(call("cpu"), call("reference"), rtol=1e-4, atol=1e-5)
 
 
 # --- compilation

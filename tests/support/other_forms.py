@@ -11,17 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.published_forms import Block, Mlp, SegmentationBlock, WindowAttention, cut, join, make_mask
+from tests.support.published_forms import (
+    Block,
+    DropPath,
+    Mlp,
+    SegmentationBlock,
+    WindowAttention,
+    cut,
+    join,
+    make_mask,
+)
 
 
 class ShiftWindowMSA(nn.Module):
-    """mmdet's: a sequence and the size of its map; pads, rolls and masks itself."""
+    """mmdet's: a sequence and the size of its map; pads, rolls and masks itself, and drops paths."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int, attn_drop: float = 0.0) -> None:
         super().__init__()
         self.window_size, self.shift_size = window_size, shift_size
         self.w_msa = WindowAttention(dim, (window_size, window_size), num_heads, attn_drop)
-        self.drop = nn.Dropout(0.0)
+        self.drop = DropPath(0.0)
 
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         (h, w), window, s = hw_shape, (self.window_size,) * 2, self.shift_size
@@ -83,7 +92,8 @@ class Projection(nn.Module):
         self.to_q, self.to_kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
 
     def forward(self, x: Tensor, attn_kv: Tensor | None = None) -> Any:
-        kv = self.to_kv(x if attn_kv is None else attn_kv).unflatten(-1, (2, self.num_heads, -1))
+        kv = x if attn_kv is None else attn_kv.expand(len(x), -1, -1)
+        kv = self.to_kv(kv).unflatten(-1, (2, self.num_heads, -1))
         q = self.to_q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return q, *kv.permute(2, 0, 3, 1, 4)
 
@@ -209,3 +219,187 @@ class CutBlock(nn.Module):
         y = torch.roll(self.norm(x), [-s for s in self.shift], axes)
         y = join(self.attention_of_windows(cut(y, self.window), mask=mask), self.window, size)
         return x + torch.roll(y, self.shift, axes)
+
+
+class MapAttention(WindowAttention):
+    """Swin-MAE's: a square map of whole windows, which it rolls and masks itself."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int) -> None:
+        super().__init__(dim, (window_size, window_size), num_heads)
+        self.window_size, self.shift_size = window_size, shift_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, window, s = tuple(x.shape[1:3]), (self.window_size,) * 2, self.shift_size
+        assert size[0] == size[1]
+        mask = make_mask(size, window, (s, s)).to(x) if s else None
+        x = torch.roll(x, (-s, -s), (1, 2)) if s else x
+        x = join(super().forward(cut(x, window), mask), window, size)
+        return torch.roll(x, (s, s), (1, 2)) if s else x
+
+
+class SpatialAttention(nn.Module):
+    """FDAT's: a sequence, height and width; a dense bias, no shift, short names."""
+
+    def __init__(self, dim: int, window_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.dim, self.ws, self.nh, self.scale = dim, window_size, num_heads, (dim // num_heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.bias = nn.Parameter(torch.randn(num_heads, window_size**2, window_size**2))
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        y = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, -width % self.ws, 0, -height % self.ws))
+        q, k, v = self.qkv(cut(y, (self.ws,) * 2)).unflatten(-1, (3, self.nh, -1)).permute(2, 0, 3, 1, 4)
+        out = (q * self.scale @ k.mT + self.bias).softmax(-1) @ v
+        out = join(self.proj(out.transpose(1, 2).flatten(2)), (self.ws,) * 2, tuple(y.shape[1:3]))
+        return out[:, :height, :width].flatten(1, 2)
+
+
+class DecomposedAttention(nn.Module):
+    """Segment Anything's: a bias of the queries and one table for each axis."""
+
+    def __init__(self, dim: int, num_heads: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.num_heads, self.scale, self.use_rel_pos = num_heads, (dim // num_heads) ** -0.5, True
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.rel_pos_h, self.rel_pos_w = (nn.Parameter(torch.randn(2 * n - 1, dim // num_heads)) for n in size)
+
+    def bias(self, q: Tensor, size: tuple[int, ...]) -> Tensor:
+        """(B, heads, h w, h w)"""
+        h, w = (torch.arange(n, device=q.device) for n in size)
+        rows, columns = self.rel_pos_h[h[:, None] - h + len(h) - 1], self.rel_pos_w[w[:, None] - w + len(w) - 1]
+        q = q.unflatten(2, size)
+        of_rows = torch.einsum("bnhwc,hkc->bnhwk", q, rows)[..., None]
+        of_columns = torch.einsum("bnhwc,wkc->bnhwk", q, columns)[..., None, :]
+        return (of_rows + of_columns).flatten(2, 3).flatten(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = tuple(x.shape[1:3])
+        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = (q * self.scale @ k.mT + self.bias(q, size)).softmax(-1) @ v
+        return self.proj(out.transpose(1, 2).flatten(2).unflatten(1, size))
+
+
+class FusedDecomposedAttention(DecomposedAttention):
+    """DeepSeek-OCR's: by torch's fused attention, which does not read the scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = tuple(x.shape[1:3])
+        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(q, size))
+        return self.proj(out.transpose(1, 2).flatten(2).unflatten(1, size))
+
+
+class DecomposedBlock(nn.Module):
+    """Segment Anything's: windows that are padded behind the norm, or the whole map."""
+
+    def __init__(self, attention: type[DecomposedAttention], dim: int, num_heads: int, window: int, size: Any) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.mlp, self.window_size = nn.LayerNorm(dim), nn.LayerNorm(dim), Mlp(dim), window
+        self.attn = attention(dim, num_heads, (window, window) if window else size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, (h, w), n = self.norm1(x), x.shape[1:3], self.window_size
+        if n > 0:
+            y = F.pad(y, (0, 0, 0, -w % n, 0, -h % n))
+            windows = self.attn(cut(y, (n, n)).unflatten(1, (n, n)))
+            y = join(windows.flatten(1, 2), (n, n), tuple(y.shape[1:3]))[:, :h, :w]
+        else:
+            y = self.attn(y)
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+class WeightsAttention(WindowAttention):
+    """EsViT's: returns its weights, before they are dropped, too."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = self.scores(q, k) + self.bias(x.shape[1])
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        weights = self.softmax(scores)
+        out = self.attn_drop(weights) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape))), weights
+
+
+class WeightsBlock(Block):
+    """EsViT's: a square map of any size, its masks in a dict that it fills."""
+
+    attention = WeightsAttention
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int) -> None:
+        super().__init__(dim, num_heads, window_size, shift_size)
+        self.attn_mask_dict: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        side, window, shift = int(len(x[0]) ** 0.5), (self.window_size,) * 2, (self.shift_size,) * 2
+        pad = -side % self.window_size
+        y = F.pad(self.norm1(x).unflatten(1, (side, side)), (0, 0, 0, pad, 0, pad))
+        frame, mask = tuple(y.shape[1:3]), None
+        if any(shift):
+            mask = self.attn_mask_dict[side] = make_mask(frame, window, shift).to(x)
+            y = torch.roll(y, [-s for s in shift], (1, 2))
+        y, weights = self.attn(cut(y, window), mask)
+        y = torch.roll(join(y, window, frame), shift, (1, 2))[:, :side, :side]
+        return self.both_halves(x, y.flatten(1, 2)), weights
+
+
+class WeightsStage(nn.Module):
+    """EsViT's: its own forward drops the weights, another method hands them on."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(WeightsBlock(dim, num_heads, window_size, s) for s in (0, window_size // 2))
+        self.downsample = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, _ = block(x)
+        return x
+
+    def forward_with_attention(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        found = []
+        for block in self.blocks:
+            x, weights = block(x)
+            found.append(weights)
+        return x, found
+
+
+class SkipAttention(WindowAttention):
+    """nnFormer's: queries from the decoder, keys and values from the encoder, and an index in which offsets collide."""
+
+    def __init__(self, dim: int, window_size: tuple[int, int, int], num_heads: int) -> None:
+        super().__init__(dim, window_size, num_heads)
+        self.kv = nn.Linear(dim, 2 * dim)
+        del self.qkv
+        at = torch.stack(torch.meshgrid(*(torch.arange(w) for w in window_size), indexing="ij")).flatten(1)
+        factors = 3 * window_size[1] - 1, 2 * window_size[1] - 1, 1
+        offsets = at[:, :, None] - at[:, None] + torch.tensor(window_size)[:, None, None] - 1
+        self.relative_position_index = sum(f * n for f, n in zip(factors, offsets, strict=True))
+
+    def forward(  # type: ignore[override]
+        self, skip: Tensor, x_up: Tensor, pos_embed: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        k, v = self.kv(skip).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q = x_up.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        scores = self.scores(q, k) + self.bias(skip.shape[1])
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        out = (self.attn_drop(self.softmax(scores)) @ v).transpose(1, 2).reshape(skip.shape)
+        return self.proj_drop(self.proj(out if pos_embed is None else out + pos_embed))
+
+
+class SkipBlock(nn.Module):
+    """A block around an attention that takes the windows of two maps."""
+
+    def __init__(self, dim: int, num_heads: int, window: tuple[int, int, int], shift: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.window, self.shift, self.norm = window, shift, nn.LayerNorm(dim)
+        self.attention_of_windows = SkipAttention(dim, window, num_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, axes = tuple(x.shape[1:-1]), (1, 2, 3)
+        mask = make_mask(size, self.window, self.shift).to(x) if any(self.shift) else None
+        skip, up = (torch.roll(y, [-s for s in self.shift], axes) for y in (self.norm(x), x.sin()))
+        y = self.attention_of_windows(cut(skip, self.window), cut(up, self.window), mask=mask)
+        return x + torch.roll(join(y, self.window, size), self.shift, axes)

@@ -133,10 +133,22 @@ def _transformers() -> dict[str, Place]:
     }
 
 
+def _unnamed() -> dict[str, Place]:
+    """A form and a copy, which are tried before they are used."""
+    from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
+
+    from tests.support.published_forms import ClassificationBlock
+
+    return {
+        "form": Place(lambda: ShiftedWindowAttention3d(16, [2, 4, 4], [0, 2, 2], 2), _map(4, 8, 10, 16), ""),
+        "copy": Place(lambda: ClassificationBlock(16, (8, 12), 2, 4, 2), _map(96, 16)),
+    }
+
+
 def places() -> dict[str, Place]:
     """Return the places of the installed libraries, by name."""
     found: dict[str, Place] = {}
-    for of_library in (_timm, _torchvision, _monai, _mmpretrain, _transformers):
+    for of_library in (_timm, _torchvision, _monai, _mmpretrain, _transformers, _unnamed):
         try:
             found |= of_library()
         except ImportError:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.support import other_forms as others
 from tests.support import published_forms as forms
+from tests.support import weather_forms as weather
 from tests.support.parity import randomise
 
 
@@ -114,6 +115,24 @@ def _hand_mask_of_video(block: Any, x: Tensor) -> tuple[Any, ...]:
 def _hand_index(block: Any, x: Tensor) -> tuple[Any, ...]:
     index = forms.WindowAttention(3, (4, 4), 1).relative_position_index
     return (8, 12), index, forms.make_mask((8, 12), (4, 4), (2, 2)).to(x)
+
+
+def _hand_height_and_width(attn: Any, x: Tensor) -> tuple[Any, ...]:
+    return 7, 9
+
+
+def _hand_lead_time(block: Any, x: Tensor) -> tuple[Any, ...]:
+    return x[:, 0, :5], (3, 7, 10), 1
+
+
+def _decomposed(attention: Any) -> nn.Module:
+    """Two blocks with windows, and one without."""
+    return nn.Sequential(*(others.DecomposedBlock(attention, 12, 3, window, (7, 9)) for window in (4, 4, 0)))
+
+
+def _earth(size: tuple[int, ...], window: tuple[int, ...]) -> nn.Module:
+    shifts = tuple(0 for _ in window), tuple(w // 2 for w in window)
+    return nn.Sequential(*(weather.EarthBlock(12, size, 3, window, shift) for shift in shifts))
 
 
 def _video_block(shift: int) -> nn.Module:
@@ -400,6 +419,22 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "BiRefNet": (lambda: Copies(lambda shift: others.InfinityBlock(12, 3, 4, shift), _hand_infinity), (2, 63, 12)),
     "Uformer": (lambda: _cut(lambda: others.UformerAttention(12, (4, 4), 3), 12, (4, 4)), (2, 8, 12, 12)),
+    "Swin-MAE": (lambda: nn.Sequential(*(others.MapAttention(12, 3, 4, shift) for shift in (0, 2))), (2, 8, 8, 12)),
+    "FDAT": (lambda: Copies(lambda shift: others.SpatialAttention(12, 4, 3), _hand_height_and_width), (2, 63, 12)),
+    "Segment Anything": (lambda: _decomposed(others.DecomposedAttention), (2, 7, 9, 12)),
+    "DeepSeek-OCR": (lambda: _decomposed(others.FusedDecomposedAttention), (2, 7, 9, 12)),
+    "EsViT": (lambda: others.WeightsStage(12, 3, 4), (2, 49, 12)),
+    "nnFormer": (
+        lambda: nn.Sequential(*(others.SkipBlock(12, 3, (4, 4, 4), (shift,) * 3) for shift in (0, 2))), (1, 4, 8, 8, 12)
+    ),
+    "Pangu-Weather": (lambda: _earth((3, 7, 8), (2, 4, 4)), (1, 168, 12)),
+    "FengWu": (lambda: _earth((7, 8), (4, 4)), (2, 56, 12)),
+    "Aurora": (
+        lambda: Copies(
+            lambda shift: weather.GlobeBlock(12, 3, 5, (2, 4, 4), (shift // 2, shift, shift)), _hand_lead_time
+        ),
+        (1, 210, 12),
+    ),
     "VRT": (lambda: _cut(lambda: others.MutualAttention(12, (2, 4, 4), 3), 12, (2, 4, 4)), (1, 4, 8, 8, 12)),
 }  # fmt: skip
 
@@ -428,6 +463,15 @@ FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "SCUNet": (2, ()),
     "ResShift": (2, ()),
     "Uformer": (2, ()),
+    "Swin-MAE": (2, ()),
+    "FDAT": (2, ()),
+    "Segment Anything": (3, ()),
+    "DeepSeek-OCR": (3, ()),
+    "EsViT": (1, ()),
+    "nnFormer": (2, ()),
+    "Pangu-Weather": (2, ()),
+    "FengWu": (2, ()),
+    "Aurora": (2, ()),
     "VRT": (2, ()),
 }
 

@@ -25,8 +25,8 @@ from swinkernels.adapters.copies.dynamic_class import (
     others_are_default,
     parameters_of,
 )
-from swinkernels.adapters.copies.snapshot import Snapshot, signature_of
-from swinkernels.adapters.copies.trial import MOST_SCORES, Case, NotCovered, Trial, narrow
+from swinkernels.adapters.copies.snapshot import Snapshot
+from swinkernels.adapters.copies.trial import MOST_SCORES, Case, NotCovered, Trial, Verdicts, narrow
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
     dropout_at_call,
@@ -171,56 +171,29 @@ def _put_in_place(form: Form, attn: nn.Module) -> None:
     attn.__dict__["_swinkernels_in_trial"] = True
 
 
-# Signature -> the failure in trials of a narrow copy, or in one at the module's own width, or None.
-_TRIALS: dict[tuple[Any, ...], str | None] = {}
-_AT_OWN_WIDTH: dict[tuple[Any, ...], str | None] = {}
+_TRIALS = Verdicts()
 
 
 def _why_not(attn: Any, form: Form) -> str | None:
-    """Return the reason found by trials, or None: thorough ones of a narrow copy, then a short one at full width."""
+    """Return the reason found by trials, or None."""
     beyond = _why_beyond_limits(attn, _volume(attn))
     if beyond is not None:
         return beyond
     if any(p.is_meta for p in attn.parameters()):
         return "its parameters are on meta, and a class that is not known is not trusted without a trial"
-    make = signature_of(attn)
-    if make not in _AT_OWN_WIDTH:
-        _AT_OWN_WIDTH[make] = _find_out(attn, form)
-    return _AT_OWN_WIDTH[make]
+    make = functools.partial(Trial, attn, functools.partial(_put_in_place, form), functools.partial(_call, form))
+    return _TRIALS.why_not(attn, (), narrow(attn.qkv.in_features, attn.num_heads), make, _attempt)
 
 
-def _find_out(attn: Any, form: Form) -> str | None:
-    width = narrow(attn.qkv.in_features, attn.num_heads)
-    try:
-        make = signature_of(_trial(attn, form, width=width).copy())
-    except Exception:
-        return _try(attn, form)
-    if make not in _TRIALS:
-        _TRIALS[make] = _try(attn, form, width=width)
-    reason = _TRIALS[make]
-    if reason is None:
-        return _try(attn, form, is_short=True)
-    return _try(attn, form) if _REFUSED in reason else reason
-
-
-_REFUSED = "refused a trial"
-
-
-def _trial(attn: Any, form: Form, **options: Any) -> Trial:
-    return Trial(attn, functools.partial(_put_in_place, form), functools.partial(_call, form), **options)
-
-
-def _try(attn: Any, form: Form, **options: Any) -> str | None:
-    n, width = _volume(attn), options.get("width")
-    channels, heads = attn.qkv.in_features, attn.num_heads
+def _attempt(trial: Trial) -> str | None:
+    attn, width = trial.module, trial.width
+    n, channels, heads = _volume(attn), attn.qkv.in_features, attn.num_heads
     if width is not None:
         channels, heads = width.to_channels, width.to_heads
-    windows = 1 if options.get("is_short") else _IMAGES * _WINDOWS
+    windows = 1 if trial.is_short else _IMAGES * _WINDOWS
     if windows * heads * n * n > MOST_SCORES:
         windows = min(windows, _WINDOWS)
-    passed, reason = _trial(attn, form, **options).run(
-        [Case((windows, n, channels), "windows", 2 * windows * heads * n * n)]
-    )
+    passed, reason = trial.run([Case((windows, n, channels), "windows", 2 * windows * heads * n * n)])
     return None if passed else f"it looks like a window attention, but {reason}"
 
 

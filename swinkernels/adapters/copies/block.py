@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from swinkernels.adapters.adapter import Adapter, original_class, swap_class
 from swinkernels.adapters.bypass import child, replaced_forward, why_not_window_attention
 from swinkernels.adapters.copies.dynamic_class import (
+    MASK,
     NAME,
     DynamicSubclass,
     dynamic_subclass,
@@ -57,7 +58,6 @@ from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
 
 _BATCH = 2  # of a trial: a wrong stride between images shows from the second on
-_MASK = "attn_mask"
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,13 @@ def _attention(form: Form, block: Any, x: Tensor, mask_value: float) -> Tensor:
 
 def _has_own_mask(block: Any) -> bool:
     """Whether a stored mask holds other values than those of the block's geometry, which the ops would not read."""
-    mask = getattr(block, _MASK, None)
+    mask = getattr(block, MASK, None)
     try:
         resolution, window, shift = _resolution(block), _window(block), _shift(block)
     except (TypeError, ValueError):
         return True
     if mask is None:  # made at every call, or missing
-        return hasattr(block, _MASK) and resolution is not None and any(shift)
+        return hasattr(block, MASK) and resolution is not None and any(shift)
     return resolution is None or not is_stored_mask(mask, frame_of(resolution, window), window, shift)
 
 
@@ -267,7 +267,7 @@ def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
         return "the mask that it is called with is not that of its geometry" if value is None else (size, value)
     if _has_own_mask(block):
         return "attn_mask holds other values than those of its geometry"
-    if form.size_from == "shape" and getattr(block, _MASK, None) is not None and size != _resolution(block):
+    if form.size_from == "shape" and getattr(block, MASK, None) is not None and size != _resolution(block):
         return "its stored mask is that of another map"
     return size, -100.0
 
@@ -298,6 +298,10 @@ class StructuralBlock(DynamicSubclass):
             "": Snapshot(self, absorbs=False),
             "attn": Snapshot(child(self, "attn")),
         }
+
+    def _swinkernels_look(self) -> None:
+        super()._swinkernels_look()
+        _has_own_mask(self)
 
     def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
         """What to call the op with, or why the block's own code has to run."""
@@ -426,7 +430,7 @@ def _prepare(form: Form, block: Any) -> None:
         return
     resolution = _small_resolution(block)
     block.input_resolution = resolution
-    if getattr(block, _MASK, None) is not None:
+    if getattr(block, MASK, None) is not None:
         window = _window(block)
         mask = shift_mask(frame_of(resolution, window), window, _shift(block))
         block.attn_mask = mask.to(block.attn_mask)

@@ -7,12 +7,14 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import Accelerated, Adapter, derived_since, original_class
 from swinkernels.adapters.bypass import all_modules_have_hooks
 from swinkernels.adapters.copies.snapshot import Snapshot
 
+# The attribute with a block's stored mask, which forms compare with that of its geometry.
+MASK = "attn_mask"
 # The library's name in reports on these classes.
 NAME = "structural"
 
@@ -63,6 +65,20 @@ class DynamicSubclass(Accelerated):
     _swinkernels_others: tuple[inspect.Parameter, ...] = ()
     # Snapshots, by name and at the time of the trial, of this module and of those inside it whose work the op does.
     _swinkernels_snapshots: dict[str, Snapshot] | None = None
+
+    def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [getattr(self, MASK, None)]
+        for path, snapshot in (self._swinkernels_snapshots or {}).items():
+            module = inside(self, path)
+            if module is not None:
+                found += [module._buffers.get(name) for name in snapshot.kept]
+        return tuple(found)
+
+    def _swinkernels_look(self) -> None:
+        for path, snapshot in (self._swinkernels_snapshots or {}).items():
+            module = inside(self, path)
+            if module is not None:
+                snapshot.differs_in_buffers(module)
 
     def _swinkernels_changed(self) -> str | None:
         """Return the difference from the module that was tried, or None."""

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import derived_since, original_class
 from swinkernels.adapters.bypass import is_bound_method
+from swinkernels.adapters.masks import holds
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 _FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
 # torch's own attributes, those that differ between calls or equal modules, and those that a trial replaces.
 _NOT_COMPARED = {
-    *nn.Module().__dict__, "H", "W", "D", "T", "input_resolution", "attn_mask", "p", "drop_prob", "attention_bias_cache"
+    *nn.Module().__dict__, "H", "W", "D", "T", "input_resolution", "attn_mask", "attn_mask_dict", "p", "drop_prob",
+    "attention_bias_cache",
 }  # fmt: skip
 _READ_AT_EVERY_CALL = {"scale"}
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by Python code
@@ -36,6 +38,15 @@ class _Values:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach().to("cpu", copy=True)
+
+    def __call__(self, device: torch.device) -> Tensor:
+        return self.tensor.to(device)
+
+    def are_those_of(self, tensor: Tensor | None) -> bool:
+        like = self.tensor
+        if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+            return False
+        return holds(tensor, (self,))
 
     def __hash__(self) -> int:
         return hash((self.tensor.dtype, self.tensor.shape))
@@ -204,13 +215,11 @@ class Snapshot:
             for name, m in module._modules.items()
             if absorbs and m is not None and type(m).__module__.startswith("torch.nn.modules")
         )
-        # Values of int and bool buffers, which a trial does not replace. `seen` caches the last comparison of each.
+        # Values of int and bool buffers, which a trial does not replace, by name.
         self.kept = {n: _Values(b) for n, b in module._buffers.items() if b is not None and _has_values(n, b)}
-        # Per buffer: the tensor and version that were compared, and the outcome.
-        self.seen: dict[str, tuple[Any, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": {}, "process": _PROCESS}  # versions of copies start at 0
+        return {**self.__dict__, "process": _PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         elsewhere = state.pop("process", None) != _PROCESS
@@ -258,7 +267,7 @@ class Snapshot:
             if added:
                 return f"{added[0]} was added to the instance"
             self.size = len(own)
-        return None if not self.kept or torch.compiler.is_compiling() else self._differs_in_buffers(module)
+        return self.differs_in_buffers(module)
 
     def _changed(self, own: dict[str, Any]) -> str:
         name = next((n for n, v in zip(self.names, self.values, strict=True) if own.get(n) is not v), "an attribute")
@@ -275,16 +284,12 @@ class Snapshot:
             leaf: Any = module._modules.get(name)
             if type(leaf) is not kind or "forward" in leaf.__dict__:
                 return f"{name} was replaced"
-        return None
+        return self.differs_in_buffers(module)
 
-    def _differs_in_buffers(self, module: nn.Module) -> str | None:
+    def differs_in_buffers(self, module: nn.Module) -> str | None:
         for name, values in self.kept.items():
-            buffer = module._buffers.get(name)
-            seen = self.seen.get(name)
-            if seen is None or seen[0] is not buffer or seen[1] != version_of(buffer):
-                if buffer is None or not (buffer.is_meta or _Values(buffer) == values):
-                    return f"{name} holds other values"
-                self.seen[name] = buffer, version_of(buffer)
+            if not values.are_those_of(module._buffers.get(name)):
+                return f"{name} holds other values"
         return None
 
 
@@ -296,11 +301,6 @@ def _has_values(name: str, buffer: Tensor) -> bool:
     if buffer.is_meta or name in _NOT_COMPARED:
         return False
     return not (buffer.is_floating_point() or buffer.is_complex())
-
-
-def version_of(tensor: Any) -> int:
-    """Return the number of in-place changes of a tensor, which inference tensors do not count."""
-    return -1 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import Accelerated, restore_class
 from swinkernels.adapters.bypass import remove_hooks
-from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back
+from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back, signature_of
 
 _TOLERANCE = 1e-6  # relative to the largest element: constants of a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify such errors
@@ -59,18 +59,26 @@ class Width:
         times = size // self.channels
         return times * self.to_channels if size % self.channels == 0 and 1 <= times <= _MOST_TIMES else size
 
-    def of_parameter(self, path: str, name: str, p: Tensor) -> tuple[int, ...]:
-        shape = tuple(map(self._to, p.shape))
-        if name == "relative_position_bias_table" and p.shape[-1] == self.heads:
-            shape = *p.shape[:-1], self.to_heads
-        elif name == "logit_scale" or ("cpb_mlp" in path.split(".") and p.shape[0] == self.heads):
-            shape = tuple(self.to_heads if size == self.heads else size for size in p.shape[:1]) + shape[1:]
+    def _head_dim_to(self, size: int) -> int:
+        return self.to_channels // self.to_heads if size == self.channels // self.heads else size
+
+    def of_tensor(self, path: str, name: str, given: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a parameter or a buffer whose shape is ``given`` in the module."""
+        shape = tuple(map(self._to, given))
+        if name == "relative_position_bias_table" and given[-1] == self.heads:
+            shape = *shape[:-1], self.to_heads
+        elif name in _OF_HEADS or ("cpb_mlp" in path.split(".") and given[0] == self.heads):
+            shape = tuple(self.to_heads if size == self.heads else size for size in given[:1]) + shape[1:]
+        elif name in _OF_AXES:
+            shape = *given[:-1], self._head_dim_to(given[-1])
         return shape
 
     def change_attributes(self, module: Any) -> None:
         for name, value in module.__dict__.items():
-            if name in ("num_heads", "n_heads", "heads") and value == self.heads:
+            if name in _HEADS_NAMES and value == self.heads:
                 module.__dict__[name] = self.to_heads
+            elif name in _HEAD_DIM_NAMES and type(value) is int:
+                module.__dict__[name] = self._head_dim_to(value)
             elif name not in _SIZES_OF_MAPS and type(value) is int:
                 module.__dict__[name] = self._to(value)
             elif name == "normalized_shape":
@@ -79,6 +87,10 @@ class Width:
             module.out_features, module.in_features = module.weight.shape
 
 
+_HEADS_NAMES = ("num_heads", "n_heads", "heads", "num_attention_heads")
+_HEAD_DIM_NAMES = ("head_dim", "key_dim", "val_dim", "attention_head_size")
+_OF_HEADS = ("logit_scale", "attention_biases", "relative_position_params")  # (heads, ...)
+_OF_AXES = ("rel_pos_h", "rel_pos_w")  # (offsets, head_dim)
 _MOST_TIMES = 4  # the largest multiple of the channels: an MLP's hidden layer
 _SIZES_OF_MAPS = ("window_size", "shift_size", "input_resolution", "H", "W", "D", "T", "num_heads")
 _HEADS, _HEAD_DIM = 2, 8
@@ -122,8 +134,9 @@ class Trial:
     prepare: Callable[[nn.Module], None] = lambda module: None
     # True for a block that masks.
     masks: bool = False
-    # The width of a narrow copy, and the module that replaces its MLP.
+    # The width of a narrow copy, shapes of parameters by name for small maps, and the module that replaces its MLP.
     width: Width | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stand_in: nn.Module | None = None
     # True if one call in eval mode is enough.
     is_short: bool = False
@@ -135,18 +148,22 @@ class Trial:
     _reached: list[tuple[Any, Any]] = field(default_factory=list)
     _left: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, cases: list[Case]) -> tuple[frozenset[str], str]:
+    def run(self, cases: list[Case] | Callable[[Any], list[Case]]) -> tuple[frozenset[str], str]:
         """Return the kinds of inputs without a difference, and the first difference.
 
         An input that the module itself refuses does not count for or against the hypothesis.
+
+        Args:
+            cases: the inputs, or a function that returns them for the copy.
         """
         with _undisturbed():
             try:
                 plain = self.copy()
             except Exception as error:  # an unknown class may raise anything
                 return frozenset(), f"it cannot be copied for a trial: {_short(error)}"
-            fast = _twin(plain)
+            fast = twin(plain)
             self.swap_class(fast)
+            cases = cases(plain) if callable(cases) else cases
             tried_in_training = False
             self._reached = outside(plain)
             passed: set[str] = set()
@@ -158,11 +175,11 @@ class Trial:
                 try:
                     is_small = case.scores <= MOST_SCORES
                     in_training = not tried_in_training and (is_small or case is cases[-1])
-                    self._compare(_twin(plain), _twin(fast), x, is_small, in_training)
+                    self._compare(twin(plain), twin(fast), x, is_small, in_training)
                     tried_in_training = tried_in_training or in_training
                     passed.add(case.kind)
                 except _Refused as refusal:
-                    refused = f"its forward refused a trial on random numbers: {refusal} ({_map_of(x)})"
+                    refused = f"its forward {REFUSED} on random numbers: {refusal} ({_map_of(x)})"
                     continue
                 except NotCovered as reason:
                     refused = f"the op would not run: {reason}"
@@ -187,8 +204,10 @@ class Trial:
                 continue
             for name, p in m._parameters.items():
                 if p is not None and id(p) not in memo:
-                    shape = tuple(p.shape) if self.width is None else self.width.of_parameter(path, name, p)
-                    memo[id(p)] = nn.Parameter(torch.empty(shape, dtype=torch.float64))
+                    memo[id(p)] = nn.Parameter(torch.empty(self._shape(path, name, p), dtype=torch.float64))
+            for name, t in m._buffers.items():
+                if t is not None and t.is_floating_point() and name not in _KNOWN_TENSORS:
+                    memo[id(t)] = torch.empty(self._shape(path, name, t), dtype=torch.float64)
             for value in m.__dict__.values():
                 for t in value.values() if isinstance(value, dict) else (value,):
                     if isinstance(t, Tensor) and not t.is_leaf:  # kept from a call with gradients; cannot be copied
@@ -226,6 +245,10 @@ class Trial:
             for module, name in _dropouts(plain):
                 setattr(module, name, 0.0)
         return plain
+
+    def _shape(self, path: str, name: str, t: Tensor) -> tuple[int, ...]:
+        shape = self.shapes.get(f"{path}.{name}" if path else name, tuple(t.shape))
+        return shape if self.width is None else self.width.of_tensor(path, name, shape)
 
     def _try(self, module: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -341,6 +364,50 @@ class Trial:
         _check("another output where masks matter", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
 
 
+REFUSED = "refused a trial"  # in the reasons of Trial.run
+
+
+class Verdicts:
+    """What trials found of modules: a thorough one of a narrow copy, which modules of many widths share, and a short
+    one at the module's own width. A module that has no narrow copy, or whose copy refuses its input, is tried as it is.
+    """
+
+    def __init__(self) -> None:
+        self.of_narrow: dict[tuple[Any, ...], str | None] = {}
+        self.at_own_width: dict[tuple[Any, ...], str | None] = {}
+
+    def why_not(
+        self, module: nn.Module, others: tuple[Any, ...], width: Width | None, make: Callable[..., Trial], attempt: Any
+    ) -> str | None:
+        """What is wrong with a module, or None.
+
+        Args:
+            module: the module.
+            others: what the verdict depends on beside it.
+            width: of a narrow copy.
+            make: (**options) -> a trial of the module.
+            attempt: (trial) -> what it finds wrong, or None.
+        """
+        key = *others, signature_of(module)
+        if key not in self.at_own_width:
+            self.at_own_width[key] = self._find(others, width, make, attempt)
+        return self.at_own_width[key]
+
+    def _find(self, others: tuple[Any, ...], width: Width | None, make: Any, attempt: Any) -> str | None:
+        try:
+            key = None if width is None else (*others, signature_of(make(width=width).copy()))
+        except Exception:  # whatever a foreign class may raise
+            key = None
+        if key is None:
+            return attempt(make())
+        if key not in self.of_narrow:
+            self.of_narrow[key] = attempt(make(width=width))
+        reason = self.of_narrow[key]
+        if reason is None:
+            return attempt(make(is_short=True))
+        return attempt(make()) if REFUSED in reason else reason
+
+
 def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return the attributes that are dropout probabilities, of a module and those inside it."""
     found: list[tuple[nn.Module, str]] = []
@@ -350,7 +417,7 @@ def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str]]:
     return found
 
 
-def _twin(module: nn.Module) -> Any:
+def twin(module: nn.Module) -> Any:
     """Copy a module with the same parameters."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 

@@ -58,3 +58,16 @@ def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...]
     if not uses_tables:
         return ((4, 4, channels),)
     return (((len(attn.rel_pos_h) + 1) // 2, (len(attn.rel_pos_w) + 1) // 2, channels),)
+
+
+def small_tables(name: str, window: int, attn: Any, uses_tables: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tables for a map of at most 7 x 6 tokens, where they are those of the whole map.
+
+    Args:
+        name: of the module with the tables.
+        window, attn, uses_tables: as in :func:`decomposed_attention`.
+    """
+    if window > 0 or not uses_tables:
+        return {}
+    tables = {"rel_pos_h": 13, "rel_pos_w": 11}
+    return {f"{name}.{t}": (min(rows, len(getattr(attn, t))), getattr(attn, t).shape[1]) for t, rows in tables.items()}

@@ -6,21 +6,41 @@ the module's own code where the form says so and wherever the module is not what
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from swinkernels.adapters.adapter import Adapter, original_class, swap_class
-from swinkernels.adapters.bypass import all_modules_have_hooks, first_weight, has_own_hooks, replaced_forward
+from swinkernels.adapters.adapter import Adapter, original_class, restore_class, swap_class
+from swinkernels.adapters.bypass import (
+    all_modules_have_hooks,
+    first_weight,
+    has_own_hooks,
+    remove_hooks,
+    replaced_forward,
+)
 from swinkernels.adapters.copies.dynamic_class import DynamicSubclass, dynamic_subclass, inside
 from swinkernels.adapters.copies.snapshot import Snapshot, largest_number, signature_of
-from swinkernels.adapters.copies.trial import Case, Elementwise, NotCovered, Trial
+from swinkernels.adapters.copies.trial import (
+    MOST_SCORES,
+    REFUSED,
+    Case,
+    Elementwise,
+    NotCovered,
+    Trial,
+    Verdicts,
+    Width,
+    narrow,
+)
 from swinkernels.adapters.forms.form import Form
+from swinkernels.adapters.masks import frame_of
 from swinkernels.adapters.part import Part, op_on
 from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 from swinkernels.window_spec import WindowSpec
@@ -35,15 +55,22 @@ class Described(DynamicSubclass):
 
     _swinkernels_form: Form
     _swinkernels_in_trial = False
-    # The specs of the op's calls in a trial.
-    _swinkernels_specs: list[WindowSpec] | None = None
+    # The op's calls in a trial.
+    _swinkernels_calls: _Calls | None = None
 
     def _swinkernels_swapped(self) -> None:
         self.__dict__["_swinkernels_snapshots"] = _snapshots(self._swinkernels_form, self)
 
     def _swinkernels_attend(self, *maps: Any, **arguments: Any) -> Tensor:
-        if self._swinkernels_specs is not None:
-            self._swinkernels_specs.append(_spec(maps, arguments))
+        calls = self._swinkernels_calls
+        if calls is not None:
+            x, heads = maps[0], arguments["num_heads"]
+            size, head_dim = _geometry(maps, heads)
+            spec = spec_of("accelerate", x, size, head_dim, **arguments)
+            queries = x.shape[0] * heads * math.prod(frame_of(size, spec.window_size))
+            calls.append((spec, queries * spec.key_volume))
+            if calls.are_dry:
+                return x.new_zeros(x.shape[0], *size, heads * head_dim)
         return op_on(self._swinkernels_backend)(*maps, **arguments)
 
     def _swinkernels_why_own_code(self) -> str | None:
@@ -111,43 +138,99 @@ def _hooked(module: Any) -> str | None:
     return None
 
 
-def _spec(maps: tuple[Tensor, ...], arguments: dict[str, Any]) -> WindowSpec:
-    x, heads = maps[0], arguments["num_heads"]
+def _geometry(maps: tuple[Tensor, ...], num_heads: int) -> tuple[tuple[int, ...], int]:
+    """The size of a map, and head_dim."""
+    x = maps[0]
     if len(maps) > 1:
-        size, head_dim = x.shape[1:-2], x.shape[-1]
-    elif x.dim() > 4 and x.shape[-3:-1] == (3, heads):
-        size, head_dim = x.shape[1:-3], x.shape[-1]
-    else:
-        size, head_dim = x.shape[1:-1], x.shape[-1] // (3 * heads)
-    return spec_of("accelerate", x, size, head_dim, **arguments)
+        return tuple(x.shape[1:-2]), x.shape[-1]
+    if x.dim() > 4 and x.shape[-3:-1] == (3, num_heads):
+        return tuple(x.shape[1:-3]), x.shape[-1]
+    return tuple(x.shape[1:-1]), x.shape[-1] // (3 * num_heads)
 
 
 # The trial
 
 
-# By form and signature: the specs of the op's calls, or what a trial found wrong.
-_TRIALS: dict[tuple[Any, ...], tuple[WindowSpec, ...] | str] = {}
+_TRIALS = Verdicts()
+# By form and signature: the specs of the op's calls for inputs of the module's own sizes.
+_SPECS: dict[tuple[Any, ...], tuple[WindowSpec, ...]] = {}
 
 
-def _put_in_place(form: Form, specs: list[WindowSpec], module: nn.Module) -> None:
+class _Calls(list[tuple[WindowSpec, int]]):
+    """The specs of the op's calls, and how many scores each has. Copies of a module share it."""
+
+    # Whether the calls return zeros: then an input of any size costs little.
+    are_dry = False
+
+    def __deepcopy__(self, memo: Any) -> _Calls:
+        return self
+
+    def specs(self) -> tuple[WindowSpec, ...]:
+        return tuple(dict.fromkeys(spec for spec, _ in self if spec.dropout_p == 0.0))
+
+
+def _put_in_place(form: Form, calls: _Calls, module: nn.Module) -> None:
     original: Any = original_class(module)
     swap_class(_adapter(original, form), module, "reference")
     module.__dict__["_swinkernels_in_trial"] = True
-    module.__dict__["_swinkernels_specs"] = specs
+    module.__dict__["_swinkernels_calls"] = calls
 
 
-def _specs_of(form: Form, module: Any) -> tuple[WindowSpec, ...] | str:
+def _dry_calls(form: Form, module: nn.Module, sizes: Sequence[tuple[int, ...]]) -> list[_Calls]:
+    """The op's calls for one image of each size, by a copy on no device."""
+    tensors = [t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    copied = copy.deepcopy(module, {id(t): t.detach().to("meta") for t in tensors})
+    for m in copied.modules():
+        restore_class(m)
+    remove_hooks(copied)
+    copied.to("meta", torch.float64).eval()
+    found = []
+    for size in sizes:
+        calls = _Calls()
+        calls.are_dry = True
+        twin = copy.deepcopy(copied)
+        _put_in_place(form, calls, twin)
+        with torch.no_grad():
+            form.call(twin, torch.empty(1, *size, dtype=torch.float64, device="meta"))
+        found.append(calls)
+    return found
+
+
+_HEADS = ("num_heads", "n_heads", "heads", "num_attention_heads")
+
+
+def _width(form: Form, module: nn.Module) -> Width | None:
+    """How narrow a copy may be, or None where the module's attributes do not say its width."""
+    heads = [v for m in module.modules() for n, v in m.__dict__.items() if n in _HEADS and type(v) is int]
+    linears = [m.in_features for m in module.modules() if isinstance(m, nn.Linear)]
+    size = form.sizes(module)[0]
+    channels = next((n for n in (size[-1], size[0]) if n in linears), None)
+    if channels is None or len(set(heads)) != 1 or heads[0] < 1 or channels % heads[0]:
+        return None
+    return narrow(channels, heads[0])
+
+
+def _why_not_by_trial(form: Form, module: nn.Module) -> str | None:
+    calls = _Calls()
+    make = functools.partial(
+        Trial,
+        module,
+        functools.partial(_put_in_place, form, calls),
+        form.call,
+        shapes=form.small(module),
+        drops=True,
+        tolerance=form.tolerance,
+    )
+    reason = _TRIALS.why_not(module, (form,), _width(form, module), make, functools.partial(_attempt, form, calls))
     key = (form, signature_of(module))
-    if key not in _TRIALS:
-        _TRIALS[key] = _try(form, module)
-    return _TRIALS[key]
-
-
-class _Specs(list[WindowSpec]):
-    """A list that copies of a module share."""
-
-    def __deepcopy__(self, memo: Any) -> _Specs:
-        return self
+    if reason is None and key not in _SPECS:
+        try:
+            _SPECS[key] = tuple(
+                dict.fromkeys(s for c in _dry_calls(form, module, form.sizes(module)) for s in c.specs())
+            )
+        except Exception:  # of code that needs values
+            _SPECS[key] = calls.specs()
+    return reason
 
 
 _BATCH = 2  # a wrong stride between images shows from the second on
@@ -169,24 +252,30 @@ def _sizes(form: Form, module: Any) -> list[tuple[int, ...]]:
     return sizes
 
 
-def _try(form: Form, module: Any) -> tuple[WindowSpec, ...] | str:
-    specs = _Specs()
-    cases = [Case((_BATCH, *size), f"{size}", math.prod(size)) for size in _sizes(form, module)]
-    stand_in = Elementwise() if "mlp" in module._modules and "mlp" not in form.absorbs else None
-    trial = Trial(
-        module,
-        functools.partial(_put_in_place, form, specs),
-        form.call,
-        stand_in=stand_in,
-        drops=True,
-        tolerance=form.tolerance,
-    )
-    _, reason = trial.run(cases)
+def _cases(form: Form, is_short: bool, module: nn.Module) -> list[Case]:
+    """Inputs to try, or for a short trial the one with the fewest scores."""
+    sizes = _sizes(form, module)
+    try:
+        scores = [sum(n for _, n in calls) for calls in _dry_calls(form, module, sizes)]
+    except Exception:  # of code that needs values, or what a trial will say better
+        scores = [math.prod(size) for size in sizes]
+    images = [1 if is_short or _BATCH * n > MOST_SCORES else _BATCH for n in scores]
+    cases = [Case((b, *size), f"{size}", b * n) for size, b, n in zip(sizes, images, scores, strict=True)]
+    return [min(cases, key=lambda case: case.scores)] if is_short else cases
+
+
+def _attempt(form: Form, calls: _Calls, trial: Trial) -> str | None:
+    stand_ins: list[nn.Module | None] = [None]
+    if trial.width is None and "mlp" in trial.module._modules and "mlp" not in form.absorbs:
+        stand_ins = [Elementwise(), None]
+    for stand_in in stand_ins:
+        tried = dataclasses.replace(trial, stand_in=stand_in)
+        _, reason = tried.run(functools.partial(_cases, form, trial.is_short))
+        if REFUSED not in reason:
+            break
     if reason:
         return f"it looks like {form.name}, but {reason}"
-    if not specs:
-        return f"the forward of {form.name} calls no op"
-    return tuple(dict.fromkeys(spec for spec in specs if spec.dropout_p == 0.0))
+    return None if calls else f"the forward of {form.name} calls no op"
 
 
 def _why_not_tried(form: Form, module: nn.Module) -> str | None:
@@ -209,8 +298,7 @@ def match(module: nn.Module, forms: list[Form]) -> tuple[Adapter | None, str | N
         if reason is None and any(p.is_meta for p in module.parameters()):
             reason = "its parameters are on meta, and a form is not trusted without a trial"
         if reason is None:
-            specs = _specs_of(form, module)
-            reason = specs if isinstance(specs, str) else None
+            reason = _why_not_by_trial(form, module)
         if reason is None:
             reason = _hooked_before(form, module)
     except Exception as error:  # attributes of a foreign class may hold anything
@@ -232,11 +320,11 @@ def _hooked_before(form: Form, module: nn.Module) -> str | None:
 
 def _part_reasons(form: Form, module: Any, backend: str, training: bool) -> list[str]:
     """Why a backend cannot run the op's calls."""
-    weight, specs = first_weight(module), _TRIALS.get((form, signature_of(module)), ())
+    weight, specs = first_weight(module), _SPECS.get((form, signature_of(module)), ())
     drops = [m.p for name, m in module.named_modules() if isinstance(m, nn.Dropout) and name.endswith("attn_drop")]
     p = max(drops, default=0.0) if training else 0.0
     found: list[str] = []
-    for spec in specs if isinstance(specs, tuple) else ():
+    for spec in specs:
         found += window_attention_reasons(backend, dataclasses.replace(spec, dropout_p=p), weight.dtype, weight.device)
     return list(dict.fromkeys(found))
 

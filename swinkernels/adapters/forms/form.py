@@ -43,6 +43,9 @@ class Form:
     call: Callable[[Any, Tensor], Any] = _run
     # The modules inside that ``forward`` does not call, or calls with tokens in another order; "" is the module itself.
     absorbs: tuple[str, ...] = ("",)
+    # Shapes of parameters, by their names, that make a copy one of small maps, for a module whose tables are those of a
+    # map. ``sizes`` of the copy are then small.
+    small: Callable[[Any], dict[str, tuple[int, ...]]] = lambda module: {}
     # The largest difference that a trial takes for rounding, of the largest element: more where the module computes in
     # float32 whatever its dtype.
     tolerance: float = 1e-6

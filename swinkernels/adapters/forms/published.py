@@ -1,31 +1,42 @@
 """Forms of published code that is copied from project to project under many names, recognised by what modules hold.
 
 mmdetection's and mmsegmentation's attention rolls, pads and masks itself; SCUNet's as well, with a parameter for the
-bias and scores of -inf; ResShift's blocks have channels first; Uformer keeps queries apart from keys and values; VRT
-has the two frames of a window attend to each other, too.
+bias and scores of -inf, and Swin-MAE's, of whole windows; FDAT's has a dense bias. ResShift's blocks have channels
+first; those of Segment Anything have decomposed relative position; EsViT's return their weights to a stage that drops
+them. Uformer keeps queries apart from keys and values, nnFormer's decoder takes them from elsewhere; VRT has the two
+frames of a window attend to each other, too.
 
-Source: mmdet.models.backbones.swin, models/network_scunet.py of cszn/SCUNet, models/swin_transformer.py of
-zsyOAOA/ResShift, model.py of ZhendongWang6/Uformer, models/network_vrt.py of JingyunLiang/VRT.
+Source: mmdet.models.backbones.swin of mmdet 3.3, models/network_scunet.py of cszn/SCUNet, swin_unet.py of
+Zian-Xu/Swin-MAE, fdat.py of stinkybread/fdat, models/swin_transformer.py of zsyOAOA/ResShift,
+segment_anything.modeling.image_encoder of segment-anything 1.0, models/swin_transformer.py of microsoft/esvit, model.py
+of ZhendongWang6/Uformer, nnFormer_tumor.py of 282857341/nnFormer, models/network_vrt.py of JingyunLiang/VRT.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from swinkernels.adapters.adapter import original_class
 from swinkernels.adapters.copies.dynamic_class import parameters_of
+from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of, small_tables
 from swinkernels.adapters.forms.form import Form
-from swinkernels.adapters.masks import MASKED, is_stored_mask
+from swinkernels.adapters.masks import MASKED, frame_of, is_stored_mask
 from swinkernels.adapters.microsoft_attention import dropout_at_call, projected, resembles_attention
 
 _MOST_TOKENS = 1024
 
 
-def _has(module: nn.Module, *names: str) -> bool:
-    return all(name in module._modules for name in names)
+def _has(module: nn.Module | None, *names: str) -> bool:
+    return module is not None and all(name in module._modules for name in names)
+
+
+def _has_attributes(module: nn.Module | None, *names: str) -> bool:
+    return all(hasattr(module, name) for name in names)
 
 
 # Attention that rolls, pads and masks itself
@@ -93,6 +104,137 @@ SCUNET = Form(
         (m * attn.window_size, n * attn.window_size, attn.embedding_layer.in_features) for m, n in ((2, 3), (1, 1))
     ),
 )
+
+
+def _is_swin_mae(module: nn.Module) -> bool:
+    shifts = resembles_attention(module) and type(getattr(module, "shift_size", None)) is int
+    return shifts and len(parameters_of(original_class(module))) == 1
+
+
+def _swin_mae(attn: Any, attend: Any, x: Tensor) -> Any:
+    window = attn.window_size
+    if x.dim() != 4 or x.shape[1] != x.shape[2] or x.shape[1] % window:
+        return "the map is not a square of whole windows"
+    y = attend(
+        attn.qkv(x),
+        num_heads=attn.num_heads,
+        window_size=window,
+        shift_size=attn.shift_size,
+        bias_table=attn.relative_position_bias_table,
+        scale=attn.scale,
+        dropout_p=dropout_at_call(attn),
+    )
+    return projected(attn, y)
+
+
+SWIN_MAE = Form(
+    name="Swin-MAE",
+    of=_is_swin_mae,
+    forward=_swin_mae,
+    sizes=lambda attn: tuple((n * attn.window_size, n * attn.window_size, attn.qkv.in_features) for n in (2, 1)),
+)
+
+
+def _fdat(attn: Any, attend: Any, x: Tensor, height: int, width: int) -> Any:
+    if x.dim() != 3 or x.shape[1] != height * width:
+        return f"{tuple(x.shape)} is no map of {height} x {width}"
+    y = attend(
+        attn.qkv(x.unflatten(1, (height, width))),
+        num_heads=attn.nh,
+        window_size=attn.ws,
+        bias=attn.bias,
+        scale=attn.scale,
+        pad_qkv=attn.qkv.bias,
+    )
+    return attn.proj(y).flatten(1, 2)
+
+
+FDAT = Form(
+    name="FDAT",
+    of=lambda module: (
+        _has(module, "qkv", "proj") and "bias" in module._parameters and _has_attributes(module, "ws", "nh")
+    ),
+    forward=_fdat,
+    sizes=lambda attn: tuple((m * attn.ws + 1, n * attn.ws, attn.qkv.in_features) for m, n in ((1, 2), (0, 1))),
+    call=lambda attn, x: type(attn).forward(attn, x.flatten(1, 2), *x.shape[1:3]),
+)
+
+
+# Blocks and stages
+
+
+def _is_segment_anything(module: nn.Module) -> bool:
+    attn = module._modules.get("attn")
+    named = _has(module, "norm1", "norm2", "attn", "mlp") and type(getattr(module, "window_size", None)) is int
+    return named and _has(attn, "qkv", "proj") and _has_attributes(attn, "use_rel_pos", "num_heads")
+
+
+def _segment_anything(block: Any, attend: Any, x: Tensor) -> Any:
+    attn, drop_path = block.attn, block._modules.get("drop_path", _NOTHING)
+    if getattr(block, "use_residual_block", False):
+        return "it has a residual block of convolutions"
+    # The copies on torch's fused attention do not read the scale.
+    reads_scale = "scale" in original_class(attn).forward.__code__.co_names
+    scale = attn.scale if reads_scale else None
+    y = decomposed_attention(attn, attend, block.norm1(x), block.window_size, attn.num_heads, attn.use_rel_pos, scale)
+    if isinstance(y, str):
+        return y
+    x = x + drop_path(attn.proj(y))
+    return x + drop_path(block.mlp(block.norm2(x)))
+
+
+_NOTHING = nn.Identity()
+
+SEGMENT_ANYTHING = Form(
+    name="Segment Anything",
+    of=_is_segment_anything,
+    forward=_segment_anything,
+    sizes=lambda block: sizes_of(block.window_size, block.attn, block.attn.use_rel_pos),
+    absorbs=("attn",),
+    small=lambda block: small_tables("attn", block.window_size, block.attn, block.attn.use_rel_pos),
+)
+
+
+def _is_esvit(module: nn.Module) -> bool:
+    blocks: Any = module._modules.get("blocks")
+    named = hasattr(type(module), "forward_with_attention") and hasattr(module, "downsample")
+    return named and bool(blocks) and all(resembles_attention(b._modules.get("attn")) for b in blocks)
+
+
+def _esvit(stage: Any, attend: Any, x: Tensor) -> Any:
+    side = math.isqrt(x.shape[1])
+    if x.dim() != 3 or side * side != x.shape[1]:
+        return "the tokens are no square map"
+    for block in stage.blocks:
+        window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
+        kept = block.attn_mask_dict.items()
+        if not all(is_stored_mask(mask, frame_of((n, n), window), window, shift) for n, mask in kept):
+            return "attn_mask_dict holds other values than those of its geometry"
+    for block in stage.blocks:
+        attn = block.attn
+        y = attend(
+            attn.qkv(block.norm1(x).unflatten(1, (side, side))),
+            num_heads=attn.num_heads,
+            window_size=block.window_size,
+            shift_size=block.shift_size,
+            bias_table=attn.relative_position_bias_table,
+            scale=attn.scale,
+            pad_qkv=attn.qkv.bias,
+            dropout_p=dropout_at_call(attn),
+        )
+        x = x + block.drop_path(projected(attn, y).flatten(1, 2))
+        x = x + block.drop_path(block.mlp(block.norm2(x)))
+    return x if stage.downsample is None else stage.downsample(x)
+
+
+def _esvit_sizes(stage: Any) -> tuple[tuple[int, ...], ...]:
+    window, channels = stage.blocks[0].window_size, stage.blocks[0].attn.qkv.in_features
+    return ((2 * window) ** 2, channels), ((window + 2 - window % 2) ** 2, channels)
+
+
+ESVIT = Form(
+    name="EsViT", of=_is_esvit, forward=_esvit, sizes=_esvit_sizes, absorbs=("blocks",),
+)  # fmt: skip
 
 
 # A block of maps with channels first
@@ -163,13 +305,17 @@ def _bias_of(attn: Any, n: int) -> Tensor:
     return attn.relative_position_bias_table[index].reshape(n, n, -1).permute(2, 0, 1)
 
 
-def _call_with_masks(attn: Any, x: Tensor) -> Tensor:
+def _with_masks(call: Callable[[Tensor, Tensor | None], Tensor], x: Tensor) -> Tensor:
     """Windows (images, windows, N, C), with a mask and without one."""
     n = x.shape[2]
     mask = torch.zeros(x.shape[1], n, n, dtype=x.dtype, device=x.device)
     mask[-1, : n // 2, n // 2 :] = mask[-1, n // 2 :, : n // 2] = -100.0
     windows = x.flatten(0, 1)
-    return torch.cat([type(attn).forward(attn, windows, mask=m) for m in (mask, None)])
+    return torch.cat([call(windows, m) for m in (mask, None)])
+
+
+def _call_with_masks(attn: Any, x: Tensor) -> Tensor:
+    return _with_masks(lambda windows, mask: type(attn).forward(attn, windows, mask=mask), x)
 
 
 def _volume(window: Any) -> int:
@@ -200,10 +346,45 @@ def _uformer(attn: Any, attend: Any, x: Tensor, attn_kv: Any = None, mask: Tenso
 
 UFORMER = Form(
     name="Uformer",
-    of=lambda module: _has(module, "qkv", "proj") and _has(module._modules["qkv"], "to_q", "to_kv"),  # type: ignore[arg-type]
+    of=lambda module: _has(module, "qkv", "proj") and _has(module._modules["qkv"], "to_q", "to_kv"),
     forward=_uformer,
     sizes=lambda attn: ((3, _volume(attn.win_size), attn.dim),),
     call=_call_with_masks,
+)
+
+
+def _skip(attn: Any, attend: Any, skip: Tensor, x_up: Tensor, pos_embed: Any = None, mask: Tensor | None = None) -> Any:
+    rows, n = _rows(skip, mask), skip.shape[1]
+    if isinstance(rows, str):
+        return rows
+    if pos_embed is not None or x_up.shape != skip.shape or n != _volume(attn.window_size):
+        return "it is called with pos_embed, or with windows that are not those of window_size"
+    q = x_up.unflatten(-1, (attn.num_heads, -1))
+    k, v = attn.kv(skip).unflatten(-1, (2, attn.num_heads, -1)).unbind(2)
+    y = attend(
+        *(t.reshape(-1, rows, n, *t.shape[-2:]) for t in (q, k, v)),
+        num_heads=attn.num_heads,
+        window_size=(1, n),
+        scale=attn.scale,
+        bias=_dense(_bias_of(attn, n), mask, attn.num_heads),
+        dropout_p=dropout_at_call(attn),
+    )
+    return projected(attn, y.reshape(skip.shape))
+
+
+def _call_skip(attn: Any, x: Tensor) -> Tensor:
+    def call(skip: Tensor, mask: Tensor | None) -> Tensor:
+        return type(attn).forward(attn, skip, skip.roll(1, 1).cos(), mask=mask)
+
+    return _with_masks(call, x)
+
+
+NNFORMER_SKIP = Form(
+    name="nnFormer's skips",
+    of=lambda module: _has(module, "kv", "proj") and "relative_position_bias_table" in module._parameters,
+    forward=_skip,
+    sizes=lambda attn: ((3, _volume(attn.window_size), attn.kv.in_features),),
+    call=_call_skip,
 )
 
 
@@ -237,4 +418,4 @@ VRT = Form(
     call=_call_with_masks,
 )
 
-FORMS = [MMDET, SCUNET, RESSHIFT, UFORMER, VRT]
+FORMS = [MMDET, SCUNET, SWIN_MAE, FDAT, SEGMENT_ANYTHING, ESVIT, RESSHIFT, UFORMER, NNFORMER_SKIP, VRT]

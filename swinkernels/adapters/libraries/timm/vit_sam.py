@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer_sam import Block
 from torch import Tensor, nn
 
-from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of
+from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of, small_tables
 from swinkernels.adapters.forms.form import Form
 from swinkernels.reference import window_partition, window_reverse
 
@@ -48,5 +48,6 @@ ADAPTERS = (
         forward=_forward,
         sizes=lambda block: sizes_of(block.window_size, block.attn, block.attn.use_rel_pos),
         absorbs=("attn", "ls1", "drop_path1"),
+        small=lambda block: small_tables("attn", block.window_size, block.attn, block.attn.use_rel_pos),
     ),
 )

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import original_class
-from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of
+from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of, small_tables
 from swinkernels.adapters.forms.form import Form
 
 
@@ -42,5 +42,6 @@ def sam_form(name: str, kind: type[nn.Module]) -> Form:
         forward=_forward,
         sizes=lambda layer: sizes_of(layer.window_size, layer.attn, layer.attn.use_rel_pos),
         absorbs=("attn",),
+        small=lambda layer: small_tables("attn", layer.window_size, layer.attn, layer.attn.use_rel_pos),
         tolerance=1e-5,  # the softmax of eager attention is in float32
     )

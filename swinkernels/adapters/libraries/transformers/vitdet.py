@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.vitdet.modeling_vitdet import VitDetLayer
 
-from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of
+from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of, small_tables
 from swinkernels.adapters.forms.form import Form
 
 
@@ -42,5 +42,8 @@ ADAPTERS = (
         sizes=_sizes,
         call=lambda layer, x: type(layer).forward(layer, x)[0],
         absorbs=("attention",),
+        small=lambda layer: small_tables(
+            "attention", layer.window_size, layer.attention, layer.attention.use_relative_position_embeddings
+        ),
     ),
 )

@@ -1,0 +1,159 @@
+"""Forms of weather models, recognised by what modules hold: Pangu-Weather's blocks, also of planes as FengWu has them,
+with a bias table by window type and pads on both sides; Aurora's, on a globe, without a bias.
+
+Source: physicsnemo.nn.module.transformer_layers of nvidia-physicsnemo 2.2, which follows lizhuoq/WeatherLearn;
+aurora.model.swin3d of microsoft-aurora 2.0.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinkernels.adapters.forms.form import Form
+from swinkernels.adapters.masks import frame_of, holds, shift_mask
+from swinkernels.adapters.microsoft_attention import dropout_at_call, projected
+
+_MOST_TOKENS = 1024
+
+
+def _pads(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
+    """Pad tokens before the data, per axis: half of them, rounded down."""
+    return tuple(-s % w // 2 for s, w in zip(size, window, strict=True))
+
+
+# Pangu-Weather
+
+
+def _is_pangu(module: nn.Module) -> bool:
+    attn = module._modules.get("attn")
+    return attn is not None and "earth_position_bias_table" in attn._parameters and hasattr(module, "input_resolution")
+
+
+def _longitude_first(*geometry: int, device: torch.device | str) -> Tensor:
+    """The mask of a shift, (windows of the longitude, windows of the other axes, N, N).
+
+    Args:
+        geometry: frame, window and shift, one number per axis each.
+        device: of the mask.
+    """
+    axes = len(geometry) // 3
+    frame, window, shift = geometry[:axes], geometry[axes : 2 * axes], geometry[2 * axes :]
+    mask = shift_mask(frame, window, shift, device=device)
+    return mask.unflatten(0, (-1, frame[-1] // window[-1])).transpose(0, 1)
+
+
+def _pangu(block: Any, attend: Any, x: Tensor) -> Any:
+    attn, size, window = block.attn, tuple(block.input_resolution), tuple(block.window_size)
+    shift = tuple(block.shift_size) if block.roll else (0,) * len(window)
+    if x.dim() != 3 or x.shape[1] != math.prod(size):
+        return f"{tuple(x.shape)} is no map of {size}"
+    if math.prod(window) > _MOST_TOKENS:
+        return f"its windows hold {math.prod(window)} tokens"
+    if block.roll and not holds(block.attn_mask, (_longitude_first, *frame_of(size, window), *window, *shift)):
+        return "attn_mask holds other values than those of its geometry"
+    y = attend(
+        attn.qkv(block.norm1(x).unflatten(1, size)),
+        num_heads=attn.num_heads,
+        window_size=window,
+        shift_size=shift,
+        bias_table=attn.earth_position_bias_table,
+        table_pairs=(*(True for _ in window[:-1]), False),
+        scale=attn.scale,
+        pad_qkv=attn.qkv.bias,
+        pad_before=_pads(size, window),
+        dropout_p=dropout_at_call(attn),
+    )
+    x = x + block.drop_path(projected(attn, y).flatten(1, -2))
+    return x + block.drop_path(block.mlp(block.norm2(x)))
+
+
+PANGU = Form(
+    name="Pangu-Weather",
+    of=_is_pangu,
+    forward=_pangu,
+    sizes=lambda block: ((math.prod(block.input_resolution), block.attn.qkv.in_features),),
+    absorbs=("attn", "pad"),
+)
+
+
+# Aurora
+
+
+def _is_aurora(module: nn.Module) -> bool:
+    attn = module._modules.get("attn")
+    named = all(name in module._modules for name in ("norm1", "norm2", "attn", "mlp")) and hasattr(module, "shift_size")
+    return named and all(hasattr(attn, name) for name in ("qkv", "proj", "lora_qkv", "lora_proj"))
+
+
+@functools.lru_cache(maxsize=64)
+def _regions(
+    size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], wraps: bool, device: torch.device
+) -> Tensor:
+    """The region of every token of the frame, after the shift: those of the data, joined across the date line if the
+    map wraps there, and one of all pads.
+    """
+    region = torch.zeros((), dtype=torch.int32, device=device)
+    for axis, (n, w, s) in enumerate(zip(size, window, shift, strict=True)):
+        at = torch.arange(n, device=device)
+        of_axis = (at >= n - w).int() + (at >= n - s).int() if s else torch.zeros_like(at).int()
+        if wraps and axis == len(size) - 1:
+            of_axis = of_axis.clamp(max=1)
+        region = 3 * region[..., None] + of_axis
+    behind = [-n % w - b for n, w, b in zip(size, window, _pads(size, window), strict=True)]
+    around = itertools.chain(*zip(reversed(_pads(size, window)), reversed(behind), strict=True))
+    return nn.functional.pad(region, tuple(around), value=27)
+
+
+def _aurora(block: Any, attend: Any, x: Tensor, c: Tensor, res: Any, rollout_step: int, warped: bool = True) -> Any:
+    attn, size = block.attn, tuple(res)
+    if x.dim() != 3 or x.shape[1] != math.prod(size):
+        return f"{tuple(x.shape)} is no map of {size}"
+    if attn.use_fp16_safe_attention:
+        return "it uses an attention of its own"
+    fits = [n > w for n, w in zip(size, block.window_size, strict=True)]
+    window = tuple(w if fit else n for n, w, fit in zip(size, block.window_size, fits, strict=True))
+    shift = tuple(s if fit else 0 for s, fit in zip(block.shift_size, fits, strict=True))
+    if math.prod(window) > _MOST_TOKENS:
+        return f"its windows hold {math.prod(window)} tokens"
+    x_map = x.unflatten(1, size)
+    y = attend(
+        attn.qkv(x_map) + attn.lora_qkv(x_map, rollout_step),
+        num_heads=attn.num_heads,
+        window_size=window,
+        shift_size=shift,
+        pad_qkv=attn.qkv.bias,
+        pad_order="roll_then_pad",
+        pad_before=_pads(size, window),
+        region_map=_regions(size, window, shift, bool(warped), x.device) if any(shift) else None,
+        dropout_p=attn.attn_drop if attn.training else 0.0,
+    )
+    y = attn.proj_drop(attn.proj(y) + attn.lora_proj(y, rollout_step)).flatten(1, -2)
+    x = x + block.drop_path(block.norm1(y, c))
+    return x + block.drop_path(block.norm2(block.mlp(x), c))
+
+
+def _call_aurora(block: Any, x: Tensor) -> Tensor:
+    """With the date line in the map and without it."""
+    size = tuple(x.shape[1:4])
+    c = x.flatten(1)[:, : block.norm1.ln_modulation[1].in_features]
+    forward = type(block).forward
+    return torch.cat([forward(block, x.flatten(1, 3), c, size, 0, warped) for warped in (True, False)])
+
+
+def _aurora_sizes(block: Any) -> tuple[tuple[int, ...], ...]:
+    (d, h, w), channels = block.window_size, block.attn.qkv.in_features
+    return (d + 1, h + 1, w + 2, channels), (2 * d, h, 2 * w, channels), (d, 2 * h, w + 1, channels)
+
+
+AURORA = Form(
+    name="Aurora", of=_is_aurora, forward=_aurora, sizes=_aurora_sizes, call=_call_aurora, absorbs=("attn",),
+)  # fmt: skip
+
+FORMS = [PANGU, AURORA]
