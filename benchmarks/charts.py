@@ -34,6 +34,8 @@ COLOURS = {
     "eager-graphs": "#24272b",
     "fused-graphs": "#6b3808",
     "global": "#8a8f98",
+    "openvino": "#3c9a5f",
+    "onnxruntime": "#a3c95a",
 }
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import swinkernels
-from benchmarks import record
+from benchmarks import record, runtimes
 from benchmarks.contest import first_call_s
 from benchmarks.shapes import BLOCKS, MODELS, ModelCase
 from benchmarks.timing import Call, Timing, gpu_busy_us, host_us, time_on_cpu, time_steps
@@ -29,7 +29,7 @@ from swinkernels.demo.measure import autocast, peak_bytes
 KINDS = ("eager", "fused", "accelerate")
 PLAIN = (*KINDS, *(f"{kind}-compiled" for kind in KINDS))
 GRAPHS = tuple(f"{kind}-graphs" for kind in KINDS)  # torch.compile(mode="reduce-overhead")
-CONTESTANTS = (*PLAIN, *GRAPHS)
+CONTESTANTS = (*PLAIN, *GRAPHS, *runtimes.RUNTIMES)
 OURS = tuple(name for name in CONTESTANTS if name.startswith("accelerate"))
 MODES = ("inference", "training")
 
@@ -233,6 +233,7 @@ def judge(
 
 def contestants(wanted: Sequence[str], device: torch.device, graphs: bool) -> list[str]:
     names = [*PLAIN, *(GRAPHS if graphs and device.type == "cuda" else ())]
+    names += runtimes.RUNTIMES if device.type == "cpu" else ()
     return [name for name in names if not wanted or name in wanted]
 
 
@@ -315,7 +316,13 @@ def _prepared(
             mine = subject(few, kind, path, batch)
             if mine is None:
                 continue
-            calls[contestant] = _without_sets(prepare(mine, device, dtype, mode, how))
+            if kind in runtimes.RUNTIMES:
+                arguments = (*mine.args, *mine.kwargs.values())
+                if runtimes.why_not(kind, device, dtype, mode, len(arguments)) is not None:
+                    continue
+                calls[contestant] = _without_sets(runtimes.prepare(kind, mine.module, arguments[0], dtype))
+            else:
+                calls[contestant] = _without_sets(prepare(mine, device, dtype, mode, how))
             first[contestant] = first_call_s(calls[contestant], device)
             right, error = judge(_flat(calls[contestant](0)), plain, exact, torch.finfo(dtype).eps)
             verdicts[contestant] = (record.RESULT_OK if right else record.RESULT_WRONG, error)

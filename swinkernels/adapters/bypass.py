@@ -94,7 +94,7 @@ def forward_is_replaced(kind: Any) -> bool:
     return kind.forward is not _PUBLISHED[kind][0][1]
 
 
-watch(nn.Conv2d, nn.Dropout, nn.Identity, nn.LayerNorm, nn.Linear, nn.Softmax, nn.Unfold)
+watch(nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.Softmax, nn.Unfold)
 
 
 def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:

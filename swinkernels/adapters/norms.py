@@ -42,7 +42,7 @@ def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, backend=backend)
 
 
-def _in_another_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
+def in_another_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
     """Return True if parameters differ from the input in dtype or device; torch's own code then handles the case."""
     dtype = None if autocast_dtype(x) is not None else x.dtype
     return any(p is not None and (p.device != x.device or (dtype or p.dtype) != p.dtype) for p in parameters)
@@ -101,7 +101,7 @@ class Residual:
         ):
             return None
         norm = child(block, self.norm)
-        if self.why_not(block) is not None or _in_another_dtype(x, norm.weight, norm.bias):
+        if self.why_not(block) is not None or in_another_dtype(x, norm.weight, norm.bias):
             return None
         return residual_layer_norm(x, y, **self._arguments(block, y, y.dtype))
 
@@ -112,7 +112,7 @@ class Residual:
         if torch.promote_types(x.dtype, dtype) != x.dtype or self.why_not(block) is not None:
             return None
         norm = child(block, self.norm)
-        if _in_another_dtype(y, norm.weight, norm.bias):
+        if in_another_dtype(y, norm.weight, norm.bias):
             return None
         return residual_post_norm(x, y, **self._arguments(block, y, dtype))
 
@@ -201,7 +201,7 @@ class Merging:
             return None
         norm, weight = child(merging, "norm"), child(merging, "reduction").weight
         is_plain = type(weight) in (Tensor, nn.Parameter, FakeTensor)  # the op may reorder its columns
-        if not is_plain or _in_another_dtype(x, norm.weight, norm.bias, weight):
+        if not is_plain or in_another_dtype(x, norm.weight, norm.bias, weight):
             return None
         out = patch_merging(
             x,

@@ -15,6 +15,7 @@ from swinkernels.nn.mlp import Mlp
 from swinkernels.nn.window_attention import WindowAttention, WindowAttentionV2, window_per_axis
 from swinkernels.ops._arguments import Ints, check_count, check_size
 from swinkernels.ops._backends import backend_beside
+from swinkernels.ops._fused_linear import fuses
 from swinkernels.ops._library import linear_dtype
 from swinkernels.ops.fallback import add
 from swinkernels.ops.layer_norm import layer_norm
@@ -88,14 +89,15 @@ class _Block(nn.Module):
     def shift_size(self) -> tuple[int, ...]:
         return self.attn.shift_size
 
-    def _is_of_halves(self) -> bool:
-        """Whether two halves compute what the modules inside do at present.
+    def _is_of_halves(self, x: Tensor) -> bool:
+        """Whether two halves compute what the modules inside do at present, and are of use.
 
-        They keep less for a backward pass, and cost the host more: where no gradient is recorded, modules are called.
+        They keep less for a backward pass, and fuse the products of a CPU. They cost the host more: elsewhere modules
+        are called.
         """
         attn, mlp = self.attn, self.mlp
         return (
-            torch.is_grad_enabled()
+            (torch.is_grad_enabled() or fuses(x))
             and not all_modules_have_hooks()
             and is_bare(attn, self._ATTENTION)
             and is_bare(mlp, Mlp)
@@ -205,7 +207,11 @@ class SwinTransformerBlock(_Block):
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
         first, second = self.norm1, self.norm2
-        if self._is_of_halves():
+        if self._is_of_halves(x):
+            if fuses(x):  # the residual connection belongs to the projection, not to the norm
+                d, e = (drop_path.scale(x) for drop_path in (self.drop_path1, self.drop_path2))
+                x = self.attn.run_half(x, first, drop_path_scale=d)
+                return self.mlp.run_half(x, second, drop_path_scale=e, backend=backend)
             y = self.attn.run_half(x, first, residual=False)
             d, e = self.drop_path1.scale(y), self.drop_path2.scale(y)
             return self.mlp.run_half(x, second, branch=y, branch_scale=d, drop_path_scale=e, backend=backend)
@@ -283,7 +289,7 @@ class SwinTransformerBlockV2(_Block):
         )
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
-        if self._is_of_halves():
+        if self._is_of_halves(x):
             d, e = (drop_path.scale(x, linear_dtype(x)) for drop_path in (self.drop_path1, self.drop_path2))
             s = self.attn.run_half(x, self.norm1, norm="post", drop_path_scale=d)
             return self.mlp.run_half(s, self.norm2, norm="post", drop_path_scale=e, backend=backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def scaled(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm
 
 def finish(
     x: Tensor,
-    branch: Tensor,
+    last: Callable[[Tensor | None], Tensor],
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     layer_scale: Tensor | None,
@@ -55,11 +56,18 @@ def finish(
     residual: bool,
     backend: str,
 ) -> Tensor:
-    """The norm of "post", and the residual connection."""
+    """The end of a half: its last Linear layer, the norm of "post" and the residual connection.
+
+    ``last`` computes the Linear layer, and adds it to its argument if that is not None.
+    """
     if norm == "pre":
+        if residual and drop_path_scale is None:
+            return last(x)
+        branch = last(None)
         if residual:
             return fallback.add(x, branch, drop_path_scale)
     else:
+        branch = last(None)
         if layer_scale is not None:  # a factor of the norm's result is one of its parameters
             norm_weight = layer_scale if norm_weight is None else norm_weight * layer_scale
             norm_bias = None if norm_bias is None else norm_bias * layer_scale

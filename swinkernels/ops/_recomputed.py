@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swinkernels.ops._fused_linear import linear
 from swinkernels.ops._library import any_requires_grad, is_plain
 from swinkernels.ops.layer_norm import norm_and_statistics, norm_gradients, run_norm
 from swinkernels.ops.residual_layer_norm import residual_norm_gradients, run_residual
@@ -31,12 +32,17 @@ def norm_linear(
     backend: str,
     branch: Tensor | None = None,
     branch_scale: Tensor | None = None,
+    gelu: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """s = x + branch_scale * branch, or x without a branch, and Linear(LayerNorm(s)).
 
     The norm's result has the dtype of the weight, as the branch has to have, and ``backend`` has to have that norm.
+    With ``gelu``, one of its two forms, GELU follows, and nothing is computed again: for calls without a gradient.
     """
     tensors = (x, branch, branch_scale, norm_weight, norm_bias, weight, bias)
+    if gelu is not None:
+        s, z = _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, weight.dtype, eps, backend)
+        return s, linear(z, weight, bias, gelu=gelu)
     is_learnt = branch_scale is not None and branch_scale.requires_grad
     s, y = _run(_NormLinear, _norm_linear, tensors, (eps, backend), recompute=not is_learnt)
     return x if s is None else s, y
@@ -48,19 +54,24 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
 
 
 def _norm_linear(x, branch, branch_scale, norm_weight, norm_bias, weight, bias, eps, backend):
+    s, z = _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, weight.dtype, eps, backend)
+    return None if branch is None else s, linear(z, weight, bias)
+
+
+def _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, dtype, eps, backend):
     if branch is None:
-        return None, _linear_of_norm(x, norm_weight, norm_bias, weight, bias, eps, backend)
+        return x, run_norm(x, norm_weight, norm_bias, (), eps, dtype, backend)
     s, z, *_ = run_residual("residual_layer_norm", x, branch, norm_weight, norm_bias, eps, branch_scale, backend)
-    return s, F.linear(z, weight, bias)
+    return s, z
 
 
 def _linear_of_norm(s, norm_weight, norm_bias, weight, bias, eps, backend):
     z = run_norm(s, norm_weight, norm_bias, (), eps, weight.dtype, backend)
-    return F.linear(z, weight, bias)
+    return linear(z, weight, bias)
 
 
 def _gelu_linear(x, weight, bias, approximate):
-    return F.linear(F.gelu(x, approximate=approximate), weight, bias)
+    return linear(F.gelu(x, approximate=approximate), weight, bias)
 
 
 def _run(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import backend_beside, choose, norm_reasons
+from swinkernels.ops._fused_linear import linear
 from swinkernels.ops._halves import cast, check_half, finish, scaled
 from swinkernels.ops._library import Found, autocast_dtype, linear_dtype, looked_up
 from swinkernels.ops._recomputed import norm_linear
@@ -142,14 +142,13 @@ def attention_half(
     if norm == "pre":
         _, qkv = norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps, backend=norm_backend)
     else:
-        qkv = F.linear(x.to(dtype), weight, bias)
+        qkv = linear(x.to(dtype), weight, bias)
     out = window_attention_qkvpacked(
         qkv, bias_table, num_heads=num_heads, window_size=window_size, pad_qkv=qkv_bias, generator=generator,
         backend=backend, **attention,
     )  # fmt: skip
     weight, bias = cast(*scaled(proj_weight, proj_bias, layer_scale, norm), dtype)
-    branch = F.linear(out, weight, bias)
     return finish(
-        x, branch, norm_weight, norm_bias, layer_scale, drop_path_scale, eps=eps, norm=norm, residual=residual,
-        backend=backend_beside("residual_layer_norm", backend),
+        x, lambda added: linear(out, weight, bias, residual=added), norm_weight, norm_bias, layer_scale,
+        drop_path_scale, eps=eps, norm=norm, residual=residual, backend=backend_beside("residual_layer_norm", backend),
     )  # fmt: skip

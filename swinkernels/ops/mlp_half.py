@@ -5,14 +5,14 @@ A composition of the norm's op, torch's products and :mod:`swinkernels.ops._reco
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _arguments, fallback
 from swinkernels.ops._backends import choose, norm_reasons, residual_reasons
+from swinkernels.ops._fused_linear import linear
 from swinkernels.ops._halves import cast, check_half, finish, scaled
-from swinkernels.ops._library import Found, autocast_dtype, linear_dtype, looked_up
+from swinkernels.ops._library import Found, any_requires_grad, autocast_dtype, linear_dtype, looked_up
 from swinkernels.ops._recomputed import gelu_linear, norm_linear
 
 _APPROXIMATIONS = ("none", "tanh")
@@ -128,16 +128,26 @@ def mlp_half(
         )  # fmt: skip
     if branch is not None and not is_summed:
         x, branch, branch_scale = fallback.add(x, branch, branch_scale), None, None
+    # Where a gradient is recorded, GELU is computed again; elsewhere it belongs to the product before it.
+    is_recorded = any_requires_grad(tensors)
+    gelu = None if is_recorded else approximate
     weight, bias = cast(fc1_weight, fc1_bias, dtype)
     if norm == "pre":
         x, hidden = norm_linear(
-            x, norm_weight, norm_bias, weight, bias, eps=eps, backend=chosen, branch=branch, branch_scale=branch_scale
-        )
+            x, norm_weight, norm_bias, weight, bias, eps=eps, backend=chosen, branch=branch,
+            branch_scale=branch_scale, gelu=gelu,
+        )  # fmt: skip
     else:
-        hidden = F.linear(x.to(dtype), weight, bias)
+        hidden = linear(x.to(dtype), weight, bias, gelu=gelu)
     weight, bias = cast(*scaled(fc2_weight, fc2_bias, layer_scale, norm), dtype)
-    y = gelu_linear(hidden, weight, bias, approximate=approximate)
+
+    def last(added: Tensor | None) -> Tensor:
+        if not is_recorded:
+            return linear(hidden, weight, bias, residual=added)
+        y = gelu_linear(hidden, weight, bias, approximate=approximate)
+        return y if added is None else fallback.add(added, y, None)
+
     return finish(
-        x, y, norm_weight, norm_bias, layer_scale, drop_path_scale, eps=eps, norm=norm, residual=residual,
+        x, last, norm_weight, norm_bias, layer_scale, drop_path_scale, eps=eps, norm=norm, residual=residual,
         backend=backend,
     )  # fmt: skip

@@ -35,6 +35,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import swinkernels
 from swinkernels.adapters.adapter import Accelerated
+from tests.support.fused_products import always_fused
 from tests.support.small_models import FAMILIES, make_input, make_model
 
 FACTOR = 1.25  # factor by which an edit changes a result
@@ -680,6 +681,8 @@ def run(mutation: Mutation, *, accelerates: bool) -> Outcome:
 
 def _run(model: nn.Module, x: Tensor, log: list[Tensor], values: dict[str, Any]) -> None:
     torch.manual_seed(3)
+    with torch.no_grad(), always_fused():
+        values["output without gradients"] = model(x)
     x = x.requires_grad_()
     out = model(x)
     values["output"] = out.detach()

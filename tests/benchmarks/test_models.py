@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import swinkernels
-from benchmarks import contest, formulas, goals, models, scaling, shapes
+from benchmarks import contest, formulas, goals, models, runtimes, scaling, shapes
 from benchmarks.shapes import ModelCase
 from benchmarks.timing import Ceiling, Timing, input_sets, time_on_cpu
 from gpu import plan
@@ -51,6 +51,26 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> str:
 def benchmark(name: str, **options: Any) -> dict[tuple[str, str], dict]:
     rows = models.benchmark("models", name, torch.float32, CPU, models.KINDS, **options)
     return {(row["backend"], row["direction"]): row for row in rows}
+
+
+@pytest.mark.parametrize("runtime", runtimes.RUNTIMES)
+def test_a_runtime_runs_the_inference_of_a_model(small_model: str, runtime: str) -> None:
+    for package in runtimes._PACKAGES[runtime]:
+        pytest.importorskip(package)
+    assert runtime in models.contestants((), CPU, graphs=False)
+    rows = models.benchmark("models", small_model, torch.float32, CPU, ["eager", runtime])
+    found = {(row["backend"], row["direction"]): row for row in rows}
+    assert set(found) == {("eager", "inference"), (runtime, "inference"), ("eager", "training")}
+    assert found[runtime, "inference"]["result"] == "ok"
+    assert found[runtime, "inference"]["median_us"] > 0
+
+
+def test_what_a_runtime_does_not_run() -> None:
+    half = runtimes.why_not("onnxruntime", CPU, torch.float16, "inference", 1)
+    assert half is not None
+    for name in runtimes.RUNTIMES:
+        for device, mode, arguments in (("cuda", "inference", 1), ("cpu", "training", 1), ("cpu", "inference", 2)):
+            assert runtimes.why_not(name, torch.device(device), torch.float32, mode, arguments) is not None
 
 
 @pytest.mark.parametrize("name", ["small", "small.block"])

@@ -22,6 +22,8 @@ from swinkernels import nn as sn
 from swinkernels import window_attention_qkvpacked
 from swinkernels.adapters.masks import window_index
 from swinkernels.models import SwinTransformer
+from swinkernels.ops._fused_linear import why_not_fused
+from tests.support.fused_products import always_fused, fused_calls
 from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
 from tests.support.published_forms import ClassificationBlock, ClassificationBlockV2
 
@@ -176,10 +178,10 @@ def test_drop_path_and_dropout_draw_as_timm(version):
     theirs = kind(16, (8, 8), 2, window_size=4, shift_size=2, drop_path=0.5).double().train()
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
     ours = block(16, (8, 8), 2, 4, 2, drop_path=0.5).double().train()
-    assert ours._is_of_halves()
     randomise(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = make_map(6, 8, 8, 16, dtype=torch.float64)
+    assert ours._is_of_halves(x)
     results = []
     for module in (theirs, ours):
         torch.manual_seed(3)
@@ -221,7 +223,7 @@ def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, (9, 14), 2, 4, 2).double()
     randomise(block)
     x = make_map(2, 9, 14, 16, dtype=torch.float64)
-    assert block._is_of_halves()
+    assert block._is_of_halves(x)
     expected = run(block, x)
     for name in ("attn", "attn.qkv", "attn.proj", "attn.proj_drop", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", "mlp.drop"):
         if name == "attn.qkv" and version == 2:
@@ -234,10 +236,32 @@ def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
         assert_as_good(run(block, x), expected, expected)
     assert block.mlp.fc2 in seen
     nn.utils.parametrizations.weight_norm(block.mlp.fc1)
-    assert not block._is_of_halves()
+    assert not block._is_of_halves(x)
     torch.testing.assert_close(block(x), expected["out"])
     block.mlp.act = nn.ReLU()
     assert not torch.allclose(block(x), expected["out"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("version", [1, 2])
+def test_inference_on_a_cpu_fuses_the_products_of_halves(version, training):
+    """QKV, projection, fc1 with GELU and fc2; the same random numbers as timm's in training mode."""
+    reason = why_not_fused(torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    kind = (TimmBlock, TimmBlockV2)[version - 1]
+    theirs = kind(16, (9, 14), 2, window_size=4, shift_size=2, drop_path=0.5)
+    block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
+    ours = block(16, (9, 14), 2, 4, 2, drop_path=0.5, pad_order="roll_then_pad")
+    randomise(theirs)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x, results = make_map(6, 9, 14, 16), []
+    with torch.no_grad(), always_fused(), fused_calls() as called:
+        for module in (theirs, ours):
+            torch.manual_seed(3)
+            results.append(module.train(training)(x))
+    assert len(called) == 4
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -245,11 +269,11 @@ def test_stochastic_depth_of_halves_in_a_checkpoint(version):
     """Recomputation draws the same numbers as the first pass."""
     layer = (sn.BasicLayer, sn.BasicLayerV2)[version - 1](16, (8, 8), 2, 2, 4, drop_path=0.5).double().train()
     randomise(layer)
-    results = []
+    results, x = [], make_map(6, 8, 8, 16, dtype=torch.float64)
     for layer.use_checkpoint in (False, True):
         torch.manual_seed(3)
-        results.append(run(layer, make_map(6, 8, 8, 16, dtype=torch.float64)))
-    assert layer.blocks[0]._is_of_halves()
+        results.append(run(layer, x.clone()))
+    assert layer.blocks[0]._is_of_halves(x)
     assert_as_good(results[1], results[0], results[0])
 
 

@@ -48,6 +48,7 @@ from swinkernels.adapters.bypass import (
     why_not_linear,
     why_not_window_attention,
 )
+from swinkernels.adapters.linear_layers import Mlp, call_linear
 from swinkernels.adapters.masks import frame_of, is_shift_mask, is_window_index
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row
 from swinkernels.adapters.part import window_attention_part
@@ -157,12 +158,12 @@ def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: A
         if not is_shift_mask(mask_matrix, frame_of(size, window), window, shift):
             return None
     out = window_attention_qkvpacked(
-        attn.qkv(norm_for_linear(block, "norm1", x, block.dim)),
+        call_linear("attn.qkv", attn.qkv, norm_for_linear(block, "norm1", x, block.dim)),
         **arguments,
         dropout_p=_dropout_p(block) if _dropout_is_on(block) else 0.0,
         backend=block._swinkernels_backend,
     )
-    return attn.proj_drop(attn.proj(out))
+    return attn.proj_drop(call_linear("attn.proj", attn.proj, out))
 
 
 # Residual connections and patch merging
@@ -176,6 +177,7 @@ def _casts_its_input(block: Any) -> bool:
     )
 
 
+_MLP = Mlp((("mlp", MLPBlock, ("linear1", "fn", "drop1", "linear2", "drop2")),), drop="drop_path", drop_kind=DropPath)
 _RESIDUAL = Residual("norm2", "drop_path", DropPath, "MONAI's DropPath", _casts_its_input)
 
 
@@ -238,9 +240,10 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
         drop_path = child(self, "drop_path")
         if fused is None:
             s = x + drop_path(y)
-            return s + self.forward_part2(s)
-        s, z = fused
-        return s + drop_path(child(self, "mlp")(z))
+            z = child(self, "norm2")(s)
+        else:
+            s, z = fused
+        return _MLP.added(self, s, z)
 
 
 class AcceleratedBasicLayer(Accelerated, BasicLayer):

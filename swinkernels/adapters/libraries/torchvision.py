@@ -44,12 +44,14 @@ from swinkernels.adapters.bypass import (
     why_not_absorbed,
     why_not_linear,
 )
+from swinkernels.adapters.linear_layers import Mlp
 from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.microsoft_attention import bias_table, score_factor
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row, residuals_adapter
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
+from swinkernels.ops._fused_linear import linear
 from swinkernels.ops._library import autocast_dtype
 
 watch(ShiftedWindowAttention, ShiftedWindowAttentionV2, methods=("get_relative_position_bias",))
@@ -116,13 +118,13 @@ def _without_k(qkv_bias: Tensor | None) -> Tensor | None:
 def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
     proj = child(attn, "proj")
     out = window_attention_qkvpacked(
-        F.linear(x, child(attn, "qkv").weight, qkv_bias),
+        linear(x, child(attn, "qkv").weight, qkv_bias),
         **_attention_arguments(attn, tuple(x.shape[1:3])),
         pad_qkv=qkv_bias,
         dropout_p=attn.attention_dropout if attn.training else 0.0,
         backend=attn._swinkernels_backend,
     )
-    return F.dropout(F.linear(out, proj.weight, proj.bias), p=attn.dropout, training=attn.training)
+    return F.dropout(linear(out, proj.weight, proj.bias), p=attn.dropout, training=attn.training)
 
 
 class _Attention(Accelerated):
@@ -192,6 +194,7 @@ def _residual(norm: str) -> Residual:
     )
 
 
+_MLP = Mlp((("mlp", MLP, ()),), drop="stochastic_depth", drop_kind=StochasticDepth)
 _NORM1_ROW = norm_row("norm1")
 _RESIDUAL = _residual("norm2")
 _RESIDUALS_V2 = (_residual("norm1"), _residual("norm2"))
@@ -218,15 +221,15 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
             return super().forward(x)
-        attn, stochastic_depth = child(self, "attn"), child(self, "stochastic_depth")
+        attn = child(self, "attn")
         y = attn(_norm1(self, attn, x))
         fused = _RESIDUAL.add_then_norm(self, x, y)
         if fused is None:
-            s = x + stochastic_depth(y)
+            s = x + child(self, "stochastic_depth")(y)
             z = child(self, "norm2")(s)
         else:
             s, z = fused
-        return s + stochastic_depth(child(self, "mlp")(z))
+        return _MLP.added(self, s, z)
 
 
 class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
@@ -236,7 +239,7 @@ class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
         if self._swinkernels_own_code(x):
             return super().forward(x)
         for residual, branch in zip(_RESIDUALS_V2, ("attn", "mlp"), strict=True):
-            y = child(self, branch)(x)
+            y = child(self, "attn")(x) if branch == "attn" else _MLP.branch(self, x)
             fused = residual.add_normed(self, x, y)
             x = x + child(self, "stochastic_depth")(child(self, residual.norm)(y)) if fused is None else fused
         return x

@@ -9,15 +9,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import DropPath
+from timm.layers import DropPath, Mlp
+from timm.layers.activations import GELU, GELUTanh
 from torch import Tensor
 
+from swinkernels.adapters import linear_layers
 from swinkernels.adapters.adapter import Accelerated, original_class
-from swinkernels.adapters.bypass import child, replaced_method, why_not_window_attention
+from swinkernels.adapters.bypass import child, replaced_method, watch, why_not_window_attention
+from swinkernels.adapters.linear_layers import add_linear, call_linear, drops_nothing
 from swinkernels.adapters.masks import frame_of, is_stored_mask, is_window_index
 from swinkernels.adapters.norms import Residual
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
+
+watch(DropPath, Mlp)
+linear_layers.know_gelu(GELU, lambda act: "none")
+linear_layers.know_gelu(GELUTanh, lambda act: "tanh")
+MLP = linear_layers.Mlp(
+    (("mlp", Mlp, ("fc1", "act", "drop1", "norm", "fc2", "drop2")),), drop="drop_path2", drop_kind=DropPath
+)
 
 
 def map_size(block: Any) -> tuple[int, int]:
@@ -99,11 +109,29 @@ def shifted_windows(block: Any) -> dict[str, Any]:
     }
 
 
-def attend(block: Any, qkv: Tensor, dropout_p: float, **arguments: Any) -> Tensor:
-    """The attention half of a block from q, k and v on the map, (B, H, W, 3C), on."""
+def attended(block: Any, qkv: Tensor, dropout_p: float, **arguments: Any) -> Tensor:
+    """The result of the op for q, k and v on the map, (B, H, W, 3C)."""
+    return window_attention_qkvpacked(qkv, dropout_p=dropout_p, backend=block._swinkernels_backend, **arguments)
+
+
+def projected(block: Any, out: Tensor) -> Tensor:
     attn = child(block, "attn")
-    out = window_attention_qkvpacked(qkv, dropout_p=dropout_p, backend=block._swinkernels_backend, **arguments)
-    return attn.proj_drop(attn.proj(out))
+    return attn.proj_drop(call_linear("attn.proj", child(attn, "proj"), out))
+
+
+def add_projected(block: Any, x: Tensor, out: Tensor) -> Tensor | None:
+    """x + drop_path1(projected(out)), or None where that is not one pass."""
+    attn = child(block, "attn")
+    if not drops_nothing("attn.proj_drop", child(attn, "proj_drop")):
+        return None
+    if not drops_nothing("drop_path1", child(block, "drop_path1"), DropPath):
+        return None
+    return add_linear("attn.proj", child(attn, "proj"), out, x)
+
+
+def attend(block: Any, qkv: Tensor, dropout_p: float, **arguments: Any) -> Tensor:
+    """The attention half of a block from q, k and v on the map on."""
+    return projected(block, attended(block, qkv, dropout_p, **arguments))
 
 
 def dropout_p(block: Any) -> float:

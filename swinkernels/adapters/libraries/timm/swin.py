@@ -23,12 +23,12 @@ from swinkernels.adapters.bypass import (
     why_not_linear,
 )
 from swinkernels.adapters.libraries.timm import _blocks
+from swinkernels.adapters.linear_layers import call_linear
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 
 watch(SwinTransformerBlock, methods=("_attn", "get_attn_mask"))
 watch(WindowAttention, methods=("_get_rel_pos_bias",))
-watch(DropPath, Mlp)
 
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
@@ -65,9 +65,11 @@ def _is_fused(block: AcceleratedSwinTransformerBlock, x: Tensor) -> bool:
     return _why_not_attention(block) is None and _blocks.mask_fits(block, x)
 
 
-def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor:
+def _attended(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor:
+    """The attention of a map, before the projection."""
     p = _blocks.dropout_p(block) if _dropout_is_on(block) else 0.0
-    return _blocks.attend(block, child(block, "attn").qkv(x), p, **_arguments(block))
+    qkv = call_linear("attn.qkv", child(child(block, "attn"), "qkv"), x)
+    return _blocks.attended(block, qkv, p, **_arguments(block))
 
 
 def _casts_its_input(block: Any) -> bool:
@@ -82,8 +84,17 @@ _RESIDUAL = Residual("norm2", "drop_path1", DropPath, "timm's DropPath", _casts_
 _MERGING = Merging("pre", lambda merging: 4 * merging.dim)
 
 
-def _add_then_norm2(block: AcceleratedSwinTransformerBlock, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual stream s = x + drop_path1(y) and z = norm2(s) for the MLP, each (B, H * W, C)."""
+def _first_half(block: AcceleratedSwinTransformerBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual stream s = x + drop_path1(attention) and z = norm2(s) for the MLP, each (B, H * W, C)."""
+    if _is_fused(block, x):
+        out = _attended(block, norm_for_linear(block, "norm1", x, block.dim))
+        s = _blocks.add_projected(block, x, out)
+        if s is not None:
+            s = s.flatten(1, 2)
+            return s, child(block, "norm2")(s)
+        y = _blocks.projected(block, out)
+    else:
+        y = block._attn(block.norm1(x))
     fused = _RESIDUAL.add_then_norm(block, x, y)
     if fused is not None:
         return fused[0].flatten(1, 2), fused[1].flatten(1, 2)
@@ -97,18 +108,13 @@ class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransforme
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
             return super().forward(x)
-        batch, height, width, channels = x.shape
-        if _is_fused(self, x):
-            y = _attention(self, norm_for_linear(self, "norm1", x, self.dim))
-        else:
-            y = self._attn(self.norm1(x))
-        s, z = _add_then_norm2(self, x, y)
-        return (s + self.drop_path2(self.mlp(z))).reshape(batch, height, width, channels)
+        s, z = _first_half(self, x)
+        return _blocks.MLP.added(self, s, z).reshape(x.shape)
 
     def _attn(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x) or not _is_fused(self, x):
             return super()._attn(x)
-        return _attention(self, x)
+        return _blocks.projected(self, _attended(self, x))
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):

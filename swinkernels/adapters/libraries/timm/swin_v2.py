@@ -81,7 +81,7 @@ class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransfor
             return super().forward(x)
         batch, height, width, channels = x.shape
         s = _blocks.add_normed(self, x, self._attn(x), 1).flatten(1, 2)
-        return _blocks.add_normed(self, s, self.mlp(s), 2).reshape(batch, height, width, channels)
+        return _blocks.add_normed(self, s, _blocks.MLP.branch(self, s), 2).reshape(batch, height, width, channels)
 
     def _attn(self, x: Tensor) -> Tensor:
         own_code = self._swinkernels_own_code(x) or not _blocks.mask_fits(self, x)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,6 +25,7 @@ from swinkernels.adapters.bypass import (
     why_not_dropout,
     why_not_linear,
 )
+from swinkernels.adapters.linear_layers import Mlp, call_linear, know_gelu
 from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
@@ -31,6 +33,8 @@ from swinkernels.ops import window_attention
 from swinkernels.ops._arguments import why_beyond_limits
 
 NAME = "transformers"
+
+know_gelu(GELUActivation, lambda act: "none" if act.act is torch.nn.functional.gelu else None)
 
 # Attention, in two forms: Swin's has its projections beside each other, that of the others is a pair of modules.
 
@@ -205,17 +209,17 @@ def _geometry(layer: Any) -> dict[str, Any]:
 def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
     """The attention branch of a sequence (B, L, C) of the tokens of a map, without drop path."""
     height, width = size
-    q, k, v, out = _projections(layer).values()
+    *inputs, output = _projections(layer).items()
     x = x.view(x.shape[0], height, width, x.shape[2])
     heads = _num_heads(layer)
     y = window_attention(
-        *(m(x).unflatten(-1, (heads, -1)) for m in (q, k, v)),
+        *(call_linear(*projection, x).unflatten(-1, (heads, -1)) for projection in inputs),
         **_attention_arguments(layer),
         dropout_p=_dropout_at_call(layer),
         backend=layer._swinkernels_backend,
     )
     *_, dropout = _dropouts(layer).values()
-    return dropout(out(y).flatten(1, -2))
+    return dropout(call_linear(*output, y).flatten(1, -2))
 
 
 # Residual connections and patch merging
@@ -230,11 +234,10 @@ def _drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | 
 
 
 def _casts_its_input(layer: Any) -> bool:
-    mlp = child(layer, "mlp" if "mlp" in layer._modules else "intermediate")
-    kind = _MLP[original_class(layer)]
-    first = "fc1" if "fc1" in mlp._modules else "dense"
+    name, kind, (first, *_) = _MLP[original_class(layer)].parts[0]
+    mlp = child(layer, name)
     return (
-        why_not_absorbed("mlp", mlp, kind, f"transformers' {kind.__name__}") is None
+        why_not_absorbed(name, mlp, kind, f"transformers' {kind.__name__}") is None
         and why_not_linear(first, child(mlp, first)) is None
     )
 
@@ -250,10 +253,9 @@ def _out(layer: Any) -> Any:
 _MERGING = Merging("pre", lambda merging: merging.reduction.in_features)
 _MERGING_V2 = Merging("post", lambda merging: merging.reduction.out_features)
 
-# Of the classes of layers: the modules whose work the op does and their paths, what the MLP begins with, and how often
-# v2 masks.
+# Of the classes of layers: the modules whose work the op does and their paths, the MLP, and how often v2 masks.
 _INSIDE: dict[type, tuple[tuple[str, type[nn.Module]], ...]] = {}
-_MLP: dict[type, type[nn.Module]] = {}
+_MLP: dict[type, Mlp] = {}
 _MASKED: dict[type, int] = {}
 _RESIDUALS: dict[type, tuple[Residual, ...]] = {}
 
@@ -298,9 +300,9 @@ class PreNormLayer(_Layer):
         return s, child(self, "layernorm_after")(s)
 
     def _both_halves(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Of a layer whose MLP is a pair of modules."""
+        """The residual stream after attention and MLP."""
         s, z = self._attention_half(x, size)
-        return s + child(self, "output")(child(self, "intermediate")(z))
+        return _MLP[original_class(self)].added(self, s, z)
 
 
 class PreNormLayerOfAnyMap(PreNormLayer):
@@ -328,7 +330,7 @@ class PostNormLayer(_Layer):
             return super().forward(hidden_states, input_dimensions, output_attentions)
         after_attention, after_mlp = _RESIDUALS[original_class(self)]
         x = self._added(after_attention, hidden_states, attended(self, hidden_states, input_dimensions))
-        return (self._added(after_mlp, x, child(self, "output")(child(self, "intermediate")(x))),)
+        return (self._added(after_mlp, x, _MLP[original_class(self)].branch(self, x)),)
 
     def _added(self, residual: Residual, x: Tensor, y: Tensor) -> Tensor:
         fused = residual.add_normed(self, x, y)
@@ -386,7 +388,7 @@ def layer_adapter(
     original: type[nn.Module],
     accelerated: type[nn.Module],
     inside: dict[str, type[nn.Module]],
-    mlp: type[nn.Module],
+    mlp: type[nn.Module] | tuple[type[nn.Module], type[nn.Module]],
     drop_path: type[nn.Module],
     takes: Sequence[str],
     cosine: Any = None,
@@ -396,7 +398,7 @@ def layer_adapter(
     Args:
         original, accelerated: the classes.
         inside: the attention's class and those of its children, by their paths.
-        mlp, drop_path: those of its children; ``mlp`` is what the MLP begins with.
+        mlp, drop_path: those of its children; an MLP is one module, or a pair of "intermediate" and "output".
         takes: the arguments of the forward pass.
         cosine: the class of the inner attention, of v2.
     """
@@ -406,9 +408,15 @@ def layer_adapter(
         return Residual(norm, "drop_path", drop_path, known_as, casts_its_input, _width, _drop_path_scale)
 
     watch(original, methods=("get_attn_mask", "maybe_pad", "cyclic_shift"))
-    watch(mlp, drop_path, *inside.values())
+    first, second = mlp if isinstance(mlp, tuple) else (mlp, None)
+    watch(first, drop_path, *inside.values())
     _INSIDE[original] = tuple(inside.items())
-    _MLP[original] = mlp
+    if second is None:
+        _MLP[original] = Mlp((("mlp", first, ("fc1", "activation_fn", "fc2")),), drop="dropout")
+    else:
+        watch(second)
+        of_first = "intermediate", first, ("dense", "intermediate_act_fn")
+        _MLP[original] = Mlp((of_first, ("output", second, ("dense", "dropout"))))
     if cosine is None:
         residuals: tuple[Residual, ...] = (residual("layernorm_after", _casts_its_input),)
     else:

@@ -14,7 +14,6 @@ from transformers.models.swin.modeling_swin import (
     SwinRelativePositionBias,
 )
 
-from swinkernels.adapters.bypass import child
 from swinkernels.adapters.libraries.transformers._layers import (
     PreNormLayer,
     PreNormMerging,
@@ -33,8 +32,7 @@ class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
             hidden_states, input_dimensions, always_partition
         ):
             return SwinLayer.forward(self, hidden_states, input_dimensions, always_partition, **kwargs)  # type: ignore[return-value]
-        s, z = self._attention_half(hidden_states, input_dimensions)
-        return child(self, "dropout")(child(self, "mlp")(z)) + s, None
+        return self._both_halves(hidden_states, input_dimensions), None
 
 
 class AcceleratedSwinPatchMerging(PreNormMerging, SwinPatchMerging):

@@ -1,0 +1,66 @@
+"""Runtimes that are no PyTorch: a model's inference on a CPU by OpenVINO and by ONNX Runtime, each optional."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+RUNTIMES = ("openvino", "onnxruntime")
+_PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
+
+
+def why_not(name: str, device: torch.device, dtype: torch.dtype, mode: str, arguments: int) -> str | None:
+    """Return why a runtime is no contestant, or None. It runs a model of one tensor."""
+    missing = [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    if device.type != "cpu" or mode != "inference" or arguments != 1:
+        return "it is for the inference of whole models on a CPU"
+    dtypes = (torch.float32, torch.bfloat16) if name == "openvino" else (torch.float32,)
+    return None if dtype in dtypes else f"it has no {dtype} on a CPU"
+
+
+def prepare(name: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Convert a module in float32 and its input; return one step of inference with torch's number of threads."""
+    return (_openvino if name == "openvino" else _onnxruntime)(module.eval(), x, dtype)
+
+
+def _openvino(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    import openvino
+
+    converted = openvino.convert_model(module, example_input=x)
+    converted.reshape(list(x.shape))
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
+    }
+    request = openvino.Core().compile_model(converted, "CPU", options).create_infer_request()
+    given = x.numpy()
+
+    def infer() -> Tensor:
+        return torch.from_numpy(next(iter(request.infer({0: given}).values())).copy())
+
+    return infer
+
+
+def _onnxruntime(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    import onnxruntime
+
+    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    buffer = io.BytesIO()
+    program.save(buffer)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
+    given = {session.get_inputs()[0].name: x.numpy()}
+
+    def infer() -> Tensor:
+        return torch.from_numpy(session.run(None, given)[0])
+
+    return infer

@@ -1,0 +1,101 @@
+"""A Linear layer with its bias, GELU or a residual connection in one pass on a CPU, by oneDNN as torch ships it.
+
+F.linear on a CPU writes the bias into the result before the product, and GELU and the sum are passes of their own:
+three or four parallel regions over memory instead of one. oneDNN adds all of it to a tile that is still in registers,
+in float32, and rounds once.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swinkernels.ops._library import any_requires_grad, is_plain, linear_dtype
+from swinkernels.ops.fallback import add
+
+_LOW = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+
+@functools.cache
+def why_not_fused(dtype: torch.dtype) -> str | None:
+    """Why this machine's torch fuses no Linear layers of a dtype, or why that would not be faster, or None."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "torch was built without oneDNN"
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"it has been measured on x86 alone, not on {platform.machine()}"
+    if dtype == torch.float32:
+        name = torch.backends.cpu.get_cpu_capability()
+        return None if name.startswith("AVX512") else f"float32 products gain nothing from it on {name}"
+    if dtype not in _LOW:
+        return f"oneDNN has no {dtype} product"
+    return None if getattr(torch.ops.mkldnn, _LOW[dtype])() else f"oneDNN has no {dtype} product on this CPU"
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: str | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """Linear(x), then GELU in one of its two forms, or residual + Linear(x) in the dtype of the residual.
+
+    x, weight and bias have one dtype. Where no fused function applies, these are torch's separate ones.
+    """
+    if x.device.type == "cpu" and _is_fused(x, weight, bias):
+        if residual is not None and _can_be_added(residual, x, weight):
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        attribute, form = ("none", "none") if gelu is None else ("gelu", gelu)
+        y = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], form)
+    else:
+        y = F.linear(x, weight, bias)
+        y = y if gelu is None else F.gelu(y, approximate=gelu)
+    return y if residual is None else add(residual, y, None)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether a module that has x as its input has reason to call :func:`linear`: inference on a CPU, by eager PyTorch.
+
+    Under autocast torch keeps the cast weights for the next call, which it does for its own functions alone.
+    """
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and is_plain((x,))
+        and not torch.is_autocast_enabled("cpu")
+        and why_not_fused(x.dtype) is None
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        _is_constant((x, weight, bias))
+        and why_not_fused(x.dtype) is None
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.jit.is_tracing()
+        and linear_dtype(x) == weight.dtype == x.dtype
+        and weight.dim() == 2
+        # oneDNN reads a bias as if it were contiguous (torch 2.14).
+        and (bias is None or (bias.is_contiguous() and bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
+        and x.shape[-1] == weight.shape[1]
+        and _is_large(x, weight)
+    )
+
+
+def _can_be_added(residual: Tensor, x: Tensor, weight: Tensor) -> bool:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return residual.dtype == x.dtype and residual.shape == shape and _is_constant((residual,))
+
+
+def _is_constant(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call of these tensors is seen by eager PyTorch alone, and recorded by nothing."""
+    return is_plain(tensors) and not any_requires_grad(tensors)
+
+
+def _is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product outweighs what a call of oneDNN takes: 20 us, where F.linear takes 2 in float32."""
+    products = x.numel() * weight.shape[0]
+    if x.dtype == torch.float32:
+        return products >= 1 << 24
+    return products > 1 << 13 and x.numel() >= 16 * x.shape[-1]

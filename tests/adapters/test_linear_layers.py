@@ -1,0 +1,232 @@
+"""Linear layers of blocks in inference on a CPU: which calls are fused, and where modules are called instead."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+pytest.importorskip("timm", reason="timm is not installed")
+pytest.importorskip("torchvision", reason="torchvision is not installed")
+pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+pytest.importorskip("monai", reason="MONAI is not installed")
+
+import swinkernels
+from swinkernels.adapters import linear_layers
+from swinkernels.ops import _fused_linear
+from tests.support.fused_products import always_fused, fused_calls
+from tests.support.small_models import make_input, make_model
+
+# Family -> what its MLP is made of in the first block, which is at the path.
+PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "timm": ("layers.0.blocks.0", ("mlp", "drop_path2")),
+    "timm v2": ("layers.0.blocks.0", ("mlp",)),
+    "timm v2-cr": ("stages.0.blocks.0", ("mlp",)),
+    "torchvision": ("features.1.0", ("mlp", "stochastic_depth")),
+    "torchvision v2": ("features.1.0", ("mlp",)),
+    "transformers": ("model.encoder.layers.0.blocks.0", ("mlp", "dropout")),
+    "transformers v2": ("model.encoder.layers.0.blocks.0", ("intermediate", "output")),
+    "transformers Donut": ("model.encoder.layers.0.blocks.0", ("intermediate", "output")),
+    "transformers MaskFormer": ("model.encoder.layers.0.blocks.0", ("intermediate", "output")),
+    "transformers Swin2SR": ("model.encoder.stages.0.layers.0", ("intermediate", "output")),
+    "transformers CLAP": ("layers.0", ("intermediate", "output")),
+    "MONAI": ("model.layers1.0.blocks.0", ("mlp", "drop_path")),
+}
+every_family = pytest.mark.parametrize("family", PARTS)
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.no_grad(), always_fused():
+        yield
+
+
+def accelerated(model: nn.Module) -> nn.Module:
+    fast = copy.deepcopy(model)
+    swinkernels.accelerate(fast)
+    return fast
+
+
+@every_family
+def test_the_same_results_by_fused_products(family):
+    """Of each block, at least fc1 and fc2."""
+    reason = _fused_linear.why_not_fused(torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    model, x = make_model(family).float(), make_input(family).float()
+    fast = accelerated(model)
+    with fused_calls() as called:
+        got = fast(x)
+    last = PARTS[family][1][0].split(".")[-1]
+    blocks = [path for path, _ in model.named_modules() if path.split(".")[-1] == last]
+    assert len(called) >= 2 * len(blocks)
+    expected = model(x)
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert not torch.equal(got, expected)
+
+
+def scale(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, out: 1.5 * out)
+
+
+def scale_input(module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda module, args: (1.5 * args[0],))
+
+
+def subclass(module: nn.Module) -> None:
+    kind = type(module)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return 1.5 * kind.forward(self, x)
+
+    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+
+
+def replace_forward(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda x: 1.5 * forward(x)
+
+
+@every_family
+@pytest.mark.parametrize("edit", [scale, scale_input, subclass, replace_forward])
+def test_edits_of_inner_modules_count(family, edit):
+    """Of every module that a fused product stands for, by itself."""
+    path, parts = PARTS[family]
+    model, x = make_model(family), make_input(family)
+    unchanged = model(x)
+    block = model.get_submodule(path)
+    inner = [
+        f"{part}.{name}" if name else part for part in parts for name, _ in block.get_submodule(part).named_modules()
+    ]
+    for name in inner:
+        for is_before in (True, False):
+            plain = copy.deepcopy(model)
+            fast = copy.deepcopy(model) if is_before else accelerated(model)
+            edit(plain.get_submodule(f"{path}.{name}"))
+            edit(fast.get_submodule(f"{path}.{name}"))
+            if is_before:
+                swinkernels.accelerate(fast)
+            expected = plain(x)
+            torch.testing.assert_close(fast(x), expected, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+            assert not torch.equal(expected, unchanged)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def _activation(block: Any, part: str) -> tuple[Any, str]:
+    """The module that has the activation, and its name there."""
+    owner = block.get_submodule(part)
+    return owner, next(name for name, m in owner.named_children() if "GELU" in type(m).__name__)
+
+
+def other_activation(block: Any, part: str) -> None:
+    owner, name = _activation(block, part)
+    owner._modules[name] = nn.ReLU()
+
+
+def tanh_activation(block: Any, part: str) -> None:
+    owner, name = _activation(block, part)
+    owner._modules[name] = nn.GELU(approximate="tanh")
+
+
+def parametrised(block: Any, part: str) -> None:
+    fc1 = next(m for m in block.get_submodule(part).modules() if isinstance(m, nn.Linear))
+    parametrize.register_parametrization(fc1, "weight", Doubled())
+
+
+def no_bias(block: Any, part: str) -> None:
+    next(m for m in block.get_submodule(part).modules() if isinstance(m, nn.Linear)).bias = None
+
+
+def strided_bias(block: Any, part: str) -> None:
+    fc1 = next(m for m in block.get_submodule(part).modules() if isinstance(m, nn.Linear))
+    fc1.bias = nn.Parameter(torch.stack([fc1.bias, -fc1.bias], 1)[:, 0])
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("edit", [other_activation, tanh_activation, parametrised, no_bias, strided_bias])
+def test_other_layers_count(family, edit, dtype):
+    path, (part, *_) = PARTS[family]
+    model, x = make_model(family).to(dtype), make_input(family).to(dtype)
+    fast = accelerated(model)
+    for m in (model, fast):
+        edit(m.get_submodule(path), part)
+    expected = model(x)
+    tolerance = 1e-8 if dtype == torch.float64 else 1e-4
+    assert (fast(x) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@every_family
+def test_a_class_of_the_library_that_is_patched(family, monkeypatch):
+    path, (part, *_) = PARTS[family]
+    model, x = make_model(family), make_input(family)
+    fast = accelerated(model)
+    owner, name = _activation(model.get_submodule(path), part)
+    for kind in (type(owner), type(owner._modules[name])):
+        with monkeypatch.context() as patch:
+            forward = kind.forward
+            patch.setattr(kind, "forward", lambda self, x, f=forward: 1.5 * f(self, x))
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-8, atol=1e-8)
+
+
+@every_family
+def test_dropout_in_training(family):
+    """Of an MLP, without gradients: the library's random numbers."""
+    path, parts = PARTS[family]
+    model, x = make_model(family), make_input(family)
+    dropouts = [m for p in parts for m in model.get_submodule(f"{path}.{p}").modules() if type(m) is nn.Dropout]
+    if not dropouts or parts[-1] == "dropout":
+        pytest.skip("its MLP has no dropout of its own")
+    unchanged = model(x)
+    for dropout in dropouts:
+        dropout.p = 0.3
+        dropout.train()
+    outputs = []
+    for m in (model, accelerated(model)):
+        torch.manual_seed(5)
+        outputs.append(m(x))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-8, atol=1e-8)
+    assert (outputs[0] - unchanged).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "width"])
+def test_errors_are_the_librarys(wrong):
+    model, x = make_model("timm").float(), make_input("timm").float()
+    fast = accelerated(model)
+    for m in (model, fast):
+        mlp = m.layers[0].blocks[0].mlp
+        mlp.fc2 = mlp.fc2.double() if wrong == "dtype" else nn.Linear(7, 8)
+    errors = []
+    for m in (model, fast):
+        with pytest.raises(RuntimeError) as error:
+            m(x)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+def test_autocast_and_gradients_call_the_modules():
+    model, x = make_model("timm").float(), make_input("timm").float()
+    fast = accelerated(model)
+    with fused_calls() as called:
+        with torch.autocast("cpu", torch.bfloat16):
+            fast(x)
+        with torch.enable_grad():
+            fast(x).sum().backward()
+    # The ops call what is fused on their own account: the MLP and the layers of attention do not.
+    assert called == []
+
+
+def test_gelu_of_another_form_is_not_known():
+    known = linear_layers._GELU
+    gelu = next(kind for kind in known if kind.__name__ == "GELUActivation")
+    assert known[gelu](gelu(use_gelu_python=True)) is None
+    assert known[nn.GELU](nn.GELU("tanh")) == "tanh"

@@ -1,0 +1,154 @@
+"""Linear layers with GELU or a residual connection in one pass on a CPU: results, and when they are separate calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import swinkernels
+from swinkernels.ops import _fused_linear
+from swinkernels.testing import assert_within_budget
+from tests.support.fused_products import fused_calls
+
+ROWS, IN, OUT = (3, 7, 25), 40, 900  # large enough for each dtype
+
+
+def need_fused(dtype: torch.dtype) -> None:
+    reason = _fused_linear.why_not_fused(dtype)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, bias and residual."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((*ROWS, IN), (OUT, IN), (OUT,), (*ROWS, OUT))
+    x, weight, bias, residual = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x.to(dtype), (weight / IN**0.5).to(dtype), bias.to(dtype), residual.to(dtype)
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None, residual: Tensor | None) -> Tensor:
+    y = F.linear(x, weight, bias)
+    y = y if gelu is None else F.gelu(y, approximate=gelu)
+    return y if residual is None else residual + y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "none"])
+@pytest.mark.parametrize(("gelu", "is_added"), [(None, False), ("none", False), ("tanh", False), (None, True)])
+def test_results(gelu, is_added, has_bias, dtype):
+    need_fused(dtype)
+    x, weight, bias, residual = draw(dtype)
+    given = (x, weight, bias if has_bias else None, gelu, residual if is_added else None)
+    before = residual.clone()
+    with fused_calls() as called:
+        y = _fused_linear.linear(*given[:3], gelu=gelu, residual=given[4])
+    assert len(called) == 1
+    assert y.dtype == dtype
+    torch.testing.assert_close(residual, before, rtol=0, atol=0)
+    exact = plain(*(t.double() if isinstance(t, Tensor) else t for t in given))
+    assert_within_budget(y, exact, lambda: plain(*(t.float() if isinstance(t, Tensor) else t for t in given)))
+
+
+def test_other_strides():
+    """Also of a bias, which oneDNN would read as if it were contiguous."""
+    need_fused(torch.float32)
+    x, weight, bias, residual = draw()
+    strided_x, strided_weight = x.transpose(0, 1).contiguous().transpose(0, 1), weight.t().contiguous().t()
+    strided_residual = residual.transpose(1, 2).contiguous().transpose(1, 2)
+    for strided_bias in (bias, torch.stack([bias, -bias], 1)[:, 0], bias[:1].expand(OUT)):
+        y = _fused_linear.linear(strided_x, strided_weight, strided_bias, residual=strided_residual)
+        torch.testing.assert_close(y, plain(x, weight, strided_bias, None, residual), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("learns", ["x", "weight", "bias", "residual"])
+def test_gradients_are_recorded(learns):
+    tensors = dict(zip(("x", "weight", "bias", "residual"), draw(), strict=True))
+    leaf = tensors[learns].requires_grad_()
+    y, expected = _fused_linear.linear(**tensors), plain(*list(tensors.values())[:3], None, tensors["residual"])
+    got = torch.autograd.grad(y.square().sum(), leaf)
+    torch.testing.assert_close(got, torch.autograd.grad(expected.square().sum(), leaf))
+
+
+def test_which_calls_are_fused():
+    need_fused(torch.float32)
+    x, weight, bias, _ = draw()
+
+    def is_fused(*tensors: Tensor) -> bool:
+        with fused_calls() as called:
+            _fused_linear.linear(*tensors)
+        return called != []
+
+    assert is_fused(x, weight, bias)
+    assert not is_fused(x[:1, :1], weight, bias)  # few rows
+    assert not is_fused(x[:0], weight, bias)
+    assert not is_fused(x.double(), weight.double(), bias.double())
+    assert not is_fused(x, weight, bias[:1].expand(OUT))
+    assert not is_fused(x, weight.clone().requires_grad_(), bias)
+    with torch.no_grad():
+        assert is_fused(x, torch.nn.Parameter(weight), bias)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not is_fused(x, weight, bias)
+
+
+class Marked(Tensor):
+    """A subclass without a behaviour of its own."""
+
+
+def test_what_others_see_is_not_fused():
+    """A compiler, an exporter, a tracer, a dispatch mode, a transform and a subclass see torch's own functions."""
+    x, weight, bias, residual = draw()
+    expected = plain(x, weight, bias, None, residual)
+
+    def linear(x: Tensor) -> Tensor:
+        return _fused_linear.linear(x, weight, bias, residual=residual)
+
+    with fused_calls() as called:
+        found = [
+            torch.compile(linear, backend="eager", fullgraph=True)(x),
+            torch.jit.trace(linear, (x,), check_trace=False)(x),
+            torch.func.vmap(lambda w: _fused_linear.linear(x, w, bias, residual=residual))(weight[None])[0],
+            linear(x.as_subclass(Marked)),
+        ]
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(t) for t in (x, weight, bias, residual)]
+            assert _fused_linear.linear(*fake[:3], residual=fake[3]).shape == expected.shape
+    assert called == []
+    for y in found:
+        torch.testing.assert_close(y, expected)
+
+
+def test_float32_is_float32_until_torch_is_told_otherwise():
+    need_fused(torch.float32)
+    x, weight, bias, _ = draw()
+    exact = plain(x.double(), weight.double(), bias.double(), None, None)
+    matmul = torch.backends.mkldnn.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has no precision of float32 products on CPUs")
+    before, errors = matmul.fp32_precision, []
+    try:
+        for precision in ("ieee", "bf16"):
+            matmul.fp32_precision = precision
+            results = (_fused_linear.linear(x, weight, bias), F.linear(x, weight, bias))
+            errors.append([(y - exact).abs().max().item() for y in results])
+    finally:
+        matmul.fp32_precision = before
+    assert errors[0][0] < 1e-5
+    assert (errors[1][0] > 1e-3) == (errors[1][1] > 1e-3)  # where oneDNN has such products, both are less exact
+
+
+def test_a_halfs_products_on_a_cpu():
+    """Inference of an MLP half: one call for fc1 with GELU, one for fc2 with the residual connection."""
+    need_fused(torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    c = 32
+    x, fc1, fc2 = (torch.randn(s, generator=generator) for s in ((2, 40, 60, c), (4 * c, c), (c, 4 * c)))
+    tensors = (x, None, None, fc1 / c**0.5, None, fc2 / (4 * c) ** 0.5, None)
+    with fused_calls() as called:
+        y = swinkernels.mlp_half(*tensors)
+    assert len(called) == 2
+    exact = swinkernels.reference.mlp_half(*(t if t is None else t.double() for t in tensors))
+    assert_within_budget(y, exact, lambda: swinkernels.reference.mlp_half(*tensors))

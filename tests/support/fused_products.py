@@ -1,0 +1,41 @@
+"""Fused Linear layers for small maps and float64, so that tests of small models take that path."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from swinkernels.adapters import linear_layers
+from swinkernels.ops import _fused_linear
+from swinkernels.ops._library import is_plain
+
+
+def _fuses(x: Tensor) -> bool:
+    is_inference = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return x.device.type == "cpu" and is_inference and is_plain((x,))
+
+
+@contextlib.contextmanager
+def fused_calls() -> Iterator[list[str]]:
+    """The names of oneDNN's fused functions that are called meanwhile, one for each call."""
+    names: list[str] = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield names
+    names += [event.name for event in profile.events() if event.name.startswith("mkldnn::_linear_pointwise")]
+
+
+@contextlib.contextmanager
+def always_fused() -> Iterator[None]:
+    """Have modules take the path of fused Linear layers whatever the size and the dtype of a map.
+
+    In float64 the products are then those of plain PyTorch: what is tested is which modules are called.
+    """
+    with (
+        mock.patch.object(linear_layers, "fuses", _fuses),
+        mock.patch.object(_fused_linear, "_is_large", lambda x, weight: x.numel() > 0),
+    ):
+        yield
