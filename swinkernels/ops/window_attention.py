@@ -129,7 +129,7 @@ def window_attention_reasons(
     reasons = _backends._reasons(backend, "window_attention", device) + _backends._dtype_reasons(backend, dtype)
     if spec.dropout_p > 0.0 and backend == "cpu":
         reasons.append("it does not implement dropout_p")
-    if spec.axis_tables and backend != "cpu":
+    if spec.axis_tables and backend == "cuda":
         reasons.append("it does not implement axis_tables")
     if spec.key_window != spec.window_size and backend != "cpu":
         reasons.append("it does not implement key_window")

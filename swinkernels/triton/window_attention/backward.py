@@ -5,6 +5,15 @@ from __future__ import annotations
 import triton.language as tl
 
 from swinkernels.triton._window_address import coordinates, split_window
+from swinkernels.triton.window_attention.axis_tables import (
+    add_axis_bias,
+    add_axis_query_gradient,
+    add_dproducts,
+    axis_products,
+    load_products,
+    split_products,
+    store_products,
+)
 from swinkernels.triton.window_attention.call import K, Q, V, kernel
 from swinkernels.triton.window_attention.gradients import (
     add_product,
@@ -114,13 +123,15 @@ def bwd_whole(
 
 @kernel
 def bwd_tiled_dq(
-    call, dout, lse, delta, dmaps, dlogit_scale, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    call, dout, lse, delta, dmaps, dlogit_scale, axis_scores, daxis_scores,
+    STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """N > 64: a program owns a query tile. Also writes delta, in the layout of lse, for the two kernels that follow,
-    and its sum of dlogit_scale (windows * query tiles, heads), unless that is None.
+    """N > 64: a program owns a query tile. Also writes delta, in the layout of lse, for the kernels that follow; and,
+    unless they are None, its sum of dlogit_scale (windows * query tiles, heads), and A and dA of axis_tables.
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
+    BLOCK_COLUMNS: tl.constexpr = STATIC.BLOCK_COLUMNS
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     NORMALISED: tl.constexpr = dtype != tl.bfloat16
     VOLUME: tl.constexpr = STATIC.VOLUME
@@ -138,11 +149,19 @@ def bwd_tiled_dq(
     scale = head_scale(scale_log2, call)
     seed = load_seed(call)
 
+    if call.axis_tables is not None:
+        products = axis_products(queries.q, query, call, STATIC)
+        store_products(axis_scores, products, number, head, query, call, STATIC)
+        axes = split_products(products, call)
+        daxes = tl.zeros([BLOCK_Q, BLOCK_COLUMNS], tl.float32)
+
     delta_tile = tl.zeros([BLOCK_Q], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     for start in range(0, VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         bias = bias_tile(kind, query, key, head, call, STATIC)
+        if call.axis_tables is not None:
+            bias = add_axis_bias(bias, axes, key, call, STATIC)
         keys = load_keys(window, key, beyond_seam(key, call, STATIC), head, call, STATIC)
         _, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
         keep = kept_pairs(seed, number, head, query, start, call, BLOCK_K)
@@ -160,6 +179,8 @@ def bwd_tiled_dq(
     for start in range(0, VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         bias = bias_tile(kind, query, key, head, call, STATIC)
+        if call.axis_tables is not None:
+            bias = add_axis_bias(bias, axes, key, call, STATIC)
         keys = load_keys(window, key, beyond_seam(key, call, STATIC), head, call, STATIC)
         scores, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
         keep = kept_pairs(seed, number, head, query, start, call, BLOCK_K)
@@ -168,16 +189,23 @@ def bwd_tiled_dq(
         if dlogit_scale is not None:
             dlogit_rows += tl.sum(dscores * scores, axis=1)
         excess = excess_of(dscores, dtype)
-        dq = add_product(dq, narrow(dscores, excess, dtype), unit_rows(keys.k, keys.inverse, call), excess, STATIC)
+        rounded = narrow(dscores, excess, dtype)
+        dq = add_product(dq, rounded, unit_rows(keys.k, keys.inverse, call), excess, STATIC)
+        if call.axis_tables is not None:
+            daxes = add_dproducts(daxes, rounded, excess, key, STATIC)
     if dlogit_scale is not None:
         store_dlogit_scale(dlogit_scale, dlogit_rows, program, head, call)
     dq = row_gradient(dq, queries.q, queries.inverse, scale, call)
+    if call.axis_tables is not None:
+        dq = add_axis_query_gradient(dq, daxes, query, call, STATIC)
+        if daxis_scores is not None:
+            store_products(daxis_scores, daxes, number, head, query, call, STATIC)
     store_gradient(dmaps, Q, dq, queries.at, head, call, STATIC)
 
 
 @kernel
 def bwd_tiled_dkdv(
-    call, dout, lse, delta, dmaps, dpad, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    call, dout, lse, delta, dmaps, dpad, axis_scores, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """N > 64: a program owns a key tile. Also writes its sum over pad tokens, dpad (windows * key tiles, 2, heads,
     HEAD_DIM), unless that is None.
@@ -210,6 +238,9 @@ def bwd_tiled_dkdv(
         queries = load_queries(window, number, query, query_beyond, dout, lse, head, call, STATIC)
         delta_tile = load_lse(delta, number, head, query, call, STATIC)
         bias = bias_tile(kind, query, key, head, call, STATIC)
+        if call.axis_tables is not None:
+            products = load_products(axis_scores, number, head, query, call, STATIC)
+            bias = add_axis_bias(bias, split_products(products, call), key, call, STATIC)
         _, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
         keep = kept_pairs(seed, number, head, query, first_key, call, BLOCK_K)
         dprobs = dprobs_of(queries, keys, keep, call, STATIC)

@@ -36,6 +36,7 @@ class Call(NamedTuple):
     map_heads: Any  # heads in a token's row of a map: three times num_heads, if it holds all three
     bias_table: Any
     dense_bias: Any
+    axis_tables: Any
     logit_scale: Any
     pad_qkv: Any
     region_map: Any
@@ -57,6 +58,10 @@ class Static(NamedTuple):
     WINDOW: Any
     VOLUME: Any  # tokens of a window
     TABLE_WINDOW: Any
+    AXIS_COLUMNS: Any  # of each axis, the coordinates that axis_tables tell apart: its window, or 0 without a table
+    AXIS_ROWS: Any  # rows of its table
+    BLOCK_COLUMNS: Any  # the columns of all axes, padded to a power of two
+    BLOCK_ROWS: Any  # rows of axis_tables that are taken at a time
     HEAD_DIM: Any
     BLOCK_D: Any  # HEAD_DIM, padded to a power of two
     ALIGN: Any  # strides are multiples of so many elements: told apart, the compiler knows how addresses are aligned

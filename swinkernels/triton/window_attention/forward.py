@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from swinkernels.triton._window_address import locate, split_window
+from swinkernels.triton.window_attention.axis_tables import add_axis_bias, axis_products, split_products
 from swinkernels.triton.window_attention.call import LN_2, K, Q, V, kernel
 from swinkernels.triton.window_attention.mask import beyond_seam, masked, region_of, seams_of
 from swinkernels.triton.window_attention.rows import load_rows, store_dense, store_lse
@@ -80,6 +81,8 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
     kind = type_of(number, call, STATIC)
     scale_log2 = head_scale_log2(head, call)
     seed = load_seed(call)
+    if call.axis_tables is not None:
+        axes = split_products(axis_products(q, query, call, STATIC), call)
 
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -91,6 +94,8 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
         k = load_rows(call, K, key_at, head, STATIC)
         v = load_rows(call, V, key_at, head, STATIC)
         bias = bias_tile(kind, query, key, head, call, STATIC)
+        if call.axis_tables is not None:
+            bias = add_axis_bias(bias, axes, key, call, STATIC)
         scores = products(q, k, q_inverse, inverse_norm(k, call), scale_log2, call, STATIC) + bias
         if STATIC.HAS_MASK:
             if seams != 0:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swinkernels.triton._launch import ARITHMETIC, INT32_MAX, alignment, contiguous, pad_to_3d, unit_stride
 from swinkernels.triton.window_attention import backward as backward_kernels
+from swinkernels.triton.window_attention import backward_tables as table_kernels
 from swinkernels.triton.window_attention import forward as forward_kernels
 from swinkernels.triton.window_attention import tuning
 from swinkernels.triton.window_attention.call import LOG2_E, Call, Static
@@ -27,16 +28,17 @@ class _Geometry(NamedTuple):
     spec: WindowSpec
     num_windows: int  # per image
     axes: dict[str, tuple[int, ...]]  # the fields of Call that have a value per axis
-    static: Static  # but ALIGN
+    static: Static  # but what depends on the maps' strides and dtype: ALIGN and BLOCK_ROWS
 
 
 @functools.lru_cache(maxsize=1024)
 def _geometry(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire: Any) -> _Geometry:
     spec = WindowSpec.parse(*wire)
-    if spec.axis_tables or spec.key_window != spec.window_size or any(spec.table_pairs) or spec.table_types > 1:
+    if spec.key_window != spec.window_size or any(spec.table_pairs) or spec.table_types > 1:
         raise NotImplementedError(
-            "window_attention: backend='triton' has no axis_tables, key_window, table_pairs or tables by window type"
+            "window_attention: backend='triton' has no key_window, table_pairs or tables by window type"
         )
+    columns = (0,) * (3 - len(spec.window_size)) + spec.window_size if spec.axis_tables else (0, 0, 0)
     size, window, shift = pad_to_3d(size, 1), pad_to_3d(spec.window_size, 1), pad_to_3d(spec.shift_size, 0)
     roll_then_pad = spec.pad_order == "roll_then_pad"
     num_windows = tuple(-(-s // w) for s, w in zip(size, window, strict=True))
@@ -52,6 +54,10 @@ def _geometry(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire:
             WINDOW=window,
             VOLUME=spec.volume,
             TABLE_WINDOW=pad_to_3d(spec.table_window, 1),
+            AXIS_COLUMNS=columns,
+            AXIS_ROWS=tuple(max(0, 2 * n - 1) for n in columns),
+            BLOCK_COLUMNS=max(16, triton.next_power_of_2(sum(columns))),
+            BLOCK_ROWS=0,
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             ALIGN=1,
@@ -81,9 +87,16 @@ class _Prepared(NamedTuple):
         each = min(most, of_type, max(1, -(-self.batch_windows * per_window // programs)))
         return of_type, each, self.types * -(-of_type // each)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether a window is one tile. axis_tables, which models have in large windows, always take several."""
+        of_size = tuning.is_whole(self.static.VOLUME, self.call.maps[0].element_size())
+        return of_size and self.call.axis_tables is None
+
     def options(self, name: str) -> dict[str, Any]:
         """The compile-time arguments and launch options of a kernel."""
-        tile = tuning.tiles(name, self.static.VOLUME, self.static.HEAD_DIM, self.call.maps[0].element_size())
+        static, itemsize = self.static, self.call.maps[0].element_size()
+        tile = tuning.tiles(name, static.VOLUME, static.HEAD_DIM, itemsize, sum(static.AXIS_COLUMNS))
         whole = name.endswith("whole")
         blocks = {"BLOCK_N": tile.block_q} if whole else {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
         launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **ARITHMETIC}
@@ -114,7 +127,7 @@ def _prepare(
     if spec.dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("window_attention: dropout_seed must be given with a dropout_p above 0, got None")
     align = alignment([step for m in maps for step in m.stride()[:-1]], 16)
-    types = 1 if bias is None or bias.dim() == 3 else bias.shape[0]
+    types = 1 if bias is None or bias.dim() < 4 else bias.shape[0]
     call = Call(
         maps=maps,
         num_heads=num_heads,
@@ -123,7 +136,8 @@ def _prepare(
         strides=tuple(_strides(m, rank, align) for m in maps),
         map_heads=3 * num_heads if len(maps) == 1 else num_heads,
         bias_table=contiguous(bias_table),
-        dense_bias=contiguous(bias),
+        dense_bias=None if spec.axis_tables else contiguous(bias),
+        axis_tables=contiguous(bias) if spec.axis_tables else None,
         logit_scale=contiguous(logit_scale),
         pad_qkv=contiguous(pad_qkv),
         region_map=contiguous(region_map),
@@ -135,7 +149,8 @@ def _prepare(
         drop_below=min(round(spec.dropout_p * 2**32) - 2**31, INT32_MAX),
         keep_scale=1.0 / (1.0 - spec.dropout_p) if spec.dropout_p < 1.0 else 0.0,
     )
-    return _Prepared(geometry, call, geometry.static._replace(ALIGN=align), batch_windows, types)
+    static = geometry.static._replace(ALIGN=align, BLOCK_ROWS=tuning.axis_rows(x.element_size()))
+    return _Prepared(geometry, call, static, batch_windows, types)
 
 
 def _rank(maps: Sequence[Tensor]) -> int:
@@ -161,7 +176,7 @@ def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return out, lse
     results = out, lse if needs_lse else None
-    if tuning.is_whole(volume, x.element_size()):
+    if prepared.is_whole:
         of_type, each, groups = prepared.groups(heads, tuning.FORWARD_PROGRAMS, tuning.MAX_FORWARD_WINDOWS)
         options = prepared.options("fwd_whole")
         forward_kernels.fwd_whole[(groups * heads,)](call, *results, of_type, each, **options)
@@ -197,6 +212,7 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
         return results
     dout, lse = dout.contiguous(), lse.contiguous()
     pads = needs_dpad_qkv and static.HAS_PADDING
+    has_axes = call.axis_tables is not None
     # The sums of each program, to be added up by a second kernel.
     pair_sums = head_sums = pad_sums = None
 
@@ -206,7 +222,11 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
             return dbias
         return sums(groups, heads, volume, volume) if needs_dbias or needs_dbias_table else None
 
-    if tuning.is_whole(volume, x.element_size()):
+    def new_products() -> Tensor:
+        """A or dA of axis_tables."""
+        return sums(prepared.batch_windows, heads, volume, sum(static.AXIS_COLUMNS))
+
+    if prepared.is_whole:
         of_type, each, groups = prepared.groups(heads, tuning.BACKWARD_PROGRAMS)
         pair_sums = new_pair_sums(groups)
         head_sums = sums(groups, heads) if needs_dlogit_scale else None
@@ -219,12 +239,25 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
         options = prepared.options("bwd_tiled_dq")
         programs = prepared.batch_windows * -(-volume // options["BLOCK_Q"])
         head_sums = sums(programs, heads) if needs_dlogit_scale else None
-        backward_kernels.bwd_tiled_dq[(programs * heads,)](call, dout, lse, delta, dmaps, head_sums, **options)
+        products = new_products() if has_axes else None
+        dproducts = new_products() if has_axes and needs_dbias else None
+        backward_kernels.bwd_tiled_dq[(programs * heads,)](
+            call, dout, lse, delta, dmaps, head_sums, products, dproducts, **options
+        )
         options = prepared.options("bwd_tiled_dkdv")
         programs = prepared.batch_windows * -(-volume // options["BLOCK_K"])
         pad_sums = sums(programs, 2, heads, head_dim) if pads else None
-        backward_kernels.bwd_tiled_dkdv[(programs * heads,)](call, dout, lse, delta, dmaps, pad_sums, **options)
-        if needs_dbias_table or needs_dbias:
+        backward_kernels.bwd_tiled_dkdv[(programs * heads,)](
+            call, dout, lse, delta, dmaps, pad_sums, products, **options
+        )
+        if dproducts is not None:
+            options = prepared.options("bwd_axis_tables")
+            per_window = -(-sum(static.AXIS_ROWS) // static.BLOCK_ROWS) * heads
+            of_type, each, groups = prepared.groups(per_window, tuning.BACKWARD_PROGRAMS)
+            table_sums = sums(groups, heads, *dbias.shape)
+            table_kernels.bwd_axis_tables[(groups * per_window,)](call, dproducts, table_sums, of_type, each, **options)
+            torch.sum(table_sums, (0, 1), out=dbias)
+        elif needs_dbias_table or needs_dbias:
             options = prepared.options("bwd_tiled_dbias")
             per_window = -(-volume // options["BLOCK_Q"]) * -(-volume // options["BLOCK_K"]) * heads
             of_type, each, groups = prepared.groups(per_window, tuning.BACKWARD_PROGRAMS)

@@ -30,9 +30,18 @@ def is_whole(volume: int, itemsize: int) -> bool:
     return volume <= (64 if itemsize == 2 else 32)
 
 
-def tiles(name: str, volume: int, head_dim: int, itemsize: int) -> Tiles:
-    """The tiles of a kernel."""
+def axis_rows(itemsize: int) -> int:
+    """Rows of axis_tables that a program takes at a time."""
+    return 64 if itemsize == 2 else 32
+
+
+def tiles(name: str, volume: int, head_dim: int, itemsize: int, axis_columns: int = 0) -> Tiles:
+    """The tiles of a kernel, with axis_tables of so many columns."""
     wide = head_dim > 64
+    if axis_columns > 64:  # two tiles of so many columns are in registers
+        return Tiles(32, 32, 4, 1) if itemsize == 2 else Tiles(16, 16, 4, 1)
+    if axis_columns and name in ("bwd_tiled_dq", "bwd_axis_tables"):  # they hold dA, or a tile of the tables' gradient
+        return tiles(name, volume, head_dim, itemsize)._replace(num_warps=8)
     whole = max(16, triton.next_power_of_2(volume))
     if itemsize == 4:
         # Products that may not be rounded to TF32 run on the scalar units with operands in registers: small tiles.
