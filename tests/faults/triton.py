@@ -8,6 +8,7 @@ _ADDRESS = "swinkernels/triton/_window_address.py"
 _ATTENTION = "swinkernels/triton/window_attention/"
 _MERGING = "swinkernels/triton/_patch_merging_kernels.py"
 _IN_ATTENTION = "tests/triton/test_window_attention.py::test_triton"
+_IN_BIAS_TABLES = "tests/triton/test_bias_tables.py::test_triton"
 _IN_AXIS_TABLES = "tests/triton/test_axis_tables.py::test_triton"
 _IN_MEMORY_BOUND_OPS = "tests/triton/test_memory_bound_ops.py::test_triton"
 
@@ -41,6 +42,18 @@ FAULTS = {
         "tl.where(keep, dprobs * call.keep_scale, 0.0)",
         "tl.where(keep, dprobs, 0.0)",
         _IN_ATTENTION + "[dropout_matches_reference_with_the_same_pairs-dropout-float32]",
+    ),
+    "triton-table-of-another-type": Fault(
+        _ATTENTION + "scores.py",
+        "row * call.table_columns + (kind * call.num_heads + head)",
+        "row * call.table_columns + head",
+        _IN_BIAS_TABLES + "[matches_reference-types-float32]",
+    ),
+    "triton-table-pairs-the-other-way-round": Fault(
+        _ATTENTION + "backward_tables.py",
+        "(row // WINDOW)[:, None] == key[None, :], (row % WINDOW)[:, None], -1",
+        "(row % WINDOW)[:, None] == key[None, :], (row // WINDOW)[:, None], -1",
+        _IN_BIAS_TABLES + "[matches_reference-pairs-float32]",
     ),
     "triton-axis-tables-row-of-the-next-offset": Fault(
         _ATTENTION + "axis_tables.py",

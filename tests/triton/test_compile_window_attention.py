@@ -61,8 +61,9 @@ def record(
         volume = math.prod(window)
         shapes = {"table": (rows, heads), "dense": (heads, volume, volume), "types": (2, heads, volume, volume)}
         shapes["axes"] = of_axes
+        shapes["pangu"] = (window[0] ** 2 * window[1] ** 2 * (2 * window[2] - 1), 2, heads)
         tables = (
-            torch.empty(shapes[bias], device="meta") if bias == "table" else None,
+            torch.empty(shapes[bias], device="meta") if bias in ("table", "pangu") else None,
             torch.empty(shapes[bias], device="meta") if bias in ("dense", "types", "axes") else None,
             torch.empty(heads, device="meta") if cosine else None,
             torch.empty(3, heads, head_dim, **meta) if pad else None,
@@ -78,7 +79,8 @@ def record(
             pad_order="roll_then_pad" if roll_then_pad else "pad_then_roll",
             grid=grid,
             dropout_p=0.1 if dropout else 0.0,
-            tables={"axis_tables": tables[1] if bias == "axes" else None},
+            table_pairs=(True, True, False) if bias == "pangu" else False,
+            tables={"bias_table": tables[0], "axis_tables": tables[1] if bias == "axes" else None},
         )
         wire = spec.wire(allow_tf32=tf32), *spec.numbers
         out, lse = launcher.forward(maps, *tables, *wire)
@@ -98,6 +100,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "v2_long": {"size": (48, 48), "window": (24, 24), "shift": (12, 12), "head_dim": 32, "cosine": True},
     "types": {"size": (8, 24, 24), "window": (2, 4, 8), "shift": (1, 2, 4), "head_dim": 32, "bias": "types"},
     "dropout": {"size": (56, 56), "window": (7, 7), "shift": (3, 3), "head_dim": 32, "dropout": True},
+    "pangu": {"size": (8, 12, 24), "window": (2, 6, 12), "shift": (1, 3, 6), "head_dim": 32, "bias": "pangu"},
     "axes_small": {"size": (12, 12), "window": (6, 6), "shift": (3, 3), "head_dim": 16, "bias": "axes"},
     "axes": {"size": (64, 64), "window": (14, 14), "head_dim": 64, "bias": "axes", "pad": True},
     "axes_wide": {"size": (64, 64), "window": (14, 14), "head_dim": 80, "bias": "axes"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from swinkernels.triton._window_address import coordinates, split_window
+from swinkernels.triton._window_address import split_window
 from swinkernels.triton.window_attention.axis_tables import (
     add_axis_bias,
     add_axis_query_gradient,
@@ -298,33 +298,3 @@ def bwd_tiled_dbias(
         dbias_tile += probs * (dprobs - delta_tile[:, None])
         window = next_of_type(window, kind, first + i + 1, call, STATIC)
     store_dbias(dbias, dbias_tile, group, query, key, head, call, STATIC)
-
-
-@kernel
-def fold_dbias(
-    dbias, dbias_table, num_heads,
-    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """dbias (heads, N, N) onto (rows, heads): an entry is the sum over all pairs of its relative offset."""
-    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    ROWS: tl.constexpr = (2 * TABLE_WINDOW[0] - 1) * (2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)
-    program = tl.program_id(0)
-    head = program % num_heads
-    row = program // num_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    d0 = row // ((2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)) - (TABLE_WINDOW[0] - 1)
-    d1 = row // (2 * TABLE_WINDOW[2] - 1) % (2 * TABLE_WINDOW[1] - 1) - (TABLE_WINDOW[1] - 1)
-    d2 = row % (2 * TABLE_WINDOW[2] - 1) - (TABLE_WINDOW[2] - 1)
-    dbias += head.to(tl.int64) * (VOLUME * VOLUME)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    for start in range(0, VOLUME, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        k0, k1, k2 = coordinates(key, TABLE_WINDOW)
-        q0 = k0[None, :] + d0[:, None]  # (BLOCK_ROWS, BLOCK_N): the query that lies at this offset from the key
-        q1 = k1[None, :] + d1[:, None]
-        q2 = k2[None, :] + d2[:, None]
-        query = (q0 * TABLE_WINDOW[1] + q1) * TABLE_WINDOW[2] + q2
-        paired = (q0 >= 0) & (q1 >= 0) & (q2 >= 0) & (q1 < TABLE_WINDOW[1]) & (q2 < TABLE_WINDOW[2])
-        paired = paired & (query < VOLUME) & (key < VOLUME)[None, :]
-        values = tl.load(dbias + query * VOLUME + key[None, :], mask=paired, other=0.0)
-        total += tl.sum(values, axis=1)
-    tl.store(dbias_table + row * num_heads + head, total, mask=row < ROWS)

@@ -1,10 +1,11 @@
-"""The kernel of the gradient of ``axis_tables``."""
+"""The kernels of the gradients of tables that are shared by many pairs: ``axis_tables`` and ``bias_table``."""
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-from swinkernels.triton._window_address import locate, split_window
+from swinkernels.triton._window_address import coordinates, locate, split_window
 from swinkernels.triton.window_attention.axis_tables import columns_met, product_rows
 from swinkernels.triton.window_attention.call import Q, kernel
 from swinkernels.triton.window_attention.gradients import add_product, excess_of, narrow
@@ -50,3 +51,47 @@ def bwd_axis_tables(
     d = tl.arange(0, BLOCK_D)
     to = dtables + ((group.to(tl.int64) * call.num_heads + head) * ROWS + row)[:, None] * HEAD_DIM + d[None, :]
     tl.store(to, total, mask=(row < ROWS)[:, None] & (d < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def _query_of(row, key, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
+    """(rows, keys), on one axis: the query that has this row of the table with the key; beyond the window if none."""
+    if PAIRS:
+        query = tl.where((row // WINDOW)[:, None] == key[None, :], (row % WINDOW)[:, None], -1)
+    else:
+        query = key[None, :] + (row - (WINDOW - 1))[:, None]
+    return query
+
+
+@kernel
+def fold_dbias(
+    dbias, dbias_table, num_heads,
+    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """dbias (heads, N, N) onto (rows, heads): an entry is the sum over all queries and keys that have its row. The
+    heads are those of all types of windows.
+    """
+    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    ROWS_0: tl.constexpr = TABLE_WINDOW[0] * TABLE_WINDOW[0] if PAIRS[0] else 2 * TABLE_WINDOW[0] - 1
+    ROWS_1: tl.constexpr = TABLE_WINDOW[1] * TABLE_WINDOW[1] if PAIRS[1] else 2 * TABLE_WINDOW[1] - 1
+    ROWS_2: tl.constexpr = TABLE_WINDOW[2] * TABLE_WINDOW[2] if PAIRS[2] else 2 * TABLE_WINDOW[2] - 1
+    ROWS: tl.constexpr = ROWS_0 * ROWS_1 * ROWS_2
+    program = tl.program_id(0)
+    head = program % num_heads
+    row = program // num_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    r0, r1, r2 = row // (ROWS_1 * ROWS_2), row // ROWS_2 % ROWS_1, row % ROWS_2
+    dbias += head.to(tl.int64) * (VOLUME * VOLUME)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    for start in range(0, VOLUME, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        k0, k1, k2 = coordinates(key, TABLE_WINDOW)
+        q0 = _query_of(r0, k0, TABLE_WINDOW[0], PAIRS[0])
+        q1 = _query_of(r1, k1, TABLE_WINDOW[1], PAIRS[1])
+        q2 = _query_of(r2, k2, TABLE_WINDOW[2], PAIRS[2])
+        query = (q0 * TABLE_WINDOW[1] + q1) * TABLE_WINDOW[2] + q2
+        paired = (q0 >= 0) & (q1 >= 0) & (q2 >= 0) & (q1 < TABLE_WINDOW[1]) & (q2 < TABLE_WINDOW[2])
+        paired = paired & (query < VOLUME) & (key < VOLUME)[None, :]
+        values = tl.load(dbias + query * VOLUME + key[None, :], mask=paired, other=0.0)
+        total += tl.sum(values, axis=1)
+    tl.store(dbias_table + row * num_heads + head, total, mask=row < ROWS)

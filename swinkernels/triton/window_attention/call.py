@@ -35,6 +35,7 @@ class Call(NamedTuple):
     strides: Any  # of each map: batch, axes 0 to 2, head and, if it holds all three, part; in units of ALIGN elements
     map_heads: Any  # heads in a token's row of a map: three times num_heads, if it holds all three
     bias_table: Any
+    table_columns: Any  # of bias_table, one for each type of window and head; None if they are the heads
     dense_bias: Any
     axis_tables: Any
     logit_scale: Any
@@ -58,6 +59,7 @@ class Static(NamedTuple):
     WINDOW: Any
     VOLUME: Any  # tokens of a window
     TABLE_WINDOW: Any
+    TABLE_PAIRS: Any  # of each axis, whether bias_table has a row for each pair of places
     AXIS_COLUMNS: Any  # of each axis, the coordinates that axis_tables tell apart: its window, or 0 without a table
     AXIS_ROWS: Any  # rows of its table
     BLOCK_COLUMNS: Any  # the columns of all axes, padded to a power of two

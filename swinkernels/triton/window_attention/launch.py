@@ -34,10 +34,8 @@ class _Geometry(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _geometry(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire: Any) -> _Geometry:
     spec = WindowSpec.parse(*wire)
-    if spec.key_window != spec.window_size or any(spec.table_pairs) or spec.table_types > 1:
-        raise NotImplementedError(
-            "window_attention: backend='triton' has no key_window, table_pairs or tables by window type"
-        )
+    if spec.key_window != spec.window_size:
+        raise NotImplementedError("window_attention: backend='triton' has no key_window")
     columns = (0,) * (3 - len(spec.window_size)) + spec.window_size if spec.axis_tables else (0, 0, 0)
     size, window, shift = pad_to_3d(size, 1), pad_to_3d(spec.window_size, 1), pad_to_3d(spec.shift_size, 0)
     roll_then_pad = spec.pad_order == "roll_then_pad"
@@ -54,6 +52,7 @@ def _geometry(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire:
             WINDOW=window,
             VOLUME=spec.volume,
             TABLE_WINDOW=pad_to_3d(spec.table_window, 1),
+            TABLE_PAIRS=pad_to_3d(spec.table_pairs, False),
             AXIS_COLUMNS=columns,
             AXIS_ROWS=tuple(max(0, 2 * n - 1) for n in columns),
             BLOCK_COLUMNS=max(16, triton.next_power_of_2(sum(columns))),
@@ -127,7 +126,7 @@ def _prepare(
     if spec.dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("window_attention: dropout_seed must be given with a dropout_p above 0, got None")
     align = alignment([step for m in maps for step in m.stride()[:-1]], 16)
-    types = 1 if bias is None or bias.dim() < 4 else bias.shape[0]
+    types = spec.table_types if bias is None or bias.dim() < 4 else bias.shape[0]
     call = Call(
         maps=maps,
         num_heads=num_heads,
@@ -136,6 +135,7 @@ def _prepare(
         strides=tuple(_strides(m, rank, align) for m in maps),
         map_heads=3 * num_heads if len(maps) == 1 else num_heads,
         bias_table=contiguous(bias_table),
+        table_columns=spec.table_types * num_heads if spec.table_types > 1 else None,
         dense_bias=None if spec.axis_tables else contiguous(bias),
         axis_tables=contiguous(bias) if spec.axis_tables else None,
         logit_scale=contiguous(logit_scale),
@@ -195,13 +195,12 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
     needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv = (arguments[-1] >> bit & 1 for bit in range(4))
     call, static, x = prepared.call, prepared.static, maps[0]
     heads, head_dim, volume = call.num_heads, static.HEAD_DIM, static.VOLUME
-    table_rows = prepared.geometry.spec.table_rows
     dmaps = tuple(torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in maps)
 
     def sums(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    dbias_table = sums(table_rows, heads) if needs_dbias_table else sums(0)
+    dbias_table = sums(*arguments[0].shape) if needs_dbias_table else sums(0)
     dbias = sums(*arguments[1].shape) if needs_dbias else sums(0)
     dlogit_scale = sums(heads) if needs_dlogit_scale else sums(0)
     dpad_qkv = sums(3, heads, head_dim).zero_() if needs_dpad_qkv else sums(0)
@@ -265,18 +264,25 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
             backward_kernels.bwd_tiled_dbias[(groups * per_window,)](
                 call, dout, lse, delta, pair_sums, of_type, each, **options
             )
-    if pair_sums is not None and needs_dbias_table:
-        backward_kernels.fold_dbias[(-(-table_rows // tuning.FOLD_ROWS) * heads,)](
-            pair_sums.sum(0) if len(pair_sums) > 1 else pair_sums, dbias_table, heads,
-            WINDOW=static.WINDOW, TABLE_WINDOW=static.TABLE_WINDOW,
-            BLOCK_N=min(tuning.FOLD_KEYS, triton.next_power_of_2(volume)), BLOCK_ROWS=tuning.FOLD_ROWS,
-            num_warps=4, **ARITHMETIC,
-        )  # fmt: skip
-    elif pair_sums is not None and pair_sums is not dbias:
+    if pair_sums is not None and pair_sums is not dbias:
         of_types = pair_sums.unflatten(0, (prepared.types, -1))
-        torch.sum(of_types, 1, out=dbias.view(prepared.types, heads, volume, volume))
+        if needs_dbias:
+            torch.sum(of_types, 1, out=dbias.view(prepared.types, heads, volume, volume))
+        else:
+            _fold(of_types.sum(1) if of_types.shape[1] > 1 else pair_sums, dbias_table, static)
     if head_sums is not None:
         torch.sum(head_sums, 0, out=dlogit_scale)
     if pad_sums is not None:
         torch.sum(pad_sums, 0, out=dpad_qkv[1:])  # a pad token's query has no gradient
     return results
+
+
+def _fold(dbias: Tensor, dbias_table: Tensor, static: Static) -> None:
+    """Fold dbias (types, heads, N, N) onto the rows of dbias_table."""
+    columns = dbias_table.shape[1:].numel()
+    table_kernels.fold_dbias[(-(-len(dbias_table) // tuning.FOLD_ROWS) * columns,)](
+        dbias, dbias_table, columns,
+        WINDOW=static.WINDOW, TABLE_WINDOW=static.TABLE_WINDOW, PAIRS=static.TABLE_PAIRS,
+        BLOCK_N=min(tuning.FOLD_KEYS, triton.next_power_of_2(static.VOLUME)), BLOCK_ROWS=tuning.FOLD_ROWS,
+        num_warps=4, **ARITHMETIC,
+    )  # fmt: skip
