@@ -131,7 +131,7 @@ def window_attention_reasons(
         reasons.append("it does not implement dropout_p")
     if spec.axis_tables and backend == "cuda":
         reasons.append("it does not implement axis_tables")
-    if spec.key_window != spec.window_size and backend != "cpu":
+    if spec.key_window != spec.window_size and backend == "cuda":
         reasons.append("it does not implement key_window")
     if backend == "cuda" and any(spec.table_pairs):
         reasons.append("it does not implement table_pairs")

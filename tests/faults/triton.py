@@ -9,6 +9,7 @@ _ATTENTION = "swinkernels/triton/window_attention/"
 _MERGING = "swinkernels/triton/_patch_merging_kernels.py"
 _IN_ATTENTION = "tests/triton/test_window_attention.py::test_triton"
 _IN_BIAS_TABLES = "tests/triton/test_bias_tables.py::test_triton"
+_IN_KEY_WINDOWS = "tests/triton/test_key_windows.py::test_triton"
 _IN_AXIS_TABLES = "tests/triton/test_axis_tables.py::test_triton"
 _IN_MEMORY_BOUND_OPS = "tests/triton/test_memory_bound_ops.py::test_triton"
 
@@ -54,6 +55,18 @@ FAULTS = {
         "(row // WINDOW)[:, None] == key[None, :], (row % WINDOW)[:, None], -1",
         "(row % WINDOW)[:, None] == key[None, :], (row // WINDOW)[:, None], -1",
         _IN_BIAS_TABLES + "[matches_reference-pairs-float32]",
+    ),
+    "triton-key-window-off-its-centre": Fault(
+        _ATTENTION + "key_windows.py",
+        "t1 - (KEY_WINDOW[1] - WINDOW[1]) // 2",
+        "t1 - (KEY_WINDOW[1] - WINDOW[1])",
+        _IN_KEY_WINDOWS + "[matches_reference-padded-float16]",
+    ),
+    "triton-key-of-the-next-window-alone": Fault(
+        _ATTENTION + "backward_keys.py",
+        "for o1 in range(-FAR_1, FAR_1 + 1):",
+        "for o1 in range(0, FAR_1 + 1):",
+        _IN_KEY_WINDOWS + "[matches_reference-padded-float16]",
     ),
     "triton-axis-tables-row-of-the-next-offset": Fault(
         _ATTENTION + "axis_tables.py",

@@ -2,7 +2,7 @@
 
 From the bottom up: ``call`` (what every kernel takes), ``windows`` (the windows of a program), ``rows`` (reading and
 writing tokens), ``mask`` (the shift's seam), ``scores``, ``gradients``, ``axis_tables`` (decomposed relative position),
-``forward``, ``backward``, ``backward_tables``, ``tuning``, ``launch``.
+``key_windows``, ``forward``, ``backward``, ``backward_tables``, ``backward_keys``, ``tuning``, ``launch``.
 
 Maths     S = scale q k^T + bias + mask, P = softmax(S), out = P v, lse = log sum exp S, per window and head. Backward,
           with P recomputed from lse: dv = P^T dout, dP = dout v^T, delta = rowsum(P dP), dS = P (dP - delta),

@@ -28,6 +28,7 @@ from swinkernels.triton.window_attention.gradients import (
     store_dlogit_scale,
     unit_rows,
 )
+from swinkernels.triton.window_attention.key_windows import store_of_window
 from swinkernels.triton.window_attention.mask import beyond_seam, seams_of
 from swinkernels.triton.window_attention.rows import is_pad, load_lse, load_rows, store_dpad, store_gradient, store_lse
 from swinkernels.triton.window_attention.scores import (
@@ -53,6 +54,7 @@ def bwd_whole(
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
+    VOLUME: tl.constexpr = STATIC.VOLUME
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     NORMALISED: tl.constexpr = dtype != tl.bfloat16
     program = tl.program_id(0)
@@ -108,7 +110,7 @@ def bwd_whole(
         dq = row_gradient(dq, q, q_inverse, row_scale, call)
         store_gradient(dmaps, Q, dq, at, head, call, STATIC)
         if dpad is not None:
-            pad = is_pad(at, STATIC)[:, None]
+            pad = is_pad(at, VOLUME)[:, None]
             dpad_k += tl.sum(tl.where(pad, dk, 0.0), axis=0)
             dpad_v += tl.sum(tl.where(pad, dv, 0.0), axis=0)
         window = next_of_type(window, kind, first + i + 1, call, STATIC)
@@ -135,6 +137,7 @@ def bwd_tiled_dq(
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     NORMALISED: tl.constexpr = dtype != tl.bfloat16
     VOLUME: tl.constexpr = STATIC.VOLUME
+    KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
     Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
     program = tl.program_id(0)
     head = program % call.num_heads
@@ -157,7 +160,7 @@ def bwd_tiled_dq(
 
     delta_tile = tl.zeros([BLOCK_Q], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    for start in range(0, VOLUME, BLOCK_K):
+    for start in range(0, KEY_VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         bias = bias_tile(kind, query, key, head, call, STATIC)
         if call.axis_tables is not None:
@@ -176,7 +179,7 @@ def bwd_tiled_dq(
     if dlogit_scale is not None:
         dlogit_rows = tl.zeros([BLOCK_Q], tl.float32)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for start in range(0, VOLUME, BLOCK_K):
+    for start in range(0, KEY_VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         bias = bias_tile(kind, query, key, head, call, STATIC)
         if call.axis_tables is not None:
@@ -205,16 +208,18 @@ def bwd_tiled_dq(
 
 @kernel
 def bwd_tiled_dkdv(
-    call, dout, lse, delta, dmaps, dpad, axis_scores, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    call, dout, lse, delta, dmaps, dpad, axis_scores, of_windows,
+    STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """N > 64: a program owns a key tile. Also writes its sum over pad tokens, dpad (windows * key tiles, 2, heads,
-    HEAD_DIM), unless that is None.
+    """N > 64: a program owns a key tile. With a key_window dk and dv are left in ``of_windows``, for sum_key_gradients.
+    Also writes its sum over pad tokens, dpad (windows * key tiles, 2, heads, HEAD_DIM), unless that is None.
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     VOLUME: tl.constexpr = STATIC.VOLUME
-    K_TILES: tl.constexpr = (VOLUME + BLOCK_K - 1) // BLOCK_K
+    KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
+    K_TILES: tl.constexpr = (KEY_VOLUME + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
     head = program % call.num_heads
     group = program // call.num_heads
@@ -253,10 +258,14 @@ def bwd_tiled_dkdv(
 
     dk = row_gradient(dk, keys.k, keys.inverse, scale, call)
     dv = scaled_by_keep(dv, call)
-    store_gradient(dmaps, K, dk, keys.at, head, call, STATIC)
-    store_gradient(dmaps, V, dv, keys.at, head, call, STATIC)
+    if of_windows is not None:
+        store_of_window(of_windows, K, dk, number, head, key, call, STATIC)
+        store_of_window(of_windows, V, dv, number, head, key, call, STATIC)
+    else:
+        store_gradient(dmaps, K, dk, keys.at, head, call, STATIC)
+        store_gradient(dmaps, V, dv, keys.at, head, call, STATIC)
     if dpad is not None:
-        pad = is_pad(keys.at, STATIC)[:, None]
+        pad = is_pad(keys.at, KEY_VOLUME)[:, None]
         dpad_k = tl.sum(tl.where(pad, dk, 0.0), axis=0)
         store_dpad(dpad, dpad_k, tl.sum(tl.where(pad, dv, 0.0), axis=0), group, head, call, STATIC)
 
@@ -269,7 +278,7 @@ def bwd_tiled_dbias(
     """N > 64: a program owns a tile of dbias (groups, heads, N, N) and walks over a group of windows."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     Q_TILES: tl.constexpr = (STATIC.VOLUME + BLOCK_Q - 1) // BLOCK_Q
-    K_TILES: tl.constexpr = (STATIC.VOLUME + BLOCK_K - 1) // BLOCK_K
+    K_TILES: tl.constexpr = (STATIC.KEY_VOLUME + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
     head = program % call.num_heads
     tile = program // call.num_heads

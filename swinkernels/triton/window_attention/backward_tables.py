@@ -64,34 +64,31 @@ def _query_of(row, key, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @kernel
-def fold_dbias(
-    dbias, dbias_table, num_heads,
-    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """dbias (heads, N, N) onto (rows, heads): an entry is the sum over all queries and keys that have its row. The
+def fold_dbias(dbias, dbias_table, num_heads, STATIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """dbias (heads, N, M) onto (rows, heads): an entry is the sum over all queries and keys that have its row. The
     heads are those of all types of windows.
     """
-    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    ROWS_0: tl.constexpr = TABLE_WINDOW[0] * TABLE_WINDOW[0] if PAIRS[0] else 2 * TABLE_WINDOW[0] - 1
-    ROWS_1: tl.constexpr = TABLE_WINDOW[1] * TABLE_WINDOW[1] if PAIRS[1] else 2 * TABLE_WINDOW[1] - 1
-    ROWS_2: tl.constexpr = TABLE_WINDOW[2] * TABLE_WINDOW[2] if PAIRS[2] else 2 * TABLE_WINDOW[2] - 1
-    ROWS: tl.constexpr = ROWS_0 * ROWS_1 * ROWS_2
+    VOLUME: tl.constexpr = STATIC.VOLUME
+    KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
+    WINDOW: tl.constexpr = STATIC.TABLE_WINDOW
+    KEY_WINDOW: tl.constexpr = STATIC.TABLE_KEY_WINDOW
+    PAIRS: tl.constexpr = STATIC.TABLE_PAIRS
+    ROWS: tl.constexpr = STATIC.TABLE_ROWS
     program = tl.program_id(0)
     head = program % num_heads
     row = program // num_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    r0, r1, r2 = row // (ROWS_1 * ROWS_2), row // ROWS_2 % ROWS_1, row % ROWS_2
-    dbias += head.to(tl.int64) * (VOLUME * VOLUME)
+    r0, r1, r2 = row // (ROWS[1] * ROWS[2]), row // ROWS[2] % ROWS[1], row % ROWS[2]
+    dbias += head.to(tl.int64) * (VOLUME * KEY_VOLUME)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
-    for start in range(0, VOLUME, BLOCK_N):
+    for start in range(0, KEY_VOLUME, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k0, k1, k2 = coordinates(key, TABLE_WINDOW)
-        q0 = _query_of(r0, k0, TABLE_WINDOW[0], PAIRS[0])
-        q1 = _query_of(r1, k1, TABLE_WINDOW[1], PAIRS[1])
-        q2 = _query_of(r2, k2, TABLE_WINDOW[2], PAIRS[2])
-        query = (q0 * TABLE_WINDOW[1] + q1) * TABLE_WINDOW[2] + q2
-        paired = (q0 >= 0) & (q1 >= 0) & (q2 >= 0) & (q1 < TABLE_WINDOW[1]) & (q2 < TABLE_WINDOW[2])
-        paired = paired & (query < VOLUME) & (key < VOLUME)[None, :]
-        values = tl.load(dbias + query * VOLUME + key[None, :], mask=paired, other=0.0)
+        k0, k1, k2 = coordinates(key, KEY_WINDOW)
+        q0 = _query_of(r0, k0, KEY_WINDOW[0], PAIRS[0])
+        q1 = _query_of(r1, k1, KEY_WINDOW[1], PAIRS[1])
+        q2 = _query_of(r2, k2, KEY_WINDOW[2], PAIRS[2])
+        query = (q0 * WINDOW[1] + q1) * WINDOW[2] + q2
+        paired = (q0 >= 0) & (q1 >= 0) & (q2 >= 0) & (q1 < WINDOW[1]) & (q2 < WINDOW[2])
+        paired = paired & (query < VOLUME) & (key < KEY_VOLUME)[None, :]
+        values = tl.load(dbias + query * KEY_VOLUME + key[None, :], mask=paired, other=0.0)
         total += tl.sum(values, axis=1)
-    tl.store(dbias_table + row * num_heads + head, total, mask=row < ROWS)
+    tl.store(dbias_table + row * num_heads + head, total, mask=row < ROWS[0] * ROWS[1] * ROWS[2])

@@ -58,7 +58,12 @@ class Static(NamedTuple):
 
     WINDOW: Any
     VOLUME: Any  # tokens of a window
-    TABLE_WINDOW: Any
+    KEY_WINDOW: Any  # the window of keys, of the same centre
+    KEY_VOLUME: Any
+    HAS_KEY_WINDOW: Any  # it is larger than the window
+    TABLE_WINDOW: Any  # in which the tokens of bias_table are decoded; those that are keys in the next
+    TABLE_KEY_WINDOW: Any
+    TABLE_ROWS: Any  # rows of bias_table on each axis
     TABLE_PAIRS: Any  # of each axis, whether bias_table has a row for each pair of places
     AXIS_COLUMNS: Any  # of each axis, the coordinates that axis_tables tell apart: its window, or 0 without a table
     AXIS_ROWS: Any  # rows of its table

@@ -7,6 +7,7 @@ import triton.language as tl
 from swinkernels.triton._window_address import locate, split_window
 from swinkernels.triton.window_attention.axis_tables import add_axis_bias, axis_products, split_products
 from swinkernels.triton.window_attention.call import LN_2, K, Q, V, kernel
+from swinkernels.triton.window_attention.key_windows import locate_keys
 from swinkernels.triton.window_attention.mask import beyond_seam, masked, region_of, seams_of
 from swinkernels.triton.window_attention.rows import load_rows, store_dense, store_lse
 from swinkernels.triton.window_attention.scores import (
@@ -67,6 +68,7 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
     VOLUME: tl.constexpr = STATIC.VOLUME
+    KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
     Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
     program = tl.program_id(0)
     head = program % call.num_heads
@@ -87,10 +89,10 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for start in range(0, VOLUME, BLOCK_K):
+    for start in range(0, KEY_VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         key_beyond = beyond_seam(key, call, STATIC)
-        key_at = locate(window, key, call, STATIC)
+        key_at = locate_keys(window, key, call, STATIC)
         k = load_rows(call, K, key_at, head, STATIC)
         v = load_rows(call, V, key_at, head, STATIC)
         bias = bias_tile(kind, query, key, head, call, STATIC)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swinkernels.triton._launch import ARITHMETIC, INT32_MAX, alignment, contiguous, pad_to_3d, unit_stride
 from swinkernels.triton.window_attention import backward as backward_kernels
+from swinkernels.triton.window_attention import backward_keys as key_kernels
 from swinkernels.triton.window_attention import backward_tables as table_kernels
 from swinkernels.triton.window_attention import forward as forward_kernels
 from swinkernels.triton.window_attention import tuning
@@ -34,8 +35,6 @@ class _Geometry(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _geometry(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire: Any) -> _Geometry:
     spec = WindowSpec.parse(*wire)
-    if spec.key_window != spec.window_size:
-        raise NotImplementedError("window_attention: backend='triton' has no key_window")
     columns = (0,) * (3 - len(spec.window_size)) + spec.window_size if spec.axis_tables else (0, 0, 0)
     size, window, shift = pad_to_3d(size, 1), pad_to_3d(spec.window_size, 1), pad_to_3d(spec.shift_size, 0)
     roll_then_pad = spec.pad_order == "roll_then_pad"
@@ -43,6 +42,9 @@ def _geometry(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire:
     frame = tuple(n * w for n, w in zip(num_windows, window, strict=True))
     roll = tuple(x % s for x, s in zip(shift, size, strict=True)) if roll_then_pad else shift
     periodic = pad_to_3d(spec.periodic, False)
+    keys, table = pad_to_3d(spec.key_window, 1), pad_to_3d(spec.table_window, 1)
+    table_keys, pairs = keys if keys != window else table, pad_to_3d(spec.table_pairs, False)
+    rows = zip(table, table_keys, pairs, strict=True)
     cut = tuple(w if wraps else w - x for w, x, wraps in zip(window, shift, periodic, strict=True))
     return _Geometry(
         spec=spec,
@@ -51,8 +53,13 @@ def _geometry(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire:
         static=Static(
             WINDOW=window,
             VOLUME=spec.volume,
-            TABLE_WINDOW=pad_to_3d(spec.table_window, 1),
-            TABLE_PAIRS=pad_to_3d(spec.table_pairs, False),
+            KEY_WINDOW=keys,
+            KEY_VOLUME=spec.key_volume,
+            HAS_KEY_WINDOW=keys != window,
+            TABLE_WINDOW=table,
+            TABLE_KEY_WINDOW=table_keys,
+            TABLE_ROWS=tuple(w * m if is_pairs else w + m - 1 for w, m, is_pairs in rows),
+            TABLE_PAIRS=pairs,
             AXIS_COLUMNS=columns,
             AXIS_ROWS=tuple(max(0, 2 * n - 1) for n in columns),
             BLOCK_COLUMNS=max(16, triton.next_power_of_2(sum(columns))),
@@ -62,7 +69,7 @@ def _geometry(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire:
             ALIGN=1,
             ROLL_THEN_PAD=roll_then_pad,
             GRID=spec.grid,
-            HAS_PADDING=frame != size,
+            HAS_PADDING=frame != size or keys != window,
             HAS_MASK=has_region_map or cut != window,
             PRECISION="tf32" if spec.allow_tf32 else "ieee",
         ),
@@ -88,14 +95,17 @@ class _Prepared(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether a window is one tile. axis_tables, which models have in large windows, always take several."""
+        """Whether a window is one tile. With axis_tables or a key_window, which models have in large windows, it counts
+        as several.
+        """
         of_size = tuning.is_whole(self.static.VOLUME, self.call.maps[0].element_size())
-        return of_size and self.call.axis_tables is None
+        return of_size and self.call.axis_tables is None and not self.static.HAS_KEY_WINDOW
 
     def options(self, name: str) -> dict[str, Any]:
         """The compile-time arguments and launch options of a kernel."""
         static, itemsize = self.static, self.call.maps[0].element_size()
-        tile = tuning.tiles(name, static.VOLUME, static.HEAD_DIM, itemsize, sum(static.AXIS_COLUMNS))
+        sizes = static.KEY_VOLUME, static.HEAD_DIM, itemsize
+        tile = tuning.tiles(name, *sizes, sum(static.AXIS_COLUMNS), static.HAS_KEY_WINDOW)
         whole = name.endswith("whole")
         blocks = {"BLOCK_N": tile.block_q} if whole else {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
         launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **ARITHMETIC}
@@ -118,7 +128,7 @@ def _prepare(
     geometry = _geometry(tuple(x.shape[1 : 1 + rank]), head_dim, region_map is not None, *wire)
     spec = geometry.spec
     batch_windows = x.shape[0] * geometry.num_windows
-    if batch_windows * num_heads * max(1, -(-spec.volume // 16)) > INT32_MAX:
+    if batch_windows * num_heads * max(1, -(-spec.key_volume // 16)) > INT32_MAX:
         raise ValueError(
             f"window_attention: backend='triton' takes fewer than 2**31 tiles of 16 tokens, got {batch_windows} "
             f"windows of {spec.volume} tokens and {num_heads} heads: split the batch"
@@ -219,7 +229,7 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
         """dbias of each group of windows; where a type of windows has one group, that of the dense bias itself."""
         if needs_dbias and groups == prepared.types:
             return dbias
-        return sums(groups, heads, volume, volume) if needs_dbias or needs_dbias_table else None
+        return sums(groups, heads, volume, static.KEY_VOLUME) if needs_dbias or needs_dbias_table else None
 
     def new_products() -> Tensor:
         """A or dA of axis_tables."""
@@ -244,11 +254,17 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
             call, dout, lse, delta, dmaps, head_sums, products, dproducts, **options
         )
         options = prepared.options("bwd_tiled_dkdv")
-        programs = prepared.batch_windows * -(-volume // options["BLOCK_K"])
+        programs = prepared.batch_windows * -(-static.KEY_VOLUME // options["BLOCK_K"])
         pad_sums = sums(programs, 2, heads, head_dim) if pads else None
+        shape = prepared.batch_windows, heads, 2, static.KEY_VOLUME, head_dim
+        of_windows = sums(*shape) if static.HAS_KEY_WINDOW else None
         backward_kernels.bwd_tiled_dkdv[(programs * heads,)](
-            call, dout, lse, delta, dmaps, pad_sums, products, **options
+            call, dout, lse, delta, dmaps, pad_sums, products, of_windows, **options
         )
+        if of_windows is not None:
+            options = prepared.options("sum_key_gradients")
+            programs = prepared.batch_windows * -(-volume // options["BLOCK_Q"]) * heads
+            key_kernels.sum_key_gradients[(programs,)](call, of_windows, dmaps, **options)
         if dproducts is not None:
             options = prepared.options("bwd_axis_tables")
             per_window = -(-sum(static.AXIS_ROWS) // static.BLOCK_ROWS) * heads
@@ -258,7 +274,7 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
             torch.sum(table_sums, (0, 1), out=dbias)
         elif needs_dbias_table or needs_dbias:
             options = prepared.options("bwd_tiled_dbias")
-            per_window = -(-volume // options["BLOCK_Q"]) * -(-volume // options["BLOCK_K"]) * heads
+            per_window = -(-volume // options["BLOCK_Q"]) * -(-static.KEY_VOLUME // options["BLOCK_K"]) * heads
             of_type, each, groups = prepared.groups(per_window, tuning.BACKWARD_PROGRAMS)
             pair_sums = new_pair_sums(groups)
             backward_kernels.bwd_tiled_dbias[(groups * per_window,)](
@@ -267,7 +283,7 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
     if pair_sums is not None and pair_sums is not dbias:
         of_types = pair_sums.unflatten(0, (prepared.types, -1))
         if needs_dbias:
-            torch.sum(of_types, 1, out=dbias.view(prepared.types, heads, volume, volume))
+            torch.sum(of_types, 1, out=dbias.view(prepared.types, heads, volume, static.KEY_VOLUME))
         else:
             _fold(of_types.sum(1) if of_types.shape[1] > 1 else pair_sums, dbias_table, static)
     if head_sums is not None:
@@ -278,11 +294,10 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
 
 
 def _fold(dbias: Tensor, dbias_table: Tensor, static: Static) -> None:
-    """Fold dbias (types, heads, N, N) onto the rows of dbias_table."""
+    """Fold dbias (types, heads, N, M) onto the rows of dbias_table."""
     columns = dbias_table.shape[1:].numel()
     table_kernels.fold_dbias[(-(-len(dbias_table) // tuning.FOLD_ROWS) * columns,)](
-        dbias, dbias_table, columns,
-        WINDOW=static.WINDOW, TABLE_WINDOW=static.TABLE_WINDOW, PAIRS=static.TABLE_PAIRS,
-        BLOCK_N=min(tuning.FOLD_KEYS, triton.next_power_of_2(static.VOLUME)), BLOCK_ROWS=tuning.FOLD_ROWS,
+        dbias, dbias_table, columns, STATIC=static,
+        BLOCK_N=min(tuning.FOLD_KEYS, triton.next_power_of_2(static.KEY_VOLUME)), BLOCK_ROWS=tuning.FOLD_ROWS,
         num_warps=4, **ARITHMETIC,
     )  # fmt: skip
