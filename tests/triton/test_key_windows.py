@@ -12,7 +12,7 @@ from swinkernels.testing import WindowAttentionCase as Case
 from swinkernels.testing import check_window_attention, run_case
 from swinkernels.triton.window_attention import tuning
 from tests.support.triton_checks import DEVICE, DTYPES, ON_GPU, Checks
-from tests.triton.test_window_attention import packed, split
+from tests.triton.test_window_attention import check_with_dropout, packed, split
 
 CASES = {
     "two_sizes": Case(1, (3, 8), 2, 8, (3, 4), options={"key_window": (7, 4)}),
@@ -50,6 +50,11 @@ def tiles_of_a_window_match_reference(name, dtype):
         second = run_case(packed, case.inputs(dtype, DEVICE), case.arguments())
     for key, x in first.items():
         assert x.equal(second[key]), key
+
+
+@check(dtypes=DTYPES[:1])
+def dropout_matches_reference_with_the_same_pairs(dtype):
+    check_with_dropout(Case(1, (3, 4), 1, 8, (3, 4), options={"key_window": (5, 6), "dropout_p": 0.3}), dtype, seed=5)
 
 
 @check("no_bias", dtypes=DTYPES[:1])
