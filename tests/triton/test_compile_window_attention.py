@@ -120,8 +120,8 @@ PRECISIONS = {
     "float16": (torch.float16, False),
     "bfloat16": (torch.bfloat16, False),
 }
-# The configurations for each precision: all of models' sizes for bfloat16; for the others, every kernel and kind of score
-# and bias.
+# The configurations for each precision: all of models' sizes for bfloat16; for the others, every kernel and kind of
+# score and bias.
 COMPILED = {
     "float32": ("swin", "small", "swin_384", "v2", "axes_small", "key_window", "dropout_long"),
     "tf32": ("swin", "small", "padded", "v2", "axes_small", "key_window"),
@@ -130,7 +130,7 @@ COMPILED = {
 }
 KERNELS = {name: kernel for module in MODULES for name, kernel in kernels_of(module).items()}
 WHAT = [f"{precision}-{name}" for precision, names in COMPILED.items() for name in names]
-# Compiled by make test-all alone.
+# Only make test-all compiles these.
 SELDOM = [f"bfloat16-{name}" for name in ("pangu", "axes_wide", "axes_global")]
 SELDOM += ["tf32-axes_small", *(f"{precision}-key_window" for precision in ("float32", "tf32", "float16"))]
 # ptxas spills some bytes to the stack to reach the next step of occupancy (128 or 168 registers per thread).

@@ -49,7 +49,7 @@ def _split(x, dtype: tl.constexpr):
 
 @triton.jit
 def _add_split(total, a, b, STATIC: tl.constexpr):
-    """total + a b, where a is a Split."""
+    """Return total + a b, where a is a Split."""
     if b.dtype == tl.float32:
         total = tl.dot(a.high, b, total, input_precision=STATIC.PRECISION)
     elif b.dtype == tl.float16:
@@ -61,8 +61,9 @@ def _add_split(total, a, b, STATIC: tl.constexpr):
 
 @triton.jit
 def _row_and_column(query, at, OF_AXIS: tl.constexpr, STATIC: tl.constexpr):
-    """(queries, at): the number of the row plus that of the column where a query meets it, for rows or columns ``at``
-    of which the axes have so many each.
+    """Return the sum of the row and of the column at which a query meets it: it is the same for all of an axis.
+
+    ``at`` are rows or columns, of which each axis has so many as OF_AXIS says. The result is (queries, at).
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
@@ -77,7 +78,7 @@ def _row_and_column(query, at, OF_AXIS: tl.constexpr, STATIC: tl.constexpr):
 
 @triton.jit
 def _rows_met(query, column, STATIC: tl.constexpr):
-    """(queries, columns): the row of the tables that a query meets there, and whether there is one."""
+    """Return which row of the tables a query meets at a column, and whether it meets one: (queries, columns)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     row = _row_and_column(query, column, COLUMNS, STATIC) - column[None, :]
     met = (query < STATIC.VOLUME)[:, None] & (column < COLUMNS[0] + COLUMNS[1] + COLUMNS[2])[None, :]
@@ -86,7 +87,7 @@ def _rows_met(query, column, STATIC: tl.constexpr):
 
 @triton.jit
 def columns_met(query, row, STATIC: tl.constexpr):
-    """(queries, rows): the column at which a query meets the row, and whether there is one."""
+    """Return at which column a query meets a row of the tables, and whether it does: (queries, rows)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
     column = _row_and_column(query, row, ROWS, STATIC) - row[None, :]
@@ -99,7 +100,7 @@ def columns_met(query, row, STATIC: tl.constexpr):
 
 @triton.jit
 def _load_tables(row, call, STATIC: tl.constexpr):
-    """Rows of the tables, zero beyond them."""
+    """Load rows of the tables, zero beyond the last."""
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
     d = tl.arange(0, STATIC.BLOCK_D)
     mask = (row < ROWS[0] + ROWS[1] + ROWS[2])[:, None] & (d < STATIC.HEAD_DIM)[None, :]
@@ -108,7 +109,7 @@ def _load_tables(row, call, STATIC: tl.constexpr):
 
 @triton.jit
 def _has_coordinate(key, dtype: tl.constexpr, STATIC: tl.constexpr):
-    """E: (columns, keys)."""
+    """Return E, (columns, keys), of a tile of keys."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     column = tl.arange(0, STATIC.BLOCK_COLUMNS)[:, None]
@@ -121,7 +122,7 @@ def _has_coordinate(key, dtype: tl.constexpr, STATIC: tl.constexpr):
 
 @triton.jit
 def axis_products(q, query, call, STATIC: tl.constexpr):
-    """log2(e) A: (queries, columns)."""
+    """Return log2(e) A, (queries, columns), of a tile of queries."""
     BLOCK_COLUMNS: tl.constexpr = STATIC.BLOCK_COLUMNS
     BLOCK_ROWS: tl.constexpr = STATIC.BLOCK_ROWS
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
@@ -143,20 +144,20 @@ def split_products(products, call):
 
 @triton.jit
 def add_axis_bias(bias, products, key, call, STATIC: tl.constexpr):
-    """The bias of a tile with log2(e) A E added, of ``products`` from split_products."""
+    """Add log2(e) A E to the bias of a tile. ``products`` is A from split_products."""
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     return _add_split(bias, products, _has_coordinate(key, dtype, STATIC), STATIC)
 
 
 @triton.jit
 def add_dproducts(total, dscores, excess, key, STATIC: tl.constexpr):
-    """dA with a tile's dS E^T added; ``dscores`` is dS as of ``narrow``."""
+    """Add a tile's dS E^T to dA. ``dscores`` and ``excess`` are dS from ``narrow``."""
     return add_product(total, dscores, tl.trans(_has_coordinate(key, dscores.dtype, STATIC)), excess, STATIC)
 
 
 @triton.jit
 def add_axis_query_gradient(dq, dproducts, query, call, STATIC: tl.constexpr):
-    """dq with dR table added, of dA."""
+    """Add dR table to dq. ``dproducts`` is dA."""
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     BLOCK_ROWS: tl.constexpr = STATIC.BLOCK_ROWS
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
@@ -174,7 +175,7 @@ def add_axis_query_gradient(dq, dproducts, query, call, STATIC: tl.constexpr):
 
 @triton.jit
 def product_rows(data, number, head, token, call, STATIC: tl.constexpr):
-    """Where the rows of tokens lie in A or dA: (windows, heads, N, columns)."""
+    """Return where the rows of tokens lie in A or dA, (windows, heads, N, columns)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     row = (number.to(tl.int64) * call.num_heads + head) * STATIC.VOLUME + token
     return data + row[:, None] * (COLUMNS[0] + COLUMNS[1] + COLUMNS[2])

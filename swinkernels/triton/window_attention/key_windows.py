@@ -15,7 +15,7 @@ from swinkernels.triton.window_attention.call import K
 
 @triton.jit
 def locate_keys(window, token, call, STATIC: tl.constexpr):
-    """Where keys of a window lie."""
+    """Return where keys of a window lie."""
     if STATIC.HAS_KEY_WINDOW:
         WINDOW: tl.constexpr = STATIC.WINDOW
         KEY_WINDOW: tl.constexpr = STATIC.KEY_WINDOW
@@ -33,13 +33,13 @@ def locate_keys(window, token, call, STATIC: tl.constexpr):
 
 @triton.jit
 def key_rows(data, number, head, which: tl.constexpr, key, call, STATIC: tl.constexpr):
-    """Where the rows of keys lie in what windows give to them, (windows, heads, 2, M, HEAD_DIM): of k, then of v."""
+    """Return where the rows of k or v lie in the sums of each window, (windows, heads, 2, M, HEAD_DIM)."""
     first = ((number.to(tl.int64) * call.num_heads + head) * 2 + (which - K)) * STATIC.KEY_VOLUME
     return data + (first + key)[:, None] * STATIC.HEAD_DIM + tl.arange(0, STATIC.BLOCK_D)[None, :]
 
 
 @triton.jit
 def store_of_window(data, which: tl.constexpr, values, number, head, key, call, STATIC: tl.constexpr):
-    """What a window gives to its keys."""
+    """Store the gradients that a window gives to its keys."""
     inside = (key < STATIC.KEY_VOLUME)[:, None] & (tl.arange(0, STATIC.BLOCK_D) < STATIC.HEAD_DIM)[None, :]
     tl.store(key_rows(data, number, head, which, key, call, STATIC), values, mask=inside)
