@@ -31,7 +31,7 @@ CASES = {
     "three_axes_of_which_one_is_a_token": Case(1, (2, 3, 4), 1, 8, (1, 3, 4)),
     "grid": Case(1, (6, 4), 1, 8, (3, 4), options={"grid": True}),
     "masked_out": Case(1, (4, 8), 1, 8, 4, 2, options={"mask_value": -math.inf}),
-    "tiles": Case(1, (2, 35), 1, 20, (2, 36), (1, 12), has_pad_qkv=True),
+    "tiles": Case(1, (2, 35), 1, 20, (2, 36), (0, 12), has_pad_qkv=True),
 }
 # In the interpreter one window and one head.
 FEW, HEADS = (2, 3) if ON_GPU else (1, 1)
