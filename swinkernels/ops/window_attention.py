@@ -165,13 +165,13 @@ def window_attention_reasons(
     reasons = _backends._reasons(backend, "window_attention", device) + _backends._dtype_reasons(backend, dtype)
     if spec.dropout_p > 0.0 and backend == "cpu":
         reasons.append("it does not implement dropout_p")
-    if spec.axis_tables and backend != "cpu":
+    if spec.axis_tables and backend == "cuda":
         reasons.append("it does not implement axis_tables")
-    if spec.key_window != spec.window_size and backend != "cpu":
+    if spec.key_window != spec.window_size and backend == "cuda":
         reasons.append("it does not implement key_window")
-    if backend != "cpu" and any(spec.table_pairs):
+    if backend == "cuda" and any(spec.table_pairs):
         reasons.append("it does not implement table_pairs")
-    if backend != "cpu" and spec.table_types > 1:
+    if backend == "cuda" and spec.table_types > 1:
         reasons.append("it does not implement a bias_table by window type")
     if return_attention:
         reasons.append("it does not return the attention weights (return_attention)")

@@ -41,14 +41,16 @@ def kept_weights(seed: int, p: float, batch: int, num_windows: int, num_heads: i
     return torch.from_numpy(kept.reshape(batch, num_windows, num_heads, tokens, tokens))
 
 
-def kept_by_triton(seed: int, p: float, batch: int, num_windows: int, num_heads: int, tokens: int) -> Tensor:
-    """Return the weights that swinkernels/triton keeps, as 1 or 0 in the same shape.
+def kept_by_triton(
+    seed: int, p: float, batch: int, num_windows: int, num_heads: int, queries: int, keys: int
+) -> Tensor:
+    """Return the weights that swinkernels/triton keeps, as 1 or 0, (batch, num_windows, num_heads, queries, keys).
 
     Its counter is (key / 4, query, window, head): a counter's four numbers belong to four neighbouring keys.
     """
-    shape = (batch * num_windows, num_heads, tokens, -(-tokens // 4))
+    shape = (batch * num_windows, num_heads, queries, -(-keys // 4))
     window, head, query, quad = np.meshgrid(*(np.arange(x, dtype=np.uint64) for x in shape), indexing="ij")
     words = philox(seed & 0xFFFFFFFFFFFFFFFF, np.stack([quad, query, window, head], axis=-1))
-    numbers = words.view(np.int32).reshape(*shape[:3], 4 * shape[3])[..., :tokens]
+    numbers = words.view(np.int32).reshape(*shape[:3], 4 * shape[3])[..., :keys]
     kept = torch.from_numpy(numbers >= round(p * 2**32) - 2**31)
     return kept.unflatten(0, (batch, num_windows))

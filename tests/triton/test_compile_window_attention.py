@@ -15,7 +15,19 @@ import pytest
 import torch
 
 from swinkernels.ops._arguments import make_window_spec
-from swinkernels.triton.window_attention import backward, forward, gradients, mask, rows, scores, windows
+from swinkernels.triton.window_attention import (
+    axis_tables,
+    backward,
+    backward_keys,
+    backward_tables,
+    forward,
+    gradients,
+    key_windows,
+    mask,
+    rows,
+    scores,
+    windows,
+)
 from swinkernels.triton.window_attention import launch as launcher
 from tests.support.sweeps import in_turn
 from tests.support.triton_compiler import (
@@ -28,13 +40,17 @@ from tests.support.triton_compiler import (
     resources,
 )
 
+MODULES = (forward, backward, backward_tables, backward_keys)
+
 
 def record(
     dtype, *, size, window, head_dim, shift=None, heads=3, batch=2, tf32=False, packed=True, bias="table",
     cosine=False, dropout=False, pad=False, region_map=False, roll_then_pad=False, grid=False,
+    key_window=None,
 ) -> list[Launch]:  # fmt: skip
     """Record the launches of a forward and a backward call with these arguments."""
-    with recorded(forward, backward) as launches:
+    with recorded(*MODULES) as launches:
+        of_axes = (sum(2 * w - 1 for w in window), head_dim)
         window = (1,) * (3 - len(window)) + tuple(window)
         shift = tuple(shift or [0] * 3)
         shift = (0,) * (3 - len(shift)) + shift
@@ -44,12 +60,15 @@ def record(
             maps = (torch.empty(batch, *size, 3, heads, head_dim, **meta),)
         else:
             maps = tuple(torch.empty(batch, *size, heads, head_dim, **meta) for _ in range(3))
-        rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
+        keys = window if key_window is None else (1,) * (3 - len(key_window)) + tuple(key_window)
+        rows = math.prod(w + m - 1 for w, m in zip(window, keys, strict=True))
         volume = math.prod(window)
         shapes = {"table": (rows, heads), "dense": (heads, volume, volume), "types": (2, heads, volume, volume)}
+        shapes["axes"] = of_axes
+        shapes["pangu"] = (window[0] ** 2 * window[1] ** 2 * (2 * window[2] - 1), 2, heads)
         tables = (
-            torch.empty(shapes[bias], device="meta") if bias == "table" else None,
-            torch.empty(shapes[bias], device="meta") if bias in ("dense", "types") else None,
+            torch.empty(shapes[bias], device="meta") if bias in ("table", "pangu") else None,
+            torch.empty(shapes[bias], device="meta") if bias in ("dense", "types", "axes") else None,
             torch.empty(heads, device="meta") if cosine else None,
             torch.empty(3, heads, head_dim, **meta) if pad else None,
             torch.empty(frame, device="meta", dtype=torch.int32) if region_map else None,
@@ -63,7 +82,10 @@ def record(
             shift_size=shift[-len(size) :],
             pad_order="roll_then_pad" if roll_then_pad else "pad_then_roll",
             grid=grid,
+            key_window=key_window,
             dropout_p=0.1 if dropout else 0.0,
+            table_pairs=(True, True, False) if bias == "pangu" else False,
+            tables={"bias_table": tables[0], "axis_tables": tables[1] if bias == "axes" else None},
         )
         wire = spec.wire(allow_tf32=tf32), *spec.numbers
         out, lse = launcher.forward(maps, *tables, *wire)
@@ -83,6 +105,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "v2_long": {"size": (48, 48), "window": (24, 24), "shift": (12, 12), "head_dim": 32, "cosine": True},
     "types": {"size": (8, 24, 24), "window": (2, 4, 8), "shift": (1, 2, 4), "head_dim": 32, "bias": "types"},
     "dropout": {"size": (56, 56), "window": (7, 7), "shift": (3, 3), "head_dim": 32, "dropout": True},
+    "pangu": {"size": (8, 12, 24), "window": (2, 6, 12), "shift": (1, 3, 6), "head_dim": 32, "bias": "pangu"},
+    "key_window": {"size": (8, 12), "window": (4, 4), "key_window": (6, 6), "head_dim": 16, "bias": None},
+    "hat": {"size": (64, 64), "window": (16, 16), "key_window": (24, 24), "head_dim": 30, "pad": True},
+    "axes_small": {"size": (12, 12), "window": (6, 6), "shift": (3, 3), "head_dim": 16, "bias": "axes"},
+    "axes": {"size": (64, 64), "window": (14, 14), "head_dim": 64, "bias": "axes", "pad": True},
+    "axes_wide": {"size": (64, 64), "window": (14, 14), "head_dim": 80, "bias": "axes"},
+    "axes_global": {"size": (64, 64), "window": (64, 64), "head_dim": 64, "bias": "axes"},
     "dropout_long": {"size": (32, 32), "window": (16, 16), "head_dim": 32, "bias": "dense", "dropout": True},
 }
 PRECISIONS = {
@@ -91,26 +120,45 @@ PRECISIONS = {
     "float16": (torch.float16, False),
     "bfloat16": (torch.bfloat16, False),
 }
-# The configurations for each precision: all for bfloat16; for the others, every kernel and kind of score and bias.
+# The configurations for each precision: all of models' sizes for bfloat16; for the others, every kernel and kind of
+# score and bias.
 COMPILED = {
-    "float32": ("swin", "small", "swin_384", "v2", "dropout_long"),
-    "tf32": ("swin", "small", "padded", "v2"),
-    "float16": ("swin", "swin_384", "v2", "v2_long", "dropout_long"),
-    "bfloat16": tuple(CONFIGURATIONS),
+    "float32": ("swin", "small", "swin_384", "v2", "axes_small", "key_window", "dropout_long"),
+    "tf32": ("swin", "small", "padded", "v2", "axes_small", "key_window"),
+    "float16": ("swin", "swin_384", "v2", "v2_long", "axes_small", "key_window", "dropout_long"),
+    "bfloat16": tuple(name for name in CONFIGURATIONS if name not in ("axes_small", "key_window")),
 }
-KERNELS = {**kernels_of(forward), **kernels_of(backward)}
+KERNELS = {name: kernel for module in MODULES for name, kernel in kernels_of(module).items()}
 WHAT = [f"{precision}-{name}" for precision, names in COMPILED.items() for name in names]
+# Only make test-all compiles these.
+SELDOM = [f"bfloat16-{name}" for name in ("pangu", "axes_wide", "axes_global")]
+SELDOM += ["tf32-axes_small", *(f"{precision}-key_window" for precision in ("float32", "tf32", "float16"))]
 # ptxas spills some bytes to the stack to reach the next step of occupancy (128 or 168 registers per thread).
 STACK_BYTES = 16
 # Known exceptions. The backward pass of a whole window keeps bias and dbias in registers for all windows and is at the
 # limit of 255: some values are spilled once per window. At head_dim 128 with both padding and a region map, the
 # backward passes of large windows are at the limit as well, and so is that of v2's k and v, which divides q once more
-# in every tile. Triton 3.6 needs more than 3.8.
+# in every tile, and with axis_tables at head_dim 80 that of q, which also holds the gradients of both axes. Triton 3.6
+# needs more than 3.8.
 STACK_BYTES_OF = {"bwd_whole": 384 if OLD_TRITON else 192}
-STACK_BYTES_IN = {"wide_3d": 512, "v2_long": 208, **({"v2": 48, "dropout_long": 32} if OLD_TRITON else {})}
+STACK_BYTES_IN = {
+    "wide_3d": 512,
+    "v2_long": 208,
+    "axes_wide": 208,
+    "axes_global": 48,
+    **({"v2": 48, "axes": 32, "dropout_long": 32} if OLD_TRITON else {}),
+}
 
 
-@pytest.mark.parametrize(("what", "arch"), in_turn(WHAT, list(SHARED_BYTES)))
+@pytest.mark.parametrize(
+    ("what", "arch"),
+    in_turn([what for what in WHAT if what not in SELDOM], list(SHARED_BYTES))
+    + [
+        pytest.param(what, arch, id=f"{what}-{arch}", marks=pytest.mark.long)
+        for what in SELDOM
+        for arch in SHARED_BYTES
+    ],
+)
 def test_compiles_within_resources(what, arch):
     precision, configuration = what.split("-")
     dtype, tf32 = PRECISIONS[precision]
@@ -142,7 +190,7 @@ def test_batch_size_does_not_recompile():
 
 JIT_FUNCTIONS = {
     name: f.fn
-    for module in (backward, forward, gradients, mask, rows, scores, windows)
+    for module in (*MODULES, axis_tables, gradients, key_windows, mask, rows, scores, windows)
     for name, f in vars(module).items()
     if isinstance(f, JITFunction)
 }

@@ -417,10 +417,10 @@ def bias_of_minus_infinity_excludes_pairs(name, dtype):
 
 
 def philox_pairs(case: Case, seed: int) -> torch.Tensor:
-    """Return the weights that dropout keeps, (B, num_windows, num_heads, N, N), by definition."""
+    """Return the weights that dropout keeps, (B, num_windows, num_heads, N, M), by definition."""
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
-    p, n = case.options["dropout_p"], math.prod(case.window_tuple)
-    return kept_by_triton(seed, p, case.batch, windows, case.num_heads, n)
+    p, n, m = case.options["dropout_p"], math.prod(case.window_tuple), math.prod(case.key_window_tuple)
+    return kept_by_triton(seed, p, case.batch, windows, case.num_heads, n, m)
 
 
 def check_with_dropout(case: Case, dtype: torch.dtype, seed: int) -> None:

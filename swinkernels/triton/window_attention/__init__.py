@@ -1,7 +1,9 @@
 """Window attention in Triton, 2D as 3D with a leading axis of one token.
 
 From the bottom up: ``call`` (what every kernel takes), ``windows`` (the windows of a program), ``rows`` (reading and
-writing tokens), ``mask`` (the shift's seam), ``scores``, ``forward``, ``backward``, ``tuning``, ``launch``.
+writing tokens), ``key_windows`` (keys from a larger window), ``mask`` (the shift's seam), ``scores``, ``gradients``,
+``axis_tables`` (decomposed relative position), ``forward``, ``backward``, ``backward_tables``, ``backward_keys``,
+``tuning``, ``launch``.
 
 Maths     S = scale q k^T + bias + mask, P = softmax(S), out = P v, lse = log sum exp S, per window and head. Backward,
           with P recomputed from lse: dv = P^T dout, dP = dout v^T, delta = rowsum(P dP), dS = P (dP - delta),
@@ -20,6 +22,7 @@ Dropout   out = (D P) v with D = 0 or 1 / (1 - p), so that dv = (D P)^T dout and
 Tiling    N <= 64: a program owns one head and walks over several windows; a window is one tile, the bias and dbias
           tiles stay in registers from window to window. N > 64: query tiles by key tiles, a program per tile row,
           online softmax; backward in three kernels (dq and delta; dk and dv; dbias), none of which needs atomics.
+          Windows with axis_tables or a key_window count as such of N > 64.
 Order     the head varies fastest over programs: neighbours read neighbouring parts of the same token rows, so that
           whole cache lines are used even where a head's row is half a line. The windows that a program walks over are
           of one type, image by image, where types of windows have a bias each.
@@ -27,5 +30,6 @@ Bias      gathered from the table in the kernel. The table (2 KB at window 7 and
           (heads, N, N) bias made of it would cost one more launch. One that is given is read as it is.
 Traffic   forward 4 and backward 7 maps of B * S * C elements, each read or written once (N <= 64; backward of v2 reads
           q and k twice, from the cache). Sums over windows: a dbias of each program, 16 MB at most and one more.
-Limits    N <= 1024; windows of a call below 2^31; sizes of tiles are powers of two, which at window 7 costs 64/49.
+Limits    N <= 1024, with axis_tables 4096; windows of a call below 2^31; sizes of tiles are powers of two, which at
+          window 7 costs 64/49.
 """

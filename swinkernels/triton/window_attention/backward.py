@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from swinkernels.triton._window_address import coordinates, split_window
+from swinkernels.triton._window_address import split_window
+from swinkernels.triton.window_attention.axis_tables import (
+    add_axis_bias,
+    add_axis_query_gradient,
+    add_dproducts,
+    axis_products,
+    load_products,
+    split_products,
+    store_products,
+)
 from swinkernels.triton.window_attention.call import K, Q, V, kernel
 from swinkernels.triton.window_attention.gradients import (
     add_product,
@@ -19,6 +28,7 @@ from swinkernels.triton.window_attention.gradients import (
     store_dlogit_scale,
     unit_rows,
 )
+from swinkernels.triton.window_attention.key_windows import store_of_window
 from swinkernels.triton.window_attention.mask import beyond_seam, seams_of
 from swinkernels.triton.window_attention.rows import is_pad, load_lse, load_rows, store_dpad, store_gradient, store_lse
 from swinkernels.triton.window_attention.scores import (
@@ -44,6 +54,7 @@ def bwd_whole(
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
+    VOLUME: tl.constexpr = STATIC.VOLUME
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     NORMALISED: tl.constexpr = dtype != tl.bfloat16
     program = tl.program_id(0)
@@ -99,7 +110,7 @@ def bwd_whole(
         dq = row_gradient(dq, q, q_inverse, row_scale, call)
         store_gradient(dmaps, Q, dq, at, head, call, STATIC)
         if dpad is not None:
-            pad = is_pad(at, STATIC)[:, None]
+            pad = is_pad(at, VOLUME)[:, None]
             dpad_k += tl.sum(tl.where(pad, dk, 0.0), axis=0)
             dpad_v += tl.sum(tl.where(pad, dv, 0.0), axis=0)
         window = next_of_type(window, kind, first + i + 1, call, STATIC)
@@ -114,16 +125,19 @@ def bwd_whole(
 
 @kernel
 def bwd_tiled_dq(
-    call, dout, lse, delta, dmaps, dlogit_scale, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    call, dout, lse, delta, dmaps, dlogit_scale, axis_scores, daxis_scores,
+    STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """N > 64: a program owns a query tile. Also writes delta, in the layout of lse, for the two kernels that follow,
-    and its sum of dlogit_scale (windows * query tiles, heads), unless that is None.
+    """N > 64: a program owns a query tile. Also writes delta, in the layout of lse, for the kernels that follow; and,
+    unless they are None, its sum of dlogit_scale (windows * query tiles, heads), and A and dA of axis_tables.
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
+    BLOCK_COLUMNS: tl.constexpr = STATIC.BLOCK_COLUMNS
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     NORMALISED: tl.constexpr = dtype != tl.bfloat16
     VOLUME: tl.constexpr = STATIC.VOLUME
+    KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
     Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
     program = tl.program_id(0)
     head = program % call.num_heads
@@ -138,11 +152,19 @@ def bwd_tiled_dq(
     scale = head_scale(scale_log2, call)
     seed = load_seed(call)
 
+    if call.axis_tables is not None:
+        products = axis_products(queries.q, query, call, STATIC)
+        store_products(axis_scores, products, number, head, query, call, STATIC)
+        axes = split_products(products, call)
+        daxes = tl.zeros([BLOCK_Q, BLOCK_COLUMNS], tl.float32)
+
     delta_tile = tl.zeros([BLOCK_Q], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    for start in range(0, VOLUME, BLOCK_K):
+    for start in range(0, KEY_VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         bias = bias_tile(kind, query, key, head, call, STATIC)
+        if call.axis_tables is not None:
+            bias = add_axis_bias(bias, axes, key, call, STATIC)
         keys = load_keys(window, key, beyond_seam(key, call, STATIC), head, call, STATIC)
         _, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
         keep = kept_pairs(seed, number, head, query, start, call, BLOCK_K)
@@ -157,9 +179,11 @@ def bwd_tiled_dq(
     if dlogit_scale is not None:
         dlogit_rows = tl.zeros([BLOCK_Q], tl.float32)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for start in range(0, VOLUME, BLOCK_K):
+    for start in range(0, KEY_VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         bias = bias_tile(kind, query, key, head, call, STATIC)
+        if call.axis_tables is not None:
+            bias = add_axis_bias(bias, axes, key, call, STATIC)
         keys = load_keys(window, key, beyond_seam(key, call, STATIC), head, call, STATIC)
         scores, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
         keep = kept_pairs(seed, number, head, query, start, call, BLOCK_K)
@@ -168,25 +192,34 @@ def bwd_tiled_dq(
         if dlogit_scale is not None:
             dlogit_rows += tl.sum(dscores * scores, axis=1)
         excess = excess_of(dscores, dtype)
-        dq = add_product(dq, narrow(dscores, excess, dtype), unit_rows(keys.k, keys.inverse, call), excess, STATIC)
+        rounded = narrow(dscores, excess, dtype)
+        dq = add_product(dq, rounded, unit_rows(keys.k, keys.inverse, call), excess, STATIC)
+        if call.axis_tables is not None:
+            daxes = add_dproducts(daxes, rounded, excess, key, STATIC)
     if dlogit_scale is not None:
         store_dlogit_scale(dlogit_scale, dlogit_rows, program, head, call)
     dq = row_gradient(dq, queries.q, queries.inverse, scale, call)
+    if call.axis_tables is not None:
+        dq = add_axis_query_gradient(dq, daxes, query, call, STATIC)
+        if daxis_scores is not None:
+            store_products(daxis_scores, daxes, number, head, query, call, STATIC)
     store_gradient(dmaps, Q, dq, queries.at, head, call, STATIC)
 
 
 @kernel
 def bwd_tiled_dkdv(
-    call, dout, lse, delta, dmaps, dpad, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    call, dout, lse, delta, dmaps, dpad, axis_scores, of_windows,
+    STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """N > 64: a program owns a key tile. Also writes its sum over pad tokens, dpad (windows * key tiles, 2, heads,
-    HEAD_DIM), unless that is None.
+    """N > 64: a program owns a key tile. With a key_window dk and dv are left in ``of_windows``, for sum_key_gradients.
+    Also writes its sum over pad tokens, dpad (windows * key tiles, 2, heads, HEAD_DIM), unless that is None.
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     VOLUME: tl.constexpr = STATIC.VOLUME
-    K_TILES: tl.constexpr = (VOLUME + BLOCK_K - 1) // BLOCK_K
+    KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
+    K_TILES: tl.constexpr = (KEY_VOLUME + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
     head = program % call.num_heads
     group = program // call.num_heads
@@ -210,6 +243,9 @@ def bwd_tiled_dkdv(
         queries = load_queries(window, number, query, query_beyond, dout, lse, head, call, STATIC)
         delta_tile = load_lse(delta, number, head, query, call, STATIC)
         bias = bias_tile(kind, query, key, head, call, STATIC)
+        if call.axis_tables is not None:
+            products = load_products(axis_scores, number, head, query, call, STATIC)
+            bias = add_axis_bias(bias, split_products(products, call), key, call, STATIC)
         _, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
         keep = kept_pairs(seed, number, head, query, first_key, call, BLOCK_K)
         dprobs = dprobs_of(queries, keys, keep, call, STATIC)
@@ -222,10 +258,14 @@ def bwd_tiled_dkdv(
 
     dk = row_gradient(dk, keys.k, keys.inverse, scale, call)
     dv = scaled_by_keep(dv, call)
-    store_gradient(dmaps, K, dk, keys.at, head, call, STATIC)
-    store_gradient(dmaps, V, dv, keys.at, head, call, STATIC)
+    if of_windows is not None:
+        store_of_window(of_windows, K, dk, number, head, key, call, STATIC)
+        store_of_window(of_windows, V, dv, number, head, key, call, STATIC)
+    else:
+        store_gradient(dmaps, K, dk, keys.at, head, call, STATIC)
+        store_gradient(dmaps, V, dv, keys.at, head, call, STATIC)
     if dpad is not None:
-        pad = is_pad(keys.at, STATIC)[:, None]
+        pad = is_pad(keys.at, KEY_VOLUME)[:, None]
         dpad_k = tl.sum(tl.where(pad, dk, 0.0), axis=0)
         store_dpad(dpad, dpad_k, tl.sum(tl.where(pad, dv, 0.0), axis=0), group, head, call, STATIC)
 
@@ -238,7 +278,7 @@ def bwd_tiled_dbias(
     """N > 64: a program owns a tile of dbias (groups, heads, N, N) and walks over a group of windows."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     Q_TILES: tl.constexpr = (STATIC.VOLUME + BLOCK_Q - 1) // BLOCK_Q
-    K_TILES: tl.constexpr = (STATIC.VOLUME + BLOCK_K - 1) // BLOCK_K
+    K_TILES: tl.constexpr = (STATIC.KEY_VOLUME + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
     head = program % call.num_heads
     tile = program // call.num_heads
@@ -267,33 +307,3 @@ def bwd_tiled_dbias(
         dbias_tile += probs * (dprobs - delta_tile[:, None])
         window = next_of_type(window, kind, first + i + 1, call, STATIC)
     store_dbias(dbias, dbias_tile, group, query, key, head, call, STATIC)
-
-
-@kernel
-def fold_dbias(
-    dbias, dbias_table, num_heads,
-    WINDOW: tl.constexpr, TABLE_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """dbias (heads, N, N) onto (rows, heads): an entry is the sum over all pairs of its relative offset."""
-    VOLUME: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    ROWS: tl.constexpr = (2 * TABLE_WINDOW[0] - 1) * (2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)
-    program = tl.program_id(0)
-    head = program % num_heads
-    row = program // num_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    d0 = row // ((2 * TABLE_WINDOW[1] - 1) * (2 * TABLE_WINDOW[2] - 1)) - (TABLE_WINDOW[0] - 1)
-    d1 = row // (2 * TABLE_WINDOW[2] - 1) % (2 * TABLE_WINDOW[1] - 1) - (TABLE_WINDOW[1] - 1)
-    d2 = row % (2 * TABLE_WINDOW[2] - 1) - (TABLE_WINDOW[2] - 1)
-    dbias += head.to(tl.int64) * (VOLUME * VOLUME)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    for start in range(0, VOLUME, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        k0, k1, k2 = coordinates(key, TABLE_WINDOW)
-        q0 = k0[None, :] + d0[:, None]  # (BLOCK_ROWS, BLOCK_N): the query that lies at this offset from the key
-        q1 = k1[None, :] + d1[:, None]
-        q2 = k2[None, :] + d2[:, None]
-        query = (q0 * TABLE_WINDOW[1] + q1) * TABLE_WINDOW[2] + q2
-        paired = (q0 >= 0) & (q1 >= 0) & (q2 >= 0) & (q1 < TABLE_WINDOW[1]) & (q2 < TABLE_WINDOW[2])
-        paired = paired & (query < VOLUME) & (key < VOLUME)[None, :]
-        values = tl.load(dbias + query * VOLUME + key[None, :], mask=paired, other=0.0)
-        total += tl.sum(values, axis=1)
-    tl.store(dbias_table + row * num_heads + head, total, mask=row < ROWS)

@@ -35,7 +35,9 @@ class Call(NamedTuple):
     strides: Any  # of each map: batch, axes 0 to 2, head and, if it holds all three, part; in units of ALIGN elements
     map_heads: Any  # heads in a token's row of a map: three times num_heads, if it holds all three
     bias_table: Any
+    table_columns: Any  # of bias_table, one for each type of window and head; None if they are the heads
     dense_bias: Any
+    axis_tables: Any
     logit_scale: Any
     pad_qkv: Any
     region_map: Any
@@ -56,7 +58,17 @@ class Static(NamedTuple):
 
     WINDOW: Any
     VOLUME: Any  # tokens of a window
-    TABLE_WINDOW: Any
+    KEY_WINDOW: Any  # the window of keys, of the same centre
+    KEY_VOLUME: Any
+    HAS_KEY_WINDOW: Any  # it is larger than the window
+    TABLE_WINDOW: Any  # in which the tokens of bias_table are decoded; those that are keys in the next
+    TABLE_KEY_WINDOW: Any
+    TABLE_ROWS: Any  # rows of bias_table on each axis
+    TABLE_PAIRS: Any  # of each axis, whether bias_table has a row for each pair of places
+    AXIS_COLUMNS: Any  # of each axis, the coordinates that axis_tables tell apart: its window, or 0 without a table
+    AXIS_ROWS: Any  # rows of its table
+    BLOCK_COLUMNS: Any  # the columns of all axes, padded to a power of two
+    BLOCK_ROWS: Any  # rows of axis_tables that are taken at a time
     HEAD_DIM: Any
     BLOCK_D: Any  # HEAD_DIM, padded to a power of two
     ALIGN: Any  # strides are multiples of so many elements: told apart, the compiler knows how addresses are aligned

@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton.language as tl
 
 from swinkernels.triton._window_address import locate, split_window
+from swinkernels.triton.window_attention.axis_tables import add_axis_bias, axis_products, split_products
 from swinkernels.triton.window_attention.call import LN_2, K, Q, V, kernel
+from swinkernels.triton.window_attention.key_windows import locate_keys
 from swinkernels.triton.window_attention.mask import beyond_seam, masked, region_of, seams_of
 from swinkernels.triton.window_attention.rows import load_rows, store_dense, store_lse
 from swinkernels.triton.window_attention.scores import (
@@ -66,6 +68,7 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
     VOLUME: tl.constexpr = STATIC.VOLUME
+    KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
     Q_TILES: tl.constexpr = (VOLUME + BLOCK_Q - 1) // BLOCK_Q
     program = tl.program_id(0)
     head = program % call.num_heads
@@ -80,17 +83,21 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
     kind = type_of(number, call, STATIC)
     scale_log2 = head_scale_log2(head, call)
     seed = load_seed(call)
+    if call.axis_tables is not None:
+        axes = split_products(axis_products(q, query, call, STATIC), call)
 
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for start in range(0, VOLUME, BLOCK_K):
+    for start in range(0, KEY_VOLUME, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
         key_beyond = beyond_seam(key, call, STATIC)
-        key_at = locate(window, key, call, STATIC)
+        key_at = locate_keys(window, key, call, STATIC)
         k = load_rows(call, K, key_at, head, STATIC)
         v = load_rows(call, V, key_at, head, STATIC)
         bias = bias_tile(kind, query, key, head, call, STATIC)
+        if call.axis_tables is not None:
+            bias = add_axis_bias(bias, axes, key, call, STATIC)
         scores = products(q, k, q_inverse, inverse_norm(k, call), scale_log2, call, STATIC) + bias
         if STATIC.HAS_MASK:
             if seams != 0:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from swinkernels.triton._window_address import locate
 from swinkernels.triton.window_attention.call import LN_2, K, Q, V
+from swinkernels.triton.window_attention.key_windows import locate_keys
 from swinkernels.triton.window_attention.mask import region_of
 from swinkernels.triton.window_attention.rows import load_dense, load_lse, load_rows
 from swinkernels.triton.window_attention.scores import LN_100, inverse_norm, probabilities, products
@@ -48,7 +49,7 @@ def load_queries(window, number, token, beyond, dout, lse, head, call, STATIC: t
 
 @triton.jit
 def load_keys(window, token, beyond, head, call, STATIC: tl.constexpr):
-    at = locate(window, token, call, STATIC)
+    at = locate_keys(window, token, call, STATIC)
     k = load_rows(call, K, at, head, STATIC)
     v = load_rows(call, V, at, head, STATIC)
     return Keys(at, beyond, k, inverse_norm(k, call), v)
@@ -134,8 +135,9 @@ def store_dlogit_scale(dlogit_scale, rows_log2, program, head, call):
 
 @triton.jit
 def store_dbias(dbias, tile, group, query, key, head, call, STATIC: tl.constexpr):
-    """A tile of a group's sums, in (groups, heads, N, N)."""
+    """A tile of a group's sums, in (groups, heads, N, M)."""
     VOLUME: tl.constexpr = STATIC.VOLUME
-    inside = (query < VOLUME)[:, None] & (key < VOLUME)[None, :]
-    at = dbias + (group.to(tl.int64) * call.num_heads + head) * (VOLUME * VOLUME)
-    tl.store(at + query[:, None] * VOLUME + key[None, :], tile, mask=inside)
+    KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
+    inside = (query < VOLUME)[:, None] & (key < KEY_VOLUME)[None, :]
+    at = dbias + (group.to(tl.int64) * call.num_heads + head) * (VOLUME * KEY_VOLUME)
+    tl.store(at + query[:, None] * KEY_VOLUME + key[None, :], tile, mask=inside)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from swinkernels.triton._window_address import dense_row
+from swinkernels.triton.window_attention.call import Q
 
 
 @triton.jit
@@ -13,6 +14,7 @@ def load_rows(call, which: tl.constexpr, at, head, STATIC: tl.constexpr):
     """Rows of q, k or v, zero beyond the window; a pad token's is its part of pad_qkv."""
     PACKED: tl.constexpr = len(call.maps) == 1
     MAP: tl.constexpr = 0 if PACKED else which
+    VOLUME: tl.constexpr = STATIC.VOLUME if which == Q else STATIC.KEY_VOLUME
     strides = call.strides[MAP]
     base = at.image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
     if PACKED:
@@ -27,13 +29,13 @@ def load_rows(call, which: tl.constexpr, at, head, STATIC: tl.constexpr):
     if call.pad_qkv is not None:
         pad_at = (which * call.num_heads + head) * STATIC.HEAD_DIM + d
         pad = tl.load(call.pad_qkv + pad_at, mask=d < STATIC.HEAD_DIM, other=0.0)
-        rows = tl.where(is_pad(at, STATIC)[:, None], pad[None, :], rows)
+        rows = tl.where(is_pad(at, VOLUME)[:, None], pad[None, :], rows)
     return rows
 
 
 @triton.jit
-def is_pad(at, STATIC: tl.constexpr):
-    return (at.token < STATIC.VOLUME) & ~at.real
+def is_pad(at, VOLUME: tl.constexpr):
+    return (at.token < VOLUME) & ~at.real
 
 
 @triton.jit

@@ -13,28 +13,63 @@ LN_100 = tl.constexpr(4.605170185988092)
 
 
 @triton.jit
-def _table_position(token, TABLE_WINDOW: tl.constexpr):
-    """r(t): the bias of query i and key j is row r(i) - r(j) + r_max of the table."""
-    t0, t1, t2 = coordinates(token, TABLE_WINDOW)
-    return (t0 * (2 * TABLE_WINDOW[1] - 1) + t1) * (2 * TABLE_WINDOW[2] - 1) + t2
+def _table_position(t0, t1, t2, STATIC: tl.constexpr):
+    """The number of a row of bias_table from those of each axis."""
+    ROWS: tl.constexpr = STATIC.TABLE_ROWS
+    return (t0 * ROWS[1] + t1) * ROWS[2] + t2
+
+
+@triton.jit
+def _query_position(token, STATIC: tl.constexpr):
+    """r(i): the bias of query i and key j is row r(i) - r'(j) + r_0 of the table."""
+    WINDOW: tl.constexpr = STATIC.TABLE_WINDOW
+    t0, t1, t2 = coordinates(token, WINDOW)
+    return _table_position(t0, t1, t2, STATIC)
+
+
+@triton.jit
+def _key_position(token, STATIC: tl.constexpr):
+    """r'(j): r(j) but for pairs, which are numbered i + window * j."""
+    WINDOW: tl.constexpr = STATIC.TABLE_KEY_WINDOW
+    PAIRS: tl.constexpr = STATIC.TABLE_PAIRS
+    t0, t1, t2 = coordinates(token, WINDOW)
+    t0 *= -WINDOW[0] if PAIRS[0] else 1
+    t1 *= -WINDOW[1] if PAIRS[1] else 1
+    t2 *= -WINDOW[2] if PAIRS[2] else 1
+    return _table_position(t0, t1, t2, STATIC)
+
+
+@triton.jit
+def _first_position(STATIC: tl.constexpr):
+    """r_0: the row of query 0 and key 0."""
+    WINDOW: tl.constexpr = STATIC.TABLE_KEY_WINDOW
+    PAIRS: tl.constexpr = STATIC.TABLE_PAIRS
+    t0 = 0 if PAIRS[0] else WINDOW[0] - 1
+    t1 = 0 if PAIRS[1] else WINDOW[1] - 1
+    t2 = 0 if PAIRS[2] else WINDOW[2] - 1
+    return _table_position(t0, t1, t2, STATIC)
 
 
 @triton.jit
 def bias_tile(kind, query, key, head, call, STATIC: tl.constexpr):
     """log2(e) times the bias of a tile of a window of type ``kind``; minus infinity for keys beyond the window."""
     VOLUME: tl.constexpr = STATIC.VOLUME
-    inside = (query < VOLUME)[:, None] & (key < VOLUME)[None, :]
+    KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
+    inside = (query < VOLUME)[:, None] & (key < KEY_VOLUME)[None, :]
     if call.bias_table is not None:
-        TABLE_WINDOW: tl.constexpr = STATIC.TABLE_WINDOW
-        r_max = _table_position(TABLE_WINDOW[0] * TABLE_WINDOW[1] * TABLE_WINDOW[2] - 1, TABLE_WINDOW)
-        row = _table_position(query, TABLE_WINDOW)[:, None] - _table_position(key, TABLE_WINDOW)[None, :] + r_max
-        bias = tl.load(call.bias_table + row * call.num_heads + head, mask=inside, other=0.0) * LOG2_E
+        r_0 = _first_position(STATIC)
+        row = _query_position(query, STATIC)[:, None] - _key_position(key, STATIC)[None, :] + r_0
+        if call.table_columns is None:
+            at = call.bias_table + row * call.num_heads + head
+        else:
+            at = call.bias_table + row * call.table_columns + (kind * call.num_heads + head)
+        bias = tl.load(at, mask=inside, other=0.0) * LOG2_E
     elif call.dense_bias is not None:
-        tile = call.dense_bias + (kind * call.num_heads + head).to(tl.int64) * (VOLUME * VOLUME)
-        bias = tl.load(tile + query[:, None] * VOLUME + key[None, :], mask=inside, other=0.0) * LOG2_E
+        tile = call.dense_bias + (kind * call.num_heads + head).to(tl.int64) * (VOLUME * KEY_VOLUME)
+        bias = tl.load(tile + query[:, None] * KEY_VOLUME + key[None, :], mask=inside, other=0.0) * LOG2_E
     else:
         bias = tl.zeros([query.shape[0], key.shape[0]], tl.float32)
-    return tl.where((key < VOLUME)[None, :], bias, float("-inf"))
+    return tl.where((key < KEY_VOLUME)[None, :], bias, float("-inf"))
 
 
 @triton.jit

@@ -30,10 +30,21 @@ def is_whole(volume: int, itemsize: int) -> bool:
     return volume <= (64 if itemsize == 2 else 32)
 
 
-def tiles(name: str, volume: int, head_dim: int, itemsize: int) -> Tiles:
-    """The tiles of a kernel."""
+def axis_rows(itemsize: int) -> int:
+    """Rows of axis_tables that a program takes at a time."""
+    return 64 if itemsize == 2 else 32
+
+
+def tiles(
+    name: str, keys: int, head_dim: int, itemsize: int, axis_columns: int = 0, has_key_window: bool = False
+) -> Tiles:
+    """The tiles of a kernel for so many keys of a window and, with axis_tables, so many columns of them."""
     wide = head_dim > 64
-    whole = max(16, triton.next_power_of_2(volume))
+    if axis_columns > 64:  # two tiles of so many columns are in registers
+        return Tiles(32, 32, 4, 1) if itemsize == 2 else Tiles(16, 16, 4, 1)
+    if axis_columns and name in ("bwd_tiled_dq", "bwd_axis_tables"):  # they hold dA, or a tile of the tables' gradient
+        return tiles(name, keys, head_dim, itemsize)._replace(num_warps=8)
+    whole = max(16, triton.next_power_of_2(keys))
     if itemsize == 4:
         # Products that may not be rounded to TF32 run on the scalar units with operands in registers: small tiles.
         block = whole if name.endswith("whole") else 16 if wide else 32
@@ -45,6 +56,7 @@ def tiles(name: str, volume: int, head_dim: int, itemsize: int) -> Tiles:
             # dq, dk, dv and four 64 x 64 float32 tiles: beyond head_dim 32 they need the registers of 8 warps.
             return Tiles(whole, whole, num_warps * (2 if head_dim > 32 else 1), 1)
         return Tiles(whole, whole, num_warps, 1 if wide else 2)
-    # Key tiles of 32 where 64 would pad more: N = 144 is 160 keys instead of 192.
-    keys = 64 if -(-volume // 64) * 2 == -(-volume // 32) else 32
-    return Tiles(64, keys, 8, 1) if wide else Tiles(64, keys, 4, 2)
+    # Key tiles of 32 where 64 would pad more: N = 144 is 160 keys instead of 192. And where each key of a tile has an
+    # address of its own: with 64 of them some are spilled.
+    block_k = 64 if -(-keys // 64) * 2 == -(-keys // 32) and not has_key_window else 32
+    return Tiles(64, block_k, 8, 1) if wide else Tiles(64, block_k, 4, 2)
