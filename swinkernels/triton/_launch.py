@@ -47,5 +47,5 @@ def alignment(values: Sequence[int], limit: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of a GPU's multiprocessors; 132, as of an H100, where kernels are interpreted or only compiled."""
+    """Return a GPU's number of multiprocessors; an H100's, 132, where kernels are interpreted or only compiled."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
