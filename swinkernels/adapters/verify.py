@@ -104,7 +104,7 @@ def _check(path: str, name: str, got: Tensor, plain: Tensor, shaken: Tensor, exa
     for measure, of in (("RMS", lambda t: t.square().mean().sqrt()), ("largest", lambda t: t.abs().max())):
         size = of(exact).item()
         if size < 1e-9 * largest:
-            size = largest  # cancelling terms, as in the gradient of a constant in all scores, leave their roundings
+            size = largest  # terms that cancel, as in the gradient of a constant in all scores, leave rounding errors
         e, limit = of(error).item(), few * ((times * of(base) + 2 * of(magnified)).item() + rounding * size)
         if not e <= limit:  # NaN fails
             where = path or "the model itself"

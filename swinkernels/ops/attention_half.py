@@ -1,7 +1,7 @@
 """The attention half of a Swin block: the public function.
 
-A composition of the ops of the norm and of window attention, torch's products and :mod:`swinkernels.ops._recomputed`;
-it has no op of its own.
+A composition of the ops of the norm and of window attention, torch's products and :mod:`swinkernels.ops._recomputed`,
+not an op itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from swinkernels.ops._recomputed import norm_linear
 from swinkernels.ops.window_attention import spec_of, window_attention_qkvpacked, window_attention_reasons
 
 _KNOWN = Found()
-_TABLES = ("bias", "logit_scale", "region_map")  # of window attention's, beside bias_table
+_TABLES = ("bias", "logit_scale", "region_map")  # tables of window attention, other than bias_table
 
 
 def attention_half(
@@ -54,8 +54,8 @@ def attention_half(
     The published codes pad the input of the QKV projection with zeros, so a pad token's q, k and v are ``qkv_bias``:
     in v1 a pad token is zero after the norm, not before it.
 
-    For the backward pass it keeps x, q, k, v, what window attention keeps, and the input of proj, in "post" also its
-    result; the norm of "pre" is computed again. A compiler decides that by itself.
+    For the backward pass it keeps x, q, k, v, the tensors that window attention keeps, the input of proj and, in
+    "post", also its result; the norm of "pre" is recomputed. Under a compiler, the compiler decides that.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16 or float64 (torch and reference only).
@@ -65,7 +65,7 @@ def attention_half(
         proj_weight, proj_bias: (C, A) and (C,) or None, likewise.
         bias_table: relative position bias, (prod(2 * window - 1), num_heads).
         num_heads, window_size: as for :func:`swinkernels.window_attention_qkvpacked`.
-        eps: of the norm.
+        eps: added to the variance of the norm.
         norm: "pre" (v1) or "post" (v2).
         residual: False leaves ``x +`` out; the norm stays.
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
@@ -83,7 +83,7 @@ def attention_half(
         drop_path_scale where :func:`swinkernels.residual_layer_norm` is.
 
     Raises:
-        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
         NotImplementedError: the requested backend cannot run this call, with the reasons.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3; Swin Transformer V2 (Liu et al., 2022), section 3.2; first

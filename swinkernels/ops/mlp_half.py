@@ -1,6 +1,6 @@
 """The MLP half of a Swin block: the public function.
 
-A composition of the norm's op, torch's products and :mod:`swinkernels.ops._recomputed`; it has no op of its own.
+A composition of the norm's op, torch's products and :mod:`swinkernels.ops._recomputed`, not an op itself.
 """
 
 from __future__ import annotations
@@ -46,24 +46,25 @@ def mlp_half(
         y = x + d \, \gamma \cdot LayerNorm(fc_2(GELU(fc_1(x)))) \quad \text{(post, v2)}
 
     For the backward pass it keeps x and the result of fc1, and in "post" that of fc2; the norm of "pre" and GELU are
-    computed again. A compiler decides that by itself.
+    recomputed. Under a compiler, the compiler decides that.
 
     Args:
         x: (B, ..., C), float32, float16, bfloat16 or float64 (torch and reference only).
         norm_weight, norm_bias: (C,), or None for 1 and 0, any floating dtype.
         fc1_weight, fc1_bias: (hidden, C) and (hidden,) or None, in the dtype of x, or any under autocast.
         fc2_weight, fc2_bias: (C, hidden) and (C,) or None, likewise.
-        eps: of the norm.
+        eps: added to the variance of the norm.
         norm: "pre" (v1) or "post" (v2).
         approximate: "none" for the exact GELU, "tanh" for its approximation, as in torch.nn.GELU.
         residual: False leaves ``x +`` out; the norm stays.
         drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
         layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. In "pre" it multiplies the
             weight of fc2, in that dtype, before the product.
-        branch, branch_scale: the result of the half before, of the shape of x, and its drop_path_scale, (B,) or None:
-            x + branch_scale * branch takes the place of x above, added in one pass with the norm of "pre" if it has
-            the dtype of the products. None for x as it is.
-        backend: of the norm, "auto", "cuda", "torch" or "reference"; products are torch's but in the reference.
+        branch, branch_scale: the previous half's branch, of the shape of x, and its drop_path_scale, (B,) or None:
+            x + branch_scale * branch replaces x above, added in one pass with the norm of "pre" if it has the dtype of
+            the products. None for x as it is.
+        backend: backend of the norm, "auto", "cuda", "torch" or "reference"; products are torch's except in the
+        reference.
 
     Returns:
         (B, ..., C) in the dtype of x, with residual=False in that of the products in "pre". An empty batch gives an
@@ -72,7 +73,7 @@ def mlp_half(
         where :func:`swinkernels.residual_layer_norm` is.
 
     Raises:
-        ValueError, TypeError: a wrong argument, named with what was got and what is accepted.
+        ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
         NotImplementedError: the requested backend cannot run this call, with the reasons.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3; Swin Transformer V2 (Liu et al., 2022), section 3.2; second
@@ -111,7 +112,7 @@ def mlp_half(
         return number, choose(op, backend, x.device, reasons)
 
     dtype = linear_dtype(x)
-    # The kernel that adds and normalises takes this dtype alone, and has no gradient of the scale.
+    # The kernel for sum and norm supports this dtype only, and no gradient of the scale.
     learns_scale = getattr(branch_scale, "requires_grad", False)
     is_summed = norm == "pre" and not learns_scale and getattr(branch, "dtype", None) == dtype
     tensors = (

@@ -1,6 +1,6 @@
 """The ops in Triton: attaches their kernels to the ops with the suffix ``_triton``.
 
-Triton is imported with the first call, not with the package.
+Triton is imported on the first call, not with the package.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ def _launcher(name: str) -> ModuleType:
 
 
 def launch_captured(op: str, launch: Callable[..., Any], *arguments: Any) -> Any:
-    """A launch that a CUDA graph captures, or an error that says what to do if Triton would have to compile for it:
-    a new kernel is loaded into the GPU's memory, which CUDA forbids meanwhile.
+    """Run a launch that a CUDA graph captures, or raise an error with the remedy if Triton would have to compile for
+    it.
+
+    Compiling loads a new kernel into the GPU's memory, which CUDA forbids during a capture.
     """
     from triton import knobs
 
@@ -45,7 +47,7 @@ def launch_captured(op: str, launch: Callable[..., Any], *arguments: Any) -> Any
 
 
 def _attach(op: str, launch: Callable[..., Any]) -> None:
-    """Make ``launch`` the kernel of an op, on the GPU of its tensors: Triton takes the current one."""
+    """Make ``launch`` the kernel of an op, run on the GPU of its tensors: Triton uses the current one."""
 
     def run(x, *arguments):
         if x.is_cuda and x.device.index != torch.cuda.current_device():

@@ -1,4 +1,4 @@
-"""Helpers of all launch functions."""
+"""Helpers of the launch functions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 INT32_MAX = 2**31 - 1
 # Options of every launch with arithmetic: products and sums are contracted to fused multiply-adds, as by nvcc. Triton
-# 3.9 announces that its default will change.
+# 3.9 announces a change of its default.
 ARITHMETIC = {"enable_fp_fusion": True}
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x, copied only if its last axis is strided: kernels take all other strides as they are."""
+    """Return x, copied only if its last axis is strided: kernels accept all other strides."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -24,12 +24,12 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def pad_to_3d(values: Sequence[int], leading: int) -> tuple[int, ...]:
-    """A value for each of three axes: 2D gets ``leading`` as its first."""
+    """Return a value for each of three axes: 2D gets ``leading`` as its first."""
     return (leading,) * (3 - len(values)) + tuple(values)
 
 
 def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor."""
+    """Return the strides of a contiguous tensor."""
     strides, step = [], 1
     for size in reversed(sizes):
         strides.append(step)
@@ -38,7 +38,7 @@ def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def alignment(values: Sequence[int], limit: int) -> int:
-    """The largest power of two up to ``limit``, itself one, that divides all values."""
+    """Return the largest power of two up to ``limit``, itself one, that divides all values."""
     bits = limit
     for value in values:
         bits |= value
@@ -47,7 +47,5 @@ def alignment(values: Sequence[int], limit: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """The number of multiprocessors of a GPU; on other devices, where kernels are interpreted or compiled only, 132, an
-    H100's.
-    """
+    """Return a GPU's number of multiprocessors; an H100's, 132, where kernels are interpreted or only compiled."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -3,26 +3,26 @@
 Maths     u = concat of the K neighbours of a merged token, zeros outside the map, L = K C; mean and variance of u, two
           passes over registers; z = (u - mean) rstd weight + bias. Backward, with h = (u - mean) rstd, g = dz weight:
           du = rstd (g - mean(g) - h mean(g h)), dweight = sum of dz h, dbias = sum of dz, over all tokens.
-Tiling    a program holds ROWS merged tokens in registers. The L columns of one, rounded up to a power of two (as K is
-          one, padding each neighbour's channels would waste the same), are cut into PARTS of WIDTH: row i of the tile
-          (PARTS * ROWS, WIDTH) is part i // ROWS of merged token i % ROWS. Warps take the tile's rows in turn, so that
-          up to L = 512 a merged token belongs to one warp, and its sums need no barrier. The columns of a backward
-          program are in the map's order, not in that of the runs: it writes the gradient of a neighbour once, also
-          where an order has it twice or not at all.
+Tiling    a program holds ROWS merged tokens in registers. The L columns of one, rounded up to a power of two (padding
+          each neighbour's channels would waste the same, as K is one), are cut into PARTS of WIDTH: row i of the tile
+          (PARTS * ROWS, WIDTH) is part i // ROWS of merged token i % ROWS. Warps take the tile's rows in turn, so up to
+          L = 512 a merged token belongs to one warp, and its sums need no barrier. The columns of a backward program
+          are in the map's order, not in that of the runs: it writes the gradient of a neighbour once, even if an order
+          has it twice or not at all.
 Order     a program takes every PROGRAMS-th tile. Columns and parameters are the same in all of them, and rows are found
-          by carries. Backward adds up a program's share of dweight and dbias in registers, and sum_shares adds the
-          shares. There PROGRAMS is the same on every GPU, and so is the order of the sums.
-Traffic   forward x and z, backward x, dz and dx, each once; besides a share of dweight and dbias for each program.
+          by carries. Backward sums a program's share of dweight and dbias in registers, and sum_shares adds the shares.
+          Its PROGRAMS is the same on every GPU, and so is the order of the sums.
+Traffic   forward x and z, backward x, dz and dx, each once; plus a share of dweight and dbias for each program.
 Roofline  memory bound. B=128, 56x56, C=96, bf16: forward 154 MB, 46 us, backward 231 MB, 69 us at 3.35 TB/s (H100 SXM,
           published peak).
 Limits    L of at most 8192, merged tokens of a call below 2^30, no neighbour more than twice.
 
-VEC is how many elements a lane writes at a time, 16 bytes of them. Reads are told of no longer runs (max_contiguous):
-else Triton lets a lane read 16 bytes of half precision where it writes float32, and exchanges the tile between lanes.
-The map's strides are (batch, axis 0, axis 1, axis 2) in units of ALIGN elements, so that the compiler knows how far
-addresses are aligned. A merged token is a window of FACTOR tokens. Tables of four bits an entry stand for tuples that
-are indexed by a lane: RUNS, the neighbour that a run of C channels holds, and FIRST and SECOND, the runs that hold a
-neighbour, or NO_RUN; they fit 64 bits.
+VEC is the number of elements that a lane writes at a time, 16 bytes. Reads are limited to runs of the same length
+(max_contiguous): otherwise Triton lets a lane read 16 bytes of half precision where it writes float32, and exchanges
+the tile between lanes. The map's strides are (batch, axis 0, axis 1, axis 2) in units of ALIGN elements, which tells
+the compiler the alignment of addresses. A merged token is a window of FACTOR tokens. Tables of four bits per entry
+stand for tuples indexed by a lane: RUNS, the neighbour in each run of C channels, and FIRST and SECOND, the runs that
+hold a neighbour, or NO_RUN; they fit 64 bits.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ NO_RUN = 15
 _NO_RUN = tl.constexpr(NO_RUN)
 _SHARES = tl.constexpr(128)  # shares that sum_shares has in flight
 
-kernel = triton.jit(do_not_specialize=["rows"])  # else every batch size could recompile
+kernel = triton.jit(do_not_specialize=["rows"])  # otherwise every batch size could recompile
 
 
-# ---- where rows and columns are --------------------------------------------------------------------------------------
+# ---- positions of rows and columns -----------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _entry(table: tl.constexpr, i):
 
 @triton.jit
 def _offsets(neighbour, FACTOR: tl.constexpr):
-    """Of a neighbour's row-major number, its offset on each axis."""
+    """Return the offset on each axis of a neighbour, given its row-major number."""
     return neighbour // (FACTOR[1] * FACTOR[2]), neighbour // FACTOR[2] % FACTOR[1], neighbour % FACTOR[2]
 
 
@@ -61,7 +61,7 @@ def _columns(PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _advance(window, step, size, FACTOR: tl.constexpr):
-    """The merged tokens ``step`` after these: carries instead of divisions, which every lane would do."""
+    """Return the merged tokens ``step`` after these, by carries instead of divisions, which every lane would do."""
     num0, num1, num2 = tl.cdiv(size[0], FACTOR[0]), tl.cdiv(size[1], FACTOR[1]), tl.cdiv(size[2], FACTOR[2])
     n2 = window.n2 + step[3]
     carry = n2 >= num2
@@ -80,7 +80,7 @@ def _in_map(
     row, rows, origin, o0, o1, o2, column, size,
     LENGTH: tl.constexpr, HAS_PADDING: tl.constexpr,
 ):  # fmt: skip
-    """Which elements of a tile the map has."""
+    """Return a mask of the tile's elements that are in the map."""
     real = (row < rows)[:, None] & (column < LENGTH)
     if HAS_PADDING:
         real = real & (origin.y0[:, None] + o0 < size[0])
@@ -91,25 +91,25 @@ def _in_map(
 
 @triton.jit
 def _strided(y0, y1, y2, strides):
-    """Where a token lies in its image."""
+    """Return a token's offset in its image."""
     return y0.to(tl.int64) * strides[1] + y1.to(tl.int64) * strides[2] + y2.to(tl.int64) * strides[3]
 
 
 @triton.jit
 def _origin(window, FACTOR: tl.constexpr):
-    """Where the first neighbour of merged tokens lies."""
+    """Return the position of the first neighbour of merged tokens."""
     return Place(window.image, window.n0 * FACTOR[0], window.n1 * FACTOR[1], window.n2 * FACTOR[2])
 
 
 @triton.jit
 def _strided_row(at, strides):
-    """The number of a token in the map that is read."""
+    """Return the number of a token in the map that is read."""
     return at.image.to(tl.int64) * strides[0] + _strided(at.y0, at.y1, at.y2, strides)
 
 
 @triton.jit
 def _tile_rows(first, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    """The merged tokens that the rows of a tile are parts of."""
+    """Return the merged tokens of which the tile's rows are parts."""
     return first + tl.arange(0, PARTS * ROWS) % ROWS
 
 
@@ -120,7 +120,7 @@ def _by_part(tile, PARTS: tl.constexpr):
 
 @triton.jit
 def _for_each_part(total, PARTS: tl.constexpr):
-    """A value of each row as a value of each row of the tile."""
+    """Repeat a value per merged token for each row of the tile."""
     return tl.reshape(tl.broadcast_to(total[None, :], (PARTS, total.shape[0])), (PARTS * total.shape[0],))
 
 
@@ -131,7 +131,7 @@ def _row_sum(tile, PARTS: tl.constexpr):
 
 @triton.jit
 def _row_sums(a, b, PARTS: tl.constexpr):
-    """The sums of the rows of two tiles: where rows are longer than a warp, one exchange between warps for both."""
+    """Return the row sums of two tiles: for rows longer than a warp, one exchange between warps serves both."""
     in_lanes = tl.join(tl.sum(_by_part(a, PARTS), axis=0), tl.sum(_by_part(b, PARTS), axis=0))
     a, b = tl.split(tl.sum(in_lanes, axis=1))
     return _for_each_part(a, PARTS), _for_each_part(b, PARTS)
@@ -187,7 +187,7 @@ def fwd(
 
 @triton.jit
 def _load_run(data, run, channel, has, CHANNELS: tl.constexpr):
-    """A parameter at the columns of a backward tile, zero where no run holds them."""
+    """Load a parameter at the columns of a backward tile, zero where no run holds them."""
     return tl.load(data + run * CHANNELS + channel, mask=has, other=0.0).to(tl.float32)
 
 
@@ -205,7 +205,7 @@ def _load_dz(
 def _store_share(
     share, tile, RUNS: tl.constexpr, CHANNELS: tl.constexpr, LENGTH: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """The sums over a tile's rows, at the columns of the runs."""
+    """Store the sums over a tile's rows, at the columns of the runs."""
     total = tl.sum(_by_part(tile, PARTS), axis=1)
     column = _columns(PARTS, 1, tile.shape[1])
     run = _entry(RUNS, column // CHANNELS)
@@ -230,7 +230,7 @@ def bwd(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr, HAS_PADDING: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """dweight_shares and dbias_shares: (programs, L), or None. SECOND is None where no neighbour is held twice."""
+    """dweight_shares and dbias_shares: (programs, L), or None. SECOND is None unless some neighbour is held twice."""
     LENGTH: tl.constexpr = FACTOR[0] * FACTOR[1] * FACTOR[2] * CHANNELS
     program = tl.program_id(0)
     column = _columns(PARTS, ROWS, WIDTH)
@@ -244,7 +244,7 @@ def bwd(
     if SECOND is not None:
         run2 = _entry(SECOND, neighbour)
         has2 = (column < LENGTH) & (run2 != _NO_RUN)
-        held = has.to(tl.float32) + has2.to(tl.float32)  # how often a row of u holds this element
+        held = has.to(tl.float32) + has2.to(tl.float32)  # number of times that a row of u holds this element
     if weight is not None:
         w = _load_run(weight, run, channel, has, CHANNELS)
         if SECOND is not None:
@@ -302,7 +302,7 @@ def bwd(
 
 @triton.jit(do_not_specialize=["programs"])
 def sum_shares(dweight_shares, dbias_shares, dweight, dbias, programs, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """dweight and dbias (L), each the sum of its shares (programs, L), or None."""
+    """Sum the shares (programs, L) of dweight and dbias, each (L), or None."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if dweight is not None:
         tl.store(dweight + column, _sum_of_columns(dweight_shares, programs, column, LENGTH), mask=column < LENGTH)

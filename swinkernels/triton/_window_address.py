@@ -1,8 +1,8 @@
-"""Where the tokens of shifted windows lie in a map, which of them are pad tokens: index arithmetic of all window ops.
+"""Index arithmetic of all window ops: the positions of shifted windows' tokens in a map, and the pad tokens.
 
-The geometry has three axes, 2D a leading one of one token. ``roll`` is the shift as it enters the addresses: in
+The geometry has three axes, 2D a leading one of one token. ``roll`` is the shift in the form used for addresses: in
 ``roll_then_pad`` modulo the map's size, since a map may be smaller than the shift. ``before`` counts pad tokens before
-the data. On an axis the shift is below the frame, so that addresses wrap around at most once.
+the data. On each axis the shift is below the frame, so addresses wrap around at most once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 class Geometry(NamedTuple):
-    """Where the windows of a map lie: what ``locate`` reads of its argument ``geometry``."""
+    """The geometry of a map's windows: the fields that ``locate`` reads from its argument ``geometry``."""
 
     size: Any
     roll: Any
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of a window: their numbers in it, their image and map coordinates, and which of them are in the map."""
+    """Tokens of a window: their numbers in it, their image and map coordinates, and a mask of those in the map."""
 
     token: Any
     image: Any
@@ -52,13 +52,13 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def coordinates(token, WINDOW: tl.constexpr):
-    """Row-major decoding of window tokens; tokens beyond the window get a first coordinate beyond it."""
+    """Decode window tokens row-major; tokens beyond the window get a first coordinate beyond it."""
     return token // (WINDOW[1] * WINDOW[2]), token // WINDOW[2] % WINDOW[1], token % WINDOW[2]
 
 
 @triton.jit
 def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.constexpr, GRID: tl.constexpr):
-    """On one axis: the map coordinate of token t of window n, and whether the map has it (else it is a pad token)."""
+    """Return, on one axis, the map coordinate of token t of window n, and whether it is in the map or a pad token."""
     num_windows = tl.cdiv(size, WINDOW)
     g = t * num_windows + n if GRID else n * WINDOW + t
     if ROLL_THEN_PAD:
@@ -76,7 +76,7 @@ def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.co
 
 @triton.jit
 def locate(window, token, geometry, STATIC: tl.constexpr):
-    """Where tokens of a window lie. ``geometry`` has the fields of Geometry, STATIC the four flags that are read."""
+    """Locate tokens of a window. ``geometry`` has the fields of Geometry, STATIC the four flags that are read."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     ROLL_THEN_PAD: tl.constexpr = STATIC.ROLL_THEN_PAD
     GRID: tl.constexpr = STATIC.GRID
@@ -93,7 +93,7 @@ def locate(window, token, geometry, STATIC: tl.constexpr):
 
 @triton.jit
 def split_window(number, size, WINDOW: tl.constexpr):
-    """The window of that number in the batch."""
+    """Return the window with this number in the batch."""
     num1, num2 = tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
     num0 = tl.cdiv(size[0], WINDOW[0])
     n2 = number % num2
@@ -104,7 +104,7 @@ def split_window(number, size, WINDOW: tl.constexpr):
 
 @triton.jit
 def next_window(window, size, WINDOW: tl.constexpr):
-    """The window after this one: carries instead of the divisions of split_window, which every thread would do."""
+    """Return the next window, by carries instead of split_window's divisions, which every thread would do."""
     n2 = window.n2 + 1
     wraps = n2 == tl.cdiv(size[2], WINDOW[2])
     n2 = tl.where(wraps, 0, n2)
@@ -119,6 +119,6 @@ def next_window(window, size, WINDOW: tl.constexpr):
 
 @triton.jit
 def dense_row(at, size):
-    """The number of a token in a contiguous (B, *S, ...) map. ``at`` has the fields of Place."""
+    """Return the number of a token in a contiguous (B, *S, ...) map. ``at`` has the fields of Place."""
     first = at.image.to(tl.int64) * size[0]
     return ((first + at.y0) * size[1] + at.y1) * size[2] + at.y2

@@ -16,19 +16,19 @@ from swinkernels.triton._launch import ARITHMETIC, alignment, contiguous, multip
 
 MAX_ROWS = 2**30
 ACCESS_BYTES = 16
-# For maps that are read in accesses of 16 bytes; others need more registers for addresses, and so fewer columns in a
-# lane. With these, 24 warps forward and 16 backward share a multiprocessor, and nothing spills.
-COLUMNS = 16  # of a row in a lane
+# For maps read in accesses of 16 bytes; others need more registers for addresses, and so fewer columns per lane. With
+# these, 24 warps forward and 16 backward share a multiprocessor, and nothing spills.
+COLUMNS = 16  # columns of a row per lane
 FORWARD_REGISTERS, FORWARD_WARPS = 80, 24
 BACKWARD_REGISTERS = 128
-# Programs of a backward pass, on any GPU, so that the order of sums, and with it the result, does not depend on the
-# GPU: two of eight warps on each of some 130 multiprocessors, every one with a share of dweight and dbias.
+# Programs of a backward pass, the same on every GPU, so that the order of sums, and with it the result, does not depend
+# on the GPU: two of eight warps on each of some 130 multiprocessors, every one with a share of dweight and dbias.
 BACKWARD_PROGRAMS = 256
-SUM_COLUMNS = 32  # of a program of sum_shares
+SUM_COLUMNS = 32  # columns per program of sum_shares
 
 
 class Tile(NamedTuple):
-    """How the rows of a program lie in registers, the warps that hold them, and how many programs there are."""
+    """The layout of a program's rows in registers, its warps, and the number of programs."""
 
     parts: int
     rows: int
@@ -39,10 +39,10 @@ class Tile(NamedTuple):
 
 
 def tile(length: int, itemsize: int, whole: bool, backward: bool, multiprocessors: int) -> Tile:
-    """The tile of a kernel; the one place to tune. Reasoned from registers and bytes in flight, not measured.
+    """Return the tile of a kernel; the one place to tune. Derived from registers and bytes in flight, not measured.
 
-    ``itemsize`` is that of the written dtype, ``whole`` whether accesses of 16 bytes are possible. A part is one access
-    of a lane.
+    ``itemsize`` is that of the written dtype; ``whole`` is True if accesses of 16 bytes are possible. A part is one
+    access of a lane.
     """
     block, vec = triton.next_power_of_2(length), ACCESS_BYTES // itemsize
     columns = COLUMNS if whole or block > COLUMNS * 32 * 8 else max(vec, COLUMNS // 2)
@@ -54,23 +54,23 @@ def tile(length: int, itemsize: int, whole: bool, backward: bool, multiprocessor
 
 
 class _Geometry(NamedTuple):
-    """Everything in a call that does not depend on the batch: computed once and kept."""
+    """The parts of a call that do not depend on the batch, computed once and cached."""
 
-    merged: tuple[int, ...]  # S', of the map's own rank
+    merged: tuple[int, ...]  # S', with the map's own rank
     rows: int  # merged tokens of an image
     length: int
     tile: Tile
-    arguments: tuple[tuple[int, ...], ...]  # of the kernel: size, strides, step
+    arguments: tuple[tuple[int, ...], ...]  # arguments of the kernel: size, strides, step
     options: dict[str, Any]
 
 
 def _table(entries: Sequence[int]) -> int:
-    """Entries of four bits each, the first one lowest."""
+    """Pack entries of four bits each, the first one lowest."""
     return sum(entry << (4 * i) for i, entry in enumerate(entries))
 
 
 def _runs_of(neighbours: Sequence[int]) -> dict[str, int | None]:
-    """For each neighbour the first and the second run that holds it."""
+    """Return, for each neighbour, the first and the second run that holds it."""
     runs: list[list[int]] = [[] for _ in neighbours]
     for run, neighbour in enumerate(neighbours):
         runs[neighbour].append(run)
@@ -86,8 +86,8 @@ def _runs_of(neighbours: Sequence[int]) -> dict[str, int | None]:
 def _geometry(
     size: tuple[int, ...],
     channels: int,
-    itemsize: int,  # of the written dtype
-    strides: tuple[int, ...],  # of the map but its last axis
+    itemsize: int,  # that of the written dtype
+    strides: tuple[int, ...],  # those of the map, except its last axis
     factor: tuple[int, ...],
     neighbours: tuple[int, ...],
     backward: bool,
@@ -99,11 +99,11 @@ def _geometry(
     whole = align % vec == 0 and channels % vec == 0
     size, tiling = pad_to_3d(size, 1), tile(length, itemsize, whole, backward, multiprocessors)
     runs = _runs_of(neighbours) if backward else {"RUNS": _table(neighbours)}
-    bounded = whole and runs.get("SECOND") is None  # a neighbour held twice has sums of its own
+    bounded = whole and runs.get("SECOND") is None  # a neighbour held twice has separate sums
     registers = BACKWARD_REGISTERS if backward else FORWARD_REGISTERS
     steps = [s // align for s in strides]
     step, counts = [tiling.programs * tiling.rows], pad_to_3d(merged, 1)
-    for count in reversed(counts):  # the walk's step as image, i0, i1, i2
+    for count in reversed(counts):  # the step as image, i0, i1, i2
         step[:1] = divmod(step[0], count)
     return _Geometry(
         merged=merged,
@@ -151,7 +151,7 @@ def forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z, mean and rstd."""
+    """Return z, mean and rstd."""
     x = unit_stride(x)
     geometry = _prepare(x, dtype.itemsize, factor, neighbours, False)
     shape = (x.shape[0], *geometry.merged)
@@ -176,7 +176,7 @@ def backward(
     needs_dweight: bool,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias, the latter float32 and empty where not needed."""
+    """Return dx, and dweight and dbias in float32, empty where not needed."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x = unit_stride(x)
     geometry = _prepare(x, x.element_size(), factor, neighbours, True)

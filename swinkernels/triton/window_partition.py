@@ -14,26 +14,26 @@ from torch import Tensor
 from swinkernels.triton import _window_partition_kernels as kernels
 from swinkernels.triton._launch import INT32_MAX, alignment, dense_strides, pad_to_3d, unit_stride
 
-# Numbers to tune, reasoned, not measured. Four accesses a lane in blocks of two warps leave few lanes idle in the last
-# tile of a window, and at 64 to 80 registers a lane 50 KB in flight on a multiprocessor, twice what hides the latency
-# of memory. Decoding a window costs as much as moving it once; several a program, but not so few programs that the
-# last of them run alone.
+# Numbers to tune, derived, not measured. Four accesses per lane in blocks of two warps leave few lanes idle in a
+# window's last tile and, at 64 to 80 registers per lane, 50 KB in flight per multiprocessor, twice the need for hiding
+# memory latency. Decoding a window costs as much as moving it once, so a program takes several, but not so many that
+# the last programs run alone.
 CHUNKS = 256
 CHUNKS_PER_WARP = 128
 PROGRAMS = 8192
 MAX_WINDOWS = 4
 
-WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # bytes are moved as integers, whatever the dtype
+WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # bytes are moved as integers of any dtype's size
 
 
 class _Geometry(NamedTuple):
-    """Everything in a call that does not depend on the batch: computed once and kept."""
+    """The parts of a call that do not depend on the batch, computed once and cached."""
 
     volume: int
     windows: int  # per image
     tiles: int  # per window
     word: tl.dtype
-    arguments: tuple[tuple[int, ...], ...]  # of the kernel: size, roll, x_strides, window_strides
+    arguments: tuple[tuple[int, ...], ...]  # arguments of the kernel: size, roll, x_strides, window_strides
     options: dict[str, Any]
 
 
@@ -42,7 +42,7 @@ def _geometry(
     size: tuple[int, ...],
     channels: int,
     itemsize: int,
-    strides: tuple[int, ...],  # of the input but its last axis: of the map, or of the windows if reverse
+    strides: tuple[int, ...],  # those of the input, the map or the windows if reverse, except its last axis
     address: int,  # modulo 16
     window: tuple[int, ...],
     shift: tuple[int, ...],

@@ -1,15 +1,15 @@
 """Copies of Microsoft's Swin block, of whatever package: found by their structure, trusted after a trial.
 
-Classification, detection and segmentation backbones, Swin-Unet, SwinIR, Video Swin and many others carry a copy of
-Microsoft's file with changes of their own, and no class to import. A block is taken for one of them if it has the
-attributes of one: ``window_size``, ``shift_size``, ``norm1``, ``norm2``, ``mlp``, and in ``attn`` the layers ``qkv``
-and ``proj``, ``num_heads`` and a bias table (v1) or the MLP and the scale of v2. What its forward does is one of a few
-published forms (:class:`Form`), or something else. A trial (``_trial.py``) tells: a copy of the block and its
-accelerated twin run side by side on random numbers, and the first form that gives the same outputs and gradients is
-taken. A block that no form fits is left alone, with the reason.
+Classification, detection and segmentation backbones, Swin-Unet, SwinIR, Video Swin and many others contain modified
+copies of Microsoft's file, and there is no class to import. A block is a candidate if it has the right attributes:
+``window_size``, ``shift_size``, ``norm1``, ``norm2``, ``mlp``, and in ``attn`` the layers ``qkv`` and ``proj``,
+``num_heads`` and a bias table (v1) or the MLP and the scale of v2. Its forward has one of a few published forms
+(:class:`Form`), or another one. A trial (``trial.py``) decides: a copy of the block and its accelerated twin run on the
+same random numbers, and the first form that gives the same outputs and gradients is used. A block that no form fits is
+left alone, with the reason.
 
-The accelerated class is made for each class and form, and pickles as those two. Where a block as a whole is no
-published form, its attention may be one: ``attention.py``.
+The accelerated class is made for each class and form, and is pickled as that pair. If a block as a whole has no
+published form, its attention may have one: ``attention.py``.
 
 Source: models/swin_transformer.py and swin_transformer_v2.py of microsoft/Swin-Transformer, and the copies named above.
 """
@@ -57,34 +57,35 @@ from swinkernels.adapters.norms import Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
 
-_BATCH = 2  # of a trial: a wrong stride between images shows from the second on
+_BATCH = 2  # of a trial: a wrong stride between images shows only from the second image on
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a block's forward takes and does, as far as the published copies differ."""
+    """The arguments and the behaviour of a block's forward, as far as the published copies differ."""
 
     # "sequence": x is (B, L, C); "map": (B, *S, C).
     layout: str
-    # Where the map's size comes from: "input_resolution" or attributes such as "H W", "argument", "shape", of x, or
-    # "square" for a sequence whose length says it.
+    # The source of the map's size: "input_resolution" or attributes such as "H W", "argument", "shape" (of x), or
+    # "square" for a sequence whose length determines it.
     size_from: str
-    # "own": the block has the mask or makes it; "argument": it is called with one.
+    # "own": the block has the mask or makes it; "argument": the caller passes it.
     mask_from: str
-    # "stays": the window is what it is; "clamped": it is the map on an axis where that is no larger, without a shift.
+    # "stays": the window never changes; "clamped": on an axis where the map is no larger, it shrinks to it, without a
+    # shift.
     window: str
     pad_order: str
     # "pre" (v1) or "post" (v2).
     norm: str
-    # The kinds of maps (see _kind_of_map) on which a trial found nothing wrong.
+    # The kinds of maps (see _kind_of_map) on which a trial found no difference.
     maps: frozenset[str] = frozenset()
 
 
-# What a block says of itself
+# Attributes of a block
 
 
 def resembles(module: nn.Module) -> bool:
-    """Whether a module has the attributes of a shifted-window block."""
+    """Return True if a module has the attributes of a shifted-window block."""
     return (
         not isinstance(module, torch.jit.ScriptModule)
         and resembles_attention(module._modules.get("attn"))
@@ -123,7 +124,7 @@ def _resolution(block: Any) -> tuple[int, ...] | None:
 
 
 def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Window and shift on a map."""
+    """Return window and shift on a map."""
     window, shift = _window(block), _shift(block)
     if form.window == "stays":
         return window, shift
@@ -135,7 +136,7 @@ def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, 
 
 
 def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
-    """What the forms of forward treat alike: maps of whole windows or not, larger than a window on all axes or not."""
+    """Classify maps as forwards do: whole windows or not, larger than a window on all axes or not."""
     small = any(s <= w for s, w in zip(size, window, strict=True))
     padded = any(s % w for s, w in zip(size, window, strict=True))
     return ("small, " if small else "") + ("padded" if padded else "whole")
@@ -145,7 +146,7 @@ def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
 
 
 def _why_not_attention(block: Any) -> str | None:
-    """Why a block that a trial has found in order has to run its own code at present."""
+    """Return the reason why a block that passed its trial has to run its own code at present, or None."""
     attn = block._modules["attn"]
     reason = why_not_window_attention(attn)
     if reason is not None:
@@ -187,7 +188,7 @@ def _attention(form: Form, block: Any, x: Tensor, mask_value: float) -> Tensor:
 
 
 def _has_own_mask(block: Any) -> bool:
-    """Whether a stored mask holds other values than those of the block's geometry, which the ops would not read."""
+    """Return True if a stored mask, which ops do not read, differs from that of the block's geometry."""
     mask = getattr(block, MASK, None)
     try:
         resolution, window, shift = _resolution(block), _window(block), _shift(block)
@@ -210,7 +211,7 @@ _NOTHING = nn.Identity()
 
 
 def _residual(block: Any, half: int, norm: str) -> Residual | None:
-    """The sum after a half and the norm next to it as one op, where their modules are known."""
+    """Return the op for the sum after a half and the norm next to it, or None if their modules are unknown."""
     name = next((n for n in ("drop_path", f"drop_path{half}") if n in block._modules), None)
     if name is None:
         return None
@@ -230,7 +231,7 @@ Call = tuple[tuple[int, ...], float]
 
 
 def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
-    """The map's size and the mask's value for a call, or why the block's own code has to run."""
+    """Return the map's size and the mask's value for a call, or the reason why the block's own code has to run."""
     reason = block._swinkernels_changed() or _why_not_attention(block)
     if reason is not None:
         return reason
@@ -273,7 +274,7 @@ def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
 
 
 def _attention_branch(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
-    """Attention, in the layout of x, with a norm that comes before it."""
+    """Return the attention branch in the layout of x, including a norm that precedes it."""
     z = norm_for_linear(block, "norm1", x, block.attn.qkv.in_features) if form.norm == "pre" else x
     return _attention(form, block, z.reshape(x.shape[0], *size, x.shape[-1]), mask_value).reshape(x.shape)
 
@@ -285,12 +286,12 @@ def _mlp_branch(form: Form, block: Any, x: Tensor) -> Tensor:
 class StructuralBlock(DynamicSubclass):
     """A block with its attention half on a window attention op; its original class is the second base.
 
-    Geometry and parameters are read at every call. The block's own forward runs wherever the trial says nothing of a
-    call: other arguments, another kind of map, another mask than that of its geometry, hooks inside the attention,
-    layers that are not nn.Linear, tracing.
+    Geometry and parameters are read at every call. The block's own forward runs for all calls that the trial does not
+    cover: other arguments, another kind of map, a mask other than that of its geometry, hooks inside the attention,
+    layers other than nn.Linear, tracing.
     """
 
-    _swinkernels_argument: str | None  # what forward takes beside x
+    _swinkernels_argument: str | None  # argument of forward after x
     _swinkernels_in_trial = False
 
     def _swinkernels_swapped(self) -> None:
@@ -304,7 +305,7 @@ class StructuralBlock(DynamicSubclass):
         _has_own_mask(self)
 
     def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
-        """What to call the op with, or why the block's own code has to run."""
+        """Return the arguments of the op, or the reason why the block's own code has to run."""
         if self._swinkernels_own_code(x):
             return "its code is traced, was replaced, or no kernel runs on the device"
         given, name = None, self._swinkernels_argument
@@ -355,7 +356,7 @@ _SIZES = ("x_size", "size", "hw_shape", "input_size", "input_resolution")
 
 
 def _forms(block: Any) -> Iterator[Form]:
-    """The forms that a block's attributes and the signature of its forward allow, likelier ones first."""
+    """Yield the forms that a block's attributes and the signature of its forward allow, likelier ones first."""
     taken = parameters_of(original_class(block))
     if not taken or any(p.default is inspect.Parameter.empty for p in taken[2:]):
         return
@@ -374,7 +375,7 @@ def _forms(block: Any) -> Iterator[Form]:
         sources.append(("map", "shape", "own"))
         sources.append(("sequence", "square", "own"))
     norms = ("post", "pre") if is_cosine(block.attn) else ("pre", "post")
-    # Volumes are clamped in all published copies, planes in few.
+    # All published copies clamp windows of volumes, and few clamp those of planes.
     windows = ("stays", "clamped") if _axes(block) == 2 else ("clamped", "stays")
     for source, norm in itertools.product(sources, norms):
         for window, pad_order in itertools.product(windows, ("pad_then_roll", "roll_then_pad")):
@@ -385,8 +386,8 @@ _MOST_TOKENS = 20_000  # of a map to try
 
 
 def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:
-    """A map of each kind that the block may meet, as small as that can be, and one of more tokens than any number that
-    its code or its attributes may compare them with.
+    """Return a small map of each kind that the block may meet, and one of more tokens than any number with which its
+    code or its attributes may compare them.
     """
     sizes = _small_sizes(form, block)
     number = largest_number(block, _MOST_TOKENS, block.attn.qkv.in_features)
@@ -412,7 +413,7 @@ def _small_sizes(form: Form, block: Any) -> list[tuple[int, ...]]:
 
 
 def _small_resolution(block: Any) -> tuple[int, ...]:
-    """The block's own map, with fewer windows, unless its code may tell the two apart by their tokens."""
+    """Return the block's own map with fewer windows, unless its code may distinguish the two by their tokens."""
     resolution = _resolution(block)
     assert resolution is not None
     small = tuple(
@@ -425,7 +426,7 @@ def _small_resolution(block: Any) -> tuple[int, ...]:
 
 
 def _prepare(form: Form, block: Any) -> None:
-    """Make a copy of a block one of a smaller map, if it has a map of its own."""
+    """Turn a copy of a block into one for a smaller map, if it stores a map size."""
     if _resolution(block) is None:
         return
     resolution = _small_resolution(block)
@@ -437,7 +438,7 @@ def _prepare(form: Form, block: Any) -> None:
 
 
 def _call(form: Form, block: Any, x: Tensor) -> Any:
-    """The forward of a block's class on a map, with whatever else it takes."""
+    """Call the forward of a block's class on a map, with all other arguments."""
     size = tuple(x.shape[1:-1])
     args: list[Any] = []
     if form.size_from == "argument":
@@ -447,7 +448,7 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
             setattr(block, name, length)
     if form.mask_from == "argument":
         window, shift = _clamped(form, block, size)
-        if not any(shift):  # a block without shift gets the mask of its neighbours
+        if not any(shift):  # a block without shift gets its neighbours' mask
             shift = tuple(0 if w == 1 or s <= w else w // 2 for s, w in zip(size, window, strict=True))
         args.append(shift_mask(frame_of(size, window), window, shift, device=x.device))
     if form.layout == "sequence":
@@ -455,13 +456,13 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
     return type(block).forward(block, x, *args)
 
 
-# By signature: what trials of a narrow copy found, and what they then found at the module's own width.
+# Signature -> the result of trials of a narrow copy, then of one at the module's own width.
 _TRIALS: dict[tuple[Any, ...], Form | str] = {}
 _AT_OWN_WIDTH: dict[tuple[Any, ...], Form | str] = {}
 
 
 def _form_of(block: Any) -> Form | str:
-    """The form that trials find, or why there is none: thorough ones of a narrow copy, and a short one of its width."""
+    """Return the form found by trials, thorough ones of a narrow copy and a short one at full width, or a reason."""
     if any(p.is_meta for p in block.parameters()):
         return "its parameters are on meta, and a class that is not known is not trusted without a trial"
     resolution = None if _resolution(block) is None else _small_resolution(block)
@@ -481,7 +482,7 @@ def _find_form(block: Any, resolution: Any) -> Form | str:
         _TRIALS[make] = _try_forms(block, width)
     form = _TRIALS.get(make, "")
     if isinstance(form, str):
-        # A refusal may be that of a narrow copy alone.
+        # Only the narrow copy may have refused.
         return form if form and _REFUSED not in form else _try_forms(block, None)
     return _at_own_width(block, form)
 
@@ -522,7 +523,7 @@ def _try_forms(block: Any, width: Width | None) -> Form | str:
         passed, reason = _trial(block, form, width=width).run(cases)
         if not why or (
             _REFUSED in why and reason and _REFUSED not in reason
-        ):  # what differs says more than what is refused
+        ):  # a difference is more informative than a refusal
             why = reason
         if best is None or len(passed) > len(best.maps):
             best = replace(form, maps=passed)
@@ -555,19 +556,19 @@ def _put_in_place(form: Form, block: nn.Module) -> None:
 
 
 def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
-    """The adapter of a module that looks like a shifted-window block, or why it has none; None for any other module."""
+    """Return (adapter, reason), one of them None, for a module like a shifted-window block; None for others."""
     if not resembles(module):
         return None
     try:
         reason = _why_not_this_one(module)
         form = reason if reason is not None else _form_of(module)
-    except Exception as error:  # attributes of a foreign class may hold anything
+    except Exception as error:  # an unknown class may store anything in its attributes
         form = f"its attributes are not those of a shifted-window block: {type(error).__name__}: {error}"
     return (None, form) if isinstance(form, str) else (_adapter_of(module, form), None)
 
 
 def _why_not_this_one(block: Any) -> str | None:
-    """Why a block is no instance like others of its class."""
+    """Return the reason why a block differs from others of its class, or None."""
     reason = replaced_forward(block) or _why_not_attention(block)
     if reason is not None:
         return reason
@@ -580,7 +581,7 @@ def _why_not_this_one(block: Any) -> str | None:
 
 
 def _map(form: Form, block: Any) -> tuple[int, ...]:
-    """One of the kinds of maps that the trial covers."""
+    """Return a map of a kind that the trial covers."""
     if form.size_from == "input_resolution":
         resolution = _resolution(block)
         assert resolution is not None
@@ -630,12 +631,12 @@ def _adapter(original: Any, form: Form) -> Adapter:
         name=NAME,
         original=original,
         accelerated=accelerated,
-        reason_to_skip=lambda block: None,  # match has found none
+        reason_to_skip=lambda block: None,  # match has checked it
         parts=(attention,),
         input_shape=lambda block: (*_map(form, block), block.attn.qkv.in_features),
         weight=_qkv_weight,
         run=functools.partial(_call, form),
-        # Masks that are arguments may be others than the standard one, and a compiler cannot look at them: then the
-        # block's own code runs, and its attention by itself takes any mask.
+        # Masks passed as arguments may not be the standard one, and a compiler cannot inspect them: then the block's
+        # own code runs, with its attention, which takes any mask, on the op.
         looks_inside=form.mask_from == "argument",
     )

@@ -343,11 +343,7 @@ class Trial:
             _check(f"another output with {type(of).__name__}.{name} of 1", *reversed(results), tolerance=self.tolerance)
 
     def _compare_masks(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Compare where the size of the mask matters: scores of -75 and 75, with which tokens attend across a mask of
-        -100.
-
-        Across a larger mask they would not.
-        """
+        """Compare with scores of -75 and 75: tokens then attend across a mask of -100, but not of a larger one."""
         # The halves of the map have opposite signs, so a window that the shift composed has both: with keys that are
         # minus the queries, a token's score is low in its own region and high in the other.
         sign = torch.ones((), dtype=torch.float64)

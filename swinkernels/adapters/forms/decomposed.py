@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-_MOST_TOKENS = {True: 4096, False: 1024}  # of a window, with decomposed relative position and without
+_MOST_TOKENS = {True: 4096, False: 1024}  # per window, with decomposed relative position and without
 
 
 def decomposed_attention(
@@ -19,15 +19,15 @@ def decomposed_attention(
     scale: float | None,
     dropout_p: float = 0.0,
 ) -> Tensor | str:
-    """Attention up to the projection, (B, H, W, C), or why the module's own code has to run.
+    """Attention up to the projection, (B, H, W, C), or the reason why the module's own code has to run.
 
     Args:
         attn: the module with qkv and, if it uses them, the tables rel_pos_h and rel_pos_w.
         attend: as in :class:`Form`.
-        x: the normed map, (B, H, W, C).
-        window: the length of its side, or 0 for the whole map.
-        num_heads, uses_tables, dropout_p: of the module.
-        scale: the module's, or None where its code does not read it, for that of the size of a head.
+        x: the map after the norm, (B, H, W, C).
+        window: the side of a window, or 0 for the whole map.
+        num_heads, uses_tables, dropout_p: properties of the module.
+        scale: the module's scale, or None if its code does not read one: then head_dim ** -0.5.
     """
     if x.dim() != 4:
         return f"x has {x.dim()} axes"
@@ -51,7 +51,7 @@ def decomposed_attention(
 
 
 def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...], ...]:
-    """Maps to try: with pads and without, or the one that the tables are for."""
+    """Return maps to try: with pads and without, or the one that the tables fit."""
     channels = attn.qkv.in_features
     if window > 0:
         return (window + 1, 2 * window + 1, channels), (2 * window, window, channels)

@@ -1,1 +1,1 @@
-"""Adapters of known libraries, a module or a package for each. Imported only once the library has been."""
+"""Adapters of known libraries, a module or a package for each, imported only after its library."""

@@ -1,9 +1,9 @@
 """mmpretrain's Swin Transformers, v1 and v2: attention, blocks and patch merging on this package's ops.
 
-Attention. ShiftWindowMSA pads the map, rolls it, cuts it into windows, has WindowMSA or WindowMSAV2 attend inside them
-and undoes it all. Linear layers act on tokens one by one, so QKV and the projection run on the map as it lies, and the
-op addresses the windows. A pad token, a zero row, has the bias of the QKV layer as its q, k and v. Where the shorter
-side of the map is the window, there is no shift on either axis, but with pad_small_map there is one on both.
+Attention. ShiftWindowMSA pads the map, rolls it, cuts it into windows, runs WindowMSA or WindowMSAV2 inside them and
+undoes it all. Linear layers act on tokens one by one, so QKV and the projection run on the map in image order, and the
+op addresses the windows. A pad token, a zero row, has the bias of the QKV layer as its q, k and v. If the shorter side
+of the map equals the window, there is no shift on either axis, but with pad_small_map there is one on both.
 
 Residual connections, norms and patch merging (mmcv's, whose channels are those of torch.nn.Unfold) run on ops.
 The attention half of a block ends with its own DropPath.
@@ -72,7 +72,7 @@ watch(
 
 
 def _why_not_attention(attn: Any) -> str | None:
-    """Why this attention has to be mmpretrain's own code at present, or None."""
+    """Return the reason why this attention has to be mmpretrain's own code at present, or None."""
     w_msa = child(attn, "w_msa")
     reason = replaced_method(attn, ShiftWindowMSA)
     if reason is not None:
@@ -106,13 +106,13 @@ def _index(attn: Any) -> Tensor | None:
 
 
 def _attention_arguments(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """Those of the op for a map, but pad_qkv."""
+    """The op's arguments for a map, except pad_qkv."""
     w_msa = child(attn, "w_msa")
     return {"bias_table": bias_table(w_msa), **score_factor(w_msa), **_geometry(attn, height, width)}
 
 
 def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """Those that are no tensors."""
+    """The op's arguments other than tensors."""
     in_one_window = min(height, width) == attn.window_size
     return {
         "num_heads": attn.w_msa.num_heads,
@@ -124,7 +124,7 @@ def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
 
 
 def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
-    """Whether mmpretrain would not refuse the map."""
+    """Return True if mmpretrain accepts the map."""
     return (
         x.dim() == 3 and x.shape[1] == height * width and (attn.pad_small_map or min(height, width) >= attn.window_size)
     )
@@ -133,9 +133,9 @@ def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
 class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
     """mmpretrain's attention on a window attention op.
 
-    Geometry, parameters and the index of the bias table are read or compared at every call. Where the op cannot stand
-    in for mmpretrain's code (a hook on an inner module, a layer that is not an nn.Linear, another attention in the
-    windows, a method that was replaced, tracing), that runs.
+    Geometry, parameters and the index of the bias table are read or compared at every call. mmpretrain's code runs
+    where the op cannot replace it: a hook on an inner module, a layer that is not an nn.Linear, another attention in
+    the windows, a replaced method, tracing.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -180,7 +180,7 @@ _RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1",
 
 
 def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
-    """norm1 of v1: under autocast in the dtype to which the QKV layer would cast it, if nobody else sees it."""
+    """norm1 of v1: under autocast in the dtype to which the QKV layer would cast it, unless other code sees it."""
     if (
         autocast_dtype(x) is None
         or class_of(attn) is not AcceleratedShiftWindowMSA
@@ -235,7 +235,7 @@ class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
 
 
 def _why_not_usual(merging: Any) -> str | None:
-    """Why patch merging by torch.nn.Unfold is not that of blocks of 2x2 tokens, padded at the end, with a norm."""
+    """Return why merging by torch.nn.Unfold does not merge 2x2 tokens, padded at the end, with a norm; or None."""
     sampler = child(merging, "sampler")
     reason = why_not_absorbed("sampler", sampler, nn.Unfold, "an nn.Unfold")
     if reason is not None:
@@ -245,7 +245,7 @@ def _why_not_usual(merging: Any) -> str | None:
         return "it does not merge blocks of 2x2 tokens"
     if merging.norm is None:
         return "it has no norm"
-    # For blocks of two tokens both of its kinds, "corner" and "same", pad at the end.
+    # For blocks of two tokens both kinds, "corner" and "same", pad at the end.
     return why_not_absorbed("adaptive_padding", merging.adaptive_padding, AdaptivePadding, "mmcv's AdaptivePadding")
 
 
@@ -258,7 +258,7 @@ _MERGING_V2 = Merging("post", lambda merging: merging.out_channels, lambda axes:
 
 
 def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]] | None:
-    """The merged tokens and the size of their map by the op, or None where the library's own code has to run."""
+    """Merge tokens by the op; return them and the size of their map, or None where the library's code has to run."""
     if merging._swinkernels_own_code(x) or x.dim() != 3 or not isinstance(input_size, Sequence):
         return None
     height, width = input_size
@@ -286,7 +286,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 def _attention_size(attn: Any) -> tuple[int, int]:
-    """Nothing here knows its map. One with padding on each axis, and a shift."""
+    """A map with padding on each axis, and a shift: the module stores no map size."""
     return attn.window_size + 1, attn.window_size + 2
 
 

@@ -1,15 +1,15 @@
 """MONAI's SwinUNETR and SwinTransformer, 2D and 3D: blocks, stages and patch merging on this package's ops.
 
 Attention. MONAI pads the map, rolls it, cuts it into windows and undoes it all afterwards. Linear layers act on tokens
-one by one, so QKV and the projection run on the map as it lies, and the op addresses the windows. A pad token, a zero
-row that MONAI inserts after norm1, has the bias of the QKV layer as its q, k and v. On an axis where the map is no
-larger than the window, the window is the map, without a shift, and its tokens are numbered in the whole window when the
-bias is looked up.
+one by one, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token, a
+zero row that MONAI inserts after norm1, has the bias of the QKV layer as its q, k and v. On an axis where the map is no
+larger than the window, the window shrinks to the map and is not shifted; for the bias, its tokens are numbered in the
+whole window.
 
-Stages. MONAI makes the mask of a stage's shifted windows at every call, (num_windows, N, N) in float32. Where all
-blocks of a stage run on ops nobody reads it, and it is not made.
+Stages. MONAI makes the mask of a stage's shifted windows at every call, (num_windows, N, N) in float32. If all blocks
+of a stage run on ops, it is not needed and not made.
 
-Residual connections, norms and patch merging, as everywhere, run on ops.
+Residual connections, norms and patch merging run on ops.
 
 Source: monai.networks.nets.swin_unetr, MONAI 1.3 and newer.
 """
@@ -61,7 +61,7 @@ from swinkernels.reference.patch_merging import neighbours
 watch(SwinTransformerBlock, methods=("forward_part1", "forward_part2"))
 watch(BasicLayer, DropPath, MLPBlock, WindowAttention)
 
-# Stands for the mask that compute_mask would make for a block's map.
+# Replaces the mask that compute_mask would make for a block's map.
 STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MASK"})()
 
 
@@ -69,7 +69,7 @@ STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MAS
 
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
-    """Why this block's attention has to be MONAI's own code at present."""
+    """Return the reason why this block's attention has to be MONAI's own code at present, or None."""
     reason = replaced_method(block, SwinTransformerBlock)
     if reason is not None:
         return reason
@@ -97,7 +97,7 @@ def _index(block: Any) -> Tensor | None:
 
 
 def _why_not_window(block: Any, window: tuple[int, ...]) -> str | None:
-    """Why the op does not take a window, which may be smaller than the block's on a small map."""
+    """Return why the op does not take a window, which may be smaller than the block's on a small map, or None."""
     reason = why_beyond_limits(0, window)
     return reason if reason is None else f"{reason}; on maps that make them smaller, the op runs"
 
@@ -114,7 +114,7 @@ def _attention_arguments(block: SwinTransformerBlock, size: tuple[int, ...]) -> 
 
 
 def _geometry(block: SwinTransformerBlock, size: tuple[int, ...]) -> dict[str, Any]:
-    """The arguments that say where the windows are."""
+    """The op's arguments that define the windows."""
     window, shift = get_window_size(size, block.window_size, block.shift_size)
     return {
         "num_heads": block.attn.num_heads,
@@ -131,13 +131,13 @@ def _dropout_p(block: SwinTransformerBlock) -> float:
 
 def _dropout_is_on(block: SwinTransformerBlock) -> bool:
     attn = block.attn
-    # scaled_dot_product_attention, which takes the place of the rest without autograd, is called without dropout.
+    # scaled_dot_product_attention, which replaces the rest without autograd, is called without dropout.
     sdpa = getattr(attn, "use_flash_attention", False) and not torch.is_grad_enabled()
     return attn.attn_drop.training and not sdpa
 
 
 def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
-    """Whether a map has as many axes as the windows, and makes windows that the op takes."""
+    """Return True if a map has as many axes as the windows, and windows that the op takes."""
     if len(size) != len(block.window_size):
         return False
     if why_beyond_limits(0, block.window_size) is None:
@@ -183,13 +183,13 @@ _RESIDUAL = Residual("norm2", "drop_path", DropPath, "MONAI's DropPath", _casts_
 
 @constant_when_compiled
 def _order(kind: Any, axes: int) -> str | None:
-    """The order in which a class merges neighbours, by trying it: MONAI changed it in 1.5. None if no op has it."""
+    """Find the order in which a class merges neighbours by a trial: it changed in MONAI 1.5. None if no op has it."""
     return _find_order(kind, axes)
 
 
 @functools.cache
 def _find_order(kind: Any, axes: int) -> str | None:
-    with torch.device("meta"):  # no random numbers are drawn for parameters there
+    with torch.device("meta"):  # parameters draw no random numbers there
         merging: Any = kind(1, spatial_dims=axes)
     merging.norm = merging.reduction = nn.Identity()
     with torch.no_grad(), torch.device("cpu"):
@@ -213,9 +213,9 @@ def _merging_axes(merging: PatchMergingV2) -> int:
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
     """MONAI's block with its attention half on a window attention op, and norms on ops.
 
-    Geometry, parameters and the index of the bias table are read or compared at every call. Where an op cannot stand in
-    for MONAI's code (a hook on an inner module, a layer that is not an nn.Linear, a method that was replaced, tracing
-    by TorchScript or FX, another mask than compute_mask makes), MONAI's code runs.
+    Geometry, parameters and the index of the bias table are read or compared at every call. MONAI's code runs where an
+    op cannot replace it: a hook on an inner module, a layer that is not an nn.Linear, a replaced method, tracing by
+    TorchScript or FX, a mask other than compute_mask's.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -247,7 +247,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
 
 
 class AcceleratedBasicLayer(Accelerated, BasicLayer):
-    """MONAI's stage, which makes no mask where all of its blocks run on ops."""
+    """MONAI's stage, which makes no mask if all of its blocks run on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x) or not all(_needs_no_mask(block, x) for block in self.blocks):
@@ -280,7 +280,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 def _needs_no_mask(block: Any, x: Tensor) -> bool:
-    """Whether nobody would see the mask that a block gets."""
+    """Return True if no code can observe the mask that a block gets."""
     return (
         class_of(block) is AcceleratedSwinTransformerBlock
         and not has_hooks(block)
@@ -291,7 +291,7 @@ def _needs_no_mask(block: Any, x: Tensor) -> bool:
 
 
 def _as_tensor(block: SwinTransformerBlock, x: Any, mask_matrix: Any) -> Any:
-    """The mask for MONAI's own code."""
+    """Return the mask for MONAI's own code."""
     if mask_matrix is not STANDARD_MASK:
         return mask_matrix
     size = tuple(x.shape[1:-1])
@@ -318,12 +318,12 @@ def _reason_to_skip_stage(stage: BasicLayer) -> str | None:
 
 
 def _map_to_report_on(block: Any) -> tuple[int, ...]:
-    """A block does not know its map. One with whole windows, which are the hardest."""
+    """A map of whole windows, the hardest to run: the block stores no map size."""
     return tuple(w + 1 for w in block.window_size)
 
 
 def _map_to_verify(block: Any) -> tuple[int, ...]:
-    """Padded and shifted on two axes, clamped on the third, where whole windows would take seconds."""
+    """A map padded and shifted on two axes and clamped on the third, because whole windows would take seconds."""
     window = tuple(block.window_size)
     return (window[0] + 1, window[1] + 2, *(3 for _ in window[2:]))
 

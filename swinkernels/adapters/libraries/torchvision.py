@@ -2,15 +2,15 @@
 
 Attention. torchvision pads the map, rolls it, cuts it into windows and undoes it all afterwards, in one function that
 reads weights and biases and calls no inner module. Linear layers act on tokens one by one, so QKV and the projection
-run on the map as it lies, and the op addresses the windows. A pad token, a zero row, has the bias of the QKV layer as
-its q, k and v. A window never shrinks: on an axis where the map is no longer than the window, there is no shift.
+run on the map in image order, and the op addresses the windows. A pad token, a zero row, has the bias of the QKV layer
+as its q, k and v. A window never shrinks: on an axis where the map is no longer than the window, there is no shift.
 
-v2. The third of the QKV bias that belongs to k counts as zero, whatever it holds. The sigmoid of the position bias is
-taken of the table, of which the dense bias holds copies.
+v2. The third of the QKV bias that belongs to k counts as zero, whatever its values. The sigmoid of the position bias is
+applied to the table, from which the dense bias would be copied.
 
 Residual connections, norms and patch merging run on ops.
 
-torch.fx traces torchvision's code. So that a feature extractor keeps the ops, let the modules be leaves of its graph:
+torch.fx traces torchvision's code. To keep the ops in a feature extractor, make the modules leaves of its graph:
 ``create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules": [ShiftedWindowAttention]})``.
 
 Source: torchvision.models.swin_transformer, torchvision 0.26 to 0.29 (one and the same file).
@@ -61,7 +61,7 @@ watch(MLP, StochasticDepth)
 
 
 def _why_not_attention(attn: Any) -> str | None:
-    """Why this attention has to be torchvision's own code at present, or None."""
+    """Return the reason why this attention has to be torchvision's own code at present, or None."""
     reason = replaced_method(attn, original_class(attn))
     if reason is not None:
         return reason
@@ -89,12 +89,12 @@ def _index(attn: Any) -> Tensor | None:
 
 
 def _attention_arguments(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """Those of the op for a map, but pad_qkv."""
+    """The op's arguments for a map, except pad_qkv."""
     return {"bias_table": bias_table(attn), **score_factor(attn), **_geometry(attn, size)}
 
 
 def _geometry(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """Those that are no tensors."""
+    """The op's arguments other than tensors."""
     window = tuple(attn.window_size)
     return {
         "num_heads": attn.num_heads,
@@ -106,7 +106,7 @@ def _geometry(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _without_k(qkv_bias: Tensor | None) -> Tensor | None:
-    """The QKV bias with zeros for k; a product with zero would keep a NaN."""
+    """Return the QKV bias with zeros for k; a product with zero would keep a NaN."""
     if qkv_bias is None:
         return None
     qkv_bias = qkv_bias.clone()
@@ -130,8 +130,8 @@ def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
 class _Attention(Accelerated):
     """Attention with an index of the bias table.
 
-    Geometry, parameters and the index are read or compared at every call. Where the op cannot stand in for
-    torchvision's code (tracing by TorchScript or FX, a bias or an index of the user's own), that runs.
+    Geometry, parameters and the index are read or compared at every call. torchvision's code runs where the op cannot
+    replace it: tracing by TorchScript or FX, a user's own bias or index.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -163,7 +163,7 @@ class AcceleratedShiftedWindowAttentionV2(_Attention, ShiftedWindowAttentionV2):
 
 
 def _stochastic_depth_scale(stochastic_depth: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What torchvision's StochasticDepth would multiply each sample of y by: the same random numbers. None for 1."""
+    """torchvision's StochasticDepth as a factor per sample of y, from the same random numbers; None stands for 1."""
     if class_of(stochastic_depth) is nn.Identity or stochastic_depth.p == 0.0 or not stochastic_depth.training:
         return None
     keep = 1.0 - stochastic_depth.p
@@ -203,7 +203,7 @@ _MERGING_V2 = Merging("post", lambda merging: 2 * merging.dim)
 
 
 def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
-    """norm1 of v1: under autocast in the dtype to which the QKV layer would cast it, if nobody else sees it."""
+    """norm1 of v1: under autocast in the dtype to which the QKV layer would cast it, unless other code sees it."""
     if (
         autocast_dtype(x) is None
         or class_of(attn) is not AcceleratedShiftedWindowAttention
@@ -265,7 +265,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
 
 
 def _map_size(window: tuple[int, ...]) -> tuple[int, ...]:
-    """Nothing here knows its map. One with padding on each axis, and a shift."""
+    """A map with padding on each axis, and a shift: the module stores no map size."""
     return window[0] + 1, *(w + 2 for w in window[1:])
 
 

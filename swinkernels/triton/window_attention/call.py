@@ -1,4 +1,4 @@
-"""The arguments that every kernel of window attention takes, by name."""
+"""The arguments of every kernel of window attention, by name."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ Q = tl.constexpr(0)
 K = tl.constexpr(1)
 V = tl.constexpr(2)
 
-# Triton specialises integers on being 1 and on being a multiple of 16. Numbers that vary with the batch are excepted,
-# or a new batch size could recompile. The elements of tuples never are. That is welcome: 2D, with its axis of size 1,
-# is compiled without that axis, and maps of new sizes add a few variants at most.
+# Triton specialises integers on being 1 and on being a multiple of 16. Numbers that vary with the batch are exempt,
+# because a new batch size could recompile. The elements of tuples never are, which is welcome: 2D, with its axis of
+# size 1, is compiled without that axis, and maps of new sizes add a few variants at most.
 kernel = triton.jit(do_not_specialize=["batch_windows", "windows_per_program"])
 
 
 class Call(NamedTuple):
-    """The arguments of a call, as of its launch.
+    """The arguments of a call that are known at its launch.
 
-    The order is not free: ptxas spends more instructions or registers with the strides or the tables first.
+    The order matters: ptxas spends more instructions or registers with the strides or the tables first.
     """
 
-    maps: Any  # q, k and v, or the map that holds all three
+    maps: Any  # q, k and v, or one map of all three
     num_heads: Any
-    type_windows: Any  # windows of a type in an image, or None if all are of one type
+    type_windows: Any  # windows of a type in an image, or None for a single type
     size: Any
-    roll: Any  # the shift as it enters the addresses
+    roll: Any  # the shift in the form used for addresses
     before: Any  # pad tokens before the data
-    cut: Any  # the first token of an axis beyond the shift's seam; the window size where nothing is masked
-    strides: Any  # of each map: batch, axes 0 to 2, head and, if it holds all three, part; in units of ALIGN elements
-    map_heads: Any  # heads in a token's row of a map: three times num_heads, if it holds all three
+    cut: Any  # the first token of an axis beyond the shift's seam; the window size if nothing is masked
+    strides: Any  # for each map: batch, axes 0 to 2, head and, in a map of q, k and v, part; in units of ALIGN elements
+    map_heads: Any  # heads in a token's row of a map: three times num_heads in a map of q, k and v
     bias_table: Any
     table_columns: Any  # of bias_table, one for each type of window and head; None if they are the heads
     dense_bias: Any
@@ -43,9 +43,9 @@ class Call(NamedTuple):
     region_map: Any
     dropout_seed: Any
     scale: Any
-    scale_log2: Any  # scores are kept times log2(e), for exp2
+    scale_log2: Any  # factor of the scores times log2(e), for exp2
     mask_log2: Any
-    drop_below: Any  # random numbers below this drop a pair
+    drop_below: Any  # pairs with random numbers below this are dropped
     keep_scale: Any
 
 
@@ -53,7 +53,7 @@ class Static(NamedTuple):
     """The arguments of a call that kernels are compiled for.
 
     Before Triton 3.8 a field is a plain number or tuple in a kernel. To be an argument of another function, or an
-    element of a list, it has to become a ``tl.constexpr`` of its own first.
+    element of a list, it must first be assigned to a separate ``tl.constexpr``.
     """
 
     WINDOW: Any
@@ -71,7 +71,7 @@ class Static(NamedTuple):
     BLOCK_ROWS: Any  # rows of axis_tables that are taken at a time
     HEAD_DIM: Any
     BLOCK_D: Any  # HEAD_DIM, padded to a power of two
-    ALIGN: Any  # strides are multiples of so many elements: told apart, the compiler knows how addresses are aligned
+    ALIGN: Any  # unit of the strides in elements, which tells the compiler the alignment of addresses
     ROLL_THEN_PAD: Any
     GRID: Any
     HAS_PADDING: Any

@@ -22,7 +22,7 @@ from swinkernels.triton.window_attention.scores import (
 )
 from swinkernels.triton.window_attention.windows import first_window, next_of_type, type_of, window_of_type
 
-_LOWEST = tl.constexpr(-3.0e38)  # of a finite score
+_LOWEST = tl.constexpr(-3.0e38)  # the lowest finite score
 
 
 @kernel

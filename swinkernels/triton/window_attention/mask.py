@@ -1,4 +1,4 @@
-"""The mask of shifted windows: pairs of tokens that lie in different regions of the map get ``mask_value``."""
+"""The mask of shifted windows: pairs of tokens from different regions of the map get ``mask_value``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from swinkernels.triton._window_address import coordinates
 
 @triton.jit
 def beyond_seam(token, call, STATIC: tl.constexpr):
-    """A bit per axis: the token is beyond the shift's seam, if its window has the seam. The same for all windows."""
+    """Return a bit per axis: the token is beyond the shift's seam, if its window has it. The same for all windows."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     t0, t1, t2 = coordinates(token, WINDOW)
     cut = call.cut
@@ -20,7 +20,7 @@ def beyond_seam(token, call, STATIC: tl.constexpr):
 
 @triton.jit
 def seams_of(window, call, STATIC: tl.constexpr):
-    """A bit per axis: the window has the seam, which only the last one of an axis does. Zero: nothing to mask."""
+    """Return a bit per axis: the window has the seam, as only an axis' last window can. Zero: nothing to mask."""
     size, cut = call.size, call.cut
     WINDOW: tl.constexpr = STATIC.WINDOW
     if call.region_map is not None:
@@ -34,7 +34,7 @@ def seams_of(window, call, STATIC: tl.constexpr):
 
 @triton.jit
 def region_of(window, token, beyond, seams, call, STATIC: tl.constexpr):
-    """The region of tokens; tokens of a window that differ in it are masked."""
+    """Return the region of tokens; tokens of different regions are masked from each other."""
     if not STATIC.HAS_MASK:
         region = token
     elif call.region_map is None:
@@ -54,5 +54,5 @@ def region_of(window, token, beyond, seams, call, STATIC: tl.constexpr):
 
 @triton.jit
 def masked(scores, query_region, key_region, call):
-    """The scores of a tile with the mask added."""
+    """Add the mask to the scores of a tile."""
     return tl.where(query_region[:, None] != key_region[None, :], scores + call.mask_log2, scores)

@@ -1,4 +1,4 @@
-"""Reading and writing one head's rows of tokens ``at`` some place in the map (``Tokens``)."""
+"""Reading and writing one head's rows of the tokens ``at`` given positions (``Tokens``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from swinkernels.triton.window_attention.call import Q
 
 @triton.jit
 def load_rows(call, which: tl.constexpr, at, head, STATIC: tl.constexpr):
-    """Rows of q, k or v, zero beyond the window; a pad token's is its part of pad_qkv."""
+    """Load rows of q, k or v, zero beyond the window; a pad token's row is its part of pad_qkv."""
     PACKED: tl.constexpr = len(call.maps) == 1
     MAP: tl.constexpr = 0 if PACKED else which
     VOLUME: tl.constexpr = STATIC.VOLUME if which == Q else STATIC.KEY_VOLUME
@@ -40,7 +40,7 @@ def is_pad(at, VOLUME: tl.constexpr):
 
 @triton.jit
 def load_dense(data, at, head, call, STATIC: tl.constexpr):
-    """Rows of a contiguous map."""
+    """Load rows of a contiguous map."""
     d = tl.arange(0, STATIC.BLOCK_D)
     first = (dense_row(at, call.size) * call.num_heads + head) * STATIC.HEAD_DIM
     mask = at.real[:, None] & (d < STATIC.HEAD_DIM)[None, :]
@@ -49,7 +49,7 @@ def load_dense(data, at, head, call, STATIC: tl.constexpr):
 
 @triton.jit
 def store_dense(data, values, at, head, row_heads, call, STATIC: tl.constexpr):
-    """Rows of a contiguous map whose tokens have ``row_heads`` heads."""
+    """Store rows of a contiguous map whose tokens have ``row_heads`` heads."""
     d = tl.arange(0, STATIC.BLOCK_D)
     first = (dense_row(at, call.size) * row_heads + head) * STATIC.HEAD_DIM
     mask = at.real[:, None] & (d < STATIC.HEAD_DIM)[None, :]
@@ -58,7 +58,7 @@ def store_dense(data, values, at, head, row_heads, call, STATIC: tl.constexpr):
 
 @triton.jit
 def store_gradient(dmaps, which: tl.constexpr, values, at, head, call, STATIC: tl.constexpr):
-    """Rows of dq, dk or dv."""
+    """Store rows of dq, dk or dv."""
     PACKED: tl.constexpr = len(dmaps) == 1
     MAP: tl.constexpr = 0 if PACKED else which
     row_head = which * call.num_heads + head if PACKED else head
@@ -67,7 +67,7 @@ def store_gradient(dmaps, which: tl.constexpr, values, at, head, call, STATIC: t
 
 @triton.jit
 def store_dpad(dpad, dk, dv, group, head, call, STATIC: tl.constexpr):
-    """A program's sums over pad tokens, in (groups, 2, heads, HEAD_DIM)."""
+    """Store a program's sums over pad tokens, in (groups, 2, heads, HEAD_DIM)."""
     d = tl.arange(0, STATIC.BLOCK_D)
     at = (group.to(tl.int64) * 2 * call.num_heads + head) * STATIC.HEAD_DIM + d
     tl.store(dpad + at, dk, mask=d < STATIC.HEAD_DIM)
@@ -76,7 +76,7 @@ def store_dpad(dpad, dk, dv, group, head, call, STATIC: tl.constexpr):
 
 @triton.jit
 def load_lse(data, number, head, token, call, STATIC: tl.constexpr):
-    """The values of tokens of window ``number`` in lse or delta: (windows, heads, N)."""
+    """Load the lse or delta of tokens of window ``number``: (windows, heads, N)."""
     first = (number.to(tl.int64) * call.num_heads + head) * STATIC.VOLUME
     return tl.load(data + first + token, mask=token < STATIC.VOLUME, other=0.0)
 

@@ -1,4 +1,4 @@
-"""Numbers to tune, reasoned from registers and shared memory, not measured."""
+"""Numbers to tune, derived from registers and shared memory, not measured."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 import triton
 
-# Programs that a kernel which walks over windows is cut into: a few waves on a GPU of some 130 multiprocessors, on any
-# GPU, so that the order of sums, and with it the result, does not depend on the GPU.
+# The number of programs of a kernel that walks over windows: a few waves on a GPU of some 130 multiprocessors. It is
+# the same on every GPU, so that the order of sums, and with it the result, does not depend on the GPU.
 FORWARD_PROGRAMS = 2048
 BACKWARD_PROGRAMS = 1024
-# More windows for a program would leave a long last wave; by then the bias tile costs little per window.
+# More windows per program would leave a long last wave; by then the bias tile costs little per window.
 MAX_FORWARD_WINDOWS = 8
-FOLD_ROWS = 16  # table entries of a program that folds dbias
-FOLD_KEYS = 256  # keys that it takes at a time
+FOLD_ROWS = 16  # table entries per program that folds dbias
+FOLD_KEYS = 256  # keys per step of such a program
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut: tokens of a query and of a key tile, and the compiler's launch options."""
+    """The tiles of a kernel: tokens of a query and of a key tile, and the compiler's launch options."""
 
     block_q: int
     block_k: int
@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
 
 def is_whole(volume: int, itemsize: int) -> bool:
-    """Whether a window is one tile; float32 tiles of 64 tokens do not fit the registers of a backward program."""
+    """Return True if a window is one tile; float32 tiles of 64 tokens exceed the registers of a backward program."""
     return volume <= (64 if itemsize == 2 else 32)
 
 

@@ -1,4 +1,4 @@
-"""Which windows a program takes."""
+"""The windows of a program."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def _windows_of_image(call, STATIC: tl.constexpr):
 
 @triton.jit
 def type_of(number, call, STATIC: tl.constexpr):
-    """The type of a window of the batch."""
+    """Return the type of a window of the batch."""
     return 0 if call.type_windows is None else number % _windows_of_image(call, STATIC) // call.type_windows
 
 
 @triton.jit
 def window_of_type(kind, i, call, STATIC: tl.constexpr):
-    """The number in the batch of the i-th window of a type."""
+    """Return the number in the batch of the i-th window of a type."""
     if call.type_windows is not None:
         image = i // call.type_windows
         i = image * _windows_of_image(call, STATIC) + kind * call.type_windows + i % call.type_windows
@@ -32,7 +32,7 @@ def window_of_type(kind, i, call, STATIC: tl.constexpr):
 
 @triton.jit
 def first_window(group, batch_windows, windows_per_program, call):
-    """Type, first window and number of windows of a group, of the ``batch_windows`` of a type in the batch."""
+    """Return type, first window and number of windows of a group, of the ``batch_windows`` of a type in the batch."""
     if call.type_windows is not None:
         groups = tl.cdiv(batch_windows, windows_per_program)
         kind, group = group // groups, group % groups
@@ -44,7 +44,7 @@ def first_window(group, batch_windows, windows_per_program, call):
 
 @triton.jit
 def next_of_type(window, kind, i, call, STATIC: tl.constexpr):
-    """The i-th window of a type, ``window`` being the one before."""
+    """Return the i-th window of a type, given the one before as ``window``."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     if call.type_windows is None:
         window = next_window(window, call.size, WINDOW)

@@ -13,8 +13,8 @@
 
 namespace swinkernels::cuda {
 
-// The dbias of a long window takes N * N floats for each worker of a unit: at most as many workers as this holds, at
-// least one.
+// The dbias of a long window takes N * N floats for each worker of a unit. Workers are limited to as many as fit into
+// this, but there is at least one.
 constexpr int64_t kMostDenseBytes = int64_t{64} << 20;
 
 // The TF32 backward of these would spill registers; the float kernels, which are at least as accurate, take them.

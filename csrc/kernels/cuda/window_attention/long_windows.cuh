@@ -31,7 +31,7 @@ inline bool is_plain(const WindowAttentionForwardParams& params, size_t element_
          params.head_dim * element_bytes % 16 == 0;
 }
 
-// A map whose tokens lie one stride apart, in bytes.
+// A map with one stride, in bytes, between consecutive tokens.
 struct RegularMap {
   uint64_t data, batch, head;
   uint32_t token;

@@ -1,4 +1,4 @@
-"""timm's models on this package's ops: a file for each of timm's that has blocks of its own."""
+"""timm's models on this package's ops: a module for each timm file with its own kind of blocks."""
 
 from swinkernels.adapters.libraries.timm import maxvit, swin, swin_v2, swin_v2_cr, vit, vit_sam, windows
 

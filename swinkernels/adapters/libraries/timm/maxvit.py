@@ -1,8 +1,8 @@
 """timm's MaxViT: attention in windows and in grids, channels last, channels first, and both at once.
 
 timm cuts the map into windows or dilated grids. The layers before and after attention (Linear or 1x1 convolution) act
-on tokens one by one, so they run on the map as it lies, and the op addresses windows and grids. q, k and v are
-views of what the QKV layer returns: in the models with ``head_first``, each head has its q, k and v side by side.
+on tokens one by one, so they run on the map in image order, and the op addresses windows and grids. q, k and v are
+views of the QKV layer's result: in the models with ``head_first``, each head has its q, k and v together.
 
 Source: timm.models.maxxvit, timm 0.9.16 and newer.
 """
@@ -33,7 +33,7 @@ watch(ParallelPartitionAttention, PartitionAttention2d, PartitionAttentionCl, me
 
 
 def why_not_attention(attn: Any, name: str, window: tuple[int, int]) -> str | None:
-    """Why an attention module's work has to be done by timm's own code at present, or None."""
+    """Return the reason why timm's own code has to do an attention module's work at present, or None."""
     kind = original_class(attn)
     if kind is AttentionCl:
         reason = why_not_window_attention(attn, name)
@@ -61,7 +61,7 @@ def _why_not_pointwise(attn: Any, name: str) -> str | None:
 
 
 def _arguments(attn: Any, window: tuple[int, int], grid: bool) -> dict[str, Any]:
-    """The arguments of the op but for bias_table."""
+    """The op's arguments, except bias_table."""
     return {
         "num_heads": attn.num_heads,
         "window_size": window,
@@ -76,7 +76,7 @@ def _dropout_p(attn: Any) -> float:
 
 
 def attend(attn: Any, x: Tensor, window: tuple[int, int], grid: bool, op: Callable[..., Tensor]) -> Tensor:
-    """What an attention module makes of a map that is cut into windows or grids; channels are where they are in x.
+    """Run an attention module on a map that it cuts into windows or grids; channels stay in the axis of x.
 
     ``op(qkv, **arguments)`` and ``op(q, k, v, **arguments)`` are the two window attention ops.
     """
@@ -104,11 +104,11 @@ def _divides(size: torch.Size | tuple[int, ...], window: tuple[int, int]) -> boo
 
 
 class _Partition(Accelerated):
-    """A block with one or two attention modules, each with an index of its own.
+    """A block with one or two attention modules, each with its own index.
 
-    Geometry, parameters and stored tensors are read or compared at every call, so ``set_input_size`` holds. Where the
-    op cannot stand in for timm's code (a hook on an inner module, another layer, a method that was replaced, tracing),
-    timm's code runs.
+    Geometry, parameters and stored tensors are read or compared at every call, so ``set_input_size`` takes effect.
+    timm's code runs where the op cannot replace it: a hook on an inner module, another layer, a replaced method,
+    tracing.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -130,7 +130,7 @@ class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
 
 
 class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
-    """As :class:`AcceleratedPartitionAttentionCl`, channels first."""
+    """timm's block with channels first, its attention on a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
@@ -140,7 +140,7 @@ class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
 
 
 class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttention):
-    """As :class:`AcceleratedPartitionAttentionCl`, with both kinds of attention side by side."""
+    """timm's block with both kinds of attention in parallel, each on a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         window = self.partition_size
@@ -152,7 +152,7 @@ class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttenti
 
 
 def _attentions(block: Any) -> list[tuple[str, bool]]:
-    """The names of a block's attention modules, and whether each looks at grids."""
+    """Return the names of a block's attention modules, each with True for grids."""
     if "attn" in block._modules:
         return [("attn", not block.partition_block)]
     return [("attn_block", False), ("attn_grid", True)]
@@ -175,7 +175,7 @@ def _weight(block: Any) -> Tensor:
 
 
 def _map_size(block: Any) -> tuple[int, int]:
-    """It does not know its map. One of more than one window."""
+    """A map of more than one window: the block stores no map size."""
     height, width = block.partition_size
     return 2 * height, 3 * width
 

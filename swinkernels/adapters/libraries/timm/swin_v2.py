@@ -1,10 +1,9 @@
 """timm's Swin Transformer V2: cosine attention, norms and patch merging.
 
-The table of the continuous position bias is made by the module's own layers; timm gathers it before the sigmoid, here
-the op looks it up. The norms are behind the branches, so the zeros that timm pads with are rows of the residual stream:
-a pad token's q, k and v are the biases, with 0 for k. The sum of a residual connection and the norm before it are one
-op, and so are the norm of patch merging and its gather, around the reduction; both are timm's own code wherever no fast
-backend runs them.
+The module's own layers make the table of the continuous position bias; timm gathers it before the sigmoid, here the op
+reads it. The norms follow the branches, so the zeros that timm pads with are rows of the residual stream: a pad token's
+q, k and v are the biases, with 0 for k. The sum of a residual connection and the norm before it are one op; so are the
+norm of patch merging and its gather, around the reduction. Both are timm's own code where no fast backend runs them.
 
 Source: timm.models.swin_transformer_v2, timm 0.9.16 and newer.
 """
@@ -29,7 +28,7 @@ watch(WindowAttention)
 
 
 def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
-    """Why this block's attention has to be timm's own code at present."""
+    """Return the reason why this block's attention has to be timm's own code at present, or None."""
     reason = _blocks.why_not_attention(block, WindowAttention)
     if reason is not None:
         return reason
@@ -46,12 +45,12 @@ def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
 
 
 def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
-    """The arguments of the op but for what the block's layers make: bias_table and pad_qkv."""
+    """The op's arguments, except those that the block's layers compute: bias_table and pad_qkv."""
     return {"logit_scale": child(block, "attn").logit_scale, **_blocks.shifted_windows(block)}
 
 
 def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """q, k and v of a map, and of a pad token."""
+    """Return q, k and v of a map, and of a pad token."""
     if attn.q_bias is None:
         return attn.qkv(x), None
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))

@@ -1,7 +1,7 @@
-"""timm's relative position ViT: global attention with a bias that the op looks up in its table; one window is the map.
+"""timm's relative position ViT: global attention with a bias table, as a single window that is the whole map.
 
-A bias that is no such table, because there is a class token or because the model hands one to all blocks, stays with
-timm, and so does attention without any: torch's own attention is as fast.
+A bias without such a table, because there is a class token or because the model passes one bias to all blocks, stays
+timm's code, and so does attention without a bias: torch's own attention is as fast.
 
 Source: timm.models.vision_transformer_relpos, timm 0.9.16 and newer.
 """
@@ -24,7 +24,7 @@ watch(RelPosAttention)
 
 
 def _why_not(attn: Any) -> str | None:
-    """Why this attention has to be timm's own code at present."""
+    """Return the reason why this attention has to be timm's own code at present, or None."""
     rel_pos = attn.rel_pos
     if rel_pos is None:
         return "it has no position bias of its own, and torch's attention is as fast as a window attention op"
@@ -44,7 +44,7 @@ def _map_size(attn: Any) -> tuple[int, int]:
 
 
 def _arguments(attn: Any) -> dict[str, Any]:
-    """The arguments of the op but for bias_table."""
+    """The op's arguments, except bias_table."""
     return {
         "num_heads": attn.num_heads,
         "window_size": _map_size(attn),
@@ -60,8 +60,8 @@ def _dropout_p(attn: Any) -> float:
 class AcceleratedRelPosAttention(Accelerated, RelPosAttention):
     """timm's attention on a window attention op.
 
-    Parameters and stored tensors are read or compared at every call. Where the op cannot stand in for timm's code (a
-    hook on an inner module, another layer, a method that was replaced, tracing), timm's code runs.
+    Parameters and stored tensors are read or compared at every call. timm's code runs where the op cannot replace it: a
+    hook on an inner module, another layer, a replaced method, tracing.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:

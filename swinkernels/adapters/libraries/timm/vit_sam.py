@@ -1,6 +1,6 @@
 """timm's ViT of SAM and ViTDet: windows without a shift, decomposed relative position, as a form.
 
-timm drops paths of windows, not of images, so that a drop path gets the map cut into windows.
+timm drops paths of windows, not of images, so a drop path gets the map cut into windows.
 
 Source: timm.models.vision_transformer_sam, timm 0.9.16 and newer.
 """

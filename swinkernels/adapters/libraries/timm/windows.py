@@ -1,8 +1,8 @@
 """timm's window attention without a shift, as forms: DaViT, TinyViT, GC ViT, Twins, NesT, Hiera and SAM 2's Hiera; and
-CoAtNet's attention over the whole map, whose bias is looked up in a table.
+CoAtNet's attention over the whole map, whose bias comes from a table.
 
-Linear layers act on tokens one by one, so QKV and the projection run on the map as it lies, and the op addresses the
-windows. A pad token is a zero row of what the blocks pad.
+Linear layers act on tokens one by one, so QKV and the projection run on the map in image order, and the op addresses
+the windows. A pad token is a zero row in the padding of the blocks.
 
 Source: timm.models of davit, tiny_vit, gcvit, twins, nest, hiera, hieradet_sam2 and maxxvit, timm 1.0.
 """
@@ -27,14 +27,14 @@ NO_BIAS = "it attends to the whole map without a bias, where torch's own attenti
 
 
 def _dropout_p(attn: Any) -> float:
-    """At a call: torch's fused attention, which timm calls, drops by the module's mode, else by that of attn_drop."""
+    """Return the dropout at a call: timm's fused attention follows the module's mode, the other that of attn_drop."""
     drop = attn.attn_drop
     is_on = attn.training if getattr(attn, "fused_attn", False) else drop.training
     return getattr(drop, "p", 0.0) if is_on else 0.0
 
 
 def _sizes_of(window: Any, channels: int) -> tuple[tuple[int, ...], ...]:
-    """With pads, without, and of one window."""
+    """Sizes with pads, without pads, and of one window."""
     height, width = window
     return (height + 1, 2 * width + 1, channels), (2 * height, width, channels), (height, width, channels)
 
@@ -183,7 +183,7 @@ TWINS = Form(
 )
 
 
-# NesT, whose blocks are cut already: each is a row of the map
+# NesT, whose blocks are already cut: each is a row of the map
 
 
 def _nest(attn: Any, attend: Any, x: Tensor) -> Any:

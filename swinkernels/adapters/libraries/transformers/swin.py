@@ -23,7 +23,7 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
-    """transformers' layer on ops. Its attention weights are None, as they are of "sdpa"."""
+    """transformers' layer on ops. Its attention weights are None, as with "sdpa"."""
 
     def forward(  # type: ignore[override]  # its annotation says that it returns one tensor
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
