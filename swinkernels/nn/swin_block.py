@@ -1,4 +1,4 @@
-"""Blocks of Swin v1 and v2, and the stages of a model that are made of them."""
+"""Blocks of Swin v1 and v2, and the stages that consist of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from swinkernels.ops.residual_layer_norm import residual_layer_norm, residual_po
 
 
 def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[int, ...]:
-    """The window that a block for maps of a size has: no larger than these, axis by axis."""
+    """Return the window of a block for maps of this size: no larger than the map, axis by axis."""
     if resolution is None:
         return tuple(window)
     return tuple(min(w, n) for w, n in zip(window, resolution, strict=True))
@@ -31,7 +31,7 @@ def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[in
 
 class _Block(nn.Module):
     _ATTENTION: ClassVar[Any]
-    # What the attention takes of the options of the block, beside what both versions do.
+    # The options that a version's block passes to its attention, in addition to the common ones.
     _OPTIONS: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -63,7 +63,7 @@ class _Block(nn.Module):
         self.input_resolution = resolution
         self.backend = backend
         shift = tuple(shift_size) if isinstance(shift_size, Sequence) else (shift_size,) * len(window)
-        if resolution is not None:  # what one window covers is not shifted, nor may a shift reach past its window
+        if resolution is not None:  # one window needs no shift, and a shift must stay below its window
             shift = tuple(0 if n <= w else s for n, w, s in zip(resolution, window, shift, strict=True))
         self.norm1 = nn.LayerNorm(dim, eps=eps, **factory)
         self.attn = self._ATTENTION(
@@ -106,7 +106,7 @@ class _Block(nn.Module):
         )
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
-        """The block on a map, with the backend for norms."""
+        """Run the block on a map; ``backend`` is that of the norms."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -132,27 +132,28 @@ class SwinTransformerBlock(_Block):
     Args:
         dim: channels C of a token.
         input_resolution: the map (H, W) or (D, H, W) for which the block is made: on axes where it is smaller than the
-            window, the window, and with it the bias table, is as small (timm's rule, Microsoft's for square maps).
-            None keeps the window whatever the map. Either way the block runs on maps of any size.
+            window, the window and its bias table shrink to it (timm's rule, Microsoft's for square maps). None keeps
+            the window for any map. Either way the block runs on maps of any size.
         num_heads, qkv_bias, qk_scale, head_dim, small_maps, pad_order: as for :class:`WindowAttention`.
         window_size: tokens per axis, an int or a value for each of two or three axes.
         shift_size: tokens by which the windows are shifted: in published models 0, or window // 2 in every other block.
             An axis that one window covers is not shifted.
-        mlp_ratio: hidden channels of the MLP, of C.
-        drop: probability of dropout after the projection and in the MLP.
-        attn_drop: of attention weights.
+        mlp_ratio: hidden channels of the MLP as a multiple of C.
+        drop: dropout probability after the projection and in the MLP.
+        attn_drop: dropout probability of attention weights.
         drop_path: probability of dropping a branch for a sample.
-        act_layer: makes the activation of the MLP.
-        eps: of the norms.
-        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", of the attention; norms run on it where they
-            have it.
-        device, dtype: of the parameters, as for all modules of torch.
+        act_layer: class or function that makes the MLP's activation.
+        eps: added to the variance of the norms.
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", for the attention; norms run on the same
+        backend
+            if it has them.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
-        x: (B, \*S, C), S = (H, W) or (D, H, W), or a sequence (B, L, C) with ``size`` = S; the result has its shape
-        and, but for Linear layers under autocast, its dtype.
+        x: (B, \*S, C), S = (H, W) or (D, H, W), or a sequence (B, L, C) with ``size`` = S. The result has the shape of
+        x and, except for Linear layers under autocast, its dtype.
 
-    Parameters: those of ``norm1``, ``attn``, ``norm2`` and ``mlp`` (``fc1``, ``fc2``). A checkpoint may also have
+    Parameters: those of ``norm1``, ``attn``, ``norm2`` and ``mlp`` (``fc1``, ``fc2``). A checkpoint may also contain
     Microsoft's ``attn_mask``, which is computed here.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3; ``SwinTransformerBlock`` of Microsoft's Swin-Transformer
@@ -239,8 +240,8 @@ class SwinTransformerBlockV2(_Block):
     Shape: as for :class:`SwinTransformerBlock`.
 
     Parameters: those of ``norm1``, ``attn`` (see :class:`WindowAttentionV2`), ``norm2`` and ``mlp``. A checkpoint may
-    also have Microsoft's ``attn_mask``, which is computed here. The published models start with weights of 0 in the
-    norms; :class:`swinkernels.models.SwinTransformer` sees to it, not the block.
+    also contain Microsoft's ``attn_mask``, which is computed here. The published models start with weights of 0 in the
+    norms; :class:`swinkernels.models.SwinTransformer` sets these, not the block.
 
     Source: Swin Transformer V2 (Liu et al., 2022), section 3.2; ``SwinTransformerBlock`` of Microsoft's
     swin_transformer_v2.py, ``SwinTransformerV2Block`` of timm.
@@ -305,25 +306,26 @@ class SwinTransformerBlockV2(_Block):
 
 
 class BasicLayer(nn.Module):
-    r"""A stage: blocks whose windows are shifted in turn, and a change of the map's size before or after them (v1).
+    r"""A stage: blocks with alternating shifts, and a change of the map's size before or after them (v1).
 
     Args:
         dim: channels C of the blocks.
         input_resolution: the map of the blocks, as for :class:`SwinTransformerBlock`, or None.
         depth: number of blocks; every other one is shifted by half a window.
         num_heads, window_size, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop: as for the block.
-        drop_path: for each block, or one value for all.
-        downsample: makes the patch merging, of a number of channels; after the blocks as in Microsoft's code (C to
-            2C), or before them with ``downsample_first`` as in timm's (C / 2 to C). None for none.
-        use_checkpoint: whether training keeps only the input of each block and computes the rest again.
-        upsample: makes the patch expanding after the blocks, of C channels, in Swin-Unet's decoder. None for none.
+        drop_path: one value for each block, or one for all.
+        downsample: makes the patch merging for a number of channels: after the blocks as in Microsoft's code (C to
+            2C), or before them with ``downsample_first`` as in timm's (C / 2 to C). None for no merging.
+        use_checkpoint: True to keep only the input of each block in training and recompute the rest.
+        upsample: makes the patch expanding of C channels after the blocks, in Swin-Unet's decoder. None for no
+        expanding.
         options: further arguments of the blocks (``head_dim``, ``small_maps``, ``pad_order``, ``act_layer``, ``eps``).
-        backend: of the blocks and of what changes the size, which is on it if it has it.
-        device, dtype: of the parameters.
+        backend: backend of the blocks and, if it has the op, of the change of size.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
         x: (B, \*S, C), or (B, L, C) with ``size`` = S, and (B, \*S, C / 2) with ``downsample_first``. The result is a
-        map or a sequence as x is, of S and C as the change of size leaves them.
+        map or a sequence, like x, with the S and C that the change of size gives.
 
     Parameters: ``blocks.<i>`` and, if there are any, ``downsample`` and ``upsample``.
 
@@ -376,7 +378,7 @@ class BasicLayer(nn.Module):
         of_merging = {"backend": backend_beside("patch_merging", backend), **factory}
         if qk_scale is not None:
             options["qk_scale"] = qk_scale
-        # The modules are made in the order in which the published codes draw their parameters.
+        # The modules are created in the order in which the published codes draw their parameters.
         self.downsample = downsample(dim // 2, **of_merging) if downsample is not None and downsample_first else None
         self.blocks = nn.ModuleList(
             self._BLOCK(
@@ -414,7 +416,7 @@ class BasicLayer(nn.Module):
         return as_given(x, size)
 
     def run_blocks(self, x: Tensor) -> Tensor:
-        """The blocks alone, on a map: what detection and segmentation take from a stage."""
+        """Run only the blocks, on a map, whose result detection and segmentation models use."""
         for block in self.blocks:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -427,13 +429,13 @@ class BasicLayer(nn.Module):
 
 
 class BasicLayerV2(BasicLayer):
-    r"""A stage of Swin v2: as :class:`BasicLayer`, of :class:`SwinTransformerBlockV2`.
+    r"""A stage of Swin v2: a :class:`BasicLayer` of :class:`SwinTransformerBlockV2`.
 
     Args:
         pretrained_window_size: as for :class:`WindowAttentionV2`.
-        others: those of :class:`BasicLayer`, but for ``qk_scale``, ``head_dim`` and ``small_maps``.
+        others: those of :class:`BasicLayer`, except ``qk_scale``, ``head_dim`` and ``small_maps``.
 
-    Shape, parameters and source: as for :class:`BasicLayer`; Swin Transformer V2 (Liu et al., 2022).
+    Shape, parameters and source: those of :class:`BasicLayer`; Swin Transformer V2 (Liu et al., 2022).
     """
 
     _BLOCK = SwinTransformerBlockV2

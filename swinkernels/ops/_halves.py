@@ -18,7 +18,7 @@ NORMS = ("pre", "post")
 def check_half(
     op: str, x: Tensor, norm: Any, residual: Any, eps: Any, drop_path_scale: Any, **of_channels: Any
 ) -> float:
-    """Check what both halves take; the eps of their norm. ``of_channels`` are parameters with a value per channel."""
+    """Check the arguments of both halves; return the eps of their norm. ``of_channels`` have a value per channel."""
     _arguments.check_choice(op, "norm", norm, NORMS)
     if not isinstance(residual, bool):
         raise TypeError(f"{op}: residual must be a bool, got {residual!r}")
@@ -28,15 +28,15 @@ def check_half(
 
 
 def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The parameters of a Linear layer as autocast hands them to it."""
+    """Return the parameters of a Linear layer as autocast passes them."""
     weight = weight if weight.dtype == dtype else weight.to(dtype)
     return weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
 
 def scaled(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm: str) -> tuple[Tensor, Tensor | None]:
-    """The parameters of the last Linear layer of a branch, with layer scale unless a norm is in between.
+    """Return the parameters of the last Linear layer of a branch, times layer scale unless a norm is in between.
 
-    As a factor of the weight's rows it needs nothing kept for its gradient.
+    As a factor of the weight's rows, layer scale keeps no further tensor for its gradient.
     """
     if layer_scale is None or norm == "post":
         return weight, bias
@@ -68,7 +68,7 @@ def finish(
             return fallback.add(x, branch, drop_path_scale)
     else:
         branch = last(None)
-        if layer_scale is not None:  # a factor of the norm's result is one of its parameters
+        if layer_scale is not None:  # a factor of the norm's result can be a factor of its parameters
             norm_weight = layer_scale if norm_weight is None else norm_weight * layer_scale
             norm_bias = None if norm_bias is None else norm_bias * layer_scale
         if residual:

@@ -1,8 +1,8 @@
-"""Linear layers behind a norm or GELU whose input is computed again in the backward pass instead of being kept.
+"""Linear layers after a norm or GELU whose result is recomputed in the backward pass instead of being kept.
 
-Eager PyTorch keeps the input of a norm or of GELU and also its result, which the Linear behind it reads. Both are cheap
-beside the products: here the input alone is kept. A compiler decides by itself what is computed again, and transforms
-have their own rules, so outside of plain eager calls these functions are the operations that they stand for.
+Eager PyTorch keeps the input of a norm or of GELU as well as its result, which the next Linear reads. Both functions
+are cheap compared with the products, so only their input is kept here. A compiler decides by itself what to recompute,
+and transforms have their own rules, so outside plain eager calls these functions are the plain operations.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _run(
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Products in the dtypes of their tensors: autocast cast them before, or was off in the forward pass."""
+    """Compute products in the tensors' own dtypes: autocast has cast them before, or was off in the forward pass."""
     is_on = torch._C._is_any_autocast_enabled()
     return torch.autocast(x.device.type, enabled=False) if is_on else _AS_IT_IS
 
@@ -94,7 +94,7 @@ _AS_IT_IS = contextlib.nullcontext()
 def _linear_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias of a Linear layer, of those that are needed."""
+    """Return the gradients of weight and bias of a Linear layer, those that are needed."""
     rows = dy.reshape(-1, dy.shape[-1])
     dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[0] else None
     return dweight, rows.sum(0) if needs[1] else None
@@ -103,7 +103,7 @@ def _linear_gradients(
 def _differentiable_backward(
     function: Callable, tensors: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
 ) -> list[Tensor | None]:
-    """The gradients as functions of everything that they depend on, for a second derivative."""
+    """Return the gradients as functions of all that they depend on, for a second derivative."""
     wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
     with torch.enable_grad(), _without_autocast(dy):
         found = iter(torch.autograd.grad(function(*tensors), wanted, dy, create_graph=True))
@@ -124,7 +124,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, ds, dy):
         s, branch_scale, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
         needs_x, needs_branch, _, *needs = ctx.needs_input_grad[:7]
-        needs = (needs_x or needs_branch, *needs)  # of s, the norm and the Linear layer
+        needs = (needs_x or needs_branch, *needs)  # needs of s, the norm and the Linear layer
         eps, backend = ctx.others
         of_parameters: Sequence[Tensor | None] = (None,) * 4
         if dy is None:

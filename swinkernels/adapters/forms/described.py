@@ -1,7 +1,7 @@
-"""Modules with a form of their own (:class:`Form`) on window attention ops.
+"""Modules with their own form (:class:`Form`) on window attention ops.
 
-The accelerated class is made for each class and form, and pickles as those two. Its method runs the form's forward, or
-the module's own code where the form says so and wherever the module is not what it was when it was tried.
+The accelerated class is made for each class and form, and is pickled as that pair. Its method runs the form's forward,
+or the module's own code where the form requires it and after any change since the trial.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from swinkernels.window_spec import WindowSpec
 class Described(DynamicSubclass):
     """A module whose form's forward runs on window attention ops.
 
-    Its own code runs for arguments that the form does not have, with hooks on what the op does the work of, when
-    traced, and after anything was changed since the trial.
+    Its own code runs for arguments that the form does not have, with hooks on modules whose work the op does, while
+    traced, and after any change since the trial.
     """
 
     _swinkernels_form: Form
@@ -77,7 +77,7 @@ class Described(DynamicSubclass):
         return self._swinkernels_changed() or _hooked(self)
 
     def _swinkernels_run(self, *args: Any, **kwargs: Any) -> Any:
-        """The method of the form."""
+        """Run the form, or the module's own code, in place of the form's method."""
         form = self._swinkernels_form
         x = args[0] if args else next(iter(kwargs.values()), None)
         if self._swinkernels_own_code(x):
@@ -95,8 +95,8 @@ class Described(DynamicSubclass):
 
 @functools.cache
 def _parameters(form: Form) -> tuple[frozenset[str], int, bool]:
-    """The names of the arguments that a form takes after module and attend, how many it takes by position, and whether
-    it takes any other name.
+    """Return the names of a form's arguments after module and attend, the number of positional ones, and whether it
+    takes any other name.
     """
     parameters = list(inspect.signature(form.forward).parameters.values())[2:]
     named = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
@@ -113,7 +113,7 @@ def _why_not_taken(form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _snapshots(form: Form, module: nn.Module) -> dict[str, Snapshot]:
-    """The module, and the modules inside it whose work the op does, as they are."""
+    """Snapshot the module, and the modules inside it whose work the op does."""
     found = {"": Snapshot(module, absorbs="" in form.absorbs)}
     for root in form.absorbs:
         for path, m in module.get_submodule(root).named_modules(prefix=root):
@@ -124,7 +124,7 @@ def _snapshots(form: Form, module: nn.Module) -> dict[str, Snapshot]:
 
 
 def _hooked(module: Any) -> str | None:
-    """Why a hook would miss a call, or None."""
+    """Return why a hook would miss a call, or None."""
     for path in module._swinkernels_snapshots:
         m = inside(module, path)
         if m is None:
@@ -233,13 +233,13 @@ def _why_not_by_trial(form: Form, module: nn.Module) -> str | None:
     return reason
 
 
-_BATCH = 2  # a wrong stride between images shows from the second on
+_BATCH = 2  # a wrong stride between images shows only from the second image on
 _MOST_TOKENS = 20_000  # of a map to try
 
 
 def _sizes(form: Form, module: Any) -> list[tuple[int, ...]]:
-    """The sizes of a form, and for a class that is told by what it holds, one of more tokens than any number that its
-    code or its attributes may compare them with.
+    """Return the sizes of a form and, for a class recognised by its attributes, one of more tokens than any number with
+    which its code or its attributes may compare them.
     """
     sizes = list(form.sizes(module))
     if isinstance(form.of, type):
@@ -279,7 +279,7 @@ def _attempt(form: Form, calls: _Calls, trial: Trial) -> str | None:
 
 
 def _why_not_tried(form: Form, module: nn.Module) -> str | None:
-    """Why a module is left alone before a trial, whose verdict would outlast the reason."""
+    """Return why a module is skipped before a trial, whose verdict would outlast the reason; or None."""
     if all_modules_have_hooks():
         return "a hook of all modules is registered"
     cls: Any = original_class(module)
@@ -289,7 +289,7 @@ def _why_not_tried(form: Form, module: nn.Module) -> str | None:
 
 
 def match(module: nn.Module, forms: list[Form]) -> tuple[Adapter | None, str | None] | None:
-    """The adapter of a module that has one of some forms, or why it has none; None for any other module."""
+    """Return (adapter, reason) for a module of one of these forms, one of them None; None for any other module."""
     form = next((form for form in forms if form.fits(module)), None)
     if form is None:
         return None
@@ -301,7 +301,7 @@ def match(module: nn.Module, forms: list[Form]) -> tuple[Adapter | None, str | N
             reason = _why_not_by_trial(form, module)
         if reason is None:
             reason = _hooked_before(form, module)
-    except Exception as error:  # attributes of a foreign class may hold anything
+    except Exception as error:  # an unknown class may store anything in its attributes
         reason = f"its attributes are not those of {form.name}: {type(error).__name__}: {error}"
     original: Any = original_class(module)
     return (_adapter(original, form), None) if reason is None else (None, reason)
@@ -319,7 +319,7 @@ def _hooked_before(form: Form, module: nn.Module) -> str | None:
 
 
 def _part_reasons(form: Form, module: Any, backend: str, training: bool) -> list[str]:
-    """Why a backend cannot run the op's calls."""
+    """List the reasons why a backend cannot run the op's calls."""
     weight, specs = first_weight(module), _SPECS.get((form, signature_of(module)), ())
     drops = [m.p for name, m in module.named_modules() if isinstance(m, nn.Dropout) and name.endswith("attn_drop")]
     p = max(drops, default=0.0) if training else 0.0
@@ -342,7 +342,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
         name=form.name,
         original=original,
         accelerated=accelerated,
-        reason_to_skip=lambda module: None,  # match has found none
+        reason_to_skip=lambda module: None,  # match has checked it
         parts=(
             Part(
                 "attention",

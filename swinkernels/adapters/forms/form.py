@@ -1,4 +1,4 @@
-"""A form: how the modules of a class compute window attention, told in terms of the op."""
+"""A form: a description of how the modules of a class compute window attention, in terms of the op."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Form.name -> the form, for pickles of models that were accelerated.
+# Form.name -> the form, to unpickle models that were accelerated.
 _KNOWN: dict[str, Form] = {}
 
 
@@ -19,42 +19,42 @@ def _run(module: nn.Module, x: Tensor) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """How the modules of a class compute window attention.
+    """Describes how the modules of a class compute window attention.
 
-    ``accelerate`` runs a copy of each such module beside ``forward`` on random numbers in float64, outputs and
-    gradients, and uses the form only where the two are the same.
+    ``accelerate`` compares a copy of each such module with ``forward`` on random numbers in float64, outputs and
+    gradients, and uses the form only if they agree.
     """
 
-    # For the report; no two forms have the same.
+    # The unique name, for reports.
     name: str
-    # The class of the modules, or whether a module is one of them.
+    # The class of the modules, or a function that returns True for them.
     of: type[nn.Module] | Callable[[nn.Module], bool]
-    # (module, attend, *args) -> what the module's method returns for the same arguments, or a str: why its own code has
-    # to run for them. ``attend(qkv, **arguments)`` and ``attend(q, k, v, **arguments)`` are the two window attention
-    # ops on the backend that accelerate was asked for.
+    # (module, attend, *args) -> the result of the module's method for the same arguments, or a str: the reason why its
+    # own code has to run for them. ``attend(qkv, **arguments)`` and ``attend(q, k, v, **arguments)`` are the two window
+    # attention ops on the backend given to accelerate.
     forward: Callable[..., Any]
-    # Sizes of inputs to try, (*S, C) each, for a module: with pads, with a shift, smaller than a window, where the
-    # module takes such.
+    # Returns sizes of inputs to try for a module, (*S, C) each: with pads, with a shift, and smaller than a window, if
+    # supported.
     sizes: Callable[[Any], Sequence[tuple[int, ...]]]
-    # The method that ``forward`` stands for.
+    # The method that ``forward`` replaces.
     method: str = "forward"
-    # Calls the module's class, past hooks, on an input (B, *S, C), with whatever else it takes for that, and returns
-    # one tensor of what comes out.
+    # Calls the module's class, without hooks, on an input (B, *S, C) with all other arguments, and returns one tensor
+    # of its results.
     call: Callable[[Any, Tensor], Any] = _run
     # The modules inside that ``forward`` does not call, or calls with tokens in another order; "" is the module itself.
     absorbs: tuple[str, ...] = ("",)
     # Shapes of parameters, by their names, that make a copy one of small maps, for a module whose tables are those of a
     # map. ``sizes`` of the copy are then small.
     small: Callable[[Any], dict[str, tuple[int, ...]]] = lambda module: {}
-    # The largest difference that a trial takes for rounding, of the largest element: more where the module computes in
-    # float32 whatever its dtype.
+    # The largest difference in a trial, relative to the largest element, that counts as rounding: more for a module
+    # that always computes in float32.
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
         _KNOWN[self.name] = self
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether the form describes a module."""
+        """Return True if the form describes a module."""
         if isinstance(module, torch.jit.ScriptModule):
             return False
         return isinstance(module, self.of) if isinstance(self.of, type) else self.of(module)
@@ -67,9 +67,9 @@ class Form:
 
 
 def named(name: str) -> Form:
-    """The form that a pickled module has: of a library that is imported, or one that was registered."""
+    """Find the form of a pickled module: of an imported library, or registered by a user."""
     if name not in _KNOWN:
-        from swinkernels.adapters.adapter import loaded_adapters  # whose libraries import this module
+        from swinkernels.adapters.adapter import loaded_adapters  # these libraries import this module
 
         loaded_adapters()
     if name not in _KNOWN:

@@ -281,7 +281,7 @@ RESSHIFT = Form(
 
 
 def _rows(x: Tensor, mask: Any) -> Any:
-    """How many windows an image has, as far as the mask tells, or why the op does not take them."""
+    """Return the number of windows of an image as far as the mask determines it, or why the op does not take them."""
     n = x.shape[1]
     if x.dim() != 3 or n > _MOST_TOKENS:
         return f"x is {tuple(x.shape)}"
@@ -293,7 +293,7 @@ def _rows(x: Tensor, mask: Any) -> Any:
 
 
 def _dense(bias: Tensor | None, mask: Tensor | None, num_heads: int) -> Tensor | None:
-    """The sum of a bias (num_heads, N, N) and a mask (windows, N, N)."""
+    """Return the sum of a bias (num_heads, N, N) and a mask (windows, N, N)."""
     if mask is None:
         return bias
     mask = mask.clamp(min=MASKED)[:, None]
@@ -306,7 +306,7 @@ def _bias_of(attn: Any, n: int) -> Tensor:
 
 
 def _with_masks(call: Callable[[Tensor, Tensor | None], Tensor], x: Tensor) -> Tensor:
-    """Windows (images, windows, N, C), with a mask and without one."""
+    """Call the module on windows (images, windows, N, C), with a mask and without one."""
     n = x.shape[2]
     mask = torch.zeros(x.shape[1], n, n, dtype=x.dtype, device=x.device)
     mask[-1, : n // 2, n // 2 :] = mask[-1, n // 2 :, : n // 2] = -100.0

@@ -99,7 +99,7 @@ def bwd_whole(
         excess = excess_of(dscores, dtype)
         rounded = narrow(dscores, excess, dtype)
         row_scale = scale if excess is None else scale * excess
-        if call.logit_scale is not None:  # read again, from the cache: kept until here they would be spilled
+        if call.logit_scale is not None:  # read again, from the cache: kept in registers they would be spilled
             q = load_rows(call, Q, at, head, STATIC)
             k = load_rows(call, K, at, head, STATIC)
         q_inverse, k_inverse = inverse_norm(q, call), inverse_norm(k, call)

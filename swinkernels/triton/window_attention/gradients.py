@@ -1,4 +1,4 @@
-"""Gradients of a tile, and its inputs: the steps that the kernels of the backward pass share."""
+"""Gradients of a tile, and its inputs: steps shared by the kernels of the backward pass."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_keys(window, token, beyond, head, call, STATIC: tl.constexpr):
 
 @triton.jit
 def recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC: tl.constexpr):
-    """The products of a tile, and P."""
+    """Return the products of a tile, and P."""
     scores = products(queries.q, keys.k, queries.inverse, keys.inverse, scale_log2, call, STATIC)
     query_region = region_of(window, queries.at.token, queries.beyond, seams, call, STATIC)
     key_region = region_of(window, keys.at.token, keys.beyond, seams, call, STATIC)
@@ -66,7 +66,7 @@ def recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC: tl.c
 
 @triton.jit
 def dprobs_of(queries, keys, keep, call, STATIC: tl.constexpr):
-    """dP of a tile."""
+    """Return dP of a tile."""
     dprobs = tl.dot(queries.dout, tl.trans(keys.v), input_precision=STATIC.PRECISION)
     if keep is not None:
         dprobs = tl.where(keep, dprobs * call.keep_scale, 0.0)
@@ -75,9 +75,9 @@ def dprobs_of(queries, keys, keep, call, STATIC: tl.constexpr):
 
 @triton.jit
 def excess_of(dscores, dtype: tl.constexpr):
-    """The divisor that brings a tile of dS into float16's range, where dq and dk may be though dS is beyond it.
+    """Return the divisor that brings a tile of dS into float16's range, in which dq and dk may be although dS is not.
 
-    None for dtypes whose range is float32's.
+    None for dtypes with float32's range.
     """
     if dtype == tl.float16:
         excess = tl.maximum(tl.max(tl.max(tl.abs(dscores), axis=1), axis=0) * (1 / 32768), 1.0)
@@ -88,19 +88,19 @@ def excess_of(dscores, dtype: tl.constexpr):
 
 @triton.jit
 def narrow(dscores, excess, dtype: tl.constexpr):
-    """dS as it enters the products with q and k, which are to be multiplied by ``excess``."""
+    """Return dS for the products with q and k, which must then be multiplied by ``excess``."""
     return (dscores if excess is None else dscores * (1.0 / excess)).to(dtype)
 
 
 @triton.jit
 def unit_rows(x, inverse, call):
-    """Rows of q or k as they enter the products with dS: in v2 unit vectors."""
+    """Return rows of q or k for the products with dS: unit vectors in v2."""
     return x if call.logit_scale is None else (x.to(tl.float32) * inverse[:, None]).to(x.dtype)
 
 
 @triton.jit
 def add_product(total, a, b, factor, STATIC: tl.constexpr):
-    """total + a b, the product multiplied by ``factor`` unless that is None."""
+    """total + a b, with the product multiplied by ``factor`` unless that is None."""
     if factor is None:
         total = tl.dot(a, b, total, input_precision=STATIC.PRECISION)
     else:
@@ -110,9 +110,9 @@ def add_product(total, a, b, factor, STATIC: tl.constexpr):
 
 @triton.jit
 def row_gradient(d, x, inverse, scale, call):
-    """The gradient of rows of q or k, where d is the sum of dS times the rows that they meet in the products.
+    """Return the gradient of rows of q or k, where d is the sum of dS times the opposite rows of the products.
 
-    In v2 its part along the unit vector is taken off again: that would only lengthen the row.
+    In v2 the part along the unit vector is subtracted, because it would only lengthen the row.
     """
     d *= scale
     if call.logit_scale is not None:
@@ -124,9 +124,9 @@ def row_gradient(d, x, inverse, scale, call):
 
 @triton.jit
 def store_dlogit_scale(dlogit_scale, rows_log2, program, head, call):
-    """A program's share of the gradient of a logit scale, which is zero where that is clamped.
+    """Store a program's share of a logit scale's gradient, which is zero where the scale is clamped.
 
-    As torch.clamp has it: ln 100 rounded to float32 is above ln 100.
+    As in torch.clamp, ln 100 rounded to float32 is above ln 100.
     """
     total_log2 = tl.sum(rows_log2, axis=0)
     clamped = tl.load(call.logit_scale + head) >= LN_100

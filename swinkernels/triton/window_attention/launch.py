@@ -20,15 +20,15 @@ from swinkernels.triton.window_attention import tuning
 from swinkernels.triton.window_attention.call import LOG2_E, Call, Static
 from swinkernels.window_spec import WindowSpec
 
-LARGEST_MASK = 1e38  # with one of float32's largest numbers, log2(e) times a score would be infinite
+LARGEST_MASK = 1e38  # with float32's largest numbers, log2(e) times a score would be infinite
 
 
 class _Geometry(NamedTuple):
-    """Everything in a call that does not depend on the batch: computed once and kept."""
+    """The parts of a call that do not depend on the batch, computed once and cached."""
 
     spec: WindowSpec
     num_windows: int  # per image
-    axes: dict[str, tuple[int, ...]]  # the fields of Call that have a value per axis
+    axes: dict[str, tuple[int, ...]]  # the fields of Call with a value per axis
     static: Static  # but what depends on the maps' strides and dtype: ALIGN and BLOCK_ROWS
 
 
@@ -83,11 +83,12 @@ class _Prepared(NamedTuple):
     call: Call
     static: Static
     batch_windows: int
-    types: int  # of windows that have a bias of their own
+    types: int  # window types with separate biases
 
     def groups(self, per_window: int, programs: int, most: int = INT32_MAX) -> tuple[int, int, int]:
-        """How windows are dealt out to some ``programs``, of which a window takes ``per_window``: the windows of each
-        type, those of a group, which are of one type, and the groups of all types.
+        """Divide the windows among ``programs``, of which a window takes ``per_window``.
+
+        Returns the windows of each type, those of a group, which are of one type, and the groups of all types.
         """
         of_type = self.batch_windows // self.types
         each = min(most, of_type, max(1, -(-self.batch_windows * per_window // programs)))
@@ -102,7 +103,7 @@ class _Prepared(NamedTuple):
         return of_size and self.call.axis_tables is None and not self.static.HAS_KEY_WINDOW
 
     def options(self, name: str) -> dict[str, Any]:
-        """The compile-time arguments and launch options of a kernel."""
+        """Return the compile-time arguments and launch options of a kernel."""
         static, itemsize = self.static, self.call.maps[0].element_size()
         sizes = static.KEY_VOLUME, static.HEAD_DIM, itemsize
         tile = tuning.tiles(name, *sizes, sum(static.AXIS_COLUMNS), static.HAS_KEY_WINDOW)
@@ -155,7 +156,8 @@ def _prepare(
         scale=spec.scale,
         scale_log2=spec.scale * LOG2_E.value,
         mask_log2=min(max(spec.mask_value * LOG2_E.value, -LARGEST_MASK), LARGEST_MASK),
-        # Random numbers are int32. With p = 1 the largest one, which is not below any, is left to multiply by zero.
+        # Random numbers are int32. With p = 1 only the largest one, which is below no bound, is kept and multiplied by
+        # zero.
         drop_below=min(round(spec.dropout_p * 2**32) - 2**31, INT32_MAX),
         keep_scale=1.0 / (1.0 - spec.dropout_p) if spec.dropout_p < 1.0 else 0.0,
     )
@@ -164,18 +166,18 @@ def _prepare(
 
 
 def _rank(maps: Sequence[Tensor]) -> int:
-    """The axes of the maps that tokens are on. One map holds q, k and v on an axis of their own."""
+    """Return the number of token axes of the maps. A single map holds q, k and v on a separate axis."""
     return maps[0].dim() - (4 if len(maps) == 1 else 3)
 
 
 def _strides(x: Tensor, rank: int, align: int) -> tuple[int, ...]:
-    """Batch, three axes, head and, of a map that holds q, k and v, from each to the next; in units of ``align``."""
+    """Return strides in units of ``align``: batch, three axes, head and, in a map of q, k and v, part."""
     batch, *steps = (step // align for step in x.stride()[:-1])
     return (batch, *pad_to_3d(steps[:rank], 0), steps[-1], *steps[rank:-1])
 
 
 def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
-    """out and lse of q, k and v in one map or three."""
+    """Return out and lse for q, k and v in one map or three."""
     prepared = _prepare(maps, *arguments)
     call, static, x = prepared.call, prepared.static, maps[0]
     heads, volume = call.num_heads, static.VOLUME
@@ -198,8 +200,8 @@ def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients of the maps (one or three), then dbias_table, dbias, dlogit_scale and dpad_qkv, empty where not
-    needed.
+    """Return the gradients of the maps (one or three), then dbias_table, dbias, dlogit_scale and dpad_qkv, empty where
+    not needed.
     """
     prepared = _prepare(maps, *arguments[:-1])
     needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv = (arguments[-1] >> bit & 1 for bit in range(4))
@@ -222,11 +224,11 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
     dout, lse = dout.contiguous(), lse.contiguous()
     pads = needs_dpad_qkv and static.HAS_PADDING
     has_axes = call.axis_tables is not None
-    # The sums of each program, to be added up by a second kernel.
+    # The sums of each program, which a second kernel adds up.
     pair_sums = head_sums = pad_sums = None
 
     def new_pair_sums(groups: int) -> Tensor | None:
-        """dbias of each group of windows; where a type of windows has one group, that of the dense bias itself."""
+        """Allocate dbias for each group of windows; if a type has one group, that is its part of the dense dbias."""
         if needs_dbias and groups == prepared.types:
             return dbias
         return sums(groups, heads, volume, static.KEY_VOLUME) if needs_dbias or needs_dbias_table else None

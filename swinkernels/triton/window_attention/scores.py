@@ -52,7 +52,7 @@ def _first_position(STATIC: tl.constexpr):
 
 @triton.jit
 def bias_tile(kind, query, key, head, call, STATIC: tl.constexpr):
-    """log2(e) times the bias of a tile of a window of type ``kind``; minus infinity for keys beyond the window."""
+    """Return log2(e) times the bias of a tile in a window of type ``kind``; minus infinity beyond the window."""
     VOLUME: tl.constexpr = STATIC.VOLUME
     KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
     inside = (query < VOLUME)[:, None] & (key < KEY_VOLUME)[None, :]
@@ -74,13 +74,13 @@ def bias_tile(kind, query, key, head, call, STATIC: tl.constexpr):
 
 @triton.jit
 def head_scale_log2(head, call):
-    """log2(e) times the factor of a head's products: of its cosines exp(min(logit_scale, ln 100))."""
+    """Return log2(e) times the factor of a head's products: for cosines exp(min(logit_scale, ln 100))."""
     scale_log2 = call.scale_log2
     if call.logit_scale is not None:
         x = tl.load(call.logit_scale + head)
         x = tl.where(x > LN_100, LN_100, x)  # tl.minimum would hide a NaN
-        # tl.exp rounds x log2(e), of which a factor of 100 would lose three bits. A product with a whole number of
-        # at most three bits and the first part of ln 2 is exact.
+        # tl.exp rounds x log2(e), which would cost three bits at a factor of 100. The product of an integer of at most
+        # three bits and the first part of ln 2 is exact.
         whole = tl.floor(x * LOG2_E + 0.5)
         rest = x - whole * 0.693359375 + whole * 2.12194440e-4
         scale_log2 = tl.exp2(whole) * tl.exp2(rest * LOG2_E) * LOG2_E
@@ -89,15 +89,15 @@ def head_scale_log2(head, call):
 
 @triton.jit
 def head_scale(scale_log2, call):
-    """The factor of a head's products."""
+    """Return the factor of a head's products."""
     return call.scale if call.logit_scale is None else scale_log2 * LN_2
 
 
 @triton.jit
 def inverse_norm(x, call):
-    """1 / max(norm, 1e-12) of each row of q or k; where scores are no cosines, a number that nothing reads.
+    """Return 1 / max(norm, 1e-12) of each row of q or k; without cosines, an unused number.
 
-    Before Triton 3.8 a tuple with None in it cannot be returned.
+    Before Triton 3.8 a tuple that contains None cannot be returned.
     """
     if call.logit_scale is None:
         inverse = 0.0
@@ -109,7 +109,7 @@ def inverse_norm(x, call):
 
 @triton.jit
 def products(q, k, q_inverse, k_inverse, scale_log2, call, STATIC: tl.constexpr):
-    """log2(e) times the scores of a tile before bias and mask. Cosines are divided in float32, not as q and k are."""
+    """Return log2(e) times the scores of a tile before bias and mask. Cosines are divided in float32."""
     tile = tl.dot(q, tl.trans(k), input_precision=STATIC.PRECISION)
     if call.logit_scale is not None:
         tile *= (q_inverse * scale_log2)[:, None]
@@ -123,7 +123,7 @@ def products(q, k, q_inverse, k_inverse, scale_log2, call, STATIC: tl.constexpr)
 def probabilities(
     tile, bias, lse, seams, query_region, key_region, call, STATIC: tl.constexpr
 ):  # fmt: skip
-    """P of a tile of products, recomputed from lse."""
+    """Return P of a tile of products, recomputed from lse."""
     scores = tile + bias
     if STATIC.HAS_MASK:
         if seams != 0:
@@ -131,14 +131,14 @@ def probabilities(
     scores -= (lse * LOG2_E)[:, None]
     if (
         call.maps[0].dtype.element_ty == tl.float16
-    ):  # lse is rounded: of scores beyond 1e7, P above one could be infinite
+    ):  # lse is rounded: for scores beyond 1e7, P could be infinite instead of about one
         scores = tl.minimum(scores, 0.0)
     return tl.exp2(scores)
 
 
 @triton.jit
 def load_seed(call):
-    """The key of a call's random numbers, or None without dropout."""
+    """Load the key of a call's random numbers; None without dropout."""
     if call.dropout_seed is None:
         seed = None
     else:
@@ -153,11 +153,10 @@ def _above(random, drop_below):
 
 @triton.jit
 def kept_pairs(seed, number, head, query, start, call, BLOCK_K: tl.constexpr):
-    """Which of the keys from ``start`` on a query keeps: a tile of Philox numbers with the key ``seed``; None, if that
-    is None.
+    """Return a mask of the keys from ``start`` on that a query keeps, or None without a ``seed``.
 
-    The counter, four words of 32 bits, is (key / 4, query, window, head), so that it never repeats in a call; its four
-    numbers are those of four neighbouring keys.
+    The mask comes from a tile of Philox numbers with the key ``seed``. The counter, four words of 32 bits, is (key / 4,
+    query, window, head), so it never repeats in a call; its four numbers belong to four neighbouring keys.
     """
     if seed is None:
         keep = None
@@ -172,11 +171,11 @@ def kept_pairs(seed, number, head, query, start, call, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def drop(probs, keep):
-    """P without the pairs that dropout drops, still to be multiplied by the scale of the kept ones."""
+    """Return P without the dropped pairs, still to be multiplied by the scale of the kept ones."""
     return probs if keep is None else tl.where(keep, probs, 0.0)
 
 
 @triton.jit
 def scaled_by_keep(tile, call):
-    """Sums of probabilities without the dropped pairs, multiplied by the scale of the kept ones."""
+    """Multiply sums of probabilities without the dropped pairs by the scale of the kept ones."""
     return tile if call.dropout_seed is None else tile * call.keep_scale

@@ -1,8 +1,8 @@
-"""What timm's shifted-window blocks have in common: their map, their mask, the op and the norms beside it.
+"""Shared parts of timm's shifted-window blocks: their map, their mask, the op and the norms next to it.
 
 timm rolls the map, pads it, cuts it into windows and undoes it all afterwards. Linear layers act on tokens one by one,
-so QKV and the projection run on the map as it lies, and the op addresses the windows. A pad token is a zero row of the
-QKV layer's input: its q, k and v are the bias of that layer.
+so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token is a zero row of
+the QKV layer's input, so its q, k and v are the bias of that layer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MLP = linear_layers.Mlp(
 
 
 def map_size(block: Any) -> tuple[int, int]:
-    """The map that a block was made for."""
+    """Return the size of the map that a block was made for."""
     attributes = block.__dict__
     return attributes["feat_size" if "feat_size" in attributes else "input_resolution"]  # v2-CR has the former
 
@@ -45,21 +45,21 @@ def qkv_weight(block: Any) -> Tensor:
 
 
 def mask_fits(block: Any, x: Tensor) -> bool:
-    """Whether the block's stored mask, which is timm's for :func:`map_size`, is that of this map (B, H, W, C)."""
+    """Return True if the block's stored mask, timm's for :func:`map_size`, fits this map (B, H, W, C)."""
     if getattr(block, "dynamic_mask", False) or not any(block.shift_size):
-        return True  # made from the map, or none
+        return True  # made from the map, or there is no mask
     size, window = map_size(block), block.window_size
     return x.shape[1:3] == size or frame_of(x.shape[1:3], window) == frame_of(size, window)
 
 
 def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> str | None:
-    """Why the op cannot compute what a block stores, or None. ``buffers`` are those of :func:`stored`."""
+    """Return why the op cannot handle a block's stored tensors, the ``buffers`` of :func:`stored`, or None."""
     index, mask = buffers
     window, shift = block.window_size, block.shift_size
     has_index = "relative_position_index" in child(block, "attn")._buffers  # v2-CR has none
     if has_index and not is_window_index(index, window):
         return "attn.relative_position_index holds other values than timm's"
-    if not getattr(block, "dynamic_mask", False):  # else timm does not read its mask either
+    if not getattr(block, "dynamic_mask", False):  # otherwise timm does not read its mask either
         height, width = map_size(block)
         frame = -(-height // window[0]) * window[0], -(-width // window[1]) * window[1]
         if not (is_stored_mask(mask, frame, window, shift) if any(shift) else mask is None):
@@ -68,13 +68,15 @@ def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> 
 
 
 def stored(block: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The index of the bias table and the mask."""
+    """Return the index of the bias table and the mask."""
     return child(block, "attn")._buffers.get("relative_position_index"), block._buffers.get("attn_mask")
 
 
 def why_not_attention(block: Any, kind: type, takes_lora: bool = False) -> str | None:
-    """Why a block's attention, which is to be of a class, has to be timm's own code at present: what all have in
-    common. ``takes_lora`` as for :func:`~swinkernels.adapters.bypass.why_not_window_attention`.
+    """Return the reason, common to all blocks, why the attention has to be timm's own code at present, or None.
+
+    ``kind`` is the expected class, ``takes_lora`` as for
+    :func:`~swinkernels.adapters.bypass.why_not_window_attention`.
     """
     reason = replaced_method(block, original_class(block))
     if reason is not None:
@@ -92,14 +94,14 @@ def why_not_attention(block: Any, kind: type, takes_lora: bool = False) -> str |
 
 
 def why_not_block(block: Any, method: str) -> str | None:
-    """Why a block's attention, which is that method of it, has to be timm's own code for good, or None."""
+    """Return the permanent reason why the block's ``method``, its attention, has to be timm's own code, or None."""
     if not hasattr(block, method):
         return f"this version of timm has no {type(block).__name__}.{method}: it needs timm 0.9.16 or newer"
     return replaced_method(block, original_class(block)) or why_not_stored(block, stored(block))
 
 
 def shifted_windows(block: Any) -> dict[str, Any]:
-    """The arguments of the op that say where the windows are."""
+    """The op's arguments that define the windows."""
     return {
         "num_heads": child(block, "attn").num_heads,
         "window_size": block.window_size,
@@ -135,17 +137,16 @@ def attend(block: Any, qkv: Tensor, dropout_p: float, **arguments: Any) -> Tenso
 
 
 def dropout_p(block: Any) -> float:
-    """The probability of attention dropout in training."""
+    """Return the probability of attention dropout in training."""
     return getattr(child(child(block, "attn"), "attn_drop"), "p", 0.0)
 
 
 class ShiftedWindowBlock(Accelerated):
     """A block that stores an index and a mask.
 
-    Geometry, parameters and stored tensors are read or compared at every call, so ``set_input_size`` and anything else
-    that changes them holds. Where an op cannot stand in for timm's code (a hook on an inner module, a layer that is not
-    an nn.Linear, a method that was replaced, tracing by TorchScript or FX, a mask or an index of the user's own),
-    timm's code runs.
+    Geometry, parameters and stored tensors are read or compared at every call, so changes such as ``set_input_size``
+    take effect. timm's code runs where an op cannot replace it: a hook on an inner module, a layer that is not an
+    nn.Linear, a replaced method, tracing by TorchScript or FX, a user's own mask or index.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -155,12 +156,12 @@ class ShiftedWindowBlock(Accelerated):
         why_not_stored(self, stored(self))
 
 
-# The halves of a block with its norms behind its branches (v2 and v2-CR)
+# The halves of a block whose norms follow its branches (v2 and v2-CR)
 POST_NORM = tuple(Residual(f"norm{half}", f"drop_path{half}", DropPath, "timm's DropPath") for half in (1, 2))
 
 
 def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
-    """x + drop_path(norm(y)), with those of the first or the second half of a block."""
+    """x + drop_path(norm(y)), with the modules of the first or the second half of a block."""
     fused = POST_NORM[half - 1].add_normed(block, x, y)
     if fused is not None:
         return fused
@@ -168,5 +169,5 @@ def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
 
 
 def merging_shape(merging: Any) -> tuple[int, ...]:
-    """It does not know its map. An even one: not every version of timm merges an odd one."""
+    """A map of even size, because some versions of timm merge no odd one: the module stores no map size."""
     return 6, 10, merging.reduction.in_features // 4

@@ -1,7 +1,7 @@
 """timm's Swin Transformer: attention, norms and patch merging.
 
-The sum of a residual connection and the norm after it are one op. Under autocast it writes the half-precision input of
-the next Linear at once, and so does norm1. The gather of patch merging and its norm are one op, before the reduction.
+The sum of a residual connection and the norm after it are one op. Under autocast it directly writes the half-precision
+input of the next Linear, as norm1 does. The gather of patch merging and its norm are one op, before the reduction.
 
 Source: timm.models.swin_transformer, timm 0.9.16 and newer.
 """
@@ -32,7 +32,7 @@ watch(WindowAttention, methods=("_get_rel_pos_bias",))
 
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
-    """Why this block's attention has to be timm's own code at present."""
+    """Return the reason why this block's attention has to be timm's own code at present, or None."""
     reason = _blocks.why_not_attention(block, WindowAttention, takes_lora=True)
     if reason is not None:
         return reason
@@ -73,7 +73,7 @@ def _attended(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor:
 
 
 def _casts_its_input(block: Any) -> bool:
-    """Whether the first thing that happens to the MLP's input under autocast is a Linear's cast, seen by nobody."""
+    """Return True if, under autocast, a Linear casts the MLP's input before anything else can read it."""
     mlp = child(block, "mlp")
     return (
         why_not_absorbed("mlp", mlp, Mlp, "timm's Mlp") is None and why_not_linear("mlp.fc1", child(mlp, "fc1")) is None

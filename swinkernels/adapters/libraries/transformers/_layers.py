@@ -1,4 +1,4 @@
-"""What the layers of all families have in common."""
+"""The common parts of the layers of all families."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ NAME = "transformers"
 
 know_gelu(GELUActivation, lambda act: "none" if act.act is torch.nn.functional.gelu else None)
 
-# Attention, in two forms: Swin's has its projections beside each other, that of the others is a pair of modules.
+# Attention has two forms: Swin's holds its projections itself, that of the others is a pair of modules.
 
 
 def _projections(layer: Any) -> dict[str, Any]:
-    """The layers query, key, value and out of a layer's attention, by their paths."""
+    """Return the layers query, key, value and out of a layer's attention, by their paths."""
     attention = child(layer, "attention")
     if "self" not in attention._modules:
         return {f"attention.{name}": child(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -50,7 +50,7 @@ def _projections(layer: Any) -> dict[str, Any]:
 
 
 def _position_bias(layer: Any) -> Any:
-    """The module that has the window, the index and what the bias is made of."""
+    """Return the module that has the window, the index and the parameters of the bias."""
     attention = child(layer, "attention")
     return child(attention, "self" if "self" in attention._modules else "relative_position_bias")
 
@@ -70,7 +70,7 @@ def _index(layer: Any) -> Tensor | None:
 
 
 def _dropouts(layer: Any) -> dict[str, Any]:
-    """Of attention weights and of the result, by their paths."""
+    """Return the dropouts of attention weights and of the result, by their paths."""
     attention = child(layer, "attention")
     if "self" not in attention._modules:
         return {"dropout": child(layer, "dropout")}
@@ -81,12 +81,12 @@ def _dropouts(layer: Any) -> dict[str, Any]:
 
 
 def _is_sdpa(attention: Any) -> bool:
-    """Whether Swin, which calls a function by the name in its config, calls torch's."""
+    """Return True if Swin, which calls the function named in its config, calls torch's."""
     return attention.config._attn_implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
 
 def _dropout_p(layer: Any) -> float:
-    """Of attention weights, in training."""
+    """Return the dropout probability of attention weights in training."""
     attention = child(layer, "attention")
     if "self" not in attention._modules:
         return attention.attention_dropout
@@ -100,7 +100,7 @@ def _dropout_at_call(layer: Any) -> float:
 
 
 def _why_not_inside(layer: Any) -> str | None:
-    """Why a layer's attention is not made of the modules that the op stands for, or None."""
+    """Return why a layer's attention does not consist of the modules that the op replaces, or None."""
     attention = child(layer, "attention")
     for path, kind in _INSIDE[original_class(layer)]:
         module = attention if path == "attention" else child(attention, path.partition(".")[2])
@@ -111,7 +111,7 @@ def _why_not_inside(layer: Any) -> str | None:
 
 
 def _why_not_attention(layer: Any) -> str | None:
-    """Why the attention of a layer has to be transformers' own code at present, or None."""
+    """Return the reason why a layer's attention has to be transformers' own code at present, or None."""
     reason = replaced_method(layer, original_class(layer)) or _why_not_inside(layer)
     if reason is not None:
         return reason
@@ -154,7 +154,7 @@ def _why_not_attention(layer: Any) -> str | None:
 
 @functools.cache
 def _times_masked(kind: Any) -> int:
-    """How often the attention of v2 adds its mask to the scores: twice in all versions looked at."""
+    """Return how often the attention of v2 adds its mask to the scores: twice in all known versions."""
     config = types.SimpleNamespace(qkv_bias=False, attention_probs_dropout_prob=0.0)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         attention = kind(config, dim=1, num_heads=1, window_size=2)
@@ -167,7 +167,7 @@ def _times_masked(kind: Any) -> int:
 
 
 def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
-    """What a pad token has for q, k and v."""
+    """Return q, k and v of a pad token."""
     if q.bias is None and k.bias is None and v.bias is None:
         return None
     given = next(m.bias for m in (q, k, v) if m.bias is not None)
@@ -176,7 +176,7 @@ def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
 
 
 def _attention_arguments(layer: Any) -> dict[str, Any]:
-    """Those of the op for a map, but dropout."""
+    """The op's arguments for a map, except dropout."""
     of_bias, heads = _position_bias(layer), _num_heads(layer)
     if "continuous_position_bias_mlp" in of_bias._modules:
         table = of_bias.continuous_position_bias_mlp(of_bias.relative_coords_table).view(-1, heads)
@@ -197,7 +197,7 @@ def _attention_arguments(layer: Any) -> dict[str, Any]:
 
 
 def _geometry(layer: Any) -> dict[str, Any]:
-    """The arguments that say where the windows are."""
+    """The op's arguments that define the windows."""
     return {
         "num_heads": _num_heads(layer),
         "window_size": layer.window_size,
@@ -207,7 +207,7 @@ def _geometry(layer: Any) -> dict[str, Any]:
 
 
 def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
-    """The attention branch of a sequence (B, L, C) of the tokens of a map, without drop path."""
+    """Return the attention branch of a map's token sequence (B, L, C), without drop path."""
     height, width = size
     *inputs, output = _projections(layer).items()
     x = x.view(x.shape[0], height, width, x.shape[2])
@@ -226,7 +226,7 @@ def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What transformers' DropPath would multiply each sample of y by: the same random numbers. None for 1."""
+    """transformers' DropPath as a factor per sample of y, from the same random numbers; None stands for 1."""
     if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
     keep = 1 - drop_path.drop_prob
@@ -263,19 +263,19 @@ _RESIDUALS: dict[type, tuple[Residual, ...]] = {}
 class _Layer(Accelerated):
     """A layer of any family on ops.
 
-    Geometry, parameters and the index of the bias table are read or compared at every call. Where the op cannot stand
-    in for transformers' code (attention weights are asked for, a hook on an inner module or another module in its
-    place, a method that was replaced, tracing), that runs.
+    Geometry, parameters and the index of the bias table are read or compared at every call. transformers' code runs
+    where the op cannot replace it: requested attention weights, a hook on an inner module or another module in its
+    place, a replaced method, tracing.
     """
 
     set_shift_and_window_size: Any
 
     def _is_ours(self, x: Any, size: Any, always_partition: bool | None = True) -> bool:
-        """Whether the op runs for a sequence x of the tokens of a map, now that the windows fit the map."""
+        """Return True if the op runs for the token sequence x of a map, after the windows are fitted to the map."""
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
             return False
         if not always_partition:
-            self.set_shift_and_window_size(size)  # for good: a second time changes nothing
+            self.set_shift_and_window_size(size)  # permanently: a second time changes nothing
         return _why_not_attention(self) is None
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -290,7 +290,7 @@ class PreNormLayer(_Layer):
     """A layer of v1: norm, attention, norm, MLP."""
 
     def _attention_half(self, x: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The residual stream after attention, and its norm."""
+        """Return the residual stream after attention, and its norm."""
         (residual,) = _RESIDUALS[original_class(self)]
         y = attended(self, norm_for_linear(self, "layernorm_before", x, _width(self)), size)
         fused = residual.add_then_norm(self, x, y)
@@ -306,7 +306,7 @@ class PreNormLayer(_Layer):
 
 
 class PreNormLayerOfAnyMap(PreNormLayer):
-    """A layer of v1 whose windows shrink to small maps unless it is told not to."""
+    """A layer of v1 whose windows shrink to small maps unless an argument forbids it."""
 
     def forward(
         self,
@@ -372,14 +372,14 @@ def _run_with_size(module: Any, x: Tensor) -> Tensor:
 
 
 def _map_size(layer: Any) -> tuple[int, int]:
-    """Nothing here knows its map, whose size comes with the call. One with padding on each axis, and a shift."""
+    """A map with padding on each axis, and a shift: the map size is an argument of the call."""
     return layer.window_size + 1, layer.window_size + 2
 
 
 def _qkv_weight(layer: Any) -> Tensor:
-    """One that stands for the three."""
+    """Return a weight that stands for those of query, key and value."""
     q, *_ = _projections(layer).values()
-    # Not made by the weight itself, which may be a tensor of a class that makes no others.
+    # Not derived from the weight itself, whose tensor class may support no factory functions.
     one = torch.empty((), dtype=q.weight.dtype, device=q.weight.device)
     return one.expand(3 * q.weight.shape[0], q.weight.shape[1])
 
@@ -449,7 +449,7 @@ def layer_adapter(
 
 
 def merging_adapter(original: type[nn.Module], accelerated: type[nn.Module]) -> Adapter:
-    """That of a class of patch merging, of v2 if the accelerated one is."""
+    """Make the adapter of a class of patch merging; the accelerated class determines v1 or v2."""
     how = _MERGING_V2 if issubclass(accelerated, PostNormMerging) else _MERGING
     return how.adapter(
         NAME, original, accelerated, lambda merging: (6, 5, merging.reduction.in_features // 4), run=_run_with_size
