@@ -32,7 +32,7 @@ def know_gelu(kind: type[nn.Module], form: Callable[[Any], str | None]) -> None:
 
 
 def drops_nothing(name: str, module: Any, kind: type[nn.Module] = nn.Dropout) -> bool:
-    """Whether a dropout, or a library's stochastic depth of a class, does nothing and would not miss its call."""
+    """Return True if a dropout, or a library's stochastic depth, has no effect and no hook that needs its call."""
     kind = nn.Identity if class_of(module) is nn.Identity else kind
     return not module.training and why_not_absorbed(name, module, kind, kind.__name__) is None
 

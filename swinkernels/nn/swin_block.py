@@ -90,9 +90,9 @@ class _Block(nn.Module):
         return self.attn.shift_size
 
     def _is_of_halves(self, x: Tensor) -> bool:
-        """Whether two halves compute what the modules inside do at present, and are of use.
+        """Return True if two halves compute the same as the modules inside do at present, and are of use.
 
-        They keep less for a backward pass, and fuse the products of a CPU. They cost the host more: elsewhere modules
+        They keep less for a backward pass, and fuse a CPU's products, but cost more host time: otherwise the modules
         are called.
         """
         attn, mlp = self.attn, self.mlp

@@ -22,7 +22,7 @@ _LOW = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_
 
 @functools.cache
 def why_not_fused(dtype: torch.dtype) -> str | None:
-    """Why this machine's torch fuses no Linear layers of a dtype, or why that would not be faster, or None."""
+    """Return why torch fuses no Linear layers of a dtype on this machine, or why that would not be faster, or None."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "torch was built without oneDNN"
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -54,7 +54,7 @@ def linear(
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether a module that has x as its input has reason to call :func:`linear`: inference on a CPU, by eager PyTorch.
+    """Return True if a module with input x should call :func:`linear`: inference on a CPU, by eager PyTorch.
 
     Under autocast torch keeps the cast weights for the next call, which it does for its own functions alone.
     """
@@ -89,12 +89,12 @@ def _can_be_added(residual: Tensor, x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_constant(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call of these tensors is seen by eager PyTorch alone, and recorded by nothing."""
+    """Return True if eager PyTorch alone handles a call on these tensors, and autograd does not record it."""
     return is_plain(tensors) and not any_requires_grad(tensors)
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product outweighs what a call of oneDNN takes: 20 us, where F.linear takes 2 in float32."""
+    """Return True if the product outweighs the overhead of oneDNN, 20 us per call; F.linear's is 2 us in float32."""
     products = x.numel() * weight.shape[0]
     if x.dtype == torch.float32:
         return products >= 1 << 24

@@ -99,7 +99,7 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
 
 
 def _reference_gradients(form: str, tensors: Sequence[Any], others: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """What a backward op computes, by the reference: for second derivatives."""
+    """Compute a backward op's results by the reference, for second derivatives."""
     *numbers, wanted = others
     spec = WindowSpec.parse(*numbers)
     if spec.dropout_p > 0.0:

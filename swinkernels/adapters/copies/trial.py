@@ -364,8 +364,8 @@ REFUSED = "refused a trial"  # in the reasons of Trial.run
 
 
 class Verdicts:
-    """What trials found of modules: a thorough one of a narrow copy, which modules of many widths share, and a short
-    one at the module's own width. A module that has no narrow copy, or whose copy refuses its input, is tried as it is.
+    """The results of trials: a thorough one of a narrow copy, which modules of many widths share, and a short one at
+    the module's own width. A module without a narrow copy, or whose copy refuses its input, is tried at its own width.
     """
 
     def __init__(self) -> None:
@@ -375,7 +375,7 @@ class Verdicts:
     def why_not(
         self, module: nn.Module, others: tuple[Any, ...], width: Width | None, make: Callable[..., Trial], attempt: Any
     ) -> str | None:
-        """What is wrong with a module, or None.
+        """Return the difference that trials of a module find, or None.
 
         Args:
             module: the module.

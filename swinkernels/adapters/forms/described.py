@@ -200,7 +200,7 @@ _HEADS = ("num_heads", "n_heads", "heads", "num_attention_heads")
 
 
 def _width(form: Form, module: nn.Module) -> Width | None:
-    """How narrow a copy may be, or None where the module's attributes do not say its width."""
+    """Return the width of a narrow copy, or None if the module's attributes do not give its own width."""
     heads = [v for m in module.modules() for n, v in m.__dict__.items() if n in _HEADS and type(v) is int]
     linears = [m.in_features for m in module.modules() if isinstance(m, nn.Linear)]
     size = form.sizes(module)[0]

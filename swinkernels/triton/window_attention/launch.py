@@ -96,8 +96,8 @@ class _Prepared(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether a window is one tile. With axis_tables or a key_window, which models have in large windows, it counts
-        as several.
+        """Return True if a window is one tile. With axis_tables or a key_window, which models use in large windows, it
+        counts as several.
         """
         of_size = tuning.is_whole(self.static.VOLUME, self.call.maps[0].element_size())
         return of_size and self.call.axis_tables is None and not self.static.HAS_KEY_WINDOW

@@ -393,14 +393,14 @@ def layer_adapter(
     takes: Sequence[str],
     cosine: Any = None,
 ) -> Adapter:
-    """That of a class of layers.
+    """Make the adapter of a class of layers.
 
     Args:
         original, accelerated: the classes.
-        inside: the attention's class and those of its children, by their paths.
-        mlp, drop_path: those of its children; an MLP is one module, or a pair of "intermediate" and "output".
+        inside: the classes of the attention and of its children, by their paths.
+        mlp, drop_path: the classes of these children; an MLP is one module, or a pair of "intermediate" and "output".
         takes: the arguments of the forward pass.
-        cosine: the class of the inner attention, of v2.
+        cosine: the class of the inner attention, in v2.
     """
 
     def residual(norm: str, casts_its_input: Callable[[Any], bool] = lambda layer: False) -> Residual:
