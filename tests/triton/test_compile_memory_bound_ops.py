@@ -123,6 +123,11 @@ def test_what_32_bits_do_not_count_is_refused():
         ValueError, match=r"window_partition: .* fewer than 2\*\*31 windows and .*, got 2155872256 and "
     ):
         window_partition.partition(x, (1, 1, 1), (0, 0, 0), False)
+    x = torch.empty(1, 2**12, 2**13, 2**10, device="meta", dtype=torch.int8)
+    with pytest.raises(
+        ValueError, match=r"window_partition: .* fewer than 2\*\*31 accesses, got 33554432 tokens of 64 "
+    ):
+        window_partition.partition(x, (2**12, 2**13), (0, 0), False)
     x = torch.empty(2**16 + 1, 256, 256, 4, device="meta")
     with pytest.raises(ValueError, match=r"patch_merging_norm: .* at most 2\*\*30 merged tokens, got 65537 images"):
         patch_merging.forward(x, None, None, (1, 2, 2), (0, 1, 2, 3), 1e-5, torch.float32)

@@ -188,6 +188,22 @@ def test_batch_size_does_not_recompile():
                 assert parameter.do_not_specialize, (name, parameter.name)
 
 
+def test_calls_beyond_32_bits_and_dropout_without_a_seed_are_refused():
+    """Calls of the op itself, past the checks of the public function."""
+    x = torch.empty(2**20, 8, 8, 3, 1024, 2, device="meta")
+
+    def forward(x: torch.Tensor, **options: Any) -> None:
+        spec = make_window_spec("op", 2, 2, window_size=8, **options)
+        launcher.forward((x,), *(None,) * 6, spec.wire(), *spec.numbers)
+
+    with pytest.raises(
+        ValueError, match=r"2\*\*31 tiles of 16 tokens, got 1048576 windows of 64 tokens and 1024 heads"
+    ):
+        forward(x)
+    with pytest.raises(ValueError, match=r"dropout_seed must be given with a dropout_p above 0, got None"):
+        forward(x[:1], dropout_p=0.1)
+
+
 JIT_FUNCTIONS = {
     name: f.fn
     for module in (*MODULES, axis_tables, gradients, key_windows, mask, rows, scores, windows)
