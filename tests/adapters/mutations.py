@@ -39,9 +39,9 @@ from tests.support.fused_products import always_fused
 from tests.support.small_models import FAMILIES, make_input, make_model
 
 FACTOR = 1.25  # factor by which an edit changes a result
-# Largest difference relative to the largest element. Constants of a model may be float32, and float32 rounds
-# throughout.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3}
+# Largest difference relative to the largest element. Constants of a float64 model may be float32, and so is the softmax
+# of Segment Anything in transformers. In a float32 model everything rounds.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3}
 
 
 def scaled(x: Any) -> Any:
@@ -178,7 +178,7 @@ def method_of_the_class(site: Site, name: str) -> None:
 
 def _patch_class(site: Site, name: str) -> None:
     """Patch the class of the library that defines a method, not this package's subclass."""
-    cls = next(c for c in type(site.module).__mro__ if name in vars(c) and not c.__module__.startswith("swinkernels"))
+    cls = next(c for c in type(site.module).__mro__ if name in vars(c) and not issubclass(c, Accelerated))
     method = vars(cls)[name]
 
     @functools.wraps(method)

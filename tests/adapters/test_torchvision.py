@@ -575,3 +575,10 @@ def test_report(version):
     block = next(e for e in report.replaced if "Block" in e.module_class)
     assert block.backend == "torch"
     assert any(r.startswith("Residual and norm: torch. Not cpu") for r in block.remarks)
+
+
+def test_a_norm_whose_shape_was_changed_raises_as_torchvision_does():
+    model = accelerated(make_model())
+    model.features[1][1].norm2.normalized_shape = (7,)
+    with pytest.raises(RuntimeError, match="weight to be of same shape as normalized_shape"):
+        model(make_image())
