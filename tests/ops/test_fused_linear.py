@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import swinkernels
 from swinkernels.ops import _fused_linear
@@ -152,3 +153,30 @@ def test_a_halfs_products_on_a_cpu():
     assert len(called) == 2
     exact = swinkernels.reference.mlp_half(*(t if t is None else t.double() for t in tensors))
     assert_within_budget(y, exact, lambda: swinkernels.reference.mlp_half(*tensors))
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        return 2 * y if func in (F.linear, F.gelu) else y
+
+
+def test_modes_and_functions_in_the_place_of_torchs_see_their_calls(monkeypatch):
+    need_fused(torch.float32)
+    x, weight, bias, _ = draw()
+    exact = 2 * plain(x, weight, bias, None, None)
+    with Doubled():
+        torch.testing.assert_close(_fused_linear.linear(x, weight, bias), exact)
+    with torch.device("cpu"), fused_calls() as called:  # the mode of torch.set_default_device
+        _fused_linear.linear(x, weight, bias)
+    assert called
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: 2 * linear(*args))
+    torch.testing.assert_close(_fused_linear.linear(x, weight, bias), exact)
+
+
+def test_sparse_weights_have_the_separate_calls():
+    need_fused(torch.float32)
+    x, weight, bias, _ = draw()
+    got = _fused_linear.linear(x, weight.to_sparse_csr(), bias)
+    torch.testing.assert_close(got, plain(x, weight, bias, None, None), rtol=1e-4, atol=1e-4)

@@ -304,6 +304,20 @@ def test_second_derivatives_of_functorch(batched: bool) -> None:
     torch.testing.assert_close(call("cpu"), call("reference"), rtol=1e-4, atol=1e-5)
 
 
+@needs_cpu
+def test_second_derivatives_with_a_region_map() -> None:
+    case = Case(1, (4, 4), 1, 2, 2, 1)
+    inputs = case.inputs(torch.float32)
+    regions = torch.arange(16).reshape(4, 4) // 5
+    found = []
+    for backend in ("cpu", "reference"):
+        qkv = inputs["qkv"].clone().requires_grad_()
+        out = attend(qkv, inputs["bias_table"], **case.arguments(), region_map=regions, backend=backend)
+        (first,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), qkv)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
 # --- compilation
 
 
