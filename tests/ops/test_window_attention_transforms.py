@@ -308,7 +308,7 @@ def test_second_derivatives_of_functorch(batched: bool) -> None:
 def test_second_derivatives_with_a_region_map() -> None:
     case = Case(1, (4, 4), 1, 2, 2, 1)
     inputs = case.inputs(torch.float32)
-    regions = torch.arange(16).reshape(4, 4) // 5
+    regions = (torch.arange(16).reshape(4, 4) // 5).to(torch.int8)
     found = []
     for backend in ("cpu", "reference"):
         qkv = inputs["qkv"].clone().requires_grad_()
