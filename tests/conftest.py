@@ -128,9 +128,9 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def as_on_a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make "auto" take backend "cuda", with kernels in plain PyTorch, on the CPU as well.
+    """Make "auto" take backend "cuda", with kernels in plain PyTorch, on the CPU.
 
-    Attention is the exception and runs in the reference.
+    Only attention is different: it runs in the reference.
     """
     from swinkernels.ops import _backends
 

@@ -1,4 +1,4 @@
-"""accelerate on MONAI's SwinUNETR, 2D and 3D: the same numbers, the same model."""
+"""accelerate on MONAI's SwinUNETR, 2D and 3D: the same results, and the model keeps its identity."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def randomise(module: nn.Module) -> None:
 
 
 def make_encoder(axes: int = 3, window: int = 4, **options: Any) -> SwinTransformer:
-    """SwinUNETR's encoder with one channel more than its smallest."""
+    """Make SwinUNETR's encoder with 12 channels."""
     torch.manual_seed(0)
     options = {"depths": (2, 2, 2, 2), "num_heads": (3, 6, 12, 24), **options}
     model = SwinTransformer(
@@ -63,7 +63,7 @@ def make_encoder(axes: int = 3, window: int = 4, **options: Any) -> SwinTransfor
 
 
 def make_volume(axes: int = 3, batch: int = 2) -> Tensor:
-    """A volume whose maps have 9x7x6 tokens (padded), 5x4x3 (padded, or clamped), 3x2x2 and 2x1x1 (clamped)."""
+    """Draw a volume whose maps have 9x7x6 tokens (padded), 5x4x3 (padded, or clamped), 3x2x2 and 2x1x1 (clamped)."""
     return torch.randn(batch, 1, *(18, 14, 12)[:axes], generator=torch.Generator().manual_seed(1))
 
 
@@ -95,7 +95,7 @@ def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, WindowAttention)
 
 
-# The same numbers
+# Same results as the library
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -199,7 +199,7 @@ def test_a_mask_of_ones_own_is_honoured():
         assert_as_good(run(fast, x, mask), exact, exact)
     changed = standard.clone()
     assert torch.equal(fast(x, standard), fast(x, changed))
-    changed[0, 0, 1] = -50.0  # a mask that has been inspected
+    changed[0, 0, 1] = -50.0  # changes a mask that has been inspected
     assert not torch.equal(fast(x, changed), fast(x, standard))
     torch.testing.assert_close(fast(x, changed), block(x, changed), rtol=1e-10, atol=1e-12)
 
@@ -291,7 +291,7 @@ def test_norms_and_merging_on_ops(axes, downsample, calls):
 
 
 def test_norms_and_merging_of_volumes_on_kernels(calls, as_on_a_gpu):
-    """The code that runs on a GPU, with kernels in plain PyTorch."""
+    """The code for a GPU runs with kernels in plain PyTorch."""
     model = make_encoder(3)
     check_parity(model, make_volume(3))
     assert (calls.count("residual_layer_norm"), calls.count("patch_merging")) == (8, 4)
@@ -305,7 +305,7 @@ def test_norms_and_merging_of_volumes_on_kernels(calls, as_on_a_gpu):
 
 
 class LegacyPatchMerging(PatchMerging):
-    """The order of MONAI up to 1.4: two neighbours twice, two never."""
+    """Merges in the order of MONAI up to 1.4: two neighbours twice, two never."""
 
     def forward(self, x):
         if x.dim() == 4:

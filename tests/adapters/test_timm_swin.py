@@ -1,4 +1,4 @@
-"""accelerate and restore on timm's Swin: the same numbers and the same model, on the backend "auto" chooses here."""
+"""accelerate and restore on timm's Swin: the same results and the same model, on the backend "auto" chooses here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def timm_path_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "window_attention_qkvpacked", refuse)
 
 
-# The same numbers
+# Same results as the library
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -105,7 +105,7 @@ def test_one_frozen_parameter_leaves_the_other_gradients_as_they_were(frozen):
 
 
 def test_empty_batch():
-    """timm's block does not support it; its accelerated attention half does."""
+    """timm's block does not support an empty batch; its accelerated attention half does."""
     block = make_model().layers[0].blocks[1]
     swinkernels.accelerate(block)
     x = torch.zeros(0, *block.input_resolution, 16, requires_grad=True)

@@ -249,7 +249,7 @@ def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
 
 
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
-    """The last images of a huge batch have the same results as alone; there are more than 2 ** 16 windows, too."""
+    """The last images of a huge batch have the same results as alone; the batch has more than 2 ** 16 windows."""
     batch = 2400
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
@@ -284,7 +284,7 @@ def test_accelerated_timm_model(backend: str, name: str, fullgraph: bool) -> Non
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=224, num_classes=10, drop_path_rate=0.0).to(DEVICE).eval()
     for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):  # v2 starts with weights of 0, with which its branches are zero
+        if isinstance(module, torch.nn.LayerNorm):  # v2 starts with weights of 0, which make its branches zero
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     accelerated = copy.deepcopy(model)
     report = swinkernels.accelerate(accelerated, backend=backend)
