@@ -67,8 +67,8 @@ def _check(
         op = functools.partial(library.window_attention_qkvpacked, allow_tf32=True, **arguments)
         with pytest.MonkeyPatch.context() as patch:
             if case.has_logit_scale:
-                # A factor of up to 100 multiplies the cosines and the TF32 rounding of their operands. Plain code with the
-                # same rounding shows by how much.
+                # A factor of up to 100 multiplies the cosines and the TF32 rounding of their operands. Plain code with
+                # the same rounding shows by how much.
                 patch.setattr(Tensor, "__matmul__", _matmul_in_tf32)
             return check_window_attention(op, case, torch.float32, eps=TF32_EPS, seed=seed, rounds_unit_rows=True)
     op = functools.partial(library.window_attention_qkvpacked, **arguments)
@@ -446,7 +446,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 
 
 def test_rows_of_a_larger_tensor(library):
-    """Heads, rows and images may have gaps. (With head_dim 16 another kernel would run on the strided rows.)"""
+    """Heads, rows and images may have gaps. (With head_dim 16 the two runs would use different kernels.)"""
     case = Case(2, (7, 6), 2, 8, 4, 1, has_pad_qkv=True)
     inputs = case.inputs(torch.float16)
     dense = library.run(**inputs, **case.arguments())

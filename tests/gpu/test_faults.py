@@ -11,8 +11,8 @@ import pytest
 from gpu import lines
 from gpu.runner import Group, Run, Step
 
-# A worker whose attention is wrong in the cases named for a fault, in place of a faulty kernel. The whole step has to
-# find it: processes, cases, reference, budget, lines.
+# In place of a faulty kernel, this worker's attention is wrong in the cases named for a fault. The whole step has to
+# find it: processes, cases, reference, budget and lines take part.
 PLANTED = """
 import os, sys, time
 import torch, swinkernels

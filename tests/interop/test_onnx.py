@@ -1,4 +1,4 @@
-"""Accelerated models as ONNX files: the numbers of ONNX Runtime and OpenVINO are the original's."""
+"""Accelerated models as ONNX files: ONNX Runtime and OpenVINO return the results of the original model."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_openvino_without_onnx(name: str) -> None:
 
 
 class Others(nn.Module):
-    """The ops that have kernels only on a GPU. An export runs none of them."""
+    """Calls the ops that have kernels only on a GPU. The exported model runs none of these kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
         ops = torch.ops.swinkernels

@@ -98,14 +98,14 @@ class Pair:
         return values
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
-        """Return both in float64 with the same parameters, loaded from a checkpoint."""
+        """Return both modules in float64 with the same parameters, loaded from a checkpoint."""
         theirs = randomised(self.theirs())
         ours = self.ours().double()
         ours.load_state_dict(self.by_our_names(theirs.state_dict()), strict=True)
         return ours, theirs
 
     def run(self, module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        """Return the output and all gradients, by our names."""
+        """Return the output and all gradients, named as in our module."""
         x = x.clone().requires_grad_()
         is_ours = type(module).__module__.startswith("swinkernels")
         out = self.result(module(x, size=self.size) if self.size else module(x)) if is_ours else module(x)

@@ -148,7 +148,7 @@ def test_windows_of_three_axes_and_frame_by_frame():
 
 
 def test_small_maps_clip_like_a_slice_of_the_index():
-    """MONAI and Video-Swin number the tokens of a clamped window in the full one."""
+    """MONAI and Video-Swin number the tokens of a clamped window as in the full window."""
     attention = sn.WindowAttention(16, (4, 4), 2, small_maps="clip").double()
     randomise(attention)
     x = make_map(1, 2, 8, 16, dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_a_training_step_of_a_tiny_model_keeps_at_most_three_fifths_of_timms(ver
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
-    """Two calls for the halves and the modules one by one compute the same function."""
+    """A block whose modules are hooked or replaced calls them one by one, with the same results as by halves."""
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, (9, 14), 2, 4, 2).double()
     randomise(block)
     x = make_map(2, 9, 14, 16, dtype=torch.float64)
@@ -245,7 +245,7 @@ def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("version", [1, 2])
 def test_inference_on_a_cpu_fuses_the_products_of_halves(version, training):
-    """QKV, projection, fc1 with GELU and fc2; the same random numbers as timm's in training mode."""
+    """qkv, proj, fc1 with GELU and fc2 are fused; in training mode the random numbers equal timm's."""
     reason = why_not_fused(torch.float32)
     if reason is not None:
         pytest.skip(reason)
@@ -290,7 +290,7 @@ def test_drop_path_is_timms():
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_norms_and_residual_connections_on_ops(version):
-    """The calls of a fast backend, run by the reference, with stochastic depth as well."""
+    """The reference runs the calls that a fast backend would get, also with stochastic depth."""
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
     make = functools.partial(block, 16, (9, 14), 2, 4, 2, drop_path=0.5)
     plain, on_ops = make().double().train(), make(backend="reference").double().train()

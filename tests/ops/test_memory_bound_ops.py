@@ -199,7 +199,7 @@ def test_around_a_kernel(case, plain_kernels):
     ],
 )
 def test_dtypes_around_a_kernel(name, dtypes, results, plain_kernels):
-    """Results have their dtypes, each gradient that of its tensor; parameters may have any floating dtype."""
+    """Results have the expected dtypes, gradients the dtype of their tensor; parameters may have any floating dtype."""
     case = CASES[name]
     leaves = case.leaves(*dtypes)
     exact = case.run({n: t.detach().double().requires_grad_() for n, t in leaves.items()}, case.definition)
@@ -260,7 +260,7 @@ def test_only_one_result_used(plain_kernels):
 
 
 def test_gradient_of_drop_path_scale():
-    """Only the reference supports the gradient; a kernel is not chosen, or gives the reason."""
+    """No kernel supports the gradient: "auto" chooses plain PyTorch, and a kernel that is named gives the reason."""
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     x, y = draw(2, 3, 5), draw(2, 3, 5, seed=2)
     for op in (swinkernels.residual_layer_norm, swinkernels.residual_post_norm):
@@ -565,7 +565,7 @@ def test_second_derivative_is_in_the_reference_alone(name, plain_kernels):
     leaves = case.leaves(torch.float32)
     for backend in backends_of(case):
         if backend == "triton" and "merge" in name and "post" in name:
-            continue  # the norm is torch's
+            continue  # torch's own norm runs
         with pytest.raises(NotImplementedError, match="use backend='reference' for double backward"):
             penalty(backend, **leaves).backward()
     wide = case.leaves(torch.float64)
@@ -619,7 +619,7 @@ def test_reverse_undoes_partition_bit_for_bit(data):
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
 @some_cases
 def test_backend_that_cannot_run(case, backend):
-    """No fast backend can on a CPU tensor, and each gives a reason."""
+    """No fast backend can run on a CPU tensor, and each gives a reason."""
     if backend == "triton" and _backends.interpreting():
         pytest.skip("Triton's interpreter runs on the CPU")
     with pytest.raises(NotImplementedError) as caught:

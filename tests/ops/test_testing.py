@@ -13,7 +13,7 @@ LARGEST = EXACT.abs().max().item()
 
 
 def judged(got: Tensor, exact: Tensor = EXACT, f32: Tensor | None = None, terms: Tensor | None = None) -> Judged:
-    """Judge a result; without ``f32``, float32 has no error of its own."""
+    """Judge a result; without ``f32``, the definition has no error in float32."""
     return judge(got, exact, exact if f32 is None else f32, terms=terms, name="out")
 
 

@@ -35,7 +35,7 @@ CASES = [PADDED, PLAIN, VOLUME, BARE, COSINE, DENSE, TYPES]
 
 
 def separate(qkv, bias_table=None, *, num_heads, **arguments):
-    """The separate form with the packed form's interface: q, k and v are strided views of qkv."""
+    """Call the separate form through the packed form's interface: q, k and v are strided views of qkv."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
     return swinkernels.window_attention(q, k, v, bias_table, num_heads=num_heads, **arguments)
 
@@ -180,8 +180,8 @@ def test_compile_fullgraph(backend, dynamic):
         want, got = (run_case(f, inputs, {}) for f in (op, compiled))
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
-    # Not once per batch size: once for the first batch and once for any (None), or at once for any, with one restart of
-    # the analysis for the float arguments (True).
+    # Batch sizes share graphs. With None, the first batch has one graph and all others a second; with True, one graph
+    # serves all, and the float arguments restart the analysis once.
     assert counter.frame_count <= 2
 
 

@@ -132,7 +132,7 @@ def test_pangu(size, shift):
     types, n = counts[0] * counts[1], math.prod(window)
     table = draw(window[0] ** 2 * window[1] ** 2 * (2 * window[2] - 1), types, heads, seed=4)
 
-    # The published index: the key's level and latitude count in steps of the window, with a minus.
+    # In the published index the key's level and latitude count negatively, in steps of the window.
     places = torch.stack(torch.meshgrid(*map(torch.arange, window), indexing="ij")).flatten(1)
     steps = torch.tensor([-window[0], -window[1], 1])[:, None]
     relative = places[:, :, None] - (places * steps)[:, None, :]

@@ -217,7 +217,7 @@ def test_timm_maxvit(partition, size, window):
 
 
 def cut(x: Tensor, window: tuple[int, ...]) -> Tensor:
-    """(B, *P, C) -> (B, num_windows, N, C)."""
+    """Cut (B, *P, C) into windows (B, num_windows, N, C)."""
     rank = len(window)
     shape = [n for p, w in zip(x.shape[1:-1], window, strict=True) for n in (p // w, w)]
     x = x.reshape(x.shape[0], *shape, x.shape[-1])
@@ -252,7 +252,7 @@ def slice_regions(frame, window, shift, periodic=None) -> Tensor:
 
 
 def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int, ...]) -> Tensor:
-    """(heads, N, N), filled one entry at a time."""
+    """Return the bias (heads, N, N), whose index is filled one entry at a time."""
     n = math.prod(window)
 
     def decode(t):
@@ -274,7 +274,7 @@ def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int
 def literal_attention(
     qkv, num_heads, window, shift, *, pad, pad_order, before, regions, bias, mask_value=-100.0, scale=None
 ):
-    """qkv (B, *S, 3C) -> (B, *S, C); regions: an image of the frame's shape or None; bias: (heads, N, N)."""
+    """Map qkv (B, *S, 3C) to (B, *S, C); regions is an image of the frame's shape or None, bias (heads, N, N)."""
     size = tuple(qkv.shape[1:-1])
     axes = tuple(range(1, 1 + len(size)))
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))

@@ -147,7 +147,7 @@ def define(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the exact results, computed in ``dtype``, and for gradients the sizes of the terms that cancel.
 
-    ``s`` is the implementation's rounded sum of a residual, because the norm that follows is that of the rounded sum.
+    ``s`` is the implementation's rounded sum of a residual, because the norm that follows reads the rounded sum.
     """
     wide = {name: x.to(dtype) for name, x in inputs.items()}
     leaves = {name: wide[name].requires_grad_() for name in ("x", "y", "weight", "bias") if name in wide}

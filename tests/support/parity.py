@@ -95,14 +95,14 @@ def assert_as_good(
 def _times_of_plain_error(name: str) -> int:
     """Return the multiple of plain code's error that is allowed for a gradient.
 
-    Gradients that only depend on keys nearly cancel. That of transformers' position MLP depends on a table of a few
-    dozen such sums, here in another order: the error of one of them spreads to all of its elements.
+    Gradients that only depend on keys nearly cancel. The gradient of transformers' position MLP depends on a few dozen
+    such sums, which are added in another order here: the error of one sum spreads to all elements of the gradient.
     """
     return 4 if any(part in name for part in ("position_bias_mlp", ".k_proj.", ".key.")) else 2
 
 
 def assert_as_noisy(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Check low precision, where whole models round dozens of times: errors may differ, but not in size."""
+    """Check low precision, where whole models round dozens of times: errors may differ, but not their size."""
     assert got.keys() == plain.keys() == exact.keys()
     errors, bases = [], []
     for name in exact:

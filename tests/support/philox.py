@@ -30,7 +30,7 @@ def philox(key: int, counter: np.ndarray) -> np.ndarray:
 
 
 def kept_weights(seed: int, p: float, batch: int, num_windows: int, num_heads: int, tokens: int) -> Tensor:
-    """1 where csrc/kernels/cuda/window_attention/dropout.cuh keeps a weight, else 0: (B, num_windows, heads, N, N)."""
+    """Return 1 where the CUDA kernels (dropout.cuh) keep a weight, else 0, as (B, num_windows, heads, N, N)."""
     head, i, j = np.meshgrid(
         np.arange(batch * num_windows * num_heads), np.arange(tokens), np.arange(tokens), indexing="ij"
     )

@@ -106,7 +106,7 @@ def _patch_merging_norm_bwd(dz, x, weight, mean, rstd, factor, neighbours, needs
 
 
 def _laid_out(x: Tensor, factor: list[int]) -> Tensor:
-    """Lay out the parts of every token at their positions."""
+    """Put the parts of every token at their positions in the larger map, in float64."""
     if not factor:
         return x.double()
     rank = x.dim() - 2
@@ -120,7 +120,7 @@ def _laid_out(x: Tensor, factor: list[int]) -> Tensor:
 
 
 def _taken_back(y: Tensor, factor: list[int]) -> Tensor:
-    """The inverse of :func:`_laid_out`."""
+    """Invert :func:`_laid_out`."""
     if not factor:
         return y
     rank = y.dim() - 2

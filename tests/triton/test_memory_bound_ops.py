@@ -371,7 +371,7 @@ def a_program_takes_several_tiles(name):
 
 @check(1, 128, 300, dtypes=(torch.float32,))
 def shares_are_added(programs, dtype):
-    """The shares are fewer and more than are added at a time, and the columns more than a program has."""
+    """There are fewer or more shares than are added at a time, and more columns than a program adds."""
     shares, (dweight, dbias) = draw(2, programs, 40), draw(2, 40)
     merging_kernels.sum_shares[(2,)](*shares, dweight, dbias, programs, LENGTH=40, BLOCK=32)
     for name, got, terms in (("dweight", dweight, shares[0]), ("dbias", dbias, shares[1])):
@@ -430,7 +430,7 @@ def same_bits_twice(name, dtype):
 
 @check("odd", dtypes=(torch.float32,))
 def same_bits_for_any_number_of_multiprocessors(name, dtype):
-    """Gradients of parameters, too: the programs that share their rows are as many on every GPU."""
+    """Gradients of parameters also agree, because the number of programs that share the rows is fixed."""
     case = MERGINGS[name]._replace(batch=30)
     given, counted = inputs(case, "f32"), merging_launcher.multiprocessors
     try:
