@@ -754,7 +754,7 @@ def check(seed: int, number: int) -> str | None:
     mutation = draw(seed, number)
     expected = run(mutation, accelerates=False)
     got = run(mutation, accelerates=True)
-    # In bfloat16 whole models round dozens of times, and the two models' noise differs.
+    # In bfloat16 whole models round dozens of times, and the rounding errors of the two models differ.
     rounds = any(name == "dtype of a part" for name, _, _ in mutation.edits)
     if rounds and expected.error is not None and got.error is None:
         return None  # the ops accept tables and norms in other dtypes than the map's

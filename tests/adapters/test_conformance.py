@@ -63,7 +63,7 @@ def large(drop_path: float) -> Swin:
 
 @dataclass(frozen=True)
 class Library:
-    build: Callable[[float], nn.Module]  # from the rate of drop path
+    build: Callable[[float], nn.Module]  # makes the model for a rate of drop path
     attention: int = 4  # calls of the op in one forward pass
     image: tuple[int, ...] = IMAGE
     # Calls of the other ops in a forward pass; calls of layer_norm under autocast.
@@ -130,7 +130,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> nn.M
 
 
 def on_ops(library: str) -> nn.Module:
-    """Return a model whose attention is this package's."""
+    """Return a model whose attention runs on this package's op."""
     return make(library) if library == "swinkernels" else accelerated(original(library))
 
 

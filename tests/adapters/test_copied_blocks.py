@@ -549,7 +549,7 @@ def test_changes_after_accelerate(monkeypatch):
     torch.testing.assert_close(fast(x), block(x), rtol=1e-10, atol=1e-12)
     assert len(seen) == 1
     assert "attn.softmax" in swinkernels.accelerate(fast).skipped[0].reason
-    assert type(fast) is forms.ClassificationBlock  # its class did not change
+    assert type(fast) is forms.ClassificationBlock  # the block's class did not change
     handle.remove()
     swinkernels.accelerate(fast)
     for module in (block, fast):
@@ -563,7 +563,7 @@ def test_changes_after_accelerate(monkeypatch):
 
 
 class Model(nn.Module):
-    """A stage with a fixed size, and one that makes its mask at every call, as mmseg's does."""
+    """Has a stage with a fixed size, and a stage that makes its mask at every call, as in mmseg."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

@@ -141,7 +141,7 @@ def _absorbed(module: Described) -> nn.Module:
 @families
 @pytest.mark.parametrize("edit", ["hook", "forward", "class"])
 def test_an_edited_layer_has_the_own_code_run(family, edit, monkeypatch, attention_calls):
-    """Each edit changes the result, and has its full effect on the accelerated model."""
+    """Each edit changes the result, and changes the accelerated model's result in the same way."""
     model, x = model_of(family), make_input(family)
     fast = accelerated(model)
     before = model(x)

@@ -33,7 +33,7 @@ from swinkernels.ops._backends import NOT_INSTALLED
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 from tests.support.published import refuse
 
-# A stage, its two blocks and its patch merging, four times.
+# Four stages, each with two blocks and a patch merging.
 REPLACED = {"BasicLayer": 4, "SwinTransformerBlock": 8, "PatchMerging": 4}
 
 
@@ -77,7 +77,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
     exact = run(copy.deepcopy(model).double(), x.double())
-    # The norms of its convolutions magnify rounding errors on small maps.
+    # The norms of the model's convolutions magnify rounding errors on small maps.
     assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, shaken(model, x, x.dtype))
 
 
@@ -219,7 +219,7 @@ def test_the_standard_mask_is_recognised_and_looked_at_once(monkeypatch):
 
 
 def test_a_stage_with_a_block_of_its_own_gets_its_mask():
-    """One of its blocks runs MONAI's code, which reads the mask."""
+    """One block of the stage runs MONAI's code, which reads the mask."""
     model = make_encoder(2).double()
     fast = accelerated(model)
     seen: list[Any] = []

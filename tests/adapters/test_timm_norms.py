@@ -1,6 +1,6 @@
 """accelerate on timm's norms, residual connections and patch merging, v1 and v2: the same results, or timm's own code.
 
-Kernels for these parts exist on GPUs only: here they run in the reference, or on kernels in plain PyTorch.
+These parts have kernels on GPUs only: here they run in the reference, or on kernels in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def test_drop_path_draws_the_same(version, scale_by_keep, calls):
         results[-1]["next random number"] = torch.rand(1).double()
     assert_as_good(results[1], results[0], results[0])
     assert calls.by_op() == CALLS[version]
-    assert sum(call.get("drop_path_scale") is not None for call in calls) == (3 if version == 1 else 6)  # one has none
+    assert sum(call.get("drop_path_scale") is not None for call in calls) == (3 if version == 1 else 6)  # one rate is 0
     assert not torch.equal(results[0]["out"], model.eval()(x)), "drop path was not active"
 
 

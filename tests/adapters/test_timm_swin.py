@@ -49,7 +49,7 @@ def test_outputs_and_every_gradient(options, dtype):
 
 @pytest.mark.parametrize("size", [(36, 52), (20, 28), (44, 24), (8, 8)], ids=str)
 def test_dynamic_image_size(size):
-    """The window stays that of the first size, even on smaller maps; the mask follows the map."""
+    """The window keeps its size, even on smaller maps; the mask follows the map."""
     model = make_model(dynamic_img_size=True).double()
     check_parity(model, make_image(model, size=size))
 
@@ -432,7 +432,7 @@ def test_a_hook_inside_the_attention_fires(where, kind):
 
 
 class LowRank(nn.Linear):
-    """A layer of the kind with which adapters replace an nn.Linear."""
+    """A layer such as LoRA adapters put in place of an nn.Linear."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, dtype=linear.weight.dtype)

@@ -131,7 +131,7 @@ def make_image(size: tuple[int, int] = SIZES[0], dtype: torch.dtype = torch.floa
 
 
 def size_for(family: str, size: tuple[int, int]) -> tuple[int, int]:
-    # Swin2SR takes images of whole windows, and pads others itself.
+    # Swin2SR takes images of whole windows, and pads other images itself.
     return {SIZES[0]: (20, 12), SIZES[1]: (8, 16)}[size] if family == "swin2sr" else size
 
 

@@ -3,8 +3,8 @@
     python -m tests.adapters.trial_cost [MODEL...] [--against CHECKOUT]
 
 Each model is accelerated in its own process. Its figures are the CPU time of all threads in ``accelerate`` and the
-growth of the peak resident memory. ``--against`` names another checkout, with its extension built, whose
-``accelerate`` is measured on the same models, alternately.
+growth of the peak resident memory. ``--against`` names another checkout, with its extension built; its ``accelerate``
+and this one are measured alternately, model by model.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emul
 
 @pytest.fixture(params=[0, 1, 2])
 def library(request: pytest.FixtureRequest) -> emulation.Library:
-    """The emulator's library under several schedules."""
+    """Return the emulator's library under several schedules."""
     built = emulation.self_test_library()
     built.configure(seed=request.param)
     return built

@@ -51,7 +51,7 @@ MERGING = [
     merging(1, 3, 4, 128),
     merging(1, 1, 5, 384),
 ]
-# Every order in 2D, frame by frame in 3D, and in full 3D.
+# Every order of neighbours, in 2D, frame by frame in 3D, and in full 3D.
 ORDERS = [
     merging(*shape, factor=factor, order=order)
     for order in MERGING_ORDERS

@@ -178,7 +178,7 @@ def run_public(name: str, inputs: dict[str, Tensor], backend: str) -> list[Tenso
     """Return the results and the gradient of every input."""
     function, _ = PUBLIC[name]
     leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items()}
-    # The order of the arguments is that of the functions; patch_merging and patch_expanding name them differently.
+    # Arguments are positional, because patch_merging and patch_expanding name them differently.
     order = ["x", "y", "weight", "bias"]
     if "norm_weight" in leaves:
         order = ["x", "norm_weight", "norm_bias", "weight"]

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(1024, 2) spilling(float* x) {
 }
 __global__ void plain(float* x) { x[threadIdx.x] = 1.0f; }
 """
-# cuobjdump 13.1's output for a kernel.
+# The output of cuobjdump 13.1 for one kernel.
 _REPORT = """
 Fatbin elf code:
 ================

@@ -123,7 +123,7 @@ FEATURES = {
     "types, long window": Case(2, (18, 9), 2, 16, 9, 4, has_table=False, bias_types=2),
     "types, long window, pads, v2": Case(1, (17, 8), 1, 24, 9, 4, False, True, True, 2),
 }
-# Windows of 343 tokens and more: the published ones, with few heads.
+# Published windows of 343 tokens and more, with few heads.
 LONG = {
     "MONAI": Case(1, (7, 8, 7), 1, 16, 7, 3, has_pad_qkv=True),
     "MONAI, head_dim 4, v2": Case(1, (7, 7, 7), 1, 4, 7, 0, **COSINE),
@@ -132,7 +132,7 @@ LONG = {
     "1024 tokens": Case(1, (32, 31), 1, 16, 32, 3, has_pad_qkv=True),
     "1024 tokens, dense": Case(1, (32, 32), 1, 16, 32, 0, **DENSE),
 }
-# All geometry options, on maps where each matters.
+# All geometry options, each on a map on which it matters.
 GEOMETRY = {
     "no table": Case(1, (7, 8), 2, 32, 4, 1, has_table=False, has_pad_qkv=True),
     "no table, long window": Case(1, (12, 24), 2, 32, 12, 6, has_table=False),
@@ -320,7 +320,7 @@ def test_dropout_rate_and_seeds():
 
 
 def test_philox_is_that_of_the_paper():
-    """Known answers from the authors' library, Random123 (kat_vectors, philox4x32 10)."""
+    """The numbers equal the known answers of the authors' library, Random123 (kat_vectors, philox4x32 10)."""
     answers = {
         (0x00000000,) * 6: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
         (0xFFFFFFFF,) * 6: (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
@@ -343,7 +343,7 @@ def test_dscores_beyond_float16(library):
     ):
         inputs = case.inputs(torch.float16)
         qkv = inputs["qkv"].unflatten(-1, (3, -1))
-        # In one image of three, so that blocks of rows need different scaling.
+        # Only every third row of the map has a large dout, so blocks of rows need different scaling.
         qkv[..., 2, :] *= 500
         inputs["dout"][:, ::3] *= 500
         if not case.has_logit_scale:
@@ -530,7 +530,7 @@ def test_inference_without_lse_has_the_bits_of_training(library, case, arithmeti
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shift", [-300.0, -200.0, -60.0, 60.0, 200.0, "rows"], ids=str)
 def test_scores_far_from_zero(library, shift, dtype):
-    """A constant added to all scores of a row changes nothing: bfloat16 computes the maximum only where needed."""
+    """A constant added to all scores of a row changes nothing; in bfloat16 the maximum is only computed if needed."""
     case = SHORT16["dense"]
     inputs = case.inputs(dtype)
     offset = torch.linspace(-250, 250, 49)[:, None] if shift == "rows" else shift
@@ -547,7 +547,7 @@ def test_scores_far_from_zero(library, shift, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_of_200(library, dtype):
-    """Large q and k of either sign give such scores, in a map with windows of ordinary scores."""
+    """Some windows have scores of +-200, from large q and k, and the others have ordinary scores."""
     case = SHORT16["seams"]
     inputs = case.inputs(dtype)
     inputs["qkv"].unflatten(-1, (3, -1))[:1, :, :, :2] *= 200**0.5
@@ -627,7 +627,7 @@ def test_what_has_no_kernel_is_refused(library, case):
 
 @pytest.mark.slow
 def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> None:
-    """Windows of one token: out is v, and dv is dout up to rounding, so a window visited twice or never is found."""
+    """In windows of one token out is v and dv is dout up to rounding, which reveals a window visited twice or never."""
     images, size = 3, (148, 149)
     generator = torch.Generator().manual_seed(0)
     qkv, dout = (torch.randn(images, *size, c, generator=generator).bfloat16() for c in (96, 32))

@@ -71,7 +71,7 @@ def test_opcheck(backend: str, form: str) -> None:
     opcheck_forward_and_backward(form, suffix, op_arguments(case, form, torch.float32, DEVICE))
 
 
-# Covers the CUDA kernels' choices of tiles and loops; tests/triton covers those of Triton's kernels.
+# Covers the CUDA kernels' choices of tiles and loops; tests/triton covers the choices of Triton's kernels.
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", [*WINDOWS, *HEAD_DIMS, *ODD_HEAD_DIMS, *LONG.values()], ids=str)
@@ -221,7 +221,7 @@ def test_a_call_is_the_same_on_every_stream() -> None:
 
 
 def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
-    """Forward and backward of one replay draw the same: out is linear in v, so (out, dout) is (v, dv)."""
+    """Forward and backward of one replay keep the same weights: out is linear in v, so (out, dout) equals (v, dv)."""
     case = WindowAttentionCase(8, (28, 28), 6, 32, 7, 3, options={"dropout_p": 0.3})
     inputs = case.inputs(torch.float32, DEVICE)
     qkv = inputs["qkv"].requires_grad_()

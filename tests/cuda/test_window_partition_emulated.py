@@ -177,7 +177,7 @@ def test_strides_of_any_kind(library):
 @pytest.mark.parametrize("windows", [1, 2, 3, 5, 7, 12, 20, 50])
 @pytest.mark.parametrize("size", [(3, 5, 7), (5, 7)], ids=str)
 def test_more_launches_than_one(library, size, windows):
-    """Too many vectors for one launch are cut between images, slabs, rows of windows or windows."""
+    """Too many vectors for one launch are split between images, slabs, rows of windows or windows."""
     vectors_per_window = 16
     case = Case(3, size, (2,) * len(size), (1,) * len(size))
     channels = 4 * vectors_per_window // 2 ** len(size)  # four channels per vector

@@ -90,7 +90,7 @@ __global__ void shuffle_kernel(const int* x, int* y) {
   y[64 + lane] = __shfl_up_sync(0xffffffffu, x[lane], 1, 8);
   y[96 + lane] = __shfl_sync(0xffffffffu, x[lane], 3, 8);
   y[128 + lane] = static_cast<int>(__ballot_sync(0xffffffffu, x[lane] & 1));
-  if (lane < 8) y[lane] += __shfl_xor_sync(0x000000ffu, x[lane], 1);  // a shuffle among a part of the warp
+  if (lane < 8) y[lane] += __shfl_xor_sync(0x000000ffu, x[lane], 1);  // only part of the warp
 }
 
 // y[i] = x[i] for 64 threads times 4 floats, each thread writing the data that its neighbour in the other warp fetched;

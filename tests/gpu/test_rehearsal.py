@@ -77,7 +77,7 @@ def test_a_first_call_in_a_capture_and_replays_are_tried(run) -> None:
 
 
 def test_hot_kernels_fit_gpus_with_less_shared_memory_or_are_refused(run) -> None:
-    """Each launched kernel fits, by shared memory, threads and registers; otherwise Triton takes the call."""
+    """Each launched kernel fits the shared memory, threads and registers; otherwise Triton takes the call."""
     _, found, _ = run
     of_fit = [x for x in found if x["step"] == "fit"]
     assert {x["arch"] for x in of_fit} == {*fit.ROOMS}

@@ -199,7 +199,7 @@ def test_a_profile_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_triton_asks_to_be_called_before_a_capture() -> None:
-    """A call of the hook that Triton calls before it compiles stands for a kernel that was never called before."""
+    """In place of compiling a kernel, the test calls the hook that Triton calls before it compiles."""
     knobs = pytest.importorskip("triton.knobs")
 
     def compiles(x: int) -> int:

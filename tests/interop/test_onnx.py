@@ -59,9 +59,9 @@ def test_onnx_runtime(name: str, tmp_path: Path) -> None:
 
 
 def check_openvino(source: Any, name: str) -> None:
-    """Check that OpenVINO's model of a file or a program gives the numbers of the original."""
+    """Check that OpenVINO's model of a file or a program returns the results of the original."""
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # by default bfloat16 where the CPU has it
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # the default is bfloat16 if the CPU has it
     compiled = openvino.compile_model(openvino.convert_model(source), "CPU", exact)
     for shape in shapes(name):
         x = image(shape)

@@ -1,4 +1,4 @@
-"""Attention modules, blocks and stages compared with timm's and Microsoft's: strict loading, same numbers."""
+"""Attention modules, blocks and stages compared with timm's and Microsoft's: strict loading, same results."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_block_is_timms(version, shift, size):
 def test_block_is_microsofts(version, shift, size):
     """Sequences and checkpoints with relative_position_index and attn_mask work as in Microsoft's block."""
     theirs = (ClassificationBlock, ClassificationBlockV2)[version - 1](16, size, 2, 4, shift)
-    if version == 2:  # the width in Microsoft's code
+    if version == 2:  # Microsoft's code has this width
         theirs.attn.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, 2, bias=False))
     ours = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, size, 2, 4, shift, mlp_ratio=2.0)
     x = make_map(2, size[0] * size[1], 16)
@@ -366,7 +366,7 @@ def test_attention_over_all_tokens_takes_a_tensor():
         sn.Attention(16, 2)([1.0])
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, about tracing
+@pytest.mark.filterwarnings("ignore")  # torch's warning about tracing
 def test_tracing_is_refused_in_words_that_help():
     for module in (sn.SwinTransformerBlock(16, None, 2, 4), sn.Attention(16, 2, window_size=4)):
         with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record window attention\. Use torch\.export"):

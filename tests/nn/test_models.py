@@ -23,7 +23,7 @@ def _seed() -> None:
 
 
 def of_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename timm's keys to Microsoft's: merging at the end of a stage, and the head."""
+    """Rename timm's keys to Microsoft's, which have merging at the end of a stage and another name for the head."""
 
     def renamed(key: str) -> str:
         key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)

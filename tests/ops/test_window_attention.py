@@ -205,7 +205,7 @@ def test_deterministic_mode_is_accepted(backend):
     if _backends.unavailable(backend):
         pytest.skip(_backends.unavailable(backend))
     torch.use_deterministic_algorithms(True)
-    try:  # it also fills uninitialised memory with NaN, so that an unwritten element shows
+    try:  # the mode also fills uninitialised memory with NaN, which reveals unwritten elements
         check_window_attention(swinkernels.window_attention_qkvpacked, PADDED, torch.float32, backend=backend)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -223,7 +223,7 @@ def test_nothing_is_modified():
     [
         (["8.0", "9.0+PTX"], (8, 0), True),
         (["8.0", "9.0+PTX"], (8, 9), True),  # machine code runs on later GPUs of its major version
-        (["8.0", "9.0+PTX"], (12, 0), True),  # PTX on all later ones
+        (["8.0", "9.0+PTX"], (12, 0), True),  # PTX runs on all later GPUs
         (["9.0+PTX"], (8, 0), False),
         (["9.0"], (10, 0), False),
         (["8.6"], (8, 0), False),

@@ -130,7 +130,7 @@ def test_dropout_draws_a_seed_and_backward_has_the_same(
     for got, seed in zip(results, seeds, strict=True):
         for name, value in expected(seed).items():
             torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
-    assert not torch.equal(results[0]["out"], results[1]["out"])  # a cached call draws new numbers, too
+    assert not torch.equal(results[0]["out"], results[1]["out"])  # a cached call also draws new numbers
 
     generator = torch.Generator().manual_seed(5)
     own = run_case(op, inputs, {**case.arguments(), "generator": generator})
@@ -350,7 +350,7 @@ def sparse_buffer(elements: int) -> Tensor:
 @needs_cpu
 @pytest.mark.parametrize("form", FORMS)
 def test_offsets_beyond_two_to_the_31(form: str) -> None:
-    """Two images that are 2 ** 31 elements apart, at no cost of memory, have the results of adjacent ones."""
+    """Two images 2 ** 31 elements apart, with untouched memory between them, have the results of adjacent images."""
     case = Case(2, (5, 6), 2, 8, 4, 2, has_pad_qkv=True)
     inputs = case.inputs(torch.float32)
     apart = 2**31 + 48
@@ -431,8 +431,8 @@ FAR_MASK = {"mask_value": -(2.0**20)}
 def test_float16_is_finite_where_the_result_is(backend: str, case: Case, size: float, gradient: float) -> None:
     """Products overflow float16 by far, but the result does not, and nothing is ever NaN.
 
-    With powers of two float32 represents the scores exactly; otherwise equal ones would differ, and another would be
-    the largest.
+    Factors are powers of two, so that float32 represents the scores exactly; otherwise equal scores would differ, and
+    a different one would be the largest.
     """
     reason = _backends.unavailable(backend)
     if reason is not None:

@@ -48,7 +48,7 @@ def test_merging_monai(name, size, order):
     merge = randomised(getattr(unetr, name)(C, spatial_dims=len(size)))
     x = draw(2, *size, C)
     if order == "monai" and len(size) == 3:
-        # The order changed in MONAI 1.5: determine that of the installed version.
+        # The order changed in MONAI 1.5: determine the order of the installed version.
         probe = torch.arange(8.0).reshape(1, 2, 2, 2, 1)
         asked = unetr.PatchMerging(1, norm_layer=lambda n: nn.Identity(), spatial_dims=3)
         asked.reduction = nn.Identity()
@@ -61,7 +61,7 @@ def test_merging_monai(name, size, order):
 
 
 def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
-    """Return the input number in each merged channel, by an identity reduction and a norm that keeps the order."""
+    """Return the input number in each merged channel, found with an identity as reduction and a norm."""
     n = 2**rank * channels
     x = torch.arange(float(n), dtype=torch.float64).reshape(1, *(2,) * rank, channels)
     y = reference.patch_merging(x, None, None, torch.eye(n, dtype=torch.float64), order=order, eps=0.0).flatten()
@@ -86,7 +86,7 @@ def test_order(order, rank, expected):
 
 
 def test_monai_legacy_order():
-    """The order of MONAI up to 1.4, by the literal slices of its code: two neighbours twice, two never."""
+    """MONAI's literal slices up to 1.4 have the order "monai_legacy": two neighbours twice, two never."""
     x, weight = draw(2, 3, 4, 5, C), draw(2 * C, 8 * C, seed=3)
     norm_weight, norm_bias = draw(8 * C, seed=4), draw(8 * C, seed=5)
 

@@ -1,4 +1,4 @@
-"""setup.py: its decisions, its errors, and the contents of the source archive."""
+"""setup.py makes the right decisions, reports errors, and packs a complete source archive."""
 
 from __future__ import annotations
 
