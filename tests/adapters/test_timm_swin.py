@@ -26,7 +26,7 @@ from tests.support.timm_swin import CONFIGURATIONS, assert_as_good, check_parity
 
 
 def fast_path_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make timm's own attention fail, so that a test shows that the op ran."""
+    """Make timm's own attention fail, which proves that the op ran."""
     refuse(monkeypatch, SwinTransformerBlock, "_attn")
 
 

@@ -25,7 +25,7 @@ GEOMETRIES = {name: options for name, options in CONFIGURATIONS.items() if "head
 
 @pytest.fixture
 def op_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make timm's own attention fail, so that a test shows that the op ran."""
+    """Make timm's own attention fail, which proves that the op ran."""
     refuse_method(monkeypatch, SwinTransformerV2Block, "_attn")
 
 

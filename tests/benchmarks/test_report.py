@@ -317,7 +317,7 @@ def test_headline_compares_with_the_fastest_other_contestant() -> None:
 
 
 def test_the_readme_shows_one_run() -> None:
-    """The README shows a run on a GPU if there is one."""
+    """The README shows the run on a GPU, if there is one."""
     rows = with_environment([row("cpu", 100.0), row("reference", 250.0)])
     on_gpu = [
         {**r, "driver": "1.0", "device": "Some GPU", "backend": r["backend"].replace("cpu", "cuda")} for r in rows

@@ -33,7 +33,7 @@ PACKED, PACKED_HEADS, SEPARATE = FORMS = ("(B, *S, 3C)", "(B, *S, 3, heads, head
 # Longest window per axis, most tokens per axis beyond two windows, most scores or elements.
 KINDS = {"short": (6, 3, 20_000), "one token": (1, 6, 20_000), "long": (20, 3, 60_000)}
 LONG = 64  # long windows have more tokens than this: several blocks of queries
-MIN_ROWS = 32  # fewer rows of a head do not average the rounding of single scores, which shows in float32
+MIN_ROWS = 32  # fewer rows of a head do not average the rounding of single scores, which matters in float32
 TABLES = ("bias_table", "bias", "logit_scale", "pad_qkv", "region_map")
 
 
@@ -87,7 +87,7 @@ class Call:
     form: str
     layouts: tuple[Layout, ...]  # layouts of qkv, or of q, k and v
     of_gradient: Layout  # layout of the output's gradient
-    of_tables: dict[str, Layout]  # layouts of tables that are moved in memory
+    of_tables: dict[str, Layout]  # layouts of the tables that are not contiguous
     are_wide: bool  # bias tables and logit_scale are float64
     constant: tuple[str, ...]  # tables without a gradient
     seed: int  # seed of the inputs
@@ -214,7 +214,7 @@ def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[l
 def write_record(
     path: Path, seed: int, first: int, calls: int, failed: int, worst: dict[tuple[str, str], Worst]
 ) -> None:
-    """Write the worst errors of these calls, merged with those of earlier calls in the file."""
+    """Write the worst errors of these calls, merged with the file's errors of earlier calls."""
     from benchmarks import record  # slow to import under a sanitizer, and not needed there
 
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Worst)}

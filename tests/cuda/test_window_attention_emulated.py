@@ -547,7 +547,7 @@ def test_scores_far_from_zero(library, shift, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_of_200(library, dtype):
-    """Some windows have scores of +-200, from large q and k, and the others have ordinary scores."""
+    """The first image has scores of +-200, from large q and k; the second has ordinary scores."""
     case = SHORT16["seams"]
     inputs = case.inputs(dtype)
     inputs["qkv"].unflatten(-1, (3, -1))[:1, :, :, :2] *= 200**0.5

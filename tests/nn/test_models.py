@@ -84,7 +84,7 @@ def test_any_size_and_training_with_checkpoints(version):
 
 
 def plain_unet(model: SwinUnet, x: Tensor) -> Tensor:
-    """Swin-Unet's forward on sequences, with the modules of a model of three stages."""
+    """Compute Swin-Unet's forward on sequences, with the modules of a model of three stages."""
     x = model.patch_embed.proj(x)
     height, width = x.shape[2:]
     x = model.patch_embed.norm(x.flatten(2).transpose(1, 2))

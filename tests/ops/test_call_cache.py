@@ -267,7 +267,7 @@ def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
 
 @needs_cpu
 def test_modes_and_subclasses_see_the_op_itself():
-    """The short path is for plain eager PyTorch: code that inspects ops sees those with a fake and a derivative."""
+    """The short path is for plain eager PyTorch: code that inspects ops sees the ops with a fake and a derivative."""
     seen = []
 
     class Watch(TorchDispatchMode):

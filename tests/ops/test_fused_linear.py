@@ -1,4 +1,4 @@
-"""Linear layers with GELU or a residual connection in one pass on a CPU: results, and when they are separate calls."""
+"""Linear layers with GELU or a residual connection run in one pass on a CPU, or as separate calls."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_float32_is_float32_until_torch_is_told_otherwise():
 
 
 def test_a_halfs_products_on_a_cpu():
-    """Inference of an MLP half: one call for fc1 with GELU, one for fc2 with the residual connection."""
+    """Inference of an MLP half makes one call for fc1 with GELU, and one for fc2 with the residual connection."""
     need_fused(torch.float32)
     generator = torch.Generator().manual_seed(1)
     c = 32

@@ -249,7 +249,7 @@ def assert_close_enough(got: Tensor, low: list, exact: Tensor, gradients: tuple,
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("op", OPS)
 def test_autocast(op, norm):
-    """Products are in bfloat16; backward passes inside and outside autocast give the same."""
+    """Products are in bfloat16; backward passes inside and outside autocast give the same gradients."""
     low, options, exact, gradients = low_and_exact(op, *case(op, norm=norm), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got = getattr(swinkernels, op)(*low, **options)
@@ -286,7 +286,7 @@ def test_compile_in_one_graph(op, dynamic):
 
 
 class Half(nn.Module):
-    """A half as a module, for exporters."""
+    """Wraps a half as a module, for exporters."""
 
     def __init__(self, op: str) -> None:
         super().__init__()

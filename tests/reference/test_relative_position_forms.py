@@ -31,7 +31,7 @@ SIZES = [((8, 8), 4), ((9, 14), 4), ((6, 6), 0)]  # size, window; 0: global
 
 
 @pytest.mark.parametrize(("size", "window"), SIZES)
-@pytest.mark.parametrize(("kind", "tolerance"), [("eager", 1e-5), ("sdpa", 1e-10)])  # eager has a float32 softmax
+@pytest.mark.parametrize(("kind", "tolerance"), [("eager", 1e-5), ("sdpa", 1e-10)])  # eager has a softmax in float32
 def test_transformers_sam(kind, tolerance, size, window):
     sam = pytest.importorskip("transformers.models.sam.modeling_sam", reason="transformers is not installed")
     config = sam.SamVisionConfig(hidden_size=DIM, num_attention_heads=HEADS, image_size=16 * size[0], patch_size=16)

@@ -79,7 +79,7 @@ def draw_case(
 def ends_that_may_meet(
     size: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_order: str
 ) -> tuple[bool, ...]:
-    """Return the axes that may be periodic: those whose ends a shift joins without padding between them."""
+    """Return the axes that may be periodic, because a shift joins their ends without padding in between."""
     return tuple(
         s == 0 or n % w == 0 or pad_order == "roll_then_pad" for n, w, s in zip(size, window, shift, strict=True)
     )

@@ -1,4 +1,4 @@
-"""A model before and after accelerate: outputs and every gradient."""
+"""Compares a model before and after accelerate: outputs and every gradient."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def assert_as_good(
     exact: dict[str, Tensor],
     moved: list[dict[str, Tensor]] | None = None,
 ) -> None:
-    """Check that the error against float64 is at most twice that of the library's code in the same dtype plus a few
-    eps.
+    """Check that the error against float64 is at most twice the error of the library's code in the same dtype, plus a
+    few eps.
 
     If large scores and sums that cancel magnify rounding errors, ``moved`` gives their size (see :func:`shaken`). A
-    gradient that is zero, such as that of a constant in all scores, may be as large as a rounding of the largest one.
+    gradient that is zero in theory, as for a constant in all scores, may be as large as the largest one's rounding.
     """
     assert got.keys() == plain.keys() == exact.keys()
     largest = max(t.abs().max() for t in exact.values())

@@ -1,4 +1,4 @@
-"""Every kind of module whose attention accelerate replaces, alone and small, for tests with edits."""
+"""Small modules, one of each kind whose attention accelerate replaces, for tests with edits."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def _norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) 
 def _norm_backward(
     dz: Tensor, rows: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *needed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of the rows in float64, those of the parameters in float32."""
+    """Return the gradient of the rows in float64, and the gradients of the parameters in float32."""
     assert mean.dtype == rstd.dtype == torch.float32
     assert mean.shape == rstd.shape == rows.shape[:-1]
     assert needed[0] <= (weight is not None)

@@ -136,7 +136,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """The common part of all forms."""
+    """The part that all forms share."""
 
     attention: type[WindowAttention] = WindowAttention
 

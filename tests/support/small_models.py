@@ -1,4 +1,4 @@
-"""A small model of every family that accelerate supports, in float64 and evaluation mode, and an input for it."""
+"""Small models, one of every family that accelerate supports, in float64 and evaluation mode, and inputs for them."""
 
 from __future__ import annotations
 
