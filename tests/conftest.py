@@ -22,7 +22,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 hypothesis.settings.register_profile("local", deadline=None)
 # Hypothesis draws the same examples every time, so that a change is not blamed for a fault found by chance, and
-    # writes nothing to disk.
+# writes nothing to disk.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 

@@ -135,7 +135,7 @@ def test_scaling_of_transformers_swin(scaling, before_accelerate):
 
 @pytest.mark.skipif("transformers swin" not in PLACES, reason="transformers is not installed")
 def test_another_attention_function_of_transformers(monkeypatch):
-    """Swin looks up its attention function by name, and a user may have replaced the function."""
+    """Swin looks up its attention function by name, and a user may have replaced it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     place = PLACES["transformers swin"]

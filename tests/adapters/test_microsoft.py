@@ -1,4 +1,4 @@
-"""The interface of Microsoft's window_process extension, compared with the rolls and views that it replaces."""
+"""The interface of Microsoft's window_process extension gives the results of the rolls and views that it replaces."""
 
 from __future__ import annotations
 

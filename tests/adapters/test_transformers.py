@@ -62,7 +62,7 @@ SIZES = [(36, 28), (18, 26)]
 
 
 class Clap(nn.Module):
-    """Layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
+    """Has the layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

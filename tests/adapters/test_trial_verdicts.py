@@ -1,4 +1,4 @@
-"""The scope of a trial's verdict on a copied block, and blocks that run their own code after a change."""
+"""A trial's verdict holds for the right blocks, and blocks run their own code after a change."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def test_same_bits_whatever_the_schedule(library, case):
 @pytest.mark.parametrize("multiprocessors", [1, 3, 100])
 @pytest.mark.parametrize("case", [merging(3, 6, 6, 8), plain(41, 24), plain(7, 768)], ids=str)
 def test_any_number_of_multiprocessors(library, case, multiprocessors):
-    """The range is from one block that loops over everything to more blocks than there is work."""
+    """The grid ranges from one block that loops over everything to more blocks than there is work for."""
     library.configure(multiprocessors=multiprocessors)
     check(library, case)
 

@@ -73,7 +73,7 @@ def test_same_bits_whatever_the_schedule(library, name, dtype):
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 200])
 def test_any_number_of_multiprocessors(library, multiprocessors):
-    """The range is from blocks that loop over strips and windows to blocks with one strip of one window each."""
+    """The grid ranges from blocks that loop over strips and windows to blocks with one strip of one window each."""
     library.configure(multiprocessors=multiprocessors)
     for case in (Case(2, (12, 24), 1, 32, 12, 5), Case(3, (9, 16), 2, 16, 9, 4, has_pad_qkv=True)):
         check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16, rounds_unit_rows=True)
@@ -82,9 +82,9 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("slope", [6.0, -6.0], ids=["rising", "falling"])
 def test_scores_far_apart(library, dtype, slope):
-    """Scores of up to 132, with the largest early or late.
+    """Scores reach 132, with the largest early or late.
 
-    In bfloat16 sums leave the range without a maximum, in float16 the maximum moves from block to block.
+    In bfloat16 the sums would overflow without subtracting a maximum; in float16 the maximum moves from block to block.
     """
     case = Case(1, (12, 24), 1, 32, 12, 0)
     inputs = case.inputs(dtype)

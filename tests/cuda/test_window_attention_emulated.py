@@ -434,7 +434,7 @@ def test_same_bits_whatever_the_schedule(library, case, arithmetic):
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 7, 200])
 def test_any_number_of_multiprocessors(library, multiprocessors):
-    """The range is from one block that loops over everything to more blocks than there is work."""
+    """The grid ranges from one block that loops over everything to more blocks than there is work for."""
     library.configure(multiprocessors=multiprocessors)
     for case in (
         Case(3, (8, 6), 2, 32, 4, 1, has_pad_qkv=True),

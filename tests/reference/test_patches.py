@@ -81,7 +81,7 @@ def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
     ],
 )
 def test_order(order, rank, expected):
-    """Numbers are row-major positions: 4 d + 2 h + w."""
+    """Neighbours are numbered by row-major position: 4 d + 2 h + w."""
     assert merged_order(order, rank) == expected
 
 
@@ -162,7 +162,7 @@ def test_merging_gradcheck(norm):
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize(("factor", "out"), [(2, 6), (4, 12), ((2, 4), 6)])
 def test_expanding_swin_unet(factor, out, batch):
-    """Swin-Unet's PatchExpand and FinalPatchExpand_X4: Linear, 'b h w (p1 p2 c) -> b (h p1) (w p2) c', LayerNorm."""
+    """PatchExpand and FinalPatchExpand_X4 apply Linear, 'b h w (p1 p2 c) -> b (h p1) (w p2) c', then LayerNorm."""
     einops = pytest.importorskip("einops", reason="einops is not installed")
     p1, p2 = factor if isinstance(factor, tuple) else (factor, factor)
     x, weight = draw(batch, 3, 2, 12), draw(p1 * p2 * out, 12, seed=3)
@@ -198,7 +198,7 @@ def test_expanding_3d():
 
 
 def test_expanding_undoes_merging():
-    """Row-major merging without its Linear, then expanding without its own, equals each token's norm."""
+    """Row-major merging, then expanding, both without their Linear, equal each token's norm."""
     x = draw(1, 4, 6, 8)
     merged = reference.patch_merging(x, None, None, torch.eye(32, dtype=torch.float64), order="row_major", norm="pre")
     back = reference.patch_expanding(merged, None, None, None)

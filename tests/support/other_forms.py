@@ -153,7 +153,7 @@ class ConvMlp(nn.Module):
 
 
 class ChannelsFirstBlock(Block):
-    """ResShift's form: takes (B, C, H, W), norms groups of channels, and makes a mask for maps of another size."""
+    """ResShift's form: takes (B, C, H, W), normalises groups of channels, and makes a mask for maps of another size."""
 
     def __init__(self, dim: int, input_resolution: Any, num_heads: int, window_size: int, shift_size: int) -> None:
         super().__init__(dim, num_heads, window_size, shift_size)

@@ -51,7 +51,7 @@ class Last(nn.Module):
 
 
 class Clap(nn.Module):
-    """Layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
+    """Has the layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
 
     def __init__(self, config: Any, layer: Any, merging: Any) -> None:
         super().__init__()
