@@ -84,7 +84,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 def test_scores_far_apart(library, dtype, slope):
     """Scores reach 132, with the largest early or late.
 
-    In bfloat16 the sums would overflow without subtracting a maximum; in float16 the maximum moves from block to block.
+    In bfloat16 the sums leave the range if no maximum is subtracted; in float16 the maximum moves from block to block.
     """
     case = Case(1, (12, 24), 1, 32, 12, 0)
     inputs = case.inputs(dtype)
