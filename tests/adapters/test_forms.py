@@ -1,4 +1,4 @@
-"""Modules of other forms than Microsoft's block: the same numbers as their own code, and every edit takes effect."""
+"""Modules whose form is not Microsoft's block: the same results as their own code, and every edit takes effect."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 
-# Families whose own code computes in float32 in any dtype -> the tolerance of the results.
+# Family whose own code computes in float32 whatever the dtype -> the tolerance of the results.
 ROUNDED = {"transformers GOT-OCR2": 1e-5}
 
-# Of the op, for one module that is replaced.
+# Family -> the calls of the op in one module that is replaced, if there are several.
 CALLS = {"VRT": 3, "EsViT": 2}
 
 families = pytest.mark.parametrize("family", FORMS)
@@ -142,7 +142,7 @@ def _absorbed(module: Described) -> nn.Module:
 @families
 @pytest.mark.parametrize("edit", ["hook", "forward", "class"])
 def test_an_edited_layer_has_the_own_code_run(family, edit, monkeypatch, attention_calls):
-    """Each edit changes the result, and has its full effect on the accelerated model."""
+    """Each edit changes the result, and changes the accelerated model's result in the same way."""
     model, x = model_of(family), make_input(family)
     fast = accelerated(model)
     before = model(x)
@@ -305,7 +305,7 @@ def test_compile_fullgraph(family):
 
 @pytest.mark.parametrize("family", ["SCUNet", "timm SAM ViT", "Uformer", "copy"])
 def test_second_derivatives_behind_a_kernel(family, attention_calls):
-    """In float32, where a kernel runs: a penalty on the gradient, and its gradients."""
+    """A penalty on the gradient, and the penalty's gradients, are right in float32, in which a kernel runs."""
     model, x = model_of(family), make_input(family)
     found = []
     for m in (model, accelerated(copy.deepcopy(model).float())):
@@ -332,7 +332,7 @@ def test_every_form_has_a_family():
 
 
 class Louder(nn.Module):
-    """A mixin for a class, with an additional keyword."""
+    """A mixin that adds a keyword to the forward of a class."""
 
     def forward(self, x: Tensor, gain: float | None = None) -> Tensor:
         y = super().forward(x)
@@ -369,7 +369,7 @@ def test_more_tokens_than_a_number_in_the_code_are_tried():
 
 @pytest.mark.parametrize("window", [14, 0])
 def test_a_wrong_gradient_of_a_wide_layer_is_found(window):
-    """SAM-B's layers, whose maps of 64 x 64 tokens have 4 x 10^8 scores: a gradient is tried on fewer."""
+    """SAM-B's maps of 64 x 64 tokens have 4 x 10^8 scores, so a trial compares gradients on smaller maps."""
     sam = pytest.importorskip("transformers.models.sam.modeling_sam")
     from transformers import SamVisionConfig
 
