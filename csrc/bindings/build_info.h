@@ -1,4 +1,5 @@
-// The build: sources, compiler and limits, as a JSON object. Independent of torch and Python, as both report it.
+// Build information as a JSON object: sources, compiler and limits. It depends neither on torch nor on Python, because
+// a torch op and a Python module report it.
 #pragma once
 
 #include <string>

@@ -45,20 +45,20 @@ inline bool is_readable(const Tensor& x, int64_t alignment) {
   return true;
 }
 
-// x itself if the kernels can read it in place, else a copy.
+// Returns x itself if the kernels can read it in place, else a copy.
 inline Tensor readable(const Tensor& x, int64_t alignment) {
   if (is_readable(x, alignment)) return x;
   Tensor copy = torch::stable::contiguous(x);
   return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // contiguous, but at an odd offset
 }
 
-// x itself if it is contiguous and its address is a multiple of `alignment` bytes, else a copy.
+// Returns x itself if it is contiguous and its address is a multiple of `alignment` bytes, else a copy.
 inline Tensor packed(const Tensor& x, int64_t alignment) {
   if (!x.is_contiguous()) return torch::stable::contiguous(x);
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment == 0 ? x : torch::stable::clone(x);
 }
 
-// torch::stable::new_empty in less than half the time, because it does not look up the op by name.
+// Does the same as torch::stable::new_empty in less than half the time, because it does not look up the op by name.
 inline Tensor new_empty(const Tensor& x, const std::vector<int64_t>& shape, ScalarType type) {
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t device = 0, layout = 0;
@@ -73,7 +73,7 @@ inline Tensor new_empty(const Tensor& x, const std::vector<int64_t>& shape) {
   return new_empty(x, shape, x.scalar_type());
 }
 
-// The first `count` sizes of x.
+// Returns the first `count` sizes of x.
 inline std::vector<int64_t> sizes(const Tensor& x, int64_t count) {
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < count; ++i) shape.push_back(x.size(i));

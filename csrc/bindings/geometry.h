@@ -1,5 +1,5 @@
-// Feature maps, and the frames over them, in the form of the params. A map has two or three axes S; the params always
-// have three, of which a 2D map's leading one has one token.
+// Makes the feature maps and frames of the params. A map has two or three axes S; the params always have three, so a 2D
+// map gets a leading axis of one token.
 #pragma once
 
 #include "checks.h"
@@ -8,7 +8,7 @@
 
 namespace swinkernels {
 
-// A map over x (B, *S, ...), whose S has `rank` axes; the data begin at `data`.
+// Returns a map over x (B, *S, ...), whose S has `rank` axes; its data begin at `data`.
 template <class Pointer>
 FeatureMapOf<Pointer> feature_map(const Tensor& x, Pointer data, int64_t rank) {
   FeatureMapOf<Pointer> map{data, x.stride(0), {}};
@@ -16,7 +16,7 @@ FeatureMapOf<Pointer> feature_map(const Tensor& x, Pointer data, int64_t rank) {
   return map;
 }
 
-// The frame over a map of size S; all other lists have three values, as in the schemas.
+// Returns the frame over a map of size S; all other lists have three values, as in the schemas.
 template <class Axes>
 FrameGeometry frame_geometry(const Ints& size, const Axes& window_size, const Axes& shift_size, const Axes& pad_before,
                              bool roll_then_pad) {
@@ -31,7 +31,7 @@ FrameGeometry frame_geometry(const Ints& size, const Axes& window_size, const Ax
     const int64_t tokens = leading ? 1 : size[i - (3 - rank)], window = window_size[i];
     STD_TORCH_CHECK(tokens > 0 && tokens <= kMaxFrame && window > 0 && window <= kMaxFrame,
                     "swinkernels: an axis of the map and of the window has 1 to ", kMaxFrame, " tokens");
-    STD_TORCH_CHECK(!leading || window == 1, "swinkernels: a 2D map has a leading window of 1");
+    STD_TORCH_CHECK(!leading || window == 1, "swinkernels: a 2D map must have a leading window of 1");
     const int64_t num_windows = (tokens + window - 1) / window, frame = num_windows * window;
     STD_TORCH_CHECK(frame <= kMaxFrame && shift_size[i] >= 0 && shift_size[i] < frame && pad_before[i] >= 0 &&
                         pad_before[i] <= frame - tokens,

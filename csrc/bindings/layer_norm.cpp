@@ -1,5 +1,5 @@
-// The norms on torch's stable ABI: fill the params, allocate, launch. swinkernels/ops checks the arguments; the checks
-// here guard the kernels' assumptions.
+// The bindings of the norms, on torch's stable ABI: they fill the params, allocate and launch. swinkernels/ops checks
+// the arguments; the checks here guard the kernels' assumptions.
 #ifdef SWINKERNELS_WITH_CUDA
 #include "params/layer_norm.h"
 
@@ -26,7 +26,7 @@ Tensor map(const Tensor& x) { return packed(x, kAlignment); }
 const void* data(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 float* floats(const Tensor& x) { return x.numel() == 0 ? nullptr : static_cast<float*>(x.mutable_data_ptr()); }
 
-// An empty float32 tensor with one element per row of `shape`, whose last axis is the row.
+// Allocates a float32 tensor with one element per row; the last axis of `shape` is the row.
 Tensor statistic(const Tensor& x, std::vector<int64_t> shape) {
   shape.pop_back();
   return torch::stable::new_empty(x, shape, ScalarType::Float);
@@ -46,7 +46,7 @@ int64_t rows_of(const std::vector<int64_t>& z_shape) {
 }
 
 LayerNormRows plain_rows(const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(!shape.empty(), "swinkernels: what is normalised has at least one axis");
+  STD_TORCH_CHECK(!shape.empty(), "swinkernels: the normalised tensor must have at least one axis, got none");
   LayerNormRows rows{};
   rows.layout = RowLayout::kPlain;
   rows.count = rows_of(shape);
@@ -55,7 +55,7 @@ LayerNormRows plain_rows(const std::vector<int64_t>& shape) {
   return rows;
 }
 
-// Rows of a map x (B, *S, C), whose z has z_shape.
+// Describes the rows of a map x (B, *S, C), whose z has z_shape.
 LayerNormRows map_rows(RowLayout layout, const Tensor& x, const std::vector<int64_t>& z_shape, const Ints& factor) {
   LayerNormRows rows{};
   rows.layout = layout;
@@ -90,7 +90,7 @@ struct NormShape {
   LayerNormRows rows;
 };
 
-// The shape of patch merging.
+// Returns the shape of z and the rows of patch merging.
 NormShape merged(const Tensor& x, const Ints& factor, const Ints& neighbours) {
   check_factor(x, factor, 2);
   const int64_t parts = product(factor), last = x.dim() - 1;
@@ -109,7 +109,7 @@ NormShape merged(const Tensor& x, const Ints& factor, const Ints& neighbours) {
   return shape;
 }
 
-// The shape of the plain norm or, with a factor, of patch expanding.
+// Returns the shape of z and the rows of the plain norm or, with a factor, of patch expanding.
 NormShape plain_or_expanded(const Tensor& x, const Ints& factor) {
   NormShape shape{sizes(x, x.dim()), {}};
   if (factor.empty()) {

@@ -1,5 +1,6 @@
-// The schemas of all ops. Without a compiled library, swinkernels/ops defines the same; with one, Python only adds
-// fakes and derivatives, so a program that loads this library alone (for an AOTInductor package, say) can call the ops.
+// The schemas of all ops. Without a compiled library, swinkernels/ops defines the same schemas; with one, Python only
+// adds fakes and derivatives, so a program that loads this library alone (for an AOTInductor package, say) can call the
+// ops.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

@@ -1,5 +1,5 @@
-// The window attention ops on torch's stable ABI: fill the params, allocate, launch. swinkernels/ops checks the
-// arguments; the checks here guard the kernels' assumptions.
+// The bindings of window attention, on torch's stable ABI: they fill the params, allocate and launch. swinkernels/ops
+// checks the arguments; the checks here guard the kernels' assumptions.
 #include "params/window_attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -57,7 +57,7 @@ struct CudaBackend : CurrentStream {
 };
 #endif
 
-// x (B, *S, ...) as a map whose heads are head_stride apart; the data begin at element `offset`.
+// Returns x (B, *S, ...) as a map whose heads are head_stride apart; its data begin at element `offset`.
 template <class Pointer, class Data>
 TokenMapOf<Pointer> token_map(const Tensor& x, Data* data, int64_t offset, int64_t rank, int64_t head_stride) {
   const Pointer first = data + offset * static_cast<int64_t>(x.element_size());
@@ -153,7 +153,7 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
   }
 }
 
-// Bytes of one head of a token.
+// Returns the bytes of one head of a token.
 int64_t row_bytes(const Tensor& x) { return x.size(x.dim() - 1) * static_cast<int64_t>(x.element_size()); }
 
 // The ops of one form: q, k and v are one map (B, *S, 3, heads, head_dim) or three (B, *S, heads, head_dim). Their
@@ -165,7 +165,7 @@ struct WindowAttention {
 
   static int64_t rank(const Tensor& x) { return x.dim() - (kPacked ? 4 : 3); }
 
-  // Points to q, k and v, or to their gradients.
+  // Points the maps to q, k and v, or to their gradients.
   template <class Map, class MakeMap>
   static void place(Map* const (&maps)[3], const std::vector<Tensor>& xs, MakeMap make) {
     for (int64_t i = 0; i < 3; ++i) {
@@ -225,8 +225,9 @@ struct WindowAttention {
 
     std::vector<Tensor> gradients;
     for (const Tensor& t : xs) gradients.push_back(new_empty(t, sizes(t, t.dim())));
-    // new_zeros, so that an empty batch has zero gradients; otherwise the kernels write every element. Bit i of wanted
-    // asks for the gradient of table i; one not asked for has no elements, as the schema has no optional results.
+    // An empty batch gets zero gradients from new_zeros; otherwise the kernels write every element. Bit i of wanted
+    // asks for the gradient of table i; the other gradients have no elements, because the schema has no optional
+    // results.
     const bool empty = x.numel() == 0;
     const auto sum = [&](int bit, const OptionalTensor& table) {
       const bool needed = (wanted >> bit & 1) != 0;

@@ -13,7 +13,8 @@
 
 namespace swinkernels {
 
-// Three values per axis, slowest first; 2D has a leading axis of one token. The defaults are those of the wire.
+// Every list has three values, one per axis, slowest first; a 2D map has a leading axis of one token. A field that the
+// wire leaves out keeps its default.
 struct WindowSpec {
   using Axes = std::array<int64_t, 3>;
   Axes window_size{1, 1, 1}, shift_size{}, table_window{1, 1, 1}, pad_before{}, periodic{}, key_window{1, 1, 1},
@@ -22,7 +23,7 @@ struct WindowSpec {
   bool roll_then_pad = false, grid = false, axis_tables = false, allow_tf32 = false, needs_lse = true;
   double scale, mask_value, dropout_p;
 
-  // Reads "name=value;name=value;...", the window first.
+  // Reads "name=value;name=value;...", in which the window comes first.
   WindowSpec(const std::string& wire, double scale, double mask_value, double dropout_p)
       : scale(scale), mask_value(mask_value), dropout_p(dropout_p) {
     for (const char* next = wire.c_str(); *next != '\0';) {

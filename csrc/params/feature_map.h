@@ -1,6 +1,6 @@
-// The layout of a feature map in memory. Compiles with g++ and nvcc alike, and does not depend on torch.
+// The layout of a feature map in memory. This header compiles with g++ and nvcc, and does not depend on torch.
 //
-// 2D is 3D with a leading axis of one token. Axes are slowest first. Strides are in elements.
+// A 2D map is a 3D map whose leading axis has one token. Axes are listed slowest first. Strides are in elements.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
-// The frame of whole windows over a feature map. Compiles with g++ and nvcc alike, and does not depend on torch.
+// The frame of whole windows over a feature map. This header compiles with g++ and nvcc, and does not depend on torch.
 //
-// 2D is 3D with a leading axis of one token (size 1, window 1, shift 0). Axes are slowest first. Sizes are in tokens.
+// A 2D map is a 3D map whose leading axis has one token (size 1, window 1, shift 0). Axes are listed slowest first.
+// Sizes are in tokens.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,7 @@ struct FrameGeometry {
   int32_t shift[3];        // 0 <= shift < frame
   int32_t frame[3];        // P, the size rounded up to whole windows
   int32_t num_windows[3];  // frame / window
-  int32_t pad_before[3];   // pad tokens before the data, of frame - size in all
+  int32_t pad_before[3];   // pad tokens before the data; frame - size is their total
   bool roll_then_pad;      // timm's order; otherwise pad_then_roll
 };
 

@@ -1,8 +1,8 @@
-// The parameters of a layer norm kernel. Compiles with g++ and nvcc alike, and does not depend on torch.
+// The parameters of a layer norm kernel. This header compiles with g++ and nvcc, and does not depend on torch.
 //
-// One family: the plain norm, the norm of merged neighbours or of expanded parts, and the norm next to a residual
-// connection. Each normalises rows of `length` elements, z = (x - mean) * rstd * weight + bias; they differ in the
-// layout of the rows and in the sum. Sizes are in tokens, lengths and strides in elements.
+// The family consists of the plain norm, the norm of merged neighbours or expanded parts, and the norm next to a
+// residual connection. Each kernel normalises rows of `length` elements, z = (x - mean) * rstd * weight + bias; they
+// differ in the layout of the rows and in the sum. Sizes are in tokens, lengths and strides in elements.
 #pragma once
 
 #include <cstdint>
@@ -25,26 +25,26 @@ enum class RowLayout : int32_t {
 
 // The rows to normalise, numbered as in z, where they are always contiguous.
 //
-// Both layouts of a map (B, D, H, W, C) cut an axis into blocks of `factor` tokens: x for merging, whose z has
-// ceil(size / factor) tokens, and z for expanding, which has size * factor tokens. Tokens of a block are numbered
-// row-major. Piece p of a merged row, with length / prod(factor) elements, is neighbour neighbours[p] of the block,
-// zeros if it is outside the map. Part p of a token of x, with `length` elements, becomes token p of the block.
+// Merging and expanding cut each axis of a map (B, D, H, W, C) into blocks of `factor` tokens: merging cuts x, and z
+// has ceil(size / factor) tokens; expanding cuts z, which has size * factor tokens. The tokens of a block are numbered
+// row-major. Piece p of a merged row has length / prod(factor) elements: the block's neighbour neighbours[p], or zeros
+// if that neighbour is outside the map. Part p of a token of x, with `length` elements, becomes token p of the block.
 struct LayerNormRows {
   RowLayout layout;
   int32_t length;
   int64_t count;
-  // Unused in kPlain. 2D is 3D with a leading axis of one token and factor 1. Axes are slowest first.
+  // Unused in kPlain. A 2D map has a leading axis of one token and factor 1. Axes are listed slowest first.
   int32_t size[3];        // tokens of x
   int32_t factor[3];      // 1 or 2 for merging
   int32_t neighbours[8];  // for merging; each may be named any number of times
 };
 
-// In residual ops rows are kPlain. Every tensor is contiguous; `rows` defines the layout of x.
+// Residual ops have kPlain rows. Every tensor is contiguous; `rows` defines the layout of x.
 struct LayerNormForwardParams {
   LayerNormOp op;
   DType in_dtype;      // dtype of x and s
   DType out_dtype;     // dtype of y and z
-  DType weight_dtype;  // dtype of weight; the next field is that of bias
+  DType weight_dtype;  // dtype of weight
   DType bias_dtype;
   LayerNormRows rows;
   float eps;

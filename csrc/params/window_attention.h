@@ -1,6 +1,6 @@
-// The parameters of a window attention kernel. Compiles with g++ and nvcc alike, and does not depend on torch.
+// The parameters of a window attention kernel. This header compiles with g++ and nvcc, and does not depend on torch.
 //
-// 2D is 3D with a leading axis of one token (size 1, window 1, shift 0). Axes are slowest first.
+// A 2D map is a 3D map whose leading axis has one token (size 1, window 1, shift 0). Axes are listed slowest first.
 // Sizes and strides are in elements.
 #pragma once
 
@@ -20,27 +20,27 @@ struct TokenMapOf : FeatureMapOf<Pointer> {
 using TokenMap = TokenMapOf<void*>;
 using ConstTokenMap = TokenMapOf<const void*>;
 
-// The tokens of a window in the map, the pairs of them that attend to each other, and their bias:
-//   frame coordinate   g = grid ? t * num_windows + n : n * window + t; FrameGeometry goes on from there
+// Defines the tokens of a window, the pairs of tokens that attend to each other, and their bias:
+//   frame coordinate   g = grid ? t * num_windows + n : n * window + t; FrameGeometry maps g to the map
 //   region             shift == 0 or periodic ? 0 : (g >= frame - window) + (g >= frame - shift)
-// Two tokens of a window are masked when their regions differ on any axis, or, with a region map (int32, of the
-// frame's shape), when its values at their frame coordinates differ.
+// Two tokens of a window are masked if their regions differ on any axis, or, with a region map (int32, of the frame's
+// shape), if its values at their frame coordinates differ.
 // The bias of query i, key j is bias_table[r(i) - r(j) + r_max, head], where r(t) = sum over axes of the coordinate of
-// t *decoded row-major in table_window* times the axis' table stride, table strides being those of a row-major (2 *
-// table_window - 1) array, and r_max = sum over axes of (table_window - 1) * table stride.
-// With a key margin the keys of a window are the M tokens of a larger one, with pad tokens outside the map; there is no
-// shift then, no grid and no region map. The table has 2 * (window + margin) - 1 rows per axis: i is decoded in the
+// t *decoded row-major in table_window* times the axis' table stride, and r_max = sum over axes of (table_window - 1) *
+// table stride. Table strides are the strides of a row-major (2 * table_window - 1) array.
+// With a key margin, the keys of a window are the M tokens of a larger window, with pad tokens outside the map; such a
+// call has no shift, grid or region map. The table has 2 * (window + margin) - 1 rows per axis: i is decoded in the
 // window, j in the key window, and r_max = sum over axes of (key window - 1) * table stride.
-// On an axis of table_pairs the table has window * window rows; coordinates i and j use row i + window * j.
-// A table by type has bias_types columns for each row, each with num_heads values.
-// With axis_tables the bias is the sum over axes of q_i . table[coordinate of i - coordinate of j + window - 1], of the
-// unscaled q.
+// On an axis with table_pairs, the table has window * window rows; coordinates i and j use row i + window * j.
+// A table with bias types has bias_types columns for each row, each with num_heads values.
+// With axis_tables the bias is the sum over axes of q_i . table[coordinate of i - coordinate of j + window - 1], with
+// the unscaled q.
 // A dense bias is indexed by the type of the window, window / (windows of an image / bias_types), then head, i and j.
 struct WindowGeometry : FrameGeometry {  // every shift is less than the window
   int32_t table_window[3];               // the window whose relative offsets number the bias table
   bool periodic[3];                      // no mask on this axis
   bool grid;                             // a window's tokens are strided over the map (MaxViT)
-  int32_t key_margin[3];                 // tokens on each side of a window that are keys, too (HAT)
+  int32_t key_margin[3];                 // tokens on each side of a window that are also keys (HAT)
   bool table_pairs[3];  // the table has rows for pairs of coordinates on this axis, not offsets (Pangu)
 };
 
@@ -56,8 +56,8 @@ struct WindowAttentionForwardParams {
 
   ConstTokenMap q, k, v;
   TokenMap out;
-  // (B, num_windows, num_heads, N), natural log-sum-exp of the final scores, pad queries undefined; or null in a
-  // forward pass without a backward pass.
+  // (B, num_windows, num_heads, N), the natural log-sum-exp of the final scores, undefined for pad queries; null in a
+  // forward pass that no backward pass follows.
   float* lse;
 
   const float* bias_table;      // (prod(2 * table_window - 1), bias_types, num_heads), or null

@@ -1,4 +1,4 @@
-// The parameters of window partition and window reverse. Compiles with g++ and nvcc alike, and does not depend on
+// The parameters of window partition and window reverse. This header compiles with g++ and nvcc, and does not depend on
 // torch.
 //
 // Sizes and strides are in elements.

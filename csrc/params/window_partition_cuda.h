@@ -1,4 +1,4 @@
-// Launch prototypes of the CUDA backend.
+// The launch functions of the CUDA backend.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,7 @@
 
 namespace swinkernels::cuda {
 
-// Both launch on the given stream of the current device, neither allocate nor synchronise, and return
+// Both functions launch on the given stream of the current device, neither allocate nor synchronise, and return
 // cudaErrorInvalidValue for a meaningless geometry, a frame of more than kMaxFrame tokens on an axis, or a window of
 // more than 2^30 of the widest units (1 to 16 bytes) in which its rows can be moved. Source and destination are
 // disjoint.
