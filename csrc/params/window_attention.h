@@ -65,7 +65,7 @@ struct WindowAttentionForwardParams {
   int32_t bias_types;           // for a table or a dense bias; divides the windows of an image; 1 without types
   const float* axis_tables;     // the tables of all axes, (sum of axis_rows, head_dim), or null; excludes a bias
   int32_t axis_rows[3];         // 2 * window - 1, or 0 on the leading axis of a 2D map; 0 without axis_tables
-  const float* logit_scale;     // (num_heads), v2: scores are cosines times exp(min(it, ln 100)); null for v1
+  const float* logit_scale;     // (num_heads), v2: exp(min(logit_scale, ln 100)) multiplies cosines; null for v1
   const void* pad_qkv;          // (3, num_heads, head_dim): q, k and v of a pad token, or null for zeros
   const int32_t* region_map;    // (frame), or null
   float dropout_p;              // probability of dropping an attention weight

@@ -12,7 +12,7 @@ namespace swinkernels {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Two neighbouring elements rounded to 16 bits, the first in the low half.
+// Returns two neighbouring elements rounded to 16 bits each, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float first, float second);
 

@@ -32,8 +32,9 @@ inline cudaError_t allow_dynamic_smem(void (*kernel)(Params...), size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
-// kernel<<<grid, block, dynamic_smem_bytes, stream>>>(args...) and its status. A launch error is returned and cleared,
-// so the next caller of cudaGetLastError does not see it; an error left by another library is not returned.
+// Runs kernel<<<grid, block, dynamic_smem_bytes, stream>>>(args...) and returns its status. A launch error is returned
+// and cleared, so the next caller of cudaGetLastError does not see it; an error left by another library is not
+// returned.
 template <class... Params, class... Args>
 inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_smem_bytes,
                           cudaStream_t stream, Args&&... args) {
@@ -50,7 +51,7 @@ inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size
   return status;
 }
 
-// An attribute of the current device; after the first call this takes one call of cudaGetDevice.
+// Stores an attribute of the current device. After the first call this costs one call of cudaGetDevice.
 template <cudaDeviceAttr kAttribute>
 inline cudaError_t device_attribute(int* value) {
   constexpr int kCachedDevices = 64;
@@ -67,12 +68,12 @@ inline cudaError_t device_attribute(int* value) {
 
 inline cudaError_t multiprocessor_count(int* count) { return device_attribute<cudaDevAttrMultiProcessorCount>(count); }
 
-// The shared memory that a block may use.
+// Stores the bytes of shared memory that a block may use.
 inline cudaError_t shared_bytes_of_block(int* bytes) {
   return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(bytes);
 }
 
-// The number of a kernel's blocks that fit on a multiprocessor of the current device at once: at least 1 if it can run.
+// Stores how many of a kernel's blocks fit on a multiprocessor of the current device: at least 1 if the kernel can run.
 template <class... Params>
 inline cudaError_t blocks_per_multiprocessor(void (*kernel)(Params...), int threads, size_t dynamic_smem_bytes,
                                              int* blocks) {
@@ -89,7 +90,8 @@ inline cudaError_t blocks_per_multiprocessor(void (*kernel)(Params...), int thre
   }
   status = allow_dynamic_smem(kernel, dynamic_smem_bytes);
   if (status == cudaSuccess && dynamic_smem_bytes > 0) {
-    // The result assumes all shared memory; without the hint the driver may leave more of it to the L1 cache.
+    // The result assumes that blocks get all shared memory; without the hint the driver may leave more of it to the L1
+    // cache.
     status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   }

@@ -1,4 +1,5 @@
-// Sums of the blocks' partial results in an order that depends only on their number: no atomics, the same bits.
+// Sums the blocks' partial results in an order that depends only on their number, without atomics: every run gives the
+// same bits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,8 +9,9 @@
 namespace swinkernels {
 
 // A block of kOutputs * kSlices threads sums kOutputs columns. Thread i works on column i % kOutputs, whose `count`
-// values begin at `partials`, `stride` apart; null for no column. Slices of a column are summed in parallel, then added
-// in order. Every thread of the block calls this; threads i < kOutputs, those of the first slice, return the sums.
+// values begin at `partials`, `stride` apart; `partials` is null if there is no such column. Slices of a column are
+// summed in parallel, then added in order. Every thread of the block calls this; threads i < kOutputs, those of the
+// first slice, return the sums.
 template <int kOutputs, int kSlices>
 __device__ __forceinline__ float ordered_sum(const float* partials, int64_t stride, uint32_t count) {
   __shared__ float slices[kSlices][kOutputs];

@@ -5,7 +5,7 @@
 // 16-bit elements go two to a register, the one with the lower column (A) or row (B) in the low half.
 //
 // The guard is a macro and not #pragma once because tests/emulation has a twin of this file, with the same functions
-// for the CPU. An instruction added here has to be added there.
+// for the CPU. An instruction added here must also be added there.
 #ifndef SWINKERNELS_KERNELS_COMMON_PTX_CUH_
 #define SWINKERNELS_KERNELS_COMMON_PTX_CUH_
 
@@ -75,7 +75,7 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 //   ldmatrix_x*        r[i] holds M_i[g][2t, 2t + 1]
 //   ldmatrix_x*_trans  r[i] holds M_i[2t, 2t + 1][g]
 // For rows stored with the contraction index contiguous (q, k as keys) use the plain form; for v, whose rows are the
-// contraction index, the transposed one.
+// contraction index, use the transposed form.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* smem_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -112,7 +112,7 @@ constexpr bool kIsBlackwell = false;
 #endif
 
 // Stores four (x4) or two (x2) 8 x 8 matrices of 16-bit elements to shared memory, the inverse of ldmatrix_x*: row r of
-// matrix i goes to the smem_row of lane 8 * i + r. From sm_90 on.
+// matrix i goes to the smem_row of lane 8 * i + r. Available from sm_90 on.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr bool kHasStmatrix = true;
 #else
@@ -149,7 +149,7 @@ __device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool v
                : "memory");
 }
 
-// The same without `valid`: a size known at compile time saves three instructions.
+// As above, without `valid`: a size known at compile time saves three instructions.
 __device__ __forceinline__ void cp_async_16(SharedAddress smem, const void* gmem) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                :
@@ -165,7 +165,7 @@ __device__ __forceinline__ void store_global_16(void* gmem, uint4 x) {
                : "memory");
 }
 
-// The same for 4 bytes, both addresses 4-byte aligned; through L1.
+// As cp_async_16 with `valid`, for 4 bytes: both addresses are 4-byte aligned, and the copy goes through L1 (.ca).
 __device__ __forceinline__ void cp_async_4(void* smem, const void* gmem, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                :
@@ -173,7 +173,7 @@ __device__ __forceinline__ void cp_async_4(void* smem, const void* gmem, bool va
                : "memory");
 }
 
-// Closes the group of this thread's copies since the last commit; it may be empty.
+// Closes the group of this thread's copies since the last commit; the group may be empty.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most the N youngest committed groups of this thread are still in flight.
@@ -189,7 +189,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// 1 / x and log2(x) with a relative error of about 2 ** -23, and an absolute one of 2 ** -22 near 1; denormals count as zero.
+// 1 / x and log2(x) with a relative error of about 2 ** -23; near 1, log2 has an absolute error of 2 ** -22. Denormals
+// count as zero.
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -215,8 +216,8 @@ __device__ __forceinline__ uint64_t multiply_add_wide(uint32_t a, uint32_t b, ui
   return d;
 }
 
-// x, opaque to the compiler: in a loop it then recomputes values derived from x instead of keeping them in registers
-// from one iteration to the next, which is cheaper where accumulators fill the registers.
+// Returns x, opaque to the compiler: in a loop, values derived from x are then recomputed instead of being kept in
+// registers from one iteration to the next, which is cheaper if accumulators fill the registers.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -23,21 +23,21 @@ struct SmemTile {
   __device__ __forceinline__ T* chunk(int row, int c) const { return data + offset(row, c); }
   __device__ __forceinline__ T* element(int row, int col) const { return chunk(row, col / kVec) + col % kVec; }
 
-  // The address that a lane passes to ldmatrix and stmatrix: for 16 rows of two chunks, as the matrices (rows 0-7,
-  // chunk c), (rows 8-15, c), (rows 0-7, c + 1), (rows 8-15, c + 1); and for 8 rows of four chunks, or of two if rows
-  // have no more. row and c are multiples of these numbers.
+  // Both return the address that a lane passes to ldmatrix and stmatrix: `square` for 16 rows of two chunks, as the
+  // matrices (rows 0-7, chunk c), (rows 8-15, c), (rows 0-7, c + 1), (rows 8-15, c + 1); `band` for 8 rows of four
+  // chunks, or of two if rows have only two. row and c are multiples of these numbers.
   __device__ __forceinline__ T* square(int row, int c) const {
     return chunk(row + threadIdx.x % 16, c + threadIdx.x % 32 / 16);
   }
   __device__ __forceinline__ T* band(int row, int c) const {
     return chunk(row + threadIdx.x % 8, c + threadIdx.x % 32 / 8 % kChunks);
   }
-  // The address for a transposed operand: that of square with the second and the third matrix exchanged.
+  // Returns the address for a transposed operand, as `square` with the second and the third matrix exchanged.
   __device__ __forceinline__ T* transposed_square(int row, int c) const {
     return chunk(row + threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, c + threadIdx.x / 8 % 2);
   }
 
-  // Elements from the start of the tile.
+  // Returns the number of elements from the start of the tile to a chunk.
   __device__ __forceinline__ static int offset(int row, int c) {
     return row * kCols + (c ^ (row / kRowsPerLine % kPermuted)) * kVec;
   }
@@ -70,8 +70,8 @@ struct LocatedTile : Tile_ {
   __device__ __forceinline__ T* transposed_square(int row, int c) const { return at(lane.transposed_square, row, c); }
 
  private:
-  // row is a multiple of 8, and c does not overlap the lanes' own chunks: the permutation is that of the lane's row,
-  // and the bits of c are separate from those of the lane.
+  // row is a multiple of 8, so the lane's own row determines the permutation; the bits of c must not overlap the bits
+  // of the lanes' own chunks.
   __device__ __forceinline__ T* at(int offset, int row, int c) const {
     return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(Tile::data + row * Tile::kCols) + (offset ^ c * 16));
   }
@@ -115,7 +115,7 @@ __device__ __forceinline__ void write_packed(const Tile& tile, int row0, const u
   }
 }
 
-// The same for rows below row_limit; other rows keep their elements.
+// As write_packed, but only for rows below row_limit; other rows keep their elements.
 template <int kTiles, class Tile>
 __device__ __forceinline__ void write_packed_below(const Tile& tile, int row0, int row_limit,
                                                    const uint32_t (&x)[kTiles][2]) {

@@ -81,7 +81,7 @@ struct HalfPrecisionProduct {
     }
   }
 
-  // The same for a P packed by pairs (write_packed of smem_tile.cuh).
+  // As add_pb, for a P packed by pairs (see write_packed in smem_tile.cuh).
   template <int kTiles, int kColTiles, class Tile>
   __device__ static __forceinline__ void add_pb(float (&o)[kColTiles][4], const uint32_t (&p)[kTiles][2],
                                                 const Tile& b) {
@@ -92,7 +92,7 @@ struct HalfPrecisionProduct {
     if constexpr (kTiles % 2 == 1) add_half_step(o, {p[kTiles - 1][0], p[kTiles - 1][1]}, b, 8 * (kTiles - 1));
   }
 
-  // The row sums of such a P, as a product with ones: sum[0] is that of row g, sum[2] that of row g + 8.
+  // Adds the row sums of a packed P, computed as a product with ones: sum[0] is for row g, sum[2] for row g + 8.
   template <int kTiles>
   __device__ static __forceinline__ void add_row_sums(float (&sum)[4], const uint32_t (&p)[kTiles][2]) {
     const uint32_t ones = pack2<T>(1.0f, 1.0f);

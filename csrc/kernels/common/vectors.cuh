@@ -12,8 +12,8 @@
 
 namespace swinkernels {
 
-// Stands for an element type passed to the kernel at run time. Its branches are uniform and cheap compared with the
-// memory access of each.
+// Stands for an element type passed to the kernel at run time. Branches on it are uniform, and cheap compared with the
+// memory access in each.
 struct AnyElement {};
 
 // kVec elements. Offsets are in elements; the offset of a vector in its row is a multiple of kVec.
@@ -82,11 +82,11 @@ struct Vectors {
   }
 };
 
-// One element, or four elements of 8 or 16 bytes.
+// One element, or four elements, which have 8 or 16 bytes in all.
 template <int kVec>
 struct Vectors<AnyElement, kVec> {
   static_assert(kVec == 1 || kVec == 4);
-  static constexpr int kWords = kVec;  // 16-bit elements take half of them, except a single one
+  static constexpr int kWords = kVec;  // 16-bit elements fill half of them; a single element takes one
   struct Raw {
     uint32_t word[kWords];
   };

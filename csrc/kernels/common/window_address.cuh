@@ -47,7 +47,8 @@ struct WindowLayout : FrameLayout {
            token % table_window[2] * table_stride[2];
   }
 
-  // i - j for the pairs of tokens that use this entry of the table, whose window numbers them row by row.
+  // Returns i - j for the pairs of tokens that use this entry of the table; i and j are numbered row-major in
+  // table_window.
   __device__ __forceinline__ int token_distance(int entry) const {
     int distance = 0, weight = 1;
 #pragma unroll
@@ -72,7 +73,7 @@ __device__ __forceinline__ WindowIndex window_index(const WindowLayout& layout, 
   return index;
 }
 
-// True if tokens of the window may belong to different regions.
+// Returns true if tokens of the window may belong to different regions.
 __device__ __forceinline__ bool may_be_mixed(const WindowLayout& layout, const WindowIndex& index) {
   bool mixed = layout.region_map != nullptr;
 #pragma unroll
@@ -140,7 +141,7 @@ struct MapAddress {
     return {map.data, MapStrides::of(map, element_bytes), static_cast<uint64_t>(map.head_stride) * element_bytes};
   }
 
-  // The address of a token's row.
+  // Returns the address of a token's row.
   __device__ __forceinline__ uint64_t row(uint32_t batch_index, uint32_t head_index, const uint32_t (&y)[3]) const {
     return strides.offset(batch_index, y, reinterpret_cast<uint64_t>(data) + head_index * head);
   }

@@ -4,20 +4,20 @@
 //           dv = rstd * (g - mean(g) - n * mean(g * n)), dweight = sum of dz * n, dbias = sum of dz over the rows.
 //           Residual: dx = ds + dv, dy = scale * dx. Post norm: dz = scale * ds, dy = dv; dx is ds.
 //           Merging writes dv to the position of v, and zeros to neighbours that are in no row.
-// Tiling    as forward. A thread keeps its columns from row to row, so their dweight and dbias accumulate in registers;
-//           at the end the block's threads that share a column add theirs in order, and reduce_partials.cu adds the
-//           blocks'. Where registers allow, the next row is loaded before this one is reduced; else 12 warps, each with
-//           a row in flight, suffice: saturation takes about 5 of them (traffic 460 cycles per warp and row, latency
-//           800, computation 1,300).
-// Order     no atomics; the same bits on the same device.
+// Tiling    as in fwd_sm80.cuh. A thread keeps its columns from row to row, so their dweight and dbias accumulate in
+//           registers; at the end the block's threads that share a column add their sums in order, and
+//           reduce_partials.cu adds the blocks' sums. If registers allow, the next row is loaded before this one is
+//           reduced; otherwise 12 warps, each with a row in flight, suffice: saturation takes about 5 of them (traffic
+//           460 cycles per warp and row, latency 800, computation 1,300).
+// Order     there are no atomics: the same device gives the same bits.
 // Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes a row, are read. Partials are
 //           8 * blocks * length bytes, written and read in L2.
-// Roofline  memory bound, as forward:
+// Roofline  memory bound, as the forward kernel:
 //           merging, bf16         232 MB  69 us, 650 instructions 35 us, 164 registers, 12 warps, 37 KB in flight
 //           residual, bf16        312 MB  93 us, 630 instructions 34 us, 160 registers, 12 warps, 55 KB in flight
 //           residual, f32 + bf16  620 MB 185 us, 750 instructions 41 us, 168 registers, 12 warps, 92 KB in flight
 //           plus about 3 us for the second kernel.
-// Limits    those in layer_norm_cuda.h.
+// Limits    see layer_norm_cuda.h.
 #pragma once
 
 #include <cstddef>

@@ -24,10 +24,10 @@ struct Elements {
   static constexpr int kVec = kVec_;
 };
 
-// Calls f(Elements) with the element types, and vectors for rows that are contiguous in x in runs of `run` elements.
-// The types of autocast and of plain half precision have kernels of their own. Their vectors are 16 bytes of the wider
-// type: neighbouring lanes then write whole 32-byte sectors of either. Rows of other lengths and other pairs of types
-// share one kernel, as do calls with features that only this kernel supports.
+// Calls f(Elements) with the element types and the vectors for rows that are contiguous in x in runs of `run` elements.
+// The pairs of types in autocast and plain half precision have separate kernels. Their vectors are 16 bytes of the
+// wider type: neighbouring lanes then write whole 32-byte sectors of both types. One kernel serves rows of other
+// lengths, other pairs of types, and features that only this kernel supports.
 template <LayerNormOp kOp, class Source, class F>
 cudaError_t dispatch_elements(DType in, DType out, int64_t run, bool needs_shared, F&& f) {
   // The pairs go from a float32 stream to a half-precision branch, and from a half-precision Linear to a float32
@@ -80,7 +80,7 @@ cudaError_t dispatch(const LayerNormRows& rows, DType in, DType out, bool needs_
   });
 }
 
-// Fills the arguments common to forward and backward. False if no kernel addresses these rows.
+// Fills the arguments common to forward and backward. Returns false if no kernel can address these rows.
 template <class Params, class Source>
 bool fill(const Params& params, const RowThreads& threads, int vec, RowArguments<Source>* args) {
   args->rows = static_cast<uint32_t>(params.rows.count);

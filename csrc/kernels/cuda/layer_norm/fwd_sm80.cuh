@@ -1,19 +1,19 @@
 // Layer norm forward: plain, of merged neighbours, of expanded parts, and next to a residual connection.
 //
 // Maths     z = (v - mean(v)) * rstd * weight + bias, rstd = 1 / sqrt(var(v) + eps), where v is a row of x, or of
-//           s = x + scale * y as rounded to its type; post norm writes s = x + scale * z, v a row of y. Pads of merging
-//           are zeros in v. Two passes over registers: the sum, then the sums of v - mean and of its square; the former
-//           corrects the rounding of the mean.
-// Tiling    a power of two of threads has a row, 24 or 16 elements a thread (traits.h); blocks loop over rows. The next
-//           row is loaded before this one is reduced, so reads are always in flight. Weight and bias are in shared
-//           memory.
-// Traffic   every element of x (and y) is read once, of s and z written once; mean and rstd, 8 bytes a row.
+//           s = x + scale * y, rounded to its dtype; post norm writes s = x + scale * z, v a row of y. Pads of merging
+//           are zeros in v. Two passes over registers compute the sum, then the sums of v - mean and of its square; the
+//           sum of v - mean corrects the rounding of the mean.
+// Tiling    2^n threads share a row, with 24 or 16 elements each (traits.h); blocks loop over rows. The next row is
+//           loaded before this one is reduced, so reads are always in flight. Weight and bias are in shared memory.
+// Traffic   every element of x (and y) is read once, every element of s and z is written once; mean and rstd, 8 bytes a
+//           row.
 // Roofline  memory bound; H100 SXM, published peak 3.35 TB/s, for (128, 56, 56, 96). Instructions, counted in the sm_90
-//           code, are per warp for 24 * 32 elements, with the time of all their issue slots.
+//           code, are per warp for 24 * 32 elements; the time after them is the sum of their issue slots.
 //           merging, bf16         155 MB  46 us, 470 instructions 25 us,  72 registers, 28 warps, 43 KB in flight
 //           residual, bf16        312 MB  93 us, 570 instructions 31 us,  95 registers, 20 warps, 61 KB in flight
 //           residual, f32 + bf16  466 MB 139 us, 590 instructions 32 us, 126 registers, 16 warps, 74 KB in flight
-// Limits    those in layer_norm_cuda.h.
+// Limits    see layer_norm_cuda.h.
 #pragma once
 
 #include <cstddef>
@@ -42,13 +42,13 @@ struct ForwardSmem {
   static size_t bytes(size_t parameter_bytes) { return offsetof(ForwardSmem, parameters) + 2 * parameter_bytes; }
 };
 
-// total / length, rounded like a division.
+// Returns total / length, rounded like a division.
 __device__ __forceinline__ float divide(float total, float length, float inverse_length) {
   const float quotient = total * inverse_length;
   return fmaf(fmaf(-quotient, length, total), inverse_length, quotient);
 }
 
-// 1 / sqrt(x): the hardware's approximation and one Newton step, with 1 - x * y * y in twice the precision.
+// Returns 1 / sqrt(x) from the hardware's approximation and one Newton step, with 1 - x * y * y in twice the precision.
 __device__ __forceinline__ float reciprocal_sqrt(float x) {
   const float y = rsqrtf(x), product = x * y, rest = fmaf(x, y, -product);
   return fmaf(0.5f * y, fmaf(-rest, y, fmaf(-product, y, 1.0f)), y);

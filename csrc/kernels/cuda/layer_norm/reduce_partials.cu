@@ -1,7 +1,7 @@
 // Sums the partial dweight and dbias of all blocks, in an order that depends only on their number.
 //
 // Tiling    A block has 32 columns; 32 slices of the blocks are summed in parallel, then added in order. Partials come
-//           from L2, so the time is that of a few round trips: hence many slices.
+//           from L2, so a few round trips determine the time: hence many slices.
 // Traffic   every partial is read once: 8 * blocks * length bytes.
 #include "reduce_partials.cuh"
 

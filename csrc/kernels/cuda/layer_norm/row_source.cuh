@@ -1,6 +1,6 @@
 // The positions of a row's vectors in x: LayerNormRows' definition (csrc/params/layer_norm.h) as index arithmetic
 // without divisions, one struct for each layout. Values that depend only on a thread's columns are computed once per
-// thread, those that depend on the row once per row.
+// thread, and values that depend on the row once per row.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ struct Columns {
   __device__ __forceinline__ bool has(int i) const { return held >> i & 1; }
 };
 
-// A row that is contiguous in x as well.
+// A row that is also contiguous in x.
 struct ContiguousRow {
   uint64_t offset;  // elements from x to the row
 
@@ -64,7 +64,7 @@ struct MapRows {
   uint64_t batch_stride;    // elements of an image of x
   uint32_t axis_stride[3];  // elements of x
 
-  // False if there are too many tokens, or if they are too far apart on an axis.
+  // Returns false if there are too many tokens, or if they are too far apart on an axis.
   bool fill(const LayerNormRows& rows, const int64_t (&z_tokens)[3], int64_t channels, const int64_t (&step)[3]) {
     int64_t count = 1, stride = channels;
     int32_t extent[3];
@@ -98,7 +98,7 @@ struct MergedPiece {
   uint32_t within;       // the piece
   bool repeats;          // an earlier piece has the same neighbour and writes its dx
   uint32_t next;         // the next piece with the same neighbour, or kNone; kNone if this piece repeats one
-  uint32_t destination;  // the neighbour that gets dx; for a repeated neighbour, one without a piece, which gets zeros
+  uint32_t destination;  // the neighbour that gets dx; if this piece repeats one, a neighbour without pieces gets zeros
 };
 
 // The pieces of a row are neighbours in x. A neighbour is a set of bits: bit a is its offset on axis a.
@@ -141,7 +141,7 @@ struct MergedRows : MapRows {
     return result;
   }
 
-  // Elements from a position to column `within` of a neighbour.
+  // Returns the number of elements from a position to column `within` of a neighbour.
   __device__ __forceinline__ uint32_t offset_of(uint32_t which, uint32_t within) const {
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) within += which >> axis & 1 ? second[axis] : 0;
@@ -205,7 +205,7 @@ struct MergedRows : MapRows {
   }
 
   static bool of(const LayerNormRows& rows, MergedRows* source);
-  // True if a neighbour has several pieces. Rows that `of` rejects are not supported.
+  // Returns true if a neighbour has several pieces. Rows that `of` rejects are not supported.
   static bool has_repeats(const LayerNormRows& rows) {
     MergedRows source;
     return rows.layout == RowLayout::kMerging && of(rows, &source) && source.repeats != 0;

@@ -24,14 +24,14 @@ struct RowArguments {
   FastDivisor samples;           // rows of a sample
   Parameter weight;
 
-  // The factor of a row: 1 without a drop path.
+  // Returns the factor of a row: 1 without a drop path.
   __device__ __forceinline__ float scale(uint32_t row) const {
     if (drop_path_scale == nullptr) return 1.0f;
     uint32_t rest;
     return drop_path_scale[samples.divide(row, &rest)];
   }
 
-  // Elements before a row, for contiguous rows.
+  // Returns the number of elements before a row, for contiguous rows.
   __device__ __forceinline__ uint64_t row_offset(uint32_t row) const { return static_cast<uint64_t>(row) * length; }
 };
 

@@ -1,8 +1,8 @@
 // The distribution of a row over threads: every number that follows from op, element types and row is derived here,
 // once.
 //
-// A row of V vectors belongs to `lanes` neighbouring threads, a power of two. A thread has kVecs vectors of it, those
-// numbered lane, lane + lanes, ..., and keeps the columns from row to row.
+// A row of V vectors belongs to `lanes` neighbouring threads, a power of two. A thread has kVecs of these vectors,
+// numbered lane, lane + lanes, ..., and keeps its columns from row to row.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 #include "../../common/vectors.cuh"
 #include "row_source.cuh"
 
-// Open for measurement: the number of blocks of 128 threads per multiprocessor in the backward pass, and whether to
-// load the next row early. gpu/variants.py builds variants by defining these, and times them.
+// To be settled by measurement: the number of blocks of 128 threads per multiprocessor in the backward pass, and
+// whether to load the next row early. gpu/variants.py builds and times variants that define these macros.
 #ifndef SWINKERNELS_NORM_BACKWARD_BLOCKS
 #define SWINKERNELS_NORM_BACKWARD_BLOCKS 3
 #endif
@@ -32,7 +32,7 @@ constexpr uint32_t kBlock = 128;      // threads, unless a row needs more
 constexpr uint32_t kMaxLanes = 1024;  // threads of a row
 constexpr uint32_t kMaxWarps = kMaxLanes / kWarp;
 
-// Vectors per thread, and the most threads for rows of that many; the registers of a thread follow from both.
+// Vectors per thread, and the most threads that share a row then; both determine the registers of a thread.
 struct VectorChoice {
   int vectors;
   uint32_t max_lanes;
@@ -54,7 +54,7 @@ struct RowPlan {
   uint32_t lanes;
 };
 
-// The fewest slots that hold a row of this many vectors; no lanes if none do.
+// Returns the plan with the fewest slots that hold a row of this many vectors; it has no lanes if the row is too long.
 template <int kVec>
 constexpr RowPlan plan_row(uint32_t vectors) {
   for (uint32_t lanes = 1; lanes <= kMaxLanes; lanes *= 2) {
@@ -88,14 +88,14 @@ struct LayerNormTraits {
   static constexpr int kVecs = kChosen.vectors;
   static constexpr uint32_t kMaxThreads = kChosen.max_lanes > kBlock ? kChosen.max_lanes : kBlock;
 
-  // Registers per thread in the backward pass, which needs more: 64 with 1,024 threads, 128 with 512. Three blocks of
-  // 128 leave 168, so that a multiprocessor has 12 warps.
+  // Registers per thread in the backward pass, which needs more than forward: 64 with 1,024 threads, 128 with 512.
+  // Three blocks of 128 threads leave 168, so that a multiprocessor has 12 warps.
   static constexpr int kBackwardBlocks = kMaxThreads == kBlock ? SWINKERNELS_NORM_BACKWARD_BLOCKS : 1;
   static constexpr int kRegisters =
       std::min(255, 64 * 1024 / (kBackwardBlocks * static_cast<int>(kMaxThreads)) / 8 * 8);
   // Without a known element type a row is not kept but loaded again on its next use.
   static constexpr bool kKeepsRow = !std::is_same_v<In_, AnyElement>;
-  // The 64 registers of 1,024 threads hold the sums of dweight and dbias, but not the slots of the row as well.
+  // The 64 registers of 1,024 threads hold the sums of dweight and dbias, but not also the slots of the row.
   static constexpr bool kBackwardKeepsSlots = kMaxThreads < 1024;
   // These kernels also support neighbours with several pieces or none, as in an old published order.
   static constexpr bool kHandlesRepeats = std::is_same_v<Source, MergedRows> && !kKeepsRow;

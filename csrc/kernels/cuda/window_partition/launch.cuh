@@ -10,7 +10,7 @@
 
 namespace swinkernels::cuda {
 
-// Vectors of one launch: the number of a vector, plus the vectors of a block, then has 31 bits.
+// The most vectors in one launch: the number of a vector, plus the vectors of a block, then fits in 31 bits.
 constexpr int64_t kMaxLaunchVectors = int64_t{1} << 30;
 
 inline bool is_meaningful(const FrameGeometry& geometry) {
@@ -23,7 +23,7 @@ inline bool is_meaningful(const FrameGeometry& geometry) {
   return true;
 }
 
-// Bytes of the widest vectors of which rows, and the strides between rows, are whole multiples.
+// Returns the bytes of the widest vectors of which rows, and the strides between rows, are whole multiples.
 template <class Map, class Windows>
 int64_t vector_bytes(const WindowCopyParams<Map, Windows>& params) {
   const FrameGeometry& geometry = params.geometry;
@@ -57,7 +57,7 @@ struct WindowBoxes {
     }
     return boxes;
   }
-  // Finds the box that begins with a window, the first one or one that follows a box. False past the last one.
+  // Finds the box that begins with a window, which is window 0 or follows a box. Returns false past the last window.
   bool at(int64_t window, int64_t (&first)[4], int32_t (&count)[4]) const {
     for (int axis = 3; axis >= 0; --axis) {
       first[axis] = axis > 0 ? window % extent[axis] : window;

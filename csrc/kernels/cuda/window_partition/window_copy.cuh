@@ -2,12 +2,12 @@
 //
 // Maths     partition  windows[b, n, t, c] = map[b, y(n, t), c], zero where token t of window n is a pad token
 //           reverse    map[b, y(n, t), c] = windows[b, n, t, c]
-//           with y of FrameGeometry, which maps the tokens that are not pads to those of the map one to one.
+//           FrameGeometry defines y, a one-to-one map from the tokens other than pads to the tokens of the map.
 // Tiling    The rows of all windows, one after another, are cut into vectors, and a block takes the next 1,024 of them
-//           whatever the length of a row: no lane idles. First it works out the two offsets of each row that it
-//           touches, once per row, into shared memory; then each thread loads four vectors before it stores the first.
-//           Reverse walks over windows, too. Walking over the map would make its stores linear and its loads scattered,
-//           but a row of tokens in a window is contiguous on either side, so that DRAM sees the same runs of
+//           whatever the length of a row: no lane idles. First the block stores the two offsets of each row that it
+//           touches in shared memory, computed once per row; then each thread loads four vectors before it stores the
+//           first. Reverse also walks over windows. Walking over the map would make its stores linear and its loads
+//           scattered, but a row of tokens in a window is contiguous on either side, so that DRAM sees the same runs of
 //           window * C elements; this way both directions are one kernel, and pad tokens cost reverse no traffic.
 // Traffic   partition  (S + P) * B * C * sizeof(T) bytes, for maps of S tokens in frames of P
 //           reverse    2 * S * B * C * sizeof(T)
@@ -15,8 +15,8 @@
 //           Instructions, counted in the sm_90 code: about 1,550 by the warps of a block, 4,704 blocks, 8 us of issue
 //           slots. 34 registers: six blocks, 1,536 threads with 64 bytes under way each, per multiprocessor.
 //           Narrower vectors take as many instructions each: at C=97 in bf16, where rows are aligned to two bytes, 54 us.
-// Limits    none of size, dtype or stride, but 16-byte vectors need rows, strides and pointers that are multiples of 16
-//           bytes; where they are not, it is the widest of 8, 4, 2 and 1 bytes that they allow.
+// Limits    there are none on size, dtype or stride. 16-byte vectors need rows, strides and pointers that are multiples
+//           of 16 bytes; otherwise vectors are the widest of 8, 4, 2 and 1 bytes that these allow.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@
 #include "../../common/launch.cuh"
 #include "../../common/map_strides.cuh"
 
-// Open for measurement. gpu/variants.py builds variants by defining these, and times them.
+// To be settled by measurement: gpu/variants.py builds and times variants that define these macros.
 #ifndef SWINKERNELS_COPY_THREADS
 #define SWINKERNELS_COPY_THREADS 256
 #endif
@@ -47,9 +47,9 @@ struct WindowCopyTile {
 struct WindowCopyArguments {
   const char* source;
   char* destination;
-  bool to_windows;  // true if the destination, else the source, is the windows
+  bool to_windows;  // true if windows are the destination, false if they are the source
   FrameLayout frame;
-  uint32_t first_window[3];  // in the box, whose first image and window are where the data begin
+  uint32_t first_window[3];  // in the box; the data begin at the box's first image and window
   RowMajorDivisor windows;   // in the box
   RowMajorDivisor tokens;    // in a window
   FastDivisor vectors;       // in a row
@@ -58,8 +58,8 @@ struct WindowCopyArguments {
   uint64_t window_stride, token_stride;  // bytes
 };
 
-// Bytes from source and destination to a row. A negative number marks a row with nothing to load, because it is zeros,
-// or nothing to store; it stays negative for every column.
+// Byte offsets of a row in source and destination. A negative offset marks a row of zeros, for which nothing is loaded,
+// or a row that is not stored; it stays negative for every column.
 struct alignas(16) RowCopy {
   static constexpr int64_t kNothing = INT64_MIN;
   int64_t source, destination;
@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(WindowCopyTile::kThreads) window_copy_kernel(c
     source[k] = row.source + column * sizeof(Vector);
     destination[k] = row.destination + column * sizeof(Vector);
   }
-  // Not through __ldg, which would allow the compiler to place a store, which waits for its load, before the next load.
+  // Loads do not use __ldg: it would allow the compiler to place a store, which waits for its load, before the next
+  // load.
   Vector value[Tile::kVectorsPerThread];
 #pragma unroll
   for (int k = 0; k < Tile::kVectorsPerThread; ++k) {
