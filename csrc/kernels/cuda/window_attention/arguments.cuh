@@ -12,11 +12,11 @@
 
 namespace swinkernels::cuda {
 
-// Arguments of both kernels; kMaps token maps: q, k, v, out or q, k, v, dout, dq, dk, dv.
+// Arguments of the forward or the backward kernels, with kMaps token maps: q, k, v, out or q, k, v, dout, dq, dk, dv.
 //
-// A unit is the set of windows that share one bias: those of one type (all, without types) for one head. A block works
-// on one unit; unit = type * num_heads + head, so that blocks that run together read neighbouring heads of the same
-// tokens.
+// A unit is a set of windows that share one bias: for one head, all windows of one type, or all windows if there are no
+// types. A block works on one unit; unit = type * num_heads + head, so that blocks that run together read neighbouring
+// heads of the same tokens.
 template <int kMaps>
 struct WindowArguments {
   WindowLayout layout;
@@ -68,7 +68,7 @@ struct WindowArguments {
     return args;
   }
 
-  // The number of a unit's item among the windows of all images.
+  // Returns the number of a unit's item among the windows of all images.
   __device__ __forceinline__ uint32_t window_of(uint32_t type, uint32_t item) const {
     if (bias_types == 1) return item;
     uint32_t in_type;
@@ -76,7 +76,8 @@ struct WindowArguments {
     return (image * bias_types + type) * windows_of_type.divisor + in_type;
   }
 
-  // Index of the first query of a window and head, in arrays with one number per query of all windows and heads.
+  // Returns the index of the first query of a window and head, in arrays with one number per query of all windows and
+  // heads.
   __device__ __forceinline__ int64_t first_query(uint32_t window, int head) const {
     return (static_cast<int64_t>(window) * num_heads + head) * num_tokens;
   }
@@ -86,7 +87,7 @@ struct WindowArguments {
   __device__ __forceinline__ bool has_whole_rows() const { return row_bytes % 16 == 0; }
 };
 
-// The division of a grid: every block of a unit loops over every workers-th of its items.
+// The division of a grid: a block loops over every workers-th item of its unit.
 struct GridPlan {
   uint32_t workers;  // blocks per unit
   uint32_t blocks;

@@ -17,7 +17,7 @@ struct Bias {
   int32_t middle;  // the table's entry of relative offset zero
 };
 
-// The bias of a block's unit in global memory; token_index holds r(t) of every token.
+// Returns the bias of a block's unit in global memory; token_index holds r(t) of every token.
 template <int kMaps>
 __device__ __forceinline__ Bias global_bias(const WindowArguments<kMaps>& args, const BlockShare& share,
                                             const int32_t* token_index) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ Bias global_bias(const WindowArguments<kMaps>& args, 
   return {column, args.num_heads, token_index, token_index, args.layout.table_middle};
 }
 
-// The same with the column of a table copied to `table`, if it fits there. The caller synchronises.
+// As global_bias, with the column of a table copied to `table` if it fits there. The caller synchronises.
 template <class Traits, int kMaps>
 __device__ __forceinline__ Bias staged_bias(const WindowArguments<kMaps>& args, const BlockShare& share, float* table,
                                             const int32_t* token_index) {
@@ -44,14 +44,14 @@ __device__ __forceinline__ Bias staged_bias(const WindowArguments<kMaps>& args, 
   return bias;
 }
 
-// The bias in base 2 of 16 queries from row0 and the keys of a block from col0, as an accumulator fragment. It is minus
-// infinity for keys past the window, which removes them from the softmax. For a table, token_index[0] and key_index[0]
-// are those of tokens first_row and first_col.
+// Loads the bias in base 2 of 16 queries from row0 and the keys of a block from col0, as an accumulator fragment. The
+// bias is minus infinity for keys past the window, which removes them from the softmax. For a table, token_index[0] and
+// key_index[0] belong to tokens first_row and first_col.
 template <int kTiles>
 __device__ __forceinline__ void load_bias(float (&fragment)[kTiles][4], const Bias& bias, int row0, int col0,
                                           int num_tokens, int first_row = 0, int first_col = 0) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  // A query past the window gets the bias of the last one: its scores are never read.
+  // A query past the window gets the last query's bias: its scores are never read.
   const int rows[2] = {min(row0 + g, num_tokens - 1), min(row0 + g + 8, num_tokens - 1)};
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {

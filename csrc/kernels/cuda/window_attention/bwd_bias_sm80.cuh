@@ -1,12 +1,12 @@
-// The gradient of the bias of long windows, after the other gradients (bwd_sm80.cuh).
+// The gradient of long windows' bias, computed after the other gradients (bwd_sm80.cuh).
 //
 // Maths     dbias[i, j] = sum over windows of ds_ij, with the lse and delta that the other kernel stores.
 // Tiling    A block has the same 64 (or 32) queries and as many keys in all of its windows, so the running sum stays in
-//           registers, 16 queries a warp. A sum over whole windows would be in memory, read and written for every
+//           registers, 16 queries a warp. A sum over whole windows would be in memory and be read and written for every
 //           window: 12 times the bytes of the window itself at 343 tokens and head_dim 16.
-// Order     As bwd_sm80.cuh: no atomics.
+// Order     There are no atomics, as in bwd_sm80.cuh.
 // Traffic   per block of queries and keys the rows of q, dout, k and v, mostly from L2: 4 * N / 64 times q in all.
-// Limits    as forward.
+// Limits    see fwd_sm80.cuh.
 #pragma once
 
 #include "bwd_common.cuh"
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const int query0 = pair / blocks * kBlock, key0 = pair % blocks * kBlock;
 
   const auto copy_window = [&](int stage, int slot) {
-    // The rows are those of this block's tokens: the first is number 0.
+    // `rows` has only this block's tokens, so the first one has index 0.
     const auto copy = [&](int map, const uint64_t* rows, int first) {
       copy_rows<Traits::kThreads, kBlock, false>(Tile{smem.tiles[stage][map]}, rows, 0, num_tokens - first,
                                                  args.row_bytes, args.has_whole_rows());

@@ -15,17 +15,17 @@
 
 namespace swinkernels::cuda {
 
-// Partial sums, of every block of the grid in order; null for gradients that are not wanted.
+// Partial sums of all blocks of the grid, in order; null for gradients that are not wanted.
 struct BackwardArguments : WindowArguments<7> {
   const float* lse;
-  float2* lse2_delta;     // laid out like lse: passed from the kernel for long windows to that of their dbias
+  float2* lse2_delta;     // laid out like lse; the kernel for long windows passes them to the kernel for dbias
   float* table_partials;  // (blocks, table entries), short windows
-  float* dense_partials;  // (blocks, rows, rows) with N rounded up to whole blocks of rows
+  float* dense_partials;  // (blocks, rows, rows); rows is N rounded up to whole blocks
   float* pad_partials;    // (blocks, 2, head_dim) for k and v
   float* logit_partials;  // (blocks)
 };
 
-// The log-sum-exp in base 2 of a query; infinite for a pad query, whose probabilities must be zero.
+// Returns the log-sum-exp of a query in base 2: infinite for a pad query, whose probabilities must be zero.
 __device__ __forceinline__ float load_lse2(const BackwardArguments& args, int64_t first_query, int token,
                                            uint64_t dout_row) {
   return dout_row == 0 ? INFINITY : args.lse[first_query + token] * kLog2E;
@@ -52,14 +52,14 @@ __device__ __forceinline__ void to_dscores(float (&p)[kTiles][4], const float (&
   }
 }
 
-// Turns the gradient of weights after dropout into that of the weights before it.
+// Turns the gradient of the weights after dropout into the gradient of the weights before dropout.
 template <int kTiles>
 __device__ __forceinline__ void undrop(float (&dp)[kTiles][4], uint32_t kept, float dropout_scale) {
   drop(dp, kept);
   multiply(dp, dropout_scale);
 }
 
-// Sums over the keys for this thread's two rows, block by block of keys.
+// Sums over the keys for this thread's two rows, one block of keys at a time.
 struct RowSums {
   float x[2] = {0.0f, 0.0f};
 
@@ -81,7 +81,7 @@ struct RowSums {
     }
   }
 
-  // Sums over the lanes of a quad, at the end.
+  // Adds the sums of a quad's lanes; called after the last block.
   __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) x[half] = quad_sum(x[half]);
@@ -102,8 +102,8 @@ __device__ __forceinline__ void normalise(float (&p)[kTiles][4]) {
   }
 }
 
-// Adds those of this warp's 16 rows that belong to pad tokens to `sum`, one value per column; is_pad is for this
-// thread's two rows.
+// Adds the pad tokens' rows, among this warp's 16, to `sum`, one value per column; is_pad describes this thread's two
+// rows.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
                                              const bool (&is_pad)[2]) {
@@ -122,7 +122,7 @@ __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTi
   }
 }
 
-// The same for rows first.., where pad tokens are those without an address.
+// As above, for rows first..; tokens without an address are pad tokens.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
                                              const uint64_t* rows, int first, int num_tokens) {
@@ -130,7 +130,7 @@ __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTi
   add_pad_rows(sum, x, factor, {row < num_tokens && rows[row] == 0, row + 8 < num_tokens && rows[row + 8] == 0});
 }
 
-// The block's share of dpad_qkv: the sums of its warps, added in order.
+// Writes the block's share of dpad_qkv: its warps' sums, added in order.
 template <int kWarps, int kHeadDim>
 __device__ __forceinline__ void write_pad_sums(float* partials, int head_dim,
                                                const float (&sums)[kWarps][2][kHeadDim]) {
@@ -148,7 +148,7 @@ __device__ __forceinline__ void write_pad_partial(const BackwardArguments& args,
   if (args.pad_partials != nullptr) write_pad_sums(args.pad_partials, args.head_dim, sums);
 }
 
-// The block's share of dlogit_scale: the sums of its rows, which every lane of a quad holds. All threads call it;
+// Writes the block's share of dlogit_scale: its rows' sums, which every lane of a quad holds. All threads call it;
 // `sums` is unused shared memory.
 template <class Traits>
 __device__ __forceinline__ void write_logit_partial(const BackwardArguments& args, float (&sums)[Traits::kWarps],
@@ -165,8 +165,8 @@ __device__ __forceinline__ void write_logit_partial(const BackwardArguments& arg
   args.logit_partials[blockIdx.x] = is_clamped(args.logit_scale[head]) ? 0.0f : total;
 }
 
-// Writes p to a tile, from which dv reads it: without dropped weights, but not scaled up, which might exceed float16's
-// range.
+// Writes p to a tile, from which dv reads it: dropped weights are zero, but the others are not scaled up, because that
+// might exceed float16's range.
 template <int kTiles, class PTile>
 __device__ __forceinline__ void write_weights(const PTile& tile, int row0, const float (&p)[kTiles][4], uint32_t kept,
                                               bool has_dropout) {
@@ -181,7 +181,7 @@ __device__ __forceinline__ void write_weights(const PTile& tile, int row0, const
   write_fragment<false>(tile, row0, weights, 1.0f, 1.0f, PTile::kCols, PTile::kCols);
 }
 
-// Writes the fragment of 16 rows from row0 of a matrix.
+// Writes a fragment to 16 rows of a matrix from row0 on.
 template <int kTiles>
 __device__ __forceinline__ void write_matrix(float* matrix, int stride, int row0, const float (&x)[kTiles][4]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;

@@ -1,18 +1,18 @@
-// Window attention backward for long windows of the plain kind (long_windows.cuh). Others go to bwd_sm80.cuh.
+// Window attention backward for long windows of the plain kind (long_windows.cuh). Other long windows use bwd_sm80.cuh.
 //
-// Maths     As there, with seven products of blocks: three in the kernel of the queries, which also sums dbias, and
-//           four in that of the keys, which gets lse and delta from the first.
-// Queries   A block has a strip of a head's queries, 16 rows a warp, against all keys of a window. A warp has up to 64
-//           keys of its own, so P, dP and the running dbias of its part stay in registers, dbias for all windows of the
-//           block, and nothing is computed twice. Warps of the same rows exchange their parts of delta and dq through
-//           shared memory. A block takes strip after strip, and writes its share of the table's gradient at the end of
-//           each.
+// Maths     As in bwd_sm80.cuh, with seven products of blocks: three in the query kernel, which also sums dbias, and
+//           four in the key kernel, which gets lse and delta from the query kernel.
+// Queries   A block has a strip of a head's queries, 16 rows a warp, against all keys of a window. Each warp has up to
+//           64 of these keys, so P, dP and the running dbias of its part stay in registers (dbias for all windows of
+//           the block), and nothing is computed twice. Warps of the same rows exchange their parts of delta and dq
+//           through shared memory. A block takes strip after strip, and writes its share of the table's gradient at the
+//           end of each strip.
 // Keys      A block of four warps takes blocks of 64 keys of one window and head, 16 a warp; queries arrive in blocks
 //           of 64. Scores are transposed, their rows being keys, so P and dS are the left operands of dv and dk
 //           directly.
 // Order     No atomics: a block adds windows and strips in its own order, reduce_partials.cu adds the blocks in theirs.
-// Traffic   The kernel of the queries reads k and v once per strip, that of the keys q and dout once per block of keys,
-//           mostly from L2; delta passes between them through memory, 4 bytes per query.
+// Traffic   The query kernel reads k and v once per strip, the key kernel reads q and dout once per block of keys,
+//           mostly from L2; delta passes from one to the other through memory, 4 bytes per query.
 // Limits    head_dim <= 64.
 #pragma once
 
@@ -23,19 +23,19 @@ namespace swinkernels::cuda {
 
 struct BackwardLongArguments : LongArguments<7> {
   const float* lse;
-  float* delta;           // laid out like lse: passed from the kernel of the queries to that of the keys
-  float* table_partials;  // (blocks of the kernel of the queries, table entries), null if not wanted
-  float* pad_partials;    // (blocks of the kernel of the keys, 2, head_dim) for k and v, null if not wanted
-  // The kernel of the queries: the division of a strip among warps, and of a unit's strips among blocks.
+  float* delta;           // laid out like lse; the query kernel passes it to the key kernel
+  float* table_partials;  // (blocks of the query kernel, table entries), null if not wanted
+  float* pad_partials;    // (blocks of the key kernel, 2, head_dim) for k and v, null if not wanted
+  // Of the query kernel: the division of a strip among warps, and of a unit's strips among blocks.
   int32_t key_groups, row_tiles, strips;
   uint32_t strip_workers, window_workers;  // parallel blocks of a unit
-  // The kernel of the keys: items of a window, each with this many blocks of keys.
+  // Of the key kernel: items of a window, each with this many blocks of keys.
   uint32_t splits, key_blocks, long_items;
 };
 
-constexpr int kMostSteps = 4;  // steps of 16 keys per warp, in the kernel of the queries
+constexpr int kMostSteps = 4;  // steps of 16 keys per warp, in the query kernel
 
-// The most warps of its blocks: 16 leave a thread 128 registers, 12 leave 168.
+// The most warps in a block of the query kernel: 16 leave a thread 128 registers, 12 leave 168.
 template <class Traits>
 constexpr int kMostQueryWarps = Traits::kHeadDim <= 32 ? 16 : 12;
 
@@ -117,7 +117,7 @@ __device__ __forceinline__ void copy_long_rows(const BackwardLongArguments& args
 }
 
 // Adds a strip's dbias, in the warps' shared fragments, to the block's share of the gradient of the table's column. An
-// entry is the sum over the pairs of tokens with its relative offset, which determines the key for every query.
+// entry is the sum over the pairs of tokens with the entry's relative offset, which determines the key for every query.
 template <class Traits>
 __device__ __forceinline__ void add_strip_to_table(float* table, const BackwardLongArguments& args,
                                                    const QueryStripSmem<Traits>& smem, const LongTokens& tokens,
@@ -133,7 +133,7 @@ __device__ __forceinline__ void add_strip_to_table(float* table, const BackwardL
     for (int i = max(first, distance); i < end; ++i) {
       const int j = i - distance;
       if (tokens.offset[i] - tokens.offset[j] != offset) continue;
-      // The warp that has it, and its position in the warp's fragments.
+      // The warp that has this key, and the key's position in the warp's fragments.
       const int step = j / 16;
       const int group = step < longer * (base + 1) ? step / (base + 1) : longer + (step - longer * (base + 1)) / base;
       const int first_step = group * base + min(group, longer);
@@ -146,8 +146,7 @@ __device__ __forceinline__ void add_strip_to_table(float* table, const BackwardL
   }
 }
 
-// The part of a strip that a warp has: its rows, and its steps of 16 keys. Packed into one register and unpacked on
-// use.
+// A warp's part of a strip: its rows and its steps of 16 keys, packed into one register and unpacked on use.
 struct WarpPlace {
   int packed;
 
@@ -347,7 +346,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
       write_matrix(smem.dq + again.group() * rows * Smem::kGradientStride, Smem::kGradientStride, again.row0(), dq);
       __syncthreads();
 
-      // The sum over the groups of keys, eight columns of a row per thread.
+      // Sum dq over the groups of keys; each thread has eight columns of a row.
       const int chunk = ptx::opaque(threadIdx.x) % Tile::kChunks;
       const uint64_t base = chunk_base(args.regular[4], index.batch, head, chunk);
       for (int i = threadIdx.x / Tile::kChunks; i < rows; i += blockDim.x / Tile::kChunks) {
@@ -484,7 +483,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
           v.load(Tile{smem.kv[1]}, row0);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            // A key past the window has the bias of the last one: its sums are never read.
+            // A key past the window has the last key's bias: its sums are never read.
             bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
           }

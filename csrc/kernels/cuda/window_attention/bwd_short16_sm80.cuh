@@ -1,17 +1,17 @@
 // Window attention backward, map to map, for short windows in 16 bits, the most common calls (short16.cuh defines
-// which). Takes two thirds of the instructions of the general kernel (bwd_sm80.cuh).
+// which). It takes two thirds of the general kernel's instructions (bwd_sm80.cuh).
 //
-// Maths     As there.
+// Maths     As in bwd_sm80.cuh.
 // Tiling    A warp has 16 queries with p, dp and the running dbias in registers, and 16 keys for dk and dv; bias
 //           fragments are in shared memory. Rows are loaded and stored as in the forward kernel (fwd_short16_sm80.cuh):
-//           dq and dv leave through the rows of v, dk through those of k. p, ds and the gradients are written by
-//           stmatrix where it exists.
+//           dq and dv leave through the rows of v, dk through the rows of k. p, ds and the gradients are written by
+//           stmatrix if the GPU has it.
 // Order     No atomics: a block adds windows in its own order, reduce_partials.cu adds the blocks in theirs.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 14 * B * S * C bytes, plus lse.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 544 MB, 162 us at 3.35 TB/s (H100 SXM, published
 //           peak). Executed instructions on sm_90, counted: 2,824 per window and head; 75 us of issue slots. 154
 //           registers, 65 KB: three blocks, 12 warps per multiprocessor.
-// Limits    those of short16.cuh; other calls go to the general kernel.
+// Limits    see short16.cuh; other calls use the general kernel.
 #pragma once
 
 #include "bwd_sm80.cuh"
@@ -24,7 +24,7 @@ struct Short16BackwardArguments : BackwardArguments {
   EvenMaps<1> dout_map;
   EvenMaps<3> gradients;  // dq, dk, dv
 
-  // False if this kernel does not support the maps.
+  // Returns false if this kernel does not support the maps.
   bool set(const WindowAttentionBackwardParams& params) {
     const WindowAttentionForwardParams& forward = params.forward;
     const auto& size = forward.geometry.size;
@@ -42,7 +42,7 @@ struct Short16BackwardSmem {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
     float dbias[Traits::kBlock * Traits::kBlock];  // at the end
   };
-  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments, which leaves registers to those of dbias
+  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; here, because registers hold dbias
   Short16Tokens<Traits::kBlock> tokens;
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
   int32_t exponents[Traits::kWarps];  // exponents of ds, half_range.cuh
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   int stage = 0;
 #pragma unroll 1
   for (uint32_t item = share.first; item < args.items; item += share.step) {
-    // Kept for all windows they would be spilled there.
+    // On Blackwell, offsets kept for all windows would be spilled.
     const auto p_offsets = ptx::kIsBlackwell ? LaneOffsets<SmemTile<T, Traits::kBlock>>::of() : p_lanes;
     const PTile p_tile(smem.p_ds[0], p_offsets), ds_tile(smem.p_ds[1], p_offsets);
     float lse2[2] = {INFINITY, INFINITY};  // loaded now, used after the first product
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
         if (args.pad_partials != nullptr) add_pad_rows(smem.pad_sums[row0 / 16][0], dk, key_factor, is_pad);
       }
       {
-        // Since the rows of k were stored, dq has left the rows of v.
+        // When the rows of k were stored, dq had already left the rows of v.
         float dv[kColTiles][4] = {};
         Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
         finish_gradient<Traits>(v, row0, num_tokens, dv, 1.0f, own, args.gradients, 2, window);

@@ -8,23 +8,23 @@
 //           nearly to one, and the error would have one sign in all of a row's ds.
 // Tiling    Short windows (one block of keys): a block loops over windows of one head, a warp has 16 queries with p, dp
 //           and the running dbias in registers; p and ds go through shared memory to become the transposed operands
-//           of dv and dk, of which a warp has 16 keys. Long windows: per block of queries a sweep over the keys for
-//           delta and one for dq, then per block of keys a sweep over the queries for dk and dv: nine products of
-//           blocks where the short kernel has five (eleven for rows of more than 64 columns). Their dbias has a
-//           separate kernel, bwd_bias_sm80.cuh. Most calls in 16 bits take bwd_long_sm80.cuh instead.
+//           of dv and dk, of which a warp has 16 keys. Long windows: each block of queries sweeps over the keys twice,
+//           for delta and for dq, then each block of keys sweeps over the queries for dk and dv: nine products of
+//           blocks (eleven for rows of more than 64 columns), while the short kernel has five. A separate kernel,
+//           bwd_bias_sm80.cuh, computes their dbias. Most 16-bit calls use bwd_long_sm80.cuh instead.
 // Order     No atomics: a block adds windows in its own order, reduce_partials.cu adds the blocks in theirs.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 7 * B * S * C * sizeof(T) bytes, plus lse.
 // Roofline  memory bound: bwd_short16_sm80.cuh has the figures of the common case, which runs there. Three blocks, 12
 //           warps per multiprocessor at window 7, head_dim 32.
-// Limits    as forward.
+// Limits    see fwd_sm80.cuh.
 #pragma once
 
 #include "bwd_common.cuh"
 
 namespace swinkernels::cuda {
 
-// Gathers the gradient of one head's column of the bias table from a dense dbias: entry e is the sum over the pairs
-// (i, j) with its relative offset, which determines j for every i. Entries without a pair get zero.
+// Gathers the gradient of one head's column of the bias table from a dense dbias: entry e is the sum over the pairs (i,
+// j) with this entry's relative offset, which determines j for every i. Entries without a pair get zero.
 template <int kThreads>
 __device__ __forceinline__ void gather_table(float* table, const float* dense, int stride, const WindowLayout& layout,
                                              const int32_t* token_index, int num_tokens) {
@@ -50,7 +50,7 @@ struct BackwardShortSmem {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
     float dbias[Traits::kBlock * Traits::kBlock];  // at the end
   };
-  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments, which leaves registers to those of dbias
+  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; here, because registers hold dbias
   WindowTokens<7, Traits::kKeys, Traits::kBlock> tokens[kSlots];
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
   float logit_sums[Traits::kWarps];
@@ -314,8 +314,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const Bias bias_source = staged_bias<Traits>(args, share, smem.table, constants.table_index);
   float logit_sum = 0.0f;
 
-  // p and dp of this warp's 16 rows of the block of queries in q and dout and the block of keys in k and v; returns the
-  // bits of the kept weights.
+  // Computes p and dp for this warp's 16 rows of the query block in q and dout and for the key block in k and v;
+  // returns the bits of the kept weights.
   const auto recompute = [&](float (&p)[kTiles][4], float (&dp)[kTiles][4], int row0, uint32_t window, int query_block,
                              int key_block) {
     // Values derived from these are recomputed on use, because registers are scarce.
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     return kept;
   };
 
-  // Calls add_products(rescale) for every block of queries, which is in q and dout, with d * p in p_tile and ds in
+  // Calls add_products(rescale) for every block of queries, with the block in q and dout, d * p in p_tile and ds in
   // ds_tile. ds is scaled by 2 ** -exponent, one exponent for all blocks; the sums over earlier blocks must be
   // multiplied by rescale.
   const auto for_each_query_block = [&](uint32_t window, int key_block, int& exponent, auto&& add_products) {

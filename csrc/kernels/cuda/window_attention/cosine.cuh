@@ -25,7 +25,7 @@ __device__ __forceinline__ bool is_clamped(float logit_scale) {
   return static_cast<double>(logit_scale) > kLargestLogitScale;
 }
 
-// The factor of the scores: the scale, or exp(min(logit_scale, ln 100)) of this head.
+// Returns the factor of the scores: the scale, or exp(min(logit_scale, ln 100)) of this head.
 template <int kMaps>
 __device__ __forceinline__ float score_factor(const WindowArguments<kMaps>& args, int head) {
   if (!args.is_cosine()) return args.scale;
@@ -66,7 +66,7 @@ struct Chunk {
   }
 };
 
-// Two rows of inverse norms of a block's tokens: q's and k's.
+// The inverse norms of a block's rows of q and of k.
 template <int kBlock>
 struct InverseNorms {
   alignas(8) float q[kBlock];
@@ -85,7 +85,7 @@ __device__ __forceinline__ float inverse_norm(const Tile& tile, int row) {
   return 1.0f / fmaxf(sqrtf(sum), kSmallestNorm);
 }
 
-// Computes the inverse norms of this warp's 16 rows of the tiles of q and k; half of a warp has q, the other half k.
+// Computes the inverse norms of this warp's 16 rows of the tiles of q and k; half of the warp has q, the other half k.
 template <class Tile, int kBlock>
 __device__ __forceinline__ void find_inverse_norms(InverseNorms<kBlock>& norms, const Tile& q, const Tile& k,
                                                    int row0) {
@@ -138,8 +138,9 @@ __device__ __forceinline__ void finish_scores(float (&score)[kTiles][4], float f
   }
 }
 
-// Turns d, the gradient of 16 unit rows from row0 of a tile as an accumulator fragment, into that of the original rows,
-// by the formula above. The tile holds the original rows or unit rows. Returns u . d of this thread's two rows.
+// Turns d, the gradient of 16 unit rows from row0 of a tile as an accumulator fragment, into the gradient of the
+// original rows by the formula above. The tile holds the original rows or unit rows. Returns u . d of this thread's two
+// rows.
 template <bool kIsUnit, int kColTiles, class Tile>
 __device__ __forceinline__ float2 to_row_gradient(float (&d)[kColTiles][4], const Tile& tile, int row0,
                                                   const float* inverse_norms, float factor) {

@@ -16,9 +16,9 @@ cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStrea
 template <class Product>
 cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
 
-// Calls f(Traits, is_long) with the smallest tiles that hold the head_dim and the window. Rows of up to 128 bytes go in
-// blocks of 64; wider ones, and accumulators of more than 64 columns, in blocks of 32. The 7-tile kernel exists because
-// 49 tokens are the common window and fit into 56 columns.
+// Calls f(Traits, is_long) with the smallest tiles that hold the head_dim and the window. Rows of up to 128 bytes are
+// processed in blocks of 64; wider rows, and accumulators of more than 64 columns, in blocks of 32. The 7-tile kernel
+// exists because 49 tokens are the common window and fit into 56 columns.
 template <class Product, int kHeadDim, class F>
 cudaError_t dispatch_window(const WindowAttentionForwardParams& params, F&& f) {
   constexpr size_t kElementBytes = sizeof(typename Product::T);

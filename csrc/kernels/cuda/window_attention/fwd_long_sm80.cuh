@@ -1,13 +1,13 @@
-// Window attention forward for long windows of the plain kind (long_windows.cuh). Others go to fwd_sm80.cuh.
+// Window attention forward for long windows of the plain kind (long_windows.cuh). Other long windows use fwd_sm80.cuh.
 //
-// Maths     As there. In bfloat16, scores are not shifted by their maximum: its probabilities have float's exponents,
-//           so exp2 of a score in base 2 is accurate enough from 2^-126 to 2^127. A row whose sum is not within 2^64 of
-//           one is recomputed, together with its block, with a running maximum. Float16 always uses the maximum, which
-//           moves only when a score exceeds it by more than kSlack, for which float16 has room.
+// Maths     As in fwd_sm80.cuh. In bfloat16, scores are not shifted by their maximum: probabilities have float's
+//           exponents, so exp2 of a score in base 2 is accurate enough from 2^-126 to 2^127. If a row's sum is not
+//           between 2^-64 and 2^64, its block is recomputed with a running maximum. Float16 always uses the maximum,
+//           which moves only when a score exceeds it by more than kSlack, for which float16 has room.
 // Tiling    A block of four warps takes some blocks of 64 queries of one window and head, 16 queries a warp, with their
-//           fragments in registers. Keys arrive in blocks of 64, the next during the computation of this one, and are
-//           processed by 16: keys past the window cost nothing. Row sums are a product with ones.
-// Traffic   As fwd_sm80.cuh; k and v once per block of queries, mostly from L2.
+//           fragments in registers. Keys arrive in blocks of 64, each during the computation of the one before, and are
+//           processed 16 at a time: keys past the window cost nothing. Row sums are a product with ones.
+// Traffic   As in fwd_sm80.cuh; k and v are read once per block of queries, mostly from L2.
 // Limits    head_dim <= 64.
 #pragma once
 
@@ -19,7 +19,7 @@ namespace swinkernels::cuda {
 
 struct ForwardLongArguments : LongArguments<4> {
   float* lse;
-  uint32_t splits;  // items of a window: each takes row_blocks of its blocks of queries
+  uint32_t splits;  // items of a window; each has row_blocks of the window's blocks of queries
   uint32_t row_blocks;
   uint32_t long_items;  // items of a unit
 };
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
           q.load(Tile{smem.q}, row0);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            // A query past the window has the bias of the last one: its scores are never read.
+            // A query past the window has the last query's bias: its scores are never read.
             bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
           }

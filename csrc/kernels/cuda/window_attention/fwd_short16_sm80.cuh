@@ -1,19 +1,19 @@
 // Window attention forward, map to map, for short windows in 16 bits, the most common calls (short16.cuh defines
-// which). Takes half of the instructions of the general kernel (fwd_sm80.cuh).
+// which). It takes half of the general kernel's instructions (fwd_sm80.cuh).
 //
-// Maths     As there, with p = exp2(score) and no maximum while row sums stay between 2^-80 and 2^64: bfloat16 has
-//           float's exponents, so p does not lose accuracy by its size, and sums of p v stay finite for |v| < 2^62. The
-//           row sums are those of the rounded p, by the matrix unit. A warp with a row sum outside (one vote a window),
-//           and float16 always, subtract the row's maximum. lse is written on request.
+// Maths     As in fwd_sm80.cuh, with p = exp2(score) and no maximum while row sums stay between 2^-80 and 2^64:
+//           bfloat16 has float's exponents, so p does not lose accuracy by its size, and sums of p v stay finite for
+//           |v| < 2^62. The matrix unit sums the rows of the rounded p. A warp with a row sum outside this range (one
+//           vote a window) subtracts the row's maximum, as float16 always does. lse is written on request.
 // Tiling    A warp has 16 queries and all keys, 32, 56 or 64; a block of up to 64 rows loops over windows of one head,
 //           with bias fragments in registers. Rows of up to 64 bytes arrive in a ring of two stages by cp.async, wider
 //           ones in one stage. A thread owns one or two rows of every window (OwnRows); the outputs leave through the
-//           rows of q, by stmatrix where it exists.
+//           rows of q, by stmatrix if the GPU has it.
 // Traffic   q, k, v are read once and out is written once: 8 * B * S * C bytes, plus 4 * B * S * heads for lse.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 308 MB, 92 us at 3.35 TB/s (H100 SXM, published
 //           peak). Executed instructions on sm_90, counted: 1,236 per window and head, 1,304 with lse; 35 us of issue
 //           slots. 123 registers, 25 KB: four blocks, 16 warps per multiprocessor.
-// Limits    those of short16.cuh; other calls go to the general kernel.
+// Limits    see short16.cuh; other calls use the general kernel.
 #pragma once
 
 #include "fwd_sm80.cuh"
@@ -26,7 +26,7 @@ struct Short16ForwardArguments : ForwardArguments {
   Short16Geometry geometry;
   EvenMaps<1> out_map;
 
-  // False if this kernel does not support the maps.
+  // Returns false if this kernel does not support the maps.
   bool set(const WindowAttentionForwardParams& params) {
     return geometry.set(params, layout) &&
            out_map.set({&params.out}, params.batch, params.geometry.size, params.head_dim, 2);
@@ -36,7 +36,7 @@ struct Short16ForwardArguments : ForwardArguments {
 // Row sums between which probabilities need no shift by the row's maximum.
 constexpr float kSmallestRowSum = 0x1p-80f, kLargestRowSum = 0x1p64f;
 
-// p = exp2(score - shift), packed, and the row sums of these p.
+// Computes p = exp2(score - shift), packed, and the row sums of p.
 template <class Product, int kTiles>
 __device__ __forceinline__ void exponentials(uint32_t (&p)[kTiles][2], float (&sum)[4], const float (&score)[kTiles][4],
                                              const float (&shift)[2]) {

@@ -5,17 +5,17 @@
 //           d_ij = 1, or 0 or 1 / (1 - dropout_p) (dropout.cuh); lse_i = log sum_j exp(...). WindowGeometry defines
 //           token positions, bias and mask. Scores are kept in base 2, that is, times log2(e), so that probabilities
 //           are exp2 of them.
-// Tiling    One block per window and head at a time. A warp has 16 queries, whose scores stay in registers.
-//           Up to 64 tokens (short) a block loops over windows of one head: bias fragments are loaded once, and the
-//           next window's rows arrive by cp.async during the computation of this one. Longer windows (long) are
-//           processed by blocks of keys with a running maximum and sum, 64 or 32 queries a block; most calls in 16 bits
-//           take fwd_long_sm80.cuh instead.
+// Tiling    A block processes one window and head at a time. A warp has 16 queries, whose scores stay in registers.
+//           For short windows (up to 64 tokens) a block loops over windows of one head: bias fragments are loaded once,
+//           and the next window's rows arrive by cp.async during the computation of this one. Longer windows (long) are
+//           processed by blocks of keys with a running maximum and sum, 64 or 32 queries a block; most 16-bit calls use
+//           fwd_long_sm80.cuh instead.
 // Traffic   q, k, v are read once and out is written once: 4 * B * S * C * sizeof(T) bytes, plus 4 * B * S * heads for
 //           lse. A long window reads k and v once per block of queries, mostly from L2.
 // Roofline  memory bound: fwd_short16_sm80.cuh has the figures of the common case, which runs there. Window 7, head_dim
 //           32, v2, bf16: 3,691 instructions per window and head on sm_90, counted; four blocks per multiprocessor.
 // Limits    N <= 1024, head_dim <= 128, fewer than 2^31 windows. Rows whose size is a multiple of 16 bytes are 16-byte
-//           aligned and copied by 16 bytes, others by 4 (2 if their length is odd).
+//           aligned and copied 16 bytes at a time, others 4 bytes at a time, or 2 if their length is odd.
 #pragma once
 
 #include "bias.cuh"
@@ -45,7 +45,7 @@ __device__ __forceinline__ float log2_of(float x) {
   return sizeof(T) == 4 ? log2f(x) : __log2f(x);
 }
 
-// Normalises the output rows of a warp and writes them, through its rows of a tile, to the map; writes their lse.
+// Normalises the output rows of a warp and writes them, through its rows of a tile, to the map; also writes their lse.
 template <class Traits, class Tile>
 __device__ __forceinline__ void finish_rows(const ForwardArguments& args, const Tile& tile,
                                             const float (&o)[Traits::kHeadDimTiles][4], const float (&maximum)[2],

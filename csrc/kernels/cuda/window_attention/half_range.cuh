@@ -1,5 +1,6 @@
 // Keeps dS in float16's range. dS = P (dP - delta) may exceed float16's range although the gradients computed from it
-// do not, because small keys or queries follow. Its rows are then scaled down by a power of two, undone later in float.
+// do not, because small keys or queries follow. Its rows are then scaled down by a power of two, and the gradients are
+// scaled back in float.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -16,7 +17,8 @@ constexpr bool kHasNarrowRange = std::is_same_v<T, __half>;
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// The power e for which a warp's fragments, times 2 ** -e, are below 2 ** 15; 0 if they already are, as nearly always.
+// Returns the e for which a warp's fragments, times 2 ** -e, are below 2 ** 15: nearly always 0, because they already
+// are.
 template <int kTiles>
 __device__ __forceinline__ int excess_exponent(const float (&x)[kTiles][4]) {
   constexpr int kLargest = 15;
@@ -42,7 +44,7 @@ __device__ __forceinline__ void multiply(float (&x)[kTiles][4], float factor) {
   }
 }
 
-// Multiplies this warp's 16 rows of a tile. No other warp may read them meanwhile.
+// Multiplies this warp's 16 rows of a tile by a factor. No other warp may read them meanwhile.
 template <class Tile>
 __device__ __forceinline__ void multiply_rows(const Tile& tile, int row0, float factor) {
   __syncwarp();

@@ -13,11 +13,12 @@
 
 namespace swinkernels::cuda {
 
-// The dbias of a long window takes N * N floats for each worker of a unit. Workers are limited to as many as fit into
-// this, but there is at least one.
+// The dbias of a long window takes N * N floats for each worker of a unit. The number of workers is limited to as many
+// as fit into this size, but is at least one.
 constexpr int64_t kMostDenseBytes = int64_t{64} << 20;
 
-// The TF32 backward of these would spill registers; the float kernels, which are at least as accurate, take them.
+// For these tiles the TF32 backward pass would spill registers, so they use the float kernels, which are at least as
+// accurate.
 template <class Traits, bool kLong>
 constexpr bool kBackwardInFloat = std::is_same_v<typename Traits::Product, Tf32Product> &&
                                   (Traits::kHeadDim > 64 || (kLong && Traits::kHeadDim > 16));
@@ -107,7 +108,7 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   int shared_bytes;
   cudaError_t status = shared_bytes_of_block(&shared_bytes);
   if (status != cudaSuccess) return status;
-  // As many rows of warps as fit, distributed evenly over the strips.
+  // Use as many rows of warps as fit, distributed evenly over the strips.
   for (plain.row_tiles = std::min(row_tiles, kMostQueryWarps<Traits> / plain.key_groups);
        plain.row_tiles > 0 && StripSmem::bytes(plain) > shared_bytes; --plain.row_tiles) {
   }
@@ -127,7 +128,7 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   status = resident_blocks(key_kernel, BlockSmem::kThreads, block_bytes, &resident);
   if (status != cudaSuccess) return status;
 
-  // A block of the kernel of the queries has some strips and, if there are blocks for all strips, some of the windows.
+  // A block of the query kernel has some strips and, if there are blocks for all strips, some of the windows.
   const int64_t of_unit = std::max<int64_t>(1, query_blocks / args.units());
   plain.strip_workers = static_cast<uint32_t>(std::min<int64_t>(plain.strips, of_unit));
   const GridPlan query_plan = plan_grid(args.items, args.units() * plain.strip_workers, query_blocks);

@@ -1,14 +1,14 @@
-// Windows of more than one block of keys, the plain kind: v1 with a bias table or no bias, no dropout, rows of whole 16
-// bytes, maps whose tokens lie one stride apart in image order. Addressing of tokens and bias, and copies.
+// The plain kind of windows of more than one block of keys: v1 with a bias table or no bias, no dropout, rows of whole
+// 16 bytes, and maps whose tokens lie one stride apart in image order. This file addresses their tokens and bias, and
+// copies their rows.
 //
 // Tokens    The position of a token in the map is a sum of three terms, one per axis; so are its region and whether it
 //           is a pad token. A window's terms are found first, one thread for each; then its tokens, with three loads
-//           each. For all maps a token is identified by its number in image order.
+//           each. In all maps a token is identified by its number in image order.
 // Bias      The table is stored in shared memory, times log2(e), in an order in which neighbouring columns of a tile of
-//           scores have neighbouring entries: columns are keys, or queries where scores are transposed. If the rows of
-//           the window have even length, tokens 2n and 2n + 1 are neighbours: rows of the table are then padded to an
-//           even length, and a second copy is shifted by one entry, so one aligned load of 8 bytes gets the bias of
-//           both.
+//           scores have neighbouring entries: columns are keys, or queries if scores are transposed. If the rows of the
+//           window have even length, tokens 2n and 2n + 1 are neighbours: rows of the table are then padded to an even
+//           length, and a second copy is shifted by one entry, so one aligned load of 8 bytes gets the bias of both.
 // Copies    A thread has the same chunk of the same rows of every block.
 #pragma once
 
@@ -21,11 +21,11 @@
 
 namespace swinkernels::cuda {
 
-// True if kernels of the plain kind exist for these tiles: 16 bits, head_dim up to 64.
+// True if plain kernels exist for these tiles: 16 bits, head_dim up to 64.
 template <class Traits>
 constexpr bool kHasPlainLong = sizeof(typename Traits::T) == 2 && Traits::kHeadDim <= 64;
 
-// True if a call is of the plain kind, except for its maps and its bias, which make_long() checks.
+// Returns true if a call is of the plain kind, except for its maps and its bias, which make_long() checks.
 inline bool is_plain(const WindowAttentionForwardParams& params, size_t element_bytes) {
   return params.logit_scale == nullptr && params.bias_types == 1 && params.dropout_p == 0.0f &&
          params.head_dim * element_bytes % 16 == 0;
@@ -56,11 +56,12 @@ struct SharedTable {
     return table;
   }
 
-  // In floats: the start of the shifted copy, in other banks than the same entries of the first, and the end of both.
+  // In floats: the start of the shifted copy, whose entries are in other banks than the first copy's, and the end of
+  // both.
   __host__ __device__ int32_t copy_stride() const { return (entries + 31) / 32 * 32 + 16; }
   __host__ __device__ int32_t floats() const { return has_pairs ? 2 * copy_stride() : copy_stride(); }
 
-  // The position of an entry, given its number in global memory.
+  // Returns the position of an entry, given its number in global memory.
   __device__ __forceinline__ int32_t at(const WindowLayout& layout, int entry) const {
     int32_t at = 0;
 #pragma unroll
@@ -72,7 +73,7 @@ struct SharedTable {
     return at;
   }
 
-  // r(t) of a token.
+  // Returns r(t) of a token.
   __device__ __forceinline__ int32_t offset(const WindowLayout& layout, int token) const {
     const int row = token / layout.table_window[2];
     return row / layout.table_window[1] * stride[0] + row % layout.table_window[1] * stride[1] +
@@ -87,10 +88,10 @@ struct LongArguments : WindowArguments<kMaps> {
   bool has_pads;
 };
 
-// Larger tables are read from global memory, by the kernels for all kinds of windows.
+// Calls with larger tables use the general kernels, which read the table from global memory.
 constexpr int32_t kMostSharedTableFloats = 12 * 1024;
 
-// The terms of one axis: its parts of a token's number and of its region.
+// One axis' part of a token's number and of its region.
 struct AxisTerm {
   uint32_t number;
   int32_t region;
@@ -99,7 +100,7 @@ struct AxisTerm {
 // Numbers from here on belong to pad tokens: maps have fewer tokens.
 constexpr uint32_t kPadNumber = uint32_t{1} << 30;
 
-// True if these kernels support the maps and the geometry of `args`; then completes the arguments.
+// Returns true if these kernels support the maps and the geometry of `args`; then also completes the arguments.
 template <int kMaps>
 bool make_long(LongArguments<kMaps>& args) {
   const WindowLayout& layout = args.layout;
@@ -166,7 +167,7 @@ struct LongTokens {
     }
   }
 
-  // The first step of finding a window's tokens, by the first three warps; all threads synchronise before the second.
+  // The first step of finding a window's tokens, done by the first three warps; all threads then synchronise.
   template <int kMaps>
   __device__ __forceinline__ void find_terms(const LongArguments<kMaps>& args, const WindowIndex& index) const {
     const WindowLayout& layout = args.layout;
@@ -193,7 +194,7 @@ struct LongTokens {
     }
   }
 
-  // The second step, by all threads. Returns true if regions may differ.
+  // The second step, done by all threads. Returns true if regions may differ.
   template <int kMaps>
   __device__ __forceinline__ bool find_tokens(const LongArguments<kMaps>& args, const WindowIndex& index) const {
     const WindowLayout& layout = args.layout;
@@ -231,7 +232,7 @@ __device__ __forceinline__ void stage_table(const LongArguments<kMaps>& args, in
   }
 }
 
-// The positions of the bias of this thread's two rows of scores in the table: column t follows 4 * r(t) bytes later.
+// The positions in the table of the bias of this thread's two rows of scores; column t is 4 * r(t) bytes further on.
 struct RowBias {
   const unsigned char* row[2];
 
@@ -241,7 +242,7 @@ struct RowBias {
     row[half] = reinterpret_cast<const unsigned char*>(shared + at);
   }
 
-  // x * factor + the bias of 8 * kTiles columns, whose offsets are given.
+  // Sets x to x * factor + the bias of 8 * kTiles columns, whose offsets are given.
   template <int kTiles>
   __device__ __forceinline__ void add(float (&x)[kTiles][4], float factor, bool has_pairs,
                                       const int32_t* columns) const {
@@ -291,7 +292,7 @@ struct NoRowBias {
   }
 };
 
-// Adds the mask where the regions of a row and a column differ.
+// Adds the mask to the elements of x whose row and column have different regions.
 template <int kTiles>
 __device__ __forceinline__ void mask_regions(float (&x)[kTiles][4], const int32_t (&rows)[2], const int32_t* columns,
                                              float mask2) {
@@ -320,12 +321,12 @@ __device__ __forceinline__ void mask_columns(float (&x)[kTiles][4], int end) {
   }
 }
 
-// The base address of a map's rows, for this thread's chunk, in the image of a window.
+// Returns the base address of a map's rows, for this thread's chunk, in the image of a window.
 __device__ __forceinline__ uint64_t chunk_base(const RegularMap& map, uint32_t batch, int head, int chunk) {
   return map.data + batch * map.batch + head * map.head + 16 * chunk;
 }
 
-// 16 bytes of a pad token's q, k or v.
+// Returns 16 bytes of a pad token's q, k or v.
 template <class T, int kMaps>
 __device__ __forceinline__ uint4 pad_chunk(const LongArguments<kMaps>& args, int map, int head, int chunk) {
   const T* const row = static_cast<const T*>(args.pad_qkv) + (map * args.num_heads + head) * args.head_dim;
@@ -407,7 +408,7 @@ __device__ __forceinline__ void store_long_rows(const LongArguments<kMaps>& args
   __syncwarp();
 }
 
-// Products of this warp's 16 rows, with fragments in registers, and rows of a tile.
+// Products of this warp's 16 rows, whose fragments are in registers, with rows of a tile.
 template <class T, int kCols>
 struct RowFragments {
   uint32_t a[kCols / 16][4];
@@ -455,7 +456,7 @@ __device__ __forceinline__ void add_fragment_b(float (&o)[kColTiles][4], const u
   }
 }
 
-// Two neighbouring 16 x 8 accumulator tiles as an A fragment of 16 x 16.
+// Packs two neighbouring 16 x 8 accumulator tiles as an A fragment of 16 x 16.
 template <class T>
 __device__ __forceinline__ void pack_fragment(uint32_t (&a)[4], const float (&x)[2][4]) {
 #pragma unroll

@@ -5,8 +5,8 @@
 
 namespace swinkernels::cuda {
 
-// Adds the mask to the scores of 16 queries and the keys of a block; the pointers are to the regions of the first query
-// and the first key.
+// Adds the mask to the scores of 16 queries and the keys of a block; the pointers point to the regions of the first
+// query and the first key.
 template <int kTiles>
 __device__ __forceinline__ void add_mask(float (&score)[kTiles][4], const int32_t* queries, const int32_t* keys,
                                          float mask2) {

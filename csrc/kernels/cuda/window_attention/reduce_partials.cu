@@ -1,8 +1,8 @@
 // Sums the partial gradients of all blocks, in an order that depends only on their number.
 //
-// Tiling    Sums over blocks: a block has 32 outputs; eight slices of the workers are summed in parallel, then added in
-//           order. A table's gradient from dense sums: a warp for each entry and head, whose lanes share the pairs of
-//           tokens.
+// Tiling    To sum over blocks, a block has 32 outputs; eight slices of the workers are summed in parallel, then added
+//           in order. To gather a table's gradient from dense sums, a warp has one entry and head, and its lanes share
+//           the pairs of tokens.
 // Traffic   every partial is read once: 4 * partials * (table entries, or rows^2, + 2 * head_dim + 1) bytes.
 #include "../../common/launch.cuh"
 #include "../../common/ordered_sum.cuh"
@@ -40,7 +40,7 @@ struct OutputCounts {
 __device__ Output find_output(const ReducePartialsArguments& args, int64_t output) {
   const OutputCounts counts = OutputCounts::of(args);
   const int64_t heads = args.num_heads, units = heads * args.bias_types;
-  // A head's partial sums are those of its units: every heads-th of all.
+  // A head's partial sums are its units' partial sums: every heads-th of all.
   const uint32_t of_head = args.workers * args.bias_types;
   if (output < counts.table) {
     const int64_t entries = args.layout.table_entries, head = output / entries, entry = output % entries;
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads) reduce_partials_kernel(const ReduceP
   if (threadIdx.x < kOutputs && output.destination != nullptr) *output.destination = sum;
 }
 
-// Entry e of a head's column is the sum over the pairs of tokens (i, j) with its relative offset, which determines j
-// for every i.
+// Entry e of a head's column is the sum over the pairs of tokens (i, j) with the entry's relative offset, which
+// determines j for every i.
 __global__ void __launch_bounds__(kThreads) gather_table_kernel(const ReducePartialsArguments args) {
   const int lane = threadIdx.x % 32;
   const int64_t number = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;

@@ -9,8 +9,8 @@
 
 namespace swinkernels::cuda {
 
-// Each unit (arguments.cuh) has partial sums from several workers: those of worker w and unit u are number w * units +
-// u.
+// Each unit (arguments.cuh) has partial sums from several workers: the sums of worker w and unit u are number w * units
+// + u.
 struct ReducePartialsArguments {
   const float* table_partials;  // (partials, table entries), or null: the table's gradient is in dense_partials
   const float* dense_partials;  // (partials, rows, rows)

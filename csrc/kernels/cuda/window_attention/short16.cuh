@@ -29,7 +29,7 @@ struct EvenMaps {
   uint64_t data[kMaps];
   uint32_t distance;  // between two tokens, in bytes
 
-  // False for other maps, or if 32 bits do not hold a token's number or the distance of two tokens.
+  // Returns false for other maps, or if 32 bits do not hold a token's number or the distance of two tokens.
   template <class Pointer>
   bool set(const TokenMapOf<Pointer>* const (&maps)[kMaps], int64_t images, const int32_t (&size)[3], int32_t head_dim,
            int64_t element_bytes) {
@@ -55,7 +55,7 @@ struct EvenMaps {
   }
 };
 
-// True if these kernels support a call, apart from its maps (EvenMaps).
+// Returns true if these kernels support a call, apart from its maps (see EvenMaps).
 inline bool is_short16(const WindowAttentionForwardParams& params) {
   const WindowGeometry& geometry = params.geometry;
   const int32_t d = params.head_dim;
@@ -67,10 +67,9 @@ inline bool is_short16(const WindowAttentionForwardParams& params) {
 // Further arguments of these kernels.
 struct Short16Geometry {
   EvenMaps<3> qkv;
-  // A window's corner and the tokens of a window, per axis: frame coordinate = window * window_step + token *
-  // token_step.
+  // For each axis: frame coordinate = window * window_step + token * token_step.
   int32_t window_step[2], token_step[2];
-  uint32_t seam[2];  // the window whose tokens are of two regions; if there is none, no window's number
+  uint32_t seam[2];  // the window whose tokens belong to two regions, or a number that no window has
   bool has_pads;
 
   bool set(const WindowAttentionForwardParams& params, const WindowLayout& layout) {
@@ -156,7 +155,7 @@ struct OwnRows {
   using Window = Short16Window<kRows>;
   using Tile = SmemTile<typename Traits::T, Traits::kHeadDim>;
 
-  int chunk;                   // the first of them in the row
+  int chunk;                   // the thread's first chunk in the row
   int offset;                  // byte position of the first chunk in a tile
   uint32_t in_token;           // byte position of the head's row in a token of a map
   bool in_window[kRows];       // true if row and chunk are in the window
@@ -242,7 +241,7 @@ struct OwnRows {
     }
   }
 
-  // For this thread's two rows of a fragment from row0 on: true for pad tokens.
+  // Finds which of this thread's two rows of a fragment from row0 on are pad tokens.
   template <class Arguments>
   __device__ __forceinline__ void find_pads(bool (&is_pad)[2], const Arguments& args, const Window& window,
                                             int row0) const {
@@ -260,7 +259,7 @@ struct OwnRows {
  private:
   static constexpr int kTimes = Traits::kChunks / kLanes, kTileRowBytes = Tile::kCols * 2;
 
-  // kPads: there may be pad tokens.
+  // Finds a window's rows. kPads: there may be pad tokens.
   template <bool kPads, class Arguments>
   __device__ __forceinline__ Window locate(const Arguments& args, uint32_t item, const SeamBits& seam) const {
     Window window;
@@ -285,7 +284,7 @@ struct OwnRows {
     return window;
   }
 
-  // The thread's n-th chunk of a row that lies `bytes` after its first row in the tiles.
+  // Returns the thread's n-th chunk of the row that lies `bytes` after its first row in the tiles.
   __device__ __forceinline__ uint4* chunk_of(typename Traits::T* tiles, int bytes, int n) const {
     return reinterpret_cast<uint4*>(reinterpret_cast<unsigned char*>(tiles) + bytes + (offset ^ n * kLanes * 16));
   }

@@ -8,7 +8,7 @@
 
 namespace swinkernels::cuda {
 
-// The properties of a token that are the same in every window: its coordinates, and r(t) of the bias table.
+// The data of each token that are the same in every window: its coordinates, and r(t) of the bias table.
 template <int kTokens>
 struct TokenConstants {
   int32_t packed[kTokens];
@@ -27,7 +27,7 @@ struct WindowTokens {
   __device__ __forceinline__ const uint64_t* row(int map) const { return rows[map]; }
 };
 
-// The same for windows of up to `capacity` tokens, known at run time.
+// As TokenConstants and WindowTokens, for windows of up to `capacity` tokens, a number known at run time.
 struct LongTokenConstants {
   int32_t* packed;
   int32_t* table_index;
@@ -43,7 +43,8 @@ struct LongWindowTokens {
   __device__ __forceinline__ uint64_t* row(int map) const { return rows + map * capacity; }
 };
 
-// Shared memory after a kernel's own struct, for arrays of `capacity` elements: the longest elements first.
+// Shared memory after a kernel's own struct, for arrays of `capacity` elements; arrays with the longest elements come
+// first.
 struct SmemArena {
   unsigned char* next;
 
@@ -55,7 +56,7 @@ struct SmemArena {
   }
 };
 
-// Fills in the constants of tokens first..first + count, as far as they exist.
+// Fills in the constants of those tokens first..first + count that exist.
 template <class Constants, int kMaps>
 __device__ __forceinline__ void fill_token_constants(Constants& constants, const WindowArguments<kMaps>& args,
                                                      int first, int count) {
@@ -66,7 +67,7 @@ __device__ __forceinline__ void fill_token_constants(Constants& constants, const
   }
 }
 
-// The address of a token's row in a map.
+// Returns the address of a token's row in a map.
 template <class T, int kMaps>
 __device__ __forceinline__ uint64_t token_row(const WindowArguments<kMaps>& args, int map, int head,
                                               const WindowIndex& index, const TokenSource& source) {
@@ -76,9 +77,9 @@ __device__ __forceinline__ uint64_t token_row(const WindowArguments<kMaps>& args
   return reinterpret_cast<uint64_t>(pad);
 }
 
-// Finds tokens first..first + count of a window, as far as they exist, in the maps of the list; the rows in the list's
-// n-th map become tokens.row(n). Thread i has token first + i, here and in fill_token_constants, if the block has as
-// many threads.
+// Finds those tokens first..first + count of a window that exist, in the maps of the list; the rows in the list's n-th
+// map become tokens.row(n). Thread i has token first + i, here and in fill_token_constants, if the block has as many
+// threads.
 template <class T, int... kMapList, class Tokens, class Constants, int kMaps>
 __device__ __forceinline__ void locate_tokens(Tokens& tokens, const Constants& constants,
                                               const WindowArguments<kMaps>& args, uint32_t window, int head, int first,
@@ -99,9 +100,9 @@ __device__ __forceinline__ void locate_tokens(Tokens& tokens, const Constants& c
   }
 }
 
-// Starts the copy of the rows of tokens first..first + kRows of one map into a tile; rows[0] is that of token 0. Rows
-// past the window become zero, too, or are left alone; columns past head_dim are left alone. whole_rows: rows are whole
-// multiples of 16 bytes.
+// Starts the copy of the rows of tokens first..first + kRows of one map into a tile; rows[0] belongs to token 0. Rows
+// past the window become zero if kZeroPastWindow, else keep their values, as columns past head_dim do. whole_rows: rows
+// are whole multiples of 16 bytes.
 template <int kThreads, int kRows, bool kZeroPastWindow, class Tile>
 __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows, int first, int num_tokens,
                                           int row_bytes, bool whole_rows) {
@@ -119,8 +120,8 @@ __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows
     }
     return;
   }
-  // Rows of other head_dims may begin and end anywhere: words of four bytes if they consist of whole words, else
-  // elements.
+  // Rows of other head_dims may begin and end anywhere. They are copied word by word, in words of four bytes, if they
+  // consist of whole words, else element by element.
   constexpr int kWords = 4 * Tile::kChunks;
 #pragma unroll 1
   for (int index = threadIdx.x; index < kRows * kWords; index += kThreads) {

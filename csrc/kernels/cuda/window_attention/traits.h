@@ -6,8 +6,8 @@
 #include "../../common/ptx.cuh"
 #include "half_range.cuh"
 
-// Open for measurement, for short windows of narrow rows (two bytes, head_dim up to 32): copies in flight, and warps
-// per multiprocessor. gpu/variants.py builds variants by defining these, and times them.
+// To be settled by measurement, for short windows of narrow rows (two bytes, head_dim up to 32): copies in flight, and
+// warps per multiprocessor. gpu/variants.py builds and times variants that define these macros.
 #ifndef SWINKERNELS_FORWARD_STAGES
 #define SWINKERNELS_FORWARD_STAGES 2
 #endif
@@ -40,12 +40,12 @@ struct WindowAttentionTraits {
   static constexpr int kHeadDimTiles = kHeadDim / 8;
   static_assert(kBlock * kRowBytes <= 16 * 1024, "a block of 64 rows is for rows of at most 256 bytes");
 
-  // Copies in flight: with two stages the next window arrives during the computation of this one. One stage where two
-  // would leave a multiprocessor fewer warps than it needs to hide latency.
+  // Copies in flight: with two stages the next window arrives during the computation of this one. There is one stage if
+  // two would leave a multiprocessor fewer warps than it needs to hide latency.
   static constexpr int kForwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_FORWARD_STAGES : 1;
   static constexpr int kBackwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_BACKWARD_STAGES : 1;
   // Warps per multiprocessor that the register budget allows: 16 leave a thread 128 registers, 12 leave 168, 8 all 255.
-  // The most that spill nothing.
+  // These are the most with which nothing is spilled.
   static constexpr bool kNarrow = sizeof(T) == 2 && kHeadDim <= 32 && kTiles < 8;
   static constexpr int kForwardBlocks = (kNarrow ? SWINKERNELS_FORWARD_WARPS : kRowBytes < 512 ? 12 : 8) / kWarps;
   static constexpr int kBackwardBlocks = (kNarrow ? SWINKERNELS_BACKWARD_WARPS : 8) / kWarps;
@@ -70,8 +70,8 @@ struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDi
   static constexpr int kChunks = Base::kHeadDim / 8;  // 16-byte chunks of a tile's row
   static_assert(sizeof(typename Base::T) == 2 && kRowBytes % 16 == 0 && Base::kKeys <= 64);
   static_assert(Base::kForwardStages <= 2 && Base::kBackwardStages <= 2, "their rings have one or two stages");
-  // As above, and also for eight tiles, except where that would spill: without stmatrix at eight tiles forward
-  // (backward, shared memory holds two blocks only), and on Blackwell except for the cases below.
+  // As in the base class, and also for eight tiles, except where that would spill: forward at eight tiles without
+  // stmatrix (backward, shared memory holds only two blocks), and on Blackwell in all but the cases below.
   static constexpr bool kNarrow = Base::kHeadDim <= 32;
   static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;      // tiles of whole rows
   static constexpr bool kWide = !kHasNarrowRange<typename Base::T>;  // no running maximum, no exponents
