@@ -1,11 +1,12 @@
-// The decomposed relative position of SAM and ViTDet, a part of window_attention.inl, which includes this file.
+// The decomposed relative positions of SAM and ViTDet. window_attention.inl includes this file.
 //
-// Maths     score(i, j) += sum over axes a of q_i . table_a[i_a - j_a + window_a - 1], of the unscaled q
+// Maths     score(i, j) += sum over axes a of q_i . table_a[i_a - j_a + window_a - 1], with the unscaled q
 //           backward  per axis: dG[r, i] = sum of dS(i, j) over the keys j with i_a - j_a + window_a - 1 = r;
 //                     dtable = dG q, dq += dG^T table
-// Tiling    Per block of queries: products (table rows, queries) of q with the table rows that its queries meet; from
-//           these, values (coordinate of the key, queries) per axis; and from those the bias of every key, one addition
-//           per score. At window 14 the products are a quarter of those with k, at 64 x 64 tokens a twentieth.
+// Tiling    For each block of queries, q is multiplied with the table rows that its queries meet, which gives products
+//           (table rows, queries); from these come values (coordinate of the key, queries) per axis, and from the
+//           values the bias of every key, with one addition per score. At window 14 the products take a quarter of the
+//           work of the products with k, at 64 x 64 tokens a twentieth.
 
 class AxisTables {
  public:
@@ -76,8 +77,7 @@ class AxisTables {
       float* dtable = dtables + first * sizes_.row;
       matmul<false>(span.count, sizes_.row, queries, dproducts, sizes_.block, q, sizes_.row, dtable, dtable,
                     sizes_.row);
-      // Without an addend, like every other product of this form, so the compiler drops the test for one from all of
-      // them.
+      // No product of this form has an addend, so the compiler drops the test for one from all of them.
       matmul<true>(queries, sizes_.row, span.count, dproducts, sizes_.block, tables_ + first * sizes_.row, sizes_.row,
                    nullptr, share_of_dq_, sizes_.row);
       for (int64_t k = 0; k < queries * sizes_.row; k += kLanes) store(dq + k, load(dq + k) + load(share_of_dq_ + k));
@@ -102,7 +102,7 @@ class AxisTables {
     return query % window_[axis];
   }
 
-  // The rows of an axis' table that a block's queries meet.
+  // Returns the rows of an axis' table that a block's queries meet.
   Span span_of(int axis, int64_t b) const {
     int64_t lowest = window_[axis], highest = 0;
     for (int64_t i = 0; i < sizes_.queries(b); ++i) {

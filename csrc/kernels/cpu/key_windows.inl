@@ -1,11 +1,10 @@
-// The gradients of keys and values of overlapping windows (HAT), a part of window_attention.inl, which includes this
-// file.
+// The gradients of keys and values of overlapping windows (HAT). window_attention.inl includes this file.
 //
 // A token is a key of several windows. The backward pass stores each window's contribution to its keys in the
 // workspace; then every token of the map sums its own contributions, always in the same order.
 
-// The windows on one axis that have a token among their keys, and its number as a key of the first one. In each further
-// window that number is smaller by `window`.
+// The windows on one axis that have a token among their keys, and the token's number as a key of the first such window.
+// In each further window the number is smaller by `window`.
 struct KeyOf {
   int64_t first_window, windows, first_key;
 

@@ -1,10 +1,11 @@
-// Vectors of floats, and functions of the CPU kernels on them: conversions, exp, log and square root, dot products of
+// Vectors of floats, and the CPU kernels' functions on vectors: conversions, exp, log and square root, dot products of
 // rows, a transpose, a small matmul.
 //
-// Included once by each instruction set's source file, after all other headers and under that set's target pragma, with
+// Each instruction set's source file includes this file once, after all other headers and under that set's target
+// pragma, with
 //   SWINKERNELS_ISA      the namespace of everything compiled for it
 //   SWINKERNELS_LANES    floats of a vector
-//   SWINKERNELS_AVX      defined if <immintrin.h> has conversions of float16 and square roots of such vectors
+//   SWINKERNELS_AVX      defined if <immintrin.h> has float16 conversions and square roots for such vectors
 // The linker merges inline functions and templates that several object files share; it may keep the AVX-512 copy, which
 // then runs on a machine without AVX-512. So everything here has internal linkage and calls nothing in std::.
 
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int kLanes = SWINKERNELS_LANES;
 
-// Values live in Vec; VecMemory is the same in memory, with the alignment of a float.
+// Values have type Vec; VecMemory is the same vector in memory, aligned like a float.
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef float VecMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
@@ -44,7 +45,7 @@ struct MakeIndices<0, kTail...> {
 };
 using AllLanes = MakeIndices<kLanes>::Type;
 
-// Written lane by lane, which compiles to one broadcast; Vec{} + x would compile to an addition, because of -0.
+// Writing lane by lane compiles to one broadcast; Vec{} + x would compile to an addition, because of -0.
 template <int... I>
 SWINKERNELS_INLINE Vec splat_lanes(float x, Indices<I...>) {
   return Vec{((void)I, x)...};
@@ -57,7 +58,7 @@ SWINKERNELS_INLINE Int lane_numbers(Indices<I...>) {
   return Int{I...};
 }
 
-// All ones in the first `count` lanes, else zero.
+// Returns all ones in the first `count` lanes and zero in the others.
 SWINKERNELS_INLINE Int first_lanes(int64_t count) {
   return lane_numbers(AllLanes()) < splat(static_cast<int32_t>(count));
 }
@@ -164,7 +165,7 @@ SWINKERNELS_INLINE void store_row(const float* from, int64_t count, float factor
 
 // ---- Elementary functions ----
 
-// exp(x) for x of at most about 88, within 1.1 ulp; below the smallest normal number the result is 0.
+// Returns exp(x) for x of at most about 88, within 1.1 ulp; below the smallest normal number the result is 0.
 SWINKERNELS_INLINE Vec exp(Vec x) {
   // exp(x) = 2^n * exp(r) with n = round(x / ln 2); adding 1.5 * 2^23 leaves n in the last bits of the mantissa.
   const Vec shifted = x * 1.44269504f + 12582912.0f;
@@ -177,11 +178,11 @@ SWINKERNELS_INLINE Vec exp(Vec x) {
   p = p * r + 1.6666520e-1f;
   p = p * r + 4.9999994e-1f;
   const Vec fraction = (p * r) * r + r + 1.0f;
-  const Vec scale = (Vec)(((Bits)shifted << 23) + (127u << 23));  // unsigned, for it overflows where x is out of range
+  const Vec scale = (Vec)(((Bits)shifted << 23) + (127u << 23));  // unsigned, because it overflows if x is out of range
   return x < splat(-87.33654f) ? Vec{} : fraction * scale;        // NaN stays NaN
 }
 
-// The natural logarithm of a normal positive number, within 1.5 ulp; NaN for infinity and NaN.
+// Returns the natural logarithm of a normal positive number, within 1.5 ulp; NaN for infinity and NaN.
 SWINKERNELS_INLINE Vec log(Vec x) {
   // x = 2^n * m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
   const Int n = (Int)((Bits)x - 0x3f3504f3u) >> 23;  // sqrt(1/2)
@@ -192,7 +193,7 @@ SWINKERNELS_INLINE Vec log(Vec x) {
   return ((s + s) * series + (s + s)) + low * 0.69314718f + (x - x);
 }
 
-// The square root, correctly rounded.
+// Returns the square root, correctly rounded.
 SWINKERNELS_INLINE Vec sqrt(Vec x) {
 #if defined(SWINKERNELS_AVX) && SWINKERNELS_LANES == 16
   return (Vec)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
@@ -208,7 +209,7 @@ SWINKERNELS_INLINE Vec sqrt(Vec x) {
 
 template <int kStep>
 constexpr int interleaved(int lane, bool odd) {
-  // Lane of the pair (a, b) that goes into the even or odd result when blocks of kStep lanes are exchanged.
+  // The lane of the pair (a, b) that goes into the even or odd result when blocks of kStep lanes are exchanged.
   return (lane & kStep) == 0 ? (odd ? lane + kStep : lane) : (odd ? kLanes + lane : kLanes + lane - kStep);
 }
 
@@ -260,8 +261,8 @@ void transpose_any(const float* from, int64_t rows, int64_t columns, int64_t ld_
   }
 }
 
-// rows[0] in lane r = the sum of the lanes of rows[r]. A tree: each step halves the number of vectors, which then hold
-// the sums of twice as many rows.
+// rows[0] in lane r = the sum of the lanes of rows[r]. The sum is a tree: each step halves the number of vectors, which
+// then hold the sums of twice as many rows.
 template <int kStep>
 SWINKERNELS_INLINE void sum_lanes(Vec (&rows)[kLanes]) {
   if constexpr (kStep < kLanes) {
@@ -313,8 +314,8 @@ void matmul_tile(int64_t depth, const float* a, int64_t lda, const float* b, int
   }
 }
 
-// Rows and vectors of a tile: the sums, a row of b and one factor have to fit in the registers. AVX-512 and aarch64
-// have 32, the others 16.
+// Rows and vectors of a tile: the sums, a row of b and one factor must fit in the registers. AVX-512 and aarch64 have
+// 32 registers, the others 16.
 #if SWINKERNELS_LANES == 16 || defined(__aarch64__)
 constexpr int kTileVectors = 4;
 constexpr int tile_rows(int vectors) { return vectors == 4 ? 6 : 8; }
@@ -337,7 +338,7 @@ SWINKERNELS_INLINE void matmul_tile_of(int64_t rows, int64_t depth, const float*
 template <int kVectors, bool kTransposed>
 void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
                   const float* addend, float* c, int64_t ldc) {
-  // Tiles of equal height: in a last tile of few rows the multipliers would wait for each other.
+  // Tiles have equal height: in a last tile of few rows the multipliers would wait for each other.
   constexpr int kMaxRows = tile_rows(kVectors);
   const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
   for (int64_t i = 0, tile = 0; tile < tiles; ++tile) {

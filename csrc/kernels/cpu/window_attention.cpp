@@ -85,7 +85,7 @@ int64_t key_volume(const WindowGeometry& g) {
 
 bool windows_overlap(const WindowGeometry& g) { return key_volume(g) > product(g.window); }
 
-// N * M.
+// Returns N * M, the number of scores of a window.
 int64_t scores_of_window(const WindowAttentionForwardParams& p) {
   return product(p.geometry.window) * key_volume(p.geometry);
 }
@@ -96,8 +96,8 @@ int64_t axis_table_rows(const WindowAttentionForwardParams& p) {
 
 BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   const WindowAttentionForwardParams& p = params.forward;
-  // Enough chunks for the threads of a large machine, but several windows in each, as a chunk writes out its bias
-  // gradient; with a dense bias at most as many as write 64 MiB, unless the types need more.
+  // There are enough chunks for the threads of a large machine, but several windows in each, because every chunk writes
+  // its bias gradient. With a dense bias, the chunks write at most 64 MiB, unless the types need more.
   constexpr int64_t kChunks = 128, kMinWindowChunks = 8, kMinWindows = 4, kMaxDenseElements = 1 << 24;
   const int64_t types = p.bias_types, dense = p.num_heads * scores_of_window(p);
   int64_t most = std::max(kMinWindowChunks, kChunks / p.num_heads);

@@ -11,9 +11,9 @@
 // Tiling    One window and head at a time: its k and v rows are converted to float32 into scratch memory, then its
 //           queries in blocks of at most kMaxQueryBlock, so that for window 7 and head_dim 32 all of it stays in L1
 //           and for 1024 tokens the scores of a block stay in L2.
-// Work      forward 4, backward 10 N^2 head_dim operations for each window and head, N rounded up to whole vectors;
-//           one exp per score each. Bound by arithmetic, not by memory, from some 30 tokens on. v2 adds work per row,
-//           not per score: some 7 % at window 8 and head_dim 32.
+// Work      forward 4, backward 10 N^2 head_dim operations for each window and head, N rounded up to whole vectors; one
+//           exp per score each. From some 30 tokens on, the kernels are bound by arithmetic, not by memory. v2 adds
+//           work per row, not per score: some 7 % at window 8 and head_dim 32.
 #include "simd.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
@@ -60,9 +60,9 @@ class Arena {
 // The sizes derived from the parameters.
 struct Sizes {
   int64_t tokens;  // N
-  int64_t keys;    // M; N unless the keys are those of a larger window
+  int64_t keys;    // M; M; equals N unless the keys are a larger window's tokens
   int64_t key_window[3];
-  int64_t dim, row;    // head_dim, and rounded up to whole vectors
+  int64_t dim, row;    // head_dim, and head_dim rounded up to whole vectors
   int64_t block;       // queries in a block, whole vectors
   int64_t blocks;      // blocks of a window
   bool overlap;        // windows share keys
@@ -177,7 +177,7 @@ class Window {
     offsets_of(params_.geometry.window, source_, map, to);
   }
 
-  // The offsets of its keys, in the same form.
+  // Offsets of the keys' rows of the window, in the same form.
   template <class Pointer>
   void key_offsets(const TokenMapOf<Pointer>& map, int64_t* to) const {
     offsets_of(key_window_, key_source_, map, to);
@@ -226,7 +226,7 @@ class Window {
 
 // ---- Rows between the maps and scratch memory ----
 
-// Tokens [first, first + count) of one head as float32 rows. Pad tokens get `pad`, zeros if null.
+// Converts tokens [first, first + count) of one head to float32 rows. Pad tokens get `pad`, or zeros if it is null.
 void gather(DType dtype, const ConstTokenMap& map, const int64_t* offsets, int64_t first, int64_t count, int64_t head,
             const void* pad, const Sizes& sizes, float* rows) {
   with_format(dtype, [&](auto format) {
@@ -246,7 +246,7 @@ void gather(DType dtype, const ConstTokenMap& map, const int64_t* offsets, int64
   });
 }
 
-// The inverse, without pad tokens; row i is multiplied by factor(i).
+// Writes rows back to the map, except for pad tokens; row i is multiplied by factor(i).
 template <class Factor>
 SWINKERNELS_INLINE void scatter(DType dtype, const TokenMap& map, const int64_t* offsets, int64_t first, int64_t count,
                                 int64_t head, const Sizes& sizes, Factor factor, const float* rows) {
@@ -261,7 +261,7 @@ SWINKERNELS_INLINE void scatter(DType dtype, const TokenMap& map, const int64_t*
   });
 }
 
-// q (0), k (1) or v (2) of a head's pad token.
+// Returns q (0), k (1) or v (2) of a head's pad token.
 SWINKERNELS_INLINE const void* pad_row(const WindowAttentionForwardParams& p, int64_t part, int64_t head) {
   if (p.pad_qkv == nullptr) return nullptr;
   const int64_t item = p.dtype == DType::kFloat32 ? 4 : 2;
@@ -326,7 +326,7 @@ class Bias {
     run_[runs_] = sizes.tokens;
   }
 
-  // The bias (keys, queries) of a block of queries in a window of this type, or null without a bias.
+  // Returns the bias (keys, queries) of a block of queries in a window of this type, or null without a bias.
   const float* block(int64_t type, int64_t head, int64_t b) {
     if (table_ == nullptr && dense_ == nullptr) return nullptr;
     if (head < cached_heads_) {
@@ -342,7 +342,8 @@ class Bias {
     return written;
   }
 
-  // Adds the gradient of a block's scores to that of a head's column of the table, of table_rows + kLanes elements.
+  // Adds the gradient of a block's scores to dcolumn, the gradient of a head's column of the table, which has
+  // table_rows + kLanes elements.
   void add_table_gradient(const float* dscores, int64_t b, float* dcolumn) const {
     for_each_run(b, [&](int64_t key, int64_t query, int64_t length) {
       const float* from = dscores + key * sizes_.block + query - b * sizes_.block;
@@ -381,7 +382,7 @@ class Bias {
   }
 
   // The table's bias for key j and queries [i, i + length) is contiguous in the table's column where r(i + t) = r(i) +
-  // t, usually for a row of the window. So the table is read, and its gradient summed, by vectors, without an index per
+  // t, usually for a row of the window. So the table is read, and its gradient summed, in vectors, without an index per
   // score. The last vector of a run extends beyond it; the elements that it writes there are overwritten by the next
   // run or unused.
   template <class Action>
@@ -401,7 +402,7 @@ class Bias {
   int64_t centre_ = 0, runs_ = 0, column_head_ = -1, column_type_ = -1;
   int64_t *offset_ = nullptr, *key_offset_ = nullptr, *run_ = nullptr;
   float* column_ = nullptr;
-  // The written bias: that of the cached heads, for one type of windows each, then one block of any head.
+  // The written bias: first the cached heads' bias, for one type of windows each, then one block of any head.
   int64_t cached_heads_ = 0, head_stride_ = 0;
   float* written_ = nullptr;
   int64_t* cached_type_ = nullptr;
@@ -426,8 +427,8 @@ void normalise_rows(const Sizes& sizes, int64_t count, float* rows, float* inver
   }
 }
 
-// Turns the gradient of normalised rows into that of the original rows. Returns the sum, over vectors of rows, of the
-// products of row and gradient.
+// Turns the gradient of normalised rows into the gradient of the original rows. Returns the sum, over vectors of rows,
+// of the products of row and gradient.
 Vec normalise_rows_backward(const Sizes& sizes, int64_t count, const float* rows, const float* inverse_norms,
                             float* gradients) {
   Vec sum = {};
@@ -677,7 +678,7 @@ void add_pad_rows(const Sizes& sizes, const int64_t* offsets, float factor, cons
   }
 }
 
-// dk and dv go to the maps or, where windows share keys, to dkv (2, keys, head_dim).
+// Writes dk and dv to the maps or, if windows share keys, to dkv (2, keys, head_dim).
 void backward_window(const WindowAttentionBackwardParams& params, Backward& s, int64_t index, int64_t head,
                      float factor, float* dkv) {
   const WindowAttentionForwardParams& p = params.forward;

@@ -1,4 +1,4 @@
-// The interface of the window attention kernels of one instruction set, as window_attention.cpp calls them.
+// The interface through which window_attention.cpp calls the window attention kernels of one instruction set.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 
 namespace swinkernels::cpu {
 
-// The factor of a head's products of q and k: the scale, or in v2 exp(min(logit_scale, ln 100)).
+// Returns the factor of a head's products of q and k: the scale, or in v2 exp(min(logit_scale, ln 100)).
 float score_factor(const WindowAttentionForwardParams&, int64_t head);
 
 // The division of the backward pass into chunks, the same for any number of threads. A chunk is several windows of one
