@@ -9,7 +9,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 RESULTS ?= results
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
-# The tests of coverage.
+# The tests that make coverage runs.
 TESTS ?= $(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))
 # The branch that make check compares with.
 BASE ?= main
@@ -21,8 +21,8 @@ PARTS ?=
 BENCH ?= all --quick
 # The number of random calls of sanitize-cpu.
 CALLS ?= 10000
-# For gpu-check: seconds (480), the steps (by default all but two), another _ops library to time as well, and 1 to run
-# it without a GPU.
+# For gpu-check: seconds (480), the steps (by default all but two), another _ops library to time in comparison, and 1
+# to run it without a GPU.
 BUDGET ?=
 STEPS ?=
 AGAINST ?=
@@ -41,8 +41,8 @@ run := $(VENV)/bin/python
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
 cxx_files = $(shell find csrc benchmarks examples -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-# $(call phase,name,description,command): prints one line, with the seconds taken. The output goes to build/<name>.log,
-# which a failure names after the most relevant lines.
+# $(call phase,name,description,command): prints one line, with the seconds taken. The output goes to build/<name>.log;
+# a failure shows its most relevant lines and then its name.
 define phase
 @mkdir -p build; printf '%s ... ' '$(2)'; start=$$(date +%s); \
 if { $(3); } > build/$(1).log 2>&1; then echo "$$(($$(date +%s) - start)) s"; else \
@@ -97,7 +97,7 @@ $(lint_stamp): pyproject.toml constraints.txt
 	$(call phase,install-lint,installing the linters into $(linters),$(call install,$(linters),--group lint))
 	@touch $@
 
-# Always run, because ninja detects changes; without any it takes seconds.
+# This always runs, because ninja detects changes; if there are none it takes seconds.
 build: $(torch_stamp)
 	$(call phase,compile,compiling csrc/ in place ($(kernels)),\
 		$(in_venv) SWINKERNELS_BUILD=$(SWINKERNELS_BUILD) $(run) setup.py build_ext --inplace)
@@ -117,7 +117,7 @@ test-all: $(dev_stamp) build
 	$(call phase,install-interop,installing wheel, export and training tools into $(VENV),$(call install,$(VENV),$(TORCH) --group interop))
 	$(in_venv) $(run) -m tests.run_all $(PARTS)
 
-# For this machine's torch. Other CUDA majors: CUDA_HOME and a TORCH built for it.
+# Builds for this machine's torch. For another CUDA major, set CUDA_HOME and a TORCH built for it.
 wheel: $(torch_stamp)
 	$(call phase,install-wheel,installing auditwheel into $(VENV),$(call install,$(VENV),$(TORCH) --group wheel))
 	$(call phase,wheel-cpu,building the CPU wheel,$(in_venv) $(run) -m release.wheel cpu)
@@ -127,8 +127,9 @@ wheel: $(torch_stamp)
 faults: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m tests.faults $(FAULTS)
 
-# The lines of the package and of the CPU kernels that no test runs. Takes longer than the tests; TESTS selects some. Each
-# folder has a process of its own, since pytest-xdist kills workers that take seconds to write their counters.
+# Lists the lines of the package and the CPU kernels that no test runs. It takes longer than the tests; TESTS selects
+# some. Each folder gets a separate process, because pytest-xdist kills workers that take seconds to write their
+# counters.
 coverage: $(dev_stamp)
 	$(call phase,install-coverage,installing coverage and gcovr into $(VENV),$(call install,$(VENV),--group coverage))
 	$(call phase,compile-coverage,compiling the CPU kernels with counters,\

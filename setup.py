@@ -4,9 +4,9 @@ Two extensions: ``swinkernels._ops``, the kernels and their op bindings on torch
 loads it), and ``swinkernels._C``, a pybind11 module with the build information for programs without torch.
 
 SWINKERNELS_BUILD        auto (default): CPU kernels, and CUDA kernels if a CUDA toolkit of torch's major version is
-                         found, with or without a GPU; cuda: the same, or an error; hot: of the CUDA kernels of window
-                         attention only bfloat16, to compare builds; cpu: CPU kernels; none: pure Python
-CUDA_HOME                the toolkit, if it is neither /usr/local/cuda nor that of the nvcc on the PATH
+                         found, with or without a GPU; cuda: the same, or an error; hot: like cuda, with window
+                         attention in bfloat16 only, to compare builds; cpu: CPU kernels; none: pure Python
+CUDA_HOME                the toolkit, if it is neither /usr/local/cuda nor the one whose nvcc is on the PATH
 TORCH_CUDA_ARCH_LIST     architectures; by default those of the visible GPUs, else 8.0 and 9.0 with PTX
 SWINKERNELS_WHEEL=1      a wheel for every Python: without swinkernels._C, tagged py3-none; release/wheel.py sets it
 MAX_JOBS, CXX, NVCC_APPEND_FLAGS    as in torch's extension tools, setuptools and nvcc
@@ -36,7 +36,7 @@ COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "
 
 
 class BuildError(Exception):
-    """The requested build is impossible. The message has reason and remedy, and is shown without a traceback."""
+    """The requested build is impossible. The message names reason and remedy, and is shown without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def why_no_cuda(toolkit: Toolkit | None, torch_version: str, torch_cuda: str | N
 
 
 def choose_architectures(environ: Mapping[str, str], visible: list[tuple[int, int]]) -> tuple[str, ...]:
-    """TORCH_CUDA_ARCH_LIST without architectures that are too old (torch's images list some), else a default."""
+    """Return TORCH_CUDA_ARCH_LIST without architectures that are too old (torch's images list some), or a default."""
     asked = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
     if not asked or asked == "native":
         supported = [f"{major}.{minor}" for major, minor in sorted({*visible}) if (major, minor) >= OLDEST_CAPABILITY]
@@ -207,7 +207,7 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
         "swinkernels._ops",
         sorted({*sources("bindings/**/*.cpp"), *sources("kernels/cpu/**/*.cpp"), *cuda} - {*module}),
         include_dirs=includes,
-        # The oldest torch whose stable ABI is used: the library loads in that one and every newer one.
+        # The oldest torch whose stable ABI is used: the library loads in that version and every newer one.
         define_macros=[("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)), *with_cuda]
         + ([("USE_CUDA", None)] if plan.toolkit else []),
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},

@@ -4,7 +4,8 @@
 every result (lines.py) and ends with a table (summary.py). A process is ``python -m gpu work`` (work.py), which runs
 the cases of smoke.py, bits.py, timing.py, profile.py, sanitize.py, suite.py or models.py. ``--rehearse`` runs the same
 code in tiny sizes on a machine without a GPU: the CUDA kernels are emulated, Triton's are interpreted, and times are
-those of the CPU. ``python -m gpu bundle`` makes a folder that carries a build to a GPU, with packages it may lack.
+the CPU's. ``python -m gpu bundle`` makes a folder that carries a build to a GPU, with packages that the machine may
+lack.
 """
 
 import sys

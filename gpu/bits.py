@@ -1,4 +1,4 @@
-"""The same input gives the same bits: repeated, on another stream, and from a CUDA graph, whatever ran before."""
+"""Checks that the same input gives the same bits, whatever ran before: repeated, on another stream, and in a graph."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def capture(call: Callable[[], Results], device: str) -> tuple[Results, Callable[[], object]]:
-    """Return the results of a call captured in a CUDA graph, and the graph's replay; without a GPU, plain calls."""
+    """Return the results of a call captured in a CUDA graph, and the graph's replay; plain calls without a GPU."""
     if device != "cuda":
         results = call()
         return results, lambda: [x.copy_(y) for x, y in zip(results, call(), strict=True)]
@@ -93,7 +93,7 @@ def _same(device: str, backend: str, call: Callable[[], Results], line: Callable
 
 
 def _first(device: str, backend: str, call: Callable[[], Results], line: Callable[..., None]) -> None:
-    """Run a process's first call in a capture: CUDA's kernels need no earlier call; Triton's ask for one."""
+    """Run a process's first call in a capture: it must work with CUDA's kernels, and raise an error with Triton's."""
     asked = False
     try:
         captured, replay = capture(call, device)

@@ -1,7 +1,8 @@
-"""A folder to carry to a machine with a GPU: a build for any Python and torch there, and packages it may lack.
+"""Makes a folder for a machine with a GPU: a build for any Python and torch there, and packages that it may lack.
 
-It has the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and pure Python packages,
-fetched by pip, that these need beyond torch and Triton. There ``make gpu-check`` needs neither network nor compiler.
+The folder has the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and pure Python
+packages, fetched by pip, that these need beyond torch and Triton. There ``make gpu-check`` needs neither network nor
+compiler.
 """
 
 from __future__ import annotations

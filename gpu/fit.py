@@ -1,7 +1,7 @@
 """Blocks of the hot CUDA kernels on a multiprocessor of each GPU architecture, from the emulated launches.
 
-The emulator limits a block's shared memory to that of the architecture, so the launch functions choose as they would
-there. Registers are those of the build. The backend must refuse a call that does not fit, and Triton must take it.
+The emulator limits a block's shared memory to the architecture's, so the launch functions choose as they would there.
+Register counts come from the build. The backend must refuse a call that does not fit, and Triton must take it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REGISTERS, WARP_REGISTERS = 65536, 256  # per multiprocessor, and the unit in wh
 
 
 class Room(NamedTuple):
-    """A multiprocessor's resources, after the CUDA programming guide's table of compute capabilities."""
+    """A multiprocessor's resources, from the CUDA programming guide's table of compute capabilities."""
 
     shared_bytes: int
     block_bytes: int  # the most for one block
@@ -72,7 +72,7 @@ def _registers() -> dict[tuple[str, str], int]:
 
 
 def refusal(case: WindowAttentionCase, room: Room) -> str | None:
-    """Return why the backend refuses a case on a GPU with this room, and which backend takes it, or None."""
+    """Return why the backend refuses a case on a GPU with this room, and which backend takes it, or None if it fits."""
     volume, device, before = math.prod(case.window_tuple), torch.device("cuda"), _backends._shared_bytes
     _backends._shared_bytes = lambda device: room.block_bytes
     try:

@@ -1,6 +1,6 @@
 """The lines of a run: their results, their JSON form, and the emitter through which a worker writes them.
 
-A line is one result: step, case, op, backend, dtype, direction, value, unit, ``result`` and, where it is not "ok",
+A line is one result: step, case, op, backend, dtype, direction, value, unit, ``result`` and, if that is not "ok",
 ``detail``. The run adds device, driver, torch, triton, commit and date. Times have ``us``, ``copy_us`` and ``goal``.
 """
 
@@ -23,7 +23,7 @@ def dump(line: Line) -> bytes:
 
 
 class Emitter:
-    """Reports from a worker to the run, over a file descriptor; without one, prints."""
+    """Reports from a worker to the run over a file descriptor, or prints if there is none."""
 
     def __init__(self, descriptor: int | None = None):
         self._descriptor = descriptor
@@ -33,14 +33,14 @@ class Emitter:
         os.write(1 if self._descriptor is None else self._descriptor, dump(message))
 
     def begin(self, case: str) -> None:
-        """Name the case to blame if the process is never heard of again."""
+        """Name the case that begins: it gets the blame if the process dies or hangs."""
         self.tell(begin=case)
 
     def line(self, **fields: Any) -> None:
         self.tell(**{"result": OK, **fields})
 
     def turn(self) -> None:
-        """Wait until no other process of the step measures. The turn lasts until the next one, or the end."""
+        """Wait until no other process of the step measures. This process's turn then lasts until it calls again."""
         self.tell(turn="wanted")
         if self._descriptor is not None:
             os.read(0, 1)

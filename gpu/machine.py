@@ -1,4 +1,4 @@
-"""The build for this GPU, and the facts on machine and installation in the last lines of a run."""
+"""Builds for this GPU, and writes the facts on machine and installation into the last lines of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Cases = Iterable[tuple[str, Callable[[], None]]]
 
 
 def build(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Build the extension for this GPU, or the emulated library: minutes, or seconds if nothing changed."""
+    """Build the extension for this GPU, or the emulated library. It takes minutes, or seconds if nothing changed."""
     yield group, functools.partial(_build, emit, setting)
 
 

@@ -47,7 +47,7 @@ def _smoke(setting: Setting, library: str) -> tuple[Group, ...]:
 
 
 def _variants() -> tuple[Group, ...]:
-    """The variants of Triton, and the libraries that variants.py has built."""
+    """Return a group for each variant of Triton, and for each library that variants.py has built."""
     from gpu.variants import TRITON
 
     built = (Group(path.parent.parent.name, str(path)) for path in sorted(VARIANTS.glob("*/swinkernels/_ops*.so")))
@@ -70,7 +70,11 @@ def _models(setting: Setting) -> tuple[Group, ...]:
 
 
 def steps(setting: Setting, names: tuple[str, ...] = DEFAULT) -> list[Step]:
-    """Return the steps of these names, after the build if there are sources and no bundle."""
+    """Return the named steps.
+
+    In a checkout, the step "build" comes first, unless SWINKERNELS_OPS names a build. A default rehearsal ends with the
+    step "fit".
+    """
     library = "built" if setting.rehearse else ""
     against = (Group("against", setting.against),) if setting.against else ()
     tools = ("memcheck", "racecheck", *(["synccheck"] if setting.whole else []))

@@ -60,7 +60,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def parse(text: str) -> dict[str, tuple[float, str]]:
-    """Return a report's wanted metrics with units. Its rows: names, units, then one row per launch."""
+    """Return a report's wanted metrics with units. A report has a row of names, one of units, then one per launch."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:

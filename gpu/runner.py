@@ -36,7 +36,7 @@ class Group:
     """The work of one process."""
 
     name: str
-    library: str = ""  # op library instead of the installation's; "built": that of the step "build"
+    library: str = ""  # op library instead of the installation's; "built": the step "build" made it
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class _Process:
 
 
 class Run:
-    """The lines of a run, in their own file, and next to it the output of the processes."""
+    """Runs steps, and writes the lines to one file and the output of the processes to another."""
 
     def __init__(self, out: Path, budget: float, command: Sequence[str], facts: Line):
         out.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ class Run:
             self.write(step, process.group.name, **{"case": process.case, **message})
 
     def _end(self, step: Step, process: _Process, silent: bool) -> bool:
-        """End a process and write its fault, if any. Returns whether to restart it after its last case."""
+        """End a process and write its fault, if any. Return True if it is to be restarted after its last case."""
         status, text = process.end()
         with self.log.open("a") as file:
             file.write(f"\n===== {step.name}: {process.group.name}\n{text}")
@@ -204,6 +204,6 @@ class Run:
 
     @property
     def status(self) -> int:
-        """Return the exit status: 1 if anything is bad, or if nothing is confirmed."""
+        """Return the exit status: 1 if anything is bad or nothing is confirmed, else 0."""
         results = {line["result"] for line in self.lines}
         return 1 if results & {*BAD} or OK not in results else 0

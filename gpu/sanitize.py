@@ -1,4 +1,4 @@
-"""Every op in every regime of its CUDA kernels, tiny, forward and backward, under compute-sanitizer.
+"""Runs every op in every regime of its CUDA kernels, on tiny tensors, forward and backward, under compute-sanitizer.
 
 The tools find accesses out of bounds, hazards in shared memory and barriers that not all threads reach. A rehearsal
 only makes the calls: the emulator reports the same faults itself.
@@ -62,7 +62,7 @@ def attention(case: Case, dtype: torch.dtype, device: str, backend: str, packed:
 
 
 def memory_bound(name: str, dtype: torch.dtype, device: str, given: dict[str, Any], *shapes: Any) -> dict[str, Tensor]:
-    """Return outputs and gradients of an op on floating-point tensors of these shapes."""
+    """Return an op's outputs and gradients for floating-point tensors of these shapes."""
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
     out = getattr(swinkernels.ops, name)(*leaves, **given)
@@ -72,7 +72,7 @@ def memory_bound(name: str, dtype: torch.dtype, device: str, given: dict[str, An
 
 
 def memory_bound_calls() -> Iterator[tuple[str, dict[str, Any], list[tuple[int, ...]]]]:
-    """(op, arguments, shapes of its tensors)"""
+    """Yield the calls: (op, arguments, shapes of its tensors)."""
     for c, order in itertools.product((1, 3, 8, 40), ("pad_then_roll", "roll_then_pad")):
         given = {"window_size": (4, 3), "shift_size": (2, 1), "pad_order": order}
         yield "window_partition", given, [(2, 5, 7, c)]
@@ -118,7 +118,7 @@ def find_sanitizer() -> str | None:
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Callable[[], None]]]:
-    """``group`` is a tool."""
+    """Yield the case of a tool, which ``group`` names."""
     yield f"{group} of the ops", functools.partial(_sanitize, group, emit, setting)
 
 
@@ -132,7 +132,7 @@ def _sanitize(tool: str, emit: Emitter, setting: Setting) -> None:
         return
     code = f"from gpu import sanitize; sanitize.run('cuda', 'cuda', {None if setting.whole else DOZEN})"
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING), sys.executable, "-c", code]
-    # Without torch's cache, an access beyond a tensor is one beyond its allocation.
+    # Without torch's cache, an access beyond a tensor is also beyond its allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n", flush=True)

@@ -1,4 +1,4 @@
-"""Every kernel once in every arithmetic, forward and backward, against the reference in float64 on the same device."""
+"""Runs every kernel in every arithmetic, forward and backward, against the reference in float64 on the same device."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def tiny(case: Case) -> Case:
 
 
 def separate(qkv: Tensor, *args: Any, num_heads: int, **given: Any) -> Tensor:
-    """Attention on separate q, k and v."""
+    """Run attention on separate q, k and v."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
     return swinkernels.window_attention(q, k.contiguous(), v, *args, num_heads=num_heads, **given)
 

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, in several processes: a line for each failure, and one for the number that passed.
+"""Runs the tests that need a GPU in several processes. Each failure gets a line, as does the number that passed.
 
 Most of the time is Triton's compilation, on one core per process. A test that ends its process, or that leaves it
 without its GPU, does not affect the others: the process is restarted after it.

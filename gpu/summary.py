@@ -41,7 +41,7 @@ def _bad(lines: Sequence[Line]) -> Iterable[str]:
 
 
 def _times(lines: Sequence[Line]) -> Iterable[str]:
-    """Yield one row per shape: ours in both directions, with the goal, and any other build's."""
+    """Yield one row per shape: our times in both directions, the goal, and any other build's times."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for line in lines:
         if line["step"] in ("time", "models") and "us" in line and line["result"] == OK:

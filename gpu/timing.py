@@ -1,4 +1,4 @@
-"""Times and a device copy of the same bytes: for the shipped build, another one, variants of it, and peers."""
+"""Times the shipped build, another build, variants and peers, and device copies of the same bytes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class _Timer:
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Yield everything with a goal, in turns with the other library's process, if there is one."""
+    """Yield every case with a goal; the other library's process, if there is one, takes turns with this one."""
     timer = _Timer(emit, setting, group)
     if setting.rehearse:
         yield timer.attention(ATTENTION[0], ("cpu",), "float32")
@@ -72,7 +72,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Cases:
 
 
 def variants(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Yield one variant of the kernels at two shapes; CUDA variants are libraries loaded by the process."""
+    """Yield the cases of one variant of the kernels, at two shapes. The process has loaded a CUDA variant's library."""
     timer, names = _Timer(emit, setting, group), BACKENDS if group == "shipped" else ("cuda",)
     if group.startswith("triton "):
         from gpu.variants import TRITON, apply
@@ -86,7 +86,7 @@ def variants(group: str, emit: Emitter, setting: Setting) -> Cases:
 
 
 def peers(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Yield PyTorch's own implementations, in turns with ours in one process, for the goals against peers."""
+    """Yield the cases of the goals against peers: ours and PyTorch's implementations take turns in one process."""
     timer = _Timer(emit, setting, "shipped", contest.DIRECTIONS)
     if group == "ops":
         names = attention.contestants(timer.device, ("cuda", *attention.PEERS))

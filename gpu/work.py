@@ -10,7 +10,7 @@ from gpu.lines import FAILED, Emitter
 from gpu.plan import Setting
 from gpu.runner import DEVICE_IS_LOST
 
-# The function that yields a step's cases: (name, function that emits its lines).
+# For each step, the function that yields its cases: (name, function that emits the case's lines).
 CASES = {
     "build": "machine.build",
     "info": "machine.info",

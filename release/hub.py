@@ -2,7 +2,7 @@
 
     FOLDER/build.toml, flake.nix    the sources to compile, on torch's stable ABI, for the CPU and for CUDA
     FOLDER/csrc                     the kernels, unchanged
-    FOLDER/torch-ext                the bindings and the package: the ops, their reference and layers without a state
+    FOLDER/torch-ext                the bindings and the package: the ops, their reference and stateless layers
 
 The package is this repository's without accelerate, modules and models, with relative imports only, and with
 ``release/kernel_hub`` in place of the files that depend on how a library was built. Several versions of a kernel may be
@@ -80,7 +80,7 @@ def relative(source: str, module: str, is_package: bool) -> str:
 
 
 def write_package(folder: Path) -> None:
-    """The Python package."""
+    """Write the Python package."""
     for part in SHIPPED:
         for path in sorted((PACKAGE / part).rglob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / part]:
             below = path.relative_to(PACKAGE)

@@ -1,4 +1,4 @@
-"""NAMESPACE: the ops' namespace in torch.ops. kernel-builder gives every build its own."""
+"""NAMESPACE: the ops' namespace in torch.ops, which kernel-builder makes different for every build."""
 
 from ._ops import add_op_namespace_prefix
 

@@ -1,4 +1,4 @@
-"""Layers without a state of their own: ``kernelize`` gives their forward to modules with the attributes it reads."""
+"""Stateless layers: ``kernelize`` gives their forward to modules that have the attributes it reads."""
 
 from __future__ import annotations
 

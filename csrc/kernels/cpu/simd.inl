@@ -2,7 +2,7 @@
 // rows, a transpose, a small matmul.
 //
 // Each instruction set's source file includes this file once, after all other headers and under that set's target
-// pragma, with
+// pragma. Before that it defines
 //   SWINKERNELS_ISA      the namespace of everything compiled for it
 //   SWINKERNELS_LANES    floats of a vector
 //   SWINKERNELS_AVX      defined if <immintrin.h> has float16 conversions and square roots for such vectors

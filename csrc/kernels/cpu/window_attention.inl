@@ -60,7 +60,7 @@ class Arena {
 // The sizes derived from the parameters.
 struct Sizes {
   int64_t tokens;  // N
-  int64_t keys;    // M; M; equals N unless the keys are a larger window's tokens
+  int64_t keys;    // M; equals N unless the keys are a larger window's tokens
   int64_t key_window[3];
   int64_t dim, row;    // head_dim, and head_dim rounded up to whole vectors
   int64_t block;       // queries in a block, whole vectors
