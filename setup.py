@@ -7,7 +7,7 @@ SWINKERNELS_BUILD        auto (default): CPU kernels, and CUDA kernels if a CUDA
                          found, with or without a GPU; cuda: the same, or an error; hot: like cuda, with window
                          attention in bfloat16 only, to compare builds; cpu: CPU kernels; none: pure Python
 CUDA_HOME                the toolkit, if it is neither /usr/local/cuda nor the one whose nvcc is on the PATH
-TORCH_CUDA_ARCH_LIST     architectures; by default those of the visible GPUs, else 8.0 and 9.0 with PTX
+TORCH_CUDA_ARCH_LIST     architectures; by default the visible GPUs' architectures, else 8.0 and 9.0 with PTX
 SWINKERNELS_WHEEL=1      a wheel for every Python: without swinkernels._C, tagged py3-none; release/wheel.py sets it
 MAX_JOBS, CXX, NVCC_APPEND_FLAGS    as in torch's extension tools, setuptools and nvcc
 """
@@ -63,7 +63,7 @@ def _output(*command: str | Path) -> str:
 
 
 def find_toolkit(environ: Mapping[str, str]) -> Toolkit | None:
-    """Find the first complete CUDA toolkit. nvcc on the PATH may be a wrapper script; resolve where it really is."""
+    """Find the first complete CUDA toolkit. nvcc on the PATH may be a wrapper script, so resolve its real path."""
     candidates = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH"), "/usr/local/cuda"]
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
     if nvcc is not None:

@@ -75,7 +75,7 @@ def verify(
 ) -> tuple[bool, float]:
     """Check output and gradients on a few images; return the verdict and the worst RMS error in eps of the dtype.
 
-    Ours have to keep the budget of the tests.
+    Our results must stay within the error budget of the tests.
     """
     case = to_verify(case, device)
     op = make_op(name, case, dtype, device)

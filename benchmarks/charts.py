@@ -143,7 +143,7 @@ def summary(rows: Sequence[Row], path: Path) -> None:
 
 
 def roofline(rows: Sequence[Row], path: Path) -> None:
-    """Left: attention's flops over flops per byte, under the measured ceilings; right: all ops."""
+    """Draw attention's flops over flops per byte, under the measured ceilings (left), and all ops (right)."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     _attention_roofline([row for row in _right(rows, "ops") if row["gflop"] and row["moved_mb"]], left)
     ours = [row for row in _right(rows, "ops") if row["backend"] in attention.OURS]

@@ -90,7 +90,7 @@ def read_baseline(path: Path) -> list[dict[str, str]]:
 
 
 def write_baseline(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replace the rows of the same compiler in the file, and keep those of other compilers."""
+    """Replace the same compiler's rows in the file, and keep other compilers' rows."""
     compilers = {row["compiler"] for row in rows}
     kept = [row for row in read_baseline(path) if row["compiler"] not in compilers]
     with path.open("w", newline="") as file:

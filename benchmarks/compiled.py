@@ -60,7 +60,7 @@ def compiler() -> str:
 
 @functools.cache
 def architectures() -> tuple[str, ...]:
-    """Return those of ARCHITECTURES that the compiler supports."""
+    """Return the members of ARCHITECTURES that the compiler supports."""
     known = run([tool("nvcc"), "--list-gpu-arch"]).split()
     return tuple(arch for arch in ARCHITECTURES if arch.replace("sm_", "compute_") in known)
 

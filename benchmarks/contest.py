@@ -1,8 +1,8 @@
-"""Shared by the benchmarks of all ops: contestants are checked, then timed in turns, one row per direction.
+"""Shared by the benchmarks of all ops: contestants are checked, then timed alternately, one row per direction.
 
 The roofline is the larger of bytes over the copy rate and flops over the matrix rate, both measured in the same run. On
-a GPU the times are those of CUDA graph replays over rotating inputs larger than the L2 cache, and a device copy of the
-same number of bytes is timed in the same way.
+a GPU, CUDA graphs are timed as they replay calls over rotating inputs larger than the L2 cache, and a device copy of
+the same number of bytes is timed in the same way.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def leaves_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def make_calls(
     op: Op, sets: Sequence[Mapping[str, Tensor]], gradients: Sequence[Sequence[Tensor]], *, bare_backward: bool
 ) -> dict[str, Call]:
-    """Make the calls of each direction: ``sets`` are the inputs, ``gradients`` those of the results.
+    """Make the calls of each direction: ``sets`` are the inputs, ``gradients`` the results' gradients.
 
     Backward can be timed alone if it is one op of ours; otherwise it only appears in "fwd+bwd".
     """
@@ -154,7 +154,7 @@ def run(
         calls.pop(name, None)
 
     torch.compiler.reset()  # guards of one shape do not fit another
-    with torch._dynamo.config.patch(recompile_limit=64):  # peers share their code, and each is compiled a few times
+    with torch._dynamo.config.patch(recompile_limit=64):  # peers share code, and each is compiled a few times
         for name in names:
             try:
                 right, error = contest.verify(name)

@@ -4,8 +4,8 @@
 ``results/cpu_instructions.csv``, because times on a busy machine are unreliable. Counts are the same in every run.
 
 avx2    executed instructions of one call, on one thread, by valgrind's callgrind: ``cpu_kernels.cpp`` makes the calls.
-avx512  valgrind does not support it, and not every machine has it. So instructions are counted statically: the number
-        and the lengths of the innermost loops in each function's machine code.
+avx512  valgrind does not support it, and not every machine has it, so nothing is executed: the number and the lengths
+        of the innermost loops in each function's machine code are counted.
 
 Counts are comparable for one compiler only.
 """
@@ -44,7 +44,7 @@ class Missing(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of the kernels: a map of one or a few windows, standing for the many of Swin's stages."""
+    """A call of the kernels: a map of one or a few windows, in place of the many windows in Swin's stages."""
 
     name: str
     size: tuple[int, int, int]
@@ -58,7 +58,7 @@ class Case:
     has_all_dtypes: bool = False  # else float32 only
 
     def numbers(self, direction: str, dtype: str) -> str:
-        """Call of cpu_kernels.cpp."""
+        """Return the values of cpu_kernels.cpp's struct Call."""
         flags = (BIASES[self.bias], int(self.cosine))
         first = (("forward", "backward").index(direction), DTYPES[dtype], self.batch)
         return ",".join(map(str, (*first, *self.size, *self.window, *self.shift, self.heads, self.head_dim, *flags)))

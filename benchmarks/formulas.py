@@ -8,7 +8,7 @@ from swinkernels.testing import WindowAttentionCase
 
 
 def msa_multiply_adds(height: int, width: int, channels: int) -> int:
-    """Omega(MSA) = 4 h w C^2 + 2 (h w)^2 C: multiply-adds of global self-attention with its projections.
+    """Return Omega(MSA) = 4 h w C^2 + 2 (h w)^2 C, the multiply-adds of global self-attention with its projections.
 
     Softmax is left out. Source: Liu et al., Swin Transformer, arXiv 2103.14030, equation 1.
     """
@@ -17,21 +17,21 @@ def msa_multiply_adds(height: int, width: int, channels: int) -> int:
 
 
 def window_msa_multiply_adds(height: int, width: int, channels: int, window: int) -> int:
-    """Omega(W-MSA) = 4 h w C^2 + 2 M^2 h w C: the same in windows of M x M tokens. Source: equation 2 there."""
+    """Return Omega(W-MSA) = 4 h w C^2 + 2 M^2 h w C: multiply-adds in M x M windows. Source: equation 2 there."""
     tokens = height * width
     return 4 * tokens * channels**2 + 2 * window**2 * tokens * channels
 
 
 def core_bytes(case: WindowAttentionCase, itemsize: int) -> dict[str, int]:
-    """Bytes that the core must move, in maps (B, *S, C): 3 read, 1 written forward; 4 read, 3 written backward."""
+    """Return the bytes that the core must move: maps (B, *S, C), 3 read and 1 written forward, 4 and 3 backward."""
     one = case.batch * math.prod(case.size) * case.num_heads * case.head_dim * itemsize
     return {"fwd": 4 * one, "bwd": 7 * one, "fwd+bwd": 11 * one}
 
 
 def core_flops(case: WindowAttentionCase) -> dict[str, int]:
-    """Flops of the core's matrix products, two per multiply-add: two products forward, five backward.
+    """Return the flops of the core's matrix products, two per multiply-add: two products forward, five backward.
 
-    Windows count whole, tokens of the padding included.
+    Windows count in full, including pad tokens.
     """
     window = case.window_tuple
     frame = math.prod(-(-s // w) * w for s, w in zip(case.size, window, strict=True))

@@ -53,8 +53,8 @@ MEMORY_GOALS = {
 PEER_GOALS = {"eager": 3.0, "eager-compiled": 1.3}
 PEER_OPS = (*dict.fromkeys(op for op, _ in MEMORY_GOALS), "patch_merging")
 PEER_DIRECTIONS = ("fwd", "fwd+bwd")
-# The most time for a whole patch merging forward, as a multiple of the Linear alone plus a copy of the bytes of gather
-# and norm.
+# The longest time for a whole patch merging forward, as a multiple of the Linear alone plus a copy of the bytes of
+# gather and norm.
 MERGING_GOAL = 1.15
 
 
@@ -122,7 +122,7 @@ def of_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
             rows[tuple(line.get(k) for k in ("suite", "op", "shape", "dtype", "backend", "direction"))] = row
     found = list(rows.values())
-    of_attention = [row for row in found if row["op"] == "window_attention"]  # maps have the names of shapes, too
+    of_attention = [row for row in found if row["op"] == "window_attention"]  # maps also have names of shapes
     of_models = [row for row in found if row["step"] == "models"]
     return goals(of_attention) + memory_goals([r for r in found if r["step"] != "models"]) + model_goals(of_models)
 
@@ -130,7 +130,7 @@ def of_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _goal(
     goal: str, mine: dict[str, Any] | None, reached: float | None, wanted: float, unit: str, *, at_most: bool = False
 ) -> dict[str, Any]:
-    """Return the verdict on a goal; a wrong result of ours (``mine``) meets none."""
+    """Return the verdict on a goal; a wrong result of ours (``mine``) never meets it."""
     met = reached is not None and (reached <= wanted if at_most else reached >= wanted)
     if mine is not None and mine["result"] == "WRONG":
         verdict = "not met"
@@ -227,7 +227,7 @@ def model_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def contest_of(
         suite: str, shape: str, mode: str, mine: str, others: Iterable[str], column: str = "median_us"
     ) -> tuple[dict[str, Any] | None, float | None]:
-        """Return the row of mine, and its value as a multiple of the best measured other's."""
+        """Return the row of ``mine``, and its value as a multiple of the best value measured for ``others``."""
         labels = {"suite": suite, "shape": shape, "dtype": "bfloat16", "direction": mode}
         row = _find(rows, **labels, backend=mine)
         theirs = _best((r for o in others if (r := _find(rows, **labels, backend=o)) is not None), column)

@@ -3,7 +3,7 @@
 Run as ``python -m benchmarks.host_cost``; ``--help`` lists the choices.
 
 The map is tiny, so a kernel runs for about a microsecond only. On a GPU it runs in parallel to the host and costs the
-calling thread its launch; the backward pass runs in a thread of autograd's, which thread_us excludes and process_us
+calling thread its launch; the backward pass runs in an autograd thread, which thread_us excludes and process_us
 includes. On a CPU everything, kernels included, runs in the calling thread. "op alone" is the op of
 ``torch.ops.swinkernels`` with prepared arguments, for comparison with the public function, which in eager PyTorch
 enters the same kernel by a shorter path and so comes close to it.
@@ -142,7 +142,7 @@ def backends(device: torch.device) -> list[str]:
 
 
 def rows(device: torch.device, dtype: torch.dtype, backend: str) -> list[dict[str, Any]]:
-    """Return the same as rows of the latency suite: on a CPU with one thread, as one window needs no more."""
+    """Return host costs as rows of the latency suite; on a CPU with one thread, because one window needs no more."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

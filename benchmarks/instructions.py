@@ -82,7 +82,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes of the maps and of lse that one window and head read and write."""
+        """Return the bytes of the maps and of lse that one window and head read and write."""
         rows = 4 if self.kernel == "fwd" else 7
         return self.tokens * (rows * self.head_dim * 2 + (4 if self.lse or self.kernel == "bwd" else 0))
 
@@ -138,7 +138,7 @@ DEVICES = {
 
 
 def blocks_per_multiprocessor(device: Device, registers: int, shared_bytes: int, warps: int) -> int:
-    """Number of resident blocks. A warp's registers come in units of 256, from one of four schedulers."""
+    """Return the number of resident blocks. A warp's registers come in units of 256, from one of four schedulers."""
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = 4 * (16384 // of_warp) // warps
     by_shared = device.shared_bytes // (-(-shared_bytes // 1024) * 1024 + 1024)
@@ -363,7 +363,7 @@ def run(
 
 
 def _less(a: dict[str, Counted], b: dict[str, Counted], scale: float) -> dict[str, Counted]:
-    """(a - b) / scale, kernel by kernel."""
+    """Return (a - b) / scale for each kernel."""
     return {
         name: Counted(
             (x.instructions - b[name].instructions) / scale, (x.passes - b[name].passes) / scale, x.shared_bytes
@@ -446,7 +446,8 @@ def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOW
     device = DEVICES[build.arch]
     warps = len(per_warp)
     blocks = blocks_per_multiprocessor(device, kernel.registers, shared, warps)
-    # Warps go to schedulers in turn; the instructions of kernels other than the heaviest count as evenly spread.
+    # Warps go to the schedulers in rotation; the instructions of kernels other than the heaviest count as evenly
+    # spread.
     schedulers = np.zeros(4)
     for resident in range(4):
         for warp, executed in enumerate(per_warp):

@@ -9,7 +9,7 @@
 
 #include "params/window_attention_cuda.h"
 
-// The arguments from instructions.py; addresses are those of its simulated device memory.
+// The arguments from instructions.py; addresses are in its simulated device memory.
 struct Call {
   int64_t batch;
   int32_t size[3], window[3], shift[3];
@@ -37,7 +37,7 @@ T* at(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The map that begins `offset` elements after an address, with tokens `row` elements apart.
+// Returns the map that begins `offset` elements after an address, with tokens `row` elements apart.
 template <class Map>
 Map map_at(const Call& call, uint64_t address, int64_t offset, int64_t row) {
   Map map = {};
@@ -108,7 +108,7 @@ swinkernels::WindowAttentionBackwardParams backward_params(const Call& call) {
 
 extern "C" {
 
-// Each runs one call and returns the status of its launch function.
+// Each function runs one call and returns the status of its launch function.
 int record_forward(const Call* call, Report to) {
   report = to;
   current = call;

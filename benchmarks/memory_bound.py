@@ -80,7 +80,7 @@ def _order(case: MapCase) -> str:
 
 
 def _merging_norm(case: MapCase, pair: Pair, backend: str) -> Op:
-    """The gather and the norm of patch merging, which have no public function of their own."""
+    """Return an op for the gather and the norm of patch merging, for which there is no public function."""
     if backend == "reference":
         return lambda x, weight, bias: _exact_merging_norm(case)(x, weight, bias).to(pair[1])
     op = getattr(torch.ops.swinkernels, f"patch_merging_norm_fwd{'_triton' if backend == 'triton' else ''}")
@@ -137,12 +137,12 @@ def _norm_then_add(case: MapCase, pair: Pair) -> Op:
 
 
 def _bytes(case: MapCase, read: Sequence[torch.dtype], written: Sequence[torch.dtype]) -> int:
-    """Bytes of whole maps, read and written."""
+    """Return the bytes of whole maps, read and written."""
     return _tokens(case) * case.channels * sum(d.itemsize for d in (*read, *written))
 
 
 def _post_norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    # The gradient of x equals that of the sum and does not move.
+    # The gradient of x equals the sum's gradient and does not move.
     return _bytes(case, pair, pair[:1]), _bytes(case, pair, pair[1:])
 
 
@@ -153,7 +153,7 @@ def _residual_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
 
 
 def _drop_path_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    # The gradient of the branch is scaled, so it is written in addition to that of the stream.
+    # The gradient of the branch is scaled, so it is written in addition to the stream's gradient.
     return _bytes(case, pair, pair), _bytes(case, (pair[0], pair[1], pair[0]), pair)
 
 
@@ -168,7 +168,7 @@ def _merging_norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
 
 
 def _merging_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    """The gather and the norm, and their result through the Linear to twice the channels."""
+    """Return the bytes of the gather and the norm, and of the Linear from their result to twice the channels."""
     forward, backward = _merging_norm_moved(case, pair)
     z, out = (_merged_tokens(case) * w * pair[1].itemsize for w in (_merged_width(case), 2 * case.channels))
     return forward + z + out, backward + 2 * z + out
@@ -366,7 +366,7 @@ def judge(
     """Judge results and gradients on a few images.
 
     Returns the verdict, the worst RMS error in eps of the narrower dtype and, for ours, each result with the budget of
-    the tests, which all but torch's Linear have to keep.
+    the tests, within which all but torch's Linear must stay.
     """
     case = shapes.with_batch(case, 2)
     inputs = draw(op, case, pair, device)

@@ -1,8 +1,8 @@
 """Models and blocks of other libraries: original, with the library's fast switch, and accelerated; each also compiled.
 
 Every contestant is compared with the library's own model in float64, output and gradients, before it is timed.
-Inference runs in the dtype. Training (forward and backward; an optimizer is the same for all) runs under autocast with
-weights in float32, the usual practice.
+Inference runs in the dtype. Training (forward and backward; the optimizer is left out, because it takes all contestants
+the same time) runs under autocast with weights in float32, the usual practice.
 """
 
 from __future__ import annotations
@@ -132,12 +132,12 @@ def subject(case: ModelCase, kind: str, path: str = "", batch: int | None = None
         report = swinkernels.accelerate(model)
         if not report.replaced:
             raise RuntimeError(f"accelerate replaced nothing in {case.model}:\n{report}")
-    (x, *others), kwargs = calls[-1]  # others, such as a map's size or a mask, are the same for every image
+    (x, *others), kwargs = calls[-1]  # `others`, such as a map's size or a mask, do not depend on the image
     return Subject(model.get_submodule(path), (_repeat(x, (batch or case.batch) // case.batch), *others), kwargs)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
-    """Along the batch."""
+    """Repeat a tensor along the batch."""
     return x.repeat(times, *(1,) * (x.dim() - 1))
 
 
@@ -196,8 +196,8 @@ def _flat(result: Any) -> dict[str, Tensor]:
 def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
     """Return RMS errors relative to the exact result's: of the output, of the input's gradient, of the parameters'.
 
-    The parameters' error is one number. A gradient that is nothing but rounding error (that of a bias of keys, say, is
-    zero) counts relative to a thousandth of the largest one.
+    The parameters' error is one number. A gradient that is nothing but rounding error (a key bias, say, has gradient
+    zero) counts relative to a thousandth of the largest gradient.
     """
     if got.keys() != exact.keys():
         raise AssertionError(f"gradients of other tensors: {sorted(got.keys() ^ exact.keys())}")

@@ -37,7 +37,7 @@ def partition(x: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def reverse(windows: Tensor, window: Sequence[int], size: Sequence[int]) -> Tensor:
-    """The inverse of :func:`partition`."""
+    """Undo :func:`partition`."""
     rank = len(size)
     x = windows.view(-1, *(s // w for s, w in zip(size, window, strict=True)), *window, windows.shape[-1])
     x = x.permute(0, *(axis for i in range(rank) for axis in (1 + i, 1 + rank + i)), 2 * rank + 1)
@@ -94,7 +94,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         return logit_scale.clamp(max=math.log(100.0)).exp().to(dtype)
 
     def decomposed(q: Tensor, axis_tables: Sequence[Tensor]) -> Tensor:
-        """The bias of Segment Anything, (B * num_windows, heads, N, N), from the queries of two axes."""
+        """Return Segment Anything's bias, (B * num_windows, heads, N, N), from the queries and tables of two axes."""
         offsets = [torch.arange(w, device=device)[:, None] - torch.arange(w, device=device) + w - 1 for w in window]
         rows, columns = (table.to(dtype)[i] for table, i in zip(axis_tables, offsets, strict=True))
         q = q.unflatten(2, window)
@@ -200,7 +200,7 @@ def _pad(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """Pad, roll, partition: the start of a Swin block (Microsoft; MONAI in 3D) before its attention."""
+    """Pad, roll and partition: the start of a Swin block (Microsoft; MONAI in 3D) before its attention."""
     x = _pad(x, _frame(x.shape[1:-1], window))
     if any(shift):
         x = torch.roll(x, shifts=[-s for s in shift], dims=list(range(1, x.dim() - 1)))
@@ -208,7 +208,7 @@ def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> 
 
 
 def window_reverse(windows: Tensor, window: Sequence[int], size: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """Reverse, roll, crop: the end of a Swin block after its attention."""
+    """Reverse, roll and crop: the end of a Swin block after its attention."""
     x = reverse(windows, window, _frame(size, window))
     if any(shift):
         x = torch.roll(x, shifts=list(shift), dims=list(range(1, x.dim() - 1)))
@@ -218,7 +218,7 @@ def window_reverse(windows: Tensor, window: Sequence[int], size: Sequence[int], 
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """A LayerNorm and the next cast: under autocast it runs in float32, and the next Linear casts its result."""
+    """Apply a LayerNorm and the next cast: under autocast it runs in float32, and the next Linear casts its result."""
     return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias).to(dtype)
 
 
@@ -232,7 +232,7 @@ def gather_neighbours(x: Tensor) -> Tensor:
 
 
 def expand(x: Tensor, factor: int) -> Tensor:
-    """The pixel shuffle of Swin-Unet's PatchExpand and FinalPatchExpand_X4, between its Linear and its norm."""
+    """Apply the pixel shuffle of Swin-Unet's PatchExpand and FinalPatchExpand_X4, between its Linear and its norm."""
     b, h, w, c = x.shape
     c //= factor**2
     x = x.view(b, h, w, factor, factor, c).permute(0, 1, 3, 2, 4, 5)
@@ -240,7 +240,7 @@ def expand(x: Tensor, factor: int) -> Tensor:
 
 
 # Published milliseconds on an H100 of FWA-2, a kernel on partitioned windows, for v2's attention of 256 windows with 6
-# heads of 32; and the wanted speed of ours as a multiple. The keys are those of shapes.ATTENTION.
+# heads of 32; and our wanted speed as a multiple. The keys are names in shapes.ATTENTION.
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     "fwa2.64": {"fwd": (0.073, 5.0), "bwd": (0.818, 10.0)},
     "fwa2.256": {"fwd": (0.226, 5.0), "bwd": (2.37, 10.0)},

@@ -64,7 +64,7 @@ def write(results: Path, root: Path = commit.ROOT) -> list[Path]:
 
 
 def write_run(out: Path) -> Path:
-    """Write the same for one run next to its CSV files; return the path of report.md."""
+    """Write report.md and charts for one run next to its CSV files; return the path of report.md."""
     rows, page = read_folder(out), out / "report.md"
     draw(rows, out)
     page.write_text(run_text(rows))
@@ -354,7 +354,7 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def model_gains(rows: Sequence[Row]) -> list[float]:
-    """Return, for each model and step, the library's fastest time without compilation over that of accelerate."""
+    """Return, for each model and step, the library's fastest time without compilation over the time of accelerate."""
     gains = []
     for group in groups(rows, "models").values():
         theirs = [t for name in ("eager", "fused") if (t := _time(group.get(name))) is not None]

@@ -1,4 +1,4 @@
-"""Runtimes that are no PyTorch: a model's inference on a CPU by OpenVINO and by ONNX Runtime, each optional."""
+"""Runtimes other than PyTorch: a model's inference on a CPU by OpenVINO and by ONNX Runtime, each optional."""
 
 from __future__ import annotations
 

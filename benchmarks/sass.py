@@ -57,7 +57,7 @@ class Instruction:
 
 
 def parse(listing: str) -> dict[str, list[Instruction]]:
-    """The instructions of every kernel in the output of ``cuobjdump -sass`` for one architecture."""
+    """Return the instructions of every kernel in the output of ``cuobjdump -sass`` for one architecture."""
     kernels: dict[str, list[Instruction]] = {}
     code: list[Instruction] = []
     for line in listing.splitlines():
@@ -221,7 +221,7 @@ def _run_warp(program: Program, warp: Warp) -> None:
                     break
                 full = bool(group.lanes.all())
             else:
-                if mask is None or mask.any():  # addresses are undefined where the predicate disables all lanes
+                if mask is None or mask.any():  # addresses are undefined if the predicate disables all lanes
                     warp.active = lanes if mask is None else mask
                     assert step.run is not None
                     try:
@@ -237,7 +237,7 @@ def _run_warp(program: Program, warp: Warp) -> None:
 
 
 def _merge(warp: Warp, key: tuple[str, int], wanted: Array, pc: int) -> None:
-    """Let the groups that wait for `key` continue together at `pc` once they comprise all wanted lanes."""
+    """Let the groups that wait for `key` continue together at `pc` once they contain all wanted lanes."""
     waiting = [g for g in warp.groups if g.waits == key]
     together = np.logical_or.reduce([g.lanes for g in waiting]) if waiting else np.zeros(LANES, bool)
     if waiting and not (wanted & warp.alive & ~together).any():
@@ -336,7 +336,7 @@ def _break(program: Program, instruction: Instruction, index: int) -> Callable[[
         warp.barriers[name] = warp.barriers[name] & ~(group.lanes & on)
         group.pc += 1
         _merge_all(program, warp)
-        return True  # another group may now be free to go; this one continues in its turn
+        return True  # another group may now be free to go; this one runs after it
 
     return run
 
@@ -460,7 +460,7 @@ def _bits(body: str) -> Value:
 
 
 def value(text: str) -> Value:
-    """An integer operand of 32 bits."""
+    """Parse an integer operand of 32 bits."""
     body, negated, absolute, inverted, suffix = _split(text)
     get = _bits(body)
     if absolute or suffix not in ("", "H0_H0"):
@@ -473,7 +473,7 @@ def value(text: str) -> Value:
 
 
 def value64(text: str) -> Value:
-    """An integer operand of two registers."""
+    """Parse an integer operand of two registers."""
     body, negated, _, inverted, _ = _split(text)
     register = _register(body)
     constant = _constant(body)
@@ -501,7 +501,7 @@ def value64(text: str) -> Value:
 
 
 def real(text: str) -> Value:
-    """A float operand."""
+    """Parse a float operand."""
     body, negated, absolute, _, suffix = _split(text)
     if re.fullmatch(r"[-+]?(\d.*|INF|QNAN)", body) and not body.startswith(("0x", "-0x")):
         number = np.array([float(body.replace("QNAN", "nan"))]).astype(F32)
@@ -590,7 +590,7 @@ def _leading(operands: Sequence[str], start: int) -> tuple[list[str], list[str]]
 
 
 def _term(text: str) -> Value:
-    """An addend in 64 bits such that a subtraction's carry is that of adding the complement and one."""
+    """Parse an addend in 64 bits: a subtraction gets the carry of adding the complement and one."""
     body, negated, _, inverted, suffix = _split(text)
     if suffix:
         raise UnknownInstruction(f"integer operand {text}")
@@ -727,7 +727,7 @@ def shf(i: Instruction) -> Run:
 
 
 def _lut(table: int, a: Array, b: Array, c: Array) -> Array:
-    """Any function of three bits: bit 4a + 2b + c of the table."""
+    """Apply any function of three bits: the result is bit 4a + 2b + c of the table."""
     total: Array | None = None
     for row in range(8):
         if table >> row & 1:
@@ -878,7 +878,7 @@ def popc(i: Instruction) -> Run:
 
 
 def flo(i: Instruction) -> Run:
-    """The number of the highest set bit, or of the zeros above it (.SH)."""
+    """Find the number of the highest set bit, or count the zeros above it (.SH)."""
     write, a, leading = target(i.operands[0]), value(i.operands[-1]), "SH" in i.modifiers
     if "U32" not in i.modifiers:
         raise UnknownInstruction(i.text)
@@ -896,7 +896,7 @@ def brev(i: Instruction) -> Run:
 
 
 def prmt(i: Instruction) -> Run:
-    """Picks four of the eight bytes of two operands, or their sign."""
+    """Pick four of the eight bytes of two operands, or their signs."""
     write = target(i.operands[0])
     a, selector, b = (value(x) for x in i.operands[1:4])
     if len(i.modifiers) > 0:
@@ -1127,7 +1127,7 @@ def f2i(i: Instruction) -> Run:
 
 
 def _bfloat16(x: Array) -> Array:
-    """The bits of float32 rounded to bfloat16."""
+    """Return the bits of float32 values rounded to bfloat16."""
     bits = x.view(U32)
     rounded = ((bits.astype(U64) + U64(0x7FFF) + ((bits >> U32(16)) & U32(1)).astype(U64)) >> U64(16)).astype(U32)
     return np.where(np.isnan(x), U32(0x7FFF), rounded & U32(0xFFFF)).astype(U32)
@@ -1152,7 +1152,7 @@ def f2f(i: Instruction) -> Run:
 
 
 def hfma2(i: Instruction) -> Run:
-    """Compilers use it to make two 16-bit constants from a product of zeros; other uses are not supported."""
+    """Make two 16-bit constants from a product of zeros, as compilers do; other uses are not supported."""
     if [x.replace(".reuse", "") for x in i.operands[1:3]] != ["-RZ", "RZ"] or len(i.operands) != 5:
         raise UnknownInstruction(i.text)
     write = target(i.operands[0])
@@ -1193,7 +1193,7 @@ def shfl(i: Instruction) -> Run:
 
 
 def vote(i: Instruction) -> Run:
-    """VOTE.ANY P0, P1 or VOTE.ANY R4, PT, P1: whether any lane has the predicate, and the mask of those lanes."""
+    """Execute VOTE.ANY P0, P1 (does any lane have the predicate?) or VOTE.ANY R4, PT, P1 (the mask of those lanes)."""
     ballot = None if _is_predicate(i.operands[0]) else target(i.operands[0])
     out = target_predicate(i.operands[0 if ballot is None else 1])
     asked, kind = predicate(i.operands[-1]), i.modifiers[0]
@@ -1212,7 +1212,7 @@ def vote(i: Instruction) -> Run:
 
 
 def _halves(registers: Array, kind: str) -> Array:
-    """Pairs of 16-bit elements (n, 32) -> floats (n, 32, 2), the low one first."""
+    """Convert pairs of 16-bit elements (n, 32) to floats (n, 32, 2), the low element first."""
     pair = np.stack([registers & U32(0xFFFF), registers >> U32(16)], -1)
     if kind == "BF16":
         return (pair << U32(16)).view(F32)
@@ -1220,7 +1220,7 @@ def _halves(registers: Array, kind: str) -> Array:
 
 
 def hmma(i: Instruction) -> Run:
-    """D = A B + C of a warp, with fragments as in csrc/kernels/common/ptx.cuh."""
+    """Compute D = A B + C for a warp, with fragments as in csrc/kernels/common/ptx.cuh."""
     depth = {"16816": 16, "1688": 8, "1684": 4}.get(i.modifiers[0])
     tf32 = "TF32" in i.modifiers
     kind = "BF16" if "BF16" in i.modifiers else "TF32" if tf32 else "F16"
@@ -1268,7 +1268,7 @@ def hmma(i: Instruction) -> Run:
 
 
 def _transposed(matrix: Array) -> Array:
-    """An 8 x 8 matrix in the registers of a warp, transposed across lanes."""
+    """Transpose an 8 x 8 matrix in the registers of a warp across lanes."""
     lane = np.arange(LANES)
     g, t = lane // 4, lane % 4
     full = np.zeros((8, 8), U32)
@@ -1293,7 +1293,7 @@ def _scaled(get: Value, scale: np.uint64) -> Value:
 
 
 def _address(text: str, wide: bool) -> Value:
-    """[R2+UR4+0x10], desc[UR60][R52.64+0x20]: per lane, 64 bits where the space is global."""
+    """Parse [R2+UR4+0x10] or desc[UR60][R52.64+0x20]: an address per lane, with 64 bits if the space is global."""
     inside = text[text.rindex("[") + 1 : -1]
     terms: list[Value] = []
     offset = 0

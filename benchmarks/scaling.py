@@ -31,7 +31,7 @@ LAYERS = ("window", "global")
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Least-squares slope of log y over log x: 1 where y is proportional to x."""
+    """Return the least-squares slope of log y over log x: 1 if y is proportional to x."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
@@ -60,7 +60,7 @@ def series(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, tuple[list
 
 
 def layers(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Return the same for the layers: the sides of the maps and the times in us."""
+    """Return the layers' correct results by contestant: the sides of the maps and the times in us."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for row in rows:
         if row["op"] == "attention layer" and row["result"] == record.RESULT_OK:
@@ -95,7 +95,7 @@ def layer(kind: str, side: int) -> Callable[..., Tensor]:
 def complexity(
     side: int, dtype: torch.dtype, device: torch.device, names: Iterable[str] = LAYERS
 ) -> list[dict[str, Any]]:
-    """Compare window and global attention over one map, checked in float64 and timed in turns."""
+    """Compare window and global attention over one map, checked in float64 and timed alternately."""
     channels, heads, window = shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_HEADS, shapes.COMPLEXITY_WINDOW
     generator = torch.Generator().manual_seed(0)
 

@@ -12,7 +12,7 @@ Case = WindowAttentionCase
 
 
 def _stages(batch: int, heads: int, window: int, first: int, **options: bool) -> list[Case]:
-    """The four stages of a classifier: the map halves, the heads double; a map of one window is not shifted."""
+    """Return the four stages of a classifier: the map halves, the heads double; a map of one window is not shifted."""
     return [
         Case(batch, (size, size), heads << i, 32, window, window // 2 if size > window else 0, **options)
         for i in range(4)

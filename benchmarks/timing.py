@@ -43,12 +43,12 @@ class Ceiling:
     flops_per_us: float
 
     def roofline_us(self, moved: int, flops: int) -> float:
-        """The lower bound of the time by memory and arithmetic."""
+        """Return the lower bound of the time set by memory and arithmetic."""
         return max(moved / self.bytes_per_us, flops / self.flops_per_us)
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """Measure once per process for a dtype, a number of threads and torch's TF32 switch."""
+    """Measure the ceiling, once per process for each dtype, number of threads and setting of torch's TF32 switch."""
     return _ceiling(device, dtype, torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision)
 
 
@@ -116,9 +116,9 @@ class GraphTimer:
 
 
 def time_steps(calls: Mapping[str, Call], device: torch.device, *, rounds: int = 30) -> dict[str, Timing]:
-    """Time long calls on a GPU as users see them, host time included where it dominates.
+    """Time long calls on a GPU as users see them, including host time if it dominates.
 
-    By CUDA events, in turns, each after overwriting the L2 cache.
+    The calls take turns and are timed by CUDA events, each after the L2 cache was overwritten.
     """
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(3 * cache, dtype=torch.uint8, device=device)
@@ -156,12 +156,12 @@ def host_us(call: Call, device: torch.device, *, loop: int = 10) -> float:
     return spent * 1e6 / loop
 
 
-# What times on a CPU are read from, in seconds: the wall clock, or the CPU time of all threads of this process.
+# The clock for times on a CPU, in seconds: the wall clock, or the CPU time of all threads of this process.
 CPU_CLOCK = [time.perf_counter]
 
 
 def time_on_cpu(calls: Mapping[str, Call], *, seconds: float = 1.5, rounds: int = 11) -> dict[str, Timing]:
-    """Return times of all calls, in turns so that a slow moment of the machine affects all alike."""
+    """Return times of all calls, which take turns so that a slow moment of the machine affects all alike."""
     (clock,) = CPU_CLOCK
     once = {}
     for name, call in calls.items():

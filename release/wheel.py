@@ -5,7 +5,7 @@
 
 All of them contain the package ``swinkernels``, so only one can be installed at a time. The op library is on torch's
 stable ABI and independent of Python: one file serves Python 3.10 and newer with torch 2.11 and newer. auditwheel tags
-the wheel with the oldest manylinux whose C and C++ runtimes suffice, which depends on those of the build machine.
+the wheel with the oldest manylinux whose C and C++ runtimes suffice, which depends on the build machine's runtimes.
 torch's libraries and the CUDA runtime, which comes with torch, are left out.
 """
 
@@ -64,7 +64,7 @@ def build(kernels: str, name: str, folder: Path, out: Path) -> Path:
         "SWINKERNELS_BUILD": kernels,
         "SWINKERNELS_WHEEL": "1",
     }
-    # Files of an earlier build next to the objects would be packed as well.
+    # Files of an earlier build next to the objects would also be packed.
     for left in folder.glob("build/lib*"):
         shutil.rmtree(left)
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(out)]

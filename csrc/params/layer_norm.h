@@ -74,8 +74,8 @@ struct LayerNormBackwardParams {
   const void* weight;
   const float* mean;
   const float* rstd;
-  void* dx;        // unused in kPostNorm, where dx equals ds
-  void* dy;        // residual ops only; null where it equals dx
+  void* dx;        // unused in kPostNorm: dx equals ds
+  void* dy;        // residual ops only; null if it equals dx
   float* dweight;  // (length), or null if not wanted; written, not added to
   float* dbias;    // (length), or null if not wanted; written, not added to
   void* workspace;

@@ -10,8 +10,8 @@ namespace swinkernels {
 
 // A block of kOutputs * kSlices threads sums kOutputs columns. Thread i works on column i % kOutputs, whose `count`
 // values begin at `partials`, `stride` apart; `partials` is null if there is no such column. Slices of a column are
-// summed in parallel, then added in order. Every thread of the block calls this; threads i < kOutputs, those of the
-// first slice, return the sums.
+// summed in parallel, then added in order. Every thread of the block calls this; threads i < kOutputs, the first slice,
+// return the sums.
 template <int kOutputs, int kSlices>
 __device__ __forceinline__ float ordered_sum(const float* partials, int64_t stride, uint32_t count) {
   __shared__ float slices[kSlices][kOutputs];

@@ -87,7 +87,7 @@ __device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const
   const bool write0 = !kLimitRows || row0 + g < row_limit, write1 = !kLimitRows || row0 + g + 8 < row_limit;
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
-    // The chunks of row + 8 are permuted like those of row.
+    // The chunks of row + 8 are permuted like the chunks of row.
     const int col = 8 * j + 2 * t;
     typename Tile::T* const destination = tile.element(row0 + g, col);
     const bool in_columns = col < col_limit, both = col + 1 < col_limit;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void write_packed(const Tile& tile, int row0, const u
     if constexpr (!kByMatrix) {
       uint32_t* const destination = reinterpret_cast<uint32_t*>(tile.element(row0 + g, 8 * j + 2 * t));
       destination[0] = x[j][0];
-      destination[8 * Tile::kCols / 2] = x[j][1];  // the chunks of row + 8 are permuted like those of row
+      destination[8 * Tile::kCols / 2] = x[j][1];  // the chunks of row + 8 are permuted like the chunks of row
     } else if (j + 1 < kTiles) {
       ptx::stmatrix_x4(tile.square(row0, j), {x[j][0], x[j][1], x[j + 1][0], x[j + 1][1]});
     } else {

@@ -152,7 +152,7 @@ __device__ __forceinline__ float2 to_row_gradient(float (&d)[kColTiles][4], cons
   for (int pass = 0; pass < 2; ++pass) {
 #pragma unroll
     for (int n = 0; n < kColTiles; ++n) {
-      // The chunks of row + 8 are permuted like those of row.
+      // The chunks of row + 8 are permuted like the chunks of row.
       const typename Tile::T* const at = tile.element(row0 + g, 8 * n + 2 * t);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

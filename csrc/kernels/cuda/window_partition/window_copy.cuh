@@ -14,7 +14,8 @@
 // Roofline  memory bound. B=128, 56x56, C=96, window 7, bf16: 154 MB, 46 us at 3.35 TB/s (H100 SXM, published peak).
 //           Instructions, counted in the sm_90 code: about 1,550 by the warps of a block, 4,704 blocks, 8 us of issue
 //           slots. 34 registers: six blocks, 1,536 threads with 64 bytes under way each, per multiprocessor.
-//           Narrower vectors take as many instructions each: at C=97 in bf16, where rows are aligned to two bytes, 54 us.
+//           A narrower vector takes as many instructions as a wide one: at C=97 in bf16, where rows are aligned to two
+//           bytes, 54 us.
 // Limits    there are none on size, dtype or stride. 16-byte vectors need rows, strides and pointers that are multiples
 //           of 16 bytes; otherwise vectors are the widest of 8, 4, 2 and 1 bytes that these allow.
 #pragma once
