@@ -51,7 +51,7 @@ class Plan:
     toolkit: Toolkit | None = None
     cuda_missing: str | None = None  # why there is no toolkit to compile with, or None
     arch_list: tuple[str, ...] = ()
-    bfloat16_alone: bool = False  # for window attention on CUDA
+    bfloat16_alone: bool = False  # compile window attention on CUDA in bfloat16 only
 
 
 def _output(*command: str | Path) -> str:
@@ -241,7 +241,7 @@ def wheel_for_every_python() -> type:
 
 
 def configure() -> dict:
-    """Return the ext_modules and cmdclass of setup(). Sets variables that torch's tools read from the environment."""
+    """Return the ext_modules and cmdclass of setup(), and set the environment variables that torch's tools read."""
     if os.environ.get("SWINKERNELS_BUILD", "auto") not in ("auto", "cuda", "hot", "cpu", "none"):
         got = os.environ["SWINKERNELS_BUILD"]
         raise BuildError(f"SWINKERNELS_BUILD must be auto, cuda, hot, cpu or none, got {got}")

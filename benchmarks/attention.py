@@ -1,4 +1,4 @@
-"""The attention core, map to map, against the reference, eager PyTorch, other kernels and torch.compile.
+"""Compares the attention core, map to map, with the reference, eager PyTorch, other kernels and torch.compile.
 
 Every contestant is first compared with the float64 reference, on fewer images; see benchmarks/contest.py for the
 timing.

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def commit(but: str = "") -> str:
     """Return the sources' commit, with "+" if any of them, except the file ``but``, was edited since.
 
-    "unknown" without a git repository. A folder made by ``python -m gpu bundle`` stores the commit in a file.
+    The commit is "unknown" without a git repository. A folder made by ``python -m gpu bundle`` stores the commit in a
+    file.
     """
     if (ROOT / "COMMIT").exists():
         return (ROOT / "COMMIT").read_text().strip()

@@ -113,7 +113,8 @@ def grown(
 ) -> list[str]:
     """Return a line for each row whose count exceeds the baseline's for the same keys by more than ``most``.
 
-    The line names the functions that grew if the rows have ``of_functions``. NoBaselineError if no row has a baseline.
+    The line names the functions that grew if the rows have ``of_functions``. Raises NoBaselineError if no row has a
+    baseline.
     """
     before = {tuple(str(row[key]) for key in keys): row for row in baseline}
     lines, compared = [], 0

@@ -53,8 +53,8 @@ def compare(
 ) -> tuple[bool, float]:
     """Judge plain PyTorch code, which may round in between; return the verdict and the worst RMS error in ``eps``.
 
-    It is wrong from 16 eps on, which no such code reaches and a wrong index, mask or bias exceeds by far. The error of
-    the reference in float32 (``single``) is allowed on top.
+    The code is wrong if its error exceeds 16 eps plus four times the error of the reference in float32 (``single``). No
+    correct code comes near this bound, and a wrong index, mask or bias exceeds it by far.
     """
     errors = {key: _rms(got[key].double() - exact[key]) for key in got}
     tiny = torch.finfo(torch.float64).tiny  # for values that are zero throughout

@@ -517,7 +517,7 @@ class NoBaseline(Exception):
 
 
 def grown(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], most: float = GROWTH) -> list[str]:
-    """Return the rows that execute more than before, by more than `most`; NoBaseline if nothing can be compared."""
+    """Return a line for each row that grew by more than `most`; raise NoBaseline if nothing can be compared."""
     before = {tuple(str(row[key]) for key in (*_KEYS, "compiler")): int(row["per_window_head"]) for row in baseline}
     found, compared = [], 0
     for row in rows:

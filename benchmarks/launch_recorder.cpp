@@ -1,6 +1,6 @@
 // Calls the launch functions of window attention without a GPU and reports each kernel launch to a callback: the
-// kernel, the numbers of blocks and threads, and the parameters. Linked with nvcc's objects of csrc/ in place of the
-// CUDA runtime.
+// kernel, the numbers of blocks and threads, and the parameters. It is linked with nvcc's objects of csrc/ in place of
+// the CUDA runtime.
 #include <cuda_runtime.h>
 
 #include <cstdint>

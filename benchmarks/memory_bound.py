@@ -1,7 +1,7 @@
-"""The ops that only move and normalise tokens, against eager PyTorch and torch.compile.
+"""Compares the ops that only move and normalise tokens with eager PyTorch and torch.compile.
 
 Every contestant is first compared with the float64 reference, on fewer images; see benchmarks/contest.py for the
-timing. Dtypes are those read and written: "float32-bfloat16" is the pair under autocast.
+timing. Dtypes are the dtypes read and written: "float32-bfloat16" is the pair under autocast.
 """
 
 from __future__ import annotations

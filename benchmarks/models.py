@@ -36,7 +36,7 @@ MODES = ("inference", "training")
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A module and its inputs; a block's are those that its model passes to it."""
+    """A module and its inputs; the inputs of a block are what its model passes to it."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -44,7 +44,7 @@ class Subject:
 
 
 def build(case: ModelCase, fused: bool = False) -> nn.Module | None:
-    """Make the library's model with seeded weights, or return None if it has no such switch."""
+    """Make the library's model with seeded weights; return None if ``fused`` and the library has no fast switch."""
     torch.manual_seed(record.SEED)
     model = _BUILDERS[case.library](case, fused)
     if model is None:

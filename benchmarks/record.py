@@ -16,7 +16,7 @@ from benchmarks.timing import Ceiling, Timing
 from swinkernels import info
 
 SEED = 0  # for the first set of inputs and for every model's weights
-# Columns that identify a measurement, and so tell the rows of two runs apart.
+# Columns that identify a measurement: compare.py matches the rows of two runs by them.
 KEYS = ("suite", "op", "shape", "case", "dtype", "backend", "direction")
 RESULT_OK, RESULT_WRONG, RESULT_FAILED = "ok", "WRONG", "FAILED"
 

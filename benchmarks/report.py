@@ -153,7 +153,7 @@ def _table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def settings(rows: Sequence[Row]) -> str:
-    """Return device and versions of a run, or all of them if a folder has several."""
+    """Return the device and versions of a run, or all devices and versions if a folder has several runs."""
 
     def values(column: str) -> str:
         return ", ".join(dict.fromkeys(str(row[column]) for row in rows if row[column]))

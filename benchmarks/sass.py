@@ -2,9 +2,9 @@
 
 The text that ``cuobjdump -sass`` prints is decoded once and executed warp by warp, lane by lane, with the registers,
 predicates, constant bank, shared and global memory of a GPU. So the counted path is the one that the kernel takes for
-the given arguments, whatever compiler or author laid out the code. Counted are every issued warp instruction, even if a
-predicate disables all its lanes, once for each group of diverged lanes; and the passes of a shared-memory access over
-the 32 banks. Time is not modelled.
+the given arguments, whatever compiler or author laid out the code. Every issued warp instruction is counted, even if a
+predicate disables all its lanes, once for each group of diverged lanes; so are the passes of a shared-memory access
+over the 32 banks. Time is not modelled.
 
 The executor supports the instructions in the project's kernels. Any other raises :class:`UnknownInstruction` with its
 text when it is executed: add it to the functions below, which are named after the instructions.

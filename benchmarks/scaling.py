@@ -1,4 +1,4 @@
-"""The growth of the cost with images, tokens and windows, and window attention against global attention.
+"""Measures how the cost grows with images, tokens and windows, and compares window attention with global attention.
 
 The sweeps time the attention core, forward. Window and global attention are compared as whole layers with their
 projections, which the formulas of the Swin paper count.

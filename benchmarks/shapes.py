@@ -20,7 +20,7 @@ def _stages(batch: int, heads: int, window: int, first: int, **options: bool) ->
     ]
 
 
-# The project's goals refer to the first one.
+# The project's goals refer to the first shape.
 ATTENTION: dict[str, Case] = {
     **{f"swin_t.{i}": case for i, case in enumerate(_stages(128, 3, 7, 56), 1)},
     "window8.1": Case(64, (64, 64), 3, 32, 8, 4),
@@ -112,7 +112,7 @@ class ModelCase:
         return f"{self.library}-b{self.batch}-{'x'.join(map(str, self.image))}"
 
 
-# The project's goals refer to the first one.
+# The project's goals refer to the first model.
 MODELS: dict[str, ModelCase] = {
     "swin_t": ModelCase("timm", "swin_tiny_patch4_window7_224", (3, 224, 224), 128),
     "swin_s": ModelCase("timm", "swin_small_patch4_window7_224", (3, 224, 224), 128),

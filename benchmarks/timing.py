@@ -83,7 +83,7 @@ class GraphTimer:
         return Timing.of(self.samples(call, sets, self.replays))
 
     def samples(self, call: Call, sets: int, replays: int) -> list[float]:
-        """Return microseconds of one call, by replay."""
+        """Return the microseconds of one call in each replay."""
         self.stream.wait_stream(torch.cuda.current_stream())
         held: list[Any] = [None] * sets  # outputs rotate like the inputs, so that none stays in the cache
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

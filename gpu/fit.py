@@ -38,7 +38,7 @@ class Room(NamedTuple):
     shared_bytes: int
     block_bytes: int  # the most for one block
     threads: int
-    code: str  # the default build's machine code for it
+    code: str  # the architecture whose machine code in the default build runs on it
 
     def blocks(self, smem_bytes: int, threads: int, registers: int) -> int:
         if smem_bytes > self.block_bytes:

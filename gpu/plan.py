@@ -1,4 +1,4 @@
-"""The steps of a run, in order of importance for a run that is cut off."""
+"""The steps of a run; the most important come first, because a run may be cut off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Counters of NVIDIA's profiler for one launch of each pass of window attention at the first stage of Swin-T."""
+"""Reads the counters of NVIDIA's profiler for one launch of each pass of window attention at the first stage of
+Swin-T."""
 
 from __future__ import annotations
 

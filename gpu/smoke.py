@@ -43,7 +43,7 @@ MAPS = {
     "padded": MapCase(2, (13, 9), 96),
     "3D": MapCase(1, (7, 9, 8), 48),
 }
-# One dtype, or autocast's pair.
+# Each arithmetic is one dtype, or the pair of dtypes under autocast.
 PAIRS = ("float32", "float16", "bfloat16", "float32-bfloat16")
 SEED = 3
 MOST_INTERPRETED = 150  # tokens of a window: Triton's interpreter takes seconds for more

@@ -1,9 +1,9 @@
 """Variants of the kernels, to be timed in comparison with the shipped build: ``make gpu-variants``.
 
-They settle choices that need a measurement: copies in flight and warps per multiprocessor of the CUDA attention kernels
-and of the memory-bound ones (SWINKERNELS_* macros of the traits.h of each op), and tiles, warps and stages of the
-Triton ones (swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library, built without a GPU, with
-bfloat16 attention only. The step "variants" of a run times all variants that it finds, alternately.
+They settle choices that need a measurement: copies in flight and warps per multiprocessor of the CUDA kernels for
+attention and the memory-bound ops (SWINKERNELS_* macros in each op's traits.h), and tiles, warps and stages of the
+Triton kernels (swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library, built without a GPU,
+with bfloat16 attention only. The step "variants" of a run times all variants that it finds, alternately.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ FACTS = """\
 
 
 def relative(source: str, module: str, is_package: bool) -> str:
-    """Make every import of a module's own package relative."""
+    """Rewrite a module's imports of its own package as relative imports."""
     parents = module.split(".") if is_package else module.split(".")[:-1]
     lines = source.splitlines(keepends=True)
     for node in ast.walk(ast.parse(source)):

@@ -42,7 +42,7 @@ def distribution(kernels: str, torch_cuda: str | None) -> str:
 
 
 def stage(folder: Path, name: str) -> None:
-    """Copy the sources under another distribution name, which pyproject.toml sets. Newer files stay, for ninja."""
+    """Copy the sources, with their times for ninja, and set the distribution's name in pyproject.toml."""
     for part in ("swinkernels", "csrc"):
         skipped = shutil.ignore_patterns("*.so", "*.pyi", "__pycache__")
         shutil.rmtree(folder / part, ignore_errors=True)

@@ -156,8 +156,8 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
 // Returns the bytes of one head of a token.
 int64_t row_bytes(const Tensor& x) { return x.size(x.dim() - 1) * static_cast<int64_t>(x.element_size()); }
 
-// The ops of one form: q, k and v are one map (B, *S, 3, heads, head_dim) or three (B, *S, heads, head_dim). Their
-// arguments are those in schemas.cpp.
+// The ops of one form: q, k and v are one map (B, *S, 3, heads, head_dim) or three (B, *S, heads, head_dim).
+// schemas.cpp lists their arguments.
 template <class Backend, class... Maps>
 struct WindowAttention {
   static constexpr bool kPacked = sizeof...(Maps) == 1;

@@ -52,7 +52,7 @@ struct WindowAttentionForwardParams {
   int64_t batch;
   WindowGeometry geometry;
   float scale;
-  float mask_value;  // added to the score where regions differ
+  float mask_value;  // added to the score if regions differ
 
   ConstTokenMap q, k, v;
   TokenMap out;

@@ -2,7 +2,7 @@
 //
 // Fragment layouts (PTX ISA, "Matrix Fragments for mma") are given by lane; throughout, with lane = threadIdx.x % 32,
 //   g = lane / 4  and  t = lane % 4.
-// 16-bit elements go two to a register, the one with the lower column (A) or row (B) in the low half.
+// Two 16-bit elements share a register; the one with the lower column (A) or row (B) is in the low half.
 //
 // The guard is a macro and not #pragma once because tests/emulation has a twin of this file, with the same functions
 // for the CPU. An instruction added here must also be added there.
@@ -60,7 +60,7 @@ __device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2
 }
 
 // d += a * b for A 16 x 8 (row-major), B 8 x 8 (column-major), D 16 x 8 as above. Operands are the bits of floats; the
-// hardware ignores the low 13, so to_tf32 rounds them first.
+// hardware ignores the low 13 bits, so to_tf32 rounds the floats first.
 //   a[0]  A[g    ][t]        a[2]  A[g    ][t + 4]        b[0]  B[t    ][g]
 //   a[1]  A[g + 8][t]        a[3]  A[g + 8][t + 4]        b[1]  B[t + 4][g]
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -209,7 +209,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return y;
 }
 
-// a * b + c as one instruction, regardless of where a and b come from.
+// Returns a * b + c, computed by one instruction regardless of where a and b come from.
 __device__ __forceinline__ uint64_t multiply_add_wide(uint32_t a, uint32_t b, uint64_t c) {
   uint64_t d;
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));

@@ -301,7 +301,7 @@ class Bias {
     if (table_ == nullptr) return;
     for (int64_t i = 0; i < kLanes; ++i) column_[sizes.table_rows + i] = 0.0f;
     const int64_t stride[3] = {sizes.rows_of_axis[1] * sizes.rows_of_axis[2], sizes.rows_of_axis[2], 1};
-    int64_t of_query[3], of_key[3];  // the windows in which the coordinates of each are decoded
+    int64_t of_query[3], of_key[3];  // the windows in which the coordinates of queries and keys are decoded
     for (int axis = 0; axis < 3; ++axis) {
       of_query[axis] = sizes.overlap ? p.geometry.window[axis] : p.geometry.table_window[axis];
       of_key[axis] = sizes.overlap ? sizes.key_window[axis] : p.geometry.table_window[axis];

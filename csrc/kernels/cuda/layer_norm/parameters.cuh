@@ -14,7 +14,7 @@ struct Parameter {
   float absent;
 };
 
-// One parameter of all columns of a group of threads, in vectors of kVec elements. Vectors of eight are stored as two
+// One parameter for all columns of a group of threads, in vectors of kVec elements. Vectors of eight are stored as two
 // separate halves, so that neighbouring lanes read neighbouring 16 bytes.
 template <int kVec>
 class SharedParameter {

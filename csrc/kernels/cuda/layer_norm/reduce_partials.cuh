@@ -1,4 +1,4 @@
-// dweight and dbias from the partial sums in the backward kernel's workspace.
+// Computes dweight and dbias from the partial sums in the backward kernel's workspace.
 #pragma once
 
 #include <cuda_runtime.h>

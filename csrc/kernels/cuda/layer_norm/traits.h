@@ -100,7 +100,7 @@ struct LayerNormTraits {
   // These kernels also support neighbours with several pieces or none, as in an old published order.
   static constexpr bool kHandlesRepeats = std::is_same_v<Source, MergedRows> && !kKeepsRow;
   // The next row is loaded before this one is computed: forward always, backward if registers hold both in addition to
-  // the sums of dweight and dbias, with 60 left for the rest.
+  // the sums of dweight and dbias, and leave 60 for the rest.
   static constexpr int kRowRegisters =
       kVecs * (In::kWords + Out::kWords + (kOp == LayerNormOp::kResidual ? In::kWords : 0));
   static constexpr bool kForwardPrefetch = SWINKERNELS_NORM_FORWARD_PREFETCH && kKeepsRow;

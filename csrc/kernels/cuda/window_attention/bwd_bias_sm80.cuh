@@ -5,7 +5,8 @@
 //           registers, 16 queries a warp. A sum over whole windows would be in memory and be read and written for every
 //           window: 12 times the bytes of the window itself at 343 tokens and head_dim 16.
 // Order     There are no atomics, as in bwd_sm80.cuh.
-// Traffic   per block of queries and keys the rows of q, dout, k and v, mostly from L2: 4 * N / 64 times q in all.
+// Traffic   every block of queries and keys reads its rows of q, dout, k and v, mostly from L2: 4 * N / 64 times q in
+//           all.
 // Limits    see fwd_sm80.cuh.
 #pragma once
 

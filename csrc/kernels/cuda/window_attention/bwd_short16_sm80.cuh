@@ -40,7 +40,7 @@ struct Short16BackwardSmem {
   alignas(128) T tiles[kStages][4][Traits::kBlock * Traits::kHeadDim];  // q, k, v, dout
   union {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
-    float dbias[Traits::kBlock * Traits::kBlock];  // at the end
+    float dbias[Traits::kBlock * Traits::kBlock];  // used at the end
   };
   float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; here, because registers hold dbias
   Short16Tokens<Traits::kBlock> tokens;

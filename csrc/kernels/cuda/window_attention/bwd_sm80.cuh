@@ -48,7 +48,7 @@ struct BackwardShortSmem {
   alignas(128) T tiles[kStages][4][Traits::kBlock * Traits::kHeadDim];  // q, k, v, dout
   union {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
-    float dbias[Traits::kBlock * Traits::kBlock];  // at the end
+    float dbias[Traits::kBlock * Traits::kBlock];  // used at the end
   };
   float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; here, because registers hold dbias
   WindowTokens<7, Traits::kKeys, Traits::kBlock> tokens[kSlots];

@@ -1,13 +1,13 @@
 // Shared by the kernels for short windows in 16 bits (fwd_short16_sm80.cuh, bwd_short16_sm80.cuh): the conditions on a
 // call, and how a thread finds, copies and stores its rows.
 //
-// They support v1 with a table, one dense bias or none, without dropout and without a region map, on 2D maps of any
-// size, padded or not, in windows of up to 64 tokens, blocks or grids; head_dim 16, 24, 32 or 64; maps packed or
+// The kernels support v1 with a table, one dense bias or none, without dropout and without a region map, on 2D maps of
+// any size, padded or not, in windows of up to 64 tokens, blocks or grids; head_dim 16, 24, 32 or 64; maps packed or
 // separate, whose tokens are equally far apart.
 //
 // A thread copies and stores the same one or two rows of every window. Their coordinates in the window stay in
-// registers; for each window it adds the corner, wraps around at the map's end and multiplies a 32-bit token number by
-// the distance of tokens. No address goes through shared memory, and every warp does its share of the work.
+// registers; for each window the thread adds the corner, wraps around at the map's end and multiplies a 32-bit token
+// number by the distance of tokens. No address goes through shared memory, and every warp does its share of the work.
 #pragma once
 
 #include <cstdint>
