@@ -118,7 +118,7 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
                                                 : 2 * g.table_window[axis] - 1;
   }
 
-  // With a null workspace, only counts the bytes.
+  // Takes an array from the workspace or, if that is null, only counts the bytes.
   const auto take = [&](const float* wanted, int64_t count_per_chunk) -> float* {
     if (wanted == nullptr) return nullptr;
     char* part = static_cast<char*>(params.workspace);

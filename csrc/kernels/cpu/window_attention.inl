@@ -653,8 +653,8 @@ void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, flo
       sum += part;
       delta += delta_part;
     }
-    // The sum is 1 except for the rounding of lse, which is several eps where lse is large. All keys share this error,
-    // so it would not cancel in dS as it must. For a pad query the sum is 0.
+    // The sum is 1 except for the rounding of lse, which is several eps if lse is large. All keys share this error, so
+    // it would not cancel in dS as it must. For a pad query the sum is 0.
     const Vec normalise = sum == Vec{} ? Vec{} : 1.0f / sum;
     delta *= normalise;
     for (int64_t key = 0; key < sizes.keys; ++key) {

@@ -26,10 +26,10 @@ struct BackwardLongArguments : LongArguments<7> {
   float* delta;           // laid out like lse; the query kernel passes it to the key kernel
   float* table_partials;  // (blocks of the query kernel, table entries), null if not wanted
   float* pad_partials;    // (blocks of the key kernel, 2, head_dim) for k and v, null if not wanted
-  // Of the query kernel: the division of a strip among warps, and of a unit's strips among blocks.
+  // For the query kernel: the division of a strip among warps, and of a unit's strips among blocks.
   int32_t key_groups, row_tiles, strips;
   uint32_t strip_workers, window_workers;  // parallel blocks of a unit
-  // Of the key kernel: items of a window, each with this many blocks of keys.
+  // For the key kernel: items of a window, each with this many blocks of keys.
   uint32_t splits, key_blocks, long_items;
 };
 

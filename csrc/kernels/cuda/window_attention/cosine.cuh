@@ -5,7 +5,7 @@
 // rounded to the dtype, which costs no more than any operand's rounding and cannot overflow, and
 //   dx = factor (d - u (u . d)) / max(norm, 1e-12), where d is the gradient of u without the factor;
 // a row shorter than 1e-12 does not have unit length, and its u (u . d) is not subtracted. dlogit_scale is the sum of
-// factor (u . d) over the rows of q, or zero where logit_scale is clamped.
+// factor (u . d) over the rows of q, or zero if logit_scale is clamped.
 #pragma once
 
 #include <cmath>

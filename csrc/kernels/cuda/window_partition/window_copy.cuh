@@ -1,6 +1,6 @@
 // Shift, padding and window partition in one pass, and the inverse: rows of a map to rows of windows, or back.
 //
-// Maths     partition  windows[b, n, t, c] = map[b, y(n, t), c], zero where token t of window n is a pad token
+// Maths     partition windows[b, n, t, c] = map[b, y(n, t), c], zero if token t of window n is a pad token
 //           reverse    map[b, y(n, t), c] = windows[b, n, t, c]
 //           FrameGeometry defines y, a one-to-one map from the tokens other than pads to the tokens of the map.
 // Tiling    The rows of all windows, one after another, are cut into vectors, and a block takes the next 1,024 of them
