@@ -17,7 +17,7 @@ def msa_multiply_adds(height: int, width: int, channels: int) -> int:
 
 
 def window_msa_multiply_adds(height: int, width: int, channels: int, window: int) -> int:
-    """Return Omega(W-MSA) = 4 h w C^2 + 2 M^2 h w C: multiply-adds in M x M windows. Source: equation 2 there."""
+    """Return Omega(W-MSA) = 4 h w C^2 + 2 M^2 h w C: multiply-adds in M x M windows (the paper's equation 2)."""
     tokens = height * width
     return 4 * tokens * channels**2 + 2 * window**2 * tokens * channels
 

@@ -80,7 +80,7 @@ MODEL_GOALS = (
     ModelGoal("models", "swin_unetr96", "inference", "accelerate", ("eager",), 2.0),
     ModelGoal("models", "swin_unetr96", "training", "accelerate", ("eager",), 1.7),
 )
-# The most peak memory of a training step at shapes.MODEL_GOAL, as a fraction of the best compiled original's.
+# The largest peak memory of a training step at shapes.MODEL_GOAL, as a fraction of the best compiled original's.
 MODEL_MEMORY_GOAL = 0.85
 # Contests: (suite, model, contestants, modes). The last contestant, ours, must not be slower than any other.
 MODEL_CONTESTS = (
@@ -94,7 +94,7 @@ MODEL_CONTESTS = (
 
 
 def of_time(row: Mapping[str, Any]) -> float | None:
-    """Return the goal for a time of our kernels: at least a percentage of a copy, at most microseconds, or None."""
+    """Return the goal for a time of our kernels (the least percentage of a copy, or the most microseconds), or None."""
     op, shape, backend, direction = (row[k] for k in ("op", "shape", "backend", "direction"))
     if direction not in ("fwd", "bwd"):
         return None

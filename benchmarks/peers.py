@@ -239,8 +239,8 @@ def expand(x: Tensor, factor: int) -> Tensor:
     return x.reshape(b, h * factor, w * factor, c)
 
 
-# Published milliseconds on an H100 of FWA-2, a kernel on partitioned windows, for v2's attention of 256 windows with 6
-# heads of 32; and our wanted speed as a multiple. The keys are names in shapes.ATTENTION.
+# The published milliseconds of FWA-2, a kernel on partitioned windows, on an H100 for v2's attention of 256 windows
+# with 6 heads of 32; and our wanted speed as a multiple. The keys are names in shapes.ATTENTION.
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     "fwa2.64": {"fwd": (0.073, 5.0), "bwd": (0.818, 10.0)},
     "fwa2.256": {"fwd": (0.226, 5.0), "bwd": (2.37, 10.0)},

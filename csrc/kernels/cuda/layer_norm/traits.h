@@ -32,7 +32,7 @@ constexpr uint32_t kBlock = 128;      // threads, unless a row needs more
 constexpr uint32_t kMaxLanes = 1024;  // threads of a row
 constexpr uint32_t kMaxWarps = kMaxLanes / kWarp;
 
-// Vectors per thread, and the most threads that share a row then; both determine the registers of a thread.
+// A number of vectors per thread, and the most threads that may share such a row; both determine a thread's registers.
 struct VectorChoice {
   int vectors;
   uint32_t max_lanes;

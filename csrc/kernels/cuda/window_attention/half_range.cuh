@@ -1,6 +1,6 @@
 // Keeps dS in float16's range. dS = P (dP - delta) may exceed float16's range although the gradients computed from it
-// do not, because small keys or queries follow. Its rows are then scaled down by a power of two, and the gradients are
-// scaled back in float.
+// do not, because small keys or queries multiply it. Its rows are then scaled down by a power of two, and the gradients
+// are scaled back in float.
 #pragma once
 
 #include <cuda_fp16.h>
