@@ -67,8 +67,8 @@ class Adapter:
     # Returns the reason to leave a module of exactly this class as it is, or None. This function may read the values of
     # tensors, so forward passes do not call it.
     reason_to_skip: Callable[[Any], str | None]
-    # The parts of the module's work that ops can do. The report names the first part's backend, or without parts the
-    # library.
+    # The parts of the module's work that ops can do. The report names the first part's backend, or the library if there
+    # are no parts.
     parts: tuple[Part, ...]
     # Returns the size of the maps that the module was made for: (*S, C), the tokens per axis S and the channels C.
     input_shape: Callable[[Any], tuple[int, ...]]
@@ -113,8 +113,8 @@ class Accelerated(nn.Module):
     def _swinkernels_own_code(self, x: Any) -> bool:
         """Return True if a forward pass must run the library's code.
 
-        It must while the code is traced, after the code was replaced, for an input sharded over devices and, if the
-        backend is "auto", on devices without a kernel. In compiled code this call also makes dynamo guard on the
+        It must do so while the code is traced, after the code was replaced, for an input sharded over devices and, if
+        the backend is "auto", on devices without a kernel. In compiled code this call also makes dynamo guard on the
         identity of the stored tensors.
         """
         if torch.compiler.is_dynamo_compiling():
@@ -147,7 +147,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def derived_since(module: nn.Module) -> bool:
-    """Return True if other code, such as torch's fully_shard, has made an accelerated module's class a subclass."""
+    """Return True if other code gave an accelerated module a subclass of its class, as torch's fully_shard does."""
     return isinstance(module, Accelerated) and not _is_accelerated_class(type(module))
 
 

@@ -178,7 +178,7 @@ def replaced_forward(module: nn.Module) -> str | None:
 
 
 def _class_name(module: Any) -> str:
-    """Return the name of a module's class, qualified if torch.nn has a different class so named: peft has a Linear."""
+    """Return a class's name, qualified if torch.nn has a different class of that name, as for peft's Linear."""
     cls = type(module)
     return cls.__name__ if getattr(nn, cls.__name__, cls) is cls else f"{cls.__module__}.{cls.__qualname__}"
 

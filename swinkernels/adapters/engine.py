@@ -51,9 +51,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
         verify: if True, first compare each replaced module's outputs and gradients with the original's, on a random map
             of the size that the module was made for, if it stores one.
 
-        Returns:
-            A :class:`Report` that lists the replaced modules with their backends, and the modules left as they were
-            with the reasons. If there is nothing to replace, ``Report.reason`` says so.
+    Returns:
+        A :class:`Report` that lists the replaced modules with their backends, and the modules left as they were with
+        the reasons. If there is nothing to replace, ``Report.reason`` says so.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -133,7 +133,7 @@ Candidate = tuple[str, nn.Module, Adapter | None, str | None]
 
 
 def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) -> Iterator[Candidate]:
-    """Yield each module that has an adapter or a form, or resembles one that does, once.
+    """Yield, once each, the modules that have an adapter or a form, or that resemble such modules.
 
     An adapter registered for the module's exact class takes precedence.
     """

@@ -58,7 +58,7 @@ _NOTHING = nn.Identity().eval()
 
 @dataclass(frozen=True)
 class Mlp:
-    """The MLP of a block: a Linear layer, GELU and a Linear layer, with dropouts between and behind them."""
+    """Describes the MLP of a block: a Linear layer, GELU and a Linear layer, with dropouts between and after them."""
 
     # The block's children that make up the MLP, in the order of their calls: name, class, and the names of the inner
     # modules in the order in which the child's forward calls them (empty for an nn.Sequential).

@@ -77,7 +77,7 @@ def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | N
 class Residual:
     """Describes a block's residual connection and the norm next to it, which one op computes."""
 
-    # The names of two modules of the block; drop_path is None if the branch itself ends with it.
+    # The names of two modules of the block; drop_path is None if the branch itself ends with the drop path.
     norm: str
     drop_path: str | None = None
     # The library's DropPath class and its readable name. An nn.Identity stands for p = 0.

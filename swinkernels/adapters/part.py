@@ -51,7 +51,7 @@ def window_attention_part(
     Args:
         weight: returns the QKV weight, (3C, channels of the input).
         map_size: returns the tokens per axis of the map that the module was made for.
-        arguments: returns the op's other arguments that its limits depend on; tensors may be left out.
+        arguments: returns the op's arguments that define the windows; tensors may be left out.
         dropout_p: returns the probability of attention dropout in training.
         reason_to_fall_back: as in :class:`Part`.
     """
@@ -61,7 +61,7 @@ def window_attention_part(
         p = dropout_p(module) if training else 0.0
         size, given = map_size(module), arguments(module)
         head_dim = qkv_weight.shape[0] // (3 * given["num_heads"])
-        no_tokens = torch.empty(0, dtype=qkv_weight.dtype, device=qkv_weight.device)  # plain, unlike some weights
+        no_tokens = torch.empty(0, dtype=qkv_weight.dtype, device=qkv_weight.device)  # the weight may be of any class
         try:
             spec = spec_of("accelerate", no_tokens, size, head_dim, **given, dropout_p=p)
         except ValueError as error:  # every backend refuses it, for example a window of too many tokens

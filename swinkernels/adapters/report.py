@@ -22,7 +22,7 @@ class Replaced:
     # The backend of the main part (a block's attention, a v2 block's norms): the requested one, or the choice of "auto"
     # for the module's device and dtype in eval mode. If the library's own code runs, the library's name.
     backend: str
-    # For parts that the requested backend, or one faster than the chosen, cannot run: the reasons.
+    # The reasons why the requested backend, or one faster than the chosen, cannot run a part.
     remarks: tuple[str, ...] = ()
 
 

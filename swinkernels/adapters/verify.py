@@ -105,7 +105,7 @@ def _check(path: str, name: str, got: Tensor, plain: Tensor, shaken: Tensor, exa
     for measure, of in (("RMS", lambda t: t.square().mean().sqrt()), ("largest", lambda t: t.abs().max())):
         size = of(exact).item()
         if size < 1e-9 * largest:
-            size = largest  # a sum that cancels, such as the gradient of a constant in all scores, leaves roundings
+            size = largest  # a sum that cancels, like the gradient of a constant in all scores, leaves rounding errors
         e, limit = of(error).item(), few * ((times * of(base) + 2 * of(magnified)).item() + rounding * size)
         if not e <= limit:  # NaN fails
             where = path or "the model itself"

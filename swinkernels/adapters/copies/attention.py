@@ -245,7 +245,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
             _adapter,
             _swinkernels_others=tuple(parameters_of(original)[2 if form.index is None else 3 :]),
         ),
-        reason_to_skip=lambda attn: None,  # match has checked it
+        reason_to_skip=lambda attn: None,  # match has checked the module
         parts=(Part("attention", "window_attention", why_not_window_attention, _part_reasons),),
         input_shape=lambda attn: (_WINDOWS * _volume(attn), attn.qkv.in_features),
         weight=lambda attn: attn.qkv.weight,

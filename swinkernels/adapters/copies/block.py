@@ -136,7 +136,7 @@ def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, 
 
 
 def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
-    """Return "whole" for a map of whole windows, else "padded"; "small" precedes it if a window covers some axis."""
+    """Return "whole" for a map of whole windows, else "padded", after "small, " if a window covers some axis."""
     small = any(s <= w for s, w in zip(size, window, strict=True))
     padded = any(s % w for s, w in zip(size, window, strict=True))
     return ("small, " if small else "") + ("padded" if padded else "whole")
@@ -413,7 +413,7 @@ def _small_sizes(form: Form, block: Any) -> list[tuple[int, ...]]:
 
 
 def _small_resolution(block: Any) -> tuple[int, ...]:
-    """Return the size of the block's own map with fewer windows, unless its code may distinguish the two by size."""
+    """Return the block's own resolution with fewer windows, unless its code may distinguish the two maps by size."""
     resolution = _resolution(block)
     assert resolution is not None
     small = tuple(
@@ -462,7 +462,10 @@ _AT_OWN_WIDTH: dict[tuple[Any, ...], Form | str] = {}
 
 
 def _form_of(block: Any) -> Form | str:
-    """Return the form found by trials (thorough ones of a narrow copy, a short one at full width), or a reason."""
+    """Return the form that trials find, or the reason why no form fits.
+
+    Thorough trials run a narrow copy; a short trial then runs at full width.
+    """
     if any(p.is_meta for p in block.parameters()):
         return "its parameters are on meta, and a class that is not known is not trusted without a trial"
     resolution = None if _resolution(block) is None else _small_resolution(block)
@@ -631,7 +634,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
         name=NAME,
         original=original,
         accelerated=accelerated,
-        reason_to_skip=lambda block: None,  # match has checked it
+        reason_to_skip=lambda block: None,  # match has checked the block
         parts=(attention,),
         input_shape=lambda block: (*_map(form, block), block.attn.qkv.in_features),
         weight=_qkv_weight,

@@ -331,8 +331,8 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
 def largest_number(module: nn.Module, most: int, channels: int) -> int:
     """Return the largest int up to ``most`` with which a forward may compare a number of tokens, or 0.
 
-    Searches the code of the module's classes, the globals that it names, and attributes. An attribute of ``channels``,
-    or of two to four times as many, is assumed to be a width.
+    Search the code of the module's classes, the globals that this code names, and attributes. An attribute equal to
+    ``channels``, or to two to four times as many, is assumed to be a width.
     """
     found = [0]
     widths = {times * channels for times in range(1, 5)}

@@ -145,8 +145,8 @@ class Trial:
     drops: bool = False
     # The largest difference of outputs and gradients, relative to the largest element, that counts as rounding.
     tolerance: float = _TOLERANCE
-    # The objects outside the module that methods of its classes reach, with their contents before a call; the state
-    # that the last call left behind.
+    # The objects outside the module that its classes' methods reach, with their contents before a call; the state that
+    # the last call left behind.
     _reached: list[tuple[Any, Any]] = field(default_factory=list)
     _left: dict[str, Any] = field(default_factory=dict)
 
@@ -226,8 +226,8 @@ class Trial:
         module: Any
         for module in plain.modules():
             for name, p in module.named_parameters(recurse=False):
-                # Uniform with unit variance. Normal numbers would take three times as long, most of a wide module's
-                # trial.
+                # Uniform numbers with unit variance: normal numbers would take three times as long, most of the time
+                # of a wide module's trial.
                 p.data.uniform_(-math.sqrt(3.0), math.sqrt(3.0), generator=generator)
                 if name == "logit_scale":
                     p.data.mul_(0.3).add_(2.0)
@@ -240,7 +240,7 @@ class Trial:
                 if isinstance(t, Tensor) and t.is_floating_point() and name not in _KNOWN_TENSORS:
                     t.data.uniform_(0.5, 1.5, generator=generator)
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # random numbers for windows differ from those for the map
+                module.p = 0.0  # its random numbers for windows differ from the map's
             elif isinstance(getattr(module, "drop_prob", None), float):
                 module.drop_prob = 0.5  # drop path
         if self.drops:
@@ -302,7 +302,7 @@ class Trial:
             if gradients:
                 leaves: dict[str, Tensor] = {"the input": leaf, **dict(module.named_parameters())}
                 dout = torch.randn(out.shape, generator=_generator(2), dtype=torch.float64)
-                # Not with grad_outputs: to compare sizes, torch would import symbolic shapes for half a second.
+                # grad_outputs is avoided: to compare sizes, torch would import symbolic shapes for half a second.
                 found = torch.autograd.grad((out * dout).sum(), list(leaves.values()), allow_unused=True)
                 zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), found, strict=True)]
                 grads = dict(zip(leaves, zeros, strict=True))

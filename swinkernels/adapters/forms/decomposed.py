@@ -27,7 +27,7 @@ def decomposed_attention(
         x: the map after the norm, (B, H, W, C).
         window: the side of a window, or 0 for the whole map.
         num_heads, uses_tables, dropout_p: properties of the module.
-        scale: the module's scale, or None if its code does not read one: then head_dim ** -0.5.
+        scale: the module's scale, or None (for head_dim ** -0.5) if the module's code reads no scale.
     """
     if x.dim() != 4:
         return f"x has {x.dim()} axes"

@@ -342,7 +342,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
         name=form.name,
         original=original,
         accelerated=accelerated,
-        reason_to_skip=lambda module: None,  # match has checked it
+        reason_to_skip=lambda module: None,  # match has checked the module
         parts=(
             Part(
                 "attention",

@@ -2,7 +2,7 @@
 
 Video Swin has 3D windows. On an axis where the map is no longer than the window, the window shrinks to the map without
 a shift, and its tokens are numbered like the first tokens of a whole window. MaxViT cuts the map into windows or
-dilated grids, and computes its scale from the number of all channels instead of those of a head.
+dilated grids, and computes its scale from the number of all channels, not from the channels per head.
 
 Source: torchvision.models.video.swin_transformer and torchvision.models.maxvit, torchvision 0.26 to 0.29.
 """

@@ -33,7 +33,7 @@ MLP = linear_layers.Mlp(
 def map_size(block: Any) -> tuple[int, int]:
     """Return the size of the map that a block was made for."""
     attributes = block.__dict__
-    return attributes["feat_size" if "feat_size" in attributes else "input_resolution"]  # v2-CR has the former
+    return attributes["feat_size" if "feat_size" in attributes else "input_resolution"]  # v2-CR has feat_size
 
 
 def block_shape(block: Any) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ def qkv_weight(block: Any) -> Tensor:
 
 
 def mask_fits(block: Any, x: Tensor) -> bool:
-    """Return True if the block's stored mask, timm's for :func:`map_size`, fits this map (B, H, W, C)."""
+    """Return True if the block's stored mask, made for :func:`map_size`, fits this map (B, H, W, C)."""
     if getattr(block, "dynamic_mask", False) or not any(block.shift_size):
         return True  # timm makes the mask from the map, or there is none
     size, window = map_size(block), block.window_size
@@ -59,7 +59,7 @@ def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> 
     has_index = "relative_position_index" in child(block, "attn")._buffers  # v2-CR has none
     if has_index and not is_window_index(index, window):
         return "attn.relative_position_index holds other values than timm's"
-    if not getattr(block, "dynamic_mask", False):  # otherwise timm does not read its mask either
+    if not getattr(block, "dynamic_mask", False):  # with dynamic_mask timm does not read the stored mask
         height, width = map_size(block)
         frame = -(-height // window[0]) * window[0], -(-width // window[1]) * window[1]
         if not (is_stored_mask(mask, frame, window, shift) if any(shift) else mask is None):

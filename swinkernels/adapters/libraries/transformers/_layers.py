@@ -117,7 +117,7 @@ def _why_not_attention(layer: Any) -> str | None:
         return reason
     attention = child(layer, "attention")
     for path, linear in _projections(layer).items():
-        reason = why_not_linear(path, linear)  # any other layer may mix tokens, such as those of a pad token
+        reason = why_not_linear(path, linear)  # another layer may mix tokens or change a pad token's result
         if reason is not None:
             return reason
     for path, dropout in _dropouts(layer).items():
@@ -141,7 +141,7 @@ def _why_not_attention(layer: Any) -> str | None:
     if not is_window_index(_index(layer), (window, window)):
         return "relative_position_index holds other values than transformers'"
     if tuple(of_bias.window_size) != (window, window):
-        return "window_size is not that of the attention"  # transformers fails
+        return "window_size is not that of the attention"  # transformers' own code fails
     if not 0 <= layer.shift_size < window:
         return "shift_size is not smaller than window_size"
     if "continuous_position_bias_mlp" not in of_bias._modules:
@@ -167,7 +167,7 @@ def _times_masked(kind: Any) -> int:
 
 
 def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
-    """Return q, k and v of a pad token."""
+    """Return the q, k and v of a pad token, or None if no layer has a bias."""
     if q.bias is None and k.bias is None and v.bias is None:
         return None
     given = next(m.bias for m in (q, k, v) if m.bias is not None)
