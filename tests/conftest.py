@@ -21,7 +21,8 @@ import torch
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 hypothesis.settings.register_profile("local", deadline=None)
-# The same examples every time, so that a change is not blamed for a chance find. Nothing is written to disk.
+# Hypothesis draws the same examples every time, so that a change is not blamed for a fault found by chance, and
+# writes nothing to disk.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
@@ -128,9 +129,9 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def as_on_a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make "auto" take backend "cuda", with kernels in plain PyTorch, on the CPU as well.
+    """Make "auto" take backend "cuda", with kernels in plain PyTorch, on the CPU.
 
-    Attention is the exception and runs in the reference.
+    Attention alone runs in the reference.
     """
     from swinkernels.ops import _backends
 

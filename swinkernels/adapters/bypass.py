@@ -232,6 +232,8 @@ def why_not_norm(name: str, norm: Any, width: int) -> str | None:
     reason = why_not_absorbed(name, norm, nn.LayerNorm, "an nn.LayerNorm")
     if reason is None and norm.normalized_shape != (width,):
         return f"{name} does not normalise rows of {width} elements, but {norm.normalized_shape}"
+    if reason is None and norm.weight is not None and norm.weight.shape != (width,):
+        return f"{name} has a weight of shape {tuple(norm.weight.shape)} for rows of {width} elements"
     return reason
 
 

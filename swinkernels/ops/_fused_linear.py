@@ -13,6 +13,8 @@ import platform
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from swinkernels.ops._library import any_requires_grad, is_plain, linear_dtype
 from swinkernels.ops.fallback import add
@@ -65,7 +67,20 @@ def fuses(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and why_not_fused(x.dtype) is None
         and bool(torch.backends.mkldnn.enabled)
+        and not _is_intercepted()
     )
+
+
+_PLACE = frozenset([(torch.strided, torch.device("cpu"))])
+_FUNCTIONS = F.linear, F.gelu
+
+
+def _is_intercepted() -> bool:
+    """Return True if other code would miss calls of F.linear and F.gelu: a mode, or a function in their place."""
+    if (F.linear, F.gelu) != _FUNCTIONS:
+        return True
+    modes = torch._C._len_torch_function_stack()
+    return modes > 0 and not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -74,6 +89,8 @@ def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and why_not_fused(x.dtype) is None
         and bool(torch.backends.mkldnn.enabled)
         and not torch.jit.is_tracing()
+        and not _is_intercepted()
+        and _PLACE.issuperset((t.layout, t.device) for t in (x, weight, bias) if t is not None)
         and linear_dtype(x) == weight.dtype == x.dtype
         and weight.dim() == 2
         # oneDNN reads a bias as if it were contiguous (torch 2.14).
@@ -85,7 +102,8 @@ def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _can_be_added(residual: Tensor, x: Tensor, weight: Tensor) -> bool:
     shape = (*x.shape[:-1], weight.shape[0])
-    return residual.dtype == x.dtype and residual.shape == shape and _is_constant((residual,))
+    same = residual.dtype == x.dtype and residual.shape == shape and (residual.layout, residual.device) in _PLACE
+    return same and _is_constant((residual,))
 
 
 def _is_constant(tensors: tuple[Tensor | None, ...]) -> bool:

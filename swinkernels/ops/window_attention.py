@@ -111,6 +111,8 @@ def _reference_gradients(form: str, tensors: Sequence[Any], others: tuple[Any, .
     dout, *maps = tensors[: 1 + n]
     tables = tensors[2 + n : 6 + n]
     region_map = tensors[6 + n]
+    if region_map is not None:  # fitted to three axes
+        region_map = region_map.reshape(region_map.shape[-len(spec.window_size) :])
     is_wanted = [bool(wanted >> i & 1) for i in range(len(tables))]
 
     def attend(*given: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from tests.support.small_models import FAMILIES, make_input, make_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 LIBRARIES = ("timm", "torchvision", "transformers", "MONAI", "mmpretrain")
-# Of families that are modules of the tests -> the published code that has the form.
+# Family whose model is defined in the tests -> the published code that it follows.
 FORMS_OF = {
     "copy": "microsoft/Swin-Transformer", "copy v2": "microsoft/Swin-Transformer",
     "copy for restoration": "JingyunLiang/SwinIR", "copy with attention alone": "XPixelGroup/HAT",
@@ -69,7 +69,7 @@ def counted(family: str) -> tuple[int, int, list[str]]:
     report = swinkernels.accelerate(model)
     check = report.check(make_input(family))
     on_op = sum(any("window_attention" in call for call in map(str, ran.calls)) for ran in check.modules)
-    # A block of unknown form around an attention that is on the op counts once.
+    # A block that is left counts only if no attention inside it is among the modules checked.
     left = [s for s in report.skipped if not any(ran.path.startswith(f"{s.path}.") for ran in check.modules)]
     reasons = list(dict.fromkeys(skipped.reason.rpartition("would not run: ")[2] for skipped in left))
     return on_op, on_op + len(left), reasons

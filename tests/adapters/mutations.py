@@ -39,13 +39,13 @@ from tests.support.fused_products import always_fused
 from tests.support.small_models import FAMILIES, make_input, make_model
 
 FACTOR = 1.25  # factor by which an edit changes a result
-# Largest difference relative to the largest element. Constants of a model may be float32, and float32 rounds
-# throughout.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3}
+# Largest difference relative to the largest element. Constants of a float64 model may be float32, and so is the softmax
+# of Segment Anything in transformers. In a float32 model everything rounds.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3}
 
 
 def scaled(x: Any) -> Any:
-    """Multiply every floating-point tensor by FACTOR, in tuples, lists and dicts as well."""
+    """Multiply every floating-point tensor by FACTOR, including those in tuples, lists and dicts."""
     if isinstance(x, Tensor):
         return x * FACTOR if x.is_floating_point() else x
     if isinstance(x, (tuple, list)) and type(x) in (tuple, list):
@@ -80,7 +80,7 @@ class Site:
         return t.flatten()[order].reshape(t.shape)
 
     def keep(self, x: Any) -> Any:
-        """Append a result to the log, as a user collects a loss."""
+        """Append a result to the log, as a user's code collects a loss."""
         if isinstance(x, Tensor) and x.is_floating_point():
             self.log.append(x.square().mean())
         return x
@@ -90,7 +90,7 @@ class Site:
         setattr(self.model.get_submodule(parent), name, module)
 
 
-# An edit: its possible details at a module of the library's own model (None for none), and the change itself.
+# An edit has two functions: one lists its possible details at a module of the library's own model, the other makes it.
 Details = Callable[[nn.Module], list[Any]]
 Change = Callable[[Site, Any], None]
 EDITS: dict[str, tuple[Details, Change]] = {}
@@ -121,7 +121,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _methods(module: nn.Module) -> list[Any]:
-    """Return the methods of a module's own class that nn.Module's interface lacks."""
+    """Return the names of the methods that a module's class adds to nn.Module's interface."""
     names = []
     for cls in type(module).__mro__:
         if cls is nn.Module or cls.__module__.startswith("torch.nn"):
@@ -178,7 +178,7 @@ def method_of_the_class(site: Site, name: str) -> None:
 
 def _patch_class(site: Site, name: str) -> None:
     """Patch the class of the library that defines a method, not this package's subclass."""
-    cls = next(c for c in type(site.module).__mro__ if name in vars(c) and not c.__module__.startswith("swinkernels"))
+    cls = next(c for c in type(site.module).__mro__ if name in vars(c) and not issubclass(c, Accelerated))
     method = vars(cls)[name]
 
     @functools.wraps(method)
@@ -191,7 +191,7 @@ def _patch_class(site: Site, name: str) -> None:
 
 @edit(_always)
 def forward_bound_for_offload(site: Site, _: Any) -> None:
-    """Bind the forward as tools do that move weights before a call and away after it."""
+    """Bind the forward as offloading tools do, which move weights in before a call and out after it."""
     module = site.module
     module._old_forward = module.forward
 
@@ -240,7 +240,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
     return value
 
 
-# Dropout draws in the order of the map here and of the windows there, so it is only compared in evaluation.
+# Edits leave these alone: accelerated models draw dropout in another order, so it is only compared in evaluation mode.
 _ATTRIBUTES_LEFT = ("training", "p", "dropout", "attention_dropout")
 
 
@@ -350,7 +350,7 @@ def submodule_with_other_weights(site: Site, name: str) -> None:
 
 @edit(_always)
 def shared_submodule(site: Site, _: Any) -> None:
-    """Replace the module of one block by that of another one of the same class."""
+    """Replace another module of the same class and shapes by this one, so that both places share it."""
     module = site.module
     shapes = [p.shape for p in module.parameters()]
     for path, other in list(site.model.named_modules()):
@@ -447,7 +447,7 @@ def missing_parameter(site: Site, name: str) -> None:
 
 @edit(_tensors(_parameters))
 def replica_of_a_parameter(site: Site, name: str) -> None:
-    """Put a plain tensor in its place, as in DataParallel's replicas."""
+    """Replace a parameter by a plain tensor, as DataParallel does in its replicas."""
     p = site.module._parameters.pop(name)
     setattr(site.module, name, p * 1.0)
 
@@ -570,7 +570,7 @@ def _pickled(model: nn.Module) -> nn.Module:
 
 
 def _restored(model: nn.Module) -> nn.Module:
-    with contextlib.suppress(RuntimeError):  # it refuses classes derived later, and changes nothing
+    with contextlib.suppress(RuntimeError):  # restore refuses classes derived later, and then changes nothing
         swinkernels.restore(model)
     return model
 
@@ -628,7 +628,7 @@ def draw(seed: int, number: int) -> Mutation:
         sites = [(path, of) for path in paths for of in EDITS[name][0](model.get_submodule(path))]
         if sites:
             edits.append((name, *rng.choice(sites)))
-    # Such a closure keeps the accelerated method, which a class that was changed back cannot run.
+    # The closure of such an edit keeps the accelerated method, which fails once the module has its old class back.
     keeps = any(name in ("forward of the instance", "method of the instance") for name, _, _ in edits)
     backend, dtype = rng.choice((("reference", torch.float64), ("auto", torch.float64), ("auto", torch.float32)))
     return Mutation(
@@ -754,7 +754,7 @@ def check(seed: int, number: int) -> str | None:
     mutation = draw(seed, number)
     expected = run(mutation, accelerates=False)
     got = run(mutation, accelerates=True)
-    # In bfloat16 whole models round dozens of times, and the two models' noise differs.
+    # In bfloat16 whole models round dozens of times, and the rounding errors of the two models differ.
     rounds = any(name == "dtype of a part" for name, _, _ in mutation.edits)
     if rounds and expected.error is not None and got.error is None:
         return None  # the ops accept tables and norms in other dtypes than the map's

@@ -1,4 +1,4 @@
-"""Methods that other code has bound to an instance, such as weight offloading, follow the module's class."""
+"""Methods that other code, such as weight offloading, has bound to an instance follow the module's class."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_second_accelerate(place, wrap):
 @every_place
 @pytest.mark.parametrize("wrap", [bind, hook])
 def test_what_was_bound_before(place, wrap, monkeypatch):
-    """The accelerated forward is called by the name under which other code bound it."""
+    """A forward that other code bound to the instance before accelerate runs the accelerated code afterwards."""
     plain = place.model()
     fast = copy.deepcopy(plain)
     wrap(fast)

@@ -106,7 +106,7 @@ def test_lookups_of_tensorflows_bias():
 
 
 def test_the_same_values_keep_the_op(monkeypatch):
-    """A stored tensor that is moved, loaded or assigned with the standard values is found standard again."""
+    """A stored tensor keeps the op if it still has the standard values after it was moved, loaded or assigned."""
     from swinkernels.adapters.libraries.timm import _blocks
 
     place = PLACES["timm swin"]
@@ -130,7 +130,7 @@ def test_the_same_values_keep_the_op(monkeypatch):
 
 
 def methods(place: Place) -> list[tuple[type, str, str]]:
-    """Return what the ops of a place stand for: class, method, and the path of a module of that class."""
+    """Return the published methods that a place's ops replace: class, name, and the path of a module of the class."""
     fast = place.model()
     swinkernels.accelerate(fast)
     found = {}
@@ -178,7 +178,7 @@ def test_methods_replaced_on_an_instance(place):
 
 
 def test_a_class_patched_before_the_first_accelerate_is_told(monkeypatch):
-    """The adapter records methods on import; one whose code belongs to another package is not the library's."""
+    """A method counts as patched if its code belongs to another package than its class, whenever it was patched."""
     from timm.models.swin_transformer import WindowAttention
 
     monkeypatch.setattr(WindowAttention, "forward", scaled(WindowAttention.forward))
@@ -209,7 +209,7 @@ def test_hooks_of_all_modules_see_every_call(place, kind):
         try:
             with torch.enable_grad():
                 place.run(model).sum().backward()
-        except RuntimeError:  # torch's, for the in-place ReLU of v2
+        except RuntimeError:  # torch raises it for the in-place ReLU of v2
             calls.append(RuntimeError)
         finally:
             handle.remove()

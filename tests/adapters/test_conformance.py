@@ -1,4 +1,4 @@
-"""The checks that every library has to pass, on small models. Tests of a single library are in its own file."""
+"""Checks that every library has to pass, on small models. The tests of a single library are in a separate file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ POST_NORM = {"residual_post_norm": 8, "patch_merging": 1}
 
 
 def maxvit_of_timm(drop_path: float) -> nn.Module:
-    """A MaxViT whose first stage has channels last, and whose second has channels first."""
+    """Make a MaxViT whose first stage has channels last, and whose second has channels first."""
     maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm is not installed")
     attention = maxxvit.MaxxVitTransformerCfg(dim_head=8, window_size=(4, 4), grid_size=(4, 4))
     cfg = maxxvit.MaxxVitCfg(
@@ -57,16 +57,16 @@ def maxvit_of_timm(drop_path: float) -> nn.Module:
 
 
 def large(drop_path: float) -> Swin:
-    """A Swin with two blocks in both stages, so that each shifts one."""
+    """Describe a Swin with two blocks in both stages, so that each stage has a shifted block."""
     return Swin(16, (2, 2), (2, 4), drop_path)
 
 
 @dataclass(frozen=True)
 class Library:
-    build: Callable[[float], nn.Module]  # from the rate of drop path
+    build: Callable[[float], nn.Module]  # makes the model for a rate of drop path
     attention: int = 4  # calls of the op in one forward pass
     image: tuple[int, ...] = IMAGE
-    # Calls of the other ops in a forward pass, and those of layer_norm under autocast.
+    # Calls of the other ops in a forward pass; calls of layer_norm under autocast.
     norms: dict[str, int] = field(default_factory=dict)
     autocast_norms: int = 0
 
@@ -130,7 +130,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> nn.M
 
 
 def on_ops(library: str) -> nn.Module:
-    """Return a model whose attention is this package's."""
+    """Return a model whose attention runs on this package's op."""
     return make(library) if library == "swinkernels" else accelerated(original(library))
 
 
@@ -165,7 +165,7 @@ def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-# The same numbers
+# Same results as the library
 
 
 @foreign
@@ -210,14 +210,14 @@ def test_norms_and_merging_on_kernels(library, norm_calls, as_on_a_gpu):
 
 @pytest.mark.parametrize(
     "library", [name for name in FOREIGN if name != "transformers-swin2sr"]
-)  # too small to be seen
+)  # drop path does not change its output
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_drop_path_draws_the_same(library, backend):
     model, x = make(library, torch.float64, drop_path=0.5).train(), images(library, 4, torch.float64)
     results = []
     for m in (model, accelerated(model, backend)):
         torch.manual_seed(7)
-        results.append({name: t for name, t in run(m, x).items() if "position_bias_mlp" not in name})  # they cancel
+        results.append({name: t for name, t in run(m, x).items() if "position_bias_mlp" not in name})  # sums cancel
         results[-1]["next random number"] = torch.rand(1).double()
     assert_as_good(results[1], results[0], results[0])
     assert not torch.equal(results[0]["out"], model.eval()(x)), "drop path was not active"
@@ -236,7 +236,7 @@ def test_frozen_parameters_stay_frozen(library):
     assert_as_good(got, exact, exact, shaken(model, x, x.dtype))
 
 
-# The same model
+# The model keeps its identity
 
 
 @foreign

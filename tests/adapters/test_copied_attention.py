@@ -55,7 +55,7 @@ def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_forward(monkeypatch, forms.WindowAttention)
 
 
-# The same numbers
+# Same results as the module's own code
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
@@ -69,7 +69,7 @@ def test_outputs_and_every_gradient(shift, backend, monkeypatch):
 
 
 class Wrapped(nn.Module):
-    """Attention of either version in a block of another form."""
+    """Calls attention of either version from a block of unknown form."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()

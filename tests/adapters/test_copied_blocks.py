@@ -1,4 +1,4 @@
-"""accelerate on copies of Microsoft's block outside known libraries: the same numbers, or a reason."""
+"""accelerate on copies of Microsoft's block outside known libraries: the same results, or a reason."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def accelerated(module: Any, **options: Any) -> Any:
 
 
 def reason_of(block: nn.Module) -> str:
-    """Return the reason why the block, but perhaps not its attention, is left."""
+    """Return the reason why the block is not replaced; its attention may be."""
     report = swinkernels.accelerate(block)
     assert {e.path for e in report.replaced} <= {"attn"}
     assert not isinstance(block, StructuralBlock)
@@ -114,7 +114,7 @@ def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_forward(monkeypatch, forms.WindowAttention)
 
 
-# The same numbers
+# Same results as the block's own code
 
 
 @every_form
@@ -211,7 +211,7 @@ class OtherMaskValue(forms.ClassificationBlock):
 
 
 class OtherMaskWhereItIsMade(forms.RestorationBlock):
-    """Has a mask value of -200 for other sizes than the block's own, which scores of ordinary inputs do not show."""
+    """Uses the mask value -200 for sizes other than the block's own, which ordinary inputs do not reveal."""
 
     def calculate_mask(self, size):
         return super().calculate_mask(size) * (1 if tuple(size) == self.input_resolution else 2)
@@ -261,7 +261,7 @@ class HiddenOffset(forms.WindowAttention):
 
 
 class OtherClamp(forms.CosineAttention):
-    """Clamps at a larger scale than v2: only scores at its limit show it."""
+    """Clamps the logit scale at a larger value than v2, which only a scale beyond v2's limit reveals."""
 
     def scores(self, q, k):
         return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.logit_scale.clamp(max=5.0).exp()
@@ -356,7 +356,7 @@ def test_what_is_not_a_published_form_is_refused(name):
 
 
 class PadsBefore(forms.SegmentationBlock):
-    """Pads in front, which whole maps do not show."""
+    """Pads in front, which maps of whole windows do not reveal."""
 
     def padded(self, x, window, shift, mask):
         h, w = (-s % n for s, n in zip(x.shape[1:-1], window, strict=True))
@@ -364,7 +364,7 @@ class PadsBefore(forms.SegmentationBlock):
 
 
 class WindowsByColumn(forms.ClassificationBlock):
-    """Orders the windows differently, with their masks."""
+    """Orders the windows, and their masks, column by column."""
 
     def attend(self, x, window, shift, mask):
         size, axes = tuple(x.shape[1:-1]), (1, 2)
@@ -461,7 +461,7 @@ def test_one_trial_for_blocks_of_a_kind(monkeypatch):
     blocks = [forms.ClassificationBlock(*SIZE, shift_size=s, drop_path=p) for s in (0, 2) for p in (0.1, 0.2)]
     assert len(swinkernels.accelerate(nn.ModuleList(blocks)).replaced) == 4
     assert len(trials) == 2
-    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4, drop_path=0.1))  # its width has a short trial
+    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4, drop_path=0.1))  # takes a short trial at its width
     assert len(trials) == 2
     odd = forms.ClassificationBlock(*SIZE)
     odd.flag = True  # a value that a forward may read
@@ -536,7 +536,7 @@ def test_wrong_calls_raise_what_they_raised():
     x = torch.randn(2, 63, 12, dtype=torch.float64)
     for module in (block, fast):
         with pytest.raises(RuntimeError, match="shape"):
-            module(x, (9, 7))  # SwinIR pads the image, not its blocks
+            module(x, (9, 7))  # SwinIR pads the image; its blocks do not pad
         with pytest.raises(TypeError):
             module(x)
 
@@ -549,7 +549,7 @@ def test_changes_after_accelerate(monkeypatch):
     torch.testing.assert_close(fast(x), block(x), rtol=1e-10, atol=1e-12)
     assert len(seen) == 1
     assert "attn.softmax" in swinkernels.accelerate(fast).skipped[0].reason
-    assert type(fast) is forms.ClassificationBlock  # its class did not change
+    assert type(fast) is forms.ClassificationBlock  # the block's class did not change
     handle.remove()
     swinkernels.accelerate(fast)
     for module in (block, fast):
@@ -563,7 +563,7 @@ def test_changes_after_accelerate(monkeypatch):
 
 
 class Model(nn.Module):
-    """A stage with a fixed size, and one that makes its mask at every call, as mmseg's does."""
+    """Has a stage with a fixed size, and a stage that makes its mask at every call, as in mmseg."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -656,7 +656,7 @@ def test_compile_fullgraph(monkeypatch):
 
 
 def test_compile_blocks_that_are_called_with_masks(monkeypatch):
-    """The compiler cannot inspect a mask, so a block's own code is compiled, except for its attention."""
+    """The compiler cannot inspect a mask, so it compiles a block's own code, except for the attention."""
     torch._dynamo.reset()
     block = make(forms.VideoBlock, 12, 3, shift_size=(1, 2, 2))
     x, (mask,) = calls_of("video", block)[0]

@@ -1,9 +1,10 @@
-"""Modules of other forms than Microsoft's block: the same numbers as their own code, and every edit takes effect."""
+"""Modules whose form is not Microsoft's block: the same results as their own code, and every edit takes effect."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 import subprocess
 import sys
@@ -21,15 +22,15 @@ from swinkernels.adapters.forms.described import Described, match
 from swinkernels.adapters.forms.published import UFORMER
 from tests.adapters import trial_cost
 from tests.support import other_forms
-from tests.support.parity import assert_as_good, run, shaken
+from tests.support.parity import assert_as_good, randomise, run, shaken
 from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 
-# Families whose own code computes in float32 in any dtype -> the tolerance of the results.
+# Family whose own code computes in float32 whatever the dtype -> the tolerance of the results.
 ROUNDED = {"transformers GOT-OCR2": 1e-5}
 
-# Of the op, for one module that is replaced.
+# Family -> the calls of the op in one module that is replaced, if there are several.
 CALLS = {"VRT": 3, "EsViT": 2}
 
 families = pytest.mark.parametrize("family", FORMS)
@@ -141,7 +142,7 @@ def _absorbed(module: Described) -> nn.Module:
 @families
 @pytest.mark.parametrize("edit", ["hook", "forward", "class"])
 def test_an_edited_layer_has_the_own_code_run(family, edit, monkeypatch, attention_calls):
-    """Each edit changes the result, and has its full effect on the accelerated model."""
+    """Each edit changes the result, and changes the accelerated model's result in the same way."""
     model, x = model_of(family), make_input(family)
     fast = accelerated(model)
     before = model(x)
@@ -304,7 +305,7 @@ def test_compile_fullgraph(family):
 
 @pytest.mark.parametrize("family", ["SCUNet", "timm SAM ViT", "Uformer", "copy"])
 def test_second_derivatives_behind_a_kernel(family, attention_calls):
-    """In float32, where a kernel runs: a penalty on the gradient, and its gradients."""
+    """A penalty on the gradient, and the penalty's gradients, are right in float32, in which a kernel runs."""
     model, x = model_of(family), make_input(family)
     found = []
     for m in (model, accelerated(copy.deepcopy(model).float())):
@@ -331,7 +332,7 @@ def test_every_form_has_a_family():
 
 
 class Louder(nn.Module):
-    """A mixin for a class, with an additional keyword."""
+    """A mixin that adds a keyword to the forward of a class."""
 
     def forward(self, x: Tensor, gain: float | None = None) -> Tensor:
         y = super().forward(x)
@@ -368,7 +369,7 @@ def test_more_tokens_than_a_number_in_the_code_are_tried():
 
 @pytest.mark.parametrize("window", [14, 0])
 def test_a_wrong_gradient_of_a_wide_layer_is_found(window):
-    """SAM-B's layers, whose maps of 64 x 64 tokens have 4 x 10^8 scores: a gradient is tried on fewer."""
+    """SAM-B's maps of 64 x 64 tokens have 4 x 10^8 scores, so a trial compares gradients on smaller maps."""
     sam = pytest.importorskip("transformers.models.sam.modeling_sam")
     from transformers import SamVisionConfig
 
@@ -470,3 +471,57 @@ def test_a_saved_model_runs_in_another_process(made_by, tmp_path):
         "assert accelerated and not any(m._swinkernels_changed() for m in accelerated)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+
+
+def test_a_mask_without_a_shift_has_the_own_code_run():
+    model, x = model_of("Pangu-Weather"), make_input("Pangu-Weather")
+    fast = accelerated(model)
+    for m in (model, fast):
+        block = next(b for b in m.modules() if hasattr(b, "roll") and not b.roll)
+        windows, n = block.attn.type_of_windows, math.prod(block.window_size)
+        block.attn_mask = torch.randn(2, windows, n, n, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("before", ["inference", "export"])
+def test_aurora_keeps_no_tensor_of_a_call_in_another_mode(before):
+    model, x = model_of("Aurora"), make_input("Aurora")
+    fast = accelerated(model)
+    if before == "export":
+        torch.export.export(fast, (x,))
+    else:
+        with torch.inference_mode():
+            fast(x)
+    exact, got = run(model, x), run(fast, x)
+    assert_as_good(got, exact, exact)
+
+
+@pytest.mark.parametrize("family", ["mmdet", "Uformer", "Swin-MAE", "nnFormer", "VRT", "Pangu-Weather"])
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.long)], ids=["eager", "compiled"])
+def test_a_softmax_over_another_axis_has_the_own_code_run(family, compiles):
+    model, x = model_of(family), make_input(family)
+    fast = accelerated(model)
+    for m in (model, fast):
+        for softmax in (s for s in m.modules() if type(s) is nn.Softmax):
+            softmax.dim = -2
+    torch.compiler.reset()
+    called = torch.compile(fast, backend="eager") if compiles else fast
+    torch.testing.assert_close(called(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_nnformers_skip_under_autocast():
+    model, x = model_of("nnFormer").float(), make_input("nnFormer").float()
+    fast = accelerated(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, plain = fast(x), model(x)
+    assert got.dtype == plain.dtype
+    torch.testing.assert_close(got, plain, rtol=0.05, atol=0.05)
+
+
+def test_masks_in_float16():
+    attn = other_forms.UformerAttention(12, (4, 4), 3)
+    randomise(attn)
+    fast = accelerated(attn.half())
+    x, mask = torch.randn(4, 16, 12).half(), torch.zeros(2, 16, 16).half()
+    mask[1, :8, 8:] = -100.0
+    torch.testing.assert_close(fast(x, mask=mask), attn(x, mask=mask), rtol=0.02, atol=0.02)

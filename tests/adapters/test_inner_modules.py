@@ -73,7 +73,7 @@ def check(place: Place, edit: Callable[[Any], None], *, before_accelerate: bool)
 
 
 def inner_paths(place: Place) -> list[str]:
-    """List the modules inside the one whose attention is replaced, except those of its bias and of its MLP."""
+    """List the modules inside a place's module, except containers, modules without parameters, and its MLP."""
     model = place.model()
     found = []
     for path, module in model.named_modules():
@@ -135,7 +135,7 @@ def test_scaling_of_transformers_swin(scaling, before_accelerate):
 
 @pytest.mark.skipif("transformers swin" not in PLACES, reason="transformers is not installed")
 def test_another_attention_function_of_transformers(monkeypatch):
-    """Swin calls a function by name, which a user may have replaced."""
+    """Swin looks up its attention function by name, and a user may have replaced it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     place = PLACES["transformers swin"]

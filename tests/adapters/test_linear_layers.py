@@ -1,4 +1,4 @@
-"""Linear layers of blocks in inference on a CPU: which calls are fused, and where modules are called instead."""
+"""Linear layers of blocks in inference on a CPU: some calls are fused, in other cases the modules are called."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from swinkernels.ops import _fused_linear
 from tests.support.fused_products import always_fused, fused_calls
 from tests.support.small_models import make_input, make_model
 
-# Family -> what its MLP is made of in the first block, which is at the path.
+# Family -> the path of its first block, and the block's modules that make up the MLP.
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "timm": ("layers.0.blocks.0", ("mlp", "drop_path2")),
     "timm v2": ("layers.0.blocks.0", ("mlp",)),
@@ -54,7 +54,7 @@ def accelerated(model: nn.Module) -> nn.Module:
 
 @every_family
 def test_the_same_results_by_fused_products(family):
-    """Of each block, at least fc1 and fc2."""
+    """At least fc1 and fc2 of each block are fused."""
     reason = _fused_linear.why_not_fused(torch.float32)
     if reason is not None:
         pytest.skip(reason)
@@ -95,7 +95,7 @@ def replace_forward(module: nn.Module) -> None:
 @every_family
 @pytest.mark.parametrize("edit", [scale, scale_input, subclass, replace_forward])
 def test_edits_of_inner_modules_count(family, edit):
-    """Of every module that a fused product stands for, by itself."""
+    """Each module that a fused product replaces is edited alone, before or after accelerate."""
     path, parts = PARTS[family]
     model, x = make_model(family), make_input(family)
     unchanged = model(x)
@@ -122,7 +122,7 @@ class Doubled(nn.Module):
 
 
 def _activation(block: Any, part: str) -> tuple[Any, str]:
-    """The module that has the activation, and its name there."""
+    """Return the module that contains the activation, and the activation's name in it."""
     owner = block.get_submodule(part)
     return owner, next(name for name, m in owner.named_children() if "GELU" in type(m).__name__)
 
@@ -180,7 +180,7 @@ def test_a_class_of_the_library_that_is_patched(family, monkeypatch):
 
 @every_family
 def test_dropout_in_training(family):
-    """Of an MLP, without gradients: the library's random numbers."""
+    """In training mode without gradients, dropout of an MLP draws the library's random numbers."""
     path, parts = PARTS[family]
     model, x = make_model(family), make_input(family)
     dropouts = [m for p in parts for m in model.get_submodule(f"{path}.{p}").modules() if type(m) is nn.Dropout]
@@ -221,7 +221,7 @@ def test_autocast_and_gradients_call_the_modules():
             fast(x)
         with torch.enable_grad():
             fast(x).sum().backward()
-    # The ops call what is fused on their own account: the MLP and the layers of attention do not.
+    # Neither the MLP nor the Linear layers of attention are fused.
     assert called == []
 
 

@@ -20,7 +20,7 @@ ATTENTION = "window_attention_qkvpacked_fwd"
 
 
 def timm_swin() -> tuple[nn.Module, tuple[int, ...]]:
-    """A timm Swin with padded maps in both stages, and its input shape."""
+    """Return a timm Swin with padded maps in both stages, and its input shape."""
     model = timm.models.SwinTransformer(
         img_size=32, patch_size=2, num_classes=3, embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=4,
         strict_img_size=False, drop_path_rate=0.0,
@@ -35,7 +35,7 @@ def swin_unetr() -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def mmpretrain_swin() -> tuple[nn.Module, tuple[int, ...]]:
-    """An mmpretrain Swin with padded maps and one output, that of the last stage; and its input shape."""
+    """Return an mmpretrain Swin with padded maps whose only output is the last stage's map, and its input shape."""
     pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

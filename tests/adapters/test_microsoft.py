@@ -1,4 +1,4 @@
-"""The interface of Microsoft's window_process extension, compared with the rolls and views that it replaces."""
+"""The interface of Microsoft's window_process extension gives the results of the rolls and views that it replaces."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def partitioned(x: Tensor, roll: int | tuple[int, int], window: int | tuple[int, int]) -> Tensor:
-    """torch.roll and window_partition, the models' code without the extension, on (B, H, W, C)."""
+    """Apply torch.roll and window_partition to (B, H, W, C), as the models do without the extension."""
     (h, w), (b, height, width, c) = pair(window), x.shape
     x = torch.roll(x, pair(roll), (1, 2)).reshape(b, height // h, h, width // w, w, c)
     return x.transpose(2, 3).reshape(-1, h, w, c)
 
 
 def put_back(windows: Tensor, size: tuple[int, int], roll: int | tuple[int, int]) -> Tensor:
-    """window_reverse and torch.roll, on (B * windows, h, w, C)."""
+    """Apply window_reverse and torch.roll to (B * windows, h, w, C)."""
     (height, width), (_, h, w, c) = size, windows.shape
     x = windows.reshape(-1, height // h, width // w, h, w, c).transpose(2, 3).reshape(-1, height, width, c)
     return torch.roll(x, pair(roll), (1, 2))
@@ -39,7 +39,7 @@ def put_back(windows: Tensor, size: tuple[int, int], roll: int | tuple[int, int]
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_roll_and_windows(data):
-    """Any roll of either sign, larger than the window or the map; rectangular maps and windows; bit for bit."""
+    """Rolls of either sign, even beyond the map, agree bit for bit on rectangular maps and windows."""
     window = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     size = tuple(w * data.draw(st.integers(1, 4)) for w in window)
     roll = data.draw(st.one_of(st.integers(-40, 40), st.tuples(st.integers(-40, 40), st.integers(-40, 40))))
@@ -82,7 +82,7 @@ def test_around_a_kernel(backend, roll, plain_kernels):
 
 @every_backend
 def test_as_the_models_call_it(backend, plain_kernels):
-    """Partition by -s, an operation per window, reverse by +s: tokens return to their places. Also for sequences."""
+    """A partition with roll -s and a reverse with roll +s return tokens to their places, on maps and on sequences."""
     b, h, w, c, shift, window = 2, 8, 12, 3, 2, 4
     x = draw(b, h * w, c)
     windows = WindowProcess.apply(x.view(b, h, w, c), b, h, w, c, -shift, window, backend=backend)
@@ -101,7 +101,7 @@ def test_any_dtype(dtype):
 
 
 def test_more_than_65535_windows():
-    """More windows than a CUDA grid has blocks on its z axis, on which the extension puts them."""
+    """There are more windows than blocks on the z axis of a CUDA grid, which the extension uses for windows."""
     x = torch.arange(2 * 2 * 65536).reshape(2, 2, 65536, 1)
     windows = WindowProcess.apply(x, 2, 2, 65536, 1, -1, 1)
     assert windows.shape == (2 * 2 * 65536, 1, 1, 1)
@@ -220,7 +220,7 @@ def test_backend_that_cannot_run(process, backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_in_a_cuda_graph(backend):
-    """Forward and backward are captured once and replayed with other numbers: bfloat16, a rectangular map."""
+    """Forward and backward are captured once and replayed with other numbers (bfloat16, rectangular map)."""
     if _backends.unavailable(backend):
         pytest.skip(str(_backends.unavailable(backend)))
     b, h, w, c, shift, window = 700, 56, 84, 8, 3, 7  # 67,200 windows

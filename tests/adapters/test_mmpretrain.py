@@ -46,7 +46,7 @@ versions = pytest.mark.parametrize("version", [1, 2], ids=["v1", "v2"])
 
 
 def config(version: int = 1, **options: Any) -> dict[str, Any]:
-    """Make the config of a backbone whose map for :func:`make_image` is 9x13, then 5x7."""
+    """Make the config of a backbone whose maps for :func:`make_image` are 9x13, then 5x7."""
     arch = {"embed_dims": 16, "depths": [2, 2], "num_heads": [2, 4]}
     of_version: dict[str, Any] = {}
     if version == 2:
@@ -93,7 +93,7 @@ def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
         refuse(monkeypatch, owner)
 
 
-# The same numbers
+# Same results as the library
 
 
 @versions
@@ -103,7 +103,7 @@ def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ((18, 26), {}),  # 9x13, 5x7
         ((16, 32), {}),  # 8x16, 4x8: no shift on either axis in the second stage
-        ((16, 32), {"pad_small_map": True}),  # the same, shifted on both axes
+        ((16, 32), {"pad_small_map": True}),  # 8x16, 4x8: shifted on both axes
         ((6, 26), {"pad_small_map": True}),  # 3x13, 2x7
         ((20, 28), {"window_size": 5}),  # 10x14, 5x7
     ],
@@ -138,7 +138,7 @@ def test_what_mmpretrain_refuses_is_refused(version):
 
 @versions
 def test_frozen_stages(version):
-    """mmpretrain freezes them again whenever train is called."""
+    """mmpretrain freezes the stages again whenever train is called."""
     model = make_model(version, frozen_stages=0).double()
     fast, x = accelerated(model), make_image(dtype=torch.float64)
     results = []
@@ -223,7 +223,7 @@ def test_norms_and_merging_on_ops(version, dtype, calls):
 
 @pytest.mark.parametrize("path", ["attn", "ffn", "ffn.layers.0", "ffn.layers.0.0"])
 def test_autocast_leaves_what_others_see_its_dtype(path):
-    """mmpretrain's norms return the stream's dtype, and only a Linear is known to cast it."""
+    """mmpretrain's norms return the stream's dtype, and only a Linear is known to cast their result."""
     block, dtypes = make_model().stages[0].blocks[1], []
     x = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(1))
     for m in (block, accelerated(block, "reference")):
@@ -444,7 +444,7 @@ def test_a_config_changes_only_the_type(version):
 
 
 def test_a_classifier_by_its_config():
-    """A config as in mmpretrain's files, in its own scope and in that of another OpenMMLab library."""
+    """A config like those of mmpretrain builds the classifier in mmpretrain's scope and in another OpenMMLab scope."""
     text = f"""
 custom_imports = dict(imports=["swinkernels.integrations.mmpretrain"], allow_failed_imports=False)
 model = dict(
@@ -468,7 +468,7 @@ model = dict(
 
 
 def test_old_checkpoints_still_load():
-    """The last norm has another name in old checkpoints, which mmpretrain only handles for its own class."""
+    """Old checkpoints name the last norm differently, and mmpretrain translates the name only for its own class."""
     model = make_model(out_indices=(1,))
     state = model.state_dict()
     for name in ("weight", "bias"):
@@ -489,7 +489,7 @@ def test_what_a_backbone_does_not_know_is_refused():
 
 
 def test_a_drop_path_is_drawn_by_mmcv():
-    """The attention half of a block ends with it, no matter which code computes the attention."""
+    """The attention half of a block ends with mmcv's drop path, no matter which code computes the attention."""
     attn = accelerated(make_model(drop_path_rate=0.5)).stages[1].blocks[1].attn.train()
     assert type(attn.drop) is DropPath
     assert attn.drop.drop_prob == 0.5

@@ -1,4 +1,4 @@
-"""accelerate on MONAI's SwinUNETR, 2D and 3D: the same numbers, the same model."""
+"""accelerate on MONAI's SwinUNETR, 2D and 3D: the same results, and the model keeps its identity."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from swinkernels.ops._backends import NOT_INSTALLED
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 from tests.support.published import refuse
 
-# A stage, its two blocks and its patch merging, four times.
+# Four stages, each with two blocks and a patch merging.
 REPLACED = {"BasicLayer": 4, "SwinTransformerBlock": 8, "PatchMerging": 4}
 
 
@@ -52,7 +52,7 @@ def randomise(module: nn.Module) -> None:
 
 
 def make_encoder(axes: int = 3, window: int = 4, **options: Any) -> SwinTransformer:
-    """SwinUNETR's encoder with one channel more than its smallest."""
+    """Make SwinUNETR's encoder with 12 channels."""
     torch.manual_seed(0)
     options = {"depths": (2, 2, 2, 2), "num_heads": (3, 6, 12, 24), **options}
     model = SwinTransformer(
@@ -63,7 +63,7 @@ def make_encoder(axes: int = 3, window: int = 4, **options: Any) -> SwinTransfor
 
 
 def make_volume(axes: int = 3, batch: int = 2) -> Tensor:
-    """A volume whose maps have 9x7x6 tokens (padded), 5x4x3 (padded, or clamped), 3x2x2 and 2x1x1 (clamped)."""
+    """Draw a volume whose maps have 9x7x6 tokens (padded), 5x4x3 (padded, or clamped), 3x2x2 and 2x1x1 (clamped)."""
     return torch.randn(batch, 1, *(18, 14, 12)[:axes], generator=torch.Generator().manual_seed(1))
 
 
@@ -77,7 +77,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 
 def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
     exact = run(copy.deepcopy(model).double(), x.double())
-    # The norms of its convolutions magnify rounding errors on small maps.
+    # The norms of the model's convolutions magnify rounding errors on small maps.
     assert_as_good(run(accelerated(model, backend), x), run(model, x), exact, shaken(model, x, x.dtype))
 
 
@@ -95,7 +95,7 @@ def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, WindowAttention)
 
 
-# The same numbers
+# Same results as the library
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -199,7 +199,7 @@ def test_a_mask_of_ones_own_is_honoured():
         assert_as_good(run(fast, x, mask), exact, exact)
     changed = standard.clone()
     assert torch.equal(fast(x, standard), fast(x, changed))
-    changed[0, 0, 1] = -50.0  # a mask that has been inspected
+    changed[0, 0, 1] = -50.0  # changes a mask that has been inspected
     assert not torch.equal(fast(x, changed), fast(x, standard))
     torch.testing.assert_close(fast(x, changed), block(x, changed), rtol=1e-10, atol=1e-12)
 
@@ -219,7 +219,7 @@ def test_the_standard_mask_is_recognised_and_looked_at_once(monkeypatch):
 
 
 def test_a_stage_with_a_block_of_its_own_gets_its_mask():
-    """One of its blocks runs MONAI's code, which reads the mask."""
+    """One block of the stage runs MONAI's code, which reads the mask."""
     model = make_encoder(2).double()
     fast = accelerated(model)
     seen: list[Any] = []
@@ -291,7 +291,7 @@ def test_norms_and_merging_on_ops(axes, downsample, calls):
 
 
 def test_norms_and_merging_of_volumes_on_kernels(calls, as_on_a_gpu):
-    """The code that runs on a GPU, with kernels in plain PyTorch."""
+    """The code for a GPU runs with kernels in plain PyTorch."""
     model = make_encoder(3)
     check_parity(model, make_volume(3))
     assert (calls.count("residual_layer_norm"), calls.count("patch_merging")) == (8, 4)
@@ -305,7 +305,7 @@ def test_norms_and_merging_of_volumes_on_kernels(calls, as_on_a_gpu):
 
 
 class LegacyPatchMerging(PatchMerging):
-    """The order of MONAI up to 1.4: two neighbours twice, two never."""
+    """Merges in the order of MONAI up to 1.4: two neighbours twice, two never."""
 
     def forward(self, x):
         if x.dim() == 4:

@@ -56,7 +56,7 @@ class Same(nn.Module):
 @every_place
 @pytest.mark.parametrize("before_accelerate", [True, False])
 def test_parametrizations(place, before_accelerate):
-    """Parametrise every parameter at once, and the parameters of one module after the other."""
+    """All parameters of the model, or those of a single module, are parametrised."""
     plain = place.model()
     expected = place.run(plain)
     owners = [path for path, module in plain.named_modules() if module._parameters]

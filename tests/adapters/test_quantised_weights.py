@@ -111,6 +111,6 @@ def test_torchao(place, kind, quantised_first):
             pytest.skip("torchao cannot run this library's own code")
         got = fast(x.float(), *others)
     got, expected = (out[0] if isinstance(out, tuple) else out for out in (got, expected))
-    # A token is quantised together with its neighbours in the window or in the map: in the second kind scales differ.
+    # Activations are quantised together with their neighbours: in the window (library) or in the map (accelerated).
     close = 1e-4 if kind == "Int8WeightOnlyConfig" else 0.05
     assert (got - expected).abs().max() <= close * expected.abs().max()

@@ -29,7 +29,7 @@ from swinkernels.adapters.libraries.timm import maxvit
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 from tests.support.side_by_side import randomised
 
-# Number of attention modules of each class in one of its blocks.
+# Class of block -> its number of attention modules.
 CLASSES = {PartitionAttentionCl: 1, PartitionAttention2d: 1, ParallelPartitionAttention: 2}
 classes = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 DIM, WINDOW = 16, (3, 5)
@@ -74,7 +74,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
-# The same numbers
+# Same results as the library
 
 
 @classes
@@ -105,7 +105,7 @@ def test_map_sizes(cls, size):
 @classes
 @pytest.mark.parametrize("fused", [True, False], ids=["sdpa", "explicit"])
 def test_both_of_timms_attention_paths(cls, fused):
-    """scaled_dot_product_attention has its own scale."""
+    """timm's fused path leaves the scale to scaled_dot_product_attention."""
     block, x = make_block(cls), make_map(cls)
     for name, _ in maxvit._attentions(block):
         attn = block.get_submodule(name)
@@ -180,7 +180,7 @@ def test_bfloat16(cls, autocast):
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """Two MaxViT blocks at 64x64: maps of 16x16 and 8x8, channels last and then first."""
+    """Make two MaxViT blocks for 64x64 pixels: a 16x16 map with channels last, then an 8x8 map with channels first."""
     torch.manual_seed(0)
     cfg = MaxxVitCfg(
         embed_dim=(16, 16),

@@ -1,6 +1,6 @@
-"""accelerate on timm's norms, residual connections and patch merging, v1 and v2: the same numbers, or timm's own code.
+"""accelerate on timm's norms, residual connections and patch merging, v1 and v2: the same results, or timm's own code.
 
-Kernels for these parts exist on GPUs only: here they run in the reference, or on kernels in plain PyTorch.
+These parts have kernels on GPUs only: here they run in the reference, or on kernels in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 @pytest.fixture
 def a_gpu(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Imitate a GPU, where autocast norms are in float32, too."""
+    """Imitate a GPU, on which autocast also computes norms in float32."""
     forward = nn.LayerNorm.forward
 
     def forward_as_on_a_gpu(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def accelerated(model: Any, backend: str = "reference") -> Any:
 
 
 def with_own_attention(model: Any) -> Any:
-    """Keep the attention of a model's blocks timm's own by a hook, on every backend."""
+    """Hook the blocks of a model so that timm's own attention runs on every backend."""
     for module in model.modules():
         if isinstance(module, nn.Softmax):
             module.register_forward_hook(lambda *_: None)
@@ -111,7 +111,7 @@ def child(model: Any, path: str) -> nn.Module:
     return model.get_submodule(path)
 
 
-# The same numbers
+# Same results as the library
 
 
 @versions
@@ -152,7 +152,7 @@ def test_drop_path_draws_the_same(version, scale_by_keep, calls):
         results[-1]["next random number"] = torch.rand(1).double()
     assert_as_good(results[1], results[0], results[0])
     assert calls.by_op() == CALLS[version]
-    assert sum(call.get("drop_path_scale") is not None for call in calls) == (3 if version == 1 else 6)  # one has none
+    assert sum(call.get("drop_path_scale") is not None for call in calls) == (3 if version == 1 else 6)  # one rate is 0
     assert not torch.equal(results[0]["out"], model.eval()(x)), "drop path was not active"
 
 
@@ -208,7 +208,7 @@ def test_gradient_checkpointing(version, calls):
 @versions
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 def test_autocast_bfloat16(version, where, calls, request):
-    """Values, and every dtype visible from outside, are those of timm."""
+    """Values, and every dtype visible from outside, equal timm's."""
     model = make_model(version)
     if where == "gpu":
         request.getfixturevalue("a_gpu")
@@ -239,7 +239,7 @@ def test_autocast_bfloat16(version, where, calls, request):
 
 
 def test_autocast_leaves_an_mlp_that_it_does_not_know_its_dtype(calls):
-    """timm's norm2 returns float32 for a float32 stream, and only a Linear is known to cast it."""
+    """timm's norm2 returns float32 for a float32 stream, and only a Linear is known to cast that result."""
     stage = accelerated(make_model(depths=(4,), num_heads=(2,))).layers[0]
     dtypes = []
     for block, path in ((0, "mlp"), (1, "mlp"), (2, "mlp.fc1")):
@@ -275,7 +275,7 @@ def test_a_branch_narrower_than_the_stream(version, calls):
 
 @pytest.mark.parametrize(("version", "dtype"), [(1, torch.float16), (2, torch.bfloat16)], ids=["v1", "v2"])
 def test_a_stream_narrower_than_the_sum_under_autocast(version, dtype, calls, a_gpu):
-    """Patch embedding without its norm gives such a stream: timm's sum with float32, or another half, is float32."""
+    """Patch embedding without a norm gives a half-precision stream; added to another dtype, it is float32 in timm."""
     plain = make_model(version).layers[0].blocks[0]
     fast = accelerated(plain)
     x = torch.randn(2, *plain.input_resolution, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -344,7 +344,7 @@ def test_fx_tracing_traces_timms_code(version):
         assert any("norm" in str(node.target) for node in graph.nodes)
 
 
-# Which backend
+# Choice of the backend
 
 
 @versions
@@ -490,7 +490,7 @@ def replaced_forward(module: nn.Module) -> nn.Module:
     return module
 
 
-# Version, path within the stage that has it, replacement, words of the report, and the number of op calls lost.
+# Version, path of the module in its stage, replacement, words of the report, and the number of op calls lost.
 REPLACEMENTS: dict[str, tuple[int, str, Any, str, int]] = {
     "subclass of a norm": (
         1,
@@ -608,7 +608,7 @@ def test_verify_passes(version, dtype, calls):
 
 
 def test_verify_passes_where_timm_itself_overflows():
-    """In float16, v2's cosine attention makes NaN of the windows that it pads with zeros."""
+    """timm's cosine attention (v2) in float16 returns NaN for windows that it pads with zeros."""
     model = make_model(2, qkv_bias=False).half()
     block = model.layers[0].blocks[0]
     assert block(torch.ones(1, *block.input_resolution, 16).half()).isnan().any()

@@ -1,4 +1,4 @@
-"""timm's registry with accelerated entrypoints."""
+"""timm's registry gets accelerated entrypoints."""
 
 from __future__ import annotations
 

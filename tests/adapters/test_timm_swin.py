@@ -1,4 +1,4 @@
-"""accelerate and restore on timm's Swin: the same numbers and the same model, on the backend "auto" chooses here."""
+"""accelerate and restore on timm's Swin: the same results and the same model, on the backend "auto" chooses here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.timm_swin import CONFIGURATIONS, assert_as_good, check_parity
 
 
 def fast_path_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make timm's own attention fail, so that a test shows that the op ran."""
+    """Make timm's own attention fail, which proves that the op ran."""
     refuse(monkeypatch, SwinTransformerBlock, "_attn")
 
 
@@ -37,7 +37,7 @@ def timm_path_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "window_attention_qkvpacked", refuse)
 
 
-# The same numbers
+# Same results as the library
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -49,7 +49,7 @@ def test_outputs_and_every_gradient(options, dtype):
 
 @pytest.mark.parametrize("size", [(36, 52), (20, 28), (44, 24), (8, 8)], ids=str)
 def test_dynamic_image_size(size):
-    """The window stays that of the first size, even on smaller maps; the mask follows the map."""
+    """The window keeps its size, even on smaller maps; the mask follows the map."""
     model = make_model(dynamic_img_size=True).double()
     check_parity(model, make_image(model, size=size))
 
@@ -105,7 +105,7 @@ def test_one_frozen_parameter_leaves_the_other_gradients_as_they_were(frozen):
 
 
 def test_empty_batch():
-    """timm's block does not support it; its accelerated attention half does."""
+    """timm's block does not support an empty batch; its accelerated attention half does."""
     block = make_model().layers[0].blocks[1]
     swinkernels.accelerate(block)
     x = torch.zeros(0, *block.input_resolution, 16, requires_grad=True)
@@ -432,7 +432,7 @@ def test_a_hook_inside_the_attention_fires(where, kind):
 
 
 class LowRank(nn.Linear):
-    """A layer of the kind with which adapters replace an nn.Linear."""
+    """A layer such as LoRA adapters put in place of an nn.Linear."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, dtype=linear.weight.dtype)

@@ -25,7 +25,7 @@ GEOMETRIES = {name: options for name, options in CONFIGURATIONS.items() if "head
 
 @pytest.fixture
 def op_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make timm's own attention fail, so that a test shows that the op ran."""
+    """Make timm's own attention fail, which proves that the op ran."""
     refuse_method(monkeypatch, SwinTransformerV2Block, "_attn")
 
 
@@ -44,7 +44,7 @@ def accelerated(model: nn.Module, **kwargs) -> nn.Module:
     return fast
 
 
-# The same numbers
+# Same results as the library
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -232,7 +232,7 @@ HOOKED = ("attn", "attn.qkv", "attn.cpb_mlp", "attn.cpb_mlp.2", "attn.softmax", 
 
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks_inside_the_attention_fire_as_in_timm(kind):
-    """timm calls attn.qkv only without biases."""
+    """timm calls attn.qkv only if the layer has no biases."""
     for qkv_bias in (True, False):
         model = make_model(2, depths=(2,), num_heads=(2,), qkv_bias=qkv_bias).double()
         x = make_image(model).requires_grad_()

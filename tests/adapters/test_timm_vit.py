@@ -79,7 +79,7 @@ def test_outputs_and_every_gradient(options, dtype, monkeypatch):
 
 @pytest.mark.parametrize("fused", [True, False], ids=["sdpa", "explicit"])
 def test_both_of_timms_attention_paths(fused):
-    """scaled_dot_product_attention has its own scale."""
+    """timm's fused path leaves the scale to scaled_dot_product_attention."""
     model, x = make_model(), make_image()
     for block in model.blocks:
         block.attn.fused_attn, block.attn.scale = fused, 0.37

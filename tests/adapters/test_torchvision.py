@@ -1,4 +1,4 @@
-"""accelerate on torchvision's Swin, v1 and v2: the same numbers, the same model."""
+"""accelerate on torchvision's Swin, v1 and v2: the same results, and the model keeps its identity."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REPLACED = {
 }
 ATTENTION = {1: ShiftedWindowAttention, 2: ShiftedWindowAttentionV2}
 
-# Window, and the image size at two pixels per token.
+# Window size; image size, at two pixels per token.
 GEOMETRIES = {
     "padded-9x13-5x7": ([4, 4], (18, 26)),
     "divisible-8x16-4x8": ([4, 4], (16, 32)),
@@ -118,7 +118,7 @@ def own_code_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "window_attention_qkvpacked", None)
 
 
-# The same numbers
+# Same results as the library
 
 
 @versions
@@ -136,7 +136,7 @@ def test_outputs_and_every_gradient(version, name, dtype, monkeypatch):
 @versions
 @pytest.mark.parametrize("options", [{"qkv_bias": False}, {"proj_bias": False}, {"shift_size": [2, 0]}], ids=str)
 def test_attention_alone(version, options):
-    """Options that no model uses: layers without a bias, a shift on one axis, any map."""
+    """Options that no model uses work: layers without a bias, a shift on one axis, any map."""
     torch.manual_seed(0)
     attn = ATTENTION[version](16, **{"window_size": [4, 3], "shift_size": [2, 1], "num_heads": 2, **options})
     attn = attn.double().eval()
@@ -166,7 +166,7 @@ def test_channels_last_input(version):
 
 @versions
 def test_empty_batch(version):
-    """torchvision's attention does not support it; accelerated, it does."""
+    """torchvision's attention does not support an empty batch; the accelerated one does."""
     attn = accelerated(make_block(version).attn)
     x = make_map(batch=0).requires_grad_()
     attn(x).sum().backward()
@@ -308,7 +308,7 @@ def test_norms_and_merging_on_ops(version, dtype, calls):
 
 
 def test_autocast_leaves_what_others_see_its_dtype(calls):
-    """torchvision's norms return the stream's dtype, and only a Linear is known to cast it."""
+    """torchvision's norms return the stream's dtype, and only a Linear is known to cast their result."""
     for path in ("attn", "mlp", "mlp.0"):
         block, dtypes = make_block().float(), []
         for m in (block, accelerated(block, "reference")):
@@ -575,3 +575,10 @@ def test_report(version):
     block = next(e for e in report.replaced if "Block" in e.module_class)
     assert block.backend == "torch"
     assert any(r.startswith("Residual and norm: torch. Not cpu") for r in block.remarks)
+
+
+def test_a_norm_whose_shape_was_changed_raises_as_torchvision_does():
+    model = accelerated(make_model())
+    model.features[1][1].norm2.normalized_shape = (7,)
+    with pytest.raises(RuntimeError, match="weight to be of same shape as normalized_shape"):
+        model(make_image())

@@ -62,7 +62,7 @@ SIZES = [(36, 28), (18, 26)]
 
 
 class Clap(nn.Module):
-    """Layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
+    """Has the layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def make_image(size: tuple[int, int] = SIZES[0], dtype: torch.dtype = torch.floa
 
 
 def size_for(family: str, size: tuple[int, int]) -> tuple[int, int]:
-    # Swin2SR takes images of whole windows, and pads others itself.
+    # Swin2SR takes images of whole windows, and pads other images itself.
     return {SIZES[0]: (20, 12), SIZES[1]: (8, 16)}[size] if family == "swin2sr" else size
 
 
@@ -161,7 +161,7 @@ def kernels(as_on_a_gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-# The same numbers
+# Same results as the library
 
 
 @families
@@ -201,11 +201,11 @@ def test_without_bias_of_the_projections(family):
 
 
 @families
-@pytest.mark.parametrize("backend", ["auto", "reference"])  # "reference" has norms and residual connections on ops
+@pytest.mark.parametrize("backend", ["auto", "reference"])  # "reference" also has norms and residual connections on ops
 def test_training_draws_the_same_random_numbers(family, backend):
-    """Drop path draws the same numbers; dropout of tokens does not.
+    """Drop path draws the library's random numbers; dropout of tokens does not.
 
-    Swin drops tokens of windows after its attention, the accelerated layer those of the map, in another order.
+    After attention, Swin draws for tokens in window order, and the accelerated layer in map order.
     """
     options = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.0 if family == "swin" else 0.2}
     model = make_model(family, torch.float64, **options).train()
@@ -221,7 +221,7 @@ def test_training_draws_the_same_random_numbers(family, backend):
 
 @families
 def test_attention_dropout_has_the_right_mean(family):
-    """Draws differ from transformers', but attention is linear in the dropped weights: the mean is eval's result."""
+    """Draws differ from transformers', but attention is linear in the dropped weights, so the means agree."""
     model = accelerated(make_model(family, torch.float64, attention_probs_dropout_prob=0.3))
     layer = [m for m in model.modules() if isinstance(m, _layers._Layer)][1]
     x = torch.randn(1, 30, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -244,7 +244,7 @@ def test_verify(family):
 
 @clap
 def test_norms_and_merging_on_kernels(family, kernels):
-    """The code that runs on a GPU, with kernels in plain PyTorch, also under autocast."""
+    """The code for a GPU runs with kernels in plain PyTorch, also under autocast."""
     model, x = make_model(family), make_image(size_for(family, SIZES[1]))
     exact = run(copy.deepcopy(model).double(), x.double())
     fast = accelerated(model)

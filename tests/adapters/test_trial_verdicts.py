@@ -1,4 +1,4 @@
-"""The scope of a trial's verdict on a copied block, and blocks that run their own code after a change."""
+"""A trial's verdict holds for the right blocks, and blocks run their own code after a change."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def test_a_compiled_block_notices_attributes():
 
 
 def test_the_checks_of_a_call_are_cheap():
-    """Six modules are compared: the block, its attention, and its qkv, proj, softmax and dropout; at most 2 us each."""
+    """A call checks six modules (block, attention, qkv, proj, softmax, dropout) in at most 2 us each."""
     block = make(shift_size=2)
     swinkernels.accelerate(block)
     block(image())

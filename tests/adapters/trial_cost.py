@@ -1,10 +1,10 @@
-"""CPU time and memory of ``accelerate`` for models whose blocks are copies or forms, which it has to try.
+"""Measure the CPU time and memory of ``accelerate`` for models whose blocks are copies or forms, which need trials.
 
     python -m tests.adapters.trial_cost [MODEL...] [--against CHECKOUT]
 
 Each model is accelerated in its own process. Its figures are the CPU time of all threads in ``accelerate`` and the
-growth of the peak resident memory. ``--against`` names another checkout, with its extension built, and measures its
-``accelerate`` on the same models, in turns.
+growth of the peak resident memory. ``--against`` names another checkout, with its extension built; its ``accelerate``
+and this one are measured alternately, model by model.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _swin3d() -> nn.Module:
 
 
 def _sam_b() -> nn.Module:
-    """Layers of SAM-B with windows of 14 x 14, and global ones of 64 x 64."""
+    """Make layers of SAM-B: some with windows of 14 x 14, others with global attention over 64 x 64 tokens."""
     from transformers import SamVisionConfig
     from transformers.models.sam.modeling_sam import SamVisionLayer
 

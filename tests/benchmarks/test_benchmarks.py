@@ -38,7 +38,7 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 def _triangle_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: None = None, scale: float | None = None
 ) -> Tensor:
-    """cuEquivariance's function as documented, for (B, N, H, Q, D) and a bias of (B, 1, H, Q, K)."""
+    """Compute what cuEquivariance documents, for q, k, v of (B, N, H, Q, D) and a bias of (B, 1, H, Q, K)."""
     batch, _, heads, n, d = q.shape
     assert bias.shape == (batch, 1, heads, n, n)
     scores = (d**-0.5 if scale is None else scale) * (q @ k.mT) + bias
@@ -240,7 +240,7 @@ def test_goals_of_the_memory_bound_ops() -> None:
 
     nothing = verdicts([])
     assert set(nothing.values()) == {"not measured"}
-    # Goals at three shapes: of a copy; six ops against two peers in two directions; the whole merging.
+    # Goals at each of three shapes: 8 of a copy, one per peer and direction for six ops, 1 of the whole merging.
     assert len(nothing) == 3 * (8 + 6 * 2 * 2 + 1)
     rows = [
         memory_row("patch_merging_norm", "cuda", 55.0, 90.9),
@@ -292,7 +292,7 @@ def test_a_wrong_memory_bound_result_is_called_wrong(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("op", memory_bound.BENCHES)
 def test_moved_bytes_are_those_of_the_tensors(op: str) -> None:
-    """Forward: the input maps and the results. Backward: the tensors in its formula, written out here."""
+    """The forward pass moves the input maps and the results, backward the tensors that its formula names."""
     case, pair = SMALL["padded"], memory_bound.PAIRS["float32-bfloat16"]
     inputs = memory_bound.draw(op, case, pair, CPU)
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_memory_bound_rows_on_the_cpu() -> None:
 
 
 def test_a_dropped_branch_has_a_gradient_of_its_own() -> None:
-    """In one dtype the gradients of stream and branch are one tensor, except for a scaled branch."""
+    """Stream and branch of one dtype share one gradient tensor, unless drop path scales the branch."""
     case, pair = SMALL["2D"], memory_bound.PAIRS["bfloat16"]
     one_map = 2 * 6 * 9 * 16 * 2
     assert memory_bound.BENCHES["residual_layer_norm"].moved(case, pair) == (4 * one_map, 4 * one_map)
@@ -338,7 +338,7 @@ def test_a_dropped_branch_has_a_gradient_of_its_own() -> None:
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("op", [op for op, bench in memory_bound.BENCHES.items() if bench.bare_backward])
 def test_backward_alone_is_the_gradient(op: str, backend: str, plain_kernels) -> None:
-    """The call timed as "bwd" on a GPU is the one backward op, repeated without autograd."""
+    """The call timed as "bwd" on a GPU is the backward op alone, repeated without autograd."""
     if backend not in _backends.IMPLEMENTED[memory_bound.BENCHES[op].implemented]:
         pytest.skip(f"{backend} does not implement {op}")
     case, pair = SMALL["padded"], memory_bound.PAIRS["float32-bfloat16"]

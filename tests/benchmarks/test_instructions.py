@@ -132,7 +132,7 @@ def test_sixty_four_bits_by_carries() -> None:
 
 
 def test_matrix_products_and_their_copies() -> None:
-    """ldmatrix, mma with float sums, packing and stmatrix, against numpy; rows of 16 bytes in shared memory."""
+    """cp.async, ldmatrix with and without transposing, and mma with float sums multiply matrices as numpy does."""
     memory = sass.Memory()
     values = np.random.default_rng(0).integers(-4, 5, (2, 16, 8)).astype(np.float32)
     halves = values.astype(np.float16)
@@ -163,7 +163,7 @@ def test_matrix_products_and_their_copies() -> None:
         parameters=addresses,
         memory=memory,
     )
-    # Rows of B are the depth, so the transposed copy returns its columns.
+    # B is stored with one row per depth index, so the transposing ldmatrix yields its columns.
     assert np.array_equal(out, values[0] @ values[1][:8])
 
 
@@ -241,7 +241,7 @@ def _from_bits(x: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_90"])
 def test_what_is_executed_is_attention(arch: str) -> None:
-    """The counted code, run on numbers, gives the reference's output and gradients, so the counted path is real."""
+    """The counted code, run on numbers, gives the reference's output and gradients, so it is the code to count."""
     forward = instructions.Case("fwd", (7, 7), lse=True)
     backward = instructions.Case("bwd", (7, 7))
     torch.manual_seed(0)

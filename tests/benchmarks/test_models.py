@@ -1,4 +1,4 @@
-"""Benchmarks of whole models and of scaling: comparisons, verdicts, and formulas against counted work."""
+"""Benchmarks of whole models and of scaling compare and judge correctly, and their formulas agree with counted work."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_wrong_model_is_called_wrong(small_model: str, monkeypatch: pytest.Mon
     def spoil(model: nn.Module) -> Any:
         report = right(model)
         extra = torch.tensor([0.0, 0.0, 0.0, 0.01])[:, None] if wrong == "one image" else 0.01
-        gone = torch.Tensor.detach if wrong == "gradient" else torch.zeros_like  # only the derivative remains
+        gone = torch.Tensor.detach if wrong == "gradient" else torch.zeros_like  # only its derivative remains
         model.register_forward_hook(lambda _module, _args, out: out + extra * (out - gone(out)))
         return report
 

@@ -56,7 +56,7 @@ def test_a_run_writes_rows_tables_and_pictures(small_shape: str, tmp_path: Path,
         assert row["seed"] == str(record.SEED)
         assert all(row[key] for key in ("device", "torch", "commit", "date", "ceiling_gb_per_s"))
     out = capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "a").glob("*.png")] == ["roofline.png"]  # a speed-up needs one of ours
+    assert [path.name for path in (tmp_path / "a").glob("*.png")] == ["roofline.png"]  # no kernel of ours ran
     assert "4 rows in" in out
     assert "report.md" in out
     assert "| window_attention | b1-6x9-h2x8-w3-s1-table" in (tmp_path / "a" / "report.md").read_text()
@@ -100,7 +100,7 @@ def test_without_a_kernel_of_ours_nothing_starts(small_shape: str, tmp_path: Pat
         message = capsys.readouterr().err
         assert "no kernel of swinkernels can run on cpu (cpu: it is not built)" in message
         assert "--baseline reference eager sdpa" in message
-    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # only others were requested
+    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # only other contestants were requested
 
 
 def test_a_quick_run_on_a_cpu_compiles_nothing_and_draws(small_shape: str, tmp_path: Path, monkeypatch) -> None:
@@ -143,7 +143,7 @@ def test_a_wrong_peer_is_shown_as_wrong(small_shape: str, tmp_path: Path, monkey
         return lambda qkv, bias_table: peer(qkv, bias_table * 1.01)
 
     monkeypatch.setattr(command.attention, "make_peer", off)
-    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # not one of ours
+    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # a wrong result of ours would fail the run
     assert "wrong results: eager at small" in capsys.readouterr().out
     wrong = [row for row in record.read_csv(tmp_path / "ops.csv") if row["result"] == record.RESULT_WRONG]
     assert {row["backend"] for row in wrong} == {"eager"}
@@ -287,7 +287,7 @@ def test_tables_of_a_run() -> None:
     speedups = report.speedups(rows)
     assert "| cpu, 0.1 / 0.1 ms | 8.00 / 8.00 | 4.00 / 4.00 | WRONG / WRONG |" in " ".join(speedups.split())
     steps = " ".join(report.steps(rows, "models").split())
-    assert "| 4 | 3 | 2 | 1.50 |" in steps  # against the faster one of the library's own
+    assert "| 4 | 3 | 2 | 1.50 |" in steps  # relative to the faster of the library's own times
     slopes = report.slopes(rows)
     assert "batch: images" in slopes
     assert "1.00" in slopes
@@ -317,7 +317,7 @@ def test_headline_compares_with_the_fastest_other_contestant() -> None:
 
 
 def test_the_readme_shows_one_run() -> None:
-    """That on a GPU, if there is one."""
+    """The README shows the run on a GPU, if there is one."""
     rows = with_environment([row("cpu", 100.0), row("reference", 250.0)])
     on_gpu = [
         {**r, "driver": "1.0", "device": "Some GPU", "backend": r["backend"].replace("cpu", "cuda")} for r in rows
@@ -443,4 +443,4 @@ def test_the_newest_run_counts_and_a_rehearsal_does_not(tmp_path: Path) -> None:
     text = gpu_page.page_text(runs)
     assert "**wrong**" not in text
     assert "commit ba9876543210" in text
-    assert "commit 0123456789ab" in text  # for the backward pass
+    assert "commit 0123456789ab" in text  # the older run still counts for the backward pass

@@ -30,10 +30,10 @@ from tests.support.attention_cases import MIN_ELEMENTS, draw_case, elements
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (*range(1, 41), 8, 16, 24, 32, 32, 48, 64, 96, 127, 128)
 PACKED, PACKED_HEADS, SEPARATE = FORMS = ("(B, *S, 3C)", "(B, *S, 3, heads, head_dim)", "q, k, v")
-# Longest window per axis, tokens of a map beyond two windows, most scores or elements.
+# Longest window per axis, most tokens per axis beyond two windows, most scores or elements.
 KINDS = {"short": (6, 3, 20_000), "one token": (1, 6, 20_000), "long": (20, 3, 60_000)}
 LONG = 64  # long windows have more tokens than this: several blocks of queries
-MIN_ROWS = 32  # fewer rows of a head do not average the rounding of single scores, which shows in float32
+MIN_ROWS = 32  # fewer rows of a head do not average the rounding of single scores, which matters in float32
 TABLES = ("bias_table", "bias", "logit_scale", "pad_qkv", "region_map")
 
 
@@ -87,7 +87,7 @@ class Call:
     form: str
     layouts: tuple[Layout, ...]  # layouts of qkv, or of q, k and v
     of_gradient: Layout  # layout of the output's gradient
-    of_tables: dict[str, Layout]  # layouts of tables that are moved in memory
+    of_tables: dict[str, Layout]  # layouts of the tables that are not contiguous
     are_wide: bool  # bias tables and logit_scale are float64
     constant: tuple[str, ...]  # tables without a gradient
     seed: int  # seed of the inputs
@@ -112,7 +112,7 @@ class Call:
         return out
 
     def check(self) -> dict[str, Judged]:
-        """Judge the results; AssertionError if one is outside the budget."""
+        """Judge the results; raise AssertionError if one is outside the budget."""
         _, judged = judge_window_attention(
             self, self.case, self.dtype, seed=self.seed, constant=self.constant, sums_in_float32=True
         )
@@ -191,7 +191,7 @@ class Worst:
 
 
 def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[list[str], dict[tuple[str, str], Worst]]:
-    """Return a line for each failed call, which repeats it, and the worst errors by dtype and result."""
+    """Return a command for each failed call that repeats the call, and the worst errors by dtype and result."""
     failures, worst = [], {}
     for number in numbers:
         call = draw_call(seed, number)
@@ -214,7 +214,7 @@ def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[l
 def write_record(
     path: Path, seed: int, first: int, calls: int, failed: int, worst: dict[tuple[str, str], Worst]
 ) -> None:
-    """Write the worst errors of these calls, merged with those of earlier calls in the file."""
+    """Write the worst errors of these calls, merged with the file's errors of earlier calls."""
     from benchmarks import record  # slow to import under a sanitizer, and not needed there
 
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Worst)}

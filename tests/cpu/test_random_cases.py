@@ -1,4 +1,4 @@
-"""Some of the random calls; and that a call can be repeated, is drawn from the whole space and is judged."""
+"""Some of the random calls pass. Calls can be repeated, cover the whole space, and are judged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_some_calls():
 
 @needs_kernels
 def test_calls_that_once_failed():
-    # v2 with one channel, whose gradient is zero; pads that a mask of -100 leaves a probability of 1e-24.
+    # v2 with one channel, whose gradient is zero; pads whose probability under a mask of -100 is 1e-24.
     failures, _ = check(0, [44166, 46107])
     assert not failures, "\n".join(failures)
 

@@ -28,7 +28,7 @@ def packed(*args, **arguments):
 
 
 def separate(qkv, bias_table=None, *, num_heads, **arguments):
-    """The separate form with the packed form's interface: q, k and v are strided views of qkv."""
+    """Call the separate form through the packed form's interface: q, k and v are strided views of qkv."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
     return swinkernels.window_attention(q, k, v, bias_table, num_heads=num_heads, **arguments, backend="cpu")
 
@@ -101,7 +101,7 @@ DENSE = [
     Case(1, (14, 21), 3, 32, 7, 3, has_table=False, bias_types=0),
     Case(1, (9, 13), 2, 16, (4, 5), (2, 1), has_table=False, has_pad_qkv=True, has_logit_scale=True, bias_types=0),
     Case(1, (16, 16), 3, 32, 8, 4, has_table=False, has_logit_scale=True, bias_types=0),
-    Case(1, (18, 36), 6, 8, 18, 9, has_table=False, bias_types=0),  # too many heads to cache all
+    Case(1, (18, 36), 6, 8, 18, 9, has_table=False, bias_types=0),  # too many heads to cache all of them
     Case(2, (5, 6, 7), 2, 8, (2, 3, 4), (1, 1, 2), has_table=False, has_pad_qkv=True, bias_types=0),
     Case(2, (5, 6, 7), 2, 8, (2, 3, 4), (1, 1, 2), has_table=False, has_pad_qkv=True, bias_types=3),
     Case(3, (8, 16), 2, 16, 4, 2, has_table=False, bias_types=8),
@@ -306,7 +306,7 @@ def test_nan_stays_in_its_window(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding(dtype):
-    """With one token per window the output is v, for every float of the format, infinities and subnormals too."""
+    """With one token per window the output is v, for every float of the format, including infinities and subnormals."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = bits.view(dtype)
     values = values[~values.isnan()]

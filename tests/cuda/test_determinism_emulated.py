@@ -1,4 +1,4 @@
-"""Bits of the CUDA kernels that depend on the GPU or on the batch, as docs/numerics.md says, run by the emulator."""
+"""The CUDA kernels' bits depend on GPU and batch only as docs/numerics.md says; the emulator runs the kernels."""
 
 from __future__ import annotations
 

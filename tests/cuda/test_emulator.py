@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emul
 
 @pytest.fixture(params=[0, 1, 2])
 def library(request: pytest.FixtureRequest) -> emulation.Library:
-    """The emulator's library under several schedules."""
+    """Return the emulator's library under several schedules."""
     built = emulation.self_test_library()
     built.configure(seed=request.param)
     return built
@@ -75,7 +75,7 @@ def test_transposing_ldmatrix(library):
 
 @pytest.mark.parametrize(("how", "row_limit"), [(0, 32), (1, 32), (2, 32), (3, 32), (3, 27), (3, 17)])
 def test_packed_fragments_reach_their_rows(library, how, row_limit):
-    """With and without stmatrix, rows are written, and those past the limit keep their values."""
+    """With and without stmatrix, the rows below the limit are written, and the others keep their values."""
     x = library.copy(
         torch.randint(1, 2**31 - 1, (16, 20), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     )
@@ -105,7 +105,7 @@ def _run_async(library, rows, wait, barrier):
     x = library.copy(torch.randn(rows, 256, generator=torch.Generator().manual_seed(0)))
     y = library.empty((rows, 256), torch.float32)
     library.check(library.functions.self_async(*_pointers(x, y), rows, wait, barrier))
-    x[:, -4:] = 0  # zero-filled, not read
+    x[:, -4:] = 0  # the kernel fills these with zeros instead of reading x
     return x, y
 
 

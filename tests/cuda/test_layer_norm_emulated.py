@@ -51,13 +51,13 @@ MERGING = [
     merging(1, 3, 4, 128),
     merging(1, 1, 5, 384),
 ]
-# Every order in 2D, frame by frame in 3D, and in full 3D.
+# Every order of neighbours, in 2D, frame by frame in 3D, and in full 3D.
 ORDERS = [
     merging(*shape, factor=factor, order=order)
     for order in MERGING_ORDERS
     for shape, factor in (((1, 5, 6, 24), (1, 2, 2)), ((1, 3, 4, 5, 8), (1, 2, 2)), ((2, 3, 4, 5, 12), (2, 2, 2)))
 ]
-# Neighbours with several pieces, whose dx is a sum, and with none, whose dx is zero.
+# Neighbours that occur several times, whose dx is a sum, and neighbours that never occur, whose dx is zero.
 REPEATED = [
     merging(1, 3, 4, 3, 3, factor=(2, 2, 2), order="monai_legacy"),
     merging(2, 3, 5, 16, order=(3, 3, 3, 3)),
@@ -207,7 +207,7 @@ def test_longest_rows(library, case):
     ids=str,
 )
 def test_same_bits_whatever_the_schedule(library, case):
-    """The threads' order must not matter: a missing barrier, or sums in the order of arrival, would show."""
+    """The order of threads must not matter: a missing barrier, or sums in order of arrival, would change the bits."""
     inputs = case.inputs()
     first = call(library, case, inputs)
     for seed in (1, 2):
@@ -220,7 +220,7 @@ def test_same_bits_whatever_the_schedule(library, case):
 @pytest.mark.parametrize("multiprocessors", [1, 3, 100])
 @pytest.mark.parametrize("case", [merging(3, 6, 6, 8), plain(41, 24), plain(7, 768)], ids=str)
 def test_any_number_of_multiprocessors(library, case, multiprocessors):
-    """The range is from one block that loops over everything to more blocks than there is work."""
+    """The grid ranges from one block that loops over everything to more blocks than there is work for."""
     library.configure(multiprocessors=multiprocessors)
     check(library, case)
 

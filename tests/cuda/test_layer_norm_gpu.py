@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(UNAVAILABLE is not None, reaso
 DEVICE = "cuda"
 OPS = torch.ops.swinkernels
 
-# The calls of models, at the sizes with a speed goal, except for the batch.
+# The calls of models, at the sizes with a speed goal but with smaller batches.
 MODELS = [
     NormCase("patch_merging_norm", (4, 56, 56, 96), factor=(1, 2, 2)),
     NormCase("patch_merging_norm", (4, 28, 28, 192), factor=(1, 2, 2)),
@@ -178,7 +178,7 @@ def run_public(name: str, inputs: dict[str, Tensor], backend: str) -> list[Tenso
     """Return the results and the gradient of every input."""
     function, _ = PUBLIC[name]
     leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items()}
-    # The order of the arguments is that of the functions; patch_merging and patch_expanding name them differently.
+    # Arguments are positional, because patch_merging and patch_expanding name them differently.
     order = ["x", "y", "weight", "bias"]
     if "norm_weight" in leaves:
         order = ["x", "norm_weight", "norm_bias", "weight"]
@@ -192,7 +192,7 @@ def run_public(name: str, inputs: dict[str, Tensor], backend: str) -> list[Tenso
 
 
 def assert_close(got: list[Tensor], exact: list[Tensor], eps: float) -> None:
-    """Check the composition of the parts; the ops themselves have the budgets above."""
+    """Check how the parts are composed; the tests above hold the ops themselves to their budgets."""
     for i, (g, e) in enumerate(zip(got, exact, strict=True)):
         assert g.shape == e.shape
         error = (g.cpu().double() - e.double()).norm() / e.double().norm()

@@ -29,7 +29,7 @@ def _regions(*frame: int) -> torch.Tensor:
     return torch.randint(0, 3, frame, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
 
-# Windows of 81 to 1,024 tokens: even and odd rows, whole and broken steps of 16, from one strip of queries to 64.
+# Windows of 81 to 1,024 tokens: even and odd rows, whole and partial steps of 16, from one strip of queries to 64.
 CASES = {
     "9 x 9, rolled first": Case(2, (9, 10), 2, 16, 9, 4, has_pad_qkv=True, options=ROLL_THEN_PAD),
     "12 x 12, seam": Case(1, (12, 24), 2, 32, 12, 6),
@@ -73,7 +73,7 @@ def test_same_bits_whatever_the_schedule(library, name, dtype):
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 200])
 def test_any_number_of_multiprocessors(library, multiprocessors):
-    """The range is from blocks that loop over strips and windows to blocks with one strip of one window each."""
+    """The grid ranges from blocks that loop over strips and windows to blocks with one strip of one window each."""
     library.configure(multiprocessors=multiprocessors)
     for case in (Case(2, (12, 24), 1, 32, 12, 5), Case(3, (9, 16), 2, 16, 9, 4, has_pad_qkv=True)):
         check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16, rounds_unit_rows=True)
@@ -82,9 +82,9 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("slope", [6.0, -6.0], ids=["rising", "falling"])
 def test_scores_far_apart(library, dtype, slope):
-    """Scores of up to 132, with the largest early or late.
+    """Scores reach 132, with the largest early or late.
 
-    In bfloat16 sums leave the range without a maximum, in float16 the maximum moves from block to block.
+    In bfloat16 the sums leave the range if no maximum is subtracted; in float16 the maximum moves from block to block.
     """
     case = Case(1, (12, 24), 1, 32, 12, 0)
     inputs = case.inputs(dtype)
@@ -102,7 +102,7 @@ def test_scores_far_apart(library, dtype, slope):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [(9, 9), (14, 14)], ids=str)
 def test_what_lies_past_the_window_takes_no_part(library, window, dtype):
-    """Steps of 16 end 15 or 12 tokens past the window; including these, rows would sum to 1.06 or more."""
+    """The last step of 16 ends 15 or 12 tokens past the window; if these counted, rows would sum to 1.06 or more."""
     case = Case(1, window, 1, 32, window, 0)
     inputs = case.inputs(dtype)
     got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
@@ -114,7 +114,7 @@ def test_what_lies_past_the_window_takes_no_part(library, window, dtype):
 
 
 def test_what_is_not_finite_stays_in_its_window(library):
-    """The rows that fill up the last block belong to another window each time."""
+    """The rows that fill up the last block belong to a different window each time."""
     case = Case(2, (9, 18), 1, 24, 9, 0, has_table=False)
     inputs = case.inputs(torch.bfloat16)
     library.configure(multiprocessors=1)
@@ -128,7 +128,7 @@ def test_what_is_not_finite_stays_in_its_window(library):
 
 
 def test_1024_tokens_take_no_memory_for_scores(library):
-    """Batch 8, 12 heads of 32, one window per image, on a device of 132 multiprocessors with 227 KB per block."""
+    """Workspace and lse take at most a fifth of the maps' bytes, at batch 8 with 12 heads, on 132 multiprocessors."""
     library.configure(multiprocessors=132)
     case = Case(8, (32, 32), 12, 32, 32, 0)
     qkv, table = torch.empty(8, 32, 32, 3 * 12 * 32, dtype=torch.bfloat16), torch.empty(63 * 63, 12)

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(1024, 2) spilling(float* x) {
 }
 __global__ void plain(float* x) { x[threadIdx.x] = 1.0f; }
 """
-# cuobjdump 13.1's output for a kernel.
+# The output of cuobjdump 13.1 for one kernel.
 _REPORT = """
 Fatbin elf code:
 ================
@@ -203,9 +203,9 @@ def test_no_source_spills_on_any_architecture(arch: str, source: Path) -> None:
     assert_no_local_memory(resource_usage(compile_one(ROOT, arch, source)))
 
 
-# For the two sources that most calls run and that dominate the build, for one architecture: bytes of the object, and
-# the compiler's CPU seconds in units of those for _YARDSTICK, measured next to them, so that the machine and its load
-# do not count.
+# Two sources dominate the build, and most calls run them. For one architecture, build.csv has their object sizes in
+# bytes, and their compile times in CPU seconds divided by the time for _YARDSTICK, which is measured next to them so
+# that the machine and its load cancel.
 HOT_SOURCES = ("fwd_bfloat16", "bwd_bfloat16")
 BUDGET_CSV = ROOT / "benchmarks" / "results" / "build.csv"
 MOST_GROWTH = 1.2
@@ -236,7 +236,7 @@ def _cpu_seconds(arch: str, source: Path, out: Path) -> float:
 
 
 def measure_build(arch: str, folder: Path) -> dict[str, str]:
-    """Return a row of build.csv."""
+    """Compile the sources and the yardstick, and return a row of build.csv."""
     (folder / "yardstick.cu").write_text(_YARDSTICK)
     seconds = size = 0.0
     unit = _cpu_seconds(arch, folder / "yardstick.cu", folder / "yardstick.o")

@@ -52,7 +52,7 @@ class _Tf32Product(torch.autograd.Function):
 
 
 def _matmul_in_tf32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b as a GPU computes it with torch's TF32 switch on, if both are float32."""
+    """Return a @ b, with TF32 operands if both are float32, as a GPU computes it with torch's TF32 switch on."""
     return _Tf32Product.apply(a, b) if a.dtype == torch.float32 else torch.matmul(a, b)
 
 
@@ -67,8 +67,8 @@ def _check(
         op = functools.partial(library.window_attention_qkvpacked, allow_tf32=True, **arguments)
         with pytest.MonkeyPatch.context() as patch:
             if case.has_logit_scale:
-                # A factor of up to 100 multiplies the cosines and their operands' TF32 rounding. Plain code with the
-                # same rounding shows by how much.
+                # A factor of up to 100 multiplies the cosines and the TF32 rounding of their operands. Plain code with
+                # the same rounding shows by how much.
                 patch.setattr(Tensor, "__matmul__", _matmul_in_tf32)
             return check_window_attention(op, case, torch.float32, eps=TF32_EPS, seed=seed, rounds_unit_rows=True)
     op = functools.partial(library.window_attention_qkvpacked, **arguments)
@@ -123,7 +123,7 @@ FEATURES = {
     "types, long window": Case(2, (18, 9), 2, 16, 9, 4, has_table=False, bias_types=2),
     "types, long window, pads, v2": Case(1, (17, 8), 1, 24, 9, 4, False, True, True, 2),
 }
-# Windows of 343 tokens and more: the published ones, with few heads.
+# Published windows of 343 tokens and more, with few heads.
 LONG = {
     "MONAI": Case(1, (7, 8, 7), 1, 16, 7, 3, has_pad_qkv=True),
     "MONAI, head_dim 4, v2": Case(1, (7, 7, 7), 1, 4, 7, 0, **COSINE),
@@ -132,7 +132,7 @@ LONG = {
     "1024 tokens": Case(1, (32, 31), 1, 16, 32, 3, has_pad_qkv=True),
     "1024 tokens, dense": Case(1, (32, 32), 1, 16, 32, 0, **DENSE),
 }
-# All geometry options, on maps where each matters.
+# All geometry options, each on a map on which it matters.
 GEOMETRY = {
     "no table": Case(1, (7, 8), 2, 32, 4, 1, has_table=False, has_pad_qkv=True),
     "no table, long window": Case(1, (12, 24), 2, 32, 12, 6, has_table=False),
@@ -206,7 +206,7 @@ def test_1024_tokens_in_float32(library):
     _check(library, LONG["1024 tokens"], "float32")
 
 
-@pytest.mark.parametrize("arithmetic", ["float16", "float32"])  # each dtype has kernels of its own
+@pytest.mark.parametrize("arithmetic", ["float16", "float32"])  # each dtype has separate kernels
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_geometry(library, name, arithmetic):
     _check(library, GEOMETRY[name], arithmetic)
@@ -320,7 +320,7 @@ def test_dropout_rate_and_seeds():
 
 
 def test_philox_is_that_of_the_paper():
-    """Known answers from the authors' library, Random123 (kat_vectors, philox4x32 10)."""
+    """The numbers equal the known answers of the authors' library, Random123 (kat_vectors, philox4x32 10)."""
     answers = {
         (0x00000000,) * 6: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
         (0xFFFFFFFF,) * 6: (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
@@ -343,7 +343,7 @@ def test_dscores_beyond_float16(library):
     ):
         inputs = case.inputs(torch.float16)
         qkv = inputs["qkv"].unflatten(-1, (3, -1))
-        # In one image of three, so that blocks of rows need different scaling.
+        # Only every third row of the map has a large dout, so blocks of rows need different scaling.
         qkv[..., 2, :] *= 500
         inputs["dout"][:, ::3] *= 500
         if not case.has_logit_scale:
@@ -379,7 +379,7 @@ def test_what_is_not_finite_stays_in_its_window(library, dtype):
 
 @pytest.mark.parametrize("size", [(7, 7), (9, 9)], ids=["short", "long"])
 def test_rows_of_length_zero(library, size):
-    """v2 divides them by 1e-12; their gradients are of the order of 1e12."""
+    """v2 divides such rows by 1e-12; their gradients are of the order of 1e12."""
     case = Case(1, size, 2, 16, size, 0, **COSINE)
     inputs = case.inputs(torch.float32)
     inputs["qkv"].unflatten(-1, (3, 2, 16))[0, 0, 1, :2, 0] = 0.0
@@ -420,7 +420,7 @@ ANY_SCHEDULE = [
 @pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32", "float32"])
 @pytest.mark.parametrize("case", ANY_SCHEDULE, ids=str)
 def test_same_bits_whatever_the_schedule(library, case, arithmetic):
-    """The threads' order must not matter: a missing barrier, or sums in the order of arrival, would show."""
+    """The order of threads must not matter: a missing barrier, or sums in order of arrival, would change the bits."""
     dtype = torch.bfloat16 if arithmetic == "bfloat16" else torch.float32
     inputs = case.inputs(dtype)
     arguments = {**case.arguments(), "allow_tf32": arithmetic == "tf32"}
@@ -434,7 +434,7 @@ def test_same_bits_whatever_the_schedule(library, case, arithmetic):
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 7, 200])
 def test_any_number_of_multiprocessors(library, multiprocessors):
-    """The range is from one block that loops over everything to more blocks than there is work."""
+    """The grid ranges from one block that loops over everything to more blocks than there is work for."""
     library.configure(multiprocessors=multiprocessors)
     for case in (
         Case(3, (8, 6), 2, 32, 4, 1, has_pad_qkv=True),
@@ -446,7 +446,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 
 
 def test_rows_of_a_larger_tensor(library):
-    """Heads, rows and images may have gaps. (With head_dim 16 the kernels would differ.)"""
+    """Heads, rows and images may have gaps. (With head_dim 16 the two runs would use different kernels.)"""
     case = Case(2, (7, 6), 2, 8, 4, 1, has_pad_qkv=True)
     inputs = case.inputs(torch.float16)
     dense = library.run(**inputs, **case.arguments())
@@ -455,7 +455,7 @@ def test_rows_of_a_larger_tensor(library):
         assert torch.equal(dense[name], strided[name]), name
 
 
-# Short windows in 16 bits: every head_dim, every number of tiles, seams of either axis, pads, grids, and biases.
+# Short windows in 16 bits: every head_dim, every number of tiles, seams on either axis, pads, grids, and biases.
 SHORT16 = {
     "seams": Case(2, (14, 21), 3, 32, 7, 3),
     "seam of y": Case(1, (14, 14), 2, 32, 7, (3, 0)),
@@ -530,7 +530,7 @@ def test_inference_without_lse_has_the_bits_of_training(library, case, arithmeti
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shift", [-300.0, -200.0, -60.0, 60.0, 200.0, "rows"], ids=str)
 def test_scores_far_from_zero(library, shift, dtype):
-    """A constant added to all scores of a row changes nothing: bfloat16 computes the maximum only where needed."""
+    """A constant added to all scores of a row changes nothing; in bfloat16 the maximum is only computed if needed."""
     case = SHORT16["dense"]
     inputs = case.inputs(dtype)
     offset = torch.linspace(-250, 250, 49)[:, None] if shift == "rows" else shift
@@ -547,7 +547,7 @@ def test_scores_far_from_zero(library, shift, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_of_200(library, dtype):
-    """Large q and k of either sign give such scores, in a map with windows of ordinary scores."""
+    """The first image has scores of +-200, from large q and k; the second has ordinary scores."""
     case = SHORT16["seams"]
     inputs = case.inputs(dtype)
     inputs["qkv"].unflatten(-1, (3, -1))[:1, :, :, :2] *= 200**0.5
@@ -571,7 +571,7 @@ def _window_tokens(size, window, shift, item):
 
 @pytest.mark.parametrize("item", [0, 9299, 70_000, 65_000_000, 9300 * 9300 - 1])
 def test_token_numbers_beyond_32_bits_of_sign(library, item):
-    """65100 x 65100 tokens, 86 million windows: token numbers fill 32 bits, and their distance in bytes takes more."""
+    """On a map of 65100 x 65100 tokens (86 million windows) token numbers fill 32 bits, and byte offsets need more."""
     size, window, shift = (65100, 65100), (7, 7), (3, 2)
     got = library.find_tokens(size, window, shift, item)
     assert torch.equal(got, _window_tokens(size, window, shift, item))
@@ -593,7 +593,7 @@ def test_lse(library):
     offset = (token // 4)[:, None] - (token // 4) + 3, (token % 4)[:, None] - token % 4 + 3
     bias = inputs["bias_table"].double()[offset[0] * 7 + offset[1]].permute(2, 0, 1)
     expected = torch.logsumexp(q @ k.mT / math.sqrt(16) + bias, -1)
-    # lse sums the rounded probabilities, which also divide the output.
+    # lse is the logarithm of the sum of rounded probabilities, by which the output is divided.
     torch.testing.assert_close(lse.double(), expected, rtol=0, atol=torch.finfo(torch.float16).eps / 2)
 
 
@@ -627,7 +627,7 @@ def test_what_has_no_kernel_is_refused(library, case):
 
 @pytest.mark.slow
 def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> None:
-    """Windows of one token: out is v, and dv is dout up to rounding, so a window visited twice or never shows."""
+    """In windows of one token out is v and dv is dout up to rounding, which reveals a window visited twice or never."""
     images, size = 3, (148, 149)
     generator = torch.Generator().manual_seed(0)
     qkv, dout = (torch.randn(images, *size, c, generator=generator).bfloat16() for c in (96, 32))
@@ -637,7 +637,7 @@ def test_more_than_65535_windows(library: emulation.WindowAttentionLibrary) -> N
     q, k, v = qkv.chunk(3, dim=-1)
     dq, dk, dv = got["dqkv"].reshape(qkv.shape).chunk(3, dim=-1)
     assert torch.equal(got["out"].reshape(v.shape), v)
-    # The probability is one up to the rounding of lse; with one the gradients would be exactly dout and zero.
+    # The probability is one up to the rounding of lse; if it were exactly one, the gradients would be dout and zero.
     torch.testing.assert_close(dv, dout, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
     most = torch.finfo(torch.bfloat16).eps * (dout.double() * v.double()).sum(-1).abs().max()
     for name, x, factor in (("dq", dq, k), ("dk", dk, q)):

@@ -71,7 +71,7 @@ def test_opcheck(backend: str, form: str) -> None:
     opcheck_forward_and_backward(form, suffix, op_arguments(case, form, torch.float32, DEVICE))
 
 
-# Covers the CUDA kernels' choices of tiles and loops; tests/triton covers those of Triton's kernels.
+# Covers the CUDA kernels' choices of tiles and loops; tests/triton covers the choices of Triton's kernels.
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", [*WINDOWS, *HEAD_DIMS, *ODD_HEAD_DIMS, *LONG.values()], ids=str)
@@ -221,7 +221,7 @@ def test_a_call_is_the_same_on_every_stream() -> None:
 
 
 def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
-    """Forward and backward of one replay draw the same: out is linear in v, so (out, dout) is (v, dv)."""
+    """Forward and backward of one replay keep the same weights: out is linear in v, so (out, dout) equals (v, dv)."""
     case = WindowAttentionCase(8, (28, 28), 6, 32, 7, 3, options={"dropout_p": 0.3})
     inputs = case.inputs(torch.float32, DEVICE)
     qkv = inputs["qkv"].requires_grad_()
@@ -249,7 +249,7 @@ def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
 
 
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
-    """The last images of a huge batch have the same results as alone; there are more than 2 ** 16 windows, too."""
+    """The last images of a huge batch have the same results as alone; the batch has more than 2 ** 16 windows."""
     batch = 2400
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
@@ -284,7 +284,7 @@ def test_accelerated_timm_model(backend: str, name: str, fullgraph: bool) -> Non
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=224, num_classes=10, drop_path_rate=0.0).to(DEVICE).eval()
     for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):  # v2 starts with weights of 0, with which its branches are zero
+        if isinstance(module, torch.nn.LayerNorm):  # v2 starts with weights of 0, which make its branches zero
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     accelerated = copy.deepcopy(model)
     report = swinkernels.accelerate(accelerated, backend=backend)

@@ -116,7 +116,7 @@ def test_geometry(library, name, pad_order):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [1, 3, 30, 96, 97])
 def test_widths(library, channels, dtype):
-    """Rows of 1 to 1,552 bytes, moved in vectors of 1 to 16."""
+    """Rows of 1 to 1,552 bytes are moved in vectors of 1 to 16 bytes."""
     case = Case(1, (5, 6), (4, 4), (1, 2))
     check(library, draw(library, (1, 5, 6, channels), dtype), case)
 
@@ -153,7 +153,7 @@ def test_every_stride_counts(library):
 
 
 def test_strides_of_any_kind(library):
-    """Channels of a wider map, permuted axes, images and rows with gaps, one image or window repeated."""
+    """Maps may be slices of wider maps, permuted, have gaps, or repeat one image or window."""
     for case, x in (
         (Case(2, (5, 6), (4, 4), (1, 2)), draw(library, (2, 5, 6, 40), torch.float16)[..., 8:24]),
         (Case(2, (6, 5), (4, 3), (1, 2)), draw(library, (2, 5, 6, 16), torch.float16).transpose(1, 2)),
@@ -177,7 +177,7 @@ def test_strides_of_any_kind(library):
 @pytest.mark.parametrize("windows", [1, 2, 3, 5, 7, 12, 20, 50])
 @pytest.mark.parametrize("size", [(3, 5, 7), (5, 7)], ids=str)
 def test_more_launches_than_one(library, size, windows):
-    """Too many vectors for one launch are cut between images, slabs, rows of windows or windows."""
+    """Too many vectors for one launch are split between images, slabs, rows of windows or windows."""
     vectors_per_window = 16
     case = Case(3, size, (2,) * len(size), (1,) * len(size))
     channels = 4 * vectors_per_window // 2 ** len(size)  # four channels per vector
@@ -217,7 +217,7 @@ def test_nothing_to_do(library, shape):
 
 
 def test_same_bits_whatever_the_schedule(library):
-    """A thread that ran before all row addresses were written would show."""
+    """The bits would differ if a thread ran before all row addresses were written."""
     case = Case(2, (13, 11), (4, 4), (1, 3))
     x = draw(library, (2, 13, 11, 30), torch.float16)
     for seed in (1, 2, 3):

@@ -192,7 +192,7 @@ def test_more_than_two_to_the_31_elements(backend: str) -> None:
 
 
 def test_more_than_two_to_the_31_tokens_in_one_image(backend: str) -> None:
-    """Rows of one byte: more vectors than a launch may have, so an image is cut into several launches."""
+    """An image with rows of one byte has more vectors than a launch may have, so several launches share it."""
     needs_free_memory(12)
     n, window, shift = 46400, 8, 4
     assert n * n > 2**31

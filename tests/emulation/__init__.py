@@ -160,7 +160,7 @@ def kernel_sources(op: str) -> list[Path]:
 
 
 def _make(out: Path, command: list[str]) -> None:
-    """Run a compiler unless its output exists. One process at a time; others wait and use its output."""
+    """Run a compiler unless its output exists. One process runs it at a time; the others wait and use its output."""
     with out.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if out.exists():
@@ -202,7 +202,7 @@ class Library:
         return bool(self.functions.emulation_catches_faults())
 
     def configure(self, seed: int = 0, multiprocessors: int = 2, shared_bytes: int = 227 * 1024) -> None:
-        """Set order of threads (0: as numbered), multiprocessors and shared memory of a block for later launches."""
+        """Set the order of threads (0: as numbered), multiprocessors and a block's shared memory for later launches."""
         self.functions.emulation_configure(seed, multiprocessors, shared_bytes)
 
     @functools.cached_property
@@ -249,7 +249,7 @@ def self_test_library() -> Library:
 
 
 class FeatureMap(ctypes.Structure):
-    """FeatureMap of csrc/params/feature_map.h."""
+    """Mirrors FeatureMap of csrc/params/feature_map.h."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -259,7 +259,7 @@ class FeatureMap(ctypes.Structure):
 
 
 class FrameGeometry(ctypes.Structure):
-    """FrameGeometry of csrc/params/frame.h."""
+    """Mirrors FrameGeometry of csrc/params/frame.h."""
 
     _fields_ = [
         *((name, ctypes.c_int32 * 3) for name in ("size", "window", "shift", "frame", "num_windows", "pad_before")),
@@ -479,7 +479,7 @@ class _Call:
         return {name: x.clone() for name, x in gradients.items()}
 
 
-# The tensors with gradients, other than the maps.
+# Tensors other than the maps that may have gradients.
 _DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
 
 
@@ -528,7 +528,7 @@ class WindowAttentionLibrary(Library):
         dropout_seed: int = 0,
         **arguments: Any,
     ) -> Tensor:
-        """``swinkernels.window_attention_qkvpacked`` by the emulated CUDA kernels, differentiable."""
+        """Compute ``swinkernels.window_attention_qkvpacked``, differentiably, by the emulated CUDA kernels."""
         args = self.normal_form(qkv, bias_table, **arguments)
         return _Attend.apply(
             self, args, allow_tf32, dropout_seed, qkv, *(getattr(args, name) for name in _DIFFERENTIABLE)
@@ -561,7 +561,7 @@ class WindowAttentionLibrary(Library):
     ) -> Tensor | None:
         """Return the numbers of a window's tokens as the kernels for short windows in 16 bits find them.
 
-        None if these kernels do not take maps of this size. No map is read: one row of 32 float16 stands for all.
+        Return None if these kernels do not take maps of this size. No map is read: one row of 32 float16 serves as all.
         """
         geometry, lead = _Geometry(), _TokenMap(None, 0, (ctypes.c_int64 * 3)(), 32)
         geometry.fill(size, window, shift, (0, 0), "pad_then_roll")

@@ -1,4 +1,4 @@
-// The one op of the CPU kernels that every library has.
+// Implements cpu_instruction_set, the only op of the CPU kernels that every library has.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

@@ -1,7 +1,7 @@
 """The bindings of the CUDA ops over the emulated kernels: an op library whose backend "cuda" takes CPU tensors.
 
 A process that sets ``environment()`` loads it in place of swinkernels._ops, and calls ``attach()`` after importing
-swinkernels. All of a call runs, except the GPU: argument checks, dispatch, autograd, bindings, kernels.
+swinkernels. Calls then run argument checks, dispatch, autograd, bindings and kernels as on a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def environment() -> dict[str, str]:
 
 
 def attach() -> None:
-    """Let backend "cuda" take CPU tensors, and no other backend: the library has no CPU kernels."""
+    """Let backend "cuda" take CPU tensors, and make other kernels unavailable, because the library lacks them."""
     from swinkernels.ops import _backends
 
     def reasons(backend: str, op: str, device: torch.device) -> list[str]:

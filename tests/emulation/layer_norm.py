@@ -1,6 +1,6 @@
 """The CUDA kernels of the norms as functions of CPU tensors, with the arguments and results of the ops.
 
-``patch_merging_norm_fwd`` here is ``torch.ops.swinkernels.patch_merging_norm_fwd`` by the emulated kernels, and so on.
+Each function is the op of its name in ``torch.ops.swinkernels``, computed by the emulated kernels.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ __global__ void mma16_kernel(const T* a, const T* b, float* d) {
   for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = acc[i];
 }
 
-// The same in TF32, K = 8, fragments picked by hand.
+// d (16 x 8) = a (16 x 8) * b (8 x 8) in TF32, loading the fragments without ldmatrix.
 __global__ void mma_tf32_kernel(const float* a, const float* b, float* d, bool rounded) {
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
   uint32_t a_fragment[4], b_fragment[2];
@@ -90,7 +90,7 @@ __global__ void shuffle_kernel(const int* x, int* y) {
   y[64 + lane] = __shfl_up_sync(0xffffffffu, x[lane], 1, 8);
   y[96 + lane] = __shfl_sync(0xffffffffu, x[lane], 3, 8);
   y[128 + lane] = static_cast<int>(__ballot_sync(0xffffffffu, x[lane] & 1));
-  if (lane < 8) y[lane] += __shfl_xor_sync(0x000000ffu, x[lane], 1);  // a part of the warp
+  if (lane < 8) y[lane] += __shfl_xor_sync(0x000000ffu, x[lane], 1);  // only part of the warp
 }
 
 // y[i] = x[i] for 64 threads times 4 floats, each thread writing the data that its neighbour in the other warp fetched;
@@ -223,7 +223,7 @@ EXPORT int self_write_packed(const uint32_t* x, uint32_t* y, int how, int row_li
 }
 EXPORT int self_shuffle(const int* x, int* y) { return launch(shuffle_kernel, 1, 32, 0, nullptr, x, y); }
 
-// Conversions of the shims: to float16 and bfloat16 (low and high half of y) and back, in place of x and in back.
+// Converts x to float16 and bfloat16 (low and high half of y) and back: from float16 into x, from bfloat16 into back.
 EXPORT void self_convert(float* x, float* back, uint32_t* y, int64_t count, bool portable) {
   for (int64_t i = 0; i < count; ++i) {
     const uint16_t half = portable ? portable_float_to_half(x[i]) : emulated_float_to_half(x[i]);

@@ -30,7 +30,7 @@ constexpr int kSmemAlignment = 128;
 constexpr size_t kMaxDynamicSmemBytes = 227 * 1024;
 constexpr int kMaxThreads = 1024;
 
-// Switching stacks: on x86-64 by a dozen instructions, elsewhere by ucontext, at a system call each.
+// Stacks are switched by a dozen instructions on x86-64, elsewhere by ucontext, which makes a system call each time.
 #if defined(__x86_64__)
 using Context = void*;
 extern "C" void swinkernels_emulation_switch(void** save, void* load);
@@ -428,7 +428,7 @@ void warp_collective(const Collective& collective) {
             self, collective.name, collective.mask, position(collective.site).c_str(), i, other.name, other.mask,
             position(other.site).c_str());
       }
-    } else if (all_arrived) {  // that one waits for others first
+    } else if (all_arrived) {  // the other lane waits for different lanes first
       switch_to_scheduler();
       return;
     }

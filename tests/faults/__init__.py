@@ -19,7 +19,7 @@ class Fault(NamedTuple):
     test: str
 
     def apply_to(self, source: str) -> str:
-        """Return the source with the fault; ValueError unless it contains the text exactly once."""
+        """Return the source with the fault; raise ValueError unless it contains the text exactly once."""
         count = source.count(self.old)
         if count != 1:
             raise ValueError(

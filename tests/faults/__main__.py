@@ -27,7 +27,7 @@ from tests.faults import Fault, all_faults
 ROOT = Path(__file__).resolve().parents[2]
 # Sources that are compiled into the extension. The emulator compiles the CUDA kernels itself.
 COMPILED = ("csrc/kernels/cpu/", "csrc/bindings/")
-_MINUTES = 30  # a test that hangs does not count as a find
+_MINUTES = 30  # a test that hangs has not found the fault
 
 
 class Copy:

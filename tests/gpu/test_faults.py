@@ -11,8 +11,8 @@ import pytest
 from gpu import lines
 from gpu.runner import Group, Run, Step
 
-# A worker whose attention is wrong in the cases named for a fault, in place of a faulty kernel. The whole step has to
-# find it: processes, cases, reference, budget, lines.
+# In place of a faulty kernel, this worker's attention is wrong in the cases named for a fault. The whole step has to
+# find it: processes, cases, reference, budget and lines take part.
 PLANTED = """
 import os, sys, time
 import torch, swinkernels
@@ -74,7 +74,7 @@ def test_a_planted_fault_is_one_bad_line(run: Run, case: str, result: str, detai
     (bad,) = (line for line in run.lines if line["case"] == case and line["result"] in lines.BAD)
     assert bad["result"] == result
     assert detail in bad["detail"]
-    if case == "wrong scale in dk":  # by one percent; forward is right, and the line has the error
+    if case == "wrong scale in dk":  # wrong by one percent; forward is right, and the line has the error
         assert bad["direction"] == "bwd"
         assert bad["value"] > 100
 

@@ -64,7 +64,7 @@ def test_every_cuda_kernel_is_right_in_every_arithmetic(run) -> None:
     norms = {op for op, bench in memory_bound.BENCHES.items() if bench.bare_backward}
     assert norms <= {op for op, *_ in seen}
     of_cases = {x["case"] for x in found if x["step"] == "smoke" and x["group"] == "attention cuda bfloat16 0/1"}
-    assert of_cases >= {*smoke.ATTENTION} - {f"swin_t.{i}" for i in (2, 3)}  # in tiny sizes they equal the first one
+    assert of_cases >= {*smoke.ATTENTION} - {f"swin_t.{i}" for i in (2, 3)}  # made tiny, they equal swin_t.1
     of_triton = {(x["op"], x["direction"]) for x in found if x["step"] == "smoke" and x.get("backend") == "triton"}
     assert {("window_attention", "fwd"), ("window_attention", "bwd"), ("window_partition", "fwd")} <= of_triton
 
@@ -77,7 +77,7 @@ def test_a_first_call_in_a_capture_and_replays_are_tried(run) -> None:
 
 
 def test_hot_kernels_fit_gpus_with_less_shared_memory_or_are_refused(run) -> None:
-    """Each launched kernel fits, by shared memory, threads and registers; otherwise Triton takes the call."""
+    """Each launched kernel fits the shared memory, threads and registers; otherwise Triton takes the call."""
     _, found, _ = run
     of_fit = [x for x in found if x["step"] == "fit"]
     assert {x["arch"] for x in of_fit} == {*fit.ROOMS}

@@ -51,7 +51,7 @@ def test_the_steps_fit_the_time_and_come_in_order() -> None:
     steps = [step for step in plan.steps(Setting()) if step.name != "build"]
     assert [step.name for step in steps] == list(plan.DEFAULT)
     bounded = [step for step in steps if not step.takes_what_is_left]
-    assert sum(step.seconds for step in bounded) + 90 <= 480  # the last step has some left
+    assert sum(step.seconds for step in bounded) + 90 <= 480  # the last step has time left
     assert all(step.patience <= step.seconds or step.takes_what_is_left for step in steps)
     groups = [group.name for step in steps if step.name == "smoke" for group in step.groups]
     for backend in ("cuda", "triton"):
@@ -84,7 +84,7 @@ def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys:
 
 @pytest.mark.parametrize("name", smoke.ATTENTION)
 def test_the_reference_mixes_no_devices(name: str) -> None:
-    """Uses tensors without data on a device that, like a GPU, refuses operations with CPU tensors."""
+    """The reference runs on tensors without data, on a device that, like a GPU, refuses operations with CPU tensors."""
     case = smoke.tiny(smoke.ATTENTION[name])
     options = {key: value for key, value in case.options.items() if key != "dropout_p"}  # nothing is drawn there
     case = dataclasses.replace(case, options=options)
@@ -199,7 +199,7 @@ def test_a_profile_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_triton_asks_to_be_called_before_a_capture() -> None:
-    """Uses the hook that Triton calls before it compiles, in place of a kernel without an earlier call."""
+    """In place of compiling a kernel, the test calls the hook that Triton calls before it compiles."""
     knobs = pytest.importorskip("triton.knobs")
 
     def compiles(x: int) -> int:
@@ -243,7 +243,7 @@ def test_other_bits_are_counted() -> None:
 
 
 def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch function that chooses by room runs for each; lack of room for a block, or its registers, is wrong."""
+    """Each architecture runs the kernel that its shared memory allows; a kernel without room for a block is wrong."""
 
     class Emulated:
         def __init__(self, path: Path) -> None:
@@ -292,7 +292,7 @@ def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.Monk
 def test_a_bundle_has_what_a_bare_machine_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """pip fetches its pure Python packages; it has no module of this Python, and a file with its commit."""
+    """The bundle has its commit and pure Python packages, which pip fetches, but no module compiled for this Python."""
     if not list((bundle.ROOT / "swinkernels").glob("_ops*.so")):
         pytest.skip("the extension is not built")
     (tmp_path / "wheel").mkdir()

@@ -19,7 +19,7 @@ _TINY = {"patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)
 
 
 class Restoration(nn.Module):
-    """SwinIR's path through its blocks: tokens, the map size as an argument, and the input added at the end."""
+    """Calls blocks as SwinIR does: with tokens and the map size, and adds the input at the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,6 +77,6 @@ def shapes(name: str) -> list[tuple[int, ...]]:
     """Return inputs for the exported model: one of the shape at export, and others."""
     _, shape, axes = MODELS[name]
     others = [tuple(s + 1 if axis == 0 else s for axis, s in enumerate(shape))] if 0 in axes else []
-    if len(axes) > 1:  # with padding that the first shape does not need, and without
+    if len(axes) > 1:  # some shapes need padding that the first shape does not, others need none
         others += [(3, shape[1], 42, 38), (2, shape[1], 32, 48)]
     return [shape, *others]

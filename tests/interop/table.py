@@ -1,4 +1,4 @@
-"""The table of docs/interop.md: which tool works and how, generated from test results.
+"""Generates the table of docs/interop.md, which says which tools work and how, from test results.
 
     python -m pytest tests --tools tests/interop/tools.json    # record the results of the tools' tests
     python -m tests.interop.table                              # write the table from them

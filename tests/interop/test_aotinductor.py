@@ -1,4 +1,4 @@
-"""The example of AOTInductor in C++: exported, compiled and run as in its docstring."""
+"""The example of AOTInductor in C++ is exported, compiled and run as in its docstring."""
 
 from __future__ import annotations
 

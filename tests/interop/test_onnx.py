@@ -1,4 +1,4 @@
-"""Accelerated models as ONNX files: the numbers of ONNX Runtime and OpenVINO are the original's."""
+"""Accelerated models as ONNX files: ONNX Runtime and OpenVINO return the results of the original model."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def test_onnx_runtime(name: str, tmp_path: Path) -> None:
 
 
 def check_openvino(source: Any, name: str) -> None:
-    """Check that OpenVINO's model of a file or a program gives the numbers of the original."""
+    """Check that OpenVINO's model of a file or a program returns the results of the original."""
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # by default bfloat16 where the CPU has it
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # the default is bfloat16 if the CPU has it
     compiled = openvino.compile_model(openvino.convert_model(source), "CPU", exact)
     for shape in shapes(name):
         x = image(shape)
@@ -90,7 +90,7 @@ def test_openvino_without_onnx(name: str) -> None:
 
 
 class Others(nn.Module):
-    """The ops that have kernels only on a GPU. An export runs none of them."""
+    """Calls the ops that have kernels only on a GPU. The exported model runs none of these kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
         ops = torch.ops.swinkernels

@@ -1,4 +1,4 @@
-"""swinkernels.nn compared with the published modules: checkpoints load strictly and give the same numbers."""
+"""swinkernels.nn compared with the published modules: checkpoints load strictly and give the same results."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def torchvision_embed() -> nn.Module:
 
 
 class MicrosoftPatchMerging(nn.Module):
-    """The literal computation of Microsoft's models and Swin-Unet, on sequences."""
+    """Merges patches literally as Microsoft's models and Swin-Unet do, on sequences."""
 
     def __init__(self, size: tuple[int, int], dim: int, is_v2: bool = False) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class MicrosoftPatchMerging(nn.Module):
 
 
 class SwinUnetPatchExpand(nn.Module):
-    """Swin-Unet's literal computation by einops, on sequences; FinalPatchExpand_X4 for factor 4."""
+    """Expands patches literally as Swin-Unet does, by einops on sequences; factor 4 is FinalPatchExpand_X4."""
 
     def __init__(self, size: tuple[int, int], dim: int, factor: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Pair:
     theirs: Callable[[], nn.Module]
     shape: tuple[int, ...]
     size: tuple[int, ...] | None = None
-    names: tuple[tuple[str, str], ...] = ()  # their names to ours
+    names: tuple[tuple[str, str], ...] = ()  # their parameter names -> ours
     result: Callable[[Tensor], Tensor] = lambda y: y  # our result in their layout
 
     def by_our_names(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,14 +98,14 @@ class Pair:
         return values
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
-        """Return both in float64 with the same parameters, loaded from a checkpoint."""
+        """Return both modules in float64 with the same parameters, loaded from a checkpoint."""
         theirs = randomised(self.theirs())
         ours = self.ours().double()
         ours.load_state_dict(self.by_our_names(theirs.state_dict()), strict=True)
         return ours, theirs
 
     def run(self, module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        """Return the output and all gradients, by our names."""
+        """Return the output and all gradients, named as in our module."""
         x = x.clone().requires_grad_()
         is_ours = type(module).__module__.startswith("swinkernels")
         out = self.result(module(x, size=self.size) if self.size else module(x)) if is_ours else module(x)
@@ -115,7 +115,7 @@ class Pair:
         return {"out": out.detach(), **dict(zip(values, grads, strict=True))}
 
 
-# Channels last to channels first, the layout of MONAI's PatchEmbed.
+# Permutes channels last to channels first, the layout of MONAI's PatchEmbed.
 first = lambda y: y.movedim(-1, 1)  # noqa: E731
 PAIRS = {
     "timm": Pair(lambda: PatchMerging(C), lambda: timm("PatchMerging", C), (2, 5, 4, C)),
@@ -205,7 +205,7 @@ def test_published_module(pair, dtype, tolerance):
 
 @every_pair
 def test_bfloat16(pair):
-    """A bfloat16 model computes in bfloat16 throughout; the error is that of a few roundings."""
+    """A bfloat16 model computes in bfloat16 throughout; the error is as small as a few roundings."""
     ours, theirs = pair.modules()
     ours = ours.bfloat16()
     theirs.load_state_dict({k: v.bfloat16().double() for k, v in theirs.state_dict().items()})
@@ -242,7 +242,7 @@ def test_initialisation_is_the_published_one(pair):
 @every_pair
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(pair, low):
-    """The result dtypes are those of torch's layers on a GPU: half precision for a Linear, float32 for a norm."""
+    """Result dtypes equal those of torch's layers on a GPU: half precision for a Linear, float32 for a norm."""
     ours, theirs = (m.float() for m in pair.modules())
     ends_with_norm = not isinstance(ours, PatchMerging) and ours.norm is not None
     with torch.autocast("cpu", low):

@@ -1,4 +1,4 @@
-"""Attention modules, blocks and stages compared with timm's and Microsoft's: strict loading, same numbers."""
+"""Attention modules, blocks and stages compared with timm's and Microsoft's: strict loading, same results."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_block_is_timms(version, shift, size):
 def test_block_is_microsofts(version, shift, size):
     """Sequences and checkpoints with relative_position_index and attn_mask work as in Microsoft's block."""
     theirs = (ClassificationBlock, ClassificationBlockV2)[version - 1](16, size, 2, 4, shift)
-    if version == 2:  # the width in Microsoft's code
+    if version == 2:  # Microsoft's code has this width
         theirs.attn.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, 2, bias=False))
     ours = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, size, 2, 4, shift, mlp_ratio=2.0)
     x = make_map(2, size[0] * size[1], 16)
@@ -148,7 +148,7 @@ def test_windows_of_three_axes_and_frame_by_frame():
 
 
 def test_small_maps_clip_like_a_slice_of_the_index():
-    """MONAI and Video-Swin number the tokens of a clamped window in the full one."""
+    """MONAI and Video-Swin number the tokens of a clamped window as in the full window."""
     attention = sn.WindowAttention(16, (4, 4), 2, small_maps="clip").double()
     randomise(attention)
     x = make_map(1, 2, 8, 16, dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_a_training_step_of_a_tiny_model_keeps_at_most_three_fifths_of_timms(ver
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
-    """Two calls for the halves and the modules one by one compute the same function."""
+    """A block whose modules are hooked or replaced calls them one by one, with the same results as by halves."""
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, (9, 14), 2, 4, 2).double()
     randomise(block)
     x = make_map(2, 9, 14, 16, dtype=torch.float64)
@@ -245,7 +245,7 @@ def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("version", [1, 2])
 def test_inference_on_a_cpu_fuses_the_products_of_halves(version, training):
-    """QKV, projection, fc1 with GELU and fc2; the same random numbers as timm's in training mode."""
+    """qkv, proj, fc1 with GELU and fc2 are fused; in training mode the random numbers equal timm's."""
     reason = why_not_fused(torch.float32)
     if reason is not None:
         pytest.skip(reason)
@@ -290,7 +290,7 @@ def test_drop_path_is_timms():
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_norms_and_residual_connections_on_ops(version):
-    """The calls of a fast backend, run by the reference, with stochastic depth as well."""
+    """The reference runs the calls that a fast backend would get, also with stochastic depth."""
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
     make = functools.partial(block, 16, (9, 14), 2, 4, 2, drop_path=0.5)
     plain, on_ops = make().double().train(), make(backend="reference").double().train()
@@ -366,7 +366,7 @@ def test_attention_over_all_tokens_takes_a_tensor():
         sn.Attention(16, 2)([1.0])
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, about tracing
+@pytest.mark.filterwarnings("ignore")  # torch's warning about tracing
 def test_tracing_is_refused_in_words_that_help():
     for module in (sn.SwinTransformerBlock(16, None, 2, 4), sn.Attention(16, 2, window_size=4)):
         with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record window attention\. Use torch\.export"):

@@ -23,7 +23,7 @@ def _seed() -> None:
 
 
 def of_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename timm's keys to Microsoft's: merging at the end of a stage, and the head."""
+    """Rename timm's keys to Microsoft's, which have merging at the end of a stage and another name for the head."""
 
     def renamed(key: str) -> str:
         key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
@@ -84,7 +84,7 @@ def test_any_size_and_training_with_checkpoints(version):
 
 
 def plain_unet(model: SwinUnet, x: Tensor) -> Tensor:
-    """Swin-Unet's forward on sequences, with the modules of a model of three stages."""
+    """Compute Swin-Unet's forward on sequences, with the modules of a model of three stages."""
     x = model.patch_embed.proj(x)
     height, width = x.shape[2:]
     x = model.patch_embed.norm(x.flatten(2).transpose(1, 2))

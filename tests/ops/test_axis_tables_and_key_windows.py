@@ -93,7 +93,7 @@ def test_the_torch_backend_rounds_as_plain_pytorch_does(name, dtype):
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_gradients_the_result_is_the_same(name):
-    """From 128 keys on torch's fused kernel runs on a CPU."""
+    """Without gradients, torch's fused kernel runs on a CPU from 128 keys on."""
     case = CASES[name]
     inputs = {name: x.double() for name, x in case.inputs(torch.float32).items()}
     op = functools.partial(swinkernels.window_attention_qkvpacked, backend="torch")
@@ -125,7 +125,7 @@ def test_a_compiled_call_with_axis_tables_is_the_call():
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_kernels_that_have_not_an_argument_refuse_it_by_name(backend):
-    """Triton has them all."""
+    """Triton implements all of these arguments."""
     device = torch.device("cpu")
     axis_tables = torch.zeros(7, 8), torch.zeros(7, 8)
     for given, name in (

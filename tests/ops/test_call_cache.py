@@ -241,7 +241,7 @@ def test_a_call_returns_the_gradient_that_is_wanted(wanted):
 
 @needs_cpu
 def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
-    """The op's arguments show it: without gradients, or without a tensor that requires one, there is no lse."""
+    """Without gradients, or without a tensor that requires one, the op's arguments ask for no lse."""
     seen = []
     op = module._FORWARD["window_attention_qkvpacked", ""]
 
@@ -267,7 +267,7 @@ def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
 
 @needs_cpu
 def test_modes_and_subclasses_see_the_op_itself():
-    """The short path is for plain eager PyTorch: code that inspects ops sees those with a fake and a derivative."""
+    """The short path is for plain eager PyTorch: code that inspects ops sees the ops with a fake and a derivative."""
     seen = []
 
     class Watch(TorchDispatchMode):

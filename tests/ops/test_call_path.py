@@ -1,4 +1,4 @@
-"""The number of this package's functions that a call of window attention enters, from the public one to the op.
+"""A call of window attention enters few of this package's functions between the public function and the op.
 
 docs/architecture.md shows the whole path, C++ included.
 """
@@ -74,7 +74,8 @@ def test_a_cached_call_takes_two_functions_to_its_op() -> None:
     assert "_make_plan" in first
     cached, stack = path_of(call)
     assert stack == ["window_attention_qkvpacked", "_attend"]
-    # The last three decide: may this be cached, under which key, and is it recorded? Tables of another dtype add _fit.
+    # The last three decide whether the call may be cached, under which key, and whether autograd records it. Tables of
+    # another dtype add _fit.
     assert cached == ["window_attention_qkvpacked", "_attend", "is_plain", "call_key", "any_requires_grad"]
 
 

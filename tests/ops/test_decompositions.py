@@ -1,4 +1,4 @@
-"""The forward ops as plain PyTorch: the same results, for fixed sizes and in exported programs of dynamic size."""
+"""The forward ops decomposed into plain PyTorch have the same results, also in exports of dynamic size."""
 
 from __future__ import annotations
 

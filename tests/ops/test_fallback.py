@@ -50,7 +50,7 @@ DIFFERENT = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", DIFFERENT, ids=str)
 def test_attention_rounds_as_plain_pytorch_does(case, dtype):
-    """The error is a few eps, as products are rounded; where terms cancel, the reference's error is the scale."""
+    """The error is a few eps, as products are rounded; if terms cancel, it is compared with the reference's error."""
     got, rounded = both(case, dtype)
     inputs = {name: x.double() for name, x in case.inputs(dtype).items()}
     exact = run_case(swinkernels.window_attention_qkvpacked, inputs, {**case.arguments(), "backend": "reference"})
@@ -178,7 +178,7 @@ def test_a_norm_of_16_bit_rows_to_float32_is_not_rounded_between():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_auto_takes_it_where_no_kernel_runs(device, monkeypatch):
-    """ "auto" takes it for float64, which no kernel supports, and on devices without kernels."""
+    """Backend "auto" takes "torch" for float64, which no kernel supports, and on devices without kernels."""
     from swinkernels import reference
 
     for name in ("window_attention_qkvpacked", "window_partition", "layer_norm", "patch_merging"):

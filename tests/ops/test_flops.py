@@ -1,4 +1,4 @@
-"""FLOPs of the ops and of accelerated models in torch's counter."""
+"""torch's counter counts the FLOPs of the ops and of accelerated models."""
 
 from __future__ import annotations
 

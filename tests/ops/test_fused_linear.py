@@ -1,4 +1,4 @@
-"""Linear layers with GELU or a residual connection in one pass on a CPU: results, and when they are separate calls."""
+"""Linear layers with GELU or a residual connection run in one pass on a CPU, or as separate calls."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import swinkernels
 from swinkernels.ops import _fused_linear
@@ -23,7 +24,7 @@ def need_fused(dtype: torch.dtype) -> None:
 
 
 def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, bias and residual."""
+    """Draw x, weight, bias and residual."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((*ROWS, IN), (OUT, IN), (OUT,), (*ROWS, OUT))
     x, weight, bias, residual = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -54,7 +55,7 @@ def test_results(gelu, is_added, has_bias, dtype):
 
 
 def test_other_strides():
-    """Also of a bias, which oneDNN would read as if it were contiguous."""
+    """Any tensor may be strided, even a bias, which oneDNN would read as if it were contiguous."""
     need_fused(torch.float32)
     x, weight, bias, residual = draw()
     strided_x, strided_weight = x.transpose(0, 1).contiguous().transpose(0, 1), weight.t().contiguous().t()
@@ -95,7 +96,7 @@ def test_which_calls_are_fused():
 
 
 class Marked(Tensor):
-    """A subclass without a behaviour of its own."""
+    """A subclass of Tensor that changes nothing."""
 
 
 def test_what_others_see_is_not_fused():
@@ -137,11 +138,11 @@ def test_float32_is_float32_until_torch_is_told_otherwise():
     finally:
         matmul.fp32_precision = before
     assert errors[0][0] < 1e-5
-    assert (errors[1][0] > 1e-3) == (errors[1][1] > 1e-3)  # where oneDNN has such products, both are less exact
+    assert (errors[1][0] > 1e-3) == (errors[1][1] > 1e-3)  # if oneDNN has such products, both are less exact
 
 
 def test_a_halfs_products_on_a_cpu():
-    """Inference of an MLP half: one call for fc1 with GELU, one for fc2 with the residual connection."""
+    """Inference of an MLP half makes one call for fc1 with GELU, and one for fc2 with the residual connection."""
     need_fused(torch.float32)
     generator = torch.Generator().manual_seed(1)
     c = 32
@@ -152,3 +153,30 @@ def test_a_halfs_products_on_a_cpu():
     assert len(called) == 2
     exact = swinkernels.reference.mlp_half(*(t if t is None else t.double() for t in tensors))
     assert_within_budget(y, exact, lambda: swinkernels.reference.mlp_half(*tensors))
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        return 2 * y if func in (F.linear, F.gelu) else y
+
+
+def test_modes_and_functions_in_the_place_of_torchs_see_their_calls(monkeypatch):
+    need_fused(torch.float32)
+    x, weight, bias, _ = draw()
+    exact = 2 * plain(x, weight, bias, None, None)
+    with Doubled():
+        torch.testing.assert_close(_fused_linear.linear(x, weight, bias), exact)
+    with torch.device("cpu"), fused_calls() as called:  # the mode of torch.set_default_device
+        _fused_linear.linear(x, weight, bias)
+    assert called
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: 2 * linear(*args))
+    torch.testing.assert_close(_fused_linear.linear(x, weight, bias), exact)
+
+
+def test_sparse_weights_have_the_separate_calls():
+    need_fused(torch.float32)
+    x, weight, bias, _ = draw()
+    got = _fused_linear.linear(x, weight.to_sparse_csr(), bias)
+    torch.testing.assert_close(got, plain(x, weight, bias, None, None), rtol=1e-4, atol=1e-4)

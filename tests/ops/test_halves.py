@@ -51,7 +51,7 @@ def differentiable(tensors: list, options: dict) -> list[Tensor]:
 
 
 def plain_half(op: str, tensors: list, options: dict) -> Tensor:
-    """The half of a block in torch's own functions around window attention, as in published blocks."""
+    """Compute the half of a block by torch's own functions around window attention, as published blocks do."""
     x, norm_weight, norm_bias, first, first_bias, last, last_bias, *table = tensors
     options = dict(options)
     norm, d, gamma = options.pop("norm"), options.pop("drop_path_scale", None), options.pop("layer_scale", None)
@@ -148,7 +148,7 @@ def test_a_scale_that_learns():
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_around_the_kernels_of_a_gpu(norm, joined, scaled, dtypes, plain_kernels):
-    """The norms' kernels are plain PyTorch in place of CUDA's."""
+    """Plain PyTorch stands for the CUDA kernels of the norms."""
     dtype = torch.float32 if dtypes == "autocast" else getattr(torch, dtypes)
     tensors, options = case("mlp_half", norm=norm, full=False)
     tensors = [draw(*shape, seed=i) for i, shape in enumerate(s.shape for s in case("mlp_half")[0])]
@@ -249,7 +249,7 @@ def assert_close_enough(got: Tensor, low: list, exact: Tensor, gradients: tuple,
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("op", OPS)
 def test_autocast(op, norm):
-    """Products are in bfloat16; backward passes inside and outside autocast give the same."""
+    """Products are in bfloat16; backward passes inside and outside autocast give the same gradients."""
     low, options, exact, gradients = low_and_exact(op, *case(op, norm=norm), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got = getattr(swinkernels, op)(*low, **options)
@@ -286,7 +286,7 @@ def test_compile_in_one_graph(op, dynamic):
 
 
 class Half(nn.Module):
-    """A half as a module, for exporters."""
+    """Wraps a half as a module, for exporters."""
 
     def __init__(self, op: str) -> None:
         super().__init__()
@@ -394,7 +394,7 @@ def kept_bytes(function: Callable[[], Any], parameters: list[Tensor]) -> int:
 
 @pytest.mark.parametrize(("op", "most"), [("attention_half", 5.3), ("mlp_half", 1 + HIDDEN / C + 0.02)])
 def test_what_is_kept_for_backward(op, most):
-    """In sizes of x: x, q, k, v, the attention's result and the float32 lse (1/4 here); x and fc1's result."""
+    """Attention keeps x, q, k, v, its result and lse: 5.25 times the bytes of x. The MLP keeps x and fc1's result."""
     tensors, options = case(op, (32, 32))
     tensors = [t.float().requires_grad_() for t in tensors]
     options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}

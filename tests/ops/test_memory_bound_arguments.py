@@ -1,4 +1,4 @@
-"""Wrong arguments of partition, reverse, merging, expanding and norms: the error's type and message."""
+"""Wrong arguments of partition, reverse, merging, expanding and norms raise the right error, with a message."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_what_is_right_is_not_refused():
         assert torch.equal(call("window_reverse", windows=expected, size=size), x)
     assert call("layer_norm", eps=0).shape == call("layer_norm", eps=1).shape == x.shape
     assert swinkernels.layer_norm(zeros(4)).shape == (4,)
-    for dtype in (torch.float64, torch.float16):  # parameters of any floating dtype
+    for dtype in (torch.float64, torch.float16):  # parameters may have any floating dtype
         assert call("layer_norm", weight=zeros(4).to(dtype)).dtype == torch.float32
         assert call("patch_merging", weight=zeros(7, 16).to(dtype)).dtype == torch.float32
 

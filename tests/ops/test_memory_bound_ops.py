@@ -173,7 +173,7 @@ def test_auto_on_a_cpu_is_plain_pytorch(case, dtype):
 
 @every_case
 def test_around_a_kernel(case, plain_kernels):
-    """Covers the code before and after a kernel and its backward: channel orders, optional parameters, factors."""
+    """The code around a kernel and its backward handles channel orders, optional parameters and factors."""
     exact = case.run(case.leaves(torch.float64), case.definition)
     for backend in backends_of(case):
         got = case.run(case.leaves(torch.float32), backend=backend)
@@ -199,7 +199,7 @@ def test_around_a_kernel(case, plain_kernels):
     ],
 )
 def test_dtypes_around_a_kernel(name, dtypes, results, plain_kernels):
-    """Results have their dtypes, each gradient that of its tensor; parameters may have any floating dtype."""
+    """Results have the expected dtypes, gradients the dtype of their tensor; parameters may have any floating dtype."""
     case = CASES[name]
     leaves = case.leaves(*dtypes)
     exact = case.run({n: t.detach().double().requires_grad_() for n, t in leaves.items()}, case.definition)
@@ -260,7 +260,7 @@ def test_only_one_result_used(plain_kernels):
 
 
 def test_gradient_of_drop_path_scale():
-    """Only the reference supports the gradient; a kernel is not chosen, or gives the reason."""
+    """No kernel supports the gradient: "auto" chooses plain PyTorch, and a kernel that is named gives the reason."""
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     x, y = draw(2, 3, 5), draw(2, 3, 5, seed=2)
     for op in (swinkernels.residual_layer_norm, swinkernels.residual_post_norm):
@@ -277,7 +277,7 @@ def test_gradient_of_drop_path_scale():
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["auto", "cuda", "triton"])
 def test_autocast_of_merging_and_expanding(backend, low, plain_kernels):
-    """An op that ends with the Linear returns the autocast dtype, one that ends with a norm float32."""
+    """An op that ends with the Linear returns the autocast dtype; an op that ends with a norm returns float32."""
     for name, dtype in (
         ("merge_swin_pre_5x4_2", low),
         ("merge_unfold_pre_5x4_2", low),
@@ -393,7 +393,7 @@ def described(results: Any) -> list[tuple]:
 
 @every_op_call
 def test_opcheck(name, arguments, plain_kernels):
-    """Schema, fake against the real results, autograd registration, and the traced graph with dynamic shapes."""
+    """opcheck tests schema, fake, autograd registration, and the traced graph with dynamic shapes."""
     differentiable = "_bwd" not in name
     torch.library.opcheck(getattr(OPS, name).default, arguments_on(arguments, "cpu", differentiable))
 
@@ -546,7 +546,7 @@ def test_gradcheck(case):
     def function(*values):
         return getattr(swinkernels, case.op)(**dict(zip(leaves, values, strict=True)), **case.options)
 
-    # One random direction: all of them would take minutes.
+    # Only one random direction is tested: all of them would take minutes.
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
@@ -576,7 +576,7 @@ def test_second_derivative_is_in_the_reference_alone(name, plain_kernels):
 
 @pytest.mark.parametrize("name", ["partition", "partition_3d", "reverse", "reverse_3d"])
 def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_kernels):
-    """Third derivatives of a cube: each op is the other's derivative, which is differentiated in turn."""
+    """Third derivatives of a cube are right: each op's derivative is the other op, which is differentiated again."""
     case = CASES[name]
     for backend in ("reference", *backends_of(case)):
         leaves = case.leaves(torch.float32)
@@ -592,7 +592,7 @@ def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_ke
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_reverse_undoes_partition_bit_for_bit(data):
-    """Odd, rectangular and single-token maps; windows larger than the map; every shift; both orders."""
+    """Maps are odd, rectangular or one token, windows may exceed the map, and every shift and both orders are tried."""
     rank = data.draw(st.sampled_from([2, 3]))
     size = data.draw(st.tuples(*[st.integers(1, 9 if rank == 2 else 5)] * rank))
     window = data.draw(st.tuples(*[st.integers(1, 6)] * rank))
@@ -619,7 +619,7 @@ def test_reverse_undoes_partition_bit_for_bit(data):
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
 @some_cases
 def test_backend_that_cannot_run(case, backend):
-    """No fast backend can on a CPU tensor, and each gives a reason."""
+    """No fast backend can run on a CPU tensor, and each gives a reason."""
     if backend == "triton" and _backends.interpreting():
         pytest.skip("Triton's interpreter runs on the CPU")
     with pytest.raises(NotImplementedError) as caught:
@@ -663,7 +663,7 @@ def test_reasons_of_a_backend(call, reason, plain_kernels):
 
 
 def test_longest_row(monkeypatch, plain_kernels):
-    """A limit of a backend is a reason, so auto takes another backend."""
+    """A row beyond a backend's limit is a reason, so "auto" takes another backend."""
     monkeypatch.setitem(_backends.NORM_LIMITS, "cuda", 4)
     monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda",))
     x = draw(2, 5).float()

@@ -1,4 +1,4 @@
-"""The error budget: results that pass, results that fail, and the messages."""
+"""The error budget passes and fails the right results, with a message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST = EXACT.abs().max().item()
 
 
 def judged(got: Tensor, exact: Tensor = EXACT, f32: Tensor | None = None, terms: Tensor | None = None) -> Judged:
-    """Judge a result; without ``f32``, float32 has no error of its own."""
+    """Judge a result; without ``f32``, the definition has no error in float32."""
     return judge(got, exact, exact if f32 is None else f32, terms=terms, name="out")
 
 
@@ -40,7 +40,7 @@ def test_no_element_is_off_by_more_than_two_eps_of_the_largest(eps_of_the_larges
 
 
 def test_the_error_of_the_definition_in_float32_is_granted() -> None:
-    """If terms cancel, the float32 reference has the same error."""
+    """A result may have the float32 reference's error, which is large if terms cancel."""
     got = EXACT.float() + 1e-4
     assert judged(got).failure is not None
     assert judged(got, f32=EXACT.float() - 1e-4).failure is None

@@ -35,7 +35,7 @@ CASES = [PADDED, PLAIN, VOLUME, BARE, COSINE, DENSE, TYPES]
 
 
 def separate(qkv, bias_table=None, *, num_heads, **arguments):
-    """The separate form with the packed form's interface: q, k and v are strided views of qkv."""
+    """Call the separate form through the packed form's interface: q, k and v are strided views of qkv."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
     return swinkernels.window_attention(q, k, v, bias_table, num_heads=num_heads, **arguments)
 
@@ -92,7 +92,7 @@ def test_backend_says_by_name_what_it_lacks():
 
 
 def test_long_windows_need_shared_memory(monkeypatch):
-    """A GPU with less shared memory per block takes only shorter windows on this package's CUDA kernels."""
+    """This package's CUDA kernels take only shorter windows on a GPU with less shared memory per block."""
     limits = {"max_window_volume": 1024, "shared_bytes_of_longest": 160 * 1024, "max_window_volume_in_less": 256}
     monkeypatch.setitem(_backends.LIMITS, "cuda", limits)
     case = WindowAttentionCase(1, (17, 17), 2, 8, 17, 0)
@@ -180,8 +180,8 @@ def test_compile_fullgraph(backend, dynamic):
         want, got = (run_case(f, inputs, {}) for f in (op, compiled))
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
-    # Not once per batch size: once for the first batch and once for any (None), or at once for any, with one restart of
-    # the analysis for the float arguments (True).
+    # Batch sizes share graphs. With None, the first batch has one graph and all others a second; with True, one graph
+    # serves all, and the float arguments restart the analysis once.
     assert counter.frame_count <= 2
 
 
@@ -205,7 +205,7 @@ def test_deterministic_mode_is_accepted(backend):
     if _backends.unavailable(backend):
         pytest.skip(_backends.unavailable(backend))
     torch.use_deterministic_algorithms(True)
-    try:  # it also fills uninitialised memory with NaN, so that an unwritten element shows
+    try:  # the mode also fills uninitialised memory with NaN, which reveals unwritten elements
         check_window_attention(swinkernels.window_attention_qkvpacked, PADDED, torch.float32, backend=backend)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -223,7 +223,7 @@ def test_nothing_is_modified():
     [
         (["8.0", "9.0+PTX"], (8, 0), True),
         (["8.0", "9.0+PTX"], (8, 9), True),  # machine code runs on later GPUs of its major version
-        (["8.0", "9.0+PTX"], (12, 0), True),  # PTX on all later ones
+        (["8.0", "9.0+PTX"], (12, 0), True),  # PTX runs on all later GPUs
         (["9.0+PTX"], (8, 0), False),
         (["9.0"], (10, 0), False),
         (["8.6"], (8, 0), False),

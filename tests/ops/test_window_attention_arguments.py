@@ -1,4 +1,4 @@
-"""Wrong arguments: the error's type, and a message with the op, the argument, the value given and those accepted."""
+"""Wrong arguments raise the right type, with a message naming op, argument, given value and accepted values."""
 
 from __future__ import annotations
 

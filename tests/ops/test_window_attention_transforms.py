@@ -130,7 +130,7 @@ def test_dropout_draws_a_seed_and_backward_has_the_same(
     for got, seed in zip(results, seeds, strict=True):
         for name, value in expected(seed).items():
             torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
-    assert not torch.equal(results[0]["out"], results[1]["out"])  # a cached call draws new numbers, too
+    assert not torch.equal(results[0]["out"], results[1]["out"])  # a cached call also draws new numbers
 
     generator = torch.Generator().manual_seed(5)
     own = run_case(op, inputs, {**case.arguments(), "generator": generator})
@@ -259,10 +259,10 @@ def test_profilers_show_the_ops_by_name() -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", WITHOUT_DROPOUT)
 def test_second_and_third_derivatives(name: str, form: str) -> None:
-    """Of a kernel, beside the reference in float64, in every tensor that has a gradient."""
+    """A kernel's derivatives equal the reference's in float64, for every tensor that has a gradient."""
     case = WITHOUT_DROPOUT[name]
     given = {n: x for n, x in case.inputs(torch.float32).items() if n != "dout"}
-    if "logit_scale" in given:  # scores that are far apart make errors as large
+    if "logit_scale" in given:  # scores that are far apart magnify errors
         given["logit_scale"] = given["logit_scale"].clamp(max=1.5)
 
     def derivatives(backend: str, dtype: torch.dtype) -> list[Tensor]:
@@ -304,13 +304,27 @@ def test_second_derivatives_of_functorch(batched: bool) -> None:
     torch.testing.assert_close(call("cpu"), call("reference"), rtol=1e-4, atol=1e-5)
 
 
+@needs_cpu
+def test_second_derivatives_with_a_region_map() -> None:
+    case = Case(1, (4, 4), 1, 2, 2, 1)
+    inputs = case.inputs(torch.float32)
+    regions = (torch.arange(16).reshape(4, 4) // 5).to(torch.int8)
+    found = []
+    for backend in ("cpu", "reference"):
+        qkv = inputs["qkv"].clone().requires_grad_()
+        out = attend(qkv, inputs["bias_table"], **case.arguments(), region_map=regions, backend=backend)
+        (first,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), qkv)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
 # --- compilation
 
 
 @needs_cpu
 @pytest.mark.parametrize(
     ("dynamic", "most"), [(None, 4), (True, 2)], ids=["as they come", "at once"]
-)  # None: once for each of B, H, W that changes after the first; True: one restart for the float arguments
+)  # None: compiled anew for each of B, H, W that changes first; True: one restart for the float arguments
 def test_one_graph_serves_all_sizes(dynamic: bool | None, most: int) -> None:
     torch.compiler.reset()
     case = Case(2, (5, 9), 2, 8, (4, 5), (2, 1), has_pad_qkv=True)
@@ -350,7 +364,7 @@ def sparse_buffer(elements: int) -> Tensor:
 @needs_cpu
 @pytest.mark.parametrize("form", FORMS)
 def test_offsets_beyond_two_to_the_31(form: str) -> None:
-    """Two images that are 2 ** 31 elements apart, at no cost of memory, have the results of adjacent ones."""
+    """Two images 2 ** 31 elements apart, with untouched memory between them, have the results of adjacent images."""
     case = Case(2, (5, 6), 2, 8, 4, 2, has_pad_qkv=True)
     inputs = case.inputs(torch.float32)
     apart = 2**31 + 48
@@ -386,7 +400,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     """The last image of a batch of more than 2 ** 31 elements has the same output and gradient as alone."""
     if available_bytes() < 24 * 2**30:
         pytest.skip("needs 24 GiB of free memory")
-    torch.use_deterministic_algorithms(False)  # else it would be filled with NaN first
+    torch.use_deterministic_algorithms(False)  # otherwise torch would fill the buffer with NaN first
     case = Case(1, (64, 64), 4, 32, 8, 4, has_table=False)
     inputs = case.inputs(torch.bfloat16)
     batch = 2**31 // inputs["qkv"].numel() + 2
@@ -431,8 +445,8 @@ FAR_MASK = {"mask_value": -(2.0**20)}
 def test_float16_is_finite_where_the_result_is(backend: str, case: Case, size: float, gradient: float) -> None:
     """Products overflow float16 by far, but the result does not, and nothing is ever NaN.
 
-    With powers of two float32 represents the scores exactly; otherwise equal ones would differ, and another would be
-    the largest.
+    Factors are powers of two, so that float32 represents the scores exactly; otherwise equal scores would differ, and
+    a different one would be the largest.
     """
     reason = _backends.unavailable(backend)
     if reason is not None:

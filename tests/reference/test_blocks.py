@@ -54,7 +54,7 @@ def test_residual_layer_norm(scale):
 
 
 class FixedDropPath(nn.Module):
-    """Drop path with a given draw."""
+    """Drops paths by a given draw."""
 
     def forward(self, x):
         return x * DROP.reshape(-1, *(1,) * (x.dim() - 1))

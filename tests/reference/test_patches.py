@@ -48,7 +48,7 @@ def test_merging_monai(name, size, order):
     merge = randomised(getattr(unetr, name)(C, spatial_dims=len(size)))
     x = draw(2, *size, C)
     if order == "monai" and len(size) == 3:
-        # The order changed in MONAI 1.5: determine that of the installed version.
+        # The order changed in MONAI 1.5: determine the order of the installed version.
         probe = torch.arange(8.0).reshape(1, 2, 2, 2, 1)
         asked = unetr.PatchMerging(1, norm_layer=lambda n: nn.Identity(), spatial_dims=3)
         asked.reduction = nn.Identity()
@@ -61,7 +61,7 @@ def test_merging_monai(name, size, order):
 
 
 def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
-    """Return the input number in each merged channel, by an identity reduction and a norm that keeps the order."""
+    """Return the input number in each merged channel, found with an identity as reduction and a norm."""
     n = 2**rank * channels
     x = torch.arange(float(n), dtype=torch.float64).reshape(1, *(2,) * rank, channels)
     y = reference.patch_merging(x, None, None, torch.eye(n, dtype=torch.float64), order=order, eps=0.0).flatten()
@@ -81,12 +81,12 @@ def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
     ],
 )
 def test_order(order, rank, expected):
-    """Numbers are row-major positions: 4 d + 2 h + w."""
+    """Neighbours are numbered by row-major position: 4 d + 2 h + w."""
     assert merged_order(order, rank) == expected
 
 
 def test_monai_legacy_order():
-    """The order of MONAI up to 1.4, by the literal slices of its code: two neighbours twice, two never."""
+    """MONAI's literal slices up to 1.4 have the order "monai_legacy": two neighbours twice, two never."""
     x, weight = draw(2, 3, 4, 5, C), draw(2 * C, 8 * C, seed=3)
     norm_weight, norm_bias = draw(8 * C, seed=4), draw(8 * C, seed=5)
 
@@ -162,7 +162,7 @@ def test_merging_gradcheck(norm):
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize(("factor", "out"), [(2, 6), (4, 12), ((2, 4), 6)])
 def test_expanding_swin_unet(factor, out, batch):
-    """Swin-Unet's PatchExpand and FinalPatchExpand_X4: Linear, 'b h w (p1 p2 c) -> b (h p1) (w p2) c', LayerNorm."""
+    """PatchExpand and FinalPatchExpand_X4 apply Linear, 'b h w (p1 p2 c) -> b (h p1) (w p2) c', then LayerNorm."""
     einops = pytest.importorskip("einops", reason="einops is not installed")
     p1, p2 = factor if isinstance(factor, tuple) else (factor, factor)
     x, weight = draw(batch, 3, 2, 12), draw(p1 * p2 * out, 12, seed=3)
@@ -198,7 +198,7 @@ def test_expanding_3d():
 
 
 def test_expanding_undoes_merging():
-    """Row-major merging without its Linear, then expanding without its own, equals each token's norm."""
+    """Row-major merging, then expanding, both without their Linear, equal each token's norm."""
     x = draw(1, 4, 6, 8)
     merged = reference.patch_merging(x, None, None, torch.eye(32, dtype=torch.float64), order="row_major", norm="pre")
     back = reference.patch_expanding(merged, None, None, None)

@@ -31,7 +31,7 @@ SIZES = [((8, 8), 4), ((9, 14), 4), ((6, 6), 0)]  # size, window; 0: global
 
 
 @pytest.mark.parametrize(("size", "window"), SIZES)
-@pytest.mark.parametrize(("kind", "tolerance"), [("eager", 1e-5), ("sdpa", 1e-10)])  # eager has a float32 softmax
+@pytest.mark.parametrize(("kind", "tolerance"), [("eager", 1e-5), ("sdpa", 1e-10)])  # eager has a softmax in float32
 def test_transformers_sam(kind, tolerance, size, window):
     sam = pytest.importorskip("transformers.models.sam.modeling_sam", reason="transformers is not installed")
     config = sam.SamVisionConfig(hidden_size=DIM, num_attention_heads=HEADS, image_size=16 * size[0], patch_size=16)
@@ -132,7 +132,7 @@ def test_pangu(size, shift):
     types, n = counts[0] * counts[1], math.prod(window)
     table = draw(window[0] ** 2 * window[1] ** 2 * (2 * window[2] - 1), types, heads, seed=4)
 
-    # The published index: the key's level and latitude count in steps of the window, with a minus.
+    # In the published index the key's level and latitude count negatively, in steps of the window.
     places = torch.stack(torch.meshgrid(*map(torch.arange, window), indexing="ij")).flatten(1)
     steps = torch.tensor([-window[0], -window[1], 1])[:, None]
     relative = places[:, :, None] - (places * steps)[:, None, :]

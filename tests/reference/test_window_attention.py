@@ -149,7 +149,7 @@ def test_torchvision(version, size, window, shift):
     [
         ((8, 12), (4, 4), (0, 0)),
         ((9, 14), (4, 4), (2, 2)),
-        ((6, 9), (7, 7), (3, 3)),  # clamped to (6, 7): the table stays that of (7, 7)
+        ((6, 9), (7, 7), (3, 3)),  # clamped to (6, 7): the table is still for (7, 7)
         ((4, 4, 8), (2, 2, 4), (1, 1, 2)),
         ((5, 7, 6), (2, 4, 3), (1, 2, 1)),
         ((3, 5, 4), (3, 3, 3), (1, 1, 1)),  # one window along depth
@@ -180,7 +180,7 @@ def test_monai(size, window, shift):
 
 
 def test_monai_clamped_index_is_not_geometric():
-    """This case needs table_window: on a clamped window most rows differ from those of the window's own geometry."""
+    """A clamped window needs table_window: most table rows differ from the rows for the clamped window's geometry."""
     full, clamped = (7, 7, 7), (6, 6, 6)
     sliced = relative_position_index(full)[: 6**3, : 6**3]
     assert torch.equal(relative_position_index(clamped, full), sliced)
@@ -217,7 +217,7 @@ def test_timm_maxvit(partition, size, window):
 
 
 def cut(x: Tensor, window: tuple[int, ...]) -> Tensor:
-    """(B, *P, C) -> (B, num_windows, N, C)."""
+    """Cut (B, *P, C) into windows (B, num_windows, N, C)."""
     rank = len(window)
     shape = [n for p, w in zip(x.shape[1:-1], window, strict=True) for n in (p // w, w)]
     x = x.reshape(x.shape[0], *shape, x.shape[-1])
@@ -252,7 +252,7 @@ def slice_regions(frame, window, shift, periodic=None) -> Tensor:
 
 
 def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int, ...]) -> Tensor:
-    """(heads, N, N), filled one entry at a time."""
+    """Return the bias (heads, N, N), whose index is filled one entry at a time."""
     n = math.prod(window)
 
     def decode(t):
@@ -274,7 +274,7 @@ def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int
 def literal_attention(
     qkv, num_heads, window, shift, *, pad, pad_order, before, regions, bias, mask_value=-100.0, scale=None
 ):
-    """qkv (B, *S, 3C) -> (B, *S, C); regions: an image of the frame's shape or None; bias: (heads, N, N)."""
+    """Map qkv (B, *S, 3C) to (B, *S, C); regions is an image of the frame's shape or None, bias (heads, N, N)."""
     size = tuple(qkv.shape[1:-1])
     axes = tuple(range(1, 1 + len(size)))
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
@@ -380,7 +380,7 @@ def test_against_literal_code(data):
 @pytest.mark.parametrize("size", [(2, 6, 12), (3, 7, 13), (4, 10, 10), (1, 3, 6)])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 3)])
 def test_aurora(size, shift):
-    """Roll, then pad both sides; regions are those of the unpadded map without a seam in width; pads form a group."""
+    """The map is rolled, then padded on both sides; regions ignore the seam in width, and pads form one group."""
     window = (2, 3, 6)
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
     before = tuple((p - s) // 2 for p, s in zip(frame, size, strict=True))
@@ -434,7 +434,7 @@ def test_periodic_width_is_the_merged_seam():
 
 @pytest.mark.parametrize("types", [1, 2, 6])
 def test_bias_of_window_types(types):
-    """(types, heads, N, N): window number w of an image has type w // (windows / types)."""
+    """The bias is (types, heads, N, N): window number w of an image has type w // (windows / types)."""
     size, window = (4, 6, 8), (2, 2, 4)  # 2 x 3 x 2 windows
     n, windows = math.prod(window), 12
     qkv, bias = draw(2, *size, 3 * DIM), draw(types, HEADS, n, n, seed=3)
@@ -470,7 +470,7 @@ def test_separate_and_packed_agree():
 
 
 def test_log_sum_exp_and_attention():
-    """lse is that of the final scores: exp(score - lse) are the attention weights."""
+    """lse is the log-sum-exp of the final scores: exp(score - lse) are the attention weights."""
     qkv, table = draw(1, 4, 4, 3 * 4), draw(9, 1, seed=2)
     arguments = {"num_heads": 1, "window_size": 2, "shift_size": 1, "mask_value": -3.0, "scale": 0.3}
     out, attention, lse = reference.window_attention_qkvpacked(

@@ -67,7 +67,7 @@ def test_against_roll_pad_and_view(data):
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_the_two_are_adjoint(data):
-    """The gradient of one is the other: <partition(x), y> = <x, reverse(y)>."""
+    """Each op's gradient is the other op: <partition(x), y> = <x, reverse(y)>."""
     size, window, shift, pad_order = geometry(data)
     x = draw(2, *size, 3).requires_grad_()
     windows = reference.window_partition(x, window, shift, pad_order=pad_order)

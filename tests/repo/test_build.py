@@ -1,4 +1,4 @@
-"""setup.py: its decisions, its errors, and the contents of the source archive."""
+"""setup.py makes the right decisions, reports errors, and packs a complete source archive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EMPTY_PATH = {"PATH": "/nonexistent"}
 
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
-    """setup.py as a module: importing it builds nothing."""
+    """Import setup.py as a module, which builds nothing."""
     spec = importlib.util.spec_from_file_location("swinkernels_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -239,7 +239,7 @@ def test_missing_package_is_one_line(tmp_path: Path, package: str) -> None:
 
 
 def test_pure_python_wheel_and_source_archive(tmp_path: Path) -> None:
-    """Neither needs torch or a compiler. The wheel is built from the unpacked archive, as pip would."""
+    """Building them needs neither torch nor a compiler. The wheel is built from the unpacked archive, as pip would."""
     (tmp_path / "torch.py").write_text("raise ImportError('not here')\n")
     environ = {"PYTHONPATH": str(tmp_path), "CXX": "no-such-compiler"}
     result = run_setup("-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path), **environ)

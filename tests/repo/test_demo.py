@@ -54,7 +54,7 @@ def test_times_and_memory_of_both_models_and_both_steps(folder):
             assert sum(times[part] for part in PARTS - {"total"}) < 1.5 * times["total"]
             assert results["peak_memory_bytes"][mode][model] > 2**20
     training, inference = (results["peak_memory_bytes"][mode]["timm"] for mode in (measure.TRAINING, measure.INFERENCE))
-    assert training > 4 * 28e6  # at least a gradient for every parameter of Swin-T
+    assert training > 4 * 28e6  # every parameter of Swin-T has at least a gradient
     assert inference < training / 4
     assert len(results["backends"]) == 12 + 3
 
@@ -82,7 +82,7 @@ def test_what_is_printed(folder):
 
 
 def test_conclusion(folder):
-    """The last lines: a sentence with measured values, the backend of each kind of module, and the pictures' path."""
+    """The last lines have a sentence with measured values, each kind of module's backend, and the pictures' path."""
     results = json.loads((folder / "results.json").read_text())
     *_, sentence, blocks, merging, files, seconds = (folder / "stdout.txt").read_text().splitlines()
     difference = results["agreement"]["largest_logit_difference"]

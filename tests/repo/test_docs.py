@@ -101,7 +101,7 @@ def test_command(command: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_to_files(page: Path) -> None:
-    """Includes the links of pages outside the site."""
+    """Links in pages outside the site also lead to files."""
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
         assert "://" in target or (page.parent / target).exists(), target
 
@@ -115,7 +115,7 @@ def test_readme_fits_on_a_page() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pages, built without a warning."""
+    """Return the site's folder, built without a warning."""
     pytest.importorskip("mkdocs", reason="mkdocs is not installed")
     pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed")
     folder = tmp_path_factory.mktemp("site")

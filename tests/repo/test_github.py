@@ -1,4 +1,4 @@
-"""Files for the repository's host: workflows that only call make, issue forms, the citation."""
+"""The files for GitHub are valid: workflows, which only call make, issue forms, and the citation."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_kernels_and_params_know_nothing_of_torch():
 
 
 def test_only_bindings_include_torch():
-    """The search finds torch in the bindings, and nowhere else under csrc."""
+    """The search finds includes of torch in the bindings, and nowhere else under csrc."""
     with_torch = {p.relative_to(CSRC).parts[0] for p in sources(".") if TORCH_HEADER.search(p.read_text())}
     assert with_torch == {"bindings"}
 

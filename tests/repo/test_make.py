@@ -1,4 +1,4 @@
-"""`make`: its installations and builds, its output, and the tests that `make check` selects for a change."""
+"""`make` installs, builds and prints the right things, and `make check` selects the right tests for a change."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_cuda_kernels_are_built_where_they_are_needed(checkout: Path) -> None:
     assert kernels(checkout, "demo") == "auto"
     write_script(checkout / "tools" / "nvidia-smi", "exit 9")
     (checkout / "build" / "temp.linux" / "csrc" / "kernels" / "cuda").mkdir(parents=True)
-    assert kernels(checkout, "build") == "auto"  # an earlier build has them, and is kept complete
+    assert kernels(checkout, "build") == "auto"  # an earlier build has CUDA kernels, and is kept complete
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def draw_case(
 def ends_that_may_meet(
     size: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_order: str
 ) -> tuple[bool, ...]:
-    """Return the axes that may be periodic: those whose ends a shift joins without padding between them."""
+    """Return the axes that may be periodic, because a shift joins their ends without padding in between."""
     return tuple(
         s == 0 or n % w == 0 or pad_order == "roll_then_pad" for n, w, s in zip(size, window, shift, strict=True)
     )
@@ -92,7 +92,7 @@ def elements(case: Case) -> int:
 
 @st.composite
 def cases(draw, *, longest: int = 6, beyond: int = 3, most: int = 3, head_dims: Sequence[int] = range(1, 41)) -> Case:
-    """Draw as :func:`draw_case` does, but by Hypothesis, which shrinks a failing case."""
+    """Draw cases as :func:`draw_case` does, but by Hypothesis, which shrinks a failing case."""
     rng = draw(st.randoms(use_true_random=False))
     case = draw_case(rng, longest=longest, beyond=beyond, most=most, head_dims=head_dims)
     assume(elements(case) >= MIN_ELEMENTS)

@@ -11,7 +11,7 @@ from tests.support.published import refuse
 
 
 def refuse_forward(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
-    """Make the forward of a class and of its subclasses fail, so that a test shows that an op ran in its place."""
+    """Make the forward of a class and of its subclasses fail, which proves that an op ran instead."""
 
     is_code = snapshot._is_code
     refuse(monkeypatch, kind)

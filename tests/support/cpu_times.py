@@ -1,4 +1,4 @@
-"""The CPU time of each test, child processes included: a pytest plugin, and a summary of its output.
+"""Measures the CPU time of each test, including child processes: a pytest plugin, and a summary of its output.
 
     make test PYTEST_ARGS="-p tests.support.cpu_times --cpu-times times.txt"
     python -m tests.support.cpu_times times.txt
@@ -24,7 +24,7 @@ def seconds_of_all_processes() -> float:
     for folder in Path("/proc").iterdir():
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split() if folder.name.isdigit() else []
-        except OSError:  # the process has ended
+        except OSError:  # the process has ended meanwhile
             continue
         if fields:
             own[int(folder.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
@@ -52,7 +52,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def main(file: Path) -> None:
-    """Print the total, and the slowest 40."""
+    """Print the total, and the 40 slowest tests."""
     times = [(float(seconds), test) for seconds, _, test in (x.partition(" ") for x in file.read_text().splitlines())]
     print(f"{len(times)} tests, {sum(seconds for seconds, _ in times) / 60:.1f} CPU minutes\n")
     print("| CPU s | test |\n|---|---|")

@@ -21,7 +21,7 @@ def _fuses(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def fused_calls() -> Iterator[list[str]]:
-    """The names of oneDNN's fused functions that are called meanwhile, one for each call."""
+    """Collect the names of oneDNN's fused functions that the context calls, one for each call."""
     names: list[str] = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield names
@@ -30,9 +30,9 @@ def fused_calls() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def always_fused() -> Iterator[None]:
-    """Have modules take the path of fused Linear layers whatever the size and the dtype of a map.
+    """Make modules take the path of fused Linear layers whatever the size and dtype of a map.
 
-    In float64 the products are then those of plain PyTorch: what is tested is which modules are called.
+    In float64 plain PyTorch then computes the products: such tests check which modules are called.
     """
     with (
         mock.patch.object(linear_layers, "fuses", _fuses),

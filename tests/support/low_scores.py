@@ -1,4 +1,4 @@
-"""Score ranges in which attention kernels fail: rows whose log-sum-exp is below -88, where exp of it is zero in
+"""Score ranges in which attention kernels fail: rows whose log-sum-exp is below -88, so that its exp is zero in
 float32; windows of 64 (mod 128) tokens; a float32 bias with 16-bit maps.
 """
 
@@ -21,7 +21,7 @@ class LowScores(WindowAttentionCase):
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
         inputs = super().inputs(dtype, device, seed)
         name = "bias" if self.bias_types is not None else "bias_table"
-        if name == "bias":  # a different one for each query, down to the lowest
+        if name == "bias":  # a different score for each query, down to the lowest
             rows = torch.linspace(0.0, self.lowest, inputs[name].shape[-2], device=device)
             inputs[name] = inputs[name] + rows[:, None]
         else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NoGradient(torch.autograd.Function):
-    """The sum of some tensors. Its backward pass returns None, which differs from zeros."""
+    """Sums tensors. Its backward pass returns None, which differs from zeros."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # of a Linear with a float32 norm.
 PAIRS = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
 NORM_PAIRS = [*PAIRS, (F16, F32), (BF16, F32)]
-# Shorter rows average too few rounding errors, and the norm removes most of a gradient.
+# Shorter rows average too few rounding errors, and norms cancel most of a short row's gradient.
 SHORT_ROW = 16
 EPS = 1e-5
 
@@ -61,18 +61,18 @@ class NormCase:
 
     @property
     def offsets(self) -> list[tuple[int, ...]]:
-        """The neighbours of a merged row, each by its offset on the merged axes."""
+        """Return the neighbours of a merged row, each by its offset on the merged axes."""
         if isinstance(self.order, str):
             return list(neighbours(self.order, self.merged_axes))
         return [tuple(n >> i & 1 for i in reversed(range(self.merged_axes))) for n in self.order]
 
     @property
     def numbers(self) -> list[int]:
-        """The row-major numbers of these neighbours."""
+        """Return the row-major numbers of the neighbours of a merged row."""
         return [sum(o << i for i, o in enumerate(reversed(offset))) for offset in self.offsets]
 
     def rows(self, x: Tensor) -> Tensor:
-        """The rows to normalise, (..., L), for an x of any dtype: a selection of its elements, and zeros."""
+        """Return the rows to normalise, (..., L), for an x of any dtype: a selection of its elements, and zeros."""
         if self.op == "patch_merging_norm":
             axes = range(x.dim() - 1 - self.merged_axes, x.dim() - 1)
             for axis in axes:
@@ -147,7 +147,7 @@ def define(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the exact results, computed in ``dtype``, and for gradients the sizes of the terms that cancel.
 
-    ``s`` is the implementation's rounded sum of a residual, because the norm that follows is that of the rounded sum.
+    ``s`` is the implementation's rounded sum of a residual, because the norm that follows reads the rounded sum.
     """
     wide = {name: x.to(dtype) for name, x in inputs.items()}
     leaves = {name: wide[name].requires_grad_() for name in ("x", "y", "weight", "bias") if name in wide}
@@ -201,7 +201,7 @@ def define(
 def check(implementation: Any, case: NormCase, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
     """Compare every result of a case with the definition in float64.
 
-    Gradients in float32, and those of short rows, are judged against the terms that cancel in them.
+    Gradients in float32, and gradients of short rows, are judged against the terms that cancel in them.
     """
     inputs = case.inputs(seed)
     got = call(implementation, case, {name: x.to(device) for name, x in inputs.items()})

@@ -24,7 +24,7 @@ from tests.support.published_forms import (
 
 
 class ShiftWindowMSA(nn.Module):
-    """mmdet's: a sequence and the size of its map; pads, rolls and masks itself, and drops paths."""
+    """mmdet's form: takes a sequence and the size of its map; pads, rolls, masks and drops paths itself."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int, attn_drop: float = 0.0) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class MmdetBlock(nn.Module):
 
 
 class WMSA(nn.Module):
-    """SCUNet's: channels last, whole windows, a parameter for the bias, scores of -inf between regions."""
+    """SCUNet's form: has channels last, whole windows, a parameter for the bias, and scores of -inf between regions."""
 
     def __init__(self, dim: int, head_dim: int, window_size: int, kind: str) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Projection(nn.Module):
 
 
 class UformerAttention(WindowAttention):
-    """Uformer's: win_size, and queries separate from keys and values."""
+    """Uformer's form: has win_size, and queries separate from keys and values."""
 
     def __init__(self, dim: int, win_size: tuple[int, int], num_heads: int) -> None:
         super().__init__(dim, win_size, num_heads)
@@ -116,7 +116,7 @@ class UformerAttention(WindowAttention):
 
 
 class MutualAttention(WindowAttention):
-    """VRT's: qkv_self, and the two frames of a window that attend to each other."""
+    """VRT's form: has qkv_self, and the two frames of a window attend to each other."""
 
     def __init__(self, dim: int, window_size: tuple[int, int, int], num_heads: int, mut_attn: bool = True) -> None:
         super().__init__(dim, window_size, num_heads)
@@ -153,7 +153,7 @@ class ConvMlp(nn.Module):
 
 
 class ChannelsFirstBlock(Block):
-    """ResShift's: (B, C, H, W), norms over groups of channels, a new mask for any map but the stored one's."""
+    """ResShift's form: takes (B, C, H, W), normalises groups of channels, and makes a mask for maps of another size."""
 
     def __init__(self, dim: int, input_resolution: Any, num_heads: int, window_size: int, shift_size: int) -> None:
         super().__init__(dim, num_heads, window_size, shift_size)
@@ -173,7 +173,7 @@ class ChannelsFirstBlock(Block):
 
 
 class VolumeBlock(Block):
-    """TransMorph's: a sequence, the size of its volume in H, W and T, the mask of the stage."""
+    """TransMorph's form: takes a sequence and the mask of the stage; attributes have the volume's size (H, W, T)."""
 
     def __init__(self, dim: int, num_heads: int, window_size: Any, shift_size: Any) -> None:
         super().__init__(dim, num_heads, window_size, shift_size)
@@ -186,7 +186,7 @@ class VolumeBlock(Block):
 
 
 class FusedAttention(WindowAttention):
-    """BiRefNet's: torch's fused attention, and a mask that is repeated for every image."""
+    """BiRefNet's form: calls torch's fused attention with a mask that is repeated for every image."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -197,7 +197,7 @@ class FusedAttention(WindowAttention):
 
 
 class InfinityBlock(SegmentationBlock):
-    """BiRefNet's: the stage's mask has -inf."""
+    """BiRefNet's form: takes the stage's mask, which has scores of -inf."""
 
     attention = FusedAttention
 
@@ -207,7 +207,7 @@ class InfinityBlock(SegmentationBlock):
 
 
 class CutBlock(nn.Module):
-    """A block around an attention that takes windows and a mask."""
+    """A block that calls its attention with windows and a mask."""
 
     def __init__(self, attn: nn.Module, dim: int, window: tuple[int, ...], shift: tuple[int, ...]) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class CutBlock(nn.Module):
 
 
 class MapAttention(WindowAttention):
-    """Swin-MAE's: a square map of whole windows, which it rolls and masks itself."""
+    """Swin-MAE's form: takes a square map of whole windows, and rolls and masks it itself."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int) -> None:
         super().__init__(dim, (window_size, window_size), num_heads)
@@ -238,7 +238,7 @@ class MapAttention(WindowAttention):
 
 
 class SpatialAttention(nn.Module):
-    """FDAT's: a sequence, height and width; a dense bias, no shift, short names."""
+    """FDAT's form: takes a sequence, height and width; has a dense bias, no shift, and short names."""
 
     def __init__(self, dim: int, window_size: int, num_heads: int) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ class SpatialAttention(nn.Module):
 
 
 class DecomposedAttention(nn.Module):
-    """Segment Anything's: a bias of the queries and one table for each axis."""
+    """Segment Anything's form: computes the bias from the queries and one table for each axis."""
 
     def __init__(self, dim: int, num_heads: int, size: tuple[int, int]) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class DecomposedAttention(nn.Module):
         self.rel_pos_h, self.rel_pos_w = (nn.Parameter(torch.randn(2 * n - 1, dim // num_heads)) for n in size)
 
     def bias(self, q: Tensor, size: tuple[int, ...]) -> Tensor:
-        """(B, heads, h w, h w)"""
+        """Return the bias (B, heads, h w, h w)."""
         h, w = (torch.arange(n, device=q.device) for n in size)
         rows, columns = self.rel_pos_h[h[:, None] - h + len(h) - 1], self.rel_pos_w[w[:, None] - w + len(w) - 1]
         q = q.unflatten(2, size)
@@ -280,7 +280,7 @@ class DecomposedAttention(nn.Module):
 
 
 class FusedDecomposedAttention(DecomposedAttention):
-    """DeepSeek-OCR's: by torch's fused attention, which does not read the scale."""
+    """DeepSeek-OCR's form: calls torch's fused attention, which does not read the scale."""
 
     def forward(self, x: Tensor) -> Tensor:
         size = tuple(x.shape[1:3])
@@ -290,7 +290,7 @@ class FusedDecomposedAttention(DecomposedAttention):
 
 
 class DecomposedBlock(nn.Module):
-    """Segment Anything's: windows that are padded behind the norm, or the whole map."""
+    """Segment Anything's form: attends in windows that are padded after the norm, or over the whole map."""
 
     def __init__(self, attention: type[DecomposedAttention], dim: int, num_heads: int, window: int, size: Any) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ class DecomposedBlock(nn.Module):
 
 
 class WeightsAttention(WindowAttention):
-    """EsViT's: returns its weights, before they are dropped, too."""
+    """EsViT's form: also returns its weights as they are before dropout."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -323,7 +323,7 @@ class WeightsAttention(WindowAttention):
 
 
 class WeightsBlock(Block):
-    """EsViT's: a square map of any size, its masks in a dict that it fills."""
+    """EsViT's form: takes a square map of any size, and keeps the masks that it makes in a dict."""
 
     attention = WeightsAttention
 
@@ -345,7 +345,7 @@ class WeightsBlock(Block):
 
 
 class WeightsStage(nn.Module):
-    """EsViT's: its own forward drops the weights, another method hands them on."""
+    """EsViT's form: forward discards the weights, another method returns them."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
         super().__init__()
@@ -366,7 +366,7 @@ class WeightsStage(nn.Module):
 
 
 class SkipAttention(WindowAttention):
-    """nnFormer's: queries from the decoder, keys and values from the encoder, and an index in which offsets collide."""
+    """nnFormer's form: queries come from the decoder, keys and values from the encoder; offsets share index values."""
 
     def __init__(self, dim: int, window_size: tuple[int, int, int], num_heads: int) -> None:
         super().__init__(dim, window_size, num_heads)
@@ -390,7 +390,7 @@ class SkipAttention(WindowAttention):
 
 
 class SkipBlock(nn.Module):
-    """A block around an attention that takes the windows of two maps."""
+    """A block that calls its attention with the windows of two maps."""
 
     def __init__(self, dim: int, num_heads: int, window: tuple[int, int, int], shift: tuple[int, int, int]) -> None:
         super().__init__()

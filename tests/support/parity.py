@@ -1,4 +1,4 @@
-"""A model before and after accelerate: outputs and every gradient."""
+"""Compares a model before and after accelerate: outputs and every gradient."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def assert_as_good(
     exact: dict[str, Tensor],
     moved: list[dict[str, Tensor]] | None = None,
 ) -> None:
-    """Check that the error against float64 is at most twice that of the library's code in the same dtype plus a few
-    eps.
+    """Check that the error against float64 is at most twice the error of the library's code in the same dtype, plus a
+    few eps.
 
     If large scores and sums that cancel magnify rounding errors, ``moved`` gives their size (see :func:`shaken`). A
-    gradient that is zero, such as that of a constant in all scores, may be as large as a rounding of the largest one.
+    gradient that is zero in theory, as for a constant in all scores, may be as large as the largest one's rounding.
     """
     assert got.keys() == plain.keys() == exact.keys()
     largest = max(t.abs().max() for t in exact.values())
@@ -95,14 +95,14 @@ def assert_as_good(
 def _times_of_plain_error(name: str) -> int:
     """Return the multiple of plain code's error that is allowed for a gradient.
 
-    Gradients that only depend on keys nearly cancel. That of transformers' position MLP depends on a table of a few
-    dozen such sums, here in another order: the error of one of them spreads to all of its elements.
+    Gradients that only depend on keys nearly cancel. The gradient of transformers' position MLP depends on a few dozen
+    such sums, which are added in another order here: the error of one sum spreads to all elements of the gradient.
     """
     return 4 if any(part in name for part in ("position_bias_mlp", ".k_proj.", ".key.")) else 2
 
 
 def assert_as_noisy(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Check low precision, where whole models round dozens of times: errors may differ, but not in size."""
+    """Check low precision, where whole models round dozens of times: errors may differ, but not their size."""
     assert got.keys() == plain.keys() == exact.keys()
     errors, bases = [], []
     for name in exact:

@@ -10,7 +10,7 @@ _ROUNDS = 10
 
 
 def philox(key: int, counter: np.ndarray) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al., 2011) of counters (..., 4) in uint32."""
+    """Return Philox4x32-10 (Salmon et al., 2011) of counters (..., 4) in uint32."""
     c = counter.astype(np.uint64)
     k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(_ROUNDS):
@@ -30,7 +30,7 @@ def philox(key: int, counter: np.ndarray) -> np.ndarray:
 
 
 def kept_weights(seed: int, p: float, batch: int, num_windows: int, num_heads: int, tokens: int) -> Tensor:
-    """1 where csrc/kernels/cuda/window_attention/dropout.cuh keeps a weight, else 0: (B, num_windows, heads, N, N)."""
+    """Return 1 where the CUDA kernels (dropout.cuh) keep a weight, else 0, as (B, num_windows, heads, N, N)."""
     head, i, j = np.meshgrid(
         np.arange(batch * num_windows * num_heads), np.arange(tokens), np.arange(tokens), indexing="ij"
     )
@@ -46,7 +46,7 @@ def kept_by_triton(
 ) -> Tensor:
     """Return the weights that swinkernels/triton keeps, as 1 or 0, (batch, num_windows, num_heads, queries, keys).
 
-    Its counter is (key / 4, query, window, head): a counter's four numbers belong to four neighbouring keys.
+    Triton's counter is (key / 4, query, window, head): a counter's four numbers belong to four neighbouring keys.
     """
     shape = (batch * num_windows, num_heads, queries, -(-keys // 4))
     window, head, query, quad = np.meshgrid(*(np.arange(x, dtype=np.uint64) for x in shape), indexing="ij")

@@ -1,4 +1,4 @@
-"""Every kind of module whose attention accelerate replaces, alone and small, for tests with edits."""
+"""Small modules, one of each kind whose attention accelerate replaces, for tests with edits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class Place:
     make: Callable[[], nn.Module]
-    # Draws the arguments of its forward.
+    # Draws the arguments of the module's forward.
     inputs: Callable[[torch.Generator], tuple[Any, ...]]
     # The path of the module with the index of the bias table; None if the bias is computed differently.
     index_of: str | None = "attn"
@@ -134,7 +134,7 @@ def _transformers() -> dict[str, Place]:
 
 
 def _unnamed() -> dict[str, Place]:
-    """A form and a copy, which are tried before they are used."""
+    """Return the places of a form and of a copy, which accelerate tries before it replaces them."""
     from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
     from tests.support.published_forms import ClassificationBlock

@@ -39,7 +39,7 @@ def _norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) 
 def _norm_backward(
     dz: Tensor, rows: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *needed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of the rows in float64, those of the parameters in float32."""
+    """Return the gradient of the rows in float64, and the gradients of the parameters in float32."""
     assert mean.dtype == rstd.dtype == torch.float32
     assert mean.shape == rstd.shape == rows.shape[:-1]
     assert needed[0] <= (weight is not None)
@@ -106,7 +106,7 @@ def _patch_merging_norm_bwd(dz, x, weight, mean, rstd, factor, neighbours, needs
 
 
 def _laid_out(x: Tensor, factor: list[int]) -> Tensor:
-    """Lay out the parts of every token at their positions."""
+    """Put the parts of every token at their positions in the larger map, in float64."""
     if not factor:
         return x.double()
     rank = x.dim() - 2
@@ -120,7 +120,7 @@ def _laid_out(x: Tensor, factor: list[int]) -> Tensor:
 
 
 def _taken_back(y: Tensor, factor: list[int]) -> Tensor:
-    """The inverse of :func:`_laid_out`."""
+    """Invert :func:`_laid_out`."""
     if not factor:
         return y
     rank = y.dim() - 2

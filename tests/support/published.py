@@ -13,13 +13,13 @@ def publish(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str, function: A
     """Give a class another method as if its library had published it."""
     monkeypatch.setattr(kind, method, function)
     for watched, methods in {kind: (("forward", None),), **bypass._PUBLISHED}.items():
-        if getattr(watched, method, None) is function:  # a subclass may inherit it
+        if getattr(watched, method, None) is function:  # a subclass may inherit the method
             now = tuple((name, function if name == method else published) for name, published in methods)
             monkeypatch.setitem(bypass._PUBLISHED, watched, now)
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str = "forward") -> None:
-    """Make a method fail, so that a test shows that an op ran in its place."""
+    """Make a method fail, which proves that an op ran instead."""
 
     def refused(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError(f"{kind.__name__}.{method} ran")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def cut(x: Tensor, window: tuple[int, ...]) -> Tensor:
-    """(B, *S, C) -> (B * windows, N, C)"""
+    """Cut (B, *S, C) into windows (B * windows, N, C)."""
     axes = len(window)
     parts = x.reshape(x.shape[0], *(n for s, w in zip(x.shape[1:-1], window, strict=True) for n in (s // w, w)), -1)
     order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1]
@@ -23,7 +23,7 @@ def cut(x: Tensor, window: tuple[int, ...]) -> Tensor:
 
 
 def join(windows: Tensor, window: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-    """The inverse of cut."""
+    """Invert :func:`cut`."""
     axes = len(window)
     counts = [s // w for s, w in zip(size, window, strict=True)]
     x = windows.reshape(-1, *counts, *window, windows.shape[-1])
@@ -82,7 +82,7 @@ class WindowAttention(nn.Module):
 
 
 class CosineAttention(WindowAttention):
-    """The attention of v2."""
+    """The cosine attention of v2."""
 
     def __init__(self, dim: int, window_size: tuple[int, ...], num_heads: int) -> None:
         super().__init__(dim, window_size, num_heads)
@@ -136,7 +136,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """The common part of all forms."""
+    """The part that all forms share."""
 
     attention: type[WindowAttention] = WindowAttention
 
@@ -168,7 +168,7 @@ class Block(nn.Module):
 
 
 class ClassificationBlock(Block):
-    """Microsoft's: (B, L, C), a map of one size, the mask in a buffer."""
+    """Microsoft's form: takes (B, L, C) for a map of one size, and has the mask in a buffer."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class ClassificationBlock(Block):
 
 
 class ClassificationBlockV2(ClassificationBlock):
-    """Microsoft's v2: cosine attention, norms after the branches."""
+    """Microsoft's form of v2: has cosine attention, and norms after the branches."""
 
     attention = CosineAttention
 
@@ -211,7 +211,7 @@ class ClassificationBlockV2(ClassificationBlock):
 
 
 class RestorationBlock(ClassificationBlock):
-    """SwinIR's: the size is an argument, and another size makes a new mask."""
+    """SwinIR's form: takes the size as an argument, and makes a new mask for another size."""
 
     def forward(self, x: Tensor, x_size: tuple[int, int]) -> Tensor:
         mask = self.attn_mask if tuple(x_size) == tuple(self.input_resolution) else self.calculate_mask(x_size).to(x)
@@ -221,7 +221,7 @@ class RestorationBlock(ClassificationBlock):
 
 
 class SegmentationBlock(Block):
-    """mmseg's: any size, set by the stage in attributes, padded; the mask comes from the stage."""
+    """mmseg's form: pads maps of any size, which the stage sets in attributes; the mask comes from the stage."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int = 4, shift_size: int = 0, **options: Any) -> None:
         super().__init__(dim, num_heads, window_size, shift_size, **options)
@@ -236,7 +236,7 @@ class SegmentationBlock(Block):
 
 
 class VideoBlock(Block):
-    """Video Swin's: (B, D, H, W, C), windows clamped to the map, optionally checkpointed."""
+    """Video Swin's form: takes (B, D, H, W, C), clamps windows to the map, and may be checkpointed."""
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ def clamped(size: Any, window: Any, shift: Any) -> tuple[tuple[int, ...], tuple[
 
 
 class MapBlock(Block):
-    """(B, H, W, C) of any size without further arguments: rolled, then padded, with a new mask at every call."""
+    """Takes (B, H, W, C) of any size and nothing else; rolls, then pads, and makes a new mask at every call."""
 
     def forward(self, x: Tensor) -> Tensor:
         window, shift = (self.window_size,) * 2, (self.shift_size,) * 2
@@ -293,7 +293,7 @@ class MapBlock(Block):
 
 
 class IndexedAttention(WindowAttention):
-    """HAT's: the index of the bias table is an argument."""
+    """HAT's form: takes the index of the bias table as an argument."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -308,7 +308,7 @@ class IndexedAttention(WindowAttention):
 
 
 class HybridBlock(ClassificationBlock):
-    """HAT's: a convolution parallel to the attention, and index and mask from the model."""
+    """HAT's form: has a convolution parallel to the attention, and gets index and mask from the model."""
 
     attention = IndexedAttention
 

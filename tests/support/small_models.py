@@ -1,4 +1,4 @@
-"""A small model of every family that accelerate supports, in float64 and evaluation mode, and an input for it."""
+"""Small models, one of every family that accelerate supports, in float64 and evaluation mode, and inputs for them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Last(nn.Module):
 
 
 class Clap(nn.Module):
-    """Layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
+    """Has the layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
 
     def __init__(self, config: Any, layer: Any, merging: Any) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def _hand_lead_time(block: Any, x: Tensor) -> tuple[Any, ...]:
 
 
 def _decomposed(attention: Any) -> nn.Module:
-    """Two blocks with windows, and one without."""
+    """Make two blocks with windows, and one without."""
     return nn.Sequential(*(others.DecomposedBlock(attention, 12, 3, window, (7, 9)) for window in (4, 4, 0)))
 
 
@@ -310,7 +310,7 @@ def _cut(make: Callable[[], nn.Module], dim: int, window: tuple[int, ...]) -> nn
     return nn.Sequential(*(others.CutBlock(make(), dim, window, shift) for shift in shifts))
 
 
-# Family -> its model, and the shape of its input.
+# Family -> its model and the shape of the model's input.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "timm": (lambda: timm_swin("1"), (2, 3, 18, 24)),
     "timm v2": (lambda: timm_swin("2"), (2, 3, 18, 24)),
@@ -439,7 +439,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-# The families among them with their own form -> the modules on an op, and the report's words on the others.
+# Family with a form of its own -> the number of modules on an op, and what the report says about the others.
 FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "timm DaViT": (2, ()),
     "timm TinyViT": (2, ()),

@@ -9,8 +9,8 @@ import pytest
 
 
 def in_turn(values: Iterable[Any], others: Sequence[Any]) -> list[Any]:
-    """Combine every value with every other one, for parametrize. Combinations are ``long`` except one for each value,
-    with the others in turn, so that every value and every other one is covered.
+    """Combine each of ``values`` with each of ``others``, for parametrize. Each value has one combination that is not
+    ``long``; successive values have successive ``others`` there.
     """
     return [
         pytest.param(value, other, id=f"{value}-{other}", marks=[] if j == i % len(others) else pytest.mark.long)

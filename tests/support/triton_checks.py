@@ -48,8 +48,8 @@ class Checks:
     ) -> Callable[[Callable], Callable]:
         """Register a check, to be called once for each value and each dtype unless these are None.
 
-        A tuple as a value stands for several arguments. With ``in_turn``, interpreted checks are ``long`` except each
-        value with one of the dtypes, in turn.
+        A tuple as a value stands for several arguments. With ``in_turn``, an interpreted check is ``long`` unless
+        it is its value's turn for the dtype: each value has one dtype, and successive values alternate.
         """
 
         def register(function: Callable) -> Callable:

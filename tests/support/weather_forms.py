@@ -1,4 +1,4 @@
-"""Blocks in the forms of weather models, as small as they can be: maps of pressure levels, latitude and longitude.
+"""Blocks in the forms of weather models, as small as possible; maps have pressure levels, latitudes and longitudes.
 
 Names and conventions are those of the published code. The code was written for these tests.
 """
@@ -17,7 +17,7 @@ from tests.support.published_forms import Mlp, cut, join, make_mask
 
 
 def pads_of(size: tuple[int, ...], window: tuple[int, ...]) -> list[int]:
-    """Before and behind each axis, the last axis first; half of them before, rounded down."""
+    """Return the pads before and after each axis, the last axis first; half of them, rounded down, lie before."""
     amounts = [-s % w for s, w in zip(size, window, strict=True)]
     return [n for amount in reversed(amounts) for n in (amount // 2, amount - amount // 2)]
 
@@ -28,8 +28,8 @@ def cropped(x: Tensor, size: tuple[int, ...], window: tuple[int, ...]) -> Tensor
 
 
 class EarthAttention(nn.Module):
-    """Pangu-Weather's: windows of all longitudes first; a bias table for each pair of levels and latitudes, offset of
-    longitudes, and type of window.
+    """Pangu-Weather's form: windows are ordered by longitude first; the bias table has entries for each pair of levels
+    and of latitudes, offset of longitudes, and type of window.
     """
 
     def __init__(self, dim: int, frame: tuple[int, ...], window_size: tuple[int, ...], num_heads: int) -> None:
@@ -49,7 +49,7 @@ class EarthAttention(nn.Module):
         self.attn_drop, self.proj_drop, self.softmax = nn.Dropout(0.0), nn.Dropout(0.0), nn.Softmax(-1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B * longitudes, types, N, C) -> the same"""
+        """Attend within windows (B * longitudes, types, N, C)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
         bias = self.earth_position_bias_table[self.earth_position_index].permute(3, 2, 0, 1)
         scores = (q * self.scale) @ k.mT + bias
@@ -60,7 +60,7 @@ class EarthAttention(nn.Module):
 
 
 class EarthBlock(nn.Module):
-    """Pangu-Weather's, or FengWu's of planes: a sequence of a map of one size, padded on both sides."""
+    """Pangu-Weather's form, or FengWu's for planes: takes a sequence of one size, and pads its map on both sides."""
 
     def __init__(self, dim: int, input_resolution: Any, num_heads: int, window_size: Any, shift_size: Any) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class EarthBlock(nn.Module):
         self.register_buffer("attn_mask", mask)
 
     def by_longitude(self, windows: Tensor, frame: tuple[int, ...]) -> Tensor:
-        """(B * windows, ...) -> (B * longitudes, other windows, ...)"""
+        """Regroup (B * windows, ...) as (B * longitudes, other windows, ...)."""
         longitudes = frame[-1] // self.window_size[-1]
         return windows.unflatten(0, (-1, self.attn.type_of_windows, longitudes)).transpose(1, 2).flatten(0, 1)
 
@@ -93,7 +93,7 @@ class EarthBlock(nn.Module):
 
 
 class ConditionedNorm(nn.Module):
-    """Aurora's: a norm whose weight and bias come from the lead time."""
+    """Aurora's form: computes the norm's weight and bias from the lead time."""
 
     def __init__(self, dim: int, context: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class ConditionedNorm(nn.Module):
 
 
 class LowRank(nn.Module):
-    """What Aurora adds to a Linear layer at the steps of a roll-out but the first."""
+    """Aurora's low-rank addition to a Linear layer at every step of a roll-out but the first."""
 
     def __init__(self, dim: int, to: int) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class LowRank(nn.Module):
 
 
 class GlobeAttention(nn.Module):
-    """Aurora's: no bias, torch's fused attention, and a mask for each image."""
+    """Aurora's form: has no bias, calls torch's fused attention, and takes a mask for each image."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class GlobeAttention(nn.Module):
 
 
 class GlobeBlock(nn.Module):
-    """Aurora's: rolled, then padded on both sides. Pads see each other alone, and longitudes meet at the date line."""
+    """Aurora's form: rolls, then pads on both sides. Pads attend only to pads, and longitudes meet at the date line."""
 
     def __init__(self, dim: int, num_heads: int, context: int, window_size: Any, shift_size: Any) -> None:
         super().__init__()

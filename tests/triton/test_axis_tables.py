@@ -33,7 +33,7 @@ CASES = {
     "masked_out": Case(1, (4, 8), 1, 8, 4, 2, options={"mask_value": -math.inf}),
     "tiles": Case(1, (2, 35), 1, 20, (2, 36), (0, 12), has_pad_qkv=True),
 }
-# In the interpreter one window and one head.
+# The interpreter gets one window and one head.
 FEW, HEADS = (2, 3) if ON_GPU else (1, 1)
 GLOBAL = (64, 64) if ON_GPU else (36, 34)
 LONG = {
@@ -52,7 +52,7 @@ def matches_reference(name, dtype):
 
 @check(*LONG, dtypes=DTYPES if ON_GPU else (torch.float16,))
 def long_windows_match_reference(name, dtype):
-    """In the interpreter with tiles that are fewer and larger, whose time there is that of small ones."""
+    """The interpreter gets fewer, larger tiles, because it takes as long for a large tile as for a small one."""
     large = {} if ON_GPU else {"side_effect": lambda *_: tuning.Tiles(256, 256, 4, 1)}
     with mock.patch.object(tuning, "tiles", wraps=tuning.tiles, **large):
         check_window_attention(packed, LONG[name], dtype, DEVICE)
@@ -70,7 +70,7 @@ def a_program_takes_several_windows(name, dtype):
 
 @check(dtypes=DTYPES[1:])
 def keeps_the_digits_of_float32(dtype):
-    """Two scores of about 80, both of the tables alone, differ by a third, which float16 does not hold beside 80."""
+    """Two scores of about 80, from the tables alone, differ by a third, which float16 cannot resolve near 80."""
     size, channels = (1, 2), 16
     q, k = torch.full((1, 1, 2, 1, channels), 2.0), torch.zeros(1, 1, 2, 1, channels)
     offset = 1 / 3
@@ -106,7 +106,7 @@ def opcheck(form, dtype):
 
 @check("grid", dtypes=DTYPES[:1])
 def tables_without_a_gradient(name, dtype):
-    """The other gradients are the same bits, as they are twice."""
+    """The other gradients have the same bits as with gradients of the tables, and repeated calls have the same bits."""
     case = CASES[name]
     inputs = case.inputs(dtype, DEVICE)
     tables = [x for x in inputs if x.startswith("axis_tables")]
@@ -118,7 +118,7 @@ def tables_without_a_gradient(name, dtype):
 
 @check("queries", "tables", dtypes=(None,))
 def float16_is_finite_where_the_result_is(large):
-    """Products of q with the tables, and tables, that float16 cannot hold."""
+    """Results are finite even if float16 cannot hold the tables, or the products of q with them."""
     case = CASES["grid"]
     inputs = case.inputs(torch.float16)
     channels = case.num_heads * case.head_dim
@@ -139,7 +139,7 @@ def float16_is_finite_where_the_result_is(large):
         finite = exact[key].to(x.dtype).isfinite() & f32[key].to(x.dtype).isfinite()
         assert finite.any() and x[finite].isfinite().all(), key
         error, largest = (x.double() - exact[key])[finite].abs().max(), exact[key][finite].abs().max()
-        # P is recomputed from an lse that float32 holds to 2 ** -22 of its size, beside queries up to 2 ** 19.
+        # P is recomputed from an lse that float32 holds to 2 ** -22 of its size; queries are up to 2 ** 19.
         assert error <= 2**-6 * largest + 8 * (f32[key] - exact[key])[finite].abs().max(), (key, error, largest)
 
 

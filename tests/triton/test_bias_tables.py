@@ -36,7 +36,7 @@ def windows_of_several_tiles_match_reference(name, dtype):
 
 @check("types", dtypes=DTYPES[:1])
 def windows_of_a_type_are_dealt_out(name, dtype):
-    """To more than one program, each of which takes several; and twice the bits are the same."""
+    """The windows of a type go to several programs, several to each, and repeated calls have the same bits."""
     case = dataclasses.replace(CASES[name], batch=4, num_heads=1)
     with mock.patch.multiple(tuning, FORWARD_PROGRAMS=4, BACKWARD_PROGRAMS=4):
         first = check_window_attention(packed, case, dtype, DEVICE)

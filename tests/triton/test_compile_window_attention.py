@@ -133,13 +133,13 @@ WHAT = [f"{precision}-{name}" for precision, names in COMPILED.items() for name 
 # Only make test-all compiles these.
 SELDOM = [f"bfloat16-{name}" for name in ("pangu", "axes_wide", "axes_global")]
 SELDOM += ["tf32-axes_small", *(f"{precision}-key_window" for precision in ("float32", "tf32", "float16"))]
-# ptxas spills some bytes to the stack to reach the next step of occupancy (128 or 168 registers per thread).
+# ptxas may spill this many bytes to the stack to reach the next step of occupancy (128 or 168 registers per thread).
 STACK_BYTES = 16
-# Known exceptions. The backward pass of a whole window keeps bias and dbias in registers for all windows and is at the
-# limit of 255: some values are spilled once per window. At head_dim 128 with both padding and a region map, the
-# backward passes of large windows are at the limit as well, and so is that of v2's k and v, which divides q once more
-# in every tile, and with axis_tables at head_dim 80 that of q, which also holds the gradients of both axes. Triton 3.6
-# needs more than 3.8.
+# Some kernels reach the limit of 255 registers and spill more. The backward pass of a whole window keeps bias and dbias
+# in registers for all windows, and spills some values once per window. With large windows these also spill: backward
+# kernels at head_dim 128 with both padding and a region map; v2's kernel for k and v, which divides q once more in
+# every tile; and the kernel for q with axis_tables at head_dim 80, which also holds the gradients of both axes.
+# Triton 3.6 spills more than 3.8.
 STACK_BYTES_OF = {"bwd_whole": 384 if OLD_TRITON else 192}
 STACK_BYTES_IN = {
     "wide_3d": 512,
@@ -189,7 +189,7 @@ def test_batch_size_does_not_recompile():
 
 
 def test_calls_beyond_32_bits_and_dropout_without_a_seed_are_refused():
-    """Calls of the op itself, past the checks of the public function."""
+    """The op is called directly, without the checks of the public function."""
     x = torch.empty(2**20, 8, 8, 3, 1024, 2, device="meta")
 
     def forward(x: torch.Tensor, **options: Any) -> None:
@@ -215,7 +215,7 @@ JIT_FUNCTIONS = {
 @pytest.mark.parametrize("name", JIT_FUNCTIONS)
 def test_the_source_compiles_before_triton_3_8(name):
     """Before 3.8 a field of a constexpr tuple is a plain Python value, which cannot be an argument of our functions or
-    an element of a list. And a function cannot return a conditional expression that may be None.
+    an element of a list. Nor can a function return a conditional expression that may be None.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(JIT_FUNCTIONS[name])))
 

@@ -43,7 +43,7 @@ if ON_GPU:
 
 @check("two_sizes", dtypes=DTYPES[1:])
 def tiles_of_a_window_match_reference(name, dtype):
-    """A token's windows lie on both sides of it, and queries and keys are several tiles."""
+    """A token is a key of windows on both sides of it, and queries and keys fill several tiles."""
     case = dataclasses.replace(CASES[name], size=(9, 4), num_heads=1)
     with mock.patch.multiple(tuning, tiles=lambda *_: tuning.Tiles(16, 16, 4, 1), BACKWARD_PROGRAMS=2):
         first = check_window_attention(packed, case, dtype, DEVICE)

@@ -1,6 +1,6 @@
 """Low scores on the Triton backend, with 16-bit maps.
 
-In float32, Triton's scores are in units of log 2 and round a little more than plain PyTorch's where they are large.
+In float32, Triton's scores are in units of log 2 and round a little more than plain PyTorch's if they are large.
 """
 
 from __future__ import annotations

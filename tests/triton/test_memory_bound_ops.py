@@ -109,7 +109,7 @@ def partition_moves_bytes(channels, dtype):
 
 @check("no_shift", "three_axes_odd", "rectangular", dtypes=(torch.float32,))
 def a_program_takes_several_windows(name, dtype):
-    """Programs take several windows when there are many, also if the number is no multiple."""
+    """Programs take several windows if there are many, even if the number of windows is no multiple."""
     size, window, shift = PARTITIONS[name]
     programs = partition_launcher.PROGRAMS
     partition_launcher.PROGRAMS = 1
@@ -315,7 +315,7 @@ def exact(case: Merging, given: dict[str, Tensor], dtype: torch.dtype, eps: floa
 
 
 def check_merging(case: Merging, pair: str, given: dict[str, Tensor], eps: float = 1e-5) -> None:
-    """Compare; float32 sums are judged against their terms, which may cancel in a row or over a few tokens."""
+    """Check the results; float32 sums are judged by their terms, which may cancel in a row or over a few tokens."""
     got = run(case, given, eps)
     wide, terms = exact(case, given, torch.float64, eps)
     single, _ = exact(case, given, torch.float32, eps)
@@ -348,7 +348,7 @@ def merging_norm_of_random_geometry(pair):
 
 @check("f32", "f16", dtypes=(None,))
 def a_large_mean_leaves_the_variance(pair):
-    """With mean 1000 and deviation 1, the difference of two sums of squares would have no correct digit."""
+    """With mean 1000 and deviation 1, a variance computed from sums of squares would have no correct digit."""
     case = MERGINGS["even"]
     given = inputs(case, pair)
     given["x"] = (1000 + given["x"].float()).to(given["x"].dtype)
@@ -371,7 +371,7 @@ def a_program_takes_several_tiles(name):
 
 @check(1, 128, 300, dtypes=(torch.float32,))
 def shares_are_added(programs, dtype):
-    """The shares are fewer and more than are added at a time, and the columns more than a program has."""
+    """There are fewer or more shares than are added at a time, and more columns than a program adds."""
     shares, (dweight, dbias) = draw(2, programs, 40), draw(2, 40)
     merging_kernels.sum_shares[(2,)](*shares, dweight, dbias, programs, LENGTH=40, BLOCK=32)
     for name, got, terms in (("dweight", dweight, shares[0]), ("dbias", dbias, shares[1])):
@@ -430,7 +430,7 @@ def same_bits_twice(name, dtype):
 
 @check("odd", dtypes=(torch.float32,))
 def same_bits_for_any_number_of_multiprocessors(name, dtype):
-    """Gradients of parameters, too: the programs that share their rows are as many on every GPU."""
+    """Gradients of parameters also agree, because the number of programs that share the rows is fixed."""
     case = MERGINGS[name]._replace(batch=30)
     given, counted = inputs(case, "f32"), merging_launcher.multiprocessors
     try:

@@ -127,7 +127,7 @@ def matches_reference(name, dtype):
     check_window_attention(packed, on_device(CASES[name]), dtype, DEVICE)
 
 
-# In the interpreter: one image of one window and one head.
+# The interpreter gets one image of one window and one head.
 FEW, HEADS, WIDTH = (2, 3, 32) if ON_GPU else (1, 1, 8)
 LONG = {
     "n392": Case(FEW, (8, 7, 6), HEADS, WIDTH, (8, 7, 7), (4, 3, 3), has_pad_qkv=True),
@@ -142,13 +142,14 @@ LONG = {
 
 @check(*LONG, dtypes=DTYPES if ON_GPU else (torch.float16,))
 def long_windows_match_reference(name, dtype):
-    """In the interpreter tiles are fewer and larger, which takes the time of small ones."""
+    """The interpreter gets fewer, larger tiles, because it takes as long for a large tile as for a small one."""
     large = {} if ON_GPU else {"side_effect": lambda *_: tuning.Tiles(256, 256, 4, 1)}
     with mock.patch.object(tuning, "tiles", wraps=tuning.tiles, **large):
         check_window_attention(packed, on_device(LONG[name]), dtype, DEVICE)
 
 
-# A program walks over several windows; and small windows in several tiles, at a fraction of the interpreter's time.
+# "whole": a program walks over several windows. "tiled": small windows have several tiles, which the interpreter runs
+# in a fraction of the time of large windows.
 REGIMES = {
     "whole": {"FORWARD_PROGRAMS": 4, "BACKWARD_PROGRAMS": 4},
     "tiled": {"is_whole": lambda *_: False, "tiles": lambda *_: tuning.Tiles(32, 32, 4, 1)},
@@ -157,7 +158,7 @@ REGIMES = {
 
 @check(*REGIMES)
 def random_cases_match_reference(regime, dtype):
-    """Cases combine all arguments, dropout included."""
+    """Cases combine all arguments, including dropout."""
     most = 1 if regime == "tiled" and not ON_GPU else 2
     of_few = cases(longest=5, beyond=0, most=most, head_dims=(4, 5, 10, 12, 20, 30, 32))
 
@@ -165,8 +166,7 @@ def random_cases_match_reference(regime, dtype):
     @given(of_few, st.sampled_from([0.0, 0.0, 0.3]), st.integers(0, 9))
     def run(case, dropout_p, seed):
         assume(math.prod(case.window_tuple) <= 64)
-        # v2 multiplies a cosine's rounding errors by up to 100: for float32, where that matters, the cases above are
-        # chosen.
+        # v2 multiplies a cosine's rounding errors by up to 100, which matters in float32: only chosen cases cover that.
         assume(not (case.has_logit_scale and dtype == torch.float32))
         with mock.patch.multiple(tuning, **REGIMES[regime]):
             check_with_dropout(dataclasses.replace(case, options={**case.options, "dropout_p": dropout_p}), dtype, seed)
@@ -210,7 +210,7 @@ def separate_form_matches_reference(name, dtype):
 
 @check("rectangular_window", "rectangular_window_tiled", in_turn=True)
 def every_map_has_its_own_strides(name, dtype):
-    """q channels first, k a slice of a wider map, v with a strided last axis, dout expanded: as contiguous ones."""
+    """q channels first, k from a wider map, v with a strided last axis and dout expanded give the usual results."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     q, k, v = (x.contiguous() for x in split(inputs["qkv"], case.num_heads))
@@ -300,7 +300,7 @@ def gradients_that_are_not_needed_are_empty(name, dtype):
 
 @check("cosine", "cosine_tiled", dtypes=DTYPES[:1])
 def rows_of_zeros_have_cosine_zero(name, dtype):
-    """The gradient of such rows, of the order of 1e12 by definition, is correct, and nothing is infinite or NaN."""
+    """Rows of zeros have the right gradients, which are of the order of 1e12, and nothing is infinite or NaN."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     qkv = inputs["qkv"].unflatten(-1, (3, case.num_heads, case.head_dim))
@@ -311,7 +311,7 @@ def rows_of_zeros_have_cosine_zero(name, dtype):
     exact = run_case(reference.window_attention_qkvpacked, wide, CASES[name].arguments())
     assert exact["dqkv"].abs().max() > 1e9
     for key, x in exact.items():
-        # The scale of rounding errors: rows of zeros have gradients of another size than the others.
+        # Rounding errors are relative to the row, because rows of zeros have far larger gradients than the others.
         scale = x.abs().amax(dim=-1, keepdim=True) if key == "dqkv" else x.abs().amax()
         assert ((got[key].double().cpu() - x).abs() <= 1e-3 * scale + 1e-5).all(), key
 
@@ -363,7 +363,7 @@ def float16_is_finite_where_the_result_is(name, case):
         assert finite.any(), key
         x = x.cpu()
         assert x[finite].isfinite().all(), key
-        # P is recomputed from an lse that float32 represents to 2 ** -22 of its size, here up to 2 ** 14.
+        # P is recomputed from an lse of up to 2 ** 14, which float32 represents to 2 ** -22 of its size.
         slack = 16 if name == "scores" else 4
         error = (x.double() - exact[key])[finite].abs().max()
         largest = exact[key][finite].abs().max()
@@ -396,7 +396,7 @@ def masks_of_any_size(name, dtype):
 
 @check("dense", "dense_tiled", "types_tiled", dtypes=DTYPES[:1])
 def bias_of_minus_infinity_excludes_pairs(name, dtype):
-    """Excludes the first 32 keys, a separate tile, for some queries; and every third key for all."""
+    """The bias excludes the first 32 keys, a separate tile, for some queries, and every third key for all queries."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype)
     n = math.prod(case.window_tuple)
@@ -475,7 +475,7 @@ def dropout_is_drawn_by_philox(name):
 
 @check(dtypes=(None,))
 def dropout_draws_independently():
-    """The rate is right in every part of the counter, and the kept weights depend on the generator alone."""
+    """The dropout rate is right, weights are kept independently, and they depend on the generator alone."""
     case = Case(1, (7, 14), 2, 8, 7, options={"dropout_p": 0.25})
     p = case.options["dropout_p"]
     generator = torch.Generator(DEVICE).manual_seed(2)

@@ -211,7 +211,7 @@ class Snapshot:
         self.bound = tuple(n for n in module.__dict__ if n not in self.known)
         self.size = len(module.__dict__)
         self.leaves = tuple(
-            (name, type(m), code_version(type(m)))
+            (name, type(m), code_version(type(m)), m.__dict__.get("dim"))
             for name, m in module._modules.items()
             if absorbs and m is not None and type(m).__module__.startswith("torch.nn.modules")
         )
@@ -226,7 +226,7 @@ class Snapshot:
         self.__dict__.update(state)
         if elsewhere:
             self.version = code_version(self.cls)
-            self.leaves = tuple((name, kind, code_version(kind)) for name, kind, _ in self.leaves)
+            self.leaves = tuple((name, kind, code_version(kind), dim) for name, kind, _, dim in self.leaves)
 
     def differs(self, module: nn.Module) -> str | None:
         """Return the first change since the trial, or None. This takes 1 us."""
@@ -252,10 +252,10 @@ class Snapshot:
             return self._changed(own)
         if _missing_parameters(module) != self.missing:
             return "a parameter was set to None, or one that was None was set"
-        for name, kind, version in self.leaves:
+        for name, kind, version, dim in self.leaves:
             leaf: Any = module._modules.get(name)
-            if type(leaf) is not kind or "forward" in leaf.__dict__:
-                return f"{name} was replaced"
+            if type(leaf) is not kind or "forward" in leaf.__dict__ or leaf.__dict__.get("dim") != dim:
+                return f"{name} was replaced or changed"
             if kind.forward is not _CODES[kind][version][0]:
                 return f"{kind.__name__}.forward was replaced on the class"
         for name in self.bound:
@@ -280,10 +280,10 @@ class Snapshot:
                 return f"{name} was changed"
         if "forward" in module.__dict__ and "forward" not in self.known and "forward" not in self.bound:
             return "forward was added to the instance"
-        for name, kind, _ in self.leaves:
+        for name, kind, _, dim in self.leaves:
             leaf: Any = module._modules.get(name)
-            if type(leaf) is not kind or "forward" in leaf.__dict__:
-                return f"{name} was replaced"
+            if type(leaf) is not kind or "forward" in leaf.__dict__ or leaf.__dict__.get("dim") != dim:
+                return f"{name} was replaced or changed"
         return self.differs_in_buffers(module)
 
     def differs_in_buffers(self, module: nn.Module) -> str | None:

@@ -27,6 +27,7 @@ from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of
 from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.masks import MASKED, frame_of, is_stored_mask
 from swinkernels.adapters.microsoft_attention import dropout_at_call, projected, resembles_attention
+from swinkernels.ops._library import autocast_dtype
 
 _MOST_TOKENS = 1024
 
@@ -296,7 +297,7 @@ def _dense(bias: Tensor | None, mask: Tensor | None, num_heads: int) -> Tensor |
     """Return the sum of a bias (num_heads, N, N) and a mask (windows, N, N), either of which may be None."""
     if mask is None:
         return bias
-    mask = mask.clamp(min=MASKED)[:, None]
+    mask = (mask.float() if mask.dtype == torch.float16 else mask).clamp(min=MASKED)[:, None]
     return mask.expand(-1, num_heads, -1, -1) if bias is None else bias + mask
 
 
@@ -359,8 +360,10 @@ def _skip(attn: Any, attend: Any, skip: Tensor, x_up: Tensor, pos_embed: Any = N
         return rows
     if pos_embed is not None or x_up.shape != skip.shape or n != _volume(attn.window_size):
         return "it is called with pos_embed, or with windows that are not those of window_size"
-    q = x_up.unflatten(-1, (attn.num_heads, -1))
     k, v = attn.kv(skip).unflatten(-1, (2, attn.num_heads, -1)).unbind(2)
+    if x_up.dtype != k.dtype and autocast_dtype(x_up) is None:
+        return f"its queries are {x_up.dtype}, its keys {k.dtype}"
+    q = x_up.to(k.dtype).unflatten(-1, (attn.num_heads, -1))
     y = attend(
         *(t.reshape(-1, rows, n, *t.shape[-2:]) for t in (q, k, v)),
         num_heads=attn.num_heads,

@@ -9,7 +9,6 @@ aurora.model.swin3d of microsoft-aurora 2.0.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -58,8 +57,11 @@ def _pangu(block: Any, attend: Any, x: Tensor) -> Any:
         return f"{tuple(x.shape)} is no map of {size}"
     if math.prod(window) > _MOST_TOKENS:
         return f"its windows hold {math.prod(window)} tokens"
-    if block.roll and not holds(block.attn_mask, (_longitude_first, *frame_of(size, window), *window, *shift)):
+    mask = block.attn_mask
+    if block.roll and not holds(mask, (_longitude_first, *frame_of(size, window), *window, *shift)):
         return "attn_mask holds other values than those of its geometry"
+    if not block.roll and mask is not None:
+        return "it has an attn_mask without a shift"
     y = attend(
         attn.qkv(block.norm1(x).unflatten(1, size)),
         num_heads=attn.num_heads,
@@ -94,7 +96,6 @@ def _is_aurora(module: nn.Module) -> bool:
     return named and all(hasattr(attn, name) for name in ("qkv", "proj", "lora_qkv", "lora_proj"))
 
 
-@functools.lru_cache(maxsize=64)
 def _regions(
     size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], wraps: bool, device: torch.device
 ) -> Tensor:

@@ -166,7 +166,7 @@ namespace emulation {
 template <class T>
 struct ShuffleOperand {
   T value;
-  int source;  // lane of the warp; the own one if the shuffle leaves its segment
+  int source;  // lane to read; the reading lane itself if the shuffle leaves its segment
   T result;
 };
 
@@ -218,7 +218,7 @@ template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
                          emulation::Site site = emulation::Site::current()) {
   const int lane = emulation::lane_index(), source = lane ^ lane_mask;
-  // Lanes of an earlier segment can be read, those of a later one not.
+  // Lanes of an earlier segment can be read, lanes of a later segment cannot.
   return emulation::shuffle("__shfl_xor_sync", mask, value, source < (lane & -width) + width ? source : lane, site);
 }
 template <class T>

@@ -60,7 +60,7 @@ struct LaunchShape {
 // Returns 0 or a cudaError_t.
 int run_grid(const LaunchShape& shape, void (*kernel)(void* context), void* context);
 
-int multiprocessors();        // emulated; few, so that persistent loops loop
+int multiprocessors();        // emulated; few, so that persistent loops iterate
 int shared_bytes_of_block();  // emulated: the most dynamic shared memory for a launch
 
 }  // namespace emulation
