@@ -3,7 +3,7 @@
 The attention modules of mmdetection and mmsegmentation roll, pad and mask the map. SCUNet's and Swin-MAE's roll and
 mask maps of whole windows; SCUNet's mask has scores of -inf. FDAT's attention has a dense bias. ResShift's blocks have
 channels first; Segment Anything's have decomposed relative position; EsViT's return attention weights to a stage that
-drops them. Uformer has separate layers for queries and for keys and values, nnFormer's decoder computes queries from a
+drops them. Uformer has separate layers for queries and for keys and values, nnFormer's decoder takes queries from a
 second input, and in VRT the two frames of a window also attend to each other.
 
 Source: mmdet.models.backbones.swin of mmdet 3.3, models/network_scunet.py of cszn/SCUNet, swin_unet.py of
