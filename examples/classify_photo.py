@@ -2,7 +2,7 @@
 
     python examples/classify_photo.py --pretrained photo.jpg
 
-Without ``--pretrained`` (a download) the weights, and so the classes, are random; the two models still agree.
+Without ``--pretrained``, which downloads weights, the weights and so the classes are random; the models still agree.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""SwinUNETR on a synthetic volume, MONAI's own and accelerated: the same masks, less time.
+"""Segment a synthetic volume with SwinUNETR, MONAI's own and accelerated: the same masks, less time.
 
     python examples/swin_unetr_volume.py --size 96
 
-Needs MONAI. The volume has ellipsoids in noise; a few steps of training find them.
+The script needs MONAI. The volume shows ellipsoids in noise, and a few training steps teach the model to find them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Train a small timm Swin on scikit-learn's handwritten digits, plain and accelerated, from one seed.
 
-    python examples/train_digits.py                    # float32: the two loss curves lie on each other
-    python examples/train_digits.py --dtype bfloat16   # autocast: the same accuracy within a spread
+    python examples/train_digits.py                    # float32: the two loss curves coincide
+    python examples/train_digits.py --dtype bfloat16   # autocast: the two accuracies are nearly the same
     torchrun --nproc-per-node 2 examples/train_digits.py
 
-Prints both accuracies and the largest difference of the losses, and draws the curves. Fails if the losses differ by
-more than 1e-4 in float32, or the accuracies by more than 0.03 in bfloat16, whose roundings differ.
+The script prints both accuracies and the largest difference of the losses, and draws the curves. It fails if the losses
+differ by more than 1e-4 in float32, or if the accuracies differ by more than 0.03.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def load(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def make_model(device: torch.device) -> nn.Module:
-    """Make a Swin of two stages with 4x4 and 2x2 tokens and shifted windows of 2x2."""
+    """Make a Swin with two stages, of 4x4 and 2x2 tokens, and with shifted windows of 2x2 tokens."""
     torch.manual_seed(0)
     return timm.models.SwinTransformer(
         img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depths=(2, 2), num_heads=(2, 4),

@@ -1,4 +1,4 @@
-"""A task that a small Swin learns in seconds: to find the brightest colour of a noisy image."""
+"""Defines a task that a small Swin learns in seconds: finding the brightest colour of a noisy image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batches(batch: int) -> DataLoader:
 
 
 def accelerated_swin() -> nn.Module:
-    """Make a small timm Swin, accelerated before any tool wraps it."""
+    """Make a small timm Swin and accelerate it before any tool wraps it."""
     torch.manual_seed(2)
     model = timm.models.SwinTransformer(
         img_size=32, patch_size=2, num_classes=3, embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=4,

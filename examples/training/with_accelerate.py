@@ -1,4 +1,4 @@
-"""Hugging Face's accelerate trains an accelerated Swin, and torch averages its weights.
+"""Train an accelerated Swin with Hugging Face's accelerate, and average its weights with torch.
 
 pip install accelerate
 accelerate launch examples/training/with_accelerate.py

@@ -1,4 +1,4 @@
-"""FSDP2 shards an accelerated Swin, with activation checkpointing and compiled blocks.
+"""Train an accelerated Swin that FSDP2 shards, with activation checkpointing and compiled blocks.
 
 torchrun --nproc-per-node 2 examples/training/with_fsdp2.py
 """

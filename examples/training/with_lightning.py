@@ -1,4 +1,4 @@
-"""Lightning trains an accelerated Swin.
+"""Train an accelerated Swin with Lightning.
 
 pip install lightning
 python examples/training/with_lightning.py

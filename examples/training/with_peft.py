@@ -1,4 +1,4 @@
-"""peft trains LoRA adapters of an accelerated Swin, and merges them.
+"""Train LoRA adapters of an accelerated Swin with peft, and merge them.
 
 pip install peft
 python examples/training/with_peft.py

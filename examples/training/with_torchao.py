@@ -1,9 +1,9 @@
-"""torchao trains an accelerated Swin for int8 weights, and quantises it.
+"""Train an accelerated Swin for int8 weights with torchao, and quantise it.
 
 pip install torchao
 python examples/training/with_torchao.py
 
-Training imitates int8 rounding, for which the blocks run the library's own code. With int8 weights they run on the op.
+Training imitates int8 rounding; meanwhile the blocks run timm's own code. With int8 weights the blocks run on the op.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Trainer of transformers trains its own Swin, accelerated.
+"""Train transformers' own Swin, accelerated, with transformers' Trainer.
 
 pip install transformers accelerate
 python examples/training/with_trainer.py

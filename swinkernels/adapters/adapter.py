@@ -22,8 +22,8 @@ from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.part import Part
 from swinkernels.ops._backends import why_no_kernels
 
-# A package or module of the library that is imported with any of its models -> its adapters and forms, or the module
-# here with its ADAPTERS. That module is imported only after the library's: before, no model can exist.
+# A module that is imported with any model of a library -> the library's adapters and forms, or the name of our module
+# whose ADAPTERS lists them. Our module is imported only after the library's, without which no model can exist.
 _ADAPTERS: dict[str, str | tuple[Adapter | Form, ...]] = {
     "monai.networks.nets.swin_unetr": "swinkernels.adapters.libraries.monai",
     "mmpretrain.models.backbones": "swinkernels.adapters.libraries.mmpretrain",
@@ -56,27 +56,28 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
 class Adapter:
     """Describes how the modules of one class of a library run on this package's ops.
 
-    ``accelerated`` is a subclass of ``original`` without parameters or buffers of its own, so that swapping a module's
-    ``__class__`` is the whole change. It stores the backend in the instance attribute ``BACKEND_ATTRIBUTE``.
+    ``accelerated`` is a subclass of ``original`` that adds no parameters or buffers, so swapping a module's
+    ``__class__`` is the whole change. The module stores the backend in the attribute that ``BACKEND_ATTRIBUTE`` names.
     """
 
     name: str
     original: type[nn.Module]
     accelerated: type[nn.Module]
     # The functions below take a module of the class ``original`` or ``accelerated``.
-    # The reason to leave a module of exactly this class as it is, or None. Reads values, so it is unfit for forward
-    # passes.
+    # Returns the reason to leave a module of exactly this class as it is, or None. This function may read the values of
+    # tensors, so forward passes do not call it.
     reason_to_skip: Callable[[Any], str | None]
-    # The work that ops can take over. The report names the backend of the first part, or the library if there is none.
+    # The parts of the module's work that ops can do. The report names the first part's backend, or the library if there
+    # are no parts.
     parts: tuple[Part, ...]
-    # The input size that the module was made for, (*S, C).
+    # Returns the size of the maps that the module was made for: (*S, C), the tokens per axis S and the channels C.
     input_shape: Callable[[Any], tuple[int, ...]]
-    # A parameter with the dtype and the device of the module.
+    # Returns a parameter with the module's dtype and device.
     weight: Callable[[Any], Tensor]
-    # Calls the forward of the module's class, without hooks, on a map (B, *input_shape) with all that it needs for that
-    # map (a sequence and its size, a mask), and returns the resulting tensor.
+    # Calls the forward of the module's class, without hooks, on a map (B, *input_shape), with the layout and the
+    # further arguments that this forward requires (a sequence and its size, a mask), and returns the resulting tensor.
     run: Callable[[Any, Tensor], Tensor] = _forward
-    # True if modules inside may have adapters of their own, such as the blocks of a stage.
+    # True if accelerate also looks for adapters for the modules inside, such as a stage's blocks.
     looks_inside: bool = False
 
 
@@ -84,12 +85,12 @@ BACKEND_ATTRIBUTE = "_swinkernels_backend"
 
 
 class Accelerated(nn.Module):
-    """The first base of every ``accelerated`` class; the ``original`` one is the second."""
+    """First base class of every ``accelerated`` class; the second base is the ``original`` class."""
 
     _swinkernels_backend = "auto"
-    # The original class of each accelerated one.
+    # In an accelerated class: the original class.
     _swinkernels_original: Any = None
-    # The stored tensors at the last look, by which torch.compile tells whether they were replaced.
+    # The stored tensors when the class was swapped or the module last moved. Compiled code guards on their identity.
     _swinkernels_seen: tuple[Tensor | None, ...] = ()
 
     def __init_subclass__(cls) -> None:
@@ -100,11 +101,11 @@ class Accelerated(nn.Module):
             watch_unless_watched(cls._swinkernels_original)
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
-        """The tensors of this module and of those inside it that its ops compute instead of reading."""
+        """Return the tensors, stored in this module and in those inside it, that its ops compute instead of reading."""
         return ()
 
     def _swinkernels_look(self) -> None:
-        """Compare the stored tensors' values now: compilers and exporters need the result and cannot read them."""
+        """Compare the stored tensors' values now: compilers and exporters need the result but cannot read values."""
 
     def _swinkernels_remember(self) -> None:
         self.__dict__["_swinkernels_seen"] = self._swinkernels_stored()
@@ -112,9 +113,9 @@ class Accelerated(nn.Module):
     def _swinkernels_own_code(self, x: Any) -> bool:
         """Return True if a forward pass must run the library's code.
 
-        That is so while the code is traced, after it was replaced, on devices without a kernel (see "auto"), and for a
-        module sharded over devices. This call also ties compiled code to the stored tensors: two names of one tensor
-        become a guard.
+        It must do so while the code is traced, after the code was replaced, for an input sharded over devices and, if
+        the backend is "auto", on devices without a kernel. In compiled code this call also makes dynamo guard on the
+        identity of the stored tensors.
         """
         if torch.compiler.is_dynamo_compiling():
             for tensor, seen in zip(self._swinkernels_stored(), self._swinkernels_seen, strict=False):
@@ -124,14 +125,14 @@ class Accelerated(nn.Module):
         return self._swinkernels_backend == "auto" and why_no_kernels(x.device) is not None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move the module to another device or dtype, with its stored tensors."""
+        """Apply ``fn`` to all tensors, for example to move them, and compare the stored tensors again."""
         applied = super()._apply(fn, recurse)
         self._swinkernels_remember()
         self._swinkernels_look()
         return applied
 
     def _swinkernels_swapped(self) -> None:
-        """Record the module's state when its class is swapped."""
+        """Record the module's state after its class was swapped; subclasses override this method."""
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
@@ -141,12 +142,12 @@ class Accelerated(nn.Module):
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module, or the one that it had before accelerate."""
+    """Return a module's class; for an accelerated module, its class before accelerate."""
     return module._swinkernels_original if isinstance(module, Accelerated) else type(module)
 
 
 def derived_since(module: nn.Module) -> bool:
-    """Return True if an accelerated module was given a subclass later, as torch's fully_shard does."""
+    """Return True if other code gave an accelerated module a subclass of its class, as torch's fully_shard does."""
     return isinstance(module, Accelerated) and not _is_accelerated_class(type(module))
 
 
@@ -155,7 +156,7 @@ def _is_accelerated_class(cls: type) -> bool:
 
 
 def swap_class(adapter: Adapter, module: nn.Module, backend: str) -> None:
-    """Make a module run on this package's ops."""
+    """Make a module run on this package's ops by changing its class."""
     _change_class(module, adapter.accelerated)
     module.__dict__[BACKEND_ATTRIBUTE] = backend
     module._swinkernels_swapped()  # type: ignore[operator]
@@ -164,7 +165,7 @@ def swap_class(adapter: Adapter, module: nn.Module, backend: str) -> None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo :func:`swap_class`. Other modules stay as they are."""
+    """Undo :func:`swap_class`. A module whose class was never swapped stays as it is."""
     original = original_class(module)
     if original is not type(module):
         _change_class(module, original)
@@ -173,9 +174,9 @@ def restore_class(module: nn.Module) -> None:
 
 
 def _change_class(module: nn.Module, to: type[nn.Module]) -> None:
-    """Change the class of a module, and rebind its methods that other code has stored on it.
+    """Change a module's class, and rebind the bound methods that other code has stored in the module's attributes.
 
-    Tools that offload weights, for example, keep the forward that they wrap.
+    Tools that offload weights, for example, store the forward that they wrap.
     """
     of = type(module)
     bound = {n: m for n, m in module.__dict__.items() if is_bound_method(module, of, m)}
@@ -196,10 +197,10 @@ def register(library: str, *adapters: Adapter | Form) -> None:
     """Register adapters and forms that :func:`swinkernels.accelerate` uses for a library's modules.
 
     Args:
-        library: the module or package of the library that is imported wherever one of its models exists, such as
-            "timm.models". Registering it again replaces its adapters.
-        adapters: one for each class. A :class:`Form` describes less than an :class:`Adapter`, so accelerate tries it on
-            random inputs before using it.
+        library: a module or package that is imported wherever one of the library's models exists, such as
+            "timm.models". Registering the same name again replaces its adapters.
+        adapters: an adapter or a form for each class. A :class:`Form` describes less than an :class:`Adapter`, so
+            accelerate tries it on random inputs before using it.
 
     Raises:
         TypeError: ``library`` is not a string, or one of ``adapters`` is neither an :class:`Adapter` nor a

@@ -1,4 +1,4 @@
-"""The report's account of a part of a module: the backend that runs it, and the reason why no faster one does."""
+"""Finds, for the report, the backend that runs a part of a module, and the reason why no faster backend does."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from swinkernels.ops._backends import PREFERENCE, backend_beside, choose, why_no
 
 
 def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple[str, tuple[str, ...]]:
-    """Return the backend of a module's first part in eval mode, and remarks on parts without a backend or a faster one.
+    """Return the backend of a module's first part in eval mode, and remarks on parts that no faster backend runs.
 
-    Where the library's own code runs, the library's name replaces the backend's.
+    If the library's own code runs a part, the library's name replaces the backend's.
     """
     backends, remarks = [], []
     for part in adapter.parts:
@@ -22,7 +22,7 @@ def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple
         if why:
             remarks.append(f"{name}: {why}")
         in_training, why_in_training = _part_choice(adapter, part, module, requested, training=True)
-        # Skip a remark that repeats why a backend is ruled out in eval mode, too.
+        # Skip a remark that only repeats why a backend is ruled out in eval mode.
         if in_training != chosen or (why_in_training and not why):
             remarks.append(f"{name} in training: {why_in_training}")
     return backends[0] if backends else adapter.name, tuple(dict.fromkeys(remarks))

@@ -1,8 +1,8 @@
-"""Can an op do the work of a module or method without calling it? Not if it has hooks or was replaced.
+"""Decides whether an op may do a module's work without calling the module: not if it has hooks or was replaced.
 
 An op stands for code that the library published. ``watch`` records the published methods of a class when an adapter is
 imported; ``replaced_method`` and the functions that build on it compare at every call, so a method patched later, on
-the class or on one instance, is called. Adapters outside this package watch the classes that their ops stand for.
+the class or on one instance, is called. Adapters outside this package should watch the classes whose work ops do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_traced(x: Any) -> bool:
 
 
 def is_distributed(x: Any) -> bool:
-    """Return True if a tensor is a DTensor, sharded over devices in any way."""
+    """Return True if a tensor is a DTensor, whatever its placement."""
     if type(x) is Tensor:
         return False
     dtensor = sys.modules.get("torch.distributed.tensor")  # an import would take long
@@ -42,7 +42,7 @@ def why_distributed(module: nn.Module) -> str | None:
 
 
 def class_of(module: Any) -> type:
-    """Return the class of a module, also of torch.export's proxies, whose classes are made subclasses.
+    """Return a module's class; for one of torch.export's proxies, the class for which the proxy stands.
 
     torch.export makes proxies in models that have one module in two places, as MONAI's MLPs do.
     """
@@ -58,14 +58,14 @@ def child(module: nn.Module, name: str) -> Any:
     return module._modules[name]
 
 
-# Packages whose decorators another package applies to its methods.
+# Package -> the other packages whose decorators it applies to its methods.
 _DECORATED_BY = {"mmcv": ("mmengine",), "mmpretrain": ("mmengine",)}
-# The published methods of the classes whose work ops do; None marks one that was already patched.
+# The published methods of the classes whose work ops do; None marks a method that was already patched.
 _PUBLISHED: dict[type, tuple[tuple[str, Any], ...]] = {}
 
 
 def watch(*kinds: Any, methods: Sequence[str] = ()) -> None:
-    """Record the published code of classes that an op stands for: ``forward`` and the methods that it calls, by name.
+    """Record the published code of classes whose work an op does: ``forward`` and the named methods that it calls.
 
     Names that this version of the library lacks are skipped.
     """
@@ -75,7 +75,7 @@ def watch(*kinds: Any, methods: Sequence[str] = ()) -> None:
 
 
 def _published(kind: type, name: str) -> Any:
-    """Return a method, or None if its code is of another package than its class, that is, already patched."""
+    """Return a method, or None if it was already patched: its code is not from the package of its class."""
     method = getattr(kind, name)
     owner = next(cls for cls in kind.__mro__ if name in vars(cls))
     package = owner.__module__.partition(".")[0]
@@ -85,7 +85,10 @@ def _published(kind: type, name: str) -> Any:
 
 
 def watch_unless_watched(kind: Any) -> None:
-    """Record the present forward of a class of any package."""
+    """Record a class's current forward as its published one, unless the class is already watched.
+
+    The class may come from any package.
+    """
     _PUBLISHED.setdefault(kind, (("forward", kind.forward),))
 
 
@@ -102,10 +105,10 @@ def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
 
     Args:
         module: the module.
-        kind: its class, or its class before ``accelerate``. If it is not watched, only a forward replaced on the
+        kind: the module's class before ``accelerate``. If this class is not watched, only a forward replaced on the
             instance counts.
-        name: the name of an inner module. Without a name it is the accelerated module, whose forward is running: a
-            forward on the instance does not count.
+        name: the name of an inner module. Without a name, the module is the accelerated one, whose forward is running:
+            a forward on the instance does not count.
     """
     own = module.__dict__
     for method, published in _PUBLISHED.get(kind) or (("forward", kind.forward),):
@@ -116,17 +119,17 @@ def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
     return None
 
 
-# torch's hooks on all modules: each dict stays the same object.
+# torch's global hooks, which run for all modules. Each dict stays the same object.
 _OF_ALL_FORWARD, _OF_ALL_FORWARD_PRE = _torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks
 _OF_ALL_BACKWARD, _OF_ALL_BACKWARD_PRE = _torch_module._global_backward_hooks, _torch_module._global_backward_pre_hooks
 
 
-# The module of torch's FLOP counter, whose hooks record the running module.
+# The Python module with the global hooks of torch's FLOP counter, which only record the running module.
 _HARMLESS = "torch.utils.module_tracker"
 
 
 def all_modules_have_hooks() -> bool:
-    """Return True if a hook on all modules is registered."""
+    """Return True if a global hook, which runs for all modules, is registered, except for the FLOP counter's."""
     if not (_OF_ALL_FORWARD or _OF_ALL_FORWARD_PRE or _OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE):
         return False
     hooks = (*_OF_ALL_FORWARD.values(), *_OF_ALL_FORWARD_PRE.values())
@@ -141,24 +144,24 @@ def has_own_hooks(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return True if a hook would see a call of a module: its own or one on all modules."""
+    """Return True if a call of a module would run a hook, the module's or a global one."""
     return has_own_hooks(module) or all_modules_have_hooks()
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """Remove the hooks of a copy, whose effects, such as collected outputs, would be visible outside."""
+    """Remove the hooks of a copied module: their effects, such as collected outputs, would be visible outside."""
     for m in module.modules():
         for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
             hooks.clear()
 
 
 def first_weight(module: nn.Module) -> Tensor:
-    """Return a parameter with the dtype and the device of a module."""
+    """Return a module's first floating-point parameter, which has the module's dtype and device."""
     return next(p for p in module.parameters() if p.dtype.is_floating_point)
 
 
 def is_bound_method(module: nn.Module, kind: type, value: Any) -> bool:
-    """Return True if a value is a method of a class bound to a module, as ``module.forward`` is."""
+    """Return True if a value is a class's method bound to a module, as ``module.forward`` is."""
     return (
         isinstance(value, types.MethodType)
         and value.__self__ is module
@@ -167,7 +170,7 @@ def is_bound_method(module: nn.Module, kind: type, value: Any) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> str | None:
-    """Return the reason, for a report, why a module's forward is not that of its class, or None."""
+    """Return the reason, for a report, if a module's forward differs from its class's forward, or None."""
     forward = module.__dict__.get("forward")
     if forward is None or is_bound_method(module, type(module), forward):
         return None
@@ -175,13 +178,16 @@ def replaced_forward(module: nn.Module) -> str | None:
 
 
 def _class_name(module: Any) -> str:
-    """Return a class's name, with its module if torch has a class of that name: peft has a Linear, too."""
+    """Return a class's name, qualified if torch.nn has a different class of that name, as for peft's Linear."""
     cls = type(module)
     return cls.__name__ if getattr(nn, cls.__name__, cls) is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def why_not_absorbed(name: str, module: nn.Module, kind: type[nn.Module], known_as: str) -> str | None:
-    """Return the reason why an inner module has to be called, or None. A subclass may compute something else."""
+    """Return the reason why an inner module has to be called, or None.
+
+    A subclass of ``kind`` has to be called, because it may compute something else.
+    """
     if class_of(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not {known_as}"
     reason = replaced_method(module, kind, name)
@@ -192,7 +198,7 @@ def why_not_linear(name: str, linear: nn.Module) -> str | None:
     return why_not_absorbed(name, linear, nn.Linear, "an nn.Linear")
 
 
-# peft's LoRA classes around a Linear, filled once peft is imported.
+# peft's LoRA class around a Linear, added once peft is imported.
 _LORA: set[type] = set()
 
 
@@ -207,7 +213,7 @@ at_import("peft.tuners.lora.layer", _note_lora)
 def _why_not_lora(name: str, layer: Any) -> str | None:
     """Return the reason why a LoRA layer may not compute W x + b + B A x token by token, or None.
 
-    For a pad token, which is 0, that is the bias b.
+    For a pad token, x = 0, a LoRA layer that computes this returns the bias b.
     """
     reason = replaced_method(layer, type(layer), name)
     if reason is None and (getattr(layer, "lora_variant", None) or any(getattr(layer, "lora_bias", {}).values())):
@@ -232,7 +238,7 @@ def why_not_norm(name: str, norm: Any, width: int) -> str | None:
 
 
 def why_not_dropout(name: str, dropout: nn.Module) -> str | None:
-    """Return the reason as :func:`why_not_absorbed` does, but accept an nn.Identity, which drops nothing."""
+    """Return the reason why a dropout has to be called, or None. An nn.Identity, which drops nothing, is accepted."""
     return why_not_absorbed(
         name, dropout, nn.Identity if class_of(dropout) is nn.Identity else nn.Dropout, "an nn.Dropout"
     )
@@ -245,28 +251,28 @@ def why_not_window_attention(
     known_as: str = "an nn.Linear",
     takes_lora: bool = False,
 ) -> str | None:
-    """Return the reason why no op can do a window attention's work at present, or None.
+    """Return the reason why no op can currently do a window attention's work, or None.
 
     The module has Microsoft's form (qkv, softmax, attn_drop, proj). Callers check its class and the numbering of its
     bias table.
 
     Args:
-        attn: the module; one without a softmax module calls the function.
-        name: its name in the message.
-        kind, known_as: the class that its layers qkv and proj must have.
-        takes_lora: True if peft's LoRA may wrap them; False where the library's code reads their weights itself.
+        attn: the module. It may lack a softmax module and call the function instead.
+        name: the module's name in the message.
+        kind, known_as: the class that the layers qkv and proj must have, and its readable name.
+        takes_lora: True if peft's LoRA may wrap qkv and proj; False if the library's code reads their weights itself.
     """
     reason = replaced_method(attn, class_of(attn), name)
     if reason is not None:
         return reason
-    # Hooks on qkv, proj and proj_drop would see the map instead of windows; hooks on the others would see no call.
+    # Hooks on qkv, proj and proj_drop would get the map instead of windows; hooks on the other modules would not run.
     if has_hooks(attn):
         return f"a hook is registered on {name}"
     modules = attn._modules
     for key, module in modules.items():
         if module is not None and has_own_hooks(module):
             return f"a hook is registered on {name}.{key}"
-    # Other layers may mix tokens or change the result for a pad token; those after proj see the map.
+    # Layers of other classes may mix tokens or change the result for a pad token; a layer after proj gets the map.
     for key, kinds, right in (
         ("qkv", (kind,), known_as),
         ("proj", (kind,), known_as),

@@ -18,13 +18,13 @@ from swinkernels.ops._backends import observe_choices
 
 @dataclass(frozen=True)
 class Ran:
-    """A replaced module in one call of the model."""
+    """Records the ops that a replaced module called in one call of the model."""
 
     path: str
     module_class: str
-    # (op, backend) -> number of calls by the module, without those of replaced modules inside it.
+    # (op, backend) -> number of calls by the module, not counting calls by replaced modules inside it.
     calls: dict[tuple[str, str], int]
-    # Why the op of its main part is missing, or None.
+    # The reason why the op of the module's main part was not called, or None.
     reason: str | None = None
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Ran:
 
 
 class _Plain(TorchDispatchMode):
-    """Runs every op as it is. With any mode on, the ops skip their cache, so every call is observed."""
+    """Changes nothing. Under any dispatch mode the ops do not use their cache, so every call is observed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -46,8 +46,8 @@ def run_and_watch(
 ) -> list[Ran]:
     """Call a model once, without gradients, and return the ops that each of its replaced modules called.
 
-    ``replaced`` maps the path of a replaced module to the op of its main part and to a function that returns why the
-    library's own code runs regardless of the call, or None.
+    ``replaced`` maps the path of a replaced module to the op of its main part and to a function that returns the reason
+    why the library's own code runs in every call, or None.
     """
     modules = {path: model.get_submodule(path) for path in replaced}
     known = {modules[path]: of_module for path, of_module in replaced.items()}
@@ -76,7 +76,7 @@ def run_and_watch(
         if running:
             calls[running[-1]][op, backend] += 1
 
-    # Patched forwards and not hooks, with which modules would run the library's own code.
+    # Forwards are patched, because with hooks the modules would run the library's own code.
     with contextlib.ExitStack() as stack:
         for cls in {type(m) for m in modules.values() if isinstance(m, Accelerated)}:
             stack.enter_context(_wrapped_forward(cls, entered))

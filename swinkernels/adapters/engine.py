@@ -36,27 +36,28 @@ from swinkernels.ops._backends import check_backend
 def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> Report:
     """Make the supported modules of a model run on this package's ops, in place.
 
-    Only the class of a module changes, to a subclass that computes the same result another way. Parameters, buffers,
+    Only the modules' classes change, to subclasses that compute the same results with ops. Parameters, buffers,
     ``state_dict``, hooks and ``isinstance`` stay, ``copy.deepcopy`` and ``pickle`` work, and :func:`restore` undoes the
-    change. Call it again to change the backend, or after changing the model.
+    change. Call ``accelerate`` again to change the backend, or after changing the model.
 
     Args:
-        model: any module, on any device, in any dtype. Supported are the Swin blocks and the patch merging of libraries
-            with an adapter, and copies of Microsoft's Swin block in any package. Each class of copies is first tried on
-            random numbers against its own forward.
+        model: any module, on any device, in any dtype. It may contain modules for which there is an adapter or a form,
+            and copies of Microsoft's Swin block from any package. Modules with a form and copies are replaced only if a
+            trial on random numbers gives the same results as their own forward.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", as in the ops. "auto" chooses at every call.
-            Norms, residual connections and patch merging stay the library's own code where "auto" finds no kernel, or
-            the named backend has none; attention is then plain PyTorch's, or refused.
-        verify: first compare outputs and gradients of each replaced module with the original's on a random map, of the
-            module's own size if it has one.
+            On a device without kernels it leaves all work to the library's own code; elsewhere, calls that no kernel
+            can run use plain PyTorch. A named backend raises NotImplementedError for a call that it cannot run, except
+            that norms, residual connections and patch merging are left to "auto" if the backend has no such op.
+        verify: if True, first compare each replaced module's outputs and gradients with the original's, on a random map
+            of the size that the module was made for, if it stores one.
 
     Returns:
-        A :class:`Report` of the modules replaced and their backends, and of those left as they were, with reasons. A
-        model without supported modules is left as it is, and ``Report.reason`` says so.
+        A :class:`Report` that lists the replaced modules with their backends, and the modules left as they were with
+        the reasons. If there is nothing to replace, ``Report.reason`` says so.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there is no such backend.
+        ValueError: ``backend`` is none of these names.
         VerificationError: ``verify`` found a module that differs; the model is unchanged.
     """
     _check_module("accelerate", model)
@@ -104,7 +105,7 @@ def _why_own_code(adapter: Adapter, module: nn.Module) -> str | None:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`accelerate`: every replaced module gets the library's class back. Other modules stay as they are.
+    """Undo :func:`accelerate`: give every replaced module its original class again. Other modules stay as they are.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -126,13 +127,16 @@ def _check_module(op: str, model: Any) -> None:
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-# Path, module, its adapter (None for a module that only looks like a block, to the structural adapter) and, if known,
-# the reason to leave it as it is.
+# Path, module, its adapter (None if the module only resembles a supported one) and, if known, the reason to leave the
+# module as it is.
 Candidate = tuple[str, nn.Module, Adapter | None, str | None]
 
 
 def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) -> Iterator[Candidate]:
-    """Yield every module with an adapter or a form, each once. Libraries' own adapters go first, by exact class."""
+    """Yield, once each, the modules that have an adapter or a form, or that resemble such modules.
+
+    An adapter registered for the module's exact class takes precedence.
+    """
     by_class = {cls: adapter for adapter in adapters for cls in (adapter.original, adapter.accelerated)}
     seen: set[nn.Module] = set()
 
@@ -170,7 +174,7 @@ def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) ->
             if adapter is None and reason is None:
                 unknown = lookalike.why_unknown(module)
                 reason = None if reported else unknown
-            # A reported block covers its attention, if that is left as it is.
+            # Once a block is reported, its attention is reported only if it is replaced.
             if adapter is not None or (reason is not None and not reported):
                 yield path, module, adapter, reason
             reported = reported or adapter is not None or reason is not None
@@ -184,7 +188,7 @@ def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) ->
 
 def _resembles(module: nn.Module, adapter: Adapter) -> bool:
     original = adapter.original
-    if isinstance(module, torch.jit.ScriptModule):  # has another class, and remembers the original one
+    if isinstance(module, torch.jit.ScriptModule):  # its class differs, but it records the original class's name
         name = str(module._c._type().qualified_name())
         return module.original_name == original.__name__ and f".{original.__module__}." in name
     return isinstance(module, original)

@@ -1,6 +1,6 @@
-"""Linear layers of blocks in inference on a CPU: with bias, GELU or the residual connection in one pass.
+"""Runs the Linear layers of blocks, for inference on a CPU, in one pass with bias, GELU or the residual connection.
 
-Elsewhere, and wherever an inner module would miss its call, the library's modules are called.
+In all other cases, or if an inner module has to be called because of a hook, the library's modules are called.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from swinkernels.adapters.bypass import (
 from swinkernels.adapters.norms import in_another_dtype
 from swinkernels.ops._fused_linear import fuses, linear
 
-# The form of GELU that a module of a class computes, as torch names it, or None.
+# Class -> a function that returns the form of GELU that a module of this class computes, as torch names it, or None.
 _GELU: dict[type, Callable[[Any], str | None]] = {nn.GELU: lambda act: act.approximate}
 
 
 def know_gelu(kind: type[nn.Module], form: Callable[[Any], str | None]) -> None:
-    """Note a library's own class for GELU."""
+    """Register a library's GELU class; ``form`` returns the form that a module of the class computes, or None."""
     watch(kind)
     _GELU[kind] = form
 
 
 def drops_nothing(name: str, module: Any, kind: type[nn.Module] = nn.Dropout) -> bool:
-    """Return True if a dropout, or a library's stochastic depth, has no effect and no hook that needs its call."""
+    """Return True if a dropout, or a library's stochastic depth, has no effect and does not have to be called."""
     kind = nn.Identity if class_of(module) is nn.Identity else kind
     return not module.training and why_not_absorbed(name, module, kind, kind.__name__) is None
 
@@ -42,12 +42,12 @@ def _is_plain(name: str, layer: Any, x: Tensor) -> bool:
 
 
 def call_linear(name: str, layer: Any, x: Tensor) -> Tensor:
-    """layer(x)."""
+    """Return layer(x), computed in one pass if possible."""
     return linear(x, layer.weight, layer.bias) if fuses(x) and _is_plain(name, layer, x) else layer(x)
 
 
 def add_linear(name: str, layer: Any, x: Tensor, residual: Tensor) -> Tensor | None:
-    """residual + layer(x), or None where that is not one pass."""
+    """Return residual + layer(x) computed in one pass, or None if that is not possible."""
     if not fuses(x) or residual.dtype != x.dtype or not _is_plain(name, layer, x):
         return None
     return linear(x, layer.weight, layer.bias, residual=residual)
@@ -58,17 +58,17 @@ _NOTHING = nn.Identity().eval()
 
 @dataclass(frozen=True)
 class Mlp:
-    """The MLP of a block: a Linear layer, GELU and a Linear layer, with dropouts between and behind them."""
+    """Describes the MLP of a block: a Linear layer, GELU and a Linear layer, with dropouts between and after them."""
 
-    # Children of the block that are called one after another: name, class, and the names of its own children in the
-    # order in which its forward calls them. Of an nn.Sequential these are left out.
+    # The block's children that make up the MLP, in the order of their calls: name, class, and the names of the inner
+    # modules in the order in which the child's forward calls them (empty for an nn.Sequential).
     parts: tuple[tuple[str, type[nn.Module], tuple[str, ...]], ...]
-    # The block's dropout or stochastic depth behind it, if it has one. An nn.Identity stands for that, too.
+    # The name of the block's dropout or stochastic depth after the MLP, or None. An nn.Identity may take its place.
     drop: str | None = None
     drop_kind: type[nn.Module] = nn.Dropout
 
     def branch(self, block: Any, z: Tensor) -> Tensor:
-        """The MLP alone."""
+        """Return MLP(z)."""
         layers = self._layers(block, z) if fuses(z) else None
         if layers is None:
             return self._call(block, z)
@@ -76,7 +76,7 @@ class Mlp:
         return linear(linear(z, fc1.weight, fc1.bias, gelu=gelu), fc2.weight, fc2.bias)
 
     def added(self, block: Any, s: Tensor, z: Tensor) -> Tensor:
-        """s + drop(MLP(z))."""
+        """Return s + drop(MLP(z))."""
         drop = _NOTHING if self.drop is None else child(block, self.drop)
         layers = self._layers(block, z) if fuses(z) and s.dtype == z.dtype else None
         if layers is None or not drops_nothing(self.drop or "", drop, self.drop_kind):
@@ -90,7 +90,7 @@ class Mlp:
         return z
 
     def _layers(self, block: Any, z: Tensor) -> tuple[Any, Any, str] | None:
-        """Its two Linear layers and the form of GELU, or None where its modules have to be called."""
+        """Return the MLP's two Linear layers and its form of GELU, or None if its modules have to be called."""
         linears: list[Any] = []
         gelu = None
         for part, of, order in self.parts:

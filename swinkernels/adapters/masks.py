@@ -1,8 +1,9 @@
-"""Masks and position indices, stored or passed by libraries, compared with the formulas that the ops follow.
+"""Compares masks and position indices that libraries store or pass with the formulas that the ops follow.
 
-A module with other values runs the library's own code. ``is_window_index``, ``is_stored_mask`` and ``holds`` are called
-at every call of an accelerated module, so a buffer assigned, loaded or changed in place after ``accelerate`` counts. A
-tensor's values are read once: the answer is cached while the tensor and its version stay the same (0.4 us).
+If the values differ, the module runs the library's own code. ``is_window_index``, ``is_stored_mask`` and ``holds`` are
+called at every call of an accelerated module, so they detect a buffer assigned, loaded or changed in place after
+``accelerate``. A tensor's values are read once: the answer is cached while the tensor and its version stay the same (a
+cached answer takes 0.4 us).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def frame_of(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
 def shift_regions(
     frame: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """(num_windows, N): the region number of every token of every window."""
+    """Return the region number of every token of every window, (num_windows, N)."""
     rank = len(frame)
     region = torch.zeros([1] * rank, dtype=torch.long, device=device)
     for axis, (p, w, s) in enumerate(zip(frame, window, shift, strict=True)):
@@ -46,19 +47,22 @@ def shift_mask(
     value: float = -100.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """(num_windows, N, N): the mask that libraries add to the scores, ``value`` between tokens of different regions."""
+    """Return the mask that libraries add to the scores: ``value`` between tokens of different regions, 0 elsewhere.
+
+    Its shape is (num_windows, N, N).
+    """
     region = shift_regions(frame, window, shift, device)
     apart = region[:, :, None] != region[:, None, :]
     return torch.zeros(apart.shape, device=device).masked_fill(apart, value)
 
 
-# Replaces -inf, of which a kernel cannot take differences. Its exponential is 0, too, and every token shares its own
-# region.
+# Replaces -inf, which kernels cannot subtract. The exponential of either is 0, and no row is masked completely, because
+# every token is in its own region.
 MASKED = -1e9
 
 
 def window_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """(N, N): relative_position_index, the row of the bias table by (query - key) + window - 1, row-major."""
+    """Return relative_position_index, (N, N): the bias table's row for (query - key) + window - 1, row-major."""
     tokens = torch.cartesian_prod(*(torch.arange(w, device=device) for w in window))
     tokens = tokens.reshape(-1, len(window))
     index = torch.zeros(len(tokens), len(tokens), dtype=torch.long, device=device)
@@ -72,14 +76,14 @@ _SEEN: dict[int, tuple[Callable[[], Any], int, tuple[Any, ...], bool]] = {}
 
 
 def holds(x: Any, asked: tuple[Any, ...]) -> bool:
-    """Return True if a module's stored tensor has the values of a formula, in any shape of the same size.
+    """Return True if a module's stored tensor has the values of a formula, in any shape with as many elements.
 
-    Values that cannot be read count as different. Compilers and torch.export ask while they trace; the latter gets the
-    cached answer of the tensor.
+    Values that cannot be read count as different. This also works while a compiler or torch.export traces; under
+    torch.export the answer is the one cached for the real tensor.
 
     Args:
         x: the tensor, or any other value in its place.
-        asked: the formula and its arguments, except the device, as tuples of ints.
+        asked: a tuple of the formula and its arguments, except the device.
     """
     if torch.compiler.is_dynamo_compiling():
         return _holds_when_traced(x, *asked)
@@ -90,25 +94,25 @@ def holds(x: Any, asked: tuple[Any, ...]) -> bool:
 
 
 def is_window_index(x: Any, window: Sequence[int]) -> bool:
-    """Return True if a stored index of the bias table is :func:`window_index`."""
+    """Return True if a stored index of the bias table equals :func:`window_index`."""
     return holds(x, (window_index, tuple(window)))
 
 
 def is_stored_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
-    """Return True if a stored mask is :func:`shift_mask`."""
+    """Return True if a stored mask equals :func:`shift_mask`."""
     return holds(mask, (shift_mask, tuple(frame), tuple(window), tuple(shift)))
 
 
 def is_shift_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
-    """Return True if a mask passed to a module is :func:`shift_mask`; False under a compiler, which cannot read it.
+    """Return True if a mask passed to a module equals :func:`shift_mask`; False under a compiler, which cannot read it.
 
-    It is read once for all modules that get it, because on a GPU reading synchronises.
+    The mask is read once for all modules that get it, because on a GPU reading synchronises.
     """
     return not torch.compiler.is_compiling() and is_stored_mask(mask, frame, window, shift)
 
 
 def value_of_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> float | None:
-    """Return -100 or -inf, the op's mask_value, if a passed mask is :func:`shift_mask` with that value; else None."""
+    """Return the op's mask_value if a passed mask equals :func:`shift_mask` with -100 or -inf, else None."""
     if is_shift_mask(mask, frame, window, shift):
         return -100.0
     infinite = (shift_mask, tuple(frame), tuple(window), tuple(shift), -math.inf)
@@ -117,7 +121,7 @@ def value_of_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift:
 
 @constant_when_compiled
 def _holds_when_traced(x: Any, *asked: Any) -> bool:
-    """:func:`holds`, called by dynamo with the real tensor; the answer becomes a constant of the compiled code."""
+    """Answer :func:`holds` for dynamo, which passes the real tensor and compiles the answer as a constant."""
     return _compare(x, asked)
 
 
@@ -134,7 +138,7 @@ def _compare(x: Any, asked: tuple[Any, ...]) -> bool:
         if x.is_meta:  # no values
             return x.numel() == expected.numel()
         same = x.numel() == expected.numel() and torch.equal(x.reshape(-1).to(expected.dtype), expected.reshape(-1))
-    if not x.is_inference():  # inference tensors do not count changes
+    if not x.is_inference():  # inference tensors have no version
         key = id(x)
         _SEEN[key] = weakref.ref(x, lambda gone: _forget(key, gone)), x._version, asked, same
     return same

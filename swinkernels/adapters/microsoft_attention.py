@@ -1,4 +1,4 @@
-"""Access to the parameters of window attention in Microsoft's form, v1 or v2, which several libraries copied."""
+"""Reads the parameters of window attention in Microsoft's form, v1 or v2, which several libraries copied."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def resembles_attention(attn: nn.Module | None) -> bool:
 
 
 def is_cosine(attn: nn.Module) -> bool:
-    """Return True for v2, judged by a module: replicas, flattened and parametrised modules may keep their parameters
-    outside ``_parameters``.
+    """Return True for v2, recognised by its module ``cpb_mlp``.
+
+    Its parameters prove nothing: replicas, flattened and parametrised modules may keep them outside ``_parameters``.
     """
     return "cpb_mlp" in attn._modules
 
@@ -35,14 +36,14 @@ def qkv_of(attn: Any, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def bias_table(attn: Any) -> Tensor:
-    """(prod(2 * window - 1), num_heads)"""
+    """Return the bias table, (prod(2 * window - 1), num_heads)."""
     if not is_cosine(attn):
         return attn.relative_position_bias_table
     return 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).reshape(-1, attn.num_heads))
 
 
 def score_factor(attn: Any) -> dict[str, Any]:
-    """The op's arguments that scale the scores in v1 or v2."""
+    """Return the op's argument that scales the scores: logit_scale in v2, scale in v1."""
     return {"logit_scale": attn.logit_scale} if is_cosine(attn) else {"scale": getattr(attn, "scale", None)}
 
 

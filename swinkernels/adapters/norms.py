@@ -1,4 +1,4 @@
-"""Libraries' residual connections with their norms, and their patch merging, on ops."""
+"""Runs the libraries' residual connections, norms and patch merging on ops."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ from swinkernels.ops._library import autocast_dtype, linear_dtype
 
 
 def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that torch's LayerNorm returns for ``dtype`` on x's device: float32 under autocast, except on a CPU."""
+    """Return the dtype of torch's LayerNorm for an input of ``dtype`` on x's device.
+
+    Under autocast it is float32, except on a CPU; otherwise it is ``dtype``.
+    """
     return torch.float32 if autocast_dtype(x) is not None and x.device.type != "cpu" else dtype
 
 
 def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
-    """A norm that only a Linear reads: under autocast, in the dtype to which the Linear would cast it."""
+    """Return a norm that only a Linear reads: under autocast, in the dtype to which the Linear would cast it."""
     norm, dtype = child(block, name), autocast_dtype(x)
     if dtype is None or why_not_norm(name, norm, width) is not None:
         return norm(x)
@@ -43,13 +46,16 @@ def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
 
 
 def in_another_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Return True if parameters differ from the input in dtype or device; torch's own code then handles the case."""
+    """Return True if a parameter's device, or outside autocast its dtype, differs from the input's.
+
+    The library's own code handles such calls.
+    """
     dtype = None if autocast_dtype(x) is not None else x.dtype
     return any(p is not None and (p.device != x.device or (dtype or p.dtype) != p.dtype) for p in parameters)
 
 
 def norm_row(norm: str) -> Callable[[Any], int]:
-    """Make a function that returns a block's norm's row length, or 0 if unknown."""
+    """Make a function that returns the row length of the block's norm of this name, or 0 if it is unknown."""
 
     def row(block: Any) -> int:
         shape = getattr(child(block, norm), "normalized_shape", ())
@@ -59,7 +65,7 @@ def norm_row(norm: str) -> Callable[[Any], int]:
 
 
 def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """timm's DropPath as a factor per sample of y, from the same random numbers; None stands for 1."""
+    """Return timm's DropPath as a factor per sample of y, from the same random numbers; None means 1."""
     if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
     keep = 1 - drop_path.drop_prob
@@ -69,23 +75,23 @@ def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | N
 
 @dataclass(frozen=True)
 class Residual:
-    """A residual connection of a block and the norm next to it, in one op."""
+    """Describes a block's residual connection and the norm next to it, which one op computes."""
 
-    # The names of the block's modules; drop_path is empty if the branch itself ends with it.
+    # The names of two modules of the block; drop_path is None if the branch itself ends with the drop path.
     norm: str
     drop_path: str | None = None
     # The library's DropPath class and its readable name. An nn.Identity stands for p = 0.
     kind: type[nn.Module] = nn.Identity
     known_as: str = "an nn.Identity"
-    # True if, under autocast, a Linear casts the norm's result before anything else can read it.
+    # Returns True if, under autocast, a Linear casts the norm's result before other code can read it.
     casts_its_input: Callable[[Any], bool] = lambda block: False
-    # The block's channels.
+    # Returns the number of the block's channels.
     width: Callable[[Any], int] = lambda block: block.dim
-    # The factor of each sample of a branch in the library's DropPath, drawn in the same way.
+    # Returns the factor per sample by which the library's DropPath multiplies a branch, drawn in the same way.
     scale: Callable[[Any, Tensor, torch.dtype], Tensor | None] = drop_path_scale
 
     def why_not(self, block: Any) -> str | None:
-        """Return the reason why the library's own code has to run at present, or None."""
+        """Return the reason why the library's own code currently has to run, or None."""
         reason = why_not_norm(self.norm, child(block, self.norm), self.width(block))
         if reason is not None or self.drop_path is None:
             return reason
@@ -94,8 +100,8 @@ class Residual:
         return why_not_absorbed(self.drop_path, drop, kind, self.known_as)
 
     def add_then_norm(self, block: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return s = x + drop_path(y) and norm(s), or None where the library's own code has to run."""
-        # The op returns s in the dtype of x and the norm in that of y, which is narrower than norm's under autocast.
+        """Return s = x + drop_path(y) and norm(s), or None if the library's own code has to run."""
+        # The op returns s in x's dtype and the norm in y's, which under autocast is narrower than the dtype of norm(s).
         if torch.promote_types(x.dtype, y.dtype) != x.dtype or not (
             y.dtype == norm_dtype(x, x.dtype) or (y.dtype == autocast_dtype(x) and self.casts_its_input(block))
         ):
@@ -106,7 +112,7 @@ class Residual:
         return residual_layer_norm(x, y, **self._arguments(block, y, y.dtype))
 
     def add_normed(self, block: Any, x: Tensor, y: Tensor) -> Tensor | None:
-        """Return x + drop_path(norm(y)), or None where the library's own code has to run."""
+        """Return x + drop_path(norm(y)), or None if the library's own code has to run."""
         dtype = norm_dtype(y, y.dtype)
         # The op returns the sum in the dtype of x.
         if torch.promote_types(x.dtype, dtype) != x.dtype or self.why_not(block) is not None:
@@ -117,7 +123,7 @@ class Residual:
         return residual_post_norm(x, y, **self._arguments(block, y, dtype))
 
     def _arguments(self, block: Any, y: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """The op's arguments after stream and branch; a drop path scale is drawn in ``dtype``."""
+        """Return the op's arguments after stream and branch; a drop path scale is drawn in ``dtype``."""
         norm = child(block, self.norm)
         return {
             "weight": norm.weight,
@@ -153,9 +159,10 @@ def residuals_adapter(
     attention_size: Callable[[Any], tuple[int, ...]],
     **options: Any,
 ) -> Adapter:
-    """Make the adapter of a block whose attention has an adapter of its own.
+    """Make the adapter of a block whose attention has a separate adapter.
 
-    ``attention_size`` is the map that ``block.attn`` was made for; ``options`` are other fields of :class:`Adapter`.
+    ``attention_size`` returns the size of the map that ``block.attn`` was made for; ``options`` are further fields of
+    :class:`Adapter`.
     """
     watch(original)
     return Adapter(
@@ -173,19 +180,19 @@ def residuals_adapter(
 
 @dataclass(frozen=True)
 class Merging:
-    """Patch merging by modules ``norm`` and ``reduction``, in one op."""
+    """Describes patch merging by the modules ``norm`` and ``reduction``, which one op computes."""
 
-    # "pre" (v1): the norm precedes the reduction, or "post" (v2): it follows.
+    # "pre" (v1) if the norm precedes the reduction, "post" (v2) if it follows.
     norm: str
-    # The length of a merging's normalised rows.
+    # Returns the length of the rows that the norm normalises.
     width: Callable[[Any], int]
-    # The order of the neighbours' channels, in the op's terms, for a map of this many axes.
+    # (number of the map's axes) -> the order of the neighbours' channels, as the op names it.
     order: Callable[[int], str] = lambda axes: "swin"
-    # The reason why a merging computes something else at present, or None.
+    # Returns the reason why a merging currently computes something else, or None.
     why_not_usual: Callable[[Any], str | None] = lambda merging: None
 
     def why_not(self, merging: Any) -> str | None:
-        """Return the reason why the library's own code has to run at present, or None."""
+        """Return the reason why the library's own code currently has to run, or None."""
         unusual = replaced_method(merging, original_class(merging)) or self.why_not_usual(merging)
         if unusual is not None:
             return unusual
@@ -196,7 +203,7 @@ class Merging:
         return reason or why_not_norm("norm", child(merging, "norm"), self.width(merging))
 
     def run(self, merging: Any, x: Tensor) -> Tensor | None:
-        """Return the merged map, or None where the library's own code has to run."""
+        """Return the merged map, or None if the library's own code has to run."""
         if self.why_not(merging) is not None:
             return None
         norm, weight = child(merging, "norm"), child(merging, "reduction").weight
@@ -234,7 +241,7 @@ class Merging:
         input_shape: Callable[[Any], tuple[int, ...]],
         **options: Any,
     ) -> Adapter:
-        """Make the adapter of a library's merging; ``options`` are other fields of :class:`Adapter`."""
+        """Make the adapter of a library's patch merging; ``options`` are further fields of :class:`Adapter`."""
         watch(original, methods=("maybe_pad",))
         given = {"reason_to_skip": self.why_not, "weight": lambda merging: merging.reduction.weight, **options}
         return Adapter(name, original, accelerated, parts=(self.part(),), input_shape=input_shape, **given)

@@ -1,4 +1,4 @@
-"""The parts of a module's work that ops can take over, as the report sees them."""
+"""Describes the parts of a module's work that ops can do, for the report."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 
 @dataclass(frozen=True)
 class Part:
-    """The work of a module that one op can do. The functions take a module of either class of an adapter."""
+    """Describes the work of a module that one op can do.
+
+    The functions take a module of the adapter's original or accelerated class.
+    """
 
     name: str
-    # The op, by its name in the lists of the backends.
+    # The op's name, as in the backends' lists of ops.
     op: str
-    # The reason why the library's own code runs it at present, on any backend, or None.
+    # Returns the reason why the library's own code currently does this work, whatever the backend, or None.
     reason_to_fall_back: Callable[[Any], str | None]
-    # The reasons why a backend cannot run it in the module's dtype and on its device; the bool is True for training.
+    # (module, backend, training) -> the reasons why the backend cannot run the op in the module's dtype on its device.
     reasons: Callable[[Any, str, bool], list[str]]
 
 
 def op_on(backend: str) -> Callable[..., Tensor]:
-    """Make one function of both window attention ops on a backend: (qkv, **arguments) or (q, k, v, **arguments)."""
+    """Return a function that calls a window attention op on a backend: (qkv, **arguments) or (q, k, v, **arguments)."""
 
     def attend(*maps: Tensor, **arguments: Any) -> Tensor:
         op = window_attention_qkvpacked if len(maps) == 1 else window_attention
@@ -43,12 +46,12 @@ def window_attention_part(
     dropout_p: Callable[[Any], float],
     reason_to_fall_back: Callable[[Any], str | None],
 ) -> Part:
-    """Describe attention by window_attention_qkvpacked.
+    """Make the part for attention by window_attention_qkvpacked.
 
     Args:
         weight: returns the QKV weight, (3C, channels of the input).
         map_size: returns the tokens per axis of the map that the module was made for.
-        arguments: returns the op's arguments that define the windows, without tensors: a report computes no bias.
+        arguments: returns the op's arguments that define the windows; tensors may be left out.
         dropout_p: returns the probability of attention dropout in training.
         reason_to_fall_back: as in :class:`Part`.
     """
@@ -61,7 +64,7 @@ def window_attention_part(
         no_tokens = torch.empty(0, dtype=qkv_weight.dtype, device=qkv_weight.device)  # the weight may be of any class
         try:
             spec = spec_of("accelerate", no_tokens, size, head_dim, **given, dropout_p=p)
-        except ValueError as error:  # refused by every backend, for example a window of too many tokens
+        except ValueError as error:  # every backend refuses it, for example a window of too many tokens
             return [str(error)]
         return window_attention_reasons(backend, spec, qkv_weight.dtype, qkv_weight.device)
 
@@ -76,7 +79,7 @@ def norm_part(
     arguments: Callable[[Any], tuple],
     reason_to_fall_back: Callable[[Any], str | None],
 ) -> Part:
-    """Describe an op with a norm in it.
+    """Make the part for an op that contains a norm.
 
     Args:
         name: the part's name.

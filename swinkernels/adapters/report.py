@@ -19,10 +19,10 @@ class Replaced:
     path: str
     module_class: str
     adapter: str
-    # Runs the main part (a block's attention, a v2 block's norms): the requested backend, or the choice of "auto" for
-    # the module's device and dtype in eval mode, or the library's name where its own code runs.
+    # The backend of the main part (a block's attention, a v2 block's norms): the requested one, or the choice of "auto"
+    # for the module's device and dtype in eval mode. If the library's own code runs, the library's name.
     backend: str
-    # One for each part: why no faster backend runs it, or why the requested one cannot.
+    # The reasons why the requested backend, or one faster than the chosen, cannot run a part.
     remarks: tuple[str, ...] = ()
 
 
@@ -54,7 +54,7 @@ class Report:
     def check(self, *inputs: Any, **options: Any) -> Check:
         """Run the model once and list, for each replaced module, the ops that it called and their backends.
 
-        The call is ``model(*inputs, **options)`` in the model's present mode, without gradients. The states of the
+        The call is ``model(*inputs, **options)`` in the model's current mode, without gradients. The states of the
         random number generators are restored.
 
         Raises:

@@ -15,22 +15,22 @@ _BATCH = 2  # a wrong stride between images shows only from the second image on
 
 
 class VerificationError(RuntimeError):
-    """The accelerated module does not compute the same as the original."""
+    """Raised if an accelerated module's results differ from the original's."""
 
 
 def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, backend: str) -> None:
     """Raise VerificationError unless the accelerated module's output and gradients are as accurate as the original's.
 
-    Both run as copies without hooks, in eval mode, on the same random map, and are compared with the original in
+    Copies of both, without hooks and in eval mode, run on the same random map, and are compared with the original in
     float64. The accelerated error may be at most twice the original's (four times for parameter gradients in float32
     and float64; more for tensors of few elements), plus the rounding of the result to the dtype, plus twice the change
-    that moving the input and the parameters by an eps makes. A gradient that is zero may be as large as a rounding
-    error of the largest gradient. The module, its gradients and the state of every random number generator stay as they
-    are.
+    of the result if every element of the input and the parameters moves by one eps. A gradient that should be zero may
+    be as large as a rounding error of the largest gradient. The module, its gradients and the state of every random
+    number generator stay as they are.
 
     Args:
-        adapters: the adapters of all modules about to be accelerated, this one and those inside it included.
-        path, module: the module to compare.
+        adapters: every module about to be accelerated, this one and those inside it included -> its adapter.
+        path, module: the module to compare, and its path in the model.
         backend: the backend given to accelerate.
     """
     adapter = adapters[module]
@@ -70,7 +70,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
 
 
 def _shake(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """x in float64, with every element moved up or down by the eps of the dtype."""
+    """Return x with every element moved up or down by the dtype's eps, relative to the element."""
     up = torch.randint(0, 2, x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
     return x * (1 + torch.finfo(dtype).eps * (2 * up - 1))
 
@@ -90,21 +90,22 @@ def _check(path: str, name: str, got: Tensor, plain: Tensor, shaken: Tensor, exa
     if got.numel() == 0:
         return
     eps = torch.finfo(got.dtype).eps
-    # Sums of a thousand terms, which may cancel, also depend on their order: in float32 in addition to the last
-    # rounding of the result, and in float64, which is its own judge, as the only error.
+    # Sums of a thousand terms, which may cancel, also depend on the order of addition. In float32 this error adds to
+    # the last rounding of the result. In float64, whose results are compared with float64, it is the only error.
     rounding = {torch.float64: 256, torch.float32: 4}.get(got.dtype, 1) * eps
-    # The gradient of a parameter sums over all tokens, here in another order. That of v2's position MLP depends on a
-    # table of a few dozen such sums, which cancel, so the error of one of them spreads to all of its elements.
+    # A parameter's gradient sums over all tokens, in an order that differs from the original's. The gradients of v2's
+    # position MLP depend on a table of a few dozen such sums, which cancel, so an error in one sum spreads to all
+    # elements.
     of_parameter = name.startswith("the gradient of") and not name.endswith("the input")
     times = 4 if of_parameter and got.dtype in (torch.float32, torch.float64) else 2
     # The rounding errors of a few elements, such as one per head, are a poor estimate of how large others may be.
     few = 1 + 20 / got.numel()
-    # Large scores and sums that cancel magnify every rounding, and the two modules round at different places.
+    # Large scores and sums that cancel magnify every rounding error, and the two modules round at different places.
     error, base, magnified = got.double() - exact, plain.double() - exact, shaken - exact
     for measure, of in (("RMS", lambda t: t.square().mean().sqrt()), ("largest", lambda t: t.abs().max())):
         size = of(exact).item()
         if size < 1e-9 * largest:
-            size = largest  # terms that cancel, as in the gradient of a constant in all scores, leave rounding errors
+            size = largest  # a sum that cancels, like the gradient of a constant in all scores, leaves rounding errors
         e, limit = of(error).item(), few * ((times * of(base) + 2 * of(magnified)).item() + rounding * size)
         if not e <= limit:  # NaN fails
             where = path or "the model itself"

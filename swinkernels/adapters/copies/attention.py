@@ -1,9 +1,9 @@
-"""Window attention of unknown classes inside a block of another form, such as HAT's with its convolution.
+"""Adapters for window attention of unknown classes inside blocks without a known form, such as HAT's.
 
-Only the attention module is replaced, on windows that its block has cut. Rolling and cutting stay in the block, so the
-gain is smaller, but the block may be of any form: x, the mask and, in HAT, the index of the bias table are arguments.
-The op takes bias plus mask, of any values, as a dense bias. The windows of an image become the rows of a map, (images,
-windows, N, C), with windows of one row. Each class is trusted after a trial with random masks.
+Only the attention module is replaced; its block cuts the windows. Rolling and cutting stay in the block, so the gain is
+smaller, but the block may be of any form: x, the mask and, in HAT, the index of the bias table are arguments. The op
+takes bias plus mask, of any values, as a dense bias. The windows of an image become the rows of a map, (images,
+windows, N, C), and each window of the op is one row. Each class is trusted after a trial with random masks.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _IMAGES, _WINDOWS = 2, 3  # in a trial
 
 @dataclass(frozen=True)
 class Form:
-    """The arguments of a window attention's forward after x."""
+    """Names the arguments of a window attention's forward after x."""
 
-    # The name of the argument with the bias table's index, or None if the index is the module's buffer.
+    # The argument with the bias table's index, or None if the index is the module's buffer.
     index: str | None
     mask: str
 
 
 def _form_by_signature(original: Any) -> Form | None:
-    """Infer the form from the signature of forward, or return None if it is not a window attention's."""
+    """Infer the form from the signature of forward, or return None if the signature has no mask after x."""
     taken = parameters_of(original)
     names = [p.name for p in taken]
     index = names[1] if len(names) > 2 and names[1] in _INDEX else None
@@ -68,7 +68,7 @@ def _form_by_signature(original: Any) -> Form | None:
 
 
 def _volume(attn: Any) -> int:
-    """N"""
+    """Return N, the number of tokens in a window."""
     window = attn.window_size
     return math.prod(window) if isinstance(window, (tuple, list)) else window**2
 
@@ -113,10 +113,10 @@ def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor |
 
 
 class StructuralAttention(DynamicSubclass):
-    """A window attention module on the op, with the sum of bias and mask as a dense bias.
+    """A window attention module that runs on the op, with the sum of bias and mask as a dense bias.
 
-    Its own forward runs where the op cannot replace it: hooks inside, layers other than nn.Linear, windows of another
-    size, tracing, or any change since the trial.
+    Its own forward runs if the op cannot replace it: with hooks inside, layers other than nn.Linear or windows of
+    another size, while traced, and after any change since the trial.
     """
 
     _swinkernels_form: Form
@@ -175,7 +175,7 @@ _TRIALS = Verdicts()
 
 
 def _why_not(attn: Any, form: Form) -> str | None:
-    """Return the reason found by trials, or None."""
+    """Return the reason, from the op's limits or a trial, why the op cannot replace the module, or None."""
     beyond = _why_beyond_limits(attn, _volume(attn))
     if beyond is not None:
         return beyond
@@ -198,7 +198,7 @@ def _attempt(trial: Trial) -> str | None:
 
 
 def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
-    """Return (adapter, reason) for a module that looks like a window attention, one of them None; None for others."""
+    """Return (adapter, None) or (None, reason) for a module that resembles a window attention, None for others."""
     original: Any = original_class(module)
     if not resembles_attention(module) or not hasattr(module, "window_size"):
         return None
@@ -245,7 +245,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
             _adapter,
             _swinkernels_others=tuple(parameters_of(original)[2 if form.index is None else 3 :]),
         ),
-        reason_to_skip=lambda attn: None,  # match has checked it
+        reason_to_skip=lambda attn: None,  # match has checked the module
         parts=(Part("attention", "window_attention", why_not_window_attention, _part_reasons),),
         input_shape=lambda attn: (_WINDOWS * _volume(attn), attn.qkv.in_features),
         weight=lambda attn: attn.qkv.weight,

@@ -1,15 +1,15 @@
-"""Copies of Microsoft's Swin block, of whatever package: found by their structure, trusted after a trial.
+"""Adapters for copies of Microsoft's Swin block in any package: found by their structure, trusted after a trial.
 
 Classification, detection and segmentation backbones, Swin-Unet, SwinIR, Video Swin and many others contain modified
 copies of Microsoft's file, and there is no class to import. A block is a candidate if it has the right attributes:
 ``window_size``, ``shift_size``, ``norm1``, ``norm2``, ``mlp``, and in ``attn`` the layers ``qkv`` and ``proj``,
-``num_heads`` and a bias table (v1) or the MLP and the scale of v2. Its forward has one of a few published forms
-(:class:`Form`), or another one. A trial (``trial.py``) decides: a copy of the block and its accelerated twin run on the
-same random numbers, and the first form that gives the same outputs and gradients is used. A block that no form fits is
-left alone, with the reason.
+``num_heads`` and a bias table (v1) or the MLP and the scale of v2. Its forward may have one of a few published forms
+(:class:`Form`). A trial (``trial.py``) decides: a copy of the block and its accelerated twin run on the same random
+numbers, and the first form that gives the same outputs and gradients is used. A block that no form fits is left as it
+was, and the report gives the reason.
 
-The accelerated class is made for each class and form, and is pickled as that pair. If a block as a whole has no
-published form, its attention may have one: ``attention.py``.
+One accelerated class is made per class and form, and is pickled as that pair. If no form fits the whole block, a form
+in ``attention.py`` may fit its attention.
 
 Source: models/swin_transformer.py and swin_transformer_v2.py of microsoft/Swin-Transformer, and the copies named above.
 """
@@ -57,12 +57,12 @@ from swinkernels.adapters.norms import Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
 
-_BATCH = 2  # of a trial: a wrong stride between images shows only from the second image on
+_BATCH = 2  # in a trial: a wrong stride between images shows only from the second image on
 
 
 @dataclass(frozen=True)
 class Form:
-    """The arguments and the behaviour of a block's forward, as far as the published copies differ."""
+    """Describes the arguments and the behaviour of a block's forward, as far as published copies differ."""
 
     # "sequence": x is (B, L, C); "map": (B, *S, C).
     layout: str
@@ -71,8 +71,8 @@ class Form:
     size_from: str
     # "own": the block has the mask or makes it; "argument": the caller passes it.
     mask_from: str
-    # "stays": the window never changes; "clamped": on an axis where the map is no larger, it shrinks to it, without a
-    # shift.
+    # "stays": the window never changes; "clamped": on an axis where the map is no larger than the window, the window
+    # shrinks to the map and is not shifted.
     window: str
     pad_order: str
     # "pre" (v1) or "post" (v2).
@@ -124,7 +124,7 @@ def _resolution(block: Any) -> tuple[int, ...] | None:
 
 
 def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return window and shift on a map."""
+    """Return the window and the shift that the form uses on a map of this size."""
     window, shift = _window(block), _shift(block)
     if form.window == "stays":
         return window, shift
@@ -136,7 +136,7 @@ def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, 
 
 
 def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
-    """Classify maps as forwards do: whole windows or not, larger than a window on all axes or not."""
+    """Return "whole" for a map of whole windows, else "padded", after "small, " if a window covers some axis."""
     small = any(s <= w for s, w in zip(size, window, strict=True))
     padded = any(s % w for s, w in zip(size, window, strict=True))
     return ("small, " if small else "") + ("padded" if padded else "whole")
@@ -146,7 +146,7 @@ def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
 
 
 def _why_not_attention(block: Any) -> str | None:
-    """Return the reason why a block that passed its trial has to run its own code at present, or None."""
+    """Return the reason why a block that passed its trial currently has to run its own code, or None."""
     attn = block._modules["attn"]
     reason = why_not_window_attention(attn)
     if reason is not None:
@@ -188,7 +188,7 @@ def _attention(form: Form, block: Any, x: Tensor, mask_value: float) -> Tensor:
 
 
 def _has_own_mask(block: Any) -> bool:
-    """Return True if a stored mask, which ops do not read, differs from that of the block's geometry."""
+    """Return True if the stored mask, which ops do not read, is not the mask that the block's geometry implies."""
     mask = getattr(block, MASK, None)
     try:
         resolution, window, shift = _resolution(block), _window(block), _shift(block)
@@ -211,7 +211,7 @@ _NOTHING = nn.Identity()
 
 
 def _residual(block: Any, half: int, norm: str) -> Residual | None:
-    """Return the op for the sum after a half and the norm next to it, or None if their modules are unknown."""
+    """Describe the sum after a half and the norm next to it; return None if no drop path has a known name."""
     name = next((n for n in ("drop_path", f"drop_path{half}") if n in block._modules), None)
     if name is None:
         return None
@@ -221,7 +221,7 @@ def _residual(block: Any, half: int, norm: str) -> Residual | None:
 
 
 def _add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
-    """x + drop_path(norm(y)), with the norm of a half."""
+    """Return x + drop_path(norm(y)), with the modules of one half of the block (1 or 2)."""
     residual = _residual(block, half, f"norm{half}")
     fused = None if residual is None else residual.add_normed(block, x, y)
     return x + _drop_path(block, half)(child(block, f"norm{half}")(y)) if fused is None else fused
@@ -284,14 +284,14 @@ def _mlp_branch(form: Form, block: Any, x: Tensor) -> Tensor:
 
 
 class StructuralBlock(DynamicSubclass):
-    """A block with its attention half on a window attention op; its original class is the second base.
+    """A block whose attention half runs on a window attention op. Its second base is the original class.
 
     Geometry and parameters are read at every call. The block's own forward runs for all calls that the trial does not
-    cover: other arguments, another kind of map, a mask other than that of its geometry, hooks inside the attention,
-    layers other than nn.Linear, tracing.
+    cover: with other arguments, another kind of map, a mask that its geometry does not imply, hooks inside the
+    attention or layers other than nn.Linear, and while traced.
     """
 
-    _swinkernels_argument: str | None  # argument of forward after x
+    _swinkernels_argument: str | None  # the argument after x
     _swinkernels_in_trial = False
 
     def _swinkernels_swapped(self) -> None:
@@ -350,7 +350,7 @@ class StructuralBlock(DynamicSubclass):
 # Forms
 
 
-# Attributes that a stage sets to the size of the map.
+# Number of axes -> names of attributes that a stage sets to the size of the map.
 _NAMES_OF_SIZES = {2: ("H W",), 3: ("D H W", "H W T", "H W D")}
 _SIZES = ("x_size", "size", "hw_shape", "input_size", "input_resolution")
 
@@ -375,19 +375,19 @@ def _forms(block: Any) -> Iterator[Form]:
         sources.append(("map", "shape", "own"))
         sources.append(("sequence", "square", "own"))
     norms = ("post", "pre") if is_cosine(block.attn) else ("pre", "post")
-    # All published copies clamp windows of volumes, and few clamp those of planes.
+    # All published copies clamp 3D windows; few clamp 2D windows.
     windows = ("stays", "clamped") if _axes(block) == 2 else ("clamped", "stays")
     for source, norm in itertools.product(sources, norms):
         for window, pad_order in itertools.product(windows, ("pad_then_roll", "roll_then_pad")):
             yield Form(*source, window, pad_order, norm)
 
 
-_MOST_TOKENS = 20_000  # of a map to try
+_MOST_TOKENS = 20_000  # in a map to try
 
 
 def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:
-    """Return a small map of each kind that the block may meet, and one of more tokens than any number with which its
-    code or its attributes may compare them.
+    """Return the sizes of a small map of each kind that the block may get, and of a map with more tokens than any
+    number with which the block's code may compare the number of tokens.
     """
     sizes = _small_sizes(form, block)
     number = largest_number(block, _MOST_TOKENS, block.attn.qkv.in_features)
@@ -408,12 +408,12 @@ def _small_sizes(form: Form, block: Any) -> list[tuple[int, ...]]:
     if len(window) == 2:
         (h, w) = window
         return [(2 * h, 3 * w), (3 * h, 2 * w), (h + 1, 2 * w + w // 2), (h, 2 * w), (2 * h, max(w - 1, 1)), (h + 1, 2)]
-    # Scores of many windows of whole volumes take long.
+    # The scores of many 3D windows would take long.
     return [tuple(2 * w for w in window), tuple(w + 1 for w in window), (window[0] + 1, window[1], 2), window]
 
 
 def _small_resolution(block: Any) -> tuple[int, ...]:
-    """Return the block's own map with fewer windows, unless its code may distinguish the two by their tokens."""
+    """Return the block's own resolution with fewer windows, unless its code may distinguish the two maps by size."""
     resolution = _resolution(block)
     assert resolution is not None
     small = tuple(
@@ -438,7 +438,7 @@ def _prepare(form: Form, block: Any) -> None:
 
 
 def _call(form: Form, block: Any, x: Tensor) -> Any:
-    """Call the forward of a block's class on a map, with all other arguments."""
+    """Call the forward of a block's class on a map, with the further arguments that the form requires."""
     size = tuple(x.shape[1:-1])
     args: list[Any] = []
     if form.size_from == "argument":
@@ -448,7 +448,7 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
             setattr(block, name, length)
     if form.mask_from == "argument":
         window, shift = _clamped(form, block, size)
-        if not any(shift):  # a block without shift gets its neighbours' mask
+        if not any(shift):  # a block without a shift gets the mask of its neighbours
             shift = tuple(0 if w == 1 or s <= w else w // 2 for s, w in zip(size, window, strict=True))
         args.append(shift_mask(frame_of(size, window), window, shift, device=x.device))
     if form.layout == "sequence":
@@ -456,13 +456,16 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
     return type(block).forward(block, x, *args)
 
 
-# Signature -> the result of trials of a narrow copy, then of one at the module's own width.
+# Signature -> the result of the trials of a narrow copy, and the result after a trial at the module's own width.
 _TRIALS: dict[tuple[Any, ...], Form | str] = {}
 _AT_OWN_WIDTH: dict[tuple[Any, ...], Form | str] = {}
 
 
 def _form_of(block: Any) -> Form | str:
-    """Return the form found by trials, thorough ones of a narrow copy and a short one at full width, or a reason."""
+    """Return the form that trials find, or the reason why no form fits.
+
+    Thorough trials run a narrow copy; a short trial then runs at full width.
+    """
     if any(p.is_meta for p in block.parameters()):
         return "its parameters are on meta, and a class that is not known is not trusted without a trial"
     resolution = None if _resolution(block) is None else _small_resolution(block)
@@ -482,7 +485,7 @@ def _find_form(block: Any, resolution: Any) -> Form | str:
         _TRIALS[make] = _try_forms(block, width)
     form = _TRIALS.get(make, "")
     if isinstance(form, str):
-        # Only the narrow copy may have refused.
+        # The block may accept an input that the narrow copy refused.
         return form if form and _REFUSED not in form else _try_forms(block, None)
     return _at_own_width(block, form)
 
@@ -556,7 +559,7 @@ def _put_in_place(form: Form, block: nn.Module) -> None:
 
 
 def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
-    """Return (adapter, reason), one of them None, for a module like a shifted-window block; None for others."""
+    """Return (adapter, None) or (None, reason) for a module that resembles a shifted-window block, None for others."""
     if not resembles(module):
         return None
     try:
@@ -568,7 +571,7 @@ def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
 
 
 def _why_not_this_one(block: Any) -> str | None:
-    """Return the reason why a block differs from others of its class, or None."""
+    """Return the reason why this block cannot be replaced, even if others of its class can, or None."""
     reason = replaced_forward(block) or _why_not_attention(block)
     if reason is not None:
         return reason
@@ -581,7 +584,7 @@ def _why_not_this_one(block: Any) -> str | None:
 
 
 def _map(form: Form, block: Any) -> tuple[int, ...]:
-    """Return a map of a kind that the trial covers."""
+    """Return the size of a map of a kind that the trial covers."""
     if form.size_from == "input_resolution":
         resolution = _resolution(block)
         assert resolution is not None
@@ -631,12 +634,12 @@ def _adapter(original: Any, form: Form) -> Adapter:
         name=NAME,
         original=original,
         accelerated=accelerated,
-        reason_to_skip=lambda block: None,  # match has checked it
+        reason_to_skip=lambda block: None,  # match has checked the block
         parts=(attention,),
         input_shape=lambda block: (*_map(form, block), block.attn.qkv.in_features),
         weight=_qkv_weight,
         run=functools.partial(_call, form),
-        # Masks passed as arguments may not be the standard one, and a compiler cannot inspect them: then the block's
-        # own code runs, with its attention, which takes any mask, on the op.
+        # A mask passed as an argument may differ from the standard mask, or a compiler may be unable to read it. The
+        # block's own code then runs, and its attention, which takes any mask, runs on the op.
         looks_inside=form.mask_from == "argument",
     )

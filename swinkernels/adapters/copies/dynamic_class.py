@@ -1,4 +1,4 @@
-"""Accelerated subclasses made at run time for classes of unknown packages, and their pickling."""
+"""Makes accelerated subclasses at run time for classes of unknown packages; their instances can be pickled."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from swinkernels.adapters.adapter import Accelerated, Adapter, derived_since, or
 from swinkernels.adapters.bypass import all_modules_have_hooks
 from swinkernels.adapters.copies.snapshot import Snapshot
 
-# The attribute with a block's stored mask, which forms compare with that of its geometry.
+# The name of the attribute with a block's stored mask, which is compared with the mask that the geometry implies.
 MASK = "attn_mask"
-# The library's name in reports on these classes.
+# Takes the place of a library's name in reports on these classes.
 NAME = "structural"
 
 
 def parameters_of(original: Any) -> list[inspect.Parameter]:
-    """Return the parameters of a class's forward, except self."""
+    """Return the parameters of a class's forward, except ``self`` and ``**kwargs``."""
     taken = list(inspect.signature(original.forward).parameters.values())[1:]
     return [p for p in taken if p.kind is not inspect.Parameter.VAR_KEYWORD]
 
@@ -29,8 +29,8 @@ def others_are_default(others: tuple[inspect.Parameter, ...], args: Sequence[Any
     """Return True if all arguments unknown to a form have their default values.
 
     Args:
-        others: the parameters of forward after those of the form.
-        args, kwargs: the values given for them.
+        others: the parameters of forward after those that the form uses.
+        args, kwargs: the values given for these parameters.
     """
     if len(args) > len(others):
         return False
@@ -49,7 +49,7 @@ _COMPARED = (bool, int, float, str)
 
 
 def inside(module: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at a path, or None; get_submodule is slow."""
+    """Return the module at a path, or None. ``get_submodule`` would be slow."""
     found: nn.Module | None = module
     for name in path.split(".") if path else ():
         found = None if found is None else found._modules.get(name)
@@ -57,13 +57,13 @@ def inside(module: nn.Module, path: str) -> nn.Module | None:
 
 
 class DynamicSubclass(Accelerated):
-    """Base of the accelerated classes made at run time for an original class and a form."""
+    """Base class of the accelerated classes that are made at run time for an original class and a form."""
 
     _swinkernels_form: Any
     _swinkernels_original: Any
-    # The parameters of forward after those of the form.
+    # The parameters of forward after those that the form uses.
     _swinkernels_others: tuple[inspect.Parameter, ...] = ()
-    # Snapshots, by name and at the time of the trial, of this module and of those inside it whose work the op does.
+    # Path -> snapshot, taken when the class was swapped, of this module or of an inner module whose work the op does.
     _swinkernels_snapshots: dict[str, Snapshot] | None = None
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -81,7 +81,7 @@ class DynamicSubclass(Accelerated):
                 snapshot.differs_in_buffers(module)
 
     def _swinkernels_changed(self) -> str | None:
-        """Return the difference from the module that was tried, or None."""
+        """Return a change of the module since its trial, or None."""
         if all_modules_have_hooks():
             return "a hook of all modules is registered"
         if self._swinkernels_snapshots is None:
@@ -93,11 +93,11 @@ class DynamicSubclass(Accelerated):
                 return f"{name}: {reason}" if name else reason
         return None
 
-    # (original, form) -> the adapter with the class; pickle must be able to import this function.
+    # (original, form) -> the adapter with this class. Pickle must be able to import this function.
     _swinkernels_adapter: Callable[[Any, Any], Adapter]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the arguments that make the class again, because it cannot be imported."""
+        """Pickle the arguments from which the class can be made again, because pickle cannot import the class."""
         cls, reduced = type(self), super().__reduce_ex__(max(2, protocol))
         if derived_since(self) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
@@ -113,7 +113,7 @@ def _make_again(adapter: Callable[[Any, Any], Adapter], original: Any, form: Any
 def dynamic_subclass(
     base: type[DynamicSubclass], original: Any, form: Any, adapter: Any, **namespace: Any
 ) -> type[nn.Module]:
-    """Make a subclass of a class for a form that its instances follow."""
+    """Make the accelerated subclass of ``original`` for a form that its instances follow."""
     namespace = {
         "_swinkernels_form": form,
         "_swinkernels_original": original,

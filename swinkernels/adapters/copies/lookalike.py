@@ -25,7 +25,7 @@ def why_unknown(module: nn.Module) -> str | None:
         return None
     linears = [n for n, m in module._modules.items() if isinstance(m, nn.Linear)]
     if not linears and not tables:
-        return None  # a container of an attention
+        return None  # it only contains an attention
     missing = []
     if not isinstance(module._modules.get("qkv"), nn.Linear):
         missing.append(f"one nn.Linear named qkv (its own are {', '.join(linears) or 'none'})")

@@ -1,4 +1,4 @@
-"""The scope of a trial's verdict: all values and code that a forward may read, except tensors that train.
+"""Defines the scope of a trial's verdict: all values and code that a forward may read, except trainable tensors.
 
 Modules with equal :func:`signature_of` share one trial. A :class:`Snapshot` is compared at every call of an accelerated
 copy: a module changed since its trial runs its own code.
@@ -24,7 +24,7 @@ from swinkernels.adapters.masks import holds
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 _FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
-# torch's own attributes, those that differ between calls or equal modules, and those that a trial replaces.
+# Attributes of every module, attributes that differ between calls or equal modules, and those that a trial replaces.
 _NOT_COMPARED = {
     *nn.Module().__dict__, "H", "W", "D", "T", "input_resolution", "attn_mask", "attn_mask_dict", "p", "drop_prob",
     "attention_bias_cache",
@@ -67,9 +67,9 @@ def _has_plain_state(value: Any) -> bool:
 
 
 def described(value: Any, seen: dict[int, int] | None = None) -> Any:
-    """Return a hashable description of a value, equal for values that a forward cannot tell apart.
+    """Return a hashable description of a value. Values that a forward cannot distinguish have equal descriptions.
 
-    The description of a value that cannot be compared equals no other.
+    The description of a value that cannot be compared differs from every other description.
     """
     kind = type(value)
     if kind in _ATOMS:
@@ -114,7 +114,7 @@ def described(value: Any, seen: dict[int, int] | None = None) -> Any:
 
 
 def _own_classes(cls: type) -> list[type]:
-    """Return a class and its bases, except those of torch and of this package."""
+    """Return a class and its bases, except classes from torch, this package and the builtins."""
     return [c for c in cls.__mro__ if c.__module__.partition(".")[0] not in ("torch", "swinkernels", "builtins")]
 
 
@@ -142,12 +142,12 @@ def signature_of(module: nn.Module, *others: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-# Versions of a class's code, by class, for trials: a class patched later gets another version.
+# Class -> the versions of its code that trials have met. A class patched later gets a new version.
 _CODES: dict[type, list[tuple[Any, list[Any], list[Any]]]] = {}
 
 
 def code_version(cls: type) -> int:
-    """Return the number of the present version of a class's code."""
+    """Return the number of the current version of a class's code."""
     versions = _CODES.setdefault(cls, [])
     for number, code in enumerate(versions):
         if _is_code(cls, *code):
@@ -158,7 +158,7 @@ def code_version(cls: type) -> int:
 
 
 def _is_code(cls: Any, forward: Any, now: list[Any], then: list[Any]) -> bool:
-    """Return True if a class is unchanged. Nearly all values are identical objects, which takes no ==."""
+    """Return True if a class is unchanged. The comparison is fast, because nearly all values are the same objects."""
     return cls.forward is forward and now == then
 
 
@@ -194,20 +194,20 @@ _PROCESS = uuid.uuid4().hex
 
 
 class Snapshot:
-    """A module at the time of its trial: class, code, and attributes other than modules and parameters."""
+    """Records a module after its trial: class, code, and attributes other than modules and parameters."""
 
     def __init__(self, module: nn.Module, absorbs: bool = True) -> None:
-        """``absorbs``: True if an op does the work of torch's modules inside it."""
+        """Record the module; ``absorbs`` is True if an op does the work of torch's modules inside it."""
         named = {name: value for name, value in _attributes(module) if name not in _READ_AT_EVERY_CALL}
         self.cls = original_class(module)
         self.version = code_version(self.cls)
         self.names = tuple(named)
         self.values = tuple(named.values())
-        self.get = itemgetter(*self.names, "training", "training")  # two names, so that it returns a tuple
+        self.get = itemgetter(*self.names, "training", "training")  # two more names, so that get returns a tuple
         self.inner = inner_state(self.values)
         self.missing = _missing_parameters(module)
         self.known = frozenset(n for n, v in module.__dict__.items() if not is_bound_method(module, type(module), v))
-        # Names of methods bound to the instance, as by tools that offload weights.
+        # Names of attributes with the instance's bound methods, which tools that offload weights store.
         self.bound = tuple(n for n in module.__dict__ if n not in self.known)
         self.size = len(module.__dict__)
         self.leaves = tuple(
@@ -215,7 +215,7 @@ class Snapshot:
             for name, m in module._modules.items()
             if absorbs and m is not None and type(m).__module__.startswith("torch.nn.modules")
         )
-        # Values of int and bool buffers, which a trial does not replace, by name.
+        # Name -> values, for int and bool buffers, which a trial does not replace.
         self.kept = {n: _Values(b) for n, b in module._buffers.items() if b is not None and _has_values(n, b)}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class Snapshot:
             self.leaves = tuple((name, kind, code_version(kind), dim) for name, kind, _, dim in self.leaves)
 
     def differs(self, module: nn.Module) -> str | None:
-        """Return the first change since the trial, or None. Takes 1 us."""
+        """Return the first change since the trial, or None. This takes 1 us."""
         own = module.__dict__
         cls: Any = type(module)
         if cls is not self.cls and (
@@ -274,7 +274,7 @@ class Snapshot:
         return f"{name} was changed"
 
     def _differs_when_compiled(self, module: nn.Module) -> str | None:
-        """Compare inside compiled code, where dynamo guards on every value read here."""
+        """Do the work of :meth:`differs` in compiled code, where dynamo guards on every value read here."""
         for name, value in zip(self.names, self.values, strict=True):
             if isinstance(value, (bool, int, float, str)) and getattr(module, name) != value:
                 return f"{name} was changed"
@@ -305,7 +305,7 @@ def _has_values(name: str, buffer: Tensor) -> bool:
 
 @functools.cache
 def _names_read(cls: type, version: int) -> frozenset[str]:
-    """Return the names that occur in a class's methods."""
+    """Return the names that occur in a class's methods, and the names of its attributes."""
     names: set[str] = set()
     codes = [f.__code__ for c in _own_classes(cls) for f in vars(c).values() if isinstance(f, types.FunctionType)]
     while codes:
@@ -331,8 +331,8 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
 def largest_number(module: nn.Module, most: int, channels: int) -> int:
     """Return the largest int up to ``most`` with which a forward may compare a number of tokens, or 0.
 
-    Searches the code of the module's classes, the globals that it names, and attributes. An attribute of ``channels``,
-    or of two to four times as many, is assumed to be a width.
+    Search the code of the module's classes, the globals that this code names, and attributes. An attribute equal to
+    ``channels``, or to two to four times as many, is assumed to be a width.
     """
     found = [0]
     widths = {times * channels for times in range(1, 5)}
@@ -390,7 +390,7 @@ def _is_same(contents: dict[Any, Any], held: dict[Any, Any]) -> bool:
 
 
 def contents(value: Any, path: str, found: dict[str, Any]) -> None:
-    """Collect by path the tensors and comparable values inside a value."""
+    """Add the tensors and comparable values inside a value to ``found``, by path."""
     if isinstance(value, Tensor):
         found[path] = value.detach().clone()
     elif isinstance(value, (list, tuple, dict)):
@@ -403,7 +403,7 @@ def contents(value: Any, path: str, found: dict[str, Any]) -> None:
 
 
 def left_behind(module: nn.Module, reached: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """Return the state after a call of a module and of all else that its methods reach."""
+    """Return the state of a module, and of the ``reached`` objects outside it, after a call."""
     found: dict[str, Any] = {}
     for path, m in module.named_modules():
         prefix = f"{path}." if path else ""

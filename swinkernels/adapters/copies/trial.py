@@ -26,16 +26,16 @@ from swinkernels.adapters.bypass import remove_hooks
 from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back, signature_of
 
 _TOLERANCE = 1e-6  # relative to the largest element: constants of a block may be float32
-_TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify such errors
+_TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify rounding errors
 _LARGE_SCORE = 75.0
-# Tensors that forms read or that every instance is checked for.
+# Tensors that keep their values in a trial, because forms read them or because every instance is checked for them.
 _KNOWN_TENSORS = ("attn_mask", "relative_coords_table")
-MOST_SCORES = 1_500_000  # their backward pass takes a tenth of a second
+MOST_SCORES = 1_500_000  # a backward pass with so many takes a tenth of a second
 
 
 @dataclass(frozen=True)
 class Case:
-    """An input to try, its kind, and the number of attention scores that it takes."""
+    """An input to try: its shape, its kind, and the number of its attention scores."""
 
     shape: tuple[int, ...]
     kind: str
@@ -46,8 +46,8 @@ class Case:
 class Width:
     """The channels and heads of a module and of its narrow copy.
 
-    Sizes that are a small multiple of the channels are scaled like them; a copy that then refuses its input is tried at
-    full width.
+    Sizes that are a small multiple of the channels are scaled with the channels. If the copy then refuses its input,
+    the module is tried at full width.
     """
 
     channels: int
@@ -63,7 +63,7 @@ class Width:
         return self.to_channels // self.to_heads if size == self.channels // self.heads else size
 
     def of_tensor(self, path: str, name: str, given: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a parameter or a buffer whose shape is ``given`` in the module."""
+        """Return the narrow copy's shape for a parameter or a buffer whose shape in the module is ``given``."""
         shape = tuple(map(self._to, given))
         if name == "relative_position_bias_table" and given[-1] == self.heads:
             shape = *shape[:-1], self.to_heads
@@ -97,28 +97,28 @@ _HEADS, _HEAD_DIM = 2, 8
 
 
 def narrow(channels: int, heads: int) -> Width:
-    """Choose the narrow width for a module with these channels and heads: two narrow heads, or one."""
+    """Choose the narrow width for a module with these channels and heads: at most two heads of at most 8 channels."""
     few, short = min(heads, _HEADS), min(channels // heads, _HEAD_DIM)
     return Width(channels, heads, few * short, few)
 
 
 class Elementwise(nn.Module):
-    """Replaces an MLP whose width would cost time; called with the arguments that the op's form passes to an MLP."""
+    """Replaces an MLP whose width would cost time. It takes one argument, as forms pass it to an MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sin()
 
 
 class NotCovered(Exception):
-    """The accelerated twin would run its own forward, so there is nothing to compare."""
+    """Raised if the accelerated twin would run its own forward, so that there is nothing to compare."""
 
 
 class _Refused(Exception):
-    """The module's own forward raised; the message is its error."""
+    """Raised if the module's own forward raises; the message quotes that error."""
 
 
 class _Different(Exception):
-    """The two modules differ; the message describes the difference."""
+    """Raised if the two modules differ; the message describes the difference."""
 
 
 @dataclass
@@ -128,28 +128,30 @@ class Trial:
     module: Any
     # Makes a copy run on ops, according to the hypothesis.
     swap_class: Callable[[nn.Module], None]
-    # Calls the forward of a copy on an input, with all other arguments.
+    # Calls the forward of a copy on an input, with the further arguments that it requires.
     call: Callable[[nn.Module, Tensor], Any]
     # Changes a copy so that small inputs suffice for it.
     prepare: Callable[[nn.Module], None] = lambda module: None
     # True for a block that masks.
     masks: bool = False
-    # The width of a narrow copy, shapes of parameters by name for small maps, and the module that replaces its MLP.
+    # The width of a narrow copy, the shapes of parameters, by name, for small maps, and the module that replaces the
+    # MLP.
     width: Width | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stand_in: nn.Module | None = None
     # True if one call in eval mode is enough.
     is_short: bool = False
-    # True to try every dropout with all of its input dropped as well, which leaves nothing to chance.
+    # True to try every dropout also with a probability of 1, which leaves nothing to chance.
     drops: bool = False
     # The largest difference of outputs and gradients, relative to the largest element, that counts as rounding.
     tolerance: float = _TOLERANCE
-    # Objects outside the module that methods of its classes reach, with their contents now and after the last call.
+    # The objects outside the module that its classes' methods reach, with their contents before a call; the state that
+    # the last call left behind.
     _reached: list[tuple[Any, Any]] = field(default_factory=list)
     _left: dict[str, Any] = field(default_factory=dict)
 
     def run(self, cases: list[Case] | Callable[[Any], list[Case]]) -> tuple[frozenset[str], str]:
-        """Return the kinds of inputs without a difference, and the first difference.
+        """Return the kinds of inputs without a difference, and the first difference or, if none passed, the refusal.
 
         An input that the module itself refuses does not count for or against the hypothesis.
 
@@ -224,8 +226,8 @@ class Trial:
         module: Any
         for module in plain.modules():
             for name, p in module.named_parameters(recurse=False):
-                # Uniform with unit variance. Normal numbers would take three times as long, most of a wide module's
-                # trial.
+                # Uniform numbers with unit variance: normal numbers would take three times as long, most of the time
+                # of a wide module's trial.
                 p.data.uniform_(-math.sqrt(3.0), math.sqrt(3.0), generator=generator)
                 if name == "logit_scale":
                     p.data.mul_(0.3).add_(2.0)
@@ -233,12 +235,12 @@ class Trial:
                     p.data.mul_(1.5 * p.shape[1] ** -0.5)
                 elif "norm" in type(module).__name__.lower() and name == "weight":
                     p.data.mul_(0.2).add_(1.0)
-            # Other values that a forward may read, such as an offset that is 0 in this instance.
+            # Other tensors that a forward may read, such as an offset that is 0 in this instance.
             for name, t in (*module._buffers.items(), *module.__dict__.items()):
                 if isinstance(t, Tensor) and t.is_floating_point() and name not in _KNOWN_TENSORS:
                     t.data.uniform_(0.5, 1.5, generator=generator)
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # draws for windows differ from those for the map
+                module.p = 0.0  # its random numbers for windows differ from the map's
             elif isinstance(getattr(module, "drop_prob", None), float):
                 module.drop_prob = 0.5  # drop path
         if self.drops:
@@ -255,7 +257,7 @@ class Trial:
             return self._result(module, x)
 
     def _result(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return the result of a call; :meth:`_left` returns the state that it leaves behind."""
+        """Return the result of a call, and store in ``_left`` the state that the call leaves behind."""
         try:
             out = self.call(module, x)
         finally:
@@ -300,7 +302,7 @@ class Trial:
             if gradients:
                 leaves: dict[str, Tensor] = {"the input": leaf, **dict(module.named_parameters())}
                 dout = torch.randn(out.shape, generator=_generator(2), dtype=torch.float64)
-                # Without grad_outputs: torch would import half a second of symbolic shapes to compare their sizes.
+                # grad_outputs is avoided: to compare sizes, torch would import symbolic shapes for half a second.
                 found = torch.autograd.grad((out * dout).sum(), list(leaves.values()), allow_unused=True)
                 zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), found, strict=True)]
                 grads = dict(zip(leaves, zeros, strict=True))
@@ -316,7 +318,7 @@ class Trial:
             _check_left(name, left.get(name, _NOTHING), expected_left.get(name, _NOTHING))
 
     def _compare_largest_scale(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Compare where v2's scale is clamped."""
+        """Compare the modules with scales so large that v2 clamps them."""
         results = []
         for module in (plain, fast):
             twin = copy.deepcopy(module)
@@ -325,7 +327,7 @@ class Trial:
         _check("another output at the largest scale", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
 
     def _compare_dropouts(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Compare with each dropout in turn dropping everything."""
+        """Compare the modules once per dropout, with that dropout dropping everything."""
         for number, (of, name) in enumerate(_dropouts(plain)):
             results = []
             for module in (plain, fast):
@@ -334,7 +336,7 @@ class Trial:
                 setattr(dropout, name, 1.0)
                 m: Any
                 for m in twin.modules():
-                    for rate in ("drop_prob", "p"):  # drop paths draw random numbers
+                    for rate in ("drop_prob", "p"):  # drop paths would draw random numbers
                         if not isinstance(m, nn.Dropout) and isinstance(m.__dict__.get(rate), float):
                             m.__dict__[rate] = 0.0
                     if isinstance(m, Accelerated):
@@ -343,8 +345,8 @@ class Trial:
             _check(f"another output with {type(of).__name__}.{name} of 1", *reversed(results), tolerance=self.tolerance)
 
     def _compare_masks(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Compare with scores of -75 and 75: tokens then attend across a mask of -100, but not of a larger one."""
-        # The halves of the map have opposite signs, so a window that the shift composed has both: with keys that are
+        """Compare with scores of -75 and 75: tokens then attend across a mask of -100, but not across one of -1000."""
+        # The halves of the map have opposite signs, so a window that the shift composed has both. Since the keys are
         # minus the queries, a token's score is low in its own region and high in the other.
         sign = torch.ones((), dtype=torch.float64)
         for length in x.shape[1:-1]:
@@ -364,8 +366,11 @@ REFUSED = "refused a trial"  # in the reasons of Trial.run
 
 
 class Verdicts:
-    """The results of trials: a thorough one of a narrow copy, which modules of many widths share, and a short one at
-    the module's own width. A module without a narrow copy, or whose copy refuses its input, is tried at its own width.
+    """Caches the results of trials.
+
+    A module has a thorough trial of a narrow copy, which modules of many widths share, and a short trial at its own
+    width. If there is no narrow copy, or if the copy refuses its input, the thorough trial is at the module's own
+    width.
     """
 
     def __init__(self) -> None:
@@ -379,10 +384,10 @@ class Verdicts:
 
         Args:
             module: the module.
-            others: what the verdict depends on beside it.
-            width: of a narrow copy.
+            others: all else on which the verdict depends.
+            width: the width of a narrow copy, or None.
             make: (**options) -> a trial of the module.
-            attempt: (trial) -> what it finds wrong, or None.
+            attempt: (trial) -> the difference that it finds, or None.
         """
         key = *others, signature_of(module)
         if key not in self.at_own_width:
@@ -392,7 +397,7 @@ class Verdicts:
     def _find(self, others: tuple[Any, ...], width: Width | None, make: Any, attempt: Any) -> str | None:
         try:
             key = None if width is None else (*others, signature_of(make(width=width).copy()))
-        except Exception:  # whatever a foreign class may raise
+        except Exception:  # an unknown class may raise anything
             key = None
         if key is None:
             return attempt(make())
@@ -405,7 +410,7 @@ class Verdicts:
 
 
 def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the attributes that are dropout probabilities, of a module and those inside it."""
+    """Return (module, attribute's name) for each dropout probability in a module and in those inside it."""
     found: list[tuple[nn.Module, str]] = []
     for m in module.modules():
         names = [n for n, v in m.__dict__.items() if type(v) is float and "drop" in n and n != "drop_prob"]
@@ -414,7 +419,7 @@ def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def twin(module: nn.Module) -> Any:
-    """Copy a module with the same parameters."""
+    """Copy a module; the copy shares the module's parameters."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
@@ -428,7 +433,7 @@ def _make_scores_large(attn: Any) -> None:
     q, k, _ = attn.qkv.weight.data.chunk(3)
     head_dim = len(q) // attn.num_heads
     scale = abs(getattr(attn, "scale", None) or head_dim**-0.5)
-    # Rows of a norm's result have a squared length of about their number of elements.
+    # The squared length of a row of a norm's result is about its number of elements.
     q.normal_(std=math.sqrt(_LARGE_SCORE / (scale * q.shape[1] * head_dim)), generator=_generator(5))
     k.copy_(-q)
     for name, p in attn.named_parameters():
@@ -450,7 +455,7 @@ _SPOKE_AT = [0.0]
 
 @contextlib.contextmanager
 def told_after_seconds() -> Iterator[None]:
-    """Print a notice for trials that run later than two seconds after the first one began."""
+    """Let trials print a notice once they have taken two seconds, and again every two seconds."""
     _SPOKE_AT[0] = time.monotonic()
     try:
         yield

@@ -1,1 +1,1 @@
-"""Modules of other forms than Microsoft's block: descriptions of their forward in terms of the op, tried before use."""
+"""Describes modules that differ from Microsoft's block: their forward in terms of the op, tried before use."""

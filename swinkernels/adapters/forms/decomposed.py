@@ -1,4 +1,4 @@
-"""Attention of the blocks of SAM and ViTDet: windows without a shift, with decomposed relative position."""
+"""Runs the attention of SAM's and ViTDet's blocks: windows without a shift, with decomposed relative position."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def decomposed_attention(
     scale: float | None,
     dropout_p: float = 0.0,
 ) -> Tensor | str:
-    """Attention up to the projection, (B, H, W, C), or the reason why the module's own code has to run.
+    """Return the attention before the projection, (B, H, W, C), or the reason why the module's own code has to run.
 
     Args:
         attn: the module with qkv and, if it uses them, the tables rel_pos_h and rel_pos_w.
-        attend: as in :class:`Form`.
+        attend: as in ``Form.forward``.
         x: the map after the norm, (B, H, W, C).
         window: the side of a window, or 0 for the whole map.
         num_heads, uses_tables, dropout_p: properties of the module.
-        scale: the module's scale, or None if its code does not read one: then head_dim ** -0.5.
+        scale: the module's scale, or None (for head_dim ** -0.5) if the module's code reads no scale.
     """
     if x.dim() != 4:
         return f"x has {x.dim()} axes"
@@ -51,7 +51,7 @@ def decomposed_attention(
 
 
 def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...], ...]:
-    """Return maps to try: with pads and without, or the one that the tables fit."""
+    """Return the sizes of maps to try: one with pads and one without, or the only one that the tables fit."""
     channels = attn.qkv.in_features
     if window > 0:
         return (window + 1, 2 * window + 1, channels), (2 * window, window, channels)
@@ -61,10 +61,10 @@ def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...]
 
 
 def small_tables(name: str, window: int, attn: Any, uses_tables: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tables for a map of at most 7 x 6 tokens, where they are those of the whole map.
+    """Return smaller shapes for tables sized for a whole map, so that they fit one of at most 7 x 6 tokens.
 
     Args:
-        name: of the module with the tables.
+        name: the name of the module with the tables.
         window, attn, uses_tables: as in :func:`decomposed_attention`.
     """
     if window > 0 or not uses_tables:

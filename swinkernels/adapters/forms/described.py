@@ -1,7 +1,7 @@
-"""Modules with their own form (:class:`Form`) on window attention ops.
+"""Runs modules that have a form (:class:`Form`) on window attention ops.
 
-The accelerated class is made for each class and form, and is pickled as that pair. Its method runs the form's forward,
-or the module's own code where the form requires it and after any change since the trial.
+One accelerated class is made per class and form, and is pickled as that pair. Its method runs the form's forward, or
+the module's own code if the form requires that or if the module has changed since its trial.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from swinkernels.window_spec import WindowSpec
 class Described(DynamicSubclass):
     """A module whose form's forward runs on window attention ops.
 
-    Its own code runs for arguments that the form does not have, with hooks on modules whose work the op does, while
-    traced, and after any change since the trial.
+    The module's own code runs if it gets arguments that the form does not have, if there are hooks on modules whose
+    work the op does, while it is traced, and after any change since the trial.
     """
 
     _swinkernels_form: Form
     _swinkernels_in_trial = False
-    # The op's calls in a trial.
+    # In a trial: the op's calls so far.
     _swinkernels_calls: _Calls | None = None
 
     def _swinkernels_swapped(self) -> None:
@@ -77,7 +77,7 @@ class Described(DynamicSubclass):
         return self._swinkernels_changed() or _hooked(self)
 
     def _swinkernels_run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the form, or the module's own code, in place of the form's method."""
+        """Run the form's forward, or the module's own code; called in place of the form's ``method``."""
         form = self._swinkernels_form
         x = args[0] if args else next(iter(kwargs.values()), None)
         if self._swinkernels_own_code(x):
@@ -95,8 +95,8 @@ class Described(DynamicSubclass):
 
 @functools.cache
 def _parameters(form: Form) -> tuple[frozenset[str], int, bool]:
-    """Return the names of a form's arguments after module and attend, the number of positional ones, and whether it
-    takes any other name.
+    """Return the names of a form's arguments after module and attend, the number of positional ones, and True if the
+    form takes any other name.
     """
     parameters = list(inspect.signature(form.forward).parameters.values())[2:]
     named = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
@@ -124,7 +124,7 @@ def _snapshots(form: Form, module: nn.Module) -> dict[str, Snapshot]:
 
 
 def _hooked(module: Any) -> str | None:
-    """Return why a hook would miss a call, or None."""
+    """Return the reason why a hook would not run, or None."""
     for path in module._swinkernels_snapshots:
         m = inside(module, path)
         if m is None:
@@ -139,7 +139,7 @@ def _hooked(module: Any) -> str | None:
 
 
 def _geometry(maps: tuple[Tensor, ...], num_heads: int) -> tuple[tuple[int, ...], int]:
-    """The size of a map, and head_dim."""
+    """Return the map's size and head_dim."""
     x = maps[0]
     if len(maps) > 1:
         return tuple(x.shape[1:-2]), x.shape[-1]
@@ -152,14 +152,14 @@ def _geometry(maps: tuple[Tensor, ...], num_heads: int) -> tuple[tuple[int, ...]
 
 
 _TRIALS = Verdicts()
-# By form and signature: the specs of the op's calls for inputs of the module's own sizes.
+# (form, signature) -> the specs of the op's calls for inputs of the module's own sizes.
 _SPECS: dict[tuple[Any, ...], tuple[WindowSpec, ...]] = {}
 
 
 class _Calls(list[tuple[WindowSpec, int]]):
-    """The specs of the op's calls, and how many scores each has. Copies of a module share it."""
+    """Lists the op's calls, each as its spec and its number of scores. Copies of a module share the list."""
 
-    # Whether the calls return zeros: then an input of any size costs little.
+    # True if the calls return zeros, so that an input of any size costs little.
     are_dry = False
 
     def __deepcopy__(self, memo: Any) -> _Calls:
@@ -177,7 +177,7 @@ def _put_in_place(form: Form, calls: _Calls, module: nn.Module) -> None:
 
 
 def _dry_calls(form: Form, module: nn.Module, sizes: Sequence[tuple[int, ...]]) -> list[_Calls]:
-    """The op's calls for one image of each size, by a copy on no device."""
+    """Return the op's calls for one image of each size, found with a copy on the meta device."""
     tensors = [t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     copied = copy.deepcopy(module, {id(t): t.detach().to("meta") for t in tensors})
     for m in copied.modules():
@@ -200,7 +200,7 @@ _HEADS = ("num_heads", "n_heads", "heads", "num_attention_heads")
 
 
 def _width(form: Form, module: nn.Module) -> Width | None:
-    """Return the width of a narrow copy, or None if the module's attributes do not give its own width."""
+    """Return the width of a narrow copy, or None if the module's attributes do not determine its channels and heads."""
     heads = [v for m in module.modules() for n, v in m.__dict__.items() if n in _HEADS and type(v) is int]
     linears = [m.in_features for m in module.modules() if isinstance(m, nn.Linear)]
     size = form.sizes(module)[0]
@@ -228,18 +228,18 @@ def _why_not_by_trial(form: Form, module: nn.Module) -> str | None:
             _SPECS[key] = tuple(
                 dict.fromkeys(s for c in _dry_calls(form, module, form.sizes(module)) for s in c.specs())
             )
-        except Exception:  # of code that needs values
+        except Exception:  # the code may need values
             _SPECS[key] = calls.specs()
     return reason
 
 
 _BATCH = 2  # a wrong stride between images shows only from the second image on
-_MOST_TOKENS = 20_000  # of a map to try
+_MOST_TOKENS = 20_000  # in a map to try
 
 
 def _sizes(form: Form, module: Any) -> list[tuple[int, ...]]:
-    """Return the sizes of a form and, for a class recognised by its attributes, one of more tokens than any number with
-    which its code or its attributes may compare them.
+    """Return the form's sizes and, for a class recognised by its attributes, a size with more tokens than any number
+    with which the module's code may compare the number of tokens.
     """
     sizes = list(form.sizes(module))
     if isinstance(form.of, type):
@@ -253,11 +253,11 @@ def _sizes(form: Form, module: Any) -> list[tuple[int, ...]]:
 
 
 def _cases(form: Form, is_short: bool, module: nn.Module) -> list[Case]:
-    """Inputs to try, or for a short trial the one with the fewest scores."""
+    """Return the inputs to try; for a short trial, only the one with the fewest scores."""
     sizes = _sizes(form, module)
     try:
         scores = [sum(n for _, n in calls) for calls in _dry_calls(form, module, sizes)]
-    except Exception:  # of code that needs values, or what a trial will say better
+    except Exception:  # the code may need values; a trial describes other errors better
         scores = [math.prod(size) for size in sizes]
     images = [1 if is_short or _BATCH * n > MOST_SCORES else _BATCH for n in scores]
     cases = [Case((b, *size), f"{size}", b * n) for size, b, n in zip(sizes, images, scores, strict=True)]
@@ -279,7 +279,7 @@ def _attempt(form: Form, calls: _Calls, trial: Trial) -> str | None:
 
 
 def _why_not_tried(form: Form, module: nn.Module) -> str | None:
-    """Return why a module is skipped before a trial, whose verdict would outlast the reason; or None."""
+    """Return the reason to skip a module before a trial, whose cached verdict would outlast that reason, or None."""
     if all_modules_have_hooks():
         return "a hook of all modules is registered"
     cls: Any = original_class(module)
@@ -289,7 +289,7 @@ def _why_not_tried(form: Form, module: nn.Module) -> str | None:
 
 
 def match(module: nn.Module, forms: list[Form]) -> tuple[Adapter | None, str | None] | None:
-    """Return (adapter, reason) for a module of one of these forms, one of them None; None for any other module."""
+    """Return (adapter, None) or (None, reason) for a module that one of the forms fits, None for any other module."""
     form = next((form for form in forms if form.fits(module)), None)
     if form is None:
         return None
@@ -342,7 +342,7 @@ def _adapter(original: Any, form: Form) -> Adapter:
         name=form.name,
         original=original,
         accelerated=accelerated,
-        reason_to_skip=lambda module: None,  # match has checked it
+        reason_to_skip=lambda module: None,  # match has checked the module
         parts=(
             Part(
                 "attention",

@@ -1,4 +1,4 @@
-"""A form: a description of how the modules of a class compute window attention, in terms of the op."""
+"""Forms describe, in terms of the op, how the modules of a class compute window attention."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ def _run(module: nn.Module, x: Tensor) -> Any:
 class Form:
     """Describes how the modules of a class compute window attention.
 
-    ``accelerate`` compares a copy of each such module with ``forward`` on random numbers in float64, outputs and
-    gradients, and uses the form only if they agree.
+    ``accelerate`` runs a copy of each such module with and without the form on random numbers in float64, and uses the
+    form only if outputs and gradients agree.
     """
 
-    # The unique name, for reports.
+    # A unique name, for reports and pickling.
     name: str
     # The class of the modules, or a function that returns True for them.
     of: type[nn.Module] | Callable[[nn.Module], bool]
-    # (module, attend, *args) -> the result of the module's method for the same arguments, or a str: the reason why its
-    # own code has to run for them. ``attend(qkv, **arguments)`` and ``attend(q, k, v, **arguments)`` are the two window
+    # (module, attend, *args) -> the result of the module's method for the same arguments, or a str: the reason why the
+    # module's own code has to run. ``attend(qkv, **arguments)`` and ``attend(q, k, v, **arguments)`` are the two window
     # attention ops on the backend given to accelerate.
     forward: Callable[..., Any]
-    # Returns sizes of inputs to try for a module, (*S, C) each: with pads, with a shift, and smaller than a window, if
-    # supported.
+    # Returns the sizes of inputs to try for a module, (*S, C) each, with the tokens per axis S and the channels C: maps
+    # with pads, with a shift, and smaller than a window, if the module supports them.
     sizes: Callable[[Any], Sequence[tuple[int, ...]]]
     # The method that ``forward`` replaces.
     method: str = "forward"
-    # Calls the module's class, without hooks, on an input (B, *S, C) with all other arguments, and returns one tensor
-    # of its results.
+    # Calls the forward of the module's class, without hooks, on an input (B, *S, C) with the further arguments that
+    # this forward requires, and returns one tensor with all results.
     call: Callable[[Any, Tensor], Any] = _run
-    # The modules inside that ``forward`` does not call, or calls with tokens in another order; "" is the module itself.
+    # The names of the inner modules that ``forward`` does not call, or calls with tokens in another order; the default,
+    # "", means the whole module.
     absorbs: tuple[str, ...] = ("",)
-    # Shapes of parameters, by their names, that make a copy one of small maps, for a module whose tables are those of a
-    # map. ``sizes`` of the copy are then small.
+    # Returns smaller shapes, by parameter name, for tables sized for a whole map, so that the trial can use a small
+    # map. ``sizes`` must return small sizes for a copy with these tables.
     small: Callable[[Any], dict[str, tuple[int, ...]]] = lambda module: {}
-    # The largest difference in a trial, relative to the largest element, that counts as rounding: more for a module
-    # that always computes in float32.
+    # The largest difference in a trial, relative to the largest element, that counts as rounding. A module that always
+    # computes in float32 needs a larger value.
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class Form:
 
 
 def named(name: str) -> Form:
-    """Find the form of a pickled module: of an imported library, or registered by a user."""
+    """Return the form of a pickled module by its name. An imported library or the user must have registered it."""
     if name not in _KNOWN:
         from swinkernels.adapters.adapter import loaded_adapters  # these libraries import this module
 

@@ -1,10 +1,10 @@
-"""Forms of published code that is copied from project to project under many names, recognised by what modules hold.
+"""Forms of published code that projects copy under many names, recognised by the modules' attributes.
 
-mmdetection's and mmsegmentation's attention rolls, pads and masks itself; SCUNet's as well, with a parameter for the
-bias and scores of -inf, and Swin-MAE's, of whole windows; FDAT's has a dense bias. ResShift's blocks have channels
-first; those of Segment Anything have decomposed relative position; EsViT's return their weights to a stage that drops
-them. Uformer keeps queries apart from keys and values, nnFormer's decoder takes them from elsewhere; VRT has the two
-frames of a window attend to each other, too.
+The attention modules of mmdetection and mmsegmentation roll, pad and mask the map. SCUNet's and Swin-MAE's roll and
+mask maps of whole windows; SCUNet's mask has scores of -inf. FDAT's attention has a dense bias. ResShift's blocks have
+channels first; Segment Anything's have decomposed relative position; EsViT's return attention weights to a stage that
+drops them. Uformer has separate layers for queries and for keys and values, nnFormer's decoder takes queries from a
+second input, and in VRT the two frames of a window also attend to each other.
 
 Source: mmdet.models.backbones.swin of mmdet 3.3, models/network_scunet.py of cszn/SCUNet, swin_unet.py of
 Zian-Xu/Swin-MAE, fdat.py of stinkybread/fdat, models/swin_transformer.py of zsyOAOA/ResShift,
@@ -40,7 +40,7 @@ def _has_attributes(module: nn.Module | None, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
-# Attention that rolls, pads and masks itself
+# Attention modules that roll and mask the map
 
 
 def _is_mmdet(module: nn.Module) -> bool:
@@ -174,7 +174,7 @@ def _segment_anything(block: Any, attend: Any, x: Tensor) -> Any:
     attn, drop_path = block.attn, block._modules.get("drop_path", _NOTHING)
     if getattr(block, "use_residual_block", False):
         return "it has a residual block of convolutions"
-    # The copies on torch's fused attention do not read the scale.
+    # Copies that call torch's fused attention do not read attn.scale.
     reads_scale = "scale" in original_class(attn).forward.__code__.co_names
     scale = attn.scale if reads_scale else None
     y = decomposed_attention(attn, attend, block.norm1(x), block.window_size, attn.num_heads, attn.use_rel_pos, scale)
@@ -238,7 +238,7 @@ ESVIT = Form(
 )  # fmt: skip
 
 
-# A block of maps with channels first
+# A block whose maps have channels first
 
 
 def _is_resshift(module: nn.Module) -> bool:
@@ -278,11 +278,11 @@ RESSHIFT = Form(
 )
 
 
-# Attention on windows that the block has cut: each is a row of the map
+# Attention on windows that the block has cut; each window is a row of the op's map
 
 
 def _rows(x: Tensor, mask: Any) -> Any:
-    """Return the number of windows of an image as far as the mask determines it, or why the op does not take them."""
+    """Return the mask's number of windows (1 without a mask), or the reason why the op does not take the windows."""
     n = x.shape[1]
     if x.dim() != 3 or n > _MOST_TOKENS:
         return f"x is {tuple(x.shape)}"
@@ -294,7 +294,7 @@ def _rows(x: Tensor, mask: Any) -> Any:
 
 
 def _dense(bias: Tensor | None, mask: Tensor | None, num_heads: int) -> Tensor | None:
-    """Return the sum of a bias (num_heads, N, N) and a mask (windows, N, N)."""
+    """Return the sum of a bias (num_heads, N, N) and a mask (windows, N, N), either of which may be None."""
     if mask is None:
         return bias
     mask = (mask.float() if mask.dtype == torch.float16 else mask).clamp(min=MASKED)[:, None]

@@ -1,5 +1,7 @@
-"""Forms of weather models, recognised by what modules hold: Pangu-Weather's blocks, also of planes as FengWu has them,
-with a bias table by window type and pads on both sides; Aurora's, on a globe, without a bias.
+"""Forms of weather models, recognised by the modules' attributes.
+
+Pangu-Weather's blocks have a bias table by window type and pads on both sides; they work on volumes or, in FengWu, on
+planes. Aurora's blocks have no bias, and their map may wrap around the globe.
 
 Source: physicsnemo.nn.module.transformer_layers of nvidia-physicsnemo 2.2, which follows lizhuoq/WeatherLearn;
 aurora.model.swin3d of microsoft-aurora 2.0.
@@ -23,7 +25,7 @@ _MOST_TOKENS = 1024
 
 
 def _pads(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """Pad tokens before the data, per axis: half of them, rounded down."""
+    """Return the number of pad tokens before the data, per axis: half of all pad tokens, rounded down."""
     return tuple(-s % w // 2 for s, w in zip(size, window, strict=True))
 
 
@@ -36,11 +38,11 @@ def _is_pangu(module: nn.Module) -> bool:
 
 
 def _longitude_first(*geometry: int, device: torch.device | str) -> Tensor:
-    """The mask of a shift, (windows of the longitude, windows of the other axes, N, N).
+    """Return the mask of a shift, (windows along the longitude, windows along the other axes, N, N).
 
     Args:
-        geometry: frame, window and shift, one number per axis each.
-        device: of the mask.
+        geometry: frame, window and shift, each one number per axis.
+        device: the mask's device.
     """
     axes = len(geometry) // 3
     frame, window, shift = geometry[:axes], geometry[axes : 2 * axes], geometry[2 * axes :]
@@ -97,8 +99,9 @@ def _is_aurora(module: nn.Module) -> bool:
 def _regions(
     size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], wraps: bool, device: torch.device
 ) -> Tensor:
-    """The region of every token of the frame, after the shift: those of the data, joined across the date line if the
-    map wraps there, and one of all pads.
+    """Return the region of every token of the frame, after the shift.
+
+    Regions are joined across the date line if the map wraps there. All pad tokens are one more region.
     """
     region = torch.zeros((), dtype=torch.int32, device=device)
     for axis, (n, w, s) in enumerate(zip(size, window, shift, strict=True)):
@@ -141,7 +144,7 @@ def _aurora(block: Any, attend: Any, x: Tensor, c: Tensor, res: Any, rollout_ste
 
 
 def _call_aurora(block: Any, x: Tensor) -> Tensor:
-    """With the date line in the map and without it."""
+    """Call the block on a map that wraps at the date line, and on one that does not."""
     size = tuple(x.shape[1:4])
     c = x.flatten(1)[:, : block.norm1.ln_modulation[1].in_features]
     forward = type(block).forward

@@ -1,1 +1,1 @@
-"""Adapters of known libraries, a module or a package for each, imported only after its library."""
+"""Adapters for known libraries. Each library has a module or a package, imported only after the library itself."""

@@ -1,12 +1,12 @@
-"""mmpretrain's Swin Transformers, v1 and v2: attention, blocks and patch merging on this package's ops.
+"""Runs mmpretrain's Swin Transformers, v1 and v2, on this package's ops: attention, blocks and patch merging.
 
-Attention. ShiftWindowMSA pads the map, rolls it, cuts it into windows, runs WindowMSA or WindowMSAV2 inside them and
-undoes it all. Linear layers act on tokens one by one, so QKV and the projection run on the map in image order, and the
-op addresses the windows. A pad token, a zero row, has the bias of the QKV layer as its q, k and v. If the shorter side
+ShiftWindowMSA pads the map, rolls it, cuts it into windows, runs WindowMSA or WindowMSAV2 inside them and undoes all of
+this. Linear layers act on tokens one by one, so QKV and the projection run on the map in image order, and the op
+addresses the windows. A pad token is a zero row, so its q, k and v are the bias of the QKV layer. If the shorter side
 of the map equals the window, there is no shift on either axis, but with pad_small_map there is one on both.
 
-Residual connections, norms and patch merging (mmcv's, whose channels are those of torch.nn.Unfold) run on ops.
-The attention half of a block ends with its own DropPath.
+Residual connections, norms and patch merging run on ops; mmcv's patch merging orders channels as torch.nn.Unfold does.
+ShiftWindowMSA includes the drop path of a block's attention half.
 
 Source: mmpretrain.models 1.0 and newer (utils/attention.py, utils/embed.py, backbones/swin_transformer.py and
 swin_transformer_v2.py) and mmcv.cnn.bricks.transformer.
@@ -72,7 +72,7 @@ watch(
 
 
 def _why_not_attention(attn: Any) -> str | None:
-    """Return the reason why this attention has to be mmpretrain's own code at present, or None."""
+    """Return the reason why mmpretrain's own code currently has to run this attention, or None."""
     w_msa = child(attn, "w_msa")
     reason = replaced_method(attn, ShiftWindowMSA)
     if reason is not None:
@@ -106,13 +106,13 @@ def _index(attn: Any) -> Tensor | None:
 
 
 def _attention_arguments(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """The op's arguments for a map, except pad_qkv."""
+    """Return the op's arguments for a map of this size, except pad_qkv."""
     w_msa = child(attn, "w_msa")
     return {"bias_table": bias_table(w_msa), **score_factor(w_msa), **_geometry(attn, height, width)}
 
 
 def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """The op's arguments other than tensors."""
+    """Return the op's arguments that are not tensors."""
     in_one_window = min(height, width) == attn.window_size
     return {
         "num_heads": attn.w_msa.num_heads,
@@ -131,11 +131,11 @@ def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
 
 
 class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
-    """mmpretrain's attention on a window attention op.
+    """mmpretrain's attention, run on a window attention op.
 
-    Geometry, parameters and the index of the bias table are read or compared at every call. mmpretrain's code runs
-    where the op cannot replace it: a hook on an inner module, a layer that is not an nn.Linear, another attention in
-    the windows, a replaced method, tracing.
+    Geometry, parameters and the index of the bias table are read or compared at every call. mmpretrain's code runs if
+    the op cannot replace it: with a hook on an inner module, a layer that is not an nn.Linear, an unknown attention
+    class in the windows or a replaced method, and while traced.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -180,7 +180,7 @@ _RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1",
 
 
 def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
-    """norm1 of v1: under autocast in the dtype to which the QKV layer would cast it, unless other code sees it."""
+    """Return norm1 of v1: under autocast, in the dtype to which QKV would cast it, unless other code reads it."""
     if (
         autocast_dtype(x) is None
         or class_of(attn) is not AcceleratedShiftWindowMSA
@@ -216,7 +216,7 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
 
 
 class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
-    """mmpretrain's block of v2 with its residual connections and norms on an op."""
+    """mmpretrain's v2 block with its residual connections and norms on an op."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -235,7 +235,7 @@ class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
 
 
 def _why_not_usual(merging: Any) -> str | None:
-    """Return why merging by torch.nn.Unfold does not merge 2x2 tokens, padded at the end, with a norm; or None."""
+    """Return the reason why patch merging is not the usual kind (an Unfold of 2x2 tokens, a norm), or None."""
     sampler = child(merging, "sampler")
     reason = why_not_absorbed("sampler", sampler, nn.Unfold, "an nn.Unfold")
     if reason is not None:
@@ -245,7 +245,7 @@ def _why_not_usual(merging: Any) -> str | None:
         return "it does not merge blocks of 2x2 tokens"
     if merging.norm is None:
         return "it has no norm"
-    # For blocks of two tokens both kinds, "corner" and "same", pad at the end.
+    # For 2x2 tokens both kinds of padding, "corner" and "same", pad at the end.
     return why_not_absorbed("adaptive_padding", merging.adaptive_padding, AdaptivePadding, "mmcv's AdaptivePadding")
 
 
@@ -258,7 +258,7 @@ _MERGING_V2 = Merging("post", lambda merging: merging.out_channels, lambda axes:
 
 
 def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]] | None:
-    """Merge tokens by the op; return them and the size of their map, or None where the library's code has to run."""
+    """Merge tokens by the op; return them and their map's size, or None if the library's own code has to run."""
     if merging._swinkernels_own_code(x) or x.dim() != 3 or not isinstance(input_size, Sequence):
         return None
     height, width = input_size
@@ -269,14 +269,14 @@ def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tens
 
 
 class AcceleratedMMCVPatchMerging(Accelerated, MMCVPatchMerging):
-    """mmcv's patch merging, which is that of v1, on an op."""
+    """mmcv's patch merging, which v1 uses, run on an op."""
 
     def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
         return _merge(_MERGING, self, x, input_size) or super().forward(x, input_size)
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """mmpretrain's patch merging, which is that of v2, on an op."""
+    """mmpretrain's patch merging, which v2 uses, run on an op."""
 
     def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
         return _merge(_MERGING_V2, self, x, input_size) or super().forward(x, input_size)
@@ -286,7 +286,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 def _attention_size(attn: Any) -> tuple[int, int]:
-    """A map with padding on each axis, and a shift: the module stores no map size."""
+    """Return the size of a map with padding on each axis and a shift, because the module stores no map size."""
     return attn.window_size + 1, attn.window_size + 2
 
 

@@ -1,13 +1,13 @@
-"""MONAI's SwinUNETR and SwinTransformer, 2D and 3D: blocks, stages and patch merging on this package's ops.
+"""Runs MONAI's SwinUNETR and SwinTransformer, 2D and 3D, on this package's ops: blocks, stages and patch merging.
 
-Attention. MONAI pads the map, rolls it, cuts it into windows and undoes it all afterwards. Linear layers act on tokens
-one by one, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token, a
-zero row that MONAI inserts after norm1, has the bias of the QKV layer as its q, k and v. On an axis where the map is no
-larger than the window, the window shrinks to the map and is not shifted; for the bias, its tokens are numbered in the
-whole window.
+In attention MONAI pads the map, rolls it, cuts it into windows and later undoes all of this. Linear layers act on
+tokens one by one, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad
+token is a zero row that MONAI inserts after norm1, so its q, k and v are the bias of the QKV layer. On an axis where
+the map is no larger than the window, the window shrinks to the map and is not shifted; the bias table's index still
+numbers the tokens in the whole window.
 
-Stages. MONAI makes the mask of a stage's shifted windows at every call, (num_windows, N, N) in float32. If all blocks
-of a stage run on ops, it is not needed and not made.
+MONAI makes the mask of a stage's shifted windows, (num_windows, N, N) in float32, at every call. If all blocks of a
+stage run on ops, the mask is not needed and not made.
 
 Residual connections, norms and patch merging run on ops.
 
@@ -69,7 +69,7 @@ STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MAS
 
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
-    """Return the reason why this block's attention has to be MONAI's own code at present, or None."""
+    """Return the reason why MONAI's own code currently has to run this block's attention, or None."""
     reason = replaced_method(block, SwinTransformerBlock)
     if reason is not None:
         return reason
@@ -97,7 +97,7 @@ def _index(block: Any) -> Tensor | None:
 
 
 def _why_not_window(block: Any, window: tuple[int, ...]) -> str | None:
-    """Return why the op does not take a window, which may be smaller than the block's on a small map, or None."""
+    """Return the reason why the op does not take a window, or None. On a small map the window may have shrunk."""
     reason = why_beyond_limits(0, window)
     return reason if reason is None else f"{reason}; on maps that make them smaller, the op runs"
 
@@ -114,7 +114,7 @@ def _attention_arguments(block: SwinTransformerBlock, size: tuple[int, ...]) -> 
 
 
 def _geometry(block: SwinTransformerBlock, size: tuple[int, ...]) -> dict[str, Any]:
-    """The op's arguments that define the windows."""
+    """Return the op's arguments that define the windows."""
     window, shift = get_window_size(size, block.window_size, block.shift_size)
     return {
         "num_heads": block.attn.num_heads,
@@ -131,13 +131,13 @@ def _dropout_p(block: SwinTransformerBlock) -> float:
 
 def _dropout_is_on(block: SwinTransformerBlock) -> bool:
     attn = block.attn
-    # scaled_dot_product_attention, which replaces the rest without autograd, is called without dropout.
+    # Without autograd MONAI may call scaled_dot_product_attention, to which it passes no dropout.
     sdpa = getattr(attn, "use_flash_attention", False) and not torch.is_grad_enabled()
     return attn.attn_drop.training and not sdpa
 
 
 def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
-    """Return True if a map has as many axes as the windows, and windows that the op takes."""
+    """Return True if a map has as many axes as the windows, and the op takes its windows."""
     if len(size) != len(block.window_size):
         return False
     if why_beyond_limits(0, block.window_size) is None:
@@ -146,7 +146,7 @@ def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
 
 
 def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any) -> Tensor | None:
-    """forward_part1 without its norm, or None where MONAI's own code has to run."""
+    """Return the result of forward_part1, or None if MONAI's own code has to run."""
     size = tuple(x.shape[1:-1])
     if not _size_fits(block, size) or _why_not_attention(block) is not None:
         return None
@@ -154,7 +154,7 @@ def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: A
     window, shift = arguments["window_size"], arguments["shift_size"]
     if mask_matrix is None:
         arguments["mask_value"] = 0.0
-    elif mask_matrix is not STANDARD_MASK and any(shift):  # MONAI does not read it otherwise
+    elif mask_matrix is not STANDARD_MASK and any(shift):  # without a shift MONAI does not read the mask
         if not is_shift_mask(mask_matrix, frame_of(size, window), window, shift):
             return None
     out = window_attention_qkvpacked(
@@ -183,7 +183,7 @@ _RESIDUAL = Residual("norm2", "drop_path", DropPath, "MONAI's DropPath", _casts_
 
 @constant_when_compiled
 def _order(kind: Any, axes: int) -> str | None:
-    """Find the order in which a class merges neighbours by a trial: it changed in MONAI 1.5. None if no op has it."""
+    """Find by trial the order in which a class merges neighbours, or return None. MONAI 1.5 changed the order."""
     return _find_order(kind, axes)
 
 
@@ -213,9 +213,9 @@ def _merging_axes(merging: PatchMergingV2) -> int:
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
     """MONAI's block with its attention half on a window attention op, and norms on ops.
 
-    Geometry, parameters and the index of the bias table are read or compared at every call. MONAI's code runs where an
-    op cannot replace it: a hook on an inner module, a layer that is not an nn.Linear, a replaced method, tracing by
-    TorchScript or FX, a mask other than compute_mask's.
+    Geometry, parameters and the index of the bias table are read or compared at every call. MONAI's code runs if an op
+    cannot replace it: with a hook on an inner module, a layer that is not an nn.Linear, a replaced method or a mask
+    that differs from compute_mask's, and while TorchScript or FX traces.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -280,7 +280,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 def _needs_no_mask(block: Any, x: Tensor) -> bool:
-    """Return True if no code can observe the mask that a block gets."""
+    """Return True if no code reads the mask that a block gets."""
     return (
         class_of(block) is AcceleratedSwinTransformerBlock
         and not has_hooks(block)
@@ -291,7 +291,7 @@ def _needs_no_mask(block: Any, x: Tensor) -> bool:
 
 
 def _as_tensor(block: SwinTransformerBlock, x: Any, mask_matrix: Any) -> Any:
-    """Return the mask for MONAI's own code."""
+    """Return the mask as a tensor, for MONAI's own code."""
     if mask_matrix is not STANDARD_MASK:
         return mask_matrix
     size = tuple(x.shape[1:-1])
@@ -318,12 +318,12 @@ def _reason_to_skip_stage(stage: BasicLayer) -> str | None:
 
 
 def _map_to_report_on(block: Any) -> tuple[int, ...]:
-    """A map of whole windows, the hardest to run: the block stores no map size."""
+    """Return the size of a map on which windows do not shrink, the hardest case; the block stores no map size."""
     return tuple(w + 1 for w in block.window_size)
 
 
 def _map_to_verify(block: Any) -> tuple[int, ...]:
-    """A map padded and shifted on two axes and clamped on the third, because whole windows would take seconds."""
+    """Return the size of a map that is padded and shifted on two axes; on a third, the window shrinks to save time."""
     window = tuple(block.window_size)
     return (window[0] + 1, window[1] + 2, *(3 for _ in window[2:]))
 

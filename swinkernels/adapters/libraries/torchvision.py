@@ -1,12 +1,12 @@
-"""torchvision's Swin Transformers, v1 and v2: attention, blocks and patch merging on this package's ops.
+"""Runs torchvision's Swin Transformers, v1 and v2, on this package's ops: attention, blocks and patch merging.
 
-Attention. torchvision pads the map, rolls it, cuts it into windows and undoes it all afterwards, in one function that
+In attention torchvision pads the map, rolls it, cuts it into windows and later undoes all of this, in one function that
 reads weights and biases and calls no inner module. Linear layers act on tokens one by one, so QKV and the projection
-run on the map in image order, and the op addresses the windows. A pad token, a zero row, has the bias of the QKV layer
-as its q, k and v. A window never shrinks: on an axis where the map is no longer than the window, there is no shift.
+run on the map in image order, and the op addresses the windows. A pad token is a zero row, so its q, k and v are the
+bias of the QKV layer. A window never shrinks: on an axis where the map is no longer than the window, there is no shift.
 
-v2. The third of the QKV bias that belongs to k counts as zero, whatever its values. The sigmoid of the position bias is
-applied to the table, from which the dense bias would be copied.
+In v2 the third of the QKV bias that belongs to k counts as zero, whatever its values. The adapter applies the sigmoid
+of the position bias to the bias table, before the op gathers from it; torchvision applies it to the dense bias.
 
 Residual connections, norms and patch merging run on ops.
 
@@ -61,7 +61,7 @@ watch(MLP, StochasticDepth)
 
 
 def _why_not_attention(attn: Any) -> str | None:
-    """Return the reason why this attention has to be torchvision's own code at present, or None."""
+    """Return the reason why torchvision's own code currently has to run this attention, or None."""
     reason = replaced_method(attn, original_class(attn))
     if reason is not None:
         return reason
@@ -89,12 +89,12 @@ def _index(attn: Any) -> Tensor | None:
 
 
 def _attention_arguments(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """The op's arguments for a map, except pad_qkv."""
+    """Return the op's arguments for a map of this size, except pad_qkv."""
     return {"bias_table": bias_table(attn), **score_factor(attn), **_geometry(attn, size)}
 
 
 def _geometry(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """The op's arguments other than tensors."""
+    """Return the op's arguments that are not tensors."""
     window = tuple(attn.window_size)
     return {
         "num_heads": attn.num_heads,
@@ -106,7 +106,7 @@ def _geometry(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _without_k(qkv_bias: Tensor | None) -> Tensor | None:
-    """Return the QKV bias with zeros for k; a product with zero would keep a NaN."""
+    """Return the QKV bias with zeros for k. They are assigned, because a NaN times zero would stay NaN."""
     if qkv_bias is None:
         return None
     qkv_bias = qkv_bias.clone()
@@ -130,8 +130,8 @@ def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
 class _Attention(Accelerated):
     """Attention with an index of the bias table.
 
-    Geometry, parameters and the index are read or compared at every call. torchvision's code runs where the op cannot
-    replace it: tracing by TorchScript or FX, a user's own bias or index.
+    Geometry, parameters and the index are read or compared at every call. torchvision's code runs if the op cannot
+    replace it: while TorchScript or FX traces, and if a user has changed the bias or the index.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -142,7 +142,7 @@ class _Attention(Accelerated):
 
 
 class AcceleratedShiftedWindowAttention(_Attention, ShiftedWindowAttention):
-    """torchvision's attention on a window attention op."""
+    """torchvision's attention, run on a window attention op."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x) or x.dim() != 4 or _why_not_attention(self) is not None:
@@ -151,7 +151,7 @@ class AcceleratedShiftedWindowAttention(_Attention, ShiftedWindowAttention):
 
 
 class AcceleratedShiftedWindowAttentionV2(_Attention, ShiftedWindowAttentionV2):
-    """torchvision's attention of v2 on a window attention op."""
+    """torchvision's v2 attention, run on a window attention op."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x) or x.dim() != 4 or _why_not_attention(self) is not None:
@@ -163,7 +163,7 @@ class AcceleratedShiftedWindowAttentionV2(_Attention, ShiftedWindowAttentionV2):
 
 
 def _stochastic_depth_scale(stochastic_depth: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """torchvision's StochasticDepth as a factor per sample of y, from the same random numbers; None stands for 1."""
+    """Return torchvision's StochasticDepth as a factor per sample of y, from the same random numbers; None means 1."""
     if class_of(stochastic_depth) is nn.Identity or stochastic_depth.p == 0.0 or not stochastic_depth.training:
         return None
     keep = 1.0 - stochastic_depth.p
@@ -203,7 +203,7 @@ _MERGING_V2 = Merging("post", lambda merging: 2 * merging.dim)
 
 
 def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
-    """norm1 of v1: under autocast in the dtype to which the QKV layer would cast it, unless other code sees it."""
+    """Return norm1 of v1: under autocast, in the dtype to which QKV would cast it, unless other code reads it."""
     if (
         autocast_dtype(x) is None
         or class_of(attn) is not AcceleratedShiftedWindowAttention
@@ -233,7 +233,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
 
 
 class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
-    """torchvision's block of v2 with its residual connections and norms on an op."""
+    """torchvision's v2 block with its residual connections and norms on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -246,7 +246,7 @@ class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """torchvision's patch merging on an op."""
+    """torchvision's patch merging, run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)
@@ -254,7 +254,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
-    """torchvision's patch merging of v2 on an op."""
+    """torchvision's v2 patch merging, run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING_V2.run(self, x)
@@ -265,7 +265,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
 
 
 def _map_size(window: tuple[int, ...]) -> tuple[int, ...]:
-    """A map with padding on each axis, and a shift: the module stores no map size."""
+    """Return the size of a map with padding on each axis and a shift, because the module stores no map size."""
     return window[0] + 1, *(w + 2 for w in window[1:])
 
 

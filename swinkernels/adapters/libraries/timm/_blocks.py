@@ -1,8 +1,8 @@
-"""Shared parts of timm's shifted-window blocks: their map, their mask, the op and the norms next to it.
+"""Code that timm's shifted-window blocks share: their map, their mask, the op and the norms next to it.
 
-timm rolls the map, pads it, cuts it into windows and undoes it all afterwards. Linear layers act on tokens one by one,
+timm rolls the map, pads it, cuts it into windows and later undoes all of this. Linear layers act on tokens one by one,
 so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token is a zero row of
-the QKV layer's input, so its q, k and v are the bias of that layer.
+the QKV layer's input, so its q, k and v are the bias of the QKV layer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MLP = linear_layers.Mlp(
 def map_size(block: Any) -> tuple[int, int]:
     """Return the size of the map that a block was made for."""
     attributes = block.__dict__
-    return attributes["feat_size" if "feat_size" in attributes else "input_resolution"]  # v2-CR has the former
+    return attributes["feat_size" if "feat_size" in attributes else "input_resolution"]  # v2-CR has feat_size
 
 
 def block_shape(block: Any) -> tuple[int, ...]:
@@ -45,9 +45,9 @@ def qkv_weight(block: Any) -> Tensor:
 
 
 def mask_fits(block: Any, x: Tensor) -> bool:
-    """Return True if the block's stored mask, timm's for :func:`map_size`, fits this map (B, H, W, C)."""
+    """Return True if the block's stored mask, made for :func:`map_size`, fits this map (B, H, W, C)."""
     if getattr(block, "dynamic_mask", False) or not any(block.shift_size):
-        return True  # made from the map, or there is no mask
+        return True  # timm makes the mask from the map, or there is none
     size, window = map_size(block), block.window_size
     return x.shape[1:3] == size or frame_of(x.shape[1:3], window) == frame_of(size, window)
 
@@ -59,7 +59,7 @@ def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> 
     has_index = "relative_position_index" in child(block, "attn")._buffers  # v2-CR has none
     if has_index and not is_window_index(index, window):
         return "attn.relative_position_index holds other values than timm's"
-    if not getattr(block, "dynamic_mask", False):  # otherwise timm does not read its mask either
+    if not getattr(block, "dynamic_mask", False):  # with dynamic_mask timm does not read the stored mask
         height, width = map_size(block)
         frame = -(-height // window[0]) * window[0], -(-width // window[1]) * window[1]
         if not (is_stored_mask(mask, frame, window, shift) if any(shift) else mask is None):
@@ -73,9 +73,9 @@ def stored(block: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def why_not_attention(block: Any, kind: type, takes_lora: bool = False) -> str | None:
-    """Return the reason, common to all blocks, why the attention has to be timm's own code at present, or None.
+    """Return the reason, among those common to all blocks, why timm's own code currently has to run attention, or None.
 
-    ``kind`` is the expected class, ``takes_lora`` as for
+    ``kind`` is the expected class of the attention module; ``takes_lora`` is as in
     :func:`~swinkernels.adapters.bypass.why_not_window_attention`.
     """
     reason = replaced_method(block, original_class(block))
@@ -94,14 +94,14 @@ def why_not_attention(block: Any, kind: type, takes_lora: bool = False) -> str |
 
 
 def why_not_block(block: Any, method: str) -> str | None:
-    """Return the permanent reason why the block's ``method``, its attention, has to be timm's own code, or None."""
+    """Return the reason why timm's own code must always run ``method``, the block's attention, or None."""
     if not hasattr(block, method):
         return f"this version of timm has no {type(block).__name__}.{method}: it needs timm 0.9.16 or newer"
     return replaced_method(block, original_class(block)) or why_not_stored(block, stored(block))
 
 
 def shifted_windows(block: Any) -> dict[str, Any]:
-    """The op's arguments that define the windows."""
+    """Return the op's arguments that define the windows."""
     return {
         "num_heads": child(block, "attn").num_heads,
         "window_size": block.window_size,
@@ -112,7 +112,7 @@ def shifted_windows(block: Any) -> dict[str, Any]:
 
 
 def attended(block: Any, qkv: Tensor, dropout_p: float, **arguments: Any) -> Tensor:
-    """The result of the op for q, k and v on the map, (B, H, W, 3C)."""
+    """Return the op's result for ``qkv``: q, k and v on the map, (B, H, W, 3C)."""
     return window_attention_qkvpacked(qkv, dropout_p=dropout_p, backend=block._swinkernels_backend, **arguments)
 
 
@@ -122,7 +122,7 @@ def projected(block: Any, out: Tensor) -> Tensor:
 
 
 def add_projected(block: Any, x: Tensor, out: Tensor) -> Tensor | None:
-    """x + drop_path1(projected(out)), or None where that is not one pass."""
+    """Return x + drop_path1(projected(out)) computed in one pass, or None if that is not possible."""
     attn = child(block, "attn")
     if not drops_nothing("attn.proj_drop", child(attn, "proj_drop")):
         return None
@@ -132,7 +132,7 @@ def add_projected(block: Any, x: Tensor, out: Tensor) -> Tensor | None:
 
 
 def attend(block: Any, qkv: Tensor, dropout_p: float, **arguments: Any) -> Tensor:
-    """The attention half of a block from q, k and v on the map on."""
+    """Return the result of a block's attention, computed from q, k and v on the map."""
     return projected(block, attended(block, qkv, dropout_p, **arguments))
 
 
@@ -145,8 +145,8 @@ class ShiftedWindowBlock(Accelerated):
     """A block that stores an index and a mask.
 
     Geometry, parameters and stored tensors are read or compared at every call, so changes such as ``set_input_size``
-    take effect. timm's code runs where an op cannot replace it: a hook on an inner module, a layer that is not an
-    nn.Linear, a replaced method, tracing by TorchScript or FX, a user's own mask or index.
+    take effect. timm's code runs if an op cannot replace it: with a hook on an inner module, a layer that is not an
+    nn.Linear, a replaced method or a changed mask or index, and while TorchScript or FX traces.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -156,12 +156,12 @@ class ShiftedWindowBlock(Accelerated):
         why_not_stored(self, stored(self))
 
 
-# The halves of a block whose norms follow its branches (v2 and v2-CR)
+# The residual connections of a block whose norms follow its branches (v2 and v2-CR)
 POST_NORM = tuple(Residual(f"norm{half}", f"drop_path{half}", DropPath, "timm's DropPath") for half in (1, 2))
 
 
 def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
-    """x + drop_path(norm(y)), with the modules of the first or the second half of a block."""
+    """Return x + drop_path(norm(y)), with the modules of one half of the block (1 or 2)."""
     fused = POST_NORM[half - 1].add_normed(block, x, y)
     if fused is not None:
         return fused
@@ -169,5 +169,5 @@ def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
 
 
 def merging_shape(merging: Any) -> tuple[int, ...]:
-    """A map of even size, because some versions of timm merge no odd one: the module stores no map size."""
+    """Return an even map size, because some versions of timm do not merge odd ones; the module stores no map size."""
     return 6, 10, merging.reduction.in_features // 4

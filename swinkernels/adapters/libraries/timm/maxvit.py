@@ -1,8 +1,8 @@
-"""timm's MaxViT: attention in windows and in grids, channels last, channels first, and both at once.
+"""Runs timm's MaxViT on this package's ops: attention in windows, in grids and in both in parallel.
 
 timm cuts the map into windows or dilated grids. The layers before and after attention (Linear or 1x1 convolution) act
 on tokens one by one, so they run on the map in image order, and the op addresses windows and grids. q, k and v are
-views of the QKV layer's result: in the models with ``head_first``, each head has its q, k and v together.
+views of the QKV layer's result; in models with ``head_first``, the q, k and v of each head are adjacent.
 
 Source: timm.models.maxxvit, timm 0.9.16 and newer.
 """
@@ -33,7 +33,7 @@ watch(ParallelPartitionAttention, PartitionAttention2d, PartitionAttentionCl, me
 
 
 def why_not_attention(attn: Any, name: str, window: tuple[int, int]) -> str | None:
-    """Return the reason why timm's own code has to do an attention module's work at present, or None."""
+    """Return the reason why timm's own code currently has to do an attention module's work, or None."""
     kind = original_class(attn)
     if kind is AttentionCl:
         reason = why_not_window_attention(attn, name)
@@ -61,11 +61,11 @@ def _why_not_pointwise(attn: Any, name: str) -> str | None:
 
 
 def _arguments(attn: Any, window: tuple[int, int], grid: bool) -> dict[str, Any]:
-    """The op's arguments, except bias_table."""
+    """Return the op's arguments, except bias_table."""
     return {
         "num_heads": attn.num_heads,
         "window_size": window,
-        # scaled_dot_product_attention, which timm calls if fused_attn is set, has its own scale.
+        # scaled_dot_product_attention, which timm calls if fused_attn is set, uses its default scale.
         "scale": None if getattr(attn, "fused_attn", False) else attn.scale,
         "grid": grid,
     }
@@ -76,7 +76,7 @@ def _dropout_p(attn: Any) -> float:
 
 
 def attend(attn: Any, x: Tensor, window: tuple[int, int], grid: bool, op: Callable[..., Tensor]) -> Tensor:
-    """Run an attention module on a map that it cuts into windows or grids; channels stay in the axis of x.
+    """Run an attention module on a map that it cuts into windows or grids; the result has the layout of x.
 
     ``op(qkv, **arguments)`` and ``op(q, k, v, **arguments)`` are the two window attention ops.
     """
@@ -107,8 +107,8 @@ class _Partition(Accelerated):
     """A block with one or two attention modules, each with its own index.
 
     Geometry, parameters and stored tensors are read or compared at every call, so ``set_input_size`` takes effect.
-    timm's code runs where the op cannot replace it: a hook on an inner module, another layer, a replaced method,
-    tracing.
+    timm's code runs if the op cannot replace it: with a hook on an inner module, a layer of an unknown class or a
+    replaced method, and while traced.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -130,7 +130,7 @@ class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
 
 
 class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
-    """timm's block with channels first, its attention on a window attention op."""
+    """timm's block for maps with channels first, with its attention on a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
@@ -175,7 +175,7 @@ def _weight(block: Any) -> Tensor:
 
 
 def _map_size(block: Any) -> tuple[int, int]:
-    """A map of more than one window: the block stores no map size."""
+    """Return the size of a map of several windows, because the block stores no map size."""
     height, width = block.partition_size
     return 2 * height, 3 * width
 

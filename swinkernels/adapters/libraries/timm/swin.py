@@ -1,7 +1,7 @@
-"""timm's Swin Transformer: attention, norms and patch merging.
+"""Runs timm's Swin Transformer on this package's ops: attention, norms and patch merging.
 
-The sum of a residual connection and the norm after it are one op. Under autocast it directly writes the half-precision
-input of the next Linear, as norm1 does. The gather of patch merging and its norm are one op, before the reduction.
+A residual connection's sum and the norm after it are one op. Under autocast this op directly writes the half-precision
+input of the next Linear, and so does norm1. Patch merging is one op: gather, norm and reduction.
 
 Source: timm.models.swin_transformer, timm 0.9.16 and newer.
 """
@@ -32,7 +32,7 @@ watch(WindowAttention, methods=("_get_rel_pos_bias",))
 
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
-    """Return the reason why this block's attention has to be timm's own code at present, or None."""
+    """Return the reason why timm's own code currently has to run this block's attention, or None."""
     reason = _blocks.why_not_attention(block, WindowAttention, takes_lora=True)
     if reason is not None:
         return reason
@@ -49,7 +49,7 @@ def _arguments(block: SwinTransformerBlock) -> dict[str, Any]:
     attn = child(block, "attn")
     return {
         "bias_table": attn.relative_position_bias_table,
-        # scaled_dot_product_attention, which timm calls if fused_attn is set, has its own scale.
+        # scaled_dot_product_attention, which timm calls if fused_attn is set, uses its default scale.
         "scale": None if getattr(attn, "fused_attn", False) else attn.scale,
         "pad_qkv": child(attn, "qkv").bias,
         **_blocks.shifted_windows(block),
@@ -66,14 +66,14 @@ def _is_fused(block: AcceleratedSwinTransformerBlock, x: Tensor) -> bool:
 
 
 def _attended(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor:
-    """The attention of a map, before the projection."""
+    """Return the attention of a map, before the projection."""
     p = _blocks.dropout_p(block) if _dropout_is_on(block) else 0.0
     qkv = call_linear("attn.qkv", child(child(block, "attn"), "qkv"), x)
     return _blocks.attended(block, qkv, p, **_arguments(block))
 
 
 def _casts_its_input(block: Any) -> bool:
-    """Return True if, under autocast, a Linear casts the MLP's input before anything else can read it."""
+    """Return True if, under autocast, a Linear casts the MLP's input before other code can read it."""
     mlp = child(block, "mlp")
     return (
         why_not_absorbed("mlp", mlp, Mlp, "timm's Mlp") is None and why_not_linear("mlp.fc1", child(mlp, "fc1")) is None
@@ -85,7 +85,7 @@ _MERGING = Merging("pre", lambda merging: 4 * merging.dim)
 
 
 def _first_half(block: AcceleratedSwinTransformerBlock, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual stream s = x + drop_path1(attention) and z = norm2(s) for the MLP, each (B, H * W, C)."""
+    """Return the residual stream s = x + drop_path1(attention) and z = norm2(s) for the MLP, each (B, H * W, C)."""
     if _is_fused(block, x):
         out = _attended(block, norm_for_linear(block, "norm1", x, block.dim))
         s = _blocks.add_projected(block, x, out)
@@ -118,7 +118,7 @@ class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransforme
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """timm's patch merging on an op."""
+    """timm's patch merging, run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) else _MERGING.run(self, x)

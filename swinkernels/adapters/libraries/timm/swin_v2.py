@@ -1,9 +1,9 @@
-"""timm's Swin Transformer V2: cosine attention, norms and patch merging.
+"""Runs timm's Swin Transformer V2 on this package's ops: cosine attention, norms and patch merging.
 
-The module's own layers make the table of the continuous position bias; timm gathers it before the sigmoid, here the op
-reads it. The norms follow the branches, so the zeros that timm pads with are rows of the residual stream: a pad token's
-q, k and v are the biases, with 0 for k. The sum of a residual connection and the norm before it are one op; so are the
-norm of patch merging and its gather, around the reduction. Both are timm's own code where no fast backend runs them.
+The module's own layers compute the table of the continuous position bias, and the op gathers from its sigmoid; timm
+gathers first and then takes the sigmoid. The norms follow the branches, so timm pads the residual stream with zero rows
+and a pad token's q, k and v are the biases, with 0 for k. A residual connection's sum and the norm before it are one
+op, and so is patch merging: gather, reduction and norm.
 
 Source: timm.models.swin_transformer_v2, timm 0.9.16 and newer.
 """
@@ -28,7 +28,7 @@ watch(WindowAttention)
 
 
 def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
-    """Return the reason why this block's attention has to be timm's own code at present, or None."""
+    """Return the reason why timm's own code currently has to run this block's attention, or None."""
     reason = _blocks.why_not_attention(block, WindowAttention)
     if reason is not None:
         return reason
@@ -45,12 +45,12 @@ def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
 
 
 def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
-    """The op's arguments, except those that the block's layers compute: bias_table and pad_qkv."""
+    """Return the op's arguments, except those that the block's layers compute: bias_table and pad_qkv."""
     return {"logit_scale": child(block, "attn").logit_scale, **_blocks.shifted_windows(block)}
 
 
 def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return q, k and v of a map, and of a pad token."""
+    """Return the q, k and v of a map, and those of a pad token or None."""
     if attn.q_bias is None:
         return attn.qkv(x), None
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
@@ -90,7 +90,7 @@ class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransfor
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMerging):
-    """timm's patch merging of v2 on an op."""
+    """timm's v2 patch merging, run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) else _MERGING.run(self, x)

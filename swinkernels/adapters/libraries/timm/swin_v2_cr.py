@@ -1,7 +1,7 @@
-"""timm's own Swin Transformer V2 ("CR"): cosine attention, norms and patch merging.
+"""Runs timm's own Swin Transformer V2 ("CR") on this package's ops: cosine attention, norms and patch merging.
 
-The bias comes from an MLP on the log coordinates of every pair of tokens, with a Dropout that is active in training:
-the module's own method computes it at every call, and the op takes it as a dense bias. Patch merging is that of v1.
+The bias comes from an MLP on the log coordinates of every pair of tokens. The MLP has a Dropout, active in training, so
+the module's own method computes the bias at every call, and the op takes it as a dense bias. Patch merging is as in v1.
 
 Source: timm.models.swin_transformer_v2_cr, timm 0.9.16 and newer.
 """
@@ -24,7 +24,7 @@ watch(WindowMultiHeadAttention)
 
 
 def _why_not_attention(block: SwinTransformerV2CrBlock) -> str | None:
-    """Return the reason why this block's attention has to be timm's own code at present, or None."""
+    """Return the reason why timm's own code currently has to run this block's attention, or None."""
     reason = _blocks.why_not_attention(block, WindowMultiHeadAttention)
     if reason is None and tuple(child(block, "attn").window_size) != tuple(block.window_size):
         reason = "attn.window_size is not the window_size of the block"
@@ -32,7 +32,7 @@ def _why_not_attention(block: SwinTransformerV2CrBlock) -> str | None:
 
 
 def _arguments(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
-    """The op's arguments, except the bias."""
+    """Return the op's arguments, except the bias."""
     attn = child(block, "attn")
     return {"logit_scale": attn.logit_scale, "pad_qkv": attn.qkv.bias, **_blocks.shifted_windows(block)}
 
@@ -45,7 +45,7 @@ def _attention(block: AcceleratedSwinTransformerV2CrBlock, x: Tensor) -> Tensor:
     return _blocks.attend(block, qkv, p, bias=bias, **_arguments(block))
 
 
-# why_not rejects any other module in place of the reduction.
+# A reduction without in_features is no nn.Linear, so Merging.why_not rejects it.
 _MERGING = Merging("pre", lambda merging: getattr(merging.reduction, "in_features", 0))
 
 
@@ -69,7 +69,7 @@ class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransf
 
 
 class AcceleratedPatchMergingV2Cr(Accelerated, PatchMerging):
-    """timm's patch merging on an op."""
+    """timm's patch merging, run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) else _MERGING.run(self, x)

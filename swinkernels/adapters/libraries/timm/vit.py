@@ -1,7 +1,7 @@
-"""timm's relative position ViT: global attention with a bias table, as a single window that is the whole map.
+"""Runs timm's relative position ViT on an op: global attention with a bias table, as one window over the whole map.
 
-A bias without such a table, because there is a class token or because the model passes one bias to all blocks, stays
-timm's code, and so does attention without a bias: torch's own attention is as fast.
+timm's own code runs if there is a class token or if the model passes one bias to all blocks, because the bias is then
+not such a table. It also runs attention without a bias, for which torch's own attention is as fast.
 
 Source: timm.models.vision_transformer_relpos, timm 0.9.16 and newer.
 """
@@ -24,7 +24,7 @@ watch(RelPosAttention)
 
 
 def _why_not(attn: Any) -> str | None:
-    """Return the reason why this attention has to be timm's own code at present, or None."""
+    """Return the reason why timm's own code currently has to run this attention, or None."""
     rel_pos = attn.rel_pos
     if rel_pos is None:
         return "it has no position bias of its own, and torch's attention is as fast as a window attention op"
@@ -44,11 +44,11 @@ def _map_size(attn: Any) -> tuple[int, int]:
 
 
 def _arguments(attn: Any) -> dict[str, Any]:
-    """The op's arguments, except bias_table."""
+    """Return the op's arguments, except bias_table."""
     return {
         "num_heads": attn.num_heads,
         "window_size": _map_size(attn),
-        # scaled_dot_product_attention, which timm calls if fused_attn is set, has its own scale.
+        # scaled_dot_product_attention, which timm calls if fused_attn is set, uses its default scale.
         "scale": None if getattr(attn, "fused_attn", False) else attn.scale,
     }
 
@@ -58,10 +58,10 @@ def _dropout_p(attn: Any) -> float:
 
 
 class AcceleratedRelPosAttention(Accelerated, RelPosAttention):
-    """timm's attention on a window attention op.
+    """timm's attention, run on a window attention op.
 
-    Parameters and stored tensors are read or compared at every call. timm's code runs where the op cannot replace it: a
-    hook on an inner module, another layer, a replaced method, tracing.
+    Parameters and stored tensors are read or compared at every call. timm's code runs if the op cannot replace it: with
+    a hook on an inner module, a layer of an unknown class or a replaced method, and while traced.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:

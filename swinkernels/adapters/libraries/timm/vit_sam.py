@@ -1,6 +1,6 @@
-"""timm's ViT of SAM and ViTDet: windows without a shift, decomposed relative position, as a form.
+"""The form of timm's ViT for SAM and ViTDet: windows without a shift, decomposed relative position.
 
-timm drops paths of windows, not of images, so a drop path gets the map cut into windows.
+timm's drop path drops windows instead of images, so it gets the map cut into windows.
 
 Source: timm.models.vision_transformer_sam, timm 0.9.16 and newer.
 """

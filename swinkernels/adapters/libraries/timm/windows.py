@@ -1,8 +1,8 @@
-"""timm's window attention without a shift, as forms: DaViT, TinyViT, GC ViT, Twins, NesT, Hiera and SAM 2's Hiera; and
-CoAtNet's attention over the whole map, whose bias comes from a table.
+"""Forms for timm's window attention without a shift: DaViT, TinyViT, GC ViT, Twins, NesT, Hiera and SAM 2's Hiera.
 
-Linear layers act on tokens one by one, so QKV and the projection run on the map in image order, and the op addresses
-the windows. A pad token is a zero row in the padding of the blocks.
+CoAtNet's attention over the whole map, whose bias comes from a table, has a form too. Linear layers act on tokens one
+by one, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token is a zero
+row in the block's padding.
 
 Source: timm.models of davit, tiny_vit, gcvit, twins, nest, hiera, hieradet_sam2 and maxxvit, timm 1.0.
 """
@@ -27,14 +27,17 @@ NO_BIAS = "it attends to the whole map without a bias, where torch's own attenti
 
 
 def _dropout_p(attn: Any) -> float:
-    """Return the dropout at a call: timm's fused attention follows the module's mode, the other that of attn_drop."""
+    """Return the dropout probability of a call.
+
+    timm's fused attention drops if the module is in training mode, the other attention if attn_drop is.
+    """
     drop = attn.attn_drop
     is_on = attn.training if getattr(attn, "fused_attn", False) else drop.training
     return getattr(drop, "p", 0.0) if is_on else 0.0
 
 
 def _sizes_of(window: Any, channels: int) -> tuple[tuple[int, ...], ...]:
-    """Sizes with pads, without pads, and of one window."""
+    """Return the sizes of a map with pads, of one without pads, and of a single window."""
     height, width = window
     return (height + 1, 2 * width + 1, channels), (2 * height, width, channels), (height, width, channels)
 
@@ -73,7 +76,7 @@ DAVIT = Form(
 )
 
 
-# TinyViT, whose attention has its norm inside and the bias of LeViT: by distance, not by offset
+# TinyViT: the attention module includes the norm, and the bias depends on the distance of tokens, as in LeViT
 
 
 def _tiny_vit(block: Any, attend: Any, x: Tensor) -> Any:
@@ -125,7 +128,7 @@ def _gcvit(block: Any, attend: Any, x: Tensor, q_global: Tensor | None = None) -
         if q_global.shape[0] != b:
             return "q_global is of another batch"
         k, v = attn.qkv(x).unflatten(-1, (2, attn.num_heads, -1)).unbind(-3)
-        # The queries of one window, for every window.
+        # Every window gets the same queries.
         q = q_global.reshape(b, 1, height, 1, width, attn.num_heads, -1)
         q = q.expand(-1, h // height, -1, w // width, -1, -1, -1).reshape(k.shape)
         y = attend(q, k, v, **arguments)
@@ -183,7 +186,7 @@ TWINS = Form(
 )
 
 
-# NesT, whose blocks are already cut: each is a row of the map
+# NesT: the map is already cut into blocks, and each block is a row of the op's map
 
 
 def _nest(attn: Any, attend: Any, x: Tensor) -> Any:
@@ -206,7 +209,7 @@ NEST = Form(
 )
 
 
-# Hiera, whose tokens are in the order of mask units: a unit is a column of the map
+# Hiera: tokens are in the order of mask units, and each unit is a column of the op's map
 
 
 def _hiera(attn: Any, attend: Any, x: Tensor) -> Any:

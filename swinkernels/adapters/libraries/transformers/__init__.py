@@ -1,14 +1,15 @@
-"""transformers' Swin Transformers, a module for each family of models.
+"""Runs transformers' Swin Transformers on this package's ops, with a module for each family of models.
 
-Layers. A layer pads its map, rolls it, cuts it into windows, runs an attention module inside them and undoes it all.
-Linear layers act on tokens one by one, so query, key, value and the projection run on the map in image order, and the
-op addresses the windows. They stay separate layers. A pad token, a zero row, has their biases as its q, k and v.
+A transformers layer pads its map, rolls it, cuts it into windows, runs an attention module inside them and undoes all
+of this. Linear layers act on tokens one by one, so query, key, value and the projection run on the map in image order,
+as separate layers, and the op addresses the windows. A pad token is a zero row, so its q, k and v are the layers'
+biases.
 
-The layers of Swin, Donut and CLAP permanently change their own ``window_size`` and ``shift_size`` when they meet a map
-that one window covers; so do the accelerated ones.
+The layers of Swin, Donut and CLAP permanently change their ``window_size`` and ``shift_size`` when they get a map that
+one window covers; the accelerated layers do so too.
 
-Attention weights need transformers' own code: with ``output_attentions``, and in Swin, which decides it by
-``config._attn_implementation``, for any value but "sdpa".
+If attention weights are requested, transformers' own code runs: with ``output_attentions``, and in Swin if
+``config._attn_implementation`` is not "sdpa".
 
 Source: transformers 5 (models/swin, swinv2, swin2sr, donut, maskformer, clap).
 """

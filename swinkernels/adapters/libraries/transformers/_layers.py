@@ -1,4 +1,4 @@
-"""The common parts of the layers of all families."""
+"""Code that the layers of all families share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NAME = "transformers"
 
 know_gelu(GELUActivation, lambda act: "none" if act.act is torch.nn.functional.gelu else None)
 
-# Attention has two forms: Swin's holds its projections itself, that of the others is a pair of modules.
+# Attention has two forms: in Swin one module has the projections; in other families "self" and "output" share them.
 
 
 def _projections(layer: Any) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _projections(layer: Any) -> dict[str, Any]:
 
 
 def _position_bias(layer: Any) -> Any:
-    """Return the module that has the window, the index and the parameters of the bias."""
+    """Return the module that has the window, the index of the bias table and the bias's parameters."""
     attention = child(layer, "attention")
     return child(attention, "self" if "self" in attention._modules else "relative_position_bias")
 
@@ -70,7 +70,7 @@ def _index(layer: Any) -> Tensor | None:
 
 
 def _dropouts(layer: Any) -> dict[str, Any]:
-    """Return the dropouts of attention weights and of the result, by their paths."""
+    """Return the dropouts of the attention weights, if they have a module, and of the result, by their paths."""
     attention = child(layer, "attention")
     if "self" not in attention._modules:
         return {"dropout": child(layer, "dropout")}
@@ -81,7 +81,7 @@ def _dropouts(layer: Any) -> dict[str, Any]:
 
 
 def _is_sdpa(attention: Any) -> bool:
-    """Return True if Swin, which calls the function named in its config, calls torch's."""
+    """Return True if the attention function that Swin's config names is torch's."""
     return attention.config._attn_implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
 
@@ -111,13 +111,13 @@ def _why_not_inside(layer: Any) -> str | None:
 
 
 def _why_not_attention(layer: Any) -> str | None:
-    """Return the reason why a layer's attention has to be transformers' own code at present, or None."""
+    """Return the reason why transformers' own code currently has to run a layer's attention, or None."""
     reason = replaced_method(layer, original_class(layer)) or _why_not_inside(layer)
     if reason is not None:
         return reason
     attention = child(layer, "attention")
     for path, linear in _projections(layer).items():
-        reason = why_not_linear(path, linear)  # any other layer may mix tokens, such as those of a pad token
+        reason = why_not_linear(path, linear)  # another layer may mix tokens or change a pad token's result
         if reason is not None:
             return reason
     for path, dropout in _dropouts(layer).items():
@@ -141,7 +141,7 @@ def _why_not_attention(layer: Any) -> str | None:
     if not is_window_index(_index(layer), (window, window)):
         return "relative_position_index holds other values than transformers'"
     if tuple(of_bias.window_size) != (window, window):
-        return "window_size is not that of the attention"  # transformers fails
+        return "window_size is not that of the attention"  # transformers' own code fails
     if not 0 <= layer.shift_size < window:
         return "shift_size is not smaller than window_size"
     if "continuous_position_bias_mlp" not in of_bias._modules:
@@ -154,7 +154,7 @@ def _why_not_attention(layer: Any) -> str | None:
 
 @functools.cache
 def _times_masked(kind: Any) -> int:
-    """Return how often the attention of v2 adds its mask to the scores: twice in all known versions."""
+    """Return the number of times that v2's attention adds its mask to the scores (2 in every version checked)."""
     config = types.SimpleNamespace(qkv_bias=False, attention_probs_dropout_prob=0.0)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         attention = kind(config, dim=1, num_heads=1, window_size=2)
@@ -167,7 +167,7 @@ def _times_masked(kind: Any) -> int:
 
 
 def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
-    """Return q, k and v of a pad token."""
+    """Return the q, k and v of a pad token, or None if no layer has a bias."""
     if q.bias is None and k.bias is None and v.bias is None:
         return None
     given = next(m.bias for m in (q, k, v) if m.bias is not None)
@@ -176,7 +176,7 @@ def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
 
 
 def _attention_arguments(layer: Any) -> dict[str, Any]:
-    """The op's arguments for a map, except dropout."""
+    """Return the op's arguments after q, k and v, except dropout."""
     of_bias, heads = _position_bias(layer), _num_heads(layer)
     if "continuous_position_bias_mlp" in of_bias._modules:
         table = of_bias.continuous_position_bias_mlp(of_bias.relative_coords_table).view(-1, heads)
@@ -197,7 +197,7 @@ def _attention_arguments(layer: Any) -> dict[str, Any]:
 
 
 def _geometry(layer: Any) -> dict[str, Any]:
-    """The op's arguments that define the windows."""
+    """Return the op's arguments that define the windows."""
     return {
         "num_heads": _num_heads(layer),
         "window_size": layer.window_size,
@@ -226,7 +226,7 @@ def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """transformers' DropPath as a factor per sample of y, from the same random numbers; None stands for 1."""
+    """Return transformers' DropPath as a factor per sample of y, from the same random numbers; None means 1."""
     if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
     keep = 1 - drop_path.drop_prob
@@ -253,7 +253,8 @@ def _out(layer: Any) -> Any:
 _MERGING = Merging("pre", lambda merging: merging.reduction.in_features)
 _MERGING_V2 = Merging("post", lambda merging: merging.reduction.out_features)
 
-# Of the classes of layers: the modules whose work the op does and their paths, the MLP, and how often v2 masks.
+# Class of layers -> the modules whose work the op does, with their paths; the MLP; the number of times that v2 adds its
+# mask; the residual connections.
 _INSIDE: dict[type, tuple[tuple[str, type[nn.Module]], ...]] = {}
 _MLP: dict[type, Mlp] = {}
 _MASKED: dict[type, int] = {}
@@ -261,21 +262,21 @@ _RESIDUALS: dict[type, tuple[Residual, ...]] = {}
 
 
 class _Layer(Accelerated):
-    """A layer of any family on ops.
+    """A layer of any family that runs on ops.
 
-    Geometry, parameters and the index of the bias table are read or compared at every call. transformers' code runs
-    where the op cannot replace it: requested attention weights, a hook on an inner module or another module in its
-    place, a replaced method, tracing.
+    Geometry, parameters and the index of the bias table are read or compared at every call. transformers' code runs if
+    the op cannot replace it: if attention weights are requested, if an inner module has a hook or was replaced, after a
+    method was replaced, and while traced.
     """
 
     set_shift_and_window_size: Any
 
     def _is_ours(self, x: Any, size: Any, always_partition: bool | None = True) -> bool:
-        """Return True if the op runs for the token sequence x of a map, after the windows are fitted to the map."""
+        """Fit the windows to the map, and return True if the op can run for x, the map's token sequence."""
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
             return False
         if not always_partition:
-            self.set_shift_and_window_size(size)  # permanently: a second time changes nothing
+            self.set_shift_and_window_size(size)  # permanent, so a repetition changes nothing
         return _why_not_attention(self) is None
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -287,7 +288,7 @@ class _Layer(Accelerated):
 
 
 class PreNormLayer(_Layer):
-    """A layer of v1: norm, attention, norm, MLP."""
+    """A v1 layer: norm, attention, norm, MLP."""
 
     def _attention_half(self, x: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the residual stream after attention, and its norm."""
@@ -300,13 +301,13 @@ class PreNormLayer(_Layer):
         return s, child(self, "layernorm_after")(s)
 
     def _both_halves(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """The residual stream after attention and MLP."""
+        """Return the residual stream after attention and MLP."""
         s, z = self._attention_half(x, size)
         return _MLP[original_class(self)].added(self, s, z)
 
 
 class PreNormLayerOfAnyMap(PreNormLayer):
-    """A layer of v1 whose windows shrink to small maps unless an argument forbids it."""
+    """A v1 layer whose windows shrink to small maps unless an argument forbids it."""
 
     def forward(
         self,
@@ -321,7 +322,7 @@ class PreNormLayerOfAnyMap(PreNormLayer):
 
 
 class PostNormLayer(_Layer):
-    """A layer of v2: attention, norm, MLP, norm."""
+    """A v2 layer: attention, norm, MLP, norm."""
 
     def forward(
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: bool | None = False
@@ -338,7 +339,7 @@ class PostNormLayer(_Layer):
 
 
 class _MergingOfSequences(Accelerated):
-    """Patch merging on an op."""
+    """Patch merging that runs on an op."""
 
     def _merge(self, how: Merging, x: Tensor, size: Any) -> Tensor | None:
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
@@ -348,7 +349,7 @@ class _MergingOfSequences(Accelerated):
 
 
 class PreNormMerging(_MergingOfSequences):
-    """Patch merging of v1 on an op."""
+    """Patch merging of v1 that runs on an op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING, input_feature, input_dimensions)
@@ -356,7 +357,7 @@ class PreNormMerging(_MergingOfSequences):
 
 
 class PostNormMerging(_MergingOfSequences):
-    """Patch merging of v2 on an op."""
+    """Patch merging of v2 that runs on an op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING_V2, input_feature, input_dimensions)
@@ -372,14 +373,14 @@ def _run_with_size(module: Any, x: Tensor) -> Tensor:
 
 
 def _map_size(layer: Any) -> tuple[int, int]:
-    """A map with padding on each axis, and a shift: the map size is an argument of the call."""
+    """Return the size of a map with padding on each axis and a shift, because a layer stores no map size."""
     return layer.window_size + 1, layer.window_size + 2
 
 
 def _qkv_weight(layer: Any) -> Tensor:
-    """Return a weight that stands for those of query, key and value."""
+    """Return a weight with the shape and dtype of the query, key and value weights together."""
     q, *_ = _projections(layer).values()
-    # Not derived from the weight itself, whose tensor class may support no factory functions.
+    # Not made from q.weight, whose tensor class may support no factory functions.
     one = torch.empty((), dtype=q.weight.dtype, device=q.weight.device)
     return one.expand(3 * q.weight.shape[0], q.weight.shape[1])
 
@@ -393,14 +394,14 @@ def layer_adapter(
     takes: Sequence[str],
     cosine: Any = None,
 ) -> Adapter:
-    """Make the adapter of a class of layers.
+    """Make the adapter for a class of layers.
 
     Args:
-        original, accelerated: the classes.
+        original, accelerated: the layer's class and its accelerated subclass.
         inside: the classes of the attention and of its children, by their paths.
         mlp, drop_path: the classes of these children; an MLP is one module, or a pair of "intermediate" and "output".
-        takes: the arguments of the forward pass.
-        cosine: the class of the inner attention, in v2.
+        takes: the names of the forward's arguments.
+        cosine: the class of the inner attention in v2, else None.
     """
 
     def residual(norm: str, casts_its_input: Callable[[Any], bool] = lambda layer: False) -> Residual:
@@ -449,7 +450,7 @@ def layer_adapter(
 
 
 def merging_adapter(original: type[nn.Module], accelerated: type[nn.Module]) -> Adapter:
-    """Make the adapter of a class of patch merging; the accelerated class determines v1 or v2."""
+    """Make the adapter for a class of patch merging; the accelerated class determines v1 or v2."""
     how = _MERGING_V2 if issubclass(accelerated, PostNormMerging) else _MERGING
     return how.adapter(
         NAME, original, accelerated, lambda merging: (6, 5, merging.reduction.in_features // 4), run=_run_with_size

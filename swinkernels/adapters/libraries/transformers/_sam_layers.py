@@ -1,4 +1,4 @@
-"""The vision layers of SAM, which transformers copies from model to model, as a form.
+"""The form of SAM's vision layers, which transformers copies from model to model.
 
 Source: transformers.models of sam, sam_hq and got_ocr2, transformers 5.
 """
@@ -16,7 +16,7 @@ from swinkernels.adapters.forms.form import Form
 
 def _forward(layer: Any, attend: Any, hidden_states: Tensor) -> Any:
     attn = layer.attn
-    # torch's fused attention is called without dropout and scale.
+    # transformers calls torch's fused attention without dropout and scale.
     is_fused = "Sdpa" in original_class(attn).__name__
     y = decomposed_attention(
         attn,
@@ -35,7 +35,7 @@ def _forward(layer: Any, attend: Any, hidden_states: Tensor) -> Any:
 
 
 def sam_form(name: str, kind: type[nn.Module]) -> Form:
-    """Make the form of a model's class of layers."""
+    """Make the form for a model's layer class."""
     return Form(
         name=f"transformers {name}",
         of=kind,

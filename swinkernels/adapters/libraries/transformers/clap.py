@@ -1,4 +1,4 @@
-"""The audio encoder of CLAP of transformers 5: its layers and patch merging on this package's ops."""
+"""Runs the layers and patch merging of CLAP's audio encoder (transformers 5) on this package's ops."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedClapAudioLayer(PreNormLayerOfAnyMap, ClapAudioLayer):  # type: ignore[misc]  # its annotation of the result is too narrow
-    """transformers' layer on ops."""
+    """transformers' layer, run on ops."""
 
 
 class AcceleratedClapAudioPatchMerging(PreNormMerging, ClapAudioPatchMerging):
-    """transformers' patch merging on an op."""
+    """transformers' patch merging, run on an op."""
 
 
 ADAPTERS = (

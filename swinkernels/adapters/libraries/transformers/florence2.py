@@ -1,4 +1,4 @@
-"""Florence-2's vision tower, DaViT: window attention without a bias, as a form.
+"""The form of the attention in Florence-2's vision tower, a DaViT: windows without a bias.
 
 Source: transformers.models.florence2.modeling_florence2, transformers 5.
 """

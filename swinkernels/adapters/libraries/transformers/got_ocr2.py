@@ -1,4 +1,4 @@
-"""GOT-OCR2's vision encoder.
+"""The form of the layers in GOT-OCR2's vision encoder.
 
 Source: transformers.models.got_ocr2.modeling_got_ocr2, transformers 5.
 """

@@ -1,4 +1,4 @@
-"""Hiera: attention in mask units, whose tokens lie in the order of the units, as a form.
+"""The form of Hiera's attention in mask units; the tokens are stored unit by unit.
 
 Source: transformers.models.hiera.modeling_hiera, transformers 5.
 """

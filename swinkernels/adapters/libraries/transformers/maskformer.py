@@ -1,4 +1,4 @@
-"""The Swin backbone of MaskFormer of transformers 5: its layers and patch merging on this package's ops."""
+"""Runs the layers and patch merging of MaskFormer's Swin backbone (transformers 5) on this package's ops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedMaskFormerSwinLayer(PreNormLayer, MaskFormerSwinLayer):
-    """transformers' layer on ops. Its windows never change, and small maps are padded up to them."""
+    """transformers' layer, run on ops. Its windows never change, and small maps are padded to a whole window."""
 
     def forward(
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: bool = False
@@ -34,7 +34,7 @@ class AcceleratedMaskFormerSwinLayer(PreNormLayer, MaskFormerSwinLayer):
 
 
 class AcceleratedMaskFormerSwinPatchMerging(PreNormMerging, MaskFormerSwinPatchMerging):
-    """transformers' patch merging on an op."""
+    """transformers' patch merging, run on an op."""
 
 
 ADAPTERS = (

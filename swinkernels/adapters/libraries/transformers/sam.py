@@ -1,4 +1,4 @@
-"""SAM's vision encoder.
+"""The form of the layers in SAM's vision encoder.
 
 Source: transformers.models.sam.modeling_sam, transformers 5.
 """

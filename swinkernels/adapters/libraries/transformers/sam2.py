@@ -1,4 +1,4 @@
-"""SAM 2's Hiera: blocks with window attention without a bias, as a form.
+"""The form of the blocks of SAM 2's Hiera: window attention without a bias.
 
 Source: transformers.models.sam2.modeling_sam2, transformers 5.
 """

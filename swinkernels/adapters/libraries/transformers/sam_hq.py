@@ -1,4 +1,4 @@
-"""SAM-HQ's vision encoder.
+"""The form of the layers in SAM-HQ's vision encoder.
 
 Source: transformers.models.sam_hq.modeling_sam_hq, transformers 5.
 """

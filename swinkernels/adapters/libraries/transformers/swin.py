@@ -1,4 +1,4 @@
-"""Swin of transformers 5: its layers and patch merging on this package's ops."""
+"""Runs the layers and patch merging of Swin (transformers 5) on this package's ops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
-    """transformers' layer on ops. Its attention weights are None, as with "sdpa"."""
+    """transformers' layer, run on ops. It returns None for the attention weights, as with "sdpa"."""
 
     def forward(  # type: ignore[override]  # its annotation says that it returns one tensor
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
@@ -36,7 +36,7 @@ class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
 
 
 class AcceleratedSwinPatchMerging(PreNormMerging, SwinPatchMerging):
-    """transformers' patch merging on an op."""
+    """transformers' patch merging, run on an op."""
 
 
 ADAPTERS = (

@@ -1,4 +1,4 @@
-"""ViTDet: channels first, windows without a shift, decomposed relative position, as a form.
+"""The form of ViTDet's layers: channels first, windows without a shift, decomposed relative position.
 
 Source: transformers.models.vitdet.modeling_vitdet, transformers 5.
 """
