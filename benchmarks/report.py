@@ -28,7 +28,7 @@ HEAD = """# Benchmarks
 
 Written by `python -m benchmarks report` from the CSV files in `benchmarks/results`; an edit here is lost.
 
-## How it is measured
+## Method
 
 `python -m benchmarks ops`, `blocks`, `models`, `memory`, `latency`, `scaling` or `all` measures the tables below on
 your machine; `--quick`, `--filter`, `--baseline`, `--dtype` and `--device` choose a part. `python -m benchmarks compare
@@ -345,7 +345,7 @@ def headline(rows: Sequence[Row]) -> str:
         "implementation in the same run: plain PyTorch, `scaled_dot_product_attention` or `torch.compile`. This is the "
         f"median of {len(forward)} shapes ({_span(forward)})"
     )
-    text += f"; forward and backward it is {statistics.median(both):.1f} times ({_span(both)}). " if both else ". "
+    text += f"; forward and backward it is {statistics.median(both):.1f} times as fast ({_span(both)}). " if both else ". "
     if gains := model_gains(rows):
         text += f"Whole models spend most of their time in other layers and run {_span(gains)} times as fast. "
     text += (

@@ -311,7 +311,7 @@ def test_headline_compares_with_the_fastest_other_contestant() -> None:
     ]  # fmt: skip
     text = " ".join(report.headline(with_environment(rows)).split())
     assert "is 3.2 times as fast forward** as" in text  # 2.5 and 4
-    assert "the median of 2 shapes (2.50 to 4.00); forward and backward it is 1.5 times (1.50 to 1.50)." in text
+    assert "the median of 2 shapes (2.50 to 4.00); forward and backward it is 1.5 times as fast (1.50 to 1.50)." in text
     assert "Whole models" not in text
     assert "float32; in 0 of 8 timings the 20th and 80th percentiles differ by more than a tenth of" in text
 
