@@ -167,7 +167,7 @@ def readme_text(runs: Runs) -> str:
     shown = [x for x in _shown(runs, "time") if x["backend"] == "cuda" and x["op"] == "window_attention"]
     shown = [x for x in shown if x["unit"] == "% of copy" and x["dtype"] == "bfloat16"]
     if not shown:
-        return "**No GPU figure has been measured yet**; `make gpu-check` measures the kernels ([docs/gpu.md](docs/gpu.md)).\n"
+        return "**No GPU figure has been measured yet**; `make gpu-check` times kernels ([docs/gpu.md](docs/gpu.md)).\n"
     found: dict[str, dict[str, str]] = {}
     for x in shown:
         found.setdefault(x["shape"], {})[x["direction"]] = f"{x['value']:.0f}"

@@ -345,7 +345,9 @@ def headline(rows: Sequence[Row]) -> str:
         "implementation in the same run: plain PyTorch, `scaled_dot_product_attention` or `torch.compile`. This is the "
         f"median of {len(forward)} shapes ({_span(forward)})"
     )
-    text += f"; forward and backward it is {statistics.median(both):.1f} times as fast ({_span(both)}). " if both else ". "
+    text += (
+        f"; forward and backward it is {statistics.median(both):.1f} times as fast ({_span(both)}). " if both else ". "
+    )
     if gains := model_gains(rows):
         text += f"Whole models spend most of their time in other layers and run {_span(gains)} times as fast. "
     text += (
