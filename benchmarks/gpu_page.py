@@ -27,9 +27,10 @@ HEAD = """# On a GPU
 
 Written by `python -m benchmarks report` from the lines that `make gpu-check` leaves; an edit here is lost.
 
-A kernel is confirmed when its outputs (forward) or all its gradients (backward) kept the error budget of the tests in
-every case of the run: against the reference in float64, computed on the same device. Percent is of a device copy of the
-same bytes, timed in the same way: replays of a CUDA graph over inputs that rotate through more than the L2 cache.
+A kernel is confirmed if its outputs (forward) or all its gradients (backward) kept the error budget of the tests in
+every case of the run, compared with the reference in float64 on the same device. The last column compares its speed
+with a device copy of the same bytes, which is timed in the same way: in replays of a CUDA graph over inputs that rotate
+through more than the L2 cache.
 """
 
 
@@ -166,7 +167,7 @@ def readme_text(runs: Runs) -> str:
     shown = [x for x in _shown(runs, "time") if x["backend"] == "cuda" and x["op"] == "window_attention"]
     shown = [x for x in shown if x["unit"] == "% of copy" and x["dtype"] == "bfloat16"]
     if not shown:
-        return "**No GPU figure has been measured yet**; `make gpu-check` measures them ([docs/gpu.md](docs/gpu.md)).\n"
+        return "**No GPU figure has been measured yet**; `make gpu-check` times kernels ([docs/gpu.md](docs/gpu.md)).\n"
     found: dict[str, dict[str, str]] = {}
     for x in shown:
         found.setdefault(x["shape"], {})[x["direction"]] = f"{x['value']:.0f}"

@@ -28,26 +28,26 @@ HEAD = """# Benchmarks
 
 Written by `python -m benchmarks report` from the CSV files in `benchmarks/results`; an edit here is lost.
 
-## How it is measured
+## Method
 
 `python -m benchmarks ops`, `blocks`, `models`, `memory`, `latency`, `scaling` or `all` measures the tables below on
 your machine; `--quick`, `--filter`, `--baseline`, `--dtype` and `--device` choose a part. `python -m benchmarks compare
 A.csv B.csv` lists the changes between two runs that exceed their noise.
 
-- Each contestant is first compared with the reference, or with the library's own model, in float64: output and
-  gradients. A wrong one keeps its row, is marked WRONG, and has no ratio. The error is the worst RMS error in units of
+- The outputs and gradients of each contestant are first compared with the reference, or with the library's own model,
+  in float64. The row of a wrong contestant says WRONG and has no ratio. The error is the worst RMS error in units of
   the dtype's eps.
-- The contestants of a row take turns, so that a slow moment of the machine affects all. Times are medians; `~` marks a
-  time whose 20th and 80th percentile are more than 10 % of the median apart. The CSV files have both.
-- On a GPU, ops are replays of CUDA graphs over inputs that rotate through more than the L2 cache, and models are timed
-  by events after the cache was overwritten. On a CPU it is wall-clock time, with inputs that may lie in a cache.
+- The contestants of a row take turns, so that a slow moment of the machine affects all. Times are medians. `~` marks a
+  noisy time: its 20th and 80th percentiles differ by more than 10 % of the median. The CSV files have both.
+- On a GPU, ops are timed in replays of CUDA graphs over inputs that rotate through more than the L2 cache, and models
+  by events after the cache was overwritten. On a CPU, times are wall-clock times, and inputs may lie in a cache.
 - The roofline is the larger of bytes / copy rate and flops / matrix rate, both measured in the same run, for the bytes
   that the op has to move and the flops of its matrix products. A map that fits a CPU's cache may beat the copy rate.
-- How slow plain code is on a CPU depends on the processor's treatment of denormal numbers: the published mask of -100
-  makes probabilities of e^-100. The CPU kernels count them as zero.
-- Times exclude compilation, which is `first_call_s` in the CSV files. Peak memory is the memory that one call allocates
-  on top, results included.
-- Training is forward and backward, without an optimizer. Models have random weights.
+- The published mask of -100 makes probabilities of e^-100, which are denormal in float32: how much they slow down plain
+  code on a CPU depends on the processor. The CPU kernels count them as zero.
+- Times exclude compilation, whose time is `first_call_s` in the CSV files. Peak memory is the most memory that one call
+  adds to what was allocated before it, results included.
+- A training step is a forward and a backward pass, without an optimizer. Models have random weights.
 """
 
 
@@ -342,13 +342,18 @@ def headline(rows: Sequence[Row]) -> str:
     dtypes = ", ".join(dict.fromkeys(dtype for _, dtype in charts.best_ratios(rows, "fwd")))
     text = (
         f"**Window attention is {statistics.median(forward):.1f} times as fast forward** as the fastest other "
-        "implementation in the same run (plain PyTorch, `scaled_dot_product_attention`, `torch.compile`), the median "
-        f"of {len(forward)} shapes ({_span(forward)})"
+        "implementation in the same run: plain PyTorch, `scaled_dot_product_attention` or `torch.compile`. This is the "
+        f"median of {len(forward)} shapes ({_span(forward)})"
     )
-    text += f", and {statistics.median(both):.1f} times forward and backward ({_span(both)}). " if both else ". "
+    text += (
+        f"; forward and backward it is {statistics.median(both):.1f} times as fast ({_span(both)}). " if both else ". "
+    )
     if gains := model_gains(rows):
-        text += f"Whole models spend most of their time in other layers and gain a factor of {_span(gains)}. "
-    text += f"Measured on {device(rows)}, {dtypes}; {noisy} of {len(timed)} times are noisy. "
+        text += f"Whole models spend most of their time in other layers and run {_span(gains)} times as fast. "
+    text += (
+        f"All times are from {device(rows)}, {dtypes}; in {noisy} of {len(timed)} timings the 20th and 80th "
+        "percentiles differ by more than a tenth of the median. "
+    )
     text += "[Benchmarks](docs/benchmarks.md) has the method and every table."
     return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
 

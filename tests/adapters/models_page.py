@@ -39,17 +39,18 @@ FORMS_OF = {
 }  # fmt: skip
 HEADER = """# Models
 
-Every family of models that `accelerate` knows, as a small model of a few channels, before and after. The page is
-written by `python -m tests.adapters.models_page`; a test compares the modules on ops with what the code does now.
+This page compares a small model of every family that `accelerate` supports before and after `accelerate`.
+`python -m tests.adapters.models_page` writes it; a test checks that the column "on the op" is still right.
 
-- **On the op**: modules whose attention ran on a window attention op in a forward pass, of all with window attention.
-- **Error**: the largest difference from the library's own code in float64, outputs and every gradient, each over its
-  largest element; then that of float32 from float64, after and (before).
-- **CPU time**, **memory**: of a forward pass in float32, the median of {repeats} that alternate, and the most bytes
-  held at once beside the model. Models this small measure calls, not kernels: [Benchmarks](benchmarks.md) has models of
-  real size.
+- **On the op**: how many of the modules with window attention ran on a window attention op in a forward pass.
+- **Error, float64**: the largest difference from the library's own code, over outputs and every gradient, each relative
+  to its largest element.
+- **Error, float32**: the same for the difference between float32 and float64, after `accelerate` and (before it).
+- **CPU time** and **memory** of a forward pass in float32, before → after: the median of {repeats} runs, alternately
+  before and after, and the most bytes held at once in addition to the model. Such small models show the cost of calls,
+  not of kernels: [Benchmarks](benchmarks.md) has models of real size.
 
-A "form of" a source is a module of the tests with the same names and conventions.
+A source "form of ..." means a module of the tests with the names and conventions of that source.
 
 | family | source | on the op | error, float64 | error, float32 | CPU time, ms | memory, KiB |
 |---|---|---|---|---|---|---|
