@@ -154,11 +154,11 @@ def judge(
 ) -> Judged:
     """Judge whether ``got`` is as close to ``exact`` (float64) as its dtype allows.
 
-    Two limits: an RMS error of 0.75 eps of the RMS of ``exact``, and an error of any element of 2 eps of the largest
-    one. The error of ``f32``, the reference run in float32 on the same rounded inputs (or a function that runs it on
-    demand), is allowed on top; it dominates where terms cancel. ``eps`` is the arithmetic's, by default the eps of
-    got's dtype (TF32: 2 ** -10). ``terms``, the size of the terms that cancel, replaces ``exact`` as the scale of eps.
-    NaN fails.
+    The RMS error may be 0.75 eps of the RMS of ``exact``, and the error of each element 2 eps of the largest element.
+    The error of ``f32``, the reference run in float32 on the same rounded inputs (or a function that runs it on
+    demand), is allowed on top; it dominates if terms cancel. ``eps`` is the arithmetic's, by default the eps of got's
+    dtype (TF32: 2 ** -10). ``terms``, the size of the terms that cancel, replaces ``exact`` as the scale of eps. NaN
+    fails.
     """
     if got.shape != exact.shape:
         return Judged(math.inf, math.inf, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
@@ -194,8 +194,8 @@ def assert_within_budget(got: Tensor, exact: Tensor, f32: Tensor | Callable[[], 
 def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, single: bool = False) -> dict[str, Tensor]:
     """Compute, in float64, what dq, dk and dbias would be if all of their terms, which cancel, had one sign.
 
-    Keys as in :func:`run_case`; a value has the scale of that result, not its shape. ``single`` is for arithmetic in
-    float32: it adds the rounding of the scores to the sizes and includes the output.
+    The keys are as from :func:`run_case`; a value has the scale of the result, not its shape. ``single`` is for
+    arithmetic in float32: it adds the rounding of the scores to the sizes and includes the output.
     """
     rank, heads = len(case.size), case.num_heads
     device = inputs["qkv"].device

@@ -24,7 +24,7 @@ class DropPath(nn.Module):
     def scale(self, y: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
         """Draw the factor of each sample of y, (B,): 0 if the sample is dropped, else 1 / (1 - p); None stands for 1.
 
-        ``dtype`` is that of the branch if y is another tensor: a GPU's draws depend on it.
+        ``dtype`` is the branch's dtype if y is another tensor, because a GPU's draws depend on the dtype.
         """
         if self.drop_prob == 0.0 or not self.training:
             return None

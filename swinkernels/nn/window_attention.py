@@ -61,7 +61,7 @@ class _WindowAttention(nn.Module):
         return self.qkv(x), self._qkv_bias()
 
     def _scores(self) -> dict[str, Any]:
-        """Return those of the op's arguments that define the scores."""
+        """Return the op arguments that define the scores."""
         raise NotImplementedError
 
     def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
@@ -230,13 +230,13 @@ class WindowAttentionV2(_WindowAttention):
         score_{ij} = e^{\min(logit\_scale, \ln 100)} \cos(q_i, k_j) + 16 \, \sigma(MLP(\Delta_{ij}))
 
     where Delta is the logarithmically spaced offset of the two tokens. The MLP runs once per offset of a window, in its
-    own dtype also under autocast: half precision would cost the bias more accuracy than the rest of the block.
+    own dtype also under autocast: half precision would lose more accuracy in the bias than in the rest of the block.
 
     Args:
         dim, window_size, num_heads, attn_drop, proj_drop, shift_size, pad_order, backend, device, dtype: as for
             :class:`WindowAttention`.
         qkv_bias: True for biases of q and v; k has no bias.
-        pretrained_window_size: the window for which the MLP was trained, an int or one per axis, 0 for this window.
+        pretrained_window_size: the window for which the MLP was trained, an int or one per axis, 0 for ``window_size``.
 
     Shape: as for :class:`WindowAttention`.
 

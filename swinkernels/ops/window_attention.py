@@ -265,7 +265,7 @@ def _make_plan(
 def _fit(
     plan: _Plan, tables: tuple[Tensor | None, ...], device: torch.device, generator: torch.Generator | None
 ) -> tuple[Tensor | None, ...]:
-    """Convert the tables for the op and draw the seed of the dropout."""
+    """Convert the tables for the op and draw the dropout seed."""
     *biases, logit_scale, pad_qkv, region_map = tables
     seed = None
     biases = [None if t is None else t.to(torch.float32) for t in biases]

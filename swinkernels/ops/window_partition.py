@@ -19,8 +19,8 @@ from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import PLAIN, choose, window_partition_reasons
 from swinkernels.ops._library import Found, define, looked_up, register, three
 
-# The geometry lists have three values each, slowest axis first, as FrameGeometry in csrc/params; `size` has the rank of
-# the map. The ops allow any shift below the frame's size.
+# The geometry lists have three values each, slowest axis first, as in FrameGeometry (csrc/params); `size` has the map's
+# rank. The ops allow any shift below the frame's size.
 _GEOMETRY = "int[] window_size, int[] shift_size, bool roll_then_pad"
 
 
@@ -195,7 +195,7 @@ def window_reverse(
         window, shift = _arguments.check_window(op, window_size, shift_size, len(tokens))
         _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
         _arguments.check_windows(op, windows, tokens, window)
-        _check_count(op, 1, tokens, window, windows.shape[2])  # for one map: the windows of all exist already
+        _check_count(op, 1, tokens, window, windows.shape[2])  # for one map: the windows of all maps exist
         return window, tokens, shift, _choice(op, windows, backend)
 
     options = (op, window_size, tuple(size) if type(size) is torch.Size else size, shift_size, pad_order, backend)

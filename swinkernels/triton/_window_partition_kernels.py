@@ -32,7 +32,7 @@ class Static(NamedTuple):
     HAS_PADDING: Any
 
 
-@triton.jit(do_not_specialize=["batch_windows", "windows_per_program"])  # otherwise a new batch size could recompile
+@triton.jit(do_not_specialize=["batch_windows", "windows_per_program"])  # no recompilation for a new batch size
 def move_windows(
     x, windows, batch_windows, windows_per_program, size, roll, x_strides, window_strides,
     STATIC: tl.constexpr, ROW: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,

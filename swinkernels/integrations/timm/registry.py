@@ -22,8 +22,8 @@ from swinkernels.adapters.engine import accelerate
 
 PREFIX = "swinkernels_"
 
-# timm.models.register_model reads these in an entrypoint's module: the configurations, and the names, to which it adds
-# the new one.
+# timm.models.register_model reads both in an entrypoint's module: the configurations, and the list of names, to which
+# it adds the entrypoint.
 default_cfgs: dict[str, Any] = {}
 __all__ = ["PREFIX"]
 
@@ -50,7 +50,7 @@ def _hub_id(cfg: Any, name: str, tag: str) -> str | None:
 def _register(module: Any) -> None:
     for name in timm.list_models(module=module.__name__.rpartition(".")[2]):
         if timm.is_model(PREFIX + name):
-            continue  # the module is imported again; timm would warn about every name
+            continue  # a second import, for which timm would warn about every name
         cfgs = module.default_cfgs.get(name)
         if cfgs is not None:
             own = {tag: replace(cfg, hf_hub_id=_hub_id(cfg, name, tag)) for tag, cfg in cfgs.cfgs.items()}

@@ -29,8 +29,8 @@ Order     the head varies fastest over programs: neighbours read neighbouring pa
 Bias      gathered from the table in the kernel. The table (2 KB at window 7 and 3 heads) stays in L1; building a dense
           fp32 bias (heads, N, N) would cost one more launch. A given dense bias is read directly.
 Traffic   forward 4 and backward 7 maps of B * S * C elements, each read or written once (N <= 64; backward in v2 reads
-          q and k twice, the second time from the cache). Sums over windows: one dbias per group of
-          windows, 16 MB plus one dbias at most.
+          q and k twice, the second time from the cache). Sums over windows: one dbias per group of windows,
+          at most 16 MB plus one dbias.
 Limits    N <= 1024, with axis_tables 4096; windows of a call below 2^31; tile sizes are powers of two, which at
           window 7 costs a factor of 64/49.
 """

@@ -61,7 +61,7 @@ class Static(NamedTuple):
     KEY_WINDOW: Any  # the keys' window, with the same centre
     KEY_VOLUME: Any
     HAS_KEY_WINDOW: Any  # True if KEY_WINDOW is larger than WINDOW
-    TABLE_WINDOW: Any  # in which bias_table's queries are decoded; its keys are decoded in the next one
+    TABLE_WINDOW: Any  # decodes queries for bias_table; the next one decodes keys
     TABLE_KEY_WINDOW: Any
     TABLE_ROWS: Any  # rows of bias_table on each axis
     TABLE_PAIRS: Any  # per axis, True if bias_table has a row for each pair of coordinates

@@ -105,7 +105,7 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
                 key_region = region_of(window, key, key_beyond, seams, call, STATIC)
                 scores = masked(scores, query_region, key_region, call)
         higher = tl.maximum(top, tl.max(scores, axis=1))  # finite: every key tile holds at least one token
-        if call.dense_bias is not None:  # which may exclude all of its tokens by minus infinity
+        if call.dense_bias is not None:  # it may be minus infinity for all tokens of a tile
             higher = tl.maximum(higher, _LOWEST)
         probs = tl.exp2(scores - higher[:, None])
         rescale = tl.exp2(top - higher)

@@ -124,7 +124,7 @@ def row_gradient(d, x, inverse, scale, call):
 
 @triton.jit
 def store_dlogit_scale(dlogit_scale, rows_log2, program, head, call):
-    """Store a program's share of a logit scale's gradient, which is zero where the scale is clamped.
+    """Store a program's share of a logit scale's gradient, which is zero if the scale is clamped.
 
     As in torch.clamp, ln 100 rounded to float32 is above ln 100.
     """

@@ -1,4 +1,4 @@
-"""Reads and writes one head's rows of tokens. ``at`` (``Tokens``) are their positions."""
+"""Reads and writes one head's rows of tokens at given positions: ``at``, of class ``Tokens``."""
 
 from __future__ import annotations
 

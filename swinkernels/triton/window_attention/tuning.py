@@ -39,7 +39,7 @@ def axis_rows(itemsize: int) -> int:
 def tiles(
     name: str, keys: int, head_dim: int, itemsize: int, axis_columns: int = 0, has_key_window: bool = False
 ) -> Tiles:
-    """Return a kernel's tiles, given the number of a window's keys and, with axis_tables, of the columns of A."""
+    """Return a kernel's tiles, given the keys per window and, with axis_tables, the number of columns of A."""
     wide = head_dim > 64
     if axis_columns > 64:  # two tiles with all columns are in registers
         return Tiles(32, 32, 4, 1) if itemsize == 2 else Tiles(16, 16, 4, 1)
