@@ -149,8 +149,8 @@ class SwinTransformerBlock(_Block):
         device, dtype: device and dtype of the parameters.
 
     Shape:
-        x: (B, \*S, C), S = (H, W) or (D, H, W), or a sequence (B, L, C) with ``size`` = S. The result has the shape of
-        x and, except for Linear layers under autocast, its dtype.
+        x: (B, \*S, C), S = (H, W) or (D, H, W), or a sequence (B, L, C) with ``size`` = S. The result has the shape and
+        the dtype of x, also under autocast.
 
     Parameters: those of ``norm1``, ``attn``, ``norm2`` and ``mlp`` (``fc1``, ``fc2``). A checkpoint may also contain
     Microsoft's ``attn_mask``, which is computed here.

@@ -1,4 +1,4 @@
-"""Runs a Linear layer with its bias, GELU or residual connection in one pass on a CPU, by the oneDNN in torch.
+"""Runs a Linear layer with its bias, GELU or residual connection in one pass on a CPU, with torch's oneDNN.
 
 F.linear on a CPU writes the bias into the result before the product, and GELU and the sum are separate passes: three or
 four parallel regions over memory instead of one. oneDNN applies all of them to a tile that is still in registers, in
@@ -24,7 +24,7 @@ _LOW = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_
 
 @functools.cache
 def why_not_fused(dtype: torch.dtype) -> str | None:
-    """Return why torch cannot fuse Linear layers of a dtype on this machine, or would not gain by it, or None."""
+    """Return why fusing Linear layers of a dtype is not possible or not faster on this machine, or None."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "torch was built without oneDNN"
     if platform.machine().lower() not in ("x86_64", "amd64"):

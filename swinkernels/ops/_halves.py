@@ -18,7 +18,7 @@ NORMS = ("pre", "post")
 def check_half(
     op: str, x: Tensor, norm: Any, residual: Any, eps: Any, drop_path_scale: Any, **of_channels: Any
 ) -> float:
-    """Check the arguments of both halves; return the norm's eps. Tensors ``of_channels`` have one value per channel."""
+    """Check the arguments of both halves and return eps. ``of_channels`` are tensors with one value per channel."""
     _arguments.check_choice(op, "norm", norm, NORMS)
     if not isinstance(residual, bool):
         raise TypeError(f"{op}: residual must be a bool, got {residual!r}")
