@@ -1,4 +1,4 @@
-"""``python -m swinkernels.info`` prints versions, the build, and for each backend why it cannot run here, if so."""
+"""``python -m swinkernels.info`` prints versions, the build and the backends, and why one cannot run here."""
 
 from __future__ import annotations
 
