@@ -1,4 +1,4 @@
-"""Loads the compiled parts once and records why one is missing."""
+"""Loads the compiled op library once, or records why it is missing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 from swinkernels._namespace import NAMESPACE
 
-# ops: namespace of the ops, those defined in Python and the compiled ones.
+# ops: namespace of all ops, defined in Python or compiled.
 ops = getattr(torch.ops, NAMESPACE)
 # build: the result of the op build_info, or None without the extension.
-# error: why the op library is not loaded, or None when it is.
+# error: why the op library is not loaded, or None if it is.
 build: dict[str, Any] | None = None
 error: str | None = None
 # Environment variable with the path of another op library to load instead, such as an older build to compare with.
@@ -35,13 +35,13 @@ _NEWEST_FACT = "layer_norm_limits"
 
 
 def _library(folder: Path) -> Path | None:
-    """Find the op library in a folder of the package. It is no Python module: torch loads it, and its ops register."""
+    """Find the op library in a folder. It is not a Python module: torch loads it, and it registers its ops."""
     names = (f"_ops{suffix}" for suffix in (".abi3.so", *EXTENSION_SUFFIXES, ".pyd"))
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def find_library() -> Path | None:
-    """Find the op library to load."""
+    """Find the op library to load: the one that SWINKERNELS_OPS names, else the package's."""
     other = os.environ.get(OTHER_LIBRARY)
     return Path(other) if other else _library(Path(__file__).parent)
 

@@ -1,4 +1,4 @@
-"""``python -m swinkernels.info``: versions, the build, and each backend with the reason if it cannot run here."""
+"""``python -m swinkernels.info`` prints versions, the build and the backends, and why one cannot run here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _installed_version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """Return the version of the NVIDIA driver, which torch does not report."""
+    """Return the version of the NVIDIA driver, which torch does not report, or None."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -59,7 +59,7 @@ def collect() -> dict[str, Any]:
     Returns:
         ``versions`` (Python, torch, Triton, CUDA, driver and so on; None for a missing one), ``platform``, ``gpus``,
         ``build`` (the result of the op ``build_info``, or None without the extension), ``extension_error`` (the reason
-        why the extension is not loaded, or None), ``cpu_instruction_set`` (that of the CPU kernels on this machine, or
+        why the extension is not loaded, or None), ``cpu_instruction_set`` (the one that the CPU kernels use here, or
         None) and ``backends`` (for each, the reason why it cannot run here, or None).
     """
     return {

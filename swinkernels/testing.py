@@ -20,8 +20,8 @@ from swinkernels.reference.window_attention import key_window_index, relative_po
 # Below this many tokens per window, too few rounding errors average out, and the rows of dS, which sum to zero, cancel
 # most.
 SMALL_WINDOW = 16
-# Below this many channels a unit row (v2) hardly turns, so its gradient is mostly rounding error (zero for one
-# channel).
+# Below this many channels a unit row (v2) hardly changes its direction, so its gradient is mostly rounding error (with
+# one channel the gradient is zero).
 FEW_CHANNELS = 4
 
 
@@ -37,7 +37,7 @@ class WindowAttentionCase:
     shift_size: int | tuple[int, ...] = 0
     has_table: bool = True
     has_pad_qkv: bool = False
-    has_logit_scale: bool = False  # v2; one head's value is above the clamp
+    has_logit_scale: bool = False  # v2, with one head's value above the clamp
     bias_types: int | None = None  # dense bias instead of the table: 0 for (heads, N, M), else its window types
     options: dict[str, Any] = field(default_factory=dict)
     has_axis_tables: bool = False
@@ -67,7 +67,7 @@ class WindowAttentionCase:
         return value if isinstance(value, tuple) else (value,) * len(self.size)
 
     def arguments(self, device: str | torch.device | None = None) -> dict[str, Any]:
-        """The arguments other than inputs; tensors among them are on ``device`` if given."""
+        """Return the arguments other than inputs; tensors among them are on ``device`` if given."""
         options = {name: x.to(device) if device and isinstance(x, Tensor) else x for name, x in self.options.items()}
         return {
             "num_heads": self.num_heads,
@@ -77,7 +77,7 @@ class WindowAttentionCase:
         }
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
-        """Draw qkv, dout and, where the case has it, pad_qkv, rounded to ``dtype``, and in float32 bias_table, bias,
+        """Draw qkv, dout and, if the case has it, pad_qkv, rounded to ``dtype``, and in float32 bias_table, bias,
         logit_scale and, for each axis a, the table "axis_tables.a". Draws differ between kinds of device."""
         g = torch.Generator(device).manual_seed(seed)
 
@@ -136,7 +136,7 @@ def _rms(x: Tensor) -> float:
 
 
 class Judged(NamedTuple):
-    """Error of a result, and the reason if it is too large."""
+    """Error of a result, and the reason if that error is too large."""
 
     rms_eps: float  # the RMS error in eps of the RMS of the result or of its cancelling terms
     of_limit: float  # the RMS error or the largest error as a fraction of its limit, the larger of the two
@@ -154,9 +154,9 @@ def judge(
 ) -> Judged:
     """Judge whether ``got`` is as close to ``exact`` (float64) as its dtype allows.
 
-    Two limits: an RMS error of 0.75 eps of the RMS of ``exact``, and an error of any element of 2 eps of the largest
-    one. The error of ``f32``, the reference run in float32 on the same rounded inputs (or a function that runs it on
-    demand), is allowed on top; it dominates where terms cancel. ``eps`` is that of the arithmetic, by default of got's
+    The RMS error may be 0.75 eps of the RMS of ``exact``, and the error of each element 2 eps of the largest element.
+    The error of ``f32``, the reference run in float32 on the same rounded inputs (or a function that runs it on
+    demand), is allowed on top; it dominates if terms cancel. ``eps`` is the arithmetic's, by default the eps of got's
     dtype (TF32: 2 ** -10). ``terms``, the size of the terms that cancel, replaces ``exact`` as the scale of eps. NaN
     fails.
     """
@@ -166,8 +166,8 @@ def judge(
         return Judged(0.0, 0.0, None)
     eps = torch.finfo(got.dtype).eps if eps is None else eps
     size = exact if terms is None else terms
-    # Two errors are always allowed: from probabilities below float32's normal numbers, which a gradient may multiply by
-    # thousands, and below the last bit of got's subnormal numbers.
+    # Two errors are always allowed: those from probabilities below float32's normal numbers, which a gradient may
+    # multiply by thousands, and those below the last bit of got's subnormal numbers.
     info = torch.finfo(got.dtype)
     floor = max(1e4 * torch.finfo(torch.float32).tiny, info.tiny * info.eps)
     error = got.double() - exact
@@ -194,8 +194,8 @@ def assert_within_budget(got: Tensor, exact: Tensor, f32: Tensor | Callable[[], 
 def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, single: bool = False) -> dict[str, Tensor]:
     """Compute, in float64, what dq, dk and dbias would be if all of their terms, which cancel, had one sign.
 
-    Keys as in :func:`run_case`; a value has the scale of that result, not its shape. ``single`` is for arithmetic in
-    float32: it adds the rounding of the scores to the sizes and includes the output.
+    The keys are as from :func:`run_case`; a value has the scale of the result, not its shape. ``single`` is for
+    arithmetic in float32: it adds the rounding of the scores to the sizes and includes the output.
     """
     rank, heads = len(case.size), case.num_heads
     device = inputs["qkv"].device
@@ -224,7 +224,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         return tokens[:, index].transpose(2, 3)  # (B, num_windows, heads, N, head_dim)
 
     def scatter(x: Tensor, index: Tensor) -> Tensor:
-        """Sum for each token; the last one is the pad token: (B, tokens + 1, heads, head_dim)."""
+        """Return the sum for each token, the pad token last: (B, tokens + 1, heads, head_dim)."""
         tokens = x.new_zeros(case.batch, math.prod(case.size) + 1, heads, case.head_dim)
         return tokens.index_add_(1, index.flatten(), x.transpose(2, 3).flatten(1, 2))
 
@@ -248,14 +248,14 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
         factor = inputs["logit_scale"].clamp(max=math.log(100.0)).exp()
     else:
         factor = abs(arguments.get("scale", case.head_dim**-0.5))
-    rounded = torch.zeros_like(probs)  # for each score, the size that its rounding errors are relative to
+    rounded = torch.zeros_like(probs)  # for each score, the size to which its rounding errors are relative
     if single:
         rounded = factor * (q.square() @ k.square().transpose(-2, -1)).sqrt()
         if case.has_logit_scale:  # the terms of a cosine share the rounding of two norms
             rounded = rounded + 2 * factor * (q @ k.transpose(-2, -1)).abs()
         for rows, _, has in axes:
             rounded = rounded + torch.einsum("...id,ijd->...ij", q.square(), rows.square()).sqrt() @ has.T
-        # The rounding of a score far below the largest, such as a mask of -100: half an eps of the distance.
+        # A score far below the largest, such as one with a mask of -100, is rounded by half an eps of the distance.
         rounded = torch.maximum(rounded, -0.5 * probs.clamp(min=1e-300).log())
         rounded = rounded + (probs * rounded).sum(-1, keepdim=True)  # plus the sum in the softmax's denominator
     dprobs = (dout @ v.transpose(-2, -1)).abs() * (1 + rounded)
@@ -276,7 +276,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     dv = probs.transpose(-2, -1) @ dout
     if single:
         out = probs @ v
-        variance = (probs @ v.square() - out.square()).clamp(min=0)  # variance of the rows of v that a query averages
+        variance = (probs @ v.square() - out.square()).clamp(min=0)  # of the rows of v that a query averages
         of_scores = ((probs * rounded.square()).sum(-1, keepdim=True) * variance).sqrt()
         terms["out"] = (out.abs() + of_scores)[real.expand_as(out)]
         dv = dv.abs() + (probs * rounded).transpose(-2, -1) @ dout.abs()
@@ -325,11 +325,11 @@ def judge_window_attention(
     """Run ``op``, also with ``arguments``, and judge its output and every gradient against the reference in float64.
 
     The reference runs on the same device. Inputs named in ``constant`` have no gradient. Gradients are judged against
-    the size of their cancelling terms if ``cancels``, in small windows, in v2 with few channels, and in float32 unless
-    ``eps`` is given because products are rounded; in float32 so is the output. ``rounds_unit_rows`` (a backend that
-    rounds v2's unit rows to the dtype, for tensor cores) adds dlogit_scale, one sum of terms that all have that
-    rounding. ``sums_in_float32`` (a backend that rounds nothing before its float32 sums) judges float32 gradients by
-    float32's eps for every dtype.
+    the size of their cancelling terms if ``cancels`` is True, in small windows, in v2 with few channels, and in float32
+    unless ``eps`` is given because products are rounded; in that float32 case the output is judged likewise.
+    ``rounds_unit_rows`` stands for a backend that rounds v2's unit rows to the dtype, for tensor cores: dlogit_scale,
+    one sum of terms that all have that rounding, is then judged likewise. ``sums_in_float32`` stands for a backend that
+    rounds nothing before its float32 sums: float32 gradients are then judged by float32's eps for every dtype.
 
     Returns:
         Output and gradients by name, as from :func:`run_case`, and the verdict on each.

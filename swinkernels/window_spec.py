@@ -1,9 +1,9 @@
-"""WindowSpec: the arguments of a window-attention call other than its tensors, in normal form.
+"""Defines WindowSpec, the arguments of a window-attention call other than its tensors, in normal form.
 
 The public functions and the adapters make one (``ops._arguments.make_window_spec``). Support checks, fakes and the
 plain-PyTorch backends read its fields. Kernels get it as ``wire()``, a string, and ``numbers``, three floats, which a
 compiler may make symbolic. A string is one argument: exporters keep it, graphs print it readably, and passing it costs
-one pointer. To add an option: a field here, its check, the argument of the public functions, the reference, and each
+one pointer. A new option needs a field here, its check, the argument of the public functions, the reference, and each
 backend that supports it.
 """
 
@@ -21,7 +21,7 @@ class WindowSpec:
     """Arguments of a window-attention call other than its tensors, with two or three values per axis, slowest first.
 
     Fields are documented by the arguments of the same name of :func:`swinkernels.window_attention_qkvpacked`, with
-    these exceptions. Without ``needs_lse``, for calls that get no gradient, the op returns an empty lse. ``allow_tf32``
+    these exceptions. Without ``needs_lse``, in calls without a gradient, the op returns an empty lse. ``allow_tf32``
     lets float32 products be rounded to TF32. With ``axis_tables`` the op's bias is the tables of all axes,
     concatenated. ``table_types`` is the number of window types in the bias table.
     """
@@ -45,18 +45,18 @@ class WindowSpec:
 
     @property
     def volume(self) -> int:
-        """N, the tokens of a window."""
+        """Return N, the number of tokens in a window."""
         return math.prod(self.window_size)
 
     @property
     def key_volume(self) -> int:
-        """M, the keys of a window."""
+        """Return M, the number of keys of a window."""
         return math.prod(self.key_window)
 
     @property
     def table_rows(self) -> int:
-        """Number of rows of the bias table."""
-        # Lists: torch.compile cannot trace a generator here.
+        """Return the number of rows of the bias table."""
+        # These are lists because torch.compile cannot trace a generator here.
         if self.key_window != self.window_size:
             return math.prod([w + m - 1 for w, m in zip(self.window_size, self.key_window, strict=True)])
         per_axis = zip(self.table_window, self.table_pairs, strict=True)
@@ -81,7 +81,7 @@ class WindowSpec:
     @classmethod
     @functools.lru_cache(maxsize=4096)
     def parse(cls, wire: str, scale: float, mask_value: float, dropout_p: float) -> WindowSpec:
-        """The inverse of ``wire()`` and ``numbers``."""
+        """Make a spec from the results of ``wire()`` and ``numbers``."""
         written = dict(item.split("=") for item in wire.split(";"))
         window = _FIELDS["window_size"].read(written["window_size"])
         fields = {
@@ -93,7 +93,7 @@ class WindowSpec:
 
 @dataclass(frozen=True)
 class _Field:
-    """Conversion of a field to the wire and back, and its default, which may depend on the window."""
+    """Converts a field to the wire and back; has its default, which may depend on the window."""
 
     write: Callable[[Any], str]
     read: Callable[[str], Any]
@@ -112,8 +112,8 @@ def _flag(default: bool) -> _Field:
     return _Field(lambda value: str(int(value)), lambda text: text == "1", lambda window: default)
 
 
-# The wire fields: the window first, those known only at the call last. csrc/bindings/window_spec.h reads the same names
-# with the same defaults.
+# The wire fields: the window first, and last those known only at the call. csrc/bindings/window_spec.h reads the same
+# names with the same defaults.
 _FIELDS = {
     "window_size": _per_axis(int, lambda w: None),
     "shift_size": _per_axis(int, lambda w: 0),

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    # Published weights would need a download; for numbers and times seeded ones do as well.
+    # Published weights would need a download; seeded ones serve as well to compare numbers and times.
     torch.manual_seed(0)
     plain = timm.create_model(args.model, pretrained=False, img_size=args.image_size).to(args.device)
     fast = copy.deepcopy(plain)
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _conclusion(agreement: dict[str, Any], median_ms: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Summarise in a sentence how close the logits are and how the times compare."""
+    """Return a sentence on how close the logits are and how the times compare."""
     speeds = []
     for mode, by_model in median_ms.items():
         ratio = by_model["timm"]["total"] / by_model["swinkernels"]["total"]
@@ -175,7 +175,7 @@ def _conclusion(agreement: dict[str, Any], median_ms: dict[str, dict[str, dict[s
 
 
 def _backends_by_class(replaced: Sequence[Replaced]) -> list[str]:
-    """List each kind of module with its backend, and the parts that run elsewhere, one line each."""
+    """Return one line for each kind of module: its backend, and the parts that run on another one."""
     found: dict[tuple[str, ...], int] = {}
     for entry in replaced:
         backend = f"{entry.adapter}'s own code" if entry.backend == entry.adapter else f"backend {entry.backend}"

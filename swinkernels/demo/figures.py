@@ -23,13 +23,13 @@ def _first_component(x: Tensor) -> tuple[Tensor, Tensor]:
     tokens = x.flatten(0, 1)
     mean = tokens.mean(0)
     direction = torch.linalg.svd(tokens - mean, full_matrices=False).Vh[0]
-    return mean, direction if direction.sum() > 0 else -direction  # the sign is free
+    return mean, direction if direction.sum() > 0 else -direction  # fixes the sign
 
 
 def save_stages(path: Path, photo: np.ndarray, plain: dict[str, Tensor], fast: dict[str, Tensor], title: str) -> None:
-    """Draw the photograph, and for every stage both outputs on one colour scale and their difference on another.
+    """Draw the photograph and, for every stage, both outputs on one colour scale and their difference on another.
 
-    An output is shown as its component along the direction in which the tokens of timm's output differ most, a
+    An output is shown as its component along the direction in which the tokens of timm's output differ most, the
     difference as its root mean square over the channels.
     """
     names = [name for name in plain if name.startswith("stage")]
@@ -53,7 +53,7 @@ def save_stages(path: Path, photo: np.ndarray, plain: dict[str, Tensor], fast: d
         _colourbar(right, image, axes[:2, column], "first principal component")
         difference = (y - x).square().mean(-1).sqrt().numpy()
         size = x.square().mean().sqrt().item()
-        top = max(difference.max(), 1e-7 * size)  # equal outputs need a scale too
+        top = max(difference.max(), 1e-7 * size)  # keeps the scale positive for equal outputs
         image = axes[2, column].imshow(difference, vmin=0, vmax=top, cmap="magma", interpolation="nearest")
         _colourbar(right, image, axes[2:, column], "RMS over channels")
         axes[0, column].set_title(f"{name}\n{x.shape[0]} x {x.shape[1]} tokens, {x.shape[2]} channels", fontsize=10)

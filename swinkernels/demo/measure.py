@@ -18,7 +18,7 @@ INFERENCE, TRAINING = "inference step", "training step"
 
 
 def photo_batch(photo: Tensor, batch: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(batch, 3, size, size), normalised: the whole photograph, then crops of it, every other one mirrored."""
+    """Return normalised images (batch, 3, size, size): the whole photograph, then crops, every other one mirrored."""
     image = photo.permute(2, 0, 1).float() / 255
     side = min(image.shape[1:])
     images = []
@@ -33,7 +33,7 @@ def photo_batch(photo: Tensor, batch: int, size: int, mean: tuple[float, ...], s
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:
-    """Autocast to ``dtype`` if it is narrower than float32, which the parameters always are."""
+    """Return a context that autocasts to ``dtype`` if that is narrower than float32, the dtype of the parameters."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
@@ -76,7 +76,7 @@ def step(model: nn.Module, x: Tensor, dtype: torch.dtype, mode: str) -> None:
 
 
 class Stopwatch:
-    """Times between marks in milliseconds, by CUDA events on a GPU and by the clock on a CPU."""
+    """Measures the milliseconds between marks, by CUDA events on a GPU and by the clock on a CPU."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"

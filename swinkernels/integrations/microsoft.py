@@ -18,7 +18,7 @@ from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops.window_partition import partition, reverse
 
-_NO_PADDING = "pad_then_roll"  # either order: the sizes divide
+_NO_PADDING = "pad_then_roll"  # without padding both orders are the same
 
 
 def _check_geometry(
@@ -39,8 +39,8 @@ def _check_geometry(
 
 
 def _wrapped(shift: Sequence[int], size: Sequence[int]) -> list[int]:
-    """Return the same cyclic shift in 0..size - 1 per axis."""
-    # No remainder unless needed: torch.compile would specialise on the size.
+    """Return an equivalent cyclic shift in 0..size - 1 per axis."""
+    # The remainder is taken only if needed, because torch.compile would specialise on the size.
     return [s if 0 <= s < n else s % n for s, n in zip(shift, size, strict=True)]
 
 
@@ -63,13 +63,13 @@ class WindowProcess:
 
         .. math:: windows = window\_partition(roll(input, +shift\_size))
 
-        Note the sign: the models, which shift by -s before attention, pass -s here.
+        The sign is that of ``torch.roll``: the models, which shift by -s before attention, pass -s here.
 
         Args:
             input: (B, H, W, C) or (B, H * W, C), any dtype, any strides.
             B, H, W, C: the map's sizes; H and W are multiples of the window.
-            shift_size: tokens that the map is rolled by, an int or one for each of H and W: of either sign and any
-                size, as for ``torch.roll``.
+            shift_size: tokens by which the map is rolled, an int or one for each of H and W, of either sign and any
+                size.
             window_size: tokens per axis, an int or one for each of H and W.
             backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call.
 
@@ -121,7 +121,7 @@ class WindowProcessReverse:
             input, any number of times.
 
         Raises:
-            ValueError, TypeError, NotImplementedError: as :meth:`WindowProcess.apply`.
+            ValueError, TypeError, NotImplementedError: as for :meth:`WindowProcess.apply`.
 
         Source: ``WindowProcessReverse`` of kernels/window_process/window_process.py, microsoft/Swin-Transformer.
         """

@@ -3,8 +3,8 @@
     custom_imports = dict(imports=["swinkernels.integrations.mmpretrain"])
     model = dict(backbone=dict(type="SwinKernelsSwinTransformer", arch="tiny"))  # or SwinKernelsSwinTransformerV2
 
-They are functions, because mmpretrain compares a backbone's class with its own when it reads old checkpoints: the model
-keeps mmpretrain's class.
+Both types are functions that return a model of mmpretrain's class, because mmpretrain tests for its class when reading
+old checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from swinkernels.adapters import accelerate
 
 @MODELS.register_module()
 def SwinKernelsSwinTransformer(*args: Any, backend: str = "auto", **kwargs: Any) -> SwinTransformer:
-    """Make mmpretrain's SwinTransformer from the same arguments, accelerated.
+    """Make mmpretrain's SwinTransformer from the same arguments, and accelerate it.
 
     Args:
         backend: as for :func:`swinkernels.accelerate`.
@@ -31,14 +31,14 @@ def SwinKernelsSwinTransformer(*args: Any, backend: str = "auto", **kwargs: Any)
 
 @MODELS.register_module()
 def SwinKernelsSwinTransformerV2(*args: Any, backend: str = "auto", **kwargs: Any) -> SwinTransformerV2:
-    """Make mmpretrain's SwinTransformerV2, accelerated, as :func:`SwinKernelsSwinTransformer` does."""
+    """Make mmpretrain's SwinTransformerV2 from the same arguments, and accelerate it."""
     model = SwinTransformerV2(*args, **kwargs)
     accelerate(model, backend=backend)
     return model
 
 
 def __getattr__(name: str) -> Any:
-    """Find the adapter's classes, which were in this module in 0.1.0: pickles refer to them here."""
+    """Find the adapter's classes, which were in this module in 0.1.0, for pickles of that version."""
     from swinkernels.adapters.libraries import mmpretrain as adapter
 
     try:

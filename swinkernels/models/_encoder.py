@@ -13,7 +13,7 @@ from swinkernels.ops._arguments import check_ints
 
 
 def stage_sizes(op: str, img_size: Any, patch_size: int, stages: int) -> list[tuple[int, ...] | None]:
-    """Return the map size of each stage for an image size, or None for each without one."""
+    """Return the map size of each stage for an image size; without an image size, None for each stage."""
     if img_size is None:
         return [None] * stages
     size = tuple(-(-n // patch_size) for n in check_ints(op, "img_size", img_size, 2, at_least=1))
@@ -21,7 +21,7 @@ def stage_sizes(op: str, img_size: Any, patch_size: int, stages: int) -> list[tu
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """Return the rate of every block of every stage, rising linearly from 0 to ``rate``."""
+    """Return the drop path rate of each block, by stage; the rates rise linearly from 0 to ``rate``."""
     rates = torch.linspace(0, rate, sum(depths), device="cpu").tolist()
     return [[rates.pop(0) for _ in range(depth)] for depth in depths]
 
@@ -36,7 +36,7 @@ def make_stages(
     options: dict[str, Any],
     pretrained_window_sizes: Sequence[int],
 ) -> list[BasicLayer]:
-    """Make the stages of an encoder, each but the last with patch merging at its end; ``options`` apply to all."""
+    """Make an encoder's stages; all but the last end with patch merging, and ``options`` apply to all."""
     stages = []
     for i, depth in enumerate(depths):
         more: dict[str, Any] = {"drop_path": rates[i], **options}
@@ -50,7 +50,7 @@ def make_stages(
 
 
 def initialise(model: nn.Module) -> None:
-    """Initialise as Microsoft's models: small weights, zero biases; in v2 branches start as zero."""
+    """Initialise a model as Microsoft does: small weights, zero biases and, in v2, branches that start as zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,4 +1,4 @@
-"""Load published Swin checkpoints: translate names, reorder channels, resize bias tables for other windows."""
+"""Loads published Swin checkpoints: translates names, reorders channels, resizes bias tables for other windows."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _ANCHORS = {
     "monai": r"layers1\.0\.blocks\.0\.norm1\.weight",
     "microsoft": r"layers[._]0\.blocks\.0\.norm1\.weight",
 }
-_ANCHORS["timm"] = _ANCHORS["microsoft"]  # the place of patch merging tells the two apart
+_ANCHORS["timm"] = _ANCHORS["microsoft"]  # patch merging ends stages in Microsoft's, begins them in timm's
 SOURCES = tuple(_ANCHORS)
 
-# Source -> (pattern of its names, Microsoft's name). All rules that match a key are applied, in order.
+# Source -> (pattern of the source's names, Microsoft's name). All rules that match a key are applied, in order.
 _NAMES: dict[str, list[tuple[str, str | Callable[[re.Match[str]], str]]]] = {
     "microsoft": [],
     "timm": [(r"^layers_(\d+)\.", r"layers.\1."), (r"^head\.fc\.", "head.")],
@@ -76,11 +76,11 @@ _COMPUTED = ("attn_mask", "relative_position_index", "relative_coords_table")
 
 @dataclass
 class Loaded:
-    """The outcome of :func:`load_pretrained`; ``print`` it for a summary."""
+    """Result of :func:`load_pretrained`; ``print`` it for a summary."""
 
     source: str
     loaded: list[str] = field(default_factory=list)  # parameters with the checkpoint's values
-    resized: dict[str, str] = field(default_factory=dict)  # bias tables made for another window -> the rule applied
+    resized: dict[str, str] = field(default_factory=dict)  # bias tables resized from another window -> the rule
     left: dict[str, str] = field(default_factory=dict)  # unused entries of the checkpoint -> the reason
     kept: list[str] = field(default_factory=list)  # parameters missing in the checkpoint
 
@@ -101,30 +101,30 @@ def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str
     """Load a published Swin checkpoint into a model with the parameter names of Microsoft's code.
 
     Names are translated, separate q, k and v biases are joined and, for mmpretrain, the channels of patch merging are
-    reordered. A bias table trained with another window is resized by the rule of the checkpoint's library:
+    reordered. A bias table trained with another window is resized by the rule that the checkpoint's library uses:
 
-    - timm: linear between the source's offsets, spread over the new window at distances that grow geometrically. It
-      keeps the centre and the outermost offsets when a window grows, and nearly crops the table when it shrinks.
-    - mmpretrain: the same, by cubic splines; this needs SciPy.
+    - timm: linear interpolation between the source's offsets, which are spread over the new window at distances that
+      grow geometrically. This keeps the centre and the outermost offsets for a larger window, and nearly crops the
+      table for a smaller one.
+    - mmpretrain: interpolation between the same offsets, by cubic splines; this needs SciPy.
     - Microsoft, and libraries without a rule (torchvision, transformers, MONAI): bicubic, which scales the table.
 
-    Swin v2 has no table: its position MLP is evaluated at the offsets of the new window. Make the model with
-    ``pretrained_window_sizes`` for that.
+    Swin v2 has no table: its position MLP is evaluated at the offsets of the new window, for which the model must be
+    made with ``pretrained_window_sizes``.
 
     Args:
         model: :class:`SwinTransformer`, :class:`SwinUnet`, or another module with ``patch_embed`` and stages
-            ``layers`` of :class:`swinkernels.nn.BasicLayer`, in 2D or 3D. It is changed only if all entries fit.
+            ``layers`` of :class:`swinkernels.nn.BasicLayer`, in 2D or 3D. The model is changed only if all entries fit.
         checkpoint: the state dict of a model of the source, or a dict that contains it as "model" or "state_dict". Keys
             may have a prefix, such as "backbone." or "module.".
         source: "microsoft", "timm", "torchvision", "transformers", "mmpretrain", "monai", or "auto", which infers it
-        from
-            the keys.
+            from the keys.
 
     Returns:
         A :class:`Loaded`: entries loaded, resized (with the rule), left out and kept. A head for another number of
         classes and entries outside the backbone are left out. Entries that the encoder does not need, such as the head,
-        the norms of ``out_indices`` or a decoder, may be missing. As in the published code, a :class:`SwinUnet` also
-        gets the encoder's blocks into its decoder, unless the checkpoint has a decoder.
+        the norms of ``out_indices`` or a decoder, may be missing. As in the published code, the encoder's blocks
+        are also copied into the decoder of a :class:`SwinUnet`, unless the checkpoint has a decoder.
 
     Raises:
         TypeError: ``model`` is not a module, or ``checkpoint`` contains no tensors.
@@ -218,7 +218,7 @@ def _find_source(source: str, state: Tensors) -> tuple[str, str]:
 
 
 def _first_merging(state: Tensors, prefix: str = "") -> int | None:
-    """Return the first stage that merges patches: 0 if stages end with merging, 1 if they begin with it."""
+    """Return the first stage that merges patches, 0 if stages end with merging, 1 if they begin with it, or None."""
     found = [re.match(rf"{re.escape(prefix)}layers[._](\d+)\.downsample\.", key) for key in state]
     return min((int(m[1]) for m in found if m is not None), default=None)
 
@@ -255,7 +255,7 @@ def _with_joined_qkv(state: Tensors) -> Tensors:
 
 
 def _with_merging_of(model: nn.Module, state: Tensors) -> Tensors:
-    """Move patch merging to the end or the beginning of stages, as in the model."""
+    """Rename patch merging, so that it is at the same end of a stage as in the model."""
     theirs, ours = _first_merging(state), _first_merging(model.state_dict())
     if theirs is None or ours is None or theirs == ours:
         return state
@@ -266,7 +266,7 @@ def _with_merging_of(model: nn.Module, state: Tensors) -> Tensors:
 
 
 def _with_names_of_norms(state: Tensors, expected: Tensors) -> Tensors:
-    """Rename the last norm of mmpretrain's checkpoints, which number it by its stage, also in a classifier."""
+    """Rename the last norm of mmpretrain's checkpoints, which number it by stage even in a classifier."""
     if "norm.weight" not in expected:
         return state
     last = max((key for key in state if re.match(r"norm\d+\.weight$", key)), default="").removesuffix(".weight")
@@ -274,7 +274,7 @@ def _with_names_of_norms(state: Tensors, expected: Tensors) -> Tensors:
 
 
 def _reorder_merging(model: nn.Module, state: Tensors) -> None:
-    """Reorder merging from mmcv's order, the neighbours of each channel, to the model's, neighbour by neighbour."""
+    """Reorder merging weights from mmcv's order, channel by channel, to the model's, neighbour by neighbour."""
     for key in [k for k in state if re.match(r"layers\.\d+\.downsample\.reduction\.weight$", k)]:
         path = key.removesuffix(".reduction.weight")
         try:
@@ -308,7 +308,7 @@ def _computed(key: str) -> bool:
 
 
 def _leave(model: nn.Module, state: Tensors, expected: Tensors, loaded: Loaded) -> None:
-    """Remove entries from a checkpoint that the model does not need."""
+    """Remove from a checkpoint the entries that the model does not need."""
     stages = 1 + max((int(m[1]) for key in expected if (m := re.match(r"layers\.(\d+)\.", key))), default=-1)
     for key in list(state):
         if re.match(r"head\.", key):
@@ -360,7 +360,7 @@ def _bicubic(table: Tensor, side: int, target: tuple[int, ...]) -> Tensor:
 
 
 def _geometric_offsets(side: int, target: int) -> Tensor:
-    """Positions of a source's offsets among a target's: 0, and distances that grow geometrically."""
+    """Return the positions of a source's offsets among a target's: 0, and distances that grow geometrically."""
     reach, wanted = side // 2, target // 2
     low, high = 1.01, 1.5
     ratio = low
@@ -375,7 +375,7 @@ def _geometric_offsets(side: int, target: int) -> Tensor:
 
 
 def _linear_weights(at: Tensor, wanted: Tensor) -> Tensor:
-    """(wanted, at): linear interpolation between the neighbouring offsets, constant beyond the ends."""
+    """Return the weights (wanted, at) of linear interpolation between offsets, constant beyond the ends."""
     right = torch.searchsorted(at, wanted).clamp(1, len(at) - 1)
     share = ((wanted - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
     weights = torch.zeros(len(wanted), len(at), dtype=at.dtype)
@@ -418,7 +418,7 @@ _RULES: dict[str, tuple[str, Callable[[Tensor, int, tuple[int, ...]], Tensor]]] 
 
 
 def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
-    """Compare v2's offsets with the model's; remove the tensors that the modules compute from the state."""
+    """Report offsets of v2 that differ from the model's; remove offsets and masks from the state."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_coords_table")]:
         path = key.rpartition(".")[0]
@@ -450,7 +450,7 @@ def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
 
 
 def _wrong_indices(model: nn.Module, state: Tensors) -> list[str]:
-    """Find indices that read the bias table in another order; remove all indices from the state."""
+    """Report indices that read the bias table in another order; remove all indices from the state."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_position_index")]:
         theirs = state.pop(key)

@@ -1,4 +1,4 @@
-"""Swin Transformer, v1 and v2."""
+"""The model Swin Transformer, v1 and v2."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ class SwinTransformer(nn.Module):
 
     Args:
         img_size: pixels (H, W) or an int; windows larger than the resulting maps shrink to them. None keeps all
-        windows.
-            The model takes images of any size either way.
+            windows. Either way the model takes images of any size.
         patch_size: pixels of a patch per axis.
         in_chans: channels of the image.
-        num_classes: classes of the head; 0 for no head, which returns the mean of the last map.
+        num_classes: classes of the head; 0 for no head: the model then returns the mean of the last map's tokens.
         embed_dim: channels of the first stage, doubled by each further one.
         depths, num_heads: blocks and heads, per stage.
         window_size: tokens of a window per axis.
@@ -44,8 +43,8 @@ class SwinTransformer(nn.Module):
         (B, C_i, H_i, W_i).
 
     Parameters: those of Microsoft's Swin-Transformer, without absolute position embedding: ``patch_embed``,
-    ``layers.<i>.blocks.<j>``, ``layers.<i>.downsample``, ``norm`` and ``head``; with ``out_indices``, as its code for
-    detection and segmentation has them, ``norm<i>`` for the last two.
+    ``layers.<i>.blocks.<j>``, ``layers.<i>.downsample``, ``norm`` and ``head``. With ``out_indices`` there are
+    ``norm<i>`` in place of ``norm`` and ``head``, as in its code for detection and segmentation.
 
     Source: Swin Transformer (Liu et al., 2021), Swin Transformer V2 (Liu et al., 2022); ``SwinTransformer`` and
     ``SwinTransformerV2`` of Microsoft's Swin-Transformer, the backbone of its Swin-Transformer-Semantic-Segmentation.
@@ -113,15 +112,15 @@ class SwinTransformer(nn.Module):
         initialise(self)
 
     def no_weight_decay_keywords(self) -> set[str]:
-        """Parts of the names of parameters without weight decay, in the form of Microsoft's training code."""
+        """Return parts of the names of parameters without weight decay, for Microsoft's training code."""
         return set(NO_WEIGHT_DECAY)
 
     def no_weight_decay(self) -> set[str]:
-        """The names of parameters without weight decay, in timm's form."""
+        """Return the names of parameters without weight decay, for timm."""
         return {name for name, _ in self.named_parameters() if any(word in name for word in NO_WEIGHT_DECAY)}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
-        """Return a function from a parameter's name to its place in the model, for timm's layer-wise decay of rates.
+        """Return a function from a parameter's name to its place in the model, for timm's layer-wise learning rates.
 
         Patch merging belongs to the blocks after it, as in timm's models.
         """

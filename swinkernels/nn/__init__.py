@@ -1,13 +1,12 @@
-"""Modules on this package's ops, with the parameter names of the published codes: their checkpoints load strictly.
+"""Modules that run on this package's ops. Published checkpoints load strictly, because parameters have the same names.
 
-The norms, and the layers ``reduction`` and ``expand`` next to them, hold their parameters under the published names and
-with the published initialisation, but are not called: hooks on them do not run, and a replacement that computes
-something else has no effect. The same holds for ``qkv`` of v2, whose bias is a separate parameter. All other layers are
-called.
+The norms, the layers ``reduction`` and ``expand`` next to them, and in v2 ``qkv``, whose bias is a separate parameter,
+hold their parameters under the published names and with the published initialisation, but are not called: hooks on them
+do not run, and a replacement that computes something else has no effect. All other layers are called.
 
-A module takes a feature map (B, \\*S, C) and returns a feature map. Where the published modules work on sequences of
-tokens, it takes those as well: a sequence (B, L, C) needs the size S of its map, L = prod(S), and gives a sequence.
-The same classes serve 2D and 3D: windows of three values, or ``spatial_dims=3``, make them 3D.
+A module takes a feature map (B, \\*S, C) and returns a feature map. If the published module works on sequences of
+tokens, so does this one: a sequence (B, L, C) needs the size S of its map, L = prod(S), and gives a sequence. The same
+classes serve 2D and 3D: windows of three values, or ``spatial_dims=3``, make them 3D.
 
 Buffers that published checkpoints store (``relative_position_index``, ``relative_coords_table``, ``attn_mask``) are
 computed and not stored. Loading accepts them, strictly or not; an index that differs from Microsoft's is an error,

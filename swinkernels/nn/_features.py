@@ -1,4 +1,4 @@
-"""Helpers of the modules: feature maps or sequences of their tokens, and checks of constructor arguments."""
+"""Helpers of the modules: conversion between feature maps and sequences, checks of constructor arguments and hooks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swinkernels.ops._backends import check_backend
 
 
 def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts: Any) -> None:
-    """Check the arguments that every constructor takes, and its channel counts."""
+    """Check the arguments that every constructor takes, and ``counts``, such as channels."""
     for name, count in counts.items():
         _arguments.check_count(op, name, count)
     if isinstance(spatial_dims, bool) or spatial_dims not in (2, 3):
@@ -56,7 +56,7 @@ def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: 
             f"{tuple(x.shape[1:-1])}"
         )
     _arguments.check_features(op, "x", x)
-    # The op infers the merged axes from the widths, so a wrong number of channels could be taken for more axes.
+    # The op infers the merged axes from the widths, so with a wrong number of channels it could merge other axes.
     if x.shape[-1] != dim:
         raise ValueError(f"{op}: x must have dim = {dim} channels, got {x.shape[-1]}")
     return x
@@ -68,7 +68,7 @@ def as_given(y: Tensor, size: Sequence[int] | None) -> Tensor:
 
 
 def forgive(unexpected_keys: list[str], prefix: str, names: Sequence[str]) -> None:
-    """Remove buffers that published checkpoints store, and these modules compute, from the unexpected keys."""
+    """Remove from the unexpected keys the buffers that published checkpoints store and these modules compute."""
     unexpected_keys[:] = [key for key in unexpected_keys if key not in {prefix + name for name in names}]
 
 
@@ -81,9 +81,9 @@ _OF_ALL_MODULES = (
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return True if a module is exactly of this class and has no forward or hooks of its own.
+    """Return True if a module has exactly this class and no hooks, and its forward is not replaced.
 
-    An op may then replace its call.
+    An op may then replace the call of the module.
     """
     return (
         type(module) is kind

@@ -1,4 +1,4 @@
-"""Stochastic depth."""
+"""The module for stochastic depth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class DropPath(nn.Module):
     Args:
         drop_prob: the probability, 0..1.
 
-    Source: Deep Networks with Stochastic Depth (Huang et al., 2016); ``DropPath`` of timm, with the same draws.
+    Source: Deep Networks with Stochastic Depth (Huang et al., 2016); timm's ``DropPath``, which draws the same numbers.
     """
 
     def __init__(self, drop_prob: float = 0.0) -> None:
@@ -22,9 +22,9 @@ class DropPath(nn.Module):
         self.drop_prob = float(drop_prob)
 
     def scale(self, y: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Draw the factor of each sample of y, (B,): 0 where it is dropped, else 1 / (1 - p); None stands for 1.
+        """Draw the factor of each sample of y, (B,): 0 if the sample is dropped, else 1 / (1 - p); None stands for 1.
 
-        ``dtype`` is that of the branch if y is another tensor: a GPU's draws depend on it.
+        ``dtype`` is the branch's dtype if y is another tensor, because a GPU's draws depend on the dtype.
         """
         if self.drop_prob == 0.0 or not self.training:
             return None

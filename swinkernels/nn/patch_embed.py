@@ -19,7 +19,7 @@ class PatchEmbed(nn.Module):
 
     .. math:: y_i = LayerNorm(W \cdot patch_i + b)
 
-    The projection is torch's convolution with the patch as kernel and stride. It runs in the channels last memory
+    The projection is torch's convolution with the patch as kernel and stride. It runs in the channels-last memory
     format, so its result already is the feature map, and only the image is rearranged. An image that is not a multiple
     of the patch is padded with zeros at its end.
 
@@ -38,7 +38,7 @@ class PatchEmbed(nn.Module):
         x: (B, in_chans, \*I), channels first, I = (H, W) or (D, H, W), gives a feature map (B, \*S, C), channels last,
         S = ceil(I / patch_size). ``.flatten(1, -2)`` turns it into the sequence of Microsoft's module,
         ``.movedim(-1, 1)`` into MONAI's layout, channels first. Under autocast the result is float32 with a norm, else
-        of the autocast dtype.
+        in the autocast dtype.
 
     Parameters: ``proj.weight`` (C, in_chans, \*patch_size), ``proj.bias`` (C), ``norm.weight``, ``norm.bias`` (C).
 

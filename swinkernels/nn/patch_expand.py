@@ -1,4 +1,4 @@
-"""Patch expanding of Swin-Unet as modules."""
+"""Swin-Unet's patch expanding as modules."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class PatchExpand(nn.Module):
         device, dtype: device and dtype of the parameters.
 
     Shape:
-        x: (B, \*S, C), S = (H, W) or (D, H, W), gives (B, \*(S * factor), out_dim). Or a sequence (B, L, C) with
-        ``size`` = S, which gives a sequence (B, L * prod(factor), out_dim). Under autocast the result is float32.
+        x: (B, \*S, C), S = (H, W) or (D, H, W), gives (B, \*(S * factor), out_dim). A sequence (B, L, C) with
+        ``size`` = S gives a sequence (B, L * prod(factor), out_dim). Under autocast the result is float32.
 
     Parameters: ``expand.weight`` (prod(factor) * out_dim, C), ``norm.weight``, ``norm.bias`` (out_dim).
 

@@ -1,4 +1,4 @@
-"""Patch merging of Swin v1 and v2 as modules."""
+"""Patch merging as in Swin v1 and v2, as modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swinkernels.ops.patch_merging import ORDERS, patch_merging
 
 
 class _PatchMerging(nn.Module):
-    _NORM: ClassVar[str]  # "pre" or "post" the reduction
+    _NORM: ClassVar[str]  # "pre" for a norm before the reduction, "post" for one after it
 
     def __init__(
         self,
@@ -70,19 +70,17 @@ class PatchMerging(_PatchMerging):
         dim: channels C of a token.
         out_dim: channels of a merged token, 2C by default.
         spatial_dims: number of merged axes, the last ones: 2, which merges a 3D map frame by frame (Video-Swin,
-        Aurora), or
-            3.
+            Aurora), or 3.
         order: order of the neighbours' channels. In 2D all libraries use "swin" except mmcv and mmpretrain ("unfold")
-        and
-            Aurora ("row_major"). With spatial_dims=3: "monai" for MONAI's ``PatchMerging`` since 1.5, "monai_legacy" up
-            to 1.4, "row_major" for its ``PatchMergingV2``, whose norm also precedes the reduction.
+            and Aurora ("row_major"). With spatial_dims=3: "monai" for MONAI's ``PatchMerging`` since 1.5,
+            "monai_legacy" up to 1.4, "row_major" for its ``PatchMergingV2``, whose norm also precedes the reduction.
         eps: added to the variance of the norm.
         backend: "auto", "cuda", "triton", "torch" or "reference".
         device, dtype: device and dtype of the parameters.
 
     Shape:
         x: (B, \*S, C), S = (H, W) or (D, H, W), gives (B, \*S', out_dim), S' = ceil(S / 2) on the merged axes: odd
-        sizes are padded with zeros. Or a sequence (B, L, C) with ``size`` = S, which gives a sequence (B, L', out_dim).
+        sizes are padded with zeros. A sequence (B, L, C) with ``size`` = S gives a sequence (B, L', out_dim).
         Under autocast the result has the autocast dtype.
 
     Parameters: ``norm.weight``, ``norm.bias`` (K C), ``reduction.weight`` (out_dim, K C), K = 2 ** spatial_dims.
@@ -98,13 +96,13 @@ class PatchMergingV2(_PatchMerging):
 
     .. math:: y = LayerNorm(W \cdot concat(x_{2i + o}))
 
-    MONAI's module of the same name is another one: :class:`PatchMerging` with ``order="row_major"``.
+    MONAI's module of the same name differs: it is :class:`PatchMerging` with ``order="row_major"``.
 
     Args:
         dim, out_dim, spatial_dims, order, eps, backend, device, dtype: as for :class:`PatchMerging`.
 
     Shape:
-        That of :class:`PatchMerging`. Under autocast the result is float32.
+        The shapes are those of :class:`PatchMerging`. Under autocast the result is float32.
 
     Parameters: ``reduction.weight`` (out_dim, K C), ``norm.weight``, ``norm.bias`` (out_dim), K = 2 ** spatial_dims.
 

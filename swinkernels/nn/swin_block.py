@@ -23,7 +23,7 @@ from swinkernels.ops.residual_layer_norm import residual_layer_norm, residual_po
 
 
 def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the window of a block for maps of this size: no larger than the map, axis by axis."""
+    """Return the window, on each axis no larger than the map; None for the size keeps the window."""
     if resolution is None:
         return tuple(window)
     return tuple(min(w, n) for w, n in zip(window, resolution, strict=True))
@@ -31,7 +31,7 @@ def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[in
 
 class _Block(nn.Module):
     _ATTENTION: ClassVar[Any]
-    # The options that a version's block passes to its attention, in addition to the common ones.
+    # The options that this version's block passes to its attention, in addition to those of both versions.
     _OPTIONS: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -90,10 +90,10 @@ class _Block(nn.Module):
         return self.attn.shift_size
 
     def _is_of_halves(self, x: Tensor) -> bool:
-        """Return True if two halves compute the same as the modules inside do at present, and are of use.
+        """Return True if the ops attention_half and mlp_half would now compute the same as the modules, and are of use.
 
-        They keep less for a backward pass, and fuse a CPU's products, but cost more host time: otherwise the modules
-        are called.
+        The halves keep less for a backward pass and fuse matrix products on a CPU, but cost more host time, so in other
+        cases the modules are called.
         """
         attn, mlp = self.attn, self.mlp
         return (
@@ -106,7 +106,7 @@ class _Block(nn.Module):
         )
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
-        """Run the block on a map; ``backend`` is that of the norms."""
+        """Run the block on a map, with the norms on ``backend``."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -131,9 +131,9 @@ class SwinTransformerBlock(_Block):
 
     Args:
         dim: channels C of a token.
-        input_resolution: the map (H, W) or (D, H, W) for which the block is made: on axes where it is smaller than the
-            window, the window and its bias table shrink to it (timm's rule, Microsoft's for square maps). None keeps
-            the window for any map. Either way the block runs on maps of any size.
+        input_resolution: size (H, W) or (D, H, W) of the map for which the block is made: on axes where the map is
+            smaller than the window, window and bias table shrink to it (timm's rule, Microsoft's for square maps).
+            None keeps the window. Either way the block runs on maps of any size.
         num_heads, qkv_bias, qk_scale, head_dim, small_maps, pad_order: as for :class:`WindowAttention`.
         window_size: tokens per axis, an int or a value for each of two or three axes.
         shift_size: tokens by which the windows are shifted: in published models 0, or window // 2 in every other block.
@@ -145,13 +145,12 @@ class SwinTransformerBlock(_Block):
         act_layer: class or function that makes the MLP's activation.
         eps: added to the variance of the norms.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", for the attention; norms run on the same
-        backend
-            if it has them.
+            backend if it has them.
         device, dtype: device and dtype of the parameters.
 
     Shape:
-        x: (B, \*S, C), S = (H, W) or (D, H, W), or a sequence (B, L, C) with ``size`` = S. The result has the shape of
-        x and, except for Linear layers under autocast, its dtype.
+        x: (B, \*S, C), S = (H, W) or (D, H, W), or a sequence (B, L, C) with ``size`` = S. The result has the shape and
+        the dtype of x, also under autocast.
 
     Parameters: those of ``norm1``, ``attn``, ``norm2`` and ``mlp`` (``fc1``, ``fc2``). A checkpoint may also contain
     Microsoft's ``attn_mask``, which is computed here.
@@ -209,7 +208,7 @@ class SwinTransformerBlock(_Block):
     def _run(self, x: Tensor, backend: str) -> Tensor:
         first, second = self.norm1, self.norm2
         if self._is_of_halves(x):
-            if fuses(x):  # the residual connection belongs to the projection, not to the norm
+            if fuses(x):  # the projection adds the residual connection, not the norm
                 d, e = (drop_path.scale(x) for drop_path in (self.drop_path1, self.drop_path2))
                 x = self.attn.run_half(x, first, drop_path_scale=d)
                 return self.mlp.run_half(x, second, drop_path_scale=e, backend=backend)
@@ -314,11 +313,11 @@ class BasicLayer(nn.Module):
         depth: number of blocks; every other one is shifted by half a window.
         num_heads, window_size, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop: as for the block.
         drop_path: one value for each block, or one for all.
-        downsample: makes the patch merging for a number of channels: after the blocks as in Microsoft's code (C to
-            2C), or before them with ``downsample_first`` as in timm's (C / 2 to C). None for no merging.
+        downsample: class or function that makes the patch merging: after the blocks, from C to 2C channels, as in
+            Microsoft's code; with ``downsample_first`` before them, from C / 2 to C, as in timm's. None for no merging.
         use_checkpoint: True to keep only the input of each block in training and recompute the rest.
-        upsample: makes the patch expanding of C channels after the blocks, in Swin-Unet's decoder. None for no
-        expanding.
+        upsample: class or function that makes the patch expanding of C channels after the blocks, as in Swin-Unet's
+            decoder. None for no expanding.
         options: further arguments of the blocks (``head_dim``, ``small_maps``, ``pad_order``, ``act_layer``, ``eps``).
         backend: backend of the blocks and, if it has the op, of the change of size.
         device, dtype: device and dtype of the parameters.
@@ -416,7 +415,7 @@ class BasicLayer(nn.Module):
         return as_given(x, size)
 
     def run_blocks(self, x: Tensor) -> Tensor:
-        """Run only the blocks, on a map, whose result detection and segmentation models use."""
+        """Run only the blocks, on a map; detection and segmentation models use their result."""
         for block in self.blocks:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -433,9 +432,9 @@ class BasicLayerV2(BasicLayer):
 
     Args:
         pretrained_window_size: as for :class:`WindowAttentionV2`.
-        others: those of :class:`BasicLayer`, except ``qk_scale``, ``head_dim`` and ``small_maps``.
+        others: as for :class:`BasicLayer`, except ``qk_scale``, ``head_dim`` and ``small_maps``.
 
-    Shape, parameters and source: those of :class:`BasicLayer`; Swin Transformer V2 (Liu et al., 2022).
+    Shape, parameters and source: as for :class:`BasicLayer`; Swin Transformer V2 (Liu et al., 2022).
     """
 
     _BLOCK = SwinTransformerBlockV2

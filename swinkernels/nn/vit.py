@@ -28,7 +28,7 @@ class RelPosBias(nn.Module):
 
     Args:
         window_size: tokens per axis.
-        num_heads: heads.
+        num_heads: number of heads.
         device, dtype: device and dtype of the table.
 
     Parameters: ``relative_position_bias_table`` (prod(2 * window - 1), num_heads).
@@ -60,14 +60,14 @@ class Attention(nn.Module):
 
     .. math:: y = W_{proj} \cdot attention(W_{qkv} \cdot x + b_{qkv}) + b_{proj}
 
-    Without a window it is torch's ``scaled_dot_product_attention`` over all tokens. With one it is
-    :func:`swinkernels.window_attention_qkvpacked`: attention inside windows as in ViTDet, where a map that is not a
-    multiple of the window is padded with zeros that are attended to; or attention over all tokens with a bias, if the
-    window is the whole map.
+    Without a window, attention is torch's ``scaled_dot_product_attention`` over all tokens. With a window it is
+    :func:`swinkernels.window_attention_qkvpacked`: inside windows as in ViTDet, where a map that is not a multiple of
+    the window is padded with zeros that are attended to; or over all tokens with a bias, if the window is the whole
+    map.
 
     Args:
         dim: channels C of a token.
-        num_heads: heads.
+        num_heads: number of heads.
         qkv_bias: True for a bias of ``qkv``.
         attn_drop, proj_drop: dropout probabilities of the attention weights and of the result.
         window_size: tokens per axis, at most 1024 in all, an int for square windows in 2D or a value per axis; None for
@@ -160,7 +160,7 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Scale the channels of a branch: ``gamma * x``.
+    """Multiply the channels of a branch by ``gamma``.
 
     Args:
         dim: channels.

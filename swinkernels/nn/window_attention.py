@@ -22,7 +22,7 @@ SMALL_MAPS = ("pad", "clip")
 
 
 def window_per_axis(op: str, window_size: Any) -> tuple[int, ...]:
-    """Return the window as one value per axis: two for an int, else as many as given."""
+    """Return the window as one value per axis: two equal ones for an int, else as given."""
     rank = len(window_size) if isinstance(window_size, Sequence) else 2
     if rank not in (2, 3):
         raise ValueError(f"{op}: window_size must be an int or have two or three values, got {window_size!r}")
@@ -53,15 +53,15 @@ class _WindowAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
 
     def _qkv_bias(self) -> Tensor | None:
-        """Return q, k and v of a pad token."""
+        """Return a pad token's q, k and v, or None for zeros."""
         return self.qkv.bias
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return q, k and v of a map, and of a pad token."""
+        """Return q, k and v of a map, and a pad token's q, k and v."""
         return self.qkv(x), self._qkv_bias()
 
     def _scores(self) -> dict[str, Any]:
-        """Return the op's arguments that define the scores."""
+        """Return the op arguments that define the scores."""
         raise NotImplementedError
 
     def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
@@ -93,9 +93,9 @@ class _WindowAttention(nn.Module):
         return as_given(self.proj_drop(self.proj(out)), size)
 
     def is_half(self) -> bool:
-        """Return True if ``attention_half`` computes the same as the modules at present: no dropout and no hook.
+        """Return True if ``attention_half`` now computes the same as the modules: they have no dropout and no hooks.
 
-        Dropout of the weights would have to draw before stochastic depth does.
+        Stochastic depth is drawn before the half runs, but dropout of the attention weights would have to draw first.
         """
         attn_drop, proj_drop = self.attn_drop, self.proj_drop
         return (
@@ -148,7 +148,7 @@ class WindowAttention(_WindowAttention):
         dim: channels C of a token.
         window_size: tokens per axis: an int for square windows in 2D, else a value per axis, (H, W) or (D, H, W).
             Windows of two axes cut a 3D map frame by frame.
-        num_heads: heads.
+        num_heads: number of heads.
         qkv_bias: True for a bias of ``qkv``.
         qk_scale: factor of the scores, head_dim ** -0.5 by default.
         attn_drop, proj_drop: dropout probabilities of the attention weights and of the result.
@@ -162,8 +162,8 @@ class WindowAttention(_WindowAttention):
         device, dtype: device and dtype of the parameters.
 
     Shape:
-        x: (B, \*S, C), S = (H, W) or (D, H, W), of any size. Or a sequence (B, L, C) with ``size`` = S. The result has
-        the shape of x; under autocast the autocast dtype.
+        x: (B, \*S, C), S = (H, W) or (D, H, W), of any size, or a sequence (B, L, C) with ``size`` = S. The result has
+        the shape of x and, under autocast, the autocast dtype.
 
     Parameters: ``qkv.weight`` (3 * A, C), ``qkv.bias`` (3 * A), ``proj.weight`` (C, A), ``proj.bias`` (C),
     ``relative_position_bias_table`` (prod(2 * window - 1), num_heads), A = num_heads * head_dim. A checkpoint may also
@@ -208,7 +208,7 @@ class WindowAttention(_WindowAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw a new bias table. The layers reset themselves."""
+        """Draw a new bias table. The linear layers have a reset_parameters of their own."""
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
@@ -219,7 +219,7 @@ class WindowAttention(_WindowAttention):
 
 
 def _fill_coords_table(attn: WindowAttentionV2, _incompatible_keys: Any) -> None:
-    """Compute the table again after loading: ``assign=True`` replaces the weights of the MLP."""
+    """Compute the table again after loading, because ``assign=True`` replaces the weights of the MLP."""
     attn.fill_coords_table()
 
 
@@ -230,13 +230,13 @@ class WindowAttentionV2(_WindowAttention):
         score_{ij} = e^{\min(logit\_scale, \ln 100)} \cos(q_i, k_j) + 16 \, \sigma(MLP(\Delta_{ij}))
 
     where Delta is the logarithmically spaced offset of the two tokens. The MLP runs once per offset of a window, in its
-    own dtype also under autocast: half precision would cost the bias more accuracy than the rest of the block.
+    own dtype also under autocast: half precision would lose more accuracy in the bias than in the rest of the block.
 
     Args:
         dim, window_size, num_heads, attn_drop, proj_drop, shift_size, pad_order, backend, device, dtype: as for
             :class:`WindowAttention`.
-        qkv_bias: True for biases of q and v; k has none.
-        pretrained_window_size: the window for which the MLP was trained, an int or one per axis, 0 for this window.
+        qkv_bias: True for biases of q and v; k has no bias.
+        pretrained_window_size: the window for which the MLP was trained, an int or one per axis, 0 for ``window_size``.
 
     Shape: as for :class:`WindowAttention`.
 
@@ -290,7 +290,7 @@ class WindowAttentionV2(_WindowAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Reset the scale, the biases and the table (empty after ``to_empty``). The layers reset themselves."""
+        """Reset the scale, the biases and the offsets. The linear layers have a reset_parameters of their own."""
         nn.init.constant_(self.logit_scale, math.log(10))
         for bias in (self.q_bias, self.v_bias):
             if bias is not None:
@@ -298,9 +298,7 @@ class WindowAttentionV2(_WindowAttention):
         self.fill_coords_table()
 
     def _coords_table(self) -> Tensor:
-        """Logarithmically spaced offsets of this window, (prod(2 * window - 1), axes), float32, as published models
-        store them.
-        """
+        """Return the logarithmically spaced offsets of this window, (prod(2 * window - 1), axes), in float32."""
         axes = []
         for window, trained in zip(self.window_size, self.pretrained_window_size, strict=True):
             widest = max((trained or window) - 1, 1)  # a window of 1 has only the offset 0
@@ -309,7 +307,7 @@ class WindowAttentionV2(_WindowAttention):
         return (offsets.sign() * torch.log2(offsets.abs() + 1) / 3).float()
 
     def fill_coords_table(self) -> None:
-        """Compute the buffer, which no checkpoint provides, on the device and in the dtype of the MLP's first layer."""
+        """Compute the buffer of offsets, on the device and in the dtype of the MLP's first layer."""
         weight: Any = self.cpb_mlp[0].weight
         table = self.relative_coords_table
         if (table.device, table.dtype) != (weight.device, weight.dtype):
@@ -319,7 +317,7 @@ class WindowAttentionV2(_WindowAttention):
                 table.copy_(self._coords_table())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> WindowAttentionV2:
-        """Move the module and fill the buffer, which ``to_empty`` leaves without values."""
+        """Apply ``fn``, such as a move, and fill the buffer of offsets, which ``to_empty`` leaves without values."""
         super()._apply(fn, recurse)
         self.fill_coords_table()
         return self

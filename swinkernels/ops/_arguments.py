@@ -21,16 +21,16 @@ MAX_WINDOW_VOLUME = 1024
 MAX_AXIS_TABLES_VOLUME = 4096  # with axis_tables: enough for global attention over 1024 x 1024 images in patches of 16
 MAX_HEAD_DIM = 128
 MAX_ELEMENTS = 2**63 - 1
-LARGEST_FLOAT = torch.finfo(torch.float32).max  # bounds numbers that join float32 scores
-# Kernels add this for a mask_value of -inf. A masked key still gets probability exactly 0, and a tile of masked keys
-# alone, whose largest score this is, produces no NaN.
+LARGEST_FLOAT = torch.finfo(torch.float32).max  # bound of numbers that are added to or multiply float32 scores
+# Kernels add this finite number for a mask_value of -inf: a masked key still gets probability exactly 0, and a tile
+# that has only masked keys produces no NaN.
 MASKED_OUT = -(2.0**125)
 
 Ints = int | Sequence[int]
 
 
 def why_beyond_limits(head_dim: int, window: Sequence[int] = ()) -> str | None:
-    """Return why no backend takes heads or windows of this size, or None. Used in reports."""
+    """Return why no backend takes heads or windows of this size, or None if the op takes them, for reports."""
     if head_dim > MAX_HEAD_DIM:
         return f"its heads have {head_dim} channels, and the op takes at most {MAX_HEAD_DIM}"
     volume = math.prod(window)
@@ -65,7 +65,7 @@ def _is_symbolic_or_int(value: Any) -> bool:
 
 
 def per_axis_ints(op: str, name: str, value: Any, rank: int) -> tuple[int, ...]:
-    if type(value) is int:  # the usual case, at a fraction of the time
+    if type(value) is int:  # a fast path for the usual case
         return (operator.index(value),) * rank
     given = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * rank
     indices = [_index(x) for x in given]
@@ -148,7 +148,7 @@ def check_qkvpacked(op: str, qkv: Any, num_heads: Any) -> Tensor:
 
 
 def check_separate(op: str, q: Any, k: Any, v: Any, num_heads: Any) -> None:
-    """Check q, k and v, each (B, *S, num_heads, head_dim), of one shape, dtype and device."""
+    """Check that q, k and v are (B, *S, num_heads, head_dim) and have one shape, dtype and device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_map(op, name, x)
         if x.dim() not in (5, 6):
@@ -222,7 +222,7 @@ def check_size(op: str, size: Any) -> tuple[int, ...]:
 
 
 def check_rows(op: str, name: str, x: Any, *, batched: bool = False) -> None:
-    """Check tokens (..., C), or (B, ..., C), that are to be normalised."""
+    """Check the tokens to be normalised: (..., C), or (B, ..., C) if ``batched``."""
     _check_map(op, name, x)
     if x.dim() < 1 + batched or x.shape[-1] < 1:
         accepted = "(B, ..., C)" if batched else "(..., C)"
@@ -240,8 +240,8 @@ def check_weight(op: str, x: Tensor, weight: Any, *widths: int) -> None:
 def check_linear(op: str, x: Tensor, name: str, weight: Any, bias: Any, shape: tuple[int | None, int]) -> None:
     """Check the weight and the optional bias of the Linear ``name``.
 
-    ``shape`` is (out, in); an ``out`` of None accepts any number of rows. The dtype must be that of x, except under
-    autocast, which casts the parameters.
+    ``shape`` is (out, in); an ``out`` of None accepts any number of rows. Both parameters must have the dtype of x,
+    except under autocast, which casts them.
     """
     parameters = {f"{name}_weight": weight} | ({} if bias is None else {f"{name}_bias": bias})
     for parameter, value in parameters.items():
@@ -260,7 +260,7 @@ def check_linear(op: str, x: Tensor, name: str, weight: Any, bias: Any, shape: t
 
 
 def check_dtype(op: str, dtype: Any, x: Tensor) -> torch.dtype:
-    """Check the dtype requested for a result; None stands for that of x."""
+    """Check the dtype requested for a result and return it; None stands for the dtype of x."""
     if dtype is None:
         return x.dtype
     if dtype not in DTYPES:
@@ -277,12 +277,12 @@ def check_ints(op: str, name: str, value: Any, rank: int, *, at_least: int) -> t
 
 
 def check_factor(op: str, factor: Any, rank: int, name: str = "factor") -> tuple[int, ...]:
-    """Check by how much a map grows or shrinks: an int or one int per axis."""
+    """Check the factor by which a map grows or shrinks: an int or one int per axis."""
     return check_ints(op, name, factor, rank, at_least=1)
 
 
 def check_parameters(op: str, x: Tensor, expected: tuple[int, ...], **parameters: Any) -> None:
-    """Check that every tensor that is not None has the expected shape."""
+    """Check that every parameter that is not None is a tensor of the expected shape."""
     for name, value in parameters.items():
         if value is None:
             continue
@@ -306,7 +306,7 @@ def check_choice(op: str, name: str, value: Any, accepted: Sequence[str]) -> Non
 
 
 def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Check window and shift; return one value per axis of each."""
+    """Check window and shift; return each as one value per axis."""
     window = per_axis_ints(op, "window_size", window_size, rank)
     if any(w < 1 for w in window):
         raise ValueError(f"{op}: window_size must be at least 1 per axis, got {window}")
@@ -317,7 +317,7 @@ def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple
 
 
 def check_roll(op: str, shift_size: Any, rank: int) -> tuple[int, ...]:
-    """Check a cyclic shift in torch.roll's terms: any number of tokens per axis, in either direction."""
+    """Check a cyclic shift as torch.roll takes it: any number of tokens per axis, in either direction."""
     return per_axis_ints(op, "shift_size", shift_size, rank)
 
 
@@ -349,7 +349,7 @@ def make_window_spec(
 ) -> WindowSpec:
     """Check the arguments of window attention's public functions for a map of ``rank`` axes and return their spec.
 
-    ``tables`` are the tensors of the call by name; some of them exclude an argument.
+    ``tables`` maps names to the call's tensors; some of these cannot be combined with certain other arguments.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names ``op``, the value given and the values accepted.
@@ -483,11 +483,11 @@ def check_window_call(
     head_dim: int,
     tables: Mapping[str, Any],
 ) -> None:
-    """Check the tensors of a call against its spec: a map of ``size`` tokens, its heads and the tables.
+    """Check the tensors of a call against its spec: the map of ``size`` tokens, its heads and the tables.
 
     Args:
         tokens: a tensor with the batch size and the device of the map.
-        tables: bias_table, bias, logit_scale, pad_qkv, region_map and axis_tables by name, as far as given.
+        tables: bias_table, bias, logit_scale, pad_qkv, region_map and axis_tables by name, if given.
 
     Raises:
         TypeError, ValueError: a tensor does not fit; the message names ``op``, the value given and the values accepted.

@@ -1,7 +1,7 @@
 """Backend support and choice: one function per op lists the reasons why a backend cannot run some inputs.
 
-The choice, the error messages and the test skips all read that list. Window attention's function is in the file of its
-op.
+Backend choice, error messages and test skips all use that list. The function for window attention is next to its op, in
+``ops/window_attention.py``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from swinkernels import _extension
 from swinkernels.ops._library import constant_when_compiled
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
-# The kernels that `auto` tries on each device, best first. If none runs the call, it takes "torch".
+# The backends with kernels that "auto" tries on each device, best first. If none runs the call, "auto" takes "torch".
 PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
-# Backends in plain PyTorch, which run every op: the fast code (ops/fallback.py) and the definition.
+# Backends in plain PyTorch, which run every op: the fast code (ops/fallback.py) and the definitions.
 PLAIN = ("torch", "reference")
 
-# The backends with kernels for each op. window_partition stands for window_reverse, too.
+# The backends with kernels for each op. The entry for window_partition also covers window_reverse.
 IMPLEMENTED = {
     "window_attention": ("cuda", "triton", "cpu"),
     "window_partition": ("cuda", "triton"),
@@ -35,12 +35,12 @@ IMPLEMENTED = {
 }
 
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-# The (read, written) dtypes of a norm's kernel: one dtype, or the two that autocast mixes, in either order.
+# The pairs of dtypes that a norm's kernel can read and write: equal ones, or float32 and another, in either order.
 NORM_DTYPES = frozenset((a, b) for a in _LOW_AND_SINGLE for b in _LOW_AND_SINGLE if a == b or torch.float32 in (a, b))
 
 
 def interpreting() -> bool:
-    """Return True if Triton runs in its CPU interpreter. Triton decides this when a kernel is defined: read it once."""
+    """Return True if Triton runs in its CPU interpreter. Triton decides this when a kernel is defined."""
     return _INTERPRETING
 
 
@@ -59,7 +59,7 @@ def _not_installed() -> dict[str, str | None]:
 
 
 NOT_INSTALLED = _not_installed()
-# Limits of a backend that are narrower than those of the argument checks; the kernels' headers state them.
+# A backend's limits that are narrower than the argument checks'. The kernels' headers define them.
 LIMITS: dict[str, dict[str, int]] = {}
 NORM_LIMITS: dict[str, int] = {"triton": 8192}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
@@ -72,7 +72,7 @@ def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:
     for arch in arch_list:
         match = re.fullmatch(r"(\d+)\.(\d+)(a|f)?(\+PTX)?", arch)
         if match is None:
-            return True  # a name, such as Ampere, which only torch's build tools can resolve
+            return True  # a name, such as Ampere, that only torch's build tools can resolve
         major, minor, specific, ptx = int(match[1]), int(match[2]), match[3], match[4]
         if specific:
             if (major, minor) == capability:
@@ -84,7 +84,7 @@ def has_machine_code(arch_list: list[str], capability: tuple[int, int]) -> bool:
 
 @constant_when_compiled
 def gpu_reason(backend: str, device: torch.device) -> str | None:
-    """Return why a backend's kernels do not run on this GPU, or None. Cached for each GPU."""
+    """Return why a backend's kernels do not run on this GPU, or None if they do. The result is cached per GPU."""
     return _find_gpu_reason(backend, device)
 
 
@@ -105,13 +105,13 @@ def _find_gpu_reason(backend: str, device: torch.device) -> str | None:
 
 @constant_when_compiled
 def why_no_kernels(device: torch.device) -> str | None:
-    """Return why "auto" finds no kernel on this device for any call, or None."""
+    """Return why "auto" finds no kernel for any call on this device, or None if it may find one."""
     return _find_why_no_kernels(device)
 
 
 @functools.cache
 def _find_why_no_kernels(device: torch.device) -> str | None:
-    if device.type == "meta":  # stands for any device
+    if device.type == "meta":  # a meta tensor stands for any device
         return None
     if device.type not in PREFERENCE:
         return f"no kernel runs on {device.type} tensors"
@@ -121,7 +121,7 @@ def _find_why_no_kernels(device: torch.device) -> str | None:
 
 
 def unavailable(backend: str) -> str | None:
-    """Return why a backend cannot run any call in this process, or None."""
+    """Return why a backend cannot run any call in this process, or None if it can run some."""
     if NOT_INSTALLED[backend] is not None:
         return NOT_INSTALLED[backend]
     if backend == "cuda" or (backend == "triton" and not _INTERPRETING):
@@ -132,7 +132,7 @@ def unavailable(backend: str) -> str | None:
 
 
 def _reasons(backend: str, op: str, device: torch.device) -> list[str]:
-    """List the reasons that depend on the device alone."""
+    """List the reasons against a backend that depend only on the op and the device."""
     if backend not in IMPLEMENTED[op]:
         return [f"it does not implement {op}"]
     reasons = []
@@ -155,7 +155,7 @@ def _dtype_reasons(backend: str, *dtypes: torch.dtype) -> list[str]:
 
 
 def _longest_window(backend: str, device: torch.device) -> int | None:
-    """Return the most tokens a window may have on this backend, or None if that is the op's own limit."""
+    """Return the largest window, in tokens, that this backend takes, or None if only the op limits it."""
     limits = LIMITS.get(backend)
     if limits is None or device.type != "cuda":
         return None
@@ -180,7 +180,7 @@ def window_volume_reasons(backend: str, volume: int, device: torch.device) -> li
 
 
 def window_partition_reasons(backend: str, device: torch.device) -> list[str]:
-    """List the reasons why a backend cannot partition a map into windows or reverse that."""
+    """List the reasons why a backend cannot partition a map into windows or reverse the partition."""
     return [] if backend in PLAIN else _reasons(backend, "window_partition", device)
 
 
@@ -205,7 +205,10 @@ def norm_reasons(
 def residual_reasons(
     backend: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> list[str]:
-    """List the reasons for a residual connection and its norm; ``dtypes`` are those of the stream and the branch."""
+    """List the reasons why a backend cannot run a residual connection with its norm.
+
+    ``dtypes`` are the dtypes of the residual stream and of the branch.
+    """
     reasons = norm_reasons(backend, "residual_layer_norm", row, dtypes, device)
     stream, branch = dtypes
     if backend not in PLAIN and stream != torch.float32 and branch == torch.float32:
@@ -216,10 +219,13 @@ def residual_reasons(
 def patch_merging_reasons(
     backend: str, norm: str, row: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> list[str]:
-    """List the reasons for patch merging with its norm before the reduction ("pre") or after it ("post")."""
+    """List the reasons why a backend cannot merge patches.
+
+    ``norm`` is "pre" for a norm before the reduction, "post" for one after it.
+    """
     if norm == "pre":
         return norm_reasons(backend, "patch_merging", row, dtypes, device)
-    # Triton gathers the neighbours; torch normalises.
+    # With "triton", torch computes the norm of "post".
     of_norm = [] if backend == "triton" else norm_reasons(backend, "layer_norm", row, dtypes, device)
     return list(dict.fromkeys(window_partition_reasons(backend, device) + of_norm))
 
@@ -231,7 +237,7 @@ def check_backend(op: str, requested: Any) -> None:
 
 
 def choose(op: str, requested: str, device: torch.device, reasons_of: Callable[[str], list[str]]) -> str:
-    """Choose the backend for a call of ``op``; ``reasons_of`` lists the reasons against each one."""
+    """Return the backend for a call of ``op``; ``reasons_of`` lists the reasons against each backend."""
     check_backend(op, requested)
     reasons = [] if requested == "auto" else reasons_of(requested)
     if requested != "auto" and not reasons:
@@ -257,7 +263,7 @@ def _observed(op: str, backend: str) -> str:
 
 @contextlib.contextmanager
 def observe_choices(observe: Callable[[str, str], None]) -> Iterator[None]:
-    """Report the op and the backend of every choice to ``observe``. Calls found in the cache make no choice."""
+    """Call ``observe(op, backend)`` for every choice of a backend. Calls found in the cache make no choice."""
     _OBSERVERS.append(observe)
     try:
         yield
@@ -266,5 +272,5 @@ def observe_choices(observe: Callable[[str, str], None]) -> Iterator[None]:
 
 
 def backend_beside(op: str, requested: str) -> str:
-    """Return the backend for an op next to a module's attention: the attention's if it has the op, else "auto"."""
+    """Return the backend for an op beside attention on ``requested``: the same one if it has the op, else "auto"."""
     return requested if requested in ("auto", *PLAIN, *IMPLEMENTED[op]) else "auto"

@@ -1,8 +1,8 @@
 """Forward ops as plain PyTorch, for exporters (ONNX, OpenVINO, ExecuTorch) and for programs in core ATen.
 
-Tokens are gathered into windows and back by indices computed from the size of the map. A symbolic size then needs no
-guard, and one program serves maps with and without padding; for a fixed size the indices are constants, which those
-tools fold. ``ops/fallback.py`` is the eager code, written for speed; the arithmetic is shared with it.
+Tokens are gathered into windows and back by indices that are computed from the map's size. A symbolic size then needs
+no guard, and one program serves maps with and without padding; for a fixed size the indices are constants, which the
+exporters fold. Eager calls run ``ops/fallback.py``, written for speed, which shares its arithmetic with this file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _known_equal(a: Any, b: Any) -> bool:
 
 
 def _modulo(y: Tensor, n: Any) -> Tensor:
-    """y % n. ONNX exporters accept a symbolic n only as a tensor."""
+    """Return y % n; ONNX exporters accept a symbolic n only as a tensor."""
     return y % (n if isinstance(n, int) else torch.full((), n, dtype=y.dtype, device=y.device))
 
 
@@ -61,7 +61,7 @@ class _Windows:
         self.may_have_pads = not all(map(_known_equal, self._size, self._frame))
 
     def _axes(self, key_window: Sequence[int] | None = None) -> list[Tensor]:
-        """Frame coordinates of all window tokens, or keys (``key_window``): one (windows, tokens) per axis."""
+        """Return the frame coordinates of all window tokens, or keys of ``key_window``: (windows, tokens) per axis."""
         axes = []
         for count, w, m in zip(self._counts, self._window, key_window or self._window, strict=True):
             number, token = torch.arange(count, device=self._device), torch.arange(m, device=self._device)
@@ -72,7 +72,7 @@ class _Windows:
         return axes
 
     def _per_token(self, axes: Sequence[Tensor], lengths: Sizes) -> Tensor:
-        """(num_windows, N): the row-major number of each token, from one (windows, tokens) of coordinates per axis."""
+        """Return each token's row-major number, (num_windows, N), from coordinates (windows, tokens) per axis."""
         rank, number = len(axes), None
         for axis, (values, length) in enumerate(zip(axes, lengths, strict=True)):
             shape = [1] * (2 * rank)
@@ -83,7 +83,7 @@ class _Windows:
         return number.flatten(rank).flatten(0, rank - 1)
 
     def sources(self, key_window: Sequence[int] | None = None) -> Tensor:
-        """(num_windows * N): the row-major number in the map of each window token; prod(size) for a pad token."""
+        """Return each window token's row-major number in the map, (num_windows * N); prod(size) for a pad token."""
         axes, outside = [], []
         for g, s, p, shift, before in zip(
             self._axes(key_window), self._size, self._frame, self._shift, self._before, strict=True
@@ -97,7 +97,7 @@ class _Windows:
         return numbers.flatten()
 
     def positions(self) -> Tensor:
-        """(prod(size)): the row-major number among the window tokens of each token of the map."""
+        """Return, for each token of the map, its row-major number among the window tokens: (prod(size))."""
         n, rank = math.prod(self._window), len(self._size)
         window: Any = 0
         token: Any = 0
@@ -116,7 +116,7 @@ class _Windows:
         return (window * n + token).flatten()
 
     def regions(self, region_map: Tensor | None, periodic: Sequence[bool]) -> Tensor | None:
-        """(num_windows, N): region numbers, for the mask between tokens of different regions; None for one region."""
+        """Return each window token's region number for the mask, (num_windows, N), or None for one region."""
         axes = self._axes()
         if region_map is not None:
             return (
@@ -134,7 +134,7 @@ class _Windows:
         return self._per_token(regions, [3] * len(regions))
 
     def cut(self, x: Tensor, pad: Tensor | None = None, key_window: Sequence[int] | None = None) -> Tensor:
-        """(B, *S, ...) -> (B, num_windows, N, ...), or M keys in place of N tokens; a pad token is ``pad``, or zero."""
+        """Cut (B, *S, ...) into (B, num_windows, N, ...), or M keys for N tokens; pad tokens are ``pad`` or zero."""
         tokens = x.flatten(1, len(self._size))
         if self.may_have_pads or key_window:
             row = torch.zeros_like(tokens[:, :1]) if pad is None else pad.expand(tokens.shape[0], 1, *pad.shape)
@@ -144,7 +144,7 @@ class _Windows:
         )
 
     def join(self, windows: Tensor) -> Tensor:
-        """The inverse of :meth:`cut`; pad tokens are dropped."""
+        """Join windows into a map, without pad tokens: the inverse of :meth:`cut`."""
         return windows.flatten(1, 2).index_select(1, self.positions()).unflatten(1, self._size)
 
 
@@ -163,7 +163,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     windows = _Windows(
         x.shape[1 : 1 + rank], spec.window_size, spec.shift_size, spec.pad_order, x.device, spec.pad_before, spec.grid
     )
-    if pad_qkv is not None:  # a table may have any shape of the right number of elements
+    if pad_qkv is not None:  # the op takes any shape with the right number of elements
         pad_qkv = pad_qkv.reshape(3, *x.shape[-2:])
     key_window = spec.key_window if spec.key_window != spec.window_size else None
     if len(maps) == 1 and key_window is None:
@@ -293,8 +293,8 @@ DECOMPOSITIONS = {getattr(ops, name).default: function for name, function in _FO
 def _register(exporter: ModuleType) -> None:
     """Register the ops for torch.onnx.export, which reads torch's global table.
 
-    Inductor reads it as well if the variable CI is set, and refuses to compile ops with an entry, so entries are made
-    only when ONNX's exporter is imported.
+    If the environment variable CI is set, Inductor also reads that table, and refuses to compile ops that have an
+    entry. Entries are therefore made only when ONNX's exporter is imported.
     """
     for op, function in DECOMPOSITIONS.items():
         torch._decomp.register_decomposition(op)(function)
@@ -309,7 +309,7 @@ for _op in DECOMPOSITIONS:
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Return the table for ``run_decompositions`` that turns an exported program into core ATen without custom ops.
 
-    It is ``torch.export.default_decompositions()``, which leaves custom ops as they are, plus the forward ops here::
+    The table is ``torch.export.default_decompositions()``, which keeps custom ops, plus this package's forward ops::
 
         program = torch.export.export(model, (x,)).run_decompositions(swinkernels.decompositions())
 

@@ -1,9 +1,9 @@
 """FLOPs of the ops, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-Window attention has two matrix products forward and four backward, 2 * M * head_dim each per query of M keys: the
-count that the libraries' plain code gets, too. Decomposed relative positions add products with a table per axis. Scores
-that a backward kernel recomputes are not counted. Windows count whole, pad tokens included. The other ops multiply no
-matrices and count zero, as torch's own copies and norms do.
+Window attention has two matrix products forward and four backward, each of 2 * M * head_dim FLOPs per query with M
+keys. The libraries' plain code gets the same count. Decomposed relative positions add products with one table per axis.
+Scores that a backward kernel recomputes are not counted. Pad tokens are counted. The other ops multiply no matrices and
+count zero, as torch's own copies and norms do.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _attention(products: int, first_map: int, axes: int) -> Callable[..., int]:
         batch, *size, num_heads, head_dim = arguments[first_map]
         spec = WindowSpec.parse(next(a for a in arguments if isinstance(a, str)), 1.0, 0.0, 0.0)
         tokens = batch * math.prod(frame_size(size[: len(size) + 2 - axes], spec.window_size))
-        of_axes = sum(spec.window_size) if spec.axis_tables else 0  # one product forward, two backward
+        of_axes = sum(spec.window_size) if spec.axis_tables else 0  # one product with the tables forward, two backward
         return 2 * tokens * num_heads * head_dim * (products * spec.key_volume + products // 2 * of_axes)
 
     return flops

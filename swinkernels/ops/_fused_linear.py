@@ -1,8 +1,8 @@
-"""A Linear layer with its bias, GELU or a residual connection in one pass on a CPU, by oneDNN as torch ships it.
+"""Runs a Linear layer with its bias, GELU or residual connection in one pass on a CPU, with torch's oneDNN.
 
-F.linear on a CPU writes the bias into the result before the product, and GELU and the sum are passes of their own:
-three or four parallel regions over memory instead of one. oneDNN adds all of it to a tile that is still in registers,
-in float32, and rounds once.
+F.linear on a CPU writes the bias into the result before the product, and GELU and the sum are separate passes: three or
+four parallel regions over memory instead of one. oneDNN applies all of them to a tile that is still in registers, in
+float32, and rounds once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOW = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_
 
 @functools.cache
 def why_not_fused(dtype: torch.dtype) -> str | None:
-    """Return why torch fuses no Linear layers of a dtype on this machine, or why that would not be faster, or None."""
+    """Return why fusing Linear layers of a dtype is not possible or not faster on this machine, or None."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "torch was built without oneDNN"
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -40,9 +40,9 @@ def why_not_fused(dtype: torch.dtype) -> str | None:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: str | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """Linear(x), then GELU in one of its two forms, or residual + Linear(x) in the dtype of the residual.
+    """Return Linear(x), then GELU in the form ``gelu``, or residual + Linear(x) in the dtype of the residual.
 
-    x, weight and bias have one dtype. Where no fused function applies, these are torch's separate ones.
+    x, weight and bias have one dtype. If no fused function applies, torch's separate functions run.
     """
     if x.device.type == "cpu" and _is_fused(x, weight, bias):
         if residual is not None and _can_be_added(residual, x, weight):
@@ -58,7 +58,7 @@ def linear(
 def fuses(x: Tensor) -> bool:
     """Return True if a module with input x should call :func:`linear`: inference on a CPU, by eager PyTorch.
 
-    Under autocast torch keeps the cast weights for the next call, which it does for its own functions alone.
+    The result is False under autocast, because torch caches cast weights only for its own functions.
     """
     return (
         x.device.type == "cpu"

@@ -18,7 +18,7 @@ NORMS = ("pre", "post")
 def check_half(
     op: str, x: Tensor, norm: Any, residual: Any, eps: Any, drop_path_scale: Any, **of_channels: Any
 ) -> float:
-    """Check the arguments of both halves; return the eps of their norm. ``of_channels`` have a value per channel."""
+    """Check the arguments of both halves and return eps. ``of_channels`` are tensors with one value per channel."""
     _arguments.check_choice(op, "norm", norm, NORMS)
     if not isinstance(residual, bool):
         raise TypeError(f"{op}: residual must be a bool, got {residual!r}")
@@ -28,7 +28,7 @@ def check_half(
 
 
 def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return the parameters of a Linear layer as autocast passes them."""
+    """Return the parameters of a Linear layer in ``dtype``."""
     weight = weight if weight.dtype == dtype else weight.to(dtype)
     return weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
@@ -36,7 +36,7 @@ def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
 def scaled(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm: str) -> tuple[Tensor, Tensor | None]:
     """Return the parameters of the last Linear layer of a branch, times layer scale unless a norm is in between.
 
-    As a factor of the weight's rows, layer scale keeps no further tensor for its gradient.
+    Multiplied into the weight's rows, layer scale needs no further saved tensor for its gradient.
     """
     if layer_scale is None or norm == "post":
         return weight, bias
@@ -56,9 +56,9 @@ def finish(
     residual: bool,
     backend: str,
 ) -> Tensor:
-    """The end of a half: its last Linear layer, the norm of "post" and the residual connection.
+    """Run the end of a half: its last Linear layer, the norm of "post" and the residual connection.
 
-    ``last`` computes the Linear layer, and adds it to its argument if that is not None.
+    ``last`` computes the Linear layer and adds its argument, unless that is None.
     """
     if norm == "pre":
         if residual and drop_path_scale is None:
@@ -68,7 +68,7 @@ def finish(
             return fallback.add(x, branch, drop_path_scale)
     else:
         branch = last(None)
-        if layer_scale is not None:  # a factor of the norm's result can be a factor of its parameters
+        if layer_scale is not None:  # scaling the norm's parameters scales its result
             norm_weight = layer_scale if norm_weight is None else norm_weight * layer_scale
             norm_bias = None if norm_bias is None else norm_bias * layer_scale
         if residual:

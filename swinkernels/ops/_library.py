@@ -30,7 +30,7 @@ _AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype in which autocast multiplies x, or None if it is off or x is float64."""
+    """Return the dtype in which autocast multiplies x, or None if autocast is off or x is float64."""
     kind = x.device.type
     if x.dtype == torch.float64 or kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
         return None
@@ -43,7 +43,7 @@ def linear_dtype(x: Tensor) -> torch.dtype:
 
 
 def norm_dtype(x: Tensor) -> torch.dtype:
-    """Return the result dtype of a module's norm: float32 under autocast, as torch's LayerNorm on a GPU."""
+    """Return the result dtype of a module's norm: float32 under autocast, as for torch's LayerNorm on a GPU."""
     return x.dtype if autocast_dtype(x) is None else torch.float32
 
 
@@ -56,9 +56,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def constant_when_compiled(function: Function) -> Function:
-    """Have dynamo call a function that it cannot trace once and keep the result as a constant of the compiled code.
+    """Mark a function that dynamo cannot trace: its result becomes a constant of the compiled code.
 
-    The same as torch.compiler.assume_constant_result, whose import takes a second because it loads all of dynamo.
+    torch.compiler.assume_constant_result does the same, but its import takes a second because it loads all of dynamo.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -67,8 +67,8 @@ def constant_when_compiled(function: Function) -> Function:
 def is_plain(tensors: Sequence[Any]) -> bool:
     """Return True if eager PyTorch alone handles a call on these tensors (some may be None).
 
-    False under a compiler or exporter, a functorch or forward-mode transform or a mode that intercepts ops, and for
-    tensor subclasses and any other kind of argument.
+    The result is False under a compiler or exporter, a functorch or forward-mode transform or a mode that intercepts
+    ops, and for tensor subclasses and any other kind of argument.
     """
     return (
         not torch.compiler.is_compiling()
@@ -116,7 +116,7 @@ _ALL_FOUND: list[Found] = []
 
 
 def forget() -> None:
-    """Clear every cache. For tests that change which backends are available."""
+    """Clear every cache, for tests that change which backends are available."""
     for found in _ALL_FOUND:
         found.clear()
 
@@ -124,8 +124,9 @@ def forget() -> None:
 def call_key(tensors: Sequence[Tensor | None], options: tuple[Any, ...], dtype: torch.dtype | None = None) -> Any:
     """Return the cache key of a call: the metadata of its tensors, never their values, and its options.
 
-    None if the call cannot be cached because an option is not a plain Python value (a symbolic int, a tensor). Options
-    of different types get different keys, also inside tuples: True equals 1, but is not a valid window.
+    The key is None if an option is not a plain Python value but, for example, a symbolic int or a tensor: the call
+    cannot be cached. Options of different types get different keys, also inside tuples: True equals 1, but is not a
+    valid window.
     """
     if dtype is not None and type(dtype) is not torch.dtype:
         return None
@@ -143,7 +144,7 @@ def looked_up(
     find: Callable[[], Value],
     dtype: torch.dtype | None = None,
 ) -> Value:
-    """Return the cached result of ``find`` for a call like this one, or call it and cache the result."""
+    """Return the cached result of ``find`` for a call like this one, or call ``find`` and cache its result."""
     key = call_key(tensors, options, dtype) if is_plain(tensors) else None
     if key is None:  # a compiler must not read the cache, whose contents would become guards
         return find()
@@ -155,7 +156,7 @@ def looked_up(
 
 
 def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
-    """Raise for forward-mode tangents, which torch.library drops silently where gradients are off."""
+    """Raise NotImplementedError for forward-mode tangents, which torch.library drops silently if gradients are off."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs if isinstance(x, Tensor)):
@@ -164,7 +165,7 @@ def _refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
 
 def _no_forward_mode(name: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{NAMESPACE}::{name} has no forward-mode derivative (jvp): use backend='reference', or reverse mode"
+        f"{NAMESPACE}::{name} has no forward-mode derivative (jvp): use backend='torch' or 'reference', or reverse mode"
     )
 
 
@@ -200,11 +201,11 @@ def _is_transformed() -> bool:
 
 
 class Differentiable:
-    """Callable for a registered op: a fast eager path, torch.library's otherwise.
+    """Callable for a registered op, with a fast path for eager calls; other calls take torch.library's path.
 
-    An autograd.Function with the same setup_context and backward takes a fraction of the host time of the formula that
-    torch.library builds, and a call without gradients needs neither. The Function takes all arguments that are not
-    tensors as one, because each argument costs time.
+    An autograd.Function with the same setup_context and backward takes a fraction of the host time of torch.library's
+    autograd formula, and a call without gradients skips both. The Function takes all arguments that are not tensors as
+    one tuple, because each argument costs time.
     """
 
     def __init__(self, name: str, setup_context: Callable, backward: Callable) -> None:
@@ -224,7 +225,7 @@ class Differentiable:
         def backward_op(ctx, *gradients):
             return *backward(ctx, *gradients), *(None,) * (len(op._schema.arguments) - count)
 
-        # Called by code that knows its tensors to be plain: apply if a gradient may be needed, else overload below
+        # For callers whose tensors are plain: they call apply if a gradient may be needed, else overload below
         # autograd.
         function = _function(name, forward=forward, backward=lambda ctx, *gradients: (*backward(ctx, *gradients), None))
         self.apply, self.overload = function.apply, op
@@ -271,11 +272,11 @@ def register_derivative(name: str, fake: Callable, of: str, gradients: Callable 
     Returns the callable for the op; it takes a tuple of tensors and a tuple of the other arguments.
 
     Args:
-        name: of the backward op.
-        fake: as torch.library.register_fake has it.
-        of: the op that errors name.
-        gradients: (tensors, others) -> the results of the backward op, None for those that are not wanted, by
-            operations that torch can differentiate. Without it a second derivative is refused.
+        name: the backward op's name.
+        fake: as for torch.library.register_fake.
+        of: the forward op's name in error messages.
+        gradients: (tensors, others) -> the backward op's results, None for those that are not wanted, by operations
+            that torch can differentiate. If it is None, a second derivative raises NotImplementedError.
     """
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
     op = getattr(ops, name).default
@@ -290,7 +291,7 @@ def register_derivative(name: str, fake: Callable, of: str, gradients: Callable 
     def differentiate(ctx, *cotangents):
         if gradients is None:
             raise NotImplementedError(
-                f"{of}: a second derivative is only in the reference: use backend='reference' for double backward"
+                f"{of} has no second derivative in the kernels: use backend='torch' or 'reference' for double backward"
             )
         tensors, others = ctx.saved_tensors, ctx.others
         floating = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
@@ -327,7 +328,7 @@ def kernel_parameter(parameter: Tensor | None) -> Tensor | None:
 def parameter_gradients(
     parameters: Sequence[Tensor | None], sums: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Cast the float32 sums of a backward op to the dtypes of the parameters; None where no gradient is needed."""
+    """Cast a backward op's float32 sums to the parameters' dtypes, with None for a gradient that is not needed."""
     return [
         total.to(parameter.dtype) if need and parameter is not None else None
         for parameter, total, need in zip(parameters, sums, needed, strict=True)
@@ -335,7 +336,7 @@ def parameter_gradients(
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """torch's Linear without a bias, in the autocast dtype if autocast is on, else in the dtype of x."""
+    """Run torch's Linear without a bias, in the autocast dtype if autocast is on, else in the dtype of x."""
     if autocast_dtype(x) is None or weight.dtype == torch.float64:  # autocast leaves float64 alone
         weight = weight.to(x.dtype)
     return F.linear(x, weight)

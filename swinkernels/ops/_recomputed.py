@@ -1,8 +1,8 @@
 """Linear layers after a norm or GELU whose result is recomputed in the backward pass instead of being kept.
 
-Eager PyTorch keeps the input of a norm or of GELU as well as its result, which the next Linear reads. Both functions
-are cheap compared with the products, so only their input is kept here. A compiler decides by itself what to recompute,
-and transforms have their own rules, so outside plain eager calls these functions are the plain operations.
+Eager PyTorch keeps both the input of a norm or GELU and its result, which the next Linear reads. Norm and GELU are
+cheap compared with the matrix products, so this file keeps only their input. Compilers choose what to recompute, and
+transforms have their own rules, so in calls that are not plain eager ones these functions run the plain operations.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def norm_linear(
     branch_scale: Tensor | None = None,
     gelu: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """s = x + branch_scale * branch, or x without a branch, and Linear(LayerNorm(s)).
+    """Return s = x + branch_scale * branch, or x without a branch, and Linear(LayerNorm(s)).
 
-    The norm's result has the dtype of the weight, as the branch has to have, and ``backend`` has to have that norm.
-    With ``gelu``, one of its two forms, GELU follows, and nothing is computed again: for calls without a gradient.
+    The norm's result and the branch have the dtype of the weight, and ``backend`` must support that norm. With
+    ``gelu``, "none" or "tanh", GELU follows and nothing is recomputed: this is for calls without a gradient.
     """
     tensors = (x, branch, branch_scale, norm_weight, norm_bias, weight, bias)
     if gelu is not None:
@@ -49,7 +49,7 @@ def norm_linear(
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: str) -> Tensor:
-    """Linear(GELU(x)), all in one dtype."""
+    """Return Linear(GELU(x)); all tensors have one dtype."""
     return _run(_GeluLinear, _gelu_linear, (x, weight, bias), (approximate,))
 
 
@@ -83,7 +83,7 @@ def _run(
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Compute products in the tensors' own dtypes: autocast has cast them before, or was off in the forward pass."""
+    """Return a context without autocast, which has cast the tensors already, or was off in the forward pass."""
     is_on = torch._C._is_any_autocast_enabled()
     return torch.autocast(x.device.type, enabled=False) if is_on else _AS_IT_IS
 
@@ -94,7 +94,7 @@ _AS_IT_IS = contextlib.nullcontext()
 def _linear_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of weight and bias of a Linear layer, those that are needed."""
+    """Return the gradients of a Linear layer's weight and bias, None for one that is not needed."""
     rows = dy.reshape(-1, dy.shape[-1])
     dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[0] else None
     return dweight, rows.sum(0) if needs[1] else None
@@ -103,7 +103,7 @@ def _linear_gradients(
 def _differentiable_backward(
     function: Callable, tensors: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
 ) -> list[Tensor | None]:
-    """Return the gradients as functions of all that they depend on, for a second derivative."""
+    """Return the gradients with an autograd graph, so that they can be differentiated again."""
     wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
     with torch.enable_grad(), _without_autocast(dy):
         found = iter(torch.autograd.grad(function(*tensors), wanted, dy, create_graph=True))

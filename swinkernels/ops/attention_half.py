@@ -1,7 +1,7 @@
 """The attention half of a Swin block: the public function.
 
-A composition of the ops of the norm and of window attention, torch's products and :mod:`swinkernels.ops._recomputed`,
-not an op itself.
+The function is not an op itself: it composes the ops for norm and window attention, torch's matrix products and
+:mod:`swinkernels.ops._recomputed`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from swinkernels.ops._recomputed import norm_linear
 from swinkernels.ops.window_attention import spec_of, window_attention_qkvpacked, window_attention_reasons
 
 _KNOWN = Found()
-_TABLES = ("bias", "logit_scale", "region_map")  # tables of window attention, other than bias_table
+_TABLES = ("bias", "logit_scale", "region_map")  # window attention's tables, except bias_table
 
 
 def attention_half(
@@ -54,8 +54,8 @@ def attention_half(
     The published codes pad the input of the QKV projection with zeros, so a pad token's q, k and v are ``qkv_bias``:
     in v1 a pad token is zero after the norm, not before it.
 
-    For the backward pass it keeps x, q, k, v, the tensors that window attention keeps, the input of proj and, in
-    "post", also its result; the norm of "pre" is recomputed. Under a compiler, the compiler decides that.
+    For the backward pass, the call keeps x, q, k, v, the tensors that window attention keeps, the input of proj and, in
+    "post", the result of proj; the norm of "pre" is recomputed. In compiled code the compiler chooses what to keep.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16 or float64 (torch and reference only).
@@ -68,19 +68,20 @@ def attention_half(
         eps: added to the variance of the norm.
         norm: "pre" (v1) or "post" (v2).
         residual: False leaves ``x +`` out; the norm stays.
-        drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+        drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
         layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. In "pre" it multiplies the
             weight of proj, in that dtype, before the product.
-        backend: of the attention, as for :func:`swinkernels.window_attention_qkvpacked`, and of the norm; where it has
-            no norm, the norm uses "auto". Products are torch's except in the reference.
+        backend: backend of the attention, as for :func:`swinkernels.window_attention_qkvpacked`, and of the norm; if it
+            has no norm, the norm uses "auto". torch computes the matrix products, except with "reference".
         attention: the other arguments of :func:`swinkernels.window_attention_qkvpacked`, except ``pad_qkv``, which is
             ``qkv_bias``, and ``return_attention``.
 
     Returns:
-        (B, \*S, C) in the dtype of x, with residual=False in that of the products in "pre". An empty batch gives an
-        empty result. Under autocast products and attention are in its dtype. Differentiable in x, all parameters,
-        tables and layer_scale, each gradient in its tensor's dtype, twice with backend="torch" or "reference"; in
-        drop_path_scale where :func:`swinkernels.residual_layer_norm` is.
+        (B, \*S, C) in the dtype of x; with residual=False and norm="pre", in the dtype of the matrix products. An empty
+        batch gives an empty result. Under autocast the matrix products and the attention use the autocast dtype.
+        Differentiable in x, all parameters, tables and layer_scale, each gradient in its tensor's dtype; twice with
+        backend="torch" or "reference". Differentiable in drop_path_scale wherever
+        :func:`swinkernels.residual_layer_norm` is.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.

@@ -1,9 +1,9 @@
-"""Backend "torch": every op in plain PyTorch, written for speed. "auto" takes it where no kernel runs the call.
+"""Backend "torch": every op in plain PyTorch, written for speed. "auto" takes it if no kernel runs the call.
 
-It consists of whole-tensor operations that PyTorch runs fast and inductor fuses, on any device, in any floating dtype,
-and differentiable as often as those operations are. 16-bit maps are multiplied in their own dtype, as in the libraries'
-code, except in float16 and v2, where that would overflow or lose bits; softmax is in float32. The definitions of the
-ops are in ``swinkernels.reference``.
+The code consists of whole-tensor operations, which PyTorch runs fast and inductor fuses, on any device and in any
+floating dtype. It is differentiable as often as those operations are. 16-bit maps are multiplied in their own dtype, as
+in the libraries' code, except that scores in float16 and in v2 are computed in float32, because they would overflow or
+lose bits; softmax is in float32. The definitions of the ops are in ``swinkernels.reference``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from swinkernels.ops._arguments import frame_size
 from swinkernels.ops._library import Found, is_plain, linear
 
-# From this many tokens per window, a CPU's scaled_dot_product_attention is faster than products and a softmax.
+# With at least this many tokens per window, scaled_dot_product_attention on a CPU is faster than separate operations.
 _LONG_WINDOW = 128
 # torch's kernels put batch and heads on an axis of the GPU's grid that has at most this many blocks.
 _MOST_HEADS = 65535
@@ -29,13 +29,13 @@ _MOST_HEADS = 65535
 
 
 def _pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
-    """Zeros before and after each of the axes 1, 2, ... of a map."""
+    """Pad a map with zeros before and after each of its axes 1, 2, ..."""
     behind = [0, 0] * (x.dim() - 1 - len(pads))
     return F.pad(x, [*behind, *(amount for pair in reversed(pads) for amount in pair)])
 
 
 def _cut(x: Tensor, first: int, window: Sequence[int], grid: bool = False) -> Tensor:
-    """(..., *frame, ...) -> (..., num_windows, N, ...); the frame's axes begin at axis ``first``."""
+    """Cut (..., *frame, ...) into (..., num_windows, N, ...); the frame's axes begin at axis ``first``."""
     rank = len(window)
     last = first + rank
     counts = [x.shape[first + i] // w for i, w in enumerate(window)]
@@ -48,7 +48,7 @@ def _cut(x: Tensor, first: int, window: Sequence[int], grid: bool = False) -> Te
 
 
 def _join(x: Tensor, first: int, frame: Sequence[int], window: Sequence[int], grid: bool = False) -> Tensor:
-    """The inverse of :func:`_cut`."""
+    """Undo :func:`_cut`."""
     rank = len(window)
     counts = [p // w for p, w in zip(frame, window, strict=True)]
     x = x.unflatten(first + 1, tuple(window)).unflatten(first, counts)
@@ -59,7 +59,7 @@ def _join(x: Tensor, first: int, frame: Sequence[int], window: Sequence[int], gr
 
 
 class _Frame:
-    """A map's size rounded up to whole windows; moves maps into windows of that frame and back."""
+    """A frame: a map's size rounded up to whole windows. It cuts maps into windows and joins them again."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class _Frame:
         self.is_padded = any(p != s for p, s in zip(self.frame, self.size, strict=True))
         self.axes = [1 + i for i, s in enumerate(shift) if s]
         self.steps = [s for s in shift if s]
-        # Without pads the order makes no difference.
+        # Without pad tokens pad_order makes no difference.
         self.rolls_first = pad_order == "roll_then_pad" and self.is_padded and bool(self.axes)
 
     def _padded(self, x: Tensor, pads: Sequence[tuple[int, int]], pad: Tensor | None) -> Tensor:
@@ -89,7 +89,7 @@ class _Frame:
         return x + (1 - inside).reshape(inside.shape + (1,) * pad.dim()) * pad
 
     def windows(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
-        """(B, *S, ...) -> (B, num_windows, N, ...); a pad token is ``pad``, or zero."""
+        """Cut (B, *S, ...) into (B, num_windows, N, ...); pad tokens are ``pad`` or zero."""
         if self.rolls_first:
             x = torch.roll(x, [-s for s in self.steps], self.axes)
         if self.is_padded:
@@ -102,7 +102,7 @@ class _Frame:
         return _cut(x, 1, self.window, self.grid)
 
     def keys(self, x: Tensor, key_window: Sequence[int], pad: Tensor | None = None) -> Tensor:
-        """(B, *S, ...) -> (B, num_windows, M, ...): the tokens of larger, overlapping windows with the same centres."""
+        """Cut (B, *S, ...) into larger, overlapping windows with the same centres: (B, num_windows, M, ...)."""
         if tuple(key_window) == self.window:
             return self.windows(x, pad)
         rank = len(self.window)
@@ -114,7 +114,7 @@ class _Frame:
         return x.flatten(1 + rank, 2 * rank).flatten(1, rank)
 
     def map(self, windows: Tensor) -> Tensor:
-        """The inverse: (B, num_windows, N, ...) -> (B, *S, ...), contiguous, without pad tokens."""
+        """Join windows (B, num_windows, N, ...) into a contiguous map (B, *S, ...), without pad tokens."""
         if self.axes and not self.rolls_first and is_plain(()):
             x = windows.flatten(1, 2).index_select(1, self._places(windows.device, inverse=True))
             x = x.unflatten(1, self.frame)
@@ -129,7 +129,7 @@ class _Frame:
         return x.contiguous()
 
     def _places(self, device: torch.device, inverse: bool = False) -> Tensor:
-        """Position in the frame of each rolled window token, or the inverse: one gather instead of three copies."""
+        """Return each rolled window token's position in the frame, or the inverse: one gather replaces three copies."""
 
         def make() -> Tensor:
             tokens = torch.arange(math.prod(self.frame), device=device).reshape(self.frame)
@@ -158,7 +158,7 @@ _KEPT = Found(64)
 
 
 def _kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
-    """A small tensor that depends on the geometry alone: cached, except for compilers, modes and transforms."""
+    """Return ``make()``, a small tensor that depends only on the geometry; plain eager calls cache it."""
     if not is_plain(()):  # a fake tensor, for example, cannot serve the next call
         return make()
     value = _KEPT.get(key)
@@ -176,7 +176,7 @@ def table_rows(
     table_pairs: Sequence[bool],
     device: torch.device,
 ) -> Tensor:
-    """(N * M): the row of the bias table for query i and key j of a window."""
+    """Return the row of the bias table for query i and key j of a window, (N * M)."""
     is_usual = tuple(key_window) == tuple(window)
     of_query, of_key = (table_window, table_window) if is_usual else (window, key_window)
     query = torch.arange(math.prod(window), device=device)
@@ -190,13 +190,13 @@ def table_rows(
 
 
 def bias_of_table(table: Tensor, rows: Tensor, n: int) -> Tensor:
-    """(heads, N, M), or (window types, heads, N, M), from a table (rows, heads) or (rows, types, heads)."""
+    """Look up the bias, (heads, N, M) or (types, heads, N, M), in a table (rows, heads) or (rows, types, heads)."""
     bias = table.index_select(0, rows).unflatten(0, (n, -1))
     return bias.permute(*range(2, bias.dim()), 0, 1)
 
 
 def _regions(frame: _Frame, shift: Sequence[int], periodic: Sequence[bool], device: torch.device) -> Tensor:
-    """(num_windows, N): the region number that the shift gives each token."""
+    """Return the region number that the shift gives each token, (num_windows, N)."""
     region = torch.zeros([1] * len(shift), dtype=torch.int32, device=device)
     for axis, (p, w, s, wraps) in enumerate(zip(frame.frame, frame.window, shift, periodic, strict=True)):
         g = torch.arange(p, device=device)
@@ -220,7 +220,7 @@ def _addend(
     periodic: Sequence[bool],
     mask_value: float,
 ) -> Tensor | None:
-    """Bias plus mask: (heads, N, M), (num_windows, heads or 1, N, M), or None."""
+    """Return bias plus mask, (heads, N, M) or (num_windows, heads or 1, N, M), or None without either."""
     window, n = frame.window, math.prod(frame.window)
     addend = None
     if bias_table is not None:
@@ -243,8 +243,8 @@ def _addend(
 
 
 def cosine_factors(q: Tensor, k: Tensor, logit_scale: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """v2: the unit vectors of q and k, and each head's factor."""
-    # A factor of up to 100 multiplies the rounding errors of the unit vectors.
+    """Return the unit vectors of q and k and the factor of each head, for v2."""
+    # A factor of up to 100 multiplies the rounding errors of the unit vectors, so they are in the wide dtype.
     q, k = F.normalize(q.to(wide), dim=-1), F.normalize(k.to(wide), dim=-1)
     return q, k, logit_scale.to(wide).reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()
 
@@ -254,9 +254,9 @@ def with_axis_tables(
 ) -> tuple[Tensor, Tensor]:
     """Extend q and k to (..., N, head_dim + sum(window)), so that their products include the decomposed positions.
 
-    A query's product with a table row depends on one coordinate of the key alone. q is extended by its products for
-    every coordinate of every axis, k by ones at its own coordinates. This takes no (N, N) bias, and every attention
-    kernel accepts such rows.
+    A query's product with a table row depends on only one coordinate of the key. q is extended by these products, one
+    for every coordinate of every axis, and k by ones at its own coordinates. No (N, N) bias is needed, and every
+    attention kernel accepts such rows.
     """
     if q.dtype == torch.float16:  # the products would overflow
         q, k = q.float(), k.float()
@@ -275,7 +275,7 @@ def with_axis_tables(
 
 
 def scores_of(q: Tensor, k: Tensor, addend: Tensor | None, factor: float | Tensor) -> Tensor:
-    """factor q k^T + addend of windows (B, num_windows, heads, N or M, head_dim)."""
+    """Return factor q k^T + addend for windows (B, num_windows, heads, N or M, head_dim)."""
     if q.dtype == torch.float16:  # the scores would overflow
         q, k = q.float(), k.float()
     scores = (q @ k.transpose(-2, -1)) * factor if isinstance(factor, Tensor) else (q * factor) @ k.transpose(-2, -1)
@@ -296,9 +296,9 @@ def _attend(
     wide: torch.dtype,
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(factor q k^T + addend) v of windows (B, num_windows, heads, N or M, head_dim), and the weights if wanted.
+    """Return softmax(factor q k^T + addend) v and, if wanted, the weights.
 
-    The rows of v may be shorter than those of q and k.
+    q, k and v are windows (B, num_windows, heads, N or M, head_dim); v may have shorter rows than q and k.
     """
     batch, windows, heads, n, _ = q.shape
     head_dim = v.shape[-1]
@@ -369,7 +369,7 @@ def _attention(
 def _split(
     frame: _Frame, key_window: tuple[int, ...], maps: Sequence[Tensor], pad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of the windows, (B, num_windows, heads, N or M, head_dim)."""
+    """Return q, k and v of the windows, (B, num_windows, heads, N or M, head_dim)."""
     q, k, v = maps
     pad_q, pad_k, pad_v = (None,) * 3 if pad is None else pad.unbind()
     windows = frame.windows(q, pad_q), frame.keys(k, key_window, pad_k), frame.keys(v, key_window, pad_v)
@@ -378,7 +378,7 @@ def _split(
 
 
 def window_attention_qkvpacked(qkv: Tensor, *, key_window: tuple[int, ...], **arguments: Any) -> Any:
-    """The op on normalised arguments: qkv (B, *S, 3, num_heads, head_dim), one value per axis."""
+    """Run the op on normalised arguments: qkv (B, *S, 3, num_heads, head_dim), one value per axis."""
 
     def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if key_window != frame.window:
@@ -391,7 +391,7 @@ def window_attention_qkvpacked(qkv: Tensor, *, key_window: tuple[int, ...], **ar
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, *, key_window: tuple[int, ...], **arguments: Any) -> Any:
-    """The op on normalised arguments: q, k and v (B, *S, num_heads, head_dim), one value per axis."""
+    """Run the op on normalised arguments: q, k and v (B, *S, num_heads, head_dim), one value per axis."""
 
     def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return _split(frame, key_window, (q, k, v), pad)
@@ -413,7 +413,7 @@ def widest(
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, dtype: torch.dtype) -> Tensor:
-    """torch's norm, computed in the widest of the dtypes and rounded once."""
+    """Run torch's norm, computed in the widest of the dtypes and rounded once."""
     wide, weight, bias = widest(x, weight, bias, dtype)
     if weight is None and bias is not None:  # torch 2.14's second derivative of this form is wrong or raises
         return (F.layer_norm(x.to(wide), x.shape[-1:], None, None, eps) + bias).to(dtype)
@@ -421,7 +421,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: fl
 
 
 def add(x: Tensor, y: Tensor, drop_path_scale: Tensor | None) -> Tensor:
-    """x + drop_path_scale * y in the dtype of x."""
+    """Return x + drop_path_scale * y in the dtype of x."""
     if drop_path_scale is not None:
         y = y * drop_path_scale.reshape(-1, *(1,) * (y.dim() - 1))
     return (x + y).to(x.dtype)
@@ -457,11 +457,11 @@ def patch_merging(
     between: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``neighbours``: row-major numbers of the concatenated neighbours; ``by_channel``: order "unfold"."""
+    """Merge patches. ``neighbours`` are row-major numbers of neighbours; ``by_channel`` stands for order "unfold"."""
     rank = len(neighbours).bit_length() - 1
     size = x.shape[-1 - rank : -1]
     if any(isinstance(s, torch.SymInt) or s % 2 for s in size):  # an exported program serves both parities
-        # s % 2 would fail: OpenVINO has no rule for it where s is symbolic.
+        # s % 2 would fail: OpenVINO has no rule for it if s is symbolic.
         x = F.pad(x, [0, 0, *(amount for s in reversed(size) for amount in (0, s - s // 2 * 2))])
     # A neighbour's number has one bit per axis, the last axis lowest.
     offsets = [[number >> (rank - 1 - axis) & 1 for axis in range(rank)] for number in neighbours]
@@ -474,7 +474,7 @@ def patch_merging(
 
 
 def lay_out(x: Tensor, factor: Sequence[int]) -> Tensor:
-    """Lay the parts of every token out in space, a factor per axis of the map."""
+    """Lay the parts of every token out in space, with one factor per axis of the map."""
     rank, size = len(factor), x.shape[1:-1]
     order = [0, *(axis for i in range(1, 1 + rank) for axis in (i, i + rank)), 1 + 2 * rank]
     laid_out = x.unflatten(-1, (*factor, -1)).permute(order)
@@ -484,5 +484,5 @@ def lay_out(x: Tensor, factor: Sequence[int]) -> Tensor:
 def normalise_parts(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Sequence[int], *, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Lay the parts of every token out in space, a factor per axis of the map, and normalise each."""
+    """Lay the parts of every token out in space, with one factor per axis of the map, and normalise each part."""
     return layer_norm(lay_out(x, factor), weight, bias, eps=eps, dtype=dtype)

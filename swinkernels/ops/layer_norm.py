@@ -38,7 +38,7 @@ define(
 
 
 def expanded_shape(shape: Sequence[int], factor: Sequence[int]) -> list[int]:
-    """Shape of z for an x of this shape."""
+    """Return the shape of z for an x of this shape."""
     if not factor:
         return list(shape)
     factors = factor[-(len(shape) - 2) :]
@@ -135,13 +135,13 @@ def layer_norm(
         weight: (C,) or None for 1, any floating dtype.
         bias: (C,) or None for 0, any floating dtype.
         eps: added to the variance; 1e-5 in the Swin models.
-        dtype: dtype of the result, by default that of x, also under autocast. The arithmetic is in float32 in any case.
+        dtype: dtype of the result, by default that of x, also under autocast. The arithmetic is in float32 or wider.
         backend: "auto", "cuda", "torch" or "reference". "auto" takes the fastest that can run the call.
 
     Returns:
         (..., C) in ``dtype``, contiguous. An empty x gives an empty result. Differentiable in x, weight and bias, each
-        gradient in its tensor's dtype; the same input gives the same bits. Twice differentiable with
-        backend="torch" or "reference".
+        gradient in its tensor's dtype; the same input gives the same bits. Twice differentiable with backend="torch" or
+        "reference".
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
@@ -167,7 +167,7 @@ _KNOWN = Found()
 def _choice(
     op: str, x: Tensor, factor: tuple[int, ...], dtype: torch.dtype | None, requested: str
 ) -> tuple[torch.dtype, str]:
-    """Return the dtype of the result, and the backend."""
+    """Check the dtype of the result and choose the backend; return both."""
     row, dtypes = x.shape[-1] // math.prod(factor), (x.dtype, dtype or x.dtype)
     backend = choose(op, requested, x.device, lambda b: norm_reasons(b, "layer_norm", row, dtypes, x.device))
     return dtypes[1], backend
@@ -183,7 +183,7 @@ def normalise_parts(
     dtype: torch.dtype,
     requested: str,
 ) -> Tensor:
-    """Normalise the parts of every token of x, laid out by a factor per axis. ``op`` has checked the arguments."""
+    """Lay the parts of every token out by a factor per axis and normalise each. ``op`` has checked the arguments."""
     return run_norm(x, weight, bias, factor, eps, *_choice(op, x, factor, dtype, requested))
 
 

@@ -1,6 +1,7 @@
 """The MLP half of a Swin block: the public function.
 
-A composition of the norm's op, torch's products and :mod:`swinkernels.ops._recomputed`, not an op itself.
+The function is not an op itself: it composes the op for the norm, torch's matrix products and
+:mod:`swinkernels.ops._recomputed`.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def mlp_half(
 
         y = x + d \, \gamma \cdot LayerNorm(fc_2(GELU(fc_1(x)))) \quad \text{(post, v2)}
 
-    For the backward pass it keeps x and the result of fc1, and in "post" that of fc2; the norm of "pre" and GELU are
-    recomputed. Under a compiler, the compiler decides that.
+    For the backward pass, the call keeps x, the result of fc1 and, in "post", the result of fc2; the norm of "pre" and
+    GELU are recomputed. In compiled code the compiler chooses what to keep.
 
     Args:
         x: (B, ..., C), float32, float16, bfloat16 or float64 (torch and reference only).
@@ -57,20 +58,21 @@ def mlp_half(
         norm: "pre" (v1) or "post" (v2).
         approximate: "none" for the exact GELU, "tanh" for its approximation, as in torch.nn.GELU.
         residual: False leaves ``x +`` out; the norm stays.
-        drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+        drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
         layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. In "pre" it multiplies the
             weight of fc2, in that dtype, before the product.
         branch, branch_scale: the previous half's branch, of the shape of x, and its drop_path_scale, (B,) or None:
-            x + branch_scale * branch replaces x above, added in one pass with the norm of "pre" if it has the dtype of
-            the products. None for x as it is.
-        backend: backend of the norm, "auto", "cuda", "torch" or "reference"; products are torch's except in the
-        reference.
+            x + branch_scale * branch replaces x above. One pass adds and normalises if norm is "pre", branch has the
+            dtype of the matrix products and branch_scale needs no gradient. A branch of None leaves x as it is.
+        backend: backend of the norm, "auto", "cuda", "torch" or "reference"; torch computes the matrix products, except
+            with "reference".
 
     Returns:
-        (B, ..., C) in the dtype of x, with residual=False in that of the products in "pre". An empty batch gives an
-        empty result. Under autocast the products are in its dtype. Differentiable in x, branch, all parameters and
-        layer_scale, each gradient in its tensor's dtype, twice with backend="torch" or "reference"; in the two scales
-        where :func:`swinkernels.residual_layer_norm` is.
+        (B, ..., C) in the dtype of x; with residual=False and norm="pre", in the dtype of the matrix products. An empty
+        batch gives an empty result. Under autocast the matrix products use the autocast dtype. Differentiable in x,
+        branch, all parameters and layer_scale, each gradient in its tensor's dtype; twice with backend="torch" or
+        "reference". Differentiable in drop_path_scale and branch_scale wherever
+        :func:`swinkernels.residual_layer_norm` is.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
@@ -112,7 +114,7 @@ def mlp_half(
         return number, choose(op, backend, x.device, reasons)
 
     dtype = linear_dtype(x)
-    # The kernel for sum and norm supports this dtype only, and no gradient of the scale.
+    # The kernel that adds and normalises takes only a branch in this dtype, and has no gradient of the scale.
     learns_scale = getattr(branch_scale, "requires_grad", False)
     is_summed = norm == "pre" and not learns_scale and getattr(branch, "dtype", None) == dtype
     tensors = (
@@ -129,7 +131,7 @@ def mlp_half(
         )  # fmt: skip
     if branch is not None and not is_summed:
         x, branch, branch_scale = fallback.add(x, branch, branch_scale), None, None
-    # Where a gradient is recorded, GELU is computed again; elsewhere it belongs to the product before it.
+    # If a gradient is recorded, the backward pass recomputes GELU; otherwise GELU is fused with the product before it.
     is_recorded = any_requires_grad(tensors)
     gelu = None if is_recorded else approximate
     weight, bias = cast(fc1_weight, fc1_bias, dtype)

@@ -31,7 +31,7 @@ from swinkernels.ops.layer_norm import layer_norm
 from swinkernels.ops.window_partition import partition
 
 # Order and number of merged axes -> the neighbours whose channels are concatenated, in this sequence, each by its
-# row-major number 4 d + 2 h + w in the block. "unfold" becomes row-major once its parameters are reordered.
+# row-major number 4 d + 2 h + w in the block. "unfold" is row-major here, since its parameters are reordered.
 RUNS = {
     ("swin", 2): (0, 2, 1, 3),
     ("swin", 3): (0, 4, 2, 6, 1, 5, 3, 7),
@@ -49,7 +49,7 @@ _NORMS = ("pre", "post")
 
 
 def merged_size(size: Sequence[int], factor: Sequence[int]) -> list[int]:
-    """S': the tokens per axis after merging; ``factor`` has at least as many values as size, slowest axis first."""
+    """Return S', the tokens per axis after merging; ``factor`` has at least as many values as size, slowest first."""
     return [-(-s // f) for s, f in zip(size, factor[-len(size) :], strict=True)]
 
 
@@ -102,9 +102,10 @@ def _by_neighbour(x: Tensor, count: int) -> Tensor:
 
 
 def _row_major_columns(weight: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Reorder a reduction's columns from runs of channels of the neighbours ``numbers`` to row-major runs.
+    """Reorder the columns of the reducing Linear's weight into row-major order of the neighbours.
 
-    A neighbour that occurs twice in the order gets the sum of its columns, one that does not occur gets zeros.
+    They come as one run of channels per neighbour, in the order ``numbers``. A neighbour that occurs twice there gets
+    the sum of its columns; one that does not occur gets zeros.
     """
     columns = weight.unflatten(-1, (len(numbers), -1)).unbind(-2)
     runs = [[c for c, number in zip(columns, numbers, strict=True) if number == i] for i in range(len(numbers))]
@@ -136,8 +137,8 @@ def patch_merging(
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).
         norm_weight, norm_bias: (K * C,) for "pre", (out,) for "post", or None for 1 and 0; K neighbours are merged.
-        weight: (out, K * C), the reduction. Its width decides what is merged: K = 4 merges the last two axes, of three
-            axes frame by frame (Video-Swin, Aurora); K = 8 merges all three.
+        weight: (out, K * C), the reduction. Its width decides what is merged: K = 4 merges the last two axes, a 3D map
+            frame by frame (Video-Swin, Aurora); K = 8 merges all three.
         eps: added to the variance of the norm.
         order: order of the K * C channels.
             "swin": by neighbour, the first merged axis fastest: (0,0), (1,0), (0,1), (1,1). Microsoft, timm,
@@ -146,10 +147,10 @@ def patch_merging(
             PatchMergingV2 in 3D.
             "unfold": by channel, then neighbours row-major, as torch.nn.Unfold. mmcv and mmpretrain.
             "monai": MONAI's PatchMerging since 1.5; for K = 8 000, 100, 010, 001, 110, 101, 011, 111, else "swin".
-            "monai_legacy": the same up to 1.4; for K = 8 000, 100, 010, 001, 101, 010, 001, 111, else "swin".
+            "monai_legacy": MONAI's up to 1.4; for K = 8 000, 100, 010, 001, 101, 010, 001, 111, else "swin".
         norm: "pre" (v1) or "post" (v2).
         backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call. The
-            norm of "post" has no Triton kernel: "triton" takes torch's.
+            norm of "post" has no Triton kernel: with "triton", torch computes it.
 
     Returns:
         (B, \*S', out), contiguous, S' = ceil(S / 2) on the merged axes, in the dtype of x. Under autocast the dtype is
@@ -207,7 +208,7 @@ def patch_merging(
     merged = windows.reshape(x.shape[0], *merged_size(x.shape[1:-1], window), weight.shape[1])
     reduced = linear(merged, _row_major_columns(weight, numbers))
     if backend == "triton":
-        # All in float32: torch's norm needs one dtype for the map and its parameters.
+        # torch's norm needs one dtype for the map and its parameters: float32.
         norm_weight, norm_bias = (None if p is None else p.float() for p in (norm_weight, norm_bias))
         return F.layer_norm(reduced.float(), (width,), norm_weight, norm_bias, eps).to(dtype)
     return layer_norm(reduced, norm_weight, norm_bias, eps=eps, dtype=dtype, backend=backend)

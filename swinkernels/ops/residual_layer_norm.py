@@ -29,7 +29,7 @@ from swinkernels.ops.layer_norm import norm_gradients
 _BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
 _SAVED = "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias"
 define(f"residual_layer_norm_fwd({_BRANCH}) -> (Tensor s, Tensor z, Tensor mean, Tensor rstd)")
-# dy is empty where it equals dx: one dtype and no drop_path_scale.
+# dy is empty if it equals dx, because x and y have one dtype and there is no drop_path_scale.
 define(
     f"residual_layer_norm_bwd(Tensor ds, Tensor dz, Tensor s, {_SAVED}) -> "
     "(Tensor dx, Tensor dy, Tensor dweight, Tensor dbias)"
@@ -98,7 +98,7 @@ def residual_norm_gradients(
     needed: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of x and y, and of weight and bias where needed, without autograd.
+    """Compute the gradients of x and y and, if needed, of weight and bias, without autograd.
 
     y has the dtype of dz. ``backend`` is "cuda" or "torch"; a ds of None stands for zeros.
     """
@@ -218,7 +218,7 @@ def residual_layer_norm(
         y: the result of the branch, of the same shape, in the dtype of x or, under autocast, in a narrower one.
         weight, bias: (C,) of the norm, or None for 1 and 0, any floating dtype.
         eps: added to the variance of the norm.
-        drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+        drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
         backend: "auto", "cuda", "torch" or "reference". "auto" takes the fastest that can run the call.
 
     Returns:

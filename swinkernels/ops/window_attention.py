@@ -2,7 +2,7 @@
 
 The fast backends are ops of ``torch.ops.swinkernels``: ``window_attention_fwd``, ``window_attention_bwd`` and their
 ``_qkvpacked`` forms, whose backward writes one dqkv. C++ kernels attach to them under the CPU and CUDA dispatch keys.
-Triton shares the CUDA key, so its kernels have ops of their own, with the suffix ``_triton``. The backends in plain
+Triton shares the CUDA key, so its kernels have separate ops, with the suffix ``_triton``. The backends in plain
 PyTorch need no op.
 """
 
@@ -41,14 +41,14 @@ from swinkernels.window_spec import WindowSpec
 _TABLES = (
     "Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? pad_qkv, Tensor? region_map, Tensor? dropout_seed"
 )
-# These first tables have a gradient.
+# The first four tables, which have gradients.
 _DIFFERENTIABLE = ("bias_table", "bias", "logit_scale", "pad_qkv")
 _SUMS = ", ".join(f"Tensor d{table}" for table in _DIFFERENTIABLE)
-_SPEC = "str spec, float scale, float mask_value, float dropout_p"  # WindowSpec.wire() and numbers
+_SPEC = "str spec, float scale, float mask_value, float dropout_p"  # WindowSpec's wire() and numbers
 _FORMS = {"window_attention_qkvpacked": ("qkv",), "window_attention": ("q", "k", "v")}
 
 
-_UNKNOWN = (1.0, 0.0, 0.0)  # replaces numbers that do not matter and may be symbolic
+_UNKNOWN = (1.0, 0.0, 0.0)  # stands for numbers that are not used and may be symbolic
 
 
 def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
@@ -99,13 +99,13 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
 
 
 def _reference_gradients(form: str, tensors: Sequence[Any], others: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """Compute a backward op's results by the reference, for second derivatives."""
+    """Compute a backward op's results with the reference, for second derivatives."""
     *numbers, wanted = others
     spec = WindowSpec.parse(*numbers)
     if spec.dropout_p > 0.0:
         raise NotImplementedError(
-            f"{form}: a second derivative is only in the reference with dropout_p = {spec.dropout_p}: use "
-            "backend='reference' for double backward, or no dropout of attention weights"
+            f"{form} has no second derivative in the kernels with dropout_p = {spec.dropout_p}: use backend='torch' or "
+            "'reference' for double backward, or no dropout of attention weights"
         )
     n = len(_FORMS[form])
     dout, *maps = tensors[: 1 + n]
@@ -138,9 +138,9 @@ def _reference_gradients(form: str, tensors: Sequence[Any], others: tuple[Any, .
 _FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}
 
 
-@constant_when_compiled  # torch's own matmul fixes it, too
+@constant_when_compiled  # compiled code of torch's own matmul fixes it likewise
 def _tf32_switch() -> bool:
-    """Read torch's switch for TF32 products on CUDA, in whichever of its forms it was set."""
+    """Return True if torch allows TF32 products on CUDA, whichever of its switches was set."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -184,14 +184,14 @@ class _Plan(NamedTuple):
     """Everything decided from tensor metadata (shape, dtype, device), never from values; safe to cache."""
 
     backend: str
-    dtype: torch.dtype  # in which the op computes
+    dtype: torch.dtype  # of the maps that the op gets
     view: tuple[int, ...] | None  # shape of a map (B, *S, 3C)
     num_heads: int
     spec: WindowSpec
-    # The op's arguments after its tensors, if the plan is cached. The index has a bit 0 if TF32 is allowed and a bit 1
-    # if an lse is needed.
+    # The op's arguments after its tensors, if the plan is cached. The index is 1 if TF32 is allowed, plus 2 if lse is
+    # needed.
     others: tuple[tuple[Any, ...], ...]
-    op: Differentiable | None  # for a backend with kernels
+    op: Differentiable | None  # None for a backend in plain PyTorch
     reads_pads: bool  # False if the map is known to have no pads
     fits: bool  # the tables need no conversion for the op
     asks_for_tf32: bool
@@ -238,7 +238,7 @@ def _make_plan(
     pad_qkv, region_map = tables["pad_qkv"], tables["region_map"]
     wide = [tables[name] for name in ("bias_table", "bias", "logit_scale")] + list(tables["axis_tables"] or ())
     wide = [t for t in wide if t is not None]
-    # A compiler always passes pad_qkv: whether there are pads would be a guard on the size of the map.
+    # Under a compiler pad_qkv is always passed: a test for pad tokens would put a guard on the map's size.
     reads_pads = (
         not plain or spec.key_window != spec.window_size or _arguments.frame_size(size, spec.window_size) != tuple(size)
     )
@@ -265,7 +265,7 @@ def _make_plan(
 def _fit(
     plan: _Plan, tables: tuple[Tensor | None, ...], device: torch.device, generator: torch.Generator | None
 ) -> tuple[Tensor | None, ...]:
-    """Convert the tables for the op and draw the seed of the dropout."""
+    """Convert the tables for the op and draw the dropout seed."""
     *biases, logit_scale, pad_qkv, region_map = tables
     seed = None
     biases = [None if t is None else t.to(torch.float32) for t in biases]
@@ -382,38 +382,38 @@ def window_attention_qkvpacked(
             autocast dtype.
         bias_table: relative position bias, (prod(2 * window - 1), num_heads), any floating dtype, used in float32; or
             (rows, window types, num_heads), the types following the slowest axes of the windows (Pangu-Weather).
-        num_heads: heads; C = num_heads * head_dim, head_dim 1..128.
+        num_heads: number of heads; C = num_heads * head_dim, head_dim 1..128.
         window_size: tokens per axis, an int or one per axis, slowest first; at most 1024 tokens in all.
         shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
         scale: factor of the scores, head_dim ** -0.5 by default; excludes ``logit_scale``.
         bias: dense bias in place of the table: (num_heads, N, N), or (window types, num_heads, N, N) with the types
             following the slowest axes of the windows; N is the number of tokens of a window.
-        table_window: the window for which ``bias_table`` was made, if it is not ``window_size``: token t of the
-            window is looked up as token t (row-major) of this one (MONAI and Video-Swin number clamped windows so).
+        table_window: the window for which ``bias_table`` was made, if that differs from ``window_size``: token t of a
+            window is looked up as token t (row-major) of this one, as MONAI and Video-Swin do for clamped windows.
         logit_scale: v2: per-head log-factor, num_heads values.
         pad_qkv: q, k and v of a pad token, (3C,) or (3, num_heads, head_dim): the bias of the QKV Linear in models
             that pad its input with zeros. Zero by default. Pad tokens are attended to.
-        pad_order: where S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
+        pad_order: if S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
             MONAI, mmpretrain) or "roll_then_pad" (timm).
         pad_before: pad tokens before the data, per axis; the rest follow it.
-        periodic: per axis, whether the map wraps around (longitude), so that the shift needs no mask there. With
-            "pad_then_roll", which would pad between the ends, such an axis has to be whole windows if it is shifted.
+        periodic: per axis, True if the map wraps around (longitude), so that the shift needs no mask on that axis. With
+            "pad_then_roll", which would pad between the ends, such an axis must be whole windows if it is shifted.
         region_map: int32 or narrower, of the padded map's shape; replaces the shift's regions. Tokens with different
             values are masked from each other.
         mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. A row never
             becomes NaN, because every token shares a region with itself.
         dropout_p: probability of dropping an attention weight, 0..1; draws from ``generator`` or torch's default.
-        grid: a window's tokens are strided over the map instead of a block (MaxViT); has no shift.
+        grid: True for windows whose tokens are strided over the map instead of a block (MaxViT); excludes a shift.
         axis_tables: decomposed relative position instead of a bias (SAM, ViTDet): a table (2 * window - 1, head_dim)
             for each axis a of the map, shared by the heads and used in float32. Adds
             :math:`q_i \cdot table_a[i_a - j_a + window_a - 1]` to the score, with q unscaled. A window may then hold
             4096 tokens. Excludes ``bias_table``, ``bias`` and ``logit_scale``.
-        key_window: tokens per axis of the window that keys and values are taken from, if it is larger than
-            ``window_size`` (HAT's overlapping cross-attention): by an even number, half on each side; at most 1024 in
-            all. Its tokens outside the map are pad tokens. The table then has prod(window + key_window - 1) rows; the
-            row index is the query's coordinate in its window minus the key's coordinate in the key window. A dense
-            bias is (num_heads, N, M). Cannot be combined with a shift, periodic axes, grid, region_map, axis_tables,
-            table_window or table_pairs.
+        key_window: tokens per axis of a larger window from which keys and values are taken (HAT's overlapping
+            cross-attention): ``window_size`` plus an even number, half of it on each side; at most 1024 tokens in all.
+            Its tokens outside the map are pad tokens. The table then has prod(window + key_window - 1) rows; the row
+            index is the query's coordinate in its window minus the key's coordinate in the key window. A dense bias is
+            (num_heads, N, M). Excludes a shift, periodic axes, grid, region_map, axis_tables, table_window and
+            table_pairs.
         table_pairs: per axis, True if the table has a row for each pair of coordinates of query i and key j, numbered
             i + window * j, instead of one for each offset (height and latitude of Pangu-Weather).
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" takes the fastest that can run the
@@ -424,10 +424,10 @@ def window_attention_qkvpacked(
     Returns:
         (B, \*S, C) in the dtype of qkv, contiguous. An empty batch gives an empty result. Differentiable in qkv,
         bias_table, bias, logit_scale, pad_qkv and axis_tables, each gradient in its tensor's dtype; the same input
-        gives the same bits. Twice differentiable with backend="torch" or "reference". With return_attention a pair of
-        that and the weights that multiply v, (B, num_windows, num_heads, N, N), after softmax and dropout as in
-        transformers, in the same dtype and also differentiable. Their windows are in row-major order of the shifted
-        map, and their N tokens include the pad tokens.
+        gives the same bits. Twice differentiable, with dropout only by backend="torch" or "reference". With
+        return_attention the result is a pair: this tensor, and the weights that multiply v, (B, num_windows, num_heads,
+        N, N), after softmax and dropout as in transformers, in the same dtype and also differentiable. The windows of
+        the weights are in row-major order of the shifted map, and their N tokens include the pad tokens.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
@@ -497,7 +497,7 @@ def window_attention(
         q, k, v: (B, \*S, num_heads, head_dim) each, of one shape, dtype and device, any strides.
 
     Returns:
-        (B, \*S, C) in the dtype of q, C = num_heads * head_dim; with return_attention a pair of that and the weights.
+        (B, \*S, C) in the dtype of q, C = num_heads * head_dim; with return_attention a pair of this and the weights.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as for :func:`window_attention_qkvpacked`.

@@ -1,7 +1,8 @@
 """Shift, padding and window partition as one gather, and the inverse: schema, fake, autograd, public functions.
 
-The fast backends are the ops ``window_partition`` and ``window_reverse`` of ``torch.ops.swinkernels``, each with a
-CUDA kernel, and with the suffix ``_triton`` in Triton. Each is the other's derivative.
+The fast backends are the ops ``window_partition`` and ``window_reverse`` of ``torch.ops.swinkernels``, with a CUDA
+kernel, and the same names with the suffix ``_triton``, with a Triton kernel. Partition and reverse are each other's
+derivatives.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from swinkernels.ops._arguments import Ints
 from swinkernels.ops._backends import PLAIN, choose, window_partition_reasons
 from swinkernels.ops._library import Found, define, looked_up, register, three
 
-# The geometry lists have three values each, slowest axis first, as FrameGeometry in csrc/params; `size` has the rank of
-# the map. The ops allow any shift below the frame's size.
+# The geometry lists have three values each, slowest axis first, as in FrameGeometry (csrc/params); `size` has the map's
+# rank. The ops allow any shift below the frame's size.
 _GEOMETRY = "int[] window_size, int[] shift_size, bool roll_then_pad"
 
 
@@ -131,7 +132,7 @@ def window_partition(
         x: (B, \*S, C), S = (H, W) or (D, H, W), any dtype; read without a copy if its last axis is contiguous.
         window_size: tokens per axis, an int or one per axis, slowest first.
         shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
-        pad_order: where S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
+        pad_order: if S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
             MONAI, mmpretrain) or "roll_then_pad" (timm).
         backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call.
 
@@ -194,7 +195,7 @@ def window_reverse(
         window, shift = _arguments.check_window(op, window_size, shift_size, len(tokens))
         _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
         _arguments.check_windows(op, windows, tokens, window)
-        _check_count(op, 1, tokens, window, windows.shape[2])  # the count for one map; the others exist already
+        _check_count(op, 1, tokens, window, windows.shape[2])  # for one map: the windows of all maps exist
         return window, tokens, shift, _choice(op, windows, backend)
 
     options = (op, window_size, tuple(size) if type(size) is torch.Size else size, shift_size, pad_order, backend)

@@ -9,7 +9,7 @@ NORMS = ("pre", "post")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, in float32 or wider and rounded once: x (..., in), weight (out, in), bias (out,)."""
+    """Return x @ weight.T + bias, computed in float32 or wider and rounded once; weight is (out, in)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide) @ weight.to(wide).T
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
@@ -18,7 +18,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def add_residual(
     op: str, x: Tensor, branch: Tensor, drop_path_scale: Tensor | None, layer_scale: Tensor | None = None
 ) -> Tensor:
-    """x + drop_path_scale * layer_scale * branch, with one factor per sample and one per channel."""
+    """Return x + drop_path_scale * layer_scale * branch, with one factor per sample and one per channel."""
     if branch.shape != x.shape:
         raise ValueError(
             f"{op}: the residual stream and the branch must have one shape, got {tuple(x.shape)} and "

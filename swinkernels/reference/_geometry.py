@@ -18,11 +18,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def without_autocast(function: Function) -> Function:
-    """Disable autocast inside ``function``: a float32 product would be rounded to half precision."""
+    """Disable autocast inside ``function``, where it would round float32 products to half precision."""
 
     @functools.wraps(function)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.device.type == "meta":  # has no autocast
+        if x.device.type == "meta":  # the meta device has no autocast
             return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
@@ -47,7 +47,7 @@ def check_window(
     *,
     below_frame: bool = False,
 ) -> None:
-    """Raise ValueError for a meaningless geometry. ``shift`` must be below the window only for attention's regions."""
+    """Raise ValueError for a meaningless geometry. ``shift`` must be below the window, or ``below_frame`` the frame."""
     if len(size) not in (2, 3) or any(s < 1 for s in size):
         raise ValueError(f"{op}: the map must have two or three axes of at least one token, got S = {tuple(size)}")
     if any(w < 1 for w in window):
@@ -67,7 +67,7 @@ def frame_size(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
 
 
 def window_coordinates(frame: Sequence[int], window: Sequence[int], grid: bool, device) -> list[Tensor]:
-    """Frame coordinate of every token of every window, per axis: each (num_windows, N)."""
+    """Return the frame coordinate of every token of every window, one (num_windows, N) per axis."""
     axes = []
     for p, w in zip(frame, window, strict=True):
         g = torch.arange(p, device=device)
@@ -94,7 +94,7 @@ def source_index(
     grid: bool = False,
     device=None,
 ) -> Tensor:
-    """(num_windows, N): the number in the row-major map of each window token; prod(size) for a pad token."""
+    """Return each window token's row-major number in the map, (num_windows, N); prod(size) for a pad token."""
     frame = frame_size(size, window)
     pad_before = pad_before or (0,) * len(size)
     coordinates = window_coordinates(frame, window, grid, device)
@@ -117,7 +117,7 @@ def source_index(
 def key_index(
     size: Sequence[int], window: Sequence[int], key_window: Sequence[int], *, pad_before: Sequence[int], device=None
 ) -> Tensor:
-    """(num_windows, M): the number in the row-major map of each key; prod(size) for a key outside the map.
+    """Return each key's row-major number in the map, (num_windows, M); prod(size) for a key outside the map.
 
     The keys of a window are the tokens of a larger window with the same centre.
     """
@@ -146,7 +146,7 @@ def shift_region(
     grid: bool = False,
     device=None,
 ) -> Tensor:
-    """(num_windows, N): the region number of each window token; tokens of different regions are masked."""
+    """Return each window token's region number, (num_windows, N); tokens of different regions are masked."""
     frame = frame_size(size, window)
     coordinates = window_coordinates(frame, window, grid, device)
     if region_map is not None:

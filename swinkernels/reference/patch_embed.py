@@ -29,7 +29,7 @@ def patch_embed(
 
     Args:
         x: (B, C_in, \*I), I = (H, W) or (D, H, W), channels first, any floating dtype.
-        weight: (C, C_in, \*patch), as of a convolution; its shape gives the patch.
+        weight: (C, C_in, \*patch), as for a convolution; its shape gives the patch.
         bias: (C,) or None.
         norm_weight, norm_bias: (C,), or both None for no norm.
         eps: added to the variance of the norm.

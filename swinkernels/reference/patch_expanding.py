@@ -34,9 +34,9 @@ def patch_expanding(
         weight: (K * out, C), K the product of the factors: K * out = 2C with factor 2 in Swin-Unet's ``PatchExpand``
             (out = C / 2), 16C with factor 4 in its ``FinalPatchExpand_X4`` (out = C). None for no Linear.
         norm_weight, norm_bias: (out,), or None for 1 and 0.
-        factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) leaves the frames of a 3D map.
+        factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) keeps a 3D map's depth.
         eps: added to the variance of the norm.
-        dtype: dtype of the result; that of x by default.
+        dtype: dtype of the result; by default that of x.
 
     Returns:
         (B, \*(S * factor), out) in ``dtype``. An empty batch gives an empty result.

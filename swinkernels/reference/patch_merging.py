@@ -20,7 +20,7 @@ ORDERS = ("swin", "row_major", "unfold", "monai", "monai_legacy")
 
 
 def neighbours(order: str, rank: int) -> tuple[tuple[int, ...], ...]:
-    """The offsets of the merged tokens, slowest axis first, in the order of their channels."""
+    """Return the offsets of the merged tokens, slowest axis first, in the order of their channels."""
     if order in ("row_major", "unfold"):
         return tuple(itertools.product((0, 1), repeat=rank))  # the last axis fastest
     if order in ("monai", "monai_legacy") and rank == 3:
@@ -52,8 +52,8 @@ def patch_merging(
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any floating dtype.
         norm_weight, norm_bias: (K * C,) for "pre", (out,) for "post", or None for 1 and 0; K neighbours are merged.
-        weight: (out, K * C), the reduction. Its width decides what is merged: K = 4 merges the last two axes, of three
-            axes frame by frame (Video-Swin, Aurora); K = 8 merges all three.
+        weight: (out, K * C), the reduction. Its width decides what is merged: K = 4 merges the last two axes, a 3D map
+            frame by frame (Video-Swin, Aurora); K = 8 merges all three.
         eps: added to the variance of the norm.
         order: order of the K * C channels.
             "swin": by neighbour, the first merged axis fastest: (0,0), (1,0), (0,1), (1,1). Microsoft, timm,
@@ -62,7 +62,7 @@ def patch_merging(
             PatchMergingV2 in 3D.
             "unfold": by channel, then neighbours row-major, as torch.nn.Unfold. mmcv and mmpretrain.
             "monai": MONAI's PatchMerging since 1.5; for K = 8 000, 100, 010, 001, 110, 101, 011, 111, else "swin".
-            "monai_legacy": the same up to 1.4; for K = 8 000, 100, 010, 001, 101, 010, 001, 111, else "swin".
+            "monai_legacy": MONAI's up to 1.4; for K = 8 000, 100, 010, 001, 101, 010, 001, 111, else "swin".
         norm: "pre" (v1) or "post" (v2).
 
     Returns:

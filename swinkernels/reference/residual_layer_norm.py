@@ -27,10 +27,10 @@ def residual_layer_norm(
         y: the result of the branch, of the same shape, any floating dtype.
         weight, bias: (C,) of the norm, or None for 1 and 0.
         eps: added to the variance of the norm.
-        drop_path_scale: d, (B,): 0 where a sample drops the branch, else 1 / (1 - p). None for 1.
+        drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
 
     Returns:
-        s in the dtype of x and z in that of y, each (B, ..., C). z is the norm of the s that is returned, rounded.
+        s in the dtype of x and z in the dtype of y, each (B, ..., C); z is the norm of the returned, rounded s.
 
     Raises:
         ValueError: shapes that do not agree.

@@ -1,7 +1,7 @@
 """Window attention in plain PyTorch: every step is written out, and none is optimised.
 
-Works in any floating dtype, in float64 if the inputs are float64, and is differentiable by autograd, also twice.
-It shares no code with the fast paths, which are compared with it.
+The functions take any floating dtype, compute in float64 if the inputs are float64, and autograd can differentiate them
+twice. They share no code with the fast paths, which the tests compare with them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def relative_position_index(
     *,
     table_pairs: Sequence[bool] | None = None,
 ) -> Tensor:
-    """(N, N): the row of the bias table for query i and key j of a window."""
+    """Return the row of the bias table for query i and key j of a window, (N, N)."""
     table_window = table_window or window
     table_pairs = table_pairs or [False] * len(window)
     token = torch.arange(math.prod(window), device=device)
@@ -45,7 +45,7 @@ def relative_position_index(
 
 
 def key_window_index(window: Sequence[int], key_window: Sequence[int], device=None) -> Tensor:
-    """(N, M): the row of the bias table for query i of a window and key j of its key window."""
+    """Return the row of the bias table for query i of a window and key j of its key window, (N, M)."""
     query = torch.arange(math.prod(window), device=device)
     key = torch.arange(math.prod(key_window), device=device)
     index = torch.zeros(len(query), len(key), dtype=torch.long, device=device)
@@ -57,7 +57,7 @@ def key_window_index(window: Sequence[int], key_window: Sequence[int], device=No
 
 
 def axis_scores(q: Tensor, axis_tables: Sequence[Tensor], window: Sequence[int]) -> Tensor:
-    """Sum of q_i . table[offset of i and j on the axis] over the axes: (..., N, N), from queries (..., N, head_dim)."""
+    """Return the sum over axes of q_i . table[offset of i and j], (..., N, N), for queries (..., N, head_dim)."""
     token = torch.arange(math.prod(window), device=q.device)
     scores: Any = 0
     for axis, (table, w) in enumerate(zip(axis_tables, window, strict=True)):
@@ -104,7 +104,7 @@ def window_attention(
 
     with ``exp(min(logit_scale, ln 100))`` times the cosine of q_i and k_j, each divided by max(norm, 1e-12), in place
     of the scaled product if ``logit_scale`` is given. With ``axis_tables`` the bias is the sum over axes a of
-    q_i . axis_tables[a][i_a - j_a + window_a - 1], of the unscaled q. ``mask_ij`` is ``mask_value`` where the shift
+    q_i . axis_tables[a][i_a - j_a + window_a - 1], with q unscaled. ``mask_ij`` is ``mask_value`` where the shift
     regions of the two tokens differ, else 0. Pad tokens are keys like any other; their own rows are dropped.
 
     Args:
@@ -118,11 +118,11 @@ def window_attention(
 
     Returns:
         (B, \*S, num_heads * head_dim) in the dtype of q, contiguous. The arithmetic is in float32, or in float64 if q
-        is, also under autocast, and the result is rounded once. (A backward pass run under autocast is torch's own and
-        does round its products.) An empty batch gives an empty result.
-        The gradient of ``logit_scale`` is zero above ln 100 (at it, that of torch.clamp). A pad token whose k is zero
+        is, also under autocast, and the result is rounded once. (A backward pass under autocast is torch's own and
+        rounds its products.) An empty batch gives an empty result.
+        The gradient of ``logit_scale`` is zero above ln 100 (at it, as for torch.clamp). A pad token whose k is zero
         has cosine 0 with every query, and the gradient of that k, a part of ``pad_qkv``, is of the order of 1e12.
-        Models without a bias for k have no parameter there.
+        Models whose k has no bias have no such parameter.
 
     Raises:
         ValueError: a meaningless geometry, or tables that do not fit.
@@ -214,7 +214,7 @@ def window_attention(
         probs = probs * keep / (1.0 - dropout_p) if dropout_p < 1.0 else probs * keep
     out = (probs @ v).to(dtype)  # (B, num_windows, heads, N, head_dim)
 
-    # Scatter: each token of the map is one token of one window, pad tokens are dropped.
+    # Scatter: each token of the map is one token of one window; pad tokens are dropped.
     flat = index.reshape(-1)
     position = torch.empty(math.prod(size) + 1, dtype=torch.long, device=q.device)
     position[flat] = torch.arange(flat.numel(), device=q.device)

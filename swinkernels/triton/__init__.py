@@ -1,4 +1,4 @@
-"""The ops in Triton: attaches their kernels to the ops with the suffix ``_triton``.
+"""Attaches the Triton kernels to the ops with the suffix ``_triton``.
 
 Triton is imported on the first call, not with the package.
 """
@@ -28,8 +28,7 @@ def _launcher(name: str) -> ModuleType:
 
 
 def launch_captured(op: str, launch: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a launch that a CUDA graph captures, or raise an error with the remedy if Triton would have to compile for
-    it.
+    """Run a launch that a CUDA graph captures; raise RuntimeError if Triton would have to compile a kernel for it.
 
     Compiling loads a new kernel into the GPU's memory, which CUDA forbids during a capture.
     """
@@ -47,7 +46,7 @@ def launch_captured(op: str, launch: Callable[..., Any], *arguments: Any) -> Any
 
 
 def _attach(op: str, launch: Callable[..., Any]) -> None:
-    """Make ``launch`` the kernel of an op, run on the GPU of its tensors: Triton uses the current one."""
+    """Make ``launch`` the kernel of an op. The tensors' GPU is made the current one, because Triton uses that."""
 
     def run(x, *arguments):
         if x.is_cuda and x.device.index != torch.cuda.current_device():

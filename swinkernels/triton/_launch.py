@@ -24,12 +24,12 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def pad_to_3d(values: Sequence[int], leading: int) -> tuple[int, ...]:
-    """Return a value for each of three axes: 2D gets ``leading`` as its first."""
+    """Return one value for each of three axes: in 2D the first value is ``leading``."""
     return (leading,) * (3 - len(values)) + tuple(values)
 
 
 def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides of a contiguous tensor."""
+    """Return the strides of a contiguous tensor with these sizes."""
     strides, step = [], 1
     for size in reversed(sizes):
         strides.append(step)
@@ -38,7 +38,7 @@ def dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def alignment(values: Sequence[int], limit: int) -> int:
-    """Return the largest power of two up to ``limit``, itself one, that divides all values."""
+    """Return the largest power of two that divides all values and ``limit``, a power of two."""
     bits = limit
     for value in values:
         bits |= value
@@ -47,5 +47,5 @@ def alignment(values: Sequence[int], limit: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return a GPU's number of multiprocessors; an H100's, 132, where kernels are interpreted or only compiled."""
+    """Return a GPU's number of multiprocessors, or an H100's, 132, if kernels are interpreted or only compiled."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

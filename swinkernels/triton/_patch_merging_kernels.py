@@ -3,26 +3,26 @@
 Maths     u = concat of the K neighbours of a merged token, zeros outside the map, L = K C; mean and variance of u, two
           passes over registers; z = (u - mean) rstd weight + bias. Backward, with h = (u - mean) rstd, g = dz weight:
           du = rstd (g - mean(g) - h mean(g h)), dweight = sum of dz h, dbias = sum of dz, over all tokens.
-Tiling    a program holds ROWS merged tokens in registers. The L columns of one, rounded up to a power of two (padding
-          each neighbour's channels would waste the same, as K is one), are cut into PARTS of WIDTH: row i of the tile
-          (PARTS * ROWS, WIDTH) is part i // ROWS of merged token i % ROWS. Warps take the tile's rows in turn, so up to
-          L = 512 a merged token belongs to one warp, and its sums need no barrier. The columns of a backward program
-          are in the map's order, not in that of the runs: it writes the gradient of a neighbour once, even if an order
-          has it twice or not at all.
-Order     a program takes every PROGRAMS-th tile. Columns and parameters are the same in all of them, and rows are found
-          by carries. Backward sums a program's share of dweight and dbias in registers, and sum_shares adds the shares.
-          Its PROGRAMS is the same on every GPU, and so is the order of the sums.
+Tiling    a program holds ROWS merged tokens in registers. A token's L columns, rounded up to a power of two (padding
+          each neighbour's channels would waste the same, as K is a power of two), are cut into PARTS of WIDTH: row i of
+          the tile (PARTS * ROWS, WIDTH) is part i // ROWS of merged token i % ROWS. Warps take the tile's rows in turn,
+          so up to L = 512 a merged token belongs to one warp, and its sums need no barrier. The columns of a backward
+          program are in the order of the map instead of the runs, so that each neighbour's gradient is written once,
+          even if the runs have that neighbour twice or not at all.
+Order     a program takes every PROGRAMS-th tile. Its columns and parameters are the same in all of its tiles, and its
+          rows are found by carries. A backward program sums its share of dweight and dbias in registers, and sum_shares
+          adds the shares. The number of backward programs is the same on every GPU, and so is the order of the sums.
 Traffic   forward x and z, backward x, dz and dx, each once; plus a share of dweight and dbias for each program.
 Roofline  memory bound. B=128, 56x56, C=96, bf16: forward 154 MB, 46 us, backward 231 MB, 69 us at 3.35 TB/s (H100 SXM,
           published peak).
 Limits    L of at most 8192, merged tokens of a call below 2^30, no neighbour more than twice.
 
 VEC is the number of elements that a lane writes at a time, 16 bytes. Reads are limited to runs of the same length
-(max_contiguous): otherwise Triton lets a lane read 16 bytes of half precision where it writes float32, and exchanges
-the tile between lanes. The map's strides are (batch, axis 0, axis 1, axis 2) in units of ALIGN elements, which tells
-the compiler the alignment of addresses. A merged token is a window of FACTOR tokens. Tables of four bits per entry
-stand for tuples indexed by a lane: RUNS, the neighbour in each run of C channels, and FIRST and SECOND, the runs that
-hold a neighbour, or NO_RUN; they fit 64 bits.
+(max_contiguous): otherwise, if half precision is read and float32 written, Triton lets a lane read 16 bytes at a time,
+and exchanges the tile between lanes. The map's strides are (batch, axis 0, axis 1, axis 2) in units of ALIGN elements,
+which tells the compiler the alignment of addresses. A merged token is a window of FACTOR tokens. Tables with four bits
+per entry, 64 bits in all, replace tuples, which a lane cannot index: RUNS, the neighbour in each run of C channels, and
+FIRST and SECOND, the runs that hold a neighbour, or NO_RUN.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NO_RUN = 15
 _NO_RUN = tl.constexpr(NO_RUN)
 _SHARES = tl.constexpr(128)  # shares that sum_shares has in flight
 
-kernel = triton.jit(do_not_specialize=["rows"])  # otherwise every batch size could recompile
+kernel = triton.jit(do_not_specialize=["rows"])  # otherwise a new batch size could trigger a recompilation
 
 
 # ---- positions of rows and columns -----------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def _columns(PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _advance(window, step, size, FACTOR: tl.constexpr):
-    """Return the merged tokens ``step`` after these, by carries instead of divisions, which every lane would do."""
+    """Return the merged tokens ``step`` after these. Carries replace divisions, which every lane would do."""
     num0, num1, num2 = tl.cdiv(size[0], FACTOR[0]), tl.cdiv(size[1], FACTOR[1]), tl.cdiv(size[2], FACTOR[2])
     n2 = window.n2 + step[3]
     carry = n2 >= num2
@@ -97,19 +97,19 @@ def _strided(y0, y1, y2, strides):
 
 @triton.jit
 def _origin(window, FACTOR: tl.constexpr):
-    """Return the position of the first neighbour of merged tokens."""
+    """Return the position in the map of the first neighbour of each merged token."""
     return Place(window.image, window.n0 * FACTOR[0], window.n1 * FACTOR[1], window.n2 * FACTOR[2])
 
 
 @triton.jit
 def _strided_row(at, strides):
-    """Return the number of a token in the map that is read."""
+    """Return a token's offset in the map that is read."""
     return at.image.to(tl.int64) * strides[0] + _strided(at.y0, at.y1, at.y2, strides)
 
 
 @triton.jit
 def _tile_rows(first, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    """Return the merged tokens of which the tile's rows are parts."""
+    """Return, for each row of the tile, the merged token of which it is a part."""
     return first + tl.arange(0, PARTS * ROWS) % ROWS
 
 
@@ -187,7 +187,7 @@ def fwd(
 
 @triton.jit
 def _load_run(data, run, channel, has, CHANNELS: tl.constexpr):
-    """Load a parameter at the columns of a backward tile, zero where no run holds them."""
+    """Load a parameter at the columns of a backward tile, zero for columns that no run holds."""
     return tl.load(data + run * CHANNELS + channel, mask=has, other=0.0).to(tl.float32)
 
 
@@ -230,7 +230,10 @@ def bwd(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr, HAS_PADDING: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """dweight_shares and dbias_shares: (programs, L), or None. SECOND is None unless some neighbour is held twice."""
+    """Compute dx, and the shares of dweight and dbias, (programs, L) or None.
+
+    SECOND is None if no neighbour is in two runs.
+    """
     LENGTH: tl.constexpr = FACTOR[0] * FACTOR[1] * FACTOR[2] * CHANNELS
     program = tl.program_id(0)
     column = _columns(PARTS, ROWS, WIDTH)
@@ -302,7 +305,7 @@ def bwd(
 
 @triton.jit(do_not_specialize=["programs"])
 def sum_shares(dweight_shares, dbias_shares, dweight, dbias, programs, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum the shares (programs, L) of dweight and dbias, each (L), or None."""
+    """Sum the shares (programs, L) of dweight and of dbias to (L) each; either may be None."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if dweight is not None:
         tl.store(dweight + column, _sum_of_columns(dweight_shares, programs, column, LENGTH), mask=column < LENGTH)

@@ -1,8 +1,8 @@
 """Index arithmetic of all window ops: the positions of shifted windows' tokens in a map, and the pad tokens.
 
-The geometry has three axes, 2D a leading one of one token. ``roll`` is the shift in the form used for addresses: in
-``roll_then_pad`` modulo the map's size, since a map may be smaller than the shift. ``before`` counts pad tokens before
-the data. On each axis the shift is below the frame, so addresses wrap around at most once.
+The geometry has three axes; in 2D the first has one token. ``roll`` is the shift in the form used for addresses: with
+``roll_then_pad`` it is modulo the map's size, since a map may be smaller than the shift. ``before`` counts pad tokens
+before the data. On each axis the shift is below the frame, so addresses wrap around at most once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Geometry(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Image and coordinates of a window of the batch."""
+    """Image and coordinates of one of the batch's windows."""
 
     image: Any
     n0: Any
@@ -52,7 +52,7 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def coordinates(token, WINDOW: tl.constexpr):
-    """Decode window tokens row-major; tokens beyond the window get a first coordinate beyond it."""
+    """Return the coordinates of window tokens; for tokens beyond the window the first one is beyond it."""
     return token // (WINDOW[1] * WINDOW[2]), token // WINDOW[2] % WINDOW[1], token % WINDOW[2]
 
 
@@ -76,7 +76,7 @@ def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.co
 
 @triton.jit
 def locate(window, token, geometry, STATIC: tl.constexpr):
-    """Locate tokens of a window. ``geometry`` has the fields of Geometry, STATIC the four flags that are read."""
+    """Locate tokens of a window. ``geometry`` has the fields of Geometry, STATIC the four that are read here."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     ROLL_THEN_PAD: tl.constexpr = STATIC.ROLL_THEN_PAD
     GRID: tl.constexpr = STATIC.GRID
@@ -104,7 +104,7 @@ def split_window(number, size, WINDOW: tl.constexpr):
 
 @triton.jit
 def next_window(window, size, WINDOW: tl.constexpr):
-    """Return the next window, by carries instead of split_window's divisions, which every thread would do."""
+    """Return the next window. Carries replace split_window's divisions, which every thread would do."""
     n2 = window.n2 + 1
     wraps = n2 == tl.cdiv(size[2], WINDOW[2])
     n2 = tl.where(wraps, 0, n2)

@@ -1,10 +1,10 @@
 """The Triton kernel of window partition and window reverse, 2D as 3D with a leading axis of one token.
 
-Maths     windows[b * num_windows + w, t] = x[b, y(w, t)], zero where (w, t) is a pad token; the reverse assigns to
-          x instead. y is one-to-one between the real tokens of the windows and those of the map, so one kernel
+Maths     windows[b * num_windows + w, t] = x[b, y(w, t)], zero if (w, t) is a pad token; the reverse assigns to x
+          instead. y is one-to-one between the real tokens of the windows and those of the map, so one kernel
           serves both directions, and each writes every element of its result once.
 Tiling    a token's channels are ROW chunks of the widest accesses (up to 16 bytes) that the row, its strides and its
-          address allow; a window is N * ROW contiguous chunks. A program takes the same BLOCK of them in several
+          address allow; a window is N * ROW contiguous chunks. A program takes the same BLOCK of chunks in several
           consecutive windows: it decodes its first window and the tokens of its lanes once. Flat chunks, instead of
           rows padded to a power of two, leave lanes idle only in the last tile of a window.
 Traffic   every element is read once and written once, pads are only written.
@@ -32,12 +32,12 @@ class Static(NamedTuple):
     HAS_PADDING: Any
 
 
-@triton.jit(do_not_specialize=["batch_windows", "windows_per_program"])  # otherwise every batch size could recompile
+@triton.jit(do_not_specialize=["batch_windows", "windows_per_program"])  # no recompilation for a new batch size
 def move_windows(
     x, windows, batch_windows, windows_per_program, size, roll, x_strides, window_strides,
     STATIC: tl.constexpr, ROW: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """x_strides: batch, axes 0 to 2; window_strides: window, token; in chunks of VEC elements."""
+    """Copy chunks of VEC elements, the unit of x_strides (batch, axes 0 to 2) and window_strides (window, token)."""
     TILES: tl.constexpr = (STATIC.VOLUME * ROW + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     first = program // TILES * windows_per_program

@@ -16,13 +16,14 @@ from swinkernels.triton._launch import ARITHMETIC, alignment, contiguous, multip
 
 MAX_ROWS = 2**30
 ACCESS_BYTES = 16
-# For maps read in accesses of 16 bytes; others need more registers for addresses, and so fewer columns per lane. With
-# these, 24 warps forward and 16 backward share a multiprocessor, and nothing spills.
+# These numbers are for maps read 16 bytes at a time; other maps need more registers for addresses, and so fewer columns
+# per lane. 24 warps forward and 16 backward then share a multiprocessor, and nothing spills.
 COLUMNS = 16  # columns of a row per lane
 FORWARD_REGISTERS, FORWARD_WARPS = 80, 24
 BACKWARD_REGISTERS = 128
-# Programs of a backward pass, the same on every GPU, so that the order of sums, and with it the result, does not depend
-# on the GPU: two of eight warps on each of some 130 multiprocessors, every one with a share of dweight and dbias.
+# Programs of a backward pass, the same number on every GPU, so that the order of sums, and with it the result, does not
+# depend on the GPU. Each of some 130 multiprocessors gets two programs of eight warps, each with a share of dweight and
+# dbias.
 BACKWARD_PROGRAMS = 256
 SUM_COLUMNS = 32  # columns per program of sum_shares
 
@@ -39,10 +40,10 @@ class Tile(NamedTuple):
 
 
 def tile(length: int, itemsize: int, whole: bool, backward: bool, multiprocessors: int) -> Tile:
-    """Return the tile of a kernel; the one place to tune. Derived from registers and bytes in flight, not measured.
+    """Return the tile of a kernel, derived from registers and bytes in flight, not measured. This is the place to tune.
 
-    ``itemsize`` is that of the written dtype; ``whole`` is True if accesses of 16 bytes are possible. A part is one
-    access of a lane.
+    ``itemsize`` is the written dtype's; ``whole`` is True if accesses of 16 bytes are possible. Each lane makes one
+    access per part.
     """
     block, vec = triton.next_power_of_2(length), ACCESS_BYTES // itemsize
     columns = COLUMNS if whole or block > COLUMNS * 32 * 8 else max(vec, COLUMNS // 2)
@@ -86,8 +87,8 @@ def _runs_of(neighbours: Sequence[int]) -> dict[str, int | None]:
 def _geometry(
     size: tuple[int, ...],
     channels: int,
-    itemsize: int,  # that of the written dtype
-    strides: tuple[int, ...],  # those of the map, except its last axis
+    itemsize: int,  # of the written dtype
+    strides: tuple[int, ...],  # of the map, except its last axis
     factor: tuple[int, ...],
     neighbours: tuple[int, ...],
     backward: bool,
@@ -99,7 +100,7 @@ def _geometry(
     whole = align % vec == 0 and channels % vec == 0
     size, tiling = pad_to_3d(size, 1), tile(length, itemsize, whole, backward, multiprocessors)
     runs = _runs_of(neighbours) if backward else {"RUNS": _table(neighbours)}
-    bounded = whole and runs.get("SECOND") is None  # a neighbour held twice has separate sums
+    bounded = whole and runs.get("SECOND") is None  # a neighbour in two runs has two sums
     registers = BACKWARD_REGISTERS if backward else FORWARD_REGISTERS
     steps = [s // align for s in strides]
     step, counts = [tiling.programs * tiling.rows], pad_to_3d(merged, 1)
@@ -176,7 +177,7 @@ def backward(
     needs_dweight: bool,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, and dweight and dbias in float32, empty where not needed."""
+    """Return dx, and dweight and dbias in float32, empty if not needed."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x = unit_stride(x)
     geometry = _prepare(x, x.element_size(), factor, neighbours, True)

@@ -15,15 +15,15 @@ from swinkernels.triton import _window_partition_kernels as kernels
 from swinkernels.triton._launch import INT32_MAX, alignment, dense_strides, pad_to_3d, unit_stride
 
 # Numbers to tune, derived, not measured. Four accesses per lane in blocks of two warps leave few lanes idle in a
-# window's last tile and, at 64 to 80 registers per lane, 50 KB in flight per multiprocessor, twice the need for hiding
-# memory latency. Decoding a window costs as much as moving it once, so a program takes several, but not so many that
-# the last programs run alone.
+# window's last tile. At 64 to 80 registers per lane they keep 50 KB in flight per multiprocessor, twice as much as
+# hides the memory latency. Decoding a window costs as much as moving it once, so a program takes several windows, but
+# not so many that the last programs run alone.
 CHUNKS = 256
 CHUNKS_PER_WARP = 128
 PROGRAMS = 8192
 MAX_WINDOWS = 4
 
-WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # bytes are moved as integers of any dtype's size
+WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # integers of these sizes move the bytes of any dtype
 
 
 class _Geometry(NamedTuple):
@@ -42,7 +42,7 @@ def _geometry(
     size: tuple[int, ...],
     channels: int,
     itemsize: int,
-    strides: tuple[int, ...],  # those of the input, the map or the windows if reverse, except its last axis
+    strides: tuple[int, ...],  # of the input (the map, or the windows if reverse), except its last axis
     address: int,  # modulo 16
     window: tuple[int, ...],
     shift: tuple[int, ...],
@@ -124,7 +124,7 @@ def _geometry_of(
 
 
 def partition(x: Tensor, window_size: Sequence[int], shift_size: Sequence[int], roll_then_pad: bool) -> Tensor:
-    """(B, *S, C) to (B * num_windows, N, C)."""
+    """Cut (B, *S, C) into (B * num_windows, N, C)."""
     x = unit_stride(x)
     geometry = _geometry_of(x, x.shape[1:-1], window_size, shift_size, roll_then_pad, False)
     batch_windows = x.shape[0] * geometry.windows
@@ -137,7 +137,7 @@ def partition(x: Tensor, window_size: Sequence[int], shift_size: Sequence[int], 
 def reverse(
     windows: Tensor, size: Sequence[int], window_size: Sequence[int], shift_size: Sequence[int], roll_then_pad: bool
 ) -> Tensor:
-    """(B * num_windows, N, C) to (B, *S, C); pad tokens are dropped."""
+    """Join (B * num_windows, N, C) into (B, *S, C); pad tokens are dropped."""
     windows = unit_stride(windows)
     geometry = _geometry_of(windows, size, window_size, shift_size, roll_then_pad, True)
     batch_windows, _, channels = windows.shape

@@ -20,7 +20,7 @@ def main() -> None:
     if not os.path.isfile(script):
         sys.exit(f"python -m swinkernels.integrations.timm: there is no script {script!r}")
     sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))  # Python sets it so for a script
+    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python sets it for a script
     runpy.run_path(script, run_name="__main__")
 
 

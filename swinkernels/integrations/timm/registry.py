@@ -1,9 +1,9 @@
 """Accelerated entrypoints in timm's registry: ``timm.create_model("swinkernels_swin_tiny_patch4_window7_224")``.
 
-There is one for each model of timm's swin_transformer, swin_transformer_v2 and swin_transformer_v2_cr, with its
-pretrained tags and configurations. It calls timm's own entrypoint with the same arguments and accelerates the model,
-also inside the wrapper of ``features_only``. The model keeps the architecture's name in its ``default_cfg``, so its
-checkpoints and hub uploads are those of timm's model.
+Each model of timm's swin_transformer, swin_transformer_v2 and swin_transformer_v2_cr has such an entrypoint, with the
+same pretrained tags and configurations. The entrypoint calls timm's with the same arguments and accelerates the model,
+also inside the ``features_only`` wrapper. ``default_cfg`` keeps timm's name of the architecture, so checkpoints and hub
+uploads are interchangeable with timm's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from swinkernels.adapters.engine import accelerate
 
 PREFIX = "swinkernels_"
 
-# timm.models.register_model reads these in an entrypoint's module: the configurations, and the names, to which it adds
-# the new one.
+# timm.models.register_model reads both in an entrypoint's module: the configurations, and the list of names, to which
+# it adds the entrypoint.
 default_cfgs: dict[str, Any] = {}
 __all__ = ["PREFIX"]
 
@@ -43,14 +43,14 @@ def _entrypoint(name: str, original: Callable[..., nn.Module]) -> Callable[..., 
 
 
 def _hub_id(cfg: Any, name: str, tag: str) -> str | None:
-    """Return the hub id of timm's own weights: timm would complete a bare "timm/" with the name registered here."""
+    """Return the hub id of timm's weights, because timm would complete "timm/" with the name registered here."""
     return f"timm/{name}.{tag}" if cfg.hf_hub_id == "timm/" and tag else cfg.hf_hub_id
 
 
 def _register(module: Any) -> None:
     for name in timm.list_models(module=module.__name__.rpartition(".")[2]):
         if timm.is_model(PREFIX + name):
-            continue  # the module is imported again; timm would warn about every name
+            continue  # a second import, for which timm would warn about every name
         cfgs = module.default_cfgs.get(name)
         if cfgs is not None:
             own = {tag: replace(cfg, hf_hub_id=_hub_id(cfg, name, tag)) for tag, cfg in cfgs.cfgs.items()}

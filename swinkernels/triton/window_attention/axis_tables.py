@@ -1,16 +1,15 @@
 """The decomposed relative position of SAM and ViTDet: ``axis_tables``.
 
-Maths     score(i, j) += sum over axes a of q_i . table_a[i_a - j_a + window_a - 1], of the unscaled q. The tables of
-          all axes lie one below the other. A column stands for a coordinate that a key may have on an axis, the axes
-          one after the other: A[i, c] = q_i . table[row(i, c)] is (N, sum of the window's sizes), 28 columns at SAM's
-          window 14, and the bias is A E, where E[c, j] is one if key j has coordinate c, else zero. Backward:
-          dA = dS E^T; with dR[i, r] = dA[i, c] where row(i, c) = r: dq += dR table, and dtable = dR^T q, summed over
-          windows and heads.
-Steps     The products of a query tile with all rows of the tables, from them A by a gather along the row, once a tile;
-          then one more product per tile of keys. The bias itself is never in memory. The backward pass keeps A for the
-          kernel of k and v, and dA for that of the tables.
-Rounding  The tables and A are float32. Beside maps of 16 bits each is the sum of two numbers of that dtype, with twice
-          its digits; in float16 divided by what brings them into range.
+Maths     score(i, j) += sum over axes a of q_i . table_a[i_a - j_a + window_a - 1], with q unscaled. The tables of all
+          axes are stacked. A column c stands for a coordinate of a key on one axis; the columns of all axes follow each
+          other. A[i, c] = q_i . table[row(i, c)] is (N, sum of the window's sizes), with 28 columns at SAM's window 14,
+          and the bias is A E, where E[c, j] is one if key j has coordinate c, else zero. Backward: dA = dS E^T; with
+          dR[i, r] = dA[i, c] for row(i, c) = r: dq += dR table, and dtable = dR^T q, summed over windows and heads.
+Steps     A query tile is multiplied by all rows of the tables once, and a gather along each row picks A from the
+          products; every tile of keys then takes one more product. The bias itself is never in memory. The backward
+          pass stores A for the kernel of dk and dv, and dA for the kernel of the tables' gradients.
+Rounding  The tables and A are float32. With 16-bit maps each is split into two numbers of that dtype, whose sum has
+          twice its digits; in float16 both are divided by a factor that brings them into range.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from swinkernels.triton.window_attention.gradients import add_product, excess_of
 
 
 class Split(NamedTuple):
-    """factor * (high + low), a float32 tile in two of 16 bits; beside float32 ``high`` is all of it."""
+    """A float32 tile as factor * (high + low), two tiles of 16 bits; with float32 maps ``high`` is the whole tile."""
 
     high: Any
     low: Any
@@ -61,9 +60,9 @@ def _add_split(total, a, b, STATIC: tl.constexpr):
 
 @triton.jit
 def _row_and_column(query, at, OF_AXIS: tl.constexpr, STATIC: tl.constexpr):
-    """Return the sum of the row and of the column at which a query meets it: it is the same for all of an axis.
+    """Return row + column for the table rows that a query meets at columns: the sum is the same for all of an axis.
 
-    ``at`` are rows or columns, of which each axis has so many as OF_AXIS says. The result is (queries, at).
+    ``at`` are rows or columns; OF_AXIS is their number on each axis. The result is (queries, at).
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
@@ -78,7 +77,7 @@ def _row_and_column(query, at, OF_AXIS: tl.constexpr, STATIC: tl.constexpr):
 
 @triton.jit
 def _rows_met(query, column, STATIC: tl.constexpr):
-    """Return which row of the tables a query meets at a column, and whether it meets one: (queries, columns)."""
+    """Return the table row that a query meets at a column, and a mask of those that exist: (queries, columns)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     row = _row_and_column(query, column, COLUMNS, STATIC) - column[None, :]
     met = (query < STATIC.VOLUME)[:, None] & (column < COLUMNS[0] + COLUMNS[1] + COLUMNS[2])[None, :]
@@ -87,7 +86,7 @@ def _rows_met(query, column, STATIC: tl.constexpr):
 
 @triton.jit
 def columns_met(query, row, STATIC: tl.constexpr):
-    """Return at which column a query meets a row of the tables, and whether it does: (queries, rows)."""
+    """Return the column at which a query meets a table row, and a mask of those that exist: (queries, rows)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
     column = _row_and_column(query, row, ROWS, STATIC) - row[None, :]
@@ -109,7 +108,7 @@ def _load_tables(row, call, STATIC: tl.constexpr):
 
 @triton.jit
 def _has_coordinate(key, dtype: tl.constexpr, STATIC: tl.constexpr):
-    """Return E, (columns, keys), of a tile of keys."""
+    """Return E, (columns, keys), for a tile of keys."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     column = tl.arange(0, STATIC.BLOCK_COLUMNS)[:, None]
@@ -122,7 +121,7 @@ def _has_coordinate(key, dtype: tl.constexpr, STATIC: tl.constexpr):
 
 @triton.jit
 def axis_products(q, query, call, STATIC: tl.constexpr):
-    """Return log2(e) A, (queries, columns), of a tile of queries."""
+    """Return log2(e) A, (queries, columns), for a tile of queries."""
     BLOCK_COLUMNS: tl.constexpr = STATIC.BLOCK_COLUMNS
     BLOCK_ROWS: tl.constexpr = STATIC.BLOCK_ROWS
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
@@ -175,7 +174,7 @@ def add_axis_query_gradient(dq, dproducts, query, call, STATIC: tl.constexpr):
 
 @triton.jit
 def product_rows(data, number, head, token, call, STATIC: tl.constexpr):
-    """Return where the rows of tokens lie in A or dA, (windows, heads, N, columns)."""
+    """Return the addresses of the tokens' rows in A or dA, (windows, heads, N, columns)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     row = (number.to(tl.int64) * call.num_heads + head) * STATIC.VOLUME + token
     return data + row[:, None] * (COLUMNS[0] + COLUMNS[1] + COLUMNS[2])

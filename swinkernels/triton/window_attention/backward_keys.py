@@ -12,7 +12,7 @@ from swinkernels.triton.window_attention.rows import store_gradient
 
 @kernel
 def sum_key_gradients(call, of_windows, dmaps, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A program owns tokens of a window and a head: it sums their dk and dv over the windows that have them as keys."""
+    """Sum dk and dv over the windows that have a token as key; a program owns tokens of one window and one head."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     KEY_WINDOW: tl.constexpr = STATIC.KEY_WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D

@@ -1,4 +1,4 @@
-"""The kernels of the gradients of tables that are shared by many pairs: ``axis_tables`` and ``bias_table``."""
+"""The kernels for the gradients of tables whose rows many pairs share: ``axis_tables`` and ``bias_table``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def bwd_axis_tables(
     call, dproducts, dtables, batch_windows, windows_per_program,
     STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dR^T q: a program owns BLOCK_ROWS rows of the tables, walks over a group of windows of a head, and writes their
-    sum, (groups, heads, rows, HEAD_DIM).
+    """Compute dR^T q, summed over groups of windows: (groups, heads, rows, HEAD_DIM).
+
+    A program owns BLOCK_ROWS rows of the tables and walks over a group of windows, for one head.
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     VOLUME: tl.constexpr = STATIC.VOLUME
@@ -55,7 +56,7 @@ def bwd_axis_tables(
 
 @triton.jit
 def _query_of(row, key, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
-    """(rows, keys), on one axis: the query that has this row of the table with the key; beyond the window if none."""
+    """Return, on one axis, the query that has this row with this key, (rows, keys), or a number outside the window."""
     if PAIRS:
         query = tl.where((row // WINDOW)[:, None] == key[None, :], (row % WINDOW)[:, None], -1)
     else:
@@ -65,8 +66,9 @@ def _query_of(row, key, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
 
 @kernel
 def fold_dbias(dbias, dbias_table, num_heads, STATIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """dbias (heads, N, M) onto (rows, heads): an entry is the sum over all queries and keys that have its row. The
-    heads are those of all types of windows.
+    """Fold dbias (heads, N, M) onto (rows, heads): an entry is the sum over all queries and keys that have its row.
+
+    ``num_heads`` counts the heads of all types of windows.
     """
     VOLUME: tl.constexpr = STATIC.VOLUME
     KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME

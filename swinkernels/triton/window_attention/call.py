@@ -14,8 +14,8 @@ K = tl.constexpr(1)
 V = tl.constexpr(2)
 
 # Triton specialises integers on being 1 and on being a multiple of 16. Numbers that vary with the batch are exempt,
-# because a new batch size could recompile. The elements of tuples never are, which is welcome: 2D, with its axis of
-# size 1, is compiled without that axis, and maps of new sizes add a few variants at most.
+# because a new batch size could trigger a recompilation. Elements of tuples cannot be exempted. That helps here: 2D,
+# with its axis of size 1, is compiled without that axis, and maps of new sizes add a few variants at most.
 kernel = triton.jit(do_not_specialize=["batch_windows", "windows_per_program"])
 
 
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     strides: Any  # for each map: batch, axes 0 to 2, head and, in a map of q, k and v, part; in units of ALIGN elements
     map_heads: Any  # heads in a token's row of a map: three times num_heads in a map of q, k and v
     bias_table: Any
-    table_columns: Any  # of bias_table, one for each type of window and head; None if they are the heads
+    table_columns: Any  # of bias_table: num_heads for each type of window; None for one type
     dense_bias: Any
     axis_tables: Any
     logit_scale: Any
@@ -58,15 +58,15 @@ class Static(NamedTuple):
 
     WINDOW: Any
     VOLUME: Any  # tokens of a window
-    KEY_WINDOW: Any  # the window of keys, of the same centre
+    KEY_WINDOW: Any  # the keys' window, with the same centre
     KEY_VOLUME: Any
-    HAS_KEY_WINDOW: Any  # it is larger than the window
-    TABLE_WINDOW: Any  # in which the tokens of bias_table are decoded; those that are keys in the next
+    HAS_KEY_WINDOW: Any  # True if KEY_WINDOW is larger than WINDOW
+    TABLE_WINDOW: Any  # decodes queries for bias_table; the next one decodes keys
     TABLE_KEY_WINDOW: Any
     TABLE_ROWS: Any  # rows of bias_table on each axis
-    TABLE_PAIRS: Any  # of each axis, whether bias_table has a row for each pair of places
-    AXIS_COLUMNS: Any  # of each axis, the coordinates that axis_tables tell apart: its window, or 0 without a table
-    AXIS_ROWS: Any  # rows of its table
+    TABLE_PAIRS: Any  # per axis, True if bias_table has a row for each pair of coordinates
+    AXIS_COLUMNS: Any  # per axis, number of columns of A: the window, or 0 without a table
+    AXIS_ROWS: Any  # per axis, number of rows of its table, or 0
     BLOCK_COLUMNS: Any  # the columns of all axes, padded to a power of two
     BLOCK_ROWS: Any  # rows of axis_tables that are taken at a time
     HEAD_DIM: Any

@@ -1,4 +1,4 @@
-"""Gradients of a tile, and its inputs: steps shared by the kernels of the backward pass."""
+"""Steps that the kernels of the backward pass share: the inputs and the gradients of a tile."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def dprobs_of(queries, keys, keep, call, STATIC: tl.constexpr):
 
 @triton.jit
 def excess_of(dscores, dtype: tl.constexpr):
-    """Return the divisor that brings a tile of dS into float16's range, in which dq and dk may be although dS is not.
+    """Return the divisor that brings a tile of dS into float16's range; dq and dk may be in range although dS is not.
 
-    None for dtypes with float32's range.
+    The result is None for dtypes with float32's range.
     """
     if dtype == tl.float16:
         excess = tl.maximum(tl.max(tl.max(tl.abs(dscores), axis=1), axis=0) * (1 / 32768), 1.0)
@@ -100,7 +100,7 @@ def unit_rows(x, inverse, call):
 
 @triton.jit
 def add_product(total, a, b, factor, STATIC: tl.constexpr):
-    """total + a b, with the product multiplied by ``factor`` unless that is None."""
+    """Return total + a b, with the product multiplied by ``factor`` unless that is None."""
     if factor is None:
         total = tl.dot(a, b, total, input_precision=STATIC.PRECISION)
     else:
@@ -110,7 +110,7 @@ def add_product(total, a, b, factor, STATIC: tl.constexpr):
 
 @triton.jit
 def row_gradient(d, x, inverse, scale, call):
-    """Return the gradient of rows of q or k, where d is the sum of dS times the opposite rows of the products.
+    """Return the gradient of rows of q or k, where d is the sum of dS times the rows of k or q.
 
     In v2 the part along the unit vector is subtracted, because it would only lengthen the row.
     """
@@ -124,7 +124,7 @@ def row_gradient(d, x, inverse, scale, call):
 
 @triton.jit
 def store_dlogit_scale(dlogit_scale, rows_log2, program, head, call):
-    """Store a program's share of a logit scale's gradient, which is zero where the scale is clamped.
+    """Store a program's share of a logit scale's gradient, which is zero if the scale is clamped.
 
     As in torch.clamp, ln 100 rounded to float32 is above ln 100.
     """
@@ -135,7 +135,7 @@ def store_dlogit_scale(dlogit_scale, rows_log2, program, head, call):
 
 @triton.jit
 def store_dbias(dbias, tile, group, query, key, head, call, STATIC: tl.constexpr):
-    """A tile of a group's sums, in (groups, heads, N, M)."""
+    """Store a tile of a group's sums in (groups, heads, N, M)."""
     VOLUME: tl.constexpr = STATIC.VOLUME
     KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
     inside = (query < VOLUME)[:, None] & (key < KEY_VOLUME)[None, :]

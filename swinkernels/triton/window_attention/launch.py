@@ -20,7 +20,7 @@ from swinkernels.triton.window_attention import tuning
 from swinkernels.triton.window_attention.call import LOG2_E, Call, Static
 from swinkernels.window_spec import WindowSpec
 
-LARGEST_MASK = 1e38  # with float32's largest numbers, log2(e) times a score would be infinite
+LARGEST_MASK = 1e38  # for float32's largest numbers, log2(e) times a score would be infinite
 
 
 class _Geometry(NamedTuple):
@@ -29,7 +29,7 @@ class _Geometry(NamedTuple):
     spec: WindowSpec
     num_windows: int  # per image
     axes: dict[str, tuple[int, ...]]  # the fields of Call with a value per axis
-    static: Static  # but what depends on the maps' strides and dtype: ALIGN and BLOCK_ROWS
+    static: Static  # except ALIGN and BLOCK_ROWS, which depend on the maps' strides and dtype
 
 
 @functools.lru_cache(maxsize=1024)
@@ -86,9 +86,9 @@ class _Prepared(NamedTuple):
     types: int  # window types with separate biases
 
     def groups(self, per_window: int, programs: int, most: int = INT32_MAX) -> tuple[int, int, int]:
-        """Divide the windows among ``programs``, of which a window takes ``per_window``.
+        """Divide the windows among about ``programs`` programs; a group of windows takes ``per_window`` of these.
 
-        Returns the windows of each type, those of a group, which are of one type, and the groups of all types.
+        Returns the number of windows of each type, of windows in a group, which are of one type, and of all groups.
         """
         of_type = self.batch_windows // self.types
         each = min(most, of_type, max(1, -(-self.batch_windows * per_window // programs)))
@@ -96,8 +96,9 @@ class _Prepared(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Return True if a window is one tile. With axis_tables or a key_window, which models use in large windows, it
-        counts as several.
+        """Return True if a window is one tile and has neither axis_tables nor a key_window.
+
+        Models use these in large windows, so only the kernels for several tiles implement them.
         """
         of_size = tuning.is_whole(self.static.VOLUME, self.call.maps[0].element_size())
         return of_size and self.call.axis_tables is None and not self.static.HAS_KEY_WINDOW
@@ -200,9 +201,7 @@ def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of the maps (one or three), then dbias_table, dbias, dlogit_scale and dpad_qkv, empty where
-    not needed.
-    """
+    """Return the gradients of the maps, then dbias_table, dbias, dlogit_scale and dpad_qkv, empty if not needed."""
     prepared = _prepare(maps, *arguments[:-1])
     needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv = (arguments[-1] >> bit & 1 for bit in range(4))
     call, static, x = prepared.call, prepared.static, maps[0]
@@ -224,7 +223,7 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
     dout, lse = dout.contiguous(), lse.contiguous()
     pads = needs_dpad_qkv and static.HAS_PADDING
     has_axes = call.axis_tables is not None
-    # The sums of each program, which a second kernel adds up.
+    # The sums of each program; a second kernel adds them up.
     pair_sums = head_sums = pad_sums = None
 
     def new_pair_sums(groups: int) -> Tensor | None:
@@ -234,7 +233,7 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
         return sums(groups, heads, volume, static.KEY_VOLUME) if needs_dbias or needs_dbias_table else None
 
     def new_products() -> Tensor:
-        """A or dA of axis_tables."""
+        """Allocate A or dA of axis_tables."""
         return sums(prepared.batch_windows, heads, volume, sum(static.AXIS_COLUMNS))
 
     if prepared.is_whole:

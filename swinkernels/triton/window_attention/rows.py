@@ -1,4 +1,4 @@
-"""Reading and writing one head's rows of the tokens ``at`` given positions (``Tokens``)."""
+"""Reads and writes one head's rows of tokens at given positions: ``at``, of class ``Tokens``."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ LN_100 = tl.constexpr(4.605170185988092)
 
 @triton.jit
 def _table_position(t0, t1, t2, STATIC: tl.constexpr):
-    """The number of a row of bias_table from those of each axis."""
+    """Return the number of a row of bias_table, given its number on each axis."""
     ROWS: tl.constexpr = STATIC.TABLE_ROWS
     return (t0 * ROWS[1] + t1) * ROWS[2] + t2
 
 
 @triton.jit
 def _query_position(token, STATIC: tl.constexpr):
-    """r(i): the bias of query i and key j is row r(i) - r'(j) + r_0 of the table."""
+    """Return r(i): the bias of query i and key j is row r(i) - r'(j) + r_0 of the table."""
     WINDOW: tl.constexpr = STATIC.TABLE_WINDOW
     t0, t1, t2 = coordinates(token, WINDOW)
     return _table_position(t0, t1, t2, STATIC)
@@ -29,7 +29,7 @@ def _query_position(token, STATIC: tl.constexpr):
 
 @triton.jit
 def _key_position(token, STATIC: tl.constexpr):
-    """r'(j): r(j) but for pairs, which are numbered i + window * j."""
+    """Return r'(j), which is r(j) except on axes of pairs, which are numbered i + window * j."""
     WINDOW: tl.constexpr = STATIC.TABLE_KEY_WINDOW
     PAIRS: tl.constexpr = STATIC.TABLE_PAIRS
     t0, t1, t2 = coordinates(token, WINDOW)
@@ -41,7 +41,7 @@ def _key_position(token, STATIC: tl.constexpr):
 
 @triton.jit
 def _first_position(STATIC: tl.constexpr):
-    """r_0: the row of query 0 and key 0."""
+    """Return r_0, the row of query 0 and key 0."""
     WINDOW: tl.constexpr = STATIC.TABLE_KEY_WINDOW
     PAIRS: tl.constexpr = STATIC.TABLE_PAIRS
     t0 = 0 if PAIRS[0] else WINDOW[0] - 1
@@ -171,11 +171,11 @@ def kept_pairs(seed, number, head, query, start, call, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def drop(probs, keep):
-    """Return P without the dropped pairs, still to be multiplied by the scale of the kept ones."""
+    """Return P with zeros for the dropped pairs; the kept ones are not yet scaled."""
     return probs if keep is None else tl.where(keep, probs, 0.0)
 
 
 @triton.jit
 def scaled_by_keep(tile, call):
-    """Multiply sums of probabilities without the dropped pairs by the scale of the kept ones."""
+    """Scale sums over the kept pairs of P, as dropout requires."""
     return tile if call.dropout_seed is None else tile * call.keep_scale

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import triton
 
 # The number of programs of a kernel that walks over windows: a few waves on a GPU of some 130 multiprocessors. It is
-# the same on every GPU, so that the order of sums, and with it the result, does not depend on the GPU.
+# the same on every GPU, and so are the sums of each program. torch.sum adds these up, in an order that may depend on
+# the GPU.
 FORWARD_PROGRAMS = 2048
 BACKWARD_PROGRAMS = 1024
 # More windows per program would leave a long last wave; by then the bias tile costs little per window.
@@ -31,18 +32,18 @@ def is_whole(volume: int, itemsize: int) -> bool:
 
 
 def axis_rows(itemsize: int) -> int:
-    """Rows of axis_tables that a program takes at a time."""
+    """Return the number of rows of axis_tables that a program takes at a time."""
     return 64 if itemsize == 2 else 32
 
 
 def tiles(
     name: str, keys: int, head_dim: int, itemsize: int, axis_columns: int = 0, has_key_window: bool = False
 ) -> Tiles:
-    """The tiles of a kernel for so many keys of a window and, with axis_tables, so many columns of them."""
+    """Return a kernel's tiles, given the keys per window and, with axis_tables, the number of columns of A."""
     wide = head_dim > 64
-    if axis_columns > 64:  # two tiles of so many columns are in registers
+    if axis_columns > 64:  # two tiles with all columns are in registers
         return Tiles(32, 32, 4, 1) if itemsize == 2 else Tiles(16, 16, 4, 1)
-    if axis_columns and name in ("bwd_tiled_dq", "bwd_axis_tables"):  # they hold dA, or a tile of the tables' gradient
+    if axis_columns and name in ("bwd_tiled_dq", "bwd_axis_tables"):  # both hold dA, or a tile of the tables' gradient
         return tiles(name, keys, head_dim, itemsize)._replace(num_warps=8)
     whole = max(16, triton.next_power_of_2(keys))
     if itemsize == 4:
@@ -50,13 +51,13 @@ def tiles(
         block = whole if name.endswith("whole") else 16 if wide else 32
         return Tiles(block, block, 4, 1)
     if name.endswith("whole"):
-        # A warp holds 16 rows of a tile of the matrix units; 64 rows by 4 warps is what Hopper's take at once.
+        # A warp holds 16 rows of a tile of the matrix units; Hopper's units take 64 rows by 4 warps at once.
         num_warps = whole // 16
         if name == "bwd_whole":
             # dq, dk, dv and four 64 x 64 float32 tiles: beyond head_dim 32 they need the registers of 8 warps.
             return Tiles(whole, whole, num_warps * (2 if head_dim > 32 else 1), 1)
         return Tiles(whole, whole, num_warps, 1 if wide else 2)
-    # Key tiles of 32 where 64 would pad more: N = 144 is 160 keys instead of 192. And where each key of a tile has an
-    # address of its own: with 64 of them some are spilled.
+    # A key tile has 32 keys if 64 would pad more (N = 144 is 160 keys instead of 192), or if each key needs a separate
+    # address, because some of 64 addresses are spilled.
     block_k = 64 if -(-keys // 64) * 2 == -(-keys // 32) and not has_key_window else 32
     return Tiles(64, block_k, 8, 1) if wide else Tiles(64, block_k, 4, 2)

@@ -1,4 +1,4 @@
-"""The windows of a program."""
+"""Finds the windows of a program, by number and type."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _windows_of_image(call, STATIC: tl.constexpr):
 
 @triton.jit
 def type_of(number, call, STATIC: tl.constexpr):
-    """Return the type of a window of the batch."""
+    """Return a window's type, given its number in the batch."""
     return 0 if call.type_windows is None else number % _windows_of_image(call, STATIC) // call.type_windows
 
 
@@ -32,7 +32,7 @@ def window_of_type(kind, i, call, STATIC: tl.constexpr):
 
 @triton.jit
 def first_window(group, batch_windows, windows_per_program, call):
-    """Return type, first window and number of windows of a group, of the ``batch_windows`` of a type in the batch."""
+    """Return a group's type, first window and number of windows; a type has ``batch_windows`` in the batch."""
     if call.type_windows is not None:
         groups = tl.cdiv(batch_windows, windows_per_program)
         kind, group = group // groups, group % groups
