@@ -113,9 +113,9 @@ def dropout_of_the_kernels(case: Case, backend: str, device: str) -> Iterator[to
         return
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=torch.Generator(device).manual_seed(SEED))
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
-    shape = (case.batch, windows, case.num_heads, math.prod(case.window_tuple))
-    draw = kept_by_triton if backend == "triton" else kept_weights
-    kept = draw(seed.item(), case.options["dropout_p"], *shape)
+    tokens = math.prod(case.window_tuple)
+    drawn = seed.item(), case.options["dropout_p"], case.batch, windows, case.num_heads, tokens
+    kept = kept_by_triton(*drawn, tokens) if backend == "triton" else kept_weights(*drawn)
     before = Tensor.bernoulli_
     Tensor.bernoulli_ = lambda self, p, generator=None: self.copy_(kept)  # type: ignore[assignment, method-assign]
     try:

@@ -53,9 +53,6 @@ def add_linear(name: str, layer: Any, x: Tensor, residual: Tensor) -> Tensor | N
     return linear(x, layer.weight, layer.bias, residual=residual)
 
 
-_NOTHING = nn.Identity().eval()
-
-
 @dataclass(frozen=True)
 class Mlp:
     """Describes the MLP of a block: a Linear layer, GELU and a Linear layer, with dropouts between and after them."""
@@ -77,10 +74,11 @@ class Mlp:
 
     def added(self, block: Any, s: Tensor, z: Tensor) -> Tensor:
         """Return s + drop(MLP(z))."""
-        drop = _NOTHING if self.drop is None else child(block, self.drop)
+        drop = None if self.drop is None else child(block, self.drop)
         layers = self._layers(block, z) if fuses(z) and s.dtype == z.dtype else None
-        if layers is None or not drops_nothing(self.drop or "", drop, self.drop_kind):
-            return s + drop(self._call(block, z))
+        if layers is None or not (drop is None or drops_nothing(self.drop or "", drop, self.drop_kind)):
+            y = self._call(block, z)
+            return s + (y if drop is None else drop(y))
         fc1, fc2, gelu = layers
         return linear(linear(z, fc1.weight, fc1.bias, gelu=gelu), fc2.weight, fc2.bias, residual=s)
 

@@ -14,6 +14,7 @@ of ZhendongWang6/Uformer, nnFormer_tumor.py of 282857341/nnFormer, models/networ
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -375,6 +376,11 @@ def _skip(attn: Any, attend: Any, skip: Tensor, x_up: Tensor, pos_embed: Any = N
     return projected(attn, y.reshape(skip.shape))
 
 
+def _is_skip(module: nn.Module) -> bool:
+    own = _has(module, "kv", "proj") and "relative_position_bias_table" in module._parameters
+    return own and "x_up" in inspect.signature(original_class(module).forward).parameters
+
+
 def _call_skip(attn: Any, x: Tensor) -> Tensor:
     def call(skip: Tensor, mask: Tensor | None) -> Tensor:
         return type(attn).forward(attn, skip, skip.roll(1, 1).cos(), mask=mask)
@@ -384,7 +390,7 @@ def _call_skip(attn: Any, x: Tensor) -> Tensor:
 
 NNFORMER_SKIP = Form(
     name="nnFormer's skips",
-    of=lambda module: _has(module, "kv", "proj") and "relative_position_bias_table" in module._parameters,
+    of=_is_skip,
     forward=_skip,
     sizes=lambda attn: ((3, _volume(attn.window_size), attn.kv.in_features),),
     call=_call_skip,
