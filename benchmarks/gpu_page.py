@@ -111,7 +111,7 @@ def page_text(runs: Runs) -> str:
 
 
 def _shown(runs: Runs, step: str) -> list[Line]:
-    """Return the shipped build's times in the newest run that has any."""
+    """Return the shipped build's valid times in the newest run of a step."""
     found = _newest(runs, step=step)
     return [x for x in found if "us" in x and x["result"] == "ok" and x.get("build", "shipped") == "shipped"]
 

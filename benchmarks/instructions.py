@@ -486,7 +486,7 @@ def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOW
 
 
 def commit_of(source: Path) -> str:
-    """Return the last commit that changed csrc/, with "+" if it was edited since; "unknown" outside git."""
+    """Return the last commit that changed csrc/, with "+" if csrc/ has been edited since; "unknown" outside git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(source), *arguments]

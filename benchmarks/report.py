@@ -345,16 +345,16 @@ def headline(rows: Sequence[Row]) -> str:
         "implementation in the same run: plain PyTorch, `scaled_dot_product_attention` or `torch.compile`. This is the "
         f"median of {len(forward)} shapes ({_span(forward)})"
     )
-    text += (
-        f"; forward and backward it is {statistics.median(both):.1f} times as fast ({_span(both)}). " if both else ". "
-    )
+    if both:
+        text += f"; forward and backward together it is {statistics.median(both):.1f} times as fast ({_span(both)})"
+    text += ". "
     if gains := model_gains(rows):
-        text += f"Whole models spend most of their time in other layers and run {_span(gains)} times as fast. "
+        text += f"Whole models spend most of their time in other layers and run {_span(gains)} times as fast as the "
+        text += "library's own uncompiled code. "
     text += (
         f"All times are from {device(rows)}, {dtypes}; in {noisy} of {len(timed)} timings the 20th and 80th "
-        "percentiles differ by more than a tenth of the median. "
+        "percentiles differ by more than a tenth of the median ([benchmarks](docs/benchmarks.md))."
     )
-    text += "[Benchmarks](docs/benchmarks.md) has the method and every table."
     return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
 
 

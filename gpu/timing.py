@@ -86,7 +86,7 @@ def variants(group: str, emit: Emitter, setting: Setting) -> Cases:
 
 
 def peers(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Yield the cases of the goals against peers: ours and PyTorch's implementations take turns in one process."""
+    """Yield the cases of goals that compare our ops with PyTorch's: the implementations take turns in one process."""
     timer = _Timer(emit, setting, "shipped", contest.DIRECTIONS)
     if group == "ops":
         names = attention.contestants(timer.device, ("cuda", *attention.PEERS))

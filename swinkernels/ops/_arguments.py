@@ -256,7 +256,9 @@ def check_linear(op: str, x: Tensor, name: str, weight: Any, bias: Any, shape: t
         expected = f"({rows or 'out'}, {width})"
         raise ValueError(f"{op}: {name}_weight must be {expected} for x of {_shape(x)}, got {_shape(weight)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"{op}: {name}_bias must be ({weight.shape[0]},), as its weight, got {_shape(bias)}")
+        raise ValueError(
+            f"{op}: {name}_bias must be ({weight.shape[0]},), one for each row of {name}_weight, got {_shape(bias)}"
+        )
 
 
 def check_dtype(op: str, dtype: Any, x: Tensor) -> torch.dtype:

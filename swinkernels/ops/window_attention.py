@@ -389,7 +389,8 @@ def window_attention_qkvpacked(
         bias: dense bias in place of the table: (num_heads, N, N), or (window types, num_heads, N, N) with the types
             following the slowest axes of the windows; N is the number of tokens of a window.
         table_window: the window for which ``bias_table`` was made, if that differs from ``window_size``: token t of a
-            window is looked up as token t (row-major) of this one, as MONAI and Video-Swin do for clamped windows.
+            window uses the entries of token t (row-major) of ``table_window``, as MONAI and Video-Swin do for clamped
+            windows.
         logit_scale: v2: per-head log-factor, num_heads values.
         pad_qkv: q, k and v of a pad token, (3C,) or (3, num_heads, head_dim): the bias of the QKV Linear in models
             that pad its input with zeros. Zero by default. Pad tokens are attended to.
@@ -423,11 +424,12 @@ def window_attention_qkvpacked(
 
     Returns:
         (B, \*S, C) in the dtype of qkv, contiguous. An empty batch gives an empty result. Differentiable in qkv,
-        bias_table, bias, logit_scale, pad_qkv and axis_tables, each gradient in its tensor's dtype; the same input
-        gives the same bits. Twice differentiable, with dropout only by backend="torch" or "reference". With
-        return_attention the result is a pair: this tensor, and the weights that multiply v, (B, num_windows, num_heads,
-        N, N), after softmax and dropout as in transformers, in the same dtype and also differentiable. The windows of
-        the weights are in row-major order of the shifted map, and their N tokens include the pad tokens.
+        bias_table, bias, logit_scale, pad_qkv and axis_tables, each gradient in its tensor's dtype. Kernels give the
+        same bits for the same input on one device; docs/numerics.md covers "torch". Twice differentiable, with dropout
+        only by backend="torch" or "reference". With return_attention the result is a pair: this tensor, and the weights
+        that multiply v, (B, num_windows, num_heads, N, N), after softmax and dropout as in transformers, in the same
+        dtype and also differentiable. The windows of the weights are in row-major order of the shifted map, and their N
+        tokens include the pad tokens.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.

@@ -67,7 +67,7 @@ class Clap(nn.Module):
 
 
 class Copies(nn.Module):
-    """Two blocks of a published form, the second one shifted, with all arguments that their model passes."""
+    """Two blocks of a published form, the second one shifted, each called with the arguments that its model passes."""
 
     def __init__(self, make: Callable[[int], nn.Module], hand: Callable[[nn.Module, Tensor], tuple[Any, ...]]) -> None:
         super().__init__()

@@ -98,7 +98,8 @@ class _Prepared(NamedTuple):
     def is_whole(self) -> bool:
         """Return True if a window is one tile and has neither axis_tables nor a key_window.
 
-        Models use these in large windows, so only the kernels for several tiles implement them.
+        Models use axis_tables and key windows with large windows alone, so only the kernels for several tiles take
+        them.
         """
         of_size = tuning.is_whole(self.static.VOLUME, self.call.maps[0].element_size())
         return of_size and self.call.axis_tables is None and not self.static.HAS_KEY_WINDOW
@@ -157,8 +158,8 @@ def _prepare(
         scale=spec.scale,
         scale_log2=spec.scale * LOG2_E.value,
         mask_log2=min(max(spec.mask_value * LOG2_E.value, -LARGEST_MASK), LARGEST_MASK),
-        # Random numbers are int32. With p = 1 only the largest one, which is below no bound, is kept and multiplied by
-        # zero.
+        # Random numbers are int32. For p = 1 the bound is clamped to INT32_MAX: a draw of exactly INT32_MAX is still
+        # kept, and keep_scale = 0 makes it zero.
         drop_below=min(round(spec.dropout_p * 2**32) - 2**31, INT32_MAX),
         keep_scale=1.0 / (1.0 - spec.dropout_p) if spec.dropout_p < 1.0 else 0.0,
     )

@@ -167,7 +167,7 @@ struct LongTokens {
     }
   }
 
-  // The first step of finding a window's tokens, done by the first three warps; all threads then synchronise.
+  // The first step of finding a window's tokens, done by the first three warps. The caller then synchronises all threads.
   template <int kMaps>
   __device__ __forceinline__ void find_terms(const LongArguments<kMaps>& args, const WindowIndex& index) const {
     const WindowLayout& layout = args.layout;

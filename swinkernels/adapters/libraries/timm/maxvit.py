@@ -120,7 +120,7 @@ class _Partition(Accelerated):
 
 
 class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
-    """timm's block with its attention on a window attention op."""
+    """timm's block, with its attention computed by a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
