@@ -335,7 +335,9 @@ def test_headline_names_the_gain_of_models() -> None:
     of_model = {"suite": "models", "op": "timm swin", "direction": "inference", "case": "swin-b1"}
     rows = [row("cpu", 1.0), row("eager", 2.0)]
     rows += [row(name, time, **of_model) for name, time in (("eager", 120.0), ("fused", 110.0), ("accelerate", 100.0))]
-    assert "run 1.10 to 1.10 times as fast as the library's own uncompiled code." in " ".join(report.headline(with_environment(rows)).split())
+    assert "run 1.10 to 1.10 times as fast as the library's own uncompiled code." in " ".join(
+        report.headline(with_environment(rows)).split()
+    )
 
 
 def test_pictures_of_a_run(tmp_path: Path) -> None:
