@@ -9,6 +9,7 @@ cached answer takes 0.4 us).
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,11 +87,18 @@ def holds(x: Any, asked: tuple[Any, ...]) -> bool:
         asked: a tuple of the formula and its arguments, except the device.
     """
     if torch.compiler.is_dynamo_compiling():
-        return _holds_when_traced(x, *asked)
+        return _holds_when_traced(x, *_constants(asked))
     seen = _SEEN.get(id(x))
     if seen is not None and seen[0]() is x and seen[1] == x._version and seen[2] == asked and not x.requires_grad:
         return seen[3]
     return _compare(x, asked)
+
+
+def _constants(asked: Any) -> Any:
+    """Make dynamo treat sizes of a module as constants, which the formula needs, if it took them for dynamic ones."""
+    if isinstance(asked, tuple):
+        return tuple(_constants(value) for value in asked)
+    return operator.index(asked) if isinstance(asked, int) else asked
 
 
 def is_window_index(x: Any, window: Sequence[int]) -> bool:

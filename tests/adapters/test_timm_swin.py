@@ -20,6 +20,7 @@ from swinkernels.adapters import VerificationError
 from swinkernels.adapters import verify as verification
 from swinkernels.adapters.libraries.timm import _blocks as adapter
 from swinkernels.adapters.libraries.timm.swin import AcceleratedSwinTransformerBlock as Accelerated
+from swinkernels.adapters.masks import is_stored_mask, shift_mask
 from tests.support.published import refuse
 from tests.support.sweeps import long_but
 from tests.support.timm_swin import CONFIGURATIONS, assert_as_good, check_parity, make_image, make_model, run
@@ -721,3 +722,16 @@ def test_another_packages_linear_is_named_with_its_module():
     report = swinkernels.accelerate(model)
     reasons = {entry.path: entry.reason for entry in report.skipped}
     assert "attn.qkv is a elsewhere.layers.Linear, not an nn.Linear" in reasons["layers.0.blocks.1"]
+
+
+def test_a_stored_mask_is_compared_in_code_with_dynamic_sizes():
+    """dynamo takes the sizes of modules for dynamic ones if FSDP2 has sharded them."""
+    torch.compiler.reset()
+
+    def marked(mask, n):
+        return mask + 1 if is_stored_mask(mask, (n, n), (4, 4), (2, 2)) else mask
+
+    compiled = torch.compile(marked, backend="eager", fullgraph=True, dynamic=True)
+    for n in (8, 12):
+        mask = shift_mask((n, n), (4, 4), (2, 2))
+        assert torch.equal(compiled(mask, n), mask + 1)
