@@ -320,6 +320,19 @@ def _call_with_masks(attn: Any, x: Tensor) -> Tensor:
     return _with_masks(lambda windows, mask: type(attn).forward(attn, windows, mask=mask), x)
 
 
+def _attend_windows(attn: Any, attend: Any, qkv: tuple[Tensor, ...], rows: int, mask: Tensor | None) -> Tensor:
+    """Call the op on windows (B * rows, N, num_heads, head_dim), as images of ``rows`` rows of N tokens."""
+    n = qkv[0].shape[1]
+    return attend(
+        *(t.reshape(-1, rows, n, *t.shape[-2:]) for t in qkv),
+        num_heads=attn.num_heads,
+        window_size=(1, n),
+        scale=attn.scale,
+        bias=_dense(_bias_of(attn, n), mask, attn.num_heads),
+        dropout_p=dropout_at_call(attn),
+    )
+
+
 def _volume(window: Any) -> int:
     return math.prod(window) if isinstance(window, (tuple, list)) else int(window) ** 2
 
@@ -335,14 +348,7 @@ def _uformer(attn: Any, attend: Any, x: Tensor, attn_kv: Any = None, mask: Tenso
         return f"windows of {n} tokens are not those of win_size"
     q = layers.to_q(x).unflatten(-1, (1, attn.num_heads, -1))
     k, v = layers.to_kv(x).unflatten(-1, (2, attn.num_heads, -1)).unbind(2)
-    y = attend(
-        *(t.reshape(-1, rows, n, *t.shape[-2:]) for t in (q, k, v)),
-        num_heads=attn.num_heads,
-        window_size=(1, n),
-        scale=attn.scale,
-        bias=_dense(_bias_of(attn, n), mask, attn.num_heads),
-        dropout_p=dropout_at_call(attn),
-    )
+    y = _attend_windows(attn, attend, (q, k, v), rows, mask)
     return projected(attn, y.reshape(x.shape))
 
 
@@ -365,14 +371,7 @@ def _skip(attn: Any, attend: Any, skip: Tensor, x_up: Tensor, pos_embed: Any = N
     if x_up.dtype != k.dtype and autocast_dtype(x_up) is None:
         return f"its queries are {x_up.dtype}, its keys {k.dtype}"
     q = x_up.to(k.dtype).unflatten(-1, (attn.num_heads, -1))
-    y = attend(
-        *(t.reshape(-1, rows, n, *t.shape[-2:]) for t in (q, k, v)),
-        num_heads=attn.num_heads,
-        window_size=(1, n),
-        scale=attn.scale,
-        bias=_dense(_bias_of(attn, n), mask, attn.num_heads),
-        dropout_p=dropout_at_call(attn),
-    )
+    y = _attend_windows(attn, attend, (q, k, v), rows, mask)
     return projected(attn, y.reshape(skip.shape))
 
 
