@@ -65,14 +65,16 @@ def fuses(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and is_plain((x,))
         and not torch.is_autocast_enabled("cpu")
-        and why_not_fused(x.dtype) is None
-        and bool(torch.backends.mkldnn.enabled)
-        and not _is_intercepted()
+        and _is_available(x.dtype)
     )
 
 
 _PLACE = frozenset([(torch.strided, torch.device("cpu"))])
 _FUNCTIONS = F.linear, F.gelu
+
+
+def _is_available(dtype: torch.dtype) -> bool:
+    return why_not_fused(dtype) is None and bool(torch.backends.mkldnn.enabled) and not _is_intercepted()
 
 
 def _is_intercepted() -> bool:
@@ -86,10 +88,8 @@ def _is_intercepted() -> bool:
 def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         _is_constant((x, weight, bias))
-        and why_not_fused(x.dtype) is None
-        and bool(torch.backends.mkldnn.enabled)
+        and _is_available(x.dtype)
         and not torch.jit.is_tracing()
-        and not _is_intercepted()
         and _PLACE.issuperset((t.layout, t.device) for t in (x, weight, bias) if t is not None)
         and linear_dtype(x) == weight.dtype == x.dtype
         and weight.dim() == 2

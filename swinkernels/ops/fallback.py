@@ -405,7 +405,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, *, key_window: tuple[int, 
 def widest(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.dtype, Tensor | None, Tensor | None]:
-    """Return the widest dtype among those of the arguments and the result, and the norm's parameters in it."""
+    """Return the widest dtype of the arguments and the result, and the norm's parameters in this dtype."""
     wide = torch.promote_types(x.dtype, dtype)
     for parameter in (weight, bias):
         wide = wide if parameter is None else torch.promote_types(wide, parameter.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -24,14 +22,6 @@ CASES = {
 }
 MAPS = ("out", "dqkv")
 each_case = pytest.mark.parametrize(("case", "dtype"), CASES.values(), ids=CASES)
-
-
-@pytest.fixture
-def library() -> Iterator[emulation.WindowAttentionLibrary]:
-    built = emulation.window_attention_library()
-    built.configure()
-    yield built
-    built.configure()
 
 
 @each_case

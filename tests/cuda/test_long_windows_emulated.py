@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,14 +13,6 @@ from tests import emulation
 pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 
 ROLL_THEN_PAD = {"pad_order": "roll_then_pad"}
-
-
-@pytest.fixture
-def library() -> Iterator[emulation.WindowAttentionLibrary]:
-    built = emulation.window_attention_library()
-    built.configure()
-    yield built
-    built.configure()
 
 
 def _regions(*frame: int) -> torch.Tensor:

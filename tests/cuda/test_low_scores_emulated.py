@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from swinkernels.testing import check_window_attention
-from tests import emulation
 from tests.support.low_scores import CASES
 from tests.support.sweeps import in_turn
-
-
-@pytest.fixture
-def library() -> Iterator[emulation.WindowAttentionLibrary]:
-    built = emulation.window_attention_library()
-    built.configure()
-    yield built
-    built.configure()
 
 
 @pytest.mark.parametrize(("name", "dtype"), in_turn(CASES, [torch.float16, torch.bfloat16, torch.float32]))

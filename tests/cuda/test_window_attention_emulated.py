@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -25,14 +24,6 @@ pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emul
 # torch.finfo's eps for 10 bits of mantissa. Attention in float64 that only rounds the operands of matrix products to
 # TF32 has RMS errors of 0.42 to 0.50 of this in the gradients of q, k and v.
 TF32_EPS = 2.0**-10
-
-
-@pytest.fixture
-def library() -> Iterator[emulation.WindowAttentionLibrary]:
-    built = emulation.window_attention_library()
-    built.configure()
-    yield built
-    built.configure()
 
 
 def _round_to_tf32(x: Tensor) -> Tensor:

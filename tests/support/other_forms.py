@@ -1,6 +1,6 @@
 """Window attention in published forms other than Microsoft's, as small as possible.
 
-Names and conventions are those of the published code. The code was written for these tests.
+The code was written for these tests, with the names and conventions of the published code.
 """
 
 from __future__ import annotations
