@@ -1,7 +1,8 @@
-"""Makes a folder for a machine with a GPU: a build for any Python and torch there, and packages that it may lack.  The
-folder has the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and the pure Python
-packages, fetched by pip, that these need in addition to torch and Triton. In this folder ``make gpu-check`` needs
-neither a network nor a compiler.
+"""Makes a folder for a machine with a GPU: a build for any Python and torch there, and packages that it may lack.
+
+The folder has the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and the pure
+Python packages, fetched by pip, that these need in addition to torch and Triton. In this folder ``make gpu-check``
+needs neither a network nor a compiler.
 """
 
 from __future__ import annotations

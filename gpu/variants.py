@@ -1,8 +1,9 @@
-"""Variants of the kernels, to be timed against the shipped build: ``make gpu-variants``.  They settle choices that need
-a measurement: copies in flight and warps per multiprocessor of the CUDA kernels for attention and the memory-bound ops
-(SWINKERNELS_* macros in each op's traits.h), and tiles, warps and stages of the Triton kernels
-(swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library, built without a GPU, with bfloat16
-attention only. The step "variants" times all variants that it finds, alternately.
+"""Variants of the kernels, to be timed against the shipped build: ``make gpu-variants``.
+
+They settle choices that need a measurement: copies in flight and warps per multiprocessor of the CUDA kernels for
+attention and the memory-bound ops (SWINKERNELS_* macros in each op's traits.h), and tiles, warps and stages of the
+Triton kernels (swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library, built without a GPU,
+with bfloat16 attention only. The step "variants" times all variants that it finds, alternately.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def test_a_library_without_a_switch_leaves_nothing_to_measure(tmp_path: Path, mo
     monkeypatch.setattr(command.models, "benchmark", lambda *args, **options: [])
     arguments = ["models", "--device", "cpu", "--filter", "swin_t", "--baseline", "fused", "--out", str(tmp_path)]
     assert command.main(arguments) == 2
-    assert "none of fused exists for what was chosen" in capsys.readouterr().err
+    assert "none of fused exists for this choice" in capsys.readouterr().err
 
 
 def options(*arguments: str) -> Any:
