@@ -36,8 +36,7 @@ COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "
 
 
 class BuildError(Exception):
-    """The requested build is impossible. The message states the reason and the remedy, and is shown without a
-    traceback."""
+    """The requested build is impossible. The message states reason and remedy, and is shown without a traceback."""
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ _REPORT = ctypes.CFUNCTYPE(
     ctypes.c_uint64,
     ctypes.POINTER(ctypes.c_void_p),
 )
-# Offsets in the constant bank of the block's and the grid's sizes, by architecture.
+# Where the constant bank holds the sizes of the block and the grid, by architecture.
 _SIZES_AT = {"sm_80": (0x0, 0xC), "sm_90": (0x0, 0xC), "sm_100": (0x360, 0x370), "sm_120": (0x360, 0x370)}
 
 
@@ -540,7 +540,7 @@ def grown(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], mo
 
 
 def merged(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the baseline with its rows of the same keys and compiler replaced by these."""
+    """Return the baseline, with ``rows`` in place of its rows with the same keys and compiler."""
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row[k]) for k in (*_KEYS, "compiler"))

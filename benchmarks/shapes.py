@@ -101,7 +101,7 @@ EXPANDED_MAPS: dict[str, MapCase] = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """A model of a library, by the name or the options for making it, and its input."""
+    """A library's model, given by its name or its constructor's options, and its input."""
 
     library: str
     model: str

@@ -1,4 +1,4 @@
-"""``python -m gpu check``, ``bundle`` and ``variants``; ``check`` starts ``work`` in processes."""
+"""``python -m gpu check``, ``bundle`` and ``variants``; ``check`` runs ``work`` in separate processes."""
 
 from __future__ import annotations
 
