@@ -1,6 +1,6 @@
-# `make demo`, `make test`, `make check` and `make lint` each work alone on a fresh machine with Python, pip and a C++
-# compiler; each installs its own requirements only.
-# `make gpu-check` and its parts use the current Python, without network and virtual environment.
+# `make demo`, `make test`, `make check` and `make lint` each work on a fresh machine with Python, pip and a C++
+# compiler, and install only their own requirements. `make gpu-check` and its parts use the current Python, without
+# network and virtual environment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,14 +15,14 @@ TESTS ?= $(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))
 BASE ?= main
 # The faults to run, by name or prefix.
 FAULTS ?=
-# The parts that test-all runs, even if they were run before.
+# The parts that test-all runs, even if they have run before.
 PARTS ?=
 # The benchmarks to run: arguments of python -m benchmarks.
 BENCH ?= all --quick
 # The number of random calls of sanitize-cpu.
 CALLS ?= 10000
-# For gpu-check: seconds (480), the steps (by default all but two), another _ops library to time in comparison, and 1
-# to run it without a GPU.
+# For gpu-check: the time limit in seconds (480), the steps (by default all but three), another _ops library to time for
+# comparison, and 1 to run it without a GPU.
 BUDGET ?=
 STEPS ?=
 AGAINST ?=
@@ -31,7 +31,7 @@ REHEARSE ?=
 export MAX_JOBS
 
 # CUDA kernels take minutes to compile on two cores. They are built if there is a GPU, for the tests, with CUDA=1, and
-# if an earlier build has them.
+# if an earlier build contains them.
 CUDA ?= $(if $(or $(shell nvidia-smi -L 2> /dev/null | grep GPU),$(wildcard build/temp.*/csrc/kernels/cuda)),1)
 SWINKERNELS_BUILD ?= $(if $(CUDA),auto,cpu)
 kernels = $(if $(filter cpu,$(SWINKERNELS_BUILD)),CPU kernels; CUDA=1 adds the CUDA kernels,CPU and CUDA kernels)
@@ -41,8 +41,8 @@ run := $(VENV)/bin/python
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
 cxx_files = $(shell find csrc benchmarks examples -name '*.h' -o -name '*.cuh' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
-# $(call phase,name,description,command): prints one line, with the seconds taken. The output goes to build/<name>.log;
-# a failure shows its most relevant lines and then its name.
+# $(call phase,name,description,command) runs the command and prints one line with the seconds taken. The output goes to
+# build/<name>.log; after a failure, the log's most relevant lines and its path are shown.
 define phase
 @mkdir -p build; printf '%s ... ' '$(2)'; start=$$(date +%s); \
 if { $(3); } > build/$(1).log 2>&1; then echo "$$(($$(date +%s) - start)) s"; else \
@@ -59,21 +59,22 @@ help:
 	@echo 'make check      lint, types and the tests of files changed since BASE=$(BASE), in at most a minute'
 	@echo 'make coverage   the lines of the package and of the CPU kernels that no test runs'
 	@echo 'make test-all   all tests and all faults, before a release; resumes from tests/last_full_run.json'
-	@echo 'make faults     put faults into copies of the sources, each of which a test must find; FAULTS="cuda-" for some'
+	@echo 'make faults     insert faults into copies of the sources; a test must detect each; FAULTS="cuda-" for some'
 	@echo 'make build      compile changed sources of csrc/ in place; CUDA=1: the CUDA kernels even without a GPU'
-	@echo 'make wheel      the wheel of the CPU kernels, and with CUDA=1 that of the CUDA kernels, into dist/'
+	@echo 'make wheel      the wheel of the CPU kernels and, with CUDA=1, the wheel of the CUDA kernels, into dist/'
 	@echo 'make docs       the documentation, into site/'
-	@echo 'make bench      time this package and the alternatives to it; BENCH="all" for everything'
-	@echo 'make lint       ruff and clang-format; make format applies their changes; make types: mypy'
+	@echo 'make bench      time this package and its alternatives; BENCH="all" for everything'
+	@echo 'make lint       ruff and clang-format; make format: apply their changes; make types: mypy'
 	@echo 'make gpu-check    all checks that need a GPU, in eight minutes; REHEARSE=1: the same without a GPU'
-	@echo 'make gpu-bundle   a folder, bundle/, to carry to a GPU: make gpu-check there needs no compiler'
-	@echo 'make gpu-test, gpu-bench, gpu-variants, sanitize   parts of gpu-check, whole and without a time limit'
+	@echo 'make gpu-bundle   a folder, bundle/, to copy to a machine with a GPU: make gpu-check needs no compiler there'
+	@echo 'make gpu-test, gpu-bench, gpu-variants, sanitize   parts of gpu-check, complete and without a time limit'
 	@echo 'make sanitize-cpu  run random calls of the CPU kernels under AddressSanitizer and UBSan; CALLS=$(CALLS)'
 	@echo 'make clean      remove all build results; the environment $(VENV) stays'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" RESULTS=$(RESULTS) BENCH="$(BENCH)" MAX_JOBS=$(MAX_JOBS)'
 	@echo 'For gpu-check: BUDGET=480 STEPS=smoke,time AGAINST=other/_ops.abi3.so REHEARSE=1'
 
-# Stamps of the installed packages, one per TORCH: another TORCH is installed when requested. The linters need none.
+# Stamp files of the installed packages, one per TORCH, so that a change of TORCH installs again. The linters do not
+# need torch.
 torch_name := $(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' '-')
 torch_stamp := $(VENV)/.torch-$(torch_name)
 dev_stamp := $(VENV)/.dev-$(torch_name)
@@ -85,19 +86,19 @@ install = { test -x $(1)/bin/python || $(PYTHON) -m venv $(1); } && \
 	$(1)/bin/python -m pip install --progress-bar off $(2) --constraint constraints.txt
 
 $(torch_stamp): pyproject.toml constraints.txt
-	$(call phase,install,installing $(TORCH) and what the build and the demo need into $(VENV),\
+	$(call phase,install,installing $(TORCH) and packages for build and demo into $(VENV),\
 		$(call install,$(VENV),$(TORCH) --group build --group demo))
 	@rm -f $(VENV)/.torch-* && touch $@
 
 $(dev_stamp): $(torch_stamp)
-	$(call phase,install-dev,installing what the tests need into $(VENV),$(call install,$(VENV),$(TORCH) --group dev))
+	$(call phase,install-dev,installing packages for the tests into $(VENV),$(call install,$(VENV),$(TORCH) --group dev))
 	@rm -f $(VENV)/.dev-* && touch $@
 
 $(lint_stamp): pyproject.toml constraints.txt
 	$(call phase,install-lint,installing the linters into $(linters),$(call install,$(linters),--group lint))
 	@touch $@
 
-# This always runs, because ninja detects changes; if there are none it takes seconds.
+# This always runs, because ninja detects changes; without changes it takes seconds.
 build: $(torch_stamp)
 	$(call phase,compile,compiling csrc/ in place ($(kernels)),\
 		$(in_venv) SWINKERNELS_BUILD=$(SWINKERNELS_BUILD) $(run) setup.py build_ext --inplace)
@@ -105,8 +106,8 @@ build: $(torch_stamp)
 demo: build
 	@$(in_venv) $(run) -m swinkernels.demo
 
-# One thread per process: tests of threads set their number, and threads that wait for each other take three times the
-# CPU time of the tests. `long` marks sweeps, and tests that build or install for minutes.
+# One thread per process: with more threads, which wait for each other, the tests take three times as much CPU time;
+# tests of threading set the number themselves. `long` marks sweeps, and tests that build or install for minutes.
 test: CUDA = 1
 test: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal -m 'not long' $(PYTEST_ARGS)
@@ -114,7 +115,7 @@ test: $(dev_stamp) build
 # Writes tests/last_full_run.json, part by part.
 test-all: CUDA = 1
 test-all: $(dev_stamp) build
-	$(call phase,install-interop,installing wheel, export and training tools into $(VENV),$(call install,$(VENV),$(TORCH) --group interop))
+	$(call phase,install-interop,installing packages for the interop tests into $(VENV),$(call install,$(VENV),$(TORCH) --group interop))
 	$(in_venv) $(run) -m tests.run_all $(PARTS)
 
 # Builds for this machine's torch. For another CUDA major, set CUDA_HOME and a TORCH built for it.
@@ -127,8 +128,8 @@ wheel: $(torch_stamp)
 faults: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m tests.faults $(FAULTS)
 
-# Lists the lines of the package and the CPU kernels that no test runs. It takes longer than the tests; TESTS selects
-# some. Each folder gets a separate process, because pytest-xdist kills workers that take seconds to write their
+# Lists the lines of the package and the CPU kernels that no test runs. This takes longer than the tests; TESTS selects
+# some of them. Each folder gets a separate process, because pytest-xdist kills workers that take seconds to write their
 # counters.
 coverage: $(dev_stamp)
 	$(call phase,install-coverage,installing coverage and gcovr into $(VENV),$(call install,$(VENV),--group coverage))
@@ -145,7 +146,7 @@ coverage: $(dev_stamp)
 	@echo 'The lines: build/coverage/package.txt, build/coverage/kernels.txt'
 	@$(MAKE) --no-print-directory build
 
-# The tests stop after half a minute: the rest is skipped and reported.
+# The tests stop after half a minute; the remaining tests are skipped and reported.
 check: lint types build
 	@tests=$$($(run) tests/changed.py --since $(BASE)) && echo "tests: $$tests" && \
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m pytest -n 2 --dist worksteal -q -m 'not slow and not long and not gpu' \
@@ -176,7 +177,7 @@ gpu := $(PYTHON) -m gpu check --out $(RESULTS) --against "$(AGAINST)" $(if $(REH
 gpu-check:
 	$(gpu) $(if $(BUDGET),--budget $(BUDGET)) $(if $(STEPS),--steps $(STEPS))
 
-# For sm_90 unless TORCH_CUDA_ARCH_LIST says otherwise: three architectures would be more than 40 MiB.
+# For sm_90 unless TORCH_CUDA_ARCH_LIST is set: a bundle for three architectures would exceed 40 MiB.
 gpu-bundle:
 	SWINKERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m gpu bundle
@@ -194,8 +195,8 @@ gpu-variants:
 sanitize:
 	$(gpu) --whole --steps info,sanitize
 
-# Builds in a separate folder. Python's own flags make signed overflow wrap, which would hide it. torch does not free all
-# memory, and throws through a library that must be loaded before the first exception.
+# Builds in a separate folder. Python's own flags make signed overflow wrap, which would hide it, hence -fno-wrapv.
+# Leaks are not detected, because torch does not free all memory; libstdc++ must be loaded before the first exception.
 sanitizers := -fsanitize=address,undefined
 sanitized := $(sanitizers) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv
 cxx_library = $(shell $(or $(CXX),c++) -print-file-name=$(1))

@@ -1,7 +1,7 @@
-"""Compile csrc/ with ninja through torch's extension tools.
+"""Compile csrc/ with ninja, using torch's extension tools.
 
 Two extensions: ``swinkernels._ops``, the kernels and their op bindings on torch's stable ABI (no Python module: torch
-loads it), and ``swinkernels._C``, a pybind11 module with the build information for programs without torch.
+loads it), and ``swinkernels._C``, a pybind11 module that gives the build information to programs without torch.
 
 SWINKERNELS_BUILD        auto (default): CPU kernels, and CUDA kernels if a CUDA toolkit of torch's major version is
                          found, with or without a GPU; cuda: the same, or an error; hot: like cuda, with window
@@ -36,7 +36,7 @@ COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "
 
 
 class BuildError(Exception):
-    """The requested build is impossible. The message names reason and remedy, and is shown without a traceback."""
+    """The requested build is impossible. The message states reason and remedy, and is shown without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -84,26 +84,26 @@ def why_no_cuda(toolkit: Toolkit | None, torch_version: str, torch_cuda: str | N
     if toolkit is None:
         return (
             "no CUDA toolkit was found (bin/nvcc and include/cuda_runtime.h in CUDA_HOME, CUDA_PATH, /usr/local/cuda "
-            f"or around the nvcc on the PATH): install CUDA {major} and let CUDA_HOME name its folder"
+            f"or around the nvcc on the PATH): install CUDA {major} and set CUDA_HOME to its folder"
         )
     if toolkit.version.split(".")[0] != major:
         return (
             f"the CUDA toolkit at {toolkit.home} is version {toolkit.version}, but torch {torch_version} is built for "
-            f"CUDA {torch_cuda}: let CUDA_HOME name a CUDA {major} toolkit, or install a torch for CUDA "
+            f"CUDA {torch_cuda}: set CUDA_HOME to a CUDA {major} toolkit, or install a torch for CUDA "
             f"{toolkit.version.split('.')[0]}"
         )
     return None
 
 
 def choose_architectures(environ: Mapping[str, str], visible: list[tuple[int, int]]) -> tuple[str, ...]:
-    """Return TORCH_CUDA_ARCH_LIST without architectures that are too old (torch's images list some), or a default."""
+    """Return TORCH_CUDA_ARCH_LIST, or a default, without unsupported old architectures, which torch's images list."""
     asked = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
     if not asked or asked == "native":
         supported = [f"{major}.{minor}" for major, minor in sorted({*visible}) if (major, minor) >= OLDEST_CAPABILITY]
         return (*supported[:-1], supported[-1] + "+PTX") if supported else tuple(DEFAULT_ARCH_LIST.split(";"))
 
     def too_old(arch: str) -> bool:
-        number = re.match(r"(\d+)\.(\d+)", arch)  # torch resolves names, such as Ampere
+        number = re.match(r"(\d+)\.(\d+)", arch)  # torch resolves names such as Ampere
         return number is not None and (int(number[1]), int(number[2])) < OLDEST_CAPABILITY
 
     architectures = tuple(arch for arch in asked.split(";") if arch and not too_old(arch))
@@ -125,8 +125,8 @@ def make_plan(
     if tuple(int(n) for n in re.findall(r"\d+", torch_version)[:2]) < OLDEST_TORCH:
         raise BuildError(f"torch 2.11 or newer is needed, got {torch_version}: pip install --upgrade torch")
     if wanted == "cpu":
-        remedy = "build again without that setting, or by make build CUDA=1"
-        return Plan(cuda_missing=f"CPU kernels alone were asked for (SWINKERNELS_BUILD=cpu): {remedy}")
+        remedy = "build again without that setting, or with make build CUDA=1"
+        return Plan(cuda_missing=f"only CPU kernels were requested (SWINKERNELS_BUILD=cpu): {remedy}")
     toolkit = find_toolkit(environ)
     missing = why_no_cuda(toolkit, torch_version, torch_cuda)
     if missing is None:
@@ -145,11 +145,11 @@ def require_tools(environ: dict[str, str]) -> None:
         except ImportError:
             raise BuildError(f"ninja was not found: pip install ninja, {without}") from None
         environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, environ.get("PATH", os.defpath)])
-    compiler = environ.get("CXX", "c++").split()[-1]  # for "ccache g++", the compiler
+    compiler = environ.get("CXX", "c++").split()[-1]  # g++ if CXX is "ccache g++"
     if shutil.which(compiler, path=environ.get("PATH")) is None:
         raise BuildError(
             f"no C++ compiler was found ({compiler}): install one (apt-get install g++, dnf install gcc-c++, "
-            f"xcode-select --install) or let CXX name it, {without}"
+            f"xcode-select --install) or set CXX, {without}"
         )
 
 
@@ -158,9 +158,9 @@ def sources(pattern: str) -> list[str]:
 
 
 def write_facts(plan: Plan, torch_version: str, torch_cuda: str | None, cuda_sources: list[str]) -> Path:
-    """Write the facts known only to this script as a header for the bindings; return the header's folder.
+    """Write a header for the bindings with the facts that only this script knows; return the header's folder.
 
-    With macros instead of a header, a changed fact would recompile every source.
+    Passing the facts as macros instead would recompile every source when a fact changes.
     """
 
     def constant(module: str) -> str:
@@ -200,7 +200,7 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
     if plan.bfloat16_alone:
         with_cuda += [("SWINKERNELS_BFLOAT16_ALONE", None)]
     cxx_flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
-    # torch's tools forbid the operators of half and bfloat16; the kernels may use them.
+    # torch's tools disable the operators of half and bfloat16, which the kernels use.
     allow = [f"-U__CUDA_NO_{x}__" for x in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
     nvcc_flags = ["-O3", "-std=c++17", "--threads=2", *allow, "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
     ops = (CUDAExtension if plan.toolkit else CppExtension)(
@@ -211,7 +211,7 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
         define_macros=[("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)), *with_cuda]
         + ([("USE_CUDA", None)] if plan.toolkit else []),
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
-        # Make an undefined symbol an error of the build, not of the first import.
+        # Report an undefined symbol when building, not when importing.
         extra_link_args=["-Wl,--no-undefined"] if sys.platform == "linux" else [],
         py_limited_api=True,
     )
@@ -230,7 +230,7 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
 
 
 def wheel_for_every_python() -> type:
-    """Return bdist_wheel with the tag py3-none and the platform: the op library does not depend on Python."""
+    """Return bdist_wheel with the tag py3-none and the platform, because the op library does not depend on Python."""
     from setuptools.command.bdist_wheel import bdist_wheel
 
     class WheelForEveryPython(bdist_wheel):
@@ -263,9 +263,9 @@ def configure() -> dict:
     if plan.toolkit is not None:
         os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # torch's tools read it on import
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.arch_list)
-        print(f"swinkernels: CPU and CUDA kernels, for {' '.join(plan.arch_list)} by {plan.toolkit.home}", flush=True)
+        print(f"swinkernels: CPU and CUDA kernels for {' '.join(plan.arch_list)}, with {plan.toolkit.home}", flush=True)
     else:
-        print(f"swinkernels: CPU kernels alone: {plan.cuda_missing}", flush=True)
+        print(f"swinkernels: only CPU kernels: {plan.cuda_missing}", flush=True)
     from torch.utils.cpp_extension import BuildExtension
 
     commands = {"build_ext": BuildExtension}
@@ -279,7 +279,7 @@ def configure() -> dict:
 
 if __name__ == "__main__":
     try:
-        if sys.version_info < (3, 10):  # noqa: UP036 (pip checks it, this script run by hand does not)
+        if sys.version_info < (3, 10):  # noqa: UP036 (pip checks this, but the script can be run directly)
             raise BuildError(f"Python 3.10 or newer is needed, got {sys.version.split()[0]}")
         setup(license="MIT", **(configure() if COMPILING & {*sys.argv} else {}))
     except BuildError as error:

@@ -1,1 +1,1 @@
-"""Benchmarks: one script per op, run as ``python -m benchmarks.<op>`` from the root of the repository."""
+"""Benchmarks of ops, blocks and models: ``python -m benchmarks --help``, from the root of the repository."""

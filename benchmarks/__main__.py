@@ -1,4 +1,4 @@
-"""Times swinkernels and the alternatives to it on this machine: ``python -m benchmarks --help``."""
+"""Time swinkernels and its alternatives on this machine: ``python -m benchmarks --help``."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ HELP = {
     "ops": "each op against the reference, eager code, torch.compile, SDPA and FlexAttention",
     "blocks": "blocks of timm, torchvision and MONAI, before and after accelerate, eager and compiled",
     "models": "whole models in the same way, inference and training",
-    "memory": "peak memory of the models alone",
+    "memory": "peak memory of the models, without times",
     "latency": "models at batch 1, also in CUDA graphs; host time of a call",
-    "scaling": "cost against batch, map and window; window against global attention",
+    "scaling": "cost over batch, map and window; window attention against global attention",
 }
 DTYPES = (*memory_bound.PAIRS, "tf32")
 BASELINES = tuple(dict.fromkeys((*attention.CONTESTANTS, *models.CONTESTANTS, *scaling.LAYERS)))
@@ -130,7 +130,7 @@ def _of_models(
         known = [name for name in known if name not in of_library]
     if device.type == "cpu" and options.filter not in shapes.LARGE_MODELS:
         known = [name for name in known if name not in shapes.LARGE_MODELS]
-    if options.quick and device.type == "cpu" and not options.baseline:  # a CPU takes a minute to compile a model
+    if options.quick and device.type == "cpu" and not options.baseline:  # compiling a model for a CPU takes a minute
         names = [name for name in names if name in models.KINDS]
     for name in _chosen(options, known, quick) if names else ():
         for dtype in options.dtype:
@@ -191,7 +191,7 @@ PLANS: dict[str, Callable[[argparse.Namespace, torch.device], Iterator[Task]]] =
 
 
 def run(tasks: Sequence[Task], device: torch.device, out: Path) -> dict[str, Rows]:
-    """Run the tasks and write a CSV file per suite after each, so that an aborted run loses one task at most."""
+    """Run the tasks and write the suites' CSV files after each task, so that an aborted run loses at most one task."""
     rows: dict[str, Rows] = {}
     columns = (
         TextColumn("{task.description}"),
@@ -202,7 +202,7 @@ def run(tasks: Sequence[Task], device: torch.device, out: Path) -> dict[str, Row
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    # A progress bar on a terminal must not hide tables that are redirected to a file.
+    # The progress bar goes to the terminal even if the tables are redirected to a file.
     with Progress(
         *columns, console=console, speed_estimate_period=3600, redirect_stdout=sys.stdout.isatty()
     ) as progress:
@@ -219,7 +219,7 @@ def run(tasks: Sequence[Task], device: torch.device, out: Path) -> dict[str, Row
 
 
 def why_no_kernel(wanted: Sequence[str], device: torch.device) -> str | None:
-    """Return why no kernel of this package can run on a device, or None; also None if only others are wanted."""
+    """Return why no kernel of this package can run on a device, or None. If no kernel is wanted, return None."""
     ours = (*attention.OURS, *models.OURS, "window")
     reasons = attention.kernels(device)
     if None in reasons.values() or (wanted and not set(wanted) & set(ours)):
@@ -237,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--dtype", choices=DTYPES, nargs="+", help="default: bfloat16 on a GPU, float32 on a CPU")
         command.add_argument("--filter", default="*", help="shapes, models or sweeps, by a pattern such as 'swin_t*'")
-        command.add_argument("--op", nargs="+", choices=("window_attention", *memory_bound.BENCHES), help="of ops")
+        command.add_argument("--op", nargs="+", choices=("window_attention", *memory_bound.BENCHES), help="ops only")
         command.add_argument("--baseline", nargs="+", choices=BASELINES, default=(), help="contestants; default: all")
         command.add_argument("--quick", action="store_true", help="a few shapes, and no compilation on a CPU")
         command.add_argument("--batch", type=int, help="largest batch; 1 on a CPU unless given")
@@ -245,25 +245,24 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--flush-denormal",
             action="store_true",
-            help="one CPU thread that treats denormal numbers as zero: exp of a masked score is one, and slows plain "
-            "code",
+            help="one CPU thread that treats denormals as zero; masked scores give denormals, which slow plain code",
         )
         command.add_argument(
             "--cpu-time",
             action="store_true",
-            help="on a CPU that has other work, too: CPU time of all threads instead of the wall clock",
+            help="on a busy CPU: CPU time of all threads instead of wall-clock time",
         )
         command.add_argument("--out", type=Path, help="folder for the CSV files; default: results/<date and time>")
     writing = commands.add_parser(
-        "report", help="docs/benchmarks.md, docs/gpu.md, charts and the README's numbers, from the files of runs"
+        "report", help="write docs/benchmarks.md, docs/gpu.md, charts and the README's numbers from the files of runs"
     )
     writing.add_argument(
-        "--results", type=Path, default=report.RESULTS, help="folder with a folder of CSV files per run"
+        "--results", type=Path, default=report.RESULTS, help="folder with one folder of CSV files per run"
     )
     judging = commands.add_parser(
         "compare",
-        help="what became faster or slower from one CSV file to another; without files, what has more instructions "
-        "than the baseline in benchmarks/results",
+        help="list the times that changed from one CSV file to another; without files, the CPU kernels with more "
+        "instructions than the baseline in benchmarks/results",
     )
     judging.add_argument("before", type=Path, nargs="?")
     judging.add_argument("after", type=Path, nargs="?")
@@ -311,13 +310,13 @@ def main(arguments: list[str] | None = None) -> int:
     rows = run(tasks, device, out)
     every = [row for found in rows.values() for row in found]
     if not every:
-        print(f"{options.command}: none of {', '.join(options.baseline)} exists for what was chosen", file=sys.stderr)
+        print(f"{options.command}: none of {', '.join(options.baseline)} exists for this choice", file=sys.stderr)
         return 2
     noisy = sum(row["noisy"] is True for row in every)
     print(f"\n{len(every)} rows in {out}; commit {record.commit()}")
     print(f"tables and pictures: {report.write_run(out)}")
     if noisy:
-        print(f"{noisy} of them are noisy: their 20th and 80th percentile are over 10 % of the median apart")
+        print(f"{noisy} of them are noisy: their 20th and 80th percentiles differ by over 10 % of the median")
     wrong = sorted({f"{r['backend']} at {r['shape']}" for r in every if r["result"] == record.RESULT_WRONG})
     failed = sorted({f"{r['backend']} at {r['shape']}" for r in every if r["result"] == record.RESULT_FAILED})
     for what, names in (("wrong results", wrong), ("failed", failed)):

@@ -1,4 +1,4 @@
-"""Compares the attention core, map to map, with the reference, eager PyTorch, other kernels and torch.compile.
+"""Compare the attention core, map to map, with the reference, eager PyTorch, other kernels and torch.compile.
 
 Every contestant is first compared with the float64 reference, on fewer images; see benchmarks/contest.py for the
 timing.
@@ -36,10 +36,10 @@ def kernels(device: torch.device) -> dict[str, str | None]:
 
 
 def contestants(device: torch.device, wanted: Sequence[str]) -> list[str]:
-    """Return the names in ``wanted`` that can run on the device; this installation may lack some of ours."""
+    """Return the names in ``wanted`` that can run on the device; this installation may lack some of our kernels."""
     on_cpu = device.type == "cpu"
     names = [name for name, reason in kernels(device).items() if reason is None]
-    # On a CPU flex has no backward pass, and cuEquivariance no kernel.
+    # On a CPU, FlexAttention has no backward pass, and cuEquivariance has no kernel.
     peers = [n for n in PEERS if is_installed(n) and not (on_cpu and n.startswith(("flex", "cuequivariance")))]
     return [name for name in (*names, "reference", *peers) if not wanted or name in wanted]
 
@@ -52,7 +52,7 @@ def make_op(name: str, case: WindowAttentionCase, dtype: torch.dtype, device: to
     return torch.compile(peer, fullgraph=True, dynamic=False) if compiled else peer
 
 
-# The most scores for the float64 reference: a tensor of 1.2 GB, of which a backward pass holds several.
+# The most scores for the float64 reference: a backward pass holds several such tensors of 1.2 GB.
 MOST_SCORES_ON_CPU = 150_000_000
 
 

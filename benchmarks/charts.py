@@ -49,7 +49,7 @@ def _save(fig: Any, path: Path) -> None:
 
 
 def _bars(axis: Any, groups: dict[str, dict[str, float]], names: Sequence[str]) -> None:
-    """Draw a group of horizontal bars for each key, with one bar for each name that has a value anywhere."""
+    """Draw a group of horizontal bars for each key, with one bar for each name that has a value in any group."""
     shown = [name for name in names if any(name in values for values in groups.values())]
     height = 0.8 / max(len(shown), 1)
     for i, name in enumerate(shown):
@@ -143,7 +143,7 @@ def summary(rows: Sequence[Row], path: Path) -> None:
 
 
 def roofline(rows: Sequence[Row], path: Path) -> None:
-    """Draw attention's flops over flops per byte, under the measured ceilings (left), and all ops (right)."""
+    """Draw the flops of attention over flops per byte, under the measured ceilings (left), and all ops (right)."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     _attention_roofline([row for row in _right(rows, "ops") if row["gflop"] and row["moved_mb"]], left)
     ours = [row for row in _right(rows, "ops") if row["backend"] in attention.OURS]
@@ -200,7 +200,7 @@ def _percents(found: Sequence[Row], axis: Any) -> None:
 
 
 def _log_log(axis: Any) -> None:
-    """Make the axes logarithmic, with plain numbers."""
+    """Make both axes logarithmic, with plain numbers as labels."""
     for scale, of_axis in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
         scale("log")
         of_axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -313,7 +313,7 @@ def _of_attention(rows: Sequence[Row]) -> set[str]:
     return {row["backend"] for row in _right(rows, "ops") if row["op"] == "window_attention"}
 
 
-# True if a run has the rows that a chart needs.
+# Functions that return True if a run has the rows that a chart needs.
 DRAWABLE: dict[str, Callable[[Sequence[Row]], bool]] = {
     "summary": lambda rows: bool(best_ratios(rows, "fwd")),
     "speedup": lambda rows: not _of_attention(rows).isdisjoint(attention.OURS),

@@ -1,4 +1,4 @@
-"""The commit of the measured sources; imports nothing heavy, for the runs on a GPU."""
+"""The commit of the measured sources. This module imports nothing heavy, because the runs on a GPU use it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit(but: str = "") -> str:
-    """Return the sources' commit, with "+" if any of them, except the file ``but``, was edited since.
+    """Return the commit of the sources, with "+" if any file but ``but`` has been edited since.
 
-    The commit is "unknown" without a git repository. A folder made by ``python -m gpu bundle`` stores the commit in a
+    The result is "unknown" without a git repository. A folder made by ``python -m gpu bundle`` stores the commit in a
     file.
     """
     if (ROOT / "COMMIT").exists():

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import record
 
-# Medians on one quiet machine repeat to a few percent from run to run, even if each run's own spread is smaller.
+# Even on a quiet machine, medians vary by a few percent between runs, although each run's spread is smaller.
 REPEATS_TO = 0.05
 # The fraction by which a kernel's instructions may exceed the baseline.
 GROWTH = 0.02
@@ -113,7 +113,7 @@ def grown(
 ) -> list[str]:
     """Return a line for each row whose count exceeds the baseline's for the same keys by more than ``most``.
 
-    The line names the functions that grew if the rows have ``of_functions``. Raises NoBaselineError if no row has a
+    If the rows have ``of_functions``, the line names the functions that grew. Raises NoBaselineError if no row has a
     baseline.
     """
     before = {tuple(str(row[key]) for key in keys): row for row in baseline}

@@ -1,4 +1,4 @@
-"""Compiles single CUDA sources for one architecture with the flags of the build, and caches the objects by content."""
+"""Compile single CUDA sources for one architecture with the build's flags, and cache the objects by content."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def sources(root: Path, pattern: str = "**/*.cu") -> list[Path]:
     """List the CUDA sources of a checkout."""
     found = sorted((root / "csrc" / "kernels" / "cuda").glob(pattern))
     if not found:
-        raise Missing(f"no {pattern} in {root / 'csrc/kernels/cuda'}: name a checkout of this project")
+        raise Missing(f"no {pattern} in {root / 'csrc/kernels/cuda'}: pass the folder of a checkout of this project")
     return found
 
 

@@ -1,8 +1,8 @@
-"""Shared by the benchmarks of all ops: contestants are checked, then timed alternately, one row per direction.
+"""The contest that all op benchmarks run: contestants are checked, then timed alternately, with a row per direction.
 
 The roofline is the larger of bytes over the copy rate and flops over the matrix rate, both measured in the same run. On
-a GPU, CUDA graphs are timed as they replay calls over rotating inputs larger than the L2 cache, and a device copy of
-the same number of bytes is timed in the same way.
+a GPU, replays of CUDA graphs are timed, with rotating inputs that exceed the L2 cache, and a device copy of the same
+number of bytes is timed in the same way.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def _rms(x: Tensor) -> float:
 def compare(
     got: Mapping[str, Tensor], exact: Mapping[str, Tensor], single: Mapping[str, Tensor], eps: float
 ) -> tuple[bool, float]:
-    """Judge plain PyTorch code, which may round in between; return the verdict and the worst RMS error in ``eps``.
+    """Judge plain PyTorch code, which may round intermediates; return the verdict and the worst RMS error in ``eps``.
 
-    The code is wrong if its error exceeds 16 eps plus four times the error of the reference in float32 (``single``). No
-    correct code comes near this bound, and a wrong index, mask or bias exceeds it by far.
+    The code is wrong if its error exceeds 16 eps plus four times the error of the reference in float32 (``single``).
+    Correct code stays far below this bound, and a wrong index, mask or bias exceeds it by far.
     """
     errors = {key: _rms(got[key].double() - exact[key]) for key in got}
     tiny = torch.finfo(torch.float64).tiny  # for values that are zero throughout
@@ -64,7 +64,7 @@ def compare(
 
 
 class _OurCalls(TorchDispatchMode):
-    """Records the calls of our ops, so that they can be repeated without autograd around them."""
+    """Records the calls of our ops, so that they can be repeated without autograd."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def make_calls(
 ) -> dict[str, Call]:
     """Make the calls of each direction: ``sets`` are the inputs, ``gradients`` the results' gradients.
 
-    Backward can be timed alone if it is one op of ours; otherwise it only appears in "fwd+bwd".
+    The backward pass can be timed alone if it is one of our ops; otherwise it only appears in "fwd+bwd".
     """
     leaves = [leaves_of(inputs) for inputs in sets]
 
@@ -114,7 +114,7 @@ def make_calls(
     prepared: list[Callable[[], Any]] = []
 
     def backward(i: int) -> Any:
-        while len(prepared) <= i:  # on first use, and so on the timer's stream
+        while len(prepared) <= i:  # on first use, so that it runs on the timer's stream
             out = results(len(prepared))
             with _OurCalls() as seen:
                 differentiate(out, len(prepared))
@@ -148,12 +148,12 @@ def run(
     first: dict[tuple[str, str], float] = {}
     peaks: dict[tuple[str, str], int] = {}
 
-    def fail(name: str) -> None:  # a failure (memory, graph capture) must not cost the others their results
+    def fail(name: str) -> None:  # a failure (memory, graph capture) must not discard the other contestants' results
         traceback.print_exc()
         verdicts[name] = (record.RESULT_FAILED, None)
         calls.pop(name, None)
 
-    torch.compiler.reset()  # guards of one shape do not fit another
+    torch.compiler.reset()  # code compiled for another shape is not reused
     with torch._dynamo.config.patch(recompile_limit=64):  # peers share code, and each is compiled a few times
         for name in names:
             try:
@@ -209,7 +209,7 @@ def first_call_s(call: Call, device: torch.device) -> float:
 def time_in_graphs(
     calls: Mapping[str, Call], sets: int, timer: GraphTimer, fail: Callable[[str], None]
 ) -> dict[str, Timing]:
-    """Time in rounds with alternating order, one graph at a time to save memory."""
+    """Time the calls in rounds of alternating order, one graph at a time to save memory."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(ROUNDS):
         for name in list(samples)[:: -1 if turn % 2 else 1]:

@@ -1,13 +1,14 @@
-"""Instructions of the CPU kernels of window attention, counted in the objects that the build left in ``build/``.
+"""Count the instructions of the CPU kernels of window attention, in the objects that a build has left in ``build/``.
 
-``python -m benchmarks.cpu_instructions`` prints them; ``python -m benchmarks compare`` compares them with
+``python -m benchmarks.cpu_instructions`` prints the counts; ``python -m benchmarks compare`` compares them with
 ``results/cpu_instructions.csv``, because times on a busy machine are unreliable. Counts are the same in every run.
 
-avx2    executed instructions of one call, on one thread, by valgrind's callgrind: ``cpu_kernels.cpp`` makes the calls.
-avx512  valgrind does not support it, and not every machine has it, so nothing is executed: the number and the lengths
-        of the innermost loops in each function's machine code are counted.
+avx2    the instructions that one call executes on one thread, counted by valgrind's callgrind; ``cpu_kernels.cpp``
+        makes the calls.
+avx512  valgrind does not support AVX-512, and not every machine has it, so nothing is executed: the number and the
+        lengths of the innermost loops in each function's machine code are counted.
 
-Counts are comparable for one compiler only.
+Counts of different compilers are not comparable.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Missing(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of the kernels: a map of one or a few windows, in place of the many windows in Swin's stages."""
+    """A call of the kernels on a map of one or a few windows, instead of the many windows in Swin's stages."""
 
     name: str
     size: tuple[int, int, int]
@@ -58,7 +59,7 @@ class Case:
     has_all_dtypes: bool = False  # else float32 only
 
     def numbers(self, direction: str, dtype: str) -> str:
-        """Return the values of cpu_kernels.cpp's struct Call."""
+        """Return the values of the struct Call in cpu_kernels.cpp."""
         flags = (BIASES[self.bias], int(self.cosine))
         first = (("forward", "backward").index(direction), DTYPES[dtype], self.batch)
         return ",".join(map(str, (*first, *self.size, *self.window, *self.shift, self.heads, self.head_dim, *flags)))
@@ -130,7 +131,7 @@ def short_name(function: str) -> str:
 
 
 def own_costs(dump: str) -> Counter[str]:
-    """Return the instructions of each function itself, by its short name, from callgrind's file."""
+    """Return each function's own instructions, without its callees', by short name, from callgrind's file."""
     names: dict[str, str] = {}
     costs: Counter[str] = Counter()
     function, skips = "", False
@@ -222,7 +223,7 @@ def _row(arch: str, kernel: str, case: str, costs: Counter[str], of: str) -> dic
 def count(arch: str) -> list[dict[str, Any]]:
     """Return a row for each call of the AVX2 kernels, or for each function of the AVX-512 kernels."""
     if os.uname().machine != "x86_64":
-        raise Missing(f"{arch} kernels are those of x86_64, and this is {os.uname().machine}")
+        raise Missing(f"{arch} kernels are for x86_64, and this machine is {os.uname().machine}")
     found = objects()
     path = OBJECTS / f"window_attention_{arch}.o"
     of = compiler(path)
@@ -249,7 +250,7 @@ def count(arch: str) -> list[dict[str, Any]]:
 
 
 def against_baseline(archs: Sequence[str] = ARCHS) -> int:
-    """Print the kernels that grew; return 1 if any did, else 2 if something cannot be compared."""
+    """Print the kernels that grew; return 1 if there are any, else 2 if something cannot be compared, else 0."""
     status = 0
     for arch in archs:
         try:

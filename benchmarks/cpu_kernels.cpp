@@ -1,7 +1,6 @@
 // Calls the CPU kernels of window attention without torch, so that valgrind's callgrind can count their instructions.
-//
-// Arguments: one call each, as numbers separated by commas, in the order of Call. A call is made twice, the second time
-// between measured_begin and measured_end, at which callgrind clears and writes its counts: see cpu_instructions.py.
+// Each argument is one call: numbers separated by commas, in the order of Call. A call is made twice, the second time
+// between measured_begin and measured_end, at which callgrind clears and writes its counts (see cpu_instructions.py).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

@@ -1,4 +1,4 @@
-"""The cost of attention by formula: the complexities in the Swin paper, and the work of the fused core."""
+"""Formulas for the cost of attention: the complexities in the Swin paper, and the work of the fused core."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The goals of kernels and models on a GPU, and the verdicts on them from measured rows."""
+"""The goals of kernels and models on a GPU, and the verdicts on the goals from measured rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class AttentionGoal(NamedTuple):
 
     fwd: float
     bwd: float
-    # Speed as a multiple of the best peer's, forward and with backward.
+    # Speed as a multiple of the best peer's, forward, and forward and backward together.
     peers_fwd: float
     peers_both: float
     unit: str = "% of copy"  # for fwd and bwd: percent of a device copy of the same bytes, or microseconds at most
@@ -33,8 +33,8 @@ ATTENTION_GOALS = {
     "swin_unetr.1": AttentionGoal(50, 40, 2, 3),
 }
 GOAL = shapes.GOAL
-# At this shape: the time of float16 as a multiple of bfloat16's, and TF32 and Triton in percent of a copy.
-FLOAT16_GOAL = 1.03  # "as fast", as far as runs repeat
+# At this shape: the time in float16 as a multiple of the time in bfloat16, and TF32 and Triton in percent of a copy.
+FLOAT16_GOAL = 1.03  # equally fast, within the variation between runs
 TF32_GOAL = 70.0
 TRITON_GOALS = {"fwd": 60.0, "bwd": 50.0}
 # Goals of the memory-bound ops, at every shape of shapes.MAP_GOALS.
@@ -48,13 +48,13 @@ MEMORY_GOALS = {
     ("residual_post_norm", "fwd"): 88.0,
     ("residual_post_norm", "bwd"): 75.0,
 }
-# The speed of each of those ops, and of the whole patch merging, as a multiple of a peer's. A peer's backward pass is
-# not timed alone, so it counts together with forward.
+# The speed of each of these ops, and of the whole patch merging, as a multiple of a peer's. A peer's backward pass is
+# not timed alone, so the forward and backward passes are compared together.
 PEER_GOALS = {"eager": 3.0, "eager-compiled": 1.3}
 PEER_OPS = (*dict.fromkeys(op for op, _ in MEMORY_GOALS), "patch_merging")
 PEER_DIRECTIONS = ("fwd", "fwd+bwd")
-# The longest time for a whole patch merging forward, as a multiple of the Linear alone plus a copy of the bytes of
-# gather and norm.
+# The longest time for a whole patch merging forward, as a multiple of the time for the Linear alone plus a copy of the
+# bytes of gather and norm.
 MERGING_GOAL = 1.15
 
 
@@ -80,7 +80,7 @@ MODEL_GOALS = (
     ModelGoal("models", "swin_unetr96", "inference", "accelerate", ("eager",), 2.0),
     ModelGoal("models", "swin_unetr96", "training", "accelerate", ("eager",), 1.7),
 )
-# The largest peak memory of a training step at shapes.MODEL_GOAL, as a fraction of the best compiled original's.
+# The largest peak memory of a training step at shapes.MODEL_GOAL, as a fraction of the best compiled original's memory.
 MODEL_MEMORY_GOAL = 0.85
 # Contests: (suite, model, contestants, modes). The last contestant, ours, must not be slower than any other.
 MODEL_CONTESTS = (
@@ -110,7 +110,7 @@ def of_time(row: Mapping[str, Any]) -> float | None:
 
 
 def of_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the verdicts on all goals from the lines of runs on a GPU (gpu/lines.py); later lines replace earlier."""
+    """Return the verdicts on all goals from the lines of GPU runs (gpu/lines.py); later lines replace earlier ones."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in lines:
         if line["step"] in ("time", "peers", "models") and line.get("build", "shipped") == "shipped" and "us" in line:

@@ -1,6 +1,7 @@
 """docs/gpu.md and the README's GPU figures, written only from the lines of runs on a GPU (``make gpu-check``).
 
-A file ``*.jsonl`` in a folder of ``benchmarks/results`` is a run. For each kernel the newest run that has it counts.
+A file ``*.jsonl`` in a folder of ``benchmarks/results`` is a run. For each kernel, the newest run that contains it
+counts.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ Runs = list[list[Line]]  # oldest first
 
 HEAD = """# On a GPU
 
-Written by `python -m benchmarks report` from the lines that `make gpu-check` leaves; an edit here is lost.
+Written by `python -m benchmarks report` from the results of `make gpu-check`; an edit here is lost.
 
-A kernel is confirmed if its outputs (forward) or all its gradients (backward) kept the error budget of the tests in
-every case of the run, compared with the reference in float64 on the same device. The last column compares its speed
+A kernel is confirmed if its outputs (forward) or all its gradients (backward) were within the error budget of the tests
+in every case of the run, compared with the reference in float64 on the same device. The last column compares its speed
 with a device copy of the same bytes, which is timed in the same way: in replays of a CUDA graph over inputs that rotate
 through more than the L2 cache.
 """
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Read the lines of a run, except a last line that was cut off."""
+    """Read the lines of a run, without a last line that was cut off."""
     return [json.loads(text) for text in path.read_text().splitlines(keepends=True) if text.endswith("\n")]
 
 
 def read(results: Path) -> Runs:
-    """Read the runs in the subfolders of a folder, except rehearsals."""
+    """Read the runs in a folder's subfolders, without rehearsals."""
     runs = []
     for path in sorted(results.glob("*/*.jsonl")):
         lines = read_lines(path)
@@ -53,7 +54,7 @@ def kernels() -> Iterable[tuple[str, str, str]]:
     """Yield (op, backend, dtype) of every kernel for a GPU."""
     for op, bench in {"window_attention": None, **memory_bound.BENCHES}.items():
         if bench is not None and not bench.bare_backward:
-            continue  # the Linear is torch's
+            continue  # an op that contains torch's Linear
         implemented = _backends.IMPLEMENTED[op if bench is None else bench.implemented]
         for backend in (name for name in implemented if name != "cpu"):
             for dtype in ARITHMETICS if bench is None else PAIRS:
@@ -83,7 +84,7 @@ def _verdict(lines: Sequence[Line]) -> str:
 
 
 def _percent(runs: Runs, op: str, backend: str, dtype: str) -> str:
-    """Return the percentage of a copy at the first shape that has one, forward / backward."""
+    """Return the speed in percent of a copy at the first shape that has one, forward / backward."""
     cells = []
     for direction in DIRECTIONS:
         found = _newest(runs, step="time", op=op, backend=backend, dtype=dtype, direction=direction, build="shipped")

@@ -1,13 +1,13 @@
-"""The host's cost of a call of window attention: CPU time of the calling thread, and of all threads.
+"""Measure the host's cost of a window attention call: CPU time of the calling thread, and of all threads.
 
 Run as ``python -m benchmarks.host_cost``; ``--help`` lists the choices.
 
-The map is tiny, so a kernel runs for about a microsecond only. On a GPU it runs in parallel to the host and costs the
-calling thread its launch; the backward pass runs in an autograd thread, which thread_us excludes and process_us
-includes. On a CPU everything, kernels included, runs in the calling thread. "op alone" is the op of
+The map is tiny, so a kernel only runs for about a microsecond. On a GPU the kernel runs in parallel to the host, and
+the calling thread only launches it; the backward pass runs in an autograd thread, which thread_us excludes and
+process_us includes. On a CPU everything, kernels included, runs in the calling thread. "op alone" is the op of
 ``torch.ops.swinkernels`` with prepared arguments, for comparison with the public function, which in eager PyTorch
-enters the same kernel by a shorter path and so comes close to it.
-Calls are timed in loops, which take turns: a clock of CPU time is too coarse for a single call.
+enters the same kernel by a shorter path, so that its time is close to the op's. Calls are timed in loops, which take
+turns, because a clock of CPU time is too coarse for a single call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks import contest, record
 from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase, op_arguments
 
-# Name -> case; every map has one window.
+# Cases by name; every map has one window.
 CASES = {
     "v1": WindowAttentionCase(1, (1, 1), 1, 8, 1),
     "v1, shifted, padded": WindowAttentionCase(1, (1, 2), 1, 8, (2, 2), (1, 1), has_pad_qkv=True),
@@ -142,7 +142,7 @@ def backends(device: torch.device) -> list[str]:
 
 
 def rows(device: torch.device, dtype: torch.dtype, backend: str) -> list[dict[str, Any]]:
-    """Return host costs as rows of the latency suite; on a CPU with one thread, because one window needs no more."""
+    """Return host costs as rows of the latency suite; on a CPU with one thread, which suffices for one window."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -181,7 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cpu":
-        torch.set_num_threads(1)  # one window needs no more
+        torch.set_num_threads(1)  # a single window needs no more
     wanted = [b for b in backends(device) if arguments.backend in (None, b)]
     rows = [
         row

@@ -1,8 +1,8 @@
-"""Executed instructions of the window attention kernels, counted in their machine code without a GPU.
+"""Count the instructions that the window attention kernels execute, in their machine code, without a GPU.
 
 ``python -m benchmarks.instructions`` compiles the hot instantiations with nvcc, calls their launch functions, and runs
 the machine code of the launched kernels on the CPU (``sass.py``), along the path that the kernel takes for these
-arguments. The counts, published in ``instructions.csv``, are
+arguments. The counts in ``instructions.csv`` are
 
 * executed warp instructions, summed over the warps of a block and over the kernels of a call, per window and head;
 * for an interior window, whose tokens all attend to each other and are all present. A short window (up to 64 tokens)
@@ -10,12 +10,14 @@ arguments. The counts, published in ``instructions.csv``, are
 * in the steady state: the difference between calls with more and with fewer images, divided by the difference of their
   windows. So prologues and other work done once per block do not count, whatever the form of the main loop.
 
-Seam windows, padded windows and the other arguments are separate cases. Counts are comparable for one nvcc only.
+Seam windows, padded windows and other arguments are separate cases. Counts of different nvcc versions are not
+comparable.
 
 Derived times are lower bounds, each from one unit of the device, for the windows of ``--windows`` (default: the first
-stage of Swin-T at batch 128), at the published clock: an instruction a cycle and scheduler, evenly spread (``issue``)
-or by warp number (``scheduler``, the busiest one); 16 transcendental functions a cycle and multiprocessor; the matrix
-units' peak; a pass over the 32 banks of shared memory a cycle; the bytes of the maps at the published bandwidth.
+stage of Swin-T at batch 128), at the published clock: one instruction per cycle and scheduler, evenly spread
+(``issue``) or by warp number (``scheduler``, the busiest one); 16 transcendental functions per cycle and
+multiprocessor; the matrix units' peak; one pass over the 32 banks of shared memory per cycle; the bytes of the maps at
+the published bandwidth.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Case:
     window: tuple[int, ...]
     head_dim: int = 32
     dtype: str = "bf16"
-    lse: bool = False  # forward only: the backward reads it
+    lse: bool = False  # forward only; the backward pass always reads it
     bias: str = "table"  # or "dense" or "none"
     cosine: bool = False  # v2
     separate: bool = False  # q, k and v in separate maps
@@ -261,7 +263,7 @@ _REPORT = ctypes.CFUNCTYPE(
     ctypes.c_uint64,
     ctypes.POINTER(ctypes.c_void_p),
 )
-# Offsets in the constant bank of the block's and the grid's sizes, by architecture.
+# Where the constant bank holds the sizes of the block and the grid, by architecture.
 _SIZES_AT = {"sm_80": (0x0, 0xC), "sm_90": (0x0, 0xC), "sm_100": (0x360, 0x370), "sm_120": (0x360, 0x370)}
 
 
@@ -412,7 +414,7 @@ CLASSES = (*_CLASSES, "dummy_loads", "integer")
 
 def instruction_class(instruction: sass.Instruction) -> str:
     if instruction.guard == "!PT":
-        return "dummy_loads"  # inserted by ptxas before a copy whose size is known at run time
+        return "dummy_loads"  # inserted by ptxas before copies whose size is only known at run time
     return _CLASS_OF.get(instruction.base, "integer")
 
 
@@ -446,7 +448,7 @@ def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOW
     device = DEVICES[build.arch]
     warps = len(per_warp)
     blocks = blocks_per_multiprocessor(device, kernel.registers, shared, warps)
-    # Warps go to the schedulers in rotation; the instructions of kernels other than the heaviest count as evenly
+    # Warps are assigned to the schedulers in rotation; the instructions of all kernels but the heaviest count as evenly
     # spread.
     schedulers = np.zeros(4)
     for resident in range(4):
@@ -486,7 +488,7 @@ def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOW
 
 
 def commit_of(source: Path) -> str:
-    """Return the last commit that changed csrc/, with "+" if csrc/ has been edited since; "unknown" outside git."""
+    """Return the last commit that changed csrc/, with "+" if csrc/ has been edited since; "unknown" without git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(source), *arguments]
@@ -538,7 +540,7 @@ def grown(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], mo
 
 
 def merged(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the baseline with its rows of the same keys and compiler replaced by these."""
+    """Return the baseline, with ``rows`` in place of its rows with the same keys and compiler."""
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row[k]) for k in (*_KEYS, "compiler"))
@@ -567,7 +569,7 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m benchmarks.instructions", description=__doc__.partition("\n")[0])
     main.add_argument("--source", type=Path, default=ROOT, help="the checkout whose csrc/ is counted")
     main.add_argument("--against", type=Path, help="another checkout, counted in the same run for comparison")
-    main.add_argument("--arch", nargs="+", choices=ARCHITECTURES, help="default: those that the compiler supports")
+    main.add_argument("--arch", nargs="+", choices=ARCHITECTURES, help="default: all that the compiler supports")
     main.add_argument("--kernel", nargs="+", choices=("fwd", "bwd"), default=("fwd", "bwd"))
     which = main.add_mutually_exclusive_group()
     which.add_argument("--case", nargs="+", help="cases by name, such as 'w7 d32 bf16'; default: the hot ones")
@@ -577,7 +579,7 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--list", action="store_true", help="print the names of the cases")
     main.add_argument("--windows", type=int, default=_SWIN_T_WINDOWS, help="windows times heads, for the times")
     main.add_argument("--out", type=Path, help="a CSV file for the rows")
-    main.add_argument("--update", action="store_true", help=f"put the rows into {BASELINE.relative_to(ROOT)}")
+    main.add_argument("--update", action="store_true", help=f"write the rows to {BASELINE.relative_to(ROOT)}")
     return main
 
 

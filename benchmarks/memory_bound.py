@@ -1,7 +1,7 @@
-"""Compares the ops that only move and normalise tokens with eager PyTorch and torch.compile.
+"""Compare the ops that only move and normalise tokens with eager PyTorch and torch.compile.
 
 Every contestant is first compared with the float64 reference, on fewer images; see benchmarks/contest.py for the
-timing. Dtypes are the dtypes read and written: "float32-bfloat16" is the pair under autocast.
+timing. A dtype stands for the dtypes that are read and written: "float32-bfloat16" is the pair under autocast.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Op = Callable[..., Any]  # (**tensors) -> a tensor or several
 class Bench:
     """An op with its inputs, its contestants, and the bytes to move."""
 
-    implemented: str | None  # the key in IMPLEMENTED, or None for an op of torch's
+    implemented: str | None  # the key in IMPLEMENTED, or None for a torch op
     inputs: Callable[[MapCase, Pair], dict[str, tuple[tuple[int, ...], torch.dtype]]]  # name -> shape and dtype
     ours: Callable[[MapCase, Pair, str], Op]  # by backend
     peer: Callable[[MapCase, Pair], Op]
@@ -126,7 +126,7 @@ def _drop_path_inputs(case: MapCase, pair: Pair) -> dict[str, tuple[tuple[int, .
 
 def _drop_then_add_then_norm(case: MapCase, pair: Pair) -> Op:
     def block(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, drop_path_scale: Tensor) -> tuple[Tensor, Tensor]:
-        scale = drop_path_scale.to(y.dtype).view(-1, *(1,) * (y.dim() - 1))  # given, not drawn: results are compared
+        scale = drop_path_scale.to(y.dtype).view(-1, *(1,) * (y.dim() - 1))  # not drawn, because results are compared
         return _add_then_norm(case, pair)(x, y * scale, weight, bias)
 
     return block
@@ -142,7 +142,7 @@ def _bytes(case: MapCase, read: Sequence[torch.dtype], written: Sequence[torch.d
 
 
 def _post_norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    # The gradient of x equals the sum's gradient and does not move.
+    # The gradient of x equals the gradient of the sum, so it is not written.
     return _bytes(case, pair, pair[:1]), _bytes(case, pair, pair[1:])
 
 
@@ -163,7 +163,7 @@ def _norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
 
 def _merging_norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
     x, z = (_bytes(case, [d], []) for d in pair)
-    z = z * _merged_tokens(case) * 2 ** len(case.size) // _tokens(case)  # pads are written, and read again
+    z = z * _merged_tokens(case) * 2 ** len(case.size) // _tokens(case)  # pads are also written, and read again
     return x + z, x + z + x
 
 
@@ -235,7 +235,7 @@ BENCHES: dict[str, Bench] = {
         _merging_moved,
         bare_backward=False,
     ),
-    "patch_merging_gemm": Bench(  # the Linear alone, for comparison with the whole
+    "patch_merging_gemm": Bench(  # the Linear alone, for comparison with the whole op
         None,
         lambda case, pair: {
             "z": ((_merged_tokens(case), _merged_width(case)), pair[1]),
@@ -255,7 +255,7 @@ BENCHES: dict[str, Bench] = {
         lambda case: reference.layer_norm,
         _norm_moved,
     ),
-    "patch_expanding": Bench(  # the layout and the norm; in 2D, of its Linear's result
+    "patch_expanding": Bench(  # the rearrangement and the norm of the Linear's result, in 2D
         "layer_norm",
         lambda case, pair: _norm_inputs(case, (pair[1], pair[1]), case.channels // case.factor**2),
         lambda case, pair, b: (
@@ -275,7 +275,7 @@ BENCHES: dict[str, Bench] = {
         lambda case: reference.residual_layer_norm,
         _residual_moved,
     ),
-    "residual_layer_norm_drop_path": Bench(  # in training: some branches are dropped, the others scaled up
+    "residual_layer_norm_drop_path": Bench(  # training: some branches are dropped, the others are scaled up
         "residual_layer_norm",
         _drop_path_inputs,
         lambda case, pair, b: (
@@ -329,7 +329,7 @@ def draw(op: str, case: MapCase, pair: Pair, device: torch.device, seed: int = 0
     inputs = {}
     for name, (shape, dtype) in BENCHES[op].inputs(case, pair).items():
         x = torch.randn(shape, generator=generator, device=device)
-        if name == "weight" and len(shape) == 2:  # a Linear keeps the size of its input
+        if name == "weight" and len(shape) == 2:  # so that the Linear keeps its input's magnitude
             x *= shape[1] ** -0.5
         if name == "drop_path_scale":  # p = 0.2
             x = torch.full(shape, 1.25, device=device)
@@ -365,13 +365,13 @@ def judge(
 ) -> tuple[bool, float, dict[str, testing.Judged]]:
     """Judge results and gradients on a few images.
 
-    Returns the verdict, the worst RMS error in eps of the narrower dtype and, for ours, each result with the budget of
-    the tests, within which all but torch's Linear must stay.
+    Returns the verdict, the worst RMS error in eps of the narrower dtype and, for our ops, each result judged by the
+    tests' budget, which all results but those of torch's Linear must keep.
     """
     case = shapes.with_batch(case, 2)
     inputs = draw(op, case, pair, device)
     mine = make_op(op, name, case, pair)
-    with torch.no_grad():  # eager: a compiled peer would compile again just for its output shapes
+    with torch.no_grad():  # eager, because a compiled peer would compile again just for its output shapes
         gradients = draw_gradients(_several(make_op(op, "eager", case, pair)(**inputs)))
     got = run_once(mine, inputs, gradients)
     exact, single = (
@@ -383,7 +383,7 @@ def judge(
     judged = {}
     if name not in PEERS and BENCHES[op].bare_backward:
         for key, value in got.items():
-            # In float32, cancellation in a norm's gradient costs some eps more.
+            # In float32, cancellation in a norm's gradient adds an error of some eps.
             of_dtype = torch.finfo(value.dtype).eps * (4 if value.dtype == torch.float32 else 1)
             judged[key] = testing.judge(value, exact[key], single[key], eps=of_dtype, name=key)
         right = all(found.failure is None for found in judged.values())

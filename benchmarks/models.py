@@ -1,8 +1,8 @@
-"""Models and blocks of other libraries: original, with the library's fast switch, and accelerated; each also compiled.
+"""Time models and blocks of other libraries: original, with the library's fast switch, and accelerated, also compiled.
 
 Every contestant is compared with the library's own model in float64, output and gradients, before it is timed.
-Inference runs in the dtype. Training (forward and backward; the optimizer is left out, because it takes all contestants
-the same time) runs under autocast with weights in float32, the usual practice.
+Inference runs in the given dtype. Training runs under autocast with float32 weights, the usual practice; it consists of
+the forward and backward passes, without the optimizer, whose time is the same for all contestants.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.shapes import BLOCKS, MODELS, ModelCase
 from benchmarks.timing import Call, Timing, gpu_busy_us, host_us, time_on_cpu, time_steps
 from swinkernels.demo.measure import autocast, peak_bytes
 
-# The base of each contestant; a suffix says whether it is compiled, and whether into CUDA graphs.
+# The kinds of contestants; a suffix says that one is compiled, or compiled into CUDA graphs.
 KINDS = ("eager", "fused", "accelerate")
 PLAIN = (*KINDS, *(f"{kind}-compiled" for kind in KINDS))
 GRAPHS = tuple(f"{kind}-graphs" for kind in KINDS)  # torch.compile(mode="reduce-overhead")
@@ -36,7 +36,7 @@ MODES = ("inference", "training")
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A module and its inputs; the inputs of a block are what its model passes to it."""
+    """A module and its inputs; a block's inputs are the arguments that its model passes to it."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -113,7 +113,7 @@ def images(case: ModelCase) -> Tensor:
 
 
 def subject(case: ModelCase, kind: str, path: str = "", batch: int | None = None) -> Subject | None:
-    """Make, on a CPU in float32, a model or the module of it at ``path``, with its inputs.
+    """Make a model, or its module at ``path``, with inputs, on a CPU in float32.
 
     ``batch`` repeats the images, or the tensor that the module receives for them.
     """
@@ -154,7 +154,7 @@ def _moved(x: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def prepare(subject: Subject, device: torch.device, dtype: torch.dtype, mode: str, how: str) -> Callable[[], Any]:
-    """Make one step of a mode: it returns the output and, in training, leaves all gradients in the leaves."""
+    """Make one step of a mode: it returns the output and, in training, stores all gradients in the leaves."""
     training = mode == "training"
     wide = torch.promote_types(dtype, torch.float32) if training else dtype  # autocast keeps weights in float32
     module = copy.deepcopy(subject.module).to(device, wide).eval()  # no dropout: results are compared
@@ -194,13 +194,13 @@ def _flat(result: Any) -> dict[str, Tensor]:
 
 
 def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return RMS errors relative to the exact result's: of the output, of the input's gradient, of the parameters'.
+    """Return the relative RMS errors of the output, of the input's gradient and of the parameters' gradients.
 
-    The parameters' error is one number. A gradient that is nothing but rounding error (a key bias, say, has gradient
-    zero) counts relative to a thousandth of the largest gradient.
+    The parameters' error is one number. The error of a gradient that is pure rounding error (the exact gradient of a
+    key bias, say, is zero) is relative to a thousandth of the largest gradient.
     """
     if got.keys() != exact.keys():
-        raise AssertionError(f"gradients of other tensors: {sorted(got.keys() ^ exact.keys())}")
+        raise AssertionError(f"only one of the two has gradients of {sorted(got.keys() ^ exact.keys())}")
 
     def rms(x: Tensor) -> float:
         return x.square().mean().sqrt().item()
@@ -214,7 +214,7 @@ def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, 
 
 
 def repeated(found: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
-    """Scale a step's results to its images repeated ``times``: the loss is a mean, so each image counts for less."""
+    """Scale a step's results as if its images were repeated ``times``; the loss is a mean over the batch."""
     of_images = {"out": 1.0, "input": 1.0 / times}
     return {k: _repeat(x, times) * of_images[k] if k in of_images else x for k, x in found.items()}
 
@@ -225,7 +225,7 @@ ALLOWED_EPS = 16.0
 def judge(
     got: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor], eps: float
 ) -> tuple[bool, float]:
-    """Return the verdict on a contestant, and its worst error in eps: at most twice the plain model's and 16 eps."""
+    """Return the verdict, right up to 16 eps plus twice the plain model's error, and the worst error in eps."""
     mine, theirs = errors(got, exact), errors(plain, exact)
     right = all(mine[k] <= 2 * theirs[k] + ALLOWED_EPS * eps for k in mine)
     return right, max(mine.values()) / eps
@@ -251,7 +251,7 @@ def benchmark(
 ) -> list[dict[str, Any]]:
     """Return one row per contestant and mode for a model, or for a block in ``shapes.BLOCKS``.
 
-    A batch repeats one or two images: the timed computation is the one that was compared, and compiles once.
+    A batch repeats one or two images, so the timed computation is the compared one, and it is compiled once.
     """
     of, path = BLOCKS.get(name, (name, ""))
     case = dataclasses.replace(MODELS[of], batch=batch or MODELS[of].batch)
@@ -266,7 +266,7 @@ def benchmark(
     beside_a_gpu = timed and device.type == "cuda"  # on a CPU the whole step is host time
     torch.compiler.reset()
     rows = []
-    # Contestants share code, and each is compiled separately: past dynamo's limit they would silently run eagerly.
+    # Contestants share code but are compiled separately; beyond dynamo's limit they would silently run eagerly.
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         for mode in modes:
             verdicts, calls, first = _prepared(few, case.batch, path, dtype, device, names, mode)
@@ -300,7 +300,7 @@ def _prepared(
     names: Iterable[str],
     mode: str,
 ) -> tuple[dict[str, tuple[str, float | None]], dict[str, Call], dict[str, float]]:
-    """Return, by contestant: the verdict and its error, the step to time, and the seconds of its first call."""
+    """Return, by contestant, the verdict and error, the step to time, and the seconds of its first call."""
     original = subject(few, "eager", path)
     assert original is not None
     exact, plain = (
@@ -326,7 +326,7 @@ def _prepared(
             first[contestant] = first_call_s(calls[contestant], device)
             right, error = judge(_flat(calls[contestant](0)), plain, exact, torch.finfo(dtype).eps)
             verdicts[contestant] = (record.RESULT_OK if right else record.RESULT_WRONG, error)
-        except Exception:  # one that cannot run here must not cost the others their results
+        except Exception:  # a contestant that cannot run here must not discard the others' results
             traceback.print_exc()
             verdicts[contestant] = (record.RESULT_FAILED, None)
             calls.pop(contestant, None)

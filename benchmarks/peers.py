@@ -1,11 +1,12 @@
 """The alternatives to this package, map to map: the published eager code and, for attention, other kernels.
 
 The kernels are SDPA, FlexAttention and cuEquivariance's triangle attention. The benchmarks compile the first two and
-the eager code. PUBLISHED has the published figures of kernels that cannot be run here.
+the eager code. PUBLISHED has the published times of kernels that cannot be run here.
 
-Written independently from the published code, so that it shares no mistake with the reference. Index and mask tensors
-are made once, as the models keep them in buffers. Weights are in the dtype of the model, so the bias table and v2's
-factor are cast. v2's bias table is the output of its MLP and sigmoid, which in every model precede the attention core.
+This module was written from the published code, independently of the reference, so that the two share no mistake.
+Index and mask tensors are made once, because the models keep them in buffers. Weights have the model's dtype, so the
+bias table and v2's factor are cast. v2's bias table is the output of an MLP and a sigmoid, which in every model precede
+the attention core.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ def is_installed(kind: str) -> bool:
 
 
 def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, kind: str) -> Peer:
-    """Make the published attention core for one case: eager as in timm, Microsoft and MONAI, or by another kernel.
+    """Make the published attention core for one case: eager as in timm, Microsoft and MONAI, or with another kernel.
 
-    All give the table a gradient: SDPA and cuEquivariance add a learned bias, flex reads it in its score_mod.
+    All of them compute the table's gradient: SDPA and cuEquivariance add the bias, flex reads it in its score_mod.
     """
     size, window, rank = case.size, case.window_tuple, len(case.size)
     shift = case.shift_size if isinstance(case.shift_size, tuple) else (case.shift_size,) * rank
@@ -124,7 +125,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         q, k, scale = cosine(q, k, logit_scale)
         if mask is None or bias is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        # The windows of one image join the heads' axis: one mask serves every image without a copy for each.
+        # The windows of an image are put on the heads' axis, so that one mask serves every image without copies.
         folded = (bias + mask.unsqueeze(1)).view(1, -1, n, n)
         q, k, v = (x.reshape(-1, folded.shape[1], n, head_dim) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=folded, scale=scale).view(-1, heads, n, head_dim)
@@ -192,7 +193,7 @@ def _frame(size: Sequence[int], window: Sequence[int]) -> list[int]:
 
 
 def _pad(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Add zeros at the end of each axis of the map; return x itself if it has that size, as the published codes do."""
+    """Add zeros at the end of each axis of the map. Like the published code, return x itself if it has that size."""
     if tuple(size) == x.shape[1:-1]:
         return x
     widths = [n for p, s in zip(reversed(size), reversed(x.shape[1:-1]), strict=True) for n in (0, p - s)]
@@ -218,7 +219,7 @@ def window_reverse(windows: Tensor, window: Sequence[int], size: Sequence[int], 
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Apply a LayerNorm and the next cast: under autocast it runs in float32, and the next Linear casts its result."""
+    """Apply a LayerNorm and cast the result: under autocast the norm runs in float32, and the next Linear casts."""
     return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias).to(dtype)
 
 
@@ -239,8 +240,9 @@ def expand(x: Tensor, factor: int) -> Tensor:
     return x.reshape(b, h * factor, w * factor, c)
 
 
-# The published milliseconds of FWA-2, a kernel on partitioned windows, on an H100 for v2's attention of 256 windows
-# with 6 heads of 32; and our wanted speed as a multiple. The keys are names in shapes.ATTENTION.
+# The published milliseconds of FWA-2, a kernel for partitioned windows, on an H100 for v2's attention of 256 windows
+# with 6 heads of 32; and the speed that our kernels should reach, as a multiple. The keys are names in
+# shapes.ATTENTION.
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     "fwa2.64": {"fwd": (0.073, 5.0), "bwd": (0.818, 10.0)},
     "fwa2.256": {"fwd": (0.226, 5.0), "bwd": (2.37, 10.0)},

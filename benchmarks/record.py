@@ -1,4 +1,4 @@
-"""The output of every benchmark: rows with one set of columns, the environment, and readable tables."""
+"""The output of every benchmark: rows that share one set of columns, the environment, and readable tables."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def row(
     host_us: float | None = None,
     gpu_busy_us: float | None = None,
 ) -> dict[str, Any]:
-    """Make one row of a CSV. A wrong result has a time, but no percentages."""
+    """Make one row of a CSV file. The row of a wrong result has a time, but no percentages."""
     t = timing
     counts = t if t is not None and result == RESULT_OK else None
     roofline = ceiling.roofline_us(moved or 0, flops or 0) if ceiling and (moved or flops) else None
@@ -112,7 +112,7 @@ def _short(value: Any) -> Any:
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a file of :func:`write_csv`, with numbers and truth values parsed, and None for empty cells."""
+    """Read the rows that :func:`write_csv` wrote, with numbers and truth values parsed, and None for empty cells."""
 
     def parse(key: str, text: str) -> Any:
         if not text:

@@ -1,6 +1,6 @@
-"""docs/benchmarks.md, its charts, docs/gpu.md and the README's figures, written from the files of runs alone.
+"""Write docs/benchmarks.md, its charts, docs/gpu.md and the README's figures, only from the files of runs.
 
-A folder of ``benchmarks/results`` is a run, or several on one machine: its CSV files are read together.
+A folder of ``benchmarks/results`` holds one run, or several runs on one machine: its CSV files are read together.
 """
 
 from __future__ import annotations
@@ -34,25 +34,26 @@ Written by `python -m benchmarks report` from the CSV files in `benchmarks/resul
 your machine; `--quick`, `--filter`, `--baseline`, `--dtype` and `--device` choose a part. `python -m benchmarks compare
 A.csv B.csv` lists the changes between two runs that exceed their noise.
 
-- The outputs and gradients of each contestant are first compared with the reference, or with the library's own model,
-  in float64. The row of a wrong contestant says WRONG and has no ratio. The error is the worst RMS error in units of
-  the dtype's eps.
+- The outputs and gradients of each contestant are first compared in float64 with the reference, or with the library's
+  own model. The row of a wrong contestant says WRONG and has no ratio. The error is the worst RMS error in units of the
+  dtype's eps.
 - The contestants of a row take turns, so that a slow moment of the machine affects all. Times are medians. `~` marks a
   noisy time: its 20th and 80th percentiles differ by more than 10 % of the median. The CSV files have both.
-- On a GPU, ops are timed in replays of CUDA graphs over inputs that rotate through more than the L2 cache, and models
-  by events after the cache was overwritten. On a CPU, times are wall-clock times, and inputs may lie in a cache.
+- On a GPU, ops are timed in replays of CUDA graphs over inputs that rotate through more than the L2 cache. Models are
+  timed with events, after the cache has been overwritten. On a CPU, times are wall-clock times, and inputs may be in a
+  cache.
 - The roofline is the larger of bytes / copy rate and flops / matrix rate, both measured in the same run, for the bytes
   that the op has to move and the flops of its matrix products. A map that fits a CPU's cache may beat the copy rate.
-- The published mask of -100 makes probabilities of e^-100, which are denormal in float32: how much they slow down plain
-  code on a CPU depends on the processor. The CPU kernels count them as zero.
-- Times exclude compilation, whose time is `first_call_s` in the CSV files. Peak memory is the most memory that one call
-  adds to what was allocated before it, results included.
+- The published mask of -100 leads to probabilities of e^-100, which are denormal in float32 and slow down plain code on
+  a CPU; how much depends on the processor. The CPU kernels count such probabilities as zero.
+- Times exclude compilation; `first_call_s` in the CSV files includes it. Peak memory is the most memory that one call
+  allocates in addition to the memory in use before it, results included.
 - A training step is a forward and a backward pass, without an optimizer. Models have random weights.
 """
 
 
 def write(results: Path, root: Path = commit.ROOT) -> list[Path]:
-    """Write both pages, the pictures and the README's part below ``root``; return their paths."""
+    """Write both pages, the pictures and the README's figures below ``root``; return the paths."""
     runs, on_gpus = read(results), gpu_page.read(results)
     pictures = [path for name, rows in runs.items() for path in draw(rows, root / PICTURES, f"{name}-")]
     page, gpus, readme = root / PAGE, root / gpu_page.PAGE, root / README
@@ -92,9 +93,9 @@ def read(results: Path) -> Runs:
 
 
 def replace_numbers(text: str, numbers: str) -> str:
-    """Replace the part of a text between the two marks."""
+    """Replace the part of a text between the marks BEGIN and END."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"expected one line {BEGIN!r} and one {END!r} around the numbers of {README}")
+        raise ValueError(f"expected one line {BEGIN!r} and one line {END!r} around the numbers in {README}")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{numbers}{END}{rest.split(END)[1]}"
 
@@ -165,12 +166,12 @@ def settings(rows: Sequence[Row]) -> str:
 
 
 def device(rows: Sequence[Row]) -> str:
-    """Return the device of a folder; its latency part may have rows of one thread."""
+    """Return a folder's device; rows of its latency suite may be for one thread."""
     return next(iter(dict.fromkeys(row["device"] for row in rows if row["suite"] != "latency")), rows[0]["device"])
 
 
 def speedups(rows: Sequence[Row]) -> str:
-    """Return the table of window attention: the others' times over ours, forward / forward and backward."""
+    """Return the table of window attention: the other contestants' times over ours, forward / forward and backward."""
     found = groups((row for row in rows if row["op"] == "window_attention"), "ops")
     cells = []
     for (_, _, case, dtype, direction), forward in found.items():
@@ -190,7 +191,7 @@ def speedups(rows: Sequence[Row]) -> str:
 
 
 def _short(case: str) -> str:
-    """Return batch, map, heads and window from a case's name: "b1-56x56-h3x32-w7-s3-table" up to the window."""
+    """Describe batch, map, heads and window from a case's name, such as "b1-56x56-h3x32-w7-s3-table"."""
     batch, size, heads, window, *_ = case.split("-")
     heads, head_dim = heads[1:].split("x")
     across = [x.replace("x", " x ") for x in (size, window[1:])]
@@ -198,7 +199,8 @@ def _short(case: str) -> str:
 
 
 def steps(rows: Sequence[Row], *suites: str) -> str:
-    """Return the table of models or blocks: times, and the speed-up over the best other, eager and compiled."""
+    """Return the table of models or blocks: times, and the speed-up over the best other contestant, eager and
+    compiled."""
     cells = []
     for (op, shape, _, dtype, direction), group in groups(rows, *suites).items():
         if not any(_time(row) is not None for row in group.values()):
@@ -267,7 +269,7 @@ def host(rows: Sequence[Row]) -> str:
 
 
 def slopes(rows: Sequence[Row]) -> str:
-    """Return the table of the sweeps: the exponent with which each contestant's time grows."""
+    """Return the table of the sweeps: the exponents with which the contestants' times grow."""
     cells = []
     for sweep, (_, _, what) in scaling.SWEEPS.items():
         for backend, (x, y) in scaling.series(rows, sweep).items():
@@ -287,7 +289,7 @@ def slopes(rows: Sequence[Row]) -> str:
 
 
 def run_text(rows: Sequence[Row], pictures: str = "") -> str:
-    """Return the part of a page about one run, with links to its charts, whose names start with ``pictures``."""
+    """Return a page's part about one run, with links to its charts, whose names start with ``pictures``."""
     noisy = sum(row["noisy"] is True for row in rows)
     timed = sum(row["median_us"] is not None for row in rows)
     parts = [f"## {device(rows)}\n\n{settings(rows)}. {noisy} of {timed} times are noisy.\n"]
@@ -295,13 +297,13 @@ def run_text(rows: Sequence[Row], pictures: str = "") -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in measured):
         of_dtype = [row for row in measured if row["dtype"] == dtype]
         copy, product = (_range(row[f"ceiling_{unit}_per_s"] for row in of_dtype) for unit in ("gb", "gflop"))
-        parts.append(f"Measured beside the ops, {dtype}: a copy {copy} GB/s, a matrix product {product} GFLOP/s.\n")
+        parts.append(f"Measured with the ops, {dtype}: a copy {copy} GB/s, a matrix product {product} GFLOP/s.\n")
     sections = [
         (f"Window attention: {RATIOS}", speedups(rows), ("speedup", "roofline")),
         ("Models", steps(rows, "models"), ("models",)),
         ("Blocks", steps(rows, "blocks"), ()),
         ("Latency at batch 1", steps(rows, "latency"), ()),
-        ("Host time of a call of window attention", host(rows), ()),
+        ("Host time of a window attention call", host(rows), ()),
         ("Peak memory of a step, MiB", memory(rows), ("memory",)),
         ("Scaling: the exponent of the time; 1 is proportional", slopes(rows), ("scaling",)),
         ("Global against window attention, and their formulas", "", ("complexity",)),
@@ -352,14 +354,14 @@ def headline(rows: Sequence[Row]) -> str:
         text += f"Whole models spend most of their time in other layers and run {_span(gains)} times as fast as the "
         text += "library's own uncompiled code. "
     text += (
-        f"All times are from {device(rows)}, {dtypes}; in {noisy} of {len(timed)} timings the 20th and 80th "
-        "percentiles differ by more than a tenth of the median ([benchmarks](docs/benchmarks.md))."
+        f"All times were measured on {device(rows)}, {dtypes}; in {noisy} of {len(timed)} timings the 20th and 80th "
+        "percentiles differ by over a tenth of the median ([benchmarks](docs/benchmarks.md))."
     )
     return textwrap.fill(text, 120, break_on_hyphens=False) + "\n"
 
 
 def model_gains(rows: Sequence[Row]) -> list[float]:
-    """Return, for each model and step, the library's fastest time without compilation over the time of accelerate."""
+    """Return, for each model and step, the library's fastest uncompiled time over the accelerated model's time."""
     gains = []
     for group in groups(rows, "models").values():
         theirs = [t for name in ("eager", "fused") if (t := _time(group.get(name))) is not None]

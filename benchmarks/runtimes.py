@@ -1,4 +1,4 @@
-"""Runtimes other than PyTorch: a model's inference on a CPU by OpenVINO and by ONNX Runtime, each optional."""
+"""Inference of a model on a CPU with OpenVINO and ONNX Runtime, which are both optional."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, mode: str, argu
     if missing:
         return f"{' and '.join(missing)} not installed"
     if device.type != "cpu" or mode != "inference" or arguments != 1:
-        return "it is for the inference of whole models on a CPU"
+        return "it only runs inference of whole models on a CPU"
     dtypes = (torch.float32, torch.bfloat16) if name == "openvino" else (torch.float32,)
     return None if dtype in dtypes else f"it has no {dtype} on a CPU"
 
 
 def prepare(name: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Convert a module in float32 and its input; return one step of inference with torch's number of threads."""
+    """Convert a float32 module and its input; return one step of inference with torch's number of threads."""
     return (_openvino if name == "openvino" else _onnxruntime)(module.eval(), x, dtype)
 
 

@@ -1,13 +1,14 @@
-"""Runs the machine code of a CUDA kernel on the CPU and counts the instructions that it executes.
+"""Run the machine code of a CUDA kernel on the CPU and count the instructions that it executes.
 
 The text that ``cuobjdump -sass`` prints is decoded once and executed warp by warp, lane by lane, with the registers,
-predicates, constant bank, shared and global memory of a GPU. So the counted path is the one that the kernel takes for
-the given arguments, whatever compiler or author laid out the code. Every issued warp instruction is counted, even if a
-predicate disables all its lanes, once for each group of diverged lanes; so are the passes of a shared-memory access
-over the 32 banks. Time is not modelled.
+predicates, constant bank, shared and global memory of a GPU. So the counted path is the path that the kernel takes for
+the given arguments, whatever the layout of the code. Every issued warp instruction is counted, even if a predicate
+disables all its lanes, once for each group of diverged lanes. The passes of shared-memory accesses over the 32 banks
+are counted as well. Time is not modelled.
 
-The executor supports the instructions in the project's kernels. Any other raises :class:`UnknownInstruction` with its
-text when it is executed: add it to the functions below, which are named after the instructions.
+The executor supports the instructions in the project's kernels. When any other instruction is executed,
+:class:`UnknownInstruction` is raised with its text: add it to the functions below, which are named after the
+instructions.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Memory:
         self.next = 0x10_0000_0000
 
     def take(self, data: Array) -> int:
-        """Assign the array an address. Kernels read and write the array itself, not a copy."""
+        """Assign an address to the array. Kernels read and write the array itself, not a copy."""
         assert data.flags.c_contiguous
         view = data.reshape(-1).view(np.uint8)
         address = self.next
@@ -237,7 +238,7 @@ def _run_warp(program: Program, warp: Warp) -> None:
 
 
 def _merge(warp: Warp, key: tuple[str, int], wanted: Array, pc: int) -> None:
-    """Let the groups that wait for `key` continue together at `pc` once they contain all wanted lanes."""
+    """Let the groups that wait for `key` continue together at `pc` once they contain all lanes in `wanted`."""
     waiting = [g for g in warp.groups if g.waits == key]
     together = np.logical_or.reduce([g.lanes for g in waiting]) if waiting else np.zeros(LANES, bool)
     if waiting and not (wanted & warp.alive & ~together).any():
@@ -336,7 +337,7 @@ def _break(program: Program, instruction: Instruction, index: int) -> Callable[[
         warp.barriers[name] = warp.barriers[name] & ~(group.lanes & on)
         group.pc += 1
         _merge_all(program, warp)
-        return True  # another group may now be free to go; this one runs after it
+        return True  # another group may be able to continue now, and runs first
 
     return run
 
@@ -590,7 +591,7 @@ def _leading(operands: Sequence[str], start: int) -> tuple[list[str], list[str]]
 
 
 def _term(text: str) -> Value:
-    """Parse an addend in 64 bits: a subtraction gets the carry of adding the complement and one."""
+    """Parse an addend in 64 bits; a subtraction adds the complement and one, so that it produces the right carry."""
     body, negated, _, inverted, suffix = _split(text)
     if suffix:
         raise UnknownInstruction(f"integer operand {text}")
@@ -1152,7 +1153,7 @@ def f2f(i: Instruction) -> Run:
 
 
 def hfma2(i: Instruction) -> Run:
-    """Make two 16-bit constants from a product of zeros, as compilers do; other uses are not supported."""
+    """Make two 16-bit constants from a product of zeros, the only use in compiled code that is supported."""
     if [x.replace(".reuse", "") for x in i.operands[1:3]] != ["-RZ", "RZ"] or len(i.operands) != 5:
         raise UnknownInstruction(i.text)
     write = target(i.operands[0])
@@ -1481,7 +1482,7 @@ def ldc(i: Instruction) -> Run:
 
 
 def ldgsts(i: Instruction) -> Run:
-    """Copy from global to shared memory, at once; without its predicate, write zeros."""
+    """Copy from global to shared memory immediately; if the predicate is false, write zeros."""
     size, _ = _size(i)
     where, source = _address(i.operands[0], False), _address(i.operands[1], True)
     wanted = predicate(i.operands[2]) if len(i.operands) > 2 else predicate("PT")
@@ -1617,13 +1618,13 @@ def _decode(i: Instruction) -> Run:
     try:
         return make(i)
     except (UnknownInstruction, KeyError, IndexError, ValueError, StopIteration) as error:
-        raise UnknownInstruction(f"{i.text} at {i.pc:#x}: this form is not known to {__name__} ({error})") from None
+        raise UnknownInstruction(f"{i.text} at {i.pc:#x}: {__name__} does not support this form ({error})") from None
 
 
 def run_launch(
     program: Program, launch: Launch, memory: Memory, blocks: Sequence[int] | None = None
 ) -> Iterator[Block]:
-    """Run the blocks of a launch, all of them by default, in order; yield each when it has ended."""
+    """Run the blocks of a launch, by default all of them, in order; yield each block when it has ended."""
     total = launch.grid[0] * launch.grid[1] * launch.grid[2]
     with np.errstate(all="ignore"):
         for index in range(total) if blocks is None else blocks:

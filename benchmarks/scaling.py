@@ -1,7 +1,7 @@
-"""Measures how the cost grows with images, tokens and windows, and compares window attention with global attention.
+"""Measure how the cost grows with images, tokens and windows, and compare window attention with global attention.
 
-The sweeps time the attention core, forward. Window and global attention are compared as whole layers with their
-projections, which the formulas of the Swin paper count.
+The sweeps time the forward pass of the attention core. Window and global attention are compared as whole layers with
+their projections, which the formulas of the Swin paper include.
 """
 
 from __future__ import annotations

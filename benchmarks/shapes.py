@@ -12,7 +12,7 @@ Case = WindowAttentionCase
 
 
 def _stages(batch: int, heads: int, window: int, first: int, **options: bool) -> list[Case]:
-    """Return the four stages of a classifier: the map halves, the heads double; a map of one window is not shifted."""
+    """Return a classifier's four stages: the map halves and the heads double; a map of one window is not shifted."""
     return [
         Case(batch, (size, size), heads << i, 32, window, window // 2 if size > window else 0, **options)
         for i in range(4)
@@ -31,7 +31,7 @@ ATTENTION: dict[str, Case] = {
     **{f"swinv2_t.{i}": case for i, case in enumerate(_stages(64, 3, 8, 64, has_logit_scale=True), 1)},
     "swinv2_t_w16.1": Case(64, (64, 64), 3, 32, 16, 8, has_logit_scale=True),
     "swinv2_b384_w24.1": Case(16, (96, 96), 4, 32, 24, 12, has_logit_scale=True),
-    # 96 x 96 x 96 voxels: 48 tokens an axis are padded to 49.
+    # 96 x 96 x 96 voxels: 48 tokens per axis are padded to 49.
     "swin_unetr.1": Case(1, (48, 48, 48), 3, 16, 7, 3, has_pad_qkv=True),
     "swin_unetr128.1": Case(1, (64, 64, 64), 3, 16, 7, 3, has_pad_qkv=True),
     # Detection: 800 x 1216 pixels, padded to whole windows; pad tokens hold the bias of the QKV Linear.
@@ -41,9 +41,9 @@ ATTENTION: dict[str, Case] = {
     "restoration": Case(8, (64, 64), 6, 32, 16, 8),
     # 32 frames of 224 x 224 pixels, patches of 2 x 4 x 4; windows of 8 frames, shifted by half.
     "video_swin_t.1": Case(4, (16, 56, 56), 3, 32, (8, 7, 7), (4, 3, 3)),
-    # Weather on a sphere: pressure levels, latitude, longitude; the last axis has no edge.
+    # Weather on a sphere: pressure levels, latitude, longitude; the longitude axis has no edge.
     "weather.1": Case(1, (8, 186, 360), 6, 32, (2, 6, 12), (1, 3, 6), options={"periodic": (False, False, True)}),
-    # Segment Anything: 1024 x 1024 pixels in patches of 16, padded to 70 tokens an axis; positions by axis, no shift.
+    # Segment Anything: 1024 x 1024 pixels in patches of 16, padded to 70 tokens per axis; positions by axis, no shift.
     "sam_b": Case(1, (64, 64), 12, 64, 14, 0, has_table=False, has_axis_tables=True, has_pad_qkv=True),
     # Florence-2: 768 x 768 pixels in patches of 4; DaViT's windows have neither shift nor bias.
     "florence2.1": Case(1, (192, 192), 4, 32, 12, 0, has_table=False),
@@ -83,8 +83,8 @@ class MapCase:
         return f"b{self.batch}-{'x'.join(map(str, self.size))}-c{self.channels}"
 
 
-# The project's goals for memory-bound ops refer to these: stages 1 and 2 of Swin-T, and of Swin UNETR, whose 48 tokens
-# per axis are padded to 49.
+# The project's goals for memory-bound ops refer to these shapes: stages 1 and 2 of Swin-T, and Swin UNETR, whose 48
+# tokens per axis are padded to 49.
 MAP_GOALS: dict[str, MapCase] = {
     "swin_t.1": MapCase(128, (56, 56), 96),
     "swin_t.2": MapCase(128, (28, 28), 192),
@@ -92,7 +92,7 @@ MAP_GOALS: dict[str, MapCase] = {
 }
 # Detection: 200 x 304 tokens, padded to 203 x 308.
 PADDED_MAPS: dict[str, MapCase] = {"detection.1": MapCase(2, (200, 304), 96)}
-# The output of Swin-Unet's Linear, to be laid out: 2 x 2 parts of 96 channels, and 4 x 4 in the last layer.
+# The output of Swin-Unet's Linear, to be rearranged: 2 x 2 parts of 96 channels, and 4 x 4 in the last layer.
 EXPANDED_MAPS: dict[str, MapCase] = {
     "swin_unet.expand": MapCase(128, (28, 28), 384),
     "swin_unet.final": MapCase(24, (56, 56), 1536, factor=4),
@@ -101,7 +101,7 @@ EXPANDED_MAPS: dict[str, MapCase] = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelCase:
-    """A model of a library, by the name or the options for making it, and its input."""
+    """A library's model, given by its name or its constructor's options, and its input."""
 
     library: str
     model: str
@@ -131,8 +131,8 @@ MODELS: dict[str, ModelCase] = {
     "swin_unetr128": ModelCase("monai", "SwinUNETR", (1, 128, 128, 128), 1),
 }
 MODEL_GOAL = "swin_t"
-# The float64 training that serves as the reference takes over 20 GB or, with convolutions of volumes, a quarter of an
-# hour for these: on a CPU they run only if requested by name.
+# For these models the float64 training step that serves as the reference takes over 20 GB or, with 3D convolutions, a
+# quarter of an hour, so on a CPU they run only if requested by name.
 LARGE_MODELS = ("swin_l", "swin_l384", "swin_unetr64", "swin_unetr96", "swin_unetr128")
 QUICK_MODELS = ("swin_t", "swinv2_t_w8", "swin_t.torchvision", "swin_t.transformers")
 # A shifted block of a model, by the path of the module that accelerate replaces.
@@ -150,10 +150,10 @@ BLOCKS: dict[str, tuple[str, str]] = {
 }
 QUICK_BLOCKS = ("swin_t.block1", "swin_t.block3", "swinv2_t_w8.block1")
 
-# Sweeps in which the cost should grow in proportion to the number of images, of tokens, and of flops.
+# Sweeps in which the cost should be proportional to the numbers of images, tokens and flops.
 BATCH_SWEEP: dict[str, Case] = {f"batch {b}": Case(b, (56, 56), 3, 32, 7, 3) for b in (1, 2, 4, 8, 16, 32, 64, 128)}
 MAP_SWEEP: dict[str, Case] = {f"map {s}x{s}": Case(4, (s, s), 3, 32, 7, 3) for s in (14, 28, 56, 112, 224)}
 WINDOW_SWEEP: dict[str, Case] = {f"window {w}": Case(4, (48, 48), 3, 32, w, w // 2) for w in (4, 6, 8, 12, 16, 24)}
-# Maps for window attention against global attention, each with its projections: (batch, side, channels, heads, window).
+# Maps for comparing window with global attention, including projections: (batch, side, channels, heads, window).
 COMPLEXITY_SIDES = (14, 28, 56, 84, 112)
 COMPLEXITY_CHANNELS, COMPLEXITY_HEADS, COMPLEXITY_WINDOW = 96, 3, 7

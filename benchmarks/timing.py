@@ -1,4 +1,4 @@
-"""Timing of calls: by CUDA graph replays or CUDA events on a GPU, by the wall clock on a CPU."""
+"""Timing of calls: with CUDA graph replays or CUDA events on a GPU, with the wall clock on a CPU."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _ceiling(device: torch.device, dtype: torch.dtype, threads: int, precision: 
 
 
 def input_sets(bytes_per_call: int, device: torch.device) -> int:
-    """Return the number of input sets after which the first has left the L2 cache again."""
+    """Return the number of input sets after which the first set is no longer in the L2 cache."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -73,7 +73,7 @@ def input_sets(bytes_per_call: int, device: torch.device) -> int:
 
 
 class GraphTimer:
-    """Times calls on one stream, on which the calls must also have been created."""
+    """Times calls on one stream, on which the calls must also be created."""
 
     def __init__(self, device: torch.device, *, replays: int = 25, replay_ms: float = 2.0) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -118,7 +118,7 @@ class GraphTimer:
 def time_steps(calls: Mapping[str, Call], device: torch.device, *, rounds: int = 30) -> dict[str, Timing]:
     """Time long calls on a GPU as users see them, including host time if it dominates.
 
-    The calls take turns and are timed by CUDA events, each after the L2 cache was overwritten.
+    The calls take turns and are timed with CUDA events; the L2 cache is overwritten before each call.
     """
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(3 * cache, dtype=torch.uint8, device=device)
@@ -161,7 +161,7 @@ CPU_CLOCK = [time.perf_counter]
 
 
 def time_on_cpu(calls: Mapping[str, Call], *, seconds: float = 1.5, rounds: int = 11) -> dict[str, Timing]:
-    """Return times of all calls, which take turns so that a slow moment of the machine affects all alike."""
+    """Return the times of all calls, which take turns, so that a slow moment of the machine affects all of them."""
     (clock,) = CPU_CLOCK
     once = {}
     for name, call in calls.items():

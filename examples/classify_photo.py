@@ -2,7 +2,7 @@
 
     python examples/classify_photo.py --pretrained photo.jpg
 
-Without ``--pretrained``, which downloads weights, the weights and so the classes are random; the models still agree.
+``--pretrained`` downloads weights. Without it, weights and classes are random, but the two models still agree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import swinkernels
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photo", nargs="?", help="a file; an astronaut by default")
+    parser.add_argument("photo", nargs="?", help="an image file; default: a photo of an astronaut")
     parser.add_argument("--model", default="swin_tiny_patch4_window7_224")
     parser.add_argument("--pretrained", action="store_true")
     args = parser.parse_args()
@@ -38,7 +38,7 @@ def main() -> None:
     for p, label in zip(*(t[0].tolist() for t in got.softmax(-1).topk(5)), strict=True):
         print(f"{p:6.1%}  {names.index_to_description(label)}")
     apart = ((got - expected).abs().max() / expected.abs().max()).item()
-    print(f"The logits differ from timm's by at most {apart:.1e} of the largest.")
+    print(f"The logits differ from timm's by at most {apart:.1e} of the largest logit.")
     if not apart < 1e-4:
         raise SystemExit("That is more than rounding: please report it.")
 

@@ -2,8 +2,8 @@
 
     python examples/segment_coins.py
 
-A timm Swin returns feature maps of two scales (``features_only=True``), and a small head turns them into a mask. Swin
-and head learn from random crops of one half of a photo, with labels from a threshold, and are tested on the other half.
+A timm Swin returns feature maps at two scales (``features_only=True``), and a small head turns them into a mask. Swin
+and head are trained on random crops of one half of a photo, with labels from a threshold, and tested on the other half.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import swinkernels
 
 
 class Segmenter(nn.Module):
-    """Turns feature maps at 1/2 and 1/4 of the image's size into a mask at full size."""
+    """A backbone, and a head that turns its feature maps, at 1/2 and 1/4 of the image's size, into a full-size mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def main() -> None:
         optimizer.step()
     model.eval()
     with torch.inference_mode():
-        mask = model(image[..., half:])[0, 0] > 0  # a size that training did not have
+        mask = model(image[..., half:])[0, 0] > 0  # a size that did not occur in training
     print(f"Intersection over union on the half that was not seen: {overlap(mask, label[:, half:]):.3f}")
 
     import matplotlib

@@ -1,4 +1,4 @@
-"""Segment a synthetic volume with SwinUNETR, MONAI's own and accelerated: the same masks, less time.
+"""Segment a synthetic volume with SwinUNETR, accelerated and with MONAI's own code, and compare outputs and times.
 
     python examples/swin_unetr_volume.py --size 96
 
@@ -34,7 +34,7 @@ def make_volume(size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=64, help="voxels per axis, a multiple of 32 from 64 on")
+    parser.add_argument("--size", type=int, default=64, help="voxels per axis: 64 or a larger multiple of 32")
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
 

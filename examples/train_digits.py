@@ -1,4 +1,4 @@
-"""Train a small timm Swin on scikit-learn's handwritten digits, plain and accelerated, from one seed.
+"""Train a small timm Swin on scikit-learn's handwritten digits, plain and accelerated, from the same seed.
 
     python examples/train_digits.py                    # float32: the two loss curves coincide
     python examples/train_digits.py --dtype bfloat16   # autocast: the two accuracies are nearly the same
@@ -91,7 +91,7 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=64, help="over all processes")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step over all processes")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--out", type=Path, default=Path("train_digits.png"), help="the picture")

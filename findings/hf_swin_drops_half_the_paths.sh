@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Stochastic depth of Swin never drops an MLP.
+# Stochastic depth in transformers' Swin never drops an MLP.
 #
 # Packages   transformers 5.24.0, torch 2.13.0
-# Expected   drop_path_rate drops both residual branches of a block, as in the published model, and as Swinv2Model of
-#            the same library does: with a rate of 0.9 a block in training returns its input in 81 % of the runs.
-# Seen       In SwinModel the MLP is added in every one of 200 runs; only attention is dropped. In Swinv2Model the same
-#            test leaves the input unchanged in most runs.
+# Expected   drop_path_rate drops both residual branches of a block, as in the published model and in Swinv2Model of the
+#            same library: with a rate of 0.9, a block in training returns its input in 81 % of the runs.
+# Seen       In SwinModel the MLP is added in every one of 200 runs; only attention is dropped. In Swinv2Model the block
+#            returns its input in most runs.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

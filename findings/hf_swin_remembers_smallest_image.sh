@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# A Swin in eval mode gives another result for the same image once it has seen a smaller one.
+# transformers' Swin in eval mode gives a different result for an image after it has processed a smaller one.
 #
 # Packages   transformers 5.24.0, torch 2.13.0
-# Expected   A forward pass under no_grad in eval mode leaves the model as it was: images of several sizes may follow
+# Expected   A forward pass under no_grad in eval mode leaves the model unchanged, so images of several sizes may follow
 #            each other in any order.
-# Seen       One 32x32 image between two runs of a 64x64 image changes the second by more than a tenth of its range: the
-#            layers overwrite their own shift_size where the map is as small as the window, and never set it back. After
-#            a 16x16 image, which raises, the 64x64 image raises too: window_size has been overwritten as well.
+# Seen       A 32x32 image between two runs of a 64x64 image changes the second result by more than a tenth of its
+#            range: the layers overwrite their own shift_size when the map is as small as the window, and never restore
+#            it. After a 16x16 image, which raises an error, the 64x64 image raises an error too, because window_size
+#            has been overwritten as well.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# A Swin of mlx-image cannot be trained: its index into the bias table counts as a parameter.
+# A Swin of mlx-image cannot be trained, because its index into the bias table counts as a parameter.
 #
 # Packages   mlx-image 0.1.7, mlx 0.32.4 (CPU)
 # Expected   nn.value_and_grad(model, loss) gives a gradient for every parameter, so that the model can be trained.
-# Seen       ValueError: the gradient of a gather with respect to its indices does not exist. mlx takes each array
-#            attribute of a module for a parameter, so relative_position_index is one of the trainable parameters, in
-#            int64, and the number of parameters is too high by the squared number of tokens of a window in each block.
-#            With the index frozen, training works.
+# Seen       ValueError: the gradient of a gather with respect to its indices does not exist. mlx treats every array
+#            attribute of a module as a parameter, so relative_position_index is an int64 trainable parameter, and each
+#            block counts N^2 parameters too many for windows of N tokens. With the index frozen, training works.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

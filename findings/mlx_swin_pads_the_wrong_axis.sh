@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A Swin of mlx-image takes odd sizes only where height and width need the same padding.
+# A Swin of mlx-image accepts sizes that need padding only if height and width need the same padding.
 #
 # Packages   mlx-image 0.1.7, mlx 0.32.4 (CPU)
 # Expected   Padding fills each axis up to whole windows, so that 72x72 and 64x72 images both work.
-# Seen       72x72 works, 64x72 and 72x64 raise ValueError in a reshape: the padding of the height is applied to the
-#            width and the other way round, which shows only where the two differ.
+# Seen       72x72 works; 64x72 and 72x64 raise ValueError in a reshape. The padding of the height is applied to the
+#            width and vice versa, which shows only if the two differ.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -2,9 +2,9 @@
 # Running a SwinV2 of mlx-image once changes its weights.
 #
 # Packages   mlx-image 0.1.7, mlx 0.32.4 (CPU)
-# Expected   A forward pass in eval mode leaves the parameters alone: what is saved after it is what was loaded before.
-# Seen       The middle third of every qkv.bias is zero after one call. The code means to drop the bias of the keys from
-#            a copy, and assigns into a slice of the array that is the parameter.
+# Expected   A forward pass in eval mode does not change the parameters.
+# Seen       The middle third of every qkv.bias is zero after one call. The code is meant to drop the keys' bias from a
+#            copy, but it assigns into a slice of the parameter itself.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# LoRA on torchvision's Swin does nothing and learns nothing, until merging it changes the model.
+# LoRA on torchvision's Swin has no effect and gets no gradients, yet merging it changes the model.
 #
 # Packages   peft 0.21.2, torchvision 0.29.1, torch 2.14.1
 # Expected   An adapter on qkv and proj changes the output, receives gradients, and merging it leaves the output alone.
-# Seen       The output with and without the adapter is equal to the bit, no LoRA weight has a gradient, and
-#            merge_and_unload() changes the output. torchvision's attention hands the weights of the two layers to a
+# Seen       The outputs with and without the adapter are bit-identical, no LoRA weight has a gradient, and
+#            merge_and_unload() changes the output. torchvision's attention passes the weights of the two layers to a
 #            function and never calls the layers; peft gives it the weights below the adapter, without a warning.
 set -euo pipefail
 tmp=$(mktemp -d)

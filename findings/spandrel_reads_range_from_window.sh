@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A loader of restoration models takes a SwinIR with 7x7 windows for one that computes in 0..255.
+# A loader of restoration models mistakes a SwinIR with 7x7 windows for a model that computes in 0..255.
 #
 # Packages   spandrel 0.4.2, torchvision 0.29.1, torch 2.14.1
-# Expected   A model that is built, saved and loaded again from its state_dict gives the same image. What a state_dict
-#            does not hold, such as img_range, has the constructor's default of 1.
-# Seen       With windows of 8 the two are equal to the bit. With windows of 7, and nothing else changed, the loaded
-#            model has img_range 255, and the output is off by more than half of its range. No warning is given.
+# Expected   A model that is built, saved and loaded again from its state_dict gives the same image. Settings that a
+#            state_dict does not hold, such as img_range, have the constructor's default, here 1.
+# Seen       With windows of 8, the two images are bit-identical. With windows of 7, and nothing else changed, the
+#            loaded model has img_range 255, and its output is off by more than half of its range, without a warning.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

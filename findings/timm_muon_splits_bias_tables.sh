@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Muon takes some relative position tables of one Swin for matrices, and leaves others to Adam.
+# timm's Muon treats some relative position tables of a Swin as matrices and leaves the others to Adam.
 #
 # Packages   timm 1.0.31, torchvision 0.29.1, torch 2.14.1
-# Expected   One rule for the twelve tables of a Swin-T, which are lists of biases by offset and by head: the model
-#            names them all in no_weight_decay().
+# Expected   One rule applies to the twelve tables of a Swin-T, which are lists of biases by offset and by head: the
+#            model names all of them in no_weight_decay().
 # Seen       The two tables of the first stage, with three heads, are updated by Adam; the ten others, with 6 to 24
 #            heads, are orthogonalised by Muon, which takes every matrix with at least four rows and columns.
 set -euo pipefail

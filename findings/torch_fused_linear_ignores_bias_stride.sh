@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# oneDNN's fused Linear in torch reads a strided bias as if its elements were neighbours, and returns other numbers.
+# oneDNN's fused Linear in torch reads a strided bias as if it were contiguous, and returns wrong numbers.
 #
 # Packages   torch 2.14.1
-# Expected   torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none") is F.linear(x, weight, bias).
-# Seen       With a bias that is a column of a matrix it is x @ weight.T plus the first elements in memory, in float32
-#            and in bfloat16: no error, no warning. The form with a residual does the same. torch.compile passes such a
-#            bias to it only as a copy, so nn.Linear is not affected; code that calls the op itself is.
+# Expected   torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none") equals F.linear(x, weight, bias).
+# Seen       With a bias that is a column of a matrix, it returns x @ weight.T plus the first elements in memory, in
+#            float32 and in bfloat16, without an error or a warning. The form with a residual does the same.
+#            torch.compile passes only a copy of such a bias to the op, so nn.Linear is not affected; code that calls
+#            the op directly is.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
@@ -31,7 +32,7 @@ for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.2)):
     ):
         expected, read = (F.linear(x.float(), weight.float(), b.float()) + plus for b in (bias, neighbours))
         as_expected, as_read = (float((y.float() - e).abs().max()) for e in (expected, read))
-        print(f"{name}, {dtype}: {as_expected:.3g} from the right result, {as_read:.3g} from that of the neighbours")
+        print(f"{name}, {dtype}: {as_expected:.3g} off the right result, {as_read:.3g} off the wrong one")
         seen.append(as_expected > 1.0 and as_read < tolerance)
 sys.exit(not all(seen))
 PY

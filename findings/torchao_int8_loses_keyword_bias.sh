@@ -2,10 +2,10 @@
 # An int8 weight ignores a bias that is passed by name.
 #
 # Packages   torchao 0.18.0, torch 2.13.0
-# Expected   linear(x, weight, bias) and linear(x, weight, bias=bias) are one call, quantised or not. SwinV2 needs the
-#            second form: the keys have no bias, so the bias is put together from q_bias, zeros and v_bias at each call.
-# Seen       With an int8 weight the bias passed by name is dropped without a word. With the weight passed by name as
-#            well, as in timm's SwinV2, the call raises IndexError: tuple index out of range.
+# Expected   linear(x, weight, bias) and linear(x, weight, bias=bias) are the same call, quantised or not. SwinV2 uses
+#            the second form: the keys have no bias, so q_bias, zeros and v_bias are concatenated at each call.
+# Seen       With an int8 weight, a bias passed by name is silently dropped. With the weight passed by name as well, as
+#            in timm's SwinV2, the call raises IndexError: tuple index out of range.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

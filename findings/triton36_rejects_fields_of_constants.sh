@@ -2,11 +2,13 @@
 # A kernel that reads its constants from a NamedTuple compiles with Triton 3.8 and fails with Triton 3.6.
 #
 # Packages   triton 3.6.0
-# Expected   What triton 3.8.0, which the script installs beside it, does: a constexpr argument that is a NamedTuple gives
-#            constexpr values. "constants.window" may be handed to another jit function, and "constants.width" may stand
-#            in the shape of tl.zeros, as both may once they are bound to a name annotated with tl.constexpr.
-# Seen       With 3.8.0 all four kernels compile. With 3.6.0 the two that use the fields directly raise CompilationError,
-#            caused by "AttributeError: 'int' object has no attribute 'type'"; the two that bind them first compile.
+# Expected   The same as with triton 3.8.0, which the script also installs: the fields of a constexpr NamedTuple
+#            argument are constexpr values. "constants.window" can be passed to another jit function, and
+#            "constants.width" can be used in the shape of tl.zeros, just as if they were first bound to names
+#            annotated with tl.constexpr.
+# Seen       With 3.8.0 all four kernels compile. With 3.6.0 the two kernels that use the fields directly raise
+#            CompilationError, caused by "AttributeError: 'int' object has no attribute 'type'"; the two that bind the
+#            fields first compile.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

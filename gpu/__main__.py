@@ -1,4 +1,4 @@
-"""``python -m gpu check``, ``bundle`` and ``variants``; ``work`` is a process that ``check`` starts."""
+"""``python -m gpu check``, ``bundle`` and ``variants``; ``check`` runs ``work`` in separate processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from gpu.runner import Run
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m gpu", description=__doc__)
     commands = main.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="run all checks that need a GPU, in a given time")
+    check = commands.add_parser("check", help="run all checks that need a GPU, within a given time")
     check.add_argument("--out", type=Path, default=Path("results"), help="folder for gpu.jsonl and gpu.log")
     check.add_argument("--budget", type=float, help="seconds; default: 480, for a rehearsal 1800")
-    check.add_argument("--steps", default=",".join(DEFAULT), help=f"of {', '.join((*DEFAULT, *EXTRA))}")
+    check.add_argument("--steps", default=",".join(DEFAULT), help=f"some of {', '.join((*DEFAULT, *EXTRA))}")
     check.add_argument("--against", default="", help="another _ops library, to time as well")
     work = commands.add_parser("work", help="one process of a step")
     work.add_argument("step")
@@ -29,17 +29,17 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument("--skip", type=int, default=0, help="number of cases to leave out")
     for command in (check, work):
         command.add_argument("--rehearse", action="store_true", help="run without a GPU, in tiny sizes")
-        command.add_argument("--whole", action="store_true", help="neither shorten steps nor bound their time")
-    bundle = commands.add_parser("bundle", help="a folder to carry to a machine with a GPU")
+        command.add_argument("--whole", action="store_true", help="neither shorten steps nor limit their time")
+    bundle = commands.add_parser("bundle", help="make a folder to copy to a machine with a GPU")
     bundle.add_argument("--out", type=Path, default=ROOT / "bundle")
-    commands.add_parser("variants", help="build the variants of the CUDA kernels that the step of that name times")
+    commands.add_parser("variants", help="build the CUDA variants that the step 'variants' times")
     return main
 
 
 def check(options: argparse.Namespace) -> int:
     names = tuple(filter(None, options.steps.split(",")))
     if unknown := [name for name in names if name not in (*DEFAULT, *EXTRA)]:
-        parser().error(f"--steps: there is no {', '.join(unknown)}: choose of {', '.join((*DEFAULT, *EXTRA))}")
+        parser().error(f"--steps: there is no {', '.join(unknown)}: choose from {', '.join((*DEFAULT, *EXTRA))}")
     if options.against and not Path(options.against).is_file():
         parser().error(f"--against: {options.against} is not a file")
     setting = Setting(options.rehearse, options.whole, options.against and os.path.abspath(options.against))

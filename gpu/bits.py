@@ -1,4 +1,4 @@
-"""Checks that the same input gives the same bits, whatever ran before: repeated, on another stream, and in a graph."""
+"""Checks that the same input gives the same bits when a call is repeated, on another stream, and in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def _same(device: str, backend: str, call: Callable[[], Results], line: Callable
 
 
 def _first(device: str, backend: str, call: Callable[[], Results], line: Callable[..., None]) -> None:
-    """Run a process's first call in a capture: it must work with CUDA's kernels, and raise an error with Triton's."""
+    """Run a process's first call in a capture: it must work with CUDA kernels, and raise an error with Triton
+    kernels."""
     asked = False
     try:
         captured, replay = capture(call, device)
@@ -102,10 +103,10 @@ def _first(device: str, backend: str, call: Callable[[], Results], line: Callabl
         if backend != "triton" or not asked:
             raise
     if asked:
-        line(direction="first call in a capture", detail="it asks to be called once before")
+        line(direction="first call in a capture", detail="the error says to call it once before")
         return
     if backend == "triton" and device == "cuda":
-        line(direction="first call in a capture", result=FAILED, detail="nothing asked to be called before")
+        line(direction="first call in a capture", result=FAILED, detail="no error said to call it once before")
         return
     replay()
     got = [x.clone() for x in captured]

@@ -1,8 +1,8 @@
 """Makes a folder for a machine with a GPU: a build for any Python and torch there, and packages that it may lack.
 
-The folder has the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and pure Python
-packages, fetched by pip, that these need beyond torch and Triton. There ``make gpu-check`` needs neither network nor
-compiler.
+The folder has the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and the pure
+Python packages, fetched by pip, that these need in addition to torch and Triton. In this folder ``make gpu-check``
+needs neither a network nor a compiler.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpu import ROOT
 
 MOST_MIB = 40
 SOURCES = ("swinkernels", "tests", "benchmarks", "gpu", "csrc", "Makefile", "pyproject.toml", "LICENSE")
-# Pure Python packages; pytest needs those in the second line under Python 3.10.
+# Pure Python packages; under Python 3.10, pytest needs the packages in the second line.
 CARRIED = ("pytest", "hypothesis", "tabulate", "einops",
            "exceptiongroup", "tomli")  # fmt: skip
 CARRIED_ALONE = ("monai",)  # without its requirements, which are torch and numpy
@@ -43,7 +43,7 @@ def make(out: Path) -> int:
     for packages, options in ((CARRIED, ()), (CARRIED_ALONE, ("--no-deps",))):
         pip = [sys.executable, "-m", "pip", *PIP, *options, f"--target={out / 'carried'}", *packages]
         if subprocess.run(pip).returncode != 0:
-            notes.append(f"{', '.join(packages)}: pip found no release in pure Python, or no index")
+            notes.append(f"{', '.join(packages)}: pip found no pure Python release, or no package index")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2**20
     print(f"{out}: {size:.1f} MiB, commit {commit()}" + "".join(f"\nnot carried: {note}" for note in notes))
     if size > MOST_MIB:

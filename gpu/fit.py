@@ -1,7 +1,7 @@
-"""Blocks of the hot CUDA kernels on a multiprocessor of each GPU architecture, from the emulated launches.
+"""Count the blocks of the hot CUDA kernels that fit on a multiprocessor of each GPU, from emulated launches.
 
-The emulator limits a block's shared memory to the architecture's, so the launch functions choose as they would there.
-Register counts come from the build. The backend must refuse a call that does not fit, and Triton must take it.
+The emulator limits a block's shared memory to the architecture's limit, so the launch functions choose the same kernels
+as there. Register counts come from the build. The backend must refuse a call that does not fit, and Triton must run it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 @functools.cache
 def _registers() -> dict[tuple[str, str], int]:
-    """Return registers by (architecture, kernel) of this build; empty without CUDA kernels or a tool to read them."""
+    """Return this build's registers by (architecture, kernel); empty without CUDA kernels or a tool to read them."""
     built = _extension._library(Path(_extension.__file__).parent)
     if built is None or missing("cuobjdump") or b".nv_fatbin" not in built.read_bytes():
         return {}
@@ -72,7 +72,7 @@ def _registers() -> dict[tuple[str, str], int]:
 
 
 def refusal(case: WindowAttentionCase, room: Room) -> str | None:
-    """Return why the backend refuses a case on a GPU with this room, and which backend takes it, or None if it fits."""
+    """Return why the backend refuses a case on such a GPU, and which backend runs it instead, or None if it fits."""
     volume, device, before = math.prod(case.window_tuple), torch.device("cuda"), _backends._shared_bytes
     _backends._shared_bytes = lambda device: room.block_bytes
     try:
@@ -82,7 +82,7 @@ def refusal(case: WindowAttentionCase, room: Room) -> str | None:
     if not reasons["cuda"]:
         return None
     taker = next((b for b, found in reasons.items() if not found), "torch")
-    return f"refused, and taken by {taker}: {reasons['cuda'][0]}"
+    return f"refused, and run by {taker}: {reasons['cuda'][0]}"
 
 
 def _fit(name: str, dtype: torch.dtype, emit: Emitter) -> None:

@@ -17,13 +17,13 @@ Line = dict[str, Any]
 
 
 def dump(line: Line) -> bytes:
-    """Encode a line. NaN, which JSON lacks, becomes null."""
+    """Encode a line. NaN and infinity, which JSON lacks, become null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     return json.dumps(plain).encode() + b"\n"
 
 
 class Emitter:
-    """Reports from a worker to the run over a file descriptor, or prints if there is none."""
+    """Sends a worker's lines to the run over a file descriptor, or prints them if there is none."""
 
     def __init__(self, descriptor: int | None = None):
         self._descriptor = descriptor
@@ -33,14 +33,14 @@ class Emitter:
         os.write(1 if self._descriptor is None else self._descriptor, dump(message))
 
     def begin(self, case: str) -> None:
-        """Name the case that begins: it gets the blame if the process dies or hangs."""
+        """Name the case that begins; if the process dies or hangs, the fault is reported for this case."""
         self.tell(begin=case)
 
     def line(self, **fields: Any) -> None:
         self.tell(**{"result": OK, **fields})
 
     def turn(self) -> None:
-        """Wait until no other process of the step measures. This process's turn then lasts until it calls again."""
+        """Wait until no other process of the step measures. This process's turn then lasts until its next call."""
         self.tell(turn="wanted")
         if self._descriptor is not None:
             os.read(0, 1)

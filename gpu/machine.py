@@ -1,4 +1,4 @@
-"""Builds for this GPU, and writes the facts on machine and installation into the last lines of a run."""
+"""Builds for this GPU, and reports the machine and the installation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def info(group: str, emit: Emitter, setting: Setting) -> Cases:
         emit.line(**({"result": FAILED, "detail": "; ".join(missing)} if missing else {}))
 
     def clocks() -> None:
-        busy = f"memory is at work {torch.cuda.memory_usage()} % of the time before the run"
+        busy = f"the memory is busy {torch.cuda.memory_usage()} % of the time before the run"
         emit.line(value=torch.cuda.clock_rate(), unit="MHz", detail=busy)
 
     yield "installation", installation

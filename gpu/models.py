@@ -1,4 +1,4 @@
-"""Models, original and accelerated: every contestant prepares in its own process, then they are timed one at a time."""
+"""Times models, original and accelerated: each contestant prepares in a separate process; then they take turns."""
 
 from __future__ import annotations
 

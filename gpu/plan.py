@@ -1,4 +1,4 @@
-"""The steps of a run; the most important come first, because a run may be cut off."""
+"""The steps of a run, the most important first, because a run may be cut off."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from gpu import ROOT
 from gpu.runner import Group, Step
 
 ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")
-TRITON_SHARES = 3  # shares of a dtype's cases: Triton takes seconds to compile each
+TRITON_SHARES = 3  # processes that share a dtype's cases, because Triton takes seconds to compile each case
 TEST_PROCESSES = 14
 VARIANTS = ROOT / "build" / "variants"  # one folder with a package for each variant
 DEFAULT = ("info", "smoke", "bits", "time", "ncu", "sanitize", "tests", "models")
-EXTRA = ("peers", "variants", "fit")  # only by name: the first two take longer than a GPU is usually available
-# Contestants of Swin-T in inference and in the training step. A CPU compiles for minutes.
+EXTRA = ("peers", "variants", "fit")  # run only if named: the first two take longer than a GPU is usually available
+# Contestants of Swin-T in inference and in the training step, and in a rehearsal, because a CPU compiles for minutes.
 INFERENCE = ("eager-compiled", "accelerate", "accelerate-compiled")
 TRAINING = ("eager-compiled", "accelerate-compiled", "eager-graphs", "accelerate-graphs")
 REHEARSED = ("eager", "accelerate")
@@ -23,8 +23,8 @@ REHEARSED = ("eager", "accelerate")
 @dataclass(frozen=True)
 class Setting:
     rehearse: bool = False
-    whole: bool = False  # steps are neither shortened nor bounded in time
-    against: str = ""  # an op library to time in comparison with the installation's
+    whole: bool = False  # steps are neither shortened nor limited in time
+    against: str = ""  # an op library to time against the installed one
 
     @property
     def device(self) -> str:
@@ -47,7 +47,7 @@ def _smoke(setting: Setting, library: str) -> tuple[Group, ...]:
 
 
 def _variants() -> tuple[Group, ...]:
-    """Return a group for each variant of Triton, and for each library that variants.py has built."""
+    """Return a group for each Triton variant and for each library that variants.py has built."""
     from gpu.variants import TRITON
 
     built = (Group(path.parent.parent.name, str(path)) for path in sorted(VARIANTS.glob("*/swinkernels/_ops*.so")))
@@ -72,8 +72,8 @@ def _models(setting: Setting) -> tuple[Group, ...]:
 def steps(setting: Setting, names: tuple[str, ...] = DEFAULT) -> list[Step]:
     """Return the named steps.
 
-    In a checkout, the step "build" comes first, unless SWINKERNELS_OPS names a build. A default rehearsal ends with the
-    step "fit".
+    In a checkout, the step "build" comes first, unless SWINKERNELS_OPS names a library. A rehearsal of the default
+    steps ends with the step "fit".
     """
     library = "built" if setting.rehearse else ""
     against = (Group("against", setting.against),) if setting.against else ()
@@ -102,5 +102,5 @@ def steps(setting: Setting, names: tuple[str, ...] = DEFAULT) -> list[Step]:
             for s in every
         ]
     build = ("build",) if (ROOT / "setup.py").exists() and not os.environ.get("SWINKERNELS_OPS") else ()
-    fit = ("fit",) if setting.rehearse and names == DEFAULT else ()  # the emulator only
+    fit = ("fit",) if setting.rehearse and names == DEFAULT else ()  # needs the emulator
     return [step for name in (*build, *names, *fit) for step in every if step.name == name]

@@ -1,5 +1,4 @@
-"""Reads the counters of NVIDIA's profiler for one launch of each pass of window attention at the first stage of
-Swin-T."""
+"""Reads NVIDIA's profiler counters for one launch of each pass of window attention, at Swin-T's first stage."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ SECTIONS = (
     "LaunchStats", "Occupancy", "SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis",
     "MemoryWorkloadAnalysis_Tables",
 )  # fmt: skip
-# The metrics to keep from a report; versions of the profiler have different ones.
+# The metrics to keep from a report; their names depend on the profiler's version.
 WANTED = re.compile(
     r"issue_active\.avg\.pct|issue_stalled_\w+_per_warp_active|issue_stalled_\w+\.ratio|warps_active\.avg\.pct|"
     r"launch__(occupancy_limit|registers_per|shared_mem|waves|grid_size|block_size)|"
@@ -51,7 +50,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
         found = parse(done.stdout)
         if not found:
             said = [line for line in (done.stdout + done.stderr).splitlines() if "==" in line or "rror" in line]
-            reason = said[-1].strip("= ") if said else f"ncu ended with status {done.returncode} and said nothing"
+            reason = said[-1].strip("= ") if said else f"ncu ended with status {done.returncode} and no output"
             emit.line(result="skipped", detail=reason)
         for metric, (value, unit) in found.items():
             emit.line(op="window_attention", backend="cuda", dtype="bfloat16", direction=group, metric=metric,
@@ -61,7 +60,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def parse(text: str) -> dict[str, tuple[float, str]]:
-    """Return a report's wanted metrics with units. A report has a row of names, one of units, then one per launch."""
+    """Return a report's wanted metrics with units. It has a row of names, a row of units, and a row for each launch."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:

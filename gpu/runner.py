@@ -1,8 +1,8 @@
 """Runs steps within time limits, each group of a step in its own process, and appends every result at once.
 
-The run imports neither torch nor the package, so no kernel can end it. A process that dies, or is silent for too long,
-costs one bad line for its current case; it is restarted after that case. When time runs short, later steps are dropped,
-not shortened. In a step that takes turns, one process measures at a time, once all are ready.
+The run imports neither torch nor the package, so no kernel can end it. If a process dies or is silent for too long, one
+bad line is written for its current case, and the process is restarted after that case. When time runs short, later
+steps are dropped, not shortened. In a step that takes turns, one process measures at a time, once all are ready.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import IO
 from gpu import ROOT
 from gpu.lines import BAD, CRASHED, CUT, FAILED, HUNG, OK, Line, dump
 
-DEVICE_IS_LOST = 77  # exit status of a process whose next case needs a new process; its line is written
+DEVICE_IS_LOST = 77  # exit status of a process that has written its case's line but cannot run more cases
 LOG_BYTES = 100_000  # kept from the end of a process's output
-LEAST_SECONDS = 20  # the least for a step that takes the remaining time
+LEAST_SECONDS = 20  # needed to start a step that takes the remaining time
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Group:
     """The work of one process."""
 
     name: str
-    library: str = ""  # op library instead of the installation's; "built": the step "build" made it
+    library: str = ""  # op library instead of the installed one; "built": the library that the step "build" made
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class _Process:
             self.process.stdin.flush()
 
     def end(self) -> tuple[int | None, str]:
-        """Kill the process and its children; return exit status, None if it was killed, and the end of its log."""
+        """Kill the process and its children; return its exit status, None if it was killed, and the end of its log."""
         status = None
         if self.has_ended:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the pipe is closed, and the process does not exit
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the pipe is closed, but the process may not exit
                 status = self.process.wait(10)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -101,7 +101,7 @@ class _Process:
 
 
 class Run:
-    """Runs steps, and writes the lines to one file and the output of the processes to another."""
+    """Runs steps, writing their lines to one file and the output of their processes to another."""
 
     def __init__(self, out: Path, budget: float, command: Sequence[str], facts: Line):
         out.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ class Run:
         started = time.monotonic()
         left = self.ends - started
         if left < (LEAST_SECONDS if step.takes_what_is_left else step.seconds):
-            self.write(step, "", "all of it", CUT, detail=f"{left:.0f} s were left, it may take {step.seconds:.0f}")
+            self.write(step, "", "all of it", CUT, detail=f"{left:.0f} s were left of the {step.seconds:.0f} needed")
             return
         seconds = left if step.takes_what_is_left else step.seconds
         print(f"{step.name}: {len(step.groups)} processes, at most {seconds:.0f} s", flush=True)
@@ -142,7 +142,7 @@ class Run:
                 group, skip = to_start.popleft()
                 library = self.library if group.library == "built" else group.library
                 if time.monotonic() > ends:
-                    self.write(step, group.name, group.name, CUT, detail="its step had no time")
+                    self.write(step, group.name, group.name, CUT, detail="no time was left in its step")
                 elif group.library and not library:
                     self.write(step, group.name, group.name, FAILED, detail="its library was not built")
                 else:
@@ -157,7 +157,7 @@ class Run:
             now = time.monotonic()
             if holder is None or holder.waits or holder not in running:
                 holder = None
-                # From the middle of the step on, the others no longer wait for a process that is not ready.
+                # From the middle of the step on, processes no longer wait for one that is not ready.
                 waiting = [p for p in running if p.waits]
                 if waiting and (len(waiting) == len(running) or ends - now < step.seconds / 2):
                     holder = min(waiting, key=lambda p: p.heard)
@@ -186,18 +186,19 @@ class Run:
             self.write(step, process.group.name, **{"case": process.case, **message})
 
     def _end(self, step: Step, process: _Process, silent: bool) -> bool:
-        """End a process and write its fault, if any. Return True if it is to be restarted after its last case."""
+        """End a process and write a line for its fault, if any. Return True if it should be restarted after its last
+        case."""
         status, text = process.end()
         with self.log.open("a") as file:
             file.write(f"\n===== {step.name}: {process.group.name}\n{text}")
         last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")[:300]
-        result, detail = CRASHED, f"exit status {status}; its last words: {last}"
+        result, detail = CRASHED, f"exit status {status}; its last output: {last}"
         if status == 0:
-            result, detail = FAILED, f"it said nothing; its last words: {last}"
+            result, detail = FAILED, f"it reported nothing; its last output: {last}"
         elif status is None and silent:
-            result, detail = HUNG, f"not heard of for {step.patience:.0f} s; its last words: {last}"
+            result, detail = HUNG, f"silent for {step.patience:.0f} s; its last output: {last}"
         elif status is None:
-            result, detail = CUT, "its step's time was up"
+            result, detail = CUT, "the time of its step was up"
         if status != DEVICE_IS_LOST and not (status == 0 and (process.has_lines or process.skip)):
             self.write(step, process.group.name, process.case or process.group.name, result, detail=detail)
         return status != 0 and result != CUT and process.cases > process.skip

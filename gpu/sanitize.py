@@ -1,7 +1,7 @@
 """Runs every op in every regime of its CUDA kernels, on tiny tensors, forward and backward, under compute-sanitizer.
 
-The tools find accesses out of bounds, hazards in shared memory and barriers that not all threads reach. A rehearsal
-only makes the calls: the emulator reports the same faults itself.
+The tools detect accesses out of bounds, hazards in shared memory and barriers that not all threads reach. A rehearsal
+only makes the calls, because the emulator reports the same faults itself.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def memory_bound_calls() -> Iterator[tuple[str, dict[str, Any], list[tuple[int, 
 
 
 def run(device: str, backend: str, most: int | None = None) -> int:
-    """Make all calls, or ``most`` of them, evenly chosen; return how many the backend took."""
+    """Make all calls, or at most ``most`` evenly chosen ones; return the number of calls that the backend ran."""
     calls: list[tuple[str, Callable[[], dict[str, Tensor]]]] = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for case, packed in itertools.product(ATTENTION, (True, False)):
@@ -132,7 +132,7 @@ def _sanitize(tool: str, emit: Emitter, setting: Setting) -> None:
         return
     code = f"from gpu import sanitize; sanitize.run('cuda', 'cuda', {None if setting.whole else DOZEN})"
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING), sys.executable, "-c", code]
-    # Without torch's cache, an access beyond a tensor is also beyond its allocation.
+    # Without torch's caching allocator, an access beyond a tensor is also beyond its allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n", flush=True)

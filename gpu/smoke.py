@@ -43,10 +43,10 @@ MAPS = {
     "padded": MapCase(2, (13, 9), 96),
     "3D": MapCase(1, (7, 9, 8), 48),
 }
-# Each arithmetic is one dtype, or the pair of dtypes under autocast.
+# An entry is one dtype, or the pair of dtypes under autocast.
 PAIRS = ("float32", "float16", "bfloat16", "float32-bfloat16")
 SEED = 3
-MOST_INTERPRETED = 150  # tokens of a window: Triton's interpreter takes seconds for more
+MOST_INTERPRETED = 150  # tokens of a window, because Triton's interpreter takes seconds for more
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Callable[[], None]]]:
@@ -63,7 +63,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
         if interprets and math.prod(case.window_tuple) > MOST_INTERPRETED:
             continue
         if case in seen and not name.startswith("separate"):
-            continue  # in tiny sizes the stages of one model are the same
+            continue  # in tiny sizes the stages of a model are equal
         seen.append(case)
         yield name, functools.partial(_attention, name, case, backend, arithmetic, emit, setting)
 
@@ -107,7 +107,7 @@ def _attention(name: str, case: Case, backend: str, arithmetic: str, emit: Emitt
 
 @contextlib.contextmanager
 def dropout_of_the_kernels(case: Case, backend: str, device: str) -> Iterator[torch.Generator | None]:
-    """Yield the generator for an op with dropout; meanwhile the reference keeps the same weights as the kernels."""
+    """Yield the generator for an op with dropout, and make the reference keep the same weights as the kernels."""
     if "dropout_p" not in case.options:
         yield None
         return

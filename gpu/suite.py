@@ -1,7 +1,7 @@
-"""Runs the tests that need a GPU in several processes. Each failure gets a line, as does the number that passed.
+"""Runs the tests that need a GPU in several processes. A line is written for each failure and for the number passed.
 
-Most of the time is Triton's compilation, on one core per process. A test that ends its process, or that leaves it
-without its GPU, does not affect the others: the process is restarted after it.
+Triton's compilation, on one core per process, takes most of the time. A test that ends its process, or leaves the
+process without its GPU, does not affect the other tests: the process is restarted after it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REHEARSED = ("tests/cuda/test_resources.py", "-k", "understood or local_memory")
 
 
 def cases(group: str, emit: Emitter, setting: Setting, skip: int) -> None:
-    """Run a shard of the tests, except the first ``skip``. PYTEST_ARGS has further arguments, such as -k."""
+    """Run a shard of the tests, except the first ``skip``. The variable PYTEST_ARGS adds arguments such as -k."""
     os.environ["OMP_NUM_THREADS"] = "1"
     chosen = REHEARSED if setting.rehearse else ("-m", "gpu", *FILES)
     teller = _Teller(emit, skip)
@@ -52,7 +52,7 @@ class _Teller:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collection_finish(self, session: pytest.Session):
-        result = yield  # the shard is chosen there
+        result = yield  # this selects the shard
         del session.items[: self.skip]
         return result
 

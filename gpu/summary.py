@@ -1,4 +1,4 @@
-"""The table at the end of a run, at most forty lines: confirmed steps, first failures, percent of copy and goal."""
+"""The table at the end of a run, at most forty lines: steps, first failures, percentages of a copy, and goals."""
 
 from __future__ import annotations
 

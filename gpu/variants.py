@@ -1,9 +1,9 @@
-"""Variants of the kernels, to be timed in comparison with the shipped build: ``make gpu-variants``.
+"""Variants of the kernels, to be timed against the shipped build: ``make gpu-variants``.
 
 They settle choices that need a measurement: copies in flight and warps per multiprocessor of the CUDA kernels for
 attention and the memory-bound ops (SWINKERNELS_* macros in each op's traits.h), and tiles, warps and stages of the
 Triton kernels (swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library, built without a GPU,
-with bfloat16 attention only. The step "variants" of a run times all variants that it finds, alternately.
+with bfloat16 attention only. The step "variants" times all variants that it finds, alternately.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpu import ROOT
 from gpu.plan import VARIANTS
 
 PREFIX = "SWINKERNELS_"
-# Name of the variant -> its macros without the prefix.
+# Names of variants -> their macros without the prefix.
 CUDA: dict[str, dict[str, int]] = {
     "attention one stage": {"FORWARD_STAGES": 1, "BACKWARD_STAGES": 1},
     "attention fewer warps": {"FORWARD_WARPS": 12, "BACKWARD_WARPS": 8},
@@ -31,7 +31,7 @@ CUDA: dict[str, dict[str, int]] = {
         "COPY_THREADS": 128, "NORM_FORWARD_PREFETCH": 0, "NORM_BACKWARD_PREFETCH": 0,
     },
 }  # fmt: skip
-# Name of the variant -> attributes of the module ``tuning``, and of Tiles for its kernels.
+# Names of variants -> attributes of the module ``tuning``, and of the Tiles of its kernels.
 TRITON: dict[str, dict[str, Any]] = {
     "one stage forward": {"fwd_whole": {"num_stages": 1}},
     "three stages forward, two backward": {"fwd_whole": {"num_stages": 3}, "bwd_whole": {"num_stages": 2}},

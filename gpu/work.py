@@ -56,7 +56,7 @@ def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -
 
 
 def _rehearse(group: str) -> None:
-    """Set up backend "cuda" with emulated kernels, if their library is loaded, and Triton's interpreter."""
+    """Set up the backend "cuda" with emulated kernels, if SWINKERNELS_OPS names them, and Triton's interpreter."""
     if "triton" in group:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the package is imported
     import torch

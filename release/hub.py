@@ -70,7 +70,7 @@ def relative(source: str, module: str, is_package: bool) -> str:
             dots = "." * (len(parents) - shared + 1)
             if isinstance(node, ast.ImportFrom):
                 new = line.replace(f"from {name} import", f"from {dots}{'.'.join(path[shared:])} import")
-            else:  # a bare `import swinkernels.a.b`, which loads the module and is not referred to
+            else:  # a bare `import swinkernels.a.b`, which only loads the module
                 shared = min(shared, len(path) - 1)
                 dots = "." * (len(parents) - shared + 1)
                 new = line.replace(f"import {name}", f"from {dots}{'.'.join(path[shared:-1])} import {path[-1]}")
@@ -95,14 +95,14 @@ def write_package(folder: Path) -> None:
 
 
 def facts(cuda: bool) -> str:
-    """Return the facts of a build that setup.py contributes, as far as they are known before kernel-builder runs."""
+    """Return the build facts that setup.py would write, as far as they are known before kernel-builder runs."""
     version = re.findall(r'"(.+)"', (PACKAGE / "_version.py").read_text())[0]
     return json.dumps(
         {
             "version": version,
             "torch_version": OLDEST_TORCH,
             "cuda": cuda,
-            "cuda_missing": None if cuda else "this is the build of the kernel for CPUs",
+            "cuda_missing": None if cuda else "this is the kernel's CPU build",
             "arch_list": [*ARCHITECTURES[:-1], f"{ARCHITECTURES[-1]}+PTX"] if cuda else [],
         }
     )
@@ -113,7 +113,7 @@ def sources(pattern: str) -> list[str]:
 
 
 def build_toml(bindings: list[str]) -> str:
-    """Write the list of sources. It includes headers, because kernel-builder only copies listed files."""
+    """Return build.toml. Its sources include headers, because kernel-builder only copies listed files."""
     headers = [path for pattern in ("**/*.h", "**/*.cuh", "**/*.inl") for path in sources(pattern)]
     cpu = sources("kernels/cpu/**/*.cpp")
 
@@ -159,7 +159,7 @@ src = {listed([*cpu, *sources("kernels/cuda/**/*.cu"), *headers])}
 
 
 def write(folder: Path) -> None:
-    """Write the project into a new or empty folder."""
+    """Write the project to a new or empty folder."""
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty: name another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)

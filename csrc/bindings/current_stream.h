@@ -1,7 +1,8 @@
-// The dispatch key and the stream with which the CUDA bindings register and launch.
+// The dispatch key under which the CUDA bindings register ops, and the stream on which they launch kernels.
 //
 // The guard is a macro and not #pragma once because tests/emulation has a twin of this file, with which the bindings
-// run the emulated kernels on CPU tensors. Bindings therefore take dispatch key, stream and check from this file alone.
+// run the emulated kernels on CPU tensors. Bindings therefore use the dispatch key, the stream and the check of this
+// file, and no others.
 #ifndef SWINKERNELS_BINDINGS_CURRENT_STREAM_H_
 #define SWINKERNELS_BINDINGS_CURRENT_STREAM_H_
 

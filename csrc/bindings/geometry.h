@@ -16,7 +16,7 @@ FeatureMapOf<Pointer> feature_map(const Tensor& x, Pointer data, int64_t rank) {
   return map;
 }
 
-// Returns the frame over a map of size S; all other lists have three values, as in the schemas.
+// Returns the frame over a map of size S. The other lists have three values, as in the schemas.
 template <class Axes>
 FrameGeometry frame_geometry(const Ints& size, const Axes& window_size, const Axes& shift_size, const Axes& pad_before,
                              bool roll_then_pad) {
@@ -36,7 +36,7 @@ FrameGeometry frame_geometry(const Ints& size, const Axes& window_size, const Ax
     STD_TORCH_CHECK(frame <= kMaxFrame && shift_size[i] >= 0 && shift_size[i] < frame && pad_before[i] >= 0 &&
                         pad_before[i] <= frame - tokens,
                     "swinkernels: a frame has at most ", kMaxFrame,
-                    " tokens on an axis, the shift is less, and so many pad tokens lie before the data as there are");
+                    " tokens on an axis, the shift is less, and pad_before is at most the number of pad tokens");
     g.size[i] = static_cast<int32_t>(tokens);
     g.window[i] = static_cast<int32_t>(window);
     g.shift[i] = static_cast<int32_t>(shift_size[i]);

@@ -94,7 +94,7 @@ struct NormShape {
 NormShape merged(const Tensor& x, const Ints& factor, const Ints& neighbours) {
   check_factor(x, factor, 2);
   const int64_t parts = product(factor), last = x.dim() - 1;
-  STD_TORCH_CHECK(static_cast<int64_t>(neighbours.size()) == parts, "swinkernels: factor makes ", parts, " neighbours");
+  STD_TORCH_CHECK(static_cast<int64_t>(neighbours.size()) == parts, "swinkernels: factor needs ", parts, " neighbours");
   NormShape shape{sizes(x, x.dim()), {}};
   for (int64_t axis = 1; axis < last; ++axis) {
     const int64_t f = factor[axis + 2 - (last - 1)];
@@ -146,7 +146,7 @@ void prepare_drop_path(Params& p, OptionalTensor& scale, const Tensor& x) {
 }
 
 void check_same_shape(const Tensor& x, const Tensor& y) {
-  STD_TORCH_CHECK(sizes(x, x.dim()) == sizes(y, y.dim()), "swinkernels: the stream and the branch must have one shape");
+  STD_TORCH_CHECK(sizes(x, x.dim()) == sizes(y, y.dim()), "swinkernels: stream and branch must have the same shape");
 }
 
 Norm norm_forward(Tensor x, OptionalTensor weight, OptionalTensor bias, const NormShape& shape, double eps,

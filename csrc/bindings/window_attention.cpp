@@ -115,7 +115,7 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
     for (int64_t i = 3 - rank; i < 3; ++i) rows += p.axis_rows[i] = 2 * g.window[i] - 1;
     STD_TORCH_CHECK(t.bias && t.bias->scalar_type() == ScalarType::Float && t.bias->numel() == rows * p.head_dim &&
                         !t.bias_table && !t.logit_scale,
-                    "swinkernels: axis_tables must be float32, (2 * window - 1, head_dim) for each axis, as the bias");
+                    "swinkernels: axis_tables must be float32, (2 * window - 1, head_dim) per axis, the only bias");
     p.axis_tables = static_cast<const float*>(t.bias->const_data_ptr());
   } else if (t.bias) {
     const int64_t n = product(g.window), windows = product(g.num_windows);
@@ -226,12 +226,12 @@ struct WindowAttention {
     std::vector<Tensor> gradients;
     for (const Tensor& t : xs) gradients.push_back(new_empty(t, sizes(t, t.dim())));
     // An empty batch gets zero gradients from new_zeros; otherwise the kernels write every element. Bit i of wanted
-    // asks for the gradient of table i; the other gradients have no elements, because the schema has no optional
+    // requests the gradient of table i; the other gradients have no elements, because the schema has no optional
     // results.
     const bool empty = x.numel() == 0;
     const auto sum = [&](int bit, const OptionalTensor& table) {
       const bool needed = (wanted >> bit & 1) != 0;
-      STD_TORCH_CHECK(!needed || table, "swinkernels: the gradient of a tensor that was not given is wanted");
+      STD_TORCH_CHECK(!needed || table, "swinkernels: a gradient is wanted for a tensor that was not given");
       const std::vector<int64_t> shape = needed ? sizes(*table, table->dim()) : std::vector<int64_t>{0};
       return empty ? torch::stable::new_zeros(x, shape, ScalarType::Float) : new_empty(x, shape, ScalarType::Float);
     };

@@ -13,8 +13,8 @@
 
 namespace swinkernels {
 
-// Every list has three values, one per axis, slowest first; a 2D map has a leading axis of one token. A field that the
-// wire leaves out keeps its default.
+// Every list has three values, one per axis, slowest first; a 2D map has a leading axis of one token. A field that is
+// missing from the wire format keeps its default.
 struct WindowSpec {
   using Axes = std::array<int64_t, 3>;
   Axes window_size{1, 1, 1}, shift_size{}, table_window{1, 1, 1}, pad_before{}, periodic{}, key_window{1, 1, 1},
@@ -47,7 +47,7 @@ struct WindowSpec {
       g.periodic[i] = periodic[i] != 0;
       const int64_t beyond = key_window[i] - window_size[i];
       STD_TORCH_CHECK(beyond >= 0 && beyond % 2 == 0 && (beyond == 0 || !(shift_size[i] || grid || axis_tables)),
-                      "swinkernels: a key window is the window and as many tokens on either side, without a shift");
+                      "swinkernels: a key window extends the window by as many tokens on either side, without a shift");
       g.key_margin[i] = static_cast<int32_t>(beyond / 2);
       g.table_pairs[i] = table_pairs[i] != 0;
     }
@@ -89,7 +89,7 @@ struct WindowSpec {
     return nullptr;
   }
 
-  // Reads two or three integers, of which the last is for the last axis.
+  // Reads two or three integers; the last one is for the last axis.
   static const char* axes(Axes& values, const char* text) {
     int64_t read[3], count = 0;
     char* end;

@@ -2,7 +2,7 @@
 //
 // The family consists of the plain norm, the norm of merged neighbours or expanded parts, and the norm next to a
 // residual connection. Each kernel normalises rows of `length` elements, z = (x - mean) * rstd * weight + bias; they
-// differ in the layout of the rows and in the sum. Sizes are in tokens, lengths and strides in elements.
+// differ in the layout of the rows and in the residual sum. Sizes are in tokens, lengths and strides in elements.
 #pragma once
 
 #include <cstdint>

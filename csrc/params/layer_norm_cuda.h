@@ -9,8 +9,8 @@ namespace swinkernels::cuda {
 
 // All functions launch on the given stream of the current device, neither allocate nor synchronise, and return
 // cudaErrorInvalidValue for calls without a kernel: rows longer than the limit below, 2^31 rows or more, neighbours
-// 2^31 elements apart or more, or two dtypes that differ and are both half precision. Pointers to data with rows must
-// be 16-byte aligned.
+// 2^31 elements apart or more, or two different half-precision dtypes. Pointers to data with rows must be 16-byte
+// aligned.
 cudaError_t layer_norm_forward(const LayerNormForwardParams& params, cudaStream_t stream);
 
 // The result depends on op, dtypes and rows, on whether dweight or dbias is wanted (not null; no data is read), and on

@@ -23,8 +23,8 @@ using ConstTokenMap = TokenMapOf<const void*>;
 // Defines the tokens of a window, the pairs of tokens that attend to each other, and their bias:
 //   frame coordinate   g = grid ? t * num_windows + n : n * window + t; FrameGeometry maps g to the map
 //   region             shift == 0 or periodic ? 0 : (g >= frame - window) + (g >= frame - shift)
-// Two tokens of a window are masked if their regions differ on any axis, or, with a region map (int32, of the frame's
-// shape), if its values at their frame coordinates differ.
+// Two tokens of a window are masked if their regions differ on any axis, or, with a region map (int32, with the frame's
+// shape), if the map's values at their frame coordinates differ.
 // The bias of query i, key j is bias_table[r(i) - r(j) + r_max, head], where r(t) = sum over axes of the coordinate of
 // t *decoded row-major in table_window* times the axis' table stride, and r_max = sum over axes of (table_window - 1) *
 // table stride. Table strides are the strides of a row-major (2 * table_window - 1) array.

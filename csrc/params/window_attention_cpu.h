@@ -10,7 +10,7 @@ using ParallelFor = void (*)(int64_t tasks, void (*body)(void* context, int64_t 
 
 // The instruction set of the kernels on this machine: "avx512", "avx2" or "baseline". It is the best supported one, or
 // the one named by the environment variable SWINKERNELS_CPU_ISA, which is read once. This and the functions below throw
-// std::invalid_argument if the machine does not support the named one.
+// std::invalid_argument if the machine does not support the named instruction set.
 const char* instruction_set();
 
 void window_attention_forward(const WindowAttentionForwardParams& params, ParallelFor parallel_for);

@@ -4,7 +4,7 @@
     make -C examples/aotinductor_cpp OUT="$PWD/swin"
     swin/run swinkernels/_ops.abi3.so swin
 
-The script also writes images and the original model's logits, with which the program compares its results.
+The script also writes images and the original model's logits, with which run.cpp compares its results.
 """
 
 from __future__ import annotations

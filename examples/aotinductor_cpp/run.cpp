@@ -1,7 +1,7 @@
-// Runs the package that export.py writes, without Python: `run LIBRARY FOLDER`.
+// Runs the package written by export.py without Python: `run LIBRARY FOLDER`.
 //
 // LIBRARY is the compiled library of swinkernels, swinkernels/_ops.abi3.so. Loading it registers the ops with torch's
-// dispatcher, where the package finds them. The library needs no Python and may be copied next to the program.
+// dispatcher, where the package looks them up. The library needs no Python and may be copied next to the program.
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>

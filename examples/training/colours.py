@@ -1,4 +1,4 @@
-"""Defines a task that a small Swin learns in seconds: finding the brightest colour of a noisy image."""
+"""A task that a small Swin learns in seconds: find the brightest colour channel of a noisy image."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 pip install torchao
 python examples/training/with_torchao.py
 
-Training imitates int8 rounding; meanwhile the blocks run timm's own code. With int8 weights the blocks run on the op.
+During training, which simulates int8 rounding, the blocks run timm's own code. With int8 weights they run on the op.
 """
 
 from __future__ import annotations

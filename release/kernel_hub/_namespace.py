@@ -1,4 +1,4 @@
-"""NAMESPACE: the ops' namespace in torch.ops, which kernel-builder makes different for every build."""
+"""NAMESPACE: the ops' namespace in torch.ops, which is different in every build by kernel-builder."""
 
 from ._ops import add_op_namespace_prefix
 

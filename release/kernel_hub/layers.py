@@ -1,4 +1,4 @@
-"""Stateless layers: ``kernelize`` gives their forward to modules that have the attributes it reads."""
+"""Stateless layers, whose forward ``kernelize`` assigns to modules with the attributes that it reads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .ops import patch_merging, window_attention_qkvpacked
 
 
 class WindowAttention(nn.Module):
-    """Forward of the v1 WindowAttention of Microsoft's Swin and of timm, with its standard relative position index.
+    """Forward of the v1 WindowAttention in Microsoft's Swin and in timm, with the standard relative position index.
 
-    The windows (num_windows * B, N, C) are stacked to a map with one window per row, so that the mask
-    (num_windows, N, N) becomes a dense bias for each window.
+    The windows (num_windows * B, N, C) are stacked vertically into maps, so that the mask (num_windows, N, N) becomes a
+    dense bias for each window.
     """
 
     can_torch_compile = True

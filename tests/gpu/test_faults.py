@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         ("wrong scale in dk", "wrong", "dqkv: RMS error"),
         ("NaN in out", "wrong", "out: RMS error nan"),
         ("crash", "crashed", "exit status -6"),
-        ("hang", "hung", "not heard of for 25 s"),
+        ("hang", "hung", "silent for 25 s"),
     ],
 )
 def test_a_planted_fault_is_one_bad_line(run: Run, case: str, result: str, detail: str) -> None:

@@ -83,7 +83,7 @@ def test_hot_kernels_fit_gpus_with_less_shared_memory_or_are_refused(run) -> Non
     assert {x["arch"] for x in of_fit} == {*fit.ROOMS}
     assert {x["case"].rpartition(" ")[0] for x in of_fit} == {*fit.HOT}
     for line in of_fit:
-        assert line["value"] >= 1 or line["detail"].startswith("refused, and taken by triton: it takes windows of")
+        assert line["value"] >= 1 or line["detail"].startswith("refused, and run by triton: it takes windows of")
     assert all(line["value"] >= 1 for line in of_fit if line["arch"] in ("sm_80", "sm_90"))
 
 
@@ -109,4 +109,4 @@ def test_a_call_that_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     reasons = {arch: fit.refusal(case, room) for arch, room in fit.ROOMS.items()}
     assert reasons["sm_80"] is reasons["sm_90"] is None
     room = "it takes windows of at most 256 tokens where a block has 99 KB of shared memory, got 343"
-    assert reasons["sm_86"] == reasons["sm_89"] == f"refused, and taken by triton: {room}"
+    assert reasons["sm_86"] == reasons["sm_89"] == f"refused, and run by triton: {room}"

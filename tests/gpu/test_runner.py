@@ -50,8 +50,8 @@ def steps(*groups: str) -> Step:
 
 
 FAULTS = {
-    "crash": ("crashed", "exit status -11; its last words: about to crash"),
-    "hang": ("hung", "not heard of for 2 s; its last words: about to hang"),
+    "crash": ("crashed", "exit status -11; its last output: about to crash"),
+    "hang": ("hung", "silent for 2 s; its last output: about to hang"),
     "lost": ("failed", "illegal access"),
     "nan": ("wrong", None),
 }

@@ -16,7 +16,7 @@
 
 namespace swinkernels::ptx {
 
-// An address in shared memory in the form that the instructions take. Compute it once and add to it.
+// An address in shared memory in the form that the instructions need. Compute it once and add offsets to it.
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* smem) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
@@ -74,8 +74,8 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 // 16-byte aligned, at the smem_row that lane 8 * i + r passes (x2: lanes 16..31 pass any valid address).
 //   ldmatrix_x*        r[i] holds M_i[g][2t, 2t + 1]
 //   ldmatrix_x*_trans  r[i] holds M_i[2t, 2t + 1][g]
-// For rows stored with the contraction index contiguous (q, k as keys) use the plain form; for v, whose rows are the
-// contraction index, use the transposed form.
+// Use the plain form for rows along which the contraction index is contiguous (q, k as keys), and the transposed form
+// for v, whose rows are numbered by the contraction index.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* smem_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -149,7 +149,7 @@ __device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool v
                : "memory");
 }
 
-// As above, without `valid`: a size known at compile time saves three instructions.
+// Like the function above, without `valid`: a size known at compile time saves three instructions.
 __device__ __forceinline__ void cp_async_16(SharedAddress smem, const void* gmem) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                :
@@ -165,7 +165,7 @@ __device__ __forceinline__ void store_global_16(void* gmem, uint4 x) {
                : "memory");
 }
 
-// As cp_async_16 with `valid`, for 4 bytes: both addresses are 4-byte aligned, and the copy goes through L1 (.ca).
+// Like cp_async_16 with `valid`, for 4 bytes: both addresses are 4-byte aligned, and the copy goes through L1 (.ca).
 __device__ __forceinline__ void cp_async_4(void* smem, const void* gmem, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                :

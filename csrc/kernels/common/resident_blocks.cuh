@@ -1,5 +1,5 @@
-// The number of a kernel's blocks that the device holds at once: the grid of a kernel whose blocks loop over their
-// work.
+// The number of a kernel's blocks that the device holds at once, which is the grid size of kernels whose blocks loop
+// over their work.
 #pragma once
 
 #include <cstddef>

@@ -25,7 +25,7 @@ struct SmemTile {
 
   // Both return the address that a lane passes to ldmatrix and stmatrix: `square` for 16 rows of two chunks, as the
   // matrices (rows 0-7, chunk c), (rows 8-15, c), (rows 0-7, c + 1), (rows 8-15, c + 1); `band` for 8 rows of four
-  // chunks, or of two if rows have only two. row and c are multiples of these numbers.
+  // chunks, or of two if rows have only two. row and c are multiples of these numbers of rows and chunks.
   __device__ __forceinline__ T* square(int row, int c) const {
     return chunk(row + threadIdx.x % 16, c + threadIdx.x % 32 / 16);
   }
@@ -79,7 +79,7 @@ struct LocatedTile : Tile_ {
 
 // Writes a 16 x (8 * kTiles) accumulator fragment (PTX layout, see ptx.cuh) to rows row0.. of a tile, but only columns
 // below col_limit and, with kLimitRows, rows below row_limit. row0 is a multiple of 8. Elements past the limits keep
-// their value: zeros there must not become NaN, as sums of products with zeros could.
+// their value: zeros there must not be overwritten with sums that may be NaN.
 template <bool kLimitRows, int kTiles, class Tile>
 __device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const float (&x)[kTiles][4], float factor0,
                                                float factor1, int row_limit, int col_limit) {
@@ -115,7 +115,7 @@ __device__ __forceinline__ void write_packed(const Tile& tile, int row0, const u
   }
 }
 
-// As write_packed, but only for rows below row_limit; other rows keep their elements.
+// Like write_packed, but only for rows below row_limit; other rows keep their elements.
 template <int kTiles, class Tile>
 __device__ __forceinline__ void write_packed_below(const Tile& tile, int row0, int row_limit,
                                                    const uint32_t (&x)[kTiles][2]) {

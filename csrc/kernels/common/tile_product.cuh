@@ -81,7 +81,7 @@ struct HalfPrecisionProduct {
     }
   }
 
-  // As add_pb, for a P packed by pairs (see write_packed in smem_tile.cuh).
+  // Like add_pb, for a P packed by pairs (see write_packed in smem_tile.cuh).
   template <int kTiles, int kColTiles, class Tile>
   __device__ static __forceinline__ void add_pb(float (&o)[kColTiles][4], const uint32_t (&p)[kTiles][2],
                                                 const Tile& b) {

@@ -1,6 +1,6 @@
 // Vectors of neighbouring elements in global memory; their type is known at compile time or passed to the kernel.
 //
-// A vector is loaded raw and converted on use, so a load in flight takes as many registers as it has bytes.
+// A vector is loaded raw and converted on use, so a load in flight takes only the registers that its raw bytes fill.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,7 @@
 // Maths     score(i, j) += sum over axes a of q_i . table_a[i_a - j_a + window_a - 1], with the unscaled q
 //           backward  per axis: dG[r, i] = sum of dS(i, j) over the keys j with i_a - j_a + window_a - 1 = r;
 //                     dtable = dG q, dq += dG^T table
-// Tiling    For each block of queries, q is multiplied with the table rows that its queries meet, which gives products
+// Tiling    For each block of queries, q is multiplied with the table rows that its queries need, which gives products
 //           (table rows, queries); from these come values (coordinate of the key, queries) per axis, and from the
 //           values the bias of every key, with one addition per score. At window 14 the products take a quarter of the
 //           work of the products with k, at 64 x 64 tokens a twentieth.
@@ -102,7 +102,7 @@ class AxisTables {
     return query % window_[axis];
   }
 
-  // Returns the rows of an axis' table that a block's queries meet.
+  // Returns the rows of an axis' table that a block's queries need.
   Span span_of(int axis, int64_t b) const {
     int64_t lowest = window_[axis], highest = 0;
     for (int64_t i = 0; i < sizes_.queries(b); ++i) {

@@ -1,7 +1,7 @@
 // The gradients of keys and values of overlapping windows (HAT). window_attention.inl includes this file.
 //
-// A token is a key of several windows. The backward pass stores each window's contribution to its keys in the
-// workspace; then every token of the map sums its own contributions, always in the same order.
+// A token is a key of several windows. The backward pass stores each window's contribution to the gradients of its keys
+// in the workspace; then the contributions to each token are summed, always in the same order.
 
 // The windows on one axis that have a token among their keys, and the token's number as a key of the first such window.
 // In each further window the number is smaller by `window`.

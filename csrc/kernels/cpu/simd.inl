@@ -45,7 +45,7 @@ struct MakeIndices<0, kTail...> {
 };
 using AllLanes = MakeIndices<kLanes>::Type;
 
-// Writing lane by lane compiles to one broadcast; Vec{} + x would compile to an addition, because of -0.
+// The initialiser of all lanes compiles to one broadcast; Vec{} + x would compile to an addition, because of -0.
 template <int... I>
 SWINKERNELS_INLINE Vec splat_lanes(float x, Indices<I...>) {
   return Vec{((void)I, x)...};

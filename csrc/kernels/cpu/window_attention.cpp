@@ -52,7 +52,8 @@ const WindowAttentionKernels& kernels() {
 struct AlignedDelete {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
 };
-// Scratch memory that each thread keeps between calls: page faults of fresh memory would take longer than a small map.
+// Scratch memory that each thread keeps between calls, because page faults of fresh memory would take longer than the
+// work on a small map.
 void* scratch(int64_t bytes) {
   thread_local std::unique_ptr<void, AlignedDelete> memory;
   thread_local int64_t capacity = 0;
@@ -205,7 +206,7 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
         if (params.dlogit_scale != nullptr) {
           float* sum = params.dlogit_scale + head;
           sum_chunks(partition.dlogit_scale + head, chunks, heads, 1, sum, 1);
-          // The gradient passes at the bound, as in torch.clamp.
+          // At the bound itself the gradient is not zero, as in torch.clamp.
           *sum = p.logit_scale[head] <= kMaxLogitScale ? *sum * score_factor(p, head) : 0.0f;
         }
         if (params.dpad_qkv != nullptr) {

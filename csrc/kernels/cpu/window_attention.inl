@@ -11,15 +11,15 @@
 // Tiling    One window and head at a time: its k and v rows are converted to float32 into scratch memory, then its
 //           queries in blocks of at most kMaxQueryBlock, so that for window 7 and head_dim 32 all of it stays in L1
 //           and for 1024 tokens the scores of a block stay in L2.
-// Work      forward 4, backward 10 N^2 head_dim operations for each window and head, N rounded up to whole vectors; one
-//           exp per score each. From some 30 tokens on, the kernels are bound by arithmetic, not by memory. v2 adds
-//           work per row, not per score: some 7 % at window 8 and head_dim 32.
+// Work      forward 4, backward 10 N^2 head_dim operations for each window and head, N rounded up to whole vectors, and
+//           one exp per score in either pass. From some 30 tokens on, the kernels are bound by arithmetic, not by
+//           memory. v2 adds work per row, not per score: some 7 % at window 8 and head_dim 32.
 #include "simd.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
 namespace {
 
-// 4 vectors of AVX-512: as wide as a tile of the scores' product.
+// 4 AVX-512 vectors, the width of a tile in the product that computes scores.
 constexpr int64_t kMaxQueryBlock = 64;
 // The largest cache for the bias of several heads, written out as (keys, queries) and kept from window to window.
 constexpr int64_t kMaxBiasCacheBytes = 1 << 20;
@@ -57,7 +57,7 @@ class Arena {
   int64_t bytes_ = 0;
 };
 
-// The sizes derived from the parameters.
+// Sizes derived from the parameters.
 struct Sizes {
   int64_t tokens;  // N
   int64_t keys;    // M; equals N unless the keys are a larger window's tokens
@@ -277,8 +277,8 @@ void transpose_rows(const Sizes& sizes, int64_t queries, float* rows, float fact
 
 // ---- The bias ----
 
-// The addend of the scores, from the relative position table or a dense bias, in the layout of the scores: (keys,
-// queries).
+// The bias that is added to the scores, from the relative position table or a dense bias, in the layout of the scores:
+// (keys, queries).
 class Bias {
  public:
   Bias(const WindowAttentionForwardParams& p, const Sizes& sizes, Arena& arena)

@@ -19,9 +19,9 @@ namespace swinkernels::cpu {
 // Returns the factor by which a head's products of q and k are scaled: the scale, or in v2 exp(min(logit_scale, ln 100)).
 float score_factor(const WindowAttentionForwardParams&, int64_t head);
 
-// The division of the backward pass into chunks, which does not depend on the number of threads. A chunk is several
-// windows of one bias type and one head; chunk number = window chunk * num_heads + head. Each chunk sums its own
-// parameter gradients.
+// The division of the backward pass into chunks, which does not depend on the number of threads. A chunk consists of
+// several windows of one bias type, for one head; chunk number = window chunk * num_heads + head. Each chunk sums its
+// own parameter gradients.
 struct BackwardPartition {
   int64_t windows_per_type;  // in the whole batch; window chunk number = type * chunks_per_type + chunk of the type
   int64_t windows_per_chunk;

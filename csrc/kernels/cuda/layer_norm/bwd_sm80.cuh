@@ -2,7 +2,7 @@
 //
 // Maths     with v the normalised rows, n = (v - mean) * rstd and g = dz * weight:
 //           dv = rstd * (g - mean(g) - n * mean(g * n)), dweight = sum of dz * n, dbias = sum of dz over the rows.
-//           Residual: dx = ds + dv, dy = scale * dx. Post norm: dz = scale * ds, dy = dv; dx is ds.
+//           Residual: dx = ds + dv, dy = scale * dx. Post norm: dz = scale * ds, dy = dv; dx = ds.
 //           Merging writes dv to the position of v, and zeros to neighbours that are in no row.
 // Tiling    as in fwd_sm80.cuh. A thread keeps its columns from row to row, so their dweight and dbias accumulate in
 //           registers; at the end the block's threads that share a column add their sums in order, and
@@ -12,7 +12,7 @@
 // Order     there are no atomics: the same device gives the same bits.
 // Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes a row, are read once.
 //           Partials are 8 * blocks * length bytes, written and read in L2.
-// Roofline  memory bound, as the forward kernel:
+// Roofline  memory bound, like the forward kernel:
 //           merging, bf16         232 MB  69 us, 650 instructions 35 us, 164 registers, 12 warps, 37 KB in flight
 //           residual, bf16        312 MB  93 us, 630 instructions 34 us, 160 registers, 12 warps, 55 KB in flight
 //           residual, f32 + bf16  620 MB 185 us, 750 instructions 41 us, 168 registers, 12 warps, 92 KB in flight

@@ -1,4 +1,4 @@
-// Shared by the forward and backward kernels: the rows, their distribution over threads, and the weights in shared
+// Code of both the forward and backward kernels: the rows, their distribution over threads, and the weights in shared
 // memory.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The distribution of a row over threads: every number that follows from op, element types and row is derived here,
+// The distribution of a row over threads. Every number that follows from op, element types and row is derived here,
 // once.
 //
 // A row of V vectors belongs to `lanes` neighbouring threads, a power of two. A thread has kVecs of these vectors,
@@ -80,7 +80,7 @@ template <LayerNormOp kOp_, class Source_, class In_, class Out_, int kVec_, int
 struct LayerNormTraits {
   static constexpr LayerNormOp kOp = kOp_;
   using Source = Source_;
-  static_assert(kOp == LayerNormOp::kNorm || std::is_same_v<Source, PlainRows>, "rows beside a residual are plain");
+  static_assert(kOp == LayerNormOp::kNorm || std::is_same_v<Source, PlainRows>, "rows of residual ops are plain");
   using In = Vectors<In_, kVec_>;
   using Out = Vectors<Out_, kVec_>;
   static constexpr int kVec = kVec_;

@@ -2,7 +2,7 @@
 //
 // Scores are products of the original rows, which are exact, divided by the norms in float: rounded unit rows would
 // shift scores of up to 100 by more than the last bit of a probability. Gradients add up products with unit rows
-// rounded to the dtype, which costs no more than any operand's rounding and cannot overflow, and
+// rounded to the dtype, which costs no more accuracy than the rounding of any operand and cannot overflow, and
 //   dx = factor (d - u (u . d)) / max(norm, 1e-12), where d is the gradient of u without the factor;
 // a row shorter than 1e-12 does not have unit length, and its u (u . d) is not subtracted. dlogit_scale is the sum of
 // factor (u . d) over the rows of q, or zero if logit_scale is clamped.

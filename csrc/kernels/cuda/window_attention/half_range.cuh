@@ -1,6 +1,6 @@
 // Keeps dS in float16's range. dS = P (dP - delta) may exceed float16's range although the gradients computed from it
-// do not, because small keys or queries multiply it. Its rows are then scaled down by a power of two, and the gradients
-// are scaled back in float.
+// do not, because small keys or queries multiply it. The rows of dS are then scaled down by a power of two, and the
+// gradients are scaled back in float.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -17,8 +17,8 @@ constexpr bool kHasNarrowRange = std::is_same_v<T, __half>;
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// Returns the e for which a warp's fragments, times 2 ** -e, are below 2 ** 15: nearly always 0, because they already
-// are.
+// Returns the e for which a warp's fragments, times 2 ** -e, are below 2 ** 15: 0 if they already are, which is nearly
+// always so.
 template <int kTiles>
 __device__ __forceinline__ int excess_exponent(const float (&x)[kTiles][4]) {
   constexpr int kLargest = 15;

@@ -3,8 +3,8 @@
 // Maths     partition windows[b, n, t, c] = map[b, y(n, t), c], zero if token t of window n is a pad token
 //           reverse    map[b, y(n, t), c] = windows[b, n, t, c]
 //           FrameGeometry defines y, a one-to-one map from the tokens other than pads to the tokens of the map.
-// Tiling    The rows of all windows, one after another, are cut into vectors, and a block takes the next 1,024 of them
-//           whatever the length of a row: no lane idles. First the block stores the two offsets of each row that it
+// Tiling    The rows of all windows, one after another, are cut into vectors, and each block copies 1,024 of them
+//           regardless of the length of a row, so no lane idles. First the block stores the two offsets of each row that it
 //           touches in shared memory, computed once per row; then each thread loads four vectors before it stores the
 //           first. Reverse also walks over windows. Walking over the map would make its stores linear and its loads
 //           scattered, but a row of tokens in a window is contiguous on either side, so that DRAM sees the same runs of
@@ -13,10 +13,10 @@
 //           reverse    2 * S * B * C * sizeof(T)
 // Roofline  memory bound. B=128, 56x56, C=96, window 7, bf16: 154 MB, 46 us at 3.35 TB/s (H100 SXM, published peak).
 //           Instructions, counted in the sm_90 code: about 1,550 by the warps of a block, 4,704 blocks, 8 us of issue
-//           slots. 34 registers: six blocks, 1,536 threads with 64 bytes under way each, per multiprocessor.
-//           A narrower vector takes as many instructions as a wide one: at C=97 in bf16, where rows are aligned to two
-//           bytes, 54 us.
-// Limits    there are none on size, dtype or stride. 16-byte vectors need rows, strides and pointers that are multiples
+//           slots. 34 registers: six blocks, 1,536 threads with 64 bytes in flight each, per multiprocessor.
+//           A narrower vector takes as many instructions as a wide one: 54 us at C=97 in bf16, with rows aligned to two
+//           bytes.
+// Limits    none on size, dtype or stride. 16-byte vectors need rows, strides and pointers that are multiples
 //           of 16 bytes; otherwise vectors are the widest of 8, 4, 2 and 1 bytes that these allow.
 #pragma once
 
