@@ -1,4 +1,4 @@
-"""Runs a function when other code imports a module, so that this package does not pay for the import."""
+"""Runs a function once other code has imported a module, so that this package need not import the module."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _AtImport(MetaPathFinder):
 
 
 def at_import(name: str, function: Callable[[ModuleType], None]) -> None:
-    """Call ``function`` with a module: now if the module has been imported, else as soon as it is."""
+    """Call ``function`` with a module: at once if the module has been imported, else as soon as it is imported."""
     if name in sys.modules:
         function(sys.modules[name])
     else:

@@ -27,15 +27,15 @@ _NOT_BUILT = (
     "(pip install --no-build-isolation .) and without SWINKERNELS_BUILD=none"
 )
 _OUTDATED = (
-    "the compiled extension is older than the Python code beside it: build it again "
+    "the compiled extension is older than the Python code: build it again "
     "(pip install --no-build-isolation ., or make build in a checkout)"
 )
-# The newest entry of build_info(). An extension without it is older than the Python code and has other ops.
+# The newest entry of build_info(). An extension without this entry is older than the Python code and has other ops.
 _NEWEST_FACT = "layer_norm_limits"
 
 
 def _library(folder: Path) -> Path | None:
-    """Find the op library in a folder. It is not a Python module: torch loads it, and it registers its ops."""
+    """Find the op library in a folder. The library is not a Python module: torch loads it, which registers its ops."""
     names = (f"_ops{suffix}" for suffix in (".abi3.so", *EXTENSION_SUFFIXES, ".pyd"))
     return next((folder / name for name in names if (folder / name).exists()), None)
 

@@ -1,4 +1,4 @@
-"""``python -m swinkernels.info`` prints versions, the build and the backends, and why one cannot run here."""
+"""``python -m swinkernels.info`` prints versions, the build, and which backends can run here, or why they cannot."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def collect() -> dict[str, Any]:
     Returns:
         ``versions`` (Python, torch, Triton, CUDA, driver and so on; None for a missing one), ``platform``, ``gpus``,
         ``build`` (the result of the op ``build_info``, or None without the extension), ``extension_error`` (the reason
-        why the extension is not loaded, or None), ``cpu_instruction_set`` (the one that the CPU kernels use here, or
-        None) and ``backends`` (for each, the reason why it cannot run here, or None).
+        why the extension is not loaded, or None), ``cpu_instruction_set`` (the instruction set that the CPU kernels use
+        here, or None) and ``backends`` (for each, the reason why it cannot run here, or None).
     """
     return {
         "versions": {

@@ -17,11 +17,11 @@ from swinkernels.ops._arguments import make_window_spec
 from swinkernels.reference._geometry import key_index, source_index
 from swinkernels.reference.window_attention import key_window_index, relative_position_index
 
-# Below this many tokens per window, too few rounding errors average out, and the rows of dS, which sum to zero, cancel
-# most.
+# In windows of fewer tokens, too few rounding errors average out, and the terms in a row of dS, which sum to zero,
+# cancel most.
 SMALL_WINDOW = 16
-# Below this many channels a unit row (v2) hardly changes its direction, so its gradient is mostly rounding error (with
-# one channel the gradient is zero).
+# With fewer channels, a unit row (v2) can hardly change its direction, so its gradient is mostly rounding error. (With
+# one channel the gradient is zero.)
 FEW_CHANNELS = 4
 
 
@@ -38,7 +38,7 @@ class WindowAttentionCase:
     has_table: bool = True
     has_pad_qkv: bool = False
     has_logit_scale: bool = False  # v2, with one head's value above the clamp
-    bias_types: int | None = None  # dense bias instead of the table: 0 for (heads, N, M), else its window types
+    bias_types: int | None = None  # dense bias instead of the table: 0 for (heads, N, M), else its number of types
     options: dict[str, Any] = field(default_factory=dict)
     has_axis_tables: bool = False
     table_types: int | None = None  # number of window types in the bias table
@@ -67,7 +67,7 @@ class WindowAttentionCase:
         return value if isinstance(value, tuple) else (value,) * len(self.size)
 
     def arguments(self, device: str | torch.device | None = None) -> dict[str, Any]:
-        """Return the arguments other than inputs; tensors among them are on ``device`` if given."""
+        """Return the arguments other than inputs, with tensors moved to ``device`` if it is given."""
         options = {name: x.to(device) if device and isinstance(x, Tensor) else x for name, x in self.options.items()}
         return {
             "num_heads": self.num_heads,
@@ -78,7 +78,7 @@ class WindowAttentionCase:
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
         """Draw qkv, dout and, if the case has it, pad_qkv, rounded to ``dtype``, and in float32 bias_table, bias,
-        logit_scale and, for each axis a, the table "axis_tables.a". Draws differ between kinds of device."""
+        logit_scale and, for each axis a, the table "axis_tables.a". The numbers depend on the kind of device."""
         g = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -136,10 +136,10 @@ def _rms(x: Tensor) -> float:
 
 
 class Judged(NamedTuple):
-    """Error of a result, and the reason if that error is too large."""
+    """The error of a result, and a message if that error is too large."""
 
-    rms_eps: float  # the RMS error in eps of the RMS of the result or of its cancelling terms
-    of_limit: float  # the RMS error or the largest error as a fraction of its limit, the larger of the two
+    rms_eps: float  # RMS error / (eps * RMS of the result, or of its cancelling terms)
+    of_limit: float  # RMS error / its limit, or largest error / its limit, the larger of the two
     failure: str | None
 
 
@@ -154,11 +154,11 @@ def judge(
 ) -> Judged:
     """Judge whether ``got`` is as close to ``exact`` (float64) as its dtype allows.
 
-    The RMS error may be 0.75 eps of the RMS of ``exact``, and the error of each element 2 eps of the largest element.
-    The error of ``f32``, the reference run in float32 on the same rounded inputs (or a function that runs it on
-    demand), is allowed on top; it dominates if terms cancel. ``eps`` is the arithmetic's, by default the eps of got's
-    dtype (TF32: 2 ** -10). ``terms``, the size of the terms that cancel, replaces ``exact`` as the scale of eps. NaN
-    fails.
+    The RMS error may be 0.75 eps times the RMS of ``exact``, and the error of each element 2 eps times the largest
+    element. The error of ``f32``, the reference run in float32 on the same rounded inputs (or a function that runs it
+    on demand), is allowed on top; it dominates if terms cancel. ``eps`` is the machine epsilon of the arithmetic, by
+    default of the dtype of ``got`` (TF32: 2 ** -10). ``terms``, the size of the terms that cancel, replaces ``exact``
+    in both limits. NaN fails.
     """
     if got.shape != exact.shape:
         return Judged(math.inf, math.inf, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
@@ -166,8 +166,8 @@ def judge(
         return Judged(0.0, 0.0, None)
     eps = torch.finfo(got.dtype).eps if eps is None else eps
     size = exact if terms is None else terms
-    # Two errors are always allowed: those from probabilities below float32's normal numbers, which a gradient may
-    # multiply by thousands, and those below the last bit of got's subnormal numbers.
+    # Two errors are always allowed: errors of probabilities below float32's normal numbers, which a gradient may
+    # multiply by thousands, and errors below the last bit of subnormal numbers in the dtype of got.
     info = torch.finfo(got.dtype)
     floor = max(1e4 * torch.finfo(torch.float32).tiny, info.tiny * info.eps)
     error = got.double() - exact
@@ -192,10 +192,10 @@ def assert_within_budget(got: Tensor, exact: Tensor, f32: Tensor | Callable[[], 
 
 
 def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, single: bool = False) -> dict[str, Tensor]:
-    """Compute, in float64, what dq, dk and dbias would be if all of their terms, which cancel, had one sign.
+    """Compute, in float64, dq, dk and dbias as if all of their cancelling terms had the same sign.
 
-    The keys are as from :func:`run_case`; a value has the scale of the result, not its shape. ``single`` is for
-    arithmetic in float32: it adds the rounding of the scores to the sizes and includes the output.
+    The keys are those of :func:`run_case`. A value has the scale of the result, but not always its shape. ``single`` is
+    for arithmetic in float32: the sizes then include the rounding of the scores, and there is one for the output.
     """
     rank, heads = len(case.size), case.num_heads
     device = inputs["qkv"].device
@@ -234,7 +234,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     maps = zip(inputs["qkv"].chunk(3, dim=-1), pads, indices, strict=True)
     q, k, v = (gather(*each) for each in maps)
     dout = gather(inputs["dout"], torch.zeros_like(pads[0]), index)
-    axes = []  # per axis: |rows| and their numbers for (query, coordinate of the key), one-hot coordinates of the keys
+    axes = []  # per axis, by query and key coordinate: |table rows|, their numbers; and the keys' one-hot coordinates
     token = torch.arange(math.prod(window), device=device)
     for axis, w in enumerate(window if case.has_axis_tables else ()):
         coordinate = token // math.prod(window[axis + 1 :]) % w
@@ -255,7 +255,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
             rounded = rounded + 2 * factor * (q @ k.transpose(-2, -1)).abs()
         for rows, _, has in axes:
             rounded = rounded + torch.einsum("...id,ijd->...ij", q.square(), rows.square()).sqrt() @ has.T
-        # A score far below the largest, such as one with a mask of -100, is rounded by half an eps of the distance.
+        # A score far below the largest, such as one with a mask of -100, has an error of half an eps of the distance.
         rounded = torch.maximum(rounded, -0.5 * probs.clamp(min=1e-300).log())
         rounded = rounded + (probs * rounded).sum(-1, keepdim=True)  # plus the sum in the softmax's denominator
     dprobs = (dout @ v.transpose(-2, -1)).abs() * (1 + rounded)
@@ -276,7 +276,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     dv = probs.transpose(-2, -1) @ dout
     if single:
         out = probs @ v
-        variance = (probs @ v.square() - out.square()).clamp(min=0)  # of the rows of v that a query averages
+        variance = (probs @ v.square() - out.square()).clamp(min=0)  # variance of the rows of v that a query averages
         of_scores = ((probs * rounded.square()).sum(-1, keepdim=True) * variance).sqrt()
         terms["out"] = (out.abs() + of_scores)[real.expand_as(out)]
         dv = dv.abs() + (probs * rounded).transpose(-2, -1) @ dout.abs()
@@ -322,17 +322,18 @@ def judge_window_attention(
     constant: Collection[str] = (),
     **arguments: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Judged]]:
-    """Run ``op``, also with ``arguments``, and judge its output and every gradient against the reference in float64.
+    """Run ``op`` on a case, with further ``arguments``, and judge output and gradients against the float64 reference.
 
     The reference runs on the same device. Inputs named in ``constant`` have no gradient. Gradients are judged against
-    the size of their cancelling terms if ``cancels`` is True, in small windows, in v2 with few channels, and in float32
-    unless ``eps`` is given because products are rounded; in that float32 case the output is judged likewise.
-    ``rounds_unit_rows`` stands for a backend that rounds v2's unit rows to the dtype, for tensor cores: dlogit_scale,
-    one sum of terms that all have that rounding, is then judged likewise. ``sums_in_float32`` stands for a backend that
-    rounds nothing before its float32 sums: float32 gradients are then judged by float32's eps for every dtype.
+    the size of their cancelling terms in four cases: if ``cancels`` is True, in small windows, in v2 with few channels,
+    and in float32 with its own eps. In the last case this holds for the output, too. (Pass ``eps`` if products are
+    rounded to a shorter format.) Set ``rounds_unit_rows`` for a backend that rounds v2's unit rows to the dtype, for
+    tensor cores: dlogit_scale, one sum of terms that all have that rounding, is then judged likewise. Set
+    ``sums_in_float32`` for a backend that rounds nothing before its float32 sums: float32 gradients are then judged by
+    float32's eps for every dtype.
 
     Returns:
-        Output and gradients by name, as from :func:`run_case`, and the verdict on each.
+        Output and gradients by name, as from :func:`run_case`, and the verdict on each of them.
     """
     inputs = case.inputs(dtype, device, seed)
     given = case.arguments(device)

@@ -18,11 +18,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """Arguments of a window-attention call other than its tensors, with two or three values per axis, slowest first.
+    """Arguments of a window-attention call other than its tensors; per-axis values are in order, slowest axis first.
 
-    Fields are documented by the arguments of the same name of :func:`swinkernels.window_attention_qkvpacked`, with
+    Fields are documented under the argument of the same name of :func:`swinkernels.window_attention_qkvpacked`, with
     these exceptions. Without ``needs_lse``, in calls without a gradient, the op returns an empty lse. ``allow_tf32``
-    lets float32 products be rounded to TF32. With ``axis_tables`` the op's bias is the tables of all axes,
+    lets float32 products be rounded to TF32. With ``axis_tables`` the op's bias consists of the tables of all axes,
     concatenated. ``table_types`` is the number of window types in the bias table.
     """
 
@@ -63,7 +63,7 @@ class WindowSpec:
         return math.prod([t * t if pairs else 2 * t - 1 for t, pairs in per_axis])
 
     def options(self) -> dict[str, Any]:
-        """Return the arguments of the public functions and the plain-PyTorch backends that this spec stands for."""
+        """Return the spec as keyword arguments of the public functions and the plain-PyTorch backends."""
         return {name: getattr(self, name) for name in _OPTIONS}
 
     @property
@@ -71,10 +71,10 @@ class WindowSpec:
         return self.scale, self.mask_value, self.dropout_p
 
     def wire(self, *, allow_tf32: bool = False, needs_lse: bool = True) -> str:
-        """Return ``name=value;...`` for the fields, except ``numbers``, that differ from their default.
+        """Return ``name=value;...`` for all fields that differ from their default, except those in ``numbers``.
 
-        Values per axis are joined by commas. The two arguments replace the fields of their names, which are known only
-        when the op is called.
+        Values per axis are joined by commas. The two arguments replace the fields of the same name, whose values are
+        known only when the op is called.
         """
         return _write((*(getattr(self, name) for name in _GEOMETRY), allow_tf32, needs_lse))
 
@@ -93,7 +93,7 @@ class WindowSpec:
 
 @dataclass(frozen=True)
 class _Field:
-    """Converts a field to the wire and back; has its default, which may depend on the window."""
+    """Conversion of a field to the wire format and back, and the field's default, which may depend on the window."""
 
     write: Callable[[Any], str]
     read: Callable[[str], Any]
@@ -112,8 +112,8 @@ def _flag(default: bool) -> _Field:
     return _Field(lambda value: str(int(value)), lambda text: text == "1", lambda window: default)
 
 
-# The wire fields: the window first, and last those known only at the call. csrc/bindings/window_spec.h reads the same
-# names with the same defaults.
+# The fields on the wire: the window first, and last the fields that are known only at the call.
+# csrc/bindings/window_spec.h reads the same names and has the same defaults.
 _FIELDS = {
     "window_size": _per_axis(int, lambda w: None),
     "shift_size": _per_axis(int, lambda w: 0),
@@ -130,7 +130,7 @@ _FIELDS = {
     "needs_lse": _flag(True),
 }
 _GEOMETRY = tuple(_FIELDS)[:-2]
-_OF_TENSORS = ("axis_tables", "table_types")  # follow from the tensors of a call
+_OF_TENSORS = ("axis_tables", "table_types")  # derived from the tensors of a call
 _OPTIONS = (*(name for name in _GEOMETRY if name not in _OF_TENSORS), "scale", "mask_value", "dropout_p")
 
 

@@ -21,7 +21,7 @@ import torch
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 hypothesis.settings.register_profile("local", deadline=None)
-# Hypothesis draws the same examples every time, so that a change is not blamed for a fault found by chance, and
+# Hypothesis draws the same examples every time, so that an old fault, found by chance, does not fail a new change, and
 # writes nothing to disk.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
@@ -47,8 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seconds", type=float, help="start no further test after so many; those left are skipped")
-    parser.addoption("--tools", help="note here which tools work, for docs/interop.md", metavar="tools.json")
+    parser.addoption("--seconds", type=float, help="start no test after this time; skip the remaining tests")
+    parser.addoption("--tools", help="record here which tools work, for docs/interop.md", metavar="tools.json")
     parser.addoption("--shard", help="i/n: every n-th of the chosen tests, from the i-th on", metavar="i/n")
 
 
@@ -76,7 +76,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     seconds = item.config.option.seconds
     if seconds is not None and time.monotonic() - item.config.stash[STARTED] > seconds:
-        pytest.skip(f"the {seconds:g} seconds of --seconds are over")
+        pytest.skip(f"--seconds {seconds:g} have passed")
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch):
 def as_on_a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make "auto" take backend "cuda", with kernels in plain PyTorch, on the CPU.
 
-    Attention alone runs in the reference.
+    Only attention runs in the reference.
     """
     from swinkernels.ops import _backends
 

@@ -88,9 +88,9 @@ class Accelerated(nn.Module):
     """First base class of every ``accelerated`` class; the second base is the ``original`` class."""
 
     _swinkernels_backend = "auto"
-    # In an accelerated class: the original class.
+    # The original class; accelerated classes set this.
     _swinkernels_original: Any = None
-    # The stored tensors when the class was swapped or the module last moved. Compiled code guards on their identity.
+    # The stored tensors as of the swap or the last move. Compiled code guards on their identity.
     _swinkernels_seen: tuple[Tensor | None, ...] = ()
 
     def __init_subclass__(cls) -> None:
@@ -101,7 +101,7 @@ class Accelerated(nn.Module):
             watch_unless_watched(cls._swinkernels_original)
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
-        """Return the tensors, stored in this module and in those inside it, that its ops compute instead of reading."""
+        """Return stored tensors, of this module and the modules inside it, that its ops compute instead of reading."""
         return ()
 
     def _swinkernels_look(self) -> None:
@@ -113,7 +113,7 @@ class Accelerated(nn.Module):
     def _swinkernels_own_code(self, x: Any) -> bool:
         """Return True if a forward pass must run the library's code.
 
-        It must do so while the code is traced, after the code was replaced, for an input sharded over devices and, if
+        This holds while the code is traced, after the code was replaced, for an input sharded over devices and, if
         the backend is "auto", on devices without a kernel. In compiled code this call also makes dynamo guard on the
         identity of the stored tensors.
         """

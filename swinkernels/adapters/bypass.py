@@ -1,6 +1,6 @@
-"""Decides whether an op may do a module's work without calling the module: not if it has hooks or was replaced.
+"""Decides whether an op may do a module's work without calling the module: not if it has hooks or changed code.
 
-An op stands for code that the library published. ``watch`` records the published methods of a class when an adapter is
+An op replaces code that the library published. ``watch`` records the published methods of a class when an adapter is
 imported; ``replaced_method`` and the functions that build on it compare at every call, so a method patched later, on
 the class or on one instance, is called. Adapters outside this package should watch the classes whose work ops do.
 """
@@ -37,7 +37,7 @@ def is_distributed(x: Any) -> bool:
 def why_distributed(module: nn.Module) -> str | None:
     """Return the reason to skip a module that is sharded over devices, or None."""
     if any(is_distributed(x) for x in (*module.parameters(), *module.buffers())):
-        return "its parameters are sharded over devices (DTensor): accelerate the model before"
+        return "its parameters are sharded over devices (DTensor): accelerate the model before sharding it"
     return None
 
 
@@ -85,7 +85,7 @@ def _published(kind: type, name: str) -> Any:
 
 
 def watch_unless_watched(kind: Any) -> None:
-    """Record a class's current forward as its published one, unless the class is already watched.
+    """Record a class's current forward as its published forward, unless the class is already watched.
 
     The class may come from any package.
     """

@@ -115,8 +115,8 @@ def restore(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if derived_since(module):
             raise RuntimeError(
-                f"restore: {path or 'the model'} is a {type(module).__name__}, made of an accelerated module by other "
-                "code, such as torch's fully_shard: restore the model before that"
+                f"restore: other code, such as torch's fully_shard, derived the class {type(module).__name__} of "
+                f"{path or 'the model'} from an accelerated class: restore the model before running that code"
             )
     for module in model.modules():
         restore_class(module)
@@ -163,10 +163,10 @@ def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) ->
             yield path, module, adapter, None
         elif of_subclass is not None:
             adapter, name = of_subclass, type(module).__name__
-            why = "made of a module accelerated before" if derived_since(module) else "which may compute something else"
+            why = "derived from an accelerated class" if derived_since(module) else "which may compute something else"
             yield path, module, adapter, f"{name} is a subclass, {why}"
         elif derived_since(module):
-            yield path, module, None, f"{type(module).__name__} is a subclass, made of a module accelerated before"
+            yield path, module, None, f"{type(module).__name__} is a subclass, derived from an accelerated class"
         else:
             adapter, reason = (
                 described.match(module, forms) or block.match(module) or attention.match(module) or (None, None)
@@ -197,7 +197,7 @@ def _resembles(module: nn.Module, adapter: Adapter) -> bool:
 def _closed(module: nn.Module) -> str | None:
     """Return the reason why nothing inside a module may be changed, or None."""
     if isinstance(module, torch.jit.ScriptModule):
-        return "it is compiled by TorchScript: accelerate the model before"
+        return "it is compiled by TorchScript: accelerate the model before compiling it"
     if isinstance(module, torch.fx.GraphModule):
         return "it is a torch.fx graph: accelerate the model before making it"
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # an import would take seconds

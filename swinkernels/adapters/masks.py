@@ -95,7 +95,7 @@ def holds(x: Any, asked: tuple[Any, ...]) -> bool:
 
 
 def _constants(asked: Any) -> Any:
-    """Make dynamo treat sizes of a module as constants, which the formula needs, if it took them for dynamic ones."""
+    """Make dynamo treat a module's sizes as constants, which the formula needs, even if it considers them dynamic."""
     if isinstance(asked, tuple):
         return tuple(_constants(value) for value in asked)
     return operator.index(asked) if isinstance(asked, int) else asked

@@ -20,7 +20,7 @@ def resembles_attention(attn: nn.Module | None) -> bool:
 def is_cosine(attn: nn.Module) -> bool:
     """Return True for v2, recognised by its module ``cpb_mlp``.
 
-    Its parameters prove nothing: replicas, flattened and parametrised modules may keep them outside ``_parameters``.
+    Parameters are no reliable sign: replicas, flattened and parametrised modules may keep them outside ``_parameters``.
     """
     return "cpb_mlp" in attn._modules
 

@@ -80,7 +80,7 @@ class Residual:
     # The names of two modules of the block; drop_path is None if the branch itself ends with the drop path.
     norm: str
     drop_path: str | None = None
-    # The library's DropPath class and its readable name. An nn.Identity stands for p = 0.
+    # The library's DropPath class and its readable name. An nn.Identity means p = 0.
     kind: type[nn.Module] = nn.Identity
     known_as: str = "an nn.Identity"
     # Returns True if, under autocast, a Linear casts the norm's result before other code can read it.

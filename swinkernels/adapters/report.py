@@ -20,15 +20,15 @@ class Replaced:
     module_class: str
     adapter: str
     # The backend of the main part (a block's attention, a v2 block's norms): the requested one, or the choice of "auto"
-    # for the module's device and dtype in eval mode. If the library's own code runs, the library's name.
+    # for the module's device and dtype in eval mode. If the library's own code runs, this is the library's name.
     backend: str
-    # The reasons why the requested backend, or one faster than the chosen, cannot run a part.
+    # The reasons why the requested backend, or a backend faster than the chosen one, cannot run a part.
     remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module with an adapter that was left as it was."""
+    """A module that has an adapter, but was left as it was."""
 
     path: str
     module_class: str
@@ -103,7 +103,7 @@ class Check:
 
     def __str__(self) -> str:
         ran = sum(bool(entry.calls) for entry in self.modules)
-        rows = [("module", "class", "what it ran"), *((_name(e.path), e.module_class, str(e)) for e in self.modules)]
+        rows = [("module", "class", "ran"), *((_name(e.path), e.module_class, str(e)) for e in self.modules)]
         return "\n".join([f"swinkernels: {ran} of {len(self.modules)} replaced modules called ops", "", *_table(rows)])
 
 

@@ -23,10 +23,10 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
 
     Copies of both, without hooks and in eval mode, run on the same random map, and are compared with the original in
     float64. The accelerated error may be at most twice the original's (four times for parameter gradients in float32
-    and float64; more for tensors of few elements), plus the rounding of the result to the dtype, plus twice the change
-    of the result if every element of the input and the parameters moves by one eps. A gradient that should be zero may
-    be as large as a rounding error of the largest gradient. The module, its gradients and the state of every random
-    number generator stay as they are.
+    and float64; more for tensors with few elements), plus the rounding of the result to the dtype, plus twice the
+    change of the result if every element of the input and the parameters moves by one eps. A gradient that should be
+    zero may be as large as a rounding error of the largest gradient. The module, its gradients and the state of every
+    random number generator stay as they are.
 
     Args:
         adapters: every module about to be accelerated, this one and those inside it included -> its adapter.
@@ -36,7 +36,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
     adapter = adapters[module]
     weight = adapter.weight(module)
     if weight.is_meta:
-        raise ValueError(f"accelerate: verify=True needs parameters with values, those of {path!r} are on meta")
+        raise ValueError(f"accelerate: verify=True needs parameters with values, but {path!r} is on meta")
     dtype, device = weight.dtype, weight.device
     shape = (_BATCH, *adapter.input_shape(module))
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):

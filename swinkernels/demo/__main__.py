@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if not measure.has_stages(plain):
         console.print(
-            f"The pictures show the stages of a Swin v1 or v2, {args.model} has none under that name. "
+            f"The pictures show the stages of a Swin v1 or v2, but {args.model} has no stages that the demo can find. "
             "swinkernels.accelerate supports it all the same.",
             markup=False,
             highlight=False,

@@ -19,7 +19,7 @@ COLOURS = {"timm": "#8a8f98", "swinkernels": "#1f6feb"}
 
 
 def _first_component(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean over the tokens of (H, W, C), and the direction in which the tokens differ most."""
+    """Return the mean token of a map (H, W, C), and the direction in which its tokens differ most."""
     tokens = x.flatten(0, 1)
     mean = tokens.mean(0)
     direction = torch.linalg.svd(tokens - mean, full_matrices=False).Vh[0]

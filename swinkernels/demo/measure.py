@@ -76,7 +76,7 @@ def step(model: nn.Module, x: Tensor, dtype: torch.dtype, mode: str) -> None:
 
 
 class Stopwatch:
-    """Measures the milliseconds between marks, by CUDA events on a GPU and by the clock on a CPU."""
+    """Measures the milliseconds between marks, with CUDA events on a GPU and with the clock on a CPU."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -97,7 +97,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def time_calls(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """Time each module's forward pass by hooks."""
+        """Time each module's forward pass with hooks."""
         starts: dict[str, Any] = {}
 
         def before(name: str) -> Callable:
@@ -172,5 +172,5 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 def memory_method(device: torch.device) -> str:
     if device.type == "cuda":
-        return "torch.cuda.max_memory_allocated, less what was allocated before the step"
+        return "torch.cuda.max_memory_allocated, less the bytes allocated before the step"
     return "allocations of torch's CPU allocator in one step, from torch.profiler"

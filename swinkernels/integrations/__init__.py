@@ -51,7 +51,7 @@ class _MovedModules(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         new = f"swinkernels.adapters.{_MOVED[old.removeprefix(f'{__name__}.')]}"
-        warnings.warn(f"{old} is now {new}; the old name goes in swinkernels 0.3.0", FutureWarning, stacklevel=2)
+        warnings.warn(f"{old} is now {new}; swinkernels 0.3.0 removes the old name", FutureWarning, stacklevel=2)
         sys.modules[old] = importlib.import_module(new)
 
 

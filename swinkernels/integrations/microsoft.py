@@ -1,6 +1,6 @@
 """The interface of Microsoft's ``window_process`` extension: change one import to use it.
 
-Replace ``from kernels.window_process.window_process import WindowProcess, WindowProcessReverse`` by::
+Replace ``from kernels.window_process.window_process import WindowProcess, WindowProcessReverse`` with::
 
     from swinkernels.integrations.microsoft import WindowProcess, WindowProcessReverse
 
@@ -63,7 +63,7 @@ class WindowProcess:
 
         .. math:: windows = window\_partition(roll(input, +shift\_size))
 
-        The sign is that of ``torch.roll``: the models, which shift by -s before attention, pass -s here.
+        The sign is as in ``torch.roll``: the models, which shift by -s before attention, pass -s here.
 
         Args:
             input: (B, H, W, C) or (B, H * W, C), any dtype, any strides.

@@ -24,7 +24,7 @@ _ANCHORS = {
     "monai": r"layers1\.0\.blocks\.0\.norm1\.weight",
     "microsoft": r"layers[._]0\.blocks\.0\.norm1\.weight",
 }
-_ANCHORS["timm"] = _ANCHORS["microsoft"]  # patch merging ends stages in Microsoft's, begins them in timm's
+_ANCHORS["timm"] = _ANCHORS["microsoft"]  # patch merging ends a stage in Microsoft's code and begins one in timm's
 SOURCES = tuple(_ANCHORS)
 
 # Source -> (pattern of the source's names, Microsoft's name). All rules that match a key are applied, in order.
@@ -70,7 +70,7 @@ _NAMES: dict[str, list[tuple[str, str | Callable[[re.Match[str]], str]]]] = {
     ],
 }
 
-# Entries of a checkpoint for tensors that the modules compute.
+# Checkpoint entries for tensors that the modules compute.
 _COMPUTED = ("attn_mask", "relative_position_index", "relative_coords_table")
 
 
@@ -143,7 +143,7 @@ def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str
         if key.startswith(prefix) or not prefix or re.match(r"(head|classifier|norm)\b", key):
             converted[_rename(loaded.source, key.removeprefix(prefix))] = value
         else:
-            loaded.left[key] = f"it is not of the backbone, whose keys begin with {prefix!r}"
+            loaded.left[key] = f"it is outside the backbone, whose keys begin with {prefix!r}"
     converted = _with_joined_qkv(converted)
     converted = _with_merging_of(model, converted)
     expected = model.state_dict()
@@ -210,10 +210,10 @@ def _find_source(source: str, state: Tensors) -> tuple[str, str]:
             if source == "auto" and name == "microsoft" and _first_merging(state, prefix) != 0:
                 name = "timm"
             return name, prefix
-    what = "of a known source" if source == "auto" else f"of {source}"
+    what = "any known source" if source == "auto" else source
     raise ValueError(
-        f"load_pretrained: the keys are not those of a Swin {what}: no key ends like {_ANCHORS.get(source, 'theirs')}. "
-        f"Got {', '.join(list(state)[:4])}, ...; known are {', '.join(SOURCES)}"
+        f"load_pretrained: this is no Swin checkpoint of {what}: no key ends like {_ANCHORS.get(source, 'theirs')}. "
+        f"Got {', '.join(list(state)[:4])}, ...; known sources are {', '.join(SOURCES)}"
     )
 
 
@@ -242,7 +242,7 @@ def _with_joined_qkv(state: Tensors) -> Tensors:
             continue
         parts = [joined.pop(f"{prefix}{name}.weight", None) for name in "qkv"]
         if any(part is None for part in parts):
-            raise ValueError(f"load_pretrained: the checkpoint has {key}, and no weight of k or v beside it")
+            raise ValueError(f"load_pretrained: the checkpoint has {key}, but lacks the weight of k or v")
         joined[f"{prefix}qkv.weight"] = torch.cat([part for part in parts if part is not None])
         biases = {name: joined.pop(f"{prefix}{name}.bias", None) for name in "qkv"}
         if biases["q"] is None or biases["v"] is None:
@@ -255,7 +255,7 @@ def _with_joined_qkv(state: Tensors) -> Tensors:
 
 
 def _with_merging_of(model: nn.Module, state: Tensors) -> Tensors:
-    """Rename patch merging, so that it is at the same end of a stage as in the model."""
+    """Rename the keys of patch merging, so that it begins or ends a stage as in the model."""
     theirs, ours = _first_merging(state), _first_merging(model.state_dict())
     if theirs is None or ours is None or theirs == ours:
         return state
@@ -316,7 +316,7 @@ def _leave(model: nn.Module, state: Tensors, expected: Tensors, loaded: Loaded) 
                 loaded.left[key] = "the model has no head"
             elif state[key].shape != expected[key].shape:
                 classes = state[key].shape[0], expected[key].shape[0]
-                loaded.left[key] = f"a head for {classes[0]} classes, in the model for {classes[1]}"
+                loaded.left[key] = f"a head for {classes[0]} classes; the model's is for {classes[1]}"
         elif re.match(r"norm\d*\.", key) and key not in expected:
             loaded.left[key] = "the model has no norm there"
         elif re.match(r"layers\.(\d+)\.downsample\.", key) and key not in expected:
@@ -324,9 +324,9 @@ def _leave(model: nn.Module, state: Tensors, expected: Tensors, loaded: Loaded) 
                 loaded.left[key] = "the model does not merge after its last stage"
         elif re.match(r"layers\.(\d+)\.", key) and int(key.split(".")[1]) >= stages:
             if getattr(model, "out_indices", None) is not None:
-                loaded.left[key] = "the model ends with the last map that it gives"
+                loaded.left[key] = "the model ends with the last stage that it returns"
         elif key in ("mask_token", "embeddings.mask_token"):
-            loaded.left[key] = "of pretraining alone"
+            loaded.left[key] = "only pretraining uses it"
         if key in loaded.left:
             del state[key]
 
@@ -360,7 +360,7 @@ def _bicubic(table: Tensor, side: int, target: tuple[int, ...]) -> Tensor:
 
 
 def _geometric_offsets(side: int, target: int) -> Tensor:
-    """Return the positions of a source's offsets among a target's: 0, and distances that grow geometrically."""
+    """Return the positions of a source's offsets among a target's: 0, then distances that grow geometrically."""
     reach, wanted = side // 2, target // 2
     low, high = 1.01, 1.5
     ratio = low
@@ -418,7 +418,7 @@ _RULES: dict[str, tuple[str, Callable[[Tensor, int, tuple[int, ...]], Tensor]]] 
 
 
 def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
-    """Report offsets of v2 that differ from the model's; remove offsets and masks from the state."""
+    """Report v2's tables of offsets that differ from the model's; remove these tables and masks from the state."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_coords_table")]:
         path = key.rpartition(".")[0]
@@ -440,9 +440,9 @@ def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
             state.pop(f"{path}.relative_position_index", None)
         if not same:
             problems.append(
-                f"{key}: offsets of a window {trained} in the checkpoint; the model has window {module.window_size}, "
-                f"pretrained_window_size {tuple(module.pretrained_window_size)}. Make it with the "
-                "pretrained_window_sizes of the checkpoint, or those for which it was trained"
+                f"{key}: the checkpoint has offsets of a window {trained}; the model has window {module.window_size}, "
+                f"pretrained_window_size {tuple(module.pretrained_window_size)}. Make the model with the "
+                "checkpoint's pretrained_window_sizes or, if those are 0, with the windows of its training"
             )
     for key in [k for k in state if k.endswith(".attn_mask")]:
         del state[key]
@@ -450,7 +450,7 @@ def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
 
 
 def _wrong_indices(model: nn.Module, state: Tensors) -> list[str]:
-    """Report indices that read the bias table in another order; remove all indices from the state."""
+    """Report indices that would read the bias table in another order; remove all indices from the state."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_position_index")]:
         theirs = state.pop(key)
@@ -460,5 +460,5 @@ def _wrong_indices(model: nn.Module, state: Tensors) -> list[str]:
             continue
         ours = relative_position_index(module.window_size, device="cpu").reshape(-1)
         if not theirs.is_meta and not torch.equal(theirs.reshape(-1).to("cpu", ours.dtype), ours):
-            problems.append(f"{key}: not that of Microsoft's code for window_size {module.window_size}")
+            problems.append(f"{key}: differs from the index of Microsoft's code for window_size {module.window_size}")
     return problems

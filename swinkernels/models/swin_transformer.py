@@ -44,7 +44,7 @@ class SwinTransformer(nn.Module):
 
     Parameters: those of Microsoft's Swin-Transformer, without absolute position embedding: ``patch_embed``,
     ``layers.<i>.blocks.<j>``, ``layers.<i>.downsample``, ``norm`` and ``head``. With ``out_indices`` there are
-    ``norm<i>`` in place of ``norm`` and ``head``, as in its code for detection and segmentation.
+    ``norm<i>`` in place of ``norm`` and ``head``, as in Microsoft's code for detection and segmentation.
 
     Source: Swin Transformer (Liu et al., 2021), Swin Transformer V2 (Liu et al., 2022); ``SwinTransformer`` and
     ``SwinTransformerV2`` of Microsoft's Swin-Transformer, the backbone of its Swin-Transformer-Semantic-Segmentation.

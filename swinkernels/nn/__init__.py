@@ -5,11 +5,11 @@ hold their parameters under the published names and with the published initialis
 do not run, and a replacement that computes something else has no effect. All other layers are called.
 
 A module takes a feature map (B, \\*S, C) and returns a feature map. If the published module works on sequences of
-tokens, so does this one: a sequence (B, L, C) needs the size S of its map, L = prod(S), and gives a sequence. The same
-classes serve 2D and 3D: windows of three values, or ``spatial_dims=3``, make them 3D.
+tokens, this one also accepts a sequence (B, L, C), with the size S of its map, L = prod(S), and then returns a
+sequence. The same classes serve 2D and 3D: windows of three values, or ``spatial_dims=3``, make them 3D.
 
 Buffers that published checkpoints store (``relative_position_index``, ``relative_coords_table``, ``attn_mask``) are
-computed and not stored. Loading accepts them, strictly or not; an index that differs from Microsoft's is an error,
+computed and not stored. Loading accepts them, strictly or not; an index that differs from Microsoft's raises an error,
 because it would read the bias table in another order.
 """
 

@@ -63,7 +63,7 @@ def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: 
 
 
 def as_given(y: Tensor, size: Sequence[int] | None) -> Tensor:
-    """Return the map y in the form that x had: a sequence if it came with its size."""
+    """Return the map y in the form in which x was given: as a sequence if x came with its size."""
     return y if size is None else y.flatten(1, -2)
 
 

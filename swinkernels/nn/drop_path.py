@@ -22,9 +22,9 @@ class DropPath(nn.Module):
         self.drop_prob = float(drop_prob)
 
     def scale(self, y: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Draw the factor of each sample of y, (B,): 0 if the sample is dropped, else 1 / (1 - p); None stands for 1.
+        """Draw the factor of each sample of y, (B,): 0 if the sample is dropped, else 1 / (1 - p); None means 1.
 
-        ``dtype`` is the branch's dtype if y is another tensor, because a GPU's draws depend on the dtype.
+        If y is not the branch itself, pass the branch's ``dtype``, because a GPU's draws depend on the dtype.
         """
         if self.drop_prob == 0.0 or not self.training:
             return None

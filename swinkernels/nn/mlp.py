@@ -47,7 +47,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def is_half(self) -> bool:
-        """Return True if ``mlp_half`` now computes the same as the modules: they have GELU, no dropout and no hooks."""
+        """Return True if ``mlp_half`` would now give the modules' result: they have GELU, no dropout and no hooks."""
         drop = self.drop
         return (
             is_bare(self.fc1, nn.Linear)

@@ -89,7 +89,7 @@ class FinalPatchExpandX4(PatchExpand):
         dim: channels C of a token, before and after.
         spatial_dims, eps, backend, device, dtype: as for :class:`PatchExpand`.
 
-    Shape and parameters: those of :class:`PatchExpand` with ``out_dim`` = C and ``factor`` = 4.
+    Shape and parameters: as for :class:`PatchExpand` with ``out_dim`` = C and ``factor`` = 4.
 
     Source: Swin-Unet (Cao et al., 2021), section 3.4; ``FinalPatchExpand_X4`` of its code.
     """

@@ -102,7 +102,7 @@ class PatchMergingV2(_PatchMerging):
         dim, out_dim, spatial_dims, order, eps, backend, device, dtype: as for :class:`PatchMerging`.
 
     Shape:
-        The shapes are those of :class:`PatchMerging`. Under autocast the result is float32.
+        As for :class:`PatchMerging`, but under autocast the result is float32.
 
     Parameters: ``reduction.weight`` (out_dim, K C), ``norm.weight``, ``norm.bias`` (out_dim), K = 2 ** spatial_dims.
 

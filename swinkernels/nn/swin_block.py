@@ -23,7 +23,7 @@ from swinkernels.ops.residual_layer_norm import residual_layer_norm, residual_po
 
 
 def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the window, on each axis no larger than the map; None for the size keeps the window."""
+    """Return the window, clipped to the map on each axis if the map's size is given."""
     if resolution is None:
         return tuple(window)
     return tuple(min(w, n) for w, n in zip(window, resolution, strict=True))
@@ -31,8 +31,6 @@ def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[in
 
 class _Block(nn.Module):
     _ATTENTION: ClassVar[Any]
-    # The options that this version's block passes to its attention, in addition to those of both versions.
-    _OPTIONS: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -90,10 +88,10 @@ class _Block(nn.Module):
         return self.attn.shift_size
 
     def _is_of_halves(self, x: Tensor) -> bool:
-        """Return True if the ops attention_half and mlp_half would now compute the same as the modules, and are of use.
+        """Return True if attention_half and mlp_half would now give the modules' result, and are worth their cost.
 
-        The halves keep less for a backward pass and fuse matrix products on a CPU, but cost more host time, so in other
-        cases the modules are called.
+        The halves keep less for a backward pass and fuse matrix products on a CPU, but cost more host time. If there is
+        neither a backward pass nor a product to fuse, the modules are called.
         """
         attn, mlp = self.attn, self.mlp
         return (
@@ -122,7 +120,7 @@ class _Block(nn.Module):
 
 
 class SwinTransformerBlock(_Block):
-    r"""Shifted-window attention and an MLP, each behind a norm and in a residual connection (Swin v1).
+    r"""Shifted-window attention and an MLP, each after a norm and in a residual connection (Swin v1).
 
     .. math::
         s = x + attention(LayerNorm(x)), \quad y = s + MLP(LayerNorm(s))
@@ -208,7 +206,7 @@ class SwinTransformerBlock(_Block):
     def _run(self, x: Tensor, backend: str) -> Tensor:
         first, second = self.norm1, self.norm2
         if self._is_of_halves(x):
-            if fuses(x):  # the projection adds the residual connection, not the norm
+            if fuses(x):  # then the projection adds the residual, and the norm does not
                 d, e = (drop_path.scale(x) for drop_path in (self.drop_path1, self.drop_path2))
                 x = self.attn.run_half(x, first, drop_path_scale=d)
                 return self.mlp.run_half(x, second, drop_path_scale=e, backend=backend)
@@ -224,7 +222,7 @@ class SwinTransformerBlock(_Block):
 
 
 class SwinTransformerBlockV2(_Block):
-    r"""Shifted-window cosine attention and an MLP, each before a norm and in a residual connection (Swin v2).
+    r"""Shifted-window cosine attention and an MLP, each followed by a norm and in a residual connection (Swin v2).
 
     .. math::
         s = x + LayerNorm(attention(x)), \quad y = s + LayerNorm(MLP(s))
@@ -240,7 +238,7 @@ class SwinTransformerBlockV2(_Block):
 
     Parameters: those of ``norm1``, ``attn`` (see :class:`WindowAttentionV2`), ``norm2`` and ``mlp``. A checkpoint may
     also contain Microsoft's ``attn_mask``, which is computed here. The published models start with weights of 0 in the
-    norms; :class:`swinkernels.models.SwinTransformer` sets these, not the block.
+    norms; :class:`swinkernels.models.SwinTransformer` sets them, the block does not.
 
     Source: Swin Transformer V2 (Liu et al., 2022), section 3.2; ``SwinTransformerBlock`` of Microsoft's
     swin_transformer_v2.py, ``SwinTransformerV2Block`` of timm.
@@ -324,11 +322,11 @@ class BasicLayer(nn.Module):
 
     Shape:
         x: (B, \*S, C), or (B, L, C) with ``size`` = S, and (B, \*S, C / 2) with ``downsample_first``. The result is a
-        map or a sequence, like x, with the S and C that the change of size gives.
+        map or a sequence, like x, with the S and C that result from the change of size.
 
     Parameters: ``blocks.<i>`` and, if there are any, ``downsample`` and ``upsample``.
 
-    Source: ``BasicLayer`` of Microsoft's Swin-Transformer, Video-Swin and Swin-Unet, ``BasicLayer_up`` of the latter,
+    Source: ``BasicLayer`` of Microsoft's Swin-Transformer, Video-Swin and Swin-Unet, ``BasicLayer_up`` of Swin-Unet,
     ``SwinTransformerStage`` of timm.
     """
 
@@ -377,7 +375,7 @@ class BasicLayer(nn.Module):
         of_merging = {"backend": backend_beside("patch_merging", backend), **factory}
         if qk_scale is not None:
             options["qk_scale"] = qk_scale
-        # The modules are created in the order in which the published codes draw their parameters.
+        # The modules are created in the order in which the published code draws their parameters.
         self.downsample = downsample(dim // 2, **of_merging) if downsample is not None and downsample_first else None
         self.blocks = nn.ModuleList(
             self._BLOCK(
@@ -415,7 +413,7 @@ class BasicLayer(nn.Module):
         return as_given(x, size)
 
     def run_blocks(self, x: Tensor) -> Tensor:
-        """Run only the blocks, on a map; detection and segmentation models use their result."""
+        """Run only the blocks, on a map; detection and segmentation models use this result."""
         for block in self.blocks:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)

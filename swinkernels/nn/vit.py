@@ -109,8 +109,8 @@ class Attention(nn.Module):
             raise ValueError(f"{op}: dim must be a multiple of num_heads, got {dim} and {num_heads}")
         if rel_pos and window_size is None:
             raise ValueError(
-                f"{op}: rel_pos=True needs the window_size whose offsets it has; for attention over a whole map that "
-                "is the map's size"
+                f"{op}: rel_pos=True needs window_size, which sizes its table; for attention over a whole map, that is "
+                "the map's size"
             )
         self.dim = dim
         self.num_heads = num_heads
@@ -192,7 +192,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    r"""Attention and an MLP, each behind a norm and in a residual connection (vision transformer).
+    r"""Attention and an MLP, each after a norm and in a residual connection (vision transformer).
 
     .. math::
         s = x + \gamma_1 \, attention(LayerNorm(x)), \quad y = s + \gamma_2 \, MLP(LayerNorm(s))

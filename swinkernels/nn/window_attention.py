@@ -93,9 +93,10 @@ class _WindowAttention(nn.Module):
         return as_given(self.proj_drop(self.proj(out)), size)
 
     def is_half(self) -> bool:
-        """Return True if ``attention_half`` now computes the same as the modules: they have no dropout and no hooks.
+        """Return True if ``attention_half`` would now give the modules' result: they have no dropout and no hooks.
 
-        Stochastic depth is drawn before the half runs, but dropout of the attention weights would have to draw first.
+        Stochastic depth is drawn before the half runs, but dropout of the attention weights would have to be drawn
+        first.
         """
         attn_drop, proj_drop = self.attn_drop, self.proj_drop
         return (
@@ -124,8 +125,8 @@ class _WindowAttention(nn.Module):
         expected = relative_position_index(self.window_size, device="cpu")
         if not torch.equal(index.reshape(-1).to("cpu", torch.long), expected.reshape(-1)):
             error_msgs.append(
-                f"{prefix}relative_position_index is not that of Microsoft's code for window_size {self.window_size}, "
-                "which is the one computed here: the bias table would be read in another order"
+                f"{prefix}relative_position_index differs from the index of Microsoft's code for window_size "
+                f"{self.window_size}, which this module uses: the bias table would be read in another order"
             )
 
     def extra_repr(self) -> str:
@@ -317,7 +318,7 @@ class WindowAttentionV2(_WindowAttention):
                 table.copy_(self._coords_table())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> WindowAttentionV2:
-        """Apply ``fn``, such as a move, and fill the buffer of offsets, which ``to_empty`` leaves without values."""
+        """Apply ``fn``, such as a move, and fill the buffer of offsets, which ``to_empty`` leaves undefined."""
         super()._apply(fn, recurse)
         self.fill_coords_table()
         return self
@@ -329,13 +330,14 @@ class WindowAttentionV2(_WindowAttention):
             return
         expected = self._coords_table()
         given = table.detach().to("cpu", torch.float64).reshape(-1)
-        # The published codes compute the table in float32 and store it in the dtype of the model.
+        # The published code computes the table in float32 and stores it in the dtype of the model.
         near = 4 * max(torch.finfo(table.dtype).eps, 2.0**-20) * expected.abs().max()
         if given.numel() != expected.numel() or not (given - expected.reshape(-1)).abs().max() <= near:
             error_msgs.append(
-                f"{prefix}relative_coords_table is not that of window_size {self.window_size} and "
-                f"pretrained_window_size {self.pretrained_window_size}: the checkpoint was made with another one of "
-                "them. Build the model with its pretrained_window_size, or drop the key to use these"
+                f"{prefix}relative_coords_table does not belong to window_size {self.window_size} and "
+                f"pretrained_window_size {self.pretrained_window_size}: the checkpoint was made with another value of "
+                "at least one. Build the model with the checkpoint's pretrained_window_size, or drop the key to use "
+                "the model's"
             )
 
     def _qkv_bias(self) -> Tensor | None:

@@ -30,7 +30,7 @@ Ints = int | Sequence[int]
 
 
 def why_beyond_limits(head_dim: int, window: Sequence[int] = ()) -> str | None:
-    """Return why no backend takes heads or windows of this size, or None if the op takes them, for reports."""
+    """Return, for reports, why the op accepts no heads or windows of this size, or None if it accepts them."""
     if head_dim > MAX_HEAD_DIM:
         return f"its heads have {head_dim} channels, and the op takes at most {MAX_HEAD_DIM}"
     volume = math.prod(window)
@@ -262,7 +262,7 @@ def check_linear(op: str, x: Tensor, name: str, weight: Any, bias: Any, shape: t
 
 
 def check_dtype(op: str, dtype: Any, x: Tensor) -> torch.dtype:
-    """Check the dtype requested for a result and return it; None stands for the dtype of x."""
+    """Check the dtype requested for a result and return it; None means the dtype of x."""
     if dtype is None:
         return x.dtype
     if dtype not in DTYPES:
@@ -319,7 +319,7 @@ def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple
 
 
 def check_roll(op: str, shift_size: Any, rank: int) -> tuple[int, ...]:
-    """Check a cyclic shift as torch.roll takes it: any number of tokens per axis, in either direction."""
+    """Check a cyclic shift: like torch.roll's, any number of tokens per axis, in either direction."""
     return per_axis_ints(op, "shift_size", shift_size, rank)
 
 
@@ -374,7 +374,7 @@ def make_window_spec(
     table = window if table_window is None else per_axis_ints(op, "table_window", table_window, rank)
     if table_window is not None and tables.get("bias_table") is None:
         raise ValueError(
-            f"{op}: table_window must be None without a bias_table, whose numbering it is, got {table_window!r}"
+            f"{op}: table_window must be None without the bias_table that it describes, got {table_window!r}"
         )
     pairs = per_axis_bools(op, "table_pairs", table_pairs, rank)
     bias_table = tables.get("bias_table")
@@ -392,7 +392,7 @@ def make_window_spec(
     if scale is not None and tables.get("logit_scale") is not None:
         raise ValueError(f"{op}: scale (v1) must be None with a logit_scale (v2), got {scale!r}")
     if has_axis_tables and tables.get("logit_scale") is not None:
-        raise ValueError(f"{op}: axis_tables must be None with a logit_scale: they are multiplied by q as it is")
+        raise ValueError(f"{op}: axis_tables must be None with a logit_scale: they multiply q, not its unit vector")
     keys = window if key_window is None else per_axis_ints(op, "key_window", key_window, rank)
     if keys != window:
         beside = {"shift_size": any(shift), "periodic": any(wraps), "grid": grid, "table_pairs": any(pairs)}
@@ -425,7 +425,7 @@ def _check_key_window(
     keys: tuple[int, ...],
     beside: Mapping[str, bool],
 ) -> None:
-    """Check a key window that differs from the window, and that no argument in ``beside`` is given with it."""
+    """Check a key window that differs from the window; none of the arguments in ``beside`` may be given with it."""
     if any(m < w or (m - w) % 2 for m, w in zip(keys, window, strict=True)):
         raise ValueError(
             f"{op}: key_window must be window_size plus an even number of tokens per axis, half of them on each side, "
@@ -517,10 +517,10 @@ def check_window_call(
         for wraps, shift, s, w in zip(spec.periodic, spec.shift_size, size, window, strict=True)
     ):
         raise ValueError(
-            f"{op}: a shifted periodic axis must be whole windows with pad_order='pad_then_roll', which puts the "
-            f"padding between its two ends; got S = {size}, window {window} and periodic {spec.periodic}. Use "
+            f"{op}: a shifted periodic axis must consist of whole windows with pad_order='pad_then_roll', which puts "
+            f"the padding between its two ends; got S = {size}, window {window} and periodic {spec.periodic}. Use "
             "pad_order='roll_then_pad', which joins the ends first; to mask its pad tokens, too, give a region_map "
-            "instead of periodic, and pad_before for padding on both sides (as Aurora has it)"
+            "instead of periodic, and pad_before for padding on both sides (as in Aurora)"
         )
     bias_table, bias = tables.get("bias_table"), tables.get("bias")
     if bias_table is not None:
@@ -530,7 +530,7 @@ def check_window_call(
         if tuple(bias_table.shape) != expected:
             name, rows, decoded = "window_size", "2 * window - 1", spec.table_window
             if any(spec.table_pairs):
-                rows = "window * window where table_pairs, else 2 * window - 1"
+                rows = "window * window on axes with table_pairs, else 2 * window - 1"
             if spec.key_window != window:
                 name, rows, decoded = "key_window", "window + key_window - 1", spec.key_window
             elif spec.table_window != window:

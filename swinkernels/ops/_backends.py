@@ -59,7 +59,7 @@ def _not_installed() -> dict[str, str | None]:
 
 
 NOT_INSTALLED = _not_installed()
-# A backend's limits that are narrower than the argument checks'. The kernels' headers define them.
+# Limits of a backend that are narrower than the limits in the argument checks. The kernels' headers define them.
 LIMITS: dict[str, dict[str, int]] = {}
 NORM_LIMITS: dict[str, int] = {"triton": 8192}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
@@ -116,7 +116,7 @@ def _find_why_no_kernels(device: torch.device) -> str | None:
     if device.type not in PREFERENCE:
         return f"no kernel runs on {device.type} tensors"
     if device.type == "cuda" and torch.version.hip is not None:
-        return "no kernel is tested on ROCm: backend='triton' asks for those of Triton"
+        return "no kernel is tested on ROCm: to run Triton's kernels anyway, pass backend='triton'"
     return gpu_reason("triton", device) if device.type == "cuda" else None
 
 
@@ -175,7 +175,7 @@ def window_volume_reasons(backend: str, volume: int, device: torch.device) -> li
     if largest is None or volume <= largest:
         return []
     whole = LIMITS[backend]["max_window_volume"]
-    room = f" where a block has {_shared_bytes(device) // 1024} KB of shared memory" if largest < whole else ""
+    room = f" on a GPU with {_shared_bytes(device) // 1024} KB of shared memory per block" if largest < whole else ""
     return [f"it takes windows of at most {largest} tokens{room}, got {volume}"]
 
 
@@ -272,5 +272,5 @@ def observe_choices(observe: Callable[[str, str], None]) -> Iterator[None]:
 
 
 def backend_beside(op: str, requested: str) -> str:
-    """Return the backend for an op beside attention on ``requested``: the same one if it has the op, else "auto"."""
+    """Return the backend for an op called next to attention: ``requested`` if this backend has the op, else "auto"."""
     return requested if requested in ("auto", *PLAIN, *IMPLEMENTED[op]) else "auto"

@@ -313,7 +313,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
         program = torch.export.export(model, (x,)).run_decompositions(swinkernels.decompositions())
 
-    Converters that support ATen alone accept such a program, and it loads without this package. An op that draws
+    Converters that support only ATen accept such a program, and it loads without this package. An op that draws
     dropout has no decomposition and raises NotImplementedError: call ``model.eval()`` first.
     """
     table = torch.export.default_decompositions()

@@ -1,8 +1,8 @@
 """Runs a Linear layer with its bias, GELU or residual connection in one pass on a CPU, with torch's oneDNN.
 
-F.linear on a CPU writes the bias into the result before the product, and GELU and the sum are separate passes: three or
-four parallel regions over memory instead of one. oneDNN applies all of them to a tile that is still in registers, in
-float32, and rounds once.
+F.linear on a CPU writes the bias into the result before the product, and GELU and the sum are separate passes, so the
+result is traversed three or four times, in as many parallel regions. oneDNN applies bias, GELU and sum to each tile
+while the tile is still in registers, in float32, and rounds once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def why_not_fused(dtype: torch.dtype) -> str | None:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "torch was built without oneDNN"
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"it has been measured on x86 alone, not on {platform.machine()}"
+        return f"it has been measured only on x86, not on {platform.machine()}"
     if dtype == torch.float32:
         name = torch.backends.cpu.get_cpu_capability()
         return None if name.startswith("AVX512") else f"float32 products gain nothing from it on {name}"
@@ -40,7 +40,7 @@ def why_not_fused(dtype: torch.dtype) -> str | None:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: str | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """Return Linear(x), then GELU in the form ``gelu``, or residual + Linear(x) in the dtype of the residual.
+    """Return Linear(x), followed by GELU in the form ``gelu``, or residual + Linear(x) in the dtype of the residual.
 
     x, weight and bias have one dtype. If no fused function applies, torch's separate functions run.
     """
@@ -78,7 +78,7 @@ def _is_available(dtype: torch.dtype) -> bool:
 
 
 def _is_intercepted() -> bool:
-    """Return True if other code would miss calls of F.linear and F.gelu: a mode, or a function in their place."""
+    """Return True if other code intercepts F.linear and F.gelu: a mode, or a function that replaces one of them."""
     if (F.linear, F.gelu) != _FUNCTIONS:
         return True
     modes = torch._C._len_torch_function_stack()
@@ -112,7 +112,7 @@ def _is_constant(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
-    """Return True if the product outweighs the overhead of oneDNN, 20 us per call; F.linear's is 2 us in float32."""
+    """Return True if the product outweighs oneDNN's overhead, 20 us per call against F.linear's 2 us in float32."""
     products = x.numel() * weight.shape[0]
     if x.dtype == torch.float32:
         return products >= 1 << 24

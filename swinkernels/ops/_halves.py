@@ -36,7 +36,7 @@ def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
 def scaled(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm: str) -> tuple[Tensor, Tensor | None]:
     """Return the parameters of the last Linear layer of a branch, times layer scale unless a norm is in between.
 
-    Multiplied into the weight's rows, layer scale needs no further saved tensor for its gradient.
+    If layer scale multiplies the weight's rows, its gradient needs no further saved tensor.
     """
     if layer_scale is None or norm == "post":
         return weight, bias

@@ -225,8 +225,7 @@ class Differentiable:
         def backward_op(ctx, *gradients):
             return *backward(ctx, *gradients), *(None,) * (len(op._schema.arguments) - count)
 
-        # For callers whose tensors are plain: they call apply if a gradient may be needed, else overload below
-        # autograd.
+        # Callers with plain tensors use these two: apply if a gradient may be needed, else overload, below autograd.
         function = _function(name, forward=forward, backward=lambda ctx, *gradients: (*backward(ctx, *gradients), None))
         self.apply, self.overload = function.apply, op
         self._name, self._count = name, count
@@ -275,8 +274,8 @@ def register_derivative(name: str, fake: Callable, of: str, gradients: Callable 
         name: the backward op's name.
         fake: as for torch.library.register_fake.
         of: the forward op's name in error messages.
-        gradients: (tensors, others) -> the backward op's results, None for those that are not wanted, by operations
-            that torch can differentiate. If it is None, a second derivative raises NotImplementedError.
+        gradients: (tensors, others) -> the backward op's results, computed by operations that torch can differentiate,
+            with None for results that are not needed. Without it a second derivative raises NotImplementedError.
     """
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
     op = getattr(ops, name).default

@@ -2,7 +2,7 @@
 
 Eager PyTorch keeps both the input of a norm or GELU and its result, which the next Linear reads. Norm and GELU are
 cheap compared with the matrix products, so this file keeps only their input. Compilers choose what to recompute, and
-transforms have their own rules, so in calls that are not plain eager ones these functions run the plain operations.
+transforms have their own rules, so these functions run the plain operations in all calls but plain eager ones.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _run(
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Return a context without autocast, which has cast the tensors already, or was off in the forward pass."""
+    """Return a context without autocast: it has already cast the tensors, or was off in the forward pass."""
     is_on = torch._C._is_any_autocast_enabled()
     return torch.autocast(x.device.type, enabled=False) if is_on else _AS_IT_IS
 

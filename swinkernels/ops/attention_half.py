@@ -51,7 +51,7 @@ def attention_half(
 
         y = x + d \, \gamma \cdot LayerNorm(proj(attention(qkv(x)))) \quad \text{(post, v2)}
 
-    The published codes pad the input of the QKV projection with zeros, so a pad token's q, k and v are ``qkv_bias``:
+    The published code pads the input of the QKV projection with zeros, so a pad token's q, k and v are ``qkv_bias``:
     in v1 a pad token is zero after the norm, not before it.
 
     For the backward pass, the call keeps x, q, k, v, the tensors that window attention keeps, the input of proj and, in
@@ -99,7 +99,7 @@ def attention_half(
             op, x, norm, residual, eps, drop_path_scale, norm_weight=norm_weight, norm_bias=norm_bias,
             layer_scale=layer_scale,
         )  # fmt: skip
-        for name, instead in (("pad_qkv", "qkv_bias is what a pad token has"), ("return_attention", "call the op")):
+        for name, instead in (("pad_qkv", "a pad token gets qkv_bias"), ("return_attention", "call the op")):
             if name in attention:
                 raise ValueError(f"{op}: {name} cannot be given here, got {attention[name]!r}: {instead}")
         heads = _arguments.check_count(op, "num_heads", num_heads)

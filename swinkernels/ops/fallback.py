@@ -296,7 +296,7 @@ def _attend(
     wide: torch.dtype,
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return softmax(factor q k^T + addend) v and, if wanted, the weights.
+    """Return softmax(factor q k^T + addend) v and, if requested, the weights.
 
     q, k and v are windows (B, num_windows, heads, N or M, head_dim); v may have shorter rows than q and k.
     """
@@ -457,7 +457,7 @@ def patch_merging(
     between: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Merge patches. ``neighbours`` are row-major numbers of neighbours; ``by_channel`` stands for order "unfold"."""
+    """Merge patches. ``neighbours`` are row-major numbers of neighbours; ``by_channel`` is for order "unfold"."""
     rank = len(neighbours).bit_length() - 1
     size = x.shape[-1 - rank : -1]
     if any(isinstance(s, torch.SymInt) or s % 2 for s in size):  # an exported program serves both parities

@@ -59,7 +59,7 @@ def _fake_bwd(dz, x, weight, mean, rstd, factor, needs_dweight, needs_dbias):
 
 def _setup_context(ctx, tensors, others, output):
     ctx.factor = others[0]
-    ctx.set_materialize_grads(False)  # saves kernels that fill zeros for mean and rstd
+    ctx.set_materialize_grads(False)  # avoids kernels that fill zeros for mean and rstd
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -135,7 +135,7 @@ def layer_norm(
         weight: (C,) or None for 1, any floating dtype.
         bias: (C,) or None for 0, any floating dtype.
         eps: added to the variance; 1e-5 in the Swin models.
-        dtype: dtype of the result, by default that of x, also under autocast. The arithmetic is in float32 or wider.
+        dtype: dtype of the result, by default x.dtype, also under autocast. The arithmetic is in float32 or wider.
         backend: "auto", "cuda", "torch" or "reference". "auto" takes the fastest that can run the call.
 
     Returns:

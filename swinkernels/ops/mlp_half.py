@@ -97,7 +97,7 @@ def mlp_half(
                     f"{op}: branch must have the shape of x, {tuple(x.shape)}, got shape {tuple(branch.shape)}"
                 )
         elif branch_scale is not None:
-            raise ValueError(f"{op}: branch_scale must be None without a branch, whose factor it is")
+            raise ValueError(f"{op}: branch_scale must be None without the branch that it scales")
         _arguments.check_parameters(op, x, (x.shape[0],), branch_scale=branch_scale)
         _arguments.check_choice(op, "approximate", approximate, _APPROXIMATIONS)
         channels = x.shape[-1]

@@ -76,7 +76,7 @@ def _define(suffix: str) -> Callable:
 
     def setup_context(ctx, tensors, others, output):
         ctx.pieces = others[:2]
-        ctx.set_materialize_grads(False)  # saves kernels that fill zeros for mean and rstd
+        ctx.set_materialize_grads(False)  # avoids kernels that fill zeros for mean and rstd
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
@@ -104,8 +104,8 @@ def _by_neighbour(x: Tensor, count: int) -> Tensor:
 def _row_major_columns(weight: Tensor, numbers: Sequence[int]) -> Tensor:
     """Reorder the columns of the reducing Linear's weight into row-major order of the neighbours.
 
-    They come as one run of channels per neighbour, in the order ``numbers``. A neighbour that occurs twice there gets
-    the sum of its columns; one that does not occur gets zeros.
+    The given columns are one run of channels per neighbour, in the order ``numbers``. A neighbour that occurs twice in
+    it gets the sum of its columns, and a neighbour that does not occur gets zeros.
     """
     columns = weight.unflatten(-1, (len(numbers), -1)).unbind(-2)
     runs = [[c for c, number in zip(columns, numbers, strict=True) if number == i] for i in range(len(numbers))]
@@ -137,7 +137,7 @@ def patch_merging(
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).
         norm_weight, norm_bias: (K * C,) for "pre", (out,) for "post", or None for 1 and 0; K neighbours are merged.
-        weight: (out, K * C), the reduction. Its width decides what is merged: K = 4 merges the last two axes, a 3D map
+        weight: (out, K * C), the reduction. Its width determines the merging: K = 4 merges the last two axes, a 3D map
             frame by frame (Video-Swin, Aurora); K = 8 merges all three.
         eps: added to the variance of the norm.
         order: order of the K * C channels.
@@ -154,7 +154,7 @@ def patch_merging(
 
     Returns:
         (B, \*S', out), contiguous, S' = ceil(S / 2) on the merged axes, in the dtype of x. Under autocast the dtype is
-        that of torch's modules on a GPU: the autocast dtype for "pre", whose last step is the Linear, float32 for
+        as for torch's modules on a GPU: the autocast dtype for "pre", whose last step is the Linear, float32 for
         "post". An empty batch gives an empty result. Differentiable in x and all parameters, each gradient in its
         tensor's dtype; twice with backend="torch" or "reference".
 

@@ -67,7 +67,7 @@ def _fake_post_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dweight, ne
 def _setup_context(ctx, tensors, others, output):
     _, _, drop_path_scale, weight, bias = tensors
     s, z, mean, rstd = output
-    ctx.set_materialize_grads(False)  # saves kernels that fill zeros for mean and rstd
+    ctx.set_materialize_grads(False)  # avoids kernels that fill zeros for mean and rstd
     ctx.z_dtype = z.dtype
     ctx.save_for_backward(s, drop_path_scale, weight, bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
@@ -100,7 +100,7 @@ def residual_norm_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x and y and, if needed, of weight and bias, without autograd.
 
-    y has the dtype of dz. ``backend`` is "cuda" or "torch"; a ds of None stands for zeros.
+    y has the dtype of dz. ``backend`` is "cuda" or "torch"; a ds of None means zeros.
     """
     if backend == "torch":
         dx, *of_norm = norm_gradients(dz, s, weight, bias, mean, rstd, (True, *needed), backend)

@@ -48,7 +48,7 @@ _SPEC = "str spec, float scale, float mask_value, float dropout_p"  # WindowSpec
 _FORMS = {"window_attention_qkvpacked": ("qkv",), "window_attention": ("q", "k", "v")}
 
 
-_UNKNOWN = (1.0, 0.0, 0.0)  # stands for numbers that are not used and may be symbolic
+_UNKNOWN = (1.0, 0.0, 0.0)  # replaces numbers that are not used and may be symbolic
 
 
 def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
@@ -57,9 +57,9 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
     inputs = ", ".join(f"Tensor {m}" for m in maps)
     gradients = ", ".join(f"Tensor d{m}" for m in maps)
     fwd, bwd = f"{name}_fwd{suffix}", f"{name}_bwd{suffix}"
-    # lse is empty unless the spec asks for it.
+    # lse is empty unless the spec requests it.
     define(f"{fwd}({inputs}, {_TABLES}, {_SPEC}) -> (Tensor out, Tensor lse)")
-    # Bit i of wanted asks for the gradient of _DIFFERENTIABLE[i]; a gradient not asked for is empty.
+    # Bit i of wanted requests the gradient of _DIFFERENTIABLE[i]; a gradient that is not requested is empty.
     define(f"{bwd}(Tensor dout, {inputs}, Tensor lse, {_TABLES}, {_SPEC}, int wanted) -> ({gradients}, {_SUMS})")
 
     def fake_fwd(*args):
@@ -80,7 +80,7 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
         return *(x.new_empty(x.shape) for x in xs), *sums
 
     def setup_context(ctx, tensors, others, output):
-        ctx.set_materialize_grads(False)  # saves a kernel that fills zeros for lse
+        ctx.set_materialize_grads(False)  # avoids a kernel that fills zeros for lse
         ctx.spec = others
         ctx.save_for_backward(*tensors[:n], output[1], *tensors[n:])
         ctx.mark_non_differentiable(output[1])
@@ -111,7 +111,7 @@ def _reference_gradients(form: str, tensors: Sequence[Any], others: tuple[Any, .
     dout, *maps = tensors[: 1 + n]
     tables = tensors[2 + n : 6 + n]
     region_map = tensors[6 + n]
-    if region_map is not None:  # fitted to three axes
+    if region_map is not None:  # it was expanded to three axes for the op
         region_map = region_map.reshape(region_map.shape[-len(spec.window_size) :])
     is_wanted = [bool(wanted >> i & 1) for i in range(len(tables))]
 
@@ -138,7 +138,7 @@ def _reference_gradients(form: str, tensors: Sequence[Any], others: tuple[Any, .
 _FORWARD = {(form, suffix): _define(form, maps, suffix) for form, maps in _FORMS.items() for suffix in ("", "_triton")}
 
 
-@constant_when_compiled  # compiled code of torch's own matmul fixes it likewise
+@constant_when_compiled  # torch's own matmul in compiled code has a constant setting, too
 def _tf32_switch() -> bool:
     """Return True if torch allows TF32 products on CUDA, whichever of its switches was set."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -184,7 +184,7 @@ class _Plan(NamedTuple):
     """Everything decided from tensor metadata (shape, dtype, device), never from values; safe to cache."""
 
     backend: str
-    dtype: torch.dtype  # of the maps that the op gets
+    dtype: torch.dtype  # dtype of the maps passed to the op
     view: tuple[int, ...] | None  # shape of a map (B, *S, 3C)
     num_heads: int
     spec: WindowSpec
@@ -192,7 +192,7 @@ class _Plan(NamedTuple):
     # needed.
     others: tuple[tuple[Any, ...], ...]
     op: Differentiable | None  # None for a backend in plain PyTorch
-    reads_pads: bool  # False if the map is known to have no pads
+    reads_pads: bool  # False if the map is known to have no pad tokens
     fits: bool  # the tables need no conversion for the op
     asks_for_tf32: bool
 
@@ -425,11 +425,11 @@ def window_attention_qkvpacked(
     Returns:
         (B, \*S, C) in the dtype of qkv, contiguous. An empty batch gives an empty result. Differentiable in qkv,
         bias_table, bias, logit_scale, pad_qkv and axis_tables, each gradient in its tensor's dtype. Kernels give the
-        same bits for the same input on one device; docs/numerics.md covers "torch". Twice differentiable, with dropout
-        only by backend="torch" or "reference". With return_attention the result is a pair: this tensor, and the weights
-        that multiply v, (B, num_windows, num_heads, N, N), after softmax and dropout as in transformers, in the same
-        dtype and also differentiable. The windows of the weights are in row-major order of the shifted map, and their N
-        tokens include the pad tokens.
+        same bits for the same input on one device; docs/numerics.md covers "torch". Twice differentiable; with dropout
+        only if backend is "torch" or "reference". With return_attention the result is a pair: this tensor and the
+        weights that multiply v, (B, num_windows, num_heads, N, N), after softmax and dropout as in transformers, in the
+        same dtype and also differentiable. The windows of the weights are in row-major order of the shifted map, and
+        their N tokens include the pad tokens.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
@@ -493,7 +493,7 @@ def window_attention(
 ) -> Any:  # a Tensor, or a pair
     r"""Attention inside the shifted windows of a feature map, from separate q, k and v.
 
-    The formula and the other arguments are those of :func:`window_attention_qkvpacked`.
+    The formula and the other arguments are as for :func:`window_attention_qkvpacked`.
 
     Args:
         q, k, v: (B, \*S, num_heads, head_dim) each, of one shape, dtype and device, any strides.

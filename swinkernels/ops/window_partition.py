@@ -79,7 +79,7 @@ def _check_count(op: str, batch: int, size: Sequence[int], window: Sequence[int]
 def partition(
     op: str, x: Tensor, window: Sequence[int], shift: Sequence[int], pad_order: str, backend: str = "auto"
 ) -> Tensor:
-    """:func:`window_partition` on arguments that ``op`` has checked, for any shift below the padded map's size."""
+    """Run :func:`window_partition` on arguments that ``op`` has checked; any shift below the padded map is accepted."""
     return _partition(x, window, shift, pad_order, _choice(op, x, backend))
 
 
@@ -102,7 +102,7 @@ def reverse(
     pad_order: str,
     backend: str = "auto",
 ) -> Tensor:
-    """:func:`window_reverse` on arguments that ``op`` has checked, for any shift below the padded map's size."""
+    """Run :func:`window_reverse` on arguments that ``op`` has checked; any shift below the padded map is accepted."""
     return _reverse(windows, window, size, shift, pad_order, _choice(op, windows, backend))
 
 
@@ -195,7 +195,7 @@ def window_reverse(
         window, shift = _arguments.check_window(op, window_size, shift_size, len(tokens))
         _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
         _arguments.check_windows(op, windows, tokens, window)
-        _check_count(op, 1, tokens, window, windows.shape[2])  # for one map: the windows of all maps exist
+        _check_count(op, 1, tokens, window, windows.shape[2])  # one map suffices: the windows of all maps already exist
         return window, tokens, shift, _choice(op, windows, backend)
 
     options = (op, window_size, tuple(size) if type(size) is torch.Size else size, shift_size, pad_order, backend)

@@ -1,4 +1,4 @@
-"""The positions of shifted windows' tokens in a feature map, shared by the ops of this folder."""
+"""Positions of window tokens in a feature map, with shift and padding, shared by the ops of this folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def check_window(
     *,
     below_frame: bool = False,
 ) -> None:
-    """Raise ValueError for a meaningless geometry. ``shift`` must be below the window, or ``below_frame`` the frame."""
+    """Raise ValueError for a meaningless geometry.
+
+    ``shift`` must be below the window or, if ``below_frame`` is True, below the frame.
+    """
     if len(size) not in (2, 3) or any(s < 1 for s in size):
         raise ValueError(f"{op}: the map must have two or three axes of at least one token, got S = {tuple(size)}")
     if any(w < 1 for w in window):

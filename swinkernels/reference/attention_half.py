@@ -39,7 +39,7 @@ def attention_half(
 
         y = x + d \, \gamma \cdot LayerNorm(proj(attention(qkv(x)))) \quad \text{(post, v2)}
 
-    The published codes pad the input of the QKV projection with zeros, so a pad token's q, k and v are ``qkv_bias``:
+    The published code pads the input of the QKV projection with zeros, so a pad token's q, k and v are ``qkv_bias``:
     in v1 a pad token is zero after the norm, not before it.
 
     Args:

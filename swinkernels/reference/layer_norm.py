@@ -25,7 +25,7 @@ def layer_norm(
         weight: (C,) or None for 1.
         bias: (C,) or None for 0.
         eps: added to the variance; 1e-5 in the Swin models.
-        dtype: dtype of the result; by default that of x.
+        dtype: dtype of the result; by default the dtype of x.
 
     Returns:
         (..., C) in ``dtype``. The arithmetic is in float32, or in float64 if x is; the result is rounded once.

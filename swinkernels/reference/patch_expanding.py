@@ -36,7 +36,7 @@ def patch_expanding(
         norm_weight, norm_bias: (out,), or None for 1 and 0.
         factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) keeps a 3D map's depth.
         eps: added to the variance of the norm.
-        dtype: dtype of the result; by default that of x.
+        dtype: dtype of the result; by default the dtype of x.
 
     Returns:
         (B, \*(S * factor), out) in ``dtype``. An empty batch gives an empty result.

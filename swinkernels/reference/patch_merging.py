@@ -52,7 +52,7 @@ def patch_merging(
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any floating dtype.
         norm_weight, norm_bias: (K * C,) for "pre", (out,) for "post", or None for 1 and 0; K neighbours are merged.
-        weight: (out, K * C), the reduction. Its width decides what is merged: K = 4 merges the last two axes, a 3D map
+        weight: (out, K * C), the reduction. Its width determines the merging: K = 4 merges the last two axes, a 3D map
             frame by frame (Video-Swin, Aurora); K = 8 merges all three.
         eps: added to the variance of the norm.
         order: order of the K * C channels.

@@ -113,16 +113,16 @@ def window_attention(
             dtype of q; with a ``key_window`` of M tokens (..., N, M).
         return_lse: also return the natural log-sum-exp of the final scores, (B, num_windows, num_heads, N), last.
 
-        The other arguments are those of :func:`swinkernels.window_attention`, which documents them. Only errors that
-        would silently give a wrong result are checked here.
+        The other arguments are documented in :func:`swinkernels.window_attention`. Only mistakes that would silently
+        give a wrong result raise an error here.
 
     Returns:
         (B, \*S, num_heads * head_dim) in the dtype of q, contiguous. The arithmetic is in float32, or in float64 if q
         is, also under autocast, and the result is rounded once. (A backward pass under autocast is torch's own and
         rounds its products.) An empty batch gives an empty result.
-        The gradient of ``logit_scale`` is zero above ln 100 (at it, as for torch.clamp). A pad token whose k is zero
+        The gradient of ``logit_scale`` is zero above ln 100 (at ln 100, as in torch.clamp). A pad token whose k is zero
         has cosine 0 with every query, and the gradient of that k, a part of ``pad_qkv``, is of the order of 1e12.
-        Models whose k has no bias have no such parameter.
+        If a model's k has no bias, no parameter gets this gradient.
 
     Raises:
         ValueError: a meaningless geometry, or tables that do not fit.
@@ -232,9 +232,9 @@ def window_attention_qkvpacked(
     Args:
         qkv: (B, \*S, 3C) or (B, \*S, 3, num_heads, head_dim), S = (H, W) or (D, H, W).
 
-        The other arguments, the formula, the returns and the errors are those of :func:`window_attention` above.
+        The other arguments, the formula, the returns and the errors are as for :func:`window_attention` above.
 
-    Source: the layout of the qkv Linear of the published codes, (3, num_heads, head_dim) on its output axis.
+    Source: the output layout of the published qkv Linear, (3, num_heads, head_dim).
     """
     if qkv.dim() in (4, 5):
         qkv = qkv.unflatten(-1, (3, num_heads, -1))

@@ -46,7 +46,7 @@ def launch_captured(op: str, launch: Callable[..., Any], *arguments: Any) -> Any
 
 
 def _attach(op: str, launch: Callable[..., Any]) -> None:
-    """Make ``launch`` the kernel of an op. The tensors' GPU is made the current one, because Triton uses that."""
+    """Make ``launch`` the kernel of an op. The tensors' GPU becomes current, because Triton launches on that one."""
 
     def run(x, *arguments):
         if x.is_cuda and x.device.index != torch.cuda.current_device():

@@ -15,7 +15,7 @@ ARITHMETIC = {"enable_fp_fusion": True}
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """Return x, copied only if its last axis is strided: kernels accept all other strides."""
+    """Return x, copied only if its last axis is strided, because kernels accept all other strides."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

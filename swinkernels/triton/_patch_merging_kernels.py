@@ -4,7 +4,7 @@ Maths     u = concat of the K neighbours of a merged token, zeros outside the ma
           passes over registers; z = (u - mean) rstd weight + bias. Backward, with h = (u - mean) rstd, g = dz weight:
           du = rstd (g - mean(g) - h mean(g h)), dweight = sum of dz h, dbias = sum of dz, over all tokens.
 Tiling    a program holds ROWS merged tokens in registers. A token's L columns, rounded up to a power of two (padding
-          each neighbour's channels would waste the same, as K is a power of two), are cut into PARTS of WIDTH: row i of
+          each neighbour's channels would waste as much: K is a power of two), are cut into PARTS of WIDTH: row i of
           the tile (PARTS * ROWS, WIDTH) is part i // ROWS of merged token i % ROWS. Warps take the tile's rows in turn,
           so up to L = 512 a merged token belongs to one warp, and its sums need no barrier. The columns of a backward
           program are in the order of the map instead of the runs, so that each neighbour's gradient is written once,
@@ -61,7 +61,7 @@ def _columns(PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _advance(window, step, size, FACTOR: tl.constexpr):
-    """Return the merged tokens ``step`` after these. Carries replace divisions, which every lane would do."""
+    """Return the merged tokens ``step`` after these. Carries replace divisions, which every lane would execute."""
     num0, num1, num2 = tl.cdiv(size[0], FACTOR[0]), tl.cdiv(size[1], FACTOR[1]), tl.cdiv(size[2], FACTOR[2])
     n2 = window.n2 + step[3]
     carry = n2 >= num2

@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of a window: their numbers in it, their image and map coordinates, and a mask of those in the map."""
+    """Tokens of a window: numbers in the window, image and map coordinates, and a mask of the tokens in the map."""
 
     token: Any
     image: Any
@@ -52,7 +52,7 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def coordinates(token, WINDOW: tl.constexpr):
-    """Return the coordinates of window tokens; for tokens beyond the window the first one is beyond it."""
+    """Return the coordinates of window tokens. If a token is beyond the window, its first coordinate is too large."""
     return token // (WINDOW[1] * WINDOW[2]), token // WINDOW[2] % WINDOW[1], token % WINDOW[2]
 
 
@@ -76,7 +76,7 @@ def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.co
 
 @triton.jit
 def locate(window, token, geometry, STATIC: tl.constexpr):
-    """Locate tokens of a window. ``geometry`` has the fields of Geometry, STATIC the four that are read here."""
+    """Locate tokens of a window. ``geometry`` has the fields of Geometry, STATIC the four fields that are read here."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     ROLL_THEN_PAD: tl.constexpr = STATIC.ROLL_THEN_PAD
     GRID: tl.constexpr = STATIC.GRID
@@ -104,7 +104,7 @@ def split_window(number, size, WINDOW: tl.constexpr):
 
 @triton.jit
 def next_window(window, size, WINDOW: tl.constexpr):
-    """Return the next window. Carries replace split_window's divisions, which every thread would do."""
+    """Return the next window. Carries replace split_window's divisions, which every thread would execute."""
     n2 = window.n2 + 1
     wraps = n2 == tl.cdiv(size[2], WINDOW[2])
     n2 = tl.where(wraps, 0, n2)

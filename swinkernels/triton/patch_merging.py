@@ -42,8 +42,8 @@ class Tile(NamedTuple):
 def tile(length: int, itemsize: int, whole: bool, backward: bool, multiprocessors: int) -> Tile:
     """Return the tile of a kernel, derived from registers and bytes in flight, not measured. This is the place to tune.
 
-    ``itemsize`` is the written dtype's; ``whole`` is True if accesses of 16 bytes are possible. Each lane makes one
-    access per part.
+    ``itemsize`` is the size of a written element; ``whole`` is True if accesses of 16 bytes are possible. Each lane
+    makes one access per part.
     """
     block, vec = triton.next_power_of_2(length), ACCESS_BYTES // itemsize
     columns = COLUMNS if whole or block > COLUMNS * 32 * 8 else max(vec, COLUMNS // 2)

@@ -142,7 +142,7 @@ def row(family: str, repeats: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure every family and write docs/models.md.")
     parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("families", nargs="*", help="print these alone, and write nothing")
+    parser.add_argument("families", nargs="*", help="print only these families, and write nothing")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

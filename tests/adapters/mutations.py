@@ -3,8 +3,8 @@
 A seed and a number determine a mutation: a model, one or two edits that a user could make, before or after
 ``accelerate``, the next step (a copy, a pickle, a second ``accelerate``, ``restore``), and how the model runs. The
 library's own model gets the same edits. Both must then return the same outputs and gradients and leave the same
-attributes, buffers, log and random state, or both must raise an exception. A mutation that differs prints the command
-that repeats it alone.
+attributes, buffers, log and random state, or both must raise an exception. If the two differ, the mutation prints the
+command that repeats it on its own.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Site:
         return t.flatten()[order].reshape(t.shape)
 
     def keep(self, x: Any) -> Any:
-        """Append a result to the log, as a user's code collects a loss."""
+        """Append a result to the log, like user code that collects losses."""
         if isinstance(x, Tensor) and x.is_floating_point():
             self.log.append(x.square().mean())
         return x
@@ -90,7 +90,7 @@ class Site:
         setattr(self.model.get_submodule(parent), name, module)
 
 
-# An edit has two functions: one lists its possible details at a module of the library's own model, the other makes it.
+# An edit has two functions: one lists its possible details at a module of the library's model, the other applies it.
 Details = Callable[[nn.Module], list[Any]]
 Change = Callable[[Site, Any], None]
 EDITS: dict[str, tuple[Details, Change]] = {}
@@ -713,7 +713,7 @@ def compare(got: Outcome, expected: Outcome, tolerance: float) -> str | None:
     if got.values.keys() != expected.values.keys():
         return f"only one of the two has {', '.join(sorted(got.values.keys() ^ expected.values.keys()))}"
     gradients = [g for name, g in expected.values.items() if name.startswith("gradient") and g is not None]
-    # A gradient whose terms cancel is only rounding error of the others.
+    # A gradient whose terms cancel consists only of rounding errors, whose size depends on the other gradients.
     finite = [g.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for g in gradients if g.numel()]
     floor = tolerance * 1e-2 * max((g.abs().max().item() for g in finite), default=0.0)
     for name, value in expected.values.items():
@@ -750,7 +750,7 @@ def _difference(got: Any, expected: Any, tolerance: float, floor: float) -> str 
 
 
 def check(seed: int, number: int) -> str | None:
-    """Return the line that reports and repeats a mutation whose two models differ, or None."""
+    """Return a report of a mutation whose two models differ, with the command that repeats it, or None."""
     mutation = draw(seed, number)
     expected = run(mutation, accelerates=False)
     got = run(mutation, accelerates=True)

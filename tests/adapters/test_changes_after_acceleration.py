@@ -244,7 +244,7 @@ def test_code_that_was_compiled_notices_an_assigned_index(name):
 @pytest.mark.parametrize("name", compiled_places())
 @pytest.mark.parametrize("edit", [assign, change_in_place])
 def test_code_compiled_after_a_change(name, edit):
-    """The module has not run between accelerate and the compiler."""
+    """The module does not run between accelerate and compilation."""
     torch._dynamo.reset()
     place = PLACES[name]
     plain, fast = pair(place)

@@ -249,7 +249,7 @@ def test_keys_types_copies_and_restore(library, attention_calls, norm_calls):
     assert list(fast.state_dict()) == list(model.state_dict())
     assert [name for name, _ in fast.named_buffers()] == buffers
     assert all(isinstance(m, c) for m, c in zip(fast.modules(), classes, strict=True))
-    # The state of mmpretrain's v2 lacks buffers that it requires.
+    # mmpretrain's v2 requires buffers that its own state lacks.
     plain = copy.deepcopy(model)
     loaded = [m.load_state_dict(other.state_dict(), strict=False) for m, other in ((fast, plain), (plain, fast))]
     assert loaded[0] == loaded[1] and not loaded[0].unexpected_keys

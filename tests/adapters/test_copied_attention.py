@@ -197,7 +197,7 @@ def test_what_is_not_a_published_form_is_refused(attention):
 def test_a_module_with_other_arguments_is_named_with_what_it_lacks():
     (entry,) = swinkernels.accelerate(make(Wrapped, OtherArguments)).skipped
     assert entry.path == "attn"
-    assert "an argument mask behind x (its forward takes (self, x, y))" in entry.reason
+    assert "an argument mask after x (its forward takes (self, x, y))" in entry.reason
 
 
 def test_a_refused_block_with_a_refused_attention_is_told_once():

@@ -249,7 +249,7 @@ class ExtraBias(forms.WindowAttention):
 
 
 class HiddenOffset(forms.WindowAttention):
-    """Adds values that are 0 in an instance."""
+    """Adds values that happen to be 0 in this instance."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -315,7 +315,7 @@ def attended_by(attention: type[nn.Module], base: Any = forms.ClassificationBloc
 
 SIZE = (12, (8, 12), 3)
 REFUSED: dict[str, tuple[Any, str]] = {
-    "another mask value": (lambda: OtherMaskValue(*SIZE, **SHIFTED), "attn_mask holds other values"),
+    "another mask value": (lambda: OtherMaskValue(*SIZE, **SHIFTED), "attn_mask differs"),
     "another mask where it is made": (
         lambda: OtherMaskWhereItIsMade(*SIZE, **SHIFTED),
         "another output where masks matter",
@@ -356,7 +356,7 @@ def test_what_is_not_a_published_form_is_refused(name):
 
 
 class PadsBefore(forms.SegmentationBlock):
-    """Pads in front, which maps of whole windows do not reveal."""
+    """Pads before the map's tokens, which maps of whole windows do not reveal."""
 
     def padded(self, x, window, shift, mask):
         h, w = (-s % n for s, n in zip(x.shape[1:-1], window, strict=True))
@@ -419,7 +419,7 @@ class CannotBeCopied(forms.ClassificationBlock):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (TakesAnIndex, "its forward takes (self, x, x_size, rpi, attn_mask), which is no known form"),
+        (TakesAnIndex, "its forward takes (self, x, x_size, rpi, attn_mask), which is not a known form"),
         (ReturnsMore, "it returns a tuple, not a tensor"),
         (Raises, "its forward refused a trial on random numbers: ValueError: not today"),
         (CannotBeCopied, "cannot be copied for a trial: TypeError: there is only one"),
@@ -438,9 +438,9 @@ def test_blocks_that_cannot_be_tried(kind, words):
         (lambda b: setattr(b.attn, "softmax", nn.Sigmoid()), "attn.softmax is a Sigmoid"),
         (lambda b: setattr(b.attn, "scale", torch.ones(())), "attn.scale is a Tensor"),
         (lambda b: b.attn.proj.register_forward_hook(print), "a hook is registered on attn.proj"),
-        (lambda b: b.attn.relative_position_index.add_(1), "attn.relative_position_index holds other values"),
+        (lambda b: b.attn.relative_position_index.add_(1), "attn.relative_position_index differs"),
         (lambda b: setattr(b.attn, "window_size", (5, 5)), "not the table of its window_size"),
-        (lambda b: b.attn_mask.zero_(), "attn_mask holds other values"),
+        (lambda b: b.attn_mask.zero_(), "attn_mask differs"),
         (lambda b: b.to("meta"), "meta"),
     ],
 )

@@ -53,7 +53,7 @@ def test_triton_on_rocm_is_taken_only_by_name(monkeypatch):
 
 @every_place
 def test_the_librarys_own_code_runs_there(place, monkeypatch):
-    """A patched CPU serves as the device without kernels."""
+    """A patched CPU serves as a device without kernels."""
     plain = place.model()
     fast = copy.deepcopy(plain)
     monkeypatch.setattr(_backends, "_find_why_no_kernels", lambda device: "no kernel runs on such tensors")

@@ -305,7 +305,7 @@ def test_compile_fullgraph(family):
 
 @pytest.mark.parametrize("family", ["SCUNet", "timm SAM ViT", "Uformer", "copy"])
 def test_second_derivatives_behind_a_kernel(family, attention_calls):
-    """A penalty on the gradient, and the penalty's gradients, are right in float32, in which a kernel runs."""
+    """A penalty on the gradient, and the penalty's gradients, are right in float32, which a kernel supports."""
     model, x = model_of(family), make_input(family)
     found = []
     for m in (model, accelerated(copy.deepcopy(model).float())):
@@ -411,7 +411,7 @@ def test_a_hook_of_all_modules_is_no_verdict():
     attn = other_forms.WMSA(20, 4, 4, "W")
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert "hook of all modules" in swinkernels.accelerate(attn).skipped[0].reason
+        assert "global module hook" in swinkernels.accelerate(attn).skipped[0].reason
     finally:
         handle.remove()
     assert swinkernels.accelerate(attn).replaced

@@ -95,7 +95,7 @@ def replace_forward(module: nn.Module) -> None:
 @every_family
 @pytest.mark.parametrize("edit", [scale, scale_input, subclass, replace_forward])
 def test_edits_of_inner_modules_count(family, edit):
-    """Each module that a fused product replaces is edited alone, before or after accelerate."""
+    """Each module that a fused product replaces is edited on its own, before or after accelerate."""
     path, parts = PARTS[family]
     model, x = make_model(family), make_input(family)
     unchanged = model(x)

@@ -101,7 +101,7 @@ def test_any_dtype(dtype):
 
 
 def test_more_than_65535_windows():
-    """There are more windows than blocks on the z axis of a CUDA grid, which the extension uses for windows."""
+    """There are more windows than a CUDA grid can have blocks on its z axis, which the extension uses for windows."""
     x = torch.arange(2 * 2 * 65536).reshape(2, 2, 65536, 1)
     windows = WindowProcess.apply(x, 2, 2, 65536, 1, -1, 1)
     assert windows.shape == (2 * 2 * 65536, 1, 1, 1)

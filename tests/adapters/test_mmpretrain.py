@@ -352,9 +352,9 @@ def test_subclasses_and_what_is_inside_them():
 @pytest.mark.parametrize(
     ("version", "change", "words"),
     [
-        (1, lambda attn: attn.w_msa.relative_position_index.add_(-1), "other values than mmpretrain's"),
-        (2, lambda attn: attn.w_msa.relative_position_index.add_(-1), "other values than mmpretrain's"),
-        (1, lambda attn: setattr(attn, "window_size", 5), "window_size is not that of w_msa"),
+        (1, lambda attn: attn.w_msa.relative_position_index.add_(-1), "differs from mmpretrain's"),
+        (2, lambda attn: attn.w_msa.relative_position_index.add_(-1), "differs from mmpretrain's"),
+        (1, lambda attn: setattr(attn, "window_size", 5), "window_size is not the window_size of w_msa"),
         (1, lambda attn: setattr(attn.w_msa, "scale", torch.ones(1)), "w_msa.scale is a Tensor"),
         (1, lambda attn: setattr(attn.w_msa, "relative_position_bias_table", nn.Parameter(torch.ones(9, 2))), "table"),
         (2, lambda attn: setattr(attn.w_msa, "relative_coords_table", torch.ones(1, 3, 3, 2)), "table"),

@@ -331,7 +331,7 @@ def test_the_order_of_neighbours_is_that_of_the_installed_version():
 def test_an_order_that_no_op_has_is_left_to_monai(monkeypatch):
     monkeypatch.setattr(adapter, "_order", lambda kind, axes: None)
     report = swinkernels.accelerate(PatchMerging(12))
-    assert "an order that is not known" in report.skipped[0].reason
+    assert "an unknown order" in report.skipped[0].reason
 
 
 # Precision, compilers
@@ -401,7 +401,7 @@ def test_subclasses_are_left_alone_but_not_what_is_in_a_stage():
     report = swinkernels.accelerate(fast)
     assert {e.path: e.reason for e in report.skipped} == {
         "layers1.0": "OwnStage is a subclass, which may compute something else",
-        "layers2.0": "a block of it is of the class OwnBlock",
+        "layers2.0": "it contains a block of the class OwnBlock",
         "layers2.0.blocks.0": "OwnBlock is a subclass, which may compute something else",
         "layers3.0.downsample": "LegacyPatchMerging is a subclass, which may compute something else",
         "layers4.0.blocks.1": "its forward_part1 was replaced on the instance",
@@ -420,7 +420,7 @@ def test_subclasses_are_left_alone_but_not_what_is_in_a_stage():
         (lambda attn: setattr(attn, "softmax", nn.LogSoftmax(-1)), "attn.softmax is a LogSoftmax"),
         (lambda attn: setattr(attn, "scale", torch.ones(1)), "attn.scale is a Tensor"),
         (lambda attn: setattr(attn, "window_size", (5, 4)), "not the table of attn.window_size"),
-        (lambda attn: attn.relative_position_index.add_(1), "other values than MONAI's"),
+        (lambda attn: attn.relative_position_index.add_(1), "differs from MONAI's"),
         (lambda attn: setattr(attn, "__class__", type("OwnAttention", (WindowAttention,), {})), "OwnAttention"),
     ],
 )

@@ -314,7 +314,7 @@ REPLACEMENTS: dict[str, tuple[Any, Any, str]] = {
     "index": (
         PartitionAttentionCl,
         lambda a: setattr(a.rel_pos, "relative_position_index", a.rel_pos.relative_position_index.flip(0)),
-        "attn.rel_pos numbers tokens otherwise than timm",
+        "attn.rel_pos numbers tokens in another order than timm",
     ),
     "lookup": (
         PartitionAttentionCl,
@@ -322,7 +322,7 @@ REPLACEMENTS: dict[str, tuple[Any, Any, str]] = {
             setattr(a, "rel_pos", RelPosBiasTf(WINDOW, 2)),
             setattr(a.rel_pos, "width_lookup", a.rel_pos.width_lookup.flip(2)),
         ),
-        "attn.rel_pos numbers tokens otherwise than timm",
+        "attn.rel_pos numbers tokens in another order than timm",
     ),
 }
 

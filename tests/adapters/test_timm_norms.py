@@ -382,7 +382,7 @@ def test_a_backend_that_has_the_op_and_cannot_run_the_call_refuses_it():
 
 @versions
 def test_auto_decides_at_the_call(version, calls, a_gpu, monkeypatch):
-    """The dtypes and the device of the call decide: a model may be cast or moved after accelerate."""
+    """The call's dtypes and device determine the backend: a model may be cast or moved after accelerate."""
     model = make_model(version)
     report = swinkernels.accelerate(model)
     merging = next(e for e in report.replaced if "Merging" in e.module_class)

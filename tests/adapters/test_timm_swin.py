@@ -725,7 +725,7 @@ def test_another_packages_linear_is_named_with_its_module():
 
 
 def test_a_stored_mask_is_compared_in_code_with_dynamic_sizes():
-    """dynamo takes the sizes of modules for dynamic ones if FSDP2 has sharded them."""
+    """dynamo treats the sizes of modules as dynamic if FSDP2 has sharded them."""
     torch.compiler.reset()
 
     def marked(mask, n):

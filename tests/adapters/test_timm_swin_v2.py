@@ -268,11 +268,15 @@ class LowRank(nn.Linear):
 REPLACEMENTS = {
     "another projection": ("proj", lambda attn: LowRank(16, 16), "attn.proj is a LowRank, not an nn.Linear"),
     "another softmax": ("softmax", lambda attn: nn.Softmin(-1), "attn.softmax is a Softmin, not an nn.Softmax"),
-    "a qkv with a bias": ("qkv", lambda attn: nn.Linear(16, 48), "attn.qkv has a bias beside q_bias and v_bias"),
+    "a qkv with a bias": (
+        "qkv",
+        lambda attn: nn.Linear(16, 48),
+        "attn.qkv has a bias in addition to q_bias and v_bias",
+    ),
     "another table": (
         "relative_coords_table",
         lambda attn: torch.randn(1, 49, 1, 2),
-        "attn.relative_coords_table is not that of window_size",
+        "attn.relative_coords_table is not the table of window_size",
     ),
 }
 
@@ -299,7 +303,7 @@ def test_another_position_index_or_attention_method_is_left_alone():
     second._attn = lambda x: x
     report = swinkernels.accelerate(model)
     assert [(e.path, e.reason) for e in report.skipped] == [
-        ("layers.0.blocks.0", "attn.relative_position_index holds other values than timm's"),
+        ("layers.0.blocks.0", "attn.relative_position_index differs from timm's"),
         ("layers.0.blocks.1", "its _attn was replaced on the instance"),
     ]
 
@@ -316,7 +320,7 @@ def test_an_attention_mask_of_the_users_own(when):
         m.layers[0].blocks[1].attn_mask = mask
     if when == "before":
         (entry,) = swinkernels.accelerate(fast).skipped
-        assert (entry.path, entry.reason) == ("layers.0.blocks.1", "attn_mask holds other values than timm's")
+        assert (entry.path, entry.reason) == ("layers.0.blocks.1", "attn_mask differs from timm's")
     torch.testing.assert_close(fast(x), model(x), rtol=1e-10, atol=1e-12)
 
 

@@ -158,7 +158,7 @@ def test_what_is_not_known_runs_timms_code(monkeypatch):
         "stages.1.blocks.0": "Attention: timm's own code; attn is a Own, not timm's WindowMultiHeadAttention",
     }
     assert [(e.path, e.reason) for e in report.skipped] == [
-        ("stages.0.blocks.1", "attn_mask holds other values than timm's"),
+        ("stages.0.blocks.1", "attn_mask differs from timm's"),
         ("stages.1.blocks.1", "its _shifted_window_attn was replaced on the instance"),
     ]
     monkeypatch.setattr(_blocks, "window_attention_qkvpacked", refuse)

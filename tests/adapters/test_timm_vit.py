@@ -155,7 +155,7 @@ def test_another_index_layer_or_number_of_tokens(timm_only):
     first.rel_pos.relative_position_index = first.rel_pos.relative_position_index.flip(0)
     second.proj = nn.Sequential(second.proj)
     assert [e.reason for e in swinkernels.accelerate(model).skipped] == [
-        "rel_pos numbers tokens otherwise than timm",
+        "rel_pos numbers tokens in another order than timm",
         "attn.proj is a Sequential, not an nn.Linear",
     ]
     attn = accelerated(make_model()).blocks[0].attn

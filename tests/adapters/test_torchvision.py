@@ -470,7 +470,7 @@ def test_subclasses_and_what_is_inside_them():
 @pytest.mark.parametrize(
     ("version", "change", "words"),
     [
-        (1, lambda attn: attn.relative_position_index.add_(-1), "other values than torchvision's"),
+        (1, lambda attn: attn.relative_position_index.add_(-1), "differs from torchvision's"),
         (1, lambda attn: setattr(attn, "window_size", [4, 3]), "not the table of window_size"),
         (2, lambda attn: setattr(attn, "window_size", [4, 3]), "not the table of window_size"),
         (1, lambda attn: setattr(attn, "shift_size", [4, 2]), "shift_size is not smaller"),

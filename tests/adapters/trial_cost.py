@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
             line += f"; {options.against}: {theirs['seconds']:.2f} s, {theirs['gib']:.2f} GiB ({times:.0f} times)"
         too_much |= ours["seconds"] > MOST_SECONDS or ours["gib"] > MOST_GIB or not ours["on ops"]
         print(line, flush=True)
-    print(f"at most {MOST_SECONDS:g} s and {MOST_GIB:g} GiB are wanted: {'missed' if too_much else 'met'}")
+    print(f"at most {MOST_SECONDS:g} s and {MOST_GIB:g} GiB are allowed: {'missed' if too_much else 'met'}")
     return 1 if too_much else 0
 
 

@@ -38,7 +38,7 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 def _triangle_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: None = None, scale: float | None = None
 ) -> Tensor:
-    """Compute what cuEquivariance documents, for q, k, v of (B, N, H, Q, D) and a bias of (B, 1, H, Q, K)."""
+    """Compute cuEquivariance's documented formula, for q, k, v of (B, N, H, Q, D) and a bias of (B, 1, H, Q, K)."""
     batch, _, heads, n, d = q.shape
     assert bias.shape == (batch, 1, heads, n, n)
     scores = (d**-0.5 if scale is None else scale) * (q @ k.mT) + bias
@@ -132,7 +132,7 @@ def test_rows_of_a_run_on_the_cpu(tmp_path: Path) -> None:
     case = WindowAttentionCase(1, (6, 6), 2, 8, 3, 1)
     rows = attention.benchmark("small", case, torch.float32, CPU, names)
     by_key = {(row["backend"], row["direction"]): row for row in rows}
-    assert ("eager", "bwd") not in by_key  # backward is timed alone only for ours, as the bare op
+    assert ("eager", "bwd") not in by_key  # only our backward is timed alone, as the bare op
     for name in names:
         assert by_key[name, "fwd"]["result"] == "ok"
         assert by_key[name, "fwd"]["median_us"] > 0
@@ -292,7 +292,7 @@ def test_a_wrong_memory_bound_result_is_called_wrong(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("op", memory_bound.BENCHES)
 def test_moved_bytes_are_those_of_the_tensors(op: str) -> None:
-    """The forward pass moves the input maps and the results, backward the tensors that its formula names."""
+    """The forward pass moves the input maps and the results, the backward pass the tensors in its formula."""
     case, pair = SMALL["padded"], memory_bound.PAIRS["float32-bfloat16"]
     inputs = memory_bound.draw(op, case, pair, CPU)
     with torch.no_grad():

@@ -241,7 +241,7 @@ def _from_bits(x: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_90"])
 def test_what_is_executed_is_attention(arch: str) -> None:
-    """The counted code, run on numbers, gives the reference's output and gradients, so it is the code to count."""
+    """The counted code, run on numbers, gives the reference's output and gradients, so the right code is counted."""
     forward = instructions.Case("fwd", (7, 7), lse=True)
     backward = instructions.Case("bwd", (7, 7))
     torch.manual_seed(0)

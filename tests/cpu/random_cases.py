@@ -3,7 +3,7 @@
     python -m tests.cpu.random_cases --cases 100000
 
 A seed and a number determine a call: the case, the dtype, the form of the op, the memory layout of every tensor and the
-wanted gradients. A call outside the budget prints the command that repeats it alone.
+requested gradients. A call outside the budget prints the command that repeats it on its own.
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--only", type=int, help="number of the one call to make")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-compare", action="store_true", help="run the kernels alone, for a sanitizer to watch")
-    parser.add_argument("--record", type=Path, help="a CSV file for the worst errors; adds to that of the calls before")
+    parser.add_argument("--no-compare", action="store_true", help="only run the kernels, for a sanitizer")
+    parser.add_argument("--record", type=Path, help="a CSV file to which to add the worst errors")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN

@@ -1,4 +1,4 @@
-"""The CUDA kernels' bits depend on GPU and batch only as docs/numerics.md says; the emulator runs the kernels."""
+"""The CUDA kernels, run by the emulator, give bits that depend on GPU and batch only as docs/numerics.md states."""
 
 from __future__ import annotations
 

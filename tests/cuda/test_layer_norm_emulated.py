@@ -172,7 +172,7 @@ FAR_FROM_ZERO = [
 
 @pytest.mark.parametrize("case", FAR_FROM_ZERO, ids=str)
 def test_rows_far_from_zero(library, case):
-    """The mean is a thousand times the deviation: the mean square minus the squared mean would be all noise."""
+    """The mean is a thousand times the deviation: mean square minus squared mean would have no correct digit."""
     check(library, case)
 
 

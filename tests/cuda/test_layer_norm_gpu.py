@@ -196,7 +196,7 @@ def assert_close(got: list[Tensor], exact: list[Tensor], eps: float) -> None:
     for i, (g, e) in enumerate(zip(got, exact, strict=True)):
         assert g.shape == e.shape
         error = (g.cpu().double() - e.double()).norm() / e.double().norm()
-        assert error <= eps, f"result {i}: {error / eps:.2f} of what is allowed"
+        assert error <= eps, f"result {i}: {error / eps:.2f} of the allowed error"
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
@@ -274,7 +274,7 @@ def test_side_stream_and_cuda_graph(case: NormCase) -> None:
     ids=kind,
 )
 def test_more_than_two_to_the_31_elements(case: NormCase) -> None:
-    """The last images of a huge batch have the same results as alone."""
+    """The last images of a huge batch have the same results as in a batch of their own."""
     if torch.cuda.mem_get_info()[0] < 48 * 2**30:
         pytest.skip("needs 48 GiB of free GPU memory")
     case = replace(case, pair=(BF16, BF16), has_weight=False, has_bias=False)

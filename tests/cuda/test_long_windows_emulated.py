@@ -1,4 +1,4 @@
-"""The CUDA kernels of long windows of the plain kind, run on the CPU by the emulator, against the float64 reference."""
+"""The CUDA kernels for plain long windows, run on the CPU by the emulator, against the float64 reference."""
 
 from __future__ import annotations
 

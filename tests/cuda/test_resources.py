@@ -261,7 +261,7 @@ def test_the_hot_sources_stay_within_the_budget_of_the_build(arch: str, tmp_path
     with BUDGET_CSV.open(newline="") as file:
         allowed = {(row["arch"], row["compiler"]): row for row in csv.DictReader(file)}
     if (arch, compiler()) not in allowed:
-        pytest.skip(f"{BUDGET_CSV.name} has no row of {compiler()} for {arch}; measure_build gives it")
+        pytest.skip(f"{BUDGET_CSV.name} has no row of {compiler()} for {arch}; measure_build makes one")
     budget, now = allowed[arch, compiler()], measure_build(arch, tmp_path)
     for column in ("megabytes", "yardsticks"):
         assert float(now[column]) <= MOST_GROWTH * float(budget[column]), (column, now, budget)

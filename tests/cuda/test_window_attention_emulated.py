@@ -72,7 +72,7 @@ def _regions(*frame: int) -> Tensor:
 
 ROLL_THEN_PAD = {"pad_order": "roll_then_pad"}
 MASKED_OUT = {"mask_value": -math.inf}
-# Windows of 4 to 256 tokens, each with another head_dim, size and padding, to cover tiles, loops and tails.
+# Windows of 4 to 256 tokens, each with a different head_dim, size and padding, to cover tiles, loops and tails.
 WINDOWS = [
     Case(2, (4, 6), 2, 8, 2, 1),
     Case(2, (7, 5), 1, 16, 3, 1, has_pad_qkv=True),
@@ -123,7 +123,7 @@ LONG = {
     "1024 tokens": Case(1, (32, 31), 1, 16, 32, 3, has_pad_qkv=True),
     "1024 tokens, dense": Case(1, (32, 32), 1, 16, 32, 0, **DENSE),
 }
-# All geometry options, each on a map on which it matters.
+# All geometry options, each on a map where it matters.
 GEOMETRY = {
     "no table": Case(1, (7, 8), 2, 32, 4, 1, has_table=False, has_pad_qkv=True),
     "no table, long window": Case(1, (12, 24), 2, 32, 12, 6, has_table=False),
@@ -268,8 +268,8 @@ def test_any_case(case, arithmetic):
     built = emulation.window_attention_library()
     built.configure()
     op, dtype = built.window_attention_qkvpacked, getattr(torch, arithmetic)
-    # Few numbers average too few rounding errors. With cosines times 100 one key of a row dominates: its dS, which sum
-    # to zero, are rounding errors, and in float16 below its range.
+    # Few numbers average too few rounding errors. With cosines times 100 one key of a row dominates: the row's dS,
+    # which sum to zero, are then rounding errors, and in float16 too small to represent.
     assume(not (case.has_logit_scale and dtype == torch.float16))
     eps = torch.finfo(dtype).eps * (2 if dtype != torch.float32 else 64 if case.has_logit_scale else 4)
     check_window_attention(op, case, dtype, eps=eps, cancels=True)

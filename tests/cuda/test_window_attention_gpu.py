@@ -249,7 +249,7 @@ def test_replays_of_a_graph_draw_dropout_anew(backend: str) -> None:
 
 
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
-    """The last images of a huge batch have the same results as alone; the batch has more than 2 ** 16 windows."""
+    """The last images of a batch of more than 2 ** 16 windows have the same results as in a batch of their own."""
     batch = 2400
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")

@@ -5,14 +5,14 @@ intrinsics and collectives that kernels use, and has twins of ``kernels/common/p
 ``launch.cuh`` (launches, dynamic shared memory). ``simt.cpp`` runs a block as one fiber per CUDA thread: a lane runs
 until a barrier, shuffle, vote, ldmatrix or mma and waits there for the others; then the result of the instruction is
 computed in its documented fragment layout, with float accumulation. So index arithmetic, layouts, masks, barriers and
-reductions are those of the kernel. Not modelled are time, occupancy, memory visibility between blocks, the last bit of
-the approximate functions and the order in which a tensor core adds.
+reductions are those of the kernel. Time, occupancy, memory visibility between blocks, the last bit of the approximate
+functions and the order in which a tensor core adds are not modelled.
 
-It is stricter than a GPU. Dynamic shared memory and every buffer start as NaN and lie next to inaccessible pages; a
-cp.async writes NaN first and its data only at the wait that covers it; misaligned vector accesses, array indices out
-of range, and lanes that meet in different collectives or never, become errors of the launch that name block and thread.
-A schedule seed shuffles the order in which warps and lanes run: kernels without races give the same bits for every
-seed.
+The emulator is stricter than a GPU. Dynamic shared memory and every buffer start as NaN and lie next to inaccessible
+pages; a cp.async writes NaN first and its data only at the wait that covers it. Misaligned vector accesses, array
+indices out of range, and lanes that wait in different collectives or forever become launch errors that name block and
+thread. A schedule seed shuffles the order in which warps and lanes run: kernels without races give the same bits for
+every seed.
 
 $SWINKERNELS_EMULATION_FLAGS is added to the compiler's flags: -O0 compiles in a quarter of the time but runs slower.
 """
@@ -528,7 +528,7 @@ class WindowAttentionLibrary(Library):
         dropout_seed: int = 0,
         **arguments: Any,
     ) -> Tensor:
-        """Compute ``swinkernels.window_attention_qkvpacked``, differentiably, by the emulated CUDA kernels."""
+        """Compute ``swinkernels.window_attention_qkvpacked``, differentiably, with the emulated CUDA kernels."""
         args = self.normal_form(qkv, bias_table, **arguments)
         return _Attend.apply(
             self, args, allow_tf32, dropout_seed, qkv, *(getattr(args, name) for name in _DIFFERENTIABLE)
@@ -561,7 +561,7 @@ class WindowAttentionLibrary(Library):
     ) -> Tensor | None:
         """Return the numbers of a window's tokens as the kernels for short windows in 16 bits find them.
 
-        Return None if these kernels do not take maps of this size. No map is read: one row of 32 float16 serves as all.
+        Return None if these kernels do not take maps of this size. No map is read: one row of 32 numbers serves as all.
         """
         geometry, lead = _Geometry(), _TokenMap(None, 0, (ctypes.c_int64 * 3)(), 32)
         geometry.fill(size, window, shift, (0, 0), "pad_then_roll")

@@ -38,7 +38,7 @@ def attach() -> None:
 
     def reasons(backend: str, op: str, device: torch.device) -> list[str]:
         if backend != "cuda":
-            return ["the emulated library has CUDA kernels alone"]
+            return ["the emulated library has only CUDA kernels"]
         return [] if backend in _backends.IMPLEMENTED[op] else [f"it does not implement {op}"]
 
     _backends._reasons = reasons

@@ -80,7 +80,8 @@ __global__ void write_packed_kernel(const uint32_t* x, uint32_t* y, int how, int
   }
 }
 
-// Row by row: sum by xor, the neighbour above, the one below within 8, lane 3 of each 8, and the ballot of odd values.
+// The rows of y: the sum by xor, the next lane's value, the previous lane's within groups of 8, lane 3's of each group,
+// and the ballot of odd values.
 __global__ void shuffle_kernel(const int* x, int* y) {
   const int lane = threadIdx.x;
   int sum = x[lane];

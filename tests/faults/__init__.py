@@ -1,4 +1,4 @@
-"""Faults that the tests must find: one edit of one file each, with a test that passes without it and fails with it.
+"""Faults that the tests must find: each is one edit of one file, with a test that passes without it and fails with it.
 
 They guard the tests: after a test is made faster, or a suite is thinned out, all faults must still be found. A fault is
 a text replacement, so it outlives other changes to its file; one that no longer applies has to be rewritten for the
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """``old``, which occurs once in ``file``, becomes ``new``; then the test of this pytest node id fails."""
+    """Replaces ``old``, which occurs once in ``file``, by ``new``, so that the test of this pytest node id fails."""
 
     file: str
     old: str
@@ -23,8 +23,8 @@ class Fault(NamedTuple):
         count = source.count(self.old)
         if count != 1:
             raise ValueError(
-                f"{self.file} has the text to replace {count} times, not once: write the fault anew for the code as "
-                f"it is now, in tests/faults/.\n{self.old}"
+                f"{self.file} has the text to replace {count} times, not once: rewrite the fault, in tests/faults/, "
+                f"for the present code.\n{self.old}"
             )
         return source.replace(self.old, self.new)
 

@@ -111,13 +111,13 @@ def chosen_faults(names: list[str]) -> dict[str, Fault]:
     faults = all_faults()
     for name in names:
         if not any(other.startswith(name) for other in faults):
-            sys.exit(f"no fault is called {name}, or begins so; there are:\n" + "\n".join(faults))
+            sys.exit(f"no fault has the name or the prefix {name}; there are:\n" + "\n".join(faults))
     return {name: fault for name, fault in faults.items() if not names or name.startswith(tuple(names))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a fault, or the beginning of some")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a fault, or the prefix of several")
     parser.add_argument("--list", action="store_true", help="name the faults and their tests, and run nothing")
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     parser.add_argument("--jobs", type=int, default=jobs, help="faults at a time (default: $MAX_JOBS, or the CPUs)")

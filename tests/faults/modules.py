@@ -114,7 +114,7 @@ FAULTS = {
         "return resolution is None or not is_stored_mask(mask, frame_of(resolution, window), window, shift)",
         "return False",
         "tests/adapters/test_copied_blocks.py::"
-        "test_instances_that_are_not_what_their_class_is[<lambda>-attn_mask holds other values]",
+        "test_instances_that_are_not_what_their_class_is[<lambda>-attn_mask differs]",
     ),
     "adapters-any-position-index": Fault(
         _ADAPTERS + "masks.py",

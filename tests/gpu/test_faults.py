@@ -11,8 +11,8 @@ import pytest
 from gpu import lines
 from gpu.runner import Group, Run, Step
 
-# In place of a faulty kernel, this worker's attention is wrong in the cases named for a fault. The whole step has to
-# find it: processes, cases, reference, budget and lines take part.
+# Instead of a faulty kernel, this worker's attention gives wrong results in the cases named after a fault. The whole
+# step has to find the fault: its processes, cases, reference, budget and lines.
 PLANTED = """
 import os, sys, time
 import torch, swinkernels
@@ -20,7 +20,7 @@ from gpu import __main__ as command, smoke
 from swinkernels.testing import WindowAttentionCase
 
 FAULTS = ("none", "wrong scale in dk", "NaN in out", "crash", "hang", "none again")
-# Each has a map of its own, by which the planted op knows it.
+# Each fault has a map of another size, by which the planted op recognises it.
 smoke.ATTENTION = {name: WindowAttentionCase(1, (4, 4 * (i + 1)), 1, 8, 4, 2) for i, name in enumerate(FAULTS)}
 smoke.tiny = lambda case: case
 real = swinkernels.window_attention_qkvpacked

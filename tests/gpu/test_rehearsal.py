@@ -108,5 +108,5 @@ def test_a_call_that_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     case = smoke.ATTENTION["window 7x7x7"]
     reasons = {arch: fit.refusal(case, room) for arch, room in fit.ROOMS.items()}
     assert reasons["sm_80"] is reasons["sm_90"] is None
-    room = "it takes windows of at most 256 tokens where a block has 99 KB of shared memory, got 343"
+    room = "it takes windows of at most 256 tokens on a GPU with 99 KB of shared memory per block, got 343"
     assert reasons["sm_86"] == reasons["sm_89"] == f"refused, and run by triton: {room}"

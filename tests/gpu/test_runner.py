@@ -14,7 +14,7 @@ from benchmarks import gpu_page
 from gpu import lines, summary
 from gpu.runner import Group, Run, Step
 
-# A process of a step, as the runner sees it: three cases, of which the second behaves as its group's name says.
+# A step's process in the runner's protocol, with three cases. The second behaves as the group's name says.
 WORKER = """
 import json, os, signal, subprocess, sys, time
 step, group, _, descriptor, _, skip = sys.argv[1:]

@@ -282,7 +282,7 @@ def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.Monk
     told.lines.clear()
     fit._fit("window 7x7x7", torch.float32, told)
     refused = [line for line in told.lines if line["arch"] == "sm_86"]
-    room = "it takes windows of at most 256 tokens where a block has 99 KB of shared memory, got 343"
+    room = "it takes windows of at most 256 tokens on a GPU with 99 KB of shared memory per block, got 343"
     assert {(x["value"], x["detail"]) for x in refused} == {(0, f"refused, and run by triton: {room}")}
 
 

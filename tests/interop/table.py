@@ -1,9 +1,9 @@
-"""Generates the table of docs/interop.md, which says which tools work and how, from test results.
+"""Generates the table of tools in docs/interop.md from test results.
 
     python -m pytest tests --tools tests/interop/tools.json    # record the results of the tools' tests
     python -m tests.interop.table                              # write the table from them
 
-The mark ``tool(name, package, how, works=True)`` states what a test proves: the tool, the distribution whose version
+The mark ``tool(name, package, how, works=True)`` names the tool that a test covers, the distribution whose version
 counts, and a note for the reader. A row holds if all tests of its tool that ran passed. If all were skipped because the
 package is missing, the row of the last run stays. A test of an unsupported tool passes if the tool refuses, and reports
 its message: ``record_property("words", ...)``.

@@ -66,7 +66,7 @@ def test_a_folder_with_files_is_refused(project: Path) -> None:
 
 
 def test_build_toml(project: Path) -> None:
-    """kernel-builder's own parser accepts it, and it lists every source."""
+    """kernel-builder's own parser accepts the file, which lists every source."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML")
     build = tomllib.loads((project / "build.toml").read_text())
     listed = {part: build[part]["src"] if part == "torch" else build["kernel"][part]["src"] for part in ("torch",)}
@@ -158,7 +158,7 @@ def results(package, backend):
 fast = results(hub, "cpu")
 torch.testing.assert_close(fast, results(hub, "reference"), rtol=1e-4, atol=1e-4)
 
-import swinkernels  # the package beside it
+import swinkernels  # the original package, in the same process
 assert swinkernels._extension.NAMESPACE == "swinkernels" and hub.ops._library.NAMESPACE == ID
 torch.testing.assert_close(fast, results(swinkernels, "reference"), rtol=1e-4, atol=1e-4)
 compiled = torch.compile(lambda q, t: hub.window_attention_qkvpacked(q, t, num_heads=2, window_size=4),

@@ -31,7 +31,7 @@ def export(module: nn.Module, inputs: tuple[Any, ...], path: Path, axes: tuple[i
     dynamic = (dict.fromkeys(axes, Dim.DYNAMIC), *(None for _ in inputs[1:]))
     torch.onnx.export(module, inputs, path, dynamo=True, dynamic_shapes=dynamic, verbose=False)
     written = onnx.load(path)
-    assert {opset.domain for opset in written.opset_import} == {""}, "standard ONNX alone"
+    assert {opset.domain for opset in written.opset_import} == {""}, "only standard ONNX"
     assert written.opset_import[0].version >= 18
     return path
 

@@ -83,7 +83,7 @@ class SwinUnetPatchExpand(nn.Module):
 
 @dataclass(frozen=True)
 class Pair:
-    """Our module, the published one, a shape of x, and the differences of their interfaces."""
+    """Our module, the published one, a shape of x, and the differences between their interfaces."""
 
     ours: Callable[[], nn.Module]
     theirs: Callable[[], nn.Module]
@@ -319,7 +319,7 @@ def test_a_sequence_is_its_map(name, spatial_dims, size):
 
 
 def test_expanding_in_3d():
-    """With two axes each frame is expanded alone; with three the parts are row-major."""
+    """With two axes each frame is expanded separately; with three the parts are row-major."""
     x = draw(2, 3, 2, 4, C).float()
     frames = PatchExpand(C, 5)
     assert torch.equal(frames(x)[:, 1], frames(x[:, 1]))

@@ -100,7 +100,7 @@ def test_attention_of_another_index_is_refused():
     state = ours.state_dict()
     index = window_index((4, 4))
     ours.load_state_dict({**state, "relative_position_index": index}, strict=True)
-    with pytest.raises(RuntimeError, match="not that of Microsoft's code"):
+    with pytest.raises(RuntimeError, match="differs from the index of Microsoft's code"):
         ours.load_state_dict({**state, "relative_position_index": index.T}, strict=True)
 
 
@@ -219,7 +219,7 @@ def test_a_training_step_of_a_tiny_model_keeps_at_most_three_fifths_of_timms(ver
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
-    """A block whose modules are hooked or replaced calls them one by one, with the same results as by halves."""
+    """A block whose modules are hooked or replaced calls them one by one, with the same results as the halves."""
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, (9, 14), 2, 4, 2).double()
     randomise(block)
     x = make_map(2, 9, 14, 16, dtype=torch.float64)
@@ -350,7 +350,7 @@ def test_windowed_vit_attention_is_that_of_each_window():
         (lambda: sn.BasicLayer(16, None, 2, 2, downsample_first=True), "downsample_first needs"),
         (lambda: sn.Attention(15, 2), "Attention: dim must be a multiple of num_heads, got 15 and 2"),
         (lambda: sn.Attention(16, 2)(torch.zeros(2, 16)), r"must be \(B, \*S, C\) or \(B, L, C\) with C = dim = 16"),
-        (lambda: sn.Attention(16, 2, rel_pos=True), "rel_pos=True needs the window_size"),
+        (lambda: sn.Attention(16, 2, rel_pos=True), "rel_pos=True needs window_size"),
         (lambda: sn.DropPath(1.5), "drop_prob must be in 0..1"),
         (lambda: sn.WindowAttention(16, 4, 2)(torch.zeros(2, 5, 16), (2, 3)), "must have the L = 6 tokens"),
         (lambda: sn.WindowAttention(16, 4, 2)(torch.zeros(2, 4, 4, 8)), "must have dim = 16 channels"),

@@ -143,7 +143,7 @@ def test_backbone_of_a_detector():
     model = ours(out_indices=(0, 1))
     loaded = load_pretrained(model, state)
     assert loaded.left == {
-        "neck.conv.weight": "it is not of the backbone, whose keys begin with 'backbone.'",
+        "neck.conv.weight": "it is outside the backbone, whose keys begin with 'backbone.'",
         "norm.weight": "the model has no norm there",
         "norm.bias": "the model has no norm there",
     }
@@ -271,7 +271,7 @@ def test_source_without_a_rule_says_so():
 def test_window_of_v2_has_to_be_named():
     state = scrambled(torchvision_model(2)).state_dict()
     with pytest.raises(
-        ValueError, match=r"offsets of a window \(4, 4\) in the checkpoint; the model has window \(6, 6\)"
+        ValueError, match=r"the checkpoint has offsets of a window \(4, 4\); the model has window \(6, 6\)"
     ):
         load_pretrained(ours(2, window_size=6, img_size=None), state)
     model = ours(2, window_size=6, img_size=None, pretrained_window_sizes=(4, 4))
@@ -285,7 +285,7 @@ def test_head_for_other_classes_is_left():
     model = ours(num_classes=7)
     before = model.head.weight.clone()
     loaded = load_pretrained(model, scrambled(timm_model(1)).state_dict())
-    assert loaded.left["head.weight"] == "a head for 3 classes, in the model for 7"
+    assert loaded.left["head.weight"] == "a head for 3 classes; the model's is for 7"
     assert torch.equal(model.head.weight, before)
 
 
@@ -313,7 +313,7 @@ def test_an_index_of_another_order_is_a_misfit_and_nothing_is_loaded():
     model = ours()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(
-        ValueError, match=r"layers\.0\.blocks\.0\.attn\.relative_position_index: not that of Microsoft's"
+        ValueError, match=r"layers\.0\.blocks\.0\.attn\.relative_position_index: differs from the index of Microsoft's"
     ):
         load_pretrained(model, state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -328,8 +328,8 @@ def test_absolute_position_embedding_is_a_misfit():
 @pytest.mark.parametrize(
     ("checkpoint", "source", "error", "message"),
     [
-        ({"conv.weight": torch.zeros(1)}, "auto", ValueError, "the keys are not those of a Swin of a known source"),
-        ({"conv.weight": torch.zeros(1)}, "monai", ValueError, "not those of a Swin of monai"),
+        ({"conv.weight": torch.zeros(1)}, "auto", ValueError, "this is no Swin checkpoint of any known source"),
+        ({"conv.weight": torch.zeros(1)}, "monai", ValueError, "this is no Swin checkpoint of monai"),
         ({}, "auto", TypeError, "must be a state dict"),
         ({"conv.weight": torch.zeros(1)}, "keras", ValueError, "source must be 'auto' or one of"),
     ],

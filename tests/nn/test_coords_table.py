@@ -45,7 +45,7 @@ def test_a_published_table_of_the_same_windows_loads(dtype):
 @pytest.mark.parametrize("table", [published_table(8), published_table(8, 12), published_table(12, 6)])
 def test_a_table_of_another_pretrained_window_is_refused(table):
     attn = make(pretrained_window_size=6)
-    with pytest.raises(RuntimeError, match=r"relative_coords_table is not that of .*pretrained_window_size \(6, 6\)"):
+    with pytest.raises(RuntimeError, match=r"relative_coords_table does not belong to .*window_size \(6, 6\)"):
         attn.load_state_dict({**attn.state_dict(), "relative_coords_table": table})
 
 

@@ -1,5 +1,5 @@
-"""Decomposed relative positions, keys of a larger window, tables by window type: every supporting backend against the
-reference.
+"""Decomposed relative positions, keys of a larger window, tables with window types: every backend that supports them
+against the reference.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def test_a_call_returns_the_gradient_that_is_wanted(wanted):
 
 @needs_cpu
 def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
-    """Without gradients, or without a tensor that requires one, the op's arguments ask for no lse."""
+    """Without gradients, or without a tensor that requires one, the op's arguments request no lse."""
     seen = []
     op = module._FORWARD["window_attention_qkvpacked", ""]
 

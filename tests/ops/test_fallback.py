@@ -50,7 +50,7 @@ DIFFERENT = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", DIFFERENT, ids=str)
 def test_attention_rounds_as_plain_pytorch_does(case, dtype):
-    """The error is a few eps, as products are rounded; if terms cancel, it is compared with the reference's error."""
+    """Products are rounded, so the error is a few eps; if terms cancel, it is compared with the reference's error."""
     got, rounded = both(case, dtype)
     inputs = {name: x.double() for name, x in case.inputs(dtype).items()}
     exact = run_case(swinkernels.window_attention_qkvpacked, inputs, {**case.arguments(), "backend": "reference"})

@@ -51,7 +51,7 @@ def differentiable(tensors: list, options: dict) -> list[Tensor]:
 
 
 def plain_half(op: str, tensors: list, options: dict) -> Tensor:
-    """Compute the half of a block by torch's own functions around window attention, as published blocks do."""
+    """Compute the half of a block with torch's own functions around window attention, as published blocks do."""
     x, norm_weight, norm_bias, first, first_bias, last, last_bias, *table = tensors
     options = dict(options)
     norm, d, gamma = options.pop("norm"), options.pop("drop_path_scale", None), options.pop("layer_scale", None)
@@ -148,7 +148,7 @@ def test_a_scale_that_learns():
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_around_the_kernels_of_a_gpu(norm, joined, scaled, dtypes, plain_kernels):
-    """Plain PyTorch stands for the CUDA kernels of the norms."""
+    """Plain PyTorch replaces the CUDA kernels of the norms."""
     dtype = torch.float32 if dtypes == "autocast" else getattr(torch, dtypes)
     tensors, options = case("mlp_half", norm=norm, full=False)
     tensors = [draw(*shape, seed=i) for i, shape in enumerate(s.shape for s in case("mlp_half")[0])]

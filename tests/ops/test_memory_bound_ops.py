@@ -246,7 +246,7 @@ def test_a_loss_that_hands_no_gradient_on(case, plain_kernels):
 
 
 def test_only_one_result_used(plain_kernels):
-    """The loss may only read the last block's s, or its z."""
+    """The loss may read only s of the last block, or only z."""
     case = CASES["residual"]
     for index in (0, 1):
         grads = []
@@ -260,7 +260,7 @@ def test_only_one_result_used(plain_kernels):
 
 
 def test_gradient_of_drop_path_scale():
-    """No kernel supports the gradient: "auto" chooses plain PyTorch, and a kernel that is named gives the reason."""
+    """No kernel supports the gradient: "auto" chooses plain PyTorch, and a requested kernel gives the reason."""
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     x, y = draw(2, 3, 5), draw(2, 3, 5, seed=2)
     for op in (swinkernels.residual_layer_norm, swinkernels.residual_post_norm):
@@ -679,7 +679,7 @@ def test_longest_row(monkeypatch, plain_kernels):
 
 @pytest.mark.parametrize(("order", "rank"), list(RUNS))
 def test_row_major_columns(order, rank):
-    """A row-major gather by the reordered columns is the reduction of the order, doubled neighbours included."""
+    """A row-major gather with reordered columns equals the order's reduction, even with doubled neighbours."""
     c, out, count = 3, 7, 2**rank
     x, weight = draw(2, *(4,) * rank, c), draw(out, count * c, seed=2)
     expected = reference.patch_merging(x, None, None, weight, order=order, norm="post")

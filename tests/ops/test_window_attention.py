@@ -103,7 +103,10 @@ def test_long_windows_need_shared_memory(monkeypatch):
         monkeypatch.setattr(_backends, "_reasons", lambda *_: [])
         reasons = window_attention_reasons(backend, spec, torch.float32, torch.device("cuda", 0))
         assert reasons == (
-            [f"it takes windows of at most 256 tokens where a block has {room // 1024} KB of shared memory, got 289"]
+            [
+                "it takes windows of at most 256 tokens on a GPU with "
+                f"{room // 1024} KB of shared memory per block, got 289"
+            ]
             if refused
             else []
         )

@@ -357,7 +357,7 @@ def test_more_than_two_to_the_16_windows(case: Case) -> None:
 
 
 def sparse_buffer(elements: int) -> Tensor:
-    """Return memory that the system has only promised: no page of it exists before it is written."""
+    """Return memory that the system has only reserved: a page exists once it is written."""
     return torch.from_numpy(np.empty(elements, dtype=np.float32))
 
 
@@ -397,7 +397,7 @@ def available_bytes() -> int:
 @needs_cpu
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
-    """The last image of a batch of more than 2 ** 31 elements has the same output and gradient as alone."""
+    """The last image of a batch of more than 2 ** 31 elements has the same output and gradient as in a batch of one."""
     if available_bytes() < 24 * 2**30:
         pytest.skip("needs 24 GiB of free memory")
     torch.use_deterministic_algorithms(False)  # otherwise torch would fill the buffer with NaN first

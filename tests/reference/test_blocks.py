@@ -54,7 +54,7 @@ def test_residual_layer_norm(scale):
 
 
 class FixedDropPath(nn.Module):
-    """Drops paths by a given draw."""
+    """Drops the paths that a given draw selects."""
 
     def forward(self, x):
         return x * DROP.reshape(-1, *(1,) * (x.dim() - 1))

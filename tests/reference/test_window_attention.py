@@ -213,7 +213,7 @@ def test_timm_maxvit(partition, size, window):
     )
 
 
-# --- a literal formulation: roll, pad and cut tensors, build the mask image by slices as in the published codes
+# --- a literal formulation: roll, pad and cut tensors, build the mask image by slices as in the published code
 
 
 def cut(x: Tensor, window: tuple[int, ...]) -> Tensor:
@@ -240,7 +240,7 @@ def pad_map(x: Tensor, pad: Tensor, before: tuple[int, ...], frame: tuple[int, .
 
 
 def slice_regions(frame, window, shift, periodic=None) -> Tensor:
-    """Make the published codes' image of region numbers; a periodic axis has one region."""
+    """Make the published code's image of region numbers; a periodic axis has one region."""
     regions = torch.zeros(frame, dtype=torch.long)
     per_axis = [
         [slice(0, p)] if s == 0 or wraps else [slice(0, p - w), slice(p - w, p - s), slice(p - s, p)]
@@ -614,7 +614,7 @@ def test_vectors_of_length_zero_have_cosine_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_keeps_the_error_budget(dtype):
-    """The reference itself is a backend, and keeps the kernels' budget."""
+    """The reference is itself a backend, and meets the kernels' error budget."""
     case = WindowAttentionCase(2, (9, 14), 2, 16, 7, 3, has_pad_qkv=True)
     check_window_attention(reference.window_attention_qkvpacked, case, dtype)
 

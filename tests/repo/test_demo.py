@@ -21,7 +21,7 @@ PARTS = {"stage 1", "stage 2", "stage 3", "stage 4", "total"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return the results of a small run without network access, which a socket that cannot be opened ensures."""
+    """Return the results of a small run that cannot open a socket, so it uses no network."""
     folder = tmp_path_factory.mktemp("demo")
     code = (
         "import socket, sys\n"
@@ -107,7 +107,7 @@ def test_a_model_without_supported_blocks_is_told(tmp_path, capsys):
 def test_a_model_without_swins_stages_is_told(tmp_path, capsys):
     options = ["--device", "cpu", "--model", "swinv2_cr_tiny_ns_224", "--image-size", "224", "--out", str(tmp_path)]
     assert main(options) == 1
-    assert "swinv2_cr_tiny_ns_224 has none under that name" in capsys.readouterr().out
+    assert "swinv2_cr_tiny_ns_224 has no stages that the demo can find" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

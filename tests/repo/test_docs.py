@@ -94,7 +94,7 @@ def test_command(command: str) -> None:
     elif words[:2] == ["python", "-m"] and words[2] in PARSED:
         run = [*run[:3], "--help"]
     else:
-        assert words[:3] == ["python", "-m", "swinkernels.info"], f"no test knows what to do with {command}"
+        assert words[:3] == ["python", "-m", "swinkernels.info"], f"no test covers {command}"
     done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

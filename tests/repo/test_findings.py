@@ -1,4 +1,4 @@
-"""The scripts in findings/ keep their promises: isolated, pinned, and about other libraries alone."""
+"""The scripts in findings/ follow their rules: isolated, pinned, and only about other libraries."""
 
 import os
 import re
@@ -31,4 +31,4 @@ def test_script_is_isolated_and_pinned(script):
     pins = dict(re.fullmatch(r'"([\w\[\]-]+)==([\w.]+)"', argument).groups() for argument in arguments)
     named = re.search(r"# Packages +(.+)", head[1])[1].replace(" (CPU)", "")
     for package, version in (entry.split(" ") for entry in named.split(", ")):
-        assert version in (pins.get(package), pins.get(f"{package}[cpu]")), f"{package} {version} is what is installed"
+        assert version in (pins.get(package), pins.get(f"{package}[cpu]")), f"{package} {version} is not pinned"

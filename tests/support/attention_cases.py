@@ -92,7 +92,7 @@ def elements(case: Case) -> int:
 
 @st.composite
 def cases(draw, *, longest: int = 6, beyond: int = 3, most: int = 3, head_dims: Sequence[int] = range(1, 41)) -> Case:
-    """Draw cases as :func:`draw_case` does, but by Hypothesis, which shrinks a failing case."""
+    """Draw cases as :func:`draw_case` does, but with Hypothesis, which shrinks a failing case."""
     rng = draw(st.randoms(use_true_random=False))
     case = draw_case(rng, longest=longest, beyond=beyond, most=most, head_dims=head_dims)
     assume(elements(case) >= MIN_ELEMENTS)

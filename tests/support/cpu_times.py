@@ -3,7 +3,7 @@
     make test PYTEST_ARGS="-p tests.support.cpu_times --cpu-times times.txt"
     python -m tests.support.cpu_times times.txt
 
-CPU time is nearly independent of the machine's load. It is read from /proc, so this works on Linux only.
+CPU time is nearly independent of the machine's load. It is read from /proc, so the plugin works only on Linux.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def seconds_of_all_processes() -> float:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cpu-times", type=Path, metavar="FILE", help="add a line to it for each test: seconds and name")
+    parser.addoption("--cpu-times", type=Path, metavar="FILE", help="write seconds and name of each test to FILE")
 
 
 @pytest.hookimpl(wrapper=True)

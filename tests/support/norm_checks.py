@@ -111,7 +111,7 @@ class NormCase:
 
 
 def call(implementation: Any, case: NormCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run forward and backward of a case by the ops; return every result by name, with None for dy if it is dx."""
+    """Run forward and backward of a case with the ops; return every result by name, with None for dy if it is dx."""
     fwd, bwd = (getattr(implementation, f"{case.op}_{direction}") for direction in ("fwd", "bwd"))
     x, weight, bias, scale = inputs["x"], inputs.get("weight"), inputs.get("bias"), inputs.get("drop_path_scale")
     needs = (weight is not None, bias is not None)

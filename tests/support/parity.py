@@ -81,7 +81,7 @@ def assert_as_good(
         assert got[name].dtype == plain[name].dtype, name
         eps = torch.finfo(got[name].dtype).eps * (256 if got[name].dtype == torch.float64 else 4)
         times = _times_of_plain_error(name)
-        few = 1 + 20 / exact[name].numel()  # for example one per head: chance matters
+        few = 1 + 20 / exact[name].numel()  # the error of few elements, for example one per head, varies by chance
         error, base = got[name].double() - exact[name], plain[name].double() - exact[name]
         for measure in (lambda t: t.square().mean().sqrt(), lambda t: t.abs().max()):
             size = measure(exact[name])
@@ -102,13 +102,13 @@ def _times_of_plain_error(name: str) -> int:
 
 
 def assert_as_noisy(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Check low precision, where whole models round dozens of times: errors may differ, but not their size."""
+    """Check results in low precision: whole models round dozens of times, so errors differ, but not in size."""
     assert got.keys() == plain.keys() == exact.keys()
     errors, bases = [], []
     for name in exact:
         assert got[name].dtype == plain[name].dtype, name
         error, base = ((r[name].double() - exact[name]).norm() for r in (got, plain))
-        size, few = exact[name].norm(), 1 + 20 / exact[name].numel()  # for example one per head: chance matters
+        size, few = exact[name].norm(), 1 + 20 / exact[name].numel()  # the error of few elements varies by chance
         limit = few * (_times_of_plain_error(name) * base + 2**-8 * size)
         assert error <= limit, f"{name}: error {error / size:.3g}, plain {base / size:.3g}"
         if size > 0:

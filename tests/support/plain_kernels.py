@@ -1,7 +1,7 @@
 """Kernels of the ops in plain PyTorch on the CPU, so that the Python code around a kernel runs anywhere.
 
-Each asserts the ops' promises on its arguments, computes in float64 and rounds once. The backward passes are explicit,
-because a kernel runs below autograd.
+Each kernel asserts the op's guarantees about its arguments, computes in float64 and rounds once. The backward passes
+are explicit, because a kernel runs below autograd.
 """
 
 from __future__ import annotations

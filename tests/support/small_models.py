@@ -439,7 +439,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-# Family with a form of its own -> the number of modules on an op, and what the report says about the others.
+# Family with a form of its own -> the number of modules on an op, and words of the report on the others.
 FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "timm DaViT": (2, ()),
     "timm TinyViT": (2, ()),

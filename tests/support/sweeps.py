@@ -10,7 +10,7 @@ import pytest
 
 def in_turn(values: Iterable[Any], others: Sequence[Any]) -> list[Any]:
     """Combine each of ``values`` with each of ``others``, for parametrize. Each value has one combination that is not
-    ``long``; successive values have successive ``others`` there.
+    ``long``; from value to value, it moves on to the next of ``others``.
     """
     return [
         pytest.param(value, other, id=f"{value}-{other}", marks=[] if j == i % len(others) else pytest.mark.long)

@@ -1,9 +1,9 @@
 """Checks of the Triton backend that run on a GPU if there is one, and otherwise in Triton's CPU interpreter.
 
 Triton decides whether to interpret a kernel when it is defined. So without a GPU checks run in a child process with
-TRITON_INTERPRET=1, one for all files, which gets one name after another; each check runs once, in the pytest-xdist
-process that requests it. The interpreter computes bfloat16 wrongly and takes some 10 ms per program, so there the
-dtypes are float32 and float16, and the cases small.
+TRITON_INTERPRET=1, one process for all files, which gets the checks' names one after another; each check runs once, in
+the pytest-xdist process that requests it. The interpreter computes bfloat16 wrongly and takes some 10 ms per program,
+so interpreted checks use float32 and float16 and small cases.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Checks:
     ) -> Callable[[Callable], Callable]:
         """Register a check, to be called once for each value and each dtype unless these are None.
 
-        A tuple as a value stands for several arguments. With ``in_turn``, an interpreted check is ``long`` unless
-        it is its value's turn for the dtype: each value has one dtype, and successive values alternate.
+        A tuple as a value holds several arguments. With ``in_turn``, each value is interpreted with one
+        dtype, which alternates from value to value; all other interpreted checks are ``long``.
         """
 
         def register(function: Callable) -> Callable:

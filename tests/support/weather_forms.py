@@ -106,7 +106,7 @@ class ConditionedNorm(nn.Module):
 
 
 class LowRank(nn.Module):
-    """Aurora's low-rank addition to a Linear layer at every step of a roll-out but the first."""
+    """Aurora's low-rank addition to a Linear layer at every step of a roll-out except the first."""
 
     def __init__(self, dim: int, to: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Bias tables by window type and by pairs of places (Pangu-Weather's) in Triton against the float64 reference."""
+"""Bias tables with window types and pairs of coordinates (Pangu-Weather) in Triton against the float64 reference."""
 
 from __future__ import annotations
 

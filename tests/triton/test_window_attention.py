@@ -475,7 +475,7 @@ def dropout_is_drawn_by_philox(name):
 
 @check(dtypes=(None,))
 def dropout_draws_independently():
-    """The dropout rate is right, weights are kept independently, and they depend on the generator alone."""
+    """The dropout rate is right, weights are kept independently, and they depend only on the generator."""
     case = Case(1, (7, 14), 2, 8, 7, options={"dropout_p": 0.25})
     p = case.options["dropout_p"]
     generator = torch.Generator(DEVICE).manual_seed(2)

@@ -92,7 +92,7 @@ def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor |
     if form.index is None:
         index = attn.relative_position_index
     if not isinstance(index, Tensor) or index.shape != (n, n):
-        return f"its index is not one of windows of {n} tokens"
+        return f"its index is not for windows of {n} tokens"
     windows = 1
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 3 or mask.shape[1:] != (n, n) or x.shape[0] % mask.shape[0]:
@@ -180,7 +180,7 @@ def _why_not(attn: Any, form: Form) -> str | None:
     if beyond is not None:
         return beyond
     if any(p.is_meta for p in attn.parameters()):
-        return "its parameters are on meta, and a class that is not known is not trusted without a trial"
+        return "its parameters are on meta, and an unknown class is trusted only after a trial"
     make = functools.partial(Trial, attn, functools.partial(_put_in_place, form), functools.partial(_call, form))
     return _TRIALS.why_not(attn, (), narrow(attn.qkv.in_features, attn.num_heads), make, _attempt)
 
@@ -208,7 +208,7 @@ def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
     try:
         reason = replaced_forward(module) or why_not_window_attention(module) or _why_not(module, form)
     except Exception as error:  # an unknown class may store anything in its attributes
-        reason = f"its attributes are not those of a window attention: {type(error).__name__}: {error}"
+        reason = f"its attributes do not fit a window attention: {type(error).__name__}: {error}"
     return (_adapter(original, form), None) if reason is None else (None, reason)
 
 

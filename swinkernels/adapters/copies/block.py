@@ -62,7 +62,7 @@ _BATCH = 2  # in a trial: a wrong stride between images shows only from the seco
 
 @dataclass(frozen=True)
 class Form:
-    """Describes the arguments and the behaviour of a block's forward, as far as published copies differ."""
+    """Describes the arguments and the behaviour of a block's forward, in which published copies differ."""
 
     # "sequence": x is (B, L, C); "map": (B, *S, C).
     layout: str
@@ -157,7 +157,7 @@ def _why_not_attention(block: Any) -> str | None:
     if table is not None and table.shape[0] != math.prod([2 * w - 1 for w in _table_window(block)]):
         return "attn.relative_position_bias_table is not the table of its window_size"
     if any(w > full for w, full in zip(_window(block), _table_window(block), strict=True)):
-        return "window_size is larger than that of attn"
+        return "window_size is larger than attn's"
     return None
 
 
@@ -254,22 +254,22 @@ def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
     if any(s is None or isinstance(s, Tensor) for s in size):
         return f"the size of the map is {size!r:.60}"
     if form.layout == "sequence" and x.shape[1] != math.prod(size):
-        return f"{x.shape[1]} tokens are no map of {size}"
+        return f"{x.shape[1]} tokens are not a map of {size}"
     kind = _kind_of_map(size, _window(block))
     if kind not in form.maps:
         return f"the trial found no form for a map of {size} ({kind})"
     window, shift = _clamped(form, block, size)
     if not any(shift):
         if form.mask_from != "argument" and _has_own_mask(block):
-            return "attn_mask holds other values than those of its geometry"
+            return "attn_mask differs from the mask that its geometry implies"
         return size, 0.0
     if form.mask_from == "argument":
         value = value_of_mask(given, frame_of(size, window), window, shift)
-        return "the mask that it is called with is not that of its geometry" if value is None else (size, value)
+        return "the given mask differs from the mask that its geometry implies" if value is None else (size, value)
     if _has_own_mask(block):
-        return "attn_mask holds other values than those of its geometry"
+        return "attn_mask differs from the mask that its geometry implies"
     if form.size_from == "shape" and getattr(block, MASK, None) is not None and size != _resolution(block):
-        return "its stored mask is that of another map"
+        return "its stored mask is for another map"
     return size, -100.0
 
 
@@ -408,7 +408,7 @@ def _small_sizes(form: Form, block: Any) -> list[tuple[int, ...]]:
     if len(window) == 2:
         (h, w) = window
         return [(2 * h, 3 * w), (3 * h, 2 * w), (h + 1, 2 * w + w // 2), (h, 2 * w), (2 * h, max(w - 1, 1)), (h + 1, 2)]
-    # The scores of many 3D windows would take long.
+    # The scores of many 3D windows would take too long.
     return [tuple(2 * w for w in window), tuple(w + 1 for w in window), (window[0] + 1, window[1], 2), window]
 
 
@@ -426,7 +426,7 @@ def _small_resolution(block: Any) -> tuple[int, ...]:
 
 
 def _prepare(form: Form, block: Any) -> None:
-    """Turn a copy of a block into one for a smaller map, if it stores a map size."""
+    """Adapt a copied block to a smaller map, if it stores the size of its map."""
     if _resolution(block) is None:
         return
     resolution = _small_resolution(block)
@@ -448,7 +448,7 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
             setattr(block, name, length)
     if form.mask_from == "argument":
         window, shift = _clamped(form, block, size)
-        if not any(shift):  # a block without a shift gets the mask of its neighbours
+        if not any(shift):  # a stage passes the same mask to its blocks without a shift
             shift = tuple(0 if w == 1 or s <= w else w // 2 for s, w in zip(size, window, strict=True))
         args.append(shift_mask(frame_of(size, window), window, shift, device=x.device))
     if form.layout == "sequence":
@@ -467,7 +467,7 @@ def _form_of(block: Any) -> Form | str:
     Thorough trials run a narrow copy; a short trial then runs at full width.
     """
     if any(p.is_meta for p in block.parameters()):
-        return "its parameters are on meta, and a class that is not known is not trusted without a trial"
+        return "its parameters are on meta, and an unknown class is trusted only after a trial"
     resolution = None if _resolution(block) is None else _small_resolution(block)
     make = signature_of(block, resolution)
     if make not in _AT_OWN_WIDTH:
@@ -519,7 +519,7 @@ def _trial(block: Any, form: Form | None, **options: Any) -> Trial:
 def _try_forms(block: Any, width: Width | None) -> Form | str:
     forms = list(_forms(block))
     if not forms:
-        return f"its forward takes {inspect.signature(original_class(block).forward)}, which is no known form"
+        return f"its forward takes {inspect.signature(original_class(block).forward)}, which is not a known form"
     best, why = None, ""
     for form in forms:
         cases = [_case(block, size, width=width) for size in _sizes_to_try(form, block)]
@@ -566,7 +566,7 @@ def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
         reason = _why_not_this_one(module)
         form = reason if reason is not None else _form_of(module)
     except Exception as error:  # an unknown class may store anything in its attributes
-        form = f"its attributes are not those of a shifted-window block: {type(error).__name__}: {error}"
+        form = f"its attributes do not fit a shifted-window block: {type(error).__name__}: {error}"
     return (None, form) if isinstance(form, str) else (_adapter_of(module, form), None)
 
 
@@ -576,10 +576,10 @@ def _why_not_this_one(block: Any) -> str | None:
     if reason is not None:
         return reason
     if _has_own_mask(block):
-        return "attn_mask holds other values than those of its geometry"
+        return "attn_mask differs from the mask that its geometry implies"
     index = getattr(block.attn, "relative_position_index", None)
     if index is not None and not is_window_index(index, _table_window(block)):
-        return "attn.relative_position_index holds other values than those of its window"
+        return "attn.relative_position_index differs from the index of its window"
     return None
 
 

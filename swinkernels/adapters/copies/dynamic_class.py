@@ -15,7 +15,7 @@ from swinkernels.adapters.copies.snapshot import Snapshot
 
 # The name of the attribute with a block's stored mask, which is compared with the mask that the geometry implies.
 MASK = "attn_mask"
-# Takes the place of a library's name in reports on these classes.
+# Replaces the library's name in reports on these classes.
 NAME = "structural"
 
 
@@ -83,7 +83,7 @@ class DynamicSubclass(Accelerated):
     def _swinkernels_changed(self) -> str | None:
         """Return a change of the module since its trial, or None."""
         if all_modules_have_hooks():
-            return "a hook of all modules is registered"
+            return "a global module hook is registered"
         if self._swinkernels_snapshots is None:
             return "it was pickled by an older version of this package: call swinkernels.accelerate again"
         for name, snapshot in self._swinkernels_snapshots.items():
@@ -97,7 +97,7 @@ class DynamicSubclass(Accelerated):
     _swinkernels_adapter: Callable[[Any, Any], Adapter]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the arguments from which the class can be made again, because pickle cannot import the class."""
+        """Pickle the arguments from which the class is made again, because pickle cannot import such a class."""
         cls, reduced = type(self), super().__reduce_ex__(max(2, protocol))
         if derived_since(self) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced

@@ -15,7 +15,7 @@ _ATTENTION = ("attn", "attention", "msa")
 
 
 def why_unknown(module: nn.Module) -> str | None:
-    """Return what a module that resembles a window attention lacks, or None if it does not resemble one."""
+    """List, in one string, the features that a window attention of unknown form lacks; None for any other module."""
     original: Any = original_class(module)
     name = original.__name__.lower()
     is_named = any(word in name for word in _ATTENTION)
@@ -41,7 +41,7 @@ def why_unknown(module: nn.Module) -> str | None:
         missing.append("cpb_mlp")
     taken = [p.name for p in parameters_of(original)]
     if not any("mask" in n for n in taken[1:3]):
-        missing.append(f"an argument mask behind x (its forward takes {inspect.signature(original.forward)})")
+        missing.append(f"an argument mask after x (its forward takes {inspect.signature(original.forward)})")
     if not missing and resembles_attention(module):
         return None
     return (

@@ -142,7 +142,7 @@ def signature_of(module: nn.Module, *others: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-# Class -> the versions of its code that trials have met. A class patched later gets a new version.
+# Class -> the versions of its code that trials have seen. A class patched later gets a new version.
 _CODES: dict[type, list[tuple[Any, list[Any], list[Any]]]] = {}
 
 
@@ -245,13 +245,13 @@ class Snapshot:
                 return self._changed(own)
             for value, then in self.inner:
                 if (value if isinstance(value, (list, dict, set)) else value.__dict__) != then:
-                    return f"what an attribute ({type(value).__name__}) holds was changed"
+                    return f"the contents of an attribute ({type(value).__name__}) were changed"
         except KeyError as missing:
             return f"{missing.args[0]} was removed"
         except Exception:  # values that == cannot compare count as changed
             return self._changed(own)
         if _missing_parameters(module) != self.missing:
-            return "a parameter was set to None, or one that was None was set"
+            return "a parameter was set to None, or a parameter that was None was set"
         for name, kind, version, dim in self.leaves:
             leaf: Any = module._modules.get(name)
             if type(leaf) is not kind or "forward" in leaf.__dict__ or leaf.__dict__.get("dim") != dim:

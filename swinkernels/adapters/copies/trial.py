@@ -25,12 +25,12 @@ from swinkernels.adapters.adapter import Accelerated, restore_class
 from swinkernels.adapters.bypass import remove_hooks
 from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back, signature_of
 
-_TOLERANCE = 1e-6  # relative to the largest element: constants of a block may be float32
+_TOLERANCE = 1e-6  # relative to the largest element; not lower, because constants of a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify rounding errors
 _LARGE_SCORE = 75.0
 # Tensors that keep their values in a trial, because forms read them or because every instance is checked for them.
 _KNOWN_TENSORS = ("attn_mask", "relative_coords_table")
-MOST_SCORES = 1_500_000  # a backward pass with so many takes a tenth of a second
+MOST_SCORES = 1_500_000  # a backward pass with this number of scores takes a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def narrow(channels: int, heads: int) -> Width:
 
 
 class Elementwise(nn.Module):
-    """Replaces an MLP whose width would cost time. It takes one argument, as forms pass it to an MLP."""
+    """Replaces an MLP whose width would cost time. It takes one argument, like the MLPs that forms call."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sin()
@@ -123,7 +123,7 @@ class _Different(Exception):
 
 @dataclass
 class Trial:
-    """A module and a hypothesis about what it computes."""
+    """A module and a hypothesis about its computation."""
 
     module: Any
     # Makes a copy run on ops, according to the hypothesis.
@@ -132,7 +132,7 @@ class Trial:
     call: Callable[[nn.Module, Tensor], Any]
     # Changes a copy so that small inputs suffice for it.
     prepare: Callable[[nn.Module], None] = lambda module: None
-    # True for a block that masks.
+    # True for a block with a mask.
     masks: bool = False
     # The width of a narrow copy, the shapes of parameters, by name, for small maps, and the module that replaces the
     # MLP.
@@ -346,7 +346,7 @@ class Trial:
 
     def _compare_masks(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
         """Compare with scores of -75 and 75: tokens then attend across a mask of -100, but not across one of -1000."""
-        # The halves of the map have opposite signs, so a window that the shift composed has both. Since the keys are
+        # The halves of the map have opposite signs, so a window across the seam has both. Since the keys are
         # minus the queries, a token's score is low in its own region and high in the other.
         sign = torch.ones((), dtype=torch.float64)
         for length in x.shape[1:-1]:

@@ -1,1 +1,1 @@
-"""Describes modules that differ from Microsoft's block: their forward in terms of the op, tried before use."""
+"""Forms describe, in terms of the op, the forward of modules unlike Microsoft's block. Each is tried before use."""

@@ -33,7 +33,7 @@ def decomposed_attention(
         return f"x has {x.dim()} axes"
     size = (window, window) if window > 0 else tuple(x.shape[1:3])
     if not window and not uses_tables:
-        return "it attends to the whole map without a bias, where torch's own attention is as fast"
+        return "it attends to the whole map without a bias, for which torch's own attention is as fast"
     if size[0] * size[1] > _MOST_TOKENS[uses_tables]:
         return f"its windows hold {size[0] * size[1]} tokens"
     tables = (attn.rel_pos_h, attn.rel_pos_w) if uses_tables else None
@@ -61,7 +61,7 @@ def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...]
 
 
 def small_tables(name: str, window: int, attn: Any, uses_tables: bool) -> dict[str, tuple[int, ...]]:
-    """Return smaller shapes for tables sized for a whole map, so that they fit one of at most 7 x 6 tokens.
+    """Return smaller shapes for tables sized for a whole map, so that they fit a map of at most 7 x 6 tokens.
 
     Args:
         name: the name of the module with the tables.

@@ -47,7 +47,7 @@ from swinkernels.window_spec import WindowSpec
 
 
 class Described(DynamicSubclass):
-    """A module whose form's forward runs on window attention ops.
+    """A module that runs its form's forward, on window attention ops.
 
     The module's own code runs if it gets arguments that the form does not have, if there are hooks on modules whose
     work the op does, while it is traced, and after any change since the trial.
@@ -281,7 +281,7 @@ def _attempt(form: Form, calls: _Calls, trial: Trial) -> str | None:
 def _why_not_tried(form: Form, module: nn.Module) -> str | None:
     """Return the reason to skip a module before a trial, whose cached verdict would outlast that reason, or None."""
     if all_modules_have_hooks():
-        return "a hook of all modules is registered"
+        return "a global module hook is registered"
     cls: Any = original_class(module)
     if isinstance(form.of, type) and cls.__module__.partition(".")[0] != form.of.__module__.partition(".")[0]:
         return f"{cls.__name__} is a subclass of {form.of.__name__}, which may compute something else"
@@ -296,13 +296,13 @@ def match(module: nn.Module, forms: list[Form]) -> tuple[Adapter | None, str | N
     try:
         reason = replaced_forward(module) or _why_not_tried(form, module)
         if reason is None and any(p.is_meta for p in module.parameters()):
-            reason = "its parameters are on meta, and a form is not trusted without a trial"
+            reason = "its parameters are on meta, and a form is used only after a trial"
         if reason is None:
             reason = _why_not_by_trial(form, module)
         if reason is None:
             reason = _hooked_before(form, module)
     except Exception as error:  # an unknown class may store anything in its attributes
-        reason = f"its attributes are not those of {form.name}: {type(error).__name__}: {error}"
+        reason = f"its attributes do not fit {form.name}: {type(error).__name__}: {error}"
     original: Any = original_class(module)
     return (_adapter(original, form), None) if reason is None else (None, reason)
 

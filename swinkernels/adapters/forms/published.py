@@ -53,7 +53,7 @@ def _is_mmdet(module: nn.Module) -> bool:
 def _mmdet(attn: Any, attend: Any, query: Tensor, hw_shape: Any) -> Any:
     inner, size = attn.w_msa, tuple(hw_shape)
     if query.dim() != 3 or query.shape[1] != math.prod(size):
-        return f"{tuple(query.shape)} is no map of {size}"
+        return f"{tuple(query.shape)} is not a map of {size}"
     y = attend(
         inner.qkv(query.unflatten(1, size)),
         num_heads=inner.num_heads,
@@ -85,7 +85,7 @@ MMDET = Form(
 def _scunet(attn: Any, attend: Any, x: Tensor) -> Any:
     window = attn.window_size
     if x.dim() != 4 or x.shape[1] % window or x.shape[2] % window:
-        return "the map is not one of whole windows"
+        return "the map does not consist of whole windows"
     y = attend(
         attn.embedding_layer(x),
         num_heads=attn.n_heads,
@@ -139,7 +139,7 @@ SWIN_MAE = Form(
 
 def _fdat(attn: Any, attend: Any, x: Tensor, height: int, width: int) -> Any:
     if x.dim() != 3 or x.shape[1] != height * width:
-        return f"{tuple(x.shape)} is no map of {height} x {width}"
+        return f"{tuple(x.shape)} is not a map of {height} x {width}"
     y = attend(
         attn.qkv(x.unflatten(1, (height, width))),
         num_heads=attn.nh,
@@ -206,12 +206,12 @@ def _is_esvit(module: nn.Module) -> bool:
 def _esvit(stage: Any, attend: Any, x: Tensor) -> Any:
     side = math.isqrt(x.shape[1])
     if x.dim() != 3 or side * side != x.shape[1]:
-        return "the tokens are no square map"
+        return "the tokens do not form a square map"
     for block in stage.blocks:
         window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
         kept = block.attn_mask_dict.items()
         if not all(is_stored_mask(mask, frame_of((n, n), window), window, shift) for n, mask in kept):
-            return "attn_mask_dict holds other values than those of its geometry"
+            return "attn_mask_dict differs from the mask that its geometry implies"
     for block in stage.blocks:
         attn = block.attn
         y = attend(
@@ -251,10 +251,10 @@ def _is_resshift(module: nn.Module) -> bool:
 def _resshift(block: Any, attend: Any, x: Tensor) -> Any:
     attn, window, shift = block.attn, block.window_size, block.shift_size
     if x.dim() != 4 or x.shape[2] % window or x.shape[3] % window:
-        return "the map is not one of whole windows"
+        return "the map does not consist of whole windows"
     size = tuple(x.shape[2:])
     if block.input_resolution == size and not is_stored_mask(block.attn_mask, size, (window,) * 2, (shift,) * 2):
-        return "attn_mask holds other values than those of its geometry"
+        return "attn_mask differs from the mask that its geometry implies"
     y = attend(
         attn.qkv(block.norm1(x).permute(0, 2, 3, 1)),
         num_heads=attn.num_heads,
@@ -345,7 +345,7 @@ def _uformer(attn: Any, attend: Any, x: Tensor, attn_kv: Any = None, mask: Tenso
         return rows
     n, layers = x.shape[1], attn.qkv
     if n != _volume(attn.win_size):
-        return f"windows of {n} tokens are not those of win_size"
+        return f"windows of {n} tokens do not match win_size"
     q = layers.to_q(x).unflatten(-1, (1, attn.num_heads, -1))
     k, v = layers.to_kv(x).unflatten(-1, (2, attn.num_heads, -1)).unbind(2)
     y = _attend_windows(attn, attend, (q, k, v), rows, mask)
@@ -366,7 +366,7 @@ def _skip(attn: Any, attend: Any, skip: Tensor, x_up: Tensor, pos_embed: Any = N
     if isinstance(rows, str):
         return rows
     if pos_embed is not None or x_up.shape != skip.shape or n != _volume(attn.window_size):
-        return "it is called with pos_embed, or with windows that are not those of window_size"
+        return "it is called with pos_embed, or with windows that do not match window_size"
     k, v = attn.kv(skip).unflatten(-1, (2, attn.num_heads, -1)).unbind(2)
     if x_up.dtype != k.dtype and autocast_dtype(x_up) is None:
         return f"its queries are {x_up.dtype}, its keys {k.dtype}"

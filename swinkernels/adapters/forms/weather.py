@@ -1,7 +1,7 @@
 """Forms of weather models, recognised by the modules' attributes.
 
-Pangu-Weather's blocks have a bias table by window type and pads on both sides; they work on volumes or, in FengWu, on
-planes. Aurora's blocks have no bias, and their map may wrap around the globe.
+Pangu-Weather's blocks have a bias table with window types, and pads on both sides; they work on volumes or, in FengWu,
+on planes. Aurora's blocks have no bias, and their map may wrap around the globe.
 
 Source: physicsnemo.nn.module.transformer_layers of nvidia-physicsnemo 2.2, which follows lizhuoq/WeatherLearn;
 aurora.model.swin3d of microsoft-aurora 2.0.
@@ -54,12 +54,12 @@ def _pangu(block: Any, attend: Any, x: Tensor) -> Any:
     attn, size, window = block.attn, tuple(block.input_resolution), tuple(block.window_size)
     shift = tuple(block.shift_size) if block.roll else (0,) * len(window)
     if x.dim() != 3 or x.shape[1] != math.prod(size):
-        return f"{tuple(x.shape)} is no map of {size}"
+        return f"{tuple(x.shape)} is not a map of {size}"
     if math.prod(window) > _MOST_TOKENS:
         return f"its windows hold {math.prod(window)} tokens"
     mask = block.attn_mask
     if block.roll and not holds(mask, (_longitude_first, *frame_of(size, window), *window, *shift)):
-        return "attn_mask holds other values than those of its geometry"
+        return "attn_mask differs from the mask that its geometry implies"
     if not block.roll and mask is not None:
         return "it has an attn_mask without a shift"
     y = attend(
@@ -118,7 +118,7 @@ def _regions(
 def _aurora(block: Any, attend: Any, x: Tensor, c: Tensor, res: Any, rollout_step: int, warped: bool = True) -> Any:
     attn, size = block.attn, tuple(res)
     if x.dim() != 3 or x.shape[1] != math.prod(size):
-        return f"{tuple(x.shape)} is no map of {size}"
+        return f"{tuple(x.shape)} is not a map of {size}"
     if attn.use_fp16_safe_attention:
         return "it uses an attention of its own"
     fits = [n > w for n, w in zip(size, block.window_size, strict=True)]

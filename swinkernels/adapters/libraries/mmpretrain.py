@@ -87,9 +87,9 @@ def _why_not_attention(attn: Any) -> str | None:
     if reason is not None:
         return reason
     if tuple(w_msa.window_size) != (window, window):
-        return "window_size is not that of w_msa"
+        return "window_size is not the window_size of w_msa"
     if not is_window_index(_index(attn), (window, window)):
-        return "w_msa.relative_position_index holds other values than mmpretrain's"
+        return "w_msa.relative_position_index differs from mmpretrain's"
     if class_of(w_msa) is WindowMSAV2:
         if w_msa.relative_coords_table.shape != (1, 2 * window - 1, 2 * window - 1, 2):
             return "w_msa.relative_coords_table is not the table of window_size"
@@ -258,7 +258,7 @@ _MERGING_V2 = Merging("post", lambda merging: merging.out_channels, lambda axes:
 
 
 def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]] | None:
-    """Merge tokens by the op; return them and their map's size, or None if the library's own code has to run."""
+    """Merge tokens with the op; return them and their map's size, or None if the library's own code has to run."""
     if merging._swinkernels_own_code(x) or x.dim() != 3 or not isinstance(input_size, Sequence):
         return None
     height, width = input_size

@@ -82,13 +82,13 @@ def _why_not_attention(block: SwinTransformerBlock) -> str | None:
     if not isinstance(attn.scale, float):
         return f"attn.scale is a {type(attn.scale).__name__}, not a float"
     if len(block.window_size) != len(attn.window_size):
-        return "window_size has not the axes of attn.window_size"
+        return "window_size has more or fewer axes than attn.window_size"
     if any(w > full for w, full in zip(block.window_size, attn.window_size, strict=True)):
         return "window_size is larger than attn.window_size, for which the bias table was made"
     if attn.relative_position_bias_table.shape[0] != math.prod([2 * w - 1 for w in attn.window_size]):
         return "attn.relative_position_bias_table is not the table of attn.window_size"
     if not is_window_index(_index(block), attn.window_size):
-        return "attn.relative_position_index holds other values than MONAI's"
+        return "attn.relative_position_index differs from MONAI's"
     return None
 
 
@@ -313,7 +313,7 @@ _MERGING_V2 = Merging("pre", _merging_width, lambda axes: _order(PatchMergingV2,
 def _reason_to_skip_stage(stage: BasicLayer) -> str | None:
     for block in stage.blocks:
         if type(block) not in (SwinTransformerBlock, AcceleratedSwinTransformerBlock):
-            return f"a block of it is of the class {type(block).__name__}"
+            return f"it contains a block of the class {type(block).__name__}"
     return replaced_forward(stage)
 
 
@@ -341,7 +341,7 @@ def _merging_adapter(original: type[nn.Module], accelerated: type[nn.Module], me
     def reason_to_skip(module: Any) -> str | None:
         reason = merging.why_not(module)
         if reason is None and not merging.order(_merging_axes(module)):
-            reason = "this version of MONAI merges neighbours in an order that is not known"
+            reason = "this version of MONAI merges neighbours in an unknown order"
         return reason
 
     def input_shape(module: Any) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def _why_not_attention(attn: Any) -> str | None:
     elif getattr(attn.relative_position_bias_table, "shape", (0,))[0] != rows:
         return "relative_position_bias_table is not the table of window_size"
     if not is_window_index(_index(attn), attn.window_size):
-        return "relative_position_index holds other values than torchvision's"
+        return "relative_position_index differs from torchvision's"
     return None
 
 
@@ -106,7 +106,7 @@ def _geometry(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _without_k(qkv_bias: Tensor | None) -> Tensor | None:
-    """Return the QKV bias with zeros for k. They are assigned, because a NaN times zero would stay NaN."""
+    """Return the QKV bias with zeros for k. The zeros are assigned, because a NaN times zero would stay NaN."""
     if qkv_bias is None:
         return None
     qkv_bias = qkv_bias.clone()

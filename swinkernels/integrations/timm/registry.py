@@ -22,8 +22,8 @@ from swinkernels.adapters.engine import accelerate
 
 PREFIX = "swinkernels_"
 
-# timm.models.register_model reads both in an entrypoint's module: the configurations, and the list of names, to which
-# it adds the entrypoint.
+# timm.models.register_model reads both from the module of an entrypoint: the configurations, and the list of names, to
+# which it adds the entrypoint.
 default_cfgs: dict[str, Any] = {}
 __all__ = ["PREFIX"]
 

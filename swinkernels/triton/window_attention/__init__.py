@@ -8,8 +8,8 @@ writing tokens), ``key_windows`` (keys from a larger window), ``mask`` (the shif
 Maths     S = scale q k^T + bias + mask, P = softmax(S), out = P v, lse = log sum exp S, per window and head. Backward,
           with P recomputed from lse: dv = P^T dout, dP = dout v^T, delta = rowsum(P dP), dS = P (dP - delta),
           dq = scale dS k, dk = scale dS^T q, dbias = dS summed over windows, folded onto the table's rows. In float32
-          and float16 delta is rowsum(P dP) / rowsum(P): lse is rounded, so P sums to one only nearly, and the remainder
-          would have one sign in all of a row's dS. In bfloat16 the rounding errors exceed that remainder.
+          and float16 delta is rowsum(P dP) / rowsum(P): lse is rounded, so P sums only nearly to one, and the remainder
+          would have the same sign in all of a row's dS. In bfloat16 the rounding errors exceed that remainder.
 Range     float16 results are finite if the exact ones are: sums and softmax are in float32, P is at most one, and dS is
           divided by a factor that brings it into range before it is multiplied. P's relative error is about
           |lse| * 2^-22.

@@ -1,7 +1,7 @@
 """The decomposed relative position of SAM and ViTDet: ``axis_tables``.
 
 Maths     score(i, j) += sum over axes a of q_i . table_a[i_a - j_a + window_a - 1], with q unscaled. The tables of all
-          axes are stacked. A column c stands for a coordinate of a key on one axis; the columns of all axes follow each
+          axes are stacked. A column c belongs to a coordinate of a key on one axis; the columns of all axes follow each
           other. A[i, c] = q_i . table[row(i, c)] is (N, sum of the window's sizes), with 28 columns at SAM's window 14,
           and the bias is A E, where E[c, j] is one if key j has coordinate c, else zero. Backward: dA = dS E^T; with
           dR[i, r] = dA[i, c] for row(i, c) = r: dq += dR table, and dtable = dR^T q, summed over windows and heads.
@@ -48,7 +48,7 @@ def _split(x, dtype: tl.constexpr):
 
 @triton.jit
 def _add_split(total, a, b, STATIC: tl.constexpr):
-    """Return total + a b, where a is a Split."""
+    """Return total + a b for a Split a."""
     if b.dtype == tl.float32:
         total = tl.dot(a.high, b, total, input_precision=STATIC.PRECISION)
     elif b.dtype == tl.float16:
@@ -60,7 +60,7 @@ def _add_split(total, a, b, STATIC: tl.constexpr):
 
 @triton.jit
 def _row_and_column(query, at, OF_AXIS: tl.constexpr, STATIC: tl.constexpr):
-    """Return row + column for the table rows that a query meets at columns: the sum is the same for all of an axis.
+    """Return row + column for the table rows of a query, a sum that is the same for all columns of an axis.
 
     ``at`` are rows or columns; OF_AXIS is their number on each axis. The result is (queries, at).
     """
@@ -77,7 +77,7 @@ def _row_and_column(query, at, OF_AXIS: tl.constexpr, STATIC: tl.constexpr):
 
 @triton.jit
 def _rows_met(query, column, STATIC: tl.constexpr):
-    """Return the table row that a query meets at a column, and a mask of those that exist: (queries, columns)."""
+    """Return the table row that a query uses at a column, and a mask of the rows that exist: (queries, columns)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     row = _row_and_column(query, column, COLUMNS, STATIC) - column[None, :]
     met = (query < STATIC.VOLUME)[:, None] & (column < COLUMNS[0] + COLUMNS[1] + COLUMNS[2])[None, :]
@@ -86,7 +86,7 @@ def _rows_met(query, column, STATIC: tl.constexpr):
 
 @triton.jit
 def columns_met(query, row, STATIC: tl.constexpr):
-    """Return the column at which a query meets a table row, and a mask of those that exist: (queries, rows)."""
+    """Return the column at which a query uses a table row, and a mask of the columns that exist: (queries, rows)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
     column = _row_and_column(query, row, ROWS, STATIC) - row[None, :]

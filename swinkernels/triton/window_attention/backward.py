@@ -101,7 +101,7 @@ def bwd_whole(
         excess = excess_of(dscores, dtype)
         rounded = narrow(dscores, excess, dtype)
         row_scale = scale if excess is None else scale * excess
-        if call.logit_scale is not None:  # q and k are read again, from the cache; registers would spill
+        if call.logit_scale is not None:  # q and k are read again, from the cache: keeping them would spill registers
             q = load_rows(call, Q, at, head, STATIC)
             k = load_rows(call, K, at, head, STATIC)
         q_inverse, k_inverse = inverse_norm(q, call), inverse_norm(k, call)

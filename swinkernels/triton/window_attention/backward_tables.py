@@ -66,7 +66,7 @@ def _query_of(row, key, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
 
 @kernel
 def fold_dbias(dbias, dbias_table, num_heads, STATIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Fold dbias (heads, N, M) onto (rows, heads): an entry is the sum over all queries and keys that have its row.
+    """Fold dbias (heads, N, M) onto (rows, heads): an entry is the sum over all pairs of query and key with its row.
 
     ``num_heads`` counts the heads of all types of windows.
     """

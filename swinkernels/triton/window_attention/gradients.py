@@ -110,7 +110,7 @@ def add_product(total, a, b, factor, STATIC: tl.constexpr):
 
 @triton.jit
 def row_gradient(d, x, inverse, scale, call):
-    """Return the gradient of rows of q or k, where d is the sum of dS times the rows of k or q.
+    """Return the gradient of rows of q or k, given d, the sum of dS times the rows of k or q.
 
     In v2 the part along the unit vector is subtracted, because it would only lengthen the row.
     """

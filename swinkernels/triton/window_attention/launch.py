@@ -88,7 +88,8 @@ class _Prepared(NamedTuple):
     def groups(self, per_window: int, programs: int, most: int = INT32_MAX) -> tuple[int, int, int]:
         """Divide the windows among about ``programs`` programs; a group of windows takes ``per_window`` of these.
 
-        Returns the number of windows of each type, of windows in a group, which are of one type, and of all groups.
+        Returns the number of windows of each type, the number of windows in a group, which all have one type, and the
+        number of groups.
         """
         of_type = self.batch_windows // self.types
         each = min(most, of_type, max(1, -(-self.batch_windows * per_window // programs)))
@@ -98,7 +99,7 @@ class _Prepared(NamedTuple):
     def is_whole(self) -> bool:
         """Return True if a window is one tile and has neither axis_tables nor a key_window.
 
-        Models use axis_tables and key windows with large windows alone, so only the kernels for several tiles take
+        Models use axis_tables and key windows only with large windows, so only the kernels for several tiles support
         them.
         """
         of_size = tuning.is_whole(self.static.VOLUME, self.call.maps[0].element_size())

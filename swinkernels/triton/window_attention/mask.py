@@ -10,7 +10,7 @@ from swinkernels.triton._window_address import coordinates
 
 @triton.jit
 def beyond_seam(token, call, STATIC: tl.constexpr):
-    """Return a bit per axis, set for tokens beyond the shift's seam, which has one position in all windows with it."""
+    """Return a bit per axis, set for tokens beyond the shift's seam, which crosses its windows at one place."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     t0, t1, t2 = coordinates(token, WINDOW)
     cut = call.cut
@@ -20,7 +20,7 @@ def beyond_seam(token, call, STATIC: tl.constexpr):
 
 @triton.jit
 def seams_of(window, call, STATIC: tl.constexpr):
-    """Return a bit per axis, set if the window has the seam, as only an axis' last window can."""
+    """Return a bit per axis, set if the window contains the seam; only the last window of an axis can."""
     size, cut = call.size, call.cut
     WINDOW: tl.constexpr = STATIC.WINDOW
     if call.region_map is not None:

@@ -29,7 +29,7 @@ def _query_position(token, STATIC: tl.constexpr):
 
 @triton.jit
 def _key_position(token, STATIC: tl.constexpr):
-    """Return r'(j), which is r(j) except on axes of pairs, which are numbered i + window * j."""
+    """Return r'(j), which is r(j) except on axes with table_pairs, whose rows are numbered i + window * j."""
     WINDOW: tl.constexpr = STATIC.TABLE_KEY_WINDOW
     PAIRS: tl.constexpr = STATIC.TABLE_PAIRS
     t0, t1, t2 = coordinates(token, WINDOW)

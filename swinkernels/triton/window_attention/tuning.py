@@ -11,7 +11,7 @@ import triton
 # the GPU.
 FORWARD_PROGRAMS = 2048
 BACKWARD_PROGRAMS = 1024
-# More windows per program would leave a long last wave; by then the bias tile costs little per window.
+# More windows per program would leave a long last wave. With this number the bias tile costs little per window.
 MAX_FORWARD_WINDOWS = 8
 FOLD_ROWS = 16  # table entries per program that folds dbias
 FOLD_KEYS = 256  # keys per step of such a program
@@ -58,6 +58,6 @@ def tiles(
             return Tiles(whole, whole, num_warps * (2 if head_dim > 32 else 1), 1)
         return Tiles(whole, whole, num_warps, 1 if wide else 2)
     # A key tile has 32 keys if 64 would pad more (N = 144 is 160 keys instead of 192), or if each key needs a separate
-    # address, because some of 64 addresses are spilled.
+    # address, because 64 addresses would not all stay in registers.
     block_k = 64 if -(-keys // 64) * 2 == -(-keys // 32) and not has_key_window else 32
     return Tiles(64, block_k, 8, 1) if wide else Tiles(64, block_k, 4, 2)

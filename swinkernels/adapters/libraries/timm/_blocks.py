@@ -58,12 +58,12 @@ def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> 
     window, shift = block.window_size, block.shift_size
     has_index = "relative_position_index" in child(block, "attn")._buffers  # v2-CR has none
     if has_index and not is_window_index(index, window):
-        return "attn.relative_position_index holds other values than timm's"
+        return "attn.relative_position_index differs from timm's"
     if not getattr(block, "dynamic_mask", False):  # with dynamic_mask timm does not read the stored mask
         height, width = map_size(block)
         frame = -(-height // window[0]) * window[0], -(-width // window[1]) * window[1]
         if not (is_stored_mask(mask, frame, window, shift) if any(shift) else mask is None):
-            return "attn_mask holds other values than timm's"
+            return "attn_mask differs from timm's"
     return None
 
 
@@ -86,7 +86,7 @@ def why_not_attention(block: Any, kind: type, takes_lora: bool = False) -> str |
         return f"attn is a {type(attn).__name__}, not timm's {kind.__name__}"
     height, width = block.window_size
     if getattr(block, "window_area", height * width) != height * width:
-        return "window_area is not that of window_size"
+        return "window_area is not the product of window_size"
     if tuple(getattr(attn, "window_size", (height, width))) != (height, width):
         return "attn.window_size is not window_size"
     reason = why_not_window_attention(attn, takes_lora=takes_lora) or why_beyond_limits(0, block.window_size)

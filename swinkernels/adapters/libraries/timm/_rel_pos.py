@@ -57,7 +57,7 @@ def _why_not_stored(rel_pos: Any, name: str) -> str | None:
         same = all(holds(x, (offsets_of_axis, (w,))) for x, w in zip(buffers, window, strict=True))
     else:
         same = is_window_index(buffers[0], window)
-    return None if same else f"{name} numbers tokens otherwise than timm"
+    return None if same else f"{name} numbers tokens in another order than timm"
 
 
 def bias_table(rel_pos: Any) -> Tensor:

@@ -34,13 +34,13 @@ def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
         return reason
     attn = child(block, "attn")
     if child(attn, "qkv").bias is not None:
-        return "attn.qkv has a bias beside q_bias and v_bias"
+        return "attn.qkv has a bias in addition to q_bias and v_bias"
     if attn.logit_scale is None:
         return "attn.logit_scale is None"
     height, width = block.window_size
     coords: Any = attn._buffers["relative_coords_table"]
     if coords is None or coords.shape[1:3] != (2 * height - 1, 2 * width - 1):
-        return "attn.relative_coords_table is not that of window_size"
+        return "attn.relative_coords_table is not the table of window_size"
     return None
 
 

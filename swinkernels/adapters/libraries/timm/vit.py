@@ -1,7 +1,7 @@
 """Runs timm's relative position ViT on an op: global attention with a bias table, as one window over the whole map.
 
 timm's own code runs if there is a class token or if the model passes one bias to all blocks, because the bias is then
-not such a table. It also runs attention without a bias, for which torch's own attention is as fast.
+not a table of this kind. It also runs attention without a bias, for which torch's own attention is as fast.
 
 Source: timm.models.vision_transformer_relpos, timm 0.9.16 and newer.
 """

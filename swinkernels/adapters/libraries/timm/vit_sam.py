@@ -21,7 +21,7 @@ from swinkernels.reference import window_partition, window_reverse
 def _forward(block: Any, attend: Any, x: Tensor) -> Any:
     attn, window = block.attn, block.window_size
     if type(attn.q_norm) is not nn.Identity or type(attn.k_norm) is not nn.Identity or attn.rope is not None:
-        return "it norms or turns its queries and keys"
+        return "it normalises or rotates its queries and keys"
     is_on = attn.training if attn.fused_attn else attn.attn_drop.training
     dropout_p = attn.attn_drop.p if is_on else 0.0
     scale = None if attn.fused_attn else attn.scale

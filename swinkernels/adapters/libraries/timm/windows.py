@@ -23,7 +23,7 @@ from torch import Tensor
 from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.libraries.timm import maxvit
 
-NO_BIAS = "it attends to the whole map without a bias, where torch's own attention is as fast"
+NO_BIAS = "it attends to the whole map without a bias, for which torch's own attention is as fast"
 
 
 def _dropout_p(attn: Any) -> float:
@@ -115,7 +115,7 @@ TINY_VIT = Form(
 def _gcvit(block: Any, attend: Any, x: Tensor, q_global: Tensor | None = None) -> Any:
     attn, (height, width) = block.attn, block.window_size
     if x.dim() != 4 or x.shape[1] % height or x.shape[2] % width:
-        return "the map is not one of whole windows"
+        return "the map does not consist of whole windows"
     b, h, w, _ = x.shape
     arguments = {
         "bias_table": attn.rel_pos.relative_position_bias_table,
@@ -126,7 +126,7 @@ def _gcvit(block: Any, attend: Any, x: Tensor, q_global: Tensor | None = None) -
     }
     if attn.use_global and q_global is not None:
         if q_global.shape[0] != b:
-            return "q_global is of another batch"
+            return "q_global has another batch size"
         k, v = attn.qkv(x).unflatten(-1, (2, attn.num_heads, -1)).unbind(-3)
         # Every window gets the same queries.
         q = q_global.reshape(b, 1, height, 1, width, attn.num_heads, -1)
@@ -165,7 +165,7 @@ GCVIT = Form(
 
 def _twins(attn: Any, attend: Any, x: Tensor, size: Any) -> Any:
     if x.dim() != 3 or x.shape[1] != size[0] * size[1]:
-        return f"{tuple(x.shape)} is no map of {tuple(size)}"
+        return f"{tuple(x.shape)} is not a map of {tuple(size)}"
     y = attend(
         attn.qkv(x.unflatten(1, tuple(size))),
         num_heads=attn.num_heads,
@@ -218,7 +218,7 @@ def _hiera(attn: Any, attend: Any, x: Tensor) -> Any:
     if not attn.use_mask_unit_attn:
         return NO_BIAS
     if x.dim() != 3 or x.shape[1] % attn.window_size:
-        return "the tokens are no whole mask units"
+        return "the tokens do not form whole mask units"
     scale = None if attn.fused_attn else attn.scale
     qkv = attn.qkv(x).unflatten(1, (attn.window_size, -1))
     y = attend(qkv, num_heads=attn.heads, window_size=(attn.window_size, 1), scale=scale)

@@ -125,7 +125,7 @@ def _why_not_attention(layer: Any) -> str | None:
         if reason is not None:
             return reason
     if "self" not in attention._modules and not _is_sdpa(attention):
-        return f"attention weights are asked for by attn_implementation={attention.config._attn_implementation!r}"
+        return f"attention weights are requested by attn_implementation={attention.config._attn_implementation!r}"
     if "self" not in attention._modules and not isinstance(attention.scaling, float):
         return f"attention.scaling is a {type(attention.scaling).__name__}, not a float"
     window = layer.window_size
@@ -134,14 +134,14 @@ def _why_not_attention(layer: Any) -> str | None:
     inner = attention._modules.get("self", attention)
     sizes = _out(layer).weight.shape[1], getattr(inner, "all_head_size", heads * head_dim)
     if sizes != (heads * head_dim, heads * head_dim):
-        return "num_attention_heads and the size of a head are not those of the projections"
+        return "num_attention_heads and the head size do not match the projections"
     reason = why_beyond_limits(head_dim, (window, window))
     if reason is not None:
         return reason
     if not is_window_index(_index(layer), (window, window)):
-        return "relative_position_index holds other values than transformers'"
+        return "relative_position_index differs from transformers'"
     if tuple(of_bias.window_size) != (window, window):
-        return "window_size is not that of the attention"  # transformers' own code fails
+        return "window_size is not the attention's"  # transformers' own code fails
     if not 0 <= layer.shift_size < window:
         return "shift_size is not smaller than window_size"
     if "continuous_position_bias_mlp" not in of_bias._modules:
@@ -427,7 +427,7 @@ def layer_adapter(
 
     def reason_to_skip(layer: Any) -> str | None:
         if list(inspect.signature(original.forward).parameters)[1:] != list(takes):
-            return f"the forward of {original.__name__} does not take what it does in transformers 5"
+            return f"the forward of {original.__name__} does not have the arguments that it has in transformers 5"
         return _why_not_attention(layer)
 
     attention_part = window_attention_part(

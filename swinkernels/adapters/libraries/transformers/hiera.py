@@ -15,13 +15,13 @@ from swinkernels.adapters.forms.form import Form
 
 def _forward(attn: Any, attend: Any, hidden_states: Tensor, output_attentions: bool = False) -> Any:
     if output_attentions:
-        return "its attention weights are asked for"
+        return "its attention weights are requested"
     if attn.query_stride > 1:
         return "it pools its queries"
     if not attn.use_mask_unit_attn:
-        return "it attends to the whole map without a bias, where torch's own attention is as fast"
+        return "it attends to the whole map without a bias, for which torch's own attention is as fast"
     if hidden_states.dim() != 3 or hidden_states.shape[1] % attn.window_size:
-        return "the tokens are no whole mask units"
+        return "the tokens do not form whole mask units"
     # A unit is a column of this map.
     qkv = attn.qkv(hidden_states).unflatten(1, (attn.window_size, -1))
     y = attend(qkv, num_heads=attn.num_heads, window_size=(attn.window_size, 1), scale=attn.scale)

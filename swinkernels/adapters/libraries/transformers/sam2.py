@@ -20,7 +20,7 @@ def _forward(block: Any, attend: Any, hidden_states: Tensor, **kwargs: Any) -> A
     if block.query_stride or block.dim != block.dim_out:
         return "it pools its queries or changes the number of channels"
     if not block.window_size > 0:
-        return "it attends to the whole map without a bias, where torch's own attention is as fast"
+        return "it attends to the whole map without a bias, for which torch's own attention is as fast"
     if hidden_states.dim() != 4:
         return f"hidden_states has {hidden_states.dim()} axes"
     y = attend(

@@ -16,7 +16,7 @@ from swinkernels.adapters.forms.form import Form
 
 def _forward(layer: Any, attend: Any, hidden_states: Tensor, output_attentions: bool = False) -> Any:
     if output_attentions:
-        return "its attention weights are asked for"
+        return "its attention weights are requested"
     attn = layer.attention
     x = hidden_states.permute(0, 2, 3, 1)
     uses_tables = attn.use_relative_position_embeddings
