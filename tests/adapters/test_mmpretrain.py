@@ -482,6 +482,7 @@ def test_old_checkpoints_still_load():
 
 
 def test_what_a_backbone_does_not_know_is_refused():
+    import_modules_from_strings(imports=["swinkernels.integrations.mmpretrain"])
     with pytest.raises(TypeError, match="windows"):
         MODELS.build({"type": "SwinKernelsSwinTransformer", "windows": 3})
     with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
