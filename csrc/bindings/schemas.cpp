@@ -75,6 +75,13 @@ void residual_layer_norm(Library& m) {
             .c_str());
 }
 
+template <class Library>
+void mlp_half(Library& m) {
+  m.def(
+      "mlp_half_triton(Tensor x, Tensor? branch, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, "
+      "Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, float eps, bool post, bool tanh) -> Tensor");
+}
+
 STABLE_TORCH_LIBRARY(SWINKERNELS_NAMESPACE, m) {
   m.def("build_info() -> str");
   m.def("cpu_instruction_set() -> str");
@@ -84,6 +91,7 @@ STABLE_TORCH_LIBRARY(SWINKERNELS_NAMESPACE, m) {
   patch_merging(m);
   layer_norm(m);
   residual_layer_norm(m);
+  mlp_half(m);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ IMPLEMENTED = {
     "patch_merging": ("cuda", "triton"),
     "layer_norm": ("cuda",),
     "residual_layer_norm": ("cuda",),
+    "mlp_half": ("triton",),  # a whole half as one kernel; other backends compose it of the ops above
 }
 
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,6 +62,7 @@ def _not_installed() -> dict[str, str | None]:
 NOT_INSTALLED = _not_installed()
 # Limits of a backend that are narrower than the limits in the argument checks. The kernels' headers define them.
 LIMITS: dict[str, dict[str, int]] = {}
+MLP_HALF_CHANNELS, MLP_HALF_CHUNK = (96, 192), 32  # channels, and the divisor of the hidden channels
 NORM_LIMITS: dict[str, int] = {"triton": 8192}  # the longest row
 if NOT_INSTALLED["cuda"] is None and _extension.build is not None:
     LIMITS["cuda"] = _extension.build["window_attention_limits"]
@@ -228,6 +230,29 @@ def patch_merging_reasons(
     # With "triton", torch computes the norm of "post".
     of_norm = [] if backend == "triton" else norm_reasons(backend, "layer_norm", row, dtypes, device)
     return list(dict.fromkeys(window_partition_reasons(backend, device) + of_norm))
+
+
+def mlp_half_reasons(
+    backend: str,
+    widths: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+    unsupported: Sequence[str],
+) -> list[str]:
+    """List the reasons why a backend cannot run a whole MLP half as one kernel.
+
+    ``widths`` are the numbers of channels and of hidden channels, ``dtypes`` the dtypes of x and of the products, and
+    ``unsupported`` names the call's arguments that the kernel does not have.
+    """
+    reasons = _reasons(backend, "mlp_half", device) + _dtype_reasons(backend, *dtypes)
+    if not reasons and (dtypes not in NORM_DTYPES or dtypes[1] == torch.float32):
+        reasons.append(f"it has no kernel that reads {dtypes[0]} and multiplies {dtypes[1]}")
+    channels, hidden = widths
+    if channels not in MLP_HALF_CHANNELS:
+        reasons.append(f"it takes {' or '.join(map(str, MLP_HALF_CHANNELS))} channels, got {channels}")
+    if hidden % MLP_HALF_CHUNK != 0:
+        reasons.append(f"it takes a multiple of {MLP_HALF_CHUNK} hidden channels, got {hidden}")
+    return reasons + [f"it does not implement {name}" for name in unsupported]
 
 
 def check_backend(op: str, requested: Any) -> None:

@@ -273,6 +273,33 @@ def _residual_post_norm(
     return fallback.add(x, normed, drop_path_scale), mean, rstd
 
 
+# --- the MLP half
+
+
+def _mlp_half(
+    x: Tensor,
+    branch: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    eps: float,
+    post: bool,
+    tanh: bool,
+) -> Tensor:
+    dtype = fc1_weight.dtype
+
+    def norm(y: Tensor) -> Tensor:
+        return fallback.layer_norm(y, norm_weight, norm_bias, eps=eps, dtype=dtype)
+
+    s = x if branch is None else fallback.add(x, branch, None)
+    h = F.linear(s.to(dtype) if post else norm(s), fc1_weight, fc1_bias)
+    y = F.linear(F.gelu(h, approximate="tanh" if tanh else "none"), fc2_weight, fc2_bias)
+    return fallback.add(s, norm(y) if post else y, None)
+
+
 # --- registration
 
 _FORWARD: dict[str, Callable[..., Any]] = {
@@ -284,6 +311,7 @@ _FORWARD: dict[str, Callable[..., Any]] = {
     "layer_norm_fwd": _layer_norm,
     "residual_layer_norm_fwd": _residual_layer_norm,
     "residual_post_norm_fwd": _residual_post_norm,
+    "mlp_half_triton": _mlp_half,
 }
 _WITH_TRITON = ("window_attention", "window_partition", "window_reverse", "patch_merging")
 _FORWARD |= {f"{name}_triton": function for name, function in _FORWARD.items() if name.startswith(_WITH_TRITON)}

@@ -50,10 +50,16 @@ def _zero(*_: Any, **__: Any) -> int:
     return 0
 
 
+def _mlp_half(*arguments: Any, **_: Any) -> int:
+    hidden, channels = arguments[4]
+    return 4 * math.prod(arguments[0][:-1]) * hidden * channels
+
+
 FORMULAS: dict[str, Callable[..., int]] = dict.fromkeys(_WITHOUT_PRODUCTS, _zero)
 for _form, _axes in (("window_attention_qkvpacked", 3), ("window_attention", 2)):
     FORMULAS[f"{_form}_fwd"] = _attention(2, 0, _axes)
     FORMULAS[f"{_form}_bwd"] = _attention(4, 1, _axes)
+FORMULAS["mlp_half_triton"] = _mlp_half
 FORMULAS |= {f"{name}_triton": f for name, f in FORMULAS.items() if name.startswith(_WITH_TRITON)}
 
 

@@ -1,7 +1,7 @@
 """The MLP half of a Swin block: the public function.
 
-The function is not an op itself: it composes the op for the norm, torch's matrix products and
-:mod:`swinkernels.ops._recomputed`.
+The function composes the op for the norm, torch's matrix products and :mod:`swinkernels.ops._recomputed`, or runs the
+whole half as one op, :mod:`swinkernels.ops._fused_mlp`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from swinkernels import reference
 from swinkernels.ops import _arguments, fallback
-from swinkernels.ops._backends import choose, norm_reasons, residual_reasons
+from swinkernels.ops._backends import choose, mlp_half_reasons, norm_reasons, residual_reasons
 from swinkernels.ops._fused_linear import linear
+from swinkernels.ops._fused_mlp import fused_mlp, lacks
 from swinkernels.ops._halves import cast, check_half, finish, scaled
 from swinkernels.ops._library import Found, any_requires_grad, autocast_dtype, linear_dtype, looked_up
 from swinkernels.ops._recomputed import gelu_linear, norm_linear
@@ -65,7 +66,8 @@ def mlp_half(
             x + branch_scale * branch replaces x above. One pass adds and normalises if norm is "pre", branch has the
             dtype of the matrix products and branch_scale needs no gradient. A branch of None leaves x as it is.
         backend: backend of the norm, "auto", "cuda", "torch" or "reference"; torch computes the matrix products, except
-            with "reference".
+            with "reference". "triton" runs the whole half as one kernel, without a derivative, for C of 96 or 192 and
+            products in float16 or bfloat16. "auto" does not take it, because it has not been measured on a GPU.
 
     Returns:
         (B, ..., C) in the dtype of x; with residual=False and norm="pre", in the dtype of the matrix products. An empty
@@ -106,6 +108,11 @@ def mlp_half(
         between = linear_dtype(x)
 
         def reasons(b: str) -> list[str]:
+            if b == "triton":
+                if backend != b:
+                    return ["it has not been measured on a GPU, so it runs only if it is named"]
+                widths = (channels, fc1_weight.shape[0])
+                return mlp_half_reasons(b, widths, (x.dtype, between), x.device, lacking)
             if residual if norm == "post" else is_summed:
                 return residual_reasons(b, channels, (x.dtype, between), x.device)
             dtypes = (x.dtype, between) if norm == "pre" else (between, x.dtype)
@@ -121,7 +128,8 @@ def mlp_half(
         x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, drop_path_scale, layer_scale, branch,
         branch_scale,
     )  # fmt: skip
-    options = (eps, norm, approximate, residual, backend, learns_scale)
+    lacking = lacks(tensors, norm, residual, drop_path_scale, layer_scale, branch_scale) if backend == "triton" else ()
+    options = (eps, norm, approximate, residual, backend, learns_scale, lacking)
     eps, chosen = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
     if chosen == "reference":
         return reference.mlp_half(
@@ -135,6 +143,9 @@ def mlp_half(
     is_recorded = any_requires_grad(tensors)
     gelu = None if is_recorded else approximate
     weight, bias = cast(fc1_weight, fc1_bias, dtype)
+    if chosen == "triton":
+        fc2 = cast(*scaled(fc2_weight, fc2_bias, layer_scale, norm), dtype)
+        return fused_mlp(x, branch, (norm_weight, norm_bias), (weight, bias), fc2, eps, norm, approximate)
     if norm == "pre":
         x, hidden = norm_linear(
             x, norm_weight, norm_bias, weight, bias, eps=eps, backend=chosen, branch=branch,

@@ -84,3 +84,4 @@ _attach("window_partition", lambda *arguments: _launcher("window_partition").par
 _attach("window_reverse", lambda *arguments: _launcher("window_partition").reverse(*arguments))
 _attach("patch_merging_norm_fwd", lambda *arguments: _launcher("patch_merging").forward(*arguments))
 _attach("patch_merging_norm_bwd", lambda *arguments: _launcher("patch_merging").backward(*arguments))
+_attach("mlp_half", lambda *arguments: _launcher("mlp_half").forward(*arguments))
