@@ -6,12 +6,15 @@ call: the same argument types, flags, tiles, warps and stages.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -119,3 +122,23 @@ def resources(launch: Launch, arch: int) -> dict[str, int]:
         ).stdout
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report))
     return {**{k: int(v) for k, v in found.items()}, "SHARED": compiled.metadata.shared}
+
+
+def check_source(function: Callable) -> None:
+    """Check the rules of Triton before 3.8.
+
+    A field of a constexpr tuple is a plain Python value there, which cannot be an argument of our functions or an
+    element of a list. Nor can a function return a conditional expression that may be None.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+
+    def fields(nodes: list[ast.expr]) -> list[str]:
+        return [ast.unparse(n) for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "STATIC"]
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.List):
+            assert not fields(node.elts), ast.unparse(node)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert not fields([*node.args, *(k.value for k in node.keywords)]), ast.unparse(node)
+        elif isinstance(node, ast.Return) and isinstance(node.value, ast.IfExp):
+            assert "None" not in (ast.unparse(node.value.body), ast.unparse(node.value.orelse)), ast.unparse(node)

@@ -5,10 +5,7 @@ Covers every kernel, dtype and kind of configuration; no GPU is needed.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import math
-import textwrap
 from typing import Any
 
 import pytest
@@ -35,6 +32,7 @@ from tests.support.triton_compiler import (
     SHARED_BYTES,
     JITFunction,
     Launch,
+    check_source,
     kernels_of,
     recorded,
     resources,
@@ -214,18 +212,4 @@ JIT_FUNCTIONS = {
 
 @pytest.mark.parametrize("name", JIT_FUNCTIONS)
 def test_the_source_compiles_before_triton_3_8(name):
-    """Before 3.8 a field of a constexpr tuple is a plain Python value, which cannot be an argument of our functions or
-    an element of a list. Nor can a function return a conditional expression that may be None.
-    """
-    tree = ast.parse(textwrap.dedent(inspect.getsource(JIT_FUNCTIONS[name])))
-
-    def fields(nodes):
-        return [ast.unparse(n) for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "STATIC"]
-
-    for node in ast.walk(tree):
-        if isinstance(node, ast.List):
-            assert not fields(node.elts), ast.unparse(node)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert not fields([*node.args, *(k.value for k in node.keywords)]), ast.unparse(node)
-        elif isinstance(node, ast.Return) and isinstance(node.value, ast.IfExp):
-            assert "None" not in (ast.unparse(node.value.body), ast.unparse(node.value.orelse)), ast.unparse(node)
+    check_source(JIT_FUNCTIONS[name])
