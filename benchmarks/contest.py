@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import record
-from benchmarks.timing import Call, GraphTimer, Timing, ceiling, input_sets, time_on_cpu
+from benchmarks.timing import Call, GraphTimer, Timing, ceiling, input_sets, time_on_cpu, until_steady
 from swinkernels.demo.measure import peak_bytes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -171,7 +171,7 @@ def run(
         for direction in total:
             taken = {name: c[direction] for name, c in calls.items() if direction in c}
             if timer:
-                found = time_in_graphs(taken, count, timer, fail)
+                found = until_steady(functools.partial(time_in_graphs, taken, count, timer, fail))
             else:
                 found = time_on_cpu(taken, seconds=seconds or SECONDS)
             times |= {(name, direction): timing for name, timing in found.items()}
@@ -207,16 +207,19 @@ def first_call_s(call: Call, device: torch.device) -> float:
 
 
 def time_in_graphs(
-    calls: Mapping[str, Call], sets: int, timer: GraphTimer, fail: Callable[[str], None]
+    calls: dict[str, Call], sets: int, timer: GraphTimer, fail: Callable[[str], None]
 ) -> dict[str, Timing]:
-    """Time the calls in rounds of alternating order, one graph at a time to save memory."""
+    """Time the calls in rounds of alternating order, one graph at a time to save memory.
+
+    A contestant that fails is removed from ``calls``, so that it is not measured again.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(ROUNDS):
         for name in list(samples)[:: -1 if turn % 2 else 1]:
             try:
                 samples[name] += timer.samples(calls[name], sets, timer.replays // ROUNDS + 1)
             except Exception:
-                del samples[name]
+                del samples[name], calls[name]
                 fail(name)
             torch.cuda.empty_cache()
     return {name: Timing.of(values) for name, values in samples.items()}

@@ -37,8 +37,9 @@ A.csv B.csv` lists the changes between two runs that exceed their noise.
 - The outputs and gradients of each contestant are first compared in float64 with the reference, or with the library's
   own model. The row of a wrong contestant says WRONG and has no ratio. The error is the worst RMS error in units of the
   dtype's eps.
-- The contestants of a row take turns, so that a slow moment of the machine affects all. Times are medians. `~` marks a
-  noisy time: its 20th and 80th percentiles differ by more than 10 % of the median. The CSV files have both.
+- The contestants of a row take turns, so that a slow moment of the machine affects all. Times are medians. A time is
+  noisy if its 20th and 80th percentiles differ by more than 10 % of the median. All contestants of its row are then
+  measured again, up to three times in all; `~` marks a time that is still noisy. The CSV files have both percentiles.
 - On a GPU, ops are timed in replays of CUDA graphs over inputs that rotate through more than the L2 cache. Models are
   timed with events, after the cache has been overwritten. On a CPU, times are wall-clock times, and inputs may be in a
   cache.

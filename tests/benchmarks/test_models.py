@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import swinkernels
-from benchmarks import contest, formulas, goals, models, runtimes, scaling, shapes
+from benchmarks import contest, formulas, goals, models, runtimes, scaling, shapes, timing
 from benchmarks.shapes import ModelCase
-from benchmarks.timing import Ceiling, Timing, input_sets, time_on_cpu
+from benchmarks.timing import Ceiling, Timing, input_sets, time_on_cpu, until_steady
 from gpu import plan
 from swinkernels import reference
 from swinkernels.testing import WindowAttentionCase
@@ -264,6 +264,43 @@ def test_noise_is_a_spread_of_over_a_tenth() -> None:
     assert not Timing(100.0, 96.0, 106.0).noisy
     assert Timing(100.0, 95.0, 105.1).noisy
     assert input_sets(10, CPU) == 1
+
+
+@pytest.mark.parametrize(
+    ("spreads", "measured", "kept"),
+    [
+        ([(2, 2)], 1, 0),
+        ([(2, 30), (2, 3)], 2, 1),  # the second is steady
+        ([(2, 30), (40, 2), (2, 20), (1, 1)], 3, 2),  # none is: the steadiest of three is kept
+        ([(2, 12), (2, 13), (14, 2)], 3, 0),
+        ([()], 1, 0),  # no contestant is left
+    ],
+)
+def test_noisy_times_are_measured_again(spreads: list[tuple[int, ...]], measured: int, kept: int) -> None:
+    """All contestants are measured again together, and one measurement is kept whole."""
+    runs = [
+        {f"{i}": Timing(100.0 + n, 100.0, 100.0 + width) for i, width in enumerate(of_run)}
+        for n, of_run in enumerate(spreads)
+    ]
+    left = iter(runs)
+    assert until_steady(lambda: next(left)) is runs[kept]
+    assert len(list(left)) == len(runs) - measured
+
+
+def test_a_cpu_timer_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three measurements have slow calls, and the third is kept; by this clock a call takes a second."""
+    now, slow = [0.0], [0] * 4 + [9, 0] * 4 + [0] * 5
+
+    def call(i: int) -> None:
+        now[0] += 1.0 + slow.pop(0)
+
+    def steady(i: int) -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr(timing, "CPU_CLOCK", [lambda: now[0]])
+    times = time_on_cpu({"call": call, "steady": steady}, seconds=1.0, rounds=5)
+    assert times == {name: Timing(1e6, 1e6, 1e6) for name in ("call", "steady")}
+    assert not slow
 
 
 def test_slope_of_a_power() -> None:
