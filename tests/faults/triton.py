@@ -7,10 +7,12 @@ from tests.faults import Fault
 _ADDRESS = "swinkernels/triton/_window_address.py"
 _ATTENTION = "swinkernels/triton/window_attention/"
 _MERGING = "swinkernels/triton/_patch_merging_kernels.py"
+_MLP = "swinkernels/triton/_mlp_half_kernels.py"
 _IN_ATTENTION = "tests/triton/test_window_attention.py::test_triton"
 _IN_BIAS_TABLES = "tests/triton/test_bias_tables.py::test_triton"
 _IN_KEY_WINDOWS = "tests/triton/test_key_windows.py::test_triton"
 _IN_AXIS_TABLES = "tests/triton/test_axis_tables.py::test_triton"
+_IN_MLP_HALF = "tests/triton/test_mlp_half.py::test_triton"
 _IN_MEMORY_BOUND_OPS = "tests/triton/test_memory_bound_ops.py::test_triton"
 
 FAULTS = {
@@ -103,5 +105,29 @@ FAULTS = {
         "common *= held",
         "common *= 1.0",
         _IN_MEMORY_BOUND_OPS + "[merging_norm-monai_legacy-f32]",
+    ),
+    "triton-mlp-variance-of-the-first-part": Fault(
+        _MLP,
+        "rstd = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / C + eps)",
+        "rstd = tl.rsqrt(tl.sum(a * a, axis=1) / a.shape[1] + eps)",
+        _IN_MLP_HALF + "[in_float32-post]",
+    ),
+    "triton-mlp-bias-of-the-first-chunk": Fault(
+        _MLP,
+        "_add_columns(h, fc1_bias, first_hidden + hidden)",
+        "_add_columns(h, fc1_bias, hidden)",
+        _IN_MLP_HALF + "[in_float32-pre]",
+    ),
+    "triton-mlp-gelu-of-low-degree": Fault(
+        _MLP,
+        "p = t * _TAIL_5 + _TAIL_4",
+        "p = _TAIL_4",
+        _IN_MLP_HALF + "[gelu_of_every_number-tail-float16]",
+    ),
+    "triton-mlp-branch-read-once": Fault(
+        _MLP,
+        "    if branch is not None:\n        part +=",
+        "    if branch is not None and not LAST:\n        part +=",
+        _IN_MLP_HALF + "[in_float32-branch]",
     ),
 }

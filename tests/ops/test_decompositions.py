@@ -52,6 +52,17 @@ def test_dropout_is_refused() -> None:
         decomposed("window_attention_fwd", *arguments)
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_mlp_half(norm: str, approximate: str) -> None:
+    shapes = {"norm_weight": (6,), "norm_bias": (6,), "fc1_weight": (10, 6), "fc1_bias": (10,)}
+    shapes |= {"fc2_weight": (6, 10), "fc2_bias": (6,)}
+    x, branch, *drawn = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, 6), (2, 3, 6), *shapes.values()))
+    got = decomposed("mlp_half_triton", x, branch, *drawn, 1e-3, norm == "post", approximate == "tanh")
+    expected = reference.mlp_half(x, *drawn, branch=branch, norm=norm, approximate=approximate, eps=1e-3)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("pad_order", ["pad_then_roll", "roll_then_pad"])
 @pytest.mark.parametrize(("size", "window", "shift"), [((4, 6), (2, 3), (1, 0)), ((5, 3, 7), (2, 4, 3), (1, 3, 2))])
 def test_windows(size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], pad_order: str) -> None:

@@ -35,6 +35,13 @@ def test_every_op_has_a_formula() -> None:
     assert all(getattr(torch.ops.swinkernels, name) in flop_registry for name in FORMULAS)
 
 
+def test_mlp_half_counts_both_products() -> None:
+    x, fc1, fc2 = (torch.empty(shape, device="meta") for shape in ((2, 5, 96), (384, 96), (96, 384)))
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.swinkernels.mlp_half_triton(x, None, None, None, fc1, None, fc2, None, 1e-5, False, False)
+    assert counter.get_total_flops() == 2 * 10 * 96 * 384 * 2
+
+
 def test_formulas_wait_for_the_counter() -> None:
     code = (
         "import sys, torch, swinkernels; assert 'torch.utils.flop_counter' not in sys.modules\n"
