@@ -53,6 +53,27 @@ def benchmark(name: str, **options: Any) -> dict[tuple[str, str], dict]:
     return {(row["backend"], row["direction"]): row for row in rows}
 
 
+@pytest.mark.parametrize("how", ["", "compiled", "graphs"])
+def test_a_training_step_is_compiled_into_cuda_graphs_by_name(small_model, how, monkeypatch) -> None:
+    """Forward and backward run inside the compiled module, which "graphs" compiles for replays."""
+    options: list[dict[str, Any]] = []
+
+    def compiled(module: nn.Module, **given: Any) -> nn.Module:
+        options.append(given)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    mine = models.subject(shapes.MODELS[small_model], "accelerate")
+    assert mine is not None
+    out, dx, grads = models.prepare(mine, CPU, torch.bfloat16, "training", how)()
+    assert options == {"": [], "compiled": [{"dynamic": False}]}.get(
+        how, [{"dynamic": False, "mode": "reduce-overhead"}]
+    )
+    assert out.isfinite().all() and dx.any() and all(g is not None for g in grads)
+    assert {name.partition("-")[0] for name in models.GRAPHS} == set(models.KINDS)
+    assert {"eager-graphs", "accelerate-graphs"} <= {*plan.TRAINING}
+
+
 @pytest.mark.parametrize("runtime", runtimes.RUNTIMES)
 def test_a_runtime_runs_the_inference_of_a_model(small_model: str, runtime: str) -> None:
     for package in runtimes._PACKAGES[runtime]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 from typing import Any
@@ -17,7 +18,9 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block as TimmBlockV
 from timm.models.vision_transformer import Block as TimmViTBlock
 from timm.models.vision_transformer_relpos import RelPosBlock as TimmRelPosBlock
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import swinkernels
 from swinkernels import nn as sn
 from swinkernels import window_attention_qkvpacked
 from swinkernels.adapters.masks import window_index
@@ -371,6 +374,31 @@ def test_tracing_is_refused_in_words_that_help():
     for module in (sn.SwinTransformerBlock(16, None, 2, 4), sn.Attention(16, 2, window_size=4)):
         with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record window attention\. Use torch\.export"):
             torch.jit.trace(module, make_map(1, 4, 4, 16))
+
+
+@pytest.mark.parametrize("accelerated", [False, True], ids=["ours", "timm"])
+def test_autocast_casts_each_weight_once_a_step(accelerated):
+    """Forward and backward of a block together cast no weight twice."""
+    block = TimmBlock(16, (8, 8), 2, window_size=4) if accelerated else sn.SwinTransformerBlock(16, (8, 8), 2, 4)
+    if accelerated:
+        swinkernels.accelerate(block)
+    names = {p.data_ptr(): name for name, p in block.named_parameters() if p.dim() == 2 and "norm" not in name}
+    casts = collections.Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            keywords = keywords or {}
+            if function is torch.ops.aten._to_copy.default and keywords.get("dtype") == torch.bfloat16:
+                casts[names.get(arguments[0].data_ptr())] += 1
+            return function(*arguments, **keywords)
+
+    with Count():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = block.train()(make_map(2, 8, 8, 16))
+        y.float().square().mean().backward()
+    del casts[None]
+    weights = {name for name in names.values() if "relative_position" not in name}
+    assert len(weights) == 4 and casts == dict.fromkeys(weights, 1)
 
 
 @pytest.mark.parametrize(
