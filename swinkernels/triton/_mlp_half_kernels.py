@@ -1,16 +1,17 @@
 """The Triton kernel of an MLP half: norm, both products with GELU between them, and residual connection, in one pass.
 
-Maths     pre:  y = s + fc2(gelu(fc1(norm(s)))), s = x + branch; post: y = s + norm(fc2(gelu(fc1(s)))).
-          mean and variance of a token in two passes over registers; float32 for them, GELU and the sums of products.
-          Rounded to the dtype of the weights: the left operands of both products. The result is rounded once.
-Tiling    a program has ROWS tokens with all of their C channels, in two parts, because C is no power of two, as the
-          width of a tile must be: the first WIDE channels and the rest. It takes CHUNK hidden channels at a time: their
-          values are summed over the channels of both parts, and their GELU goes into the sums of fc2 from registers.
-          The matrix units of Hopper take 64 tokens by four warps at once.
-Traffic   x and branch once from memory, and again, for the residual connection, from the L2 cache: held in registers
-          they would cost a quarter of these. y once. Each program reads both weights once, from the L2 cache.
+Maths     pre:  y = s + fc2(gelu(fc1(norm(s)))), post: y = s + norm(fc2(gelu(fc1(s)))), with s = x + branch.
+          The statistics, from two passes over registers, GELU and the sums of both products are float32. The left
+          operands of both products are rounded to the dtype of the weights, and the result once to that of x.
+Tiling    a program has ROWS tokens with all of their C channels. A tile's width must be a power of two, which C is not,
+          so each token has two parts, of WIDE and C - WIDE channels. The program takes CHUNK hidden channels at a time:
+          fc1 sums over both parts, and GELU's result goes from registers into the sums of fc2. Hopper's matrix units
+          process 64 tokens with four warps at once.
+Traffic   x and branch once from memory, and a second time, for the residual connection, from the L2 cache, because in
+          registers they would cost as much as the left operand of fc1. y once. Each program reads both weights once,
+          from the L2 cache.
 Roofline  B=128, 56x56, C=96, bf16, H100 SXM (published peaks): 154 MB, 46 us at 3.35 TB/s; 59 GFLOP, 60 us at 989
-          TFLOP/s. At C=192, 28x28 half of the bytes and the same flops. docs/dev/memory-bound.md has a prediction.
+          TFLOP/s. C=192 at 28x28 has half of the bytes and as many flops. docs/dev/memory-bound.md has predictions.
 Limits    rows below 2^31; C a sum of two powers of two; the hidden channels a multiple of CHUNK.
 """
 
