@@ -40,8 +40,11 @@ def forward(
         )
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = y.numel() // channels
-    if rows > INT32_MAX - ROWS:
-        raise ValueError(f"mlp_half: backend='triton' takes fewer than 2**31 tokens, got {rows}: split the batch")
+    if rows > INT32_MAX - ROWS or fc1_weight.numel() > INT32_MAX:
+        raise ValueError(
+            "mlp_half: backend='triton' takes fewer than 2**31 tokens, and weights of fewer than 2**31 elements, got "
+            f"{rows} tokens and {fc1_weight.numel()} elements"
+        )
     form = "tanh" if tanh else "erf" if fc1_weight.dtype == torch.float32 else "tail"
     options: dict[str, Any] = {"num_warps": WARPS, "num_stages": STAGES, **ARITHMETIC}
     if rows > 0:

@@ -289,3 +289,13 @@ def auto_takes_what_is_measured(dtype):
 @pytest.mark.parametrize("name", check.names())
 def test_triton(name):
     check.run(name)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    """The last rows have the same result as alone: a program's offsets are 64 bits wide."""
+    given = inputs(Case((1, 96), BF16, BF16))
+    x = torch.randint(-100, 100, (2**31 // 96 + 1000, 96), dtype=torch.int8, device="cuda").bfloat16()
+    assert x.numel() > 2**31
+    case = Case(read=BF16, product=BF16)
+    assert torch.equal(run(case, {**given, "x": x})[-500:], run(case, {**given, "x": x[-500:]}))
