@@ -104,9 +104,7 @@ def test_what_32_bits_do_not_count_is_refused():
     with pytest.raises(ValueError, match=r"mlp_half: .* fewer than 2\*\*31 tokens, .* got 2147483648 tokens"):
         record(96, rows=2**31)
     weight = torch.empty(2**24, 192, device="meta", dtype=F16)
-    with pytest.raises(
-        ValueError, match=r"mlp_half: .* weights of fewer than 2\*\*31 .*, got .* 3221225472"
-    ):
+    with pytest.raises(ValueError, match=r"mlp_half: .* weights of fewer than 2\*\*31 .*, got .* 3221225472"):
         mlp_half.forward(
             torch.empty(2, 192, device="meta"), None, None, None, weight, None, weight.T, None, 1e-5, False, False
         )
