@@ -171,10 +171,6 @@ def window_attention_reasons(
         reasons.append("it does not implement axis_tables")
     if spec.key_window != spec.window_size and backend == "cuda":
         reasons.append("it does not implement key_window")
-    if backend == "cuda" and any(spec.table_pairs):
-        reasons.append("it does not implement table_pairs")
-    if backend == "cuda" and spec.table_types > 1:
-        reasons.append("it does not implement a bias_table by window type")
     if return_attention:
         reasons.append("it does not return the attention weights (return_attention)")
     return reasons + _backends.window_volume_reasons(backend, spec.volume, device)

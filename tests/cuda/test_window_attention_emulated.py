@@ -114,6 +114,33 @@ FEATURES = {
     "types, long window": Case(2, (18, 9), 2, 16, 9, 4, has_table=False, bias_types=2),
     "types, long window, pads, v2": Case(1, (17, 8), 1, 24, 9, 4, False, True, True, 2),
 }
+# Bias tables by window type: short windows and long ones, which are not of the plain kind.
+TABLE_TYPES = {
+    "short": Case(2, (8, 8), 2, 16, 4, 1, table_types=2),
+    "short, v2, pads": Case(2, (13, 14), 3, 16, 7, 3, has_pad_qkv=True, table_types=2, **COSINE),
+    "short, 3D": Case(2, (4, 6, 5), 2, 16, (2, 3, 3), (1, 1, 1), has_pad_qkv=True, table_types=2),
+    "a type for each window": Case(3, (8, 8), 2, 20, 4, 1, table_types=4),
+    "long": Case(2, (18, 9), 2, 24, 9, 4, table_types=2),
+    "long, even rows, pads": Case(1, (19, 22), 1, 32, (10, 8), (5, 3), has_pad_qkv=True, table_types=2),
+    "long, v2": Case(2, (17, 8), 1, 24, 9, 4, has_pad_qkv=True, table_types=2, **COSINE),
+    "long, wide heads": Case(1, (18, 8), 2, 72, 9, 4, table_types=2),
+}
+# Tables of pairs of coordinates.
+PANGU = {"table_pairs": (True, True, False)}
+TABLE_PAIRS = {
+    "short": Case(2, (8, 8), 2, 16, 4, 1, options={"table_pairs": (True, False)}),
+    "short, last axis": Case(2, (6, 8), 2, 32, (3, 4), (1, 2), options={"table_pairs": (False, True)}),
+    "short, all axes, v2": Case(2, (13, 14), 2, 10, 7, 3, has_pad_qkv=True, options={"table_pairs": True}, **COSINE),
+    "short, Pangu": Case(1, (4, 5, 8), 2, 24, (2, 3, 4), (1, 1, 2), has_pad_qkv=True, table_types=2, options=PANGU),
+    "long, Pangu": Case(1, (4, 11, 12), 1, 32, (2, 6, 12), (1, 3, 6), has_pad_qkv=True, table_types=4, options=PANGU),
+    "long, odd": Case(2, (10, 9), 2, 16, (10, 9), (5, 4), options={"table_pairs": (True, False)}),
+    "long, strips": Case(1, (2, 9, 20), 1, 16, (2, 9, 20), 0, options=PANGU),
+    "long, last axis": Case(
+        1, (9, 16), 2, 32, (9, 8), (4, 3), has_pad_qkv=True, options={"table_pairs": (False, True)}
+    ),
+    "long, all axes, v2": Case(1, (9, 10), 2, 24, (9, 10), 3, table_types=1, options={"table_pairs": True}, **COSINE),
+    "long, Pangu, wide heads": Case(1, (4, 6, 12), 1, 72, (2, 6, 12), (1, 3, 6), table_types=2, options=PANGU),
+}
 # Published windows of 343 tokens and more, with few heads.
 LONG = {
     "MONAI": Case(1, (7, 8, 7), 1, 16, 7, 3, has_pad_qkv=True),
@@ -186,6 +213,18 @@ def test_any_head_dim(library, case, arithmetic):
 @pytest.mark.parametrize("name", FEATURES)
 def test_cosine_attention_and_dense_biases(library, name, arithmetic):
     _check(library, FEATURES[name], arithmetic)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("name", TABLE_TYPES)
+def test_bias_tables_by_window_type(library, name, arithmetic):
+    _check(library, TABLE_TYPES[name], arithmetic)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("name", TABLE_PAIRS)
+def test_bias_tables_of_pairs(library, name, arithmetic):
+    _check(library, TABLE_PAIRS[name], arithmetic)
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -404,6 +443,8 @@ ANY_SCHEDULE = [
     FEATURES["v2"],
     FEATURES["v2, long window, pads"],
     FEATURES["types, long window"],
+    TABLE_TYPES["long, even rows, pads"],
+    TABLE_PAIRS["long, Pangu"],
     ODD_HEAD_DIMS[2],
 ]
 
@@ -432,6 +473,9 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
         Case(1, (12, 10), 1, 32, 9, 4, has_pad_qkv=True),
         FEATURES["a type for each window, v2"],
         FEATURES["types, long window"],
+        TABLE_TYPES["a type for each window"],
+        TABLE_TYPES["long"],
+        TABLE_TYPES["long, wide heads"],
     ):
         _check(library, case, "bfloat16")
 

@@ -424,6 +424,7 @@ class _Call:
         geometry.table_window[:] = three(spec.table_window, 1)
         geometry.periodic[:] = three(spec.periodic, False)
         geometry.grid = spec.grid
+        geometry.table_pairs[:] = three(spec.table_pairs, False)
         self.params = _Forward(
             DTYPES[qkv.dtype],
             allow_tf32,
@@ -436,7 +437,7 @@ class _Call:
             _token_map(self.out),
             lse=pointer(self.lse),
             **{name: pointer(x) for name, x in self.tables.items()},
-            bias_types=1 if args.bias is None or args.bias.dim() == 3 else args.bias.shape[0],
+            bias_types=spec.table_types if args.bias is None or args.bias.dim() == 3 else args.bias.shape[0],
             pad_qkv=pointer(self.pad_qkv),
             region_map=pointer(self.region_map),
             dropout_p=spec.dropout_p,

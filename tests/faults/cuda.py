@@ -24,6 +24,24 @@ FAULTS = {
         "bias.data[(2 * bias.middle - row_index[half] + col_index) * bias.stride]",
         _IN_ATTENTION + "test_geometry[no shift-float16]",
     ),
+    "cuda-table-column-of-the-first-type": Fault(
+        _ATTENTION + "arguments.cuh",
+        "return bias_table + type * num_heads + head;",
+        "return bias_table + head;",
+        _IN_ATTENTION + "test_bias_tables_by_window_type[short-float16]",
+    ),
+    "cuda-pairs-of-the-other-order": Fault(
+        "csrc/kernels/common/window_address.cuh",
+        "(pairs ? row % size - row / size :",
+        "(pairs ? row / size - row % size :",
+        _IN_ATTENTION + "test_bias_tables_of_pairs[short-float16]",
+    ),
+    "cuda-pairs-of-keys-as-offsets": Fault(
+        "csrc/kernels/common/window_address.cuh",
+        "geometry.table_pairs[axis] ? -size * stride : stride;",
+        "stride;",
+        _IN_ATTENTION + "test_bias_tables_of_pairs[long, Pangu-bfloat16]",
+    ),
     "cuda-keys-past-the-window": Fault(
         _ATTENTION + "bias.cuh",
         "< num_tokens ? 0.0f : -INFINITY;",

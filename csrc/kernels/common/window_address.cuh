@@ -12,9 +12,12 @@
 namespace swinkernels {
 
 struct WindowLayout : FrameLayout {
-  int32_t table_window[3], table_stride[3];
-  int32_t table_middle;  // the entry of relative offset zero
+  // Query i and key j have entry query_index(i) - key_index(j) + table_middle of the bias table. A coordinate has
+  // these strides in the two; they differ on an axis whose rows stand for pairs of coordinates.
+  int32_t table_window[3], query_stride[3], key_stride[3];
+  int32_t table_middle;
   int32_t table_entries;
+  bool table_pairs[3], has_table_pairs;
   bool has_regions[3];  // the axis is cut into shift regions
   bool grid;
   const int32_t* region_map;
@@ -25,10 +28,14 @@ struct WindowLayout : FrameLayout {
     static_cast<FrameLayout&>(layout) = FrameLayout::of(geometry);
     int32_t stride = 1;
     for (int axis = 2; axis >= 0; --axis) {
-      layout.table_window[axis] = geometry.table_window[axis];
-      layout.table_stride[axis] = stride;
-      layout.table_middle += (geometry.table_window[axis] - 1) * stride;
-      stride *= 2 * geometry.table_window[axis] - 1;
+      const int32_t size = geometry.table_window[axis];
+      layout.table_window[axis] = size;
+      layout.table_pairs[axis] = geometry.table_pairs[axis];
+      layout.has_table_pairs |= geometry.table_pairs[axis];
+      layout.query_stride[axis] = stride;
+      layout.key_stride[axis] = geometry.table_pairs[axis] ? -size * stride : stride;
+      layout.table_middle += geometry.table_pairs[axis] ? 0 : (size - 1) * stride;
+      stride *= layout.table_rows(axis);
       layout.has_regions[axis] = region_map == nullptr && geometry.shift[axis] > 0 && !geometry.periodic[axis];
     }
     layout.table_entries = stride;
@@ -40,22 +47,32 @@ struct WindowLayout : FrameLayout {
 
   int32_t num_tokens() const { return window[0] * window[1] * window[2]; }
 
-  // r(t) in the bias table: entry (r(i) - r(j) + table_middle) holds the bias of query i and key j.
-  __device__ __forceinline__ int table_index(int token) const {
+  // Rows of the bias table for one axis.
+  __host__ __device__ int32_t table_rows(int axis) const {
+    return table_pairs[axis] ? table_window[axis] * table_window[axis] : 2 * table_window[axis] - 1;
+  }
+
+  __device__ __forceinline__ int query_index(int token) const { return weighted(token, query_stride); }
+  __device__ __forceinline__ int key_index(int token) const { return weighted(token, key_stride); }
+
+  // Returns the sum of a token's coordinates, row-major in table_window, times the axes' weights.
+  __device__ __forceinline__ int weighted(int token, const int32_t (&weights)[3]) const {
     const int row = token / table_window[2];
-    return row / table_window[1] * table_stride[0] + row % table_window[1] * table_stride[1] +
-           token % table_window[2] * table_stride[2];
+    return row / table_window[1] * weights[0] + row % table_window[1] * weights[1] +
+           token % table_window[2] * weights[2];
   }
 
   // Returns i - j for the pairs of tokens that use this entry of the table; i and j are numbered row-major in
-  // table_window.
+  // table_window. kMayHavePairs: the table may have pairs.
+  template <bool kMayHavePairs>
   __device__ __forceinline__ int token_distance(int entry) const {
     int distance = 0, weight = 1;
 #pragma unroll
     for (int axis = 2; axis >= 0; --axis) {
-      const int width = 2 * table_window[axis] - 1;
-      distance += (entry % width - (table_window[axis] - 1)) * weight;
-      entry /= width;
+      const int size = table_window[axis], rows = kMayHavePairs ? table_rows(axis) : 2 * size - 1, row = entry % rows;
+      const bool pairs = kMayHavePairs && table_pairs[axis];
+      distance += (pairs ? row % size - row / size : row - (size - 1)) * weight;
+      entry /= rows;
       weight *= table_window[axis];
     }
     return distance;

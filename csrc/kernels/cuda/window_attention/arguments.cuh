@@ -68,6 +68,12 @@ struct WindowArguments {
     return args;
   }
 
+  // The column of a bias table that belongs to a unit; its entries are this many floats apart.
+  __device__ __forceinline__ const float* table_column(uint32_t type, int head) const {
+    return bias_table + type * num_heads + head;
+  }
+  __device__ __forceinline__ int32_t table_columns() const { return num_heads * bias_types; }
+
   // Returns the number of a unit's item among the windows of all images.
   __device__ __forceinline__ uint32_t window_of(uint32_t type, uint32_t item) const {
     if (bias_types == 1) return item;

@@ -11,29 +11,28 @@ namespace swinkernels::cuda {
 // The addend of a block's scores; null data is a bias of zero.
 struct Bias {
   const float* data;
-  int32_t stride;              // between the entries of a table's column; between the rows of a dense bias
-  const int32_t* token_index;  // r(t) of the queries' and the keys' tokens, for a table; null for a dense bias
-  const int32_t* key_index;
-  int32_t middle;  // the table's entry of relative offset zero
+  int32_t stride;                          // between the entries of a table's column; between the rows of a dense bias
+  const int32_t *query_index, *key_index;  // of every token, for a table (WindowLayout); null for a dense bias
+  int32_t middle;                          // the table_middle of these indices
 };
 
-// Returns the bias of a block's unit in global memory; token_index holds r(t) of every token.
-template <int kMaps>
+// Returns the bias of a block's unit in global memory. `tokens` has the query_index and the key_index of every token.
+template <int kMaps, class Tokens>
 __device__ __forceinline__ Bias global_bias(const WindowArguments<kMaps>& args, const BlockShare& share,
-                                            const int32_t* token_index) {
+                                            const Tokens& tokens) {
   if (args.dense_bias != nullptr) {
     const int64_t unit = static_cast<int64_t>(share.type) * args.num_heads + share.head;
     return {args.dense_bias + unit * args.num_tokens * args.num_tokens, args.num_tokens, nullptr, nullptr, 0};
   }
-  const float* column = args.bias_table == nullptr ? nullptr : args.bias_table + share.head;
-  return {column, args.num_heads, token_index, token_index, args.layout.table_middle};
+  const float* column = args.bias_table == nullptr ? nullptr : args.table_column(share.type, share.head);
+  return {column, args.table_columns(), tokens.query_index, tokens.key_index, args.layout.table_middle};
 }
 
 // As global_bias, with the column of a table copied to `table` if it fits there. The caller synchronises.
-template <class Traits, int kMaps>
+template <class Traits, int kMaps, class Tokens>
 __device__ __forceinline__ Bias staged_bias(const WindowArguments<kMaps>& args, const BlockShare& share, float* table,
-                                            const int32_t* token_index) {
-  Bias bias = global_bias(args, share, token_index);
+                                            const Tokens& tokens) {
+  Bias bias = global_bias(args, share, tokens);
   const int entries = args.layout.table_entries;
   if (args.bias_table == nullptr || entries > Traits::kSharedTableEntries) return bias;
   for (int i = threadIdx.x; i < entries; i += Traits::kThreads) {
@@ -45,7 +44,7 @@ __device__ __forceinline__ Bias staged_bias(const WindowArguments<kMaps>& args, 
 }
 
 // Loads the bias in base 2 of 16 queries from row0 and the keys of a block from col0, as an accumulator fragment. The
-// bias is minus infinity for keys past the window, which removes them from the softmax. For a table, token_index[0] and
+// bias is minus infinity for keys past the window, which removes them from the softmax. For a table, query_index[0] and
 // key_index[0] belong to tokens first_row and first_col.
 template <int kTiles>
 __device__ __forceinline__ void load_bias(float (&fragment)[kTiles][4], const Bias& bias, int row0, int col0,
@@ -59,7 +58,7 @@ __device__ __forceinline__ void load_bias(float (&fragment)[kTiles][4], const Bi
     for (int e = 0; e < 4; ++e) fragment[j][e] = col0 + 8 * j + 2 * t + e % 2 < num_tokens ? 0.0f : -INFINITY;
   }
   if (bias.data == nullptr) return;
-  if (bias.token_index == nullptr) {
+  if (bias.query_index == nullptr) {
     const float* const data[2] = {bias.data + static_cast<int64_t>(rows[0]) * bias.stride + col0 + 2 * t,
                                   bias.data + static_cast<int64_t>(rows[1]) * bias.stride + col0 + 2 * t};
 #pragma unroll
@@ -71,8 +70,8 @@ __device__ __forceinline__ void load_bias(float (&fragment)[kTiles][4], const Bi
     }
     return;
   }
-  const int row_index[2] = {bias.token_index[rows[0] - first_row] + bias.middle,
-                            bias.token_index[rows[1] - first_row] + bias.middle};
+  const int row_index[2] = {bias.query_index[rows[0] - first_row] + bias.middle,
+                            bias.query_index[rows[1] - first_row] + bias.middle};
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -82,7 +81,7 @@ __device__ __forceinline__ void load_bias(float (&fragment)[kTiles][4], const Bi
       const int col_index = bias.key_index[col - first_col];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // 32 bits suffice, heads included: window_attention.cu rejects larger tables.
+        // 32 bits suffice, heads and types included: window_attention.cu rejects larger tables.
         fragment[j][2 * half + e] = bias.data[(row_index[half] - col_index) * bias.stride] * kLog2E;
       }
     }

@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     ptx::cp_async_commit();
   }
   {
-    Bias source = global_bias(args, share, smem.query_constants.table_index);
-    source.key_index = smem.key_constants.table_index;
+    Bias source = global_bias(args, share, smem.query_constants);
+    source.key_index = smem.key_constants.key_index;
     float bias[kTiles][4];
     load_bias(bias, source, query0 + row0, key0, num_tokens, query0, key0);
 #pragma unroll

@@ -127,7 +127,8 @@ __device__ __forceinline__ void add_strip_to_table(float* table, const BackwardL
   const int steps = (args.num_tokens + 15) / 16;
   const int base = steps / args.key_groups, longer = steps % args.key_groups;
   for (int entry = threadIdx.x; entry < layout.table_entries; entry += blockDim.x) {
-    const int distance = layout.token_distance(entry), offset = 4 * (args.table.at(layout, entry) - args.table.middle);
+    const int distance = layout.token_distance<false>(entry),
+              offset = 4 * (args.table.at(layout, entry) - args.table.middle);
     const int end = min(end_of_strip, args.num_tokens + distance);
     float sum = 0.0f;
     for (int i = max(first, distance); i < end; ++i) {
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
         if (key >= num_tokens) {
           bias[e] = -INFINITY;
         } else if (args.bias_table != nullptr) {
-          const int entry = args.layout.table_index(query) - args.layout.table_index(key) + args.layout.table_middle;
+          const int entry = args.layout.query_index(query) - args.layout.query_index(key) + args.layout.table_middle;
           bias[e] = args.bias_table[entry * args.num_heads + head] * kLog2E;
         }
       }

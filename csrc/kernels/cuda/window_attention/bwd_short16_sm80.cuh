@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   if (kStages == 2 && share.first < args.items) next = copy_window(0, share.first);
   {
     float bias[kTiles][4];
-    load_bias(bias, global_bias(args, share, smem.tokens.table_index), row0, 0, num_tokens);
+    load_bias(bias, global_bias(args, share, smem.tokens), row0, 0, num_tokens);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       smem.bias[j][threadIdx.x] = make_float4(bias[j][0], bias[j][1], bias[j][2], bias[j][3]);
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
     write_matrix(smem.dbias, Traits::kBlock, row0, dbias);
     __syncthreads();
     gather_table<Traits::kThreads>(args.table_partials + static_cast<int64_t>(blockIdx.x) * args.layout.table_entries,
-                                   smem.dbias, Traits::kBlock, args.layout, smem.tokens.table_index, num_tokens);
+                                   smem.dbias, Traits::kBlock, args.layout, smem.tokens.query_index, num_tokens);
   }
 }
 

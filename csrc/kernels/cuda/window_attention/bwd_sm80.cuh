@@ -24,12 +24,13 @@
 namespace swinkernels::cuda {
 
 // Gathers the gradient of one head's column of the bias table from a dense dbias: entry e is the sum over the pairs (i,
-// j) with this entry's relative offset, which determines j for every i. Entries without a pair get zero.
+// j) with this entry's relative offset, which determines j for every i. Entries without a pair get zero. token_index is
+// the two indices of every token, which are equal for a table without pairs of coordinates.
 template <int kThreads>
 __device__ __forceinline__ void gather_table(float* table, const float* dense, int stride, const WindowLayout& layout,
                                              const int32_t* token_index, int num_tokens) {
   for (int entry = threadIdx.x; entry < layout.table_entries; entry += kThreads) {
-    const int distance = layout.token_distance(entry);
+    const int distance = layout.token_distance<false>(entry);
     float sum = 0.0f;
     const int end = min(num_tokens, num_tokens + distance);
     for (int i = max(0, distance); i < end; ++i) {
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   }
   {
     float bias[kTiles][4];
-    load_bias(bias, global_bias(args, share, smem.constants.table_index), first_row, 0, num_tokens);
+    load_bias(bias, global_bias(args, share, smem.constants), first_row, 0, num_tokens);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       smem.bias[j][threadIdx.x] = make_float4(bias[j][0], bias[j][1], bias[j][2], bias[j][3]);
@@ -249,7 +250,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
     write_matrix(smem.dbias, Traits::kBlock, first_row, dbias);
     __syncthreads();
     gather_table<Traits::kThreads>(args.table_partials + static_cast<int64_t>(blockIdx.x) * args.layout.table_entries,
-                                   smem.dbias, Traits::kBlock, args.layout, smem.constants.table_index, num_tokens);
+                                   smem.dbias, Traits::kBlock, args.layout, smem.constants.query_index, num_tokens);
   }
 }
 
@@ -266,8 +267,11 @@ struct BackwardLongSmem {
   int32_t mixed;
 
   // After this struct: the data of each token of the window.
-  static constexpr int kBytesPerToken = 7 * sizeof(uint64_t) + 2 * sizeof(float) + 3 * sizeof(int32_t);
-  static size_t bytes(int blocks) { return sizeof(BackwardLongSmem) + blocks * Traits::kBlock * kBytesPerToken; }
+  static size_t bytes(const WindowLayout& layout, int blocks) {
+    const size_t per_token =
+        7 * sizeof(uint64_t) + 2 * sizeof(float) + (1 + LongTokenConstants::arrays(layout)) * sizeof(int32_t);
+    return sizeof(BackwardLongSmem) + blocks * Traits::kBlock * per_token;
+  }
 };
 
 template <class Traits>
@@ -290,7 +294,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const PTile p_tile{smem.p_ds[0]}, ds_tile{smem.p_ds[1]};
   SmemArena arena{dynamic_smem() + sizeof(Smem)};
   LongWindowTokens<7> tokens{arena.take<uint64_t>(7 * capacity), arena.take<int32_t>(capacity), smem.mixed, capacity};
-  LongTokenConstants constants{arena.take<int32_t>(capacity), arena.take<int32_t>(capacity)};
+  const auto constants = LongTokenConstants::of(arena, args.layout, capacity);
   float *const saved_lse2 = arena.take<float>(capacity), *const saved_delta = arena.take<float>(capacity);
 
   const auto copy_block = [&](int map, int block) {
@@ -311,7 +315,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   fill_with_zeros<Traits::kThreads>(smem.tiles, sizeof(smem.tiles));
   fill_with_zeros<Traits::kThreads>(smem.pad_sums, sizeof(smem.pad_sums));
   fill_token_constants(constants, args, 0, num_tokens);
-  const Bias bias_source = staged_bias<Traits>(args, share, smem.table, constants.table_index);
+  const Bias bias_source = staged_bias<Traits>(args, share, smem.table, constants);
   float logit_sum = 0.0f;
 
   // Computes p and dp for this warp's 16 rows of the query block in q and dout and for the key block in k and v;

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
   Window next;
   if (kStages == 2 && share.first < args.items) next = copy_window(0, share.first);
   float bias[kTiles][4];
-  load_bias(bias, global_bias(args, share, smem.tokens.table_index), row0, 0, num_tokens);
+  load_bias(bias, global_bias(args, share, smem.tokens), row0, 0, num_tokens);
 
   int stage = 0;
 #pragma unroll 1

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
     ptx::cp_async_commit();
   }
   float bias[kTiles][4];
-  load_bias(bias, global_bias(args, share, smem.constants.table_index), row0, 0, num_tokens);
+  load_bias(bias, global_bias(args, share, smem.constants), row0, 0, num_tokens);
 
   int stage = 0, slot = 0;
   for (uint32_t item = first; item < args.items; item += step) {
@@ -195,8 +195,10 @@ struct ForwardLongSmem {
   int32_t mixed;
 
   // After this struct: the data of each token of the window.
-  static constexpr int kBytesPerToken = 4 * sizeof(uint64_t) + 3 * sizeof(int32_t);
-  static size_t bytes(int blocks) { return sizeof(ForwardLongSmem) + blocks * Traits::kBlock * kBytesPerToken; }
+  static size_t bytes(const WindowLayout& layout, int blocks) {
+    const size_t per_token = 4 * sizeof(uint64_t) + (1 + LongTokenConstants::arrays(layout)) * sizeof(int32_t);
+    return sizeof(ForwardLongSmem) + blocks * Traits::kBlock * per_token;
+  }
 };
 
 template <class Traits>
@@ -216,7 +218,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const float factor2 = score_factor(args, share.head) * kLog2E;
   SmemArena arena{dynamic_smem() + sizeof(Smem)};
   LongWindowTokens<4> tokens{arena.take<uint64_t>(4 * capacity), arena.take<int32_t>(capacity), smem.mixed, capacity};
-  LongTokenConstants constants{arena.take<int32_t>(capacity), arena.take<int32_t>(capacity)};
+  const auto constants = LongTokenConstants::of(arena, args.layout, capacity);
 
   const auto copy_block = [&](T* tile, int map, int block) {
     copy_rows<Traits::kThreads, Traits::kBlock, true>(Tile{tile}, tokens.row(map), block * Traits::kBlock, num_tokens,
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   fill_with_zeros<Traits::kThreads>(smem.q, sizeof(smem.q));
   fill_with_zeros<Traits::kThreads>(smem.kv, sizeof(smem.kv));
   fill_token_constants(constants, args, 0, num_tokens);
-  const Bias bias_source = staged_bias<Traits>(args, share, smem.table, constants.table_index);
+  const Bias bias_source = staged_bias<Traits>(args, share, smem.table, constants);
 
   for (uint32_t item = share.first; item < num_items; item += share.step) {
     const uint32_t window = args.window_of(share.type, item / row_blocks);

@@ -48,8 +48,12 @@ cudaError_t launch_short_backward(void (*kernel)(Arguments), size_t smem_bytes, 
   const GridPlan plan = plan_grid(args.items, args.units(), resident);
   reduction.workers = reduction.dense_workers = plan.workers;
   reduction.dense_rows = Traits::kBlock;
-  if (reduction.dbias != nullptr) args.dense_partials = arena.take(plan.blocks * Traits::kBlock * Traits::kBlock);
-  if (reduction.dbias_table != nullptr) args.table_partials = arena.take(plan.blocks * args.layout.table_entries);
+  // The gradient of a table of pairs is gathered after the blocks' sums have been added.
+  const bool wants_table = reduction.dbias_table != nullptr, has_pairs = args.layout.has_table_pairs;
+  if (reduction.dbias != nullptr || (wants_table && has_pairs)) {
+    args.dense_partials = arena.take(plan.blocks * Traits::kBlock * Traits::kBlock);
+  }
+  if (wants_table && !has_pairs) args.table_partials = arena.take(plan.blocks * args.layout.table_entries);
   if (reduction.dpad_qkv != nullptr) args.pad_partials = arena.take(plan.blocks * 2 * args.head_dim);
   if (reduction.dlogit_scale != nullptr) args.logit_partials = arena.take(plan.blocks);
   if (measure) return cudaSuccess;
@@ -60,7 +64,7 @@ template <class Traits>
 cudaError_t launch_long_backward(BackwardArguments& args, ReducePartialsArguments& reduction, WorkspaceArena& arena,
                                  bool measure, cudaStream_t stream) {
   const int32_t blocks = (args.num_tokens + Traits::kBlock - 1) / Traits::kBlock;
-  const size_t smem_bytes = BackwardLongSmem<Traits>::bytes(blocks);
+  const size_t smem_bytes = BackwardLongSmem<Traits>::bytes(args.layout, blocks);
   const auto kernel = window_attention_bwd_long_kernel<Traits>;
   int64_t resident;
   cudaError_t status = resident_blocks(kernel, Traits::kThreads, smem_bytes, &resident);

@@ -77,7 +77,7 @@ cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStrea
         }
       }
       const uint32_t row_blocks = (args.num_tokens + Traits::kBlock - 1) / Traits::kBlock;
-      const size_t smem_bytes = ForwardLongSmem<Traits>::bytes(row_blocks);
+      const size_t smem_bytes = ForwardLongSmem<Traits>::bytes(args.layout, row_blocks);
       const auto kernel = window_attention_fwd_long_kernel<Traits>;
       int64_t resident;
       const cudaError_t status = resident_blocks(kernel, Traits::kThreads, smem_bytes, &resident);

@@ -1,7 +1,7 @@
 // Sums the partial gradients of all blocks, in an order that depends only on their number.
 //
 // Tiling    To sum over blocks, a block has 32 outputs; eight slices of the workers are summed in parallel, then added
-//           in order. To gather a table's gradient from dense sums, a warp has one entry and head, and its lanes share
+//           in order. To gather a table's gradient from dense sums, a warp has one entry and unit, and its lanes share
 //           the pairs of tokens.
 // Traffic   every partial is read once: 4 * partials * (table entries, or rows^2, + 2 * head_dim + 1) bytes.
 #include "../../common/launch.cuh"
@@ -28,10 +28,10 @@ struct OutputCounts {
   int64_t table, dense, pad, logit;
 
   __host__ __device__ static OutputCounts of(const ReducePartialsArguments& args) {
-    const int64_t heads = args.num_heads, pairs = int64_t{args.num_tokens} * args.num_tokens;
+    const int64_t heads = args.num_heads, units = heads * args.bias_types;
+    const int64_t pairs = int64_t{args.num_tokens} * args.num_tokens;
     const bool has_table = args.dbias_table != nullptr && args.dense_partials == nullptr;
-    return {has_table ? heads * args.layout.table_entries : 0,
-            args.dbias == nullptr ? 0 : args.bias_types * heads * pairs,
+    return {has_table ? units * args.layout.table_entries : 0, args.dbias == nullptr ? 0 : units * pairs,
             args.dpad_qkv == nullptr ? 0 : 3 * heads * args.head_dim, args.dlogit_scale == nullptr ? 0 : heads};
   }
   __host__ __device__ int64_t all() const { return table + dense + pad + logit; }
@@ -43,9 +43,8 @@ __device__ Output find_output(const ReducePartialsArguments& args, int64_t outpu
   // A head's partial sums are its units' partial sums: every heads-th of all.
   const uint32_t of_head = args.workers * args.bias_types;
   if (output < counts.table) {
-    const int64_t entries = args.layout.table_entries, head = output / entries, entry = output % entries;
-    return {args.table_partials + output, heads * entries, args.table_workers * args.bias_types,
-            args.dbias_table + entry * heads + head};
+    const int64_t entries = args.layout.table_entries, unit = output / entries, entry = output % entries;
+    return {args.table_partials + output, units * entries, args.table_workers, args.dbias_table + entry * units + unit};
   }
   output -= counts.table;
   if (output < counts.dense) {
@@ -74,24 +73,25 @@ __global__ void __launch_bounds__(kThreads) reduce_partials_kernel(const ReduceP
   if (threadIdx.x < kOutputs && output.destination != nullptr) *output.destination = sum;
 }
 
-// Entry e of a head's column is the sum over the pairs of tokens (i, j) with the entry's relative offset, which
+// Entry e of a unit's column is the sum over the pairs of tokens (i, j) with the entry's relative offset, which
 // determines j for every i.
 __global__ void __launch_bounds__(kThreads) gather_table_kernel(const ReducePartialsArguments args) {
   const int lane = threadIdx.x % 32;
   const int64_t number = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
   const WindowLayout& layout = args.layout;
-  if (number >= static_cast<int64_t>(layout.table_entries) * args.num_heads) return;
-  const int entry = static_cast<int>(number / args.num_heads), head = static_cast<int>(number % args.num_heads);
+  const int units = args.num_heads * args.bias_types;
+  if (number >= static_cast<int64_t>(layout.table_entries) * units) return;
+  const int entry = static_cast<int>(number / units), unit = static_cast<int>(number % units);
   const int64_t rows = args.dense_rows;
-  const float* const partials = args.dense_partials + head * rows * rows;
-  const int distance = layout.token_distance(entry);
+  const float* const partials = args.dense_partials + unit * rows * rows;
+  const int distance = layout.token_distance<true>(entry);
   const int end = min(args.num_tokens, args.num_tokens + distance);
   float sum = 0.0f;
   for (int i = max(0, distance) + lane; i < end; i += 32) {
     const int j = i - distance;
-    if (layout.table_index(i) - layout.table_index(j) != entry - layout.table_middle) continue;
+    if (layout.query_index(i) - layout.key_index(j) != entry - layout.table_middle) continue;
     for (uint32_t worker = 0; worker < args.dense_workers; ++worker) {
-      sum += partials[worker * args.num_heads * rows * rows + i * rows + j];
+      sum += partials[worker * units * rows * rows + i * rows + j];
     }
   }
 #pragma unroll
@@ -113,7 +113,7 @@ cudaError_t reduce_partials(const ReducePartialsArguments& args, cudaStream_t st
     if (status != cudaSuccess) return status;
   }
   if (args.dbias_table == nullptr || args.dense_partials == nullptr) return cudaSuccess;
-  const int64_t entries = static_cast<int64_t>(args.layout.table_entries) * args.num_heads;
+  const int64_t entries = static_cast<int64_t>(args.layout.table_entries) * args.num_heads * args.bias_types;
   return launch(gather_table_kernel, dim3(blocks_of(entries, kThreads / 32)), dim3(kThreads), 0, stream, args);
 }
 

@@ -16,7 +16,7 @@ struct ReducePartialsArguments {
   const float* dense_partials;  // (partials, rows, rows)
   const float* pad_partials;    // (partials, 2, head_dim), for k and v
   const float* logit_partials;  // (partials)
-  float* dbias_table;           // (table entries, heads), or null
+  float* dbias_table;           // (table entries, types, heads), or null
   float* dbias;                 // (types, heads, N, N), or null
   float* dpad_qkv;              // (3, heads, head_dim), or null
   float* dlogit_scale;          // (heads), or null

@@ -87,18 +87,19 @@ struct Short16Geometry {
   }
 };
 
-// For every token: its number in the bias table, and its side of the seam in a window at the map's end (bit 0 for y,
+// For every token: its indices in the bias table (WindowLayout), and its side of the seam in a window at the map's end (bit 0 for y,
 // bit 1 for x).
 template <int kBlock>
 struct Short16Tokens {
-  int32_t table_index[kBlock];
+  int32_t query_index[kBlock], key_index[kBlock];
   int32_t side[kBlock];
 
   // The caller synchronises.
   __device__ __forceinline__ void fill(const WindowLayout& layout, int num_tokens) {
     for (int i = threadIdx.x; i < kBlock; i += blockDim.x) {
       const int token = min(i, num_tokens - 1), y = token / layout.window[2], x = token % layout.window[2];
-      table_index[i] = layout.table_index(token);
+      query_index[i] = layout.query_index(token);
+      key_index[i] = layout.key_index(token);
       side[i] = (y >= layout.window[1] - layout.shift[1] ? 1 : 0) | (x >= layout.window[2] - layout.shift[2] ? 2 : 0);
     }
   }

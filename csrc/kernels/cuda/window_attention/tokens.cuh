@@ -8,11 +8,12 @@
 
 namespace swinkernels::cuda {
 
-// The data of each token that are the same in every window: its coordinates, and r(t) of the bias table.
+// The data of each token that are the same in every window: its coordinates, and its part of its entries' numbers in
+// the bias table (WindowLayout), as a query and as a key.
 template <int kTokens>
 struct TokenConstants {
   int32_t packed[kTokens];
-  int32_t table_index[kTokens];
+  int32_t query_index[kTokens], key_index[kTokens];
 };
 
 // The address of each token's row in each map (for a pad token, its values of q, k, v; zero if there is nothing to read
@@ -30,7 +31,17 @@ struct WindowTokens {
 // As TokenConstants and WindowTokens, for windows of up to `capacity` tokens, a number known at run time.
 struct LongTokenConstants {
   int32_t* packed;
-  int32_t* table_index;
+  int32_t *query_index, *key_index;
+
+  // The two indices are one array unless the table has pairs.
+  __host__ __device__ static int arrays(const WindowLayout& layout) { return layout.has_table_pairs ? 3 : 2; }
+  template <class Arena>
+  __device__ __forceinline__ static LongTokenConstants of(Arena& arena, const WindowLayout& layout, int capacity) {
+    LongTokenConstants constants = {arena.template take<int32_t>(capacity), arena.template take<int32_t>(capacity)};
+    constants.key_index = constants.query_index;
+    if (layout.has_table_pairs) constants.key_index = arena.template take<int32_t>(capacity);
+    return constants;
+  }
 };
 
 template <int kMaps>
@@ -63,7 +74,8 @@ __device__ __forceinline__ void fill_token_constants(Constants& constants, const
   const int end = min(count, args.num_tokens - first);
   for (int i = threadIdx.x; i < end; i += blockDim.x) {
     constants.packed[i] = PackedToken::of(args.layout, first + i);
-    constants.table_index[i] = args.layout.table_index(first + i);
+    constants.query_index[i] = args.layout.query_index(first + i);
+    constants.key_index[i] = args.layout.key_index(first + i);
   }
 }
 

@@ -9,24 +9,24 @@ namespace {
 
 bool supported(const WindowAttentionForwardParams& params) {
   const WindowGeometry& geometry = params.geometry;
-  if (params.axis_tables != nullptr || (params.bias_table != nullptr && params.bias_types != 1)) return false;
+  if (params.axis_tables != nullptr) return false;
   int64_t num_tokens = 1, table_tokens = 1, table_entries = 1, windows = params.batch;
   for (int axis = 0; axis < 3; ++axis) {
     if (geometry.window[axis] < 1 || geometry.size[axis] < 1 || geometry.table_window[axis] < 1) return false;
-    if (geometry.key_margin[axis] != 0 || geometry.table_pairs[axis]) return false;
+    if (geometry.key_margin[axis] != 0) return false;
+    const int64_t size = geometry.table_window[axis];
+    if (geometry.table_pairs[axis] && size != geometry.window[axis]) return false;
     if (geometry.shift[axis] < 0 || geometry.shift[axis] >= geometry.window[axis]) return false;
     num_tokens *= geometry.window[axis];
-    table_tokens *= geometry.table_window[axis];
-    table_entries *= 2 * geometry.table_window[axis] - 1;
+    table_tokens *= size;
+    table_entries *= geometry.table_pairs[axis] ? size * size : 2 * size - 1;
     windows *= geometry.num_windows[axis];
     if (num_tokens > kMaxWindowVolume || table_entries > INT32_MAX || windows >= INT32_MAX) return false;
   }
-  // Table entries are addressed with 32 bits, heads included.
-  if (params.bias_table != nullptr) {
-    if (num_tokens > table_tokens || table_entries * params.num_heads > INT32_MAX) return false;
-  }
-  // Units of heads and types are counted with 32 bits.
-  if (params.bias_types < 1 || int64_t{params.bias_types} * params.num_heads > INT32_MAX) return false;
+  // Units of heads and types are counted with 32 bits, and so are the numbers of a table.
+  const int64_t units = int64_t{params.bias_types} * params.num_heads;
+  if (params.bias_types < 1 || units > INT32_MAX) return false;
+  if (params.bias_table != nullptr && (num_tokens > table_tokens || table_entries > INT32_MAX / units)) return false;
   return params.batch >= 0 && params.num_heads >= 1 && params.head_dim >= 1 && params.head_dim <= kMaxHeadDim;
 }
 
