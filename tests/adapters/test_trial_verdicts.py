@@ -174,11 +174,15 @@ class Drifting(forms.ClassificationBlock):
         self.offset = 0.0
         self.settings = types.SimpleNamespace(offset=0.0, history=[0.0])
         self.attn.offset = 0
+        self.T = 0.0
+        self.attn.H = 0
+        self.p = 0.0
         self.register_buffer("steps", torch.zeros(1, dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:
         extra = self.offset + self.settings.offset + self.settings.history[0] + self.attn.offset + self.steps.double()
-        return super().forward(x) + extra + getattr(self, "late", 0.0)
+        extra = extra + self.T + self.attn.H + self.p
+        return super().forward(x) + extra + getattr(self, "late", 0.0) + getattr(self, "W", 0.0)
 
     def helper(self) -> None: ...
 
@@ -190,6 +194,10 @@ def _patch(block: Any, name: str) -> None:
 
 CHANGES: dict[str, Any] = {
     "a float": lambda b: setattr(b, "offset", 1.0),
+    "a float with the name of a size": lambda b: setattr(b, "T", 0.5),
+    "an int with the name of a size": lambda b: setattr(b.attn, "H", 1),
+    "a new attribute with the name of a size": lambda b: setattr(b, "W", 0.5),
+    "a float with the name of a rate": lambda b: setattr(b, "p", 0.5),
     "an attribute of the attention": lambda b: setattr(b.attn, "offset", 1),
     "inside of an object": lambda b: setattr(b.settings, "offset", 1.0),
     "inside of a list": lambda b: b.settings.history.__setitem__(0, 1.0),
@@ -211,6 +219,7 @@ class WrappedAttention(nn.Module):
         super().__init__()
         self.inner = attn
         self.offset = 0
+        self.H = 0
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         return 2 * self.inner(*args, **options)
@@ -242,6 +251,26 @@ def test_a_forward_patched_on_the_class_is_noticed(cls, monkeypatch):
     forward = cls.forward
     monkeypatch.setattr(cls, "forward", lambda self, *args, **options: 2 * forward(self, *args, **options))
     assert_same(fast(image()), block(image()))
+
+
+class RecordsItsSize(forms.MapBlock):
+    """Records the size of its last map, as some published blocks do."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.H = self.W = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.H, self.W = x.shape[1:3]
+        return super().forward(x)
+
+
+def test_a_recorded_size_is_no_change():
+    block = RecordsItsSize(12, 3, 4, 2)
+    swinkernels.accelerate(block, backend="reference")
+    for size in ((8, 12), (9, 7)):
+        block.H, block.W = size
+        assert block._swinkernels_call(torch.randn(1, *size, 12), (), {}) == (size, -100.0)
 
 
 def test_hooks_of_all_modules_are_noticed():
