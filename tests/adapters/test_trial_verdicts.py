@@ -243,14 +243,20 @@ def test_what_is_changed_later_is_noticed(change, then):
     assert_same(fast(image()), expected)
 
 
-@pytest.mark.parametrize("cls", [forms.WindowAttention, forms.ClassificationBlock, nn.Softmax])
-def test_a_forward_patched_on_the_class_is_noticed(cls, monkeypatch):
+@pytest.mark.parametrize("cls", [forms.WindowAttention, forms.ClassificationBlock, nn.Softmax, nn.Linear, nn.Module])
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+def test_code_patched_on_the_class_is_noticed(cls, name, monkeypatch):
     block = make(shift_size=2)
     fast = copy.deepcopy(block)
     swinkernels.accelerate(fast)
-    forward = cls.forward
-    monkeypatch.setattr(cls, "forward", lambda self, *args, **options: 2 * forward(self, *args, **options))
-    assert_same(fast(image()), block(image()))
+    before = block(image())
+    method = getattr(cls, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, name, lambda self, *args, **options: 0.5 * method(self, *args, **options))
+        expected = block(image())
+        assert_same(fast(image()), expected)
+    assert torch.equal(expected, before) == (cls is nn.Module and name == "forward")
+    assert isinstance(fast._swinkernels_call(image(), (), {}), tuple)
 
 
 class RecordsItsSize(forms.MapBlock):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import derived_since, original_class
-from swinkernels.adapters.bypass import is_bound_method
+from swinkernels.adapters.bypass import call_is_patched, is_bound_method
 from swinkernels.adapters.masks import holds
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
@@ -150,7 +150,7 @@ def signature_of(module: nn.Module, *others: Any, sizes: Iterable[str] = ()) -> 
 
 
 # Class -> the versions of its code that trials have seen. A class patched later gets a new version.
-_CODES: dict[type, list[tuple[Any, list[Any], list[Any]]]] = {}
+_CODES: dict[type, list[tuple[Any, Any, list[Any], list[Any]]]] = {}
 
 
 def code_version(cls: type) -> int:
@@ -160,13 +160,13 @@ def code_version(cls: type) -> int:
         if _is_code(cls, *code):
             return number
     classes = [vars(c) for c in _own_classes(cls)]
-    versions.append((cls.forward, classes, [dict(c) for c in classes]))  # type: ignore[attr-defined]
+    versions.append((cls.forward, cls.__call__, classes, [dict(c) for c in classes]))  # type: ignore[attr-defined]
     return len(versions) - 1
 
 
-def _is_code(cls: Any, forward: Any, now: list[Any], then: list[Any]) -> bool:
+def _is_code(cls: Any, forward: Any, call: Any, now: list[Any], then: list[Any]) -> bool:
     """Return True if a class is unchanged. The comparison is fast, because nearly all values are the same objects."""
-    return cls.forward is forward and now == then
+    return cls.forward is forward and now == then and not call_is_patched(cls, call)
 
 
 _MOST_OBJECTS = 1000
@@ -272,8 +272,9 @@ class Snapshot:
             leaf: Any = module._modules.get(name)
             if type(leaf) is not kind or "forward" in leaf.__dict__ or leaf.__dict__.get("dim") != dim:
                 return f"{name} was replaced or changed"
-            if kind.forward is not _CODES[kind][version][0]:
-                return f"{kind.__name__}.forward was replaced on the class"
+            forward, call, *_ = _CODES[kind][version]
+            if kind.forward is not forward or call_is_patched(kind, call):
+                return f"{kind.__name__}.forward or its __call__ was replaced on the class"
         for name in self.bound:
             if name in own and not is_bound_method(module, cls, own[name]):
                 return f"{name} was replaced on the instance"
@@ -334,7 +335,7 @@ def _names_read(cls: type, version: int) -> frozenset[str]:
 
 
 @functools.cache
-def _recorded(cls: type) -> frozenset[str]:
+def _recorded(cls: Any) -> frozenset[str]:
     """Return the names of sizes that a class's methods, other than ``__init__``, assign."""
     found = [i for f in _functions(cls) if f.__name__ != "__init__" for i in dis.get_instructions(f)]
     return frozenset(i.argval for i in found if i.opname == "STORE_ATTR" and i.argval in _SIZES)
