@@ -90,6 +90,46 @@ def test_a_map_of_more_tokens_than_a_number_in_the_code_is_tried():
     assert_same(fast(x), block(x))
 
 
+# Forwards that differ for a dtype or for many images
+
+
+class Otherwise(forms.ClassificationBlock):
+    """Computes something else in some calls."""
+
+    differs: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 1.5 * y if self.differs(x) else y
+
+
+@pytest.mark.parametrize(
+    ("differs", "words"),
+    [
+        (lambda x: x.dtype == torch.float16, "another output for 2 images in torch.float16"),
+        (lambda x: x.dtype == torch.bfloat16, "another output for 2 images in torch.bfloat16"),
+        (lambda x: x.dtype == torch.float32, "another output for 16 images in torch.float32"),
+        (lambda x: x.element_size() == 2, "another output for 2 images in torch.float16"),
+        (lambda x: len(x) > 2, "another output for 16 images in torch.float32"),
+        (lambda x: len(x) >= 16, "another output for 16 images in torch.float32"),
+    ],
+)
+def test_a_forward_that_differs_in_a_dtype_or_for_many_images(differs, words):
+    (entry,) = swinkernels.accelerate(make(type("Other", (Otherwise,), {"differs": staticmethod(differs)}))).skipped
+    assert words in entry.reason
+
+
+class OtherInFloat16(forms.WindowAttention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x, mask)
+        return 1.5 * y if x.dtype == torch.float16 else y
+
+
+def test_an_attention_that_differs_in_a_dtype():
+    report = swinkernels.accelerate(OtherInFloat16(12, (4, 4), 3).double().eval())
+    assert "images in torch.float16" in report.skipped[0].reason
+
+
 # Instances that differ in a setting
 
 
@@ -180,7 +220,7 @@ class Drifting(forms.ClassificationBlock):
         self.register_buffer("steps", torch.zeros(1, dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:
-        extra = self.offset + self.settings.offset + self.settings.history[0] + self.attn.offset + self.steps.double()
+        extra = self.offset + self.settings.offset + self.settings.history[0] + self.attn.offset + self.steps.to(x)
         extra = extra + self.T + self.attn.H + self.p
         return super().forward(x) + extra + getattr(self, "late", 0.0) + getattr(self, "W", 0.0)
 
