@@ -120,13 +120,14 @@ def _own_classes(cls: type) -> list[type]:
 
 def _attributes(module: nn.Module, sizes: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
     """Yield the attributes that are compared; ``sizes`` names the ones from which a form reads a map's size."""
-    skipped = {*_NOT_COMPARED, *sizes}
+    cls: Any = original_class(module)
+    skipped, recorded = {*_NOT_COMPARED, *sizes}, _recorded(cls)
     if not module._modules and not module._parameters:
         skipped |= _RATES
     for name, value in sorted(module.__dict__.items()):
         if name in skipped or name.startswith("_swinkernels_"):
             continue
-        if name in _SIZES and type(value) in (int, type(None)) and name in _recorded(original_class(module)):
+        if name in _SIZES and type(value) in (int, type(None)) and name in recorded:
             continue
         if not is_bound_method(module, type(module), value):  # tools that offload weights bind forward
             yield name, value
@@ -214,8 +215,9 @@ class Snapshot:
             sizes: the names of attributes from which a form reads the map's size at every call.
         """
         named = {name: value for name, value in _attributes(module, sizes) if name not in _READ_AT_EVERY_CALL}
-        self.ignored = frozenset({*_NOT_COMPARED, *sizes, *_recorded(original_class(module))})
-        self.cls = original_class(module)
+        cls: Any = original_class(module)
+        self.cls = cls
+        self.ignored = frozenset({*_NOT_COMPARED, *sizes, *_recorded(cls)})
         self.version = code_version(self.cls)
         self.names = tuple(named)
         self.values = tuple(named.values())
