@@ -110,7 +110,8 @@ class _Prepared(NamedTuple):
         """Return the compile-time arguments and launch options of a kernel."""
         static, itemsize = self.static, self.call.maps[0].element_size()
         sizes = static.KEY_VOLUME, static.HEAD_DIM, itemsize
-        tile = tuning.tiles(name, *sizes, sum(static.AXIS_COLUMNS), static.HAS_KEY_WINDOW)
+        has_padded_regions = static.HAS_PADDING and self.call.region_map is not None
+        tile = tuning.tiles(name, *sizes, sum(static.AXIS_COLUMNS), static.HAS_KEY_WINDOW, has_padded_regions)
         whole = name.endswith("whole")
         blocks = {"BLOCK_N": tile.block_q} if whole else {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
         launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **ARITHMETIC}
