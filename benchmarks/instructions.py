@@ -106,6 +106,8 @@ def _cases() -> Iterator[Case]:
         yield Case(kernel, (8, 8))
         yield Case(kernel, (12, 12))
         yield Case(kernel, (12, 12), bias="none")
+        yield Case(kernel, (12, 12), bias="dense")
+        yield Case(kernel, (12, 12), cosine=True)
         yield Case(kernel, (14, 14))
         yield Case(kernel, (16, 16))
         yield Case(kernel, (7, 7, 7))

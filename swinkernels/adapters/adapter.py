@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.adapters.bypass import (
-    forward_is_replaced,
     is_bound_method,
     is_distributed,
+    is_patched,
     is_traced,
     watch_unless_watched,
 )
@@ -120,7 +120,7 @@ class Accelerated(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             for tensor, seen in zip(self._swinkernels_stored(), self._swinkernels_seen, strict=False):
                 _ = tensor is seen
-        if is_traced(x) or forward_is_replaced(self._swinkernels_original) or is_distributed(x):
+        if is_traced(x) or is_patched(self._swinkernels_original) or is_distributed(x):
             return True
         return self._swinkernels_backend == "auto" and why_no_kernels(x.device) is not None
 

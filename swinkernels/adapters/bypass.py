@@ -65,12 +65,12 @@ _PUBLISHED: dict[type, tuple[tuple[str, Any], ...]] = {}
 
 
 def watch(*kinds: Any, methods: Sequence[str] = ()) -> None:
-    """Record the published code of classes whose work an op does: ``forward`` and the named methods that it calls.
+    """Record the published code of classes whose work an op does: ``forward``, ``__call__``, and the named methods.
 
     Names that this version of the library lacks are skipped.
     """
     for kind in kinds:
-        names = [name for name in ("forward", *methods) if hasattr(kind, name)]
+        names = [name for name in ("forward", "__call__", *methods) if hasattr(kind, name)]
         _PUBLISHED[kind] = tuple((name, _published(kind, name)) for name in names)
 
 
@@ -79,22 +79,33 @@ def _published(kind: type, name: str) -> Any:
     method = getattr(kind, name)
     owner = next(cls for cls in kind.__mro__ if name in vars(cls))
     package = owner.__module__.partition(".")[0]
-    folders = [os.path.dirname(sys.modules[name].__file__ or "") for name in (package, *_DECORATED_BY.get(package, ()))]
+    packages = (package, *_DECORATED_BY.get(package, ()))
+    return method if any(_is_code_of(package, method) for package in packages) else None
+
+
+def _is_code_of(package: str, method: Any) -> bool:
+    folder = os.path.dirname(sys.modules[package].__file__ or "")
     file = os.path.abspath(getattr(getattr(method, "__code__", None), "co_filename", ""))
-    return method if any(file.startswith(folder + os.sep) for folder in folders) else None
+    return file.startswith(folder + os.sep)
 
 
 def watch_unless_watched(kind: Any) -> None:
-    """Record a class's current forward as its published forward, unless the class is already watched.
+    """Record a class's current forward and ``__call__`` as its published ones, unless the class is already watched.
 
     The class may come from any package.
     """
-    _PUBLISHED.setdefault(kind, (("forward", kind.forward),))
+    _PUBLISHED.setdefault(kind, (("forward", kind.forward), ("__call__", kind.__call__)))
 
 
-def forward_is_replaced(kind: Any) -> bool:
-    """Return True if the forward of a watched class is not the published one."""
-    return kind.forward is not _PUBLISHED[kind][0][1]
+def is_patched(kind: Any) -> bool:
+    """Return True if ``forward`` or ``__call__`` of a watched class is not the published one."""
+    forward, call, *_ = _PUBLISHED[kind]
+    return kind.forward is not forward[1] or call_is_patched(kind, call[1])
+
+
+def call_is_patched(kind: Any, published: Any) -> bool:
+    """Return True if a class's ``__call__`` is neither the published one nor torch's own, which torch.fx patches."""
+    return kind.__call__ is not published and not _is_code_of("torch", kind.__call__)
 
 
 watch(nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.Softmax, nn.Unfold)
@@ -114,7 +125,7 @@ def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
     for method, published in _PUBLISHED.get(kind) or (("forward", kind.forward),):
         if method in own and (name or method != "forward") and not is_bound_method(module, type(module), own[method]):
             return f"{f'{name}.' if name else 'its '}{method} was replaced on the instance"
-        if getattr(kind, method) is not published:
+        if getattr(kind, method) is not published and (method != "__call__" or call_is_patched(kind, published)):
             return f"{kind.__name__}.{method} was replaced on the class"
     return None
 
@@ -290,7 +301,7 @@ def why_not_window_attention(
                 continue
             if of not in kinds:
                 return f"{name}.{key} is a {_class_name(module)}, not {right}"
-            if "forward" in module.__dict__ or forward_is_replaced(of):
+            if "forward" in module.__dict__ or is_patched(of):
                 reason = replaced_method(module, of, f"{name}.{key}")
                 if reason is not None:
                     return reason

@@ -167,6 +167,14 @@ def test_methods_patched_on_the_class(place, monkeypatch):
 
 
 @every_place
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Module])
+def test_the_call_of_a_torch_class_patched(place, kind, monkeypatch):
+    plain, fast = pair(place)
+    monkeypatch.setattr(kind, "__call__", scaled(kind.__call__))
+    torch.testing.assert_close(place.run(fast), place.run(plain), **CLOSE)
+
+
+@every_place
 def test_methods_replaced_on_an_instance(place):
     for _, name, path in methods(place):
         plain, fast = pair(place)

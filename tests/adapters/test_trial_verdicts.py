@@ -90,6 +90,46 @@ def test_a_map_of_more_tokens_than_a_number_in_the_code_is_tried():
     assert_same(fast(x), block(x))
 
 
+# Forwards that differ for a dtype or for many images
+
+
+class Otherwise(forms.ClassificationBlock):
+    """Computes something else in some calls."""
+
+    differs: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 1.5 * y if self.differs(x) else y
+
+
+@pytest.mark.parametrize(
+    ("differs", "words"),
+    [
+        (lambda x: x.dtype == torch.float16, "another output for 2 images in torch.float16"),
+        (lambda x: x.dtype == torch.bfloat16, "another output for 2 images in torch.bfloat16"),
+        (lambda x: x.dtype == torch.float32, "another output for 16 images in torch.float32"),
+        (lambda x: x.element_size() == 2, "another output for 2 images in torch.float16"),
+        (lambda x: len(x) > 2, "another output for 16 images in torch.float32"),
+        (lambda x: len(x) >= 16, "another output for 16 images in torch.float32"),
+    ],
+)
+def test_a_forward_that_differs_in_a_dtype_or_for_many_images(differs, words):
+    (entry,) = swinkernels.accelerate(make(type("Other", (Otherwise,), {"differs": staticmethod(differs)}))).skipped
+    assert words in entry.reason
+
+
+class OtherInFloat16(forms.WindowAttention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x, mask)
+        return 1.5 * y if x.dtype == torch.float16 else y
+
+
+def test_an_attention_that_differs_in_a_dtype():
+    report = swinkernels.accelerate(OtherInFloat16(12, (4, 4), 3).double().eval())
+    assert "images in torch.float16" in report.skipped[0].reason
+
+
 # Instances that differ in a setting
 
 
@@ -174,11 +214,15 @@ class Drifting(forms.ClassificationBlock):
         self.offset = 0.0
         self.settings = types.SimpleNamespace(offset=0.0, history=[0.0])
         self.attn.offset = 0
+        self.T = 0.0
+        self.attn.H = 0
+        self.p = 0.0
         self.register_buffer("steps", torch.zeros(1, dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:
-        extra = self.offset + self.settings.offset + self.settings.history[0] + self.attn.offset + self.steps.double()
-        return super().forward(x) + extra + getattr(self, "late", 0.0)
+        extra = self.offset + self.settings.offset + self.settings.history[0] + self.attn.offset + self.steps.to(x)
+        extra = extra + self.T + self.attn.H + self.p
+        return super().forward(x) + extra + getattr(self, "late", 0.0) + getattr(self, "W", 0.0)
 
     def helper(self) -> None: ...
 
@@ -190,6 +234,10 @@ def _patch(block: Any, name: str) -> None:
 
 CHANGES: dict[str, Any] = {
     "a float": lambda b: setattr(b, "offset", 1.0),
+    "a float with the name of a size": lambda b: setattr(b, "T", 0.5),
+    "an int with the name of a size": lambda b: setattr(b.attn, "H", 1),
+    "a new attribute with the name of a size": lambda b: setattr(b, "W", 0.5),
+    "a float with the name of a rate": lambda b: setattr(b, "p", 0.5),
     "an attribute of the attention": lambda b: setattr(b.attn, "offset", 1),
     "inside of an object": lambda b: setattr(b.settings, "offset", 1.0),
     "inside of a list": lambda b: b.settings.history.__setitem__(0, 1.0),
@@ -211,6 +259,7 @@ class WrappedAttention(nn.Module):
         super().__init__()
         self.inner = attn
         self.offset = 0
+        self.H = 0
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         return 2 * self.inner(*args, **options)
@@ -234,14 +283,40 @@ def test_what_is_changed_later_is_noticed(change, then):
     assert_same(fast(image()), expected)
 
 
-@pytest.mark.parametrize("cls", [forms.WindowAttention, forms.ClassificationBlock, nn.Softmax])
-def test_a_forward_patched_on_the_class_is_noticed(cls, monkeypatch):
+@pytest.mark.parametrize("cls", [forms.WindowAttention, forms.ClassificationBlock, nn.Softmax, nn.Linear, nn.Module])
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+def test_code_patched_on_the_class_is_noticed(cls, name, monkeypatch):
     block = make(shift_size=2)
     fast = copy.deepcopy(block)
     swinkernels.accelerate(fast)
-    forward = cls.forward
-    monkeypatch.setattr(cls, "forward", lambda self, *args, **options: 2 * forward(self, *args, **options))
-    assert_same(fast(image()), block(image()))
+    before = block(image())
+    method = getattr(cls, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, name, lambda self, *args, **options: 0.5 * method(self, *args, **options))
+        expected = block(image())
+        assert_same(fast(image()), expected)
+    assert torch.equal(expected, before) == (cls is nn.Module and name == "forward")
+    assert isinstance(fast._swinkernels_call(image(), (), {}), tuple)
+
+
+class RecordsItsSize(forms.MapBlock):
+    """Records the size of its last map, as some published blocks do."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.H = self.W = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.H, self.W = x.shape[1:3]
+        return super().forward(x)
+
+
+def test_a_recorded_size_is_no_change():
+    block = RecordsItsSize(12, 3, 4, 2)
+    swinkernels.accelerate(block, backend="reference")
+    for size in ((8, 12), (9, 7)):
+        block.H, block.W = size
+        assert block._swinkernels_call(torch.randn(1, *size, 12), (), {}) == (size, -100.0)
 
 
 def test_hooks_of_all_modules_are_noticed():

@@ -12,7 +12,7 @@ from swinkernels.adapters import bypass
 def publish(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str, function: Any) -> None:
     """Give a class another method as if its library had published it."""
     monkeypatch.setattr(kind, method, function)
-    for watched, methods in {kind: (("forward", None),), **bypass._PUBLISHED}.items():
+    for watched, methods in {kind: (("forward", None), ("__call__", kind.__call__)), **bypass._PUBLISHED}.items():
         if getattr(watched, method, None) is function:  # a subclass may inherit the method
             now = tuple((name, function if name == method else published) for name, published in methods)
             monkeypatch.setitem(bypass._PUBLISHED, watched, now)

@@ -134,13 +134,11 @@ SELDOM += ["tf32-axes_small", *(f"{precision}-key_window" for precision in ("flo
 # ptxas may spill this many bytes to the stack to reach the next step of occupancy (128 or 168 registers per thread).
 STACK_BYTES = 16
 # Some kernels reach the limit of 255 registers and spill more. The backward pass of a whole window keeps bias and dbias
-# in registers for all windows, and spills some values once per window. With large windows these also spill: backward
-# kernels at head_dim 128 with both padding and a region map; v2's kernel for k and v, which divides q once more in
-# every tile; and the kernel for q with axis_tables at head_dim 80, which also holds the gradients of both axes.
-# Triton 3.6 spills more than 3.8.
+# in registers for all windows, and spills some values once per window. With large windows these also spill: v2's kernel
+# for k and v, which divides q once more in every tile; and the kernel for q with axis_tables at head_dim 80, which also
+# holds the gradients of both axes. Triton 3.6 spills more than 3.8.
 STACK_BYTES_OF = {"bwd_whole": 384 if OLD_TRITON else 192}
 STACK_BYTES_IN = {
-    "wide_3d": 512,
     "v2_long": 208,
     "axes_wide": 208,
     "axes_global": 48,

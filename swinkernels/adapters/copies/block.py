@@ -296,7 +296,7 @@ class StructuralBlock(DynamicSubclass):
 
     def _swinkernels_swapped(self) -> None:
         self.__dict__["_swinkernels_snapshots"] = {
-            "": Snapshot(self, absorbs=False),
+            "": Snapshot(self, absorbs=False, sizes=_size_names(self._swinkernels_form)),
             "attn": Snapshot(child(self, "attn")),
         }
 
@@ -352,6 +352,22 @@ class StructuralBlock(DynamicSubclass):
 
 # Number of axes -> names of attributes that a stage sets to the size of the map.
 _NAMES_OF_SIZES = {2: ("H W",), 3: ("D H W", "H W T", "H W D")}
+
+
+def _size_names(form: Form) -> list[str]:
+    """Return the names of the attributes from which the form reads the map's size."""
+    is_named = form.size_from in itertools.chain(*_NAMES_OF_SIZES.values())
+    return form.size_from.split() if is_named else []
+
+
+def _named_sizes(block: Any) -> str:
+    """Return the names of the attributes from which a block that is called with a mask may read the map's size."""
+    taken = parameters_of(original_class(block))
+    if len(taken) < 2 or "mask" not in taken[1].name:
+        return ""
+    return next((n for n in _NAMES_OF_SIZES[_axes(block)] if all(hasattr(block, a) for a in n.split())), "")
+
+
 _SIZES = ("x_size", "size", "hw_shape", "input_size", "input_resolution")
 
 
@@ -363,8 +379,8 @@ def _forms(block: Any) -> Iterator[Form]:
     second = taken[1].name if len(taken) > 1 else ""
     sources = []
     if "mask" in second:
-        names = next((n for n in _NAMES_OF_SIZES[_axes(block)] if all(hasattr(block, a) for a in n.split())), None)
-        if names is not None:
+        names = _named_sizes(block)
+        if names:
             sources.append(("sequence", names, "argument"))
         sources.append(("map", "shape", "argument"))
     elif second in _SIZES:
@@ -443,9 +459,8 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
     args: list[Any] = []
     if form.size_from == "argument":
         args.append(size)
-    elif form.size_from not in ("input_resolution", "shape", "square"):
-        for name, length in zip(form.size_from.split(), size, strict=True):
-            setattr(block, name, length)
+    for name, length in zip(_size_names(form), size, strict=False):
+        setattr(block, name, length)
     if form.mask_from == "argument":
         window, shift = _clamped(form, block, size)
         if not any(shift):  # a stage passes the same mask to its blocks without a shift
@@ -469,7 +484,7 @@ def _form_of(block: Any) -> Form | str:
     if any(p.is_meta for p in block.parameters()):
         return "its parameters are on meta, and an unknown class is trusted only after a trial"
     resolution = None if _resolution(block) is None else _small_resolution(block)
-    make = signature_of(block, resolution)
+    make = signature_of(block, resolution, sizes=_named_sizes(block).split())
     if make not in _AT_OWN_WIDTH:
         _AT_OWN_WIDTH[make] = _find_form(block, resolution)
     return _AT_OWN_WIDTH[make]
@@ -478,7 +493,7 @@ def _form_of(block: Any) -> Form | str:
 def _find_form(block: Any, resolution: Any) -> Form | str:
     width = narrow(block.attn.qkv.in_features, block.attn.num_heads)
     try:
-        make = signature_of(_trial(block, None, width=width).copy(), resolution)
+        make = signature_of(_trial(block, None, width=width).copy(), resolution, sizes=_named_sizes(block).split())
     except Exception:
         make = ()
     if make and make not in _TRIALS:

@@ -6,6 +6,7 @@ copy: a module changed since its trial runs its own code.
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import sys
@@ -19,16 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from swinkernels.adapters.adapter import derived_since, original_class
-from swinkernels.adapters.bypass import is_bound_method
+from swinkernels.adapters.bypass import call_is_patched, is_bound_method
 from swinkernels.adapters.masks import holds
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 _FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
-# Attributes of every module, attributes that differ between calls or equal modules, and those that a trial replaces.
-_NOT_COMPARED = {
-    *nn.Module().__dict__, "H", "W", "D", "T", "input_resolution", "attn_mask", "attn_mask_dict", "p", "drop_prob",
-    "attention_bias_cache",
-}  # fmt: skip
+# Attributes of every module, and attributes that differ between calls or equal modules.
+_NOT_COMPARED = {*nn.Module().__dict__, "input_resolution", "attn_mask", "attn_mask_dict", "attention_bias_cache"}
+_RATES = {"p", "drop_prob"}  # of a dropout or a drop path, which read them at every call; a trial replaces them
+_SIZES = {"H", "W", "D", "T"}  # of the last map, if a method other than __init__ records them
 _READ_AT_EVERY_CALL = {"scale"}
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by Python code
 
@@ -118,18 +118,26 @@ def _own_classes(cls: type) -> list[type]:
     return [c for c in cls.__mro__ if c.__module__.partition(".")[0] not in ("torch", "swinkernels", "builtins")]
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _attributes(module: nn.Module, sizes: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes that are compared; ``sizes`` names the ones from which a form reads a map's size."""
+    cls: Any = original_class(module)
+    skipped, recorded = {*_NOT_COMPARED, *sizes}, _recorded(cls)
+    if not module._modules and not module._parameters:
+        skipped |= _RATES
     for name, value in sorted(module.__dict__.items()):
-        if name in _NOT_COMPARED or name.startswith("_swinkernels_"):
+        if name in skipped or name.startswith("_swinkernels_"):
+            continue
+        if name in _SIZES and type(value) in (int, type(None)) and name in recorded:
             continue
         if not is_bound_method(module, type(module), value):  # tools that offload weights bind forward
             yield name, value
 
 
-def signature_of(module: nn.Module, *others: Any) -> tuple[Any, ...]:
+def signature_of(module: nn.Module, *others: Any, sizes: Iterable[str] = ()) -> tuple[Any, ...]:
     """Describe everything that a forward may depend on, except the values of floating-point tensors.
 
-    One trial is enough for all modules with equal signatures.
+    One trial is enough for all modules with equal signatures. ``sizes`` names the module's attributes from which a form
+    reads a map's size.
     """
     found: list[Any] = [*others]
     seen: dict[int, int] = {}
@@ -138,12 +146,12 @@ def signature_of(module: nn.Module, *others: Any) -> tuple[Any, ...]:
         found += [path, cls, code_version(cls)]
         for tensors in (m._parameters, m._buffers):
             found += [(name, described(t, seen)) for name, t in tensors.items() if name not in _NOT_COMPARED]
-        found += [(name, described(value, seen)) for name, value in _attributes(m)]
+        found += [(name, described(value, seen)) for name, value in _attributes(m, () if path else sizes)]
     return tuple(found)
 
 
 # Class -> the versions of its code that trials have seen. A class patched later gets a new version.
-_CODES: dict[type, list[tuple[Any, list[Any], list[Any]]]] = {}
+_CODES: dict[type, list[tuple[Any, Any, list[Any], list[Any]]]] = {}
 
 
 def code_version(cls: type) -> int:
@@ -153,13 +161,13 @@ def code_version(cls: type) -> int:
         if _is_code(cls, *code):
             return number
     classes = [vars(c) for c in _own_classes(cls)]
-    versions.append((cls.forward, classes, [dict(c) for c in classes]))  # type: ignore[attr-defined]
+    versions.append((cls.forward, cls.__call__, classes, [dict(c) for c in classes]))  # type: ignore[attr-defined]
     return len(versions) - 1
 
 
-def _is_code(cls: Any, forward: Any, now: list[Any], then: list[Any]) -> bool:
+def _is_code(cls: Any, forward: Any, call: Any, now: list[Any], then: list[Any]) -> bool:
     """Return True if a class is unchanged. The comparison is fast, because nearly all values are the same objects."""
-    return cls.forward is forward and now == then
+    return cls.forward is forward and now == then and not call_is_patched(cls, call)
 
 
 _MOST_OBJECTS = 1000
@@ -196,10 +204,20 @@ _PROCESS = uuid.uuid4().hex
 class Snapshot:
     """Records a module after its trial: class, code, and attributes other than modules and parameters."""
 
-    def __init__(self, module: nn.Module, absorbs: bool = True) -> None:
-        """Record the module; ``absorbs`` is True if an op does the work of torch's modules inside it."""
-        named = {name: value for name, value in _attributes(module) if name not in _READ_AT_EVERY_CALL}
-        self.cls = original_class(module)
+    ignored: frozenset[str] = frozenset(_NOT_COMPARED)  # attributes that may be added
+
+    def __init__(self, module: nn.Module, absorbs: bool = True, sizes: Iterable[str] = ()) -> None:
+        """Record the module.
+
+        Args:
+            module: the module.
+            absorbs: True if an op does the work of torch's modules inside it.
+            sizes: the names of attributes from which a form reads the map's size at every call.
+        """
+        named = {name: value for name, value in _attributes(module, sizes) if name not in _READ_AT_EVERY_CALL}
+        cls: Any = original_class(module)
+        self.cls = cls
+        self.ignored = frozenset({*_NOT_COMPARED, *sizes, *_recorded(cls)})
         self.version = code_version(self.cls)
         self.names = tuple(named)
         self.values = tuple(named.values())
@@ -256,14 +274,15 @@ class Snapshot:
             leaf: Any = module._modules.get(name)
             if type(leaf) is not kind or "forward" in leaf.__dict__ or leaf.__dict__.get("dim") != dim:
                 return f"{name} was replaced or changed"
-            if kind.forward is not _CODES[kind][version][0]:
-                return f"{kind.__name__}.forward was replaced on the class"
+            forward, call, *_ = _CODES[kind][version]
+            if kind.forward is not forward or call_is_patched(kind, call):
+                return f"{kind.__name__}.forward or its __call__ was replaced on the class"
         for name in self.bound:
             if name in own and not is_bound_method(module, cls, own[name]):
                 return f"{name} was replaced on the instance"
         if len(own) != self.size:
             read = _names_read(self.cls, self.version)
-            added = [n for n in own if n in read and n not in self.known and n not in _NOT_COMPARED]
+            added = [n for n in own if n in read and n not in self.known and n not in self.ignored]
             if added:
                 return f"{added[0]} was added to the instance"
             self.size = len(own)
@@ -315,6 +334,13 @@ def _names_read(cls: type, version: int) -> frozenset[str]:
     for c in cls.__mro__:
         names.update(vars(c))
     return frozenset(names)
+
+
+@functools.cache
+def _recorded(cls: Any) -> frozenset[str]:
+    """Return the names of sizes that a class's methods, other than ``__init__``, assign."""
+    found = [i for f in _functions(cls) if f.__name__ != "__init__" for i in dis.get_instructions(f)]
+    return frozenset(i.argval for i in found if i.opname == "STORE_ATTR" and i.argval in _SIZES)
 
 
 # State that a forward leaves behind

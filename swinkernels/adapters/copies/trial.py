@@ -28,6 +28,10 @@ from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back,
 _TOLERANCE = 1e-6  # relative to the largest element; not lower, because constants of a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify rounding errors
 _LARGE_SCORE = 75.0
+# dtype -> the largest difference that counts as rounding: root mean square, relative to the root mean square of the
+# output, and about five times the largest value for any form of this package.
+_ROUNDING = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 5e-2}
+_MANY_IMAGES = 16
 # Tensors that keep their values in a trial, because forms read them or because every instance is checked for them.
 _KNOWN_TENSORS = ("attn_mask", "relative_coords_table")
 MOST_SCORES = 1_500_000  # a backward pass with this number of scores takes a tenth of a second
@@ -186,14 +190,17 @@ class Trial:
                 except NotCovered as reason:
                     refused = f"the op would not run: {reason}"
                     continue
-                except _Different as difference:
-                    failed.add(case.kind)
-                    why = why or f"a trial on random numbers gave {difference} than its own forward"
                 except Exception as error:  # for example an attribute that the form needs is missing
                     failed.add(case.kind)
-                    why = why or f"a trial of its form failed: {_short(error)}"
+                    why = why or _failure(error)
                 if not passed:
                     break
+            smallest = min((c for c in cases if c.kind in passed - failed), key=lambda c: c.scores, default=None)
+            if smallest is not None and not self.is_short:
+                try:
+                    self._compare_dtypes_and_batches(plain, fast, smallest)
+                except Exception as error:
+                    return frozenset(), _failure(error)
         return frozenset(passed - failed), why or ("" if passed else refused)
 
     def copy(self) -> Any:
@@ -317,6 +324,28 @@ class Trial:
         for name in (*expected_left, *left):
             _check_left(name, left.get(name, _NOTHING), expected_left.get(name, _NOTHING))
 
+    def _compare_dtypes_and_batches(self, plain: nn.Module, fast: nn.Module, case: Case) -> None:
+        """Compare outputs in other dtypes, in float32 for a larger batch: a forward may branch on either."""
+        images, *size = case.shape
+        times = max(2 if images > 1 else 3, min(_MANY_IMAGES // images, MOST_SCORES // max(case.scores, 1)))
+        for dtype, tolerance in _ROUNDING.items():
+            batch = times * images if dtype == torch.float32 else images
+            x = torch.randn((batch, *size), generator=_generator(1), dtype=torch.float64).to(dtype)
+            try:
+                expected = self._try(_in_dtype(plain, dtype), x)
+            except Exception:  # its code does not take such an input
+                continue
+            try:
+                got = self._try(_in_dtype(fast, dtype), x)
+            except NotCovered:  # its own code runs
+                continue
+            what = f"another output for {batch} images in {dtype}"
+            if got.dtype != expected.dtype or got.shape != expected.shape:
+                raise _Different(f"{what} ({got.dtype}, {tuple(got.shape)})")
+            error, norm = (got.double() - expected.double()).norm().item(), expected.double().norm().item()
+            if not error <= tolerance * norm:  # NaN differs
+                raise _Different(f"{what} (by {error / max(norm, 1e-300):.2g} in root mean square)")
+
     def _compare_largest_scale(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
         """Compare the modules with scales so large that v2 clamps them."""
         results = []
@@ -423,6 +452,13 @@ def twin(module: nn.Module) -> Any:
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Any:
+    """Copy a module, with floating-point parameters and buffers in a dtype."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype)) for p in module.parameters()}
+    memo |= {id(b): b.to(dtype) for b in module.buffers() if b.is_floating_point()}
+    return copy.deepcopy(module, memo)
+
+
 def _make_scale_largest(module: nn.Module) -> None:
     for name, p in module.named_parameters():
         if name.endswith("logit_scale"):
@@ -482,6 +518,12 @@ def _check_left(name: str, got: Any, expected: Any) -> None:
             _check(what, got.double(), expected.double())
     elif isinstance(got, Tensor) or isinstance(expected, Tensor) or got != expected:
         raise _Different(what)
+
+
+def _failure(error: Exception) -> str:
+    if isinstance(error, _Different):
+        return f"a trial on random numbers gave {error} than its own forward"
+    return f"a trial of its form failed: {_short(error)}"
 
 
 def _map_of(x: Tensor) -> str:

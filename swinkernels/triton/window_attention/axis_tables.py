@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 
 from swinkernels.triton._window_address import coordinates
-from swinkernels.triton.window_attention.call import LOG2_E
 from swinkernels.triton.window_attention.gradients import add_product, excess_of, narrow
 
 
@@ -121,7 +120,7 @@ def _has_coordinate(key, dtype: tl.constexpr, STATIC: tl.constexpr):
 
 @triton.jit
 def axis_products(q, query, call, STATIC: tl.constexpr):
-    """Return log2(e) A, (queries, columns), for a tile of queries."""
+    """Return UNIT A, (queries, columns), for a tile of queries."""
     BLOCK_COLUMNS: tl.constexpr = STATIC.BLOCK_COLUMNS
     BLOCK_ROWS: tl.constexpr = STATIC.BLOCK_ROWS
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
@@ -133,7 +132,7 @@ def axis_products(q, query, call, STATIC: tl.constexpr):
         of_rows = tl.trans(_add_split(none, tables, tl.trans(q), STATIC))
         here = met & (row >= start) & (row < start + BLOCK_ROWS)
         total += tl.where(here, tl.gather(of_rows, tl.where(here, row - start, 0), 1), 0.0)
-    return total * LOG2_E
+    return total * STATIC.UNIT
 
 
 @triton.jit
@@ -143,7 +142,7 @@ def split_products(products, call):
 
 @triton.jit
 def add_axis_bias(bias, products, key, call, STATIC: tl.constexpr):
-    """Add log2(e) A E to the bias of a tile. ``products`` is A from split_products."""
+    """Add UNIT A E to the bias of a tile. ``products`` is A from split_products."""
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     return _add_split(bias, products, _has_coordinate(key, dtype, STATIC), STATIC)
 

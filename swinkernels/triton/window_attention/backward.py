@@ -35,7 +35,7 @@ from swinkernels.triton.window_attention.scores import (
     bias_tile,
     drop,
     head_scale,
-    head_scale_log2,
+    head_unit_scale,
     inverse_norm,
     kept_pairs,
     load_seed,
@@ -67,8 +67,8 @@ def bwd_whole(
     token = tl.arange(0, BLOCK_N)
     beyond = beyond_seam(token, call, STATIC)
     bias = bias_tile(kind, token, token, head, call, STATIC)
-    scale_log2 = head_scale_log2(head, call)
-    scale = head_scale(scale_log2, call)
+    unit_scale = head_unit_scale(head, call, STATIC)
+    scale = head_scale(unit_scale, call, STATIC)
     seed = load_seed(call)
     if dbias is not None:
         dbias_tile = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
@@ -84,7 +84,7 @@ def bwd_whole(
         keys = load_keys(window, token, beyond, head, call, STATIC)
         seams = seams_of(window, call, STATIC)
         at, q, k = keys.at, queries.q, keys.k
-        scores, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
+        scores, probs = recompute(window, queries, keys, bias, seams, unit_scale, call, STATIC)
         keep = kept_pairs(seed, number, head, token, 0, call, BLOCK_N)
         dv = tl.dot(tl.trans(drop(probs, keep).to(dtype)), queries.dout, input_precision=STATIC.PRECISION)
         dv = scaled_by_keep(dv, call)
@@ -120,7 +120,7 @@ def bwd_whole(
     if dbias is not None:
         store_dbias(dbias, dbias_tile, group, token, token, head, call, STATIC)
     if dlogit_scale is not None:
-        store_dlogit_scale(dlogit_scale, dlogit_rows, program, head, call)
+        store_dlogit_scale(dlogit_scale, dlogit_rows, program, head, call, STATIC)
     if dpad is not None:
         store_dpad(dpad, dpad_k, dpad_v, group, head, call, STATIC)
 
@@ -152,8 +152,8 @@ def bwd_tiled_dq(
     seams = seams_of(window, call, STATIC)
     queries = load_queries(window, number, query, beyond, dout, lse, head, call, STATIC)
     kind = type_of(number, call, STATIC)
-    scale_log2 = head_scale_log2(head, call)
-    scale = head_scale(scale_log2, call)
+    unit_scale = head_unit_scale(head, call, STATIC)
+    scale = head_scale(unit_scale, call, STATIC)
     seed = load_seed(call)
 
     if call.axis_tables is not None:
@@ -170,7 +170,7 @@ def bwd_tiled_dq(
         if call.axis_tables is not None:
             bias = add_axis_bias(bias, axes, key, call, STATIC)
         keys = load_keys(window, key, beyond_seam(key, call, STATIC), head, call, STATIC)
-        _, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
+        _, probs = recompute(window, queries, keys, bias, seams, unit_scale, call, STATIC)
         keep = kept_pairs(seed, number, head, query, start, call, BLOCK_K)
         dprobs = dprobs_of(queries, keys, keep, call, STATIC)
         delta_tile += tl.sum(probs * dprobs, axis=1)
@@ -189,7 +189,7 @@ def bwd_tiled_dq(
         if call.axis_tables is not None:
             bias = add_axis_bias(bias, axes, key, call, STATIC)
         keys = load_keys(window, key, beyond_seam(key, call, STATIC), head, call, STATIC)
-        scores, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
+        scores, probs = recompute(window, queries, keys, bias, seams, unit_scale, call, STATIC)
         keep = kept_pairs(seed, number, head, query, start, call, BLOCK_K)
         dprobs = dprobs_of(queries, keys, keep, call, STATIC)
         dscores = probs * (dprobs - delta_tile[:, None])
@@ -201,7 +201,7 @@ def bwd_tiled_dq(
         if call.axis_tables is not None:
             daxes = add_dproducts(daxes, rounded, excess, key, STATIC)
     if dlogit_scale is not None:
-        store_dlogit_scale(dlogit_scale, dlogit_rows, program, head, call)
+        store_dlogit_scale(dlogit_scale, dlogit_rows, program, head, call, STATIC)
     dq = row_gradient(dq, queries.q, queries.inverse, scale, call)
     if call.axis_tables is not None:
         dq = add_axis_query_gradient(dq, daxes, query, call, STATIC)
@@ -237,8 +237,8 @@ def bwd_tiled_dkdv(
     seams = seams_of(window, call, STATIC)
     keys = load_keys(window, key, beyond, head, call, STATIC)
     kind = type_of(number, call, STATIC)
-    scale_log2 = head_scale_log2(head, call)
-    scale = head_scale(scale_log2, call)
+    unit_scale = head_unit_scale(head, call, STATIC)
+    scale = head_scale(unit_scale, call, STATIC)
     seed = load_seed(call)
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -252,7 +252,7 @@ def bwd_tiled_dkdv(
         if call.axis_tables is not None:
             products = load_products(axis_scores, number, head, query, call, STATIC)
             bias = add_axis_bias(bias, split_products(products, call), key, call, STATIC)
-        _, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
+        _, probs = recompute(window, queries, keys, bias, seams, unit_scale, call, STATIC)
         keep = kept_pairs(seed, number, head, query, first_key, call, BLOCK_K)
         dprobs = dprobs_of(queries, keys, keep, call, STATIC)
         dscores = probs * (dprobs - delta_tile[:, None])
@@ -297,7 +297,7 @@ def bwd_tiled_dbias(
     kind, first, count = first_window(group, batch_windows, windows_per_program, call)
     window = split_window(window_of_type(kind, first, call, STATIC), call.size, WINDOW)
     bias = bias_tile(kind, query, key, head, call, STATIC)
-    scale_log2 = head_scale_log2(head, call)
+    unit_scale = head_unit_scale(head, call, STATIC)
     seed = load_seed(call)
 
     dbias_tile = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
@@ -307,7 +307,7 @@ def bwd_tiled_dbias(
         keys = load_keys(window, key, key_beyond, head, call, STATIC)
         delta_tile = load_lse(delta, number, head, query, call, STATIC)
         seams = seams_of(window, call, STATIC)
-        _, probs = recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC)
+        _, probs = recompute(window, queries, keys, bias, seams, unit_scale, call, STATIC)
         keep = kept_pairs(seed, number, head, query, first_key, call, BLOCK_K)
         dprobs = dprobs_of(queries, keys, keep, call, STATIC)
         dbias_tile += probs * (dprobs - delta_tile[:, None])

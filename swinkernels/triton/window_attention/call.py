@@ -43,8 +43,8 @@ class Call(NamedTuple):
     region_map: Any
     dropout_seed: Any
     scale: Any
-    scale_log2: Any  # factor of the scores times log2(e), for exp2
-    mask_log2: Any
+    unit_scale: Any  # scale times UNIT
+    unit_mask: Any  # the mask's value times UNIT
     drop_below: Any  # pairs with random numbers below this are dropped
     keep_scale: Any
 
@@ -77,3 +77,6 @@ class Static(NamedTuple):
     HAS_PADDING: Any
     HAS_MASK: Any
     PRECISION: Any
+    # Factor of the kernels' scores: log2(e), for exp2, or 1 with float32 maps, whose error budget has no room for the
+    # rounding of a large bias times log2(e).
+    UNIT: Any

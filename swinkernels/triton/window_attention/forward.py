@@ -6,17 +6,19 @@ import triton.language as tl
 
 from swinkernels.triton._window_address import locate, split_window
 from swinkernels.triton.window_attention.axis_tables import add_axis_bias, axis_products, split_products
-from swinkernels.triton.window_attention.call import LN_2, K, Q, V, kernel
+from swinkernels.triton.window_attention.call import K, Q, V, kernel
 from swinkernels.triton.window_attention.key_windows import locate_keys
 from swinkernels.triton.window_attention.mask import beyond_seam, masked, region_of, seams_of
 from swinkernels.triton.window_attention.rows import load_rows, store_dense, store_lse
 from swinkernels.triton.window_attention.scores import (
     bias_tile,
     drop,
-    head_scale_log2,
+    exp_units,
+    head_unit_scale,
     inverse_norm,
     kept_pairs,
     load_seed,
+    log_sum_exp,
     products,
     scaled_by_keep,
 )
@@ -36,7 +38,7 @@ def fwd_whole(call, out, lse, batch_windows, windows_per_program, STATIC: tl.con
     token = tl.arange(0, BLOCK_N)
     beyond = beyond_seam(token, call, STATIC)
     bias = bias_tile(kind, token, token, head, call, STATIC)
-    scale_log2 = head_scale_log2(head, call)
+    unit_scale = head_unit_scale(head, call, STATIC)
     seed = load_seed(call)
 
     for i in range(count):
@@ -45,20 +47,20 @@ def fwd_whole(call, out, lse, batch_windows, windows_per_program, STATIC: tl.con
         q = load_rows(call, Q, at, head, STATIC)
         k = load_rows(call, K, at, head, STATIC)
         v = load_rows(call, V, at, head, STATIC)
-        scores = products(q, k, inverse_norm(q, call), inverse_norm(k, call), scale_log2, call, STATIC) + bias
+        scores = products(q, k, inverse_norm(q, call), inverse_norm(k, call), unit_scale, call, STATIC) + bias
         if STATIC.HAS_MASK:
             seams = seams_of(window, call, STATIC)
             if seams != 0:
                 region = region_of(window, token, beyond, seams, call, STATIC)
                 scores = masked(scores, region, region, call)
         top = tl.max(scores, axis=1)
-        probs = tl.exp2(scores - top[:, None])
+        probs = exp_units(scores - top[:, None], STATIC)
         total = tl.sum(probs, axis=1)
         kept = drop(probs, kept_pairs(seed, number, head, token, 0, call, BLOCK_N)).to(v.dtype)
         result = scaled_by_keep(tl.dot(kept, v, input_precision=STATIC.PRECISION) / total[:, None], call)
         store_dense(out, result, at, head, call.num_heads, call, STATIC)
         if lse is not None:
-            store_lse(lse, (top + tl.log2(total)) * LN_2, number, head, token, call, STATIC)
+            store_lse(lse, log_sum_exp(top, total, STATIC), number, head, token, call, STATIC)
         window = next_of_type(window, kind, first + i + 1, call, STATIC)
 
 
@@ -81,7 +83,7 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
     q = load_rows(call, Q, at, head, STATIC)
     q_inverse = inverse_norm(q, call)
     kind = type_of(number, call, STATIC)
-    scale_log2 = head_scale_log2(head, call)
+    unit_scale = head_unit_scale(head, call, STATIC)
     seed = load_seed(call)
     if call.axis_tables is not None:
         axes = split_products(axis_products(q, query, call, STATIC), call)
@@ -98,7 +100,7 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
         bias = bias_tile(kind, query, key, head, call, STATIC)
         if call.axis_tables is not None:
             bias = add_axis_bias(bias, axes, key, call, STATIC)
-        scores = products(q, k, q_inverse, inverse_norm(k, call), scale_log2, call, STATIC) + bias
+        scores = products(q, k, q_inverse, inverse_norm(k, call), unit_scale, call, STATIC) + bias
         if STATIC.HAS_MASK:
             if seams != 0:
                 query_region = region_of(window, query, query_beyond, seams, call, STATIC)
@@ -107,8 +109,8 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
         higher = tl.maximum(top, tl.max(scores, axis=1))  # finite: every key tile holds at least one token
         if call.dense_bias is not None:  # it may be minus infinity for all tokens of a tile
             higher = tl.maximum(higher, _LOWEST)
-        probs = tl.exp2(scores - higher[:, None])
-        rescale = tl.exp2(top - higher)
+        probs = exp_units(scores - higher[:, None], STATIC)
+        rescale = exp_units(top - higher, STATIC)
         total = total * rescale + tl.sum(probs, axis=1)
         kept = drop(probs, kept_pairs(seed, number, head, query, start, call, BLOCK_K)).to(v.dtype)
         result = tl.dot(kept, v, result * rescale[:, None], input_precision=STATIC.PRECISION)
@@ -117,4 +119,4 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
     result = scaled_by_keep(result / total[:, None], call)
     store_dense(out, result, at, head, call.num_heads, call, STATIC)
     if lse is not None:
-        store_lse(lse, (top + tl.log2(total)) * LN_2, number, head, query, call, STATIC)
+        store_lse(lse, log_sum_exp(top, total, STATIC), number, head, query, call, STATIC)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from swinkernels.triton._window_address import locate
-from swinkernels.triton.window_attention.call import LN_2, K, Q, V
+from swinkernels.triton.window_attention.call import K, Q, V
 from swinkernels.triton.window_attention.key_windows import locate_keys
 from swinkernels.triton.window_attention.mask import region_of
 from swinkernels.triton.window_attention.rows import load_dense, load_lse, load_rows
@@ -56,9 +56,9 @@ def load_keys(window, token, beyond, head, call, STATIC: tl.constexpr):
 
 
 @triton.jit
-def recompute(window, queries, keys, bias, seams, scale_log2, call, STATIC: tl.constexpr):
+def recompute(window, queries, keys, bias, seams, unit_scale, call, STATIC: tl.constexpr):
     """Return the products of a tile, and P."""
-    scores = products(queries.q, keys.k, queries.inverse, keys.inverse, scale_log2, call, STATIC)
+    scores = products(queries.q, keys.k, queries.inverse, keys.inverse, unit_scale, call, STATIC)
     query_region = region_of(window, queries.at.token, queries.beyond, seams, call, STATIC)
     key_region = region_of(window, keys.at.token, keys.beyond, seams, call, STATIC)
     return scores, probabilities(scores, bias, queries.lse, seams, query_region, key_region, call, STATIC)
@@ -123,14 +123,14 @@ def row_gradient(d, x, inverse, scale, call):
 
 
 @triton.jit
-def store_dlogit_scale(dlogit_scale, rows_log2, program, head, call):
+def store_dlogit_scale(dlogit_scale, rows, program, head, call, STATIC: tl.constexpr):
     """Store a program's share of a logit scale's gradient, which is zero if the scale is clamped.
 
     As in torch.clamp, ln 100 rounded to float32 is above ln 100.
     """
-    total_log2 = tl.sum(rows_log2, axis=0)
+    total = tl.sum(rows, axis=0) * (1.0 / STATIC.UNIT)
     clamped = tl.load(call.logit_scale + head) >= LN_100
-    tl.store(dlogit_scale + program, tl.where(clamped, 0.0, total_log2 * LN_2))
+    tl.store(dlogit_scale + program, tl.where(clamped, 0.0, total))
 
 
 @triton.jit

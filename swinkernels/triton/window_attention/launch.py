@@ -29,7 +29,7 @@ class _Geometry(NamedTuple):
     spec: WindowSpec
     num_windows: int  # per image
     axes: dict[str, tuple[int, ...]]  # the fields of Call with a value per axis
-    static: Static  # except ALIGN and BLOCK_ROWS, which depend on the maps' strides and dtype
+    static: Static  # except ALIGN, BLOCK_ROWS and UNIT, which depend on the maps' strides and dtype
 
 
 @functools.lru_cache(maxsize=1024)
@@ -72,6 +72,7 @@ def _geometry(size: tuple[int, ...], head_dim: int, has_region_map: bool, *wire:
             HAS_PADDING=frame != size or keys != window,
             HAS_MASK=has_region_map or cut != window,
             PRECISION="tf32" if spec.allow_tf32 else "ieee",
+            UNIT=1.0,
         ),
     )
 
@@ -109,7 +110,8 @@ class _Prepared(NamedTuple):
         """Return the compile-time arguments and launch options of a kernel."""
         static, itemsize = self.static, self.call.maps[0].element_size()
         sizes = static.KEY_VOLUME, static.HEAD_DIM, itemsize
-        tile = tuning.tiles(name, *sizes, sum(static.AXIS_COLUMNS), static.HAS_KEY_WINDOW)
+        has_padded_regions = static.HAS_PADDING and self.call.region_map is not None
+        tile = tuning.tiles(name, *sizes, sum(static.AXIS_COLUMNS), static.HAS_KEY_WINDOW, has_padded_regions)
         whole = name.endswith("whole")
         blocks = {"BLOCK_N": tile.block_q} if whole else {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
         launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **ARITHMETIC}
@@ -141,6 +143,7 @@ def _prepare(
         raise ValueError("window_attention: dropout_seed must be given with a dropout_p above 0, got None")
     align = alignment([step for m in maps for step in m.stride()[:-1]], 16)
     types = spec.table_types if bias is None or bias.dim() < 4 else bias.shape[0]
+    unit = 1.0 if x.dtype == torch.float32 else LOG2_E.value
     call = Call(
         maps=maps,
         num_heads=num_heads,
@@ -157,14 +160,14 @@ def _prepare(
         region_map=contiguous(region_map),
         dropout_seed=dropout_seed if spec.dropout_p > 0.0 else None,
         scale=spec.scale,
-        scale_log2=spec.scale * LOG2_E.value,
-        mask_log2=min(max(spec.mask_value * LOG2_E.value, -LARGEST_MASK), LARGEST_MASK),
+        unit_scale=spec.scale * unit,
+        unit_mask=min(max(spec.mask_value * unit, -LARGEST_MASK), LARGEST_MASK),
         # Random numbers are int32. For p = 1 the bound is clamped to INT32_MAX: a draw of exactly INT32_MAX is still
         # kept, and keep_scale = 0 makes it zero.
         drop_below=min(round(spec.dropout_p * 2**32) - 2**31, INT32_MAX),
         keep_scale=1.0 / (1.0 - spec.dropout_p) if spec.dropout_p < 1.0 else 0.0,
     )
-    static = geometry.static._replace(ALIGN=align, BLOCK_ROWS=tuning.axis_rows(x.element_size()))
+    static = geometry.static._replace(ALIGN=align, BLOCK_ROWS=tuning.axis_rows(x.element_size()), UNIT=unit)
     return _Prepared(geometry, call, static, batch_windows, types)
 
 

@@ -55,4 +55,4 @@ def region_of(window, token, beyond, seams, call, STATIC: tl.constexpr):
 @triton.jit
 def masked(scores, query_region, key_region, call):
     """Add the mask to the scores of a tile."""
-    return tl.where(query_region[:, None] != key_region[None, :], scores + call.mask_log2, scores)
+    return tl.where(query_region[:, None] != key_region[None, :], scores + call.unit_mask, scores)

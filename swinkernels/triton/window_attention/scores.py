@@ -52,7 +52,7 @@ def _first_position(STATIC: tl.constexpr):
 
 @triton.jit
 def bias_tile(kind, query, key, head, call, STATIC: tl.constexpr):
-    """Return log2(e) times the bias of a tile in a window of type ``kind``; minus infinity beyond the window."""
+    """Return UNIT times the bias of a tile in a window of type ``kind``; minus infinity beyond the window."""
     VOLUME: tl.constexpr = STATIC.VOLUME
     KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
     inside = (query < VOLUME)[:, None] & (key < KEY_VOLUME)[None, :]
@@ -63,19 +63,19 @@ def bias_tile(kind, query, key, head, call, STATIC: tl.constexpr):
             at = call.bias_table + row * call.num_heads + head
         else:
             at = call.bias_table + row * call.table_columns + (kind * call.num_heads + head)
-        bias = tl.load(at, mask=inside, other=0.0) * LOG2_E
+        bias = tl.load(at, mask=inside, other=0.0) * STATIC.UNIT
     elif call.dense_bias is not None:
         tile = call.dense_bias + (kind * call.num_heads + head).to(tl.int64) * (VOLUME * KEY_VOLUME)
-        bias = tl.load(tile + query[:, None] * KEY_VOLUME + key[None, :], mask=inside, other=0.0) * LOG2_E
+        bias = tl.load(tile + query[:, None] * KEY_VOLUME + key[None, :], mask=inside, other=0.0) * STATIC.UNIT
     else:
         bias = tl.zeros([query.shape[0], key.shape[0]], tl.float32)
     return tl.where((key < KEY_VOLUME)[None, :], bias, float("-inf"))
 
 
 @triton.jit
-def head_scale_log2(head, call):
-    """Return log2(e) times the factor of a head's products: for cosines exp(min(logit_scale, ln 100))."""
-    scale_log2 = call.scale_log2
+def head_unit_scale(head, call, STATIC: tl.constexpr):
+    """Return UNIT times the factor of a head's products: for cosines exp(min(logit_scale, ln 100))."""
+    unit_scale = call.unit_scale
     if call.logit_scale is not None:
         x = tl.load(call.logit_scale + head)
         x = tl.where(x > LN_100, LN_100, x)  # tl.minimum would hide a NaN
@@ -83,14 +83,14 @@ def head_scale_log2(head, call):
         # three bits and the first part of ln 2 is exact.
         whole = tl.floor(x * LOG2_E + 0.5)
         rest = x - whole * 0.693359375 + whole * 2.12194440e-4
-        scale_log2 = tl.exp2(whole) * tl.exp2(rest * LOG2_E) * LOG2_E
-    return scale_log2
+        unit_scale = tl.exp2(whole) * tl.exp2(rest * LOG2_E) * STATIC.UNIT
+    return unit_scale
 
 
 @triton.jit
-def head_scale(scale_log2, call):
+def head_scale(unit_scale, call, STATIC: tl.constexpr):
     """Return the factor of a head's products."""
-    return call.scale if call.logit_scale is None else scale_log2 * LN_2
+    return call.scale if call.logit_scale is None else unit_scale * (1.0 / STATIC.UNIT)
 
 
 @triton.jit
@@ -108,14 +108,28 @@ def inverse_norm(x, call):
 
 
 @triton.jit
-def products(q, k, q_inverse, k_inverse, scale_log2, call, STATIC: tl.constexpr):
-    """Return log2(e) times the scores of a tile before bias and mask. Cosines are divided in float32."""
+def exp_units(scores, STATIC: tl.constexpr):
+    """Return exp(scores / UNIT)."""
+    UNIT: tl.constexpr = STATIC.UNIT
+    return tl.exp2(scores * LOG2_E if UNIT == 1.0 else scores)
+
+
+@triton.jit
+def log_sum_exp(top, total, STATIC: tl.constexpr):
+    """Return top / UNIT + ln(total)."""
+    UNIT: tl.constexpr = STATIC.UNIT
+    return top + tl.log2(total) * LN_2 if UNIT == 1.0 else (top + tl.log2(total)) * LN_2
+
+
+@triton.jit
+def products(q, k, q_inverse, k_inverse, unit_scale, call, STATIC: tl.constexpr):
+    """Return UNIT times the scores of a tile before bias and mask. Cosines are divided in float32."""
     tile = tl.dot(q, tl.trans(k), input_precision=STATIC.PRECISION)
     if call.logit_scale is not None:
-        tile *= (q_inverse * scale_log2)[:, None]
+        tile *= (q_inverse * unit_scale)[:, None]
         tile *= k_inverse[None, :]
     else:
-        tile *= scale_log2
+        tile *= unit_scale
     return tile
 
 
@@ -128,12 +142,12 @@ def probabilities(
     if STATIC.HAS_MASK:
         if seams != 0:
             scores = masked(scores, query_region, key_region, call)
-    scores -= (lse * LOG2_E)[:, None]
+    scores -= (lse * STATIC.UNIT)[:, None]
     if (
         call.maps[0].dtype.element_ty == tl.float16
     ):  # lse is rounded: for scores beyond 1e7, P could be infinite instead of about one
         scores = tl.minimum(scores, 0.0)
-    return tl.exp2(scores)
+    return exp_units(scores, STATIC)
 
 
 @triton.jit

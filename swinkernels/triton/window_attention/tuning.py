@@ -37,9 +37,25 @@ def axis_rows(itemsize: int) -> int:
 
 
 def tiles(
-    name: str, keys: int, head_dim: int, itemsize: int, axis_columns: int = 0, has_key_window: bool = False
+    name: str,
+    keys: int,
+    head_dim: int,
+    itemsize: int,
+    axis_columns: int = 0,
+    has_key_window: bool = False,
+    has_padded_regions: bool = False,
 ) -> Tiles:
-    """Return a kernel's tiles, given the keys per window and, with axis_tables, the number of columns of A."""
+    """Return a kernel's tiles.
+
+    Args:
+        name: the kernel's name.
+        keys: the keys per window.
+        head_dim: channels per head.
+        itemsize: bytes of an element of the maps.
+        axis_columns: with axis_tables, the number of columns of A.
+        has_key_window: True if the keys' window is larger than the window.
+        has_padded_regions: True for a padded map with a region map.
+    """
     wide = head_dim > 64
     if axis_columns > 64:  # two tiles with all columns are in registers
         return Tiles(32, 32, 4, 1) if itemsize == 2 else Tiles(16, 16, 4, 1)
@@ -60,4 +76,6 @@ def tiles(
     # A key tile has 32 keys if 64 would pad more (N = 144 is 160 keys instead of 192), or if each key needs a separate
     # address, because 64 addresses would not all stay in registers.
     block_k = 64 if -(-keys // 64) * 2 == -(-keys // 32) and not has_key_window else 32
+    if wide and has_padded_regions and name.startswith("bwd"):  # tiles of 64 queries would spill 128 to 392 bytes
+        return Tiles(32, block_k, 8, 1)
     return Tiles(64, block_k, 8, 1) if wide else Tiles(64, block_k, 4, 2)
