@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 ROUNDED = {"transformers GOT-OCR2": 1e-5}
 
 # Family -> the calls of the op in one module that is replaced, if there are several.
-CALLS = {"VRT": 3, "EsViT": 2}
+CALLS = {"VRT": 3, "EsViT": 2, "HTSAT": 3, "laion-clap": 2}
 
 families = pytest.mark.parametrize("family", FORMS)
 
@@ -52,15 +52,6 @@ def accelerated(model: nn.Module, **options: Any) -> Any:
 
 def described(model: nn.Module) -> list[Described]:
     return [m for m in model.modules() if isinstance(m, Described)]
-
-
-@pytest.fixture
-def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the calls of window attention by the requested backend."""
-    module, seen = sys.modules["swinkernels.ops.window_attention"], []
-    attend = module._attend
-    monkeypatch.setattr(module, "_attend", lambda *args: seen.append(args[6]) or attend(*args))
-    return seen
 
 
 @families
@@ -290,7 +281,7 @@ def test_a_pickle_whose_form_is_not_registered_says_so():
         forms.named("unheard-of")
 
 
-COMPILED = ["timm DaViT", "timm TinyViT", "VRT", "Segment Anything", "EsViT", "Pangu-Weather", "Aurora"]
+COMPILED = ["timm DaViT", "timm TinyViT", "VRT", "Segment Anything", "EsViT", "HTSAT", "Pangu-Weather", "Aurora"]
 
 
 @pytest.mark.parametrize("family", COMPILED)

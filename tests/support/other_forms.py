@@ -5,6 +5,7 @@ The code was written for these tests, with the names and conventions of the publ
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.support.published_forms import (
     Block,
+    ClassificationBlock,
     DropPath,
     Mlp,
     SegmentationBlock,
@@ -312,14 +314,18 @@ class DecomposedBlock(nn.Module):
 class WeightsAttention(WindowAttention):
     """EsViT's form: also returns its weights as they are before dropout."""
 
+    def returned(self, weights: Tensor, dropped: Tensor) -> Tensor:
+        return weights
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         scores = self.scores(q, k) + self.bias(x.shape[1])
         if mask is not None:
             scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
         weights = self.softmax(scores)
-        out = self.attn_drop(weights) @ v
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape))), weights
+        dropped = self.attn_drop(weights)
+        out = (dropped @ v).transpose(1, 2).reshape(x.shape)
+        return self.proj_drop(self.proj(out)), self.returned(weights, dropped)
 
 
 class WeightsBlock(Block):
@@ -363,6 +369,59 @@ class WeightsStage(nn.Module):
             x, weights = block(x)
             found.append(weights)
         return x, found
+
+
+class DroppedWeightsAttention(WeightsAttention):
+    """HTSAT's form: also returns its weights as they are after dropout."""
+
+    def returned(self, weights: Tensor, dropped: Tensor) -> Tensor:
+        return dropped
+
+
+class HeatmapBlock(ClassificationBlock):
+    """HTSAT's form: takes a sequence for a map of one size, and also returns the weights."""
+
+    attention = DroppedWeightsAttention
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        window, shift = (self.window_size,) * 2, (self.shift_size,) * 2
+        y = torch.roll(self.norm1(x).unflatten(1, self.input_resolution), [-s for s in shift], (1, 2))
+        y, weights = self.attn(cut(y, window), self.attn_mask)
+        y = torch.roll(join(y, window, self.input_resolution), shift, (1, 2))
+        return self.both_halves(x, y.flatten(1, 2)), weights
+
+
+class HeatmapStage(nn.Module):
+    """HTSAT's form: returns the mean of its blocks' weights, in training the weights of the last block."""
+
+    def __init__(self, dim: int, size: tuple[int, int], num_heads: int, window_size: int) -> None:
+        super().__init__()
+        shifts = (0, window_size // 2)
+        self.blocks = nn.ModuleList(HeatmapBlock(dim, size, num_heads, window_size, shift) for shift in shifts)
+        self.downsample = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        attns = []
+        for block in self.blocks:
+            x, attn = block(x)
+            attns.append(attn)
+        return self.downsample(x), attn if self.training else torch.stack(attns).mean(0)
+
+
+class HeatmapModel(nn.Module):
+    """HTSAT's form: a switch decides whether the model reads its last stage's weights. laion-clap has no switch."""
+
+    def __init__(self, dim: int, size: tuple[int, int], num_heads: int, window_size: int, heatmap: bool) -> None:
+        super().__init__()
+        self.config = types.SimpleNamespace(htsat_attn_heatmap=heatmap)
+        self.layers = nn.ModuleList(HeatmapStage(dim, size, num_heads, window_size) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x, attn = layer(x)
+        if self.config.htsat_attn_heatmap:
+            x = x * attn.mean(1).mean(1).reshape(len(x), -1, 1)
+        return x
 
 
 class SkipAttention(WindowAttention):

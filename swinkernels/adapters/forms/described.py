@@ -66,7 +66,8 @@ class Described(DynamicSubclass):
         if calls is not None:
             x, heads = maps[0], arguments["num_heads"]
             size, head_dim = _geometry(maps, heads)
-            spec = spec_of("accelerate", x, size, head_dim, **arguments)
+            others = {name: value for name, value in arguments.items() if name != "return_attention"}
+            spec = spec_of("accelerate", x, size, head_dim, **others)
             queries = x.shape[0] * heads * math.prod(frame_of(size, spec.window_size))
             calls.append((spec, queries * spec.key_volume))
             if calls.are_dry:

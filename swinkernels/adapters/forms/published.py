@@ -3,20 +3,22 @@
 The attention modules of mmdetection and mmsegmentation roll, pad and mask the map. SCUNet's and Swin-MAE's roll and
 mask maps of whole windows; SCUNet's mask has scores of -inf. FDAT's attention has a dense bias. ResShift's blocks have
 channels first; Segment Anything's have decomposed relative position; EsViT's return attention weights to a stage that
-drops them. Uformer has separate layers for queries and for keys and values, nnFormer's decoder takes queries from a
-second input, and in VRT the two frames of a window also attend to each other.
+drops them, HTSAT's and laion-clap's to a stage that returns their mean. Uformer has separate layers for queries and for
+keys and values, nnFormer's decoder takes queries from a second input, and in VRT the two frames of a window also attend
+to each other.
 
 Source: mmdet.models.backbones.swin of mmdet 3.3, models/network_scunet.py of cszn/SCUNet, swin_unet.py of
 Zian-Xu/Swin-MAE, fdat.py of stinkybread/fdat, models/swin_transformer.py of zsyOAOA/ResShift,
-segment_anything.modeling.image_encoder of segment-anything 1.0, models/swin_transformer.py of microsoft/esvit, model.py
-of ZhendongWang6/Uformer, nnFormer_tumor.py of 282857341/nnFormer, models/network_vrt.py of JingyunLiang/VRT.
+segment_anything.modeling.image_encoder of segment-anything 1.0, models/swin_transformer.py of microsoft/esvit,
+model/htsat.py of RetroCirce/HTS-Audio-Transformer, laion_clap.clap_module.htsat of laion-clap 1.1, model.py of
+ZhendongWang6/Uformer, nnFormer_tumor.py of 282857341/nnFormer, models/network_vrt.py of JingyunLiang/VRT.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +27,11 @@ from torch import Tensor, nn
 from swinkernels.adapters.adapter import original_class
 from swinkernels.adapters.copies.dynamic_class import parameters_of
 from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of, small_tables
+from swinkernels.adapters.forms.deferred import deferred
 from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.masks import MASKED, frame_of, is_stored_mask
 from swinkernels.adapters.microsoft_attention import dropout_at_call, projected, resembles_attention
+from swinkernels.adapters.part import op_on
 from swinkernels.ops._library import autocast_dtype
 
 _MOST_TOKENS = 1024
@@ -197,10 +201,36 @@ SEGMENT_ANYTHING = Form(
 )
 
 
+def _qkv(block: Any, x: Tensor, size: Sequence[int]) -> Tensor:
+    return block.attn.qkv(block.norm1(x).unflatten(1, tuple(size)))
+
+
+def _arguments(block: Any) -> dict[str, Any]:
+    """Return the arguments of the op for a block in Microsoft's form, except dropout."""
+    attn = block.attn
+    return {
+        "num_heads": attn.num_heads,
+        "window_size": block.window_size,
+        "shift_size": block.shift_size,
+        "bias_table": attn.relative_position_bias_table,
+        "scale": attn.scale,
+        "pad_qkv": attn.qkv.bias,
+    }
+
+
+def _with_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path(block.mlp(block.norm2(x)))
+
+
+def _blocks_of(stage: nn.Module) -> list[Any]:
+    """Return the blocks of a stage if each of them has an attention in Microsoft's form, else an empty list."""
+    blocks: Any = stage._modules.get("blocks")
+    found = list(blocks) if blocks and hasattr(stage, "downsample") else []
+    return found if all(resembles_attention(b._modules.get("attn")) for b in found) else []
+
+
 def _is_esvit(module: nn.Module) -> bool:
-    blocks: Any = module._modules.get("blocks")
-    named = hasattr(type(module), "forward_with_attention") and hasattr(module, "downsample")
-    return named and bool(blocks) and all(resembles_attention(b._modules.get("attn")) for b in blocks)
+    return hasattr(type(module), "forward_with_attention") and bool(_blocks_of(module))
 
 
 def _esvit(stage: Any, attend: Any, x: Tensor) -> Any:
@@ -213,19 +243,8 @@ def _esvit(stage: Any, attend: Any, x: Tensor) -> Any:
         if not all(is_stored_mask(mask, frame_of((n, n), window), window, shift) for n, mask in kept):
             return "attn_mask_dict differs from the mask that its geometry implies"
     for block in stage.blocks:
-        attn = block.attn
-        y = attend(
-            attn.qkv(block.norm1(x).unflatten(1, (side, side))),
-            num_heads=attn.num_heads,
-            window_size=block.window_size,
-            shift_size=block.shift_size,
-            bias_table=attn.relative_position_bias_table,
-            scale=attn.scale,
-            pad_qkv=attn.qkv.bias,
-            dropout_p=dropout_at_call(attn),
-        )
-        x = x + block.drop_path(projected(attn, y).flatten(1, 2))
-        x = x + block.drop_path(block.mlp(block.norm2(x)))
+        y = attend(_qkv(block, x, (side, side)), **_arguments(block), dropout_p=dropout_at_call(block.attn))
+        x = _with_mlp(block, x + block.drop_path(projected(block.attn, y).flatten(1, 2)))
     return x if stage.downsample is None else stage.downsample(x)
 
 
@@ -237,6 +256,85 @@ def _esvit_sizes(stage: Any) -> tuple[tuple[int, ...], ...]:
 ESVIT = Form(
     name="EsViT", of=_is_esvit, forward=_esvit, sizes=_esvit_sizes, absorbs=("blocks",),
 )  # fmt: skip
+
+
+def _is_htsat(module: nn.Module) -> bool:
+    code = getattr(original_class(module).forward, "__code__", None)
+    names = () if code is None else code.co_varnames
+    blocks = _blocks_of(module) if "attn" in names else []
+    return bool(blocks) and all(_has_attributes(b, "input_resolution", "attn_mask") for b in blocks)
+
+
+def _why_not_htsat(stage: Any, x: Tensor, size: tuple[int, ...]) -> str | None:
+    if getattr(stage, "use_checkpoint", False):
+        return "it checkpoints its blocks"
+    if x.dim() != 3 or x.shape[1] != math.prod(size):
+        return f"{tuple(x.shape)} is no map of {size}"
+    for block in stage.blocks:
+        window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
+        if tuple(block.input_resolution) != size or any(n % block.window_size for n in size):
+            return "its blocks are not for one map of whole windows"
+        mask = block.attn_mask
+        if not is_stored_mask(mask, size, window, shift) if any(shift) else mask is not None:
+            return "attn_mask differs from the mask that its geometry implies"
+    return None
+
+
+def _htsat(stage: Any, attend: Any, x: Tensor) -> Any:
+    """Return the stage's result, and attention weights: their mean over the blocks, in training the last block's.
+
+    No model reads the weights of all stages, so they are deferred. Weights with dropout are not: the op could not draw
+    the same numbers later.
+    """
+    blocks, size = list(stage.blocks), tuple(stage.blocks[0].input_resolution)
+    reason = _why_not_htsat(stage, x, size)
+    if reason is not None:
+        return reason
+    dtype = x.dtype if autocast_dtype(x) is None else torch.float32  # of a softmax
+
+    def with_weights(block: Any, z: Tensor, op: Any, p: float = 0.0) -> tuple[Tensor, Tensor]:
+        y, weights = op(_qkv(block, z, size), **_arguments(block), dropout_p=p, return_attention=True)
+        return y, weights.flatten(0, 1).to(dtype)
+
+    drops = any(dropout_at_call(block.attn) > 0.0 for block in blocks)
+    inputs, weights = [], []
+    for block in blocks:
+        inputs.append(x)
+        if drops:
+            y, of_block = with_weights(block, x, attend, dropout_at_call(block.attn))
+            weights.append(of_block)
+        else:
+            y = attend(_qkv(block, x, size), **_arguments(block))
+        x = _with_mlp(block, x + block.drop_path(projected(block.attn, y).flatten(1, 2)))
+    if stage.downsample is not None:
+        x = stage.downsample(x)
+    returned = slice(-1, None) if stage.training else slice(None)
+    if drops:
+        return x, torch.stack(weights[returned]).mean(0)
+    blocks, inputs = blocks[returned], inputs[returned]
+
+    def compute() -> Tensor:
+        op = op_on("torch")  # no kernel returns weights
+        return torch.stack([with_weights(block, z, op)[1] for block, z in zip(blocks, inputs, strict=True)]).mean(0)
+
+    read = [*inputs, *(block.attn.relative_position_bias_table for block in blocks)]
+    read += [p for block in blocks for layer in (block.norm1, block.attn.qkv) for p in layer.parameters()]
+    n, heads = blocks[0].window_size ** 2, blocks[0].attn.num_heads
+    return x, deferred(compute, (x.shape[0] * math.prod(size) // n, heads, n, n), dtype, read)
+
+
+def _call_htsat(stage: Any, x: Tensor) -> Tensor:
+    return torch.cat([t.flatten() for t in type(stage).forward(stage, x)])
+
+
+HTSAT = Form(
+    name="HTSAT",
+    of=_is_htsat,
+    forward=_htsat,
+    sizes=lambda stage: ((math.prod(stage.blocks[0].input_resolution), stage.blocks[0].attn.qkv.in_features),),
+    call=_call_htsat,
+    absorbs=("blocks",),
+)
 
 
 # A block whose maps have channels first
@@ -255,17 +353,8 @@ def _resshift(block: Any, attend: Any, x: Tensor) -> Any:
     size = tuple(x.shape[2:])
     if block.input_resolution == size and not is_stored_mask(block.attn_mask, size, (window,) * 2, (shift,) * 2):
         return "attn_mask differs from the mask that its geometry implies"
-    y = attend(
-        attn.qkv(block.norm1(x).permute(0, 2, 3, 1)),
-        num_heads=attn.num_heads,
-        window_size=window,
-        shift_size=shift,
-        bias_table=attn.relative_position_bias_table,
-        scale=attn.scale,
-        dropout_p=dropout_at_call(attn),
-    )
-    x = x + block.drop_path(projected(attn, y).permute(0, 3, 1, 2))
-    return x + block.drop_path(block.mlp(block.norm2(x)))
+    y = attend(attn.qkv(block.norm1(x).permute(0, 2, 3, 1)), **_arguments(block), dropout_p=dropout_at_call(attn))
+    return _with_mlp(block, x + block.drop_path(projected(attn, y).permute(0, 3, 1, 2)))
 
 
 RESSHIFT = Form(
@@ -426,4 +515,4 @@ VRT = Form(
     call=_call_with_masks,
 )
 
-FORMS = [MMDET, SCUNET, SWIN_MAE, FDAT, SEGMENT_ANYTHING, ESVIT, RESSHIFT, UFORMER, NNFORMER_SKIP, VRT]
+FORMS = [MMDET, SCUNET, SWIN_MAE, FDAT, SEGMENT_ANYTHING, ESVIT, HTSAT, RESSHIFT, UFORMER, NNFORMER_SKIP, VRT]
