@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 ROUNDED = {"transformers GOT-OCR2": 1e-5}
 
 # Family -> the calls of the op in one module that is replaced, if there are several.
-CALLS = {"VRT": 3, "EsViT": 2, "HTSAT": 3, "laion-clap": 2}
+CALLS = {"VRT": 3, "EsViT": 2, "HTSAT": 3, "laion-clap": 2, "nnFormer": 2}
 
 families = pytest.mark.parametrize("family", FORMS)
 
@@ -281,7 +281,17 @@ def test_a_pickle_whose_form_is_not_registered_says_so():
         forms.named("unheard-of")
 
 
-COMPILED = ["timm DaViT", "timm TinyViT", "VRT", "Segment Anything", "EsViT", "HTSAT", "Pangu-Weather", "Aurora"]
+COMPILED = [
+    "timm DaViT",
+    "timm TinyViT",
+    "VRT",
+    "Segment Anything",
+    "EsViT",
+    "HTSAT",
+    "nnFormer",
+    "Pangu-Weather",
+    "Aurora",
+]
 
 
 @pytest.mark.parametrize("family", COMPILED)
@@ -487,7 +497,9 @@ def test_aurora_keeps_no_tensor_of_a_call_in_another_mode(before):
     assert_as_good(got, exact, exact)
 
 
-@pytest.mark.parametrize("family", ["mmdet", "Uformer", "Swin-MAE", "nnFormer", "VRT", "Pangu-Weather"])
+@pytest.mark.parametrize(
+    "family", ["mmdet", "Uformer", "Swin-MAE", "nnFormer", "nnFormer's skips", "VRT", "Pangu-Weather"]
+)
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.long)], ids=["eager", "compiled"])
 def test_a_softmax_over_another_axis_has_the_own_code_run(family, compiles):
     model, x = model_of(family), make_input(family)
@@ -500,8 +512,9 @@ def test_a_softmax_over_another_axis_has_the_own_code_run(family, compiles):
     torch.testing.assert_close(called(x), model(x), rtol=1e-9, atol=1e-9)
 
 
-def test_nnformers_skip_under_autocast():
-    model, x = model_of("nnFormer").float(), make_input("nnFormer").float()
+@pytest.mark.parametrize("family", ["nnFormer", "nnFormer's skips"])
+def test_nnformer_under_autocast(family):
+    model, x = model_of(family).float(), make_input(family).float()
     fast = accelerated(model)
     with torch.autocast("cpu", torch.bfloat16):
         got, plain = fast(x), model(x)

@@ -4,8 +4,8 @@ The attention modules of mmdetection and mmsegmentation roll, pad and mask the m
 mask maps of whole windows; SCUNet's mask has scores of -inf. FDAT's attention has a dense bias. ResShift's blocks have
 channels first; Segment Anything's have decomposed relative position; EsViT's return attention weights to a stage that
 drops them, HTSAT's and laion-clap's to a stage that returns their mean. Uformer has separate layers for queries and for
-keys and values, nnFormer's decoder takes queries from a second input, and in VRT the two frames of a window also attend
-to each other.
+keys and values, and in VRT the two frames of a window also attend to each other. nnFormer's stages make the mask,
+number the offsets of tokens in a way of their own, and in the decoder take queries from a second input.
 
 Source: mmdet.models.backbones.swin of mmdet 3.3, models/network_scunet.py of cszn/SCUNet, swin_unet.py of
 Zian-Xu/Swin-MAE, fdat.py of stinkybread/fdat, models/swin_transformer.py of zsyOAOA/ResShift,
@@ -16,6 +16,7 @@ ZhendongWang6/Uformer, nnFormer_tumor.py of 282857341/nnFormer, models/network_v
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -515,4 +516,140 @@ VRT = Form(
     call=_call_with_masks,
 )
 
-FORMS = [MMDET, SCUNET, SWIN_MAE, FDAT, SEGMENT_ANYTHING, ESVIT, HTSAT, RESSHIFT, UFORMER, NNFORMER_SKIP, VRT]
+
+# Stages of volumes, whose offsets are numbered in another order than row-major. nnFormer_acdc.py has no mask and other
+# windows: its attention alone runs on the op.
+
+
+def _is_nnformer(module: nn.Module, *names: str) -> bool:
+    blocks: Any = module._modules.get("blocks")
+    if not blocks or [p.name for p in parameters_of(original_class(module))] != [*names, "S", "H", "W"]:
+        return False
+    return all(
+        _has(b, "norm1", "norm2", "attn", "mlp")
+        and _has_attributes(b, "input_resolution", "shift_size")
+        and type(getattr(b, "window_size", None)) is int
+        and _has_attributes(b.attn, "relative_position_bias_table", "relative_position_index")
+        for b in blocks
+    )
+
+
+def _row_major(table: Tensor, index: Tensor, window: Sequence[int]) -> Tensor:
+    """Return the rows of a bias table in the op's order, given the index (N, N) that the module reads it with.
+
+    Each offset of two tokens is looked up at one pair of tokens that has it.
+    """
+    query, key = [], []
+    for axis, w in enumerate(window):
+        offset = torch.arange(1 - w, w, device=index.device).reshape(
+            [-1 if i == axis else 1 for i in range(len(window))]
+        )
+        query.append(offset.clamp(min=0))
+        key.append((-offset).clamp(min=0))
+    return table[index.reshape(*window, *window)[tuple(query + key)].flatten()]
+
+
+def _nnformer_blocks(stage: Any, attend: Any, x: Tensor, size: tuple[int, ...], maps: Any = None) -> Any:
+    """Return the result of the stage's blocks, or the reason why the stage's own code has to run.
+
+    Args:
+        stage, attend: the arguments of the form.
+        x: the sequence (B, L, C) of a volume of ``size``.
+        maps: if given, the first block takes its queries from the second sequence, and keys and values from the first.
+    """
+    for block in stage.blocks:
+        if tuple(block.input_resolution) != size or x.shape[1] != math.prod(size):
+            return f"{tuple(x.shape)} is no map of {size}"
+        if block.shift_size and (block.window_size, block.shift_size) != (stage.window_size, stage.shift_size):
+            return "its mask is for other windows than those of its blocks"
+        if block.window_size**3 > _MOST_TOKENS:
+            return f"its windows hold {block.window_size**3} tokens"
+    for block in stage.blocks:
+        attn, window = block.attn, (block.window_size,) * 3
+        given = {
+            "num_heads": attn.num_heads,
+            "window_size": window,
+            "shift_size": block.shift_size,
+            "bias_table": _row_major(attn.relative_position_bias_table, attn.relative_position_index, window),
+            "scale": attn.scale,
+            "dropout_p": dropout_at_call(attn),
+        }
+        if maps is None:
+            y = attend(_qkv(block, x, size), pad_qkv=attn.qkv.bias, **given)
+        else:
+            skip, up = (block.norm1(t).unflatten(1, size) for t in maps)
+            k, v = attn.kv(skip).unflatten(-1, (2, attn.num_heads, -1)).unbind(-3)
+            pads = (
+                None
+                if attn.kv.bias is None
+                else torch.cat([attn.kv.bias.new_zeros(k.shape[-2:].numel()), attn.kv.bias])
+            )
+            y, maps = attend(up.to(k.dtype).unflatten(-1, k.shape[-2:]), k, v, pad_qkv=pads, **given), None
+        x = _with_mlp(block, x + block.drop_path(projected(attn, y).flatten(1, 3)))
+    return x
+
+
+def _nnformer_encoder(stage: Any, attend: Any, x: Tensor, *size: int) -> Any:
+    x = _nnformer_blocks(stage, attend, x, size)
+    if isinstance(x, str):
+        return x
+    if stage.downsample is None:
+        return x, *size, x, *size
+    return x, *size, stage.downsample(x, *size), *((n + 1) // 2 for n in size)
+
+
+def _nnformer_decoder(stage: Any, attend: Any, x: Tensor, skip: Tensor, *size: int) -> Any:
+    up, size = stage.Upsample(x, *size), tuple(2 * n for n in size)
+    x = _nnformer_blocks(stage, attend, up + skip, size, (skip, up))
+    return x if isinstance(x, str) else (x, *size)
+
+
+def _call_nnformer(stage: Any, x: Tensor) -> Tensor:
+    """Call the stage on a volume of any size. A decoder's smaller volume is made of every second token."""
+    size = tuple(x.shape[1:4])
+    for block in stage.blocks:
+        block.input_resolution = size
+    args: tuple[Any, ...] = x.flatten(1, 3), *size
+    if "Upsample" in stage._modules:
+        small = x[:, ::2, ::2, ::2].flatten(1, 3)
+        args = torch.cat([small.cos(), small], -1), args[0], *(n // 2 for n in size)
+    results = type(stage).forward(stage, *args)
+    return torch.cat([t.flatten() for t in results if isinstance(t, Tensor)])
+
+
+def _nnformer_sizes(stage: Any) -> tuple[tuple[int, ...], ...]:
+    window, channels = stage.blocks[0].window_size, stage.blocks[0].attn.proj.in_features
+    n = window + window % 2
+    return (n, n, n, channels), (n + 2, n, 2 * n, channels)
+
+
+NNFORMER_ENCODER = Form(
+    name="nnFormer's encoder",
+    of=lambda module: _is_nnformer(module, "x"),
+    forward=_nnformer_encoder,
+    sizes=_nnformer_sizes,
+    call=_call_nnformer,
+    absorbs=("blocks",),
+)
+NNFORMER_DECODER = dataclasses.replace(
+    NNFORMER_ENCODER,
+    name="nnFormer's decoder",
+    of=lambda module: _is_nnformer(module, "x", "skip"),
+    forward=_nnformer_decoder,
+)
+
+FORMS = [
+    MMDET,
+    SCUNET,
+    SWIN_MAE,
+    FDAT,
+    SEGMENT_ANYTHING,
+    ESVIT,
+    HTSAT,
+    RESSHIFT,
+    UFORMER,
+    NNFORMER_ENCODER,
+    NNFORMER_DECODER,
+    NNFORMER_SKIP,
+    VRT,
+]
