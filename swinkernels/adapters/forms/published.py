@@ -385,10 +385,15 @@ def _rows(x: Tensor, mask: Any) -> Any:
 
 
 def _dense(bias: Tensor | None, mask: Tensor | None, num_heads: int) -> Tensor | None:
-    """Return the sum of a bias (num_heads, N, N) and a mask (windows, N, N), either of which may be None."""
+    """Return the sum of a bias (num_heads, N, N) and a mask (windows, N, N), either of which may be None.
+
+    A row whose mask is -inf everywhere becomes NaN, as in a softmax.
+    """
     if mask is None:
         return bias
-    mask = (mask.float() if mask.dtype == torch.float16 else mask).clamp(min=MASKED)[:, None]
+    nothing_left = mask.isneginf().all(-1, keepdim=True)
+    mask = (mask.float() if mask.dtype == torch.float16 else mask).clamp(min=MASKED)
+    mask = mask.masked_fill(nothing_left, math.nan)[:, None]
     return mask.expand(-1, num_heads, -1, -1) if bias is None else bias + mask
 
 
