@@ -52,6 +52,7 @@ class WindowAttentionCase:
         flags |= {"pad": self.has_pad_qkv, "v2": self.has_logit_scale}
         extra = "".join(f"-{name}" for name, present in flags.items() if present)
         extra += "" if self.bias_types is None else f"-bias{self.bias_types}"
+        extra += "" if self.table_types is None else f"-types{self.table_types}"
         extra += "".join(f"-{k}={v}" for k, v in self.options.items() if not isinstance(v, Tensor))
         return f"b{self.batch}-{size}-h{self.num_heads}x{self.head_dim}-w{window}-s{shift}{extra}"
 

@@ -158,6 +158,11 @@ def spec_of(
     return spec
 
 
+# Triton's kernels hold a column for each coordinate of a key in one tile. With 256 columns a block needs 80 KB of
+# shared memory; with 512 the forward kernel needs 104 KB and the backward kernel for q takes minutes to compile.
+_MOST_AXIS_COLUMNS = 256
+
+
 def window_attention_reasons(
     backend: str, spec: WindowSpec, dtype: torch.dtype, device: torch.device, return_attention: bool = False
 ) -> list[str]:
@@ -169,6 +174,11 @@ def window_attention_reasons(
         reasons.append("it does not implement dropout_p")
     if spec.axis_tables and backend == "cuda":
         reasons.append("it does not implement axis_tables")
+    if spec.axis_tables and backend == "triton" and sum(spec.window_size) > _MOST_AXIS_COLUMNS:
+        reasons.append(
+            f"with axis_tables the tokens per axis of a window may add up to {_MOST_AXIS_COLUMNS}, got "
+            f"{' + '.join(map(str, spec.window_size))}"
+        )
     if spec.key_window != spec.window_size and backend == "cuda":
         reasons.append("it does not implement key_window")
     if return_attention:

@@ -34,7 +34,9 @@ FORMS_OF = {
     "TransMorph": "junyuchen245/TransMorph", "BiRefNet": "ZhengPeng7/BiRefNet", "Uformer": "ZhendongWang6/Uformer",
     "VRT": "JingyunLiang/VRT", "Swin-MAE": "Zian-Xu/Swin-MAE", "FDAT": "stinkybread/fdat",
     "Segment Anything": "segment-anything 1.0", "DeepSeek-OCR": "deepseek-ai/DeepSeek-OCR", "EsViT": "microsoft/esvit",
-    "nnFormer": "282857341/nnFormer", "Pangu-Weather": "nvidia-physicsnemo 2.2.2", "FengWu": "nvidia-physicsnemo 2.2.2",
+    "HTSAT": "RetroCirce/HTS-Audio-Transformer", "laion-clap": "laion-clap 1.1.7",
+    "nnFormer": "282857341/nnFormer", "nnFormer's skips": "282857341/nnFormer",
+    "Pangu-Weather": "nvidia-physicsnemo 2.2.2", "FengWu": "nvidia-physicsnemo 2.2.2",
     "Aurora": "microsoft-aurora 2.0.1",
 }  # fmt: skip
 HEADER = """# Models

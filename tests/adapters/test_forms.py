@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 ROUNDED = {"transformers GOT-OCR2": 1e-5}
 
 # Family -> the calls of the op in one module that is replaced, if there are several.
-CALLS = {"VRT": 3, "EsViT": 2}
+CALLS = {"VRT": 3, "EsViT": 2, "HTSAT": 3, "laion-clap": 2, "nnFormer": 2}
 
 families = pytest.mark.parametrize("family", FORMS)
 
@@ -52,15 +52,6 @@ def accelerated(model: nn.Module, **options: Any) -> Any:
 
 def described(model: nn.Module) -> list[Described]:
     return [m for m in model.modules() if isinstance(m, Described)]
-
-
-@pytest.fixture
-def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the calls of window attention by the requested backend."""
-    module, seen = sys.modules["swinkernels.ops.window_attention"], []
-    attend = module._attend
-    monkeypatch.setattr(module, "_attend", lambda *args: seen.append(args[6]) or attend(*args))
-    return seen
 
 
 @families
@@ -290,7 +281,17 @@ def test_a_pickle_whose_form_is_not_registered_says_so():
         forms.named("unheard-of")
 
 
-COMPILED = ["timm DaViT", "timm TinyViT", "VRT", "Segment Anything", "EsViT", "Pangu-Weather", "Aurora"]
+COMPILED = [
+    "timm DaViT",
+    "timm TinyViT",
+    "VRT",
+    "Segment Anything",
+    "EsViT",
+    "HTSAT",
+    "nnFormer",
+    "Pangu-Weather",
+    "Aurora",
+]
 
 
 @pytest.mark.parametrize("family", COMPILED)
@@ -496,7 +497,9 @@ def test_aurora_keeps_no_tensor_of_a_call_in_another_mode(before):
     assert_as_good(got, exact, exact)
 
 
-@pytest.mark.parametrize("family", ["mmdet", "Uformer", "Swin-MAE", "nnFormer", "VRT", "Pangu-Weather"])
+@pytest.mark.parametrize(
+    "family", ["mmdet", "Uformer", "Swin-MAE", "nnFormer", "nnFormer's skips", "VRT", "Pangu-Weather"]
+)
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.long)], ids=["eager", "compiled"])
 def test_a_softmax_over_another_axis_has_the_own_code_run(family, compiles):
     model, x = model_of(family), make_input(family)
@@ -509,8 +512,9 @@ def test_a_softmax_over_another_axis_has_the_own_code_run(family, compiles):
     torch.testing.assert_close(called(x), model(x), rtol=1e-9, atol=1e-9)
 
 
-def test_nnformers_skip_under_autocast():
-    model, x = model_of("nnFormer").float(), make_input("nnFormer").float()
+@pytest.mark.parametrize("family", ["nnFormer", "nnFormer's skips"])
+def test_nnformer_under_autocast(family):
+    model, x = model_of(family).float(), make_input(family).float()
     fast = accelerated(model)
     with torch.autocast("cpu", torch.bfloat16):
         got, plain = fast(x), model(x)
@@ -525,3 +529,67 @@ def test_masks_in_float16():
     x, mask = torch.randn(4, 16, 12).half(), torch.zeros(2, 16, 16).half()
     mask[1, :8, 8:] = -100.0
     torch.testing.assert_close(fast(x, mask=mask), attn(x, mask=mask), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # float32 runs on a kernel
+@pytest.mark.parametrize("family", ["Uformer", "nnFormer's skips", "VRT"])
+def test_a_row_whose_mask_is_minus_infinity_everywhere_is_nan_as_in_the_own_code(family, dtype):
+    """The row itself, and the gradients that it reaches, are NaN, and no others are."""
+    model = model_of(family).to(dtype)
+    attn = model[0].attention_of_windows
+    fast = accelerated(attn)
+    n = attn.relative_position_index.shape[0]
+    mask = torch.zeros(2, n, n, dtype=dtype)
+    mask[1, : n // 2, n // 2 :] = -torch.inf
+    mask[1, 3] = -torch.inf
+    x = torch.randn(4, n, 12, dtype=dtype)
+    others = (x.cos(),) if family == "nnFormer's skips" else ()
+    results = []
+    for m in (attn, fast):
+        leaf = x.clone().requires_grad_()
+        out = m(leaf, *others, mask=mask)
+        results.append((out, *torch.autograd.grad(out.sum(), leaf)))
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert expected.isnan().any()
+        assert not expected.isnan().all()
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "parameter", "buffer"])
+@pytest.mark.parametrize("family", ["SCUNet", "FDAT", "laion-clap"])
+def test_a_scale_that_becomes_a_tensor_has_the_own_code_run(family, kind, attention_calls):
+    model, x = model_of(family), make_input(family)
+    fast, results = accelerated(model), []
+    scale = torch.tensor(0.4, dtype=torch.float64)
+    for m in (model, fast):
+        for attn in (a for a in m.modules() if hasattr(a, "scale")):
+            if kind == "buffer":
+                del attn.scale
+                attn.register_buffer("scale", scale.clone())
+            else:
+                attn.__dict__.pop("scale", None)
+                attn.scale = nn.Parameter(scale.clone()) if kind == "parameter" else scale.clone()
+        attention_calls.clear()
+        results.append(run(m, x))
+        assert not attention_calls
+    assert_as_good(results[1], results[0], results[0])
+
+
+def test_a_scale_that_is_a_tensor_before_is_a_reason():
+    attn = other_forms.WMSA(12, 4, 4, "W")
+    attn.scale = torch.tensor(0.4)
+    report = swinkernels.accelerate(attn)
+    assert "scale is a Tensor, not a number" in report.skipped[0].reason
+
+
+def test_a_table_that_the_own_code_broadcasts(attention_calls):
+    attn, x = model_of("FDAT").blocks[0], make_input("FDAT")
+    fast, results = accelerated(attn), []
+    bias = torch.randn(1, 16, 16, dtype=torch.float64)
+    for m in (attn, fast):
+        m.bias = nn.Parameter(bias.clone())
+        attention_calls.clear()
+        results.append(run(m, x, 7, 9))
+        assert not attention_calls
+    assert_as_good(results[1], results[0], results[0])
+    assert "bias has another shape than before" in str(described(fast)[0]._swinkernels_why_own_code())

@@ -34,7 +34,9 @@ PACKED, PACKED_HEADS, SEPARATE = FORMS = ("(B, *S, 3C)", "(B, *S, 3, heads, head
 KINDS = {"short": (6, 3, 20_000), "one token": (1, 6, 20_000), "long": (20, 3, 60_000)}
 LONG = 64  # long windows have more tokens than this: several blocks of queries
 MIN_ROWS = 32  # fewer rows of a head do not average the rounding of single scores, which matters in float32
-TABLES = ("bias_table", "bias", "logit_scale", "pad_qkv", "region_map")
+AXIS_TABLES = tuple(f"axis_tables.{axis}" for axis in range(3))
+WIDE = ("bias_table", "bias", "logit_scale", *AXIS_TABLES)  # used in float32, whatever their dtype
+TABLES = (*WIDE, "pad_qkv", "region_map")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Call:
     layouts: tuple[Layout, ...]  # layouts of qkv, or of q, k and v
     of_gradient: Layout  # layout of the output's gradient
     of_tables: dict[str, Layout]  # layouts of the tables that are not contiguous
-    are_wide: bool  # bias tables and logit_scale are float64
+    are_wide: bool  # all tables used in float32 are float64
     constant: tuple[str, ...]  # tables without a gradient
     seed: int  # seed of the inputs
 
@@ -101,11 +103,14 @@ class Call:
             qkv = qkv.unflatten(-1, (3, self.case.num_heads, -1))
         maps = qkv.unbind(-3) if self.form == SEPARATE else (qkv,)
         maps = [_Placed.apply(x, layout) for x, layout in zip(maps, self.layouts, strict=True)]
-        for name in ("bias_table", "bias", "logit_scale") if self.are_wide else ():
-            if name in arguments:
-                arguments[name] = arguments[name].double()
+        for axis, table in enumerate(arguments.pop("axis_tables", ())):
+            arguments[f"axis_tables.{axis}"] = table
+        for name in set(arguments).intersection(WIDE) if self.are_wide else ():
+            arguments[name] = arguments[name].double()
         for name, layout in self.of_tables.items():
             arguments[name] = _Placed.apply(arguments[name], layout)
+        axis_tables = tuple(arguments.pop(name) for name in AXIS_TABLES if name in arguments)
+        arguments["axis_tables"] = axis_tables or None
         op = swinkernels.window_attention if self.form == SEPARATE else swinkernels.window_attention_qkvpacked
         out = op(*maps, **arguments, backend="cpu")
         out.register_hook(self.of_gradient.place)
@@ -128,7 +133,7 @@ class Call:
 
 def _scores(case: Case) -> int:
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
-    return case.batch * windows * case.num_heads * math.prod(case.window_tuple) ** 2
+    return case.batch * windows * case.num_heads * math.prod(case.window_tuple) * math.prod(case.key_window_tuple)
 
 
 def _draw_case(rng: random.Random) -> Case:

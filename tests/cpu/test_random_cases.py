@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 
+import swinkernels
 from benchmarks import record
 from swinkernels.ops import _backends
+from swinkernels.testing import WindowAttentionCase as Case
+from swinkernels.testing import check_window_attention
 from tests.cpu import random_cases
 from tests.cpu.random_cases import Layout, check, draw_call
 
@@ -21,14 +25,27 @@ def test_some_calls():
     failures, worst = check(0, range(300))
     assert not failures, "\n".join(failures)
     assert {dtype for dtype, _ in worst} == {"float32", "float16", "bfloat16"}
-    assert {name for _, name in worst} == {"out", "dqkv", "dbias_table", "dbias", "dlogit_scale", "dpad_qkv"}
+    of_tables = {f"d{name}" for name in random_cases.TABLES if name != "region_map"}
+    assert {name for _, name in worst} == {"out", "dqkv", *of_tables}
+
+
+# v2 with one channel, whose gradient is zero; pads whose probability under a mask of -100 is 1e-24.
+ONCE_FAILED = {
+    285228920: Case(
+        3, (2, 1, 10), 2, 1, (4, 1, 5), (3, 0, 2), has_table=False, has_pad_qkv=True, has_logit_scale=True,
+        bias_types=0,
+        options={"pad_order": "roll_then_pad", "pad_before": (1, 0, 0), "periodic": (True, True, False)},
+    ),
+    2030088509: Case(2, (3, 4), 2, 22, (6, 1), (3, 0), has_table=False, has_pad_qkv=True, has_logit_scale=True),
+}  # fmt: skip
 
 
 @needs_kernels
-def test_calls_that_once_failed():
-    # v2 with one channel, whose gradient is zero; pads whose probability under a mask of -100 is 1e-24.
-    failures, _ = check(0, [44166, 46107])
-    assert not failures, "\n".join(failures)
+@pytest.mark.parametrize("dtype", random_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("seed", ONCE_FAILED)
+def test_calls_that_once_failed(seed, dtype):
+    op = functools.partial(swinkernels.window_attention_qkvpacked, backend="cpu")
+    check_window_attention(op, ONCE_FAILED[seed], dtype, seed=seed, sums_in_float32=True)
 
 
 @pytest.mark.long
@@ -58,14 +75,20 @@ def test_calls_are_of_every_kind():
         "head_dim 128": any(case.head_dim == 128 for case in cases),
         "types": any((case.bias_types or 0) > 1 for case in cases),
         "dense": any(case.bias_types == 0 for case in cases),
+        "axis tables": any(case.has_axis_tables for case in cases),
+        "typed table": any((case.table_types or 0) > 1 for case in cases),
         "cosine": any(case.has_logit_scale for case in cases),
         "odd offset": any(layout.offset % 2 == 1 for call in calls for layout in call.layouts),
         "odd stride": any(gap % 2 == 1 for call in calls for gap in call.of_gradient.gaps),
         "rows apart": any(call.layouts[0].order[-1] != len(call.layouts[0].order) - 1 for call in calls),
         "constant tables": any(call.constant for call in calls),
     }
-    for option in ("grid", "periodic", "region_map", "table_window", "pad_before", "mask_value", "scale"):
-        found[option] = any(option in case.options for case in cases)
+    given = {option for case in cases for option in case.options}
+    for option in (
+        "grid", "periodic", "region_map", "table_window", "table_pairs", "key_window", "pad_before", "mask_value",
+        "scale",
+    ):  # fmt: skip
+        found[option] = option in given
     for form in random_cases.FORMS:
         found[form] = any(call.form == form for call in calls)
     assert all(found.values()), [kind for kind, is_found in found.items() if not is_found]

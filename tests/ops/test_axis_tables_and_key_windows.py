@@ -160,3 +160,11 @@ def test_a_key_window_reads_pads_of_a_map_of_whole_windows(backend):
         found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "is_taken"), [((2, 254), True), ((64, 64), True), ((2, 255), False)])
+def test_triton_refuses_a_tile_with_too_many_columns(window, is_taken):
+    tables = tuple(torch.zeros(2 * w - 1, 8) for w in window)
+    spec = spec_of("op", torch.empty(0), window, 8, num_heads=1, window_size=window, axis_tables=tables)
+    reasons = window_attention_reasons("triton", spec, torch.float32, torch.device("cpu"))
+    assert any("may add up to 256, got 2 + 255" in reason for reason in reasons) is not is_taken

@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from swinkernels.ops._arguments import MAX_WINDOW_VOLUME
 from swinkernels.testing import WindowAttentionCase as Case
 
 # Fewer elements of a result do not average their rounding errors, so their RMS error is random.
@@ -35,20 +36,29 @@ def draw_case(
     has_logit_scale = rng.random() < 0.5
     is_large = has_logit_scale and not small_cosine
     window = tuple(rng.randint(6 - rank if is_large else 1, longest) for _ in range(rank))
-    grid = rng.randint(0, 3) == 0
-    shift = (0,) * rank if grid else tuple(rng.randint(0, w - 1) for w in window)
+    key_window = tuple(w + 2 * rng.randint(0, 2) for w in window)
+    has_key_window = rng.randint(0, 4) == 0 and key_window != window and math.prod(key_window) <= MAX_WINDOW_VOLUME
+    grid = rng.randint(0, 3) == 0 and not has_key_window
+    shift = (0,) * rank if grid or has_key_window else tuple(rng.randint(0, w - 1) for w in window)
     size = tuple(rng.randint(w if is_large else 1, 2 * w + beyond) for w in window)
     num_windows = tuple(-(-s // w) for s, w in zip(size, window, strict=True))
+    types = [n for n in range(1, 28) if math.prod(num_windows) % n == 0]
     before = tuple(rng.randint(0, -s % w) for s, w in zip(size, window, strict=True))
-    regions = rng.choice(["shift", "shift", "periodic", "map"])
-    bias = rng.choice(["none", "table", "table_window", "dense", "types"])
-    types = {"dense": 0, "types": rng.choice([n for n in range(1, 28) if math.prod(num_windows) % n == 0])}
+    regions = "shift" if has_key_window else rng.choice(["shift", "shift", "periodic", "map"])
+    kinds = ["none", "table", "dense", "types"]
+    kinds += (
+        [] if has_key_window else ["table_window", "table_pairs", *([] if has_logit_scale else ["axis_tables"] * 2)]
+    )
+    bias = rng.choice(kinds)
+    bias_types = {"dense": 0, "types": rng.choice(types)}
 
     options = {"pad_order": rng.choice(["pad_then_roll", "roll_then_pad"])}
     if grid:
         options["grid"] = True
     if any(before):
         options["pad_before"] = before
+    if has_key_window:
+        options["key_window"] = key_window
     if regions == "periodic":
         joined = ends_that_may_meet(size, window, shift, options["pad_order"])
         options["periodic"] = tuple(rng.random() < 0.5 and may for may in joined)
@@ -57,10 +67,13 @@ def draw_case(
         options["region_map"] = torch.arange(math.prod(frame), dtype=torch.int32).reshape(frame) * 7919 % 3 - 1
     if bias == "table_window":
         options["table_window"] = tuple(w + rng.randint(0, 2) for w in window)
+    if bias == "table_pairs":
+        options["table_pairs"] = tuple(rng.random() < 0.7 for _ in window)
     if rng.random() < 0.5:
         options["mask_value"] = rng.choice([-2.0, 1.5])
     if not has_logit_scale and rng.random() < 0.5:
         options["scale"] = rng.choice([0.7, -0.3])
+    has_table = bias in ("table", "table_window", "table_pairs")
     return Case(
         rng.randint(1, most),
         size,
@@ -68,11 +81,13 @@ def draw_case(
         rng.choice([d for d in head_dims if d >= 4 or not is_large]),
         window,
         shift,
-        has_table=bias in ("table", "table_window"),
+        has_table=has_table,
         has_pad_qkv=rng.random() < 0.5,
         has_logit_scale=has_logit_scale,
-        bias_types=types.get(bias),
+        bias_types=bias_types.get(bias),
         options=options,
+        has_axis_tables=bias == "axis_tables",
+        table_types=rng.choice(types) if has_table and rng.random() < 0.3 else None,
     )
 
 

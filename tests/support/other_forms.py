@@ -5,6 +5,7 @@ The code was written for these tests, with the names and conventions of the publ
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.support.published_forms import (
     Block,
+    ClassificationBlock,
     DropPath,
     Mlp,
     SegmentationBlock,
@@ -312,14 +314,18 @@ class DecomposedBlock(nn.Module):
 class WeightsAttention(WindowAttention):
     """EsViT's form: also returns its weights as they are before dropout."""
 
+    def returned(self, weights: Tensor, dropped: Tensor) -> Tensor:
+        return weights
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         scores = self.scores(q, k) + self.bias(x.shape[1])
         if mask is not None:
             scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
         weights = self.softmax(scores)
-        out = self.attn_drop(weights) @ v
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape))), weights
+        dropped = self.attn_drop(weights)
+        out = (dropped @ v).transpose(1, 2).reshape(x.shape)
+        return self.proj_drop(self.proj(out)), self.returned(weights, dropped)
 
 
 class WeightsBlock(Block):
@@ -365,6 +371,67 @@ class WeightsStage(nn.Module):
         return x, found
 
 
+class DroppedWeightsAttention(WeightsAttention):
+    """HTSAT's form: also returns its weights as they are after dropout."""
+
+    def returned(self, weights: Tensor, dropped: Tensor) -> Tensor:
+        return dropped
+
+
+class HeatmapBlock(ClassificationBlock):
+    """HTSAT's form: takes a sequence for a map of one size, and also returns the weights."""
+
+    attention = DroppedWeightsAttention
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        window, shift = (self.window_size,) * 2, (self.shift_size,) * 2
+        y = torch.roll(self.norm1(x).unflatten(1, self.input_resolution), [-s for s in shift], (1, 2))
+        y, weights = self.attn(cut(y, window), self.attn_mask)
+        y = torch.roll(join(y, window, self.input_resolution), shift, (1, 2))
+        return self.both_halves(x, y.flatten(1, 2)), weights
+
+
+class HeatmapStage(nn.Module):
+    """HTSAT's form: returns the mean of its blocks' weights, in training the weights of the last block."""
+
+    def __init__(self, dim: int, size: tuple[int, int], num_heads: int, window_size: int) -> None:
+        super().__init__()
+        shifts = (0, window_size // 2)
+        self.blocks = nn.ModuleList(HeatmapBlock(dim, size, num_heads, window_size, shift) for shift in shifts)
+        self.downsample = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        attns = []
+        for block in self.blocks:
+            x, attn = block(x)
+            attns.append(attn)
+        return self.downsample(x), attn if self.training else torch.stack(attns).mean(0)
+
+
+class HeatmapModel(nn.Module):
+    """HTSAT's form: a switch decides whether the model reads its last stage's weights. laion-clap has no switch."""
+
+    def __init__(self, dim: int, size: tuple[int, int], num_heads: int, window_size: int, heatmap: bool) -> None:
+        super().__init__()
+        self.config = types.SimpleNamespace(htsat_attn_heatmap=heatmap)
+        self.layers = nn.ModuleList(HeatmapStage(dim, size, num_heads, window_size) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x, attn = layer(x)
+        if self.config.htsat_attn_heatmap:
+            x = x * attn.mean(1).mean(1).reshape(len(x), -1, 1)
+        return x
+
+
+def renumbered(window: tuple[int, int, int]) -> Tensor:
+    """Return nnFormer's index of the bias table, in which some offsets share a value."""
+    at = torch.stack(torch.meshgrid(*(torch.arange(w) for w in window), indexing="ij")).flatten(1)
+    factors = 3 * window[1] - 1, 2 * window[1] - 1, 1
+    offsets = at[:, :, None] - at[:, None] + torch.tensor(window)[:, None, None] - 1
+    return sum(f * n for f, n in zip(factors, offsets, strict=True))  # type: ignore[return-value]
+
+
 class SkipAttention(WindowAttention):
     """nnFormer's form: queries come from the decoder, keys and values from the encoder; offsets share index values."""
 
@@ -372,10 +439,7 @@ class SkipAttention(WindowAttention):
         super().__init__(dim, window_size, num_heads)
         self.kv = nn.Linear(dim, 2 * dim)
         del self.qkv
-        at = torch.stack(torch.meshgrid(*(torch.arange(w) for w in window_size), indexing="ij")).flatten(1)
-        factors = 3 * window_size[1] - 1, 2 * window_size[1] - 1, 1
-        offsets = at[:, :, None] - at[:, None] + torch.tensor(window_size)[:, None, None] - 1
-        self.relative_position_index = sum(f * n for f, n in zip(factors, offsets, strict=True))
+        self.relative_position_index = renumbered(window_size)
 
     def forward(  # type: ignore[override]
         self, skip: Tensor, x_up: Tensor, pos_embed: Tensor | None = None, mask: Tensor | None = None
@@ -403,3 +467,102 @@ class SkipBlock(nn.Module):
         skip, up = (torch.roll(y, [-s for s in self.shift], axes) for y in (self.norm(x), x.sin()))
         y = self.attention_of_windows(cut(skip, self.window), cut(up, self.window), mask=mask)
         return x + torch.roll(join(y, self.window, size), self.shift, axes)
+
+
+class CubeBlock(Block):
+    """nnFormer's form: takes a sequence for a volume of one size and the mask of the stage, and has cubic windows."""
+
+    def __init__(self, dim: int, size: Any, num_heads: int, window: int, shift: int) -> None:
+        super().__init__(dim, num_heads, (window,) * 3, shift)
+        self.input_resolution, self.window_size = size, window
+        self.attn.relative_position_index = renumbered((window,) * 3)
+
+    def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
+        window, shift = (self.window_size,) * 3, (self.shift_size,) * 3
+        y = self.norm1(x).unflatten(1, self.input_resolution)
+        return self.both_halves(x, self.padded(y, window, shift, mask_matrix if any(shift) else None).flatten(1, 3))
+
+
+class SkipCubeBlock(CubeBlock):
+    """nnFormer's form: the first block of a decoder's stage, whose queries come from the decoder."""
+
+    attention = SkipAttention
+
+    def forward(self, x: Tensor, mask_matrix: Tensor, skip: Any = None, x_up: Any = None) -> Tensor:
+        window, size = (self.window_size,) * 3, self.input_resolution
+        pads = [n for s in reversed(size) for n in (0, -s % self.window_size)]
+        maps = [F.pad(self.norm1(t).unflatten(1, size), (0, 0, *pads)) for t in (skip, x_up)]
+        y = join(self.attn(*(cut(t, window) for t in maps)), window, tuple(maps[0].shape[1:4]))
+        return self.both_halves(x, y[:, : size[0], : size[1], : size[2]].flatten(1, 3))
+
+
+class Halve(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor, *size: int) -> Tensor:
+        return self.reduction(x.unflatten(1, size)[:, ::2, ::2, ::2].flatten(1, 3))
+
+
+class Double(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(2 * dim, dim)
+
+    def forward(self, x: Tensor, *size: int) -> Tensor:
+        x = self.up(x).unflatten(1, size)
+        for axis in (1, 2, 3):
+            x = x.repeat_interleave(2, axis)
+        return x.flatten(1, 3)
+
+
+class CubeStage(nn.Module):
+    """nnFormer's form: an encoder's stage, which makes the mask, and returns its result and the halved result."""
+
+    def __init__(self, dim: int, size: Any, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.window_size, self.shift_size = window, window // 2
+        self.blocks = nn.ModuleList(CubeBlock(dim, size, num_heads, window, s) for s in (0, window // 2))
+        self.downsample = Halve(dim)
+
+    def mask(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        n = self.window_size
+        return make_mask(tuple(s + -s % n for s in size), (n,) * 3, (self.shift_size,) * 3).to(x)
+
+    def forward(self, x: Tensor, S: int, H: int, W: int) -> tuple[Any, ...]:
+        for block in self.blocks:
+            x = block(x, self.mask(x, (S, H, W)))
+        return x, S, H, W, self.downsample(x, S, H, W), *((n + 1) // 2 for n in (S, H, W))
+
+
+class CubeStageUp(CubeStage):
+    """nnFormer's form: a decoder's stage, which doubles the volume and gets the encoder's result."""
+
+    def __init__(self, dim: int, size: Any, num_heads: int, window: int) -> None:
+        super().__init__(dim, size, num_heads, window)
+        del self.downsample
+        self.blocks[0], self.Upsample = SkipCubeBlock(dim, size, num_heads, window, 0), Double(dim)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, skip: Tensor, S: int, H: int, W: int
+    ) -> tuple[Any, ...]:
+        up, (S, H, W) = self.Upsample(x, S, H, W), (2 * S, 2 * H, 2 * W)
+        mask, (first, *others) = self.mask(x, (S, H, W)), self.blocks
+        x = first(up + skip, mask, skip=skip, x_up=up)
+        for block in others:
+            x = block(x, mask)
+        return x, S, H, W
+
+
+class CubeModel(nn.Module):
+    """nnFormer's form: an encoder's stage and the decoder's stage that gets its result."""
+
+    def __init__(self, dim: int, size: tuple[int, int, int], num_heads: int, window: int) -> None:
+        super().__init__()
+        self.size = size
+        self.down, self.up = (kind(dim, size, num_heads, window) for kind in (CubeStage, CubeStageUp))
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip, _, _, _, x, *size = self.down(x, *self.size)
+        return self.up(x, skip, *size)[0]

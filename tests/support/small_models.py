@@ -424,7 +424,10 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Segment Anything": (lambda: _decomposed(others.DecomposedAttention), (2, 7, 9, 12)),
     "DeepSeek-OCR": (lambda: _decomposed(others.FusedDecomposedAttention), (2, 7, 9, 12)),
     "EsViT": (lambda: others.WeightsStage(12, 3, 4), (2, 49, 12)),
-    "nnFormer": (
+    "HTSAT": (lambda: others.HeatmapModel(12, (8, 12), 3, 4, heatmap=True), (2, 96, 12)),
+    "laion-clap": (lambda: others.HeatmapModel(12, (8, 12), 3, 4, heatmap=False), (2, 96, 12)),
+    "nnFormer": (lambda: others.CubeModel(12, (6, 8, 8), 3, 4), (1, 384, 12)),
+    "nnFormer's skips": (
         lambda: nn.Sequential(*(others.SkipBlock(12, 3, (4, 4, 4), (shift,) * 3) for shift in (0, 2))), (1, 4, 8, 8, 12)
     ),
     "Pangu-Weather": (lambda: _earth((3, 7, 8), (2, 4, 4)), (1, 168, 12)),
@@ -468,7 +471,10 @@ FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "Segment Anything": (3, ()),
     "DeepSeek-OCR": (3, ()),
     "EsViT": (1, ()),
+    "HTSAT": (2, ()),
+    "laion-clap": (2, ()),
     "nnFormer": (2, ()),
+    "nnFormer's skips": (2, ()),
     "Pangu-Weather": (2, ()),
     "FengWu": (2, ()),
     "Aurora": (2, ()),

@@ -169,7 +169,9 @@ def random_cases_match_reference(regime, dtype):
         # v2 multiplies a cosine's rounding errors by up to 100, which matters in float32: only chosen cases cover that.
         assume(not (case.has_logit_scale and dtype == torch.float32))
         with mock.patch.multiple(tuning, **REGIMES[regime]):
-            check_with_dropout(dataclasses.replace(case, options={**case.options, "dropout_p": dropout_p}), dtype, seed)
+            case = dataclasses.replace(case, options={**case.options, "dropout_p": dropout_p})
+            # dpad_qkv of a few pad tokens may cancel to a hundredth of its terms, each with v2's rounded unit rows.
+            check_with_dropout(case, dtype, seed, cancels=case.has_logit_scale)
 
     run()
 
@@ -423,7 +425,7 @@ def philox_pairs(case: Case, seed: int) -> torch.Tensor:
     return kept_by_triton(seed, p, case.batch, windows, case.num_heads, n, m)
 
 
-def check_with_dropout(case: Case, dtype: torch.dtype, seed: int) -> None:
+def check_with_dropout(case: Case, dtype: torch.dtype, seed: int, **options: Any) -> None:
     """Call check_window_attention with the pairs that the seed keeps, if the case has dropout."""
     torch.manual_seed(seed)
     drawn = torch.randint(-(2**63), 2**63 - 1, (1,), device=DEVICE).item()
@@ -437,7 +439,7 @@ def check_with_dropout(case: Case, dtype: torch.dtype, seed: int) -> None:
         return x.copy_(philox_pairs(case, drawn))
 
     with mock.patch.object(torch.Tensor, "bernoulli_", draw):  # only in the reference
-        check_window_attention(seeded, case, dtype, DEVICE)
+        check_window_attention(seeded, case, dtype, DEVICE, **options)
 
 
 def kept_pairs(case: Case, **arguments: Any) -> torch.Tensor:

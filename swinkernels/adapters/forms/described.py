@@ -12,7 +12,8 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -57,16 +58,20 @@ class Described(DynamicSubclass):
     _swinkernels_in_trial = False
     # In a trial: the op's calls so far.
     _swinkernels_calls: _Calls | None = None
+    # Path -> the shapes of parameters, by name, and True if the module has a scale, when the class was swapped.
+    _swinkernels_shapes: Mapping[str, tuple[dict[str, torch.Size], bool]] = MappingProxyType({})
 
     def _swinkernels_swapped(self) -> None:
         self.__dict__["_swinkernels_snapshots"] = _snapshots(self._swinkernels_form, self)
+        self.__dict__["_swinkernels_shapes"] = _shapes(self)
 
     def _swinkernels_attend(self, *maps: Any, **arguments: Any) -> Tensor:
         calls = self._swinkernels_calls
         if calls is not None:
             x, heads = maps[0], arguments["num_heads"]
             size, head_dim = _geometry(maps, heads)
-            spec = spec_of("accelerate", x, size, head_dim, **arguments)
+            others = {name: value for name, value in arguments.items() if name != "return_attention"}
+            spec = spec_of("accelerate", x, size, head_dim, **others)
             queries = x.shape[0] * heads * math.prod(frame_of(size, spec.window_size))
             calls.append((spec, queries * spec.key_volume))
             if calls.are_dry:
@@ -74,7 +79,7 @@ class Described(DynamicSubclass):
         return op_on(self._swinkernels_backend)(*maps, **arguments)
 
     def _swinkernels_why_own_code(self) -> str | None:
-        return self._swinkernels_changed() or _hooked(self)
+        return self._swinkernels_changed() or _unfit(self) or _hooked(self)
 
     def _swinkernels_run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the form's forward, or the module's own code; called in place of the form's ``method``."""
@@ -121,6 +126,35 @@ def _snapshots(form: Form, module: nn.Module) -> dict[str, Snapshot]:
             if path and not (is_leaf and ("." in path or "" in form.absorbs)):
                 found[path] = Snapshot(m)
     return found
+
+
+def _shapes(module: Any) -> dict[str, tuple[dict[str, torch.Size], bool]]:
+    found = {}
+    for path in module._swinkernels_snapshots:
+        m = inside(module, path)
+        if m is not None and (path or "" in module._swinkernels_form.absorbs):
+            shapes = {name: p.shape for name, p in m._parameters.items() if p is not None}
+            found[path] = shapes, hasattr(m, "scale")
+    return found
+
+
+def _unfit(module: Any) -> str | None:
+    """Return the reason why the op may not take a value that the form reads at every call, or None.
+
+    Such values are the scale, and parameters whose new shape the module's own code may broadcast.
+    """
+    for path, (shapes, has_scale) in module._swinkernels_shapes.items():
+        m, prefix = inside(module, path), f"{path}." if path else ""
+        if m is None:
+            return f"{path} is gone"
+        scale = getattr(m, "scale", None) if has_scale else None
+        if scale is not None and not isinstance(scale, (int, float)):
+            return f"{prefix}scale is a {type(scale).__name__}, not a number"
+        for name, shape in shapes.items():
+            p = m._parameters.get(name)  # None where a parallel wrapper keeps it elsewhere
+            if p is not None and p.shape != shape:
+                return f"{prefix}{name} has another shape than before: {tuple(p.shape)}, not {tuple(shape)}"
+    return None
 
 
 def _hooked(module: Any) -> str | None:

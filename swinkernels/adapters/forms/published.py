@@ -3,20 +3,23 @@
 The attention modules of mmdetection and mmsegmentation roll, pad and mask the map. SCUNet's and Swin-MAE's roll and
 mask maps of whole windows; SCUNet's mask has scores of -inf. FDAT's attention has a dense bias. ResShift's blocks have
 channels first; Segment Anything's have decomposed relative position; EsViT's return attention weights to a stage that
-drops them. Uformer has separate layers for queries and for keys and values, nnFormer's decoder takes queries from a
-second input, and in VRT the two frames of a window also attend to each other.
+drops them, HTSAT's and laion-clap's to a stage that returns their mean. Uformer has separate layers for queries and for
+keys and values, and in VRT the two frames of a window also attend to each other. nnFormer's stages make the mask,
+number the offsets of tokens in a way of their own, and in the decoder take queries from a second input.
 
 Source: mmdet.models.backbones.swin of mmdet 3.3, models/network_scunet.py of cszn/SCUNet, swin_unet.py of
 Zian-Xu/Swin-MAE, fdat.py of stinkybread/fdat, models/swin_transformer.py of zsyOAOA/ResShift,
-segment_anything.modeling.image_encoder of segment-anything 1.0, models/swin_transformer.py of microsoft/esvit, model.py
-of ZhendongWang6/Uformer, nnFormer_tumor.py of 282857341/nnFormer, models/network_vrt.py of JingyunLiang/VRT.
+segment_anything.modeling.image_encoder of segment-anything 1.0, models/swin_transformer.py of microsoft/esvit,
+model/htsat.py of RetroCirce/HTS-Audio-Transformer, laion_clap.clap_module.htsat of laion-clap 1.1, model.py of
+ZhendongWang6/Uformer, nnFormer_tumor.py of 282857341/nnFormer, models/network_vrt.py of JingyunLiang/VRT.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +28,11 @@ from torch import Tensor, nn
 from swinkernels.adapters.adapter import original_class
 from swinkernels.adapters.copies.dynamic_class import parameters_of
 from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of, small_tables
+from swinkernels.adapters.forms.deferred import deferred
 from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.masks import MASKED, frame_of, is_stored_mask
 from swinkernels.adapters.microsoft_attention import dropout_at_call, projected, resembles_attention
+from swinkernels.adapters.part import op_on
 from swinkernels.ops._library import autocast_dtype
 
 _MOST_TOKENS = 1024
@@ -197,10 +202,36 @@ SEGMENT_ANYTHING = Form(
 )
 
 
+def _qkv(block: Any, x: Tensor, size: Sequence[int]) -> Tensor:
+    return block.attn.qkv(block.norm1(x).unflatten(1, tuple(size)))
+
+
+def _arguments(block: Any) -> dict[str, Any]:
+    """Return the arguments of the op for a block in Microsoft's form, except dropout."""
+    attn = block.attn
+    return {
+        "num_heads": attn.num_heads,
+        "window_size": block.window_size,
+        "shift_size": block.shift_size,
+        "bias_table": attn.relative_position_bias_table,
+        "scale": attn.scale,
+        "pad_qkv": attn.qkv.bias,
+    }
+
+
+def _with_mlp(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path(block.mlp(block.norm2(x)))
+
+
+def _blocks_of(stage: nn.Module) -> list[Any]:
+    """Return the blocks of a stage if each of them has an attention in Microsoft's form, else an empty list."""
+    blocks: Any = stage._modules.get("blocks")
+    found = list(blocks) if blocks and hasattr(stage, "downsample") else []
+    return found if all(resembles_attention(b._modules.get("attn")) for b in found) else []
+
+
 def _is_esvit(module: nn.Module) -> bool:
-    blocks: Any = module._modules.get("blocks")
-    named = hasattr(type(module), "forward_with_attention") and hasattr(module, "downsample")
-    return named and bool(blocks) and all(resembles_attention(b._modules.get("attn")) for b in blocks)
+    return hasattr(type(module), "forward_with_attention") and bool(_blocks_of(module))
 
 
 def _esvit(stage: Any, attend: Any, x: Tensor) -> Any:
@@ -213,19 +244,8 @@ def _esvit(stage: Any, attend: Any, x: Tensor) -> Any:
         if not all(is_stored_mask(mask, frame_of((n, n), window), window, shift) for n, mask in kept):
             return "attn_mask_dict differs from the mask that its geometry implies"
     for block in stage.blocks:
-        attn = block.attn
-        y = attend(
-            attn.qkv(block.norm1(x).unflatten(1, (side, side))),
-            num_heads=attn.num_heads,
-            window_size=block.window_size,
-            shift_size=block.shift_size,
-            bias_table=attn.relative_position_bias_table,
-            scale=attn.scale,
-            pad_qkv=attn.qkv.bias,
-            dropout_p=dropout_at_call(attn),
-        )
-        x = x + block.drop_path(projected(attn, y).flatten(1, 2))
-        x = x + block.drop_path(block.mlp(block.norm2(x)))
+        y = attend(_qkv(block, x, (side, side)), **_arguments(block), dropout_p=dropout_at_call(block.attn))
+        x = _with_mlp(block, x + block.drop_path(projected(block.attn, y).flatten(1, 2)))
     return x if stage.downsample is None else stage.downsample(x)
 
 
@@ -237,6 +257,85 @@ def _esvit_sizes(stage: Any) -> tuple[tuple[int, ...], ...]:
 ESVIT = Form(
     name="EsViT", of=_is_esvit, forward=_esvit, sizes=_esvit_sizes, absorbs=("blocks",),
 )  # fmt: skip
+
+
+def _is_htsat(module: nn.Module) -> bool:
+    code = getattr(original_class(module).forward, "__code__", None)
+    names = () if code is None else code.co_varnames
+    blocks = _blocks_of(module) if "attn" in names else []
+    return bool(blocks) and all(_has_attributes(b, "input_resolution", "attn_mask") for b in blocks)
+
+
+def _why_not_htsat(stage: Any, x: Tensor, size: tuple[int, ...]) -> str | None:
+    if getattr(stage, "use_checkpoint", False):
+        return "it checkpoints its blocks"
+    if x.dim() != 3 or x.shape[1] != math.prod(size):
+        return f"{tuple(x.shape)} is no map of {size}"
+    for block in stage.blocks:
+        window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
+        if tuple(block.input_resolution) != size or any(n % block.window_size for n in size):
+            return "its blocks are not for one map of whole windows"
+        mask = block.attn_mask
+        if not is_stored_mask(mask, size, window, shift) if any(shift) else mask is not None:
+            return "attn_mask differs from the mask that its geometry implies"
+    return None
+
+
+def _htsat(stage: Any, attend: Any, x: Tensor) -> Any:
+    """Return the stage's result, and attention weights: their mean over the blocks, in training the last block's.
+
+    No model reads the weights of all stages, so they are deferred. Weights with dropout are not: the op could not draw
+    the same numbers later.
+    """
+    blocks, size = list(stage.blocks), tuple(stage.blocks[0].input_resolution)
+    reason = _why_not_htsat(stage, x, size)
+    if reason is not None:
+        return reason
+    dtype = x.dtype if autocast_dtype(x) is None else torch.float32  # of a softmax
+
+    def with_weights(block: Any, z: Tensor, op: Any, p: float = 0.0) -> tuple[Tensor, Tensor]:
+        y, weights = op(_qkv(block, z, size), **_arguments(block), dropout_p=p, return_attention=True)
+        return y, weights.flatten(0, 1).to(dtype)
+
+    drops = any(dropout_at_call(block.attn) > 0.0 for block in blocks)
+    inputs, weights = [], []
+    for block in blocks:
+        inputs.append(x)
+        if drops:
+            y, of_block = with_weights(block, x, attend, dropout_at_call(block.attn))
+            weights.append(of_block)
+        else:
+            y = attend(_qkv(block, x, size), **_arguments(block))
+        x = _with_mlp(block, x + block.drop_path(projected(block.attn, y).flatten(1, 2)))
+    if stage.downsample is not None:
+        x = stage.downsample(x)
+    returned = slice(-1, None) if stage.training else slice(None)
+    if drops:
+        return x, torch.stack(weights[returned]).mean(0)
+    blocks, inputs = blocks[returned], inputs[returned]
+
+    def compute() -> Tensor:
+        op = op_on("torch")  # no kernel returns weights
+        return torch.stack([with_weights(block, z, op)[1] for block, z in zip(blocks, inputs, strict=True)]).mean(0)
+
+    read = [*inputs, *(block.attn.relative_position_bias_table for block in blocks)]
+    read += [p for block in blocks for layer in (block.norm1, block.attn.qkv) for p in layer.parameters()]
+    n, heads = blocks[0].window_size ** 2, blocks[0].attn.num_heads
+    return x, deferred(compute, (x.shape[0] * math.prod(size) // n, heads, n, n), dtype, read)
+
+
+def _call_htsat(stage: Any, x: Tensor) -> Tensor:
+    return torch.cat([t.flatten() for t in type(stage).forward(stage, x)])
+
+
+HTSAT = Form(
+    name="HTSAT",
+    of=_is_htsat,
+    forward=_htsat,
+    sizes=lambda stage: ((math.prod(stage.blocks[0].input_resolution), stage.blocks[0].attn.qkv.in_features),),
+    call=_call_htsat,
+    absorbs=("blocks",),
+)
 
 
 # A block whose maps have channels first
@@ -255,17 +354,8 @@ def _resshift(block: Any, attend: Any, x: Tensor) -> Any:
     size = tuple(x.shape[2:])
     if block.input_resolution == size and not is_stored_mask(block.attn_mask, size, (window,) * 2, (shift,) * 2):
         return "attn_mask differs from the mask that its geometry implies"
-    y = attend(
-        attn.qkv(block.norm1(x).permute(0, 2, 3, 1)),
-        num_heads=attn.num_heads,
-        window_size=window,
-        shift_size=shift,
-        bias_table=attn.relative_position_bias_table,
-        scale=attn.scale,
-        dropout_p=dropout_at_call(attn),
-    )
-    x = x + block.drop_path(projected(attn, y).permute(0, 3, 1, 2))
-    return x + block.drop_path(block.mlp(block.norm2(x)))
+    y = attend(attn.qkv(block.norm1(x).permute(0, 2, 3, 1)), **_arguments(block), dropout_p=dropout_at_call(attn))
+    return _with_mlp(block, x + block.drop_path(projected(attn, y).permute(0, 3, 1, 2)))
 
 
 RESSHIFT = Form(
@@ -295,10 +385,15 @@ def _rows(x: Tensor, mask: Any) -> Any:
 
 
 def _dense(bias: Tensor | None, mask: Tensor | None, num_heads: int) -> Tensor | None:
-    """Return the sum of a bias (num_heads, N, N) and a mask (windows, N, N), either of which may be None."""
+    """Return the sum of a bias (num_heads, N, N) and a mask (windows, N, N), either of which may be None.
+
+    A row whose mask is -inf everywhere becomes NaN, as in a softmax.
+    """
     if mask is None:
         return bias
-    mask = (mask.float() if mask.dtype == torch.float16 else mask).clamp(min=MASKED)[:, None]
+    nothing_left = mask.isneginf().all(-1, keepdim=True)
+    mask = (mask.float() if mask.dtype == torch.float16 else mask).clamp(min=MASKED)
+    mask = mask.masked_fill(nothing_left, math.nan)[:, None]
     return mask.expand(-1, num_heads, -1, -1) if bias is None else bias + mask
 
 
@@ -426,4 +521,140 @@ VRT = Form(
     call=_call_with_masks,
 )
 
-FORMS = [MMDET, SCUNET, SWIN_MAE, FDAT, SEGMENT_ANYTHING, ESVIT, RESSHIFT, UFORMER, NNFORMER_SKIP, VRT]
+
+# Stages of volumes, whose offsets are numbered in another order than row-major. nnFormer_acdc.py has no mask and other
+# windows: its attention alone runs on the op.
+
+
+def _is_nnformer(module: nn.Module, *names: str) -> bool:
+    blocks: Any = module._modules.get("blocks")
+    if not blocks or [p.name for p in parameters_of(original_class(module))] != [*names, "S", "H", "W"]:
+        return False
+    return all(
+        _has(b, "norm1", "norm2", "attn", "mlp")
+        and _has_attributes(b, "input_resolution", "shift_size")
+        and type(getattr(b, "window_size", None)) is int
+        and _has_attributes(b.attn, "relative_position_bias_table", "relative_position_index")
+        for b in blocks
+    )
+
+
+def _row_major(table: Tensor, index: Tensor, window: Sequence[int]) -> Tensor:
+    """Return the rows of a bias table in the op's order, given the index (N, N) that the module reads it with.
+
+    Each offset of two tokens is looked up at one pair of tokens that has it.
+    """
+    query, key = [], []
+    for axis, w in enumerate(window):
+        offset = torch.arange(1 - w, w, device=index.device).reshape(
+            [-1 if i == axis else 1 for i in range(len(window))]
+        )
+        query.append(offset.clamp(min=0))
+        key.append((-offset).clamp(min=0))
+    return table[index.reshape(*window, *window)[tuple(query + key)].flatten()]
+
+
+def _nnformer_blocks(stage: Any, attend: Any, x: Tensor, size: tuple[int, ...], maps: Any = None) -> Any:
+    """Return the result of the stage's blocks, or the reason why the stage's own code has to run.
+
+    Args:
+        stage, attend: the arguments of the form.
+        x: the sequence (B, L, C) of a volume of ``size``.
+        maps: if given, the first block takes its queries from the second sequence, and keys and values from the first.
+    """
+    for block in stage.blocks:
+        if tuple(block.input_resolution) != size or x.shape[1] != math.prod(size):
+            return f"{tuple(x.shape)} is no map of {size}"
+        if block.shift_size and (block.window_size, block.shift_size) != (stage.window_size, stage.shift_size):
+            return "its mask is for other windows than those of its blocks"
+        if block.window_size**3 > _MOST_TOKENS:
+            return f"its windows hold {block.window_size**3} tokens"
+    for block in stage.blocks:
+        attn, window = block.attn, (block.window_size,) * 3
+        given = {
+            "num_heads": attn.num_heads,
+            "window_size": window,
+            "shift_size": block.shift_size,
+            "bias_table": _row_major(attn.relative_position_bias_table, attn.relative_position_index, window),
+            "scale": attn.scale,
+            "dropout_p": dropout_at_call(attn),
+        }
+        if maps is None:
+            y = attend(_qkv(block, x, size), pad_qkv=attn.qkv.bias, **given)
+        else:
+            skip, up = (block.norm1(t).unflatten(1, size) for t in maps)
+            k, v = attn.kv(skip).unflatten(-1, (2, attn.num_heads, -1)).unbind(-3)
+            pads = (
+                None
+                if attn.kv.bias is None
+                else torch.cat([attn.kv.bias.new_zeros(k.shape[-2:].numel()), attn.kv.bias])
+            )
+            y, maps = attend(up.to(k.dtype).unflatten(-1, k.shape[-2:]), k, v, pad_qkv=pads, **given), None
+        x = _with_mlp(block, x + block.drop_path(projected(attn, y).flatten(1, 3)))
+    return x
+
+
+def _nnformer_encoder(stage: Any, attend: Any, x: Tensor, *size: int) -> Any:
+    x = _nnformer_blocks(stage, attend, x, size)
+    if isinstance(x, str):
+        return x
+    if stage.downsample is None:
+        return x, *size, x, *size
+    return x, *size, stage.downsample(x, *size), *((n + 1) // 2 for n in size)
+
+
+def _nnformer_decoder(stage: Any, attend: Any, x: Tensor, skip: Tensor, *size: int) -> Any:
+    up, size = stage.Upsample(x, *size), tuple(2 * n for n in size)
+    x = _nnformer_blocks(stage, attend, up + skip, size, (skip, up))
+    return x if isinstance(x, str) else (x, *size)
+
+
+def _call_nnformer(stage: Any, x: Tensor) -> Tensor:
+    """Call the stage on a volume of any size. A decoder's smaller volume is made of every second token."""
+    size = tuple(x.shape[1:4])
+    for block in stage.blocks:
+        block.input_resolution = size
+    args: tuple[Any, ...] = x.flatten(1, 3), *size
+    if "Upsample" in stage._modules:
+        small = x[:, ::2, ::2, ::2].flatten(1, 3)
+        args = torch.cat([small.cos(), small], -1), args[0], *(n // 2 for n in size)
+    results = type(stage).forward(stage, *args)
+    return torch.cat([t.flatten() for t in results if isinstance(t, Tensor)])
+
+
+def _nnformer_sizes(stage: Any) -> tuple[tuple[int, ...], ...]:
+    window, channels = stage.blocks[0].window_size, stage.blocks[0].attn.proj.in_features
+    n = window + window % 2
+    return (n, n, n, channels), (n + 2, n, 2 * n, channels)
+
+
+NNFORMER_ENCODER = Form(
+    name="nnFormer's encoder",
+    of=lambda module: _is_nnformer(module, "x"),
+    forward=_nnformer_encoder,
+    sizes=_nnformer_sizes,
+    call=_call_nnformer,
+    absorbs=("blocks",),
+)
+NNFORMER_DECODER = dataclasses.replace(
+    NNFORMER_ENCODER,
+    name="nnFormer's decoder",
+    of=lambda module: _is_nnformer(module, "x", "skip"),
+    forward=_nnformer_decoder,
+)
+
+FORMS = [
+    MMDET,
+    SCUNET,
+    SWIN_MAE,
+    FDAT,
+    SEGMENT_ANYTHING,
+    ESVIT,
+    HTSAT,
+    RESSHIFT,
+    UFORMER,
+    NNFORMER_ENCODER,
+    NNFORMER_DECODER,
+    NNFORMER_SKIP,
+    VRT,
+]

@@ -1,0 +1,185 @@
+"""Attention weights that a module returns are computed only if they are read, and are then those of its own code."""
+
+from __future__ import annotations
+
+import copy
+import io
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import swinkernels
+from swinkernels.adapters.forms.deferred import deferred
+from tests.support import other_forms
+from tests.support.parity import assert_as_good, randomise, run
+from tests.support.small_models import make_input, make_model
+
+
+@pytest.fixture
+def stages() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    plain = other_forms.HeatmapStage(12, (8, 12), 3, 4).double().eval()
+    randomise(plain)
+    fast = copy.deepcopy(plain)
+    assert swinkernels.accelerate(fast).replaced
+    return plain, fast
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 96, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_models_switch_decides_at_every_call(training, attention_calls):
+    """The model reads the last of two stages' weights while its switch is on, whenever it is set."""
+    plain, x = make_model("HTSAT").train(training), make_input("HTSAT")
+    fast = copy.deepcopy(plain)
+    swinkernels.accelerate(fast)
+    for heatmap in (True, False, True):
+        plain.config.htsat_attn_heatmap = fast.config.htsat_attn_heatmap = heatmap
+        exact = run(plain, x)
+        assert_as_good(run(fast, x), exact, exact)
+        attention_calls.clear()
+        fast(x)
+        # Four blocks; the weights are those of two blocks, in training of one.
+        assert len(attention_calls) == 4 + heatmap * (1 if training else 2)
+
+
+def test_unread_weights_and_their_inputs_are_freed(stages, x):
+    given = x.clone()
+    out, weights = stages[1](given)
+    gone = [weakref.ref(weights), weakref.ref(given)]
+    del out, weights, given
+    assert [reference() for reference in gone] == [None, None]
+
+
+def test_weights_look_like_a_tensor(stages, x):
+    _, expected = stages[0](x)
+
+    def weights() -> Any:
+        return stages[1](x)[1]
+
+    assert isinstance(weights(), Tensor)
+    assert weights().shape == expected.shape
+    assert weights().requires_grad
+    file = io.BytesIO()
+    torch.save(weights(), file)
+    file.seek(0)
+    found = [
+        torch.load(file), weights().detach(), weights() + 0, weights().unsqueeze(0)[0],
+        copy.deepcopy(weights().detach()), torch.stack([weights(), weights()])[1], weights().clone().mul_(1.0),
+    ]  # fmt: skip
+    for got in found:
+        assert type(got) is Tensor
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    numbers = weights().detach().numpy()
+    assert abs(numbers - expected.detach().numpy()).max() < 1e-14
+
+
+@pytest.mark.parametrize("mode", ["compile", "export", "vmap", "inference"])
+def test_weights_in_other_modes(mode, stages, x):
+    plain, fast = stages
+    expected = plain(x)
+    if mode == "compile":
+        torch.compiler.reset()
+        got = torch.compile(fast, backend="aot_eager", fullgraph=True)(x)
+    elif mode == "export":
+        got = torch.export.export(fast, (x,)).module()(x)
+    elif mode == "vmap":
+        got = [t.flatten(0, 1) for t in torch.vmap(lambda image: fast(image[None]))(x)]
+    else:
+        with torch.inference_mode():
+            got = fast(x)
+    for found, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(found + 0, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_weights_under_autocast_have_the_dtype_of_the_own_code(stages, x):
+    plain, fast = (m.float() for m in stages)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = fast(x.float()), plain(x.float())
+    for found, exact in zip(got, expected, strict=True):  # the weights are computed here, outside of autocast
+        assert found.dtype == exact.dtype
+        torch.testing.assert_close(found + 0, exact, rtol=0.05, atol=0.05)
+
+
+def test_weights_after_dropout_are_those_that_multiply_v(stages, x):
+    _, fast = stages
+    block = fast.blocks[-1]
+    block.attn.attn_drop.p = 0.5
+    fast.downsample = nn.Identity()
+    nn.init.zeros_(block.mlp.fc2.weight)
+    nn.init.zeros_(block.mlp.fc2.bias)
+    fast.train()
+    torch.manual_seed(3)
+    out, weights = fast(x)
+    assert 0.3 < (weights == 0).double().mean() < 0.7
+    torch.manual_seed(3)
+    first = nn.ModuleList([fast.blocks[0]])
+    fast.blocks = first
+    swinkernels.accelerate(fast)
+    z, _ = fast(x)  # the input of the second block
+    shifted = torch.roll(block.norm1(z).unflatten(1, (8, 12)), (-2, -2), (1, 2))
+    v = block.attn.qkv(other_forms.cut(shifted, (4, 4))).unflatten(-1, (3, 3, -1))[:, :, 2].transpose(1, 2)
+    y = block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
+    y = torch.roll(other_forms.join(y, (4, 4), (8, 12)), (2, 2), (1, 2)).flatten(1, 2)
+    torch.testing.assert_close(out, z + y, rtol=1e-10, atol=1e-12)
+
+
+def test_weights_read_after_a_change_are_refused(stages, x):
+    _, fast = stages
+    _, weights = fast(x)
+    with torch.no_grad():
+        fast.blocks[0].attn.qkv.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place since the call"):
+        weights.sum()
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_a_gradient_that_bypasses_the_values_is_refused(stages, x):
+    _, weights = stages[1](x)
+    with pytest.raises(RuntimeError, match=r"pass their clone\(\)"):
+        Doubled.apply(weights).sum().backward()
+    results = []
+    for stage in stages:
+        (gradient,) = torch.autograd.grad(
+            Doubled.apply(stage(x)[1].clone()).square().sum(), stage.blocks[0].attn.qkv.weight
+        )
+        results.append(gradient)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+
+
+def test_the_modes_of_the_call_count():
+    """Gradients, inference and autocast are those of the call, not of the first read."""
+    weight = torch.ones(3, requires_grad=True)
+    with torch.no_grad():
+        plain = deferred(lambda: weight * 2, (3,), torch.float32, [weight])
+    traced = deferred(lambda: weight * 2, (3,), torch.float32, [weight])
+    assert not (plain + 0).requires_grad
+    with torch.inference_mode():
+        assert (traced * 1).sum() == 6
+    traced.sum().backward()
+    assert torch.equal(weight.grad, torch.full((3,), 2.0))
+
+
+def test_a_stage_whose_mask_or_size_is_another_runs_its_own_code(stages, x):
+    plain, fast = stages
+    for stage in stages:
+        stage.blocks[1].attn_mask = torch.zeros_like(stage.blocks[1].attn_mask)
+    for got, expected in zip(fast(x), plain(x), strict=True):
+        assert torch.equal(got, expected)
+    with pytest.raises(RuntimeError):
+        fast(x[:, :90])
