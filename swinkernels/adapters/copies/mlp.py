@@ -74,7 +74,7 @@ def _is_composition(mlp: nn.Module, axes: int, channels: int) -> bool:
     return _TRIALS.why_not(mlp, (axes,), None, make, attempt) is None
 
 
-def fused(block: Any, z: Tensor, s: Tensor | None, drop: str | None, drop_kind: type[nn.Module]) -> Tensor | None:
+def fused(block: Any, z: Tensor, s: Tensor | None, drop: str | None, drop_kind: Any) -> Tensor | None:
     """Return MLP(z), or s + drop(MLP(z)), from fused products, or None if the modules have to be called.
 
     ``drop`` and ``drop_kind`` are the name and the class of the block's drop path after the MLP.
