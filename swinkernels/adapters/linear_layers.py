@@ -38,10 +38,12 @@ def know_linear(kind: type[nn.Linear]) -> None:
 def drops_nothing(name: str, module: Any, kind: type[nn.Module] = nn.Dropout) -> bool:
     """Return True if a dropout, or a library's stochastic depth, has no effect and does not have to be called."""
     kind = nn.Identity if class_of(module) is nn.Identity else kind
-    return not module.training and why_not_absorbed(name, module, kind, kind.__name__) is None
+    is_off = not module.training or kind is nn.Identity or getattr(module, "p", None) == 0.0
+    return is_off and why_not_absorbed(name, module, kind, kind.__name__) is None
 
 
-def _is_plain(name: str, layer: Any, x: Tensor) -> bool:
+def is_plain_linear(name: str, layer: Any, x: Tensor) -> bool:
+    """Return True if a layer is a Linear layer, which an op may replace for this input."""
     kind = class_of(layer)
     is_linear = kind in _LINEAR and why_not_absorbed(name, layer, kind, "") is None
     return is_linear and not in_another_dtype(x, layer.weight, layer.bias)
@@ -49,7 +51,7 @@ def _is_plain(name: str, layer: Any, x: Tensor) -> bool:
 
 def call_linear(name: str, layer: Any, x: Tensor) -> Tensor:
     """Return layer(x), computed in one pass if possible."""
-    return linear(x, layer.weight, layer.bias) if fuses(x) and _is_plain(name, layer, x) else layer(x)
+    return linear(x, layer.weight, layer.bias) if fuses(x) and is_plain_linear(name, layer, x) else layer(x)
 
 
 Drop = tuple[str, Any, type[nn.Module]]
@@ -60,7 +62,7 @@ def add_linear(name: str, layer: Any, x: Tensor, residual: Tensor, drops: Sequen
 
     ``drops`` are the dropouts after the layer: the name, the module and its class (see :func:`drops_nothing`).
     """
-    if not fuses(x) or residual.dtype != x.dtype or not _is_plain(name, layer, x):
+    if not fuses(x) or residual.dtype != x.dtype or not is_plain_linear(name, layer, x):
         return None
     if not all(drops_nothing(*drop) for drop in drops):
         return None
@@ -147,7 +149,7 @@ class Mlp:
                     if why_not_absorbed(name, layer, kind, "GELU") is not None:
                         return None
                     gelu = _GELU[kind](layer)
-                elif _is_plain(name, layer, z):
+                elif is_plain_linear(name, layer, z):
                     linears.append(layer)
                 else:
                     return None

@@ -126,7 +126,7 @@ def attention_half(
         return number, choose("layer_norm", backend_beside("layer_norm", backend), x.device, of_norm)
 
     get = attention.get
-    tensors = (
+    tensors: tuple[Any, ...] = (
         x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, bias_table, drop_path_scale,
         layer_scale, get("bias"), get("logit_scale"), get("region_map"),
     )  # fmt: skip

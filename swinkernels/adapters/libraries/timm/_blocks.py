@@ -150,13 +150,13 @@ class ShiftedWindowBlock(Accelerated):
         why_not_stored(self, stored(self))
 
 
-# The residual connections of a block whose norms follow its branches (v2 and v2-CR)
-POST_NORM = tuple(Residual(f"norm{half}", f"drop_path{half}", DropPath, "timm's DropPath") for half in (1, 2))
+# The norm and the drop path of each half. In v2 and v2-CR the norms follow the branches.
+HALVES = tuple(Residual(f"norm{half}", f"drop_path{half}", DropPath, "timm's DropPath") for half in (1, 2))
 
 
 def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
     """Return x + drop_path(norm(y)), with the modules of one half of the block (1 or 2)."""
-    fused = POST_NORM[half - 1].add_normed(block, x, y)
+    fused = HALVES[half - 1].add_normed(block, x, y)
     if fused is not None:
         return fused
     return x + child(block, f"drop_path{half}")(child(block, f"norm{half}")(y))
