@@ -15,6 +15,7 @@ import torch
 from swinkernels import _extension
 from swinkernels._version import __version__
 from swinkernels.ops import _backends
+from swinkernels.ops._fused_linear import why_not_fused
 
 
 def _installed_version(package: str) -> str | None:
@@ -60,7 +61,9 @@ def collect() -> dict[str, Any]:
         ``versions`` (Python, torch, Triton, CUDA, driver and so on; None for a missing one), ``platform``, ``gpus``,
         ``build`` (the result of the op ``build_info``, or None without the extension), ``extension_error`` (the reason
         why the extension is not loaded, or None), ``cpu_instruction_set`` (the instruction set that the CPU kernels use
-        here, or None) and ``backends`` (for each, the reason why it cannot run here, or None).
+        here, or None), ``backends`` (for each, the reason why it cannot run here, or None) and ``fused_products`` (for
+        each dtype, the reason why inference on this CPU fuses no product with bias, GELU and residual connection, or
+        None).
     """
     return {
         "versions": {
@@ -78,6 +81,7 @@ def collect() -> dict[str, Any]:
         "extension_error": _extension.error,
         "cpu_instruction_set": None if _extension.error else _extension.ops.cpu_instruction_set(),
         "backends": {name: _backends.unavailable(name) for name in _backends.BACKENDS},
+        "fused_products": {name: why_not_fused(getattr(torch, name)) for name in ("float32", "bfloat16", "float16")},
     }
 
 
@@ -115,6 +119,8 @@ def describe(info: dict[str, Any]) -> str:
     lines.append("backends:")
     for name, reason in info["backends"].items():
         lines.append(f"  {name:<9}  " + ("available" if reason is None else f"not available because {reason}"))
+    lines.append("products fused with bias, GELU and residual connection, in inference on a CPU:")
+    lines += [f"  {name:<9}  {reason or 'fused if large enough'}" for name, reason in info["fused_products"].items()]
     return "\n".join(lines)
 
 

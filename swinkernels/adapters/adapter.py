@@ -88,6 +88,8 @@ class Accelerated(nn.Module):
     """First base class of every ``accelerated`` class; the second base is the ``original`` class."""
 
     _swinkernels_backend = "auto"
+    # True if a block recomputes norms and GELU in the backward pass, so that it saves fewer tensors.
+    _swinkernels_recomputes = False
     # The original class; accelerated classes set this.
     _swinkernels_original: Any = None
     # The stored tensors as of the swap or the last move. Compiled code guards on their identity.
@@ -155,10 +157,11 @@ def _is_accelerated_class(cls: type) -> bool:
     return "_swinkernels_original" in vars(cls)
 
 
-def swap_class(adapter: Adapter, module: nn.Module, backend: str) -> None:
+def swap_class(adapter: Adapter, module: nn.Module, backend: str, recompute: bool = False) -> None:
     """Make a module run on this package's ops by changing its class."""
     _change_class(module, adapter.accelerated)
     module.__dict__[BACKEND_ATTRIBUTE] = backend
+    module.__dict__["_swinkernels_recomputes"] = recompute
     module._swinkernels_swapped()  # type: ignore[operator]
     module._swinkernels_remember()  # type: ignore[operator]
     module._swinkernels_look()  # type: ignore[operator]

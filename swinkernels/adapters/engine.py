@@ -33,7 +33,7 @@ from swinkernels.adapters.verify import verify as verify_module
 from swinkernels.ops._backends import check_backend
 
 
-def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> Report:
+def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = False, verify: bool = False) -> Report:
     """Make the supported modules of a model run on this package's ops, in place.
 
     Only the modules' classes change, to subclasses that compute the same results with ops. Parameters, buffers,
@@ -48,6 +48,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
             On a device without kernels it leaves all work to the library's own code; elsewhere, calls that no kernel
             can run use plain PyTorch. A named backend raises NotImplementedError for a call that it cannot run, except
             that norms, residual connections and patch merging are left to "auto" if the backend has no such op.
+        recompute: if True, timm's Swin blocks (v1) compute norms and GELU again in the backward pass of eager training
+            instead of saving their results. A training step of Swin-T then keeps 0.6 times the bytes that it keeps
+            without ``accelerate``, instead of 0.92 times.
         verify: if True, first compare each replaced module's outputs and gradients with the original's, on a random map
             of the size that the module was made for, if it stores one.
 
@@ -56,12 +59,14 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
         the reasons. If there is nothing to replace, ``Report.reason`` says so.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``recompute`` is not a bool.
         ValueError: ``backend`` is none of these names.
         VerificationError: ``verify`` found a module that differs; the model is unchanged.
     """
     _check_module("accelerate", model)
     check_backend("accelerate", backend)
+    if not isinstance(recompute, bool):
+        raise TypeError(f"accelerate: recompute must be a bool, got {recompute!r}")
     report = Report()
     to_accelerate: dict[nn.Module, Adapter] = {}
     paths: dict[nn.Module, str] = {}
@@ -85,12 +90,12 @@ def accelerate(model: nn.Module, *, backend: str = "auto", verify: bool = False)
         to_accelerate[module], paths[module] = adapter, path
     if verify:
         for module, path in paths.items():
-            verify_module(to_accelerate, path, module, backend)
+            verify_module(to_accelerate, path, module, backend, recompute)
     report._model = weakref.ref(model)
     for module, adapter in to_accelerate.items():
         main = adapter.parts[0].op if adapter.parts else ""
         report._parts[paths[module]] = main, functools.partial(_why_own_code, adapter)
-        swap_class(adapter, module, backend)
+        swap_class(adapter, module, backend, recompute)
     for module in to_restore:
         restore_class(module)
     if not report.replaced and not report.skipped:

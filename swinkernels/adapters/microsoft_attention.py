@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from swinkernels.adapters.bypass import child
+from swinkernels.adapters.linear_layers import Drop, add_linear, call_linear
+from swinkernels.ops._fused_linear import linear
 
 
 def resembles_attention(attn: nn.Module | None) -> bool:
@@ -32,7 +35,8 @@ def qkv_bias(attn: Any) -> Tensor | None:
 
 
 def qkv_of(attn: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    return attn.qkv(x) if bias is attn.qkv.bias else F.linear(x, attn.qkv.weight, bias)
+    qkv = child(attn, "qkv")
+    return call_linear("attn.qkv", qkv, x) if bias is qkv.bias else linear(x, qkv.weight, bias)
 
 
 def bias_table(attn: Any) -> Tensor:
@@ -58,5 +62,12 @@ def dropout_at_call(attn: Any) -> float:
 
 def projected(attn: Any, out: Tensor) -> Tensor:
     drop = attn._modules.get("proj_drop")
-    out = attn.proj(out)
+    out = call_linear("attn.proj", child(attn, "proj"), out)
     return out if drop is None else drop(out)
+
+
+def add_projected(attn: Any, out: Tensor, x: Tensor, *drops: Drop) -> Tensor | None:
+    """Return x + drop(projected(out)) computed in one pass, or None if that is not possible."""
+    if "proj_drop" in attn._modules:
+        drops = ("attn.proj_drop", child(attn, "proj_drop"), nn.Dropout), *drops
+    return add_linear("attn.proj", child(attn, "proj"), out, x, drops)

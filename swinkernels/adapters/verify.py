@@ -18,7 +18,7 @@ class VerificationError(RuntimeError):
     """Raised if an accelerated module's results differ from the original's."""
 
 
-def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, backend: str) -> None:
+def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, backend: str, recompute: bool) -> None:
     """Raise VerificationError unless the accelerated module's output and gradients are as accurate as the original's.
 
     Copies of both, without hooks and in eval mode, run on the same random map, and are compared with the original in
@@ -31,7 +31,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
     Args:
         adapters: every module about to be accelerated, this one and those inside it included -> its adapter.
         path, module: the module to compare, and its path in the model.
-        backend: the backend given to accelerate.
+        backend, recompute: the arguments of accelerate.
     """
     adapter = adapters[module]
     weight = adapter.weight(module)
@@ -49,7 +49,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
         fast = copy.deepcopy(plain)
         for m, m_of_fast in zip(module.modules(), fast.modules(), strict=True):
             if m in adapters:
-                swap_class(adapters[m], m_of_fast, backend)
+                swap_class(adapters[m], m_of_fast, backend, recompute)
         plain64 = copy.deepcopy(plain).to(torch.float64)
         with torch.no_grad():
             # On a copy: a module may cache tensors that it makes without gradients.

@@ -80,11 +80,13 @@ _OF_ALL_MODULES = (
 )
 
 
-def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_bare(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Return True if a module has exactly this class and no hooks, and its forward is not replaced.
 
     An op may then replace the call of the module.
     """
+    if module is None:
+        return False
     return (
         type(module) is kind
         and "forward" not in module.__dict__

@@ -48,21 +48,23 @@ class Mlp(nn.Module):
 
     def is_half(self) -> bool:
         """Return True if ``mlp_half`` would now give the modules' result: they have GELU, no dropout and no hooks."""
-        drop = self.drop
+        modules: Any = self._modules  # without __getattr__, which is slow
+        drop = modules["drop"]
         return (
-            is_bare(self.fc1, nn.Linear)
-            and is_bare(self.act, nn.GELU)
-            and is_bare(self.fc2, nn.Linear)
+            is_bare(modules["fc1"], nn.Linear)
+            and is_bare(modules["act"], nn.GELU)
+            and is_bare(modules["fc2"], nn.Linear)
             and is_bare(drop, nn.Dropout)
             and not (drop.training and drop.p > 0.0)
         )
 
     def run_half(self, x: Tensor, layer_norm: nn.LayerNorm, **options: Any) -> Tensor:
         """Run a block's MLP half, given its norm and the other arguments of ``mlp_half``."""
-        fc1, fc2 = self.fc1, self.fc2
+        modules: Any = self._modules
+        fc1, fc2 = modules["fc1"], modules["fc2"]
         return mlp_half(
             x, layer_norm.weight, layer_norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, eps=layer_norm.eps,
-            approximate=self.act.approximate, **options,
+            approximate=modules["act"].approximate, **options,
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:

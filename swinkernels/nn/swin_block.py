@@ -31,6 +31,8 @@ def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[in
 
 class _Block(nn.Module):
     _ATTENTION: ClassVar[Any]
+    # The names of the inner modules.
+    _CALLED: ClassVar[tuple[str, ...]] = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 
     def __init__(
         self,
@@ -93,7 +95,8 @@ class _Block(nn.Module):
         The halves keep less for a backward pass and fuse matrix products on a CPU, but cost more host time. If there is
         neither a backward pass nor a product to fuse, the modules are called.
         """
-        attn, mlp = self.attn, self.mlp
+        modules: Any = self._modules  # without __getattr__, which is slow
+        attn, mlp = modules["attn"], modules["mlp"]
         return (
             (torch.is_grad_enabled() or fuses(x))
             and not all_modules_have_hooks()
@@ -204,21 +207,22 @@ class SwinTransformerBlock(_Block):
         )
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
-        first, second = self.norm1, self.norm2
+        modules: Any = self._modules
+        first, attn, drop_path1, second, mlp, drop_path2 = map(modules.get, self._CALLED)
         if self._is_of_halves(x):
             if fuses(x):  # then the projection adds the residual, and the norm does not
-                d, e = (drop_path.scale(x) for drop_path in (self.drop_path1, self.drop_path2))
-                x = self.attn.run_half(x, first, drop_path_scale=d)
-                return self.mlp.run_half(x, second, drop_path_scale=e, backend=backend)
-            y = self.attn.run_half(x, first, residual=False)
-            d, e = self.drop_path1.scale(y), self.drop_path2.scale(y)
-            return self.mlp.run_half(x, second, branch=y, branch_scale=d, drop_path_scale=e, backend=backend)
+                d, e = drop_path1.scale(x), drop_path2.scale(x)
+                x = attn.run_half(x, first, drop_path_scale=d)
+                return mlp.run_half(x, second, drop_path_scale=e, backend=backend)
+            y = attn.run_half(x, first, residual=False)
+            d, e = drop_path1.scale(y), drop_path2.scale(y)
+            return mlp.run_half(x, second, branch=y, branch_scale=d, drop_path_scale=e, backend=backend)
         z = layer_norm(x, first.weight, first.bias, eps=first.eps, dtype=linear_dtype(x), backend=backend)
-        y = self.attn(z)
-        d = self.drop_path1.scale(y)
+        y = attn(z)
+        d = drop_path1.scale(y)
         s, z = residual_layer_norm(x, y, second.weight, second.bias, eps=second.eps, drop_path_scale=d, backend=backend)
-        y = self.mlp(z)
-        return add(s, y, self.drop_path2.scale(y))
+        y = mlp(z)
+        return add(s, y, drop_path2.scale(y))
 
 
 class SwinTransformerBlockV2(_Block):
@@ -287,14 +291,16 @@ class SwinTransformerBlockV2(_Block):
         )
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
+        modules: Any = self._modules
+        first, attn, drop_path1, second, mlp, drop_path2 = map(modules.get, self._CALLED)
         if self._is_of_halves(x):
-            d, e = (drop_path.scale(x, linear_dtype(x)) for drop_path in (self.drop_path1, self.drop_path2))
-            s = self.attn.run_half(x, self.norm1, norm="post", drop_path_scale=d)
-            return self.mlp.run_half(s, self.norm2, norm="post", drop_path_scale=e, backend=backend)
-        y = self.attn(x)
-        s = self._add_normed(x, y, self.norm1, self.drop_path1, backend)
-        y = self.mlp(s)
-        return self._add_normed(s, y, self.norm2, self.drop_path2, backend)
+            d, e = drop_path1.scale(x, linear_dtype(x)), drop_path2.scale(x, linear_dtype(x))
+            s = attn.run_half(x, first, norm="post", drop_path_scale=d)
+            return mlp.run_half(s, second, norm="post", drop_path_scale=e, backend=backend)
+        y = attn(x)
+        s = self._add_normed(x, y, first, drop_path1, backend)
+        y = mlp(s)
+        return self._add_normed(s, y, second, drop_path2, backend)
 
     @staticmethod
     def _add_normed(x: Tensor, y: Tensor, norm: nn.LayerNorm, drop_path: DropPath, backend: str) -> Tensor:

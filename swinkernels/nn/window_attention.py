@@ -73,6 +73,7 @@ class _WindowAttention(nn.Module):
         full = (1,) * (len(axes) - len(self.window_size)) + self.window_size  # frame by frame
         window = self._window(axes, full)
         shift = (0,) * (len(axes) - len(self.shift_size)) + self.shift_size
+        drop: Any = self._modules["attn_drop"]
         return {
             "num_heads": self.num_heads,
             "window_size": window,
@@ -80,7 +81,7 @@ class _WindowAttention(nn.Module):
             "shift_size": tuple(0 if n <= w else s for n, w, s in zip(axes, window, shift, strict=True)),
             "table_window": None if window == full else full,
             "pad_order": self.pad_order,
-            "dropout_p": self.attn_drop.p if self.attn_drop.training else 0.0,
+            "dropout_p": drop.p if drop.training else 0.0,
             "backend": self.backend,
             **self._scores(),
         }
@@ -98,10 +99,11 @@ class _WindowAttention(nn.Module):
         Stochastic depth is drawn before the half runs, but dropout of the attention weights would have to be drawn
         first.
         """
-        attn_drop, proj_drop = self.attn_drop, self.proj_drop
+        modules: Any = self._modules  # without __getattr__, which is slow
+        attn_drop, proj_drop = modules["attn_drop"], modules["proj_drop"]
         return (
-            is_bare(self.qkv, nn.Linear)
-            and is_bare(self.proj, nn.Linear)
+            is_bare(modules["qkv"], nn.Linear)
+            and is_bare(modules["proj"], nn.Linear)
             and is_bare(proj_drop, nn.Dropout)
             and not (proj_drop.training and proj_drop.p > 0.0)
             and not (attn_drop.training and attn_drop.p > 0.0)
@@ -110,9 +112,10 @@ class _WindowAttention(nn.Module):
     def run_half(self, x: Tensor, layer_norm: nn.LayerNorm, **options: Any) -> Tensor:
         """Run a block's attention half, given its norm and the other arguments of ``attention_half``."""
         refuse_tracing(type(self).__name__)
-        proj, arguments = self.proj, self._arguments(x.shape[1:-1])
+        modules: Any = self._modules
+        proj, arguments = modules["proj"], self._arguments(x.shape[1:-1])
         return attention_half(
-            x, layer_norm.weight, layer_norm.bias, self.qkv.weight, self._qkv_bias(), proj.weight, proj.bias,
+            x, layer_norm.weight, layer_norm.bias, modules["qkv"].weight, self._qkv_bias(), proj.weight, proj.bias,
             eps=layer_norm.eps, **arguments, **options,
         )  # fmt: skip
 

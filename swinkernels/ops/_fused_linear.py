@@ -86,29 +86,26 @@ def _is_intercepted() -> bool:
 
 
 def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    tensors = (x, weight, bias)
     return (
-        _is_constant((x, weight, bias))
+        is_plain(tensors)
+        and weight.dim() == 2
+        and _is_large(x, weight)  # the usual reason in small models
+        and not any_requires_grad(tensors)
         and _is_available(x.dtype)
         and not torch.jit.is_tracing()
-        and _PLACE.issuperset((t.layout, t.device) for t in (x, weight, bias) if t is not None)
+        and _PLACE.issuperset((t.layout, t.device) for t in tensors if t is not None)
         and linear_dtype(x) == weight.dtype == x.dtype
-        and weight.dim() == 2
         # oneDNN reads a bias as if it were contiguous (torch 2.14).
         and (bias is None or (bias.is_contiguous() and bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
         and x.shape[-1] == weight.shape[1]
-        and _is_large(x, weight)
     )
 
 
 def _can_be_added(residual: Tensor, x: Tensor, weight: Tensor) -> bool:
     shape = (*x.shape[:-1], weight.shape[0])
     same = residual.dtype == x.dtype and residual.shape == shape and (residual.layout, residual.device) in _PLACE
-    return same and _is_constant((residual,))
-
-
-def _is_constant(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return True if eager PyTorch alone handles a call on these tensors, and autograd does not record it."""
-    return is_plain(tensors) and not any_requires_grad(tensors)
+    return same and is_plain((residual,)) and not any_requires_grad((residual,))
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:

@@ -21,7 +21,7 @@ from swinkernels.ops._recomputed import norm_linear
 from swinkernels.ops.window_attention import spec_of, window_attention_qkvpacked, window_attention_reasons
 
 _KNOWN = Found()
-_TABLES = ("bias", "logit_scale", "region_map")  # window attention's tables, except bias_table
+_TABLES = ("bias", "logit_scale", "region_map", "axis_tables")  # window attention's tables, except bias_table
 
 
 def attention_half(
@@ -125,13 +125,17 @@ def attention_half(
 
         return number, choose("layer_norm", backend_beside("layer_norm", backend), x.device, of_norm)
 
-    tensors = (
+    get = attention.get
+    tensors: tuple[Any, ...] = (
         x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, bias_table, drop_path_scale,
-        layer_scale, *map(attention.get, _TABLES),
+        layer_scale, get("bias"), get("logit_scale"), get("region_map"),
     )  # fmt: skip
+    axis_tables = get("axis_tables")
+    if isinstance(axis_tables, (tuple, list)):
+        tensors += tuple(axis_tables)
     dtype = linear_dtype(x)
-    rest = tuple(item for item in sorted(attention.items()) if item[0] not in _TABLES)
-    options = (num_heads, window_size, eps, norm, residual, backend, rest)
+    rest = tuple(item for item in attention.items() if item[0] not in _TABLES)
+    options = (num_heads, window_size, eps, norm, residual, backend, type(axis_tables).__name__, rest)
     eps, norm_backend = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
     if backend == "reference":
         return reference.attention_half(

@@ -406,6 +406,8 @@ def widest(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.dtype, Tensor | None, Tensor | None]:
     """Return the widest dtype of the arguments and the result, and the norm's parameters in this dtype."""
+    if all(t is None or t.dtype == dtype for t in (x, weight, bias)):  # a fast path for the usual case
+        return dtype, weight, bias
     wide = torch.promote_types(x.dtype, dtype)
     for parameter in (weight, bias):
         wide = wide if parameter is None else torch.promote_types(wide, parameter.dtype)
@@ -415,16 +417,20 @@ def widest(
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, dtype: torch.dtype) -> Tensor:
     """Run torch's norm, computed in the widest of the dtypes and rounded once."""
     wide, weight, bias = widest(x, weight, bias, dtype)
+    x = x if x.dtype == wide else x.to(wide)
     if weight is None and bias is not None:  # torch 2.14's second derivative of this form is wrong or raises
-        return (F.layer_norm(x.to(wide), x.shape[-1:], None, None, eps) + bias).to(dtype)
-    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(dtype)
+        z = F.layer_norm(x, x.shape[-1:], None, None, eps) + bias
+    else:
+        z = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return z if z.dtype == dtype else z.to(dtype)
 
 
 def add(x: Tensor, y: Tensor, drop_path_scale: Tensor | None) -> Tensor:
     """Return x + drop_path_scale * y in the dtype of x."""
     if drop_path_scale is not None:
         y = y * drop_path_scale.reshape(-1, *(1,) * (y.dim() - 1))
-    return (x + y).to(x.dtype)
+    s = x + y
+    return s if s.dtype == x.dtype else s.to(x.dtype)
 
 
 def residual_layer_norm(

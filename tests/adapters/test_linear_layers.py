@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +16,14 @@ pytest.importorskip("timm", reason="timm is not installed")
 pytest.importorskip("torchvision", reason="torchvision is not installed")
 pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
 pytest.importorskip("monai", reason="MONAI is not installed")
+pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
 
 import swinkernels
 from swinkernels.adapters import linear_layers
+from swinkernels.adapters.copies.block import StructuralBlock
 from swinkernels.ops import _fused_linear
+from tests.support import published_forms
+from tests.support.copied_code import refuse_forward
 from tests.support.fused_products import always_fused, fused_calls
 from tests.support.small_models import make_input, make_model
 
@@ -36,6 +41,15 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "transformers Swin2SR": ("model.encoder.stages.0.layers.0", ("intermediate", "output")),
     "transformers CLAP": ("layers.0", ("intermediate", "output")),
     "MONAI": ("model.layers1.0.blocks.0", ("mlp", "drop_path")),
+    "mmpretrain": ("model.stages.0.blocks.0", ("ffn",)),
+    "mmpretrain v2": ("model.stages.0.blocks.0", ("ffn",)),
+    "torchvision Swin3D": ("features.0.0", ("mlp", "stochastic_depth")),
+    "copy": ("blocks.0", ("mlp", "drop_path")),
+    "copy v2": ("blocks.0", ("mlp",)),
+    "copy for restoration": ("blocks.0", ("mlp", "drop_path")),
+    "copy for segmentation": ("blocks.0", ("mlp", "drop_path")),
+    "copy for video": ("blocks.0", ("mlp", "drop_path")),
+    "copy of maps": ("blocks.0", ("mlp", "drop_path")),
 }
 every_family = pytest.mark.parametrize("family", PARTS)
 
@@ -81,15 +95,15 @@ def scale_input(module: nn.Module) -> None:
 def subclass(module: nn.Module) -> None:
     kind = type(module)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return 1.5 * kind.forward(self, x)
+    def forward(self: Any, x: Tensor, **others: Any) -> Tensor:
+        return 1.5 * kind.forward(self, x, **others)
 
     module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
 def replace_forward(module: nn.Module) -> None:
     forward = module.forward
-    module.forward = lambda x: 1.5 * forward(x)
+    module.forward = lambda x, **others: 1.5 * forward(x, **others)
 
 
 @every_family
@@ -123,8 +137,9 @@ class Doubled(nn.Module):
 
 def _activation(block: Any, part: str) -> tuple[Any, str]:
     """Return the module that contains the activation, and the activation's name in it."""
-    owner = block.get_submodule(part)
-    return owner, next(name for name, m in owner.named_children() if "GELU" in type(m).__name__)
+    mlp = block.get_submodule(part)
+    *path, name = next(path for path, m in mlp.named_modules() if "GELU" in type(m).__name__).split(".")
+    return mlp.get_submodule(".".join(path)), name
 
 
 def other_activation(block: Any, part: str) -> None:
@@ -174,7 +189,7 @@ def test_a_class_of_the_library_that_is_patched(family, monkeypatch):
     for kind in (type(owner), type(owner._modules[name])):
         with monkeypatch.context() as patch:
             forward = kind.forward
-            patch.setattr(kind, "forward", lambda self, x, f=forward: 1.5 * f(self, x))
+            patch.setattr(kind, "forward", lambda self, x, f=forward, **o: 1.5 * f(self, x, **o))
             torch.testing.assert_close(fast(x), model(x), rtol=1e-8, atol=1e-8)
 
 
@@ -230,3 +245,81 @@ def test_gelu_of_another_form_is_not_known():
     gelu = next(kind for kind in known if kind.__name__ == "GELUActivation")
     assert known[gelu](gelu(use_gelu_python=True)) is None
     assert known[nn.GELU](nn.GELU("tanh")) == "tanh"
+
+
+class ScaledMlp(published_forms.Mlp):
+    """Computes something else from the layers of an MLP."""
+
+    factor = 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * super().forward(x)
+
+
+class MlpOfFewTokens(published_forms.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[1] <= 40 else super().forward(x).flip(-1)
+
+
+class CountingMlp(published_forms.Mlp):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def _copies(kind: type[nn.Module]) -> nn.Module:
+    model = make_model("copy for restoration")
+    for block in model.blocks:
+        block.mlp.__class__ = kind
+    return model
+
+
+@pytest.mark.parametrize("kind", [ScaledMlp, MlpOfFewTokens, CountingMlp])
+def test_a_copied_mlp_that_computes_something_else_is_called(kind, monkeypatch):
+    model, x = _copies(kind), make_input("copy for restoration")
+    fast = accelerated(model)
+    assert all(isinstance(block, StructuralBlock) for block in fast.blocks)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-8, atol=1e-8)
+    refuse_forward(monkeypatch, kind)
+    with pytest.raises(AssertionError, match="forward ran"):
+        fast(x)
+
+
+def test_a_copied_mlp_that_changed_since_its_trial_is_called():
+    """The class computes an MLP until an attribute of the instance changes."""
+    model, x = make_model("copy for restoration"), make_input("copy for restoration")
+    fast = accelerated(model)
+    for m in (model, fast):
+        for block in m.blocks:
+            block.mlp.__class__ = ScaledMlp
+    expected = model(x)
+    torch.testing.assert_close(fast(x), expected, rtol=1e-8, atol=1e-8)
+    neutral = _copies(ScaledMlp)
+    for block in neutral.blocks:
+        block.mlp.factor = 1.0
+    fast = accelerated(neutral)
+    for block in fast.blocks:
+        block.mlp.factor = 1.5
+    torch.testing.assert_close(fast(x), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_copied_mlp_in_training_is_called(monkeypatch):
+    model, x = make_model("copy for restoration"), make_input("copy for restoration")
+    fast = accelerated(model)
+    refuse_forward(monkeypatch, published_forms.Mlp)
+    fast(x)
+    fast.blocks[1].mlp.train()
+    with pytest.raises(AssertionError, match="forward ran"):
+        fast(x)
+
+
+def test_copied_blocks_fuse_their_mlps_after_a_copy_and_a_pickle():
+    model, x = make_model("copy for restoration"), make_input("copy for restoration")
+    fast = accelerated(model)
+    for m in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast.blocks[0]))):
+        assert all(b._swinkernels_mlp is not None for b in m.modules() if isinstance(b, StructuralBlock))
+    swinkernels.restore(fast)
+    assert "_swinkernels_mlp" not in fast.blocks[0].__dict__
+    torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0)

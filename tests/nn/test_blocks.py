@@ -29,6 +29,7 @@ from swinkernels.ops._fused_linear import why_not_fused
 from tests.support.fused_products import always_fused, fused_calls
 from tests.support.parity import assert_as_good, assert_as_noisy, randomise, run, shaken
 from tests.support.published_forms import ClassificationBlock, ClassificationBlockV2
+from tests.support.saved_bytes import kept_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -193,22 +194,6 @@ def test_drop_path_and_dropout_draw_as_timm(version):
     assert not torch.allclose(ours(x), results[0])
 
 
-def kept_storages(module: nn.Module, x: Tensor) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass, without parameters; each storage once."""
-    of_parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in of_parameters:
-            kept[storage.data_ptr()] = storage
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        assert module(x).requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
-
-
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_training_step_of_a_tiny_model_keeps_at_most_three_fifths_of_timms(version):
     name, options = (
@@ -217,7 +202,8 @@ def test_a_training_step_of_a_tiny_model_keeps_at_most_three_fifths_of_timms(ver
     )[version - 1]
     ours, theirs = SwinTransformer(version=version, **options).train(), timm.create_model(name).train()
     x = torch.randn(1, 3, *theirs.patch_embed.img_size)
-    assert kept_storages(ours, x) <= 0.6 * kept_storages(theirs, x)
+    kept, of_timm = (kept_bytes(functools.partial(m, x), m.parameters()) for m in (ours, theirs))
+    assert kept <= 0.6 * of_timm
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import swinkernels
 from swinkernels import reference
+from tests.support.saved_bytes import kept_bytes
 from tests.support.side_by_side import assert_same, draw
 
 C, HEADS, HIDDEN = 12, 3, 20
@@ -366,6 +368,24 @@ def test_wrong_arguments_are_named(op, change, error, message):
             getattr(swinkernels, op)(*given, **others)
 
 
+def test_axis_tables_are_checked_once_per_geometry():
+    (x, *parameters), options = case("attention_half", full=False)
+    *parameters, _ = parameters  # without a bias table
+    tables = [draw(2 * w - 1, C // HEADS, seed=w) for w in options["window_size"]]
+    found = importlib.import_module("swinkernels.ops.attention_half")._KNOWN
+    found.clear()
+    for axis_tables, known in ((tables, 1), ([2 * t for t in tables], 1), (tuple(tables), 2)):
+        got, expected = (
+            half(x, *parameters, axis_tables=axis_tables, **options)
+            for half in (swinkernels.attention_half, reference.attention_half)
+        )
+        torch.testing.assert_close(got, expected)
+        assert len(found) == known
+    for wrong in (tables[:1], [tables[0], None], {"h": tables[0]}):
+        with pytest.raises((TypeError, ValueError), match=r"attention_half: axis_tables must"):
+            swinkernels.attention_half(x, *parameters, axis_tables=wrong, **options)
+
+
 def test_a_weight_changed_in_place_before_backward_is_refused():
     tensors, options = case("mlp_half")
     out = swinkernels.mlp_half(*[t.requires_grad_() for t in tensors], **options)
@@ -373,23 +393,6 @@ def test_a_weight_changed_in_place_before_backward_is_refused():
         tensors[3].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-
-
-def kept_bytes(function: Callable[[], Any], parameters: list[Tensor]) -> int:
-    """Return the bytes of the storages that a call keeps for its backward pass, without parameters."""
-    of_parameters = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in of_parameters:
-            kept[storage.data_ptr()] = storage
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = function()
-    assert result.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize(("op", "most"), [("attention_half", 5.3), ("mlp_half", 1 + HIDDEN / C + 0.02)])

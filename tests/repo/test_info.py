@@ -57,6 +57,16 @@ def test_collect_reads_the_reasons_of_the_backends(monkeypatch: pytest.MonkeyPat
     assert info.collect()["backends"] == reasons
 
 
+def test_fused_products_and_the_reasons_against_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {torch.float32: "not on this machine", torch.bfloat16: None, torch.float16: None}
+    monkeypatch.setattr(info, "why_not_fused", reasons.get)
+    got = info.collect()
+    assert got["fused_products"] == {"float32": "not on this machine", "bfloat16": None, "float16": None}
+    lines = info.describe(got).splitlines()
+    assert "  float32    not on this machine" in lines
+    assert "  bfloat16   fused if large enough" in lines
+
+
 @needs_extension
 def test_running_instruction_set_is_one_that_was_compiled() -> None:
     got = info.collect()

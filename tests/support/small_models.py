@@ -482,10 +482,16 @@ FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
+# Models of families above, in another version.
+VERSIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mmpretrain v2": (lambda: mmpretrain_swin(2, img_size=16), (2, 3, 18, 14)),
+}
+
+
 def make_model(family: str) -> nn.Module:
     """Make a model far from its initial state, so that bias, mask, scale, pad tokens and norms all matter."""
     torch.manual_seed(0)
-    model = FAMILIES[family][0]()
+    model = (FAMILIES | VERSIONS)[family][0]()
     randomise(model)
     for name, p in model.named_parameters():
         if p.dim() == 1 and not bool(p.any()):  # biases, and v2's norms, whose branches start at 0
@@ -498,4 +504,5 @@ def make_model(family: str) -> nn.Module:
 
 
 def make_input(family: str) -> Tensor:
-    return torch.randn(FAMILIES[family][1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shape = (FAMILIES | VERSIONS)[family][1]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

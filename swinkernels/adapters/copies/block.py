@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swinkernels.adapters.adapter import Adapter, original_class, swap_class
 from swinkernels.adapters.bypass import child, replaced_forward, why_not_window_attention
+from swinkernels.adapters.copies import mlp
 from swinkernels.adapters.copies.dynamic_class import (
     MASK,
     NAME,
@@ -41,8 +42,10 @@ from swinkernels.adapters.copies.dynamic_class import (
 )
 from swinkernels.adapters.copies.snapshot import Snapshot, largest_number, signature_of
 from swinkernels.adapters.copies.trial import MOST_SCORES, Case, Elementwise, NotCovered, Trial, Width, narrow
+from swinkernels.adapters.linear_layers import Drop
 from swinkernels.adapters.masks import frame_of, is_stored_mask, is_window_index, shift_mask, value_of_mask
 from swinkernels.adapters.microsoft_attention import (
+    add_projected,
     bias_table,
     dropout_at_call,
     dropout_p,
@@ -172,19 +175,21 @@ def _geometry(form: Form, block: Any, size: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _attention(form: Form, block: Any, x: Tensor, mask_value: float) -> Tensor:
+def _attended(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
+    """Return the attention of a map before the projection, including a norm that precedes it."""
     attn, bias = block.attn, qkv_bias(block.attn)
-    out = window_attention_qkvpacked(
+    z = norm_for_linear(block, "norm1", x, attn.qkv.in_features) if form.norm == "pre" else x
+    x = z.reshape(x.shape[0], *size, x.shape[-1])
+    return window_attention_qkvpacked(
         qkv_of(attn, x, bias),
         bias_table=bias_table(attn),
         **score_factor(attn),
-        **_geometry(form, block, tuple(x.shape[1:-1])),
+        **_geometry(form, block, size),
         pad_qkv=bias,
         mask_value=mask_value,
         dropout_p=dropout_at_call(attn),
         backend=block._swinkernels_backend,
     )
-    return projected(attn, out)
 
 
 def _has_own_mask(block: Any) -> bool:
@@ -202,9 +207,18 @@ def _has_own_mask(block: Any) -> bool:
 # The whole block
 
 
+def _name_of_drop_path(block: Any, half: int) -> str | None:
+    return next((n for n in ("drop_path", f"drop_path{half}") if n in block._modules), None)
+
+
+def _known_drop_path() -> type[nn.Module]:
+    timm = sys.modules.get("timm.layers")
+    return nn.Identity if timm is None else timm.DropPath
+
+
 def _drop_path(block: Any, half: int) -> Any:
-    modules = block._modules
-    return modules["drop_path"] if "drop_path" in modules else modules.get(f"drop_path{half}", _NOTHING)
+    name = _name_of_drop_path(block, half)
+    return _NOTHING if name is None else child(block, name)
 
 
 _NOTHING = nn.Identity()
@@ -212,11 +226,10 @@ _NOTHING = nn.Identity()
 
 def _residual(block: Any, half: int, norm: str) -> Residual | None:
     """Describe the sum after a half and the norm next to it; return None if no drop path has a known name."""
-    name = next((n for n in ("drop_path", f"drop_path{half}") if n in block._modules), None)
+    name = _name_of_drop_path(block, half)
     if name is None:
         return None
-    timm = sys.modules.get("timm.layers")
-    kind = nn.Identity if timm is None else timm.DropPath
+    kind = _known_drop_path()
     return Residual(norm, name, kind, "timm's DropPath", width=lambda block: block.attn.qkv.in_features)
 
 
@@ -275,12 +288,38 @@ def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
 
 def _attention_branch(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
     """Return the attention branch in the layout of x, including a norm that precedes it."""
-    z = norm_for_linear(block, "norm1", x, block.attn.qkv.in_features) if form.norm == "pre" else x
-    return _attention(form, block, z.reshape(x.shape[0], *size, x.shape[-1]), mask_value).reshape(x.shape)
+    return projected(block.attn, _attended(form, block, x, size, mask_value)).reshape(x.shape)
+
+
+def _attention_half(
+    form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float
+) -> tuple[Tensor, Tensor]:
+    """Return s = x + drop_path(attention branch) and norm2(s)."""
+    out = _attended(form, block, x, size, mask_value)
+    name = _name_of_drop_path(block, 1)
+    drops: tuple[Drop, ...] = () if name is None else ((name, child(block, name), _known_drop_path()),)
+    s = add_projected(block.attn, out, x.reshape(*out.shape[:-1], x.shape[-1]), *drops)
+    if s is None:
+        y = projected(block.attn, out).reshape(x.shape)
+        residual = _residual(block, 1, "norm2")
+        fused = None if residual is None else residual.add_then_norm(block, x, y)
+        if fused is not None:
+            return fused
+        s = x + _drop_path(block, 1)(y)
+    s = s.reshape(x.shape)
+    return s, child(block, "norm2")(s)
 
 
 def _mlp_branch(form: Form, block: Any, x: Tensor) -> Tensor:
-    return child(block, "mlp")(child(block, "norm2")(x) if form.norm == "pre" else x)
+    z = child(block, "norm2")(x) if form.norm == "pre" else x
+    y = mlp.fused(block, z, None, None, nn.Identity)
+    return child(block, "mlp")(z) if y is None else y
+
+
+def _mlp_half(block: Any, s: Tensor, z: Tensor) -> Tensor:
+    """Return s + drop_path(MLP(z))."""
+    y = mlp.fused(block, z, s, _name_of_drop_path(block, 2), _known_drop_path())
+    return s + _drop_path(block, 2)(child(block, "mlp")(z)) if y is None else y
 
 
 class StructuralBlock(DynamicSubclass):
@@ -293,8 +332,13 @@ class StructuralBlock(DynamicSubclass):
 
     _swinkernels_argument: str | None  # the argument after x
     _swinkernels_in_trial = False
+    # The snapshot of the MLP if a trial of it found no difference.
+    _swinkernels_mlp: Snapshot | None = None
 
     def _swinkernels_swapped(self) -> None:
+        if not self._swinkernels_in_trial:
+            axes = 1 if self._swinkernels_form.layout == "sequence" else _axes(self)
+            self.__dict__["_swinkernels_mlp"] = mlp.trusted(child(self, "mlp"), axes)
         self.__dict__["_swinkernels_snapshots"] = {
             "": Snapshot(self, absorbs=False, sizes=_size_names(self._swinkernels_form)),
             "attn": Snapshot(child(self, "attn")),
@@ -335,16 +379,13 @@ class StructuralBlock(DynamicSubclass):
                 return checkpoint(function, form, self, *arguments, use_reentrant=False)
             return function(form, self, *arguments)
 
-        y = branch(_attention_branch, x, *call)
         if form.norm == "post":
-            x = _add_normed(self, x, y, 1)
+            x = _add_normed(self, x, branch(_attention_branch, x, *call), 1)
             return _add_normed(self, x, branch(_mlp_branch, x), 2)
-        residual = None if saves_memory else _residual(self, 1, "norm2")
-        fused = None if residual is None else residual.add_then_norm(self, x, y)
-        if fused is None:
-            x = x + _drop_path(self, 1)(y)
+        if saves_memory:
+            x = x + _drop_path(self, 1)(branch(_attention_branch, x, *call))
             return x + _drop_path(self, 2)(branch(_mlp_branch, x))
-        return fused[0] + _drop_path(self, 2)(child(self, "mlp")(fused[1]))
+        return _mlp_half(self, *_attention_half(form, self, x, *call))
 
 
 # Forms
@@ -566,8 +607,8 @@ _ALL_MAPS = frozenset({"whole", "padded", "small, whole", "small, padded"})
 
 
 def _put_in_place(form: Form, block: nn.Module) -> None:
-    swap_class(_adapter_of(block, form), block, "reference")
     block.__dict__["_swinkernels_in_trial"] = True
+    swap_class(_adapter_of(block, form), block, "reference")
 
 
 # The adapters

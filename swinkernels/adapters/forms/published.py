@@ -31,7 +31,7 @@ from swinkernels.adapters.forms.decomposed import decomposed_attention, sizes_of
 from swinkernels.adapters.forms.deferred import deferred
 from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.masks import MASKED, frame_of, is_stored_mask
-from swinkernels.adapters.microsoft_attention import dropout_at_call, projected, resembles_attention
+from swinkernels.adapters.microsoft_attention import dropout_at_call, projected, qkv_of, resembles_attention
 from swinkernels.adapters.part import op_on
 from swinkernels.ops._library import autocast_dtype
 
@@ -60,7 +60,7 @@ def _mmdet(attn: Any, attend: Any, query: Tensor, hw_shape: Any) -> Any:
     if query.dim() != 3 or query.shape[1] != math.prod(size):
         return f"{tuple(query.shape)} is not a map of {size}"
     y = attend(
-        inner.qkv(query.unflatten(1, size)),
+        qkv_of(inner, query.unflatten(1, size), inner.qkv.bias),
         num_heads=inner.num_heads,
         window_size=attn.window_size,
         shift_size=attn.shift_size,

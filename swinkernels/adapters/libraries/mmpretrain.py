@@ -20,8 +20,10 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from mmcv.cnn.bricks import Linear
+from mmcv.cnn.bricks.drop import DropPath
 from mmcv.cnn.bricks.transformer import FFN, AdaptivePadding
 from mmcv.cnn.bricks.transformer import PatchMerging as MMCVPatchMerging
+from mmengine.model import Sequential
 from mmpretrain.models.backbones.swin_transformer import SwinBlock
 from mmpretrain.models.backbones.swin_transformer_v2 import SwinBlockV2
 from mmpretrain.models.utils.attention import ShiftWindowMSA, WindowMSA, WindowMSAV2
@@ -29,6 +31,7 @@ from mmpretrain.models.utils.embed import PatchMerging
 from mmpretrain.models.utils.helpers import to_2tuple
 from torch import Tensor, nn
 
+from swinkernels.adapters import linear_layers
 from swinkernels.adapters.adapter import Accelerated, Adapter
 from swinkernels.adapters.bypass import (
     child,
@@ -39,6 +42,7 @@ from swinkernels.adapters.bypass import (
     why_not_absorbed,
     why_not_window_attention,
 )
+from swinkernels.adapters.linear_layers import drops_nothing
 from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.microsoft_attention import (
     bias_table,
@@ -58,15 +62,17 @@ from swinkernels.ops._library import autocast_dtype
 watch(ShiftWindowMSA, methods=("get_attn_mask", "window_partition", "window_reverse"))
 watch(
     AdaptivePadding,
+    DropPath,
     FFN,
-    Linear,
     MMCVPatchMerging,
     PatchMerging,
+    Sequential,
     SwinBlock,
     SwinBlockV2,
     WindowMSA,
     WindowMSAV2,
 )
+linear_layers.know_linear(Linear)
 
 # Attention
 
@@ -193,6 +199,25 @@ def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
     return norm_for_linear(block, "norm1", x, _NORM1_ROW(block))
 
 
+_MLP = linear_layers.Mlp((("layers", Sequential, ()),))
+
+
+def _ffn(block: Any, z: Tensor, s: Tensor | None = None) -> Tensor:
+    """Return FFN(z), or s + FFN(z)."""
+    ffn = child(block, "ffn")
+    if (
+        linear_layers.fuses(z)
+        and why_not_absorbed("ffn", ffn, FFN, "mmcv's FFN") is None
+        and bool(ffn.add_identity) is (s is not None)
+        and drops_nothing("ffn.dropout_layer", child(ffn, "dropout_layer"), DropPath)
+        and drops_nothing("ffn.gamma2", child(ffn, "gamma2"), nn.Identity)  # or it is layer scale
+    ):
+        y = _MLP.fused(ffn, z, s)
+        if y is not None:
+            return y
+    return ffn(z) if s is None else ffn(z, identity=s)
+
+
 class AcceleratedSwinBlock(Accelerated, SwinBlock):
     """mmpretrain's block with a residual connection and norms on ops."""
 
@@ -212,7 +237,7 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
             z = child(self, "norm2")(s)
         else:
             s, z = fused
-        return child(self, "ffn")(z, identity=s)
+        return _ffn(self, z, s)
 
 
 class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
@@ -227,8 +252,7 @@ class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
 
     def _halves(self, x: Tensor, hw_shape: Any) -> Tensor:
         for residual, branch in zip(_RESIDUALS_V2, ("attn", "ffn"), strict=True):
-            module = child(self, branch)
-            y = module(x, hw_shape) if branch == "attn" else module(x)
+            y = child(self, "attn")(x, hw_shape) if branch == "attn" else _ffn(self, x)
             fused = residual.add_normed(self, x, y)
             x = child(self, residual.norm)(y) + x if fused is None else fused
         return child(self, "norm3")(x) if self.extra_norm else x

@@ -17,6 +17,7 @@ from torchvision.models.maxvit import PartitionAttentionLayer
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from swinkernels.adapters.forms.form import Form
+from swinkernels.ops._fused_linear import linear
 
 
 def _swin3d(attn: Any, attend: Any, x: Tensor) -> Any:
@@ -25,7 +26,7 @@ def _swin3d(attn: Any, attend: Any, x: Tensor) -> Any:
     size = x.shape[1:4]
     fits = [n > w for n, w in zip(size, attn.window_size, strict=True)]
     y = attend(
-        F.linear(x, attn.qkv.weight, attn.qkv.bias),
+        linear(x, attn.qkv.weight, attn.qkv.bias),
         num_heads=attn.num_heads,
         bias_table=attn.relative_position_bias_table,
         table_window=tuple(attn.window_size),
@@ -34,7 +35,7 @@ def _swin3d(attn: Any, attend: Any, x: Tensor) -> Any:
         pad_qkv=attn.qkv.bias,
         dropout_p=attn.attention_dropout if attn.training else 0.0,
     )
-    return F.dropout(F.linear(y, attn.proj.weight, attn.proj.bias), p=attn.dropout, training=attn.training)
+    return F.dropout(linear(y, attn.proj.weight, attn.proj.bias), p=attn.dropout, training=attn.training)
 
 
 def _swin3d_sizes(attn: Any) -> tuple[tuple[int, ...], ...]:

@@ -13,10 +13,9 @@ from timm.layers import DropPath, Mlp
 from timm.layers.activations import GELU, GELUTanh
 from torch import Tensor
 
-from swinkernels.adapters import linear_layers
+from swinkernels.adapters import linear_layers, microsoft_attention
 from swinkernels.adapters.adapter import Accelerated, original_class
 from swinkernels.adapters.bypass import child, replaced_method, watch, why_not_window_attention
-from swinkernels.adapters.linear_layers import add_linear, call_linear, drops_nothing
 from swinkernels.adapters.masks import frame_of, is_stored_mask, is_window_index
 from swinkernels.adapters.norms import Residual
 from swinkernels.ops import window_attention_qkvpacked
@@ -117,18 +116,13 @@ def attended(block: Any, qkv: Tensor, dropout_p: float, **arguments: Any) -> Ten
 
 
 def projected(block: Any, out: Tensor) -> Tensor:
-    attn = child(block, "attn")
-    return attn.proj_drop(call_linear("attn.proj", child(attn, "proj"), out))
+    return microsoft_attention.projected(child(block, "attn"), out)
 
 
 def add_projected(block: Any, x: Tensor, out: Tensor) -> Tensor | None:
     """Return x + drop_path1(projected(out)) computed in one pass, or None if that is not possible."""
-    attn = child(block, "attn")
-    if not drops_nothing("attn.proj_drop", child(attn, "proj_drop")):
-        return None
-    if not drops_nothing("drop_path1", child(block, "drop_path1"), DropPath):
-        return None
-    return add_linear("attn.proj", child(attn, "proj"), out, x)
+    drop_path = "drop_path1", child(block, "drop_path1"), DropPath
+    return microsoft_attention.add_projected(child(block, "attn"), out, x, drop_path)
 
 
 def attend(block: Any, qkv: Tensor, dropout_p: float, **arguments: Any) -> Tensor:
@@ -156,13 +150,13 @@ class ShiftedWindowBlock(Accelerated):
         why_not_stored(self, stored(self))
 
 
-# The residual connections of a block whose norms follow its branches (v2 and v2-CR)
-POST_NORM = tuple(Residual(f"norm{half}", f"drop_path{half}", DropPath, "timm's DropPath") for half in (1, 2))
+# The norm and the drop path of each half. In v2 and v2-CR the norms follow the branches.
+HALVES = tuple(Residual(f"norm{half}", f"drop_path{half}", DropPath, "timm's DropPath") for half in (1, 2))
 
 
 def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
     """Return x + drop_path(norm(y)), with the modules of one half of the block (1 or 2)."""
-    fused = POST_NORM[half - 1].add_normed(block, x, y)
+    fused = HALVES[half - 1].add_normed(block, x, y)
     if fused is not None:
         return fused
     return x + child(block, f"drop_path{half}")(child(block, f"norm{half}")(y))

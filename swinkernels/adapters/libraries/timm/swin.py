@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.layers import DropPath, Mlp
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from torch import Tensor
@@ -23,9 +24,13 @@ from swinkernels.adapters.bypass import (
     why_not_linear,
 )
 from swinkernels.adapters.libraries.timm import _blocks
-from swinkernels.adapters.linear_layers import call_linear
-from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
+from swinkernels.adapters.linear_layers import call_linear, drops_nothing, is_plain_linear
+from swinkernels.adapters.norms import Merging, Residual, drop_path_scale, in_another_dtype, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
+from swinkernels.ops._backends import backend_beside
+from swinkernels.ops._library import is_plain
+from swinkernels.ops.attention_half import attention_half
+from swinkernels.ops.mlp_half import mlp_half
 
 watch(SwinTransformerBlock, methods=("_attn", "get_attn_mask"))
 watch(WindowAttention, methods=("_get_rel_pos_bias",))
@@ -102,12 +107,52 @@ def _first_half(block: AcceleratedSwinTransformerBlock, x: Tensor) -> tuple[Tens
     return s, child(block, "norm2")(s)
 
 
+def _recomputing(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor | None:
+    """Return the block's result by attention_half and mlp_half, or None if another way is right or better.
+
+    The halves save fewer tensors for the backward pass: they compute norms and GELU again. They draw drop paths after
+    attention, as timm does.
+    """
+    if not (block._swinkernels_recomputes and torch.is_grad_enabled() and is_plain((x,)) and _is_fused(block, x)):
+        return None
+    attn, norm1, norm2 = child(block, "attn"), child(block, "norm1"), child(block, "norm2")
+    qkv, proj = child(attn, "qkv"), child(attn, "proj")
+    mlp = _blocks.MLP.layers(block, x)
+    if (
+        mlp is None
+        or not is_plain_linear("attn.qkv", qkv, x)
+        or not is_plain_linear("attn.proj", proj, x)
+        or not drops_nothing("attn.proj_drop", child(attn, "proj_drop"))
+        or any(half.why_not(block) is not None for half in _blocks.HALVES)
+        or in_another_dtype(x, norm1.weight, norm1.bias, norm2.weight, norm2.bias)
+    ):
+        return None
+    linears = qkv, proj, mlp.fc1, mlp.fc2
+    if not all(is_plain((linear.weight,)) and linear.weight.layout is torch.strided for linear in linears):
+        return None
+    arguments = _arguments(block)
+    y = attention_half(
+        x, norm1.weight, norm1.bias, qkv.weight, arguments.pop("pad_qkv"), proj.weight, proj.bias, eps=norm1.eps,
+        residual=False, dropout_p=_blocks.dropout_p(block) if _dropout_is_on(block) else 0.0,
+        backend=block._swinkernels_backend, **arguments,
+    )  # fmt: skip
+    d, e = (drop_path_scale(child(block, name), y, y.dtype) for name in ("drop_path1", "drop_path2"))
+    return mlp_half(
+        x, norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, eps=norm2.eps,
+        approximate=mlp.gelu, branch=y, branch_scale=d, drop_path_scale=e,
+        backend=backend_beside("residual_layer_norm", block._swinkernels_backend),
+    )  # fmt: skip
+
+
 class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransformerBlock):
     """timm's block with its attention half on a window attention op, and norms on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
             return super().forward(x)
+        out = _recomputing(self, x)
+        if out is not None:
+            return out
         s, z = _first_half(self, x)
         return _blocks.MLP.added(self, s, z).reshape(x.shape)
 

@@ -80,7 +80,7 @@ def _reason_to_skip(block: SwinTransformerV2CrBlock) -> str | None:
     reason = _blocks.why_not_block(block, "_shifted_window_attn")
     if reason is not None:
         return reason
-    reasons = [_why_not_attention(block), *(residual.why_not(block) for residual in _blocks.POST_NORM)]
+    reasons = [_why_not_attention(block), *(residual.why_not(block) for residual in _blocks.HALVES)]
     return None if None in reasons else "; ".join(map(str, reasons))
 
 
@@ -94,7 +94,7 @@ ADAPTERS = (
             window_attention_part(
                 _blocks.qkv_weight, _blocks.map_size, _blocks.shifted_windows, _blocks.dropout_p, _why_not_attention
             ),
-            *(residual.part(first_weight) for residual in _blocks.POST_NORM),
+            *(residual.part(first_weight) for residual in _blocks.HALVES),
         ),
         input_shape=_blocks.block_shape,
         weight=first_weight,
