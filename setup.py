@@ -96,14 +96,14 @@ def why_no_cuda(toolkit: Toolkit | None, torch_version: str, torch_cuda: str | N
 
 
 def choose_architectures(environ: Mapping[str, str], visible: list[tuple[int, int]]) -> tuple[str, ...]:
-    """Return TORCH_CUDA_ARCH_LIST, or a default, without unsupported old architectures, which torch's images list."""
+    """Return TORCH_CUDA_ARCH_LIST, or a default, without the old unsupported architectures that torch's images list."""
     asked = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
     if not asked or asked == "native":
         supported = [f"{major}.{minor}" for major, minor in sorted({*visible}) if (major, minor) >= OLDEST_CAPABILITY]
         return (*supported[:-1], supported[-1] + "+PTX") if supported else tuple(DEFAULT_ARCH_LIST.split(";"))
 
     def too_old(arch: str) -> bool:
-        number = re.match(r"(\d+)\.(\d+)", arch)  # torch resolves names such as Ampere
+        number = re.match(r"(\d+)\.(\d+)", arch)  # None for a name such as Ampere, which torch resolves
         return number is not None and (int(number[1]), int(number[2])) < OLDEST_CAPABILITY
 
     architectures = tuple(arch for arch in asked.split(";") if arch and not too_old(arch))

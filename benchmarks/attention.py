@@ -52,7 +52,7 @@ def make_op(name: str, case: WindowAttentionCase, dtype: torch.dtype, device: to
     return torch.compile(peer, fullgraph=True, dynamic=False) if compiled else peer
 
 
-# The most scores for the float64 reference: a backward pass holds several such tensors of 1.2 GB.
+# The float64 reference computes at most this many scores: its backward pass holds several such tensors, of 1.2 GB each.
 MOST_SCORES_ON_CPU = 150_000_000
 
 

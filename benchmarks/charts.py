@@ -100,7 +100,7 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
 
 
 def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], float]:
-    """Return, for window attention by shape and dtype, the time of the fastest other contestant over ours."""
+    """Return the fastest other contestant's time for window attention over ours, by shape and dtype."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in _right(rows, "ops"):
         if (row["op"], row["direction"]) == ("window_attention", direction):
@@ -143,7 +143,7 @@ def summary(rows: Sequence[Row], path: Path) -> None:
 
 
 def roofline(rows: Sequence[Row], path: Path) -> None:
-    """Draw the flops of attention over flops per byte, under the measured ceilings (left), and all ops (right)."""
+    """Draw attention's flop/s over flops per byte, with the ceilings (left), and every op's percentages (right)."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     _attention_roofline([row for row in _right(rows, "ops") if row["gflop"] and row["moved_mb"]], left)
     ours = [row for row in _right(rows, "ops") if row["backend"] in attention.OURS]
@@ -181,7 +181,7 @@ def _attention_roofline(found: Sequence[Row], axis: Any) -> None:
 
 
 def _percents(found: Sequence[Row], axis: Any) -> None:
-    """Draw one point for each shape and dtype, one line for each op and direction."""
+    """Draw the percentage of the roofline: a point for each shape and dtype, on a line for each op and direction."""
     lines = list(dict.fromkeys((row["op"], row["direction"]) for row in found))
     for name in dict.fromkeys(row["backend"] for row in found):
         points = [
@@ -290,7 +290,7 @@ def complexity(rows: Sequence[Row], path: Path) -> None:
 
 TITLES = {
     "summary": "window attention: how many times as fast as the fastest other implementation, by shape",
-    "speedup": "their time / ours by shape",
+    "speedup": "other implementations' time over ours, by shape",
     "roofline": "achieved flops over flops per byte under the measured ceilings, and percent of the roofline by op",
     "models": "time of a step by model",
     "memory": "peak memory of a step by model",

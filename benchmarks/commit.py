@@ -1,4 +1,7 @@
-"""The commit of the measured sources. This module imports nothing heavy, because the runs on a GPU use it."""
+"""The commit of the measured sources.
+
+This module imports neither torch nor numpy, because GPU runs use it in a process that must not load them.
+"""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def compare(
     Correct code stays far below this bound, and a wrong index, mask or bias exceeds it by far.
     """
     errors = {key: _rms(got[key].double() - exact[key]) for key in got}
-    tiny = torch.finfo(torch.float64).tiny  # for values that are zero throughout
+    tiny = torch.finfo(torch.float64).tiny  # avoids 0 / 0 if every value is zero
     worst = max(errors[key] / (eps * _rms(exact[key]) + tiny) for key in got)
     bounds = {key: 16 * eps * _rms(exact[key]) + 4 * _rms(single[key].double() - exact[key]) for key in got}
     return all(errors[key] <= bounds[key] for key in got), worst
@@ -154,7 +154,7 @@ def run(
         calls.pop(name, None)
 
     torch.compiler.reset()  # code compiled for another shape is not reused
-    with torch._dynamo.config.patch(recompile_limit=64):  # peers share code, and each is compiled a few times
+    with torch._dynamo.config.patch(recompile_limit=64):  # peers share code that each compiles a few times
         for name in names:
             try:
                 right, error = contest.verify(name)

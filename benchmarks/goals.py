@@ -48,8 +48,8 @@ MEMORY_GOALS = {
     ("residual_post_norm", "fwd"): 88.0,
     ("residual_post_norm", "bwd"): 75.0,
 }
-# The speed of each of these ops, and of the whole patch merging, as a multiple of a peer's. A peer's backward pass is
-# not timed alone, so the forward and backward passes are compared together.
+# The least speed of each of these ops, and of the whole patch merging, as a multiple of a peer's speed. A peer's
+# backward pass is not timed alone, so the forward and backward passes are compared together.
 PEER_GOALS = {"eager": 3.0, "eager-compiled": 1.3}
 PEER_OPS = (*dict.fromkeys(op for op, _ in MEMORY_GOALS), "patch_merging")
 PEER_DIRECTIONS = ("fwd", "fwd+bwd")
@@ -122,7 +122,7 @@ def of_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
             rows[tuple(line.get(k) for k in ("suite", "op", "shape", "dtype", "backend", "direction"))] = row
     found = list(rows.values())
-    of_attention = [row for row in found if row["op"] == "window_attention"]  # maps also have names of shapes
+    of_attention = [row for row in found if row["op"] == "window_attention"]  # other ops share shape names
     of_models = [row for row in found if row["step"] == "models"]
     return goals(of_attention) + memory_goals([r for r in found if r["step"] != "models"]) + model_goals(of_models)
 

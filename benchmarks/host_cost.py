@@ -2,7 +2,7 @@
 
 Run as ``python -m benchmarks.host_cost``; ``--help`` lists the choices.
 
-The map is tiny, so a kernel only runs for about a microsecond. On a GPU the kernel runs in parallel to the host, and
+The map is tiny, so a kernel only runs for about a microsecond. On a GPU the kernel runs in parallel with the host, and
 the calling thread only launches it; the backward pass runs in an autograd thread, which thread_us excludes and
 process_us includes. On a CPU everything, kernels included, runs in the calling thread. "op alone" is the op of
 ``torch.ops.swinkernels`` with prepared arguments, for comparison with the public function, which in eager PyTorch

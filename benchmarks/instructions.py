@@ -1,14 +1,14 @@
-"""Count the instructions that the window attention kernels execute, in their machine code, without a GPU.
+"""Count the machine instructions that the window attention kernels execute, without a GPU.
 
 ``python -m benchmarks.instructions`` compiles the hot instantiations with nvcc, calls their launch functions, and runs
-the machine code of the launched kernels on the CPU (``sass.py``), along the path that the kernel takes for these
+the machine code of the launched kernels on the CPU (``sass.py``), along the path that the kernel takes for the given
 arguments. The counts in ``instructions.csv`` are
 
 * executed warp instructions, summed over the warps of a block and over the kernels of a call, per window and head;
 * for an interior window, whose tokens all attend to each other and are all present. A short window (up to 64 tokens)
   lies in a shifted map, a longer one in a map that is not shifted;
-* in the steady state: the difference between calls with more and with fewer images, divided by the difference of their
-  windows. So prologues and other work done once per block do not count, whatever the form of the main loop.
+* in the steady state: the difference between calls with more and with fewer images, divided by the difference in their
+  numbers of windows. So prologues and other work done once per block do not count, whatever the form of the main loop.
 
 Seam windows, padded windows and other arguments are separate cases. Counts of different nvcc versions are not
 comparable.
@@ -142,7 +142,7 @@ DEVICES = {
 
 
 def blocks_per_multiprocessor(device: Device, registers: int, shared_bytes: int, warps: int) -> int:
-    """Return the number of resident blocks. A warp's registers come in units of 256, from one of four schedulers."""
+    """Return the number of resident blocks. A warp gets registers in units of 256, from one of four schedulers."""
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = 4 * (16384 // of_warp) // warps
     by_shared = device.shared_bytes // (-(-shared_bytes // 1024) * 1024 + 1024)
@@ -432,7 +432,7 @@ def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOW
     except sass.Fault:
         if case.kernel == "bwd" or case.lse:
             raise
-        counted = per_window(build, dataclasses.replace(case, lse=True))  # a build that always writes lse
+        counted = per_window(build, dataclasses.replace(case, lse=True))  # this kernel always writes lse
     counted = {name: c for name, c in counted.items() if c.instructions.any()}
     heaviest = max(counted, key=lambda name: float(counted[name].instructions.sum()))
     kernel, shared = build.kernels[heaviest], counted[heaviest].shared_bytes
@@ -576,12 +576,16 @@ def parser() -> argparse.ArgumentParser:
     which = main.add_mutually_exclusive_group()
     which.add_argument("--case", nargs="+", help="cases by name, such as 'w7 d32 bf16'; default: the hot ones")
     which.add_argument(
-        "--all", action="store_true", help="every case that --list prints: minutes for each architecture"
+        "--all", action="store_true", help="every case that --list prints, which takes minutes for each architecture"
     )
     main.add_argument("--list", action="store_true", help="print the names of the cases")
-    main.add_argument("--windows", type=int, default=_SWIN_T_WINDOWS, help="windows times heads, for the times")
-    main.add_argument("--out", type=Path, help="a CSV file for the rows")
-    main.add_argument("--update", action="store_true", help=f"write the rows to {BASELINE.relative_to(ROOT)}")
+    main.add_argument(
+        "--windows", type=int, default=_SWIN_T_WINDOWS, help="number of windows times heads, for the derived times"
+    )
+    main.add_argument("--out", type=Path, help="write the rows to this CSV file")
+    main.add_argument(
+        "--update", action="store_true", help=f"write the rows to the baseline, {BASELINE.relative_to(ROOT)}"
+    )
     return main
 
 

@@ -1,7 +1,7 @@
 """Compare the ops that only move and normalise tokens with eager PyTorch and torch.compile.
 
 Every contestant is first compared with the float64 reference, on fewer images; see benchmarks/contest.py for the
-timing. A dtype stands for the dtypes that are read and written: "float32-bfloat16" is the pair under autocast.
+timing. A dtype label names the dtype read and the dtype written: "float32-bfloat16" is the pair under autocast.
 """
 
 from __future__ import annotations

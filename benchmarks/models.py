@@ -200,7 +200,7 @@ def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, 
     key bias, say, is zero) is relative to a thousandth of the largest gradient.
     """
     if got.keys() != exact.keys():
-        raise AssertionError(f"only one of the two has gradients of {sorted(got.keys() ^ exact.keys())}")
+        raise AssertionError(f"only one of the compared results has gradients of {sorted(got.keys() ^ exact.keys())}")
 
     def rms(x: Tensor) -> float:
         return x.square().mean().sqrt().item()
@@ -225,7 +225,7 @@ ALLOWED_EPS = 16.0
 def judge(
     got: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor], eps: float
 ) -> tuple[bool, float]:
-    """Return the verdict, right up to 16 eps plus twice the plain model's error, and the worst error in eps."""
+    """Return the verdict, which allows 16 eps plus twice the plain model's error, and the worst error in eps."""
     mine, theirs = errors(got, exact), errors(plain, exact)
     right = all(mine[k] <= 2 * theirs[k] + ALLOWED_EPS * eps for k in mine)
     return right, max(mine.values()) / eps

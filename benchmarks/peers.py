@@ -241,7 +241,7 @@ def expand(x: Tensor, factor: int) -> Tensor:
 
 
 # The published milliseconds of FWA-2, a kernel for partitioned windows, on an H100 for v2's attention of 256 windows
-# with 6 heads of 32; and the speed that our kernels should reach, as a multiple. The keys are names in
+# with 6 heads of 32; and the speed that our kernels should reach, as a multiple of FWA-2's. The keys are names in
 # shapes.ATTENTION.
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     "fwa2.64": {"fwd": (0.073, 5.0), "bwd": (0.818, 10.0)},

@@ -19,7 +19,7 @@ from benchmarks.record import RESULT_OK
 RESULTS = commit.ROOT / "benchmarks" / "results"
 PAGE, README, PICTURES = "docs/benchmarks.md", "README.md", "docs/images/benchmarks"
 BEGIN, END = "<!-- numbers: python -m benchmarks report -->", "<!-- end of numbers -->"
-RATIOS = "their time / ours, forward / forward and backward"
+RATIOS = "other implementations' time over ours, forward / forward and backward"
 Row = dict[str, Any]
 Runs = dict[str, list[Row]]  # name of the folder -> rows
 Group = dict[str, Row]  # contestant -> its row for one op, shape, dtype and direction
@@ -167,7 +167,7 @@ def settings(rows: Sequence[Row]) -> str:
 
 
 def device(rows: Sequence[Row]) -> str:
-    """Return a folder's device; rows of its latency suite may be for one thread."""
+    """Return a folder's device, preferably not from the latency suite, which may have been measured on one thread."""
     return next(iter(dict.fromkeys(row["device"] for row in rows if row["suite"] != "latency")), rows[0]["device"])
 
 
@@ -298,7 +298,7 @@ def run_text(rows: Sequence[Row], pictures: str = "") -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in measured):
         of_dtype = [row for row in measured if row["dtype"] == dtype]
         copy, product = (_range(row[f"ceiling_{unit}_per_s"] for row in of_dtype) for unit in ("gb", "gflop"))
-        parts.append(f"Measured with the ops, {dtype}: a copy {copy} GB/s, a matrix product {product} GFLOP/s.\n")
+        parts.append(f"Measured alongside the ops, in {dtype}: copy {copy} GB/s, matrix product {product} GFLOP/s.\n")
     sections = [
         (f"Window attention: {RATIOS}", speedups(rows), ("speedup", "roofline")),
         ("Models", steps(rows, "models"), ("models",)),
@@ -306,8 +306,8 @@ def run_text(rows: Sequence[Row], pictures: str = "") -> str:
         ("Latency at batch 1", steps(rows, "latency"), ()),
         ("Host time of a window attention call", host(rows), ()),
         ("Peak memory of a step, MiB", memory(rows), ("memory",)),
-        ("Scaling: the exponent of the time; 1 is proportional", slopes(rows), ("scaling",)),
-        ("Global against window attention, and their formulas", "", ("complexity",)),
+        ("Scaling: the exponent of the time, 1 if it is proportional", slopes(rows), ("scaling",)),
+        ("Global and window attention, with their formulas", "", ("complexity",)),
         ("Every op", details(rows), ()),
     ]
     for title, table, kinds in sections:

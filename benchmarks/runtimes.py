@@ -14,7 +14,10 @@ _PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype, mode: str, arguments: int) -> str | None:
-    """Return why a runtime cannot be a contestant, or None. A contestant can only run a model with one input tensor."""
+    """Return why a runtime cannot be a contestant, or None.
+
+    These runtimes can only run a model with one input tensor.
+    """
     missing = [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"

@@ -154,7 +154,7 @@ class Block:
                 return
             if any(g.waits is None or g.waits[0] != "BAR" for g in waiting):
                 raise Fault(
-                    f"lanes wait for others that never come: {[(hex(g.pc * _PC_STEP), g.waits) for g in waiting]}"
+                    f"lanes wait for others that never arrive: {[(hex(g.pc * _PC_STEP), g.waits) for g in waiting]}"
                 )
             for group in waiting:
                 group.waits = None
@@ -234,7 +234,7 @@ def _run_warp(program: Program, warp: Warp) -> None:
 
 
 # --- Control flow ----------------------------------------------------------------------------------------------------
-# Each returns whether the group has to stop: it waits, ended, or split.
+# Each returns True if the group has to stop because it waits, has ended or has split.
 
 
 def _merge(warp: Warp, key: tuple[str, int], wanted: Array, pc: int) -> None:
@@ -356,7 +356,7 @@ def _warpsync(program: Program, instruction: Instruction, index: int) -> Callabl
 
 def _bar(program: Program, instruction: Instruction, index: int) -> Callable[[Warp, Group, Array], bool]:
     if instruction.modifiers[:1] != ["SYNC"] or instruction.operands != ["0x0"]:
-        raise UnknownInstruction(f"{instruction.text}: barriers of part of a block are not modelled")
+        raise UnknownInstruction(f"{instruction.text}: barriers for part of a block are not modelled")
 
     def run(warp: Warp, group: Group, on: Array) -> bool:
         group.waits = ("BAR", index)
@@ -409,7 +409,7 @@ def _register(text: str) -> tuple[str, int] | None:
 def predicate(text: str) -> Value:
     match = re.fullmatch(r"(!?)(U?)P(\d|T)", text)
     if match is None:
-        raise UnknownInstruction(f"{text} is no predicate")
+        raise UnknownInstruction(f"{text} is not a predicate")
     number = 7 if match[3] == "T" else int(match[3])
     uniform, negated = bool(match[2]), bool(match[1])
     if negated:
@@ -1346,7 +1346,7 @@ def _space(w: Warp, addresses: Array, size: int, is_shared: bool) -> tuple[Array
     if is_shared:
         offsets = (addresses & U64(0xFFFFFF)).astype(I64)
         if int(offsets.max()) + size > _SHARED_BYTES:
-            raise Fault(f"shared memory at {int(offsets.max()):#x}")
+            raise Fault(f"an access to shared memory at {int(offsets.max()):#x}, beyond its {_SHARED_BYTES:#x} bytes")
         return w.block.shared, offsets
     return w.block.memory.find(addresses, size)
 
@@ -1435,7 +1435,7 @@ def _store(i: Instruction, text: str, source: str, is_shared: bool) -> Run:
         words = np.broadcast_to(words, (count, LANES))[:, lanes].T
         bytes_ = np.ascontiguousarray(words).view(np.uint8)[:, :size]
         addresses = address(w)[lanes]
-        for chosen in _by_region(w, addresses, is_shared):  # lanes may write results of several arguments
+        for chosen in _by_region(w, addresses, is_shared):  # lanes may write to several arguments
             data, offsets = _space(w, addresses[chosen], size, is_shared)
             if data is w.block.shared:
                 _note_passes(w, offsets, size)

@@ -21,7 +21,7 @@ from swinkernels import reference
 from swinkernels.ops.window_attention import window_attention_qkvpacked
 from swinkernels.testing import WindowAttentionCase
 
-# The abscissa of each sweep.
+# For each sweep: its cases, the abscissa of a case, and the label of the axis.
 SWEEPS: dict[str, tuple[Mapping[str, WindowAttentionCase], Callable[[WindowAttentionCase], float], str]] = {
     "batch": (shapes.BATCH_SWEEP, lambda case: case.batch, "images"),
     "map": (shapes.MAP_SWEEP, lambda case: math.prod(case.size), "tokens of a map"),

@@ -43,7 +43,7 @@ class Timing:
 def until_steady(measure: Callable[[], dict[str, Timing]]) -> dict[str, Timing]:
     """Measure again, up to ATTEMPTS times, while a time is noisy; return the measurement with the smallest spread.
 
-    Contestants are compared with each other, so that all are measured again, and the times of one measurement are kept.
+    Contestants are compared with each other, so all are measured again, and the times of a single measurement are kept.
     """
 
     def widest(times: Mapping[str, Timing]) -> float:

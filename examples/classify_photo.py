@@ -40,7 +40,7 @@ def main() -> None:
     apart = ((got - expected).abs().max() / expected.abs().max()).item()
     print(f"The logits differ from timm's by at most {apart:.1e} of the largest logit.")
     if not apart < 1e-4:
-        raise SystemExit("That is more than rounding: please report it.")
+        raise SystemExit("The logits differ by more than rounding: please report it.")
 
 
 if __name__ == "__main__":

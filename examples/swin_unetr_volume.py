@@ -69,7 +69,7 @@ def main() -> None:
     print(f"Largest difference {apart:.1e} of the largest output.")
     print(f"Voxels in the right class: {(mask == y).float().mean().item():.1%}")
     if not apart < 1e-3:
-        raise SystemExit("That is more than rounding: please report it.")
+        raise SystemExit("The outputs differ by more than rounding: please report it.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``make gpu-check`` and ``make gpu-bundle``: all checks that need a GPU, in eight minutes.
+"""``make gpu-check`` and ``make gpu-bundle``: all checks that need a GPU, within eight minutes.
 
 ``python -m gpu check`` runs the steps of plan.py, each in its own processes (runner.py). It appends a JSON line for
 every result (lines.py) and ends with a table (summary.py). A process is ``python -m gpu work`` (work.py), which runs

@@ -50,7 +50,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def capture(call: Callable[[], Results], device: str) -> tuple[Results, Callable[[], object]]:
-    """Return the results of a call captured in a CUDA graph, and the graph's replay; plain calls without a GPU."""
+    """Return the results of a call captured in a CUDA graph, and a function that replays it; plain calls on a CPU."""
     if device != "cuda":
         results = call()
         return results, lambda: [x.copy_(y) for x, y in zip(results, call(), strict=True)]
@@ -103,10 +103,10 @@ def _first(device: str, backend: str, call: Callable[[], Results], line: Callabl
         if backend != "triton" or not asked:
             raise
     if asked:
-        line(direction="first call in a capture", detail="the error says to call it once before")
+        line(direction="first call in a capture", detail="the error says to call the op once before")
         return
     if backend == "triton" and device == "cuda":
-        line(direction="first call in a capture", result=FAILED, detail="no error said to call it once before")
+        line(direction="first call in a capture", result=FAILED, detail="no error said to call the op once before")
         return
     replay()
     got = [x.clone() for x in captured]

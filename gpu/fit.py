@@ -1,7 +1,8 @@
 """Count the blocks of the hot CUDA kernels that fit on a multiprocessor of each GPU, from emulated launches.
 
 The emulator limits a block's shared memory to the architecture's limit, so the launch functions choose the same kernels
-as there. Register counts come from the build. The backend must refuse a call that does not fit, and Triton must run it.
+as on that GPU. Register counts come from the build. The backend must refuse a call that does not fit, and Triton must
+run it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Room(NamedTuple):
     shared_bytes: int
     block_bytes: int  # the most for one block
     threads: int
-    code: str  # the architecture whose machine code in the default build runs on it
+    code: str  # the default build's architecture whose machine code runs on it
 
     def blocks(self, smem_bytes: int, threads: int, registers: int) -> int:
         if smem_bytes > self.block_bytes:

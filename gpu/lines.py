@@ -40,7 +40,7 @@ class Emitter:
         self.tell(**{"result": OK, **fields})
 
     def turn(self) -> None:
-        """Wait until no other process of the step measures. This process's turn then lasts until its next call."""
+        """Wait until no other process of the step measures. The turn lasts until this process calls ``turn`` again."""
         self.tell(turn="wanted")
         if self._descriptor is not None:
             os.read(0, 1)

@@ -14,7 +14,8 @@ TEST_PROCESSES = 14
 VARIANTS = ROOT / "build" / "variants"  # one folder with a package for each variant
 DEFAULT = ("info", "smoke", "bits", "time", "ncu", "sanitize", "tests", "models")
 EXTRA = ("peers", "variants", "fit")  # run only if named: the first two take longer than a GPU is usually available
-# Contestants of Swin-T in inference and in the training step, and in a rehearsal, because a CPU compiles for minutes.
+# Contestants of Swin-T in inference, in the training step and in a rehearsal. The last are not compiled, which would
+# take minutes on a CPU.
 INFERENCE = ("eager-compiled", "accelerate", "accelerate-compiled")
 TRAINING = ("eager-compiled", "accelerate-compiled", "eager-graphs", "accelerate-graphs")
 REHEARSED = ("eager", "accelerate")

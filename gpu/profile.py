@@ -60,7 +60,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def parse(text: str) -> dict[str, tuple[float, str]]:
-    """Return a report's wanted metrics with units. It has a row of names, a row of units, and a row for each launch."""
+    """Return a report's wanted metrics with units. Its rows are the names, the units, and one row for each launch."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:

@@ -1,7 +1,7 @@
-"""Runs steps within time limits, each group of a step in its own process, and appends every result at once.
+"""Runs steps within time limits, each group of a step in its own process, and appends each result when it arrives.
 
 The run imports neither torch nor the package, so no kernel can end it. If a process dies or is silent for too long, one
-bad line is written for its current case, and the process is restarted after that case. When time runs short, later
+line reports the failure of its current case, and the process is restarted after that case. When time runs short, later
 steps are dropped, not shortened. In a step that takes turns, one process measures at a time, once all are ready.
 """
 
@@ -157,7 +157,7 @@ class Run:
             now = time.monotonic()
             if holder is None or holder.waits or holder not in running:
                 holder = None
-                # From the middle of the step on, processes no longer wait for one that is not ready.
+                # After half of the step's time, processes no longer wait for one that is not ready.
                 waiting = [p for p in running if p.waits]
                 if waiting and (len(waiting) == len(running) or ends - now < step.seconds / 2):
                     holder = min(waiting, key=lambda p: p.heard)
@@ -194,7 +194,7 @@ class Run:
         last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")[:300]
         result, detail = CRASHED, f"exit status {status}; its last output: {last}"
         if status == 0:
-            result, detail = FAILED, f"it reported nothing; its last output: {last}"
+            result, detail = FAILED, f"the process reported nothing; its last output: {last}"
         elif status is None and silent:
             result, detail = HUNG, f"silent for {step.patience:.0f} s; its last output: {last}"
         elif status is None:

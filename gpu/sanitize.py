@@ -118,7 +118,7 @@ def find_sanitizer() -> str | None:
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Callable[[], None]]]:
-    """Yield the case of a tool, which ``group`` names."""
+    """Yield the case for the tool that ``group`` names."""
     yield f"{group} of the ops", functools.partial(_sanitize, group, emit, setting)
 
 

@@ -25,7 +25,7 @@ def _steps(lines: Sequence[Line], spent: Mapping[str, float]) -> Iterable[str]:
 
 
 def _bad(lines: Sequence[Line]) -> Iterable[str]:
-    """Yield the first failing case of each kernel and arithmetic, with the number of others."""
+    """Yield the first failing case of each kernel and arithmetic, with the number of further failures."""
     groups: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
         if line["result"] in BAD:
@@ -37,7 +37,7 @@ def _bad(lines: Sequence[Line]) -> Iterable[str]:
         what = " ".join(filter(None, [step, *labels, first.get("direction", ""), first["case"]]))
         yield f"{first['result']}: {what}{more}: {_shown(first)} {first.get('detail', '')}"[:160]
     if len(groups) > MOST_BAD:
-        yield f"... and {len(groups) - MOST_BAD} kernels more"
+        yield f"... and {len(groups) - MOST_BAD} more kernels"
 
 
 def _times(lines: Sequence[Line]) -> Iterable[str]:
@@ -62,5 +62,5 @@ def table(lines: Sequence[Line], spent: Mapping[str, float]) -> str:
     sections = [[head], list(_steps(lines, spent)), list(_bad(lines)), list(_times(lines))]
     text = [line for section in sections if section for line in ("", *section)][1:]
     if len(text) > MOST_LINES:
-        text = [*text[: MOST_LINES - 1], f"... and {len(text) - MOST_LINES + 1} lines more in gpu.jsonl"]
+        text = [*text[: MOST_LINES - 1], f"... and {len(text) - MOST_LINES + 1} more lines in gpu.jsonl"]
     return "\n".join(text) + "\n"

@@ -59,7 +59,7 @@ class _Timer:
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Yield every case with a goal; the process of a library to compare with, if any, takes turns with this one."""
+    """Yield every case with a goal; if a library is compared, its process takes turns with this one."""
     timer = _Timer(emit, setting, group)
     if setting.rehearse:
         yield timer.attention(ATTENTION[0], ("cpu",), "float32")

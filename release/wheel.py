@@ -1,7 +1,7 @@
 """Build a wheel and audit it: ``make wheel``.
 
-    python -m release.wheel cpu     # swinkernels-cpu: the CPU kernels python -m release.wheel cuda # swinkernels,
-    swinkernels-cu12, ...: also the CUDA kernels, for torch's CUDA major
+    python -m release.wheel cpu     # swinkernels-cpu: the CPU kernels
+    python -m release.wheel cuda    # swinkernels, swinkernels-cu12, ...: also the CUDA kernels, for torch's CUDA major
 
 All of them contain the package ``swinkernels``, so only one can be installed at a time. The op library uses torch's
 stable ABI and does not depend on Python, so one file serves Python 3.10 and newer with torch 2.11 and newer. auditwheel
@@ -106,7 +106,7 @@ def main() -> None:
     unpacked = sum(entry.file_size for entry in zipfile.ZipFile(wheel).infolist())
     print(f"{wheel}: {size / 1e6:.1f} MB, {unpacked / 1e6:.1f} MB unpacked")
     if size > MOST_BYTES:
-        sys.exit(f"swinkernels: a wheel may have {MOST_BYTES / 1e6:.0f} MB: shorten TORCH_CUDA_ARCH_LIST")
+        sys.exit(f"swinkernels: a wheel may have at most {MOST_BYTES / 1e6:.0f} MB: shorten TORCH_CUDA_ARCH_LIST")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Setup for every test: fresh memory is NaN, GPU tests are skipped with a reason, and caches start empty.
+"""Setup for every test: fresh memory is NaN, GPU tests are skipped if there is no GPU, and caches start empty.
 
 Hypothesis draws the same examples every time in CI. Opt-in fixtures provide kernels in plain PyTorch.
 """
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seconds", type=float, help="start no test after this time; skip the remaining tests")
     parser.addoption("--tools", help="record here which tools work, for docs/interop.md", metavar="tools.json")
-    parser.addoption("--shard", help="i/n: every n-th of the chosen tests, from the i-th on", metavar="i/n")
+    parser.addoption("--shard", help="i/n: run every n-th of the selected tests, starting with the i-th", metavar="i/n")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest applies -m
@@ -131,7 +131,7 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch):
 def as_on_a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make "auto" take backend "cuda", with kernels in plain PyTorch, on the CPU.
 
-    Only attention runs in the reference.
+    Attention runs in the reference.
     """
     from swinkernels.ops import _backends
 

@@ -28,7 +28,9 @@ def small_swin() -> torch.nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder")
-    parser.add_argument("--model", default="swin_tiny_patch4_window7_224", help="a timm model; small: two stages")
+    parser.add_argument(
+        "--model", default="swin_tiny_patch4_window7_224", help="a timm model, or small: a Swin of two stages"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 

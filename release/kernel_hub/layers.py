@@ -1,4 +1,4 @@
-"""Stateless layers, whose forward ``kernelize`` assigns to modules with the attributes that it reads."""
+"""Stateless layers: ``kernelize`` assigns their forward to modules that have the attributes read here."""
 
 from __future__ import annotations
 

@@ -47,12 +47,13 @@ This page compares a small model of every family that `accelerate` supports befo
 - **On the op**: how many of the modules with window attention ran on a window attention op in a forward pass.
 - **Error, float64**: the largest difference from the library's own code, over outputs and every gradient, each relative
   to its largest element.
-- **Error, float32**: the same for the difference between float32 and float64, after `accelerate` and (before it).
+- **Error, float32**: the same for the difference between float32 and float64, after `accelerate` and, in brackets,
+  before it.
 - **CPU time** and **memory** of a forward pass in float32, before → after: the median of {repeats} runs, alternately
   before and after, and the most bytes held at once in addition to the model. Such small models show the cost of calls,
   not of kernels: [Benchmarks](benchmarks.md) has models of real size.
 
-A source "form of ..." means a module of the tests with the names and conventions of that source.
+In the source column, "form of X" means a test module written with X's names and conventions.
 
 | family | source | on the op | error, float64 | error, float32 | CPU time, ms | memory, KiB |
 |---|---|---|---|---|---|---|
@@ -72,7 +73,7 @@ def counted(family: str) -> tuple[int, int, list[str]]:
     report = swinkernels.accelerate(model)
     check = report.check(make_input(family))
     on_op = sum(any("window_attention" in call for call in map(str, ran.calls)) for ran in check.modules)
-    # A block that is left counts only if no attention inside it is among the modules checked.
+    # A block that was not replaced counts only if no attention inside it is among the modules checked.
     left = [s for s in report.skipped if not any(ran.path.startswith(f"{s.path}.") for ran in check.modules)]
     reasons = list(dict.fromkeys(skipped.reason.rpartition("would not run: ")[2] for skipped in left))
     return on_op, on_op + len(left), reasons

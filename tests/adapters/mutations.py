@@ -672,7 +672,7 @@ def run(mutation: Mutation, *, accelerates: bool) -> Outcome:
             model = AFTERWARDS[mutation.afterwards](model)
             if mutation.trains:
                 model.train()
-            log.clear()  # a trial also runs user code
+            log.clear()  # drops the entries of user code that a trial ran
             _run(model, x, log, outcome.values)
         except Exception as error:  # an edit may break anything
             outcome.error = error
@@ -709,9 +709,9 @@ def compare(got: Outcome, expected: Outcome, tolerance: float) -> str | None:
     if got.error is not None and expected.error is not None:
         return None
     if got.error is not None or expected.error is not None:
-        return f"{_described(got.error)}, where the library's own code gives {_described(expected.error)}"
+        return f"{_described(got.error)}, but the library's own code gives {_described(expected.error)}"
     if got.values.keys() != expected.values.keys():
-        return f"only one of the two has {', '.join(sorted(got.values.keys() ^ expected.values.keys()))}"
+        return f"only one of the two models has {', '.join(sorted(got.values.keys() ^ expected.values.keys()))}"
     gradients = [g for name, g in expected.values.items() if name.startswith("gradient") and g is not None]
     # A gradient whose terms cancel consists only of rounding errors, whose size depends on the other gradients.
     finite = [g.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for g in gradients if g.numel()]
@@ -741,7 +741,7 @@ def _difference(got: Any, expected: Any, tolerance: float, floor: float) -> str 
     got, expected = got.double(), expected.double()
     nan = expected.isnan()
     if not torch.equal(nan, got.isnan()):
-        return "NaN in only one of the two"
+        return "NaN from only one of the two models"
     size = expected[~nan].abs().max().item() if not bool(nan.all()) else 0.0
     error = (got - expected)[~nan].abs().max().item() if size else 0.0
     if math.isinf(size) or error <= tolerance * size + floor:
@@ -754,7 +754,7 @@ def check(seed: int, number: int) -> str | None:
     mutation = draw(seed, number)
     expected = run(mutation, accelerates=False)
     got = run(mutation, accelerates=True)
-    # In bfloat16 whole models round dozens of times, and the rounding errors of the two models differ.
+    # In bfloat16 whole models round dozens of times, and the two models round differently: 0.1 is allowed.
     rounds = any(name == "dtype of a part" for name, _, _ in mutation.edits)
     if rounds and expected.error is not None and got.error is None:
         return None  # the ops accept tables and norms in other dtypes than the map's
@@ -768,7 +768,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.adapters.mutations", description=__doc__)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
-    parser.add_argument("--only", type=int, help="number of the one mutation to try")
+    parser.add_argument("--only", type=int, help="number of the only mutation to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="a CSV file for the number of mutations of each kind")
     options = parser.parse_args(arguments)

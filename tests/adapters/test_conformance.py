@@ -210,7 +210,7 @@ def test_norms_and_merging_on_kernels(library, norm_calls, as_on_a_gpu):
 
 @pytest.mark.parametrize(
     "library", [name for name in FOREIGN if name != "transformers-swin2sr"]
-)  # drop path does not change its output
+)  # drop path does not change Swin2SR's output
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_drop_path_draws_the_same(library, backend):
     model, x = make(library, torch.float64, drop_path=0.5).train(), images(library, 4, torch.float64)
@@ -346,7 +346,7 @@ assert not ours, ours
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 @pytest.mark.parametrize("library", long_but(["timm", "torchvision", "transformers", "swinkernels"], "timm"))
 def test_aot_inductor(library, tmp_path):
-    """The package runs without importing swinkernels, with only its library of ops loaded."""
+    """The compiled package runs without importing swinkernels: loading the library of ops is enough."""
     model, x = on_ops(library), images(library)
     with torch.no_grad():
         program = torch.export.export(model, (x,))

@@ -413,7 +413,7 @@ class Raises(forms.ClassificationBlock):
 
 class CannotBeCopied(forms.ClassificationBlock):
     def __deepcopy__(self, memo):
-        raise TypeError("there is only one")
+        raise TypeError("this block cannot be copied")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Attention weights that a module returns are computed only if they are read, and are then those of its own code."""
+"""Attention weights that a module returns are computed only if they are read, and equal its own code's weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def x() -> Tensor:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_models_switch_decides_at_every_call(training, attention_calls):
-    """The model reads the last of two stages' weights while its switch is on, whenever it is set."""
+    """While its switch is on, which may be set at any time, the model reads the weights of the last of two stages."""
     plain, x = make_model("HTSAT").train(training), make_input("HTSAT")
     fast = copy.deepcopy(plain)
     swinkernels.accelerate(fast)
@@ -45,7 +45,7 @@ def test_a_models_switch_decides_at_every_call(training, attention_calls):
         assert_as_good(run(fast, x), exact, exact)
         attention_calls.clear()
         fast(x)
-        # Four blocks; the weights are those of two blocks, in training of one.
+        # Four blocks call the op; reading the weights repeats the calls of two blocks or, in training, of one.
         assert len(attention_calls) == 4 + heatmap * (1 if training else 2)
 
 
@@ -163,7 +163,7 @@ def test_a_gradient_that_bypasses_the_values_is_refused(stages, x):
 
 
 def test_the_modes_of_the_call_count():
-    """Gradients, inference and autocast are those of the call, not of the first read."""
+    """The call's modes of gradients, inference and autocast apply, even if others are set at the first read."""
     weight = torch.ones(3, requires_grad=True)
     with torch.no_grad():
         plain = deferred(lambda: weight * 2, (3,), torch.float32, [weight])

@@ -86,7 +86,7 @@ def test_float32_is_as_good_as_the_own_code(family):
 
 @families
 def test_training_draws_the_same_and_checks_itself(family):
-    """Training with drop path and batch norms gives the same numbers, and the first call passes the check."""
+    """Training with drop path and batch norms gives the library's numbers, and the first call passes the check."""
     model, x = model_of(family).train(), make_input(family)
     for m in model.modules():
         for name in ("drop_prob", "p"):
@@ -170,7 +170,7 @@ def test_dropout_of_weights_draws_and_is_never_forgotten():
         attn.train()
         drawn = torch.stack([attn(x) for _ in range(400)])
         assert not torch.equal(drawn[0], drawn[1])
-        # Without the factor 1 / (1 - p) the mean would be off by 0.4 of the part that is not a bias.
+        # Without the factor 1 / (1 - p), the mean would be off by 0.4 * (kept - bias).
         bias = attn.proj.bias
         assert (drawn.mean(0) - kept).norm() < 0.1 * (kept - bias).norm()
 
@@ -534,7 +534,7 @@ def test_masks_in_float16():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # float32 runs on a kernel
 @pytest.mark.parametrize("family", ["Uformer", "nnFormer's skips", "VRT"])
 def test_a_row_whose_mask_is_minus_infinity_everywhere_is_nan_as_in_the_own_code(family, dtype):
-    """The row itself, and the gradients that it reaches, are NaN, and no others are."""
+    """The row itself and the gradients that depend on it are NaN, and nothing else is."""
     model = model_of(family).to(dtype)
     attn = model[0].attention_of_windows
     fast = accelerated(attn)

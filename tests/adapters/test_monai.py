@@ -305,7 +305,7 @@ def test_norms_and_merging_of_volumes_on_kernels(calls, as_on_a_gpu):
 
 
 class LegacyPatchMerging(PatchMerging):
-    """Merges in the order of MONAI up to 1.4: two neighbours twice, two never."""
+    """Merges in the order of MONAI up to 1.4: two neighbours occur twice, two never."""
 
     def forward(self, x):
         if x.dim() == 4:

@@ -47,13 +47,13 @@ class Packed(Tensor):
         ):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
-        raise NotImplementedError(f"{name} of a packed weight")
+        raise NotImplementedError(f"a packed weight does not support {name}")
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.detach.default:
             return Packed(args[0]._of)
-        raise NotImplementedError(f"{function} of a packed weight")
+        raise NotImplementedError(f"a packed weight does not support {function}")
 
     def __deepcopy__(self, memo: Any) -> Packed:
         return nn.Parameter(Packed(self._of.clone()), requires_grad=False)

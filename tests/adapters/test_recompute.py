@@ -123,7 +123,7 @@ def parametrised(block: Any) -> None:
     "edit", [hook, backward_hook, patched, dropout, dropout_of_projection, activation, parametrised]
 )
 def test_changed_blocks_run_as_before(edit, halves):
-    """A dropout after the projection draws its numbers for a map, so the comparison is with the other way there."""
+    """Blocks are compared with recompute=False, because dropout after the projection draws its numbers for a map."""
     x = make_image()
     model, fast = accelerated(make_model(), recompute=False), accelerated(make_model())
     for m in (model, fast):

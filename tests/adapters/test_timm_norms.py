@@ -255,7 +255,7 @@ def test_autocast_leaves_an_mlp_that_it_does_not_know_its_dtype(calls):
     assert [c["results"] for c in calls if c["op"].startswith("residual")] == [[torch.float32, torch.bfloat16]]
     calls.clear()
     stage(x)
-    assert calls.by_op() == {"residual_layer_norm": 4}, "without autocast it gets the dtype of the stream in any case"
+    assert calls.by_op() == {"residual_layer_norm": 4}, "without autocast, norms keep the stream's dtype"
 
 
 @versions
@@ -339,7 +339,7 @@ def test_fx_tracing_traces_timms_code(version):
             return True
 
     for block in replaceable(accelerated(make_model(version).double()))[1:3]:
-        block._attn = nn.Identity()  # type: ignore[assignment]  its shapes are no numbers to torch.fx
+        block._attn = nn.Identity()  # type: ignore[assignment]  torch.fx cannot trace attention's use of sizes
         graph = Tracer().trace(block)
         assert any("norm" in str(node.target) for node in graph.nodes)
 

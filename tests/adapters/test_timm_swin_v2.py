@@ -92,7 +92,7 @@ def test_set_input_size_before_and_after(settings, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_separate_qkv_bias(dtype):
-    """timm adds the bias after the product: in bfloat16 that rounds once more, here as in timm."""
+    """timm adds the bias after the product, which rounds once more in bfloat16; the accelerated model does the same."""
     model = make_model(2)
     for block in replaceable(model):
         if isinstance(block, SwinTransformerV2Block):

@@ -264,7 +264,7 @@ def test_maps_that_one_window_covers(monkeypatch):
     for family in ("swin", "donut", "clap"):
         model, small, large = make_model(family, torch.float64), make_image((16, 24)), make_image()
         fast = accelerated(model)
-        for x in (large.double(), small.double(), large.double()):  # the second stage has 4x6 tokens of the small one
+        for x in (large.double(), small.double(), large.double()):  # the small image's second stage has 4x6 tokens
             torch.testing.assert_close(fast(x)[0], model(x)[0], rtol=1e-10, atol=1e-10)
         for a, b in zip(model.modules(), fast.modules(), strict=True):
             if hasattr(a, "shift_size"):

@@ -1,4 +1,4 @@
-"""A trial's verdict holds for the right blocks, and blocks run their own code after a change."""
+"""A trial's verdict holds only for blocks of the same code and settings, and changed blocks run their own code."""
 
 from __future__ import annotations
 

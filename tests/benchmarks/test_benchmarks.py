@@ -240,7 +240,8 @@ def test_goals_of_the_memory_bound_ops() -> None:
 
     nothing = verdicts([])
     assert set(nothing.values()) == {"not measured"}
-    # Goals at each of three shapes: 8 of a copy, one per peer and direction for six ops, 1 of the whole merging.
+    # Goals at each of three shapes: 8 as a percentage of a copy's speed, 6 ops x 2 peers x 2 directions, and 1 for the
+    # whole patch merging.
     assert len(nothing) == 3 * (8 + 6 * 2 * 2 + 1)
     rows = [
         memory_row("patch_merging_norm", "cuda", 55.0, 90.9),

@@ -75,7 +75,7 @@ def test_warps_meet_at_barriers_and_exchange_through_shared_memory() -> None:
         threads=64,
     )
     assert [w.r[3].tolist() for w in block.warps] == [list(range(63, 31, -1)), list(range(31, -1, -1))]
-    with pytest.raises(sass.Fault, match="never come"):
+    with pytest.raises(sass.Fault, match="never arrive"):
         _block(
             """
             S2R R0, SR_TID.X

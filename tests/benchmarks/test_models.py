@@ -134,7 +134,7 @@ def test_a_wrong_model_is_called_wrong(small_model: str, monkeypatch: pytest.Mon
     def spoil(model: nn.Module) -> Any:
         report = right(model)
         extra = torch.tensor([0.0, 0.0, 0.0, 0.01])[:, None] if wrong == "one image" else 0.01
-        gone = torch.Tensor.detach if wrong == "gradient" else torch.zeros_like  # only its derivative remains
+        gone = torch.Tensor.detach if wrong == "gradient" else torch.zeros_like  # detach: only the derivative changes
         model.register_forward_hook(lambda _module, _args, out: out + extra * (out - gone(out)))
         return report
 
@@ -176,7 +176,7 @@ def test_a_gradient_that_is_a_rounding_error_is_judged_beside_the_largest() -> N
     exact = {"out": torch.ones(4), "input": torch.ones(4), "parameter 0": torch.ones(4), "parameter 1": torch.zeros(4)}
     got = {**exact, "parameter 1": torch.full((4,), 1e-8)}
     assert models.errors(got, exact)["parameters"] == pytest.approx(1e-5)
-    with pytest.raises(AssertionError, match="only one of the two has gradients"):
+    with pytest.raises(AssertionError, match="only one of the compared results has gradients"):
         models.errors({k: v for k, v in got.items() if k != "parameter 0"}, exact)
 
 

@@ -310,7 +310,7 @@ def test_headline_compares_with_the_fastest_other_contestant() -> None:
         row("cpu", 100.0, direction="fwd+bwd"), row("eager", 150.0, direction="fwd+bwd"),
     ]  # fmt: skip
     text = " ".join(report.headline(with_environment(rows)).split())
-    assert "is 3.2 times as fast forward** as" in text  # 2.5 and 4
+    assert "is 3.2 times as fast forward** as" in text  # the median of 2.5 and 4
     assert (
         "the median of 2 shapes (2.50 to 4.00); forward and backward together it is 1.5 times as fast (1.50 to 1.50)."
         in text

@@ -228,7 +228,8 @@ def write_record(
             end = int(row["first"]) + int(row["calls"])
             if int(row["calls_seed"]) != seed or end != first:
                 sys.exit(
-                    f"{path} has calls {row['first']} to {end - 1} of seed {row['calls_seed']}: go on or remove it"
+                    f"{path} has calls {row['first']} to {end - 1} of seed {row['calls_seed']}: "
+                    "continue after them, or remove the file"
                 )
             found = Worst(**{name: kind(row[name]) for name, kind in kinds.items()})
             worst.setdefault((row["dtype"], row["result"]), Worst()).add(found)
@@ -248,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.cpu.random_cases", description=__doc__)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
-    parser.add_argument("--only", type=int, help="number of the one call to make")
+    parser.add_argument("--only", type=int, help="number of the only call to make")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compare", action="store_true", help="only run the kernels, for a sanitizer")
     parser.add_argument("--record", type=Path, help="a CSV file to which to add the worst errors")

@@ -72,7 +72,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("slope", [6.0, -6.0], ids=["rising", "falling"])
 def test_scores_far_apart(library, dtype, slope):
-    """Scores reach 132, with the largest early or late.
+    """Scores reach 132, and the largest scores of a row are among its first or its last keys.
 
     In bfloat16 the sums leave the range if no maximum is subtracted; in float16 the maximum moves from block to block.
     """

@@ -1,8 +1,8 @@
 """No CUDA kernel spills registers or keeps an array in local memory, and the kernels stay within the build's budget.
 
-The tests cover the built extension, and every source for each architecture that the compiler supports. Also a command:
-``python -m tests.cuda.test_resources object_or_library...`` prints the resources of every kernel in it, and fails if
-one uses the stack.
+The tests cover the built extension, and every source for each architecture that the compiler supports. This file is
+also a command: ``python -m tests.cuda.test_resources object_or_library...`` prints the resources of every kernel in it,
+and fails if one uses the stack.
 """
 
 from __future__ import annotations

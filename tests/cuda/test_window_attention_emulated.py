@@ -58,8 +58,8 @@ def _check(
         op = functools.partial(library.window_attention_qkvpacked, allow_tf32=True, **arguments)
         with pytest.MonkeyPatch.context() as patch:
             if case.has_logit_scale:
-                # A factor of up to 100 multiplies the cosines and the TF32 rounding of their operands. Plain code with
-                # the same rounding shows by how much.
+                # A factor of up to 100 multiplies the cosines and the rounding errors of their TF32 operands. So the
+                # float32 reference, whose error the budget allows for, rounds its operands to TF32, too.
                 patch.setattr(Tensor, "__matmul__", _matmul_in_tf32)
             return check_window_attention(op, case, torch.float32, eps=TF32_EPS, seed=seed, rounds_unit_rows=True)
     op = functools.partial(library.window_attention_qkvpacked, **arguments)
@@ -114,7 +114,7 @@ FEATURES = {
     "types, long window": Case(2, (18, 9), 2, 16, 9, 4, has_table=False, bias_types=2),
     "types, long window, pads, v2": Case(1, (17, 8), 1, 24, 9, 4, False, True, True, 2),
 }
-# Bias tables by window type: short windows and long ones, which are not of the plain kind.
+# Bias tables by window type, in short windows and in long ones, which the plain kernels do not take.
 TABLE_TYPES = {
     "short": Case(2, (8, 8), 2, 16, 4, 1, table_types=2),
     "short, v2, pads": Case(2, (13, 14), 3, 16, 7, 3, has_pad_qkv=True, table_types=2, **COSINE),
@@ -289,7 +289,7 @@ def _cases(draw: st.DrawFn) -> Case:
         draw(st.integers(1, 3)),
         size,
         draw(st.integers(1, 3)),
-        # With fewer than 4 the plain float32 code happens to be exact, because unit rows are all ones.
+        # With a head_dim below 4 the plain float32 code happens to be exact, because unit rows are all ones.
         draw(st.integers(4 if cosine else 1, 40)),
         window,
         shift,
@@ -424,7 +424,7 @@ def test_rows_of_length_zero(library, size):
 
 
 def test_clamped_logit_scale_has_no_gradient(library):
-    """torch clamps at ln 100 in double, below the nearest float."""
+    """torch clamps at ln 100 in double precision, which is below the nearest float."""
     case = Case(1, (8, 8), 3, 16, 4, 1, **COSINE)
     inputs = case.inputs(torch.float32)
     above = torch.tensor(math.log(100.0))

@@ -153,7 +153,7 @@ def test_every_stride_counts(library):
 
 
 def test_strides_of_any_kind(library):
-    """Maps may be slices of wider maps, permuted, have gaps, or repeat one image or window."""
+    """Maps may be permuted or slices of wider maps, have gaps, or repeat one image or window."""
     for case, x in (
         (Case(2, (5, 6), (4, 4), (1, 2)), draw(library, (2, 5, 6, 40), torch.float16)[..., 8:24]),
         (Case(2, (6, 5), (4, 3), (1, 2)), draw(library, (2, 5, 6, 16), torch.float16).transpose(1, 2)),

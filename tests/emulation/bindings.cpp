@@ -1,4 +1,5 @@
-// Implements cpu_instruction_set, the only op of the CPU kernels that every library has.
+// Implements cpu_instruction_set, which the emulated library would otherwise lack because it is built without the CPU
+// kernels.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

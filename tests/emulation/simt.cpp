@@ -127,7 +127,7 @@ struct Engine {
   bool failed = false;
   std::string error;
   int multiprocessors = 2;
-  int shared_bytes = kMaxDynamicSmemBytes;  // the most for a launch
+  int shared_bytes = kMaxDynamicSmemBytes;  // the maximum for a launch
   std::deque<LaunchShape> launches;         // the last kLaunchesKept that emulation_next_launch() has not returned
   uint64_t seed = 0;
   std::map<void*, GuardedMapping> allocations;

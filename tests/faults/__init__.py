@@ -35,6 +35,6 @@ def all_faults() -> dict[str, Fault]:
 
     faults: dict[str, Fault] = {}
     for area in (cuda, cpu, triton, reference, modules, benchmarks):
-        assert not faults.keys() & area.FAULTS.keys(), "two faults of one name"
+        assert not faults.keys() & area.FAULTS.keys(), "two faults have the same name"
         faults |= area.FAULTS
     return faults

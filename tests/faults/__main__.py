@@ -89,7 +89,7 @@ def find(copy: Copy, fault: Fault) -> str | None:
         return str(error)
     if counts.get("failed") and "error" not in counts:
         return None
-    reason = "the test passes with the fault" if counts.get("passed") else "the test did not run as it should"
+    reason = "the test passes with the fault" if counts.get("passed") else "the test was skipped or had an error"
     return f"{reason}: {fault.test}\n{output[-4000:]}"
 
 
@@ -120,7 +120,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="a fault, or the prefix of several")
     parser.add_argument("--list", action="store_true", help="name the faults and their tests, and run nothing")
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    parser.add_argument("--jobs", type=int, default=jobs, help="faults at a time (default: $MAX_JOBS, or the CPUs)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=jobs,
+        help="number of faults tried at a time (default: $MAX_JOBS, or the number of CPUs)",
+    )
     arguments = parser.parse_args()
     faults = chosen_faults(arguments.names)
     if arguments.list:
@@ -132,7 +137,7 @@ def main() -> None:
         try:
             fault.apply_to((ROOT / fault.file).read_text())
         except (OSError, ValueError) as error:
-            print(f"MISSED {name} (it does not apply)", flush=True)
+            print(f"MISSED {name} (it does not apply to the sources)", flush=True)
             missed[name] = str(error)
     count = len(faults)
     faults = {name: fault for name, fault in faults.items() if name not in missed}

@@ -1,4 +1,4 @@
-"""The smoke step finds a fault planted into a kernel's results, as one bad line, and loses no other result."""
+"""The smoke step finds a fault planted into a kernel's results, reports it in one line, and loses no other result."""
 
 from __future__ import annotations
 

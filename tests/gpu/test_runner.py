@@ -1,4 +1,4 @@
-"""A run survives failures of its processes, writes each result at once, and stays within its time."""
+"""A run survives failures of its processes, writes each result as soon as it arrives, and stays within its time."""
 
 from __future__ import annotations
 

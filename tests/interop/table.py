@@ -93,7 +93,7 @@ def table(rows: dict[str, Row]) -> str:
 def with_table(page: str, rows: dict[str, Row]) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
-    assert begin and end, f"docs/interop.md has no line {BEGIN}, or none {END}"
+    assert begin and end, f"docs/interop.md lacks the line {BEGIN} or the line {END}"
     return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}"
 
 

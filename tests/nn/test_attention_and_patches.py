@@ -65,7 +65,7 @@ class MicrosoftPatchMerging(nn.Module):
 
 
 class SwinUnetPatchExpand(nn.Module):
-    """Expands patches literally as Swin-Unet does, by einops on sequences; factor 4 is FinalPatchExpand_X4."""
+    """Expands patches literally as Swin-Unet does, with einops on sequences; factor 4 is FinalPatchExpand_X4."""
 
     def __init__(self, size: tuple[int, int], dim: int, factor: int) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ def test_published_module(pair, dtype, tolerance):
 
 @every_pair
 def test_bfloat16(pair):
-    """A bfloat16 model computes in bfloat16 throughout; the error is as small as a few roundings."""
+    """A bfloat16 model computes in bfloat16 throughout; the error is at most a few roundings."""
     ours, theirs = pair.modules()
     ours = ours.bfloat16()
     theirs.load_state_dict({k: v.bfloat16().double() for k, v in theirs.state_dict().items()})

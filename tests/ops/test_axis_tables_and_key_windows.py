@@ -93,7 +93,7 @@ def test_the_torch_backend_rounds_as_plain_pytorch_does(name, dtype):
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_gradients_the_result_is_the_same(name):
-    """Without gradients, torch's fused kernel runs on a CPU from 128 keys on."""
+    """Without gradients, torch's fused kernel runs on a CPU for windows of 128 tokens or more."""
     case = CASES[name]
     inputs = {name: x.double() for name, x in case.inputs(torch.float32).items()}
     op = functools.partial(swinkernels.window_attention_qkvpacked, backend="torch")
@@ -113,7 +113,7 @@ def test_the_cpu_kernels(name, op):
 
 
 def test_a_compiled_call_with_axis_tables_is_the_call():
-    """Outputs and gradients agree: the tables reach the op as one tensor."""
+    """Compiled and eager outputs and gradients agree, although the op gets the tables concatenated into one tensor."""
     case = AXIS_TABLES["window 4, shifted"]
     inputs, arguments = case.inputs(torch.float32), {**case.arguments(), "backend": "auto"}
     op = swinkernels.window_attention_qkvpacked

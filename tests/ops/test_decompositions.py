@@ -136,7 +136,7 @@ def targets(program: torch.export.ExportedProgram) -> set[str]:
 )
 @pytest.mark.tool("`run_decompositions(swinkernels.decompositions())`", "torch", "core ATen, any size in one program")
 def test_one_program_serves_all_sizes(case: Case) -> None:
-    """The program has no guards on whether the map divides into windows, and uses ops unless the table is applied."""
+    """The program has no guards on whether the map divides into windows, and uses ops unless decomposed."""
     dynamic = dict.fromkeys(range(1 + len(case.size)), Dim.DYNAMIC)
     inputs = case.inputs(torch.float32)
     tables = {n: x for n, x in inputs.items() if n not in ("qkv", "dout")}

@@ -406,7 +406,7 @@ def test_what_is_kept_for_backward(op, most):
 
 
 def test_second_derivative_of_a_norm_with_a_bias_and_no_weight():
-    """torch's own F.layer_norm with these arguments gives wrong second derivatives or raises (2.14)."""
+    """In torch 2.14, F.layer_norm itself gives wrong second derivatives for these arguments, or raises an error."""
     torch.manual_seed(0)
     x, bias = torch.randn(5, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     found = []

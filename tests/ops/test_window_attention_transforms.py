@@ -324,7 +324,7 @@ def test_second_derivatives_with_a_region_map() -> None:
 @needs_cpu
 @pytest.mark.parametrize(
     ("dynamic", "most"), [(None, 4), (True, 2)], ids=["as they come", "at once"]
-)  # None: compiled anew for each of B, H, W that changes first; True: one restart for the float arguments
+)  # None: compiled again when B, H or W first changes; True: one restart for the float arguments
 def test_one_graph_serves_all_sizes(dynamic: bool | None, most: int) -> None:
     torch.compiler.reset()
     case = Case(2, (5, 9), 2, 8, (4, 5), (2, 1), has_pad_qkv=True)

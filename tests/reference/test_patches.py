@@ -86,7 +86,7 @@ def test_order(order, rank, expected):
 
 
 def test_monai_legacy_order():
-    """MONAI's literal slices up to 1.4 have the order "monai_legacy": two neighbours twice, two never."""
+    """MONAI's literal slices up to 1.4 have the order "monai_legacy": two neighbours occur twice, two never."""
     x, weight = draw(2, 3, 4, 5, C), draw(2 * C, 8 * C, seed=3)
     norm_weight, norm_bias = draw(8 * C, seed=4), draw(8 * C, seed=5)
 

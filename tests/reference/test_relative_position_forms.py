@@ -120,9 +120,10 @@ def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
 @pytest.mark.parametrize("size", [(4, 6, 12), (3, 7, 13)])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 3)])
 def test_pangu(size, shift):
-    """Pangu-Weather's earth-specific attention as in its PyTorch ports: a map padded on both sides, and a table by the
-    window's level and latitude, whose rows are numbered by pairs of coordinates on these axes. Their mask is cut from a
-    map that is longer by the shift of the longitude; for windows of twice the shift it is the usual mask.
+    """Pangu-Weather's earth-specific attention as in its PyTorch ports: the map is padded on both sides, and a
+    window's level and latitude select a column of the table, whose rows are numbered by pairs of coordinates on these
+    axes. The ports cut their mask from a map that is longer by the shift of the longitude; for windows of twice the
+    shift it is the usual mask.
     """
     window, heads, head_dim = (2, 3, 6), 2, 4
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))

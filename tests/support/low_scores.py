@@ -1,4 +1,4 @@
-"""Score ranges in which attention kernels fail: rows whose log-sum-exp is below -88, so that its exp is zero in
+"""Cases that attention kernels easily get wrong: rows whose log-sum-exp is below -88, so that its exp is zero in
 float32; windows of 64 (mod 128) tokens; a float32 bias with 16-bit maps.
 """
 

@@ -351,7 +351,7 @@ class WeightsBlock(Block):
 
 
 class WeightsStage(nn.Module):
-    """EsViT's form: forward discards the weights, another method returns them."""
+    """EsViT's form: forward discards the attention weights; another method returns them."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
         super().__init__()
@@ -392,7 +392,7 @@ class HeatmapBlock(ClassificationBlock):
 
 
 class HeatmapStage(nn.Module):
-    """HTSAT's form: returns the mean of its blocks' weights, in training the weights of the last block."""
+    """HTSAT's form: returns the mean of its blocks' weights or, in training, the weights of the last block."""
 
     def __init__(self, dim: int, size: tuple[int, int], num_heads: int, window_size: int) -> None:
         super().__init__()

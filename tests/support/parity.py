@@ -45,7 +45,7 @@ def run(model: nn.Module, x: Tensor, *others: Any) -> dict[str, Tensor]:
 def shaken(model: nn.Module, x: Tensor, dtype: torch.dtype, *others: Any) -> list[dict[str, Tensor]]:
     """Run a model in float64 a few times with input and parameters moved by an eps of the dtype.
 
-    The change of the largest element is random: it varied by a factor of 13 between runs.
+    Several runs are needed because the change of the largest element is random: it varied by a factor of 13.
     """
     model = copy.deepcopy(model).double()
     found = []

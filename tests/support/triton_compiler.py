@@ -30,7 +30,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
 
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # the most for one block
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # the maximum for one block
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 

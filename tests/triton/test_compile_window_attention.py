@@ -119,8 +119,8 @@ PRECISIONS = {
     "float16": (torch.float16, False),
     "bfloat16": (torch.bfloat16, False),
 }
-# The configurations for each precision: all of models' sizes for bfloat16; for the others, every kernel and kind of
-# score and bias.
+# The configurations for each precision: all sizes that models use for bfloat16; for the others, every kernel and kind
+# of score and bias.
 COMPILED = {
     "float32": ("swin", "small", "swin_384", "v2", "axes_small", "key_window", "dropout_long"),
     "tf32": ("swin", "small", "padded", "v2", "axes_small", "key_window"),

@@ -109,7 +109,7 @@ def partition_moves_bytes(channels, dtype):
 
 @check("no_shift", "three_axes_odd", "rectangular", dtypes=(torch.float32,))
 def a_program_takes_several_windows(name, dtype):
-    """Programs take several windows if there are many, even if the number of windows is no multiple."""
+    """If there are many windows, a program takes several, even if they cannot be shared out equally."""
     size, window, shift = PARTITIONS[name]
     programs = partition_launcher.PROGRAMS
     partition_launcher.PROGRAMS = 1

@@ -75,7 +75,7 @@ def check_case(case: Case, given: dict[str, Tensor] | None = None) -> Tensor:
     given = inputs(case) if given is None else given
     got = run(case, given)
     assert got.dtype == case.read and got.is_contiguous()
-    # A narrower dtype of the products rounds z and GELU.
+    # Products of a narrower dtype round z and GELU, so that dtype sets the budget.
     eps = torch.finfo(case.product).eps
     assert_within_budget(got, exact(case, given, torch.float64), exact(case, given, F32), eps=eps, name=str(case))
     return got

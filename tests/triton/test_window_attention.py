@@ -170,7 +170,8 @@ def random_cases_match_reference(regime, dtype):
         assume(not (case.has_logit_scale and dtype == torch.float32))
         with mock.patch.multiple(tuning, **REGIMES[regime]):
             case = dataclasses.replace(case, options={**case.options, "dropout_p": dropout_p})
-            # dpad_qkv of a few pad tokens may cancel to a hundredth of its terms, each with v2's rounded unit rows.
+            # dpad_qkv of a few pad tokens may cancel to a hundredth of its terms, and v2's rounded unit rows make each
+            # inexact.
             check_with_dropout(case, dtype, seed, cancels=case.has_logit_scale)
 
     run()
@@ -365,7 +366,8 @@ def float16_is_finite_where_the_result_is(name, case):
         assert finite.any(), key
         x = x.cpu()
         assert x[finite].isfinite().all(), key
-        # P is recomputed from an lse of up to 2 ** 14, which float32 represents to 2 ** -22 of its size.
+        # With large scores P is less exact, because it is recomputed from an lse of up to 2 ** 14, which float32
+        # represents to 2 ** -22 of its size.
         slack = 16 if name == "scores" else 4
         error = (x.double() - exact[key])[finite].abs().max()
         largest = exact[key][finite].abs().max()
@@ -398,7 +400,7 @@ def masks_of_any_size(name, dtype):
 
 @check("dense", "dense_tiled", "types_tiled", dtypes=DTYPES[:1])
 def bias_of_minus_infinity_excludes_pairs(name, dtype):
-    """The bias excludes the first 32 keys, a separate tile, for some queries, and every third key for all queries."""
+    """The bias excludes every third key, and for every other query half of the keys: at most 32, a whole tile."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype)
     n = math.prod(case.window_tuple)

@@ -46,8 +46,8 @@ int lane_index();
 uint32_t active_mask();
 unsigned char* dynamic_shared_memory();
 
-// cp.async of the calling thread: the destination is NaN from the issue on and gets the bytes at the wait that covers
-// the copy's group, which reveals a missing wait or barrier, and overwriting a buffer that is still being read.
+// cp.async of the calling thread: the destination becomes NaN at the issue and gets the bytes at the wait that covers
+// the copy's group. This reveals a missing wait or barrier, and a copy into a buffer that is still being read.
 void async_copy(void* destination, const void* source, int bytes, bool valid, const Site& site);
 void async_commit();
 void async_wait(int groups_left);
@@ -61,6 +61,6 @@ struct LaunchShape {
 int run_grid(const LaunchShape& shape, void (*kernel)(void* context), void* context);
 
 int multiprocessors();        // emulated; few, so that persistent loops iterate
-int shared_bytes_of_block();  // emulated: the most dynamic shared memory for a launch
+int shared_bytes_of_block();  // emulated: the maximum of dynamic shared memory for a launch
 
 }  // namespace emulation
