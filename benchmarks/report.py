@@ -298,7 +298,7 @@ def run_text(rows: Sequence[Row], pictures: str = "") -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in measured):
         of_dtype = [row for row in measured if row["dtype"] == dtype]
         copy, product = (_range(row[f"ceiling_{unit}_per_s"] for row in of_dtype) for unit in ("gb", "gflop"))
-        parts.append(f"Measured with the ops, {dtype}: a copy {copy} GB/s, a matrix product {product} GFLOP/s.\n")
+        parts.append(f"Measured alongside the ops, in {dtype}: copy {copy} GB/s, matrix product {product} GFLOP/s.\n")
     sections = [
         (f"Window attention: {RATIOS}", speedups(rows), ("speedup", "roofline")),
         ("Models", steps(rows, "models"), ("models",)),

@@ -32,8 +32,8 @@ def _check_geometry(
     window, _ = _arguments.check_window(op, window_size, 0, 2)
     if any(s % w != 0 for s, w in zip(size, window, strict=True)):
         raise ValueError(
-            f"{op}: H and W must be multiples of window_size, got {size} for window {window}: "
-            "swinkernels.window_partition and window_reverse pad"
+            f"{op}: H and W must be multiples of window_size, got {size} for window {window}. To pad the map, call "
+            "swinkernels.window_partition and window_reverse"
         )
     return size, _arguments.check_roll(op, shift_size, 2), window
 

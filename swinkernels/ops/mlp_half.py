@@ -139,7 +139,8 @@ def mlp_half(
         )  # fmt: skip
     if branch is not None and not is_summed:
         x, branch, branch_scale = fallback.add(x, branch, branch_scale), None, None
-    # If a gradient is recorded, the backward pass recomputes GELU; otherwise GELU is fused with the product before it.
+    # If autograd records this call, the backward pass recomputes GELU; otherwise, where oneDNN can do so on a CPU, GELU
+    # is fused with the product before it.
     is_recorded = any_requires_grad(tensors)
     gelu = None if is_recorded else approximate
     weight, bias = cast(fc1_weight, fc1_bias, dtype)

@@ -1,4 +1,4 @@
-"""Patch expanding: the Linear by the BLAS library, then one pass that lays out and normalises the parts."""
+"""Patch expanding: torch's Linear, then one pass that lays out and normalises the parts."""
 
 from __future__ import annotations
 

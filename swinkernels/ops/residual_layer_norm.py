@@ -258,7 +258,7 @@ def residual_post_norm(
         s, (B, ..., C) in the dtype of x, contiguous. Differentiable as :func:`residual_layer_norm` is.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as :func:`residual_layer_norm`.
+        ValueError, TypeError, NotImplementedError: as for :func:`residual_layer_norm`.
 
     Source: Swin Transformer V2 (Liu et al., 2022), section 3.2, res-post-norm.
     """

@@ -36,8 +36,8 @@ from swinkernels.ops._library import (
 )
 from swinkernels.window_spec import WindowSpec
 
-# All float32 but pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the map's device). bias
-# is dense or, if the spec says so, the concatenated axis_tables.
+# All are float32 except pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the map's device).
+# bias is dense or, if the spec says so, the concatenated axis_tables.
 _TABLES = (
     "Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? pad_qkv, Tensor? region_map, Tensor? dropout_seed"
 )
@@ -400,12 +400,12 @@ def window_attention_qkvpacked(
         logit_scale: v2: per-head log-factor, num_heads values.
         pad_qkv: q, k and v of a pad token, (3C,) or (3, num_heads, head_dim): the bias of the QKV Linear in models
             that pad its input with zeros. Zero by default. Pad tokens are attended to.
-        pad_order: if S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
-            MONAI, mmpretrain) or "roll_then_pad" (timm).
+        pad_order: order of padding and shift if S is not a multiple of the window: "pad_then_roll" (Microsoft,
+            torchvision, transformers, MONAI, mmpretrain) or "roll_then_pad" (timm).
         pad_before: pad tokens before the data, per axis; the rest follow it.
         periodic: per axis, True if the map wraps around (longitude), so that the shift needs no mask on that axis. With
             "pad_then_roll", which would pad between the ends, such an axis must be whole windows if it is shifted.
-        region_map: int32 or narrower, of the padded map's shape; replaces the shift's regions. Tokens with different
+        region_map: int32 or narrower, with the padded map's shape; replaces the shift's regions. Tokens with different
             values are masked from each other.
         mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. A row never
             becomes NaN, because every token shares a region with itself.

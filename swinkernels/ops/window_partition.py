@@ -132,8 +132,8 @@ def window_partition(
         x: (B, \*S, C), S = (H, W) or (D, H, W), any dtype; read without a copy if its last axis is contiguous.
         window_size: tokens per axis, an int or one per axis, slowest first.
         shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
-        pad_order: if S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
-            MONAI, mmpretrain) or "roll_then_pad" (timm).
+        pad_order: order of padding and shift if S is not a multiple of the window: "pad_then_roll" (Microsoft,
+            torchvision, transformers, MONAI, mmpretrain) or "roll_then_pad" (timm).
         backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call.
 
     Returns:
