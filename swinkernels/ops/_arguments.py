@@ -536,8 +536,8 @@ def check_window_call(
             elif spec.table_window != window:
                 name = "table_window"
             raise ValueError(
-                f"{op}: bias_table must have shape (rows, num_heads) = ({spec.table_rows}, {num_heads}) or (rows, window "
-                f"types, num_heads), with rows = prod({rows}) for {name} {decoded}, got {tuple(bias_table.shape)}"
+                f"{op}: bias_table must be (rows, num_heads) = ({spec.table_rows}, {num_heads}) or (rows, window "
+                f"types, num_heads), with rows = prod({rows}) for {name} {decoded}, got shape {tuple(bias_table.shape)}"
             )
         if types < 1 or num_windows % types != 0:
             raise ValueError(

@@ -32,7 +32,7 @@ IMPLEMENTED = {
     "patch_merging": ("cuda", "triton"),
     "layer_norm": ("cuda",),
     "residual_layer_norm": ("cuda",),
-    "mlp_half": ("triton",),  # a whole half as one kernel; other backends compose it of the ops above
+    "mlp_half": ("triton",),  # the whole half as one kernel; other backends compose it from the ops above
 }
 
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)

@@ -67,7 +67,7 @@ def mlp_half(
             dtype of the matrix products and branch_scale needs no gradient. A branch of None leaves x as it is.
         backend: backend of the norm, "auto", "cuda", "torch" or "reference"; torch computes the matrix products, except
             with "reference". "triton" runs the whole half as one kernel, without a derivative, for C of 96 or 192 and
-            products in float16 or bfloat16. "auto" does not take it, because it has not been measured on a GPU.
+            products in float16 or bfloat16. "auto" does not choose it, because it has not been measured on a GPU.
 
     Returns:
         (B, ..., C) in the dtype of x; with residual=False and norm="pre", in the dtype of the matrix products. An empty
