@@ -28,8 +28,8 @@ from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back,
 _TOLERANCE = 1e-6  # relative to the largest element; not lower, because constants of a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify rounding errors
 _LARGE_SCORE = 75.0
-# dtype -> the largest difference that counts as rounding: root mean square, relative to the root mean square of the
-# output, and about five times the largest value for any form of this package.
+# dtype -> the largest difference that counts as rounding, as a root mean square relative to the output's. It is about
+# five times the largest difference of any form of this package.
 _ROUNDING = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 _MANY_IMAGES = 16
 # Tensors that keep their values in a trial, because forms read them or because every instance is checked for them.
@@ -325,7 +325,7 @@ class Trial:
             _check_left(name, left.get(name, _NOTHING), expected_left.get(name, _NOTHING))
 
     def _compare_dtypes_and_batches(self, plain: nn.Module, fast: nn.Module, case: Case) -> None:
-        """Compare outputs in other dtypes, in float32 for a larger batch: a forward may branch on either."""
+        """Compare outputs in other dtypes and, in float32, for a larger batch, because a forward may branch on both."""
         images, *size = case.shape
         times = max(2 if images > 1 else 3, min(_MANY_IMAGES // images, MOST_SCORES // max(case.scores, 1)))
         for dtype, tolerance in _ROUNDING.items():
@@ -333,7 +333,7 @@ class Trial:
             x = torch.randn((batch, *size), generator=_generator(1), dtype=torch.float64).to(dtype)
             try:
                 expected = self._try(_in_dtype(plain, dtype), x)
-            except Exception:  # its code does not take such an input
+            except Exception:  # its code does not accept such an input
                 continue
             try:
                 got = self._try(_in_dtype(fast, dtype), x)
