@@ -71,7 +71,7 @@ class WindowProcess:
             shift_size: tokens by which the map is rolled, an int or one for each of H and W, of either sign and any
                 size.
             window_size: tokens per axis, an int or one for each of H and W.
-            backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call.
+            backend: "auto", "cuda", "triton", "torch" or "reference". "auto" picks the fastest usable one.
 
         Returns:
             (B * num_windows, window, window, C) in the dtype of input, contiguous, image-major, windows row-major. An
@@ -79,7 +79,7 @@ class WindowProcess:
 
         Raises:
             ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
-            NotImplementedError: the requested backend cannot run this call, with the reasons.
+            NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
         Source: ``WindowProcess`` of kernels/window_process/window_process.py, microsoft/Swin-Transformer.
         """

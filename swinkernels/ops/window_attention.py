@@ -423,8 +423,8 @@ def window_attention_qkvpacked(
             table_pairs.
         table_pairs: per axis, True if the table has a row for each pair of coordinates of query i and key j, numbered
             i + window * j, instead of one for each offset (height and latitude of Pangu-Weather).
-        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" takes the fastest that can run the
-            call: a kernel, else PyTorch's own code ("torch"), never the slow reference.
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" picks the fastest usable
+            one: a kernel, else PyTorch's own code ("torch"), never the slow reference.
         return_attention: also return the attention weights. Only "torch" and "reference" support it: the kernels never
             hold all weights.
 
@@ -439,7 +439,7 @@ def window_attention_qkvpacked(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
-        NotImplementedError: the requested backend cannot run this call, with the reasons.
+        NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.2; Swin Transformer V2 (Liu et al., 2022), section 3.
     """
