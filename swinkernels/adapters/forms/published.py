@@ -270,11 +270,11 @@ def _why_not_htsat(stage: Any, x: Tensor, size: tuple[int, ...]) -> str | None:
     if getattr(stage, "use_checkpoint", False):
         return "it checkpoints its blocks"
     if x.dim() != 3 or x.shape[1] != math.prod(size):
-        return f"{tuple(x.shape)} is no map of {size}"
+        return f"{tuple(x.shape)} is not a map of size {size}"
     for block in stage.blocks:
         window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
         if tuple(block.input_resolution) != size or any(n % block.window_size for n in size):
-            return "its blocks are not for one map of whole windows"
+            return "its blocks expect another size of map, or windows do not divide it"
         mask = block.attn_mask
         if not is_stored_mask(mask, size, window, shift) if any(shift) else mask is not None:
             return "attn_mask differs from the mask that its geometry implies"
@@ -564,9 +564,9 @@ def _nnformer_blocks(stage: Any, attend: Any, x: Tensor, size: tuple[int, ...], 
     """
     for block in stage.blocks:
         if tuple(block.input_resolution) != size or x.shape[1] != math.prod(size):
-            return f"{tuple(x.shape)} is no map of {size}"
+            return f"{tuple(x.shape)} is not a map of size {size}"
         if block.shift_size and (block.window_size, block.shift_size) != (stage.window_size, stage.shift_size):
-            return "its mask is for other windows than those of its blocks"
+            return "its mask has other windows than its blocks"
         if block.window_size**3 > _MOST_TOKENS:
             return f"its windows hold {block.window_size**3} tokens"
     for block in stage.blocks:
