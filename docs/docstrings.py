@@ -36,7 +36,7 @@ def markdown(docstring: str) -> str:
 
 
 def comment_above(attribute: griffe.Attribute) -> str:
-    """The comment of the lines that end above a field of a class, or behind it on its line."""
+    """Return the comment directly above a class's field, or after the field on the same line."""
     lines, number = attribute.lines_collection[attribute.filepath], (attribute.lineno or 1) - 1
     above = list(itertools.takewhile(lambda line: line.strip().startswith("# "), reversed(lines[:number])))
     behind = lines[number].partition("  # ")[2]

@@ -33,7 +33,7 @@ class _AtImport(MetaPathFinder):
 
 
 def at_import(name: str, function: Callable[[ModuleType], None]) -> None:
-    """Call ``function`` with a module: at once if the module has been imported, else as soon as it is imported."""
+    """Call ``function`` with a module: now if the module has been imported, otherwise right after its import."""
     if name in sys.modules:
         function(sys.modules[name])
     else:

@@ -19,7 +19,7 @@ ops = getattr(torch.ops, NAMESPACE)
 # error: why the op library is not loaded, or None if it is.
 build: dict[str, Any] | None = None
 error: str | None = None
-# Environment variable with the path of another op library to load instead, such as an older build to compare with.
+# Environment variable that names another op library to load instead, such as an older build for comparison.
 OTHER_LIBRARY = "SWINKERNELS_OPS"
 
 _NOT_BUILT = (
@@ -30,7 +30,7 @@ _OUTDATED = (
     "the compiled extension is older than the Python code: build it again "
     "(pip install --no-build-isolation ., or make build in a checkout)"
 )
-# The newest entry of build_info(). An extension without this entry is older than the Python code and has other ops.
+# The newest entry of build_info(). An extension without this entry is older than the Python code and has different ops.
 _NEWEST_FACT = "layer_norm_limits"
 
 

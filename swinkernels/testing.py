@@ -157,7 +157,8 @@ def judge(
 
     The RMS error may be 0.75 eps times the RMS of ``exact``, and the error of each element 2 eps times the largest
     element. The error of ``f32``, the reference run in float32 on the same rounded inputs (or a function that runs it
-    on demand), is allowed on top; it dominates if terms cancel. ``eps`` is the machine epsilon of the arithmetic, by
+    on demand), widens the limits: twice its RMS error is added to the first, four times its largest error to the
+    second. These additions dominate if terms of a result cancel. ``eps`` is the machine epsilon of the arithmetic, by
     default of the dtype of ``got`` (TF32: 2 ** -10). ``terms``, the size of the terms that cancel, replaces ``exact``
     in both limits. NaN fails.
     """
@@ -193,10 +194,10 @@ def assert_within_budget(got: Tensor, exact: Tensor, f32: Tensor | Callable[[], 
 
 
 def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, single: bool = False) -> dict[str, Tensor]:
-    """Compute, in float64, dq, dk and dbias as if all of their cancelling terms had the same sign.
+    """Compute, in float64, the size that each gradient would have if its cancelling terms had the same sign.
 
     The keys are those of :func:`run_case`. A value has the scale of the result, but not always its shape. ``single`` is
-    for arithmetic in float32: the sizes then include the rounding of the scores, and there is one for the output.
+    for arithmetic in float32: the sizes then include the rounding of the scores, and the output has a size, too.
     """
     rank, heads = len(case.size), case.num_heads
     device = inputs["qkv"].device

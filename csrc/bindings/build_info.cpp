@@ -1,4 +1,4 @@
-// The op build_info. It uses torch's stable ABI, so it exists wherever the kernels load.
+// The op build_info. It uses torch's stable ABI, so it is available wherever the kernels load.
 #include "build_info.h"
 
 #include <torch/csrc/stable/library.h>

@@ -36,7 +36,7 @@ FrameGeometry frame_geometry(const Ints& size, const Axes& window_size, const Ax
     STD_TORCH_CHECK(frame <= kMaxFrame && shift_size[i] >= 0 && shift_size[i] < frame && pad_before[i] >= 0 &&
                         pad_before[i] <= frame - tokens,
                     "swinkernels: a frame has at most ", kMaxFrame,
-                    " tokens on an axis, the shift is less, and pad_before is at most the number of pad tokens");
+                    " tokens on an axis, the shift is less than the frame, and pad_before is at most the padding");
     g.size[i] = static_cast<int32_t>(tokens);
     g.window[i] = static_cast<int32_t>(window);
     g.shift[i] = static_cast<int32_t>(shift_size[i]);

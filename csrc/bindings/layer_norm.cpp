@@ -139,7 +139,7 @@ template <class Params>
 void prepare_drop_path(Params& p, OptionalTensor& scale, const Tensor& x) {
   if (!scale) return;
   STD_TORCH_CHECK(x.dim() > 1 && scale->scalar_type() == ScalarType::Float && scale->numel() == x.size(0),
-                  "swinkernels: drop_path_scale must be float32, one for each sample of x (B, ..., C)");
+                  "swinkernels: drop_path_scale must be float32, one value for each sample of x (B, ..., C)");
   *scale = torch::stable::contiguous(*scale);
   p.drop_path_scale = static_cast<const float*>(scale->const_data_ptr());
   p.rows_per_sample = p.rows.count / std::max<int64_t>(1, x.size(0));
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor> launch_backward(LayerNormBackwardParams& p, const Ten
   p.weight = data(weight);
   STD_TORCH_CHECK(mean.numel() == p.rows.count && rstd.numel() == p.rows.count &&
                       mean.scalar_type() == ScalarType::Float && rstd.scalar_type() == ScalarType::Float,
-                  "swinkernels: mean and rstd must be float32, one for each row");
+                  "swinkernels: mean and rstd must be float32, one value for each row");
   mean = torch::stable::contiguous(mean);
   rstd = torch::stable::contiguous(rstd);
   p.mean = static_cast<const float*>(mean.const_data_ptr());

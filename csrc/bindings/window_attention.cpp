@@ -102,12 +102,12 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
                                : 2 * (overlap ? g.window[i] + g.key_margin[i] : g.table_window[i]) - 1;
     }
     STD_TORCH_CHECK(spec.table_types > 0 && product(g.num_windows) % spec.table_types == 0,
-                    "swinkernels: the types of a bias_table must divide the windows of an image");
+                    "swinkernels: the number of types of a bias_table must divide the number of windows of an image");
     p.bias_types = static_cast<int32_t>(spec.table_types);
     STD_TORCH_CHECK(
         t.bias_table->scalar_type() == ScalarType::Float && t.bias_table->numel() == rows * p.bias_types * p.num_heads,
-        "swinkernels: bias_table must be float32 of prod(2 * table_window - 1) rows, or with a key window of "
-        "prod(window + key_window - 1)");
+        "swinkernels: bias_table must be float32 with prod(2 * table_window - 1) rows or, with a key window, "
+        "prod(window + key_window - 1) rows");
     p.bias_table = static_cast<const float*>(t.bias_table->const_data_ptr());
   }
   if (spec.axis_tables) {
@@ -141,14 +141,14 @@ void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& s
   }
   if (t.pad_qkv) {
     STD_TORCH_CHECK(dtype_of(*t.pad_qkv) == p.dtype && t.pad_qkv->numel() == int64_t{3} * p.num_heads * p.head_dim,
-                    "swinkernels: pad_qkv must be (3, num_heads, head_dim) of the map's dtype");
+                    "swinkernels: pad_qkv must be (3, num_heads, head_dim) in the map's dtype");
     *t.pad_qkv = readable(*t.pad_qkv, 16);
     p.pad_qkv = t.pad_qkv->const_data_ptr();
   }
   if (t.region_map) {
     STD_TORCH_CHECK(t.region_map->scalar_type() == ScalarType::Int &&
                         t.region_map->numel() == int64_t{1} * g.frame[0] * g.frame[1] * g.frame[2],
-                    "swinkernels: region_map must be int32 of the frame's shape");
+                    "swinkernels: region_map must be int32 with the frame's shape");
     p.region_map = static_cast<const int32_t*>(t.region_map->const_data_ptr());
   }
 }

@@ -47,7 +47,7 @@ struct WindowSpec {
       g.periodic[i] = periodic[i] != 0;
       const int64_t beyond = key_window[i] - window_size[i];
       STD_TORCH_CHECK(beyond >= 0 && beyond % 2 == 0 && (beyond == 0 || !(shift_size[i] || grid || axis_tables)),
-                      "swinkernels: a key window extends the window by as many tokens on either side, without a shift");
+                      "swinkernels: a key window extends the window by the same number on both sides, without a shift");
       g.key_margin[i] = static_cast<int32_t>(beyond / 2);
       g.table_pairs[i] = table_pairs[i] != 0;
     }

@@ -9,8 +9,8 @@ namespace swinkernels::cuda {
 
 // All functions launch on the given stream of the current device, neither allocate nor synchronise, and return
 // cudaErrorInvalidValue for calls without a kernel: beyond the limits below, 2^31 windows or more, or a bias table
-// (table entries times types times heads) of 2^31 elements or more. Rows (data pointers and every stride but head_dim's) must be
-// aligned to row_alignment.
+// (table entries times types times heads) of 2^31 elements or more. Rows (data pointers and every stride but
+// head_dim's) must be aligned to row_alignment.
 cudaError_t window_attention_forward(const WindowAttentionForwardParams& params, cudaStream_t stream);
 
 // The result depends on the geometry, on which gradients are wanted besides the maps' (not null; no data is read), and

@@ -103,11 +103,11 @@ class Accelerated(nn.Module):
             watch_unless_watched(cls._swinkernels_original)
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
-        """Return stored tensors, of this module and the modules inside it, that its ops compute instead of reading."""
+        """Return the stored tensors, of this module and its submodules, that the ops compute instead of reading."""
         return ()
 
     def _swinkernels_look(self) -> None:
-        """Compare the stored tensors' values now: compilers and exporters need the result but cannot read values."""
+        """Check now that the stored tensors equal those that ops compute, because compilers cannot read values."""
 
     def _swinkernels_remember(self) -> None:
         self.__dict__["_swinkernels_seen"] = self._swinkernels_stored()
@@ -127,7 +127,7 @@ class Accelerated(nn.Module):
         return self._swinkernels_backend == "auto" and why_no_kernels(x.device) is not None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Apply ``fn`` to all tensors, for example to move them, and compare the stored tensors again."""
+        """Apply ``fn`` to all tensors, for example to move them, and check the stored tensors again."""
         applied = super()._apply(fn, recurse)
         self._swinkernels_remember()
         self._swinkernels_look()

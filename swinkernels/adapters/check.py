@@ -98,7 +98,7 @@ def run_and_watch(
     return result
 
 
-_OTHER_CALL = "its own code ran: the op does not take this call's map, mask, dtype or device"
+_OTHER_CALL = "its own code ran: the op does not accept this call's map, mask, dtype or device"
 
 
 def _reason(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

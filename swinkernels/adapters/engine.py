@@ -43,7 +43,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = Fal
     Args:
         model: any module, on any device, in any dtype. It may contain modules for which there is an adapter or a form,
             and copies of Microsoft's Swin block from any package. Modules with a form and copies are replaced only if a
-            trial on random numbers gives the same results as their own forward.
+            trial on random inputs gives the same results as their own forward.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", as in the ops. "auto" chooses at every call.
             On a device without kernels it leaves all work to the library's own code; elsewhere, calls that no kernel
             can run use plain PyTorch. A named backend raises NotImplementedError for a call that it cannot run, except
@@ -204,7 +204,7 @@ def _closed(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript: accelerate the model before compiling it"
     if isinstance(module, torch.fx.GraphModule):
-        return "it is a torch.fx graph: accelerate the model before making it"
+        return "it is a torch.fx graph: accelerate the model before tracing it"
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # an import would take seconds
     compiled = eval_frame is not None and isinstance(module, eval_frame.OptimizedModule)
     if compiled or getattr(module, "_compiled_call_impl", None) is not None:

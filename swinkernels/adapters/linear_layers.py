@@ -1,6 +1,6 @@
-"""Runs the Linear layers of blocks, for inference on a CPU, in one pass with bias, GELU or the residual connection.
+"""Runs each Linear layer of a block in one pass with its bias, GELU or residual connection, for inference on a CPU.
 
-In all other cases, or if an inner module has to be called because of a hook, the library's modules are called.
+In all other cases, and if an inner module must be called because of a hook, the library's modules are called.
 """
 
 from __future__ import annotations

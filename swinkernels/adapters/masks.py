@@ -77,7 +77,7 @@ _SEEN: dict[int, tuple[Callable[[], Any], int, tuple[Any, ...], bool]] = {}
 
 
 def holds(x: Any, asked: tuple[Any, ...]) -> bool:
-    """Return True if a module's stored tensor has the values of a formula, in any shape with as many elements.
+    """Return True if a stored tensor has the values of a formula, in any shape with the same number of elements.
 
     Values that cannot be read count as different. This also works while a compiler or torch.export traces; under
     torch.export the answer is the one cached for the real tensor.
@@ -95,7 +95,7 @@ def holds(x: Any, asked: tuple[Any, ...]) -> bool:
 
 
 def _constants(asked: Any) -> Any:
-    """Make dynamo treat a module's sizes as constants, which the formula needs, even if it considers them dynamic."""
+    """Make dynamo treat a module's sizes, which the formula needs, as constants even if they would be dynamic."""
     if isinstance(asked, tuple):
         return tuple(_constants(value) for value in asked)
     return operator.index(asked) if isinstance(asked, int) else asked

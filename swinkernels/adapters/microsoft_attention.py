@@ -23,7 +23,7 @@ def resembles_attention(attn: nn.Module | None) -> bool:
 def is_cosine(attn: nn.Module) -> bool:
     """Return True for v2, recognised by its module ``cpb_mlp``.
 
-    Parameters are no reliable sign: replicas, flattened and parametrised modules may keep them outside ``_parameters``.
+    Parameters are not a reliable sign: replicas and flattened or parametrised modules may keep them elsewhere.
     """
     return "cpb_mlp" in attn._modules
 

@@ -37,7 +37,7 @@ def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def norm_for_linear(block: Any, name: str, x: Tensor, width: int) -> Tensor:
-    """Return a norm that only a Linear reads: under autocast, in the dtype to which the Linear would cast it."""
+    """Return the result of a norm that only a Linear reads; under autocast, in the dtype that the Linear reads."""
     norm, dtype = child(block, name), autocast_dtype(x)
     if dtype is None or why_not_norm(name, norm, width) is not None:
         return norm(x)
@@ -101,7 +101,8 @@ class Residual:
 
     def add_then_norm(self, block: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return s = x + drop_path(y) and norm(s), or None if the library's own code has to run."""
-        # The op returns s in x's dtype and the norm in y's, which under autocast is narrower than the dtype of norm(s).
+        # The op returns s in x's dtype and norm(s) in y's. Under autocast, torch's norm(s) may be wider than y, so the
+        # op may replace it only if the next Linear casts norm(s) anyway.
         if torch.promote_types(x.dtype, y.dtype) != x.dtype or not (
             y.dtype == norm_dtype(x, x.dtype) or (y.dtype == autocast_dtype(x) and self.casts_its_input(block))
         ):

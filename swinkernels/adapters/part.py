@@ -46,7 +46,7 @@ def window_attention_part(
     dropout_p: Callable[[Any], float],
     reason_to_fall_back: Callable[[Any], str | None],
 ) -> Part:
-    """Make the part for attention by window_attention_qkvpacked.
+    """Make the part for attention that window_attention_qkvpacked computes.
 
     Args:
         weight: returns the QKV weight, (3C, channels of the input).

@@ -28,7 +28,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module that has an adapter, but was left as it was."""
+    """A module that has an adapter or resembles a supported module, but was left as it was."""
 
     path: str
     module_class: str

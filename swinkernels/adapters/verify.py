@@ -1,4 +1,4 @@
-"""Compares a replaced module with the original on random numbers."""
+"""Compares a replaced module with the original on random inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from swinkernels.adapters.adapter import Adapter, restore_class, swap_class
 from swinkernels.adapters.bypass import remove_hooks
 
-_BATCH = 2  # a wrong stride between images shows only from the second image on
+_BATCH = 2  # a wrong stride between images cannot be seen with one image
 
 
 class VerificationError(RuntimeError):
@@ -36,7 +36,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
     adapter = adapters[module]
     weight = adapter.weight(module)
     if weight.is_meta:
-        raise ValueError(f"accelerate: verify=True needs parameters with values, but {path!r} is on meta")
+        raise ValueError(f"accelerate: verify=True needs parameters with values, but {path!r} is on the meta device")
     dtype, device = weight.dtype, weight.device
     shape = (_BATCH, *adapter.input_shape(module))
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
@@ -111,5 +111,5 @@ def _check(path: str, name: str, got: Tensor, plain: Tensor, shaken: Tensor, exa
             where = path or "the model itself"
             raise VerificationError(
                 f"accelerate: {where}: {name} is off by {e:.3g} ({measure} error against float64); "
-                f"{limit:.3g} is allowed, the original is off by {of(base).item():.3g}. The model was left as it was."
+                f"{limit:.3g} is allowed, and the original is off by {of(base).item():.3g}. The model is unchanged."
             )

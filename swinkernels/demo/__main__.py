@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    # Published weights would need a download; seeded ones serve as well to compare numbers and times.
+    # Published weights would need a download; for comparing results and times, seeded weights are as good.
     torch.manual_seed(0)
     plain = timm.create_model(args.model, pretrained=False, img_size=args.image_size).to(args.device)
     fast = copy.deepcopy(plain)

@@ -32,8 +32,8 @@ def _check_geometry(
     window, _ = _arguments.check_window(op, window_size, 0, 2)
     if any(s % w != 0 for s, w in zip(size, window, strict=True)):
         raise ValueError(
-            f"{op}: H and W must be multiples of window_size, got {size} for window {window}: "
-            "swinkernels.window_partition and window_reverse pad"
+            f"{op}: H and W must be multiples of window_size, got {size} for window {window}. To pad the map, call "
+            "swinkernels.window_partition and window_reverse"
         )
     return size, _arguments.check_roll(op, shift_size, 2), window
 
@@ -71,7 +71,7 @@ class WindowProcess:
             shift_size: tokens by which the map is rolled, an int or one for each of H and W, of either sign and any
                 size.
             window_size: tokens per axis, an int or one for each of H and W.
-            backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call.
+            backend: "auto", "cuda", "triton", "torch" or "reference". "auto" picks the fastest usable one.
 
         Returns:
             (B * num_windows, window, window, C) in the dtype of input, contiguous, image-major, windows row-major. An
@@ -79,7 +79,7 @@ class WindowProcess:
 
         Raises:
             ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
-            NotImplementedError: the requested backend cannot run this call, with the reasons.
+            NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
         Source: ``WindowProcess`` of kernels/window_process/window_process.py, microsoft/Swin-Transformer.
         """

@@ -1,4 +1,4 @@
-"""Swin-Unet: segmentation by an encoder and a decoder of Swin blocks."""
+"""Swin-Unet: segmentation with an encoder and a decoder made of Swin blocks."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts
 
 
 def refuse_tracing(op: str) -> None:
-    """Raise under torch.jit.trace, which cannot record the ops and fails with an obscure error."""
+    """Raise a clear error under torch.jit.trace, which cannot record the ops and would fail with an obscure one."""
     if torch.jit.is_tracing():
         raise RuntimeError(
             f"{op}: torch.jit.trace cannot record window attention. Use torch.export.export or torch.compile, or trace "

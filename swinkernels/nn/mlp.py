@@ -47,7 +47,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def is_half(self) -> bool:
-        """Return True if ``mlp_half`` would now give the modules' result: they have GELU, no dropout and no hooks."""
+        """Return True if ``mlp_half`` would now give the modules' result: GELU, no active dropout and no hooks."""
         modules: Any = self._modules  # without __getattr__, which is slow
         drop = modules["drop"]
         return (

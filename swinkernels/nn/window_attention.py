@@ -96,8 +96,8 @@ class _WindowAttention(nn.Module):
     def is_half(self) -> bool:
         """Return True if ``attention_half`` would now give the modules' result: they have no dropout and no hooks.
 
-        Stochastic depth is drawn before the half runs, but dropout of the attention weights would have to be drawn
-        first.
+        With attention dropout the random numbers would differ, because the modules draw dropout before stochastic
+        depth, whereas the half gets a stochastic depth that is already drawn.
         """
         modules: Any = self._modules  # without __getattr__, which is slow
         attn_drop, proj_drop = modules["attn_drop"], modules["proj_drop"]

@@ -21,7 +21,7 @@ MAX_WINDOW_VOLUME = 1024
 MAX_AXIS_TABLES_VOLUME = 4096  # with axis_tables: enough for global attention over 1024 x 1024 images in patches of 16
 MAX_HEAD_DIM = 128
 MAX_ELEMENTS = 2**63 - 1
-LARGEST_FLOAT = torch.finfo(torch.float32).max  # bound of numbers that are added to or multiply float32 scores
+LARGEST_FLOAT = torch.finfo(torch.float32).max  # bound of numbers that multiply, or are added to, float32 scores
 # Kernels add this finite number for a mask_value of -inf: a masked key still gets probability exactly 0, and a tile
 # that has only masked keys produces no NaN.
 MASKED_OUT = -(2.0**125)
@@ -536,8 +536,8 @@ def check_window_call(
             elif spec.table_window != window:
                 name = "table_window"
             raise ValueError(
-                f"{op}: bias_table must be (prod({rows}), num_heads) = ({spec.table_rows}, {num_heads}), or with the "
-                f"number of window types between, for {name} {decoded}, got shape {tuple(bias_table.shape)}"
+                f"{op}: bias_table must be (rows, num_heads) = ({spec.table_rows}, {num_heads}) or (rows, window "
+                f"types, num_heads), with rows = prod({rows}) for {name} {decoded}, got shape {tuple(bias_table.shape)}"
             )
         if types < 1 or num_windows % types != 0:
             raise ValueError(

@@ -32,7 +32,7 @@ IMPLEMENTED = {
     "patch_merging": ("cuda", "triton"),
     "layer_norm": ("cuda",),
     "residual_layer_norm": ("cuda",),
-    "mlp_half": ("triton",),  # a whole half as one kernel; other backends compose it of the ops above
+    "mlp_half": ("triton",),  # the whole half as one kernel; other backends compose it from the ops above
 }
 
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -99,7 +99,7 @@ def _find_gpu_reason(backend: str, device: torch.device) -> str | None:
         built = _extension.build["arch_list"]
         if not has_machine_code(built, capability):
             return (
-                f"its kernels were built for {' '.join(built)}, the GPU is {capability[0]}.{capability[1]}: build "
+                f"its kernels were built for {' '.join(built)}, but the GPU is {capability[0]}.{capability[1]}: build "
                 "again with TORCH_CUDA_ARCH_LIST unset, or with that architecture in it"
             )
     return None
@@ -172,7 +172,7 @@ def _shared_bytes(device: torch.device) -> int:
 
 
 def window_volume_reasons(backend: str, volume: int, device: torch.device) -> list[str]:
-    """List at most one reason why a backend cannot take windows of this many tokens."""
+    """List the reason, if any, why a backend cannot take windows of this many tokens."""
     largest = _longest_window(backend, device)
     if largest is None or volume <= largest:
         return []
@@ -214,7 +214,7 @@ def residual_reasons(
     reasons = norm_reasons(backend, "residual_layer_norm", row, dtypes, device)
     stream, branch = dtypes
     if backend not in PLAIN and stream != torch.float32 and branch == torch.float32:
-        reasons.append(f"it adds a branch of the stream's dtype or a narrower one, got {branch} to {stream}")
+        reasons.append(f"it can only add a branch of the stream's dtype or a narrower one, got {branch} for {stream}")
     return reasons
 
 

@@ -54,7 +54,7 @@ class _Windows:
         self._size, self._window, self._shift = list(size), list(window), list(shift)
         self._rolls_first, self._device, self._grid = pad_order == "roll_then_pad", device, grid
         self._before = before or [0] * len(self._size)
-        # Only non-negative numbers are divided: ONNX rounds quotients towards zero.
+        # Only non-negative numbers are divided, because ONNX rounds negative quotients towards zero, unlike torch.
         self._counts = [(s + w - 1) // w for s, w in zip(self._size, self._window, strict=True)]
         self._frame = [c * w for c, w in zip(self._counts, self._window, strict=True)]
         self.per_image = math.prod(self._counts)

@@ -39,7 +39,7 @@ def fused_mlp(
     norm: str,
     approximate: str,
 ) -> Tensor:
-    """Run the kernel on weights and biases; those of fc1 and fc2 are in the dtype of the products."""
+    """Run the kernel. The weights and biases of fc1 and fc2 must be in the dtype of the products."""
     return _mlp_half(
         x, branch, *map(kernel_parameter, norm_parameters), *fc1, *fc2, eps, norm == "post", approximate == "tanh"
     )
@@ -48,7 +48,7 @@ def fused_mlp(
 def lacks(
     tensors: Sequence[Any], norm: Any, residual: Any, drop_path_scale: Any, layer_scale: Any, branch_scale: Any
 ) -> tuple[str, ...]:
-    """Name what the kernel does not have of a call of mlp_half, whose arguments have not been checked yet."""
+    """Return the names of features that a call of mlp_half uses and the kernel lacks; arguments may be unchecked."""
     found = {
         "gradients (use torch.no_grad())": torch.is_grad_enabled()
         and any(getattr(t, "requires_grad", False) for t in tensors),

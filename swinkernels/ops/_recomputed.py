@@ -1,8 +1,8 @@
 """Linear layers after a norm or GELU whose result is recomputed in the backward pass instead of being kept.
 
 Eager PyTorch keeps both the input of a norm or GELU and its result, which the next Linear reads. Norm and GELU are
-cheap compared with the matrix products, so this file keeps only their input. Compilers choose what to recompute, and
-transforms have their own rules, so these functions run the plain operations in all calls but plain eager ones.
+cheap compared with the matrix products, so the functions below keep only the input. Compilers choose what to
+recompute, and transforms have their own rules, so all calls but plain eager ones run the plain operations.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _run(
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Return a context without autocast: it has already cast the tensors, or was off in the forward pass."""
+    """Return a context without autocast, which has already cast the tensors or was off in the forward pass."""
     is_on = torch._C._is_any_autocast_enabled()
     return torch.autocast(x.device.type, enabled=False) if is_on else _AS_IT_IS
 
@@ -124,7 +124,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, ds, dy):
         s, branch_scale, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
         needs_x, needs_branch, _, *needs = ctx.needs_input_grad[:7]
-        needs = (needs_x or needs_branch, *needs)  # needs of s, the norm and the Linear layer
+        needs = (needs_x or needs_branch, *needs)  # gradients of s and of both layers' parameters
         eps, backend = ctx.others
         of_parameters: Sequence[Tensor | None] = (None,) * 4
         if dy is None:

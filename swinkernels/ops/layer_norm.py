@@ -136,7 +136,7 @@ def layer_norm(
         bias: (C,) or None for 0, any floating dtype.
         eps: added to the variance; 1e-5 in the Swin models.
         dtype: dtype of the result, by default x.dtype, also under autocast. The arithmetic is in float32 or wider.
-        backend: "auto", "cuda", "torch" or "reference". "auto" takes the fastest that can run the call.
+        backend: "auto", "cuda", "torch" or "reference". "auto" picks the fastest usable one.
 
     Returns:
         (..., C) in ``dtype``, contiguous. An empty x gives an empty result. Differentiable in x, weight and bias, each
@@ -145,7 +145,7 @@ def layer_norm(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
-        NotImplementedError: the requested backend cannot run this call, with the reasons.
+        NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
     Source: Layer Normalization (Ba et al., 2016); torch.nn.LayerNorm.
     """

@@ -67,7 +67,7 @@ def mlp_half(
             dtype of the matrix products and branch_scale needs no gradient. A branch of None leaves x as it is.
         backend: backend of the norm, "auto", "cuda", "torch" or "reference"; torch computes the matrix products, except
             with "reference". "triton" runs the whole half as one kernel, without a derivative, for C of 96 or 192 and
-            products in float16 or bfloat16. "auto" does not take it, because it has not been measured on a GPU.
+            products in float16 or bfloat16. "auto" does not choose it, because it has not been measured on a GPU.
 
     Returns:
         (B, ..., C) in the dtype of x; with residual=False and norm="pre", in the dtype of the matrix products. An empty
@@ -78,7 +78,7 @@ def mlp_half(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
-        NotImplementedError: the requested backend cannot run this call, with the reasons.
+        NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3; Swin Transformer V2 (Liu et al., 2022), section 3.2; second
     line of ``forward`` in the blocks of timm, torchvision and MONAI.
@@ -139,7 +139,8 @@ def mlp_half(
         )  # fmt: skip
     if branch is not None and not is_summed:
         x, branch, branch_scale = fallback.add(x, branch, branch_scale), None, None
-    # If a gradient is recorded, the backward pass recomputes GELU; otherwise GELU is fused with the product before it.
+    # If autograd records this call, the backward pass recomputes GELU; otherwise, where oneDNN can do so on a CPU, GELU
+    # is fused with the product before it.
     is_recorded = any_requires_grad(tensors)
     gelu = None if is_recorded else approximate
     weight, bias = cast(fc1_weight, fc1_bias, dtype)

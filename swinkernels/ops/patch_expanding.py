@@ -1,4 +1,4 @@
-"""Patch expanding: the Linear by the BLAS library, then one pass that lays out and normalises the parts."""
+"""Patch expanding: torch's Linear, then one pass that lays out and normalises the parts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def patch_expanding(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
-        NotImplementedError: the requested backend cannot run this call, with the reasons.
+        NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
     Source: Swin-Unet (Cao et al., 2021), section 3.4; ``PatchExpand`` and ``FinalPatchExpand_X4`` of its code.
     """

@@ -149,7 +149,7 @@ def patch_merging(
             "monai": MONAI's PatchMerging since 1.5; for K = 8 000, 100, 010, 001, 110, 101, 011, 111, else "swin".
             "monai_legacy": MONAI's up to 1.4; for K = 8 000, 100, 010, 001, 101, 010, 001, 111, else "swin".
         norm: "pre" (v1) or "post" (v2).
-        backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call. The
+        backend: "auto", "cuda", "triton", "torch" or "reference". "auto" picks the fastest usable one. The
             norm of "post" has no Triton kernel: with "triton", torch computes it.
 
     Returns:
@@ -160,7 +160,7 @@ def patch_merging(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
-        NotImplementedError: the requested backend cannot run this call, with the reasons.
+        NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.1; Swin Transformer V2's code for "post"; the
     ``PatchMerging`` modules of the libraries named above.

@@ -219,7 +219,7 @@ def residual_layer_norm(
         weight, bias: (C,) of the norm, or None for 1 and 0, any floating dtype.
         eps: added to the variance of the norm.
         drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
-        backend: "auto", "cuda", "torch" or "reference". "auto" takes the fastest that can run the call.
+        backend: "auto", "cuda", "torch" or "reference". "auto" picks the fastest usable one.
 
     Returns:
         s in the dtype of x, and z in the dtype of y, which the next branch reads; z is the norm of the returned,
@@ -229,7 +229,7 @@ def residual_layer_norm(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
-        NotImplementedError: the requested backend cannot run this call, with the reasons.
+        NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3: a block's residual connection with the LN of its next half.
     """
@@ -258,7 +258,7 @@ def residual_post_norm(
         s, (B, ..., C) in the dtype of x, contiguous. Differentiable as :func:`residual_layer_norm` is.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as :func:`residual_layer_norm`.
+        ValueError, TypeError, NotImplementedError: as for :func:`residual_layer_norm`.
 
     Source: Swin Transformer V2 (Liu et al., 2022), section 3.2, res-post-norm.
     """

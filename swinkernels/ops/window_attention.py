@@ -36,8 +36,8 @@ from swinkernels.ops._library import (
 )
 from swinkernels.window_spec import WindowSpec
 
-# All float32 but pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the map's device). bias
-# is dense or, if the spec says so, the concatenated axis_tables.
+# All are float32 except pad_qkv (the map's dtype), region_map (int32) and dropout_seed (one int64 on the map's device).
+# bias is dense or, if the spec says so, the concatenated axis_tables.
 _TABLES = (
     "Tensor? bias_table, Tensor? bias, Tensor? logit_scale, Tensor? pad_qkv, Tensor? region_map, Tensor? dropout_seed"
 )
@@ -400,12 +400,12 @@ def window_attention_qkvpacked(
         logit_scale: v2: per-head log-factor, num_heads values.
         pad_qkv: q, k and v of a pad token, (3C,) or (3, num_heads, head_dim): the bias of the QKV Linear in models
             that pad its input with zeros. Zero by default. Pad tokens are attended to.
-        pad_order: if S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
-            MONAI, mmpretrain) or "roll_then_pad" (timm).
+        pad_order: order of padding and shift if S is not a multiple of the window: "pad_then_roll" (Microsoft,
+            torchvision, transformers, MONAI, mmpretrain) or "roll_then_pad" (timm).
         pad_before: pad tokens before the data, per axis; the rest follow it.
         periodic: per axis, True if the map wraps around (longitude), so that the shift needs no mask on that axis. With
             "pad_then_roll", which would pad between the ends, such an axis must be whole windows if it is shifted.
-        region_map: int32 or narrower, of the padded map's shape; replaces the shift's regions. Tokens with different
+        region_map: int32 or narrower, with the padded map's shape; replaces the shift's regions. Tokens with different
             values are masked from each other.
         mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. A row never
             becomes NaN, because every token shares a region with itself.
@@ -423,8 +423,8 @@ def window_attention_qkvpacked(
             table_pairs.
         table_pairs: per axis, True if the table has a row for each pair of coordinates of query i and key j, numbered
             i + window * j, instead of one for each offset (height and latitude of Pangu-Weather).
-        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" takes the fastest that can run the
-            call: a kernel, else PyTorch's own code ("torch"), never the slow reference.
+        backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" picks the fastest usable
+            one: a kernel, else PyTorch's own code ("torch"), never the slow reference.
         return_attention: also return the attention weights. Only "torch" and "reference" support it: the kernels never
             hold all weights.
 
@@ -439,7 +439,7 @@ def window_attention_qkvpacked(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
-        NotImplementedError: the requested backend cannot run this call, with the reasons.
+        NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.2; Swin Transformer V2 (Liu et al., 2022), section 3.
     """

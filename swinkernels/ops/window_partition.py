@@ -132,9 +132,9 @@ def window_partition(
         x: (B, \*S, C), S = (H, W) or (D, H, W), any dtype; read without a copy if its last axis is contiguous.
         window_size: tokens per axis, an int or one per axis, slowest first.
         shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
-        pad_order: if S is not a multiple of the window: "pad_then_roll" (Microsoft, torchvision, transformers,
-            MONAI, mmpretrain) or "roll_then_pad" (timm).
-        backend: "auto", "cuda", "triton", "torch" or "reference". "auto" takes the fastest that can run the call.
+        pad_order: order of padding and shift if S is not a multiple of the window: "pad_then_roll" (Microsoft,
+            torchvision, transformers, MONAI, mmpretrain) or "roll_then_pad" (timm).
+        backend: "auto", "cuda", "triton", "torch" or "reference". "auto" picks the fastest usable one.
 
     Returns:
         (B * num_windows, N, C) in the dtype of x, contiguous, image-major, windows and their tokens row-major. An empty
@@ -143,7 +143,7 @@ def window_partition(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
-        NotImplementedError: the requested backend cannot run this call, with the reasons.
+        NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
     Source: ``torch.roll`` and ``window_partition`` of microsoft/Swin-Transformer, and the padding of its callers.
     """
@@ -184,7 +184,7 @@ def window_reverse(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
-        NotImplementedError: the requested backend cannot run this call, with the reasons.
+        NotImplementedError: the requested backend cannot run this call; the message lists the reasons.
 
     Source: ``window_reverse`` and ``torch.roll`` of microsoft/Swin-Transformer, and the crop of its callers.
     """

@@ -69,7 +69,7 @@ def mlp_half(
         (B, ..., C) in the dtype of x.
 
     Raises:
-        ValueError: an unknown norm or approximation, shapes that do not agree.
+        ValueError: an unknown norm or approximation, mismatched shapes.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3; Swin Transformer V2 (Liu et al., 2022), section 3.2; second
     line of ``forward`` in the blocks of timm, torchvision and MONAI.

@@ -38,7 +38,7 @@ def patch_embed(
         (B, \*S, C), channels last, in the dtype of x, S = ceil(I / patch). An empty batch gives an empty result.
 
     Raises:
-        ValueError: shapes that do not agree.
+        ValueError: mismatched shapes.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.1; ``PatchEmbed`` of timm, MONAI and Video-Swin.
     """

@@ -42,7 +42,7 @@ def patch_expanding(
         (B, \*(S * factor), out) in ``dtype``. An empty batch gives an empty result.
 
     Raises:
-        ValueError: a factor below 1, channels that it does not divide, shapes that do not agree.
+        ValueError: a factor below 1, channels that it does not divide, mismatched shapes.
 
     Source: Swin-Unet (Cao et al., 2021), section 3.4; ``PatchExpand`` and ``FinalPatchExpand_X4`` of its code.
     """

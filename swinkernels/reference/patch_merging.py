@@ -69,7 +69,7 @@ def patch_merging(
         (B, \*S', out) in the dtype of x, S' = ceil(S / 2) on the merged axes. An empty batch gives an empty result.
 
     Raises:
-        ValueError: an unknown order or norm, shapes that do not agree.
+        ValueError: an unknown order or norm, mismatched shapes.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.1; Swin Transformer V2's code for "post"; the
     ``PatchMerging`` modules of the libraries named above.

@@ -33,7 +33,7 @@ def residual_layer_norm(
         s in the dtype of x and z in the dtype of y, each (B, ..., C); z is the norm of the returned, rounded s.
 
     Raises:
-        ValueError: shapes that do not agree.
+        ValueError: mismatched shapes.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3: a block's residual connection with the LN of its next half.
     """
@@ -61,7 +61,7 @@ def residual_post_norm(
         s, (B, ..., C) in the dtype of x.
 
     Raises:
-        ValueError: shapes that do not agree.
+        ValueError: mismatched shapes.
 
     Source: Swin Transformer V2 (Liu et al., 2022), section 3.2, res-post-norm.
     """

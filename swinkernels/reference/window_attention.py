@@ -105,7 +105,7 @@ def window_attention(
     with ``exp(min(logit_scale, ln 100))`` times the cosine of q_i and k_j, each divided by max(norm, 1e-12), in place
     of the scaled product if ``logit_scale`` is given. With ``axis_tables`` the bias is the sum over axes a of
     q_i . axis_tables[a][i_a - j_a + window_a - 1], with q unscaled. ``mask_ij`` is ``mask_value`` where the shift
-    regions of the two tokens differ, else 0. Pad tokens are keys like any other; their own rows are dropped.
+    regions of the two tokens differ, else 0. Pad tokens are keys like any other; their result rows are dropped.
 
     Args:
         q, k, v: (B, \*S, num_heads, head_dim) each, S = (H, W) or (D, H, W), any floating dtype.
@@ -149,7 +149,8 @@ def window_attention(
     keys = window if key_window is None else per_axis(op, "key_window", key_window, rank)
     if keys != window and (grid or any(shift) or region_map is not None or axis_tables is not None):
         raise ValueError(
-            f"{op}: a key_window {keys} other than the window {window} has no shift, grid, region_map or axis_tables"
+            f"{op}: shift_size, grid, region_map and axis_tables cannot be combined with key_window {keys}, which "
+            f"differs from window_size {window}"
         )
     if any(m < w or (m - w) % 2 for m, w in zip(keys, window, strict=True)):
         raise ValueError(f"{op}: key_window must be window_size plus an even number per axis, got {keys} for {window}")

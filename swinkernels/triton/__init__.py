@@ -37,7 +37,7 @@ def launch_captured(op: str, launch: Callable[..., Any], *arguments: Any) -> Any
     def refuse(**_: Any) -> None:
         raise RuntimeError(
             f"{op}: Triton has no compiled kernel for this call yet, and none can be loaded while a CUDA graph is "
-            "captured: call it once with tensors of these shapes, dtypes and strides before capturing"
+            "being captured: call the op once with tensors of these shapes, dtypes and strides before capturing"
         )
 
     with knobs.runtime.scope():

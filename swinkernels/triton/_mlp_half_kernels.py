@@ -2,7 +2,7 @@
 
 Maths     pre:  y = s + fc2(gelu(fc1(norm(s)))), post: y = s + norm(fc2(gelu(fc1(s)))), with s = x + branch.
           The statistics, from two passes over registers, GELU and the sums of both products are float32. The left
-          operands of both products are rounded to the dtype of the weights, and the result once to that of x.
+          operands of both products are rounded to the weights' dtype, and the result once, to the dtype of x.
 Tiling    a program has ROWS tokens with all of their C channels. A tile's width must be a power of two, which C is not,
           so each token has two parts, of WIDE and C - WIDE channels. The program takes CHUNK hidden channels at a time:
           fc1 sums over both parts, and GELU's result goes from registers into the sums of fc2. Hopper's matrix units
@@ -36,7 +36,7 @@ _TANH_CUBE = tl.constexpr(-2.302208198 * 0.044715)
 
 @triton.jit
 def gelu(x, FORM: tl.constexpr):
-    """Return GELU of float32 numbers: "erf" is exact, "tail" for results in 16 bits, "tanh" torch's approximation."""
+    """Return GELU of float32 numbers: "erf" exactly, "tail" to 16 bits, "tanh" by torch's approximation."""
     if FORM == "erf":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif FORM == "tail":

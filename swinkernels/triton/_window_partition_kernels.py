@@ -1,7 +1,7 @@
-"""The Triton kernel of window partition and window reverse, 2D as 3D with a leading axis of one token.
+"""The Triton kernel of window partition and window reverse; 2D is 3D with a leading axis of one token.
 
 Maths     windows[b * num_windows + w, t] = x[b, y(w, t)], zero if (w, t) is a pad token; the reverse assigns to x
-          instead. y is one-to-one between the real tokens of the windows and those of the map, so one kernel
+          instead. y is one-to-one between the windows' real tokens and the tokens of the map, so one kernel
           serves both directions, and each writes every element of its result once.
 Tiling    a token's channels are ROW chunks of the widest accesses (up to 16 bytes) that the row, its strides and its
           address allow; a window is N * ROW contiguous chunks. A program takes the same BLOCK of chunks in several

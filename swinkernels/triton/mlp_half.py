@@ -12,8 +12,8 @@ from swinkernels.triton import _mlp_half_kernels as kernels
 from swinkernels.triton._launch import ARITHMETIC, INT32_MAX, contiguous
 
 ROWS, CHUNK = 128, 32  # tokens of a program, hidden channels at a time
-# With 128 registers per thread, which 96 channels allow, two programs share a multiprocessor, and the GELU of one hides
-# behind the products of the other. These numbers are derived from registers and shared memory, not measured.
+# With 128 registers per thread, which 96 channels allow, two programs share a multiprocessor, and the GELU of one
+# overlaps with the products of the other. These numbers are derived from registers and shared memory, not measured.
 WARPS, STAGES, REGISTERS = 8, 2, 128
 
 
@@ -36,7 +36,7 @@ def forward(
     if hidden % CHUNK != 0 or min(wide, channels - wide) < 16 or (channels - wide).bit_count() != 1:
         raise ValueError(
             f"mlp_half: backend='triton' takes a multiple of {CHUNK} hidden channels and a number of channels that is "
-            f"the sum of two powers of two from 16 on, got fc1_weight of shape {tuple(fc1_weight.shape)}"
+            f"the sum of two powers of two of at least 16, got fc1_weight of shape {tuple(fc1_weight.shape)}"
         )
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = y.numel() // channels

@@ -100,7 +100,8 @@ def _geometry(
     whole = align % vec == 0 and channels % vec == 0
     size, tiling = pad_to_3d(size, 1), tile(length, itemsize, whole, backward, multiprocessors)
     runs = _runs_of(neighbours) if backward else {"RUNS": _table(neighbours)}
-    bounded = whole and runs.get("SECOND") is None  # a neighbour in two runs has two sums
+    # There is no register limit if a neighbour is in two runs, which needs a second pair of accumulators.
+    bounded = whole and runs.get("SECOND") is None
     registers = BACKWARD_REGISTERS if backward else FORWARD_REGISTERS
     steps = [s // align for s in strides]
     step, counts = [tiling.programs * tiling.rows], pad_to_3d(merged, 1)

@@ -47,13 +47,12 @@ This page compares a small model of every family that `accelerate` supports befo
 - **On the op**: how many of the modules with window attention ran on a window attention op in a forward pass.
 - **Error, float64**: the largest difference from the library's own code, over outputs and every gradient, each relative
   to its largest element.
-- **Error, float32**: the same for the difference between float32 and float64, after `accelerate` and, in brackets,
-  before it.
+- **Error, float32**: the largest difference between float32 and float64 results, after `accelerate` (and before it).
 - **CPU time** and **memory** of a forward pass in float32, before → after: the median of {repeats} runs, alternately
   before and after, and the most bytes held at once in addition to the model. Such small models show the cost of calls,
   not of kernels: [Benchmarks](benchmarks.md) has models of real size.
 
-In the source column, "form of X" means a test module written with X's names and conventions.
+In the column "source", "form of X" means a test module written with the names and conventions of X.
 
 | family | source | on the op | error, float64 | error, float32 | CPU time, ms | memory, KiB |
 |---|---|---|---|---|---|---|

@@ -419,9 +419,9 @@ class CannotBeCopied(forms.ClassificationBlock):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (TakesAnIndex, "its forward takes (self, x, x_size, rpi, attn_mask), which is not a known form"),
+        (TakesAnIndex, "its forward takes (self, x, x_size, rpi, attn_mask), which matches no known form"),
         (ReturnsMore, "it returns a tuple, not a tensor"),
-        (Raises, "its forward refused a trial on random numbers: ValueError: not today"),
+        (Raises, "its forward refused a trial on random inputs: ValueError: not today"),
         (CannotBeCopied, "cannot be copied for a trial: TypeError: there is only one"),
     ],
 )

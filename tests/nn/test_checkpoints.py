@@ -328,8 +328,8 @@ def test_absolute_position_embedding_is_a_misfit():
 @pytest.mark.parametrize(
     ("checkpoint", "source", "error", "message"),
     [
-        ({"conv.weight": torch.zeros(1)}, "auto", ValueError, "this is no Swin checkpoint of any known source"),
-        ({"conv.weight": torch.zeros(1)}, "monai", ValueError, "this is no Swin checkpoint of monai"),
+        ({"conv.weight": torch.zeros(1)}, "auto", ValueError, "this is not a Swin checkpoint of any known source"),
+        ({"conv.weight": torch.zeros(1)}, "monai", ValueError, "this is not a Swin checkpoint of monai"),
         ({}, "auto", TypeError, "must be a state dict"),
         ({"conv.weight": torch.zeros(1)}, "keras", ValueError, "source must be 'auto' or one of"),
     ],

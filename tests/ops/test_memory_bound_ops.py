@@ -646,7 +646,7 @@ def test_backend_that_cannot_run(case, backend):
         (lambda x: swinkernels.layer_norm(x, dtype=torch.float64, backend="cuda"), "it has no torch.float64 kernel"),
         (
             lambda x: swinkernels.residual_layer_norm(x.half(), x, backend="cuda"),
-            "it adds a branch of the stream's dtype or a narrower one, got torch.float32 to torch.float16",
+            "it can only add a branch of the stream's dtype or a narrower one, got torch.float32 for torch.float16",
         ),
         (lambda x: swinkernels.patch_merging(x.double(), None, None, zeros(2, 12), backend="triton"), "float64"),
         (

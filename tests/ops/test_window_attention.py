@@ -244,7 +244,7 @@ def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     monkeypatch.setattr(_backends._extension, "build", {"arch_list": ["8.0", "9.0"]})
     device = torch.device("cuda", 62)  # no other test uses this device, so it is not cached
-    expected = "built for 8.0 9.0, the GPU is 12.0: build again with TORCH_CUDA_ARCH_LIST unset"
+    expected = "built for 8.0 9.0, but the GPU is 12.0: build again with TORCH_CUDA_ARCH_LIST unset"
     assert expected in _backends.gpu_reason("cuda", device)
     assert _backends.gpu_reason("triton", device) is None
 

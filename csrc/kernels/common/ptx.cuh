@@ -104,7 +104,7 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "memory");
 }
 
-// Register allocation differs from sm_100 on.
+// Register allocation differs for sm_100 and newer.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool kIsBlackwell = true;
 #else
@@ -112,7 +112,7 @@ constexpr bool kIsBlackwell = false;
 #endif
 
 // Stores four (x4) or two (x2) 8 x 8 matrices of 16-bit elements to shared memory, the inverse of ldmatrix_x*: row r of
-// matrix i goes to the smem_row of lane 8 * i + r. Available from sm_90 on.
+// matrix i goes to the smem_row of lane 8 * i + r. Available for sm_90 and newer.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr bool kHasStmatrix = true;
 #else
@@ -139,9 +139,9 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t m) {
   return r;
 }
 
-// Copies 16 bytes from global to shared memory in the background, past L1 (.cg); both addresses 16-byte aligned. When
-// !valid, writes zeros instead and does not read gmem. The bytes are visible to the calling thread after the
-// cp_async_wait of their group, and to other threads after a barrier that follows it.
+// Copies 16 bytes from global to shared memory in the background, bypassing L1 (.cg). Both addresses are 16-byte
+// aligned. When !valid, writes zeros instead and does not read gmem. The bytes are visible to the calling thread after
+// the cp_async_wait of their group, and to other threads after a barrier that follows it.
 __device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :

@@ -43,8 +43,8 @@ struct SmemTile {
   }
 };
 
-// Byte offsets of a lane's square and band in every tile of one shape. Kept in registers, they save a loop the
-// arithmetic of the permutation.
+// Byte offsets of a lane's square and band in every tile of one shape. Keeping them in registers saves a loop
+// the arithmetic of the permutation.
 template <class Tile>
 struct LaneOffsets {
   int square, band, transposed_square;

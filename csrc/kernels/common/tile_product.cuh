@@ -52,7 +52,7 @@ __device__ __forceinline__ void tensor_core_add_abt(float (&c)[kTiles][4], const
 template <class T_>
 struct HalfPrecisionProduct {
   using T = T_;
-  static constexpr bool kIsExact = false;  // operands are not rounded
+  static constexpr bool kIsExact = false;  // true if operands are not rounded
 
   template <int kCount>
   __device__ static __forceinline__ void round(uint32_t (&)[kCount]) {}
@@ -159,7 +159,7 @@ struct HalfPrecisionProduct {
 
 struct Tf32Product {
   using T = float;
-  static constexpr bool kIsExact = false;  // operands are not rounded
+  static constexpr bool kIsExact = false;  // true if operands are not rounded
 
   template <int kCount>
   __device__ static __forceinline__ void round(uint32_t (&x)[kCount]) {
@@ -225,7 +225,7 @@ struct Tf32Product {
 
 struct FloatProduct {
   using T = float;
-  static constexpr bool kIsExact = true;  // operands are not rounded
+  static constexpr bool kIsExact = true;  // true if operands are not rounded
 
   template <int kTiles, class Tile>
   __device__ static __forceinline__ void add_abt(float (&c)[kTiles][4], const Tile& a, int a_row, const Tile& b) {

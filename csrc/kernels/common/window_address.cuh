@@ -12,8 +12,8 @@
 namespace swinkernels {
 
 struct WindowLayout : FrameLayout {
-  // Query i and key j have entry query_index(i) - key_index(j) + table_middle of the bias table. A coordinate has
-  // these strides in the two; they differ on an axis whose rows stand for pairs of coordinates.
+  // Query i and key j have entry query_index(i) - key_index(j) + table_middle of the bias table. The
+  // strides multiply a coordinate in either index; they differ on an axis whose rows stand for pairs of coordinates.
   int32_t table_window[3], query_stride[3], key_stride[3];
   int32_t table_middle;
   int32_t table_entries;

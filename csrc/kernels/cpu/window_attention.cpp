@@ -210,7 +210,7 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
           *sum = p.logit_scale[head] <= kMaxLogitScale ? *sum * score_factor(p, head) : 0.0f;
         }
         if (params.dpad_qkv != nullptr) {
-          float* dpad = params.dpad_qkv + head * dim;  // for q: a pad query has no gradient
+          float* dpad = params.dpad_qkv + head * dim;  // dq, which is zero: a pad query has no gradient
           std::fill(dpad, dpad + dim, 0.0f);
           for (int64_t part = 0; part < 2; ++part) {
             sum_chunks(partition.dpad_kv + (head * 2 + part) * dim, chunks, heads * 2 * dim, dim,

@@ -12,8 +12,8 @@
 //           queries in blocks of at most kMaxQueryBlock, so that for window 7 and head_dim 32 all of it stays in L1
 //           and for 1024 tokens the scores of a block stay in L2.
 // Work      forward 4, backward 10 N^2 head_dim operations for each window and head, N rounded up to whole vectors, and
-//           one exp per score in either pass. From some 30 tokens on, the kernels are bound by arithmetic, not by
-//           memory. v2 adds work per row, not per score: some 7 % at window 8 and head_dim 32.
+//           one exp per score in either pass. In windows of more than about 30 tokens, the kernels are bound by
+//           arithmetic, not by memory. v2 adds work per row, not per score: some 7 % at window 8 and head_dim 32.
 #include "simd.inl"
 
 namespace swinkernels::cpu::SWINKERNELS_ISA {
@@ -381,7 +381,7 @@ class Bias {
     });
   }
 
-  // The table's bias for key j and queries [i, i + length) is contiguous in the table's column where r(i + t) = r(i) +
+  // The table's bias for key j and queries [i, i + length) is contiguous in the table's column if r(i + t) = r(i) +
   // t, usually for a row of the window. So the table is read, and its gradient summed, in vectors, without an index per
   // score. The last vector of a run extends beyond it; the elements that it writes there are overwritten by the next
   // run or unused.
@@ -654,7 +654,7 @@ void softmax_backward(const Sizes& sizes, int64_t queries, const float* lse, flo
       delta += delta_part;
     }
     // The sum is 1 except for the rounding of lse, which is several eps if lse is large. All keys share this error, so
-    // it would not cancel in dS as it must. For a pad query the sum is 0.
+    // without a correction the sum of dS over the keys would not be zero. For a pad query the sum is 0.
     const Vec normalise = sum == Vec{} ? Vec{} : 1.0f / sum;
     delta *= normalise;
     for (int64_t key = 0; key < sizes.keys; ++key) {

@@ -1,9 +1,10 @@
 """Adapters for window attention of unknown classes inside blocks without a known form, such as HAT's.
 
 Only the attention module is replaced; its block cuts the windows. Rolling and cutting stay in the block, so the gain is
-smaller, but the block may be of any form: x, the mask and, in HAT, the index of the bias table are arguments. The op
-takes bias plus mask, of any values, as a dense bias. The windows of an image become the rows of a map, (images,
-windows, N, C), and each window of the op is one row. Each class is trusted after a trial with random masks.
+smaller, but the block may be of any form, because x, the mask and, in HAT, the index of the bias table are arguments of
+the module. The op takes bias plus mask, of any values, as a dense bias. The windows of an image become the rows of a
+map, (images, windows, N, C), and each window of the op is one row. A class is replaced only after a trial with random
+masks.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor |
     windows = 1
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 3 or mask.shape[1:] != (n, n) or x.shape[0] % mask.shape[0]:
-            return "the mask is not (windows, N, N)"
+            return "the mask does not have the shape (windows, N, N)"
         windows = mask.shape[0]
     qkv = qkv_of(attn, x, qkv_bias(attn))
     bias = bias_table(attn)[index.reshape(-1)].reshape(n, n, -1).permute(2, 0, 1)
@@ -128,7 +129,7 @@ class StructuralAttention(DynamicSubclass):
     def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
         """Return the op's result, or the reason why the module's own code has to run."""
         if self._swinkernels_own_code(x):
-            return "its code is traced, was replaced, or no kernel runs on the device"
+            return "its code is traced or was replaced, or no kernel runs on the device"
         form = self._swinkernels_form
         names = [name for name in (form.index, form.mask) if name is not None]
         given = dict(zip(names, args, strict=False))
@@ -180,7 +181,7 @@ def _why_not(attn: Any, form: Form) -> str | None:
     if beyond is not None:
         return beyond
     if any(p.is_meta for p in attn.parameters()):
-        return "its parameters are on meta, and an unknown class is trusted only after a trial"
+        return "its parameters are on the meta device, and an unknown class is replaced only after a trial with values"
     make = functools.partial(Trial, attn, functools.partial(_put_in_place, form), functools.partial(_call, form))
     return _TRIALS.why_not(attn, (), narrow(attn.qkv.in_features, attn.num_heads), make, _attempt)
 

@@ -1,11 +1,11 @@
-"""Adapters for copies of Microsoft's Swin block in any package: found by their structure, trusted after a trial.
+"""Adapters for copies of Microsoft's Swin block in any package: found by their structure, replaced after a trial.
 
 Classification, detection and segmentation backbones, Swin-Unet, SwinIR, Video Swin and many others contain modified
 copies of Microsoft's file, and there is no class to import. A block is a candidate if it has the right attributes:
 ``window_size``, ``shift_size``, ``norm1``, ``norm2``, ``mlp``, and in ``attn`` the layers ``qkv`` and ``proj``,
 ``num_heads`` and a bias table (v1) or the MLP and the scale of v2. Its forward may have one of a few published forms
 (:class:`Form`). A trial (``trial.py``) decides: a copy of the block and its accelerated twin run on the same random
-numbers, and the first form that gives the same outputs and gradients is used. A block that no form fits is left as it
+inputs, and the first form that gives the same outputs and gradients is used. A block that no form fits is left as it
 was, and the report gives the reason.
 
 One accelerated class is made per class and form, and is pickled as that pair. If no form fits the whole block, a form
@@ -60,7 +60,7 @@ from swinkernels.adapters.norms import Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
 
-_BATCH = 2  # in a trial: a wrong stride between images shows only from the second image on
+_BATCH = 2  # images of a trial; a wrong stride between images cannot be seen with one image
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, 
 
 
 def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
-    """Return "whole" for a map of whole windows, else "padded", after "small, " if a window covers some axis."""
+    """Return "whole" for a map of whole windows, else "padded"; prefix "small, " if one window covers an axis."""
     small = any(s <= w for s, w in zip(size, window, strict=True))
     padded = any(s % w for s, w in zip(size, window, strict=True))
     return ("small, " if small else "") + ("padded" if padded else "whole")
@@ -351,7 +351,7 @@ class StructuralBlock(DynamicSubclass):
     def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
         """Return the arguments of the op, or the reason why the block's own code has to run."""
         if self._swinkernels_own_code(x):
-            return "its code is traced, was replaced, or no kernel runs on the device"
+            return "its code is traced or was replaced, or no kernel runs on the device"
         given, name = None, self._swinkernels_argument
         if name is not None:
             if args:
@@ -443,8 +443,8 @@ _MOST_TOKENS = 20_000  # in a map to try
 
 
 def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:
-    """Return the sizes of a small map of each kind that the block may get, and of a map with more tokens than any
-    number with which the block's code may compare the number of tokens.
+    """Return the sizes of maps to try: a small map of each kind that the block may get, and one map with more tokens
+    than any constant that the block's code may compare with the number of tokens.
     """
     sizes = _small_sizes(form, block)
     number = largest_number(block, _MOST_TOKENS, block.attn.qkv.in_features)
@@ -504,7 +504,7 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
         setattr(block, name, length)
     if form.mask_from == "argument":
         window, shift = _clamped(form, block, size)
-        if not any(shift):  # a stage passes the same mask to its blocks without a shift
+        if not any(shift):  # a stage passes its mask also to the blocks that are not shifted
             shift = tuple(0 if w == 1 or s <= w else w // 2 for s, w in zip(size, window, strict=True))
         args.append(shift_mask(frame_of(size, window), window, shift, device=x.device))
     if form.layout == "sequence":
@@ -512,7 +512,7 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
     return type(block).forward(block, x, *args)
 
 
-# Signature -> the result of the trials of a narrow copy, and the result after a trial at the module's own width.
+# Signature -> the result of the trials of a narrow copy, or of a trial at the module's own width.
 _TRIALS: dict[tuple[Any, ...], Form | str] = {}
 _AT_OWN_WIDTH: dict[tuple[Any, ...], Form | str] = {}
 
@@ -523,7 +523,7 @@ def _form_of(block: Any) -> Form | str:
     Thorough trials run a narrow copy; a short trial then runs at full width.
     """
     if any(p.is_meta for p in block.parameters()):
-        return "its parameters are on meta, and an unknown class is trusted only after a trial"
+        return "its parameters are on the meta device, and an unknown class is replaced only after a trial with values"
     resolution = None if _resolution(block) is None else _small_resolution(block)
     make = signature_of(block, resolution, sizes=_named_sizes(block).split())
     if make not in _AT_OWN_WIDTH:
@@ -575,7 +575,7 @@ def _trial(block: Any, form: Form | None, **options: Any) -> Trial:
 def _try_forms(block: Any, width: Width | None) -> Form | str:
     forms = list(_forms(block))
     if not forms:
-        return f"its forward takes {inspect.signature(original_class(block).forward)}, which is not a known form"
+        return f"its forward takes {inspect.signature(original_class(block).forward)}, which matches no known form"
     best, why = None, ""
     for form in forms:
         cases = [_case(block, size, width=width) for size in _sizes_to_try(form, block)]

@@ -1,7 +1,7 @@
 """Runs the MLPs of copied blocks, for inference on a CPU, in fused products.
 
 An MLP is a candidate if its layers are Linear, GELU and Linear, with dropouts. Its class may compute anything from
-them, so the composition of the layers is compared with the module on random numbers.
+them, so the composition of the layers is compared with the module on random inputs.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ class Snapshot:
         self.inner = inner_state(self.values)
         self.missing = _missing_parameters(module)
         self.known = frozenset(n for n, v in module.__dict__.items() if not is_bound_method(module, type(module), v))
-        # Names of attributes with the instance's bound methods, which tools that offload weights store.
+        # Names of attributes that hold the instance's bound methods, as stored by tools that offload weights.
         self.bound = tuple(n for n in module.__dict__ if n not in self.known)
         self.size = len(module.__dict__)
         self.leaves = tuple(

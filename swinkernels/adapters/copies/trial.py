@@ -1,4 +1,4 @@
-"""Compares a module of an unknown class with its accelerated twin on random numbers.
+"""Compares a module of an unknown class with its accelerated twin on random inputs.
 
 Both are copies with random parameters and buffers, on the CPU, in float64 and without hooks. Initial values could hide
 a difference: a norm that starts at 0 hides a whole branch. The module, its gradients and the state of every random
@@ -28,8 +28,8 @@ from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back,
 _TOLERANCE = 1e-6  # relative to the largest element; not lower, because constants of a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify rounding errors
 _LARGE_SCORE = 75.0
-# dtype -> the largest difference that counts as rounding: root mean square, relative to the root mean square of the
-# output, and about five times the largest value for any form of this package.
+# dtype -> the largest difference that counts as rounding, as a root mean square relative to the output's. It is about
+# five times the largest difference of any form of this package.
 _ROUNDING = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 _MANY_IMAGES = 16
 # Tensors that keep their values in a trial, because forms read them or because every instance is checked for them.
@@ -155,7 +155,7 @@ class Trial:
     _left: dict[str, Any] = field(default_factory=dict)
 
     def run(self, cases: list[Case] | Callable[[Any], list[Case]]) -> tuple[frozenset[str], str]:
-        """Return the kinds of inputs without a difference, and the first difference or, if none passed, the refusal.
+        """Return the kinds of inputs with equal results, and the first difference or, if no input passed, the refusal.
 
         An input that the module itself refuses does not count for or against the hypothesis.
 
@@ -185,7 +185,7 @@ class Trial:
                     tried_in_training = tried_in_training or in_training
                     passed.add(case.kind)
                 except _Refused as refusal:
-                    refused = f"its forward {REFUSED} on random numbers: {refusal} ({_map_of(x)})"
+                    refused = f"its forward {REFUSED} on random inputs: {refusal} ({_map_of(x)})"
                     continue
                 except NotCovered as reason:
                     refused = f"the op would not run: {reason}"
@@ -233,8 +233,8 @@ class Trial:
         module: Any
         for module in plain.modules():
             for name, p in module.named_parameters(recurse=False):
-                # Uniform numbers with unit variance: normal numbers would take three times as long, most of the time
-                # of a wide module's trial.
+                # Uniform numbers with unit variance, because normal numbers take three times as long to draw: most of
+                # the time of a wide module's trial.
                 p.data.uniform_(-math.sqrt(3.0), math.sqrt(3.0), generator=generator)
                 if name == "logit_scale":
                     p.data.mul_(0.3).add_(2.0)
@@ -325,7 +325,7 @@ class Trial:
             _check_left(name, left.get(name, _NOTHING), expected_left.get(name, _NOTHING))
 
     def _compare_dtypes_and_batches(self, plain: nn.Module, fast: nn.Module, case: Case) -> None:
-        """Compare outputs in other dtypes, in float32 for a larger batch: a forward may branch on either."""
+        """Compare outputs in other dtypes and, in float32, for a larger batch, because a forward may branch on both."""
         images, *size = case.shape
         times = max(2 if images > 1 else 3, min(_MANY_IMAGES // images, MOST_SCORES // max(case.scores, 1)))
         for dtype, tolerance in _ROUNDING.items():
@@ -333,7 +333,7 @@ class Trial:
             x = torch.randn((batch, *size), generator=_generator(1), dtype=torch.float64).to(dtype)
             try:
                 expected = self._try(_in_dtype(plain, dtype), x)
-            except Exception:  # its code does not take such an input
+            except Exception:  # its code does not accept such an input
                 continue
             try:
                 got = self._try(_in_dtype(fast, dtype), x)
@@ -439,7 +439,7 @@ class Verdicts:
 
 
 def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return (module, attribute's name) for each dropout probability in a module and in those inside it."""
+    """Return (module, attribute's name) for each dropout probability in a module and its submodules."""
     found: list[tuple[nn.Module, str]] = []
     for m in module.modules():
         names = [n for n, v in m.__dict__.items() if type(v) is float and "drop" in n and n != "drop_prob"]
@@ -469,7 +469,7 @@ def _make_scores_large(attn: Any) -> None:
     q, k, _ = attn.qkv.weight.data.chunk(3)
     head_dim = len(q) // attn.num_heads
     scale = abs(getattr(attn, "scale", None) or head_dim**-0.5)
-    # The squared length of a row of a norm's result is about its number of elements.
+    # In the result of a norm, the squared length of a row is about its number of elements.
     q.normal_(std=math.sqrt(_LARGE_SCORE / (scale * q.shape[1] * head_dim)), generator=_generator(5))
     k.copy_(-q)
     for name, p in attn.named_parameters():
@@ -503,7 +503,7 @@ def say_what_takes_long(module: nn.Module) -> None:
     now = time.monotonic()
     if _SPOKE_AT[0] and now - _SPOKE_AT[0] > _QUIET_FOR:
         _SPOKE_AT[0] = now
-        print(f"swinkernels.accelerate: trying {type(module).__name__} on random numbers ...", file=sys.stderr)
+        print(f"swinkernels.accelerate: trying {type(module).__name__} on random inputs ...", file=sys.stderr)
 
 
 _NOTHING = object()
@@ -522,7 +522,7 @@ def _check_left(name: str, got: Any, expected: Any) -> None:
 
 def _failure(error: Exception) -> str:
     if isinstance(error, _Different):
-        return f"a trial on random numbers gave {error} than its own forward"
+        return f"a trial on random inputs gave {error} than its own forward"
     return f"a trial of its form failed: {_short(error)}"
 
 

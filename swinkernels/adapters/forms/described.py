@@ -86,7 +86,7 @@ class Described(DynamicSubclass):
         form = self._swinkernels_form
         x = args[0] if args else next(iter(kwargs.values()), None)
         if self._swinkernels_own_code(x):
-            reason: Any = "its code is traced, was replaced, or no kernel runs on the device"
+            reason: Any = "its code is traced or was replaced, or no kernel runs on the device"
         else:
             reason = self._swinkernels_why_own_code() or _why_not_taken(form, args, kwargs)
         if reason is None:
@@ -101,7 +101,7 @@ class Described(DynamicSubclass):
 @functools.cache
 def _parameters(form: Form) -> tuple[frozenset[str], int, bool]:
     """Return the names of a form's arguments after module and attend, the number of positional ones, and True if the
-    form takes any other name.
+    form accepts any keyword.
     """
     parameters = list(inspect.signature(form.forward).parameters.values())[2:]
     named = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
@@ -267,7 +267,7 @@ def _why_not_by_trial(form: Form, module: nn.Module) -> str | None:
     return reason
 
 
-_BATCH = 2  # a wrong stride between images shows only from the second image on
+_BATCH = 2  # a wrong stride between images cannot be seen with one image
 _MOST_TOKENS = 20_000  # in a map to try
 
 
@@ -330,7 +330,7 @@ def match(module: nn.Module, forms: list[Form]) -> tuple[Adapter | None, str | N
     try:
         reason = replaced_forward(module) or _why_not_tried(form, module)
         if reason is None and any(p.is_meta for p in module.parameters()):
-            reason = "its parameters are on meta, and a form is used only after a trial"
+            reason = "its parameters are on the meta device, and a form is used only after a trial with values"
         if reason is None:
             reason = _why_not_by_trial(form, module)
         if reason is None:

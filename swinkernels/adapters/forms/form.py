@@ -21,8 +21,8 @@ def _run(module: nn.Module, x: Tensor) -> Any:
 class Form:
     """Describes how the modules of a class compute window attention.
 
-    ``accelerate`` runs a copy of each such module with and without the form on random numbers in float64, and uses the
-    form only if outputs and gradients agree.
+    ``accelerate`` runs a copy of each such module with and without the form on random inputs in float64, and uses the
+    form only if both give the same outputs and gradients.
     """
 
     # A unique name, for reports and pickling.

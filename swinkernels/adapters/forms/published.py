@@ -1,11 +1,11 @@
 """Forms of published code that projects copy under many names, recognised by the modules' attributes.
 
 The attention modules of mmdetection and mmsegmentation roll, pad and mask the map. SCUNet's and Swin-MAE's roll and
-mask maps of whole windows; SCUNet's mask has scores of -inf. FDAT's attention has a dense bias. ResShift's blocks have
-channels first; Segment Anything's have decomposed relative position; EsViT's return attention weights to a stage that
+mask maps of whole windows; SCUNet's mask sets scores to -inf. FDAT's attention has a dense bias. ResShift's blocks have
+channels first; Segment Anything's have decomposed relative positions; EsViT's return attention weights to a stage that
 drops them, HTSAT's and laion-clap's to a stage that returns their mean. Uformer has separate layers for queries and for
 keys and values, and in VRT the two frames of a window also attend to each other. nnFormer's stages make the mask,
-number the offsets of tokens in a way of their own, and in the decoder take queries from a second input.
+number the offsets of tokens in their own way, and in the decoder take queries from a second input.
 
 Source: mmdet.models.backbones.swin of mmdet 3.3, models/network_scunet.py of cszn/SCUNet, swin_unet.py of
 Zian-Xu/Swin-MAE, fdat.py of stinkybread/fdat, models/swin_transformer.py of zsyOAOA/ResShift,
@@ -270,11 +270,11 @@ def _why_not_htsat(stage: Any, x: Tensor, size: tuple[int, ...]) -> str | None:
     if getattr(stage, "use_checkpoint", False):
         return "it checkpoints its blocks"
     if x.dim() != 3 or x.shape[1] != math.prod(size):
-        return f"{tuple(x.shape)} is no map of {size}"
+        return f"{tuple(x.shape)} is not a map of size {size}"
     for block in stage.blocks:
         window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
         if tuple(block.input_resolution) != size or any(n % block.window_size for n in size):
-            return "its blocks are not for one map of whole windows"
+            return "its blocks expect another size of map, or windows do not divide it"
         mask = block.attn_mask
         if not is_stored_mask(mask, size, window, shift) if any(shift) else mask is not None:
             return "attn_mask differs from the mask that its geometry implies"
@@ -373,14 +373,14 @@ RESSHIFT = Form(
 
 
 def _rows(x: Tensor, mask: Any) -> Any:
-    """Return the mask's number of windows (1 without a mask), or the reason why the op does not take the windows."""
+    """Return the mask's number of windows (1 without a mask), or the reason why the op does not accept the windows."""
     n = x.shape[1]
     if x.dim() != 3 or n > _MOST_TOKENS:
         return f"x is {tuple(x.shape)}"
     if mask is None:
         return 1
     if mask.dim() != 3 or mask.shape[1] != n or mask.shape[2] != n or x.shape[0] % mask.shape[0]:
-        return "the mask is not (windows, N, N)"
+        return "the mask does not have the shape (windows, N, N)"
     return mask.shape[0]
 
 
@@ -564,9 +564,9 @@ def _nnformer_blocks(stage: Any, attend: Any, x: Tensor, size: tuple[int, ...], 
     """
     for block in stage.blocks:
         if tuple(block.input_resolution) != size or x.shape[1] != math.prod(size):
-            return f"{tuple(x.shape)} is no map of {size}"
+            return f"{tuple(x.shape)} is not a map of size {size}"
         if block.shift_size and (block.window_size, block.shift_size) != (stage.window_size, stage.shift_size):
-            return "its mask is for other windows than those of its blocks"
+            return "its mask has other windows than its blocks"
         if block.window_size**3 > _MOST_TOKENS:
             return f"its windows hold {block.window_size**3} tokens"
     for block in stage.blocks:

@@ -3,7 +3,7 @@
 ShiftWindowMSA pads the map, rolls it, cuts it into windows, runs WindowMSA or WindowMSAV2 inside them and undoes all of
 this. Linear layers act on tokens one by one, so QKV and the projection run on the map in image order, and the op
 addresses the windows. A pad token is a zero row, so its q, k and v are the bias of the QKV layer. If the shorter side
-of the map equals the window, there is no shift on either axis, but with pad_small_map there is one on both.
+of the map equals the window, there is no shift on either axis, unless pad_small_map is set.
 
 Residual connections, norms and patch merging run on ops; mmcv's patch merging orders channels as torch.nn.Unfold does.
 ShiftWindowMSA includes the drop path of a block's attention half.
@@ -112,13 +112,13 @@ def _index(attn: Any) -> Tensor | None:
 
 
 def _attention_arguments(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """Return the op's arguments for a map of this size, except pad_qkv."""
+    """Return the op's arguments that define bias, scale and geometry, for a map of this size."""
     w_msa = child(attn, "w_msa")
     return {"bias_table": bias_table(w_msa), **score_factor(w_msa), **_geometry(attn, height, width)}
 
 
 def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """Return the op's arguments that are not tensors."""
+    """Return the op's arguments that define heads, windows and mask."""
     in_one_window = min(height, width) == attn.window_size
     return {
         "num_heads": attn.w_msa.num_heads,
@@ -219,7 +219,7 @@ def _ffn(block: Any, z: Tensor, s: Tensor | None = None) -> Tensor:
 
 
 class AcceleratedSwinBlock(Accelerated, SwinBlock):
-    """mmpretrain's block with a residual connection and norms on ops."""
+    """mmpretrain's block, with a residual connection and norms run on ops."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -241,7 +241,7 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
 
 
 class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
-    """mmpretrain's v2 block with its residual connections and norms on an op."""
+    """mmpretrain's v2 block, with its residual connections and norms run on an op."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
         if self._swinkernels_own_code(x):

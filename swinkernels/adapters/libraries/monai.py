@@ -97,9 +97,9 @@ def _index(block: Any) -> Tensor | None:
 
 
 def _why_not_window(block: Any, window: tuple[int, ...]) -> str | None:
-    """Return the reason why the op does not take a window, or None. On a small map the window may have shrunk."""
+    """Return the reason why the op does not accept a window, or None. On a small map the window may be smaller."""
     reason = why_beyond_limits(0, window)
-    return reason if reason is None else f"{reason}; on maps that make them smaller, the op runs"
+    return reason if reason is None else f"{reason}; the op runs on maps so small that windows shrink to this limit"
 
 
 def _attention_arguments(block: SwinTransformerBlock, size: tuple[int, ...]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _dropout_is_on(block: SwinTransformerBlock) -> bool:
 
 
 def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
-    """Return True if a map has as many axes as the windows, and the op takes its windows."""
+    """Return True if a map has as many axes as the windows, and the op accepts its windows."""
     if len(size) != len(block.window_size):
         return False
     if why_beyond_limits(0, block.window_size) is None:
@@ -211,7 +211,7 @@ def _merging_axes(merging: PatchMergingV2) -> int:
 
 
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
-    """MONAI's block with its attention half on a window attention op, and norms on ops.
+    """MONAI's block, with its attention half run on a window attention op, and its norms on ops.
 
     Geometry, parameters and the index of the bias table are read or compared at every call. MONAI's code runs if an op
     cannot replace it: with a hook on an inner module, a layer that is not an nn.Linear, a replaced method or a mask
@@ -264,7 +264,7 @@ class AcceleratedBasicLayer(Accelerated, BasicLayer):
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
-    """MONAI's "mergingv2" on an op."""
+    """MONAI's "mergingv2", run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING_V2.run(self, x)
@@ -272,7 +272,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """MONAI's "merging" on an op."""
+    """MONAI's "merging", run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING.run(self, x)

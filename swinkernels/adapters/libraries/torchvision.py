@@ -13,7 +13,7 @@ Residual connections, norms and patch merging run on ops.
 torch.fx traces torchvision's code. To keep the ops in a feature extractor, make the modules leaves of its graph:
 ``create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules": [ShiftedWindowAttention]})``.
 
-Source: torchvision.models.swin_transformer, torchvision 0.26 to 0.29 (one and the same file).
+Source: torchvision.models.swin_transformer, torchvision 0.26 to 0.29, in which this file is the same.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ def _index(attn: Any) -> Tensor | None:
 
 
 def _attention_arguments(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """Return the op's arguments for a map of this size, except pad_qkv."""
+    """Return the op's arguments that define bias, scale and geometry, for a map of this size."""
     return {"bias_table": bias_table(attn), **score_factor(attn), **_geometry(attn, size)}
 
 
 def _geometry(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """Return the op's arguments that are not tensors."""
+    """Return the op's arguments that define heads, windows and mask."""
     window = tuple(attn.window_size)
     return {
         "num_heads": attn.num_heads,
@@ -128,7 +128,7 @@ def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
 
 
 class _Attention(Accelerated):
-    """Attention with an index of the bias table.
+    """Attention that stores an index of the bias table.
 
     Geometry, parameters and the index are read or compared at every call. torchvision's code runs if the op cannot
     replace it: while TorchScript or FX traces, and if a user has changed the bias or the index.
@@ -216,7 +216,7 @@ def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
 
 
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
-    """torchvision's block with a residual connection and norms on ops."""
+    """torchvision's block, with its residual connection and norms run on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -233,7 +233,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
 
 
 class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
-    """torchvision's v2 block with its residual connections and norms on an op."""
+    """torchvision's v2 block, with its residual connections and norms run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):

@@ -14,8 +14,8 @@ K = tl.constexpr(1)
 V = tl.constexpr(2)
 
 # Triton specialises integers on being 1 and on being a multiple of 16. Numbers that vary with the batch are exempt,
-# because a new batch size could trigger a recompilation. Elements of tuples cannot be exempted. That helps here: 2D,
-# with its axis of size 1, is compiled without that axis, and maps of new sizes add a few variants at most.
+# because a new batch size could trigger a recompilation. Elements of tuples cannot be exempted, which helps here: 2D
+# kernels are compiled without the axis of size 1, and maps of new sizes add a few variants at most.
 kernel = triton.jit(do_not_specialize=["batch_windows", "windows_per_program"])
 
 

@@ -112,7 +112,8 @@ def add_product(total, a, b, factor, STATIC: tl.constexpr):
 def row_gradient(d, x, inverse, scale, call):
     """Return the gradient of rows of q or k, given d, the sum of dS times the rows of k or q.
 
-    In v2 the part along the unit vector is subtracted, because it would only lengthen the row.
+    In v2 the part along the unit vector is subtracted, because it changes only the row's length, which normalising
+    removes.
     """
     d *= scale
     if call.logit_scale is not None:
@@ -126,7 +127,7 @@ def row_gradient(d, x, inverse, scale, call):
 def store_dlogit_scale(dlogit_scale, rows, program, head, call, STATIC: tl.constexpr):
     """Store a program's share of a logit scale's gradient, which is zero if the scale is clamped.
 
-    As in torch.clamp, ln 100 rounded to float32 is above ln 100.
+    A logit scale of ln 100 rounded to float32 counts as clamped, as in torch.clamp: it is above ln 100.
     """
     total = tl.sum(rows, axis=0) * (1.0 / STATIC.UNIT)
     clamped = tl.load(call.logit_scale + head) >= LN_100

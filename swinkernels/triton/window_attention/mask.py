@@ -20,7 +20,7 @@ def beyond_seam(token, call, STATIC: tl.constexpr):
 
 @triton.jit
 def seams_of(window, call, STATIC: tl.constexpr):
-    """Return a bit per axis, set if the window contains the seam; only the last window of an axis can."""
+    """Return a bit per axis, set if the window contains the seam, as only the last window of an axis can."""
     size, cut = call.size, call.cut
     WINDOW: tl.constexpr = STATIC.WINDOW
     if call.region_map is not None:

@@ -167,10 +167,11 @@ def _above(random, drop_below):
 
 @triton.jit
 def kept_pairs(seed, number, head, query, start, call, BLOCK_K: tl.constexpr):
-    """Return a mask of the keys from ``start`` on that a query keeps, or None without a ``seed``.
+    """Return a mask of the pairs that dropout keeps, for BLOCK_K keys beginning at ``start``; None without a ``seed``.
 
-    The mask comes from a tile of Philox numbers with the key ``seed``. The counter, four words of 32 bits, is (key / 4,
-    query, window, head), so it never repeats in a call; its four numbers belong to four neighbouring keys.
+    The mask comes from Philox numbers keyed by ``seed``. The counter, four words of 32 bits, is (key / 4, query,
+    window, head), so it never repeats in a call. Each counter gives four numbers, one for each of four neighbouring
+    keys.
     """
     if seed is None:
         keep = None

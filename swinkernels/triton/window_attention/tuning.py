@@ -13,8 +13,8 @@ FORWARD_PROGRAMS = 2048
 BACKWARD_PROGRAMS = 1024
 # More windows per program would leave a long last wave. With this number the bias tile costs little per window.
 MAX_FORWARD_WINDOWS = 8
-FOLD_ROWS = 16  # table entries per program that folds dbias
-FOLD_KEYS = 256  # keys per step of such a program
+FOLD_ROWS = 16  # table rows per program of fold_dbias
+FOLD_KEYS = 256  # keys per step of fold_dbias
 
 
 class Tiles(NamedTuple):
@@ -63,7 +63,7 @@ def tiles(
         return tiles(name, keys, head_dim, itemsize)._replace(num_warps=8)
     whole = max(16, triton.next_power_of_2(keys))
     if itemsize == 4:
-        # Products that may not be rounded to TF32 run on the scalar units with operands in registers: small tiles.
+        # Products not rounded to TF32 run on the scalar units with operands in registers, so tiles are small.
         block = whole if name.endswith("whole") else 16 if wide else 32
         return Tiles(block, block, 4, 1)
     if name.endswith("whole"):

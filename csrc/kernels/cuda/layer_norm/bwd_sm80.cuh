@@ -7,7 +7,7 @@
 // Tiling    as in fwd_sm80.cuh. A thread keeps its columns from row to row, so their dweight and dbias accumulate in
 //           registers; at the end the block's threads that share a column add their sums in order, and
 //           reduce_partials.cu adds the blocks' sums. If registers allow, the next row is loaded before this one is
-//           reduced; otherwise 12 warps, each with a row in flight, suffice: saturation takes about 5 of them (traffic
+//           reduced; otherwise 12 warps, each with a row in flight, suffice: about 5 saturate the memory (traffic
 //           460 cycles per warp and row, latency 800, computation 1,300).
 // Order     there are no atomics: the same device gives the same bits.
 // Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes a row, are read once.

@@ -23,7 +23,7 @@ class SharedParameter {
 
   static constexpr size_t bytes(uint32_t vectors) { return size_t{vectors} * kVec * sizeof(float); }
 
-  // Called by all threads of the block; a barrier must follow. Columns from `length` on are zero.
+  // Called by all threads of the block; a barrier must follow. Columns beyond the row are zero.
   __device__ __forceinline__ void fill(const Parameter& parameter, uint32_t length) {
     for (uint32_t column = threadIdx.x; column < vectors_ * kVec; column += blockDim.x) {
       float value = column < length ? parameter.absent : 0.0f;

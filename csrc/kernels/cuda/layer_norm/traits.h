@@ -97,7 +97,7 @@ struct LayerNormTraits {
   static constexpr bool kKeepsRow = !std::is_same_v<In_, AnyElement>;
   // The 64 registers of 1,024 threads hold the sums of dweight and dbias, but not also the slots of the row.
   static constexpr bool kBackwardKeepsSlots = kMaxThreads < 1024;
-  // These kernels also support neighbours with several pieces or none, as in an old published order.
+  // These kernels also support neighbours with several pieces or none, as in an order that MONAI used until 1.4.
   static constexpr bool kHandlesRepeats = std::is_same_v<Source, MergedRows> && !kKeepsRow;
   // The next row is loaded before this one is computed: forward always, backward if registers hold both in addition to
   // the sums of dweight and dbias, and leave 60 for the rest.

@@ -61,7 +61,7 @@ def _why_not_pointwise(attn: Any, name: str) -> str | None:
 
 
 def _arguments(attn: Any, window: tuple[int, int], grid: bool) -> dict[str, Any]:
-    """Return the op's arguments, except bias_table."""
+    """Return the op's arguments, except bias_table and dropout_p."""
     return {
         "num_heads": attn.num_heads,
         "window_size": window,
@@ -130,7 +130,7 @@ class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
 
 
 class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
-    """timm's block for maps with channels first, with its attention on a window attention op."""
+    """timm's block for maps with channels first, with its attention run on a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
@@ -140,7 +140,7 @@ class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
 
 
 class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttention):
-    """timm's block with both kinds of attention in parallel, each on a window attention op."""
+    """timm's block with both kinds of attention in parallel, each run on a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         window = self.partition_size

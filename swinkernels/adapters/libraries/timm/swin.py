@@ -145,7 +145,7 @@ def _recomputing(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor | 
 
 
 class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransformerBlock):
-    """timm's block with its attention half on a window attention op, and norms on ops."""
+    """timm's block, with its attention half run on a window attention op, and its norms on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):

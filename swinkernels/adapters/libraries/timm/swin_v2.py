@@ -45,12 +45,12 @@ def _why_not_attention(block: SwinTransformerV2Block) -> str | None:
 
 
 def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
-    """Return the op's arguments, except those that the block's layers compute: bias_table and pad_qkv."""
+    """Return the op's logit_scale and the arguments that define the windows."""
     return {"logit_scale": child(block, "attn").logit_scale, **_blocks.shifted_windows(block)}
 
 
 def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the q, k and v of a map, and those of a pad token or None."""
+    """Return q, k and v of a map, and q, k and v of a pad token, or None for zeros."""
     if attn.q_bias is None:
         return attn.qkv(x), None
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
@@ -73,7 +73,7 @@ _MERGING = Merging("post", lambda merging: merging.out_dim)
 
 
 class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransformerV2Block):
-    """timm's v2 block with attention on a window attention op, and norms on ops."""
+    """timm's v2 block, with its attention run on a window attention op, and its norms on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):

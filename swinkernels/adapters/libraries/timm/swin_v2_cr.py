@@ -32,7 +32,7 @@ def _why_not_attention(block: SwinTransformerV2CrBlock) -> str | None:
 
 
 def _arguments(block: SwinTransformerV2CrBlock) -> dict[str, Any]:
-    """Return the op's arguments, except the bias."""
+    """Return the op's arguments, except bias and dropout_p."""
     attn = child(block, "attn")
     return {"logit_scale": attn.logit_scale, "pad_qkv": attn.qkv.bias, **_blocks.shifted_windows(block)}
 
@@ -45,12 +45,12 @@ def _attention(block: AcceleratedSwinTransformerV2CrBlock, x: Tensor) -> Tensor:
     return _blocks.attend(block, qkv, p, bias=bias, **_arguments(block))
 
 
-# A reduction without in_features is no nn.Linear, so Merging.why_not rejects it.
+# A reduction without in_features is not an nn.Linear, so Merging.why_not rejects it.
 _MERGING = Merging("pre", lambda merging: getattr(merging.reduction, "in_features", 0))
 
 
 class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransformerV2CrBlock):
-    """timm's block with attention on a window attention op, and norms on ops."""
+    """timm's block, with its attention run on a window attention op, and its norms on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):

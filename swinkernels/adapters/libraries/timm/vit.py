@@ -44,7 +44,7 @@ def _map_size(attn: Any) -> tuple[int, int]:
 
 
 def _arguments(attn: Any) -> dict[str, Any]:
-    """Return the op's arguments, except bias_table."""
+    """Return the op's arguments, except bias_table, dropout_p and backend."""
     return {
         "num_heads": attn.num_heads,
         "window_size": _map_size(attn),

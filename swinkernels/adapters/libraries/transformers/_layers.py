@@ -141,7 +141,7 @@ def _why_not_attention(layer: Any) -> str | None:
     if not is_window_index(_index(layer), (window, window)):
         return "relative_position_index differs from transformers'"
     if tuple(of_bias.window_size) != (window, window):
-        return "window_size is not the attention's"  # transformers' own code fails
+        return "window_size differs from the attention's"  # transformers' own code fails
     if not 0 <= layer.shift_size < window:
         return "shift_size is not smaller than window_size"
     if "continuous_position_bias_mlp" not in of_bias._modules:
@@ -176,7 +176,7 @@ def _pad_qkv(q: Any, k: Any, v: Any) -> Tensor | None:
 
 
 def _attention_arguments(layer: Any) -> dict[str, Any]:
-    """Return the op's arguments after q, k and v, except dropout."""
+    """Return the op's arguments after q, k and v, except dropout_p and backend."""
     of_bias, heads = _position_bias(layer), _num_heads(layer)
     if "continuous_position_bias_mlp" in of_bias._modules:
         table = of_bias.continuous_position_bias_mlp(of_bias.relative_coords_table).view(-1, heads)
@@ -276,7 +276,7 @@ class _Layer(Accelerated):
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
             return False
         if not always_partition:
-            self.set_shift_and_window_size(size)  # permanent, so a repetition changes nothing
+            self.set_shift_and_window_size(size)  # permanent, so a second call changes nothing
         return _why_not_attention(self) is None
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:

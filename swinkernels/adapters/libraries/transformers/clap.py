@@ -21,7 +21,7 @@ from swinkernels.adapters.libraries.transformers._layers import (
 )
 
 
-class AcceleratedClapAudioLayer(PreNormLayerOfAnyMap, ClapAudioLayer):  # type: ignore[misc]  # its annotation of the result is too narrow
+class AcceleratedClapAudioLayer(PreNormLayerOfAnyMap, ClapAudioLayer):  # type: ignore[misc]  # the base class's return annotation is too narrow
     """transformers' layer, run on ops."""
 
 

@@ -25,7 +25,7 @@ from swinkernels.adapters.libraries.transformers._layers import (
 class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
     """transformers' layer, run on ops. It returns None for the attention weights, as with "sdpa"."""
 
-    def forward(  # type: ignore[override]  # its annotation says that it returns one tensor
+    def forward(  # type: ignore[override]  # the base class is annotated to return one tensor
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         if any(kwargs.get(name) for name in ("output_attentions", "is_causal")) or not self._is_ours(

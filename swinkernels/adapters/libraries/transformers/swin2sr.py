@@ -21,7 +21,7 @@ from swinkernels.adapters.libraries.transformers._layers import (
 )
 
 
-class AcceleratedSwin2SRLayer(PostNormLayer, Swin2SRLayer):  # type: ignore[misc]  # its annotation of the result is too narrow
+class AcceleratedSwin2SRLayer(PostNormLayer, Swin2SRLayer):  # type: ignore[misc]  # the base class's return annotation is too narrow
     """transformers' layer, run on ops."""
 
 

@@ -21,7 +21,7 @@ from swinkernels.adapters.libraries.transformers._layers import (
 )
 
 
-class AcceleratedSwinv2Layer(PostNormLayer, Swinv2Layer):  # type: ignore[misc]  # its annotation of the result is too narrow
+class AcceleratedSwinv2Layer(PostNormLayer, Swinv2Layer):  # type: ignore[misc]  # the base class's return annotation is too narrow
     """transformers' layer, run on ops."""
 
 
