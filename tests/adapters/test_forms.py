@@ -418,6 +418,24 @@ def test_a_hook_of_all_modules_is_no_verdict():
     assert swinkernels.accelerate(attn).replaced
 
 
+def test_timm_sams_drop_path_drops_windows(attention_calls):
+    """The op computes all windows of a map, and drop path draws for each of them, as in timm's own code."""
+    vit = pytest.importorskip("timm.models.vision_transformer_sam")
+    torch.manual_seed(0)
+    block = vit.Block(12, 3, window_size=4, use_rel_pos=True, drop_path=0.5).double().train()
+    randomise(block)
+    fast, x = accelerated(block), torch.randn(2, 7, 9, 12, dtype=torch.float64)
+    results = []
+    for module in (block, fast):
+        attention_calls.clear()
+        torch.manual_seed(7)
+        results.append(run(module, x))
+    assert attention_calls
+    assert_as_good(results[1], results[0], results[0])
+    torch.manual_seed(8)
+    assert not torch.equal(fast(x), results[1]["out"])
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_sams_scale_counts_where_its_code_reads_it(fused):
     sam = pytest.importorskip("timm.models.vision_transformer_sam")
