@@ -7,6 +7,7 @@ the class or on one instance, is called. Adapters outside this package should wa
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import types
@@ -84,7 +85,9 @@ def _published(kind: type, name: str) -> Any:
 
 
 def _is_code_of(package: str, method: Any) -> bool:
-    folder = os.path.dirname(sys.modules[package].__file__ or "")
+    folder = os.path.dirname(getattr(sys.modules[package], "__file__", None) or "")
+    if not folder:  # an interactive session or a namespace package
+        return True
     file = os.path.abspath(getattr(getattr(method, "__code__", None), "co_filename", ""))
     return file.startswith(folder + os.sep)
 
@@ -105,7 +108,9 @@ def is_patched(kind: Any) -> bool:
 
 def call_is_patched(kind: Any, published: Any) -> bool:
     """Return True if a class's ``__call__`` is neither the published one nor torch's own, which torch.fx patches."""
-    return kind.__call__ is not published and not _is_code_of("torch", kind.__call__)
+    call: Any = kind.__call__
+    # A decorator of torch, such as no_grad, wraps a patch in its own code.
+    return call is not published and not all(_is_code_of("torch", code) for code in (call, inspect.unwrap(call)))
 
 
 watch(nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.Softmax, nn.Unfold)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -194,6 +196,21 @@ def test_a_class_patched_before_the_first_accelerate_is_told(monkeypatch):
     bypass.watch(WindowAttention)
     (entry,) = swinkernels.accelerate(PLACES["timm swin"].model()).skipped
     assert entry.reason == "WindowAttention.forward was replaced on the class"
+
+
+def test_a_call_patched_by_a_function_in_a_decorator_of_torch_counts(monkeypatch):
+    call = nn.GELU.__call__
+    assert not bypass.is_patched(nn.GELU)
+    monkeypatch.setattr(nn.GELU, "__call__", torch.no_grad()(lambda self, x: 2 * call(self, x)))
+    assert bypass.is_patched(nn.GELU)
+
+
+def test_a_class_without_a_file_can_be_watched(monkeypatch):
+    """A class of an interactive session belongs to a module that has no file."""
+    kind = type("Session", (nn.Module,), {"forward": lambda self, x: x, "__module__": "session"})
+    monkeypatch.setitem(sys.modules, "session", types.ModuleType("session"))
+    bypass.watch(kind)
+    assert not bypass.is_patched(kind)
 
 
 # Hooks of all modules

@@ -130,13 +130,47 @@ def test_weights_after_dropout_are_those_that_multiply_v(stages, x):
     torch.testing.assert_close(out, z + y, rtol=1e-10, atol=1e-12)
 
 
-def test_weights_read_after_a_change_are_refused(stages, x):
-    _, fast = stages
-    _, weights = fast(x)
+def _scale_data(stage: Any, x: Tensor) -> None:
+    for p in stage.parameters():
+        p.data.mul_(1.5)
+
+
+def _load(stage: Any, x: Tensor) -> None:
+    stage.load_state_dict(
+        {name: 1.5 * t for name, t in stage.state_dict().items() if t.is_floating_point()}, strict=False
+    )
+
+
+def _step(stage: Any, x: Tensor) -> None:
     with torch.no_grad():
-        fast.blocks[0].attn.qkv.weight.add_(1.0)
-    with pytest.raises(RuntimeError, match="changed in place since the call"):
-        weights.sum()
+        stage.blocks[0].attn.qkv.weight.add_(1.0)
+        x.add_(1.0)
+
+
+def _settings(stage: Any, x: Tensor) -> None:
+    stage.blocks[0].attn.scale = 3.0
+    stage.blocks[0].norm1.register_forward_hook(lambda module, args, result: 2 * result)
+
+
+def _dtype(stage: Any, x: Tensor) -> None:
+    stage.float()
+
+
+@pytest.mark.parametrize("change", [_scale_data, _load, _step, _settings, _dtype])
+def test_weights_are_those_of_the_call(change, stages, x):
+    """The stage may change between a call and the first operation that reads its weights."""
+    plain, fast = stages
+    expected = plain(x)[1].detach().clone()
+    _, weights = fast(x)
+    change(fast, x)
+    torch.testing.assert_close(weights.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_of_other_parameters_are_read_after_the_call(stages, x):
+    plain, fast = stages
+    other = {name: 1.5 * p.detach() for name, p in plain.named_parameters()}
+    got, expected = (torch.func.functional_call(m, other, (x,))[1] for m in (fast, plain))
+    torch.testing.assert_close(got.detach(), expected.detach(), rtol=1e-12, atol=1e-12)
 
 
 class Doubled(torch.autograd.Function):

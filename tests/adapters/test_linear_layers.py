@@ -261,6 +261,22 @@ class MlpOfFewTokens(published_forms.Mlp):
         return super().forward(x) if x.shape[1] <= 40 else super().forward(x).flip(-1)
 
 
+class MlpOfSomeSizes(published_forms.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flip(-1) if x.shape[1] in (196, 784) else super().forward(x)
+
+
+class MlpOfManyImages(published_forms.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flip(-1) if len(x) > 2 else super().forward(x)
+
+
+class ClampedMlp(published_forms.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.clamp(-0.1, 0.1) if x.dtype == torch.bfloat16 else y
+
+
 class CountingMlp(published_forms.Mlp):
     calls = 0
 
@@ -276,7 +292,7 @@ def _copies(kind: type[nn.Module]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", [ScaledMlp, MlpOfFewTokens, CountingMlp])
+@pytest.mark.parametrize("kind", [ScaledMlp, MlpOfFewTokens, MlpOfSomeSizes, MlpOfManyImages, ClampedMlp, CountingMlp])
 def test_a_copied_mlp_that_computes_something_else_is_called(kind, monkeypatch):
     model, x = _copies(kind), make_input("copy for restoration")
     fast = accelerated(model)

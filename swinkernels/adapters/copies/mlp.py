@@ -62,14 +62,14 @@ def _is_composition(mlp: nn.Module, axes: int, channels: int) -> bool:
     number = largest_number(mlp, _MOST_TOKENS, channels)
     cases = [Case((2, *(3,) * axes, channels), "rows", 0)]
     if number:
-        cases.append(Case((1, *(1,) * (axes - 1), number + 1, channels), "many rows", 0))
+        cases += [Case((1, *(1,) * (axes - 1), n, channels), f"{n} rows", 0) for n in (number, number + 1)]
 
     def attempt(trial: Trial) -> str | None:
         passed, reason = trial.run(cases)
         return None if len(passed) == len(cases) else reason or "it has no known form"
 
     def make(**options: Any) -> Trial:
-        return Trial(mlp, lambda m: m.__dict__.update({_IN_TRIAL: True}), _compute, is_short=True)
+        return Trial(mlp, lambda m: m.__dict__.update({_IN_TRIAL: True}), _compute, is_short=True, in_dtypes=True)
 
     return _TRIALS.why_not(mlp, (axes,), None, make, attempt) is None
 

@@ -374,7 +374,8 @@ def largest_number(module: nn.Module, most: int, channels: int) -> int:
             found += [v for name in function.__code__.co_names if type(v := function.__globals__.get(name)) is int]
         while codes:
             code = codes.pop()
-            found += [v for v in code.co_consts if type(v) is int]
+            for value in code.co_consts:  # a tuple or a frozenset follows "in"
+                found += [v for v in (value if isinstance(value, (tuple, frozenset)) else (value,)) if type(v) is int]
             codes += [v for v in code.co_consts if isinstance(v, types.CodeType)]
     return max(n for n in found if n <= most)
 

@@ -145,6 +145,8 @@ class Trial:
     stand_in: nn.Module | None = None
     # True if one call in eval mode is enough.
     is_short: bool = False
+    # True to try a short trial, too, in other dtypes and with more images.
+    in_dtypes: bool = False
     # True to try every dropout also with a probability of 1, which leaves nothing to chance.
     drops: bool = False
     # The largest difference of outputs and gradients, relative to the largest element, that counts as rounding.
@@ -196,7 +198,7 @@ class Trial:
                 if not passed:
                     break
             smallest = min((c for c in cases if c.kind in passed - failed), key=lambda c: c.scores, default=None)
-            if smallest is not None and not self.is_short:
+            if smallest is not None and (self.in_dtypes or not self.is_short):
                 try:
                     self._compare_dtypes_and_batches(plain, fast, smallest)
                 except Exception as error:

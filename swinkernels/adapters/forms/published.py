@@ -293,33 +293,31 @@ def _htsat(stage: Any, attend: Any, x: Tensor) -> Any:
         return reason
     dtype = x.dtype if autocast_dtype(x) is None else torch.float32  # of a softmax
 
-    def with_weights(block: Any, z: Tensor, op: Any, p: float = 0.0) -> tuple[Tensor, Tensor]:
-        y, weights = op(_qkv(block, z, size), **_arguments(block), dropout_p=p, return_attention=True)
-        return y, weights.flatten(0, 1).to(dtype)
-
     drops = any(dropout_at_call(block.attn) > 0.0 for block in blocks)
-    inputs, weights = [], []
+    returned = slice(-1, None) if stage.training else slice(None)
+    taken: list[tuple[Tensor, dict[str, Any]]] = []
+    weights = []
     for block in blocks:
-        inputs.append(x)
+        qkv, arguments = _qkv(block, x, size), _arguments(block)
         if drops:
-            y, of_block = with_weights(block, x, attend, dropout_at_call(block.attn))
-            weights.append(of_block)
+            y, of_block = attend(qkv, **arguments, dropout_p=dropout_at_call(block.attn), return_attention=True)
+            weights.append(of_block.flatten(0, 1).to(dtype))
         else:
-            y = attend(_qkv(block, x, size), **_arguments(block))
+            y = attend(qkv, **arguments)
+            taken.append((qkv, {**arguments, "bias_table": arguments["bias_table"].clone(), "pad_qkv": None}))
         x = _with_mlp(block, x + block.drop_path(projected(block.attn, y).flatten(1, 2)))
     if stage.downsample is not None:
         x = stage.downsample(x)
-    returned = slice(-1, None) if stage.training else slice(None)
     if drops:
         return x, torch.stack(weights[returned]).mean(0)
-    blocks, inputs = blocks[returned], inputs[returned]
+    taken = taken[returned]
 
     def compute() -> Tensor:
         op = op_on("torch")  # no kernel returns weights
-        return torch.stack([with_weights(block, z, op)[1] for block, z in zip(blocks, inputs, strict=True)]).mean(0)
+        found = [op(qkv, **arguments, return_attention=True)[1].flatten(0, 1).to(dtype) for qkv, arguments in taken]
+        return torch.stack(found).mean(0)
 
-    read = [*inputs, *(block.attn.relative_position_bias_table for block in blocks)]
-    read += [p for block in blocks for layer in (block.norm1, block.attn.qkv) for p in layer.parameters()]
+    read = [t for qkv, arguments in taken for t in (qkv, arguments["bias_table"])]
     n, heads = blocks[0].window_size ** 2, blocks[0].attn.num_heads
     return x, deferred(compute, (x.shape[0] * math.prod(size) // n, heads, n, n), dtype, read)
 
