@@ -1,6 +1,6 @@
-"""Compare the attention core, map to map, with the reference, eager PyTorch, other kernels and torch.compile.
+"""Compare attention, from the qkv map to the output map, with the reference and other implementations.
 
-Every contestant is first compared with the float64 reference, on fewer images; see benchmarks/contest.py for the
+Every contestant is first compared with the float64 reference, on at most two images; see benchmarks/contest.py for the
 timing.
 """
 

@@ -450,8 +450,8 @@ def measure(build: Build, case: Case, commit: str, windows: int = _SWIN_T_WINDOW
     device = DEVICES[build.arch]
     warps = len(per_warp)
     blocks = blocks_per_multiprocessor(device, kernel.registers, shared, warps)
-    # Warps are assigned to the schedulers in rotation; the instructions of all kernels but the heaviest count as evenly
-    # spread.
+    # Warps are assigned to the schedulers in rotation. Only the heaviest kernel's instructions are counted by warp;
+    # the others are assumed to be spread evenly.
     schedulers = np.zeros(4)
     for resident in range(4):
         for warp, executed in enumerate(per_warp):

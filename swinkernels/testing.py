@@ -20,8 +20,8 @@ from swinkernels.reference.window_attention import key_window_index, relative_po
 # In windows of fewer tokens, too few rounding errors average out, and the terms in a row of dS, which sum to zero,
 # cancel most.
 SMALL_WINDOW = 16
-# With fewer channels, a unit row (v2) can hardly change its direction, so its gradient is mostly rounding error. (With
-# one channel the gradient is zero.)
+# v2 normalises q and k, which removes the part of a row's gradient along the row. With fewer channels little else may
+# be left, so that rounding errors can dominate. (With one channel the gradient is zero.)
 FEW_CHANNELS = 4
 
 

@@ -158,8 +158,8 @@ def spec_of(
     return spec
 
 
-# Triton's kernels hold a column for each coordinate of a key in one tile. With 256 columns a block needs 80 KB of
-# shared memory; with 512 the forward kernel needs 104 KB and the backward kernel for q takes minutes to compile.
+# In one tile, Triton's kernels hold a column for each key coordinate on each axis. With 256 columns a block needs 80 KB
+# of shared memory; with 512 the forward kernel needs 104 KB and the backward kernel for q takes minutes to compile.
 _MOST_AXIS_COLUMNS = 256
 
 

@@ -79,7 +79,7 @@ def _check_count(op: str, batch: int, size: Sequence[int], window: Sequence[int]
 def partition(
     op: str, x: Tensor, window: Sequence[int], shift: Sequence[int], pad_order: str, backend: str = "auto"
 ) -> Tensor:
-    """Run :func:`window_partition` on arguments that ``op`` has checked; any shift below the padded map is accepted."""
+    """Run :func:`window_partition` on arguments that ``op`` has checked, with any shift smaller than the padded map."""
     return _partition(x, window, shift, pad_order, _choice(op, x, backend))
 
 
@@ -102,7 +102,7 @@ def reverse(
     pad_order: str,
     backend: str = "auto",
 ) -> Tensor:
-    """Run :func:`window_reverse` on arguments that ``op`` has checked; any shift below the padded map is accepted."""
+    """Run :func:`window_reverse` on arguments that ``op`` has checked, with any shift smaller than the padded map."""
     return _reverse(windows, window, size, shift, pad_order, _choice(op, windows, backend))
 
 

@@ -1,24 +1,26 @@
 """The Triton kernels of patch merging: the gather of neighbouring tokens and the layer norm over them, in one pass.
 
-Maths     u = concat of the K neighbours of a merged token, zeros outside the map, L = K C; mean and variance of u, two
-          passes over registers; z = (u - mean) rstd weight + bias. Backward, with h = (u - mean) rstd, g = dz weight:
-          du = rstd (g - mean(g) - h mean(g h)), dweight = sum of dz h, dbias = sum of dz, over all tokens.
+Maths     u = concat of K runs of C columns, one neighbour of a merged token each (zeros outside the map), L = K C;
+          mean and variance of u, two passes over registers; z = (u - mean) rstd weight + bias. Backward, with
+          h = (u - mean) rstd, g = dz weight: du = rstd (g - mean(g) - h mean(g h)), dweight = sum of dz h,
+          dbias = sum of dz, over all tokens.
 Tiling    a program holds ROWS merged tokens in registers. A token's L columns, rounded up to a power of two (padding
           each neighbour's channels would waste as much: K is a power of two), are cut into PARTS of WIDTH: row i of
           the tile (PARTS * ROWS, WIDTH) is part i // ROWS of merged token i % ROWS. Warps take the tile's rows in turn,
-          so up to L = 512 a merged token belongs to one warp, and its sums need no barrier. The columns of a backward
-          program are in the order of the map instead of the runs, so that each neighbour's gradient is written once,
-          even if the runs have that neighbour twice or not at all.
+          so with accesses of 16 bytes and up to L = 512 a merged token belongs to one warp, and its sums need no
+          barrier. The columns of a backward program are in the order of the map instead of the runs, so that each
+          neighbour's gradient is written once, even if the runs have that neighbour twice or not at all.
 Order     a program takes every PROGRAMS-th tile. Its columns and parameters are the same in all of its tiles, and its
-          rows are found by carries. A backward program sums its share of dweight and dbias in registers, and sum_shares
-          adds the shares. The number of backward programs is the same on every GPU, and so is the order of the sums.
+          rows advance with carries instead of divisions. A backward program sums its share of dweight and dbias in
+          registers, and sum_shares adds the shares. The number of backward programs is the same on every GPU, and so
+          is the order of the sums.
 Traffic   forward x and z, backward x, dz and dx, each once; plus a share of dweight and dbias for each program.
 Roofline  memory bound. B=128, 56x56, C=96, bf16: forward 154 MB, 46 us, backward 231 MB, 69 us at 3.35 TB/s (H100 SXM,
           published peak).
-Limits    L of at most 8192, merged tokens of a call below 2^30, no neighbour more than twice.
+Limits    L of at most 8192, at most 2^30 merged tokens in a call, no neighbour more than twice.
 
-VEC is the number of elements that a lane writes at a time, 16 bytes. Reads are limited to runs of the same length
-(max_contiguous): otherwise, if half precision is read and float32 written, Triton lets a lane read 16 bytes at a time,
+VEC is the number of elements that a lane writes at a time, 16 bytes. max_contiguous limits reads to the same width:
+otherwise, if half precision is read and float32 written, Triton lets a lane read 16 bytes at a time,
 and exchanges the tile between lanes. The map's strides are (batch, axis 0, axis 1, axis 2) in units of ALIGN elements,
 which tells the compiler the alignment of addresses. A merged token is a window of FACTOR tokens. Tables with four bits
 per entry, 64 bits in all, replace tuples, which a lane cannot index: RUNS, the neighbour in each run of C channels, and

@@ -1,4 +1,4 @@
-"""Checks that every library has to pass, on small models. The tests of a single library are in a separate file."""
+"""Checks that every library has to pass, on small models. Tests of one library are in that library's file."""
 
 from __future__ import annotations
 

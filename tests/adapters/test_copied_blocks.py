@@ -1,4 +1,4 @@
-"""accelerate on copies of Microsoft's block outside known libraries: the same results, or a reason."""
+"""Copies of Microsoft's block in unknown packages: accelerate replaces them with the same results or says why not."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ class DrawsMore(forms.ClassificationBlock):
 
 
 class NeighboursMask(forms.SegmentationBlock):
-    """Also masks its windows without a shift."""
+    """Applies the stage's mask even if its own shift_size is 0."""
 
     def forward(self, x, mask_matrix):
         y = self.norm1(x).view(len(x), self.H, self.W, -1)

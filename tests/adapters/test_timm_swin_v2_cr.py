@@ -33,7 +33,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 
 
 def make_model(**options: Any) -> Any:
-    """Make a small model far from its initial state, in which branches are 0."""
+    """Make a small model with random weights; the residual branches of a new model return 0."""
     torch.manual_seed(0)
     defaults: dict[str, Any] = {"img_size": (36, 52), "window_size": 4, "embed_dim": 16, "depths": (2, 2)}
     defaults |= {"num_heads": (2, 4), "num_classes": 5}

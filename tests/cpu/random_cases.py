@@ -179,7 +179,7 @@ def draw_call(seed: int, number: int) -> Call:
 
 @dataclass
 class Worst:
-    """The largest errors of one result in one dtype, with the numbers of their calls."""
+    """The largest errors of one result in one dtype, each with the number that identifies its call."""
 
     results: int = 0
     rms_eps: float = 0.0

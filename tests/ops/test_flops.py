@@ -22,7 +22,7 @@ needs_cpu = pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=
 
 
 def count(call: Any, *inputs: Tensor) -> tuple[int, int]:
-    """Return the FLOPs forward and backward."""
+    """Return the forward and backward FLOPs."""
     with FlopCounterMode(display=False) as counter:
         out = call(*inputs)
         forward = counter.get_total_flops()

@@ -585,7 +585,7 @@ def test_gradcheck_v2():
 
 def test_logit_scale_is_clamped():
     qkv = draw(1, 2, 2, 24)
-    qkv[..., :16] = 1 + 0.1 * qkv[..., :16]  # nearly parallel q and k; otherwise the softmax is flat at this scale
+    qkv[..., :16] = 1 + 0.1 * qkv[..., :16]  # nearly parallel q and k: otherwise the softmax saturates
 
     def run(values):
         logit_scale = torch.tensor(values, dtype=torch.float64, requires_grad=True)

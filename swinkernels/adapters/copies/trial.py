@@ -399,9 +399,9 @@ REFUSED = "refused a trial"  # in the reasons of Trial.run
 class Verdicts:
     """Caches the results of trials.
 
-    A module has a thorough trial of a narrow copy, which modules of many widths share, and a short trial at its own
-    width. If there is no narrow copy, or if the copy refuses its input, the thorough trial is at the module's own
-    width.
+    Each module gets a thorough trial on a narrow copy, whose verdict modules of many widths share, and a short trial
+    at its own width. If there is no narrow copy, or if the copy refuses its input, the thorough trial is
+    at the module's own width.
     """
 
     def __init__(self) -> None:
