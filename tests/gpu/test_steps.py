@@ -208,7 +208,7 @@ def test_triton_asks_to_be_called_before_a_capture() -> None:
         return x
 
     with pytest.raises(
-        RuntimeError, match=r"^some_op: Triton has no compiled kernel .* call it once .* before capturing"
+        RuntimeError, match=r"^some_op: Triton has no compiled kernel .* call the op once .* before capturing"
     ):
         triton_ops.launch_captured("some_op", compiles, 3)
     assert knobs.runtime.jit_cache_hook is None
@@ -306,7 +306,7 @@ def test_a_bundle_has_what_a_bare_machine_lacks(
     monkeypatch.setattr(bundle, "PIP", (*bundle.PIP, "--no-index", f"--find-links={tmp_path / 'wheel'}"))
     monkeypatch.setattr(bundle, "CARRIED", ("carried-here",))
     assert bundle.make(tmp_path / "bundle") == 0
-    assert "not carried: monai: pip found no release" in capsys.readouterr().out
+    assert "not carried: monai: pip found no pure Python release" in capsys.readouterr().out
     files = {str(path.relative_to(tmp_path / "bundle")) for path in (tmp_path / "bundle").rglob("*") if path.is_file()}
     assert {"COMMIT", "Makefile", "gpu/__main__.py", "tests/conftest.py", "benchmarks/record.py"} <= files
     assert "setup.py" not in files  # there is nothing to build
