@@ -422,7 +422,7 @@ class CannotBeCopied(forms.ClassificationBlock):
         (TakesAnIndex, "its forward takes (self, x, x_size, rpi, attn_mask), which matches no known form"),
         (ReturnsMore, "it returns a tuple, not a tensor"),
         (Raises, "its forward refused a trial on random inputs: ValueError: not today"),
-        (CannotBeCopied, "cannot be copied for a trial: TypeError: there is only one"),
+        (CannotBeCopied, "cannot be copied for a trial: TypeError: this block cannot be copied"),
     ],
 )
 def test_blocks_that_cannot_be_tried(kind, words):

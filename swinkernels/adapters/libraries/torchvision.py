@@ -249,7 +249,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
     """torchvision's patch merging, run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if x.dim() != 4 or self._swinkernels_own_code(x) else _MERGING.run(self, x)
+        out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)
         return super().forward(x) if out is None else out
 
 
@@ -257,7 +257,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
     """torchvision's v2 patch merging, run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if x.dim() != 4 or self._swinkernels_own_code(x) else _MERGING_V2.run(self, x)
+        out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING_V2.run(self, x)
         return super().forward(x) if out is None else out
 
 

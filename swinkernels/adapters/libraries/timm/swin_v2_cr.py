@@ -72,7 +72,7 @@ class AcceleratedPatchMergingV2Cr(Accelerated, PatchMerging):
     """timm's patch merging, run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None if x.dim() != 4 or self._swinkernels_own_code(x) else _MERGING.run(self, x)
+        out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)
         return super().forward(x) if out is None else out
 
 
