@@ -24,11 +24,11 @@ def deferred(compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.d
     Args:
         compute: returns a tensor, with gradients for the tensors that it reads.
         shape, dtype: shape and dtype of that tensor.
-        read: the tensors that ``compute`` reads, the first one on the result's device.
+        read: the tensors that ``compute`` reads, the first one on the result's device. Nothing else may change them.
 
     Raises:
-        RuntimeError: when the result is read after a tensor in ``read`` was changed in place, or when a gradient
-            reaches the result in a way that bypasses its values, as through a custom autograd.Function.
+        RuntimeError: when a gradient reaches the result in a way that bypasses its values, as through a custom
+            autograd.Function.
     """
     is_captured = read[0].is_cuda and torch.cuda.is_current_stream_capturing()
     return compute() if is_captured or _is_traced(read) else _Deferred(compute, shape, dtype, read)
@@ -51,8 +51,7 @@ def _is_traced(tensors: Sequence[Any]) -> bool:
 class _Deferred(Tensor):
     _compute: Callable[[], Tensor]
     _value: Tensor | None
-    _read: tuple[Tensor, ...]
-    _versions: tuple[int | None, ...]
+    _device: str
     _modes: tuple[bool, bool, torch.dtype | None]
 
     @staticmethod
@@ -65,7 +64,7 @@ class _Deferred(Tensor):
             cls, tuple(shape), dtype=dtype, device=x.device, requires_grad=needs_gradient
         )
         made._compute, made._value = compute, None
-        made._read, made._versions = tuple(read), _versions(read)
+        made._device = x.device.type
         made._modes = with_gradients, torch.is_inference_mode_enabled(), autocast_dtype(x)
         if needs_gradient:
             with torch._C.DisableTorchFunctionSubclass():
@@ -83,28 +82,17 @@ class _Deferred(Tensor):
     __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
 
 
-def _versions(tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
-    return tuple(None if t.is_inference() else t._version for t in tensors)
-
-
 def _value_of(x: _Deferred) -> Tensor:
     """Return the computed tensor."""
     if x._value is None:
-        if _versions(x._read) != x._versions:
-            raise RuntimeError(
-                "swinkernels: attention weights are computed when they are first read, and a tensor that they depend "
-                "on was changed in place since the call that returned them: read them before changing it"
-            )
         with_gradients, in_inference, autocast = x._modes
-        device = x._read[0].device.type
         with (
             torch.inference_mode(in_inference),
             torch.set_grad_enabled(with_gradients),
-            torch.autocast(device, dtype=autocast, enabled=autocast is not None),
+            torch.autocast(x._device, dtype=autocast, enabled=autocast is not None),
         ):
             x._value = x._compute()
         del x._compute
-        x._read = ()
     return x._value
 
 
