@@ -19,8 +19,6 @@ from torch import Tensor
 from swinkernels.ops._arguments import frame_size
 from swinkernels.ops._library import Found, is_plain, linear
 
-# With at least this many tokens per window, scaled_dot_product_attention on a CPU is faster than separate operations.
-_LONG_WINDOW = 128
 # torch's kernels put batch and heads on an axis of the GPU's grid that has at most this many blocks.
 _MOST_HEADS = 65535
 
@@ -300,22 +298,31 @@ def _attend(
 
     q, k and v are windows (B, num_windows, heads, N or M, head_dim); v may have shorter rows than q and k.
     """
-    batch, windows, heads, n, _ = q.shape
+    batch, windows, heads = q.shape[:3]
     head_dim = v.shape[-1]
     fused = dropout_p == 0.0 and not return_attention
-    if q.device.type == "cpu":
-        needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, addend))
-        fused = fused and n >= _LONG_WINDOW and not needs_gradient
+    if q.device.type == "cpu":  # there its backward pass is slower than that of separate operations
+        fused = fused and not (
+            torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, addend))
+        )
     else:
         fused = fused and batch * windows * heads <= _MOST_HEADS
+    if fused and isinstance(factor, Tensor) and q.dtype == v.dtype:
+        q, factor = q * factor, 1.0
     if fused and not isinstance(factor, Tensor):
-        mask = None
-        if addend is not None:
-            mask = addend.to(v.dtype).expand(windows, heads, -1, -1).flatten(0, 1)[None]
-        q, k, v = (x.to(v.dtype).flatten(1, 2) for x in (q, k, v))
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        mask = None if addend is None else addend.to(v.dtype)
+        if mask is not None and mask.dim() == 3:
+            mask = mask[None]
         if q.shape[-1] > head_dim:  # torch's fast kernels need rows of one length
             v = F.pad(v, (0, q.shape[-1] - head_dim))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=factor)
+        # Maps and mask have at most four axes here. Windows are joined with the batch, which copies nothing, or, if the
+        # mask differs between the windows of several images, with the heads.
+        if mask is None or mask.shape[0] == 1 or batch == 1:
+            out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), attn_mask=mask, scale=factor)
+            return out[..., :head_dim].unflatten(0, (batch, windows)), None
+        mask = mask.expand(-1, heads, -1, -1).flatten(0, 1)[None]
+        out = F.scaled_dot_product_attention(*(x.flatten(1, 2) for x in (q, k, v)), attn_mask=mask, scale=factor)
         return out[..., :head_dim].unflatten(1, (windows, heads)), None
     probs = scores_of(q, k, addend, factor).softmax(-1, dtype=wide)
     if generator is not None and dropout_p > 0.0:

@@ -44,6 +44,8 @@ DIFFERENT = [
     Case(1, (16, 16), 2, 16, 8, 4, has_logit_scale=True),
     Case(1, (4, 8, 6), 2, 8, (2, 4, 3), (1, 2, 0), has_table=False, bias_types=2),
     Case(1, (9, 14), 2, 16, (4, 5), (1, 2), has_pad_qkv=True, options={"mask_value": -math.inf}),
+    Case(3, (8, 8), 2, 8, 4, 2, has_table=False),
+    Case(2, (4, 8, 6), 2, 8, (2, 4, 3), (1, 2, 0), has_table=False, bias_types=2),
 ]
 
 
@@ -60,8 +62,9 @@ def test_attention_rounds_as_plain_pytorch_does(case, dtype):
         assert error <= limit, (name, float(error / limit))
 
 
-def test_attention_without_gradients_takes_the_fused_kernel(monkeypatch):
-    """Long windows use scaled_dot_product_attention, with the same result as explicit products."""
+@pytest.mark.parametrize("case", DIFFERENT, ids=str)
+def test_attention_without_gradients_takes_the_fused_kernel(case, monkeypatch):
+    """scaled_dot_product_attention gives the results of explicit products, for each layout of the mask."""
     calls = []
     fused = torch.nn.functional.scaled_dot_product_attention
 
@@ -70,9 +73,9 @@ def test_attention_without_gradients_takes_the_fused_kernel(monkeypatch):
         return fused(*args, **kwargs)
 
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watched)
-    inputs = {name: x.double() for name, x in LONG.inputs(torch.float32).items() if name != "dout"}
+    inputs = {name: x.double() for name, x in case.inputs(torch.float32).items() if name != "dout"}
     got, expected = (
-        swinkernels.window_attention_qkvpacked(**inputs, **LONG.arguments(), backend=backend)
+        swinkernels.window_attention_qkvpacked(**inputs, **case.arguments(), backend=backend)
         for backend in ("torch", "reference")
     )
     assert len(calls) == 1
