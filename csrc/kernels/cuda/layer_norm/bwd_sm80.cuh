@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
     }
     group.sum(sums);
     if (!row.exists) continue;
-    if (!Traits::kKeepsRow) row = locate(ptx::opaque(row.number));  // the compiler would keep it otherwise
+    if (!Traits::kKeepsRow) row = locate(ptx::opaque(row.number));  // not kept in registers
 
     // dx = rstd * (g - mean(g) - (x - mean) * rstd^2 * mean(g * (x - mean))), without the factor rstd, returned in dz.
     const float mean_g = sums[0] * args.inverse_length;

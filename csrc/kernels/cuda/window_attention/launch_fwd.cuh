@@ -19,8 +19,8 @@ cudaError_t launch_over_windows(void (*kernel)(Arguments), int threads, size_t s
   return launch(kernel, dim3(plan.blocks), dim3(threads), smem_bytes, stream, args);
 }
 
-// Launches the plain kernel for windows of more than one block of keys, if it supports the call and the device has room
-// for it; sets `taken` accordingly.
+// Launches the plain kernel for windows of more than one block of keys, if it supports the call and the device has
+// enough shared memory; sets `taken` accordingly.
 template <class Traits>
 cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t stream, bool& taken) {
   using Smem = PlainForwardLongSmem<Traits>;
