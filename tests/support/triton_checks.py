@@ -2,7 +2,7 @@
 
 Triton decides whether to interpret a kernel when it is defined. So without a GPU checks run in a child process with
 TRITON_INTERPRET=1, one process for all files, which gets the checks' names one after another; each check runs once, in
-the pytest-xdist process that requests it. The interpreter computes bfloat16 wrongly and takes some 10 ms per program,
+the pytest-xdist process that requests it. The interpreter computes bfloat16 wrongly and takes about 10 ms per program,
 so interpreted checks use float32 and float16 and small cases.
 """
 

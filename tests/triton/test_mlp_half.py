@@ -26,7 +26,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 class Case(NamedTuple):
     """A call of the op: the shape of x, its dtype and the products', and which arguments are given."""
 
-    shape: tuple[int, ...] = (2, 5, 13, 96)  # one row more than a program takes
+    shape: tuple[int, ...] = (2, 5, 13, 96)  # one row more than a program processes
     read: torch.dtype = F32
     product: torch.dtype = F32
     hidden: int = 4  # times the channels
