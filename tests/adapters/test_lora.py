@@ -84,7 +84,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert (got[name] - value).abs().max() <= 1e-3 * scale, name
 
 
-@pytest.mark.tool("peft: LoRA", "peft", "on the op in timm v1, mmpretrain v1 and MONAI")
+@pytest.mark.tool("peft: LoRA", "peft", "the op runs in timm v1, mmpretrain v1 and MONAI")
 @pytest.mark.parametrize("library", MODELS)
 @pytest.mark.parametrize("first", ["lora", "accelerate"])
 def test_outputs_and_every_gradient(library: str, first: str) -> None:
