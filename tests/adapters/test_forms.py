@@ -1,4 +1,4 @@
-"""Modules whose form is not Microsoft's block: the same results as their own code, and every edit takes effect."""
+"""accelerate on forms other than Microsoft's block: results equal the modules' own, and every edit takes effect."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_float32_is_as_good_as_the_own_code(family):
 
 @families
 def test_training_draws_the_same_and_checks_itself(family):
-    """Training with drop path and batch norms gives the library's numbers, and the first call passes the check."""
+    """Training with drop path and batch norms gives the library's results, and passes verify=True."""
     model, x = model_of(family).train(), make_input(family)
     for m in model.modules():
         for name in ("drop_prob", "p"):

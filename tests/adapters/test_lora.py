@@ -107,7 +107,7 @@ def test_outputs_and_every_gradient(library: str, first: str) -> None:
 
 
 def test_adapters_come_and_go() -> None:
-    """An adapter that is disabled, merged or removed takes effect from the next call on."""
+    """Disabling, merging or removing an adapter takes effect from the next call on."""
     model, shape = timm_swin()
     x = torch.randn(shape)
     fast = with_lora(copy.deepcopy(model)).eval()

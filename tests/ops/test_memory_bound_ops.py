@@ -592,7 +592,7 @@ def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_ke
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_reverse_undoes_partition_bit_for_bit(data):
-    """Maps are odd, rectangular or one token, windows may exceed the map, and every shift and both orders are tried."""
+    """Maps may be odd, rectangular or of one token, windows may exceed the map, and shift and pad order are drawn."""
     rank = data.draw(st.sampled_from([2, 3]))
     size = data.draw(st.tuples(*[st.integers(1, 9 if rank == 2 else 5)] * rank))
     window = data.draw(st.tuples(*[st.integers(1, 6)] * rank))

@@ -48,8 +48,8 @@ class Checks:
     ) -> Callable[[Callable], Callable]:
         """Register a check, to be called once for each value and each dtype unless these are None.
 
-        A tuple as a value holds several arguments. With ``in_turn``, each value is interpreted with one
-        dtype, which alternates from value to value; all other interpreted checks are ``long``.
+        A tuple is passed as several arguments. With ``in_turn``, each value is interpreted with one dtype, which
+        alternates from value to value; all other interpreted checks are ``long``.
         """
 
         def register(function: Callable) -> Callable:

@@ -109,7 +109,7 @@ def partition_moves_bytes(channels, dtype):
 
 @check("no_shift", "three_axes_odd", "rectangular", dtypes=(torch.float32,))
 def a_program_takes_several_windows(name, dtype):
-    """If there are many windows, a program takes several, even if they cannot be shared out equally."""
+    """If there are many windows, a program copies several, even if programs get different numbers of windows."""
     size, window, shift = PARTITIONS[name]
     programs = partition_launcher.PROGRAMS
     partition_launcher.PROGRAMS = 1
@@ -357,7 +357,7 @@ def a_large_mean_leaves_the_variance(pair):
 
 @check("even", "monai_legacy_odd", dtypes=(None,))
 def a_program_takes_several_tiles(name):
-    """Few programs walk over many tiles, as for many tokens."""
+    """Each of two programs processes several tiles, as in calls with many tokens."""
     case = MERGINGS[name]._replace(batch=3)
     tile = merging_launcher.tile
     merging_launcher._geometry.cache_clear()

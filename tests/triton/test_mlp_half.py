@@ -127,7 +127,7 @@ def a_large_mean_leaves_the_variance(name, dtype):
 
 @check("pre", "post", dtypes=(F16,))
 def rows_do_not_depend_on_others(name, dtype):
-    """A row gets the same bits in another program, with other rows, or among other values."""
+    """A row has the same bits in another program, without some of the other rows, or with NaN in them."""
     case = CASES[name]._replace(read=dtype, product=dtype)
     given = inputs(case)
     rows = {**given, "x": given["x"].flatten(0, -2)}
