@@ -73,8 +73,8 @@ help:
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" RESULTS=$(RESULTS) BENCH="$(BENCH)" MAX_JOBS=$(MAX_JOBS)'
 	@echo 'For gpu-check: BUDGET=480 STEPS=smoke,time AGAINST=other/_ops.abi3.so REHEARSE=1'
 
-# Stamp files of the installed packages, one per TORCH, so that a change of TORCH installs again. The linters do not
-# need torch.
+# Stamp files of the installed packages, one per TORCH, so that a change of TORCH triggers an installation. The linters
+# do not need torch.
 torch_name := $(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' '-')
 torch_stamp := $(VENV)/.torch-$(torch_name)
 dev_stamp := $(VENV)/.dev-$(torch_name)

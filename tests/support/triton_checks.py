@@ -111,7 +111,7 @@ class _Child:
 def main() -> None:
     """Run the child process until its input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # a check's output is not an answer
+    os.dup2(2, 1)  # a check's output must not be read as an answer
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN, as in the tests of this process
     for line in sys.stdin:

@@ -398,7 +398,8 @@ class Bias {
   const Sizes& sizes_;
   const float *table_, *dense_;
   int64_t num_heads_, types_;
-  // For the table: r(token); the first tokens of the runs, then N; a head's column, read last, with its head and type.
+  // For the table: r(token); the first tokens of the runs, then N; the column that was read last, and its head and
+  // type.
   int64_t centre_ = 0, runs_ = 0, column_head_ = -1, column_type_ = -1;
   int64_t *offset_ = nullptr, *key_offset_ = nullptr, *run_ = nullptr;
   float* column_ = nullptr;
@@ -436,8 +437,8 @@ Vec normalise_rows_backward(const Sizes& sizes, int64_t count, const float* rows
   for (int64_t first = 0; first < count; first += kLanes) {
     const Vec products = row_products(rows + first * sizes.row, gradients + first * sizes.row, sizes.row);
     sum += (Vec)((Int)products & first_lanes(count - first));
-    // A change along the row does not change a unit row, but a row shorter than the least norm was divided by a
-    // constant.
+    // The gradient of a unit row has no component along the row. A row shorter than the least norm was divided by a
+    // constant, so its gradient keeps that component.
     float along[kLanes];
     store(along, load(inverse_norms + first) < kMaxInverseNorm ? products : Vec{});
     for (int64_t i = first; i < smaller(first + kLanes, count); ++i) {

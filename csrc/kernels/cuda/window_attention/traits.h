@@ -74,7 +74,7 @@ struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDi
   // spilled: in the forward pass of eight tiles without stmatrix, and on Blackwell in all but the cases below. Without
   // stmatrix, shared memory holds only two blocks of the backward pass.
   static constexpr bool kNarrow = Base::kHeadDim <= 32;
-  static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;      // tiles of whole rows
+  static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;      // head_dim 32
   static constexpr bool kWide = !kHasNarrowRange<typename Base::T>;  // no running maximum, no exponents
   static constexpr bool kFitsForward = ptx::kIsBlackwell ? kWide || kSeven : ptx::kHasStmatrix || kTiles_ < 8;
   static constexpr bool kFitsBackward = ptx::kIsBlackwell ? kWide && kSeven : ptx::kHasStmatrix;
