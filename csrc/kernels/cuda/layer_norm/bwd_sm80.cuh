@@ -10,7 +10,7 @@
 //           reduced; otherwise 12 warps, each with a row in flight, suffice: about 5 saturate the memory (traffic
 //           460 cycles per warp and row, latency 800, computation 1,300).
 // Order     there are no atomics: the same device gives the same bits.
-// Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes a row, are read once.
+// Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes per row, are read once.
 //           Partials are 8 * blocks * length bytes, written and read in L2.
 // Roofline  memory bound, like the forward kernel:
 //           merging, bf16         232 MB  69 us, 650 instructions 35 us, 164 registers, 12 warps, 37 KB in flight

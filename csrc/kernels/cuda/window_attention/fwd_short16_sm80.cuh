@@ -4,7 +4,7 @@
 // Maths     As in fwd_sm80.cuh, with p = exp2(score) and no maximum while row sums stay between 2^-80 and 2^64:
 //           bfloat16 has float's exponents, so p does not lose accuracy by its size, and sums of p v stay finite for
 //           |v| < 2^62. The matrix unit sums the rows of the rounded p. A warp with a row sum outside this range (one
-//           vote a window) subtracts the row's maximum, as float16 always does. lse is written on request.
+//           vote per window) subtracts the row's maximum, as float16 always does. lse is written on request.
 // Tiling    A warp has 16 queries and all keys, 32, 56 or 64; a block of up to 64 rows loops over windows of one head,
 //           with bias fragments in registers. Rows of up to 64 bytes arrive in a ring of two stages by cp.async, wider
 //           ones in one stage. A thread owns one or two rows of every window (OwnRows); the outputs are stored
