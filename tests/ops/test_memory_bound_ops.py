@@ -663,7 +663,7 @@ def test_reasons_of_a_backend(call, reason, plain_kernels):
 
 
 def test_longest_row(monkeypatch, plain_kernels):
-    """A row beyond a backend's limit is a reason, so "auto" chooses another backend."""
+    """If a row is longer than a backend's limit, "auto" chooses another backend."""
     monkeypatch.setitem(_backends.NORM_LIMITS, "cuda", 4)
     monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda",))
     x = draw(2, 5).float()
