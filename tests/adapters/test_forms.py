@@ -27,7 +27,7 @@ from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 
-# Family whose own code computes in float32 whatever the dtype -> the tolerance of the results.
+# Family whose own code always computes in float32 -> the tolerance of the results.
 ROUNDED = {"transformers GOT-OCR2": 1e-5}
 
 # Family -> the calls of the op in one module that is replaced, if there are several.

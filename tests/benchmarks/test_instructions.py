@@ -39,7 +39,7 @@ def _block(listing: str, threads: int = 32, parameters: bytes = b"", memory: sas
 
 
 def test_a_loop_with_lanes_that_leave_it_early() -> None:
-    """Lane i runs i + 1 iterations; an instruction counts once however few lanes remain, and all lanes reconverge."""
+    """Lane i runs i + 1 iterations; an instruction counts once for any number of lanes, and all lanes reconverge."""
     block = _block(
         """
         S2R R0, SR_TID.X

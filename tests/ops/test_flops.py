@@ -1,4 +1,4 @@
-"""torch's counter counts the FLOPs of the ops and of accelerated models."""
+"""torch's FLOP counter counts the ops and accelerated models correctly."""
 
 from __future__ import annotations
 
