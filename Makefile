@@ -1,6 +1,6 @@
 # `make demo`, `make test`, `make check` and `make lint` each work on a fresh machine with Python, pip and a C++
-# compiler, and install only their own requirements. `make gpu-check` and its parts use the current Python, without
-# network and virtual environment.
+# compiler, and install only their own requirements. `make gpu-check` and its parts use the current Python, and need
+# neither a network nor a virtual environment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,8 +21,8 @@ PARTS ?=
 BENCH ?= all --quick
 # The number of random calls of sanitize-cpu.
 CALLS ?= 10000
-# For gpu-check: the time limit in seconds (480), the steps (by default all but three), another _ops library to time for
-# comparison, and 1 to run it without a GPU.
+# For gpu-check: BUDGET is the time limit in seconds (480 by default), STEPS lists the steps (by default all but three),
+# AGAINST is another _ops library to time for comparison, and REHEARSE=1 runs the steps without a GPU.
 BUDGET ?=
 STEPS ?=
 AGAINST ?=
@@ -30,8 +30,8 @@ REHEARSE ?=
 
 export MAX_JOBS
 
-# CUDA kernels take minutes to compile on two cores. They are built if there is a GPU, for the tests, with CUDA=1, and
-# if an earlier build contains them.
+# CUDA kernels take minutes to compile on two cores. They are built on a machine with a GPU, for the tests, with
+# CUDA=1, and if an earlier build contains them.
 CUDA ?= $(if $(or $(shell nvidia-smi -L 2> /dev/null | grep GPU),$(wildcard build/temp.*/csrc/kernels/cuda)),1)
 SWINKERNELS_BUILD ?= $(if $(CUDA),auto,cpu)
 kernels = $(if $(filter cpu,$(SWINKERNELS_BUILD)),CPU kernels; CUDA=1 adds the CUDA kernels,CPU and CUDA kernels)
@@ -73,8 +73,8 @@ help:
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" RESULTS=$(RESULTS) BENCH="$(BENCH)" MAX_JOBS=$(MAX_JOBS)'
 	@echo 'For gpu-check: BUDGET=480 STEPS=smoke,time AGAINST=other/_ops.abi3.so REHEARSE=1'
 
-# Stamp files of the installed packages, one per TORCH, so that a change of TORCH installs again. The linters do not
-# need torch.
+# Stamp files of the installed packages, one per TORCH, so that a change of TORCH triggers an installation. The linters
+# do not need torch.
 torch_name := $(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.\n' '-')
 torch_stamp := $(VENV)/.torch-$(torch_name)
 dev_stamp := $(VENV)/.dev-$(torch_name)
@@ -129,8 +129,8 @@ faults: $(dev_stamp) build
 	$(in_venv) OMP_NUM_THREADS=1 $(run) -m tests.faults $(FAULTS)
 
 # Lists the lines of the package and the CPU kernels that no test runs. This takes longer than the tests; TESTS selects
-# some of them. Each folder gets a separate process, because pytest-xdist kills workers that take seconds to write their
-# counters.
+# some of them. Each folder runs in a separate process, because pytest-xdist kills workers that take seconds to write
+# their counters.
 coverage: $(dev_stamp)
 	$(call phase,install-coverage,installing coverage and gcovr into $(VENV),$(call install,$(VENV),--group coverage))
 	$(call phase,compile-coverage,compiling the CPU kernels with counters,\

@@ -5,7 +5,7 @@
 # Expected   An adapter on qkv and proj changes the output, receives gradients, and merging it leaves the output alone.
 # Seen       The outputs with and without the adapter are bit-identical, no LoRA weight has a gradient, and
 #            merge_and_unload() changes the output. torchvision's attention passes the weights of the two layers to a
-#            function and never calls the layers; peft gives it the weights below the adapter, without a warning.
+#            function and never calls the layers; peft gives it the weights without the adapter, and does not warn.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -3,7 +3,7 @@
 #
 # Packages   spandrel 0.4.2, torchvision 0.29.1, torch 2.14.1
 # Expected   A model that is built, saved and loaded again from its state_dict gives the same image. Settings that a
-#            state_dict does not hold, such as img_range, have the constructor's default, here 1.
+#            state_dict does not contain, such as img_range, have the constructor's default, here 1.
 # Seen       With windows of 8, the two images are bit-identical. With windows of 7, and nothing else changed, the
 #            loaded model has img_range 255, and its output is off by more than half of its range, without a warning.
 set -euo pipefail

@@ -21,8 +21,8 @@ import torch
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 hypothesis.settings.register_profile("local", deadline=None)
-# Hypothesis draws the same examples every time, so that an old fault, found by chance, does not fail a new change, and
-# writes nothing to disk.
+# Hypothesis draws the same examples every time, so that an old fault that is found by chance does not fail an unrelated
+# change. It writes nothing to disk.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
@@ -129,7 +129,7 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def as_on_a_gpu(plain_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make "auto" take backend "cuda", with kernels in plain PyTorch, on the CPU.
+    """Make "auto" choose backend "cuda", with kernels in plain PyTorch, on the CPU.
 
     Attention runs in the reference.
     """

@@ -49,7 +49,7 @@ inline bool is_readable(const Tensor& x, int64_t alignment) {
 inline Tensor readable(const Tensor& x, int64_t alignment) {
   if (is_readable(x, alignment)) return x;
   Tensor copy = torch::stable::contiguous(x);
-  return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // contiguous, but at an odd offset
+  return is_readable(copy, alignment) ? copy : torch::stable::clone(copy);  // x was contiguous, but not aligned
 }
 
 // Returns x itself if it is contiguous and its address is a multiple of `alignment` bytes, else a copy.

@@ -8,7 +8,7 @@
 
 namespace swinkernels {
 
-// Returns a map over x (B, *S, ...), whose S has `rank` axes; its data begin at `data`.
+// Describes x (B, *S, ...), where S has `rank` axes, as a map whose data begin at `data`.
 template <class Pointer>
 FeatureMapOf<Pointer> feature_map(const Tensor& x, Pointer data, int64_t rank) {
   FeatureMapOf<Pointer> map{data, x.stride(0), {}};
@@ -16,7 +16,7 @@ FeatureMapOf<Pointer> feature_map(const Tensor& x, Pointer data, int64_t rank) {
   return map;
 }
 
-// Returns the frame over a map of size S. The other lists have three values, as in the schemas.
+// Returns the frame over a map of size S. The lists other than `size` have three values, as in the schemas.
 template <class Axes>
 FrameGeometry frame_geometry(const Ints& size, const Axes& window_size, const Axes& shift_size, const Axes& pad_before,
                              bool roll_then_pad) {

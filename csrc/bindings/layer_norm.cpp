@@ -55,7 +55,7 @@ LayerNormRows plain_rows(const std::vector<int64_t>& shape) {
   return rows;
 }
 
-// Describes the rows of a map x (B, *S, C), whose z has z_shape.
+// Describes the rows of a map x (B, *S, C); z_shape is the shape of z.
 LayerNormRows map_rows(RowLayout layout, const Tensor& x, const std::vector<int64_t>& z_shape, const Ints& factor) {
   LayerNormRows rows{};
   rows.layout = layout;
@@ -125,7 +125,7 @@ NormShape plain_or_expanded(const Tensor& x, const Ints& factor) {
   return shape;
 }
 
-// Makes a parameter contiguous; `parameter` keeps it alive.
+// Makes `parameter` contiguous in place, so that the caller keeps the copy alive, and returns its dtype.
 DType prepare_parameter(OptionalTensor& parameter, const LayerNormRows& rows) {
   if (!parameter) return DType::kFloat32;
   STD_TORCH_CHECK(parameter->numel() == rows.length, "swinkernels: weight and bias must have ", rows.length,

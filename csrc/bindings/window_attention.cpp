@@ -77,7 +77,7 @@ struct Tables {
   OptionalTensor bias_table, bias, logit_scale, pad_qkv, region_map, dropout_seed;
 };
 
-// Fills everything but the data; x is (B, *S, ..., num_heads, head_dim), with `rank` axes S.
+// Fills in everything except the data pointers; x is (B, *S, ..., num_heads, head_dim), where S has `rank` axes.
 void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const WindowSpec& spec) {
   p.dtype = dtype_of(x);
   p.batch = x.size(0);
@@ -87,7 +87,7 @@ void fill(WindowAttentionForwardParams& p, const Tensor& x, int64_t rank, const 
   spec.fill(p, {shape.begin() + 1, shape.end()});
 }
 
-// Fills in the tables, after making them contiguous in place: the caller keeps them alive.
+// Fills in the tables, after making them contiguous in place, so that the caller keeps the copies alive.
 void fill_tables(WindowAttentionForwardParams& p, Tables& t, const WindowSpec& spec, int64_t rank) {
   for (OptionalTensor* x : {&t.bias_table, &t.bias, &t.logit_scale, &t.pad_qkv, &t.region_map, &t.dropout_seed}) {
     if (*x && !(*x)->is_contiguous()) *x = torch::stable::contiguous(**x);

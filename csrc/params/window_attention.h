@@ -26,8 +26,8 @@ using ConstTokenMap = TokenMapOf<const void*>;
 // Two tokens of a window are masked if their regions differ on any axis, or, with a region map (int32, with the frame's
 // shape), if the map's values at their frame coordinates differ.
 // The bias of query i, key j is bias_table[r(i) - r(j) + r_max, head], where r(t) = sum over axes of the coordinate of
-// t *decoded row-major in table_window* times the axis' table stride, and r_max = sum over axes of (table_window - 1) *
-// table stride. Table strides are the strides of a row-major (2 * table_window - 1) array.
+// t *decoded row-major in table_window* times the axis's table stride, and r_max = sum over axes of (table_window - 1)
+// * table stride. Table strides are the strides of a row-major (2 * table_window - 1) array.
 // With a key margin, the keys of a window are the M tokens of a larger window, with pad tokens outside the map; such a
 // call has no shift, grid or region map. The table has 2 * (window + margin) - 1 rows per axis: i is decoded in the
 // window, j in the key window, and r_max = sum over axes of (key window - 1) * table stride.

@@ -49,8 +49,8 @@ This page compares a small model of every family that `accelerate` supports befo
   to its largest element.
 - **Error, float32**: the largest difference between float32 and float64 results, after `accelerate` (and before it).
 - **CPU time** and **memory** of a forward pass in float32, before → after: the median of {repeats} runs, alternately
-  before and after, and the most bytes held at once in addition to the model. Such small models show the cost of calls,
-  not of kernels: [Benchmarks](benchmarks.md) has models of real size.
+  before and after, and the most bytes allocated at once in addition to the model. Such small models show the cost of
+  calls, not of kernels: [Benchmarks](benchmarks.md) has models of real size.
 
 In the column "source", "form of X" means a test module written with the names and conventions of X.
 

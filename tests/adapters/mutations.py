@@ -39,8 +39,8 @@ from tests.support.fused_products import always_fused
 from tests.support.small_models import FAMILIES, make_input, make_model
 
 FACTOR = 1.25  # factor by which an edit changes a result
-# Largest difference relative to the largest element. Constants of a float64 model may be float32, and so is the softmax
-# of Segment Anything in transformers. In a float32 model everything rounds.
+# Largest difference relative to the largest element. A float64 model may have float32 constants, and Segment Anything
+# in transformers computes its softmax in float32. In a float32 model every operation rounds.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3}
 
 

@@ -63,7 +63,7 @@ def large(drop_path: float) -> Swin:
 
 @dataclass(frozen=True)
 class Library:
-    build: Callable[[float], nn.Module]  # makes the model for a rate of drop path
+    build: Callable[[float], nn.Module]  # makes the model with a drop path rate
     attention: int = 4  # calls of the op in one forward pass
     image: tuple[int, ...] = IMAGE
     # Calls of the other ops in a forward pass; calls of layer_norm under autocast.

@@ -461,7 +461,7 @@ def test_one_trial_for_blocks_of_a_kind(monkeypatch):
     blocks = [forms.ClassificationBlock(*SIZE, shift_size=s, drop_path=p) for s in (0, 2) for p in (0.1, 0.2)]
     assert len(swinkernels.accelerate(nn.ModuleList(blocks)).replaced) == 4
     assert len(trials) == 2
-    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4, drop_path=0.1))  # takes a short trial at its width
+    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4, drop_path=0.1))  # after a short trial at its width
     assert len(trials) == 2
     odd = forms.ClassificationBlock(*SIZE)
     odd.flag = True  # a value that a forward may read

@@ -1,4 +1,4 @@
-"""Attention weights that a module returns are computed only if they are read, and equal its own code's weights."""
+"""Attention weights that a module returns are computed only if they are read, and equal the weights of its own code."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_a_gradient_that_bypasses_the_values_is_refused(stages, x):
 
 
 def test_the_modes_of_the_call_count():
-    """The call's modes of gradients, inference and autocast apply, even if others are set at the first read."""
+    """The gradient, inference and autocast modes of the call apply, even if the first read has other modes."""
     weight = torch.ones(3, requires_grad=True)
     with torch.no_grad():
         plain = deferred(lambda: weight * 2, (3,), torch.float32, [weight])

@@ -1,4 +1,4 @@
-"""Modules whose form is not Microsoft's block: the same results as their own code, and every edit takes effect."""
+"""accelerate on forms other than Microsoft's block: results equal the modules' own, and every edit takes effect."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 
-# Family whose own code computes in float32 whatever the dtype -> the tolerance of the results.
+# Family whose own code always computes in float32 -> the tolerance of the results.
 ROUNDED = {"transformers GOT-OCR2": 1e-5}
 
 # Family -> the calls of the op in one module that is replaced, if there are several.
@@ -86,7 +86,7 @@ def test_float32_is_as_good_as_the_own_code(family):
 
 @families
 def test_training_draws_the_same_and_checks_itself(family):
-    """Training with drop path and batch norms gives the library's numbers, and the first call passes the check."""
+    """Training with drop path and batch norms gives the library's results, and passes verify=True."""
     model, x = model_of(family).train(), make_input(family)
     for m in model.modules():
         for name in ("drop_prob", "p"):

@@ -84,7 +84,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert (got[name] - value).abs().max() <= 1e-3 * scale, name
 
 
-@pytest.mark.tool("peft: LoRA", "peft", "on the op in timm v1, mmpretrain v1 and MONAI")
+@pytest.mark.tool("peft: LoRA", "peft", "the op runs in timm v1, mmpretrain v1 and MONAI")
 @pytest.mark.parametrize("library", MODELS)
 @pytest.mark.parametrize("first", ["lora", "accelerate"])
 def test_outputs_and_every_gradient(library: str, first: str) -> None:
@@ -107,7 +107,7 @@ def test_outputs_and_every_gradient(library: str, first: str) -> None:
 
 
 def test_adapters_come_and_go() -> None:
-    """An adapter that is disabled, merged or removed takes effect from the next call on."""
+    """Disabling, merging or removing an adapter takes effect from the next call on."""
     model, shape = timm_swin()
     x = torch.randn(shape)
     fast = with_lora(copy.deepcopy(model)).eval()

@@ -122,7 +122,7 @@ def test_other_options(options):
 
 
 def test_windows_of_seven_on_odd_maps():
-    """Bias tables are read in the numbering of the whole window, however small the map."""
+    """Bias tables are read in the numbering of the whole window, even on smaller maps."""
     model = make_encoder(2, window=7).double()
     x = torch.randn(1, 1, 30, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     check_parity(model, x)

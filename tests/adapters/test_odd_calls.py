@@ -102,7 +102,7 @@ def test_odd_calls_end_as_in_the_library(family: str) -> None:
                     continue  # the first argument does not have such an axis
                 got, expected = _outcome(fast.get_submodule(path), odd), _outcome(model.get_submodule(path), odd)
                 where = f"{path} with {name}: {got!r:.300}, but the library's own code gives {expected!r:.300}"
-                if isinstance(expected, Exception):  # a block without a shift may need no mask, but read its size
+                if isinstance(expected, Exception):  # a block without a shift may read an unused mask's size
                     assert isinstance(got, Exception) or name == "no tensors", where
                     continue
                 assert not isinstance(got, Exception), where

@@ -32,7 +32,7 @@ class Packed(Tensor):
         kwargs = kwargs or {}
         if function is F.linear:
             return _linear(*args, **kwargs)
-        # Attributes that nn.Module, copies and messages read on any tensor.
+        # Attributes of any tensor that nn.Module, copying and error messages read.
         name = getattr(function, "__name__", "")
         if name in (
             "__get__",

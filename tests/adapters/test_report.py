@@ -1,4 +1,4 @@
-"""The report of accelerate is true, and Report.check confirms it."""
+"""The report of accelerate is correct, and Report.check confirms it."""
 
 from __future__ import annotations
 

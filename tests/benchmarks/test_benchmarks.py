@@ -456,7 +456,7 @@ def test_triton_variants_change_the_tuning(name: str) -> None:
 
 
 def test_host_cost_counts_the_calling_thread() -> None:
-    """Other threads' work counts only for the process; waiting counts for neither."""
+    """Work of other threads counts for the process, not for the thread; waiting counts for neither."""
 
     def busy(seconds: float) -> None:
         end = time.thread_time() + seconds

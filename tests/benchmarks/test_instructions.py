@@ -39,7 +39,7 @@ def _block(listing: str, threads: int = 32, parameters: bytes = b"", memory: sas
 
 
 def test_a_loop_with_lanes_that_leave_it_early() -> None:
-    """Lane i runs i + 1 iterations; an instruction counts once however few lanes remain, and all lanes reconverge."""
+    """Lane i runs i + 1 iterations; an instruction counts once for any number of lanes, and all lanes reconverge."""
     block = _block(
         """
         S2R R0, SR_TID.X
@@ -168,7 +168,7 @@ def test_matrix_products_and_their_copies() -> None:
 
 
 def test_what_a_predicate_switches_off_has_no_address() -> None:
-    """A disabled instruction is issued and counted, but its address register may hold anything."""
+    """A disabled instruction is issued and counted, but its address register may contain any value."""
     block = _block("MOV R1, 0x3eb4d23a\n@!PT STSM.16.M88.4 [R1], R4\n@!PT LDSM.16.M88.4 R4, [R1]\nEXIT")
     assert block.warps[0].counts.tolist() == [1, 1, 1, 1]
     assert block.warps[0].passes.tolist() == [0, 0, 0, 0]

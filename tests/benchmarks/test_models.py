@@ -266,7 +266,7 @@ def test_formulas_of_the_paper_by_hand() -> None:
     "case", [WindowAttentionCase(2, (5, 6), 2, 8, 4, 2), WindowAttentionCase(1, (4, 4, 6), 3, 4, 2)]
 )
 def test_flops_of_the_core_count_the_products(case: WindowAttentionCase) -> None:
-    """The formula counts the products of the padded map, forward."""
+    """The formula counts the products over the padded map in the forward pass."""
     qkv = case.inputs(torch.float64)["qkv"]
     found = counted(lambda x: reference.window_attention_qkvpacked(x, **case.arguments()), qkv)
     assert 2 * found == formulas.core_flops(case)["fwd"]

@@ -33,9 +33,9 @@ PACKED, PACKED_HEADS, SEPARATE = FORMS = ("(B, *S, 3C)", "(B, *S, 3, heads, head
 # Longest window per axis, most tokens per axis beyond two windows, most scores or elements.
 KINDS = {"short": (6, 3, 20_000), "one token": (1, 6, 20_000), "long": (20, 3, 60_000)}
 LONG = 64  # long windows have more tokens than this: several blocks of queries
-MIN_ROWS = 32  # fewer rows of a head do not average the rounding of single scores, which matters in float32
+MIN_ROWS = 32  # with fewer rows of a head, the rounding of single scores does not average out in float32
 AXIS_TABLES = tuple(f"axis_tables.{axis}" for axis in range(3))
-WIDE = ("bias_table", "bias", "logit_scale", *AXIS_TABLES)  # used in float32, whatever their dtype
+WIDE = ("bias_table", "bias", "logit_scale", *AXIS_TABLES)  # of any dtype, used in float32
 TABLES = (*WIDE, "pad_qkv", "region_map")
 
 

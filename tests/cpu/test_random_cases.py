@@ -1,4 +1,4 @@
-"""Some of the random calls pass. Calls can be repeated, cover the whole space, and are judged."""
+"""A sample of the random calls passes; calls are repeatable, cover every argument, and are judged."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_head_dims(head_dim):
 
 @pytest.mark.parametrize("heads", [1, 5, 24])
 def test_many_windows(heads):
-    """There are more windows than a chunk of the backward pass holds, so partial bias and pad gradients are summed."""
+    """A chunk of the backward pass contains fewer windows, so partial bias and pad gradients are summed."""
     check_window_attention(packed, Case(3, (26, 27), heads, 4, 4, 2, has_pad_qkv=True), torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run by the emulator, give bits that depend on GPU and batch only as docs/numerics.md states."""
+"""The bits of the CUDA kernels' results, computed by the emulator, depend only on what docs/numerics.md lists."""
 
 from __future__ import annotations
 

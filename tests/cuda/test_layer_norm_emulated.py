@@ -37,8 +37,8 @@ def expanding(*shape: int, factor: tuple[int, int, int] = (1, 2, 2)) -> NormCase
     return NormCase("layer_norm", shape, factor=factor)
 
 
-# Rows of 1 to 2,304 elements: single elements, fours and eights, few and many vectors per thread, one thread to several
-# warps, all lanes busy or not.
+# Rows of 1 to 2,304 elements: single elements, vectors of four and eight, few and many vectors per thread, one thread
+# to several warps per row, with and without idle lanes.
 LENGTHS = (1, 3, 8, 30, 40, 96, 97, 100, 128, 180, 768, 1536, 2304)
 ROWS = [plain(72), *(plain(3, 5, length) for length in LENGTHS)]
 MERGING = [

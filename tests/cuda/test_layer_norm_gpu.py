@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(UNAVAILABLE is not None, reaso
 DEVICE = "cuda"
 OPS = torch.ops.swinkernels
 
-# The calls of models, at the sizes with a speed goal but with smaller batches.
+# The calls of models at the sizes that have a speed goal, with smaller batches.
 MODELS = [
     NormCase("patch_merging_norm", (4, 56, 56, 96), factor=(1, 2, 2)),
     NormCase("patch_merging_norm", (4, 28, 28, 192), factor=(1, 2, 2)),
@@ -192,7 +192,7 @@ def run_public(name: str, inputs: dict[str, Tensor], backend: str) -> list[Tenso
 
 
 def assert_close(got: list[Tensor], exact: list[Tensor], eps: float) -> None:
-    """Check how the parts are composed; the tests above hold the ops themselves to their budgets."""
+    """Check the composition with a wide tolerance; the tests above compare the ops with their error budgets."""
     for i, (g, e) in enumerate(zip(got, exact, strict=True)):
         assert g.shape == e.shape
         error = (g.cpu().double() - e.double()).norm() / e.double().norm()
@@ -212,7 +212,7 @@ def test_public_functions(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("low", [F16, BF16], ids=str)
 @pytest.mark.parametrize("name", PUBLIC)
 def test_autocast(name: str, low: torch.dtype) -> None:
-    """Parameters and stream are float32, the Linear's input and output are not; gradients are float32 again."""
+    """Parameters and residual stream are float32, the Linear's input and output have the autocast dtype."""
     inputs = {n: x.to(DEVICE) for n, x in PUBLIC[name][1].items()}
     if "y" in inputs:
         inputs["y"] = inputs["y"].to(low)  # from the Linear at the end of a branch

@@ -203,9 +203,9 @@ def test_no_source_spills_on_any_architecture(arch: str, source: Path) -> None:
     assert_no_local_memory(resource_usage(compile_one(ROOT, arch, source)))
 
 
-# Two sources dominate the build, and most calls run them. For one architecture, build.csv has their object sizes in
-# bytes, and their compile times in CPU seconds divided by the time for _YARDSTICK, which is measured next to them so
-# that the machine and its load cancel.
+# These two sources take a quarter of the compiler's time, and most calls run their kernels. For one architecture,
+# build.csv has their object sizes in bytes, and their compile times in CPU seconds divided by the time for _YARDSTICK,
+# which is measured next to them so that the speed and load of the machine cancel.
 HOT_SOURCES = ("fwd_bfloat16", "bwd_bfloat16")
 BUDGET_CSV = ROOT / "benchmarks" / "results" / "build.csv"
 MOST_GROWTH = 1.2

@@ -21,8 +21,8 @@ from tests.support.philox import kept_weights, philox
 
 pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 
-# torch.finfo's eps for 10 bits of mantissa. Attention in float64 that only rounds the operands of matrix products to
-# TF32 has RMS errors of 0.42 to 0.50 of this in the gradients of q, k and v.
+# The eps of 10 bits of mantissa, as torch.finfo defines it. Attention in float64 that only rounds the operands of
+# matrix products to TF32 has RMS errors of 0.42 to 0.50 times this in the gradients of q, k and v.
 TF32_EPS = 2.0**-10
 
 
@@ -87,7 +87,7 @@ WINDOWS = [
 ]
 # Every head_dim class.
 HEAD_DIMS = [Case(1, (6, 9), 1, head_dim, 5, 2, has_pad_qkv=True) for head_dim in (48, 72, 96, 128)]
-# Heads whose rows are no multiple of 16 bytes in some dtype, or not even of 4.
+# Heads whose rows are not a multiple of 16 bytes in some dtype, or not even of 4.
 ODD_HEAD_DIMS = [Case(2, (7, 8), 2, head_dim, 4, 1, has_pad_qkv=True) for head_dim in (1, 4, 5, 10, 12, 20, 30, 44, 67)]
 ODD_HEAD_DIMS.append(Case(1, (9, 10), 1, 30, (9, 10), 3, has_pad_qkv=True))
 ARITHMETICS = ["bfloat16", "float16", "float32", "tf32"]
@@ -114,7 +114,7 @@ FEATURES = {
     "types, long window": Case(2, (18, 9), 2, 16, 9, 4, has_table=False, bias_types=2),
     "types, long window, pads, v2": Case(1, (17, 8), 1, 24, 9, 4, False, True, True, 2),
 }
-# Bias tables by window type, in short windows and in long ones, which the plain kernels do not take.
+# Bias tables by window type, in short windows and in long ones, which the plain kernels do not support.
 TABLE_TYPES = {
     "short": Case(2, (8, 8), 2, 16, 4, 1, table_types=2),
     "short, v2, pads": Case(2, (13, 14), 3, 16, 7, 3, has_pad_qkv=True, table_types=2, **COSINE),
@@ -183,7 +183,7 @@ GEOMETRY = {
     "long window decoded in a larger one": Case(1, (9, 10), 1, 16, (9, 10), 0, options={"table_window": (10, 12)}),
     "3D, long window": Case(1, (2, 8, 10), 1, 16, (2, 8, 8), (1, 4, 4), has_pad_qkv=True),
     "large bias table": Case(1, (6, 16, 2), 1, 16, (6, 16, 2), 0, options={"table_window": (10, 16, 10)}),
-    # Most keys are alike: the errors of the sums of P would add up without the correction.
+    # Most keys are equal pad tokens: without the correction, the errors of the sums of P would add up.
     "nearly all pads": Case(1, (16, 1), 1, 32, (7, 6), has_table=False, has_pad_qkv=True, options=ROLL_THEN_PAD),
     "nearly all pads, long": Case(3, (1, 11), 3, 24, (9, 16), 0, has_pad_qkv=True, options={"scale": 0.1}),
     "many heads": Case(1, (4, 4), 24, 8, 4, 1),
@@ -307,8 +307,8 @@ def test_any_case(case, arithmetic):
     built = emulation.window_attention_library()
     built.configure()
     op, dtype = built.window_attention_qkvpacked, getattr(torch, arithmetic)
-    # Few numbers average too few rounding errors. With cosines times 100 one key of a row dominates: the row's dS,
-    # which sum to zero, are then rounding errors, and in float16 too small to represent.
+    # With cosines times 100 one key of a row dominates: the row's dS, which sum to zero, are then rounding errors, and
+    # in float16 too small to represent.
     assume(not (case.has_logit_scale and dtype == torch.float16))
     eps = torch.finfo(dtype).eps * (2 if dtype != torch.float32 else 64 if case.has_logit_scale else 4)
     check_window_attention(op, case, dtype, eps=eps, cancels=True)

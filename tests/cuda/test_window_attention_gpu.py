@@ -188,8 +188,8 @@ def test_side_stream_and_cuda_graph(backend: str) -> None:
 
 
 def test_a_device_that_is_not_the_current_one(backend: str) -> None:
-    """Kernels run on the device of the tensors, the current device does not change, and a cached decision for one
-    device does not serve another.
+    """Kernels run on the device of the tensors, the current device does not change, and a decision cached for one
+    device is not used on another.
     """
     if torch.cuda.device_count() < 2:
         pytest.skip("torch sees one CUDA GPU")

@@ -90,7 +90,7 @@ def expected_windows(x: Tensor, case: Case) -> Tensor:
 
 
 def check(library: WindowPartitionLibrary, x: Tensor, case: Case, max_vectors: int = 0) -> None:
-    """Compare partition with the reference, and check that reverse restores the map, whatever pad tokens hold."""
+    """Compare partition with the reference, and check that reverse restores the map and ignores pad tokens."""
     arguments = (case.window, case.shift, case.pad_order)
     windows = library.window_partition(x, *arguments, max_vectors=max_vectors)
     assert_same_bits(windows, expected_windows(x, case))

@@ -562,7 +562,8 @@ class WindowAttentionLibrary(Library):
     ) -> Tensor | None:
         """Return the numbers of a window's tokens as the kernels for short windows in 16 bits find them.
 
-        Return None if these kernels do not take maps of this size. No map is read: one row of 32 numbers serves as all.
+        Return None if these kernels do not support maps of this size. No map is read: one row of 32 numbers serves as
+        all maps.
         """
         geometry, lead = _Geometry(), _TokenMap(None, 0, (ctypes.c_int64 * 3)(), 32)
         geometry.fill(size, window, shift, (0, 0), "pad_then_roll")

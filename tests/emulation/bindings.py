@@ -1,4 +1,4 @@
-"""The bindings of the CUDA ops over the emulated kernels: an op library whose backend "cuda" takes CPU tensors.
+"""The bindings of the CUDA ops over the emulated kernels: an op library whose backend "cuda" accepts CPU tensors.
 
 A process that sets ``environment()`` loads it in place of swinkernels._ops, and calls ``attach()`` after importing
 swinkernels. Calls then run argument checks, dispatch, autograd, bindings and kernels as on a GPU.
@@ -33,7 +33,7 @@ def environment() -> dict[str, str]:
 
 
 def attach() -> None:
-    """Let backend "cuda" take CPU tensors, and make other kernels unavailable, because the library lacks them."""
+    """Let backend "cuda" accept CPU tensors, and make other kernels unavailable, because the library lacks them."""
     from swinkernels.ops import _backends
 
     def reasons(backend: str, op: str, device: torch.device) -> list[str]:

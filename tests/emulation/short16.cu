@@ -22,7 +22,7 @@ __global__ void find_tokens_kernel(const Short16ForwardArguments args, uint32_t 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 using namespace swinkernels;
 
-// True if the kernels take a forward call; then `numbers`, if given, gets the token numbers of window `item`, which has
+// True if the kernels support a call; then `numbers`, if given, gets the token numbers of window `item`, which has
 // 33 to 56 tokens.
 EXPORT bool short16_takes(const WindowAttentionForwardParams* params, uint32_t item, uint32_t* numbers) {
   cuda::Short16ForwardArguments args = {};

@@ -222,7 +222,7 @@ void resume(Lane& lane) {
   engine.current = nullptr;
 }
 
-// Runs each runnable lane of a warp to its next collective. False if none could run.
+// Runs each runnable lane of a warp to its next collective. Returns false if none could run.
 bool run_warp_once(int warp, std::mt19937_64* random) {
   const int first = warp * kWarpSize, count = std::min(kWarpSize, engine.threads - first);
   const int start = random ? static_cast<int>((*random)() % count) : 0;

@@ -1,7 +1,7 @@
 """Faults that the tests must find: each is one edit of one file, with a test that passes without it and fails with it.
 
 They guard the tests: after a test is made faster, or a suite is thinned out, all faults must still be found. A fault is
-a text replacement, so it outlives other changes to its file; one that no longer applies has to be rewritten for the
+a text replacement, so it survives other changes to its file; one that no longer applies has to be rewritten for the
 code that replaced its text.
 """
 

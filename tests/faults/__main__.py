@@ -54,7 +54,7 @@ class Copy:
 
     def run(self, tests: list[str]) -> tuple[dict[str, int], str]:
         """Return the numbers of tests that passed, failed and so on, and pytest's output."""
-        # Hypothesis draws the same examples every time, and kernels are compiled for one test each.
+        # CI makes Hypothesis draw the same examples every time. -O0 compiles faster: each kernel runs in one test only.
         environment = {**os.environ, "CI": "1", "SWINKERNELS_EMULATION_FLAGS": "-O0"}
         if all(test.startswith("tests/triton/") for test in tests):
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # only these tests run in that process

@@ -86,7 +86,7 @@ def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys:
 def test_the_reference_mixes_no_devices(name: str) -> None:
     """The reference runs on tensors without data, on a device that, like a GPU, refuses operations with CPU tensors."""
     case = smoke.tiny(smoke.ATTENTION[name])
-    options = {key: value for key, value in case.options.items() if key != "dropout_p"}  # nothing is drawn there
+    options = {key: value for key, value in case.options.items() if key != "dropout_p"}  # no draws on meta
     case = dataclasses.replace(case, options=options)
     inputs = {
         key: torch.empty(x.shape, dtype=torch.float64, device="meta") for key, x in case.inputs(torch.float32).items()

@@ -1,4 +1,4 @@
-"""Small models of several libraries, as users have them before accelerate and an export."""
+"""Small models of several libraries, built as users build them before accelerate and export."""
 
 from __future__ import annotations
 

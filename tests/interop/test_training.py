@@ -73,7 +73,7 @@ def test_training(tool: str, tmp_path: Path) -> None:
     assert re.search(r"loss \S+ -> \S+ in 20 steps", done.stdout)
 
 
-@pytest.mark.tool("torchao: int8 weights", "torchao", "on the op")
+@pytest.mark.tool("torchao: int8 weights", "torchao", "the op runs")
 @pytest.mark.parametrize("first", ["torchao", "accelerate"])
 def test_int8_weights_keep_the_op(first: str) -> None:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")

@@ -1,4 +1,4 @@
-"""The table of offsets of v2's position bias, which no checkpoint contains, is right however the weights are loaded."""
+"""The offset table of v2's position bias, which no checkpoint contains, is right after any way of loading weights."""
 
 from __future__ import annotations
 

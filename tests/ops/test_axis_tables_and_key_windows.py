@@ -1,5 +1,5 @@
-"""Decomposed relative positions, keys of a larger window, tables with window types: every backend that supports them
-against the reference.
+"""Decomposed relative positions, keys of a larger window, and tables with window types, on every backend that supports
+them, compared with the reference.
 """
 
 from __future__ import annotations

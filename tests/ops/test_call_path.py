@@ -47,7 +47,7 @@ def make_call(*, requires_grad: bool = False) -> Callable[[], Tensor]:
 
 
 def path_of(call: Callable[[], Any]) -> tuple[list[str], list[str]]:
-    """Return our functions that a call enters, and those on the stack when it calls the op."""
+    """Return the package's functions that a call enters, and those on the stack when it calls the op."""
     entered: list[str] = []
     stack: list[str] = []
 

@@ -157,6 +157,6 @@ def test_one_program_serves_all_sizes(case: Case) -> None:
 
 
 def test_fakes_of_symbolic_sizes_are_the_ops_own() -> None:
-    """Fakes of the decompositions would put their operations into compiled graphs' guards."""
+    """The ops use their own fakes: those of the decompositions would add operations to compiled graphs' guards."""
     assert all(op in torch._decomp.meta_table for op in DECOMPOSITIONS)
     assert not any(op in torch.export.default_decompositions() for op in DECOMPOSITIONS)

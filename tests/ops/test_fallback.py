@@ -181,7 +181,7 @@ def test_a_norm_of_16_bit_rows_to_float32_is_not_rounded_between():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_auto_takes_it_where_no_kernel_runs(device, monkeypatch):
-    """Backend "auto" takes "torch" for float64, which no kernel supports, and on devices without kernels."""
+    """Backend "auto" chooses "torch" for float64, which no kernel supports, and on devices without kernels."""
     from swinkernels import reference
 
     for name in ("window_attention_qkvpacked", "window_partition", "layer_norm", "patch_merging"):

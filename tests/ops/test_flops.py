@@ -1,4 +1,4 @@
-"""torch's counter counts the FLOPs of the ops and of accelerated models."""
+"""torch's FLOP counter counts the ops and accelerated models correctly."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_formulas_wait_for_the_counter() -> None:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("size", [(8, 12), (7, 10), (4, 5, 9)])
 def test_window_attention_counts_as_plain_code(packed: bool, size: tuple[int, ...]) -> None:
-    """Whole windows of the padded map count, for the op and for plain PyTorch, also on meta tensors."""
+    """The count includes whole windows of the padded map, for the op and for plain PyTorch, also on meta tensors."""
 
     def attend(backend: str, device: str) -> tuple[int, int]:
         qkv = torch.zeros(2, *size, 3, 2, 6, device=device, requires_grad=True)

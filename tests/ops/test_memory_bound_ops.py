@@ -315,7 +315,7 @@ def test_autocast_changes_nothing_else(name):
 
 
 def test_a_norm_into_a_linear_under_autocast(plain_kernels):
-    """The norm's single pass turns the float32 stream into the Linear's half input, and dx is float32 again."""
+    """The norm's single pass turns the float32 stream into the Linear's 16-bit input, and dx is float32 again."""
     x, weight = draw(2, 3, 5).float().requires_grad_(), draw(4, 5).float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         z = swinkernels.layer_norm(x, dtype=torch.get_autocast_dtype("cpu"), backend="cuda")
@@ -473,7 +473,7 @@ def test_compile_fullgraph(name, backend, dynamic, plain_kernels):
 
 
 def spread(x: Tensor) -> Tensor:
-    """Spread x over memory of NaN, in every other element and not from the first byte on."""
+    """Copy x to every other element of memory filled with NaN, not starting at its first element."""
     wide = torch.full([2 * n for n in x.shape], math.nan, dtype=x.dtype)
     view = wide[(slice(1, None, 2),) * x.dim()]
     view.copy_(x)
@@ -592,7 +592,7 @@ def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_ke
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_reverse_undoes_partition_bit_for_bit(data):
-    """Maps are odd, rectangular or one token, windows may exceed the map, and every shift and both orders are tried."""
+    """Maps may be odd, rectangular or of one token, windows may exceed the map, and shift and pad order are drawn."""
     rank = data.draw(st.sampled_from([2, 3]))
     size = data.draw(st.tuples(*[st.integers(1, 9 if rank == 2 else 5)] * rank))
     window = data.draw(st.tuples(*[st.integers(1, 6)] * rank))
@@ -663,7 +663,7 @@ def test_reasons_of_a_backend(call, reason, plain_kernels):
 
 
 def test_longest_row(monkeypatch, plain_kernels):
-    """A row beyond a backend's limit is a reason, so "auto" takes another backend."""
+    """If a row is longer than a backend's limit, "auto" chooses another backend."""
     monkeypatch.setitem(_backends.NORM_LIMITS, "cuda", 4)
     monkeypatch.setitem(_backends.PREFERENCE, "cpu", ("cuda",))
     x = draw(2, 5).float()

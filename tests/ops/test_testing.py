@@ -1,4 +1,4 @@
-"""The error budget passes and fails the right results, with a message."""
+"""The error budget accepts exact results and rejects wrong ones, with a message."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_backend_says_by_name_what_it_lacks():
 
 
 def test_long_windows_need_shared_memory(monkeypatch):
-    """This package's CUDA kernels take only shorter windows on a GPU with less shared memory per block."""
+    """This package's CUDA kernels support only shorter windows on a GPU with less shared memory per block."""
     limits = {"max_window_volume": 1024, "shared_bytes_of_longest": 160 * 1024, "max_window_volume_in_less": 256}
     monkeypatch.setitem(_backends.LIMITS, "cuda", limits)
     case = WindowAttentionCase(1, (17, 17), 2, 8, 17, 0)

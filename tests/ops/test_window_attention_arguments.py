@@ -250,7 +250,7 @@ def test_generator_of_another_device():
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
 def test_backend_that_cannot_run(backend):
-    """Only plain PyTorch supports float64: every other backend gives a reason, whatever is installed."""
+    """Only plain PyTorch supports float64: every other backend gives a reason, on any machine."""
     message = check(
         lambda: packed(zeros(QKV).double(), backend=backend),
         NotImplementedError,

@@ -225,7 +225,7 @@ def test_derivatives_of_functorch(transform: Any) -> None:
 def test_derivatives_of_functorch_that_are_refused(
     transform: Any, reason: str, batched: bool, record_property: Any
 ) -> None:
-    """Forward mode raises, with a remedy."""
+    """Forward mode raises an error that states the remedy."""
     case = Case(1, (2, 4), 1, 2, 2, 1)
     qkv = case.inputs(torch.float32)["qkv"]
 

@@ -61,7 +61,7 @@ def test_merging_monai(name, size, order):
 
 
 def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
-    """Return the input number in each merged channel, found with an identity as reduction and a norm."""
+    """Return the input channel of each merged channel, by the rank of its value after the norm and an identity."""
     n = 2**rank * channels
     x = torch.arange(float(n), dtype=torch.float64).reshape(1, *(2,) * rank, channels)
     y = reference.patch_merging(x, None, None, torch.eye(n, dtype=torch.float64), order=order, eps=0.0).flatten()
@@ -111,7 +111,7 @@ def test_monai_legacy_order():
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("size", SIZES)
 def test_merging_unfold(size, norm):
-    """mmcv and mmpretrain use torch's Unfold, whose channels are slowest."""
+    """mmcv and mmpretrain use torch's Unfold, which puts the neighbours of a channel next to each other."""
     x, weight = draw(2, *size, C), draw(7, 4 * C, seed=3)
     width = 4 * C if norm == "pre" else 7
     norm_weight, norm_bias = draw(width, seed=4), draw(width, seed=5)

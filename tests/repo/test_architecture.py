@@ -24,7 +24,7 @@ NAMED = [
     for cell, after in itertools.pairwise(row)
     if re.fullmatch(f"`{NAME}`", cell) and re.fullmatch(r"`[\w./]+\.(py|cpp|h|cu|cuh)`", after)
 ] + re.findall(rf"`({NAME})` \(`([\w./]+)`\)", TEXT)
-# The functions called in a row, listed in its last cell, may be anywhere in the sources.
+# The helpers listed in the last cell of a row may be defined anywhere in the sources.
 ASKED = sorted({name for row in ROWS for name in re.findall(f"`({NAME})`", row[-1]) if "/" not in name})
 PYTHON = sorted((ROOT / "swinkernels").rglob("*.py"))
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp", ".inl"))

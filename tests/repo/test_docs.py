@@ -101,7 +101,7 @@ def test_command(command: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_to_files(page: Path) -> None:
-    """Links in pages outside the site also lead to files."""
+    """Links in pages outside the site also lead to existing files."""
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
         assert "://" in target or (page.parent / target).exists(), target
 

@@ -1,4 +1,4 @@
-"""The README's installation, executed word for word in a new environment: it takes minutes and a network."""
+"""The README's installation, executed word for word in a new environment: this takes minutes and network access."""
 
 from __future__ import annotations
 

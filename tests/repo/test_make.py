@@ -130,7 +130,7 @@ def test_the_tests_of_a_source(source: str, expected: str) -> None:
 
 
 def test_every_source_has_tests() -> None:
-    """A source whose name leads to no test file has the tests of its folder."""
+    """If no test file matches the name of a source, all tests of its folder are selected."""
     sources = [*(ROOT / "swinkernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     for path in sources:
         assert changed.tests_of(str(path.relative_to(ROOT)), TESTS), path

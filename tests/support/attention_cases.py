@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from swinkernels.ops._arguments import MAX_WINDOW_VOLUME
 from swinkernels.testing import WindowAttentionCase as Case
 
-# Fewer elements of a result do not average their rounding errors, so their RMS error is random.
+# With fewer elements, the rounding errors of a result do not average out, and its RMS error is random.
 MIN_ELEMENTS = 100
 
 
@@ -29,8 +29,8 @@ def draw_case(
     """Draw a case with windows of up to ``longest`` tokens per axis, maps of up to two windows plus ``beyond`` tokens,
     and up to ``most`` images and heads.
 
-    Unless ``small_cosine``, cosine attention (v2) has windows of 16 tokens or more, most of them not pads, and heads of
-    four channels or more.
+    Unless ``small_cosine`` is set, cosine attention (v2) has windows of 16 tokens or more, most of them not pads, and
+    heads of four channels or more.
     """
     rank = rng.randint(2, 3)
     has_logit_scale = rng.random() < 0.5

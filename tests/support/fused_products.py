@@ -30,7 +30,7 @@ def fused_calls() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def always_fused() -> Iterator[None]:
-    """Make modules take the path of fused Linear layers whatever the size and dtype of a map.
+    """Make modules use fused Linear layers for maps of any size and dtype.
 
     In float64 plain PyTorch then computes the products: such tests check which modules are called.
     """

@@ -1,5 +1,5 @@
 """Cases that attention kernels easily get wrong: rows whose log-sum-exp is below -88, so that its exp is zero in
-float32; windows of 64 (mod 128) tokens; a float32 bias with 16-bit maps.
+float32; windows whose number of tokens is 64 modulo 128; a float32 bias with 16-bit maps.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def assert_as_good(
     few eps.
 
     If large scores and sums that cancel magnify rounding errors, ``moved`` gives their size (see :func:`shaken`). A
-    gradient that is zero in theory, as for a constant in all scores, may be as large as the largest one's rounding.
+    gradient that is zero in theory, as for a constant in all scores, may be as large as the rounding error of the
+    largest gradient.
     """
     assert got.keys() == plain.keys() == exact.keys()
     largest = max(t.abs().max() for t in exact.values())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Return the module in float64 and evaluation mode with parameters that no published initialisation has."""
+    """Return the module in float64 and evaluation mode, with random parameters unlike those of an initialisation."""
     g = torch.Generator().manual_seed(seed)
     module = module.double().eval()
     with torch.no_grad():

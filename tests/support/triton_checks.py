@@ -2,7 +2,7 @@
 
 Triton decides whether to interpret a kernel when it is defined. So without a GPU checks run in a child process with
 TRITON_INTERPRET=1, one process for all files, which gets the checks' names one after another; each check runs once, in
-the pytest-xdist process that requests it. The interpreter computes bfloat16 wrongly and takes some 10 ms per program,
+the pytest-xdist process that requests it. The interpreter computes bfloat16 wrongly and takes about 10 ms per program,
 so interpreted checks use float32 and float16 and small cases.
 """
 
@@ -48,8 +48,8 @@ class Checks:
     ) -> Callable[[Callable], Callable]:
         """Register a check, to be called once for each value and each dtype unless these are None.
 
-        A tuple as a value holds several arguments. With ``in_turn``, each value is interpreted with one
-        dtype, which alternates from value to value; all other interpreted checks are ``long``.
+        A tuple is passed as several arguments. With ``in_turn``, each value is interpreted with one dtype, which
+        alternates from value to value; all other interpreted checks are ``long``.
         """
 
         def register(function: Callable) -> Callable:
@@ -111,7 +111,7 @@ class _Child:
 def main() -> None:
     """Run the child process until its input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # a check's output is not an answer
+    os.dup2(2, 1)  # a check's output must not be read as an answer
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN, as in the tests of this process
     for line in sys.stdin:

@@ -128,7 +128,7 @@ def check_source(function: Callable) -> None:
     """Check the rules of Triton before 3.8.
 
     A field of a constexpr tuple is a plain Python value there, which cannot be an argument of our functions or an
-    element of a list. Nor can a function return a conditional expression that may be None.
+    element of a list. A function also cannot return a conditional expression that may be None.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
 

@@ -139,8 +139,8 @@ def float16_is_finite_where_the_result_is(large):
         finite = exact[key].to(x.dtype).isfinite() & f32[key].to(x.dtype).isfinite()
         assert finite.any() and x[finite].isfinite().all(), key
         error, largest = (x.double() - exact[key])[finite].abs().max(), exact[key][finite].abs().max()
-        # The bound is wide because P is recomputed from an lse that float32 holds to 2 ** -22 of its size, and queries
-        # are up to 2 ** 19.
+        # The bound is wide because queries are up to 2 ** 19, and P is recomputed from an lse with a relative precision
+        # of 2 ** -22, that of float32.
         assert error <= 2**-6 * largest + 8 * (f32[key] - exact[key])[finite].abs().max(), (key, error, largest)
 
 

@@ -109,7 +109,7 @@ def test_every_kernel_is_compiled():
 
 
 def test_batch_size_does_not_recompile():
-    """Numbers that vary with the batch are typed, not specialised on being 1 or a multiple of 16."""
+    """Arguments that vary with the batch have fixed types: they are not specialised for 1 or multiples of 16."""
     for module in (partition_kernels, merging_kernels):
         for name, kernel in kernels_of(module).items():
             for parameter in kernel.params:

@@ -180,7 +180,7 @@ def test_every_kernel_is_compiled_for_every_precision():
 
 
 def test_batch_size_does_not_recompile():
-    """Numbers that vary from call to call are typed, not specialised on being 1 or a multiple of 16."""
+    """Arguments that vary between calls have fixed types: they are not specialised for 1 or multiples of 16."""
     for name, kernel in KERNELS.items():
         for parameter in kernel.params:
             if parameter.name in ("batch_windows", "windows_per_program"):

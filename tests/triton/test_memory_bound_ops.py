@@ -38,7 +38,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 # ---- partition and reverse -------------------------------------------------------------------------------------------
 
-# size, window, shift; the ops take any shift below the frame's size.
+# size, window, shift; the ops accept any shift below the frame's size.
 PARTITIONS = {
     "whole": ((4, 6), (2, 3), (1, 1)),
     "no_shift": ((4, 6), (2, 3), (0, 0)),
@@ -66,7 +66,7 @@ def reverse(
 
 
 def gathered(x: Tensor, window: tuple[int, ...], shift: tuple[int, ...], roll_then_pad: bool) -> Tensor:
-    """Gather the windows by the reference's index, which takes any shift."""
+    """Gather the windows by the reference's index, which accepts any shift."""
     batch, *size, channels = x.shape
     order = "roll_then_pad" if roll_then_pad else "pad_then_roll"
     index = source_index(size, window, shift, pad_order=order, device=x.device)
@@ -109,7 +109,7 @@ def partition_moves_bytes(channels, dtype):
 
 @check("no_shift", "three_axes_odd", "rectangular", dtypes=(torch.float32,))
 def a_program_takes_several_windows(name, dtype):
-    """If there are many windows, a program takes several, even if they cannot be shared out equally."""
+    """If there are many windows, a program copies several, even if programs get different numbers of windows."""
     size, window, shift = PARTITIONS[name]
     programs = partition_launcher.PROGRAMS
     partition_launcher.PROGRAMS = 1
@@ -315,7 +315,7 @@ def exact(case: Merging, given: dict[str, Tensor], dtype: torch.dtype, eps: floa
 
 
 def check_merging(case: Merging, pair: str, given: dict[str, Tensor], eps: float = 1e-5) -> None:
-    """Check the results; float32 sums are judged by their terms, which may cancel in a row or over a few tokens."""
+    """Check the results; float32 sums are compared with their terms, which may cancel in a row or over a few tokens."""
     got = run(case, given, eps)
     wide, terms = exact(case, given, torch.float64, eps)
     single, _ = exact(case, given, torch.float32, eps)
@@ -357,7 +357,7 @@ def a_large_mean_leaves_the_variance(pair):
 
 @check("even", "monai_legacy_odd", dtypes=(None,))
 def a_program_takes_several_tiles(name):
-    """Few programs walk over many tiles, as for many tokens."""
+    """Each of two programs processes several tiles, as in calls with many tokens."""
     case = MERGINGS[name]._replace(batch=3)
     tile = merging_launcher.tile
     merging_launcher._geometry.cache_clear()

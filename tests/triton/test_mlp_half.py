@@ -26,7 +26,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 class Case(NamedTuple):
     """A call of the op: the shape of x, its dtype and the products', and which arguments are given."""
 
-    shape: tuple[int, ...] = (2, 5, 13, 96)  # one row more than a program takes
+    shape: tuple[int, ...] = (2, 5, 13, 96)  # one row more than a program processes
     read: torch.dtype = F32
     product: torch.dtype = F32
     hidden: int = 4  # times the channels
@@ -127,7 +127,7 @@ def a_large_mean_leaves_the_variance(name, dtype):
 
 @check("pre", "post", dtypes=(F16,))
 def rows_do_not_depend_on_others(name, dtype):
-    """A row gets the same bits in another program, with other rows, or among other values."""
+    """A row has the same bits in another program, without some of the other rows, or with NaN in them."""
     case = CASES[name]._replace(read=dtype, product=dtype)
     given = inputs(case)
     rows = {**given, "x": given["x"].flatten(0, -2)}

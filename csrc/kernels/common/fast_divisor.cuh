@@ -1,4 +1,4 @@
-// Quotients by numbers known at launch, without divisions.
+// Division by numbers known at launch, without division instructions.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// FrameGeometry's definition (csrc/params/frame.h) as index arithmetic without divisions.
+// Implements the definition of FrameGeometry (csrc/params/frame.h) as index arithmetic without divisions.
 #pragma once
 
 #include <cstdint>

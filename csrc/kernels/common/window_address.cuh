@@ -1,5 +1,5 @@
-// The positions of a window's tokens in the map, their padding and their shift regions: WindowGeometry's definition
-// (csrc/params/window_attention.h) as index arithmetic without divisions.
+// The positions of a window's tokens in the map, their padding and their shift regions: implements the definition of
+// WindowGeometry (csrc/params/window_attention.h) as index arithmetic without divisions.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,9 @@
 namespace swinkernels {
 
 struct WindowLayout : FrameLayout {
-  // Query i and key j have entry query_index(i) - key_index(j) + table_middle of the bias table. The
-  // strides multiply a coordinate in either index; they differ on an axis whose rows stand for pairs of coordinates.
+  // Query i and key j have entry query_index(i) - key_index(j) + table_middle of the bias table. query_stride and
+  // key_stride multiply a token's coordinates in these indices; they differ on an axis whose table rows belong to pairs
+  // of coordinates.
   int32_t table_window[3], query_stride[3], key_stride[3];
   int32_t table_middle;
   int32_t table_entries;
@@ -63,7 +64,7 @@ struct WindowLayout : FrameLayout {
   }
 
   // Returns i - j for the pairs of tokens that use this entry of the table; i and j are numbered row-major in
-  // table_window. kMayHavePairs: the table may have pairs.
+  // table_window. kMayHavePairs: the table may have rows for pairs of coordinates.
   template <bool kMayHavePairs>
   __device__ __forceinline__ int token_distance(int entry) const {
     int distance = 0, weight = 1;

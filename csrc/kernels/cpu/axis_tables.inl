@@ -77,7 +77,7 @@ class AxisTables {
       float* dtable = dtables + first * sizes_.row;
       matmul<false>(span.count, sizes_.row, queries, dproducts, sizes_.block, q, sizes_.row, dtable, dtable,
                     sizes_.row);
-      // No product of this form has an addend, so the compiler drops the test for one from all of them.
+      // No product of this form has an addend, so the compiler removes the check for one.
       matmul<true>(queries, sizes_.row, span.count, dproducts, sizes_.block, tables_ + first * sizes_.row, sizes_.row,
                    nullptr, share_of_dq_, sizes_.row);
       for (int64_t k = 0; k < queries * sizes_.row; k += kLanes) store(dq + k, load(dq + k) + load(share_of_dq_ + k));
@@ -102,7 +102,7 @@ class AxisTables {
     return query % window_[axis];
   }
 
-  // Returns the rows of an axis' table that a block's queries need.
+  // Returns the range of table rows that a block's queries need on one axis.
   Span span_of(int axis, int64_t b) const {
     int64_t lowest = window_[axis], highest = 0;
     for (int64_t i = 0; i < sizes_.queries(b); ++i) {

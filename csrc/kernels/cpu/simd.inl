@@ -3,7 +3,7 @@
 //
 // Each instruction set's source file includes this file once, after all other headers and under that set's target
 // pragma. Before that it defines
-//   SWINKERNELS_ISA      the namespace of everything compiled for it
+//   SWINKERNELS_ISA      the namespace of the code for this set
 //   SWINKERNELS_LANES    floats of a vector
 //   SWINKERNELS_AVX      defined if <immintrin.h> has float16 conversions and square roots for such vectors
 // The linker merges inline functions and templates that several object files share; it may keep the AVX-512 copy, which
@@ -275,8 +275,8 @@ SWINKERNELS_INLINE void sum_lanes(Vec (&rows)[kLanes]) {
   }
 }
 
-// Lane r = the product of row r of a with row r of b, for kLanes consecutive rows of `columns` elements, which are
-// whole vectors.
+// Lane r = the product of row r of a with row r of b, for kLanes consecutive rows of `columns` elements, a multiple of
+// kLanes.
 SWINKERNELS_INLINE Vec row_products(const float* a, const float* b, int64_t columns) {
   Vec sums[kLanes] = {};
   for (int64_t c = 0; c < columns; c += kLanes) {
@@ -338,7 +338,8 @@ SWINKERNELS_INLINE void matmul_tile_of(int64_t rows, int64_t depth, const float*
 template <int kVectors, bool kTransposed>
 void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
                   const float* addend, float* c, int64_t ldc) {
-  // Tiles have equal height: in a last tile of few rows the multipliers would wait for each other.
+  // Tiles have equal height: a last tile of few rows would have too few independent sums to hide the latency of
+  // multiplication.
   constexpr int kMaxRows = tile_rows(kVectors);
   const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
   for (int64_t i = 0, tile = 0; tile < tiles; ++tile) {

@@ -98,7 +98,7 @@ int64_t axis_table_rows(const WindowAttentionForwardParams& p) {
 BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   const WindowAttentionForwardParams& p = params.forward;
   // There are enough chunks for the threads of a large machine, but several windows in each, because every chunk writes
-  // its bias gradient. With a dense bias, the chunks write at most 64 MiB, unless the types need more.
+  // a partial bias gradient. With a dense bias, the chunks write at most 64 MiB, unless the bias types need more.
   constexpr int64_t kChunks = 128, kMinWindowChunks = 8, kMinWindows = 4, kMaxDenseElements = 1 << 24;
   const int64_t types = p.bias_types, dense = p.num_heads * scores_of_window(p);
   int64_t most = std::max(kMinWindowChunks, kChunks / p.num_heads);

@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kMaxQueryBlock = 64;
 // The largest cache for the bias of several heads, written out as (keys, queries) and kept from window to window.
 constexpr int64_t kMaxBiasCacheBytes = 1 << 20;
-// Sums over keys are split into sums of this many, which limits the growth of rounding errors.
+// Sums over keys are split into partial sums over this many keys, which limits the growth of rounding errors.
 constexpr int64_t kSummedKeys = 16;
 
 SWINKERNELS_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -398,11 +398,13 @@ class Bias {
   const Sizes& sizes_;
   const float *table_, *dense_;
   int64_t num_heads_, types_;
-  // For the table: r(token), the first tokens of the runs, then N; and the column of the head read last.
+  // For the table: r(token); the first tokens of the runs, then N; the column that was read last, and its head and
+  // type.
   int64_t centre_ = 0, runs_ = 0, column_head_ = -1, column_type_ = -1;
   int64_t *offset_ = nullptr, *key_offset_ = nullptr, *run_ = nullptr;
   float* column_ = nullptr;
-  // The written bias: first the cached heads' bias, for one type of windows each, then one block of any head.
+  // The bias written out as (keys, queries): for each cached head, the bias of the type in cached_type_; then one block
+  // of any head.
   int64_t cached_heads_ = 0, head_stride_ = 0;
   float* written_ = nullptr;
   int64_t* cached_type_ = nullptr;
@@ -435,7 +437,8 @@ Vec normalise_rows_backward(const Sizes& sizes, int64_t count, const float* rows
   for (int64_t first = 0; first < count; first += kLanes) {
     const Vec products = row_products(rows + first * sizes.row, gradients + first * sizes.row, sizes.row);
     sum += (Vec)((Int)products & first_lanes(count - first));
-    // A change along the row does not change a unit row; but a row below the least norm was divided by a constant.
+    // The gradient of a unit row has no component along the row. A row shorter than the least norm was divided by a
+    // constant, so its gradient keeps that component.
     float along[kLanes];
     store(along, load(inverse_norms + first) < kMaxInverseNorm ? products : Vec{});
     for (int64_t i = first; i < smaller(first + kLanes, count); ++i) {

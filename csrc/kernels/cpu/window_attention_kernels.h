@@ -16,7 +16,8 @@
 
 namespace swinkernels::cpu {
 
-// Returns the factor by which a head's products of q and k are scaled: the scale, or in v2 exp(min(logit_scale, ln 100)).
+// Returns the factor by which a head's products of q and k are scaled: the scale, or in v2 exp(min(logit_scale, ln
+// 100)).
 float score_factor(const WindowAttentionForwardParams&, int64_t head);
 
 // The division of the backward pass into chunks, which does not depend on the number of threads. A chunk consists of

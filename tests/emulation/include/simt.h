@@ -9,8 +9,8 @@
 //
 // The engine reports, as the error of the launch (emulation_error() has the message): lanes that wait for each other
 // forever, lanes of a warp in different collectives, misaligned accesses, and any access outside the buffers (dynamic
-// shared memory and emulation_allocate() have inaccessible pages around them). Dynamic shared memory is NaN when a block
-// starts.
+// shared memory and emulation_allocate() have inaccessible pages around them). Dynamic shared memory is NaN when a
+// block starts.
 #pragma once
 
 #include <cstddef>

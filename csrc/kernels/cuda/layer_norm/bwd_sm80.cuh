@@ -10,7 +10,7 @@
 //           reduced; otherwise 12 warps, each with a row in flight, suffice: about 5 saturate the memory (traffic
 //           460 cycles per warp and row, latency 800, computation 1,300).
 // Order     there are no atomics: the same device gives the same bits.
-// Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes a row, are read once.
+// Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes per row, are read once.
 //           Partials are 8 * blocks * length bytes, written and read in L2.
 // Roofline  memory bound, like the forward kernel:
 //           merging, bf16         232 MB  69 us, 650 instructions 35 us, 164 registers, 12 warps, 37 KB in flight
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
     }
     group.sum(sums);
     if (!row.exists) continue;
-    if (!Traits::kKeepsRow) row = locate(ptx::opaque(row.number));  // the compiler would keep it otherwise
+    if (!Traits::kKeepsRow) row = locate(ptx::opaque(row.number));  // not kept in registers
 
     // dx = rstd * (g - mean(g) - (x - mean) * rstd^2 * mean(g * (x - mean))), without the factor rstd, returned in dz.
     const float mean_g = sums[0] * args.inverse_length;

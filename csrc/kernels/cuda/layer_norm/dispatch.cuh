@@ -30,8 +30,7 @@ struct Elements {
 // lengths, other pairs of types, and features that only this kernel supports.
 template <LayerNormOp kOp, class Source, class F>
 cudaError_t dispatch_elements(DType in, DType out, int64_t run, bool needs_shared, F&& f) {
-  // The pairs go from a float32 stream to a half-precision branch, and from a half-precision Linear to a float32
-  // result.
+  // The pairs are a float32 stream with a half-precision branch, and a half-precision Linear with a float32 result.
   constexpr bool kNarrows = !std::is_same_v<Source, ExpandedRows>;
   constexpr bool kWidens = kOp == LayerNormOp::kNorm && !std::is_same_v<Source, MergedRows>;
   if (run % 8 == 0 && !needs_shared) {

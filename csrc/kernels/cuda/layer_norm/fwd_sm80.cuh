@@ -6,8 +6,8 @@
 //           sum of v - mean corrects the rounding of the mean.
 // Tiling    2^n threads share a row, with 24 or 16 elements each (traits.h); blocks loop over rows. The next row is
 //           loaded before this one is reduced, so reads are always in flight. Weight and bias are in shared memory.
-// Traffic   every element of x (and y) is read once, every element of s and z is written once; mean and rstd, 8 bytes a
-//           row.
+// Traffic   every element of x (and y) is read once, every element of s and z is written once; mean and rstd take 8
+//           bytes per row.
 // Roofline  memory bound; H100 SXM, published peak 3.35 TB/s, for (128, 56, 56, 96). Instructions, counted in the sm_90
 //           code, are per warp for 24 * 32 elements; the time after them is the sum of their issue slots.
 //           merging, bf16         155 MB  46 us, 470 instructions 25 us,  72 registers, 28 warps, 43 KB in flight

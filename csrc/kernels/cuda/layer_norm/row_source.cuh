@@ -1,6 +1,6 @@
-// The positions of a row's vectors in x: LayerNormRows' definition (csrc/params/layer_norm.h) as index arithmetic
-// without divisions, one struct for each layout. Values that depend only on a thread's columns are computed once per
-// thread, and values that depend on the row once per row.
+// The positions of a row's vectors in x: implements the definition of LayerNormRows (csrc/params/layer_norm.h) as index
+// arithmetic without divisions, with one struct for each layout. Values that depend only on a thread's columns are
+// computed once per thread, and values that depend on the row once per row.
 #pragma once
 
 #include <cstdint>

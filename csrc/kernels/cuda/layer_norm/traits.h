@@ -95,7 +95,7 @@ struct LayerNormTraits {
       std::min(255, 64 * 1024 / (kBackwardBlocks * static_cast<int>(kMaxThreads)) / 8 * 8);
   // Without a known element type a row is not kept but loaded again on its next use.
   static constexpr bool kKeepsRow = !std::is_same_v<In_, AnyElement>;
-  // The 64 registers of 1,024 threads hold the sums of dweight and dbias, but not also the slots of the row.
+  // With 1,024 threads, a thread's 64 registers hold the sums of dweight and dbias, but not the row's slots as well.
   static constexpr bool kBackwardKeepsSlots = kMaxThreads < 1024;
   // These kernels also support neighbours with several pieces or none, as in an order that MONAI used until 1.4.
   static constexpr bool kHandlesRepeats = std::is_same_v<Source, MergedRows> && !kKeepsRow;

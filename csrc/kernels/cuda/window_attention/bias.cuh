@@ -28,7 +28,7 @@ __device__ __forceinline__ Bias global_bias(const WindowArguments<kMaps>& args, 
   return {column, args.table_columns(), tokens.query_index, tokens.key_index, args.layout.table_middle};
 }
 
-// As global_bias, with the column of a table copied to `table` if it fits there. The caller synchronises.
+// Like global_bias, but copies the column of a table to `table` if it fits there. The caller synchronises.
 template <class Traits, int kMaps, class Tokens>
 __device__ __forceinline__ Bias staged_bias(const WindowArguments<kMaps>& args, const BlockShare& share, float* table,
                                             const Tokens& tokens) {

@@ -2,8 +2,8 @@
 //
 // Maths     dbias[i, j] = sum over windows of ds_ij, with the lse and delta that the other kernel stores.
 // Tiling    A block has the same 64 (or 32) queries and as many keys in all of its windows, so the running sum stays in
-//           registers, 16 queries a warp. A sum over whole windows would be in memory and be read and written for every
-//           window: 12 times the bytes of the window itself at 343 tokens and head_dim 16.
+//           registers, 16 queries per warp. A sum over whole windows would not fit there; reading and writing it in
+//           memory for every window would move 12 times the window's own bytes at 343 tokens and head_dim 16.
 // Order     There are no atomics, as in bwd_sm80.cuh.
 // Traffic   every block of queries and keys reads its rows of q, dout, k and v, mostly from L2: 4 * N / 64 times q in
 //           all.

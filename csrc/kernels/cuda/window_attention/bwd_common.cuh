@@ -122,7 +122,7 @@ __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTi
   }
 }
 
-// As above, for rows first..; tokens without an address are pad tokens.
+// Like the function above, for rows from `first` on; tokens without an address are pad tokens.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
                                              const uint64_t* rows, int first, int num_tokens) {

@@ -2,15 +2,16 @@
 //
 // Maths     As in bwd_sm80.cuh, with seven products of blocks: three in the query kernel, which also sums dbias, and
 //           four in the key kernel, which gets lse and delta from the query kernel.
-// Queries   A block has a strip of a head's queries, 16 rows a warp, against all keys of a window. Each warp has up to
-//           64 of these keys, so P, dP and the running dbias of its part stay in registers (dbias for all windows of
-//           the block), and nothing is computed twice. Warps of the same rows exchange their parts of delta and dq
-//           through shared memory. A block takes strip after strip, and writes its share of the table's gradient at the
-//           end of each strip.
-// Keys      A block of four warps takes blocks of 64 keys of one window and head, 16 a warp; queries arrive in blocks
-//           of 64. Scores are transposed, their rows being keys, so P and dS are the left operands of dv and dk
-//           directly.
-// Order     No atomics: a block adds windows and strips in its own order, reduce_partials.cu adds the blocks in theirs.
+// Queries   A block processes one strip of a head's queries after another, 16 rows per warp, against all keys of a
+//           window. Each warp has up to 64 of these keys, so P, dP and the running dbias of its part stay in registers
+//           (dbias for all windows of the block), and nothing is computed twice. Warps of the same rows exchange their
+//           parts of delta and dq through shared memory. At the end of each strip, the block writes its share of the
+//           table's gradient.
+// Keys      A block of four warps processes blocks of 64 keys of one window and head, 16 keys per warp; queries arrive
+//           in blocks of 64. The rows of the transposed scores are keys, so P and dS are directly the left operands of
+//           the products for dv and dk.
+// Order     No atomics: a block adds its windows and strips in order, and reduce_partials.cu adds the blocks' sums in
+//           order.
 // Traffic   The query kernel reads k and v once per strip, the key kernel reads q and dout once per block of keys,
 //           mostly from L2; delta passes from one to the other through memory, 4 bytes per query.
 // Limits    head_dim <= 64.

@@ -1,12 +1,12 @@
 // Window attention backward, map to map, for short windows in 16 bits, the most common calls (short16.cuh defines
-// which). It takes two thirds of the general kernel's instructions (bwd_sm80.cuh).
+// which). It executes two thirds as many instructions as the general kernel (bwd_sm80.cuh).
 //
 // Maths     As in bwd_sm80.cuh.
 // Tiling    A warp has 16 queries with p, dp and the running dbias in registers, and 16 keys for dk and dv; bias
 //           fragments are in shared memory. Rows are loaded and stored as in the forward kernel (fwd_short16_sm80.cuh):
-//           dq and dv leave through the rows of v, dk through the rows of k. p, ds and the gradients are written by
-//           stmatrix if the GPU has it.
-// Order     No atomics: a block adds windows in its own order, reduce_partials.cu adds the blocks in theirs.
+//           dq and dv are stored through the rows of v in shared memory, dk through the rows of k. p, ds and the
+//           gradients are written by stmatrix if the GPU has it.
+// Order     No atomics: a block adds its windows in order, and reduce_partials.cu adds the blocks' sums in order.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 14 * B * S * C bytes, plus lse.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 544 MB, 162 us at 3.35 TB/s (H100 SXM, published
 //           peak). Executed instructions on sm_90, counted: 2,824 per window and head; 75 us of issue slots. 154
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
         if (args.pad_partials != nullptr) add_pad_rows(smem.pad_sums[row0 / 16][0], dk, key_factor, is_pad);
       }
       {
-        // When the rows of k were stored, dq had already left the rows of v.
+        // dq was stored from the rows of v before dk was stored, so dv may overwrite them.
         float dv[kColTiles][4] = {};
         Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
         finish_gradient<Traits>(v, row0, num_tokens, dv, 1.0f, own, args.gradients, 2, window);

@@ -4,15 +4,15 @@
 //           ds = p * (dp - delta); dv = (d p)^T dout, dq = scale * ds k, dk = scale * ds^T q (for v2 see cosine.cuh),
 //           dbias[i, j] = sum of ds over windows, from which the table's gradient is gathered by relative offset. Rows
 //           of pad tokens in dk and dv add up to dpad_qkv; the output of a pad query is dropped, so its dout and p are
-//           zero and it contributes nothing. Exact products divide p by its sum: because lse is rounded, p sums only
-//           nearly to one, and the error would have one sign in all of a row's ds.
+//           zero and it contributes nothing. With exact products, p is divided by its sum: because lse is rounded,
+//           p sums only nearly to one, and the error would have one sign in all of a row's ds.
 // Tiling    Short windows (one block of keys): a block loops over windows of one head, a warp has 16 queries with p, dp
 //           and the running dbias in registers; p and ds go through shared memory to become the transposed operands
 //           of dv and dk, of which a warp has 16 keys. Long windows: each block of queries sweeps over the keys twice,
 //           for delta and for dq, then each block of keys sweeps over the queries for dk and dv: nine products of
 //           blocks (eleven for rows of more than 64 columns), while the short kernel has five. A separate kernel,
 //           bwd_bias_sm80.cuh, computes their dbias. Most 16-bit calls use bwd_long_sm80.cuh instead.
-// Order     No atomics: a block adds windows in its own order, reduce_partials.cu adds the blocks in theirs.
+// Order     No atomics: a block adds its windows in order, and reduce_partials.cu adds the blocks' sums in order.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 7 * B * S * C * sizeof(T) bytes, plus lse.
 // Roofline  memory bound: bwd_short16_sm80.cuh has the figures of the common case, which runs there. Three blocks, 12
 //           warps per multiprocessor at window 7, head_dim 32.

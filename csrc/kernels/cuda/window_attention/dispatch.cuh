@@ -18,7 +18,7 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
 
 // Calls f(Traits, is_long) with the smallest tiles that hold the head_dim and the window. Rows of up to 128 bytes are
 // processed in blocks of 64; wider rows, and accumulators of more than 64 columns, in blocks of 32. The 7-tile kernel
-// exists because 49 tokens are the common window and fit into 56 columns.
+// exists because windows of 49 tokens are common and fit into 56 columns.
 template <class Product, int kHeadDim, class F>
 cudaError_t dispatch_window(const WindowAttentionForwardParams& params, F&& f) {
   constexpr size_t kElementBytes = sizeof(typename Product::T);

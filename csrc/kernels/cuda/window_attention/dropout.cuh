@@ -1,5 +1,5 @@
 // Dropout of attention weights. Only the seed, the window, the head, the query and the key decide whether a weight is
-// dropped, so the backward pass drops the same weights as the forward pass, whatever the tiles.
+// dropped, so the backward pass drops the same weights as the forward pass, for any tiles.
 #pragma once
 
 #include <cstdint>

@@ -4,9 +4,10 @@
 //           exponents, so exp2 of a score in base 2 is accurate enough from 2^-126 to 2^127. If a row's sum is not
 //           between 2^-64 and 2^64, its block is recomputed with a running maximum. Float16 always uses the maximum,
 //           which moves only when a score exceeds it by more than kSlack, for which float16 has room.
-// Tiling    A block of four warps takes some blocks of 64 queries of one window and head, 16 queries a warp, with their
-//           fragments in registers. Keys arrive in blocks of 64, each during the computation of the one before, and are
-//           processed 16 at a time: keys past the window cost nothing. Row sums are a product with ones.
+// Tiling    A block of four warps processes one or more blocks of 64 queries of one window and head, 16 queries per
+//           warp, with their fragments in registers. Keys arrive in blocks of 64, each during the computation of the
+//           one before, and are processed 16 at a time: keys past the window cost nothing. Row sums are a product with
+//           ones.
 // Traffic   As in fwd_sm80.cuh; k and v are read once per block of queries, mostly from L2.
 // Limits    head_dim <= 64.
 #pragma once

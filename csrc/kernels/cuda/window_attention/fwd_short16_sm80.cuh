@@ -1,14 +1,14 @@
 // Window attention forward, map to map, for short windows in 16 bits, the most common calls (short16.cuh defines
-// which). It takes half of the general kernel's instructions (fwd_sm80.cuh).
+// which). It executes half as many instructions as the general kernel (fwd_sm80.cuh).
 //
 // Maths     As in fwd_sm80.cuh, with p = exp2(score) and no maximum while row sums stay between 2^-80 and 2^64:
 //           bfloat16 has float's exponents, so p does not lose accuracy by its size, and sums of p v stay finite for
 //           |v| < 2^62. The matrix unit sums the rows of the rounded p. A warp with a row sum outside this range (one
-//           vote a window) subtracts the row's maximum, as float16 always does. lse is written on request.
+//           vote per window) subtracts the row's maximum, as float16 always does. lse is written on request.
 // Tiling    A warp has 16 queries and all keys, 32, 56 or 64; a block of up to 64 rows loops over windows of one head,
 //           with bias fragments in registers. Rows of up to 64 bytes arrive in a ring of two stages by cp.async, wider
-//           ones in one stage. A thread owns one or two rows of every window (OwnRows); the outputs leave through the
-//           rows of q, by stmatrix if the GPU has it.
+//           ones in one stage. A thread owns one or two rows of every window (OwnRows); the outputs are stored
+//           through the rows of q in shared memory, by stmatrix if the GPU has it.
 // Traffic   q, k, v are read once and out is written once: 8 * B * S * C bytes, plus 4 * B * S * heads for lse.
 // Roofline  memory bound. B=128, 56x56, 3 heads of 32, window 7, bf16: 308 MB, 92 us at 3.35 TB/s (H100 SXM, published
 //           peak). Executed instructions on sm_90, counted: 1,236 per window and head, 1,304 with lse; 35 us of issue

@@ -8,8 +8,8 @@
 // Tiling    A block processes one window and head at a time. A warp has 16 queries, whose scores stay in registers.
 //           For short windows (up to 64 tokens) a block loops over windows of one head: bias fragments are loaded once,
 //           and the next window's rows arrive by cp.async during the computation of this one. Longer windows (long) are
-//           processed by blocks of keys with a running maximum and sum, 64 or 32 queries a block; most 16-bit calls use
-//           fwd_long_sm80.cuh instead.
+//           processed by blocks of keys with a running maximum and sum, 64 or 32 queries per block; most 16-bit calls
+//           use fwd_long_sm80.cuh instead.
 // Traffic   q, k, v are read once and out is written once: 4 * B * S * C * sizeof(T) bytes, plus 4 * B * S * heads for
 //           lse. A long window reads k and v once per block of queries, mostly from L2.
 // Roofline  memory bound: fwd_short16_sm80.cuh has the figures of the common case, which runs there. Window 7, head_dim

@@ -17,8 +17,8 @@ constexpr bool kHasNarrowRange = std::is_same_v<T, __half>;
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// Returns the e for which a warp's fragments, times 2 ** -e, are below 2 ** 15: 0 if they already are, which is nearly
-// always so.
+// Returns the e for which a warp's fragments, times 2 ** -e, are below 2 ** 15: 0 in the usual case that they already
+// are.
 template <int kTiles>
 __device__ __forceinline__ int excess_exponent(const float (&x)[kTiles][4]) {
   constexpr int kLargest = 15;

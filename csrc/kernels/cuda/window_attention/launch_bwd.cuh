@@ -97,7 +97,7 @@ cudaError_t launch_long_backward(BackwardArguments& args, ReducePartialsArgument
 }
 
 // Launches the plain kernels for windows of more than one block of keys, if they support the call and the device has
-// room for them; sets `taken` accordingly.
+// enough shared memory; sets `taken` accordingly.
 template <class Traits>
 cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsArguments& reduction,
                                        WorkspaceArena& arena, bool measure, cudaStream_t stream, bool& taken) {
@@ -112,7 +112,7 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   int shared_bytes;
   cudaError_t status = shared_bytes_of_block(&shared_bytes);
   if (status != cudaSuccess) return status;
-  // Use as many rows of warps as fit, distributed evenly over the strips.
+  // Use as many rows of warps as shared memory allows, distributed evenly over the strips.
   for (plain.row_tiles = std::min(row_tiles, kMostQueryWarps<Traits> / plain.key_groups);
        plain.row_tiles > 0 && StripSmem::bytes(plain) > shared_bytes; --plain.row_tiles) {
   }
@@ -132,7 +132,8 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   status = resident_blocks(key_kernel, BlockSmem::kThreads, block_bytes, &resident);
   if (status != cudaSuccess) return status;
 
-  // A block of the query kernel has some strips and, if there are blocks for all strips, some of the windows.
+  // The strips of a unit are divided among blocks of the query kernel. If there are more blocks than strips, the
+  // windows are divided, too.
   const int64_t of_unit = std::max<int64_t>(1, query_blocks / args.units());
   plain.strip_workers = static_cast<uint32_t>(std::min<int64_t>(plain.strips, of_unit));
   const GridPlan query_plan = plan_grid(args.items, args.units() * plain.strip_workers, query_blocks);
@@ -223,7 +224,7 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
                                            sizeof(Short16BackwardSmem<Traits>), short16, reduction, arena, measure,
                                            stream);
     });
-    args = short16;  // points to its partial sums
+    args = short16;  // has the pointers to the partial sums
   } else {
     status = dispatch<Product>(forward, launch_any);
   }

@@ -19,8 +19,8 @@ cudaError_t launch_over_windows(void (*kernel)(Arguments), int threads, size_t s
   return launch(kernel, dim3(plan.blocks), dim3(threads), smem_bytes, stream, args);
 }
 
-// Launches the plain kernel for windows of more than one block of keys, if it supports the call and the device has room
-// for it; sets `taken` accordingly.
+// Launches the plain kernel for windows of more than one block of keys, if it supports the call and the device has
+// enough shared memory; sets `taken` accordingly.
 template <class Traits>
 cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t stream, bool& taken) {
   using Smem = PlainForwardLongSmem<Traits>;
@@ -40,7 +40,7 @@ cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t
   int64_t resident;
   status = resident_blocks(kernel, Smem::kThreads, smem_bytes, &resident);
   if (status != cudaSuccess) return status;
-  // If there are enough windows, one block takes all blocks of queries of a window and finds its tokens once.
+  // If there are enough windows, one block processes all blocks of queries of a window and finds its tokens once.
   const uint32_t blocks = (args.num_tokens + Smem::kBlock - 1) / Smem::kBlock;
   plain.row_blocks = int64_t{args.items} * args.units() >= resident ? blocks : 1;
   plain.splits = (blocks + plain.row_blocks - 1) / plain.row_blocks;

@@ -1,6 +1,6 @@
-// The plain kind of windows of more than one block of keys: v1 with a bias table or no bias, no dropout, rows of whole
-// 16 bytes, and maps whose tokens lie one stride apart in image order. This file addresses their tokens and bias, and
-// copies their rows.
+// Long windows (more than one block of keys) of the plain kind: v1 with a bias table or no bias, no dropout, rows whose
+// size is a multiple of 16 bytes, and maps whose tokens lie one stride apart in image order. This file addresses their
+// tokens and bias, and copies their rows.
 //
 // Tokens    The position of a token in the map is a sum of three terms, one per axis; so are its region and whether it
 //           is a pad token. A window's terms are found first, one thread for each; then its tokens, with three loads
@@ -9,7 +9,7 @@
 //           scores have neighbouring entries: columns are keys, or queries if scores are transposed. If the rows of the
 //           window have even length, tokens 2n and 2n + 1 are neighbours: rows of the table are then padded to an even
 //           length, and a second copy is shifted by one entry, so one aligned load of 8 bytes gets the bias of both.
-// Copies    A thread has the same chunk of the same rows of every block.
+// Copies    A thread copies the same chunk of the same rows of every block.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct RegularMap {
   uint32_t token;
 };
 
-// The bias table in shared memory: r(t) has other strides than in global memory.
+// The bias table in shared memory. The strides of r(t) differ from those in global memory.
 struct SharedTable {
   int32_t stride[3];
   int32_t middle;   // the entry of relative offset zero
@@ -92,7 +92,7 @@ struct LongArguments : WindowArguments<kMaps> {
 // Calls with larger tables use the general kernels, which read the table from global memory.
 constexpr int32_t kMostSharedTableFloats = 12 * 1024;
 
-// One axis' part of a token's number and of its region.
+// The contribution of one axis to a token's number and to its region.
 struct AxisTerm {
   uint32_t number;
   int32_t region;
@@ -168,7 +168,8 @@ struct LongTokens {
     }
   }
 
-  // The first step of finding a window's tokens, done by the first three warps. The caller then synchronises all threads.
+  // The first step of finding a window's tokens, done by the first three warps. The caller then synchronises all
+  // threads.
   template <int kMaps>
   __device__ __forceinline__ void find_terms(const LongArguments<kMaps>& args, const WindowIndex& index) const {
     const WindowLayout& layout = args.layout;

@@ -40,7 +40,7 @@ struct OutputCounts {
 __device__ Output find_output(const ReducePartialsArguments& args, int64_t output) {
   const OutputCounts counts = OutputCounts::of(args);
   const int64_t heads = args.num_heads, units = heads * args.bias_types;
-  // A head's partial sums are its units' partial sums: every heads-th of all.
+  // The partial sums of a head are those of its units: every heads-th partial sum.
   const uint32_t of_head = args.workers * args.bias_types;
   if (output < counts.table) {
     const int64_t entries = args.layout.table_entries, unit = output / entries, entry = output % entries;

@@ -87,8 +87,8 @@ struct Short16Geometry {
   }
 };
 
-// For every token: its indices in the bias table (WindowLayout), and its side of the seam in a window at the map's end (bit 0 for y,
-// bit 1 for x).
+// For every token: its indices in the bias table (WindowLayout), and its side of the seam in a window at the map's end
+// (bit 0 for y, bit 1 for x).
 template <int kBlock>
 struct Short16Tokens {
   int32_t query_index[kBlock], key_index[kBlock];

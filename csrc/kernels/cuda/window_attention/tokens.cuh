@@ -28,7 +28,7 @@ struct WindowTokens {
   __device__ __forceinline__ const uint64_t* row(int map) const { return rows[map]; }
 };
 
-// As TokenConstants and WindowTokens, for windows of up to `capacity` tokens, a number known at run time.
+// Like TokenConstants and WindowTokens, for windows of up to `capacity` tokens, a number known at run time.
 struct LongTokenConstants {
   int32_t* packed;
   int32_t *query_index, *key_index;

@@ -45,7 +45,7 @@ struct WindowAttentionTraits {
   static constexpr int kForwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_FORWARD_STAGES : 1;
   static constexpr int kBackwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_BACKWARD_STAGES : 1;
   // Warps per multiprocessor that the register budget allows: 16 leave a thread 128 registers, 12 leave 168, 8 all 255.
-  // These are the most with which nothing is spilled.
+  // These are the largest numbers of warps for which nothing is spilled.
   static constexpr bool kNarrow = sizeof(T) == 2 && kHeadDim <= 32 && kTiles < 8;
   static constexpr int kForwardBlocks = (kNarrow ? SWINKERNELS_FORWARD_WARPS : kRowBytes < 512 ? 12 : 8) / kWarps;
   static constexpr int kBackwardBlocks = (kNarrow ? SWINKERNELS_BACKWARD_WARPS : 8) / kWarps;
@@ -70,10 +70,11 @@ struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDi
   static constexpr int kChunks = Base::kHeadDim / 8;  // 16-byte chunks of a tile's row
   static_assert(sizeof(typename Base::T) == 2 && kRowBytes % 16 == 0 && Base::kKeys <= 64);
   static_assert(Base::kForwardStages <= 2 && Base::kBackwardStages <= 2, "their rings have one or two stages");
-  // As in the base class, and also for eight tiles, except where that would spill: forward at eight tiles without
-  // stmatrix (backward, shared memory holds only two blocks), and on Blackwell in all but the cases below.
+  // As many warps as in the base class, and as many for eight tiles as for seven, except where registers would be
+  // spilled: in the forward pass of eight tiles without stmatrix, and on Blackwell in all but the cases below. Without
+  // stmatrix, shared memory holds only two blocks of the backward pass.
   static constexpr bool kNarrow = Base::kHeadDim <= 32;
-  static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;      // tiles of whole rows
+  static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;      // head_dim 32
   static constexpr bool kWide = !kHasNarrowRange<typename Base::T>;  // no running maximum, no exponents
   static constexpr bool kFitsForward = ptx::kIsBlackwell ? kWide || kSeven : ptx::kHasStmatrix || kTiles_ < 8;
   static constexpr bool kFitsBackward = ptx::kIsBlackwell ? kWide && kSeven : ptx::kHasStmatrix;
