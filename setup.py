@@ -158,7 +158,7 @@ def sources(pattern: str) -> list[str]:
 
 
 def write_facts(plan: Plan, torch_version: str, torch_cuda: str | None, cuda_sources: list[str]) -> Path:
-    """Write a header for the bindings with the facts that only this script knows; return the header's folder.
+    """Write a header for the bindings with the facts that this script determines; return the header's folder.
 
     Passing the facts as macros instead would recompile every source when a fact changes.
     """

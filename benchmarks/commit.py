@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit(but: str = "") -> str:
-    """Return the commit of the sources, with "+" if any file but ``but`` has been edited since.
+    """Return the commit of the sources, with "+" if any file other than ``but`` has been edited since.
 
     The result is "unknown" without a git repository. A folder made by ``python -m gpu bundle`` stores the commit in a
     file.

@@ -48,7 +48,7 @@ MEMORY_GOALS = {
     ("residual_post_norm", "fwd"): 88.0,
     ("residual_post_norm", "bwd"): 75.0,
 }
-# The least speed of each of these ops, and of the whole patch merging, as a multiple of a peer's speed. A peer's
+# The minimum speed of each of these ops, and of the whole patch merging, as a multiple of a peer's speed. A peer's
 # backward pass is not timed alone, so the forward and backward passes are compared together.
 PEER_GOALS = {"eager": 3.0, "eager-compiled": 1.3}
 PEER_OPS = (*dict.fromkeys(op for op, _ in MEMORY_GOALS), "patch_merging")
@@ -59,7 +59,7 @@ MERGING_GOAL = 1.15
 
 
 class ModelGoal(NamedTuple):
-    """The speed that a contestant must reach, as a multiple of the fastest of the others."""
+    """The speed that a contestant must reach, as a multiple of the fastest other contestant's."""
 
     suite: str
     shape: str
@@ -94,7 +94,7 @@ MODEL_CONTESTS = (
 
 
 def of_time(row: Mapping[str, Any]) -> float | None:
-    """Return the goal for a time of our kernels (the least percentage of a copy, or the most microseconds), or None."""
+    """Return the goal for a time of our kernels (the minimum percentage of a copy, or the maximum in us), or None."""
     op, shape, backend, direction = (row[k] for k in ("op", "shape", "backend", "direction"))
     if direction not in ("fwd", "bwd"):
         return None

@@ -5,9 +5,9 @@ Run as ``python -m benchmarks.host_cost``; ``--help`` lists the choices.
 The map is tiny, so a kernel only runs for about a microsecond. On a GPU the kernel runs in parallel with the host, and
 the calling thread only launches it; the backward pass runs in an autograd thread, which thread_us excludes and
 process_us includes. On a CPU everything, kernels included, runs in the calling thread. "op alone" is the op of
-``torch.ops.swinkernels`` with prepared arguments, for comparison with the public function, which in eager PyTorch
-enters the same kernel by a shorter path, so that its time is close to the op's. Calls are timed in loops, which take
-turns, because a clock of CPU time is too coarse for a single call.
+``torch.ops.swinkernels`` with prepared arguments, for comparison with the public function. In eager PyTorch the public
+function reaches the same kernel by a shorter path, so that the two times are close. Calls are timed in loops, which
+take turns, because a clock of CPU time is too coarse for a single call.
 """
 
 from __future__ import annotations

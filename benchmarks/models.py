@@ -25,7 +25,7 @@ from benchmarks.shapes import BLOCKS, MODELS, ModelCase
 from benchmarks.timing import Call, Timing, gpu_busy_us, host_us, time_on_cpu, time_steps
 from swinkernels.demo.measure import autocast, peak_bytes
 
-# The kinds of contestants; a suffix says that one is compiled, or compiled into CUDA graphs.
+# The kinds of contestants. A suffix marks a compiled one, or one compiled into CUDA graphs.
 KINDS = ("eager", "fused", "accelerate")
 PLAIN = (*KINDS, *(f"{kind}-compiled" for kind in KINDS))
 GRAPHS = tuple(f"{kind}-graphs" for kind in KINDS)  # torch.compile(mode="reduce-overhead")

@@ -45,7 +45,7 @@ def why_distributed(module: nn.Module) -> str | None:
 def class_of(module: Any) -> type:
     """Return a module's class; for one of torch.export's proxies, the class for which the proxy stands.
 
-    torch.export makes proxies in models that have one module in two places, as MONAI's MLPs do.
+    torch.export makes proxies in models that register one module under two names, as MONAI's MLPs do.
     """
     kind = type(module)
     if torch.compiler.is_dynamo_compiling():

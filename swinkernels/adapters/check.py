@@ -35,7 +35,7 @@ class Ran:
 
 
 class _Plain(TorchDispatchMode):
-    """Changes nothing. Under any dispatch mode the ops do not use their cache, so every call is observed."""
+    """A dispatch mode that changes nothing: under any mode the ops bypass their cache, so every call is observed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))

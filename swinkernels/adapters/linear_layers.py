@@ -43,7 +43,7 @@ def drops_nothing(name: str, module: Any, kind: type[nn.Module] = nn.Dropout) ->
 
 
 def is_plain_linear(name: str, layer: Any, x: Tensor) -> bool:
-    """Return True if a layer is a Linear layer, which an op may replace for this input."""
+    """Return True if a layer is a Linear layer whose call may be replaced by an op for this input."""
     kind = class_of(layer)
     is_linear = kind in _LINEAR and why_not_absorbed(name, layer, kind, "") is None
     return is_linear and not in_another_dtype(x, layer.weight, layer.bias)

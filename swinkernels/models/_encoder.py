@@ -63,7 +63,7 @@ def initialise(model: nn.Module) -> None:
 
 
 def check_stages(op: str, depths: Sequence[int], **others: Sequence[Any]) -> None:
-    """Raise ValueError unless each of the others has one value per stage."""
+    """Raise ValueError unless each argument in ``others`` has one value per stage."""
     for name, values in others.items():
         if len(values) != len(depths):
             raise ValueError(f"{op}: {name} must have a value for each of the {len(depths)} depths, got {values}")

@@ -97,7 +97,7 @@ class _WindowAttention(nn.Module):
         """Return True if ``attention_half`` would now give the modules' result: they have no dropout and no hooks.
 
         With attention dropout the random numbers would differ, because the modules draw dropout before stochastic
-        depth, whereas the half gets a stochastic depth that is already drawn.
+        depth, but ``attention_half`` gets drop path factors that are drawn before its dropout.
         """
         modules: Any = self._modules  # without __getattr__, which is slow
         attn_drop, proj_drop = modules["attn_drop"], modules["proj_drop"]
@@ -212,7 +212,7 @@ class WindowAttention(_WindowAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw a new bias table. The linear layers have a reset_parameters of their own."""
+        """Draw a new bias table. The linear layers have their own reset_parameters."""
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
@@ -294,7 +294,7 @@ class WindowAttentionV2(_WindowAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Reset the scale, the biases and the offsets. The linear layers have a reset_parameters of their own."""
+        """Reset the scale, the biases and the offsets. The linear layers have their own reset_parameters."""
         nn.init.constant_(self.logit_scale, math.log(10))
         for bias in (self.q_bias, self.v_bias):
             if bias is not None:

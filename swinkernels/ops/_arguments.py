@@ -21,7 +21,7 @@ MAX_WINDOW_VOLUME = 1024
 MAX_AXIS_TABLES_VOLUME = 4096  # with axis_tables: enough for global attention over 1024 x 1024 images in patches of 16
 MAX_HEAD_DIM = 128
 MAX_ELEMENTS = 2**63 - 1
-LARGEST_FLOAT = torch.finfo(torch.float32).max  # bound of numbers that multiply, or are added to, float32 scores
+LARGEST_FLOAT = torch.finfo(torch.float32).max  # for numbers that multiply float32 scores or are added to them
 # Kernels add this finite number for a mask_value of -inf: a masked key still gets probability exactly 0, and a tile
 # that has only masked keys produces no NaN.
 MASKED_OUT = -(2.0**125)
@@ -30,7 +30,7 @@ Ints = int | Sequence[int]
 
 
 def why_beyond_limits(head_dim: int, window: Sequence[int] = ()) -> str | None:
-    """Return, for reports, why the op accepts no heads or windows of this size, or None if it accepts them."""
+    """Return, for reports, the reason why the op rejects heads or windows of this size, or None."""
     if head_dim > MAX_HEAD_DIM:
         return f"its heads have {head_dim} channels, and the op takes at most {MAX_HEAD_DIM}"
     volume = math.prod(window)

@@ -20,7 +20,8 @@ from swinkernels import _extension
 from swinkernels.ops._library import constant_when_compiled
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
-# The backends with kernels that "auto" tries on each device, best first. If none runs the call, "auto" takes "torch".
+# The backends with kernels that "auto" tries on each device, best first. If none can run the call, "auto" falls back to
+# "torch".
 PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 # Backends in plain PyTorch, which run every op: the fast code (ops/fallback.py) and the definitions.
 PLAIN = ("torch", "reference")

@@ -39,7 +39,7 @@ def _modulo(y: Tensor, n: Any) -> Tensor:
 
 
 class _Windows:
-    """Index maps between the tokens of a feature map and the tokens of its windows."""
+    """Computes the indices that gather a feature map's tokens into windows, and window tokens back into the map."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class _Windows:
         return number.flatten(rank).flatten(0, rank - 1)
 
     def sources(self, key_window: Sequence[int] | None = None) -> Tensor:
-        """Return each window token's row-major number in the map, (num_windows * N); prod(size) for a pad token."""
+        """Return each window token's row-major number in the map, (num_windows * N,); prod(size) for a pad token."""
         axes, outside = [], []
         for g, s, p, shift, before in zip(
             self._axes(key_window), self._size, self._frame, self._shift, self._before, strict=True
@@ -97,7 +97,7 @@ class _Windows:
         return numbers.flatten()
 
     def positions(self) -> Tensor:
-        """Return, for each token of the map, its row-major number among the window tokens: (prod(size))."""
+        """Return each map token's row-major number among the window tokens, (prod(size),)."""
         n, rank = math.prod(self._window), len(self._size)
         window: Any = 0
         token: Any = 0
@@ -116,7 +116,7 @@ class _Windows:
         return (window * n + token).flatten()
 
     def regions(self, region_map: Tensor | None, periodic: Sequence[bool]) -> Tensor | None:
-        """Return each window token's region number for the mask, (num_windows, N), or None for one region."""
+        """Return each window token's region number for the mask, (num_windows, N), or None if nothing is masked."""
         axes = self._axes()
         if region_map is not None:
             return (
@@ -134,7 +134,7 @@ class _Windows:
         return self._per_token(regions, [3] * len(regions))
 
     def cut(self, x: Tensor, pad: Tensor | None = None, key_window: Sequence[int] | None = None) -> Tensor:
-        """Cut (B, *S, ...) into (B, num_windows, N, ...), or M keys for N tokens; pad tokens are ``pad`` or zero."""
+        """Cut (B, *S, ...) into windows (B, num_windows, N or M, ...); pad tokens are ``pad`` or zero."""
         tokens = x.flatten(1, len(self._size))
         if self.may_have_pads or key_window:
             row = torch.zeros_like(tokens[:, :1]) if pad is None else pad.expand(tokens.shape[0], 1, *pad.shape)

@@ -70,7 +70,7 @@ def attention_half(
         residual: False leaves ``x +`` out; the norm stays.
         drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
         layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. In "pre" it multiplies the
-            weight of proj, in that dtype, before the product.
+            weight and bias of proj, which are then cast to the dtype of the matrix product.
         backend: backend of the attention, as for :func:`swinkernels.window_attention_qkvpacked`, and of the norm; if it
             has no norm, the norm uses "auto". torch computes the matrix products, except with "reference".
         attention: the other arguments of :func:`swinkernels.window_attention_qkvpacked`, except ``pad_qkv``, which is

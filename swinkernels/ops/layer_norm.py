@@ -38,7 +38,7 @@ define(
 
 
 def expanded_shape(shape: Sequence[int], factor: Sequence[int]) -> list[int]:
-    """Return the shape of z for an x of this shape."""
+    """Return the shape of the result for an input of this shape."""
     if not factor:
         return list(shape)
     factors = factor[-(len(shape) - 2) :]

@@ -61,7 +61,7 @@ def mlp_half(
         residual: False leaves ``x +`` out; the norm stays.
         drop_path_scale: d, (B,): 0 for a sample that drops the branch, else 1 / (1 - p). None for 1.
         layer_scale: gamma, (C,), a factor of each channel of the branch, or None for 1. In "pre" it multiplies the
-            weight of fc2, in that dtype, before the product.
+            weight and bias of fc2, which are then cast to the dtype of the matrix product.
         branch, branch_scale: the previous half's branch, of the shape of x, and its drop_path_scale, (B,) or None:
             x + branch_scale * branch replaces x above. One pass adds and normalises if norm is "pre", branch has the
             dtype of the matrix products and branch_scale needs no gradient. A branch of None leaves x as it is.

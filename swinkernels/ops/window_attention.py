@@ -387,30 +387,33 @@ def window_attention_qkvpacked(
             float32, float16, bfloat16, or float64 (torch and reference only). Under autocast it is cast to the
             autocast dtype.
         bias_table: relative position bias, (prod(2 * window - 1), num_heads), any floating dtype, used in float32; or
-            (rows, window types, num_heads), the types following the slowest axes of the windows (Pangu-Weather).
+            (rows, T, num_heads) for T window types (Pangu-Weather). The windows of a map, in row-major order, are
+            divided into T runs of equal length, one for each type.
         num_heads: number of heads; C = num_heads * head_dim, head_dim 1..128.
         window_size: tokens per axis, an int or one per axis, slowest first; at most 1024 tokens in all.
         shift_size: tokens per axis, 0..window - 1; a shift of s is ``torch.roll(x, -s)``.
         scale: factor of the scores, head_dim ** -0.5 by default; excludes ``logit_scale``.
-        bias: dense bias in place of the table: (num_heads, N, N), or (window types, num_heads, N, N) with the types
-            following the slowest axes of the windows; N is the number of tokens of a window.
+        bias: dense bias in place of the table: (num_heads, N, N), or (T, num_heads, N, N) for T window types, as in
+            bias_table; N is the number of tokens of a window.
         table_window: the window for which ``bias_table`` was made, if that differs from ``window_size``: token t of a
             window uses the entries of token t (row-major) of ``table_window``, as MONAI and Video-Swin do for clamped
             windows.
-        logit_scale: v2: per-head log-factor, num_heads values.
+        logit_scale: v2 only: the logarithm of each head's score factor, num_heads values.
         pad_qkv: q, k and v of a pad token, (3C,) or (3, num_heads, head_dim): the bias of the QKV Linear in models
             that pad its input with zeros. Zero by default. Pad tokens are attended to.
         pad_order: order of padding and shift if S is not a multiple of the window: "pad_then_roll" (Microsoft,
             torchvision, transformers, MONAI, mmpretrain) or "roll_then_pad" (timm).
         pad_before: pad tokens before the data, per axis; the rest follow it.
         periodic: per axis, True if the map wraps around (longitude), so that the shift needs no mask on that axis. With
-            "pad_then_roll", which would pad between the ends, such an axis must be whole windows if it is shifted.
+            "pad_then_roll", which would pad between the ends, such an axis must consist of whole windows if it is
+            shifted.
         region_map: int32 or narrower, with the padded map's shape; replaces the shift's regions. Tokens with different
             values are masked from each other.
         mask_value: added to the score of masked pairs: finite, or -inf, which makes their probability 0. A row never
             becomes NaN, because every token shares a region with itself.
         dropout_p: probability of dropping an attention weight, 0..1; draws from ``generator`` or torch's default.
-        grid: True for windows whose tokens are strided over the map instead of a block (MaxViT); excludes a shift.
+        grid: True for windows of tokens at equal distances across the map, instead of adjacent tokens (MaxViT);
+            excludes a shift.
         axis_tables: decomposed relative position instead of a bias (SAM, ViTDet): a table (2 * window - 1, head_dim)
             for each axis a of the map, shared by the heads and used in float32. Adds
             :math:`q_i \cdot table_a[i_a - j_a + window_a - 1]` to the score, with q unscaled. A window may then hold

@@ -56,8 +56,8 @@ def gelu(x, FORM: tl.constexpr):
 def _load_rows(x, branch, row, count, column, C: tl.constexpr, LAST: tl.constexpr):
     """Load a part of some tokens of x + branch in float32; LAST is False if the kernel loads them again.
 
-    The hint for the cache also makes two loads different for the compiler, which would otherwise load once and hold the
-    tokens in registers throughout the loop.
+    The cache hints of the two loads differ. With equal hints the compiler would merge the loads and keep the tokens in
+    registers throughout the loop.
     """
     eviction: tl.constexpr = "evict_first" if LAST else "evict_last"
     at, there = row[:, None] * C + column[None, :], (row < count)[:, None]

@@ -45,7 +45,7 @@ from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 
 _INDEX = ("rpi", "relative_position_index")
-_IMAGES, _WINDOWS = 2, 3  # in a trial
+_IMAGES, _WINDOWS = 2, 3  # images, and windows per image, in a trial
 
 
 @dataclass(frozen=True)

@@ -439,7 +439,7 @@ def _forms(block: Any) -> Iterator[Form]:
             yield Form(*source, window, pad_order, norm)
 
 
-_MOST_TOKENS = 20_000  # in a map to try
+_MOST_TOKENS = 20_000  # the most tokens of a map in a trial
 
 
 def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:

@@ -27,8 +27,8 @@ _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
 # Attributes of every module, and attributes that differ between calls or equal modules.
 _NOT_COMPARED = {*nn.Module().__dict__, "input_resolution", "attn_mask", "attn_mask_dict", "attention_bias_cache"}
-_RATES = {"p", "drop_prob"}  # of a dropout or a drop path, which read them at every call; a trial replaces them
-_SIZES = {"H", "W", "D", "T"}  # of the last map, if a method other than __init__ records them
+_RATES = {"p", "drop_prob"}  # read by dropout and drop path at every call; a trial replaces them
+_SIZES = {"H", "W", "D", "T"}  # the last map's sizes, if a method other than __init__ stores them
 _READ_AT_EVERY_CALL = {"scale"}
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by Python code
 

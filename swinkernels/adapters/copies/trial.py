@@ -107,7 +107,7 @@ def narrow(channels: int, heads: int) -> Width:
 
 
 class Elementwise(nn.Module):
-    """Replaces an MLP whose width would cost time. It takes one argument, like the MLPs that forms call."""
+    """Replaces an MLP, whose width would slow a trial down. It takes one argument, like the MLPs that forms call."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sin()
@@ -145,14 +145,14 @@ class Trial:
     stand_in: nn.Module | None = None
     # True if one call in eval mode is enough.
     is_short: bool = False
-    # True to try a short trial, too, in other dtypes and with more images.
+    # True if a short trial also tries other dtypes and more images, as every thorough trial does.
     in_dtypes: bool = False
     # True to try every dropout also with a probability of 1, which leaves nothing to chance.
     drops: bool = False
     # The largest difference of outputs and gradients, relative to the largest element, that counts as rounding.
     tolerance: float = _TOLERANCE
-    # The objects outside the module that its classes' methods reach, with their contents before a call; the state that
-    # the last call left behind.
+    # _reached: the objects outside the module that its classes' methods reach, with their contents before a call.
+    # _left: the state that the last call left behind.
     _reached: list[tuple[Any, Any]] = field(default_factory=list)
     _left: dict[str, Any] = field(default_factory=dict)
 
@@ -221,7 +221,7 @@ class Trial:
                     memo[id(t)] = torch.empty(self._shape(path, name, t), dtype=torch.float64)
             for value in m.__dict__.values():
                 for t in value.values() if isinstance(value, dict) else (value,):
-                    if isinstance(t, Tensor) and not t.is_leaf:  # kept from a call with gradients; cannot be copied
+                    if isinstance(t, Tensor) and not t.is_leaf:  # the result of an earlier call, which deepcopy rejects
                         memo[id(t)] = t.detach().clone()
         plain = copy.deepcopy(self.module, memo)
         for m in plain.modules():
@@ -393,7 +393,7 @@ class Trial:
         _check("another output where masks matter", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
 
 
-REFUSED = "refused a trial"  # in the reasons of Trial.run
+REFUSED = "refused a trial"  # part of the reason that Trial.run returns for a refusal
 
 
 class Verdicts:

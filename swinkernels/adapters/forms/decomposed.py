@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-_MOST_TOKENS = {True: 4096, False: 1024}  # per window, with decomposed relative position and without
+_MOST_TOKENS = {True: 4096, False: 1024}  # per window: True with decomposed relative position, False without
 
 
 def decomposed_attention(

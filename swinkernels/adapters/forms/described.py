@@ -58,7 +58,7 @@ class Described(DynamicSubclass):
     _swinkernels_in_trial = False
     # In a trial: the op's calls so far.
     _swinkernels_calls: _Calls | None = None
-    # Path -> the shapes of parameters, by name, and True if the module has a scale, when the class was swapped.
+    # State at the swap: path -> the shapes of parameters, by name, and True if the module had a scale.
     _swinkernels_shapes: Mapping[str, tuple[dict[str, torch.Size], bool]] = MappingProxyType({})
 
     def _swinkernels_swapped(self) -> None:
@@ -151,7 +151,7 @@ def _unfit(module: Any) -> str | None:
         if scale is not None and not isinstance(scale, (int, float)):
             return f"{prefix}scale is a {type(scale).__name__}, not a number"
         for name, shape in shapes.items():
-            p = m._parameters.get(name)  # None where a parallel wrapper keeps it elsewhere
+            p = m._parameters.get(name)  # None if a parallel wrapper stores it elsewhere
             if p is not None and p.shape != shape:
                 return f"{prefix}{name} has another shape than before: {tuple(p.shape)}, not {tuple(shape)}"
     return None
@@ -268,7 +268,7 @@ def _why_not_by_trial(form: Form, module: nn.Module) -> str | None:
 
 
 _BATCH = 2  # a wrong stride between images cannot be seen with one image
-_MOST_TOKENS = 20_000  # in a map to try
+_MOST_TOKENS = 20_000  # the most tokens of a map in a trial
 
 
 def _sizes(form: Form, module: Any) -> list[tuple[int, ...]]:

@@ -2,10 +2,10 @@
 
 The attention modules of mmdetection and mmsegmentation roll, pad and mask the map. SCUNet's and Swin-MAE's roll and
 mask maps of whole windows; SCUNet's mask sets scores to -inf. FDAT's attention has a dense bias. ResShift's blocks have
-channels first; Segment Anything's have decomposed relative positions; EsViT's return attention weights to a stage that
-drops them, HTSAT's and laion-clap's to a stage that returns their mean. Uformer has separate layers for queries and for
-keys and values, and in VRT the two frames of a window also attend to each other. nnFormer's stages make the mask,
-number the offsets of tokens in their own way, and in the decoder take queries from a second input.
+channels first. Segment Anything's blocks have decomposed relative positions. EsViT's blocks return attention weights to
+a stage that drops them, HTSAT's and laion-clap's to a stage that returns their mean. Uformer has separate layers for
+queries and for keys and values, and in VRT the two frames of a window also attend to each other. nnFormer's stages make
+the mask, number the offsets of tokens in their own way, and in the decoder take queries from a second input.
 
 Source: mmdet.models.backbones.swin of mmdet 3.3, models/network_scunet.py of cszn/SCUNet, swin_unet.py of
 Zian-Xu/Swin-MAE, fdat.py of stinkybread/fdat, models/swin_transformer.py of zsyOAOA/ResShift,
@@ -538,9 +538,9 @@ def _is_nnformer(module: nn.Module, *names: str) -> bool:
 
 
 def _row_major(table: Tensor, index: Tensor, window: Sequence[int]) -> Tensor:
-    """Return the rows of a bias table in the op's order, given the index (N, N) that the module reads it with.
+    """Return the rows of a bias table in the op's order, given the index (N, N) with which the module reads it.
 
-    Each offset of two tokens is looked up at one pair of tokens that has it.
+    For each offset, the index is read at one pair of tokens with that offset.
     """
     query, key = [], []
     for axis, w in enumerate(window):
@@ -608,7 +608,7 @@ def _nnformer_decoder(stage: Any, attend: Any, x: Tensor, skip: Tensor, *size: i
 
 
 def _call_nnformer(stage: Any, x: Tensor) -> Tensor:
-    """Call the stage on a volume of any size. A decoder's smaller volume is made of every second token."""
+    """Call the stage on a volume of any size. A decoder's smaller volume consists of every second token."""
     size = tuple(x.shape[1:4])
     for block in stage.blocks:
         block.input_resolution = size

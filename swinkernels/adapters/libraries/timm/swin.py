@@ -108,7 +108,7 @@ def _first_half(block: AcceleratedSwinTransformerBlock, x: Tensor) -> tuple[Tens
 
 
 def _recomputing(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor | None:
-    """Return the block's result by attention_half and mlp_half, or None if another way is right or better.
+    """Return the block's result from attention_half and mlp_half, or None if this call cannot or should not use them.
 
     The halves save fewer tensors for the backward pass: they compute norms and GELU again. They draw drop paths after
     attention, as timm does.

@@ -36,7 +36,7 @@ NAME = "transformers"
 
 know_gelu(GELUActivation, lambda act: "none" if act.act is torch.nn.functional.gelu else None)
 
-# Attention has two forms: in Swin one module has the projections; in other families "self" and "output" share them.
+# Attention has two forms: in Swin one module has the projections; in other families "self" and "output" divide them.
 
 
 def _projections(layer: Any) -> dict[str, Any]:
