@@ -154,7 +154,7 @@ def run(
         calls.pop(name, None)
 
     torch.compiler.reset()  # code compiled for another shape is not reused
-    with torch._dynamo.config.patch(recompile_limit=64):  # peers share code that each compiles a few times
+    with torch._dynamo.config.patch(recompile_limit=64):  # all peers compile the same functions
         for name in names:
             try:
                 right, error = contest.verify(name)

@@ -517,7 +517,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 class NoBaseline(Exception):
-    """No row was counted with this compiler."""
+    """The baseline has no row for this compiler."""
 
 
 def grown(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], most: float = GROWTH) -> list[str]:

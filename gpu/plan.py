@@ -9,7 +9,7 @@ from gpu import ROOT
 from gpu.runner import Group, Step
 
 ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")
-TRITON_SHARES = 3  # processes that share a dtype's cases, because Triton takes seconds to compile each case
+TRITON_SHARES = 3  # processes that divide a dtype's cases among them, because Triton takes seconds to compile a case
 TEST_PROCESSES = 14
 VARIANTS = ROOT / "build" / "variants"  # one folder with a package for each variant
 DEFAULT = ("info", "smoke", "bits", "time", "ncu", "sanitize", "tests", "models")

@@ -89,7 +89,7 @@ def run_and_watch(
     for path, module in modules.items():
         reason = None
         if not isinstance(module, Accelerated):
-            reason = "it is the library's own module again"
+            reason = "it no longer has its accelerated class"
         elif module not in calls:
             reason = "it was not called"
         else:

@@ -62,7 +62,7 @@ class Report:
         """
         model = None if self._model is None else self._model()
         if model is None:
-            raise RuntimeError("Report.check: the model of this report is gone: call swinkernels.accelerate again")
+            raise RuntimeError("Report.check: the model of this report was deleted: call swinkernels.accelerate again")
         return Check(run_and_watch(model, self._parts, inputs, options))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if not measure.has_stages(plain):
         console.print(
             f"The pictures show the stages of a Swin v1 or v2, but {args.model} has no stages that the demo can find. "
-            "swinkernels.accelerate supports it all the same.",
+            "swinkernels.accelerate supports it nevertheless.",
             markup=False,
             highlight=False,
             soft_wrap=True,

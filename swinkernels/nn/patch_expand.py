@@ -15,12 +15,12 @@ from swinkernels.ops.patch_expanding import patch_expanding
 
 
 class PatchExpand(nn.Module):
-    r"""Widen every token linearly, lay its parts out in space and normalise each of them (Swin-Unet).
+    r"""Expand every token linearly into several neighbouring tokens and normalise each of them (Swin-Unet).
 
     .. math:: y_{i \cdot f + o} = LayerNorm((W x_i)_o)
 
-    where part o is the o-th run of ``out_dim`` channels, o row-major. :func:`swinkernels.patch_expanding` has the
-    details.
+    where W x is divided into parts of ``out_dim`` contiguous channels, numbered row-major by their offset o.
+    :func:`swinkernels.patch_expanding` has the details.
 
     Args:
         dim: channels C of a token.

@@ -127,7 +127,7 @@ class _Frame:
         return x.contiguous()
 
     def _places(self, device: torch.device, inverse: bool = False) -> Tensor:
-        """Return each rolled window token's position in the frame, or the inverse: one gather replaces three copies."""
+        """Return each rolled window token's number in the frame, or the inverse permutation, as a gather's index."""
 
         def make() -> Tensor:
             tokens = torch.arange(math.prod(self.frame), device=device).reshape(self.frame)
@@ -487,7 +487,7 @@ def patch_merging(
 
 
 def lay_out(x: Tensor, factor: Sequence[int]) -> Tensor:
-    """Lay the parts of every token out in space, with one factor per axis of the map."""
+    """Rearrange (B, *S, K * out) to (B, *(S * factor), out): the K parts of a token become neighbouring tokens."""
     rank, size = len(factor), x.shape[1:-1]
     order = [0, *(axis for i in range(1, 1 + rank) for axis in (i, i + rank)), 1 + 2 * rank]
     laid_out = x.unflatten(-1, (*factor, -1)).permute(order)
@@ -497,5 +497,5 @@ def lay_out(x: Tensor, factor: Sequence[int]) -> Tensor:
 def normalise_parts(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Sequence[int], *, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Lay the parts of every token out in space, with one factor per axis of the map, and normalise each part."""
+    """Rearrange the parts of every token into neighbouring tokens, as :func:`lay_out` does, and normalise each."""
     return layer_norm(lay_out(x, factor), weight, bias, eps=eps, dtype=dtype)

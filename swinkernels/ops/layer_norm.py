@@ -1,4 +1,4 @@
-"""Layer normalisation, plain or of the parts that patch expanding lays out: schema, fake, autograd, public function.
+"""Layer normalisation, alone or with patch expanding's rearrangement: schema, fake, autograd, public function.
 
 The fast backend is ``layer_norm_fwd`` and ``layer_norm_bwd`` of ``torch.ops.swinkernels``, with CUDA kernels. With a
 ``factor`` they read each token's parts in place and write them to their final positions.
@@ -183,7 +183,7 @@ def normalise_parts(
     dtype: torch.dtype,
     requested: str,
 ) -> Tensor:
-    """Lay the parts of every token out by a factor per axis and normalise each. ``op`` has checked the arguments."""
+    """Rearrange the parts of every token into neighbouring tokens and normalise each; ``op`` checked the arguments."""
     return run_norm(x, weight, bias, factor, eps, *_choice(op, x, factor, dtype, requested))
 
 

@@ -1,4 +1,4 @@
-"""Patch expanding: torch's Linear, then one pass that lays out and normalises the parts."""
+"""Patch expanding: torch's Linear, then one pass that rearranges its result into tokens and normalises them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def patch_expanding(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
-    r"""Widen every token linearly, lay its parts out in space and normalise each of them.
+    r"""Expand every token linearly into several neighbouring tokens and normalise each of them.
 
     .. math:: y_{b, i \cdot f + o} = LayerNorm((W x_{b, i})_{o})
 
-    where part o of the f_1 f_2 ... parts is the o-th run of contiguous channels, o row-major over the axes. Layout and
-    norm take one read and one write; the Linear is torch's.
+    where W x is divided into f_1 f_2 ... parts of contiguous channels, numbered row-major by their offset o.
+    Rearranging and normalising take one read and one write; the Linear is torch's.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16, or float64 (torch and reference only).
@@ -37,7 +37,7 @@ def patch_expanding(
         norm_weight, norm_bias: (out,), or None for 1 and 0.
         factor: tokens per axis that one token becomes, an int or one per axis; (1, 2, 2) keeps a 3D map's depth.
         eps: added to the variance of the norm.
-        backend: "auto", "cuda", "torch" or "reference", for layout and norm.
+        backend: "auto", "cuda", "torch" or "reference", for the rearrangement and the norm.
 
     Returns:
         (B, \*(S * factor), out), contiguous, in the dtype of x; under autocast in float32, as torch's LayerNorm on a

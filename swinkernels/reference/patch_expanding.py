@@ -23,11 +23,11 @@ def patch_expanding(
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""Widen every token linearly, lay its parts out in space and normalise each of them.
+    r"""Expand every token linearly into several neighbouring tokens and normalise each of them.
 
     .. math:: y_{b, i \cdot f + o} = LayerNorm((W x_{b, i})_{o})
 
-    where part o of the f_1 f_2 ... parts is the o-th run of contiguous channels, o row-major over the axes.
+    where W x is divided into f_1 f_2 ... parts of contiguous channels, numbered row-major by their offset o.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any floating dtype.

@@ -21,7 +21,7 @@ def window_partition(x: Tensor, window_size: Ints, shift_size: Ints = 0, *, pad_
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), any dtype, any strides.
         window_size: tokens per axis, an int or one per axis, slowest first.
-        shift_size: tokens per axis, from 0 to below the size of the padded map; s is ``torch.roll(x, -s)``.
+        shift_size: tokens per axis, 0..padded size - 1; a shift of s is ``torch.roll(x, -s)``.
         pad_order: order of padding and shift if S is not a multiple of the window: "pad_then_roll" or
             "roll_then_pad" (timm).
 

@@ -262,10 +262,10 @@ def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
     else:
         size = tuple(getattr(block, name) for name in form.size_from.split())
     if not isinstance(size, (tuple, list)) or len(size) != axes:
-        return f"the size of the map is {size!r:.60}"
+        return f"the size of the map must be {axes} numbers, got {size!r:.60}"
     size = tuple(size)
     if any(s is None or isinstance(s, Tensor) for s in size):
-        return f"the size of the map is {size!r:.60}"
+        return f"the size of the map must be {axes} numbers, got {size!r:.60}"
     if form.layout == "sequence" and x.shape[1] != math.prod(size):
         return f"{x.shape[1]} tokens are not a map of {size}"
     kind = _kind_of_map(size, _window(block))

@@ -88,7 +88,7 @@ class DynamicSubclass(Accelerated):
             return "it was pickled by an older version of this package: call swinkernels.accelerate again"
         for name, snapshot in self._swinkernels_snapshots.items():
             module = inside(self, name)
-            reason = "it is gone" if module is None else snapshot.differs(module)
+            reason = "it was removed" if module is None else snapshot.differs(module)
             if reason is not None:
                 return f"{name}: {reason}" if name else reason
         return None

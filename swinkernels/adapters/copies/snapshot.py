@@ -91,7 +91,7 @@ def described(value: Any, seen: dict[int, int] | None = None) -> Any:
     if isinstance(value, Tensor):
         of = kind, value.dtype, tuple(value.shape)
         if value.is_floating_point() or value.is_complex():
-            return of  # a trial uses random values
+            return of  # without its values, which a trial replaces by random ones
         return object() if value.is_meta or kind not in (Tensor, nn.Parameter) else (*of, _Values(value))
     if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)):
         return object() if value.dtype.hasobject else (kind, value.dtype.str, value.shape, value.tobytes())
@@ -308,7 +308,7 @@ class Snapshot:
     def differs_in_buffers(self, module: nn.Module) -> str | None:
         for name, values in self.kept.items():
             if not values.are_those_of(module._buffers.get(name)):
-                return f"{name} holds other values"
+                return f"the values of {name} were changed"
         return None
 
 

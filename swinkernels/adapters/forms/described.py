@@ -146,7 +146,7 @@ def _unfit(module: Any) -> str | None:
     for path, (shapes, has_scale) in module._swinkernels_shapes.items():
         m, prefix = inside(module, path), f"{path}." if path else ""
         if m is None:
-            return f"{path} is gone"
+            return f"{path} was removed"
         scale = getattr(m, "scale", None) if has_scale else None
         if scale is not None and not isinstance(scale, (int, float)):
             return f"{prefix}scale is a {type(scale).__name__}, not a number"
@@ -162,7 +162,7 @@ def _hooked(module: Any) -> str | None:
     for path in module._swinkernels_snapshots:
         m = inside(module, path)
         if m is None:
-            return f"{path} is gone"
+            return f"{path} was removed"
         if path and has_own_hooks(m):
             return f"a hook is registered on {path}"
         if path or "" in module._swinkernels_form.absorbs:

@@ -566,7 +566,7 @@ def _nnformer_blocks(stage: Any, attend: Any, x: Tensor, size: tuple[int, ...], 
         if block.shift_size and (block.window_size, block.shift_size) != (stage.window_size, stage.shift_size):
             return "its mask has other windows than its blocks"
         if block.window_size**3 > _MOST_TOKENS:
-            return f"its windows hold {block.window_size**3} tokens"
+            return f"its windows hold {block.window_size**3} tokens, and the op takes at most {_MOST_TOKENS}"
     for block in stage.blocks:
         attn, window = block.attn, (block.window_size,) * 3
         given = {

@@ -68,7 +68,7 @@ class Static(NamedTuple):
     AXIS_COLUMNS: Any  # per axis, number of columns of A: the window, or 0 without a table
     AXIS_ROWS: Any  # per axis, number of rows of its table, or 0
     BLOCK_COLUMNS: Any  # the columns of all axes, padded to a power of two
-    BLOCK_ROWS: Any  # rows of axis_tables that are taken at a time
+    BLOCK_ROWS: Any  # rows of axis_tables processed at a time
     HEAD_DIM: Any
     BLOCK_D: Any  # HEAD_DIM, padded to a power of two
     ALIGN: Any  # unit of the strides in elements, which tells the compiler the alignment of addresses

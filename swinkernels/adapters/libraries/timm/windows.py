@@ -195,7 +195,7 @@ def _nest(attn: Any, attend: Any, x: Tensor) -> Any:
     scale = None if attn.fused_attn else attn.scale
     window = (1, x.shape[2])
     if window[1] > 1024:
-        return f"its blocks hold {window[1]} tokens"
+        return f"its blocks hold {window[1]} tokens, and the op takes at most 1024"
     y = attend(attn.qkv(x), num_heads=attn.num_heads, window_size=window, scale=scale, dropout_p=_dropout_p(attn))
     y = y.unflatten(-1, (attn.num_heads, -1)).transpose(-1, -2).flatten(-2)  # heads are the fastest axis here
     return attn.proj_drop(attn.proj(y))
