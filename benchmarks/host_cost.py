@@ -181,7 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cpu":
-        torch.set_num_threads(1)  # a single window needs no more
+        torch.set_num_threads(1)  # enough for a single window
     wanted = [b for b in backends(device) if arguments.backend in (None, b)]
     rows = [
         row

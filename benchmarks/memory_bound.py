@@ -365,8 +365,8 @@ def judge(
 ) -> tuple[bool, float, dict[str, testing.Judged]]:
     """Judge results and gradients on a few images.
 
-    Returns the verdict, the worst RMS error in eps of the narrower dtype and, for our ops, each result judged by the
-    tests' budget, which all results but those of torch's Linear must keep.
+    Returns the verdict, the worst RMS error in eps of the narrower dtype and, for our ops, the verdict on each
+    result by the tests' error budget, which all results except those of torch's Linear must meet.
     """
     case = shapes.with_batch(case, 2)
     inputs = draw(op, case, pair, device)

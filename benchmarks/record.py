@@ -112,7 +112,7 @@ def _short(value: Any) -> Any:
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
-    """Read the rows that :func:`write_csv` wrote, with numbers and truth values parsed, and None for empty cells."""
+    """Read the rows that :func:`write_csv` wrote, with numbers and booleans parsed, and None for empty cells."""
 
     def parse(key: str, text: str) -> Any:
         if not text:

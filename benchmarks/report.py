@@ -320,7 +320,7 @@ def run_text(rows: Sequence[Row], pictures: str = "") -> str:
 
 
 def page_text(runs: Runs) -> str:
-    """Return the whole of docs/benchmarks.md."""
+    """Return the text of docs/benchmarks.md."""
     folder = Path(PICTURES).relative_to(Path(PAGE).parent)
     parts = [run_text(rows, f"{folder}/{name}-") for name, rows in runs.items()]
     return "\n".join([HEAD, *parts])

@@ -20,7 +20,7 @@ SOURCES = ("swinkernels", "tests", "benchmarks", "gpu", "csrc", "Makefile", "pyp
 # Pure Python packages; under Python 3.10, pytest needs the packages in the second line.
 CARRIED = ("pytest", "hypothesis", "tabulate", "einops",
            "exceptiongroup", "tomli")  # fmt: skip
-CARRIED_ALONE = ("monai",)  # without its requirements, which are torch and numpy
+CARRIED_ALONE = ("monai",)  # installed without its dependencies, torch and numpy
 PIP = ("install", "--quiet", "--no-compile", "--only-binary=:all:", "--platform=any", "--python-version=3.10")
 
 

@@ -542,7 +542,7 @@ def check_window_call(
         if types < 1 or num_windows % types != 0:
             raise ValueError(
                 f"{op}: the number of window types in bias_table must divide the {num_windows} windows of an image "
-                f"(types follow the slowest axes), got shape {tuple(bias_table.shape)}"
+                f"(each type is for a run of consecutive windows), got shape {tuple(bias_table.shape)}"
             )
     if bias is not None:
         check_tensor(op, "bias", bias, device)
@@ -556,7 +556,7 @@ def check_window_call(
         if bias.dim() == 4 and (bias.shape[0] < 1 or num_windows % bias.shape[0] != 0):
             raise ValueError(
                 f"{op}: the number of window types in bias must divide the {num_windows} windows of an image "
-                f"(types follow the slowest axes), got shape {tuple(bias.shape)}"
+                f"(each type is for a run of consecutive windows), got shape {tuple(bias.shape)}"
             )
     if bias is not None and bias_table is not None:
         raise ValueError(

@@ -186,7 +186,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
         (q, k), factor = fallback.with_axis_tables(q, k, tables, spec.window_size, scale), 1.0
     elif bias is not None:
         addend = bias.to(wide)
-    if addend is not None and addend.dim() == 4:  # window types follow the slowest axes
+    if addend is not None and addend.dim() == 4:  # consecutive windows share a type
         addend = addend[:, None].expand(-1, num_windows // addend.shape[0], -1, -1, -1).flatten(0, 1)
     region = windows.regions(region_map, spec.periodic)
     if region is not None:

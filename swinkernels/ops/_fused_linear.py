@@ -90,7 +90,7 @@ def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         is_plain(tensors)
         and weight.dim() == 2
-        and _is_large(x, weight)  # the usual reason in small models
+        and _is_large(x, weight)  # usually False in small models
         and not any_requires_grad(tensors)
         and _is_available(x.dtype)
         and not torch.jit.is_tracing()

@@ -227,7 +227,7 @@ def _addend(
         addend = bias_of_table(bias_table.to(wide), rows, n)
     elif bias is not None:
         addend = bias.to(wide)
-    if addend is not None and addend.dim() == 4:  # window types follow the slowest axes
+    if addend is not None and addend.dim() == 4:  # consecutive windows share a type
         addend = addend.repeat_interleave(math.prod(frame.frame) // n // addend.shape[0], dim=0)
     if region_map is not None:
         region = _cut(region_map, 0, window, frame.grid)

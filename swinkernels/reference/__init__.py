@@ -1,4 +1,4 @@
-"""The definition of every op in plain PyTorch: slow, obvious, differentiable, and exact in float64."""
+"""The definition of every op in plain PyTorch: slow, simple and differentiable, with float64 arithmetic for float64 inputs."""
 
 from swinkernels.reference.attention_half import attention_half
 from swinkernels.reference.layer_norm import layer_norm

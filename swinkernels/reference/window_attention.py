@@ -197,7 +197,7 @@ def window_attention(
             rows = rows.permute(2, 0, 1)
         scores = scores + rows.to(wide)
     if bias is not None:
-        if bias.dim() == 4:  # (window types, heads, N, N): types follow the slowest axes of the windows
+        if bias.dim() == 4:  # (window types, heads, N, N): consecutive windows share a type
             bias = bias.repeat_interleave(num_windows // bias.shape[0], dim=0)
         scores = scores + bias.to(wide)
     if axis_tables is not None:

@@ -3,7 +3,7 @@
 Classification, detection and segmentation backbones, Swin-Unet, SwinIR, Video Swin and many others contain modified
 copies of Microsoft's file, and there is no class to import. A block is a candidate if it has the right attributes:
 ``window_size``, ``shift_size``, ``norm1``, ``norm2``, ``mlp``, and in ``attn`` the layers ``qkv`` and ``proj``,
-``num_heads`` and a bias table (v1) or the MLP and the scale of v2. Its forward may have one of a few published forms
+``num_heads`` and a bias table (v1) or the MLP and the scale of v2. Its forward may have one of several published forms
 (:class:`Form`). A trial (``trial.py``) decides: a copy of the block and its accelerated twin run on the same random
 inputs, and the first form that gives the same outputs and gradients is used. A block that no form fits is left as it
 was, and the report gives the reason.

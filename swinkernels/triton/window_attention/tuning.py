@@ -32,7 +32,7 @@ def is_whole(volume: int, itemsize: int) -> bool:
 
 
 def axis_rows(itemsize: int) -> int:
-    """Return the number of rows of axis_tables that a program takes at a time."""
+    """Return the number of rows of axis_tables that a program processes at a time."""
     return 64 if itemsize == 2 else 32
 
 
