@@ -45,7 +45,7 @@ class Missing(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of the kernels on a map of one or a few windows, instead of the many windows in Swin's stages."""
+    """A call of the kernels on a map of fewer windows than in Swin's stages."""
 
     name: str
     size: tuple[int, int, int]

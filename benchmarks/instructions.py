@@ -156,7 +156,7 @@ class Kernel(NamedTuple):
     program: sass.Program
     registers: int
     constant_base: int
-    parameters: tuple[tuple[int, int], ...]  # offset and bytes of each, in order
+    parameters: tuple[tuple[int, int], ...]  # offset and number of bytes of each parameter, in order
 
 
 def _read_parameters(path: Path) -> dict[str, tuple[int, tuple[tuple[int, int], ...]]]:

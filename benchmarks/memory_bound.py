@@ -383,7 +383,7 @@ def judge(
     judged = {}
     if name not in PEERS and BENCHES[op].bare_backward:
         for key, value in got.items():
-            # In float32, cancellation in a norm's gradient adds an error of some eps.
+            # In float32, cancellation in a norm's gradient adds an error of several eps.
             of_dtype = torch.finfo(value.dtype).eps * (4 if value.dtype == torch.float32 else 1)
             judged[key] = testing.judge(value, exact[key], single[key], eps=of_dtype, name=key)
         right = all(found.failure is None for found in judged.values())

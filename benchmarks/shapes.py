@@ -34,7 +34,7 @@ ATTENTION: dict[str, Case] = {
     # 96 x 96 x 96 voxels: 48 tokens per axis are padded to 49.
     "swin_unetr.1": Case(1, (48, 48, 48), 3, 16, 7, 3, has_pad_qkv=True),
     "swin_unetr128.1": Case(1, (64, 64, 64), 3, 16, 7, 3, has_pad_qkv=True),
-    # Detection: 800 x 1216 pixels, padded to whole windows; pad tokens hold the bias of the QKV Linear.
+    # Detection: 800 x 1216 pixels, padded to whole windows; q, k and v of a pad token are the bias of the QKV Linear.
     "detection.1": Case(2, (200, 304), 3, 32, 7, 3, has_pad_qkv=True),
     # SwinIR: 180 channels in 6 heads.
     "swin_ir": Case(8, (64, 64), 6, 30, 8, 4),

@@ -25,7 +25,7 @@ def know_gelu(kind: type[nn.Module], form: Callable[[Any], str | None]) -> None:
     _GELU[kind] = form
 
 
-# The classes that compute an nn.Linear.
+# The classes that compute the same as nn.Linear.
 _LINEAR: set[type] = {nn.Linear}
 
 

@@ -56,4 +56,4 @@ class _MovedModules(MetaPathFinder, Loader):
 
 
 if not any(type(finder).__name__ == _MovedModules.__name__ for finder in sys.meta_path):
-    sys.meta_path.insert(0, _MovedModules())  # before the finder of files, which would import a second copy
+    sys.meta_path.insert(0, _MovedModules())  # before the finder that reads files, which would import a second copy

@@ -241,8 +241,8 @@ class SwinTransformerBlockV2(_Block):
     Shape: as for :class:`SwinTransformerBlock`.
 
     Parameters: those of ``norm1``, ``attn`` (see :class:`WindowAttentionV2`), ``norm2`` and ``mlp``. A checkpoint may
-    also contain Microsoft's ``attn_mask``, which is computed here. The published models start with weights of 0 in the
-    norms; :class:`swinkernels.models.SwinTransformer` sets them, the block does not.
+    also contain Microsoft's ``attn_mask``, which is computed here. The published models initialise the weights of the
+    norms to 0, as does :class:`swinkernels.models.SwinTransformer`; the block initialises them to 1.
 
     Source: Swin Transformer V2 (Liu et al., 2022), section 3.2; ``SwinTransformerBlock`` of Microsoft's
     swin_transformer_v2.py, ``SwinTransformerV2Block`` of timm.

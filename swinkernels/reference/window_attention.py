@@ -38,7 +38,7 @@ def relative_position_index(
     token = torch.arange(math.prod(window), device=device)
     index = torch.zeros(len(token), len(token), dtype=torch.long, device=device)
     for axis, (w, pairs) in enumerate(zip(table_window, table_pairs, strict=True)):
-        coordinate = token // math.prod(table_window[axis + 1 :]) % w  # numbered in the table's window
+        coordinate = token // math.prod(table_window[axis + 1 :]) % w  # tokens are numbered in the table's window
         i, j = coordinate[:, None], coordinate[None, :]
         index = index * w * w + i + w * j if pairs else index * (2 * w - 1) + i - j + w - 1
     return index

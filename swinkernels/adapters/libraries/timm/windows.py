@@ -29,7 +29,7 @@ NO_BIAS = "it attends to the whole map without a bias, for which torch's own att
 def _dropout_p(attn: Any) -> float:
     """Return the dropout probability of a call.
 
-    timm's fused attention drops if the module is in training mode, the other attention if attn_drop is.
+    timm's fused attention has dropout if the module is in training mode, its plain attention if attn_drop is.
     """
     drop = attn.attn_drop
     is_on = attn.training if getattr(attn, "fused_attn", False) else drop.training
