@@ -239,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--filter", default="*", help="shapes, models or sweeps, by a pattern such as 'swin_t*'")
         command.add_argument("--op", nargs="+", choices=("window_attention", *memory_bound.BENCHES), help="ops only")
         command.add_argument("--baseline", nargs="+", choices=BASELINES, default=(), help="contestants; default: all")
-        command.add_argument("--quick", action="store_true", help="a few shapes, and no compilation on a CPU")
+        command.add_argument("--quick", action="store_true", help="fewer shapes, and no compilation on a CPU")
         command.add_argument("--batch", type=int, help="largest batch; 1 on a CPU unless given")
         command.add_argument("--threads", type=int, help="torch's threads on a CPU")
         command.add_argument(

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import record
 
-# Even on a quiet machine, medians vary by a few percent between runs, although each run's spread is smaller.
+# Even on a quiet machine, medians vary by a few percent between runs, more than the times within a run.
 REPEATS_TO = 0.05
 # The fraction by which a kernel's instructions may exceed the baseline.
 GROWTH = 0.02

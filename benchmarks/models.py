@@ -197,7 +197,7 @@ def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, 
     """Return the relative RMS errors of the output, of the input's gradient and of the parameters' gradients.
 
     The parameters' error is one number. The error of a gradient that is pure rounding error (the exact gradient of a
-    key bias, say, is zero) is relative to a thousandth of the largest gradient.
+    key bias, for example, is zero) is relative to a thousandth of the largest gradient.
     """
     if got.keys() != exact.keys():
         raise AssertionError(f"only one of the compared results has gradients of {sorted(got.keys() ^ exact.keys())}")

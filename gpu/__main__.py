@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="run all checks that need a GPU, within a given time")
     check.add_argument("--out", type=Path, default=Path("results"), help="folder for gpu.jsonl and gpu.log")
     check.add_argument("--budget", type=float, help="time limit in seconds; default: 480, or 1800 for a rehearsal")
-    check.add_argument("--steps", default=",".join(DEFAULT), help=f"some of {', '.join((*DEFAULT, *EXTRA))}")
+    check.add_argument("--steps", default=",".join(DEFAULT), help=f"names from {', '.join((*DEFAULT, *EXTRA))}")
     check.add_argument("--against", default="", help="another _ops library, to time as well")
     work = commands.add_parser("work", help="one process of a step")
     work.add_argument("step")

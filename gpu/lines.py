@@ -29,7 +29,7 @@ class Emitter:
         self._descriptor = descriptor
 
     def tell(self, **message: Any) -> None:
-        """Send a message other than a result; ``environment`` and ``library`` apply to the rest of the run."""
+        """Send a message. Its fields ``environment`` and ``library`` apply to the rest of the run."""
         os.write(1 if self._descriptor is None else self._descriptor, dump(message))
 
     def begin(self, case: str) -> None:

@@ -63,7 +63,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
         if interprets and math.prod(case.window_tuple) > MOST_INTERPRETED:
             continue
         if case in seen and not name.startswith("separate"):
-            continue  # in tiny sizes the stages of a model are equal
+            continue  # a model's stages shrink to the same tiny sizes
         seen.append(case)
         yield name, functools.partial(_attention, name, case, backend, arithmetic, emit, setting)
 

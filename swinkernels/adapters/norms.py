@@ -208,7 +208,7 @@ class Merging:
         if self.why_not(merging) is not None:
             return None
         norm, weight = child(merging, "norm"), child(merging, "reduction").weight
-        is_plain = type(weight) in (Tensor, nn.Parameter, FakeTensor)  # the op may reorder its columns
+        is_plain = type(weight) in (Tensor, nn.Parameter, FakeTensor)  # the op may reorder the weight's columns
         if not is_plain or in_another_dtype(x, norm.weight, norm.bias, weight):
             return None
         out = patch_merging(

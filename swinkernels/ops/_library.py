@@ -336,6 +336,6 @@ def parameter_gradients(
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Run torch's Linear without a bias, in the autocast dtype if autocast is on, else in the dtype of x."""
-    if autocast_dtype(x) is None or weight.dtype == torch.float64:  # autocast leaves float64 alone
+    if autocast_dtype(x) is None or weight.dtype == torch.float64:  # autocast does not cast float64
         weight = weight.to(x.dtype)
     return F.linear(x, weight)

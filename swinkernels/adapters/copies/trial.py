@@ -358,7 +358,7 @@ class Trial:
         _check("another output at the largest scale", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
 
     def _compare_dropouts(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Compare the modules once per dropout, with that dropout dropping everything."""
+        """Compare the modules once per dropout, with a probability of 1 for that dropout."""
         for number, (of, name) in enumerate(_dropouts(plain)):
             results = []
             for module in (plain, fast):

@@ -521,7 +521,7 @@ VRT = Form(
 
 
 # Stages of volumes, whose offsets are numbered in another order than row-major. nnFormer_acdc.py has no mask and other
-# windows: its attention alone runs on the op.
+# windows, so only its attention runs on the op.
 
 
 def _is_nnformer(module: nn.Module, *names: str) -> bool:

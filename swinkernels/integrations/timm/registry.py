@@ -50,7 +50,7 @@ def _hub_id(cfg: Any, name: str, tag: str) -> str | None:
 def _register(module: Any) -> None:
     for name in timm.list_models(module=module.__name__.rpartition(".")[2]):
         if timm.is_model(PREFIX + name):
-            continue  # a second import, for which timm would warn about every name
+            continue  # at a second import, timm would warn about every name
         cfgs = module.default_cfgs.get(name)
         if cfgs is not None:
             own = {tag: replace(cfg, hf_hub_id=_hub_id(cfg, name, tag)) for tag, cfg in cfgs.cfgs.items()}
