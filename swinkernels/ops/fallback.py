@@ -32,17 +32,22 @@ def _pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     return F.pad(x, [*behind, *(amount for pair in reversed(pads) for amount in pair)])
 
 
-def _cut(x: Tensor, first: int, window: Sequence[int], grid: bool = False) -> Tensor:
-    """Cut (..., *frame, ...) into (..., num_windows, N, ...); the frame's axes begin at axis ``first``."""
+def _cut(x: Tensor, first: int, window: Sequence[int], grid: bool = False, heads_first: bool = False) -> Tensor:
+    """Cut (..., *frame, ...) into (..., num_windows, N, ...); the frame's axes begin at axis ``first``.
+
+    With ``heads_first``, the axis after the frame precedes the tokens: (..., num_windows, heads, N, ...).
+    """
     rank = len(window)
     last = first + rank
     counts = [x.shape[first + i] // w for i, w in enumerate(window)]
     split = [n for pair in zip(counts, window, strict=True) for n in (reversed(pair) if grid else pair)]
     windows = list(range(first + grid, first + 2 * rank, 2))
     tokens = list(range(first + (not grid), first + 2 * rank, 2))
-    behind = range(first + 2 * rank, x.dim() + rank)
-    x = x.reshape(*x.shape[:first], *split, *x.shape[last:]).permute(*range(first), *windows, *tokens, *behind)
-    return x.flatten(first, first + rank - 1).flatten(first + 1, first + rank)
+    behind = list(range(first + 2 * rank, x.dim() + rank))
+    heads = [behind.pop(0)] if heads_first else []
+    x = x.reshape(*x.shape[:first], *split, *x.shape[last:])
+    x = x.permute(*range(first), *windows, *heads, *tokens, *behind).flatten(first, first + rank - 1)
+    return x.flatten(first + 1 + heads_first, first + rank + heads_first)
 
 
 def _join(x: Tensor, first: int, frame: Sequence[int], window: Sequence[int], grid: bool = False) -> Tensor:
@@ -86,34 +91,46 @@ class _Frame:
         inside = _pad(x.new_ones((1, *self.size)), pads)
         return x + (1 - inside).reshape(inside.shape + (1,) * pad.dim()) * pad
 
-    def windows(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
-        """Cut (B, *S, ...) into (B, num_windows, N, ...); pad tokens are ``pad`` or zero."""
+    @property
+    def gathers(self) -> bool:
+        """Whether one gather replaces the copies of a roll and a cut."""
+        return bool(self.axes) and not self.rolls_first and is_plain(())
+
+    def windows(self, x: Tensor, pad: Tensor | None = None, heads_first: bool = False) -> Tensor:
+        """Cut (B, *S, ...) into (B, num_windows, N, ...); pad tokens are ``pad`` or zero.
+
+        With ``heads_first``, (B, *S, heads, ...) is cut into (B, num_windows, heads, N, ...).
+        """
         if self.rolls_first:
             x = torch.roll(x, [-s for s in self.steps], self.axes)
         if self.is_padded:
             x = self._padded(x, self.pads, pad)
+        if self.gathers:
+            x = x.flatten(1, len(self.size)).index_select(1, self._places(x.device))
+            x = x.unflatten(1, (-1, math.prod(self.window)))
+            return x.transpose(2, 3) if heads_first else x
         if self.axes and not self.rolls_first:
-            if is_plain(()):
-                places = x.flatten(1, len(self.size)).index_select(1, self._places(x.device))
-                return places.unflatten(1, (-1, math.prod(self.window)))
             x = torch.roll(x, [-s for s in self.steps], self.axes)
-        return _cut(x, 1, self.window, self.grid)
+        return _cut(x, 1, self.window, self.grid, heads_first)
 
     def keys(self, x: Tensor, key_window: Sequence[int], pad: Tensor | None = None) -> Tensor:
-        """Cut (B, *S, ...) into larger, overlapping windows with the same centres: (B, num_windows, M, ...)."""
+        """Cut (B, *S, heads, ...) into larger, overlapping windows: (B, num_windows, heads, M, ...).
+
+        A window of keys has the centre of its window of queries.
+        """
         if tuple(key_window) == self.window:
-            return self.windows(x, pad)
+            return self.windows(x, pad, heads_first=True)
         rank = len(self.window)
         wider = [(m - w) // 2 for m, w in zip(key_window, self.window, strict=True)]
         x = self._padded(x, [(b + e, a + e) for (b, a), e in zip(self.pads, wider, strict=True)], pad)
         for axis, (w, m) in enumerate(zip(self.window, key_window, strict=True), start=1):
             x = x.unfold(axis, m, w)
         x = x.movedim(tuple(range(-rank, 0)), tuple(range(1 + rank, 1 + 2 * rank)))
-        return x.flatten(1 + rank, 2 * rank).flatten(1, rank)
+        return x.flatten(1 + rank, 2 * rank).flatten(1, rank).transpose(2, 3)
 
     def map(self, windows: Tensor) -> Tensor:
         """Join windows (B, num_windows, N, ...) into a contiguous map (B, *S, ...), without pad tokens."""
-        if self.axes and not self.rolls_first and is_plain(()):
+        if self.gathers:
             x = windows.flatten(1, 2).index_select(1, self._places(windows.device, inverse=True))
             x = x.unflatten(1, self.frame)
         else:
@@ -319,10 +336,12 @@ def _attend(
         # Maps and mask have at most four axes here. Windows are joined with the batch, which copies nothing, or, if the
         # mask differs between the windows of several images, with the heads.
         if mask is None or mask.shape[0] == 1 or batch == 1:
-            out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), attn_mask=mask, scale=factor)
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=factor)
             return out[..., :head_dim].unflatten(0, (batch, windows)), None
+        q, k, v = (x.flatten(1, 2) for x in (q, k, v))
         mask = mask.expand(-1, heads, -1, -1).flatten(0, 1)[None]
-        out = F.scaled_dot_product_attention(*(x.flatten(1, 2) for x in (q, k, v)), attn_mask=mask, scale=factor)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=factor)
         return out[..., :head_dim].unflatten(1, (windows, heads)), None
     probs = scores_of(q, k, addend, factor).softmax(-1, dtype=wide)
     if generator is not None and dropout_p > 0.0:
@@ -379,18 +398,17 @@ def _split(
     """Return q, k and v of the windows, (B, num_windows, heads, N or M, head_dim)."""
     q, k, v = maps
     pad_q, pad_k, pad_v = (None,) * 3 if pad is None else pad.unbind()
-    windows = frame.windows(q, pad_q), frame.keys(k, key_window, pad_k), frame.keys(v, key_window, pad_v)
-    q, k, v = (x.transpose(2, 3) for x in windows)
-    return q, k, v
+    q = frame.windows(q, pad_q, heads_first=True)
+    return q, frame.keys(k, key_window, pad_k), frame.keys(v, key_window, pad_v)
 
 
 def window_attention_qkvpacked(qkv: Tensor, *, key_window: tuple[int, ...], **arguments: Any) -> Any:
     """Run the op on normalised arguments: qkv (B, *S, 3, num_heads, head_dim), one value per axis."""
 
     def split(frame: _Frame, pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if key_window != frame.window:
+        if key_window != frame.window or not frame.gathers:
             return _split(frame, key_window, qkv.unbind(-3), pad)
-        windows = frame.windows(qkv, pad)  # (B, num_windows, N, 3, heads, head_dim): one copy for all three
+        windows = frame.windows(qkv, pad)  # (B, num_windows, N, 3, heads, head_dim): one gather for all three
         q, k, v = windows.permute(3, 0, 1, 4, 2, 5).unbind()
         return q, k, v
 
