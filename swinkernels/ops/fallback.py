@@ -61,6 +61,20 @@ def _join(x: Tensor, first: int, frame: Sequence[int], window: Sequence[int], gr
     return x.reshape(*x.shape[:first], *frame, *x.shape[first + 2 * rank :])
 
 
+class _Permute(torch.autograd.Function):
+    """Permute axis 1 of x. The gradient is gathered as well; index_select's would be added row by row on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(1, places)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return dout.index_select(1, inverse), None, None
+
+
 class _Frame:
     """A frame: a map's size rounded up to whole windows. It cuts maps into windows and joins them again."""
 
@@ -106,7 +120,7 @@ class _Frame:
         if self.is_padded:
             x = self._padded(x, self.pads, pad)
         if self.gathers:
-            x = x.flatten(1, len(self.size)).index_select(1, self._places(x.device))
+            x = _Permute.apply(x.flatten(1, len(self.size)), *self._places(x.device))
             x = x.unflatten(1, (-1, math.prod(self.window)))
             return x.transpose(2, 3) if heads_first else x
         if self.axes and not self.rolls_first:
@@ -131,8 +145,8 @@ class _Frame:
     def map(self, windows: Tensor) -> Tensor:
         """Join windows (B, num_windows, N, ...) into a contiguous map (B, *S, ...), without pad tokens."""
         if self.gathers:
-            x = windows.flatten(1, 2).index_select(1, self._places(windows.device, inverse=True))
-            x = x.unflatten(1, self.frame)
+            places, inverse = self._places(windows.device)
+            x = _Permute.apply(windows.flatten(1, 2), inverse, places).unflatten(1, self.frame)
         else:
             x = _join(windows, 1, self.frame, self.window, self.grid)
             if self.axes and not self.rolls_first:
@@ -143,16 +157,17 @@ class _Frame:
             x = torch.roll(x, self.steps, self.axes)
         return x.contiguous()
 
-    def _places(self, device: torch.device, inverse: bool = False) -> Tensor:
-        """Return each rolled window token's number in the frame, or the inverse permutation, as a gather's index."""
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the number in the frame of each token of the rolled windows, and the inverse permutation."""
 
         def make() -> Tensor:
             tokens = torch.arange(math.prod(self.frame), device=device).reshape(self.frame)
             rolled = torch.roll(tokens, [-s for s in self.steps], [axis - 1 for axis in self.axes])
             places = _cut(rolled, 0, self.window, self.grid).flatten()
-            return places.argsort() if inverse else places
+            return torch.stack([places, places.argsort()])
 
-        return _kept((self.frame, self.window, self.grid, *self.axes, *self.steps, device, inverse), make)
+        places, inverse = _kept((self.frame, self.window, self.grid, *self.axes, *self.steps, device), make)
+        return places, inverse
 
 
 def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int], *, pad_order: str) -> Tensor:
