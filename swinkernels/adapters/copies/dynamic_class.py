@@ -97,7 +97,7 @@ class DynamicSubclass(Accelerated):
     _swinkernels_adapter: Callable[[Any, Any], Adapter]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the arguments from which the class is made again, because pickle cannot import such a class."""
+        """Pickle the arguments that make the class again, because pickle cannot import a class made at run time."""
         cls, reduced = type(self), super().__reduce_ex__(max(2, protocol))
         if derived_since(self) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
@@ -113,7 +113,7 @@ def _make_again(adapter: Callable[[Any, Any], Adapter], original: Any, form: Any
 def dynamic_subclass(
     base: type[DynamicSubclass], original: Any, form: Any, adapter: Any, **namespace: Any
 ) -> type[nn.Module]:
-    """Make the accelerated subclass of ``original`` for a form that its instances follow."""
+    """Make the accelerated subclass of ``original`` for modules that follow a form."""
     namespace = {
         "_swinkernels_form": form,
         "_swinkernels_original": original,
@@ -125,4 +125,4 @@ def dynamic_subclass(
     return type(f"Accelerated{original.__name__}", (base, original), namespace)
 
 
-_remake = _make_again  # the name of _make_again in models pickled by 0.1.0
+_remake = _make_again  # models pickled by 0.1.0 contain this name of _make_again

@@ -1,4 +1,4 @@
-"""Explains in the report why a module that resembles a window attention has no known form."""
+"""Explains in the report why a module that resembles a window attention matches no known form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ATTENTION = ("attn", "attention", "msa")
 
 
 def why_unknown(module: nn.Module) -> str | None:
-    """List, in one string, the features that a window attention of unknown form lacks; None for any other module."""
+    """Return the features of window attention that a similar module lacks, as one string, or None for other modules."""
     original: Any = original_class(module)
     name = original.__name__.lower()
     is_named = any(word in name for word in _ATTENTION)
@@ -25,7 +25,7 @@ def why_unknown(module: nn.Module) -> str | None:
         return None
     linears = [n for n, m in module._modules.items() if isinstance(m, nn.Linear)]
     if not linears and not tables:
-        return None  # it only contains an attention
+        return None  # the module only contains an attention module
     missing = []
     if not isinstance(module._modules.get("qkv"), nn.Linear):
         missing.append(f"one nn.Linear named qkv (its own are {', '.join(linears) or 'none'})")

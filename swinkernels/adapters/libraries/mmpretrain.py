@@ -1,12 +1,12 @@
 """Runs mmpretrain's Swin Transformers, v1 and v2, on this package's ops: attention, blocks and patch merging.
 
 ShiftWindowMSA pads the map, rolls it, cuts it into windows, runs WindowMSA or WindowMSAV2 inside them and undoes all of
-this. Linear layers act on tokens one by one, so QKV and the projection run on the map in image order, and the op
-addresses the windows. A pad token is a zero row, so its q, k and v are the bias of the QKV layer. If the shorter side
-of the map equals the window, there is no shift on either axis, unless pad_small_map is set.
+this. Linear layers process each token separately, so QKV and the projection run on the map in image order, and the op
+addresses the windows. A pad token is a row of zeros, so its q, k and v are the bias of the QKV layer. If the shorter
+side of the map equals the window, there is no shift on either axis, unless pad_small_map is set.
 
-Residual connections, norms and patch merging run on ops; mmcv's patch merging orders channels as torch.nn.Unfold does.
-ShiftWindowMSA includes the drop path of a block's attention half.
+Residual connections, norms and patch merging also run on ops. mmcv's patch merging orders channels as torch.nn.Unfold
+does. ShiftWindowMSA includes the drop path of a block's attention half.
 
 Source: mmpretrain.models 1.0 and newer (utils/attention.py, utils/embed.py, backbones/swin_transformer.py and
 swin_transformer_v2.py) and mmcv.cnn.bricks.transformer.
@@ -78,7 +78,7 @@ linear_layers.know_linear(Linear)
 
 
 def _why_not_attention(attn: Any) -> str | None:
-    """Return the reason why mmpretrain's own code currently has to run this attention, or None."""
+    """Return the reason why mmpretrain's own code must run this attention now, or None."""
     w_msa = child(attn, "w_msa")
     reason = replaced_method(attn, ShiftWindowMSA)
     if reason is not None:
@@ -112,13 +112,13 @@ def _index(attn: Any) -> Tensor | None:
 
 
 def _attention_arguments(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """Return the op's arguments that define bias, scale and geometry, for a map of this size."""
+    """Return the op's arguments for bias, scale and geometry, given the size of the map."""
     w_msa = child(attn, "w_msa")
     return {"bias_table": bias_table(w_msa), **score_factor(w_msa), **_geometry(attn, height, width)}
 
 
 def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """Return the op's arguments that define heads, windows and mask."""
+    """Return the op's arguments for heads, windows and mask, given the size of the map."""
     in_one_window = min(height, width) == attn.window_size
     return {
         "num_heads": attn.w_msa.num_heads,
@@ -130,7 +130,7 @@ def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
 
 
 def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
-    """Return True if mmpretrain accepts the map."""
+    """Return True if mmpretrain accepts a map of this size."""
     return (
         x.dim() == 3 and x.shape[1] == height * width and (attn.pad_small_map or min(height, width) >= attn.window_size)
     )
@@ -139,9 +139,9 @@ def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
 class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
     """mmpretrain's attention, run on a window attention op.
 
-    Geometry, parameters and the index of the bias table are read or compared at every call. mmpretrain's code runs if
-    the op cannot replace it: with a hook on an inner module, a layer that is not an nn.Linear, an unknown attention
-    class in the windows or a replaced method, and while traced.
+    Geometry and parameters are read, and the index of the bias table is checked, at every call. mmpretrain's code runs
+    if a hook is registered on an inner module, a layer is not an nn.Linear, the class of w_msa is unknown, a method was
+    replaced, or the code is traced.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
