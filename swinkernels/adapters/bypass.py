@@ -196,7 +196,7 @@ def replaced_forward(module: nn.Module) -> str | None:
 
 
 def _class_name(module: Any) -> str:
-    """Return the name of a module's class, qualified if torch.nn has another class of that name (e.g. peft's Linear)."""
+    """Return the name of a module's class, qualified if torch.nn has a class of the same name (as for peft)."""
     cls = type(module)
     return cls.__name__ if getattr(nn, cls.__name__, cls) is cls else f"{cls.__module__}.{cls.__qualname__}"
 

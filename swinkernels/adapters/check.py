@@ -35,7 +35,7 @@ class Ran:
 
 
 class _Plain(TorchDispatchMode):
-    """A dispatch mode that changes nothing. While a mode is active, ops bypass their cache, so all calls are observed."""
+    """A dispatch mode that changes nothing. Under a mode, ops bypass their cache, so every call is observed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))

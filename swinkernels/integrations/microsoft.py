@@ -1,4 +1,4 @@
-"""The interface of Microsoft's ``window_process`` extension: change one import to use it.
+"""The interface of Microsoft's ``window_process`` extension. To use it, change one import.
 
 Replace ``from kernels.window_process.window_process import WindowProcess, WindowProcessReverse`` with::
 
@@ -18,13 +18,13 @@ from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops.window_partition import partition, reverse
 
-_NO_PADDING = "pad_then_roll"  # without padding both orders are the same
+_NO_PADDING = "pad_then_roll"  # both orders are equal without padding
 
 
 def _check_geometry(
     op: str, batch: Any, height: Any, width: Any, channels: Any, shift_size: Any, window_size: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Check the geometry; return the map's size, the roll and the window, two values each."""
+    """Check the geometry; return the size of the map, the roll and the window, with two values each."""
     _arguments.check_count(op, "B", batch, at_least=0)
     for name, value in (("H", height), ("W", width), ("C", channels)):
         _arguments.check_count(op, name, value)
@@ -40,7 +40,7 @@ def _check_geometry(
 
 def _wrapped(shift: Sequence[int], size: Sequence[int]) -> list[int]:
     """Return an equivalent cyclic shift in 0..size - 1 per axis."""
-    # The remainder is taken only if needed, because torch.compile would specialise on the size.
+    # No remainder for a shift that is already in range, because torch.compile would specialise on the size.
     return [s if 0 <= s < n else s % n for s, n in zip(shift, size, strict=True)]
 
 
@@ -66,7 +66,7 @@ class WindowProcess:
         The sign is as in ``torch.roll``: the models, which shift by -s before attention, pass -s here.
 
         Args:
-            input: (B, H, W, C) or (B, H * W, C), any dtype, any strides.
+            input: (B, H, W, C) or (B, H * W, C), of any dtype and strides.
             B, H, W, C: the map's sizes; H and W are multiples of the window.
             shift_size: tokens by which the map is rolled, an int or one for each of H and W, of either sign and any
                 size.
@@ -86,7 +86,7 @@ class WindowProcess:
         op = "WindowProcess"
         size, roll, window = _check_geometry(op, B, H, W, C, shift_size, window_size)
         _arguments.check_forms(op, "input", input, (B, H, W, C), (B, H * W, C))
-        shift = _wrapped([-r for r in roll], size)  # the ops' shift has the opposite sign
+        shift = _wrapped([-r for r in roll], size)  # the shift of the ops has the opposite sign
         windows = partition(op, input.reshape(B, H, W, C), window, shift, _NO_PADDING, backend)
         return windows.unflatten(1, window)
 

@@ -119,7 +119,7 @@ def _own_classes(cls: type) -> list[type]:
 
 
 def _attributes(module: nn.Module, sizes: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield the name and value of each attribute to compare. ``sizes`` names the attributes that contain a map's size."""
+    """Yield the name and value of each attribute to compare; ``sizes`` names attributes for a map's size, to skip."""
     cls: Any = original_class(module)
     skipped, recorded = {*_NOT_COMPARED, *sizes}, _recorded(cls)
     if not module._modules and not module._parameters:

@@ -371,8 +371,7 @@ RESSHIFT = Form(
 
 
 def _rows(x: Tensor, mask: Any) -> Any:
-    """Return the number of windows in the mask (1 without a mask), or the reason why the op does not accept the
-    windows."""
+    """Return the number of windows in the mask (1 without a mask), or the reason why the op rejects the windows."""
     n = x.shape[1]
     if x.dim() != 3 or n > _MOST_TOKENS:
         return f"x is {tuple(x.shape)}"
@@ -610,8 +609,7 @@ def _nnformer_decoder(stage: Any, attend: Any, x: Tensor, skip: Tensor, *size: i
 
 
 def _call_nnformer(stage: Any, x: Tensor) -> Tensor:
-    """Call the stage on a volume of any size. For a decoder, the smaller volume is every second token of this
-    volume."""
+    """Call the stage on a volume of any size; a decoder also gets every second token, as the smaller volume."""
     size = tuple(x.shape[1:4])
     for block in stage.blocks:
         block.input_resolution = size
