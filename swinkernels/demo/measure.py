@@ -18,7 +18,7 @@ INFERENCE, TRAINING = "inference step", "training step"
 
 
 def photo_batch(photo: Tensor, batch: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return normalised images (batch, 3, size, size): the whole photograph, then crops; every other one is mirrored."""
+    """Return normalised images (batch, 3, size, size): the whole photograph, then crops; every other is mirrored."""
     image = photo.permute(2, 0, 1).float() / 255
     side = min(image.shape[1:])
     images = []

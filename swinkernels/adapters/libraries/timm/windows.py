@@ -28,6 +28,8 @@ NO_BIAS = "it attends to the whole map without a bias, for which torch's own att
 
 def _dropout_p(attn: Any) -> float:
     """Return the dropout probability of the attention weights in this call.
+
+    timm's fused attention applies dropout if the attention module is in training mode, the unfused one if attn_drop is.
     """
     drop = attn.attn_drop
     is_on = attn.training if getattr(attn, "fused_attn", False) else drop.training
