@@ -20,6 +20,9 @@ from swinkernels.adapters import accelerate
 @MODELS.register_module()
 def SwinKernelsSwinTransformer(*args: Any, backend: str = "auto", **kwargs: Any) -> SwinTransformer:
     """Make mmpretrain's SwinTransformer from the same arguments, and accelerate it.
+
+    Args:
+        backend: as for :func:`swinkernels.accelerate`.
     """
     model = SwinTransformer(*args, **kwargs)
     accelerate(model, backend=backend)

@@ -66,4 +66,4 @@ def check_stages(op: str, depths: Sequence[int], **others: Sequence[Any]) -> Non
     """Raise ValueError unless each argument in ``others`` has one value per stage."""
     for name, values in others.items():
         if len(values) != len(depths):
-            raise ValueError(f"{op}: {name} must have a value for each of the {len(depths)} depths, got {values}")
+            raise ValueError(f"{op}: {name} must have one value for each of the {len(depths)} depths, got {values}")

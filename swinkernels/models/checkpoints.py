@@ -173,7 +173,7 @@ def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str
     if problems:
         raise ValueError(
             f"load_pretrained: {len(problems)} entries of the {loaded.source} checkpoint do not fit the model, which "
-            "is unchanged: make it with the checkpoint's sizes. "
+            "is unchanged: make the model with the sizes of the checkpoint. "
             + "; ".join(problems[:8])
             + ("; ..." * (len(problems) > 8))
         )
@@ -192,8 +192,8 @@ def _tensors(checkpoint: Mapping[str, Any]) -> Tensors:
     )
     if not state:
         raise TypeError(
-            "load_pretrained: checkpoint must be a state dict, or a dict that has one as 'model' or 'state_dict', got "
-            f"{type(checkpoint).__name__} without tensors"
+            "load_pretrained: checkpoint must be a state dict, or a dict that contains one as 'model' or 'state_dict', "
+            f"got {type(checkpoint).__name__} without tensors"
         )
     return state
 
@@ -213,8 +213,9 @@ def _find_source(source: str, state: Tensors) -> tuple[str, str]:
             return name, prefix
     what = "any known source" if source == "auto" else source
     raise ValueError(
-        f"load_pretrained: this is not a Swin checkpoint of {what}: no key ends like {_ANCHORS.get(source, 'theirs')}. "
-        f"Got {', '.join(list(state)[:4])}, ...; known sources are {', '.join(SOURCES)}"
+        f"load_pretrained: this is not a Swin checkpoint of {what}: no key ends with "
+        f"{_ANCHORS.get(source, 'a known name')}. Got {', '.join(list(state)[:4])}, ...; "
+        f"known sources are {', '.join(SOURCES)}"
     )
 
 
@@ -317,7 +318,7 @@ def _leave(model: nn.Module, state: Tensors, expected: Tensors, loaded: Loaded) 
                 loaded.left[key] = "the model has no head"
             elif state[key].shape != expected[key].shape:
                 classes = state[key].shape[0], expected[key].shape[0]
-                loaded.left[key] = f"a head for {classes[0]} classes; the model's is for {classes[1]}"
+                loaded.left[key] = f"the head has {classes[0]} classes; the model's head has {classes[1]}"
         elif re.match(r"norm\d*\.", key) and key not in expected:
             loaded.left[key] = "the model has no norm there"
         elif re.match(r"layers\.(\d+)\.downsample\.", key) and key not in expected:
@@ -349,7 +350,7 @@ def _resize_tables(model: nn.Module, state: Tensors, expected: Tensors, loaded: 
             continue  # unknown window of the checkpoint: reported later as a wrong shape
         rule, resize = _RULES.get(loaded.source, _RULES["microsoft"])
         if loaded.source not in _RULES:
-            rule += f"; {loaded.source} has no rule of its own"
+            rule += f"; {loaded.source} has no rule for resizing"
         state[key] = resize(table.float(), side, target).to(table.dtype)
         loaded.resized[key] = rule
         state.pop(key.replace(name, "relative_position_index"), None)
@@ -412,9 +413,9 @@ def _cubic_on_geometric(table: Tensor, side: int, target: tuple[int, ...]) -> Te
 
 
 _RULES: dict[str, tuple[str, Callable[[Tensor, int, tuple[int, ...]], Tensor]]] = {
-    "microsoft": ("bicubic, as Microsoft's code", _bicubic),
-    "timm": ("linear between geometric offsets, as timm", _linear_on_geometric),
-    "mmpretrain": ("cubic between geometric offsets, as mmpretrain", _cubic_on_geometric),
+    "microsoft": ("bicubic, as in Microsoft's code", _bicubic),
+    "timm": ("linear between geometric offsets, as in timm", _linear_on_geometric),
+    "mmpretrain": ("cubic between geometric offsets, as in mmpretrain", _cubic_on_geometric),
 }
 
 

@@ -373,8 +373,8 @@ class BasicLayer(nn.Module):
             raise ValueError(f"{op}: drop_path must be one value or one for each of the {depth} blocks, got {rates}")
         if downsample_first and (downsample is None or dim % 2 != 0):
             raise ValueError(
-                f"{op}: downsample_first needs a downsample, which makes dim channels from dim / 2, and an even dim, "
-                f"got {downsample} and dim {dim}"
+                f"{op}: downsample_first needs an even dim and a downsample, which turns dim / 2 channels into dim, "
+                f"got dim {dim} and downsample {downsample}"
             )
         self.dim = dim
         self.axes = len(window)

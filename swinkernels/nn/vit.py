@@ -108,8 +108,8 @@ class Attention(nn.Module):
             raise ValueError(f"{op}: dim must be a multiple of num_heads, got {dim} and {num_heads}")
         if rel_pos and window_size is None:
             raise ValueError(
-                f"{op}: rel_pos=True needs window_size, which sizes its table; for attention over a whole map, that is "
-                "the map's size"
+                f"{op}: rel_pos=True needs window_size, which determines the size of the bias table; for attention "
+                "over the whole map, pass the map's size as window_size"
             )
         self.dim = dim
         self.num_heads = num_heads

@@ -323,7 +323,7 @@ class WindowAttentionV2(_WindowAttention):
                 table.copy_(self._coords_table())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> WindowAttentionV2:
-        """Apply ``fn``, for example to move the module, and refill the buffer of offsets, left undefined by ``to_empty``."""
+        """Apply ``fn``, for example to move the module, and refill the buffer of offsets for ``to_empty``."""
         super()._apply(fn, recurse)
         self.fill_coords_table()
         return self

@@ -274,13 +274,13 @@ def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
     window, shift = _clamped(form, block, size)
     if not any(shift):
         if form.mask_from != "argument" and _has_own_mask(block):
-            return "attn_mask differs from the mask that its geometry implies"
+            return "attn_mask differs from the standard mask for its window and shift"
         return size, 0.0
     if form.mask_from == "argument":
         value = value_of_mask(given, frame_of(size, window), window, shift)
-        return "the given mask differs from the mask that its geometry implies" if value is None else (size, value)
+        return "the given mask differs from the standard mask for this window" if value is None else (size, value)
     if _has_own_mask(block):
-        return "attn_mask differs from the mask that its geometry implies"
+        return "attn_mask differs from the standard mask for its window and shift"
     if form.size_from == "shape" and getattr(block, MASK, None) is not None and size != _resolution(block):
         return "its stored mask is for another map"
     return size, -100.0
@@ -633,7 +633,7 @@ def _why_not_this_one(block: Any) -> str | None:
     if reason is not None:
         return reason
     if _has_own_mask(block):
-        return "attn_mask differs from the mask that its geometry implies"
+        return "attn_mask differs from the standard mask for its window and shift"
     index = getattr(block.attn, "relative_position_index", None)
     if index is not None and not is_window_index(index, _table_window(block)):
         return "attn.relative_position_index differs from the index of its window"

@@ -28,7 +28,7 @@ def why_unknown(module: nn.Module) -> str | None:
         return None  # the module only contains an attention module
     missing = []
     if not isinstance(module._modules.get("qkv"), nn.Linear):
-        missing.append(f"one nn.Linear named qkv (its own are {', '.join(linears) or 'none'})")
+        missing.append(f"one nn.Linear named qkv (it has {', '.join(linears) or 'none'})")
     if "proj" not in module._modules:
         missing.append("a layer named proj")
     if not hasattr(module, "num_heads"):
@@ -45,6 +45,6 @@ def why_unknown(module: nn.Module) -> str | None:
     if not missing and resembles_attention(module):
         return None
     return (
-        f"it resembles a window attention, but lacks {'; '.join(missing) or 'its form'}. docs/adapters.md says how to "
-        "write an adapter"
+        f"it resembles a window attention, but lacks {'; '.join(missing) or 'its form'}. docs/adapters.md explains how "
+        "to write an adapter"
     )

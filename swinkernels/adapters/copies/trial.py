@@ -514,7 +514,7 @@ _NOTHING = object()
 
 
 def _check_left(name: str, got: Any, expected: Any) -> None:
-    what = f"something else in {name}, which the forward leaves behind,"
+    what = f"another state of {name} after the call"
     if isinstance(got, Tensor) and isinstance(expected, Tensor):
         if got.shape != expected.shape or got.dtype != expected.dtype:
             raise _Different(what)

@@ -242,7 +242,7 @@ def _esvit(stage: Any, attend: Any, x: Tensor) -> Any:
         window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
         kept = block.attn_mask_dict.items()
         if not all(is_stored_mask(mask, frame_of((n, n), window), window, shift) for n, mask in kept):
-            return "attn_mask_dict differs from the mask that its geometry implies"
+            return "attn_mask_dict differs from the standard mask for its window and shift"
     for block in stage.blocks:
         y = attend(_qkv(block, x, (side, side)), **_arguments(block), dropout_p=dropout_at_call(block.attn))
         x = _with_mlp(block, x + block.drop_path(projected(block.attn, y).flatten(1, 2)))
@@ -274,10 +274,10 @@ def _why_not_htsat(stage: Any, x: Tensor, size: tuple[int, ...]) -> str | None:
     for block in stage.blocks:
         window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
         if tuple(block.input_resolution) != size or any(n % block.window_size for n in size):
-            return "its blocks expect another size of map, or windows do not divide it"
+            return "its blocks expect a map of another size, or the map does not consist of whole windows"
         mask = block.attn_mask
         if not is_stored_mask(mask, size, window, shift) if any(shift) else mask is not None:
-            return "attn_mask differs from the mask that its geometry implies"
+            return "attn_mask differs from the standard mask for its window and shift"
     return None
 
 
@@ -351,7 +351,7 @@ def _resshift(block: Any, attend: Any, x: Tensor) -> Any:
         return "the map does not consist of whole windows"
     size = tuple(x.shape[2:])
     if block.input_resolution == size and not is_stored_mask(block.attn_mask, size, (window,) * 2, (shift,) * 2):
-        return "attn_mask differs from the mask that its geometry implies"
+        return "attn_mask differs from the standard mask for its window and shift"
     y = attend(attn.qkv(block.norm1(x).permute(0, 2, 3, 1)), **_arguments(block), dropout_p=dropout_at_call(attn))
     return _with_mlp(block, x + block.drop_path(projected(attn, y).permute(0, 3, 1, 2)))
 

@@ -60,7 +60,7 @@ def _pangu(block: Any, attend: Any, x: Tensor) -> Any:
         return f"its windows hold {math.prod(window)} tokens, and the op takes at most {_MOST_TOKENS}"
     mask = block.attn_mask
     if block.roll and not holds(mask, (_longitude_first, *frame_of(size, window), *window, *shift)):
-        return "attn_mask differs from the mask that its geometry implies"
+        return "attn_mask differs from the standard mask for its window and shift"
     if not block.roll and mask is not None:
         return "it has an attn_mask without a shift"
     y = attend(
