@@ -37,7 +37,7 @@ def is_distributed(x: Any) -> bool:
 
 
 def why_distributed(module: nn.Module) -> str | None:
-    """Return the reason to skip a module that is sharded over devices, or None."""
+    """Return the reason to skip a module whose parameters or buffers are sharded over devices, or None."""
     if any(is_distributed(x) for x in (*module.parameters(), *module.buffers())):
         return "its parameters are sharded over devices (DTensor): accelerate the model before sharding it"
     return None

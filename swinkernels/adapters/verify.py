@@ -1,4 +1,4 @@
-"""Compares a replaced module with the original on random inputs."""
+"""Compares an accelerated module with the original on random inputs."""
 
 from __future__ import annotations
 

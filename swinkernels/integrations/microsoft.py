@@ -63,19 +63,19 @@ class WindowProcess:
 
         .. math:: windows = window\_partition(roll(input, +shift\_size))
 
-        The sign is as in ``torch.roll``: the models, which shift by -s before attention, pass -s here.
+        The sign is that of ``torch.roll``. Models shift by -s before attention and pass -s here.
 
         Args:
             input: (B, H, W, C) or (B, H * W, C), of any dtype and strides.
             B, H, W, C: the map's sizes; H and W are multiples of the window.
-            shift_size: tokens by which the map is rolled, an int or one for each of H and W, of either sign and any
-                size.
+            shift_size: tokens by which the map is rolled, an int or one for each of H and W. It may be negative or
+                larger than the map.
             window_size: tokens per axis, an int or one for each of H and W.
             backend: "auto", "cuda", "triton", "torch" or "reference". "auto" picks the fastest usable one.
 
         Returns:
-            (B * num_windows, window, window, C) in the dtype of input, contiguous, image-major, windows row-major. An
-            empty batch gives an empty result. Differentiable in input, any number of times.
+            (B * num_windows, window, window, C) in the dtype of input, contiguous, ordered by image and then by window
+            in row-major order. An empty batch gives an empty result. Differentiable in input, any number of times.
 
         Raises:
             ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
@@ -92,7 +92,7 @@ class WindowProcess:
 
 
 class WindowProcessReverse:
-    """Put windows back and roll the feature map, in one pass. Called as ``WindowProcessReverse.apply(...)``."""
+    """Put windows back into a feature map and roll it, in one pass. Called as ``WindowProcessReverse.apply(...)``."""
 
     @staticmethod
     def apply(
@@ -113,7 +113,7 @@ class WindowProcessReverse:
         This is the inverse of :class:`WindowProcess` with the opposite shift_size.
 
         Args:
-            input: (B * num_windows, window, window, C) or (B * num_windows, window * window, C), any dtype.
+            input: (B * num_windows, window, window, C) or (B * num_windows, window * window, C), of any dtype.
             B, H, W, C, shift_size, window_size, backend: as for :meth:`WindowProcess.apply`.
 
         Returns:

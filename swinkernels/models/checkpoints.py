@@ -122,10 +122,10 @@ def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str
             from the keys.
 
     Returns:
-        A :class:`Loaded`, which lists entries loaded, resized (with the rule), left out and kept. A head for another
-        number of classes and entries outside the backbone are left out. Entries that the encoder does not need, such as
-        the head, the norms of ``out_indices`` or a decoder, may be missing. As in the published code, the encoder's
-        blocks are also copied into the decoder of a :class:`SwinUnet`, unless the checkpoint has a decoder.
+        A :class:`Loaded`, which lists the entries that were loaded, resized (with the rule), left out or kept. A head
+        for another number of classes and entries outside the backbone are left out. Entries that the encoder does not
+        need, such as the head, the norms of ``out_indices`` or a decoder, may be missing. As in the published code, the
+        encoder's blocks are also copied into the decoder of a :class:`SwinUnet`, unless the checkpoint has a decoder.
 
     Raises:
         TypeError: ``model`` is not a module, or ``checkpoint`` contains no tensors.

@@ -37,7 +37,7 @@ class SwinTransformer(nn.Module):
         use_checkpoint: True to recompute blocks in the backward pass instead of storing their intermediate results.
         version: 1 or 2.
         pretrained_window_sizes: for v2, the window with which each stage was trained, or 0 for the stage's window.
-        out_indices: stages whose maps are returned, each through its own norm, instead of classes.
+        out_indices: stages whose maps are returned instead of class scores, each map after its own norm.
         pad_order, backend: as for :class:`swinkernels.nn.WindowAttention`.
 
     Shape:

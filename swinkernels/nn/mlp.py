@@ -13,7 +13,7 @@ from swinkernels.ops.mlp_half import mlp_half
 
 
 class Mlp(nn.Module):
-    """Linear, activation, Linear, with dropout after the activation and after the last Linear.
+    """An MLP: Linear, activation and Linear, with dropout after the activation and after the second Linear.
 
     Args:
         in_features: channels of a token.

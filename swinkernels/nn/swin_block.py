@@ -326,12 +326,12 @@ class BasicLayer(nn.Module):
         upsample: class or function that makes the patch expanding of C channels after the blocks, as in Swin-Unet's
             decoder. None for no expanding.
         options: further arguments of the blocks (``head_dim``, ``small_maps``, ``pad_order``, ``act_layer``, ``eps``).
-        backend: backend of the blocks and, if it has the op, of the change of size.
+        backend: backend of the blocks and, if it supports them, of merging and expanding.
         device, dtype: device and dtype of the parameters.
 
     Shape:
         x: (B, \*S, C), or (B, L, C) with ``size`` = S, and (B, \*S, C / 2) with ``downsample_first``. The result is a
-        map or a sequence, like x, with the S and C that result from the change of size.
+        map or a sequence, like x, with the size and the channels after merging or expanding.
 
     Parameters: ``blocks.<i>`` and, if there are any, ``downsample`` and ``upsample``.
 

@@ -138,8 +138,8 @@ class Trial:
     prepare: Callable[[nn.Module], None] = lambda module: None
     # True for a block with a mask, to compare the effect of the mask.
     masks: bool = False
-    # The width of a narrow copy, the shapes of parameters, by name, for small maps, and the module that replaces the
-    # MLP.
+    # width: the width of a narrow copy. shapes: the shapes of parameters for small maps, by name. stand_in: a module
+    # that replaces the MLP.
     width: Width | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stand_in: nn.Module | None = None
