@@ -1,6 +1,6 @@
-"""Defines NAMESPACE, the ops' namespace in torch.ops, for Python and, through setup.py, for the compiled library.
+"""Defines NAMESPACE, the namespace of the ops in torch.ops; setup.py passes it to the compiled library.
 
-A copy of the package under another name needs another namespace: change it here, then build.
+To install a copy of the package under another name, change NAMESPACE here before building.
 """
 
 NAMESPACE = "swinkernels"

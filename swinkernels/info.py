@@ -1,4 +1,4 @@
-"""``python -m swinkernels.info`` prints versions, the build, and which backends can run here, or why they cannot."""
+"""Prints versions, the build, and the available backends: ``python -m swinkernels.info``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _installed_version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """Return the version of the NVIDIA driver, which torch does not report, or None."""
+    """Return the version of the NVIDIA driver, or None. torch does not report the version, so nvidia-smi is called."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -55,15 +55,15 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def collect() -> dict[str, Any]:
-    """Collect the report as plain values, serialisable as JSON.
+    """Return the report as plain values that can be serialised as JSON.
 
     Returns:
-        ``versions`` (Python, torch, Triton, CUDA, driver and so on; None for a missing one), ``platform``, ``gpus``,
-        ``build`` (the result of the op ``build_info``, or None without the extension), ``extension_error`` (the reason
-        why the extension is not loaded, or None), ``cpu_instruction_set`` (the instruction set that the CPU kernels use
-        here, or None), ``backends`` (for each, the reason why it cannot run here, or None) and ``fused_products`` (for
-        each dtype, the reason why inference on this CPU fuses no product with bias, GELU and residual connection, or
-        None).
+        ``versions`` (of Python, torch, CUDA, Triton, timm, the driver and this package; None if not installed),
+        ``platform``, ``gpus``, ``build`` (the result of the op ``build_info``, or None without the extension),
+        ``extension_error`` (the reason why the extension is not loaded, or None), ``cpu_instruction_set`` (the
+        instruction set that the CPU kernels use here, or None), ``backends`` (for each, the reason why it cannot run
+        here, or None) and ``fused_products`` (for each dtype, the reason why inference on this CPU cannot fuse a matrix
+        product with bias, GELU and residual connection, or None).
     """
     return {
         "versions": {
@@ -86,7 +86,7 @@ def collect() -> dict[str, Any]:
 
 
 def describe(info: dict[str, Any]) -> str:
-    """Format the result of :func:`collect` as readable lines."""
+    """Return the result of :func:`collect` as readable text."""
     versions, build = info["versions"], info["build"]
     lines = [
         f"swinkernels {versions['swinkernels']}, Python {versions['python']}, torch {versions['torch']}, "

@@ -1,4 +1,4 @@
-"""Finds, for the report, the backend that runs a part of a module, and the reason why no faster backend does."""
+"""Chooses, for the report, the backend of each part of a module, and explains why faster backends cannot run it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from swinkernels.ops._backends import PREFERENCE, backend_beside, choose, why_no
 
 
 def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple[str, tuple[str, ...]]:
-    """Return the backend of a module's first part in eval mode, and remarks on parts that no faster backend runs.
+    """Return the backend of a module's first part in eval mode, and remarks that explain why faster ones are not used.
 
-    If the library's own code runs a part, the library's name replaces the backend's.
+    If the library's own code runs a part, the library's name is returned instead of a backend.
     """
     backends, remarks = [], []
     for part in adapter.parts:
@@ -22,14 +22,14 @@ def backend_choice(adapter: Adapter, module: nn.Module, requested: str) -> tuple
         if why:
             remarks.append(f"{name}: {why}")
         in_training, why_in_training = _part_choice(adapter, part, module, requested, training=True)
-        # Skip a remark that only repeats why a backend is ruled out in eval mode.
+        # Omit the remark on training if it would repeat the remark on eval mode.
         if in_training != chosen or (why_in_training and not why):
             remarks.append(f"{name} in training: {why_in_training}")
     return backends[0] if backends else adapter.name, tuple(dict.fromkeys(remarks))
 
 
 def _part_choice(adapter: Adapter, part: Part, module: nn.Module, requested: str, training: bool) -> tuple[str, str]:
-    """Return the backend of a part, and the reason why no faster one runs it."""
+    """Return the backend of a part, and the reasons why faster backends cannot run it ("" if there are none)."""
     reason = part.reason_to_fall_back(module)
     if reason is not None:
         return adapter.name, f"{adapter.name}'s own code; {reason}"

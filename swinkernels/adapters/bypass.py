@@ -1,8 +1,9 @@
-"""Decides whether an op may do a module's work without calling the module: not if it has hooks or changed code.
+"""Decides whether an op may replace the call of a module. It may not if the module has hooks or its code was changed.
 
-An op replaces code that the library published. ``watch`` records the published methods of a class when an adapter is
-imported; ``replaced_method`` and the functions that build on it compare at every call, so a method patched later, on
-the class or on one instance, is called. Adapters outside this package should watch the classes whose work ops do.
+An op computes the same as the library's published code. ``watch`` records the published methods of a class when an
+adapter is imported. ``replaced_method`` and the functions that build on it compare the current methods with the
+recorded ones at every call; if a method was patched later, on the class or on one instance, the module is called.
+Adapters outside this package should watch each class that their op replaces.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from swinkernels.ops._arguments import why_beyond_limits
 
 
 def is_traced(x: Any) -> bool:
-    """Return True if torch.fx or torch.jit.trace runs this forward pass to record the library's code."""
+    """Return True while torch.fx or torch.jit.trace records this forward pass."""
     return not isinstance(x, Tensor) or torch.jit.is_tracing()  # torch.fx passes a proxy
 
 
@@ -31,21 +32,21 @@ def is_distributed(x: Any) -> bool:
     """Return True if a tensor is a DTensor, whatever its placement."""
     if type(x) is Tensor:
         return False
-    dtensor = sys.modules.get("torch.distributed.tensor")  # an import would take long
+    dtensor = sys.modules.get("torch.distributed.tensor")  # importing it takes long
     return dtensor is not None and isinstance(x, dtensor.DTensor)
 
 
 def why_distributed(module: nn.Module) -> str | None:
-    """Return the reason to skip a module that is sharded over devices, or None."""
+    """Return the reason to skip a module whose parameters or buffers are sharded over devices, or None."""
     if any(is_distributed(x) for x in (*module.parameters(), *module.buffers())):
         return "its parameters are sharded over devices (DTensor): accelerate the model before sharding it"
     return None
 
 
 def class_of(module: Any) -> type:
-    """Return a module's class; for one of torch.export's proxies, the class for which the proxy stands.
+    """Return a module's class. For a proxy made by torch.export, return the class of the module behind the proxy.
 
-    torch.export makes proxies in models that register one module under two names, as MONAI's MLPs do.
+    torch.export makes such proxies if a model registers one module under two names, as MONAI does with its MLPs.
     """
     kind = type(module)
     if torch.compiler.is_dynamo_compiling():
@@ -55,20 +56,20 @@ def class_of(module: Any) -> type:
 
 
 def child(module: nn.Module, name: str) -> Any:
-    """Return a child of a module without __getattr__, which is slow in a forward pass."""
+    """Return a child of a module. This bypasses __getattr__, which is slow in a forward pass."""
     return module._modules[name]
 
 
-# Package -> the other packages whose decorators it applies to its methods.
+# Package -> other packages that contain the decorators of its methods.
 _DECORATED_BY = {"mmcv": ("mmengine",), "mmpretrain": ("mmengine",)}
-# The published methods of the classes whose work ops do; None marks a method that was already patched.
+# Class watched -> its published methods by name, with None for a method that was already patched.
 _PUBLISHED: dict[type, tuple[tuple[str, Any], ...]] = {}
 
 
 def watch(*kinds: Any, methods: Sequence[str] = ()) -> None:
-    """Record the published code of classes whose work an op does: ``forward``, ``__call__``, and the named methods.
+    """Record the published ``forward`` and ``__call__`` of classes that an op replaces, and the named methods.
 
-    Names that this version of the library lacks are skipped.
+    Methods that do not exist in the installed version of the library are skipped.
     """
     for kind in kinds:
         names = [name for name in ("forward", "__call__", *methods) if hasattr(kind, name)]
@@ -76,7 +77,7 @@ def watch(*kinds: Any, methods: Sequence[str] = ()) -> None:
 
 
 def _published(kind: type, name: str) -> Any:
-    """Return a method, or None if it was already patched: its code is not from the package of its class."""
+    """Return a method of a class, or None if it was already patched, that is, if its code is from another package."""
     method = getattr(kind, name)
     owner = next(cls for cls in kind.__mro__ if name in vars(cls))
     package = owner.__module__.partition(".")[0]
@@ -86,30 +87,31 @@ def _published(kind: type, name: str) -> Any:
 
 def _is_code_of(package: str, method: Any) -> bool:
     folder = os.path.dirname(getattr(sys.modules[package], "__file__", None) or "")
-    if not folder:  # an interactive session or a namespace package
+    if not folder:  # true in an interactive session and for a namespace package
         return True
     file = os.path.abspath(getattr(getattr(method, "__code__", None), "co_filename", ""))
     return file.startswith(folder + os.sep)
 
 
 def watch_unless_watched(kind: Any) -> None:
-    """Record a class's current forward and ``__call__`` as its published ones, unless the class is already watched.
+    """Record a class's current ``forward`` and ``__call__`` as the published ones, unless the class is already watched.
 
-    The class may come from any package.
+    Unlike :func:`watch`, this accepts methods from any package.
     """
     _PUBLISHED.setdefault(kind, (("forward", kind.forward), ("__call__", kind.__call__)))
 
 
 def is_patched(kind: Any) -> bool:
-    """Return True if ``forward`` or ``__call__`` of a watched class is not the published one."""
+    """Return True if the ``forward`` or ``__call__`` of a watched class was replaced."""
     forward, call, *_ = _PUBLISHED[kind]
     return kind.forward is not forward[1] or call_is_patched(kind, call[1])
 
 
 def call_is_patched(kind: Any, published: Any) -> bool:
-    """Return True if a class's ``__call__`` is neither the published one nor torch's own, which torch.fx patches."""
+    """Return True if a class's ``__call__`` was replaced by code other than torch's; torch.fx patches ``__call__``."""
     call: Any = kind.__call__
-    # A decorator of torch, such as no_grad, wraps a patch in its own code.
+    # Both the outer and the unwrapped function are checked, because a torch decorator such as no_grad hides a patch
+    # inside its own code.
     return call is not published and not all(_is_code_of("torch", code) for code in (call, inspect.unwrap(call)))
 
 
@@ -121,10 +123,10 @@ def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
 
     Args:
         module: the module.
-        kind: the module's class before ``accelerate``. If this class is not watched, only a forward replaced on the
-            instance counts.
-        name: the name of an inner module. Without a name, the module is the accelerated one, whose forward is running:
-            a forward on the instance does not count.
+        kind: the module's class before ``accelerate``. In a class that is not watched, only a forward replaced on the
+            instance is detected.
+        name: the name of an inner module, for the message. Leave it empty for the accelerated module itself; a forward
+            on its instance is then ignored.
     """
     own = module.__dict__
     for method, published in _PUBLISHED.get(kind) or (("forward", kind.forward),):
@@ -135,17 +137,17 @@ def replaced_method(module: nn.Module, kind: Any, name: str = "") -> str | None:
     return None
 
 
-# torch's global hooks, which run for all modules. Each dict stays the same object.
+# The dicts of torch's global hooks, which run for all modules. torch never replaces these dicts.
 _OF_ALL_FORWARD, _OF_ALL_FORWARD_PRE = _torch_module._global_forward_hooks, _torch_module._global_forward_pre_hooks
 _OF_ALL_BACKWARD, _OF_ALL_BACKWARD_PRE = _torch_module._global_backward_hooks, _torch_module._global_backward_pre_hooks
 
 
-# The Python module with the global hooks of torch's FLOP counter, which only record the running module.
+# The Python module that defines the hooks of torch's FLOP counter. They only record which module is running.
 _HARMLESS = "torch.utils.module_tracker"
 
 
 def all_modules_have_hooks() -> bool:
-    """Return True if a global hook, which runs for all modules, is registered, except for the FLOP counter's."""
+    """Return True if a global hook, which runs for all modules, is registered. The FLOP counter's hooks are ignored."""
     if not (_OF_ALL_FORWARD or _OF_ALL_FORWARD_PRE or _OF_ALL_BACKWARD or _OF_ALL_BACKWARD_PRE):
         return False
     hooks = (*_OF_ALL_FORWARD.values(), *_OF_ALL_FORWARD_PRE.values())
@@ -160,24 +162,24 @@ def has_own_hooks(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return True if a call of a module would run a hook, the module's or a global one."""
+    """Return True if a call of the module would run one of its hooks or a global hook."""
     return has_own_hooks(module) or all_modules_have_hooks()
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """Remove the hooks of a copied module: their effects, such as collected outputs, would be visible outside."""
+    """Remove the hooks from a copied module, so that its calls have no effect outside, such as collecting outputs."""
     for m in module.modules():
         for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
             hooks.clear()
 
 
 def first_weight(module: nn.Module) -> Tensor:
-    """Return a module's first floating-point parameter, which has the module's dtype and device."""
+    """Return a module's first floating-point parameter, from which callers read the dtype and device of the module."""
     return next(p for p in module.parameters() if p.dtype.is_floating_point)
 
 
 def is_bound_method(module: nn.Module, kind: type, value: Any) -> bool:
-    """Return True if a value is a class's method bound to a module, as ``module.forward`` is."""
+    """Return True if a value is a method of ``kind`` bound to the module, as ``module.forward`` is."""
     return (
         isinstance(value, types.MethodType)
         and value.__self__ is module
@@ -186,7 +188,7 @@ def is_bound_method(module: nn.Module, kind: type, value: Any) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> str | None:
-    """Return the reason, for a report, if a module's forward differs from its class's forward, or None."""
+    """Return a reason for the report if a module's forward was replaced on the instance, or None."""
     forward = module.__dict__.get("forward")
     if forward is None or is_bound_method(module, type(module), forward):
         return None
@@ -194,15 +196,15 @@ def replaced_forward(module: nn.Module) -> str | None:
 
 
 def _class_name(module: Any) -> str:
-    """Return the name of a module's class, qualified if torch.nn has another class of that name (peft's Linear)."""
+    """Return the name of a module's class, qualified if torch.nn has a class of the same name (as for peft)."""
     cls = type(module)
     return cls.__name__ if getattr(nn, cls.__name__, cls) is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def why_not_absorbed(name: str, module: nn.Module, kind: type[nn.Module], known_as: str) -> str | None:
-    """Return the reason why an inner module has to be called, or None.
+    """Return the reason why an op cannot replace the call of an inner module, or None.
 
-    A subclass of ``kind`` has to be called, because it may compute something else.
+    A module of a subclass of ``kind`` is never replaced, because the subclass may compute something else.
     """
     if class_of(module) is not kind:
         return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not {known_as}"
@@ -214,7 +216,7 @@ def why_not_linear(name: str, linear: nn.Module) -> str | None:
     return why_not_absorbed(name, linear, nn.Linear, "an nn.Linear")
 
 
-# peft's LoRA class around a Linear, added once peft is imported.
+# peft's LoRA layer for an nn.Linear. The set stays empty until peft is imported.
 _LORA: set[type] = set()
 
 
@@ -227,9 +229,9 @@ at_import("peft.tuners.lora.layer", _note_lora)
 
 
 def _why_not_lora(name: str, layer: Any) -> str | None:
-    """Return the reason why a LoRA layer may not compute W x + b + B A x token by token, or None.
+    """Return the reason why a LoRA layer may compute something other than W x + b + B A x for each token, or None.
 
-    For a pad token, x = 0, a LoRA layer that computes this returns the bias b.
+    The formula gives b for a pad token (x = 0), which is the value that the op uses for pad tokens.
     """
     reason = replaced_method(layer, type(layer), name)
     if reason is None and (getattr(layer, "lora_variant", None) or any(getattr(layer, "lora_bias", {}).values())):
@@ -244,7 +246,7 @@ def _why_not_lora(name: str, layer: Any) -> str | None:
 
 
 def why_not_norm(name: str, norm: Any, width: int) -> str | None:
-    """Return the reason why a norm over rows of ``width`` elements has to be called, or None."""
+    """Return the reason why an op cannot replace a norm over rows of ``width`` elements, or None."""
     reason = why_not_absorbed(name, norm, nn.LayerNorm, "an nn.LayerNorm")
     if reason is None and norm.normalized_shape != (width,):
         return f"{name} does not normalise rows of {width} elements, but {norm.normalized_shape}"
@@ -254,7 +256,7 @@ def why_not_norm(name: str, norm: Any, width: int) -> str | None:
 
 
 def why_not_dropout(name: str, dropout: nn.Module) -> str | None:
-    """Return the reason why a dropout has to be called, or None. An nn.Identity, which drops nothing, is accepted."""
+    """Return the reason why an op cannot replace a dropout, or None. An nn.Identity is accepted: it drops nothing."""
     return why_not_absorbed(
         name, dropout, nn.Identity if class_of(dropout) is nn.Identity else nn.Dropout, "an nn.Dropout"
     )
@@ -267,28 +269,31 @@ def why_not_window_attention(
     known_as: str = "an nn.Linear",
     takes_lora: bool = False,
 ) -> str | None:
-    """Return the reason why no op can currently do a window attention's work, or None.
+    """Return the reason why no op can currently replace a window attention module, or None.
 
-    The module has Microsoft's form (qkv, softmax, attn_drop, proj). Callers check its class and the numbering of its
-    bias table.
+    The module must have Microsoft's form (qkv, softmax, attn_drop, proj). The caller checks the module's class and the
+    index of its bias table.
 
     Args:
-        attn: the module. It may lack a softmax module and call the function instead.
+        attn: the module. It may call the softmax function instead of a softmax module.
         name: the module's name in the message.
-        kind, known_as: the class that the layers qkv and proj must have, and its readable name.
-        takes_lora: True if peft's LoRA may wrap qkv and proj; False if the library's code reads their weights itself.
+        kind, known_as: the class that qkv and proj must have, and the name of this class in the message.
+        takes_lora: True if qkv and proj may be wrapped by peft's LoRA; False if the library reads their weights
+            directly.
     """
     reason = replaced_method(attn, class_of(attn), name)
     if reason is not None:
         return reason
-    # Hooks on qkv, proj and proj_drop would get the map instead of windows; hooks on the other modules would not run.
+    # If the op ran, hooks on qkv, proj and proj_drop would get the whole map instead of windows, and hooks on the other
+    # modules would not run.
     if has_hooks(attn):
         return f"a hook is registered on {name}"
     modules = attn._modules
     for key, module in modules.items():
         if module is not None and has_own_hooks(module):
             return f"a hook is registered on {name}.{key}"
-    # Layers of other classes may mix tokens or change the result for a pad token; a layer after proj gets the map.
+    # A layer of another class may mix tokens or compute something else for pad tokens, and a layer after proj would get
+    # the whole map instead of windows.
     for key, kinds, right in (
         ("qkv", (kind,), known_as),
         ("proj", (kind,), known_as),

@@ -1,4 +1,4 @@
-"""Records, in one call of the model, which ops and backends the replaced modules run."""
+"""Calls the model once and records the ops and backends that its replaced modules run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from swinkernels.ops._backends import observe_choices
 
 @dataclass(frozen=True)
 class Ran:
-    """Records the ops that a replaced module called in one call of the model."""
+    """The ops that a replaced module called in one call of the model."""
 
     path: str
     module_class: str
-    # (op, backend) -> number of calls by the module, not counting calls by replaced modules inside it.
+    # (op, backend) -> number of calls. Calls by other replaced modules inside this one are not included.
     calls: dict[tuple[str, str], int]
-    # The reason why the op of the module's main part was not called, or None.
+    # The reason why the op of the module's main part was not called, or None if it was called.
     reason: str | None = None
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Ran:
 
 
 class _Plain(TorchDispatchMode):
-    """A dispatch mode that changes nothing: under any mode the ops bypass their cache, so every call is observed."""
+    """A dispatch mode that changes nothing. Under a mode, ops bypass their cache, so every call is observed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -46,8 +46,8 @@ def run_and_watch(
 ) -> list[Ran]:
     """Call a model once, without gradients, and return the ops that each of its replaced modules called.
 
-    ``replaced`` maps the path of a replaced module to the op of its main part and to a function that returns the reason
-    why the library's own code runs in every call, or None.
+    ``replaced`` maps the path of each replaced module to the op of its main part and to a function. For a module whose
+    library code runs in every call, the function returns the reason, else None.
     """
     modules = {path: model.get_submodule(path) for path in replaced}
     known = {modules[path]: of_module for path, of_module in replaced.items()}
@@ -76,7 +76,7 @@ def run_and_watch(
         if running:
             calls[running[-1]][op, backend] += 1
 
-    # Forwards are patched, because with hooks the modules would run the library's own code.
+    # Forwards are patched instead of hooked, because modules with hooks run the library's own code.
     with contextlib.ExitStack() as stack:
         for cls in {type(m) for m in modules.values() if isinstance(m, Accelerated)}:
             stack.enter_context(_wrapped_forward(cls, entered))
@@ -102,7 +102,7 @@ _OTHER_CALL = "its own code ran: the op does not accept this call's map, mask, d
 
 
 def _reason(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Return the reason why a copy ran its own code, or None."""
+    """Return the reason why a module adapted as a copy of published code ran its own code, or None."""
     call = getattr(module, "_swinkernels_call", None)
     if call is None or not args:
         return None

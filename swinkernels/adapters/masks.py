@@ -1,9 +1,8 @@
-"""Compares masks and position indices that libraries store or pass with the formulas that the ops follow.
+"""Compares masks and position indices from other libraries with the values that the ops compute.
 
-If the values differ, the module runs the library's own code. ``is_window_index``, ``is_stored_mask`` and ``holds`` are
-called at every call of an accelerated module, so they detect a buffer assigned, loaded or changed in place after
-``accelerate``. A tensor's values are read once: the answer is cached while the tensor and its version stay the same (a
-cached answer takes 0.4 us).
+If the values differ, the module runs the library's own code. Accelerated modules call ``is_window_index``,
+``is_stored_mask`` and ``holds`` in every forward, to detect a buffer that was assigned, loaded or changed in place
+after ``accelerate``. The values are compared once per tensor and version; a cached result takes 0.4 us.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from swinkernels.ops._library import constant_when_compiled
 
 
 def frame_of(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """Round the map's size up to whole windows, per axis."""
+    """Return the size of a map padded to whole windows, per axis."""
     return tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
 
 
 def shift_regions(
     frame: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Return the region number of every token of every window, (num_windows, N)."""
+    """Return the region number of every token of every window after a shift, (num_windows, N)."""
     rank = len(frame)
     region = torch.zeros([1] * rank, dtype=torch.long, device=device)
     for axis, (p, w, s) in enumerate(zip(frame, window, shift, strict=True)):
@@ -48,22 +47,22 @@ def shift_mask(
     value: float = -100.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return the mask that libraries add to the scores: ``value`` between tokens of different regions, 0 elsewhere.
+    """Return the standard mask, (num_windows, N, N): ``value`` between tokens of different regions, 0 elsewhere.
 
-    Its shape is (num_windows, N, N).
+    Libraries add this mask to the scores.
     """
     region = shift_regions(frame, window, shift, device)
     apart = region[:, :, None] != region[:, None, :]
     return torch.zeros(apart.shape, device=device).masked_fill(apart, value)
 
 
-# Replaces -inf, which kernels cannot subtract. The exponential of either is 0, and no row is masked completely, because
-# every token is in its own region.
+# Replaces -inf in a mask, because kernels cannot subtract -inf from -inf. The exponential of either is 0. In a standard
+# mask no row is masked completely, because every token is in its own region.
 MASKED = -1e9
 
 
 def window_index(window: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Return relative_position_index, (N, N): the bias table's row for (query - key) + window - 1, row-major."""
+    """Return relative_position_index, (N, N): the row of the bias table for each query and key, in row-major order."""
     tokens = torch.cartesian_prod(*(torch.arange(w, device=device) for w in window))
     tokens = tokens.reshape(-1, len(window))
     index = torch.zeros(len(tokens), len(tokens), dtype=torch.long, device=device)
@@ -72,19 +71,19 @@ def window_index(window: Sequence[int], device: torch.device | str = "cpu") -> T
     return index
 
 
-# id of a tensor -> a weak reference to it, its version, the formula that it was compared with, and the outcome.
+# id of a tensor -> a weak reference to the tensor, its version, the formula it was compared with, and the result.
 _SEEN: dict[int, tuple[Callable[[], Any], int, tuple[Any, ...], bool]] = {}
 
 
 def holds(x: Any, asked: tuple[Any, ...]) -> bool:
-    """Return True if a stored tensor has the values of a formula, in any shape with the same number of elements.
+    """Return True if a stored tensor has the same values as a formula; the shapes may differ.
 
-    Values that cannot be read count as different. This also works while a compiler or torch.export traces; under
-    torch.export the answer is the one cached for the real tensor.
+    If the values cannot be read, the result is False. The function also works while a compiler or torch.export traces;
+    under torch.export it returns the result cached for the real tensor.
 
     Args:
-        x: the tensor, or any other value in its place.
-        asked: a tuple of the formula and its arguments, except the device.
+        x: the tensor. For any other value the result is False.
+        asked: the formula, which is a function, and its arguments except the device.
     """
     if torch.compiler.is_dynamo_compiling():
         return _holds_when_traced(x, *_constants(asked))
@@ -95,7 +94,7 @@ def holds(x: Any, asked: tuple[Any, ...]) -> bool:
 
 
 def _constants(asked: Any) -> Any:
-    """Make dynamo treat a module's sizes, which the formula needs, as constants even if they would be dynamic."""
+    """Make the arguments of a formula constants in dynamo, which may have made a module's sizes dynamic."""
     if isinstance(asked, tuple):
         return tuple(_constants(value) for value in asked)
     return operator.index(asked) if isinstance(asked, int) else asked
@@ -112,9 +111,10 @@ def is_stored_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift
 
 
 def is_shift_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
-    """Return True if a mask passed to a module equals :func:`shift_mask`; False under a compiler, which cannot read it.
+    """Return True if a mask passed to a module equals :func:`shift_mask`; always False under a compiler.
 
-    The mask is read once for all modules that get it, because on a GPU reading synchronises.
+    Compilers cannot read values. The result is cached for all modules that get the same mask, because reading a mask on
+    a GPU synchronises.
     """
     return not torch.compiler.is_compiling() and is_stored_mask(mask, frame, window, shift)
 
@@ -129,7 +129,7 @@ def value_of_mask(mask: Any, frame: Sequence[int], window: Sequence[int], shift:
 
 @constant_when_compiled
 def _holds_when_traced(x: Any, *asked: Any) -> bool:
-    """Answer :func:`holds` for dynamo, which passes the real tensor and compiles the answer as a constant."""
+    """Compute :func:`holds` under dynamo, which passes the real tensor and compiles the result as a constant."""
     return _compare(x, asked)
 
 
@@ -146,7 +146,7 @@ def _compare(x: Any, asked: tuple[Any, ...]) -> bool:
         if x.is_meta:  # no values
             return x.numel() == expected.numel()
         same = x.numel() == expected.numel() and torch.equal(x.reshape(-1).to(expected.dtype), expected.reshape(-1))
-    if not x.is_inference():  # inference tensors have no version
+    if not x.is_inference():  # inference tensors have no version counter
         key = id(x)
         _SEEN[key] = weakref.ref(x, lambda gone: _forget(key, gone)), x._version, asked, same
     return same
@@ -159,7 +159,7 @@ def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
 
 
 def _seen_behind(fake: Any, asked: tuple[Any, ...]) -> bool:
-    """Return the cached outcome for the tensor that torch.export's fake tensor replaces."""
+    """Return the result cached for the real tensor behind a fake tensor of torch.export, or False."""
     converter = fake.fake_mode.fake_tensor_converter.meta_converter
     for reference, version, compared_with, same in list(_SEEN.values()):
         real = reference()

@@ -1,4 +1,4 @@
-"""Reads the parameters of window attention in Microsoft's form, v1 or v2, which several libraries copied."""
+"""Reads the parameters of window attention modules in Microsoft's form, v1 or v2, which several libraries copied."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def resembles_attention(attn: nn.Module | None) -> bool:
 
 
 def is_cosine(attn: nn.Module) -> bool:
-    """Return True for v2, recognised by its module ``cpb_mlp``.
+    """Return True for v2, which has a module ``cpb_mlp``.
 
-    Parameters are not a reliable sign: replicas and flattened or parametrised modules may keep them elsewhere.
+    Parameters are not tested, because replicas and flattened or parametrised modules may store them elsewhere.
     """
     return "cpb_mlp" in attn._modules
 
@@ -67,7 +67,7 @@ def projected(attn: Any, out: Tensor) -> Tensor:
 
 
 def add_projected(attn: Any, out: Tensor, x: Tensor, *drops: Drop) -> Tensor | None:
-    """Return x + drop(projected(out)) computed in one pass, or None if that is not possible."""
+    """Return x + drop(projected(out)), computed in one pass, or None if that is not possible."""
     if "proj_drop" in attn._modules:
         drops = ("attn.proj_drop", child(attn, "proj_drop"), nn.Dropout), *drops
     return add_linear("attn.proj", child(attn, "proj"), out, x, drops)

@@ -1,4 +1,4 @@
-"""Compares a replaced module with the original on random inputs."""
+"""Compares an accelerated module with the original on random inputs."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor, nn
 from swinkernels.adapters.adapter import Adapter, restore_class, swap_class
 from swinkernels.adapters.bypass import remove_hooks
 
-_BATCH = 2  # a wrong stride between images cannot be seen with one image
+_BATCH = 2  # with one image, a wrong stride between images would go unnoticed
 
 
 class VerificationError(RuntimeError):
-    """Raised if an accelerated module's results differ from the original's."""
+    """Raised if the results of an accelerated module are less accurate than allowed."""
 
 
 def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, backend: str, recompute: bool) -> None:
     """Raise VerificationError unless the accelerated module's output and gradients are as accurate as the original's.
 
     Copies of both, without hooks and in eval mode, run on the same random map, and are compared with the original in
-    float64. The accelerated error may be at most twice the original's (four times for parameter gradients in float32
-    and float64; more for tensors with few elements), plus the rounding of the result to the dtype, plus twice the
-    change of the result if every element of the input and the parameters moves by one eps. A gradient that should be
-    zero may be as large as a rounding error of the largest gradient. The module, its gradients and the state of every
-    random number generator stay as they are.
+    float64. The error of the accelerated module may be at most the sum of three terms: twice the error of the original
+    (four times for parameter gradients in float32 and float64, and more for tensors with few elements), the rounding of
+    the result to the dtype, and twice the change of the result when every element of the input and the parameters
+    changes by one eps. A gradient that should be zero may be as large as a rounding error of the largest gradient. The
+    module, its gradients and the state of every random number generator do not change.
 
     Args:
-        adapters: every module about to be accelerated, this one and those inside it included -> its adapter.
+        adapters: module -> adapter, for every module to accelerate, including this one and those inside it.
         path, module: the module to compare, and its path in the model.
         backend, recompute: the arguments of accelerate.
     """
@@ -52,7 +52,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
                 swap_class(adapters[m], m_of_fast, backend, recompute)
         plain64 = copy.deepcopy(plain).to(torch.float64)
         with torch.no_grad():
-            # On a copy: a module may cache tensors that it makes without gradients.
+            # Runs a copy, because a module may cache tensors that it makes without gradients.
             shape = adapter.run(copy.deepcopy(plain), x).shape
             dout = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
         shaken64 = copy.deepcopy(plain64)
@@ -70,7 +70,7 @@ def verify(adapters: Mapping[nn.Module, Adapter], path: str, module: nn.Module, 
 
 
 def _shake(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Return x with every element moved up or down by the dtype's eps, relative to the element."""
+    """Return x with every element increased or decreased, at random, by the dtype's eps times the element."""
     up = torch.randint(0, 2, x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
     return x * (1 + torch.finfo(dtype).eps * (2 * up - 1))
 
@@ -85,27 +85,27 @@ def _run(adapter: Adapter, module: nn.Module, x: Tensor, dout: Tensor) -> dict[s
 
 
 def _check(path: str, name: str, got: Tensor, plain: Tensor, shaken: Tensor, exact: Tensor, *, largest: float) -> None:
-    finite = plain.isfinite()  # timm's v2 computes 0 / 0 in float16 for pad tokens
+    finite = plain.isfinite()  # NaN is possible: timm's v2 computes 0 / 0 in float16 for pad tokens
     got, plain, shaken, exact = got[finite], plain[finite], shaken[finite], exact[finite]
     if got.numel() == 0:
         return
     eps = torch.finfo(got.dtype).eps
-    # Sums of a thousand terms, which may cancel, also depend on the order of addition. In float32 this error adds to
-    # the last rounding of the result. In float64, whose results are compared with float64, it is the only error.
+    # The result of a sum of a thousand terms, which may cancel, depends on the order of addition. In float32 this error
+    # is added to the rounding of the result. In float64 it is the only error, because the reference is float64, too.
     rounding = {torch.float64: 256, torch.float32: 4}.get(got.dtype, 1) * eps
-    # A parameter's gradient sums over all tokens, in an order that differs from the original's. The gradients of v2's
-    # position MLP depend on a table of a few dozen such sums, which cancel, so an error in one sum spreads to all
+    # The gradient of a parameter is a sum over all tokens, whose order differs from the original's. The gradients of
+    # v2's position MLP depend on a table of a few dozen such sums, which cancel, so an error in one sum spreads to all
     # elements.
     of_parameter = name.startswith("the gradient of") and not name.endswith("the input")
     times = 4 if of_parameter and got.dtype in (torch.float32, torch.float64) else 2
-    # The rounding errors of a few elements, such as one per head, are a poor estimate of how large others may be.
+    # The rounding errors of few elements, such as one per head, are a poor estimate of how large other errors may be.
     few = 1 + 20 / got.numel()
-    # Large scores and sums that cancel magnify every rounding error, and the two modules round at different places.
+    # Large scores and sums that cancel magnify rounding errors, and the two modules round at different places.
     error, base, magnified = got.double() - exact, plain.double() - exact, shaken - exact
     for measure, of in (("RMS", lambda t: t.square().mean().sqrt()), ("largest", lambda t: t.abs().max())):
         size = of(exact).item()
         if size < 1e-9 * largest:
-            size = largest  # a sum that cancels, like the gradient of a constant in all scores, leaves rounding errors
+            size = largest  # only rounding errors, as in the gradient of a constant that is added to all scores
         e, limit = of(error).item(), few * ((times * of(base) + 2 * of(magnified)).item() + rounding * size)
         if not e <= limit:  # NaN fails
             where = path or "the model itself"

@@ -1,1 +1,1 @@
-"""A timm Swin on a photograph, before and after accelerate: ``python -m swinkernels.demo``."""
+"""Compares a timm Swin on a photograph before and after accelerate: ``python -m swinkernels.demo``."""

@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     try:
         args.device = torch.device(args.device)
         torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as e:  # torch raises either for a missing device
+    except (RuntimeError, AssertionError) as e:  # for a missing device, torch raises one or the other
         parser.error(f"--device {args.device} cannot be used: {e}")
     on_gpu = args.device.type == "cuda"
     args.dtype = DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    # Published weights would need a download; for comparing results and times, seeded weights are as good.
+    # Published weights would have to be downloaded. Seeded weights suffice to compare results and times.
     torch.manual_seed(0)
     plain = timm.create_model(args.model, pretrained=False, img_size=args.image_size).to(args.device)
     fast = copy.deepcopy(plain)
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _conclusion(agreement: dict[str, Any], median_ms: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Return a sentence on how close the logits are and how the times compare."""
+    """Return a sentence that compares the logits and the times."""
     speeds = []
     for mode, by_model in median_ms.items():
         ratio = by_model["timm"]["total"] / by_model["swinkernels"]["total"]
@@ -175,11 +175,11 @@ def _conclusion(agreement: dict[str, Any], median_ms: dict[str, dict[str, dict[s
 
 
 def _backends_by_class(replaced: Sequence[Replaced]) -> list[str]:
-    """Return one line for each kind of module: its backend, and the parts that run on another one."""
+    """Return a line for each class of replaced modules: its backend, and the parts that run on another backend."""
     found: dict[tuple[str, ...], int] = {}
     for entry in replaced:
         backend = f"{entry.adapter}'s own code" if entry.backend == entry.adapter else f"backend {entry.backend}"
-        # A remark begins with the part and its backend; a module with one part needs no remark.
+        # A remark begins with the part and its backend. Modules with one part have no such remark.
         parts = [part.partition(". ")[0] for part in entry.remarks if entry.backend != entry.adapter]
         key = (entry.module_class, backend, *parts)
         found[key] = found.get(key, 0) + 1
@@ -187,7 +187,7 @@ def _backends_by_class(replaced: Sequence[Replaced]) -> list[str]:
 
 
 def _agreement(results: dict, exact: dict, dtype: torch.dtype) -> dict[str, float | bool]:
-    """Return the largest logit differences, and whether swinkernels is within twice timm's distance to float64."""
+    """Return the largest logit differences, and whether the error of swinkernels is within twice that of timm."""
     plain, fast, truth = results["timm"]["logits"], results["swinkernels"]["logits"], exact["logits"]
     largest = truth.abs().max().item()
     timm_error, our_error = ((logits - truth).abs().max().item() for logits in (plain, fast))

@@ -1,4 +1,4 @@
-"""The demo's two pictures."""
+"""Draws the demo's two pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS = {"timm": "#8a8f98", "swinkernels": "#1f6feb"}
 
 
 def _first_component(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean token of a map (H, W, C), and the direction in which its tokens differ most."""
+    """Return the mean token of a map (H, W, C), and the first principal component of its tokens."""
     tokens = x.flatten(0, 1)
     mean = tokens.mean(0)
     direction = torch.linalg.svd(tokens - mean, full_matrices=False).Vh[0]
@@ -27,10 +27,10 @@ def _first_component(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def save_stages(path: Path, photo: np.ndarray, plain: dict[str, Tensor], fast: dict[str, Tensor], title: str) -> None:
-    """Draw the photograph and, for every stage, both outputs on one colour scale and their difference on another.
+    """Draw the photograph and, for every stage, both outputs on the same colour scale, and their difference.
 
-    An output is shown as its component along the direction in which the tokens of timm's output differ most, the
-    difference as its root mean square over the channels.
+    Outputs are projected on the first principal component of timm's output. The difference is the root mean square over
+    the channels.
     """
     names = [name for name in plain if name.startswith("stage")]
     fig = plt.figure(figsize=(4.2 + 2.9 * len(names), 7.6), layout="constrained")
@@ -44,7 +44,7 @@ def save_stages(path: Path, photo: np.ndarray, plain: dict[str, Tensor], fast: d
 
     axes = right.subplots(3, len(names), squeeze=False)
     for column, name in enumerate(names):
-        x, y = plain[name][0], fast[name][0]  # (H, W, C) of the first image
+        x, y = plain[name][0], fast[name][0]  # the map (H, W, C) of the first image
         mean, direction = _first_component(x)
         maps = [((t - mean) @ direction).numpy() for t in (x, y)]
         low, high = min(m.min() for m in maps), max(m.max() for m in maps)
@@ -53,7 +53,7 @@ def save_stages(path: Path, photo: np.ndarray, plain: dict[str, Tensor], fast: d
         _colourbar(right, image, axes[:2, column], "first principal component")
         difference = (y - x).square().mean(-1).sqrt().numpy()
         size = x.square().mean().sqrt().item()
-        top = max(difference.max(), 1e-7 * size)  # keeps the scale positive for equal outputs
+        top = max(difference.max(), 1e-7 * size)  # positive even if the outputs are equal
         image = axes[2, column].imshow(difference, vmin=0, vmax=top, cmap="magma", interpolation="nearest")
         _colourbar(right, image, axes[2:, column], "RMS over channels")
         axes[0, column].set_title(f"{name}\n{x.shape[0]} x {x.shape[1]} tokens, {x.shape[2]} channels", fontsize=10)
@@ -79,7 +79,7 @@ def _colourbar(fig: Any, image: Any, axes: np.ndarray, label: str) -> None:
 
 
 def save_times(path: Path, samples: dict[str, dict[str, dict[str, list[float]]]], title: str) -> None:
-    """Draw median times by stage, one panel per mode, with the interquartile range and the ratio above each pair."""
+    """Draw the median times by stage, in one panel per mode, with interquartile ranges and the ratio of each pair."""
     fig, axes = plt.subplots(1, len(samples), figsize=(6.4 * len(samples), 4.6), layout="constrained", squeeze=False)
     fig.suptitle(title, fontsize=13)
     for axis, (mode, by_model) in zip(axes.flat, samples.items(), strict=True):

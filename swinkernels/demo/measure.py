@@ -1,4 +1,4 @@
-"""The demo's measurements: stage outputs, times by stage, peak memory."""
+"""Measures stage outputs, times by stage and peak memory for the demo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INFERENCE, TRAINING = "inference step", "training step"
 
 
 def photo_batch(photo: Tensor, batch: int, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return normalised images (batch, 3, size, size): the whole photograph, then crops, every other one mirrored."""
+    """Return normalised images (batch, 3, size, size): the whole photograph, then crops; every other is mirrored."""
     image = photo.permute(2, 0, 1).float() / 255
     side = min(image.shape[1:])
     images = []
@@ -33,7 +33,7 @@ def photo_batch(photo: Tensor, batch: int, size: int, mean: tuple[float, ...], s
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a context that autocasts to ``dtype`` if that is narrower than float32, the dtype of the parameters."""
+    """Return a context that autocasts to ``dtype``, or that does nothing for float32, the parameters' dtype."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
@@ -76,7 +76,7 @@ def step(model: nn.Module, x: Tensor, dtype: torch.dtype, mode: str) -> None:
 
 
 class Stopwatch:
-    """Measures the milliseconds between marks, with CUDA events on a GPU and with the clock on a CPU."""
+    """Measures milliseconds with CUDA events on a GPU and with the clock on a CPU."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -97,7 +97,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def time_calls(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """Time each module's forward pass with hooks."""
+        """Time the forward pass of each module, with hooks."""
         starts: dict[str, Any] = {}
 
         def before(name: str) -> Callable:
@@ -122,9 +122,10 @@ class Stopwatch:
 def times(
     models: dict[str, nn.Module], x: Tensor, dtype: torch.dtype, mode: str, repeats: int, done: Callable[[], None]
 ) -> dict[str, dict[str, list[float]]]:
-    """Return milliseconds by model and part: every stage's forward pass, and the whole step as "total".
+    """Return the milliseconds by model and part. The parts are the forward pass of each stage and the "total" step.
 
-    The models take turns, so that a slowdown of the machine affects both. The first turn warms up and is not counted.
+    The models run alternately, so that a slowdown of the machine affects both. The first step of each is a warm-up and
+    is not counted.
     """
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in models}
     for turn in range(repeats + 1):
@@ -140,13 +141,13 @@ def times(
 
 
 def peak_memory(model: nn.Module, x: Tensor, dtype: torch.dtype, mode: str) -> int:
-    """Return the peak bytes of one step beyond those allocated before it."""
+    """Return the peak memory of one step in bytes, beyond the memory allocated before the step."""
     model.train(mode == TRAINING)
     return peak_bytes(lambda: step(model, x, dtype, mode), x.device)
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Return the peak bytes of a call, its result included, beyond those allocated before it."""
+    """Return the peak memory of a call in bytes, including its result, beyond the memory allocated before the call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -155,7 +156,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print its own events among the tables
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler would print its own messages between the tables
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     del result

@@ -1,4 +1,4 @@
-"""The interface of Microsoft's ``window_process`` extension: change one import to use it.
+"""The interface of Microsoft's ``window_process`` extension. To use it, change one import.
 
 Replace ``from kernels.window_process.window_process import WindowProcess, WindowProcessReverse`` with::
 
@@ -18,13 +18,13 @@ from swinkernels.ops import _arguments
 from swinkernels.ops._arguments import Ints
 from swinkernels.ops.window_partition import partition, reverse
 
-_NO_PADDING = "pad_then_roll"  # without padding both orders are the same
+_NO_PADDING = "pad_then_roll"  # both orders are equal without padding
 
 
 def _check_geometry(
     op: str, batch: Any, height: Any, width: Any, channels: Any, shift_size: Any, window_size: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Check the geometry; return the map's size, the roll and the window, two values each."""
+    """Check the geometry; return the size of the map, the roll and the window, with two values each."""
     _arguments.check_count(op, "B", batch, at_least=0)
     for name, value in (("H", height), ("W", width), ("C", channels)):
         _arguments.check_count(op, name, value)
@@ -40,7 +40,7 @@ def _check_geometry(
 
 def _wrapped(shift: Sequence[int], size: Sequence[int]) -> list[int]:
     """Return an equivalent cyclic shift in 0..size - 1 per axis."""
-    # The remainder is taken only if needed, because torch.compile would specialise on the size.
+    # No remainder for a shift that is already in range, because torch.compile would specialise on the size.
     return [s if 0 <= s < n else s % n for s, n in zip(shift, size, strict=True)]
 
 
@@ -63,19 +63,19 @@ class WindowProcess:
 
         .. math:: windows = window\_partition(roll(input, +shift\_size))
 
-        The sign is as in ``torch.roll``: the models, which shift by -s before attention, pass -s here.
+        The sign is that of ``torch.roll``. Models shift by -s before attention and pass -s here.
 
         Args:
-            input: (B, H, W, C) or (B, H * W, C), any dtype, any strides.
+            input: (B, H, W, C) or (B, H * W, C), of any dtype and strides.
             B, H, W, C: the map's sizes; H and W are multiples of the window.
-            shift_size: tokens by which the map is rolled, an int or one for each of H and W, of either sign and any
-                size.
+            shift_size: tokens by which the map is rolled, an int or one for each of H and W. It may be negative or
+                larger than the map.
             window_size: tokens per axis, an int or one for each of H and W.
             backend: "auto", "cuda", "triton", "torch" or "reference". "auto" picks the fastest usable one.
 
         Returns:
-            (B * num_windows, window, window, C) in the dtype of input, contiguous, image-major, windows row-major. An
-            empty batch gives an empty result. Differentiable in input, any number of times.
+            (B * num_windows, window, window, C) in the dtype of input, contiguous, ordered by image and then by window
+            in row-major order. An empty batch gives an empty result. Differentiable in input, any number of times.
 
         Raises:
             ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
@@ -86,13 +86,13 @@ class WindowProcess:
         op = "WindowProcess"
         size, roll, window = _check_geometry(op, B, H, W, C, shift_size, window_size)
         _arguments.check_forms(op, "input", input, (B, H, W, C), (B, H * W, C))
-        shift = _wrapped([-r for r in roll], size)  # the ops' shift has the opposite sign
+        shift = _wrapped([-r for r in roll], size)  # the shift of the ops has the opposite sign
         windows = partition(op, input.reshape(B, H, W, C), window, shift, _NO_PADDING, backend)
         return windows.unflatten(1, window)
 
 
 class WindowProcessReverse:
-    """Put windows back and roll the feature map, in one pass. Called as ``WindowProcessReverse.apply(...)``."""
+    """Put windows back into a feature map and roll it, in one pass. Called as ``WindowProcessReverse.apply(...)``."""
 
     @staticmethod
     def apply(
@@ -113,7 +113,7 @@ class WindowProcessReverse:
         This is the inverse of :class:`WindowProcess` with the opposite shift_size.
 
         Args:
-            input: (B * num_windows, window, window, C) or (B * num_windows, window * window, C), any dtype.
+            input: (B * num_windows, window, window, C) or (B * num_windows, window * window, C), of any dtype.
             B, H, W, C, shift_size, window_size, backend: as for :meth:`WindowProcess.apply`.
 
         Returns:

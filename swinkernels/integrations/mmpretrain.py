@@ -3,8 +3,8 @@
     custom_imports = dict(imports=["swinkernels.integrations.mmpretrain"])
     model = dict(backbone=dict(type="SwinKernelsSwinTransformer", arch="tiny"))  # or SwinKernelsSwinTransformerV2
 
-Both types are functions that return a model of mmpretrain's class, because mmpretrain tests for its class when reading
-old checkpoints.
+Both types are functions that return a model of mmpretrain's own class, because mmpretrain tests for this class when it
+loads old checkpoints.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def SwinKernelsSwinTransformerV2(*args: Any, backend: str = "auto", **kwargs: An
 
 
 def __getattr__(name: str) -> Any:
-    """Find the adapter's classes, which were in this module in 0.1.0, for pickles of that version."""
+    """Return a class of the adapter, for pickles from 0.1.0, in which this module defined the adapter."""
     from swinkernels.adapters.libraries import mmpretrain as adapter
 
     try:

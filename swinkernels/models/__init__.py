@@ -1,4 +1,4 @@
-"""Complete models, made from :mod:`swinkernels.nn`, with the parameter names of the published code."""
+"""Complete models made of the modules in :mod:`swinkernels.nn`, with the parameter names of the published code."""
 
 from swinkernels.models.checkpoints import Loaded, load_pretrained
 from swinkernels.models.swin_transformer import SwinTransformer

@@ -1,4 +1,4 @@
-"""Parts shared by the models: a patch embedding and stages that halve the map."""
+"""Functions shared by the models: sizes, rates, stages and initialisation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from swinkernels.ops._arguments import check_ints
 
 
 def stage_sizes(op: str, img_size: Any, patch_size: int, stages: int) -> list[tuple[int, ...] | None]:
-    """Return the map size of each stage for an image size; without an image size, None for each stage."""
+    """Return the map size of each stage for an image size, or None for each stage without an image size."""
     if img_size is None:
         return [None] * stages
     size = tuple(-(-n // patch_size) for n in check_ints(op, "img_size", img_size, 2, at_least=1))
@@ -36,7 +36,7 @@ def make_stages(
     options: dict[str, Any],
     pretrained_window_sizes: Sequence[int],
 ) -> list[BasicLayer]:
-    """Make an encoder's stages; all but the last end with patch merging, and ``options`` apply to all."""
+    """Make the stages of an encoder with the same ``options``; all stages but the last end with patch merging."""
     stages = []
     for i, depth in enumerate(depths):
         more: dict[str, Any] = {"drop_path": rates[i], **options}
@@ -50,7 +50,7 @@ def make_stages(
 
 
 def initialise(model: nn.Module) -> None:
-    """Initialise a model as Microsoft does: small weights, zero biases and, in v2, branches that start as zero."""
+    """Initialise a model as Microsoft does: small weights, zero biases and, in v2, norm weights of zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -66,4 +66,4 @@ def check_stages(op: str, depths: Sequence[int], **others: Sequence[Any]) -> Non
     """Raise ValueError unless each argument in ``others`` has one value per stage."""
     for name, values in others.items():
         if len(values) != len(depths):
-            raise ValueError(f"{op}: {name} must have a value for each of the {len(depths)} depths, got {values}")
+            raise ValueError(f"{op}: {name} must have one value for each of the {len(depths)} depths, got {values}")

@@ -1,4 +1,4 @@
-"""Loads published Swin checkpoints: translates names, reorders channels, resizes bias tables for other windows."""
+"""Loads published Swin checkpoints: translates names, reorders channels and resizes bias tables for other windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from swinkernels.reference.window_attention import relative_position_index
 
 Tensors = dict[str, Tensor]
 
-# Source -> a key that identifies its checkpoints; the text before it is the prefix of all keys.
+# Source -> the pattern of a key that only its checkpoints have. The text before a match is the prefix of all keys.
 _ANCHORS = {
     "torchvision": r"features\.1\.0\.norm1\.weight",
     "transformers": r"encoder\.layers\.0\.blocks\.0\.layernorm_before\.weight",
@@ -27,7 +27,8 @@ _ANCHORS = {
 _ANCHORS["timm"] = _ANCHORS["microsoft"]  # patch merging ends a stage in Microsoft's code and begins one in timm's
 SOURCES = tuple(_ANCHORS)
 
-# Source -> (pattern of the source's names, Microsoft's name). All rules that match a key are applied, in order.
+# Source -> (pattern in the source's names, replacement in Microsoft's names). All rules that match a key are applied,
+# in order.
 _NAMES: dict[str, list[tuple[str, str | Callable[[re.Match[str]], str]]]] = {
     "microsoft": [],
     "timm": [(r"^layers_(\d+)\.", r"layers.\1."), (r"^head\.fc\.", "head.")],
@@ -70,7 +71,7 @@ _NAMES: dict[str, list[tuple[str, str | Callable[[re.Match[str]], str]]]] = {
     ],
 }
 
-# Checkpoint entries for tensors that the modules compute.
+# Names of checkpoint entries for buffers that the modules compute.
 _COMPUTED = ("attn_mask", "relative_position_index", "relative_coords_table")
 
 
@@ -79,10 +80,10 @@ class Loaded:
     """Result of :func:`load_pretrained`; ``print`` it for a summary."""
 
     source: str
-    loaded: list[str] = field(default_factory=list)  # parameters with the checkpoint's values
+    loaded: list[str] = field(default_factory=list)  # parameters with values from the checkpoint
     resized: dict[str, str] = field(default_factory=dict)  # bias tables resized from another window -> the rule
     left: dict[str, str] = field(default_factory=dict)  # unused entries of the checkpoint -> the reason
-    kept: list[str] = field(default_factory=list)  # parameters missing in the checkpoint
+    kept: list[str] = field(default_factory=list)  # unchanged parameters, missing in the checkpoint
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} parameters loaded"]
@@ -103,13 +104,13 @@ def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str
     Names are translated, separate q, k and v biases are joined and, for mmpretrain, the channels of patch merging are
     reordered. A bias table trained with another window is resized by the rule that the checkpoint's library uses:
 
-    - timm: linear interpolation between the source's offsets, which are spread over the new window at distances that
+    - timm: linear interpolation between the source's offsets, which are placed in the new window at distances that
       grow geometrically. This keeps the centre and the outermost offsets for a larger window, and nearly crops the
       table for a smaller one.
     - mmpretrain: interpolation between the same offsets, by cubic splines; this needs SciPy.
     - Microsoft, and libraries without a rule (torchvision, transformers, MONAI): bicubic, which scales the table.
 
-    Swin v2 has no table: its position MLP is evaluated at the offsets of the new window, for which the model must be
+    Swin v2 has no table. Its position MLP is evaluated at the offsets of the new window; for this, the model must be
     made with ``pretrained_window_sizes``.
 
     Args:
@@ -121,10 +122,10 @@ def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str
             from the keys.
 
     Returns:
-        A :class:`Loaded`, which lists entries loaded, resized (with the rule), left out and kept. A head for another
-        number of classes and entries outside the backbone are left out. Entries that the encoder does not need, such as
-        the head, the norms of ``out_indices`` or a decoder, may be missing. As in the published code, the encoder's
-        blocks are also copied into the decoder of a :class:`SwinUnet`, unless the checkpoint has a decoder.
+        A :class:`Loaded`, which lists the entries that were loaded, resized (with the rule), left out or kept. A head
+        for another number of classes and entries outside the backbone are left out. Entries that the encoder does not
+        need, such as the head, the norms of ``out_indices`` or a decoder, may be missing. As in the published code, the
+        encoder's blocks are also copied into the decoder of a :class:`SwinUnet`, unless the checkpoint has a decoder.
 
     Raises:
         TypeError: ``model`` is not a module, or ``checkpoint`` contains no tensors.
@@ -172,7 +173,7 @@ def load_pretrained(model: nn.Module, checkpoint: Mapping[str, Any], source: str
     if problems:
         raise ValueError(
             f"load_pretrained: {len(problems)} entries of the {loaded.source} checkpoint do not fit the model, which "
-            "is unchanged: make it with the checkpoint's sizes. "
+            "is unchanged: make the model with the sizes of the checkpoint. "
             + "; ".join(problems[:8])
             + ("; ..." * (len(problems) > 8))
         )
@@ -191,8 +192,8 @@ def _tensors(checkpoint: Mapping[str, Any]) -> Tensors:
     )
     if not state:
         raise TypeError(
-            "load_pretrained: checkpoint must be a state dict, or a dict that has one as 'model' or 'state_dict', got "
-            f"{type(checkpoint).__name__} without tensors"
+            "load_pretrained: checkpoint must be a state dict, or a dict that contains one as 'model' or 'state_dict', "
+            f"got {type(checkpoint).__name__} without tensors"
         )
     return state
 
@@ -212,13 +213,14 @@ def _find_source(source: str, state: Tensors) -> tuple[str, str]:
             return name, prefix
     what = "any known source" if source == "auto" else source
     raise ValueError(
-        f"load_pretrained: this is not a Swin checkpoint of {what}: no key ends like {_ANCHORS.get(source, 'theirs')}. "
-        f"Got {', '.join(list(state)[:4])}, ...; known sources are {', '.join(SOURCES)}"
+        f"load_pretrained: this is not a Swin checkpoint of {what}: no key ends with "
+        f"{_ANCHORS.get(source, 'a known name')}. Got {', '.join(list(state)[:4])}, ...; "
+        f"known sources are {', '.join(SOURCES)}"
     )
 
 
 def _first_merging(state: Tensors, prefix: str = "") -> int | None:
-    """Return the first stage that merges patches, 0 if stages end with merging, 1 if they begin with it, or None."""
+    """Return the first stage with merging: 0 if merging ends a stage, 1 if it begins one, None if none merges."""
     found = [re.match(rf"{re.escape(prefix)}layers[._](\d+)\.downsample\.", key) for key in state]
     return min((int(m[1]) for m in found if m is not None), default=None)
 
@@ -230,7 +232,7 @@ def _rename(source: str, key: str) -> str:
 
 
 def _with_joined_qkv(state: Tensors) -> Tensors:
-    """Join the weights, and the biases, of q, k and v; in v2 only q and v have a bias."""
+    """Join q, k and v into one weight and one bias; in v2, split a bias of qkv into biases of q and v."""
     joined = dict(state)
     for key in state:
         prefix = key.removesuffix("logit_scale")
@@ -255,7 +257,7 @@ def _with_joined_qkv(state: Tensors) -> Tensors:
 
 
 def _with_merging_of(model: nn.Module, state: Tensors) -> Tensors:
-    """Rename the keys of patch merging, so that it begins or ends a stage as in the model."""
+    """Rename the keys of patch merging to the stages that begin or end with it in the model."""
     theirs, ours = _first_merging(state), _first_merging(model.state_dict())
     if theirs is None or ours is None or theirs == ours:
         return state
@@ -266,7 +268,7 @@ def _with_merging_of(model: nn.Module, state: Tensors) -> Tensors:
 
 
 def _with_names_of_norms(state: Tensors, expected: Tensors) -> Tensors:
-    """Rename the last norm of mmpretrain's checkpoints, which number it by stage even in a classifier."""
+    """Rename the last norm of mmpretrain's checkpoints to "norm"; mmpretrain numbers it even in a classifier."""
     if "norm.weight" not in expected:
         return state
     last = max((key for key in state if re.match(r"norm\d+\.weight$", key)), default="").removesuffix(".weight")
@@ -274,12 +276,12 @@ def _with_names_of_norms(state: Tensors, expected: Tensors) -> Tensors:
 
 
 def _reorder_merging(model: nn.Module, state: Tensors) -> None:
-    """Reorder merging weights from mmcv's order, channel by channel, to the model's, neighbour by neighbour."""
+    """Reorder the merging weights from mmcv's order, by channel, to the model's order, by neighbour."""
     for key in [k for k in state if re.match(r"layers\.\d+\.downsample\.reduction\.weight$", k)]:
         path = key.removesuffix(".reduction.weight")
         try:
             merging: Any = model.get_submodule(path)
-        except AttributeError:  # reported as a key without a parameter
+        except AttributeError:  # the key is reported as one without a parameter
             continue
         if merging.order == "unfold":
             continue
@@ -287,7 +289,7 @@ def _reorder_merging(model: nn.Module, state: Tensors) -> None:
         width = state[key].shape[1]
         for name in (key, f"{path}.norm.weight", f"{path}.norm.bias"):
             t = state.get(name)
-            if t is not None and t.shape[-1] == width:  # in v2 the norm follows the reduction
+            if t is not None and t.shape[-1] == width:  # false for the norm in v2, which follows the reduction
                 state[name] = t.unflatten(-1, (-1, len(runs)))[..., runs.to(t.device)].transpose(-1, -2).flatten(-2)
 
 
@@ -308,7 +310,7 @@ def _computed(key: str) -> bool:
 
 
 def _leave(model: nn.Module, state: Tensors, expected: Tensors, loaded: Loaded) -> None:
-    """Remove from a checkpoint the entries that the model does not need."""
+    """Remove the entries that the model does not need from a checkpoint, and record the reasons."""
     stages = 1 + max((int(m[1]) for key in expected if (m := re.match(r"layers\.(\d+)\.", key))), default=-1)
     for key in list(state):
         if re.match(r"head\.", key):
@@ -316,7 +318,7 @@ def _leave(model: nn.Module, state: Tensors, expected: Tensors, loaded: Loaded) 
                 loaded.left[key] = "the model has no head"
             elif state[key].shape != expected[key].shape:
                 classes = state[key].shape[0], expected[key].shape[0]
-                loaded.left[key] = f"a head for {classes[0]} classes; the model's is for {classes[1]}"
+                loaded.left[key] = f"the head has {classes[0]} classes; the model's head has {classes[1]}"
         elif re.match(r"norm\d*\.", key) and key not in expected:
             loaded.left[key] = "the model has no norm there"
         elif re.match(r"layers\.(\d+)\.downsample\.", key) and key not in expected:
@@ -345,10 +347,10 @@ def _resize_tables(model: nn.Module, state: Tensors, expected: Tensors, loaded: 
         axes = len(target)
         side = round(table.shape[0] ** (1 / axes))
         if side**axes != table.shape[0] or axes == 3:
-            continue  # the checkpoint's window cannot be inferred: reported as a wrong shape
+            continue  # unknown window of the checkpoint: reported later as a wrong shape
         rule, resize = _RULES.get(loaded.source, _RULES["microsoft"])
         if loaded.source not in _RULES:
-            rule += f"; {loaded.source} has no rule of its own"
+            rule += f"; {loaded.source} has no rule for resizing"
         state[key] = resize(table.float(), side, target).to(table.dtype)
         loaded.resized[key] = rule
         state.pop(key.replace(name, "relative_position_index"), None)
@@ -360,7 +362,7 @@ def _bicubic(table: Tensor, side: int, target: tuple[int, ...]) -> Tensor:
 
 
 def _geometric_offsets(side: int, target: int) -> Tensor:
-    """Return the positions of a source's offsets among a target's: 0, then distances that grow geometrically."""
+    """Return where a source's offsets are placed among a target's: at 0, then at geometrically growing distances."""
     reach, wanted = side // 2, target // 2
     low, high = 1.01, 1.5
     ratio = low
@@ -375,7 +377,7 @@ def _geometric_offsets(side: int, target: int) -> Tensor:
 
 
 def _linear_weights(at: Tensor, wanted: Tensor) -> Tensor:
-    """Return the weights (wanted, at) of linear interpolation between offsets, constant beyond the ends."""
+    """Return the weights, (wanted, at), that interpolate linearly between offsets and are constant beyond the ends."""
     right = torch.searchsorted(at, wanted).clamp(1, len(at) - 1)
     share = ((wanted - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
     weights = torch.zeros(len(wanted), len(at), dtype=at.dtype)
@@ -411,14 +413,14 @@ def _cubic_on_geometric(table: Tensor, side: int, target: tuple[int, ...]) -> Te
 
 
 _RULES: dict[str, tuple[str, Callable[[Tensor, int, tuple[int, ...]], Tensor]]] = {
-    "microsoft": ("bicubic, as Microsoft's code", _bicubic),
-    "timm": ("linear between geometric offsets, as timm", _linear_on_geometric),
-    "mmpretrain": ("cubic between geometric offsets, as mmpretrain", _cubic_on_geometric),
+    "microsoft": ("bicubic, as in Microsoft's code", _bicubic),
+    "timm": ("linear between geometric offsets, as in timm", _linear_on_geometric),
+    "mmpretrain": ("cubic between geometric offsets, as in mmpretrain", _cubic_on_geometric),
 }
 
 
 def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
-    """Report v2's tables of offsets that differ from the model's; remove these tables and masks from the state."""
+    """Report v2's tables of offsets that differ from the model's; remove all of these tables and the masks."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_coords_table")]:
         path = key.rpartition(".")[0]
@@ -450,13 +452,13 @@ def _wrong_windows(model: nn.Module, state: Tensors) -> list[str]:
 
 
 def _wrong_indices(model: nn.Module, state: Tensors) -> list[str]:
-    """Report indices that would read the bias table in another order; remove all indices from the state."""
+    """Report indices of the bias table that differ from the model's; remove all indices from the state."""
     problems = []
     for key in [k for k in state if k.endswith(".relative_position_index")]:
         theirs = state.pop(key)
         try:
             module: Any = model.get_submodule(key.rpartition(".")[0])
-        except AttributeError:  # reported through its parameters
+        except AttributeError:  # its missing parameters are reported
             continue
         ours = relative_position_index(module.window_size, device="cpu").reshape(-1)
         if not theirs.is_meta and not torch.equal(theirs.reshape(-1).to("cpu", ours.dtype), ours):

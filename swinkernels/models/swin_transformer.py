@@ -1,4 +1,4 @@
-"""The model Swin Transformer, v1 and v2."""
+"""The Swin Transformer model, v1 and v2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from swinkernels.models._encoder import check_stages, drop_path_rates, initialise, make_stages, stage_sizes
 from swinkernels.nn import BasicLayer, PatchEmbed
 
-_WITH_THE_LAST = 99999  # timm's constant for "in the group of the preceding parameter"
+_WITH_THE_LAST = 99999  # timm's constant for a parameter in the group of the preceding one
 NO_WEIGHT_DECAY = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
 
 
@@ -20,22 +20,24 @@ class SwinTransformer(nn.Module):
     """Swin Transformer, v1 or v2: a classifier, or a backbone that returns feature maps.
 
     Args:
-        img_size: pixels (H, W) or an int; windows larger than the resulting maps shrink to them. None keeps all
-            windows. Either way the model takes images of any size.
+        img_size: pixels (H, W) or an int. Windows that are larger than the resulting maps shrink to the maps; with
+            None, no window shrinks. The model accepts images of any size in either case.
         patch_size: pixels of a patch per axis.
         in_chans: channels of the image.
-        num_classes: classes of the head; 0 for no head: the model then returns the mean of the last map's tokens.
-        embed_dim: channels of the first stage, doubled by each further one.
+        num_classes: classes of the head. With 0 there is no head, and the model returns the mean of the last map's
+            tokens.
+        embed_dim: channels of the first stage; each further stage has twice as many as the one before.
         depths, num_heads: blocks and heads, per stage.
         window_size: tokens of a window per axis.
         mlp_ratio, qkv_bias: as for :class:`swinkernels.nn.SwinTransformerBlock`.
         drop_rate, attn_drop_rate: dropout probabilities of tokens and of attention weights.
-        drop_path_rate: probability that the last block drops a branch; it rises linearly from 0 at the first block.
+        drop_path_rate: probability that the last block drops a branch. It increases linearly, from 0 in the first
+            block.
         patch_norm: True for a norm in the patch embedding.
-        use_checkpoint: True to recompute the inside of blocks in the backward pass instead of storing it.
+        use_checkpoint: True to recompute blocks in the backward pass instead of storing their intermediate results.
         version: 1 or 2.
-        pretrained_window_sizes: in v2, the window with which each stage was trained, or 0.
-        out_indices: stages whose maps are returned, each through its own norm, instead of classes.
+        pretrained_window_sizes: for v2, the window with which each stage was trained, or 0 for the stage's window.
+        out_indices: stages whose maps are returned instead of class scores, each map after its own norm.
         pad_order, backend: as for :class:`swinkernels.nn.WindowAttention`.
 
     Shape:
@@ -103,7 +105,7 @@ class SwinTransformer(nn.Module):
             self.norm = nn.LayerNorm(widths[-1])
             self.head = nn.Linear(widths[-1], num_classes) if num_classes > 0 else nn.Identity()
         else:
-            # Layers after the last returned map would get no gradient.
+            # Stages after the last returned map are left out, because they would get no gradient.
             layers = layers[: self.out_indices[-1] + 1]
             layers[-1].downsample = None
             for i in self.out_indices:
@@ -112,7 +114,7 @@ class SwinTransformer(nn.Module):
         initialise(self)
 
     def no_weight_decay_keywords(self) -> set[str]:
-        """Return parts of the names of parameters without weight decay, for Microsoft's training code."""
+        """Return substrings of the names of parameters without weight decay, for Microsoft's training code."""
         return set(NO_WEIGHT_DECAY)
 
     def no_weight_decay(self) -> set[str]:
@@ -120,9 +122,9 @@ class SwinTransformer(nn.Module):
         return {name for name, _ in self.named_parameters() if any(word in name for word in NO_WEIGHT_DECAY)}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
-        """Return a function from a parameter's name to its place in the model, for timm's layer-wise learning rates.
+        """Return a function from a parameter's name to its position in the model, for timm's layer-wise learning rates.
 
-        Patch merging belongs to the blocks after it, as in timm's models.
+        Patch merging is grouped with the blocks after it, as in timm's models.
         """
 
         def place(name: str) -> tuple[float, ...]:

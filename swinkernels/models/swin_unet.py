@@ -13,14 +13,15 @@ from swinkernels.nn import BasicLayer, FinalPatchExpandX4, PatchEmbed, PatchExpa
 
 
 class SwinUnet(nn.Module):
-    """Swin-Unet: stages that halve the map, stages that double it again, and skip connections between them.
+    """Swin-Unet: an encoder that halves the map, a decoder that doubles it, and skip connections between their stages.
 
     Args:
-        img_size: pixels (H, W) or an int; windows larger than the resulting maps shrink to them.
+        img_size: pixels (H, W) or an int. Windows that are larger than the resulting maps shrink to the maps; with
+            None, no window shrinks.
         in_chans: channels of the image.
         num_classes: channels of the result.
-        embed_dim: channels of the first stage, doubled by each further one. Patches have 4x4 pixels.
-        depths, num_heads: blocks and heads of each encoder stage; the decoder has them in reverse.
+        embed_dim: channels of the first stage; each further encoder stage has twice as many. Patches have 4x4 pixels.
+        depths, num_heads: blocks and heads of each encoder stage, and of the decoder stages in reverse order.
         window_size, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, drop_path_rate, patch_norm, use_checkpoint,
             backend: as for :class:`swinkernels.models.SwinTransformer`.
 

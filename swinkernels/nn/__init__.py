@@ -1,16 +1,16 @@
-"""Modules that run on this package's ops. Published checkpoints load strictly, because parameters have the same names.
+"""Modules that run on this package's ops. Published checkpoints load strictly, because parameter names are the same.
 
-The norms, the layers ``reduction`` and ``expand`` next to them, and in v2 ``qkv``, whose bias is a separate parameter,
-hold their parameters under the published names and with the published initialisation, but are not called: hooks on them
-do not run, and a replacement that computes something else has no effect. All other layers are called.
+The norms, the layers ``reduction`` and ``expand`` next to them, and in v2 ``qkv``, only store their parameters, with
+the published names and initialisation. These layers are not called: hooks on them do not run, and replacing one with a
+layer that computes something else has no effect. All other layers are called.
 
 A module takes a feature map (B, \\*S, C) and returns a feature map. If the published module works on sequences of
-tokens, this one also accepts a sequence (B, L, C), with the size S of its map, L = prod(S), and then returns a
-sequence. The same classes serve 2D and 3D: windows of three values, or ``spatial_dims=3``, make them 3D.
+tokens, this one also accepts a sequence (B, L, C) with the size S of its map, L = prod(S), and then returns a sequence.
+The same classes support 2D and 3D; a window of three values, or ``spatial_dims=3``, selects 3D.
 
 Buffers that published checkpoints store (``relative_position_index``, ``relative_coords_table``, ``attn_mask``) are
-computed and not stored. Loading accepts them, strictly or not; an index that differs from Microsoft's raises an error,
-because it would read the bias table in another order.
+computed and not stored. Checkpoints that contain them load, strictly or not. An index that differs from Microsoft's
+raises an error, because the checkpoint's bias table has another order.
 """
 
 from swinkernels.nn.drop_path import DropPath

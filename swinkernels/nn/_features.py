@@ -1,4 +1,4 @@
-"""Helpers of the modules: conversion between feature maps and sequences, checks of constructor arguments and hooks."""
+"""Helpers for the modules: conversion between feature maps and sequences, and checks of arguments and hooks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swinkernels.ops._backends import check_backend
 
 
 def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts: Any) -> None:
-    """Check the arguments that every constructor takes, and ``counts``, such as channels."""
+    """Check the arguments that all constructors have, and ``counts``, which must be positive, such as channels."""
     for name, count in counts.items():
         _arguments.check_count(op, name, count)
     if isinstance(spatial_dims, bool) or spatial_dims not in (2, 3):
@@ -25,7 +25,7 @@ def check_module(op: str, *, spatial_dims: Any, eps: Any, backend: Any, **counts
 
 
 def refuse_tracing(op: str) -> None:
-    """Raise a clear error under torch.jit.trace, which cannot record the ops and would fail with an obscure one."""
+    """Raise a clear error under torch.jit.trace, which cannot record the ops and would raise an obscure one."""
     if torch.jit.is_tracing():
         raise RuntimeError(
             f"{op}: torch.jit.trace cannot record window attention. Use torch.export.export or torch.compile, or trace "
@@ -52,23 +52,23 @@ def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: 
         x = x.unflatten(1, size)
     if x.dim() - 2 < spatial_dims:
         raise ValueError(
-            f"{op}: x must have {spatial_dims} axes of tokens for spatial_dims={spatial_dims}, got S = "
+            f"{op}: x must have at least {spatial_dims} spatial axes for spatial_dims={spatial_dims}, got S = "
             f"{tuple(x.shape[1:-1])}"
         )
     _arguments.check_features(op, "x", x)
-    # The op infers the merged axes from the widths, so with a wrong number of channels it could merge other axes.
+    # With a wrong number of channels, the op could infer other merged axes from the widths and compute a wrong result.
     if x.shape[-1] != dim:
         raise ValueError(f"{op}: x must have dim = {dim} channels, got {x.shape[-1]}")
     return x
 
 
 def as_given(y: Tensor, size: Sequence[int] | None) -> Tensor:
-    """Return the map y in the form in which x was given: as a sequence if x came with its size."""
+    """Return the map y in the form of x: as a sequence if x was passed with its size, else as a map."""
     return y if size is None else y.flatten(1, -2)
 
 
 def forgive(unexpected_keys: list[str], prefix: str, names: Sequence[str]) -> None:
-    """Remove from the unexpected keys the buffers that published checkpoints store and these modules compute."""
+    """Remove from ``unexpected_keys`` the buffers that published checkpoints contain and these modules compute."""
     unexpected_keys[:] = [key for key in unexpected_keys if key not in {prefix + name for name in names}]
 
 
@@ -81,9 +81,9 @@ _OF_ALL_MODULES = (
 
 
 def is_bare(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Return True if a module has exactly this class and no hooks, and its forward is not replaced.
+    """Return True if the class of a module is exactly ``kind`` and it has no hooks and no replaced forward.
 
-    An op may then replace the call of the module.
+    An op can then be used instead of calling the module.
     """
     if module is None:
         return False
@@ -98,5 +98,5 @@ def is_bare(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def all_modules_have_hooks() -> bool:
-    """Return True if a hook on all modules is registered."""
+    """Return True if a global hook, which runs for all modules, is registered."""
     return any(_OF_ALL_MODULES)

@@ -1,4 +1,4 @@
-"""The module for stochastic depth."""
+"""Stochastic depth as a module."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """Drop a residual branch for whole samples in training, and scale it up for the others: stochastic depth.
+    """Stochastic depth: in training, drop a residual branch for random samples and scale it up for the others.
 
     Args:
-        drop_prob: the probability, 0..1.
+        drop_prob: the probability that the branch of a sample is dropped, 0..1.
 
     Source: Deep Networks with Stochastic Depth (Huang et al., 2016); timm's ``DropPath``, which draws the same numbers.
     """
@@ -22,9 +22,9 @@ class DropPath(nn.Module):
         self.drop_prob = float(drop_prob)
 
     def scale(self, y: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Draw the factor of each sample of y, (B,): 0 if the sample is dropped, else 1 / (1 - p); None means 1.
+        """Draw a factor for each sample of y, (B,): 0 to drop the sample, else 1 / (1 - p). None means 1.
 
-        If y is not the branch itself, pass the branch's ``dtype``, because a GPU's draws depend on the dtype.
+        If y is not the branch itself, pass the branch's ``dtype``, because the random numbers on a GPU depend on it.
         """
         if self.drop_prob == 0.0 or not self.training:
             return None

@@ -13,7 +13,7 @@ from swinkernels.ops.mlp_half import mlp_half
 
 
 class Mlp(nn.Module):
-    """Linear, activation, Linear, with dropout after the activation and after the last Linear.
+    """An MLP: Linear, activation and Linear, with dropout after the activation and after the second Linear.
 
     Args:
         in_features: channels of a token.
@@ -47,8 +47,8 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def is_half(self) -> bool:
-        """Return True if ``mlp_half`` would now give the modules' result: GELU, no active dropout and no hooks."""
-        modules: Any = self._modules  # without __getattr__, which is slow
+        """Return True if ``mlp_half`` would now give the same result: with GELU, without active dropout and hooks."""
+        modules: Any = self._modules  # bypasses __getattr__, which is slow
         drop = modules["drop"]
         return (
             is_bare(modules["fc1"], nn.Linear)
@@ -59,7 +59,7 @@ class Mlp(nn.Module):
         )
 
     def run_half(self, x: Tensor, layer_norm: nn.LayerNorm, **options: Any) -> Tensor:
-        """Run a block's MLP half, given its norm and the other arguments of ``mlp_half``."""
+        """Run the MLP half of a block with ``mlp_half``, given the block's norm; ``options`` are further arguments."""
         modules: Any = self._modules
         fc1, fc2 = modules["fc1"], modules["fc2"]
         return mlp_half(

@@ -1,4 +1,4 @@
-"""Patch embedding as a module: torch's convolution and a norm."""
+"""Patch embedding as a module: a convolution and a norm."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class PatchEmbed(nn.Module):
 
     .. math:: y_i = LayerNorm(W \cdot patch_i + b)
 
-    The projection is torch's convolution with the patch as kernel and stride. It runs in the channels-last memory
-    format, so its result already is the feature map, and only the image is rearranged. An image that is not a multiple
-    of the patch is padded with zeros at its end.
+    The projection is torch's convolution, with kernel and stride equal to the patch. It runs in the channels-last
+    memory format, so its result is already the feature map, and only the image is rearranged. An image that is not a
+    multiple of the patch is padded with zeros at its end.
 
     Args:
-        patch_size: pixels per axis, an int or one per axis, slowest first.
+        patch_size: pixels per axis, an int or one for each axis, in the order of the image's axes.
         in_chans: channels of the image.
         embed_dim: channels C of a token.
         spatial_dims: 2 for (H, W), 3 for (D, H, W).

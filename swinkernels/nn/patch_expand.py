@@ -19,13 +19,14 @@ class PatchExpand(nn.Module):
 
     .. math:: y_{i \cdot f + o} = LayerNorm((W x_i)_o)
 
-    where W x is divided into parts of ``out_dim`` contiguous channels, numbered row-major by their offset o.
-    :func:`swinkernels.patch_expanding` has the details.
+    where W x is divided into parts of ``out_dim`` contiguous channels, one for each offset o in row-major order.
+    For details, see :func:`swinkernels.patch_expanding`.
 
     Args:
         dim: channels C of a token.
         out_dim: channels of each resulting token, C / 2 by default.
-        factor: tokens per axis that one token becomes, an int or one for each of the spatial_dims axes.
+        factor: number of tokens per axis into which a token is expanded, an int or one for each of the spatial_dims
+            axes.
         spatial_dims: number of expanded axes, the last ones: 2, which expands a 3D map frame by frame, or 3.
         eps: added to the variance of the norm.
         backend: "auto", "cuda", "torch" or "reference".
@@ -58,7 +59,7 @@ class PatchExpand(nn.Module):
             op, dim=dim, out_dim=1 if out_dim is None else out_dim, spatial_dims=spatial_dims, eps=eps, backend=backend
         )
         if out_dim is None and dim % 2 != 0:
-            raise ValueError(f"{op}: dim must be even, since out_dim is dim / 2 unless given, got {dim}")
+            raise ValueError(f"{op}: dim must be even unless out_dim is given (the default is dim / 2), got {dim}")
         self.dim = dim
         self.out_dim = dim // 2 if out_dim is None else out_dim
         self.factor = check_factor(op, factor, spatial_dims)
@@ -83,7 +84,7 @@ class PatchExpand(nn.Module):
 
 
 class FinalPatchExpandX4(PatchExpand):
-    r"""Patch expanding to four tokens per axis of C channels each, the last layer of Swin-Unet's decoder.
+    r"""Patch expanding to four tokens per axis with C channels each, used in the last layer of Swin-Unet's decoder.
 
     Args:
         dim: channels C of a token, before and after.

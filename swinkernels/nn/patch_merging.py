@@ -1,4 +1,4 @@
-"""Patch merging as in Swin v1 and v2, as modules."""
+"""Patch merging of Swin v1 and v2, as modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swinkernels.ops.patch_merging import ORDERS, patch_merging
 
 
 class _PatchMerging(nn.Module):
-    _NORM: ClassVar[str]  # "pre" for a norm before the reduction, "post" for one after it
+    _NORM: ClassVar[str]  # "pre": norm before the reduction; "post": norm after it
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class PatchMerging(_PatchMerging):
 
     .. math:: y = W \cdot LayerNorm(concat(x_{2i + o}))
 
-    over the offsets o in {0, 1} per merged axis. :func:`swinkernels.patch_merging` has the details.
+    over the offsets o in {0, 1} per merged axis. For details, see :func:`swinkernels.patch_merging`.
 
     Args:
         dim: channels C of a token.
@@ -96,7 +96,7 @@ class PatchMergingV2(_PatchMerging):
 
     .. math:: y = LayerNorm(W \cdot concat(x_{2i + o}))
 
-    MONAI's module of the same name differs: it is :class:`PatchMerging` with ``order="row_major"``.
+    MONAI's module of the same name is different; it corresponds to :class:`PatchMerging` with ``order="row_major"``.
 
     Args:
         dim, out_dim, spatial_dims, order, eps, backend, device, dtype: as for :class:`PatchMerging`.

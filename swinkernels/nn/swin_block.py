@@ -1,4 +1,4 @@
-"""Blocks of Swin v1 and v2, and the stages that consist of them."""
+"""The blocks of Swin v1 and v2, and the stages built from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from swinkernels.ops.residual_layer_norm import residual_layer_norm, residual_po
 
 
 def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the window, clipped to the map on each axis if the map's size is given."""
+    """Return the window; if the map's size is given, clip the window to it on each axis."""
     if resolution is None:
         return tuple(window)
     return tuple(min(w, n) for w, n in zip(window, resolution, strict=True))
@@ -31,7 +31,7 @@ def clipped(window: Sequence[int], resolution: Sequence[int] | None) -> tuple[in
 
 class _Block(nn.Module):
     _ATTENTION: ClassVar[Any]
-    # The names of the inner modules.
+    # The names of the inner modules, in the order in which they are called.
     _CALLED: ClassVar[tuple[str, ...]] = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 
     def __init__(
@@ -63,7 +63,7 @@ class _Block(nn.Module):
         self.input_resolution = resolution
         self.backend = backend
         shift = tuple(shift_size) if isinstance(shift_size, Sequence) else (shift_size,) * len(window)
-        if resolution is not None:  # one window needs no shift, and a shift must stay below its window
+        if resolution is not None:  # no shift on an axis with one window, where the shift could exceed it
             shift = tuple(0 if n <= w else s for n, w, s in zip(resolution, window, shift, strict=True))
         self.norm1 = nn.LayerNorm(dim, eps=eps, **factory)
         self.attn = self._ATTENTION(
@@ -90,12 +90,12 @@ class _Block(nn.Module):
         return self.attn.shift_size
 
     def _is_of_halves(self, x: Tensor) -> bool:
-        """Return True if attention_half and mlp_half would now give the modules' result, and are worth their cost.
+        """Return True if attention_half and mlp_half would now give the same result as the modules, and are worthwhile.
 
-        The halves keep less for a backward pass and fuse matrix products on a CPU, but cost more host time. If there is
-        neither a backward pass nor a product to fuse, the modules are called.
+        The halves store less for a backward pass and fuse matrix products on a CPU, but take more host time. If
+        there is no backward pass and no product to fuse, the modules are called.
         """
-        modules: Any = self._modules  # without __getattr__, which is slow
+        modules: Any = self._modules  # bypasses __getattr__, which is slow
         attn, mlp = modules["attn"], modules["mlp"]
         return (
             (torch.is_grad_enabled() or fuses(x))
@@ -107,7 +107,7 @@ class _Block(nn.Module):
         )
 
     def _run(self, x: Tensor, backend: str) -> Tensor:
-        """Run the block on a map, with the norms on ``backend``."""
+        """Run the block on a map, with the norms on the given backend."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -132,13 +132,14 @@ class SwinTransformerBlock(_Block):
 
     Args:
         dim: channels C of a token.
-        input_resolution: size (H, W) or (D, H, W) of the map for which the block is made: on axes where the map is
-            smaller than the window, window and bias table shrink to it (timm's rule, Microsoft's for square maps).
-            None keeps the window. Either way the block runs on maps of any size.
+        input_resolution: size (H, W) or (D, H, W) of the map for which the block is made, or None. On axes where this
+            map is smaller than the window, the window and the bias table shrink to the map (as in timm, and in
+            Microsoft's code for square maps). With None the window never shrinks. The block accepts maps of any size in
+            either case.
         num_heads, qkv_bias, qk_scale, head_dim, small_maps, pad_order: as for :class:`WindowAttention`.
-        window_size: tokens per axis, an int or a value for each of two or three axes.
-        shift_size: tokens by which the windows are shifted: in published models 0, or window // 2 in every other block.
-            An axis that one window covers is not shifted.
+        window_size: tokens per axis, an int or one value for each of two or three axes.
+        shift_size: tokens by which the windows are shifted. Published models use 0, and window // 2 in every other
+            block. An axis that one window covers is not shifted.
         mlp_ratio: hidden channels of the MLP as a multiple of C.
         drop: dropout probability after the projection and in the MLP.
         attn_drop: dropout probability of attention weights.
@@ -210,7 +211,7 @@ class SwinTransformerBlock(_Block):
         modules: Any = self._modules
         first, attn, drop_path1, second, mlp, drop_path2 = map(modules.get, self._CALLED)
         if self._is_of_halves(x):
-            if fuses(x):  # then the projection adds the residual, and the norm does not
+            if fuses(x):  # the projection then adds the residual, instead of the op with the norm
                 d, e = drop_path1.scale(x), drop_path2.scale(x)
                 x = attn.run_half(x, first, drop_path_scale=d)
                 return mlp.run_half(x, second, drop_path_scale=e, backend=backend)
@@ -241,8 +242,8 @@ class SwinTransformerBlockV2(_Block):
     Shape: as for :class:`SwinTransformerBlock`.
 
     Parameters: those of ``norm1``, ``attn`` (see :class:`WindowAttentionV2`), ``norm2`` and ``mlp``. A checkpoint may
-    also contain Microsoft's ``attn_mask``, which is computed here. The published models initialise the weights of the
-    norms to 0, as does :class:`swinkernels.models.SwinTransformer`; the block initialises them to 1.
+    also contain Microsoft's ``attn_mask``, which is computed here. This block initialises the weights of the norms to
+    1. The published models and :class:`swinkernels.models.SwinTransformer` initialise them to 0.
 
     Source: Swin Transformer V2 (Liu et al., 2022), section 3.2; ``SwinTransformerBlock`` of Microsoft's
     swin_transformer_v2.py, ``SwinTransformerV2Block`` of timm.
@@ -309,26 +310,28 @@ class SwinTransformerBlockV2(_Block):
 
 
 class BasicLayer(nn.Module):
-    r"""A stage: blocks with alternating shifts, and a change of the map's size before or after them (v1).
+    r"""A stage of Swin v1: blocks with alternating shifts, and patch merging or expanding before or after them.
 
     Args:
         dim: channels C of the blocks.
-        input_resolution: the map of the blocks, as for :class:`SwinTransformerBlock`, or None.
+        input_resolution: size of the blocks' map, as for :class:`SwinTransformerBlock`, or None.
         depth: number of blocks; every other one is shifted by half a window.
-        num_heads, window_size, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop: as for the block.
-        drop_path: one value for each block, or one for all.
-        downsample: class or function that makes the patch merging: after the blocks, from C to 2C channels, as in
-            Microsoft's code; with ``downsample_first`` before them, from C / 2 to C, as in timm's. None for no merging.
-        use_checkpoint: True to keep only the input of each block in training and recompute the rest.
+        num_heads, window_size, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop: as for :class:`SwinTransformerBlock`.
+        drop_path: one value for all blocks, or a value for each block.
+        downsample: class or function that makes the patch merging, or None for no merging. Merging follows the blocks,
+            from C to 2C channels, as in Microsoft's code. With ``downsample_first`` it precedes them, from C / 2 to C
+            channels, as in timm.
+        use_checkpoint: True to store only the input of each block in training and recompute the rest in the backward
+            pass.
         upsample: class or function that makes the patch expanding of C channels after the blocks, as in Swin-Unet's
             decoder. None for no expanding.
         options: further arguments of the blocks (``head_dim``, ``small_maps``, ``pad_order``, ``act_layer``, ``eps``).
-        backend: backend of the blocks and, if it has the op, of the change of size.
+        backend: backend of the blocks and, if it supports them, of merging and expanding.
         device, dtype: device and dtype of the parameters.
 
     Shape:
         x: (B, \*S, C), or (B, L, C) with ``size`` = S, and (B, \*S, C / 2) with ``downsample_first``. The result is a
-        map or a sequence, like x, with the S and C that result from the change of size.
+        map or a sequence, like x, with the size and the channels after merging or expanding.
 
     Parameters: ``blocks.<i>`` and, if there are any, ``downsample`` and ``upsample``.
 
@@ -370,8 +373,8 @@ class BasicLayer(nn.Module):
             raise ValueError(f"{op}: drop_path must be one value or one for each of the {depth} blocks, got {rates}")
         if downsample_first and (downsample is None or dim % 2 != 0):
             raise ValueError(
-                f"{op}: downsample_first needs a downsample, which makes dim channels from dim / 2, and an even dim, "
-                f"got {downsample} and dim {dim}"
+                f"{op}: downsample_first needs an even dim and a downsample, which turns dim / 2 channels into dim, "
+                f"got dim {dim} and downsample {downsample}"
             )
         self.dim = dim
         self.axes = len(window)
@@ -419,7 +422,7 @@ class BasicLayer(nn.Module):
         return as_given(x, size)
 
     def run_blocks(self, x: Tensor) -> Tensor:
-        """Run only the blocks, on a map; detection and segmentation models use this result."""
+        """Run only the blocks, on a map. Detection and segmentation models use the result before patch merging."""
         for block in self.blocks:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -432,7 +435,7 @@ class BasicLayer(nn.Module):
 
 
 class BasicLayerV2(BasicLayer):
-    r"""A stage of Swin v2: a :class:`BasicLayer` of :class:`SwinTransformerBlockV2`.
+    r"""A stage of Swin v2: a :class:`BasicLayer` with blocks of the class :class:`SwinTransformerBlockV2`.
 
     Args:
         pretrained_window_size: as for :class:`WindowAttentionV2`.

@@ -24,7 +24,7 @@ from swinkernels.ops.window_attention import window_attention_qkvpacked
 
 
 class RelPosBias(nn.Module):
-    """The table of a relative position bias, under the name that timm's vision transformers give it.
+    """The table of a relative position bias, stored with the parameter name of timm's vision transformers.
 
     Args:
         window_size: tokens per axis.
@@ -61,17 +61,16 @@ class Attention(nn.Module):
     .. math:: y = W_{proj} \cdot attention(W_{qkv} \cdot x + b_{qkv}) + b_{proj}
 
     Without a window, attention is torch's ``scaled_dot_product_attention`` over all tokens. With a window it is
-    :func:`swinkernels.window_attention_qkvpacked`: inside windows as in ViTDet, where a map that is not a multiple of
-    the window is padded with zeros that are attended to; or over all tokens with a bias, if the window is the whole
-    map.
+    :func:`swinkernels.window_attention_qkvpacked`. As in ViTDet, a map that is not a multiple of the window is padded
+    with zeros that are attended to. If the window is the whole map, attention is over all tokens, and can have a bias.
 
     Args:
         dim: channels C of a token.
         num_heads: number of heads.
         qkv_bias: True for a bias of ``qkv``.
         attn_drop, proj_drop: dropout probabilities of the attention weights and of the result.
-        window_size: tokens per axis, at most 1024 in all, an int for square windows in 2D or a value per axis; None for
-            attention over all tokens, without a bias.
+        window_size: tokens per axis, an int for square windows in 2D or one value per axis; at most 1024 tokens in a
+            window. None for attention over all tokens, without a bias.
         rel_pos: True for a relative position bias inside the window.
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference", for window attention.
         device, dtype: device and dtype of the parameters.
@@ -109,8 +108,8 @@ class Attention(nn.Module):
             raise ValueError(f"{op}: dim must be a multiple of num_heads, got {dim} and {num_heads}")
         if rel_pos and window_size is None:
             raise ValueError(
-                f"{op}: rel_pos=True needs window_size, which sizes its table; for attention over a whole map, that is "
-                "the map's size"
+                f"{op}: rel_pos=True needs window_size, which determines the size of the bias table; for attention "
+                "over the whole map, pass the map's size as window_size"
             )
         self.dim = dim
         self.num_heads = num_heads
@@ -160,11 +159,11 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Multiply the channels of a branch by ``gamma``.
+    """Multiply each channel of a branch by a trainable factor, ``gamma``.
 
     Args:
-        dim: channels.
-        init_values: initial value of every factor.
+        dim: channels of a token.
+        init_values: initial value of all factors.
 
     Parameters: ``gamma`` (dim).
 
@@ -192,7 +191,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    r"""Attention and an MLP, each after a norm and in a residual connection (vision transformer).
+    r"""A block of a vision transformer: attention and an MLP, each after a norm and in a residual connection.
 
     .. math::
         s = x + \gamma_1 \, attention(LayerNorm(x)), \quad y = s + \gamma_2 \, MLP(LayerNorm(s))
@@ -201,7 +200,7 @@ class Block(nn.Module):
 
     Args:
         dim, num_heads, qkv_bias, attn_drop, window_size, rel_pos, backend, device, dtype: as for :class:`Attention`;
-            norms run on the same backend if it has them.
+            the norms run on the same backend if it supports them.
         mlp_ratio: hidden channels of the MLP as a multiple of C.
         proj_drop: dropout probability after the projection and in the MLP.
         init_values: initial value of the branches' factors gamma; None or 0 for no factors.

@@ -1,4 +1,4 @@
-"""Shifted-window attention of Swin v1 and v2 as modules, on feature maps."""
+"""Modules for the shifted-window attention of Swin v1 and v2 on feature maps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL_MAPS = ("pad", "clip")
 
 
 def window_per_axis(op: str, window_size: Any) -> tuple[int, ...]:
-    """Return the window as one value per axis: two equal ones for an int, else as given."""
+    """Return the window with one value per axis. An int gives two equal values."""
     rank = len(window_size) if isinstance(window_size, Sequence) else 2
     if rank not in (2, 3):
         raise ValueError(f"{op}: window_size must be an int or have two or three values, got {window_size!r}")
@@ -30,7 +30,7 @@ def window_per_axis(op: str, window_size: Any) -> tuple[int, ...]:
 
 
 class _WindowAttention(nn.Module):
-    _BUFFERS: ClassVar[tuple[str, ...]]  # buffers in checkpoints of the published modules
+    _BUFFERS: ClassVar[tuple[str, ...]]  # names of buffers that checkpoints of the published modules contain
     qkv: nn.Linear
     proj: nn.Linear
     proj_drop: nn.Dropout
@@ -53,19 +53,19 @@ class _WindowAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
 
     def _qkv_bias(self) -> Tensor | None:
-        """Return a pad token's q, k and v, or None for zeros."""
+        """Return the bias of qkv, which is also q, k and v of a pad token, or None for no bias."""
         return self.qkv.bias
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return q, k and v of a map, and a pad token's q, k and v."""
+        """Return q, k and v of a map, and those of a pad token (None for zeros)."""
         return self.qkv(x), self._qkv_bias()
 
     def _scores(self) -> dict[str, Any]:
-        """Return the op arguments that define the scores."""
+        """Return the op's arguments that define the scores."""
         raise NotImplementedError
 
     def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the window for a map of this size, given the full window."""
+        """Return the window for a map of this size, given the window without clipping."""
         return full
 
     def _arguments(self, axes: Sequence[int]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class _WindowAttention(nn.Module):
         return {
             "num_heads": self.num_heads,
             "window_size": window,
-            # An axis that one window covers needs no shift.
+            # An axis with only one window needs no shift.
             "shift_size": tuple(0 if n <= w else s for n, w, s in zip(axes, window, shift, strict=True)),
             "table_window": None if window == full else full,
             "pad_order": self.pad_order,
@@ -94,12 +94,12 @@ class _WindowAttention(nn.Module):
         return as_given(self.proj_drop(self.proj(out)), size)
 
     def is_half(self) -> bool:
-        """Return True if ``attention_half`` would now give the modules' result: they have no dropout and no hooks.
+        """Return True if ``attention_half`` would now give the same result as the modules: without dropout and hooks.
 
-        With attention dropout the random numbers would differ, because the modules draw dropout before stochastic
-        depth, but ``attention_half`` gets drop path factors that are drawn before its dropout.
+        With attention dropout the random numbers would differ: the modules draw them before those of stochastic depth,
+        but the factors of stochastic depth must be drawn before ``attention_half`` is called.
         """
-        modules: Any = self._modules  # without __getattr__, which is slow
+        modules: Any = self._modules  # bypasses __getattr__, which is slow
         attn_drop, proj_drop = modules["attn_drop"], modules["proj_drop"]
         return (
             is_bare(modules["qkv"], nn.Linear)
@@ -110,7 +110,7 @@ class _WindowAttention(nn.Module):
         )
 
     def run_half(self, x: Tensor, layer_norm: nn.LayerNorm, **options: Any) -> Tensor:
-        """Run a block's attention half, given its norm and the other arguments of ``attention_half``."""
+        """Run the attention half of a block with ``attention_half``, given the block's norm and further arguments."""
         refuse_tracing(type(self).__name__)
         modules: Any = self._modules
         proj, arguments = modules["proj"], self._arguments(x.shape[1:-1])
@@ -144,14 +144,14 @@ class WindowAttention(_WindowAttention):
 
     .. math:: y = W_{proj} \cdot attention(W_{qkv} \cdot x + b_{qkv}) + b_{proj}
 
-    The Linear layers run on the map in image order; :func:`swinkernels.window_attention_qkvpacked` addresses its
+    The Linear layers run on the map in image order, and :func:`swinkernels.window_attention_qkvpacked` addresses the
     windows. A map that is not a multiple of the window is padded with zeros that are attended to, so q, k and v of a
     pad token are the bias of ``qkv``.
 
     Args:
         dim: channels C of a token.
         window_size: tokens per axis: an int for square windows in 2D, else a value per axis, (H, W) or (D, H, W).
-            Windows of two axes cut a 3D map frame by frame.
+            A window of two axes divides a 3D map frame by frame.
         num_heads: number of heads.
         qkv_bias: True for a bias of ``qkv``.
         qk_scale: factor of the scores, head_dim ** -0.5 by default.
@@ -212,7 +212,7 @@ class WindowAttention(_WindowAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw a new bias table. The linear layers have their own reset_parameters."""
+        """Initialise the bias table. The linear layers have their own reset_parameters."""
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def _window(self, size: Sequence[int], full: tuple[int, ...]) -> tuple[int, ...]:
@@ -223,7 +223,7 @@ class WindowAttention(_WindowAttention):
 
 
 def _fill_coords_table(attn: WindowAttentionV2, _incompatible_keys: Any) -> None:
-    """Compute the table again after loading, because ``assign=True`` replaces the weights of the MLP."""
+    """Compute the table again after loading, because ``assign=True`` can change the dtype and device of the MLP."""
     attn.fill_coords_table()
 
 
@@ -233,14 +233,16 @@ class WindowAttentionV2(_WindowAttention):
     .. math::
         score_{ij} = e^{\min(logit\_scale, \ln 100)} \cos(q_i, k_j) + 16 \, \sigma(MLP(\Delta_{ij}))
 
-    where Delta is the logarithmically spaced offset of the two tokens. The MLP runs once per offset of a window, in its
-    own dtype also under autocast: half precision would lose more accuracy in the bias than in the rest of the block.
+    where Delta is the logarithmically spaced offset of the two tokens. The MLP runs once for each offset in a window.
+    It runs in its own dtype even under autocast, because half precision would cost more accuracy in the bias than in
+    the rest of the block.
 
     Args:
         dim, window_size, num_heads, attn_drop, proj_drop, shift_size, pad_order, backend, device, dtype: as for
             :class:`WindowAttention`.
         qkv_bias: True for biases of q and v; k has no bias.
-        pretrained_window_size: the window for which the MLP was trained, an int or one per axis, 0 for ``window_size``.
+        pretrained_window_size: the window with which the MLP was trained, an int or one per axis, or 0 for
+            ``window_size``.
 
     Shape: as for :class:`WindowAttention`.
 
@@ -294,7 +296,7 @@ class WindowAttentionV2(_WindowAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Reset the scale, the biases and the offsets. The linear layers have their own reset_parameters."""
+        """Initialise the scale, the biases and the offsets. The linear layers have their own reset_parameters."""
         nn.init.constant_(self.logit_scale, math.log(10))
         for bias in (self.q_bias, self.v_bias):
             if bias is not None:
@@ -302,16 +304,16 @@ class WindowAttentionV2(_WindowAttention):
         self.fill_coords_table()
 
     def _coords_table(self) -> Tensor:
-        """Return the logarithmically spaced offsets of this window, (prod(2 * window - 1), axes), in float32."""
+        """Return the logarithmically spaced offsets in the window, (prod(2 * window - 1), axes), in float32."""
         axes = []
         for window, trained in zip(self.window_size, self.pretrained_window_size, strict=True):
-            widest = max((trained or window) - 1, 1)  # a window of 1 has only the offset 0
+            widest = max((trained or window) - 1, 1)  # the only offset in a window of 1 is 0
             axes.append(torch.arange(1.0 - window, window, device="cpu", dtype=torch.float64) / widest * 8)
         offsets = torch.cartesian_prod(*axes)
         return (offsets.sign() * torch.log2(offsets.abs() + 1) / 3).float()
 
     def fill_coords_table(self) -> None:
-        """Compute the buffer of offsets, on the device and in the dtype of the MLP's first layer."""
+        """Compute the buffer of offsets, with the device and the dtype of the MLP's first layer."""
         weight: Any = self.cpb_mlp[0].weight
         table = self.relative_coords_table
         if (table.device, table.dtype) != (weight.device, weight.dtype):
@@ -321,7 +323,7 @@ class WindowAttentionV2(_WindowAttention):
                 table.copy_(self._coords_table())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> WindowAttentionV2:
-        """Apply ``fn``, such as a move, and fill the buffer of offsets, which ``to_empty`` leaves undefined."""
+        """Apply ``fn``, for example to move the module, and refill the buffer of offsets for ``to_empty``."""
         super()._apply(fn, recurse)
         self.fill_coords_table()
         return self
@@ -333,7 +335,7 @@ class WindowAttentionV2(_WindowAttention):
             return
         expected = self._coords_table()
         given = table.detach().to("cpu", torch.float64).reshape(-1)
-        # The published code computes the table in float32 and stores it in the dtype of the model.
+        # The published code computes the table in float32 and stores it in the model's dtype.
         near = 4 * max(torch.finfo(table.dtype).eps, 2.0**-20) * expected.abs().max()
         if given.numel() != expected.numel() or not (given - expected.reshape(-1)).abs().max() <= near:
             error_msgs.append(

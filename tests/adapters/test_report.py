@@ -111,7 +111,7 @@ def test_what_resembles_a_window_attention_is_named_with_what_it_lacks():
     assert [e.path for e in report.skipped] == ["0", "1", "2"]
     text = str(report)
     assert text.count("LocalWindowAttention") == 1
-    assert "one nn.Linear named qkv (its own are q, kv, proj)" in text
+    assert "one nn.Linear named qkv (it has q, kv, proj)" in text
     assert "an argument mask" in text
     assert "docs/adapters.md" in text
     assert report.reason is None

@@ -227,7 +227,7 @@ def test_table_resized_as_timm_does(window):
     got = model.get_parameter(TABLE)
     expected = resize_rel_pos_bias_table(state[TABLE], window, tuple(got.shape))
     torch.testing.assert_close(got.detach(), expected, rtol=1e-4, atol=1e-5)
-    assert loaded.resized[TABLE] == "linear between geometric offsets, as timm"
+    assert loaded.resized[TABLE] == "linear between geometric offsets, as in timm"
 
 
 @WINDOWS
@@ -236,7 +236,7 @@ def test_table_resized_as_microsoft_does(window):
     sides = [2 * w - 1 for w in window]
     expected = nn.functional.interpolate(state[TABLE].T.reshape(1, 1, 7, 7), sides, mode="bicubic", align_corners=False)
     torch.testing.assert_close(model.get_parameter(TABLE).detach(), expected.reshape(1, -1).T)
-    assert loaded.resized[TABLE] == "bicubic, as Microsoft's code"
+    assert loaded.resized[TABLE] == "bicubic, as in Microsoft's code"
 
 
 @WINDOWS
@@ -258,13 +258,13 @@ def test_table_resized_as_mmpretrain_does(window):
     spline = interpolate.RectBivariateSpline(*places, table.reshape(7, 7).numpy())
     expected = torch.tensor(spline(*(range(1 - w, w) for w in window))).float().reshape(-1, 1)
     torch.testing.assert_close(model.get_parameter(TABLE).detach(), expected, rtol=1e-3, atol=1e-3)
-    assert loaded.resized[TABLE] == "cubic between geometric offsets, as mmpretrain"
+    assert loaded.resized[TABLE] == "cubic between geometric offsets, as in mmpretrain"
 
 
 def test_source_without_a_rule_says_so():
     model = ours(window_size=6, img_size=None)
     loaded = load_pretrained(model, scrambled(torchvision_model(1)).state_dict())
-    assert loaded.resized[TABLE] == "bicubic, as Microsoft's code; torchvision has no rule of its own"
+    assert loaded.resized[TABLE] == "bicubic, as in Microsoft's code; torchvision has no rule for resizing"
     assert "3 bias tables resized, such as layers.0.blocks.0.attn" in str(loaded)
 
 
@@ -285,7 +285,7 @@ def test_head_for_other_classes_is_left():
     model = ours(num_classes=7)
     before = model.head.weight.clone()
     loaded = load_pretrained(model, scrambled(timm_model(1)).state_dict())
-    assert loaded.left["head.weight"] == "a head for 3 classes; the model's is for 7"
+    assert loaded.left["head.weight"] == "the head has 3 classes; the model's head has 7"
     assert torch.equal(model.head.weight, before)
 
 

@@ -124,7 +124,7 @@ def test_swin_unet():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SwinTransformer(depths=(2, 2)), "num_heads must have a value for each of the 2 depths"),
+        (lambda: SwinTransformer(depths=(2, 2)), "num_heads must have one value for each of the 2 depths"),
         (lambda: SwinTransformer(out_indices=(4,)), "out_indices must be stages"),
         (lambda: SwinTransformer(version=3), "version"),
         (lambda: SwinUnet(None, **SMALL)(torch.zeros(1, 3, 40, 64)), "multiples of 16"),

@@ -1,1 +1,1 @@
-"""Adapters made at run time for unknown classes that have the form of Microsoft's block or attention."""
+"""Makes adapters at run time for unknown classes that copy Microsoft's block or attention."""

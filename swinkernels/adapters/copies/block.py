@@ -1,12 +1,12 @@
-"""Adapters for copies of Microsoft's Swin block in any package: found by their structure, replaced after a trial.
+"""Adapters for copies of Microsoft's Swin block in any package; copies are found by structure and tested by a trial.
 
-Classification, detection and segmentation backbones, Swin-Unet, SwinIR, Video Swin and many others contain modified
-copies of Microsoft's file, and there is no class to import. A block is a candidate if it has the right attributes:
-``window_size``, ``shift_size``, ``norm1``, ``norm2``, ``mlp``, and in ``attn`` the layers ``qkv`` and ``proj``,
-``num_heads`` and a bias table (v1) or the MLP and the scale of v2. Its forward may have one of several published forms
-(:class:`Form`). A trial (``trial.py``) decides: a copy of the block and its accelerated twin run on the same random
-inputs, and the first form that gives the same outputs and gradients is used. A block that no form fits is left as it
-was, and the report gives the reason.
+Many backbones and models, such as Swin-Unet, SwinIR and Video Swin, contain modified copies of Microsoft's file, so
+there is no common class to import. A block is a candidate if it has the right attributes: ``window_size``,
+``shift_size``, ``norm1``, ``norm2``, ``mlp``, and in ``attn`` the layers ``qkv`` and ``proj``, ``num_heads`` and a bias
+table (v1) or the MLP and the scale of v2. Its forward may have one of several published forms (:class:`Form`). A trial
+(``trial.py``) decides: a copy of the block and its accelerated twin run on the same random inputs, and the first form
+that gives the same outputs and gradients is used. A block that no form fits is left as it was, and the report gives the
+reason.
 
 One accelerated class is made per class and form, and is pickled as that pair. If no form fits the whole block, a form
 in ``attention.py`` may fit its attention.
@@ -60,27 +60,27 @@ from swinkernels.adapters.norms import Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
 from swinkernels.ops import window_attention_qkvpacked
 
-_BATCH = 2  # images of a trial; a wrong stride between images cannot be seen with one image
+_BATCH = 2  # images in a trial; with one image, a wrong stride between images would go unnoticed
 
 
 @dataclass(frozen=True)
 class Form:
-    """Describes the arguments and the behaviour of a block's forward, in which published copies differ."""
+    """Describes the arguments and the behaviour of a block's forward. Published copies differ in these."""
 
-    # "sequence": x is (B, L, C); "map": (B, *S, C).
+    # "sequence" if x is (B, L, C), "map" if x is (B, *S, C).
     layout: str
-    # The source of the map's size: "input_resolution" or attributes such as "H W", "argument", "shape" (of x), or
-    # "square" for a sequence whose length determines it.
+    # Where the forward gets the map's size: "input_resolution"; names of attributes such as "H W"; "argument"; "shape"
+    # (of x); or "square" (the square root of the sequence's length).
     size_from: str
-    # "own": the block has the mask or makes it; "argument": the caller passes it.
+    # "own" if the block stores or makes the mask, "argument" if the caller passes it.
     mask_from: str
-    # "stays": the window never changes; "clamped": on an axis where the map is no larger than the window, the window
-    # shrinks to the map and is not shifted.
+    # "stays" if the window never changes. "clamped" if, on an axis where the map is no larger than the window, the
+    # window shrinks to the map and is not shifted.
     window: str
     pad_order: str
-    # "pre" (v1) or "post" (v2).
+    # "pre" for norms before attention and MLP (v1), "post" for norms after them (v2).
     norm: str
-    # The kinds of maps (see _kind_of_map) on which a trial found no difference.
+    # The kinds of maps (see _kind_of_map) for which a trial gave equal results.
     maps: frozenset[str] = frozenset()
 
 
@@ -127,7 +127,7 @@ def _resolution(block: Any) -> tuple[int, ...] | None:
 
 
 def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the window and the shift that the form uses on a map of this size."""
+    """Return the window and the shift that the form uses for a map of this size."""
     window, shift = _window(block), _shift(block)
     if form.window == "stays":
         return window, shift
@@ -139,7 +139,7 @@ def _clamped(form: Form, block: Any, size: tuple[int, ...]) -> tuple[tuple[int, 
 
 
 def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
-    """Return "whole" for a map of whole windows, else "padded"; prefix "small, " if one window covers an axis."""
+    """Return "whole" for a map of whole windows, else "padded"; prepend "small, " if one window covers an axis."""
     small = any(s <= w for s, w in zip(size, window, strict=True))
     padded = any(s % w for s, w in zip(size, window, strict=True))
     return ("small, " if small else "") + ("padded" if padded else "whole")
@@ -149,7 +149,7 @@ def _kind_of_map(size: tuple[int, ...], window: tuple[int, ...]) -> str:
 
 
 def _why_not_attention(block: Any) -> str | None:
-    """Return the reason why a block that passed its trial currently has to run its own code, or None."""
+    """Return the reason why a block that passed its trial must now run its own code, or None."""
     attn = block._modules["attn"]
     reason = why_not_window_attention(attn)
     if reason is not None:
@@ -176,7 +176,7 @@ def _geometry(form: Form, block: Any, size: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _attended(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
-    """Return the attention of a map before the projection, including a norm that precedes it."""
+    """Return the result of the attention op for a map, before the projection. In v1, norm1 is applied first."""
     attn, bias = block.attn, qkv_bias(block.attn)
     z = norm_for_linear(block, "norm1", x, attn.qkv.in_features) if form.norm == "pre" else x
     x = z.reshape(x.shape[0], *size, x.shape[-1])
@@ -193,13 +193,13 @@ def _attended(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_val
 
 
 def _has_own_mask(block: Any) -> bool:
-    """Return True if the stored mask, which ops do not read, is not the mask that the block's geometry implies."""
+    """Return True if the block's stored mask differs from the standard mask, which ops compute from the geometry."""
     mask = getattr(block, MASK, None)
     try:
         resolution, window, shift = _resolution(block), _window(block), _shift(block)
     except (TypeError, ValueError):
         return True
-    if mask is None:  # made at every call, or missing
+    if mask is None:  # the mask is made in every call, or is missing
         return hasattr(block, MASK) and resolution is not None and any(shift)
     return resolution is None or not is_stored_mask(mask, frame_of(resolution, window), window, shift)
 
@@ -225,7 +225,7 @@ _NOTHING = nn.Identity()
 
 
 def _residual(block: Any, half: int, norm: str) -> Residual | None:
-    """Describe the sum after a half and the norm next to it; return None if no drop path has a known name."""
+    """Describe the sum after one half of the block and the norm next to it, or return None without a drop path."""
     name = _name_of_drop_path(block, half)
     if name is None:
         return None
@@ -244,7 +244,7 @@ Call = tuple[tuple[int, ...], float]
 
 
 def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
-    """Return the map's size and the mask's value for a call, or the reason why the block's own code has to run."""
+    """Return the map's size and the mask's value for a call, or the reason why the block must run its own code."""
     reason = block._swinkernels_changed() or _why_not_attention(block)
     if reason is not None:
         return reason
@@ -274,27 +274,27 @@ def _read(form: Form, block: Any, x: Tensor, given: Any) -> Call | str:
     window, shift = _clamped(form, block, size)
     if not any(shift):
         if form.mask_from != "argument" and _has_own_mask(block):
-            return "attn_mask differs from the mask that its geometry implies"
+            return "attn_mask differs from the standard mask for its window and shift"
         return size, 0.0
     if form.mask_from == "argument":
         value = value_of_mask(given, frame_of(size, window), window, shift)
-        return "the given mask differs from the mask that its geometry implies" if value is None else (size, value)
+        return "the given mask differs from the standard mask for this window" if value is None else (size, value)
     if _has_own_mask(block):
-        return "attn_mask differs from the mask that its geometry implies"
+        return "attn_mask differs from the standard mask for its window and shift"
     if form.size_from == "shape" and getattr(block, MASK, None) is not None and size != _resolution(block):
         return "its stored mask is for another map"
     return size, -100.0
 
 
 def _attention_branch(form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float) -> Tensor:
-    """Return the attention branch in the layout of x, including a norm that precedes it."""
+    """Return the result of the attention branch, including norm1 in v1, in the layout of x."""
     return projected(block.attn, _attended(form, block, x, size, mask_value)).reshape(x.shape)
 
 
 def _attention_half(
     form: Form, block: Any, x: Tensor, size: tuple[int, ...], mask_value: float
 ) -> tuple[Tensor, Tensor]:
-    """Return s = x + drop_path(attention branch) and norm2(s)."""
+    """Return s = x + drop_path(attention branch), and norm2(s)."""
     out = _attended(form, block, x, size, mask_value)
     name = _name_of_drop_path(block, 1)
     drops: tuple[Drop, ...] = () if name is None else ((name, child(block, name), _known_drop_path()),)
@@ -323,16 +323,16 @@ def _mlp_half(block: Any, s: Tensor, z: Tensor) -> Tensor:
 
 
 class StructuralBlock(DynamicSubclass):
-    """A block whose attention half runs on a window attention op. Its second base is the original class.
+    """A block whose attention half runs on a window attention op; the second base class is the original class.
 
-    Geometry and parameters are read at every call. The block's own forward runs for all calls that the trial does not
-    cover: with other arguments, another kind of map, a mask that its geometry does not imply, hooks inside the
-    attention or layers other than nn.Linear, and while traced.
+    Geometry and parameters are read at every call. The block's own forward runs in every call that the trial does not
+    cover: with other arguments, with a map of another kind, with a nonstandard mask, with hooks inside the attention,
+    with layers other than nn.Linear, and while the code is traced.
     """
 
     _swinkernels_argument: str | None  # the argument after x
     _swinkernels_in_trial = False
-    # The snapshot of the MLP if a trial of it found no difference.
+    # A snapshot of the MLP, if a trial showed that composing its layers gives the same results, else None.
     _swinkernels_mlp: Snapshot | None = None
 
     def _swinkernels_swapped(self) -> None:
@@ -349,7 +349,7 @@ class StructuralBlock(DynamicSubclass):
         _has_own_mask(self)
 
     def _swinkernels_call(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
-        """Return the arguments of the op, or the reason why the block's own code has to run."""
+        """Return the arguments for the op, or the reason why the block must run its own code."""
         if self._swinkernels_own_code(x):
             return "its code is traced or was replaced, or no kernel runs on the device"
         given, name = None, self._swinkernels_argument
@@ -391,18 +391,18 @@ class StructuralBlock(DynamicSubclass):
 # Forms
 
 
-# Number of axes -> names of attributes that a stage sets to the size of the map.
+# Number of axes -> the names of attributes to which a stage assigns the size of the map.
 _NAMES_OF_SIZES = {2: ("H W",), 3: ("D H W", "H W T", "H W D")}
 
 
 def _size_names(form: Form) -> list[str]:
-    """Return the names of the attributes from which the form reads the map's size."""
+    """Return the names of the attributes that contain the map's size, if the form reads such attributes."""
     is_named = form.size_from in itertools.chain(*_NAMES_OF_SIZES.values())
     return form.size_from.split() if is_named else []
 
 
 def _named_sizes(block: Any) -> str:
-    """Return the names of the attributes from which a block that is called with a mask may read the map's size."""
+    """Return the attributes that may contain the map's size, by name, if the forward has a mask argument; else ""."""
     taken = parameters_of(original_class(block))
     if len(taken) < 2 or "mask" not in taken[1].name:
         return ""
@@ -413,7 +413,7 @@ _SIZES = ("x_size", "size", "hw_shape", "input_size", "input_resolution")
 
 
 def _forms(block: Any) -> Iterator[Form]:
-    """Yield the forms that a block's attributes and the signature of its forward allow, likelier ones first."""
+    """Yield the forms that fit a block's attributes and the signature of its forward, the most likely ones first."""
     taken = parameters_of(original_class(block))
     if not taken or any(p.default is inspect.Parameter.empty for p in taken[2:]):
         return
@@ -432,19 +432,20 @@ def _forms(block: Any) -> Iterator[Form]:
         sources.append(("map", "shape", "own"))
         sources.append(("sequence", "square", "own"))
     norms = ("post", "pre") if is_cosine(block.attn) else ("pre", "post")
-    # All published copies clamp 3D windows; few clamp 2D windows.
+    # All published 3D copies clamp the window; few 2D copies do.
     windows = ("stays", "clamped") if _axes(block) == 2 else ("clamped", "stays")
     for source, norm in itertools.product(sources, norms):
         for window, pad_order in itertools.product(windows, ("pad_then_roll", "roll_then_pad")):
             yield Form(*source, window, pad_order, norm)
 
 
-_MOST_TOKENS = 20_000  # the most tokens of a map in a trial
+_MOST_TOKENS = 20_000  # the largest number of tokens of a map in a trial
 
 
 def _sizes_to_try(form: Form, block: Any) -> list[tuple[int, ...]]:
-    """Return the sizes of maps to try: a small map of each kind that the block may get, and one map with more tokens
-    than any constant that the block's code may compare with the number of tokens.
+    """Return the sizes of maps to try: small maps of each kind that the block may get, and one large map.
+
+    The large map has more tokens than any constant with which the block's code may compare the number of tokens.
     """
     sizes = _small_sizes(form, block)
     number = largest_number(block, _MOST_TOKENS, block.attn.qkv.in_features)
@@ -465,12 +466,12 @@ def _small_sizes(form: Form, block: Any) -> list[tuple[int, ...]]:
     if len(window) == 2:
         (h, w) = window
         return [(2 * h, 3 * w), (3 * h, 2 * w), (h + 1, 2 * w + w // 2), (h, 2 * w), (2 * h, max(w - 1, 1)), (h + 1, 2)]
-    # The scores of many 3D windows would take too long.
+    # Scores in many 3D windows would take too long.
     return [tuple(2 * w for w in window), tuple(w + 1 for w in window), (window[0] + 1, window[1], 2), window]
 
 
 def _small_resolution(block: Any) -> tuple[int, ...]:
-    """Return the block's own resolution with fewer windows, unless its code may distinguish the two maps by size."""
+    """Return the block's resolution, reduced to fewer windows unless its code may treat a small map differently."""
     resolution = _resolution(block)
     assert resolution is not None
     small = tuple(
@@ -483,7 +484,7 @@ def _small_resolution(block: Any) -> tuple[int, ...]:
 
 
 def _prepare(form: Form, block: Any) -> None:
-    """Adapt a copied block to a smaller map, if it stores the size of its map."""
+    """If a copied block stores the size of its map, change it to a smaller size."""
     if _resolution(block) is None:
         return
     resolution = _small_resolution(block)
@@ -495,7 +496,7 @@ def _prepare(form: Form, block: Any) -> None:
 
 
 def _call(form: Form, block: Any, x: Tensor) -> Any:
-    """Call the forward of a block's class on a map, with the further arguments that the form requires."""
+    """Call the forward of a block's class on a map, with the arguments that the form passes."""
     size = tuple(x.shape[1:-1])
     args: list[Any] = []
     if form.size_from == "argument":
@@ -504,7 +505,7 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
         setattr(block, name, length)
     if form.mask_from == "argument":
         window, shift = _clamped(form, block, size)
-        if not any(shift):  # a stage passes its mask also to the blocks that are not shifted
+        if not any(shift):  # a stage passes the mask to unshifted blocks, too
             shift = tuple(0 if w == 1 or s <= w else w // 2 for s, w in zip(size, window, strict=True))
         args.append(shift_mask(frame_of(size, window), window, shift, device=x.device))
     if form.layout == "sequence":
@@ -512,15 +513,15 @@ def _call(form: Form, block: Any, x: Tensor) -> Any:
     return type(block).forward(block, x, *args)
 
 
-# Signature -> the result of the trials of a narrow copy, or of a trial at the module's own width.
+# Signature -> the result of the trials: on a narrow copy in _TRIALS, at the module's own width in _AT_OWN_WIDTH.
 _TRIALS: dict[tuple[Any, ...], Form | str] = {}
 _AT_OWN_WIDTH: dict[tuple[Any, ...], Form | str] = {}
 
 
 def _form_of(block: Any) -> Form | str:
-    """Return the form that trials find, or the reason why no form fits.
+    """Return the form that passes the trials, or the reason why no form fits.
 
-    Thorough trials run a narrow copy; a short trial then runs at full width.
+    A narrow copy gets thorough trials, then the block gets a short trial at its own width.
     """
     if any(p.is_meta for p in block.parameters()):
         return "its parameters are on the meta device, and an unknown class is replaced only after a trial with values"
@@ -541,7 +542,7 @@ def _find_form(block: Any, resolution: Any) -> Form | str:
         _TRIALS[make] = _try_forms(block, width)
     form = _TRIALS.get(make, "")
     if isinstance(form, str):
-        # The block may accept an input that the narrow copy refused.
+        # The block may accept an input that its narrow copy refused.
         return form if form and _REFUSED not in form else _try_forms(block, None)
     return _at_own_width(block, form)
 
@@ -615,7 +616,7 @@ def _put_in_place(form: Form, block: nn.Module) -> None:
 
 
 def match(module: nn.Module) -> tuple[Adapter | None, str | None] | None:
-    """Return (adapter, None) or (None, reason) for a module that resembles a shifted-window block, None for others."""
+    """Return (adapter, None) or (None, reason) for a module that resembles a shifted-window block, else None."""
     if not resembles(module):
         return None
     try:
@@ -632,7 +633,7 @@ def _why_not_this_one(block: Any) -> str | None:
     if reason is not None:
         return reason
     if _has_own_mask(block):
-        return "attn_mask differs from the mask that its geometry implies"
+        return "attn_mask differs from the standard mask for its window and shift"
     index = getattr(block.attn, "relative_position_index", None)
     if index is not None and not is_window_index(index, _table_window(block)):
         return "attn.relative_position_index differs from the index of its window"
@@ -640,7 +641,7 @@ def _why_not_this_one(block: Any) -> str | None:
 
 
 def _map(form: Form, block: Any) -> tuple[int, ...]:
-    """Return the size of a map of a kind that the trial covers."""
+    """Return a map size of a kind for which the trial gave equal results."""
     if form.size_from == "input_resolution":
         resolution = _resolution(block)
         assert resolution is not None
@@ -690,12 +691,12 @@ def _adapter(original: Any, form: Form) -> Adapter:
         name=NAME,
         original=original,
         accelerated=accelerated,
-        reason_to_skip=lambda block: None,  # match has checked the block
+        reason_to_skip=lambda block: None,  # match has already checked the block
         parts=(attention,),
         input_shape=lambda block: (*_map(form, block), block.attn.qkv.in_features),
         weight=_qkv_weight,
         run=functools.partial(_call, form),
-        # A mask passed as an argument may differ from the standard mask, or a compiler may be unable to read it. The
-        # block's own code then runs, and its attention, which takes any mask, runs on the op.
+        # If a mask passed as an argument differs from the standard mask, or if a compiler cannot read it, the block
+        # runs its own code. Its attention then still runs on the op, which accepts any mask as a dense bias.
         looks_inside=form.mask_from == "argument",
     )

@@ -1,4 +1,4 @@
-"""Makes accelerated subclasses at run time for classes of unknown packages; their instances can be pickled."""
+"""Makes accelerated subclasses at run time for classes from unknown packages. Their instances can be pickled."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from swinkernels.adapters.adapter import Accelerated, Adapter, derived_since, or
 from swinkernels.adapters.bypass import all_modules_have_hooks
 from swinkernels.adapters.copies.snapshot import Snapshot
 
-# The name of the attribute with a block's stored mask, which is compared with the mask that the geometry implies.
+# The attribute that contains a block's stored mask. The mask is compared with the one computed from the geometry.
 MASK = "attn_mask"
-# Replaces the library's name in reports on these classes.
+# Reports name these classes by this instead of a library's name.
 NAME = "structural"
 
 
@@ -26,7 +26,7 @@ def parameters_of(original: Any) -> list[inspect.Parameter]:
 
 
 def others_are_default(others: tuple[inspect.Parameter, ...], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return True if all arguments unknown to a form have their default values.
+    """Return True if all arguments that the form does not use have their default values.
 
     Args:
         others: the parameters of forward after those that the form uses.
@@ -49,7 +49,7 @@ _COMPARED = (bool, int, float, str)
 
 
 def inside(module: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at a path, or None. ``get_submodule`` would be slow."""
+    """Return the module at a path, or None. This is faster than ``get_submodule``."""
     found: nn.Module | None = module
     for name in path.split(".") if path else ():
         found = None if found is None else found._modules.get(name)
@@ -57,13 +57,13 @@ def inside(module: nn.Module, path: str) -> nn.Module | None:
 
 
 class DynamicSubclass(Accelerated):
-    """Base class of the accelerated classes that are made at run time for an original class and a form."""
+    """Base class of the accelerated classes that are made at run time from an original class and a form."""
 
     _swinkernels_form: Any
     _swinkernels_original: Any
     # The parameters of forward after those that the form uses.
     _swinkernels_others: tuple[inspect.Parameter, ...] = ()
-    # Path -> snapshot, taken when the class was swapped, of this module or of an inner module whose work the op does.
+    # Path -> a snapshot, taken when the class was swapped, of this module or of an inner module that the op replaces.
     _swinkernels_snapshots: dict[str, Snapshot] | None = None
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -81,7 +81,7 @@ class DynamicSubclass(Accelerated):
                 snapshot.differs_in_buffers(module)
 
     def _swinkernels_changed(self) -> str | None:
-        """Return a change of the module since its trial, or None."""
+        """Return a description of how the module has changed since its trial, or None if it has not changed."""
         if all_modules_have_hooks():
             return "a global module hook is registered"
         if self._swinkernels_snapshots is None:
@@ -93,11 +93,11 @@ class DynamicSubclass(Accelerated):
                 return f"{name}: {reason}" if name else reason
         return None
 
-    # (original, form) -> the adapter with this class. Pickle must be able to import this function.
+    # (original, form) -> the adapter of this class. The function must be importable, because pickle stores its name.
     _swinkernels_adapter: Callable[[Any, Any], Adapter]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the arguments from which the class is made again, because pickle cannot import such a class."""
+        """Pickle the arguments that make the class again, because pickle cannot import a class made at run time."""
         cls, reduced = type(self), super().__reduce_ex__(max(2, protocol))
         if derived_since(self) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
@@ -113,7 +113,7 @@ def _make_again(adapter: Callable[[Any, Any], Adapter], original: Any, form: Any
 def dynamic_subclass(
     base: type[DynamicSubclass], original: Any, form: Any, adapter: Any, **namespace: Any
 ) -> type[nn.Module]:
-    """Make the accelerated subclass of ``original`` for a form that its instances follow."""
+    """Make the accelerated subclass of ``original`` for modules that follow a form."""
     namespace = {
         "_swinkernels_form": form,
         "_swinkernels_original": original,
@@ -125,4 +125,4 @@ def dynamic_subclass(
     return type(f"Accelerated{original.__name__}", (base, original), namespace)
 
 
-_remake = _make_again  # the name of _make_again in models pickled by 0.1.0
+_remake = _make_again  # models pickled by 0.1.0 contain this name of _make_again

@@ -1,4 +1,4 @@
-"""Explains in the report why a module that resembles a window attention has no known form."""
+"""Explains in the report why a module that resembles a window attention matches no known form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ATTENTION = ("attn", "attention", "msa")
 
 
 def why_unknown(module: nn.Module) -> str | None:
-    """List, in one string, the features that a window attention of unknown form lacks; None for any other module."""
+    """Return the features of window attention that a similar module lacks, as one string, or None for other modules."""
     original: Any = original_class(module)
     name = original.__name__.lower()
     is_named = any(word in name for word in _ATTENTION)
@@ -25,10 +25,10 @@ def why_unknown(module: nn.Module) -> str | None:
         return None
     linears = [n for n, m in module._modules.items() if isinstance(m, nn.Linear)]
     if not linears and not tables:
-        return None  # it only contains an attention
+        return None  # the module only contains an attention module
     missing = []
     if not isinstance(module._modules.get("qkv"), nn.Linear):
-        missing.append(f"one nn.Linear named qkv (its own are {', '.join(linears) or 'none'})")
+        missing.append(f"one nn.Linear named qkv (it has {', '.join(linears) or 'none'})")
     if "proj" not in module._modules:
         missing.append("a layer named proj")
     if not hasattr(module, "num_heads"):
@@ -45,6 +45,6 @@ def why_unknown(module: nn.Module) -> str | None:
     if not missing and resembles_attention(module):
         return None
     return (
-        f"it resembles a window attention, but lacks {'; '.join(missing) or 'its form'}. docs/adapters.md says how to "
-        "write an adapter"
+        f"it resembles a window attention, but lacks {'; '.join(missing) or 'its form'}. docs/adapters.md explains how "
+        "to write an adapter"
     )

@@ -1,7 +1,7 @@
-"""Runs the MLPs of copied blocks, for inference on a CPU, in fused products.
+"""For inference on a CPU, runs the MLPs of copied blocks with fused matrix products.
 
-An MLP is a candidate if its layers are Linear, GELU and Linear, with dropouts. Its class may compute anything from
-them, so the composition of the layers is compared with the module on random inputs.
+An MLP is a candidate if its layers are Linear, GELU and Linear, with dropouts. Its class may combine the layers in any
+way, so a trial on random inputs compares the module with the layers called one after the other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _mlp(kind: Any, drop: str | None, drop_kind: Any) -> linear_layers.Mlp:
 
 
 class _Owner(nn.Module):
-    """Contains an MLP under the name that it has in a block."""
+    """Contains an MLP under the attribute name that it has in a block."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Owner(nn.Module):
 
 
 def _compute(mlp: Any, x: Tensor) -> Tensor:
-    """Call the MLP; for the accelerated twin, compose its layers."""
+    """Call the MLP, or, in the accelerated twin, its layers one after the other."""
     if _IN_TRIAL not in mlp.__dict__:
         return mlp(x)
     layers = _mlp(class_of(mlp), None, nn.Dropout).layers(_Owner(mlp), x)
@@ -45,9 +45,9 @@ def _compute(mlp: Any, x: Tensor) -> Tensor:
 
 
 def trusted(mlp: nn.Module, axes: int) -> Snapshot | None:
-    """Return the snapshot of an MLP if the composition of its layers gave its results in a trial, or None.
+    """Return a snapshot of an MLP if calling its layers one after the other gave the same results in a trial, or None.
 
-    ``axes`` is the number of axes between the first and the last one of the MLP's input.
+    ``axes`` is the number of axes of the MLP's input, not counting the batch and the channels.
     """
     linears = [m for m in mlp._modules.values() if isinstance(m, nn.Linear)]
     if len(linears) != 2 or any(p.is_meta for p in mlp.parameters()):
@@ -75,9 +75,9 @@ def _is_composition(mlp: nn.Module, axes: int, channels: int) -> bool:
 
 
 def fused(block: Any, z: Tensor, s: Tensor | None, drop: str | None, drop_kind: Any) -> Tensor | None:
-    """Return MLP(z), or s + drop(MLP(z)), from fused products, or None if the modules have to be called.
+    """Return MLP(z), or s + drop(MLP(z)), from fused matrix products, or None if the modules must be called.
 
-    ``drop`` and ``drop_kind`` are the name and the class of the block's drop path after the MLP.
+    ``drop`` and ``drop_kind`` are the name and the class of the drop path that follows the MLP in the block.
     """
     if not linear_layers.fuses(z):
         return None

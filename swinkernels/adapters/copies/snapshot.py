@@ -1,7 +1,7 @@
-"""Defines the scope of a trial's verdict: all values and code that a forward may read, except trainable tensors.
+"""Records the values and code that a forward may read, except trainable tensors; a trial is valid only for these.
 
-Modules with equal :func:`signature_of` share one trial. A :class:`Snapshot` is compared at every call of an accelerated
-copy: a module changed since its trial runs its own code.
+Modules with equal :func:`signature_of` share one trial. Every call of an accelerated copy compares the module with its
+:class:`Snapshot`; a module that changed since its trial runs its own code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from swinkernels.adapters.masks import holds
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 _FUNCTIONS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
-# Attributes of every module, and attributes that differ between calls or equal modules.
+# Attributes that every nn.Module has, and attributes that may differ between calls or between equal modules.
 _NOT_COMPARED = {*nn.Module().__dict__, "input_resolution", "attn_mask", "attn_mask_dict", "attention_bias_cache"}
 _RATES = {"p", "drop_prob"}  # read by dropout and drop path at every call; a trial replaces them
 _SIZES = {"H", "W", "D", "T"}  # the last map's sizes, if a method other than __init__ stores them
@@ -58,7 +58,7 @@ class _Values:
 
 
 def _has_plain_state(value: Any) -> bool:
-    """Return True if an object is fully described by its class and its attributes."""
+    """Return True if an object's class and attributes describe the object completely."""
     classes = type(value).__mro__[:-1]
     plain = (types.SimpleNamespace,)
     return hasattr(value, "__dict__") and all(
@@ -67,9 +67,9 @@ def _has_plain_state(value: Any) -> bool:
 
 
 def described(value: Any, seen: dict[int, int] | None = None) -> Any:
-    """Return a hashable description of a value. Values that a forward cannot distinguish have equal descriptions.
+    """Return a hashable description of a value, equal for values that a forward cannot distinguish.
 
-    The description of a value that cannot be compared differs from every other description.
+    A value that cannot be compared gets a description that equals no other description.
     """
     kind = type(value)
     if kind in _ATOMS:
@@ -91,7 +91,7 @@ def described(value: Any, seen: dict[int, int] | None = None) -> Any:
     if isinstance(value, Tensor):
         of = kind, value.dtype, tuple(value.shape)
         if value.is_floating_point() or value.is_complex():
-            return of  # without its values, which a trial replaces by random ones
+            return of  # the values are left out, because a trial replaces them with random ones
         return object() if value.is_meta or kind not in (Tensor, nn.Parameter) else (*of, _Values(value))
     if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)):
         return object() if value.dtype.hasobject else (kind, value.dtype.str, value.shape, value.tobytes())
@@ -119,7 +119,7 @@ def _own_classes(cls: type) -> list[type]:
 
 
 def _attributes(module: nn.Module, sizes: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes that are compared; ``sizes`` names the ones from which a form reads a map's size."""
+    """Yield the name and value of each attribute to compare; ``sizes`` names attributes for a map's size, to skip."""
     cls: Any = original_class(module)
     skipped, recorded = {*_NOT_COMPARED, *sizes}, _recorded(cls)
     if not module._modules and not module._parameters:
@@ -129,12 +129,12 @@ def _attributes(module: nn.Module, sizes: Iterable[str] = ()) -> Iterator[tuple[
             continue
         if name in _SIZES and type(value) in (int, type(None)) and name in recorded:
             continue
-        if not is_bound_method(module, type(module), value):  # tools that offload weights bind forward
+        if not is_bound_method(module, type(module), value):  # tools that offload weights store a bound forward
             yield name, value
 
 
 def signature_of(module: nn.Module, *others: Any, sizes: Iterable[str] = ()) -> tuple[Any, ...]:
-    """Describe everything that a forward may depend on, except the values of floating-point tensors.
+    """Describe everything on which a forward may depend, except the values of floating-point tensors.
 
     One trial is enough for all modules with equal signatures. ``sizes`` names the module's attributes from which a form
     reads a map's size.
@@ -150,7 +150,7 @@ def signature_of(module: nn.Module, *others: Any, sizes: Iterable[str] = ()) -> 
     return tuple(found)
 
 
-# Class -> the versions of its code that trials have seen. A class patched later gets a new version.
+# Class -> the versions of its code that existed in trials. If a class is patched later, a version is added.
 _CODES: dict[type, list[tuple[Any, Any, list[Any], list[Any]]]] = {}
 
 
@@ -166,7 +166,7 @@ def code_version(cls: type) -> int:
 
 
 def _is_code(cls: Any, forward: Any, call: Any, now: list[Any], then: list[Any]) -> bool:
-    """Return True if a class is unchanged. The comparison is fast, because nearly all values are the same objects."""
+    """Return True if a class is unchanged. This is fast, because nearly all compared values are identical objects."""
     return cls.forward is forward and now == then and not call_is_patched(cls, call)
 
 
@@ -174,14 +174,14 @@ _MOST_OBJECTS = 1000
 
 
 def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Return the objects and containers among and inside values, each with a copy of its contents."""
+    """Return the given objects and containers, and those inside them, each with a copy of its contents."""
     found: dict[int, tuple[Any, Any]] = {}
     waiting = list(values)
     while waiting and len(found) < _MOST_OBJECTS:
         value = waiting.pop()
         if id(value) in found or isinstance(value, (nn.Module, Tensor, type, types.FunctionType, enum.Enum)):
             continue
-        if isinstance(value, dict):  # a subclass may create items on access, as transformers' ACT2FN does
+        if isinstance(value, dict):  # dict.items, because a subclass may create items on access (transformers' ACT2FN)
             held = dict(dict.items(value))
             found[id(value)] = value, held
             waiting += held.values()
@@ -197,21 +197,21 @@ def inner_state(values: Iterable[Any]) -> list[tuple[Any, Any]]:
     return list(found.values())
 
 
-# Code versions are numbered within one process.
+# Identifies this process, because the numbers of code versions are valid only in one process.
 _PROCESS = uuid.uuid4().hex
 
 
 class Snapshot:
-    """Records a module after its trial: class, code, and attributes other than modules and parameters."""
+    """The state of a module after its trial: its class, code and attributes, without inner modules and parameters."""
 
-    ignored: frozenset[str] = frozenset(_NOT_COMPARED)  # attributes that may be added
+    ignored: frozenset[str] = frozenset(_NOT_COMPARED)  # attributes that may be added later
 
     def __init__(self, module: nn.Module, absorbs: bool = True, sizes: Iterable[str] = ()) -> None:
         """Record the module.
 
         Args:
             module: the module.
-            absorbs: True if an op does the work of torch's modules inside it.
+            absorbs: True if an op replaces the torch.nn modules directly inside this one.
             sizes: the names of attributes from which a form reads the map's size at every call.
         """
         named = {name: value for name, value in _attributes(module, sizes) if name not in _READ_AT_EVERY_CALL}
@@ -221,11 +221,11 @@ class Snapshot:
         self.version = code_version(self.cls)
         self.names = tuple(named)
         self.values = tuple(named.values())
-        self.get = itemgetter(*self.names, "training", "training")  # two more names, so that get returns a tuple
+        self.get = itemgetter(*self.names, "training", "training")  # twice, so that get always returns a tuple
         self.inner = inner_state(self.values)
         self.missing = _missing_parameters(module)
         self.known = frozenset(n for n, v in module.__dict__.items() if not is_bound_method(module, type(module), v))
-        # Names of attributes that hold the instance's bound methods, as stored by tools that offload weights.
+        # Attributes that contain bound methods of the instance. Tools that offload weights store such methods.
         self.bound = tuple(n for n in module.__dict__ if n not in self.known)
         self.size = len(module.__dict__)
         self.leaves = tuple(
@@ -233,7 +233,7 @@ class Snapshot:
             for name, m in module._modules.items()
             if absorbs and m is not None and type(m).__module__.startswith("torch.nn.modules")
         )
-        # Name -> values, for int and bool buffers, which a trial does not replace.
+        # Name -> values of each int or bool buffer. A trial does not replace these buffers.
         self.kept = {n: _Values(b) for n, b in module._buffers.items() if b is not None and _has_values(n, b)}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class Snapshot:
             self.leaves = tuple((name, kind, code_version(kind), dim) for name, kind, _, dim in self.leaves)
 
     def differs(self, module: nn.Module) -> str | None:
-        """Return the first change since the trial, or None. This takes 1 us."""
+        """Return the first change of the module since the snapshot, or None. A call takes about 1 us."""
         own = module.__dict__
         cls: Any = type(module)
         if cls is not self.cls and (
@@ -266,7 +266,7 @@ class Snapshot:
                     return f"the contents of an attribute ({type(value).__name__}) were changed"
         except KeyError as missing:
             return f"{missing.args[0]} was removed"
-        except Exception:  # values that == cannot compare count as changed
+        except Exception:  # == failed to compare values, which counts as a change
             return self._changed(own)
         if _missing_parameters(module) != self.missing:
             return "a parameter was set to None, or a parameter that was None was set"
@@ -293,7 +293,7 @@ class Snapshot:
         return f"{name} was changed"
 
     def _differs_when_compiled(self, module: nn.Module) -> str | None:
-        """Do the work of :meth:`differs` in compiled code, where dynamo guards on every value read here."""
+        """Compare as :meth:`differs` does, in compiled code, where dynamo guards on every value that is read."""
         for name, value in zip(self.names, self.values, strict=True):
             if isinstance(value, (bool, int, float, str)) and getattr(module, name) != value:
                 return f"{name} was changed"
@@ -324,7 +324,7 @@ def _has_values(name: str, buffer: Tensor) -> bool:
 
 @functools.cache
 def _names_read(cls: type, version: int) -> frozenset[str]:
-    """Return the names that occur in a class's methods, and the names of its attributes."""
+    """Return all names used in the code of a class's methods, and the names of the class's attributes."""
     names: set[str] = set()
     codes = [f.__code__ for c in _own_classes(cls) for f in vars(c).values() if isinstance(f, types.FunctionType)]
     while codes:
@@ -338,12 +338,12 @@ def _names_read(cls: type, version: int) -> frozenset[str]:
 
 @functools.cache
 def _recorded(cls: Any) -> frozenset[str]:
-    """Return the names of sizes that a class's methods, other than ``__init__``, assign."""
+    """Return the names in ``_SIZES`` that methods of a class other than ``__init__`` assign."""
     found = [i for f in _functions(cls) if f.__name__ != "__init__" for i in dis.get_instructions(f)]
     return frozenset(i.argval for i in found if i.opname == "STORE_ATTR" and i.argval in _SIZES)
 
 
-# State that a forward leaves behind
+# State that remains after a forward
 
 
 def _functions(cls: type) -> Iterator[types.FunctionType]:
@@ -357,8 +357,8 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
 def largest_number(module: nn.Module, most: int, channels: int) -> int:
     """Return the largest int up to ``most`` with which a forward may compare a number of tokens, or 0.
 
-    Search the code of the module's classes, the globals that this code names, and attributes. An attribute equal to
-    ``channels``, or to two to four times as many, is assumed to be a width.
+    Search the code of the module's classes, the globals that this code names, and the attributes of the modules. An
+    attribute equal to one to four times ``channels`` is assumed to be a width and ignored.
     """
     found = [0]
     widths = {times * channels for times in range(1, 5)}
@@ -374,16 +374,16 @@ def largest_number(module: nn.Module, most: int, channels: int) -> int:
             found += [v for name in function.__code__.co_names if type(v := function.__globals__.get(name)) is int]
         while codes:
             code = codes.pop()
-            for value in code.co_consts:  # a tuple or a frozenset follows "in"
+            for value in code.co_consts:  # the container in a test such as x in (1, 2)
                 found += [v for v in (value if isinstance(value, (tuple, frozenset)) else (value,)) if type(v) is int]
             codes += [v for v in code.co_consts if isinstance(v, types.CodeType)]
     return max(n for n in found if n <= most)
 
 
 def outside(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Return the objects and containers outside the module that its methods reach, each with its contents.
+    """Return the objects and containers outside the module that its methods can access, each with its contents.
 
-    Methods reach them through closures, named globals and the classes themselves.
+    Methods access them through closures, globals and class attributes.
     """
     reached: list[Any] = []
     for cls in {original_class(m) for m in module.modules()}:
@@ -397,7 +397,7 @@ def outside(module: nn.Module) -> list[tuple[Any, Any]]:
 
 
 def put_back(states: list[tuple[Any, Any]]) -> None:
-    """Restore the contents of objects and containers."""
+    """Restore the contents of the objects and containers in ``states``."""
     for value, held in states:
         if isinstance(value, list):
             value[:] = held
@@ -409,7 +409,7 @@ def put_back(states: list[tuple[Any, Any]]) -> None:
 
 
 def _is_same(contents: dict[Any, Any], held: dict[Any, Any]) -> bool:
-    """Return True if a dict holds the same objects in the same order."""
+    """Return True if a dict contains the same objects in the same order as another."""
     items = list(dict.items(contents))
     return len(items) == len(held) and all(
         a is b and v is w for (a, v), (b, w) in zip(items, held.items(), strict=True)
@@ -417,7 +417,7 @@ def _is_same(contents: dict[Any, Any], held: dict[Any, Any]) -> bool:
 
 
 def contents(value: Any, path: str, found: dict[str, Any]) -> None:
-    """Add the tensors and comparable values inside a value to ``found``, by path."""
+    """Add the tensors and comparable values inside ``value`` to ``found``, with their paths as keys."""
     if isinstance(value, Tensor):
         found[path] = value.detach().clone()
     elif isinstance(value, (list, tuple, dict)):
@@ -430,7 +430,7 @@ def contents(value: Any, path: str, found: dict[str, Any]) -> None:
 
 
 def left_behind(module: nn.Module, reached: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """Return the state of a module, and of the ``reached`` objects outside it, after a call."""
+    """Return the state of a module, and of the ``reached`` objects outside the module, after a call."""
     found: dict[str, Any] = {}
     for path, m in module.named_modules():
         prefix = f"{path}." if path else ""

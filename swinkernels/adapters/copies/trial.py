@@ -1,8 +1,8 @@
 """Compares a module of an unknown class with its accelerated twin on random inputs.
 
-Both are copies with random parameters and buffers, on the CPU, in float64 and without hooks. Initial values could hide
-a difference: a norm that starts at 0 hides a whole branch. The module, its gradients and the state of every random
-number generator stay as they are.
+Both are copies of the module with random parameters and buffers, on the CPU, in float64 and without hooks. The values
+are random because initial values can hide a difference: if the weight of a norm starts at 0, a whole branch is hidden.
+The module itself, its gradients and the state of every random number generator do not change.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from swinkernels.adapters.adapter import Accelerated, restore_class
 from swinkernels.adapters.bypass import remove_hooks
 from swinkernels.adapters.copies.snapshot import left_behind, outside, put_back, signature_of
 
-_TOLERANCE = 1e-6  # relative to the largest element; not lower, because constants of a block may be float32
+_TOLERANCE = 1e-6  # relative to the largest element; 1e-6 because constants in a block may be float32
 _TOLERANCE_OF_LARGE_SCORES = 1e-4  # exponentials amplify rounding errors
 _LARGE_SCORE = 75.0
-# dtype -> the largest difference that counts as rounding, as a root mean square relative to the output's. It is about
-# five times the largest difference of any form of this package.
+# dtype -> the largest difference that counts as rounding: its root mean square relative to that of the output. The
+# values are about five times the largest differences measured for the forms of this package.
 _ROUNDING = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 _MANY_IMAGES = 16
-# Tensors that keep their values in a trial, because forms read them or because every instance is checked for them.
+# Tensors that keep their values in a trial, because forms read them or because every instance's values are checked.
 _KNOWN_TENSORS = ("attn_mask", "relative_coords_table")
 MOST_SCORES = 1_500_000  # a backward pass with this number of scores takes a tenth of a second
 
 
 @dataclass(frozen=True)
 class Case:
-    """An input to try: its shape, its kind, and the number of its attention scores."""
+    """An input for a trial: its shape, the kind of map, and the number of attention scores."""
 
     shape: tuple[int, ...]
     kind: str
@@ -50,8 +50,8 @@ class Case:
 class Width:
     """The channels and heads of a module and of its narrow copy.
 
-    Sizes that are a small multiple of the channels are scaled with the channels. If the copy then refuses its input,
-    the module is tried at full width.
+    Sizes that are one to four times the channels are scaled like the channels. If the copy then fails on its input, the
+    trial uses the module at full width.
     """
 
     channels: int
@@ -67,7 +67,7 @@ class Width:
         return self.to_channels // self.to_heads if size == self.channels // self.heads else size
 
     def of_tensor(self, path: str, name: str, given: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the narrow copy's shape for a parameter or a buffer whose shape in the module is ``given``."""
+        """Return the shape in the narrow copy of a parameter or buffer that has the shape ``given`` in the module."""
         shape = tuple(map(self._to, given))
         if name == "relative_position_bias_table" and given[-1] == self.heads:
             shape = *shape[:-1], self.to_heads
@@ -95,30 +95,30 @@ _HEADS_NAMES = ("num_heads", "n_heads", "heads", "num_attention_heads")
 _HEAD_DIM_NAMES = ("head_dim", "key_dim", "val_dim", "attention_head_size")
 _OF_HEADS = ("logit_scale", "attention_biases", "relative_position_params")  # (heads, ...)
 _OF_AXES = ("rel_pos_h", "rel_pos_w")  # (offsets, head_dim)
-_MOST_TIMES = 4  # the largest multiple of the channels: an MLP's hidden layer
+_MOST_TIMES = 4  # the largest multiple of the channels that is scaled, as for the hidden layer of an MLP
 _SIZES_OF_MAPS = ("window_size", "shift_size", "input_resolution", "H", "W", "D", "T", "num_heads")
 _HEADS, _HEAD_DIM = 2, 8
 
 
 def narrow(channels: int, heads: int) -> Width:
-    """Choose the narrow width for a module with these channels and heads: at most two heads of at most 8 channels."""
+    """Choose the width of the narrow copy: at most two heads of at most 8 channels each."""
     few, short = min(heads, _HEADS), min(channels // heads, _HEAD_DIM)
     return Width(channels, heads, few * short, few)
 
 
 class Elementwise(nn.Module):
-    """Replaces an MLP, whose width would slow a trial down. It takes one argument, like the MLPs that forms call."""
+    """Replaces an MLP in a trial, because a wide MLP would slow the trial down. It accepts one argument, as MLPs do."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sin()
 
 
 class NotCovered(Exception):
-    """Raised if the accelerated twin would run its own forward, so that there is nothing to compare."""
+    """Raised if the accelerated twin would run the module's own forward, so that the trial would compare nothing."""
 
 
 class _Refused(Exception):
-    """Raised if the module's own forward raises; the message quotes that error."""
+    """Raised if the module's own forward raises an error, which the message quotes."""
 
 
 class _Different(Exception):
@@ -127,47 +127,47 @@ class _Different(Exception):
 
 @dataclass
 class Trial:
-    """A module and a hypothesis about its computation."""
+    """Compares a module with the accelerated class that should give the same results."""
 
     module: Any
-    # Makes a copy run on ops, according to the hypothesis.
+    # Changes the class of a copy so that it runs on ops.
     swap_class: Callable[[nn.Module], None]
-    # Calls the forward of a copy on an input, with the further arguments that it requires.
+    # Calls the forward of a copy on an input, with the further arguments that the forward requires.
     call: Callable[[nn.Module, Tensor], Any]
-    # Changes a copy so that small inputs suffice for it.
+    # Changes a copy so that it accepts small inputs.
     prepare: Callable[[nn.Module], None] = lambda module: None
-    # True for a block with a mask.
+    # True for a block with a mask, to compare the effect of the mask.
     masks: bool = False
-    # The width of a narrow copy, the shapes of parameters, by name, for small maps, and the module that replaces the
-    # MLP.
+    # width: the width of a narrow copy. shapes: the shapes of parameters for small maps, by name. stand_in: a module
+    # that replaces the MLP.
     width: Width | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stand_in: nn.Module | None = None
-    # True if one call in eval mode is enough.
+    # True for a short trial: one call in eval mode.
     is_short: bool = False
-    # True if a short trial also tries other dtypes and more images, as every thorough trial does.
+    # True to compare in other dtypes and with more images even in a short trial. A thorough trial always does this.
     in_dtypes: bool = False
-    # True to try every dropout also with a probability of 1, which leaves nothing to chance.
+    # True to also compare with each dropout probability set to 1, where the result does not depend on random numbers.
     drops: bool = False
     # The largest difference of outputs and gradients, relative to the largest element, that counts as rounding.
     tolerance: float = _TOLERANCE
-    # _reached: the objects outside the module that its classes' methods reach, with their contents before a call.
-    # _left: the state that the last call left behind.
+    # _reached: the objects outside the module that its methods can access, with their contents before a call.
+    # _left: the state after the last call.
     _reached: list[tuple[Any, Any]] = field(default_factory=list)
     _left: dict[str, Any] = field(default_factory=dict)
 
     def run(self, cases: list[Case] | Callable[[Any], list[Case]]) -> tuple[frozenset[str], str]:
-        """Return the kinds of inputs with equal results, and the first difference or, if no input passed, the refusal.
+        """Return the kinds of inputs with equal results, and the first difference or other reason for a failure, or "".
 
-        An input that the module itself refuses does not count for or against the hypothesis.
+        An input on which the module's own forward raises an error does not count.
 
         Args:
-            cases: the inputs, or a function that returns them for the copy.
+            cases: the inputs, or a function from the copied module to the inputs.
         """
         with _undisturbed():
             try:
                 plain = self.copy()
-            except Exception as error:  # an unknown class may raise anything
+            except Exception as error:  # the class is unknown, so any exception is possible
                 return frozenset(), f"it cannot be copied for a trial: {_short(error)}"
             fast = twin(plain)
             self.swap_class(fast)
@@ -192,7 +192,7 @@ class Trial:
                 except NotCovered as reason:
                     refused = f"the op would not run: {reason}"
                     continue
-                except Exception as error:  # for example an attribute that the form needs is missing
+                except Exception as error:  # for example if an attribute that the form reads is missing
                     failed.add(case.kind)
                     why = why or _failure(error)
                 if not passed:
@@ -206,8 +206,8 @@ class Trial:
         return frozenset(passed - failed), why or ("" if passed else refused)
 
     def copy(self) -> Any:
-        """Copy the module with random parameters and without hooks, narrow if a width is given."""
-        # Parameters are not copied: tensors of random numbers replace them.
+        """Copy the module with random parameters and without hooks; make the copy narrow if ``width`` is set."""
+        # Parameters are replaced instead of copied: the memo maps each of them to a new tensor.
         memo: dict[int, Any] = {} if self.stand_in is None else {id(self.module._modules["mlp"]): self.stand_in}
         left_out = set() if self.stand_in is None else set(self.module.mlp.modules())
         for path, m in self.module.named_modules():
@@ -221,7 +221,7 @@ class Trial:
                     memo[id(t)] = torch.empty(self._shape(path, name, t), dtype=torch.float64)
             for value in m.__dict__.values():
                 for t in value.values() if isinstance(value, dict) else (value,):
-                    if isinstance(t, Tensor) and not t.is_leaf:  # the result of an earlier call, which deepcopy rejects
+                    if isinstance(t, Tensor) and not t.is_leaf:  # a result of an earlier call; deepcopy rejects it
                         memo[id(t)] = t.detach().clone()
         plain = copy.deepcopy(self.module, memo)
         for m in plain.modules():
@@ -235,8 +235,8 @@ class Trial:
         module: Any
         for module in plain.modules():
             for name, p in module.named_parameters(recurse=False):
-                # Uniform numbers with unit variance, because normal numbers take three times as long to draw: most of
-                # the time of a wide module's trial.
+                # Uniform numbers with unit variance. Normal numbers would take three times as long to draw, which would
+                # dominate the trial of a wide module.
                 p.data.uniform_(-math.sqrt(3.0), math.sqrt(3.0), generator=generator)
                 if name == "logit_scale":
                     p.data.mul_(0.3).add_(2.0)
@@ -244,12 +244,12 @@ class Trial:
                     p.data.mul_(1.5 * p.shape[1] ** -0.5)
                 elif "norm" in type(module).__name__.lower() and name == "weight":
                     p.data.mul_(0.2).add_(1.0)
-            # Other tensors that a forward may read, such as an offset that is 0 in this instance.
+            # Buffers and other tensors that a forward may read, such as an offset that is 0 in this instance.
             for name, t in (*module._buffers.items(), *module.__dict__.items()):
                 if isinstance(t, Tensor) and t.is_floating_point() and name not in _KNOWN_TENSORS:
                     t.data.uniform_(0.5, 1.5, generator=generator)
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # its random numbers for windows differ from the map's
+                module.p = 0.0  # the op would draw other random numbers than the module
             elif isinstance(getattr(module, "drop_prob", None), float):
                 module.drop_prob = 0.5  # drop path
         if self.drops:
@@ -266,7 +266,7 @@ class Trial:
             return self._result(module, x)
 
     def _result(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return the result of a call, and store in ``_left`` the state that the call leaves behind."""
+        """Return the result of a call, and record in ``_left`` the state after the call."""
         try:
             out = self.call(module, x)
         finally:
@@ -294,7 +294,7 @@ class Trial:
             self._compare_calls(plain, fast, x, False, " in training without gradients")
 
     def _compare_calls(self, plain: nn.Module, fast: nn.Module, x: Tensor, gradients: bool, when: str) -> None:
-        """Compare outputs, gradients, the next random numbers, and the state that the calls leave behind."""
+        """Compare outputs, gradients, the random numbers drawn next, and the state after the calls."""
         results = []
         for module in (plain, fast):
             torch.manual_seed(3)
@@ -311,7 +311,8 @@ class Trial:
             if gradients:
                 leaves: dict[str, Tensor] = {"the input": leaf, **dict(module.named_parameters())}
                 dout = torch.randn(out.shape, generator=_generator(2), dtype=torch.float64)
-                # grad_outputs is avoided: to compare sizes, torch would import symbolic shapes for half a second.
+                # grad_outputs is avoided: torch would import symbolic shapes to compare sizes, which takes half a
+                # second.
                 found = torch.autograd.grad((out * dout).sum(), list(leaves.values()), allow_unused=True)
                 zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), found, strict=True)]
                 grads = dict(zip(leaves, zeros, strict=True))
@@ -319,7 +320,7 @@ class Trial:
         (expected, next_expected, expected_grads, expected_left), (got, next_got, grads, left) = results
         _check(f"another output{when}", got, expected, tolerance=self.tolerance)
         _check(f"other random numbers{when}", next_got, next_expected)
-        # A sum of terms that cancel is only as accurate as the terms.
+        # If the terms of a sum cancel, the error is relative to the terms, not to the sum.
         floor = 1e-3 * self.tolerance * max((g.abs().max().item() for g in expected_grads.values()), default=0.0)
         for name, grad in expected_grads.items():
             _check(f"another gradient of {name}{when}", grads[name], grad, floor=floor, tolerance=self.tolerance)
@@ -327,7 +328,7 @@ class Trial:
             _check_left(name, left.get(name, _NOTHING), expected_left.get(name, _NOTHING))
 
     def _compare_dtypes_and_batches(self, plain: nn.Module, fast: nn.Module, case: Case) -> None:
-        """Compare outputs in other dtypes and, in float32, for a larger batch, because a forward may branch on both."""
+        """Compare outputs in other dtypes and, in float32, for a larger batch, because a forward may depend on both."""
         images, *size = case.shape
         times = max(2 if images > 1 else 3, min(_MANY_IMAGES // images, MOST_SCORES // max(case.scores, 1)))
         for dtype, tolerance in _ROUNDING.items():
@@ -335,7 +336,7 @@ class Trial:
             x = torch.randn((batch, *size), generator=_generator(1), dtype=torch.float64).to(dtype)
             try:
                 expected = self._try(_in_dtype(plain, dtype), x)
-            except Exception:  # its code does not accept such an input
+            except Exception:  # the module's code does not accept this dtype or batch
                 continue
             try:
                 got = self._try(_in_dtype(fast, dtype), x)
@@ -349,7 +350,7 @@ class Trial:
                 raise _Different(f"{what} (by {error / max(norm, 1e-300):.2g} in root mean square)")
 
     def _compare_largest_scale(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Compare the modules with scales so large that v2 clamps them."""
+        """Compare the modules with ``logit_scale`` so large that v2 clamps it."""
         results = []
         for module in (plain, fast):
             twin = copy.deepcopy(module)
@@ -358,7 +359,7 @@ class Trial:
         _check("another output at the largest scale", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
 
     def _compare_dropouts(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Compare the modules once per dropout, with a probability of 1 for that dropout."""
+        """For each dropout, compare the modules with the probability of this dropout set to 1."""
         for number, (of, name) in enumerate(_dropouts(plain)):
             results = []
             for module in (plain, fast):
@@ -367,7 +368,7 @@ class Trial:
                 setattr(dropout, name, 1.0)
                 m: Any
                 for m in twin.modules():
-                    for rate in ("drop_prob", "p"):  # drop paths would draw random numbers
+                    for rate in ("drop_prob", "p"):  # no drop path may draw random numbers
                         if not isinstance(m, nn.Dropout) and isinstance(m.__dict__.get(rate), float):
                             m.__dict__[rate] = 0.0
                     if isinstance(m, Accelerated):
@@ -376,9 +377,10 @@ class Trial:
             _check(f"another output with {type(of).__name__}.{name} of 1", *reversed(results), tolerance=self.tolerance)
 
     def _compare_masks(self, plain: nn.Module, fast: nn.Module, x: Tensor) -> None:
-        """Compare with scores of -75 and 75: tokens then attend across a mask of -100, but not across one of -1000."""
-        # The halves of the map have opposite signs, so a window across the seam has both. Since the keys are
-        # minus the queries, a token's score is low in its own region and high in the other.
+        """Compare the modules where the value of the mask matters: with scores of about -75 and 75."""
+        # With these scores tokens attend across a mask of -100, but not across one of -1000. The halves of the map have
+        # opposite signs, so a window at the seam contains both. Keys are minus the queries, so a token's score is low
+        # in its own region and high in the other.
         sign = torch.ones((), dtype=torch.float64)
         for length in x.shape[1:-1]:
             sign = sign[..., None] * torch.where(torch.arange(length) < length // 2, 1.0, -1.0).double()
@@ -393,15 +395,15 @@ class Trial:
         _check("another output where masks matter", *reversed(results), tolerance=_TOLERANCE_OF_LARGE_SCORES)
 
 
-REFUSED = "refused a trial"  # part of the reason that Trial.run returns for a refusal
+REFUSED = "refused a trial"  # occurs in the reason that Trial.run returns if the module's forward raised an error
 
 
 class Verdicts:
     """Caches the results of trials.
 
-    Each module gets a thorough trial on a narrow copy, whose verdict modules of many widths share, and a short trial
-    at its own width. If there is no narrow copy, or if the copy refuses its input, the thorough trial is
-    at the module's own width.
+    Each module gets a thorough trial on a narrow copy and a short trial at its own width. The result of the thorough
+    trial is shared by modules of all widths. If there is no narrow copy, or if it fails on its input, the thorough
+    trial runs at the module's own width.
     """
 
     def __init__(self) -> None:
@@ -411,14 +413,14 @@ class Verdicts:
     def why_not(
         self, module: nn.Module, others: tuple[Any, ...], width: Width | None, make: Callable[..., Trial], attempt: Any
     ) -> str | None:
-        """Return the difference that trials of a module find, or None.
+        """Return the difference that the trials of a module find, or None.
 
         Args:
             module: the module.
-            others: all else on which the verdict depends.
-            width: the width of a narrow copy, or None.
+            others: all other values on which the result depends.
+            width: the width of the narrow copy, or None for no narrow copy.
             make: (**options) -> a trial of the module.
-            attempt: (trial) -> the difference that it finds, or None.
+            attempt: (trial) -> the difference that this trial finds, or None.
         """
         key = *others, signature_of(module)
         if key not in self.at_own_width:
@@ -428,7 +430,7 @@ class Verdicts:
     def _find(self, others: tuple[Any, ...], width: Width | None, make: Any, attempt: Any) -> str | None:
         try:
             key = None if width is None else (*others, signature_of(make(width=width).copy()))
-        except Exception:  # an unknown class may raise anything
+        except Exception:  # the class is unknown, so any exception is possible
             key = None
         if key is None:
             return attempt(make())
@@ -441,7 +443,7 @@ class Verdicts:
 
 
 def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return (module, attribute's name) for each dropout probability in a module and its submodules."""
+    """Return the module and the attribute's name for each dropout probability in a module and its submodules."""
     found: list[tuple[nn.Module, str]] = []
     for m in module.modules():
         names = [n for n, v in m.__dict__.items() if type(v) is float and "drop" in n and n != "drop_prob"]
@@ -455,7 +457,7 @@ def twin(module: nn.Module) -> Any:
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Any:
-    """Copy a module, with floating-point parameters and buffers in a dtype."""
+    """Copy a module, with its floating-point parameters and buffers converted to ``dtype``."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype)) for p in module.parameters()}
     memo |= {id(b): b.to(dtype) for b in module.buffers() if b.is_floating_point()}
     return copy.deepcopy(module, memo)
@@ -464,14 +466,14 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Any:
 def _make_scale_largest(module: nn.Module) -> None:
     for name, p in module.named_parameters():
         if name.endswith("logit_scale"):
-            p.data.fill_(8.0)  # far above ln 100, where it is clamped
+            p.data.fill_(8.0)  # far above ln 100, the bound of the clamp
 
 
 def _make_scores_large(attn: Any) -> None:
     q, k, _ = attn.qkv.weight.data.chunk(3)
     head_dim = len(q) // attn.num_heads
     scale = abs(getattr(attn, "scale", None) or head_dim**-0.5)
-    # In the result of a norm, the squared length of a row is about its number of elements.
+    # After a norm, the squared length of a row is about its number of elements.
     q.normal_(std=math.sqrt(_LARGE_SCORE / (scale * q.shape[1] * head_dim)), generator=_generator(5))
     k.copy_(-q)
     for name, p in attn.named_parameters():
@@ -493,7 +495,7 @@ _SPOKE_AT = [0.0]
 
 @contextlib.contextmanager
 def told_after_seconds() -> Iterator[None]:
-    """Let trials print a notice once they have taken two seconds, and again every two seconds."""
+    """Print a notice if trials take longer than two seconds, and again every two seconds."""
     _SPOKE_AT[0] = time.monotonic()
     try:
         yield
@@ -512,7 +514,7 @@ _NOTHING = object()
 
 
 def _check_left(name: str, got: Any, expected: Any) -> None:
-    what = f"something else in {name}, which the forward leaves behind,"
+    what = f"another state of {name} after the call"
     if isinstance(got, Tensor) and isinstance(expected, Tensor):
         if got.shape != expected.shape or got.dtype != expected.dtype:
             raise _Different(what)

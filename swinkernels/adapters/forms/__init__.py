@@ -1,1 +1,1 @@
-"""Forms describe, in terms of the op, the forward of modules unlike Microsoft's block. Each is tried before use."""
+"""Forms of modules unlike Microsoft's block: functions that compute a forward with the op, tested before use."""

@@ -1,4 +1,4 @@
-"""Runs the attention of SAM's and ViTDet's blocks: windows without a shift, with decomposed relative position."""
+"""Runs the attention of SAM's and ViTDet's blocks, which has unshifted windows and decomposed relative positions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-_MOST_TOKENS = {True: 4096, False: 1024}  # per window: True with decomposed relative position, False without
+_MOST_TOKENS = {True: 4096, False: 1024}  # in a window, with (True) or without (False) tables
 
 
 def decomposed_attention(
@@ -19,14 +19,14 @@ def decomposed_attention(
     scale: float | None,
     dropout_p: float = 0.0,
 ) -> Tensor | str:
-    """Return the attention before the projection, (B, H, W, C), or the reason why the module's own code has to run.
+    """Return the attention before the projection, (B, H, W, C), or the reason why the module must run its own code.
 
     Args:
-        attn: the module with qkv and, if it uses them, the tables rel_pos_h and rel_pos_w.
+        attn: the module that has qkv and, if ``uses_tables``, the tables rel_pos_h and rel_pos_w.
         attend: as in ``Form.forward``.
         x: the map after the norm, (B, H, W, C).
         window: the side of a window, or 0 for the whole map.
-        num_heads, uses_tables, dropout_p: properties of the module.
+        num_heads, uses_tables, dropout_p: the module's heads, its use of tables, and its dropout probability.
         scale: the module's scale, or None (for head_dim ** -0.5) if the module's code reads no scale.
     """
     if x.dim() != 4:
@@ -51,7 +51,7 @@ def decomposed_attention(
 
 
 def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...], ...]:
-    """Return the sizes of maps to try: one with pads and one without, or the only one that the tables fit."""
+    """Return the sizes of maps to try: one with pads and one without, or the only size that fits the tables."""
     channels = attn.qkv.in_features
     if window > 0:
         return (window + 1, 2 * window + 1, channels), (2 * window, window, channels)
@@ -61,7 +61,7 @@ def sizes_of(window: int, attn: Any, uses_tables: bool) -> tuple[tuple[int, ...]
 
 
 def small_tables(name: str, window: int, attn: Any, uses_tables: bool) -> dict[str, tuple[int, ...]]:
-    """Return smaller shapes for tables sized for a whole map, so that they fit a map of at most 7 x 6 tokens.
+    """For attention over a whole map, return table shapes for a smaller map, of at most 7 x 6 tokens.
 
     Args:
         name: the name of the module with the tables.

@@ -1,4 +1,4 @@
-"""Forms describe, in terms of the op, how the modules of a class compute window attention."""
+"""Defines Form, which describes how the modules of a class compute window attention, so that they can run on the op."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Form.name -> the form, to unpickle models that were accelerated.
+# Form.name -> the form. Used to unpickle accelerated models.
 _KNOWN: dict[str, Form] = {}
 
 
@@ -21,34 +21,34 @@ def _run(module: nn.Module, x: Tensor) -> Any:
 class Form:
     """Describes how the modules of a class compute window attention.
 
-    ``accelerate`` runs a copy of each such module with and without the form on random inputs in float64, and uses the
+    ``accelerate`` runs copies of each such module with and without the form on random inputs in float64, and uses the
     form only if both give the same outputs and gradients.
     """
 
-    # A unique name, for reports and pickling.
+    # A unique name, used in reports and for pickling.
     name: str
-    # The class of the modules, or a function that returns True for them.
+    # The class of the modules, or a function that returns True for modules that the form describes.
     of: type[nn.Module] | Callable[[nn.Module], bool]
     # (module, attend, *args) -> the result of the module's method for the same arguments, or a str: the reason why the
-    # module's own code has to run. ``attend(qkv, **arguments)`` and ``attend(q, k, v, **arguments)`` are the two window
+    # module must run its own code. ``attend(qkv, **arguments)`` and ``attend(q, k, v, **arguments)`` are the two window
     # attention ops on the backend given to accelerate.
     forward: Callable[..., Any]
-    # Returns the sizes of inputs to try for a module, (*S, C) each, with the tokens per axis S and the channels C: maps
-    # with pads, with a shift, and smaller than a window, if the module supports them.
+    # Returns the sizes of the inputs for a trial, (*S, C) each, with the tokens per axis S and the channels C. If the
+    # module supports them, they should include maps with pads, with a shift, and smaller than a window.
     sizes: Callable[[Any], Sequence[tuple[int, ...]]]
-    # The method that ``forward`` replaces.
+    # The name of the method that ``forward`` replaces.
     method: str = "forward"
-    # Calls the forward of the module's class, without hooks, on an input (B, *S, C) with the further arguments that
-    # this forward requires, and returns one tensor with all results.
+    # Calls the forward of the module's class, without hooks, on an input (B, *S, C), with all other arguments that this
+    # forward requires. Returns one tensor that contains all results.
     call: Callable[[Any, Tensor], Any] = _run
-    # The names of the inner modules that ``forward`` does not call, or calls with tokens in another order; the default,
-    # "", means the whole module.
+    # The names of the inner modules that ``forward`` does not call, or calls with tokens in another order. The default,
+    # "", names the module itself.
     absorbs: tuple[str, ...] = ("",)
-    # Returns smaller shapes, by parameter name, for tables sized for a whole map, so that the trial can use a small
-    # map. ``sizes`` must return small sizes for a copy with these tables.
+    # Returns smaller shapes, by parameter name, for tables whose size depends on the map, so that the trial can use a
+    # small map. For a copy with these tables, ``sizes`` must return the small sizes.
     small: Callable[[Any], dict[str, tuple[int, ...]]] = lambda module: {}
-    # The largest difference in a trial, relative to the largest element, that counts as rounding. A module that always
-    # computes in float32 needs a larger value.
+    # The largest difference in a trial that counts as rounding, relative to the largest element. Forms of modules that
+    # always compute in float32 need a larger value.
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -68,9 +68,9 @@ class Form:
 
 
 def named(name: str) -> Form:
-    """Return the form of a pickled module by its name. An imported library or the user must have registered it."""
+    """Return the form with a name, for unpickling. An imported library or the user must have registered the form."""
     if name not in _KNOWN:
-        from swinkernels.adapters.adapter import loaded_adapters  # these libraries import this module
+        from swinkernels.adapters.adapter import loaded_adapters  # not at import: a cycle
 
         loaded_adapters()
     if name not in _KNOWN:

@@ -1,11 +1,11 @@
-"""Forms of published code that projects copy under many names, recognised by the modules' attributes.
+"""Forms of published code that is copied under many class names; they recognise modules by their attributes.
 
-The attention modules of mmdetection and mmsegmentation roll, pad and mask the map. SCUNet's and Swin-MAE's roll and
-mask maps of whole windows; SCUNet's mask sets scores to -inf. FDAT's attention has a dense bias. ResShift's blocks have
-channels first. Segment Anything's blocks have decomposed relative positions. EsViT's blocks return attention weights to
-a stage that drops them, HTSAT's and laion-clap's to a stage that returns their mean. Uformer has separate layers for
-queries and for keys and values, and in VRT the two frames of a window also attend to each other. nnFormer's stages make
-the mask, number the offsets of tokens in their own way, and in the decoder take queries from a second input.
+The attention modules of mmdetection and mmsegmentation roll, pad and mask the map. Those of SCUNet and Swin-MAE roll
+and mask maps of whole windows; SCUNet's mask is -inf. FDAT's attention has a dense bias. ResShift's blocks have
+channels first. Segment Anything's blocks have decomposed relative positions. EsViT's blocks return attention weights,
+which the stage discards. In HTSAT and laion-clap the stage returns the mean of the weights. Uformer has separate layers
+for queries and for keys and values, and in VRT the two frames of a window also attend to each other. nnFormer's stages
+make the mask, number the offsets of tokens in another order, and compute queries from a second input in the decoder.
 
 Source: mmdet.models.backbones.swin of mmdet 3.3, models/network_scunet.py of cszn/SCUNet, swin_unet.py of
 Zian-Xu/Swin-MAE, fdat.py of stinkybread/fdat, models/swin_transformer.py of zsyOAOA/ResShift,
@@ -46,7 +46,7 @@ def _has_attributes(module: nn.Module | None, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
-# Attention modules that roll and mask the map
+# Attention modules that roll and mask the map themselves
 
 
 def _is_mmdet(module: nn.Module) -> bool:
@@ -207,7 +207,7 @@ def _qkv(block: Any, x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _arguments(block: Any) -> dict[str, Any]:
-    """Return the arguments of the op for a block in Microsoft's form, except dropout."""
+    """Return the op's arguments for a block in Microsoft's form, except dropout_p."""
     attn = block.attn
     return {
         "num_heads": attn.num_heads,
@@ -224,7 +224,7 @@ def _with_mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def _blocks_of(stage: nn.Module) -> list[Any]:
-    """Return the blocks of a stage if each of them has an attention in Microsoft's form, else an empty list."""
+    """Return the blocks of a stage if the attention of each is in Microsoft's form, else an empty list."""
     blocks: Any = stage._modules.get("blocks")
     found = list(blocks) if blocks and hasattr(stage, "downsample") else []
     return found if all(resembles_attention(b._modules.get("attn")) for b in found) else []
@@ -242,7 +242,7 @@ def _esvit(stage: Any, attend: Any, x: Tensor) -> Any:
         window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
         kept = block.attn_mask_dict.items()
         if not all(is_stored_mask(mask, frame_of((n, n), window), window, shift) for n, mask in kept):
-            return "attn_mask_dict differs from the mask that its geometry implies"
+            return "attn_mask_dict differs from the standard mask for its window and shift"
     for block in stage.blocks:
         y = attend(_qkv(block, x, (side, side)), **_arguments(block), dropout_p=dropout_at_call(block.attn))
         x = _with_mlp(block, x + block.drop_path(projected(block.attn, y).flatten(1, 2)))
@@ -274,18 +274,18 @@ def _why_not_htsat(stage: Any, x: Tensor, size: tuple[int, ...]) -> str | None:
     for block in stage.blocks:
         window, shift = (block.window_size,) * 2, (block.shift_size,) * 2
         if tuple(block.input_resolution) != size or any(n % block.window_size for n in size):
-            return "its blocks expect another size of map, or windows do not divide it"
+            return "its blocks expect a map of another size, or the map does not consist of whole windows"
         mask = block.attn_mask
         if not is_stored_mask(mask, size, window, shift) if any(shift) else mask is not None:
-            return "attn_mask differs from the mask that its geometry implies"
+            return "attn_mask differs from the standard mask for its window and shift"
     return None
 
 
 def _htsat(stage: Any, attend: Any, x: Tensor) -> Any:
-    """Return the stage's result, and attention weights: their mean over the blocks, in training the last block's.
+    """Return the stage's result and attention weights: the mean over its blocks or, in training, the last block's.
 
-    No model reads the weights of all stages, so they are deferred. Weights with dropout are not: the op could not draw
-    the same numbers later.
+    No model reads the weights of all stages, so they are computed when they are first read. With dropout they are
+    computed at once, because the op could not draw the same random numbers later.
     """
     blocks, size = list(stage.blocks), tuple(stage.blocks[0].input_resolution)
     reason = _why_not_htsat(stage, x, size)
@@ -313,7 +313,7 @@ def _htsat(stage: Any, attend: Any, x: Tensor) -> Any:
     taken = taken[returned]
 
     def compute() -> Tensor:
-        op = op_on("torch")  # no kernel returns weights
+        op = op_on("torch")  # kernels do not return weights
         found = [op(qkv, **arguments, return_attention=True)[1].flatten(0, 1).to(dtype) for qkv, arguments in taken]
         return torch.stack(found).mean(0)
 
@@ -351,7 +351,7 @@ def _resshift(block: Any, attend: Any, x: Tensor) -> Any:
         return "the map does not consist of whole windows"
     size = tuple(x.shape[2:])
     if block.input_resolution == size and not is_stored_mask(block.attn_mask, size, (window,) * 2, (shift,) * 2):
-        return "attn_mask differs from the mask that its geometry implies"
+        return "attn_mask differs from the standard mask for its window and shift"
     y = attend(attn.qkv(block.norm1(x).permute(0, 2, 3, 1)), **_arguments(block), dropout_p=dropout_at_call(attn))
     return _with_mlp(block, x + block.drop_path(projected(attn, y).permute(0, 3, 1, 2)))
 
@@ -367,11 +367,11 @@ RESSHIFT = Form(
 )
 
 
-# Attention on windows that the block has cut; each window is a row of the op's map
+# Attention on windows that the block has already cut. Each window becomes a row of the op's map.
 
 
 def _rows(x: Tensor, mask: Any) -> Any:
-    """Return the mask's number of windows (1 without a mask), or the reason why the op does not accept the windows."""
+    """Return the number of windows in the mask (1 without a mask), or the reason why the op rejects the windows."""
     n = x.shape[1]
     if x.dim() != 3 or n > _MOST_TOKENS:
         return f"x is {tuple(x.shape)}"
@@ -385,7 +385,7 @@ def _rows(x: Tensor, mask: Any) -> Any:
 def _dense(bias: Tensor | None, mask: Tensor | None, num_heads: int) -> Tensor | None:
     """Return the sum of a bias (num_heads, N, N) and a mask (windows, N, N), either of which may be None.
 
-    A row whose mask is -inf everywhere becomes NaN, as in a softmax.
+    If a row of the mask is -inf everywhere, the row of the sum is NaN, as a softmax of the row would be.
     """
     if mask is None:
         return bias
@@ -401,7 +401,7 @@ def _bias_of(attn: Any, n: int) -> Tensor:
 
 
 def _with_masks(call: Callable[[Tensor, Tensor | None], Tensor], x: Tensor) -> Tensor:
-    """Call the module on windows (images, windows, N, C), with a mask and without one."""
+    """Call the module on windows (images, windows, N, C), once with a mask and once without one."""
     n = x.shape[2]
     mask = torch.zeros(x.shape[1], n, n, dtype=x.dtype, device=x.device)
     mask[-1, : n // 2, n // 2 :] = mask[-1, n // 2 :, : n // 2] = -100.0
@@ -414,7 +414,7 @@ def _call_with_masks(attn: Any, x: Tensor) -> Tensor:
 
 
 def _attend_windows(attn: Any, attend: Any, qkv: tuple[Tensor, ...], rows: int, mask: Tensor | None) -> Tensor:
-    """Call the op on windows (B * rows, N, num_heads, head_dim), as images of ``rows`` rows of N tokens."""
+    """Call the op on windows (B * rows, N, num_heads, head_dim) as a map of B images with ``rows`` rows of N tokens."""
     n = qkv[0].shape[1]
     return attend(
         *(t.reshape(-1, rows, n, *t.shape[-2:]) for t in qkv),
@@ -520,8 +520,8 @@ VRT = Form(
 )
 
 
-# Stages of volumes, whose offsets are numbered in another order than row-major. nnFormer_acdc.py has no mask and other
-# windows, so only its attention runs on the op.
+# Stages of volumes. Their bias tables number the offsets in an order that is not row-major. The stages of
+# nnFormer_acdc.py have no mask and other windows, so only their attention modules run on the op.
 
 
 def _is_nnformer(module: nn.Module, *names: str) -> bool:
@@ -538,9 +538,9 @@ def _is_nnformer(module: nn.Module, *names: str) -> bool:
 
 
 def _row_major(table: Tensor, index: Tensor, window: Sequence[int]) -> Tensor:
-    """Return the rows of a bias table in the op's order, given the index (N, N) with which the module reads it.
+    """Return the bias table with its rows in the op's order, given the index (N, N) with which the module reads it.
 
-    For each offset, the index is read at one pair of tokens with that offset.
+    The position of each row is read from the index at one pair of tokens with the row's offset.
     """
     query, key = [], []
     for axis, w in enumerate(window):
@@ -553,12 +553,13 @@ def _row_major(table: Tensor, index: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def _nnformer_blocks(stage: Any, attend: Any, x: Tensor, size: tuple[int, ...], maps: Any = None) -> Any:
-    """Return the result of the stage's blocks, or the reason why the stage's own code has to run.
+    """Return the result of the stage's blocks, or the reason why the stage must run its own code.
 
     Args:
         stage, attend: the arguments of the form.
         x: the sequence (B, L, C) of a volume of ``size``.
-        maps: if given, the first block takes its queries from the second sequence, and keys and values from the first.
+        maps: two sequences or None. If given, the first block computes keys and values from the first sequence, and
+            queries from the second.
     """
     for block in stage.blocks:
         if tuple(block.input_resolution) != size or x.shape[1] != math.prod(size):
@@ -608,7 +609,7 @@ def _nnformer_decoder(stage: Any, attend: Any, x: Tensor, skip: Tensor, *size: i
 
 
 def _call_nnformer(stage: Any, x: Tensor) -> Tensor:
-    """Call the stage on a volume of any size. A decoder's smaller volume consists of every second token."""
+    """Call the stage on a volume of any size; a decoder also gets every second token, as the smaller volume."""
     size = tuple(x.shape[1:4])
     for block in stage.blocks:
         block.input_resolution = size

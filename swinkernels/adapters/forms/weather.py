@@ -1,7 +1,8 @@
-"""Forms of weather models, recognised by the modules' attributes.
+"""Forms of weather models; they recognise modules by their attributes.
 
-Pangu-Weather's blocks have a bias table with window types, and pads on both sides; they work on volumes or, in FengWu,
-on planes. Aurora's blocks have no bias, and their map may wrap around the globe.
+Pangu-Weather's blocks have a separate bias table for each position of a window in height and latitude, and pad the map
+on both sides. The maps are volumes or, in FengWu, planes. Aurora's blocks have no bias, and their map may wrap around
+the globe.
 
 Source: physicsnemo.nn.module.transformer_layers of nvidia-physicsnemo 2.2, which follows lizhuoq/WeatherLearn;
 aurora.model.swin3d of microsoft-aurora 2.0.
@@ -25,7 +26,7 @@ _MOST_TOKENS = 1024
 
 
 def _pads(size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    """Return the number of pad tokens before the data, per axis: half of all pad tokens, rounded down."""
+    """Return the number of pad tokens before the map on each axis: half of all pad tokens on the axis, rounded down."""
     return tuple(-s % w // 2 for s, w in zip(size, window, strict=True))
 
 
@@ -38,10 +39,10 @@ def _is_pangu(module: nn.Module) -> bool:
 
 
 def _longitude_first(*geometry: int, device: torch.device | str) -> Tensor:
-    """Return the mask of a shift, (windows along the longitude, windows along the other axes, N, N).
+    """Return the standard mask, with the axes (windows along the longitude, windows along the other axes, N, N).
 
     Args:
-        geometry: frame, window and shift, each one number per axis.
+        geometry: the frame, the window and the shift, with one number per axis each.
         device: the mask's device.
     """
     axes = len(geometry) // 3
@@ -59,7 +60,7 @@ def _pangu(block: Any, attend: Any, x: Tensor) -> Any:
         return f"its windows hold {math.prod(window)} tokens, and the op takes at most {_MOST_TOKENS}"
     mask = block.attn_mask
     if block.roll and not holds(mask, (_longitude_first, *frame_of(size, window), *window, *shift)):
-        return "attn_mask differs from the mask that its geometry implies"
+        return "attn_mask differs from the standard mask for its window and shift"
     if not block.roll and mask is not None:
         return "it has an attn_mask without a shift"
     y = attend(
@@ -99,9 +100,10 @@ def _is_aurora(module: nn.Module) -> bool:
 def _regions(
     size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], wraps: bool, device: torch.device
 ) -> Tensor:
-    """Return the region of every token of the frame, after the shift.
+    """Return the region number of every token of the padded map after the shift.
 
-    Regions are joined across the date line if the map wraps there. All pad tokens are one more region.
+    If the map wraps at the date line, the regions on both sides of it are one region. All pad tokens form another
+    region.
     """
     region = torch.zeros((), dtype=torch.int32, device=device)
     for axis, (n, w, s) in enumerate(zip(size, window, shift, strict=True)):
@@ -144,7 +146,7 @@ def _aurora(block: Any, attend: Any, x: Tensor, c: Tensor, res: Any, rollout_ste
 
 
 def _call_aurora(block: Any, x: Tensor) -> Tensor:
-    """Call the block on a map that wraps at the date line, and on one that does not."""
+    """Call the block twice: with a map that wraps at the date line, and with one that does not."""
     size = tuple(x.shape[1:4])
     c = x.flatten(1)[:, : block.norm1.ln_modulation[1].in_features]
     forward = type(block).forward

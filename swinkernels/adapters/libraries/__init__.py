@@ -1,1 +1,1 @@
-"""Adapters for known libraries. Each library has a module or a package, imported only after the library itself."""
+"""Adapters for known libraries. Each library has a module or package here, which is imported only after the library."""

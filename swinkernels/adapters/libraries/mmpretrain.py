@@ -1,12 +1,12 @@
 """Runs mmpretrain's Swin Transformers, v1 and v2, on this package's ops: attention, blocks and patch merging.
 
 ShiftWindowMSA pads the map, rolls it, cuts it into windows, runs WindowMSA or WindowMSAV2 inside them and undoes all of
-this. Linear layers act on tokens one by one, so QKV and the projection run on the map in image order, and the op
-addresses the windows. A pad token is a zero row, so its q, k and v are the bias of the QKV layer. If the shorter side
-of the map equals the window, there is no shift on either axis, unless pad_small_map is set.
+this. Linear layers process each token separately, so QKV and the projection run on the map in image order, and the op
+addresses the windows. A pad token is a row of zeros, so its q, k and v are the bias of the QKV layer. If the shorter
+side of the map equals the window, there is no shift on either axis, unless pad_small_map is set.
 
-Residual connections, norms and patch merging run on ops; mmcv's patch merging orders channels as torch.nn.Unfold does.
-ShiftWindowMSA includes the drop path of a block's attention half.
+Residual connections, norms and patch merging also run on ops. mmcv's patch merging orders channels as torch.nn.Unfold
+does. ShiftWindowMSA includes the drop path of a block's attention half.
 
 Source: mmpretrain.models 1.0 and newer (utils/attention.py, utils/embed.py, backbones/swin_transformer.py and
 swin_transformer_v2.py) and mmcv.cnn.bricks.transformer.
@@ -78,7 +78,7 @@ linear_layers.know_linear(Linear)
 
 
 def _why_not_attention(attn: Any) -> str | None:
-    """Return the reason why mmpretrain's own code currently has to run this attention, or None."""
+    """Return the reason why mmpretrain's own code must run this attention now, or None."""
     w_msa = child(attn, "w_msa")
     reason = replaced_method(attn, ShiftWindowMSA)
     if reason is not None:
@@ -112,13 +112,13 @@ def _index(attn: Any) -> Tensor | None:
 
 
 def _attention_arguments(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """Return the op's arguments that define bias, scale and geometry, for a map of this size."""
+    """Return the op's arguments for bias, scale and geometry, given the size of the map."""
     w_msa = child(attn, "w_msa")
     return {"bias_table": bias_table(w_msa), **score_factor(w_msa), **_geometry(attn, height, width)}
 
 
 def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
-    """Return the op's arguments that define heads, windows and mask."""
+    """Return the op's arguments for heads, windows and mask, given the size of the map."""
     in_one_window = min(height, width) == attn.window_size
     return {
         "num_heads": attn.w_msa.num_heads,
@@ -130,7 +130,7 @@ def _geometry(attn: Any, height: int, width: int) -> dict[str, Any]:
 
 
 def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
-    """Return True if mmpretrain accepts the map."""
+    """Return True if mmpretrain accepts a map of this size."""
     return (
         x.dim() == 3 and x.shape[1] == height * width and (attn.pad_small_map or min(height, width) >= attn.window_size)
     )
@@ -139,9 +139,9 @@ def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
 class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
     """mmpretrain's attention, run on a window attention op.
 
-    Geometry, parameters and the index of the bias table are read or compared at every call. mmpretrain's code runs if
-    the op cannot replace it: with a hook on an inner module, a layer that is not an nn.Linear, an unknown attention
-    class in the windows or a replaced method, and while traced.
+    Geometry and parameters are read, and the index of the bias table is checked, at every call. mmpretrain's code runs
+    if a hook is registered on an inner module, a layer is not an nn.Linear, the class of w_msa is unknown, a method was
+    replaced, or the code is traced.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -170,7 +170,7 @@ class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
         return child(self, "drop")(projected(w_msa, out).flatten(1, 2))
 
 
-# Residual connections and patch merging
+# Residual connections and patch merging, run on ops
 
 
 def _casts_its_input(block: Any) -> bool:
@@ -186,7 +186,7 @@ _RESIDUALS_V2 = tuple(Residual(norm, width=norm_row(norm)) for norm in ("norm1",
 
 
 def _norm1(block: Any, attn: Any, x: Tensor, hw_shape: Any) -> Tensor:
-    """Return norm1 of v1: under autocast, in the dtype to which QKV would cast it, unless other code reads it."""
+    """Return norm1 of a v1 block; under autocast, in QKV's dtype if only the accelerated attention reads the result."""
     if (
         autocast_dtype(x) is None
         or class_of(attn) is not AcceleratedShiftWindowMSA
@@ -203,7 +203,7 @@ _MLP = linear_layers.Mlp((("layers", Sequential, ()),))
 
 
 def _ffn(block: Any, z: Tensor, s: Tensor | None = None) -> Tensor:
-    """Return FFN(z), or s + FFN(z)."""
+    """Return FFN(z), or s + FFN(z) if ``s`` is given."""
     ffn = child(block, "ffn")
     if (
         linear_layers.fuses(z)
@@ -219,7 +219,7 @@ def _ffn(block: Any, z: Tensor, s: Tensor | None = None) -> Tensor:
 
 
 class AcceleratedSwinBlock(Accelerated, SwinBlock):
-    """mmpretrain's block, with a residual connection and norms run on ops."""
+    """mmpretrain's v1 block, with one residual connection and the norms run on ops."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -241,7 +241,7 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
 
 
 class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
-    """mmpretrain's v2 block, with its residual connections and norms run on an op."""
+    """mmpretrain's v2 block, with both residual connections and their norms run on an op."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -259,7 +259,7 @@ class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
 
 
 def _why_not_usual(merging: Any) -> str | None:
-    """Return the reason why patch merging is not the usual kind (an Unfold of 2x2 tokens, a norm), or None."""
+    """Return the reason why a patch merging is not an nn.Unfold of 2x2 tokens with a norm, or None."""
     sampler = child(merging, "sampler")
     reason = why_not_absorbed("sampler", sampler, nn.Unfold, "an nn.Unfold")
     if reason is not None:
@@ -282,7 +282,7 @@ _MERGING_V2 = Merging("post", lambda merging: merging.out_channels, lambda axes:
 
 
 def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]] | None:
-    """Merge tokens with the op; return them and their map's size, or None if the library's own code has to run."""
+    """Merge tokens with the op and return them with the size of their map, or None if the library's code must run."""
     if merging._swinkernels_own_code(x) or x.dim() != 3 or not isinstance(input_size, Sequence):
         return None
     height, width = input_size
@@ -293,14 +293,14 @@ def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tens
 
 
 class AcceleratedMMCVPatchMerging(Accelerated, MMCVPatchMerging):
-    """mmcv's patch merging, which v1 uses, run on an op."""
+    """mmcv's patch merging, used in v1, run on an op."""
 
     def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
         return _merge(_MERGING, self, x, input_size) or super().forward(x, input_size)
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """mmpretrain's patch merging, which v2 uses, run on an op."""
+    """mmpretrain's patch merging, used in v2, run on an op."""
 
     def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
         return _merge(_MERGING_V2, self, x, input_size) or super().forward(x, input_size)
@@ -310,7 +310,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 def _attention_size(attn: Any) -> tuple[int, int]:
-    """Return the size of a map with padding on each axis and a shift, because the module stores no map size."""
+    """Return a map size for which the map is padded and shifted on both axes. The module stores no map size."""
     return attn.window_size + 1, attn.window_size + 2
 
 

@@ -1,15 +1,15 @@
 """Runs MONAI's SwinUNETR and SwinTransformer, 2D and 3D, on this package's ops: blocks, stages and patch merging.
 
-In attention MONAI pads the map, rolls it, cuts it into windows and later undoes all of this. Linear layers act on
-tokens one by one, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad
-token is a zero row that MONAI inserts after norm1, so its q, k and v are the bias of the QKV layer. On an axis where
-the map is no larger than the window, the window shrinks to the map and is not shifted; the bias table's index still
-numbers the tokens in the whole window.
+In attention MONAI pads the map, rolls it, cuts it into windows and later undoes all of this. Linear layers process each
+token separately, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token
+is a row of zeros that MONAI inserts after norm1, so its q, k and v are the bias of the QKV layer. On an axis where the
+map is no larger than the window, the window shrinks to the map and is not shifted; the bias table's index still numbers
+the tokens in the whole window.
 
 MONAI makes the mask of a stage's shifted windows, (num_windows, N, N) in float32, at every call. If all blocks of a
-stage run on ops, the mask is not needed and not made.
+stage run on ops, the stage does not make the mask.
 
-Residual connections, norms and patch merging run on ops.
+Residual connections, norms and patch merging also run on ops.
 
 Source: monai.networks.nets.swin_unetr, MONAI 1.3 and newer.
 """
@@ -61,7 +61,7 @@ from swinkernels.reference.patch_merging import neighbours
 watch(SwinTransformerBlock, methods=("forward_part1", "forward_part2"))
 watch(BasicLayer, DropPath, MLPBlock, WindowAttention)
 
-# Replaces the mask that compute_mask would make for a block's map.
+# Passed to a block instead of the mask that compute_mask would make.
 STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MASK"})()
 
 
@@ -69,7 +69,7 @@ STANDARD_MASK = type("StandardMask", (), {"__repr__": lambda self: "STANDARD_MAS
 
 
 def _why_not_attention(block: SwinTransformerBlock) -> str | None:
-    """Return the reason why MONAI's own code currently has to run this block's attention, or None."""
+    """Return the reason why MONAI's own code must run this block's attention now, or None."""
     reason = replaced_method(block, SwinTransformerBlock)
     if reason is not None:
         return reason
@@ -97,7 +97,7 @@ def _index(block: Any) -> Tensor | None:
 
 
 def _why_not_window(block: Any, window: tuple[int, ...]) -> str | None:
-    """Return the reason why the op does not accept a window, or None. On a small map the window may be smaller."""
+    """Return the reason why the op does not accept the block's window, or None. On small maps the window shrinks."""
     reason = why_beyond_limits(0, window)
     return reason if reason is None else f"{reason}; the op runs on maps so small that windows shrink to this limit"
 
@@ -114,7 +114,7 @@ def _attention_arguments(block: SwinTransformerBlock, size: tuple[int, ...]) -> 
 
 
 def _geometry(block: SwinTransformerBlock, size: tuple[int, ...]) -> dict[str, Any]:
-    """Return the op's arguments that define the windows."""
+    """Return the op's arguments that define heads, windows and mask, for a map of this size."""
     window, shift = get_window_size(size, block.window_size, block.shift_size)
     return {
         "num_heads": block.attn.num_heads,
@@ -131,13 +131,13 @@ def _dropout_p(block: SwinTransformerBlock) -> float:
 
 def _dropout_is_on(block: SwinTransformerBlock) -> bool:
     attn = block.attn
-    # Without autograd MONAI may call scaled_dot_product_attention, to which it passes no dropout.
+    # Without autograd MONAI may call scaled_dot_product_attention, and then passes no dropout.
     sdpa = getattr(attn, "use_flash_attention", False) and not torch.is_grad_enabled()
     return attn.attn_drop.training and not sdpa
 
 
 def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
-    """Return True if a map has as many axes as the windows, and the op accepts its windows."""
+    """Return True if the map has as many axes as the block's windows, and the op accepts the windows."""
     if len(size) != len(block.window_size):
         return False
     if why_beyond_limits(0, block.window_size) is None:
@@ -146,7 +146,7 @@ def _size_fits(block: SwinTransformerBlock, size: tuple[int, ...]) -> bool:
 
 
 def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: Any) -> Tensor | None:
-    """Return the result of forward_part1, or None if MONAI's own code has to run."""
+    """Return the result of forward_part1, or None if MONAI's own code must run."""
     size = tuple(x.shape[1:-1])
     if not _size_fits(block, size) or _why_not_attention(block) is not None:
         return None
@@ -154,7 +154,7 @@ def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: A
     window, shift = arguments["window_size"], arguments["shift_size"]
     if mask_matrix is None:
         arguments["mask_value"] = 0.0
-    elif mask_matrix is not STANDARD_MASK and any(shift):  # without a shift MONAI does not read the mask
+    elif mask_matrix is not STANDARD_MASK and any(shift):  # without a shift, MONAI ignores the mask
         if not is_shift_mask(mask_matrix, frame_of(size, window), window, shift):
             return None
     out = window_attention_qkvpacked(
@@ -166,7 +166,7 @@ def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: A
     return attn.proj_drop(call_linear("attn.proj", attn.proj, out))
 
 
-# Residual connections and patch merging
+# Residual connections and patch merging, run on ops
 
 
 def _casts_its_input(block: Any) -> bool:
@@ -183,13 +183,13 @@ _RESIDUAL = Residual("norm2", "drop_path", DropPath, "MONAI's DropPath", _casts_
 
 @constant_when_compiled
 def _order(kind: Any, axes: int) -> str | None:
-    """Find by trial the order in which a class merges neighbours, or return None. MONAI 1.5 changed the order."""
+    """Return the neighbour order of a merging class, found by calling it, or None. MONAI 1.5 changed the order."""
     return _find_order(kind, axes)
 
 
 @functools.cache
 def _find_order(kind: Any, axes: int) -> str | None:
-    with torch.device("meta"):  # parameters draw no random numbers there
+    with torch.device("meta"):  # initialising parameters there draws no random numbers
         merging: Any = kind(1, spatial_dims=axes)
     merging.norm = merging.reduction = nn.Identity()
     with torch.no_grad(), torch.device("cpu"):
@@ -211,11 +211,11 @@ def _merging_axes(merging: PatchMergingV2) -> int:
 
 
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
-    """MONAI's block, with its attention half run on a window attention op, and its norms on ops.
+    """MONAI's block, with the attention half run on a window attention op and the norms on other ops.
 
-    Geometry, parameters and the index of the bias table are read or compared at every call. MONAI's code runs if an op
-    cannot replace it: with a hook on an inner module, a layer that is not an nn.Linear, a replaced method or a mask
-    that differs from compute_mask's, and while TorchScript or FX traces.
+    Geometry and parameters are read, and the index of the bias table is checked, at every call. MONAI's code runs if a
+    hook is registered on an inner module, a layer is not an nn.Linear, a method was replaced, the mask differs from
+    compute_mask's, or TorchScript or FX traces the code.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -247,7 +247,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
 
 
 class AcceleratedBasicLayer(Accelerated, BasicLayer):
-    """MONAI's stage, which makes no mask if all of its blocks run on ops."""
+    """MONAI's stage. It makes no mask if all of its blocks run on ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x) or not all(_needs_no_mask(block, x) for block in self.blocks):
@@ -264,7 +264,7 @@ class AcceleratedBasicLayer(Accelerated, BasicLayer):
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
-    """MONAI's "mergingv2", run on an op."""
+    """MONAI's patch merging "mergingv2", run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING_V2.run(self, x)
@@ -272,7 +272,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """MONAI's "merging", run on an op."""
+    """MONAI's patch merging "merging", run on an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING.run(self, x)
@@ -280,7 +280,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 def _needs_no_mask(block: Any, x: Tensor) -> bool:
-    """Return True if no code reads the mask that a block gets."""
+    """Return True if the block's call will not read the mask that is passed to it."""
     return (
         class_of(block) is AcceleratedSwinTransformerBlock
         and not has_hooks(block)
@@ -291,7 +291,7 @@ def _needs_no_mask(block: Any, x: Tensor) -> bool:
 
 
 def _as_tensor(block: SwinTransformerBlock, x: Any, mask_matrix: Any) -> Any:
-    """Return the mask as a tensor, for MONAI's own code."""
+    """Return the mask as MONAI's own code expects it: a tensor instead of ``STANDARD_MASK``."""
     if mask_matrix is not STANDARD_MASK:
         return mask_matrix
     size = tuple(x.shape[1:-1])
@@ -318,12 +318,12 @@ def _reason_to_skip_stage(stage: BasicLayer) -> str | None:
 
 
 def _map_to_report_on(block: Any) -> tuple[int, ...]:
-    """Return the size of a map on which windows do not shrink, the hardest case; the block stores no map size."""
+    """Return a map size on which windows do not shrink, which is the hardest case for the op."""
     return tuple(w + 1 for w in block.window_size)
 
 
 def _map_to_verify(block: Any) -> tuple[int, ...]:
-    """Return the size of a map that is padded and shifted on two axes; on a third, the window shrinks to save time."""
+    """Return a map size that is padded and shifted on two axes. On a third axis the window shrinks, to save time."""
     window = tuple(block.window_size)
     return (window[0] + 1, window[1] + 2, *(3 for _ in window[2:]))
 

@@ -1,8 +1,8 @@
 """Forms for torchvision's video Swin and MaxViT.
 
-Video Swin has 3D windows. On an axis where the map is no longer than the window, the window shrinks to the map without
-a shift, and its tokens are numbered like the first tokens of a whole window. MaxViT cuts the map into windows or
-dilated grids, and computes its scale from the number of all channels, not from the channels per head.
+Video Swin has 3D windows. On an axis where the map is no longer than the window, the window shrinks to the map, is not
+shifted, and uses the bias of the first tokens of a full window. MaxViT attends in windows or dilated grids, and
+computes its scale from the number of all channels instead of the channels per head.
 
 Source: torchvision.models.video.swin_transformer and torchvision.models.maxvit, torchvision 0.26 to 0.29.
 """
@@ -39,7 +39,7 @@ def _swin3d(attn: Any, attend: Any, x: Tensor) -> Any:
 
 
 def _swin3d_sizes(attn: Any) -> tuple[tuple[int, ...], ...]:
-    """Return sizes that shrink the window on one axis each, because the scores of whole 3D windows would take long."""
+    """Return map sizes that shrink the window on one axis each, because scores of full 3D windows would take long."""
     (d, h, w), channels = attn.window_size, attn.qkv.in_features
     few = [(d + 1, 2, w + 1, channels), (2, h + 1, w + 1, channels), (d + 1, h + 1, 1, channels)]
     return (*few, (d + 1, h + 1, w + 1, channels)) if d * h * w <= 64 else tuple(few)

@@ -1,4 +1,4 @@
-"""Run a script that imports only timm, such as its train.py or validate.py, with the accelerated models registered.
+"""Run a script that imports only timm, such as timm's train.py, with the accelerated models registered.
 
 python -m swinkernels.integrations.timm validate.py DATA --model swinkernels_swin_tiny_patch4_window7_224
 torchrun --nproc-per-node 8 -m swinkernels.integrations.timm train.py ...
@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 
-# python -m has already imported this package, which registers the models.
+# Importing this package registers the models, and python -m has already imported it.
 
 
 def main() -> None:
@@ -20,9 +20,9 @@ def main() -> None:
     if not os.path.isfile(script):
         sys.exit(f"python -m swinkernels.integrations.timm: there is no script {script!r}")
     sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python sets it for a script
+    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python does for a script
     runpy.run_path(script, run_name="__main__")
 
 
-if __name__ == "__main__":  # false in the processes that a DataLoader spawns
+if __name__ == "__main__":  # not in the processes that a DataLoader spawns
     main()

@@ -1,9 +1,9 @@
 """Accelerated entrypoints in timm's registry: ``timm.create_model("swinkernels_swin_tiny_patch4_window7_224")``.
 
 Each model of timm's swin_transformer, swin_transformer_v2 and swin_transformer_v2_cr has such an entrypoint, with the
-same pretrained tags and configurations. The entrypoint calls timm's with the same arguments and accelerates the model,
-also inside the ``features_only`` wrapper. ``default_cfg`` keeps timm's name of the architecture, so checkpoints and hub
-uploads are interchangeable with timm's.
+same pretrained tags and configurations. The entrypoint calls timm's entrypoint with the same arguments and accelerates
+the model, also inside the ``features_only`` wrapper. The architecture in ``default_cfg`` has timm's name, so
+checkpoints and hub uploads are interchangeable with timm's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from swinkernels.adapters.engine import accelerate
 
 PREFIX = "swinkernels_"
 
-# timm.models.register_model reads both from the module of an entrypoint: the configurations, and the list of names, to
-# which it adds the entrypoint.
+# timm.models.register_model reads the configurations from default_cfgs in the module of an entrypoint, and adds the
+# entrypoint to the module's __all__.
 default_cfgs: dict[str, Any] = {}
 __all__ = ["PREFIX"]
 
@@ -32,7 +32,7 @@ def _entrypoint(name: str, original: Callable[..., nn.Module]) -> Callable[..., 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         model = original(pretrained=pretrained, **kwargs)
         report = accelerate(model)
-        if not report.replaced:  # such as features_only with feature_cls="fx", which makes a graph of the model
+        if not report.replaced:  # for example features_only with feature_cls="fx", which converts the model to a graph
             warnings.warn(f"{PREFIX}{name} runs timm's own code: {report}", stacklevel=3)
         return model
 
@@ -43,14 +43,14 @@ def _entrypoint(name: str, original: Callable[..., nn.Module]) -> Callable[..., 
 
 
 def _hub_id(cfg: Any, name: str, tag: str) -> str | None:
-    """Return the hub id of timm's weights, because timm would complete "timm/" with the name registered here."""
+    """Return the hub id of timm's weights; timm would complete "timm/" with the name that is registered here."""
     return f"timm/{name}.{tag}" if cfg.hf_hub_id == "timm/" and tag else cfg.hf_hub_id
 
 
 def _register(module: Any) -> None:
     for name in timm.list_models(module=module.__name__.rpartition(".")[2]):
         if timm.is_model(PREFIX + name):
-            continue  # at a second import, timm would warn about every name
+            continue  # registering again would make timm warn about every name
         cfgs = module.default_cfgs.get(name)
         if cfgs is not None:
             own = {tag: replace(cfg, hf_hub_id=_hub_id(cfg, name, tag)) for tag, cfg in cfgs.cfgs.items()}

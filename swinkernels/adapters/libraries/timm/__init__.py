@@ -1,4 +1,4 @@
-"""Runs timm's models on this package's ops; each timm file that defines another kind of block has a module here."""
+"""Runs timm's models on this package's ops, with one module for each file of timm that defines its own blocks."""
 
 from swinkernels.adapters.libraries.timm import maxvit, swin, swin_v2, swin_v2_cr, vit, vit_sam, windows
 

@@ -1,4 +1,4 @@
-"""Converts timm's relative position modules (timm.layers.pos_embed_rel) to the bias table that the op reads."""
+"""Converts timm's relative position modules (timm.layers.pos_embed_rel) to the op's bias table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ watch(*_KINDS, methods=("get_bias",))
 
 
 def why_not_rel_pos(rel_pos: Any, name: str, window: Sequence[int]) -> str | None:
-    """Return the reason why timm's own code currently has to add this module's bias, or None."""
+    """Return the reason why timm's own code must add the bias of this module now, or None."""
     kind = type(rel_pos)
     if kind not in _KINDS:
         return f"{name} is a {kind.__name__}, not one of timm's RelPosBias, RelPosBiasTf and RelPosMlp"
@@ -37,14 +37,14 @@ def why_not_rel_pos(rel_pos: Any, name: str, window: Sequence[int]) -> str | Non
 
 
 def offsets_of_axis(window: tuple[int], device: Any = "cpu") -> Tensor:
-    """Return RelPosBiasTf's lookup along an axis, (w, w, 2 w - 1): it is 1 at (query, key, key - query + w - 1)."""
+    """Return RelPosBiasTf's one-hot lookup for an axis, (w, w, 2 w - 1), with ones at (i, j, j - i + w - 1)."""
     (w,) = window
     token = torch.arange(w, device=device)
     return functional.one_hot(token[None, :] - token[:, None] + w - 1, 2 * w - 1).float()
 
 
 def stored(rel_pos: Any) -> tuple[Tensor | None, ...]:
-    """Return the module's index or lookup buffers, whose values the op computes instead of reading."""
+    """Return the module's index or lookup buffers. The op computes their values instead of reading them."""
     if rel_pos is None:
         return ()
     names = ("height_lookup", "width_lookup") if type(rel_pos) is RelPosBiasTf else ("relative_position_index",)
@@ -61,12 +61,13 @@ def _why_not_stored(rel_pos: Any, name: str) -> str | None:
 
 
 def bias_table(rel_pos: Any) -> Tensor:
-    """Return the bias table by (query - key), ((2 * height - 1) * (2 * width - 1), num_heads)."""
+    """Return the bias table in the op's order, by query - key: ((2 * height - 1) * (2 * width - 1), num_heads)."""
     kind = type(rel_pos)
     if kind is RelPosBias:
         return rel_pos.relative_position_bias_table
-    if kind is RelPosBiasTf:  # heads first, by key - query
+    if kind is RelPosBiasTf:  # stored with heads first, and by key - query
         return rel_pos.relative_position_bias_table.flatten(1).flip(1).t()
-    # In training the MLP has dropout. timm gathers before bias_act, which acts on elements one by one.
+    # In training, timm's MLP has dropout. timm applies bias_act after the lookup; here it comes first, which gives the
+    # same result because bias_act is elementwise.
     table = rel_pos.bias_act(rel_pos.mlp(rel_pos.rel_coords_log).view(-1, rel_pos.num_heads))
     return table if rel_pos.bias_gain is None else rel_pos.bias_gain * table

@@ -1,8 +1,8 @@
-"""Runs timm's MaxViT on this package's ops: attention in windows, in grids and in both in parallel.
+"""Runs timm's MaxViT on this package's ops: attention in windows, in grids, or in both in parallel.
 
-timm cuts the map into windows or dilated grids. The layers before and after attention (Linear or 1x1 convolution) act
-on tokens one by one, so they run on the map in image order, and the op addresses windows and grids. q, k and v are
-views of the QKV layer's result; in models with ``head_first``, the q, k and v of each head are adjacent.
+timm cuts the map into windows or dilated grids. The layers before and after attention (Linear or 1x1 convolution)
+process each token separately, so they run on the map in image order, and the op addresses windows and grids. q, k and v
+are views of the QKV layer's result; in models with ``head_first``, the q, k and v of each head are adjacent.
 
 Source: timm.models.maxxvit, timm 0.9.16 and newer.
 """
@@ -33,7 +33,7 @@ watch(ParallelPartitionAttention, PartitionAttention2d, PartitionAttentionCl, me
 
 
 def why_not_attention(attn: Any, name: str, window: tuple[int, int]) -> str | None:
-    """Return the reason why timm's own code currently has to do an attention module's work, or None."""
+    """Return the reason why timm's own code must run an attention module now, or None."""
     kind = original_class(attn)
     if kind is AttentionCl:
         reason = why_not_window_attention(attn, name)
@@ -65,7 +65,7 @@ def _arguments(attn: Any, window: tuple[int, int], grid: bool) -> dict[str, Any]
     return {
         "num_heads": attn.num_heads,
         "window_size": window,
-        # scaled_dot_product_attention, which timm calls if fused_attn is set, uses its default scale.
+        # If fused_attn is set, timm calls scaled_dot_product_attention with the default scale.
         "scale": None if getattr(attn, "fused_attn", False) else attn.scale,
         "grid": grid,
     }
@@ -76,7 +76,7 @@ def _dropout_p(attn: Any) -> float:
 
 
 def attend(attn: Any, x: Tensor, window: tuple[int, int], grid: bool, op: Callable[..., Tensor]) -> Tensor:
-    """Run an attention module on a map that it cuts into windows or grids; the result has the layout of x.
+    """Run an attention module on a whole map, in windows or, if ``grid``, in dilated grids; return the layout of x.
 
     ``op(qkv, **arguments)`` and ``op(q, k, v, **arguments)`` are the two window attention ops.
     """
@@ -104,11 +104,11 @@ def _divides(size: torch.Size | tuple[int, ...], window: tuple[int, int]) -> boo
 
 
 class _Partition(Accelerated):
-    """A block with one or two attention modules, each with its own index.
+    """Base class of accelerated blocks with one or two attention modules.
 
-    Geometry, parameters and stored tensors are read or compared at every call, so ``set_input_size`` takes effect.
-    timm's code runs if the op cannot replace it: with a hook on an inner module, a layer of an unknown class or a
-    replaced method, and while traced.
+    Geometry and parameters are read, and stored tensors are checked, at every call, so ``set_input_size`` takes effect.
+    timm's code runs if a hook is registered on an inner module, the class of a layer is unknown, a method was replaced,
+    or the code is traced.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -120,7 +120,7 @@ class _Partition(Accelerated):
 
 
 class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
-    """timm's block, with its attention computed by a window attention op."""
+    """timm's block for maps with channels last, with its attention run on a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
@@ -140,7 +140,7 @@ class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
 
 
 class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttention):
-    """timm's block with both kinds of attention in parallel, each run on a window attention op."""
+    """timm's block with attention in windows and in grids in parallel, each run on a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         window = self.partition_size
@@ -152,7 +152,7 @@ class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttenti
 
 
 def _attentions(block: Any) -> list[tuple[str, bool]]:
-    """Return the names of a block's attention modules, each with True for grids."""
+    """Return the name of each attention module of a block, with True if it attends in grids."""
     if "attn" in block._modules:
         return [("attn", not block.partition_block)]
     return [("attn_block", False), ("attn_grid", True)]
@@ -175,7 +175,7 @@ def _weight(block: Any) -> Tensor:
 
 
 def _map_size(block: Any) -> tuple[int, int]:
-    """Return the size of a map of several windows, because the block stores no map size."""
+    """Return the size of a map of 2 x 3 windows. The block stores no map size."""
     height, width = block.partition_size
     return 2 * height, 3 * width
 

@@ -1,7 +1,8 @@
-"""Runs timm's relative position ViT on an op: global attention with a bias table, as one window over the whole map.
+"""Runs timm's relative position ViT on an op: global attention with a bias table, as a single window.
 
-timm's own code runs if there is a class token or if the model passes one bias to all blocks, because the bias is then
-not a table of this kind. It also runs attention without a bias, for which torch's own attention is as fast.
+timm's own code runs if there is a class token or if the model passes one bias to all blocks, because the module then
+has no bias table of the op's form. timm's code also runs attention without a bias, because torch's attention is as
+fast.
 
 Source: timm.models.vision_transformer_relpos, timm 0.9.16 and newer.
 """
@@ -24,7 +25,7 @@ watch(RelPosAttention)
 
 
 def _why_not(attn: Any) -> str | None:
-    """Return the reason why timm's own code currently has to run this attention, or None."""
+    """Return the reason why timm's own code must run this attention now, or None."""
     rel_pos = attn.rel_pos
     if rel_pos is None:
         return "it has no position bias of its own, and torch's attention is as fast as a window attention op"
@@ -48,7 +49,7 @@ def _arguments(attn: Any) -> dict[str, Any]:
     return {
         "num_heads": attn.num_heads,
         "window_size": _map_size(attn),
-        # scaled_dot_product_attention, which timm calls if fused_attn is set, uses its default scale.
+        # If fused_attn is set, timm calls scaled_dot_product_attention with the default scale.
         "scale": None if getattr(attn, "fused_attn", False) else attn.scale,
     }
 
@@ -60,8 +61,8 @@ def _dropout_p(attn: Any) -> float:
 class AcceleratedRelPosAttention(Accelerated, RelPosAttention):
     """timm's attention, run on a window attention op.
 
-    Parameters and stored tensors are read or compared at every call. timm's code runs if the op cannot replace it: with
-    a hook on an inner module, a layer of an unknown class or a replaced method, and while traced.
+    Parameters are read, and stored tensors are checked, at every call. timm's code runs if a hook is registered on an
+    inner module, the class of a layer is unknown, a method was replaced, or the code is traced.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:

@@ -1,8 +1,8 @@
 """Forms for timm's window attention without a shift: DaViT, TinyViT, GC ViT, Twins, NesT, Hiera and SAM 2's Hiera.
 
-CoAtNet's attention over the whole map, whose bias comes from a table, has a form too. Linear layers act on tokens one
-by one, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token is a zero
-row in the block's padding.
+There is also a form for CoAtNet's attention over the whole map, which has a bias table. Linear layers process each
+token separately, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token
+is a row of zeros.
 
 Source: timm.models of davit, tiny_vit, gcvit, twins, nest, hiera, hieradet_sam2 and maxxvit, timm 1.0.
 """
@@ -27,9 +27,9 @@ NO_BIAS = "it attends to the whole map without a bias, for which torch's own att
 
 
 def _dropout_p(attn: Any) -> float:
-    """Return the dropout probability of a call.
+    """Return the dropout probability of the attention weights in this call.
 
-    timm's fused attention has dropout if the module is in training mode, its plain attention if attn_drop is.
+    timm's fused attention applies dropout if the attention module is in training mode, the unfused one if attn_drop is.
     """
     drop = attn.attn_drop
     is_on = attn.training if getattr(attn, "fused_attn", False) else drop.training
@@ -37,7 +37,7 @@ def _dropout_p(attn: Any) -> float:
 
 
 def _sizes_of(window: Any, channels: int) -> tuple[tuple[int, ...], ...]:
-    """Return the sizes of a map with pads, of one without pads, and of a single window."""
+    """Return three map sizes: one with pads, one without pads, and a single window."""
     height, width = window
     return (height + 1, 2 * width + 1, channels), (2 * height, width, channels), (height, width, channels)
 
@@ -76,7 +76,7 @@ DAVIT = Form(
 )
 
 
-# TinyViT: the attention module includes the norm, and the bias depends on the distance of tokens, as in LeViT
+# TinyViT. The attention module includes the norm, and the bias depends on the distance between tokens, as in LeViT.
 
 
 def _tiny_vit(block: Any, attend: Any, x: Tensor) -> Any:
@@ -128,7 +128,7 @@ def _gcvit(block: Any, attend: Any, x: Tensor, q_global: Tensor | None = None) -
         if q_global.shape[0] != b:
             return "q_global has another batch size"
         k, v = attn.qkv(x).unflatten(-1, (2, attn.num_heads, -1)).unbind(-3)
-        # Every window gets the same queries.
+        # All windows have the same queries.
         q = q_global.reshape(b, 1, height, 1, width, attn.num_heads, -1)
         q = q.expand(-1, h // height, -1, w // width, -1, -1, -1).reshape(k.shape)
         y = attend(q, k, v, **arguments)
@@ -186,7 +186,7 @@ TWINS = Form(
 )
 
 
-# NesT: the map is already cut into blocks, and each block is a row of the op's map
+# NesT. The map is already cut into blocks; each block becomes a row of the op's map.
 
 
 def _nest(attn: Any, attend: Any, x: Tensor) -> Any:
@@ -197,7 +197,7 @@ def _nest(attn: Any, attend: Any, x: Tensor) -> Any:
     if window[1] > 1024:
         return f"its blocks hold {window[1]} tokens, and the op takes at most 1024"
     y = attend(attn.qkv(x), num_heads=attn.num_heads, window_size=window, scale=scale, dropout_p=_dropout_p(attn))
-    y = y.unflatten(-1, (attn.num_heads, -1)).transpose(-1, -2).flatten(-2)  # heads are the fastest axis here
+    y = y.unflatten(-1, (attn.num_heads, -1)).transpose(-1, -2).flatten(-2)  # in NesT, heads are the fastest axis
     return attn.proj_drop(attn.proj(y))
 
 
@@ -209,7 +209,7 @@ NEST = Form(
 )
 
 
-# Hiera: tokens are in the order of mask units, and each unit is a column of the op's map
+# Hiera. Tokens are ordered by mask unit; each unit becomes a column of the op's map.
 
 
 def _hiera(attn: Any, attend: Any, x: Tensor) -> Any:

@@ -1,11 +1,11 @@
 """Runs transformers' Swin Transformers on this package's ops, with a module for each family of models.
 
 A transformers layer pads its map, rolls it, cuts it into windows, runs an attention module inside them and undoes all
-of this. Linear layers act on tokens one by one, so query, key, value and the projection run on the map in image order,
-as separate layers, and the op addresses the windows. A pad token is a zero row, so its q, k and v are the layers'
+of this. Linear layers process each token separately, so the layers for query, key, value and projection run on the map
+in image order, and the op addresses the windows. A pad token is a row of zeros, so its q, k and v are the layers'
 biases.
 
-The layers of Swin, Donut and CLAP permanently change their ``window_size`` and ``shift_size`` when they get a map that
+The layers of Swin, Donut and CLAP permanently change their ``window_size`` and ``shift_size`` when called on a map that
 one window covers; the accelerated layers do so too.
 
 If attention weights are requested, transformers' own code runs: with ``output_attentions``, and in Swin if

@@ -1,4 +1,4 @@
-"""The form of SAM's vision layers, which transformers copies from model to model.
+"""Makes the forms of SAM's vision layers and of their copies in other models of transformers.
 
 Source: transformers.models of sam, sam_hq and got_ocr2, transformers 5.
 """
@@ -16,7 +16,7 @@ from swinkernels.adapters.forms.form import Form
 
 def _forward(layer: Any, attend: Any, hidden_states: Tensor) -> Any:
     attn = layer.attn
-    # transformers calls torch's fused attention without dropout and scale.
+    # transformers calls torch's fused attention without dropout and with the default scale.
     is_fused = "Sdpa" in original_class(attn).__name__
     y = decomposed_attention(
         attn,
@@ -35,7 +35,7 @@ def _forward(layer: Any, attend: Any, hidden_states: Tensor) -> Any:
 
 
 def sam_form(name: str, kind: type[nn.Module]) -> Form:
-    """Make the form for a model's layer class."""
+    """Return the form for the layer class of a model."""
     return Form(
         name=f"transformers {name}",
         of=kind,
@@ -43,5 +43,5 @@ def sam_form(name: str, kind: type[nn.Module]) -> Form:
         sizes=lambda layer: sizes_of(layer.window_size, layer.attn, layer.attn.use_rel_pos),
         absorbs=("attn",),
         small=lambda layer: small_tables("attn", layer.window_size, layer.attn, layer.attn.use_rel_pos),
-        tolerance=1e-5,  # the softmax of eager attention is in float32
+        tolerance=1e-5,  # softmax runs in float32 in the eager attention
     )

@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedClapAudioLayer(PreNormLayerOfAnyMap, ClapAudioLayer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """transformers' layer, run on ops."""
+    """CLAP's layer, run on ops."""
 
 
 class AcceleratedClapAudioPatchMerging(PreNormMerging, ClapAudioPatchMerging):
-    """transformers' patch merging, run on an op."""
+    """CLAP's patch merging, run on an op."""
 
 
 ADAPTERS = (

@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedDonutSwinLayer(PreNormLayerOfAnyMap, DonutSwinLayer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """transformers' layer, run on ops."""
+    """Donut's layer, run on ops."""
 
 
 class AcceleratedDonutSwinPatchMerging(PreNormMerging, DonutSwinPatchMerging):
-    """transformers' patch merging, run on an op."""
+    """Donut's patch merging, run on an op."""
 
 
 ADAPTERS = (

@@ -23,7 +23,7 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedMaskFormerSwinLayer(PreNormLayer, MaskFormerSwinLayer):
-    """transformers' layer, run on ops. Its windows never change, and small maps are padded to a whole window."""
+    """MaskFormer's layer, run on ops. Its window never changes; maps smaller than the window are padded."""
 
     def forward(
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: bool = False
@@ -34,7 +34,7 @@ class AcceleratedMaskFormerSwinLayer(PreNormLayer, MaskFormerSwinLayer):
 
 
 class AcceleratedMaskFormerSwinPatchMerging(PreNormMerging, MaskFormerSwinPatchMerging):
-    """transformers' patch merging, run on an op."""
+    """MaskFormer's patch merging, run on an op."""
 
 
 ADAPTERS = (

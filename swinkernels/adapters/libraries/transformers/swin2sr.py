@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedSwin2SRLayer(PostNormLayer, Swin2SRLayer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """transformers' layer, run on ops."""
+    """Swin2SR's layer, run on ops."""
 
 
 class AcceleratedSwin2SRPatchMerging(PostNormMerging, Swin2SRPatchMerging):
-    """transformers' patch merging, run on an op."""
+    """Swin2SR's patch merging, run on an op."""
 
 
 ADAPTERS = (

@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedSwinv2Layer(PostNormLayer, Swinv2Layer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """transformers' layer, run on ops."""
+    """Swin v2's layer, run on ops."""
 
 
 class AcceleratedSwinv2PatchMerging(PostNormMerging, Swinv2PatchMerging):
-    """transformers' patch merging, run on an op."""
+    """Swin v2's patch merging, run on an op."""
 
 
 ADAPTERS = (

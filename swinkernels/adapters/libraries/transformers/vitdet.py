@@ -1,4 +1,4 @@
-"""The form of ViTDet's layers: channels first, windows without a shift, decomposed relative position.
+"""The form of ViTDet's layers, which have channels first, unshifted windows and decomposed relative positions.
 
 Source: transformers.models.vitdet.modeling_vitdet, transformers 5.
 """
