@@ -29,7 +29,7 @@ from swinkernels.ops.layer_norm import norm_gradients
 _BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
 _SAVED = "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias"
 define(f"residual_layer_norm_fwd({_BRANCH}) -> (Tensor s, Tensor z, Tensor mean, Tensor rstd)")
-# dy is empty if it equals dx, because x and y have one dtype and there is no drop_path_scale.
+# dy is empty if it equals dx, that is, if x and y have one dtype and drop_path_scale is None.
 define(
     f"residual_layer_norm_bwd(Tensor ds, Tensor dz, Tensor s, {_SAVED}) -> "
     "(Tensor dx, Tensor dy, Tensor dweight, Tensor dbias)"

@@ -32,7 +32,7 @@ def attention_half(
     layer_scale: Tensor | None = None,
     **attention: Any,
 ) -> Tensor:
-    r"""Layer norm, QKV projection, shifted-window attention, output projection and residual connection.
+    r"""Apply layer norm, QKV projection, shifted-window attention, output projection and the residual connection.
 
     .. math::
         y = x + d \, \gamma \cdot proj(attention(qkv(LayerNorm(x)))) \quad \text{(pre, v1)}
@@ -69,7 +69,7 @@ def attention_half(
     op = "attention_half"
     check_norm(op, norm)
     if "pad_qkv" in attention:
-        raise ValueError(f"{op}: pad_qkv is qkv_bias here and cannot be given, got {attention['pad_qkv']!r}")
+        raise ValueError(f"{op}: pad_qkv must not be given, because it is qkv_bias here, got {attention['pad_qkv']!r}")
     branch = layer_norm(x, norm_weight, norm_bias, eps=eps) if norm == "pre" else x
     branch = linear(branch, qkv_weight, qkv_bias)
     branch = window_attention_qkvpacked(
