@@ -260,7 +260,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
             rounded = rounded + 2 * factor * (q @ k.transpose(-2, -1)).abs()
         for rows, _, has in axes:
             rounded = rounded + torch.einsum("...id,ijd->...ij", q.square(), rows.square()).sqrt() @ has.T
-        # A score far below the largest, such as one with a mask of -100, has an error of half an eps times the distance.
+        # A score far below the largest, such as one with a mask of -100, has an error of half an eps of that distance.
         rounded = torch.maximum(rounded, -0.5 * probs.clamp(min=1e-300).log())
         rounded = rounded + (probs * rounded).sum(-1, keepdim=True)  # plus the sum in the softmax's denominator
     dprobs = (dout @ v.transpose(-2, -1)).abs() * (1 + rounded)
