@@ -21,7 +21,7 @@ MAX_WINDOW_VOLUME = 1024
 MAX_AXIS_TABLES_VOLUME = 4096  # with axis_tables: enough for global attention over 1024 x 1024 images in patches of 16
 MAX_HEAD_DIM = 128
 MAX_ELEMENTS = 2**63 - 1
-LARGEST_FLOAT = torch.finfo(torch.float32).max  # limit of numbers that multiply float32 scores or are added
+LARGEST_FLOAT = torch.finfo(torch.float32).max  # limit of numbers that multiply float32 scores or are added to them
 # Kernels add this finite number for a mask_value of -inf: a masked key still gets probability exactly 0, and a tile
 # that has only masked keys produces no NaN.
 MASKED_OUT = -(2.0**125)
@@ -351,7 +351,7 @@ def make_window_spec(
 ) -> WindowSpec:
     """Check the arguments of window attention's public functions for a map of ``rank`` axes and return their spec.
 
-    ``tables`` contains the call's tensors by name. Some of them exclude other arguments, which is checked here, too.
+    ``tables`` contains the call's tensors by name; some of them cannot be combined with other arguments.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names ``op``, the value given and the values accepted.
@@ -425,7 +425,7 @@ def _check_key_window(
     keys: tuple[int, ...],
     beside: Mapping[str, bool],
 ) -> None:
-    """Check a key window that differs from the window, and that no argument marked True in ``beside`` is given."""
+    """Check a key window that differs from the window; ``beside`` maps the arguments that it excludes to "is given"."""
     if any(m < w or (m - w) % 2 for m, w in zip(keys, window, strict=True)):
         raise ValueError(
             f"{op}: key_window must be window_size plus an even number of tokens per axis, half of them on each side, "

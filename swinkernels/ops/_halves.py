@@ -36,8 +36,8 @@ def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
 def scaled(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm: str) -> tuple[Tensor, Tensor | None]:
     """Return the weight and bias of a branch's last Linear layer, multiplied by layer scale if ``norm`` is "pre".
 
-    Scaling the weight instead of the branch saves no additional tensor for layer scale's gradient. In "post" the norm
-    follows the Linear layer, so layer scale cannot be applied here.
+    Because layer scale multiplies the weight instead of the branch, its gradient needs no additional saved tensor. In
+    "post" the norm follows the Linear layer, so layer scale cannot be applied here.
     """
     if layer_scale is None or norm == "post":
         return weight, bias
