@@ -62,7 +62,7 @@ def _join(x: Tensor, first: int, frame: Sequence[int], window: Sequence[int], gr
 
 
 class _Permute(torch.autograd.Function):
-    """Permute axis 1 of x. The gradient is gathered as well; index_select's would be added row by row on a CPU."""
+    """Permute axis 1 of x. The gradient is gathered, too; on a CPU index_select would add it row by row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Frame:
-    """The frame of a map, which is its size rounded up to whole windows; cuts maps into windows and joins windows."""
+    """Cuts maps into windows and joins windows into maps. The frame is a map's size rounded up to whole windows."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class _Frame:
 
     @property
     def gathers(self) -> bool:
-        """Whether one gather replaces the copies of a roll and a cut."""
+        """Return True if one gather replaces a roll and a cut, which would copy the map twice."""
         return bool(self.axes) and not self.rolls_first and is_plain(())
 
     def windows(self, x: Tensor, pad: Tensor | None = None, heads_first: bool = False) -> Tensor:
@@ -130,7 +130,7 @@ class _Frame:
     def keys(self, x: Tensor, key_window: Sequence[int], pad: Tensor | None = None) -> Tensor:
         """Cut (B, *S, heads, ...) into larger, overlapping windows: (B, num_windows, heads, M, ...).
 
-        A window of keys has the centre of its window of queries.
+        A key window has the same centre as its window of queries.
         """
         if tuple(key_window) == self.window:
             return self.windows(x, pad, heads_first=True)
@@ -158,7 +158,7 @@ class _Frame:
         return x.contiguous()
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the number in the frame of each token of the rolled windows, and the inverse permutation."""
+        """Return the number in the frame of each token of the shifted windows, and the inverse permutation."""
 
         def make() -> Tensor:
             tokens = torch.arange(math.prod(self.frame), device=device).reshape(self.frame)

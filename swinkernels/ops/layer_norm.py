@@ -59,7 +59,7 @@ def _fake_bwd(dz, x, weight, mean, rstd, factor, needs_dweight, needs_dbias):
 
 def _setup_context(ctx, tensors, others, output):
     ctx.factor = others[0]
-    ctx.set_materialize_grads(False)  # avoids kernels that fill zeros for mean and rstd
+    ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for mean and rstd
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 

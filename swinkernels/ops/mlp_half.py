@@ -73,8 +73,8 @@ def mlp_half(
         (B, ..., C) in the dtype of x; with residual=False and norm="pre", in the dtype of the matrix products. An empty
         batch gives an empty result. Under autocast the matrix products use the autocast dtype. Differentiable in x,
         branch, all parameters and layer_scale, each gradient in its tensor's dtype; twice with backend="torch" or
-        "reference". Differentiable in drop_path_scale and branch_scale wherever
-        :func:`swinkernels.residual_layer_norm` is.
+        "reference". Also differentiable in drop_path_scale and branch_scale with backend="auto", "torch" or
+        "reference".
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.

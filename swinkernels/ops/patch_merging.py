@@ -76,7 +76,7 @@ def _define(suffix: str) -> Callable:
 
     def setup_context(ctx, tensors, others, output):
         ctx.pieces = others[:2]
-        ctx.set_materialize_grads(False)  # avoids kernels that fill zeros for mean and rstd
+        ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for mean and rstd
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 

@@ -67,7 +67,7 @@ def _fake_post_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dweight, ne
 def _setup_context(ctx, tensors, others, output):
     _, _, drop_path_scale, weight, bias = tensors
     s, z, mean, rstd = output
-    ctx.set_materialize_grads(False)  # avoids kernels that fill zeros for mean and rstd
+    ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for mean and rstd
     ctx.z_dtype = z.dtype
     ctx.save_for_backward(s, drop_path_scale, weight, bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
@@ -224,8 +224,9 @@ def residual_layer_norm(
     Returns:
         s in the dtype of x, and z in the dtype of y, which the next branch reads; z is the norm of the returned,
         rounded s. Each is (B, ..., C) and contiguous. An empty batch gives empty results. Differentiable in x, y,
-        weight, bias and, in the reference, drop_path_scale, each gradient in its tensor's dtype; the same input gives
-        the same bits. Twice differentiable with backend="torch" or "reference".
+        weight and bias, each gradient in its tensor's dtype; the same input gives the same bits. With backend="torch"
+        or "reference" also differentiable in drop_path_scale, and twice; "auto" chooses one of them if
+        drop_path_scale requires a gradient.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.

@@ -61,7 +61,7 @@ def attention_half(
         (B, \*S, C) in the dtype of x.
 
     Raises:
-        ValueError: an unknown norm, mismatched shapes, a meaningless geometry.
+        ValueError: an unknown norm, mismatched shapes, an invalid geometry.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3; Swin Transformer V2 (Liu et al., 2022), section 3.2; first
     line of ``forward`` in the blocks of timm, torchvision and MONAI.

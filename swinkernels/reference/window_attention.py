@@ -120,12 +120,12 @@ def window_attention(
         (B, \*S, num_heads * head_dim) in the dtype of q, contiguous. The arithmetic is in float32, or in float64 if q
         is, also under autocast, and the result is rounded once. (A backward pass under autocast is torch's own and
         rounds its products.) An empty batch gives an empty result.
-        The gradient of ``logit_scale`` is zero above ln 100 (at ln 100, as in torch.clamp). A pad token whose k is zero
-        has cosine 0 with every query, and the gradient of that k, a part of ``pad_qkv``, is of the order of 1e12.
-        If a model's k has no bias, no parameter gets this gradient.
+        The gradient of ``logit_scale`` is zero above ln 100; like torch.clamp, it is not zero at ln 100 itself. A pad
+        token whose k is zero has cosine 0 with every query, and the gradient of that k, a part of ``pad_qkv``, is of
+        the order of 1e12. If a model's k has no bias, no parameter gets this gradient.
 
     Raises:
-        ValueError: a meaningless geometry, or tables that do not fit.
+        ValueError: an invalid geometry, or tables whose shape does not match it.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.2; Swin Transformer V2 (Liu et al., 2022), section 3;
     checked against the modules of timm, torchvision, MONAI and transformers. ``axis_tables``: MViTv2 (Li et al., 2022),

@@ -10,7 +10,7 @@ Tiling    a program holds ROWS merged tokens in registers. A token's L columns, 
           so with accesses of 16 bytes and up to L = 512 a merged token belongs to one warp, and its sums need no
           barrier. The columns of a backward program are in the order of the map instead of the runs, so that each
           neighbour's gradient is written once, even if the runs have that neighbour twice or not at all.
-Order     a program takes every PROGRAMS-th tile. Its columns and parameters are the same in all of its tiles, and its
+Order     a program processes every PROGRAMS-th tile. Its columns and parameters are the same in all its tiles, and its
           rows advance with carries instead of divisions. A backward program sums its share of dweight and dbias in
           registers, and sum_shares adds the shares. The number of backward programs is the same on every GPU, and so
           is the order of the sums.

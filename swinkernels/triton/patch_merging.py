@@ -88,8 +88,8 @@ def _runs_of(neighbours: Sequence[int]) -> dict[str, int | None]:
 def _geometry(
     size: tuple[int, ...],
     channels: int,
-    itemsize: int,  # of the written dtype
-    strides: tuple[int, ...],  # of the map, except its last axis
+    itemsize: int,  # of the dtype that is written
+    strides: tuple[int, ...],  # of the map that is read, except its last axis
     factor: tuple[int, ...],
     neighbours: tuple[int, ...],
     backward: bool,
