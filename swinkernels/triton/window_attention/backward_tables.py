@@ -56,7 +56,7 @@ def bwd_axis_tables(
 
 @triton.jit
 def _query_of(row, key, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
-    """Return, on one axis, the query whose bias with each key is in each row, or a number outside the window."""
+    """Return, on one axis, the query that uses each row with each key, (rows, keys), or a number outside the window."""
     if PAIRS:
         query = tl.where((row // WINDOW)[:, None] == key[None, :], (row % WINDOW)[:, None], -1)
     else:

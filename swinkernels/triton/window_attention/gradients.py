@@ -66,7 +66,7 @@ def recompute(window, queries, keys, bias, seams, unit_scale, call, STATIC: tl.c
 
 @triton.jit
 def dprobs_of(queries, keys, keep, call, STATIC: tl.constexpr):
-    """Return dP of a tile; it includes dropout."""
+    """Return dP of a tile, with dropout applied."""
     dprobs = tl.dot(queries.dout, tl.trans(keys.v), input_precision=STATIC.PRECISION)
     if keep is not None:
         dprobs = tl.where(keep, dprobs * call.keep_scale, 0.0)
@@ -127,7 +127,7 @@ def row_gradient(d, x, inverse, scale, call):
 def store_dlogit_scale(dlogit_scale, rows, program, head, call, STATIC: tl.constexpr):
     """Store a program's share of the gradient of a logit scale, which is zero if the scale is clamped.
 
-    The float32 number nearest to ln 100 is above ln 100 and so is clamped, as by torch.clamp.
+    The float32 number nearest to ln 100 is above ln 100, so it counts as clamped, as in torch.clamp.
     """
     total = tl.sum(rows, axis=0) * (1.0 / STATIC.UNIT)
     clamped = tl.load(call.logit_scale + head) >= LN_100

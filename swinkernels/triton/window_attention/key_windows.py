@@ -33,13 +33,13 @@ def locate_keys(window, token, call, STATIC: tl.constexpr):
 
 @triton.jit
 def key_rows(data, number, head, which: tl.constexpr, key, call, STATIC: tl.constexpr):
-    """Return the addresses of rows of dk or dv in the gradients of each window, (windows, heads, 2, M, HEAD_DIM)."""
+    """Return the addresses of rows of dk or dv in ``data``, of shape (windows, heads, 2, M, HEAD_DIM)."""
     first = ((number.to(tl.int64) * call.num_heads + head) * 2 + (which - K)) * STATIC.KEY_VOLUME
     return data + (first + key)[:, None] * STATIC.HEAD_DIM + tl.arange(0, STATIC.BLOCK_D)[None, :]
 
 
 @triton.jit
 def store_of_window(data, which: tl.constexpr, values, number, head, key, call, STATIC: tl.constexpr):
-    """Store a window's dk or dv in the gradients of each window."""
+    """Store a window's rows of dk or dv in ``data``, the gradients of all windows' keys."""
     inside = (key < STATIC.KEY_VOLUME)[:, None] & (tl.arange(0, STATIC.BLOCK_D) < STATIC.HEAD_DIM)[None, :]
     tl.store(key_rows(data, number, head, which, key, call, STATIC), values, mask=inside)

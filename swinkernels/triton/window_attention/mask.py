@@ -10,7 +10,7 @@ from swinkernels.triton._window_address import coordinates
 
 @triton.jit
 def beyond_seam(token, call, STATIC: tl.constexpr):
-    """Return a bit per axis, set for tokens at or beyond ``call.cut``, the position of the seam in its windows."""
+    """Return a bit per axis, set for tokens at or beyond ``call.cut``, where the shift's seam crosses a window."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     t0, t1, t2 = coordinates(token, WINDOW)
     cut = call.cut

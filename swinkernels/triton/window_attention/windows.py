@@ -32,7 +32,7 @@ def window_of_type(kind, i, call, STATIC: tl.constexpr):
 
 @triton.jit
 def first_window(group, batch_windows, windows_per_program, call):
-    """Return a group's type, first window and number of windows; ``batch_windows`` counts a type's in the batch."""
+    """Return a group's type, first window and number of windows. Each type has ``batch_windows`` in the batch."""
     if call.type_windows is not None:
         groups = tl.cdiv(batch_windows, windows_per_program)
         kind, group = group // groups, group % groups
