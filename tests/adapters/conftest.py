@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that grows with each call of window attention, by the backend that the call requests."""
+    """Return a list to which each call of window attention appends the backend that it requests."""
     module, seen = sys.modules["swinkernels.ops.window_attention"], []
     attend = module._attend
     monkeypatch.setattr(module, "_attend", lambda *args: seen.append(args[6]) or attend(*args))

@@ -37,7 +37,7 @@ from tests.support.small_models import (
 )
 from tests.support.sweeps import long_but
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # from libraries, tracing and export
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings from libraries, tracing and export
 
 # Maps of 9x13 and 5x7 tokens in windows of 4x4: padded, and shifted in every second block.
 IMAGE = (3, 18, 26)
@@ -141,7 +141,7 @@ def images(library: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> 
 
 @pytest.fixture
 def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that grows with each call of window attention, by the backend that the call requests."""
+    """Return a list to which each call of window attention appends the backend that it requests."""
     module, seen = sys.modules["swinkernels.ops.window_attention"], []
     attend = module._attend
 
@@ -155,7 +155,7 @@ def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that grows with each call of the other ops, by the op's name."""
+    """Return a list to which each call of another op appends the op's name."""
     seen: list[str] = []
 
     def watched(name: str, op: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Tests accelerate on forms other than Microsoft's block: results equal those of the own code, also after edits."""
+"""Tests accelerate on forms other than Microsoft's block: results equal the modules' own, also after edits."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def check(place: Place, edit: Callable[[Any], None], *, before_accelerate: bool)
 
 
 def inner_paths(place: Place) -> list[str]:
-    """List the paths inside a place's module, except of containers, modules without parameters, and the MLP."""
+    """List the paths of a place's inner modules, except containers, modules without parameters, and the MLP."""
     model = place.model()
     found = []
     for path, module in model.named_modules():
