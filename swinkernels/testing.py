@@ -1,4 +1,4 @@
-"""Random calls of the ops and the error budget for backends; used by the tests and the benchmarks."""
+"""Draws random calls of window attention and judges results by an error budget; used by the tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from swinkernels.reference._geometry import key_index, source_index
 from swinkernels.reference.window_attention import key_window_index, relative_position_index
 
 # In windows of fewer tokens, too few rounding errors average out, and the terms in a row of dS, which sum to zero,
-# cancel most.
+# cancel more strongly.
 SMALL_WINDOW = 16
 # v2 normalises q and k, which removes the part of a row's gradient along the row. With fewer channels little else may
 # be left, so that rounding errors can dominate. (With one channel the gradient is zero.)
@@ -38,7 +38,7 @@ class WindowAttentionCase:
     has_table: bool = True
     has_pad_qkv: bool = False
     has_logit_scale: bool = False  # v2, with one head's value above the clamp
-    bias_types: int | None = None  # dense bias instead of the table: 0 for (heads, N, M), else its number of types
+    bias_types: int | None = None  # a dense bias instead of the table: 0 for (heads, N, M), else the number of types
     options: dict[str, Any] = field(default_factory=dict)
     has_axis_tables: bool = False
     table_types: int | None = None  # number of window types in the bias table
@@ -78,8 +78,11 @@ class WindowAttentionCase:
         }
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Tensor]:
-        """Draw qkv, dout and, if the case has it, pad_qkv, rounded to ``dtype``, and in float32 bias_table, bias,
-        logit_scale and, for each axis a, the table "axis_tables.a". The numbers depend on the kind of device."""
+        """Draw the inputs of the case by name; the numbers depend on the kind of device.
+
+        qkv, dout and pad_qkv are rounded to ``dtype``. bias_table, bias, logit_scale and the table "axis_tables.a" of
+        each axis a are float32.
+        """
         g = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -158,9 +161,9 @@ def judge(
     The RMS error may be 0.75 eps times the RMS of ``exact``, and the error of each element 2 eps times the largest
     element. The error of ``f32``, the reference run in float32 on the same rounded inputs (or a function that runs it
     on demand), widens the limits: twice its RMS error is added to the first, four times its largest error to the
-    second. These additions dominate if terms of a result cancel. ``eps`` is the machine epsilon of the arithmetic, by
-    default of the dtype of ``got`` (TF32: 2 ** -10). ``terms``, the size of the terms that cancel, replaces ``exact``
-    in both limits. NaN fails.
+    second. These additions dominate if terms of a result cancel. ``eps`` is the machine epsilon of the arithmetic; the
+    default is that of the dtype of ``got`` (TF32 has 2 ** -10). If ``terms``, the size of the terms that cancel, is
+    given, it replaces ``exact`` in both limits. NaN fails.
     """
     if got.shape != exact.shape:
         return Judged(math.inf, math.inf, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
@@ -196,8 +199,8 @@ def assert_within_budget(got: Tensor, exact: Tensor, f32: Tensor | Callable[[], 
 def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, single: bool = False) -> dict[str, Tensor]:
     """Compute, in float64, the size that each gradient would have if its cancelling terms had the same sign.
 
-    The keys are those of :func:`run_case`. A value has the scale of the result, but not always its shape. ``single`` is
-    for arithmetic in float32: the sizes then include the rounding of the scores, and the output has a size, too.
+    The keys are those of :func:`run_case`. A value has the scale of the result, but not always its shape. If ``single``
+    is True, for arithmetic in float32, the sizes include the rounding of the scores, and "out" has a size, too.
     """
     rank, heads = len(case.size), case.num_heads
     device = inputs["qkv"].device
@@ -236,7 +239,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
     maps = zip(inputs["qkv"].chunk(3, dim=-1), pads, indices, strict=True)
     q, k, v = (gather(*each) for each in maps)
     dout = gather(inputs["dout"], torch.zeros_like(pads[0]), index)
-    axes = []  # per axis, by query and key coordinate: |table rows|, their numbers; and the keys' one-hot coordinates
+    axes = []  # per axis: |table rows| and row numbers by query and key coordinate, and the keys' one-hot coordinates
     token = torch.arange(math.prod(window), device=device)
     for axis, w in enumerate(window if case.has_axis_tables else ()):
         coordinate = token // math.prod(window[axis + 1 :]) % w
@@ -257,7 +260,7 @@ def cancelling_terms(case: WindowAttentionCase, inputs: dict[str, Any], *, singl
             rounded = rounded + 2 * factor * (q @ k.transpose(-2, -1)).abs()
         for rows, _, has in axes:
             rounded = rounded + torch.einsum("...id,ijd->...ij", q.square(), rows.square()).sqrt() @ has.T
-        # A score far below the largest, such as one with a mask of -100, has an error of half an eps of the distance.
+        # A score far below the largest, such as one with a mask of -100, has an error of half an eps of that distance.
         rounded = torch.maximum(rounded, -0.5 * probs.clamp(min=1e-300).log())
         rounded = rounded + (probs * rounded).sum(-1, keepdim=True)  # plus the sum in the softmax's denominator
     dprobs = (dout @ v.transpose(-2, -1)).abs() * (1 + rounded)
@@ -328,11 +331,11 @@ def judge_window_attention(
 
     The reference runs on the same device. Inputs named in ``constant`` have no gradient. Gradients are judged against
     the size of their cancelling terms in four cases: if ``cancels`` is True, in small windows, in v2 with few channels,
-    and in float32 with its own eps. In the last case this holds for the output, too. (Pass ``eps`` if products are
-    rounded to a shorter format.) Set ``rounds_unit_rows`` for a backend that rounds v2's unit rows to the dtype, for
-    tensor cores: dlogit_scale, one sum of terms that all have that rounding, is then judged likewise. Set
-    ``sums_in_float32`` for a backend that rounds nothing before its float32 sums: float32 gradients are then judged by
-    float32's eps for every dtype.
+    and in float32 unless ``eps`` is given. In the last case the output is judged in the same way. Pass ``eps`` if
+    products are rounded to a shorter format than the dtype. Set ``rounds_unit_rows`` for a backend that rounds v2's
+    unit rows to the dtype, for tensor cores: dlogit_scale, one sum of terms that all have that rounding, is then judged
+    against its cancelling terms, too. Set ``sums_in_float32`` for a backend that rounds nothing before its float32
+    sums: float32 gradients are then judged by float32's eps for every dtype.
 
     Returns:
         Output and gradients by name, as from :func:`run_case`, and the verdict on each of them.

@@ -1,10 +1,10 @@
-"""Defines WindowSpec, the arguments of a window-attention call other than its tensors, in normal form.
+"""Defines WindowSpec, which contains the arguments of a window-attention call other than its tensors, in normal form.
 
-The public functions and the adapters make one (``ops._arguments.make_window_spec``). Support checks, fakes and the
-plain-PyTorch backends read its fields. Kernels get it as ``wire()``, a string, and ``numbers``, three floats, which a
-compiler may make symbolic. A string is one argument: exporters keep it, graphs print it readably, and passing it costs
-one pointer. A new option needs a field here, its check, the argument of the public functions, the reference, and each
-backend that supports it.
+The public functions and the adapters make a spec with ``ops._arguments.make_window_spec``. Support checks, fakes and
+the plain-PyTorch backends read its fields. Kernels get it as ``wire()``, a string, and ``numbers``, three floats that
+compilers can make symbolic. A string is one argument: exporters keep it, graphs print it readably, and passing it costs
+one pointer. A new option needs a field and a conversion in this file, a check in make_window_spec, an argument of the
+public functions and of the reference, and code in each backend that supports it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class WindowSpec:
     """Arguments of a window-attention call other than its tensors; per-axis values are in order, slowest axis first.
 
     Fields are documented under the argument of the same name of :func:`swinkernels.window_attention_qkvpacked`, with
-    these exceptions. Without ``needs_lse``, in calls without a gradient, the op returns an empty lse. ``allow_tf32``
-    lets float32 products be rounded to TF32. With ``axis_tables`` the op's bias consists of the tables of all axes,
-    concatenated. ``table_types`` is the number of window types in the bias table.
+    these exceptions. If ``needs_lse`` is False, as in calls without a gradient, the op returns an empty lse. If
+    ``allow_tf32`` is True, float32 products may be rounded to TF32. If ``axis_tables`` is True, the op's bias consists
+    of the tables of all axes, concatenated. ``table_types`` is the number of window types in the bias table.
     """
 
     window_size: tuple[int, ...]
@@ -50,7 +50,7 @@ class WindowSpec:
 
     @property
     def key_volume(self) -> int:
-        """Return M, the number of keys of a window."""
+        """Return M, the number of tokens in a key window."""
         return math.prod(self.key_window)
 
     @property
@@ -71,7 +71,7 @@ class WindowSpec:
         return self.scale, self.mask_value, self.dropout_p
 
     def wire(self, *, allow_tf32: bool = False, needs_lse: bool = True) -> str:
-        """Return ``name=value;...`` for all fields that differ from their default, except those in ``numbers``.
+        """Format the fields, except those in ``numbers``, as ``name=value;...``; fields at their default are left out.
 
         Values per axis are joined by commas. The two arguments replace the fields of the same name, whose values are
         known only when the op is called.
@@ -93,7 +93,7 @@ class WindowSpec:
 
 @dataclass(frozen=True)
 class _Field:
-    """Conversion of a field to the wire format and back, and the field's default, which may depend on the window."""
+    """Converts a field to the wire format and back, and gives its default, which may depend on the window."""
 
     write: Callable[[Any], str]
     read: Callable[[str], Any]
@@ -112,7 +112,7 @@ def _flag(default: bool) -> _Field:
     return _Field(lambda value: str(int(value)), lambda text: text == "1", lambda window: default)
 
 
-# The fields on the wire: the window first, and last the fields that are known only at the call.
+# The fields of the wire format. The window is first; the two fields that are known only when the op is called are last.
 # csrc/bindings/window_spec.h reads the same names and has the same defaults.
 _FIELDS = {
     "window_size": _per_axis(int, lambda w: None),

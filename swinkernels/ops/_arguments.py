@@ -21,7 +21,7 @@ MAX_WINDOW_VOLUME = 1024
 MAX_AXIS_TABLES_VOLUME = 4096  # with axis_tables: enough for global attention over 1024 x 1024 images in patches of 16
 MAX_HEAD_DIM = 128
 MAX_ELEMENTS = 2**63 - 1
-LARGEST_FLOAT = torch.finfo(torch.float32).max  # for numbers that multiply float32 scores or are added to them
+LARGEST_FLOAT = torch.finfo(torch.float32).max  # limit of numbers that multiply float32 scores or are added to them
 # Kernels add this finite number for a mask_value of -inf: a masked key still gets probability exactly 0, and a tile
 # that has only masked keys produces no NaN.
 MASKED_OUT = -(2.0**125)
@@ -30,7 +30,7 @@ Ints = int | Sequence[int]
 
 
 def why_beyond_limits(head_dim: int, window: Sequence[int] = ()) -> str | None:
-    """Return, for reports, the reason why the op rejects heads or windows of this size, or None."""
+    """Return the reason why the op rejects heads or windows of this size, for a report, or None if it accepts them."""
     if head_dim > MAX_HEAD_DIM:
         return f"its heads have {head_dim} channels, and the op takes at most {MAX_HEAD_DIM}"
     volume = math.prod(window)
@@ -49,7 +49,7 @@ def _shape(x: Tensor) -> str:
 
 
 def _index(value: Any) -> int | None:
-    """Convert an integer of any type, NumPy's included, to int; return None for anything else, bool included.
+    """Convert an integer of any type, including NumPy's, to int; return None for a bool or any other value.
 
     A compiler's symbolic int becomes a constant of the compiled code, because windows and heads select the kernel.
     """
@@ -60,7 +60,7 @@ def _index(value: Any) -> int | None:
 
 
 def _is_symbolic_or_int(value: Any) -> bool:
-    """Return True for an int or a symbolic int, neither of which needs conversion; the latter stays symbolic."""
+    """Return True for an int or a symbolic int. Neither is converted, so a symbolic int stays symbolic."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -97,7 +97,7 @@ def finite(op: str, name: str, value: Any) -> float:
 
 
 def mask_number(op: str, value: Any) -> float:
-    """Check ``mask_value`` and return the finite number that kernels add."""
+    """Check ``mask_value`` and return the finite number that kernels add to masked scores."""
     if isinstance(value, float) and value == -math.inf:
         return MASKED_OUT
     if isinstance(value, (int, float)) and not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
@@ -121,7 +121,7 @@ def check_tensor(op: str, name: str, value: Any, device: torch.device, *, floati
     if floating and value.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
     if not floating and value.dtype not in REGION_DTYPES:
-        raise TypeError(f"{op}: {name} must hold integers of int32 or a narrower dtype, got {value.dtype}")
+        raise TypeError(f"{op}: {name} must be int32, int16, int8 or uint8, got {value.dtype}")
 
 
 def check_qkvpacked(op: str, qkv: Any, num_heads: Any) -> Tensor:
@@ -215,7 +215,7 @@ def check_size(op: str, size: Any) -> tuple[int, ...]:
     tokens: list[Any] = [s if _is_symbolic_or_int(s) else _index(s) for s in given]
     counts = tuple(s for s in tokens if s is not None)
     if len(counts) != len(tokens):
-        raise TypeError(f"{op}: size must be the tokens of the map per axis, (H, W) or (D, H, W), got {size!r}")
+        raise TypeError(f"{op}: size must be the map's number of tokens per axis, (H, W) or (D, H, W), got {size!r}")
     if len(counts) not in (2, 3) or any(s < 1 for s in counts):
         raise ValueError(f"{op}: size must be (H, W) or (D, H, W), each at least 1, got {tuple(size)}")
     return counts
@@ -319,7 +319,7 @@ def check_window(op: str, window_size: Any, shift_size: Any, rank: int) -> tuple
 
 
 def check_roll(op: str, shift_size: Any, rank: int) -> tuple[int, ...]:
-    """Check a cyclic shift: like torch.roll's, any number of tokens per axis, in either direction."""
+    """Check a cyclic shift. As in torch.roll, it is any number of tokens per axis, in either direction."""
     return per_axis_ints(op, "shift_size", shift_size, rank)
 
 
@@ -351,7 +351,7 @@ def make_window_spec(
 ) -> WindowSpec:
     """Check the arguments of window attention's public functions for a map of ``rank`` axes and return their spec.
 
-    ``tables`` maps names to the call's tensors; some of these cannot be combined with certain other arguments.
+    ``tables`` contains the call's tensors by name; some of them cannot be combined with other arguments.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names ``op``, the value given and the values accepted.
@@ -363,7 +363,7 @@ def make_window_spec(
     has_axis_tables = tables.get("axis_tables") is not None
     largest = MAX_AXIS_TABLES_VOLUME if has_axis_tables else MAX_WINDOW_VOLUME
     if volume > largest:
-        raise ValueError(f"{op}: window_size may hold at most {largest} tokens, got {window}, which holds {volume}")
+        raise ValueError(f"{op}: a window must have at most {largest} tokens, got window_size {window} with {volume}")
     before = per_axis_ints(op, "pad_before", pad_before, rank)
     check_choice(op, "pad_order", pad_order, PAD_ORDERS)
     wraps = per_axis_bools(op, "periodic", periodic, rank)
@@ -392,7 +392,7 @@ def make_window_spec(
     if scale is not None and tables.get("logit_scale") is not None:
         raise ValueError(f"{op}: scale (v1) must be None with a logit_scale (v2), got {scale!r}")
     if has_axis_tables and tables.get("logit_scale") is not None:
-        raise ValueError(f"{op}: axis_tables must be None with a logit_scale: they multiply q, not its unit vector")
+        raise ValueError(f"{op}: axis_tables (for v1) must be None with a logit_scale (v2), got both")
     keys = window if key_window is None else per_axis_ints(op, "key_window", key_window, rank)
     if keys != window:
         beside = {"shift_size": any(shift), "periodic": any(wraps), "grid": grid, "table_pairs": any(pairs)}
@@ -425,7 +425,7 @@ def _check_key_window(
     keys: tuple[int, ...],
     beside: Mapping[str, bool],
 ) -> None:
-    """Check a key window that differs from the window; none of the arguments in ``beside`` may be given with it."""
+    """Check a key window that differs from the window; ``beside`` maps the arguments that it excludes to "is given"."""
     if any(m < w or (m - w) % 2 for m, w in zip(keys, window, strict=True)):
         raise ValueError(
             f"{op}: key_window must be window_size plus an even number of tokens per axis, half of them on each side, "
@@ -433,7 +433,8 @@ def _check_key_window(
         )
     if math.prod(keys) > MAX_WINDOW_VOLUME:
         raise ValueError(
-            f"{op}: key_window may hold at most {MAX_WINDOW_VOLUME} tokens, got {keys}, which holds {math.prod(keys)}"
+            f"{op}: a key window must have at most {MAX_WINDOW_VOLUME} tokens, got key_window {keys} with "
+            f"{math.prod(keys)}"
         )
     given = [name for name, is_given in beside.items() if is_given]
     if given:
@@ -460,7 +461,7 @@ def _check_axis_tables(
     expected = [(2 * w - 1, head_dim) for w in window]
     if len(given) != len(window):
         raise ValueError(
-            f"{op}: axis_tables must hold one table for each of the {len(window)} axes of the map, got {len(given)}"
+            f"{op}: axis_tables must contain one table for each of the {len(window)} axes of the map, got {len(given)}"
         )
     for table in given:
         check_tensor(op, "axis_tables", table, device)
@@ -498,19 +499,20 @@ def check_window_call(
     if any(s < 1 for s in size):
         raise ValueError(f"{op}: every axis of the map must have at least one token, got S = {size}")
     frame = frame_size(size, window)
-    # The largest tensor a backend could hold: batch * windows * heads * N * M = batch * frame * heads * M scores.
+    # The largest tensors that a backend allocates are the scores, batch * windows * heads * N * M = batch * frame *
+    # heads * M of them, and the padded q, k and v.
     elements = tokens.shape[0] * math.prod(frame) * num_heads * max(m, 3 * head_dim)
-    if isinstance(elements, int) and elements > MAX_ELEMENTS:  # a symbolic size would get a guard
+    if isinstance(elements, int) and elements > MAX_ELEMENTS:  # comparing a symbolic size would add a guard
         raise ValueError(
-            f"{op}: the map must be small enough for an int64 to count its scores, got shape "
-            f"{tuple(tokens.shape)} with window_size {window}: split the batch"
+            f"{op}: the map is too large: the number of scores and of elements of q, k and v must be at most 2**63 - 1 "
+            f"(int64), got shape {tuple(tokens.shape)} with window_size {window}; split the batch"
         )
     before = spec.pad_before
     if any(before) and any(not 0 <= b <= p - s for b, p, s in zip(before, frame, size, strict=True)):
         pads = tuple(p - s for p, s in zip(frame, size, strict=True))
         raise ValueError(
-            f"{op}: pad_before must be in 0..padding per axis; S = {size} and window {window} make the padding "
-            f"{pads}, got {before}"
+            f"{op}: pad_before must be in 0..padding per axis, where the padding is {pads} for S = {size} and window "
+            f"{window}, got {before}"
         )
     if spec.pad_order == "pad_then_roll" and any(
         wraps and shift > 0 and s % w != 0
@@ -570,7 +572,7 @@ def check_window_call(
         check_tensor(op, "logit_scale", logit_scale, device)
         if logit_scale.numel() != num_heads:
             raise ValueError(
-                f"{op}: logit_scale must hold one value per head ({num_heads}), got shape {tuple(logit_scale.shape)}"
+                f"{op}: logit_scale must have one value per head ({num_heads}), got shape {tuple(logit_scale.shape)}"
             )
     if pad_qkv is not None:
         check_tensor(op, "pad_qkv", pad_qkv, device)

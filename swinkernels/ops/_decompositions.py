@@ -1,8 +1,8 @@
-"""Forward ops as plain PyTorch, for exporters (ONNX, OpenVINO, ExecuTorch) and for programs in core ATen.
+"""Decomposes the forward ops into plain PyTorch, for exporters (ONNX, OpenVINO, ExecuTorch) and programs in core ATen.
 
-Tokens are gathered into windows and back by indices that are computed from the map's size. A symbolic size then needs
-no guard, and one program serves maps with and without padding; for a fixed size the indices are constants, which the
-exporters fold. Eager calls run ``ops/fallback.py``, written for speed, which shares its arithmetic with this file.
+Indices that are computed from the map's size gather tokens into windows and back. A symbolic size then needs no guard,
+and one program accepts maps with and without padding. For a fixed size the indices are constants, which the exporters
+fold. Eager calls run ``ops/fallback.py`` instead, which is written for speed and has the same arithmetic.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Sizes = Sequence[Any]  # ints, or symbolic ints
 
 
 def _known_equal(a: Any, b: Any) -> bool:
-    """Return True if two sizes are equal for every value of their symbols."""
+    """Return True if two sizes, which may be symbolic, are equal for every value of their symbols."""
     if type(a) is int and type(b) is int:
         return a == b
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # a slow import
@@ -34,12 +34,12 @@ def _known_equal(a: Any, b: Any) -> bool:
 
 
 def _modulo(y: Tensor, n: Any) -> Tensor:
-    """Return y % n; ONNX exporters accept a symbolic n only as a tensor."""
+    """Return y % n. A symbolic n becomes a tensor, because ONNX exporters accept no other form."""
     return y % (n if isinstance(n, int) else torch.full((), n, dtype=y.dtype, device=y.device))
 
 
 class _Windows:
-    """Computes the indices that gather a feature map's tokens into windows, and window tokens back into the map."""
+    """Cuts a feature map into windows and joins windows into a map, by gathers with computed indices."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class _Windows:
         self.may_have_pads = not all(map(_known_equal, self._size, self._frame))
 
     def _axes(self, key_window: Sequence[int] | None = None) -> list[Tensor]:
-        """Return the frame coordinates of all window tokens, or keys of ``key_window``: (windows, tokens) per axis."""
+        """Return the coordinates in the frame of all window tokens (or keys), one (windows, tokens) per axis."""
         axes = []
         for count, w, m in zip(self._counts, self._window, key_window or self._window, strict=True):
             number, token = torch.arange(count, device=self._device), torch.arange(m, device=self._device)
@@ -72,7 +72,7 @@ class _Windows:
         return axes
 
     def _per_token(self, axes: Sequence[Tensor], lengths: Sizes) -> Tensor:
-        """Return each token's row-major number, (num_windows, N), from coordinates (windows, tokens) per axis."""
+        """Return the row-major number of each token, (num_windows, N), given its coordinates as from :meth:`_axes`."""
         rank, number = len(axes), None
         for axis, (values, length) in enumerate(zip(axes, lengths, strict=True)):
             shape = [1] * (2 * rank)
@@ -83,7 +83,7 @@ class _Windows:
         return number.flatten(rank).flatten(0, rank - 1)
 
     def sources(self, key_window: Sequence[int] | None = None) -> Tensor:
-        """Return each window token's row-major number in the map, (num_windows * N,); prod(size) for a pad token."""
+        """Return each window token's row-major number in the map, (num_windows * N,); a pad token's is prod(size)."""
         axes, outside = [], []
         for g, s, p, shift, before in zip(
             self._axes(key_window), self._size, self._frame, self._shift, self._before, strict=True
@@ -156,8 +156,8 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     spec = WindowSpec.parse(wire, scale, mask_value, dropout_p)
     if seed is not None:
         raise NotImplementedError(
-            "window attention with dropout_p > 0 has no plain-PyTorch form that draws the same numbers: call "
-            "model.eval() before the export, or swinkernels.restore(model), or use backend='torch'"
+            "window attention with dropout_p > 0 has no decomposition that draws the same random numbers: "
+            "call model.eval() before the export, or swinkernels.restore(model), or use backend='torch'"
         )
     x, rank = maps[0], len(spec.window_size)
     windows = _Windows(
@@ -319,10 +319,10 @@ DECOMPOSITIONS = {getattr(ops, name).default: function for name, function in _FO
 
 
 def _register(exporter: ModuleType) -> None:
-    """Register the ops for torch.onnx.export, which reads torch's global table.
+    """Register the decompositions in torch's global table, from which torch.onnx.export reads them.
 
     If the environment variable CI is set, Inductor also reads that table, and refuses to compile ops that have an
-    entry. Entries are therefore made only when ONNX's exporter is imported.
+    entry. The ops are therefore registered only when ONNX's exporter is imported.
     """
     for op, function in DECOMPOSITIONS.items():
         torch._decomp.register_decomposition(op)(function)

@@ -1,9 +1,9 @@
-"""FLOPs of the ops, for ``torch.utils.flop_counter.FlopCounterMode``.
+"""Counts the FLOPs of the ops for ``torch.utils.flop_counter.FlopCounterMode``.
 
 Window attention has two matrix products forward and four backward, each of 2 * M * head_dim FLOPs per query with M
 keys. The libraries' plain code gets the same count. Decomposed relative positions add products with one table per axis.
-Scores that a backward kernel recomputes are not counted. Pad tokens are counted. The other ops multiply no matrices and
-count zero, as torch's own copies and norms do.
+Scores that a backward kernel recomputes are not counted. Pad tokens are counted. ``mlp_half_triton`` counts its two
+products. The other ops multiply no matrices and count zero, as torch's own copies and norms do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WITH_TRITON = ("window_attention", "window_partition", "window_reverse", "patch
 
 
 def _attention(products: int, first_map: int, axes: int) -> Callable[..., int]:
-    """Make the FLOP formula of an attention op.
+    """Return the FLOP formula of an attention op.
 
     Args:
         products: matrix products per window.

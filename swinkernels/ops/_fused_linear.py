@@ -24,7 +24,7 @@ _LOW = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_
 
 @functools.cache
 def why_not_fused(dtype: torch.dtype) -> str | None:
-    """Return why fusing Linear layers of a dtype is not possible or not faster on this machine, or None."""
+    """Return the reason why fusing Linear layers of a dtype is impossible or no faster on this machine, or None."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "torch was built without oneDNN"
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -56,7 +56,7 @@ def linear(
 
 
 def fuses(x: Tensor) -> bool:
-    """Return True if a module with input x should call :func:`linear`: inference on a CPU, by eager PyTorch.
+    """Return True if a module with input x should call :func:`linear`, as in inference on a CPU in eager PyTorch.
 
     The result is False under autocast, because torch caches cast weights only for its own functions.
     """
@@ -78,7 +78,7 @@ def _is_available(dtype: torch.dtype) -> bool:
 
 
 def _is_intercepted() -> bool:
-    """Return True if other code intercepts F.linear and F.gelu: a mode, or a function that replaces one of them."""
+    """Return True if a torch function mode intercepts F.linear and F.gelu, or if either function was replaced."""
     if (F.linear, F.gelu) != _FUNCTIONS:
         return True
     modes = torch._C._len_torch_function_stack()
@@ -109,7 +109,7 @@ def _can_be_added(residual: Tensor, x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
-    """Return True if the product outweighs oneDNN's overhead, 20 us per call against F.linear's 2 us in float32."""
+    """Return True if fusing saves more than oneDNN's overhead (in float32, 20 us per call; F.linear has 2 us)."""
     products = x.numel() * weight.shape[0]
     if x.dtype == torch.float32:
         return products >= 1 << 24

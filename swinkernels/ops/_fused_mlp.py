@@ -1,4 +1,4 @@
-"""The MLP half as one kernel, without a derivative: the op ``mlp_half_triton`` of ``torch.ops.swinkernels``."""
+"""Defines the op ``mlp_half_triton`` of ``torch.ops.swinkernels``: the MLP half as one kernel, without a derivative."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def fused_mlp(
 def lacks(
     tensors: Sequence[Any], norm: Any, residual: Any, drop_path_scale: Any, layer_scale: Any, branch_scale: Any
 ) -> tuple[str, ...]:
-    """Return the names of features that a call of mlp_half uses and the kernel lacks; arguments may be unchecked."""
+    """Return the names of the features that this call of mlp_half uses and the kernel lacks.
+
+    The arguments need not have been checked.
+    """
     found = {
         "gradients (use torch.no_grad())": torch.is_grad_enabled()
         and any(getattr(t, "requires_grad", False) for t in tensors),

@@ -18,7 +18,7 @@ NORMS = ("pre", "post")
 def check_half(
     op: str, x: Tensor, norm: Any, residual: Any, eps: Any, drop_path_scale: Any, **of_channels: Any
 ) -> float:
-    """Check the arguments of both halves and return eps. ``of_channels`` are tensors with one value per channel."""
+    """Check the arguments that the two halves share; ``of_channels`` have one value per channel. Return eps."""
     _arguments.check_choice(op, "norm", norm, NORMS)
     if not isinstance(residual, bool):
         raise TypeError(f"{op}: residual must be a bool, got {residual!r}")
@@ -28,15 +28,16 @@ def check_half(
 
 
 def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return the parameters of a Linear layer in ``dtype``."""
+    """Cast the weight and bias of a Linear layer to ``dtype``."""
     weight = weight if weight.dtype == dtype else weight.to(dtype)
     return weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
 
 def scaled(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm: str) -> tuple[Tensor, Tensor | None]:
-    """Return the parameters of the last Linear layer of a branch, times layer scale unless a norm is in between.
+    """Return the weight and bias of a branch's last Linear layer, multiplied by layer scale if ``norm`` is "pre".
 
-    If layer scale multiplies the weight's rows, its gradient needs no further saved tensor.
+    Because layer scale multiplies the weight instead of the branch, its gradient needs no additional saved tensor. In
+    "post" the norm follows the Linear layer, so layer scale cannot be applied here.
     """
     if layer_scale is None or norm == "post":
         return weight, bias
@@ -56,9 +57,9 @@ def finish(
     residual: bool,
     backend: str,
 ) -> Tensor:
-    """Run the end of a half: its last Linear layer, the norm of "post" and the residual connection.
+    """Run the end of a half: its last Linear layer, in "post" the norm, and the residual connection.
 
-    ``last`` computes the Linear layer and adds its argument, unless that is None.
+    ``last(residual)`` runs the Linear layer and adds ``residual`` unless that is None.
     """
     if norm == "pre":
         if residual and drop_path_scale is None:

@@ -1,4 +1,4 @@
-"""Shared parts of the op definitions: the library, normal forms of arguments, autocast, caching, derivatives."""
+"""Helpers for defining ops: the torch library, autocast, axis values, caches of decisions, and derivatives."""
 
 from __future__ import annotations
 
@@ -122,16 +122,16 @@ def forget() -> None:
 
 
 def call_key(tensors: Sequence[Tensor | None], options: tuple[Any, ...], dtype: torch.dtype | None = None) -> Any:
-    """Return the cache key of a call: the metadata of its tensors, never their values, and its options.
+    """Return the cache key of a call: its options and the metadata of its tensors, never the tensors' values.
 
-    The key is None if an option is not a plain Python value but, for example, a symbolic int or a tensor: the call
-    cannot be cached. Options of different types get different keys, also inside tuples: True equals 1, but is not a
-    valid window.
+    The key is None, and the call is not cached, if an option is not a plain Python value (for example, a symbolic int
+    or a tensor). Options of different types get different keys, also inside tuples: True equals 1, but True is not a
+    valid window size.
     """
     if dtype is not None and type(dtype) is not torch.dtype:
         return None
     try:
-        values = marshal.dumps(options, 2)  # 0.3 us; later formats depend on reference counts
+        values = marshal.dumps(options, 2)  # takes 0.3 us; later formats depend on reference counts
     except ValueError:
         return None
     return values, dtype, *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
@@ -225,7 +225,8 @@ class Differentiable:
         def backward_op(ctx, *gradients):
             return *backward(ctx, *gradients), *(None,) * (len(op._schema.arguments) - count)
 
-        # Callers with plain tensors use these two: apply if a gradient may be needed, else overload, below autograd.
+        # Callers with plain tensors use these directly: apply if a gradient may be needed, otherwise overload, which
+        # they call below autograd.
         function = _function(name, forward=forward, backward=lambda ctx, *gradients: (*backward(ctx, *gradients), None))
         self.apply, self.overload = function.apply, op
         self._name, self._count = name, count
@@ -275,7 +276,8 @@ def register_derivative(name: str, fake: Callable, of: str, gradients: Callable 
         fake: as for torch.library.register_fake.
         of: the forward op's name in error messages.
         gradients: (tensors, others) -> the backward op's results, computed by operations that torch can differentiate,
-            with None for results that are not needed. Without it a second derivative raises NotImplementedError.
+            with None for results that are not needed. If ``gradients`` is None, a second derivative raises
+            NotImplementedError.
     """
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
     op = getattr(ops, name).default
@@ -311,7 +313,7 @@ def register_derivative(name: str, fake: Callable, of: str, gradients: Callable 
     def call(tensors, others):
         if _is_transformed():
             return transformed(*tensors, *others)
-        if torch.is_grad_enabled() or not is_plain(tensors):  # with create_graph=True gradients are on
+        if torch.is_grad_enabled() or not is_plain(tensors):  # create_graph=True enables gradients
             return op(*tensors, *others)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*tensors, *others)
@@ -320,14 +322,14 @@ def register_derivative(name: str, fake: Callable, of: str, gradients: Callable 
 
 
 def kernel_parameter(parameter: Tensor | None) -> Tensor | None:
-    """Return a parameter in a dtype that kernels read: float64 becomes float32."""
+    """Return a parameter in a dtype that the kernels support: float64 becomes float32."""
     return parameter.float() if parameter is not None and parameter.dtype == torch.float64 else parameter
 
 
 def parameter_gradients(
     parameters: Sequence[Tensor | None], sums: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Cast a backward op's float32 sums to the parameters' dtypes, with None for a gradient that is not needed."""
+    """Cast a backward op's float32 sums to the parameters' dtypes; a gradient that is not needed is None."""
     return [
         total.to(parameter.dtype) if need and parameter is not None else None
         for parameter, total, need in zip(parameters, sums, needed, strict=True)

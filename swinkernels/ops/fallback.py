@@ -1,9 +1,9 @@
-"""Backend "torch": every op in plain PyTorch, written for speed. "auto" takes it if no kernel runs the call.
+"""Implements the backend "torch": every op in plain PyTorch, written for speed. "auto" uses it if no kernel can run.
 
 The code consists of whole-tensor operations, which PyTorch runs fast and inductor fuses, on any device and in any
-floating dtype. It is differentiable as often as those operations are. 16-bit maps are multiplied in their own dtype, as
-in the libraries' code, except that scores in float16 and in v2 are computed in float32, because they would overflow or
-lose bits; softmax is in float32. The definitions of the ops are in ``swinkernels.reference``.
+floating dtype. It can be differentiated as often as those operations. 16-bit maps are multiplied in their own dtype, as
+in the libraries' code. The exceptions are the scores of float16 maps, which would overflow, and those of v2, which
+would lose bits; they are computed in float32, like softmax. ``swinkernels.reference`` contains the ops' definitions.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _join(x: Tensor, first: int, frame: Sequence[int], window: Sequence[int], gr
 
 
 class _Permute(torch.autograd.Function):
-    """Permute axis 1 of x. The gradient is gathered as well; index_select's would be added row by row on a CPU."""
+    """Permute axis 1 of x. The gradient is gathered, too; on a CPU index_select would add it row by row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Frame:
-    """A frame: a map's size rounded up to whole windows. It cuts maps into windows and joins them again."""
+    """Cuts maps into windows and joins windows into maps. The frame is a map's size rounded up to whole windows."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class _Frame:
 
     @property
     def gathers(self) -> bool:
-        """Whether one gather replaces the copies of a roll and a cut."""
+        """Return True if one gather replaces a roll and a cut, which would copy the map twice."""
         return bool(self.axes) and not self.rolls_first and is_plain(())
 
     def windows(self, x: Tensor, pad: Tensor | None = None, heads_first: bool = False) -> Tensor:
@@ -130,7 +130,7 @@ class _Frame:
     def keys(self, x: Tensor, key_window: Sequence[int], pad: Tensor | None = None) -> Tensor:
         """Cut (B, *S, heads, ...) into larger, overlapping windows: (B, num_windows, heads, M, ...).
 
-        A window of keys has the centre of its window of queries.
+        A key window has the same centre as its window of queries.
         """
         if tuple(key_window) == self.window:
             return self.windows(x, pad, heads_first=True)
@@ -158,7 +158,7 @@ class _Frame:
         return x.contiguous()
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the number in the frame of each token of the rolled windows, and the inverse permutation."""
+        """Return the number in the frame of each token of the shifted windows, and the inverse permutation."""
 
         def make() -> Tensor:
             tokens = torch.arange(math.prod(self.frame), device=device).reshape(self.frame)
@@ -189,7 +189,7 @@ _KEPT = Found(64)
 
 def _kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
     """Return ``make()``, a small tensor that depends only on the geometry; plain eager calls cache it."""
-    if not is_plain(()):  # a fake tensor, for example, cannot serve the next call
+    if not is_plain(()):  # a fake tensor, for example, must not be cached
         return make()
     value = _KEPT.get(key)
     if value is None:
@@ -206,7 +206,7 @@ def table_rows(
     table_pairs: Sequence[bool],
     device: torch.device,
 ) -> Tensor:
-    """Return the row of the bias table for query i and key j of a window, (N * M)."""
+    """Return the row of the bias table for each query i and key j of a window, (N * M,)."""
     is_usual = tuple(key_window) == tuple(window)
     of_query, of_key = (table_window, table_window) if is_usual else (window, key_window)
     query = torch.arange(math.prod(window), device=device)
@@ -250,7 +250,7 @@ def _addend(
     periodic: Sequence[bool],
     mask_value: float,
 ) -> Tensor | None:
-    """Return bias plus mask, (heads, N, M) or (num_windows, heads or 1, N, M), or None without either."""
+    """Return bias plus mask, (heads, N, M) or (num_windows, heads or 1, N, M), or None if there is neither."""
     window, n = frame.window, math.prod(frame.window)
     addend = None
     if bias_table is not None:
@@ -274,7 +274,7 @@ def _addend(
 
 def cosine_factors(q: Tensor, k: Tensor, logit_scale: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return the unit vectors of q and k and the factor of each head, for v2."""
-    # A factor of up to 100 multiplies the rounding errors of the unit vectors, so they are in the wide dtype.
+    # A factor of up to 100 multiplies the rounding errors of the unit vectors, so they are computed in ``wide``.
     q, k = F.normalize(q.to(wide), dim=-1), F.normalize(k.to(wide), dim=-1)
     return q, k, logit_scale.to(wide).reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()
 
@@ -333,7 +333,7 @@ def _attend(
     batch, windows, heads = q.shape[:3]
     head_dim = v.shape[-1]
     fused = dropout_p == 0.0 and not return_attention
-    if q.device.type == "cpu":  # there its backward pass is slower than that of separate operations
+    if q.device.type == "cpu":  # the fused backward pass is slower on a CPU than separate operations
         fused = fused and not (
             torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, addend))
         )
@@ -346,7 +346,7 @@ def _attend(
         mask = None if addend is None else addend.to(v.dtype)
         if mask is not None and mask.dim() == 3:
             mask = mask[None]
-        if q.shape[-1] > head_dim:  # torch's fast kernels need rows of one length
+        if q.shape[-1] > head_dim:  # torch's fast kernels require rows of equal length
             v = F.pad(v, (0, q.shape[-1] - head_dim))
         # Maps and mask have at most four axes here. Windows are joined with the batch, which copies nothing, or, if the
         # mask differs between the windows of several images, with the heads.
@@ -503,11 +503,11 @@ def patch_merging(
     between: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Merge patches. ``neighbours`` are row-major numbers of neighbours; ``by_channel`` is for order "unfold"."""
+    """Merge the neighbours with these row-major numbers; ``by_channel`` is True for the order "unfold"."""
     rank = len(neighbours).bit_length() - 1
     size = x.shape[-1 - rank : -1]
-    if any(isinstance(s, torch.SymInt) or s % 2 for s in size):  # an exported program serves both parities
-        # s % 2 would fail: OpenVINO has no rule for it if s is symbolic.
+    if any(isinstance(s, torch.SymInt) or s % 2 for s in size):  # an exported program pads even and odd sizes
+        # The amount is not s % 2, which OpenVINO cannot convert if s is symbolic.
         x = F.pad(x, [0, 0, *(amount for s in reversed(size) for amount in (0, s - s // 2 * 2))])
     # A neighbour's number has one bit per axis, the last axis lowest.
     offsets = [[number >> (rank - 1 - axis) & 1 for axis in range(rank)] for number in neighbours]

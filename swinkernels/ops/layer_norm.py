@@ -59,7 +59,7 @@ def _fake_bwd(dz, x, weight, mean, rstd, factor, needs_dweight, needs_dbias):
 
 def _setup_context(ctx, tensors, others, output):
     ctx.factor = others[0]
-    ctx.set_materialize_grads(False)  # avoids kernels that fill zeros for mean and rstd
+    ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for mean and rstd
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -101,7 +101,7 @@ def norm_gradients(
     needed: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight and bias, None for those that are not needed, computed without autograd."""
+    """Compute the gradients of x, weight and bias without autograd; those that are not needed are None."""
     if backend == "torch":
         wide, wide_weight, wide_bias = fallback.widest(x, weight, bias, dz.dtype)
         gradients = torch.ops.aten.native_layer_norm_backward(
@@ -183,7 +183,7 @@ def normalise_parts(
     dtype: torch.dtype,
     requested: str,
 ) -> Tensor:
-    """Rearrange the parts of every token into neighbouring tokens and normalise each; ``op`` checked the arguments."""
+    """Rearrange the parts of every token into neighbouring tokens and normalise each, with checked arguments."""
     return run_norm(x, weight, bias, factor, eps, *_choice(op, x, factor, dtype, requested))
 
 

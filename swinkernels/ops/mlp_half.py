@@ -1,4 +1,4 @@
-"""The MLP half of a Swin block: the public function.
+"""Defines the public function for the MLP half of a Swin block.
 
 The function composes the op for the norm, torch's matrix products and :mod:`swinkernels.ops._recomputed`, or runs the
 whole half as one op, :mod:`swinkernels.ops._fused_mlp`.
@@ -40,7 +40,7 @@ def mlp_half(
     branch_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""Layer norm, two linear layers with GELU between them, and residual connection.
+    r"""Apply layer norm, two linear layers with GELU between them, and the residual connection.
 
     .. math::
         y = x + d \, \gamma \cdot fc_2(GELU(fc_1(LayerNorm(x)))) \quad \text{(pre, v1)}
@@ -73,8 +73,8 @@ def mlp_half(
         (B, ..., C) in the dtype of x; with residual=False and norm="pre", in the dtype of the matrix products. An empty
         batch gives an empty result. Under autocast the matrix products use the autocast dtype. Differentiable in x,
         branch, all parameters and layer_scale, each gradient in its tensor's dtype; twice with backend="torch" or
-        "reference". Differentiable in drop_path_scale and branch_scale wherever
-        :func:`swinkernels.residual_layer_norm` is.
+        "reference". Also differentiable in drop_path_scale and branch_scale with backend="auto", "torch" or
+        "reference".
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.
@@ -121,7 +121,8 @@ def mlp_half(
         return number, choose(op, backend, x.device, reasons)
 
     dtype = linear_dtype(x)
-    # The kernel that adds and normalises takes only a branch in this dtype, and has no gradient of the scale.
+    # The kernel that adds the branch and normalises the sum accepts only this dtype and computes no gradient for
+    # branch_scale.
     learns_scale = getattr(branch_scale, "requires_grad", False)
     is_summed = norm == "pre" and not learns_scale and getattr(branch, "dtype", None) == dtype
     tensors = (
@@ -139,8 +140,8 @@ def mlp_half(
         )  # fmt: skip
     if branch is not None and not is_summed:
         x, branch, branch_scale = fallback.add(x, branch, branch_scale), None, None
-    # If autograd records this call, the backward pass recomputes GELU; otherwise, where oneDNN can do so on a CPU, GELU
-    # is fused with the product before it.
+    # If autograd records this call, the backward pass recomputes GELU. Otherwise GELU is fused with the product before
+    # it, if oneDNN supports that on this CPU.
     is_recorded = any_requires_grad(tensors)
     gelu = None if is_recorded else approximate
     weight, bias = cast(fc1_weight, fc1_bias, dtype)

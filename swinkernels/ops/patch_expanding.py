@@ -60,8 +60,8 @@ def patch_expanding(
         width = weight.shape[0]
     if width % parts != 0:
         raise ValueError(
-            f"{op}: the channels to lay out, {'those of x' if weight is None else 'the rows of weight'}, must be a "
-            f"multiple of prod(factor) = {parts} for factor {factors}, got {width}"
+            f"{op}: the number of {'channels of x' if weight is None else 'rows of weight'} must be a multiple of "
+            f"prod(factor) = {parts} for factor {factors}, got {width}"
         )
     _arguments.check_parameters(op, x, (width // parts,), norm_weight=norm_weight, norm_bias=norm_bias)
     dtype = x.dtype if autocast_dtype(x) is None else torch.float32

@@ -30,8 +30,8 @@ from swinkernels.ops._library import (
 from swinkernels.ops.layer_norm import layer_norm
 from swinkernels.ops.window_partition import partition
 
-# Order and number of merged axes -> the neighbours whose channels are concatenated, in this sequence, each by its
-# row-major number 4 d + 2 h + w in the block. "unfold" is row-major here, since its parameters are reordered.
+# For each order and number of merged axes, the sequence of neighbours whose channels are concatenated. A neighbour is
+# its row-major number in the block, 4 d + 2 h + w. "unfold" is row-major here, since its parameters are reordered.
 RUNS = {
     ("swin", 2): (0, 2, 1, 3),
     ("swin", 3): (0, 4, 2, 6, 1, 5, 3, 7),
@@ -55,7 +55,7 @@ def merged_size(size: Sequence[int], factor: Sequence[int]) -> list[int]:
 
 def _define(suffix: str) -> Callable:
     fwd, bwd = f"patch_merging_norm_fwd{suffix}", f"patch_merging_norm_bwd{suffix}"
-    # neighbours[p]: the neighbour, numbered row-major within the factor's block, in the p-th run of C channels.
+    # neighbours[p] is the neighbour in the p-th run of C channels: its row-major number in a block of size ``factor``.
     define(
         f"{fwd}(Tensor x, Tensor? weight, Tensor? bias, int[] factor, int[] neighbours, float eps, ScalarType dtype) "
         "-> (Tensor z, Tensor mean, Tensor rstd)"
@@ -76,7 +76,7 @@ def _define(suffix: str) -> Callable:
 
     def setup_context(ctx, tensors, others, output):
         ctx.pieces = others[:2]
-        ctx.set_materialize_grads(False)  # avoids kernels that fill zeros for mean and rstd
+        ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for mean and rstd
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
@@ -102,10 +102,10 @@ def _by_neighbour(x: Tensor, count: int) -> Tensor:
 
 
 def _row_major_columns(weight: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Reorder the columns of the reducing Linear's weight into row-major order of the neighbours.
+    """Reorder the columns of the reduction's weight into row-major order of the neighbours.
 
     The given columns are one run of channels per neighbour, in the order ``numbers``. A neighbour that occurs twice in
-    it gets the sum of its columns, and a neighbour that does not occur gets zeros.
+    ``numbers`` gets the sum of its columns, and a neighbour that does not occur gets zeros.
     """
     columns = weight.unflatten(-1, (len(numbers), -1)).unbind(-2)
     runs = [[c for c, number in zip(columns, numbers, strict=True) if number == i] for i in range(len(numbers))]
@@ -189,7 +189,7 @@ def patch_merging(
         )  # fmt: skip
     if backend == "reference":
         return reference.patch_merging(x, norm_weight, norm_bias, weight, eps=eps, order=order, norm=norm).to(dtype)
-    if order == "unfold":  # the norm does not depend on the order, so its small parameters are reordered
+    if order == "unfold":  # reordering the small parameters is cheaper than reordering the map
         weight = _by_neighbour(weight, 2**rank)
         if norm == "pre":
             norm_weight, norm_bias = (
@@ -202,13 +202,13 @@ def patch_merging(
         parameters = map(kernel_parameter, (norm_weight, norm_bias))
         z = fwd(x, *parameters, three(factor, 1), numbers, eps, between)[0]
         return linear(z, weight)
-    # Windows of two tokens per axis hold the neighbours in row-major order, padded with zeros at the end.
+    # Windows of two tokens per axis contain the neighbours in row-major order, padded with zeros at the end.
     window = [1] * (x.dim() - 2 - rank) + factor
     windows = partition(op, x, window, [0] * len(window), "pad_then_roll", backend)
     merged = windows.reshape(x.shape[0], *merged_size(x.shape[1:-1], window), weight.shape[1])
     reduced = linear(merged, _row_major_columns(weight, numbers))
     if backend == "triton":
-        # torch's norm needs one dtype for the map and its parameters: float32.
+        # torch's norm requires one dtype for the map and the parameters, here float32.
         norm_weight, norm_bias = (None if p is None else p.float() for p in (norm_weight, norm_bias))
         return F.layer_norm(reduced.float(), (width,), norm_weight, norm_bias, eps).to(dtype)
     return layer_norm(reduced, norm_weight, norm_bias, eps=eps, dtype=dtype, backend=backend)

@@ -29,7 +29,7 @@ from swinkernels.ops.layer_norm import norm_gradients
 _BRANCH = "Tensor x, Tensor y, Tensor? drop_path_scale, Tensor? weight, Tensor? bias, float eps"
 _SAVED = "Tensor? drop_path_scale, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias"
 define(f"residual_layer_norm_fwd({_BRANCH}) -> (Tensor s, Tensor z, Tensor mean, Tensor rstd)")
-# dy is empty if it equals dx, because x and y have one dtype and there is no drop_path_scale.
+# dy is empty if it equals dx, that is, if x and y have one dtype and drop_path_scale is None.
 define(
     f"residual_layer_norm_bwd(Tensor ds, Tensor dz, Tensor s, {_SAVED}) -> "
     "(Tensor dx, Tensor dy, Tensor dweight, Tensor dbias)"
@@ -67,7 +67,7 @@ def _fake_post_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dweight, ne
 def _setup_context(ctx, tensors, others, output):
     _, _, drop_path_scale, weight, bias = tensors
     s, z, mean, rstd = output
-    ctx.set_materialize_grads(False)  # avoids kernels that fill zeros for mean and rstd
+    ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for mean and rstd
     ctx.z_dtype = z.dtype
     ctx.save_for_backward(s, drop_path_scale, weight, bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
@@ -224,8 +224,9 @@ def residual_layer_norm(
     Returns:
         s in the dtype of x, and z in the dtype of y, which the next branch reads; z is the norm of the returned,
         rounded s. Each is (B, ..., C) and contiguous. An empty batch gives empty results. Differentiable in x, y,
-        weight, bias and, in the reference, drop_path_scale, each gradient in its tensor's dtype; the same input gives
-        the same bits. Twice differentiable with backend="torch" or "reference".
+        weight and bias, each gradient in its tensor's dtype; the same input gives the same bits. With backend="torch"
+        or "reference" also differentiable in drop_path_scale, and twice; "auto" chooses one of them if
+        drop_path_scale requires a gradient.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.

@@ -71,8 +71,8 @@ def _geometry(window: Sequence[int], shift: Sequence[int], pad_order: str) -> tu
 def _check_count(op: str, batch: int, size: Sequence[int], window: Sequence[int], channels: int) -> None:
     if max(batch, 1) * math.prod(_arguments.frame_size(size, window)) * channels > _arguments.MAX_ELEMENTS:
         raise ValueError(
-            f"{op}: the padded map must be small enough for an int64 to count its elements, got {batch} maps of size "
-            f"{tuple(size)}, {channels} channels and window_size {tuple(window)}: split the batch"
+            f"{op}: the padded map is too large: it must have at most 2**63 - 1 elements (int64), got {batch} maps of "
+            f"size {tuple(size)}, {channels} channels and window_size {tuple(window)}; split the batch"
         )
 
 
@@ -195,7 +195,7 @@ def window_reverse(
         window, shift = _arguments.check_window(op, window_size, shift_size, len(tokens))
         _arguments.check_choice(op, "pad_order", pad_order, _arguments.PAD_ORDERS)
         _arguments.check_windows(op, windows, tokens, window)
-        _check_count(op, 1, tokens, window, windows.shape[2])  # one map suffices: the windows of all maps already exist
+        _check_count(op, 1, tokens, window, windows.shape[2])  # checks one map, because the windows of all maps exist
         return window, tokens, shift, _choice(op, windows, backend)
 
     options = (op, window_size, tuple(size) if type(size) is torch.Size else size, shift_size, pad_order, backend)

@@ -1,4 +1,4 @@
-"""The residual connection and the linear layer that the halves of a Swin block share."""
+"""The residual connection and the linear layer that both halves of a Swin block use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Positions of window tokens in a feature map, with shift and padding, shared by the ops of this folder."""
+"""Computes the positions of window tokens in a feature map, with shift and padding, for the ops of this folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def without_autocast(function: Function) -> Function:
-    """Disable autocast inside ``function``, where it would round float32 products to half precision."""
+    """Disable autocast inside ``function``; it would round float32 products to half precision."""
 
     @functools.wraps(function)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -47,9 +47,9 @@ def check_window(
     *,
     below_frame: bool = False,
 ) -> None:
-    """Raise ValueError for a meaningless geometry.
+    """Raise ValueError for an invalid geometry.
 
-    ``shift`` must be below the window or, if ``below_frame`` is True, below the frame.
+    ``shift`` must be smaller than the window or, if ``below_frame`` is True, smaller than the frame.
     """
     if len(size) not in (2, 3) or any(s < 1 for s in size):
         raise ValueError(f"{op}: the map must have two or three axes of at least one token, got S = {tuple(size)}")
@@ -111,7 +111,7 @@ def source_index(
         else:
             y = g - pad_before[axis]
             outside = (y < 0) | (y >= length)
-            y = (y + shift[axis]) % length  # the shift may exceed the length
+            y = (y + shift[axis]) % length  # the shift may exceed the map's length
         source = source * length + y
         is_pad = is_pad | outside
     return source.masked_fill(is_pad, math.prod(size))

@@ -32,7 +32,7 @@ def attention_half(
     layer_scale: Tensor | None = None,
     **attention: Any,
 ) -> Tensor:
-    r"""Layer norm, QKV projection, shifted-window attention, output projection and residual connection.
+    r"""Apply layer norm, QKV projection, shifted-window attention, output projection and the residual connection.
 
     .. math::
         y = x + d \, \gamma \cdot proj(attention(qkv(LayerNorm(x)))) \quad \text{(pre, v1)}
@@ -61,7 +61,7 @@ def attention_half(
         (B, \*S, C) in the dtype of x.
 
     Raises:
-        ValueError: an unknown norm, mismatched shapes, a meaningless geometry.
+        ValueError: an unknown norm, mismatched shapes, an invalid geometry.
 
     Source: Swin Transformer (Liu et al., 2021), equation 3; Swin Transformer V2 (Liu et al., 2022), section 3.2; first
     line of ``forward`` in the blocks of timm, torchvision and MONAI.
@@ -69,7 +69,7 @@ def attention_half(
     op = "attention_half"
     check_norm(op, norm)
     if "pad_qkv" in attention:
-        raise ValueError(f"{op}: pad_qkv is qkv_bias here and cannot be given, got {attention['pad_qkv']!r}")
+        raise ValueError(f"{op}: pad_qkv must not be given, because it is qkv_bias here, got {attention['pad_qkv']!r}")
     branch = layer_norm(x, norm_weight, norm_bias, eps=eps) if norm == "pre" else x
     branch = linear(branch, qkv_weight, qkv_bias)
     branch = window_attention_qkvpacked(

@@ -44,7 +44,7 @@ def mlp_half(
     branch: Tensor | None = None,
     branch_scale: Tensor | None = None,
 ) -> Tensor:
-    r"""Layer norm, two linear layers with GELU between them, and residual connection.
+    r"""Apply layer norm, two linear layers with GELU between them, and the residual connection.
 
     .. math::
         y = x + d \, \gamma \cdot fc_2(GELU(fc_1(LayerNorm(x)))) \quad \text{(pre, v1)}

@@ -57,8 +57,8 @@ def patch_expanding(
         x = linear(x, weight)
     if x.shape[-1] % math.prod(factors) != 0:
         raise ValueError(
-            f"{op}: the {x.shape[-1]} channels to lay out must be a multiple of prod(factor) = {math.prod(factors)}, "
-            f"got factor {factors}"
+            f"{op}: the number of channels to divide among tokens must be a multiple of prod(factor) = "
+            f"{math.prod(factors)} for factor {factors}, got {x.shape[-1]}"
         )
     rank = len(size)
     x = x.unflatten(-1, (*factors, -1))  # (B, *S, *factors, out)

@@ -14,7 +14,7 @@ from swinkernels.reference.layer_norm import layer_norm
 
 # Published channel orders: the neighbours, slowest axis first, in the order in which their channels are concatenated.
 _MONAI_3D = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
-# MONAI up to 1.4 takes (0, 1, 0) and (0, 0, 1) twice and omits two neighbours.
+# MONAI up to 1.4 concatenates (0, 1, 0) and (0, 0, 1) twice and omits (1, 1, 0) and (0, 1, 1).
 _MONAI_LEGACY_3D = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1))
 ORDERS = ("swin", "row_major", "unfold", "monai", "monai_legacy")
 

@@ -32,7 +32,7 @@ def relative_position_index(
     *,
     table_pairs: Sequence[bool] | None = None,
 ) -> Tensor:
-    """Return the row of the bias table for query i and key j of a window, (N, N)."""
+    """Return the row of the bias table for each query i and key j of a window, (N, N)."""
     table_window = table_window or window
     table_pairs = table_pairs or [False] * len(window)
     token = torch.arange(math.prod(window), device=device)
@@ -45,7 +45,7 @@ def relative_position_index(
 
 
 def key_window_index(window: Sequence[int], key_window: Sequence[int], device=None) -> Tensor:
-    """Return the row of the bias table for query i of a window and key j of its key window, (N, M)."""
+    """Return the row of the bias table for each query i of a window and key j of its key window, (N, M)."""
     query = torch.arange(math.prod(window), device=device)
     key = torch.arange(math.prod(key_window), device=device)
     index = torch.zeros(len(query), len(key), dtype=torch.long, device=device)
@@ -96,7 +96,7 @@ def window_attention(
     return_attention: bool = False,
     return_lse: bool = False,
 ) -> Any:  # a Tensor, or a tuple of all that is requested
-    r"""Attention inside the shifted windows of a feature map, from separate q, k and v.
+    r"""Compute attention inside the shifted windows of a feature map, given q, k and v as separate tensors.
 
     In every window, for tokens i and j and each head,
 
@@ -120,12 +120,12 @@ def window_attention(
         (B, \*S, num_heads * head_dim) in the dtype of q, contiguous. The arithmetic is in float32, or in float64 if q
         is, also under autocast, and the result is rounded once. (A backward pass under autocast is torch's own and
         rounds its products.) An empty batch gives an empty result.
-        The gradient of ``logit_scale`` is zero above ln 100 (at ln 100, as in torch.clamp). A pad token whose k is zero
-        has cosine 0 with every query, and the gradient of that k, a part of ``pad_qkv``, is of the order of 1e12.
-        If a model's k has no bias, no parameter gets this gradient.
+        The gradient of ``logit_scale`` is zero above ln 100; like torch.clamp, it is not zero at ln 100 itself. A pad
+        token whose k is zero has cosine 0 with every query, and the gradient of that k, a part of ``pad_qkv``, is of
+        the order of 1e12. If a model's k has no bias, no parameter gets this gradient.
 
     Raises:
-        ValueError: a meaningless geometry, or tables that do not fit.
+        ValueError: an invalid geometry, or tables whose shape does not match it.
 
     Source: Swin Transformer (Liu et al., 2021), section 3.2; Swin Transformer V2 (Liu et al., 2022), section 3;
     checked against the modules of timm, torchvision, MONAI and transformers. ``axis_tables``: MViTv2 (Li et al., 2022),
@@ -156,7 +156,7 @@ def window_attention(
         raise ValueError(f"{op}: key_window must be window_size plus an even number per axis, got {keys} for {window}")
     if axis_tables is not None:
         if logit_scale is not None:
-            raise ValueError(f"{op}: axis_tables need the scaled product of q and k, not a logit_scale")
+            raise ValueError(f"{op}: axis_tables (for v1) must be None with a logit_scale (v2), got both")
         shapes, expected = [tuple(t.shape) for t in axis_tables], [(2 * w - 1, head_dim) for w in window]
         if shapes != expected:
             raise ValueError(f"{op}: axis_tables must be {expected} for window {window}, got {shapes}")
@@ -228,7 +228,7 @@ def window_attention(
 def window_attention_qkvpacked(
     qkv: Tensor, bias_table: Tensor | None = None, *, num_heads: int, window_size: Ints, **kwargs
 ) -> Any:  # a Tensor, or a tuple of all that is requested
-    r"""Attention inside the shifted windows of a feature map whose tokens hold q, k and v together.
+    r"""Compute attention inside the shifted windows of a feature map, given q, k and v in one tensor.
 
     Args:
         qkv: (B, \*S, 3C) or (B, \*S, 3, num_heads, head_dim), S = (H, W) or (D, H, W).

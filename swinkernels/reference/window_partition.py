@@ -30,7 +30,7 @@ def window_partition(x: Tensor, window_size: Ints, shift_size: Ints = 0, *, pad_
         an empty result.
 
     Raises:
-        ValueError: a meaningless geometry.
+        ValueError: an invalid geometry.
 
     Source: ``window_partition`` of microsoft/Swin-Transformer after the roll and the pad of its callers.
     """
@@ -68,7 +68,7 @@ def window_reverse(
         (B, \*S, C) in the dtype of windows, the inverse of :func:`window_partition` bit for bit.
 
     Raises:
-        ValueError: a meaningless geometry, or windows that do not fit it.
+        ValueError: an invalid geometry, or windows of a shape that does not match it.
 
     Source: ``window_reverse`` of microsoft/Swin-Transformer before the crop and the roll of its callers.
     """

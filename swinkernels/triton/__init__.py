@@ -18,7 +18,7 @@ from swinkernels._namespace import NAMESPACE
 
 _lib = torch.library.Library(NAMESPACE, "IMPL")
 
-# In Triton's interpreter (TRITON_INTERPRET=1) kernels run on the CPU.
+# In Triton's interpreter (TRITON_INTERPRET=1) the kernels also run on the CPU.
 _KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on") else ("CUDA",)
 
 
@@ -46,7 +46,7 @@ def launch_captured(op: str, launch: Callable[..., Any], *arguments: Any) -> Any
 
 
 def _attach(op: str, launch: Callable[..., Any]) -> None:
-    """Make ``launch`` the kernel of an op. The tensors' GPU becomes current, because Triton launches on that one."""
+    """Make ``launch`` the kernel of an op, and run it with the tensors' GPU current, on which Triton launches."""
 
     def run(x, *arguments):
         if x.is_cuda and x.device.index != torch.cuda.current_device():

@@ -1,4 +1,4 @@
-"""Helpers of the launch functions."""
+"""Helpers for the functions that launch Triton kernels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 INT32_MAX = 2**31 - 1
-# Options of every launch with arithmetic: products and sums are contracted to fused multiply-adds, as by nvcc. Triton
-# 3.9 announces a change of its default.
+# Launch options of all kernels with arithmetic: products and sums are contracted to fused multiply-adds, as by nvcc.
+# This is explicit because Triton 3.9 announces a change of its default.
 ARITHMETIC = {"enable_fp_fusion": True}
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """Return x, copied only if its last axis is strided, because kernels accept all other strides."""
+    """Return x, or a copy if its last axis is not contiguous. The kernels accept any strides of the other axes."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -24,7 +24,7 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def pad_to_3d(values: Sequence[int], leading: int) -> tuple[int, ...]:
-    """Return one value for each of three axes: in 2D the first value is ``leading``."""
+    """Return one value for each of three axes; in 2D the first value is ``leading``."""
     return (leading,) * (3 - len(values)) + tuple(values)
 
 
@@ -47,5 +47,5 @@ def alignment(values: Sequence[int], limit: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return a GPU's number of multiprocessors, or an H100's, 132, if kernels are interpreted or only compiled."""
+    """Return a GPU's number of multiprocessors, or 132, as on an H100, if kernels are interpreted or only compiled."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -4,12 +4,12 @@ Maths     pre:  y = s + fc2(gelu(fc1(norm(s)))), post: y = s + norm(fc2(gelu(fc1
           The statistics, from two passes over registers, GELU and the sums of both products are float32. The left
           operands of both products are rounded to the weights' dtype, and the result once, to the dtype of x.
 Tiling    a program has ROWS tokens with all of their C channels. A tile's width must be a power of two, which C is not,
-          so each token has two parts, of WIDE and C - WIDE channels. The program takes CHUNK hidden channels at a time:
+          so each token has two parts, of WIDE and C - WIDE channels. A program computes CHUNK hidden channels per step:
           fc1 sums over both parts, and GELU's result goes from registers into the sums of fc2. Hopper's matrix units
           process 64 tokens with four warps at once.
-Traffic   x and branch once from memory, and a second time, for the residual connection, from the L2 cache, because in
-          registers they would cost as much as the left operand of fc1. y once. Each program reads both weights once,
-          from the L2 cache.
+Traffic   x and branch are read once from memory, and a second time, for the residual connection, from the L2 cache,
+          because in registers they would cost as much as the left operand of fc1. y is written once. Each program reads
+          both weights once, from the L2 cache.
 Roofline  B=128, 56x56, C=96, bf16, H100 SXM (published peaks): 154 MB, 46 us at 3.35 TB/s; 59 GFLOP, 60 us at 989
           TFLOP/s. C=192 at 28x28 has half of the bytes and as many flops. docs/dev/memory-bound.md has predictions.
 Limits    rows below 2^31; C a sum of two powers of two; the hidden channels a multiple of CHUNK.
@@ -20,9 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A polynomial, lowest power first, for log2 of the normal distribution function at -t. Up to t = 5.25 the power of two
-# has a relative error of 1.4e-4; beyond, the polynomial falls to minus infinity, and t times the power of two has an
-# error of 3e-10 at most.
+# A polynomial, lowest power first, that approximates log2 of the normal distribution function at -t. Up to t = 5.25 the
+# power of two has a relative error of at most 1.4e-4. Beyond, the polynomial falls to minus infinity, and t times the
+# power of two has an error of at most 3e-10.
 _TAIL_0 = tl.constexpr(-1.00020398)
 _TAIL_1 = tl.constexpr(-1.14807992)
 _TAIL_2 = tl.constexpr(-0.466375237)
@@ -36,7 +36,7 @@ _TANH_CUBE = tl.constexpr(-2.302208198 * 0.044715)
 
 @triton.jit
 def gelu(x, FORM: tl.constexpr):
-    """Return GELU of float32 numbers: "erf" exactly, "tail" to 16 bits, "tanh" by torch's approximation."""
+    """Return GELU of float32 numbers; FORM is "erf" (exact), "tail" (accurate to 16 bits) or "tanh" (as in torch)."""
     if FORM == "erf":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif FORM == "tail":
@@ -54,7 +54,7 @@ def gelu(x, FORM: tl.constexpr):
 
 @triton.jit
 def _load_rows(x, branch, row, count, column, C: tl.constexpr, LAST: tl.constexpr):
-    """Load a part of some tokens of x + branch in float32; LAST is False if the kernel loads them again.
+    """Load columns of x + branch for a program's tokens, in float32; LAST is False if they will be loaded again.
 
     The cache hints of the two loads differ. With equal hints the compiler would merge the loads and keep the tokens in
     registers throughout the loop.
@@ -85,7 +85,7 @@ def _scale_columns(part, values, column):
 
 @triton.jit
 def _norm(a, b, weight, bias, eps, column_a, column_b):
-    """Return the layer norm of tokens, given and returned in two parts."""
+    """Return the layer norm of tokens whose channels are given, and returned, in two parts."""
     C: tl.constexpr = a.shape[1] + b.shape[1]
     mean = (tl.sum(a, axis=1) + tl.sum(b, axis=1)) / C
     a, b = a - mean[:, None], b - mean[:, None]

@@ -1,4 +1,4 @@
-"""Index arithmetic of all window ops: the positions of shifted windows' tokens in a map, and the pad tokens.
+"""Index arithmetic of all window ops: finds the tokens of shifted windows in a map, and the pad tokens.
 
 The geometry has three axes; in 2D the first has one token. ``roll`` is the shift in the form used for addresses: with
 ``roll_then_pad`` it is modulo the map's size, since a map may be smaller than the shift. ``before`` counts pad tokens
@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 class Geometry(NamedTuple):
-    """The geometry of a map's windows: the fields that ``locate`` reads from its argument ``geometry``."""
+    """The geometry of a map's windows, as passed to ``locate``."""
 
     size: Any
     roll: Any
@@ -22,7 +22,7 @@ class Geometry(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Image and coordinates of one of the batch's windows."""
+    """A window of the batch: its image, and its coordinates among the windows of the image."""
 
     image: Any
     n0: Any
@@ -31,7 +31,7 @@ class Window(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Image and map coordinates."""
+    """A position in the batch: an image and coordinates in the map."""
 
     image: Any
     y0: Any
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of a window: numbers in the window, image and map coordinates, and a mask of the tokens in the map."""
+    """Tokens of a window: their numbers in it, image, coordinates in the map, and a mask of those in the map."""
 
     token: Any
     image: Any
@@ -52,7 +52,7 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def coordinates(token, WINDOW: tl.constexpr):
-    """Return the coordinates of window tokens. If a token is beyond the window, its first coordinate is too large."""
+    """Return tokens' coordinates in the window. A token beyond the window gets a first coordinate beyond it, too."""
     return token // (WINDOW[1] * WINDOW[2]), token // WINDOW[2] % WINDOW[1], token % WINDOW[2]
 
 
@@ -76,7 +76,7 @@ def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.co
 
 @triton.jit
 def locate(window, token, geometry, STATIC: tl.constexpr):
-    """Locate tokens of a window. ``geometry`` has the fields of Geometry, STATIC the four fields that are read here."""
+    """Locate tokens of a window; ``geometry`` has the fields of Geometry, and STATIC those of a kernel's Static."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     ROLL_THEN_PAD: tl.constexpr = STATIC.ROLL_THEN_PAD
     GRID: tl.constexpr = STATIC.GRID
@@ -93,7 +93,7 @@ def locate(window, token, geometry, STATIC: tl.constexpr):
 
 @triton.jit
 def split_window(number, size, WINDOW: tl.constexpr):
-    """Return the window with this number in the batch."""
+    """Return the Window with this number in the batch."""
     num1, num2 = tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
     num0 = tl.cdiv(size[0], WINDOW[0])
     n2 = number % num2
@@ -104,7 +104,7 @@ def split_window(number, size, WINDOW: tl.constexpr):
 
 @triton.jit
 def next_window(window, size, WINDOW: tl.constexpr):
-    """Return the next window. Carries replace split_window's divisions, which every thread would execute."""
+    """Return the next window. Carries replace the divisions of split_window, which every thread would execute."""
     n2 = window.n2 + 1
     wraps = n2 == tl.cdiv(size[2], WINDOW[2])
     n2 = tl.where(wraps, 0, n2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from swinkernels.triton import _mlp_half_kernels as kernels
 from swinkernels.triton._launch import ARITHMETIC, INT32_MAX, contiguous
 
-ROWS, CHUNK = 128, 32  # tokens of a program, hidden channels at a time
+ROWS, CHUNK = 128, 32  # tokens per program, hidden channels per step
 # With 128 registers per thread, which 96 channels allow, two programs share a multiprocessor, and the GELU of one
 # overlaps with the products of the other. These numbers are derived from registers and shared memory, not measured.
 WARPS, STAGES, REGISTERS = 8, 2, 128
@@ -35,14 +35,14 @@ def forward(
     wide = triton.next_power_of_2(channels) // 2
     if hidden % CHUNK != 0 or min(wide, channels - wide) < 16 or (channels - wide).bit_count() != 1:
         raise ValueError(
-            f"mlp_half: backend='triton' takes a multiple of {CHUNK} hidden channels and a number of channels that is "
-            f"the sum of two powers of two of at least 16, got fc1_weight of shape {tuple(fc1_weight.shape)}"
+            f"mlp_half: backend='triton' requires a multiple of {CHUNK} hidden channels and a number of channels that "
+            f"is the sum of two powers of two of at least 16, got fc1_weight of shape {tuple(fc1_weight.shape)}"
         )
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = y.numel() // channels
     if rows > INT32_MAX - ROWS or fc1_weight.numel() > INT32_MAX:
         raise ValueError(
-            "mlp_half: backend='triton' takes fewer than 2**31 tokens, and weights of fewer than 2**31 elements, got "
+            "mlp_half: backend='triton' supports fewer than 2**31 tokens and weights of fewer than 2**31 elements, got "
             f"{rows} tokens and {fc1_weight.numel()} elements"
         )
     form = "tanh" if tanh else "erf" if fc1_weight.dtype == torch.float32 else "tail"

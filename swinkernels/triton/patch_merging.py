@@ -21,9 +21,9 @@ ACCESS_BYTES = 16
 COLUMNS = 16  # columns of a row per lane
 FORWARD_REGISTERS, FORWARD_WARPS = 80, 24
 BACKWARD_REGISTERS = 128
-# Programs of a backward pass, the same number on every GPU, so that the order of sums, and with it the result, does not
-# depend on the GPU. Each of some 130 multiprocessors gets two programs of eight warps, each with a share of dweight and
-# dbias.
+# The number of programs of a backward pass. It is the same on every GPU, so that the order of sums, and with it the
+# result, does not depend on the GPU. With about 130 multiprocessors, each gets two programs of eight warps, and each
+# program sums a share of dweight and dbias.
 BACKWARD_PROGRAMS = 256
 SUM_COLUMNS = 32  # columns per program of sum_shares
 
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
 
 def tile(length: int, itemsize: int, whole: bool, backward: bool, multiprocessors: int) -> Tile:
-    """Return the tile of a kernel, derived from registers and bytes in flight, not measured. This is the place to tune.
+    """Return the tile of a kernel, derived from registers and bytes in flight; it has not been tuned on a GPU.
 
     ``itemsize`` is the size of a written element; ``whole`` is True if accesses of 16 bytes are possible. Each lane
     makes one access per part.
@@ -55,7 +55,7 @@ def tile(length: int, itemsize: int, whole: bool, backward: bool, multiprocessor
 
 
 class _Geometry(NamedTuple):
-    """The parts of a call that do not depend on the batch, computed once and cached."""
+    """The values of a call that do not depend on the batch; they are computed once and cached."""
 
     merged: tuple[int, ...]  # S', with the map's own rank
     rows: int  # merged tokens of an image
@@ -71,13 +71,14 @@ def _table(entries: Sequence[int]) -> int:
 
 
 def _runs_of(neighbours: Sequence[int]) -> dict[str, int | None]:
-    """Return, for each neighbour, the first and the second run that holds it."""
+    """Return tables of the first and the second run that contain each neighbour."""
     runs: list[list[int]] = [[] for _ in neighbours]
     for run, neighbour in enumerate(neighbours):
         runs[neighbour].append(run)
     if any(len(r) > 2 for r in runs):
         raise ValueError(
-            f"patch_merging_norm: backend='triton' takes orders that hold a neighbour at most twice, got {neighbours}"
+            "patch_merging_norm: backend='triton' supports orders that contain a neighbour at most twice, got "
+            f"{neighbours}"
         )
     first, second = (_table([r[i] if i < len(r) else kernels.NO_RUN for r in runs]) for i in range(2))
     return {"FIRST": first, "SECOND": second if any(len(r) == 2 for r in runs) else None}
@@ -87,8 +88,8 @@ def _runs_of(neighbours: Sequence[int]) -> dict[str, int | None]:
 def _geometry(
     size: tuple[int, ...],
     channels: int,
-    itemsize: int,  # of the written dtype
-    strides: tuple[int, ...],  # of the map, except its last axis
+    itemsize: int,  # of the dtype that is written
+    strides: tuple[int, ...],  # of the map that is read, except its last axis
     factor: tuple[int, ...],
     neighbours: tuple[int, ...],
     backward: bool,
@@ -100,12 +101,12 @@ def _geometry(
     whole = align % vec == 0 and channels % vec == 0
     size, tiling = pad_to_3d(size, 1), tile(length, itemsize, whole, backward, multiprocessors)
     runs = _runs_of(neighbours) if backward else {"RUNS": _table(neighbours)}
-    # There is no register limit if a neighbour is in two runs, which needs a second pair of accumulators.
+    # If a neighbour is in two runs, a second pair of accumulators is needed, so registers are not limited.
     bounded = whole and runs.get("SECOND") is None
     registers = BACKWARD_REGISTERS if backward else FORWARD_REGISTERS
     steps = [s // align for s in strides]
     step, counts = [tiling.programs * tiling.rows], pad_to_3d(merged, 1)
-    for count in reversed(counts):  # the step as image, i0, i1, i2
+    for count in reversed(counts):  # splits the step into (image, i0, i1, i2)
         step[:1] = divmod(step[0], count)
     return _Geometry(
         merged=merged,
@@ -138,7 +139,7 @@ def _prepare(x: Tensor, itemsize: int, factor: Sequence[int], neighbours: Sequen
     )  # fmt: skip
     if x.shape[0] * geometry.rows > MAX_ROWS:
         raise ValueError(
-            f"patch_merging_norm: backend='triton' takes at most 2**30 merged tokens, got {x.shape[0]} images of "
+            f"patch_merging_norm: backend='triton' supports at most 2**30 merged tokens, got {x.shape[0]} images of "
             f"{geometry.rows}: split the batch"
         )
     return geometry

@@ -14,20 +14,20 @@ from torch import Tensor
 from swinkernels.triton import _window_partition_kernels as kernels
 from swinkernels.triton._launch import INT32_MAX, alignment, dense_strides, pad_to_3d, unit_stride
 
-# Numbers to tune, derived, not measured. Four accesses per lane in blocks of two warps leave few lanes idle in a
-# window's last tile. At 64 to 80 registers per lane they keep 50 KB in flight per multiprocessor, twice as much as
-# hides the memory latency. Decoding a window costs as much as moving it once, so a program takes several windows, but
-# not so many that the last programs run alone.
+# These numbers are derived; they have not been tuned on a GPU. Four accesses per lane in blocks of two warps leave few
+# lanes idle in a window's last tile. At 64 to 80 registers per lane they keep 50 KB in flight per multiprocessor, twice
+# the amount that hides the memory latency. Decoding a window costs as much as moving it once, so a program copies
+# several windows, but not so many that the last programs run alone.
 CHUNKS = 256
 CHUNKS_PER_WARP = 128
 PROGRAMS = 8192
 MAX_WINDOWS = 4
 
-WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # integers of these sizes move the bytes of any dtype
+WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # integers of these sizes copy the bytes of any dtype
 
 
 class _Geometry(NamedTuple):
-    """The parts of a call that do not depend on the batch, computed once and cached."""
+    """The values of a call that do not depend on the batch; they are computed once and cached."""
 
     volume: int
     windows: int  # per image
@@ -55,7 +55,7 @@ def _geometry(
     volume, row = math.prod(window), row_bytes // access
     if volume * row > INT32_MAX:
         raise ValueError(
-            f"window_{'reverse' if reverse else 'partition'}: backend='triton' takes windows of fewer than 2**31 "
+            f"window_{'reverse' if reverse else 'partition'}: backend='triton' supports windows of fewer than 2**31 "
             f"accesses, got {volume} tokens of {row} accesses of {access} bytes"
         )
     steps = tuple(s * itemsize // access for s in strides)
@@ -100,7 +100,7 @@ def _launch(geometry: _Geometry, x: Tensor, windows: Tensor, batch_windows: int)
     if max(programs, batch_windows) > INT32_MAX:
         name = "window_reverse" if geometry.options["REVERSE"] else "window_partition"
         raise ValueError(
-            f"{name}: backend='triton' takes fewer than 2**31 windows and programs, got {batch_windows} and "
+            f"{name}: backend='triton' supports fewer than 2**31 windows and programs, got {batch_windows} and "
             f"{programs}: split the batch"
         )
     kernels.move_windows[(programs,)](
@@ -124,7 +124,7 @@ def _geometry_of(
 
 
 def partition(x: Tensor, window_size: Sequence[int], shift_size: Sequence[int], roll_then_pad: bool) -> Tensor:
-    """Cut (B, *S, C) into (B * num_windows, N, C)."""
+    """Cut a map (B, *S, C) into windows (B * num_windows, N, C)."""
     x = unit_stride(x)
     geometry = _geometry_of(x, x.shape[1:-1], window_size, shift_size, roll_then_pad, False)
     batch_windows = x.shape[0] * geometry.windows
@@ -137,7 +137,7 @@ def partition(x: Tensor, window_size: Sequence[int], shift_size: Sequence[int], 
 def reverse(
     windows: Tensor, size: Sequence[int], window_size: Sequence[int], shift_size: Sequence[int], roll_then_pad: bool
 ) -> Tensor:
-    """Join (B * num_windows, N, C) into (B, *S, C); pad tokens are dropped."""
+    """Join windows (B * num_windows, N, C) into a map (B, *S, C); pad tokens are dropped."""
     windows = unit_stride(windows)
     geometry = _geometry_of(windows, size, window_size, shift_size, roll_then_pad, True)
     batch_windows, _, channels = windows.shape

@@ -24,7 +24,7 @@ from tests.support.small_models import FAMILIES, make_input, make_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 LIBRARIES = ("timm", "torchvision", "transformers", "MONAI", "mmpretrain")
-# Family whose model is defined in the tests -> the published code that it follows.
+# For each family whose model is defined in the tests, the published code that the model follows.
 FORMS_OF = {
     "copy": "microsoft/Swin-Transformer", "copy v2": "microsoft/Swin-Transformer",
     "copy for restoration": "JingyunLiang/SwinIR", "copy with attention alone": "XPixelGroup/HAT",
@@ -67,12 +67,15 @@ def source(family: str) -> str:
 
 
 def counted(family: str) -> tuple[int, int, list[str]]:
-    """Return the number of modules on a window attention op, the number with window attention, and why they differ."""
+    """Count the modules that ran on a window attention op and all modules with window attention.
+
+    Returns both numbers and the reasons why they differ.
+    """
     model = make_model(family)
     report = swinkernels.accelerate(model)
     check = report.check(make_input(family))
     on_op = sum(any("window_attention" in call for call in map(str, ran.calls)) for ran in check.modules)
-    # A block that was not replaced counts only if no attention inside it is among the modules checked.
+    # A block that was not replaced counts only if no module inside it was replaced and checked.
     left = [s for s in report.skipped if not any(ran.path.startswith(f"{s.path}.") for ran in check.modules)]
     reasons = list(dict.fromkeys(skipped.reason.rpartition("would not run: ")[2] for skipped in left))
     return on_op, on_op + len(left), reasons
@@ -106,7 +109,7 @@ def most_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def times(models: list[nn.Module], x: Tensor, repeats: int) -> list[float]:
-    """Return the median CPU time of a forward pass in milliseconds, from alternating calls."""
+    """Return each model's median CPU time of a forward pass, in milliseconds; the models are called in turn."""
     taken: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
         for _ in range(repeats + 3):

@@ -1,10 +1,10 @@
-"""Random edits of accelerated models: ``python -m tests.adapters.mutations --count 10000``.
+"""Tests random edits of accelerated models: ``python -m tests.adapters.mutations --count 10000``.
 
-A seed and a number determine a mutation: a model, one or two edits that a user could make, before or after
+A seed and a number determine a mutation: a model, one or two edits that a user could make before or after
 ``accelerate``, the next step (a copy, a pickle, a second ``accelerate``, ``restore``), and how the model runs. The
-library's own model gets the same edits. Both must then return the same outputs and gradients and leave the same
-attributes, buffers, log and random state, or both must raise an exception. If the two differ, the mutation prints the
-command that repeats it on its own.
+library's own model gets the same edits. Both models must then return the same outputs and gradients and leave the same
+attributes, buffers, log and random state, or both must raise an exception. If they differ, the command that repeats
+this mutation alone is printed.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from swinkernels.adapters.adapter import Accelerated
 from tests.support.fused_products import always_fused
 from tests.support.small_models import FAMILIES, make_input, make_model
 
-FACTOR = 1.25  # factor by which an edit changes a result
-# Largest difference relative to the largest element. A float64 model may have float32 constants, and Segment Anything
-# in transformers computes its softmax in float32. In a float32 model every operation rounds.
+FACTOR = 1.25  # the factor by which an edit changes a result
+# The largest difference allowed, relative to the largest element. A float64 model may have float32 constants, and
+# Segment Anything in transformers computes its softmax in float32. In a float32 model every operation rounds.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3}
 
 
@@ -57,7 +57,7 @@ def scaled(x: Any) -> Any:
 
 @dataclass
 class Site:
-    """The place of an edit."""
+    """The module that an edit changes, with the random numbers and the log that the edit uses."""
 
     model: nn.Module
     path: str
@@ -73,14 +73,14 @@ class Site:
         return torch.Generator().manual_seed(self.rng.randrange(2**31))
 
     def like(self, t: Tensor) -> Tensor:
-        """Return other values of the same kind: random ones, or a permutation of an index or a mask."""
+        """Return a tensor like t with other values: random numbers or, for integers and bools, a permutation."""
         if t.is_floating_point():
             return torch.randn(t.shape, generator=self.generator(), dtype=torch.float64).to(t.dtype)
         order = torch.randperm(t.numel(), generator=self.generator())
         return t.flatten()[order].reshape(t.shape)
 
     def keep(self, x: Any) -> Any:
-        """Append a result to the log, like user code that collects losses."""
+        """Append a value computed from a result to the log, like user code that collects losses."""
         if isinstance(x, Tensor) and x.is_floating_point():
             self.log.append(x.square().mean())
         return x
@@ -90,7 +90,7 @@ class Site:
         setattr(self.model.get_submodule(parent), name, module)
 
 
-# An edit has two functions: one lists its possible details at a module of the library's model, the other applies it.
+# An edit has two functions: the first lists the details that are possible for a module, the second applies the edit.
 Details = Callable[[nn.Module], list[Any]]
 Change = Callable[[Site, Any], None]
 EDITS: dict[str, tuple[Details, Change]] = {}
@@ -177,7 +177,7 @@ def method_of_the_class(site: Site, name: str) -> None:
 
 
 def _patch_class(site: Site, name: str) -> None:
-    """Patch the class of the library that defines a method, not this package's subclass."""
+    """Patch a method in the class of the library that defines it, which this package's classes inherit from."""
     cls = next(c for c in type(site.module).__mro__ if name in vars(c) and not issubclass(c, Accelerated))
     method = vars(cls)[name]
 
@@ -191,7 +191,7 @@ def _patch_class(site: Site, name: str) -> None:
 
 @edit(_always)
 def forward_bound_for_offload(site: Site, _: Any) -> None:
-    """Bind the forward as offloading tools do, which move weights in before a call and out after it."""
+    """Bind forward to the instance, as tools do that move weights to a GPU only during a call."""
     module = site.module
     module._old_forward = module.forward
 
@@ -240,7 +240,8 @@ def _changed(value: Any, rng: random.Random) -> Any:
     return value
 
 
-# Edits leave these alone: accelerated models draw dropout in another order, so it is only compared in evaluation mode.
+# Edits do not change these attributes: accelerated models draw dropout's random numbers in another order, so dropout is
+# compared only in evaluation mode.
 _ATTRIBUTES_LEFT = ("training", "p", "dropout", "attention_dropout")
 
 
@@ -268,7 +269,7 @@ def attribute_as_numpy_scalar(site: Site, name: str) -> None:
 
 
 def _factor(kind: int, value: float) -> Any:
-    """Make a factor inside a setting of this kind, and a function that reads it."""
+    """Return a setting of this kind that contains a factor; _read returns the factor."""
     return (
         types.SimpleNamespace(factor=value), {"factor": value}, Settings(value), Mode.A if value == 1.0 else Mode.B,
         np.float64(value), torch.tensor(int(4 * value)), torch.tensor([value > 1.0]),
@@ -287,7 +288,7 @@ def _read(setting: Any) -> float:
 
 @edit(lambda module: list(range(7)))
 def settings_of_unlike_instances(site: Site, setting: int) -> None:
-    """Give instances of one class different objects that their forward reads."""
+    """Give all instances of a class a setting that their forward reads; at this module, its value is different."""
     first = original(type(site.module))
     changed: dict[type, type] = {}
     for name, module in site.model.named_modules():
@@ -350,7 +351,7 @@ def submodule_with_other_weights(site: Site, name: str) -> None:
 
 @edit(_always)
 def shared_submodule(site: Site, _: Any) -> None:
-    """Replace another module of the same class and shapes by this one, so that both places share it."""
+    """Replace another module of the same class and shapes by this one, so that the model contains it twice."""
     module = site.module
     shapes = [p.shape for p in module.parameters()]
     for path, other in list(site.model.named_modules()):
@@ -468,7 +469,7 @@ def weight_norm(site: Site, name: str) -> None:
 
 
 class Int8Weight(Tensor):
-    """A quantised weight that linear layers can read and that refuses other ops, as quantisers' weights do."""
+    """A quantised weight that F.linear accepts and other ops reject, like the weights that quantisers make."""
 
     values: Tensor
     step: Tensor
@@ -544,11 +545,11 @@ def part_in_training(site: Site, _: Any) -> None:
     site.module.train(not site.module.training)
 
 
-# The steps after the edits. They return the model that is run.
+# The steps after the edits; each returns the model that is run.
 
 
 def _replica(model: nn.Module) -> nn.Module:
-    """Copy a model as nn.DataParallel does: plain tensors replace parameters, modules are copies."""
+    """Replicate a model as nn.DataParallel does: modules are copied, and plain tensors replace parameters."""
     modules = list(model.modules())
     replicas = {module: module._replicate_for_data_parallel() for module in modules}
     for module, replica in replicas.items():
@@ -570,7 +571,7 @@ def _pickled(model: nn.Module) -> nn.Module:
 
 
 def _restored(model: nn.Module) -> nn.Module:
-    with contextlib.suppress(RuntimeError):  # restore refuses classes derived later, and then changes nothing
+    with contextlib.suppress(RuntimeError):  # raised, with no change, for a class derived after accelerate
         swinkernels.restore(model)
     return model
 
@@ -609,7 +610,7 @@ class Mutation:
 
 @functools.cache
 def _models(family: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a model, and the paths of the modules inside those that accelerate replaces."""
+    """Return a model, and the paths of all modules that accelerate replaces and of the modules inside them."""
     model = make_model(family)
     fast = copy.deepcopy(model)
     replaced = [entry.path for entry in swinkernels.accelerate(fast).replaced]
@@ -618,7 +619,7 @@ def _models(family: str) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def draw(seed: int, number: int) -> Mutation:
-    """Draw mutation ``number`` of a seed."""
+    """Draw the mutation with this seed and number."""
     rng = random.Random(f"{seed} {number}")
     family = rng.choice(list(FAMILIES))
     model, paths = _models(family)
@@ -628,7 +629,8 @@ def draw(seed: int, number: int) -> Mutation:
         sites = [(path, of) for path in paths for of in EDITS[name][0](model.get_submodule(path))]
         if sites:
             edits.append((name, *rng.choice(sites)))
-    # The closure of such an edit keeps the accelerated method, which fails once the module has its old class back.
+    # The closure of these edits keeps the accelerated method, which fails once restore or a second accelerate has given
+    # the module its old class back.
     keeps = any(name in ("forward of the instance", "method of the instance") for name, _, _ in edits)
     backend, dtype = rng.choice((("reference", torch.float64), ("auto", torch.float64), ("auto", torch.float32)))
     return Mutation(
@@ -672,9 +674,9 @@ def run(mutation: Mutation, *, accelerates: bool) -> Outcome:
             model = AFTERWARDS[mutation.afterwards](model)
             if mutation.trains:
                 model.train()
-            log.clear()  # drops the entries of user code that a trial ran
+            log.clear()  # removes entries from the trials of accelerate
             _run(model, x, log, outcome.values)
-        except Exception as error:  # an edit may break anything
+        except Exception as error:  # an edit may break the model in any way
             outcome.error = error
     return outcome
 
@@ -705,7 +707,7 @@ def _run(model: nn.Module, x: Tensor, log: list[Tensor], values: dict[str, Any])
 
 
 def compare(got: Outcome, expected: Outcome, tolerance: float) -> str | None:
-    """Return the first difference between two outcomes, or None."""
+    """Return a description of the first difference between two outcomes, or None if they agree."""
     if got.error is not None and expected.error is not None:
         return None
     if got.error is not None or expected.error is not None:
@@ -750,14 +752,14 @@ def _difference(got: Any, expected: Any, tolerance: float, floor: float) -> str 
 
 
 def check(seed: int, number: int) -> str | None:
-    """Return a report of a mutation whose two models differ, with the command that repeats it, or None."""
+    """Run a mutation; return the command that repeats it and how its two models differ, or None if they agree."""
     mutation = draw(seed, number)
     expected = run(mutation, accelerates=False)
     got = run(mutation, accelerates=True)
-    # In bfloat16 whole models round dozens of times, and the two models round differently: 0.1 is allowed.
+    # In bfloat16 a model rounds dozens of times, and the two models round differently, so 0.1 is allowed.
     rounds = any(name == "dtype of a part" for name, _, _ in mutation.edits)
     if rounds and expected.error is not None and got.error is None:
-        return None  # the ops accept tables and norms in other dtypes than the map's
+        return None  # the ops accept tables and norms whose dtype differs from the map's
     difference = compare(got, expected, 0.1 if rounds else TOLERANCES[mutation.dtype])
     if difference is None:
         return None

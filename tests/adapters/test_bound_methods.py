@@ -1,4 +1,4 @@
-"""Methods that other code, such as weight offloading, has bound to an instance follow the module's class."""
+"""Tests that methods bound to an instance by other code, such as weight offloading, follow the module's class."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys(
 
 
 def bind(module: Any) -> None:
-    """Bind the class's own forward as an attribute of the instance, as hook removal does."""
+    """Assign the class's own forward to the instance, as tools do when they remove a hook."""
     module.forward = module.forward
 
 
 def hook(module: Any) -> list[None]:
-    """Wrap forward as hooks for weight offloading do; return a list that grows with every call."""
+    """Wrap forward as weight offloading does; return a list that grows with every call."""
     calls: list[None] = []
     old = module.forward
     module._old_forward = old

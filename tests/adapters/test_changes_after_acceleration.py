@@ -1,4 +1,4 @@
-"""Changes to buffers and methods after accelerate have the same effect as in the library's own module."""
+"""Tests that changes to buffers and methods after accelerate have the same effect as in the library's own module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def no_grad() -> Iterator[None]:
 
 
 def pair(place: Place) -> tuple[Any, Any]:
-    """Return a module and its accelerated copy, which has run."""
+    """Return a module and its accelerated copy, which has run once."""
     plain = place.model()
     fast = copy.deepcopy(plain)
     report = swinkernels.accelerate(fast)
@@ -132,7 +132,7 @@ def test_the_same_values_keep_the_op(monkeypatch):
 
 
 def methods(place: Place) -> list[tuple[type, str, str]]:
-    """Return the published methods that a place's ops replace: class, name, and the path of a module of the class."""
+    """Return the library's methods that the ops replace, as (class, method name, path of a module of this class)."""
     fast = place.model()
     swinkernels.accelerate(fast)
     found = {}
@@ -188,7 +188,7 @@ def test_methods_replaced_on_an_instance(place):
 
 
 def test_a_class_patched_before_the_first_accelerate_is_told(monkeypatch):
-    """A method counts as patched if its code belongs to another package than its class, whenever it was patched."""
+    """A method counts as patched if its code belongs to another package than its class, even if patched earlier."""
     from timm.models.swin_transformer import WindowAttention
 
     monkeypatch.setattr(WindowAttention, "forward", scaled(WindowAttention.forward))
@@ -206,7 +206,7 @@ def test_a_call_patched_by_a_function_in_a_decorator_of_torch_counts(monkeypatch
 
 
 def test_a_class_without_a_file_can_be_watched(monkeypatch):
-    """A class of an interactive session belongs to a module that has no file."""
+    """A class that was defined in an interactive session belongs to a module without a file."""
     kind = type("Session", (nn.Module,), {"forward": lambda self, x: x, "__module__": "session"})
     monkeypatch.setitem(sys.modules, "session", types.ModuleType("session"))
     bypass.watch(kind)
@@ -234,7 +234,7 @@ def test_hooks_of_all_modules_see_every_call(place, kind):
         try:
             with torch.enable_grad():
                 place.run(model).sum().backward()
-        except RuntimeError:  # torch raises it for the in-place ReLU of v2
+        except RuntimeError:  # torch raises this for the in-place ReLU of v2
             calls.append(RuntimeError)
         finally:
             handle.remove()
@@ -269,7 +269,7 @@ def test_code_that_was_compiled_notices_an_assigned_index(name):
 @pytest.mark.parametrize("name", compiled_places())
 @pytest.mark.parametrize("edit", [assign, change_in_place])
 def test_code_compiled_after_a_change(name, edit):
-    """The module does not run between accelerate and compilation."""
+    """An index changed before compilation takes effect, although the module has not run since the change."""
     torch._dynamo.reset()
     place = PLACES[name]
     plain, fast = pair(place)

@@ -1,4 +1,4 @@
-"""Checks that every library has to pass, on small models. Tests of one library are in that library's file."""
+"""Tests that all supported libraries must pass, on small models. Each library's own tests are in a separate file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.support.small_models import (
 )
 from tests.support.sweeps import long_but
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of libraries, tracing and export
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings from libraries, tracing and export
 
 # Maps of 9x13 and 5x7 tokens in windows of 4x4: padded, and shifted in every second block.
 IMAGE = (3, 18, 26)
@@ -46,7 +46,7 @@ POST_NORM = {"residual_post_norm": 8, "patch_merging": 1}
 
 
 def maxvit_of_timm(drop_path: float) -> nn.Module:
-    """Make a MaxViT whose first stage has channels last, and whose second has channels first."""
+    """Make a MaxViT with channels last in the first stage and channels first in the second."""
     maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm is not installed")
     attention = maxxvit.MaxxVitTransformerCfg(dim_head=8, window_size=(4, 4), grid_size=(4, 4))
     cfg = maxxvit.MaxxVitCfg(
@@ -63,10 +63,10 @@ def large(drop_path: float) -> Swin:
 
 @dataclass(frozen=True)
 class Library:
-    build: Callable[[float], nn.Module]  # makes the model with a drop path rate
-    attention: int = 4  # calls of the op in one forward pass
+    build: Callable[[float], nn.Module]  # makes a model, given its drop path rate
+    attention: int = 4  # calls of the attention op in one forward pass
     image: tuple[int, ...] = IMAGE
-    # Calls of the other ops in a forward pass; calls of layer_norm under autocast.
+    # Calls of the other ops in one forward pass, and calls of layer_norm in one under autocast.
     norms: dict[str, int] = field(default_factory=dict)
     autocast_norms: int = 0
 
@@ -104,7 +104,8 @@ LIBRARIES = {
 }
 FOREIGN = [name for name in LIBRARIES if name != "swinkernels"]
 
-IN_BFLOAT16 = [name for name in FOREIGN if not name.startswith("mmpretrain")]  # mmpretrain's own attention rejects it
+# mmpretrain's own attention rejects bfloat16.
+IN_BFLOAT16 = [name for name in FOREIGN if not name.startswith("mmpretrain")]
 
 foreign = pytest.mark.parametrize("library", FOREIGN)
 libraries = pytest.mark.parametrize("library", LIBRARIES)
@@ -140,7 +141,7 @@ def images(library: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> 
 
 @pytest.fixture
 def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the calls of window attention by the requested backend."""
+    """Return a list to which each call of window attention appends the backend that it requests."""
     module, seen = sys.modules["swinkernels.ops.window_attention"], []
     attend = module._attend
 
@@ -154,7 +155,7 @@ def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the calls of the other ops by name."""
+    """Return a list to which each call of another op appends the op's name."""
     seen: list[str] = []
 
     def watched(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
@@ -256,7 +257,7 @@ def test_keys_types_copies_and_restore(library, attention_calls, norm_calls):
     assert list(fast.state_dict()) == list(model.state_dict())
     assert [name for name, _ in fast.named_buffers()] == buffers
     assert all(isinstance(m, c) for m, c in zip(fast.modules(), classes, strict=True))
-    # mmpretrain's v2 requires buffers that its own state lacks.
+    # The load is not strict because mmpretrain's v2 requires buffers that its own state_dict does not contain.
     plain = copy.deepcopy(model)
     loaded = [m.load_state_dict(other.state_dict(), strict=False) for m, other in ((fast, plain), (plain, fast))]
     assert loaded[0] == loaded[1] and not loaded[0].unexpected_keys
@@ -303,7 +304,7 @@ def test_verify_passes_and_leaves_no_trace(library, dtype):
 # Compilers and exporters
 
 
-# Each library is compiled in one of two ways.
+# By default a library is compiled at most once, by this test or by the next.
 @pytest.mark.parametrize("library", long_but(LIBRARIES, "timm", "timm-v2", "timm-vit", "timm-maxvit", "swinkernels"))
 def test_compile_fullgraph_with_a_dynamic_batch(library):
     torch.compiler.reset()
@@ -353,7 +354,7 @@ assert not ours, ours
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 @pytest.mark.parametrize("library", long_but(["timm", "torchvision", "transformers", "swinkernels"], "timm"))
 def test_aot_inductor(library, tmp_path):
-    """The compiled package runs without importing swinkernels: loading the library of ops is enough."""
+    """The compiled package runs without importing swinkernels; it needs only the compiled library of ops."""
     model, x = on_ops(library), images(library)
     with torch.no_grad():
         program = torch.export.export(model, (x,))

@@ -1,4 +1,4 @@
-"""accelerate on window attention alone, inside a block of unknown form."""
+"""Tests accelerate on blocks of unknown form, in which it replaces only the window attention."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def accelerated(module: nn.Module, **options: Any) -> Any:
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the attention's own forward fail from now on."""
+    """Make every later call of the attention's own forward fail."""
     refuse_forward(monkeypatch, forms.WindowAttention)
 
 
@@ -112,7 +112,7 @@ def test_autocast_bfloat16():
 
 
 def test_compile_fullgraph(monkeypatch):
-    """Masks are not inspected, so a mask may be an argument of a compiled model."""
+    """Masks are not inspected, so a mask can be an argument of a compiled model."""
     torch._dynamo.reset()
     block = hybrid()
     exact = run(copy.deepcopy(block).double(), *inputs(torch.float64))
@@ -170,7 +170,7 @@ class Talking(forms.WindowAttention):
 
 
 class MaskTwice(forms.WindowAttention):
-    """Adds the mask twice, as two of transformers' models do."""
+    """Adds the mask twice, as two models of transformers do."""
 
     def forward(self, x, mask=None):
         return super().forward(x, mask if mask is None else 2 * mask)

@@ -1,4 +1,4 @@
-"""Copies of Microsoft's block in unknown packages: accelerate replaces them with the same results or says why not."""
+"""Tests accelerate on copies of Microsoft's block: replaced copies give the same results, others get a reason."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def video_block(shift_size: int = 0, **options: Any) -> nn.Module:
     return forms.VideoBlock(12, 3, shift_size=(shift_size // 2, shift_size, shift_size), **options)
 
 
-# Each form: a function that makes a block, with or without a shift, and calls of it.
+# For each form, a function that makes a block, with or without a shift, and the shapes and arguments of its calls.
 FORMS: dict[str, tuple[Any, list[tuple[tuple[int, ...], Any]]]] = {
     "classification": (lambda **o: make(forms.ClassificationBlock, 12, (8, 12), 3, **o), [((96,), None)]),
     "classification, clamped": (lambda **o: make(forms.ClassificationBlock, 12, (3, 6), 3, **o), [((18,), None)]),
@@ -67,7 +67,7 @@ every_shift = pytest.mark.parametrize("options", [{}, SHIFTED], ids=["plain", "s
 
 
 def calls_of(name: str, block: Any) -> list[tuple[Tensor, tuple[Any, ...]]]:
-    """Return inputs of a block and the other arguments of the call."""
+    """Return the calls of a form's block, each as its input and its other arguments."""
     calls = []
     for shape, given in FORMS[name][1]:
         x = torch.randn(2, *shape, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -99,7 +99,7 @@ def accelerated(module: Any, **options: Any) -> Any:
 
 
 def reason_of(block: nn.Module) -> str:
-    """Return the reason why the block is not replaced; its attention may be."""
+    """Check that accelerate does not replace the block (it may replace the attention); return the reason."""
     report = swinkernels.accelerate(block)
     assert {e.path for e in report.replaced} <= {"attn"}
     assert not isinstance(block, StructuralBlock)
@@ -110,7 +110,7 @@ def reason_of(block: nn.Module) -> str:
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the blocks' own attention fail from now on."""
+    """Make every later call of the blocks' own attention fail."""
     refuse_forward(monkeypatch, forms.WindowAttention)
 
 
@@ -170,7 +170,7 @@ def test_checkpointing():
 
 
 def test_norms_on_ops(monkeypatch):
-    """The residual connection and its norm are one op if the drop path is known: an Identity, or timm's."""
+    """The residual connection and its norm run as one op if drop path is an Identity or timm's DropPath."""
     from swinkernels.adapters import norms
 
     seen: list[Any] = []
@@ -211,7 +211,7 @@ class OtherMaskValue(forms.ClassificationBlock):
 
 
 class OtherMaskWhereItIsMade(forms.RestorationBlock):
-    """Uses the mask value -200 for sizes other than the block's own, which ordinary inputs do not reveal."""
+    """Uses the mask value -200 for sizes other than the block's own; ordinary inputs do not reveal it."""
 
     def calculate_mask(self, size):
         return super().calculate_mask(size) * (1 if tuple(size) == self.input_resolution else 2)
@@ -249,7 +249,7 @@ class ExtraBias(forms.WindowAttention):
 
 
 class HiddenOffset(forms.WindowAttention):
-    """Adds values that happen to be 0 in this instance."""
+    """Adds an offset and multiplies by a gain, which are neutral (0 and 1) in this instance."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -261,14 +261,14 @@ class HiddenOffset(forms.WindowAttention):
 
 
 class OtherClamp(forms.CosineAttention):
-    """Clamps the logit scale at a larger value than v2, which only a scale beyond v2's limit reveals."""
+    """Clamps the logit scale at a larger value than v2; only a scale beyond v2's limit reveals it."""
 
     def scores(self, q, k):
         return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.logit_scale.clamp(max=5.0).exp()
 
 
 class ColumnsFirst(forms.ClassificationBlock):
-    """Numbers the tokens of a window column by column, unlike the bias table."""
+    """Numbers the tokens of a window column by column, whereas the bias table numbers them row by row."""
 
     def attend(self, x, window, shift, mask):
         return super().attend(x.transpose(1, 2), window, shift, mask).transpose(1, 2).contiguous()
@@ -345,7 +345,7 @@ def test_what_is_not_a_published_form_is_refused(name):
     block = create().double().eval()
     fast = copy.deepcopy(block)
     assert words in reason_of(fast)
-    swinkernels.accelerate(fast, backend="reference")  # may replace its attention
+    swinkernels.accelerate(fast, backend="reference")  # may replace the block's attention
     kinds = {forms.RestorationBlock: "restoration", forms.MapBlock: "map", forms.SegmentationBlock: "segmentation"}
     kind = next((kinds[cls] for cls in kinds if isinstance(block, cls)), "classification")
     results = []
@@ -356,7 +356,7 @@ def test_what_is_not_a_published_form_is_refused(name):
 
 
 class PadsBefore(forms.SegmentationBlock):
-    """Pads before the map's tokens, which maps of whole windows do not reveal."""
+    """Pads before the map's tokens instead of after them; maps of whole windows do not reveal it."""
 
     def padded(self, x, window, shift, mask):
         h, w = (-s % n for s, n in zip(x.shape[1:-1], window, strict=True))
@@ -461,10 +461,10 @@ def test_one_trial_for_blocks_of_a_kind(monkeypatch):
     blocks = [forms.ClassificationBlock(*SIZE, shift_size=s, drop_path=p) for s in (0, 2) for p in (0.1, 0.2)]
     assert len(swinkernels.accelerate(nn.ModuleList(blocks)).replaced) == 4
     assert len(trials) == 2
-    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4, drop_path=0.1))  # after a short trial at its width
+    swinkernels.accelerate(forms.ClassificationBlock(16, (8, 12), 4, drop_path=0.1))  # a short trial at its width
     assert len(trials) == 2
     odd = forms.ClassificationBlock(*SIZE)
-    odd.flag = True  # a value that a forward may read
+    odd.flag = True  # an attribute that forward might read
     swinkernels.accelerate(odd)
     assert len(trials) == 3
 
@@ -536,7 +536,7 @@ def test_wrong_calls_raise_what_they_raised():
     x = torch.randn(2, 63, 12, dtype=torch.float64)
     for module in (block, fast):
         with pytest.raises(RuntimeError, match="shape"):
-            module(x, (9, 7))  # SwinIR pads the image; its blocks do not pad
+            module(x, (9, 7))  # SwinIR pads the image, and its blocks do not pad
         with pytest.raises(TypeError):
             module(x)
 
@@ -563,7 +563,7 @@ def test_changes_after_accelerate(monkeypatch):
 
 
 class Model(nn.Module):
-    """Has a stage with a fixed size, and a stage that makes its mask at every call, as in mmseg."""
+    """A model with a stage of fixed size, and a stage for which forward makes the mask at every call, as in mmseg."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -656,7 +656,7 @@ def test_compile_fullgraph(monkeypatch):
 
 
 def test_compile_blocks_that_are_called_with_masks(monkeypatch):
-    """The compiler cannot inspect a mask, so it compiles a block's own code, except for the attention."""
+    """In compiled code a mask cannot be inspected, so the block's own code runs, with attention on the op."""
     torch._dynamo.reset()
     block = make(forms.VideoBlock, 12, 3, shift_size=(1, 2, 2))
     x, (mask,) = calls_of("video", block)[0]

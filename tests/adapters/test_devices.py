@@ -1,4 +1,4 @@
-"""On devices without a kernel, accelerate leaves the library's own code running and gives the reason."""
+"""Tests that on devices without a kernel the library's own code runs after accelerate, and the report says why."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_triton_on_rocm_is_taken_only_by_name(monkeypatch):
 
 @every_place
 def test_the_librarys_own_code_runs_there(place, monkeypatch):
-    """A patched CPU serves as a device without kernels."""
+    """The CPU stands in for a device without kernels: a patched check reports that it has none."""
     plain = place.model()
     fast = copy.deepcopy(plain)
     monkeypatch.setattr(_backends, "_find_why_no_kernels", lambda device: "no kernel runs on such tensors")
@@ -68,7 +68,7 @@ def test_the_librarys_own_code_runs_there(place, monkeypatch):
 
 
 def test_tensors_sharded_over_devices(tmp_path):
-    """The library's own code runs if inputs are DTensors, or if a weight is sharded by heads (here on one device)."""
+    """The library's own code runs if inputs are DTensors, or if a weight is sharded by heads (on one device here)."""
     if not distributed.is_gloo_available():
         pytest.skip("this build of torch has no gloo")
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
@@ -81,7 +81,7 @@ def test_tensors_sharded_over_devices(tmp_path):
         mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
         swinkernels.accelerate(fast)
         called: list[Any] = []
-        fast.attn.register_forward_pre_hook(lambda *_: called.append(0))  # makes it run its own code
+        fast.attn.register_forward_pre_hook(lambda *_: called.append(0))  # a hook makes the block run its own code
         distribute_module(fast, mesh)
         (x,) = place.inputs(torch.Generator().manual_seed(1))
         for how in (Shard(0), Replicate()):

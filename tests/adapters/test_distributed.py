@@ -1,4 +1,4 @@
-"""Accelerated models trained by two processes have the losses of one process with the original code."""
+"""Tests that accelerated models trained by two processes have the same losses as the original model in one process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wrap(model: nn.Module, how: str) -> nn.Module:
 
 
 def train(model: nn.Module, library: str, rank: int = 0, world: int = 1) -> list[float]:
-    """Return the loss of each step on this process's share of the images."""
+    """Train a model on this process's share of the images and return the loss of each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses = []
     for _ in range(STEPS):
@@ -59,7 +59,7 @@ def process(rank: int, library: str, how: str, folder: str) -> None:
         blocks = [m for m in model.modules() if is_block(m)]
         assert len(blocks) == 4 and all(isinstance(m, FSDPModule) for m in blocks)
         if library != "swinkernels":
-            # A sharded module is neither restored, which would undo the sharding, nor replaced twice.
+            # restore refuses sharded modules, because it would undo the sharding, and accelerate skips them.
             kinds = [type(m) for m in model.modules()]
             with pytest.raises(RuntimeError, match=r"fully_shard, .*: restore the model before"):
                 swinkernels.restore(model)

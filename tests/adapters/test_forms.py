@@ -1,4 +1,4 @@
-"""accelerate on forms other than Microsoft's block: results equal the modules' own, and every edit takes effect."""
+"""Tests accelerate on forms other than Microsoft's block: results equal the modules' own, also after edits."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from tests.support.small_models import FAMILIES, FORMS, make_input, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings
 
-# Family whose own code always computes in float32 -> the tolerance of the results.
+# The tolerance of the results of families that always compute in float32.
 ROUNDED = {"transformers GOT-OCR2": 1e-5}
 
-# Family -> the calls of the op in one module that is replaced, if there are several.
+# The number of calls of the op in one replaced module, for families with several.
 CALLS = {"VRT": 3, "EsViT": 2, "HTSAT": 3, "laion-clap": 2, "nnFormer": 2}
 
 families = pytest.mark.parametrize("family", FORMS)
@@ -65,7 +65,7 @@ def test_outputs_every_gradient_and_a_true_report(family, attention_calls):
     assert all(word in skipped.reason for word, skipped in zip(left, report.skipped, strict=True))
     moved = shaken(
         model, x, torch.float32 if family in ROUNDED else torch.float64
-    )  # first, because TinyViT caches a tensor in eval mode that its copies lack
+    )  # runs first, because TinyViT in eval mode caches a tensor that its earlier copies lack
     exact = run(model, x)
     attention_calls.clear()
     got = run(fast, x)
@@ -86,7 +86,7 @@ def test_float32_is_as_good_as_the_own_code(family):
 
 @families
 def test_training_draws_the_same_and_checks_itself(family):
-    """Training with drop path and batch norms gives the library's results, and passes verify=True."""
+    """Training with drop path and batch norms gives the library's results; accelerate with verify=True passes."""
     model, x = model_of(family).train(), make_input(family)
     for m in model.modules():
         for name in ("drop_prob", "p"):
@@ -155,7 +155,7 @@ def test_an_edited_layer_has_the_own_code_run(family, edit, monkeypatch, attenti
     got, expected = fast(x), model(x)
     assert len(attention_calls) < FORMS[family][0] * CALLS.get(family, 1) or family == "torchvision Swin3D"
     assert torch.equal(got, expected) or torch.allclose(got, expected, rtol=1e-9, atol=ROUNDED.get(family, 1e-11))
-    if family != "torchvision Swin3D":  # its own code reads weights and calls no layer
+    if family != "torchvision Swin3D":  # whose own code reads the weights and calls no layer
         assert not torch.allclose(expected, before, rtol=1e-6, atol=1e-9)
 
 
@@ -306,7 +306,7 @@ def test_compile_fullgraph(family):
 
 @pytest.mark.parametrize("family", ["SCUNet", "timm SAM ViT", "Uformer", "copy"])
 def test_second_derivatives_behind_a_kernel(family, attention_calls):
-    """A penalty on the gradient, and the penalty's gradients, are right in float32, which a kernel supports."""
+    """The gradients of a gradient penalty are right in float32, in which a kernel runs."""
     model, x = model_of(family), make_input(family)
     found = []
     for m in (model, accelerated(copy.deepcopy(model).float())):
@@ -333,7 +333,7 @@ def test_every_form_has_a_family():
 
 
 class Louder(nn.Module):
-    """A mixin that adds a keyword to the forward of a class."""
+    """A mixin that adds a keyword argument to the forward of a class."""
 
     def forward(self, x: Tensor, gain: float | None = None) -> Tensor:
         y = super().forward(x)
@@ -370,7 +370,7 @@ def test_more_tokens_than_a_number_in_the_code_are_tried():
 
 @pytest.mark.parametrize("window", [14, 0])
 def test_a_wrong_gradient_of_a_wide_layer_is_found(window):
-    """SAM-B's maps of 64 x 64 tokens have 4 x 10^8 scores, so a trial compares gradients on smaller maps."""
+    """A trial compares gradients on smaller maps than SAM-B's, which have 64 x 64 tokens and 4 x 10^8 scores."""
     sam = pytest.importorskip("transformers.models.sam.modeling_sam")
     from transformers import SamVisionConfig
 
@@ -419,7 +419,7 @@ def test_a_hook_of_all_modules_is_no_verdict():
 
 
 def test_timm_sams_drop_path_drops_windows(attention_calls):
-    """The op computes all windows of a map, and drop path draws for each of them, as in timm's own code."""
+    """One call of the op computes all windows of a map, and drop path draws for each window, as in timm's own code."""
     vit = pytest.importorskip("timm.models.vision_transformer_sam")
     torch.manual_seed(0)
     block = vit.Block(12, 3, window_size=4, use_rel_pos=True, drop_path=0.5).double().train()
@@ -450,7 +450,7 @@ def test_sams_scale_counts_where_its_code_reads_it(fused):
 def test_a_forward_that_was_bound_and_is_replaced_later():
     davit = pytest.importorskip("timm.models.davit")
     block = davit.SpatialBlock(16, 2, window_size=4).eval()
-    block.attn.forward = block.attn.forward  # weight offloading does this
+    block.attn.forward = block.attn.forward  # as weight offloading does
     swinkernels.accelerate(block)
     x = torch.randn(1, 16, 8, 8)
     before = block(x)
@@ -549,10 +549,10 @@ def test_masks_in_float16():
     torch.testing.assert_close(fast(x, mask=mask), attn(x, mask=mask), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # float32 runs on a kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # a kernel runs in float32
 @pytest.mark.parametrize("family", ["Uformer", "nnFormer's skips", "VRT"])
 def test_a_row_whose_mask_is_minus_infinity_everywhere_is_nan_as_in_the_own_code(family, dtype):
-    """The row itself and the gradients that depend on it are NaN, and nothing else is."""
+    """Only the row itself and the gradients that depend on it are NaN."""
     model = model_of(family).to(dtype)
     attn = model[0].attention_of_windows
     fast = accelerated(attn)

@@ -1,4 +1,4 @@
-"""Inner modules that are subclassed, wrapped or changed: the library's own code runs, or the change takes effect."""
+"""Tests that subclassing, wrapping or changing inner modules has the same effect on an accelerated module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def no_grad() -> Iterator[None]:
 
 
 def mixed(out: Any) -> Any:
-    """Change a module's result in a way that no norm undoes."""
+    """Change a module's result in a way that a following norm does not undo."""
     return (out[0] + out[0].roll(1, -1), *out[1:]) if isinstance(out, tuple) else out + out.roll(1, -1)
 
 
@@ -48,7 +48,7 @@ class Wrapper(nn.Module):
 
 
 def subclass(module: nn.Module) -> None:
-    """Give a module a subclass with another forward."""
+    """Change a module's class to a subclass with another forward."""
     kind = type(module)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def check(place: Place, edit: Callable[[Any], None], *, before_accelerate: bool)
 
 
 def inner_paths(place: Place) -> list[str]:
-    """List the modules inside a place's module, except containers, modules without parameters, and its MLP."""
+    """List the paths of a place's inner modules, except containers, modules without parameters, and the MLP."""
     model = place.model()
     found = []
     for path, module in model.named_modules():
@@ -92,7 +92,7 @@ def test_subclasses(place, before_accelerate):
         handle = model.get_submodule(path).register_forward_hook(lambda *_, calls=calls: calls.append(None))
         place.run(model)
         handle.remove()
-        if calls:  # torchvision's attention reads the weights of its layers and calls none
+        if calls:  # torchvision's attention reads its layers' weights and calls no layer
             check(place, lambda m, path=path: subclass(m.get_submodule(path)), before_accelerate=before_accelerate)
 
 
@@ -135,7 +135,7 @@ def test_scaling_of_transformers_swin(scaling, before_accelerate):
 
 @pytest.mark.skipif("transformers swin" not in PLACES, reason="transformers is not installed")
 def test_another_attention_function_of_transformers(monkeypatch):
-    """Swin looks up its attention function by name, and a user may have replaced it."""
+    """transformers' Swin looks up its attention function by name, so a user can replace the function."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     place = PLACES["transformers swin"]

@@ -1,4 +1,4 @@
-"""Linear layers of blocks in inference on a CPU: some calls are fused, in other cases the modules are called."""
+"""Tests the Linear layers of blocks in inference on a CPU: products are fused, or the modules are called."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.copied_code import refuse_forward
 from tests.support.fused_products import always_fused, fused_calls
 from tests.support.small_models import make_input, make_model
 
-# Family -> the path of its first block, and the block's modules that make up the MLP.
+# For each family, the path of its first block and the names of the block's modules that make up the MLP half.
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "timm": ("layers.0.blocks.0", ("mlp", "drop_path2")),
     "timm v2": ("layers.0.blocks.0", ("mlp",)),
@@ -109,7 +109,7 @@ def replace_forward(module: nn.Module) -> None:
 @every_family
 @pytest.mark.parametrize("edit", [scale, scale_input, subclass, replace_forward])
 def test_edits_of_inner_modules_count(family, edit):
-    """Each module that a fused product replaces is edited on its own, before or after accelerate."""
+    """An edit of any module that a fused product replaces takes effect, before and after accelerate."""
     path, parts = PARTS[family]
     model, x = make_model(family), make_input(family)
     unchanged = model(x)
@@ -136,7 +136,7 @@ class Doubled(nn.Module):
 
 
 def _activation(block: Any, part: str) -> tuple[Any, str]:
-    """Return the module that contains the activation, and the activation's name in it."""
+    """Return the module that contains the activation, and the name of the activation in that module."""
     mlp = block.get_submodule(part)
     *path, name = next(path for path, m in mlp.named_modules() if "GELU" in type(m).__name__).split(".")
     return mlp.get_submodule(".".join(path)), name
@@ -195,7 +195,7 @@ def test_a_class_of_the_library_that_is_patched(family, monkeypatch):
 
 @every_family
 def test_dropout_in_training(family):
-    """In training mode without gradients, dropout of an MLP draws the library's random numbers."""
+    """In training mode without gradients, the dropout of an MLP draws the same random numbers as in the library."""
     path, parts = PARTS[family]
     model, x = make_model(family), make_input(family)
     dropouts = [m for p in parts for m in model.get_submodule(f"{path}.{p}").modules() if type(m) is nn.Dropout]
@@ -248,7 +248,7 @@ def test_gelu_of_another_form_is_not_known():
 
 
 class ScaledMlp(published_forms.Mlp):
-    """Computes something else from the layers of an MLP."""
+    """An MLP whose result is multiplied by 1.5."""
 
     factor = 1.5
 
@@ -304,7 +304,7 @@ def test_a_copied_mlp_that_computes_something_else_is_called(kind, monkeypatch):
 
 
 def test_a_copied_mlp_that_changed_since_its_trial_is_called():
-    """The class computes an MLP until an attribute of the instance changes."""
+    """After accelerate, the class or the ``factor`` of the MLP changes; then the MLP itself is called."""
     model, x = make_model("copy for restoration"), make_input("copy for restoration")
     fast = accelerated(model)
     for m in (model, fast):

@@ -1,4 +1,4 @@
-"""peft's LoRA on qkv and proj, added before or after accelerate: the op runs on the results of the layers."""
+"""Tests peft's LoRA on qkv and proj, added before or after accelerate: the op uses the results of the LoRA layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def swin_unetr() -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def mmpretrain_swin() -> tuple[nn.Module, tuple[int, ...]]:
-    """Return an mmpretrain Swin with padded maps whose only output is the last stage's map, and its input shape."""
+    """Return an mmpretrain Swin with padded maps and its input shape; its only output is the last stage's map."""
     pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -65,12 +65,12 @@ def with_lora(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def step(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, dict[str, Tensor]]:
-    """Return the number of calls of the op, and the output and every gradient."""
+    """Run forward and backward; return the number of calls of the op, and the output and every gradient by name."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(3)
     with op_calls() as calls:
         out = model(x)
-        # A sum, or a sum of squares, would be a constant after a norm at the end.
+        # After a norm at the end of a model, the sum or the sum of squares of the output would be constant.
         (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(4))).mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(g is not None for g in gradients.values())
@@ -90,7 +90,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 def test_outputs_and_every_gradient(library: str, first: str) -> None:
     make, blocks = MODELS[library]
     model, shape = make()
-    randomise(model)  # gives qkv a bias, which pad tokens have
+    randomise(model)  # makes the qkv bias, which pad tokens get, nonzero
     fast = copy.deepcopy(model)
     calls, want = step(with_lora(model), shape)
     assert not calls
@@ -107,7 +107,7 @@ def test_outputs_and_every_gradient(library: str, first: str) -> None:
 
 
 def test_adapters_come_and_go() -> None:
-    """Disabling, merging or removing an adapter takes effect from the next call on."""
+    """Disabling, merging or removing a LoRA adapter takes effect with the next call."""
     model, shape = timm_swin()
     x = torch.randn(shape)
     fast = with_lora(copy.deepcopy(model)).eval()

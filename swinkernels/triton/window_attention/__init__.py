@@ -19,18 +19,18 @@ Cosine    v2, if logit_scale is not None: with u = q / |q|, w = k / |k| and f = 
           dlogit_scale = sum of dS f u w, in float32.
 Dropout   out = (D P) v with D = 0 or 1 / (1 - p), so dv = (D P)^T dout and dP = D (dout v^T); D comes from Philox with
           the key dropout_seed, a number in the GPU's memory, and is drawn again in the backward pass.
-Tiling    N <= 64: a program owns one head and walks over several windows; a window is one tile, and the bias and dbias
-          tiles stay in registers for all windows. N > 64: query tiles by key tiles, a program per tile row, online
-          softmax; backward in three kernels (dq and delta; dk and dv; dbias), without atomics.
-          Windows with axis_tables or a key_window take the kernels for N > 64.
+Tiling    N <= 64 (N <= 32 in float32): a program owns one head and walks over several windows; a window is one tile,
+          and the bias and dbias tiles stay in registers for all windows. Larger N: query tiles by key tiles, a program
+          per tile row, online softmax; backward in three kernels (dq and delta; dk and dv; dbias), without atomics.
+          Windows with axis_tables or a key_window are processed by the kernels for larger N.
 Order     the head varies fastest over programs: neighbours read neighbouring parts of the same token rows, so whole
           cache lines are used even if a head's row is half a line. A program walks over windows of one type, image
           by image, if types of windows have separate biases.
 Bias      gathered from the table in the kernel. The table (2 KB at window 7 and 3 heads) stays in L1; building a dense
           fp32 bias (heads, N, N) would cost one more launch. A given dense bias is read directly.
-Traffic   forward 4 and backward 7 maps of B * S * C elements, each read or written once (N <= 64; backward in v2 reads
-          q and k twice, the second time from the cache). Sums over windows: one dbias per group of windows,
+Traffic   forward 4 and backward 7 maps of B * S * C elements, each read or written once if a window is one tile
+          (backward in v2 reads q and k twice, the second time from the cache). Sums: one dbias per group of windows,
           at most 16 MB plus one dbias.
-Limits    N <= 1024, with axis_tables 4096; windows of a call below 2^31; tile sizes are powers of two, which at
-          window 7 costs a factor of 64/49.
+Limits    N <= 1024, with axis_tables N <= 4096; fewer than 2^31 tiles of 16 keys in a call; tile sizes are powers of
+          two, which costs a factor of 64/49 at window 7.
 """

@@ -6,7 +6,7 @@ Maths     score(i, j) += sum over axes a of q_i . table_a[i_a - j_a + window_a -
           and the bias is A E, where E[c, j] is one if key j has coordinate c, else zero. Backward: dA = dS E^T; with
           dR[i, r] = dA[i, c] for row(i, c) = r: dq += dR table, and dtable = dR^T q, summed over windows and heads.
 Steps     A query tile is multiplied by all rows of the tables once, and a gather along each row picks A from the
-          products; every tile of keys then takes one more product. The bias itself is never in memory. The backward
+          products; every tile of keys then needs one more product. The bias itself is never in memory. The backward
           pass stores A for the kernel of dk and dv, and dA for the kernel of the tables' gradients.
 Rounding  The tables and A are float32. With 16-bit maps each is split into two numbers of that dtype, whose sum has
           twice its digits; in float16 both are divided by a factor that brings them into range.
@@ -24,7 +24,7 @@ from swinkernels.triton.window_attention.gradients import add_product, excess_of
 
 
 class Split(NamedTuple):
-    """A float32 tile as factor * (high + low), two tiles of 16 bits; with float32 maps ``high`` is the whole tile."""
+    """A float32 tile, stored as factor * (high + low) with 16-bit tiles; with float32 maps ``high`` is the tile."""
 
     high: Any
     low: Any
@@ -47,7 +47,7 @@ def _split(x, dtype: tl.constexpr):
 
 @triton.jit
 def _add_split(total, a, b, STATIC: tl.constexpr):
-    """Return total + a b for a Split a."""
+    """Return total + a b, where a is a Split."""
     if b.dtype == tl.float32:
         total = tl.dot(a.high, b, total, input_precision=STATIC.PRECISION)
     elif b.dtype == tl.float16:
@@ -59,9 +59,9 @@ def _add_split(total, a, b, STATIC: tl.constexpr):
 
 @triton.jit
 def _row_and_column(query, at, OF_AXIS: tl.constexpr, STATIC: tl.constexpr):
-    """Return row + column for the table rows of a query, a sum that is the same for all columns of an axis.
+    """Return, for each query, the sum of a column and its table row, which is the same for all columns of an axis.
 
-    ``at`` are rows or columns; OF_AXIS is their number on each axis. The result is (queries, at).
+    ``at`` contains rows or columns; OF_AXIS is their number on each axis. The result is (queries, len(at)).
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
@@ -98,7 +98,7 @@ def columns_met(query, row, STATIC: tl.constexpr):
 
 @triton.jit
 def _load_tables(row, call, STATIC: tl.constexpr):
-    """Load rows of the tables, zero beyond the last."""
+    """Load rows of the tables; rows beyond the last are zero."""
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
     d = tl.arange(0, STATIC.BLOCK_D)
     mask = (row < ROWS[0] + ROWS[1] + ROWS[2])[:, None] & (d < STATIC.HEAD_DIM)[None, :]
@@ -107,7 +107,7 @@ def _load_tables(row, call, STATIC: tl.constexpr):
 
 @triton.jit
 def _has_coordinate(key, dtype: tl.constexpr, STATIC: tl.constexpr):
-    """Return E, (columns, keys), for a tile of keys."""
+    """Return E for a tile of keys: (columns, keys)."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     column = tl.arange(0, STATIC.BLOCK_COLUMNS)[:, None]
@@ -120,7 +120,7 @@ def _has_coordinate(key, dtype: tl.constexpr, STATIC: tl.constexpr):
 
 @triton.jit
 def axis_products(q, query, call, STATIC: tl.constexpr):
-    """Return UNIT A, (queries, columns), for a tile of queries."""
+    """Return A times UNIT for a tile of queries: (queries, columns)."""
     BLOCK_COLUMNS: tl.constexpr = STATIC.BLOCK_COLUMNS
     BLOCK_ROWS: tl.constexpr = STATIC.BLOCK_ROWS
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
@@ -142,20 +142,20 @@ def split_products(products, call):
 
 @triton.jit
 def add_axis_bias(bias, products, key, call, STATIC: tl.constexpr):
-    """Add UNIT A E to the bias of a tile. ``products`` is A from split_products."""
+    """Add A E to the bias of a tile, both times UNIT; ``products`` is the result of split_products."""
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     return _add_split(bias, products, _has_coordinate(key, dtype, STATIC), STATIC)
 
 
 @triton.jit
 def add_dproducts(total, dscores, excess, key, STATIC: tl.constexpr):
-    """Add a tile's dS E^T to dA. ``dscores`` and ``excess`` are dS from ``narrow``."""
+    """Add a tile's dS E^T to dA. ``dscores`` is dS divided by ``excess``, as returned by ``narrow``."""
     return add_product(total, dscores, tl.trans(_has_coordinate(key, dscores.dtype, STATIC)), excess, STATIC)
 
 
 @triton.jit
 def add_axis_query_gradient(dq, dproducts, query, call, STATIC: tl.constexpr):
-    """Add dR table to dq. ``dproducts`` is dA."""
+    """Add the product of dR and the tables to dq; ``dproducts`` is dA."""
     dtype: tl.constexpr = call.maps[0].dtype.element_ty
     BLOCK_ROWS: tl.constexpr = STATIC.BLOCK_ROWS
     ROWS: tl.constexpr = STATIC.AXIS_ROWS
@@ -173,7 +173,7 @@ def add_axis_query_gradient(dq, dproducts, query, call, STATIC: tl.constexpr):
 
 @triton.jit
 def product_rows(data, number, head, token, call, STATIC: tl.constexpr):
-    """Return the addresses of the tokens' rows in A or dA, (windows, heads, N, columns)."""
+    """Return the addresses of tokens' rows in A or dA, each of shape (windows, heads, N, columns)."""
     COLUMNS: tl.constexpr = STATIC.AXIS_COLUMNS
     row = (number.to(tl.int64) * call.num_heads + head) * STATIC.VOLUME + token
     return data + row[:, None] * (COLUMNS[0] + COLUMNS[1] + COLUMNS[2])

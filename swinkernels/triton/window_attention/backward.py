@@ -49,10 +49,10 @@ def bwd_whole(
     call, dout, lse, dmaps, dbias, dlogit_scale, dpad, batch_windows, windows_per_program,
     STATIC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Run the backward pass for N <= 64, where a window is one tile.
+    """Run the backward pass for windows of one tile; a program walks over a group of windows.
 
-    A program also writes its sums over windows, unless they are None: dbias (groups, heads, N, N), dlogit_scale
-    (groups, heads) and dpad (groups, 2, heads, HEAD_DIM).
+    The program also writes its sums over these windows, unless the arguments are None: dbias (groups, heads, N, N),
+    dlogit_scale (groups, heads), and dk and dv of pad tokens to ``dpad`` (groups, 2, heads, HEAD_DIM).
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
@@ -101,7 +101,7 @@ def bwd_whole(
         excess = excess_of(dscores, dtype)
         rounded = narrow(dscores, excess, dtype)
         row_scale = scale if excess is None else scale * excess
-        if call.logit_scale is not None:  # q and k are read again, from the cache: keeping them would spill registers
+        if call.logit_scale is not None:  # reads q and k again, from the cache, because keeping them spills registers
             q = load_rows(call, Q, at, head, STATIC)
             k = load_rows(call, K, at, head, STATIC)
         q_inverse, k_inverse = inverse_norm(q, call), inverse_norm(k, call)
@@ -130,10 +130,10 @@ def bwd_tiled_dq(
     call, dout, lse, delta, dmaps, dlogit_scale, axis_scores, daxis_scores,
     STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq for N > 64; a program owns a query tile.
+    """Compute dq for windows of several tiles; a program owns a query tile.
 
-    The program also writes delta, in the layout of lse, for the kernels that follow and, unless they are None, its sum
-    of dlogit_scale (windows * query tiles, heads), and A and dA of axis_tables.
+    The program also writes delta, in the layout of lse, for the kernels that follow. Unless the arguments are None, it
+    writes its sum of dlogit_scale (windows * query tiles, heads), and A and dA of axis_tables.
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
@@ -215,10 +215,10 @@ def bwd_tiled_dkdv(
     call, dout, lse, delta, dmaps, dpad, axis_scores, of_windows,
     STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv for N > 64; a program owns a key tile.
+    """Compute dk and dv for windows of several tiles; a program owns a key tile.
 
-    With a key_window, dk and dv are written to ``of_windows``, for sum_key_gradients. The program also writes its sum
-    over pad tokens, dpad (windows * key tiles, 2, heads, HEAD_DIM), unless that is None.
+    With a key_window, dk and dv are written to ``of_windows``, for sum_key_gradients. The program also writes its sums
+    of dk and dv over pad tokens to ``dpad`` (windows * key tiles, 2, heads, HEAD_DIM), unless ``dpad`` is None.
     """
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
@@ -281,7 +281,10 @@ def bwd_tiled_dbias(
     call, dout, lse, delta, dbias, batch_windows, windows_per_program,
     STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute dbias (groups, heads, N, N) for N > 64; a program owns a tile of it and walks over a group of windows."""
+    """Compute dbias (groups, heads, N, M) for windows of several tiles.
+
+    A program owns a tile of dbias and walks over a group of windows.
+    """
     WINDOW: tl.constexpr = STATIC.WINDOW
     Q_TILES: tl.constexpr = (STATIC.VOLUME + BLOCK_Q - 1) // BLOCK_Q
     K_TILES: tl.constexpr = (STATIC.KEY_VOLUME + BLOCK_K - 1) // BLOCK_K

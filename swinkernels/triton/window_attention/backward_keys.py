@@ -1,4 +1,4 @@
-"""The kernel that sums the gradients of keys whose windows overlap."""
+"""The kernel that sums a key's gradients over the key windows that contain the key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from swinkernels.triton.window_attention.rows import store_gradient
 
 @kernel
 def sum_key_gradients(call, of_windows, dmaps, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Sum dk and dv over the windows that have a token as key; a program owns tokens of one window and one head."""
+    """Sum each token's dk and dv over the key windows that contain it; a program owns tokens of a window and a head."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     KEY_WINDOW: tl.constexpr = STATIC.KEY_WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D

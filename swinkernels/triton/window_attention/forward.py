@@ -1,4 +1,4 @@
-"""The kernels of the forward pass: out and, unless it is None, lse."""
+"""The kernels of the forward pass; they compute out and, unless it is None, lse."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LOWEST = tl.constexpr(-3.0e38)  # the lowest finite score
 
 @kernel
 def fwd_whole(call, out, lse, batch_windows, windows_per_program, STATIC: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Run the forward pass for N <= 64, where a window is one tile; a program walks over a group of windows."""
+    """Run the forward pass for windows of one tile; a program walks over a group of windows."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     program = tl.program_id(0)
     head = program % call.num_heads
@@ -66,7 +66,7 @@ def fwd_whole(call, out, lse, batch_windows, windows_per_program, STATIC: tl.con
 
 @kernel
 def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Run the forward pass for N > 64; a program owns a query tile of a window and a head."""
+    """Run the forward pass for windows of several tiles; a program owns a query tile of a window and a head."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     BLOCK_D: tl.constexpr = STATIC.BLOCK_D
     VOLUME: tl.constexpr = STATIC.VOLUME
@@ -106,8 +106,8 @@ def fwd_tiled(call, out, lse, STATIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
                 query_region = region_of(window, query, query_beyond, seams, call, STATIC)
                 key_region = region_of(window, key, key_beyond, seams, call, STATIC)
                 scores = masked(scores, query_region, key_region, call)
-        higher = tl.maximum(top, tl.max(scores, axis=1))  # finite: every key tile holds at least one token
-        if call.dense_bias is not None:  # it may be minus infinity for all tokens of a tile
+        higher = tl.maximum(top, tl.max(scores, axis=1))  # finite: every key tile contains a token
+        if call.dense_bias is not None:  # which may be minus infinity for all keys of a tile
             higher = tl.maximum(higher, _LOWEST)
         probs = exp_units(scores - higher[:, None], STATIC)
         rescale = exp_units(top - higher, STATIC)

@@ -1,4 +1,4 @@
-"""Steps that the kernels of the backward pass share: the inputs and the gradients of a tile."""
+"""Steps that the kernels of the backward pass share: loading a tile's inputs and computing its gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LARGEST_INVERSE = tl.constexpr(1e12)
 
 
 class Queries(NamedTuple):
-    """Tokens of a window and a head, as queries."""
+    """The queries of a tile: positions, seam bits, rows of q, inverse norms, rows of dout, and lse."""
 
     at: Any
     beyond: Any
@@ -29,7 +29,7 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Tokens of a window and a head, as keys."""
+    """The keys of a tile: positions, seam bits, rows of k, inverse norms of these, and rows of v."""
 
     at: Any
     beyond: Any
@@ -57,7 +57,7 @@ def load_keys(window, token, beyond, head, call, STATIC: tl.constexpr):
 
 @triton.jit
 def recompute(window, queries, keys, bias, seams, unit_scale, call, STATIC: tl.constexpr):
-    """Return the products of a tile, and P."""
+    """Return the scores of a tile before bias and mask, times UNIT, and P recomputed from lse."""
     scores = products(queries.q, keys.k, queries.inverse, keys.inverse, unit_scale, call, STATIC)
     query_region = region_of(window, queries.at.token, queries.beyond, seams, call, STATIC)
     key_region = region_of(window, keys.at.token, keys.beyond, seams, call, STATIC)
@@ -66,7 +66,7 @@ def recompute(window, queries, keys, bias, seams, unit_scale, call, STATIC: tl.c
 
 @triton.jit
 def dprobs_of(queries, keys, keep, call, STATIC: tl.constexpr):
-    """Return dP of a tile."""
+    """Return dP of a tile, with dropout applied."""
     dprobs = tl.dot(queries.dout, tl.trans(keys.v), input_precision=STATIC.PRECISION)
     if keep is not None:
         dprobs = tl.where(keep, dprobs * call.keep_scale, 0.0)
@@ -75,9 +75,9 @@ def dprobs_of(queries, keys, keep, call, STATIC: tl.constexpr):
 
 @triton.jit
 def excess_of(dscores, dtype: tl.constexpr):
-    """Return the divisor that brings a tile of dS into float16's range; dq and dk may be in range although dS is not.
+    """Return the divisor that brings a tile of dS into float16's range, or None for dtypes with float32's range.
 
-    The result is None for dtypes with float32's range.
+    It is needed because dq and dk can be in range although dS is not.
     """
     if dtype == tl.float16:
         excess = tl.maximum(tl.max(tl.max(tl.abs(dscores), axis=1), axis=0) * (1 / 32768), 1.0)
@@ -88,19 +88,19 @@ def excess_of(dscores, dtype: tl.constexpr):
 
 @triton.jit
 def narrow(dscores, excess, dtype: tl.constexpr):
-    """Return dS for the products with q and k, which must then be multiplied by ``excess``."""
+    """Divide dS by ``excess`` and round it to ``dtype``; its products with q and k must be multiplied by ``excess``."""
     return (dscores if excess is None else dscores * (1.0 / excess)).to(dtype)
 
 
 @triton.jit
 def unit_rows(x, inverse, call):
-    """Return rows of q or k for the products with dS: unit vectors in v2."""
+    """Return rows of q or k as they are multiplied by dS: in v2, divided by their norms."""
     return x if call.logit_scale is None else (x.to(tl.float32) * inverse[:, None]).to(x.dtype)
 
 
 @triton.jit
 def add_product(total, a, b, factor, STATIC: tl.constexpr):
-    """Return total + a b, with the product multiplied by ``factor`` unless that is None."""
+    """Return total + factor a b; a ``factor`` of None is 1."""
     if factor is None:
         total = tl.dot(a, b, total, input_precision=STATIC.PRECISION)
     else:
@@ -112,7 +112,7 @@ def add_product(total, a, b, factor, STATIC: tl.constexpr):
 def row_gradient(d, x, inverse, scale, call):
     """Return the gradient of rows of q or k, given d, the sum of dS times the rows of k or q.
 
-    In v2 the part along the unit vector is subtracted, because it changes only the row's length, which normalising
+    In v2 the component of d along the row is subtracted: it would only change the row's length, which normalising
     removes.
     """
     d *= scale
@@ -125,9 +125,9 @@ def row_gradient(d, x, inverse, scale, call):
 
 @triton.jit
 def store_dlogit_scale(dlogit_scale, rows, program, head, call, STATIC: tl.constexpr):
-    """Store a program's share of a logit scale's gradient, which is zero if the scale is clamped.
+    """Store a program's share of the gradient of a logit scale, which is zero if the scale is clamped.
 
-    A logit scale of ln 100 rounded to float32 counts as clamped, as in torch.clamp: it is above ln 100.
+    The float32 number nearest to ln 100 is above ln 100, so it counts as clamped, as in torch.clamp.
     """
     total = tl.sum(rows, axis=0) * (1.0 / STATIC.UNIT)
     clamped = tl.load(call.logit_scale + head) >= LN_100
@@ -136,7 +136,7 @@ def store_dlogit_scale(dlogit_scale, rows, program, head, call, STATIC: tl.const
 
 @triton.jit
 def store_dbias(dbias, tile, group, query, key, head, call, STATIC: tl.constexpr):
-    """Store a tile of a group's sums in (groups, heads, N, M)."""
+    """Store a tile of a group's sums in dbias (groups, heads, N, M)."""
     VOLUME: tl.constexpr = STATIC.VOLUME
     KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
     inside = (query < VOLUME)[:, None] & (key < KEY_VOLUME)[None, :]

@@ -1,7 +1,7 @@
-"""Keys from a window larger than the queries' (HAT): ``key_window``. Keys outside the map are pad tokens.
+"""Keys from a window larger than that of the queries (``key_window``, as in HAT); keys outside the map are pad tokens.
 
-A token is a key of several windows. The backward pass first stores, in float32, the gradients of each window's keys;
-then every token of the map sums its own gradients, always in the same order.
+A token is a key of several windows. The backward pass first stores, in float32, the gradients of each window's keys. A
+second kernel then sums them for every token of the map, always in the same order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from swinkernels.triton.window_attention.call import K
 
 @triton.jit
 def locate_keys(window, token, call, STATIC: tl.constexpr):
-    """Return the positions of a window's keys."""
+    """Return the positions of a window's keys, as Tokens."""
     if STATIC.HAS_KEY_WINDOW:
         WINDOW: tl.constexpr = STATIC.WINDOW
         KEY_WINDOW: tl.constexpr = STATIC.KEY_WINDOW
@@ -33,13 +33,13 @@ def locate_keys(window, token, call, STATIC: tl.constexpr):
 
 @triton.jit
 def key_rows(data, number, head, which: tl.constexpr, key, call, STATIC: tl.constexpr):
-    """Return the addresses of rows of k or v in the windows' gradients, (windows, heads, 2, M, HEAD_DIM)."""
+    """Return the addresses of rows of dk or dv in ``data``, of shape (windows, heads, 2, M, HEAD_DIM)."""
     first = ((number.to(tl.int64) * call.num_heads + head) * 2 + (which - K)) * STATIC.KEY_VOLUME
     return data + (first + key)[:, None] * STATIC.HEAD_DIM + tl.arange(0, STATIC.BLOCK_D)[None, :]
 
 
 @triton.jit
 def store_of_window(data, which: tl.constexpr, values, number, head, key, call, STATIC: tl.constexpr):
-    """Store the gradients of a window's keys."""
+    """Store a window's rows of dk or dv in ``data``, the gradients of all windows' keys."""
     inside = (key < STATIC.KEY_VOLUME)[:, None] & (tl.arange(0, STATIC.BLOCK_D) < STATIC.HEAD_DIM)[None, :]
     tl.store(key_rows(data, number, head, which, key, call, STATIC), values, mask=inside)

@@ -20,16 +20,16 @@ from swinkernels.triton.window_attention import tuning
 from swinkernels.triton.window_attention.call import LOG2_E, Call, Static
 from swinkernels.window_spec import WindowSpec
 
-LARGEST_MASK = 1e38  # for float32's largest numbers, log2(e) times a score would be infinite
+LARGEST_MASK = 1e38  # log2(e) times a score near float32's largest number would be infinite
 
 
 class _Geometry(NamedTuple):
-    """The parts of a call that do not depend on the batch, computed once and cached."""
+    """The values of a call that do not depend on the batch; they are computed once and cached."""
 
     spec: WindowSpec
     num_windows: int  # per image
     axes: dict[str, tuple[int, ...]]  # the fields of Call with a value per axis
-    static: Static  # except ALIGN, BLOCK_ROWS and UNIT, which depend on the maps' strides and dtype
+    static: Static  # without ALIGN, BLOCK_ROWS and UNIT, which depend on the maps' strides and dtype
 
 
 @functools.lru_cache(maxsize=1024)
@@ -87,7 +87,7 @@ class _Prepared(NamedTuple):
     types: int  # window types with separate biases
 
     def groups(self, per_window: int, programs: int, most: int = INT32_MAX) -> tuple[int, int, int]:
-        """Divide the windows among about ``programs`` programs; a group of windows takes ``per_window`` of these.
+        """Divide the windows into groups for about ``programs`` programs, ``per_window`` of them for each group.
 
         Returns the number of windows of each type, the number of windows in a group, which all have one type, and the
         number of groups.
@@ -136,8 +136,8 @@ def _prepare(
     batch_windows = x.shape[0] * geometry.num_windows
     if batch_windows * num_heads * max(1, -(-spec.key_volume // 16)) > INT32_MAX:
         raise ValueError(
-            f"window_attention: backend='triton' takes fewer than 2**31 tiles of 16 tokens, got {batch_windows} "
-            f"windows of {spec.volume} tokens and {num_heads} heads: split the batch"
+            f"window_attention: backend='triton' supports fewer than 2**31 tiles of 16 keys, got {batch_windows} "
+            f"windows of {spec.key_volume} keys and {num_heads} heads: split the batch"
         )
     if spec.dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("window_attention: dropout_seed must be given with a dropout_p above 0, got None")
@@ -172,18 +172,18 @@ def _prepare(
 
 
 def _rank(maps: Sequence[Tensor]) -> int:
-    """Return the number of token axes of the maps. A single map holds q, k and v on a separate axis."""
+    """Return the number of token axes of the maps. A single map has a separate axis for q, k and v."""
     return maps[0].dim() - (4 if len(maps) == 1 else 3)
 
 
 def _strides(x: Tensor, rank: int, align: int) -> tuple[int, ...]:
-    """Return strides in units of ``align``: batch, three axes, head and, in a map of q, k and v, part."""
+    """Return a map's strides, in units of ``align``: batch, three axes, heads and, if q, k and v are one map, parts."""
     batch, *steps = (step // align for step in x.stride()[:-1])
     return (batch, *pad_to_3d(steps[:rank], 0), steps[-1], *steps[rank:-1])
 
 
 def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return out and lse for q, k and v in one map or three."""
+    """Return out and lse; ``maps`` contains q, k and v, or one map of all three."""
     prepared = _prepare(maps, *arguments)
     call, static, x = prepared.call, prepared.static, maps[0]
     heads, volume = call.num_heads, static.VOLUME
@@ -228,11 +228,11 @@ def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any)
     dout, lse = dout.contiguous(), lse.contiguous()
     pads = needs_dpad_qkv and static.HAS_PADDING
     has_axes = call.axis_tables is not None
-    # The sums of each program; a second kernel adds them up.
+    # Each program's sums, which a second kernel adds up.
     pair_sums = head_sums = pad_sums = None
 
     def new_pair_sums(groups: int) -> Tensor | None:
-        """Allocate dbias for each group of windows; if a type has one group, that is its part of the dense dbias."""
+        """Allocate dbias for each group of windows, or return the result itself if each type has one group."""
         if needs_dbias and groups == prepared.types:
             return dbias
         return sums(groups, heads, volume, static.KEY_VOLUME) if needs_dbias or needs_dbias_table else None

@@ -10,7 +10,7 @@ from swinkernels.triton._window_address import coordinates
 
 @triton.jit
 def beyond_seam(token, call, STATIC: tl.constexpr):
-    """Return a bit per axis, set for tokens beyond the shift's seam, which crosses its windows at one place."""
+    """Return a bit per axis, set for tokens at or beyond ``call.cut``, where the shift's seam crosses a window."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     t0, t1, t2 = coordinates(token, WINDOW)
     cut = call.cut
@@ -20,7 +20,10 @@ def beyond_seam(token, call, STATIC: tl.constexpr):
 
 @triton.jit
 def seams_of(window, call, STATIC: tl.constexpr):
-    """Return a bit per axis, set if the window contains the seam, as only the last window of an axis can."""
+    """Return a bit per axis, set if the window contains the seam; with a region_map, return a number that is not 0.
+
+    The seam is in the last window of an axis.
+    """
     size, cut = call.size, call.cut
     WINDOW: tl.constexpr = STATIC.WINDOW
     if call.region_map is not None:
@@ -34,7 +37,7 @@ def seams_of(window, call, STATIC: tl.constexpr):
 
 @triton.jit
 def region_of(window, token, beyond, seams, call, STATIC: tl.constexpr):
-    """Return the region of tokens; tokens of different regions are masked from each other."""
+    """Return the region number of tokens; pairs of tokens from different regions are masked."""
     if not STATIC.HAS_MASK:
         region = token
     elif call.region_map is None:
@@ -54,5 +57,5 @@ def region_of(window, token, beyond, seams, call, STATIC: tl.constexpr):
 
 @triton.jit
 def masked(scores, query_region, key_region, call):
-    """Add the mask to the scores of a tile."""
+    """Add the mask, times UNIT, to the scores of a tile."""
     return tl.where(query_region[:, None] != key_region[None, :], scores + call.unit_mask, scores)

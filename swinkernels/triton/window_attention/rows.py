@@ -1,4 +1,4 @@
-"""Reads and writes one head's rows of tokens at given positions: ``at``, of class ``Tokens``."""
+"""Reads and writes one head's rows of tokens at given positions (``at``, of class ``Tokens``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from swinkernels.triton.window_attention.call import Q
 
 @triton.jit
 def load_rows(call, which: tl.constexpr, at, head, STATIC: tl.constexpr):
-    """Load rows of q, k or v, zero beyond the window; a pad token's row is its part of pad_qkv."""
+    """Load rows of q, k or v. Rows beyond the window are zero; a pad token's row is from pad_qkv, by default zero."""
     PACKED: tl.constexpr = len(call.maps) == 1
     MAP: tl.constexpr = 0 if PACKED else which
     VOLUME: tl.constexpr = STATIC.VOLUME if which == Q else STATIC.KEY_VOLUME
@@ -67,7 +67,7 @@ def store_gradient(dmaps, which: tl.constexpr, values, at, head, call, STATIC: t
 
 @triton.jit
 def store_dpad(dpad, dk, dv, group, head, call, STATIC: tl.constexpr):
-    """Store a program's sums over pad tokens, in (groups, 2, heads, HEAD_DIM)."""
+    """Store a program's sums of dk and dv over pad tokens in dpad (groups, 2, heads, HEAD_DIM)."""
     d = tl.arange(0, STATIC.BLOCK_D)
     at = (group.to(tl.int64) * 2 * call.num_heads + head) * STATIC.HEAD_DIM + d
     tl.store(dpad + at, dk, mask=d < STATIC.HEAD_DIM)
@@ -76,7 +76,7 @@ def store_dpad(dpad, dk, dv, group, head, call, STATIC: tl.constexpr):
 
 @triton.jit
 def load_lse(data, number, head, token, call, STATIC: tl.constexpr):
-    """Load the lse or delta of tokens of window ``number``: (windows, heads, N)."""
+    """Load lse or delta, (windows, heads, N), for tokens of window ``number``."""
     first = (number.to(tl.int64) * call.num_heads + head) * STATIC.VOLUME
     return tl.load(data + first + token, mask=token < STATIC.VOLUME, other=0.0)
 

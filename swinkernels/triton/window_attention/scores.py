@@ -1,4 +1,4 @@
-"""Scores and probabilities of a tile: bias, cosines, mask and dropout."""
+"""Computes scores and probabilities of a tile: bias, cosines, mask and dropout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _table_position(t0, t1, t2, STATIC: tl.constexpr):
 
 @triton.jit
 def _query_position(token, STATIC: tl.constexpr):
-    """Return r(i): the bias of query i and key j is row r(i) - r'(j) + r_0 of the table."""
+    """Return r(i), where the bias of query i and key j is row r(i) - r'(j) + r_0 of the table."""
     WINDOW: tl.constexpr = STATIC.TABLE_WINDOW
     t0, t1, t2 = coordinates(token, WINDOW)
     return _table_position(t0, t1, t2, STATIC)
@@ -52,7 +52,7 @@ def _first_position(STATIC: tl.constexpr):
 
 @triton.jit
 def bias_tile(kind, query, key, head, call, STATIC: tl.constexpr):
-    """Return UNIT times the bias of a tile in a window of type ``kind``; minus infinity beyond the window."""
+    """Return UNIT times the bias of a tile in a window of type ``kind``; keys beyond the window get minus infinity."""
     VOLUME: tl.constexpr = STATIC.VOLUME
     KEY_VOLUME: tl.constexpr = STATIC.KEY_VOLUME
     inside = (query < VOLUME)[:, None] & (key < KEY_VOLUME)[None, :]
@@ -74,13 +74,13 @@ def bias_tile(kind, query, key, head, call, STATIC: tl.constexpr):
 
 @triton.jit
 def head_unit_scale(head, call, STATIC: tl.constexpr):
-    """Return UNIT times the factor of a head's products: for cosines exp(min(logit_scale, ln 100))."""
+    """Return UNIT times the factor of a head's products: the scale or, for cosines, exp(min(logit_scale, ln 100))."""
     unit_scale = call.unit_scale
     if call.logit_scale is not None:
         x = tl.load(call.logit_scale + head)
         x = tl.where(x > LN_100, LN_100, x)  # tl.minimum would hide a NaN
-        # tl.exp rounds x log2(e), which would cost three bits at a factor of 100. The product of an integer of at most
-        # three bits and the first part of ln 2 is exact.
+        # tl.exp rounds x log2(e), which would cost three bits at a factor of 100. Here ln 2 is split into two parts:
+        # the product of the first part and an integer of at most three bits is exact.
         whole = tl.floor(x * LOG2_E + 0.5)
         rest = x - whole * 0.693359375 + whole * 2.12194440e-4
         unit_scale = tl.exp2(whole) * tl.exp2(rest * LOG2_E) * STATIC.UNIT
@@ -89,15 +89,15 @@ def head_unit_scale(head, call, STATIC: tl.constexpr):
 
 @triton.jit
 def head_scale(unit_scale, call, STATIC: tl.constexpr):
-    """Return the factor of a head's products."""
+    """Return the factor of a head's products, without UNIT."""
     return call.scale if call.logit_scale is None else unit_scale * (1.0 / STATIC.UNIT)
 
 
 @triton.jit
 def inverse_norm(x, call):
-    """Return 1 / max(norm, 1e-12) of each row of q or k; without cosines, an unused number.
+    """Return 1 / max(norm, 1e-12) for each row of q or k.
 
-    Before Triton 3.8 a tuple that contains None cannot be returned.
+    Without cosines return an unused number, because before Triton 3.8 a tuple that contains None cannot be returned.
     """
     if call.logit_scale is None:
         inverse = 0.0
@@ -137,7 +137,7 @@ def products(q, k, q_inverse, k_inverse, unit_scale, call, STATIC: tl.constexpr)
 def probabilities(
     tile, bias, lse, seams, query_region, key_region, call, STATIC: tl.constexpr
 ):  # fmt: skip
-    """Return P of a tile of products, recomputed from lse."""
+    """Return P of a tile, recomputed from lse and the scores before bias and mask."""
     scores = tile + bias
     if STATIC.HAS_MASK:
         if seams != 0:
@@ -145,14 +145,14 @@ def probabilities(
     scores -= (lse * STATIC.UNIT)[:, None]
     if (
         call.maps[0].dtype.element_ty == tl.float16
-    ):  # lse is rounded: for scores beyond 1e7, P could be infinite instead of about one
+    ):  # because lse is rounded, scores beyond 1e7 could give an infinite P instead of about one
         scores = tl.minimum(scores, 0.0)
     return exp_units(scores, STATIC)
 
 
 @triton.jit
 def load_seed(call):
-    """Load the key of a call's random numbers; None without dropout."""
+    """Load the seed of a call's random numbers, or return None without dropout."""
     if call.dropout_seed is None:
         seed = None
     else:
@@ -167,7 +167,7 @@ def _above(random, drop_below):
 
 @triton.jit
 def kept_pairs(seed, number, head, query, start, call, BLOCK_K: tl.constexpr):
-    """Return a mask of the pairs that dropout keeps, for BLOCK_K keys beginning at ``start``; None without a ``seed``.
+    """Return a mask of the pairs that dropout keeps, for BLOCK_K keys from ``start`` on, or None without a ``seed``.
 
     The mask comes from Philox numbers keyed by ``seed``. The counter, four words of 32 bits, is (key / 4, query,
     window, head), so it never repeats in a call. Each counter gives four numbers, one for each of four neighbouring
@@ -186,11 +186,11 @@ def kept_pairs(seed, number, head, query, start, call, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def drop(probs, keep):
-    """Return P with zeros for the dropped pairs; the kept ones are not yet scaled."""
+    """Return P with zeros for the dropped pairs; scaled_by_keep scales the sums over the others."""
     return probs if keep is None else tl.where(keep, probs, 0.0)
 
 
 @triton.jit
 def scaled_by_keep(tile, call):
-    """Scale sums over the kept pairs of P, as dropout requires."""
+    """Multiply sums over the kept pairs by 1 / (1 - p), for dropout."""
     return tile if call.dropout_seed is None else tile * call.keep_scale

@@ -1,4 +1,4 @@
-"""Numbers to tune, derived from registers and shared memory, not measured."""
+"""Tile sizes and launch options, derived from registers and shared memory; they have not been tuned on a GPU."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import NamedTuple
 
 import triton
 
-# The number of programs of a kernel that walks over windows: a few waves on a GPU of some 130 multiprocessors. It is
-# the same on every GPU, and so are the sums of each program. torch.sum adds these up, in an order that may depend on
+# The number of programs of a kernel that walks over windows: several waves on a GPU with about 130 multiprocessors. It
+# is the same on every GPU, and so are the sums of each program. torch.sum adds these up, in an order that may depend on
 # the GPU.
 FORWARD_PROGRAMS = 2048
 BACKWARD_PROGRAMS = 1024
-# More windows per program would leave a long last wave. With this number the bias tile costs little per window.
+# More windows per program would make the last wave long. With 8, loading the bias tile costs little per window.
 MAX_FORWARD_WINDOWS = 8
 FOLD_ROWS = 16  # table rows per program of fold_dbias
 FOLD_KEYS = 256  # keys per step of fold_dbias
 
 
 class Tiles(NamedTuple):
-    """The tiles of a kernel: tokens of a query and of a key tile, and the compiler's launch options."""
+    """The tokens in a query tile and in a key tile of a kernel, and the compiler's launch options."""
 
     block_q: int
     block_k: int
@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
 
 
 def is_whole(volume: int, itemsize: int) -> bool:
-    """Return True if a window is one tile; float32 tiles of 64 tokens exceed the registers of a backward program."""
+    """Return True if a window is one tile. A float32 tile of 64 tokens would exceed a backward program's registers."""
     return volume <= (64 if itemsize == 2 else 32)
 
 
@@ -57,9 +57,9 @@ def tiles(
         has_padded_regions: True for a padded map with a region map.
     """
     wide = head_dim > 64
-    if axis_columns > 64:  # two tiles with all columns are in registers
+    if axis_columns > 64:  # two tiles of all columns are kept in registers
         return Tiles(32, 32, 4, 1) if itemsize == 2 else Tiles(16, 16, 4, 1)
-    if axis_columns and name in ("bwd_tiled_dq", "bwd_axis_tables"):  # both hold dA, or a tile of the tables' gradient
+    if axis_columns and name in ("bwd_tiled_dq", "bwd_axis_tables"):  # keeps dA or a tile of dtable
         return tiles(name, keys, head_dim, itemsize)._replace(num_warps=8)
     whole = max(16, triton.next_power_of_2(keys))
     if itemsize == 4:
@@ -67,14 +67,14 @@ def tiles(
         block = whole if name.endswith("whole") else 16 if wide else 32
         return Tiles(block, block, 4, 1)
     if name.endswith("whole"):
-        # A warp holds 16 rows of a tile of the matrix units; Hopper's units take 64 rows by 4 warps at once.
+        # A warp has 16 rows of a tile of the matrix units; Hopper's units process 64 rows with four warps at once.
         num_warps = whole // 16
         if name == "bwd_whole":
-            # dq, dk, dv and four 64 x 64 float32 tiles: beyond head_dim 32 they need the registers of 8 warps.
+            # Beyond head_dim 32, dq, dk, dv and four 64 x 64 float32 tiles need the registers of 8 warps.
             return Tiles(whole, whole, num_warps * (2 if head_dim > 32 else 1), 1)
         return Tiles(whole, whole, num_warps, 1 if wide else 2)
-    # A key tile has 32 keys if 64 would pad more (N = 144 is 160 keys instead of 192), or if each key needs a separate
-    # address, because 64 addresses would not all stay in registers.
+    # A key tile has 32 keys if tiles of 64 would add more padding (N = 144 becomes 160 keys instead of 192), or with a
+    # key_window, because each key then has a separate address, and 64 addresses would not all stay in registers.
     block_k = 64 if -(-keys // 64) * 2 == -(-keys // 32) and not has_key_window else 32
     if wide and has_padded_regions and name.startswith("bwd"):  # tiles of 64 queries would spill 128 to 392 bytes
         return Tiles(32, block_k, 8, 1)

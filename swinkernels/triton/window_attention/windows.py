@@ -1,4 +1,4 @@
-"""Finds the windows of a program, by number and type."""
+"""Finds the windows that a program processes, by number and type."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def window_of_type(kind, i, call, STATIC: tl.constexpr):
 
 @triton.jit
 def first_window(group, batch_windows, windows_per_program, call):
-    """Return a group's type, first window and number of windows; a type has ``batch_windows`` in the batch."""
+    """Return a group's type, first window and number of windows. Each type has ``batch_windows`` in the batch."""
     if call.type_windows is not None:
         groups = tl.cdiv(batch_windows, windows_per_program)
         kind, group = group // groups, group % groups
@@ -44,7 +44,7 @@ def first_window(group, batch_windows, windows_per_program, call):
 
 @triton.jit
 def next_of_type(window, kind, i, call, STATIC: tl.constexpr):
-    """Return the i-th window of a type, given the one before as ``window``."""
+    """Return the i-th window of a type, given the previous window of that type."""
     WINDOW: tl.constexpr = STATIC.WINDOW
     if call.type_windows is None:
         window = next_window(window, call.size, WINDOW)
