@@ -25,8 +25,8 @@ inline bool is_meaningful(const FrameGeometry& geometry) {
   return true;
 }
 
-// Returns the size in bytes of the widest vector to which all rows are aligned: their length, the strides between them
-// and both pointers are multiples of it.
+// Returns the size in bytes, 16 at most, of the widest vector to which all rows are aligned: their length, the strides
+// between them and both pointers are multiples of it.
 template <class Map, class Windows>
 int64_t vector_bytes(const WindowCopyParams<Map, Windows>& params) {
   const FrameGeometry& geometry = params.geometry;
