@@ -1,4 +1,4 @@
-"""A Griffe extension that converts formulas, roles and argument lists in docstrings to Markdown for the API reference."""
+"""A Griffe extension that converts formulas, roles and arguments in docstrings to Markdown for the API reference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _each(match: re.Match[str]) -> str:
 
 
 def markdown(docstring: str) -> str:
-    """Convert a docstring to Markdown, with formulas in MathML, which browsers render, and one entry for each argument."""
+    """Convert a docstring to Markdown, with formulas in MathML, which browsers render, and an entry per argument."""
     text = FORMULA.sub(_mathml, docstring + "\n").rstrip()
     return ROLE.sub(r"`\1`", TOGETHER.sub(_each, text))
 
