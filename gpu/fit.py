@@ -30,7 +30,7 @@ from tests.cuda.test_resources import resource_usage
 
 HOT = ("swin_t.1", "window 8", "window 12", "window 16", "window 7x7x7")
 RESERVED_BYTES = 1024  # reserved by CUDA in every block's shared memory
-REGISTERS, WARP_REGISTERS = 65536, 256  # registers per multiprocessor, and the unit in which they are allocated to a warp
+REGISTERS, WARP_REGISTERS = 65536, 256  # registers per multiprocessor, and per unit of their allocation to a warp
 
 
 class Room(NamedTuple):

@@ -27,7 +27,7 @@ from typing import IO
 from gpu import ROOT
 from gpu.lines import BAD, CRASHED, CUT, FAILED, HUNG, OK, Line, dump
 
-DEVICE_IS_LOST = 77  # exit status of a process that has written the line of its case, but cannot run more cases on its GPU
+DEVICE_IS_LOST = 77  # exit status of a process that has reported its case, but has lost its GPU
 LOG_BYTES = 100_000  # the maximum kept from the end of a process's output
 LEAST_SECONDS = 20  # the minimum for starting a step that takes the remaining time
 

@@ -1,4 +1,4 @@
-"""Runs every op under compute-sanitizer, forward and backward, on tiny tensors that reach every CUDA code path.
+"""Runs every op under compute-sanitizer, forward and backward, on tiny tensors for every regime of its CUDA kernels.
 
 Its tools detect accesses out of bounds, hazards in shared memory and barriers that not all threads reach. A rehearsal
 makes the calls without compute-sanitizer, because the emulator reports the same faults itself.
@@ -106,7 +106,7 @@ def run(device: str, backend: str, most: int | None = None) -> int:
         if not all(x.isfinite().all() for x in results.values()):
             raise SystemExit(f"gpu: {name}: a result is not finite")
     if made == 0:
-        raise SystemExit(f"gpu: the backend {backend} ran nothing: see python -m swinkernels.info")
+        raise SystemExit(f"gpu: the backend {backend} ran none of the calls: see python -m swinkernels.info")
     return made
 
 

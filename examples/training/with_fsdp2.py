@@ -1,4 +1,4 @@
-"""Train an accelerated Swin that FSDP2 shards, with activation checkpointing and compiled blocks.
+"""Train an accelerated Swin with FSDP2, activation checkpointing and compiled blocks.
 
 torchrun --nproc-per-node 2 examples/training/with_fsdp2.py
 """
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    model = accelerated_swin().to(device)  # before sharding, which changes the classes of modules
+    model = accelerated_swin().to(device)  # accelerated before sharding, which changes the classes of modules
     model.set_grad_checkpointing()
     for stage in model.layers:
         for block in stage.blocks:
