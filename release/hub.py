@@ -24,7 +24,7 @@ PACKAGE = ROOT / "swinkernels"
 SHIPPED = ("_at_import.py", "window_spec.py", "ops", "reference", "triton")
 OLDEST_TORCH = "2.11"
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
-# The same flags as in setup.py: they enable operators that torch's tools disable, but the kernels use.
+# The same flags as in setup.py: they enable operators that the kernels use and torch's tools disable.
 CUDA_FLAGS = [f"-U__CUDA_NO_{x}__" for x in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
 CUDA_FLAGS += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
 

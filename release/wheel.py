@@ -1,7 +1,7 @@
 """Build a wheel and audit it: ``make wheel``.
 
-    python -m release.wheel cpu # swinkernels-cpu: the CPU kernels python -m release.wheel cuda # swinkernels,
-    swinkernels-cu12, ...: also the CUDA kernels, for torch's CUDA major
+    python -m release.wheel cpu     # swinkernels-cpu: the CPU kernels
+    python -m release.wheel cuda    # swinkernels, swinkernels-cu12, ...: CPU and CUDA kernels, for torch's CUDA
 
 All wheels contain the package ``swinkernels``, so only one can be installed at a time. The op library uses torch's
 stable ABI and does not depend on Python, so one wheel works with Python 3.10 and newer and torch 2.11 and newer.

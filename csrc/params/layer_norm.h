@@ -78,8 +78,8 @@ struct LayerNormBackwardParams {
   const float* rstd;
   void* dx;        // unused in kPostNorm: dx equals ds
   void* dy;        // residual ops only; null if it equals dx
-  float* dweight;  // (length), or null if not wanted; written, not added to
-  float* dbias;    // (length), or null if not wanted; written, not added to
+  float* dweight;  // (length), or null if not needed; overwritten, not accumulated
+  float* dbias;    // (length), or null if not needed; overwritten, not accumulated
   void* workspace;
 };
 

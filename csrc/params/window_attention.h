@@ -77,11 +77,11 @@ struct WindowAttentionBackwardParams {
   WindowAttentionForwardParams forward;  // out is unset: the backward pass does not read it
   ConstTokenMap dout;
   TokenMap dq, dk, dv;
-  float* dbias_table;   // like bias_table, or null if not wanted; written, not added to
-  float* dbias;         // like bias, or null if not wanted; written, not added to
-  float* daxis_tables;  // like axis_tables, or null if not wanted; written, not added to
-  float* dlogit_scale;  // (num_heads), or null if not wanted; written, not added to
-  float* dpad_qkv;      // (3, num_heads, head_dim), or null if not wanted; written, not added to
+  float* dbias_table;   // like bias_table, or null if not needed; overwritten, not accumulated
+  float* dbias;         // like bias, or null if not needed; overwritten, not accumulated
+  float* daxis_tables;  // like axis_tables, or null if not needed; overwritten, not accumulated
+  float* dlogit_scale;  // (num_heads), or null if not needed; overwritten, not accumulated
+  float* dpad_qkv;      // (3, num_heads, head_dim), or null if not needed; overwritten, not accumulated
   void* workspace;      // as many bytes as the backend's *_workspace_bytes function returns
 };
 

@@ -1,4 +1,4 @@
-"""Train an accelerated Swin with quantisation awareness by torchao, then quantise its weights to int8.
+"""Train an accelerated Swin with torchao's quantisation-aware training, then quantise its weights to int8.
 
 pip install torchao
 python examples/training/with_torchao.py

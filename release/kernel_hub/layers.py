@@ -8,7 +8,7 @@ from .ops import patch_merging, window_attention_qkvpacked
 
 
 class WindowAttention(nn.Module):
-    """Replaces the forward of Microsoft's and timm's v1 WindowAttention that has the standard relative position index.
+    """Replaces the forward of Microsoft's and timm's v1 WindowAttention; the relative position index must be standard.
 
     With a mask (num_windows, N, N), the windows of each image are stacked vertically into one map, and the mask becomes
     a dense bias for each window of the map.
