@@ -61,7 +61,7 @@ def capture(call: Callable[[], Results], device: str) -> tuple[Results, Callable
 
 
 def aside(call: Callable[[], Results], device: str) -> Results:
-    """Run a call on a stream other than the default one."""
+    """Run a call on a side stream and return its results."""
     if device != "cuda":
         return call()
     stream = torch.cuda.Stream()

@@ -41,7 +41,7 @@ class Emitter:
         self.tell(**{"result": OK, **fields})
 
     def turn(self) -> None:
-        """Wait until no other process of the step measures. The turn lasts until this process calls ``turn`` again."""
+        """Wait until no other process of the step is measuring. The turn lasts until the next call of ``turn``."""
         self.tell(turn="wanted")
         if self._descriptor is not None:
             os.read(0, 1)

@@ -76,7 +76,7 @@ class _Process:
     def _read(self, out: int, messages: queue.Queue) -> None:
         with os.fdopen(out) as lines:
             for text in lines:
-                if text.endswith("\n"):  # otherwise the process died while writing
+                if text.endswith("\n"):  # an incomplete line means that the process died while writing it
                     messages.put((self, json.loads(text)))
         messages.put((self, None))
 

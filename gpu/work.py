@@ -58,7 +58,7 @@ def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -
 def _rehearse(group: str) -> None:
     """Switch on Triton's interpreter for Triton groups, and emulated CUDA kernels if SWINKERNELS_OPS is set."""
     if "triton" in group:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the package is imported
+        os.environ["TRITON_INTERPRET"] = "1"  # must be set before the package is imported
     import torch
 
     torch.set_num_threads(1)

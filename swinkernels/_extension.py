@@ -30,7 +30,7 @@ _OUTDATED = (
     "the compiled extension is older than the Python code: build it again "
     "(pip install --no-build-isolation ., or make build in a checkout)"
 )
-# The newest entry of build_info(). An extension without this entry is older than the Python code and has different ops.
+# The newest entry of build_info(). An extension without it is older than the Python code and has different ops.
 _NEWEST_FACT = "layer_norm_limits"
 
 
@@ -72,7 +72,7 @@ def _load() -> None:
         return
     try:
         build = json.loads(ops.build_info())
-    except AttributeError:  # the library has no build_info
+    except AttributeError:  # an older library without the op build_info
         build = {}
     if _NEWEST_FACT not in build:
         build, error = None, _OUTDATED

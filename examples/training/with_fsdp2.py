@@ -32,7 +32,7 @@ if __name__ == "__main__":
     losses = []
     epochs = itertools.chain.from_iterable(itertools.repeat(batches(args.batch)))
     for images, labels in itertools.islice(epochs, args.steps):
-        # Every process uses its share of the batch.
+        # Each process uses its own share of the batch.
         mine = slice(dist.get_rank(), None, dist.get_world_size())
         loss = F.cross_entropy(model(images[mine].to(device)).float(), labels[mine].to(device))
         loss.backward()
