@@ -1,14 +1,15 @@
 """Compile csrc/ with ninja, using torch's extension tools.
 
-Two extensions: ``swinkernels._ops``, the kernels and their op bindings on torch's stable ABI (no Python module: torch
-loads it), and ``swinkernels._C``, a pybind11 module that gives the build information to programs without torch.
+The script builds two extensions. ``swinkernels._ops`` contains the kernels and their op bindings on torch's stable ABI;
+it is loaded by torch and is not a Python module. ``swinkernels._C`` is a pybind11 module from which programs can read
+the build information without torch. These environment variables are read:
 
 SWINKERNELS_BUILD        auto (default): CPU kernels, and CUDA kernels if a CUDA toolkit of torch's major version is
-                         found, with or without a GPU; cuda: the same, or an error; hot: like cuda, with window
-                         attention in bfloat16 only, to compare builds; cpu: CPU kernels; none: pure Python
+                         found, with or without a GPU; cuda: CPU and CUDA kernels, or an error; hot: like cuda, with
+                         window attention in bfloat16 only, to compare builds; cpu: CPU kernels; none: pure Python
 CUDA_HOME                the toolkit, if it is neither /usr/local/cuda nor the one whose nvcc is on the PATH
-TORCH_CUDA_ARCH_LIST     architectures; by default the visible GPUs' architectures, else 8.0 and 9.0 with PTX
-SWINKERNELS_WHEEL=1      a wheel for every Python: without swinkernels._C, tagged py3-none; release/wheel.py sets it
+TORCH_CUDA_ARCH_LIST     architectures; by default those of the visible GPUs, or 8.0 and 9.0 with PTX without a GPU
+SWINKERNELS_WHEEL=1      set by release/wheel.py: a wheel for every Python, without swinkernels._C and tagged py3-none
 MAX_JOBS, CXX, NVCC_APPEND_FLAGS    as in torch's extension tools, setuptools and nvcc
 """
 
@@ -31,12 +32,12 @@ OLDEST_TORCH = (2, 11)
 OLDEST_CAPABILITY = (8, 0)
 DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
 FOR_EVERY_PYTHON = os.environ.get("SWINKERNELS_WHEEL") == "1"
-# Commands that compile. The others (sdist, egg_info, ...) need neither torch nor a compiler.
+# The commands that compile. All others (sdist, egg_info, ...) need neither torch nor a compiler.
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
 
 class BuildError(Exception):
-    """The requested build is impossible. The message states reason and remedy, and is shown without a traceback."""
+    """Raised if the requested build is impossible. The message has reason and remedy; no traceback is shown."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Toolkit:
 class Plan:
     compile: bool = True
     toolkit: Toolkit | None = None
-    cuda_missing: str | None = None  # why there is no toolkit to compile with, or None
+    cuda_missing: str | None = None  # the reason why CUDA kernels are not built, or None
     arch_list: tuple[str, ...] = ()
     bfloat16_alone: bool = False  # compile window attention on CUDA in bfloat16 only
 
@@ -63,7 +64,7 @@ def _output(*command: str | Path) -> str:
 
 
 def find_toolkit(environ: Mapping[str, str]) -> Toolkit | None:
-    """Find the first complete CUDA toolkit. nvcc on the PATH may be a wrapper script, so resolve its real path."""
+    """Return the first complete CUDA toolkit, or None. As nvcc on the PATH may be a wrapper, its real path is used."""
     candidates = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH"), "/usr/local/cuda"]
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
     if nvcc is not None:
@@ -96,7 +97,7 @@ def why_no_cuda(toolkit: Toolkit | None, torch_version: str, torch_cuda: str | N
 
 
 def choose_architectures(environ: Mapping[str, str], visible: list[tuple[int, int]]) -> tuple[str, ...]:
-    """Return TORCH_CUDA_ARCH_LIST, or a default, without the old unsupported architectures that torch's images list."""
+    """Return TORCH_CUDA_ARCH_LIST or a default, without unsupported architectures, which torch's images also list."""
     asked = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
     if not asked or asked == "native":
         supported = [f"{major}.{minor}" for major, minor in sorted({*visible}) if (major, minor) >= OLDEST_CAPABILITY]
@@ -118,7 +119,7 @@ def choose_architectures(environ: Mapping[str, str], visible: list[tuple[int, in
 def make_plan(
     environ: Mapping[str, str], torch_version: str, torch_cuda: str | None, visible: list[tuple[int, int]]
 ) -> Plan:
-    """Decide what to build, from the environment and the installed torch."""
+    """Return the plan of the build, which depends on the environment and the installed torch."""
     wanted = environ.get("SWINKERNELS_BUILD", "auto")
     if wanted == "none":
         return Plan(compile=False)
@@ -137,7 +138,7 @@ def make_plan(
 
 
 def require_tools(environ: dict[str, str]) -> None:
-    """Check for ninja and a C++ compiler; put a ninja that pip installed elsewhere on the PATH."""
+    """Raise BuildError without ninja or a C++ compiler. If pip installed ninja, put its folder on the PATH."""
     without = "or set SWINKERNELS_BUILD=none to install the pure Python package"
     if shutil.which("ninja", path=environ.get("PATH")) is None:
         try:
@@ -145,7 +146,7 @@ def require_tools(environ: dict[str, str]) -> None:
         except ImportError:
             raise BuildError(f"ninja was not found: pip install ninja, {without}") from None
         environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, environ.get("PATH", os.defpath)])
-    compiler = environ.get("CXX", "c++").split()[-1]  # g++ if CXX is "ccache g++"
+    compiler = environ.get("CXX", "c++").split()[-1]  # for example g++ if CXX is "ccache g++"
     if shutil.which(compiler, path=environ.get("PATH")) is None:
         raise BuildError(
             f"no C++ compiler was found ({compiler}): install one (apt-get install g++, dnf install gcc-c++, "
@@ -158,9 +159,9 @@ def sources(pattern: str) -> list[str]:
 
 
 def write_facts(plan: Plan, torch_version: str, torch_cuda: str | None, cuda_sources: list[str]) -> Path:
-    """Write a header for the bindings with the facts that this script determines; return the header's folder.
+    """Write build_facts.h, the header with which the bindings report this build, and return its folder.
 
-    Passing the facts as macros instead would recompile every source when a fact changes.
+    With macros on the command line instead of a header, every source would be recompiled when a fact changes.
     """
 
     def constant(module: str) -> str:
@@ -200,18 +201,18 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
     if plan.bfloat16_alone:
         with_cuda += [("SWINKERNELS_BFLOAT16_ALONE", None)]
     cxx_flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
-    # torch's tools disable the operators of half and bfloat16, which the kernels use.
+    # torch's tools disable the operators of half and bfloat16, but the kernels use them.
     allow = [f"-U__CUDA_NO_{x}__" for x in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
     nvcc_flags = ["-O3", "-std=c++17", "--threads=2", *allow, "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
     ops = (CUDAExtension if plan.toolkit else CppExtension)(
         "swinkernels._ops",
         sorted({*sources("bindings/**/*.cpp"), *sources("kernels/cpu/**/*.cpp"), *cuda} - {*module}),
         include_dirs=includes,
-        # The oldest torch whose stable ABI is used: the library loads in that version and every newer one.
+        # Use the stable ABI of the oldest supported torch: the library loads in that version and every newer one.
         define_macros=[("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)), *with_cuda]
         + ([("USE_CUDA", None)] if plan.toolkit else []),
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
-        # Report an undefined symbol when building, not when importing.
+        # Report an undefined symbol during the build instead of at import.
         extra_link_args=["-Wl,--no-undefined"] if sys.platform == "linux" else [],
         py_limited_api=True,
     )
@@ -230,7 +231,7 @@ def make_extensions(plan: Plan, torch_version: str, torch_cuda: str | None) -> l
 
 
 def wheel_for_every_python() -> type:
-    """Return bdist_wheel with the tag py3-none and the platform, because the op library does not depend on Python."""
+    """Return a bdist_wheel whose tag is py3-none and the platform, because the op library does not depend on Python."""
     from setuptools.command.bdist_wheel import bdist_wheel
 
     class WheelForEveryPython(bdist_wheel):

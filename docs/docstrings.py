@@ -1,4 +1,4 @@
-"""A Griffe extension that renders docstrings as Markdown for the API reference: formulas, roles, argument entries."""
+"""A Griffe extension that converts formulas, roles and arguments in docstrings to Markdown for the API reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import griffe
 from latex2mathml.converter import convert
 
 FORMULA = re.compile(r"^\.\. math::[ ]*(?P<line>.*)\n(?P<block>(?:\n|[ ]+\S.*\n?)*)", re.MULTILINE)
-# "a, b, c: text", continued on indented lines; names may continue on the next line.
+# "a, b, c: text": the names may continue on the next line, and the text on indented lines.
 TOGETHER = re.compile(
     r"^(?P<indent>[ ]+)(?P<names>\w+(?:,\s+\w+)+):(?P<text>.*(?:\n(?P=indent)[ ]+\S.*)*)", re.MULTILINE
 )
@@ -30,13 +30,13 @@ def _each(match: re.Match[str]) -> str:
 
 
 def markdown(docstring: str) -> str:
-    """Convert a docstring: formulas to MathML, which browsers render natively, and one entry for each argument."""
+    """Convert a docstring to Markdown, with formulas in MathML, which browsers render, and an entry per argument."""
     text = FORMULA.sub(_mathml, docstring + "\n").rstrip()
     return ROLE.sub(r"`\1`", TOGETHER.sub(_each, text))
 
 
 def comment_above(attribute: griffe.Attribute) -> str:
-    """Return the comment directly above a class's field, or after the field on the same line."""
+    """Return the comment of a class's field: the lines directly above it and the comment on the same line."""
     lines, number = attribute.lines_collection[attribute.filepath], (attribute.lineno or 1) - 1
     above = list(itertools.takewhile(lambda line: line.strip().startswith("# "), reversed(lines[:number])))
     behind = lines[number].partition("  # ")[2]

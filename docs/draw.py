@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/concepts.md from the definition in swinkernels/reference: ``python docs/draw.py``."""
+"""Draw the pictures of docs/concepts.md with the functions of swinkernels/reference: ``python docs/draw.py``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def in_frame(windows: torch.Tensor, frame: tuple[int, int], window: int) -> np.n
 
 
 def cells(axis: Any, colours: list[list[str]], texts: list[list[str]], window: int | None) -> None:
-    """Draw a map as coloured cells with texts, and the borders of the windows that start at its corner."""
+    """Draw a map as coloured cells with texts; with ``window``, also draw the borders of its windows."""
     height, width = len(colours), len(colours[0])
     for y in range(height):
         for x in range(width):
@@ -46,7 +46,7 @@ def cells(axis: Any, colours: list[list[str]], texts: list[list[str]], window: i
 
 
 def shift_picture(path: Path) -> None:
-    """Draw the map, the frame that windows are cut from, and the masks: 8 x 8 tokens, window 4, shift 2."""
+    """Draw the map, the frame and the masks of its windows, for 8 x 8 tokens, window 4 and shift 2."""
     size, window, shift = (8, 8), 4, 2
     source = source_index(size, (window,) * 2, (shift,) * 2)
     region = shift_region(size, (window,) * 2, (shift,) * 2, periodic=(False, False))
@@ -78,7 +78,7 @@ def shift_picture(path: Path) -> None:
 
 
 def padding_picture(path: Path) -> None:
-    """Draw the frames of a map of 5 x 6 tokens in both orders of padding and rolling, window 4, shift 2."""
+    """Draw the frames of a map of 5 x 6 tokens in both orders of padding and rolling, for window 4 and shift 2."""
     size, window, shift = (5, 6), 4, 2
     frame = frame_size(size, (window,) * 2)
     fig, axes = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")

@@ -2,7 +2,8 @@
 
     python examples/classify_photo.py --pretrained photo.jpg
 
-``--pretrained`` downloads weights. Without it, weights and classes are random, but the two models still agree.
+``--pretrained`` downloads weights. Without it, the weights are random and the classes meaningless, but the logits of
+the two models still agree.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
     apart = ((got - expected).abs().max() / expected.abs().max()).item()
     print(f"The logits differ from timm's by at most {apart:.1e} of the largest logit.")
     if not apart < 1e-4:
-        raise SystemExit("The logits differ by more than rounding: please report it.")
+        raise SystemExit("The logits differ by more than rounding errors: please report this.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Segment coins on a table from the feature maps of an accelerated Swin.
+"""Segment a photo of coins with a small head on the feature maps of an accelerated Swin.
 
     python examples/segment_coins.py
 
-A timm Swin returns feature maps at two scales (``features_only=True``), and a small head turns them into a mask. Swin
-and head are trained on random crops of one half of a photo, with labels from a threshold, and tested on the other half.
+A timm Swin returns feature maps at two scales (``features_only=True``), and the head turns them into a mask. Swin and
+head are trained on random crops of the left half of the photo and tested on the right half. The labels are computed by
+thresholding the photo.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import swinkernels
 
 
 class Segmenter(nn.Module):
-    """A backbone, and a head that turns its feature maps, at 1/2 and 1/4 of the image's size, into a full-size mask."""
+    """A Swin, and a head that turns its feature maps, at 1/2 and 1/4 of the image's size, into logits of full size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class Segmenter(nn.Module):
 
 
 def overlap(mask: Tensor, label: Tensor) -> float:
-    """Return the intersection over union."""
+    """Return the intersection over union of two masks."""
     return ((mask & label).sum() / (mask | label).sum()).item()
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("segment_coins.png"), help="the picture")
     args = parser.parse_args()
 
-    photo = coins()[:302]  # whole patches of 2x2 pixels
+    photo = coins()[:302]  # an even number of rows, because patches have 2x2 pixels
     label = torch.from_numpy(closing(photo > threshold_otsu(photo), disk(3)))
     image = torch.from_numpy(photo).float()[None, None] / 128 - 1
     half = photo.shape[1] // 2
@@ -74,7 +75,7 @@ def main() -> None:
         optimizer.step()
     model.eval()
     with torch.inference_mode():
-        mask = model(image[..., half:])[0, 0] > 0  # a size that did not occur in training
+        mask = model(image[..., half:])[0, 0] > 0  # larger than the crops in training
     print(f"Intersection over union on the half that was not seen: {overlap(mask, label[:, half:]):.3f}")
 
     import matplotlib

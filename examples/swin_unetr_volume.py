@@ -1,8 +1,9 @@
-"""Segment a synthetic volume with SwinUNETR, accelerated and with MONAI's own code, and compare outputs and times.
+"""Segment a synthetic volume with SwinUNETR, with and without accelerate, and compare outputs and times.
 
     python examples/swin_unetr_volume.py --size 96
 
-The script needs MONAI. The volume shows ellipsoids in noise, and a few training steps teach the model to find them.
+The script needs MONAI. The volume contains ellipsoids in noise, and the model is first trained for some steps to
+segment them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import swinkernels
 
 
 def make_volume(size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Make an image (1, 1, D, H, W) and the labels of its ellipsoids (1, D, H, W)."""
+    """Return a noisy image of ellipsoids, (1, 1, D, H, W), and its labels, (1, D, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, size)] * 3, indexing="ij"))
     label = torch.zeros(size, size, size, dtype=torch.bool)

@@ -1,11 +1,11 @@
-"""Train a small timm Swin on scikit-learn's handwritten digits, plain and accelerated, from the same seed.
+"""Train a small timm Swin on scikit-learn's handwritten digits, with and without accelerate, from the same seed.
 
     python examples/train_digits.py                    # float32: the two loss curves coincide
     python examples/train_digits.py --dtype bfloat16   # autocast: the two accuracies are nearly the same
     torchrun --nproc-per-node 2 examples/train_digits.py
 
-The script prints both accuracies and the largest difference of the losses, and draws the curves. It fails if the losses
-differ by more than 1e-4 in float32, or if the accuracies differ by more than 0.03.
+The script prints both accuracies and the largest difference between the losses, and plots the loss curves. It fails if
+the losses differ by more than 1e-4 in float32, or if the accuracies differ by more than 0.03.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOSS_TOLERANCE, ACCURACY_SPREAD = 1e-4, 0.03
 
 
 def load(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return images (B, 1, 8, 8) and labels for training, then for testing."""
+    """Return the images, (B, 1, 8, 8), and labels for training, and the same for testing."""
     digits = load_digits()
     order = torch.randperm(len(digits.images), generator=torch.Generator().manual_seed(0))
     x = torch.from_numpy(digits.images).float()[order, None].to(device) / 8 - 1
@@ -39,7 +39,7 @@ def load(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def make_model(device: torch.device) -> nn.Module:
-    """Make a Swin with two stages, of 4x4 and 2x2 tokens, and with shifted windows of 2x2 tokens."""
+    """Return a Swin with two stages, of 4x4 and 2x2 tokens, and windows of 2x2 tokens."""
     torch.manual_seed(0)
     return timm.models.SwinTransformer(
         img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depths=(2, 2), num_heads=(2, 4),
@@ -48,7 +48,7 @@ def make_model(device: torch.device) -> nn.Module:
 
 
 def train(model: nn.Module, name: str, args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
-    """Return the loss of each step, averaged over the processes, and the accuracy on the test images."""
+    """Train a model; return the loss of each step, averaged over the processes, and the accuracy on the test images."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     x, y, x_test, y_test = load(device)
     trained = DistributedDataParallel(model) if world > 1 else model
@@ -120,9 +120,9 @@ def main() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if args.dtype == "float32" and not apart <= LOSS_TOLERANCE:
-        raise SystemExit(f"The loss curves are {apart:.2g} apart, more than {LOSS_TOLERANCE}.")
+        raise SystemExit(f"The losses differ by up to {apart:.2g}, more than {LOSS_TOLERANCE}.")
     if abs(accuracies["original"] - accuracies["accelerated"]) > ACCURACY_SPREAD:
-        raise SystemExit(f"The accuracies are more than {ACCURACY_SPREAD} apart.")
+        raise SystemExit(f"The accuracies differ by more than {ACCURACY_SPREAD}.")
 
 
 if __name__ == "__main__":

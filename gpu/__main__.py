@@ -1,4 +1,4 @@
-"""``python -m gpu check``, ``bundle`` and ``variants``; ``check`` runs ``work`` in separate processes."""
+"""Defines the commands of ``python -m gpu``: check, bundle, variants, and work, which check runs in processes."""
 
 from __future__ import annotations
 

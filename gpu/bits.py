@@ -50,7 +50,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def capture(call: Callable[[], Results], device: str) -> tuple[Results, Callable[[], object]]:
-    """Return the results of a call captured in a CUDA graph, and a function that replays it; plain calls on a CPU."""
+    """Capture a call in a CUDA graph; return its results and a function that replays it. On a CPU, call it directly."""
     if device != "cuda":
         results = call()
         return results, lambda: [x.copy_(y) for x, y in zip(results, call(), strict=True)]
@@ -61,7 +61,7 @@ def capture(call: Callable[[], Results], device: str) -> tuple[Results, Callable
 
 
 def aside(call: Callable[[], Results], device: str) -> Results:
-    """Run a call on a stream other than the default one."""
+    """Run a call on a side stream and return its results."""
     if device != "cuda":
         return call()
     stream = torch.cuda.Stream()
@@ -93,8 +93,7 @@ def _same(device: str, backend: str, call: Callable[[], Results], line: Callable
 
 
 def _first(device: str, backend: str, call: Callable[[], Results], line: Callable[..., None]) -> None:
-    """Run a process's first call in a capture: it must work with CUDA kernels, and raise an error with Triton
-    kernels."""
+    """Capture the first call of a process: it must work with CUDA kernels, and raise an error with Triton kernels."""
     asked = False
     try:
         captured, replay = capture(call, device)

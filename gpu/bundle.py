@@ -1,8 +1,8 @@
-"""Makes a folder for a machine with a GPU: a build for any Python and torch there, and packages that it may lack.
+"""Makes a folder for a machine with a GPU: a build that loads under several versions of Python and torch, and packages.
 
-The folder has the package with its built ``_ops``, tests, benchmarks and this package, at one commit, and the pure
-Python packages, fetched by pip, that these need in addition to torch and Triton. In this folder ``make gpu-check``
-needs neither a network nor a compiler.
+The folder contains ``swinkernels`` with its compiled ``_ops``, the tests, the benchmarks and ``gpu``, all at one
+commit, and the pure Python packages that these need in addition to torch and Triton, fetched by pip. In this folder,
+``make gpu-check`` needs neither a network nor a compiler.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from gpu import ROOT
 
 MOST_MIB = 40
 SOURCES = ("swinkernels", "tests", "benchmarks", "gpu", "csrc", "Makefile", "pyproject.toml", "LICENSE")
-# Pure Python packages; under Python 3.10, pytest needs the packages in the second line.
+# Pure Python packages. pytest needs those in the second line only under Python 3.10.
 CARRIED = ("pytest", "hypothesis", "tabulate", "einops",
            "exceptiongroup", "tomli")  # fmt: skip
-CARRIED_ALONE = ("monai",)  # installed without its dependencies, torch and numpy
+CARRIED_ALONE = ("monai",)  # installed without their dependencies, torch and numpy
 PIP = ("install", "--quiet", "--no-compile", "--only-binary=:all:", "--platform=any", "--python-version=3.10")
 
 

@@ -1,8 +1,8 @@
 """Count the blocks of the hot CUDA kernels that fit on a multiprocessor of each GPU, from emulated launches.
 
 The emulator limits a block's shared memory to the architecture's limit, so the launch functions choose the same kernels
-as on that GPU. Register counts come from the build. The backend must refuse a call that does not fit, and Triton must
-run it.
+as on that GPU. Register counts are read from the build. The backend must refuse a call whose kernel does not fit, so
+that Triton runs it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.cuda.test_resources import resource_usage
 
 HOT = ("swin_t.1", "window 8", "window 12", "window 16", "window 7x7x7")
 RESERVED_BYTES = 1024  # reserved by CUDA in every block's shared memory
-REGISTERS, WARP_REGISTERS = 65536, 256  # per multiprocessor, and the unit in which a warp gets them
+REGISTERS, WARP_REGISTERS = 65536, 256  # registers per multiprocessor, and per unit of their allocation to a warp
 
 
 class Room(NamedTuple):
@@ -39,7 +39,7 @@ class Room(NamedTuple):
     shared_bytes: int
     block_bytes: int  # the most for one block
     threads: int
-    code: str  # the default build's architecture whose machine code runs on it
+    code: str  # the architecture of the default build's machine code that runs on it
 
     def blocks(self, smem_bytes: int, threads: int, registers: int) -> int:
         if smem_bytes > self.block_bytes:
@@ -65,7 +65,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 @functools.cache
 def _registers() -> dict[tuple[str, str], int]:
-    """Return this build's registers by (architecture, kernel); empty without CUDA kernels or a tool to read them."""
+    """Return the registers per thread of each (architecture, kernel), or {} without CUDA kernels or cuobjdump."""
     built = _extension._library(Path(_extension.__file__).parent)
     if built is None or missing("cuobjdump") or b".nv_fatbin" not in built.read_bytes():
         return {}
@@ -73,7 +73,7 @@ def _registers() -> dict[tuple[str, str], int]:
 
 
 def refusal(case: WindowAttentionCase, room: Room) -> str | None:
-    """Return why the backend refuses a case on such a GPU, and which backend runs it instead, or None if it fits."""
+    """Return the reason why "cuda" refuses a case on such a GPU, and the backend that runs it; None if it fits."""
     volume, device, before = math.prod(case.window_tuple), torch.device("cuda"), _backends._shared_bytes
     _backends._shared_bytes = lambda device: room.block_bytes
     try:
@@ -129,6 +129,6 @@ def _fit(name: str, dtype: torch.dtype, emit: Emitter) -> None:
 
 
 def _short(launch: emulation.Launch) -> str:
-    """Return a kernel's own name, extracted from the mangled one."""
+    """Return the unmangled name of a launch's kernel."""
     match = re.search(r"window_attention_\w+?_kernel", launch.kernel)
     return match[0] if match else launch.kernel

@@ -1,7 +1,8 @@
-"""The lines of a run: their results, their JSON form, and the emitter through which a worker writes them.
+"""Defines the lines of a run: their results, their JSON form, and the emitter with which a process writes them.
 
-A line is one result: step, case, op, backend, dtype, direction, value, unit, ``result`` and, if that is not "ok",
-``detail``. The run adds device, driver, torch, triton, commit and date. Times have ``us``, ``copy_us`` and ``goal``.
+A line is one result. Its fields are step, case, op, backend, dtype, direction, value, unit, ``result`` and, if the
+result is not "ok", ``detail``. The run adds device, driver, torch, triton, commit and date. Lines with times also have
+``us``, ``copy_us`` and ``goal``.
 """
 
 from __future__ import annotations
@@ -17,30 +18,30 @@ Line = dict[str, Any]
 
 
 def dump(line: Line) -> bytes:
-    """Encode a line. NaN and infinity, which JSON lacks, become null."""
+    """Encode a line as JSON. NaN and infinity, which JSON does not have, become null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     return json.dumps(plain).encode() + b"\n"
 
 
 class Emitter:
-    """Sends a worker's lines to the run over a file descriptor, or prints them if there is none."""
+    """Sends the lines of a process to the run over a file descriptor, or prints them if there is none."""
 
     def __init__(self, descriptor: int | None = None):
         self._descriptor = descriptor
 
     def tell(self, **message: Any) -> None:
-        """Send a message. Its fields ``environment`` and ``library`` apply to the rest of the run."""
+        """Send a message to the run. The run uses its ``environment`` or ``library``, if given, from then on."""
         os.write(1 if self._descriptor is None else self._descriptor, dump(message))
 
     def begin(self, case: str) -> None:
-        """Name the case that begins; if the process dies or hangs, the fault is reported for this case."""
+        """Report the start of a case. If the process dies or hangs, the run reports the failure for this case."""
         self.tell(begin=case)
 
     def line(self, **fields: Any) -> None:
         self.tell(**{"result": OK, **fields})
 
     def turn(self) -> None:
-        """Wait until no other process of the step measures. The turn lasts until this process calls ``turn`` again."""
+        """Wait until no other process of the step is measuring. The turn lasts until the next call of ``turn``."""
         self.tell(turn="wanted")
         if self._descriptor is not None:
             os.read(0, 1)

@@ -1,4 +1,4 @@
-"""Builds for this GPU, and reports the machine and the installation."""
+"""Builds the extension for this GPU, and reports the machine and the installation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Cases = Iterable[tuple[str, Callable[[], None]]]
 
 
 def build(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Build the extension for this GPU, or the emulated library. It takes minutes, or seconds if nothing changed."""
+    """Yield a case that builds the extension for this GPU or, in a rehearsal, the library with emulated kernels."""
     yield group, functools.partial(_build, emit, setting)
 
 

@@ -1,4 +1,4 @@
-"""Times models, original and accelerated: each contestant prepares in a separate process; then they take turns."""
+"""Times original and accelerated models: each contestant warms up in its own process, then they are timed in turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEPT = ("suite", "op", "shape", "backend", "dtype", "direction", "case", "error_
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Callable[[], None]]]:
-    """Yield the case that ``group`` names: suite, model of shapes.MODELS, mode and member of models.CONTESTANTS."""
+    """Yield the case of ``group``: a suite, a model of shapes.MODELS, a mode and a member of models.CONTESTANTS."""
     yield group, functools.partial(_time, *group.split(), emit, setting)
 
 

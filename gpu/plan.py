@@ -1,4 +1,4 @@
-"""The steps of a run, the most important first, because a run may be cut off."""
+"""Defines the steps of a run, the most important first, because a run may be cut off."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from gpu import ROOT
 from gpu.runner import Group, Step
 
 ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")
-TRITON_SHARES = 3  # processes that divide a dtype's cases among them, because Triton takes seconds to compile a case
+TRITON_SHARES = 3  # processes that share the cases of a dtype, because Triton takes seconds to compile a case
 TEST_PROCESSES = 14
 VARIANTS = ROOT / "build" / "variants"  # one folder with a package for each variant
 DEFAULT = ("info", "smoke", "bits", "time", "ncu", "sanitize", "tests", "models")
-EXTRA = ("peers", "variants", "fit")  # run only if named: the first two take longer than a GPU is usually available
-# Contestants of Swin-T in inference, in the training step and in a rehearsal. The last are not compiled, which would
-# take minutes on a CPU.
+EXTRA = ("peers", "variants", "fit")  # run only if named; the first two may take longer than the GPU is available
+# Contestants of Swin-T in inference, in the training step and in a rehearsal. A rehearsal leaves out compiled
+# contestants, because compiling takes minutes on a CPU.
 INFERENCE = ("eager-compiled", "accelerate", "accelerate-compiled")
 TRAINING = ("eager-compiled", "accelerate-compiled", "eager-graphs", "accelerate-graphs")
 REHEARSED = ("eager", "accelerate")
@@ -56,7 +56,7 @@ def _variants() -> tuple[Group, ...]:
 
 
 def _models(setting: Setting) -> tuple[Group, ...]:
-    """Name groups as gpu/models.py reads them: suite, model, mode and contestant."""
+    """Return groups whose names gpu/models.py parses: suite, model, mode and contestant."""
     contests = [("models", "swin_t", INFERENCE, ("inference",)), ("models", "swin_t", TRAINING, ("training",))]
     if setting.rehearse:
         contests = [("models", "swin_t", REHEARSED, ("inference",))]
@@ -97,7 +97,7 @@ def steps(setting: Setting, names: tuple[str, ...] = DEFAULT) -> list[Step]:
     ]
     if setting.whole:
         every = [replace(s, seconds=3600, patience=1200, takes_what_is_left=False) for s in every]
-    if setting.rehearse:  # times are meaningless here; on two cores, many processes would starve each other
+    if setting.rehearse:  # times have no meaning in a rehearsal, and many processes would block each other on two cores
         every = [
             replace(s, patience=600, processes=len(s.groups) if s.takes_turns else 2, takes_what_is_left=True)
             for s in every

@@ -1,4 +1,4 @@
-"""Reads NVIDIA's profiler counters for one launch of each pass of window attention, at Swin-T's first stage."""
+"""Profiles one forward and one backward launch of window attention with ncu, at the shape of Swin-T's first stage."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
 
 
 def parse(text: str) -> dict[str, tuple[float, str]]:
-    """Return a report's wanted metrics with units. Its rows are the names, the units, and one row for each launch."""
+    """Return the WANTED metrics of ncu's CSV output, name -> (value, unit). Its rows are names, units and launches."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:

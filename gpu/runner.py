@@ -1,8 +1,9 @@
-"""Runs steps within time limits, each group of a step in its own process, and appends each result when it arrives.
+"""Runs steps within time limits, each group of a step in its own process, and records each result as it arrives.
 
-The run imports neither torch nor the package, so no kernel can end it. If a process dies or is silent for too long, one
-line reports the failure of its current case, and the process is restarted after that case. When time runs short, later
-steps are dropped, not shortened. In a step that takes turns, one process measures at a time, once all are ready.
+The runner imports neither torch nor the package, so no kernel can crash it. If a process dies or is silent for too
+long, a line reports the failure of its current case, and a new process continues with the next case. When time runs
+short, later steps are dropped instead of shortened. In a step that takes turns, once all processes are ready, they
+measure one at a time.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from typing import IO
 from gpu import ROOT
 from gpu.lines import BAD, CRASHED, CUT, FAILED, HUNG, OK, Line, dump
 
-DEVICE_IS_LOST = 77  # exit status of a process that has written its case's line but cannot run more cases
-LOG_BYTES = 100_000  # kept from the end of a process's output
-LEAST_SECONDS = 20  # needed to start a step that takes the remaining time
+DEVICE_IS_LOST = 77  # exit status of a process that has reported its case, but has lost its GPU
+LOG_BYTES = 100_000  # the maximum kept from the end of a process's output
+LEAST_SECONDS = 20  # the minimum for starting a step that takes the remaining time
 
 
 @dataclass(frozen=True)
 class Group:
-    """The work of one process."""
+    """The cases of a step that one process runs."""
 
     name: str
-    library: str = ""  # op library instead of the installed one; "built": the library that the step "build" made
+    library: str = ""  # op library to use instead of the installed one; "built" is the library from the step "build"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Step:
 
 
 class _Process:
-    """A running group. A thread queues (self, message) for each message, and (self, None) when the pipe closes."""
+    """The process of a group. A thread queues (self, message) per message, and (self, None) when the pipe closes."""
 
     def __init__(self, command: Sequence[str], group: Group, skip: int, library: str, messages: queue.Queue):
         out, write = os.pipe()
@@ -75,7 +76,7 @@ class _Process:
     def _read(self, out: int, messages: queue.Queue) -> None:
         with os.fdopen(out) as lines:
             for text in lines:
-                if text.endswith("\n"):  # otherwise the process died while writing
+                if text.endswith("\n"):  # an incomplete line means that the process died while writing it
                     messages.put((self, json.loads(text)))
         messages.put((self, None))
 
@@ -87,10 +88,10 @@ class _Process:
             self.process.stdin.flush()
 
     def end(self) -> tuple[int | None, str]:
-        """Kill the process and its children; return its exit status, None if it was killed, and the end of its log."""
+        """Kill the process and its children; return its exit status, None if killed, and the end of its output."""
         status = None
         if self.has_ended:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the pipe is closed, but the process may not exit
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a process may close the pipe without exiting
                 status = self.process.wait(10)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -157,7 +158,7 @@ class Run:
             now = time.monotonic()
             if holder is None or holder.waits or holder not in running:
                 holder = None
-                # After half of the step's time, processes no longer wait for one that is not ready.
+                # After half of the step's time, processes that are ready no longer wait for the others.
                 waiting = [p for p in running if p.waits]
                 if waiting and (len(waiting) == len(running) or ends - now < step.seconds / 2):
                     holder = min(waiting, key=lambda p: p.heard)
@@ -186,8 +187,7 @@ class Run:
             self.write(step, process.group.name, **{"case": process.case, **message})
 
     def _end(self, step: Step, process: _Process, silent: bool) -> bool:
-        """End a process and write a line for its fault, if any. Return True if it should be restarted after its last
-        case."""
+        """End a process and report its failure, if any. Return True if a new process should run the remaining cases."""
         status, text = process.end()
         with self.log.open("a") as file:
             file.write(f"\n===== {step.name}: {process.group.name}\n{text}")
@@ -205,6 +205,6 @@ class Run:
 
     @property
     def status(self) -> int:
-        """Return the exit status: 1 if anything is bad or nothing is confirmed, else 0."""
+        """Return the exit status: 1 if a line reports a failure or if no line is "ok", else 0."""
         results = {line["result"] for line in self.lines}
         return 1 if results & {*BAD} or OK not in results else 0

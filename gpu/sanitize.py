@@ -1,7 +1,7 @@
-"""Runs every op in every regime of its CUDA kernels, on tiny tensors, forward and backward, under compute-sanitizer.
+"""Runs every op under compute-sanitizer, forward and backward, on tiny tensors for every regime of its CUDA kernels.
 
-The tools detect accesses out of bounds, hazards in shared memory and barriers that not all threads reach. A rehearsal
-only makes the calls, because the emulator reports the same faults itself.
+Its tools detect accesses out of bounds, hazards in shared memory and barriers that not all threads reach. A rehearsal
+makes the calls without compute-sanitizer, because the emulator reports the same faults itself.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from gpu.smoke import separate
 from swinkernels.testing import WindowAttentionCase as Case
 from swinkernels.testing import run_case
 
-FOUND_SOMETHING = 86  # Python never exits with this status
+FOUND_SOMETHING = 86  # compute-sanitizer's exit status after a finding; Python never exits with it
 DOZEN = 12
 ROLL_THEN_PAD = {"pad_order": "roll_then_pad"}
-# The kernels choose tiles and loops by the tokens of a window (short, middle, long), head_dim and the options.
+# The choice of tiles and loops depends on the tokens of a window (short, middle, long), head_dim and the options.
 ATTENTION = [
     Case(1, (4, 6), 2, 8, 2, 1),
     Case(2, (10, 8), 3, 32, 7, 3, has_pad_qkv=True),
@@ -62,7 +62,7 @@ def attention(case: Case, dtype: torch.dtype, device: str, backend: str, packed:
 
 
 def memory_bound(name: str, dtype: torch.dtype, device: str, given: dict[str, Any], *shapes: Any) -> dict[str, Tensor]:
-    """Return an op's outputs and gradients for floating-point tensors of these shapes."""
+    """Call an op with random tensors of the given shapes; return its outputs and gradients."""
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
     out = getattr(swinkernels.ops, name)(*leaves, **given)
@@ -72,7 +72,7 @@ def memory_bound(name: str, dtype: torch.dtype, device: str, given: dict[str, An
 
 
 def memory_bound_calls() -> Iterator[tuple[str, dict[str, Any], list[tuple[int, ...]]]]:
-    """Yield the calls: (op, arguments, shapes of its tensors)."""
+    """Yield the calls of the memory-bound ops as (op, arguments, shapes of its tensors)."""
     for c, order in itertools.product((1, 3, 8, 40), ("pad_then_roll", "roll_then_pad")):
         given = {"window_size": (4, 3), "shift_size": (2, 1), "pad_order": order}
         yield "window_partition", given, [(2, 5, 7, c)]
@@ -87,7 +87,7 @@ def memory_bound_calls() -> Iterator[tuple[str, dict[str, Any], list[tuple[int, 
 
 
 def run(device: str, backend: str, most: int | None = None) -> int:
-    """Make all calls, or at most ``most`` evenly chosen ones; return the number of calls that the backend ran."""
+    """Make all calls, or at most ``most`` of them, evenly spaced; return the number of calls that the backend ran."""
     calls: list[tuple[str, Callable[[], dict[str, Tensor]]]] = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for case, packed in itertools.product(ATTENTION, (True, False)):
@@ -106,12 +106,12 @@ def run(device: str, backend: str, most: int | None = None) -> int:
         if not all(x.isfinite().all() for x in results.values()):
             raise SystemExit(f"gpu: {name}: a result is not finite")
     if made == 0:
-        raise SystemExit(f"gpu: the backend {backend} ran nothing: see python -m swinkernels.info")
+        raise SystemExit(f"gpu: the backend {backend} ran none of the calls: see python -m swinkernels.info")
     return made
 
 
 def find_sanitizer() -> str | None:
-    """Find compute-sanitizer on the PATH or in the CUDA toolkit."""
+    """Return the path of compute-sanitizer, from the PATH or the CUDA toolkit, or None."""
     homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     places = [os.path.join(home, folder) for home in homes for folder in ("bin", "compute-sanitizer")]
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", os.defpath), *places]))
@@ -132,7 +132,7 @@ def _sanitize(tool: str, emit: Emitter, setting: Setting) -> None:
         return
     code = f"from gpu import sanitize; sanitize.run('cuda', 'cuda', {None if setting.whole else DOZEN})"
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING), sys.executable, "-c", code]
-    # Without torch's caching allocator, an access beyond a tensor is also beyond its allocation.
+    # Without torch's caching allocator, an access past the end of a tensor is also outside its allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n", flush=True)

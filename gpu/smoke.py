@@ -1,4 +1,4 @@
-"""Runs every kernel in every arithmetic, forward and backward, against the reference in float64 on the same device."""
+"""Compares every kernel in every arithmetic, forward and backward, with the reference in float64 on the same device."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ MAPS = {
     "padded": MapCase(2, (13, 9), 96),
     "3D": MapCase(1, (7, 9, 8), 48),
 }
-# An entry is one dtype, or the pair of dtypes under autocast.
+# Each entry is a single dtype, or the two dtypes that an op combines under autocast.
 PAIRS = ("float32", "float16", "bfloat16", "float32-bfloat16")
 SEED = 3
-MOST_INTERPRETED = 150  # tokens of a window, because Triton's interpreter takes seconds for more
+MOST_INTERPRETED = 150  # tokens of a window; with more, Triton's interpreter takes seconds
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Callable[[], None]]]:
@@ -63,13 +63,13 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Iterable[tuple[str, Ca
         if interprets and math.prod(case.window_tuple) > MOST_INTERPRETED:
             continue
         if case in seen and not name.startswith("separate"):
-            continue  # a model's stages shrink to the same tiny sizes
+            continue  # the stages of a model shrink to the same tiny case
         seen.append(case)
         yield name, functools.partial(_attention, name, case, backend, arithmetic, emit, setting)
 
 
 def tiny(case: Case) -> Case:
-    """Shrink a case to one image, one head and two windows, with the same padding."""
+    """Return a copy of a case with one image, one head, at most two windows and the same padding."""
     window = case.window_tuple
     windows = [min(-(-s // w), 2 if i == 0 else 1) for i, (s, w) in enumerate(zip(case.size, window, strict=True))]
     size = tuple(n * w - -s % w for n, w, s in zip(windows, window, case.size, strict=True))
@@ -78,7 +78,7 @@ def tiny(case: Case) -> Case:
 
 
 def separate(qkv: Tensor, *args: Any, num_heads: int, **given: Any) -> Tensor:
-    """Run attention on separate q, k and v."""
+    """Call ``window_attention`` with the q, k and v of a packed map."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
     return swinkernels.window_attention(q, k.contiguous(), v, *args, num_heads=num_heads, **given)
 
@@ -107,7 +107,7 @@ def _attention(name: str, case: Case, backend: str, arithmetic: str, emit: Emitt
 
 @contextlib.contextmanager
 def dropout_of_the_kernels(case: Case, backend: str, device: str) -> Iterator[torch.Generator | None]:
-    """Yield the generator for an op with dropout, and make the reference keep the same weights as the kernels."""
+    """Make the reference drop the same weights as the kernels; yield the op's generator, or None without dropout."""
     if "dropout_p" not in case.options:
         yield None
         return
@@ -125,7 +125,7 @@ def dropout_of_the_kernels(case: Case, backend: str, device: str) -> Iterator[to
 
 
 def tell(emit: Emitter, judged: dict[str, Judged], **labels: str) -> None:
-    """Emit a line for the outputs and one for the gradients: the worst error in eps, and the first failure."""
+    """Emit a line for the outputs and one for the gradients, with the worst error in eps and the first failure."""
     for direction in ("fwd", "bwd"):
         found = [x for name, x in judged.items() if (direction == "fwd") == name.startswith("out")]
         failure = next((x.failure for x in found if x.failure), None)

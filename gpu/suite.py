@@ -1,7 +1,7 @@
-"""Runs the tests that need a GPU in several processes. A line is written for each failure and for the number passed.
+"""Runs the tests that need a GPU in several processes, and emits a line per failure and one with the number passed.
 
-Triton's compilation, on one core per process, takes most of the time. A test that ends its process, or leaves the
-process without its GPU, does not affect the other tests: the process is restarted after it.
+Most of the time is spent on compiling Triton kernels, on one core per process. If a test ends its process or leaves it
+without a GPU, the remaining tests run in a new process.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ FILES = (
     "tests/triton/test_window_attention.py",
     "tests/triton/test_memory_bound_ops.py",
 )
-# Tests that need neither a GPU nor much time.
+# For a rehearsal: tests that are fast and need no GPU.
 REHEARSED = ("tests/cuda/test_resources.py", "-k", "understood or local_memory")
 
 
 def cases(group: str, emit: Emitter, setting: Setting, skip: int) -> None:
-    """Run a shard of the tests, except the first ``skip``. The variable PYTEST_ARGS adds arguments such as -k."""
+    """Run a shard of the tests without its first ``skip`` tests. The variable PYTEST_ARGS adds arguments such as -k."""
     os.environ["OMP_NUM_THREADS"] = "1"
     chosen = REHEARSED if setting.rehearse else ("-m", "gpu", *FILES)
     teller = _Teller(emit, skip)
@@ -43,7 +43,7 @@ def cases(group: str, emit: Emitter, setting: Setting, skip: int) -> None:
 
 
 class _Teller:
-    """A pytest plugin that emits a line for each failure."""
+    """A pytest plugin that emits a line for each failure, and counts passed and skipped tests."""
 
     def __init__(self, emit: Emitter, skip: int):
         self.emit, self.skip = emit, skip

@@ -1,4 +1,4 @@
-"""The table at the end of a run, at most forty lines: steps, first failures, percentages of a copy, and goals."""
+"""Formats the table at the end of a run, of at most 40 lines: steps, first failures, speeds and goals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _bad(lines: Sequence[Line]) -> Iterable[str]:
 
 
 def _times(lines: Sequence[Line]) -> Iterable[str]:
-    """Yield one row per shape: our times in both directions, the goal, and any other build's times."""
+    """Yield one row per op and shape: the results of each build and backend in each direction, with the goals."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for line in lines:
         if line["step"] in ("time", "models") and "us" in line and line["result"] == OK:

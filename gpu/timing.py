@@ -1,4 +1,4 @@
-"""Times the shipped build, another build, variants and peers, and device copies of the same bytes."""
+"""Times the shipped build, another build, variants, peers, and device copies of the same bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Cases = Iterable[tuple[str, Callable[[], None]]]
 
 
 class _Timer:
-    """Makes cases that wait for their turn, time an op with the benchmarks' code and emit a line for each row."""
+    """Makes cases that wait for their turn, time an op with ``benchmarks`` and emit a line per row of its result."""
 
     def __init__(self, emit: Emitter, setting: Setting, build: str, directions: Sequence[str] = DIRECTIONS):
         self.emit, self.build, self.directions = emit, build, directions
@@ -59,7 +59,7 @@ class _Timer:
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Yield every case with a goal; if a library is compared, its process takes turns with this one."""
+    """Yield every case with a goal. If another build is compared, its process takes turns with this one."""
     timer = _Timer(emit, setting, group)
     if setting.rehearse:
         yield timer.attention(ATTENTION[0], ("cpu",), "float32")
@@ -72,7 +72,7 @@ def cases(group: str, emit: Emitter, setting: Setting) -> Cases:
 
 
 def variants(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Yield the cases of one kernel variant, at two shapes. The process has loaded a CUDA variant's library."""
+    """Yield the cases of one variant, or of the shipped build. The library of a CUDA variant is already loaded."""
     timer, names = _Timer(emit, setting, group), BACKENDS if group == "shipped" else ("cuda",)
     if group.startswith("triton "):
         from gpu.variants import TRITON, apply
@@ -86,7 +86,7 @@ def variants(group: str, emit: Emitter, setting: Setting) -> Cases:
 
 
 def peers(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Yield the cases of goals that compare our ops with PyTorch's; the implementations take turns in one process."""
+    """Yield the cases for the goals relative to PyTorch; all implementations are timed in turn in this process."""
     timer = _Timer(emit, setting, "shipped", contest.DIRECTIONS)
     if group == "ops":
         names = attention.contestants(timer.device, ("cuda", *attention.PEERS))

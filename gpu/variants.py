@@ -1,9 +1,9 @@
-"""Variants of the kernels, to be timed against the shipped build: ``make gpu-variants``.
+"""Defines and builds variants of the kernels, to be timed against the shipped build: ``make gpu-variants``.
 
-They settle choices that need a measurement: copies in flight and warps per multiprocessor of the CUDA kernels for
-attention and the memory-bound ops (SWINKERNELS_* macros in each op's traits.h), and tiles, warps and stages of the
-Triton kernels (swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library, built without a GPU,
-with bfloat16 attention only. The step "variants" times all variants that it finds, alternately.
+They vary defaults that can only be chosen by measurement. In the CUDA kernels for attention and the memory-bound ops,
+these are copies in flight and warps per multiprocessor (SWINKERNELS_* macros); in the Triton kernels, they are tiles,
+warps and stages (swinkernels/triton/window_attention/tuning.py). A CUDA variant is an op library with bfloat16
+attention only; building it needs no GPU. The step "variants" times all variants that it finds, in turn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpu import ROOT
 from gpu.plan import VARIANTS
 
 PREFIX = "SWINKERNELS_"
-# Names of variants -> their macros without the prefix.
+# Maps the name of each variant to its macros, without the prefix.
 CUDA: dict[str, dict[str, int]] = {
     "attention one stage": {"FORWARD_STAGES": 1, "BACKWARD_STAGES": 1},
     "attention fewer warps": {"FORWARD_WARPS": 12, "BACKWARD_WARPS": 8},
@@ -31,7 +31,7 @@ CUDA: dict[str, dict[str, int]] = {
         "COPY_THREADS": 128, "NORM_FORWARD_PREFETCH": 0, "NORM_BACKWARD_PREFETCH": 0,
     },
 }  # fmt: skip
-# Names of variants -> attributes of the module ``tuning``, and of the Tiles of its kernels.
+# Maps the name of each variant to attributes of the module ``tuning``, or to fields of the Tiles of a kernel.
 TRITON: dict[str, dict[str, Any]] = {
     "one stage forward": {"fwd_whole": {"num_stages": 1}},
     "three stages forward, two backward": {"fwd_whole": {"num_stages": 3}, "bwd_whole": {"num_stages": 2}},
@@ -53,7 +53,7 @@ def build() -> int:
         command = [sys.executable, "setup.py", "-q", "build", f"--build-base={base}", f"--build-lib={base}"]
         environment = {**os.environ, "SWINKERNELS_BUILD": "hot", "NVCC_APPEND_FLAGS": flags}
         if subprocess.run(command, cwd=ROOT, env=environment).returncode != 0:
-            failed.append(name)  # the others are still worth timing
+            failed.append(name)  # continue: the other variants can still be timed
     if failed:
         print(f"These variants were not built: {', '.join(failed)}", file=sys.stderr)
     return len(failed)

@@ -1,4 +1,4 @@
-"""One process of a step, ``python -m gpu work STEP GROUP``: runs the group's cases and emits their lines."""
+"""Runs the cases of a group in one process of a step, and emits their lines: ``python -m gpu work STEP GROUP``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpu.lines import FAILED, Emitter
 from gpu.plan import Setting
 from gpu.runner import DEVICE_IS_LOST
 
-# For each step, the function that yields its cases: (name, function that emits the case's lines).
+# For each step, the function that yields its cases as (name, function that runs the case and emits its lines).
 CASES = {
     "build": "machine.build",
     "info": "machine.info",
@@ -28,7 +28,7 @@ CASES = {
 
 
 def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -> int:
-    """Run a group's cases, except the first ``skip``, and return the exit status."""
+    """Run the cases of a group without the first ``skip``, and return the exit status."""
     if setting.rehearse:
         _rehearse(group)
     elif step not in ("build", "ncu", "sanitize"):
@@ -40,7 +40,7 @@ def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -
             return 0
     module, _, function = CASES[step].partition(".")
     cases = getattr(importlib.import_module(f"gpu.{module}"), function)
-    if step == "tests":  # pytest names and skips its cases itself
+    if step == "tests":  # suite.py names the cases and skips the first ones itself
         cases(group, emit, setting, skip)
         return 0
     for name, case in list(cases(group, emit, setting))[skip:]:
@@ -56,9 +56,9 @@ def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -
 
 
 def _rehearse(group: str) -> None:
-    """Set up the backend "cuda" with emulated kernels, if SWINKERNELS_OPS names them, and Triton's interpreter."""
+    """Switch on Triton's interpreter for Triton groups, and emulated CUDA kernels if SWINKERNELS_OPS is set."""
     if "triton" in group:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the package is imported
+        os.environ["TRITON_INTERPRET"] = "1"  # must be set before the package is imported
     import torch
 
     torch.set_num_threads(1)

@@ -1,12 +1,12 @@
-"""Write the project from which kernel-builder makes a kernel for Hugging Face's hub: ``python -m release.hub FOLDER``.
+"""Write a kernel-builder project for Hugging Face's kernel hub: ``python -m release.hub FOLDER``.
 
-    FOLDER/build.toml, flake.nix    the sources to compile, on torch's stable ABI, for the CPU and for CUDA
+    FOLDER/build.toml, flake.nix    the build: sources and options for the CPU and for CUDA, on torch's stable ABI
     FOLDER/csrc                     the kernels, unchanged
     FOLDER/torch-ext                the bindings and the package: the ops, their reference and stateless layers
 
-The package is this repository's without accelerate, modules and models, with relative imports only, and with
-``release/kernel_hub`` in place of the files that depend on how a library was built. Several versions of a kernel may be
-loaded in one process: each build has its own module name and namespace of ops.
+The package is a copy of swinkernels without ``accelerate``, modules and models. All imports are relative, and the files
+that depend on the build come from ``release/kernel_hub``. Several versions of a kernel may be loaded in one process,
+because each build has its own module name and namespace of ops.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PACKAGE = ROOT / "swinkernels"
 SHIPPED = ("_at_import.py", "window_spec.py", "ops", "reference", "triton")
 OLDEST_TORCH = "2.11"
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
-# setup.py sets the same flags: the kernels use operators that torch's tools forbid.
+# The same flags as in setup.py: they enable operators that the kernels use and torch's tools disable.
 CUDA_FLAGS = [f"-U__CUDA_NO_{x}__" for x in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
 CUDA_FLAGS += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
 
-# kernel-builder defines CUDA_KERNEL, and TORCH_EXTENSION_NAME as the namespace of the ops.
+# kernel-builder defines CUDA_KERNEL in CUDA builds, and TORCH_EXTENSION_NAME as the namespace of the ops.
 BINDING = """\
 #ifdef CUDA_KERNEL
 #define SWINKERNELS_WITH_CUDA
@@ -53,7 +53,7 @@ FACTS = """\
 
 
 def relative(source: str, module: str, is_package: bool) -> str:
-    """Rewrite a module's imports of its own package as relative imports."""
+    """Return the source of a module with its imports from swinkernels rewritten as relative imports."""
     parents = module.split(".") if is_package else module.split(".")[:-1]
     lines = source.splitlines(keepends=True)
     for node in ast.walk(ast.parse(source)):
@@ -80,7 +80,7 @@ def relative(source: str, module: str, is_package: bool) -> str:
 
 
 def write_package(folder: Path) -> None:
-    """Write the Python package."""
+    """Write the Python package to a folder."""
     for part in SHIPPED:
         for path in sorted((PACKAGE / part).rglob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / part]:
             below = path.relative_to(PACKAGE)
@@ -95,7 +95,7 @@ def write_package(folder: Path) -> None:
 
 
 def facts(cuda: bool) -> str:
-    """Return the build facts that setup.py would write, as far as they are known before kernel-builder runs."""
+    """Return those build facts of setup.py's write_facts that are known before kernel-builder runs."""
     version = re.findall(r'"(.+)"', (PACKAGE / "_version.py").read_text())[0]
     return json.dumps(
         {
@@ -113,7 +113,7 @@ def sources(pattern: str) -> list[str]:
 
 
 def build_toml(bindings: list[str]) -> str:
-    """Return build.toml. Its sources include headers, because kernel-builder only copies listed files."""
+    """Return the text of build.toml. Its sources include headers, because kernel-builder copies only listed files."""
     headers = [path for pattern in ("**/*.h", "**/*.cuh", "**/*.inl") for path in sources(pattern)]
     cpu = sources("kernels/cpu/**/*.cpp")
 
@@ -159,7 +159,7 @@ src = {listed([*cpu, *sources("kernels/cuda/**/*.cu"), *headers])}
 
 
 def write(folder: Path) -> None:
-    """Write the project to a new or empty folder."""
+    """Write the project to a folder, which must be new or empty."""
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty: name another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)

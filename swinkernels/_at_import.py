@@ -1,4 +1,4 @@
-"""Runs a function once other code has imported a module, so that this package need not import the module."""
+"""Runs a function as soon as other code imports a module, so that this package does not have to import it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _AtImport(MetaPathFinder):
 
 
 def at_import(name: str, function: Callable[[ModuleType], None]) -> None:
-    """Call ``function`` with a module: now if the module has been imported, otherwise right after its import."""
+    """Call ``function`` with the module ``name``: now if it has been imported, otherwise right after its import."""
     if name in sys.modules:
         function(sys.modules[name])
     else:

@@ -13,13 +13,13 @@ import torch
 
 from swinkernels._namespace import NAMESPACE
 
-# ops: namespace of all ops, defined in Python or compiled.
+# The namespace of all ops, whether compiled or defined in Python.
 ops = getattr(torch.ops, NAMESPACE)
-# build: the result of the op build_info, or None without the extension.
-# error: why the op library is not loaded, or None if it is.
+# The result of the op build_info, or None if the op library is not loaded.
 build: dict[str, Any] | None = None
+# The reason why the op library is not loaded, or None if it is.
 error: str | None = None
-# Environment variable that names another op library to load instead, such as an older build for comparison.
+# The environment variable that names another op library to load, for example another build for comparison.
 OTHER_LIBRARY = "SWINKERNELS_OPS"
 
 _NOT_BUILT = (
@@ -30,24 +30,24 @@ _OUTDATED = (
     "the compiled extension is older than the Python code: build it again "
     "(pip install --no-build-isolation ., or make build in a checkout)"
 )
-# The newest entry of build_info(). An extension without this entry is older than the Python code and has different ops.
+# The newest entry of build_info(). An extension without it is older than the Python code and has different ops.
 _NEWEST_FACT = "layer_norm_limits"
 
 
 def _library(folder: Path) -> Path | None:
-    """Find the op library in a folder. The library is not a Python module: torch loads it, which registers its ops."""
+    """Return the path of the op library in a folder, or None. It is not a Python module: torch loads it."""
     names = (f"_ops{suffix}" for suffix in (".abi3.so", *EXTENSION_SUFFIXES, ".pyd"))
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def find_library() -> Path | None:
-    """Find the op library to load: the one that SWINKERNELS_OPS names, else the package's."""
+    """Return the path of the op library to load, from SWINKERNELS_OPS or else from the package, or None."""
     other = os.environ.get(OTHER_LIBRARY)
     return Path(other) if other else _library(Path(__file__).parent)
 
 
 def _why_missing(folder: Path) -> str:
-    """Explain why the imported folder has no op library: local sources may hide the installed package."""
+    """Return the reason why ``folder`` has no op library: none was built, or sources hide the installed package."""
     elsewhere = (Path(entry).resolve() / folder.name for entry in sys.path)
     installed = next((other for other in elsewhere if other != folder.resolve() and _library(other)), None)
     if installed is None:
@@ -72,7 +72,7 @@ def _load() -> None:
         return
     try:
         build = json.loads(ops.build_info())
-    except AttributeError:  # the library has no build_info
+    except AttributeError:  # an older library without the op build_info
         build = {}
     if _NEWEST_FACT not in build:
         build, error = None, _OUTDATED

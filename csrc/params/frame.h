@@ -1,4 +1,5 @@
-// The frame of whole windows over a feature map. This header compiles with g++ and nvcc, and does not depend on torch.
+// The frame: a feature map padded to whole windows. This header compiles with g++ and nvcc, and does not depend on
+// torch.
 //
 // A 2D map is a 3D map whose leading axis has one token (size 1, window 1, shift 0). Axes are listed slowest first.
 // Sizes are in tokens.
@@ -24,7 +25,8 @@ struct FrameGeometry {
   bool roll_then_pad;      // timm's order; otherwise pad_then_roll
 };
 
-// Frame coordinates are computed with 32 bits; a coordinate plus a shift is less than twice the frame.
+// The longest supported frame. Frame coordinates have 32 bits, and a coordinate plus a shift is less than twice the
+// frame.
 constexpr int32_t kMaxFrame = INT32_MAX / 2;
 
 }  // namespace swinkernels

@@ -1,8 +1,9 @@
 // The parameters of a layer norm kernel. This header compiles with g++ and nvcc, and does not depend on torch.
 //
-// The family consists of the plain norm, the norm of merged neighbours or expanded parts, and the norm next to a
-// residual connection. Each kernel normalises rows of `length` elements, z = (x - mean) * rstd * weight + bias; they
-// differ in the layout of the rows and in the residual sum. Sizes are in tokens, lengths and strides in elements.
+// There are kernels for the plain norm, for the norm of merged neighbours or expanded parts, and for the norm before or
+// after a residual sum. Each of them normalises rows of `length` elements, z = (x - mean) * rstd * weight + bias. The
+// kernels differ in the layout of the rows and in the residual sum. Sizes are in tokens, lengths and strides in
+// elements.
 #pragma once
 
 #include <cstdint>
@@ -23,20 +24,21 @@ enum class RowLayout : int32_t {
   kExpanding = 2,  // a row is one of the parts of a token of x, which become a block of tokens of z
 };
 
-// The rows to normalise, numbered as in z, where they are always contiguous.
+// The rows to normalise, in the order of z, in which they are always contiguous.
 //
 // Merging and expanding cut each axis of a map (B, D, H, W, C) into blocks of `factor` tokens: merging cuts x, and z
 // has ceil(size / factor) tokens; expanding cuts z, which has size * factor tokens. The tokens of a block are numbered
 // row-major. Piece p of a merged row has length / prod(factor) elements: the block's neighbour neighbours[p], or zeros
-// if that neighbour is outside the map. Part p of a token of x, with `length` elements, becomes token p of the block.
+// if that neighbour is outside the map. In expanding, part p of a token of x has `length` elements and becomes token p
+// of the block.
 struct LayerNormRows {
   RowLayout layout;
   int32_t length;
   int64_t count;
-  // Unused in kPlain. A 2D map has a leading axis of one token and factor 1. Axes are listed slowest first.
+  // Unused in kPlain. A 2D map has a leading axis with one token and factor 1. Axes are listed slowest first.
   int32_t size[3];        // tokens of x
   int32_t factor[3];      // 1 or 2 for merging
-  int32_t neighbours[8];  // for merging; each may be named any number of times
+  int32_t neighbours[8];  // for merging; a neighbour may occur any number of times
 };
 
 // Residual ops have kPlain rows. Every tensor is contiguous; `rows` defines the layout of x.
@@ -76,8 +78,8 @@ struct LayerNormBackwardParams {
   const float* rstd;
   void* dx;        // unused in kPostNorm: dx equals ds
   void* dy;        // residual ops only; null if it equals dx
-  float* dweight;  // (length), or null if not wanted; written, not added to
-  float* dbias;    // (length), or null if not wanted; written, not added to
+  float* dweight;  // (length), or null if not needed; overwritten, not accumulated
+  float* dbias;    // (length), or null if not needed; overwritten, not accumulated
   void* workspace;
 };
 

@@ -1,4 +1,4 @@
-// The launch functions of the CUDA backend.
+// The functions that launch the CUDA backend's layer norm kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,14 +7,14 @@
 
 namespace swinkernels::cuda {
 
-// All functions launch on the given stream of the current device, neither allocate nor synchronise, and return
-// cudaErrorInvalidValue for calls without a kernel: rows longer than the limit below, 2^31 rows or more, neighbours
-// 2^31 elements apart or more, or two different half-precision dtypes. Pointers to data with rows must be 16-byte
-// aligned.
+// All functions launch on the given stream of the current device, and neither allocate nor synchronise. They return
+// cudaErrorInvalidValue for calls without a kernel: rows longer than kMaxRow, 2^31 rows or more, neighbours 2^31
+// elements apart or more, or two different half-precision dtypes. Pointers to tensors of rows must be 16-byte aligned.
 cudaError_t layer_norm_forward(const LayerNormForwardParams& params, cudaStream_t stream);
 
-// The result depends on op, dtypes and rows, on whether dweight or dbias is wanted (not null; no data is read), and on
-// the current device, because each block that fits on it keeps a partial sum of both.
+// Returns the size of the workspace that the backward pass needs. It depends on the op, the dtypes and the rows, and on
+// whether dweight or dbias is requested (is not null; the pointers are not read). It also depends on the current
+// device, because every block that is resident on it at once keeps a partial sum of both gradients.
 int64_t layer_norm_backward_workspace_bytes(const LayerNormBackwardParams& params);
 cudaError_t layer_norm_backward(const LayerNormBackwardParams& params, cudaStream_t stream);
 

@@ -23,19 +23,20 @@ using ConstTokenMap = TokenMapOf<const void*>;
 // Defines the tokens of a window, the pairs of tokens that attend to each other, and their bias:
 //   frame coordinate   g = grid ? t * num_windows + n : n * window + t; FrameGeometry maps g to the map
 //   region             shift == 0 or periodic ? 0 : (g >= frame - window) + (g >= frame - shift)
-// Two tokens of a window are masked if their regions differ on any axis, or, with a region map (int32, with the frame's
-// shape), if the map's values at their frame coordinates differ.
-// The bias of query i, key j is bias_table[r(i) - r(j) + r_max, head], where r(t) = sum over axes of the coordinate of
-// t *decoded row-major in table_window* times the axis's table stride, and r_max = sum over axes of (table_window - 1)
-// * table stride. Table strides are the strides of a row-major (2 * table_window - 1) array.
+// Attention between two tokens of a window is masked if their regions differ on any axis, or, with a region map (int32,
+// with the frame's shape), if the map's values at their frame coordinates differ.
+// The bias of query i and key j is bias_table[r(i) - r(j) + r_max, head]. Here r(t) is the sum over axes of the
+// coordinate of t, *decoded row-major in table_window*, times the table stride of the axis, and r_max is the sum over
+// axes of (table_window - 1) * table stride. Table strides are those of a row-major (2 * table_window - 1) array.
 // With a key margin, the keys of a window are the M tokens of a larger window, with pad tokens outside the map; such a
 // call has no shift, grid or region map. The table has 2 * (window + margin) - 1 rows per axis: i is decoded in the
-// window, j in the key window, and r_max = sum over axes of (key window - 1) * table stride.
+// window, j in the key window, and r_max is the sum over axes of (key window - 1) * table stride.
 // On an axis with table_pairs, the table has window * window rows; coordinates i and j use row i + window * j.
 // A table with bias types has bias_types columns for each row, each with num_heads values.
-// With axis_tables the bias is the sum over axes of q_i . table[coordinate of i - coordinate of j + window - 1], with
-// the unscaled q.
-// A dense bias is indexed by the type of the window, window / (windows of an image / bias_types), then head, i and j.
+// With axis_tables, the bias is the sum over axes of q_i . table[coordinate of i - coordinate of j + window - 1], where
+// q is not scaled.
+// A dense bias is indexed by the type of the window, which is window / (windows of an image / bias_types), then by
+// head, i and j.
 struct WindowGeometry : FrameGeometry {  // every shift is less than the window
   int32_t table_window[3];               // the window whose relative offsets number the bias table
   bool periodic[3];                      // no mask on this axis
@@ -56,8 +57,8 @@ struct WindowAttentionForwardParams {
 
   ConstTokenMap q, k, v;
   TokenMap out;
-  // (B, num_windows, num_heads, N), the natural log-sum-exp of the final scores, undefined for pad queries; null in a
-  // forward pass that no backward pass follows.
+  // (B, num_windows, num_heads, N): the natural log-sum-exp of the final scores, undefined for pad queries. It is null
+  // if no backward pass follows.
   float* lse;
 
   const float* bias_table;      // (prod(2 * table_window - 1), bias_types, num_heads), or null
@@ -69,18 +70,18 @@ struct WindowAttentionForwardParams {
   const void* pad_qkv;          // (3, num_heads, head_dim): q, k and v of a pad token, or null for zeros
   const int32_t* region_map;    // (frame), or null
   float dropout_p;              // probability of dropping an attention weight
-  const int64_t* dropout_seed;  // one number in the device's memory, or null without dropout
+  const int64_t* dropout_seed;  // one number in device memory, or null without dropout
 };
 
 struct WindowAttentionBackwardParams {
   WindowAttentionForwardParams forward;  // out is unset: the backward pass does not read it
   ConstTokenMap dout;
   TokenMap dq, dk, dv;
-  float* dbias_table;   // like bias_table, or null if not wanted; written, not added to
-  float* dbias;         // like bias, or null if not wanted; written, not added to
-  float* daxis_tables;  // like axis_tables, or null if not wanted; written, not added to
-  float* dlogit_scale;  // (num_heads), or null if not wanted; written, not added to
-  float* dpad_qkv;      // (3, num_heads, head_dim), or null if not wanted; written, not added to
+  float* dbias_table;   // like bias_table, or null if not needed; overwritten, not accumulated
+  float* dbias;         // like bias, or null if not needed; overwritten, not accumulated
+  float* daxis_tables;  // like axis_tables, or null if not needed; overwritten, not accumulated
+  float* dlogit_scale;  // (num_heads), or null if not needed; overwritten, not accumulated
+  float* dpad_qkv;      // (3, num_heads, head_dim), or null if not needed; overwritten, not accumulated
   void* workspace;      // as many bytes as the backend's *_workspace_bytes function returns
 };
 

@@ -11,7 +11,7 @@
 
 namespace swinkernels {
 
-// A (B * num_windows, N, C) tensor, windows and their tokens row-major. The stride of C is 1.
+// A (B * num_windows, N, C) tensor. Windows and their tokens are in row-major order. The stride of C is 1.
 template <class Pointer>
 struct WindowsOf {
   Pointer data;

@@ -1,4 +1,4 @@
-// The launch functions of the CUDA backend.
+// The functions that launch the CUDA backend's window partition kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,13 +7,13 @@
 
 namespace swinkernels::cuda {
 
-// Both functions launch on the given stream of the current device, neither allocate nor synchronise, and return
-// cudaErrorInvalidValue for a meaningless geometry, a frame of more than kMaxFrame tokens on an axis, or a window of
-// more than 2^30 of the widest units (1 to 16 bytes) in which its rows can be moved. Source and destination are
-// disjoint.
+// Both functions launch on the given stream of the current device, and neither allocate nor synchronise. They return
+// cudaErrorInvalidValue for an invalid geometry, a frame of more than kMaxFrame tokens on an axis, or a window of more
+// than 2^30 vectors (the widest vectors of 1 to 16 bytes to which its rows are aligned). Source and destination must
+// not overlap.
 //
-// Partition writes every row of the windows, zeros for pad tokens. Reverse writes every token of the map exactly once,
-// and does not read the rows of pad tokens.
+// Partition writes every row of the windows, with zeros for pad tokens. Reverse writes every token of the map exactly
+// once, and does not read the rows of pad tokens.
 cudaError_t window_partition(const WindowPartitionParams& params, cudaStream_t stream);
 cudaError_t window_reverse(const WindowReverseParams& params, cudaStream_t stream);
 

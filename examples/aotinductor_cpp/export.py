@@ -1,10 +1,10 @@
-"""Write an accelerated Swin as an AOTInductor package, swin.pt2, for run.cpp, which runs it without Python.
+"""Export an accelerated Swin as an AOTInductor package, swin.pt2, which run.cpp runs without Python.
 
     python examples/aotinductor_cpp/export.py --out swin
     make -C examples/aotinductor_cpp OUT="$PWD/swin"
     swin/run swinkernels/_ops.abi3.so swin
 
-The script also writes images and the original model's logits, with which run.cpp compares its results.
+The script also writes images and the original model's logits for them; run.cpp compares its results with these logits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-// Runs the package written by export.py without Python: `run LIBRARY FOLDER`.
-//
-// LIBRARY is the compiled library of swinkernels, swinkernels/_ops.abi3.so. Loading it registers the ops with torch's
-// dispatcher, where the package looks them up. The library needs no Python and may be copied next to the program.
+// Runs the package that export.py has written to FOLDER, without Python: `run LIBRARY FOLDER`. LIBRARY is the op
+// library of swinkernels, swinkernels/_ops.abi3.so. Loading it registers the ops with torch's dispatcher, in which the
+// package looks them up. The library does not need Python and may be copied to another folder.
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>

@@ -1,4 +1,4 @@
-"""A task that a small Swin learns in seconds: find the brightest colour channel of a noisy image."""
+"""Defines a task that a small Swin learns in seconds: find the brightest colour channel of a noisy image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batches(batch: int) -> DataLoader:
 
 
 def accelerated_swin() -> nn.Module:
-    """Make a small timm Swin and accelerate it before any tool wraps it."""
+    """Return a small accelerated timm Swin. A model must be accelerated before another tool wraps it."""
     torch.manual_seed(2)
     model = timm.models.SwinTransformer(
         img_size=32, patch_size=2, num_classes=3, embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=4,
@@ -44,7 +44,7 @@ def accelerated_swin() -> nn.Module:
 
 
 def conclude(losses: list[float]) -> None:
-    """Print how far the loss fell, and fail if it did not fall."""
+    """Print the loss at the start and at the end, and fail if it did not fall."""
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     print(f"loss {first:.3f} -> {last:.3f} in {len(losses)} steps")

@@ -1,4 +1,4 @@
-"""Train an accelerated Swin that FSDP2 shards, with activation checkpointing and compiled blocks.
+"""Train an accelerated Swin with FSDP2, activation checkpointing and compiled blocks.
 
 torchrun --nproc-per-node 2 examples/training/with_fsdp2.py
 """
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    model = accelerated_swin().to(device)  # before sharding, which changes the classes of modules
+    model = accelerated_swin().to(device)  # accelerated before sharding, which changes the classes of modules
     model.set_grad_checkpointing()
     for stage in model.layers:
         for block in stage.blocks:
@@ -32,7 +32,7 @@ if __name__ == "__main__":
     losses = []
     epochs = itertools.chain.from_iterable(itertools.repeat(batches(args.batch)))
     for images, labels in itertools.islice(epochs, args.steps):
-        # Every process uses its share of the batch.
+        # Each process uses its own share of the batch.
         mine = slice(dist.get_rank(), None, dist.get_world_size())
         loss = F.cross_entropy(model(images[mine].to(device)).float(), labels[mine].to(device))
         loss.backward()

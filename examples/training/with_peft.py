@@ -1,4 +1,4 @@
-"""Train LoRA adapters of an accelerated Swin with peft, and merge them.
+"""Train LoRA adapters on an accelerated Swin with peft, and merge them into the weights.
 
 pip install peft
 python examples/training/with_peft.py

@@ -1,9 +1,10 @@
-"""Train an accelerated Swin for int8 weights with torchao, and quantise it.
+"""Train an accelerated Swin with torchao's quantisation-aware training, then quantise its weights to int8.
 
 pip install torchao
 python examples/training/with_torchao.py
 
-During training, which simulates int8 rounding, the blocks run timm's own code. With int8 weights they run on the op.
+During training, the layers simulate int8 rounding and the blocks run timm's own code. With int8 weights, the blocks use
+the op.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train transformers' own Swin, accelerated, with transformers' Trainer.
+"""Train an accelerated Swin from transformers with transformers' Trainer.
 
 pip install transformers accelerate
 python examples/training/with_trainer.py

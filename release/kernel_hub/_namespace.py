@@ -1,4 +1,4 @@
-"""NAMESPACE: the ops' namespace in torch.ops, which is different in every build by kernel-builder."""
+"""Defines NAMESPACE, the namespace of the ops in torch.ops, which differs between builds by kernel-builder."""
 
 from ._ops import add_op_namespace_prefix
 

@@ -1,4 +1,4 @@
-"""Stateless layers: ``kernelize`` assigns their forward to modules that have the attributes read here."""
+"""Stateless layers. ``kernelize`` assigns their forward to modules, which must have the attributes declared here."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .ops import patch_merging, window_attention_qkvpacked
 
 
 class WindowAttention(nn.Module):
-    """Forward of the v1 WindowAttention in Microsoft's Swin and in timm, with the standard relative position index.
+    """Replaces the forward of Microsoft's and timm's v1 WindowAttention; the relative position index must be standard.
 
-    The windows (num_windows * B, N, C) are stacked vertically into maps, so that the mask (num_windows, N, N) becomes a
-    dense bias for each window.
+    With a mask (num_windows, N, N), the windows of each image are stacked vertically into one map, and the mask becomes
+    a dense bias for each window of the map.
     """
 
     can_torch_compile = True
@@ -47,7 +47,7 @@ class WindowAttention(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Forward of timm's v1 PatchMerging: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), out_dim)."""
+    """Replaces the forward of timm's v1 PatchMerging: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), out_dim)."""
 
     can_torch_compile = True
 

@@ -1,4 +1,5 @@
-// The launches of the copy between map and windows: the width of vectors, and the number of launches.
+// Launches the copy between map and windows: chooses the width of the vectors, and splits large copies into several
+// launches.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,8 @@
 
 namespace swinkernels::cuda {
 
-// The most vectors in one launch: the number of a vector, plus the vectors of a block, then fits in 31 bits.
+// The maximum number of vectors in one launch. With it, the index of a vector plus the vectors of a block fits in 31
+// bits.
 constexpr int64_t kMaxLaunchVectors = int64_t{1} << 30;
 
 inline bool is_meaningful(const FrameGeometry& geometry) {
@@ -23,7 +25,8 @@ inline bool is_meaningful(const FrameGeometry& geometry) {
   return true;
 }
 
-// Returns the bytes of the widest vectors of which rows, and the strides between rows, are whole multiples.
+// Returns the size in bytes, 16 at most, of the widest vector to which all rows are aligned: their length, the strides
+// between them and both pointers are multiples of it.
 template <class Map, class Windows>
 int64_t vector_bytes(const WindowCopyParams<Map, Windows>& params) {
   const FrameGeometry& geometry = params.geometry;
@@ -37,17 +40,18 @@ int64_t vector_bytes(const WindowCopyParams<Map, Windows>& params) {
   if (params.batch > 1) elements |= params.map.batch_stride;
   if (many_windows) elements |= params.windows.window_stride;
   if (many_tokens) elements |= params.windows.token_stride;
-  // The lowest bit set in any of the numbers is the largest power of two that divides them all.
+  // The lowest bit set in any of these numbers is the largest power of two that divides all of them.
   const int64_t bytes = 16 | (elements & -elements) * params.element_bytes |
                         reinterpret_cast<intptr_t>(params.map.data) | reinterpret_cast<intptr_t>(params.windows.data);
   return bytes & -bytes;
 }
 
-// Windows are launched box by box: as many whole images as fit a launch, else as many whole slabs of windows of one
-// image, rows of windows, or windows. So the windows of a box are contiguous.
+// Divides the windows into boxes, one per launch. A box has as many whole images as fit into a launch; if not even one
+// fits, as many whole slabs of windows of one image, else as many whole rows of windows, else as many windows. So the
+// windows of a box are contiguous.
 struct WindowBoxes {
   int64_t extent[4];   // images, and windows per axis
-  int64_t largest[4];  // box
+  int64_t largest[4];  // the largest box
 
   static WindowBoxes of(int64_t batch, const int32_t (&num_windows)[3], int64_t windows_per_launch) {
     WindowBoxes boxes = {{batch, num_windows[0], num_windows[1], num_windows[2]}, {}};
@@ -57,7 +61,8 @@ struct WindowBoxes {
     }
     return boxes;
   }
-  // Finds the box that begins with a window, which is window 0 or follows a box. Returns false past the last window.
+  // Finds the box that starts at `window`, which is 0 or the end of the previous box. Returns false past the last
+  // window.
   bool at(int64_t window, int64_t (&first)[4], int32_t (&count)[4]) const {
     for (int axis = 3; axis >= 0; --axis) {
       first[axis] = axis > 0 ? window % extent[axis] : window;

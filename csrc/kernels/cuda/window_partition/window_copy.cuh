@@ -7,9 +7,9 @@
 //           regardless of the length of a row, so no lane idles. First the block computes the two offsets of each row
 //           that it copies, once per row, and stores them in shared memory; then each thread loads four vectors before
 //           it stores the first. Reverse also processes the rows in the order of the windows. The order of the map
-//           would make its stores linear and its loads scattered, but DRAM would get the same runs of window * C
-//           elements, because a row of tokens in a window is contiguous on either side. With one order, both
-//           directions are one kernel, and pad tokens cost reverse no traffic.
+//           would make its stores linear and its loads scattered, but the contiguous runs in DRAM would be the same
+//           window * C elements, because a row of tokens in a window is contiguous on both sides. With one order, one
+//           kernel serves both directions, and reverse has no traffic for pad tokens.
 // Traffic   partition  (S + P) * B * C * sizeof(T) bytes, for maps of S tokens in frames of P
 //           reverse    2 * S * B * C * sizeof(T)
 // Roofline  memory bound. B=128, 56x56, C=96, window 7, bf16: 154 MB, 46 us at 3.35 TB/s (H100 SXM, published peak).
@@ -28,7 +28,8 @@
 #include "../../common/launch.cuh"
 #include "../../common/map_strides.cuh"
 
-// To be settled by measurement: gpu/variants.py builds and times variants that define these macros.
+// Defaults that are still to be chosen by measurement on a GPU: gpu/variants.py builds and times variants that define
+// these macros.
 #ifndef SWINKERNELS_COPY_THREADS
 #define SWINKERNELS_COPY_THREADS 256
 #endif
@@ -45,13 +46,14 @@ struct WindowCopyTile {
   static constexpr int kVectors = kThreads * kVectorsPerThread;
 };
 
-// One launch: a box of windows, which is a sub-range on at most one axis, so its windows are contiguous.
+// The arguments of one launch, which copies a box of windows. The windows of a box are contiguous (see WindowBoxes).
 struct WindowCopyArguments {
+  // The pointer to the map points to the box's first image, the pointer to windows to the box's first window.
   const char* source;
   char* destination;
   bool to_windows;  // true if windows are the destination, false if they are the source
   FrameLayout frame;
-  uint32_t first_window[3];  // in the box; the data begin at the box's first image and window
+  uint32_t first_window[3];  // coordinates of the box's first window in its image
   RowMajorDivisor windows;   // in the box
   RowMajorDivisor tokens;    // in a window
   FastDivisor vectors;       // in a row
@@ -60,8 +62,8 @@ struct WindowCopyArguments {
   uint64_t window_stride, token_stride;  // bytes
 };
 
-// Byte offsets of a row in source and destination. A negative offset marks a row of zeros, for which nothing is loaded,
-// or a row that is not stored; it stays negative for every column.
+// Byte offsets of a row in source and destination. A negative source means that nothing is loaded and the row is zero,
+// a negative destination that the row is not stored. kNothing plus the offset of any column is still negative.
 struct alignas(16) RowCopy {
   static constexpr int64_t kNothing = INT64_MIN;
   int64_t source, destination;
@@ -104,8 +106,8 @@ __global__ void __launch_bounds__(WindowCopyTile::kThreads) window_copy_kernel(c
     source[k] = row.source + column * sizeof(Vector);
     destination[k] = row.destination + column * sizeof(Vector);
   }
-  // Loads do not use __ldg: it would allow the compiler to place a store, which waits for its load, before the next
-  // load.
+  // Plain loads instead of __ldg, which would allow the compiler to move a store, which waits for its own load, ahead
+  // of the remaining loads.
   Vector value[Tile::kVectorsPerThread];
 #pragma unroll
   for (int k = 0; k < Tile::kVectorsPerThread; ++k) {
