@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kAlignment = 1;  // the kernels choose vectors by the rows' alignment
 
-// Fills in everything except the data pointers; x is the map or the windows.
+// Sets all fields except the data pointers; x is the map or the windows.
 template <class Params>
 Params make_params(const Tensor& x, const Ints& size, const Ints& window_size, const Ints& shift_size,
                    bool roll_then_pad) {

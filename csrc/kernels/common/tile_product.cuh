@@ -12,7 +12,8 @@
 
 namespace swinkernels {
 
-// c += A B^T on tensor cores. A step contracts two 16-byte chunks of the rows, 16 elements or 8 floats.
+// c += A B^T on tensor cores. Each step contracts two 16-byte chunks of the rows, that is, 16 16-bit elements or 8
+// floats.
 template <class Policy, int kTiles, class Tile>
 __device__ __forceinline__ void tensor_core_add_abt(float (&c)[kTiles][4], const Tile& a_tile, int a_row,
                                                     const Tile& b_tile) {
@@ -81,7 +82,7 @@ struct HalfPrecisionProduct {
     }
   }
 
-  // Like add_pb, for a P packed by pairs (see write_packed in smem_tile.cuh).
+  // Like add_pb, but P is packed by pairs (see write_packed in smem_tile.cuh).
   template <int kTiles, int kColTiles, class Tile>
   __device__ static __forceinline__ void add_pb(float (&o)[kColTiles][4], const uint32_t (&p)[kTiles][2],
                                                 const Tile& b) {
@@ -204,8 +205,8 @@ struct Tf32Product {
   }
 
  private:
-  // o += A B over 8 * kTiles rows of B in the permuted order. Columns are the outer loop: the addresses of all steps
-  // then differ by a constant only; otherwise they would take two registers each.
+  // o += A B over 8 * kTiles rows of B in the permuted order. The outer loop is over columns, so that the addresses of
+  // all steps differ only by constants; otherwise each would need two registers.
   template <int kTiles, int kColTiles, class Tile>
   __device__ static __forceinline__ void add_fragments(float (&o)[kColTiles][4], const uint32_t (&a)[kTiles][4],
                                                        const Tile& tile) {
