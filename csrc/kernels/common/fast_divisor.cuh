@@ -5,7 +5,7 @@
 
 namespace swinkernels {
 
-// Divides numbers below 2^31 by a multiplication and a shift (Granlund and Montgomery, 1994).
+// Divides numbers below 2^31 with a multiplication, an addition and a shift (Granlund and Montgomery, 1994).
 struct FastDivisor {
   uint32_t divisor, multiplier, shift;
 

@@ -1,5 +1,5 @@
-// The positions of a row's vectors in x: implements the definition of LayerNormRows (csrc/params/layer_norm.h) as index
-// arithmetic without divisions, with one struct for each layout. Values that depend only on a thread's columns are
+// Computes the positions of a row's vectors in x. Implements the definition of LayerNormRows (csrc/params/layer_norm.h)
+// as index arithmetic without divisions, with one struct per layout. Values that depend only on a thread's columns are
 // computed once per thread, and values that depend on the row once per row.
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace swinkernels::cuda {
 
-// The columns of a thread's vectors in z, and in x if the row is contiguous there.
+// The columns of a thread's vectors in z. They are also the columns in x if the row is contiguous in x.
 template <int kVec, int kVecs>
 struct Columns {
   uint32_t lane, lanes;
@@ -58,7 +58,7 @@ struct PlainRows {
   }
 };
 
-// Additional fields for a map's z: rows are numbered row-major over the tokens of all images.
+// Additional fields if z is a map. Rows are numbered row-major over the tokens of all images.
 struct MapRows {
   RowMajorDivisor tokens;   // tokens of an image of z
   uint64_t batch_stride;    // elements of an image of x
@@ -93,7 +93,7 @@ struct Nibbles {
   __device__ __forceinline__ uint32_t operator[](uint32_t i) const { return bits >> 4 * i & 15; }
 };
 
-// A column of a merged row, for orders in which a neighbour may have several pieces.
+// The piece that contains a column of a merged row, for orders in which several pieces may be the same neighbour.
 struct MergedPiece {
   uint32_t within;       // the piece
   bool repeats;          // an earlier piece has the same neighbour and writes its dx
@@ -101,7 +101,8 @@ struct MergedPiece {
   uint32_t destination;  // the neighbour that gets dx; if this piece repeats one, a neighbour without pieces gets zeros
 };
 
-// The pieces of a row are neighbours in x. A neighbour is a set of bits: bit a is its offset on axis a.
+// A merged row consists of pieces; each is a neighbour in x. A neighbour is given by bits: bit a is its offset on axis
+// a.
 struct MergedRows : MapRows {
   static constexpr uint32_t kNone = 15;
 
@@ -109,7 +110,7 @@ struct MergedRows : MapRows {
   uint32_t second[3];   // elements from a token to the next one on an axis
   uint32_t cut_off[3];  // the coordinate in z of blocks that the map's end cuts, or one outside the map
   Nibbles neighbour;    // the neighbour of each piece
-  // See MergedPiece. There are as many neighbours without a piece as pieces that repeat a neighbour.
+  // See MergedPiece. The number of neighbours without a piece equals the number of pieces that repeat a neighbour.
   uint32_t repeats;  // bit p: piece p repeats a neighbour
   Nibbles next, destination;
 
@@ -173,7 +174,7 @@ struct MergedRows : MapRows {
     Bits neighbours_;
   };
 
-  // Offsets computed at each use, for kernels whose registers cannot keep them.
+  // Computes the offsets at each use, for kernels that do not have enough registers to keep them.
   template <int kVec, int kVecs>
   class ComputedSlots {
    public:
@@ -205,7 +206,7 @@ struct MergedRows : MapRows {
   }
 
   static bool of(const LayerNormRows& rows, MergedRows* source);
-  // Returns true if a neighbour has several pieces. Rows that `of` rejects are not supported.
+  // Returns true if several pieces are the same neighbour. Returns false for rows that `of` rejects.
   static bool has_repeats(const LayerNormRows& rows) {
     MergedRows source;
     return rows.layout == RowLayout::kMerging && of(rows, &source) && source.repeats != 0;
