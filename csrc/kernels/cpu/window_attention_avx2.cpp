@@ -6,7 +6,7 @@
 
 #include "window_attention_kernels.h"
 
-// The pragma is not popped: templates are compiled for the target that is in effect at the end of the file.
+// The pragma covers the rest of the file, because templates are compiled for the target that is in effect at its end.
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

@@ -1,9 +1,9 @@
 // Layer norm forward: plain, of merged neighbours, of expanded parts, and next to a residual connection.
 //
-// Maths     z = (v - mean(v)) * rstd * weight + bias, rstd = 1 / sqrt(var(v) + eps), where v is a row of x, or of s = x
-//           + scale * y, rounded to its dtype. In post norm, v is a row of y, and s = x + scale * z is written. In
-//           merging, pads are zeros in v. Two passes over registers compute the sum, then the sums of v - mean and of
-//           its square; the sum of v - mean corrects the rounding of the mean.
+// Maths     z = (v - mean(v)) * rstd * weight + bias, rstd = 1 / sqrt(var(v) + eps), where v is a row of x, or of
+//           s = x + scale * y, rounded to its dtype. In post norm, v is a row of y, and s = x + scale * z is written.
+//           In merging, pads are zeros in v. Two passes over registers compute the sum, then the sums of v - mean and
+//           of its square; the sum of v - mean corrects the rounding of the mean.
 // Tiling    2^n threads share a row, with 24 or 16 elements each (traits.h); blocks loop over rows. The next row is
 //           loaded before this one is reduced, so reads are always in flight. Weight and bias are in shared memory.
 // Traffic   every element of x (and y) is read once, every element of s and z is written once; mean and rstd take 8

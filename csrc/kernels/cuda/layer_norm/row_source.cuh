@@ -101,8 +101,7 @@ struct MergedPiece {
   uint32_t destination;  // the neighbour that gets dx; if this piece repeats one, a neighbour without pieces gets zeros
 };
 
-// A merged row consists of pieces; each is a neighbour in x. A neighbour is given by bits: bit a is its offset on axis
-// a.
+// A merged row consists of pieces, which are neighbours in x. Bit a of a neighbour's number is its offset on axis a.
 struct MergedRows : MapRows {
   static constexpr uint32_t kNone = 15;
 

@@ -74,10 +74,10 @@ static_assert(plan_row<8>(128 / 8).lanes == 8 && plan_row<8>(128 / 8).choice == 
 static_assert(plan_row<8>(kMaxRow / 8).lanes > 0 && plan_row<4>(kMaxRow / 4).lanes > 0 &&
               plan_row<1>(kMaxRow).lanes > 0);
 
-// kOp_         kOp_ the op, which determines the rows to normalise and the sum to compute
+// kOp_         the op, which determines the rows to normalise and the sum to compute
 // Source_      the layout of rows in x (row_source.cuh)
 // In_, Out_    element types in memory of in_dtype and out_dtype, or AnyElement
-// kVec_        kVec_ number of elements of a vector
+// kVec_        number of elements of a vector
 // kChoice      index into VectorChoices
 template <LayerNormOp kOp_, class Source_, class In_, class Out_, int kVec_, int kChoice>
 struct LayerNormTraits {
