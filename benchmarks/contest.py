@@ -1,4 +1,4 @@
-"""Check and time the contestants of an op benchmark: all are checked, then timed in turn, one row per direction.
+"""Check the contestants of an op benchmark, then time them in turn: one row per contestant and direction.
 
 The roofline is the larger of bytes over the copy rate and flops over the matrix rate, both measured in the same run. On
 a GPU, replays of CUDA graphs are timed, with rotating inputs that exceed the L2 cache, and a device copy of the same

@@ -102,9 +102,9 @@ def objects() -> list[Path]:
     found = sorted(OBJECTS.glob("*.o"))
     sources = [*(CSRC / "kernels/cpu").iterdir(), *(CSRC / "params").iterdir()]
     if not found:
-        raise Missing(f"{OBJECTS.relative_to(ROOT)} has no objects of the CPU kernels: make build")
+        raise Missing(f"{OBJECTS.relative_to(ROOT)} has no object files of the CPU kernels: run make build")
     if min(path.stat().st_mtime for path in found) < max(path.stat().st_mtime for path in sources):
-        raise Missing(f"{OBJECTS.relative_to(ROOT)} has objects that are older than their sources: make build")
+        raise Missing(f"{OBJECTS.relative_to(ROOT)} has object files that are older than their sources: run make build")
     return found
 
 
@@ -223,7 +223,7 @@ def _row(arch: str, kernel: str, case: str, costs: Counter[str], of: str) -> dic
 def count(arch: str) -> list[dict[str, Any]]:
     """Return rows for the calls of the AVX2 kernels, or for the loops of the AVX-512 kernels."""
     if os.uname().machine != "x86_64":
-        raise Missing(f"{arch} kernels are for x86_64, and this machine is {os.uname().machine}")
+        raise Missing(f"{arch} kernels exist only for x86_64, and this machine is {os.uname().machine}")
     found = objects()
     path = OBJECTS / f"window_attention_{arch}.o"
     of = compiler(path)

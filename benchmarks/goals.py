@@ -1,4 +1,4 @@
-"""Performance goals for kernels and models on a GPU, and the verdicts of measured rows on them."""
+"""Performance goals for kernels and models on a GPU, and verdicts from measured rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AttentionGoal(NamedTuple):
     # Speed as a multiple of the fastest peer's: forward, and forward and backward together.
     peers_fwd: float
     peers_both: float
-    unit: str = "% of copy"  # unit of fwd and bwd: least percent of a device copy's speed, or "us" at most
+    unit: str = "% of copy"  # of fwd and bwd: % of a device copy's speed (minimum), or us (maximum)
 
 
 ATTENTION_GOALS = {
@@ -33,12 +33,12 @@ ATTENTION_GOALS = {
     "swin_unetr.1": AttentionGoal(50, 40, 2, 3),
 }
 GOAL = shapes.GOAL
-# Goals at the shape GOAL: the longest float16 time as a multiple of the bfloat16 time, and the least speed of TF32 and
-# of Triton as a percentage of a device copy's.
+# Goals at the shape GOAL: the longest float16 time as a multiple of the bfloat16 time, and the minimum speeds of TF32
+# and of Triton as percentages of a device copy's.
 FLOAT16_GOAL = 1.03  # the same time, up to the variation between runs
 TF32_GOAL = 70.0
 TRITON_GOALS = {"fwd": 60.0, "bwd": 50.0}
-# The least speed of the memory-bound ops at every shape in shapes.MAP_GOALS, as a percentage of a device copy's.
+# The minimum speed of the memory-bound ops at each shape in shapes.MAP_GOALS, as a percentage of a device copy's.
 MEMORY_GOALS = {
     ("window_partition", "fwd"): 92.0,
     ("window_reverse", "fwd"): 92.0,
@@ -96,7 +96,7 @@ MODEL_CONTESTS = (
 
 
 def of_time(row: Mapping[str, Any]) -> float | None:
-    """Return the goal for a row of our kernels (least percentage of a copy, or most us), or None without a goal."""
+    """Return the goal for a row of our kernels (minimum percentage of a copy, or maximum us), or None."""
     op, shape, backend, direction = (row[k] for k in ("op", "shape", "backend", "direction"))
     if direction not in ("fwd", "bwd"):
         return None

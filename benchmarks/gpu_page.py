@@ -164,7 +164,7 @@ def _goals(runs: Runs) -> str:
 
 
 def readme_text(runs: Runs) -> str:
-    """Return the README's sentence about GPUs: window attention on CUDA in bfloat16, or that no time exists."""
+    """Return the README's sentence about the speed of window attention on CUDA in bfloat16, if it was measured."""
     shown = [x for x in _shown(runs, "time") if x["backend"] == "cuda" and x["op"] == "window_attention"]
     shown = [x for x in shown if x["unit"] == "% of copy" and x["dtype"] == "bfloat16"]
     if not shown:

@@ -80,7 +80,7 @@ def _order(case: MapCase) -> str:
 
 
 def _merging_norm(case: MapCase, pair: Pair, backend: str) -> Op:
-    """Return the op for the gather and norm of patch merging, which has no public function."""
+    """Return the internal op that gathers and normalises tokens in patch merging."""
     if backend == "reference":
         return lambda x, weight, bias: _exact_merging_norm(case)(x, weight, bias).to(pair[1])
     op = getattr(torch.ops.swinkernels, f"patch_merging_norm_fwd{'_triton' if backend == 'triton' else ''}")
@@ -137,7 +137,7 @@ def _norm_then_add(case: MapCase, pair: Pair) -> Op:
 
 
 def _bytes(case: MapCase, read: Sequence[torch.dtype], written: Sequence[torch.dtype]) -> int:
-    """Return the number of bytes to read one map per dtype in ``read`` and write one per dtype in ``written``."""
+    """Return the bytes of one map for each dtype in ``read`` and ``written``."""
     return _tokens(case) * case.channels * sum(d.itemsize for d in (*read, *written))
 
 

@@ -197,8 +197,9 @@ def _flat(result: Any) -> dict[str, Tensor]:
 def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the relative RMS errors of the output, of the input's gradient and of the parameters' gradients.
 
-    The error of the parameters is the largest of all parameters. The error of a very small gradient is relative to a
-    thousandth of the largest gradient: some gradients, such as a key bias's, are exactly zero up to rounding.
+    The error of the parameters is the largest error of any parameter's gradient. The errors of very small gradients are
+    relative to a thousandth of the largest gradient, because some gradients, such as that of a key bias, are zero in
+    exact arithmetic and consist of rounding errors only.
     """
     if got.keys() != exact.keys():
         raise AssertionError(f"only one of the compared results has gradients of {sorted(got.keys() ^ exact.keys())}")

@@ -196,7 +196,7 @@ def _frame(size: Sequence[int], window: Sequence[int]) -> list[int]:
 
 
 def _pad(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Pad each axis of the map with zeros at its end. Like the published code, do not copy a map of that size."""
+    """Pad a map with zeros at the end of each axis. As in published code, a map of this size is not copied."""
     if tuple(size) == x.shape[1:-1]:
         return x
     widths = [n for p, s in zip(reversed(size), reversed(x.shape[1:-1]), strict=True) for n in (0, p - s)]

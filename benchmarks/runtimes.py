@@ -24,7 +24,7 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, mode: str, argu
     if device.type != "cpu" or mode != "inference" or arguments != 1:
         return "it only runs inference of whole models on a CPU"
     dtypes = (torch.float32, torch.bfloat16) if name == "openvino" else (torch.float32,)
-    return None if dtype in dtypes else f"it has no {dtype} on a CPU"
+    return None if dtype in dtypes else f"it does not support {dtype} on a CPU"
 
 
 def prepare(name: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:

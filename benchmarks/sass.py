@@ -1,4 +1,4 @@
-"""Execute the machine code of a CUDA kernel on the CPU and count the executed instructions.
+"""Execute the machine code of a CUDA kernel on the CPU, and count the instructions.
 
 The text that ``cuobjdump -sass`` prints is decoded once and executed warp by warp, lane by lane, with the registers,
 predicates, constant bank, shared and global memory of a GPU. So the counts are those of the path that the kernel takes
@@ -1360,7 +1360,7 @@ def _by_region(w: Warp, addresses: Array, is_shared: bool) -> list[slice | Array
 
 def _bank_passes(offsets: Array, size: int) -> int:
     """Count the passes of a shared-memory access; in each pass, every bank delivers one 4-byte word."""
-    # The count is the same if all addresses move by the same number of words.
+    # Counts are cached: they are the same if all addresses move by the same number of words.
     start = int(offsets.min()) // 4 * 4
     key = ((offsets - start).tobytes(), size)
     found = _passes_of.get(key)

@@ -1,5 +1,4 @@
-"""Shapes of published models: window attention as cases of swinkernels.testing, feature maps, and whole models with
-their blocks."""
+"""Shapes of published models: cases of window attention, feature maps, and whole models with their blocks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-// The schemas of all ops. A program without Python, such as an AOTInductor package, can call the ops after it has
-// loaded this library. In Python, swinkernels/ops adds fake implementations and derivatives, and defines the same
-// schemas if there is no compiled library.
+// The schemas of all ops. A program without Python, such as one that runs an AOTInductor package, can call the ops
+// after it has loaded this library. In Python, swinkernels/ops adds fake implementations and derivatives, and defines
+// the same schemas if there is no compiled library.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

@@ -1,5 +1,5 @@
-// The bindings of window_partition and window_reverse, on torch's stable ABI: they fill the params, allocate and
-// launch. swinkernels/ops checks the arguments; the checks here guard the kernels' assumptions.
+// The bindings of window_partition and window_reverse, on torch's stable ABI: they fill the params, allocate the
+// outputs and launch the kernels. swinkernels/ops checks the arguments; the checks here guard the kernels' assumptions.
 #ifdef SWINKERNELS_WITH_CUDA
 #include "params/window_partition.h"
 

@@ -159,7 +159,7 @@ __device__ __forceinline__ void cp_async_16(SharedAddress smem, const void* gmem
 }
 
 // Writes 16 bytes to a 16-byte aligned address in global memory. Without this function, a store to an address that is
-// computed as a number would compile to a slower, generic store.
+// computed as a number would compile to a generic store.
 __device__ __forceinline__ void store_global_16(void* gmem, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                :

@@ -2,9 +2,9 @@
 //   add_abt   c += A B^T     16 rows of A and 8 * kTiles rows of B, both in shared memory
 //   add_pb    o += P B       P an accumulator fragment of 16 x (8 * kTiles), B 8 * kTiles rows in shared memory
 //   add_ptb   o += P^T B     P and B 8 * kTiles rows in shared memory, 16 columns of P
-// A policy chooses 16-bit or TF32 tensor cores or float fused multiply-adds. All three produce the same layout, so a
-// kernel is written once. The order of a contraction may be permuted if it is the same in both operands; the float
-// policies use that to take P from registers directly: index t stands for column 2t, t + 4 for column 2t + 1.
+// The product policies use 16-bit tensor cores, TF32 tensor cores or float fused multiply-adds. All three produce the
+// same layout, so each kernel is written once. A contraction may permute its index if both operands use the same order;
+// the float policies do so to use P directly from registers: index t is column 2t, and t + 4 is column 2t + 1.
 #pragma once
 
 #include "ptx.cuh"

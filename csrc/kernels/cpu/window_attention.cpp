@@ -144,7 +144,8 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   return partition;
 }
 
-// sum[i * stride] = the sum of parts[i] over `chunks` parts, `chunk_stride` apart, always in the same order.
+// Sets sum[i * stride], for i < count, to the sum of parts[i + n * chunk_stride] over the chunks n, always in the same
+// order.
 void sum_chunks(const float* parts, int64_t chunks, int64_t chunk_stride, int64_t count, float* sum, int64_t stride) {
   constexpr int64_t kTile = 256;
   for (int64_t first = 0; first < count; first += kTile) {

@@ -40,7 +40,8 @@ struct BackwardPartition {
 
 struct WindowAttentionKernels {
   const char* instruction_set;
-  // Return the number of bytes of scratch memory for one call of forward or backward; it must be 64-byte aligned.
+  // Return the number of bytes of scratch memory for one call of forward or backward. The memory must be 64-byte
+  // aligned.
   int64_t (*forward_scratch_bytes)(const WindowAttentionForwardParams&);
   int64_t (*backward_scratch_bytes)(const WindowAttentionBackwardParams&);
   // Runs tasks [begin, end) of window * num_heads + head.

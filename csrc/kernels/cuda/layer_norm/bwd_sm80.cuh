@@ -1,6 +1,6 @@
-// Layer norm backward: plain, of merged neighbours, of expanded parts, and next to a residual connection.
+// Layer norm backward: of plain rows, of merged neighbours, of expanded parts, or combined with a residual connection.
 //
-// Maths     with v the normalised rows, n = (v - mean) * rstd and g = dz * weight:
+// Maths     v are the rows that are normalised, n = (v - mean) * rstd, g = dz * weight:
 //           dv = rstd * (g - mean(g) - n * mean(g * n)), dweight = sum of dz * n, dbias = sum of dz over the rows.
 //           Residual: dx = ds + dv, dy = scale * dx. Post norm: dz = scale * ds, dy = dv; dx = ds.
 //           Merging writes dv to the position of v, and zeros to neighbours that are in no row.

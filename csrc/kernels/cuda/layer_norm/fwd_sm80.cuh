@@ -1,4 +1,4 @@
-// Layer norm forward: plain, of merged neighbours, of expanded parts, and next to a residual connection.
+// Layer norm forward: of plain rows, of merged neighbours, of expanded parts, or combined with a residual connection.
 //
 // Maths     z = (v - mean(v)) * rstd * weight + bias, rstd = 1 / sqrt(var(v) + eps), where v is a row of x, or of
 //           s = x + scale * y, rounded to its dtype. In post norm, v is a row of y, and s = x + scale * z is written.

@@ -21,7 +21,7 @@ bool supported(const Params& params) {
          params.out_dtype == DType::kFloat32;
 }
 
-// Calls f(op, source), whose arguments have one type per op and per source of rows.
+// Calls f(op, source). The types of the arguments determine the op and the source of rows at compile time.
 template <class Params, class F>
 cudaError_t dispatch_op(const Params& params, F&& f) {
   const auto with = [&](auto op, auto source) { return f(op, source); };

@@ -1,4 +1,4 @@
-// The threads that share a row, and their sums.
+// The group of threads that share a row, and sums over the group.
 #pragma once
 
 #include <cstdint>

@@ -85,7 +85,7 @@ struct MapRows {
   }
 };
 
-// Eight numbers of 4 bits, so that a lane can pick one without a table in memory.
+// Eight 4-bit numbers in one register, from which a lane can select one without a table in memory.
 struct Nibbles {
   uint32_t bits;
 
@@ -141,7 +141,7 @@ struct MergedRows : MapRows {
     return result;
   }
 
-  // Returns the number of elements from a position to column `within` of a neighbour.
+  // Returns the number of elements from the position of a row to column `within` of a neighbour.
   __device__ __forceinline__ uint32_t offset_of(uint32_t which, uint32_t within) const {
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) within += which >> axis & 1 ? second[axis] : 0;

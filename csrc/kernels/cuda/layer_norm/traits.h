@@ -40,8 +40,8 @@ struct VectorChoice {
   uint32_t max_lanes;
 };
 
-// The models' rows have 96 * 2^n or 128 * 2^n elements. With 24 or 16 elements per thread no lane is idle for either;
-// other rows, rounded up to the next of these, leave at most a third idle.
+// The models' rows have 96 * 2^n or 128 * 2^n elements. With 24 or 16 elements per thread, these rows leave no lane
+// idle. Other rows are rounded up to the next of these lengths and leave at most a third of the lanes idle.
 template <int kVec>
 struct VectorChoices {
   static constexpr VectorChoice kList[2] = {{16 / kVec, 512}, {24 / kVec, 128}};

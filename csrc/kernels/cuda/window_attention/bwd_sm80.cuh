@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
       wait_for_copies();
       [[maybe_unused]] int own_exponent = exponent;
       {
-        // Queries past the window have an infinite lse, hence p = 0; the zeros keep delta finite.
+        // Queries past the window have an infinite lse, so p = 0. The initial zeros keep delta finite.
         float p[kTiles][4] = {}, dp[kTiles][4] = {};
         const uint32_t kept = recompute(p, dp, row0, window, query_block, key_block);
         write_weights(p_tile, row0, p, kept, args.has_dropout());

@@ -1,5 +1,5 @@
-// Dropout of attention weights. A weight is dropped depending only on the seed, the window, the head, the query and the
-// key, so the backward pass drops the same weights as the forward pass, even with other tile sizes.
+// Dropout of attention weights. The seed, the window, the head, the query and the key determine if a weight is dropped.
+// The backward pass therefore drops the same weights as the forward pass, even with other tile sizes.
 #pragma once
 
 #include <cstdint>

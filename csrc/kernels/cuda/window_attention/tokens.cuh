@@ -80,7 +80,7 @@ __device__ __forceinline__ void fill_token_constants(Constants& constants, const
   }
 }
 
-// Returns the address of a token's row in a map, see WindowTokens.
+// Returns the address of a token's row in a map, as stored in WindowTokens.
 template <class T, int kMaps>
 __device__ __forceinline__ uint64_t token_row(const WindowArguments<kMaps>& args, int map, int head,
                                               const WindowIndex& index, const TokenSource& source) {

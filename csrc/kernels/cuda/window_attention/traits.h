@@ -53,7 +53,7 @@ struct WindowAttentionTraits {
   static constexpr int kLongBlocks = 8 / kWarps;
 
   // The maximum number of entries of a bias table's column that the kernels for long windows copy to shared memory; 47
-  // x 47 and 13 x 13 x 13 fit. The widest rows leave no space for it on devices with 99 KB.
+  // x 47 and 13 x 13 x 13 fit. The widest rows leave no space for a column on devices with 99 KB.
   static constexpr int kSharedTableEntries = kRowBytes < 512 ? 2304 : 0;
 };
 
