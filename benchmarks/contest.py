@@ -26,7 +26,7 @@ from swinkernels.demo.measure import peak_bytes
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 ROUNDS = 3  # rounds on a GPU; in each, the contestants take turns
-SECONDS, QUICK_SECONDS = 1.5, 0.3  # seconds of timing per contestant and direction on a CPU
+SECONDS, QUICK_SECONDS = 1.5, 0.3  # time per contestant and direction on a CPU
 Op = Callable[..., Any]  # (**tensors) -> a tensor or several
 # (contestant, number of input sets) -> the calls to time in each direction; a direction may be missing.
 MakeCalls = Callable[[str, int], dict[str, Call]]

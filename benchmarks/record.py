@@ -15,7 +15,7 @@ from benchmarks.commit import commit
 from benchmarks.timing import Ceiling, Timing
 from swinkernels import info
 
-SEED = 0  # of the first set of inputs, and of every model's weights
+SEED = 0  # for the first set of inputs and the weights of every model
 # Columns that identify a measurement: compare.py matches the rows of two runs by them.
 KEYS = ("suite", "op", "shape", "case", "dtype", "backend", "direction")
 RESULT_OK, RESULT_WRONG, RESULT_FAILED = "ok", "WRONG", "FAILED"

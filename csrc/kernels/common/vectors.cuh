@@ -88,7 +88,7 @@ struct Vectors {
 template <int kVec>
 struct Vectors<AnyElement, kVec> {
   static_assert(kVec == 1 || kVec == 4);
-  static constexpr int kWords = kVec;  // 16-bit elements fill half of them; a single element takes one
+  static constexpr int kWords = kVec;  // four 16-bit elements fill half of the words
   struct Raw {
     uint32_t word[kWords];
   };

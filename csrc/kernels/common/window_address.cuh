@@ -19,7 +19,7 @@ struct WindowLayout : FrameLayout {
   int32_t table_middle;
   int32_t table_entries;
   bool table_pairs[3], has_table_pairs;
-  bool has_regions[3];  // the axis is cut into shift regions
+  bool has_regions[3];  // true if the axis is divided into shift regions
   bool grid;
   const int32_t* region_map;
   RowMajorDivisor windows;  // windows of an image

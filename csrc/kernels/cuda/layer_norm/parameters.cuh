@@ -9,7 +9,7 @@
 namespace swinkernels::cuda {
 
 struct Parameter {
-  const void* data;  // null: `absent` everywhere
+  const void* data;  // if null, every element is `absent`
   DType dtype;
   float absent;
 };

@@ -95,10 +95,10 @@ struct Nibbles {
 
 // The piece that contains a column of a merged row, for orders in which several pieces may be the same neighbour.
 struct MergedPiece {
-  uint32_t within;       // the piece
+  uint32_t within;       // position of the column in the piece
   bool repeats;          // an earlier piece has the same neighbour and writes its dx
-  uint32_t next;         // the next piece with the same neighbour, or kNone; kNone if this piece repeats one
-  uint32_t destination;  // the neighbour that gets dx; if this piece repeats one, a neighbour without pieces gets zeros
+  uint32_t next;         // the next piece with the same neighbour, or kNone if there is none or if `repeats`
+  uint32_t destination;  // the neighbour that gets dx or, if `repeats`, a neighbour without pieces, which gets zeros
 };
 
 // A merged row consists of pieces, which are neighbours in x. Bit a of a neighbour's number is its offset on axis a.
@@ -107,7 +107,7 @@ struct MergedRows : MapRows {
 
   FastDivisor piece;    // elements of a piece
   uint32_t second[3];   // elements from a token to the next one on an axis
-  uint32_t cut_off[3];  // the coordinate in z of blocks that the map's end cuts, or one outside the map
+  uint32_t cut_off[3];  // coordinate in z of the blocks that cross the map's end; outside the map if there are none
   Nibbles neighbour;    // the neighbour of each piece
   // See MergedPiece. The number of neighbours without a piece equals the number of pieces that repeat a neighbour.
   uint32_t repeats;  // bit p: piece p repeats a neighbour

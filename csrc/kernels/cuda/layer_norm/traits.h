@@ -47,7 +47,7 @@ struct VectorChoices {
   static constexpr VectorChoice kList[2] = {{16 / kVec, 512}, {24 / kVec, 128}};
 };
 template <>
-struct VectorChoices<1> {  // rows that are not made of vectors
+struct VectorChoices<1> {  // for rows that cannot be divided into vectors
   static constexpr VectorChoice kList[1] = {{8, 1024}};
 };
 

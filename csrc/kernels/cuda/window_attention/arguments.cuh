@@ -27,8 +27,8 @@ struct WindowArguments {
   const float* dense_bias;
   const float* logit_scale;
   const int64_t* dropout_seed;
-  uint32_t dropout_below;  // drops weights whose random number is below this
-  float dropout_scale;     // factor of weights that are kept
+  uint32_t dropout_below;  // weights with a random number below this are dropped
+  float dropout_scale;     // factor of the weights that are kept
   float scale, mask2;      // mask2: the mask value times log2(e)
   int32_t num_heads, head_dim, num_tokens, row_bytes;
   int32_t bias_types;
@@ -103,7 +103,7 @@ struct GridPlan {
 
 inline GridPlan plan_grid(int64_t items, int64_t units, int64_t resident_blocks) {
   const int64_t most = std::max<int64_t>(1, std::min<int64_t>(items, resident_blocks / units));
-  const int64_t rounds = (items + most - 1) / most;  // equal for all, so that no block works alone at the end
+  const int64_t rounds = (items + most - 1) / most;  // the same for all blocks, so that none runs alone at the end
   const int64_t workers = std::max<int64_t>(1, (items + rounds - 1) / std::max<int64_t>(1, rounds));
   return {static_cast<uint32_t>(workers), static_cast<uint32_t>(workers * units)};
 }

@@ -13,7 +13,7 @@ struct Bias {
   const float* data;
   int32_t stride;                          // between the entries of a table's column; between the rows of a dense bias
   const int32_t *query_index, *key_index;  // of every token, for a table (WindowLayout); null for a dense bias
-  int32_t middle;                          // the table_middle of these indices
+  int32_t middle;                          // table_middle (WindowLayout)
 };
 
 // Returns the bias of a block's unit in global memory. `tokens` has the query_index and the key_index of every token.

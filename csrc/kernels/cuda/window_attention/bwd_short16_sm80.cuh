@@ -43,7 +43,7 @@ struct Short16BackwardSmem {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
     float dbias[Traits::kBlock * Traits::kBlock];  // used at the end
   };
-  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; here, because registers hold dbias
+  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; in shared memory, because dbias fills the registers
   Short16Tokens<Traits::kBlock> tokens;
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
   int32_t exponents[Traits::kWarps];  // exponents of ds, half_range.cuh
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
       write_rounded<T>(ds_tile, row0, p, packed);
       Product::add_pb(dq, packed, k);
     }
-    __syncthreads();  // p and ds are complete; k and v are no longer read and take the outputs
+    __syncthreads();  // p and ds are complete; k and v are free for the outputs
     float query_factor = args.scale, key_factor = args.scale;
     if constexpr (kHasNarrowRange<T>) {
       const int exponent = smem.exponents[row0 / 16];

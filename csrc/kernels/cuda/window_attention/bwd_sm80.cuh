@@ -52,7 +52,7 @@ struct BackwardShortSmem {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
     float dbias[Traits::kBlock * Traits::kBlock];  // used at the end
   };
-  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; here, because registers hold dbias
+  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; in shared memory, because dbias fills the registers
   WindowTokens<7, Traits::kKeys, Traits::kBlock> tokens[kSlots];
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
   float logit_sums[Traits::kWarps];
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
       __syncthreads();
     }
     if (row0 < num_tokens) Product::add_pb(dq, p, k);
-    __syncthreads();  // p and ds are complete; k and v are no longer read and take the outputs
+    __syncthreads();  // p and ds are complete; k and v are free for the outputs
     float query_factor = factor, key_factor = factor;
     if constexpr (kHasNarrowRange<T>) {
       const int exponent = smem.exponents[row0 / 16];
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   using Smem = BackwardLongSmem<Traits>;
   static_assert(Traits::kKeys == Traits::kBlock);
   constexpr int kTiles = Traits::kTiles, kColTiles = Traits::kHeadDimTiles, kBlock = Traits::kBlock;
-  constexpr bool kKeyGradientsTogether = Traits::kHeadDim <= 64;  // otherwise registers do not hold both
+  constexpr bool kKeyGradientsTogether = Traits::kHeadDim <= 64;  // otherwise there are too few registers for both
   Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
   const int first_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int num_tokens = args.num_tokens, capacity = blocks * kBlock;

@@ -32,7 +32,7 @@ __device__ __forceinline__ int excess_exponent(const float (&x)[kTiles][4]) {
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
   const int exponent = (__float_as_int(largest) >> 23) - 127;
-  return exponent > 127 ? 0 : exponent - kLargest + 1;  // for infinity scaling does not help
+  return exponent > 127 ? 0 : exponent - kLargest + 1;  // scaling does not help if it is infinite
 }
 
 template <int kTiles>

@@ -70,7 +70,7 @@ struct Short16Geometry {
   EvenMaps<3> qkv;
   // For each axis: frame coordinate = window * window_step + token * token_step.
   int32_t window_step[2], token_step[2];
-  uint32_t seam[2];  // the window whose tokens belong to two regions, or a number that no window has
+  uint32_t seam[2];  // the window whose tokens belong to two regions, or UINT32_MAX
   bool has_pads;
 
   bool set(const WindowAttentionForwardParams& params, const WindowLayout& layout) {
@@ -143,8 +143,8 @@ __device__ __forceinline__ void add_seam_mask(float (&score)[kTiles][4], uint32_
 // A thread's view of one window.
 template <int kRows>
 struct Short16Window {
-  uint32_t token[kRows];  // numbers of this thread's rows
-  uint32_t separated;     // the pairs of its fragment that are masked (SeamBits)
+  uint32_t token[kRows];  // token numbers of this thread's rows
+  uint32_t separated;     // the elements of its fragment that are masked (SeamBits)
 };
 
 // The rows of a window, among this warp's 16, that one thread copies and stores. Two or four neighbouring lanes share a

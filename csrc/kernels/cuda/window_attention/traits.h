@@ -76,7 +76,7 @@ struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDi
   // Without stmatrix, there is shared memory for only two blocks of the backward pass.
   static constexpr bool kNarrow = Base::kHeadDim <= 32;
   static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;      // head_dim 32
-  static constexpr bool kWide = !kHasNarrowRange<typename Base::T>;  // no running maximum, no exponents
+  static constexpr bool kWide = !kHasNarrowRange<typename Base::T>;  // needs no maximum and no exponents
   static constexpr bool kFitsForward = ptx::kIsBlackwell ? kWide || kSeven : ptx::kHasStmatrix || kTiles_ < 8;
   static constexpr bool kFitsBackward = ptx::kIsBlackwell ? kWide && kSeven : ptx::kHasStmatrix;
   static constexpr bool kSpareForward = kNarrow && (kFitsForward || kTiles_ < 7);
