@@ -58,7 +58,7 @@ BASELINES = tuple(dict.fromkeys((*attention.CONTESTANTS, *models.CONTESTANTS, *s
 
 
 class Task(NamedTuple):
-    """A unit of work whose contestants take turns."""
+    """One benchmark to run; its contestants are timed in turn."""
 
     suite: str
     label: str
@@ -219,7 +219,7 @@ def run(tasks: Sequence[Task], device: torch.device, out: Path) -> dict[str, Row
 
 
 def why_no_kernel(wanted: Sequence[str], device: torch.device) -> str | None:
-    """Return why no kernel of this package can run on a device, or None. If no kernel is wanted, return None."""
+    """Return the reason why no kernel of this package can run on a device, or None if one can or none is wanted."""
     ours = (*attention.OURS, *models.OURS, "window")
     reasons = attention.kernels(device)
     if None in reasons.values() or (wanted and not set(wanted) & set(ours)):
@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser().error("--device cuda: torch sees no CUDA GPU; see python -m swinkernels.info")
     if reason := why_no_kernel(options.baseline, device):
         parser().error(reason)
-    if options.flush_denormal:  # this setting is per thread
+    if options.flush_denormal:  # torch stores this setting per thread
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
     elif options.threads:

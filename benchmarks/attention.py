@@ -1,4 +1,4 @@
-"""Compare attention, from the qkv map to the output map, with the reference and other implementations.
+"""Compare window attention, from the qkv map to the output map, with the reference and other implementations.
 
 Every contestant is first compared with the float64 reference, on at most two images; see benchmarks/contest.py for the
 timing.
@@ -31,12 +31,12 @@ Op = Callable[..., Tensor]  # (qkv, bias_table=None, logit_scale=None, pad_qkv=N
 
 
 def kernels(device: torch.device) -> dict[str, str | None]:
-    """Map our backends for a device to the reason why each cannot run here, or to None."""
+    """Map each of our backends for a device to the reason why it cannot run here, or to None if it can."""
     return {n: _backends.unavailable(n) for n in OURS if (n == "cpu") == (device.type == "cpu")}
 
 
 def contestants(device: torch.device, wanted: Sequence[str]) -> list[str]:
-    """Return the names in ``wanted`` that can run on the device; this installation may lack some of our kernels."""
+    """Return the contestants in ``wanted`` (all if empty) that can run on the device with this installation."""
     on_cpu = device.type == "cpu"
     names = [name for name, reason in kernels(device).items() if reason is None]
     # On a CPU, FlexAttention has no backward pass, and cuEquivariance has no kernel.
@@ -52,12 +52,12 @@ def make_op(name: str, case: WindowAttentionCase, dtype: torch.dtype, device: to
     return torch.compile(peer, fullgraph=True, dynamic=False) if compiled else peer
 
 
-# The float64 reference computes at most this many scores: its backward pass holds several such tensors, of 1.2 GB each.
+# The maximum number of scores: the float64 reference's backward pass needs several tensors of this size, 1.2 GB each.
 MOST_SCORES_ON_CPU = 150_000_000
 
 
 def to_verify(case: WindowAttentionCase, device: torch.device) -> WindowAttentionCase:
-    """Shrink a case to at most two images and, on a CPU, to a map of fewer windows if the scores would not fit."""
+    """Shrink a case to at most two images and, on a CPU, to fewer windows until its scores fit MOST_SCORES_ON_CPU."""
     case, window = shapes.with_batch(case, 2), case.window_tuple
     while device.type == "cpu" and formulas.core_flops(case)["fwd"] // (4 * case.head_dim) > MOST_SCORES_ON_CPU:
         windows = [s // w for s, w in zip(case.size, window, strict=True)]
@@ -73,9 +73,9 @@ def to_verify(case: WindowAttentionCase, device: torch.device) -> WindowAttentio
 def verify(
     name: str, case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, eps: float | None = None
 ) -> tuple[bool, float]:
-    """Check output and gradients on a few images; return the verdict and the worst RMS error in eps of the dtype.
+    """Check output and gradients on at most two images; return True if correct, and the worst RMS error in eps.
 
-    Our results must stay within the error budget of the tests.
+    For our backends, the errors must also be within the error budget of the tests.
     """
     case = to_verify(case, device)
     op = make_op(name, case, dtype, device)

@@ -1,4 +1,4 @@
-"""The charts of a run: speed-ups, roofline, models, memory, scaling, complexity."""
+"""Draw the charts of a run: speed-ups, roofline, models, memory, scaling and complexity."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _save(fig: Any, path: Path) -> None:
 
 
 def _bars(axis: Any, groups: dict[str, dict[str, float]], names: Sequence[str]) -> None:
-    """Draw a group of horizontal bars for each key, with one bar for each name that has a value in any group."""
+    """Draw one group of horizontal bars per key of ``groups``; a name has the same position in every group."""
     shown = [name for name in names if any(name in values for values in groups.values())]
     height = 0.8 / max(len(shown), 1)
     for i, name in enumerate(shown):
@@ -63,7 +63,7 @@ def _bars(axis: Any, groups: dict[str, dict[str, float]], names: Sequence[str]) 
 
 
 def _legend(fig: Any, axes: Iterable[Any]) -> None:
-    """Draw one legend for all axes, below them."""
+    """Draw one legend for all axes, below the axes."""
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     fig.legend(entries.values(), entries, fontsize=8, loc="outside lower center", ncols=len(entries))
 
@@ -73,7 +73,7 @@ def _device(rows: Sequence[Row]) -> str:
 
 
 def speedup(rows: Sequence[Row], path: Path) -> None:
-    """Draw each peer's time for window attention as a multiple of ours, one panel per direction."""
+    """Draw each peer's time for window attention as a multiple of our time, in one panel per direction."""
     found = [row for row in _right(rows, "ops") if row["op"] == "window_attention"]
     directions = ("fwd", "fwd+bwd")
     shapes_found = list(dict.fromkeys((row["shape"], row["dtype"]) for row in found))
@@ -100,7 +100,7 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
 
 
 def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], float]:
-    """Return the fastest other contestant's time for window attention over ours, by shape and dtype."""
+    """Return the time of the fastest other implementation of window attention divided by ours, by shape and dtype."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in _right(rows, "ops"):
         if (row["op"], row["direction"]) == ("window_attention", direction):
@@ -115,7 +115,7 @@ def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], fl
 
 
 def summary(rows: Sequence[Row], path: Path) -> None:
-    """Draw the fastest other contestant's time for window attention as a multiple of ours: two bars per shape."""
+    """Draw :func:`best_ratios` with two bars per shape: forward, and forward and backward together."""
     panels = {"forward": ("fwd", "#1f6feb"), "forward and backward": ("fwd+bwd", "#79b0ff")}
     fig, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
     ratios = {label: best_ratios(rows, direction) for label, (direction, _) in panels.items()}
@@ -143,7 +143,7 @@ def summary(rows: Sequence[Row], path: Path) -> None:
 
 
 def roofline(rows: Sequence[Row], path: Path) -> None:
-    """Draw attention's flop/s over flops per byte, with the ceilings (left), and every op's percentages (right)."""
+    """Draw window attention under its roofline (left), and every op's percentage of the roofline (right)."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     _attention_roofline([row for row in _right(rows, "ops") if row["gflop"] and row["moved_mb"]], left)
     ours = [row for row in _right(rows, "ops") if row["backend"] in attention.OURS]
@@ -181,7 +181,7 @@ def _attention_roofline(found: Sequence[Row], axis: Any) -> None:
 
 
 def _percents(found: Sequence[Row], axis: Any) -> None:
-    """Draw the percentage of the roofline: a point for each shape and dtype, on a line for each op and direction."""
+    """Draw one line per op and direction, with a point at the percentage of the roofline for each shape and dtype."""
     lines = list(dict.fromkeys((row["op"], row["direction"]) for row in found))
     for name in dict.fromkeys(row["backend"] for row in found):
         points = [
@@ -244,7 +244,7 @@ def memory(rows: Sequence[Row], path: Path) -> None:
 
 
 def scalings(rows: Sequence[Row], path: Path) -> None:
-    """Draw time over images, tokens and flops, with the slope of each, next to a line of slope 1."""
+    """Plot time against images, tokens and flops, with the slope of each series and a line of slope 1 to compare."""
     fig, axes = plt.subplots(1, len(scaling.SWEEPS), figsize=(13, 4.2), layout="constrained")
     for axis, (sweep, (_, _, what)) in zip(axes, scaling.SWEEPS.items(), strict=True):
         found = scaling.series(rows, sweep)
@@ -265,7 +265,7 @@ def scalings(rows: Sequence[Row], path: Path) -> None:
 
 
 def complexity(rows: Sequence[Row], path: Path) -> None:
-    """Draw measured times of whole layers over the tokens of a map, and the paper's formulas, scaled."""
+    """Plot the measured time of whole layers against the number of tokens, with the scaled formulas of the paper."""
     c, w = shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_WINDOW
     omega: dict[str, Callable[[int], int]] = {
         "global": lambda side: formulas.msa_multiply_adds(side, side, c),
@@ -309,7 +309,7 @@ DRAW: dict[str, Callable[[Sequence[Row], Path], None]] = {
 
 
 def _of_attention(rows: Sequence[Row]) -> set[str]:
-    """Return the contestants with a correct result for window attention."""
+    """Return the contestants that have a correct result for window attention."""
     return {row["backend"] for row in _right(rows, "ops") if row["op"] == "window_attention"}
 
 

@@ -1,4 +1,4 @@
-"""The commit of the measured sources.
+"""Find the commit of the measured sources.
 
 This module imports neither torch nor numpy, because GPU runs use it in a process that must not load them.
 """

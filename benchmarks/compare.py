@@ -1,7 +1,7 @@
-"""Compare two runs: times that grew beyond their spread, and instruction counts above a baseline.
+"""Compare times between two runs, and instruction counts with a baseline.
 
-Times are compared between two files from one machine. Instructions are compared with a committed file: their counts
-depend only on the compiler.
+Times are compared between two files from the same machine. Instruction counts depend only on the compiler, so they are
+compared with a committed file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from benchmarks import record
 
-# Even on a quiet machine, medians vary by a few percent between runs, more than the times within a run.
+# The smallest relative change of a median that counts. Even on a quiet machine, medians of separate runs differ by more
+# than the times within one run.
 REPEATS_TO = 0.05
 # The fraction by which a kernel's instructions may exceed the baseline.
 GROWTH = 0.02
@@ -24,7 +25,7 @@ def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -
     """Return one row per measurement in both files: the ratio of the medians, and a verdict.
 
     "slower" or "faster" means that the ranges from the 20th to the 80th percentile are disjoint and the medians differ
-    by over 5 %; a result that is no longer correct is "WRONG" or "FAILED", whatever its time.
+    by more than 5 %. If a result is no longer correct, the verdict is "WRONG" or "FAILED", regardless of the time.
     """
     old = {tuple(row[key] for key in record.KEYS): row for row in before}
     rows = []
@@ -78,11 +79,11 @@ def main(before: Path, after: Path) -> int:
 
 
 class NoBaselineError(Exception):
-    """No counted row has a baseline."""
+    """The baseline has no row to compare any count with."""
 
 
 def read_baseline(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a file of counts, or none if there is no file."""
+    """Return the rows of a file of counts, or an empty list if the file does not exist."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -90,7 +91,7 @@ def read_baseline(path: Path) -> list[dict[str, str]]:
 
 
 def write_baseline(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replace the same compiler's rows in the file, and keep other compilers' rows."""
+    """Replace the rows of this compiler in the file, and keep the rows of other compilers."""
     compilers = {row["compiler"] for row in rows}
     kept = [row for row in read_baseline(path) if row["compiler"] not in compilers]
     with path.open("w", newline="") as file:
@@ -111,10 +112,10 @@ def grown(
     count: str = "instructions",
     most: float = GROWTH,
 ) -> list[str]:
-    """Return a line for each row whose count exceeds the baseline's for the same keys by more than ``most``.
+    """Return one line of text for each row whose count exceeds its baseline by more than the fraction ``most``.
 
-    If the rows have ``of_functions``, the line names the functions that grew. Raises NoBaselineError if no row has a
-    baseline.
+    A row's baseline is the row with the same ``keys``. If rows have ``of_functions``, the line also names the functions
+    that grew. Raises NoBaselineError if no row has a baseline.
     """
     before = {tuple(str(row[key]) for key in keys): row for row in baseline}
     lines, compared = [], 0

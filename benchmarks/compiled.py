@@ -1,4 +1,4 @@
-"""Compile single CUDA sources for one architecture with the build's flags, and cache the objects by content."""
+"""Compile a CUDA source for one architecture with the build's flags, and cache the object by its content."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 class Missing(Exception):
-    """A required tool is missing; the message names it and the remedy."""
+    """A required tool is missing; the message names the tool and the remedy."""
 
 
 def tool(name: str) -> str:
-    """Find a program of the CUDA toolkit, or Triton's copy of it."""
+    """Return the path of a program of the CUDA toolkit, or of Triton's copy of the program."""
     folders = [os.path.join(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
@@ -35,7 +35,7 @@ def tool(name: str) -> str:
 
 
 def missing(*names: str) -> str | None:
-    """Return why one of these programs is missing, or None."""
+    """Return an error message if one of these programs is missing, or None."""
     try:
         for name in names:
             tool(name)
@@ -74,7 +74,7 @@ def sources(root: Path, pattern: str = "**/*.cu") -> list[Path]:
 
 
 def command(root: Path, arch: str, source: Path, out: Path) -> list[str]:
-    """Return nvcc's command for one source of a checkout; other files are C++ for the host."""
+    """Return the nvcc command that compiles one file: a CUDA source for ``arch``, or C++ for the host."""
     includes = [f"-I{root / 'csrc'}", "-c", str(source), "-o", str(out)]
     if source.suffix != ".cu":
         return [tool("nvcc"), "-std=c++17", "-O1", "-Xcompiler", "-fPIC", *includes]
@@ -83,7 +83,7 @@ def command(root: Path, arch: str, source: Path, out: Path) -> list[str]:
 
 
 def compile_one(root: Path, arch: str, source: Path) -> Path:
-    """Return the object of a source, compiled unless the same text was compiled before."""
+    """Return the path of a source's object file, compiling it unless the cache has an object of the same text."""
     cache = Path(tempfile.gettempdir()) / f"swinkernels-compiled-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     key = hashlib.sha256(repr((compiler(), arch, command(Path(), arch, Path(source.name), Path()))).encode())

@@ -1,4 +1,4 @@
-"""The contest that all op benchmarks run: contestants are checked, then timed alternately, with a row per direction.
+"""Check the contestants of an op benchmark, then time them in turn: one row per contestant and direction.
 
 The roofline is the larger of bytes over the copy rate and flops over the matrix rate, both measured in the same run. On
 a GPU, replays of CUDA graphs are timed, with rotating inputs that exceed the L2 cache, and a device copy of the same
@@ -25,8 +25,8 @@ from swinkernels.demo.measure import peak_bytes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
-ROUNDS = 3  # rounds in which contestants take turns on a GPU
-SECONDS, QUICK_SECONDS = 1.5, 0.3  # per contestant and direction on a CPU
+ROUNDS = 3  # rounds on a GPU; in each, the contestants take turns
+SECONDS, QUICK_SECONDS = 1.5, 0.3  # time per contestant and direction on a CPU
 Op = Callable[..., Any]  # (**tensors) -> a tensor or several
 # (contestant, number of input sets) -> the calls to time in each direction; a direction may be missing.
 MakeCalls = Callable[[str, int], dict[str, Call]]
@@ -51,10 +51,11 @@ def _rms(x: Tensor) -> float:
 def compare(
     got: Mapping[str, Tensor], exact: Mapping[str, Tensor], single: Mapping[str, Tensor], eps: float
 ) -> tuple[bool, float]:
-    """Judge plain PyTorch code, which may round intermediates; return the verdict and the worst RMS error in ``eps``.
+    """Compare results with ``exact``; return True if they are correct, and the worst RMS error in units of ``eps``.
 
-    The code is wrong if its error exceeds 16 eps plus four times the error of the reference in float32 (``single``).
-    Correct code stays far below this bound, and a wrong index, mask or bias exceeds it by far.
+    A result is wrong if its error exceeds 16 eps plus four times the error of the float32 reference (``single``). The
+    bound allows for plain PyTorch code that rounds intermediates. Correct code stays far below it; a wrong index, mask
+    or bias exceeds it by far.
     """
     errors = {key: _rms(got[key].double() - exact[key]) for key in got}
     tiny = torch.finfo(torch.float64).tiny  # avoids 0 / 0 if every value is zero
@@ -76,7 +77,7 @@ class _OurCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-CONSTANTS = ("drop_path_scale",)  # inputs without a gradient
+CONSTANTS = ("drop_path_scale",)  # inputs that need no gradient
 
 
 def leaves_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,9 +88,9 @@ def leaves_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def make_calls(
     op: Op, sets: Sequence[Mapping[str, Tensor]], gradients: Sequence[Sequence[Tensor]], *, bare_backward: bool
 ) -> dict[str, Call]:
-    """Make the calls of each direction: ``sets`` are the inputs, ``gradients`` the results' gradients.
+    """Make the call to time for each direction, from sets of inputs and the gradients of their results.
 
-    The backward pass can be timed alone if it is one of our ops; otherwise it only appears in "fwd+bwd".
+    The backward pass is timed alone only if it is a single op of this package (``bare_backward``).
     """
     leaves = [leaves_of(inputs) for inputs in sets]
 
@@ -153,7 +154,7 @@ def run(
         verdicts[name] = (record.RESULT_FAILED, None)
         calls.pop(name, None)
 
-    torch.compiler.reset()  # code compiled for another shape is not reused
+    torch.compiler.reset()  # do not reuse code compiled for another shape
     with torch._dynamo.config.patch(recompile_limit=64):  # all peers compile the same functions
         for name in names:
             try:
@@ -198,7 +199,7 @@ def run(
 
 
 def first_call_s(call: Call, device: torch.device) -> float:
-    """Return the seconds of the first call, which includes compilation."""
+    """Return the duration of the first call in seconds, including compilation."""
     start = time.perf_counter()
     call(0)
     if device.type == "cuda":
@@ -209,7 +210,7 @@ def first_call_s(call: Call, device: torch.device) -> float:
 def time_in_graphs(
     calls: dict[str, Call], sets: int, timer: GraphTimer, fail: Callable[[str], None]
 ) -> dict[str, Timing]:
-    """Time the calls in rounds of alternating order, one graph at a time to save memory.
+    """Time the calls in rounds of alternating order, with one CUDA graph at a time to save memory.
 
     A contestant that fails is removed from ``calls``, so that it is not measured again.
     """

@@ -1,12 +1,12 @@
-"""Count the instructions of the CPU kernels of window attention, in the objects that a build has left in ``build/``.
+"""Count the instructions of the CPU kernels of window attention, from the object files of the last build.
 
 ``python -m benchmarks.cpu_instructions`` prints the counts; ``python -m benchmarks compare`` compares them with
-``results/cpu_instructions.csv``, because times on a busy machine are unreliable. Counts are the same in every run.
+``results/cpu_instructions.csv``. Unlike times, counts are the same in every run, even on a busy machine.
 
 avx2    the instructions that one call executes on one thread, counted by valgrind's callgrind; ``cpu_kernels.cpp``
         makes the calls.
-avx512  valgrind does not support AVX-512, and not every machine has it, so nothing is executed: the number and the
-        lengths of the innermost loops in each function's machine code are counted.
+avx512  the number of innermost loops in each function's machine code and their lengths, in instructions. Nothing is
+        executed, because valgrind does not support AVX-512 and not every machine has it.
 
 Counts of different compilers are not comparable.
 """
@@ -40,12 +40,12 @@ BIASES = {"none": 0, "table": 1, "dense": 2}
 
 
 class Missing(Exception):
-    """Something that counting needs is missing; the message names the remedy."""
+    """A tool, object file or instruction set is missing; the message names the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of the kernels on a map of fewer windows than in Swin's stages."""
+    """A call of the kernels, on a map with fewer windows than in the stages of Swin."""
 
     name: str
     size: tuple[int, int, int]
@@ -59,7 +59,7 @@ class Case:
     has_all_dtypes: bool = False  # else float32 only
 
     def numbers(self, direction: str, dtype: str) -> str:
-        """Return the values of the struct Call in cpu_kernels.cpp."""
+        """Return the fields of the struct Call in cpu_kernels.cpp, separated by commas."""
         flags = (BIASES[self.bias], int(self.cosine))
         first = (("forward", "backward").index(direction), DTYPES[dtype], self.batch)
         return ",".join(map(str, (*first, *self.size, *self.window, *self.shift, self.heads, self.head_dim, *flags)))
@@ -98,24 +98,24 @@ def _tool(name: str) -> str:
 
 
 def objects() -> list[Path]:
-    """List the CPU kernels' objects; raise Missing if there are none, or if they are older than the sources."""
+    """List the object files of the CPU kernels; raise Missing if there are none or if they are outdated."""
     found = sorted(OBJECTS.glob("*.o"))
     sources = [*(CSRC / "kernels/cpu").iterdir(), *(CSRC / "params").iterdir()]
     if not found:
-        raise Missing(f"{OBJECTS.relative_to(ROOT)} has no objects of the CPU kernels: make build")
+        raise Missing(f"{OBJECTS.relative_to(ROOT)} has no object files of the CPU kernels: run make build")
     if min(path.stat().st_mtime for path in found) < max(path.stat().st_mtime for path in sources):
-        raise Missing(f"{OBJECTS.relative_to(ROOT)} has objects that are older than their sources: make build")
+        raise Missing(f"{OBJECTS.relative_to(ROOT)} has object files that are older than their sources: run make build")
     return found
 
 
 def compiler(path: Path) -> str:
-    """Return the compiler of an object, as recorded in it."""
+    """Return the compiler that an object file names, and the machine's architecture."""
     comments = re.findall(r"\[ *[0-9a-f]+\]\s+(.+)", _output(_tool("readelf"), "-p", ".comment", path))
     return f"{'; '.join(sorted({*comments}))}, {os.uname().machine}"
 
 
 def short_name(function: str) -> str:
-    """Return a demangled name without namespaces, arguments and the compiler's suffixes."""
+    """Strip namespaces, arguments and compiler suffixes from a demangled function name."""
     name = re.sub(r" \[clone .*|'\d+$|\(anonymous namespace\)::", "", function)
     depth = 0
     for i, character in enumerate(name):  # arguments start at the first parenthesis outside angle brackets
@@ -131,7 +131,7 @@ def short_name(function: str) -> str:
 
 
 def own_costs(dump: str) -> Counter[str]:
-    """Return each function's own instructions, without its callees', by short name, from callgrind's file."""
+    """Parse callgrind's file; return instruction counts by short name, without those of called functions."""
     names: dict[str, str] = {}
     costs: Counter[str] = Counter()
     function, skips = "", False
@@ -143,7 +143,7 @@ def own_costs(dump: str) -> Counter[str]:
             number, _, name = line[4:].partition(" ")
             names.setdefault(number, name)
         elif line.startswith("calls="):
-            skips = True  # the next line has the cost of the call
+            skips = True  # the next line is the cost of the called function
         elif re.match(r"[+\-*\d]", line):
             if not skips:
                 costs[short_name(function)] += int(line.split()[1])
@@ -152,7 +152,7 @@ def own_costs(dump: str) -> Counter[str]:
 
 
 def count_avx2(of: Sequence[Path], calls: Sequence[tuple[str, Case, str]]) -> Iterator[Counter[str]]:
-    """Yield the instructions by function for each call of (direction, case, dtype)."""
+    """Yield the instruction counts by function, for each (direction, case, dtype) of ``calls``."""
     valgrind = _tool("valgrind")
     with tempfile.TemporaryDirectory(prefix="swinkernels-") as folder:
         driver = Path(folder) / "driver"
@@ -171,7 +171,7 @@ def count_avx2(of: Sequence[Path], calls: Sequence[tuple[str, Case, str]]) -> It
 
 
 def innermost_loops(instructions: Sequence[tuple[int, str]]) -> list[int]:
-    """Return the number of instructions of each innermost loop of a function, given as (address, text) pairs."""
+    """Return the instruction count of each innermost loop of a function, given as (address, text) pairs."""
     addresses = [address for address, _ in instructions]
     ends: dict[int, int] = {}  # end of each loop, by the address of its first instruction
     for address, text in instructions:
@@ -187,7 +187,7 @@ def innermost_loops(instructions: Sequence[tuple[int, str]]) -> list[int]:
 
 
 def count_loops(path: Path) -> dict[str, list[int]]:
-    """Return the instructions of each innermost loop, longest first, for each function of an object."""
+    """Return, for each function of an object file, the instruction counts of its innermost loops, longest first."""
     loops: dict[str, list[int]] = {}
     function, instructions = "", []
     listing = _output(_tool("objdump"), "--disassemble", "--demangle", "--no-show-raw-insn", path)
@@ -221,9 +221,9 @@ def _row(arch: str, kernel: str, case: str, costs: Counter[str], of: str) -> dic
 
 
 def count(arch: str) -> list[dict[str, Any]]:
-    """Return a row for each call of the AVX2 kernels, or for each function of the AVX-512 kernels."""
+    """Return rows for the calls of the AVX2 kernels, or for the loops of the AVX-512 kernels."""
     if os.uname().machine != "x86_64":
-        raise Missing(f"{arch} kernels are for x86_64, and this machine is {os.uname().machine}")
+        raise Missing(f"{arch} kernels exist only for x86_64, and this machine is {os.uname().machine}")
     found = objects()
     path = OBJECTS / f"window_attention_{arch}.o"
     of = compiler(path)
@@ -250,7 +250,7 @@ def count(arch: str) -> list[dict[str, Any]]:
 
 
 def against_baseline(archs: Sequence[str] = ARCHS) -> int:
-    """Print the kernels that grew; return 1 if there are any, else 2 if something cannot be compared, else 0."""
+    """Print the kernels that grew; return 1 if any grew, else 2 if a comparison was impossible, else 0."""
     status = 0
     for arch in archs:
         try:

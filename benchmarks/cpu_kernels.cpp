@@ -1,6 +1,7 @@
 // Calls the CPU kernels of window attention without torch, so that valgrind's callgrind can count their instructions.
-// Each argument is one call: numbers separated by commas, in the order of Call. A call is made twice, the second time
-// between measured_begin and measured_end, at which callgrind clears and writes its counts (see cpu_instructions.py).
+// Each command-line argument describes one call: the fields of Call, separated by commas. Each call is made twice, the
+// second time between measured_begin and measured_end; callgrind resets its counts at the former and writes them at the
+// latter (see cpu_instructions.py).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -23,7 +24,7 @@ struct Call {
   int32_t backward, dtype, batch, size[3], window[3], shift[3], heads, head_dim, bias, cosine;
 };
 
-// Numbers in [-1, 1), the same in every run.
+// Generates pseudo-random numbers in [-1, 1), the same in every run.
 class Numbers {
  public:
   float next() {
@@ -35,7 +36,7 @@ class Numbers {
     for (float& x : all) x = next();
     return all;
   }
-  // Returns the bytes of `count` elements of a dtype.
+  // Returns `count` random elements of a dtype, as bytes.
   std::vector<char> elements(DType dtype, int64_t count) {
     const std::size_t item = dtype == DType::kFloat32 ? 4 : 2;
     std::vector<char> all(static_cast<std::size_t>(count) * item);
@@ -56,7 +57,7 @@ class Numbers {
 
 int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
 
-// A map with `width` elements per token, in image order; `data` is its first element.
+// Returns a map in image order with `width` elements per token, whose first element is at `data`.
 template <class Map, class Data>
 Map map_of(const Call& call, Data* data, int64_t width) {
   Map map{};

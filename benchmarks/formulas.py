@@ -1,4 +1,4 @@
-"""Formulas for the cost of attention: the complexities in the Swin paper, and the work of the fused core."""
+"""Formulas for the cost of attention: the complexities in the Swin paper, and the work of the fused kernel."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def window_msa_multiply_adds(height: int, width: int, channels: int, window: int
 
 
 def core_bytes(case: WindowAttentionCase, itemsize: int) -> dict[str, int]:
-    """Return the bytes that the core must move: maps (B, *S, C), 3 read and 1 written forward, 4 and 3 backward."""
+    """Return the bytes moved for maps (B, *S, C): forward reads 3 and writes 1, backward reads 4 and writes 3."""
     one = case.batch * math.prod(case.size) * case.num_heads * case.head_dim * itemsize
     return {"fwd": 4 * one, "bwd": 7 * one, "fwd+bwd": 11 * one}
 
 
 def core_flops(case: WindowAttentionCase) -> dict[str, int]:
-    """Return the flops of the core's matrix products, two per multiply-add: two products forward, five backward.
+    """Return the flops of the matrix products (two forward, five backward), counting a multiply-add as two.
 
-    Windows count in full, including pad tokens.
+    Windows are counted in full, including pad tokens.
     """
     window = case.window_tuple
     frame = math.prod(-(-s // w) * w for s, w in zip(case.size, window, strict=True))

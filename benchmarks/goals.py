@@ -1,4 +1,4 @@
-"""The goals of kernels and models on a GPU, and the verdicts on the goals from measured rows."""
+"""Performance goals for kernels and models on a GPU, and verdicts from measured rows."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from benchmarks import attention, contest, models, shapes
 
 
 class AttentionGoal(NamedTuple):
-    """The goals of the CUDA kernels at a shape in bfloat16, in both directions."""
+    """The goals of the CUDA kernels at one shape in bfloat16, forward and backward."""
 
     fwd: float
     bwd: float
-    # Speed as a multiple of the best peer's, forward, and forward and backward together.
+    # Speed as a multiple of the fastest peer's: forward, and forward and backward together.
     peers_fwd: float
     peers_both: float
-    unit: str = "% of copy"  # for fwd and bwd: percent of a device copy of the same bytes, or microseconds at most
+    unit: str = "% of copy"  # of fwd and bwd: % of a device copy's speed (minimum), or us (maximum)
 
 
 ATTENTION_GOALS = {
@@ -33,11 +33,12 @@ ATTENTION_GOALS = {
     "swin_unetr.1": AttentionGoal(50, 40, 2, 3),
 }
 GOAL = shapes.GOAL
-# At this shape: the time in float16 as a multiple of the time in bfloat16, and TF32 and Triton in percent of a copy.
-FLOAT16_GOAL = 1.03  # equally fast, within the variation between runs
+# Goals at the shape GOAL: the longest float16 time as a multiple of the bfloat16 time, and the minimum speeds of TF32
+# and of Triton as percentages of a device copy's.
+FLOAT16_GOAL = 1.03  # the same time, up to the variation between runs
 TF32_GOAL = 70.0
 TRITON_GOALS = {"fwd": 60.0, "bwd": 50.0}
-# Goals of the memory-bound ops, at every shape of shapes.MAP_GOALS.
+# The minimum speed of the memory-bound ops at each shape in shapes.MAP_GOALS, as a percentage of a device copy's.
 MEMORY_GOALS = {
     ("window_partition", "fwd"): 92.0,
     ("window_reverse", "fwd"): 92.0,
@@ -53,8 +54,8 @@ MEMORY_GOALS = {
 PEER_GOALS = {"eager": 3.0, "eager-compiled": 1.3}
 PEER_OPS = (*dict.fromkeys(op for op, _ in MEMORY_GOALS), "patch_merging")
 PEER_DIRECTIONS = ("fwd", "fwd+bwd")
-# The longest time for a whole patch merging forward, as a multiple of the time for the Linear alone plus a copy of the
-# bytes of gather and norm.
+# The longest forward time of a whole patch merging, as a multiple of the time of its Linear alone plus the time of a
+# copy of the bytes that the gather and the norm move.
 MERGING_GOAL = 1.15
 
 
@@ -82,7 +83,8 @@ MODEL_GOALS = (
 )
 # The largest peak memory of a training step at shapes.MODEL_GOAL, as a fraction of the best compiled original's memory.
 MODEL_MEMORY_GOAL = 0.85
-# Contests: (suite, model, contestants, modes). The last contestant, ours, must not be slower than any other.
+# Comparisons of models: (suite, model, contestants, modes). The last contestant is accelerated and must not be slower
+# than any other.
 MODEL_CONTESTS = (
     ("models", "swin_t", models.KINDS, models.MODES),
     ("models", "swinv2_t_w8", models.KINDS, models.MODES),
@@ -94,7 +96,7 @@ MODEL_CONTESTS = (
 
 
 def of_time(row: Mapping[str, Any]) -> float | None:
-    """Return the goal for a time of our kernels (the minimum percentage of a copy, or the maximum in us), or None."""
+    """Return the goal for a row of our kernels (minimum percentage of a copy, or maximum us), or None."""
     op, shape, backend, direction = (row[k] for k in ("op", "shape", "backend", "direction"))
     if direction not in ("fwd", "bwd"):
         return None
@@ -122,7 +124,7 @@ def of_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
             rows[tuple(line.get(k) for k in ("suite", "op", "shape", "dtype", "backend", "direction"))] = row
     found = list(rows.values())
-    of_attention = [row for row in found if row["op"] == "window_attention"]  # other ops share shape names
+    of_attention = [row for row in found if row["op"] == "window_attention"]  # other ops use the same shape names
     of_models = [row for row in found if row["step"] == "models"]
     return goals(of_attention) + memory_goals([r for r in found if r["step"] != "models"]) + model_goals(of_models)
 
@@ -130,7 +132,7 @@ def of_lines(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _goal(
     goal: str, mine: dict[str, Any] | None, reached: float | None, wanted: float, unit: str, *, at_most: bool = False
 ) -> dict[str, Any]:
-    """Return the verdict on a goal; a wrong result of ours (``mine``) never meets it."""
+    """Return the verdict on one goal. The goal is not met if our result (``mine``) is wrong."""
     met = reached is not None and (reached <= wanted if at_most else reached >= wanted)
     if mine is not None and mine["result"] == "WRONG":
         verdict = "not met"
@@ -148,7 +150,7 @@ def _time(row: dict[str, Any] | None) -> float | None:
 
 
 def _best(rows: Iterable[dict[str, Any] | None], column: str = "median_us") -> float | None:
-    """Return the smallest value among the correct rows, or None until all rows are measured."""
+    """Return the smallest value among the correct rows, or None if any row has not been measured."""
     found = list(rows)
     values = [row[column] for row in found if row is not None and row["result"] == "ok" and row[column] is not None]
     return min(values) if values and None not in found else None
@@ -222,12 +224,12 @@ def memory_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def model_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the verdicts on the goals of models in bfloat16, and on whether any is slower than its original."""
+    """Return the verdicts on the goals of models in bfloat16, including that none is slower than its original."""
 
     def contest_of(
         suite: str, shape: str, mode: str, mine: str, others: Iterable[str], column: str = "median_us"
     ) -> tuple[dict[str, Any] | None, float | None]:
-        """Return the row of ``mine``, and its value as a multiple of the best value measured for ``others``."""
+        """Return the row of ``mine``, and the ratio of its value to the best value measured for ``others``."""
         labels = {"suite": suite, "shape": shape, "dtype": "bfloat16", "direction": mode}
         row = _find(rows, **labels, backend=mine)
         theirs = _best((r for o in others if (r := _find(rows, **labels, backend=o)) is not None), column)

@@ -1,7 +1,7 @@
-"""docs/gpu.md and the README's GPU figures, written only from the lines of runs on a GPU (``make gpu-check``).
+"""Write docs/gpu.md and the README's GPU figures, only from the lines of runs on a GPU (``make gpu-check``).
 
-A file ``*.jsonl`` in a folder of ``benchmarks/results`` is a run. For each kernel, the newest run that contains it
-counts.
+Each file ``*.jsonl`` in a folder of ``benchmarks/results`` is one run. The page shows each kernel's results from the
+newest run that contains the kernel.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ through more than the L2 cache.
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Read the lines of a run, without a last line that was cut off."""
+    """Read the lines of a run, and leave out an incomplete last line."""
     return [json.loads(text) for text in path.read_text().splitlines(keepends=True) if text.endswith("\n")]
 
 
 def read(results: Path) -> Runs:
-    """Read the runs in a folder's subfolders, without rehearsals."""
+    """Read the runs in the subfolders of ``results``, except rehearsals; the newest run is last."""
     runs = []
     for path in sorted(results.glob("*/*.jsonl")):
         lines = read_lines(path)
@@ -51,10 +51,10 @@ def read(results: Path) -> Runs:
 
 
 def kernels() -> Iterable[tuple[str, str, str]]:
-    """Yield (op, backend, dtype) of every kernel for a GPU."""
+    """Yield (op, backend, dtype) for every GPU kernel."""
     for op, bench in {"window_attention": None, **memory_bound.BENCHES}.items():
         if bench is not None and not bench.bare_backward:
-            continue  # an op that contains torch's Linear
+            continue  # the op contains torch's Linear
         implemented = _backends.IMPLEMENTED[op if bench is None else bench.implemented]
         for backend in (name for name in implemented if name != "cpu"):
             for dtype in ARITHMETICS if bench is None else PAIRS:
@@ -62,7 +62,7 @@ def kernels() -> Iterable[tuple[str, str, str]]:
 
 
 def _newest(runs: Runs, **labels: str) -> list[Line]:
-    """Return the lines with these labels from the newest run that has any."""
+    """Return the lines with these labels from the newest run that has at least one, or none."""
     for lines in reversed(runs):
         found = [x for x in lines if all(x.get(k) == v for k, v in labels.items())]
         if found:
@@ -71,7 +71,7 @@ def _newest(runs: Runs, **labels: str) -> list[Line]:
 
 
 def _verdict(lines: Sequence[Line]) -> str:
-    """Return the verdict on one kernel in one direction from the lines of its cases."""
+    """Return the verdict on one kernel in one direction, given the lines of its cases."""
     if not lines:
         return NOT_YET
     where = f"{lines[0].get('device', 'unknown')}, commit {lines[0]['commit']}"
@@ -84,7 +84,7 @@ def _verdict(lines: Sequence[Line]) -> str:
 
 
 def _percent(runs: Runs, op: str, backend: str, dtype: str) -> str:
-    """Return the speed in percent of a copy at the first shape that has one, forward / backward."""
+    """Return the speed as a percentage of a copy's, forward / backward, each at the first shape with a valid time."""
     cells = []
     for direction in DIRECTIONS:
         found = _newest(runs, step="time", op=op, backend=backend, dtype=dtype, direction=direction, build="shipped")
@@ -112,7 +112,7 @@ def page_text(runs: Runs) -> str:
 
 
 def _shown(runs: Runs, step: str) -> list[Line]:
-    """Return the shipped build's valid times in the newest run of a step."""
+    """Return the lines with a valid time of the shipped build, from the newest run of a step."""
     found = _newest(runs, step=step)
     return [x for x in found if "us" in x and x["result"] == "ok" and x.get("build", "shipped") == "shipped"]
 
@@ -164,11 +164,11 @@ def _goals(runs: Runs) -> str:
 
 
 def readme_text(runs: Runs) -> str:
-    """Return the README's sentence: times of window attention on CUDA in bfloat16, or that there are none."""
+    """Return the README's sentence about the speed of window attention on CUDA in bfloat16, if it was measured."""
     shown = [x for x in _shown(runs, "time") if x["backend"] == "cuda" and x["op"] == "window_attention"]
     shown = [x for x in shown if x["unit"] == "% of copy" and x["dtype"] == "bfloat16"]
     if not shown:
-        return "**No GPU figure has been measured yet**; `make gpu-check` times kernels ([docs/gpu.md](docs/gpu.md)).\n"
+        return "**No kernel has been timed on a GPU yet**; `make gpu-check` does that ([docs/gpu.md](docs/gpu.md)).\n"
     found: dict[str, dict[str, str]] = {}
     for x in shown:
         found.setdefault(x["shape"], {})[x["direction"]] = f"{x['value']:.0f}"

@@ -1,13 +1,13 @@
-"""Measure the host's cost of a window attention call: CPU time of the calling thread, and of all threads.
+"""Measure the host time of a window attention call: CPU time of the calling thread and of the process.
 
 Run as ``python -m benchmarks.host_cost``; ``--help`` lists the choices.
 
-The map is tiny, so a kernel only runs for about a microsecond. On a GPU the kernel runs in parallel with the host, and
-the calling thread only launches it; the backward pass runs in an autograd thread, which thread_us excludes and
-process_us includes. On a CPU everything, kernels included, runs in the calling thread. "op alone" is the op of
+The map is tiny, so a kernel only runs for about a microsecond. On a GPU, the calling thread only launches the kernel,
+which runs in parallel with the host. The backward pass runs in an autograd thread, so thread_us excludes it and
+process_us includes it. On a CPU, everything runs in the calling thread, including the kernels. "op alone" is the op of
 ``torch.ops.swinkernels`` with prepared arguments, for comparison with the public function. In eager PyTorch the public
-function reaches the same kernel by a shorter path, so that the two times are close. Calls are timed in loops, which
-take turns, because a clock of CPU time is too coarse for a single call.
+function reaches the same kernel by a shorter path, so the two times are close. Calls are timed in loops, because a
+CPU-time clock is too coarse for a single call; the loops of the calls take turns.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from benchmarks import contest, record
 from swinkernels.ops import _backends
 from swinkernels.testing import WindowAttentionCase, op_arguments
 
-# Cases by name; every map has one window.
+# Cases by name. Each map consists of a single window.
 CASES = {
     "v1": WindowAttentionCase(1, (1, 1), 1, 8, 1),
     "v1, shifted, padded": WindowAttentionCase(1, (1, 2), 1, 8, (2, 2), (1, 1), has_pad_qkv=True),
     "v2": WindowAttentionCase(1, (1, 1), 1, 8, 1, has_logit_scale=True),
     "dense bias": WindowAttentionCase(1, (1, 1), 1, 8, 1, has_table=False, bias_types=0),
 }
-# Goals for the first case on a GPU, in microseconds of the calling thread.
+# Goals for case "v1" on CUDA, in microseconds of the calling thread's CPU time.
 GOALS = {"forward": 12.0, "forward + backward": 45.0}
 Call = Callable[[], Any]
 
 
 def calls(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, backend: str) -> dict[str, Call]:
-    """Return the calls of a case by name: the public function without and with gradients, and the bare op."""
+    """Return the calls of a case by name: the public function without and with gradients, and the op alone."""
     inputs = case.inputs(dtype, device)
     dout, leaves = inputs.pop("dout"), {name: x.clone().requires_grad_() for name, x in inputs.items()}
     arguments = {**case.arguments(), "backend": backend}
@@ -74,13 +74,13 @@ def calls(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, b
 def host_times(
     named: dict[str, Call], *, loop: int = 200, rounds: int = 40, synchronize: Call = lambda: None
 ) -> dict[str, tuple[float, float]]:
-    """Return, per call, the median CPU time of the calling thread and of the process in microseconds."""
+    """Return the median CPU times per call, in microseconds, of the calling thread and of the process."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in named}
     for call in named.values():
         for _ in range(20):
             call()
     collecting = gc.isenabled()
-    gc.disable()  # a garbage collection is not part of a call
+    gc.disable()  # garbage collection must not be timed
     try:
         for _ in range(rounds):
             for name, call in named.items():
@@ -136,13 +136,13 @@ def _cannot_run(case: WindowAttentionCase, dtype: torch.dtype, device: torch.dev
 
 
 def backends(device: torch.device) -> list[str]:
-    """Return our backends that run on the device."""
+    """Return the names of our backends that can run on the device."""
     names = [b for b in _backends.BACKENDS if b not in _backends.PLAIN and (b == "cpu") == (device.type == "cpu")]
     return [b for b in names if _backends.unavailable(b) is None]
 
 
 def rows(device: torch.device, dtype: torch.dtype, backend: str) -> list[dict[str, Any]]:
-    """Return host costs as rows of the latency suite; on a CPU with one thread, which suffices for one window."""
+    """Return host times as rows of the latency suite. On a CPU, one thread is used: each map has one window."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

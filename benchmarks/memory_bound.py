@@ -1,7 +1,7 @@
-"""Compare the ops that only move and normalise tokens with eager PyTorch and torch.compile.
+"""Compare the memory-bound ops, which move and normalise tokens, with eager PyTorch and torch.compile.
 
-Every contestant is first compared with the float64 reference, on fewer images; see benchmarks/contest.py for the
-timing. A dtype label names the dtype read and the dtype written: "float32-bfloat16" is the pair under autocast.
+Every contestant is first compared with the float64 reference, on at most two images; see benchmarks/contest.py for the
+timing. A dtype label names the dtypes that are read and written, such as "float32-bfloat16" under autocast.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Op = Callable[..., Any]  # (**tensors) -> a tensor or several
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """An op with its inputs, its contestants, and the bytes to move."""
+    """An op with its inputs, its contestants and the number of bytes to move."""
 
     implemented: str | None  # the key in IMPLEMENTED, or None for a torch op
     inputs: Callable[[MapCase, Pair], dict[str, tuple[tuple[int, ...], torch.dtype]]]  # name -> shape and dtype
@@ -76,11 +76,11 @@ def _merged_width(case: MapCase) -> int:
 
 
 def _order(case: MapCase) -> str:
-    return "swin" if len(case.size) == 2 else "row_major"  # the orders in peers.gather_neighbours
+    return "swin" if len(case.size) == 2 else "row_major"  # the neighbour orders of peers.gather_neighbours
 
 
 def _merging_norm(case: MapCase, pair: Pair, backend: str) -> Op:
-    """Return an op for the gather and the norm of patch merging, for which there is no public function."""
+    """Return the internal op that gathers and normalises tokens in patch merging."""
     if backend == "reference":
         return lambda x, weight, bias: _exact_merging_norm(case)(x, weight, bias).to(pair[1])
     op = getattr(torch.ops.swinkernels, f"patch_merging_norm_fwd{'_triton' if backend == 'triton' else ''}")
@@ -126,7 +126,7 @@ def _drop_path_inputs(case: MapCase, pair: Pair) -> dict[str, tuple[tuple[int, .
 
 def _drop_then_add_then_norm(case: MapCase, pair: Pair) -> Op:
     def block(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, drop_path_scale: Tensor) -> tuple[Tensor, Tensor]:
-        scale = drop_path_scale.to(y.dtype).view(-1, *(1,) * (y.dim() - 1))  # not drawn, because results are compared
+        scale = drop_path_scale.to(y.dtype).view(-1, *(1,) * (y.dim() - 1))  # not random, because results are compared
         return _add_then_norm(case, pair)(x, y * scale, weight, bias)
 
     return block
@@ -137,7 +137,7 @@ def _norm_then_add(case: MapCase, pair: Pair) -> Op:
 
 
 def _bytes(case: MapCase, read: Sequence[torch.dtype], written: Sequence[torch.dtype]) -> int:
-    """Return the bytes of whole maps, read and written."""
+    """Return the bytes of one map for each dtype in ``read`` and ``written``."""
     return _tokens(case) * case.channels * sum(d.itemsize for d in (*read, *written))
 
 
@@ -147,7 +147,7 @@ def _post_norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
 
 
 def _residual_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    # ds, dz and s are read; if x and y have one dtype, they share one gradient.
+    # ds, dz and s are read. If x and y have the same dtype, one tensor is the gradient of both.
     gradients = pair[:1] if pair[0] == pair[1] else pair
     return _bytes(case, pair, pair), _bytes(case, (pair[0], pair[1], pair[0]), gradients)
 
@@ -163,12 +163,12 @@ def _norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
 
 def _merging_norm_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
     x, z = (_bytes(case, [d], []) for d in pair)
-    z = z * _merged_tokens(case) * 2 ** len(case.size) // _tokens(case)  # pads are also written, and read again
+    z = z * _merged_tokens(case) * 2 ** len(case.size) // _tokens(case)  # including pad tokens
     return x + z, x + z + x
 
 
 def _merging_moved(case: MapCase, pair: Pair) -> tuple[int, int]:
-    """Return the bytes of the gather and the norm, and of the Linear from their result to twice the channels."""
+    """Return the bytes moved by the gather and norm, plus those of the Linear's input and output."""
     forward, backward = _merging_norm_moved(case, pair)
     z, out = (_merged_tokens(case) * w * pair[1].itemsize for w in (_merged_width(case), 2 * case.channels))
     return forward + z + out, backward + 2 * z + out
@@ -255,7 +255,7 @@ BENCHES: dict[str, Bench] = {
         lambda case: reference.layer_norm,
         _norm_moved,
     ),
-    "patch_expanding": Bench(  # the rearrangement and the norm of the Linear's result, in 2D
+    "patch_expanding": Bench(  # rearranges and normalises the Linear's output, in 2D
         "layer_norm",
         lambda case, pair: _norm_inputs(case, (pair[1], pair[1]), case.channels // case.factor**2),
         lambda case, pair, b: (
@@ -275,7 +275,7 @@ BENCHES: dict[str, Bench] = {
         lambda case: reference.residual_layer_norm,
         _residual_moved,
     ),
-    "residual_layer_norm_drop_path": Bench(  # training: some branches are dropped, the others are scaled up
+    "residual_layer_norm_drop_path": Bench(  # as in training: every fifth branch is dropped, the others are scaled up
         "residual_layer_norm",
         _drop_path_inputs,
         lambda case, pair, b: (
@@ -299,14 +299,14 @@ BENCHES: dict[str, Bench] = {
 
 
 def cases(op: str) -> dict[str, MapCase]:
-    """Return the shapes of an op."""
+    """Return the shapes for an op, by name."""
     if op == "patch_expanding":
         return shapes.EXPANDED_MAPS
     return {**shapes.MAP_GOALS, **(shapes.PADDED_MAPS if op in ("window_partition", "window_reverse") else {})}
 
 
 def contestants(op: str, device: torch.device, wanted: Sequence[str] = ()) -> list[str]:
-    """Return the names in ``wanted`` that can run an op on the device."""
+    """Return the contestants in ``wanted`` (all if empty) that can run an op on the device."""
     implemented = BENCHES[op].implemented
     names = list(PEERS)
     if implemented is not None:
@@ -329,7 +329,7 @@ def draw(op: str, case: MapCase, pair: Pair, device: torch.device, seed: int = 0
     inputs = {}
     for name, (shape, dtype) in BENCHES[op].inputs(case, pair).items():
         x = torch.randn(shape, generator=generator, device=device)
-        if name == "weight" and len(shape) == 2:  # so that the Linear keeps its input's magnitude
+        if name == "weight" and len(shape) == 2:  # the Linear's output then has the magnitude of its input
             x *= shape[1] ** -0.5
         if name == "drop_path_scale":  # p = 0.2
             x = torch.full(shape, 1.25, device=device)
@@ -343,14 +343,14 @@ def _several(out: Any) -> tuple[Tensor, ...]:
 
 
 def draw_gradients(results: Iterable[Tensor], seed: int = 0) -> list[Tensor]:
-    """Draw a gradient for each result."""
+    """Draw a random gradient for each result."""
     out = list(results)
     generator = torch.Generator(out[0].device).manual_seed(seed + 1000)
     return [torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for x in out]
 
 
 def run_once(op: Op, inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the results and the gradient of every input that has one."""
+    """Run an op forward and backward; return its results and the gradients of its inputs."""
     leaves = contest.leaves_of(inputs)
     out = _several(op(**leaves))
     wanted = [g.to(x.dtype) for g, x in zip(gradients, out, strict=True)]
@@ -363,15 +363,15 @@ def run_once(op: Op, inputs: Mapping[str, Tensor], gradients: Sequence[Tensor]) 
 def judge(
     op: str, name: str, case: MapCase, pair: Pair, device: torch.device
 ) -> tuple[bool, float, dict[str, testing.Judged]]:
-    """Judge results and gradients on a few images.
+    """Check results and gradients on at most two images.
 
-    Returns the verdict, the worst RMS error in eps of the narrower dtype and, for our ops, the verdict on each
-    result by the tests' error budget, which all results except those of torch's Linear must meet.
+    Returns True if they are correct, the worst RMS error in eps of the narrower dtype and, for our ops, a verdict on
+    each result by the error budget of the tests. Ops that contain torch's Linear are exempt from this budget.
     """
     case = shapes.with_batch(case, 2)
     inputs = draw(op, case, pair, device)
     mine = make_op(op, name, case, pair)
-    with torch.no_grad():  # eager, because a compiled peer would compile again just for its output shapes
+    with torch.no_grad():  # run eagerly, only to get the shapes of the results
         gradients = draw_gradients(_several(make_op(op, "eager", case, pair)(**inputs)))
     got = run_once(mine, inputs, gradients)
     exact, single = (
@@ -383,7 +383,7 @@ def judge(
     judged = {}
     if name not in PEERS and BENCHES[op].bare_backward:
         for key, value in got.items():
-            # In float32, cancellation in a norm's gradient adds an error of several eps.
+            # In float32, cancellation in the norm's gradient causes an error of several eps.
             of_dtype = torch.finfo(value.dtype).eps * (4 if value.dtype == torch.float32 else 1)
             judged[key] = testing.judge(value, exact[key], single[key], eps=of_dtype, name=key)
         right = all(found.failure is None for found in judged.values())
@@ -391,7 +391,7 @@ def judge(
 
 
 def verify(op: str, name: str, case: MapCase, pair: Pair, device: torch.device) -> tuple[bool, float]:
-    """Check a contestant before it is timed."""
+    """Check a contestant; return True if it is correct, and its worst RMS error in eps."""
     return judge(op, name, case, pair, device)[:2]
 
 

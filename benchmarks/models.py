@@ -1,8 +1,9 @@
-"""Time models and blocks of other libraries: original, with the library's fast switch, and accelerated, also compiled.
+"""Time models and blocks of other libraries: original, with the library's fast option, and accelerated.
 
-Every contestant is compared with the library's own model in float64, output and gradients, before it is timed.
-Inference runs in the given dtype. Training runs under autocast with float32 weights, the usual practice; it consists of
-the forward and backward passes, without the optimizer, whose time is the same for all contestants.
+Each is timed eagerly and compiled. Before that, its output and gradients are compared with those of the library's own
+model in float64. Inference runs in the given dtype. Training runs under autocast with float32 weights, as is usual. It
+consists of the forward and backward passes; the optimizer is left out, because its time is the same for all
+contestants.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.shapes import BLOCKS, MODELS, ModelCase
 from benchmarks.timing import Call, Timing, gpu_busy_us, host_us, time_on_cpu, time_steps
 from swinkernels.demo.measure import autocast, peak_bytes
 
-# The kinds of contestants. A suffix marks a compiled one, or one compiled into CUDA graphs.
+# The kinds of contestants. The suffix "-compiled" marks a compiled contestant, "-graphs" one compiled into CUDA graphs.
 KINDS = ("eager", "fused", "accelerate")
 PLAIN = (*KINDS, *(f"{kind}-compiled" for kind in KINDS))
 GRAPHS = tuple(f"{kind}-graphs" for kind in KINDS)  # torch.compile(mode="reduce-overhead")
@@ -36,7 +37,7 @@ MODES = ("inference", "training")
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A module and its inputs; a block's inputs are the arguments that its model passes to it."""
+    """A module and its inputs. The inputs of a block are the arguments that its model passes to the block."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -44,14 +45,14 @@ class Subject:
 
 
 def build(case: ModelCase, fused: bool = False) -> nn.Module | None:
-    """Make the library's model with seeded weights; return None if ``fused`` and the library has no fast switch."""
+    """Make the library's model with seeded weights; return None if ``fused`` and the library has no fast option."""
     torch.manual_seed(record.SEED)
     model = _BUILDERS[case.library](case, fused)
     if model is None:
         return None
     generator = torch.Generator().manual_seed(record.SEED)
     with torch.no_grad():
-        for p in model.parameters():  # bias tables start at zero, which would hide a wrong one
+        for p in model.parameters():  # initial bias tables are all zero, which would hide errors
             p += 0.02 * torch.randn(p.shape, generator=generator)
     return model.eval()
 
@@ -99,7 +100,7 @@ _BUILDERS: dict[str, Callable[[ModelCase, bool], nn.Module | None]] = {
 
 
 def not_installed(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the missing libraries, with the models and blocks that need them."""
+    """Map each missing library to the names of the models and blocks that need it."""
     found: dict[str, list[str]] = {}
     for name in names:
         library = MODELS[BLOCKS.get(name, (name, ""))[0]].library
@@ -115,7 +116,7 @@ def images(case: ModelCase) -> Tensor:
 def subject(case: ModelCase, kind: str, path: str = "", batch: int | None = None) -> Subject | None:
     """Make a model, or its module at ``path``, with inputs, on a CPU in float32.
 
-    ``batch`` repeats the images, or the tensor that the module receives for them.
+    The images, or the tensor that the module at ``path`` receives, are repeated to a batch of ``batch``.
     """
     model = build(case, fused=kind == "fused")
     if model is None:
@@ -142,7 +143,7 @@ def _repeat(x: Tensor, times: int) -> Tensor:
 
 
 def first_tensor(out: Any) -> Tensor:
-    """Return the result of a model, which may be a tensor or the first of several."""
+    """Return the first tensor in a model's result."""
     while not isinstance(out, Tensor):
         out = next(iter(out.values())) if isinstance(out, dict) else out[0]
     return out
@@ -154,10 +155,10 @@ def _moved(x: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def prepare(subject: Subject, device: torch.device, dtype: torch.dtype, mode: str, how: str) -> Callable[[], Any]:
-    """Make one step of a mode: it returns the output and, in training, stores all gradients in the leaves."""
+    """Make one step of inference or training, which returns the output and, in training, all gradients."""
     training = mode == "training"
     wide = torch.promote_types(dtype, torch.float32) if training else dtype  # autocast keeps weights in float32
-    module = copy.deepcopy(subject.module).to(device, wide).eval()  # no dropout: results are compared
+    module = copy.deepcopy(subject.module).to(device, wide).eval()  # without dropout, because results are compared
     args = tuple(_moved(x, device, wide) for x in subject.args)
     kwargs = {k: _moved(x, device, wide) for k, x in subject.kwargs.items()}
     run: Callable[..., Any] = module
@@ -196,8 +197,9 @@ def _flat(result: Any) -> dict[str, Tensor]:
 def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the relative RMS errors of the output, of the input's gradient and of the parameters' gradients.
 
-    The parameters' error is one number. The error of a gradient that is pure rounding error (the exact gradient of a
-    key bias, for example, is zero) is relative to a thousandth of the largest gradient.
+    The error of the parameters is the largest error of any parameter's gradient. The errors of very small gradients are
+    relative to a thousandth of the largest gradient, because some gradients, such as that of a key bias, are zero in
+    exact arithmetic and consist of rounding errors only.
     """
     if got.keys() != exact.keys():
         raise AssertionError(f"only one of the compared results has gradients of {sorted(got.keys() ^ exact.keys())}")
@@ -214,7 +216,7 @@ def errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, 
 
 
 def repeated(found: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
-    """Scale a step's results as if its images were repeated ``times``; the loss is a mean over the batch."""
+    """Return the results that a step would have if its images were repeated ``times``: the loss is a mean."""
     of_images = {"out": 1.0, "input": 1.0 / times}
     return {k: _repeat(x, times) * of_images[k] if k in of_images else x for k, x in found.items()}
 
@@ -225,7 +227,7 @@ ALLOWED_EPS = 16.0
 def judge(
     got: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor], eps: float
 ) -> tuple[bool, float]:
-    """Return the verdict, which allows 16 eps plus twice the plain model's error, and the worst error in eps."""
+    """Return True if no error exceeds 16 eps plus twice the plain model's error, and the worst error in eps."""
     mine, theirs = errors(got, exact), errors(plain, exact)
     right = all(mine[k] <= 2 * theirs[k] + ALLOWED_EPS * eps for k in mine)
     return right, max(mine.values()) / eps
@@ -251,7 +253,7 @@ def benchmark(
 ) -> list[dict[str, Any]]:
     """Return one row per contestant and mode for a model, or for a block in ``shapes.BLOCKS``.
 
-    A batch repeats one or two images, so the timed computation is the compared one, and it is compiled once.
+    A batch repeats one or two images, so that the step that is checked is also the step that is timed.
     """
     of, path = BLOCKS.get(name, (name, ""))
     case = dataclasses.replace(MODELS[of], batch=batch or MODELS[of].batch)
@@ -263,7 +265,7 @@ def benchmark(
         "case": str(case),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    beside_a_gpu = timed and device.type == "cuda"  # on a CPU the whole step is host time
+    beside_a_gpu = timed and device.type == "cuda"  # on a CPU, the whole step is host time
     torch.compiler.reset()
     rows = []
     # Contestants share code but are compiled separately; beyond dynamo's limit they would silently run eagerly.
@@ -326,7 +328,7 @@ def _prepared(
             first[contestant] = first_call_s(calls[contestant], device)
             right, error = judge(_flat(calls[contestant](0)), plain, exact, torch.finfo(dtype).eps)
             verdicts[contestant] = (record.RESULT_OK if right else record.RESULT_WRONG, error)
-        except Exception:  # a contestant that cannot run here must not discard the others' results
+        except Exception:  # a failing contestant must not discard the others' results
             traceback.print_exc()
             verdicts[contestant] = (record.RESULT_FAILED, None)
             calls.pop(contestant, None)
@@ -334,5 +336,5 @@ def _prepared(
 
 
 def _without_sets(step: Callable[[], Any]) -> Call:
-    """Wrap a step for the timers; it has one set of inputs."""
+    """Wrap a step as a Call that ignores the number of the input set."""
     return lambda i: step()

@@ -1,12 +1,13 @@
-"""The alternatives to this package, map to map: the published eager code and, for attention, other kernels.
+"""Alternatives to this package, from map to map: the published eager code and, for attention, other kernels.
 
-The kernels are SDPA, FlexAttention and cuEquivariance's triangle attention. The benchmarks compile the first two and
-the eager code. PUBLISHED has the published times of kernels that cannot be run here.
+The other kernels are SDPA, FlexAttention and cuEquivariance's triangle attention. The benchmarks also compile the eager
+code and the first two with torch.compile. PUBLISHED contains published times of a kernel that the benchmarks cannot
+run.
 
-This module was written from the published code, independently of the reference, so that the two share no mistake.
-Index and mask tensors are made once, because the models keep them in buffers. Weights have the model's dtype, so the
-bias table and v2's factor are cast. v2's bias table is the output of an MLP and a sigmoid, which in every model precede
-the attention core.
+This module was written from the published code, independently of the reference, so that the two share no mistake. Index
+and mask tensors are made once, because the models store them in buffers. The bias table and v2's factor are cast to the
+dtype of the model, in which its weights are stored. v2's bias table is an input, because the MLP and the sigmoid that
+produce it run before the attention core in every model.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Peer = Callable[..., Tensor]  # (qkv, bias_table=None, logit_scale=None, pad_qkv
 
 
 def partition(x: Tensor, window: Sequence[int]) -> Tensor:
-    """Cut a map of whole windows into windows: view, permute, copy."""
+    """Divide a map of whole windows into windows by view, permute and copy."""
     b, *size, c = x.shape
     rank = len(size)
     x = x.view(b, *(n for s, w in zip(size, window, strict=True) for n in (s // w, w)), c)
@@ -75,9 +76,10 @@ def is_installed(kind: str) -> bool:
 
 
 def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.device, kind: str) -> Peer:
-    """Make the published attention core for one case: eager as in timm, Microsoft and MONAI, or with another kernel.
+    """Make the attention core for one case: eager, as in timm, Microsoft's code and MONAI, or with another kernel.
 
-    All of them compute the table's gradient: SDPA and cuEquivariance add the bias, flex reads it in its score_mod.
+    All kinds compute the gradient of the table. SDPA and cuEquivariance get the bias as a tensor, and FlexAttention's
+    score_mod reads it.
     """
     size, window, rank = case.size, case.window_tuple, len(case.size)
     shift = case.shift_size if isinstance(case.shift_size, tuple) else (case.shift_size,) * rank
@@ -86,7 +88,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
     axes = list(range(1, rank + 1))
     shifted, padded = any(shift), tuple(frame) != tuple(size)
     index = _relative_position_index(window).to(device)
-    # A periodic axis has no seam: the tokens that a shift brings together are neighbours.
+    # A periodic axis has no seam, because the tokens that a shift puts next to each other are neighbours.
     wraps = case.options.get("periodic", (False,) * rank)
     seams = [0 if periodic else s for s, periodic in zip(shift, wraps, strict=True)]
     mask = _attention_mask(frame, window, seams).to(device, dtype) if any(seams) else None
@@ -95,7 +97,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         return logit_scale.clamp(max=math.log(100.0)).exp().to(dtype)
 
     def decomposed(q: Tensor, axis_tables: Sequence[Tensor]) -> Tensor:
-        """Return Segment Anything's bias, (B * num_windows, heads, N, N), from the queries and tables of two axes."""
+        """Return Segment Anything's bias, (B * num_windows, heads, N, N), from the queries and the two axis tables."""
         offsets = [torch.arange(w, device=device)[:, None] - torch.arange(w, device=device) + w - 1 for w in window]
         rows, columns = (table.to(dtype)[i] for table, i in zip(axis_tables, offsets, strict=True))
         q = q.unflatten(2, window)
@@ -125,7 +127,7 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         q, k, scale = cosine(q, k, logit_scale)
         if mask is None or bias is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        # The windows of an image are put on the heads' axis, so that one mask serves every image without copies.
+        # Fold the windows of an image into the axis of the heads, so that all images use one mask without copies.
         folded = (bias + mask.unsqueeze(1)).view(1, -1, n, n)
         q, k, v = (x.reshape(-1, folded.shape[1], n, head_dim) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=folded, scale=scale).view(-1, heads, n, head_dim)
@@ -140,7 +142,8 @@ def make_peer(case: WindowAttentionCase, dtype: torch.dtype, device: torch.devic
         return flex_attention(q, k, v, score_mod=add_bias, scale=scale)
 
     def triangle(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
-        # (1, windows, heads, N, d) with one bias for all windows of a call: one call for each kind of mask.
+        # The kernel accepts (1, windows, heads, N, d) with one bias for all windows, so it is called once per distinct
+        # mask.
         attend = importlib.import_module("cuequivariance_torch").triangle_attention
         q, k, scale = cosine(q, k, logit_scale)
         whole = bias[None]
@@ -193,7 +196,7 @@ def _frame(size: Sequence[int], window: Sequence[int]) -> list[int]:
 
 
 def _pad(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Add zeros at the end of each axis of the map. Like the published code, return x itself if it has that size."""
+    """Pad a map with zeros at the end of each axis. As in published code, a map of this size is not copied."""
     if tuple(size) == x.shape[1:-1]:
         return x
     widths = [n for p, s in zip(reversed(size), reversed(x.shape[1:-1]), strict=True) for n in (0, p - s)]
@@ -201,7 +204,7 @@ def _pad(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """Pad, roll and partition: the start of a Swin block (Microsoft; MONAI in 3D) before its attention."""
+    """Pad, roll and partition a map, as Microsoft's Swin block (in 3D, MONAI's) does before its attention."""
     x = _pad(x, _frame(x.shape[1:-1], window))
     if any(shift):
         x = torch.roll(x, shifts=[-s for s in shift], dims=list(range(1, x.dim() - 1)))
@@ -209,7 +212,7 @@ def window_partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> 
 
 
 def window_reverse(windows: Tensor, window: Sequence[int], size: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """Reverse, roll and crop: the end of a Swin block after its attention."""
+    """Reverse the partition, roll and crop, as a Swin block does after its attention."""
     x = reverse(windows, window, _frame(size, window))
     if any(shift):
         x = torch.roll(x, shifts=list(shift), dims=list(range(1, x.dim() - 1)))
@@ -219,12 +222,12 @@ def window_reverse(windows: Tensor, window: Sequence[int], size: Sequence[int], 
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Apply a LayerNorm and cast the result: under autocast the norm runs in float32, and the next Linear casts."""
+    """Apply a LayerNorm in the dtype of ``weight`` and cast the result, as the next Linear does under autocast."""
     return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias).to(dtype)
 
 
 def gather_neighbours(x: Tensor) -> Tensor:
-    """Concatenate the tokens of patch merging: timm's permute in 2D, MONAI's slices (row-major) in 3D."""
+    """Concatenate neighbours for patch merging: with timm's permute in 2D, with MONAI's row-major slices in 3D."""
     x = _pad(x, _frame(x.shape[1:-1], (2,) * (x.dim() - 2)))
     if x.dim() == 4:
         b, h, w, c = x.shape
@@ -240,8 +243,8 @@ def expand(x: Tensor, factor: int) -> Tensor:
     return x.reshape(b, h * factor, w * factor, c)
 
 
-# The published milliseconds of FWA-2, a kernel for partitioned windows, on an H100 for v2's attention of 256 windows
-# with 6 heads of 32; and the speed that our kernels should reach, as a multiple of FWA-2's. The keys are names in
+# Published times of FWA-2, a kernel for partitioned windows, in milliseconds on an H100, for v2's attention of 256
+# windows with 6 heads of 32 channels; and our kernels' goal, as a multiple of FWA-2's speed. The keys are names in
 # shapes.ATTENTION.
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     "fwa2.64": {"fwd": (0.073, 5.0), "bwd": (0.818, 10.0)},
@@ -251,7 +254,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 
 
 def against_published(rows: Sequence[Mapping[str, Any]], backend: str = "cuda") -> list[dict[str, Any]]:
-    """Return the speed of a backend's correct 16-bit results as a multiple of PUBLISHED, with the wanted multiple."""
+    """Return the speed of a backend's correct 16-bit results as a multiple of the speed in PUBLISHED, and the goal."""
     return [
         {
             "goal": f"{row['direction']} at {row['shape']} against FWA-2's published {published} ms",

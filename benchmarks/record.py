@@ -1,4 +1,4 @@
-"""The output of every benchmark: rows that share one set of columns, the environment, and readable tables."""
+"""Write and read the output of benchmarks: rows with one set of columns, the environment, and text tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.commit import commit
 from benchmarks.timing import Ceiling, Timing
 from swinkernels import info
 
-SEED = 0  # for the first set of inputs and for every model's weights
+SEED = 0  # for the first set of inputs and the weights of every model
 # Columns that identify a measurement: compare.py matches the rows of two runs by them.
 KEYS = ("suite", "op", "shape", "case", "dtype", "backend", "direction")
 RESULT_OK, RESULT_WRONG, RESULT_FAILED = "ok", "WRONG", "FAILED"
@@ -36,7 +36,7 @@ def row(
     host_us: float | None = None,
     gpu_busy_us: float | None = None,
 ) -> dict[str, Any]:
-    """Make one row of a CSV file. The row of a wrong result has a time, but no percentages."""
+    """Make one row of a CSV file. The row of a wrong result has a time, but no rates or percentages."""
     t = timing
     counts = t if t is not None and result == RESULT_OK else None
     roofline = ceiling.roofline_us(moved or 0, flops or 0) if ceiling and (moved or flops) else None
@@ -65,7 +65,7 @@ def row(
 
 
 def _cpu() -> str:
-    """Return the CPU's name, threads and, if set, the treatment of denormal numbers."""
+    """Return the CPU's name, the number of threads, and a note if denormal numbers are flushed to zero."""
     name = "CPU"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -78,7 +78,7 @@ def _cpu() -> str:
 
 
 def environment(device: torch.device | str) -> dict[str, str]:
-    """Return the last columns of every CSV row."""
+    """Return the device, versions, commit, date and seed, which are the last columns of every CSV row."""
     facts = info.collect()
     versions = facts["versions"]
     on_gpu = torch.device(device).type == "cuda"
@@ -97,7 +97,7 @@ def environment(device: torch.device | str) -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], device: torch.device | str) -> None:
-    """Write the rows, which share their keys, each followed by the environment."""
+    """Write rows that have the same keys, each followed by the environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = environment(device)
     with path.open("w", newline="") as file:
@@ -107,12 +107,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], device: torch.devic
 
 
 def _short(value: Any) -> Any:
-    """Round a float to six digits, more than any time justifies."""
+    """Round a float to six digits, which exceeds the precision of any measurement."""
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
-    """Read the rows that :func:`write_csv` wrote, with numbers and booleans parsed, and None for empty cells."""
+    """Read the rows written by :func:`write_csv`; parse numbers and booleans, and return empty cells as None."""
 
     def parse(key: str, text: str) -> Any:
         if not text:
@@ -128,5 +128,5 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format the rows, which share their keys, as aligned text."""
+    """Format rows that have the same keys as an aligned text table."""
     return tabulate(rows, headers="keys", floatfmt=".2f") if rows else "(nothing)"

@@ -1,6 +1,7 @@
-"""Write docs/benchmarks.md, its charts, docs/gpu.md and the README's figures, only from the files of runs.
+"""Write docs/benchmarks.md, its charts, docs/gpu.md and the README's figures, only from the result files.
 
-A folder of ``benchmarks/results`` holds one run, or several runs on one machine: its CSV files are read together.
+Each folder of ``benchmarks/results`` contains one run, or several runs on one machine; the CSV files of a folder are
+read together.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ measurements. `python -m benchmarks compare A.csv B.csv` lists the changes betwe
 
 
 def write(results: Path, root: Path = commit.ROOT) -> list[Path]:
-    """Write both pages, the pictures and the README's figures below ``root``; return the paths."""
+    """Write both pages, the charts and the README's figures in the checkout ``root``; return the paths."""
     runs, on_gpus = read(results), gpu_page.read(results)
     pictures = [path for name, rows in runs.items() for path in draw(rows, root / PICTURES, f"{name}-")]
     page, gpus, readme = root / PAGE, root / gpu_page.PAGE, root / README
@@ -76,7 +77,7 @@ def write_run(out: Path) -> Path:
 
 
 def draw(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Path]:
-    """Draw the charts for which a run has rows; return their paths."""
+    """Draw all charts for which a run has rows; return the paths of the images."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {kind: folder / f"{prefix}{kind}.png" for kind, can_draw in charts.DRAWABLE.items() if can_draw(rows)}
     for kind, path in drawn.items():
@@ -90,13 +91,13 @@ def read_folder(folder: Path) -> list[Row]:
 
 
 def read(results: Path) -> Runs:
-    """Read every folder of results that has CSV files."""
+    """Read every subfolder of ``results`` that contains CSV files."""
     runs = {folder.name: read_folder(folder) for folder in sorted(results.iterdir()) if folder.is_dir()}
     return {name: rows for name, rows in runs.items() if rows}
 
 
 def replace_numbers(text: str, numbers: str) -> str:
-    """Replace the part of a text between the marks BEGIN and END."""
+    """Replace the text between the markers BEGIN and END."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"expected one line {BEGIN!r} and one line {END!r} around the numbers in {README}")
     before, rest = text.split(BEGIN)
@@ -104,7 +105,7 @@ def replace_numbers(text: str, numbers: str) -> str:
 
 
 def groups(rows: Iterable[Row], *suites: str) -> dict[tuple[str, ...], Group]:
-    """Group the rows measured together, in the order of the files."""
+    """Group the rows of contestants that were measured together, in the order of the files."""
     found: dict[tuple[str, ...], Group] = {}
     for row in rows:
         if row["suite"] in suites:
@@ -114,7 +115,7 @@ def groups(rows: Iterable[Row], *suites: str) -> dict[tuple[str, ...], Group]:
 
 
 def ours(group: Group) -> Row | None:
-    """Return the fastest correct row of our kernels."""
+    """Return the fastest correct row of our kernels, or None."""
     right = [group[name] for name in attention.OURS if name in group and _time(group[name]) is not None]
     return min(right, key=lambda row: row["median_us"], default=None)
 
@@ -150,14 +151,14 @@ def _range(values: Iterable[float]) -> str:
 
 
 def _table(rows: Sequence[dict[str, str]]) -> str:
-    """Format as Markdown, without columns that are entirely empty."""
+    """Format rows as a Markdown table, without columns that are empty in every row."""
     columns = [c for c in rows[0] if any(row[c] for row in rows)]
     cells = [[row[c] for c in columns] for row in rows]
     return tabulate(cells, headers=columns, tablefmt="pipe", disable_numparse=True) + "\n"
 
 
 def settings(rows: Sequence[Row]) -> str:
-    """Return the device and versions of a run, or all devices and versions if a folder has several runs."""
+    """Return the versions, commits and dates of all runs in a folder."""
 
     def values(column: str) -> str:
         return ", ".join(dict.fromkeys(str(row[column]) for row in rows if row[column]))
@@ -169,12 +170,12 @@ def settings(rows: Sequence[Row]) -> str:
 
 
 def device(rows: Sequence[Row]) -> str:
-    """Return a folder's device, preferably not from the latency suite, which may have been measured on one thread."""
+    """Return a folder's device, preferably from another suite than latency, which may use a single thread."""
     return next(iter(dict.fromkeys(row["device"] for row in rows if row["suite"] != "latency")), rows[0]["device"])
 
 
 def speedups(rows: Sequence[Row]) -> str:
-    """Return the table of window attention: the other contestants' times over ours, forward / forward and backward."""
+    """Return the table of window attention: the time of each other contestant divided by ours."""
     found = groups((row for row in rows if row["op"] == "window_attention"), "ops")
     cells = []
     for (_, _, case, dtype, direction), forward in found.items():
@@ -194,7 +195,7 @@ def speedups(rows: Sequence[Row]) -> str:
 
 
 def _short(case: str) -> str:
-    """Describe batch, map, heads and window from a case's name, such as "b1-56x56-h3x32-w7-s3-table"."""
+    """Describe batch, map, heads and window of a case, given a name such as "b1-56x56-h3x32-w7-s3-table"."""
     batch, size, heads, window, *_ = case.split("-")
     heads, head_dim = heads[1:].split("x")
     across = [x.replace("x", " x ") for x in (size, window[1:])]
@@ -202,8 +203,7 @@ def _short(case: str) -> str:
 
 
 def steps(rows: Sequence[Row], *suites: str) -> str:
-    """Return the table of models or blocks: times, and the speed-up over the best other contestant, eager and
-    compiled."""
+    """Return the table of models or blocks: times, and speed-ups over the fastest original, eager and compiled."""
     cells = []
     for (op, shape, _, dtype, direction), group in groups(rows, *suites).items():
         if not any(_time(row) is not None for row in group.values()):
@@ -230,7 +230,7 @@ def steps(rows: Sequence[Row], *suites: str) -> str:
 
 
 def memory(rows: Sequence[Row]) -> str:
-    """Return the table of models: peak memory of a step by contestant, MiB."""
+    """Return the table of the models' peak memory per step, in MiB, by contestant."""
     cells = []
     for (_, shape, case, dtype, direction), group in groups(rows, "models", "memory").items():
         named = {n: _number(group[n]["peak_mib"]) if n in group else "" for n in models.CONTESTANTS}
@@ -240,7 +240,7 @@ def memory(rows: Sequence[Row]) -> str:
 
 
 def details(rows: Sequence[Row]) -> str:
-    """Return the table of every op: time, roofline, error and memory of each contestant."""
+    """Return the table of all ops: time, percentage of the roofline, error and memory of each contestant."""
     cells = [
         {
             "op": row["op"],
@@ -262,7 +262,7 @@ def details(rows: Sequence[Row]) -> str:
 
 
 def host(rows: Sequence[Row]) -> str:
-    """Return the table of host costs: CPU time of the calling thread for a call of window attention."""
+    """Return the table of the calling thread's CPU time per call of window attention."""
     cells = [
         {"case": row["shape"], "call": row["direction"], "backend": row["backend"], "us": _number(row["host_us"], 1)}
         for row in rows
@@ -272,7 +272,7 @@ def host(rows: Sequence[Row]) -> str:
 
 
 def slopes(rows: Sequence[Row]) -> str:
-    """Return the table of the sweeps: the exponents with which the contestants' times grow."""
+    """Return the table of the sweeps: the exponent with which each contestant's time grows."""
     cells = []
     for sweep, (_, _, what) in scaling.SWEEPS.items():
         for backend, (x, y) in scaling.series(rows, sweep).items():
@@ -292,7 +292,7 @@ def slopes(rows: Sequence[Row]) -> str:
 
 
 def run_text(rows: Sequence[Row], pictures: str = "") -> str:
-    """Return a page's part about one run, with links to its charts, whose names start with ``pictures``."""
+    """Return the section of a page about one run, with links to its charts: ``pictures`` is their prefix."""
     noisy = sum(row["noisy"] is True for row in rows)
     timed = sum(row["median_us"] is not None for row in rows)
     parts = [f"## {device(rows)}\n\n{settings(rows)}. {noisy} of {timed} times are noisy.\n"]
@@ -329,7 +329,7 @@ def page_text(runs: Runs) -> str:
 
 
 def readme_numbers(runs: Runs, on_gpus: gpu_page.Runs) -> str:
-    """Return the README's picture and headline, from a run on a GPU if there is one, and the sentence about GPUs."""
+    """Return the README's chart, headline (both from a GPU run if there is one) and sentence about GPUs."""
     drawable = [name for name, rows in runs.items() if charts.DRAWABLE["summary"](rows)]
     parts = [gpu_page.readme_text(on_gpus)]
     if drawable:
@@ -340,7 +340,7 @@ def readme_numbers(runs: Runs, on_gpus: gpu_page.Runs) -> str:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """Summarise a run: window attention against the fastest other contestant at each shape, and the models' gains."""
+    """Summarise a run: the speed-ups of window attention over the fastest alternative, and of whole models."""
     forward, both = (list(charts.best_ratios(rows, direction).values()) for direction in ("fwd", "fwd+bwd"))
     timed = [row for row in rows if row["median_us"] is not None]
     noisy = sum(row["noisy"] is True for row in timed)
@@ -364,7 +364,7 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def model_gains(rows: Sequence[Row]) -> list[float]:
-    """Return, for each model and step, the library's fastest uncompiled time over the accelerated model's time."""
+    """Return, per model and step, the library's fastest uncompiled time divided by the accelerated model's."""
     gains = []
     for group in groups(rows, "models").values():
         theirs = [t for name in ("eager", "fused") if (t := _time(group.get(name))) is not None]

@@ -1,4 +1,4 @@
-"""Inference of a model on a CPU with OpenVINO and ONNX Runtime, which are both optional."""
+"""Run inference of a model on a CPU with OpenVINO or ONNX Runtime, if installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype, mode: str, arguments: int) -> str | None:
-    """Return why a runtime cannot be a contestant, or None.
+    """Return the reason why a runtime cannot take part, or None.
 
     These runtimes can only run a model with one input tensor.
     """
@@ -24,11 +24,11 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, mode: str, argu
     if device.type != "cpu" or mode != "inference" or arguments != 1:
         return "it only runs inference of whole models on a CPU"
     dtypes = (torch.float32, torch.bfloat16) if name == "openvino" else (torch.float32,)
-    return None if dtype in dtypes else f"it has no {dtype} on a CPU"
+    return None if dtype in dtypes else f"it does not support {dtype} on a CPU"
 
 
 def prepare(name: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Convert a float32 module and its input; return one step of inference with torch's number of threads."""
+    """Convert a float32 module; return a function that runs one step of inference with torch's number of threads."""
     return (_openvino if name == "openvino" else _onnxruntime)(module.eval(), x, dtype)
 
 

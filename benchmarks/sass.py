@@ -1,14 +1,13 @@
-"""Run the machine code of a CUDA kernel on the CPU and count the instructions that it executes.
+"""Execute the machine code of a CUDA kernel on the CPU, and count the instructions.
 
 The text that ``cuobjdump -sass`` prints is decoded once and executed warp by warp, lane by lane, with the registers,
-predicates, constant bank, shared and global memory of a GPU. So the counted path is the path that the kernel takes for
-the given arguments, whatever the layout of the code. Every issued warp instruction is counted, even if a predicate
-disables all its lanes, once for each group of diverged lanes. The passes of shared-memory accesses over the 32 banks
-are counted as well. Time is not modelled.
+predicates, constant bank, shared and global memory of a GPU. So the counts are those of the path that the kernel takes
+for the given arguments. Every issued warp instruction is counted, even if a predicate disables all its lanes; if lanes
+have diverged, it is counted once per group. The passes of shared-memory accesses over the 32 banks are counted as well.
+Time is not modelled.
 
-The executor supports the instructions in the project's kernels. When any other instruction is executed,
-:class:`UnknownInstruction` is raised with its text: add it to the functions below, which are named after the
-instructions.
+The executor supports the instructions in the project's kernels. Any other instruction raises
+:class:`UnknownInstruction` when it is executed. To support one, add a function below, named after the instruction.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ U32, U64, I32, I64, F32 = np.uint32, np.uint64, np.int32, np.int64, np.float32
 LANES = 32
 _PC_STEP = 16  # bytes of an instruction
 _LOW = U64(0xFFFFFFFF)
-SHARED_WINDOW = 0x7F00  # high word of a generic address that lies in shared memory
+SHARED_WINDOW = 0x7F00  # high word of a generic address in shared memory
 _SHARED_BYTES = 256 * 1024
 
 Array = np.ndarray
@@ -33,11 +32,11 @@ Run = Callable[["Warp", "Array | None"], None]
 
 
 class UnknownInstruction(Exception):
-    """An instruction, or a form of one, that the executor does not support."""
+    """The executor does not support an instruction, or not with these modifiers and operands."""
 
 
 class Fault(Exception):
-    """An access outside the kernel's memory, or warps that wait for each other."""
+    """The kernel accessed invalid memory, or its lanes cannot continue because they wait for each other."""
 
 
 @dataclass
@@ -78,7 +77,7 @@ def parse(listing: str) -> dict[str, list[Instruction]]:
 
 @dataclass(eq=False)
 class Group:
-    """Lanes that run together."""
+    """Lanes of a warp that execute the same instruction together."""
 
     pc: int
     lanes: Array
@@ -86,7 +85,7 @@ class Group:
 
 
 class Warp:
-    """The registers of a warp. Vector registers have a column for each lane, uniform ones a single column."""
+    """The registers of a warp. Vector registers have one column per lane, uniform registers a single column."""
 
     def __init__(self, block: Block, index: int):
         self.block, self.index = block, index
@@ -106,14 +105,14 @@ class Warp:
 
 
 class Memory:
-    """Global memory: byte arrays at artificial addresses. An access outside them is a fault."""
+    """Global memory: byte arrays at artificial addresses. An access outside the arrays raises Fault."""
 
     def __init__(self) -> None:
         self.regions: list[tuple[int, int, Array]] = []
         self.next = 0x10_0000_0000
 
     def take(self, data: Array) -> int:
-        """Assign an address to the array. Kernels read and write the array itself, not a copy."""
+        """Assign an address to an array and return it. Kernels read and write the array in place."""
         assert data.flags.c_contiguous
         view = data.reshape(-1).view(np.uint8)
         address = self.next
@@ -122,7 +121,7 @@ class Memory:
         return address
 
     def find(self, addresses: Array, size: int) -> tuple[Array, Array]:
-        """Return the region that contains all these addresses, and their offsets in it."""
+        """Return the array that contains all these addresses, and the offsets of the addresses in the array."""
         low, high = int(addresses.min()), int(addresses.max()) + size
         for start, end, data in self.regions:
             if start <= low and high <= end:
@@ -130,12 +129,12 @@ class Memory:
         raise Fault(f"global memory at {low:#x} to {high:#x} belongs to no argument")
 
     def region(self, address: int) -> int:
-        """Return the number of the last region that begins at or before an address."""
+        """Return the index of the last region that begins at or before an address."""
         return bisect.bisect_right(self.regions, address, key=lambda region: region[0]) - 1
 
 
 class Block:
-    """One block of a launch."""
+    """One thread block of a launch."""
 
     def __init__(self, program: Program, launch: Launch, memory: Memory, index: int):
         self.program, self.memory, self.launch = program, memory, launch
@@ -162,7 +161,7 @@ class Block:
 
 @dataclass
 class Launch:
-    """The arguments of a launch: the constant bank holds the grid and the parameters."""
+    """The arguments of a launch. The constant bank contains the grid and the kernel's parameters."""
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -190,7 +189,7 @@ class _Step:
             self.control = _CONTROL[instruction.base](program, instruction, index)
             return
 
-        # Unknown forms raise on execution: unreachable code may contain them.
+        # Decode on execution, because unreachable code may contain unsupported instructions.
         def decode(warp: Warp, mask: Array | None) -> None:
             self.run = _decode(instruction)
             self.run(warp, mask)
@@ -199,7 +198,7 @@ class _Step:
 
 
 def _run_warp(program: Program, warp: Warp) -> None:
-    """Run every group of lanes until it waits for other warps, or ends."""
+    """Run every group of lanes of a warp until it waits for other lanes or ends."""
     steps, counts = program.steps, warp.counts
     while True:
         group = next((g for g in warp.groups if g.waits is None), None)
@@ -234,11 +233,11 @@ def _run_warp(program: Program, warp: Warp) -> None:
 
 
 # --- Control flow ----------------------------------------------------------------------------------------------------
-# Each returns True if the group has to stop because it waits, has ended or has split.
+# Each function returns True if the group stops because it waits, has ended or lets another group run first.
 
 
 def _merge(warp: Warp, key: tuple[str, int], wanted: Array, pc: int) -> None:
-    """Let the groups that wait for `key` continue together at `pc` once they contain all lanes in `wanted`."""
+    """Merge the groups that wait for `key` and continue at `pc`, if they contain all live lanes in `wanted`."""
     waiting = [g for g in warp.groups if g.waits == key]
     together = np.logical_or.reduce([g.lanes for g in waiting]) if waiting else np.zeros(LANES, bool)
     if waiting and not (wanted & warp.alive & ~together).any():
@@ -247,7 +246,7 @@ def _merge(warp: Warp, key: tuple[str, int], wanted: Array, pc: int) -> None:
 
 
 def _merge_all(program: Program, warp: Warp) -> None:
-    """Release the groups that waited for lanes that have ended."""
+    """Merge groups that no longer have to wait, because other lanes have ended or left their barrier."""
     for group in list(warp.groups):
         if group.waits is not None and group in warp.groups:
             kind, pc = group.waits
@@ -271,7 +270,7 @@ def _bra(program: Program, instruction: Instruction, index: int) -> Callable[[Wa
 
         return diverged
 
-    unanimous = "U" in instruction.modifiers  # taken by all lanes or by none
+    unanimous = "U" in instruction.modifiers  # the branch is taken only if all lanes take it
 
     def run(warp: Warp, group: Group, on: Array) -> bool:
         taken = group.lanes & on
@@ -337,7 +336,7 @@ def _break(program: Program, instruction: Instruction, index: int) -> Callable[[
         warp.barriers[name] = warp.barriers[name] & ~(group.lanes & on)
         group.pc += 1
         _merge_all(program, warp)
-        return True  # another group may be able to continue now, and runs first
+        return True  # a group that can now continue runs first
 
     return run
 
@@ -390,7 +389,7 @@ _CONTROL: dict[str, Callable[[Program, Instruction, int], Callable[[Warp, Group,
     "BREAK": _break,
     "WARPSYNC": _warpsync,
     "BAR": _bar,
-    "CALL": _bra,  # the code itself stores the return address
+    "CALL": _bra,  # a separate instruction stores the return address
     "RET": _ret,
 }
 
@@ -418,7 +417,7 @@ def predicate(text: str) -> Value:
 
 
 def _constant(text: str) -> Callable[[Warp, int], Array] | None:
-    """Make a reader of bytes of the constant bank: c[0x0][0x210], c[0x0][R4+0x10]."""
+    """Parse a constant operand, such as c[0x0][0x210] or c[0x0][R4+0x10], as a function that reads its bytes."""
     match = re.fullmatch(r"c\[0x0\]\[(?:(U?R(?:\d+|Z))\+?)?(-?0x[0-9a-f]+)?\]", text)
     if match is None:
         return None
@@ -433,7 +432,7 @@ def _constant(text: str) -> Callable[[Warp, int], Array] | None:
 
 
 def _split(text: str) -> tuple[str, bool, bool, bool, str]:
-    """Split an operand such as -|R4|.reuse or R5.H0_H0 into body, negated, absolute, inverted, suffix."""
+    """Split an operand, such as -|R4|.reuse or R5.H0_H0, into (body, negated, absolute, inverted, suffix)."""
     text = text.replace(".reuse", "")
     negated = text.startswith("-") and not re.fullmatch(r"-[0-9.INQ+].*", text)
     inverted = text.startswith("~")
@@ -461,7 +460,7 @@ def _bits(body: str) -> Value:
 
 
 def value(text: str) -> Value:
-    """Parse an integer operand of 32 bits."""
+    """Parse a 32-bit integer operand."""
     body, negated, absolute, inverted, suffix = _split(text)
     get = _bits(body)
     if absolute or suffix not in ("", "H0_H0"):
@@ -474,7 +473,7 @@ def value(text: str) -> Value:
 
 
 def value64(text: str) -> Value:
-    """Parse an integer operand of two registers."""
+    """Parse a 64-bit integer operand, such as a pair of registers."""
     body, negated, _, inverted, _ = _split(text)
     register = _register(body)
     constant = _constant(body)
@@ -502,7 +501,7 @@ def value64(text: str) -> Value:
 
 
 def real(text: str) -> Value:
-    """Parse a float operand."""
+    """Parse a float32 operand."""
     body, negated, absolute, _, suffix = _split(text)
     if re.fullmatch(r"[-+]?(\d.*|INF|QNAN)", body) and not body.startswith(("0x", "-0x")):
         number = np.array([float(body.replace("QNAN", "nan"))]).astype(F32)
@@ -534,7 +533,7 @@ def _put(w: Warp, bank: str, number: int, new: Array, mask: Array | None) -> Non
 
 
 def target(text: str, count: int = 1) -> Callable[[Warp, Array, Array | None], None]:
-    """Make a writer of a register, or of `count` registers from an array with one row each."""
+    """Return a function that writes a register, or `count` registers from an array with one row per register."""
     register = _register(text.replace(".reuse", ""))
     if register is None:
         raise UnknownInstruction(f"destination {text}")
@@ -580,7 +579,7 @@ def _is_predicate(text: str) -> bool:
 
 
 def _leading(operands: Sequence[str], start: int) -> tuple[list[str], list[str]]:
-    """Return the predicates from operand `start` on, and the operands after them."""
+    """Return the consecutive predicates that begin at operand `start`, and all operands after them."""
     end = start
     while end < len(operands) and _is_predicate(operands[end]):
         end += 1
@@ -591,7 +590,7 @@ def _leading(operands: Sequence[str], start: int) -> tuple[list[str], list[str]]
 
 
 def _term(text: str) -> Value:
-    """Parse an addend in 64 bits; a subtraction adds the complement and one, so that it produces the right carry."""
+    """Parse a 64-bit addend. A negated operand is its two's complement, which produces the correct carry."""
     body, negated, _, inverted, suffix = _split(text)
     if suffix:
         raise UnknownInstruction(f"integer operand {text}")
@@ -728,7 +727,7 @@ def shf(i: Instruction) -> Run:
 
 
 def _lut(table: int, a: Array, b: Array, c: Array) -> Array:
-    """Apply any function of three bits: the result is bit 4a + 2b + c of the table."""
+    """Apply a bitwise function of three inputs, given as a truth table: each result is its bit 4a + 2b + c."""
     total: Array | None = None
     for row in range(8):
         if table >> row & 1:
@@ -879,7 +878,7 @@ def popc(i: Instruction) -> Run:
 
 
 def flo(i: Instruction) -> Run:
-    """Find the number of the highest set bit, or count the zeros above it (.SH)."""
+    """Find the index of the highest set bit, or count the zeros above the bit (.SH)."""
     write, a, leading = target(i.operands[0]), value(i.operands[-1]), "SH" in i.modifiers
     if "U32" not in i.modifiers:
         raise UnknownInstruction(i.text)
@@ -897,7 +896,7 @@ def brev(i: Instruction) -> Run:
 
 
 def prmt(i: Instruction) -> Run:
-    """Pick four of the eight bytes of two operands, or their signs."""
+    """Select four of the eight bytes of two operands, or copies of their sign bits."""
     write = target(i.operands[0])
     a, selector, b = (value(x) for x in i.operands[1:4])
     if len(i.modifiers) > 0:
@@ -993,7 +992,7 @@ def s2r(i: Instruction) -> Run:
 
 
 def _round(exact: Array, modifiers: Sequence[str]) -> Array:
-    """Round a float64 value to float32 as the modifiers request."""
+    """Round float64 values to float32 in the direction given by the modifiers."""
     near = exact.astype(F32)
     if "RM" in modifiers or "RP" in modifiers or "RZ" in modifiers:
         back = near.astype(np.float64)
@@ -1153,7 +1152,7 @@ def f2f(i: Instruction) -> Run:
 
 
 def hfma2(i: Instruction) -> Run:
-    """Make two 16-bit constants from a product of zeros, the only use in compiled code that is supported."""
+    """Add two 16-bit constants to a product of zeros, the only supported form: compilers load constants with it."""
     if [x.replace(".reuse", "") for x in i.operands[1:3]] != ["-RZ", "RZ"] or len(i.operands) != 5:
         raise UnknownInstruction(i.text)
     write = target(i.operands[0])
@@ -1194,7 +1193,7 @@ def shfl(i: Instruction) -> Run:
 
 
 def vote(i: Instruction) -> Run:
-    """Execute VOTE.ANY P0, P1 (does any lane have the predicate?) or VOTE.ANY R4, PT, P1 (the mask of those lanes)."""
+    """Execute VOTE.ANY P0, P1 (is P1 true in any lane?) or VOTE.ANY R4, PT, P1 (bit mask of the lanes with P1)."""
     ballot = None if _is_predicate(i.operands[0]) else target(i.operands[0])
     out = target_predicate(i.operands[0 if ballot is None else 1])
     asked, kind = predicate(i.operands[-1]), i.modifiers[0]
@@ -1213,7 +1212,7 @@ def vote(i: Instruction) -> Run:
 
 
 def _halves(registers: Array, kind: str) -> Array:
-    """Convert pairs of 16-bit elements (n, 32) to floats (n, 32, 2), the low element first."""
+    """Convert registers with two 16-bit elements, (n, 32), to floats (n, 32, 2), the low element first."""
     pair = np.stack([registers & U32(0xFFFF), registers >> U32(16)], -1)
     if kind == "BF16":
         return (pair << U32(16)).view(F32)
@@ -1269,7 +1268,7 @@ def hmma(i: Instruction) -> Run:
 
 
 def _transposed(matrix: Array) -> Array:
-    """Transpose an 8 x 8 matrix in the registers of a warp across lanes."""
+    """Transpose an 8 x 8 matrix of 16-bit elements that is distributed over the lanes of a warp."""
     lane = np.arange(LANES)
     g, t = lane // 4, lane % 4
     full = np.zeros((8, 8), U32)
@@ -1294,7 +1293,7 @@ def _scaled(get: Value, scale: np.uint64) -> Value:
 
 
 def _address(text: str, wide: bool) -> Value:
-    """Parse [R2+UR4+0x10] or desc[UR60][R52.64+0x20]: an address per lane, with 64 bits if the space is global."""
+    """Parse [R2+UR4+0x10] or desc[UR60][R52.64+0x20] as one address per lane, of 64 bits if ``wide``."""
     inside = text[text.rindex("[") + 1 : -1]
     terms: list[Value] = []
     offset = 0
@@ -1320,7 +1319,7 @@ def _address(text: str, wide: bool) -> Value:
 
 
 def _size(i: Instruction) -> tuple[int, bool]:
-    """Return the bytes of an access, and whether they are sign-extended."""
+    """Return the number of bytes of an access, and True if they are sign-extended."""
     for name, size in (("128", 16), ("64", 8), ("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2)):
         if name in i.modifiers:
             return size, name[0] == "S"
@@ -1331,14 +1330,14 @@ _EVERY_LANE = np.arange(LANES)
 
 
 def _lanes(w: Warp) -> Array:
-    """Return the lanes that execute an instruction."""
+    """Return the indices of the lanes that execute the current instruction."""
     if w.active.all():
         return _EVERY_LANE
     return np.flatnonzero(w.active) if len(w.active) == LANES else _EVERY_LANE[:0]
 
 
 def _space(w: Warp, addresses: Array, size: int, is_shared: bool) -> tuple[Array, Array]:
-    """Return the bytes of memory that contain the addresses, and the offsets there."""
+    """Return the byte array that contains all the addresses, and the offsets of the addresses in the array."""
     if not is_shared and int(addresses[0]) >> 32 == SHARED_WINDOW:
         is_shared = True
     if (addresses % U64(size)).any():
@@ -1360,8 +1359,8 @@ def _by_region(w: Warp, addresses: Array, is_shared: bool) -> list[slice | Array
 
 
 def _bank_passes(offsets: Array, size: int) -> int:
-    """Count passes over shared memory; in each, a bank of four bytes serves one word."""
-    # Moving all addresses by the same number of words does not change which words share a bank.
+    """Count the passes of a shared-memory access; in each pass, every bank delivers one 4-byte word."""
+    # Counts are cached: they are the same if all addresses move by the same number of words.
     start = int(offsets.min()) // 4 * 4
     key = ((offsets - start).tobytes(), size)
     found = _passes_of.get(key)
@@ -1435,7 +1434,7 @@ def _store(i: Instruction, text: str, source: str, is_shared: bool) -> Run:
         words = np.broadcast_to(words, (count, LANES))[:, lanes].T
         bytes_ = np.ascontiguousarray(words).view(np.uint8)[:, :size]
         addresses = address(w)[lanes]
-        for chosen in _by_region(w, addresses, is_shared):  # lanes may write to several arguments
+        for chosen in _by_region(w, addresses, is_shared):  # lanes may write to different arguments
             data, offsets = _space(w, addresses[chosen], size, is_shared)
             if data is w.block.shared:
                 _note_passes(w, offsets, size)
@@ -1611,10 +1610,10 @@ _INSTRUCTIONS: dict[str, Callable[[Instruction], Run]] = {
 
 
 def _decode(i: Instruction) -> Run:
-    # The uniform datapath has the vector instructions, on registers of one column.
+    # Instructions of the uniform datapath ("U...") are the vector instructions on registers with a single column.
     make = _INSTRUCTIONS.get(i.base) or (_INSTRUCTIONS.get(i.base[1:]) if i.base.startswith("U") else None)
     if make is None:
-        raise UnknownInstruction(f"{i.text} at {i.pc:#x}: no function of {__name__} executes {i.base}")
+        raise UnknownInstruction(f"{i.text} at {i.pc:#x}: {__name__} has no function for {i.base}")
     try:
         return make(i)
     except (UnknownInstruction, KeyError, IndexError, ValueError, StopIteration) as error:
@@ -1624,7 +1623,7 @@ def _decode(i: Instruction) -> Run:
 def run_launch(
     program: Program, launch: Launch, memory: Memory, blocks: Sequence[int] | None = None
 ) -> Iterator[Block]:
-    """Run the blocks of a launch, by default all of them, in order; yield each block when it has ended."""
+    """Run the given blocks of a launch (default: all) in order, and yield each block when it has ended."""
     total = launch.grid[0] * launch.grid[1] * launch.grid[2]
     with np.errstate(all="ignore"):
         for index in range(total) if blocks is None else blocks:

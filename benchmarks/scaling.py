@@ -21,7 +21,7 @@ from swinkernels import reference
 from swinkernels.ops.window_attention import window_attention_qkvpacked
 from swinkernels.testing import WindowAttentionCase
 
-# For each sweep: its cases, the abscissa of a case, and the label of the axis.
+# For each sweep: its cases, a function from a case to its x coordinate, and the label of the x axis.
 SWEEPS: dict[str, tuple[Mapping[str, WindowAttentionCase], Callable[[WindowAttentionCase], float], str]] = {
     "batch": (shapes.BATCH_SWEEP, lambda case: case.batch, "images"),
     "map": (shapes.MAP_SWEEP, lambda case: math.prod(case.size), "tokens of a map"),
@@ -38,7 +38,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 def sweep(
     name: str, dtype: torch.dtype, device: torch.device, names: Iterable[str], *, largest: int | None = None
 ) -> list[dict[str, Any]]:
-    """Return the rows of one sweep, forward; ``largest`` bounds images times tokens."""
+    """Return the rows of one forward sweep, over cases with at most ``largest`` images times tokens."""
     rows = []
     for shape, case in SWEEPS[name][0].items():
         if largest is None or case.batch * math.prod(case.size) <= largest:
@@ -48,7 +48,7 @@ def sweep(
 
 
 def series(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, tuple[list[float], list[float]]]:
-    """Return a sweep's correct results by contestant: the abscissae and the times in us."""
+    """Return the x coordinates and the times in us of a sweep's correct results, by contestant."""
     cases, abscissa, _ = SWEEPS[name]
     found: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
@@ -60,7 +60,7 @@ def series(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, tuple[list
 
 
 def layers(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Return the layers' correct results by contestant: the sides of the maps and the times in us."""
+    """Return the sides of the maps and the times in us of the layers' correct results, by contestant."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for row in rows:
         if row["op"] == "attention layer" and row["result"] == record.RESULT_OK:
@@ -71,7 +71,7 @@ def layers(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list
 
 
 def layer(kind: str, side: int) -> Callable[..., Tensor]:
-    """Make (x, qkv_weight, proj_weight[, bias_table]) -> out: attention with projections over a map of side x side."""
+    """Make attention with projections on a map of side x side: (x, qkv_weight, proj_weight, bias_table) -> out."""
     heads, channels, window = shapes.COMPLEXITY_HEADS, shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_WINDOW
 
     def windowed(x: Tensor, qkv_weight: Tensor, proj_weight: Tensor, bias_table: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def layer(kind: str, side: int) -> Callable[..., Tensor]:
 def complexity(
     side: int, dtype: torch.dtype, device: torch.device, names: Iterable[str] = LAYERS
 ) -> list[dict[str, Any]]:
-    """Compare window and global attention over one map, checked in float64 and timed alternately."""
+    """Compare window and global attention on one map: check both in float64, then time them in turn."""
     channels, heads, window = shapes.COMPLEXITY_CHANNELS, shapes.COMPLEXITY_HEADS, shapes.COMPLEXITY_WINDOW
     generator = torch.Generator().manual_seed(0)
 

@@ -1,5 +1,4 @@
-"""Shapes of published models: window attention as cases of swinkernels.testing, feature maps, and whole models with
-their blocks."""
+"""Shapes of published models: cases of window attention, feature maps, and whole models with their blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ Case = WindowAttentionCase
 
 
 def _stages(batch: int, heads: int, window: int, first: int, **options: bool) -> list[Case]:
-    """Return a classifier's four stages: the map halves and the heads double; a map of one window is not shifted."""
+    """Return a classifier's four stages; from stage to stage, the map's sides halve and the heads double."""
     return [
         Case(batch, (size, size), heads << i, 32, window, window // 2 if size > window else 0, **options)
         for i in range(4)
@@ -34,16 +33,16 @@ ATTENTION: dict[str, Case] = {
     # 96 x 96 x 96 voxels: 48 tokens per axis are padded to 49.
     "swin_unetr.1": Case(1, (48, 48, 48), 3, 16, 7, 3, has_pad_qkv=True),
     "swin_unetr128.1": Case(1, (64, 64, 64), 3, 16, 7, 3, has_pad_qkv=True),
-    # Detection: 800 x 1216 pixels, padded to whole windows; q, k and v of a pad token are the bias of the QKV Linear.
+    # Detection: 800 x 1216 pixels. Pad tokens complete the windows; their q, k and v are the bias of the QKV Linear.
     "detection.1": Case(2, (200, 304), 3, 32, 7, 3, has_pad_qkv=True),
     # SwinIR: 180 channels in 6 heads.
     "swin_ir": Case(8, (64, 64), 6, 30, 8, 4),
     "restoration": Case(8, (64, 64), 6, 32, 16, 8),
-    # 32 frames of 224 x 224 pixels, patches of 2 x 4 x 4; windows of 8 frames, shifted by half.
+    # Video: 32 frames of 224 x 224 pixels in patches of 2 x 4 x 4; windows of 8 frames, shifted by half a window.
     "video_swin_t.1": Case(4, (16, 56, 56), 3, 32, (8, 7, 7), (4, 3, 3)),
-    # Weather on a sphere: pressure levels, latitude, longitude; the longitude axis has no edge.
+    # Weather: axes of pressure level, latitude and longitude; the longitude axis is periodic.
     "weather.1": Case(1, (8, 186, 360), 6, 32, (2, 6, 12), (1, 3, 6), options={"periodic": (False, False, True)}),
-    # Segment Anything: 1024 x 1024 pixels in patches of 16, padded to 70 tokens per axis; positions by axis, no shift.
+    # Segment Anything: 1024 x 1024 pixels in patches of 16, padded to 70 tokens per axis; axis tables, no shift.
     "sam_b": Case(1, (64, 64), 12, 64, 14, 0, has_table=False, has_axis_tables=True, has_pad_qkv=True),
     # Florence-2: 768 x 768 pixels in patches of 4; DaViT's windows have neither shift nor bias.
     "florence2.1": Case(1, (192, 192), 4, 32, 12, 0, has_table=False),
@@ -92,7 +91,7 @@ MAP_GOALS: dict[str, MapCase] = {
 }
 # Detection: 200 x 304 tokens, padded to 203 x 308.
 PADDED_MAPS: dict[str, MapCase] = {"detection.1": MapCase(2, (200, 304), 96)}
-# The output of Swin-Unet's Linear, to be rearranged: 2 x 2 parts of 96 channels, and 4 x 4 in the last layer.
+# Outputs of Swin-Unet's expanding Linears: 2 x 2 parts of 96 channels, and 4 x 4 parts in the last layer.
 EXPANDED_MAPS: dict[str, MapCase] = {
     "swin_unet.expand": MapCase(128, (28, 28), 384),
     "swin_unet.final": MapCase(24, (56, 56), 1536, factor=4),
@@ -131,11 +130,11 @@ MODELS: dict[str, ModelCase] = {
     "swin_unetr128": ModelCase("monai", "SwinUNETR", (1, 128, 128, 128), 1),
 }
 MODEL_GOAL = "swin_t"
-# For these models the float64 training step that serves as the reference takes over 20 GB or, with 3D convolutions, a
-# quarter of an hour, so on a CPU they run only if requested by name.
+# On a CPU, these models run only if requested by name: their float64 reference of a training step needs over 20 GB or,
+# with 3D convolutions, a quarter of an hour.
 LARGE_MODELS = ("swin_l", "swin_l384", "swin_unetr64", "swin_unetr96", "swin_unetr128")
 QUICK_MODELS = ("swin_t", "swinv2_t_w8", "swin_t.torchvision", "swin_t.transformers")
-# A shifted block of a model, by the path of the module that accelerate replaces.
+# Parts of models: a model, and the path of a module that accelerate replaces.
 BLOCKS: dict[str, tuple[str, str]] = {
     "swin_t.block1": ("swin_t", "layers.0.blocks.1"),
     "swin_t.block2": ("swin_t", "layers.1.blocks.1"),
@@ -154,6 +153,6 @@ QUICK_BLOCKS = ("swin_t.block1", "swin_t.block3", "swinv2_t_w8.block1")
 BATCH_SWEEP: dict[str, Case] = {f"batch {b}": Case(b, (56, 56), 3, 32, 7, 3) for b in (1, 2, 4, 8, 16, 32, 64, 128)}
 MAP_SWEEP: dict[str, Case] = {f"map {s}x{s}": Case(4, (s, s), 3, 32, 7, 3) for s in (14, 28, 56, 112, 224)}
 WINDOW_SWEEP: dict[str, Case] = {f"window {w}": Case(4, (48, 48), 3, 32, w, w // 2) for w in (4, 6, 8, 12, 16, 24)}
-# Maps for comparing window with global attention, including projections: (batch, side, channels, heads, window).
+# Square maps and layers for comparing window attention with global attention, including projections.
 COMPLEXITY_SIDES = (14, 28, 56, 84, 112)
 COMPLEXITY_CHANNELS, COMPLEXITY_HEADS, COMPLEXITY_WINDOW = 96, 3, 7

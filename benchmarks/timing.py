@@ -1,4 +1,4 @@
-"""Timing of calls: with CUDA graph replays or CUDA events on a GPU, with the wall clock on a CPU."""
+"""Time calls: with CUDA graph replays or CUDA events on a GPU, with a clock on a CPU."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-# A call gets the number of the input set to read, and returns its outputs.
+# A call accepts the number of the input set to read, and returns its outputs.
 Call = Callable[[int], Any]
 NOISY = 0.1  # relative spread above which a time is unreliable
-ATTEMPTS = 3  # measurements of contestants of which at least one has a noisy time
+ATTEMPTS = 3  # maximum number of measurements if times are noisy
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: the median, and the 20th and 80th percentile."""
+    """The time of one call in microseconds: median, 20th and 80th percentile."""
 
     median_us: float
     p20_us: float
@@ -41,9 +41,10 @@ class Timing:
 
 
 def until_steady(measure: Callable[[], dict[str, Timing]]) -> dict[str, Timing]:
-    """Measure again, up to ATTEMPTS times, while a time is noisy; return the measurement with the smallest spread.
+    """Measure up to ATTEMPTS times, until no time is noisy; return the measurement with the smallest spread.
 
-    Contestants are compared with each other, so all are measured again, and the times of a single measurement are kept.
+    All contestants are measured again, and only the times of a single measurement are returned, because contestants are
+    compared with each other.
     """
 
     def widest(times: Mapping[str, Timing]) -> float:
@@ -65,12 +66,12 @@ class Ceiling:
     flops_per_us: float
 
     def roofline_us(self, moved: int, flops: int) -> float:
-        """Return the lower bound of the time set by memory and arithmetic."""
+        """Return the lower bound that memory and arithmetic set on the time."""
         return max(moved / self.bytes_per_us, flops / self.flops_per_us)
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """Measure the ceiling, once per process for each dtype, number of threads and setting of torch's TF32 switch."""
+    """Measure the ceiling; cached per dtype, number of threads and setting of torch's TF32 switch."""
     return _ceiling(device, dtype, torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision)
 
 
@@ -95,7 +96,7 @@ def input_sets(bytes_per_call: int, device: torch.device) -> int:
 
 
 class GraphTimer:
-    """Times calls on one stream, on which the calls must also be created."""
+    """Times calls in CUDA graphs on one stream; the calls must be created on the same stream."""
 
     def __init__(self, device: torch.device, *, replays: int = 25, replay_ms: float = 2.0) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -105,9 +106,9 @@ class GraphTimer:
         return Timing.of(self.samples(call, sets, self.replays))
 
     def samples(self, call: Call, sets: int, replays: int) -> list[float]:
-        """Return the microseconds of one call in each replay."""
+        """Return the mean time of one call in microseconds, for each replay."""
         self.stream.wait_stream(torch.cuda.current_stream())
-        held: list[Any] = [None] * sets  # outputs rotate like the inputs, so that none stays in the cache
+        held: list[Any] = [None] * sets  # outputs rotate like the inputs, to leave the cache
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
         def run(count: int) -> None:
@@ -172,7 +173,7 @@ def gpu_busy_us(call: Call, device: torch.device) -> float:
 
 
 def host_us(call: Call, device: torch.device, *, loop: int = 10) -> float:
-    """Return the calling thread's CPU time per call; a GPU's work runs in parallel."""
+    """Return the calling thread's CPU time per call in microseconds, without the work of a GPU."""
     start = time.thread_time()
     for _ in range(loop):
         call(0)
@@ -187,7 +188,7 @@ CPU_CLOCK = [time.perf_counter]
 
 
 def time_on_cpu(calls: Mapping[str, Call], *, seconds: float = 1.5, rounds: int = 11) -> dict[str, Timing]:
-    """Return the times of all calls, which take turns, so that a slow moment of the machine affects all of them."""
+    """Return the times of all calls; the calls take turns, so that a slow moment of the machine affects all."""
     (clock,) = CPU_CLOCK
     once = {}
     for name, call in calls.items():

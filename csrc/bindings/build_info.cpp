@@ -1,4 +1,4 @@
-// The op build_info. It uses torch's stable ABI, so it is available wherever the kernels load.
+// Registers the op build_info with torch's stable ABI, so it is available wherever the kernels can be loaded.
 #include "build_info.h"
 
 #include <torch/csrc/stable/library.h>

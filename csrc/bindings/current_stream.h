@@ -1,8 +1,8 @@
-// The dispatch key under which the CUDA bindings register ops, and the stream on which they launch kernels.
+// Defines the dispatch key under which the CUDA bindings register ops, and the stream on which they launch kernels.
 //
-// The guard is a macro and not #pragma once because tests/emulation has a twin of this file, with which the bindings
-// run the emulated kernels on CPU tensors. Bindings therefore use the dispatch key, the stream and the check of this
-// file, and no others.
+// The include guard is a macro instead of #pragma once, because tests/emulation replaces this file with its own
+// version, in which the bindings run emulated kernels on CPU tensors. Bindings must therefore use no dispatch key,
+// stream or device check other than those defined here.
 #ifndef SWINKERNELS_BINDINGS_CURRENT_STREAM_H_
 #define SWINKERNELS_BINDINGS_CURRENT_STREAM_H_
 
@@ -17,7 +17,7 @@
 
 namespace swinkernels {
 
-// Makes the device of x the current one, and holds its current stream.
+// Makes the device of x the current device, and gives access to the current stream of that device.
 struct CurrentStream {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream = nullptr;

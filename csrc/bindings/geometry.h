@@ -1,5 +1,5 @@
-// Makes the feature maps and frames of the params. A map has two or three axes S; the params always have three, so a 2D
-// map gets a leading axis of one token.
+// Describes tensors as the feature maps and frames in the params. A map has two or three spatial axes S. The params
+// always have three, so a 2D map gets a leading axis of size 1.
 #pragma once
 
 #include "checks.h"
@@ -8,7 +8,7 @@
 
 namespace swinkernels {
 
-// Describes x (B, *S, ...), where S has `rank` axes, as a map whose data begin at `data`.
+// Describes x (B, *S, ...), where S has `rank` axes, as a map that starts at `data`.
 template <class Pointer>
 FeatureMapOf<Pointer> feature_map(const Tensor& x, Pointer data, int64_t rank) {
   FeatureMapOf<Pointer> map{data, x.stride(0), {}};
@@ -16,7 +16,7 @@ FeatureMapOf<Pointer> feature_map(const Tensor& x, Pointer data, int64_t rank) {
   return map;
 }
 
-// Returns the frame over a map of size S. The lists other than `size` have three values, as in the schemas.
+// Returns the frame of a map of size S. As in the schemas, all lists except `size` have three values.
 template <class Axes>
 FrameGeometry frame_geometry(const Ints& size, const Axes& window_size, const Axes& shift_size, const Axes& pad_before,
                              bool roll_then_pad) {

@@ -1,5 +1,5 @@
-// The bindings of the norms, on torch's stable ABI: they fill the params, allocate and launch. swinkernels/ops checks
-// the arguments; the checks here guard the kernels' assumptions.
+// The bindings of the norms, on torch's stable ABI: they fill the params, allocate the outputs and launch the kernels.
+// swinkernels/ops checks the arguments; the checks here guard the kernels' assumptions.
 #ifdef SWINKERNELS_WITH_CUDA
 #include "params/layer_norm.h"
 
@@ -90,7 +90,7 @@ struct NormShape {
   LayerNormRows rows;
 };
 
-// Returns the shape of z and the rows of patch merging.
+// Returns the shape of z and the description of the rows for patch merging.
 NormShape merged(const Tensor& x, const Ints& factor, const Ints& neighbours) {
   check_factor(x, factor, 2);
   const int64_t parts = product(factor), last = x.dim() - 1;
@@ -109,7 +109,7 @@ NormShape merged(const Tensor& x, const Ints& factor, const Ints& neighbours) {
   return shape;
 }
 
-// Returns the shape of z and the rows of the plain norm or, with a factor, of patch expanding.
+// Returns the shape of z and the description of the rows for the plain norm or, with a factor, for patch expanding.
 NormShape plain_or_expanded(const Tensor& x, const Ints& factor) {
   NormShape shape{sizes(x, x.dim()), {}};
   if (factor.empty()) {
@@ -125,7 +125,7 @@ NormShape plain_or_expanded(const Tensor& x, const Ints& factor) {
   return shape;
 }
 
-// Makes `parameter` contiguous in place, so that the caller keeps the copy alive, and returns its dtype.
+// Replaces `parameter` by a contiguous tensor, which the caller keeps alive, and returns its dtype.
 DType prepare_parameter(OptionalTensor& parameter, const LayerNormRows& rows) {
   if (!parameter) return DType::kFloat32;
   STD_TORCH_CHECK(parameter->numel() == rows.length, "swinkernels: weight and bias must have ", rows.length,
@@ -134,7 +134,7 @@ DType prepare_parameter(OptionalTensor& parameter, const LayerNormRows& rows) {
   return dtype_of(*parameter);
 }
 
-// Fills drop_path_scale and rows_per_sample.
+// Sets drop_path_scale and rows_per_sample.
 template <class Params>
 void prepare_drop_path(Params& p, OptionalTensor& scale, const Tensor& x) {
   if (!scale) return;
@@ -173,8 +173,8 @@ Norm norm_forward(Tensor x, OptionalTensor weight, OptionalTensor bias, const No
   return {z, mean, rstd};
 }
 
-// Allocates the results common to all backward ops, and launches. The caller has filled the rest of p and keeps it
-// alive.
+// Allocates the results that all backward ops have, and launches the kernel. The caller has set the other fields of p
+// and keeps their tensors alive.
 std::tuple<Tensor, Tensor> launch_backward(LayerNormBackwardParams& p, const Tensor& x, OptionalTensor weight,
                                            Tensor mean, Tensor rstd, bool needs_dweight, bool needs_dbias,
                                            const CurrentStream& current) {
@@ -237,7 +237,7 @@ Gradients layer_norm_bwd(Tensor dz, Tensor x, OptionalTensor weight, Tensor mean
   return norm_backward(dz, x, weight, mean, rstd, plain_or_expanded(x, factor), needs_dweight, needs_dbias);
 }
 
-// Runs either residual op; returns mean and rstd.
+// Runs one of the two residual ops; returns mean and rstd.
 std::tuple<Tensor, Tensor> residual_forward(LayerNormOp op, Tensor x, Tensor y, OptionalTensor scale,
                                             OptionalTensor weight, OptionalTensor bias, double eps, const Tensor& s,
                                             void* z) {

@@ -1,5 +1,5 @@
-// swinkernels._C: the build information for programs that inspect an installation without torch. The package itself
-// calls torch.ops.swinkernels.build_info and does not need this module.
+// The Python module swinkernels._C, which gives the build information to programs that inspect an installation without
+// torch. The package itself calls torch.ops.swinkernels.build_info instead.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"

@@ -1,6 +1,6 @@
-// The schemas of all ops. Without a compiled library, swinkernels/ops defines the same schemas; with one, Python only
-// adds fakes and derivatives, so a program that loads this library alone (for an AOTInductor package, say) can call the
-// ops.
+// The schemas of all ops. A program without Python, such as one that runs an AOTInductor package, can call the ops
+// after it has loaded this library. In Python, swinkernels/ops adds fake implementations and derivatives, and defines
+// the same schemas if there is no compiled library.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -10,7 +10,7 @@
 namespace swinkernels {
 namespace {
 
-// Triton and CUDA C++ share a dispatch key, so an op with kernels in both is defined twice.
+// Triton and CUDA C++ kernels use the same dispatch key, so an op with kernels in both is defined twice.
 const char* const kSuffixes[] = {"", "_triton"};
 
 template <class Library>

@@ -1,4 +1,5 @@
-// WindowSpec: a window-attention call without its tensors, in the wire format of swinkernels/window_spec.py.
+// WindowSpec: the arguments of a window attention call except its tensors, parsed from the text that
+// swinkernels/window_spec.py writes.
 #pragma once
 
 #include <array>
@@ -13,8 +14,8 @@
 
 namespace swinkernels {
 
-// Every list has three values, one per axis, slowest first; a 2D map has a leading axis of one token. A field that is
-// missing from the wire format keeps its default.
+// Every list has three values, one per axis, with the slowest axis first; a 2D map has a leading axis of size 1. A
+// field that is missing in the text keeps its default.
 struct WindowSpec {
   using Axes = std::array<int64_t, 3>;
   Axes window_size{1, 1, 1}, shift_size{}, table_window{1, 1, 1}, pad_before{}, periodic{}, key_window{1, 1, 1},
@@ -23,7 +24,7 @@ struct WindowSpec {
   bool roll_then_pad = false, grid = false, axis_tables = false, allow_tf32 = false, needs_lse = true;
   double scale, mask_value, dropout_p;
 
-  // Reads "name=value;name=value;...", in which the window comes first.
+  // Parses "name=value;name=value;...", in which the window comes first.
   WindowSpec(const std::string& wire, double scale, double mask_value, double dropout_p)
       : scale(scale), mask_value(mask_value), dropout_p(dropout_p) {
     for (const char* next = wire.c_str(); *next != '\0';) {
@@ -38,7 +39,7 @@ struct WindowSpec {
     }
   }
 
-  // Fills in the params that the spec defines for a map of `size`.
+  // Sets the params that the spec defines for a map of `size`.
   void fill(WindowAttentionForwardParams& p, const Ints& size) const {
     WindowGeometry& g = p.geometry;
     static_cast<FrameGeometry&>(g) = frame_geometry(size, window_size, shift_size, pad_before, roll_then_pad);
@@ -59,7 +60,7 @@ struct WindowSpec {
   }
 
  private:
-  // Returns the end of the value, or null for an unknown name.
+  // Parses one value. Returns a pointer to the end of the value, or null for an unknown name.
   const char* read(std::string_view name, const char* value) {
     if (name == "window_size") {
       const char* end = axes(window_size, value);
@@ -89,7 +90,7 @@ struct WindowSpec {
     return nullptr;
   }
 
-  // Reads two or three integers; the last one is for the last axis.
+  // Parses two or three integers, which belong to the last axes.
   static const char* axes(Axes& values, const char* text) {
     int64_t read[3], count = 0;
     char* end;

@@ -93,11 +93,11 @@ def test_short_names(name, short):
 def test_objects_older_than_their_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_instructions, "ROOT", tmp_path)
     monkeypatch.setattr(cpu_instructions, "OBJECTS", tmp_path)
-    with pytest.raises(cpu_instructions.Missing, match="has no objects of the CPU kernels: make build"):
+    with pytest.raises(cpu_instructions.Missing, match="has no object files of the CPU kernels: run make build"):
         cpu_instructions.objects()
     old = tmp_path / "window_attention.o"
     old.write_text("")
     assert cpu_instructions.objects() == [old]
     os.utime(old, (1, 1))
-    with pytest.raises(cpu_instructions.Missing, match="older than their sources: make build"):
+    with pytest.raises(cpu_instructions.Missing, match="older than their sources: run make build"):
         cpu_instructions.objects()

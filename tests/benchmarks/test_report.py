@@ -414,7 +414,7 @@ def test_without_lines_no_kernel_has_run() -> None:
     assert all(row[3:] == [gpu_page.NOT_YET] * 3 for row in cells[1:])
     of_attention = {(b, d) for op, b, d in kernels if op == "window_attention"}
     assert of_attention == {(b, d) for b in ("cuda", "triton") for d in ("float32", "tf32", "float16", "bfloat16")}
-    assert "No GPU figure has been measured yet" in gpu_page.readme_text([])
+    assert "No kernel has been timed on a GPU yet" in gpu_page.readme_text([])
 
 
 def test_what_ran_is_confirmed_or_wrong_with_its_device_and_commit(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-// Division by numbers known at launch, without division instructions.
+// Division, without division instructions, by divisors that are known at launch.
 #pragma once
 
 #include <cstdint>
 
 namespace swinkernels {
 
-// Divides numbers below 2^31 (Granlund and Montgomery, 1994).
+// Divides numbers below 2^31 with a multiplication, an addition and a shift (Granlund and Montgomery, 1994).
 struct FastDivisor {
   uint32_t divisor, multiplier, shift;
 
@@ -23,7 +23,7 @@ struct FastDivisor {
   }
 };
 
-// Converts row-major numbers in an array (any, extent[0], extent[1], extent[2]) back to coordinates.
+// Converts row-major indices of an array (any, extent[0], extent[1], extent[2]) to coordinates.
 struct RowMajorDivisor {
   FastDivisor volume, slab, row;
 
@@ -31,7 +31,7 @@ struct RowMajorDivisor {
     const uint32_t row = extent[2], slab = row * extent[1];
     return {FastDivisor::of(slab * extent[0]), FastDivisor::of(slab), FastDivisor::of(row)};
   }
-  // Returns the first coordinate and stores the others.
+  // Returns the first coordinate and stores the other three.
   __device__ __forceinline__ uint32_t divide(uint32_t number, uint32_t (&coordinate)[3]) const {
     uint32_t rest;
     const uint32_t first = volume.divide(number, &rest);

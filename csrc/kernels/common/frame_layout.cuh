@@ -16,7 +16,7 @@ struct FrameLayout : FrameGeometry {
     return layout;
   }
 
-  // Returns the map's coordinate for a frame coordinate on one axis. Sets is_pad outside the map.
+  // Converts a frame coordinate on one axis to a map coordinate. Sets is_pad if the result is outside the map.
   __device__ __forceinline__ uint32_t source(int axis, int frame_coordinate, bool& is_pad) const {
     const int extent = size[axis];
     int y = frame_coordinate;

@@ -1,9 +1,10 @@
-// Launching kernels, their dynamic shared memory, and the device attributes that a launch needs.
+// Functions that launch kernels, give access to dynamic shared memory and query device attributes.
 //
-// Nothing here synchronises, and all of it may run while a stream is captured.
+// None of these functions synchronises, and all may be called while a stream is captured.
 //
-// The guard is a macro and not #pragma once because tests/emulation has a twin of this file that runs a launch on the
-// CPU. Kernels therefore launch through launch() alone and declare dynamic shared memory through dynamic_smem() alone.
+// The include guard is a macro instead of #pragma once, because tests/emulation replaces this file with its own
+// version, which runs launches on the CPU. Therefore, kernels must be launched with launch(), and must access dynamic
+// shared memory with dynamic_smem().
 #ifndef SWINKERNELS_KERNELS_COMMON_LAUNCH_CUH_
 #define SWINKERNELS_KERNELS_COMMON_LAUNCH_CUH_
 
@@ -17,10 +18,10 @@
 
 namespace swinkernels {
 
-// Dynamic shared memory that a kernel may use without opting in.
+// The number of bytes of dynamic shared memory that a kernel may use without opting in.
 constexpr size_t kDefaultDynamicSmemBytes = 48 * 1024;
 
-// The block's dynamic shared memory, 128-byte aligned.
+// Returns the block's dynamic shared memory, which is 128-byte aligned.
 __device__ __forceinline__ unsigned char* dynamic_smem() {
   extern __shared__ __align__(128) unsigned char swinkernels_dynamic_smem[];
   return swinkernels_dynamic_smem;
@@ -51,7 +52,7 @@ inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size
   return status;
 }
 
-// Stores an attribute of the current device. After the first call this costs one call of cudaGetDevice.
+// Stores an attribute of the current device. The attribute is cached, so later calls only call cudaGetDevice.
 template <cudaDeviceAttr kAttribute>
 inline cudaError_t device_attribute(int* value) {
   constexpr int kCachedDevices = 64;
@@ -68,19 +69,20 @@ inline cudaError_t device_attribute(int* value) {
 
 inline cudaError_t multiprocessor_count(int* count) { return device_attribute<cudaDevAttrMultiProcessorCount>(count); }
 
-// Stores the bytes of shared memory that a block may use.
+// Stores the number of bytes of shared memory that a block may use.
 inline cudaError_t shared_bytes_of_block(int* bytes) {
   return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(bytes);
 }
 
-// Stores how many of a kernel's blocks fit on a multiprocessor of the current device: at least 1 if the kernel can run.
+// Stores the number of a kernel's blocks that fit on a multiprocessor of the current device, at least 1 if the kernel
+// can run.
 template <class... Params>
 inline cudaError_t blocks_per_multiprocessor(void (*kernel)(Params...), int threads, size_t dynamic_smem_bytes,
                                              int* blocks) {
   int device;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
-  // Per thread, so that a call takes no lock; one entry per kernel and configuration.
+  // The cache is per thread, which avoids a lock, and has one entry per kernel and configuration.
   thread_local std::map<std::tuple<int, void (*)(Params...), int, size_t>, int> cache;
   const auto key = std::make_tuple(device, kernel, threads, dynamic_smem_bytes);
   const auto found = cache.find(key);
@@ -90,8 +92,8 @@ inline cudaError_t blocks_per_multiprocessor(void (*kernel)(Params...), int thre
   }
   status = allow_dynamic_smem(kernel, dynamic_smem_bytes);
   if (status == cudaSuccess && dynamic_smem_bytes > 0) {
-    // The result assumes that blocks get all shared memory; without the hint the driver may leave more of it to the L1
-    // cache.
+    // The number of blocks is valid only if the driver assigns as much memory as possible to shared memory instead of
+    // the L1 cache; this attribute makes it do so.
     status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   }

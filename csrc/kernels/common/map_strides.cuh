@@ -18,8 +18,8 @@ struct MapStrides {
     return {bytes(map.batch_stride), {bytes(map.axis_stride[0]), bytes(map.axis_stride[1]), bytes(map.axis_stride[2])}};
   }
 
-  // Returns the byte offset of a token's row from the map's data, plus `start`. All factors are unsigned, so a product
-  // costs two multiply-adds.
+  // Returns `start` plus the byte offset of a token's row in the map. All factors are unsigned, so that each product
+  // needs only two multiply-adds.
   __device__ __forceinline__ uint64_t offset(uint32_t batch_index, const uint32_t (&y)[3], uint64_t start = 0) const {
     return start + batch_index * batch + y[0] * axis[0] + y[1] * axis[1] + y[2] * axis[2];
   }

@@ -1,5 +1,5 @@
-// Sums the blocks' partial results in an order that depends only on their number, without atomics: every run gives the
-// same bits.
+// Sums the partial results of all blocks without atomics, in an order that depends only on the number of blocks, so
+// that every run gives the same bits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,10 +8,10 @@
 
 namespace swinkernels {
 
-// A block of kOutputs * kSlices threads sums kOutputs columns. Thread i works on column i % kOutputs, whose `count`
-// values begin at `partials`, `stride` apart; `partials` is null if there is no such column. Slices of a column are
-// summed in parallel, then added in order. Every thread of the block calls this; threads i < kOutputs, the first slice,
-// return the sums.
+// Sums kOutputs columns with a block of kOutputs * kSlices threads, all of which must call this function. Thread i
+// works on column i % kOutputs, which has `count` values, `stride` apart, from `partials` on; `partials` is null if the
+// column does not exist. The slices of a column are summed in parallel, and their sums are added in order. Threads i <
+// kOutputs return the sums of the columns.
 template <int kOutputs, int kSlices>
 __device__ __forceinline__ float ordered_sum(const float* partials, int64_t stride, uint32_t count) {
   __shared__ float slices[kSlices][kOutputs];

@@ -1,4 +1,5 @@
-// Random numbers that depend only on a key and a counter, so that one pass can repeat the draws of another.
+// Random numbers that depend only on a key and a counter, so that the backward pass can repeat the numbers of the
+// forward pass.
 //
 // Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011: Philox4x32-10.
 #pragma once

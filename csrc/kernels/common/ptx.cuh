@@ -1,11 +1,11 @@
-// Every PTX instruction that the kernels use, as a function. No other file has inline assembly.
+// Functions for all PTX instructions that the kernels use. No other file contains inline assembly.
 //
 // Fragment layouts (PTX ISA, "Matrix Fragments for mma") are given by lane; throughout, with lane = threadIdx.x % 32,
 //   g = lane / 4  and  t = lane % 4.
 // Two 16-bit elements share a register; the one with the lower column (A) or row (B) is in the low half.
 //
-// The guard is a macro and not #pragma once because tests/emulation has a twin of this file, with the same functions
-// for the CPU. An instruction added here must also be added there.
+// The include guard is a macro instead of #pragma once, because tests/emulation replaces this file with its own
+// version, which implements the same functions on the CPU. An instruction added here must also be added there.
 #ifndef SWINKERNELS_KERNELS_COMMON_PTX_CUH_
 #define SWINKERNELS_KERNELS_COMMON_PTX_CUH_
 
@@ -16,7 +16,8 @@
 
 namespace swinkernels::ptx {
 
-// An address in shared memory in the form that the instructions need. Compute it once and add offsets to it.
+// A shared-memory address in the form that the instructions need. For speed, compute a base address once and add
+// offsets to it.
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* smem) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
@@ -27,8 +28,8 @@ __device__ __forceinline__ SharedAddress shared_address(const void* smem) {
 //   a[1]  A[g + 8][2t, 2t + 1]        a[3]  A[g + 8][2t + 8, 2t + 9]
 //   b[0]  B[2t, 2t + 1][g]            b[1]  B[2t + 8, 2t + 9][g]
 //   d[0], d[1]  D[g][2t], D[g][2t + 1]        d[2], d[3]  D[g + 8][2t], D[g + 8][2t + 1]
-// So the D fragments of two neighbouring 16 x 8 tiles, packed to 16 bits, are the A fragment of the 16 x 16 tile:
-// a[0] = tile0.d[0, 1], a[1] = tile0.d[2, 3], a[2] = tile1.d[0, 1], a[3] = tile1.d[2, 3].
+// Therefore, the D fragments of two neighbouring 16 x 8 tiles, packed to 16 bits, form the A fragment of the 16 x 16
+// tile: a[0] = tile0.d[0, 1], a[1] = tile0.d[2, 3], a[2] = tile1.d[0, 1], a[3] = tile1.d[2, 3].
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
@@ -59,8 +60,8 @@ __device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2
       : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
 
-// d += a * b for A 16 x 8 (row-major), B 8 x 8 (column-major), D 16 x 8 as above. Operands are the bits of floats; the
-// hardware ignores the low 13 bits, so to_tf32 rounds the floats first.
+// d += a * b for A 16 x 8 (row-major), B 8 x 8 (column-major), D 16 x 8 as above. Operands are the bits of floats. The
+// hardware ignores the low 13 bits, so round the floats with to_tf32 first.
 //   a[0]  A[g    ][t]        a[2]  A[g    ][t + 4]        b[0]  B[t    ][g]
 //   a[1]  A[g + 8][t]        a[3]  A[g + 8][t + 4]        b[1]  B[t + 4][g]
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -70,12 +71,12 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Loads four (x4) or two (x2) 8 x 8 matrices of 16-bit elements from shared memory. Row r of matrix i is the 16 bytes,
-// 16-byte aligned, at the smem_row that lane 8 * i + r passes (x2: lanes 16..31 pass any valid address).
+// Loads four (x4) or two (x2) 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 * i + r passes the 16-byte
+// aligned address of row r of matrix i, 16 bytes, as smem_row (x2: lanes 16..31 pass any valid address).
 //   ldmatrix_x*        r[i] holds M_i[g][2t, 2t + 1]
 //   ldmatrix_x*_trans  r[i] holds M_i[2t, 2t + 1][g]
-// Use the plain form for rows along which the contraction index is contiguous (q, k as keys), and the transposed form
-// for v, whose rows are numbered by the contraction index.
+// Use the plain form for matrices whose contraction index runs along the rows (q, and k in q k^T), and the transposed
+// form for matrices whose contraction index numbers the rows (v in p v).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* smem_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -104,7 +105,7 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "memory");
 }
 
-// Register allocation differs for sm_100 and newer.
+// True for sm_100 and newer, for which ptxas allocates registers differently.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool kIsBlackwell = true;
 #else
@@ -140,8 +141,8 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t m) {
 }
 
 // Copies 16 bytes from global to shared memory in the background, bypassing L1 (.cg). Both addresses are 16-byte
-// aligned. When !valid, writes zeros instead and does not read gmem. The bytes are visible to the calling thread after
-// the cp_async_wait of their group, and to other threads after a barrier that follows it.
+// aligned. If !valid, writes zeros and does not read gmem. The bytes are visible to the calling thread after the
+// cp_async_wait for their group, and to other threads after a subsequent barrier.
 __device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
@@ -149,7 +150,7 @@ __device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool v
                : "memory");
 }
 
-// Like the function above, without `valid`: a size known at compile time saves three instructions.
+// Like the function above with valid = true. The size is known at compile time, which saves three instructions.
 __device__ __forceinline__ void cp_async_16(SharedAddress smem, const void* gmem) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                :
@@ -157,7 +158,8 @@ __device__ __forceinline__ void cp_async_16(SharedAddress smem, const void* gmem
                : "memory");
 }
 
-// Writes 16 bytes, 16-byte aligned, to global memory. An address computed as a number would compile to a generic store.
+// Writes 16 bytes to a 16-byte aligned address in global memory. Without this function, a store to an address that is
+// computed as a number would compile to a generic store.
 __device__ __forceinline__ void store_global_16(void* gmem, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                :
@@ -165,7 +167,7 @@ __device__ __forceinline__ void store_global_16(void* gmem, uint4 x) {
                : "memory");
 }
 
-// Like cp_async_16 with `valid`, for 4 bytes: both addresses are 4-byte aligned, and the copy goes through L1 (.ca).
+// Like cp_async_16 with `valid`, for 4 bytes. Both addresses are 4-byte aligned, and the copy is cached in L1 (.ca).
 __device__ __forceinline__ void cp_async_4(void* smem, const void* gmem, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                :
@@ -173,24 +175,24 @@ __device__ __forceinline__ void cp_async_4(void* smem, const void* gmem, bool va
                : "memory");
 }
 
-// Closes the group of this thread's copies since the last commit; the group may be empty.
+// Combines this thread's copies since the last commit into a group, which may be empty.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most the N youngest committed groups of this thread are still in flight.
+// Waits until at most the N most recent groups of this thread are still in flight.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// 2 ** x with a relative error of at most 2 ** -22; denormals are flushed to zero, exp2_approx(-inf) = 0.
+// Returns 2 ** x with a relative error of at most 2 ** -22. Denormals are flushed to zero, and exp2_approx(-inf) = 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// 1 / x and log2(x) with a relative error of about 2 ** -23; near 1, log2 has an absolute error of 2 ** -22. Denormals
-// count as zero.
+// Return 1 / x and log2(x) with a relative error of about 2 ** -23; near 1, log2 has an absolute error of 2 ** -22.
+// Denormal arguments are treated as zero.
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -202,22 +204,22 @@ __device__ __forceinline__ float log2_approx(float x) {
   return y;
 }
 
-// The bits of x rounded to TF32 (10 bits of mantissa), to nearest, ties away from zero.
+// Returns the bits of x rounded to TF32 (10 bits of mantissa), to nearest, with ties away from zero.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
 
-// Returns a * b + c, computed by one instruction regardless of where a and b come from.
+// Returns a * b + c. Always compiles to one instruction, for any origin of a and b.
 __device__ __forceinline__ uint64_t multiply_add_wide(uint32_t a, uint32_t b, uint64_t c) {
   uint64_t d;
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
   return d;
 }
 
-// Returns x, opaque to the compiler: in a loop, values derived from x are then recomputed instead of being kept in
-// registers from one iteration to the next, which is cheaper if accumulators fill the registers.
+// Returns x, but hides its value from the compiler. In a loop, the compiler then recomputes values derived from x
+// instead of keeping them in registers between iterations, which is faster if accumulators fill the registers.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -1,5 +1,5 @@
-// The number of a kernel's blocks that the device holds at once, which is the grid size of kernels whose blocks loop
-// over their work.
+// The number of a kernel's blocks that can be resident on the device at the same time. Kernels whose blocks loop over
+// their work use it as the grid size.
 #pragma once
 
 #include <cstddef>

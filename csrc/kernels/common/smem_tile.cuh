@@ -1,5 +1,5 @@
-// A row-major tile in shared memory whose 16-byte chunks are permuted within a row, so that ldmatrix and column-wise
-// reads of eight consecutive rows touch all 32 banks once.
+// A row-major tile in shared memory whose 16-byte chunks are permuted within each row, so that ldmatrix and column-wise
+// reads of eight consecutive rows access each of the 32 banks once.
 #pragma once
 
 #include "dtype.cuh"
@@ -14,7 +14,7 @@ struct SmemTile {
   static constexpr int kVec = 16 / static_cast<int>(sizeof(T));
   static constexpr int kChunks = kCols / kVec;  // 16-byte chunks of a row
   static_assert(kChunks >= 2 && (kChunks & (kChunks - 1)) == 0);
-  // Eight chunks fill the 32 banks once; narrower rows share them, so the permutation changes every kRowsPerLine rows.
+  // Eight chunks occupy all 32 banks. If rows are shorter, kRowsPerLine rows share the banks and the same permutation.
   static constexpr int kPermuted = kChunks < 8 ? kChunks : 8;
   static constexpr int kRowsPerLine = 8 / kPermuted;
 
@@ -23,16 +23,16 @@ struct SmemTile {
   __device__ __forceinline__ T* chunk(int row, int c) const { return data + offset(row, c); }
   __device__ __forceinline__ T* element(int row, int col) const { return chunk(row, col / kVec) + col % kVec; }
 
-  // Both return the address that a lane passes to ldmatrix and stmatrix: `square` for 16 rows of two chunks, as the
-  // matrices (rows 0-7, chunk c), (rows 8-15, c), (rows 0-7, c + 1), (rows 8-15, c + 1); `band` for 8 rows of four
-  // chunks, or of two if rows have only two. row and c are multiples of these numbers of rows and chunks.
+  // Return the address that a lane passes to ldmatrix and stmatrix. `square` is for 16 rows of two chunks, as the
+  // matrices (rows 0-7, chunk c), (rows 8-15, c), (rows 0-7, c + 1), (rows 8-15, c + 1). `band` is for 8 rows of four
+  // chunks, or of two chunks if a row has only two. row and c must be multiples of these numbers of rows and chunks.
   __device__ __forceinline__ T* square(int row, int c) const {
     return chunk(row + threadIdx.x % 16, c + threadIdx.x % 32 / 16);
   }
   __device__ __forceinline__ T* band(int row, int c) const {
     return chunk(row + threadIdx.x % 8, c + threadIdx.x % 32 / 8 % kChunks);
   }
-  // Returns the address for a transposed operand, as `square` with the second and the third matrix exchanged.
+  // Returns the address for a transposed operand: like `square`, but with the second and third matrix exchanged.
   __device__ __forceinline__ T* transposed_square(int row, int c) const {
     return chunk(row + threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, c + threadIdx.x / 8 % 2);
   }
@@ -43,8 +43,8 @@ struct SmemTile {
   }
 };
 
-// Byte offsets of a lane's square and band in every tile of one shape. Keeping them in registers saves a loop
-// the arithmetic of the permutation.
+// The byte offsets of a lane's addresses, which are the same in every tile of one shape. Keeping them in registers
+// avoids computing the permutation in a loop.
 template <class Tile>
 struct LaneOffsets {
   int square, band, transposed_square;
@@ -70,8 +70,8 @@ struct LocatedTile : Tile_ {
   __device__ __forceinline__ T* transposed_square(int row, int c) const { return at(lane.transposed_square, row, c); }
 
  private:
-  // row is a multiple of 8, so the lane's own row determines the permutation; the bits of c must not overlap the bits
-  // of the lanes' own chunks.
+  // row is a multiple of 8, so the permutation depends only on the lane. The bits of c must not overlap the bits of the
+  // lanes' chunk numbers.
   __device__ __forceinline__ T* at(int offset, int row, int c) const {
     return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(Tile::data + row * Tile::kCols) + (offset ^ c * 16));
   }
@@ -79,7 +79,7 @@ struct LocatedTile : Tile_ {
 
 // Writes a 16 x (8 * kTiles) accumulator fragment (PTX layout, see ptx.cuh) to rows row0.. of a tile, but only columns
 // below col_limit and, with kLimitRows, rows below row_limit. row0 is a multiple of 8. Elements past the limits keep
-// their value: zeros there must not be overwritten with sums that may be NaN.
+// their values, because zeros there must not be overwritten with sums that may be NaN.
 template <bool kLimitRows, int kTiles, class Tile>
 __device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const float (&x)[kTiles][4], float factor0,
                                                float factor1, int row_limit, int col_limit) {
@@ -96,8 +96,8 @@ __device__ __forceinline__ void write_fragment(const Tile& tile, int row0, const
   }
 }
 
-// Writes 16 x (8 * kTiles) elements to rows row0.. of a tile of 16-bit elements. They are an accumulator fragment
-// packed by pairs: x[j][half] holds columns 2t, 2t + 1 of tile j in row g + 8 * half. kByMatrix: uses stmatrix.
+// Writes an accumulator fragment, 16 x (8 * kTiles), packed by pairs, to rows row0.. of a tile of 16-bit elements:
+// x[j][half] contains columns 2t, 2t + 1 of tile j in row g + 8 * half. Uses stmatrix if kByMatrix.
 template <bool kByMatrix = ptx::kHasStmatrix, int kTiles, class Tile>
 __device__ __forceinline__ void write_packed(const Tile& tile, int row0, const uint32_t (&x)[kTiles][2]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;

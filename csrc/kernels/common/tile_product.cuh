@@ -2,9 +2,9 @@
 //   add_abt   c += A B^T     16 rows of A and 8 * kTiles rows of B, both in shared memory
 //   add_pb    o += P B       P an accumulator fragment of 16 x (8 * kTiles), B 8 * kTiles rows in shared memory
 //   add_ptb   o += P^T B     P and B 8 * kTiles rows in shared memory, 16 columns of P
-// A policy chooses 16-bit or TF32 tensor cores or float fused multiply-adds. All three produce the same layout, so a
-// kernel is written once. The order of a contraction may be permuted if it is the same in both operands; the float
-// policies use that to take P from registers directly: index t stands for column 2t, t + 4 for column 2t + 1.
+// The product policies use 16-bit tensor cores, TF32 tensor cores or float fused multiply-adds. All three produce the
+// same layout, so each kernel is written once. A contraction may permute its index if both operands use the same order;
+// the float policies do so to use P directly from registers: index t is column 2t, and t + 4 is column 2t + 1.
 #pragma once
 
 #include "ptx.cuh"
@@ -12,7 +12,8 @@
 
 namespace swinkernels {
 
-// c += A B^T on tensor cores. A step contracts two 16-byte chunks of the rows, 16 elements or 8 floats.
+// c += A B^T on tensor cores. Each step contracts two 16-byte chunks of the rows, that is, 16 16-bit elements or 8
+// floats.
 template <class Policy, int kTiles, class Tile>
 __device__ __forceinline__ void tensor_core_add_abt(float (&c)[kTiles][4], const Tile& a_tile, int a_row,
                                                     const Tile& b_tile) {
@@ -81,7 +82,7 @@ struct HalfPrecisionProduct {
     }
   }
 
-  // Like add_pb, for a P packed by pairs (see write_packed in smem_tile.cuh).
+  // Like add_pb, but P is packed by pairs (see write_packed in smem_tile.cuh).
   template <int kTiles, int kColTiles, class Tile>
   __device__ static __forceinline__ void add_pb(float (&o)[kColTiles][4], const uint32_t (&p)[kTiles][2],
                                                 const Tile& b) {
@@ -204,8 +205,8 @@ struct Tf32Product {
   }
 
  private:
-  // o += A B over 8 * kTiles rows of B in the permuted order. Columns are the outer loop: the addresses of all steps
-  // then differ by a constant only; otherwise they would take two registers each.
+  // o += A B over 8 * kTiles rows of B in the permuted order. The outer loop is over columns, so that the addresses of
+  // all steps differ only by constants; otherwise each would need two registers.
   template <int kTiles, int kColTiles, class Tile>
   __device__ static __forceinline__ void add_fragments(float (&o)[kColTiles][4], const uint32_t (&a)[kTiles][4],
                                                        const Tile& tile) {

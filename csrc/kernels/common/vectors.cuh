@@ -1,6 +1,7 @@
-// Vectors of neighbouring elements in global memory; their type is known at compile time or passed to the kernel.
+// Vectors of neighbouring elements in global memory. The element type is known at compile time or passed to the kernel.
 //
-// A vector is loaded raw and converted on use, so a load in flight takes only the registers that its raw bytes fill.
+// A vector is loaded without conversion and converted on use, so a load in flight occupies only as many registers as
+// the unconverted elements need.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +13,12 @@
 
 namespace swinkernels {
 
-// Stands for an element type passed to the kernel at run time. Branches on it are uniform, and cheap compared with the
-// memory access in each.
+// Marks an element type that is passed to the kernel at run time. Branches on the type are uniform, and their cost is
+// small compared with the memory accesses.
 struct AnyElement {};
 
-// kVec elements. Offsets are in elements; the offset of a vector in its row is a multiple of kVec.
+// Loads, stores and converts vectors of kVec elements. Offsets are in elements; the offset of a vector in its row is a
+// multiple of kVec.
 template <class T, int kVec>
 struct Vectors {
   static constexpr int kWords = kVec * static_cast<int>(sizeof(T)) / 4;
@@ -82,11 +84,11 @@ struct Vectors {
   }
 };
 
-// One element, or four elements, which have 8 or 16 bytes in all.
+// For one element, or for four elements of 8 or 16 bytes in total.
 template <int kVec>
 struct Vectors<AnyElement, kVec> {
   static_assert(kVec == 1 || kVec == 4);
-  static constexpr int kWords = kVec;  // 16-bit elements fill half of them; a single element takes one
+  static constexpr int kWords = kVec;  // four 16-bit elements fill half of the words
   struct Raw {
     uint32_t word[kWords];
   };

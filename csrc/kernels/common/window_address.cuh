@@ -1,5 +1,5 @@
-// The positions of a window's tokens in the map, their padding and their shift regions: implements the definition of
-// WindowGeometry (csrc/params/window_attention.h) as index arithmetic without divisions.
+// Computes the positions of a window's tokens in the map, their padding and their shift regions. Implements the
+// definition of WindowGeometry (csrc/params/window_attention.h) as index arithmetic without divisions.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,14 @@
 namespace swinkernels {
 
 struct WindowLayout : FrameLayout {
-  // Query i and key j have entry query_index(i) - key_index(j) + table_middle of the bias table. query_stride and
-  // key_stride multiply a token's coordinates in these indices; they differ on an axis whose table rows belong to pairs
-  // of coordinates.
+  // The bias of query i and key j is entry query_index(i) - key_index(j) + table_middle of the bias table. query_stride
+  // and key_stride are the factors of a token's coordinates in these indices. They differ on an axis if the table has a
+  // row for each pair of coordinates on this axis (table_pairs).
   int32_t table_window[3], query_stride[3], key_stride[3];
   int32_t table_middle;
   int32_t table_entries;
   bool table_pairs[3], has_table_pairs;
-  bool has_regions[3];  // the axis is cut into shift regions
+  bool has_regions[3];  // true if the axis is divided into shift regions
   bool grid;
   const int32_t* region_map;
   RowMajorDivisor windows;  // windows of an image
@@ -48,7 +48,7 @@ struct WindowLayout : FrameLayout {
 
   int32_t num_tokens() const { return window[0] * window[1] * window[2]; }
 
-  // Rows of the bias table for one axis.
+  // Returns the number of rows of the bias table for one axis.
   __host__ __device__ int32_t table_rows(int axis) const {
     return table_pairs[axis] ? table_window[axis] * table_window[axis] : 2 * table_window[axis] - 1;
   }
@@ -56,7 +56,8 @@ struct WindowLayout : FrameLayout {
   __device__ __forceinline__ int query_index(int token) const { return weighted(token, query_stride); }
   __device__ __forceinline__ int key_index(int token) const { return weighted(token, key_stride); }
 
-  // Returns the sum of a token's coordinates, row-major in table_window, times the axes' weights.
+  // Returns the sum of a token's coordinates (tokens are numbered row-major in table_window) times the weights of the
+  // axes.
   __device__ __forceinline__ int weighted(int token, const int32_t (&weights)[3]) const {
     const int row = token / table_window[2];
     return row / table_window[1] * weights[0] + row % table_window[1] * weights[1] +
@@ -64,7 +65,7 @@ struct WindowLayout : FrameLayout {
   }
 
   // Returns i - j for the pairs of tokens that use this entry of the table; i and j are numbered row-major in
-  // table_window. kMayHavePairs: the table may have rows for pairs of coordinates.
+  // table_window. kMayHavePairs: the table may have table_pairs.
   template <bool kMayHavePairs>
   __device__ __forceinline__ int token_distance(int entry) const {
     int distance = 0, weight = 1;
@@ -148,7 +149,7 @@ __device__ __forceinline__ int32_t token_region(const WindowLayout& layout, cons
   return layout.region_map == nullptr ? region : layout.region_map[frame_index];
 }
 
-// The address of a token map, with strides in bytes.
+// The address of a token map and its strides in bytes.
 struct MapAddress {
   const void* data;
   MapStrides strides;

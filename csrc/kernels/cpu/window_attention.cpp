@@ -1,4 +1,5 @@
-// The CPU backend of window attention: chooses the best kernels for this machine and divides the work into tasks.
+// The CPU backend of window attention. Chooses the kernels for the best instruction set of this machine, and divides
+// the work into tasks.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -52,8 +53,8 @@ const WindowAttentionKernels& kernels() {
 struct AlignedDelete {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
 };
-// Scratch memory that each thread keeps between calls, because page faults of fresh memory would take longer than the
-// work on a small map.
+// Returns scratch memory, which each thread keeps between calls. On a small map, page faults of newly allocated memory
+// would take longer than the computation.
 void* scratch(int64_t bytes) {
   thread_local std::unique_ptr<void, AlignedDelete> memory;
   thread_local int64_t capacity = 0;
@@ -66,7 +67,7 @@ void* scratch(int64_t bytes) {
   return memory.get();
 }
 
-// Runs body(begin, end) over [0, tasks).
+// Calls body(begin, end) in parallel for ranges that together cover [0, tasks).
 template <class Body>
 void run(ParallelFor parallel_for, int64_t tasks, Body body) {
   parallel_for(
@@ -75,7 +76,7 @@ void run(ParallelFor parallel_for, int64_t tasks, Body body) {
 
 int64_t product(const int32_t (&v)[3]) { return int64_t{1} * v[0] * v[1] * v[2]; }
 
-// The logarithm of the largest factor of v2's cosines.
+// ln 100, to which v2's logit_scale is clamped.
 constexpr double kMaxLogitScale = 4.605170185988092;
 
 int64_t key_volume(const WindowGeometry& g) {
@@ -97,8 +98,9 @@ int64_t axis_table_rows(const WindowAttentionForwardParams& p) {
 
 BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   const WindowAttentionForwardParams& p = params.forward;
-  // There are enough chunks for the threads of a large machine, but several windows in each, because every chunk writes
-  // a partial bias gradient. With a dense bias, the chunks write at most 64 MiB, unless the bias types need more.
+  // There are enough chunks for the threads of a large machine, but each has several windows, because every chunk
+  // writes a partial bias gradient. With a dense bias, the partial gradients have at most 64 MiB in total, unless there
+  // must be more chunks because of the number of bias types.
   constexpr int64_t kChunks = 128, kMinWindowChunks = 8, kMinWindows = 4, kMaxDenseElements = 1 << 24;
   const int64_t types = p.bias_types, dense = p.num_heads * scores_of_window(p);
   int64_t most = std::max(kMinWindowChunks, kChunks / p.num_heads);
@@ -119,7 +121,7 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
                                                 : 2 * g.table_window[axis] - 1;
   }
 
-  // Takes an array from the workspace or, if that is null, only counts the bytes.
+  // Returns an array in the workspace, or only counts the bytes if the workspace is null.
   const auto take = [&](const float* wanted, int64_t count_per_chunk) -> float* {
     if (wanted == nullptr) return nullptr;
     char* part = static_cast<char*>(params.workspace);
@@ -142,7 +144,8 @@ BackwardPartition make_partition(const WindowAttentionBackwardParams& params) {
   return partition;
 }
 
-// sum[i * stride] = the sum of parts[i] over `chunks` parts, `chunk_stride` apart, always in the same order.
+// Sets sum[i * stride], for i < count, to the sum of parts[i + n * chunk_stride] over the chunks n, always in the same
+// order.
 void sum_chunks(const float* parts, int64_t chunks, int64_t chunk_stride, int64_t count, float* sum, int64_t stride) {
   constexpr int64_t kTile = 256;
   for (int64_t first = 0; first < count; first += kTile) {
@@ -206,7 +209,7 @@ void window_attention_backward(const WindowAttentionBackwardParams& params, Para
         if (params.dlogit_scale != nullptr) {
           float* sum = params.dlogit_scale + head;
           sum_chunks(partition.dlogit_scale + head, chunks, heads, 1, sum, 1);
-          // At the bound itself the gradient is not zero, as in torch.clamp.
+          // Like torch.clamp, this passes the gradient through at the bound itself.
           *sum = p.logit_scale[head] <= kMaxLogitScale ? *sum * score_factor(p, head) : 0.0f;
         }
         if (params.dpad_qkv != nullptr) {

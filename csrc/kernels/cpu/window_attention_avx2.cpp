@@ -6,7 +6,7 @@
 
 #include "window_attention_kernels.h"
 
-// The pragma covers the rest of the file: templates are compiled at its end, under the target in effect there.
+// The pragma covers the rest of the file, because templates are compiled for the target that is in effect at its end.
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

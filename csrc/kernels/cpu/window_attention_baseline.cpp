@@ -1,4 +1,4 @@
-// Window attention for any CPU: 4 floats at a time, which every x86-64 and aarch64 CPU supports.
+// Window attention for any CPU, with vectors of 4 floats, which every x86-64 and aarch64 CPU supports.
 #include <cstdint>
 
 #include "window_attention_kernels.h"

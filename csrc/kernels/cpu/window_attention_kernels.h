@@ -16,8 +16,7 @@
 
 namespace swinkernels::cpu {
 
-// Returns the factor by which a head's products of q and k are scaled: the scale, or in v2 exp(min(logit_scale, ln
-// 100)).
+// Returns the factor of a head's scores: the scale or, in v2, exp(min(logit_scale, ln 100)).
 float score_factor(const WindowAttentionForwardParams&, int64_t head);
 
 // The division of the backward pass into chunks, which does not depend on the number of threads. A chunk consists of
@@ -30,7 +29,7 @@ struct BackwardPartition {
   int64_t window_chunks;
   int64_t table_rows;
   int64_t workspace_bytes;  // bytes of all arrays below
-  // Null for gradients that are not wanted:
+  // The arrays are null for gradients that are not wanted.
   float* dbias_table;   // (window_chunks, num_heads, table_rows)
   float* dbias;         // (window_chunks, num_heads, N, M)
   float* daxis_tables;  // (window_chunks, num_heads, rows of all axes, head_dim)
@@ -41,7 +40,8 @@ struct BackwardPartition {
 
 struct WindowAttentionKernels {
   const char* instruction_set;
-  // Bytes of scratch memory, 64-byte aligned, for one call of forward or backward.
+  // Return the number of bytes of scratch memory for one call of forward or backward. The memory must be 64-byte
+  // aligned.
   int64_t (*forward_scratch_bytes)(const WindowAttentionForwardParams&);
   int64_t (*backward_scratch_bytes)(const WindowAttentionBackwardParams&);
   // Runs tasks [begin, end) of window * num_heads + head.
@@ -49,7 +49,8 @@ struct WindowAttentionKernels {
   // Runs chunks [begin, end).
   void (*backward)(const WindowAttentionBackwardParams&, const BackwardPartition&, int64_t begin, int64_t end,
                    void* scratch);
-  // For a partition with dkv, after backward: runs tasks [begin, end) of window * num_heads + head.
+  // Sums dkv into dk and dv after backward, if the partition has dkv. Runs tasks [begin, end) of window * num_heads +
+  // head.
   void (*sum_key_gradients)(const WindowAttentionBackwardParams&, const BackwardPartition&, int64_t begin, int64_t end,
                             void* scratch);
 };

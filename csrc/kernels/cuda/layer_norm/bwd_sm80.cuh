@@ -1,14 +1,14 @@
-// Layer norm backward: plain, of merged neighbours, of expanded parts, and next to a residual connection.
+// Layer norm backward: of plain rows, of merged neighbours, of expanded parts, or combined with a residual connection.
 //
-// Maths     with v the normalised rows, n = (v - mean) * rstd and g = dz * weight:
+// Maths     v are the rows that are normalised, n = (v - mean) * rstd, g = dz * weight:
 //           dv = rstd * (g - mean(g) - n * mean(g * n)), dweight = sum of dz * n, dbias = sum of dz over the rows.
 //           Residual: dx = ds + dv, dy = scale * dx. Post norm: dz = scale * ds, dy = dv; dx = ds.
 //           Merging writes dv to the position of v, and zeros to neighbours that are in no row.
 // Tiling    as in fwd_sm80.cuh. A thread keeps its columns from row to row, so their dweight and dbias accumulate in
 //           registers; at the end the block's threads that share a column add their sums in order, and
-//           reduce_partials.cu adds the blocks' sums. If registers allow, the next row is loaded before this one is
-//           reduced; otherwise 12 warps, each with a row in flight, suffice: about 5 saturate the memory (traffic
-//           460 cycles per warp and row, latency 800, computation 1,300).
+//           reduce_partials.cu adds the blocks' sums. If there are enough registers, the next row is loaded before this
+//           one is reduced. Otherwise each warp has only one row in flight, but 12 warps suffice: about 5 saturate the
+//           memory (traffic 460 cycles per warp and row, latency 800, computation 1,300).
 // Order     there are no atomics: the same device gives the same bits.
 // Traffic   v, dz (and ds) are read once, dx (and dy) written once; mean and rstd, 8 bytes per row, are read once.
 //           Partials are 8 * blocks * length bytes, written and read in L2.
@@ -49,8 +49,8 @@ struct BackwardSmem {
   }
 };
 
-// Adds up dweight and dbias of all threads that share a column, in an order that depends only on the row's length, and
-// writes them to `partial`, (2, length). `sums` is shared memory for two values of each of the block's columns.
+// Sums dweight and dbias over all threads that share a column, in an order that depends only on the length of a row,
+// and writes the sums to `partial`, (2, length). `sums` is shared memory for two values per column.
 template <int kVec, int kVecs>
 __device__ __forceinline__ void write_partial(float* partial, float* sums, const RowGroup& group,
                                               const Columns<kVec, kVecs>& columns, uint32_t length,
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
     if (row.exists) row.position = args.source.position(number);
     return row;
   };
-  // Raw vectors; zeros in place of missing ones, which add nothing to any sum.
+  // Unconverted vectors. Missing vectors are zeros, which do not change any sum.
   const auto load_x = [&](const Row& row, int i) {
     if (!row.exists || !columns.has(i) || !slots.exists(i, row.position)) return typename X::Raw{};
     return X::load(X::row(args.normalised, row.position.offset, x_dtype), slots.offset(i), x_dtype);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
     if (Traits::kBackwardPrefetch) next = load(first + group.index() + step);  // in flight while this one is computed
 
     Row row = inputs.row;
-    // x - mean and the gradient of the norm's result.
+    // x - mean, and the gradient of the norm's result.
     const auto read = [&](int i, float (&centred)[kVec], float (&dz)[kVec]) {
       X::unpack(Traits::kKeepsRow ? inputs.x[i] : load_x(row, i), centred, x_dtype);
       Dz::unpack(Traits::kKeepsRow ? inputs.dz[i] : load_dz(row, i), dz, dz_dtype);
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBackwardBlocks)
     if (!row.exists) continue;
     if (!Traits::kKeepsRow) row = locate(ptx::opaque(row.number));  // not kept in registers
 
-    // dx = rstd * (g - mean(g) - (x - mean) * rstd^2 * mean(g * (x - mean))), without the factor rstd, returned in dz.
+    // dx = rstd * (g - mean(g) - (x - mean) * rstd^2 * mean(g * (x - mean))), returned in dz without the factor rstd.
     const float mean_g = sums[0] * args.inverse_length;
     const float slope = sums[1] * inputs.rstd * args.inverse_length * inputs.rstd;
     const auto differentiate = [&](const float (&centred)[kVec], const float (&w)[kVec], float (&dz)[kVec]) {

@@ -1,4 +1,4 @@
-// The choice of the instantiation for a call, and of its threads and blocks.
+// Chooses the kernel instantiation for a call, and the number of threads and blocks to launch.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace swinkernels::cuda {
 
-// Defined in the instantiation files for each op and source of rows. Given `bytes`, a backward function returns the
-// workspace's size without launching anything.
+// Defined for each op and source of rows in the instantiation files. If `bytes` is not null, a backward function only
+// stores the size of its workspace there and launches nothing.
 template <LayerNormOp kOp, class Source>
 cudaError_t launch_forward(const LayerNormForwardParams& params, cudaStream_t stream);
 template <LayerNormOp kOp, class Source>
@@ -24,13 +24,13 @@ struct Elements {
   static constexpr int kVec = kVec_;
 };
 
-// Calls f(Elements) with the element types and the vectors for rows that are contiguous in x in runs of `run` elements.
-// The pairs of types in autocast and plain half precision have separate kernels. Their vectors are 16 bytes of the
-// wider type: neighbouring lanes then write whole 32-byte sectors of both types. One kernel serves rows of other
-// lengths, other pairs of types, and features that only this kernel supports.
+// Calls f(Elements) with the element types and the vector length for rows that consist of contiguous runs of `run`
+// elements in x. Float32, half precision and the pairs of types in autocast have separate kernels. Their vectors have
+// 16 bytes of the wider type, so that neighbouring lanes write whole 32-byte sectors of both types. A shared kernel
+// supports all other row lengths and pairs of types, and all calls for which `needs_shared` is true.
 template <LayerNormOp kOp, class Source, class F>
 cudaError_t dispatch_elements(DType in, DType out, int64_t run, bool needs_shared, F&& f) {
-  // The pairs are a float32 stream with a half-precision branch, and a half-precision Linear with a float32 result.
+  // kNarrows: a float32 stream with a half-precision branch. kWidens: a half-precision Linear with a float32 result.
   constexpr bool kNarrows = !std::is_same_v<Source, ExpandedRows>;
   constexpr bool kWidens = kOp == LayerNormOp::kNorm && !std::is_same_v<Source, MergedRows>;
   if (run % 8 == 0 && !needs_shared) {
@@ -56,12 +56,12 @@ inline int64_t contiguous_run(const LayerNormRows& rows) {
                                             : rows.length;
 }
 
-// The threads of a row and of a block, and the number of vectors of a block's parameters.
+// The number of threads per row and per block, and the number of vectors of each parameter in shared memory.
 struct RowThreads {
   uint32_t lanes, block, block_vectors;
 };
 
-// Calls f(Traits, RowThreads) with the traits of the plan.
+// Calls f(Traits, RowThreads) with the traits and threads of a plan.
 template <LayerNormOp kOp, class Source, class E, int kChoice = 0, class F>
 cudaError_t dispatch_choice(const RowPlan& plan, F&& f) {
   if constexpr (kChoice + 1 < std::size(VectorChoices<E::kVec>::kList)) {
@@ -79,7 +79,7 @@ cudaError_t dispatch(const LayerNormRows& rows, DType in, DType out, bool needs_
   });
 }
 
-// Fills the arguments common to forward and backward. Returns false if no kernel can address these rows.
+// Sets the arguments common to forward and backward. Returns false if no kernel can address these rows.
 template <class Params, class Source>
 bool fill(const Params& params, const RowThreads& threads, int vec, RowArguments<Source>* args) {
   args->rows = static_cast<uint32_t>(params.rows.count);
@@ -95,7 +95,7 @@ bool fill(const Params& params, const RowThreads& threads, int vec, RowArguments
   return Source::of(params.rows, &args->source);
 }
 
-// Returns as many blocks as the device holds at once, but at most one per row.
+// Returns as many blocks as can be resident on the device at the same time, but at most one per row.
 template <class Kernel>
 cudaError_t plan_blocks(Kernel kernel, const RowThreads& threads, size_t smem_bytes, int64_t rows, int64_t* blocks) {
   const cudaError_t status = resident_blocks(kernel, threads.block, smem_bytes, blocks);

@@ -1,15 +1,15 @@
-// Layer norm forward: plain, of merged neighbours, of expanded parts, and next to a residual connection.
+// Layer norm forward: of plain rows, of merged neighbours, of expanded parts, or combined with a residual connection.
 //
 // Maths     z = (v - mean(v)) * rstd * weight + bias, rstd = 1 / sqrt(var(v) + eps), where v is a row of x, or of
-//           s = x + scale * y, rounded to its dtype; post norm writes s = x + scale * z, v a row of y. In merging, pads
-//           are zeros in v. Two passes over registers compute the sum, then the sums of v - mean and of its square; the
-//           sum of v - mean corrects the rounding of the mean.
+//           s = x + scale * y, rounded to its dtype. In post norm, v is a row of y, and s = x + scale * z is written.
+//           In merging, pads are zeros in v. Two passes over registers compute the sum, then the sums of v - mean and
+//           of its square; the sum of v - mean corrects the rounding of the mean.
 // Tiling    2^n threads share a row, with 24 or 16 elements each (traits.h); blocks loop over rows. The next row is
 //           loaded before this one is reduced, so reads are always in flight. Weight and bias are in shared memory.
 // Traffic   every element of x (and y) is read once, every element of s and z is written once; mean and rstd take 8
 //           bytes per row.
-// Roofline  memory bound; H100 SXM, published peak 3.35 TB/s, for (128, 56, 56, 96). Instructions, counted in the sm_90
-//           code, are per warp for 24 * 32 elements; the time after them is the sum of their issue slots.
+// Roofline  memory bound; H100 SXM, published peak 3.35 TB/s, for (128, 56, 56, 96). Instructions are counted in the
+//           sm_90 code, per warp for 24 * 32 elements, and followed by the time of their issue slots.
 //           merging, bf16         155 MB  46 us, 470 instructions 25 us,  72 registers, 28 warps, 43 KB in flight
 //           residual, bf16        312 MB  93 us, 570 instructions 31 us,  95 registers, 20 warps, 61 KB in flight
 //           residual, f32 + bf16  466 MB 139 us, 590 instructions 32 us, 126 registers, 16 warps, 74 KB in flight
@@ -48,7 +48,8 @@ __device__ __forceinline__ float divide(float total, float length, float inverse
   return fmaf(fmaf(-quotient, length, total), inverse_length, quotient);
 }
 
-// Returns 1 / sqrt(x) from the hardware's approximation and one Newton step, with 1 - x * y * y in twice the precision.
+// Returns 1 / sqrt(x): refines the hardware's approximation y by one Newton step, in which 1 - x * y * y is computed
+// with twice the precision of a float.
 __device__ __forceinline__ float reciprocal_sqrt(float x) {
   const float y = rsqrtf(x), product = x * y, rest = fmaf(x, y, -product);
   return fmaf(0.5f * y, fmaf(-rest, y, fmaf(-product, y, 1.0f)), y);
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads)
   SharedParameter<kVec> weight(smem.parameters, block_vectors);
   SharedParameter<kVec> bias(smem.parameters + block_vectors * kVec, block_vectors);
 
-  // The raw elements of a row; zeros in place of missing ones.
+  // The unconverted elements of a row. Missing elements are zeros.
   struct Inputs {
     typename In::Raw x[kVecs];
     typename Out::Raw y[kVecs];

@@ -1,4 +1,5 @@
-// The backward launch and its workspace; one .cu file per op and source of rows instantiates it.
+// Launches the backward kernels and computes their workspace size. One .cu file per op and source of rows instantiates
+// this template.
 #pragma once
 
 #include "bwd_sm80.cuh"

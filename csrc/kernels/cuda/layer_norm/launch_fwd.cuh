@@ -1,4 +1,4 @@
-// The forward launch; one .cu file per op and source of rows instantiates it.
+// Launches the forward kernel. One .cu file per op and source of rows instantiates this template.
 #pragma once
 
 #include "dispatch.cuh"

@@ -1,4 +1,4 @@
-// The entry points of the CUDA backend: checks of the kernels' assumptions, and the choice of op and layout.
+// The entry points of the CUDA backend. They check the kernels' assumptions and dispatch on the op and the layout.
 #include <cstdint>
 
 #include "dispatch.cuh"
@@ -21,7 +21,7 @@ bool supported(const Params& params) {
          params.out_dtype == DType::kFloat32;
 }
 
-// Calls f(op, source) with both as types.
+// Calls f(op, source). The types of the arguments determine the op and the source of rows at compile time.
 template <class Params, class F>
 cudaError_t dispatch_op(const Params& params, F&& f) {
   const auto with = [&](auto op, auto source) { return f(op, source); };

@@ -1,4 +1,4 @@
-// Weight and bias as floats in shared memory: in registers they would take as much space as the row itself.
+// Weight and bias as floats in shared memory. In registers they would need as much space as the row itself.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@
 namespace swinkernels::cuda {
 
 struct Parameter {
-  const void* data;  // null: `absent` everywhere
+  const void* data;  // if null, every element is `absent`
   DType dtype;
   float absent;
 };
 
 // One parameter for all columns of a group of threads, in vectors of kVec elements. Vectors of eight are stored as two
-// separate halves, so that neighbouring lanes read neighbouring 16 bytes.
+// separate halves, so that neighbouring lanes read neighbouring blocks of 16 bytes.
 template <int kVec>
 class SharedParameter {
  public:
@@ -23,7 +23,8 @@ class SharedParameter {
 
   static constexpr size_t bytes(uint32_t vectors) { return size_t{vectors} * kVec * sizeof(float); }
 
-  // Called by all threads of the block; a barrier must follow. Columns beyond the row are zero.
+  // Copies a parameter to shared memory. All threads of the block must call this, and a barrier must follow. Columns
+  // past the row are zero.
   __device__ __forceinline__ void fill(const Parameter& parameter, uint32_t length) {
     for (uint32_t column = threadIdx.x; column < vectors_ * kVec; column += blockDim.x) {
       float value = column < length ? parameter.absent : 0.0f;

@@ -1,7 +1,8 @@
 // Sums the partial dweight and dbias of all blocks, in an order that depends only on their number.
 //
-// Tiling    A block has 32 columns; 32 slices of the blocks are summed in parallel, then added in order. Partials come
-//           from L2, so a few round trips determine the time: hence many slices.
+// Tiling    Each block sums 32 columns. The partials of a column are divided into 32 slices, which are summed in
+//           parallel; the sums are then added in order. The partials are read from L2, whose latency determines the
+//           time, so there are many slices to keep the number of successive reads low.
 // Traffic   every partial is read once: 8 * blocks * length bytes.
 #include "reduce_partials.cuh"
 

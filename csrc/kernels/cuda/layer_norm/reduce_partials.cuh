@@ -12,7 +12,7 @@ struct ColumnSums {
   float* dweight;         // (length), or null
   float* dbias;           // (length), or null
   uint32_t length;
-  uint32_t blocks;  // zero blocks: the sums are zero
+  uint32_t blocks;  // if 0, the sums are zero
 };
 
 cudaError_t reduce_partials(const ColumnSums& sums, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// The threads that share a row, and their sums.
+// The group of threads that share a row, and sums over the group.
 #pragma once
 
 #include <cstdint>
@@ -19,9 +19,10 @@ class RowGroup {
 
   __device__ __forceinline__ uint32_t lanes() const { return lanes_; }
   __device__ __forceinline__ uint32_t lane() const { return threadIdx.x & (lanes_ - 1); }
-  __device__ __forceinline__ uint32_t index() const { return index_; }  // among the block's groups
+  __device__ __forceinline__ uint32_t index() const { return index_; }  // of this group in the block
 
-  // Replaces each value by its sum over the group, the same bits in every thread. All threads of the block call it.
+  // Replaces each value by its sum over the group, with the same bits in every thread. All threads of the block must
+  // call this.
   template <int kValues>
   __device__ __forceinline__ void sum(float (&values)[kValues]) {
     static_assert(kValues <= 2);
@@ -30,8 +31,8 @@ class RowGroup {
       for (int v = 0; v < kValues; ++v) values[v] += __shfl_xor_sync(0xffffffffu, values[v], distance);
     }
     if (lanes_ <= kWarp) return;
-    // Two alternating buffers need only one barrier: a thread that writes to a buffer again has passed the other
-    // buffer's barrier, and all reads of this one come before that.
+    // With two alternating buffers, one barrier per sum suffices: before a thread writes to a buffer again, it passes
+    // the barrier of the other buffer, which follows all reads of the first.
     parity_ ^= 1;
     float (&sums)[2][kMaxWarps] = smem_->sums[parity_];
     const uint32_t warps = lanes_ / kWarp, first = index_ * warps;

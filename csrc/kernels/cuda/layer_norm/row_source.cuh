@@ -1,5 +1,5 @@
-// The positions of a row's vectors in x: implements the definition of LayerNormRows (csrc/params/layer_norm.h) as index
-// arithmetic without divisions, with one struct for each layout. Values that depend only on a thread's columns are
+// Computes the positions of a row's vectors in x. Implements the definition of LayerNormRows (csrc/params/layer_norm.h)
+// as index arithmetic without divisions, with one struct per layout. Values that depend only on a thread's columns are
 // computed once per thread, and values that depend on the row once per row.
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace swinkernels::cuda {
 
-// The columns of a thread's vectors in z, and in x if the row is contiguous there.
+// The columns of a thread's vectors in z. They are also the columns in x if the row is contiguous in x.
 template <int kVec, int kVecs>
 struct Columns {
   uint32_t lane, lanes;
@@ -58,7 +58,7 @@ struct PlainRows {
   }
 };
 
-// Additional fields for a map's z: rows are numbered row-major over the tokens of all images.
+// Additional fields if z is a map. Rows are numbered row-major over the tokens of all images.
 struct MapRows {
   RowMajorDivisor tokens;   // tokens of an image of z
   uint64_t batch_stride;    // elements of an image of x
@@ -85,7 +85,7 @@ struct MapRows {
   }
 };
 
-// Eight numbers of 4 bits, so that a lane can pick one without a table in memory.
+// Eight 4-bit numbers in one register, from which a lane can select one without a table in memory.
 struct Nibbles {
   uint32_t bits;
 
@@ -93,23 +93,23 @@ struct Nibbles {
   __device__ __forceinline__ uint32_t operator[](uint32_t i) const { return bits >> 4 * i & 15; }
 };
 
-// A column of a merged row, for orders in which a neighbour may have several pieces.
+// The piece that contains a column of a merged row, for orders in which several pieces may be the same neighbour.
 struct MergedPiece {
-  uint32_t within;       // the piece
+  uint32_t within;       // position of the column in the piece
   bool repeats;          // an earlier piece has the same neighbour and writes its dx
-  uint32_t next;         // the next piece with the same neighbour, or kNone; kNone if this piece repeats one
-  uint32_t destination;  // the neighbour that gets dx; if this piece repeats one, a neighbour without pieces gets zeros
+  uint32_t next;         // the next piece with the same neighbour, or kNone if there is none or if `repeats`
+  uint32_t destination;  // the neighbour that gets dx or, if `repeats`, a neighbour without pieces, which gets zeros
 };
 
-// The pieces of a row are neighbours in x. A neighbour is a set of bits: bit a is its offset on axis a.
+// A merged row consists of pieces, which are neighbours in x. Bit a of a neighbour's number is its offset on axis a.
 struct MergedRows : MapRows {
   static constexpr uint32_t kNone = 15;
 
   FastDivisor piece;    // elements of a piece
   uint32_t second[3];   // elements from a token to the next one on an axis
-  uint32_t cut_off[3];  // the coordinate in z of blocks that the map's end cuts, or one outside the map
+  uint32_t cut_off[3];  // coordinate in z of the blocks that cross the map's end; outside the map if there are none
   Nibbles neighbour;    // the neighbour of each piece
-  // See MergedPiece. There are as many neighbours without a piece as pieces that repeat a neighbour.
+  // See MergedPiece. The number of neighbours without a piece equals the number of pieces that repeat a neighbour.
   uint32_t repeats;  // bit p: piece p repeats a neighbour
   Nibbles next, destination;
 
@@ -141,7 +141,7 @@ struct MergedRows : MapRows {
     return result;
   }
 
-  // Returns the number of elements from a position to column `within` of a neighbour.
+  // Returns the number of elements from the position of a row to column `within` of a neighbour.
   __device__ __forceinline__ uint32_t offset_of(uint32_t which, uint32_t within) const {
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) within += which >> axis & 1 ? second[axis] : 0;
@@ -173,7 +173,7 @@ struct MergedRows : MapRows {
     Bits neighbours_;
   };
 
-  // Offsets computed at each use, for kernels whose registers cannot keep them.
+  // Computes the offsets at each use, for kernels that do not have enough registers to keep them.
   template <int kVec, int kVecs>
   class ComputedSlots {
    public:
@@ -205,7 +205,7 @@ struct MergedRows : MapRows {
   }
 
   static bool of(const LayerNormRows& rows, MergedRows* source);
-  // Returns true if a neighbour has several pieces. Rows that `of` rejects are not supported.
+  // Returns true if several pieces are the same neighbour. Returns false for rows that `of` rejects.
   static bool has_repeats(const LayerNormRows& rows) {
     MergedRows source;
     return rows.layout == RowLayout::kMerging && of(rows, &source) && source.repeats != 0;

@@ -1,5 +1,4 @@
-// Code of both the forward and backward kernels: the rows, their distribution over threads, and the weights in shared
-// memory.
+// Code shared by the forward and backward kernels: rows, their distribution over threads, and weights in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +23,7 @@ struct RowArguments {
   FastDivisor samples;           // rows of a sample
   Parameter weight;
 
-  // Returns the factor of a row: 1 without a drop path.
+  // Returns the drop path factor of a row, which is 1 without drop path.
   __device__ __forceinline__ float scale(uint32_t row) const {
     if (drop_path_scale == nullptr) return 1.0f;
     uint32_t rest;

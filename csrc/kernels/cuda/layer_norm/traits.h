@@ -1,5 +1,5 @@
-// The distribution of a row over threads. Every number that follows from op, element types and row is derived here,
-// once.
+// The distribution of a row over threads. All numbers that depend on the op, the element types and the row length are
+// derived here.
 //
 // A row of V vectors belongs to `lanes` neighbouring threads, a power of two. A thread has kVecs of these vectors,
 // numbered lane, lane + lanes, ..., and keeps its columns from row to row.
@@ -13,8 +13,9 @@
 #include "../../common/vectors.cuh"
 #include "row_source.cuh"
 
-// To be settled by measurement: the number of blocks of 128 threads per multiprocessor in the backward pass, and
-// whether to load the next row early. gpu/variants.py builds and times variants that define these macros.
+// Defaults that are still to be chosen by measurement on a GPU: the number of blocks of 128 threads per multiprocessor
+// in the backward pass (BLOCKS), and loading the next row early (PREFETCH, 0 or 1). gpu/variants.py builds and times
+// variants that define these macros.
 #ifndef SWINKERNELS_NORM_BACKWARD_BLOCKS
 #define SWINKERNELS_NORM_BACKWARD_BLOCKS 3
 #endif
@@ -32,20 +33,21 @@ constexpr uint32_t kBlock = 128;      // threads, unless a row needs more
 constexpr uint32_t kMaxLanes = 1024;  // threads of a row
 constexpr uint32_t kMaxWarps = kMaxLanes / kWarp;
 
-// A number of vectors per thread, and the most threads that may share such a row; both determine a thread's registers.
+// The number of vectors per thread, and the maximum number of threads per row; together they determine the number of
+// registers per thread.
 struct VectorChoice {
   int vectors;
   uint32_t max_lanes;
 };
 
-// The models' rows have 96 * 2^n or 128 * 2^n elements. With 24 or 16 elements per thread no lane is idle for either;
-// other rows, rounded up to the next of these, leave at most a third idle.
+// The models' rows have 96 * 2^n or 128 * 2^n elements. With 24 or 16 elements per thread, these rows leave no lane
+// idle. Other rows are rounded up to the next of these lengths and leave at most a third of the lanes idle.
 template <int kVec>
 struct VectorChoices {
   static constexpr VectorChoice kList[2] = {{16 / kVec, 512}, {24 / kVec, 128}};
 };
 template <>
-struct VectorChoices<1> {  // rows that are not made of vectors
+struct VectorChoices<1> {  // for rows that cannot be divided into vectors
   static constexpr VectorChoice kList[1] = {{8, 1024}};
 };
 
@@ -54,7 +56,8 @@ struct RowPlan {
   uint32_t lanes;
 };
 
-// Returns the plan with the fewest slots that hold a row of this many vectors; it has no lanes if the row is too long.
+// Returns the plan with the fewest slots that is sufficient for a row of this many vectors, or no lanes if the row is
+// too long.
 template <int kVec>
 constexpr RowPlan plan_row(uint32_t vectors) {
   for (uint32_t lanes = 1; lanes <= kMaxLanes; lanes *= 2) {
@@ -71,10 +74,10 @@ static_assert(plan_row<8>(128 / 8).lanes == 8 && plan_row<8>(128 / 8).choice == 
 static_assert(plan_row<8>(kMaxRow / 8).lanes > 0 && plan_row<4>(kMaxRow / 4).lanes > 0 &&
               plan_row<1>(kMaxRow).lanes > 0);
 
-// kOp_         the rows to normalise and the sum to add
+// kOp_         the op, which determines the rows to normalise and the sum to compute
 // Source_      the layout of rows in x (row_source.cuh)
 // In_, Out_    element types in memory of in_dtype and out_dtype, or AnyElement
-// kVec_        elements of a vector
+// kVec_        number of elements of a vector
 // kChoice      index into VectorChoices
 template <LayerNormOp kOp_, class Source_, class In_, class Out_, int kVec_, int kChoice>
 struct LayerNormTraits {
@@ -88,19 +91,19 @@ struct LayerNormTraits {
   static constexpr int kVecs = kChosen.vectors;
   static constexpr uint32_t kMaxThreads = kChosen.max_lanes > kBlock ? kChosen.max_lanes : kBlock;
 
-  // Registers per thread in the backward pass, which needs more than forward: 64 with 1,024 threads, 128 with 512.
-  // Three blocks of 128 threads leave 168, so that a multiprocessor has 12 warps.
+  // Registers per thread in the backward pass, which needs more than the forward pass: 64 with 1,024 threads, 128 with
+  // 512. Three blocks of 128 threads, or 12 warps per multiprocessor, leave 168.
   static constexpr int kBackwardBlocks = kMaxThreads == kBlock ? SWINKERNELS_NORM_BACKWARD_BLOCKS : 1;
   static constexpr int kRegisters =
       std::min(255, 64 * 1024 / (kBackwardBlocks * static_cast<int>(kMaxThreads)) / 8 * 8);
-  // Without a known element type a row is not kept but loaded again on its next use.
+  // If the element type is not known at compile time, a row is not kept in registers but loaded again.
   static constexpr bool kKeepsRow = !std::is_same_v<In_, AnyElement>;
-  // With 1,024 threads, a thread's 64 registers hold the sums of dweight and dbias, but not the row's slots as well.
+  // With 1,024 threads, a thread's 64 registers suffice for the sums of dweight and dbias, but not also for the slots.
   static constexpr bool kBackwardKeepsSlots = kMaxThreads < 1024;
-  // These kernels also support neighbours with several pieces or none, as in an order that MONAI used until 1.4.
+  // True if the kernel supports orders in which several pieces are the same neighbour, such as MONAI's order until 1.4.
   static constexpr bool kHandlesRepeats = std::is_same_v<Source, MergedRows> && !kKeepsRow;
-  // The next row is loaded before this one is computed: forward always, backward if registers hold both in addition to
-  // the sums of dweight and dbias, and leave 60 for the rest.
+  // The next row is loaded before this one is processed: in the forward pass always; in the backward pass if there are
+  // enough registers for both rows, the sums of dweight and dbias, and 60 other values.
   static constexpr int kRowRegisters =
       kVecs * (In::kWords + Out::kWords + (kOp == LayerNormOp::kResidual ? In::kWords : 0));
   static constexpr bool kForwardPrefetch = SWINKERNELS_NORM_FORWARD_PREFETCH && kKeepsRow;

@@ -1,4 +1,4 @@
-// Arguments common to the forward and backward kernels, and the division of the windows over a grid.
+// Arguments common to the forward and backward kernels, and the distribution of the windows over the blocks of a grid.
 #pragma once
 
 #include <algorithm>
@@ -12,11 +12,12 @@
 
 namespace swinkernels::cuda {
 
-// Arguments of the forward or the backward kernels, with kMaps token maps: q, k, v, out or q, k, v, dout, dq, dk, dv.
+// Arguments of a forward or backward kernel. The kMaps token maps are q, k, v, out (forward) or q, k, v, dout, dq, dk,
+// dv (backward).
 //
-// A unit is a set of windows that share one bias: for one head, all windows of one type, or all windows if there are no
-// types. A block works on one unit; unit = type * num_heads + head, so that blocks that run together read neighbouring
-// heads of the same tokens.
+// A unit is a set of windows that have the same bias: for one head, all windows of one type, or all windows if there
+// are no types. The windows of a unit are its items. Each block processes items of one unit. Units are numbered type *
+// num_heads + head, so that blocks that run at the same time read neighbouring heads of the same tokens.
 template <int kMaps>
 struct WindowArguments {
   WindowLayout layout;
@@ -26,8 +27,8 @@ struct WindowArguments {
   const float* dense_bias;
   const float* logit_scale;
   const int64_t* dropout_seed;
-  uint32_t dropout_below;  // drops weights whose random number is below this
-  float dropout_scale;     // factor of weights that are kept
+  uint32_t dropout_below;  // weights with a random number below this are dropped
+  float dropout_scale;     // factor of the weights that are kept
   float scale, mask2;      // mask2: the mask value times log2(e)
   int32_t num_heads, head_dim, num_tokens, row_bytes;
   int32_t bias_types;
@@ -68,13 +69,13 @@ struct WindowArguments {
     return args;
   }
 
-  // The column of a bias table that belongs to a unit; its entries are this many floats apart.
+  // Return the column of the bias table that belongs to a unit, and the distance of its entries in floats.
   __device__ __forceinline__ const float* table_column(uint32_t type, int head) const {
     return bias_table + type * num_heads + head;
   }
   __device__ __forceinline__ int32_t table_columns() const { return num_heads * bias_types; }
 
-  // Returns the number of a unit's item among the windows of all images.
+  // Returns the number that an item of a unit has among the windows of all images.
   __device__ __forceinline__ uint32_t window_of(uint32_t type, uint32_t item) const {
     if (bias_types == 1) return item;
     uint32_t in_type;
@@ -82,8 +83,8 @@ struct WindowArguments {
     return (image * bias_types + type) * windows_of_type.divisor + in_type;
   }
 
-  // Returns the index of the first query of a window and head, in arrays with one number per query of all windows and
-  // heads.
+  // Returns the index of the first query of a window and head in arrays that have one element per query of every window
+  // and head.
   __device__ __forceinline__ int64_t first_query(uint32_t window, int head) const {
     return (static_cast<int64_t>(window) * num_heads + head) * num_tokens;
   }
@@ -93,7 +94,8 @@ struct WindowArguments {
   __device__ __forceinline__ bool has_whole_rows() const { return row_bytes % 16 == 0; }
 };
 
-// The division of a grid: a block loops over every workers-th item of its unit.
+// The number of blocks of a grid. Each unit has `workers` blocks, and each block loops over every workers-th item of
+// its unit.
 struct GridPlan {
   uint32_t workers;  // blocks per unit
   uint32_t blocks;
@@ -101,12 +103,12 @@ struct GridPlan {
 
 inline GridPlan plan_grid(int64_t items, int64_t units, int64_t resident_blocks) {
   const int64_t most = std::max<int64_t>(1, std::min<int64_t>(items, resident_blocks / units));
-  const int64_t rounds = (items + most - 1) / most;  // equal for all, so that no block works alone at the end
+  const int64_t rounds = (items + most - 1) / most;  // the same for all blocks, so that none runs alone at the end
   const int64_t workers = std::max<int64_t>(1, (items + rounds - 1) / std::max<int64_t>(1, rounds));
   return {static_cast<uint32_t>(workers), static_cast<uint32_t>(workers * units)};
 }
 
-// The work of a block; units are the fastest index of the grid.
+// The items of a block. Consecutive blocks have consecutive units.
 struct BlockShare {
   int head;
   uint32_t type;

@@ -1,4 +1,4 @@
-// The bias of one head: a column of a table, or a dense matrix.
+// The bias of one head, which is a column of a table or a dense matrix.
 #pragma once
 
 #include <cmath>
@@ -8,12 +8,12 @@
 
 namespace swinkernels::cuda {
 
-// The addend of a block's scores; null data is a bias of zero.
+// The bias that is added to a block's scores. There is no bias if data is null.
 struct Bias {
   const float* data;
   int32_t stride;                          // between the entries of a table's column; between the rows of a dense bias
   const int32_t *query_index, *key_index;  // of every token, for a table (WindowLayout); null for a dense bias
-  int32_t middle;                          // the table_middle of these indices
+  int32_t middle;                          // table_middle (WindowLayout)
 };
 
 // Returns the bias of a block's unit in global memory. `tokens` has the query_index and the key_index of every token.
@@ -28,7 +28,8 @@ __device__ __forceinline__ Bias global_bias(const WindowArguments<kMaps>& args, 
   return {column, args.table_columns(), tokens.query_index, tokens.key_index, args.layout.table_middle};
 }
 
-// Like global_bias, but copies the column of a table to `table` if it fits there. The caller synchronises.
+// Like global_bias, but copies the column of a table to `table`, in shared memory, if there is enough space. The caller
+// synchronises.
 template <class Traits, int kMaps, class Tokens>
 __device__ __forceinline__ Bias staged_bias(const WindowArguments<kMaps>& args, const BlockShare& share, float* table,
                                             const Tokens& tokens) {
@@ -43,14 +44,14 @@ __device__ __forceinline__ Bias staged_bias(const WindowArguments<kMaps>& args, 
   return bias;
 }
 
-// Loads the bias in base 2 of 16 queries from row0 and the keys of a block from col0, as an accumulator fragment. The
-// bias is minus infinity for keys past the window, which removes them from the softmax. For a table, query_index[0] and
-// key_index[0] belong to tokens first_row and first_col.
+// Loads the bias of 16 queries from row0 on and a block of keys from col0 on, times log2(e), as an accumulator
+// fragment. For keys past the window, the bias is minus infinity, which removes them from the softmax. If the bias is a
+// table, query_index[0] and key_index[0] belong to tokens first_row and first_col.
 template <int kTiles>
 __device__ __forceinline__ void load_bias(float (&fragment)[kTiles][4], const Bias& bias, int row0, int col0,
                                           int num_tokens, int first_row = 0, int first_col = 0) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  // A query past the window gets the last query's bias: its scores are never read.
+  // Queries past the window get the bias of the last query. Their scores are never read.
   const int rows[2] = {min(row0 + g, num_tokens - 1), min(row0 + g + 8, num_tokens - 1)};
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
@@ -81,7 +82,7 @@ __device__ __forceinline__ void load_bias(float (&fragment)[kTiles][4], const Bi
       const int col_index = bias.key_index[col - first_col];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // 32 bits suffice, heads and types included: window_attention.cu rejects larger tables.
+        // The index fits into 32 bits, because window_attention.cu rejects larger tables.
         fragment[j][2 * half + e] = bias.data[(row_index[half] - col_index) * bias.stride] * kLog2E;
       }
     }

@@ -1,12 +1,14 @@
-// The gradient of long windows' bias, computed after the other gradients (bwd_sm80.cuh).
+// Window attention backward: the gradient of the bias of long windows, computed after the other gradients
+// (bwd_sm80.cuh).
 //
-// Maths     dbias[i, j] = sum over windows of ds_ij, with the lse and delta that the other kernel stores.
-// Tiling    A block has the same 64 (or 32) queries and as many keys in all of its windows, so the running sum stays in
-//           registers, 16 queries per warp. A sum over whole windows would not fit there; reading and writing it in
-//           memory for every window would move 12 times the window's own bytes at 343 tokens and head_dim 16.
+// Maths     dbias[i, j] = sum over windows of ds_ij, with lse and delta as stored by the other kernel.
+// Tiling    A block processes the same 64 (or 32) queries and as many keys in all of its windows, so that the running
+//           sum stays in registers, 16 queries per warp. The sum for a whole window would not fit into registers; if it
+//           were in memory, its traffic per window would be 12 times that of the window itself, at 343 tokens and
+//           head_dim 16.
 // Order     There are no atomics, as in bwd_sm80.cuh.
-// Traffic   every block of queries and keys reads its rows of q, dout, k and v, mostly from L2: 4 * N / 64 times q in
-//           all.
+// Traffic   every pair of a block of queries and a block of keys reads its rows of q, dout, k and v, mostly from L2: 4
+//           * N / 64 times the bytes of q in total.
 // Limits    see fwd_sm80.cuh.
 #pragma once
 
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   const int query0 = pair / blocks * kBlock, key0 = pair % blocks * kBlock;
 
   const auto copy_window = [&](int stage, int slot) {
-    // `rows` has only this block's tokens, so the first one has index 0.
+    // `rows` contains only the tokens of this block, so the index of the first token is 0.
     const auto copy = [&](int map, const uint64_t* rows, int first) {
       copy_rows<Traits::kThreads, kBlock, false>(Tile{smem.tiles[stage][map]}, rows, 0, num_tokens - first,
                                                  args.row_bytes, args.has_whole_rows());

@@ -1,5 +1,5 @@
-// Shared by the backward kernels: arguments, probabilities from a saved lse, dS, and a block's share of the gradients
-// that sum over all windows.
+// Code shared by the backward kernels: the arguments, probabilities computed from lse, dS, and a block's partial sums
+// of the gradients that are sums over all windows.
 #pragma once
 
 #include "../../common/launch.cuh"
@@ -15,7 +15,8 @@
 
 namespace swinkernels::cuda {
 
-// Partial sums of all blocks of the grid, in order; null for gradients that are not wanted.
+// The partial sums of all blocks are stored in the order of the blocks. A pointer is null if the gradient is not
+// wanted.
 struct BackwardArguments : WindowArguments<7> {
   const float* lse;
   float2* lse2_delta;     // laid out like lse; the kernel for long windows passes them to the kernel for dbias
@@ -25,13 +26,13 @@ struct BackwardArguments : WindowArguments<7> {
   float* logit_partials;  // (blocks)
 };
 
-// Returns the log-sum-exp of a query in base 2: infinite for a pad query, whose probabilities must be zero.
+// Returns the log-sum-exp of a query in base 2, or infinity for a pad query, so that its probabilities are zero.
 __device__ __forceinline__ float load_lse2(const BackwardArguments& args, int64_t first_query, int token,
                                            uint64_t dout_row) {
   return dout_row == 0 ? INFINITY : args.lse[first_query + token] * kLog2E;
 }
 
-// Turns scores in base 2 into probabilities; lse2 belongs to this thread's two rows.
+// Turns scores in base 2 into probabilities. lse2 is the log-sum-exp of this thread's two rows.
 template <int kTiles>
 __device__ __forceinline__ void to_probabilities(float (&score)[kTiles][4], const float (&lse2)[2]) {
 #pragma unroll
@@ -52,14 +53,15 @@ __device__ __forceinline__ void to_dscores(float (&p)[kTiles][4], const float (&
   }
 }
 
-// Turns the gradient of the weights after dropout into the gradient of the weights before dropout.
+// Turns the gradient with respect to the weights after dropout into the gradient with respect to the weights before
+// dropout.
 template <int kTiles>
 __device__ __forceinline__ void undrop(float (&dp)[kTiles][4], uint32_t kept, float dropout_scale) {
   drop(dp, kept);
   multiply(dp, dropout_scale);
 }
 
-// Sums over the keys for this thread's two rows, one block of keys at a time.
+// Sums this thread's two rows over the keys, one block of keys at a time.
 struct RowSums {
   float x[2] = {0.0f, 0.0f};
 
@@ -81,14 +83,14 @@ struct RowSums {
     }
   }
 
-  // Adds the sums of a quad's lanes; called after the last block.
+  // Adds up the sums of the four lanes of a quad. Call it after the last block.
   __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) x[half] = quad_sum(x[half]);
   }
 };
 
-// Divides probabilities by their sums. The rows of pad queries are zero and stay so.
+// Divides each row of probabilities by its sum. The rows of pad queries are zero and stay zero.
 template <int kTiles>
 __device__ __forceinline__ void normalise(float (&p)[kTiles][4]) {
   RowSums sums;
@@ -102,8 +104,8 @@ __device__ __forceinline__ void normalise(float (&p)[kTiles][4]) {
   }
 }
 
-// Adds the pad tokens' rows, among this warp's 16, to `sum`, one value per column; is_pad describes this thread's two
-// rows.
+// Adds those of this warp's 16 rows that belong to pad tokens to `sum`, one value per column. is_pad is for this
+// thread's two rows.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
                                              const bool (&is_pad)[2]) {
@@ -122,7 +124,7 @@ __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTi
   }
 }
 
-// Like the function above, for rows from `first` on; tokens without an address are pad tokens.
+// Like the function above, for rows from `first` on. Tokens whose address is zero are pad tokens.
 template <int kColTiles>
 __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTiles][4], float factor,
                                              const uint64_t* rows, int first, int num_tokens) {
@@ -130,7 +132,7 @@ __device__ __forceinline__ void add_pad_rows(float* sum, const float (&x)[kColTi
   add_pad_rows(sum, x, factor, {row < num_tokens && rows[row] == 0, row + 8 < num_tokens && rows[row + 8] == 0});
 }
 
-// Writes the block's share of dpad_qkv: its warps' sums, added in order.
+// Writes the block's partial sum of dpad_qkv. The sums of its warps are added in order.
 template <int kWarps, int kHeadDim>
 __device__ __forceinline__ void write_pad_sums(float* partials, int head_dim,
                                                const float (&sums)[kWarps][2][kHeadDim]) {
@@ -148,8 +150,8 @@ __device__ __forceinline__ void write_pad_partial(const BackwardArguments& args,
   if (args.pad_partials != nullptr) write_pad_sums(args.pad_partials, args.head_dim, sums);
 }
 
-// Writes the block's share of dlogit_scale: its rows' sums, which every lane of a quad holds. All threads call it;
-// `sums` is unused shared memory.
+// Writes the block's partial sum of dlogit_scale, given the sum of each thread's rows, which is the same in all lanes
+// of a quad. All threads must call this. `sums` is unused shared memory.
 template <class Traits>
 __device__ __forceinline__ void write_logit_partial(const BackwardArguments& args, float (&sums)[Traits::kWarps],
                                                     float sum, int head) {
@@ -165,8 +167,8 @@ __device__ __forceinline__ void write_logit_partial(const BackwardArguments& arg
   args.logit_partials[blockIdx.x] = is_clamped(args.logit_scale[head]) ? 0.0f : total;
 }
 
-// Writes p to a tile, from which dv reads it: dropped weights are zero, but the others are not scaled up, because that
-// might exceed float16's range.
+// Writes p, after dropout, to the tile from which dv is computed. Dropped weights are zero; the others are not scaled
+// up, because that might exceed the range of float16.
 template <int kTiles, class PTile>
 __device__ __forceinline__ void write_weights(const PTile& tile, int row0, const float (&p)[kTiles][4], uint32_t kept,
                                               bool has_dropout) {
@@ -181,7 +183,7 @@ __device__ __forceinline__ void write_weights(const PTile& tile, int row0, const
   write_fragment<false>(tile, row0, weights, 1.0f, 1.0f, PTile::kCols, PTile::kCols);
 }
 
-// Writes a fragment to 16 rows of a matrix from row0 on.
+// Writes a fragment to the 16 rows of a matrix from row0 on.
 template <int kTiles>
 __device__ __forceinline__ void write_matrix(float* matrix, int stride, int row0, const float (&x)[kTiles][4]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;

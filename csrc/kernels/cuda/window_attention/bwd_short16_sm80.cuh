@@ -1,5 +1,6 @@
-// Window attention backward, map to map, for short windows in 16 bits, the most common calls (short16.cuh defines
-// which). It executes two thirds as many instructions as the general kernel (bwd_sm80.cuh).
+// Window attention backward, map to map, for short windows in 16 bits, which are the most common calls (see
+// is_short16() in short16.cuh). This kernel executes two thirds as many instructions as the general kernel
+// (bwd_sm80.cuh).
 //
 // Maths     As in bwd_sm80.cuh.
 // Tiling    A warp has 16 queries with p, dp and the running dbias in registers, and 16 keys for dk and dv; bias
@@ -42,14 +43,14 @@ struct Short16BackwardSmem {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
     float dbias[Traits::kBlock * Traits::kBlock];  // used at the end
   };
-  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; here, because registers hold dbias
+  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; in shared memory, because dbias fills the registers
   Short16Tokens<Traits::kBlock> tokens;
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
   int32_t exponents[Traits::kWarps];  // exponents of ds, half_range.cuh
 };
 
-// Writes 16 rows times a factor, rounded, through this warp's rows of a tile to a map. Rows past the window stay zero
-// in the tile.
+// Multiplies 16 rows by a factor, rounds them and writes them to a map, through this warp's rows of a tile. In the
+// tile, rows past the window stay zero.
 template <class Traits, class Tile>
 __device__ __forceinline__ void finish_gradient(const Tile& tile, int row0, int num_tokens,
                                                 const float (&x)[Traits::kHeadDimTiles][4], float factor,
@@ -65,7 +66,7 @@ __device__ __forceinline__ void finish_gradient(const Tile& tile, int row0, int 
   own.store(tile.data, maps, map, window);
 }
 
-// Rounds 16 rows into rows row0.. of a tile, and into operands of a product.
+// Rounds 16 rows, writes them to rows row0.. of a tile, and packs them as operands of a product.
 template <class T, int kTiles, class Tile>
 __device__ __forceinline__ void write_rounded(const Tile& tile, int row0, const float (&x)[kTiles][4],
                                               uint32_t (&packed)[kTiles][2]) {
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
   int stage = 0;
 #pragma unroll 1
   for (uint32_t item = share.first; item < args.items; item += share.step) {
-    // On Blackwell, offsets kept for all windows would be spilled.
+    // On Blackwell, offsets that are kept in registers for all windows would be spilled.
     const auto p_offsets = ptx::kIsBlackwell ? LaneOffsets<SmemTile<T, Traits::kBlock>>::of() : p_lanes;
     const PTile p_tile(smem.p_ds[0], p_offsets), ds_tile(smem.p_ds[1], p_offsets);
     float lse2[2] = {INFINITY, INFINITY};  // loaded now, used after the first product
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
       write_rounded<T>(ds_tile, row0, p, packed);
       Product::add_pb(dq, packed, k);
     }
-    __syncthreads();  // p and ds are complete; k and v are no longer read and take the outputs
+    __syncthreads();  // p and ds are complete; k and v are free for the outputs
     float query_factor = args.scale, key_factor = args.scale;
     if constexpr (kHasNarrowRange<T>) {
       const int exponent = smem.exponents[row0 / 16];
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
         if (args.pad_partials != nullptr) add_pad_rows(smem.pad_sums[row0 / 16][0], dk, key_factor, is_pad);
       }
       {
-        // dq was stored from the rows of v before dk was stored, so dv may overwrite them.
+        // dv may overwrite the rows of v, because dq has been stored from there before dk.
         float dv[kColTiles][4] = {};
         Product::template add_ptb<kTiles>(dv, p_tile, row0, dout);
         finish_gradient<Traits>(v, row0, num_tokens, dv, 1.0f, own, args.gradients, 2, window);

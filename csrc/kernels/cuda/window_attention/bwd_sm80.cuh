@@ -1,21 +1,22 @@
 // Window attention backward, map to map; the scores are recomputed from q, k and lse.
 //
-// Maths     p = exp(score - lse), dp = d * (dout v^T) with d of dropout.cuh, delta_i = sum_j p_ij dp_ij,
+// Maths     p = exp(score - lse), dp = d * (dout v^T) with d as in fwd_sm80.cuh, delta_i = sum_j p_ij dp_ij,
 //           ds = p * (dp - delta); dv = (d p)^T dout, dq = scale * ds k, dk = scale * ds^T q (for v2 see cosine.cuh),
-//           dbias[i, j] = sum of ds over windows, from which the table's gradient is gathered by relative offset. Rows
-//           of pad tokens in dk and dv add up to dpad_qkv; the output of a pad query is dropped, so its dout and p are
-//           zero and it contributes nothing. With exact products, p is divided by its sum: because lse is rounded,
-//           p sums only nearly to one, and the error would have one sign in all of a row's ds.
-// Tiling    Short windows (one block of keys): a block loops over windows of one head, a warp has 16 queries with p, dp
-//           and the running dbias in registers; p and ds go through shared memory to become the transposed operands
-//           of dv and dk, of which a warp has 16 keys. Long windows: each block of queries sweeps over the keys twice,
-//           for delta and for dq, then each block of keys sweeps over the queries for dk and dv: nine products of
-//           blocks (eleven for rows of more than 64 columns), while the short kernel has five. A separate kernel,
-//           bwd_bias_sm80.cuh, computes their dbias. Most 16-bit calls use bwd_long_sm80.cuh instead.
+//           dbias[i, j] = sum of ds over windows, from which the table's gradient is gathered by relative offset.
+//           dpad_qkv is the sum of the rows of dk and dv that belong to pad tokens. The output of a pad query is
+//           dropped, so its dout and p are zero and it contributes nothing. With exact products, p is divided by its
+//           row sum: lse is rounded, so the sum is not exactly one, and the resulting errors would have the same sign
+//           in a whole row of ds.
+// Tiling    Short windows (one block of keys): a block loops over windows of one head, and a warp has 16 queries with
+//           p, dp and the running dbias in registers. p and ds are transposed through shared memory for dv and dk, of
+//           which a warp computes 16 keys. Long windows: for each block of queries, the kernel sweeps over the keys
+//           twice, for delta and for dq; then, for each block of keys, over the queries for dk and dv. These are nine
+//           products of blocks (eleven for rows of more than 64 columns), compared with five for short windows. A
+//           separate kernel, bwd_bias_sm80.cuh, computes dbias. Most 16-bit calls use bwd_long_sm80.cuh instead.
 // Order     No atomics: a block adds its windows in order, and reduce_partials.cu adds the blocks' sums in order.
 // Traffic   q, k, v, dout are read and dq, dk, dv written once: 7 * B * S * C * sizeof(T) bytes, plus lse.
-// Roofline  memory bound: bwd_short16_sm80.cuh has the figures of the common case, which runs there. Three blocks, 12
-//           warps per multiprocessor at window 7, head_dim 32.
+// Roofline  memory bound. For the most common case, which bwd_short16_sm80.cuh runs, the figures are in that file. At
+//           window 7 and head_dim 32: three blocks, 12 warps per multiprocessor.
 // Limits    see fwd_sm80.cuh.
 #pragma once
 
@@ -23,9 +24,9 @@
 
 namespace swinkernels::cuda {
 
-// Gathers the gradient of one head's column of the bias table from a dense dbias: entry e is the sum over the pairs (i,
-// j) with this entry's relative offset, which determines j for every i. Entries without a pair get zero. token_index is
-// the two indices of every token, which are equal for a table without pairs of coordinates.
+// Gathers the gradient of one head's column of the bias table from a dense dbias. An entry is the sum over the pairs
+// (i, j) that use it; the entry and i determine j. Entries that no pair uses get zero. token_index is both the
+// query_index and the key_index of every token, which are equal for a table without table_pairs.
 template <int kThreads>
 __device__ __forceinline__ void gather_table(float* table, const float* dense, int stride, const WindowLayout& layout,
                                              const int32_t* token_index, int num_tokens) {
@@ -51,7 +52,7 @@ struct BackwardShortSmem {
     alignas(128) T p_ds[2][Traits::kBlock * Traits::kBlock];
     float dbias[Traits::kBlock * Traits::kBlock];  // used at the end
   };
-  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; here, because registers hold dbias
+  float4 bias[Traits::kTiles][Traits::kThreads];  // fragments; in shared memory, because dbias fills the registers
   WindowTokens<7, Traits::kKeys, Traits::kBlock> tokens[kSlots];
   alignas(16) float pad_sums[Traits::kWarps][2][Traits::kHeadDim];
   float logit_sums[Traits::kWarps];
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBackwardBlocks)
       __syncthreads();
     }
     if (row0 < num_tokens) Product::add_pb(dq, p, k);
-    __syncthreads();  // p and ds are complete; k and v are no longer read and take the outputs
+    __syncthreads();  // p and ds are complete; k and v are free for the outputs
     float query_factor = factor, key_factor = factor;
     if constexpr (kHasNarrowRange<T>) {
       const int exponent = smem.exponents[row0 / 16];
@@ -284,7 +285,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   using Smem = BackwardLongSmem<Traits>;
   static_assert(Traits::kKeys == Traits::kBlock);
   constexpr int kTiles = Traits::kTiles, kColTiles = Traits::kHeadDimTiles, kBlock = Traits::kBlock;
-  constexpr bool kKeyGradientsTogether = Traits::kHeadDim <= 64;  // otherwise registers do not hold both
+  constexpr bool kKeyGradientsTogether = Traits::kHeadDim <= 64;  // otherwise there are too few registers for both
   Smem& smem = *reinterpret_cast<Smem*>(dynamic_smem());
   const int first_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int num_tokens = args.num_tokens, capacity = blocks * kBlock;
@@ -301,7 +302,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     copy_rows<Traits::kThreads, kBlock, true>(Tile{smem.tiles[map]}, tokens.row(map), block * kBlock, num_tokens,
                                               args.row_bytes, args.has_whole_rows());
   };
-  // Waits for the copies, and for the norms of the blocks that have arrived.
+  // Waits for the copies and, in v2, computes the inverse norms of the blocks that have arrived.
   const auto wait_for_copies = [&]() {
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
@@ -319,7 +320,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
   float logit_sum = 0.0f;
 
   // Computes p and dp for this warp's 16 rows of the query block in q and dout and for the key block in k and v;
-  // returns the bits of the kept weights.
+  // returns one bit per weight, set if dropout keeps the weight.
   const auto recompute = [&](float (&p)[kTiles][4], float (&dp)[kTiles][4], int row0, uint32_t window, int query_block,
                              int key_block) {
     // Values derived from these are recomputed on use, because registers are scarce.
@@ -341,9 +342,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
     return kept;
   };
 
-  // Calls add_products(rescale) for every block of queries, with the block in q and dout, d * p in p_tile and ds in
-  // ds_tile. ds is scaled by 2 ** -exponent, one exponent for all blocks; the sums over earlier blocks must be
-  // multiplied by rescale.
+  // For every block of queries, loads the block into q and dout, computes d * p in p_tile and ds in ds_tile, and calls
+  // add_products(row0, rescale). ds is scaled by 2 ** -exponent, with the same exponent for all blocks. If the exponent
+  // grows, the sums over earlier blocks must be multiplied by rescale.
   const auto for_each_query_block = [&](uint32_t window, int key_block, int& exponent, auto&& add_products) {
 #pragma unroll 1
     for (int query_block = 0; query_block < blocks; ++query_block) {
@@ -353,7 +354,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLongBlocks)
       wait_for_copies();
       [[maybe_unused]] int own_exponent = exponent;
       {
-        // Queries past the window have an infinite lse, hence p = 0; the zeros keep delta finite.
+        // Queries past the window have an infinite lse, so p = 0. The initial zeros keep delta finite.
         float p[kTiles][4] = {}, dp[kTiles][4] = {};
         const uint32_t kept = recompute(p, dp, row0, window, query_block, key_block);
         write_weights(p_tile, row0, p, kept, args.has_dropout());

@@ -1,11 +1,12 @@
-// v2: the rows of q and k have unit length, u = x / max(norm, 1e-12).
+// Cosine attention (v2), in which the rows of q and k are scaled to unit length: u = x / max(norm, 1e-12).
 //
-// Scores are products of the original rows, which are exact, divided by the norms in float: rounded unit rows would
-// shift scores of up to 100 by more than the last bit of a probability. Gradients add up products with unit rows
-// rounded to the dtype, which costs no more accuracy than the rounding of any operand and cannot overflow, and
-//   dx = factor (d - u (u . d)) / max(norm, 1e-12), where d is the gradient of u without the factor;
-// a row shorter than 1e-12 does not have unit length, and its u (u . d) is not subtracted. dlogit_scale is the sum of
-// factor (u . d) over the rows of q, or zero if logit_scale is clamped.
+// Scores are products of the original rows, which are exact, divided by the norms in float. The rounding of unit rows
+// to the dtype would change scores of up to 100 by more than the last bit of a probability. Gradients are computed
+// from unit rows rounded to the dtype; this is as accurate as rounding any other operand, and cannot overflow.
+// With the gradient d of u without the factor,
+//   dx = factor (d - u (u . d)) / max(norm, 1e-12).
+// For rows shorter than 1e-12, which are not scaled to unit length, u (u . d) is not subtracted. dlogit_scale is the
+// sum of factor (u . d) over the rows of q, or zero if logit_scale is clamped.
 #pragma once
 
 #include <cmath>
@@ -33,7 +34,7 @@ __device__ __forceinline__ float score_factor(const WindowArguments<kMaps>& args
   return expf(is_clamped(logit_scale) ? static_cast<float>(kLargestLogitScale) : logit_scale);
 }
 
-// The values of a 16-byte chunk of a row as floats.
+// A 16-byte chunk of a row, converted to floats.
 template <class T>
 struct Chunk {
   static constexpr int kCount = 16 / static_cast<int>(sizeof(T));
@@ -85,7 +86,7 @@ __device__ __forceinline__ float inverse_norm(const Tile& tile, int row) {
   return 1.0f / fmaxf(sqrtf(sum), kSmallestNorm);
 }
 
-// Computes the inverse norms of this warp's 16 rows of the tiles of q and k; half of the warp has q, the other half k.
+// Computes the inverse norms of this warp's 16 rows of q and of k. One half of the warp processes q, the other half k.
 template <class Tile, int kBlock>
 __device__ __forceinline__ void find_inverse_norms(InverseNorms<kBlock>& norms, const Tile& q, const Tile& k,
                                                    int row0) {
@@ -94,7 +95,7 @@ __device__ __forceinline__ void find_inverse_norms(InverseNorms<kBlock>& norms, 
   (lane < 16 ? norms.q : norms.k)[row] = inverse_norm(tile, row);
 }
 
-// Scales this warp's 16 rows of a tile to unit length. No other warp may read them meanwhile.
+// Scales this warp's 16 rows of a tile to unit length. No other warp may read these rows at the same time.
 template <class Tile>
 __device__ __forceinline__ void to_unit_rows(const Tile& tile, int row0, const float* inverse_norms) {
   __syncwarp();
@@ -109,8 +110,8 @@ __device__ __forceinline__ void to_unit_rows(const Tile& tile, int row0, const f
   }
 }
 
-// Multiplies the scores of 16 queries from row0 and the keys of a block by `factor2` and by the inverse norms, if
-// given, and adds the bias; bias_of(j) returns tile j's fragment as a float4.
+// Multiplies the scores of 16 queries from row0 on and a block of keys by `factor2` and, if given, by the inverse
+// norms, and adds the bias. bias_of(j) returns the bias of tile j's fragment as a float4.
 template <int kTiles, int kBlock, class BiasOf>
 __device__ __forceinline__ void finish_scores(float (&score)[kTiles][4], float factor2,
                                               const InverseNorms<kBlock>* norms, int row0, BiasOf&& bias_of) {
@@ -138,9 +139,9 @@ __device__ __forceinline__ void finish_scores(float (&score)[kTiles][4], float f
   }
 }
 
-// Turns d, the gradient of 16 unit rows from row0 of a tile as an accumulator fragment, into the gradient of the
-// original rows by the formula above. The tile holds the original rows or unit rows. Returns u . d of this thread's two
-// rows.
+// Turns d, the gradient of 16 unit rows as an accumulator fragment, into the gradient of the original rows by the
+// formula above. Rows row0.. of the tile are the original rows or, if kIsUnit, the unit rows. Returns u . d for this
+// thread's two rows.
 template <bool kIsUnit, int kColTiles, class Tile>
 __device__ __forceinline__ float2 to_row_gradient(float (&d)[kColTiles][4], const Tile& tile, int row0,
                                                   const float* inverse_norms, float factor) {

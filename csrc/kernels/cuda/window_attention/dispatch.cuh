@@ -1,4 +1,4 @@
-// The choice of the instantiation for a call, and of its number of blocks.
+// Chooses the kernel instantiation for a call, and the number of blocks to launch.
 #pragma once
 
 #include <type_traits>
@@ -9,16 +9,16 @@
 
 namespace swinkernels::cuda {
 
-// Defined in launch_fwd.cuh and launch_bwd.cuh, and instantiated for each policy by a file of instantiations/. Given
-// `bytes`, the backward launch returns the workspace's size without launching anything.
+// Defined in launch_fwd.cuh and launch_bwd.cuh, and instantiated for each product policy by a file in instantiations/.
+// If `bytes` is not null, launch_backward only stores the size of its workspace there and launches nothing.
 template <class Product>
 cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStream_t stream);
 template <class Product>
 cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
 
-// Calls f(Traits, is_long) with the smallest tiles that hold the head_dim and the window. Rows of up to 128 bytes are
-// processed in blocks of 64; wider rows, and accumulators of more than 64 columns, in blocks of 32. The 7-tile kernel
-// exists because windows of 49 tokens are common and fit into 56 columns.
+// Calls f(Traits, is_long) with the smallest tiles into which the head_dim and the window fit. Rows of up to 128 bytes
+// are processed in blocks of 64; wider rows, and accumulators of more than 64 columns, in blocks of 32. There is a
+// kernel with 7 tiles, because windows of 49 tokens, which fit into 56 columns, are common.
 template <class Product, int kHeadDim, class F>
 cudaError_t dispatch_window(const WindowAttentionForwardParams& params, F&& f) {
   constexpr size_t kElementBytes = sizeof(typename Product::T);
@@ -36,7 +36,7 @@ cudaError_t dispatch_window(const WindowAttentionForwardParams& params, F&& f) {
   return f(WindowAttentionTraits<Product, kHeadDim, kMostTiles>{}, std::true_type{});
 }
 
-// Calls f(Short16Traits) for calls that satisfy is_short16() (short16.cuh), the most common ones.
+// Calls f(Short16Traits) for a call that satisfies is_short16() (short16.cuh), as the most common calls do.
 template <class Product, class F>
 cudaError_t dispatch_short16(const WindowAttentionForwardParams& params, F&& f) {
   if constexpr (sizeof(typename Product::T) == 2) {

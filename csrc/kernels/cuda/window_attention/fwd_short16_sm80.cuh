@@ -1,10 +1,11 @@
-// Window attention forward, map to map, for short windows in 16 bits, the most common calls (short16.cuh defines
-// which). It executes half as many instructions as the general kernel (fwd_sm80.cuh).
+// Window attention forward, map to map, for short windows in 16 bits, which are the most common calls (see is_short16()
+// in short16.cuh). This kernel executes half as many instructions as the general kernel (fwd_sm80.cuh).
 //
-// Maths     As in fwd_sm80.cuh, with p = exp2(score) and no maximum while row sums stay between 2^-80 and 2^64:
-//           bfloat16 has float's exponents, so p does not lose accuracy by its size, and sums of p v stay finite for
-//           |v| < 2^62. The matrix unit sums the rows of the rounded p. A warp with a row sum outside this range (one
-//           vote per window) subtracts the row's maximum, as float16 always does. lse is written on request.
+// Maths     As in fwd_sm80.cuh, but in bfloat16 p = exp2(score), without a maximum, if all row sums are between 2^-80
+//           and 2^64. bfloat16 has the exponent range of float, so p is accurate at any size, and sums of p v are
+//           finite for |v| < 2^62. If a row sum of a warp is outside this range (one vote per window), the warp
+//           subtracts the maximum of each row, as it always does in float16. The matrix unit computes the row sums of
+//           the rounded p. lse is written on request.
 // Tiling    A warp has 16 queries and all keys, 32, 56 or 64; a block of up to 64 rows loops over windows of one head,
 //           with bias fragments in registers. Rows of up to 64 bytes arrive in a ring of two stages by cp.async, wider
 //           ones in one stage. A thread owns one or two rows of every window (OwnRows); the outputs are stored
@@ -33,7 +34,7 @@ struct Short16ForwardArguments : ForwardArguments {
   }
 };
 
-// Row sums between which probabilities need no shift by the row's maximum.
+// If a row sum is between these limits, the row's maximum need not be subtracted.
 constexpr float kSmallestRowSum = 0x1p-80f, kLargestRowSum = 0x1p64f;
 
 // Computes p = exp2(score - shift), packed, and the row sums of p.
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
       bool needs_shift = true;
       if constexpr (!kHasNarrowRange<T>) {
         exponentials<Product>(p, sum, score, shift);
-        // Rows past the window do not count: their data comes from other windows.
+        // Ignore rows past the window, whose data come from other windows.
         const float sum0 = row0 + g < num_tokens ? sum[0] : 1.0f, sum1 = row0 + g + 8 < num_tokens ? sum[2] : 1.0f;
         const bool in_range = sum0 > kSmallestRowSum && sum1 > kSmallestRowSum && fmaxf(sum0, sum1) < kLargestRowSum;
         needs_shift = __any_sync(0xffffffffu, !in_range);
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kForwardBlocks)
         rows[n][0] = pack2<T>(o[n][0] * factor[0], o[n][1] * factor[0]);
         rows[n][1] = pack2<T>(o[n][2] * factor[1], o[n][3] * factor[1]);
       }
-      // Only this warp reads its rows of q; rows past the window do not affect any other row's output.
+      // Only this warp reads its rows of q, and rows past the window do not affect the output of any other row.
       write_packed(q, row0, rows);
       own.store(q.data, args.out_map, 0, window);
     }

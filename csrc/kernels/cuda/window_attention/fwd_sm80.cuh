@@ -2,20 +2,22 @@
 //
 // Maths     out_i = sum_j d_ij p_ij v_j with p_ij = softmax_j(s_ij + bias[i, j] + mask[i, j]) for the tokens i, j of a
 //           window, one head; s_ij = scale * q_i.k_j, or exp(min(logit_scale, ln 100)) cos(q_i, k_j) (cosine.cuh);
-//           d_ij = 1, or 0 or 1 / (1 - dropout_p) (dropout.cuh); lse_i = log sum_j exp(...). WindowGeometry defines
-//           token positions, bias and mask. Scores are kept in base 2, that is, times log2(e), so that probabilities
-//           are exp2 of them.
-// Tiling    A block processes one window and head at a time. A warp has 16 queries, whose scores stay in registers.
-//           For short windows (up to 64 tokens) a block loops over windows of one head: bias fragments are loaded once,
-//           and the next window's rows arrive by cp.async during the computation of this one. Longer windows (long) are
-//           processed by blocks of keys with a running maximum and sum, 64 or 32 queries per block; most 16-bit calls
-//           use fwd_long_sm80.cuh instead.
+//           d_ij = 1, or 0 or 1 / (1 - dropout_p) (dropout.cuh); lse_i = log sum_j exp(...). WindowGeometry defines the
+//           token positions, the bias and the mask. Scores are multiplied by log2(e) ("base 2"), so that probabilities
+//           are computed with exp2.
+// Tiling    A block processes one window and head at a time. A warp has 16 queries, whose scores stay in registers. For
+//           short windows (up to 64 tokens) a block loops over windows of one head: bias fragments are loaded once, and
+//           the next window's rows arrive by cp.async during the computation of this one. Long windows are processed
+//           one block of keys at a time, with a running maximum and sum and 64 or 32 queries per block. Most 16-bit
+//           calls with long windows use fwd_long_sm80.cuh instead.
 // Traffic   q, k, v are read once and out is written once: 4 * B * S * C * sizeof(T) bytes, plus 4 * B * S * heads for
 //           lse. A long window reads k and v once per block of queries, mostly from L2.
-// Roofline  memory bound: fwd_short16_sm80.cuh has the figures of the common case, which runs there. Window 7, head_dim
-//           32, v2, bf16: 3,691 instructions per window and head on sm_90, counted; four blocks per multiprocessor.
-// Limits    N <= 1024, head_dim <= 128, fewer than 2^31 windows. Rows whose size is a multiple of 16 bytes are 16-byte
-//           aligned and copied 16 bytes at a time, others 4 bytes at a time, or 2 if their length is odd.
+// Roofline  memory bound. For the most common case, which fwd_short16_sm80.cuh runs, the figures are in that file.
+//           Window 7, head_dim 32, v2, bf16: 3,691 instructions per window and head on sm_90, counted; four blocks per
+//           multiprocessor.
+// Limits    N <= 1024, head_dim <= 128, fewer than 2^31 windows. Rows whose size is a multiple of 16 bytes must be
+//           16-byte aligned, and are copied 16 bytes at a time. Other rows are copied 4 bytes at a time, or 2 if they
+//           have an odd number of 16-bit elements.
 #pragma once
 
 #include "bias.cuh"
@@ -35,7 +37,7 @@ struct ForwardArguments : WindowArguments<4> {
   float* lse;
 };
 
-// For rounded outputs the approximate functions are accurate enough.
+// The approximate functions are accurate enough if the output is rounded to 16 bits.
 template <class T>
 __device__ __forceinline__ float reciprocal(float x) {
   return sizeof(T) == 4 ? 1.0f / x : __fdividef(1.0f, x);
@@ -45,7 +47,7 @@ __device__ __forceinline__ float log2_of(float x) {
   return sizeof(T) == 4 ? log2f(x) : __log2f(x);
 }
 
-// Normalises the output rows of a warp and writes them, through its rows of a tile, to the map; also writes their lse.
+// Normalises the output rows of a warp, writes them to the map through the warp's rows of a tile, and writes their lse.
 template <class Traits, class Tile>
 __device__ __forceinline__ void finish_rows(const ForwardArguments& args, const Tile& tile,
                                             const float (&o)[Traits::kHeadDimTiles][4], const float (&maximum)[2],

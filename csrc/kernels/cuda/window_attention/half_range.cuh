@@ -1,6 +1,6 @@
-// Keeps dS in float16's range. dS = P (dP - delta) may exceed float16's range although the gradients computed from it
-// do not, because small keys or queries multiply it. The rows of dS are then scaled down by a power of two, and the
-// gradients are scaled back in float.
+// Keeps dS in the range of float16. dS = P (dP - delta) may exceed this range although the gradients, which are
+// products of dS with small keys or queries, do not. In this case, rows of dS are multiplied by a power of two below
+// one, and the gradients are scaled back in float.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -17,8 +17,8 @@ constexpr bool kHasNarrowRange = std::is_same_v<T, __half>;
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// Returns the e for which a warp's fragments, times 2 ** -e, are below 2 ** 15: 0 in the usual case that they already
-// are.
+// Returns the exponent e for which a warp's fragments times 2 ** -e are below 2 ** 15. If they are already below 2 **
+// 15, which is the usual case, e is 0.
 template <int kTiles>
 __device__ __forceinline__ int excess_exponent(const float (&x)[kTiles][4]) {
   constexpr int kLargest = 15;
@@ -32,7 +32,7 @@ __device__ __forceinline__ int excess_exponent(const float (&x)[kTiles][4]) {
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
   const int exponent = (__float_as_int(largest) >> 23) - 127;
-  return exponent > 127 ? 0 : exponent - kLargest + 1;  // for infinity scaling does not help
+  return exponent > 127 ? 0 : exponent - kLargest + 1;  // scaling does not help if it is infinite
 }
 
 template <int kTiles>
@@ -44,7 +44,7 @@ __device__ __forceinline__ void multiply(float (&x)[kTiles][4], float factor) {
   }
 }
 
-// Multiplies this warp's 16 rows of a tile by a factor. No other warp may read them meanwhile.
+// Multiplies this warp's 16 rows of a tile by a factor. No other warp may read these rows at the same time.
 template <class Tile>
 __device__ __forceinline__ void multiply_rows(const Tile& tile, int row0, float factor) {
   __syncwarp();

@@ -5,13 +5,13 @@
 
 namespace swinkernels::cuda {
 
-// Adds the mask to the scores of 16 queries and the keys of a block; the pointers point to the regions of the first
-// query and the first key.
+// Adds the mask to the scores of 16 queries and a block of keys. `queries` and `keys` point to the regions of the first
+// query and of the first key.
 template <int kTiles>
 __device__ __forceinline__ void add_mask(float (&score)[kTiles][4], const int32_t* queries, const int32_t* keys,
                                          float mask2) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  // Regions past the window are undefined but harmless: no sum includes those rows and columns.
+  // Regions past the window are undefined, which is harmless, because no result depends on those rows and columns.
   const int32_t row_region[2] = {queries[g], queries[g + 8]};
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {

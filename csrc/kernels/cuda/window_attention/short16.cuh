@@ -2,12 +2,13 @@
 // call, and how a thread finds, copies and stores its rows.
 //
 // The kernels support v1 with a table, one dense bias or none, without dropout and without a region map, on 2D maps of
-// any size, padded or not, in windows of up to 64 tokens, blocks or grids; head_dim 16, 24, 32 or 64; maps packed or
-// separate, whose tokens are equally far apart.
+// any size, padded or not, in windows of up to 64 tokens, blocks or grids; head_dim 16, 24, 32 or 64; packed or
+// separate maps whose tokens are equally far apart.
 //
 // A thread copies and stores the same one or two rows of every window. Their coordinates in the window stay in
-// registers; for each window the thread adds the corner, wraps around at the map's end and multiplies a 32-bit token
-// number by the distance of tokens. No address goes through shared memory, and every warp does its share of the work.
+// registers; for each window, the thread adds the coordinates of the window's corner, wraps around at the map's end,
+// and multiplies the 32-bit token number by the distance between tokens. No addresses are stored in shared memory, and
+// the work is spread over all warps.
 #pragma once
 
 #include <cstdint>
@@ -22,18 +23,18 @@
 
 namespace swinkernels::cuda {
 
-// Maps of one layout whose tokens are equally far apart, and whose heads are contiguous: token (y, x) of image b has
-// number (b * H + y) * W + x.
+// Maps with the same layout, whose tokens are equally far apart and whose heads are contiguous. Token (y, x) of image b
+// has number (b * H + y) * W + x.
 template <int kMaps>
 struct EvenMaps {
   uint64_t data[kMaps];
   uint32_t distance;  // between two tokens, in bytes
 
-  // Returns false for other maps, or if 32 bits do not hold a token's number or the distance of two tokens.
+  // Returns false for other maps, or if the number of a token or the distance between tokens exceeds 32 bits.
   template <class Pointer>
   bool set(const TokenMapOf<Pointer>* const (&maps)[kMaps], int64_t images, const int32_t (&size)[3], int32_t head_dim,
            int64_t element_bytes) {
-    // The last of these axes with more than one token gives the distance; a map of one token has no such axis.
+    // The distance is the stride of the last axis with more than one token. A map of one token has no such axis.
     const int64_t extent[3] = {images, size[1], size[2]};
     for (int map = 0; map < kMaps; ++map) {
       const TokenMapOf<Pointer>& m = *maps[map];
@@ -55,7 +56,7 @@ struct EvenMaps {
   }
 };
 
-// Returns true if these kernels support a call, apart from its maps (see EvenMaps).
+// Returns true if these kernels support a call; its maps are checked separately (see EvenMaps).
 inline bool is_short16(const WindowAttentionForwardParams& params) {
   const WindowGeometry& geometry = params.geometry;
   const int32_t d = params.head_dim;
@@ -69,7 +70,7 @@ struct Short16Geometry {
   EvenMaps<3> qkv;
   // For each axis: frame coordinate = window * window_step + token * token_step.
   int32_t window_step[2], token_step[2];
-  uint32_t seam[2];  // the window whose tokens belong to two regions, or a number that no window has
+  uint32_t seam[2];  // the window whose tokens belong to two regions, or UINT32_MAX
   bool has_pads;
 
   bool set(const WindowAttentionForwardParams& params, const WindowLayout& layout) {
@@ -87,8 +88,8 @@ struct Short16Geometry {
   }
 };
 
-// For every token: its indices in the bias table (WindowLayout), and its side of the seam in a window at the map's end
-// (bit 0 for y, bit 1 for x).
+// The data of every token: its indices in the bias table (see WindowLayout), and the side of the seam on which it lies
+// in windows with a seam (bit 0 for y, bit 1 for x).
 template <int kBlock>
 struct Short16Tokens {
   int32_t query_index[kBlock], key_index[kBlock];
@@ -105,7 +106,8 @@ struct Short16Tokens {
   }
 };
 
-// The pairs of a thread's accumulator fragment that a seam separates: bit 4 * j + e for element [j][e].
+// The elements of a thread's accumulator fragment whose query and key are separated by a seam: bit 4 * j + e is for
+// element [j][e].
 struct SeamBits {
   uint32_t y = 0, x = 0;
 
@@ -141,12 +143,12 @@ __device__ __forceinline__ void add_seam_mask(float (&score)[kTiles][4], uint32_
 // A thread's view of one window.
 template <int kRows>
 struct Short16Window {
-  uint32_t token[kRows];  // numbers of this thread's rows
-  uint32_t separated;     // the pairs of its fragment that are masked (SeamBits)
+  uint32_t token[kRows];  // token numbers of this thread's rows
+  uint32_t separated;     // the elements of its fragment that are masked (SeamBits)
 };
 
-// The rows of a window that one thread copies and stores, among this warp's 16: up to four neighbouring lanes share a
-// row, each with every fourth 16-byte chunk of it.
+// The rows of a window, among this warp's 16, that one thread copies and stores. Two or four neighbouring lanes share a
+// row, and each copies every second or fourth 16-byte chunk of the row.
 template <class Traits>
 struct OwnRows {
   static constexpr int kLanes = Traits::kChunks < 4 ? 2 : 4;
@@ -180,7 +182,8 @@ struct OwnRows {
     return own;
   }
 
-  // Finds a window and starts the copies of its rows, as one group: copy(has_pads, window) calls copy<has_pads>().
+  // Finds the rows of a window and starts their copies, as one group. The argument copy(has_pads, window) must call
+  // copy<has_pads>() below.
   template <class Arguments, class Copy>
   __device__ __forceinline__ Window start(const Arguments& args, uint32_t item, const SeamBits& seam,
                                           Copy&& copy) const {
@@ -196,8 +199,8 @@ struct OwnRows {
     return window;
   }
 
-  // Starts the copy of this thread's rows of kMaps maps to tiles of kTileBytes, contiguous from `tiles` on; a pad
-  // token's rows come from `pads`, (maps, heads, head_dim), or are zeros.
+  // Starts the copies of this thread's rows of kMaps maps to contiguous tiles of kTileBytes, from `tiles` on. The rows
+  // of a pad token are copied from `pads`, (maps, heads, head_dim), or are zeros if `pads` is null.
   template <bool kPads, int kTileBytes, int kMaps>
   __device__ __forceinline__ void copy(typename Traits::T* tiles, const EvenMaps<kMaps>& maps, const Window& window,
                                        const void* pads, int num_heads) const {
@@ -225,7 +228,7 @@ struct OwnRows {
     }
   }
 
-  // Writes this thread's rows of a tile, filled by its warp, to a map. Pad tokens are dropped.
+  // Writes this thread's rows of a tile, which its warp has filled, to a map. Rows of pad tokens are dropped.
   template <int kMaps>
   __device__ __forceinline__ void store(typename Traits::T* tile, const EvenMaps<kMaps>& maps, int map,
                                         const Window& window) const {
@@ -242,7 +245,7 @@ struct OwnRows {
     }
   }
 
-  // Finds which of this thread's two rows of a fragment from row0 on are pad tokens.
+  // Sets is_pad for this thread's two rows of a fragment from row0 on.
   template <class Arguments>
   __device__ __forceinline__ void find_pads(bool (&is_pad)[2], const Arguments& args, const Window& window,
                                             int row0) const {
@@ -260,7 +263,7 @@ struct OwnRows {
  private:
   static constexpr int kTimes = Traits::kChunks / kLanes, kTileRowBytes = Tile::kCols * 2;
 
-  // Finds a window's rows. kPads: there may be pad tokens.
+  // Finds the rows of a window. kPads: the window may contain pad tokens.
   template <bool kPads, class Arguments>
   __device__ __forceinline__ Window locate(const Arguments& args, uint32_t item, const SeamBits& seam) const {
     Window window;
@@ -285,7 +288,8 @@ struct OwnRows {
     return window;
   }
 
-  // Returns the thread's n-th chunk of the row that lies `bytes` after its first row in the tiles.
+  // Returns the address of the thread's n-th chunk in the row that is `bytes` after the thread's first row in the
+  // tiles.
   __device__ __forceinline__ uint4* chunk_of(typename Traits::T* tiles, int bytes, int n) const {
     return reinterpret_cast<uint4*>(reinterpret_cast<unsigned char*>(tiles) + bytes + (offset ^ n * kLanes * 16));
   }

@@ -8,16 +8,17 @@
 
 namespace swinkernels::cuda {
 
-// The data of each token that are the same in every window: its coordinates, and its part of its entries' numbers in
-// the bias table (WindowLayout), as a query and as a key.
+// The data of each token that are the same in every window: its coordinates, and its indices in the bias table as a
+// query and as a key (see WindowLayout).
 template <int kTokens>
 struct TokenConstants {
   int32_t packed[kTokens];
   int32_t query_index[kTokens], key_index[kTokens];
 };
 
-// The address of each token's row in each map (for a pad token, its values of q, k, v; zero if there is nothing to read
-// or write), and the tokens' regions if they may differ; regions are read past the window, to the end of a block.
+// The addresses of each token's rows in the maps, and the regions of the tokens if they may differ (`mixed`). For a pad
+// token, the addresses of q, k and v are those in pad_qkv; an address is zero if there is nothing to read or write.
+// Regions are read up to the end of a block, past the end of the window.
 template <int kMaps, int kTokens, int kBlock>
 struct WindowTokens {
   uint64_t rows[kMaps][kTokens];
@@ -33,7 +34,7 @@ struct LongTokenConstants {
   int32_t* packed;
   int32_t *query_index, *key_index;
 
-  // The two indices are one array unless the table has pairs.
+  // query_index and key_index are the same array unless the table has table_pairs.
   __host__ __device__ static int arrays(const WindowLayout& layout) { return layout.has_table_pairs ? 3 : 2; }
   template <class Arena>
   __device__ __forceinline__ static LongTokenConstants of(Arena& arena, const WindowLayout& layout, int capacity) {
@@ -54,8 +55,8 @@ struct LongWindowTokens {
   __device__ __forceinline__ uint64_t* row(int map) const { return rows + map * capacity; }
 };
 
-// Shared memory after a kernel's own struct, for arrays of `capacity` elements; arrays with the longest elements come
-// first.
+// Allocates arrays in the shared memory after a kernel's own struct. For alignment, arrays with larger elements must be
+// allocated first.
 struct SmemArena {
   unsigned char* next;
 
@@ -67,7 +68,7 @@ struct SmemArena {
   }
 };
 
-// Fills in the constants of those tokens first..first + count that exist.
+// Computes the constants of tokens first..first + count, up to the end of the window.
 template <class Constants, int kMaps>
 __device__ __forceinline__ void fill_token_constants(Constants& constants, const WindowArguments<kMaps>& args,
                                                      int first, int count) {
@@ -79,7 +80,7 @@ __device__ __forceinline__ void fill_token_constants(Constants& constants, const
   }
 }
 
-// Returns the address of a token's row in a map.
+// Returns the address of a token's row in a map, as stored in WindowTokens.
 template <class T, int kMaps>
 __device__ __forceinline__ uint64_t token_row(const WindowArguments<kMaps>& args, int map, int head,
                                               const WindowIndex& index, const TokenSource& source) {
@@ -89,9 +90,9 @@ __device__ __forceinline__ uint64_t token_row(const WindowArguments<kMaps>& args
   return reinterpret_cast<uint64_t>(pad);
 }
 
-// Finds those tokens first..first + count of a window that exist, in the maps of the list; the rows in the list's n-th
-// map become tokens.row(n). Thread i has token first + i, here and in fill_token_constants, if the block has as many
-// threads.
+// Finds the rows of tokens first..first + count of a window, up to its end, in the maps kMapList. tokens.row(n) gets
+// the addresses in the n-th map of the list. If the block has at least `count` threads, thread i computes token first +
+// i, here and in fill_token_constants.
 template <class T, int... kMapList, class Tokens, class Constants, int kMaps>
 __device__ __forceinline__ void locate_tokens(Tokens& tokens, const Constants& constants,
                                               const WindowArguments<kMaps>& args, uint32_t window, int head, int first,
@@ -112,9 +113,9 @@ __device__ __forceinline__ void locate_tokens(Tokens& tokens, const Constants& c
   }
 }
 
-// Starts the copy of the rows of tokens first..first + kRows of one map into a tile; rows[0] belongs to token 0. Rows
-// past the window become zero if kZeroPastWindow, else keep their values, as columns past head_dim do. whole_rows: rows
-// are whole multiples of 16 bytes.
+// Starts the copy of the rows of tokens first..first + kRows of one map to a tile; rows[0] belongs to token 0. Rows
+// past the window are set to zero if kZeroPastWindow and keep their values otherwise. Columns past head_dim keep their
+// values. whole_rows: the size of a row is a multiple of 16 bytes.
 template <int kThreads, int kRows, bool kZeroPastWindow, class Tile>
 __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows, int first, int num_tokens,
                                           int row_bytes, bool whole_rows) {
@@ -132,8 +133,8 @@ __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows
     }
     return;
   }
-  // Rows of other head_dims may begin and end anywhere. They are copied word by word, in words of four bytes, if they
-  // consist of whole words, else element by element.
+  // Other rows may begin and end at any element. They are copied in words of four bytes if they consist of whole words,
+  // and otherwise element by element.
   constexpr int kWords = 4 * Tile::kChunks;
 #pragma unroll 1
   for (int index = threadIdx.x; index < kRows * kWords; index += kThreads) {
@@ -152,7 +153,8 @@ __device__ __forceinline__ void copy_rows(const Tile& tile, const uint64_t* rows
   }
 }
 
-// Writes 16 rows of a tile, filled by this warp, to the rows of tokens first.. of a map. Pad tokens are dropped.
+// Writes 16 rows of a tile, which this warp has filled, to the rows of tokens first.. of a map. Rows of pad tokens are
+// dropped.
 template <class Tile>
 __device__ __forceinline__ void store_rows(const Tile& tile, int row0, const uint64_t* rows, int first, int num_tokens,
                                            int row_bytes, bool whole_rows) {

@@ -1,13 +1,14 @@
-// Tile sizes of the window attention kernels: every number that follows from the product policy, the head_dim and the
-// window is derived here, once.
+// Tile sizes of the window attention kernels. All numbers that depend on the product policy, the head_dim and the
+// window are derived here.
 #pragma once
 
 #include "../../../params/window_attention_cuda.h"
 #include "../../common/ptx.cuh"
 #include "half_range.cuh"
 
-// To be settled by measurement, for short windows of narrow rows (two bytes, head_dim up to 32): copies in flight, and
-// warps per multiprocessor. gpu/variants.py builds and times variants that define these macros.
+// Defaults that are still to be chosen by measurement on a GPU, for short windows with narrow rows (16 bits, head_dim
+// up to 32): copies in flight (STAGES), and warps per multiprocessor (WARPS). gpu/variants.py builds and times variants
+// that define these macros.
 #ifndef SWINKERNELS_FORWARD_STAGES
 #define SWINKERNELS_FORWARD_STAGES 2
 #endif
@@ -24,8 +25,8 @@
 namespace swinkernels::cuda {
 
 // Product_   the products of tiles (tile_product.cuh); its T is the element type in memory
-// kHeadDim_  columns of the tiles; rows of a smaller head_dim are padded with zeros
-// kTiles_    a block has 8 * kTiles_ keys: the whole window if it has no more tokens, else one step of a loop
+// kHeadDim_  number of columns of the tiles; rows of a smaller head_dim are padded with zeros
+// kTiles_    a block of keys has 8 * kTiles_ keys; it is the whole window, or one step of a loop for larger windows
 template <class Product_, int kHeadDim_, int kTiles_>
 struct WindowAttentionTraits {
   using Product = Product_;
@@ -40,8 +41,8 @@ struct WindowAttentionTraits {
   static constexpr int kHeadDimTiles = kHeadDim / 8;
   static_assert(kBlock * kRowBytes <= 16 * 1024, "a block of 64 rows is for rows of at most 256 bytes");
 
-  // Copies in flight: with two stages the next window arrives during the computation of this one. There is one stage if
-  // two would leave a multiprocessor fewer warps than it needs to hide latency.
+  // Copies in flight. With two stages, the next window is copied during the computation of this one. There is only one
+  // stage if the shared memory of two would leave too few warps per multiprocessor to hide latency.
   static constexpr int kForwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_FORWARD_STAGES : 1;
   static constexpr int kBackwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_BACKWARD_STAGES : 1;
   // Warps per multiprocessor that the register budget allows: 16 leave a thread 128 registers, 12 leave 168, 8 all 255.
@@ -51,15 +52,15 @@ struct WindowAttentionTraits {
   static constexpr int kBackwardBlocks = (kNarrow ? SWINKERNELS_BACKWARD_WARPS : 8) / kWarps;
   static constexpr int kLongBlocks = 8 / kWarps;
 
-  // Entries of a bias table column that a long window keeps in shared memory: 47 x 47 and 13 x 13 x 13 fit. The widest
-  // rows leave no room for them on devices with 99 KB.
+  // The maximum number of entries of a bias table's column that the kernels for long windows copy to shared memory; 47
+  // x 47 and 13 x 13 x 13 fit. The widest rows leave no space for a column on devices with 99 KB.
   static constexpr int kSharedTableEntries = kRowBytes < 512 ? 2304 : 0;
 };
 
-// Columns of the tiles for rows of this head_dim.
+// Returns the number of columns of the tiles for rows of a head_dim.
 constexpr int tile_columns(int head_dim) { return head_dim <= 16 ? 16 : head_dim <= 32 ? 32 : 64; }
 
-// For the kernels for short windows in 16 bits, whose head_dim is known at compile time.
+// Traits of the kernels for short windows in 16 bits, for which head_dim is known at compile time.
 template <class Product_, int kExactHeadDim_, int kTiles_>
 struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDim_), kTiles_> {
   using Base = WindowAttentionTraits<Product_, tile_columns(kExactHeadDim_), kTiles_>;
@@ -70,12 +71,12 @@ struct Short16Traits : WindowAttentionTraits<Product_, tile_columns(kExactHeadDi
   static constexpr int kChunks = Base::kHeadDim / 8;  // 16-byte chunks of a tile's row
   static_assert(sizeof(typename Base::T) == 2 && kRowBytes % 16 == 0 && Base::kKeys <= 64);
   static_assert(Base::kForwardStages <= 2 && Base::kBackwardStages <= 2, "their rings have one or two stages");
-  // As many warps as in the base class, and as many for eight tiles as for seven, except where registers would be
-  // spilled: in the forward pass of eight tiles without stmatrix, and on Blackwell in all but the cases below. Without
-  // stmatrix, shared memory holds only two blocks of the backward pass.
+  // The number of warps is that of the base class, and the same for eight tiles as for seven, unless registers would be
+  // spilled: in the forward pass with eight tiles without stmatrix, and on Blackwell in all cases except those below.
+  // Without stmatrix, there is shared memory for only two blocks of the backward pass.
   static constexpr bool kNarrow = Base::kHeadDim <= 32;
   static constexpr bool kSeven = kRowTiles == 4 && kTiles_ < 8;      // head_dim 32
-  static constexpr bool kWide = !kHasNarrowRange<typename Base::T>;  // no running maximum, no exponents
+  static constexpr bool kWide = !kHasNarrowRange<typename Base::T>;  // needs no maximum and no exponents
   static constexpr bool kFitsForward = ptx::kIsBlackwell ? kWide || kSeven : ptx::kHasStmatrix || kTiles_ < 8;
   static constexpr bool kFitsBackward = ptx::kIsBlackwell ? kWide && kSeven : ptx::kHasStmatrix;
   static constexpr bool kSpareForward = kNarrow && (kFitsForward || kTiles_ < 7);
