@@ -16,12 +16,23 @@ TOGETHER = re.compile(
     r"^(?P<indent>[ ]+)(?P<names>\w+(?:,\s+\w+)+):(?P<text>.*(?:\n(?P=indent)[ ]+\S.*)*)", re.MULTILINE
 )
 ROLE = re.compile(r":(?:attr|class|func|meth|mod):`~?([\w.]+)`")
+INLINE = re.compile(r"(?P<space>\s*):math:`(?P<formula>[^`]+)`")
+# A heading as in PyTorch's docstrings, which Griffe would take for the title of an admonition.
+SHAPE = re.compile(r"^Shape:\n(?P<text>(?:[ ]+\S.*\n?)+)", re.MULTILINE)
 
 
 def _mathml(match: re.Match[str]) -> str:
-    lines = [match["line"], *textwrap.dedent(match["block"]).splitlines()]
-    formula = " ".join(line.strip() for line in lines if line.strip())
-    return f"\n{convert(formula, display='block')}\n\n"
+    formulas = re.split(r"\n\s*\n", match["line"] + "\n" + match["block"])
+    return "".join(f"\n{convert(' '.join(f.split()), display='block')}\n\n" for f in formulas if f.strip())
+
+
+def _inline_mathml(match: re.Match[str]) -> str:
+    formula = convert(" ".join(match["formula"].split()), display="inline")
+    return f" {formula}" if match["space"] else formula  # at the start of a line it would be a block
+
+
+def _shape(match: re.Match[str]) -> str:
+    return f"**Shape:**\n\n{textwrap.dedent(match['text'])}"
 
 
 def _each(match: re.Match[str]) -> str:
@@ -31,7 +42,8 @@ def _each(match: re.Match[str]) -> str:
 
 def markdown(docstring: str) -> str:
     """Convert a docstring to Markdown, with formulas in MathML, which browsers render, and an entry per argument."""
-    text = FORMULA.sub(_mathml, docstring + "\n").rstrip()
+    text = INLINE.sub(_inline_mathml, FORMULA.sub(_mathml, docstring + "\n"))
+    text = re.sub(r"::$", ":", SHAPE.sub(_shape, text), flags=re.MULTILINE).rstrip()
     return ROLE.sub(r"`\1`", TOGETHER.sub(_each, text))
 
 
@@ -48,7 +60,8 @@ class Docstrings(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         is_field = isinstance(obj, griffe.Attribute) and obj.parent is not None and obj.parent.is_class
-        if is_field and obj.docstring is None and (comment := comment_above(obj)):
+        # A comment above an assignment in __init__, which has no annotation, explains code.
+        if is_field and obj.annotation is not None and obj.docstring is None and (comment := comment_above(obj)):
             obj.docstring = griffe.Docstring(comment, parent=obj)
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)
