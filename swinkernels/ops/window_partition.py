@@ -179,7 +179,7 @@ def window_reverse(
         size: S, the tokens of the map per axis, (H, W) or (D, H, W).
 
     Returns:
-        (B, \*S, C) in the dtype of windows, contiguous: the inverse of :func:`window_partition` bit for bit.
+        (B, \*S, C), contiguous, in the dtype of windows; the inverse of :func:`window_partition`, bit for bit.
         Differentiable in windows, any number of times; the gradient of a pad token is zero.
 
     Raises:
