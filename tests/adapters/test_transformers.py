@@ -261,7 +261,7 @@ def test_norms_and_merging_on_kernels(family, kernels):
 
 
 def test_maps_that_one_window_covers(monkeypatch):
-    """A small map shrinks the window for good in Swin, Donut and CLAP; transformers fails if the table no longer fits."""
+    """A small map permanently shrinks the window in Swin, Donut and CLAP; transformers fails once the table is too large."""
     for family in ("swin", "donut", "clap"):
         model, small, large = make_model(family, torch.float64), make_image((16, 24)), make_image()
         fast = accelerated(model)

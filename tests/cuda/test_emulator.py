@@ -1,4 +1,4 @@
-"""The emulator for CUDA kernels computes the instructions correctly and detects mistakes."""
+"""Tests that the emulator for CUDA kernels computes instructions correctly and detects mistakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emul
 
 @pytest.fixture(params=[0, 1, 2])
 def library(request: pytest.FixtureRequest) -> emulation.Library:
-    """Return the emulator's library under several schedules."""
+    """Return the emulator's library, once for each of several schedules."""
     built = emulation.self_test_library()
     built.configure(seed=request.param)
     return built

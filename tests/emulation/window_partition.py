@@ -18,7 +18,7 @@ class _Windows(ctypes.Structure):
 
 
 class Params(ctypes.Structure):
-    """WindowCopyParams of csrc/params/window_partition.h."""
+    """Mirrors WindowCopyParams of csrc/params/window_partition.h."""
 
     _fields_ = [
         ("element_bytes", ctypes.c_int32),

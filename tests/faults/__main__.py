@@ -79,7 +79,7 @@ class Copy:
 
 
 def find(copy: Copy, fault: Fault) -> str | None:
-    """Return why the fault was not found, or None."""
+    """Return the reason why the fault was not found, or None."""
     try:
         with copy.with_fault(fault):
             if fault.file.startswith(COMPILED):
@@ -94,7 +94,7 @@ def find(copy: Copy, fault: Fault) -> str | None:
 
 
 def fails_without_faults(copy: Copy, faults: dict[str, Fault]) -> list[str]:
-    """List the failures of the tests without faults."""
+    """List the failures of tests that run without a fault."""
     problems = []
     tests = sorted({fault.test for fault in faults.values()})
     for of_triton in (False, True):

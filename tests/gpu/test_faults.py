@@ -1,4 +1,4 @@
-"""The smoke step finds a fault planted into a kernel's results, reports it in one line, and loses no other result."""
+"""Tests that the smoke step finds a fault planted in a kernel's results, and reports it in one line."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from gpu import lines
 from gpu.runner import Group, Run, Step
 
-# Instead of a faulty kernel, this worker's attention gives wrong results in the cases named after a fault. The whole
-# step has to find the fault: its processes, cases, reference, budget and lines.
+# Instead of a faulty kernel, this worker's attention gives wrong results in the cases named after a fault. The test
+# covers the whole step: its processes, cases, reference, budget and lines.
 PLANTED = """
 import os, sys, time
 import torch, swinkernels

@@ -1,4 +1,4 @@
-"""The ops from the compiled library and from Python are the same, and one place defines their namespace."""
+"""Tests that the ops from the compiled library and from Python are the same, and that one file sets their namespace."""
 
 from __future__ import annotations
 

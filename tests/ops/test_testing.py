@@ -1,4 +1,4 @@
-"""The error budget accepts exact results and rejects wrong ones, with a message."""
+"""Tests that the error budget accepts exact results and rejects wrong ones, with a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WindowSpec: its wire form, which kernels and exported programs read, and sizes that stay symbolic."""
+"""Tests WindowSpec: its wire form, which kernels and exported programs read, and sizes that stay symbolic."""
 
 from __future__ import annotations
 

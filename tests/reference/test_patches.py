@@ -1,4 +1,4 @@
-"""The references of patch merging, expanding and embedding compared with the published modules."""
+"""Tests the references of patch merging, expanding and embedding against the published modules."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_order(order, rank, expected):
 
 
 def test_monai_legacy_order():
-    """MONAI's literal slices up to 1.4 have the order "monai_legacy": two neighbours occur twice, two never."""
+    """The slices in MONAI up to 1.4 have the order "monai_legacy": two neighbours occur twice and two never."""
     x, weight = draw(2, 3, 4, 5, C), draw(2 * C, 8 * C, seed=3)
     norm_weight, norm_bias = draw(8 * C, seed=4), draw(8 * C, seed=5)
 

@@ -1,4 +1,4 @@
-"""The faults that the tests must find apply to the present sources; ``make faults`` runs them."""
+"""Tests that the faults apply to the current sources; ``make faults`` checks that the tests find them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Calls of the norm ops and their comparison with the float64 reference.
+"""Calls the norm ops, and compares them with the float64 reference.
 
-An implementation is any object with the ops as functions: ``torch.ops.swinkernels``, or the emulated kernels.
+An implementation is any object that has the ops as functions: ``torch.ops.swinkernels``, or the emulated kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class NormCase:
-    """A call of an op: ``op`` names it, the other fields determine shapes and arguments."""
+    """A call of an op; ``op`` is the op's name, and the other fields determine shapes and arguments."""
 
     op: str  # "layer_norm", "patch_merging_norm", "residual_layer_norm" or "residual_post_norm"
     shape: tuple[int, ...]  # shape of x
