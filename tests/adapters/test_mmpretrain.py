@@ -169,7 +169,7 @@ def test_drop_path_draws_the_same_in_checkpoints(version):
 
 @versions
 def test_attention_dropout_has_mmpretrains_mean_and_spread(version):
-    """Attention is linear in the dropped weights, so the mean over draws is the result without dropout."""
+    """Attention is linear in the dropped weights, so the mean over draws equals the result without dropout."""
     cfgs = {"block_cfgs": {"attn_cfgs": {"attn_drop": 0.3}}}
     attn = make_model(version, stage_cfgs=cfgs).double().stages[0].blocks[1].attn
     fast = accelerated(attn)
@@ -277,7 +277,7 @@ def test_torchscript_tracing_traces_mmpretrains_code(monkeypatch):
     assert_same(torch.jit.trace(fast, x, check_trace=False, strict=False)(x), model(x))
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 @versions

@@ -366,7 +366,7 @@ def test_torchscript_tracing_traces_monais_code(monkeypatch):
         torch.testing.assert_close(got, e, rtol=1e-10, atol=1e-12)
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 def test_hooks_on_blocks_and_stages_see_what_they_saw():

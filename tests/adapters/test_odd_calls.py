@@ -56,7 +56,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _first_calls(model: nn.Module, x: Tensor) -> dict[str, Call]:
-    """Return the arguments of the model's first calls, by path, for one replaced module of each class."""
+    """Return the arguments of the model's call of one replaced module per class, by path."""
     calls: dict[str, Call] = {}
     classes = {}
     for path, module in model.named_modules():

@@ -208,7 +208,7 @@ def test_gradient_checkpointing(version, calls):
 @versions
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 def test_autocast_bfloat16(version, where, calls, request):
-    """Values, and every dtype visible from outside, equal timm's."""
+    """Values, and all dtypes that hooks and callers observe, equal timm's."""
     model = make_model(version)
     if where == "gpu":
         request.getfixturevalue("a_gpu")
@@ -555,7 +555,7 @@ def test_a_v2_block_of_which_nothing_can_be_replaced_is_left_alone():
     assert "norm2 is a" in entry.reason
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 @versions

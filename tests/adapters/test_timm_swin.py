@@ -163,7 +163,7 @@ def test_attention_dropout_runs_in_training_and_not_in_eval():
 
 
 def test_attention_dropout_has_timms_mean():
-    """The attention half is linear in the dropped weights, so the mean over draws is the result without dropout."""
+    """The attention half is linear in the dropped weights, so the mean over draws equals the result without dropout."""
     block = make_model(attn_drop_rate=0.3).double().layers[0].blocks[1]
     swinkernels.accelerate(block)
     x = torch.randn(1, *block.input_resolution, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -260,7 +260,7 @@ def test_torchscript_tracing_traces_timms_code(monkeypatch):
     x = make_image(model)
     expected = model(x)
     timm_path_only(monkeypatch)
-    traced = torch.jit.trace(model, x, check_trace=False)  # verify would run the op
+    traced = torch.jit.trace(model, x, check_trace=False)  # the check of the trace would run the op
     torch.testing.assert_close(traced(x), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -293,7 +293,7 @@ def test_fx_tracing_traces_timms_code():
     torch.testing.assert_close(graph(x), block(x), rtol=1e-10, atol=1e-12)
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 def test_keys_parameters_and_types_stay():
@@ -636,7 +636,7 @@ def test_verify_on_meta_says_that_there_are_no_values():
 
 
 def test_the_default_device_of_the_process_does_not_matter():
-    """torch.set_default_device has no effect on accelerate; tensors of the default device "meta" hold no values."""
+    """torch.set_default_device has no effect on accelerate, even for "meta", on which tensors hold no values."""
     model = make_model()
     with torch.device("meta"):
         assert len(swinkernels.accelerate(model, verify=True).replaced) == 4 + 1

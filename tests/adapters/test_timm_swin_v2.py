@@ -193,7 +193,7 @@ def test_compile_a_whole_model(op_only):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 def test_report():

@@ -239,7 +239,7 @@ def test_attention_dropout_in_training_and_not_in_eval(version):
 
 @versions
 def test_attention_dropout_has_torchvisions_mean_and_spread(version):
-    """Attention is linear in the dropped weights, so the mean over draws is the result without dropout."""
+    """Attention is linear in the dropped weights, so the mean over draws equals the result without dropout."""
     attn = make_block(version, attention_dropout=0.3).attn
     fast, x = accelerated(attn), make_map(5, 6, batch=1)
     with torch.no_grad():
@@ -379,7 +379,7 @@ def test_torchscript_tracing_traces_torchvisions_code(version, monkeypatch):
     model = make_model(version, depths=[2, 1]).double()
     fast, x = accelerated(model), make_image(dtype=torch.float64)
     own_code_only(monkeypatch)
-    traced = torch.jit.trace(fast, x, check_trace=False)  # verify would run the op
+    traced = torch.jit.trace(fast, x, check_trace=False)  # the check of the trace would run the op
     assert torch.equal(traced(x), torch.jit.trace(model, x, check_trace=False)(x))
 
 
@@ -393,7 +393,7 @@ def test_torchscript_scripting_says_what_to_do(version):
     torch.testing.assert_close(torch.jit.script(model)(make_image()), model(make_image()))
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 @versions

@@ -202,7 +202,7 @@ def test_without_bias_of_the_projections(family):
 
 
 @families
-@pytest.mark.parametrize("backend", ["auto", "reference"])  # "reference" also has norms and residual connections on ops
+@pytest.mark.parametrize("backend", ["auto", "reference"])  # "reference" has norms and residual connections on ops
 def test_training_draws_the_same_random_numbers(family, backend):
     """Drop path draws the same random numbers as the library; dropout of tokens does not.
 
@@ -261,7 +261,7 @@ def test_norms_and_merging_on_kernels(family, kernels):
 
 
 def test_maps_that_one_window_covers(monkeypatch):
-    """A small map permanently shrinks the window in Swin, Donut and CLAP; transformers fails once the table is too large."""
+    """In Swin, Donut and CLAP small maps shrink windows permanently; transformers fails if their table does not fit."""
     for family in ("swin", "donut", "clap"):
         model, small, large = make_model(family, torch.float64), make_image((16, 24)), make_image()
         fast = accelerated(model)
@@ -357,7 +357,7 @@ def test_hooks_inside_are_seen(family):
     assert len(calls) == 4
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 @families

@@ -117,7 +117,7 @@ class Call:
         return out
 
     def check(self) -> dict[str, Judged]:
-        """Judge the results; raise AssertionError if one is outside the budget."""
+        """Check the results; raise AssertionError if one is outside the budget."""
         _, judged = judge_window_attention(
             self, self.case, self.dtype, seed=self.seed, constant=self.constant, sums_in_float32=True
         )
@@ -196,7 +196,7 @@ class Worst:
 
 
 def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[list[str], dict[tuple[str, str], Worst]]:
-    """Return a command for each failed call that repeats the call, and the worst errors by dtype and result."""
+    """Return the commands that repeat the failed calls, and the worst errors by dtype and result."""
     failures, worst = [], {}
     for number in numbers:
         call = draw_call(seed, number)

@@ -150,7 +150,7 @@ LONG = {
     "1024 tokens": Case(1, (32, 31), 1, 16, 32, 3, has_pad_qkv=True),
     "1024 tokens, dense": Case(1, (32, 32), 1, 16, 32, 0, **DENSE),
 }
-# All geometry options, each on a map where it matters.
+# All geometry options, each on a map on which it changes the result.
 GEOMETRY = {
     "no table": Case(1, (7, 8), 2, 32, 4, 1, has_table=False, has_pad_qkv=True),
     "no table, long window": Case(1, (12, 24), 2, 32, 12, 6, has_table=False),

@@ -1,4 +1,4 @@
-"""Tests that the smoke step finds a fault planted in a kernel's results, and reports it in one line."""
+"""Tests that the smoke step finds a planted fault, reports it in one line, and loses no other result."""
 
 from __future__ import annotations
 

@@ -402,7 +402,7 @@ def test_repr():
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(4, 4)), ValueError, ["L = 16", "(4, 4)", "(2, 20, 6)"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=20), TypeError, ["PatchMerging: size", "(H, W)", "20"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(20,)), ValueError, ["PatchMerging: size", "(H, W)", "(20,)"]),
-        # twice the channels could be taken for a third axis
+        # twice the channels could be mistaken for a third spatial axis
         (lambda: PatchMerging(6, spatial_dims=3)(zeros(2, 4, 4, 4, 12)), ValueError, ["dim = 6 channels", "got 12"]),
         (
             lambda: PatchMerging(6, spatial_dims=3)(zeros(2, 4, 4, 6)),

@@ -84,7 +84,7 @@ def test_block_is_timms(version, shift, size):
 def test_block_is_microsofts(version, shift, size):
     """Sequences and checkpoints with relative_position_index and attn_mask work as in Microsoft's block."""
     theirs = (ClassificationBlock, ClassificationBlockV2)[version - 1](16, size, 2, 4, shift)
-    if version == 2:  # Microsoft's code has this width
+    if version == 2:  # 512 is the width in Microsoft's code
         theirs.attn.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, 2, bias=False))
     ours = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, size, 2, 4, shift, mlp_ratio=2.0)
     x = make_map(2, size[0] * size[1], 16)

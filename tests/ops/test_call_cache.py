@@ -324,7 +324,7 @@ def test_a_gradient_of_nothing_is_refused_by_the_binding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_weights(case, dtype):
-    """The weights are probabilities, the output is the sum of v weighted by them, and returning them changes nothing else."""
+    """The weights are probabilities, the output is v weighted by them, and returning them changes nothing else."""
     inputs = {k: v.to(dtype) for k, v in case.inputs(torch.float32).items() if k != "dout"}
     out, weights = attend(**inputs, **case.arguments(), return_attention=True)
     eps = torch.finfo(dtype).eps

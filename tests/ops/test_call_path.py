@@ -54,7 +54,7 @@ def path_of(call: Callable[[], Any]) -> tuple[list[str], list[str]]:
     def watch(frame: FrameType, event: str, _: Any) -> None:
         if event != "call":
             return
-        if is_ours(frame) and not frame.f_code.co_name.startswith("<"):  # not a comprehension, a function before Python 3.12
+        if is_ours(frame) and not frame.f_code.co_name.startswith("<"):  # no comprehensions
             entered.append(frame.f_code.co_name)
         elif isinstance(frame.f_locals.get("self"), torch._ops.OpOverload) and frame.f_code.co_name == "__call__":
             stack[:] = ours_on_the_stack(frame.f_back)

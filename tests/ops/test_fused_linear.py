@@ -14,7 +14,7 @@ from swinkernels.ops import _fused_linear
 from swinkernels.testing import assert_within_budget
 from tests.support.fused_products import fused_calls
 
-ROWS, IN, OUT = (3, 7, 25), 40, 900  # large enough for each dtype
+ROWS, IN, OUT = (3, 7, 25), 40, 900  # large enough to be fused in each dtype
 
 
 def need_fused(dtype: torch.dtype) -> None:
@@ -138,7 +138,7 @@ def test_float32_is_float32_until_torch_is_told_otherwise():
     finally:
         matmul.fp32_precision = before
     assert errors[0][0] < 1e-5
-    assert (errors[1][0] > 1e-3) == (errors[1][1] > 1e-3)  # without such products in oneDNN both are exact
+    assert (errors[1][0] > 1e-3) == (errors[1][1] > 1e-3)  # if oneDNN has bfloat16 products, both use them
 
 
 def test_a_halfs_products_on_a_cpu():

@@ -184,7 +184,7 @@ def test_around_a_kernel(case, plain_kernels):
 @pytest.mark.parametrize(
     ("name", "dtypes", "results"),
     [
-        # x, y, weight and bias of the norm: float32 stream and parameters, half branch, as under autocast
+        # x, y, weight and bias of the norm: float32 stream and parameters, float16 branch, as under autocast
         ("residual", (torch.float32, torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)),
         ("residual_dropped", (torch.float32, torch.float16, torch.float32), (torch.float32, torch.float16)),
         ("residual", (torch.bfloat16,), (torch.bfloat16, torch.bfloat16)),
@@ -422,7 +422,7 @@ def test_gradients_on_meta_tensors(case, backend, monkeypatch):
 
 
 def test_fakes_with_symbolic_sizes():
-    """Sizes that are unknown while tracing stay symbols."""
+    """Sizes that are unknown while tracing stay symbolic."""
     real = torch.empty(4, 11, 13, 6)
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         x = mode.from_tensor(real, static_shapes=False)
@@ -514,7 +514,7 @@ def test_inputs_are_never_modified(case, plain_kernels):
 
 @some_cases
 def test_empty_batch(case, plain_kernels):
-    """The results are empty, and the gradients of the parameters zero."""
+    """The results are empty, and the gradients of the parameters are zero."""
     if case.shapes.get("x") == (5,):
         return  # a single row has no batch
     case = case.with_batch(0)

@@ -77,7 +77,7 @@ with torch._subclasses.FakeTensorMode():
 
 @pytest.mark.parametrize("build", ["none", pytest.param("cpu", marks=[pytest.mark.long, needs_extension])])
 def test_a_copy_under_another_name(build: str, tmp_path: Path) -> None:
-    """A package of another name, which also sets its namespace, loads together with this one."""
+    """A copy of the package with another name and another namespace loads together with this one."""
     package = tmp_path / "twin"
     shutil.copytree(ROOT / "swinkernels", package, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
     for path in package.rglob("*.py"):

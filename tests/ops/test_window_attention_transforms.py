@@ -144,7 +144,7 @@ def test_dropout_draws_a_seed_and_backward_has_the_same(
 @needs_cpu
 @pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0)])
 def test_vmap_is_a_loop(dims: tuple[int | None, int | None]) -> None:
-    """Outputs and gradients equal a loop's, through torch's fallback for ops without a rule."""
+    """vmap, which uses torch's fallback for ops without a rule, gives the outputs and gradients of a loop."""
     case = Case(2, (6, 9), 2, 8, 3, 1)
     inputs = case.inputs(torch.float32)
     given = [inputs["qkv"], inputs["bias_table"]]

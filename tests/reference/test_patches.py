@@ -61,7 +61,7 @@ def test_merging_monai(name, size, order):
 
 
 def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
-    """Return the input channel of each merged channel, by the rank of its value after the norm and an identity."""
+    """Return the input channel of each merged channel: the rank of its value after a norm and an identity."""
     n = 2**rank * channels
     x = torch.arange(float(n), dtype=torch.float64).reshape(1, *(2,) * rank, channels)
     y = reference.patch_merging(x, None, None, torch.eye(n, dtype=torch.float64), order=order, eps=0.0).flatten()

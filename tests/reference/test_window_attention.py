@@ -21,7 +21,7 @@ DIM, HEADS = 12, 3
 
 
 def between_linears(attn, x, qkv_bias, bias_table, **arguments):
-    """Put the reference in place of a published attention's windows: after its qkv, before its proj."""
+    """Replace the computation of a published attention between its qkv and its proj with the reference."""
     qkv = F.linear(x, attn.qkv.weight, qkv_bias)
     out = reference.window_attention_qkvpacked(qkv, bias_table, num_heads=HEADS, pad_qkv=qkv_bias, **arguments)
     return F.linear(out, attn.proj.weight, attn.proj.bias)
@@ -154,7 +154,7 @@ def test_torchvision(version, size, window, shift):
         ((5, 7, 6), (2, 4, 3), (1, 2, 1)),
         ((3, 5, 4), (3, 3, 3), (1, 1, 1)),  # one window along depth
         ((2, 2, 2), (3, 3, 3), (1, 1, 1)),  # clamped on every axis
-        ((3, 2, 7), (2, 3, 3), (1, 1, 1)),  Replace the computation of a published attention between its qkv and its proj with the reference.
+        ((3, 2, 7), (2, 3, 3), (1, 1, 1)),  # clamped on the middle axis
     ],
 )
 def test_monai(size, window, shift):
@@ -505,7 +505,7 @@ def test_dropout_keeps_a_share_and_rescales_it(p):
     share = (kept == 0).double().mean().item()
     assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / kept.numel())
     torch.testing.assert_close(kept[kept != 0], (full / (1 - p))[kept != 0], rtol=1e-12, atol=0)
-    # Each weight is drawn independently, so rows do not share a pattern by construction.
+    # Weights are drawn independently, so different rows have different patterns.
     rows = (kept == 0).flatten(0, -2)
     assert len(torch.unique(rows, dim=0)) > 0.5 * min(len(rows), 500) * (1 - max(p, 1 - p))
 

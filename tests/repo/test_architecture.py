@@ -31,7 +31,7 @@ CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh",
 
 
 def defined_in_python(path: Path) -> set[str]:
-    """Return the functions, classes and constants of a module, and the methods and fields of its classes as Class.name."""
+    """Return a module's functions, classes and constants, and the methods and fields of its classes as Class.name."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

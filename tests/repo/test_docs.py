@@ -1,7 +1,7 @@
 """Tests that the code blocks of the README and of docs/ work as described, and that the pages build without a warning.
 
-The Python blocks of a page run in order, in one namespace; a text block after a Python block is the error that it raises.
-Commands that install or build are run dry; of commands that measure only the arguments are parsed.
+The Python blocks of a page run in order, in one namespace. A text block after a Python block is the error that the
+code raises. Commands that install or build get a dry run; commands that measure have their arguments parsed.
 """
 
 from __future__ import annotations

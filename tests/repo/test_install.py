@@ -1,4 +1,4 @@
-"""Tests the README's installation, executed word for word in a new environment: minutes of work, with network access."""
+"""Tests the README's installation, executed word for word in a new environment: it takes minutes and network access."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class NormCase:
         return [sum(o << i for i, o in enumerate(reversed(offset))) for offset in self.offsets]
 
     def rows(self, x: Tensor) -> Tensor:
-        """Return the rows to normalise, (..., L), for an x of any dtype: a selection of its elements, and zeros."""
+        """Return the rows to normalise, (..., L), for an x of any dtype: they consist of elements of x and zeros."""
         if self.op == "patch_merging_norm":
             axes = range(x.dim() - 1 - self.merged_axes, x.dim() - 1)
             for axis in axes:
@@ -111,7 +111,7 @@ class NormCase:
 
 
 def call(implementation: Any, case: NormCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run forward and backward of a case with the ops; return every result by name, with None for dy if it is dx."""
+    """Run forward and backward of a case with the ops; return every result by name, without dy if it is dx."""
     fwd, bwd = (getattr(implementation, f"{case.op}_{direction}") for direction in ("fwd", "bwd"))
     x, weight, bias, scale = inputs["x"], inputs.get("weight"), inputs.get("bias"), inputs.get("drop_path_scale")
     needs = (weight is not None, bias is not None)
