@@ -115,7 +115,7 @@ def allow_tf32() -> Iterator[Callable[[bool], None]]:
 
 @pytest.fixture
 def plain_kernels(monkeypatch: pytest.MonkeyPatch):
-    """Run "cuda" and "triton" of the memory-bound ops, and attention's "triton", as plain PyTorch on the CPU."""
+    """Run "cuda" and "triton" of the memory-bound ops, and "triton" of attention, as plain PyTorch on the CPU."""
     from swinkernels.ops import _backends
     from tests.support.plain_kernels import attached
 

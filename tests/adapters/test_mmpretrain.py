@@ -323,7 +323,7 @@ def test_hooks_inside_the_attention_fire(version, path):
     assert (entry.path, entry.reason) == ("stages.0.blocks.1.attn", f"a hook is registered on w_msa{path}")
 
 
-# Modules that are left as they are
+# Modules that accelerate does not replace
 
 
 class OwnAttention(ShiftWindowMSA):

@@ -441,7 +441,7 @@ def test_a_parametrized_layer_takes_part(monkeypatch):
     assert_as_good(run(attn, make_map()), exact, exact)
 
 
-# Modules that are left as they are
+# Modules that accelerate does not replace
 
 
 class OwnAttention(ShiftedWindowAttention):

@@ -329,7 +329,7 @@ def test_hidden_states_and_feature_maps():
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
 
 
-# Modules that are left as they are
+# Modules that accelerate does not replace
 
 
 def test_what_is_not_a_linear_layer_is_left_alone():

@@ -134,7 +134,7 @@ def test_a_wrong_model_is_called_wrong(small_model: str, monkeypatch: pytest.Mon
     def spoil(model: nn.Module) -> Any:
         report = right(model)
         extra = torch.tensor([0.0, 0.0, 0.0, 0.01])[:, None] if wrong == "one image" else 0.01
-        gone = torch.Tensor.detach if wrong == "gradient" else torch.zeros_like  # detach: only the derivative changes
+        gone = torch.Tensor.detach if wrong == "gradient" else torch.zeros_like  # detach changes only the derivative
         model.register_forward_hook(lambda _module, _args, out: out + extra * (out - gone(out)))
         return report
 

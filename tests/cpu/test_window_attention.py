@@ -88,7 +88,7 @@ COSINE = [  # v2; the first head's factor is clamped
     ),
     Case(2, (9, 13), 3, 8, 2, 1, has_pad_qkv=True, has_logit_scale=True),
     Case(2, (6, 9), 3, 8, 3, 1, has_logit_scale=True),
-    Case(1, (9, 13), 2, 16, (4, 5), (2, 1), has_logit_scale=True),  # pad tokens are zeros, of norm 0
+    Case(1, (9, 13), 2, 16, (4, 5), (2, 1), has_logit_scale=True),  # pad tokens are zeros, so their norm is 0
     Case(2, (14, 14), 3, 32, 7, 3, has_logit_scale=True),
     Case(1, (16, 16), 3, 32, 8, 4, has_logit_scale=True),
     Case(1, (16, 32), 2, 32, 16, 8, has_logit_scale=True),

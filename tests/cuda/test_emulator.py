@@ -75,7 +75,7 @@ def test_transposing_ldmatrix(library):
 
 @pytest.mark.parametrize(("how", "row_limit"), [(0, 32), (1, 32), (2, 32), (3, 32), (3, 27), (3, 17)])
 def test_packed_fragments_reach_their_rows(library, how, row_limit):
-    """With and without stmatrix, the rows below the limit are written, and the others keep their values."""
+    """With and without stmatrix, only the rows below the limit are written; the others keep their values."""
     x = library.copy(
         torch.randint(1, 2**31 - 1, (16, 20), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     )

@@ -481,7 +481,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 
 
 def test_rows_of_a_larger_tensor(library):
-    """Heads, rows and images may have gaps. (With head_dim 16 the two runs would use different kernels.)"""
+    """There may be gaps after heads, rows and images. (With head_dim 16 the two runs would use different kernels.)"""
     case = Case(2, (7, 6), 2, 8, 4, 1, has_pad_qkv=True)
     inputs = case.inputs(torch.float16)
     dense = library.run(**inputs, **case.arguments())

@@ -74,7 +74,7 @@ def test_a_planted_fault_is_one_bad_line(run: Run, case: str, result: str, detai
     (bad,) = (line for line in run.lines if line["case"] == case and line["result"] in lines.BAD)
     assert bad["result"] == result
     assert detail in bad["detail"]
-    if case == "wrong scale in dk":  # wrong by one percent; forward is right, and the line has the error
+    if case == "wrong scale in dk":  # the backward pass is wrong by one percent
         assert bad["direction"] == "bwd"
         assert bad["value"] > 100
 

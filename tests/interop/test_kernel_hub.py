@@ -84,7 +84,7 @@ def test_build_toml(project: Path) -> None:
     assert rust.Build.open(project).general.backends == [rust.Backend.CPU, rust.Backend.CUDA]
 
 
-# kernel-builder writes these two.
+# kernel-builder generates these two files.
 REGISTRATION = """\
 #include <Python.h>
 #define SHOWN_(name) #name

@@ -184,7 +184,7 @@ def test_around_a_kernel(case, plain_kernels):
 @pytest.mark.parametrize(
     ("name", "dtypes", "results"),
     [
-        # x, y, weight and bias of the norm: float32 stream and parameters, float16 branch, as under autocast
+        # x, y, weight and bias of the norm: float32 stream and parameters, 16-bit branch, as under autocast
         ("residual", (torch.float32, torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)),
         ("residual_dropped", (torch.float32, torch.float16, torch.float32), (torch.float32, torch.float16)),
         ("residual", (torch.bfloat16,), (torch.bfloat16, torch.bfloat16)),
@@ -407,7 +407,7 @@ def test_fake_on_meta_tensors(name, arguments, plain_kernels):
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @some_cases
 def test_gradients_on_meta_tensors(case, backend, monkeypatch):
-    """Shapes and dtypes of results and gradients need neither a kernel nor memory."""
+    """The shapes and dtypes of results and gradients are computed without a kernel and without memory."""
     if backend not in backends_of(case):
         return
     expected = case.run(case.leaves(torch.float32))
@@ -592,7 +592,7 @@ def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_ke
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_reverse_undoes_partition_bit_for_bit(data):
-    """Maps may be odd, rectangular or of one token, windows may exceed the map, and shift and pad order are drawn."""
+    """Maps may be odd, rectangular or of one token, windows may exceed the map, and shift and pad order are random."""
     rank = data.draw(st.sampled_from([2, 3]))
     size = data.draw(st.tuples(*[st.integers(1, 9 if rank == 2 else 5)] * rank))
     window = data.draw(st.tuples(*[st.integers(1, 6)] * rank))

@@ -26,7 +26,7 @@ print(json.dumps({{name: [str(s) for s in torch._C._jit_get_schemas_for_operator
 
 
 def schemas(script: str, **environ: str) -> dict[str, list[str]]:
-    """Return the schemas in a process after running a script."""
+    """Run a script in a new process, and return the schemas there."""
     command = [sys.executable, "-c", script + DUMP]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environ}, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)

@@ -416,7 +416,7 @@ def test_inputs_are_never_modified():
 
 
 def test_compiles_with_dynamic_shapes():
-    """The checks trace with symbolic sizes and numbers, and one graph serves several sizes."""
+    """The checks can be traced with symbolic sizes and numbers, and one graph serves several sizes."""
     graphs = []
 
     def count(graph, inputs):

@@ -144,7 +144,7 @@ def test_merging_frame_by_frame(order):
 
 
 def test_padding_enters_the_statistics():
-    """One token of an odd map is normalised with three zero neighbours, not alone."""
+    """The token of a 1 x 1 map is normalised together with its three zero neighbours."""
     x = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
     y = reference.patch_merging(x, None, None, torch.eye(4, dtype=torch.float64), eps=0.0)
     expected = torch.tensor([3.0, -1.0, -1.0, -1.0], dtype=torch.float64) / 3**0.5
@@ -198,7 +198,7 @@ def test_expanding_3d():
 
 
 def test_expanding_undoes_merging():
-    """Row-major merging, then expanding, both without their Linear, equal each token's norm."""
+    """Row-major merging followed by expanding, both without their Linear, equals the norm of each token."""
     x = draw(1, 4, 6, 8)
     merged = reference.patch_merging(x, None, None, torch.eye(32, dtype=torch.float64), order="row_major", norm="pre")
     back = reference.patch_expanding(merged, None, None, None)

@@ -252,7 +252,7 @@ def slice_regions(frame, window, shift, periodic=None) -> Tensor:
 
 
 def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int, ...]) -> Tensor:
-    """Return the bias (heads, N, N), whose index is filled one entry at a time."""
+    """Return the bias (heads, N, N); its index is filled one entry at a time."""
     n = math.prod(window)
 
     def decode(t):

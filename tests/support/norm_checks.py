@@ -20,7 +20,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # of a Linear with a float32 norm.
 PAIRS = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
 NORM_PAIRS = [*PAIRS, (F16, F32), (BF16, F32)]
-# In shorter rows too few rounding errors average out, and most of the gradient cancels in the norm.
+# In rows shorter than this, too few rounding errors average out, and most of the gradient cancels in the norm.
 SHORT_ROW = 16
 EPS = 1e-5
 

@@ -21,5 +21,5 @@ def in_turn(values: Iterable[Any], others: Sequence[Any]) -> list[Any]:
 
 
 def long_but(values: Iterable[Any], *kept: Any) -> list[Any]:
-    """Return every value, for parametrize; values that are not kept are ``long``."""
+    """Return every value, for parametrize; values other than ``kept`` are marked ``long``."""
     return [pytest.param(value, marks=[] if value in kept else pytest.mark.long) for value in values]
