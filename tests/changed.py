@@ -1,8 +1,8 @@
 """Print the test files for the changes since a commit, for ``make check``: ``python tests/changed.py --since main``.
 
-tests/ mirrors the sources, so names lead from a source to its tests: the tests in its folder whose name contains the
-source's, else the whole folder. Tests that are too slow for every change, such as the emulated CUDA kernels, are left
-to ``make test``.
+tests/ mirrors the sources. The tests of a source are the files in its folder of tests/ with the source's name in their
+names or, if there are none, the whole folder. Tests that are too slow for every change, such as those of the emulated
+CUDA kernels, are left to ``make test``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ALWAYS = ("tests/repo/test_layering.py",)  # checks the imports of all files in a second
+ALWAYS = ("tests/repo/test_layering.py",)  # takes a second, and checks the imports of all files
 # Sources whose tests are in a folder of another name: the longest matching prefix counts.
 FOLDERS = {
     "swinkernels": "repo",

@@ -21,8 +21,8 @@ import torch
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 hypothesis.settings.register_profile("local", deadline=None)
-# Hypothesis draws the same examples every time, so that an old fault that is found by chance does not fail an unrelated
-# change. It writes nothing to disk.
+# Hypothesis draws the same examples every time, so that an unrelated change does not fail because a new example reveals
+# an old fault. It writes nothing to disk.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
@@ -115,7 +115,7 @@ def allow_tf32() -> Iterator[Callable[[bool], None]]:
 
 @pytest.fixture
 def plain_kernels(monkeypatch: pytest.MonkeyPatch):
-    """Run "cuda" and "triton" of the memory-bound ops, and attention's "triton", as plain PyTorch on the CPU."""
+    """Run "cuda" and "triton" of the memory-bound ops, and "triton" of attention, as plain PyTorch on the CPU."""
     from swinkernels.ops import _backends
     from tests.support.plain_kernels import attached
 

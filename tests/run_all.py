@@ -37,7 +37,7 @@ PARTS = [*FOLDERS, *(f"faults-{area}" for area in AREAS)]
 
 
 def run_tests(folder: str) -> dict[str, int]:
-    """Return how many tests of a folder passed, failed and were skipped."""
+    """Return the numbers of tests of a folder that passed, failed and were skipped."""
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
@@ -55,7 +55,7 @@ def count(report: ET.Element) -> dict[str, int]:
 
 
 def run_faults(area: str) -> dict[str, int]:
-    """Return how many faults of an area the tests found and missed."""
+    """Return the numbers of faults of an area that the tests found and missed."""
     command = [sys.executable, "-m", "tests.faults", f"{area}-"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

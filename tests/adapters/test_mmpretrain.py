@@ -1,4 +1,4 @@
-"""accelerate on mmpretrain's Swin, v1 and v2, and accelerated backbones selected by type in a config."""
+"""Tests accelerate on mmpretrain's Swin v1 and v2, and accelerated backbones that a config selects by type."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # warnings of mmcv-lite and mmengine
+    warnings.simplefilter("ignore")  # warnings from mmcv-lite and mmengine
     from mmcv.cnn.bricks.drop import DropPath
     from mmcv.cnn.bricks.transformer import PatchMerging as MMCVPatchMerging
     from mmengine.config import Config
@@ -34,9 +34,9 @@ from swinkernels.adapters.libraries import mmpretrain as adapter
 from tests.support.parity import assert_as_good, randomise, run, shaken
 from tests.support.published import refuse
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # from mmengine, and about mmpretrain's checkpointing
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings from mmengine, and about mmpretrain's checkpointing
 
-# The modules replaced in make_model's models: four blocks, their attention, and one patch merging.
+# Number of modules replaced in make_model's models: four blocks, their attention, and one patch merging.
 REPLACED = {
     1: {"SwinBlock": 4, "ShiftWindowMSA": 4, "PatchMerging": 1},
     2: {"SwinBlockV2": 4, "ShiftWindowMSA": 4, "PatchMerging": 1},
@@ -46,7 +46,7 @@ versions = pytest.mark.parametrize("version", [1, 2], ids=["v1", "v2"])
 
 
 def config(version: int = 1, **options: Any) -> dict[str, Any]:
-    """Make the config of a backbone whose maps for :func:`make_image` are 9x13, then 5x7."""
+    """Return the config of a backbone that has maps of 9x13 and then 5x7 tokens for :func:`make_image`."""
     arch = {"embed_dims": 16, "depths": [2, 2], "num_heads": [2, 4]}
     of_version: dict[str, Any] = {}
     if version == 2:
@@ -88,7 +88,7 @@ def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make mmpretrain's own attention fail from now on."""
+    """Make mmpretrain's own attention raise an error if it is called."""
     for owner in (WindowMSA, WindowMSAV2):
         refuse(monkeypatch, owner)
 
@@ -102,8 +102,8 @@ def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     ("size", "options"),
     [
         ((18, 26), {}),  # 9x13, 5x7
-        ((16, 32), {}),  # 8x16, 4x8: no shift on either axis in the second stage
-        ((16, 32), {"pad_small_map": True}),  # 8x16, 4x8: shifted on both axes
+        ((16, 32), {}),  # maps of 8x16 and 4x8: no shift on either axis in the second stage
+        ((16, 32), {"pad_small_map": True}),  # maps of 8x16 and 4x8: shifted on both axes
         ((6, 26), {"pad_small_map": True}),  # 3x13, 2x7
         ((20, 28), {"window_size": 5}),  # 10x14, 5x7
     ],
@@ -129,7 +129,7 @@ def test_other_options(version):
 
 @versions
 def test_what_mmpretrain_refuses_is_refused(version):
-    """mmpretrain requires a flag for padding maps that are smaller than the window."""
+    """mmpretrain pads maps that are smaller than the window only if a flag is set."""
     block = accelerated(make_model(version)).stages[0].blocks[1]
     for tokens, hw_shape, words in ((3 * 9, (3, 9), "pad_small_map"), (35, (6, 6), "match the input")):
         with pytest.raises(AssertionError, match=words):
@@ -138,7 +138,7 @@ def test_what_mmpretrain_refuses_is_refused(version):
 
 @versions
 def test_frozen_stages(version):
-    """mmpretrain freezes the stages again whenever train is called."""
+    """mmpretrain freezes the stages again on every call of train()."""
     model = make_model(version, frozen_stages=0).double()
     fast, x = accelerated(model), make_image(dtype=torch.float64)
     results = []
@@ -169,7 +169,7 @@ def test_drop_path_draws_the_same_in_checkpoints(version):
 
 @versions
 def test_attention_dropout_has_mmpretrains_mean_and_spread(version):
-    """Attention is linear in the dropped weights, so the mean over draws is the result without dropout."""
+    """Attention is linear in the dropped weights, so the mean over draws equals the result without dropout."""
     cfgs = {"block_cfgs": {"attn_cfgs": {"attn_drop": 0.3}}}
     attn = make_model(version, stage_cfgs=cfgs).double().stages[0].blocks[1].attn
     fast = accelerated(attn)
@@ -223,7 +223,7 @@ def test_norms_and_merging_on_ops(version, dtype, calls):
 
 @pytest.mark.parametrize("path", ["attn", "ffn", "ffn.layers.0", "ffn.layers.0.0"])
 def test_autocast_leaves_what_others_see_its_dtype(path):
-    """mmpretrain's norms return the stream's dtype, and only a Linear is known to cast their result."""
+    """The norms return the residual stream's dtype unless a Linear follows, which casts its input anyway."""
     block, dtypes = make_model().stages[0].blocks[1], []
     x = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(1))
     for m in (block, accelerated(block, "reference")):
@@ -277,7 +277,7 @@ def test_torchscript_tracing_traces_mmpretrains_code(monkeypatch):
     assert_same(torch.jit.trace(fast, x, check_trace=False, strict=False)(x), model(x))
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 @versions
@@ -323,7 +323,7 @@ def test_hooks_inside_the_attention_fire(version, path):
     assert (entry.path, entry.reason) == ("stages.0.blocks.1.attn", f"a hook is registered on w_msa{path}")
 
 
-# Modules that are left as they are
+# Modules that accelerate does not replace
 
 
 class OwnAttention(ShiftWindowMSA):
@@ -444,7 +444,7 @@ def test_a_config_changes_only_the_type(version):
 
 
 def test_a_classifier_by_its_config():
-    """A config like those of mmpretrain builds the classifier in mmpretrain's scope and in another OpenMMLab scope."""
+    """A config like mmpretrain's builds the classifier in mmpretrain's and in another library's scope."""
     text = f"""
 custom_imports = dict(imports=["swinkernels.integrations.mmpretrain"], allow_failed_imports=False)
 model = dict(
@@ -490,7 +490,7 @@ def test_what_a_backbone_does_not_know_is_refused():
 
 
 def test_a_drop_path_is_drawn_by_mmcv():
-    """The attention half of a block ends with mmcv's drop path, no matter which code computes the attention."""
+    """The attention half of a block ends with mmcv's drop path, for the library's attention and for the op."""
     attn = accelerated(make_model(drop_path_rate=0.5)).stages[1].blocks[1].attn.train()
     assert type(attn.drop) is DropPath
     assert attn.drop.drop_prob == 0.5

@@ -1,4 +1,4 @@
-"""The rows of docs/models.md agree with the modules that run on ops now, family by family."""
+"""Tests that the row of each family in docs/models.md agrees with the modules that run on ops."""
 
 from __future__ import annotations
 

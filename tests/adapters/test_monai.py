@@ -1,4 +1,4 @@
-"""accelerate on MONAI's SwinUNETR, 2D and 3D: the same results, and the model keeps its identity."""
+"""Tests accelerate on MONAI's SwinUNETR, 2D and 3D: results, and the model's state and interface."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from swinkernels.ops._backends import NOT_INSTALLED
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 from tests.support.published import refuse
 
-# Four stages, each with two blocks and a patch merging.
+# Number of modules replaced: four stages, each with two blocks and one patch merging.
 REPLACED = {"BasicLayer": 4, "SwinTransformerBlock": 8, "PatchMerging": 4}
 
 
@@ -63,7 +63,7 @@ def make_encoder(axes: int = 3, window: int = 4, **options: Any) -> SwinTransfor
 
 
 def make_volume(axes: int = 3, batch: int = 2) -> Tensor:
-    """Draw a volume whose maps have 9x7x6 tokens (padded), 5x4x3 (padded, or clamped), 3x2x2 and 2x1x1 (clamped)."""
+    """Draw a volume; its maps have 9x7x6 tokens (padded), 5x4x3 (padded or clamped), 3x2x2 and 2x1x1 (clamped)."""
     return torch.randn(batch, 1, *(18, 14, 12)[:axes], generator=torch.Generator().manual_seed(1))
 
 
@@ -89,7 +89,7 @@ def with_drop_path(model: nn.Module, p: float = 0.5) -> nn.Module:
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make MONAI's own attention and mask fail from now on."""
+    """Make MONAI's own attention and mask raise an error if they are called."""
     for owner in (swin_unetr, adapter):
         monkeypatch.setattr(owner, "compute_mask", None)
     refuse(monkeypatch, WindowAttention)
@@ -122,7 +122,7 @@ def test_other_options(options):
 
 
 def test_windows_of_seven_on_odd_maps():
-    """Bias tables are read in the numbering of the whole window, even on smaller maps."""
+    """Bias tables are indexed as in the full window, even on smaller maps."""
     model = make_encoder(2, window=7).double()
     x = torch.randn(1, 1, 30, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     check_parity(model, x)
@@ -291,7 +291,7 @@ def test_norms_and_merging_on_ops(axes, downsample, calls):
 
 
 def test_norms_and_merging_of_volumes_on_kernels(calls, as_on_a_gpu):
-    """The code for a GPU runs with kernels in plain PyTorch."""
+    """The code path for a GPU runs on the CPU, with kernels in plain PyTorch."""
     model = make_encoder(3)
     check_parity(model, make_volume(3))
     assert (calls.count("residual_layer_norm"), calls.count("patch_merging")) == (8, 4)
@@ -305,7 +305,7 @@ def test_norms_and_merging_of_volumes_on_kernels(calls, as_on_a_gpu):
 
 
 class LegacyPatchMerging(PatchMerging):
-    """Merges in the order of MONAI up to 1.4: two neighbours occur twice, two never."""
+    """Merges patches in the order of MONAI up to 1.4: two neighbours occur twice and two never."""
 
     def forward(self, x):
         if x.dim() == 4:
@@ -356,7 +356,7 @@ def test_compile_fullgraph_of_volumes(monkeypatch):
     assert_as_good({k.removeprefix("_orig_mod."): v for k, v in got.items()}, exact, exact)
 
 
-@pytest.mark.filterwarnings("ignore")  # the tracer's warnings on MONAI's code
+@pytest.mark.filterwarnings("ignore")  # warnings from the tracer about MONAI's code
 def test_torchscript_tracing_traces_monais_code(monkeypatch):
     model = make_encoder(2, depths=(2, 1, 1, 1)).double()
     x, fast = make_volume(2).double(), accelerated(model)
@@ -366,7 +366,7 @@ def test_torchscript_tracing_traces_monais_code(monkeypatch):
         torch.testing.assert_close(got, e, rtol=1e-10, atol=1e-12)
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 def test_hooks_on_blocks_and_stages_see_what_they_saw():

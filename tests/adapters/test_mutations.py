@@ -1,4 +1,4 @@
-"""Random edits of accelerated models: a few of those made by ``python -m tests.adapters.mutations``."""
+"""Tests a sample of the random edits of accelerated models that ``python -m tests.adapters.mutations`` makes."""
 
 from __future__ import annotations
 

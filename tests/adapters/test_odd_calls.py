@@ -56,7 +56,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _first_calls(model: nn.Module, x: Tensor) -> dict[str, Call]:
-    """Return the arguments with which the model calls the first replaced module of each class, by path."""
+    """Return the arguments of the model's call of one replaced module per class, by path."""
     calls: dict[str, Call] = {}
     classes = {}
     for path, module in model.named_modules():
@@ -93,16 +93,16 @@ def test_odd_calls_end_as_in_the_library(family: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         swinkernels.accelerate(fast)
-        model(make_input(family))  # some blocks keep the size of their map
+        model(make_input(family))  # some blocks store the size of their map in this call
         for path, call in _first_calls(fast, make_input(family)).items():
             for name, change in ODD.items():
                 try:
                     odd = change(call)
                 except (IndexError, RuntimeError):
-                    continue  # the first argument does not have such an axis
+                    continue  # the change needs an axis that the first argument lacks
                 got, expected = _outcome(fast.get_submodule(path), odd), _outcome(model.get_submodule(path), odd)
                 where = f"{path} with {name}: {got!r:.300}, but the library's own code gives {expected!r:.300}"
-                if isinstance(expected, Exception):  # a block without a shift may read an unused mask's size
+                if isinstance(expected, Exception):  # without a shift, the library may read the size of an unused mask
                     assert isinstance(got, Exception) or name == "no tensors", where
                     continue
                 assert not isinstance(got, Exception), where

@@ -1,4 +1,4 @@
-"""Modules whose parameters are not in ``_parameters``: replicas, and flattened or parametrised modules."""
+"""Tests modules that do not keep their parameters in ``_parameters``: replicas, flattened and parametrised modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys(
 
 
 def replica(model: nn.Module) -> Any:
-    """Make a replica of a model as torch.nn.parallel.replicate, which needs GPUs, would."""
+    """Make a replica of a model like torch.nn.parallel.replicate, but without a GPU."""
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, twin in copies.items():
         twin._former_parameters = OrderedDict()

@@ -1,4 +1,4 @@
-"""Weights of tensor classes that support few ops, as quantisation makes them, before and after accelerate."""
+"""Tests weights of tensor classes that support few ops, such as quantised weights, before and after accelerate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys(
 
 
 class Packed(Tensor):
-    """A weight that only a Linear can read: every other operation raises."""
+    """A weight that only F.linear can read; every other operation raises an error."""
 
     _of: Tensor
 
@@ -32,7 +32,7 @@ class Packed(Tensor):
         kwargs = kwargs or {}
         if function is F.linear:
             return _linear(*args, **kwargs)
-        # Attributes of any tensor that nn.Module, copying and error messages read.
+        # Attributes and methods that nn.Module, copy.deepcopy and error messages use on every weight.
         name = getattr(function, "__name__", "")
         if name in (
             "__get__",
@@ -107,7 +107,7 @@ def test_torchao(place, kind, quantised_first):
     with torch.no_grad():
         try:
             expected = plain(x.float(), *others)
-        except IndexError:  # a call of F.linear with keyword arguments
+        except IndexError:  # torchao failed on a call of F.linear with keyword arguments
             pytest.skip("torchao cannot run this library's own code")
         got = fast(x.float(), *others)
     got, expected = (out[0] if isinstance(out, tuple) else out for out in (got, expected))

@@ -1,4 +1,4 @@
-"""The public registration of adapters, and the module paths that adapters had in 0.1.0."""
+"""Tests the public registration of adapters, and the module paths that adapters had in 0.1.0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of accelerate is correct, and Report.check confirms it."""
+"""Tests that the report of accelerate is correct, and that Report.check confirms it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads and windows beyond the op's limits: the library's own code runs, and the report gives the reason."""
+"""Tests heads and windows beyond the op's limits: the library's own code runs, and the report gives the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""accelerate on the window and grid attention of timm's MaxViT, on the backend that "auto" chooses here."""
+"""Tests accelerate on the window and grid attention of timm's MaxViT, on the backend that "auto" chooses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from swinkernels.adapters.libraries.timm import maxvit
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 from tests.support.side_by_side import randomised
 
-# Class of block -> its number of attention modules.
+# Number of attention modules in each class of block.
 CLASSES = {PartitionAttentionCl: 1, PartitionAttention2d: 1, ParallelPartitionAttention: 2}
 classes = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 DIM, WINDOW = 16, (3, 5)
@@ -42,7 +42,7 @@ def make_block(cls: Any, partition: str = "block", dtype: torch.dtype = torch.fl
     block = randomised(block)
     for name, p in block.named_parameters():
         if name.endswith("mlp.fc2.bias") and "rel_pos" in name:
-            p.requires_grad_(False)  # softmax cancels a constant: its gradient is rounding error
+            p.requires_grad_(False)  # softmax ignores a constant in all scores: the gradient is only rounding error
     return block.to(dtype)
 
 
@@ -61,7 +61,7 @@ def accelerated(module: nn.Module, **kwargs: Any) -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Record the arguments of the ops' calls."""
+    """Record the arguments of every op call."""
     seen: list[dict[str, Any]] = []
     for name in ("window_attention", "window_attention_qkvpacked"):
         op = getattr(part, name)
@@ -105,7 +105,7 @@ def test_map_sizes(cls, size):
 @classes
 @pytest.mark.parametrize("fused", [True, False], ids=["sdpa", "explicit"])
 def test_both_of_timms_attention_paths(cls, fused):
-    """timm's fused path leaves the scale to scaled_dot_product_attention."""
+    """timm's fused path ignores ``scale``: scaled_dot_product_attention uses its default."""
     block, x = make_block(cls), make_map(cls)
     for name, _ in maxvit._attentions(block):
         attn = block.get_submodule(name)
@@ -147,7 +147,7 @@ def test_a_map_that_windows_do_not_divide_is_refused_as_timm_does(cls):
 
 @classes
 def test_training_draws_the_same_bias(cls):
-    """The MLP of the bias has a Dropout, which draws the same numbers as timm's own code."""
+    """The position bias MLP has a Dropout, which draws the same numbers as in timm's own code."""
     block, x, results = make_block(cls, rel_pos_type="mlp").train(), make_map(cls), []
     for b in (block, accelerated(block)):
         torch.manual_seed(7)

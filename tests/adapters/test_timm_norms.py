@@ -1,6 +1,6 @@
-"""accelerate on timm's norms, residual connections and patch merging, v1 and v2: the same results, or timm's own code.
+"""Tests accelerate on the norms, residual connections and patch merging of timm's Swin, v1 and v2.
 
-These parts have kernels on GPUs only: here they run in the reference, or on kernels in plain PyTorch.
+Their ops have kernels on GPUs only. The tests run the reference, or kernels in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.support.timm_swin import (
 )
 
 OPS = ("layer_norm", "residual_layer_norm", "residual_post_norm", "patch_merging")
-# The calls in one forward pass of make_model's models: four blocks and one patch merging.
+# Number of op calls in one forward pass of make_model's models, which have four blocks and one patch merging.
 CALLS = {1: {"residual_layer_norm": 4, "patch_merging": 1}, 2: {"residual_post_norm": 8, "patch_merging": 1}}
 GEOMETRIES = ("divisible", "padded-9x13-5x7", "odd-window-17x11-9x6", "clamped-on-one-axis-3x8")
 
@@ -88,7 +88,7 @@ def a_gpu(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the plain PyTorch backend fail for these ops from now on."""
+    """Make the plain PyTorch backend of these ops raise an error if it is called."""
     for name in OPS:
         monkeypatch.setattr(fallback, name, None)
 
@@ -176,7 +176,7 @@ def test_the_factor_of_drop_path_is_timms(p, dtype):
 
 @versions
 def test_drop_path_draws_in_timms_dtype_under_autocast(version, calls, a_gpu):
-    """timm computes 1 / (1 - p) in the branch's dtype, and bfloat16's value differs from float32's."""
+    """timm computes 1 / (1 - p) in the branch's dtype; in bfloat16 the value differs from float32's."""
     model = make_model(version, drop_path_rate=0.3).train()
     fast, x = accelerated(model, "auto"), make_image(model)
     dtypes = []
@@ -208,7 +208,7 @@ def test_gradient_checkpointing(version, calls):
 @versions
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 def test_autocast_bfloat16(version, where, calls, request):
-    """Values, and every dtype visible from outside, equal timm's."""
+    """Values, and all dtypes that hooks and callers observe, equal timm's."""
     model = make_model(version)
     if where == "gpu":
         request.getfixturevalue("a_gpu")
@@ -227,7 +227,8 @@ def test_autocast_bfloat16(version, where, calls, request):
     assert calls.by_op() == (CALLS[version] if version == 2 else {"layer_norm": 4, **CALLS[version]})
     half = torch.bfloat16
     first, second = ([c for c in calls if c["op"] != "patch_merging"][i] for i in (0, -1))  # for stages 1 and 2
-    # The stream's dtype: autocast's convolution and v1's merging return bfloat16, norms the device's autocast dtype.
+    # The stream's dtype: autocast's convolution and v1's merging return bfloat16, norms return the dtype that autocast
+    # uses for them on the device.
     wide = half if where == "cpu" else torch.float32
     assert {t for c in calls for t in c["dtypes"]} == {half, wide}
     if version == 1:
@@ -239,7 +240,7 @@ def test_autocast_bfloat16(version, where, calls, request):
 
 
 def test_autocast_leaves_an_mlp_that_it_does_not_know_its_dtype(calls):
-    """timm's norm2 returns float32 for a float32 stream, and only a Linear is known to cast that result."""
+    """norm2 returns float32 for a float32 stream unless a Linear follows, which casts its input anyway."""
     stage = accelerated(make_model(depths=(4,), num_heads=(2,))).layers[0]
     dtypes = []
     for block, path in ((0, "mlp"), (1, "mlp"), (2, "mlp.fc1")):
@@ -275,7 +276,7 @@ def test_a_branch_narrower_than_the_stream(version, calls):
 
 @pytest.mark.parametrize(("version", "dtype"), [(1, torch.float16), (2, torch.bfloat16)], ids=["v1", "v2"])
 def test_a_stream_narrower_than_the_sum_under_autocast(version, dtype, calls, a_gpu):
-    """Patch embedding without a norm gives a half-precision stream; added to another dtype, it is float32 in timm."""
+    """Patch embedding without a norm returns a half-precision stream; timm's sum with another dtype is float32."""
     plain = make_model(version).layers[0].blocks[0]
     fast = accelerated(plain)
     x = torch.randn(2, *plain.input_resolution, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -312,7 +313,7 @@ def test_compile_fullgraph_without_compiling_again_for_every_batch(version, a_gp
         assert_as_good({name.removeprefix("_orig_mod."): value for name, value in got.items()}, plain, exact)
     assert graphs.frame_count == 2, "one graph for the first batch, one for any other"
     nodes = Counter(getattr(node.target, "__name__", "").split(".")[0] for node in graphs.graphs[0].graph.nodes)
-    if version == 1:  # the remaining torch norms: patch embedding, head, and norm1 of v1's blocks
+    if version == 1:  # norms still computed by torch: patch embedding, head, and norm1 of each v1 block
         expected = {"layer_norm": 4, "residual_layer_norm_fwd": 2, "patch_merging_norm_fwd": 1}
     else:
         expected = {"layer_norm": 2, "residual_post_norm_fwd": 4, "window_partition": 1, "layer_norm_fwd": 1}
@@ -444,14 +445,14 @@ def test_a_hook_on_an_inner_module_fires(version, where, kind, calls, monkeypatc
         assert f"Residual and norm: timm's own code; a hook is registered on {name}" in entry.remarks
     handle.remove()
     calls.clear()
-    monkeypatch.setattr(linear_layers, "fuses", lambda x: False)  # else the projection may take the residual connection
+    monkeypatch.setattr(linear_layers, "fuses", lambda x: False)  # else the residual connection may be fused into it
     with torch.no_grad():
         model(x)
     assert calls.by_op() == CALLS[version]
 
 
 def test_hooks_on_what_is_called_all_the_same_see_what_they_saw(calls):
-    """Hooks on modules that are still called (norm1 without autocast, v1's drop_path2 and mlp) see the same tensors."""
+    """Hooks on modules that are still called (norm1 without autocast, v1's drop_path2 and mlp) get the same tensors."""
     model = make_model(drop_path_rate=0.1).double()
     fast, x = accelerated(model), make_image(model)
     seen: dict[nn.Module, list[Tensor]] = {model: [], fast: []}
@@ -491,7 +492,7 @@ def replaced_forward(module: nn.Module) -> nn.Module:
     return module
 
 
-# Version, path of the module in its stage, replacement, words of the report, and the number of op calls lost.
+# Version; path of the replaced module in its stage; replacement; words of the report; number of op calls lost.
 REPLACEMENTS: dict[str, tuple[int, str, Any, str, int]] = {
     "subclass of a norm": (
         1,
@@ -554,7 +555,7 @@ def test_a_v2_block_of_which_nothing_can_be_replaced_is_left_alone():
     assert "norm2 is a" in entry.reason
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 @versions

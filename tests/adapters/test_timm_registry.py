@@ -1,4 +1,4 @@
-"""timm's registry gets accelerated entrypoints."""
+"""Tests the accelerated entrypoints in timm's model registry."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from swinkernels.integrations.timm import registry
 
 MODULES = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr")
 ORIGINALS = [name for module in MODULES for name in timm.list_models(module=module)]
-# One model per module of timm; two blocks in two stages are enough.
+# One model for each of timm's model files; two blocks in two stages are enough.
 SMALL = {"depths": (1, 1), "embed_dim": 24, "num_heads": (2, 2), "num_classes": 5, "img_size": 64}
 NAMES = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224")
 

@@ -1,4 +1,4 @@
-"""accelerate and restore on timm's Swin: the same results and the same model, on the backend "auto" chooses here."""
+"""Tests accelerate and restore on timm's Swin, on the backend that "auto" chooses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.timm_swin import CONFIGURATIONS, assert_as_good, check_parity
 
 
 def fast_path_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make timm's own attention fail, which proves that the op ran."""
+    """Make timm's own attention raise an error, so that a passing test proves that the op ran."""
     refuse(monkeypatch, SwinTransformerBlock, "_attn")
 
 
@@ -50,7 +50,7 @@ def test_outputs_and_every_gradient(options, dtype):
 
 @pytest.mark.parametrize("size", [(36, 52), (20, 28), (44, 24), (8, 8)], ids=str)
 def test_dynamic_image_size(size):
-    """The window keeps its size, even on smaller maps; the mask follows the map."""
+    """The window keeps its size, even on smaller maps; the mask is that of the map's size."""
     model = make_model(dynamic_img_size=True).double()
     check_parity(model, make_image(model, size=size))
 
@@ -163,7 +163,7 @@ def test_attention_dropout_runs_in_training_and_not_in_eval():
 
 
 def test_attention_dropout_has_timms_mean():
-    """The attention half is linear in the dropped weights, so the mean over draws is the result without dropout."""
+    """The attention half is linear in the dropped weights, so the mean over draws equals the result without dropout."""
     block = make_model(attn_drop_rate=0.3).double().layers[0].blocks[1]
     swinkernels.accelerate(block)
     x = torch.randn(1, *block.input_resolution, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -260,7 +260,7 @@ def test_torchscript_tracing_traces_timms_code(monkeypatch):
     x = make_image(model)
     expected = model(x)
     timm_path_only(monkeypatch)
-    traced = torch.jit.trace(model, x, check_trace=False)  # the check would run the op
+    traced = torch.jit.trace(model, x, check_trace=False)  # the check of the trace would run the op
     torch.testing.assert_close(traced(x), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -293,7 +293,7 @@ def test_fx_tracing_traces_timms_code():
     torch.testing.assert_close(graph(x), block(x), rtol=1e-10, atol=1e-12)
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 def test_keys_parameters_and_types_stay():
@@ -433,7 +433,7 @@ def test_a_hook_inside_the_attention_fires(where, kind):
 
 
 class LowRank(nn.Linear):
-    """A layer such as LoRA adapters put in place of an nn.Linear."""
+    """A layer that replaces an nn.Linear, as LoRA adapters do."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, dtype=linear.weight.dtype)
@@ -505,7 +505,7 @@ def test_an_attention_mask_of_the_users_own(when, how):
     else:
         assert [entry.path for entry in report.skipped] == ["layers.0.blocks.1"]
     torch.testing.assert_close(fast(x), model(x), rtol=1e-10, atol=1e-12)
-    # set_input_size makes timm's mask again, and the op may run again.
+    # set_input_size makes a new mask in timm, so the op may run again.
     for m in (model, fast):
         m.set_input_size(img_size=(44, 44))
     x = make_image(model)
@@ -618,7 +618,7 @@ def test_verify_finds_a_wrong_kernel_and_names_the_module(wrong, monkeypatch):
 
 @pytest.mark.parametrize(("error", "passes"), [(1e-7, True), (1e-3, False)])
 def test_a_gradient_that_is_zero_is_judged_by_the_size_of_others(error, passes):
-    """The gradient of a constant in all scores, which softmax cancels, consists of rounding errors only."""
+    """The gradient of a constant added to all scores, which softmax ignores, consists of rounding errors only."""
     exact = torch.full((32,), 1e-17, dtype=torch.float64)
     got, plain = torch.full((32,), error), torch.zeros(32)
     if passes:
@@ -636,7 +636,7 @@ def test_verify_on_meta_says_that_there_are_no_values():
 
 
 def test_the_default_device_of_the_process_does_not_matter():
-    """torch.set_default_device, here with a device whose tensors hold no values, has no effect on accelerate."""
+    """torch.set_default_device has no effect on accelerate, even for "meta", on which tensors hold no values."""
     model = make_model()
     with torch.device("meta"):
         assert len(swinkernels.accelerate(model, verify=True).replaced) == 4 + 1

@@ -1,4 +1,4 @@
-"""accelerate on the cosine attention of timm's Swin V2, on the backend that "auto" chooses here."""
+"""Tests accelerate on the cosine attention of timm's Swin V2, on the backend that "auto" chooses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GEOMETRIES = {name: options for name, options in CONFIGURATIONS.items() if "head
 
 @pytest.fixture
 def op_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make timm's own attention fail, which proves that the op ran."""
+    """Make timm's own attention raise an error, so that a passing test proves that the op ran."""
     refuse_method(monkeypatch, SwinTransformerV2Block, "_attn")
 
 
@@ -161,7 +161,7 @@ def test_projection_dropout():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_model(dtype):
-    # Whole windows: in float16, timm's code divides 0 by 0 in its padding.
+    # The maps consist of whole windows: in float16, timm's code divides 0 by 0 in padding.
     model = make_model(2, img_size=(32, 64)).to(dtype)
     fast, x = accelerated(model), make_image(model)
     exact = run(copy.deepcopy(model).double(), x.double())
@@ -193,7 +193,7 @@ def test_compile_a_whole_model(op_only):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 def test_report():

@@ -1,4 +1,4 @@
-"""accelerate on timm's relative position ViT, on the backend that "auto" chooses here."""
+"""Tests accelerate on timm's relative position ViT, on the backend that "auto" chooses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_model(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
         if name.endswith(("qkv.weight", "relative_position_bias_table", "mlp.fc2.weight")):
             p.data.normal_(std=0.4)
         if "rel_pos.mlp.fc2.bias" in name:
-            p.requires_grad_(False)  # softmax cancels a constant: its gradient is rounding error
+            p.requires_grad_(False)  # softmax ignores a constant in all scores: the gradient is only rounding error
     return model.to(dtype)
 
 
@@ -53,7 +53,7 @@ def accelerated(model: nn.Module, **kwargs: Any) -> Any:
 
 @pytest.fixture
 def op_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make torch's attention fail."""
+    """Make torch's attention raise an error if it is called."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
 
 
@@ -79,7 +79,7 @@ def test_outputs_and_every_gradient(options, dtype, monkeypatch):
 
 @pytest.mark.parametrize("fused", [True, False], ids=["sdpa", "explicit"])
 def test_both_of_timms_attention_paths(fused):
-    """timm's fused path leaves the scale to scaled_dot_product_attention."""
+    """timm's fused path ignores ``scale``: scaled_dot_product_attention uses its default."""
     model, x = make_model(), make_image()
     for block in model.blocks:
         block.attn.fused_attn, block.attn.scale = fused, 0.37

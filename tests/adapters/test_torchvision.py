@@ -1,4 +1,4 @@
-"""accelerate on torchvision's Swin, v1 and v2: the same results, and the model keeps its identity."""
+"""Tests accelerate on torchvision's Swin, v1 and v2: results, and the model's state and interface."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from swinkernels.adapters.adapter import Accelerated
 from swinkernels.adapters.libraries import torchvision as adapter
 from tests.support.parity import assert_as_good, run, shaken
 
-# The modules replaced in make_model's models: four blocks, their attention, and one patch merging.
+# Number of modules replaced in make_model's models: four blocks, their attention, and one patch merging.
 REPLACED = {
     1: {"SwinTransformerBlock": 4, "ShiftedWindowAttention": 4, "PatchMerging": 1},
     2: {"SwinTransformerBlockV2": 4, "ShiftedWindowAttentionV2": 4, "PatchMergingV2": 1},
 }
 ATTENTION = {1: ShiftedWindowAttention, 2: ShiftedWindowAttentionV2}
 
-# Window size; image size, at two pixels per token.
+# Window size and image size; a token is two pixels wide.
 GEOMETRIES = {
     "padded-9x13-5x7": ([4, 4], (18, 26)),
     "divisible-8x16-4x8": ([4, 4], (16, 32)),
@@ -110,7 +110,7 @@ def check_parity(model: nn.Module, x: Tensor, backend: str = "auto") -> None:
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make torchvision's own attention fail from now on."""
+    """Make torchvision's own attention raise an error if it is called."""
     monkeypatch.setattr(swin_transformer, "shifted_window_attention", None)
 
 
@@ -136,7 +136,7 @@ def test_outputs_and_every_gradient(version, name, dtype, monkeypatch):
 @versions
 @pytest.mark.parametrize("options", [{"qkv_bias": False}, {"proj_bias": False}, {"shift_size": [2, 0]}], ids=str)
 def test_attention_alone(version, options):
-    """Options that no model uses work: layers without a bias, a shift on one axis, any map."""
+    """Attention works with options that no published model uses: no bias in a layer, or a shift on one axis."""
     torch.manual_seed(0)
     attn = ATTENTION[version](16, **{"window_size": [4, 3], "shift_size": [2, 1], "num_heads": 2, **options})
     attn = attn.double().eval()
@@ -239,7 +239,7 @@ def test_attention_dropout_in_training_and_not_in_eval(version):
 
 @versions
 def test_attention_dropout_has_torchvisions_mean_and_spread(version):
-    """Attention is linear in the dropped weights, so the mean over draws is the result without dropout."""
+    """Attention is linear in the dropped weights, so the mean over draws equals the result without dropout."""
     attn = make_block(version, attention_dropout=0.3).attn
     fast, x = accelerated(attn), make_map(5, 6, batch=1)
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_norms_and_merging_on_ops(version, dtype, calls):
 
 
 def test_autocast_leaves_what_others_see_its_dtype(calls):
-    """torchvision's norms return the stream's dtype, and only a Linear is known to cast their result."""
+    """The norms return the residual stream's dtype unless a Linear follows, which casts its input anyway."""
     for path in ("attn", "mlp", "mlp.0"):
         block, dtypes = make_block().float(), []
         for m in (block, accelerated(block, "reference")):
@@ -374,12 +374,12 @@ def test_a_feature_extractor_keeps_the_ops_of_leaves(version, monkeypatch):
 
 
 @versions
-@pytest.mark.filterwarnings("ignore")  # the tracer's warnings on torchvision's code
+@pytest.mark.filterwarnings("ignore")  # warnings from the tracer about torchvision's code
 def test_torchscript_tracing_traces_torchvisions_code(version, monkeypatch):
     model = make_model(version, depths=[2, 1]).double()
     fast, x = accelerated(model), make_image(dtype=torch.float64)
     own_code_only(monkeypatch)
-    traced = torch.jit.trace(fast, x, check_trace=False)  # the check would run the op
+    traced = torch.jit.trace(fast, x, check_trace=False)  # the check of the trace would run the op
     assert torch.equal(traced(x), torch.jit.trace(model, x, check_trace=False)(x))
 
 
@@ -393,7 +393,7 @@ def test_torchscript_scripting_says_what_to_do(version):
     torch.testing.assert_close(torch.jit.script(model)(make_image()), model(make_image()))
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 @versions
@@ -441,7 +441,7 @@ def test_a_parametrized_layer_takes_part(monkeypatch):
     assert_as_good(run(attn, make_map()), exact, exact)
 
 
-# Modules that are left as they are
+# Modules that accelerate does not replace
 
 
 class OwnAttention(ShiftedWindowAttention):

@@ -1,4 +1,4 @@
-"""accelerate on the Swin models of transformers 5."""
+"""Tests accelerate on the Swin models of transformers 5."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ ATTENTION = {
     "swin2sr": Swin2SRAttention,
     "clap": ClapAudioAttention,
 }
-# One axis of the second stage equals a window and the other does not, which each family treats differently.
+# On one axis, the second stage's map is exactly one window long; the families treat this case differently.
 SIZES = [(36, 28), (18, 26)]
 
 
 class Clap(nn.Module):
-    """Has the layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
+    """The layers and merging of CLAP's audio encoder, on images; CLAP itself accepts spectrograms of one size."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ MODELS: dict[str, Callable[..., Any]] = {
 REPLACED = {name: {"layer": 4, "merging": 0 if name == "swin2sr" else 1} for name in MODELS}
 
 families = pytest.mark.parametrize("family", MODELS)
-clap = pytest.mark.parametrize("family", ["clap"])  # the others are among the models of test_conformance.py
+clap = pytest.mark.parametrize("family", ["clap"])  # test_conformance.py tests the models of the other families
 
 
 class Outputs(nn.Module):
@@ -131,7 +131,7 @@ def make_image(size: tuple[int, int] = SIZES[0], dtype: torch.dtype = torch.floa
 
 
 def size_for(family: str, size: tuple[int, int]) -> tuple[int, int]:
-    # Swin2SR takes images of whole windows, and pads other images itself.
+    # Swin2SR accepts images of whole windows, and pads other images itself.
     return {SIZES[0]: (20, 12), SIZES[1]: (8, 16)}[size] if family == "swin2sr" else size
 
 
@@ -144,13 +144,13 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> Any:
 
 
 def ops_only(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """Make transformers' own attention fail from now on."""
+    """Make transformers' own attention raise an error if it is called."""
     refuse(monkeypatch, ATTENTION[family])
 
 
 @pytest.fixture
 def kernels(as_on_a_gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Run norms, residual connections and merging on kernels in plain PyTorch, and record the names called."""
+    """Run norms, residual connections and merging on kernels in plain PyTorch, and record the ops called."""
     called: list[str] = []
 
     def recorded(name: str, op: Any) -> Any:
@@ -202,11 +202,11 @@ def test_without_bias_of_the_projections(family):
 
 
 @families
-@pytest.mark.parametrize("backend", ["auto", "reference"])  # "reference" also has norms and residual connections on ops
+@pytest.mark.parametrize("backend", ["auto", "reference"])  # "reference" has norms and residual connections on ops
 def test_training_draws_the_same_random_numbers(family, backend):
-    """Drop path draws the library's random numbers; dropout of tokens does not.
+    """Drop path draws the same random numbers as the library; dropout of tokens does not.
 
-    After attention, Swin draws for tokens in window order, and the accelerated layer in map order.
+    For the dropout after attention, Swin draws numbers in window order, and the accelerated layer in map order.
     """
     options = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.0 if family == "swin" else 0.2}
     model = make_model(family, torch.float64, **options).train()
@@ -245,7 +245,7 @@ def test_verify(family):
 
 @clap
 def test_norms_and_merging_on_kernels(family, kernels):
-    """The code for a GPU runs with kernels in plain PyTorch, also under autocast."""
+    """The code path for a GPU runs on the CPU with kernels in plain PyTorch, also under autocast."""
     model, x = make_model(family), make_image(size_for(family, SIZES[1]))
     exact = run(copy.deepcopy(model).double(), x.double())
     fast = accelerated(model)
@@ -261,7 +261,7 @@ def test_norms_and_merging_on_kernels(family, kernels):
 
 
 def test_maps_that_one_window_covers(monkeypatch):
-    """Windows shrink permanently in Swin, Donut and CLAP; once their table no longer fits, transformers fails."""
+    """In Swin, Donut and CLAP small maps shrink windows permanently; transformers fails if their table does not fit."""
     for family in ("swin", "donut", "clap"):
         model, small, large = make_model(family, torch.float64), make_image((16, 24)), make_image()
         fast = accelerated(model)
@@ -329,7 +329,7 @@ def test_hidden_states_and_feature_maps():
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
 
 
-# Modules that are left as they are
+# Modules that accelerate does not replace
 
 
 def test_what_is_not_a_linear_layer_is_left_alone():
@@ -357,7 +357,7 @@ def test_hooks_inside_are_seen(family):
     assert len(calls) == 4
 
 
-# The model keeps its identity
+# The model's state and interface
 
 
 @families

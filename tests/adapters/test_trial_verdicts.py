@@ -1,4 +1,4 @@
-"""A trial's verdict holds only for blocks of the same code and settings, and changed blocks run their own code."""
+"""Tests that a trial's verdict applies only to blocks with the same code and settings, not to changed blocks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
-# Forwards that differ for many tokens
+# Forward methods that give other results for many tokens
 
 
 class OtherwiseAboveATokenCount(forms.MapBlock):
@@ -90,11 +90,11 @@ def test_a_map_of_more_tokens_than_a_number_in_the_code_is_tried():
     assert_same(fast(x), block(x))
 
 
-# Forwards that differ for a dtype or for many images
+# Forward methods that give other results for a dtype or for many images
 
 
 class Otherwise(forms.ClassificationBlock):
-    """Computes something else in some calls."""
+    """A block whose output is 1.5 times the usual one for inputs for which ``differs`` is true."""
 
     differs: Any
 
@@ -130,7 +130,7 @@ def test_an_attention_that_differs_in_a_dtype():
     assert "images in torch.float16" in report.skipped[0].reason
 
 
-# Instances that differ in a setting
+# Instances with different settings
 
 
 class Mode(enum.Enum):
@@ -144,7 +144,7 @@ class Settings:
 
 
 class Factor(forms.ClassificationBlock):
-    """Multiplies its result by a factor, which may be stored anywhere."""
+    """A block that multiplies its result by a factor, which comes from a setting of any type."""
 
     setting: Any
 
@@ -207,7 +207,7 @@ def test_a_verdict_is_not_shared_by_instances_that_differ_in_a_setting(kind, as_
 
 
 class Drifting(forms.ClassificationBlock):
-    """Adds the values of its attributes, which are zero at first."""
+    """A block that adds the values of its attributes to its result; they are zero at first."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -300,7 +300,7 @@ def test_code_patched_on_the_class_is_noticed(cls, name, monkeypatch):
 
 
 class RecordsItsSize(forms.MapBlock):
-    """Records the size of its last map, as some published blocks do."""
+    """A block that records the size of its last map, as some published blocks do."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -369,7 +369,7 @@ def test_the_checks_of_a_call_are_cheap():
     assert best < 6 * 2e-6
 
 
-# Forwards that differ only in training, or only on large maps
+# Forward methods that give other results only in training, or only on large maps
 
 
 class DiffersInTraining(forms.ClassificationBlock):
@@ -440,7 +440,7 @@ class CountsInABuffer(forms.WindowAttention):
 )
 @pytest.mark.parametrize("base", [forms.ClassificationBlock, forms.HybridBlock])
 def test_an_attention_that_leaves_something_behind_is_left_alone(attention, base):
-    if base is forms.HybridBlock:  # only its attention is tried
+    if base is forms.HybridBlock:  # accelerate runs a trial of the attention only
         block = nn.ModuleDict({"attn": attention(12, (4, 4), 3)}).double()
     else:
         block = make(type("Block", (base,), {"attention": attention}), shift_size=2)
@@ -455,7 +455,7 @@ def test_an_attention_that_leaves_something_behind_is_left_alone(attention, base
 
 
 class PassesItsDefault(forms.ClassificationBlock):
-    """nnFormer's form: calls its attention with pos_embed=None, and adds a value that no form has."""
+    """nnFormer's form: calls its attention with pos_embed=None; the result is scaled, so it fits no form."""
 
     class attention(forms.WindowAttention):
         def forward(self, x: Tensor, mask: Tensor | None = None, pos_embed: Any = None) -> Tensor:

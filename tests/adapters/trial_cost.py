@@ -1,4 +1,4 @@
-"""Measure the CPU time and memory of ``accelerate`` for models whose blocks are copies or forms, which need trials.
+"""Measure the CPU time and memory of ``accelerate`` for models with copied blocks or known forms, which need trials.
 
     python -m tests.adapters.trial_cost [MODEL...] [--against CHECKOUT]
 

@@ -1,4 +1,4 @@
-"""The benchmarks measure correctly: the right peers, the right bytes, and verdicts only on measured results."""
+"""Tests that the benchmarks have the right peers and bytes, and give verdicts only on measured results."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_peers_equal_the_reference(case: WindowAttentionCase, kind: str, monkeyp
 
 
 def test_published_times_are_compared_with_right_results_at_their_shapes() -> None:
-    """The shapes are the published ones: 256 windows of 64, 256 and 576 tokens, v2, 6 heads of 32."""
+    """The shapes are the published ones: 256 windows of 64, 256 and 576 tokens, v2, 6 heads of 32 channels."""
     for shape in peers.PUBLISHED:
         case = shapes.ATTENTION[shape]
         windows = math.prod(s // w for s, w in zip(case.size, case.window_tuple, strict=True))
@@ -132,7 +132,7 @@ def test_rows_of_a_run_on_the_cpu(tmp_path: Path) -> None:
     case = WindowAttentionCase(1, (6, 6), 2, 8, 3, 1)
     rows = attention.benchmark("small", case, torch.float32, CPU, names)
     by_key = {(row["backend"], row["direction"]): row for row in rows}
-    assert ("eager", "bwd") not in by_key  # only our backward is timed alone, as the bare op
+    assert ("eager", "bwd") not in by_key  # only this package's backward op is timed on its own
     for name in names:
         assert by_key[name, "fwd"]["result"] == "ok"
         assert by_key[name, "fwd"]["median_us"] > 0
@@ -355,7 +355,7 @@ def test_backward_alone_is_the_gradient(op: str, backend: str, plain_kernels) ->
 
 
 def lines_of(step: str, directions: tuple[str, ...], *labels: tuple[str, str, str, str]) -> list[dict]:
-    """Return lines of a run as gpu/timing.py emits them."""
+    """Return result lines in the form in which gpu/timing.py writes them."""
     return [
         {"step": step, "op": op, "shape": shape, "dtype": dtype, "backend": backend, "direction": direction,
          "build": "shipped", "value": 100.0, "unit": "% of copy", "us": 5.0, "copy_us": 5.0, "result": "ok"}
@@ -372,7 +372,7 @@ def test_a_whole_run_settles_every_goal_of_an_op() -> None:
     of_attention += [("window_attention", shapes.GOAL, a, "cuda") for a in ("float16", "tf32")]
     of_maps = [(op, shape, "bfloat16", "cuda") for op in timing.MEMORY for shape in shapes.MAP_GOALS]
     lines = lines_of("time", timing.DIRECTIONS, *of_attention, *of_maps)
-    assert any(goal["verdict"] == "met" for goal in goals.of_lines(lines[:2]))  # the first lines settle a goal
+    assert any(goal["verdict"] == "met" for goal in goals.of_lines(lines[:2]))  # the first lines decide a goal
     peers = [("window_attention", s, "bfloat16", b) for s in goals.ATTENTION_GOALS for b in ("cuda", *attention.PEERS)]
     of_copies = [(op, s, "bfloat16", b) for op in (*goals.PEER_OPS, "patch_merging_gemm") for s in shapes.MAP_GOALS
                  for b in ("cuda", *memory_bound.PEERS)]  # fmt: skip
@@ -395,7 +395,7 @@ def test_a_goal_stands_beside_its_time() -> None:
 
 
 def test_tf32_is_torchs_switch() -> None:
-    """Rows of TF32 are measured with the switch on, which is restored afterwards."""
+    """TF32 rows are measured with torch's TF32 switch on, and the switch is restored afterwards."""
     before = torch.backends.cuda.matmul.fp32_precision
     case = WindowAttentionCase(1, (4, 4), 1, 8, 2, 1)
     seen = []
@@ -426,7 +426,7 @@ def test_table_and_percentiles() -> None:
 
 
 def test_variants_name_what_exists() -> None:
-    """A variant whose macro or attribute is never read would time the shipped kernels again."""
+    """Each variant sets a macro or attribute that the sources read; else it would time the shipped kernels again."""
     kernels = commit.ROOT / "csrc/kernels/cuda"
     attention_traits = (kernels / "window_attention/traits.h").read_text()
     moving = (kernels / "window_partition/window_copy.cuh").read_text() + (kernels / "layer_norm/traits.h").read_text()
@@ -456,7 +456,7 @@ def test_triton_variants_change_the_tuning(name: str) -> None:
 
 
 def test_host_cost_counts_the_calling_thread() -> None:
-    """Work of other threads counts for the process, not for the thread; waiting counts for neither."""
+    """CPU time of other threads is part of the process's time, not of the thread's; waiting is part of neither."""
 
     def busy(seconds: float) -> None:
         end = time.thread_time() + seconds
@@ -483,4 +483,4 @@ def test_host_cost_of_every_case() -> None:
     calls = ("forward", "forward, recorded", "forward + backward", "forward, op alone")
     assert [row["call"] for row in rows[:4]] == list(calls)
     assert set(host_cost.GOALS) < set(calls)
-    assert all(row["thread_us"] > 0 and row["met"] is None for row in rows)  # goals exist for the GPU only
+    assert all(row["thread_us"] > 0 and row["met"] is None for row in rows)  # goals exist for GPUs only

@@ -1,4 +1,4 @@
-"""The CPU kernels have no more instructions than the baseline, and the counting is correct."""
+"""Tests that the CPU kernels have no more instructions than the baseline, and that the counting is correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The instruction counter executes the same instructions as a GPU, and the kernels have not grown."""
+"""Tests that the instruction counter executes instructions as a GPU does, and that the kernels have not grown."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_matrix_products_and_their_copies() -> None:
 
 
 def test_what_a_predicate_switches_off_has_no_address() -> None:
-    """A disabled instruction is issued and counted, but its address register may contain any value."""
+    """An instruction that its predicate disables is issued and counted; its address register may contain any value."""
     block = _block("MOV R1, 0x3eb4d23a\n@!PT STSM.16.M88.4 [R1], R4\n@!PT LDSM.16.M88.4 R4, [R1]\nEXIT")
     assert block.warps[0].counts.tolist() == [1, 1, 1, 1]
     assert block.warps[0].passes.tolist() == [0, 0, 0, 0]
@@ -218,7 +218,7 @@ def test_blocks_per_multiprocessor() -> None:
 
 
 def test_committed_counts() -> None:
-    """The columns used elsewhere come first, and every architecture has the hot cases."""
+    """The columns that other code reads come first, and every architecture has the hot cases."""
     rows = instructions.read(instructions.BASELINE)
     named = "arch,kernel,case,per_window_head,registers,shared_bytes,warps_per_sm,compiler,commit"
     assert ",".join(rows[0]).startswith(named)
@@ -241,7 +241,7 @@ def _from_bits(x: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_90"])
 def test_what_is_executed_is_attention(arch: str) -> None:
-    """The counted code, run on numbers, gives the reference's output and gradients, so the right code is counted."""
+    """The counted code, executed on data, gives the reference's output and gradients, so the right code is counted."""
     forward = instructions.Case("fwd", (7, 7), lse=True)
     backward = instructions.Case("bwd", (7, 7))
     torch.manual_seed(0)

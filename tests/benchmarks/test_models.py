@@ -1,4 +1,4 @@
-"""Benchmarks of whole models and of scaling compare and judge correctly, and their formulas agree with counted work."""
+"""Tests the benchmarks of whole models and of scaling: comparisons, verdicts, and formulas against counted work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_model(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Put a timm Swin of two stages on 32 x 32 pixels, and a block of it, into the benchmarks' tables."""
+    """Add a timm Swin with two stages for 32 x 32 pixels, and one of its blocks, to the benchmarks' tables."""
     timm = pytest.importorskip("timm")
     swin = timm.models.swin_transformer.SwinTransformer
     build = functools.partial(swin, img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2))
@@ -134,7 +134,7 @@ def test_a_wrong_model_is_called_wrong(small_model: str, monkeypatch: pytest.Mon
     def spoil(model: nn.Module) -> Any:
         report = right(model)
         extra = torch.tensor([0.0, 0.0, 0.0, 0.01])[:, None] if wrong == "one image" else 0.01
-        gone = torch.Tensor.detach if wrong == "gradient" else torch.zeros_like  # detach: only the derivative changes
+        gone = torch.Tensor.detach if wrong == "gradient" else torch.zeros_like  # detach changes only the derivative
         model.register_forward_hook(lambda _module, _args, out: out + extra * (out - gone(out)))
         return report
 
@@ -217,7 +217,7 @@ def test_goals_of_models() -> None:
     mine.update(median_us=20.1, peak_mib=22.9)
     got = verdicts([*others, mine])
     assert (got[speed], got[peak]) == ("not met", "met")
-    others[1]["result"] = "WRONG"  # a wrong result is not a peer
+    others[1]["result"] = "WRONG"  # a contestant with a wrong result is left out
     assert verdicts([*others, mine])[speed] == "met"
     mine["result"] = "WRONG"
     assert verdicts([*others, mine])[speed] == "not met"
@@ -271,7 +271,7 @@ def test_flops_of_the_core_count_the_products(case: WindowAttentionCase) -> None
     found = counted(lambda x: reference.window_attention_qkvpacked(x, **case.arguments()), qkv)
     assert 2 * found == formulas.core_flops(case)["fwd"]
     flops = formulas.core_flops(case)
-    assert flops["bwd"] * 2 == flops["fwd"] * 5  # five products against two
+    assert flops["bwd"] * 2 == flops["fwd"] * 5  # five matrix products in backward, two in forward
     assert flops["fwd+bwd"] == flops["fwd"] + flops["bwd"]
 
 
@@ -292,13 +292,13 @@ def test_noise_is_a_spread_of_over_a_tenth() -> None:
     [
         ([(2, 2)], 1, 0),
         ([(2, 30), (2, 3)], 2, 1),  # the second is steady
-        ([(2, 30), (40, 2), (2, 20), (1, 1)], 3, 2),  # none is: the steadiest of three is kept
+        ([(2, 30), (40, 2), (2, 20), (1, 1)], 3, 2),  # none is steady: the steadiest of three is kept
         ([(2, 12), (2, 13), (14, 2)], 3, 0),
         ([()], 1, 0),  # no contestant is left
     ],
 )
 def test_noisy_times_are_measured_again(spreads: list[tuple[int, ...]], measured: int, kept: int) -> None:
-    """All contestants are measured again together, and one measurement is kept whole."""
+    """All contestants are measured again together, and all times of one measurement are kept."""
     runs = [
         {f"{i}": Timing(100.0 + n, 100.0, 100.0 + width) for i, width in enumerate(of_run)}
         for n, of_run in enumerate(spreads)
@@ -309,7 +309,7 @@ def test_noisy_times_are_measured_again(spreads: list[tuple[int, ...]], measured
 
 
 def test_a_cpu_timer_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of three measurements have slow calls, and the third is kept; by this clock a call takes a second."""
+    """Two of three measurements contain slow calls, so the third is kept; a call advances this clock by one second."""
     now, slow = [0.0], [0] * 4 + [9, 0] * 4 + [0] * 5
 
     def call(i: int) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark command, its CSV files, and the output generated from them: tables, charts, comparisons."""
+"""Tests the benchmark command, its CSV files, and the tables, charts and comparisons generated from them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_run_writes_rows_tables_and_pictures(small_shape: str, tmp_path: Path,
 
 
 def test_a_baseline_that_is_ours_is_drawn(small_shape: str, tmp_path: Path) -> None:
-    """A speed-up needs one of our kernels, which the installation may lack."""
+    """A speed-up needs the time of one of this package's kernels, which the installation may lack."""
     if "cpu" not in command.attention.contestants(CPU, ()):
         pytest.skip("the extension is not built")
     assert command.main([*OPS, "cpu", "--out", str(tmp_path)]) == 0
@@ -143,7 +143,7 @@ def test_a_wrong_peer_is_shown_as_wrong(small_shape: str, tmp_path: Path, monkey
         return lambda qkv, bias_table: peer(qkv, bias_table * 1.01)
 
     monkeypatch.setattr(command.attention, "make_peer", off)
-    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # a wrong result of ours would fail the run
+    assert command.main([*OPS, "--out", str(tmp_path)]) == 0  # a wrong result of this package would fail the run
     assert "wrong results: eager at small" in capsys.readouterr().out
     wrong = [row for row in record.read_csv(tmp_path / "ops.csv") if row["result"] == record.RESULT_WRONG]
     assert {row["backend"] for row in wrong} == {"eager"}
@@ -302,7 +302,7 @@ def test_a_noisy_time_is_marked() -> None:
 
 
 def test_headline_compares_with_the_fastest_other_contestant() -> None:
-    """The headline covers two shapes, in either direction; wrong peers and our slower kernels do not count."""
+    """The headline covers two shapes, in both directions; wrong peers and our slower kernels do not count."""
     rows = [
         row("cpu", 100.0), row("reference", 250.0), row("sdpa", 400.0),
         row("eager", 10.0, result="wrong", shape="other"), row("reference", 800.0, shape="other"),
@@ -320,7 +320,7 @@ def test_headline_compares_with_the_fastest_other_contestant() -> None:
 
 
 def test_the_readme_shows_one_run() -> None:
-    """The README shows the run on a GPU, if there is one."""
+    """The README shows the run on a GPU if the files contain one."""
     rows = with_environment([row("cpu", 100.0), row("reference", 250.0)])
     on_gpu = [
         {**r, "driver": "1.0", "device": "Some GPU", "backend": r["backend"].replace("cpu", "cuda")} for r in rows

@@ -1,4 +1,4 @@
-"""Random calls of the CPU kernels, each checked against the error budget.
+"""Runs random calls of the CPU kernels, and checks each against the error budget.
 
     python -m tests.cpu.random_cases --cases 100000
 
@@ -30,12 +30,12 @@ from tests.support.attention_cases import MIN_ELEMENTS, draw_case, elements
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (*range(1, 41), 8, 16, 24, 32, 32, 48, 64, 96, 127, 128)
 PACKED, PACKED_HEADS, SEPARATE = FORMS = ("(B, *S, 3C)", "(B, *S, 3, heads, head_dim)", "q, k, v")
-# Longest window per axis, most tokens per axis beyond two windows, most scores or elements.
+# For each kind: longest window per axis, most tokens per axis beyond two windows, most scores or elements.
 KINDS = {"short": (6, 3, 20_000), "one token": (1, 6, 20_000), "long": (20, 3, 60_000)}
-LONG = 64  # long windows have more tokens than this: several blocks of queries
+LONG = 64  # long windows have more tokens than this, and so several blocks of queries
 MIN_ROWS = 32  # with fewer rows of a head, the rounding of single scores does not average out in float32
 AXIS_TABLES = tuple(f"axis_tables.{axis}" for axis in range(3))
-WIDE = ("bias_table", "bias", "logit_scale", *AXIS_TABLES)  # of any dtype, used in float32
+WIDE = ("bias_table", "bias", "logit_scale", *AXIS_TABLES)  # may have any floating dtype, used in float32
 TABLES = (*WIDE, "pad_qkv", "region_map")
 
 
@@ -57,7 +57,7 @@ class Layout:
         return cls(rng.choice((0, 1, 2, 3, 5)), order, gaps)
 
     def place(self, x: Tensor) -> Tensor:
-        """Copy x so that its last element is the last of its memory."""
+        """Copy x to memory that ends with the last element of x."""
         if x.numel() == 0:
             return x.clone()
         strides, stride = [0] * x.dim(), 1
@@ -117,7 +117,7 @@ class Call:
         return out
 
     def check(self) -> dict[str, Judged]:
-        """Judge the results; raise AssertionError if one is outside the budget."""
+        """Check the results; raise AssertionError if one is outside the budget."""
         _, judged = judge_window_attention(
             self, self.case, self.dtype, seed=self.seed, constant=self.constant, sums_in_float32=True
         )
@@ -156,7 +156,7 @@ def _draw_case(rng: random.Random) -> Case:
 
 
 def draw_call(seed: int, number: int) -> Call:
-    """Draw call ``number`` of a seed."""
+    """Draw the call with this number from a seed."""
     rng = random.Random(f"{seed} {number}")
     case = _draw_case(rng)
     rank = len(case.size)
@@ -179,7 +179,7 @@ def draw_call(seed: int, number: int) -> Call:
 
 @dataclass
 class Worst:
-    """The largest errors of one result in one dtype, each with the number that identifies its call."""
+    """The largest errors of one result in one dtype, each with the number of its call."""
 
     results: int = 0
     rms_eps: float = 0.0
@@ -196,7 +196,7 @@ class Worst:
 
 
 def check(seed: int, numbers: Iterable[int], *, compare: bool = True) -> tuple[list[str], dict[tuple[str, str], Worst]]:
-    """Return a command for each failed call that repeats the call, and the worst errors by dtype and result."""
+    """Return the commands that repeat the failed calls, and the worst errors by dtype and result."""
     failures, worst = [], {}
     for number in numbers:
         call = draw_call(seed, number)

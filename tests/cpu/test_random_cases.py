@@ -1,4 +1,4 @@
-"""A sample of the random calls passes; calls are repeatable, cover every argument, and are judged."""
+"""Tests a sample of the random calls, and that calls are repeatable, cover every argument, and are checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_some_calls():
     assert {name for _, name in worst} == {"out", "dqkv", *of_tables}
 
 
-# v2 with one channel, whose gradient is zero; pads whose probability under a mask of -100 is 1e-24.
+# v2 with one channel has gradients of zero; under a mask of -100 the pads have a probability of 1e-24.
 ONCE_FAILED = {
     285228920: Case(
         3, (2, 1, 10), 2, 1, (4, 1, 5), (3, 0, 2), has_table=False, has_pad_qkv=True, has_logit_scale=True,
@@ -107,7 +107,7 @@ def test_a_tensor_is_placed_as_its_layout_says():
 
 @needs_kernels
 def test_a_failure_prints_the_command_that_repeats_it(monkeypatch):
-    """An output that is off by one percent fails in every dtype."""
+    """The output is one percent too large, which fails in every dtype."""
     attention = random_cases.swinkernels.window_attention
     monkeypatch.setattr(
         random_cases.swinkernels, "window_attention", lambda *a, **options: 1.01 * attention(*a, **options)

@@ -1,4 +1,4 @@
-"""The C++ CPU backend against the float64 reference: geometry, dtypes, strides, threads, instruction sets, extremes."""
+"""Tests the C++ CPU backend: geometry, dtypes, strides, threads, instruction sets and extreme values."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ COSINE = [  # v2; the first head's factor is clamped
     ),
     Case(2, (9, 13), 3, 8, 2, 1, has_pad_qkv=True, has_logit_scale=True),
     Case(2, (6, 9), 3, 8, 3, 1, has_logit_scale=True),
-    Case(1, (9, 13), 2, 16, (4, 5), (2, 1), has_logit_scale=True),  # pad tokens are zeros, of norm 0
+    Case(1, (9, 13), 2, 16, (4, 5), (2, 1), has_logit_scale=True),  # pad tokens are zeros, so their norm is 0
     Case(2, (14, 14), 3, 32, 7, 3, has_logit_scale=True),
     Case(1, (16, 16), 3, 32, 8, 4, has_logit_scale=True),
     Case(1, (16, 32), 2, 32, 16, 8, has_logit_scale=True),
@@ -136,7 +136,7 @@ def test_head_dims(head_dim):
 
 @pytest.mark.parametrize("heads", [1, 5, 24])
 def test_many_windows(heads):
-    """A chunk of the backward pass contains fewer windows, so partial bias and pad gradients are summed."""
+    """The backward pass divides the windows into chunks and sums the bias and pad gradients of the chunks."""
     check_window_attention(packed, Case(3, (26, 27), heads, 4, 4, 2, has_pad_qkv=True), torch.float32)
 
 
@@ -236,7 +236,7 @@ def test_empty_batch():
 
 
 def test_logit_scale_at_the_clamp():
-    """ln 100 rounded to float32 is above ln 100 and has no gradient, as in torch.clamp."""
+    """ln 100 rounded to float32 is above ln 100, so it gets no gradient, as in torch.clamp."""
     case = Case(1, (8, 8), 3, 16, 4, 2, has_logit_scale=True)
     inputs = case.inputs(torch.float32)
     bound = torch.tensor(math.log(100.0))
@@ -248,7 +248,7 @@ def test_logit_scale_at_the_clamp():
 
 
 def test_rows_too_short_to_be_normalised():
-    """A row shorter than 1e-12 is divided by the constant 1e-12, so its gradient is only scaled."""
+    """A row with a norm below 1e-12 is divided by the constant 1e-12, so its gradient is only scaled."""
     case = Case(1, (8, 8), 2, 16, 4, 2, has_logit_scale=True)
     inputs = case.inputs(torch.float32)
     inputs["qkv"][0, 2, 2, :64] = 0  # q and k of all heads
@@ -278,7 +278,7 @@ def test_large_scores():
 
 
 def test_float16_near_overflow():
-    """Products beyond float16's range stay in float32, and a result just within the range survives."""
+    """Products beyond float16's range stay in float32, and a result just within the range is finite."""
     case = Case(1, (8, 8), 1, 32, 4, 0, has_table=False)
     inputs = case.inputs(torch.float16)
     inputs["qkv"] = inputs["qkv"].sign() * 6e4

@@ -1,4 +1,4 @@
-"""The emulated kernels of window attention, for the test files of this folder."""
+"""Provides the emulated window attention kernels to the test files of this folder."""
 
 from __future__ import annotations
 

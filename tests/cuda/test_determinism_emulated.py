@@ -1,4 +1,4 @@
-"""The bits of the CUDA kernels' results, computed by the emulator, depend only on what docs/numerics.md lists."""
+"""Tests that the bits of the CUDA kernels' results depend only on the conditions listed in docs/numerics.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emulator for CUDA kernels computes the instructions correctly and detects mistakes."""
+"""Tests that the emulator for CUDA kernels computes instructions correctly and detects mistakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emul
 
 @pytest.fixture(params=[0, 1, 2])
 def library(request: pytest.FixtureRequest) -> emulation.Library:
-    """Return the emulator's library under several schedules."""
+    """Return the emulator's library, once for each of several schedules."""
     built = emulation.self_test_library()
     built.configure(seed=request.param)
     return built
@@ -75,7 +75,7 @@ def test_transposing_ldmatrix(library):
 
 @pytest.mark.parametrize(("how", "row_limit"), [(0, 32), (1, 32), (2, 32), (3, 32), (3, 27), (3, 17)])
 def test_packed_fragments_reach_their_rows(library, how, row_limit):
-    """With and without stmatrix, the rows below the limit are written, and the others keep their values."""
+    """With and without stmatrix, only the rows below the limit are written; the others keep their values."""
     x = library.copy(
         torch.randint(1, 2**31 - 1, (16, 20), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     )

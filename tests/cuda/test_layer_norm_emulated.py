@@ -1,4 +1,4 @@
-"""The CUDA kernels of the norms, run on the CPU by the emulator, against the float64 reference."""
+"""Tests the CUDA kernels of the norms, run on the CPU by the emulator, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ORDERS = [
     for order in MERGING_ORDERS
     for shape, factor in (((1, 5, 6, 24), (1, 2, 2)), ((1, 3, 4, 5, 8), (1, 2, 2)), ((2, 3, 4, 5, 12), (2, 2, 2)))
 ]
-# Neighbours that occur several times, whose dx is a sum, and neighbours that never occur, whose dx is zero.
+# Some neighbours occur several times, and their dx is a sum; others never occur, and their dx is zero.
 REPEATED = [
     merging(1, 3, 4, 3, 3, factor=(2, 2, 2), order="monai_legacy"),
     merging(2, 3, 5, 16, order=(3, 3, 3, 3)),
@@ -172,7 +172,7 @@ FAR_FROM_ZERO = [
 
 @pytest.mark.parametrize("case", FAR_FROM_ZERO, ids=str)
 def test_rows_far_from_zero(library, case):
-    """The mean is a thousand times the deviation: mean square minus squared mean would have no correct digit."""
+    """The mean is 1000 times the deviation, so mean square minus squared mean would have no correct digit."""
     check(library, case)
 
 

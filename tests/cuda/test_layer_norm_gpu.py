@@ -1,4 +1,4 @@
-"""The norms on a real GPU: the ops case by case as in the emulator, and the public functions that use them."""
+"""Tests the norms on a real GPU: the ops case by case as in the emulator, and the public functions that use them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_opcheck(case: NormCase) -> None:
         torch.library.opcheck(getattr(OPS, name).default, args)
 
 
-# The public functions, each with the tensors that it differentiates.
+# The public functions, each with its tensors that get a gradient.
 def draw(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
@@ -212,7 +212,7 @@ def test_public_functions(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("low", [F16, BF16], ids=str)
 @pytest.mark.parametrize("name", PUBLIC)
 def test_autocast(name: str, low: torch.dtype) -> None:
-    """Parameters and residual stream are float32, the Linear's input and output have the autocast dtype."""
+    """Parameters and residual stream are float32; the Linear's input and output have the autocast dtype."""
     inputs = {n: x.to(DEVICE) for n, x in PUBLIC[name][1].items()}
     if "y" in inputs:
         inputs["y"] = inputs["y"].to(low)  # from the Linear at the end of a branch

@@ -1,4 +1,4 @@
-"""The CUDA kernels for plain long windows, run on the CPU by the emulator, against the float64 reference."""
+"""Tests the CUDA kernels for plain long windows, run on the CPU by the emulator, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("slope", [6.0, -6.0], ids=["rising", "falling"])
 def test_scores_far_apart(library, dtype, slope):
-    """Scores reach 132, and the largest scores of a row are among its first or its last keys.
+    """Scores reach 132, and the largest scores of a row belong to its first or its last keys.
 
     In bfloat16 the sums leave the range if no maximum is subtracted; in float16 the maximum moves from block to block.
     """
@@ -92,7 +92,7 @@ def test_scores_far_apart(library, dtype, slope):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [(9, 9), (14, 14)], ids=str)
 def test_what_lies_past_the_window_takes_no_part(library, window, dtype):
-    """The last step of 16 ends 15 or 12 tokens past the window; if these counted, rows would sum to 1.06 or more."""
+    """The last step of 16 keys ends 15 or 12 past the window; if these counted, rows would sum to 1.06 or more."""
     case = Case(1, window, 1, 32, window, 0)
     inputs = case.inputs(dtype)
     got = run_case(library.window_attention_qkvpacked, inputs, case.arguments())
@@ -104,7 +104,10 @@ def test_what_lies_past_the_window_takes_no_part(library, window, dtype):
 
 
 def test_what_is_not_finite_stays_in_its_window(library):
-    """The rows that fill up the last block belong to a different window each time."""
+    """Infinities in one window do not reach later windows that the same block processes.
+
+    The rows past the window in its last tile are zeroed for each window.
+    """
     case = Case(2, (9, 18), 1, 24, 9, 0, has_table=False)
     inputs = case.inputs(torch.bfloat16)
     library.configure(multiprocessors=1)
@@ -118,7 +121,7 @@ def test_what_is_not_finite_stays_in_its_window(library):
 
 
 def test_1024_tokens_take_no_memory_for_scores(library):
-    """Workspace and lse take at most a fifth of the maps' bytes, at batch 8 with 12 heads, on 132 multiprocessors."""
+    """Workspace and lse need at most a fifth of the maps' bytes, at batch 8 with 12 heads, on 132 multiprocessors."""
     library.configure(multiprocessors=132)
     case = Case(8, (32, 32), 12, 32, 32, 0)
     qkv, table = torch.empty(8, 32, 32, 3 * 12 * 32, dtype=torch.bfloat16), torch.empty(63 * 63, 12)

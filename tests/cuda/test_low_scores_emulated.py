@@ -1,4 +1,4 @@
-"""Low scores on the CUDA kernels, emulated on the CPU."""
+"""Tests low scores on the CUDA kernels, run on the CPU by the emulator."""
 
 from __future__ import annotations
 

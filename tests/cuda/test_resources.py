@@ -1,4 +1,4 @@
-"""No CUDA kernel spills registers or keeps an array in local memory, and the kernels stay within the build's budget.
+"""Tests that no CUDA kernel spills registers or uses local memory, and that the build stays within its budget.
 
 The tests cover the built extension, and every source for each architecture that the compiler supports. This file is
 also a command: ``python -m tests.cuda.test_resources object_or_library...`` prints the resources of every kernel in it,

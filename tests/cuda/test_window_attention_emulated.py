@@ -1,4 +1,4 @@
-"""The CUDA window attention kernels, run on the CPU by the emulator, against the float64 reference."""
+"""Tests the CUDA window attention kernels, run on the CPU by the emulator, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ TABLE_TYPES = {
     "long, v2": Case(2, (17, 8), 1, 24, 9, 4, has_pad_qkv=True, table_types=2, **COSINE),
     "long, wide heads": Case(1, (18, 8), 2, 72, 9, 4, table_types=2),
 }
-# Tables of pairs of coordinates.
+# Bias tables indexed by pairs of coordinates.
 PANGU = {"table_pairs": (True, True, False)}
 TABLE_PAIRS = {
     "short": Case(2, (8, 8), 2, 16, 4, 1, options={"table_pairs": (True, False)}),
@@ -150,7 +150,7 @@ LONG = {
     "1024 tokens": Case(1, (32, 31), 1, 16, 32, 3, has_pad_qkv=True),
     "1024 tokens, dense": Case(1, (32, 32), 1, 16, 32, 0, **DENSE),
 }
-# All geometry options, each on a map where it matters.
+# All geometry options, each on a map on which it changes the result.
 GEOMETRY = {
     "no table": Case(1, (7, 8), 2, 32, 4, 1, has_table=False, has_pad_qkv=True),
     "no table, long window": Case(1, (12, 24), 2, 32, 12, 6, has_table=False),
@@ -329,7 +329,7 @@ DROPOUT = {
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout(library, name, arithmetic, monkeypatch):
-    """Outputs and gradients equal the reference's with the weights that the kernels' generator keeps."""
+    """Outputs and gradients equal those of the reference with the same dropout pattern."""
     case, seed = DROPOUT[name], -(2**62) + 12345
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))
     shape = (case.batch, windows, case.num_heads, math.prod(case.window_tuple))
@@ -392,7 +392,7 @@ def test_dscores_beyond_float16(library):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_is_not_finite_stays_in_its_window(library, dtype):
-    """Rows and columns that fill up tiles are zeroed again for later windows, or are never read."""
+    """Infinities in one window do not reach others: padding in tiles is zeroed for later windows, or never read."""
     for head_dim in (10, 16, 24, 30, 32):
         case = Case(4, (7, 14), 1, head_dim, 7, 0, has_table=False)
         inputs = case.inputs(dtype)
@@ -409,7 +409,7 @@ def test_what_is_not_finite_stays_in_its_window(library, dtype):
 
 @pytest.mark.parametrize("size", [(7, 7), (9, 9)], ids=["short", "long"])
 def test_rows_of_length_zero(library, size):
-    """v2 divides such rows by 1e-12; their gradients are of the order of 1e12."""
+    """v2 divides rows of zeros by 1e-12; their gradients are of the order of 1e12."""
     case = Case(1, size, 2, 16, size, 0, **COSINE)
     inputs = case.inputs(torch.float32)
     inputs["qkv"].unflatten(-1, (3, 2, 16))[0, 0, 1, :2, 0] = 0.0
@@ -481,7 +481,7 @@ def test_any_number_of_multiprocessors(library, multiprocessors):
 
 
 def test_rows_of_a_larger_tensor(library):
-    """Heads, rows and images may have gaps. (With head_dim 16 the two runs would use different kernels.)"""
+    """There may be gaps after heads, rows and images. (With head_dim 16 the two runs would use different kernels.)"""
     case = Case(2, (7, 6), 2, 8, 4, 1, has_pad_qkv=True)
     inputs = case.inputs(torch.float16)
     dense = library.run(**inputs, **case.arguments())
@@ -565,7 +565,7 @@ def test_inference_without_lse_has_the_bits_of_training(library, case, arithmeti
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shift", [-300.0, -200.0, -60.0, 60.0, 200.0, "rows"], ids=str)
 def test_scores_far_from_zero(library, shift, dtype):
-    """A constant added to all scores of a row changes nothing; in bfloat16 the maximum is only computed if needed."""
+    """A constant added to all scores of a row changes nothing; in bfloat16 the maximum is computed only if needed."""
     case = SHORT16["dense"]
     inputs = case.inputs(dtype)
     offset = torch.linspace(-250, 250, 49)[:, None] if shift == "rows" else shift

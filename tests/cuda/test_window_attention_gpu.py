@@ -1,4 +1,4 @@
-"""The backends on a real GPU: `make gpu-test` runs this file and all other tests marked gpu."""
+"""Tests the backends on a real GPU; `make gpu-test` runs this file and all other tests marked gpu."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_cosine_attention_and_dense_biases(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference uses the weights that the kernels' generator keeps."""
+    """The reference uses the dropout pattern of the kernels."""
     case = DROPOUT[name]
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(3))
     windows = math.prod(-(-s // w) for s, w in zip(case.size, case.window_tuple, strict=True))

@@ -1,6 +1,6 @@
-"""The CUDA kernels of window_partition and window_reverse, run on the CPU by the emulator, against the reference.
+"""Tests the CUDA kernels of window_partition and window_reverse, run on the CPU by the emulator.
 
-They move bytes, so the results are compared bit for bit, and the data are random bytes.
+The kernels move bytes, so the results are compared bit for bit, and the data are random bytes.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def test_widths(library, channels, dtype):
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 def test_rows_that_begin_anywhere(library, offset):
-    """Map and windows begin `offset` bytes after a multiple of 16; too wide a vector is an error of the emulator."""
+    """Map and windows begin `offset` bytes after a multiple of 16; the emulator reports vectors that are too wide."""
     case = Case(2, (5, 6), (4, 4), (1, 2))
     x = draw(library, (2, 5, 6, 48), torch.uint8)[..., offset : offset + 16]
     check(library, x, case)
@@ -177,7 +177,7 @@ def test_strides_of_any_kind(library):
 @pytest.mark.parametrize("windows", [1, 2, 3, 5, 7, 12, 20, 50])
 @pytest.mark.parametrize("size", [(3, 5, 7), (5, 7)], ids=str)
 def test_more_launches_than_one(library, size, windows):
-    """Too many vectors for one launch are split between images, slabs, rows of windows or windows."""
+    """If a launch allows fewer vectors than needed, the work is split by image, slab, row of windows, or window."""
     vectors_per_window = 16
     case = Case(3, size, (2,) * len(size), (1,) * len(size))
     channels = 4 * vectors_per_window // 2 ** len(size)  # four channels per vector
@@ -185,7 +185,7 @@ def test_more_launches_than_one(library, size, windows):
 
 
 def test_reverse_does_not_read_pads(library):
-    """The windows end with the last row that does not belong to a pad token."""
+    """The memory of the windows ends with the last row that belongs to a token of the map."""
     if not library.catches_faults:
         pytest.skip("faults are caught on x86-64 Linux only")
     x, window, shift = draw(library, (1, 3, 3, 4), torch.float32), (4, 4), (0, 0)

@@ -1,4 +1,4 @@
-"""window_partition and window_reverse on a real GPU, bit for bit against the reference."""
+"""Tests window_partition and window_reverse on a real GPU, bit for bit against the reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEVICE = "cuda"
 BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.float64, torch.complex128)
 SHIFTED = Case(3, (20, 17), (7, 7), (3, 3))
-SHAPES = [  # the stages of a Swin-T, a 3D one, and odd rows of 2 to 194 bytes
+SHAPES = [  # the stages of a Swin-T, a 3D map, and odd rows of 2 to 194 bytes
     (Case(2, (56, 56), (7, 7), (3, 3)), 96),
     (Case(2, (28, 28), (7, 7), (3, 3)), 192),
     (Case(2, (14, 14), (7, 7), (3, 3)), 384),
@@ -106,7 +106,7 @@ def test_strides_are_honoured_and_nothing_is_modified(backend: str) -> None:
 
 
 def test_gradients(backend: str) -> None:
-    """Each op is the other's derivative, any number of times, and gradients may have any strides."""
+    """Each op is the other's derivative, in derivatives of any order, and gradients may have any strides."""
     x = draw(3, 20, 17, 32, dtype=torch.float32).requires_grad_()
     windows = partition(x, SHIFTED, backend)
     dwindows = draw(*windows.shape, dtype=torch.float32, seed=1).requires_grad_()
@@ -192,7 +192,7 @@ def test_more_than_two_to_the_31_elements(backend: str) -> None:
 
 
 def test_more_than_two_to_the_31_tokens_in_one_image(backend: str) -> None:
-    """An image with rows of one byte has more vectors than a launch may have, so several launches share it."""
+    """An image with one-byte rows has more vectors than one launch allows, so several launches share it."""
     needs_free_memory(12)
     n, window, shift = 46400, 8, 4
     assert n * n > 2**31

@@ -1,4 +1,4 @@
-// The interface to Python: the launch functions of csrc/params/layer_norm_cuda.h, run by the emulator.
+// Python interface to the launch functions of csrc/params/layer_norm_cuda.h, run by the emulator.
 #include "params/layer_norm_cuda.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

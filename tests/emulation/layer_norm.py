@@ -1,6 +1,6 @@
 """The CUDA kernels of the norms as functions of CPU tensors, with the arguments and results of the ops.
 
-Each function is the op of its name in ``torch.ops.swinkernels``, computed by the emulated kernels.
+Each function computes the op of the same name in ``torch.ops.swinkernels`` with the emulated kernels.
 """
 
 from __future__ import annotations

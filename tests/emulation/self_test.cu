@@ -43,7 +43,7 @@ __global__ void mma_tf32_kernel(const float* a, const float* b, float* d, bool r
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = acc[i];
 }
 
-// Four 8 x 8 matrices, each transposed.
+// Transposes four 8 x 8 matrices.
 __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
   auto smem = reinterpret_cast<uint16_t*>(dynamic_smem());
   const int lane = threadIdx.x;

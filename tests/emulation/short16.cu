@@ -22,8 +22,8 @@ __global__ void find_tokens_kernel(const Short16ForwardArguments args, uint32_t 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 using namespace swinkernels;
 
-// True if the kernels support a call; then `numbers`, if given, gets the token numbers of window `item`, which has
-// 33 to 56 tokens.
+// Returns true if the kernels support the call. If so, and if `numbers` is not null, writes the numbers of the 33 to 56
+// tokens of window `item` to it.
 EXPORT bool short16_takes(const WindowAttentionForwardParams* params, uint32_t item, uint32_t* numbers) {
   cuda::Short16ForwardArguments args = {};
   static_cast<cuda::WindowArguments<4>&>(args) = cuda::WindowArguments<4>::of(*params);

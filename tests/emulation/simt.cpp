@@ -30,7 +30,7 @@ constexpr int kSmemAlignment = 128;
 constexpr size_t kMaxDynamicSmemBytes = 227 * 1024;
 constexpr int kMaxThreads = 1024;
 
-// Stacks are switched by a dozen instructions on x86-64, elsewhere by ucontext, which makes a system call each time.
+// A switch of stacks takes a dozen instructions on x86-64; elsewhere ucontext makes a system call for each switch.
 #if defined(__x86_64__)
 using Context = void*;
 extern "C" void swinkernels_emulation_switch(void** save, void* load);
@@ -568,7 +568,7 @@ EMULATION_EXPORT void emulation_configure(uint64_t schedule_seed, int multiproce
   emulation::engine.multiprocessors = multiprocessors;
   emulation::engine.shared_bytes = shared_bytes;
 }
-// Returns the oldest launch not yet returned; false if there is none.
+// Fetches the oldest launch that has not been fetched yet; returns false if there is none.
 EMULATION_EXPORT bool emulation_next_launch(const void** kernel, size_t* smem_bytes, int* threads) {
   auto& launches = emulation::engine.launches;
   if (launches.empty()) return false;

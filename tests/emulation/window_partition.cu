@@ -1,4 +1,4 @@
-// The interface to Python: the launch functions of csrc/params/window_partition_cuda.h, run by the emulator. With a
+// Python interface to the launch functions of csrc/params/window_partition_cuda.h, run by the emulator. With a
 // limit on the vectors of a launch, the work is split into as many launches as for a huge tensor.
 #include "kernels/cuda/window_partition/launch.cuh"
 

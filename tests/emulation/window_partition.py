@@ -18,7 +18,7 @@ class _Windows(ctypes.Structure):
 
 
 class Params(ctypes.Structure):
-    """WindowCopyParams of csrc/params/window_partition.h."""
+    """Mirrors WindowCopyParams of csrc/params/window_partition.h."""
 
     _fields_ = [
         ("element_bytes", ctypes.c_int32),
@@ -31,7 +31,7 @@ class Params(ctypes.Structure):
 
 
 class WindowPartitionLibrary(emulation.Library):
-    """Runs the kernels on tensors without copying them, so tests choose strides, alignment and surroundings."""
+    """Runs the kernels on tensors without copying them: tests control strides, alignment and surrounding memory."""
 
     def __init__(self, path: Path):
         super().__init__(path)

@@ -23,8 +23,8 @@ class Fault(NamedTuple):
         count = source.count(self.old)
         if count != 1:
             raise ValueError(
-                f"{self.file} has the text to replace {count} times, not once: rewrite the fault, in tests/faults/, "
-                f"for the present code.\n{self.old}"
+                f"{self.file} contains the text to replace {count} times instead of once. Rewrite the fault in "
+                f"tests/faults/ for the current code.\n{self.old}"
             )
         return source.replace(self.old, self.new)
 

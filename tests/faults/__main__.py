@@ -53,7 +53,7 @@ class Copy:
             raise RuntimeError(f"the extension does not compile:\n{(done.stdout + done.stderr)[-4000:]}")
 
     def run(self, tests: list[str]) -> tuple[dict[str, int], str]:
-        """Return the numbers of tests that passed, failed and so on, and pytest's output."""
+        """Return the number of tests with each outcome, and pytest's output."""
         # CI makes Hypothesis draw the same examples every time. -O0 compiles faster: each kernel runs in one test only.
         environment = {**os.environ, "CI": "1", "SWINKERNELS_EMULATION_FLAGS": "-O0"}
         if all(test.startswith("tests/triton/") for test in tests):
@@ -79,7 +79,7 @@ class Copy:
 
 
 def find(copy: Copy, fault: Fault) -> str | None:
-    """Return why the fault was not found, or None."""
+    """Return the reason why the fault was not found, or None."""
     try:
         with copy.with_fault(fault):
             if fault.file.startswith(COMPILED):
@@ -94,7 +94,7 @@ def find(copy: Copy, fault: Fault) -> str | None:
 
 
 def fails_without_faults(copy: Copy, faults: dict[str, Fault]) -> list[str]:
-    """List the failures of the tests without faults."""
+    """List the failures of tests that run without a fault."""
     problems = []
     tests = sorted({fault.test for fault in faults.values()})
     for of_triton in (False, True):

@@ -1,4 +1,4 @@
-"""Faults in the reference, the standard for all kernels, and in the judgement of kernels."""
+"""Faults in the reference, the standard for all kernels, and in the checks of kernels against it."""
 
 from __future__ import annotations
 

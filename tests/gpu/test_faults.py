@@ -1,4 +1,4 @@
-"""The smoke step finds a fault planted into a kernel's results, reports it in one line, and loses no other result."""
+"""Tests that the smoke step finds a planted fault, reports it in one line, and loses no other result."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from gpu import lines
 from gpu.runner import Group, Run, Step
 
-# Instead of a faulty kernel, this worker's attention gives wrong results in the cases named after a fault. The whole
-# step has to find the fault: its processes, cases, reference, budget and lines.
+# Instead of a faulty kernel, this worker's attention gives wrong results in the cases named after a fault. The test
+# covers the whole step: its processes, cases, reference, budget and lines.
 PLANTED = """
 import os, sys, time
 import torch, swinkernels
@@ -74,7 +74,7 @@ def test_a_planted_fault_is_one_bad_line(run: Run, case: str, result: str, detai
     (bad,) = (line for line in run.lines if line["case"] == case and line["result"] in lines.BAD)
     assert bad["result"] == result
     assert detail in bad["detail"]
-    if case == "wrong scale in dk":  # wrong by one percent; forward is right, and the line has the error
+    if case == "wrong scale in dk":  # the backward pass is wrong by one percent
         assert bad["direction"] == "bwd"
         assert bad["value"] > 100
 

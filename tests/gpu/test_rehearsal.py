@@ -1,4 +1,4 @@
-"""`make gpu-check REHEARSE=1`: all steps, with the code that runs on a GPU, on emulated and interpreted kernels."""
+"""Tests all steps of `make gpu-check REHEARSE=1`, with the code for a GPU, on emulated and interpreted kernels."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_line_says_where_it_is_from(run) -> None:
 
 
 def test_every_cuda_kernel_is_right_in_every_arithmetic(run) -> None:
-    """The calls go through the bindings, which otherwise only run on a GPU; they include norms and partition."""
+    """The calls go through the bindings, which otherwise only run on a GPU, and include norms and partition."""
     _, found, _ = run
     seen = {(x["op"], x["backend"], x["dtype"], x["direction"]) for x in found if x["step"] == "smoke"}
     wanted = {(op, backend, dtype) for op, backend, dtype in gpu_page.kernels() if backend == "cuda"}
@@ -77,7 +77,7 @@ def test_a_first_call_in_a_capture_and_replays_are_tried(run) -> None:
 
 
 def test_hot_kernels_fit_gpus_with_less_shared_memory_or_are_refused(run) -> None:
-    """Each launched kernel fits the shared memory, threads and registers; otherwise Triton takes the call."""
+    """Each launched kernel fits the GPU's shared memory, threads and registers; otherwise Triton runs the call."""
     _, found, _ = run
     of_fit = [x for x in found if x["step"] == "fit"]
     assert {x["arch"] for x in of_fit} == {*fit.ROOMS}

@@ -1,4 +1,4 @@
-"""A run survives failures of its processes, writes each result as soon as it arrives, and stays within its time."""
+"""Tests that a run survives failures of its processes, writes results as they arrive, and stays within its time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks import gpu_page
 from gpu import lines, summary
 from gpu.runner import Group, Run, Step
 
-# A step's process in the runner's protocol, with three cases. The second behaves as the group's name says.
+# A step's process in the runner's protocol, with three cases. The group's name selects the behaviour of the second.
 WORKER = """
 import json, os, signal, subprocess, sys, time
 step, group, _, descriptor, _, skip = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""The steps of a run: missing tools, the plan, and the parsing of the profiler's output."""
+"""Tests the steps of a run: missing tools, the plan, and the parsing of the profiler's output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests import emulation
 
 
 class Told(Emitter):
-    """Records the lines that it gets."""
+    """Records the lines passed to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def test_the_calls_have_every_op() -> None:
     }
     import swinkernels.ops
 
-    # decompositions is a table; the halves are compositions of the ops.
+    # decompositions returns a table; the halves are compositions of the ops.
     assert names == {*swinkernels.ops.__all__} - {"decompositions", "attention_half", "mlp_half"}
 
 
@@ -243,7 +243,7 @@ def test_other_bits_are_counted() -> None:
 
 
 def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each architecture runs the kernel that its shared memory allows; a kernel without room for a block is wrong."""
+    """Each architecture runs the kernel that fits its shared memory; a kernel of which no block fits is an error."""
 
     class Emulated:
         def __init__(self, path: Path) -> None:
@@ -292,7 +292,7 @@ def test_each_architecture_is_asked_for_its_own_kernels(monkeypatch: pytest.Monk
 def test_a_bundle_has_what_a_bare_machine_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The bundle has its commit and pure Python packages, which pip fetches, but no module compiled for this Python."""
+    """The bundle has its commit, and pure Python packages from pip, but no module compiled for this Python."""
     if not list((bundle.ROOT / "swinkernels").glob("_ops*.so")):
         pytest.skip("the extension is not built")
     (tmp_path / "wheel").mkdir()

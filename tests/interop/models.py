@@ -41,7 +41,7 @@ def swin_unetr() -> nn.Module:
     return nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12, num_heads=(1, 2, 2, 2), depths=(2, 1, 1, 1))
 
 
-# Name -> the model, the shape of an input, and the axes of the input that may vary.
+# Name -> the model, the shape of an input, and the axes of the input that may vary in size.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
     "timm v1": (lambda: timm.models.SwinTransformer(img_size=32, num_classes=5, **_TINY), (2, 3, 32, 32), (0,)),
     "timm v1, any size": (
@@ -74,7 +74,7 @@ def image(shape: tuple[int, ...]) -> Tensor:
 
 
 def shapes(name: str) -> list[tuple[int, ...]]:
-    """Return inputs for the exported model: one of the shape at export, and others."""
+    """Return inputs for the exported model: one with the shape used at export, and others."""
     _, shape, axes = MODELS[name]
     others = [tuple(s + 1 if axis == 0 else s for axis, s in enumerate(shape))] if 0 in axes else []
     if len(axes) > 1:  # some shapes need padding that the first shape does not, others need none

@@ -1,4 +1,4 @@
-"""The example of AOTInductor in C++ is exported, compiled and run as in its docstring."""
+"""Tests that the AOTInductor example in C++ is exported, compiled and run as its docstring describes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_program_without_python(tmp_path: Path) -> None:
     for binary in (program, library):
         assert "python" not in re.sub(r"=> \S+", "", run("ldd", binary).stdout), "neither links Python"
 
-    # The library provides the package's ops; if either is missing, the error names it.
+    # The library provides the package's ops; the error names the missing op or the missing library.
     for wrong, said in (("libm.so.6", "Could not find schema for swinkernels::"), ("none.so", "none.so: cannot open")):
         failed = run(program, wrong, tmp_path)
         assert failed.returncode == 1

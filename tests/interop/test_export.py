@@ -1,4 +1,4 @@
-"""Exported programs on disk, and ExecuTorch's converter."""
+"""Tests exported programs on disk, and ExecuTorch's converter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def load_elsewhere(folder: Path, saved: torch.export.ExportedProgram) -> subproc
 @pytest.mark.long
 @pytest.mark.tool("`torch.export.save`, `load`", "torch", "with `import swinkernels`, or decomposed")
 def test_a_program_is_saved_and_loaded(tmp_path: Path) -> None:
-    """A program with ops needs this package, a decomposed one loads anywhere, and torch names a missing op."""
+    """Programs with this package's ops load only where the package is imported; decomposed programs load anywhere.
+
+    Where the package is not imported, torch's error names the missing op.
+    """
     x, exported = image((2, 3, 32, 32)), program()
     want = model("timm v2")(x)
     torch.export.save(exported, tmp_path / "here.pt2")

@@ -1,4 +1,4 @@
-"""The project for the kernel hub follows kernel-builder's rules, and a build of it loads with ``kernels``."""
+"""Tests that the kernel hub project follows kernel-builder's rules, and that a build of it loads with ``kernels``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_imports(project: Path) -> None:
-    """Imports are from the standard library, torch or Triton, or relative ones that lead to a file."""
+    """Imports are from the standard library, torch or Triton, or are relative and lead to a file."""
     package = project / "torch-ext" / "swinkernels"
     files = sorted(package.rglob("*.py"))
     assert len(files) > 30
@@ -84,7 +84,7 @@ def test_build_toml(project: Path) -> None:
     assert rust.Build.open(project).general.backends == [rust.Backend.CPU, rust.Backend.CUDA]
 
 
-# kernel-builder writes these two.
+# kernel-builder generates these two files.
 REGISTRATION = """\
 #include <Python.h>
 #define SHOWN_(name) #name

@@ -1,4 +1,4 @@
-"""Accelerated models as ONNX files: ONNX Runtime and OpenVINO return the results of the original model."""
+"""Tests accelerated models as ONNX files: ONNX Runtime and OpenVINO return the results of the original model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_onnx_runtime(name: str, tmp_path: Path) -> None:
 def check_openvino(source: Any, name: str) -> None:
     """Check that OpenVINO's model of a file or a program returns the results of the original."""
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # the default is bfloat16 if the CPU has it
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # the default is bfloat16 if the CPU supports it
     compiled = openvino.compile_model(openvino.convert_model(source), "CPU", exact)
     for shape in shapes(name):
         x = image(shape)
@@ -117,7 +117,7 @@ def test_ops_of_the_gpu(tmp_path: Path) -> None:
 
 
 def test_dropout_is_refused_in_words(tmp_path: Path) -> None:
-    """The exporter passes on the decomposition's message."""
+    """The exporter's error contains the decomposition's message."""
 
     class Dropout(nn.Module):
         def forward(self, qkv: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table in docs/interop.md agrees with the recorded results, and each of its rows names an existing test."""
+"""Tests that the table in docs/interop.md agrees with the recorded results, and that its rows name existing tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training tools' scripts in examples/training, a few steps each; torchao, compile caches, torch.func."""
+"""Runs the scripts in examples/training for a few steps, and tests torchao, compile caches and torch.func."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_int8_weights_keep_the_op(first: str) -> None:
 
 @pytest.mark.tool("torchao: quantisation-aware training", "torchao", "`examples/training/with_torchao.py`")
 def test_quantisation_aware_training() -> None:
-    """While layers round weights and inputs, the library's own code runs; on int8 weights, the op runs."""
+    """The library's own code runs while layers round weights and inputs; the op runs on the converted int8 weights."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     from torchao.quantization.granularity import PerAxis
     from torchao.quantization.qat import QATConfig
@@ -132,7 +132,7 @@ print(json.dumps({name: counters[name] for name in ("aot_autograd", "inductor")}
 @pytest.mark.long
 @pytest.mark.tool("`torch.compile`, caches", "torch", "a second process finds forward and backward")
 def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
-    """AOTAutograd's and inductor's caches serve forward and backward."""
+    """The caches of AOTAutograd and inductor are used for forward and backward."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     counters = []
     for _ in range(2):

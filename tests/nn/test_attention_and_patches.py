@@ -1,4 +1,4 @@
-"""swinkernels.nn compared with the published modules: checkpoints load strictly and give the same results."""
+"""Tests swinkernels.nn against the published modules: checkpoints load strictly and give the same results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ monai = functools.partial(published, "monai.networks.nets.swin_unetr")
 
 @functools.cache
 def monai_order() -> str:
-    """Return the order of the installed MONAI, which changed in 1.5."""
+    """Return "monai", PatchMerging's neighbour order since MONAI 1.5, or "monai_legacy" for an older MONAI."""
     probe = monai("PatchMerging", 1, norm_layer=lambda n: nn.Identity(), spatial_dims=3)
     probe.reduction = nn.Identity()
     merged = probe(torch.arange(8.0).reshape(1, 2, 2, 2, 1))
@@ -49,7 +49,7 @@ def torchvision_embed() -> nn.Module:
 
 
 class MicrosoftPatchMerging(nn.Module):
-    """Merges patches literally as Microsoft's models and Swin-Unet do, on sequences."""
+    """Merges patches exactly as Microsoft's models and Swin-Unet do, on sequences."""
 
     def __init__(self, size: tuple[int, int], dim: int, is_v2: bool = False) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class MicrosoftPatchMerging(nn.Module):
 
 
 class SwinUnetPatchExpand(nn.Module):
-    """Expands patches literally as Swin-Unet does, with einops on sequences; factor 4 is FinalPatchExpand_X4."""
+    """Expands patches exactly as Swin-Unet does, with einops on sequences; factor 4 is FinalPatchExpand_X4."""
 
     def __init__(self, size: tuple[int, int], dim: int, factor: int) -> None:
         super().__init__()
@@ -83,14 +83,14 @@ class SwinUnetPatchExpand(nn.Module):
 
 @dataclass(frozen=True)
 class Pair:
-    """Our module, the published one, a shape of x, and the differences between their interfaces."""
+    """This package's module and the published one, a shape of x, and the differences between their interfaces."""
 
     ours: Callable[[], nn.Module]
     theirs: Callable[[], nn.Module]
     shape: tuple[int, ...]
     size: tuple[int, ...] | None = None
     names: tuple[tuple[str, str], ...] = ()  # their parameter names -> ours
-    result: Callable[[Tensor], Tensor] = lambda y: y  # our result in their layout
+    result: Callable[[Tensor], Tensor] = lambda y: y  # converts our result to their layout
 
     def by_our_names(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         for old, new in self.names:
@@ -227,8 +227,8 @@ def test_state_dict_of_ours_loads_into_theirs(pair):
 
 @every_pair
 def test_initialisation_is_the_published_one(pair):
-    """The draws have the same order, so the same seed gives the same parameters."""
-    pair.ours()  # may build a module to find its order
+    """Both modules draw their parameters in the same order, so the same seed gives the same parameters."""
+    pair.ours()  # the first call may build a module to find its order
     torch.manual_seed(3)
     expected = pair.by_our_names(pair.theirs().state_dict())
     torch.manual_seed(3)
@@ -330,7 +330,7 @@ def test_expanding_in_3d():
 
 
 def test_backends_are_named_to_the_ops(plain_kernels):
-    """The argument reaches the ops: their own kernels run, or a backend gives its reason."""
+    """``backend`` is passed to the ops: a kernel runs, or the error gives the backend's reason."""
     for module, shape in (
         (PatchMerging(C), (2, 5, 4, C)),
         (PatchMergingV2(C), (2, 5, 4, C)),
@@ -402,7 +402,7 @@ def test_repr():
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(4, 4)), ValueError, ["L = 16", "(4, 4)", "(2, 20, 6)"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=20), TypeError, ["PatchMerging: size", "(H, W)", "20"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(20,)), ValueError, ["PatchMerging: size", "(H, W)", "(20,)"]),
-        # twice the channels could be taken for a third axis
+        # twice the channels could be mistaken for a third spatial axis
         (lambda: PatchMerging(6, spatial_dims=3)(zeros(2, 4, 4, 4, 12)), ValueError, ["dim = 6 channels", "got 12"]),
         (
             lambda: PatchMerging(6, spatial_dims=3)(zeros(2, 4, 4, 6)),

@@ -1,4 +1,4 @@
-"""Attention modules, blocks and stages compared with timm's and Microsoft's: strict loading, same results."""
+"""Tests attention modules, blocks and stages against timm's and Microsoft's: strict loading, same results."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_block_is_timms(version, shift, size):
 def test_block_is_microsofts(version, shift, size):
     """Sequences and checkpoints with relative_position_index and attn_mask work as in Microsoft's block."""
     theirs = (ClassificationBlock, ClassificationBlockV2)[version - 1](16, size, 2, 4, shift)
-    if version == 2:  # Microsoft's code has this width
+    if version == 2:  # 512 is the width in Microsoft's code
         theirs.attn.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, 2, bias=False))
     ours = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1](16, size, 2, 4, shift, mlp_ratio=2.0)
     x = make_map(2, size[0] * size[1], 16)
@@ -152,7 +152,7 @@ def test_windows_of_three_axes_and_frame_by_frame():
 
 
 def test_small_maps_clip_like_a_slice_of_the_index():
-    """MONAI and Video-Swin number the tokens of a clamped window as in the full window."""
+    """For a clamped window, MONAI and Video-Swin use the first rows and columns of the full window's index."""
     attention = sn.WindowAttention(16, (4, 4), 2, small_maps="clip").double()
     randomise(attention)
     x = make_map(1, 2, 8, 16, dtype=torch.float64)
@@ -234,7 +234,7 @@ def test_what_is_hooked_or_replaced_inside_a_block_is_called(version):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("version", [1, 2])
 def test_inference_on_a_cpu_fuses_the_products_of_halves(version, training):
-    """qkv, proj, fc1 with GELU and fc2 are fused; in training mode the random numbers equal timm's."""
+    """Inference fuses qkv, proj, fc1 with GELU and fc2; in training mode the random numbers equal timm's."""
     reason = why_not_fused(torch.float32)
     if reason is not None:
         pytest.skip(reason)
@@ -255,7 +255,7 @@ def test_inference_on_a_cpu_fuses_the_products_of_halves(version, training):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_stochastic_depth_of_halves_in_a_checkpoint(version):
-    """Recomputation draws the same numbers as the first pass."""
+    """Recomputation in a checkpoint draws the same random numbers as the first pass."""
     layer = (sn.BasicLayer, sn.BasicLayerV2)[version - 1](16, (8, 8), 2, 2, 4, drop_path=0.5).double().train()
     randomise(layer)
     results, x = [], make_map(6, 8, 8, 16, dtype=torch.float64)
@@ -279,7 +279,7 @@ def test_drop_path_is_timms():
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_norms_and_residual_connections_on_ops(version):
-    """The reference runs the calls that a fast backend would get, also with stochastic depth."""
+    """With backend="reference" a block calls the ops as with a fast backend, also with stochastic depth."""
     block = (sn.SwinTransformerBlock, sn.SwinTransformerBlockV2)[version - 1]
     make = functools.partial(block, 16, (9, 14), 2, 4, 2, drop_path=0.5)
     plain, on_ops = make().double().train(), make(backend="reference").double().train()
@@ -364,7 +364,7 @@ def test_tracing_is_refused_in_words_that_help():
 
 @pytest.mark.parametrize("accelerated", [False, True], ids=["ours", "timm"])
 def test_autocast_casts_each_weight_once_a_step(accelerated):
-    """Forward and backward of a block together cast no weight twice."""
+    """Forward and backward of a block together cast each weight at most once."""
     block = TimmBlock(16, (8, 8), 2, window_size=4) if accelerated else sn.SwinTransformerBlock(16, (8, 8), 2, 4)
     if accelerated:
         swinkernels.accelerate(block)

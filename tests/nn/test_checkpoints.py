@@ -1,4 +1,4 @@
-"""load_pretrained loads checkpoints of each library into the models of this package."""
+"""Tests that load_pretrained loads checkpoints of each library into the models of this package."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def ours(version: int = 1, **options: Any) -> SwinTransformer:
 
 
 def scrambled(model: nn.Module) -> nn.Module:
-    """Move every parameter far from zero, so that a wrong place or order changes the results."""
+    """Move every parameter far from zero, so that loading to a wrong place or order changes the results."""
     randomise(model)
     for p in model.parameters():
         if p.dim() == 1:

@@ -1,4 +1,4 @@
-"""The offset table of v2's position bias, which no checkpoint contains, is right after any way of loading weights."""
+"""Tests that v2's table of offsets, which no checkpoint contains, is correct after any way of loading weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""swinkernels.models compared with timm's models of the same weights, and with plain code."""
+"""Tests swinkernels.models against timm's models with the same weights, and against plain code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _seed() -> None:
 
 
 def of_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename timm's keys to Microsoft's, which have merging at the end of a stage and another name for the head."""
+    """Rename timm's keys to Microsoft's, in which merging is at the end of a stage and the head has another name."""
 
     def renamed(key: str) -> str:
         key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)

@@ -1,4 +1,4 @@
-"""The Python cache of window attention calls: a cached call always gives the same result as the first."""
+"""Tests the Python cache of window attention calls: a cached call gives the same result as the first."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_autocast_is_asked_at_every_call():
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_the_tf32_switch_is_asked_at_every_call(allow_tf32, allowed):
-    """The switch matters for float32 on a GPU: here the plan of a CPU call is modified to read it."""
+    """The switch affects only float32 on a GPU, so the test modifies the plan of a CPU call to read the switch."""
     seen = []
     qkv = PLAIN.inputs(torch.float32)["qkv"]
     attend(qkv, **PLAIN.arguments())
@@ -201,7 +201,7 @@ def test_threads_share_what_is_known():
     assert not errors
 
 
-# --- the op behind a call
+# --- the op that a call runs
 
 
 @needs_cpu
@@ -267,7 +267,7 @@ def test_an_lse_is_computed_only_where_a_gradient_may_be_asked_for(monkeypatch):
 
 @needs_cpu
 def test_modes_and_subclasses_see_the_op_itself():
-    """The short path is for plain eager PyTorch: code that inspects ops sees the ops with a fake and a derivative."""
+    """The short path is for plain eager PyTorch; code that inspects ops gets the ops with a fake and a derivative."""
     seen = []
 
     class Watch(TorchDispatchMode):
@@ -324,7 +324,7 @@ def test_a_gradient_of_nothing_is_refused_by_the_binding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_weights(case, dtype):
-    """The weights are probabilities, the output is v summed with them, and requesting them changes nothing else."""
+    """The weights are probabilities, the output is v weighted by them, and returning them changes nothing else."""
     inputs = {k: v.to(dtype) for k, v in case.inputs(torch.float32).items() if k != "dout"}
     out, weights = attend(**inputs, **case.arguments(), return_attention=True)
     eps = torch.finfo(dtype).eps
@@ -349,7 +349,7 @@ def test_attention_weights_of_both_forms_and_their_gradients():
     q, k, v = qkv.unflatten(-1, (3, 2, 8)).unbind(-3)
     apart = swinkernels.window_attention(q, k, v, table, **PLAIN.arguments(), return_attention=True)
     assert torch.equal(weights, apart[1])
-    # The gradient through the weights alone, by a finite difference along a direction.
+    # The gradient through the weights alone, compared with a finite difference along a random direction.
     direction, g = torch.randn_like(qkv), torch.randn_like(weights)
     dqkv, dtable = torch.autograd.grad((weights * g).sum(), (qkv, table))
     assert dtable.abs().max() > 0
@@ -400,7 +400,7 @@ def test_attention_weights_compile():
 ops = swinkernels.ops
 X, W = torch.zeros(2, 4, 6, 8), torch.ones(8)
 WINDOWS = torch.zeros(16, 3, 8)
-# The op, a valid call of it, and an invalid argument that it detects.
+# An op, a valid call, and an invalid argument that the op detects.
 OTHERS = {
     "layer_norm": ({"x": X, "weight": W}, "check_rows"),
     "residual_layer_norm": ({"x": X, "y": X, "weight": W, "bias": W}, "check_rows"),

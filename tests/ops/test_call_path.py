@@ -1,4 +1,4 @@
-"""A call of window attention enters few of this package's functions between the public function and the op.
+"""Tests that few of this package's functions run between the public window attention functions and the op.
 
 docs/architecture.md shows the whole path, C++ included.
 """
@@ -54,7 +54,7 @@ def path_of(call: Callable[[], Any]) -> tuple[list[str], list[str]]:
     def watch(frame: FrameType, event: str, _: Any) -> None:
         if event != "call":
             return
-        if is_ours(frame) and not frame.f_code.co_name.startswith("<"):  # a comprehension, before Python 3.12
+        if is_ours(frame) and not frame.f_code.co_name.startswith("<"):  # no comprehensions
             entered.append(frame.f_code.co_name)
         elif isinstance(frame.f_locals.get("self"), torch._ops.OpOverload) and frame.f_code.co_name == "__call__":
             stack[:] = ours_on_the_stack(frame.f_back)
@@ -74,8 +74,8 @@ def test_a_cached_call_takes_two_functions_to_its_op() -> None:
     assert "_make_plan" in first
     cached, stack = path_of(call)
     assert stack == ["window_attention_qkvpacked", "_attend"]
-    # The last three decide whether the call may be cached, under which key, and whether autograd records it. Tables of
-    # another dtype add _fit.
+    # The last three decide whether the call may be cached, under which key, and whether autograd records it. Calls with
+    # tables of another dtype also enter _fit.
     assert cached == ["window_attention_qkvpacked", "_attend", "is_plain", "call_key", "any_requires_grad"]
 
 

@@ -1,4 +1,4 @@
-"""The forward ops decomposed into plain PyTorch have the same results, also in exports of dynamic size."""
+"""Tests that the forward ops, decomposed into plain PyTorch, give the same results, also in exports of dynamic size."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_norms(case: NormCase) -> None:
 
 
 class Attend(nn.Module):
-    """Calls window attention once, on any map."""
+    """Calls window attention once, on a map of any size."""
 
     def __init__(self, case: Case, backend: str) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def targets(program: torch.export.ExportedProgram) -> set[str]:
 )
 @pytest.mark.tool("`run_decompositions(swinkernels.decompositions())`", "torch", "core ATen, any size in one program")
 def test_one_program_serves_all_sizes(case: Case) -> None:
-    """The program has no guards on whether the map divides into windows, and uses ops unless decomposed."""
+    """No guard of the program depends on divisibility by the window, and the program uses ops unless decomposed."""
     dynamic = dict.fromkeys(range(1 + len(case.size)), Dim.DYNAMIC)
     inputs = case.inputs(torch.float32)
     tables = {n: x for n, x in inputs.items() if n not in ("qkv", "dout")}

@@ -1,4 +1,4 @@
-"""Backend "torch", PyTorch's fast code for every op, compared with the reference in float64 and in each dtype."""
+"""Tests backend "torch", PyTorch's fast code for every op, against the reference in float64 and in each dtype."""
 
 from __future__ import annotations
 

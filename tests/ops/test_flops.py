@@ -1,4 +1,4 @@
-"""torch's FLOP counter counts the ops and accelerated models correctly."""
+"""Tests that torch's FLOP counter counts the ops and accelerated models correctly."""
 
 from __future__ import annotations
 

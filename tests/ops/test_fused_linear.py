@@ -1,4 +1,4 @@
-"""Linear layers with GELU or a residual connection run in one pass on a CPU, or as separate calls."""
+"""Tests Linear layers with GELU or a residual connection: one pass on a CPU, or separate calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swinkernels.ops import _fused_linear
 from swinkernels.testing import assert_within_budget
 from tests.support.fused_products import fused_calls
 
-ROWS, IN, OUT = (3, 7, 25), 40, 900  # large enough for each dtype
+ROWS, IN, OUT = (3, 7, 25), 40, 900  # large enough to be fused in each dtype
 
 
 def need_fused(dtype: torch.dtype) -> None:
@@ -100,7 +100,7 @@ class Marked(Tensor):
 
 
 def test_what_others_see_is_not_fused():
-    """A compiler, an exporter, a tracer, a dispatch mode, a transform and a subclass see torch's own functions."""
+    """Compilers, exporters, tracers, dispatch modes, transforms and subclasses get torch's own functions."""
     x, weight, bias, residual = draw()
     expected = plain(x, weight, bias, None, residual)
 
@@ -138,11 +138,11 @@ def test_float32_is_float32_until_torch_is_told_otherwise():
     finally:
         matmul.fp32_precision = before
     assert errors[0][0] < 1e-5
-    assert (errors[1][0] > 1e-3) == (errors[1][1] > 1e-3)  # if oneDNN has such products, both are less exact
+    assert (errors[1][0] > 1e-3) == (errors[1][1] > 1e-3)  # if oneDNN has bfloat16 products, both use them
 
 
 def test_a_halfs_products_on_a_cpu():
-    """Inference of an MLP half makes one call for fc1 with GELU, and one for fc2 with the residual connection."""
+    """In inference an MLP half makes one call for fc1 with GELU, and one for fc2 with the residual connection."""
     need_fused(torch.float32)
     generator = torch.Generator().manual_seed(1)
     c = 32

@@ -1,4 +1,4 @@
-"""The halves of a block compared with the reference and torch's modules, and the bytes kept for backward."""
+"""Tests the halves of a block against the reference and torch's modules, and the bytes kept for backward."""
 
 from __future__ import annotations
 
@@ -397,7 +397,7 @@ def test_a_weight_changed_in_place_before_backward_is_refused():
 
 @pytest.mark.parametrize(("op", "most"), [("attention_half", 5.3), ("mlp_half", 1 + HIDDEN / C + 0.02)])
 def test_what_is_kept_for_backward(op, most):
-    """Attention keeps x, q, k, v, its result and lse: 5.25 times the bytes of x. The MLP keeps x and fc1's result."""
+    """Attention keeps x, q, k, v, its result and lse, 5.25 times the bytes of x; the MLP keeps x and fc1's result."""
     tensors, options = case(op, (32, 32))
     tensors = [t.float().requires_grad_() for t in tensors]
     options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}

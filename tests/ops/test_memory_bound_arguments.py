@@ -1,4 +1,4 @@
-"""Wrong arguments of partition, reverse, merging, expanding and norms raise the right error, with a message."""
+"""Tests that wrong arguments of partition, reverse, merging, expanding and norms raise the right error."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_the_right_calls_are_right(op):
             ({"size": (5, 6.0)}, TypeError, "6.0", "(H, W)"),
             ({"size": zeros(2)}, TypeError, "tensor", "(H, W)"),
             ({"size": None}, TypeError, "None", "(H, W)"),
-            # maps with more elements than an int64 counts; they have no images, so the windows agree
+            # maps with more elements than an int64 can count; without images, so that the number of windows is right
             ({"windows": zeros(0, 6, 4), "size": (2**40, 2**40)}, ValueError, str(2**40), "int64"),
         ),
         *for_each(

@@ -1,7 +1,7 @@
-"""Partition, reverse, merging, expanding and norms as ops of torch: the code around the kernels, on any machine.
+"""Tests the code around the kernels of partition, reverse, merging, expanding and norms, on any machine.
 
 With ``plain_kernels`` the backends "cuda" and "triton" run kernels in plain PyTorch on the CPU: schema, fake, autograd
-formula, reordering of parameters and dtypes are those on a GPU.
+formula, reordering of parameters and dtypes are the same as on a GPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Case:
         return functools.partial(getattr(reference, self.op), **self.options)
 
     def leaves(self, *dtypes: torch.dtype) -> dict[str, Tensor]:
-        """Draw the tensors; the first has the first dtype, the next (if any) the second, and so on."""
+        """Draw the tensors: the first in the first dtype, the next (if there is one) in the second, and so on."""
         dtypes = dtypes + (dtypes[-1],) * len(self.shapes)
         tensors = {n: draw(*s, seed=i) for i, (n, s) in enumerate(self.shapes.items(), start=1)}
         return {n: t.to(d).requires_grad_() for (n, t), d in zip(tensors.items(), dtypes, strict=False)}
@@ -184,7 +184,7 @@ def test_around_a_kernel(case, plain_kernels):
 @pytest.mark.parametrize(
     ("name", "dtypes", "results"),
     [
-        # x, y, weight and bias of the norm: float32 stream and parameters, half branch, as under autocast
+        # x, y, weight and bias of the norm: float32 stream and parameters, 16-bit branch, as under autocast
         ("residual", (torch.float32, torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)),
         ("residual_dropped", (torch.float32, torch.float16, torch.float32), (torch.float32, torch.float16)),
         ("residual", (torch.bfloat16,), (torch.bfloat16, torch.bfloat16)),
@@ -239,7 +239,7 @@ def test_gradient_of_one_alone(case, plain_kernels):
 
 @some_cases
 def test_a_loss_that_hands_no_gradient_on(case, plain_kernels):
-    """A backward pass may reach an op without a gradient for any of its results."""
+    """The backward pass of an op may run without a gradient for any of the op's results."""
     leaves = case.leaves(torch.float32)
     NoGradient.apply(*case.outputs(leaves, backend=backends_of(case)[0])).backward()
     assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves.values())
@@ -260,7 +260,7 @@ def test_only_one_result_used(plain_kernels):
 
 
 def test_gradient_of_drop_path_scale():
-    """No kernel supports the gradient: "auto" chooses plain PyTorch, and a requested kernel gives the reason."""
+    """No kernel computes this gradient: "auto" chooses plain PyTorch, and a requested kernel gives the reason."""
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     x, y = draw(2, 3, 5), draw(2, 3, 5, seed=2)
     for op in (swinkernels.residual_layer_norm, swinkernels.residual_post_norm):
@@ -328,7 +328,7 @@ def test_a_norm_into_a_linear_under_autocast(plain_kernels):
 
 
 def op_calls() -> dict[str, tuple[str, tuple]]:
-    """Return arguments for every op of torch.ops.swinkernels tested here, with tensors given as shapes."""
+    """Return arguments for every op of torch.ops.swinkernels that this file tests, with tensors given as shapes."""
     norm = ((5,), (5,))
     statistics = ((2, 3, 4), (2, 3, 4))
     merged, factor, order = (2, 3, 2), [1, 2, 2], [0, 2, 1, 3]
@@ -407,7 +407,7 @@ def test_fake_on_meta_tensors(name, arguments, plain_kernels):
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @some_cases
 def test_gradients_on_meta_tensors(case, backend, monkeypatch):
-    """Shapes and dtypes of results and gradients need neither a kernel nor memory."""
+    """The shapes and dtypes of results and gradients are computed without a kernel and without memory."""
     if backend not in backends_of(case):
         return
     expected = case.run(case.leaves(torch.float32))
@@ -422,7 +422,7 @@ def test_gradients_on_meta_tensors(case, backend, monkeypatch):
 
 
 def test_fakes_with_symbolic_sizes():
-    """Sizes that are unknown while tracing stay symbols."""
+    """Sizes that are unknown while tracing stay symbolic."""
     real = torch.empty(4, 11, 13, 6)
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         x = mode.from_tensor(real, static_shapes=False)
@@ -462,7 +462,7 @@ def test_compile_fullgraph(name, backend, dynamic, plain_kernels):
         return getattr(swinkernels, CASES[name].op)(**leaves, **CASES[name].options, backend=backend)
 
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=counter)
-    for batch in (9, 11, 13):  # none equal to another size, which dynamo would treat as the same symbol
+    for batch in (9, 11, 13):  # no size equals another, because dynamo would treat both as the same symbol
         case = CASES[name].with_batch(batch)
         expected = case.run(case.leaves(torch.float32), call)
         assert_close(case.run(case.leaves(torch.float32), compiled), expected, 1e-6)
@@ -514,7 +514,7 @@ def test_inputs_are_never_modified(case, plain_kernels):
 
 @some_cases
 def test_empty_batch(case, plain_kernels):
-    """The results are empty, and the gradients of the parameters zero."""
+    """The results are empty, and the gradients of the parameters are zero."""
     if case.shapes.get("x") == (5,):
         return  # a single row has no batch
     case = case.with_batch(0)
@@ -576,7 +576,7 @@ def test_second_derivative_is_in_the_reference_alone(name, plain_kernels):
 
 @pytest.mark.parametrize("name", ["partition", "partition_3d", "reverse", "reverse_3d"])
 def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_kernels):
-    """Third derivatives of a cube are right: each op's derivative is the other op, which is differentiated again."""
+    """Third derivatives are right: the derivative of each op is the other op, which is differentiated again."""
     case = CASES[name]
     for backend in ("reference", *backends_of(case)):
         leaves = case.leaves(torch.float32)
@@ -592,7 +592,7 @@ def test_partition_and_reverse_are_differentiable_again_and_again(name, plain_ke
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_reverse_undoes_partition_bit_for_bit(data):
-    """Maps may be odd, rectangular or of one token, windows may exceed the map, and shift and pad order are drawn."""
+    """Maps may be odd, rectangular or of one token, windows may exceed the map, and shift and pad order are random."""
     rank = data.draw(st.sampled_from([2, 3]))
     size = data.draw(st.tuples(*[st.integers(1, 9 if rank == 2 else 5)] * rank))
     window = data.draw(st.tuples(*[st.integers(1, 6)] * rank))
@@ -619,7 +619,7 @@ def test_reverse_undoes_partition_bit_for_bit(data):
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
 @some_cases
 def test_backend_that_cannot_run(case, backend):
-    """No fast backend can run on a CPU tensor, and each gives a reason."""
+    """No fast backend can run on a CPU tensor, and each gives the reason."""
     if backend == "triton" and _backends.interpreting():
         pytest.skip("Triton's interpreter runs on the CPU")
     with pytest.raises(NotImplementedError) as caught:
@@ -679,7 +679,7 @@ def test_longest_row(monkeypatch, plain_kernels):
 
 @pytest.mark.parametrize(("order", "rank"), list(RUNS))
 def test_row_major_columns(order, rank):
-    """A row-major gather with reordered columns equals the order's reduction, even with doubled neighbours."""
+    """A row-major gather, then a reduction with reordered columns, equals each order, even with doubled neighbours."""
     c, out, count = 3, 7, 2**rank
     x, weight = draw(2, *(4,) * rank, c), draw(out, count * c, seed=2)
     expected = reference.patch_merging(x, None, None, weight, order=order, norm="post")
@@ -699,7 +699,7 @@ def test_by_neighbour(rank):
     got = reference.patch_merging(x, *reordered, order="row_major")
     expected = reference.patch_merging(x, *norm, weight, order="unfold")
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    # Channel c of neighbour n is at c * count + n; by neighbour, at n * channels + c.
+    # Channel c of neighbour n is at c * count + n in the order "unfold", and at n * channels + c by neighbour.
     numbered = torch.arange(count * c).reshape(c, count)
     assert torch.equal(_by_neighbour(numbered.flatten(), count), numbered.T.flatten())
 

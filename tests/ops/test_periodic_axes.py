@@ -1,4 +1,4 @@
-"""A periodic axis joins its two ends: the ops refuse padding between them."""
+"""Tests periodic axes: the two ends of the axis are joined, so the ops refuse padding between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error budget accepts exact results and rejects wrong ones, with a message."""
+"""Tests that the error budget accepts exact results and rejects wrong ones, with a message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST = EXACT.abs().max().item()
 
 
 def judged(got: Tensor, exact: Tensor = EXACT, f32: Tensor | None = None, terms: Tensor | None = None) -> Judged:
-    """Judge a result; without ``f32``, the float32 reference counts as exact."""
+    """Check a result against the budget; without ``f32``, the float32 reference counts as exact."""
     return judge(got, exact, exact if f32 is None else f32, terms=terms, name="out")
 
 
@@ -40,7 +40,7 @@ def test_no_element_is_off_by_more_than_two_eps_of_the_largest(eps_of_the_larges
 
 
 def test_the_error_of_the_definition_in_float32_is_granted() -> None:
-    """A result may have the float32 reference's error, which is large if terms cancel."""
+    """A result may be as inaccurate as the float32 reference, which has large errors if terms cancel."""
     got = EXACT.float() + 1e-4
     assert judged(got).failure is not None
     assert judged(got, f32=EXACT.float() - 1e-4).failure is None

@@ -1,4 +1,4 @@
-"""Wrong arguments raise the right type, with a message naming op, argument, given value and accepted values."""
+"""Tests that wrong arguments raise the right type, with a message naming op, argument, given and accepted values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def separate(q=None, k=None, v=None, **changes):
 
 
 def huge(*shape):
-    """Return a tensor of any shape that takes four bytes."""
+    """Return a tensor of any shape that occupies four bytes of memory."""
     return torch.zeros((1,) * len(shape)).expand(shape)
 
 
@@ -236,7 +236,7 @@ def test_wrong_separate_maps(maps, error, words):
 
 
 def test_zero_heads_are_refused():
-    """Maps without heads agree with num_heads=0 but are meaningless."""
+    """num_heads=0 agrees with maps without heads, but is meaningless."""
     q = zeros(2, 5, 6, 0, 4)
     check(lambda: separate(q, q, q, num_heads=0), ValueError, "num_heads", "at least 1", "got 0")
 
@@ -416,7 +416,7 @@ def test_inputs_are_never_modified():
 
 
 def test_compiles_with_dynamic_shapes():
-    """The checks trace with symbolic sizes and numbers, and one graph serves several sizes."""
+    """The checks can be traced with symbolic sizes and numbers, and one graph serves several sizes."""
     graphs = []
 
     def count(graph, inputs):

@@ -1,6 +1,6 @@
-"""Window attention beyond correct results: derivatives, transforms, compilation, huge maps, range.
+"""Tests derivatives, transforms, compilation, huge maps and numerical range of window attention.
 
-Each class of arguments with separate code is a case here; the backends' own tests cover sizes.
+There is a case for each class of arguments with separate code; the backends' own tests cover sizes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def test_opcheck_of_plain_kernels(plain_kernels: None, name: str, form: str) -> 
     opcheck_forward_and_backward(form, "_triton", op_arguments(CLASSES[name], form, torch.float32))
 
 
-# --- dropout, by kernels in plain PyTorch
+# --- dropout, with kernels in plain PyTorch
 
 
 @pytest.mark.skipif(_backends.interpreting(), reason="Triton's interpreter has its own kernels on the CPU")
@@ -144,7 +144,7 @@ def test_dropout_draws_a_seed_and_backward_has_the_same(
 @needs_cpu
 @pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0)])
 def test_vmap_is_a_loop(dims: tuple[int | None, int | None]) -> None:
-    """Outputs and gradients equal a loop's, through torch's fallback for ops without a rule."""
+    """vmap, which uses torch's fallback for ops without a rule, gives the outputs and gradients of a loop."""
     case = Case(2, (6, 9), 2, 8, 3, 1)
     inputs = case.inputs(torch.float32)
     given = [inputs["qkv"], inputs["bias_table"]]
@@ -357,7 +357,7 @@ def test_more_than_two_to_the_16_windows(case: Case) -> None:
 
 
 def sparse_buffer(elements: int) -> Tensor:
-    """Return memory that the system has only reserved: a page exists once it is written."""
+    """Return memory that the system has only reserved; a page is allocated when it is first written."""
     return torch.from_numpy(np.empty(elements, dtype=np.float32))
 
 
@@ -443,7 +443,7 @@ FAR_MASK = {"mask_value": -(2.0**20)}
 )
 @pytest.mark.parametrize(("size", "gradient"), [(2.0**15, 1.0), (300.0, 6e4), (6e-5, 6e-5)])
 def test_float16_is_finite_where_the_result_is(backend: str, case: Case, size: float, gradient: float) -> None:
-    """Products overflow float16 by far, but the result does not, and nothing is ever NaN.
+    """Products are far beyond float16's range, but the result is not, and no value is NaN.
 
     Factors are powers of two, so that float32 represents the scores exactly; otherwise equal scores would differ, and
     a different one would be the largest.

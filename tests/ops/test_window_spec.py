@@ -1,4 +1,4 @@
-"""WindowSpec: its wire form, which kernels and exported programs read, and sizes that stay symbolic."""
+"""Tests WindowSpec: its wire form, which kernels and exported programs read, and sizes that stay symbolic."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Attend(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_export_has_no_guard_on_divisibility(strict):
-    """A program exported at 48 x 40, which pads, runs at sizes that pad differently or not at all."""
+    """A program exported for a 48 x 40 map, which needs padding, runs at sizes that need other padding or none."""
     g = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The references of the norms and of a block's halves compared with torch and whole published blocks."""
+"""Tests the references of the norms and of a block's halves against torch and whole published blocks."""
 
 from __future__ import annotations
 

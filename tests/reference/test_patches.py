@@ -1,4 +1,4 @@
-"""The references of patch merging, expanding and embedding compared with the published modules."""
+"""Tests the references of patch merging, expanding and embedding against the published modules."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_merging_monai(name, size, order):
 
 
 def merged_order(order: str, rank: int, channels: int = 1) -> list[int]:
-    """Return the input channel of each merged channel, by the rank of its value after the norm and an identity."""
+    """Return the input channel of each merged channel: the rank of its value after a norm and an identity."""
     n = 2**rank * channels
     x = torch.arange(float(n), dtype=torch.float64).reshape(1, *(2,) * rank, channels)
     y = reference.patch_merging(x, None, None, torch.eye(n, dtype=torch.float64), order=order, eps=0.0).flatten()
@@ -86,7 +86,7 @@ def test_order(order, rank, expected):
 
 
 def test_monai_legacy_order():
-    """MONAI's literal slices up to 1.4 have the order "monai_legacy": two neighbours occur twice, two never."""
+    """The slices in MONAI up to 1.4 have the order "monai_legacy": two neighbours occur twice and two never."""
     x, weight = draw(2, 3, 4, 5, C), draw(2 * C, 8 * C, seed=3)
     norm_weight, norm_bias = draw(8 * C, seed=4), draw(8 * C, seed=5)
 
@@ -144,7 +144,7 @@ def test_merging_frame_by_frame(order):
 
 
 def test_padding_enters_the_statistics():
-    """One token of an odd map is normalised with three zero neighbours, not alone."""
+    """The token of a 1 x 1 map is normalised together with its three zero neighbours."""
     x = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
     y = reference.patch_merging(x, None, None, torch.eye(4, dtype=torch.float64), eps=0.0)
     expected = torch.tensor([3.0, -1.0, -1.0, -1.0], dtype=torch.float64) / 3**0.5
@@ -198,7 +198,7 @@ def test_expanding_3d():
 
 
 def test_expanding_undoes_merging():
-    """Row-major merging, then expanding, both without their Linear, equal each token's norm."""
+    """Row-major merging followed by expanding, both without their Linear, equals the norm of each token."""
     x = draw(1, 4, 6, 8)
     merged = reference.patch_merging(x, None, None, torch.eye(32, dtype=torch.float64), order="row_major", norm="pre")
     back = reference.patch_expanding(merged, None, None, None)

@@ -1,4 +1,4 @@
-"""The reference with decomposed relative positions and keys of a larger window, against the published modules."""
+"""Tests the reference with decomposed relative positions and keys of a larger window against the published modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIM, HEADS = 12, 3
 
 
 def between_linears(attn, x, **arguments):
-    """Put the reference in place of a published attention's windows: after its qkv, before its proj."""
+    """Replace the computation of a published attention between its qkv and its proj with the reference."""
     qkv = F.linear(x, attn.qkv.weight, attn.qkv.bias)
     out = reference.window_attention_qkvpacked(
         qkv,
@@ -31,7 +31,7 @@ SIZES = [((8, 8), 4), ((9, 14), 4), ((6, 6), 0)]  # size, window; 0: global
 
 
 @pytest.mark.parametrize(("size", "window"), SIZES)
-@pytest.mark.parametrize(("kind", "tolerance"), [("eager", 1e-5), ("sdpa", 1e-10)])  # eager has a softmax in float32
+@pytest.mark.parametrize(("kind", "tolerance"), [("eager", 1e-5), ("sdpa", 1e-10)])  # eager: float32 softmax
 def test_transformers_sam(kind, tolerance, size, window):
     sam = pytest.importorskip("transformers.models.sam.modeling_sam", reason="transformers is not installed")
     config = sam.SamVisionConfig(hidden_size=DIM, num_attention_heads=HEADS, image_size=16 * size[0], patch_size=16)
@@ -74,9 +74,9 @@ def test_timm_sam(size, window, fused):
 @pytest.mark.parametrize(("window", "key_window"), [((4, 4), (6, 6)), ((2, 4), (6, 4)), ((4, 2), (4, 2))])
 @pytest.mark.parametrize("has_logit_scale", [False, True])
 def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
-    """HAT's overlapping cross-attention, written out: keys and values are unfolded with zeros around the map.
+    """The reference equals HAT's overlapping cross-attention, which unfolds keys and values with zeros around the map.
 
-    Its table index counts from key to query and wraps around the table's ends, which flip and roll undo.
+    HAT's table index counts from key to query and wraps around the table's ends; flip and roll undo this.
     """
     size, head_dim = (8, 12), DIM // HEADS
     q, k, v = (draw(2, *size, HEADS, head_dim, seed=i) for i in range(3))
@@ -120,10 +120,11 @@ def test_keys_of_a_larger_window(window, key_window, has_logit_scale):
 @pytest.mark.parametrize("size", [(4, 6, 12), (3, 7, 13)])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 3)])
 def test_pangu(size, shift):
-    """Pangu-Weather's earth-specific attention as in its PyTorch ports: the map is padded on both sides, and a
-    window's level and latitude select a column of the table, whose rows are numbered by pairs of coordinates on these
-    axes. The ports cut their mask from a map that is longer by the shift of the longitude; for windows of twice the
-    shift it is the usual mask.
+    """The reference equals Pangu-Weather's earth-specific attention, as in its PyTorch ports.
+
+    The map is padded on both sides. A window's level and latitude select a column of the table; its rows are numbered
+    by pairs of coordinates on these axes. The ports cut their mask from a map that is longer by the shift of the
+    longitude. If the window is twice the shift on this axis, the result is the usual mask.
     """
     window, heads, head_dim = (2, 3, 6), 2, 4
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))

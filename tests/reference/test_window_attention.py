@@ -1,4 +1,4 @@
-"""The reference of window attention compared with the published modules, and with literal roll / pad / mask code."""
+"""Tests the reference of window attention against the published modules, and against literal roll / pad / mask code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIM, HEADS = 12, 3
 
 
 def between_linears(attn, x, qkv_bias, bias_table, **arguments):
-    """Put the reference in place of a published attention's windows: after its qkv, before its proj."""
+    """Replace the computation of a published attention between its qkv and its proj with the reference."""
     qkv = F.linear(x, attn.qkv.weight, qkv_bias)
     out = reference.window_attention_qkvpacked(qkv, bias_table, num_heads=HEADS, pad_qkv=qkv_bias, **arguments)
     return F.linear(out, attn.proj.weight, attn.proj.bias)
@@ -252,7 +252,7 @@ def slice_regions(frame, window, shift, periodic=None) -> Tensor:
 
 
 def literal_bias(table: Tensor, window: tuple[int, ...], table_window: tuple[int, ...]) -> Tensor:
-    """Return the bias (heads, N, N), whose index is filled one entry at a time."""
+    """Return the bias (heads, N, N); its index is filled one entry at a time."""
     n = math.prod(window)
 
     def decode(t):
@@ -380,7 +380,7 @@ def test_against_literal_code(data):
 @pytest.mark.parametrize("size", [(2, 6, 12), (3, 7, 13), (4, 10, 10), (1, 3, 6)])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 1, 3)])
 def test_aurora(size, shift):
-    """The map is rolled, then padded on both sides; regions ignore the seam in width, and pads form one group."""
+    """Aurora rolls the map, then pads both sides; its regions ignore the seam in width, and pads form one group."""
     window = (2, 3, 6)
     frame = tuple(math.ceil(s / w) * w for s, w in zip(size, window, strict=True))
     before = tuple((p - s) // 2 for p, s in zip(frame, size, strict=True))
@@ -390,7 +390,7 @@ def test_aurora(size, shift):
         number = 1
         for d in (slice(0, -window[0]), slice(-window[0], -shift[0]), slice(-shift[0], None)):
             for h in (slice(0, -window[1]), slice(-window[1], -shift[1]), slice(-shift[1], None)):
-                for w in (slice(0, -window[2]), slice(-window[2], None)):  # longitude: the last two slices are one
+                for w in (slice(0, -window[2]), slice(-window[2], None)):  # longitude: the last two slices are merged
                     groups[d, h, w] = number
                     number += 1
         regions = torch.zeros(frame, dtype=torch.long)  # 0: pad tokens
@@ -415,7 +415,7 @@ def test_aurora(size, shift):
 
 
 def test_periodic_width_is_the_merged_seam():
-    """Without padding, a region map without the seam and periodic=True along the width are equivalent."""
+    """Without padding, a region map without the seam in width is equivalent to periodic=True along the width."""
     size, window, shift = (4, 6, 12), (2, 3, 6), (1, 1, 3)
     qkv = draw(2, *size, 3 * DIM)
     call = lambda **kw: reference.window_attention_qkvpacked(  # noqa: E731
@@ -470,7 +470,7 @@ def test_separate_and_packed_agree():
 
 
 def test_log_sum_exp_and_attention():
-    """lse is the log-sum-exp of the final scores: exp(score - lse) are the attention weights."""
+    """lse is the log-sum-exp of the final scores, so exp(score - lse) equals the attention weights."""
     qkv, table = draw(1, 4, 4, 3 * 4), draw(9, 1, seed=2)
     arguments = {"num_heads": 1, "window_size": 2, "shift_size": 1, "mask_value": -3.0, "scale": 0.3}
     out, attention, lse = reference.window_attention_qkvpacked(
@@ -505,7 +505,7 @@ def test_dropout_keeps_a_share_and_rescales_it(p):
     share = (kept == 0).double().mean().item()
     assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / kept.numel())
     torch.testing.assert_close(kept[kept != 0], (full / (1 - p))[kept != 0], rtol=1e-12, atol=0)
-    # Each weight is drawn independently, so rows do not share a pattern by construction.
+    # Weights are drawn independently, so different rows have different patterns.
     rows = (kept == 0).flatten(0, -2)
     assert len(torch.unique(rows, dim=0)) > 0.5 * min(len(rows), 500) * (1 - max(p, 1 - p))
 

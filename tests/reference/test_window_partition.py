@@ -1,4 +1,4 @@
-"""The reference of window partition and reverse: identity, order of tokens, libraries, both pad orders."""
+"""Tests the reference of window partition and reverse: identity, order of tokens, libraries, both pad orders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every function, class and file named in docs/architecture.md exists in the place given there."""
+"""Tests that every function, class and file named in docs/architecture.md exists in the place given there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = [
     if line.startswith("|") and not line.startswith("|--")
 ]
 NAME = r"[\w.]+"
-# A table row has its function and its file in separate cells; in running text the file follows in brackets.
+# A table row has its function and its file in separate cells; in running text the file follows in parentheses.
 NAMED = [
     (re.findall(f"`({NAME})`", cell)[0], re.findall("`(.+)`", after)[0])
     for row in ROWS
@@ -31,7 +31,7 @@ CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh",
 
 
 def defined_in_python(path: Path) -> set[str]:
-    """Return functions, classes and constants of a module, and methods and fields of its classes as Class.name."""
+    """Return a module's functions, classes and constants, and the methods and fields of its classes as Class.name."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

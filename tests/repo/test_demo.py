@@ -1,4 +1,4 @@
-"""The demo runs to the end, reports that the numbers agree, and writes its files."""
+"""Tests that the demo runs to the end, reports that the numbers agree, and writes its files."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_what_is_printed(folder):
 
 
 def test_conclusion(folder):
-    """The last lines have a sentence with measured values, each kind of module's backend, and the pictures' path."""
+    """The last lines contain a sentence with measured values, each kind of module's backend, and the pictures' path."""
     results = json.loads((folder / "results.json").read_text())
     *_, sentence, blocks, merging, files, seconds = (folder / "stdout.txt").read_text().splitlines()
     difference = results["agreement"]["largest_logit_difference"]
@@ -127,7 +127,7 @@ def test_wrong_options(options, message, capsys):
 
 
 def test_peak_memory_on_a_cpu_is_that_of_the_tensors():
-    """A module holds two tensors of 4 MiB at once, in addition to small ones."""
+    """The module holds two tensors of 4 MiB at the same time, and some small ones."""
     import torch
 
     class Two(torch.nn.Module):

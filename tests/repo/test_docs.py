@@ -1,7 +1,7 @@
-"""Every code block of the README and of docs/ does what the text says, and the pages build without a warning.
+"""Tests that the code blocks of the README and of docs/ work as described, and that the pages build without a warning.
 
-Python runs, block after block of a page in one namespace; a block of text after it is the error that the code raises.
-Shell commands that install or build get a dry run, and those that measure are parsed.
+The Python blocks of a page run in order, in one namespace. A text block after a Python block is the error that the
+code raises. Commands that install or build get a dry run; commands that measure have their arguments parsed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The examples run as in their docstrings, but shorter."""
+"""Tests that the examples run as their docstrings describe, with shorter settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The faults that the tests must find apply to the present sources; ``make faults`` runs them."""
+"""Tests that the faults apply to the current sources; ``make faults`` checks that the tests find them."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def test_fault_applies_and_its_test_is_run_by_make_test(name: str) -> None:
 
 @pytest.mark.parametrize("source", ["nothing of it", "a b a"], ids=["gone", "twice"])
 def test_a_fault_that_does_not_apply_says_so(source: str) -> None:
-    with pytest.raises(ValueError, match=r"x\.py has the text to replace \d times, not once: rewrite the fault"):
+    with pytest.raises(ValueError, match=r"x\.py contains the text to replace \d times instead of once\. Rewrite"):
         Fault("x.py", "a", "c", "tests/test_x.py").apply_to(source)

@@ -1,4 +1,4 @@
-"""The scripts in findings/ follow their rules: isolated, pinned, and only about other libraries."""
+"""Tests that the scripts in findings/ follow their rules: isolated, pinned, and only about other libraries."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The files for GitHub are valid: workflows, which only call make, issue forms, and the citation."""
+"""Tests that the files for GitHub are valid: workflows, which only call make, issue forms, and the citation."""
 
 from __future__ import annotations
 

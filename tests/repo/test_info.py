@@ -1,4 +1,4 @@
-"""``python -m swinkernels.info`` and the build information of the compiled extension."""
+"""Tests ``python -m swinkernels.info`` and the build information of the compiled extension."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_driver_is_none_without_a_working_nvidia_smi(monkeypatch: pytest.MonkeyP
 
 
 def test_sources_that_hide_an_installed_package_are_named(tmp_path: Path) -> None:
-    """After `pip install .`, Python started in the checkout imports the sources there, which have no extension."""
+    """After `pip install .`, Python started in the checkout imports its sources, which have no extension."""
     checkout, site = tmp_path / "checkout", tmp_path / "site"
     shutil.copytree(ROOT / "swinkernels", checkout / "swinkernels", ignore=shutil.ignore_patterns("*.so", "*.pyd"))
     (site / "swinkernels").mkdir(parents=True)
@@ -143,7 +143,7 @@ def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPat
 
 @needs_extension
 def test_nothing_is_missing_without_the_python_module() -> None:
-    """A build carried to another Python lacks swinkernels._C: ops, backends and facts are the same."""
+    """A build copied to another Python lacks swinkernels._C; ops, backends and build information are the same."""
     script = """
 import json, sys
 sys.modules["swinkernels._C"] = None  # importing it is an ImportError

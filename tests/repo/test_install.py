@@ -1,4 +1,4 @@
-"""The README's installation, executed word for word in a new environment: this takes minutes and network access."""
+"""Tests the README's installation, executed word for word in a new environment: it takes minutes and network access."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Environment:
         """Return the output of the commands, with $SWINKERNELS_BUILD from ``kernels``."""
         path = f"{self.elsewhere / 'env' / 'bin'}{os.pathsep}{os.environ['PATH']}"
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-        # Only one architecture: compiling all CUDA kernels for two would take ten minutes.
+        # One architecture only: compiling all CUDA kernels for two would take ten minutes.
         settings = {"SWINKERNELS_BUILD": kernels, "TORCH_CUDA_ARCH_LIST": "9.0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         environ = {**clean, "PATH": path, **settings}
         done = subprocess.run(

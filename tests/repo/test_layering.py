@@ -1,4 +1,4 @@
-"""Dependencies point down only: a file's folder determines its allowed imports and includes."""
+"""Tests that dependencies point down only: a file's folder determines its allowed imports and includes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make` installs, builds and prints the right things, and `make check` selects the right tests for a change."""
+"""Tests that `make` installs, builds and prints the right things, and that `make check` selects the right tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_GPU = "NVIDIA-SMI has failed because it could not communicate with the NVIDIA
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Make a folder with the Makefile and the files that it reads, and an nvidia-smi that sees no GPU."""
+    """Make a folder with the Makefile and the files that it reads, and an nvidia-smi that reports no GPU."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "csrc").mkdir()

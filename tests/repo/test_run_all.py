@@ -1,4 +1,4 @@
-"""``make test-all`` records each part when it ends, and resumes an interrupted run."""
+"""Tests that ``make test-all`` records each part when it ends, and resumes an interrupted run."""
 
 from __future__ import annotations
 

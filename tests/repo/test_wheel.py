@@ -1,4 +1,4 @@
-"""The wheels of ``make wheel`` have the right contents, and run without a compiler.
+"""Tests that the wheels of ``make wheel`` have the right contents, and run without a compiler.
 
 Environments are made with the oldest and the newest Python on the PATH, and the oldest and the newest torch. pyenv
 provides its versions if PYENV_VERSION names them, separated by colons.

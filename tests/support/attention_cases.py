@@ -1,4 +1,4 @@
-"""Random cases of window attention: from a seed for long runs, or drawn by Hypothesis for the backends' tests."""
+"""Draws random cases of window attention: from a seed for long runs, or with Hypothesis for the backends' tests."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def draw_case(
 def ends_that_may_meet(
     size: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_order: str
 ) -> tuple[bool, ...]:
-    """Return the axes that may be periodic, because a shift joins their ends without padding in between."""
+    """Return True for each axis that may be periodic because a shift joins its ends without padding in between."""
     return tuple(
         s == 0 or n % w == 0 or pad_order == "roll_then_pad" for n, w, s in zip(size, window, shift, strict=True)
     )

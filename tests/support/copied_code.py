@@ -11,7 +11,7 @@ from tests.support.published import refuse
 
 
 def refuse_forward(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
-    """Make the forward of a class and of its subclasses fail, which proves that an op ran instead."""
+    """Make the forward of a class and its subclasses raise an error, so that a passing test proves that an op ran."""
 
     is_code = snapshot._is_code
     refuse(monkeypatch, kind)

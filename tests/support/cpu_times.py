@@ -52,7 +52,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def main(file: Path) -> None:
-    """Print the total, and the 40 slowest tests."""
+    """Print the total CPU time, and the 40 slowest tests."""
     times = [(float(seconds), test) for seconds, _, test in (x.partition(" ") for x in file.read_text().splitlines())]
     print(f"{len(times)} tests, {sum(seconds for seconds, _ in times) / 60:.1f} CPU minutes\n")
     print("| CPU s | test |\n|---|---|")

@@ -1,4 +1,4 @@
-"""Fused Linear layers for small maps and float64, so that tests of small models take that path."""
+"""Fuses Linear layers also for small maps and float64, so that tests of small models cover the fused code."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from swinkernels.testing import WindowAttentionCase
 
 @dataclass(frozen=True)
 class LowScores(WindowAttentionCase):
-    """A case with low scores: a term is added to the dense bias, or to the bias table."""
+    """A case with low scores: a negative term is added to the dense bias, or to the bias table."""
 
     lowest: float = -150.0
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NoGradient(torch.autograd.Function):
-    """Sums tensors. Its backward pass returns None, which differs from zeros."""
+    """Sums tensors; its backward pass returns None, which autograd does not treat like zeros."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:

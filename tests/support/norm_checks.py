@@ -1,6 +1,6 @@
-"""Calls of the norm ops and their comparison with the float64 reference.
+"""Calls the norm ops, and compares them with the float64 reference.
 
-An implementation is any object with the ops as functions: ``torch.ops.swinkernels``, or the emulated kernels.
+An implementation is any object that has the ops as functions: ``torch.ops.swinkernels``, or the emulated kernels.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # of a Linear with a float32 norm.
 PAIRS = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
 NORM_PAIRS = [*PAIRS, (F16, F32), (BF16, F32)]
-# In shorter rows too few rounding errors average out, and most of the gradient cancels in the norm.
+# In rows shorter than this, too few rounding errors average out, and most of the gradient cancels in the norm.
 SHORT_ROW = 16
 EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class NormCase:
-    """A call of an op: ``op`` names it, the other fields determine shapes and arguments."""
+    """A call of an op; ``op`` is the op's name, and the other fields determine shapes and arguments."""
 
     op: str  # "layer_norm", "patch_merging_norm", "residual_layer_norm" or "residual_post_norm"
     shape: tuple[int, ...]  # shape of x
@@ -72,7 +72,7 @@ class NormCase:
         return [sum(o << i for i, o in enumerate(reversed(offset))) for offset in self.offsets]
 
     def rows(self, x: Tensor) -> Tensor:
-        """Return the rows to normalise, (..., L), for an x of any dtype: a selection of its elements, and zeros."""
+        """Return the rows to normalise, (..., L), for an x of any dtype: they consist of elements of x and zeros."""
         if self.op == "patch_merging_norm":
             axes = range(x.dim() - 1 - self.merged_axes, x.dim() - 1)
             for axis in axes:
@@ -111,7 +111,7 @@ class NormCase:
 
 
 def call(implementation: Any, case: NormCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run forward and backward of a case with the ops; return every result by name, with None for dy if it is dx."""
+    """Run forward and backward of a case with the ops; return every result by name, without dy if it is dx."""
     fwd, bwd = (getattr(implementation, f"{case.op}_{direction}") for direction in ("fwd", "bwd"))
     x, weight, bias, scale = inputs["x"], inputs.get("weight"), inputs.get("bias"), inputs.get("drop_path_scale")
     needs = (weight is not None, bias is not None)

@@ -1,6 +1,6 @@
-"""Window attention in published forms other than Microsoft's, as small as possible.
+"""Small modules with window attention in published forms other than Microsoft's.
 
-The code was written for these tests, with the names and conventions of the published code.
+The code was written for these tests; names and conventions are those of the published code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.published_forms import (
 
 
 class ShiftWindowMSA(nn.Module):
-    """mmdet's form: takes a sequence and the size of its map; pads, rolls, masks and drops paths itself."""
+    """mmdet's form: takes a sequence and the map's size, and does padding, rolling, masking and drop path itself."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int, attn_drop: float = 0.0) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class MmdetBlock(nn.Module):
 
 
 class WMSA(nn.Module):
-    """SCUNet's form: has channels last, whole windows, a parameter for the bias, and scores of -inf between regions."""
+    """SCUNet's form: takes channels-last maps of whole windows, has a bias parameter, and masks with scores of -inf."""
 
     def __init__(self, dim: int, head_dim: int, window_size: int, kind: str) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Projection(nn.Module):
 
 
 class UformerAttention(WindowAttention):
-    """Uformer's form: has win_size, and queries separate from keys and values."""
+    """Uformer's form: the window size is ``win_size``, and q is computed separately from k and v."""
 
     def __init__(self, dim: int, win_size: tuple[int, int], num_heads: int) -> None:
         super().__init__(dim, win_size, num_heads)
@@ -118,7 +118,7 @@ class UformerAttention(WindowAttention):
 
 
 class MutualAttention(WindowAttention):
-    """VRT's form: has qkv_self, and the two frames of a window attend to each other."""
+    """VRT's form: the qkv layer is ``qkv_self``, and the two frames of a window attend to each other."""
 
     def __init__(self, dim: int, window_size: tuple[int, int, int], num_heads: int, mut_attn: bool = True) -> None:
         super().__init__(dim, window_size, num_heads)
@@ -175,7 +175,7 @@ class ChannelsFirstBlock(Block):
 
 
 class VolumeBlock(Block):
-    """TransMorph's form: takes a sequence and the mask of the stage; attributes have the volume's size (H, W, T)."""
+    """TransMorph's form: takes a sequence and the stage's mask; the volume's size (H, W, T) is in attributes."""
 
     def __init__(self, dim: int, num_heads: int, window_size: Any, shift_size: Any) -> None:
         super().__init__(dim, num_heads, window_size, shift_size)
@@ -199,7 +199,7 @@ class FusedAttention(WindowAttention):
 
 
 class InfinityBlock(SegmentationBlock):
-    """BiRefNet's form: takes the stage's mask, which has scores of -inf."""
+    """BiRefNet's form: takes the stage's mask, in which masked pairs have scores of -inf."""
 
     attention = FusedAttention
 
@@ -209,7 +209,7 @@ class InfinityBlock(SegmentationBlock):
 
 
 class CutBlock(nn.Module):
-    """A block that calls its attention with windows and a mask."""
+    """A block that cuts a map into windows, and calls its attention with the windows and a mask."""
 
     def __init__(self, attn: nn.Module, dim: int, window: tuple[int, ...], shift: tuple[int, ...]) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class MapAttention(WindowAttention):
 
 
 class SpatialAttention(nn.Module):
-    """FDAT's form: takes a sequence, height and width; has a dense bias, no shift, and short names."""
+    """FDAT's form: takes a sequence, height and width; has a dense bias, no shift, and short attribute names."""
 
     def __init__(self, dim: int, window_size: int, num_heads: int) -> None:
         super().__init__()
@@ -454,7 +454,7 @@ class SkipAttention(WindowAttention):
 
 
 class SkipBlock(nn.Module):
-    """A block that calls its attention with the windows of two maps."""
+    """A block that cuts two maps into windows, and calls its attention with the windows of both."""
 
     def __init__(self, dim: int, num_heads: int, window: tuple[int, int, int], shift: tuple[int, int, int]) -> None:
         super().__init__()
@@ -518,7 +518,7 @@ class Double(nn.Module):
 
 
 class CubeStage(nn.Module):
-    """nnFormer's form: an encoder's stage, which makes the mask, and returns its result and the halved result."""
+    """nnFormer's form: an encoder's stage, which makes the mask, and returns its result at full and at half size."""
 
     def __init__(self, dim: int, size: Any, num_heads: int, window: int) -> None:
         super().__init__()

@@ -69,8 +69,7 @@ def assert_as_good(
     exact: dict[str, Tensor],
     moved: list[dict[str, Tensor]] | None = None,
 ) -> None:
-    """Check that the error against float64 is at most twice the error of the library's code in the same dtype, plus a
-    few eps.
+    """Check that errors against float64 are at most twice the library's errors in the same dtype, plus a few eps.
 
     If large scores and sums that cancel magnify rounding errors, ``moved`` gives their size (see :func:`shaken`). A
     gradient that is zero in theory, as for a constant in all scores, may be as large as the rounding error of the

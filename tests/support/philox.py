@@ -1,4 +1,4 @@
-"""The random numbers of the kernels' dropout in NumPy: the kept weights follow from the seed alone."""
+"""Computes the random numbers of the kernels' dropout in NumPy; the seed determines which weights are kept."""
 
 from __future__ import annotations
 

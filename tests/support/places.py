@@ -1,4 +1,4 @@
-"""Small modules, one of each kind whose attention accelerate replaces, for tests with edits."""
+"""Small modules for tests with edits: one of each kind in which accelerate replaces the attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Place:
     make: Callable[[], nn.Module]
     # Draws the arguments of the module's forward.
     inputs: Callable[[torch.Generator], tuple[Any, ...]]
-    # The path of the module with the index of the bias table; None if the bias is computed differently.
+    # The path of the module that has the index of the bias table; None if the bias is computed differently.
     index_of: str | None = "attn"
 
     def model(self) -> Any:
@@ -134,7 +134,7 @@ def _transformers() -> dict[str, Place]:
 
 
 def _unnamed() -> dict[str, Place]:
-    """Return the places of a form and of a copy, which accelerate tries before it replaces them."""
+    """Return a module that a form covers, and a copy of published code; accelerate replaces both after a trial."""
     from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
     from tests.support.published_forms import ClassificationBlock
@@ -160,7 +160,7 @@ PLACES = types.MappingProxyType(places())
 
 
 def beyond_limits() -> dict[str, tuple[Place, str]]:
-    """Return places with heads of 130 channels, or windows of 33 x 32 tokens, with the report's reason."""
+    """Return places with heads of 130 channels or windows of 33 x 32 tokens, each with the reason in the report."""
     heads, windows = "its heads have 130 channels", "its windows hold 1056 tokens"
     found: dict[str, tuple[Place, str]] = {}
     if "timm swin" in PLACES:

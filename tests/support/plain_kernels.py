@@ -106,7 +106,7 @@ def _patch_merging_norm_bwd(dz, x, weight, mean, rstd, factor, neighbours, needs
 
 
 def _laid_out(x: Tensor, factor: list[int]) -> Tensor:
-    """Put the parts of every token at their positions in the larger map, in float64."""
+    """Move the parts of every token to their positions in the larger map, in float64."""
     if not factor:
         return x.double()
     rank = x.dim() - 2
@@ -180,7 +180,7 @@ def _residual_post_norm_bwd(ds, y, drop_path_scale, weight, mean, rstd, needs_dw
 
 
 def _attention(maps, tables, *wire):
-    """Return out and lse of the reference; dropout follows the seed."""
+    """Return out and lse of the reference; the seed determines the dropout pattern."""
     spec = WindowSpec.parse(*wire)
     bias_table, bias, logit_scale, pad_qkv, region_map, seed = tables
     assert all(t is None or t.dtype == torch.float32 for t in (bias_table, bias, logit_scale))
@@ -230,7 +230,7 @@ def _attention_kernels(count: int) -> tuple[Callable, Callable]:
             out, _ = _attention(*given, *wire)
             return torch.autograd.grad(out, [leaves[id(x)] for x in wanted], dout, allow_unused=True)
 
-        with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # this thread is below autograd
+        with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # this thread runs below autograd
             grads = iter(elsewhere.submit(differentiate).result())
         dmaps = [next(grads) for _ in maps]
         sums = []
@@ -269,7 +269,7 @@ def attached() -> Iterator[None]:
     library = torch.library.Library("swinkernels", "IMPL")
     for name, kernel in _KERNELS.items():
         library.impl(name, kernel, "CPU")
-    if not _backends.interpreting():  # else Triton's own are attached
+    if not _backends.interpreting():  # otherwise Triton's own kernels are attached
         for name, kernel in {**{name: _KERNELS[name] for name in WITH_TRITON}, **_TRITON_KERNELS}.items():
             library.impl(f"{name}_triton", kernel, "CPU")
     try:

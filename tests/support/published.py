@@ -19,7 +19,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str, function: A
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str = "forward") -> None:
-    """Make a method fail, which proves that an op ran instead."""
+    """Make a method raise an error, so that a passing test proves that an op ran instead."""
 
     def refused(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError(f"{kind.__name__}.{method} ran")

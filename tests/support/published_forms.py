@@ -1,4 +1,4 @@
-"""Blocks in the forms in which projects copy Microsoft's Swin, as small as possible.
+"""Small blocks in the forms in which projects copy Microsoft's Swin.
 
 The attribute names, signatures and conventions are those of the published copies; the code is not.
 """
@@ -136,7 +136,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """The part that all forms share."""
+    """The code that all forms share."""
 
     attention: type[WindowAttention] = WindowAttention
 
@@ -276,7 +276,7 @@ def clamped(size: Any, window: Any, shift: Any) -> tuple[tuple[int, ...], tuple[
 
 
 class MapBlock(Block):
-    """Takes (B, H, W, C) of any size and nothing else; rolls, then pads, and makes a new mask at every call."""
+    """Takes only (B, H, W, C), of any size; rolls, then pads, and makes a new mask in every call."""
 
     def forward(self, x: Tensor) -> Tensor:
         window, shift = (self.window_size,) * 2, (self.shift_size,) * 2

@@ -51,7 +51,7 @@ class Last(nn.Module):
 
 
 class Clap(nn.Module):
-    """Has the layers and merging of CLAP's audio encoder, whose real input is a spectrogram of fixed size."""
+    """The layers and merging of CLAP's audio encoder, on images; CLAP itself accepts spectrograms of one size."""
 
     def __init__(self, config: Any, layer: Any, merging: Any) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def monai_swin(channels: int = 1, drop_path: float = 0.0, depths: tuple[int, ...
 def mmpretrain_swin(version: int = 1, size: Swin = Swin(), **options: Any) -> nn.Module:
     pytest.importorskip("mmpretrain", reason="mmpretrain is not installed")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings of mmcv-lite and mmengine
+        warnings.simplefilter("ignore")  # warnings from mmcv-lite and mmengine
         from mmpretrain import models
     arch: dict[str, Any] = {
         "embed_dims": size.embed_dim, "depths": [*size.depths], "num_heads": [*size.num_heads]
@@ -442,7 +442,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-# Family with a form of its own -> the number of modules on an op, and words of the report on the others.
+# Family with its own form -> the number of modules that run on an op, and words of the report on the other modules.
 FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "timm DaViT": (2, ()),
     "timm TinyViT": (2, ()),
@@ -482,7 +482,7 @@ FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-# Models of families above, in another version.
+# Models of the families above, in another version.
 VERSIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mmpretrain v2": (lambda: mmpretrain_swin(2, img_size=16), (2, 3, 18, 14)),
 }
@@ -499,7 +499,7 @@ def make_model(family: str) -> nn.Module:
         elif not bool(p.any()):  # heads and tables that start at 0
             nn.init.normal_(p, std=0.2)
         if name.endswith("mlp.fc2.bias") and "rel_pos" in name:
-            p.requires_grad_(False)  # softmax cancels a constant: its gradient is rounding error
+            p.requires_grad_(False)  # softmax ignores a constant in all scores: the gradient is only rounding error
     return model.double().eval()
 
 

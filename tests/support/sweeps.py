@@ -1,4 +1,4 @@
-"""Combinations of arguments, of which ``make test`` runs a few and ``make test-all`` the rest."""
+"""Builds combinations of arguments; ``make test`` runs a few of them, and ``make test-all`` also the rest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 
 
 def in_turn(values: Iterable[Any], others: Sequence[Any]) -> list[Any]:
-    """Combine each of ``values`` with each of ``others``, for parametrize. Each value has one combination that is not
-    ``long``; from value to value, it moves on to the next of ``others``.
+    """Combine each of ``values`` with each of ``others``, for parametrize.
+
+    For each value one combination is not ``long``; its place in ``others`` moves on by one from value to value.
     """
     return [
         pytest.param(value, other, id=f"{value}-{other}", marks=[] if j == i % len(others) else pytest.mark.long)
@@ -20,5 +21,5 @@ def in_turn(values: Iterable[Any], others: Sequence[Any]) -> list[Any]:
 
 
 def long_but(values: Iterable[Any], *kept: Any) -> list[Any]:
-    """Return every value, for parametrize; values that are not kept are ``long``."""
+    """Return every value, for parametrize; values other than ``kept`` are marked ``long``."""
     return [pytest.param(value, marks=[] if value in kept else pytest.mark.long) for value in values]

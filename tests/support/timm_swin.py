@@ -1,4 +1,4 @@
-"""Small timm Swins, v1 and v2, and their comparison before and after accelerate."""
+"""Makes small timm Swins, v1 and v2, and compares them before and after accelerate."""
 
 from __future__ import annotations
 

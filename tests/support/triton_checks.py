@@ -46,7 +46,7 @@ class Checks:
     def __call__(
         self, *values: Any, dtypes: tuple[torch.dtype | None, ...] = DTYPES, in_turn: bool = False
     ) -> Callable[[Callable], Callable]:
-        """Register a check, to be called once for each value and each dtype unless these are None.
+        """Register a check, which is called once for each value and each dtype (unless these are None).
 
         A tuple is passed as several arguments. With ``in_turn``, each value is interpreted with one dtype, which
         alternates from value to value; all other interpreted checks are ``long``.
@@ -78,7 +78,7 @@ class Checks:
 
 
 class _Child:
-    """A process with Triton's interpreter, which runs the checks that it is sent."""
+    """A process with Triton's interpreter, which runs the checks whose names it receives."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

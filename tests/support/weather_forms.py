@@ -1,6 +1,6 @@
-"""Blocks in the forms of weather models, as small as possible; maps have pressure levels, latitudes and longitudes.
+"""Small blocks in the forms of weather models; maps have pressure levels, latitudes and longitudes.
 
-The code was written for these tests, with the names and conventions of the published code.
+The code was written for these tests; names and conventions are those of the published code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decomposed relative position (``axis_tables``) in Triton against the float64 reference."""
+"""Tests decomposed relative position (``axis_tables``) in Triton against the float64 reference."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def opcheck(form, dtype):
 
 @check("grid", dtypes=DTYPES[:1])
 def tables_without_a_gradient(name, dtype):
-    """The other gradients have the same bits as with gradients of the tables, and repeated calls have the same bits."""
+    """The other gradients have the same bits with and without gradients of the tables, and in repeated calls."""
     case = CASES[name]
     inputs = case.inputs(dtype, DEVICE)
     tables = [x for x in inputs if x.startswith("axis_tables")]
@@ -118,7 +118,7 @@ def tables_without_a_gradient(name, dtype):
 
 @check("queries", "tables", dtypes=(None,))
 def float16_is_finite_where_the_result_is(large):
-    """Results are finite even if float16 cannot hold the tables, or the products of q with them."""
+    """Results are finite even if float16 cannot represent the tables, or the products of q with them."""
     case = CASES["grid"]
     inputs = case.inputs(torch.float16)
     channels = case.num_heads * case.head_dim

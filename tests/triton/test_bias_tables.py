@@ -1,4 +1,4 @@
-"""Bias tables with window types and pairs of coordinates (Pangu-Weather) in Triton against the float64 reference."""
+"""Tests bias tables with window types and coordinate pairs (Pangu-Weather) in Triton against the float64 reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def windows_of_several_tiles_match_reference(name, dtype):
 
 @check("types", dtypes=DTYPES[:1])
 def windows_of_a_type_are_dealt_out(name, dtype):
-    """Several programs share the windows of a type, each has several, and repeated calls have the same bits."""
+    """Several programs share the windows of a type, each processes several, and repeated calls have the same bits."""
     case = dataclasses.replace(CASES[name], batch=4, num_heads=1)
     with mock.patch.multiple(tuning, FORWARD_PROGRAMS=4, BACKWARD_PROGRAMS=4):
         first = check_window_attention(packed, case, dtype, DEVICE)

@@ -1,4 +1,4 @@
-"""The Triton kernels of window attention compile for sm_80 and sm_90 within their resource limits.
+"""Tests that the Triton kernels of window attention compile for sm_80 and sm_90 within their resource limits.
 
 Covers every kernel, dtype and kind of configuration; no GPU is needed.
 """

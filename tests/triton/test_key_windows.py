@@ -1,4 +1,4 @@
-"""Keys of a window larger than the queries' window (``key_window``, HAT) in Triton against the float64 reference."""
+"""Tests keys of a larger window than the queries' (``key_window``, HAT) in Triton against the float64 reference."""
 
 from __future__ import annotations
 

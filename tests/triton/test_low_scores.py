@@ -1,4 +1,4 @@
-"""Low scores on the Triton backend: outputs and gradients are as accurate as for other scores."""
+"""Tests low scores on the Triton backend: outputs and gradients are as accurate as for other scores."""
 
 from __future__ import annotations
 

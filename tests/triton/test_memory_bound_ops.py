@@ -1,4 +1,4 @@
-"""The Triton backend of window partition, window reverse and patch merging, on a GPU or in Triton's interpreter."""
+"""Tests the Triton backend of partition, reverse and patch merging, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def partition_moves_bytes(channels, dtype):
 
 @check("no_shift", "three_axes_odd", "rectangular", dtypes=(torch.float32,))
 def a_program_takes_several_windows(name, dtype):
-    """If there are many windows, a program copies several, even if programs get different numbers of windows."""
+    """If there are many windows, a program copies several; programs may get different numbers of windows."""
     size, window, shift = PARTITIONS[name]
     programs = partition_launcher.PROGRAMS
     partition_launcher.PROGRAMS = 1
@@ -371,7 +371,7 @@ def a_program_takes_several_tiles(name):
 
 @check(1, 128, 300, dtypes=(torch.float32,))
 def shares_are_added(programs, dtype):
-    """There are fewer or more shares than are added at a time, and more columns than a program adds."""
+    """The kernel adds fewer or more shares than it reads in one step, and more columns than fit in one program."""
     shares, (dweight, dbias) = draw(2, programs, 40), draw(2, 40)
     merging_kernels.sum_shares[(2,)](*shares, dweight, dbias, programs, LENGTH=40, BLOCK=32)
     for name, got, terms in (("dweight", dweight, shares[0]), ("dbias", dbias, shares[1])):
@@ -430,7 +430,7 @@ def same_bits_twice(name, dtype):
 
 @check("odd", dtypes=(torch.float32,))
 def same_bits_for_any_number_of_multiprocessors(name, dtype):
-    """Gradients of parameters also agree, because the number of programs that share the rows is fixed."""
+    """Gradients of parameters have the same bits, too, because the number of programs that share the rows is fixed."""
     case = MERGINGS[name]._replace(batch=30)
     given, counted = inputs(case, "f32"), merging_launcher.multiprocessors
     try:

@@ -1,4 +1,4 @@
-"""The Triton kernel of the MLP half against the reference, on a GPU or in Triton's interpreter."""
+"""Tests the Triton kernel of the MLP half against the reference, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 class Case(NamedTuple):
-    """A call of the op: the shape of x, its dtype and the products', and which arguments are given."""
+    """A call of the op: the shape and dtype of x, the dtype of the products, and the arguments that are given."""
 
     shape: tuple[int, ...] = (2, 5, 13, 96)  # one row more than a program processes
     read: torch.dtype = F32
@@ -75,7 +75,7 @@ def check_case(case: Case, given: dict[str, Tensor] | None = None) -> Tensor:
     given = inputs(case) if given is None else given
     got = run(case, given)
     assert got.dtype == case.read and got.is_contiguous()
-    # Products of a narrower dtype round z and GELU, so that dtype sets the budget.
+    # Products of a narrower dtype round z and GELU; therefore this dtype sets the budget.
     eps = torch.finfo(case.product).eps
     assert_within_budget(got, exact(case, given, torch.float64), exact(case, given, F32), eps=eps, name=str(case))
     return got
@@ -127,7 +127,7 @@ def a_large_mean_leaves_the_variance(name, dtype):
 
 @check("pre", "post", dtypes=(F16,))
 def rows_do_not_depend_on_others(name, dtype):
-    """A row has the same bits in another program, without some of the other rows, or with NaN in them."""
+    """A row has the same bits if another program computes it, if other rows are missing, or if they are NaN."""
     case = CASES[name]._replace(read=dtype, product=dtype)
     given = inputs(case)
     rows = {**given, "x": given["x"].flatten(0, -2)}
@@ -280,7 +280,7 @@ def what_the_kernel_does_not_have_is_named(dtype):
 @check(dtypes=(F16,))
 @torch.no_grad()
 def auto_takes_what_is_measured(dtype):
-    """The kernel has not been measured, so it runs only if it is named."""
+    """The kernel has not been timed yet, so it runs only if ``backend`` names it."""
     given = inputs(PRE._replace(read=dtype, product=dtype))
     expected = half(given, backend="cuda" if ON_GPU else "torch")
     assert torch.equal(half(given), expected)

@@ -1,4 +1,4 @@
-"""The Triton backend of window attention against the float64 reference, on a GPU or in Triton's interpreter."""
+"""Tests the Triton backend of window attention against the float64 reference, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -167,12 +167,13 @@ def random_cases_match_reference(regime, dtype):
     @given(of_few, st.sampled_from([0.0, 0.0, 0.3]), st.integers(0, 9))
     def run(case, dropout_p, seed):
         assume(math.prod(case.window_tuple) <= 64)
-        # v2 multiplies a cosine's rounding errors by up to 100, which matters in float32: chosen cases cover v2 there.
+        # v2 multiplies a cosine's rounding errors by up to 100, which is too much for random cases in float32. Other
+        # tests cover v2 in float32 with chosen cases.
         assume(not (case.has_logit_scale and dtype == torch.float32))
         with mock.patch.multiple(tuning, **REGIMES[regime]):
             case = dataclasses.replace(case, options={**case.options, "dropout_p": dropout_p})
-            # The gradient of a few pad tokens may cancel to a hundredth of its terms, each of which v2's rounded unit
-            # rows make inexact.
+            # The gradient of a few pad tokens may cancel to a hundredth of its terms, and v2's rounded unit rows
+            # make each term inexact.
             frame = math.prod(-(-s // w) * w for s, w in zip(case.size, case.window_tuple, strict=True))
             has_few_pads = case.has_pad_qkv and frame - math.prod(case.size) < SMALL_WINDOW
             check_with_dropout(case, dtype, seed, cancels=case.has_logit_scale and has_few_pads)
@@ -379,7 +380,7 @@ def float16_is_finite_where_the_result_is(name, case):
 
 @check("n9", "pad_tiled", dtypes=(torch.float16,))
 def scores_of_any_size_give_finite_results(name, dtype):
-    """If float32 cannot distinguish the scores, their softmax is arbitrary, but still a softmax."""
+    """If float32 cannot distinguish the scores, the softmax is arbitrary, but finite."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype, DEVICE)
     inputs["bias_table"] *= 1e9
@@ -403,7 +404,7 @@ def masks_of_any_size(name, dtype):
 
 @check("dense", "dense_tiled", "types_tiled", dtypes=DTYPES[:1])
 def bias_of_minus_infinity_excludes_pairs(name, dtype):
-    """The bias excludes every third key, and for every other query half of the keys: at most 32, a whole tile."""
+    """The bias excludes every third key and, for every other query, the first half of the keys (at most 32, a tile)."""
     case = on_device(CASES[name])
     inputs = case.inputs(dtype)
     n = math.prod(case.window_tuple)

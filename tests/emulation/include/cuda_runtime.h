@@ -1,4 +1,4 @@
-// Emulated twin of the CUDA toolkit's header of this name: keywords, built-in variables, intrinsics and collectives.
+// Emulated twin of the CUDA toolkit's cuda_runtime.h: keywords, built-in variables, intrinsics and collectives.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -78,7 +78,7 @@ EMULATED_MIN_MAX(unsigned long long)
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 
-// Floating-point functions. The approximate ones are exact here.
+// Floating-point functions. Functions that are approximate on a GPU are exact here.
 inline float __expf(float x) { return expf(x); }
 inline float __exp10f(float x) { return powf(10.0f, x); }
 inline float __logf(float x) { return logf(x); }

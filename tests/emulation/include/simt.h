@@ -1,6 +1,6 @@
 // The SIMT engine: runs a CUDA kernel on the CPU, one fiber per CUDA thread. ../__init__.py builds and calls it.
 //
-// A block's fibers run one at a time. A fiber runs until it meets a collective (a barrier, shuffle, vote, ldmatrix or
+// A block's fibers run one at a time. A fiber runs until it reaches a collective (a barrier, shuffle, vote, ldmatrix or
 // mma) and waits there until every participating lane has arrived; the last one computes the result for all, and the
 // fibers continue. The blocks of a grid run one after another, so no block may wait for another.
 //
@@ -46,7 +46,7 @@ int lane_index();
 uint32_t active_mask();
 unsigned char* dynamic_shared_memory();
 
-// cp.async of the calling thread: the destination becomes NaN at the issue and gets the bytes at the wait that covers
+// cp.async of the calling thread: the destination becomes NaN at the issue, and receives the bytes at the wait for
 // the copy's group. This reveals a missing wait or barrier, and a copy into a buffer that is still being read.
 void async_copy(void* destination, const void* source, int bytes, bool valid, const Site& site);
 void async_commit();
