@@ -36,12 +36,24 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class NotRecomputed:
+    """A replaced module, not inside another replaced one, on whose training steps recompute=True has no effect."""
+
+    path: str
+    module_class: str
+    adapter: str
+    reason: str
+
+
 @dataclass
 class Report:
     """The outcome of :func:`swinkernels.accelerate`; ``print`` it for a table."""
 
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    # The replaced modules on which recompute=True has no effect; empty without recompute=True.
+    not_recomputed: list[NotRecomputed] = field(default_factory=list)
     # The reason why nothing was replaced, or None.
     reason: str | None = None
     # A weak reference to the model.
@@ -65,11 +77,15 @@ class Report:
             raise RuntimeError("Report.check: the model of this report was deleted: call swinkernels.accelerate again")
         return Check(run_and_watch(model, self._parts, inputs, options))
 
+    def outermost(self) -> list[Replaced]:
+        """Return the replaced modules that are not inside another replaced module."""
+        return [e for e in self.replaced if not any(_is_inside(e.path, o.path) for o in self.replaced)]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_parts": {}}
 
     def __str__(self) -> str:
-        outermost = [e for e in self.replaced if not any(_is_inside(e.path, o.path) for o in self.replaced)]
+        outermost = self.outermost()
         inside = f" ({len(self.replaced)} with those inside them)" if len(outermost) < len(self.replaced) else ""
         lines = [f"swinkernels: {len(outermost)} replaced{inside}, {len(self.skipped)} left as they were"]
         if self.reason is not None:
@@ -82,14 +98,9 @@ class Report:
                 rows.append((_name(entry.path), entry.module_class, entry.adapter, entry.backend + marks))
             lines += ["", *_table(rows)]
         if self.skipped:
-            rows = [("left as it was", "class", "library", "reason")]
-            paths: dict[tuple[str, str, str], list[str]] = {}
-            for left in self.skipped:
-                paths.setdefault((left.module_class, left.adapter, left.reason), []).append(left.path)
-            for of, of_kind in paths.items():
-                more = f" and {len(of_kind) - 1} more" if len(of_kind) > 1 else ""
-                rows.append((_name(of_kind[0]) + more, *of))
-            lines += ["", *_table(rows)]
+            lines += ["", *_table(_grouped("left as it was", self.skipped))]
+        if self.not_recomputed:
+            lines += ["", *_table(_grouped("recompute=True has no effect", self.not_recomputed))]
         if remarks:
             lines += ["", *(f"[{i}] {remark}" for i, remark in enumerate(remarks, start=1))]
         return "\n".join(lines)
@@ -113,6 +124,18 @@ def _is_inside(path: str, other: str) -> bool:
 
 def _name(path: str) -> str:
     return path or "(the model itself)"
+
+
+def _grouped(heading: str, entries: Sequence[Skipped | NotRecomputed]) -> list[tuple[str, ...]]:
+    """Return the rows of a table with one row for each class, library and reason."""
+    paths: dict[tuple[str, str, str], list[str]] = {}
+    for entry in entries:
+        paths.setdefault((entry.module_class, entry.adapter, entry.reason), []).append(entry.path)
+    rows: list[tuple[str, ...]] = [(heading, "class", "library", "reason")]
+    for of, of_kind in paths.items():
+        more = f" and {len(of_kind) - 1} more" if len(of_kind) > 1 else ""
+        rows.append((_name(of_kind[0]) + more, *of))
+    return rows
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
