@@ -36,9 +36,9 @@ def norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return s = x + branch_scale * branch, or x without a branch, and Linear(LayerNorm(s)).
 
-    ``weight`` may be a sequence of weights whose rows are concatenated; the concatenation is not kept either. The norm's
-    result and the branch have the dtype of the weight, and ``backend`` must support that norm. With
-    ``gelu``, "none" or "tanh", GELU follows and nothing is recomputed: this is for calls without a gradient.
+    ``weight`` may be a sequence of weights whose rows are concatenated; the concatenation is not kept either. The
+    norm's result and the branch have the dtype of the weight, and ``backend`` must support that norm. With ``gelu``,
+    "none" or "tanh", GELU follows and nothing is recomputed: this is for calls without a gradient.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     tensors = (x, branch, branch_scale, norm_weight, norm_bias, bias, *weights)

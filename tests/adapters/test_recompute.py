@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 pytest.importorskip("timm", reason="timm is not installed")
 
 import swinkernels
-from swinkernels.adapters.libraries.timm import swin
+from swinkernels.adapters import recompute
 from tests.support.parity import assert_as_good, run, shaken
 from tests.support.saved_bytes import kept_bytes
 from tests.support.small_models import Swin, timm_swin
@@ -52,7 +52,7 @@ def halves(monkeypatch) -> list[Any]:
         calls.append(options)
         return swinkernels.mlp_half(*args, **options)
 
-    monkeypatch.setattr(swin, "mlp_half", observed)
+    monkeypatch.setattr(recompute, "mlp_half", observed)
     return calls
 
 
