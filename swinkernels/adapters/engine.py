@@ -28,7 +28,7 @@ from swinkernels.adapters.copies.dynamic_class import NAME as STRUCTURAL
 from swinkernels.adapters.copies.trial import told_after_seconds
 from swinkernels.adapters.forms import described, published, weather
 from swinkernels.adapters.forms.form import Form
-from swinkernels.adapters.report import NotRecomputed, Replaced, Report, Skipped
+from swinkernels.adapters.report import NotRecomputed, Replaced, Report, Skipped, outermost
 from swinkernels.adapters.verify import verify as verify_module
 from swinkernels.ops._backends import check_backend
 
@@ -107,8 +107,11 @@ def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = Fal
 
 
 def _note_not_recomputed(report: Report, replaced: dict[str, tuple[Adapter, nn.Module]]) -> None:
-    """List in the report the replaced modules on whose training steps recompute=True has no effect."""
-    for entry in report.outermost():
+    """List in the report the replaced modules on whose training steps recompute=True has no effect.
+
+    A stage that only calls blocks is not listed, but its blocks are.
+    """
+    for entry in outermost([entry for entry in report.replaced if replaced[entry.path][0].parts]):
         adapter, module = replaced[entry.path]
         reason = adapter.why_not_recompute(module)
         if reason is not None:

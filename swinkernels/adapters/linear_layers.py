@@ -202,7 +202,7 @@ class Mlp:
                     reason = _why_not_linear(name, layer)
                     linears.append(layer)
                 if reason is not None:
-                    return reason
+                    return f"{part}: {reason}"
         if len(linears) != 2 or gelu not in ("none", "tanh"):
             return "the MLP is not an nn.Linear, GELU and an nn.Linear"
         return Layers(linears[0], linears[1], gelu)

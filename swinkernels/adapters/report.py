@@ -38,7 +38,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class NotRecomputed:
-    """A replaced module, not inside another replaced one, on whose training steps recompute=True has no effect."""
+    """A replaced module on whose training steps recompute=True has no effect.
+
+    Modules inside a replaced block are not listed.
+    """
 
     path: str
     module_class: str
@@ -77,17 +80,13 @@ class Report:
             raise RuntimeError("Report.check: the model of this report was deleted: call swinkernels.accelerate again")
         return Check(run_and_watch(model, self._parts, inputs, options))
 
-    def outermost(self) -> list[Replaced]:
-        """Return the replaced modules that are not inside another replaced module."""
-        return [e for e in self.replaced if not any(_is_inside(e.path, o.path) for o in self.replaced)]
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_parts": {}}
 
     def __str__(self) -> str:
-        outermost = self.outermost()
-        inside = f" ({len(self.replaced)} with those inside them)" if len(outermost) < len(self.replaced) else ""
-        lines = [f"swinkernels: {len(outermost)} replaced{inside}, {len(self.skipped)} left as they were"]
+        outer = outermost(self.replaced)
+        inside = f" ({len(self.replaced)} with those inside them)" if len(outer) < len(self.replaced) else ""
+        lines = [f"swinkernels: {len(outer)} replaced{inside}, {len(self.skipped)} left as they were"]
         if self.reason is not None:
             lines.append(self.reason)
         remarks = list(dict.fromkeys(remark for entry in self.replaced for remark in entry.remarks))
@@ -116,6 +115,11 @@ class Check:
         ran = sum(bool(entry.calls) for entry in self.modules)
         rows = [("module", "class", "ran"), *((_name(e.path), e.module_class, str(e)) for e in self.modules)]
         return "\n".join([f"swinkernels: {ran} of {len(self.modules)} replaced modules called ops", "", *_table(rows)])
+
+
+def outermost(entries: Sequence[Replaced]) -> list[Replaced]:
+    """Return the modules that are not inside another one of these modules."""
+    return [e for e in entries if not any(_is_inside(e.path, other.path) for other in entries)]
 
 
 def _is_inside(path: str, other: str) -> bool:

@@ -166,9 +166,7 @@ class _NormLinear(torch.autograd.Function):
         return dx if needs_x else None, dbranch, None, *of_parameters, None
 
 
-def _rows_of(
-    dweight: Tensor | None, weights: Sequence[Tensor], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
+def _rows_of(dweight: Tensor | None, weights: Sequence[Tensor], needs: Sequence[bool]) -> Sequence[Tensor | None]:
     """Return the gradients of the weights that :func:`packed` concatenated, None for one that is not needed."""
     if dweight is None or len(weights) == 1:
         return (dweight,) * len(weights)

@@ -234,7 +234,7 @@ def test_reentrant_checkpointing_of_two_stages(stages, x):
 
     def loss(stage: Any, x: Tensor) -> Tensor:
         def both(x: Tensor) -> tuple[Tensor, Tensor]:
-            out, weights = stage(x)
+            _, weights = stage(x)
             return x * weights.mean(), weights
 
         x, weights = checkpoint(both, x, use_reentrant=True)

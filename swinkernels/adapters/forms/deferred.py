@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_map_only
 from swinkernels.ops._library import autocast_dtype
 
 
-def deferred(compute: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype, read: Sequence[Tensor]) -> Tensor:
+def deferred(
+    compute: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype, read: Sequence[Tensor]
+) -> Tensor:
     """Return the result of ``compute``, but call it only when an operation first reads the result.
 
     ``compute`` then runs in the modes of this call (gradients, autocast, inference). It runs at once under a compiler,
