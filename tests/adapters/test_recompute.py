@@ -222,7 +222,22 @@ def subclass(of: Any) -> None:
     of("fc1").__class__ = Scaled
 
 
-EDITS = [hook, backward_hook, patched, dropout, activation, parametrised, parametrised_qkv, subclass]
+class Tagged(Tensor):
+    """Stands for a quantised weight, whose class computes the products; their results are plain tensors."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def weight_of_another_class(of: Any) -> None:
+    weight: Any = of("fc2").weight.detach().as_subclass(Tagged).requires_grad_()
+    weight._is_param = True  # nn.Parameter itself accepts no class whose detach returns a plain tensor
+    of("fc2").weight = weight
+
+
+EDITS = [
+    hook, backward_hook, patched, dropout, activation, parametrised, parametrised_qkv, subclass,
+    weight_of_another_class,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("edit", EDITS)
