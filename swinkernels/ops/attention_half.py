@@ -92,7 +92,7 @@ def attention_half(
     line of ``forward`` in the blocks of timm, torchvision and MONAI.
     """
     generator = attention.pop("generator", None)
-    weights = qkv_weight if isinstance(qkv_weight, tuple) else (qkv_weight,)
+    weights: tuple[Tensor, ...] = qkv_weight if isinstance(qkv_weight, tuple) else (qkv_weight,)
 
     def check() -> tuple[float, str]:
         op = "attention_half"
