@@ -9,7 +9,7 @@ from swinkernels.adapters.adapter import Accelerated, Adapter, register
 from swinkernels.adapters.engine import accelerate, restore
 from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.part import Part, window_attention_part
-from swinkernels.adapters.report import Check, Ran, Replaced, Report, Skipped
+from swinkernels.adapters.report import Check, NotRecomputed, Ran, Replaced, Report, Skipped
 from swinkernels.adapters.verify import VerificationError
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Adapter",
     "Check",
     "Form",
+    "NotRecomputed",
     "Part",
     "Ran",
     "Replaced",

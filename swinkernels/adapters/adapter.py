@@ -48,6 +48,10 @@ _ADAPTERS: dict[str, str | tuple[Adapter | Form, ...]] = {
 SUPPORTED = "Swin Transformer block or patch merging of a known library"
 
 
+def _never_recomputes(module: Any) -> str | None:
+    return "recompute is not implemented for this class"
+
+
 def _forward(module: nn.Module, x: Tensor) -> Tensor:
     return type(module).forward(module, x)
 
@@ -77,6 +81,8 @@ class Adapter:
     # Calls the forward of the module's class, without hooks, on a map (B, *input_shape), with the layout and the
     # further arguments that this forward requires (a sequence and its size, a mask), and returns the resulting tensor.
     run: Callable[[Any, Tensor], Tensor] = _forward
+    # Returns the reason why accelerate(recompute=True) has no effect on training steps of this module, or None.
+    why_not_recompute: Callable[[Any], str | None] = _never_recomputes
     # True if accelerate also looks for adapters for the modules inside, such as a stage's blocks.
     looks_inside: bool = False
 

@@ -28,7 +28,7 @@ from swinkernels.adapters.copies.dynamic_class import NAME as STRUCTURAL
 from swinkernels.adapters.copies.trial import told_after_seconds
 from swinkernels.adapters.forms import described, published, weather
 from swinkernels.adapters.forms.form import Form
-from swinkernels.adapters.report import Replaced, Report, Skipped
+from swinkernels.adapters.report import NotRecomputed, Replaced, Report, Skipped, outermost
 from swinkernels.adapters.verify import verify as verify_module
 from swinkernels.ops._backends import check_backend
 
@@ -48,9 +48,10 @@ def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = Fal
             On a device without kernels it leaves all work to the library's own code; elsewhere, calls that no kernel
             can run use plain PyTorch. A named backend raises NotImplementedError for a call that it cannot run, except
             that norms, residual connections and patch merging are left to "auto" if the backend has no such op.
-        recompute: if True, timm's Swin blocks (v1) compute norms and GELU again in the backward pass of eager training
-            instead of saving their results. A training step of Swin-T then keeps 0.6 times the bytes that it keeps
-            without ``accelerate``, instead of 0.92 times.
+        recompute: if True, blocks compute norms and GELU again in the backward pass of eager training instead of
+            saving their results. This applies to the Swin blocks of timm, torchvision and transformers;
+            ``Report.not_recomputed`` lists the other modules, with the reasons. A training step of timm's Swin-T then
+            keeps 0.6 times the bytes that it keeps without ``accelerate``, instead of 0.92 times.
         verify: if True, first compare each replaced module's outputs and gradients with the original's, on a random map
             of the size that the module was made for, if it stores one.
 
@@ -98,9 +99,23 @@ def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = Fal
         swap_class(adapter, module, backend, recompute)
     for module in to_restore:
         restore_class(module)
+    if recompute:
+        _note_not_recomputed(report, {paths[module]: (adapter, module) for module, adapter in to_accelerate.items()})
     if not report.replaced and not report.skipped:
         report.reason = f"Nothing to replace in {type(model).__name__}: it contains no {SUPPORTED}."
     return report
+
+
+def _note_not_recomputed(report: Report, replaced: dict[str, tuple[Adapter, nn.Module]]) -> None:
+    """List in the report the replaced modules on whose training steps recompute=True has no effect.
+
+    A stage that only calls blocks is not listed, but its blocks are.
+    """
+    for entry in outermost([entry for entry in report.replaced if replaced[entry.path][0].parts]):
+        adapter, module = replaced[entry.path]
+        reason = adapter.why_not_recompute(module)
+        if reason is not None:
+            report.not_recomputed.append(NotRecomputed(entry.path, entry.module_class, entry.adapter, reason))
 
 
 def _why_own_code(adapter: Adapter, module: nn.Module) -> str | None:

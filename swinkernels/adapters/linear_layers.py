@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from swinkernels.adapters.bypass import child, class_of, watch, why_not_absorbed
@@ -35,18 +36,51 @@ def know_linear(kind: type[nn.Linear]) -> None:
     _LINEAR.add(kind)
 
 
+def why_not_left_out(
+    name: str, module: Any, kind: type[nn.Module] = nn.Dropout, training: bool | None = None
+) -> str | None:
+    """Return the reason why a dropout, or a library's stochastic depth, has to be called, or None if it has no effect.
+
+    A ``training`` of True or False replaces the module's mode.
+    """
+    kind = nn.Identity if class_of(module) is nn.Identity else kind
+    is_training = module.training if training is None else training
+    p = getattr(module, "p", None)
+    if is_training and kind is not nn.Identity and p != 0.0:
+        return f"{name} drops elements in training (p={p})"
+    return why_not_absorbed(name, module, kind, kind.__name__)
+
+
 def drops_nothing(name: str, module: Any, kind: type[nn.Module] = nn.Dropout) -> bool:
     """Return True if a dropout, or a library's stochastic depth, has no effect and does not have to be called."""
-    kind = nn.Identity if class_of(module) is nn.Identity else kind
-    is_off = not module.training or kind is nn.Identity or getattr(module, "p", None) == 0.0
-    return is_off and why_not_absorbed(name, module, kind, kind.__name__) is None
+    return why_not_left_out(name, module, kind) is None
+
+
+def _why_not_linear(name: str, layer: Any) -> str | None:
+    """Return the reason why a layer may not be an nn.Linear that an op may replace, or None."""
+    kind = class_of(layer)
+    if kind not in _LINEAR:
+        return f"{name} is a {kind.__module__}.{kind.__qualname__}, not an nn.Linear"
+    return why_not_absorbed(name, layer, kind, "an nn.Linear")
+
+
+def why_not_readable(name: str, layer: Any) -> str | None:
+    """Return the reason why an op may not read the parameters of a layer instead of calling it, or None."""
+    reason = _why_not_linear(name, layer)
+    if reason is not None:
+        return reason
+    for key in ("weight", "bias"):
+        parameter = getattr(layer, key)
+        if parameter is not None and (
+            type(parameter) not in (Tensor, nn.Parameter) or parameter.layout is not torch.strided
+        ):
+            return f"{name}.{key} is a {type(parameter).__name__} ({parameter.layout}), not a dense tensor"
+    return None
 
 
 def is_plain_linear(name: str, layer: Any, x: Tensor) -> bool:
     """Return True if a layer is a Linear layer whose call may be replaced by an op for this input."""
-    kind = class_of(layer)
-    is_linear = kind in _LINEAR and why_not_absorbed(name, layer, kind, "") is None
-    return is_linear and not in_another_dtype(x, layer.weight, layer.bias)
+    return _why_not_linear(name, layer) is None and not in_another_dtype(x, layer.weight, layer.bias)
 
 
 def call_linear(name: str, layer: Any, x: Tensor) -> Tensor:
@@ -70,9 +104,13 @@ def add_linear(name: str, layer: Any, x: Tensor, residual: Tensor, drops: Sequen
 
 
 def _calls(name: str, module: Any, kind: type[nn.Module], order: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield the inner modules that a module of a class calls, with their names; None if it has to be called itself."""
-    if why_not_absorbed(name, module, kind, kind.__name__) is not None:
-        yield name, None
+    """Yield the inner modules that a module of a class calls, with their names.
+
+    If the module has to be called itself, yield the reason instead of an inner module.
+    """
+    reason = why_not_absorbed(name, module, kind, kind.__name__)
+    if reason is not None:
+        yield name, reason
         return
     for key in order or module._modules:
         inner = module._modules.get(key)
@@ -137,22 +175,34 @@ class Mlp:
 
     def layers(self, block: Any, z: Tensor) -> Layers | None:
         """Return the MLP's layers, or None if its modules have to be called."""
+        found = self.layers_or_reason(block)
+        if isinstance(found, str):
+            return None
+        fc1, fc2, _ = found
+        return None if in_another_dtype(z, fc1.weight, fc1.bias, fc2.weight, fc2.bias) else found
+
+    def layers_or_reason(self, block: Any, training: bool | None = None) -> Layers | str:
+        """Return the MLP's layers, or the reason why its modules have to be called, whatever the input's dtype.
+
+        A ``training`` of True or False replaces the mode of the dropouts.
+        """
         linears: list[Any] = []
         gelu = None
         for part, of, order in self.parts:
             for name, layer in _calls(part, child(block, part), of, order):
+                if isinstance(layer, str):
+                    return layer
                 kind = class_of(layer)
                 if kind in (nn.Dropout, nn.Identity):
-                    if not drops_nothing(name, layer):
-                        return None
+                    reason = why_not_left_out(name, layer, training=training)
                 elif kind in _GELU and len(linears) == 1 and gelu is None:
-                    if why_not_absorbed(name, layer, kind, "GELU") is not None:
-                        return None
+                    reason = why_not_absorbed(name, layer, kind, "GELU")
                     gelu = _GELU[kind](layer)
-                elif is_plain_linear(name, layer, z):
-                    linears.append(layer)
                 else:
-                    return None
+                    reason = _why_not_linear(name, layer)
+                    linears.append(layer)
+                if reason is not None:
+                    return f"{part}: {reason}"
         if len(linears) != 2 or gelu not in ("none", "tanh"):
-            return None
+            return "the MLP is not an nn.Linear, GELU and an nn.Linear"
         return Layers(linears[0], linears[1], gelu)

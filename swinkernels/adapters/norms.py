@@ -244,5 +244,10 @@ class Merging:
     ) -> Adapter:
         """Make the adapter of a library's patch merging; ``options`` are further fields of :class:`Adapter`."""
         watch(original, methods=("maybe_pad",))
-        given = {"reason_to_skip": self.why_not, "weight": lambda merging: merging.reduction.weight, **options}
+        given = {
+            "reason_to_skip": self.why_not,
+            "weight": lambda merging: merging.reduction.weight,
+            "why_not_recompute": lambda merging: "only blocks recompute, not patch merging",
+            **options,
+        }
         return Adapter(name, original, accelerated, parts=(self.part(),), input_shape=input_shape, **given)

@@ -36,12 +36,27 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class NotRecomputed:
+    """A replaced module on whose training steps recompute=True has no effect.
+
+    Modules inside a replaced block are not listed.
+    """
+
+    path: str
+    module_class: str
+    adapter: str
+    reason: str
+
+
 @dataclass
 class Report:
     """The outcome of :func:`swinkernels.accelerate`; ``print`` it for a table."""
 
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    # The replaced modules on which recompute=True has no effect; empty without recompute=True.
+    not_recomputed: list[NotRecomputed] = field(default_factory=list)
     # The reason why nothing was replaced, or None.
     reason: str | None = None
     # A weak reference to the model.
@@ -69,9 +84,9 @@ class Report:
         return {**self.__dict__, "_model": None, "_parts": {}}
 
     def __str__(self) -> str:
-        outermost = [e for e in self.replaced if not any(_is_inside(e.path, o.path) for o in self.replaced)]
-        inside = f" ({len(self.replaced)} with those inside them)" if len(outermost) < len(self.replaced) else ""
-        lines = [f"swinkernels: {len(outermost)} replaced{inside}, {len(self.skipped)} left as they were"]
+        outer = outermost(self.replaced)
+        inside = f" ({len(self.replaced)} with those inside them)" if len(outer) < len(self.replaced) else ""
+        lines = [f"swinkernels: {len(outer)} replaced{inside}, {len(self.skipped)} left as they were"]
         if self.reason is not None:
             lines.append(self.reason)
         remarks = list(dict.fromkeys(remark for entry in self.replaced for remark in entry.remarks))
@@ -82,14 +97,9 @@ class Report:
                 rows.append((_name(entry.path), entry.module_class, entry.adapter, entry.backend + marks))
             lines += ["", *_table(rows)]
         if self.skipped:
-            rows = [("left as it was", "class", "library", "reason")]
-            paths: dict[tuple[str, str, str], list[str]] = {}
-            for left in self.skipped:
-                paths.setdefault((left.module_class, left.adapter, left.reason), []).append(left.path)
-            for of, of_kind in paths.items():
-                more = f" and {len(of_kind) - 1} more" if len(of_kind) > 1 else ""
-                rows.append((_name(of_kind[0]) + more, *of))
-            lines += ["", *_table(rows)]
+            lines += ["", *_table(_grouped("left as it was", self.skipped))]
+        if self.not_recomputed:
+            lines += ["", *_table(_grouped("recompute=True has no effect", self.not_recomputed))]
         if remarks:
             lines += ["", *(f"[{i}] {remark}" for i, remark in enumerate(remarks, start=1))]
         return "\n".join(lines)
@@ -107,12 +117,29 @@ class Check:
         return "\n".join([f"swinkernels: {ran} of {len(self.modules)} replaced modules called ops", "", *_table(rows)])
 
 
+def outermost(entries: Sequence[Replaced]) -> list[Replaced]:
+    """Return the modules that are not inside another one of these modules."""
+    return [e for e in entries if not any(_is_inside(e.path, other.path) for other in entries)]
+
+
 def _is_inside(path: str, other: str) -> bool:
     return path != other and (not other or path.startswith(f"{other}."))
 
 
 def _name(path: str) -> str:
     return path or "(the model itself)"
+
+
+def _grouped(heading: str, entries: Sequence[Skipped | NotRecomputed]) -> list[tuple[str, ...]]:
+    """Return the rows of a table with one row for each class, library and reason."""
+    paths: dict[tuple[str, str, str], list[str]] = {}
+    for entry in entries:
+        paths.setdefault((entry.module_class, entry.adapter, entry.reason), []).append(entry.path)
+    rows: list[tuple[str, ...]] = [(heading, "class", "library", "reason")]
+    for of, of_kind in paths.items():
+        more = f" and {len(of_kind) - 1} more" if len(of_kind) > 1 else ""
+        rows.append((_name(of_kind[0]) + more, *of))
+    return rows
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -25,7 +25,7 @@ def norm_linear(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     bias: Tensor | None,
     *,
     eps: float,
@@ -36,13 +36,15 @@ def norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return s = x + branch_scale * branch, or x without a branch, and Linear(LayerNorm(s)).
 
-    The norm's result and the branch have the dtype of the weight, and ``backend`` must support that norm. With
-    ``gelu``, "none" or "tanh", GELU follows and nothing is recomputed: this is for calls without a gradient.
+    ``weight`` may be a sequence of weights whose rows are concatenated; the concatenation is not kept either. The
+    norm's result and the branch have the dtype of the weight, and ``backend`` must support that norm. With ``gelu``,
+    "none" or "tanh", GELU follows and nothing is recomputed: this is for calls without a gradient.
     """
-    tensors = (x, branch, branch_scale, norm_weight, norm_bias, weight, bias)
+    weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    tensors = (x, branch, branch_scale, norm_weight, norm_bias, bias, *weights)
     if gelu is not None:
-        s, z = _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, weight.dtype, eps, backend)
-        return s, linear(z, weight, bias, gelu=gelu)
+        s, z = _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, weights[0].dtype, eps, backend)
+        return s, linear(z, packed(weights), bias, gelu=gelu)
     is_learnt = branch_scale is not None and branch_scale.requires_grad
     s, y = _run(_NormLinear, _norm_linear, tensors, (eps, backend), recompute=not is_learnt)
     return x if s is None else s, y
@@ -53,9 +55,15 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
     return _run(_GeluLinear, _gelu_linear, (x, weight, bias), (approximate,))
 
 
-def _norm_linear(x, branch, branch_scale, norm_weight, norm_bias, weight, bias, eps, backend):
-    s, z = _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, weight.dtype, eps, backend)
-    return None if branch is None else s, linear(z, weight, bias)
+def packed(weights: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all weights as one weight."""
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
+
+
+def _norm_linear(x, branch, branch_scale, norm_weight, norm_bias, bias, *rest):
+    *weights, eps, backend = rest
+    s, z = _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, weights[0].dtype, eps, backend)
+    return None if branch is None else s, linear(z, packed(weights), bias)
 
 
 def _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, dtype, eps, backend):
@@ -65,9 +73,9 @@ def _norm_of_sum(x, branch, branch_scale, norm_weight, norm_bias, dtype, eps, ba
     return s, z
 
 
-def _linear_of_norm(s, norm_weight, norm_bias, weight, bias, eps, backend):
-    z = run_norm(s, norm_weight, norm_bias, (), eps, weight.dtype, backend)
-    return linear(z, weight, bias)
+def _linear_of_norm(s, norm_weight, norm_bias, bias, weights, eps, backend):
+    z = run_norm(s, norm_weight, norm_bias, (), eps, weights[0].dtype, backend)
+    return linear(z, packed(weights), bias)
 
 
 def _gelu_linear(x, weight, bias, approximate):
@@ -112,34 +120,37 @@ def _differentiable_backward(
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, branch, branch_scale, norm_weight, norm_bias, weight, bias, others):
+    def forward(ctx, x, branch, branch_scale, norm_weight, norm_bias, bias, *rest):
+        *weights, others = rest
         with _without_autocast(x):
-            s, y = _norm_linear(x, branch, branch_scale, norm_weight, norm_bias, weight, bias, *others)
+            s, y = _norm_linear(x, branch, branch_scale, norm_weight, norm_bias, bias, *weights, *others)
         ctx.others = others
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if s is None else s, branch_scale, norm_weight, norm_bias, weight, bias)
+        ctx.save_for_backward(x if s is None else s, branch_scale, norm_weight, norm_bias, bias, *weights)
         return s, y
 
     @staticmethod
     def backward(ctx, ds, dy):
-        s, branch_scale, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
-        needs_x, needs_branch, _, *needs = ctx.needs_input_grad[:7]
-        needs = (needs_x or needs_branch, *needs)  # gradients of s and of both layers' parameters
+        s, branch_scale, norm_weight, norm_bias, bias, *weights = ctx.saved_tensors
+        needs_x, needs_branch, _, *needs = ctx.needs_input_grad[:-1]
+        needs = (needs_x or needs_branch, *needs)  # gradients of s and of the parameters of norm and Linear
         eps, backend = ctx.others
-        of_parameters: Sequence[Tensor | None] = (None,) * 4
+        dtype = weights[0].dtype
+        of_parameters: Sequence[Tensor | None] = (None,) * (3 + len(weights))
         if dy is None:
-            dx, dbranch = ds, _branch_gradient(ds, branch_scale, weight.dtype) if needs_branch else None
+            dx, dbranch = ds, _branch_gradient(ds, branch_scale, dtype) if needs_branch else None
         elif torch.is_grad_enabled():  # create_graph=True
-            function = lambda s, nw, nb, w, b: _linear_of_norm(s, nw, nb, w, b, eps, backend)  # noqa: E731
+            function = lambda s, nw, nb, b, *w: _linear_of_norm(s, nw, nb, b, w, eps, backend)  # noqa: E731
             dx, *of_parameters = _differentiable_backward(
-                function, (s, norm_weight, norm_bias, weight, bias), needs, dy
+                function, (s, norm_weight, norm_bias, bias, *weights), needs, dy
             )
             dx = ds if dx is None else dx if ds is None else dx + ds
-            dbranch = _branch_gradient(dx, branch_scale, weight.dtype) if needs_branch else None
+            dbranch = _branch_gradient(dx, branch_scale, dtype) if needs_branch else None
         else:
             with _without_autocast(dy):
-                z, mean, rstd = norm_and_statistics(s, norm_weight, norm_bias, eps, weight.dtype, backend)
-                of_linear = _linear_gradients(dy, z, weight, needs[3:])
+                z, mean, rstd = norm_and_statistics(s, norm_weight, norm_bias, eps, dtype, backend)
+                weight = packed(weights)
+                dweight, dbias = _linear_gradients(dy, z, weight, (any(needs[4:]), needs[3]))
                 del z
                 dx = dbranch = None
                 of_norm: Sequence[Tensor | None] = (None, None)
@@ -151,8 +162,16 @@ class _NormLinear(torch.autograd.Function):
                 elif any(needs[:3]):
                     dx, *of_norm = norm_gradients(dy @ weight, *norm, needs[:3], backend)
                     dx = dx if ds is None or dx is None else dx.add_(ds)
-                of_parameters = (*of_norm, *of_linear)
+                of_parameters = (*of_norm, dbias, *_rows_of(dweight, weights, needs[4:]))
         return dx if needs_x else None, dbranch, None, *of_parameters, None
+
+
+def _rows_of(dweight: Tensor | None, weights: Sequence[Tensor], needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    """Return the gradients of the weights that :func:`packed` concatenated, None for one that is not needed."""
+    if dweight is None or len(weights) == 1:
+        return (dweight,) * len(weights)
+    rows = dweight.split([weight.shape[0] for weight in weights])
+    return [found if need else None for found, need in zip(rows, needs, strict=True)]
 
 
 def _branch_gradient(ds: Tensor | None, branch_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -17,7 +17,7 @@ from swinkernels.ops._backends import backend_beside, choose, norm_reasons
 from swinkernels.ops._fused_linear import linear
 from swinkernels.ops._halves import cast, check_half, finish, scaled
 from swinkernels.ops._library import Found, autocast_dtype, linear_dtype, looked_up
-from swinkernels.ops._recomputed import norm_linear
+from swinkernels.ops._recomputed import norm_linear, packed
 from swinkernels.ops.window_attention import spec_of, window_attention_qkvpacked, window_attention_reasons
 
 _KNOWN = Found()
@@ -28,7 +28,7 @@ def attention_half(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    qkv_weight: Tensor,
+    qkv_weight: Tensor | tuple[Tensor, Tensor, Tensor],
     qkv_bias: Tensor | None,
     proj_weight: Tensor,
     proj_bias: Tensor | None,
@@ -61,7 +61,8 @@ def attention_half(
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16 or float64 (torch and reference only).
         norm_weight, norm_bias: (C,), or None for 1 and 0, any floating dtype.
         qkv_weight, qkv_bias: (3A, C) and (3A,) or None, A = num_heads * head_dim, in the dtype of x, or any under
-            autocast; rows are (3, num_heads, head_dim).
+            autocast; rows are (3, num_heads, head_dim). The weight may be a tuple of the weights of q, k and v, each
+            (A, C), for a block with three Linear layers.
         proj_weight, proj_bias: (C, A) and (C,) or None, likewise.
         bias_table: relative position bias, (prod(2 * window - 1), num_heads).
         num_heads, window_size: as for :func:`swinkernels.window_attention_qkvpacked`.
@@ -91,6 +92,7 @@ def attention_half(
     line of ``forward`` in the blocks of timm, torchvision and MONAI.
     """
     generator = attention.pop("generator", None)
+    weights: tuple[Tensor, ...] = qkv_weight if isinstance(qkv_weight, tuple) else (qkv_weight,)
 
     def check() -> tuple[float, str]:
         op = "attention_half"
@@ -104,13 +106,20 @@ def attention_half(
                 raise ValueError(f"{op}: {name} cannot be given here, got {attention[name]!r}: {instead}")
         heads = _arguments.check_count(op, "num_heads", num_heads)
         channels = x.shape[-1]
-        _arguments.check_linear(op, x, "qkv", qkv_weight, qkv_bias, (None, channels))
-        if qkv_weight.shape[0] % (3 * heads) != 0:
+        if len(weights) not in (1, 3):
+            raise ValueError(f"{op}: qkv_weight must be one tensor or a tuple of 3, got a tuple of {len(weights)}")
+        rows = None
+        for weight in weights:
+            _arguments.check_linear(op, x, "qkv", weight, None, (rows, channels))
+            rows = weight.shape[0]
+        whole = packed(weights)
+        _arguments.check_linear(op, x, "qkv", whole, qkv_bias, (None, channels))
+        if whole.shape[0] % (3 * heads) != 0:
             raise ValueError(
                 f"{op}: qkv_weight must have 3 * num_heads * head_dim rows, a multiple of {3 * heads} for "
-                f"num_heads={heads}, got shape {tuple(qkv_weight.shape)}"
+                f"num_heads={heads}, got shape {tuple(whole.shape)}"
             )
-        width = qkv_weight.shape[0] // 3
+        width = whole.shape[0] // 3
         _arguments.check_linear(op, x, "proj", proj_weight, proj_bias, (channels, width))
         spec = spec_of(
             op, x, x.shape[1:-1], width // heads, num_heads=heads, window_size=window_size, bias_table=bias_table,
@@ -127,7 +136,7 @@ def attention_half(
 
     get = attention.get
     tensors: tuple[Any, ...] = (
-        x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, bias_table, drop_path_scale,
+        x, norm_weight, norm_bias, *weights, qkv_bias, proj_weight, proj_bias, bias_table, drop_path_scale,
         layer_scale, get("bias"), get("logit_scale"), get("region_map"),
     )  # fmt: skip
     axis_tables = get("axis_tables")
@@ -135,19 +144,20 @@ def attention_half(
         tensors += tuple(axis_tables)
     dtype = linear_dtype(x)
     rest = tuple(item for item in attention.items() if item[0] not in _TABLES)
-    options = (num_heads, window_size, eps, norm, residual, backend, type(axis_tables).__name__, rest)
+    options = (num_heads, window_size, eps, norm, residual, backend, len(weights), type(axis_tables).__name__, rest)
     eps, norm_backend = looked_up(_KNOWN, tensors, options, check, autocast_dtype(x))
     if backend == "reference":
         return reference.attention_half(
-            x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, bias_table, num_heads=num_heads,
-            window_size=window_size, eps=eps, norm=norm, residual=residual, drop_path_scale=drop_path_scale,
-            layer_scale=layer_scale, generator=generator, **attention,
+            x, norm_weight, norm_bias, packed(weights), qkv_bias, proj_weight, proj_bias, bias_table,
+            num_heads=num_heads, window_size=window_size, eps=eps, norm=norm, residual=residual,
+            drop_path_scale=drop_path_scale, layer_scale=layer_scale, generator=generator, **attention,
         )  # fmt: skip
-    weight, bias = cast(qkv_weight, qkv_bias, dtype)
+    first, bias = cast(weights[0], qkv_bias, dtype)
+    weights = first, *(weight.to(dtype) for weight in weights[1:])
     if norm == "pre":
-        _, qkv = norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps, backend=norm_backend)
+        _, qkv = norm_linear(x, norm_weight, norm_bias, weights, bias, eps=eps, backend=norm_backend)
     else:
-        qkv = linear(x.to(dtype), weight, bias)
+        qkv = linear(x.to(dtype), packed(weights), bias)
     out = window_attention_qkvpacked(
         qkv, bias_table, num_heads=num_heads, window_size=window_size, pad_qkv=qkv_bias, generator=generator,
         backend=backend, **attention,

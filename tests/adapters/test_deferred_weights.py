@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import swinkernels
 from swinkernels.adapters.forms.deferred import deferred
@@ -183,25 +184,72 @@ class Doubled(torch.autograd.Function):
         return 2 * gradient
 
 
-def test_a_gradient_that_bypasses_the_values_is_refused(stages, x):
-    _, weights = stages[1](x)
-    with pytest.raises(RuntimeError, match=r"pass their clone\(\)"):
-        Doubled.apply(weights).sum().backward()
-    results = []
-    for stage in stages:
-        (gradient,) = torch.autograd.grad(
-            Doubled.apply(stage(x)[1].clone()).square().sum(), stage.blocks[0].attn.qkv.weight
-        )
-        results.append(gradient)
-    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+def gradients(stage: Any, x: Tensor, loss: Any) -> list[Tensor]:
+    """Return the gradients of the stage's parameters, and of x if there is one."""
+    stage.zero_grad()
+    given = x.clone().requires_grad_()
+    loss(given).backward()
+    return [p.grad.clone() for p in (given, *stage.parameters()) if p.grad is not None]
+
+
+def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(got) == len(expected)
+    for found, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("clone", [False, True])
+def test_a_gradient_that_bypasses_the_values_arrives(clone, stages, x):
+    def loss(stage: Any, x: Tensor) -> Tensor:
+        weights = stage(x)[1]
+        return Doubled.apply(weights.clone() if clone else weights).square().sum()
+
+    expected, got = (gradients(stage, x, lambda x, stage=stage: loss(stage, x)) for stage in stages)
+    assert_same(got, expected)
+
+
+def test_a_gradient_by_both_ways(stages, x):
+    def loss(stage: Any, x: Tensor) -> Tensor:
+        out, weights = stage(x)
+        return out.square().sum() + Doubled.apply(weights).square().sum() + weights.pow(3).sum()
+
+    expected, got = (gradients(stage, x, lambda x, stage=stage: loss(stage, x)) for stage in stages)
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant, reads, stages, x):
+    def loss(stage: Any, x: Tensor) -> Tensor:
+        out, weights = checkpoint(stage, x, use_reentrant=reentrant)
+        return out.square().sum() + (weights.square().sum() if reads else 0.0)
+
+    expected, got = (gradients(stage, x, lambda x, stage=stage: loss(stage, x)) for stage in stages)
+    assert len(got) > 10
+    assert_same(got, expected)
+
+
+def test_reentrant_checkpointing_of_two_stages(stages, x):
+    """The second stage runs on a result that depends on the first stage's weights."""
+
+    def loss(stage: Any, x: Tensor) -> Tensor:
+        def both(x: Tensor) -> tuple[Tensor, Tensor]:
+            _, weights = stage(x)
+            return x * weights.mean(), weights
+
+        x, weights = checkpoint(both, x, use_reentrant=True)
+        return checkpoint(both, x, use_reentrant=True)[1].square().sum() + weights.pow(3).sum()
+
+    expected, got = (gradients(stage, x, lambda x, stage=stage: loss(stage, x)) for stage in stages)
+    assert_same(got, expected)
 
 
 def test_the_modes_of_the_call_count():
     """The gradient, inference and autocast modes of the call apply, even if the first read has other modes."""
     weight = torch.ones(3, requires_grad=True)
     with torch.no_grad():
-        plain = deferred(lambda: weight * 2, (3,), torch.float32, [weight])
-    traced = deferred(lambda: weight * 2, (3,), torch.float32, [weight])
+        plain = deferred(lambda weight: weight * 2, (3,), torch.float32, [weight])
+    traced = deferred(lambda weight: weight * 2, (3,), torch.float32, [weight])
     assert not (plain + 0).requires_grad
     with torch.inference_mode():
         assert (traced * 1).sum() == 6

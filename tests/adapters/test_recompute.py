@@ -9,27 +9,63 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-
-pytest.importorskip("timm", reason="timm is not installed")
+from torch.utils.checkpoint import checkpoint
 
 import swinkernels
-from swinkernels.adapters.libraries.timm import swin
-from tests.support.parity import assert_as_good, run, shaken
+from swinkernels.adapters import recompute
+from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 from tests.support.saved_bytes import kept_bytes
-from tests.support.small_models import Swin, timm_swin
+from tests.support.small_models import Outputs, Swin, timm_swin, torchvision_swin, transformers_swin
+from tests.support.small_models import make_model as copies
+
+# Family -> its small model of three blocks, True if attention_half runs, the path of the first block, and the paths of
+# that block's parts.
+_OF_TIMM = {"fc1": "mlp.fc1", "act": "mlp.act", "drop": "mlp.drop1", "fc2": "mlp.fc2", "qkv": "attn.qkv"}
+_OF_TORCHVISION = {"fc1": "mlp.0", "act": "mlp.1", "drop": "mlp.2", "fc2": "mlp.3", "qkv": "attn.qkv"}
+FAMILIES: dict[str, tuple[Any, bool, str, dict[str, str]]] = {
+    "timm": (lambda size: timm_swin("1", size), True, "layers.0.blocks.0", {"norm": "norm1", **_OF_TIMM}),
+    "timm v2": (lambda size: timm_swin("2", size), False, "layers.0.blocks.0", {"norm": "norm2", **_OF_TIMM}),
+    "timm v2-CR": (lambda size: timm_swin("2-cr", size), False, "stages.0.blocks.0", {"norm": "norm2", **_OF_TIMM}),
+    "torchvision": (lambda size: torchvision_swin(1, size), True, "features.1.0", {"norm": "norm1", **_OF_TORCHVISION}),
+    "torchvision v2": (
+        lambda size: torchvision_swin(2, size), False, "features.1.0", {"norm": "norm2", **_OF_TORCHVISION}
+    ),
+    "transformers": (
+        lambda size: transformers_swin("Swin", size), True, "model.encoder.layers.0.blocks.0",
+        {
+            "norm": "layernorm_before", "fc1": "mlp.fc1", "act": "mlp.activation_fn", "fc2": "mlp.fc2",
+            "drop": "dropout", "qkv": "attention.k_proj",
+        },
+    ),
+    "transformers v2": (
+        lambda size: transformers_swin("Swinv2", size), False, "model.encoder.layers.0.blocks.0",
+        {
+            "norm": "layernorm_after", "fc1": "intermediate.dense", "act": "intermediate.intermediate_act_fn",
+            "fc2": "output.dense", "drop": "output.dropout", "qkv": "attention.self.key",
+        },
+    ),
+    "transformers Donut": (
+        lambda size: transformers_swin("DonutSwin", size), True, "model.encoder.layers.0.blocks.0",
+        {
+            "norm": "layernorm_before", "fc1": "intermediate.dense", "act": "intermediate.intermediate_act_fn",
+            "fc2": "output.dense", "drop": "output.dropout", "qkv": "attention.self.key",
+        },
+    ),
+}  # fmt: skip
 
 
-def make_model(**options: Any) -> nn.Module:
+def make_model(family: str = "timm", **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = timm_swin("1", Swin(embed_dim=16, **options)).double().train()
+    model = FAMILIES[family][0](Swin(embed_dim=16, **options)).double().train()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return model
 
 
-def make_image(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(4, 3, 18, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+def make_image(dtype: torch.dtype = torch.float64, family: str = "timm") -> Tensor:
+    size = (18, 24) if family.startswith("timm") else (18, 14)
+    return torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def accelerated(model: nn.Module, **options: Any) -> nn.Module:
@@ -44,15 +80,19 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def halves(monkeypatch) -> list[Any]:
-    """Collect the calls of mlp_half."""
-    calls: list[Any] = []
+def halves(monkeypatch) -> dict[str, list[Any]]:
+    """Collect the arguments of the calls of attention_half and mlp_half."""
+    calls: dict[str, list[Any]] = {"attention_half": [], "mlp_half": []}
 
-    def observed(*args: Any, **options: Any) -> Tensor:
-        calls.append(options)
-        return swinkernels.mlp_half(*args, **options)
+    def observe(name: str) -> None:
+        def observed(*args: Any, **options: Any) -> Tensor:
+            calls[name].append(options)
+            return getattr(swinkernels, name)(*args, **options)
 
-    monkeypatch.setattr(swin, "mlp_half", observed)
+        monkeypatch.setattr(recompute, name, observed)
+
+    for name in calls:
+        observe(name)
     return calls
 
 
@@ -62,52 +102,102 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
-def test_the_same_outputs_and_gradients(drop_path, halves):
-    """Drop paths draw timm's random numbers."""
-    model, x = make_model(drop_path=drop_path), make_image()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_outputs_and_gradients(family, drop_path, training, halves):
+    """Drop paths draw the library's random numbers."""
+    model, x = make_model(family, drop_path=drop_path).train(training), make_image(family=family)
     assert_same(step(accelerated(model), x), step(model, x))
-    assert len(halves) == 3
-    assert all((h["branch_scale"] is None) == (drop_path == 0.0) for h in halves[1:])
+    is_v1 = FAMILIES[family][1]
+    assert len(halves["attention_half"]) == 3 * is_v1
+    assert len(halves["mlp_half"]) == 3
+    drops = drop_path > 0.0 and training
+    # transformers v1 has no drop path after the MLP.
+    scale = "branch_scale" if is_v1 else "drop_path_scale"
+    assert any(h[scale] is not None for h in halves["mlp_half"]) == drops
 
 
-def test_errors_in_float32(halves):
-    model, x = make_model().float(), make_image(torch.float32)
+def test_torchvision_swin3d(halves):
+    """Attention of another class is called as a module, and only the MLP half recomputes."""
+    video = pytest.importorskip("torchvision.models.video.swin_transformer", reason="torchvision is not installed")
+    torch.manual_seed(0)
+    model = video.SwinTransformer3d([2, 4, 4], 8, [2, 1], [1, 2], [2, 4, 4], stochastic_depth_prob=0.4, num_classes=3)
+    model, x = model.double().train(), torch.randn(2, 3, 5, 30, 26, dtype=torch.float64)
+    assert_same(step(accelerated(model), x), step(model, x))
+    assert len(halves["mlp_half"]) == 3
+
+
+@pytest.mark.parametrize("family", ["timm", "torchvision", "transformers"])
+def test_errors_in_float32(family, halves):
+    model, x = make_model(family).float(), make_image(torch.float32, family)
     exact = step(copy.deepcopy(model).double(), x.double())
     assert_as_good(step(accelerated(model), x), step(model, x), exact, shaken(model, x, torch.float32))
-    assert len(halves) == 3
+    assert len(halves["mlp_half"]) == 3
 
 
-def test_fewer_saved_bytes():
-    model, x = make_model().float(), make_image(torch.float32)
-    models = (model, accelerated(model, recompute=False), accelerated(model))
-    plain, fast, recomputing = (kept_bytes(lambda m=m: m(x), m.parameters()) for m in models)
-    assert recomputing < 0.75 * fast < plain
+def _timm(name: str) -> nn.Module:
+    return pytest.importorskip("timm", reason="timm is not installed").create_model(name)
 
 
-def hook(block: Any) -> None:
-    block.mlp.fc1.register_forward_hook(lambda module, args, out: 1.5 * out)
+def _torchvision(name: str) -> nn.Module:
+    return getattr(pytest.importorskip("torchvision.models", reason="torchvision is not installed"), name)()
 
 
-def backward_hook(block: Any) -> None:
-    block.mlp.act.register_full_backward_hook(lambda module, dx, dy: (1.5 * dx[0],))
+def _transformers(kind: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+    config = getattr(transformers, f"{kind}Config")(
+        image_size=224, embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7
+    )
+    return Outputs(getattr(transformers, f"{kind}Model")(config))
 
 
-def patched(block: Any) -> None:
-    forward = block.norm1.forward
-    block.norm1.forward = lambda x: 1.5 * forward(x)
+SWIN_T = {
+    "timm": lambda: _timm("swin_tiny_patch4_window7_224"),
+    "timm v2": lambda: _timm("swinv2_tiny_window8_256"),
+    "torchvision": lambda: _torchvision("swin_t"),
+    "torchvision v2": lambda: _torchvision("swin_v2_t"),
+    "transformers": lambda: _transformers("Swin"),
+    "transformers v2": lambda: _transformers("Swinv2"),
+}
 
 
-def dropout(block: Any) -> None:
-    block.mlp.drop1.p = 0.3
+@pytest.mark.parametrize("family", SWIN_T)
+def test_saved_bytes_of_swin_t(family, record_property):
+    torch.manual_seed(0)
+    model = SWIN_T[family]().train()
+    size = 256 if family == "timm v2" else 224
+    x = torch.randn(1, 3, size, size)
+    saved = [kept_bytes(lambda m=m: m(x), m.parameters()) for m in (model, accelerated(model))]
+    record_property("ratio", f"{saved[1] / saved[0]:.3f}")
+    assert saved[1] <= 0.6 * saved[0]
 
 
-def dropout_of_projection(block: Any) -> None:
-    block.attn.proj_drop.p = 0.3
+def hook(of: Any) -> None:
+    of("fc1").register_forward_hook(lambda module, args, out: 1.5 * out)
 
 
-def activation(block: Any) -> None:
-    block.mlp.act = nn.ReLU()
+def backward_hook(of: Any) -> None:
+    of("act").register_full_backward_hook(lambda module, dx, dy: (1.5 * dx[0],))
+
+
+def patched(of: Any) -> None:
+    norm = of("norm")
+    forward = norm.forward
+    norm.forward = lambda x: 1.5 * forward(x)
+
+
+def dropout(of: Any) -> None:
+    of("drop").p = 0.3
+
+
+class Relu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+def activation(of: Any) -> None:
+    of("act").__class__ = Relu
 
 
 class Doubled(nn.Module):
@@ -115,37 +205,102 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
-def parametrised(block: Any) -> None:
-    parametrize.register_parametrization(block.mlp.fc2, "weight", Doubled())
+def parametrised(of: Any) -> None:
+    parametrize.register_parametrization(of("fc2"), "weight", Doubled())
 
 
-@pytest.mark.parametrize(
-    "edit", [hook, backward_hook, patched, dropout, dropout_of_projection, activation, parametrised]
-)
-def test_changed_blocks_run_as_before(edit, halves):
+def parametrised_qkv(of: Any) -> None:
+    parametrize.register_parametrization(of("qkv"), "weight", Doubled())
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 * super().forward(x)
+
+
+def subclass(of: Any) -> None:
+    of("fc1").__class__ = Scaled
+
+
+class Tagged(Tensor):
+    """Stands for a quantised weight, whose class computes the products; their results are plain tensors."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def weight_of_another_class(of: Any) -> None:
+    weight: Any = of("fc2").weight.detach().as_subclass(Tagged).requires_grad_()
+    weight._is_param = True  # nn.Parameter itself accepts no class whose detach returns a plain tensor
+    of("fc2").weight = weight
+
+
+EDITS = [
+    hook, backward_hook, patched, dropout, activation, parametrised, parametrised_qkv, subclass,
+    weight_of_another_class,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("timm v2-CR", "transformers Donut")])
+def test_blocks_changed_afterwards_run_as_before(family, edit, halves):
     """Blocks are compared with recompute=False, because dropout after the projection draws its numbers for a map."""
-    x = make_image()
-    model, fast = accelerated(make_model(), recompute=False), accelerated(make_model())
+    x = make_image(family=family)
+    model, fast = accelerated(make_model(family), recompute=False), accelerated(make_model(family))
+    *_, block, parts = FAMILIES[family]
     for m in (model, fast):
-        edit(m.layers[0].blocks[0])
+        edit(lambda name, m=m: m.get_submodule(f"{block}.{parts[name]}"))
     expected, got = step(model, x), step(fast, x)
-    assert len(halves) == 2
+    only_mlp = family in ("timm v2", "torchvision v2")  # whatever code runs the attention
+    assert len(halves["mlp_half"]) == (3 if only_mlp and edit is parametrised_qkv else 2)
     assert_same(got, expected)
 
 
-def test_autocast_and_checkpointing(halves):
-    model, x = make_model(drop_path=0.4).float(), make_image(torch.float32)
-    fast = accelerated(model)
+@pytest.mark.parametrize("family", ["timm", "torchvision"])
+def test_dropout_of_projections(family, halves):
+    x = make_image(family=family)
+    model, fast = accelerated(make_model(family), recompute=False), accelerated(make_model(family))
     for m in (model, fast):
-        m.set_grad_checkpointing()
+        attn = m.get_submodule(f"{FAMILIES[family][2]}.attn")
+        if family == "timm":
+            attn.proj_drop.p = 0.3
+        else:
+            attn.dropout = 0.3
+    expected, got = step(model, x), step(fast, x)
+    assert len(halves["mlp_half"]) == 2
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("family", ["timm", "torchvision", "transformers", "transformers v2"])
+def test_autocast(family, halves):
+    model, x = make_model(family).float(), make_image(torch.float32, family)
+    for name, p in model.named_parameters():
+        if name.endswith("k_proj.bias"):
+            p.requires_grad_(False)  # its gradient is 0 in theory, and rounding noise in practice
+    exact = step(copy.deepcopy(model).double(), x.double())
     found = []
-    for m in (model, fast):
+    for m in (accelerated(model), model):
         with torch.autocast("cpu", torch.bfloat16):
             found.append(step(m, x))
-    assert len(halves) == 6
-    for name, expected in found[0].items():
-        assert found[1][name].dtype == expected.dtype
-        assert (found[1][name] - expected).norm() <= 0.05 * expected.norm()
+    assert len(halves["mlp_half"]) == 3
+    assert_as_noisy(*found, exact)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("family", ["timm", "torchvision", "transformers", "transformers v2"])
+def test_checkpointing(family, use_reentrant, halves):
+    model, x = make_model(family, drop_path=0.4), make_image(family=family)
+    expected, got = (step(Checkpointed(m, use_reentrant), x) for m in (model, accelerated(model)))
+    assert len(halves["mlp_half"]) == (3 if use_reentrant else 6)
+    assert_same(got, expected)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.model, self.use_reentrant = model, use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.model, x, use_reentrant=self.use_reentrant)
 
 
 def test_without_gradients_and_by_default_nothing_changes(halves):
@@ -153,23 +308,45 @@ def test_without_gradients_and_by_default_nothing_changes(halves):
     with torch.no_grad():
         accelerated(model)(x)
     step(accelerated(model, recompute=False), x)
-    assert halves == []
+    assert halves == {"attention_half": [], "mlp_half": []}
 
 
 def test_verify_and_restore(halves):
     model = make_model()
     fast = accelerated(model, verify=True)
-    assert halves
+    assert halves["mlp_half"]
     swinkernels.restore(fast)
     assert not any(name.startswith("_swinkernels") for m in fast.modules() for name in m.__dict__)
 
 
-def test_compile_in_one_graph():
-    model, x = make_model(), make_image()
+@pytest.mark.parametrize("family", ["timm", "torchvision", "transformers", "transformers v2"])
+def test_compile_in_one_graph(family):
+    model, x = make_model(family), make_image(family=family)
     fast = accelerated(model)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     got, expected = compiled(x), model(x)
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_the_report_names_blocks_without_effect():
+    model = make_model("torchvision")
+    model.features[1][0].mlp[2].p = 0.3
+    report = swinkernels.accelerate(model.eval(), recompute=True)
+    found = {entry.path: (entry.module_class, entry.adapter, entry.reason) for entry in report.not_recomputed}
+    assert found == {
+        "features.1.0": ("SwinTransformerBlock", "torchvision", "mlp: 2 drops elements in training (p=0.3)"),
+        "features.2": ("PatchMerging", "torchvision", "only blocks recompute, not patch merging"),
+    }
+    assert "recompute=True has no effect  class" in str(report)
+    assert swinkernels.accelerate(model).not_recomputed == []
+
+
+def test_the_report_groups_classes_that_never_recompute():
+    report = swinkernels.accelerate(copies("copy"), recompute=True)
+    assert [entry.path for entry in report.not_recomputed] == ["blocks.0", "blocks.1"]
+    line = next(line for line in str(report).splitlines() if "not implemented" in line)
+    assert line.startswith("blocks.0 and 1 more ")
+    assert line.endswith("recompute is not implemented for this class")
 
 
 def test_wrong_argument():

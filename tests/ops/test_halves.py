@@ -417,3 +417,85 @@ def test_second_derivative_of_a_norm_with_a_bias_and_no_weight():
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def separate(tensors: list) -> list:
+    """Return the arguments of attention_half with the weights of q, k and v as three leaves."""
+    weights = tuple(w.detach().clone().requires_grad_(tensors[3].requires_grad) for w in tensors[3].chunk(3))
+    return [*tensors[:3], weights, *tensors[4:]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_weights_of_q_k_and_v(norm, backend):
+    tensors, options = case("attention_half", norm=norm)
+    leaves = differentiable(tensors, options)
+    for t in leaves:
+        t.requires_grad_()
+    given = separate(tensors)
+    expected = swinkernels.attention_half(*tensors, **options, backend=backend)
+    got = swinkernels.attention_half(*given, **options, backend=backend)
+    dout = draw(*expected.shape, seed=20)
+    of_got = torch.autograd.grad(got, [t for t in leaves if t is not tensors[3]] + list(given[3]), dout)
+    wanted = torch.autograd.grad(expected, [t for t in leaves if t is not tensors[3]] + [tensors[3]], dout)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.cat(of_got[-3:]), wanted[-1])
+    torch.testing.assert_close(of_got[:-3], wanted[:-1])
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2)])
+def test_frozen_weights_of_q_k_and_v(frozen):
+    tensors, options = case("attention_half")
+    results = []
+    for is_separate in (True, False):
+        x = tensors[0].clone().requires_grad_()
+        weights = [w.clone().requires_grad_(i not in frozen) for i, w in enumerate(tensors[3].chunk(3))]
+        weight = tuple(weights) if is_separate else torch.cat(weights)
+        out = swinkernels.attention_half(x, *tensors[1:3], weight, *tensors[4:], **options)
+        out.square().sum().backward()
+        assert [w.grad is None for w in weights] == [i in frozen for i in range(3)]
+        results.append([x.grad, *(w.grad for w in weights if w.grad is not None)])
+    torch.testing.assert_close(*results)
+
+
+def test_second_derivative_with_weights_of_q_k_and_v():
+    tensors, options = case("attention_half")
+    given = separate(tensors)
+    leaves = [t.requires_grad_() for t in (given[0], given[1], *given[3])]
+    assert torch.autograd.gradgradcheck(
+        lambda x, weight, *weights: swinkernels.attention_half(
+            x, weight, given[2], weights, *given[4:], **options, backend="torch"
+        ),
+        leaves,
+        fast_mode=True,
+    )
+
+
+def test_the_packed_weight_is_not_kept():
+    tensors, options = case("attention_half")
+    for t in differentiable(tensors, options):
+        t.requires_grad_()
+    given = separate(tensors)
+    parameters = [t for t in (*tensors, *given[3], options["layer_scale"]) if isinstance(t, Tensor)]
+    kept = [
+        kept_bytes(lambda t=t: swinkernels.attention_half(*t, **options), [*parameters[1:], DROP])
+        for t in (tensors, given)
+    ]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda weights: weights[:2], ValueError, "qkv_weight must be one tensor or a tuple of 3, got a tuple of 2"),
+        (lambda weights: (*weights[:2], weights[2][:6]), ValueError, r"qkv_weight must be \(12, 12\)"),
+        (lambda weights: (*weights[:2], weights[2].float()), TypeError, "qkv_weight must have the dtype of x"),
+        (lambda weights: (*weights[:2], None), TypeError, "qkv_weight"),
+    ],
+)
+def test_wrong_weights_of_q_k_and_v(change, error, message):
+    tensors, options = case("attention_half")
+    given = separate(tensors)
+    given[3] = change(given[3])
+    with pytest.raises(error, match=f"^attention_half: .*{message}"):
+        swinkernels.attention_half(*given, **options)

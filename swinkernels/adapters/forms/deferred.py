@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_map_only
 from swinkernels.ops._library import autocast_dtype
 
 
-def deferred(compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, read: Sequence[Tensor]) -> Tensor:
+def deferred(
+    compute: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype, read: Sequence[Tensor]
+) -> Tensor:
     """Return the result of ``compute``, but call it only when an operation first reads the result.
 
     ``compute`` then runs in the modes of this call (gradients, autocast, inference). It runs at once under a compiler,
@@ -22,16 +24,17 @@ def deferred(compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.d
     compute the result later.
 
     Args:
-        compute: returns a tensor, with gradients for the tensors that it reads.
+        compute: returns a tensor, with gradients for its arguments, the tensors in ``read``.
         shape, dtype: shape and dtype of that tensor.
-        read: the tensors that ``compute`` reads, the first one on the result's device. Nothing else may change them.
-
-    Raises:
-        RuntimeError: when a gradient reaches the result in a way that bypasses its values, as through a custom
-            autograd.Function.
+        read: the arguments of ``compute``, the first one on the result's device. Nothing else may change them.
     """
     is_captured = read[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    return compute() if is_captured or _is_traced(read) else _Deferred(compute, shape, dtype, read)
+    if is_captured or _is_traced(read):
+        return compute(*read)
+    source = _Source(compute, read)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in read):
+        return _Linked.apply(source, shape, dtype, *read)
+    return _Deferred(source, shape, dtype)
 
 
 _TRACES = tuple(getattr(torch._C._TorchDispatchModeKey, kind) for kind in ("FAKE", "PROXY", "FUNCTIONAL"))
@@ -48,27 +51,31 @@ def _is_traced(tensors: Sequence[Any]) -> bool:
     )
 
 
+class _Source:
+    """A computation and the modes of the call that deferred it."""
+
+    def __init__(self, compute: Callable[..., Tensor], read: Sequence[Tensor]) -> None:
+        self._compute, self.read, self.device = compute, read, read[0].device
+        self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(read[0])
+
+    def value(self, read: Sequence[Tensor]) -> Tensor:
+        with_gradients, in_inference, autocast = self._modes
+        with (
+            torch.inference_mode(in_inference),
+            torch.set_grad_enabled(with_gradients),
+            torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None),
+        ):
+            return self._compute(*read)
+
+
 class _Deferred(Tensor):
-    _compute: Callable[[], Tensor]
+    _source: _Source
     _value: Tensor | None
-    _device: str
-    _modes: tuple[bool, bool, torch.dtype | None]
 
     @staticmethod
-    def __new__(
-        cls, compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, read: Sequence[Tensor]
-    ) -> _Deferred:
-        x, with_gradients = read[0], torch.is_grad_enabled()
-        needs_gradient = with_gradients and any(t.requires_grad for t in read)
-        made: Any = Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=dtype, device=x.device, requires_grad=needs_gradient
-        )
-        made._compute, made._value = compute, None
-        made._device = x.device.type
-        made._modes = with_gradients, torch.is_inference_mode_enabled(), autocast_dtype(x)
-        if needs_gradient:
-            with torch._C.DisableTorchFunctionSubclass():
-                made.register_hook(_refuse_gradient)
+    def __new__(cls, source: _Source, shape: Sequence[int], dtype: torch.dtype) -> _Deferred:
+        made: Any = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=source.device)
+        made._source, made._value = source, None
         return made
 
     def __init__(self, *args: Any) -> None:
@@ -82,22 +89,46 @@ class _Deferred(Tensor):
     __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
 
 
+class _Linked(torch.autograd.Function):
+    """Makes a deferred tensor with a gradient that also arrives if it bypasses the tensor's values.
+
+    Custom autograd functions receive the deferred tensor itself, and so does the backward pass of reentrant
+    checkpointing.
+    """
+
+    @staticmethod
+    def forward(ctx, source, shape, dtype, *read):
+        ctx.source = source
+        return _Deferred(source, shape, dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        source, needs, create_graph = ctx.source, ctx.needs_input_grad[3:], torch.is_grad_enabled()
+        with torch.enable_grad():  # on aliases, because one of the tensors may be computed from another
+            read = [t.view_as(t) for t in source.read]
+        wanted = [t for t, need in zip(read, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(source.value(read), wanted, gradient, create_graph=create_graph))
+        return None, None, None, *(next(found) if need else None for need in needs)
+
+
+class _Attached(torch.autograd.Function):
+    """Returns a value computed without gradients, and passes its gradient to the deferred tensor."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
 def _value_of(x: _Deferred) -> Tensor:
     """Return the computed tensor."""
     if x._value is None:
-        with_gradients, in_inference, autocast = x._modes
-        with (
-            torch.inference_mode(in_inference),
-            torch.set_grad_enabled(with_gradients),
-            torch.autocast(x._device, dtype=autocast, enabled=autocast is not None),
-        ):
-            x._value = x._compute()
-        del x._compute
-    return x._value
-
-
-def _refuse_gradient(gradient: Tensor) -> None:
-    raise RuntimeError(
-        "swinkernels: a gradient reached attention weights that are computed on demand: pass their clone() to a custom "
-        "autograd.Function"
-    )
+        x._value = x._source.value(x._source.read)
+        del x._source
+    with torch._C.DisableTorchFunctionSubclass():
+        # A custom autograd function, such as reentrant checkpointing, made x without gradients and returned it.
+        is_attached = x._value.requires_grad or not x.requires_grad
+        return x._value if is_attached or not torch.is_grad_enabled() else _Attached.apply(x, x._value)

@@ -295,7 +295,7 @@ def _htsat(stage: Any, attend: Any, x: Tensor) -> Any:
 
     drops = any(dropout_at_call(block.attn) > 0.0 for block in blocks)
     returned = slice(-1, None) if stage.training else slice(None)
-    taken: list[tuple[Tensor, dict[str, Any]]] = []
+    taken: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
     weights = []
     for block in blocks:
         qkv, arguments = _qkv(block, x, size), _arguments(block)
@@ -304,7 +304,7 @@ def _htsat(stage: Any, attend: Any, x: Tensor) -> Any:
             weights.append(of_block.flatten(0, 1).to(dtype))
         else:
             y = attend(qkv, **arguments)
-            taken.append((qkv, {**arguments, "bias_table": arguments["bias_table"].clone(), "pad_qkv": None}))
+            taken.append((qkv, arguments.pop("bias_table").clone(), {**arguments, "pad_qkv": None}))
         x = _with_mlp(block, x + block.drop_path(projected(block.attn, y).flatten(1, 2)))
     if stage.downsample is not None:
         x = stage.downsample(x)
@@ -312,12 +312,17 @@ def _htsat(stage: Any, attend: Any, x: Tensor) -> Any:
         return x, torch.stack(weights[returned]).mean(0)
     taken = taken[returned]
 
-    def compute() -> Tensor:
+    settings = [arguments for *_, arguments in taken]
+
+    def compute(*read: Tensor) -> Tensor:
         op = op_on("torch")  # kernels do not return weights
-        found = [op(qkv, **arguments, return_attention=True)[1].flatten(0, 1).to(dtype) for qkv, arguments in taken]
+        found = [
+            op(qkv, bias_table=table, **arguments, return_attention=True)[1].flatten(0, 1).to(dtype)
+            for qkv, table, arguments in zip(read[::2], read[1::2], settings, strict=True)
+        ]
         return torch.stack(found).mean(0)
 
-    read = [t for qkv, arguments in taken for t in (qkv, arguments["bias_table"])]
+    read = [t for qkv, table, _ in taken for t in (qkv, table)]
     n, heads = blocks[0].window_size ** 2, blocks[0].attn.num_heads
     return x, deferred(compute, (x.shape[0] * math.prod(size) // n, heads, n, n), dtype, read)
 

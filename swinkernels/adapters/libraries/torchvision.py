@@ -43,12 +43,14 @@ from swinkernels.adapters.bypass import (
     watch,
     why_not_absorbed,
     why_not_linear,
+    why_not_norm,
 )
-from swinkernels.adapters.linear_layers import Mlp
+from swinkernels.adapters.linear_layers import Mlp, why_not_readable
 from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.microsoft_attention import bias_table, score_factor
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear, norm_row, residuals_adapter
 from swinkernels.adapters.part import window_attention_part
+from swinkernels.adapters.recompute import Recompute, attention_branch
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
 from swinkernels.ops._fused_linear import linear
@@ -89,8 +91,9 @@ def _index(attn: Any) -> Tensor | None:
 
 
 def _attention_arguments(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """Return the op's arguments that define bias, scale and geometry, for a map of this size."""
-    return {"bias_table": bias_table(attn), **score_factor(attn), **_geometry(attn, size)}
+    """Return the op's arguments that define bias, scale, dropout and geometry, for a map of this size."""
+    p = attn.attention_dropout if attn.training else 0.0
+    return {"bias_table": bias_table(attn), "dropout_p": p, **score_factor(attn), **_geometry(attn, size)}
 
 
 def _geometry(attn: Any, size: tuple[int, ...]) -> dict[str, Any]:
@@ -121,7 +124,6 @@ def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
         linear(x, child(attn, "qkv").weight, qkv_bias),
         **_attention_arguments(attn, tuple(x.shape[1:3])),
         pad_qkv=qkv_bias,
-        dropout_p=attn.attention_dropout if attn.training else 0.0,
         backend=attn._swinkernels_backend,
     )
     return F.dropout(linear(out, proj.weight, proj.bias), p=attn.dropout, training=attn.training)
@@ -202,17 +204,53 @@ _MERGING = Merging("pre", lambda merging: 4 * merging.dim)
 _MERGING_V2 = Merging("post", lambda merging: 2 * merging.dim)
 
 
+def _why_not_op(attn: Any) -> str | None:
+    """Return the reason why a call of a v1 block's attention does more than the op, or None."""
+    if class_of(attn) is not AcceleratedShiftedWindowAttention:
+        return f"attn is a {class_of(attn).__name__}"
+    reason = replaced_method(attn, ShiftedWindowAttention, "attn")
+    if reason is None and has_hooks(attn):
+        return "a hook is registered on attn"
+    return reason or _why_not_attention(attn)
+
+
 def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
     """Return norm1 of v1: under autocast, in the dtype to which QKV would cast it, unless other code reads it."""
-    if (
-        autocast_dtype(x) is None
-        or class_of(attn) is not AcceleratedShiftedWindowAttention
-        or replaced_method(attn, ShiftedWindowAttention, "attn") is not None
-        or has_hooks(attn)
-        or _why_not_attention(attn) is not None
-    ):
+    if autocast_dtype(x) is None or _why_not_op(attn) is not None:
         return child(block, "norm1")(x)
     return norm_for_linear(block, "norm1", x, _NORM1_ROW(block))
+
+
+def _why_not_half(block: Any, training: bool | None) -> str | None:
+    """Return the reason why attention_half cannot replace a v1 block's attention and norm1, or None.
+
+    Attention of another class, as in Swin3D, is called: then only the MLP half recomputes.
+    """
+    attn = child(block, "attn")
+    if class_of(attn) is not AcceleratedShiftedWindowAttention:
+        return None
+    reason = _why_not_op(attn) or why_not_norm("norm1", child(block, "norm1"), _NORM1_ROW(block))
+    if reason is not None:
+        return reason
+    if attn.dropout != 0.0 and (attn.training if training is None else training):
+        return f"attn.dropout drops elements in training (p={attn.dropout})"
+    return why_not_readable("attn.qkv", child(attn, "qkv")) or why_not_readable("attn.proj", child(attn, "proj"))
+
+
+_RECOMPUTE = Recompute(_RESIDUAL, _MLP, "pre", _why_not_half)
+_RECOMPUTE_V2 = Recompute(_RESIDUALS_V2[1], _MLP, "post")
+
+
+def _branch(block: Any, x: Tensor) -> Tensor | None:
+    """Return a v1 block's attention branch, or None if attention_half cannot compute it for this map."""
+    attn, norm = child(block, "attn"), child(block, "norm1")
+    if class_of(attn) is not AcceleratedShiftedWindowAttention:
+        return attn(norm(x))
+    if x.dim() != 4:
+        return None
+    qkv = child(attn, "qkv")
+    arguments = {"pad_qkv": qkv.bias, **_attention_arguments(attn, tuple(x.shape[1:3]))}
+    return attention_branch(x, norm, (qkv,), child(attn, "proj"), attn._swinkernels_backend, arguments)
 
 
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
@@ -221,6 +259,9 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
             return super().forward(x)
+        out = _RECOMPUTE.run(self, x, lambda: _branch(self, x))
+        if out is not None:
+            return out
         attn = child(self, "attn")
         y = attn(_norm1(self, attn, x))
         fused = _RESIDUAL.add_then_norm(self, x, y)
@@ -239,6 +280,9 @@ class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
         if self._swinkernels_own_code(x):
             return super().forward(x)
         for residual, branch in zip(_RESIDUALS_V2, ("attn", "mlp"), strict=True):
+            out = _RECOMPUTE_V2.run(self, x) if branch == "mlp" else None
+            if out is not None:
+                return out
             y = child(self, "attn")(x) if branch == "attn" else _MLP.branch(self, x)
             fused = residual.add_normed(self, x, y)
             x = x + child(self, "stochastic_depth")(child(self, residual.norm)(y)) if fused is None else fused
@@ -307,9 +351,21 @@ def _merging_shape(merging: Any) -> tuple[int, ...]:
 ADAPTERS = (
     _attention_adapter(ShiftedWindowAttention, AcceleratedShiftedWindowAttention),
     _attention_adapter(ShiftedWindowAttentionV2, AcceleratedShiftedWindowAttentionV2),
-    residuals_adapter("torchvision", SwinTransformerBlock, AcceleratedSwinTransformerBlock, (_RESIDUAL,), _window_of),
     residuals_adapter(
-        "torchvision", SwinTransformerBlockV2, AcceleratedSwinTransformerBlockV2, _RESIDUALS_V2, _window_of
+        "torchvision",
+        SwinTransformerBlock,
+        AcceleratedSwinTransformerBlock,
+        (_RESIDUAL,),
+        _window_of,
+        why_not_recompute=_RECOMPUTE.why_not_in_training,
+    ),
+    residuals_adapter(
+        "torchvision",
+        SwinTransformerBlockV2,
+        AcceleratedSwinTransformerBlockV2,
+        _RESIDUALS_V2,
+        _window_of,
+        why_not_recompute=_RECOMPUTE_V2.why_not_in_training,
     ),
     _MERGING.adapter("torchvision", PatchMerging, AcceleratedPatchMerging, _merging_shape),
     _MERGING_V2.adapter("torchvision", PatchMergingV2, AcceleratedPatchMergingV2, _merging_shape),

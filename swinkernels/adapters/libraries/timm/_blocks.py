@@ -18,6 +18,7 @@ from swinkernels.adapters.adapter import Accelerated, original_class
 from swinkernels.adapters.bypass import child, replaced_method, watch, why_not_window_attention
 from swinkernels.adapters.masks import frame_of, is_stored_mask, is_window_index
 from swinkernels.adapters.norms import Residual
+from swinkernels.adapters.recompute import Recompute
 from swinkernels.ops import window_attention_qkvpacked
 from swinkernels.ops._arguments import why_beyond_limits
 
@@ -152,6 +153,8 @@ class ShiftedWindowBlock(Accelerated):
 
 # The norm and the drop path of each half. In v2 and v2-CR the norms follow the branches.
 HALVES = tuple(Residual(f"norm{half}", f"drop_path{half}", DropPath, "timm's DropPath") for half in (1, 2))
+# The MLP half of v2 and v2-CR.
+RECOMPUTE_MLP = Recompute(HALVES[1], MLP, "post")
 
 
 def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
@@ -160,6 +163,12 @@ def add_normed(block: Any, x: Tensor, y: Tensor, half: int) -> Tensor:
     if fused is not None:
         return fused
     return x + child(block, f"drop_path{half}")(child(block, f"norm{half}")(y))
+
+
+def add_mlp_half(block: Any, s: Tensor) -> Tensor:
+    """Return s + drop_path2(norm2(MLP(s))), the second half of a v2 or v2-CR block."""
+    out = RECOMPUTE_MLP.run(block, s)
+    return add_normed(block, s, MLP.branch(block, s), 2) if out is None else out
 
 
 def merging_shape(merging: Any) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from timm.layers import DropPath, Mlp
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from torch import Tensor
@@ -22,15 +21,13 @@ from swinkernels.adapters.bypass import (
     watch,
     why_not_absorbed,
     why_not_linear,
+    why_not_norm,
 )
 from swinkernels.adapters.libraries.timm import _blocks
-from swinkernels.adapters.linear_layers import call_linear, drops_nothing, is_plain_linear
-from swinkernels.adapters.norms import Merging, Residual, drop_path_scale, in_another_dtype, norm_for_linear
+from swinkernels.adapters.linear_layers import call_linear, why_not_left_out, why_not_readable
+from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
-from swinkernels.ops._backends import backend_beside
-from swinkernels.ops._library import is_plain
-from swinkernels.ops.attention_half import attention_half
-from swinkernels.ops.mlp_half import mlp_half
+from swinkernels.adapters.recompute import Recompute, attention_branch
 
 watch(SwinTransformerBlock, methods=("_attn", "get_attn_mask"))
 watch(WindowAttention, methods=("_get_rel_pos_bias",))
@@ -107,40 +104,31 @@ def _first_half(block: AcceleratedSwinTransformerBlock, x: Tensor) -> tuple[Tens
     return s, child(block, "norm2")(s)
 
 
-def _recomputing(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor | None:
-    """Return the block's result from attention_half and mlp_half, or None if this call cannot or should not use them.
+def _why_not_half(block: SwinTransformerBlock, training: bool | None) -> str | None:
+    """Return the reason why attention_half cannot replace a block's attention and norm1, or None."""
+    reason = _why_not_attention(block) or why_not_norm("norm1", child(block, "norm1"), block.dim)
+    if reason is not None:
+        return reason
+    attn = child(block, "attn")
+    return (
+        why_not_readable("attn.qkv", child(attn, "qkv"))
+        or why_not_readable("attn.proj", child(attn, "proj"))
+        or why_not_left_out("attn.proj_drop", child(attn, "proj_drop"), training=training)
+    )
 
-    The halves save fewer tensors for the backward pass: they compute norms and GELU again. They draw drop paths after
-    attention, as timm does.
-    """
-    if not (block._swinkernels_recomputes and torch.is_grad_enabled() and is_plain((x,)) and _is_fused(block, x)):
+
+_RECOMPUTE = Recompute(_RESIDUAL, _blocks.MLP, "pre", _why_not_half)
+
+
+def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor | None:
+    """Return the block's attention branch by attention_half, or None if it cannot compute the branch for this map."""
+    if not _blocks.mask_fits(block, x):
         return None
-    attn, norm1, norm2 = child(block, "attn"), child(block, "norm1"), child(block, "norm2")
-    qkv, proj = child(attn, "qkv"), child(attn, "proj")
-    mlp = _blocks.MLP.layers(block, x)
-    if (
-        mlp is None
-        or not is_plain_linear("attn.qkv", qkv, x)
-        or not is_plain_linear("attn.proj", proj, x)
-        or not drops_nothing("attn.proj_drop", child(attn, "proj_drop"))
-        or any(half.why_not(block) is not None for half in _blocks.HALVES)
-        or in_another_dtype(x, norm1.weight, norm1.bias, norm2.weight, norm2.bias)
-    ):
-        return None
-    linears = qkv, proj, mlp.fc1, mlp.fc2
-    if not all(is_plain((linear.weight,)) and linear.weight.layout is torch.strided for linear in linears):
-        return None
-    arguments = _arguments(block)
-    y = attention_half(
-        x, norm1.weight, norm1.bias, qkv.weight, arguments.pop("pad_qkv"), proj.weight, proj.bias, eps=norm1.eps,
-        residual=False, dropout_p=_blocks.dropout_p(block) if _dropout_is_on(block) else 0.0,
-        backend=block._swinkernels_backend, **arguments,
-    )  # fmt: skip
-    d, e = (drop_path_scale(child(block, name), y, y.dtype) for name in ("drop_path1", "drop_path2"))
-    return mlp_half(
-        x, norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, eps=norm2.eps,
-        approximate=mlp.gelu, branch=y, branch_scale=d, drop_path_scale=e,
-        backend=backend_beside("residual_layer_norm", block._swinkernels_backend),
+    attn = child(block, "attn")
+    p = _blocks.dropout_p(block) if _dropout_is_on(block) else 0.0
+    return attention_branch(
+        x, child(block, "norm1"), (child(attn, "qkv"),), child(attn, "proj"), block._swinkernels_backend,
+        {**_arguments(block), "dropout_p": p},
     )  # fmt: skip
 
 
@@ -150,7 +138,7 @@ class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransforme
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
             return super().forward(x)
-        out = _recomputing(self, x)
+        out = _RECOMPUTE.run(self, x, lambda: _branch(self, x))
         if out is not None:
             return out
         s, z = _first_half(self, x)
@@ -188,6 +176,7 @@ ADAPTERS = (
         ),
         input_shape=_blocks.block_shape,
         weight=_blocks.qkv_weight,
+        why_not_recompute=_RECOMPUTE.why_not_in_training,
     ),
     _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMerging, _blocks.merging_shape),
 )

@@ -80,7 +80,7 @@ class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransfor
             return super().forward(x)
         batch, height, width, channels = x.shape
         s = _blocks.add_normed(self, x, self._attn(x), 1).flatten(1, 2)
-        return _blocks.add_normed(self, s, _blocks.MLP.branch(self, s), 2).reshape(batch, height, width, channels)
+        return _blocks.add_mlp_half(self, s).reshape(batch, height, width, channels)
 
     def _attn(self, x: Tensor) -> Tensor:
         own_code = self._swinkernels_own_code(x) or not _blocks.mask_fits(self, x)
@@ -119,6 +119,7 @@ ADAPTERS = (
         ),
         input_shape=_blocks.block_shape,
         weight=first_weight,
+        why_not_recompute=_blocks.RECOMPUTE_MLP.why_not_in_training,
     ),
     _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMergingV2, _blocks.merging_shape),
 )

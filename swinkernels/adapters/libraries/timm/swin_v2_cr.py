@@ -57,9 +57,7 @@ class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransf
             return super().forward(x)
         batch, height, width, channels = x.shape
         s = _blocks.add_normed(self, x, self._shifted_window_attn(x), 1).flatten(1, 2)
-        return self.norm3(_blocks.add_normed(self, s, _blocks.MLP.branch(self, s), 2)).reshape(
-            batch, height, width, channels
-        )
+        return self.norm3(_blocks.add_mlp_half(self, s)).reshape(batch, height, width, channels)
 
     def _shifted_window_attn(self, x: Tensor) -> Tensor:
         own_code = self._swinkernels_own_code(x) or not _blocks.mask_fits(self, x)
@@ -98,6 +96,7 @@ ADAPTERS = (
         ),
         input_shape=_blocks.block_shape,
         weight=first_weight,
+        why_not_recompute=_blocks.RECOMPUTE_MLP.why_not_in_training,
     ),
     _MERGING.adapter("timm", PatchMerging, AcceleratedPatchMergingV2Cr, _blocks.merging_shape),
 )

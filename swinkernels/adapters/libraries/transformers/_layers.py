@@ -24,11 +24,13 @@ from swinkernels.adapters.bypass import (
     why_not_absorbed,
     why_not_dropout,
     why_not_linear,
+    why_not_norm,
 )
-from swinkernels.adapters.linear_layers import Mlp, call_linear, know_gelu
+from swinkernels.adapters.linear_layers import Mlp, call_linear, know_gelu, why_not_left_out, why_not_readable
 from swinkernels.adapters.masks import is_window_index
 from swinkernels.adapters.norms import Merging, Residual, norm_for_linear
 from swinkernels.adapters.part import window_attention_part
+from swinkernels.adapters.recompute import Recompute, attention_branch
 from swinkernels.ops import window_attention
 from swinkernels.ops._arguments import why_beyond_limits
 
@@ -254,11 +256,35 @@ _MERGING = Merging("pre", lambda merging: merging.reduction.in_features)
 _MERGING_V2 = Merging("post", lambda merging: merging.reduction.out_features)
 
 # Class of layers -> the modules whose work the op does, with their paths; the MLP; the number of times that v2 adds its
-# mask; the residual connections.
+# mask; the residual connections; the halves that recompute.
 _INSIDE: dict[type, tuple[tuple[str, type[nn.Module]], ...]] = {}
 _MLP: dict[type, Mlp] = {}
 _MASKED: dict[type, int] = {}
 _RESIDUALS: dict[type, tuple[Residual, ...]] = {}
+_RECOMPUTE: dict[type, Recompute] = {}
+
+
+def _why_not_half(layer: Any, training: bool | None) -> str | None:
+    """Return the reason why attention_half cannot replace a v1 layer's attention and layernorm_before, or None."""
+    norm = "layernorm_before"
+    reason = _why_not_attention(layer) or why_not_norm(norm, child(layer, norm), _width(layer))
+    if reason is not None:
+        return reason
+    *_, (name, dropout) = _dropouts(layer).items()
+    reason = why_not_left_out(name, dropout, training=training)
+    for path, linear in _projections(layer).items():
+        reason = reason or why_not_readable(path, linear)
+    return reason
+
+
+def _branch(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
+    """Return a v1 layer's attention branch by attention_half, or None if a parameter has another dtype."""
+    *qkv, proj = _projections(layer).values()
+    y = attention_branch(
+        x.view(x.shape[0], *size, x.shape[2]), child(layer, "layernorm_before"), qkv, proj,
+        layer._swinkernels_backend, {**_attention_arguments(layer), "dropout_p": _dropout_at_call(layer)},
+    )  # fmt: skip
+    return None if y is None else y.flatten(1, 2)
 
 
 class _Layer(Accelerated):
@@ -302,6 +328,9 @@ class PreNormLayer(_Layer):
 
     def _both_halves(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """Return the residual stream after attention and MLP."""
+        out = _RECOMPUTE[original_class(self)].run(self, x, lambda: _branch(self, x, size))
+        if out is not None:
+            return out
         s, z = self._attention_half(x, size)
         return _MLP[original_class(self)].added(self, s, z)
 
@@ -331,6 +360,9 @@ class PostNormLayer(_Layer):
             return super().forward(hidden_states, input_dimensions, output_attentions)
         after_attention, after_mlp = _RESIDUALS[original_class(self)]
         x = self._added(after_attention, hidden_states, attended(self, hidden_states, input_dimensions))
+        out = _RECOMPUTE[original_class(self)].run(self, x)
+        if out is not None:
+            return (out,)
         return (self._added(after_mlp, x, _MLP[original_class(self)].branch(self, x)),)
 
     def _added(self, residual: Residual, x: Tensor, y: Tensor) -> Tensor:
@@ -424,6 +456,10 @@ def layer_adapter(
         residuals = residual("layernorm_before"), residual("layernorm_after")
         _MASKED[original] = _times_masked(cosine)
     _RESIDUALS[original] = residuals
+    if cosine is None:
+        _RECOMPUTE[original] = Recompute(residuals[0], _MLP[original], "pre", _why_not_half)
+    else:
+        _RECOMPUTE[original] = Recompute(residuals[1], _MLP[original], "post")
 
     def reason_to_skip(layer: Any) -> str | None:
         if list(inspect.signature(original.forward).parameters)[1:] != list(takes):
@@ -446,6 +482,7 @@ def layer_adapter(
         input_shape=lambda layer: (*_map_size(layer), _width(layer)),
         weight=lambda layer: _out(layer).weight,
         run=_run_with_size,
+        why_not_recompute=_RECOMPUTE[original].why_not_in_training,
     )
 
 
