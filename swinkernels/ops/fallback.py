@@ -333,14 +333,12 @@ def _attend(
     batch, windows, heads = q.shape[:3]
     head_dim = v.shape[-1]
     fused = dropout_p == 0.0 and not return_attention
-    if q.device.type == "cpu":  # the fused backward pass is slower on a CPU than separate operations
-        fused = fused and not (
-            torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, addend))
-        )
+    if q.device.type == "cpu":
+        # There the fused call has no forward derivative, and its backward pass is slower than separate operations.
+        needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, addend))
+        fused = fused and not needs_gradient and (torch.compiler.is_compiling() or is_plain(()))
     else:
         fused = fused and batch * windows * heads <= _MOST_HEADS
-    if fused and isinstance(factor, Tensor) and q.dtype == v.dtype:
-        q, factor = q * factor, 1.0
     if fused and not isinstance(factor, Tensor):
         q, k = q.to(v.dtype), k.to(v.dtype)
         mask = None if addend is None else addend.to(v.dtype)
