@@ -58,7 +58,7 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Describes how the modules of one class of a library run on this package's ops.
+    """Describes how the modules of one class of a library use this package's ops.
 
     ``accelerated`` is a subclass of ``original`` that adds no parameters or buffers, so swapping a module's
     ``__class__`` is the whole change. The module stores the backend in the attribute that ``BACKEND_ATTRIBUTE`` names.
@@ -164,7 +164,7 @@ def _is_accelerated_class(cls: type) -> bool:
 
 
 def swap_class(adapter: Adapter, module: nn.Module, backend: str, recompute: bool = False) -> None:
-    """Make a module run on this package's ops by changing its class."""
+    """Make a module use this package's ops by changing its class."""
     _change_class(module, adapter.accelerated)
     module.__dict__[BACKEND_ATTRIBUTE] = backend
     module.__dict__["_swinkernels_recomputes"] = recompute

@@ -34,7 +34,7 @@ from swinkernels.ops._backends import check_backend
 
 
 def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = False, verify: bool = False) -> Report:
-    """Make the supported modules of a model run on this package's ops, in place.
+    """Make the supported modules of a model use this package's ops, in place.
 
     Only the modules' classes change, to subclasses that compute the same results with ops. Parameters, buffers,
     ``state_dict``, hooks and ``isinstance`` stay, ``copy.deepcopy`` and ``pickle`` work, and :func:`restore` undoes the

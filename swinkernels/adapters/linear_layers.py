@@ -16,12 +16,17 @@ from swinkernels.adapters.bypass import child, class_of, watch, why_not_absorbed
 from swinkernels.adapters.norms import in_another_dtype
 from swinkernels.ops._fused_linear import fuses, linear
 
-# Class -> a function that returns the form of GELU that a module of this class computes, as torch names it, or None.
+# Class -> a function that returns the matching ``approximate`` argument of F.gelu ("none" or "tanh") for a module of
+# this class, or None if there is none.
 _GELU: dict[type, Callable[[Any], str | None]] = {nn.GELU: lambda act: act.approximate}
 
 
 def know_gelu(kind: type[nn.Module], form: Callable[[Any], str | None]) -> None:
-    """Register a library's GELU class; ``form`` returns the form that a module of the class computes, or None."""
+    """Register a library's GELU class.
+
+    ``form`` returns the matching ``approximate`` argument of F.gelu for a module of the class, or None if there is
+    none.
+    """
     watch(kind)
     _GELU[kind] = form
 
@@ -94,7 +99,8 @@ Drop = tuple[str, Any, type[nn.Module]]
 def add_linear(name: str, layer: Any, x: Tensor, residual: Tensor, drops: Sequence[Drop]) -> Tensor | None:
     """Return residual + drop(layer(x)) computed in one pass, or None if that is not possible.
 
-    ``drops`` are the dropouts after the layer: the name, the module and its class (see :func:`drops_nothing`).
+    ``drops`` lists the dropouts after the layer as (name, module, expected class), the arguments of
+    :func:`drops_nothing`; None is returned if any of them has an effect.
     """
     if not fuses(x) or residual.dtype != x.dtype or not is_plain_linear(name, layer, x):
         return None

@@ -14,7 +14,7 @@ from swinkernels.adapters.check import Ran, run_and_watch
 
 @dataclass(frozen=True)
 class Replaced:
-    """A module that now runs on this package's ops."""
+    """A module that now uses this package's ops."""
 
     path: str
     module_class: str
@@ -57,7 +57,7 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
     # The replaced modules on which recompute=True has no effect; empty without recompute=True.
     not_recomputed: list[NotRecomputed] = field(default_factory=list)
-    # The reason why nothing was replaced, or None.
+    # Set only if nothing was replaced and nothing was skipped: says that the model contains no supported module.
     reason: str | None = None
     # A weak reference to the model.
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)

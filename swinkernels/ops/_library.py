@@ -1,4 +1,7 @@
-"""Helpers for defining ops: the torch library, autocast, axis values, caches of decisions, and derivatives."""
+"""Helpers for defining ops: registration with torch.library, dtypes under autocast, caches and derivatives.
+
+The caches store what was decided for a call. Per-axis values are padded to three axes here, too.
+"""
 
 from __future__ import annotations
 

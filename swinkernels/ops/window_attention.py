@@ -80,7 +80,7 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
         return *(x.new_empty(x.shape) for x in xs), *sums
 
     def setup_context(ctx, tensors, others, output):
-        ctx.set_materialize_grads(False)  # avoids a kernel that fills zeros for lse
+        ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for lse
         ctx.spec = others
         ctx.save_for_backward(*tensors[:n], output[1], *tensors[n:])
         ctx.mark_non_differentiable(output[1])

@@ -114,7 +114,7 @@ def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor |
 
 
 class StructuralAttention(DynamicSubclass):
-    """A window attention module that runs on the op, with the sum of bias and mask as a dense bias.
+    """A window attention module that calls the op, with the sum of bias and mask as a dense bias.
 
     Its own forward runs if the op cannot replace it: with hooks inside, layers other than nn.Linear or windows of
     another size, while traced, and after any change since the trial.

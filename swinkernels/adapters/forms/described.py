@@ -1,4 +1,4 @@
-"""Runs modules that have a form (:class:`Form`) on window attention ops.
+"""Computes modules that have a form (:class:`Form`) with window attention ops.
 
 One accelerated class is made per class and form, and is pickled as that pair. Its method runs the form's forward, or
 the module's own code if the form requires that or if the module has changed since its trial.
@@ -48,7 +48,7 @@ from swinkernels.window_spec import WindowSpec
 
 
 class Described(DynamicSubclass):
-    """A module that runs its form's forward, on window attention ops.
+    """A module that runs its form's forward, which calls window attention ops.
 
     The module's own code runs if it gets arguments that the form does not have, if there are hooks on modules whose
     work the op does, while it is traced, and after any change since the trial.
@@ -58,7 +58,8 @@ class Described(DynamicSubclass):
     _swinkernels_in_trial = False
     # In a trial: the op's calls so far.
     _swinkernels_calls: _Calls | None = None
-    # State at the swap: path -> the shapes of parameters, by name, and True if the module had a scale.
+    # Recorded when the class was swapped: for each module path, the shapes of its parameters by name, and whether it
+    # had a ``scale``.
     _swinkernels_shapes: Mapping[str, tuple[dict[str, torch.Size], bool]] = MappingProxyType({})
 
     def _swinkernels_swapped(self) -> None:

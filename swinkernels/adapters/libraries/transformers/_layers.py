@@ -288,7 +288,7 @@ def _branch(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
 
 
 class _Layer(Accelerated):
-    """A layer of any family that runs on ops.
+    """A layer of any family that uses ops.
 
     Geometry, parameters and the index of the bias table are read or compared at every call. transformers' code runs if
     the op cannot replace it: if attention weights are requested, if an inner module has a hook or was replaced, after a
@@ -371,7 +371,7 @@ class PostNormLayer(_Layer):
 
 
 class _MergingOfSequences(Accelerated):
-    """Patch merging that runs on an op."""
+    """Patch merging that is computed by an op."""
 
     def _merge(self, how: Merging, x: Tensor, size: Any) -> Tensor | None:
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
@@ -381,7 +381,7 @@ class _MergingOfSequences(Accelerated):
 
 
 class PreNormMerging(_MergingOfSequences):
-    """Patch merging of v1 that runs on an op."""
+    """Patch merging of v1 that is computed by an op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING, input_feature, input_dimensions)
@@ -389,7 +389,7 @@ class PreNormMerging(_MergingOfSequences):
 
 
 class PostNormMerging(_MergingOfSequences):
-    """Patch merging of v2 that runs on an op."""
+    """Patch merging of v2 that is computed by an op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING_V2, input_feature, input_dimensions)
