@@ -46,7 +46,7 @@ def why_not_left_out(
 ) -> str | None:
     """Return the reason why a dropout, or a library's stochastic depth, has to be called, or None if it has no effect.
 
-    A ``training`` of True or False replaces the module's mode.
+    ``training`` replaces the module's mode unless it is None.
     """
     kind = nn.Identity if class_of(module) is nn.Identity else kind
     is_training = module.training if training is None else training
@@ -62,7 +62,7 @@ def drops_nothing(name: str, module: Any, kind: type[nn.Module] = nn.Dropout) ->
 
 
 def _why_not_linear(name: str, layer: Any) -> str | None:
-    """Return the reason why a layer may not be an nn.Linear that an op may replace, or None."""
+    """Return the reason why a layer is not an nn.Linear whose call an op can replace, or None."""
     kind = class_of(layer)
     if kind not in _LINEAR:
         return f"{name} is a {kind.__module__}.{kind.__qualname__}, not an nn.Linear"
@@ -127,7 +127,7 @@ def _calls(name: str, module: Any, kind: type[nn.Module], order: tuple[str, ...]
 
 
 class Layers(NamedTuple):
-    """The layers of an MLP and its form of GELU. A call returns MLP(z), or s + MLP(z)."""
+    """The layers of an MLP and the ``approximate`` argument of its GELU. A call returns MLP(z), or s + MLP(z)."""
 
     fc1: Any
     fc2: Any
@@ -163,7 +163,7 @@ class Mlp:
         return s + (y if self.drop is None else child(block, self.drop)(y))
 
     def fused(self, block: Any, z: Tensor, s: Tensor | None = None) -> Tensor | None:
-        """Return MLP(z), or s + drop(MLP(z)), from fused products, or None if the modules have to be called."""
+        """Return MLP(z), or s + drop(MLP(z)), with fused matrix products, or None if the modules have to be called."""
         if not fuses(z):
             return None
         if s is not None:
@@ -188,9 +188,9 @@ class Mlp:
         return None if in_another_dtype(z, fc1.weight, fc1.bias, fc2.weight, fc2.bias) else found
 
     def layers_or_reason(self, block: Any, training: bool | None = None) -> Layers | str:
-        """Return the MLP's layers, or the reason why its modules have to be called, whatever the input's dtype.
+        """Return the MLP's layers, or the reason, other than the input's dtype, why its modules have to be called.
 
-        A ``training`` of True or False replaces the mode of the dropouts.
+        ``training`` replaces the mode of the dropouts unless it is None.
         """
         linears: list[Any] = []
         gelu = None

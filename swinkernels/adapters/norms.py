@@ -191,9 +191,9 @@ class Merging:
     norm: str
     # Returns the length of the rows that the norm normalises.
     width: Callable[[Any], int]
-    # (number of the map's axes) -> the order of the neighbours' channels, as the op names it.
+    # (number of the map's axes) -> the ``order`` argument of the op, which names the order of the neighbours.
     order: Callable[[int], str] = lambda axes: "swin"
-    # Returns the reason why a merging currently computes something else, or None.
+    # Returns the reason why a module currently does not compute ordinary patch merging, or None.
     why_not_usual: Callable[[Any], str | None] = lambda merging: None
 
     def why_not(self, merging: Any) -> str | None:

@@ -55,7 +55,7 @@ def attention_half(
     in v1 a pad token is zero after the norm, not before it.
 
     For the backward pass, the call keeps x, q, k, v, the tensors that window attention keeps, the input of proj and, in
-    "post", the result of proj; the norm of "pre" is recomputed. In compiled code the compiler chooses what to keep.
+    "post", the result of proj; the norm of "pre" is recomputed. In compiled code the compiler chooses these tensors.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16 or float64 (torch and reference only).

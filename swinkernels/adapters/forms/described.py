@@ -50,8 +50,8 @@ from swinkernels.window_spec import WindowSpec
 class Described(DynamicSubclass):
     """A module that runs its form's forward, which calls window attention ops.
 
-    The module's own code runs if it gets arguments that the form does not have, if there are hooks on modules whose
-    work the op does, while it is traced, and after any change since the trial.
+    The module's own code runs if it gets arguments that the form does not have, if there are hooks on modules that the
+    op replaces, while the code is traced, and after any change since the trial.
     """
 
     _swinkernels_form: Form
@@ -119,7 +119,7 @@ def _why_not_taken(form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _snapshots(form: Form, module: nn.Module) -> dict[str, Snapshot]:
-    """Snapshot the module, and the modules inside it whose work the op does."""
+    """Return snapshots of the module, and of the modules inside it that the op replaces, by path."""
     found = {"": Snapshot(module, absorbs="" in form.absorbs)}
     for root in form.absorbs:
         for path, m in module.get_submodule(root).named_modules(prefix=root):
@@ -140,7 +140,7 @@ def _shapes(module: Any) -> dict[str, tuple[dict[str, torch.Size], bool]]:
 
 
 def _unfit(module: Any) -> str | None:
-    """Return the reason why the op may not take a value that the form reads at every call, or None.
+    """Return the reason why the op does not accept a value that the form reads at every call, or None.
 
     Such values are the scale, and parameters whose new shape the module's own code may broadcast.
     """
@@ -159,7 +159,7 @@ def _unfit(module: Any) -> str | None:
 
 
 def _hooked(module: Any) -> str | None:
-    """Return the reason why a hook would not run, or None."""
+    """Return a description of a hook that the form would not run, or None."""
     for path in module._swinkernels_snapshots:
         m = inside(module, path)
         if m is None:
@@ -314,7 +314,7 @@ def _attempt(form: Form, calls: _Calls, trial: Trial) -> str | None:
 
 
 def _why_not_tried(form: Form, module: nn.Module) -> str | None:
-    """Return the reason to skip a module before a trial, whose cached verdict would outlast that reason, or None."""
+    """Return a reason to skip a module that must not become part of a trial's cached verdict, or None."""
     if all_modules_have_hooks():
         return "a global module hook is registered"
     cls: Any = original_class(module)

@@ -130,10 +130,10 @@ def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
 
 
 class _Attention(Accelerated):
-    """Attention that stores an index of the bias table.
+    """The base class of torchvision's accelerated attention, which stores an index of the bias table.
 
     Geometry, parameters and the index are read or compared at every call. torchvision's code runs if the op cannot
-    replace it: while TorchScript or FX traces, and if a user has changed the bias or the index.
+    replace it: while TorchScript or FX traces the code, and if a user has changed the bias or the index.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -227,7 +227,7 @@ def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
 def _why_not_half(block: Any, training: bool | None) -> str | None:
     """Return the reason why attention_half cannot replace a v1 block's attention and norm1, or None.
 
-    Attention of another class, as in Swin3D, is called: then only the MLP half recomputes.
+    Attention of another class, as in Swin3D, is called as a module, and only the MLP half recomputes.
     """
     attn = child(block, "attn")
     if class_of(attn) is not AcceleratedShiftedWindowAttention:

@@ -50,7 +50,7 @@ def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
 
 
 def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return q, k and v of a map, and q, k and v of a pad token, or None for zeros."""
+    """Return q, k and v of a map, and those of a pad token (None if they are zero)."""
     if attn.q_bias is None:
         return attn.qkv(x), None
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))

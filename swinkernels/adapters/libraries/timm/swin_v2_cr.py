@@ -1,7 +1,7 @@
 """Runs timm's own Swin Transformer V2 ("CR") with this package's ops: cosine attention, norms and patch merging.
 
 The bias comes from an MLP on the log coordinates of every pair of tokens. The MLP has a Dropout, active in training, so
-the module's own method computes the bias at every call, and the op takes it as a dense bias. Patch merging is as in v1.
+the module's own method computes the bias at every call, and the op gets it as a dense bias. Patch merging is as in v1.
 
 Source: timm.models.swin_transformer_v2_cr, timm 0.9.16 and newer.
 """
