@@ -1,6 +1,7 @@
-"""Helpers for defining ops: registration with torch.library, dtypes under autocast, caches and derivatives.
+"""Helpers for defining ops.
 
-The caches store what was decided for a call. Per-axis values are padded to three axes here, too.
+They register ops with torch.library, find the dtypes under autocast, pad per-axis values to three axes, cache decisions
+about a call, and define derivatives.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ _RECOMPUTE = Recompute(_RESIDUAL, _blocks.MLP, "pre", _why_not_half)
 
 
 def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor | None:
-    """Return the block's attention branch, computed by attention_half, or None if it cannot be computed for this map."""
+    """Return the block's attention branch, computed by attention_half, or None if that is impossible for this map."""
     if not _blocks.mask_fits(block, x):
         return None
     attn = child(block, "attn")
