@@ -100,7 +100,10 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
 
 
 def best_ratios(rows: Sequence[Row], direction: str) -> dict[tuple[str, str], float]:
-    """Return the time of the fastest other implementation of window attention divided by ours, by shape and dtype."""
+    """For each shape and dtype, return the time of the fastest other implementation, divided by our fastest time.
+
+    Both are times of window attention in this direction.
+    """
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in _right(rows, "ops"):
         if (row["op"], row["direction"]) == ("window_attention", direction):

@@ -18,7 +18,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 class Missing(Exception):
-    """A required tool is missing; the message names the tool and the remedy."""
+    """A required program or the CUDA sources are missing; the message names what is missing and the remedy."""
 
 
 def tool(name: str) -> str:

@@ -51,7 +51,7 @@ def _rms(x: Tensor) -> float:
 def compare(
     got: Mapping[str, Tensor], exact: Mapping[str, Tensor], single: Mapping[str, Tensor], eps: float
 ) -> tuple[bool, float]:
-    """Compare results with ``exact``; return True if they are correct, and the worst RMS error in units of ``eps``.
+    """Return whether the results agree with ``exact``, and their worst RMS error in units of ``eps``.
 
     A result is wrong if its error exceeds 16 eps plus four times the error of the float32 reference (``single``). The
     bound allows for plain PyTorch code that rounds intermediates. Correct code stays far below it; a wrong index, mask

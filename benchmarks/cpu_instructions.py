@@ -40,7 +40,10 @@ BIASES = {"none": 0, "table": 1, "dense": 2}
 
 
 class Missing(Exception):
-    """A tool, object file or instruction set is missing; the message names the remedy."""
+    """A tool is missing, the object files are missing or outdated, or the machine is not x86_64.
+
+    The message names the remedy if there is one.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,7 +137,7 @@ def _norm_then_add(case: MapCase, pair: Pair) -> Op:
 
 
 def _bytes(case: MapCase, read: Sequence[torch.dtype], written: Sequence[torch.dtype]) -> int:
-    """Return the bytes of one map for each dtype in ``read`` and ``written``."""
+    """Return the total bytes moved if one map is read or written for each dtype in ``read`` and ``written``."""
     return _tokens(case) * case.channels * sum(d.itemsize for d in (*read, *written))
 
 
@@ -391,7 +391,7 @@ def judge(
 
 
 def verify(op: str, name: str, case: MapCase, pair: Pair, device: torch.device) -> tuple[bool, float]:
-    """Check a contestant; return True if it is correct, and its worst RMS error in eps."""
+    """Return whether a contestant is correct, and its worst RMS error in eps."""
     return judge(op, name, case, pair, device)[:2]
 
 

@@ -1337,7 +1337,7 @@ def _lanes(w: Warp) -> Array:
 
 
 def _space(w: Warp, addresses: Array, size: int, is_shared: bool) -> tuple[Array, Array]:
-    """Return the byte array that contains all the addresses, and the offsets of the addresses in the array."""
+    """Return the memory (a byte array) in which all the addresses lie, and their offsets in it."""
     if not is_shared and int(addresses[0]) >> 32 == SHARED_WINDOW:
         is_shared = True
     if (addresses % U64(size)).any():

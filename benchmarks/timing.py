@@ -108,7 +108,9 @@ class GraphTimer:
     def samples(self, call: Call, sets: int, replays: int) -> list[float]:
         """Return the mean time of one call in microseconds, for each replay."""
         self.stream.wait_stream(torch.cuda.current_stream())
-        held: list[Any] = [None] * sets  # outputs rotate like the inputs, to leave the cache
+        # Each output is kept until its input set is used again; otherwise the allocator would reuse memory that is
+        # still in the L2 cache.
+        held: list[Any] = [None] * sets
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
         def run(count: int) -> None:

@@ -1,7 +1,7 @@
-"""Runs the tests that need a GPU in several processes, and emits a line per failure and one with the number passed.
+"""Runs the tests that need a GPU in several processes, and emits a line per failed test and the number that passed.
 
-Most of the time is spent on compiling Triton kernels, on one core per process. If a test ends its process or leaves it
-without a GPU, the remaining tests run in a new process.
+Most of the time is spent on compiling Triton kernels, on one core per process. If a test ends its process, or if the
+process can no longer use the GPU, the remaining tests run in a new process.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class _Timer:
 
 
 def cases(group: str, emit: Emitter, setting: Setting) -> Cases:
-    """Yield every case with a goal. If another build is compared, its process takes turns with this one."""
+    """Yield every case that has a goal. The processes that time two builds for comparison take turns."""
     timer = _Timer(emit, setting, group)
     if setting.rehearse:
         yield timer.attention(ATTENTION[0], ("cpu",), "float32")

@@ -40,7 +40,7 @@ def run(step: str, group: str, emit: Emitter, setting: Setting, skip: int = 0) -
             return 0
     module, _, function = CASES[step].partition(".")
     cases = getattr(importlib.import_module(f"gpu.{module}"), function)
-    if step == "tests":  # suite.py names the cases and skips the first ones itself
+    if step == "tests":  # suite.py emits the names of the cases and skips the first ``skip`` tests itself
         cases(group, emit, setting, skip)
         return 0
     for name, case in list(cases(group, emit, setting))[skip:]:

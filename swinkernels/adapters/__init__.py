@@ -1,4 +1,4 @@
-"""Defines accelerate and restore, and the adapters that run the modules of other libraries on this package's ops.
+"""Defines accelerate and restore, and the adapters that run the modules of other libraries with this package's ops.
 
 An adapter changes a module's class and keeps the module: parameters, buffers, hooks and names stay as they are.
 ``libraries`` contains the adapters for known libraries, ``copies`` makes adapters for unknown classes that copy

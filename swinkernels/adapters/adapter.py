@@ -22,8 +22,8 @@ from swinkernels.adapters.forms.form import Form
 from swinkernels.adapters.part import Part
 from swinkernels.ops._backends import why_no_kernels
 
-# A module that is imported with any model of a library -> the library's adapters and forms, or the name of our module
-# whose ADAPTERS lists them. Our module is imported only after the library's, without which no model can exist.
+# Name of a module that is imported with every model of a library -> the library's adapters and forms, or the name of
+# the module of this package whose ADAPTERS lists them. That module is imported only after the library's.
 _ADAPTERS: dict[str, str | tuple[Adapter | Form, ...]] = {
     "monai.networks.nets.swin_unetr": "swinkernels.adapters.libraries.monai",
     "mmpretrain.models.backbones": "swinkernels.adapters.libraries.mmpretrain",
@@ -58,7 +58,7 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Describes how the modules of one class of a library run on this package's ops.
+    """Describes how the modules of one class of a library use this package's ops.
 
     ``accelerated`` is a subclass of ``original`` that adds no parameters or buffers, so swapping a module's
     ``__class__`` is the whole change. The module stores the backend in the attribute that ``BACKEND_ATTRIBUTE`` names.
@@ -67,11 +67,11 @@ class Adapter:
     name: str
     original: type[nn.Module]
     accelerated: type[nn.Module]
-    # The functions below take a module of the class ``original`` or ``accelerated``.
+    # The functions below accept a module of the class ``original`` or ``accelerated``.
     # Returns the reason to leave a module of exactly this class as it is, or None. This function may read the values of
     # tensors, so forward passes do not call it.
     reason_to_skip: Callable[[Any], str | None]
-    # The parts of the module's work that ops can do. The report names the first part's backend, or the library if there
+    # The parts of the module that ops can compute. The report names the first part's backend, or the library if there
     # are no parts.
     parts: tuple[Part, ...]
     # Returns the size of the maps that the module was made for: (*S, C), the tokens per axis S and the channels C.
@@ -98,7 +98,8 @@ class Accelerated(nn.Module):
     _swinkernels_recomputes = False
     # The original class; accelerated classes set this.
     _swinkernels_original: Any = None
-    # The stored tensors as of the swap or the last move. Compiled code guards on their identity.
+    # The stored tensors at the time when the class was swapped or the module was last moved. Compiled code guards on
+    # their identity.
     _swinkernels_seen: tuple[Tensor | None, ...] = ()
 
     def __init_subclass__(cls) -> None:
@@ -109,11 +110,11 @@ class Accelerated(nn.Module):
             watch_unless_watched(cls._swinkernels_original)
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
-        """Return the stored tensors, of this module and its submodules, that the ops compute instead of reading."""
+        """Return the tensors, such as masks, that this module and its submodules store but the ops compute."""
         return ()
 
     def _swinkernels_look(self) -> None:
-        """Check now that the stored tensors equal those that ops compute, because compilers cannot read values."""
+        """Compare the stored tensors with those that ops compute, and cache the result for compiled code."""
 
     def _swinkernels_remember(self) -> None:
         self.__dict__["_swinkernels_seen"] = self._swinkernels_stored()
@@ -155,7 +156,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def derived_since(module: nn.Module) -> bool:
-    """Return True if other code gave an accelerated module a subclass of its class, as torch's fully_shard does."""
+    """Return True if other code changed an accelerated module's class to a subclass, as torch's fully_shard does."""
     return isinstance(module, Accelerated) and not _is_accelerated_class(type(module))
 
 
@@ -164,7 +165,7 @@ def _is_accelerated_class(cls: type) -> bool:
 
 
 def swap_class(adapter: Adapter, module: nn.Module, backend: str, recompute: bool = False) -> None:
-    """Make a module run on this package's ops by changing its class."""
+    """Make a module use this package's ops by changing its class."""
     _change_class(module, adapter.accelerated)
     module.__dict__[BACKEND_ATTRIBUTE] = backend
     module.__dict__["_swinkernels_recomputes"] = recompute

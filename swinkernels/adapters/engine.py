@@ -34,11 +34,11 @@ from swinkernels.ops._backends import check_backend
 
 
 def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = False, verify: bool = False) -> Report:
-    """Make the supported modules of a model run on this package's ops, in place.
+    """Make the supported modules of a model use this package's ops, in place.
 
     Only the modules' classes change, to subclasses that compute the same results with ops. Parameters, buffers,
-    ``state_dict``, hooks and ``isinstance`` stay, ``copy.deepcopy`` and ``pickle`` work, and :func:`restore` undoes the
-    change. Call ``accelerate`` again to change the backend, or after changing the model.
+    ``state_dict``, hooks and ``isinstance`` are unaffected, ``copy.deepcopy`` and ``pickle`` work, and :func:`restore`
+    undoes the change. Call ``accelerate`` again to change the backend, or after changing the model.
 
     Args:
         model: any module, on any device, in any dtype. It may contain modules for which there is an adapter or a form,
@@ -57,7 +57,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = Fal
 
     Returns:
         A :class:`Report` that lists the replaced modules with their backends, and the modules left as they were with
-        the reasons. If there is nothing to replace, ``Report.reason`` says so.
+        the reasons. If the model contains no supported module, ``Report.reason`` says so.
 
     Raises:
         TypeError: ``model`` is not a module, or ``recompute`` is not a bool.
@@ -107,7 +107,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", recompute: bool = Fal
 
 
 def _note_not_recomputed(report: Report, replaced: dict[str, tuple[Adapter, nn.Module]]) -> None:
-    """List in the report the replaced modules on whose training steps recompute=True has no effect.
+    """List in the report the replaced modules for which recompute=True has no effect in training.
 
     A stage that only calls blocks is not listed, but its blocks are.
     """
@@ -153,7 +153,7 @@ Candidate = tuple[str, nn.Module, Adapter | None, str | None]
 
 
 def _candidates(model: nn.Module, adapters: list[Adapter], forms: list[Form]) -> Iterator[Candidate]:
-    """Yield, once each, the modules that have an adapter or a form, or that resemble such modules.
+    """Yield each module that has an adapter or a form, or that resembles such a module, once.
 
     An adapter registered for the module's exact class takes precedence.
     """

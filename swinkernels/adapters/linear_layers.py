@@ -16,12 +16,17 @@ from swinkernels.adapters.bypass import child, class_of, watch, why_not_absorbed
 from swinkernels.adapters.norms import in_another_dtype
 from swinkernels.ops._fused_linear import fuses, linear
 
-# Class -> a function that returns the form of GELU that a module of this class computes, as torch names it, or None.
+# Class -> a function that returns the matching ``approximate`` argument of F.gelu ("none" or "tanh") for a module of
+# this class, or None if there is none.
 _GELU: dict[type, Callable[[Any], str | None]] = {nn.GELU: lambda act: act.approximate}
 
 
 def know_gelu(kind: type[nn.Module], form: Callable[[Any], str | None]) -> None:
-    """Register a library's GELU class; ``form`` returns the form that a module of the class computes, or None."""
+    """Register a library's GELU class.
+
+    ``form`` returns the matching ``approximate`` argument of F.gelu for a module of the class, or None if there is
+    none.
+    """
     watch(kind)
     _GELU[kind] = form
 
@@ -41,7 +46,7 @@ def why_not_left_out(
 ) -> str | None:
     """Return the reason why a dropout, or a library's stochastic depth, has to be called, or None if it has no effect.
 
-    A ``training`` of True or False replaces the module's mode.
+    ``training`` replaces the module's mode unless it is None.
     """
     kind = nn.Identity if class_of(module) is nn.Identity else kind
     is_training = module.training if training is None else training
@@ -57,7 +62,7 @@ def drops_nothing(name: str, module: Any, kind: type[nn.Module] = nn.Dropout) ->
 
 
 def _why_not_linear(name: str, layer: Any) -> str | None:
-    """Return the reason why a layer may not be an nn.Linear that an op may replace, or None."""
+    """Return the reason why a layer is not an nn.Linear whose call an op can replace, or None."""
     kind = class_of(layer)
     if kind not in _LINEAR:
         return f"{name} is a {kind.__module__}.{kind.__qualname__}, not an nn.Linear"
@@ -94,7 +99,8 @@ Drop = tuple[str, Any, type[nn.Module]]
 def add_linear(name: str, layer: Any, x: Tensor, residual: Tensor, drops: Sequence[Drop]) -> Tensor | None:
     """Return residual + drop(layer(x)) computed in one pass, or None if that is not possible.
 
-    ``drops`` are the dropouts after the layer: the name, the module and its class (see :func:`drops_nothing`).
+    ``drops`` lists the dropouts after the layer as (name, module, expected class), the arguments of
+    :func:`drops_nothing`; None is returned if any of them has an effect.
     """
     if not fuses(x) or residual.dtype != x.dtype or not is_plain_linear(name, layer, x):
         return None
@@ -121,7 +127,7 @@ def _calls(name: str, module: Any, kind: type[nn.Module], order: tuple[str, ...]
 
 
 class Layers(NamedTuple):
-    """The layers of an MLP and its form of GELU. A call returns MLP(z), or s + MLP(z)."""
+    """The layers of an MLP and the ``approximate`` argument of its GELU. A call returns MLP(z), or s + MLP(z)."""
 
     fc1: Any
     fc2: Any
@@ -157,7 +163,7 @@ class Mlp:
         return s + (y if self.drop is None else child(block, self.drop)(y))
 
     def fused(self, block: Any, z: Tensor, s: Tensor | None = None) -> Tensor | None:
-        """Return MLP(z), or s + drop(MLP(z)), from fused products, or None if the modules have to be called."""
+        """Return MLP(z), or s + drop(MLP(z)), with fused matrix products, or None if the modules have to be called."""
         if not fuses(z):
             return None
         if s is not None:
@@ -182,9 +188,9 @@ class Mlp:
         return None if in_another_dtype(z, fc1.weight, fc1.bias, fc2.weight, fc2.bias) else found
 
     def layers_or_reason(self, block: Any, training: bool | None = None) -> Layers | str:
-        """Return the MLP's layers, or the reason why its modules have to be called, whatever the input's dtype.
+        """Return the MLP's layers, or the reason, other than the input's dtype, why its modules have to be called.
 
-        A ``training`` of True or False replaces the mode of the dropouts.
+        ``training`` replaces the mode of the dropouts unless it is None.
         """
         linears: list[Any] = []
         gelu = None

@@ -1,4 +1,4 @@
-"""Runs the libraries' residual connections, norms and patch merging on ops."""
+"""Computes the libraries' residual connections, norms and patch merging with ops."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def in_another_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def norm_row(norm: str) -> Callable[[Any], int]:
-    """Make a function that returns the row length of the block's norm of this name, or 0 if it is unknown."""
+    """Return a function that, given a block, returns the row length of its module ``norm``, or 0 if that is unknown."""
 
     def row(block: Any) -> int:
         shape = getattr(child(block, norm), "normalized_shape", ())
@@ -65,7 +65,10 @@ def norm_row(norm: str) -> Callable[[Any], int]:
 
 
 def drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return timm's DropPath as a factor per sample of y, from the same random numbers; None means 1."""
+    """Return the factor per sample by which timm's DropPath would multiply y, or None if the factor is 1.
+
+    It is drawn from the same random numbers as in timm.
+    """
     if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
     keep = 1 - drop_path.drop_prob
@@ -87,7 +90,8 @@ class Residual:
     casts_its_input: Callable[[Any], bool] = lambda block: False
     # Returns the number of the block's channels.
     width: Callable[[Any], int] = lambda block: block.dim
-    # Returns the factor per sample by which the library's DropPath multiplies a branch, drawn in the same way.
+    # Returns the factor per sample by which the library's DropPath would multiply the branch, drawn from the same
+    # random numbers, or None if the factor is 1.
     scale: Callable[[Any, Tensor, torch.dtype], Tensor | None] = drop_path_scale
 
     def why_not(self, block: Any) -> str | None:
@@ -187,9 +191,9 @@ class Merging:
     norm: str
     # Returns the length of the rows that the norm normalises.
     width: Callable[[Any], int]
-    # (number of the map's axes) -> the order of the neighbours' channels, as the op names it.
+    # (number of the map's axes) -> the ``order`` argument of the op, which names the order of the neighbours.
     order: Callable[[int], str] = lambda axes: "swin"
-    # Returns the reason why a merging currently computes something else, or None.
+    # Returns the reason why a module currently does not compute ordinary patch merging, or None.
     why_not_usual: Callable[[Any], str | None] = lambda merging: None
 
     def why_not(self, merging: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Describes the parts of a module's work that ops can do, for the report."""
+"""Describes the parts of a module that ops can compute, for the report."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from swinkernels.ops.window_attention import spec_of, window_attention_reasons
 
 @dataclass(frozen=True)
 class Part:
-    """Describes the work of a module that one op can do.
+    """Describes a part of a module that one op can compute.
 
-    The functions take a module of the adapter's original or accelerated class.
+    The functions accept a module of the adapter's original or accelerated class.
     """
 
     name: str
     # The op's name, as in the backends' lists of ops.
     op: str
-    # Returns the reason why the library's own code currently does this work, whatever the backend, or None.
+    # Returns the reason why the library's own code currently computes this part with every backend, or None.
     reason_to_fall_back: Callable[[Any], str | None]
     # (module, backend, training) -> the reasons why the backend cannot run the op in the module's dtype on its device.
     reasons: Callable[[Any, str, bool], list[str]]

@@ -30,16 +30,16 @@ class Recompute:
     # the sum after the MLP.
     residual: Residual
     mlp: Mlp
-    # The place of the norm, as mlp_half names it: "pre" (v1) or "post" (v2).
+    # The ``norm`` argument of mlp_half: "pre" (v1) or "post" (v2).
     norm: str
-    # (block, training) -> the reason why attention_half cannot replace the attention of a v1 block, or None. A training
-    # of None stands for the current mode of the dropouts.
+    # (block, training) -> the reason why attention_half cannot replace the attention of a v1 block, or None. If
+    # training is None, the current mode of the dropouts applies.
     why_not_attention: Callable[[Any, bool | None], str | None] = lambda block, training: None
 
     def why_not(self, block: Any, training: bool | None = None) -> str | None:
         """Return the reason why the block's halves run as without ``recompute``, or None.
 
-        A ``training`` of True or False replaces the mode of the dropouts.
+        ``training`` replaces the mode of the dropouts unless it is None.
         """
         reason = self.why_not_attention(block, training) or self.residual.why_not(block)
         if reason is not None:
@@ -88,7 +88,7 @@ class Recompute:
             if branch is None:
                 return None
             of_branch = branch.dtype
-        # Drop paths draw the library's random numbers: nothing else draws any after attention.
+        # Drop paths draw the same random numbers as in the library, because nothing else draws any after attention.
         scale = last = None
         if self.residual.drop_path is not None:
             drawn_for = x if branch is None else branch
@@ -108,7 +108,7 @@ class Recompute:
 def attention_branch(
     x: Tensor, norm: Any, qkv: Sequence[Any], proj: Any, backend: str, arguments: dict[str, Any]
 ) -> Tensor | None:
-    """Return the attention branch of a v1 block by attention_half, or None if a parameter has another dtype.
+    """Return a v1 block's attention branch, computed by attention_half, or None if a parameter has another dtype.
 
     Args:
         x: (B, *S, C), the block's input.

@@ -14,7 +14,7 @@ from swinkernels.adapters.check import Ran, run_and_watch
 
 @dataclass(frozen=True)
 class Replaced:
-    """A module that now runs on this package's ops."""
+    """A module that now uses this package's ops."""
 
     path: str
     module_class: str
@@ -38,7 +38,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class NotRecomputed:
-    """A replaced module on whose training steps recompute=True has no effect.
+    """A replaced module for which recompute=True has no effect in training.
 
     Modules inside a replaced block are not listed.
     """
@@ -55,13 +55,14 @@ class Report:
 
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    # The replaced modules on which recompute=True has no effect; empty without recompute=True.
+    # The replaced modules for which recompute=True has no effect; empty without recompute=True.
     not_recomputed: list[NotRecomputed] = field(default_factory=list)
-    # The reason why nothing was replaced, or None.
+    # Set only if nothing was replaced and nothing was skipped: says that the model contains no supported module.
     reason: str | None = None
     # A weak reference to the model.
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
-    # Path -> the op of a module's main part, and a function that returns why the library's own code runs it, or None.
+    # Path -> the op of a module's main part, and a function that returns the reason why the library's own code runs, or
+    # None.
     _parts: dict[str, tuple[str, Callable[[nn.Module], str | None]]] = field(
         default_factory=dict, repr=False, compare=False
     )

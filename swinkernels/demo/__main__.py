@@ -175,13 +175,17 @@ def _conclusion(agreement: dict[str, Any], median_ms: dict[str, dict[str, dict[s
 
 
 def _backends_by_class(replaced: Sequence[Replaced]) -> list[str]:
-    """Return a line for each class of replaced modules: its backend, and the parts that run on another backend."""
+    """Return a line for each class of replaced modules: its backend, and each other backend with the part that uses it.
+
+    The first backend is that of the module's main part.
+    """
     found: dict[tuple[str, ...], int] = {}
     for entry in replaced:
         backend = f"{entry.adapter}'s own code" if entry.backend == entry.adapter else f"backend {entry.backend}"
-        # A remark begins with the part and its backend. Modules with one part have no such remark.
-        parts = [part.partition(". ")[0] for part in entry.remarks if entry.backend != entry.adapter]
-        key = (entry.module_class, backend, *parts)
+        # A remark begins with "part: backend. " if faster backends cannot run the part.
+        parts = [remark.partition(". ")[0] for remark in entry.remarks if entry.backend != entry.adapter]
+        others = [part for part in parts if part.partition(": ")[2] != entry.backend]
+        key = (entry.module_class, backend, *others)
         found[key] = found.get(key, 0) + 1
     return [f"{count} {name}: {'; '.join(runs)}" for (name, *runs), count in found.items()]
 

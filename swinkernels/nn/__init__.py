@@ -1,4 +1,4 @@
-"""Modules that run on this package's ops. Published checkpoints load strictly, because parameter names are the same.
+"""Modules that use this package's ops. Published checkpoints load strictly, because parameter names are the same.
 
 The norms, the layers ``reduction`` and ``expand`` next to them, and in v2 ``qkv``, only store their parameters, with
 the published names and initialisation. These layers are not called: hooks on them do not run, and replacing one with a

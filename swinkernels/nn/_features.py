@@ -41,8 +41,8 @@ def as_map(op: str, x: Any, size: Sequence[int] | None, dim: int, spatial_dims: 
         size = _arguments.check_size(op, size)
     if x.dim() not in ((4, 5) if size is None else (3,)):
         raise ValueError(
-            f"{op}: x must be a map (B, *S, C), S = (H, W) or (D, H, W), without size, or a sequence (B, L, C) with "
-            f"size=S, got shape {tuple(x.shape)} and size={size}"
+            f"{op}: x must be a map (B, *S, C) if size is None, or a sequence (B, L, C) if size=S is given, where S is "
+            f"(H, W) or (D, H, W); got shape {tuple(x.shape)} and size={size}"
         )
     if size is not None:
         if x.shape[1] != math.prod(size):

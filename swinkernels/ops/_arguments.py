@@ -32,10 +32,10 @@ Ints = int | Sequence[int]
 def why_beyond_limits(head_dim: int, window: Sequence[int] = ()) -> str | None:
     """Return the reason why the op rejects heads or windows of this size, for a report, or None if it accepts them."""
     if head_dim > MAX_HEAD_DIM:
-        return f"its heads have {head_dim} channels, and the op takes at most {MAX_HEAD_DIM}"
+        return f"its heads have {head_dim} channels, and the op accepts at most {MAX_HEAD_DIM}"
     volume = math.prod(window)
     if volume > MAX_WINDOW_VOLUME:
-        return f"its windows hold {volume} tokens, and the op takes at most {MAX_WINDOW_VOLUME}"
+        return f"its windows have {volume} tokens, and the op accepts at most {MAX_WINDOW_VOLUME}"
     return None
 
 
@@ -504,8 +504,9 @@ def check_window_call(
     elements = tokens.shape[0] * math.prod(frame) * num_heads * max(m, 3 * head_dim)
     if isinstance(elements, int) and elements > MAX_ELEMENTS:  # comparing a symbolic size would add a guard
         raise ValueError(
-            f"{op}: the map is too large: the number of scores and of elements of q, k and v must be at most 2**63 - 1 "
-            f"(int64), got shape {tuple(tokens.shape)} with window_size {window}; split the batch"
+            f"{op}: the map is too large: neither the number of scores nor the number of elements of q, k and v "
+            f"together may exceed 2**63 - 1 (int64), got shape {tuple(tokens.shape)} with window_size {window}; "
+            "split the batch"
         )
     before = spec.pad_before
     if any(before) and any(not 0 <= b <= p - s for b, p, s in zip(before, frame, size, strict=True)):

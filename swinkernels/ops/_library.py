@@ -1,4 +1,8 @@
-"""Helpers for defining ops: the torch library, autocast, axis values, caches of decisions, and derivatives."""
+"""Helpers for defining ops.
+
+They register ops with torch.library, find the dtypes under autocast, pad per-axis values to three axes, cache decisions
+about a call, and define derivatives.
+"""
 
 from __future__ import annotations
 

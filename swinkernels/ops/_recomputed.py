@@ -1,8 +1,8 @@
 """Linear layers after a norm or GELU whose result is recomputed in the backward pass instead of being kept.
 
 Eager PyTorch keeps both the input of a norm or GELU and its result, which the next Linear reads. Norm and GELU are
-cheap compared with the matrix products, so the functions below keep only the input. Compilers choose what to
-recompute, and transforms have their own rules, so all calls but plain eager ones run the plain operations.
+cheap compared with the matrix products, so the functions below keep only the input in plain eager calls. All other
+calls run the plain operations: compilers choose the results to recompute, and transforms have their own rules.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _run(
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Return a context without autocast, which has already cast the tensors or was off in the forward pass."""
+    """Return a context without autocast: the tensors were cast before, or autocast was off in the forward pass."""
     is_on = torch._C._is_any_autocast_enabled()
     return torch.autocast(x.device.type, enabled=False) if is_on else _AS_IT_IS
 

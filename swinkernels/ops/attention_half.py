@@ -55,7 +55,7 @@ def attention_half(
     in v1 a pad token is zero after the norm, not before it.
 
     For the backward pass, the call keeps x, q, k, v, the tensors that window attention keeps, the input of proj and, in
-    "post", the result of proj; the norm of "pre" is recomputed. In compiled code the compiler chooses what to keep.
+    "post", the result of proj; the norm of "pre" is recomputed. In compiled code the compiler chooses these tensors.
 
     Args:
         x: (B, \*S, C), S = (H, W) or (D, H, W), float32, float16, bfloat16 or float64 (torch and reference only).
@@ -81,8 +81,8 @@ def attention_half(
         (B, \*S, C) in the dtype of x; with residual=False and norm="pre", in the dtype of the matrix products. An empty
         batch gives an empty result. Under autocast the matrix products and the attention use the autocast dtype.
         Differentiable in x, all parameters, tables and layer_scale, each gradient in its tensor's dtype; twice with
-        backend="torch" or "reference". Differentiable in drop_path_scale wherever
-        :func:`swinkernels.residual_layer_norm` is.
+        backend="torch" or "reference". Also differentiable in drop_path_scale with backend="auto", "torch" or
+        "reference".
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names the value given and the values accepted.

@@ -38,7 +38,10 @@ define(
 
 
 def expanded_shape(shape: Sequence[int], factor: Sequence[int]) -> list[int]:
-    """Return the shape of the result for an input of this shape."""
+    """Return the shape of the norm's result.
+
+    Each token's channels are split among ``factor`` tokens per axis; without a factor the shape is unchanged.
+    """
     if not factor:
         return list(shape)
     factors = factor[-(len(shape) - 2) :]

@@ -48,7 +48,7 @@ def mlp_half(
         y = x + d \, \gamma \cdot LayerNorm(fc_2(GELU(fc_1(x)))) \quad \text{(post, v2)}
 
     For the backward pass, the call keeps x, the result of fc1 and, in "post", the result of fc2; the norm of "pre" and
-    GELU are recomputed. In compiled code the compiler chooses what to keep.
+    GELU are recomputed. In compiled code the compiler chooses these tensors.
 
     Args:
         x: (B, ..., C), float32, float16, bfloat16 or float64 (torch and reference only).

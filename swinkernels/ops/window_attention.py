@@ -80,7 +80,7 @@ def _define(name: str, maps: tuple[str, ...], suffix: str) -> Differentiable:
         return *(x.new_empty(x.shape) for x in xs), *sums
 
     def setup_context(ctx, tensors, others, output):
-        ctx.set_materialize_grads(False)  # avoids a kernel that fills zeros for lse
+        ctx.set_materialize_grads(False)  # otherwise autograd makes zero gradients for lse
         ctx.spec = others
         ctx.save_for_backward(*tensors[:n], output[1], *tensors[n:])
         ctx.mark_non_differentiable(output[1])
@@ -416,7 +416,7 @@ def window_attention_qkvpacked(
             excludes a shift.
         axis_tables: decomposed relative position instead of a bias (SAM, ViTDet): a table (2 * window - 1, head_dim)
             for each axis a of the map, shared by the heads and used in float32. Adds
-            :math:`q_i \cdot table_a[i_a - j_a + window_a - 1]` to the score, with q unscaled. A window may then hold
+            :math:`q_i \cdot table_a[i_a - j_a + window_a - 1]` to the score, with q unscaled. A window may then have
             4096 tokens. Excludes ``bias_table``, ``bias`` and ``logit_scale``.
         key_window: tokens per axis of a larger window from which keys and values are taken (HAT's overlapping
             cross-attention): ``window_size`` plus an even number, half of it on each side; at most 1024 tokens in all.
@@ -429,7 +429,7 @@ def window_attention_qkvpacked(
         backend: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" picks the fastest usable
             one: a kernel, else PyTorch's own code ("torch"), never the slow reference.
         return_attention: also return the attention weights. Only "torch" and "reference" support it: the kernels never
-            hold all weights.
+            store all weights.
 
     Returns:
         (B, \*S, C) in the dtype of qkv, contiguous. An empty batch gives an empty result. Differentiable in qkv,

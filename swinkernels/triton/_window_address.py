@@ -76,7 +76,10 @@ def _source(n, t, size, roll, before, WINDOW: tl.constexpr, ROLL_THEN_PAD: tl.co
 
 @triton.jit
 def locate(window, token, geometry, STATIC: tl.constexpr):
-    """Locate tokens of a window; ``geometry`` has the fields of Geometry, and STATIC those of a kernel's Static."""
+    """Return the Tokens with these numbers in a window.
+
+    ``geometry`` has the fields of Geometry; STATIC has at least WINDOW, ROLL_THEN_PAD, GRID and HAS_PADDING.
+    """
     WINDOW: tl.constexpr = STATIC.WINDOW
     ROLL_THEN_PAD: tl.constexpr = STATIC.ROLL_THEN_PAD
     GRID: tl.constexpr = STATIC.GRID

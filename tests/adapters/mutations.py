@@ -269,7 +269,7 @@ def attribute_as_numpy_scalar(site: Site, name: str) -> None:
 
 
 def _factor(kind: int, value: float) -> Any:
-    """Return a setting of this kind that contains a factor; _read returns the factor."""
+    """Return a setting that contains the factor ``value``, of the type numbered ``kind``; _read returns the factor."""
     return (
         types.SimpleNamespace(factor=value), {"factor": value}, Settings(value), Mode.A if value == 1.0 else Mode.B,
         np.float64(value), torch.tensor(int(4 * value)), torch.tensor([value > 1.0]),

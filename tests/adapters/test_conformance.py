@@ -131,7 +131,7 @@ def accelerated(model: nn.Module, backend: str = "auto", **options: Any) -> nn.M
 
 
 def on_ops(library: str) -> nn.Module:
-    """Return a model whose attention runs on this package's op."""
+    """Return a model whose attention is computed by this package's op."""
     return make(library) if library == "swinkernels" else accelerated(original(library))
 
 

@@ -129,7 +129,7 @@ def test_windows_beyond_the_limits_of_the_op():
     module = make(Wrapped, forms.WindowAttention)
     module.attn.window_size = (32, 33)
     (skipped,) = swinkernels.accelerate(module, backend="torch").skipped
-    assert skipped.reason == "its windows hold 1056 tokens, and the op takes at most 1024"
+    assert skipped.reason == "its windows have 1056 tokens, and the op accepts at most 1024"
 
 
 def test_calls_that_the_trial_says_nothing_of():

@@ -536,7 +536,7 @@ def test_wrong_calls_raise_what_they_raised():
     x = torch.randn(2, 63, 12, dtype=torch.float64)
     for module in (block, fast):
         with pytest.raises(RuntimeError, match="shape"):
-            module(x, (9, 7))  # SwinIR pads the image, and its blocks do not pad
+            module(x, (9, 7))  # SwinIR pads the image; its blocks do not pad
         with pytest.raises(TypeError):
             module(x)
 

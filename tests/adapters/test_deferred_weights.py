@@ -1,4 +1,4 @@
-"""Attention weights that a module returns are computed only if they are read, and equal the weights of its own code."""
+"""Tests that attention weights are computed only if they are read, and equal the weights from the module's own code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def x() -> Tensor:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_models_switch_decides_at_every_call(training, attention_calls):
-    """While its switch is on, which may be set at any time, the model reads the weights of the last of two stages."""
+    """While htsat_attn_heatmap is on, the model reads the weights of the second stage. It may be set at any time."""
     plain, x = make_model("HTSAT").train(training), make_input("HTSAT")
     fast = copy.deepcopy(plain)
     swinkernels.accelerate(fast)
@@ -185,7 +185,7 @@ class Doubled(torch.autograd.Function):
 
 
 def gradients(stage: Any, x: Tensor, loss: Any) -> list[Tensor]:
-    """Return the gradients of the stage's parameters, and of x if there is one."""
+    """Return the gradients of x and of the stage's parameters, without those that are None."""
     stage.zero_grad()
     given = x.clone().requires_grad_()
     loss(given).backward()
@@ -245,7 +245,7 @@ def test_reentrant_checkpointing_of_two_stages(stages, x):
 
 
 def test_the_modes_of_the_call_count():
-    """The gradient, inference and autocast modes of the call apply, even if the first read has other modes."""
+    """The gradient, inference and autocast modes of the call apply, even if the first read is in other modes."""
     weight = torch.ones(3, requires_grad=True)
     with torch.no_grad():
         plain = deferred(lambda weight: weight * 2, (3,), torch.float32, [weight])

@@ -1,4 +1,4 @@
-"""Tests that the row of each family in docs/models.md agrees with the modules that run on ops."""
+"""Tests that the row of each family in docs/models.md agrees with the modules that use ops."""
 
 from __future__ import annotations
 

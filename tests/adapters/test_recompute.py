@@ -1,4 +1,4 @@
-"""accelerate(recompute=True): the same training steps with fewer bytes saved for the backward pass."""
+"""Tests that accelerate(recompute=True) keeps training steps the same and saves fewer bytes for the backward pass."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_outputs_and_gradients(family, drop_path, training, halves):
-    """Drop paths draw the library's random numbers."""
+    """Drop paths draw the same random numbers as in the library."""
     model, x = make_model(family, drop_path=drop_path).train(training), make_image(family=family)
     assert_same(step(accelerated(model), x), step(model, x))
     is_v1 = FAMILIES[family][1]
@@ -250,7 +250,7 @@ def test_blocks_changed_afterwards_run_as_before(family, edit, halves):
     for m in (model, fast):
         edit(lambda name, m=m: m.get_submodule(f"{block}.{parts[name]}"))
     expected, got = step(model, x), step(fast, x)
-    only_mlp = family in ("timm v2", "torchvision v2")  # whatever code runs the attention
+    only_mlp = family in ("timm v2", "torchvision v2")  # an edit of the attention has no effect on mlp_half
     assert len(halves["mlp_half"]) == (3 if only_mlp and edit is parametrised_qkv else 2)
     assert_same(got, expected)
 

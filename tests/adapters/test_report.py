@@ -1,4 +1,7 @@
-"""Tests that the report of accelerate is correct, and that Report.check confirms it."""
+"""Tests the report of accelerate and Report.check.
+
+Report.check lists the ops that each replaced module called in one run, or the reason why it called none.
+"""
 
 from __future__ import annotations
 

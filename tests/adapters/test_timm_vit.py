@@ -135,7 +135,7 @@ def test_verify_finds_a_wrong_call_and_names_the_module(monkeypatch):
 LEFT_ALONE: dict[str, tuple[dict[str, Any], str]] = {
     "one bias for all blocks": ({"shared_rel_pos": True}, "it has no position bias of its own"),
     "class token": ({"rel_pos_type": "bias", "class_token": True}, "rel_pos has a row for a class token"),
-    "large map": ({"img_size": (264, 256)}, "its windows hold 1056 tokens, and the op takes at most 1024"),
+    "large map": ({"img_size": (264, 256)}, "its windows have 1056 tokens, and the op accepts at most 1024"),
 }
 
 

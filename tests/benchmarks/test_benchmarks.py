@@ -1,4 +1,7 @@
-"""Tests that the benchmarks have the right peers and bytes, and give verdicts only on measured results."""
+"""Tests that the peers agree with the reference, that the bytes moved are counted correctly, and the verdicts.
+
+A goal without a measurement is reported as not measured.
+"""
 
 from __future__ import annotations
 
@@ -255,7 +258,8 @@ def test_goals_of_the_memory_bound_ops() -> None:
     assert got["patch_merging_norm fwd at swin_t.1"] == "met"
     assert got["patch_merging_norm fwd at swin_t.1 against eager"] == "not met"
     assert got["patch_merging_norm fwd at swin_t.1 against eager-compiled"] == "met"
-    assert got["patch_merging fwd at swin_t.1"] == "met"  # 172 is less than 1.15 times 150
+    # The limit is 1.15 * (100 for the Linear + 50 for the copy) = 172.5.
+    assert got["patch_merging fwd at swin_t.1"] == "met"
     assert got["window_partition fwd at swin_t.1"] == "not met"
     assert got["window_partition fwd at swin_t.2"] == "not measured"
     rows[4]["median_us"] = 173.0

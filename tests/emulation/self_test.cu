@@ -80,8 +80,8 @@ __global__ void write_packed_kernel(const uint32_t* x, uint32_t* y, int how, int
   }
 }
 
-// The rows of y: the sum by xor, the next lane's value, the previous lane's within groups of 8, lane 3's of each group,
-// and the ballot of odd values.
+// Writes one row of y per function: the sum over the warp (xor), the value of the next lane, the value of the previous
+// lane within groups of 8, the value of lane 3 of each group, and the ballot of odd values.
 __global__ void shuffle_kernel(const int* x, int* y) {
   const int lane = threadIdx.x;
   int sum = x[lane];

@@ -398,7 +398,7 @@ def test_repr():
             ValueError,
             ["x", "size=S", "(2, 20, 6)", "size=None"],
         ),
-        (lambda: PatchMerging(6)(zeros(2, 4, 5, 6), size=(4, 5)), ValueError, ["without size", "(2, 4, 5, 6)"]),
+        (lambda: PatchMerging(6)(zeros(2, 4, 5, 6), size=(4, 5)), ValueError, ["if size is None", "(2, 4, 5, 6)"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(4, 4)), ValueError, ["L = 16", "(4, 4)", "(2, 20, 6)"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=20), TypeError, ["PatchMerging: size", "(H, W)", "20"]),
         (lambda: PatchMerging(6)(zeros(2, 20, 6), size=(20,)), ValueError, ["PatchMerging: size", "(H, W)", "(20,)"]),

@@ -76,7 +76,7 @@ def test_a_known_call_is_not_checked_again(monkeypatch):
     ids=str,
 )
 def test_equal_is_not_the_same(right, wrong):
-    """True == 1 == 1.0 are one dictionary key, but different arguments."""
+    """True, 1 and 1.0 are the same dictionary key, but a call may accept one and must refuse another."""
     given = {"qkv": torch.zeros(1, 2, 3, 12), "num_heads": 2, "window_size": (2, 3)}
     attend(**{**given, **right})
     assert next(iter(right.values())) == next(iter(wrong.values()))

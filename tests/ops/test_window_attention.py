@@ -1,4 +1,4 @@
-"""Window attention as an op of torch: schema, fake, autograd, autocast, compile and backend choice."""
+"""Tests window attention as a torch op: schema, fake, autograd, autocast, compile and backend choice."""
 
 from __future__ import annotations
 

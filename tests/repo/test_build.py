@@ -239,7 +239,7 @@ def test_missing_package_is_one_line(tmp_path: Path, package: str) -> None:
 
 
 def test_pure_python_wheel_and_source_archive(tmp_path: Path) -> None:
-    """Neither build needs torch or a compiler. The wheel is built from the unpacked archive, as pip does it."""
+    """Neither build needs torch or a compiler. The wheel is built from the unpacked archive, as pip does."""
     (tmp_path / "torch.py").write_text("raise ImportError('not here')\n")
     environ = {"PYTHONPATH": str(tmp_path), "CXX": "no-such-compiler"}
     result = run_setup("-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path), **environ)

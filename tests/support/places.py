@@ -161,7 +161,7 @@ PLACES = types.MappingProxyType(places())
 
 def beyond_limits() -> dict[str, tuple[Place, str]]:
     """Return places with heads of 130 channels or windows of 33 x 32 tokens, each with the reason in the report."""
-    heads, windows = "its heads have 130 channels", "its windows hold 1056 tokens"
+    heads, windows = "its heads have 130 channels", "its windows have 1056 tokens"
     found: dict[str, tuple[Place, str]] = {}
     if "timm swin" in PLACES:
         from timm.models.swin_transformer import SwinTransformerBlock

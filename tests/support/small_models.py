@@ -442,7 +442,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-# Family with its own form -> the number of modules that run on an op, and words of the report on the other modules.
+# Family with its own form -> the number of modules that use an op, and words of the report on the other modules.
 FORMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "timm DaViT": (2, ()),
     "timm TinyViT": (2, ()),

@@ -211,7 +211,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return y;
 }
 
-// Returns a * b + c. Always compiles to one instruction, for any origin of a and b.
+// Returns a * b + c. Compiles to one instruction, however a and b were computed.
 __device__ __forceinline__ uint64_t multiply_add_wide(uint32_t a, uint32_t b, uint64_t c) {
   uint64_t d;
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));

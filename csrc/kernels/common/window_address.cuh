@@ -1,5 +1,5 @@
 // Computes the positions of a window's tokens in the map, their padding and their shift regions. Implements the
-// definition of WindowGeometry (csrc/params/window_attention.h) as index arithmetic without divisions.
+// definition of WindowGeometry (csrc/params/window_attention.h) as index arithmetic.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,10 @@
 """Adapters for window attention of unknown classes inside blocks without a known form, such as HAT's.
 
-Only the attention module is replaced; its block cuts the windows. Rolling and cutting stay in the block, so the gain is
-smaller, but the block may be of any form, because x, the mask and, in HAT, the index of the bias table are arguments of
-the module. The op takes bias plus mask, of any values, as a dense bias. The windows of an image become the rows of a
-map, (images, windows, N, C), and each window of the op is one row. A class is replaced only after a trial with random
-masks.
+Only the attention module is replaced. The block still rolls the map and cuts it into windows, so the gain is smaller.
+The code of the block does not matter, because x, the mask and, in HAT, the index of the bias table are arguments of the
+attention module. The sum of bias and mask, which may have any values, is the dense bias of the op. The windows of an
+image become the rows of a map, (images, windows, N, C), and each window of the op is one row. A class is replaced only
+after a trial with random masks.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _volume(attn: Any) -> int:
 
 
 def _why_beyond_limits(attn: Any, n: int) -> str | None:
-    """Return why the op cannot take windows of N tokens with the module's heads, or None."""
+    """Return the reason why the op does not accept windows of N tokens with the module's heads, or None."""
     return why_beyond_limits(attn.qkv.out_features // (3 * attn.num_heads), (n,))
 
 
@@ -114,10 +114,10 @@ def _attend(form: Form, attn: Any, x: Tensor, index: Any, mask: Any) -> Tensor |
 
 
 class StructuralAttention(DynamicSubclass):
-    """A window attention module that runs on the op, with the sum of bias and mask as a dense bias.
+    """A window attention module that calls the op, with the sum of bias and mask as a dense bias.
 
-    Its own forward runs if the op cannot replace it: with hooks inside, layers other than nn.Linear or windows of
-    another size, while traced, and after any change since the trial.
+    The module's own forward runs if the op cannot replace it: with hooks on inner modules, with layers other than
+    nn.Linear, with windows of another size, while the code is traced, and after any change since the trial.
     """
 
     _swinkernels_form: Form

@@ -323,7 +323,7 @@ def _mlp_half(block: Any, s: Tensor, z: Tensor) -> Tensor:
 
 
 class StructuralBlock(DynamicSubclass):
-    """A block whose attention half runs on a window attention op; the second base class is the original class.
+    """A block whose attention half is computed by a window attention op; the second base class is the original class.
 
     Geometry and parameters are read at every call. The block's own forward runs in every call that the trial does not
     cover: with other arguments, with a map of another kind, with a nonstandard mask, with hooks inside the attention,
@@ -697,6 +697,6 @@ def _adapter(original: Any, form: Form) -> Adapter:
         weight=_qkv_weight,
         run=functools.partial(_call, form),
         # If a mask passed as an argument differs from the standard mask, or if a compiler cannot read it, the block
-        # runs its own code. Its attention then still runs on the op, which accepts any mask as a dense bias.
+        # runs its own code. Its attention then still uses the op, which accepts any mask as a dense bias.
         looks_inside=form.mask_from == "argument",
     )

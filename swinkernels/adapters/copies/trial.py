@@ -130,7 +130,7 @@ class Trial:
     """Compares a module with the accelerated class that should give the same results."""
 
     module: Any
-    # Changes the class of a copy so that it runs on ops.
+    # Changes the class of a copy so that it uses ops.
     swap_class: Callable[[nn.Module], None]
     # Calls the forward of a copy on an input, with the further arguments that the forward requires.
     call: Callable[[nn.Module, Tensor], Any]

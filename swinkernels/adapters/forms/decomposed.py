@@ -35,7 +35,7 @@ def decomposed_attention(
     if not window and not uses_tables:
         return "it attends to the whole map without a bias, for which torch's own attention is as fast"
     if size[0] * size[1] > _MOST_TOKENS[uses_tables]:
-        return f"its windows hold {size[0] * size[1]} tokens, and the op takes at most {_MOST_TOKENS[uses_tables]}"
+        return f"its windows have {size[0] * size[1]} tokens, and the op accepts at most {_MOST_TOKENS[uses_tables]}"
     tables = (attn.rel_pos_h, attn.rel_pos_w) if uses_tables else None
     if tables is not None and any(len(t) != 2 * n - 1 for t, n in zip(tables, size, strict=True)):
         return "its tables of relative position are for another map, and it interpolates them"

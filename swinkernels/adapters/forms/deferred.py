@@ -1,4 +1,4 @@
-"""Tensors that a module returns without computing them, for results that most callers drop."""
+"""Tensors that are computed only when they are read, for results that most callers ignore."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def deferred(
 ) -> Tensor:
     """Return the result of ``compute``, but call it only when an operation first reads the result.
 
-    ``compute`` then runs in the modes of this call (gradients, autocast, inference). It runs at once under a compiler,
-    which drops unread results itself, under transforms and while a CUDA graph is captured, whose replays could not
-    compute the result later.
+    ``compute`` then runs in the modes of this call (gradients, autocast, inference). It runs immediately under a
+    compiler, which removes unread results itself; under transforms; and while a CUDA graph is captured, because the
+    graph's replays could not compute the result later.
 
     Args:
         compute: returns a tensor, with gradients for its arguments, the tensors in ``read``.
         shape, dtype: shape and dtype of that tensor.
-        read: the arguments of ``compute``, the first one on the result's device. Nothing else may change them.
+        read: the arguments of ``compute``; the first one is on the result's device. No other code may change them.
     """
     is_captured = read[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if is_captured or _is_traced(read):
@@ -90,10 +90,10 @@ class _Deferred(Tensor):
 
 
 class _Linked(torch.autograd.Function):
-    """Makes a deferred tensor with a gradient that also arrives if it bypasses the tensor's values.
+    """Makes a deferred tensor that passes its gradient on to the arguments of ``compute``.
 
-    Custom autograd functions receive the deferred tensor itself, and so does the backward pass of reentrant
-    checkpointing.
+    This also works if code receives the deferred tensor itself and not its computed values: custom autograd functions
+    do, and the backward pass of reentrant checkpointing does.
     """
 
     @staticmethod

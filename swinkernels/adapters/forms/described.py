@@ -1,4 +1,4 @@
-"""Runs modules that have a form (:class:`Form`) on window attention ops.
+"""Computes modules that have a form (:class:`Form`) with window attention ops.
 
 One accelerated class is made per class and form, and is pickled as that pair. Its method runs the form's forward, or
 the module's own code if the form requires that or if the module has changed since its trial.
@@ -48,17 +48,18 @@ from swinkernels.window_spec import WindowSpec
 
 
 class Described(DynamicSubclass):
-    """A module that runs its form's forward, on window attention ops.
+    """A module that runs its form's forward, which calls window attention ops.
 
-    The module's own code runs if it gets arguments that the form does not have, if there are hooks on modules whose
-    work the op does, while it is traced, and after any change since the trial.
+    The module's own code runs if it gets arguments that the form does not have, if there are hooks on modules that the
+    op replaces, while the code is traced, and after any change since the trial.
     """
 
     _swinkernels_form: Form
     _swinkernels_in_trial = False
     # In a trial: the op's calls so far.
     _swinkernels_calls: _Calls | None = None
-    # State at the swap: path -> the shapes of parameters, by name, and True if the module had a scale.
+    # Recorded when the class was swapped: for each module path, the shapes of its parameters by name, and whether it
+    # had a ``scale``.
     _swinkernels_shapes: Mapping[str, tuple[dict[str, torch.Size], bool]] = MappingProxyType({})
 
     def _swinkernels_swapped(self) -> None:
@@ -118,7 +119,7 @@ def _why_not_taken(form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _snapshots(form: Form, module: nn.Module) -> dict[str, Snapshot]:
-    """Snapshot the module, and the modules inside it whose work the op does."""
+    """Return snapshots of the module, and of the modules inside it that the op replaces, by path."""
     found = {"": Snapshot(module, absorbs="" in form.absorbs)}
     for root in form.absorbs:
         for path, m in module.get_submodule(root).named_modules(prefix=root):
@@ -139,7 +140,7 @@ def _shapes(module: Any) -> dict[str, tuple[dict[str, torch.Size], bool]]:
 
 
 def _unfit(module: Any) -> str | None:
-    """Return the reason why the op may not take a value that the form reads at every call, or None.
+    """Return the reason why the op does not accept a value that the form reads at every call, or None.
 
     Such values are the scale, and parameters whose new shape the module's own code may broadcast.
     """
@@ -158,7 +159,7 @@ def _unfit(module: Any) -> str | None:
 
 
 def _hooked(module: Any) -> str | None:
-    """Return the reason why a hook would not run, or None."""
+    """Return a description of a hook that the form would not run, or None."""
     for path in module._swinkernels_snapshots:
         m = inside(module, path)
         if m is None:
@@ -313,7 +314,7 @@ def _attempt(form: Form, calls: _Calls, trial: Trial) -> str | None:
 
 
 def _why_not_tried(form: Form, module: nn.Module) -> str | None:
-    """Return the reason to skip a module before a trial, whose cached verdict would outlast that reason, or None."""
+    """Return a reason to skip a module that must not become part of a trial's cached verdict, or None."""
     if all_modules_have_hooks():
         return "a global module hook is registered"
     cls: Any = original_class(module)

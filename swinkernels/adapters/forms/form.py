@@ -1,4 +1,4 @@
-"""Defines Form, which describes how the modules of a class compute window attention, so that they can run on the op."""
+"""Defines Form, which describes how the modules of a class compute window attention, so that they can use the op."""
 
 from __future__ import annotations
 

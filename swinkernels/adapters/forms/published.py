@@ -526,7 +526,7 @@ VRT = Form(
 
 
 # Stages of volumes. Their bias tables number the offsets in an order that is not row-major. The stages of
-# nnFormer_acdc.py have no mask and other windows, so only their attention modules run on the op.
+# nnFormer_acdc.py have no mask and other windows, so only their attention modules use the op.
 
 
 def _is_nnformer(module: nn.Module, *names: str) -> bool:
@@ -572,7 +572,7 @@ def _nnformer_blocks(stage: Any, attend: Any, x: Tensor, size: tuple[int, ...], 
         if block.shift_size and (block.window_size, block.shift_size) != (stage.window_size, stage.shift_size):
             return "its mask has other windows than its blocks"
         if block.window_size**3 > _MOST_TOKENS:
-            return f"its windows hold {block.window_size**3} tokens, and the op takes at most {_MOST_TOKENS}"
+            return f"its windows have {block.window_size**3} tokens, and the op accepts at most {_MOST_TOKENS}"
     for block in stage.blocks:
         attn, window = block.attn, (block.window_size,) * 3
         given = {

@@ -57,7 +57,7 @@ def _pangu(block: Any, attend: Any, x: Tensor) -> Any:
     if x.dim() != 3 or x.shape[1] != math.prod(size):
         return f"{tuple(x.shape)} is not a map of {size}"
     if math.prod(window) > _MOST_TOKENS:
-        return f"its windows hold {math.prod(window)} tokens, and the op takes at most {_MOST_TOKENS}"
+        return f"its windows have {math.prod(window)} tokens, and the op accepts at most {_MOST_TOKENS}"
     mask = block.attn_mask
     if block.roll and not holds(mask, (_longitude_first, *frame_of(size, window), *window, *shift)):
         return "attn_mask differs from the standard mask for its window and shift"
@@ -127,7 +127,7 @@ def _aurora(block: Any, attend: Any, x: Tensor, c: Tensor, res: Any, rollout_ste
     window = tuple(w if fit else n for n, w, fit in zip(size, block.window_size, fits, strict=True))
     shift = tuple(s if fit else 0 for s, fit in zip(block.shift_size, fits, strict=True))
     if math.prod(window) > _MOST_TOKENS:
-        return f"its windows hold {math.prod(window)} tokens, and the op takes at most {_MOST_TOKENS}"
+        return f"its windows have {math.prod(window)} tokens, and the op accepts at most {_MOST_TOKENS}"
     x_map = x.unflatten(1, size)
     y = attend(
         attn.qkv(x_map) + attn.lora_qkv(x_map, rollout_step),

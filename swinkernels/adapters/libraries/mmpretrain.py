@@ -1,12 +1,12 @@
-"""Runs mmpretrain's Swin Transformers, v1 and v2, on this package's ops: attention, blocks and patch merging.
+"""Runs mmpretrain's Swin Transformers, v1 and v2, with this package's ops: attention, blocks and patch merging.
 
 ShiftWindowMSA pads the map, rolls it, cuts it into windows, runs WindowMSA or WindowMSAV2 inside them and undoes all of
 this. Linear layers process each token separately, so QKV and the projection run on the map in image order, and the op
 addresses the windows. A pad token is a row of zeros, so its q, k and v are the bias of the QKV layer. If the shorter
 side of the map equals the window, there is no shift on either axis, unless pad_small_map is set.
 
-Residual connections, norms and patch merging also run on ops. mmcv's patch merging orders channels as torch.nn.Unfold
-does. ShiftWindowMSA includes the drop path of a block's attention half.
+Residual connections, norms and patch merging are also computed by ops. mmcv's patch merging orders channels as
+torch.nn.Unfold does. ShiftWindowMSA includes the drop path of a block's attention half.
 
 Source: mmpretrain.models 1.0 and newer (utils/attention.py, utils/embed.py, backbones/swin_transformer.py and
 swin_transformer_v2.py) and mmcv.cnn.bricks.transformer.
@@ -137,7 +137,7 @@ def _map_fits(attn: Any, x: Tensor, height: int, width: int) -> bool:
 
 
 class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
-    """mmpretrain's attention, run on a window attention op.
+    """mmpretrain's attention, computed by a window attention op.
 
     Geometry and parameters are read, and the index of the bias table is checked, at every call. mmpretrain's code runs
     if a hook is registered on an inner module, a layer is not an nn.Linear, the class of w_msa is unknown, a method was
@@ -170,7 +170,7 @@ class AcceleratedShiftWindowMSA(Accelerated, ShiftWindowMSA):
         return child(self, "drop")(projected(w_msa, out).flatten(1, 2))
 
 
-# Residual connections and patch merging, run on ops
+# Residual connections and patch merging, computed by ops
 
 
 def _casts_its_input(block: Any) -> bool:
@@ -219,7 +219,7 @@ def _ffn(block: Any, z: Tensor, s: Tensor | None = None) -> Tensor:
 
 
 class AcceleratedSwinBlock(Accelerated, SwinBlock):
-    """mmpretrain's v1 block, with one residual connection and the norms run on ops."""
+    """mmpretrain's v1 block, with one residual connection and the norms computed by ops."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -241,7 +241,7 @@ class AcceleratedSwinBlock(Accelerated, SwinBlock):
 
 
 class AcceleratedSwinBlockV2(Accelerated, SwinBlockV2):
-    """mmpretrain's v2 block, with both residual connections and their norms run on an op."""
+    """mmpretrain's v2 block, with both residual connections and their norms computed by an op."""
 
     def forward(self, x: Tensor, hw_shape: Any) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -293,14 +293,14 @@ def _merge(how: Merging, merging: Any, x: Tensor, input_size: Any) -> tuple[Tens
 
 
 class AcceleratedMMCVPatchMerging(Accelerated, MMCVPatchMerging):
-    """mmcv's patch merging, used in v1, run on an op."""
+    """mmcv's patch merging, used in v1, computed by an op."""
 
     def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
         return _merge(_MERGING, self, x, input_size) or super().forward(x, input_size)
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """mmpretrain's patch merging, used in v2, run on an op."""
+    """mmpretrain's patch merging, used in v2, computed by an op."""
 
     def forward(self, x: Tensor, input_size: Any) -> tuple[Tensor, tuple[int, int]]:
         return _merge(_MERGING_V2, self, x, input_size) or super().forward(x, input_size)

@@ -1,4 +1,4 @@
-"""Runs MONAI's SwinUNETR and SwinTransformer, 2D and 3D, on this package's ops: blocks, stages and patch merging.
+"""Runs MONAI's SwinUNETR and SwinTransformer, 2D and 3D, with this package's ops: blocks, stages and patch merging.
 
 In attention MONAI pads the map, rolls it, cuts it into windows and later undoes all of this. Linear layers process each
 token separately, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token
@@ -7,9 +7,9 @@ map is no larger than the window, the window shrinks to the map and is not shift
 the tokens in the whole window.
 
 MONAI makes the mask of a stage's shifted windows, (num_windows, N, N) in float32, at every call. If all blocks of a
-stage run on ops, the stage does not make the mask.
+stage use ops, the stage does not make the mask.
 
-Residual connections, norms and patch merging also run on ops.
+Residual connections, norms and patch merging are also computed by ops.
 
 Source: monai.networks.nets.swin_unetr, MONAI 1.3 and newer.
 """
@@ -166,7 +166,7 @@ def _attention(block: AcceleratedSwinTransformerBlock, x: Tensor, mask_matrix: A
     return attn.proj_drop(call_linear("attn.proj", attn.proj, out))
 
 
-# Residual connections and patch merging, run on ops
+# Residual connections and patch merging, computed by ops
 
 
 def _casts_its_input(block: Any) -> bool:
@@ -211,7 +211,7 @@ def _merging_axes(merging: PatchMergingV2) -> int:
 
 
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
-    """MONAI's block, with the attention half run on a window attention op and the norms on other ops.
+    """MONAI's block, with the attention half computed by a window attention op and the norms by other ops.
 
     Geometry and parameters are read, and the index of the bias table is checked, at every call. MONAI's code runs if a
     hook is registered on an inner module, a layer is not an nn.Linear, a method was replaced, the mask differs from
@@ -247,7 +247,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
 
 
 class AcceleratedBasicLayer(Accelerated, BasicLayer):
-    """MONAI's stage. It makes no mask if all of its blocks run on ops."""
+    """MONAI's stage. It makes no mask if all of its blocks use ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x) or not all(_needs_no_mask(block, x) for block in self.blocks):
@@ -264,7 +264,7 @@ class AcceleratedBasicLayer(Accelerated, BasicLayer):
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
-    """MONAI's patch merging "mergingv2", run on an op."""
+    """MONAI's patch merging "mergingv2", computed by an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING_V2.run(self, x)
@@ -272,7 +272,7 @@ class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """MONAI's patch merging "merging", run on an op."""
+    """MONAI's patch merging "merging", computed by an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or not _merging_fits(self, x) else _MERGING.run(self, x)

@@ -1,4 +1,4 @@
-"""Runs torchvision's Swin Transformers, v1 and v2, on this package's ops: attention, blocks and patch merging.
+"""Runs torchvision's Swin Transformers, v1 and v2, with this package's ops: attention, blocks and patch merging.
 
 In attention torchvision pads the map, rolls it, cuts it into windows and later undoes all of this, in one function that
 reads weights and biases and calls no inner module. Linear layers act on tokens one by one, so QKV and the projection
@@ -8,7 +8,7 @@ bias of the QKV layer. A window never shrinks: on an axis where the map is no lo
 In v2 the third of the QKV bias that belongs to k counts as zero, whatever its values. The adapter applies the sigmoid
 of the position bias to the bias table, before the op gathers from it; torchvision applies it to the dense bias.
 
-Residual connections, norms and patch merging run on ops.
+Residual connections, norms and patch merging are computed by ops.
 
 torch.fx traces torchvision's code. To keep the ops in a feature extractor, make the modules leaves of its graph:
 ``create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules": [ShiftedWindowAttention]})``.
@@ -130,10 +130,10 @@ def _attention(attn: Any, x: Tensor, qkv_bias: Tensor | None) -> Tensor:
 
 
 class _Attention(Accelerated):
-    """Attention that stores an index of the bias table.
+    """The base class of torchvision's accelerated attention, which stores an index of the bias table.
 
     Geometry, parameters and the index are read or compared at every call. torchvision's code runs if the op cannot
-    replace it: while TorchScript or FX traces, and if a user has changed the bias or the index.
+    replace it: while TorchScript or FX traces the code, and if a user has changed the bias or the index.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:
@@ -144,7 +144,7 @@ class _Attention(Accelerated):
 
 
 class AcceleratedShiftedWindowAttention(_Attention, ShiftedWindowAttention):
-    """torchvision's attention, run on a window attention op."""
+    """torchvision's attention, computed by a window attention op."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x) or x.dim() != 4 or _why_not_attention(self) is not None:
@@ -153,7 +153,7 @@ class AcceleratedShiftedWindowAttention(_Attention, ShiftedWindowAttention):
 
 
 class AcceleratedShiftedWindowAttentionV2(_Attention, ShiftedWindowAttentionV2):
-    """torchvision's v2 attention, run on a window attention op."""
+    """torchvision's v2 attention, computed by a window attention op."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x) or x.dim() != 4 or _why_not_attention(self) is not None:
@@ -165,7 +165,10 @@ class AcceleratedShiftedWindowAttentionV2(_Attention, ShiftedWindowAttentionV2):
 
 
 def _stochastic_depth_scale(stochastic_depth: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return torchvision's StochasticDepth as a factor per sample of y, from the same random numbers; None means 1."""
+    """Return the factor per sample by which torchvision's StochasticDepth would multiply y, or None if it is 1.
+
+    The factor is drawn from the same random numbers as in torchvision.
+    """
     if class_of(stochastic_depth) is nn.Identity or stochastic_depth.p == 0.0 or not stochastic_depth.training:
         return None
     keep = 1.0 - stochastic_depth.p
@@ -224,7 +227,7 @@ def _norm1(block: Any, attn: Any, x: Tensor) -> Tensor:
 def _why_not_half(block: Any, training: bool | None) -> str | None:
     """Return the reason why attention_half cannot replace a v1 block's attention and norm1, or None.
 
-    Attention of another class, as in Swin3D, is called: then only the MLP half recomputes.
+    Attention of another class, as in Swin3D, is called as a module, and only the MLP half recomputes.
     """
     attn = child(block, "attn")
     if class_of(attn) is not AcceleratedShiftedWindowAttention:
@@ -254,7 +257,7 @@ def _branch(block: Any, x: Tensor) -> Tensor | None:
 
 
 class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
-    """torchvision's block, with its residual connection and norms run on ops."""
+    """torchvision's block, with its residual connection and norms computed by ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -274,7 +277,7 @@ class AcceleratedSwinTransformerBlock(Accelerated, SwinTransformerBlock):
 
 
 class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
-    """torchvision's v2 block, with its residual connections and norms run on an op."""
+    """torchvision's v2 block, with its residual connections and norms computed by an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -290,7 +293,7 @@ class AcceleratedSwinTransformerBlockV2(Accelerated, SwinTransformerBlockV2):
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """torchvision's patch merging, run on an op."""
+    """torchvision's patch merging, computed by an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)
@@ -298,7 +301,7 @@ class AcceleratedPatchMerging(Accelerated, PatchMerging):
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMergingV2):
-    """torchvision's v2 patch merging, run on an op."""
+    """torchvision's v2 patch merging, computed by an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING_V2.run(self, x)

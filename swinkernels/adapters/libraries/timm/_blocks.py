@@ -47,13 +47,13 @@ def qkv_weight(block: Any) -> Tensor:
 def mask_fits(block: Any, x: Tensor) -> bool:
     """Return True if the block's stored mask, made for :func:`map_size`, fits this map (B, H, W, C)."""
     if getattr(block, "dynamic_mask", False) or not any(block.shift_size):
-        return True  # timm makes the mask from the map, or there is none
+        return True  # timm computes the mask from the map, or the block has no mask
     size, window = map_size(block), block.window_size
     return x.shape[1:3] == size or frame_of(x.shape[1:3], window) == frame_of(size, window)
 
 
 def why_not_stored(block: Any, buffers: tuple[Tensor | None, Tensor | None]) -> str | None:
-    """Return why the op cannot handle a block's stored tensors, the ``buffers`` of :func:`stored`, or None."""
+    """Return the reason why a block's ``buffers``, from :func:`stored`, are not those of timm, or None."""
     index, mask = buffers
     window, shift = block.window_size, block.shift_size
     has_index = "relative_position_index" in child(block, "attn")._buffers  # v2-CR has none
@@ -137,11 +137,11 @@ def dropout_p(block: Any) -> float:
 
 
 class ShiftedWindowBlock(Accelerated):
-    """A block that stores an index and a mask.
+    """The base class of timm's accelerated blocks, which store a mask and, except v2-CR, an index of the bias table.
 
     Geometry, parameters and stored tensors are read or compared at every call, so changes such as ``set_input_size``
     take effect. timm's code runs if an op cannot replace it: with a hook on an inner module, a layer that is not an
-    nn.Linear, a replaced method or a changed mask or index, and while TorchScript or FX traces.
+    nn.Linear, a replaced method or a changed mask or index, and while TorchScript or FX traces the code.
     """
 
     def _swinkernels_stored(self) -> tuple[Tensor | None, ...]:

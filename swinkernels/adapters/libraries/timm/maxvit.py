@@ -1,4 +1,4 @@
-"""Runs timm's MaxViT on this package's ops: attention in windows, in grids, or in both in parallel.
+"""Runs timm's MaxViT with this package's ops: attention in windows, in grids, or in both in parallel.
 
 timm cuts the map into windows or dilated grids. The layers before and after attention (Linear or 1x1 convolution)
 process each token separately, so they run on the map in image order, and the op addresses windows and grids. q, k and v
@@ -120,7 +120,7 @@ class _Partition(Accelerated):
 
 
 class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
-    """timm's block for maps with channels last, with its attention run on a window attention op."""
+    """timm's block for maps with channels last, with its attention computed by a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
@@ -130,7 +130,7 @@ class AcceleratedPartitionAttentionCl(_Partition, PartitionAttentionCl):
 
 
 class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
-    """timm's block for maps with channels first, with its attention run on a window attention op."""
+    """timm's block for maps with channels first, with its attention computed by a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         attn, window = self._modules["attn"], self.partition_size
@@ -140,7 +140,7 @@ class AcceleratedPartitionAttention2d(_Partition, PartitionAttention2d):
 
 
 class AcceleratedParallelPartitionAttention(_Partition, ParallelPartitionAttention):
-    """timm's block with attention in windows and in grids in parallel, each run on a window attention op."""
+    """timm's block with attention in windows and in grids in parallel, each computed by a window attention op."""
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         window = self.partition_size

@@ -1,4 +1,4 @@
-"""Runs timm's Swin Transformer on this package's ops: attention, norms and patch merging.
+"""Runs timm's Swin Transformer with this package's ops: attention, norms and patch merging.
 
 A residual connection's sum and the norm after it are one op. Under autocast this op directly writes the half-precision
 input of the next Linear, and so does norm1. Patch merging is one op: gather, norm and reduction.
@@ -121,7 +121,7 @@ _RECOMPUTE = Recompute(_RESIDUAL, _blocks.MLP, "pre", _why_not_half)
 
 
 def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor | None:
-    """Return the block's attention branch by attention_half, or None if it cannot compute the branch for this map."""
+    """Return the block's attention branch, computed by attention_half, or None if that is impossible for this map."""
     if not _blocks.mask_fits(block, x):
         return None
     attn = child(block, "attn")
@@ -133,7 +133,7 @@ def _branch(block: AcceleratedSwinTransformerBlock, x: Tensor) -> Tensor | None:
 
 
 class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransformerBlock):
-    """timm's block, with its attention half run on a window attention op, and its norms on ops."""
+    """timm's block, with its attention half computed by a window attention op, and its norms by other ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -151,7 +151,7 @@ class AcceleratedSwinTransformerBlock(_blocks.ShiftedWindowBlock, SwinTransforme
 
 
 class AcceleratedPatchMerging(Accelerated, PatchMerging):
-    """timm's patch merging, run on an op."""
+    """timm's patch merging, computed by an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)

@@ -1,4 +1,4 @@
-"""Runs timm's Swin Transformer V2 on this package's ops: cosine attention, norms and patch merging.
+"""Runs timm's Swin Transformer V2 with this package's ops: cosine attention, norms and patch merging.
 
 The module's own layers compute the table of the continuous position bias, and the op gathers from its sigmoid; timm
 gathers first and then takes the sigmoid. The norms follow the branches, so timm pads the residual stream with zero rows
@@ -50,7 +50,7 @@ def _arguments(block: SwinTransformerV2Block) -> dict[str, Any]:
 
 
 def _qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return q, k and v of a map, and q, k and v of a pad token, or None for zeros."""
+    """Return q, k and v of a map, and those of a pad token (None if they are zero)."""
     if attn.q_bias is None:
         return attn.qkv(x), None
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
@@ -73,7 +73,7 @@ _MERGING = Merging("post", lambda merging: merging.out_dim)
 
 
 class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransformerV2Block):
-    """timm's v2 block, with its attention run on a window attention op, and its norms on ops."""
+    """timm's v2 block, with its attention computed by a window attention op, and its norms by other ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -90,7 +90,7 @@ class AcceleratedSwinTransformerV2Block(_blocks.ShiftedWindowBlock, SwinTransfor
 
 
 class AcceleratedPatchMergingV2(Accelerated, PatchMerging):
-    """timm's v2 patch merging, run on an op."""
+    """timm's v2 patch merging, computed by an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)

@@ -1,7 +1,7 @@
-"""Runs timm's own Swin Transformer V2 ("CR") on this package's ops: cosine attention, norms and patch merging.
+"""Runs timm's own Swin Transformer V2 ("CR") with this package's ops: cosine attention, norms and patch merging.
 
 The bias comes from an MLP on the log coordinates of every pair of tokens. The MLP has a Dropout, active in training, so
-the module's own method computes the bias at every call, and the op takes it as a dense bias. Patch merging is as in v1.
+the module's own method computes the bias at every call, and the op gets it as a dense bias. Patch merging is as in v1.
 
 Source: timm.models.swin_transformer_v2_cr, timm 0.9.16 and newer.
 """
@@ -50,7 +50,7 @@ _MERGING = Merging("pre", lambda merging: getattr(merging.reduction, "in_feature
 
 
 class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransformerV2CrBlock):
-    """timm's block, with its attention run on a window attention op, and its norms on ops."""
+    """timm's block, with its attention computed by a window attention op, and its norms by other ops."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._swinkernels_own_code(x):
@@ -67,7 +67,7 @@ class AcceleratedSwinTransformerV2CrBlock(_blocks.ShiftedWindowBlock, SwinTransf
 
 
 class AcceleratedPatchMergingV2Cr(Accelerated, PatchMerging):
-    """timm's patch merging, run on an op."""
+    """timm's patch merging, computed by an op."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = None if self._swinkernels_own_code(x) or x.dim() != 4 else _MERGING.run(self, x)

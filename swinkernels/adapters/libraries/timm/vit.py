@@ -1,4 +1,4 @@
-"""Runs timm's relative position ViT on an op: global attention with a bias table, as a single window.
+"""Runs timm's relative position ViT with an op: global attention with a bias table, as a single window.
 
 timm's own code runs if there is a class token or if the model passes one bias to all blocks, because the module then
 has no bias table of the op's form. timm's code also runs attention without a bias, because torch's attention is as
@@ -59,7 +59,7 @@ def _dropout_p(attn: Any) -> float:
 
 
 class AcceleratedRelPosAttention(Accelerated, RelPosAttention):
-    """timm's attention, run on a window attention op.
+    """timm's attention, computed by a window attention op.
 
     Parameters are read, and stored tensors are checked, at every call. timm's code runs if a hook is registered on an
     inner module, the class of a layer is unknown, a method was replaced, or the code is traced.

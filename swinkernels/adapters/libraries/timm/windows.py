@@ -1,10 +1,13 @@
 """Forms for timm's window attention without a shift: DaViT, TinyViT, GC ViT, Twins, NesT, Hiera and SAM 2's Hiera.
 
-There is also a form for CoAtNet's attention over the whole map, which has a bias table. Linear layers process each
-token separately, so QKV and the projection run on the map in image order, and the op addresses the windows. A pad token
-is a row of zeros.
+There is also a form for CoAtNet's attention over the whole map, which has a bias table.
 
-Source: timm.models of davit, tiny_vit, gcvit, twins, nest, hiera, hieradet_sam2 and maxxvit, timm 1.0.
+Linear layers process each token separately, so QKV and the projection need not run on separate windows: they run on the
+whole map, and the op finds the windows. NesT and Hiera pass tokens that are already grouped. A pad token is a row of
+zeros, so its q, k and v are the bias of the QKV layer. In TinyViT, where the padding precedes the norm, they are the
+result of norm and QKV for a row of zeros.
+
+Source: the modules davit, tiny_vit, gcvit, twins, nest, hiera, hieradet_sam2 and maxxvit of timm.models, timm 1.0.
 """
 
 from __future__ import annotations
@@ -195,7 +198,7 @@ def _nest(attn: Any, attend: Any, x: Tensor) -> Any:
     scale = None if attn.fused_attn else attn.scale
     window = (1, x.shape[2])
     if window[1] > 1024:
-        return f"its blocks hold {window[1]} tokens, and the op takes at most 1024"
+        return f"its blocks have {window[1]} tokens, and the op accepts at most 1024"
     y = attend(attn.qkv(x), num_heads=attn.num_heads, window_size=window, scale=scale, dropout_p=_dropout_p(attn))
     y = y.unflatten(-1, (attn.num_heads, -1)).transpose(-1, -2).flatten(-2)  # in NesT, heads are the fastest axis
     return attn.proj_drop(attn.proj(y))
@@ -209,7 +212,8 @@ NEST = Form(
 )
 
 
-# Hiera. Tokens are ordered by mask unit; each unit becomes a column of the op's map.
+# Hiera. Consecutive tokens belong to different mask units, (position in the unit, unit), so each unit becomes a column
+# of the op's map.
 
 
 def _hiera(attn: Any, attend: Any, x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Runs transformers' Swin Transformers on this package's ops, with a module for each family of models.
+"""Runs transformers' Swin Transformers with this package's ops, with a module for each family of models.
 
 A transformers layer pads its map, rolls it, cuts it into windows, runs an attention module inside them and undoes all
 of this. Linear layers process each token separately, so the layers for query, key, value and projection run on the map

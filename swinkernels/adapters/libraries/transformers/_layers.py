@@ -38,7 +38,8 @@ NAME = "transformers"
 
 know_gelu(GELUActivation, lambda act: "none" if act.act is torch.nn.functional.gelu else None)
 
-# Attention has two forms: in Swin one module has the projections; in other families "self" and "output" divide them.
+# Attention has two forms. In Swin one module contains all four projections; in other families the module "self"
+# contains those of q, k and v, and the module "output" the last one.
 
 
 def _projections(layer: Any) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def _projections(layer: Any) -> dict[str, Any]:
 
 
 def _position_bias(layer: Any) -> Any:
-    """Return the module that has the window, the index of the bias table and the bias's parameters."""
+    """Return the module that stores the window, the index of the bias table and the parameters of the bias."""
     attention = child(layer, "attention")
     return child(attention, "self" if "self" in attention._modules else "relative_position_bias")
 
@@ -83,7 +84,7 @@ def _dropouts(layer: Any) -> dict[str, Any]:
 
 
 def _is_sdpa(attention: Any) -> bool:
-    """Return True if the attention function that Swin's config names is torch's."""
+    """Return True if Swin's config selects "sdpa" and this name still refers to transformers' own function."""
     return attention.config._attn_implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
 
@@ -102,7 +103,7 @@ def _dropout_at_call(layer: Any) -> float:
 
 
 def _why_not_inside(layer: Any) -> str | None:
-    """Return why a layer's attention does not consist of the modules that the op replaces, or None."""
+    """Return the reason why a layer's attention does not consist of the modules that the op replaces, or None."""
     attention = child(layer, "attention")
     for path, kind in _INSIDE[original_class(layer)]:
         module = attention if path == "attention" else child(attention, path.partition(".")[2])
@@ -228,7 +229,10 @@ def attended(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _drop_path_scale(drop_path: Any, y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return transformers' DropPath as a factor per sample of y, from the same random numbers; None means 1."""
+    """Return the factor per sample by which transformers' DropPath would multiply y, or None if the factor is 1.
+
+    It is drawn from the same random numbers as in transformers.
+    """
     if class_of(drop_path) is nn.Identity or drop_path.drop_prob == 0.0 or not drop_path.training:
         return None
     keep = 1 - drop_path.drop_prob
@@ -255,7 +259,7 @@ def _out(layer: Any) -> Any:
 _MERGING = Merging("pre", lambda merging: merging.reduction.in_features)
 _MERGING_V2 = Merging("post", lambda merging: merging.reduction.out_features)
 
-# Class of layers -> the modules whose work the op does, with their paths; the MLP; the number of times that v2 adds its
+# Class of layers -> the modules that the op replaces, with their paths; the MLP; the number of times that v2 adds its
 # mask; the residual connections; the halves that recompute.
 _INSIDE: dict[type, tuple[tuple[str, type[nn.Module]], ...]] = {}
 _MLP: dict[type, Mlp] = {}
@@ -278,7 +282,7 @@ def _why_not_half(layer: Any, training: bool | None) -> str | None:
 
 
 def _branch(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
-    """Return a v1 layer's attention branch by attention_half, or None if a parameter has another dtype."""
+    """Return a v1 layer's attention branch, computed by attention_half, or None if a parameter has another dtype."""
     *qkv, proj = _projections(layer).values()
     y = attention_branch(
         x.view(x.shape[0], *size, x.shape[2]), child(layer, "layernorm_before"), qkv, proj,
@@ -288,11 +292,11 @@ def _branch(layer: Any, x: Tensor, size: Sequence[int]) -> Tensor | None:
 
 
 class _Layer(Accelerated):
-    """A layer of any family that runs on ops.
+    """A layer of any family that uses ops.
 
     Geometry, parameters and the index of the bias table are read or compared at every call. transformers' code runs if
     the op cannot replace it: if attention weights are requested, if an inner module has a hook or was replaced, after a
-    method was replaced, and while traced.
+    method was replaced, and while the code is traced.
     """
 
     set_shift_and_window_size: Any
@@ -371,7 +375,7 @@ class PostNormLayer(_Layer):
 
 
 class _MergingOfSequences(Accelerated):
-    """Patch merging that runs on an op."""
+    """Patch merging that is computed by an op."""
 
     def _merge(self, how: Merging, x: Tensor, size: Any) -> Tensor | None:
         if self._swinkernels_own_code(x) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
@@ -381,7 +385,7 @@ class _MergingOfSequences(Accelerated):
 
 
 class PreNormMerging(_MergingOfSequences):
-    """Patch merging of v1 that runs on an op."""
+    """Patch merging of v1 that is computed by an op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING, input_feature, input_dimensions)
@@ -389,7 +393,7 @@ class PreNormMerging(_MergingOfSequences):
 
 
 class PostNormMerging(_MergingOfSequences):
-    """Patch merging of v2 that runs on an op."""
+    """Patch merging of v2 that is computed by an op."""
 
     def forward(self, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         out = self._merge(_MERGING_V2, input_feature, input_dimensions)
@@ -412,7 +416,7 @@ def _map_size(layer: Any) -> tuple[int, int]:
 def _qkv_weight(layer: Any) -> Tensor:
     """Return a weight with the shape and dtype of the query, key and value weights together."""
     q, *_ = _projections(layer).values()
-    # Not made from q.weight, whose tensor class may support no factory functions.
+    # Do not call q.weight.new_empty: the class of this tensor may not support factory functions.
     one = torch.empty((), dtype=q.weight.dtype, device=q.weight.device)
     return one.expand(3 * q.weight.shape[0], q.weight.shape[1])
 

@@ -1,4 +1,4 @@
-"""Runs the layers and patch merging of CLAP's audio encoder (transformers 5) on this package's ops."""
+"""Runs the layers and patch merging of CLAP's audio encoder (transformers 5) with this package's ops."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedClapAudioLayer(PreNormLayerOfAnyMap, ClapAudioLayer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """CLAP's layer, run on ops."""
+    """CLAP's layer, computed by ops."""
 
 
 class AcceleratedClapAudioPatchMerging(PreNormMerging, ClapAudioPatchMerging):
-    """CLAP's patch merging, run on an op."""
+    """CLAP's patch merging, computed by an op."""
 
 
 ADAPTERS = (

@@ -1,4 +1,4 @@
-"""Runs the layers and patch merging of Donut's Swin encoder (transformers 5) on this package's ops."""
+"""Runs the layers and patch merging of Donut's Swin encoder (transformers 5) with this package's ops."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedDonutSwinLayer(PreNormLayerOfAnyMap, DonutSwinLayer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """Donut's layer, run on ops."""
+    """Donut's layer, computed by ops."""
 
 
 class AcceleratedDonutSwinPatchMerging(PreNormMerging, DonutSwinPatchMerging):
-    """Donut's patch merging, run on an op."""
+    """Donut's patch merging, computed by an op."""
 
 
 ADAPTERS = (

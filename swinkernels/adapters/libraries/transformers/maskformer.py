@@ -1,4 +1,4 @@
-"""Runs the layers and patch merging of MaskFormer's Swin backbone (transformers 5) on this package's ops."""
+"""Runs the layers and patch merging of MaskFormer's Swin backbone (transformers 5) with this package's ops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedMaskFormerSwinLayer(PreNormLayer, MaskFormerSwinLayer):
-    """MaskFormer's layer, run on ops. Its window never changes; maps smaller than the window are padded."""
+    """MaskFormer's layer, computed by ops. Its window never changes; maps smaller than the window are padded."""
 
     def forward(
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: bool = False
@@ -34,7 +34,7 @@ class AcceleratedMaskFormerSwinLayer(PreNormLayer, MaskFormerSwinLayer):
 
 
 class AcceleratedMaskFormerSwinPatchMerging(PreNormMerging, MaskFormerSwinPatchMerging):
-    """MaskFormer's patch merging, run on an op."""
+    """MaskFormer's patch merging, computed by an op."""
 
 
 ADAPTERS = (

@@ -1,4 +1,4 @@
-"""Runs the layers and patch merging of Swin (transformers 5) on this package's ops."""
+"""Runs the layers and patch merging of Swin (transformers 5) with this package's ops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
-    """Swin's layer, run on ops. It returns None instead of the attention weights, as with "sdpa"."""
+    """Swin's layer, computed by ops. It returns None instead of the attention weights, as with "sdpa"."""
 
     def forward(  # type: ignore[override]  # the base class is annotated to return one tensor
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
@@ -36,7 +36,7 @@ class AcceleratedSwinLayer(PreNormLayer, SwinLayer):
 
 
 class AcceleratedSwinPatchMerging(PreNormMerging, SwinPatchMerging):
-    """Swin's patch merging, run on an op."""
+    """Swin's patch merging, computed by an op."""
 
 
 ADAPTERS = (

@@ -1,4 +1,4 @@
-"""Runs the layers and patch merging of Swin2SR (transformers 5) on this package's ops."""
+"""Runs the layers and patch merging of Swin2SR (transformers 5) with this package's ops."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedSwin2SRLayer(PostNormLayer, Swin2SRLayer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """Swin2SR's layer, run on ops."""
+    """Swin2SR's layer, computed by ops."""
 
 
 class AcceleratedSwin2SRPatchMerging(PostNormMerging, Swin2SRPatchMerging):
-    """Swin2SR's patch merging, run on an op."""
+    """Swin2SR's patch merging, computed by an op."""
 
 
 ADAPTERS = (

@@ -1,4 +1,4 @@
-"""Runs the layers and patch merging of Swin v2 (transformers 5) on this package's ops."""
+"""Runs the layers and patch merging of Swin v2 (transformers 5) with this package's ops."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from swinkernels.adapters.libraries.transformers._layers import (
 
 
 class AcceleratedSwinv2Layer(PostNormLayer, Swinv2Layer):  # type: ignore[misc]  # the base class's return annotation is too narrow
-    """Swin v2's layer, run on ops."""
+    """Swin v2's layer, computed by ops."""
 
 
 class AcceleratedSwinv2PatchMerging(PostNormMerging, Swinv2PatchMerging):
-    """Swin v2's patch merging, run on an op."""
+    """Swin v2's patch merging, computed by an op."""
 
 
 ADAPTERS = (
