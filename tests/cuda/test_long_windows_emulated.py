@@ -40,6 +40,11 @@ CASES = {
     "table of a larger window": Case(1, (9, 10), 1, 16, (9, 10), 0, options={"table_window": (10, 12)}),
     "table of a larger window, odd": Case(1, (9, 10), 1, 16, (9, 10), 0, options={"table_window": (10, 13)}),
     "periodic axis": Case(1, (18, 18), 1, 32, 9, 4, options={"periodic": (False, True)}),
+    "dense, seam": Case(1, (12, 24), 2, 32, 12, 6, has_table=False, bias_types=0),
+    "dense, pads": Case(2, (13, 12), 2, 16, 12, 5, has_table=False, bias_types=0, has_pad_qkv=True),
+    "dense, odd": Case(1, (9, 18), 2, 64, 9, 4, has_table=False, bias_types=0),
+    "dense, zero pads, partial step": Case(1, (10, 9), 1, 48, 10, 3, has_table=False, bias_types=0),
+    "dense, 3D": Case(1, (7, 8, 7), 1, 32, 7, 3, has_table=False, bias_types=0, has_pad_qkv=True),
 }
 
 
@@ -118,6 +123,20 @@ def test_what_is_not_finite_stays_in_its_window(library):
         assert got[name][0, :, :9].isnan().any()
         assert torch.equal(got[name][0, :, 9:], expected[name][0, :, 9:]), name
         assert torch.equal(got[name][1:], expected[name][1:]), name
+
+
+def test_dense_bias_at_an_odd_address(library, monkeypatch):
+    """Two keys cannot be one load of 8 bytes if the bias is a view that begins at an odd element of its storage."""
+    aligned = library.copy
+
+    def copy(x):
+        if x.dim() != 3:
+            return aligned(x)
+        return library.empty((x.numel() + 1,), x.dtype, alignment=4)[:-1].reshape(x.shape).copy_(x)
+
+    monkeypatch.setattr(library, "copy", copy)
+    case = Case(1, (12, 12), 2, 16, 12, 0, has_table=False, bias_types=0)
+    check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16, rounds_unit_rows=True)
 
 
 def test_1024_tokens_take_no_memory_for_scores(library):

@@ -192,6 +192,18 @@ FAULTS = {
         "has_pairs = true;",
         _IN_LONG + "test_outputs_and_gradients[table of a larger window, odd-torch.float16]",
     ),
+    "cuda-long-dense-bias-transposed": Fault(
+        _ATTENTION + "long_windows.cuh",
+        "(kColumnsAreKeys ? last * num_tokens : last);",
+        "(kColumnsAreKeys ? last : last * num_tokens);",
+        _IN_LONG + "test_outputs_and_gradients[dense, seam-torch.float16]",
+    ),
+    "cuda-long-dense-pairs-at-odd-addresses": Fault(
+        _ATTENTION + "long_windows.cuh",
+        "reinterpret_cast<uintptr_t>(args.dense_bias) % 8 == 0;",
+        "reinterpret_cast<uintptr_t>(args.dense_bias) % 4 == 0;",
+        _IN_LONG + "test_dense_bias_at_an_odd_address",
+    ),
     "cuda-long-delta-of-half-the-keys": Fault(
         _ATTENTION + "bwd_long_sm80.cuh",
         "delta.x[half] += (x.x + x.y) + (x.z + x.w);",

@@ -403,7 +403,7 @@ struct KeyBlockSmem {
   }
 };
 
-template <class Traits, class RowBiasKind>  // RowBias or NoRowBias
+template <class Traits, class RowBiasKind>  // RowBias, NoRowBias or DenseRowBias<false>
 __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
     window_attention_bwd_keys_kernel(const __grid_constant__ BackwardLongArguments args) {
   using T = typename Traits::T;
@@ -486,7 +486,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             // A key past the window has the last key's bias: its sums are never read.
-            bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
+            bias.set(half, args, head, table, row + 8 * half, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
           }
         }
@@ -499,7 +499,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
           if (query >= num_tokens) break;
           float p[2][4] = {}, ds[2][4] = {};
           k.add_abt(p, q, 16 * step);
-          bias.add(p, factor2, args.table.has_pairs, tokens.offset + query);
+          bias.add(p, factor2, args.table.has_pairs, query, tokens.offset + query);
           if (mixed) mask_regions(p, row_region, tokens.region + query, args.mask2);
           v.add_abt(ds, dout, 16 * step);
 #pragma unroll

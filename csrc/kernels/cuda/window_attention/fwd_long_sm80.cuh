@@ -42,7 +42,7 @@ struct PlainForwardLongSmem {
   }
 };
 
-template <class Traits, class RowBiasKind>  // RowBias or NoRowBias
+template <class Traits, class RowBiasKind>  // RowBias, NoRowBias or DenseRowBias<true>
 __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
     window_attention_fwd_plain_long_kernel(const __grid_constant__ ForwardLongArguments args) {
   using T = typename Traits::T;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             // A query past the window has the last query's bias: its scores are never read.
-            bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
+            bias.set(half, args, head, table, row + 8 * half, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
           }
         }
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
             if (key >= num_tokens) break;
             float score[2][4] = {};
             q.add_abt(score, k, 16 * step);
-            bias.add(score, factor2, args.table.has_pairs, tokens.offset + key);
+            bias.add(score, factor2, args.table.has_pairs, key, tokens.offset + key);
             if (mixed) mask_regions(score, row_region, tokens.region + key, args.mask2);
             if (key + 16 > num_tokens) mask_columns(score, num_tokens - key);
             if (maximum_runs) {
