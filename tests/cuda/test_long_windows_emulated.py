@@ -45,6 +45,12 @@ CASES = {
     "dense, odd": Case(1, (9, 18), 2, 64, 9, 4, has_table=False, bias_types=0),
     "dense, zero pads, partial step": Case(1, (10, 9), 1, 48, 10, 3, has_table=False, bias_types=0),
     "dense, 3D": Case(1, (7, 8, 7), 1, 32, 7, 3, has_table=False, bias_types=0, has_pad_qkv=True),
+    "v2, seam": Case(1, (12, 24), 2, 32, 12, 6, has_logit_scale=True),
+    "v2, pads": Case(2, (13, 12), 2, 16, 12, 5, has_logit_scale=True, has_pad_qkv=True),
+    "v2, odd": Case(1, (9, 18), 2, 64, 9, 4, has_logit_scale=True),
+    "v2, zero pads, partial step": Case(1, (10, 9), 2, 24, 10, 3, has_logit_scale=True),
+    "v2, no bias": Case(1, (12, 12), 2, 32, 12, 0, has_table=False, has_logit_scale=True),
+    "v2, dense": Case(1, (12, 12), 2, 32, 12, 0, has_table=False, bias_types=0, has_logit_scale=True),
 }
 
 

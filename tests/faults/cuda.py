@@ -204,6 +204,12 @@ FAULTS = {
         "reinterpret_cast<uintptr_t>(args.dense_bias) % 4 == 0;",
         _IN_LONG + "test_dense_bias_at_an_odd_address",
     ),
+    "cuda-long-norm-of-the-key-beside": Fault(
+        _ATTENTION + "long_windows.cuh",
+        "x[j][1] *= pair.y;",
+        "x[j][1] *= pair.x;",
+        _IN_LONG + "test_outputs_and_gradients[v2, seam-torch.float16]",
+    ),
     "cuda-long-delta-of-half-the-keys": Fault(
         _ATTENTION + "bwd_long_sm80.cuh",
         "delta.x[half] += (x.x + x.y) + (x.z + x.w);",

@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
   const int num_tokens = args.num_tokens, blocks = (num_tokens + kBlock - 1) / kBlock;
   const BlockShare share = BlockShare::of(args);
   const int head = share.head;
-  const float factor2 = args.scale * kLog2E;
+  const float factor2 = args.scale * kLog2E, factors[2] = {factor2, factor2};
   float2* const lse2_delta = reinterpret_cast<float2*>(dynamic_smem() + sizeof(Smem));
   float* const table = reinterpret_cast<float*>(lse2_delta + blocks * kBlock);
   const LongTokens tokens = LongTokens::of(reinterpret_cast<unsigned char*>(table + args.table.floats()),
@@ -499,7 +499,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
           if (query >= num_tokens) break;
           float p[2][4] = {}, ds[2][4] = {};
           k.add_abt(p, q, 16 * step);
-          bias.add(p, factor2, args.table.has_pairs, query, tokens.offset + query);
+          bias.add(p, factors, args.table.has_pairs, query, tokens.offset + query);
           if (mixed) mask_regions(p, row_region, tokens.region + query, args.mask2);
           v.add_abt(ds, dout, 16 * step);
 #pragma unroll

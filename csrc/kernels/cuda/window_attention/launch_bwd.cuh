@@ -106,7 +106,7 @@ cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsAr
   BackwardLongArguments plain = {};
   static_cast<WindowArguments<7>&>(plain) = args;
   taken = false;
-  if (args.dense_bias != nullptr) return cudaSuccess;
+  if (args.dense_bias != nullptr || args.logit_scale != nullptr) return cudaSuccess;
   const int32_t row_tiles = (args.num_tokens + 15) / 16;
   plain.key_groups = (row_tiles + kMostSteps - 1) / kMostSteps;
   if (!make_long(plain)) return cudaSuccess;

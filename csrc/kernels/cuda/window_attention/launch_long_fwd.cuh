@@ -14,9 +14,12 @@ cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t
   plain.lse = args.lse;
   taken = false;
   if (!make_long(plain)) return cudaSuccess;
-  const auto kernel = args.dense_bias != nullptr   ? window_attention_fwd_plain_long_kernel<Traits, DenseRowBias<true>>
-                      : args.bias_table != nullptr ? window_attention_fwd_plain_long_kernel<Traits, RowBias>
-                                                   : window_attention_fwd_plain_long_kernel<Traits, NoRowBias>;
+  // v2 without a bias reads a table of zeros.
+  const auto kernel = args.logit_scale != nullptr ? window_attention_fwd_plain_long_kernel<Traits, RowBias, true>
+                      : args.dense_bias != nullptr
+                          ? window_attention_fwd_plain_long_kernel<Traits, DenseRowBias<true>, false>
+                      : args.bias_table != nullptr ? window_attention_fwd_plain_long_kernel<Traits, RowBias, false>
+                                                   : window_attention_fwd_plain_long_kernel<Traits, NoRowBias, false>;
   const size_t smem_bytes = Smem::bytes(plain);
   int shared_bytes;
   cudaError_t status = shared_bytes_of_block(&shared_bytes);
