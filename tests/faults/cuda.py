@@ -204,6 +204,12 @@ FAULTS = {
         "reinterpret_cast<uintptr_t>(args.dense_bias) % 4 == 0;",
         _IN_LONG + "test_dense_bias_at_an_odd_address",
     ),
+    "cuda-long-dense-gradient-of-the-query-above": Fault(
+        _ATTENTION + "bwd_long_sm80.cuh",
+        "= dbias[j / 2][j % 2][e];",
+        "= dbias[j / 2][j % 2][e % 2];",
+        _IN_LONG + "test_outputs_and_gradients[dense, seam-torch.float16]",
+    ),
     "cuda-long-norm-of-the-key-beside": Fault(
         _ATTENTION + "long_windows.cuh",
         "x[j][1] *= pair.y;",

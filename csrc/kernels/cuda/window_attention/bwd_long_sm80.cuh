@@ -32,6 +32,7 @@ struct BackwardLongArguments : LongArguments<7> {
   uint32_t strip_workers, window_workers;  // parallel blocks of a unit
   // For the key kernel: items of a window, each with this many blocks of keys.
   uint32_t splits, key_blocks, long_items;
+  float* dense_partials;  // (window workers, heads, N, N) for a dense bias, null if not wanted
 };
 
 constexpr int kMostSteps = 4;  // steps of 16 keys per warp, in the query kernel
@@ -164,6 +165,25 @@ struct WarpPlace {
   __device__ __forceinline__ int first_key() const { return (packed >> 20) * 16; }
 };
 
+// Writes this warp's dbias of a strip to the worker's matrix of partial sums.
+__device__ __forceinline__ void write_strip(const BackwardLongArguments& args, const float (&dbias)[kMostSteps][2][4],
+                                            const WarpPlace& place, const BlockShare& share, int first) {
+  const int lane = threadIdx.x % 32, num_tokens = args.num_tokens;
+  const int query = first + place.row0() + lane / 4, key = place.first_key() + 2 * (lane % 4);
+  const int64_t matrix = static_cast<int64_t>(share.first / args.strip_workers) * args.num_heads + share.head;
+  float* const partial = args.dense_partials + (matrix * num_tokens + query) * num_tokens + key;
+#pragma unroll
+  for (int j = 0; j < 2 * kMostSteps; ++j) {
+    if (j / 2 >= place.steps()) break;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (query + e / 2 * 8 < num_tokens && key + 8 * j + e % 2 < num_tokens) {
+        partial[e / 2 * 8 * num_tokens + 8 * j + e % 2] = dbias[j / 2][j % 2][e];
+      }
+    }
+  }
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
     window_attention_bwd_queries_kernel(const __grid_constant__ BackwardLongArguments args) {
@@ -210,6 +230,9 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
         } else if (args.bias_table != nullptr) {
           const int entry = args.layout.query_index(query) - args.layout.query_index(key) + args.layout.table_middle;
           bias[e] = args.bias_table[entry * args.num_heads + head] * kLog2E;
+        } else if (args.dense_bias != nullptr) {
+          const int64_t first_of_row = (static_cast<int64_t>(head) * num_tokens + query) * num_tokens;
+          bias[e] = args.dense_bias[first_of_row + key] * kLog2E;
         }
       }
       smem.fragments[first_fragment + 32 * j] = make_float4(bias[0], bias[1], bias[2], bias[3]);
@@ -374,6 +397,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
       }
     }
 
+    if (args.dense_partials != nullptr) write_strip(args, dbias, whole_place.again(), share, first);
     if (table == nullptr) continue;
 #pragma unroll
     for (int j = 0; j < 2 * kMostSteps; ++j) {
