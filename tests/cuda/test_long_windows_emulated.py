@@ -61,7 +61,9 @@ def test_outputs_and_gradients(library, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["9 x 9, rolled first", "12 x 12, seam", "14 x 14", "7 x 7 x 7"])
+@pytest.mark.parametrize(
+    "name", ["9 x 9, rolled first", "12 x 12, seam", "14 x 14", "7 x 7 x 7", "dense, seam", "v2, pads"]
+)
 def test_same_bits_whatever_the_schedule(library, name, dtype):
     inputs, arguments = CASES[name].inputs(dtype), CASES[name].arguments()
     first = run_case(library.window_attention_qkvpacked, inputs, arguments)
@@ -76,8 +78,13 @@ def test_same_bits_whatever_the_schedule(library, name, dtype):
 def test_any_number_of_multiprocessors(library, multiprocessors):
     """The grid ranges from blocks that loop over strips and windows to blocks with one strip of one window each."""
     library.configure(multiprocessors=multiprocessors)
-    for case in (Case(2, (12, 24), 1, 32, 12, 5), Case(3, (9, 16), 2, 16, 9, 4, has_pad_qkv=True)):
-        check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16, rounds_unit_rows=True)
+    dense, v2 = {"has_table": False, "bias_types": 0}, {"has_logit_scale": True}
+    for options in ({}, dense, v2):
+        for case in (
+            Case(2, (12, 24), 1, 32, 12, 5, **options),
+            Case(3, (9, 16), 2, 16, 9, 4, has_pad_qkv=True, **options),
+        ):
+            check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16, rounds_unit_rows=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -210,6 +210,18 @@ FAULTS = {
         "= dbias[j / 2][j % 2][e % 2];",
         _IN_LONG + "test_outputs_and_gradients[dense, seam-torch.float16]",
     ),
+    "cuda-long-gradient-along-unit-rows": Fault(
+        _ATTENTION + "bwd_long_sm80.cuh",
+        "sum[e] = (sum[e] - u.x[e] * along)",
+        "sum[e] = (sum[e] - u.x[e] * 0.5f * along)",
+        _IN_LONG + "test_outputs_and_gradients[v2, seam-torch.float16]",
+    ),
+    "cuda-long-logit-scale-of-the-keys-blocks": Fault(
+        _ATTENTION + "launch_long_bwd.cuh",
+        "reduction.table_workers = reduction.logit_workers = query_plan",
+        "reduction.table_workers = query_plan",
+        _IN_LONG + "test_any_number_of_multiprocessors[200]",
+    ),
     "cuda-long-norm-of-the-key-beside": Fault(
         _ATTENTION + "long_windows.cuh",
         "x[j][1] *= pair.y;",

@@ -8,7 +8,6 @@
 #include "bwd_short16_sm80.cuh"
 #include "bwd_sm80.cuh"
 #include "dispatch.cuh"
-#include "long_windows.cuh"
 #include "reduce_partials.cuh"
 #include "workspace.cuh"
 
@@ -162,6 +161,7 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
   reduction.pad_partials = args.pad_partials;
   reduction.logit_partials = args.logit_partials;
   if (reduction.table_workers == 0) reduction.table_workers = reduction.workers;
+  if (reduction.logit_workers == 0) reduction.logit_workers = reduction.workers;
   return reduce_partials(reduction, stream);
 }
 

@@ -4,7 +4,6 @@
 #include "dispatch.cuh"
 #include "fwd_short16_sm80.cuh"
 #include "fwd_sm80.cuh"
-#include "long_windows.cuh"
 
 namespace swinkernels::cuda {
 

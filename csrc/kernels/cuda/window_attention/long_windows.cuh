@@ -24,17 +24,6 @@
 
 namespace swinkernels::cuda {
 
-// True if plain kernels exist for these tiles: 16 bits, head_dim up to 64.
-template <class Traits>
-constexpr bool kHasPlainLong = sizeof(typename Traits::T) == 2 && Traits::kHeadDim <= 64;
-
-// Returns true if a call is of the plain kind, except for its maps and its bias, which make_long() checks.
-inline bool is_plain(const WindowAttentionForwardParams& params, size_t element_bytes) {
-  const bool (&pairs)[3] = params.geometry.table_pairs;
-  return (params.logit_scale == nullptr || params.bias == nullptr) && params.bias_types == 1 && !pairs[0] &&
-         !pairs[1] && !pairs[2] && params.dropout_p == 0.0f && params.head_dim * element_bytes % 16 == 0;
-}
-
 // A map with one stride, in bytes, between consecutive tokens.
 struct RegularMap {
   uint64_t data, batch, head;
