@@ -285,8 +285,9 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
           const int entry = args.layout.query_index(query) - args.layout.query_index(key) + args.layout.table_middle;
           bias[e] = args.bias_table[entry * args.num_heads + head] * kLog2E;
         } else if (args.dense_bias != nullptr) {
-          const int64_t first_of_row = (static_cast<int64_t>(head) * num_tokens + query) * num_tokens;
-          bias[e] = args.dense_bias[first_of_row + key] * kLog2E;
+          const int n = ptx::opaque(args.num_tokens);  // recomputed here, because registers are scarce
+          const float* const row = args.dense_bias + static_cast<int64_t>(ptx::opaque(head) * n + query) * n;
+          bias[e] = row[key] * kLog2E;
         }
       }
       smem.fragments[first_fragment + 32 * j] = make_float4(bias[0], bias[1], bias[2], bias[3]);

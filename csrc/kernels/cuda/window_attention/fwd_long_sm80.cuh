@@ -13,6 +13,8 @@
 // Limits    head_dim <= 64.
 #pragma once
 
+#include <type_traits>
+
 #include "fwd_sm80.cuh"
 #include "half_range.cuh"
 #include "long_windows.cuh"
@@ -44,8 +46,15 @@ struct PlainForwardLongSmem {
   }
 };
 
+// Blocks per multiprocessor: the most for which nothing is spilled.
+template <class Traits, class RowBiasKind>
+constexpr int plain_forward_long_blocks() {
+  if (Traits::kHeadDim <= 32) return 4;
+  return ptx::kIsBlackwell && std::is_same_v<RowBiasKind, DenseRowBias<true>> ? 2 : 3;
+}
+
 template <class Traits, class RowBiasKind, bool kCosine>  // RowBias, NoRowBias or DenseRowBias<true>
-__global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
+__global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBiasKind>())
     window_attention_fwd_plain_long_kernel(const __grid_constant__ ForwardLongArguments args) {
   using T = typename Traits::T;
   using Tile = SmemTile<T, Traits::kHeadDim>;
