@@ -216,11 +216,11 @@ FAULTS = {
         "sum[e] = (sum[e] - u.x[e] * 0.5f * along)",
         _IN_LONG + "test_outputs_and_gradients[v2, seam-torch.float16]",
     ),
-    "cuda-long-logit-scale-of-the-keys-blocks": Fault(
-        _ATTENTION + "launch_long_bwd.cuh",
-        "reduction.table_workers = reduction.logit_workers = query_plan",
-        "reduction.table_workers = query_plan",
-        _IN_LONG + "test_any_number_of_multiprocessors[200]",
+    "cuda-long-logit-scale-of-every-chunk": Fault(
+        _ATTENTION + "bwd_long_sm80.cuh",
+        "if (chunk == 0) logit_sum",
+        "if (chunk >= 0) logit_sum",
+        _IN_LONG + "test_outputs_and_gradients[v2, seam-torch.float16]",
     ),
     "cuda-long-norm-of-the-key-beside": Fault(
         _ATTENTION + "long_windows.cuh",
