@@ -18,7 +18,8 @@ cudaError_t window_attention_forward(const WindowAttentionForwardParams& params,
 // than one block of keys (64 tokens, or 32 if rows are wider than 128 bytes) also store one or two numbers for each
 // query and, for dbias or dbias_table, N x N sums: 64 MB in all or, if that is more, one matrix per head and type. For
 // any N, 16-bit calls of v1 with a table, without dropout, with a head_dim of up to 64 and regular maps need no such
-// matrix. The workspace must be 16-byte aligned.
+// matrix; neither do those of v2 with up to 768 tokens, if the head_dim is at most 32. The workspace must be 16-byte
+// aligned.
 int64_t window_attention_backward_workspace_bytes(const WindowAttentionBackwardParams& params);
 cudaError_t window_attention_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream);
 

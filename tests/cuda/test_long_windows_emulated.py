@@ -40,6 +40,17 @@ CASES = {
     "table of a larger window": Case(1, (9, 10), 1, 16, (9, 10), 0, options={"table_window": (10, 12)}),
     "table of a larger window, odd": Case(1, (9, 10), 1, 16, (9, 10), 0, options={"table_window": (10, 13)}),
     "periodic axis": Case(1, (18, 18), 1, 32, 9, 4, options={"periodic": (False, True)}),
+    "dense, seam": Case(1, (12, 24), 2, 32, 12, 6, has_table=False, bias_types=0),
+    "dense, pads": Case(2, (13, 12), 2, 16, 12, 5, has_table=False, bias_types=0, has_pad_qkv=True),
+    "dense, odd": Case(1, (9, 18), 2, 64, 9, 4, has_table=False, bias_types=0),
+    "dense, zero pads, partial step": Case(1, (10, 9), 1, 48, 10, 3, has_table=False, bias_types=0),
+    "dense, 3D": Case(1, (7, 8, 7), 1, 32, 7, 3, has_table=False, bias_types=0, has_pad_qkv=True),
+    "v2, seam": Case(1, (12, 24), 2, 32, 12, 6, has_logit_scale=True),
+    "v2, pads": Case(2, (13, 12), 2, 16, 12, 5, has_logit_scale=True, has_pad_qkv=True),
+    "v2, odd": Case(1, (9, 18), 2, 64, 9, 4, has_logit_scale=True),
+    "v2, zero pads, partial step": Case(1, (10, 9), 2, 24, 10, 3, has_logit_scale=True),
+    "v2, no bias": Case(1, (12, 12), 2, 32, 12, 0, has_table=False, has_logit_scale=True),
+    "v2, dense": Case(1, (12, 12), 2, 32, 12, 0, has_table=False, bias_types=0, has_logit_scale=True),
 }
 
 
@@ -50,7 +61,9 @@ def test_outputs_and_gradients(library, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["9 x 9, rolled first", "12 x 12, seam", "14 x 14", "7 x 7 x 7"])
+@pytest.mark.parametrize(
+    "name", ["9 x 9, rolled first", "12 x 12, seam", "14 x 14", "7 x 7 x 7", "dense, seam", "v2, pads"]
+)
 def test_same_bits_whatever_the_schedule(library, name, dtype):
     inputs, arguments = CASES[name].inputs(dtype), CASES[name].arguments()
     first = run_case(library.window_attention_qkvpacked, inputs, arguments)
@@ -65,8 +78,13 @@ def test_same_bits_whatever_the_schedule(library, name, dtype):
 def test_any_number_of_multiprocessors(library, multiprocessors):
     """The grid ranges from blocks that loop over strips and windows to blocks with one strip of one window each."""
     library.configure(multiprocessors=multiprocessors)
-    for case in (Case(2, (12, 24), 1, 32, 12, 5), Case(3, (9, 16), 2, 16, 9, 4, has_pad_qkv=True)):
-        check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16, rounds_unit_rows=True)
+    dense, v2 = {"has_table": False, "bias_types": 0}, {"has_logit_scale": True}
+    for options in ({}, dense, v2):
+        for case in (
+            Case(2, (12, 24), 1, 32, 12, 5, **options),
+            Case(3, (9, 16), 2, 16, 9, 4, has_pad_qkv=True, **options),
+        ):
+            check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16, rounds_unit_rows=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -118,6 +136,20 @@ def test_what_is_not_finite_stays_in_its_window(library):
         assert got[name][0, :, :9].isnan().any()
         assert torch.equal(got[name][0, :, 9:], expected[name][0, :, 9:]), name
         assert torch.equal(got[name][1:], expected[name][1:]), name
+
+
+def test_dense_bias_at_an_odd_address(library, monkeypatch):
+    """Two keys cannot be one load of 8 bytes if the bias is a view that begins at an odd element of its storage."""
+    aligned = library.copy
+
+    def copy(x):
+        if x.dim() != 3:
+            return aligned(x)
+        return library.empty((x.numel() + 1,), x.dtype, alignment=4)[:-1].reshape(x.shape).copy_(x)
+
+    monkeypatch.setattr(library, "copy", copy)
+    case = Case(1, (12, 12), 2, 16, 12, 0, has_table=False, bias_types=0)
+    check_window_attention(library.window_attention_qkvpacked, case, torch.bfloat16, rounds_unit_rows=True)
 
 
 def test_1024_tokens_take_no_memory_for_scores(library):

@@ -192,6 +192,42 @@ FAULTS = {
         "has_pairs = true;",
         _IN_LONG + "test_outputs_and_gradients[table of a larger window, odd-torch.float16]",
     ),
+    "cuda-long-dense-bias-transposed": Fault(
+        _ATTENTION + "long_windows.cuh",
+        "(kColumnsAreKeys ? last * num_tokens : last);",
+        "(kColumnsAreKeys ? last : last * num_tokens);",
+        _IN_LONG + "test_outputs_and_gradients[dense, seam-torch.float16]",
+    ),
+    "cuda-long-dense-pairs-at-odd-addresses": Fault(
+        _ATTENTION + "long_windows.cuh",
+        "reinterpret_cast<uintptr_t>(args.dense_bias) % 8 == 0;",
+        "reinterpret_cast<uintptr_t>(args.dense_bias) % 4 == 0;",
+        _IN_LONG + "test_dense_bias_at_an_odd_address",
+    ),
+    "cuda-long-dense-gradient-of-the-query-above": Fault(
+        _ATTENTION + "bwd_long_sm80.cuh",
+        "= dbias[j / 2][j % 2][e];",
+        "= dbias[j / 2][j % 2][e % 2];",
+        _IN_LONG + "test_outputs_and_gradients[dense, seam-torch.float16]",
+    ),
+    "cuda-long-gradient-along-unit-rows": Fault(
+        _ATTENTION + "bwd_long_sm80.cuh",
+        "sum[e] = (sum[e] - u.x[e] * along)",
+        "sum[e] = (sum[e] - u.x[e] * 0.5f * along)",
+        _IN_LONG + "test_outputs_and_gradients[v2, seam-torch.float16]",
+    ),
+    "cuda-long-logit-scale-of-every-chunk": Fault(
+        _ATTENTION + "bwd_long_sm80.cuh",
+        "if (chunk == 0) logit_sum",
+        "if (chunk >= 0) logit_sum",
+        _IN_LONG + "test_outputs_and_gradients[v2, seam-torch.float16]",
+    ),
+    "cuda-long-norm-of-the-key-beside": Fault(
+        _ATTENTION + "long_windows.cuh",
+        "x[j][1] *= pair.y;",
+        "x[j][1] *= pair.x;",
+        _IN_LONG + "test_outputs_and_gradients[v2, seam-torch.float16]",
+    ),
     "cuda-long-delta-of-half-the-keys": Fault(
         _ATTENTION + "bwd_long_sm80.cuh",
         "delta.x[half] += (x.x + x.y) + (x.z + x.w);",

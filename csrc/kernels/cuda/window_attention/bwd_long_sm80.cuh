@@ -1,15 +1,15 @@
 // Window attention backward for long windows of the plain kind (long_windows.cuh). Other long windows use bwd_sm80.cuh.
 //
-// Maths     As in bwd_sm80.cuh, with seven products of blocks: three in the query kernel, which also sums dbias, and
-//           four in the key kernel, which gets lse and delta from the query kernel.
+// Maths     As in bwd_sm80.cuh and, for v2, cosine.cuh, with seven products of blocks: three in the query kernel, which
+//           also sums dbias, and four in the key kernel, which gets lse and delta from the query kernel.
 // Queries   A block processes one strip of a head's queries after another, 16 rows per warp, against all keys of a
 //           window. Each warp has up to 64 of these keys, so P, dP and the running dbias of its part stay in registers
 //           (dbias for all windows of the block), and nothing is computed twice. Warps of the same rows exchange their
 //           parts of delta and dq through shared memory. At the end of each strip, the block writes its share of the
-//           table's gradient.
+//           gradient of the table or the dense bias. For v2, unit rows replace k once the scores have been computed.
 // Keys      A block of four warps processes blocks of 64 keys of one window and head, 16 keys per warp; queries arrive
 //           in blocks of 64. The rows of the transposed scores are keys, so P and dS are directly the left operands of
-//           the products for dv and dk.
+//           the products for dv and dk. For v2, dk is a product with a second tile, of unit rows of q.
 // Order     No atomics: a block adds its windows and strips in order, and reduce_partials.cu adds the blocks' sums in
 //           order.
 // Traffic   The query kernel reads k and v once per strip, the key kernel reads q and dout once per block of keys,
@@ -32,26 +32,28 @@ struct BackwardLongArguments : LongArguments<7> {
   uint32_t strip_workers, window_workers;  // parallel blocks of a unit
   // For the key kernel: items of a window, each with this many blocks of keys.
   uint32_t splits, key_blocks, long_items;
+  float* dense_partials;  // (window workers, heads, N, N) for a dense bias, null if not wanted
+  float* logit_partials;  // (blocks of the query kernel), null if not wanted
 };
 
 constexpr int kMostSteps = 4;  // steps of 16 keys per warp, in the query kernel
 
 // The most warps in a block of the query kernel: 16 leave a thread 128 registers, 12 leave 168.
-template <class Traits>
-constexpr int kMostQueryWarps = Traits::kHeadDim <= 32 ? 16 : 12;
+template <class Traits, bool kCosine>
+constexpr int kMostQueryWarps = Traits::kHeadDim <= 32 && !kCosine ? 16 : 12;
 
 template <class Traits>
 struct QueryStripSmem {
   using T = typename Traits::T;
   static constexpr int kBiasTiles = 2 * kMostSteps;
-  static constexpr int kGroups = kMostQueryWarps<Traits>;
+  static constexpr int kGroups = kMostQueryWarps<Traits, false>;
   static constexpr int kGradientStride = Traits::kHeadDim + 8;  // floats of a row; eight rows are in different banks
 
   T *q, *dout, *k, *v;
-  float* dq;          // (key groups, rows, kGradientStride), in place of v
-  float4* fragments;  // (warps, kBiasTiles, 32): the bias; at the end of a strip, its dbias
-  float* delta;       // (rows, kGroups): each key group's part
-  unsigned char* tokens;
+  float* dq;              // (key groups, rows, kGradientStride), in place of v
+  float4* fragments;      // (warps, kBiasTiles, 32): the bias; at the end of a strip, its dbias
+  float* delta;           // (rows, kGroups): each key group's part
+  unsigned char* tokens;  // then the norms of v2
 
   struct Counts {
     int rows, keys, fragments, v_bytes;
@@ -64,7 +66,8 @@ struct QueryStripSmem {
   static int bytes(const BackwardLongArguments& args) {
     const Counts n = counts(args);
     return Traits::kRowBytes * (2 * n.rows + n.keys) + n.v_bytes + 16 * n.fragments + 4 * n.rows * kGroups +
-           LongTokens::bytes(LongTokens::terms_of(args.layout), n.keys + n.rows);
+           LongTokens::bytes(LongTokens::terms_of(args.layout), n.keys + n.rows) +
+           (args.logit_scale == nullptr ? 0 : LongNorms::bytes(n.keys + n.rows));
   }
   __device__ __forceinline__ static QueryStripSmem of(const BackwardLongArguments& args) {
     const Counts n = counts(args);
@@ -164,8 +167,75 @@ struct WarpPlace {
   __device__ __forceinline__ int first_key() const { return (packed >> 20) * 16; }
 };
 
-template <class Traits>
-__global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
+// Writes this warp's dbias of a strip to the worker's matrix of partial sums.
+__device__ __forceinline__ void write_strip(const BackwardLongArguments& args, const float (&dbias)[kMostSteps][2][4],
+                                            const WarpPlace& place, const BlockShare& share, int first) {
+  const int lane = threadIdx.x % 32, num_tokens = args.num_tokens;
+  const int query = first + place.row0() + lane / 4, key = place.first_key() + 2 * (lane % 4);
+  const int64_t matrix = static_cast<int64_t>(share.first / args.strip_workers) * args.num_heads + share.head;
+  float* const partial = args.dense_partials + (matrix * num_tokens + query) * num_tokens + key;
+#pragma unroll
+  for (int j = 0; j < 2 * kMostSteps; ++j) {
+    if (j / 2 >= place.steps()) break;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (query + e / 2 * 8 < num_tokens && key + 8 * j + e % 2 < num_tokens) {
+        partial[e / 2 * 8 * num_tokens + 8 * j + e % 2] = dbias[j / 2][j % 2][e];
+      }
+    }
+  }
+}
+
+// Writes rows of a tile with unit length to the same tile or to another one, by all threads.
+template <class Tile>
+__device__ __forceinline__ void copy_unit_rows(const Tile& from, const Tile& to, int rows, const float* inverse_norms) {
+  using T = typename Tile::T;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * Tile::kChunks; i += blockDim.x) {
+    const int row = i / Tile::kChunks, at = Tile::offset(row, i % Tile::kChunks);
+    auto chunk = Chunk<T>::load(from.data + at);
+#pragma unroll
+    for (int e = 0; e < chunk.kCount; ++e) chunk.x[e] *= inverse_norms[row];
+    chunk.store(to.data + at);
+  }
+}
+
+// Turns sum, eight columns of the gradient of a unit row of q, into those of the original row (cosine.cuh). Adjacent
+// lanes have the row's other columns. Returns u . d.
+template <class Tile>
+__device__ __forceinline__ float to_chunk_gradient(float (&sum)[8], const Tile& q, int row, int chunk, float inverse,
+                                                   float factor) {
+  auto u = Chunk<typename Tile::T>::load(q.chunk(row, chunk));
+  float dot = 0.0f;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    u.x[e] *= inverse;
+    dot = fmaf(u.x[e], sum[e], dot);
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < Tile::kChunks; lanes *= 2) dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
+  const float along = inverse < 1.0f / kSmallestNorm ? dot : 0.0f;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) sum[e] = (sum[e] - u.x[e] * along) * (inverse * factor);
+  return dot;
+}
+
+// Writes the block's share of dlogit_scale: its threads' sums. `sums` is unused shared memory.
+__device__ __forceinline__ void write_logit_sum(const BackwardLongArguments& args, float* sums, float sum, int head) {
+  if (args.logit_partials == nullptr) return;
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float total = 0.0f;
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) total += sums[warp];
+  args.logit_partials[blockIdx.x] = is_clamped(args.logit_scale[head]) ? 0.0f : total;
+}
+
+template <class Traits, bool kCosine>
+__global__ void __launch_bounds__(32 * kMostQueryWarps<Traits, kCosine>, 1)
     window_attention_bwd_queries_kernel(const __grid_constant__ BackwardLongArguments args) {
   using T = typename Traits::T;
   using Tile = SmemTile<T, Traits::kHeadDim>;
@@ -179,6 +249,10 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
   const BlockShare share = BlockShare::of(args);
   const int head = share.head;
   const LongTokens tokens = LongTokens::of(smem.tokens, LongTokens::terms_of(args.layout), 16 * all_steps + rows);
+  const int capacity = 16 * all_steps + rows;
+  [[maybe_unused]] const LongNorms norms =
+      LongNorms::of(reinterpret_cast<unsigned char*>(tokens.offset + capacity), capacity);
+  [[maybe_unused]] float logit_sum = 0.0f;
   const auto lane_offsets = LaneOffsets<Tile>::of();
   const LocatedTile<Tile> q{smem.q, lane_offsets}, dout{smem.dout, lane_offsets}, k{smem.k, lane_offsets},
       v{smem.v, lane_offsets};
@@ -210,6 +284,10 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
         } else if (args.bias_table != nullptr) {
           const int entry = args.layout.query_index(query) - args.layout.query_index(key) + args.layout.table_middle;
           bias[e] = args.bias_table[entry * args.num_heads + head] * kLog2E;
+        } else if (args.dense_bias != nullptr) {
+          const int n = ptx::opaque(args.num_tokens);  // recomputed here, because registers are scarce
+          const float* const row = args.dense_bias + static_cast<int64_t>(ptx::opaque(head) * n + query) * n;
+          bias[e] = row[key] * kLog2E;
         }
       }
       smem.fragments[first_fragment + 32 * j] = make_float4(bias[0], bias[1], bias[2], bias[3]);
@@ -231,6 +309,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
       copy_long_rows<Traits>(args, {0, 3}, index.batch, head, {smem.q, smem.dout}, tokens.number, first, rows);
       copy_long_rows<Traits>(args, {1, 2}, index.batch, head, {smem.k, smem.v}, tokens.number, 0, 16 * all_steps);
       ptx::cp_async_commit();
+      if constexpr (kCosine) norms.find<T>(args, index.batch, head, tokens.number, capacity);
       float lse2[2];
       int32_t row_region[2];
 #pragma unroll
@@ -248,7 +327,13 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
 
       float p[kMostSteps][2][4] = {}, dp[kMostSteps][2][4] = {};
       {
-        const float factor2 = args.scale * kLog2E;
+        float factor2[2] = {args.scale * kLog2E, args.scale * kLog2E};  // of the scores of this thread's two rows
+        if constexpr (kCosine) {
+          const float* const own_norms = norms.q + first + place.row0() + g;
+          const float factor = score_factor(args, head) * kLog2E;
+          factor2[0] = factor * own_norms[0];
+          factor2[1] = factor * own_norms[8];
+        }
         RowFragments<T, Traits::kHeadDim> fragments;
         fragments.load(q, place.row0());
 #pragma unroll
@@ -256,13 +341,14 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
           if (step >= steps) break;
           const int key = key0 + 16 * step;
           fragments.add_abt(p[step], k, key);
+          if constexpr (kCosine) multiply_columns(p[step], norms.k + key);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const float4 bias = own_bias[32 * (2 * step + j)];
-            p[step][j][0] = fmaf(p[step][j][0], factor2, bias.x);
-            p[step][j][1] = fmaf(p[step][j][1], factor2, bias.y);
-            p[step][j][2] = fmaf(p[step][j][2], factor2, bias.z);
-            p[step][j][3] = fmaf(p[step][j][3], factor2, bias.w);
+            p[step][j][0] = fmaf(p[step][j][0], factor2[0], bias.x);
+            p[step][j][1] = fmaf(p[step][j][1], factor2[0], bias.y);
+            p[step][j][2] = fmaf(p[step][j][2], factor2[1], bias.z);
+            p[step][j][3] = fmaf(p[step][j][3], factor2[1], bias.w);
           }
           if (mixed) {
             if constexpr (kHasNarrowRange<T>) {  // the exponent takes the register of a region
@@ -295,6 +381,10 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
           own_delta[8 * Smem::kGroups + again.group()] = delta.x[1];
         }
         __syncthreads();
+        if constexpr (kCosine) {  // the scores have been computed from the original rows
+          copy_unit_rows(Tile{smem.k}, Tile{smem.k}, 16 * all_steps, norms.k);
+          __syncthreads();
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           delta.x[half] = 0.0f;
@@ -352,8 +442,9 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
       const int chunk = ptx::opaque(threadIdx.x) % Tile::kChunks;
       const uint64_t base = chunk_base(args.regular[4], index.batch, head, chunk);
       for (int i = threadIdx.x / Tile::kChunks; i < rows; i += blockDim.x / Tile::kChunks) {
-        if (first + i >= num_tokens || chunk * 16 >= args.row_bytes) break;
-        const uint32_t number = tokens.number[first + i];
+        const bool has_chunk = first + i < num_tokens && chunk * 16 < args.row_bytes;
+        if (!kCosine && !has_chunk) break;
+        const uint32_t number = has_chunk ? tokens.number[first + i] : kPadNumber;
         const float* partial = smem.dq + i * Smem::kGradientStride + 8 * chunk;
         float sum[8] = {};
 #pragma unroll 1
@@ -363,9 +454,16 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
 #pragma unroll
           for (int e = 0; e < 8; ++e) sum[e] += x[e];
         }
+        float factor = args.scale;
+        if constexpr (kCosine) {
+          const float cosine_factor = score_factor(args, head);
+          const float dot = to_chunk_gradient(sum, Tile{smem.q}, i, chunk, norms.q[first + i], cosine_factor);
+          if (chunk == 0) logit_sum = fmaf(dot, cosine_factor, logit_sum);
+          factor = 1.0f;
+        }
         uint32_t packed[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) packed[e] = pack2<T>(sum[2 * e] * args.scale, sum[2 * e + 1] * args.scale);
+        for (int e = 0; e < 4; ++e) packed[e] = pack2<T>(sum[2 * e] * factor, sum[2 * e + 1] * factor);
         if (number < kPadNumber) {
           const uint64_t destination = ptx::multiply_add_wide(number, args.regular[4].token, base);
           ptx::store_global_16(reinterpret_cast<void*>(destination),
@@ -374,6 +472,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
       }
     }
 
+    if (args.dense_partials != nullptr) write_strip(args, dbias, whole_place.again(), share, first);
     if (table == nullptr) continue;
 #pragma unroll
     for (int j = 0; j < 2 * kMostSteps; ++j) {
@@ -385,6 +484,7 @@ __global__ void __launch_bounds__(32 * kMostQueryWarps<Traits>, 1)
     add_strip_to_table(table, args, smem, tokens, first);
     __syncthreads();
   }
+  if constexpr (kCosine) write_logit_sum(args, smem.delta, logit_sum, head);
 }
 
 template <class Traits>
@@ -395,15 +495,17 @@ struct KeyBlockSmem {
   alignas(128) T q_dout[2][2][kBlock * Traits::kHeadDim];
   alignas(16) float pad_sums[kThreads / 32][2][Traits::kHeadDim];
 
-  // After this struct: lse and delta of every query, the table, the tokens.
+  // After this struct: lse and delta of every query, the table, the tokens; for v2 also the norms and a tile of unit
+  // rows of q.
   static int bytes(const BackwardLongArguments& args) {
     const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
     return static_cast<int>(sizeof(KeyBlockSmem)) + 8 * capacity + 4 * args.table.floats() +
-           LongTokens::bytes(LongTokens::terms_of(args.layout), capacity);
+           LongTokens::bytes(LongTokens::terms_of(args.layout), capacity) +
+           (args.logit_scale == nullptr ? 0 : LongNorms::bytes(capacity) + kBlock * Traits::kRowBytes);
   }
 };
 
-template <class Traits, class RowBiasKind>  // RowBias or NoRowBias
+template <class Traits, class RowBiasKind, bool kCosine>  // RowBias, NoRowBias or DenseRowBias<false>
 __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
     window_attention_bwd_keys_kernel(const __grid_constant__ BackwardLongArguments args) {
   using T = typename Traits::T;
@@ -415,11 +517,14 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
   const int num_tokens = args.num_tokens, blocks = (num_tokens + kBlock - 1) / kBlock;
   const BlockShare share = BlockShare::of(args);
   const int head = share.head;
-  const float factor2 = args.scale * kLog2E;
+  const float factor2 = (kCosine ? score_factor(args, head) : args.scale) * kLog2E;
   float2* const lse2_delta = reinterpret_cast<float2*>(dynamic_smem() + sizeof(Smem));
   float* const table = reinterpret_cast<float*>(lse2_delta + blocks * kBlock);
   const LongTokens tokens = LongTokens::of(reinterpret_cast<unsigned char*>(table + args.table.floats()),
                                            LongTokens::terms_of(args.layout), blocks * kBlock);
+  [[maybe_unused]] const LongNorms norms =
+      LongNorms::of(reinterpret_cast<unsigned char*>(tokens.offset + blocks * kBlock), blocks * kBlock);
+  [[maybe_unused]] T* const unit_q = reinterpret_cast<T*>(norms.k + blocks * kBlock);
   const auto copies = LongCopies<Tile, kThreads, kBlock>::of(args);
   const auto lane_offsets = LaneOffsets<Tile>::of();
 
@@ -451,6 +556,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
                    block * kBlock);
     };
     copy_queries(stage, 0);
+    if constexpr (kCosine) norms.find<T>(args, index.batch, head, tokens.number, blocks * kBlock);
 
 #pragma unroll 1
     for (int block = first_block; block < end_block; ++block) {
@@ -467,6 +573,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
       RowFragments<T, Traits::kHeadDim> k, v;
       RowBiasKind bias;
       int32_t row_region[2];
+      float factors[2] = {factor2, factor2};  // of the scores of this thread's two rows
       float dk[kColTiles][4] = {}, dv[kColTiles][4] = {};
       [[maybe_unused]] int exponent = 0;  // dk is scaled by 2 ** -exponent
 
@@ -486,9 +593,14 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             // A key past the window has the last key's bias: its sums are never read.
-            bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
+            bias.set(half, args, head, table, row + 8 * half, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
+            if constexpr (kCosine) factors[half] = factor2 * norms.k[row + 8 * half];
           }
+        }
+        if constexpr (kCosine) {
+          copy_unit_rows(Tile{smem.q_dout[stage][0]}, Tile{unit_q}, kBlock, norms.q + query_block * kBlock);
+          __syncthreads();
         }
         const LocatedTile<Tile> q{smem.q_dout[stage][0], lane_offsets}, dout{smem.q_dout[stage][1], lane_offsets};
         stage ^= 1;
@@ -499,7 +611,8 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
           if (query >= num_tokens) break;
           float p[2][4] = {}, ds[2][4] = {};
           k.add_abt(p, q, 16 * step);
-          bias.add(p, factor2, args.table.has_pairs, tokens.offset + query);
+          if constexpr (kCosine) multiply_columns(p, norms.q + query);
+          bias.add(p, factors, args.table.has_pairs, query, tokens.offset + query);
           if (mixed) mask_regions(p, row_region, tokens.region + query, args.mask2);
           v.add_abt(ds, dout, 16 * step);
 #pragma unroll
@@ -522,15 +635,24 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 3 : 2)
             if (exponent != 0) multiply(ds, power_of_two(-exponent));
           }
           pack_fragment<T>(fragment, ds);
-          add_fragment_b<T>(dk, fragment, q, 16 * step);
+          if constexpr (kCosine) {
+            add_fragment_b<T>(dk, fragment, LocatedTile<Tile>{unit_q, lane_offsets}, 16 * step);
+          } else {
+            add_fragment_b<T>(dk, fragment, q, 16 * step);
+          }
         }
       }
 
       // Each warp has read its rows of k and v, which no other warp reads.
-      float factor = args.scale;
+      float factor = kCosine ? score_factor(args, head) : args.scale;
       if constexpr (kHasNarrowRange<T>) factor *= power_of_two(exponent);
       if (has_rows) {
         const LocatedTile<Tile> dk_tile{smem.kv[0], lane_offsets}, dv_tile{smem.kv[1], lane_offsets};
+        if constexpr (kCosine) {
+          to_row_gradient<false>(dk, Tile{smem.kv[0]}, row0, norms.k + first, factor);
+          factor = 1.0f;
+          __syncwarp();
+        }
         write_rounded(dk_tile, row0, dk, factor, factor);
         store_long_rows(args, 5, dk_tile, row0, index.batch, head, tokens.number, first);
         write_rounded(dv_tile, row0, dv, 1.0f, 1.0f);

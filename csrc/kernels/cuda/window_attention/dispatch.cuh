@@ -16,6 +16,17 @@ cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStrea
 template <class Product>
 cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStream_t stream, int64_t* bytes);
 
+// True if kernels for plain long windows (long_windows.cuh) exist for these tiles: 16 bits, head_dim up to 64.
+template <class Traits>
+constexpr bool kHasPlainLong = sizeof(typename Traits::T) == 2 && Traits::kHeadDim <= 64;
+
+// Returns true if a call is of the plain kind, except for its maps and its table, which make_long() checks.
+inline bool is_plain(const WindowAttentionForwardParams& params, size_t element_bytes) {
+  const bool (&pairs)[3] = params.geometry.table_pairs;
+  return (params.logit_scale == nullptr || params.bias == nullptr) && params.bias_types == 1 && !pairs[0] &&
+         !pairs[1] && !pairs[2] && params.dropout_p == 0.0f && params.head_dim * element_bytes % 16 == 0;
+}
+
 // Calls f(Traits, is_long) with the smallest tiles into which the head_dim and the window fit. Rows of up to 128 bytes
 // are processed in blocks of 64; wider rows, and accumulators of more than 64 columns, in blocks of 32. There is a
 // kernel with 7 tiles, because windows of 49 tokens, which fit into 56 columns, are common.

@@ -1,16 +1,19 @@
 // Window attention forward for long windows of the plain kind (long_windows.cuh). Other long windows use fwd_sm80.cuh.
 //
-// Maths     As in fwd_sm80.cuh. In bfloat16, scores are not shifted by their maximum: probabilities have float's
-//           exponents, so exp2 of a score in base 2 is accurate enough from 2^-126 to 2^127. If a row's sum is not
-//           between 2^-64 and 2^64, its block is recomputed with a running maximum. Float16 always uses the maximum,
-//           which moves only when a score exceeds it by more than kSlack, for which float16 has room.
+// Maths     As in fwd_sm80.cuh and, for v2, cosine.cuh. In bfloat16, scores are not shifted by their maximum:
+//           probabilities have float's exponents, so exp2 of a score in base 2 is accurate enough from 2^-126 to 2^127.
+//           If a row's sum is not between 2^-64 and 2^64, its block is recomputed with a running maximum. Float16 always
+//           uses the maximum, which moves only when a score exceeds it by more than kSlack, for which float16 has room.
 // Tiling    A block of four warps processes one or more blocks of 64 queries of one window and head, 16 queries per
 //           warp, with their fragments in registers. Keys arrive in blocks of 64, each during the computation of the
-//           one before, and are processed 16 at a time: keys past the window cost nothing. Row sums are a product with
-//           ones.
+//           one before, and are processed 16 at a time: keys past the window cost nothing. Row sums are a product of
+//           rounded probabilities with ones. For v2 they are sums in float, because few keys may have nearly all of a
+//           row's probability, and their rounding would be a large error in lse.
 // Traffic   As in fwd_sm80.cuh; k and v are read once per block of queries, mostly from L2.
 // Limits    head_dim <= 64.
 #pragma once
+
+#include <type_traits>
 
 #include "fwd_sm80.cuh"
 #include "half_range.cuh"
@@ -34,16 +37,24 @@ struct PlainForwardLongSmem {
   alignas(128) T kv[2][2][kBlock * Traits::kHeadDim];
   alignas(16) int32_t out_of_range[kThreads / 32];
 
-  // After this struct: the table, then the tokens.
+  // After this struct: the table, the tokens, then the norms of v2.
   static int bytes(const LongArguments<4>& args) {
     const int capacity = (args.num_tokens + kBlock - 1) / kBlock * kBlock;
     return static_cast<int>(sizeof(PlainForwardLongSmem)) + 4 * args.table.floats() +
-           LongTokens::bytes(LongTokens::terms_of(args.layout), capacity);
+           LongTokens::bytes(LongTokens::terms_of(args.layout), capacity) +
+           (args.logit_scale == nullptr ? 0 : LongNorms::bytes(capacity));
   }
 };
 
-template <class Traits, class RowBiasKind>  // RowBias or NoRowBias
-__global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
+// Blocks per multiprocessor: the most for which nothing is spilled.
+template <class Traits, class RowBiasKind>
+constexpr int plain_forward_long_blocks() {
+  if (Traits::kHeadDim <= 32) return 4;
+  return ptx::kIsBlackwell && std::is_same_v<RowBiasKind, DenseRowBias<true>> ? 2 : 3;
+}
+
+template <class Traits, class RowBiasKind, bool kCosine>  // RowBias, NoRowBias or DenseRowBias<true>
+__global__ void __launch_bounds__(128, plain_forward_long_blocks<Traits, RowBiasKind>())
     window_attention_fwd_plain_long_kernel(const __grid_constant__ ForwardLongArguments args) {
   using T = typename Traits::T;
   using Tile = SmemTile<T, Traits::kHeadDim>;
@@ -56,10 +67,12 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
   const int num_tokens = args.num_tokens, blocks = (num_tokens + kBlock - 1) / kBlock;
   const BlockShare share = BlockShare::of(args);
   const int head = share.head;
-  const float factor2 = args.scale * kLog2E;
+  const float factor2 = (kCosine ? score_factor(args, head) : args.scale) * kLog2E;
   float* const table = reinterpret_cast<float*>(dynamic_smem() + sizeof(Smem));
   const LongTokens tokens = LongTokens::of(reinterpret_cast<unsigned char*>(table + args.table.floats()),
                                            LongTokens::terms_of(args.layout), blocks * kBlock);
+  [[maybe_unused]] const LongNorms norms =
+      LongNorms::of(reinterpret_cast<unsigned char*>(tokens.offset + blocks * kBlock), blocks * kBlock);
   const auto copies = LongCopies<Tile, kThreads, kBlock>::of(args);
   const auto lane_offsets = LaneOffsets<Tile>::of();
 
@@ -90,6 +103,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
     copy_queries(first_block);
     copy_keys(stage, 0);
     ptx::cp_async_commit();
+    if constexpr (kCosine) norms.find<T>(args, index.batch, head, tokens.number, blocks * kBlock);
 
     float* const lse = args.lse == nullptr ? nullptr : args.lse + args.first_query(window, head);
 #pragma unroll 1
@@ -99,6 +113,7 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
       RowFragments<T, Traits::kHeadDim> q;
       RowBiasKind bias;
       int32_t row_region[2];
+      float factor[2] = {factor2, factor2};  // of the scores of this thread's two rows
       float maximum[2] = {0.0f, 0.0f}, sum[4] = {}, o[kColTiles][4] = {};
       bool maximum_runs = kMaximumAlwaysRuns, again = false;
       if constexpr (kMaximumAlwaysRuns) maximum[0] = maximum[1] = -INFINITY;
@@ -119,8 +134,9 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             // A query past the window has the last query's bias: its scores are never read.
-            bias.set(half, args.table, table, tokens.offset[row + 8 * half]);
+            bias.set(half, args, head, table, row + 8 * half, tokens.offset[row + 8 * half]);
             row_region[half] = tokens.region[row + 8 * half];
+            if constexpr (kCosine) factor[half] = factor2 * norms.q[row + 8 * half];
           }
         }
         const LocatedTile<Tile> k{smem.kv[stage][0], lane_offsets}, v{smem.kv[stage][1], lane_offsets};
@@ -132,7 +148,8 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
             if (key >= num_tokens) break;
             float score[2][4] = {};
             q.add_abt(score, k, 16 * step);
-            bias.add(score, factor2, args.table.has_pairs, tokens.offset + key);
+            if constexpr (kCosine) multiply_columns(score, norms.k + key);
+            bias.add(score, factor, args.table.has_pairs, key, tokens.offset + key);
             if (mixed) mask_regions(score, row_region, tokens.region + key, args.mask2);
             if (key + 16 > num_tokens) mask_columns(score, num_tokens - key);
             if (maximum_runs) {
@@ -169,10 +186,22 @@ __global__ void __launch_bounds__(128, Traits::kHeadDim <= 32 ? 4 : 3)
             }
             uint32_t p[4];
             pack_fragment<T>(p, score);
-            const uint32_t ones = pack2<T>(1.0f, 1.0f);
-            ptx::mma_m16n8k16(sum, p, {ones, ones}, T{});
+            if constexpr (kCosine) {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                sum[2 * half] +=
+                    (score[0][2 * half] + score[0][2 * half + 1]) + (score[1][2 * half] + score[1][2 * half + 1]);
+              }
+            } else {
+              const uint32_t ones = pack2<T>(1.0f, 1.0f);
+              ptx::mma_m16n8k16(sum, p, {ones, ones}, T{});
+            }
             add_fragment_b<T>(o, p, v, 16 * step);
           }
+        }
+        if (kCosine && key_block + 1 == blocks) {
+          sum[0] = quad_sum(sum[0]);
+          sum[2] = quad_sum(sum[2]);
         }
         if constexpr (!kMaximumAlwaysRuns) {
           if (key_block + 1 < blocks || maximum_runs) continue;

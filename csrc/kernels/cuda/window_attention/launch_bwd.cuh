@@ -5,37 +5,19 @@
 #include <type_traits>
 
 #include "bwd_bias_sm80.cuh"
-#include "bwd_long_sm80.cuh"
 #include "bwd_short16_sm80.cuh"
 #include "bwd_sm80.cuh"
 #include "dispatch.cuh"
 #include "reduce_partials.cuh"
+#include "workspace.cuh"
 
 namespace swinkernels::cuda {
-
-// The dbias of a long window takes N * N floats for each worker of a unit. The number of workers is limited to as many
-// as fit into this size, but is at least one.
-constexpr int64_t kMostDenseBytes = int64_t{64} << 20;
 
 // For these tiles the TF32 backward pass would spill registers, so they use the float kernels, which are at least as
 // accurate.
 template <class Traits, bool kLong>
 constexpr bool kBackwardInFloat = std::is_same_v<typename Traits::Product, Tf32Product> &&
                                   (Traits::kHeadDim > 64 || (kLong && Traits::kHeadDim > 16));
-
-// Hands out a workspace of floats, or counts the floats that are needed.
-struct WorkspaceArena {
-  float* next;  // null: only counts
-  int64_t count = 0;
-
-  float* take(int64_t floats) {
-    count += floats;
-    if (next == nullptr || floats == 0) return nullptr;
-    float* const taken = next;
-    next += floats;
-    return taken;
-  }
-};
 
 // Launches either kernel for short windows.
 template <class Traits, class Arguments>
@@ -97,70 +79,11 @@ cudaError_t launch_long_backward(BackwardArguments& args, ReducePartialsArgument
 }
 
 // Launches the plain kernels for windows of more than one block of keys, if they support the call and the device has
-// enough shared memory; sets `taken` accordingly.
+// enough shared memory; sets `taken` accordingly. Defined in launch_long_bwd.cuh, and instantiated by the files
+// bwd_long_*.cu of instantiations/.
 template <class Traits>
 cudaError_t launch_plain_long_backward(BackwardArguments& args, ReducePartialsArguments& reduction,
-                                       WorkspaceArena& arena, bool measure, cudaStream_t stream, bool& taken) {
-  using StripSmem = QueryStripSmem<Traits>;
-  using BlockSmem = KeyBlockSmem<Traits>;
-  BackwardLongArguments plain = {};
-  static_cast<WindowArguments<7>&>(plain) = args;
-  taken = false;
-  const int32_t row_tiles = (args.num_tokens + 15) / 16;
-  plain.key_groups = (row_tiles + kMostSteps - 1) / kMostSteps;
-  if (!make_long(plain)) return cudaSuccess;
-  int shared_bytes;
-  cudaError_t status = shared_bytes_of_block(&shared_bytes);
-  if (status != cudaSuccess) return status;
-  // Use as many rows of warps as shared memory allows, distributed evenly over the strips.
-  for (plain.row_tiles = std::min(row_tiles, kMostQueryWarps<Traits> / plain.key_groups);
-       plain.row_tiles > 0 && StripSmem::bytes(plain) > shared_bytes; --plain.row_tiles) {
-  }
-  if (plain.row_tiles == 0 || BlockSmem::bytes(plain) > shared_bytes) return cudaSuccess;
-  taken = true;
-  plain.strips = (row_tiles + plain.row_tiles - 1) / plain.row_tiles;
-  plain.row_tiles = (row_tiles + plain.strips - 1) / plain.strips;
-
-  const size_t strip_bytes = StripSmem::bytes(plain), block_bytes = BlockSmem::bytes(plain);
-  const auto query_kernel = window_attention_bwd_queries_kernel<Traits>;
-  const auto key_kernel = args.bias_table == nullptr ? window_attention_bwd_keys_kernel<Traits, NoRowBias>
-                                                     : window_attention_bwd_keys_kernel<Traits, RowBias>;
-  const int query_threads = 32 * plain.key_groups * plain.row_tiles;
-  int64_t query_blocks, resident;
-  status = resident_blocks(query_kernel, query_threads, strip_bytes, &query_blocks);
-  if (status != cudaSuccess) return status;
-  status = resident_blocks(key_kernel, BlockSmem::kThreads, block_bytes, &resident);
-  if (status != cudaSuccess) return status;
-
-  // The strips of a unit are divided among blocks of the query kernel. If there are more blocks than strips, the
-  // windows are divided, too.
-  const int64_t of_unit = std::max<int64_t>(1, query_blocks / args.units());
-  plain.strip_workers = static_cast<uint32_t>(std::min<int64_t>(plain.strips, of_unit));
-  const GridPlan query_plan = plan_grid(args.items, args.units() * plain.strip_workers, query_blocks);
-  plain.window_workers = query_plan.workers;
-  reduction.table_workers = query_plan.workers * plain.strip_workers;
-
-  const uint32_t blocks = (args.num_tokens + BlockSmem::kBlock - 1) / BlockSmem::kBlock;
-  plain.key_blocks = int64_t{args.items} * args.units() >= resident ? blocks : 1;
-  plain.splits = (blocks + plain.key_blocks - 1) / plain.key_blocks;
-  const int64_t items = int64_t{args.items} * plain.splits;
-  if (items >= INT32_MAX) return cudaErrorInvalidValue;
-  plain.long_items = static_cast<uint32_t>(items);
-  const GridPlan key_plan = plan_grid(items, args.units(), resident);
-  reduction.workers = key_plan.workers;
-
-  plain.lse = args.lse;
-  plain.delta = arena.take(int64_t{args.num_windows} * args.num_heads * args.num_tokens);
-  plain.table_partials =
-      arena.take(int64_t{query_plan.blocks} * (reduction.dbias_table == nullptr ? 0 : args.layout.table_entries));
-  if (reduction.dpad_qkv != nullptr) plain.pad_partials = arena.take(int64_t{key_plan.blocks} * 2 * args.head_dim);
-  if (measure) return cudaSuccess;
-  args.table_partials = plain.table_partials;
-  args.pad_partials = plain.pad_partials;
-  status = launch(query_kernel, dim3(query_plan.blocks), dim3(query_threads), strip_bytes, stream, plain);
-  if (status != cudaSuccess) return status;
-  return launch(key_kernel, dim3(key_plan.blocks), dim3(BlockSmem::kThreads), block_bytes, stream, plain);
-}
+                                       WorkspaceArena& arena, bool measure, cudaStream_t stream, bool& taken);
 
 // Compiled in bwd_float.cu only, though other policies call it.
 extern template cudaError_t launch_backward<FloatProduct>(const WindowAttentionBackwardParams&, cudaStream_t, int64_t*);
@@ -238,6 +161,7 @@ cudaError_t launch_backward(const WindowAttentionBackwardParams& params, cudaStr
   reduction.pad_partials = args.pad_partials;
   reduction.logit_partials = args.logit_partials;
   if (reduction.table_workers == 0) reduction.table_workers = reduction.workers;
+  if (reduction.logit_workers == 0) reduction.logit_workers = reduction.workers;
   return reduce_partials(reduction, stream);
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "dispatch.cuh"
-#include "fwd_long_sm80.cuh"
 #include "fwd_short16_sm80.cuh"
 #include "fwd_sm80.cuh"
 
@@ -20,36 +19,10 @@ cudaError_t launch_over_windows(void (*kernel)(Arguments), int threads, size_t s
 }
 
 // Launches the plain kernel for windows of more than one block of keys, if it supports the call and the device has
-// enough shared memory; sets `taken` accordingly.
+// enough shared memory; sets `taken` accordingly. Defined in launch_long_fwd.cuh, and instantiated by the files
+// fwd_long_*.cu of instantiations/.
 template <class Traits>
-cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t stream, bool& taken) {
-  using Smem = PlainForwardLongSmem<Traits>;
-  ForwardLongArguments plain = {};
-  static_cast<WindowArguments<4>&>(plain) = args;
-  plain.lse = args.lse;
-  taken = false;
-  if (!make_long(plain)) return cudaSuccess;
-  const auto kernel = args.bias_table == nullptr ? window_attention_fwd_plain_long_kernel<Traits, NoRowBias>
-                                                 : window_attention_fwd_plain_long_kernel<Traits, RowBias>;
-  const size_t smem_bytes = Smem::bytes(plain);
-  int shared_bytes;
-  cudaError_t status = shared_bytes_of_block(&shared_bytes);
-  if (status != cudaSuccess) return status;
-  if (smem_bytes > static_cast<size_t>(shared_bytes)) return cudaSuccess;
-  taken = true;
-  int64_t resident;
-  status = resident_blocks(kernel, Smem::kThreads, smem_bytes, &resident);
-  if (status != cudaSuccess) return status;
-  // If there are enough windows, one block processes all blocks of queries of a window and finds its tokens once.
-  const uint32_t blocks = (args.num_tokens + Smem::kBlock - 1) / Smem::kBlock;
-  plain.row_blocks = int64_t{args.items} * args.units() >= resident ? blocks : 1;
-  plain.splits = (blocks + plain.row_blocks - 1) / plain.row_blocks;
-  const int64_t items = int64_t{args.items} * plain.splits;
-  if (items >= INT32_MAX) return cudaErrorInvalidValue;
-  plain.long_items = static_cast<uint32_t>(items);
-  const GridPlan plan = plan_grid(items, args.units(), resident);
-  return launch(kernel, dim3(plan.blocks), dim3(Smem::kThreads), smem_bytes, stream, plain);
-}
+cudaError_t launch_plain_long_forward(const ForwardArguments& args, cudaStream_t stream, bool& taken);
 
 template <class Product>
 cudaError_t launch_forward(const WindowAttentionForwardParams& params, cudaStream_t stream) {

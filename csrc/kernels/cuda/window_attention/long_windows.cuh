@@ -1,6 +1,6 @@
-// Long windows (more than one block of keys) of the plain kind: v1 with a bias table or no bias, no dropout, rows whose
-// size is a multiple of 16 bytes, and maps whose tokens lie one stride apart in image order. This file addresses their
-// tokens and bias, and copies their rows.
+// Long windows (more than one block of keys) of the plain kind: v1 with a bias table, a dense bias or no bias, or v2
+// with a table or no bias; no dropout, rows whose size is a multiple of 16 bytes, and maps whose tokens lie one stride
+// apart in image order. This file addresses their tokens and bias, and copies their rows.
 //
 // Tokens    The position of a token in the map is a sum of three terms, one per axis; so are its region and whether it
 //           is a pad token. A window's terms are found first, one thread for each; then its tokens, with three loads
@@ -9,6 +9,8 @@
 //           scores have neighbouring entries: columns are keys, or queries if scores are transposed. If the rows of the
 //           window have even length, tokens 2n and 2n + 1 are neighbours: rows of the table are then padded to an even
 //           length, and a second copy is shifted by one entry, so one aligned load of 8 bytes gets the bias of both.
+//           A dense bias is read from global memory and multiplied by log2(e) on the way.
+// Norms     For v2, the inverse norms of a window's rows are computed once per window, from global memory.
 // Copies    A thread copies the same chunk of the same rows of every block.
 #pragma once
 
@@ -17,20 +19,10 @@
 #include "../../common/ptx.cuh"
 #include "../../common/smem_tile.cuh"
 #include "arguments.cuh"
+#include "cosine.cuh"
 #include "tokens.cuh"
 
 namespace swinkernels::cuda {
-
-// True if plain kernels exist for these tiles: 16 bits, head_dim up to 64.
-template <class Traits>
-constexpr bool kHasPlainLong = sizeof(typename Traits::T) == 2 && Traits::kHeadDim <= 64;
-
-// Returns true if a call is of the plain kind, except for its maps and its bias, which make_long() checks.
-inline bool is_plain(const WindowAttentionForwardParams& params, size_t element_bytes) {
-  const bool (&pairs)[3] = params.geometry.table_pairs;
-  return params.logit_scale == nullptr && params.bias_types == 1 && !pairs[0] && !pairs[1] && !pairs[2] &&
-         params.dropout_p == 0.0f && params.head_dim * element_bytes % 16 == 0;
-}
 
 // A map with one stride, in bytes, between consecutive tokens.
 struct RegularMap {
@@ -85,7 +77,7 @@ struct SharedTable {
 template <int kMaps>
 struct LongArguments : WindowArguments<kMaps> {
   RegularMap regular[kMaps];
-  SharedTable table;
+  SharedTable table;  // for a dense bias, has_pairs: two keys of a query are one aligned load of 8 bytes
   bool has_pads;
 };
 
@@ -129,8 +121,13 @@ bool make_long(LongArguments<kMaps>& args) {
     args.regular[map].batch = address.strides.batch;
     args.regular[map].head = address.head;
   }
+  if (args.dense_bias != nullptr) {
+    args.table = {};
+    args.table.has_pairs = args.num_tokens % 2 == 0 && reinterpret_cast<uintptr_t>(args.dense_bias) % 8 == 0;
+    return true;
+  }
   args.table = SharedTable::of(layout);
-  return args.dense_bias == nullptr && args.table.floats() <= kMostSharedTableFloats;
+  return args.table.floats() <= kMostSharedTableFloats;
 }
 
 // The data of each token of a window, in shared memory; array lengths are rounded up to whole blocks of keys.
@@ -238,15 +235,18 @@ __device__ __forceinline__ void stage_table(const LongArguments<kMaps>& args, in
 struct RowBias {
   const unsigned char* row[2];
 
-  __device__ __forceinline__ void set(int half, const SharedTable& table, const float* shared, int32_t row_offset) {
+  template <int kMaps>
+  __device__ __forceinline__ void set(int half, const LongArguments<kMaps>& args, int, const float* shared, int,
+                                      int32_t row_offset) {
+    const SharedTable& table = args.table;
     int at = table.middle - row_offset / 4;
     if (table.has_pairs && at % 2 != 0) at += table.copy_stride() - 1;
     row[half] = reinterpret_cast<const unsigned char*>(shared + at);
   }
 
-  // Sets x to x * factor + the bias of 8 * kTiles columns, whose offsets are given.
+  // Sets x to x * its row's factor + the bias of 8 * kTiles columns, whose offsets are given.
   template <int kTiles>
-  __device__ __forceinline__ void add(float (&x)[kTiles][4], float factor, bool has_pairs,
+  __device__ __forceinline__ void add(float (&x)[kTiles][4], const float (&factor)[2], bool has_pairs, int,
                                       const int32_t* columns) const {
     const int t = threadIdx.x % 4;
     float bias[kTiles][4];
@@ -275,21 +275,77 @@ struct RowBias {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[j][e] = fmaf(x[j][e], factor, bias[j][e]);
+      for (int e = 0; e < 4; ++e) x[j][e] = fmaf(x[j][e], factor[e / 2], bias[j][e]);
     }
   }
 };
 
 // Replaces RowBias in a call without a bias: reads nothing.
 struct NoRowBias {
-  __device__ __forceinline__ void set(int, const SharedTable&, const float*, int32_t) {}
+  template <int kMaps>
+  __device__ __forceinline__ void set(int, const LongArguments<kMaps>&, int, const float*, int, int32_t) {}
 
   template <int kTiles>
-  __device__ __forceinline__ void add(float (&x)[kTiles][4], float factor, bool, const int32_t*) const {
+  __device__ __forceinline__ void add(float (&x)[kTiles][4], const float (&factor)[2], bool, int,
+                                      const int32_t*) const {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[j][e] *= factor;
+      for (int e = 0; e < 4; ++e) x[j][e] *= factor[e / 2];
+    }
+  }
+};
+
+// Replaces RowBias in a call with a dense bias, whose matrix of the head is read from global memory: row i has the bias
+// of query i. Rows and columns past the window get the bias of the last token of the window.
+template <bool kColumnsAreKeys>
+struct DenseRowBias {
+  const float* row[2];  // the row of a query, or the column of a key
+  int num_tokens;
+
+  template <int kMaps>
+  __device__ __forceinline__ void set(int half, const LongArguments<kMaps>& args, int head, const float*, int token,
+                                      int32_t) {
+    num_tokens = args.num_tokens;
+    const int last = min(token, num_tokens - 1);
+    row[half] = args.dense_bias + static_cast<int64_t>(head) * num_tokens * num_tokens +
+                (kColumnsAreKeys ? last * num_tokens : last);
+  }
+
+  // The columns are the tokens from `first` on.
+  template <int kTiles>
+  __device__ __forceinline__ void add(float (&x)[kTiles][4], const float (&factor)[2], bool has_pairs, int first,
+                                      const int32_t*) const {
+    const int t = threadIdx.x % 4;
+    float bias[kTiles][4];
+    if (kColumnsAreKeys && has_pairs) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const int column = min(first + 8 * j + 2 * t, num_tokens - 2);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 pair = *reinterpret_cast<const float2*>(row[half] + column);
+          bias[j][2 * half] = pair.x;
+          bias[j][2 * half + 1] = pair.y;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = min(first + 8 * j + 2 * t + e, num_tokens - 1);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            bias[j][2 * half + e] = row[half][kColumnsAreKeys ? column : column * num_tokens];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[j][e] = fmaf(x[j][e], factor[e / 2], bias[j][e] * kLog2E);
     }
   }
 };
@@ -333,6 +389,61 @@ template <class T, int kMaps>
 __device__ __forceinline__ uint4 pad_chunk(const LongArguments<kMaps>& args, int map, int head, int chunk) {
   const T* const row = static_cast<const T*>(args.pad_qkv) + (map * args.num_heads + head) * args.head_dim;
   return reinterpret_cast<const uint4*>(row)[chunk];
+}
+
+// The inverse norms of a window's rows of q and of k, in shared memory, for v2.
+struct LongNorms {
+  float *q, *k;  // of every token; zero past the window
+
+  __host__ __device__ static int bytes(int capacity) { return 8 * capacity; }
+  __device__ static __forceinline__ LongNorms of(unsigned char* data, int capacity) {
+    float* const norms = reinterpret_cast<float*>(data);
+    return {norms, norms + capacity};
+  }
+
+  // Computes the norms of a window whose tokens have been found. The caller then synchronises all threads.
+  template <class T, int kMaps>
+  __device__ __forceinline__ void find(const LongArguments<kMaps>& args, uint32_t batch, int head,
+                                       const uint32_t* numbers, int capacity) const {
+    const uint64_t base[2] = {chunk_base(args.regular[0], batch, head, 0), chunk_base(args.regular[1], batch, head, 0)};
+#pragma unroll 1
+    for (int i = threadIdx.x; i < capacity; i += blockDim.x) {
+      const uint32_t number = i < args.num_tokens ? numbers[i] : kPadNumber;
+#pragma unroll
+      for (int map = 0; map < 2; ++map) {
+        const T* row = nullptr;
+        if (number < kPadNumber) {
+          row = reinterpret_cast<const T*>(ptx::multiply_add_wide(number, args.regular[map].token, base[map]));
+        } else if (args.pad_qkv != nullptr) {
+          row = static_cast<const T*>(args.pad_qkv) + (map * args.num_heads + head) * args.head_dim;
+        }
+        float sum = 0.0f;
+        if (row != nullptr) {
+#pragma unroll 2
+          for (int c = 0; c < args.row_bytes / 16; ++c) {
+            const auto chunk = Chunk<T>::load(row + 8 * c);
+#pragma unroll
+            for (int e = 0; e < chunk.kCount; ++e) sum = fmaf(chunk.x[e], chunk.x[e], sum);
+          }
+        }
+        (map == 0 ? q : k)[i] = i < args.num_tokens ? 1.0f / fmaxf(sqrtf(sum), kSmallestNorm) : 0.0f;
+      }
+    }
+  }
+};
+
+// Multiplies x by one number per column, such as the inverse norms of the columns' tokens.
+template <int kTiles>
+__device__ __forceinline__ void multiply_columns(float (&x)[kTiles][4], const float* columns) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const float2 pair = *reinterpret_cast<const float2*>(columns + 8 * j + 2 * t);
+    x[j][0] *= pair.x;
+    x[j][1] *= pair.y;
+    x[j][2] *= pair.x;
+    x[j][3] *= pair.y;
+  }
 }
 
 // Copies of blocks of kRows rows by all threads of a block, and of 16 rows by a warp.

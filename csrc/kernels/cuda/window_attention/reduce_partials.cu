@@ -62,7 +62,9 @@ __device__ Output find_output(const ReducePartialsArguments& args, int64_t outpu
             destination};
   }
   output -= counts.pad;
-  if (output < counts.logit) return {args.logit_partials + output, heads, of_head, args.dlogit_scale + output};
+  if (output < counts.logit) {
+    return {args.logit_partials + output, heads, args.logit_workers * args.bias_types, args.dlogit_scale + output};
+  }
   return {};
 }
 

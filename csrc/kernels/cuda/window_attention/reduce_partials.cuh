@@ -23,7 +23,7 @@ struct ReducePartialsArguments {
   WindowLayout layout;
   int32_t num_heads, head_dim, num_tokens, bias_types;
   int32_t dense_rows;
-  uint32_t workers, table_workers, dense_workers;  // zero workers: the sums are zero
+  uint32_t workers, table_workers, dense_workers, logit_workers;  // zero workers: the sums are zero
 };
 
 cudaError_t reduce_partials(const ReducePartialsArguments& args, cudaStream_t stream);
