@@ -264,6 +264,17 @@ def test_auroras_roll_out_and_date_line(warped, step):
         torch.testing.assert_close(b(x, *arguments), a(x, *arguments), rtol=1e-10, atol=1e-12)
 
 
+def test_auroras_pad_tokens_come_from_the_layer_that_makes_the_others(monkeypatch):
+    """The mask hides pad tokens from a trial with small scores, but not from a model with large ones."""
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda linear, x: forward(linear, x) * 3)
+    model, x = model_of("Aurora"), make_input("Aurora")
+    fast = accelerated(model)
+    arguments = x[:, 0, :5], (3, 7, 10), 1
+    x = model.blocks[0](x, *arguments)
+    torch.testing.assert_close(fast.blocks[1](x, *arguments), model.blocks[1](x, *arguments), rtol=1e-10, atol=1e-10)
+
+
 def test_calls_outside_of_the_form_run_the_own_code(attention_calls):
     attn = other_forms.UformerAttention(12, (4, 4), 3)
     x, others = torch.randn(2, 16, 12), torch.randn(2, 16, 12)

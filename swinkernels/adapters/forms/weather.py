@@ -129,12 +129,18 @@ def _aurora(block: Any, attend: Any, x: Tensor, c: Tensor, res: Any, rollout_ste
     if math.prod(window) > _MOST_TOKENS:
         return f"its windows have {math.prod(window)} tokens, and the op accepts at most {_MOST_TOKENS}"
     x_map = x.unflatten(1, size)
+    pad_qkv = None
+    if any(n % w for n, w in zip(size, window, strict=True)):
+        # Computed by the layers, because a trial does not detect other pad tokens: the mask hides them unless scores
+        # are large.
+        zero = x.new_zeros(1, x.shape[-1])
+        pad_qkv = (attn.qkv(zero) + attn.lora_qkv(zero, rollout_step))[0]
     y = attend(
         attn.qkv(x_map) + attn.lora_qkv(x_map, rollout_step),
         num_heads=attn.num_heads,
         window_size=window,
         shift_size=shift,
-        pad_qkv=attn.qkv.bias,
+        pad_qkv=pad_qkv,
         pad_order="roll_then_pad",
         pad_before=_pads(size, window),
         region_map=_regions(size, window, shift, bool(warped), x.device) if any(shift) else None,
