@@ -203,7 +203,7 @@ def _short(case: str) -> str:
 
 
 def steps(rows: Sequence[Row], *suites: str) -> str:
-    """Return the table of models or blocks: times, and speed-ups over the fastest original, eager and compiled."""
+    """Return the table of models or blocks: times, and speed-ups over the fastest original in each mode."""
     cells = []
     for (op, shape, _, dtype, direction), group in groups(rows, *suites).items():
         if not any(_time(row) is not None for row in group.values()):

@@ -31,7 +31,7 @@ LAYERS = ("window", "global")
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return the least-squares slope of log y over log x: 1 if y is proportional to x."""
+    """Return the least-squares slope of log y against log x; it is 1 if y is proportional to x."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 

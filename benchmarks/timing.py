@@ -20,7 +20,7 @@ ATTEMPTS = 3  # maximum number of measurements if times are noisy
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of one call in microseconds: median, 20th and 80th percentile."""
+    """The time of one call in microseconds: the median and the 20th and 80th percentiles."""
 
     median_us: float
     p20_us: float

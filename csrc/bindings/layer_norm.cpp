@@ -125,7 +125,7 @@ NormShape plain_or_expanded(const Tensor& x, const Ints& factor) {
   return shape;
 }
 
-// Replaces `parameter` by a contiguous tensor, which the caller keeps alive, and returns its dtype.
+// Replaces `parameter` with a contiguous tensor, which the caller keeps alive, and returns its dtype.
 DType prepare_parameter(OptionalTensor& parameter, const LayerNormRows& rows) {
   if (!parameter) return DType::kFloat32;
   STD_TORCH_CHECK(parameter->numel() == rows.length, "swinkernels: weight and bias must have ", rows.length,

@@ -281,7 +281,7 @@ def _reorder_merging(model: nn.Module, state: Tensors) -> None:
         path = key.removesuffix(".reduction.weight")
         try:
             merging: Any = model.get_submodule(path)
-        except AttributeError:  # the key is reported as one without a parameter
+        except AttributeError:  # reported later: the model has no such parameter
             continue
         if merging.order == "unfold":
             continue

@@ -15,7 +15,7 @@ ARITHMETIC = {"enable_fp_fusion": True}
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """Return x, or a copy if its last axis is not contiguous. The kernels accept any strides of the other axes."""
+    """Return x, or a copy if its last axis is not contiguous. The kernels accept any strides for the other axes."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -276,7 +276,7 @@ def test_a_branch_narrower_than_the_stream(version, calls):
 
 @pytest.mark.parametrize(("version", "dtype"), [(1, torch.float16), (2, torch.bfloat16)], ids=["v1", "v2"])
 def test_a_stream_narrower_than_the_sum_under_autocast(version, dtype, calls, a_gpu):
-    """Patch embedding without a norm returns a half-precision stream; timm's sum with another dtype is float32."""
+    """The residual stream is in half precision and the branch in another dtype, so timm's sum of both is in float32."""
     plain = make_model(version).layers[0].blocks[0]
     fast = accelerated(plain)
     x = torch.randn(2, *plain.input_resolution, 16, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -297,7 +297,7 @@ def test_a_wrong_memory_bound_result_is_called_wrong(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("op", memory_bound.BENCHES)
 def test_moved_bytes_are_those_of_the_tensors(op: str) -> None:
-    """The forward pass moves the input maps and the results, the backward pass the tensors in its formula."""
+    """The forward pass moves the input maps and the results; ``expected`` lists what the backward pass moves."""
     case, pair = SMALL["padded"], memory_bound.PAIRS["float32-bfloat16"]
     inputs = memory_bound.draw(op, case, pair, CPU)
     with torch.no_grad():
@@ -369,7 +369,7 @@ def lines_of(step: str, directions: tuple[str, ...], *labels: tuple[str, str, st
 
 
 def test_a_whole_run_settles_every_goal_of_an_op() -> None:
-    """The steps of `make gpu-bench` cover the shapes and contestants of all goals."""
+    """The steps of `make gpu-bench` cover the shapes and contestants of all goals for ops."""
     of_attention = [
         ("window_attention", shape, "bfloat16", b) for shape in timing.ATTENTION for b in ("cuda", "triton")
     ]

@@ -192,7 +192,7 @@ def run_public(name: str, inputs: dict[str, Tensor], backend: str) -> list[Tenso
 
 
 def assert_close(got: list[Tensor], exact: list[Tensor], eps: float) -> None:
-    """Check the composition with a wide tolerance; the tests above compare the ops with their error budgets."""
+    """Compare several ops in sequence with a wide tolerance; the tests above hold each op to its error budget."""
     for i, (g, e) in enumerate(zip(got, exact, strict=True)):
         assert g.shape == e.shape
         error = (g.cpu().double() - e.double()).norm() / e.double().norm()

@@ -9,10 +9,10 @@ reductions are those of the kernel. Time, occupancy, memory visibility between b
 functions and the order in which a tensor core adds are not modelled.
 
 The emulator is stricter than a GPU. Dynamic shared memory and every buffer start as NaN and lie next to inaccessible
-pages; a cp.async writes NaN first and its data only at the wait that covers it. Misaligned vector accesses, array
-indices out of range, and lanes that wait in different collectives or forever become launch errors that name block and
-thread. A schedule seed shuffles the order in which warps and lanes run: kernels without races give the same bits for
-every seed.
+pages; a cp.async writes NaN first and its data only at the wait that covers it. Misaligned vector accesses,
+out-of-range array indices, mismatched collectives and deadlocks are reported as launch errors that name the block and
+the thread. A schedule seed shuffles the order in which warps and lanes run: kernels without races give the same bits
+for every seed.
 
 $SWINKERNELS_EMULATION_FLAGS is added to the compiler's flags: -O0 compiles in a quarter of the time but runs slower.
 """

@@ -82,7 +82,7 @@ def test_what_is_printed(folder):
 
 
 def test_conclusion(folder):
-    """The last lines contain a sentence with measured values, each kind of module's backend, and the pictures' path."""
+    """The demo ends with a sentence of measured values, the backends by class of module, paths and its duration."""
     results = json.loads((folder / "results.json").read_text())
     *_, sentence, blocks, merging, files, seconds = (folder / "stdout.txt").read_text().splitlines()
     difference = results["agreement"]["largest_logit_difference"]

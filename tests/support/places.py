@@ -20,7 +20,7 @@ class Place:
     index_of: str | None = "attn"
 
     def model(self) -> Any:
-        """Make the module in float64, far from its initial state, so that every part matters."""
+        """Make the module in float64, with random parameters, so that every part affects the output."""
         torch.manual_seed(0)
         model = self.make().eval().double()
         with torch.no_grad():

@@ -517,7 +517,7 @@ def test_triton(name):
 
 @pytest.mark.gpu
 def test_merging_more_than_2_to_the_31_elements():
-    """The last image has the same result as in a batch of one: offsets are 64 bits wide."""
+    """The last image has the same result as in a batch of one, because offsets are 64 bits wide."""
     case = Merging(361, (249, 250), 96)
     x = torch.randint(-100, 100, (case.batch, *case.size, case.channels), dtype=torch.int8, device="cuda").bfloat16()
     assert x.numel() > 2**31

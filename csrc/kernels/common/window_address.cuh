@@ -149,7 +149,7 @@ __device__ __forceinline__ int32_t token_region(const WindowLayout& layout, cons
   return layout.region_map == nullptr ? region : layout.region_map[frame_index];
 }
 
-// The address of a token map and its strides in bytes.
+// A token map's base address, and its strides in bytes.
 struct MapAddress {
   const void* data;
   MapStrides strides;

@@ -65,7 +65,7 @@ _BATCH = 2  # images in a trial; with one image, a wrong stride between images w
 
 @dataclass(frozen=True)
 class Form:
-    """Describes the arguments and the behaviour of a block's forward. Published copies differ in these."""
+    """Describes the arguments and the behaviour of a block's forward, which differ between published copies."""
 
     # "sequence" if x is (B, L, C), "map" if x is (B, *S, C).
     layout: str

@@ -45,7 +45,7 @@ def _compute(mlp: Any, x: Tensor) -> Tensor:
 
 
 def trusted(mlp: nn.Module, axes: int) -> Snapshot | None:
-    """Return a snapshot of an MLP if calling its layers one after the other gave the same results in a trial, or None.
+    """Return a snapshot of an MLP if its layers, called in turn, gave its forward's results in a trial; otherwise None.
 
     ``axes`` is the number of axes of the MLP's input, not counting the batch and the channels.
     """

@@ -206,7 +206,7 @@ def forward(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(dout: Tensor, maps: Sequence[Tensor], lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of the maps, then dbias_table, dbias, dlogit_scale and dpad_qkv, empty if not needed."""
+    """Return the gradients of the maps, dbias_table, dbias, dlogit_scale and dpad_qkv; those not needed are empty."""
     prepared = _prepare(maps, *arguments[:-1])
     needs_dbias_table, needs_dbias, needs_dlogit_scale, needs_dpad_qkv = (arguments[-1] >> bit & 1 for bit in range(4))
     call, static, x = prepared.call, prepared.static, maps[0]

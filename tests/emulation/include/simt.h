@@ -7,10 +7,9 @@
 // A schedule seed other than 0 shuffles the order of warps and lanes, and how far a warp runs ahead: a kernel without
 // races gives the same bits with every seed.
 //
-// The engine reports, as the error of the launch (emulation_error() has the message): lanes that wait for each other
-// forever, lanes of a warp in different collectives, misaligned accesses, and any access outside the buffers (dynamic
-// shared memory and emulation_allocate() have inaccessible pages around them). Dynamic shared memory is NaN when a
-// block starts.
+// The engine reports deadlocks, lanes of a warp in different collectives, misaligned accesses, and accesses outside the
+// buffers as errors of the launch; emulation_error() returns the message. Dynamic shared memory and the buffers of
+// emulation_allocate() have inaccessible pages around them. Dynamic shared memory is NaN when a block starts.
 #pragma once
 
 #include <cstddef>

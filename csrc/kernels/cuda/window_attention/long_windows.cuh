@@ -130,7 +130,7 @@ bool make_long(LongArguments<kMaps>& args) {
   return args.table.floats() <= kMostSharedTableFloats;
 }
 
-// The data of each token of a window, in shared memory; array lengths are rounded up to whole blocks of keys.
+// The data of a window's tokens in shared memory. Arrays with a value per token have room for whole blocks of keys.
 struct LongTokens {
   AxisTerm* terms;   // terms of the first, the second, then the third axis
   uint32_t* number;  // in this window

@@ -45,8 +45,8 @@ struct WindowAttentionTraits {
   // stage if the shared memory of two would leave too few warps per multiprocessor to hide latency.
   static constexpr int kForwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_FORWARD_STAGES : 1;
   static constexpr int kBackwardStages = kBlock * kRowBytes <= 4 * 1024 ? SWINKERNELS_BACKWARD_STAGES : 1;
-  // Warps per multiprocessor that the register budget allows: 16 leave a thread 128 registers, 12 leave 168, 8 all 255.
-  // These are the largest numbers of warps for which nothing is spilled.
+  // Warps per multiprocessor: the most for which nothing is spilled. With 16 warps a thread can use 128 registers, with
+  // 12 it can use 168, and with 8 the maximum of 255.
   static constexpr bool kNarrow = sizeof(T) == 2 && kHeadDim <= 32 && kTiles < 8;
   static constexpr int kForwardBlocks = (kNarrow ? SWINKERNELS_FORWARD_WARPS : kRowBytes < 512 ? 12 : 8) / kWarps;
   static constexpr int kBackwardBlocks = (kNarrow ? SWINKERNELS_BACKWARD_WARPS : 8) / kWarps;
