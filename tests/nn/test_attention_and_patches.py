@@ -407,7 +407,7 @@ def test_repr():
         (
             lambda: PatchMerging(6, spatial_dims=3)(zeros(2, 4, 4, 6)),
             ValueError,
-            ["x", "3 axes", "dims=3", "(4, 4)"],
+            ["x", "3 spatial axes", "dims=3", "(4, 4)"],
         ),
         (lambda: PatchMerging(6)(zeros(2, 4, 4, 6).int()), TypeError, ["x", "bfloat16", "torch.int32"]),
         (lambda: PatchExpand(6)(zeros(2, 4, 4, 5)), ValueError, ["PatchExpand: x", "dim = 6", "got 5"]),
