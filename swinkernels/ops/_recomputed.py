@@ -112,9 +112,12 @@ def _differentiable_backward(
     function: Callable, tensors: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
 ) -> list[Tensor | None]:
     """Return the gradients with an autograd graph, so that they can be differentiated again."""
-    wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
     with torch.enable_grad(), _without_autocast(dy):
-        found = iter(torch.autograd.grad(function(*tensors), wanted, dy, create_graph=True))
+        # Aliases, because autograd.grad would add up the gradients of a tensor that is passed twice, and follow one
+        # tensor's history to another, for example from s to the norm's weight if an earlier block shares the norm.
+        aliases = [None if t is None else t.view_as(t) for t in tensors]
+        wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad(function(*aliases), wanted, dy, create_graph=True))
     return [next(found) if need else None for need in needs]
 
 
