@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from swinkernels.ops._arguments import frame_size
 from swinkernels.ops._library import Found, is_plain, linear
@@ -336,7 +337,8 @@ def _attend(
     if q.device.type == "cpu":
         # There the fused call has no forward derivative, and its backward pass is slower than separate operations.
         needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, addend))
-        fused = fused and not needs_gradient and (torch.compiler.is_compiling() or is_plain(()))
+        is_compiled = torch.compiler.is_compiling() and forward_ad._current_level < 0
+        fused = fused and not needs_gradient and (is_compiled or is_plain(()))
     else:
         fused = fused and batch * windows * heads <= _MOST_HEADS
     if fused and not isinstance(factor, Tensor):
