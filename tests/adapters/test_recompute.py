@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import swinkernels
-from swinkernels.adapters import recompute
+from swinkernels.adapters import engine, recompute
 from tests.support.parity import assert_as_good, assert_as_noisy, run, shaken
 from tests.support.saved_bytes import kept_bytes
 from tests.support.small_models import Outputs, Swin, timm_swin, torchvision_swin, transformers_swin
@@ -339,6 +339,15 @@ def test_the_report_names_blocks_without_effect():
     }
     assert "recompute=True has no effect  class" in str(report)
     assert swinkernels.accelerate(model).not_recomputed == []
+
+
+def test_the_report_names_blocks_on_a_device_without_kernels(monkeypatch):
+    monkeypatch.setattr(engine, "why_no_kernels", lambda device: f"no kernel runs on {device.type} tensors")
+    report = swinkernels.accelerate(make_model(), recompute=True)
+    reasons = {entry.reason for entry in report.not_recomputed if entry.module_class == "SwinTransformerBlock"}
+    assert reasons == {"timm's own code runs; no kernel runs on cpu tensors"}
+    report = swinkernels.accelerate(make_model(), recompute=True, backend="torch")
+    assert [entry.module_class for entry in report.not_recomputed] == ["PatchMerging"]
 
 
 def test_the_report_groups_classes_that_never_recompute():
