@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swinkernels.ops._fused_linear import linear
-from swinkernels.ops._library import any_requires_grad, is_plain
+from swinkernels.ops._library import any_requires_grad, is_untraced
 from swinkernels.ops.layer_norm import norm_and_statistics, norm_gradients, run_norm
 from swinkernels.ops.residual_layer_norm import residual_norm_gradients, run_residual
 
@@ -85,7 +85,7 @@ def _gelu_linear(x, weight, bias, approximate):
 def _run(
     function: Any, plain: Callable, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...], recompute: bool = True
 ) -> Any:
-    if recompute and is_plain(tensors) and any_requires_grad(tensors):
+    if recompute and is_untraced(tensors) and any_requires_grad(tensors):
         return function.apply(*tensors, others)
     return plain(*tensors, *others)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from swinkernels.ops._arguments import frame_size
-from swinkernels.ops._library import Found, is_plain, linear
+from swinkernels.ops._library import Found, is_plain, is_untraced, linear
 
 # torch's kernels put batch and heads on an axis of the GPU's grid that has at most this many blocks.
 _MOST_HEADS = 65535
@@ -109,7 +109,7 @@ class _Frame:
     @property
     def gathers(self) -> bool:
         """Return True if one gather replaces a roll and a cut, which would copy the map twice."""
-        return bool(self.axes) and not self.rolls_first and is_plain(())
+        return bool(self.axes) and not self.rolls_first and is_untraced(())
 
     def windows(self, x: Tensor, pad: Tensor | None = None, heads_first: bool = False) -> Tensor:
         """Cut (B, *S, ...) into (B, num_windows, N, ...); pad tokens are ``pad`` or zero.

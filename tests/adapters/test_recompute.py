@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import swinkernels
 from swinkernels.adapters import engine, recompute
@@ -292,6 +294,20 @@ def test_checkpointing(family, use_reentrant, halves):
     expected, got = (step(Checkpointed(m, use_reentrant), x) for m in (model, accelerated(model)))
     assert len(halves["mlp_half"]) == (3 if use_reentrant else 6)
     assert_same(got, expected)
+
+
+@pytest.mark.parametrize("counted", ["forward", "backward"])
+@pytest.mark.parametrize("family", ["timm", "timm v2"])
+def test_checkpointing_where_only_one_pass_is_counted(family, counted):
+    """The forward pass and its repetition in the backward pass save the same tensors, inside the mode and outside."""
+    model, x = make_model(family), make_image(family=family)
+    gradients = []
+    for m in (model, accelerated(model)):
+        with FlopCounterMode(display=False) if counted == "forward" else contextlib.nullcontext():
+            y = Checkpointed(m, use_reentrant=False)(x)
+        with FlopCounterMode(display=False) if counted == "backward" else contextlib.nullcontext():
+            gradients.append(dict(zip(dict(m.named_parameters()), torch.autograd.grad(y.sum(), m.parameters()))))
+    assert_same(gradients[1], gradients[0])
 
 
 class Checkpointed(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from swinkernels.ops._library import autocast_dtype
+from swinkernels.ops._library import _TRACES, autocast_dtype
 
 
 def deferred(
@@ -39,9 +39,6 @@ def deferred(
     if torch.is_grad_enabled() and any(t.requires_grad for t in read):
         return _Linked.apply(source, shape, dtype, *read)
     return _Deferred(source, shape, dtype)
-
-
-_TRACES = tuple(getattr(torch._C._TorchDispatchModeKey, kind) for kind in ("FAKE", "PROXY", "FUNCTIONAL"))
 
 
 def _is_traced(tensors: Sequence[Any]) -> bool:
